@@ -1,0 +1,81 @@
+"""Every key of a run with its default; a config is this plus a family's numbers and a few assignments.
+
+The meaning of each model number stands in the family's dataclass; here stand the keys of the run.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the defaults shared by all runs; ``family`` and ``model`` are filled in by the config that starts here."""
+    config = ConfigDict()
+    config.name = ""
+    config.family = ""
+    config.seed = 0
+    config.precision = "fp32"  # fp32, or bf16: compute in bf16 over fp32 master weights
+    config.model = ConfigDict()
+
+    mesh = config.mesh = ConfigDict()
+    mesh.data = -1  # devices along the data axis; -1 takes all that are left
+    mesh.expert = 1  # devices that share out the routed experts
+
+    # Logical axis of a weight -> mesh axis it is split over ("" keeps it whole). embed="data" gives FSDP.
+    sharding = config.sharding = ConfigDict()
+    sharding.experts = "expert"
+    sharding.embed = ""
+    sharding.vocab = ""
+    sharding.heads = ""
+    sharding.mlp = ""
+    sharding.q_latent = ""
+    sharding.kv_latent = ""
+
+    data = config.data = ConfigDict()
+    data.source = "stdlib"  # CPython's own library, or a glob of .txt .py .jsonl .parquet .array_record files
+    data.text_key = "text"  # field of a JSONL or parquet row that holds the document
+    data.tokenizer = "bytes"  # bytes, or the path of a tokenizer.json
+    data.seq_len = 256  # tokens of a training sequence
+    data.fim_rate = 0.1  # share of documents turned to prefix-suffix-middle (V3 section 4.1)
+    data.mask_documents = False  # True: attention stays inside a document (V3 pre-trains without)
+    data.holdout_rate = 0.02  # share of documents kept for evaluation
+    data.workers = 0  # reader processes; 0 reads in threads
+    data.cache_dir = ""  # tokenised corpora; "" is the user's cache directory
+
+    train = config.train = ConfigDict()
+    train.steps = 1000
+    train.batch_size = 8  # sequences per step over all devices, after the ramp
+    train.batch_size_start = 8  # sequences per step at step 0
+    train.batch_ramp_steps = 0  # steps over which the batch grows linearly
+    train.micro_batches = 1  # gradient accumulation: parts a device cuts its share of a batch into
+    train.remat = "none"  # none, block (keep block inputs only), or dots (keep matmul outputs)
+    train.loss_chunk = 2048  # tokens whose logits exist at a time
+    train.mtp_weight = 0.3  # lambda of the multi-token-prediction loss (V3 section 4.2)
+    train.mtp_weight_final = 0.1
+    train.mtp_weight_switch = 1_000_000_000  # step from which the final weight holds
+    train.balance_rate = 1e-3  # gamma: step of the router-bias update (V3 section 2.1.2)
+    train.balance_rate_stop = 1_000_000_000  # step from which gamma is 0
+    train.balance_loss = 1e-4  # alpha: weight of the sequence-wise balance loss
+    train.max_skipped = 5  # non-finite steps in a row that stop the run
+    train.eval_every = 250  # steps between evaluations on held-out text
+    train.eval_batches = 8
+    train.log_every = 10
+    train.compilation_cache = ""  # directory of compiled programs; "" is the user's cache directory
+
+    optimizer = config.optimizer = ConfigDict()
+    optimizer.peak_rate = 3e-4  # learning rate after warm-up
+    optimizer.warmup_steps = 100  # linear from 0
+    optimizer.constant_steps = 0  # at peak_rate
+    optimizer.cosine_steps = 0  # from peak_rate to tail_rate
+    optimizer.tail_rate = 3e-5
+    optimizer.tail_steps = 0  # at tail_rate; final_rate from there on
+    optimizer.final_rate = 3e-5
+    optimizer.beta1 = 0.9
+    optimizer.beta2 = 0.95
+    optimizer.eps = 1e-8
+    optimizer.weight_decay = 0.1
+    optimizer.clip_norm = 1.0
+    optimizer.moments_dtype = "float32"  # V3 keeps bfloat16 (section 3.3.2)
+
+    checkpoint = config.checkpoint = ConfigDict()
+    checkpoint.every = 250  # steps; the last step is always saved
+    checkpoint.keep = 3
+    return config

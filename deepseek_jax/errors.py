@@ -1,0 +1,8 @@
+"""Errors that are the user's to mend."""
+
+
+class UserError(Exception):
+    """A wrong input: the message says what was given, what was wanted and what to do, in one or two lines.
+
+    The command line prints the message without a traceback and exits with code 2.
+    """

@@ -1,0 +1,31 @@
+"""The legend of shape suffixes: an array's name ends in its dimensions, one capital letter each.
+
+``q_BTHQ`` has axes batch, token, head, query-key width.  The einsum strings use the same letters, so a formula
+can be checked by eye (and is, by ``tests/test_suffixes.py``).
+"""
+
+LEGEND = {
+    "B": "batch: sequences on this device",
+    "T": "tokens of a sequence (query positions)",
+    "S": "source positions (keys, cache slots)",
+    "M": "tokens of all sequences in one row, M = B*T",
+    "D": "model width (hidden size)",
+    "V": "vocabulary",
+    "H": "attention heads",
+    "Q": "width of a query or key head, Q = N + P",
+    "N": "part of a query-key head without position",
+    "P": "rotary part of a query-key head",
+    "U": "width of a value head",
+    "R": "rank of the query latent",
+    "C": "rank of the key-value latent",
+    "F": "hidden width of a feed-forward or of one expert",
+    "E": "routed experts",
+    "X": "experts that live on this device",
+    "G": "groups of experts (nodes in V3's node-limited routing)",
+    "K": "experts chosen for a token",
+    "A": "assignments, one row per (token, chosen expert), A = M*K",
+    "J": "rows of one block of a grouped matmul",
+    "I": "blocks of a grouped matmul",
+    "L": "layers stacked on one leading axis",
+    "W": "devices along a mesh axis",
+}
