@@ -1,0 +1,95 @@
+"""``deepseek-jax VERB ...``: a verb is a file of ``launch/``, and nothing heavy is imported before the verb is known.
+
+``launch/VERB.py`` offers ``main(argv) -> int | None``; the first line of its docstring is what ``--help`` lists, read
+from the source by ``ast``.  The environment variable ``DEEPSEEK_JAX_DEBUG=1`` shows tracebacks and the libraries' logs.
+"""
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import deepseek_jax
+from deepseek_jax.errors import UserError
+
+USAGE = """\
+usage: deepseek-jax VERB [--config=NAME|FILE.py] [--workdir=DIR] [--config.a.b=VALUE ...]
+       deepseek-jax VERB --help
+       deepseek-jax --version
+"""
+
+
+def verbs() -> dict[str, Path]:
+    """Returns verb -> file, in alphabetical order, without importing any."""
+    spec = importlib.util.find_spec("deepseek_jax.launch")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("deepseek_jax.launch not found: the package is not installed. Run pip install -e . in a clone.")
+    files = (file for folder in spec.submodule_search_locations for file in Path(folder).glob("[!_]*.py"))
+    return {file.stem: file for file in sorted(files)}
+
+
+def docstring(file: Path) -> str:
+    """Returns a module's docstring without importing it."""
+    return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+
+
+def overview() -> str:
+    """Returns what ``deepseek-jax --help`` prints: a line a verb."""
+    found = verbs()
+    width = max(map(len, found), default=0)
+    lines = [f"  {verb:<{width}}  {(docstring(file).splitlines() or [''])[0]}" for verb, file in found.items()]
+    return f"{USAGE}\n" + "\n".join(["verbs:", *lines])
+
+
+def quieten() -> None:
+    """Silences the libraries' own chatter; our messages and jax's warnings remain."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's C++ log: errors only
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the warning about forks
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)
+
+
+def run(argv: list[str]) -> int:
+    """Runs one command; errors of the user's come out as UserError."""
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        print(overview())
+        return 0
+    if argv[0] == "--version":
+        print(f"deepseek-jax {deepseek_jax.__version__}")
+        return 0
+    verb, arguments = argv[0], argv[1:]
+    found = verbs()
+    if verb not in found:
+        near = difflib.get_close_matches(verb, found, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Verbs: {', '.join(found)}."
+        raise UserError(f"{verb}: no such verb. {hint}")
+    if "--help" in arguments or "-h" in arguments:
+        print(docstring(found[verb]), end="\n\n")
+    return importlib.import_module(f"deepseek_jax.launch.{verb}").main(arguments) or 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script: returns the exit code (2 for an error of the user's, 130 for Ctrl-C)."""
+    debug = os.environ.get("DEEPSEEK_JAX_DEBUG", "0") not in ("", "0")
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if not debug and argv and not argv[0].startswith("-"):
+            quieten()
+        return run(argv)
+    except UserError as error:
+        if debug:
+            raise
+        print(f"deepseek-jax: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        return 130
+    except BrokenPipeError:  # `deepseek-jax ... | head`: the reader has gone; keep the interpreter's last flush quiet
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
