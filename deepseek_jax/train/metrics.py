@@ -1,0 +1,394 @@
+"""Progress of a run: a live view or plain lines, TensorBoard, and ``metrics.jsonl`` for exact comparison.
+
+``metrics.jsonl`` holds one object a line.  What the mathematics decides stands at the top of the object, in full
+precision (Python's ``repr`` of a float is exact), what the clock decides under ``"speed"``: two runs are the same
+when their lines agree without ``"speed"``.  A resumed run first drops the lines later than the checkpoint.
+
+Expert imbalance is MaxVio = (max_e load_e - mean load) / mean load per layer, averaged over the layers.
+Paper: "Auxiliary-Loss-Free Load Balancing", section 4.1.
+"""
+
+import collections
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from deepseek_jax.errors import UserError
+
+# Dense bfloat16 FLOP/s of one chip; the first entry that occurs in the device's kind holds.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "H800": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,  # v5p, which calls itself "TPU v5"
+    "TPU v6": 918e12,
+}
+
+# Figure -> (label, format), in the order in which they are shown.
+FIGURES = {
+    "loss": ("loss", ".4f"),
+    "bits_per_byte": ("bits/byte", ".4f"),
+    "learning_rate": ("lr", ".2e"),
+    "grad_norm": ("grad_norm", ".3f"),
+    "max_violation": ("maxvio", ".3f"),
+    "skipped": ("skipped", "d"),
+}
+SPEED = {
+    "tokens_per_second": ("tokens/s", ".0f"),
+    "mfu": ("mfu", ".1%"),
+    "memory_gib": ("memory_gib", ".2f"),
+}
+REDRAWS_PER_SECOND = 4
+VIEW_WIDTH = 100  # columns; a view narrower than the window is not torn when the window shrinks a little
+SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Returns a chip's dense bfloat16 FLOP/s, None where unknown (a CPU)."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name.lower() in device_kind.lower()), None)
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """Returns loss / (ln 2 * bytes per token): a loss in nats per token, made comparable between tokenizers."""
+    return loss / (math.log(2) * bytes_per_token)
+
+
+def max_violation(load_LE: np.ndarray) -> np.ndarray:
+    """Returns MaxVio of each layer, (max load - mean load) / mean load; 0 where nothing was routed."""
+    mean_L = load_LE.mean(-1)
+    return np.divide(load_LE.max(-1) - mean_L, mean_L, out=np.zeros_like(mean_L), where=mean_L > 0)
+
+
+def memory_gib() -> float | None:
+    """Returns the peak memory in GiB: of the first local device where it tells, else of this process on the host."""
+    import jax
+
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def read_log(path: str | Path) -> list[dict]:
+    """Returns the objects of a ``metrics.jsonl``; a torn line, left by a kill, is passed over."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and "step" in record:
+                records.append(record)
+    return records
+
+
+class Metrics:
+    """Writes the figures of a run; a context manager.
+
+    Args:
+      workdir: receives ``metrics.jsonl`` and ``tensorboard/``.
+      total_steps: last step of the run.
+      tokens_per_step: tokens of a step, unless ``step`` is told the number (batch ramp).
+      start_step: step of the checkpoint resumed from; later lines of the log are dropped.  0 starts a new log.
+      flops_per_token: forward and backward; with a known chip it gives the MFU.
+      device_kind: ``jax.devices()[0].device_kind``.
+      n_devices: devices of the run.
+      stream: where progress goes, standard output by default.
+      live: draw a live view; None: if ``stream`` is a terminal.
+      enabled: False writes nothing (processes other than the first).
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        total_steps: int,
+        tokens_per_step: int = 0,
+        *,
+        start_step: int = 0,
+        flops_per_token: float = 0.0,
+        device_kind: str = "",
+        n_devices: int = 1,
+        stream: TextIO | None = None,
+        live: bool | None = None,
+        enabled: bool = True,
+    ):
+        self.total_steps, self.tokens_per_step = total_steps, tokens_per_step
+        self.flops_per_token, self.peak_flops = flops_per_token, (peak_flops(device_kind) or 0.0) * n_devices
+        self.enabled = enabled
+        self.stream = sys.stdout if stream is None else stream
+        self.now = start_step
+        self.figures: dict[str, Any] = {}
+        self.speed: dict[str, float] = {}
+        self.held_out: dict[str, Any] = {}
+        self.losses: collections.deque[float] = collections.deque(maxlen=48)
+        self._start_step, self._tokens, self._paused_s = start_step, 0, 0.0
+        self._window: collections.deque[tuple] = collections.deque(maxlen=20)  # (seconds, step, tokens so far)
+        self._log = self._board = self._live = None
+        if enabled:
+            self._open(Path(workdir))
+            if _is_terminal(self.stream) if live is None else live:
+                self._live = _open_live(self)
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def step(
+        self,
+        step: int,
+        scalars: Mapping[str, float],
+        per_layer: Mapping[str, Any] | None = None,
+        tokens: int | None = None,
+    ) -> None:
+        """Records training step ``step`` (the number of finished steps).
+
+        Log the first step of a process by itself: its time, which holds the compilation, is not counted.
+
+        Args:
+          step: finished steps.
+          scalars: figures as Python numbers; FIGURES names those that are shown, all are written.
+          per_layer: name -> array [layers] or [layers, experts]; ``expert_load`` gives MaxVio.
+          tokens: tokens since the last call; by default ``tokens_per_step`` for each step.
+        """
+        if not self.enabled:
+            return
+        layers = {name: np.asarray(value, np.float64) for name, value in (per_layer or {}).items()}
+        figures = {name: _number(value) for name, value in scalars.items()}
+        if "expert_load" in layers:
+            layers["max_violation"] = max_violation(layers["expert_load"])
+            figures.setdefault("max_violation", float(layers["max_violation"].mean()))
+        self._time(step, self.tokens_per_step * (step - self.now) if tokens is None else tokens)
+        self.now, self.figures = step, figures
+        if math.isfinite(figures.get("loss", math.nan)):
+            self.losses.append(figures["loss"])
+
+        lists = {name: value.tolist() for name, value in layers.items() if value.ndim == 1}
+        self._write({"step": step, "split": "train", **figures, "layers": lists, "speed": self.speed})
+        self._chart(step, "train", figures, layers)
+        if self._live is None:
+            eta = [] if self.seconds_left is None else [f"eta={duration(self.seconds_left)}"]
+            shown = _columns(figures, FIGURES) + _columns(self.speed, SPEED)
+            self._say("  ".join([self._heading(step), *shown, *eta]))
+
+    def evaluation(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Records figures on held-out text after ``step`` steps."""
+        if not self.enabled:
+            return
+        figures = {name: _number(value) for name, value in scalars.items()}
+        self.held_out = {"step": step, **figures}
+        self._write({"step": step, "split": "held_out", **figures})
+        self._chart(step, "held_out", figures, {})
+        if self._live is None:
+            self._say("  ".join([self._heading(step), "held-out", *_columns(figures, FIGURES)]))
+
+    def message(self, text: str) -> None:
+        """Prints a line, above the live view where there is one."""
+        if not self.enabled:
+            return
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False)
+        else:
+            self._say(text)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stops the clock of the throughput (evaluation, waiting for a checkpoint)."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused_s += time.monotonic() - begin
+
+    def close(self) -> None:
+        """Leaves the last state on the screen and closes the files; may be called twice."""
+        live, self._live = self._live, None
+        log, self._log = self._log, None
+        board, self._board = self._board, None
+        try:
+            if live is not None:
+                live.stop()  # draws once more
+        finally:
+            if log is not None:
+                log.close()
+            if board is not None:
+                board.close()
+            self.enabled = False
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimated time to the last step, None before the second record."""
+        rate = self.speed.get("seconds_per_step")
+        return None if rate is None else rate * max(self.total_steps - self.now, 0)
+
+    def _open(self, workdir: Path) -> None:
+        """Opens the log, cut back to ``start_step``, and TensorBoard."""
+        from tensorboardX import SummaryWriter
+
+        path = workdir / "metrics.jsonl"
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            kept = [record for record in read_log(path) if 0 < self._start_step >= record["step"]]
+            fresh = path.with_suffix(".jsonl.new")
+            fresh.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            os.replace(fresh, path)
+            self._log = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{workdir}: cannot write there ({error.strerror}). Choose another --workdir.") from error
+        purge = self._start_step + 1 if self._start_step else None
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge, flush_secs=10)
+
+    def _time(self, step: int, tokens: int) -> None:
+        """Moves the window of the throughput; the first record only starts the clock."""
+        self._tokens += tokens
+        self._window.append((time.monotonic() - self._paused_s, step, self._tokens))
+        (begin_s, begin_step, begin_tokens), (end_s, _, end_tokens) = self._window[0], self._window[-1]
+        self.speed = {}
+        if step > begin_step and end_s > begin_s:
+            seconds = end_s - begin_s
+            rate = (end_tokens - begin_tokens) / seconds
+            self.speed = {"seconds_per_step": seconds / (step - begin_step), "tokens_per_second": rate}
+            if self.flops_per_token and self.peak_flops:
+                self.speed["mfu"] = rate * self.flops_per_token / self.peak_flops
+        if (memory := memory_gib()) is not None:
+            self.speed["memory_gib"] = memory
+
+    def _write(self, record: dict) -> None:
+        """Appends a line and hands it to the system, so that a kill loses none before the last."""
+        self._log.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        self._log.flush()
+
+    def _chart(self, step: int, split: str, figures: Mapping[str, Any], layers: Mapping[str, np.ndarray]) -> None:
+        """Hands the figures to TensorBoard."""
+        for name, value in figures.items():
+            self._board.add_scalar(f"{split}/{name}", value, step)
+        if split == "train":
+            for name, value in self.speed.items():
+                self._board.add_scalar(f"speed/{name}", value, step)
+        for name, value in layers.items():
+            for layer, row in enumerate(value):
+                if value.ndim == 1:
+                    self._board.add_scalar(f"{name}/layer_{layer:02d}", row, step)
+                elif np.isfinite(row).all():
+                    self._board.add_histogram(f"{name}/layer_{layer:02d}", row, step, bins=min(len(row), 32))
+
+    def _heading(self, step: int) -> str:
+        return f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}"
+
+    def _say(self, line: str) -> None:
+        self.stream.write(line + "\n")
+        self.stream.flush()
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        """Draws the live view for the terminal's present width."""
+        yield _view(self, min(options.max_width, VIEW_WIDTH))
+
+
+def duration(seconds: float) -> str:
+    """Returns h:mm:ss."""
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def _number(value: Any) -> int | float:
+    return int(value) if isinstance(value, (bool, int, np.integer)) else float(value)
+
+
+def _finite(value: Any) -> Any:
+    """Replaces nan and inf, which JSON lacks, by their names; ``float`` reads them back."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _columns(figures: Mapping[str, Any], table: Mapping[str, tuple[str, str]]) -> list[str]:
+    """Returns label=value of those figures that the table names, in its order."""
+    return [f"{label}={_show(figures[name], form)}" for name, (label, form) in table.items() if name in figures]
+
+
+def _show(value: int | float, form: str) -> str:
+    return format(value, form if form != "d" or isinstance(value, int) else ".0f")
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    return stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("CI")
+
+
+def _sparkline(values: list[float]) -> str:
+    low, high = min(values), max(values)
+    scale = (len(SPARKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(SPARKS[round((value - low) * scale)] for value in values)
+
+
+def _open_live(metrics: Metrics) -> Any:
+    """Starts rich's live display: its own thread redraws, what others print goes above it."""
+    from rich.console import Console
+    from rich.live import Live
+
+    live = Live(
+        metrics,
+        console=Console(file=metrics.stream, force_terminal=True),
+        refresh_per_second=REDRAWS_PER_SECOND,
+        transient=False,
+        vertical_overflow="ellipsis",
+    )
+    live.start()
+    return live
+
+
+def _view(metrics: Metrics, width: int) -> Any:
+    """Returns the present state: bar, figures, sparkline of the loss."""
+    from rich.columns import Columns
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    left, total = metrics.seconds_left, max(metrics.total_steps, 1)
+    eta = "compiling" if not metrics.figures else "" if left is None else f"eta {duration(left)}"
+    bar = Table.grid(padding=(0, 2), expand=True)
+    bar.add_column(no_wrap=True)
+    bar.add_column(ratio=1)
+    bar.add_column(no_wrap=True, justify="right")
+    progress = ProgressBar(total=total, completed=metrics.now)
+    bar.add_row(metrics._heading(metrics.now), progress, f"{metrics.now / total:.0%}  {eta}")
+
+    others = {name: (name, ".4g") for name in metrics.figures if name not in FIGURES}
+    figures = _columns(metrics.figures, FIGURES | others) + _columns(metrics.speed, SPEED)
+    held_out = [f"held-out {column}" for column in _columns(metrics.held_out, FIGURES)]
+    cells = [_styled(*column.split("=")) for column in figures + held_out]
+    parts: list[Any] = [bar, Columns(cells, padding=(0, 3), equal=True)]
+    if len(metrics.losses) > 1:
+        parts.append(Text(f"loss {_sparkline(list(metrics.losses))}", no_wrap=True, overflow="crop"))
+    return Panel(Group(*parts), title="deepseek-jax train", title_align="left", width=width)
+
+
+def _styled(label: str, value: str) -> Any:
+    """Returns a figure of the live view, its label dimmed."""
+    from rich.text import Text
+
+    return Text.assemble((f"{label} ", "dim"), value, no_wrap=True)
