@@ -28,4 +28,5 @@ LEGEND = {
     "I": "blocks of a grouped matmul",
     "L": "layers stacked on one leading axis",
     "W": "devices along a mesh axis",
+    "Y": "two model widths side by side, Y = 2D",
 }

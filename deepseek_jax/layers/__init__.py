@@ -1,0 +1,1 @@
+"""Parts of a network, each in its own file; no part knows which family it is built into."""

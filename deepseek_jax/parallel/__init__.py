@@ -1,0 +1,1 @@
+"""Everything that knows of more than one device: the mesh, where weights live, and who sends what to whom."""

@@ -1,0 +1,74 @@
+"""DeepSeek-V3, 671B parameters of which 37B work on a token.
+
+Paper: arXiv 2412.19437, section 4.2.  14.8T tokens of 4,096-token sequences, batch 3,072 -> 15,360 over the first 469B
+tokens (about 24,300 steps), 2,664K H800 hours on 2,048 chips (PP16 x EP64).  R1 and V3.1 share these sizes.
+
+    deepseek-jax inspect --config=v3_671b
+"""
+
+from ml_collections import ConfigDict
+
+from deepseek_jax.configs import base
+
+
+def get_config() -> ConfigDict:
+    """The published sizes and recipe."""
+    config = base.get_config()
+    config.name = "v3_671b"
+    config.family = "v3"
+    config.precision = "bf16"
+
+    m = config.model
+    m.vocab_size = 129_280
+    m.d_model = 7168
+    m.n_layers = 61
+    m.n_dense_layers = 3
+    m.dense_width = 18_432
+    m.n_heads = 128
+    m.q_rank = 1536
+    m.kv_rank = 512
+    m.nope_width = 128
+    m.rope_width = 64
+    m.value_width = 128
+    m.rope_base = 10_000.0
+    m.yarn = ConfigDict()  # none in pre-training; section 4.3 extends to 128K afterwards
+    m.n_experts = 256
+    m.n_shared_experts = 1
+    m.expert_width = 2048
+    m.top_k = 8
+    m.n_groups = 8
+    m.top_groups = 4
+    m.route_scale = 2.5
+    m.mtp_depth = 1
+    m.norm_eps = 1e-6
+    m.init_std = 0.006
+
+    data = config.data
+    data.tokenizer = "tokenizer.json"
+    data.source = "corpus/*.array_record"
+    data.seq_len = 4096
+    data.fim_rate = 0.1
+
+    train = config.train
+    train.steps = 243_500  # 14.8T tokens
+    train.batch_size_start = 3072
+    train.batch_size = 15_360
+    train.batch_ramp_steps = 12_400  # 469B tokens
+    train.remat = "block"
+    train.mtp_weight = 0.3
+    train.mtp_weight_final = 0.1
+    train.mtp_weight_switch = 164_000  # 10T tokens
+    train.balance_rate = 1e-3
+    train.balance_rate_stop = 235_600  # 14.3T tokens
+    train.balance_loss = 1e-4
+
+    optimizer = config.optimizer
+    optimizer.peak_rate = 2.2e-4
+    optimizer.warmup_steps = 2000
+    optimizer.constant_steps = 162_000  # to 10T tokens
+    optimizer.cosine_steps = 68_350  # 4.3T tokens
+    optimizer.tail_rate = 2.2e-5
+    optimizer.tail_steps = 5_293  # 333B tokens
+    optimizer.final_rate = 7.3e-6  # 167B tokens
+    optimizer.moments_dtype = "bfloat16"
+    return config

@@ -1,0 +1,58 @@
+"""Causal softmax attention, in blocks of queries so that the score matrix never exists whole.
+
+P = softmax(scale * q k^T + causal mask), o = P v; scores and softmax in float32.
+A block of queries meets only the keys up to its own end, so the upper triangle costs nothing but its diagonal blocks,
+and each block is recomputed in the backward pass: memory grows with `block * S`, not `T * S`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30  # a score that softmax turns into 0 without making a NaN of an all-masked row
+
+
+def causal_attention(
+    q_BTHQ: jax.Array,
+    k_BTHQ: jax.Array,
+    v_BTHU: jax.Array,
+    *,
+    scale: float,
+    segments_BT: jax.Array | None = None,
+    block: int = 512,
+) -> jax.Array:
+    """Attention of each token to itself and the tokens before it.
+
+    Args:
+        q_BTHQ, k_BTHQ, v_BTHU: queries, keys and values; the value width U may differ from Q.
+        scale: factor of the scores.
+        segments_BT: documents; where given, a token sees only its own document.
+        block: queries handled at a time.
+
+    Returns:
+        o_BTHU in the dtype of `v_BTHU`.
+    """
+    n_tokens = q_BTHQ.shape[1]
+    attend = functools.partial(_attend, scale=scale)
+    if n_tokens > block:
+        attend = jax.checkpoint(attend)
+    outputs = []
+    for start in range(0, n_tokens, block):
+        end = min(start + block, n_tokens)
+        seen_TS = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
+        if segments_BT is not None:
+            seen_TS = seen_TS & (segments_BT[:, start:end, None] == segments_BT[:, None, :end])
+        outputs.append(attend(q_BTHQ[:, start:end], k_BTHQ[:, :end], v_BTHU[:, :end], seen_TS))
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+
+
+def _attend(q_BTHQ: jax.Array, k_BSHQ: jax.Array, v_BSHU: jax.Array, seen: jax.Array, *, scale: float) -> jax.Array:
+    scores_BHTS = jnp.einsum("BTHQ,BSHQ->BHTS", q_BTHQ, k_BSHQ, preferred_element_type=jnp.float32)
+    weights_BHTS = masked_softmax(scores_BHTS * scale, seen if seen.ndim == 2 else seen[:, None])
+    return jnp.einsum("BHTS,BSHU->BTHU", weights_BHTS.astype(v_BSHU.dtype), v_BSHU)
+
+
+def masked_softmax(scores: jax.Array, seen: jax.Array) -> jax.Array:
+    """Softmax over the last axis of float32 `scores` where `seen` (broadcast against it) holds; 0 elsewhere."""
+    return jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1)

@@ -1,0 +1,150 @@
+"""How a part declares its weights, and how identical blocks are stacked and run.
+
+A weight is declared once, with its shape, its logical axes and its initialiser; sharding, checkpoint layout and counts
+follow from that.  Modules describe; what crosses `jax.jit` is a plain nested dict of arrays:
+
+    definition, params, router_bias = split(V3(config, rngs=nnx.Rngs(0)))
+    model = bind(definition, params, router_bias)      # inside jit, grad, scan or shard_map
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+Tree = dict  # a nested dict with arrays (or one value per array) as leaves
+Unshard = Callable[[nnx.Module], None]
+
+
+class RouterBias(nnx.Variable):
+    """A weight that no gradient moves: the balancing bias of a router (V3 section 2.1.2)."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a model runs; none of it changes what the model computes.
+
+    Attributes:
+        compute: dtype of the activations.
+        remat: what the backward pass finds in memory: "none" keeps all, "dots" the matmul outputs, "block" block inputs.
+        expert_axis: mesh axis over which the routed experts are shared out; None when all of them are here.
+        unshard: gathers, in place, the weights of a module that are stored in shards (FSDP); None when all are whole.
+    """
+
+    compute: DTypeLike = jnp.float32
+    remat: str = "none"
+    expert_axis: str | None = None
+    unshard: Unshard | None = None
+
+
+def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Callable) -> nnx.Param:
+    """Declares a float32 weight.
+
+    Args:
+        rngs: source of the initialiser's key.
+        shape: sizes, one per letter of the weight's suffix.
+        axes: logical axis of each dimension ("embed", "heads", "experts", …); None for one that is never split.
+        init: `init(key, shape, dtype)`.
+    """
+    if len(shape) != len(axes):
+        raise ValueError(f"a weight of shape {shape} needs {len(shape)} logical axes, got {axes}")
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+def normal(std: float) -> Callable:
+    """Normal initialiser with mean 0 and standard deviation `std`."""
+    return jax.nn.initializers.normal(std)
+
+
+def ones(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    """Initialiser of norm gains."""
+    return jnp.ones(shape, dtype)
+
+
+def variables(module: nnx.Module) -> Iterator[tuple[tuple, nnx.Variable]]:
+    """The (path, variable) pairs of a module."""
+    return ((path, leaf) for path, leaf in nnx.iter_graph(module) if isinstance(leaf, nnx.Variable))
+
+
+def stack(build: Callable[[nnx.Rngs], nnx.Module], n: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`n` modules made by `build`, as one module whose weights have a leading axis L = n (logical axis "layers").
+
+    Stacked blocks compile once instead of `n` times.
+    """
+
+    @nnx.split_rngs(splits=n)
+    @nnx.vmap(in_axes=(nnx.StateAxes({...: 0}),), out_axes=0)
+    def create(layer_rngs: nnx.Rngs) -> nnx.Module:
+        return build(layer_rngs)
+
+    module = create(rngs)
+    for _, variable in variables(module):
+        variable.set_metadata(axes=("layers", *variable.get_metadata("axes")))
+    return module
+
+
+def run_stack(blocks: nnx.Module, x: jax.Array, run: Execution, call: Callable, extras: Tree | None = None):
+    """Runs stacked blocks one after the other: for each layer, `x, y = call(block, x, extra)`.
+
+    Args:
+        blocks: made by `stack`.
+        x: what flows from block to block (any pytree).
+        run: its `remat` and `unshard` apply to each block.
+        call: what one block does; `extra` is the layer's slice of `extras`.
+        extras: arrays with a leading axis L, or None.
+
+    Returns:
+        The last `x`, and the `y` of all layers stacked on a leading axis L.
+    """
+    definition, weights = nnx.split(blocks)
+
+    def body(x, layer):
+        block_weights, extra = layer
+        block = nnx.merge(definition, block_weights)
+        if run.unshard:
+            run.unshard(block)
+        return call(block, x, extra)
+
+    return jax.lax.scan(remat(body, run.remat), x, (weights, extras))
+
+
+REMAT = ("none", "dots", "block")
+
+
+def remat(body: Callable, policy: str) -> Callable:
+    """`body`, recomputed in the backward pass as `policy` says (see `Execution.remat`)."""
+    if policy == "none":
+        return body
+    if policy == "dots":
+        return jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    if policy == "block":
+        return jax.checkpoint(body)
+    raise ValueError(f"remat={policy!r}: no such policy. Choose one of {', '.join(REMAT)}.")
+
+
+def split(module: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
+    """A module as (definition, trained weights, router biases), the last two plain nested dicts."""
+    definition, params, router_bias = nnx.split(module, nnx.Param, RouterBias)
+    return definition, nnx.to_pure_dict(params), nnx.to_pure_dict(router_bias)
+
+
+def bind(definition: nnx.GraphDef, params: Tree, router_bias: Tree) -> nnx.Module:
+    """The module described by `definition` with these weights: the inverse of `split`."""
+    return nnx.merge(definition, nnx.State(params), nnx.State(router_bias))
+
+
+def logical_axes(module: nnx.Module) -> tuple[Tree, Tree]:
+    """The logical axes of a module's trained weights and router biases, in trees like those of `split`."""
+
+    def axes_of(kind: type) -> Tree:
+        state = nnx.state(module, kind)
+        return nnx.to_pure_dict(jax.tree.map(lambda v: v.get_metadata("axes"), state, is_leaf=_is_variable))
+
+    return axes_of(nnx.Param), axes_of(RouterBias)
+
+
+def _is_variable(leaf: object) -> bool:
+    return isinstance(leaf, nnx.Variable)

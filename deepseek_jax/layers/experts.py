@@ -1,0 +1,89 @@
+"""DeepSeekMoE: a few shared experts that every token visits, and many small routed ones of which it visits k.
+
+    h'_t = sum_shared FFN_i(u_t) + sum_routed g_i,t FFN_i(u_t)      (eq. 12)
+
+Many fine-grained experts instead of few wide ones, so that the k chosen make up a more specific feed-forward for the same
+cost; shared experts hold what all tokens need.  No token is ever dropped.
+Paper: V3 section 2.1.2; DeepSeekMoE, arXiv 2401.06066.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+from flax import nnx
+
+from deepseek_jax.layers.base import normal, param
+from deepseek_jax.layers.grouped import grouped_swiglu
+from deepseek_jax.layers.router import Route, Router, Routing
+from deepseek_jax.layers.swiglu import SwiGLU
+from deepseek_jax.parallel.alltoall import on_expert_devices
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """Sizes of a mixture of experts (V3's in brackets).
+
+    Attributes:
+        n_experts: E, routed experts (256).
+        n_shared: experts that every token visits, run as one wider feed-forward (1).
+        width: F, hidden width of one expert (2048).
+        top_k: K, routed experts a token visits (8).
+        n_groups: groups that the routed experts are divided into (8).
+        top_groups: groups that a token may visit (4).
+        route_scale: factor of the routed experts' weights (2.5).
+        init_std: standard deviation of the initial weights (0.006).
+    """
+
+    n_experts: int
+    n_shared: int
+    width: int
+    top_k: int
+    n_groups: int = 1
+    top_groups: int = 1
+    route_scale: float = 1.0
+    init_std: float = 0.006
+
+
+class Experts(nnx.Module):
+    """A mixture-of-experts feed-forward.
+
+    Args:
+        c: sizes.
+        d_model: width of the residual stream.
+        route: how the router chooses: `route(logits_BTE, bias_E) -> Routing`.
+        expert_axis: mesh axis over which the routed experts are shared out; None when all are on this device.
+        rngs: initialisers' keys.
+    """
+
+    def __init__(
+        self, c: ExpertsConfig, d_model: int, route: Route, *, expert_axis: str | None = None, rngs: nnx.Rngs
+    ):
+        init = normal(c.init_std)
+        self.router = Router(d_model, c.n_experts, c.init_std, route, rngs=rngs)
+        self.shared = SwiGLU(d_model, c.n_shared * c.width, c.init_std, rngs=rngs)
+        self.gate_XDF = param(rngs, (c.n_experts, d_model, c.width), ("experts", "embed", "mlp"), init)
+        self.up_XDF = param(rngs, (c.n_experts, d_model, c.width), ("experts", "embed", "mlp"), init)
+        self.down_XFD = param(rngs, (c.n_experts, c.width, d_model), ("experts", "mlp", "embed"), init)
+        self.expert_axis = expert_axis
+
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, Routing]:
+        """Returns (y_BTD, the router's decision)."""
+        routing = self.router(x_BTD)
+        return self.shared(x_BTD) + self.routed(x_BTD, routing), routing
+
+    def routed(self, x_BTD: jax.Array, routing: Routing) -> jax.Array:
+        """y_BTD: the routed experts' weighted sum alone."""
+        x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        top_k = routing.experts_BTK.shape[-1]
+        experts_MK, weights_MK = (part.reshape(-1, top_k) for part in routing[:2])
+        compute = functools.partial(
+            grouped_swiglu, gate_XDF=self.gate_XDF[...], up_XDF=self.up_XDF[...], down_XFD=self.down_XFD[...]
+        )
+        if self.expert_axis is None:
+            y_MD = compute(x_MD, experts_MK, weights_MK)
+        else:
+            y_MD = on_expert_devices(
+                compute, x_MD, experts_MK, weights_MK, n_local=self.gate_XDF.shape[0], axis=self.expert_axis
+            )
+        return y_MD.reshape(x_BTD.shape)

@@ -1,0 +1,169 @@
+"""Multi-head latent attention: keys and values of all heads are made from one small latent per token.
+
+    c^Q_t = norm(W^DQ h_t)            query latent                  (eq. 6)
+    q^C_t,i = W^UQ c^Q_t,  q^R_t,i = RoPE(W^QR c^Q_t)               (eqs. 7-8)
+    c^KV_t = norm(W^DKV h_t)          the latent that is cached     (eq. 1)
+    k^R_t = RoPE(W^KR h_t)            one rotary key for all heads  (eq. 3)
+    k^C_t,i = W^UK c^KV_t,  v_t,i = W^UV c^KV_t                     (eqs. 2, 5)
+    o_t,i = sum_j softmax_j([q^C; q^R]_t,i . [k^C_i; k^R]_j * scale) v_j,i,   u_t = W^O o_t   (eqs. 10-11)
+
+Two forms of the same function.  *Expanded* builds k and v of every head: fewest operations when many queries meet many
+keys (training, prefill).  *Absorbed* moves W^UK into the query and W^UV behind the softmax, so that all heads read the
+cached latent itself (decode): q~ = q^C W^UK,  score = q~ . c^KV + q^R . k^R,  o = (P c^KV) W^UV.
+
+Replaces multi-head attention's cache of 2 H Q numbers a token by C + P (V3: 576 instead of 32,768).
+The latent norms are in the released code; the report does not print them.  Paper: V3 section 2.1.1; V2 section 2.1.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.layers.attention import causal_attention, masked_softmax
+from deepseek_jax.layers.base import normal, param
+from deepseek_jax.layers.norm import RMSNorm
+from deepseek_jax.layers.rope import Yarn, frequencies, rotate, softmax_scale, temperature
+from deepseek_jax.precision.matmul import einsum
+
+
+@dataclass(frozen=True)
+class MLAConfig:
+    """Sizes of multi-head latent attention (V3's in brackets).
+
+    Attributes:
+        n_heads: H, heads (128).
+        q_rank: R, width of the query latent (1536).
+        kv_rank: C, width of the cached key-value latent (512).
+        nope_width: N, part of a query or key head without position (128).
+        rope_width: P, rotary part (64).
+        value_width: U, width of a value head (128).
+        rope_base: base of the rotary frequencies (10,000).
+        yarn: context extension, or None (pre-training).
+        norm_eps: of the latent norms (1e-6).
+        init_std: standard deviation of the initial weights (0.006).
+    """
+
+    n_heads: int
+    q_rank: int
+    kv_rank: int
+    nope_width: int
+    rope_width: int
+    value_width: int
+    rope_base: float = 10_000.0
+    yarn: Yarn | None = None
+    norm_eps: float = 1e-6
+    init_std: float = 0.006
+
+    @property
+    def query_width(self) -> int:
+        """Q = N + P."""
+        return self.nope_width + self.rope_width
+
+
+class Latents(NamedTuple):
+    """All that is cached of a token: the key-value latent and the rotary key."""
+
+    c_BSC: jax.Array
+    k_rope_BSP: jax.Array
+
+
+class MLA(nnx.Module):
+    """Multi-head latent attention; call it for the expanded form over whole sequences.
+
+    Args:
+        c: sizes.
+        d_model: width of the residual stream.
+        rngs: initialisers' keys.
+    """
+
+    def __init__(self, c: MLAConfig, d_model: int, *, rngs: nnx.Rngs):
+        init, heads = normal(c.init_std), c.n_heads
+        self.q_down_DR = param(rngs, (d_model, c.q_rank), ("embed", "q_latent"), init)
+        self.q_norm = RMSNorm(c.q_rank, c.norm_eps, rngs=rngs)
+        self.q_up_RHQ = param(rngs, (c.q_rank, heads, c.query_width), ("q_latent", "heads", None), init)
+        self.kv_down_DC = param(rngs, (d_model, c.kv_rank), ("embed", "kv_latent"), init)
+        self.kv_norm = RMSNorm(c.kv_rank, c.norm_eps, rngs=rngs)
+        self.k_rope_DP = param(rngs, (d_model, c.rope_width), ("embed", None), init)
+        self.k_up_CHN = param(rngs, (c.kv_rank, heads, c.nope_width), ("kv_latent", "heads", None), init)
+        self.v_up_CHU = param(rngs, (c.kv_rank, heads, c.value_width), ("kv_latent", "heads", None), init)
+        self.out_HUD = param(rngs, (heads, c.value_width, d_model), ("heads", None, "embed"), init)
+        self.config = c
+
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array | None = None, segments_BT=None) -> jax.Array:
+        """Causal attention over whole sequences, expanded form.
+
+        Args:
+            x_BTD: normed residual stream.
+            positions_BT: positions of the tokens; 0..T-1 by default.
+            segments_BT: documents that must not see one another, or None.
+
+        Returns:
+            u_BTD.
+        """
+        if positions_BT is None:
+            positions_BT = default_positions(x_BTD)
+        return self.expanded(x_BTD, positions_BT, self.latents(x_BTD, positions_BT), segments_BT)
+
+    def queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The heads' queries: (q_nope_BTHN, rotated q_rope_BTHP)."""
+        c = self.config
+        q_latent_BTR = self.q_norm(einsum("BTD,DR->BTR", x_BTD, self.q_down_DR[...]))
+        q_BTHQ = einsum("BTR,RHQ->BTHQ", q_latent_BTR, self.q_up_RHQ[...])
+        return q_BTHQ[..., : c.nope_width], self._rotate(q_BTHQ[..., c.nope_width :], positions_BT)
+
+    def latents(self, x_BTD: jax.Array, positions_BT: jax.Array) -> Latents:
+        """What the cache keeps of these tokens."""
+        c_BTC = self.kv_norm(einsum("BTD,DC->BTC", x_BTD, self.kv_down_DC[...]))
+        k_rope_BTP = einsum("BTD,DP->BTP", x_BTD, self.k_rope_DP[...])
+        return Latents(c_BTC, self._rotate(k_rope_BTP, positions_BT))
+
+    def expanded(self, x_BTD: jax.Array, positions_BT: jax.Array, latents: Latents, segments_BT=None) -> jax.Array:
+        """u_BTD of tokens that attend causally to themselves, given their own `latents`; k and v of each head are built."""
+        q_BTHQ = jnp.concatenate(self.queries(x_BTD, positions_BT), axis=-1)
+        k_nope_BTHN = einsum("BTC,CHN->BTHN", latents.c_BSC, self.k_up_CHN[...])
+        v_BTHU = einsum("BTC,CHU->BTHU", latents.c_BSC, self.v_up_CHU[...])
+        k_rope_BTHP = jnp.broadcast_to(
+            latents.k_rope_BSP[:, :, None], (*k_nope_BTHN.shape[:-1], self.config.rope_width)
+        )
+        k_BTHQ = jnp.concatenate([k_nope_BTHN, k_rope_BTHP], axis=-1)
+        o_BTHU = causal_attention(q_BTHQ, k_BTHQ, v_BTHU, scale=self.scale, segments_BT=segments_BT)
+        return einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...])
+
+    def absorbed(self, x_BTD: jax.Array, positions_BT: jax.Array, cache: Latents, seen_BTS: jax.Array) -> jax.Array:
+        """u_BTD of tokens that attend to a cache of latents, which must already hold their own.
+
+        Args:
+            x_BTD: normed residual stream of the new tokens (T = 1 in plain decoding).
+            positions_BT: their positions.
+            cache: latents of S slots.
+            seen_BTS: which slots a token may look at.
+        """
+        q_nope_BTHN, q_rope_BTHP = self.queries(x_BTD, positions_BT)
+        q_latent_BTHC = einsum("BTHN,CHN->BTHC", q_nope_BTHN, self.k_up_CHN[...])
+        wide = {"preferred_element_type": jnp.float32}
+        scores_BHTS = jnp.einsum("BTHC,BSC->BHTS", q_latent_BTHC, cache.c_BSC, **wide)
+        scores_BHTS += jnp.einsum("BTHP,BSP->BHTS", q_rope_BTHP, cache.k_rope_BSP, **wide)
+        weights_BHTS = masked_softmax(scores_BHTS * self.scale, seen_BTS[:, None]).astype(x_BTD.dtype)
+        o_latent_BTHC = jnp.einsum("BHTS,BSC->BTHC", weights_BHTS, cache.c_BSC)
+        o_BTHU = einsum("BTHC,CHU->BTHU", o_latent_BTHC, self.v_up_CHU[...])
+        return einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...])
+
+    @property
+    def scale(self) -> float:
+        """Factor of the attention logits."""
+        return softmax_scale(self.config.query_width, self.config.yarn)
+
+    def _rotate(self, x: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        c = self.config
+        ratio = 1.0
+        if c.yarn:
+            ratio = temperature(c.yarn.factor, c.yarn.mscale) / temperature(c.yarn.factor, c.yarn.mscale_all_dim)
+        return rotate(x, positions_BT, frequencies(c.rope_width, c.rope_base, c.yarn), ratio)
+
+
+def default_positions(x: jax.Array) -> jax.Array:
+    """positions_BT = 0..T-1 for an array whose first axes are B and T."""
+    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])

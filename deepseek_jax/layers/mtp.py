@@ -1,0 +1,59 @@
+"""Multi-token prediction: module k predicts token i+k+1 at position i, keeping the causal chain.
+
+    h'^k_i = M_k [norm(Emb(t_i+k)); norm(h^k-1_i)]    (eq. 21)
+    h^k    = TRM_k(h'^k)                               (eq. 22)
+    p^k_i+k+1 = OutHead(norm(h^k_i))                   (eq. 23)
+
+The report prints the hidden state first; the released weights take the embedding first, as here.
+h^0 is the main model's output after its final norm.  Embedding and head are the main model's, passed in by the caller.
+Paper: V3 section 2.2.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.layers.base import normal, param
+from deepseek_jax.layers.norm import RMSNorm
+from deepseek_jax.precision.matmul import einsum
+
+
+class MTP(nnx.Module):
+    """One depth of multi-token prediction around a Transformer block.
+
+    Args:
+        block: makes TRM_k from rngs; called as `block(x_BTD, attend) -> (x_BTD, extras)`.
+        d_model: width of the residual stream.
+        eps: of the norms.
+        std: standard deviation of the initial M_k.
+    """
+
+    def __init__(self, block: Callable[[nnx.Rngs], nnx.Module], d_model: int, eps: float, std: float, *, rngs: nnx.Rngs):
+        self.embedding_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)
+        self.hidden_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)
+        self.join_YD = param(rngs, (2 * d_model, d_model), (None, "embed"), normal(std))
+        self.block = block(rngs)
+        self.final_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)
+
+    def __call__(self, h_BTD: jax.Array, embedded_BTD: jax.Array, attend: Callable) -> tuple[jax.Array, object]:
+        """Goes one token further.
+
+        Args:
+            h_BTD: the previous depth's hidden states h^{k-1}.
+            embedded_BTD: embeddings of the tokens k places ahead, Emb(t_{i+k}).
+            attend: passed to the block.
+
+        Returns:
+            (h^k_BTD, ready for the shared head; the block's extras).
+        """
+        joined_BTY = jnp.concatenate([self.embedding_norm(embedded_BTD), self.hidden_norm(h_BTD)], axis=-1)
+        x_BTD = einsum("BTY,YD->BTD", joined_BTY, self.join_YD[...])
+        x_BTD, extras = self.block(x_BTD, attend)
+        return self.final_norm(x_BTD), extras
+
+
+def shift_left(tokens_BT: jax.Array, fill: int) -> jax.Array:
+    """The next token at each position, `fill` at the last one."""
+    return jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)), constant_values=fill)

@@ -1,0 +1,30 @@
+"""RMSNorm: y = w * x / sqrt(mean(x^2) + eps), in float32 whatever the dtype of x.
+
+Replaces LayerNorm's mean and bias.  Paper: Zhang & Sennrich 2019; every DeepSeek model uses eps = 1e-6.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.layers.base import ones, param
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, with a gain.
+
+    Args:
+        width: size of the last axis.
+        eps: added to the mean square.
+        axis: logical axis of the gain.
+    """
+
+    def __init__(self, width: int, eps: float, *, axis: str | None = None, rngs: nnx.Rngs):
+        self.gain = param(rngs, (width,), (axis,), ones)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns an array like `x`, in its dtype."""
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * self.gain[...]).astype(x.dtype)

@@ -1,0 +1,121 @@
+"""Which experts a token goes to, and how the experts are kept equally busy without a loss that hurts.
+
+    s_i,t = sigmoid(u_t . e_i)                                        (eq. 15)
+    chosen: top-k of s + b within the best groups; b only chooses     (eq. 16 and section 2.1.2)
+    g_i,t = scale * s_i,t / sum of the chosen s                       (eq. 13)
+
+A group's score is the sum of its two largest s + b (V3: 8 groups = nodes, 4 kept: a token visits at most 4 nodes).
+After each step b_i rises by gamma if expert i had less than the mean load and falls if it had more (loss-free balancing).
+A small sequence-wise loss remains as a guard: alpha * sum_i f_i P_i (eqs. 17-20).
+
+All of it in float32.  Paper: V3 section 2.1.2; arXiv 2408.15664.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.layers.base import RouterBias, normal, param
+
+
+class Routing(NamedTuple):
+    """The router's decision for each token.
+
+    Attributes:
+        experts_BTK: indices of the chosen experts, int32.
+        weights_BTK: g, the factor of each chosen expert's output.
+        scores_BTE: s, the affinities.
+    """
+
+    experts_BTK: jax.Array
+    weights_BTK: jax.Array
+    scores_BTE: jax.Array
+
+
+Route = Callable[[jax.Array, jax.Array], Routing]
+
+
+class Router(nnx.Module):
+    """Scores every expert and lets `route` choose.
+
+    Args:
+        d_model: width of the residual stream.
+        n_experts: E.
+        std: standard deviation of the initial centroids.
+        route: `route(logits_BTE, bias_E) -> Routing`.
+    """
+
+    def __init__(self, d_model: int, n_experts: int, std: float, route: Route, *, rngs: nnx.Rngs):
+        self.centroids_DE = param(rngs, (d_model, n_experts), ("embed", None), normal(std))
+        self.bias_E = RouterBias(jnp.zeros((n_experts,), jnp.float32), axes=(None,))
+        self.route = route
+
+    def __call__(self, x_BTD: jax.Array) -> Routing:
+        """Routes each token; computed in float32 from `x_BTD` of any dtype."""
+        logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), self.centroids_DE[...])
+        return self.route(logits_BTE, jax.lax.stop_gradient(self.bias_E[...]))
+
+
+def sigmoid_biased_topk(
+    logits_BTE: jax.Array, bias_E: jax.Array, *, top_k: int, n_groups: int, top_groups: int, scale: float
+) -> Routing:
+    """V3's choice: sigmoid scores, bias for the choice only, groups by their two best, weights renormalised.
+
+    Args:
+        logits_BTE: u . e.
+        bias_E: b.
+        top_k: experts per token (8).
+        n_groups: groups of consecutive experts (8); 1 for none.
+        top_groups: groups a token may visit (4).
+        scale: factor of the weights ("routed scaling factor", 2.5).
+    """
+    scores_BTE = jax.nn.sigmoid(logits_BTE)
+    choice_BTE = keep_best_groups(jax.lax.stop_gradient(scores_BTE) + bias_E, n_groups, top_groups)
+    _, experts_BTK = jax.lax.top_k(choice_BTE, top_k)
+    chosen_BTK = jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1)
+    weights_BTK = scale * chosen_BTK / (jnp.sum(chosen_BTK, axis=-1, keepdims=True) + 1e-20)
+    return Routing(experts_BTK, weights_BTK, scores_BTE)
+
+
+def keep_best_groups(choice_BTE: jax.Array, n_groups: int, top_groups: int) -> jax.Array:
+    """`choice_BTE` with -inf for the experts outside the `top_groups` best groups (-inf, not 0: b may be negative)."""
+    if top_groups == n_groups:
+        return choice_BTE
+    grouped = choice_BTE.reshape(*choice_BTE.shape[:-1], n_groups, -1)
+    best_two, _ = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))
+    _, kept = jax.lax.top_k(best_two.sum(-1), top_groups)
+    is_kept = jax.nn.one_hot(kept, n_groups, dtype=jnp.bool_).any(-2)
+    return jnp.where(is_kept[..., None], grouped, -jnp.inf).reshape(choice_BTE.shape)
+
+
+def expert_load(experts_BTK: jax.Array, n_experts: int) -> jax.Array:
+    """Tokens that chose each expert: load_E, float32 (exact up to 2^24)."""
+    return jnp.bincount(experts_BTK.reshape(-1), length=n_experts).astype(jnp.float32)
+
+
+def sequence_balance_loss(routing: Routing) -> jax.Array:
+    """sum_i f_i P_i of each sequence (eqs. 17-20 without alpha): loss_B, 1 when a sequence is perfectly balanced.
+
+    f_i = E / (K T) * times expert i was chosen,  P_i = mean over the sequence of s_i / sum_j s_j.
+    """
+    scores_BTE, experts_BTK = routing.scores_BTE, routing.experts_BTK
+    n_experts = scores_BTE.shape[-1]
+    n_choices = experts_BTK.shape[1] * experts_BTK.shape[2]
+    counts_BE = jax.vmap(lambda chosen: jnp.bincount(chosen.reshape(-1), length=n_experts))(experts_BTK)
+    f_BE = counts_BE * (n_experts / n_choices)
+    P_BE = jnp.mean(scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True), axis=1)
+    return jnp.sum(f_BE * P_BE, axis=-1)
+
+
+def updated_bias(bias: jax.Array, load: jax.Array, rate: float | jax.Array) -> jax.Array:
+    """b + gamma * sign(mean load - load), over the last axis (the experts)."""
+    return bias + rate * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
+
+
+def max_violation(load: jax.Array) -> jax.Array:
+    """MaxVio = (max load - mean load) / mean load over the last axis: 0 when balanced."""
+    mean = jnp.mean(load, axis=-1)
+    return (jnp.max(load, axis=-1) - mean) / mean

@@ -1,0 +1,22 @@
+"""SwiGLU feed-forward: y = (silu(x W_gate) * (x W_up)) W_down, no biases.  Paper: Shazeer 2020; all DeepSeek models."""
+
+import jax
+from flax import nnx
+
+from deepseek_jax.layers.base import normal, param
+from deepseek_jax.precision.matmul import einsum
+
+
+class SwiGLU(nnx.Module):
+    """A dense feed-forward of hidden width F."""
+
+    def __init__(self, d_model: int, width: int, std: float, *, rngs: nnx.Rngs):
+        self.gate_DF = param(rngs, (d_model, width), ("embed", "mlp"), normal(std))
+        self.up_DF = param(rngs, (d_model, width), ("embed", "mlp"), normal(std))
+        self.down_FD = param(rngs, (width, d_model), ("mlp", "embed"), normal(std))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Returns y_BTD."""
+        hidden_BTF = jax.nn.silu(einsum("BTD,DF->BTF", x_BTD, self.gate_DF[...]))
+        hidden_BTF = hidden_BTF * einsum("BTD,DF->BTF", x_BTD, self.up_DF[...])
+        return einsum("BTF,FD->BTD", hidden_BTF, self.down_FD[...])

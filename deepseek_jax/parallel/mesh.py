@@ -1,0 +1,76 @@
+"""The device mesh of a run, and the one way in which per-device code is run on it.
+
+Axes: `data` (replicas of the experts) and `expert` (the routed experts are shared out over it).  The batch is split over
+both together: as in DeepSeek's layout, expert ranks hold different tokens.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from deepseek_jax.errors import UserError
+
+DATA, EXPERT = "data", "expert"
+AXES = (DATA, EXPERT)
+BATCH = P(AXES)  # a leading axis split over all devices
+REPLICATED = P()
+
+
+def make_mesh(data: int = -1, expert: int = 1, devices: list | None = None) -> Mesh:
+    """A mesh of `data` x `expert` devices, axes of type Auto.
+
+    Args:
+        data: devices along `data`; -1 takes all that are left.
+        expert: devices along `expert`.
+        devices: those to use; all of this run's by default.
+
+    Raises:
+        UserError: the product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    if expert < 1 or (data < 1 and data != -1):
+        raise UserError(f"config.mesh: data={data}, expert={expert}. Sizes are 1 or more (data may be -1: all the rest).")
+    given = f"config.mesh: data={data} x expert={expert}"
+    if data == -1:
+        data, rest = divmod(len(devices), expert)
+        if rest or not data:
+            raise UserError(f"{given} does not divide the {len(devices)} devices. Choose an expert size that does.")
+    if data * expert > len(devices):
+        raise UserError(f"{given} needs {data * expert} devices, here are {len(devices)}. Make the mesh smaller.")
+    if jax.process_count() > 1 and data * expert != len(devices):
+        raise UserError(f"{given} must use all {len(devices)} devices of a run of several processes.")
+    chosen = np.asarray(devices[: data * expert]).reshape(data, expert)
+    return Mesh(chosen, AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def size(mesh: Mesh, axes: tuple[str, ...]) -> int:
+    """Number of devices along `axes` together."""
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def per_device(function: Callable, mesh: Mesh, in_specs: object, out_specs: object) -> Callable:
+    """`function` run once on each device of `mesh`, on that device's part of its arguments (a manual `shard_map`).
+
+    Varying-axes checks are off: gradients are summed by the caller, once, not by hidden psums.
+    """
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def total(x: object, axes: tuple[str, ...] = AXES) -> object:
+    """The sum over the devices along `axes` of every array in `x`; inside `per_device` only."""
+    return jax.lax.psum(x, axes)
+
+
+def place(tree: object, mesh: Mesh, specs: object) -> object:
+    """The host or device arrays of `tree` laid out on `mesh` as `specs` (a tree like it) says."""
+    return jax.device_put(tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
+
+
+def global_batch(local: object, mesh: Mesh) -> object:
+    """One global array per host array of `local`, the rows of all processes in order, split over all devices."""
+    sharding = NamedSharding(mesh, BATCH)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), local)

@@ -1,0 +1,133 @@
+"""Where each weight lives: logical axes -> mesh axes, ZeRO-1, FSDP.
+
+A weight's logical axes are declared with it ("experts", "embed", "heads", …).  A run's rules map some of them to mesh
+axes.  "experts" is compute sharding: a device works with the experts it holds.  Every other rule is storage sharding
+(FSDP): the weight is gathered just before use, and its gradient comes back summed and scattered.
+
+The optimiser state is cut further (ZeRO-1), over all devices that would otherwise hold the same copy.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.parallel.mesh import AXES, size
+
+EXPERTS = "experts"
+LAYERS = "layers"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one weight and what belongs to it live.
+
+    Attributes:
+        spec: of the weight.
+        copies: mesh axes along which devices hold the same part; its gradient is summed over them.
+        zero_dim: dimension along which its optimiser state is cut over `copies`; None if no dimension divides.
+        optimizer_spec: of its optimiser state.
+    """
+
+    spec: P
+    copies: tuple[str, ...]
+    zero_dim: int | None
+    optimizer_spec: P
+
+
+def check_rules(rules: Mapping[str, str]) -> None:
+    """Raises UserError for a rule that names no mesh axis, or a storage rule over the expert axis of the experts."""
+    for logical, axis in rules.items():
+        if axis and axis not in AXES:
+            raise UserError(f"config.sharding.{logical}={axis!r}: no such mesh axis. Choose one of {', '.join(AXES)}.")
+
+
+def is_axes(leaf: object) -> bool:
+    """Whether `leaf` is a weight's tuple of logical axes."""
+    return isinstance(leaf, tuple)
+
+
+def placements(axes: dict, shapes: dict, rules: Mapping[str, str], mesh: Mesh) -> dict:
+    """The `Placement` of every weight.
+
+    Args:
+        axes: tree of logical axes, one tuple per weight.
+        shapes: tree like it of arrays or `jax.ShapeDtypeStruct`s.
+        rules: logical axis -> mesh axis; "" or absent keeps a dimension whole.
+        mesh: the run's.
+
+    Raises:
+        UserError: a dimension does not divide by its mesh axis, or two dimensions of a weight want the same one.
+    """
+    check_rules(rules)
+
+    def placement(path: tuple, logical: tuple, array: jax.ShapeDtypeStruct) -> Placement:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return _placement(name, logical, array.shape, rules, mesh)
+
+    return jax.tree_util.tree_map_with_path(placement, axes, shapes, is_leaf=is_axes)
+
+
+def _placement(name: str, logical: tuple, shape: tuple, rules: Mapping[str, str], mesh: Mesh) -> Placement:
+    wanted = [rules.get(axis) or None if axis else None for axis in logical]
+    wanted = [axis if axis and mesh.shape[axis] > 1 else None for axis in wanted]
+    for dim, axis in enumerate(wanted):
+        if axis and shape[dim] % mesh.shape[axis]:
+            raise UserError(
+                f"{name}: {shape[dim]} {logical[dim]} over mesh axis {axis!r} of size {mesh.shape[axis]}: not divisible. "
+                f"Choose a divisor of {shape[dim]} in config.mesh.{axis}."
+            )
+        if axis and wanted.index(axis) != dim:
+            raise UserError(
+                f"{name}: {logical[wanted.index(axis)]} and {logical[dim]} both want mesh axis {axis!r}. "
+                f'Set one of them to "" in config.sharding.'
+            )
+    copies = tuple(axis for axis in AXES if axis not in wanted and mesh.shape[axis] > 1)
+    zero_dim = _zero_dim(wanted, shape, size(mesh, copies)) if copies else None
+    cut = list(wanted)
+    if zero_dim is not None:
+        cut[zero_dim] = copies
+    return Placement(P(*wanted), copies, zero_dim, P(*cut))
+
+
+def _zero_dim(wanted: list, shape: tuple, n_copies: int) -> int | None:
+    """The largest dimension that is still whole and divides by `n_copies`."""
+    free = [dim for dim, axis in enumerate(wanted) if axis is None and shape[dim] % n_copies == 0 and shape[dim]]
+    return max(free, key=lambda dim: shape[dim], default=None)
+
+
+def unsharder(rules: Mapping[str, str], mesh: Mesh) -> Callable[[nnx.Module], None] | None:
+    """A function that makes whole, in place, a module's weights that FSDP stores in shards; None if there are none.
+
+    Called on a model it leaves stacked blocks alone; called on one layer of a stack it gathers that layer.
+    """
+    stored = {name: axis for name, axis in rules.items() if name != EXPERTS and axis and mesh.shape[axis] > 1}
+    if not stored:
+        return None
+
+    def unshard(module: nnx.Module) -> None:
+        for _, variable in nnx.iter_graph(module):
+            if not isinstance(variable, nnx.Variable):
+                continue
+            logical, value = variable.get_metadata("axes"), variable[...]
+            if logical[:1] == (LAYERS,):
+                if len(logical) == value.ndim:
+                    continue
+                logical = logical[1:]
+            for dim, name in enumerate(logical):
+                if name in stored:
+                    value = jax.lax.all_gather(value, stored[name], axis=dim, tiled=True)
+            variable[...] = value
+
+    return unshard
+
+
+def bytes_per_device(array: jax.ShapeDtypeStruct, spec: P, mesh: Mesh) -> int:
+    """Bytes of one device's part of an array laid out as `spec`."""
+    parts = math.prod(size(mesh, axis if isinstance(axis, tuple) else (axis,)) for axis in spec if axis)
+    return array.size * array.dtype.itemsize // parts

@@ -1,0 +1,59 @@
+"""ZeRO-1: gradients are summed and scattered, each device updates its part, the new weights are gathered.
+
+Each function works inside `per_device` on trees of arrays and of `Placement`s.
+Paper: Rajbhandari et al. 2020; used by V3 (section 3.1).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.parallel.mesh import AXES
+from deepseek_jax.parallel.sharding import Placement
+
+
+def sum_and_scatter(gradients: dict, placements: dict) -> dict:
+    """This device's part of the gradients summed over all devices."""
+
+    def one(place: Placement, gradient: jax.Array) -> jax.Array:
+        if not place.copies:
+            return gradient
+        if place.zero_dim is None:
+            return jax.lax.psum(gradient, place.copies)
+        return jax.lax.psum_scatter(gradient, place.copies, scatter_dimension=place.zero_dim, tiled=True)
+
+    return jax.tree.map(one, placements, gradients)
+
+
+def scatter(weights: dict, placements: dict) -> dict:
+    """This device's part of weights that it holds whole, cut like the optimiser state."""
+
+    def one(place: Placement, weight: jax.Array) -> jax.Array:
+        if place.zero_dim is None:
+            return weight
+        width = weight.shape[place.zero_dim] // jax.lax.axis_size(place.copies)
+        start = jax.lax.axis_index(place.copies) * width
+        return jax.lax.dynamic_slice_in_dim(weight, start, width, axis=place.zero_dim)
+
+    return jax.tree.map(one, placements, weights)
+
+
+def gather(parts: dict, placements: dict) -> dict:
+    """The whole weights from the parts of all devices: the inverse of `scatter`."""
+
+    def one(place: Placement, part: jax.Array) -> jax.Array:
+        if place.zero_dim is None:
+            return part
+        return jax.lax.all_gather(part, place.copies, axis=place.zero_dim, tiled=True)
+
+    return jax.tree.map(one, placements, parts)
+
+
+def global_norm(parts: dict, placements: dict) -> jax.Array:
+    """sqrt of the sum of squares over all weights of all devices, each weight counted once."""
+
+    def squares(place: Placement, part: jax.Array) -> jax.Array:
+        n_equal = jax.lax.axis_size(place.copies) if place.copies and place.zero_dim is None else 1
+        return jnp.sum(jnp.square(part.astype(jnp.float32))) / n_equal
+
+    local = jax.tree.leaves(jax.tree.map(squares, placements, parts))
+    return jnp.sqrt(jax.lax.psum(jnp.sum(jnp.stack(local)), AXES))

@@ -1,0 +1,35 @@
+"""What is kept and what is computed in which dtype.
+
+| what | dtype |
+| --- | --- |
+| master weights, gradients that are summed, optimiser update | float32 |
+| activations and matmul operands | `Policy.compute` |
+| norms, rotary angles, router scores, softmax, cross-entropy | float32, cast in place where they stand |
+
+The activations carry the compute dtype from the embedding on; there is no autocast.
+Paper: V3 section 3.3.2 (which operators stay in high precision).
+"""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from deepseek_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The dtypes of a run."""
+
+    compute: DTypeLike  # activations, and weights at the moment of a matmul
+
+
+POLICIES = {"fp32": Policy(jnp.float32), "bf16": Policy(jnp.bfloat16)}
+
+
+def policy(name: str) -> Policy:
+    """The policy called `name`. Raises UserError for an unknown one."""
+    if name not in POLICIES:
+        raise UserError(f"config.precision={name!r}: no such precision. Choose {' or '.join(POLICIES)}.")
+    return POLICIES[name]
