@@ -281,17 +281,19 @@ class Metrics:
 
     def _chart(self, step: int, split: str, figures: Mapping[str, Any], layers: Mapping[str, np.ndarray]) -> None:
         """Hands the figures to TensorBoard."""
-        for name, value in figures.items():
-            self._board.add_scalar(f"{split}/{name}", value, step)
+        scalars = {f"{split}/{name}": value for name, value in figures.items()}
         if split == "train":
-            for name, value in self.speed.items():
-                self._board.add_scalar(f"speed/{name}", value, step)
-        for name, value in layers.items():
-            for layer, row in enumerate(value):
-                if value.ndim == 1:
-                    self._board.add_scalar(f"{name}/layer_{layer:02d}", row, step)
+            scalars |= {f"speed/{name}": value for name, value in self.speed.items()}
+        for name, rows in layers.items():
+            for layer, row in enumerate(rows):
+                tag = f"{name}/layer_{layer:02d}"
+                if rows.ndim == 1:
+                    scalars[tag] = row
                 elif np.isfinite(row).all():
-                    self._board.add_histogram(f"{name}/layer_{layer:02d}", row, step, bins=min(len(row), 32))
+                    self._board.add_histogram(tag, row, step, bins=min(len(row), 32))
+        for tag, value in scalars.items():
+            if math.isfinite(value):  # TensorBoard cannot draw the others and complains
+                self._board.add_scalar(tag, value, step)
 
     def _heading(self, step: int) -> str:
         return f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}"

@@ -1,0 +1,234 @@
+"""The command line: what is listed, what is said of wrong words, and how options reach a config."""
+
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+from ml_collections import ConfigDict
+
+import deepseek_jax
+from deepseek_jax import cli
+from deepseek_jax.errors import UserError
+from deepseek_jax.launch import _options
+
+
+@pytest.fixture
+def verb(tmp_path, monkeypatch):
+    """A folder of verbs with ``greet``, whose ``main`` a test may replace."""
+    (tmp_path / "greet.py").write_text('"""Says hello.\n\nAt length."""\nraise RuntimeError("imported")\n')
+    (tmp_path / "farewell.py").write_text('"""Says goodbye."""\n')
+    (tmp_path / "_private.py").write_text('"""No verb."""\n')
+    monkeypatch.setattr(cli, "verbs", lambda: {file.stem: file for file in sorted(tmp_path.glob("[!_]*.py"))})
+    monkeypatch.setattr(cli, "quieten", lambda: None)
+    monkeypatch.delenv("DEEPSEEK_JAX_DEBUG", raising=False)
+    module = types.ModuleType("deepseek_jax.launch.greet")
+    module.main = lambda argv: None
+    monkeypatch.setitem(sys.modules, "deepseek_jax.launch.greet", module)
+    return module
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])
+def test_help_lists_each_verb_with_its_first_line_and_imports_none(verb, capsys, argv):
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "  farewell  Says goodbye.\n  greet     Says hello." in out
+    assert "private" not in out
+
+
+def test_the_real_verbs_are_the_public_files_of_launch():
+    assert not [name for name in cli.verbs() if name.startswith("_")]
+
+
+def test_help_of_a_verb_prints_its_whole_docstring_and_then_asks_the_verb(verb, capsys):
+    verb.main = lambda argv: print(argv)
+    assert cli.main(["greet", "--help"]) == 0
+    assert capsys.readouterr().out == "Says hello.\n\nAt length.\n\n['--help']\n"
+
+
+def test_the_exit_code_is_the_verbs(verb):
+    verb.main = lambda argv: len(argv)
+    assert cli.main(["greet", "a", "b", "c"]) == 3
+    verb.main = lambda argv: None
+    assert cli.main(["greet"]) == 0
+
+
+def test_an_unknown_verb_is_one_line_with_the_nearest(verb, capsys):
+    assert cli.main(["gret"]) == 2
+    assert capsys.readouterr().err == "deepseek-jax: error: gret: no such verb. Did you mean greet?\n"
+
+
+def test_a_user_error_is_one_line_without_traceback(verb, capsys, monkeypatch):
+    def main(argv):
+        raise UserError("no such thing")
+
+    verb.main = main
+    assert cli.main(["greet"]) == 2
+    assert capsys.readouterr().err == "deepseek-jax: error: no such thing\n"
+    monkeypatch.setenv("DEEPSEEK_JAX_DEBUG", "1")
+    with pytest.raises(UserError):
+        cli.main(["greet"])
+
+
+def test_ctrl_c_is_quiet(verb, capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    verb.main = main
+    assert cli.main(["greet"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_a_fault_of_ours_keeps_its_traceback(verb):
+    verb.main = lambda argv: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["greet"])
+
+
+def test_the_module_runs_as_a_program():
+    done = subprocess.run([sys.executable, "-m", "deepseek_jax", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"deepseek-jax {deepseek_jax.__version__}\n")
+    done = subprocess.run([sys.executable, "-m", "deepseek_jax", "no-such-verb"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("deepseek-jax: error: no-such-verb") and done.stderr.count("\n") == 1
+
+
+# Options.
+
+CARD = '''
+"""A card."""
+from ml_collections import ConfigDict
+def get_config():
+    config = ConfigDict({"name": "", "seed": 0, "rate": 0.5, "mask": False, "text": "x", "shape": (1, 2), "none": None})
+    config.train = ConfigDict({"steps": 10, "tail": ConfigDict({"steps": 3})})
+    return config
+'''
+
+
+@pytest.fixture
+def card(tmp_path):
+    path = tmp_path / "card.py"
+    path.write_text(CARD)
+    return str(path)
+
+
+def test_overrides_are_typed_by_the_config_in_both_spellings(card):
+    options = _options.parse(
+        ["--config", card, "--config.train.steps=7", "--config.seed", "-1", "--config.rate=1", "--config.mask=true",
+         "--config.shape=(3,)", "--config.none=5", "--config.text=a=b", "--config.train.tail.steps=1"]
+    )  # fmt: skip
+    config = options.config
+    assert (config.train.steps, config.seed, config.mask, config.shape) == (7, -1, True, (3,))
+    assert (config.none, config.text, config.train.tail.steps) == (5, "a=b", 1)
+    assert config.rate == 1.0 and isinstance(config.rate, float)
+    assert options.overrides["train.steps"] == "7"
+    assert options.workdir is None
+
+
+def test_the_last_of_two_overrides_wins_and_the_config_is_named_and_locked(card):
+    config = _options.parse([f"--config={card}", "--config.seed=1", "--config.seed=2"]).config
+    assert (config.seed, config.name) == (2, "card")
+    with pytest.raises(AttributeError):
+        config.sede = 1
+
+
+def test_a_name_finds_a_config_of_the_package():
+    assert _options.parse([], default_config="base").config.train.steps == 1000
+    assert "base" not in _options.names() and "__init__" not in _options.names()
+
+
+@pytest.mark.parametrize("name", _options.names())
+def test_every_config_of_the_package_loads_and_survives_json(name):
+    config = _options.load(name)
+    assert config.name
+    assert _options.from_json(json.loads(json.dumps(_options.to_json(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config.train.stepz=1"], "config.train.stepz: no such key. Did you mean config.train.steps?"),
+        (["--config.zzzzzz=1"], "config.zzzzzz: no such key. Keys of config: "),
+        (["--config.seed.x=1"], "config.seed.x: no such key."),
+        (["--config.train.steps=abc"], "config.train.steps=abc: wanted an int, like 10."),
+        (["--config.train.steps=1.5"], "config.train.steps=1.5: wanted an int"),
+        (["--config.rate=fast"], "config.rate=fast: wanted a float"),
+        (["--config.mask=perhaps"], "config.mask=perhaps: wanted a bool"),
+        (["--config.train=1"], "config.train is a group of keys"),
+        (["--config.seed"], "--config.seed lacks its value."),
+        (["--workdr=x"], "--workdr: no such flag. Did you mean --workdir?"),
+        (["--workdir="], "--workdir= is empty."),
+        (["workdir=x"], "workdir=x: a stray word."),
+        (["--count=many"], "--count=many: wanted an int (how many)."),
+        (["--loud=perhaps"], "--loud=perhaps: wanted true or false."),
+        (["--no-count"], "--no-count: no such flag."),
+    ],
+)
+def test_a_wrong_word_is_named_with_what_was_wanted(card, words, message):
+    with pytest.raises(UserError) as error:
+        _options.parse([f"--config={card}", *words], extra={"count": (int, 1, "how many"), "loud": (bool, False, "")})
+    assert str(error.value).startswith(message)
+    assert len(str(error.value).splitlines()) <= 2
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def get_config(): return 1 / 0", "the file raised ZeroDivisionError: division by zero (line 1 of "),
+        ("def get_config(: pass", "the file raised SyntaxError"),
+        ("x = 1", "the file raised AttributeError"),
+        ("def get_config(): return {}", "get_config() gave a dict"),
+    ],
+)
+def test_a_config_file_that_fails_is_the_users_error(tmp_path, source, message):
+    path = tmp_path / "wrong.py"
+    path.write_text(source)
+    with pytest.raises(UserError, match="wrong.py") as error:
+        _options.parse([f"--config={path}"])
+    assert message in str(error.value)
+
+
+def test_a_config_that_is_not_there():
+    with pytest.raises(UserError, match="no such file"):
+        _options.parse(["--config=nowhere/a.py"])
+    with pytest.raises(UserError, match="no such config"):
+        _options.parse(["--config=nowhere"])
+    with pytest.raises(UserError, match="no config"):
+        _options.parse(["--config.seed=1"])
+
+
+def test_a_verbs_own_flags():
+    extra = {"prompt_text": (str, "", "text"), "count": (int, 3, "how many"), "loud": (bool, True, "aloud")}
+    options = _options.parse(["--prompt-text", "a b", "--no-loud"], extra=extra, config=False)
+    assert (options.prompt_text, options.count, options.loud, options.config) == ("a b", 3, False, None)
+    assert _options.parse(["--loud"], extra=extra).loud is True
+    with pytest.raises(UserError, match="--file is missing"):
+        _options.parse([], extra={"file": (str, _options.REQUIRED, "what to read")})
+    with pytest.raises(UserError, match="no such flag"):
+        _options.parse(["--config=base"], config=False)
+
+
+def test_help_lists_the_options(capsys):
+    with pytest.raises(SystemExit) as stop:
+        _options.parse(["--help"], default_config="tiny", extra={"count": (int, 3, "how many")})
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for word in ("--config=VALUE", "(default: tiny)", "--workdir=VALUE", "--count=VALUE", "--config.a.b=VALUE"):
+        assert word in out
+
+
+def test_checks_across_fields_say_what_is_wrong():
+    config = ConfigDict({"a": 1})
+    assert _options.validate(config, [lambda c: None]) is config
+    with pytest.raises(UserError, match="too small"):
+        _options.validate(config, [lambda c: "a is too small" if c.a < 2 else None])
+
+
+def test_json_gives_back_the_same_config():
+    tree = {"i": 1, "f": 1.0, "third": 1 / 3, "huge": 1e300, "t": (1, (2.0, None)), "l": [1, (2,)], "s": "é", "b": True,
+            "n": None, "empty": {}, "sub": {"x": (), "y": -0.0}}  # fmt: skip
+    config = ConfigDict(tree).lock()
+    back = _options.from_json(json.loads(json.dumps(_options.to_json(config))))
+    assert back == config
+    assert repr(back.to_dict()) == repr(config.to_dict())

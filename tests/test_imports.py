@@ -1,0 +1,179 @@
+"""Who may import whom (ARCHITECTURE.md), read from the source: nothing is imported to find out."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# From the bottom up.  A room imports itself and what stands on lower floors, never a neighbour on its own floor.
+FLOORS = (
+    ("shapes", "errors", "compat"),
+    ("precision", "data"),
+    ("parallel",),
+    ("layers",),
+    ("models",),
+    ("train", "serve", "convert", "eval", "plan"),
+    ("rl",),
+    ("language_model",),
+    ("configs",),
+    ("cli", "launch"),
+    ("__main__",),
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+# Rooms that may import these and the standard library only, besides what is said of them here.
+SELF_CONTAINED = {
+    "pallas_kernels": ("jax", "pallas_kernels"),
+    "configs": ("ml_collections", "deepseek_jax.configs"),
+    "shapes": (),
+    "errors": (),
+}
+
+# What belongs to a mesh stays in parallel/; the step may open the one shard_map of training.
+MESH_NAMES = {
+    *("PartitionSpec", "NamedSharding", "shard_map", "axis_index", "axis_size"),
+    *("psum", "pmean", "pmax", "pmin", "ppermute", "pshuffle", "all_gather", "all_to_all", "psum_scatter"),
+    "ragged_all_to_all",
+}
+MESH_ROOMS = ("parallel", "compat")
+MESH_FILES = ("deepseek_jax/train/step.py",)
+
+# The resolved config is read at the border only.
+CONFIG_DICT_ROOMS = ("launch", "configs", "models", "language_model")
+
+
+def room_of(module: str) -> str | None:
+    """Returns the room of a dotted name; "" is the package itself, None is foreign."""
+    first, _, rest = module.partition(".")
+    if first == "pallas_kernels":
+        return first
+    return rest.partition(".")[0] if first == "deepseek_jax" else None
+
+
+def module_of(path: Path) -> str:
+    """Returns the dotted name under which a file of the tree is imported."""
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    if parts[0] in ("configs", "launch"):
+        parts.insert(0, "deepseek_jax")
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def imported(tree: ast.AST, module: str, is_package: bool) -> list[str]:
+    """Returns the dotted names that a file imports, anywhere in it, relative ones resolved."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".") if is_package else module.split(".")[:-1]
+                parents = parents[: len(parents) - node.level + 1]
+                base = ".".join([*parents, base] if base else parents)
+            # `from deepseek_jax import layers` names the room in the alias
+            found += [f"{base}.{alias.name}" if base == "deepseek_jax" else base for alias in node.names]
+    return found
+
+
+def mesh_names(tree: ast.AST) -> list[str]:
+    """Returns what a file takes from jax of the names that belong to a mesh."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "jax":
+            found += [alias.name for alias in node.names if alias.name in MESH_NAMES]
+        elif isinstance(node, ast.Attribute) and node.attr in MESH_NAMES:
+            root = node.value
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            if isinstance(root, ast.Name) and root.id in ("jax", "lax"):
+                found.append(node.attr)
+    return found
+
+
+def violations(path: str, source: str) -> list[str]:
+    """Returns a sentence for each import of a file that the rule forbids."""
+    module = module_of(ROOT / path)
+    room, tree = room_of(module), ast.parse(source)
+    found = []
+    for name in imported(tree, module, path.endswith("__init__.py")):
+        other, package = room_of(name), name.partition(".")[0]
+        if room in SELF_CONTAINED:
+            allowed = SELF_CONTAINED[room]
+            if package not in sys.stdlib_module_names and not name.startswith(allowed):
+                found.append(f"{path} imports {name}; {room} imports {', '.join(allowed) or 'nothing'} only")
+        elif other in FLOOR:
+            if other != room and FLOOR.get(room, -1) <= FLOOR[other]:
+                found.append(f"{path} imports {name}: {room or 'the package'} stands beside or below {other}")
+        elif other not in (None, "", "pallas_kernels", "__version__"):
+            found.append(f"{path} imports {name}, a room that FLOORS lacks")
+        if package == "ml_collections" and room not in CONFIG_DICT_ROOMS:
+            found.append(f"{path} imports ml_collections; only {', '.join(CONFIG_DICT_ROOMS)} read a ConfigDict")
+        if package in ("configs", "launch", "tests"):
+            found.append(f"{path} imports {name}; write deepseek_jax.{name}")
+    if room not in MESH_ROOMS and path not in MESH_FILES:
+        found += [f"{path} uses jax's {name}; the mesh stays in parallel/" for name in mesh_names(tree)]
+    return found
+
+
+def sources() -> list[str]:
+    folders = ("deepseek_jax", "configs", "launch", "pallas_kernels")
+    return sorted(str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", sources())
+def test_a_file_imports_only_what_stands_below_it(path):
+    assert violations(path, (ROOT / path).read_text(encoding="utf-8")) == []
+
+
+def test_every_room_has_a_floor():
+    rooms = {room_of(module_of(ROOT / path)) for path in sources()} - {"", "pallas_kernels"}
+    assert rooms <= FLOOR.keys()
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("deepseek_jax/layers/norm.py", "from deepseek_jax.models.v3 import Model"),
+        ("deepseek_jax/layers/norm.py", "from deepseek_jax import models"),
+        ("deepseek_jax/layers/norm.py", "from ..models import v3"),
+        ("deepseek_jax/layers/norm.py", "def f():\n    import deepseek_jax.models.v3"),
+        ("deepseek_jax/train/loop.py", "import deepseek_jax.serve.cache"),
+        ("deepseek_jax/data/corpus.py", "from deepseek_jax.precision import matmul"),
+        ("deepseek_jax/precision/matmul.py", "from deepseek_jax.parallel import mesh"),
+        ("deepseek_jax/models/v3.py", "from deepseek_jax.configs import base"),
+        ("deepseek_jax/train/loop.py", "from deepseek_jax.launch import _options"),
+        ("deepseek_jax/__init__.py", "from deepseek_jax.language_model import build"),
+        ("deepseek_jax/train/loop.py", "from ml_collections import ConfigDict"),
+        ("deepseek_jax/train/loop.py", "import configs.base"),
+        ("deepseek_jax/nowhere/a.py", "import deepseek_jax.elsewhere"),
+        ("pallas_kernels/gemm/gpu.py", "from deepseek_jax.shapes import LEGEND"),
+        ("pallas_kernels/gemm/gpu.py", "import flax"),
+        ("configs/tiny.py", "import jax"),
+        ("configs/tiny.py", "from deepseek_jax.models import v3"),
+        ("deepseek_jax/layers/norm.py", "from jax.sharding import PartitionSpec as P"),
+        ("deepseek_jax/layers/norm.py", "import jax\nx = jax.lax.psum(1, 'expert')"),
+        ("deepseek_jax/models/v3.py", "from jax import lax\nx = lax.all_to_all"),
+        ("deepseek_jax/train/loop.py", "from jax import shard_map"),
+    ],
+)
+def test_a_planted_violation_is_found(path, line):
+    assert violations(path, line)
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("deepseek_jax/layers/norm.py", "from deepseek_jax.layers.base import param"),
+        ("deepseek_jax/layers/experts.py", "from deepseek_jax.parallel.alltoall import all_to_all"),
+        ("deepseek_jax/parallel/mesh.py", "from jax.sharding import PartitionSpec"),
+        ("deepseek_jax/serve/engine.py", "from pallas_kernels.mla_decode import mla_decode"),
+        ("configs/tiny_v3.py", "from ml_collections import ConfigDict\nfrom deepseek_jax.configs import base"),
+        ("launch/train.py", "from deepseek_jax.train import loop\nimport jax"),
+        ("pallas_kernels/gemm/gpu.py", "import functools\nimport jax\nfrom pallas_kernels.gemm import tiles"),
+    ],
+)
+def test_a_lawful_import_passes(path, line):
+    assert violations(path, line) == []

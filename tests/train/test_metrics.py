@@ -1,0 +1,182 @@
+"""The log is exact and survives kills; lines are stable; the live view draws at any width."""
+
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.train import metrics as metrics_module
+from deepseek_jax.train.metrics import Metrics, bits_per_byte, duration, max_violation, peak_flops, read_log
+
+
+def open_metrics(workdir, **options):
+    options = {"total_steps": 20, "tokens_per_step": 100, "stream": io.StringIO(), "live": False} | options
+    return Metrics(workdir, **options)
+
+
+def run(workdir, steps, **options):
+    """Logs figures that depend on the step alone."""
+    with open_metrics(workdir, **options) as metrics:
+        for step in steps:
+            load_LE = np.array([[1.0, 2.0, 3.0], [step, step, step]])
+            metrics.step(step, {"loss": 1 / step, "skipped": 0}, {"expert_load": load_LE, "router_bias": load_LE})
+            if step % 5 == 0:
+                metrics.evaluation(step, {"loss": math.pi / step})
+
+
+def decided(workdir):
+    """Returns the log without what the clock decides."""
+    records = read_log(workdir / "metrics.jsonl")
+    return [{key: value for key, value in record.items() if key != "speed"} for record in records]
+
+
+def test_the_log_of_a_killed_and_resumed_run_is_the_uninterrupted_one(tmp_path):
+    run(tmp_path / "whole", range(1, 21))
+    run(tmp_path / "cut", range(1, 14))
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 14, "split": "tr')  # torn by a kill
+    run(tmp_path / "cut", range(11, 21), start_step=10)
+    assert decided(tmp_path / "cut") == decided(tmp_path / "whole")
+    assert len(decided(tmp_path / "cut")) == 24
+
+
+def test_a_run_from_the_start_begins_a_new_log(tmp_path):
+    run(tmp_path, [1, 2, 3])
+    run(tmp_path, [1])
+    assert [record["step"] for record in decided(tmp_path)] == [1]
+
+
+def test_the_log_keeps_every_bit(tmp_path):
+    values = {"loss": 0.1 + 0.2, "grad_norm": float(np.float32(1 / 3)), "tiny": 5e-324, "tokens": 12345678901234567}
+    with open_metrics(tmp_path) as metrics:
+        metrics.step(1, values)
+    (record,) = read_log(tmp_path / "metrics.jsonl")
+    assert {name: record[name] for name in values} == values
+    assert isinstance(record["tokens"], int)
+
+
+def test_every_line_is_json_even_with_nan(tmp_path):
+    with open_metrics(tmp_path) as metrics:
+        metrics.step(1, {"loss": math.nan, "grad_norm": math.inf})
+        metrics.step(2, {"loss": 1.0}, {"expert_load": np.full((1, 2), np.nan)})
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    first, _ = (json.loads(line, parse_constant=refuse) for line in lines)
+    assert math.isnan(float(first["loss"])) and math.isinf(float(first["grad_norm"]))
+
+
+def test_a_line_is_on_disk_before_the_next_step(tmp_path):
+    metrics = open_metrics(tmp_path)
+    metrics.step(1, {"loss": 1.0})
+    assert len(read_log(tmp_path / "metrics.jsonl")) == 1
+    metrics.close()
+    metrics.close()
+    metrics.step(2, {"loss": 1.0})  # after the end: nothing
+    assert len(read_log(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_the_first_record_starts_the_clock_and_pauses_do_not_count(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics_module.time, "monotonic", lambda: now[0])
+    metrics = open_metrics(tmp_path, flops_per_token=1e12, device_kind="NVIDIA H200", n_devices=2)
+    now[0] = 60.0  # compilation
+    metrics.step(1, {"loss": 1.0})
+    assert "tokens_per_second" not in metrics.speed and metrics.seconds_left is None
+    with metrics.paused():
+        now[0] += 1000.0
+    now[0] += 8.0
+    metrics.step(5, {"loss": 1.0})
+    assert metrics.speed["tokens_per_second"] == pytest.approx(4 * 100 / 8)
+    assert metrics.speed["mfu"] == pytest.approx(50 * 1e12 / (2 * 989e12))
+    assert metrics.seconds_left == pytest.approx(15 * 2)
+    now[0] += 10.0
+    metrics.step(6, {"loss": 1.0}, tokens=1400)
+    assert metrics.speed["tokens_per_second"] == pytest.approx((400 + 1400) / 18)
+    metrics.close()
+    assert metrics.stream.getvalue().splitlines()[1].endswith("eta=0:00:30")
+
+
+def test_plain_lines(tmp_path):
+    stream = io.StringIO()
+    with open_metrics(tmp_path, total_steps=1000, stream=stream) as metrics:
+        metrics.message("8 devices")
+        metrics.step(1, {"grad_norm": 2.0, "loss": 5.54321, "learning_rate": 3e-6, "other": 7.0})
+        metrics.evaluation(1, {"loss": 5.5, "bits_per_byte": 7.93})
+    first, second, third = stream.getvalue().splitlines()
+    assert first == "8 devices"
+    assert second.startswith("step    1/1000  loss=5.5432  lr=3.00e-06  grad_norm=2.000")
+    assert third == "step    1/1000  held-out  loss=5.5000  bits/byte=7.9300"
+
+
+def test_tensorboard_receives_figures_and_a_histogram_a_layer(tmp_path):
+    run(tmp_path, [1, 2])
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    written = events.read_bytes()
+    for tag in (b"train/loss", b"max_violation/layer_01", b"expert_load/layer_00", b"router_bias/layer_01"):
+        assert tag in written
+
+
+def test_the_other_processes_write_nothing(tmp_path):
+    with open_metrics(tmp_path / "none", enabled=False) as metrics:
+        metrics.step(1, {"loss": 1.0})
+        metrics.evaluation(1, {"loss": 1.0})
+        metrics.message("silence")
+    assert not (tmp_path / "none").exists() and metrics.stream.getvalue() == ""
+
+
+def test_a_place_that_cannot_be_written_is_the_users_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="another --workdir"):
+        open_metrics(tmp_path / "file")
+
+
+@pytest.mark.parametrize("columns", ["20", "80", "200"])
+def test_the_live_view_draws_at_any_width_and_leaves_the_last_state_after_ctrl_c(tmp_path, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    stream = io.StringIO()
+    with pytest.raises(KeyboardInterrupt), open_metrics(tmp_path, stream=stream, live=True) as metrics:
+        metrics.message("[not markup]")
+        for step in (1, 2, 3):
+            metrics.step(step, {"loss": 6.0 - step, "mtp_loss": 1.0}, {"expert_load": np.ones((1, 4))})
+        metrics.evaluation(3, {"loss": 5.0})
+        raise KeyboardInterrupt
+    drawn = stream.getvalue()
+    assert "[not markup]" in drawn.replace("\n", "")
+    assert drawn.endswith("\x1b[?25h")  # the cursor is back
+    last = drawn[drawn.rindex("╭") :]
+    assert "loss" in last and "3" in last
+
+
+def test_imbalance_by_hand():
+    assert max_violation(np.array([[1.0, 2.0, 3.0], [4.0, 4.0, 4.0], [0.0, 0.0, 0.0]])).tolist() == [0.5, 0.0, 0.0]
+
+
+def test_a_byte_tokenizer_turns_nats_into_bits():
+    assert bits_per_byte(math.log(256), 1.0) == pytest.approx(8.0)
+    assert bits_per_byte(math.log(256), 4.0) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("cpu", None),
+    ],
+)
+def test_the_peak_of_a_chip(kind, peak):
+    assert peak_flops(kind) == peak
+
+
+def test_durations():
+    assert [duration(0.9), duration(61), duration(36_000)] == ["0:00:00", "0:01:01", "10:00:00"]
