@@ -1,0 +1,196 @@
+"""What makes a checkpoint trustworthy: a hash of every file, and a COMMIT marker written last.  Plain files, no JAX.
+
+A step is one directory, and its states can be told apart after a crash at any instant:
+
+    step_00000100/arrays/…         written by Orbax
+    step_00000100/config.json      the resolved config
+    step_00000100/meta.json        the rest of the caller's metadata
+    step_00000100/MANIFEST.json    arrays: {name: shape, dtype};  files: {path: size, sha256} of all the above
+    step_00000100/COMMIT           the sha256 of MANIFEST.json; its existence makes the step count
+
+Every file is flushed to the disk before COMMIT is, and deletion starts with COMMIT.  So a directory without COMMIT is
+litter, and one with COMMIT either equals its manifest to the last bit or is damaged and refused by name.
+The chain is COMMIT → MANIFEST.json → files: zarr and OCDBT alone hand out wrong numbers after a single flipped bit.
+The cost is one more pass over the bytes at saving and at restoring, at 1 to 2 GB/s a core with SHA instructions.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from deepseek_jax.errors import UserError
+
+ARRAYS, CONFIG, META, MANIFEST, COMMIT = "arrays", "config.json", "meta.json", "MANIFEST.json", "COMMIT"
+FORMAT = 1
+HASH_THREADS = 8
+
+
+class Damage(Exception):
+    """A committed step is not what was written; the message names the file and what is wrong with it."""
+
+
+def step_dir(root: Path, step: int) -> Path:
+    """Returns the directory of a step: ``step_00000100``, sorted by name as by number."""
+    return root / f"step_{step:08d}"
+
+
+def step_dirs(root: Path) -> dict[int, Path]:
+    """Returns every directory that bears a step's name, committed or not, in ascending order."""
+    try:
+        names = os.listdir(root)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    numbers = sorted(int(name[5:]) for name in names if re.fullmatch(r"step_[0-9]{8,18}", name))
+    return {step: step_dir(root, step) for step in numbers if step_dir(root, step).name in names}
+
+
+def committed_steps(root: Path) -> list[int]:
+    """Returns the steps that have a COMMIT marker, ascending; their contents are not looked at."""
+    return [step for step, path in step_dirs(root).items() if os.path.lexists(path / COMMIT)]
+
+
+def commit(path: Path, step: int, arrays: dict[str, dict]) -> None:
+    """Hashes and flushes all files of a step, writes the manifest and, last of all, the COMMIT marker."""
+    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        files = dict(zip(names, pool.map(lambda name: _digest(path / name, flush=True), names), strict=True))
+    for folder in (path, *(folder for folder in path.rglob("*") if folder.is_dir())):
+        _flush_folder(folder)
+    manifest = json.dumps({"format": FORMAT, "step": step, "arrays": arrays, "files": files}, indent=1).encode()
+    write_atomically(path / MANIFEST, manifest)
+    write_atomically(path / COMMIT, _marker(step, manifest))
+    _flush_folder(path.parent)
+
+
+def read_manifest(path: Path, step: int) -> dict:
+    """Returns the manifest of a committed step after checking it against COMMIT; raises Damage."""
+    raw, marker = read_checked(path / MANIFEST), read_checked(path / COMMIT)
+    if marker != _marker(step, raw):
+        raise Damage(f"{COMMIT} and {MANIFEST} do not belong together: one of them has changed since it was written")
+    manifest = json.loads(raw)
+    if manifest["format"] != FORMAT:
+        raise Damage(f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}")
+    return manifest
+
+
+def verify(path: Path, step: int, only: tuple[str, ...] | None = None) -> dict:
+    """Returns the manifest after comparing all files (or those named in ``only``) with it; raises Damage."""
+    manifest = read_manifest(path, step)
+    names = [name for name in manifest["files"] if only is None or name in only]
+
+    def complaint(name: str) -> str | None:
+        try:
+            found, written = _digest(path / name), manifest["files"][name]
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if found["size"] != written["size"]:
+            return f"{name} has {found['size']} bytes, {written['size']} were written"
+        return None if found == written else f"{name} has changed since it was written (sha256 differs)"
+
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        complaints = [text for text in pool.map(complaint, names) if text]
+    if complaints:
+        more = f" (and {len(complaints) - 1} more files)" if len(complaints) > 1 else ""
+        raise Damage(complaints[0] + more)
+    return manifest
+
+
+def remove(path: Path, tries: int = 5) -> None:
+    """Deletes a step's directory, COMMIT first, so that a half-deleted step is litter and not damage; raises OSError.
+
+    Writers of a failed save may still be adding files, hence the tries.
+    """
+    if path.is_symlink() or path.is_file():
+        return path.unlink()
+    if not (path / COMMIT).is_dir():
+        (path / COMMIT).unlink(missing_ok=True)
+    for left in reversed(range(tries)):
+        try:
+            return shutil.rmtree(path)
+        except FileNotFoundError:
+            if not path.exists():
+                return None
+        except OSError:
+            if not left:
+                raise
+        time.sleep(0.1)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file that after a crash is either whole or absent, and on the disk when this returns."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    _flush_folder(path.parent)
+
+
+def read_checked(path: Path) -> bytes:
+    """Returns a file's bytes; raises Damage where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise Damage(f"{path.name} is missing") from None
+    except OSError as error:
+        raise Damage(f"{path.name} cannot be read ({error.strerror})") from None
+
+
+def _marker(step: int, manifest: bytes) -> bytes:
+    digest = hashlib.sha256(manifest).hexdigest()
+    return f"deepseek_jax checkpoint, step {step}\nsha256 of {MANIFEST}: {digest}\n".encode()
+
+
+def _digest(path: Path, flush: bool = False) -> dict:
+    with open(path, "rb") as file:
+        if flush:
+            os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"size": file.tell(), "sha256": digest}
+
+
+def _flush_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class WriterLock:
+    """One writer a directory: an flock on ``.writer``, which the kernel drops when the process dies, in any way."""
+
+    def __init__(self, root: Path):
+        self._file = open(root / ".writer", "ab+", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read(200).decode(errors="replace").strip() or "unknown"
+            self._file.close()
+            raise UserError(
+                f"{root} is being written by another run ({holder}). Stop that one, or choose another directory."
+            ) from None
+        except OSError:  # a file system without locks: nothing to hold on to
+            pass
+        # A forked child shares the lock and would hold it after our death: it lets go of its copy at birth.
+        os.register_at_fork(after_in_child=self._file.close)
+        try:
+            self._file.truncate(0)
+            self._file.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
+        except OSError:  # a full disk: the name is lost, the lock holds
+            pass
+
+    def release(self) -> None:
+        """Lets the next writer in."""
+        self._file.close()

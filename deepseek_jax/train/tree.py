@@ -1,0 +1,102 @@
+"""A train state as names and leaves: what a checkpoint stores, compares and places.
+
+A state is a nested dict of jax arrays; a leaf's name is its path, ``params/blocks/q_up``.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from deepseek_jax.errors import UserError
+
+
+def flatten(tree: dict, leaf_types=jax.Array) -> dict[str, jax.Array]:
+    """Returns {"params/blocks/q_up": leaf}; UserError for anything but nested dicts with plain names."""
+    leaves = {}
+
+    def walk(node, path):
+        name = "/".join(path)
+        if isinstance(node, dict):
+            for key in node:
+                if not isinstance(key, str) or not key or set(key) & set("/."):
+                    raise UserError(f"checkpoint entry {key!r} under '{name}': wanted a name without '/' and '.'.")
+                walk(node[key], (*path, key))
+        elif not isinstance(node, leaf_types) or not hasattr(node, "dtype"):
+            raise UserError(f"checkpoint leaf '{name}' is a {type(node).__name__}: wanted a jax array.")
+        elif jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
+            raise UserError(f"checkpoint leaf '{name}' is a random key: save jax.random.key_data of it.")
+        else:
+            leaves[name] = node
+
+    walk(tree, ())
+    return leaves
+
+
+def nest(leaves: dict) -> dict:
+    """The inverse of ``flatten``, without empty dicts."""
+    tree = {}
+    for name, leaf in leaves.items():
+        *path, last = name.split("/")
+        node = tree
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree
+
+
+def refill(tree, leaves):
+    """Returns ``tree`` with its leaves replaced in the order in which ``flatten`` met them."""
+    return {key: refill(tree[key], leaves) for key in tree} if isinstance(tree, dict) else next(leaves)
+
+
+def compare(where: str, saved: dict[str, dict], wanted: dict) -> None:
+    """Raises UserError naming the first leaf in which the checkpoint and the wanted state differ."""
+
+    def text(shape, dtype):
+        return f"{jnp.dtype(dtype)}[{','.join(map(str, shape))}]"
+
+    have = {name: text(array["shape"], array["dtype"]) for name, array in saved.items()}
+    want = {name: text(leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
+    differing = [name for name in sorted({*have, *want}) if have.get(name) != want.get(name)]
+    if differing:
+        name, more = differing[0], f" ({len(differing) - 1} more leaves differ)" if len(differing) > 1 else ""
+        raise UserError(
+            f"{where}: '{name}' is {have.get(name, 'absent')} there, wanted {want.get(name, 'no such leaf')}{more}."
+            " Use the config that wrote the checkpoint."
+        )
+
+
+def with_shardings(wanted: dict) -> dict[str, jax.ShapeDtypeStruct]:
+    """Fills in the default device where no leaf says where it lives; UserError when only some do."""
+    bare = [name for name, leaf in wanted.items() if getattr(leaf, "sharding", None) is None]
+    if bare and len(bare) < len(wanted):
+        raise UserError(f"leaf '{bare[0]}' has no sharding while others have: give each leaf its own.")
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=default if bare else leaf.sharding)
+        for name, leaf in wanted.items()
+    }
+
+
+def read_arrays(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Reads the named arrays of an Orbax directory, each placed exactly as asked and free to be donated."""
+    abstract = nest(wanted)
+    args = ocp.args.PyTreeRestore(
+        abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        arrays = flatten(reader.restore(path, args=args))
+    # Some restored buffers belong to the reader and could not be donated: XLA gets its own, in place where it can.
+    by_devices: dict[frozenset, list[str]] = {}
+    for name in wanted:
+        by_devices.setdefault(frozenset(wanted[name].sharding.device_set), []).append(name)
+    for names in by_devices.values():
+        own = jax.jit(
+            lambda leaves: [jnp.copy(leaf) for leaf in leaves],
+            out_shardings=[wanted[name].sharding for name in names],
+            donate_argnums=0,
+        )
+        arrays.update(zip(names, own([arrays[name] for name in names]), strict=True))
+    return arrays
