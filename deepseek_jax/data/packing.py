@@ -1,0 +1,148 @@
+"""Which tokens make sample n of an epoch: an index worked out from (seed, epoch), never a queue that is filled.
+
+An epoch lays its documents end to end, each closed by <eos>, in an order of its own:
+
+    stream    =  d₁ <eos> d₂ <eos> d₃ …          (a document chosen for FIM takes its rearranged form)
+    sample n  =  stream[nT : nT+T],  its targets  stream[nT+1 : nT+T+1]
+
+so every token but the first of the stream is a target once.  Training drops the tail that is shorter than a window:
+at most T-1 tokens, other ones in each epoch.  Evaluation pads it instead, so that all held-out text counts.
+Documents are cut where a window ends and not padded (V3 section 4.1 packs so; T is ``seq_len``).
+
+The cost is O(documents) once an epoch and O(log documents + T) a sample.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from deepseek_jax.data import fim
+from deepseek_jax.data.noise import ORDER, noise
+from deepseek_jax.data.store import TokenStore
+
+IGNORED = -1  # target of a position where nothing is to be predicted
+
+
+class Window(NamedTuple):
+    """T+1 tokens of a stream, and the number of each one's document within the window: 1, 2, …; 0 is padding."""
+
+    tokens: np.ndarray
+    numbers: np.ndarray
+
+
+class Epoch(NamedTuple):
+    """An epoch's stream: its documents in order, where each one ends, and which of them are FIM."""
+
+    order: np.ndarray
+    ends: np.ndarray
+    is_fim: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """The index of a split.
+
+    ``documents`` are places in ``store``; ``shuffle`` gives each epoch its own order; ``pad_tail`` keeps the last,
+    short window; ``marks`` may be None if ``fim_rate`` is 0.
+    """
+
+    store: TokenStore
+    documents: np.ndarray
+    seq_len: int
+    eos_id: int
+    pad_id: int
+    marks: fim.FimTokens | None
+    fim_rate: float
+    seed: int
+    shuffle: bool
+    pad_tail: bool
+
+    @property
+    def n_tokens(self) -> int:
+        """Length of an epoch's stream, the same for every epoch."""
+        n_documents = len(self.documents)
+        text = int(self.store.lengths[self.documents].sum())
+        return text + n_documents + fim.EXTRA_TOKENS * fim.n_chosen(n_documents, self.fim_rate)
+
+    @property
+    def n_samples(self) -> int:
+        """Windows of an epoch."""
+        n_targets = max(self.n_tokens - 1, 0)
+        return -(-n_targets // self.seq_len) if self.pad_tail else n_targets // self.seq_len
+
+    def epoch(self, epoch: int) -> Epoch:
+        """Returns the stream of an epoch."""
+        return _lay_out(self, epoch)
+
+    def _parts(self, epoch: int, place: int, is_fim: bool) -> list[np.ndarray]:
+        """Returns a document as it stands in the stream, in parts."""
+        tokens = self.store.document(self.documents[place])
+        parts = fim.rearrange(tokens, self.marks, self.seed, epoch, place) if is_fim else [tokens]
+        return [*parts, np.array([self.eos_id])]
+
+    def window(self, epoch: int, n: int) -> Window:
+        """Returns sample ``n`` of an epoch with the token that follows it."""
+        order, ends, is_fim = self.epoch(epoch)
+        start = n * self.seq_len
+        stop = min(start + self.seq_len + 1, int(ends[-1]))
+        tokens = np.full(self.seq_len + 1, self.pad_id, np.int32)
+        numbers = np.zeros(self.seq_len + 1, np.int32)
+        first = int(np.searchsorted(ends, start, side="right"))
+        filled, i = 0, first
+        while start + filled < stop:
+            place = order[i]
+            parts = self._parts(epoch, place, is_fim[place])
+            begin = int(ends[i]) - sum(map(len, parts))
+            piece = _slice(parts, start + filled - begin, stop - begin)
+            tokens[filled : filled + len(piece)] = piece
+            numbers[filled : filled + len(piece)] = i - first + 1
+            filled += len(piece)
+            i += 1
+        return Window(tokens, numbers)
+
+
+@lru_cache(maxsize=4)  # two splits, and read-ahead on both sides of an epoch's end
+def _lay_out(packing: Packing, epoch: int) -> Epoch:
+    places = np.arange(len(packing.documents))
+    is_fim = fim.choose(len(places), packing.fim_rate, packing.seed, epoch)
+    order = places
+    if packing.shuffle:
+        order = np.argsort(noise(packing.seed, epoch, ORDER, at=places), kind="stable")
+    lengths = packing.store.lengths[packing.documents] + 1 + fim.EXTRA_TOKENS * is_fim
+    return Epoch(order, np.cumsum(lengths[order]), is_fim)
+
+
+def _slice(parts: list[np.ndarray], start: int, stop: int) -> np.ndarray:
+    """Returns ``concatenate(parts)[start:stop]`` without building the whole of a long document."""
+    pieces = []
+    for part in parts:
+        pieces.append(part[max(start, 0) : max(stop, 0)])
+        start, stop = start - len(part), stop - len(part)
+    return np.concatenate(pieces)
+
+
+class Sample(NamedTuple):
+    """One row of a batch."""
+
+    ids_T: np.ndarray
+    targets_T: np.ndarray
+    segments_T: np.ndarray
+    positions_T: np.ndarray
+
+
+def sample(window: Window, mask_documents: bool) -> Sample:
+    """Returns inputs and targets of a window.
+
+    Tokens see each other only within a segment; segment 0 is padding.  Without ``mask_documents`` the whole window is
+    segment 1 and positions run 0…T-1.  With it each document (or the part of it in this window) is a segment whose
+    positions start at 0, and <eos> does not predict the next document's first token.
+    """
+    segments = window.numbers if mask_documents else np.minimum(window.numbers, 1)
+    places = np.arange(len(segments), dtype=np.int32)
+    starts = np.diff(segments, prepend=segments[:1]) != 0
+    positions = places - np.maximum.accumulate(np.where(starts, places, 0))
+    predicts = (segments[1:] == segments[:-1]) & (segments[1:] > 0)
+    targets = np.where(predicts, window.tokens[1:], IGNORED)
+    return Sample(*(x.astype(np.int32) for x in (window.tokens[:-1], targets, segments[:-1], positions[:-1])))

@@ -1,0 +1,178 @@
+"""Batches by number: sample i is the same for any number of processes, reader workers or devices.
+
+    grain:  source(windows of an epoch) → shuffle → repeat → map(window → sample) → batch
+
+Every stage is a function of the index alone, so the whole state of the data path is the number of the next sample; to
+resume is to ask for it.  Process p of n asks for its share of a batch with ``rows(start + p*count//n, count//n)``.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from absl import flags
+
+from deepseek_jax.data.corpus import open_corpus
+from deepseek_jax.data.holdout import held_out
+from deepseek_jax.data.noise import WINDOWS, noise
+from deepseek_jax.data.packing import Packing, Sample, sample
+from deepseek_jax.data.store import TokenStore, open_store
+from deepseek_jax.data.tokenizer import Tokenizer, open_tokenizer
+from deepseek_jax.errors import UserError
+
+READ_AHEAD = 4  # batches made before they are asked for
+
+
+class Batch(NamedTuple):
+    """int32 arrays; a target of -1 is not predicted; tokens see each other within a segment; segment 0 is padding."""
+
+    ids_BT: np.ndarray
+    targets_BT: np.ndarray
+    segments_BT: np.ndarray
+    positions_BT: np.ndarray
+
+
+class Samples:
+    """The endless sequence of samples of a split, as a grain dataset; what a reader process receives."""
+
+    def __init__(self, packing: Packing, mask_documents: bool):
+        self.packing = packing
+        self.mask_documents = mask_documents
+        self.n_samples = packing.n_samples
+        # The windows are shuffled too: a batch is a mixture of documents, not one run of the stream.
+        seed = noise(packing.seed, WINDOWS, at=np.zeros(1))[0] >> np.uint64(32) if packing.shuffle else 0
+        windows = grain.MapDataset.source(range(self.n_samples)).shuffle(seed=int(seed))
+        self.dataset = windows.repeat(reseed_each_epoch=packing.shuffle).map_with_index(self.sample)
+
+    def sample(self, i: int, window: int) -> Sample:
+        """Returns sample ``i`` of the run, which is the given window of its epoch."""
+        epoch = i // self.n_samples if self.packing.shuffle else 0
+        return sample(self.packing.window(epoch, window), self.mask_documents)
+
+    def rows(self, start: int, count: int) -> Batch:
+        """Returns samples ``start`` to ``start + count``."""
+        return self.dataset[int(start) : int(start) + int(count)].batch(int(count), batch_fn=_stack)[0]
+
+    def batch(self, bounds: np.ndarray) -> Batch:
+        """Returns ``rows`` of a (start, count) pair."""
+        return self.rows(*bounds)
+
+
+def _stack(samples: list[Sample]) -> Batch:
+    return Batch(*map(np.stack, zip(*samples, strict=True)))
+
+
+class Split:
+    """One side of a corpus, training or held-out, as samples with numbers 0, 1, 2, … without end."""
+
+    def __init__(self, samples: Samples, tokenizer: Tokenizer, workers: int):
+        self._samples = samples
+        self._workers = workers
+        self.tokenizer = tokenizer
+        self.vocab_size = tokenizer.vocab_size
+        self.seq_len = samples.packing.seq_len
+        self.n_samples = samples.n_samples  # samples of an epoch
+        self.n_documents = len(samples.packing.documents)
+        self.n_tokens = samples.packing.n_tokens  # tokens of an epoch, with <eos> and FIM marks
+        n_bytes = samples.packing.store.n_bytes[samples.packing.documents].sum()
+        self.bytes_per_token = float(n_bytes / self.n_tokens)
+
+    def rows(self, start: int, count: int) -> Batch:
+        """Returns samples ``start`` to ``start + count``: a pure function, to be called in any order."""
+        return self._samples.rows(start, count)
+
+    def batches(self, ranges: Iterable[tuple[int, int]]) -> Iterator[Batch]:
+        """Yields ``rows(start, count)`` for each of finitely many ranges, made ahead of time.
+
+        Threads of this process make them, or ``workers`` processes (which take seconds to start, and need the usual
+        ``if __name__ == "__main__"`` in a script).  The batches are the same either way.  Close the iterator, or let
+        it end, to stop the workers.
+        """
+        bounds = np.array(list(ranges), np.int64).reshape(-1, 2)
+        n_threads = 1 if self._workers else 2
+        options = grain.ReadOptions(num_threads=n_threads, prefetch_buffer_size=READ_AHEAD)
+        dataset = grain.MapDataset.source(bounds).map(self._samples.batch).to_iter_dataset(options)
+        if self._workers:
+            if not flags.FLAGS.is_parsed():  # grain reads a flag of its own, which fails outside absl.app
+                flags.FLAGS.mark_as_parsed()
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
+        iterator = iter(dataset)
+        try:
+            for batch in iterator:
+                yield Batch(*map(np.array, batch)) if self._workers else batch  # a copy frees the shared memory
+        finally:
+            iterator.close()
+
+
+def open_split(
+    split: str,
+    *,
+    source: str,
+    text_key: str,
+    tokenizer: str,
+    seq_len: int,
+    fim_rate: float,
+    mask_documents: bool,
+    holdout_rate: float,
+    workers: int,
+    cache_dir: str,
+    seed: int,
+) -> Split:
+    """Returns the ``train`` or the ``holdout`` side of a corpus; the arguments are the keys of ``config.data``.
+
+    Training text comes in an order of its own each epoch and partly as FIM.  Held-out text comes as it is and in
+    a fixed order that does not depend on the seed, its last window padded, so that ``n_samples`` rows are all of it.
+
+    Raises:
+      UserError: a wrong argument, unreadable files, or too little text.
+    """
+    _check(split, seq_len, fim_rate, holdout_rate, workers)
+    words = open_tokenizer(tokenizer)
+    if words.eos_id is None:
+        raise UserError(f"data.tokenizer = {tokenizer!r} has no end-of-text mark. Name it in tokenizer_config.json.")
+    training = split == "train"
+    fim_rate = fim_rate if training else 0.0
+    if fim_rate > 0 and words.fim is None:
+        raise UserError(f"data.tokenizer = {tokenizer!r} has no fill-in-the-middle marks. Set data.fim_rate to 0.")
+    store = open_store(open_corpus(source, text_key), words, cache_dir)
+    packing = Packing(
+        store=store,
+        documents=_documents(store, training, holdout_rate),
+        seq_len=seq_len,
+        eos_id=words.eos_id,
+        pad_id=words.eos_id if words.pad_id is None else words.pad_id,
+        marks=words.fim,
+        fim_rate=fim_rate,
+        seed=seed,
+        shuffle=training,
+        pad_tail=not training,
+    )
+    if packing.n_samples == 0:
+        raise UserError(
+            f"data.source = {source!r} has {packing.n_tokens} {split} tokens and a sample takes {seq_len + 1}. "
+            "Give more text or lower data.seq_len."
+        )
+    return Split(Samples(packing, mask_documents), words, workers)
+
+
+def _documents(store: TokenStore, training: bool, holdout_rate: float) -> np.ndarray:
+    """Returns the documents of a side in the order of their hashes, which names and places of files do not change."""
+    if not training and holdout_rate == 0:
+        raise UserError("data.holdout_rate = 0 holds no text out to evaluate on. Set it above 0.")
+    chosen = held_out(store.hashes, holdout_rate) != training
+    by_hash = np.argsort(store.hashes, kind="stable")
+    return by_hash[chosen[by_hash]]
+
+
+def _check(split: str, seq_len: int, fim_rate: float, holdout_rate: float, workers: int) -> None:
+    if split not in ("train", "holdout"):
+        raise UserError(f"split {split!r} does not exist. Ask for 'train' or 'holdout'.")
+    if seq_len < 1:
+        raise UserError(f"data.seq_len = {seq_len}: a sample needs at least 1 token.")
+    if not 0 <= fim_rate <= 1:
+        raise UserError(f"data.fim_rate = {fim_rate} is a share of the documents: give 0 to 1.")
+    if not 0 <= holdout_rate < 1:
+        raise UserError(f"data.holdout_rate = {holdout_rate} is a share of the documents: give 0 to less than 1.")
+    if workers < 0:
+        raise UserError(f"data.workers = {workers}: give 0 for threads, or a number of processes.")

@@ -1,0 +1,196 @@
+"""Text to ids and back: raw bytes by default, or any ``tokenizer.json``.
+
+Bytes need no file and no training and lose nothing; they cost 3-4 times as many tokens as BPE.  A loss in nats a token
+compares between tokenizers only as bits per byte,
+
+    bits per byte  =  Σ loss / (ln 2 · Σ bytes of the target tokens),
+
+which is why every tokenizer says how many bytes of text each id stands for.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from deepseek_jax.data.fim import FimTokens
+from deepseek_jax.errors import UserError
+
+
+class Tokenizer(Protocol):
+    """What the rest of the project asks of a tokenizer.  An id it lacks is None."""
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    fim: FimTokens | None
+    fingerprint: str  # equal for equal tokenizers
+
+    def encode(self, text: str, specials: bool = False) -> np.ndarray:
+        """Returns int32 ids.  With ``specials``, marks spelled out in the text become their ids; text from outside
+        must not be given that power."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns ``encode`` of each text."""
+
+    def decode(self, ids: Sequence[int], specials: bool = False) -> str:
+        """Returns the text; bytes that are not UTF-8 become U+FFFD.  With ``specials`` marks are spelled out."""
+
+    def byte_lengths(self) -> np.ndarray:
+        """Returns int32 [vocab_size]: the bytes of UTF-8 text that each id stands for, 0 for a mark."""
+
+
+# DeepSeek's spellings, with its full-width bars and lower one-eighth blocks.
+BYTE_SPECIALS = (
+    "<｜begin▁of▁sentence｜>",
+    "<｜end▁of▁sentence｜>",
+    "<｜▁pad▁｜>",
+    "<｜fim▁begin｜>",
+    "<｜fim▁hole｜>",
+    "<｜fim▁end｜>",
+    "<｜User｜>",
+    "<｜Assistant｜>",
+    "<think>",
+    "</think>",
+) + tuple(f"<｜place▁holder▁no▁{i}｜>" for i in range(6))
+
+
+class ByteTokenizer:
+    """Ids 0-255 are the bytes of UTF-8; 256-271 are ten marks and six spare ones, 272 = 16 · 17 in all."""
+
+    vocab_size = 256 + len(BYTE_SPECIALS)
+    bos_id, eos_id, pad_id = 256, 257, 258
+    fim = FimTokens(begin=259, hole=260, end=261)
+    fingerprint = "bytes-272"
+
+    def encode(self, text: str, specials: bool = False) -> np.ndarray:
+        if not specials:
+            return np.frombuffer(text.encode(errors="replace"), np.uint8).astype(np.int32)
+        parts = re.split("(" + "|".join(map(re.escape, BYTE_SPECIALS)) + ")", text)
+        ids = [[256 + BYTE_SPECIALS.index(p)] if p in BYTE_SPECIALS else p.encode(errors="replace") for p in parts]
+        return np.array([i for part in ids for i in part], np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int], specials: bool = False) -> str:
+        marks = BYTE_SPECIALS if specials else ("",) * len(BYTE_SPECIALS)
+        table = [bytes([i]) for i in range(256)] + [mark.encode() for mark in marks]
+        return b"".join(table[i] for i in ids).decode(errors="replace")
+
+    def byte_lengths(self) -> np.ndarray:
+        return (np.arange(self.vocab_size) < 256).astype(np.int32)
+
+
+# Spellings met in published tokenizers; the first that the vocabulary knows is taken.
+BOS = ("<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "[BOS]")
+EOS = ("<｜end▁of▁sentence｜>", "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[EOS]")
+PAD = ("<｜▁pad▁｜>", "<|pad|>", "<pad>", "[PAD]")
+FIM = (
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>"),
+    ("▁<PRE>", "▁<SUF>", "▁<MID>"),
+)
+
+
+ANY_MARK = re.compile(r"<[|｜].*[|｜]>")
+
+
+class FileTokenizer:
+    """A ``tokenizer.json``; a ``tokenizer_config.json`` beside it may name the bos, eos and pad marks.
+
+    Published files call only some of their marks special (DeepSeek's FIM marks are not), so that the rest would be
+    read out of any text that spells them.  Here every added token that looks like a mark is one.
+    """
+
+    def __init__(self, path: Path):
+        from tokenizers import Tokenizer as Engine
+
+        try:
+            named = _named_marks(path.parent / "tokenizer_config.json")
+            self._json = json.loads(path.read_text(encoding="utf-8"))
+            marks = {mark for group in (BOS, EOS, PAD, *FIM, *named.values()) for mark in group}
+            for token in self._json.get("added_tokens", ()):
+                token["special"] |= token["content"] in marks or bool(ANY_MARK.fullmatch(token["content"]))
+            text = json.dumps(self._json, ensure_ascii=False)
+            self._engine = Engine.from_str(text)
+        except Exception as error:  # the Rust library raises a bare Exception
+            raise UserError(
+                f"{path} (or the tokenizer_config.json beside it) is not a sound tokenizer ({error}). Mend it or use bytes."
+            ) from error
+        self._engine.encode_special_tokens = True
+        self.fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        self.vocab_size = max(self._engine.get_vocab().values()) + 1
+        self.bos_id = self._first(named["bos_token"] + BOS)
+        self.eos_id = self._first(named["eos_token"] + EOS)
+        self.pad_id = self._first(named["pad_token"] + PAD)
+        triples = (tuple(map(self._engine.token_to_id, triple)) for triple in FIM)
+        self.fim = next((FimTokens(*ids) for ids in triples if None not in ids), None)
+
+    @cached_property
+    def _engine_of_marks(self):
+        """The same tokenizer, reading the marks that a text spells out; made when needed, for it takes a second."""
+        return type(self._engine).from_str(self._engine.to_str())
+
+    def _first(self, spellings: tuple[str, ...]) -> int | None:
+        ids = map(self._engine.token_to_id, spellings)
+        return next((i for i in ids if i is not None), None)
+
+    def encode(self, text: str, specials: bool = False) -> np.ndarray:
+        engine = self._engine_of_marks if specials else self._engine
+        return np.array(engine.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(one.ids, np.int32) for one in encoded]
+
+    def decode(self, ids: Sequence[int], specials: bool = False) -> str:
+        return self._engine.decode([int(i) for i in ids], skip_special_tokens=not specials)
+
+    def byte_lengths(self) -> np.ndarray:
+        added = self._engine.get_added_tokens_decoder()
+        count = _byte_counter(self._json)
+        lengths = np.zeros(self.vocab_size, np.int32)
+        for token, i in self._engine.get_vocab().items():
+            if i not in added:
+                lengths[i] = count(token)
+            elif not added[i].special:
+                lengths[i] = len(added[i].content.encode())
+        return lengths
+
+
+def _named_marks(path: Path) -> dict[str, tuple[str, ...]]:
+    """Returns the spellings that a ``tokenizer_config.json`` gives, as tuples of one or none."""
+    marks = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    values = {key: marks.get(key) for key in ("bos_token", "eos_token", "pad_token")}
+    values = {key: value.get("content") if isinstance(value, dict) else value for key, value in values.items()}
+    return {key: (value,) if value else () for key, value in values.items()}
+
+
+def _byte_counter(spec: dict):
+    """Returns the function from a vocabulary entry to its bytes, by the way the file's tokenizer spells bytes."""
+    spelling = json.dumps([spec.get("decoder"), spec.get("pre_tokenizer")])
+    if '"ByteLevel"' in spelling:
+        return len  # one character of GPT-2's alphabet stands for one byte
+    byte = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece: <0x0A> is a byte, the block is a space
+    return lambda token: 1 if byte.fullmatch(token) else len(token.replace("▁", " ").encode())
+
+
+def open_tokenizer(name: str) -> Tokenizer:
+    """Returns the tokenizer that ``name`` names: ``bytes``, a tokenizer.json, or a folder that holds one."""
+    if name == "bytes":
+        return ByteTokenizer()
+    path = Path(os.path.expanduser(name))
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"data.tokenizer = {name!r}: there is no file {path}. Give 'bytes' or a tokenizer.json.")
+    return FileTokenizer(path)

@@ -1,0 +1,116 @@
+"""Tokenizers lose nothing, count bytes exactly, and never read marks out of text from outside."""
+
+import json
+
+import numpy as np
+import pytest
+
+from deepseek_jax.data.fim import FimTokens
+from deepseek_jax.data.tokenizer import BYTE_SPECIALS, ByteTokenizer, open_tokenizer
+from deepseek_jax.errors import UserError
+
+TEXTS = [
+    "",
+    "plain",
+    "tab\t\r\n  spaces   kept ",
+    "naïve 深度求索 🐋 \u0000\ufffd",
+    "<｜fim▁begin｜>is text<｜end▁of▁sentence｜>",
+]
+MARKS = [
+    "<｜begin▁of▁sentence｜>",
+    "<｜end▁of▁sentence｜>",
+    "<｜fim▁begin｜>",
+    "<｜fim▁hole｜>",
+    "<｜fim▁end｜>",
+    "<think>",
+]
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    """The path of a byte-level BPE of 400 entries whose FIM marks, like DeepSeek's, are not called special."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    engine = Tokenizer(models.BPE())
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=MARKS[:2], show_progress=False
+    )
+    engine.train_from_iterator(["the tokens of the text, the text of the tokens"] * 20, trainer)
+    engine.add_tokens([AddedToken(mark, special=False) for mark in MARKS[2:]])
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    engine.save(str(path))
+    return path
+
+
+@pytest.fixture(params=["bytes", "bpe"])
+def tokenizer(request):
+    return open_tokenizer("bytes" if request.param == "bytes" else str(request.getfixturevalue("bpe")))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trip_and_exact_bytes(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.byte_lengths()[ids].sum() == len(text.encode())
+    np.testing.assert_array_equal(tokenizer.encode_batch([text, text])[1], ids)
+
+
+def test_marks_are_read_only_on_request(tokenizer):
+    text = "a<｜fim▁hole｜>b<｜end▁of▁sentence｜>"
+    ids = tokenizer.encode(text, specials=True)
+    assert ids[-1] == tokenizer.eos_id
+    assert tokenizer.fim.hole in ids
+    assert tokenizer.decode(ids) == "ab"
+    assert tokenizer.decode(ids, specials=True) == text
+    assert not set(tokenizer.encode(text)) & {tokenizer.eos_id, *tokenizer.fim}
+
+
+def test_marks_stand_for_no_bytes(tokenizer):
+    lengths = tokenizer.byte_lengths()
+    assert lengths.shape == (tokenizer.vocab_size,)
+    assert not lengths[[tokenizer.bos_id, tokenizer.eos_id, *tokenizer.fim]].any()
+
+
+def test_byte_tokenizer_by_hand():
+    bytes_ = ByteTokenizer()
+    assert bytes_.vocab_size == 272
+    np.testing.assert_array_equal(bytes_.encode("hé"), [104, 0xC3, 0xA9])
+    assert bytes_.decode([0xC3]) == "\ufffd"  # half a character
+    assert bytes_.decode(np.array([104, 257, 271])) == "h"
+    assert bytes_.encode("\ud800").tolist() == [ord("?")]
+    assert bytes_.fim == tuple(256 + BYTE_SPECIALS.index(mark) for mark in MARKS[2:5])
+
+
+def test_file_tokenizer_finds_its_marks(bpe, tmp_path):
+    plain = open_tokenizer(str(bpe))
+    assert plain.fim == FimTokens(*(plain.encode(mark, specials=True)[0] for mark in MARKS[2:5]))
+    assert (plain.bos_id, plain.eos_id, plain.pad_id) == (0, 1, None)
+    (tmp_path / "tokenizer.json").write_bytes(bpe.read_bytes())
+    config = {"eos_token": {"content": "<think>"}, "bos_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    named = open_tokenizer(str(tmp_path))  # a folder, as published models have it
+    assert named.eos_id == plain.encode("<think>", specials=True)[0]
+    assert named.bos_id == 0
+
+
+def test_bytes_of_a_sentencepiece_vocabulary(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    engine = Tokenizer(models.BPE({"<0x0A>": 0, "▁": 1, "é": 2, "▁é": 3}, [("▁", "é")], byte_fallback=True))
+    engine.pre_tokenizer = pre_tokenizers.Metaspace()
+    engine.decoder = decoders.Metaspace()
+    engine.save(str(tmp_path / "tokenizer.json"))
+    assert open_tokenizer(str(tmp_path)).byte_lengths().tolist() == [1, 1, 2, 3]
+
+
+def test_errors(tmp_path):
+    with pytest.raises(UserError, match=r"there is no file .*missing\.json"):
+        open_tokenizer(str(tmp_path / "missing.json"))
+    for content in ("{}", "not json", "[]"):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(UserError, match=r"bad\.json .* is not a sound tokenizer"):
+            open_tokenizer(str(tmp_path / "bad.json"))
