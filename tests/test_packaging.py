@@ -9,6 +9,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import deepseek_jax
 
 ROOT = Path(__file__).parent.parent
@@ -76,3 +78,9 @@ def test_importing_the_package_or_the_command_line_imports_no_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_package_offers_build_and_load_and_nothing_made_up():
+    assert {"build", "load", "__version__"} <= set(dir(deepseek_jax))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = deepseek_jax.no_such_name

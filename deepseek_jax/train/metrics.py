@@ -304,7 +304,7 @@ class Metrics:
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         """Draws the live view for the terminal's present width."""
-        yield _view(self, min(options.max_width, VIEW_WIDTH))
+        yield _view(self, min(options.max_width, VIEW_WIDTH), ascii_only=options.ascii_only)
 
 
 def duration(seconds: float) -> str:
@@ -361,7 +361,7 @@ def _open_live(metrics: Metrics) -> Any:
     return live
 
 
-def _view(metrics: Metrics, width: int) -> Any:
+def _view(metrics: Metrics, width: int, ascii_only: bool) -> Any:
     """Returns the present state: bar, figures, sparkline of the loss."""
     from rich.columns import Columns
     from rich.console import Group
@@ -384,7 +384,7 @@ def _view(metrics: Metrics, width: int) -> Any:
     held_out = [f"held-out {column}" for column in _columns(metrics.held_out, FIGURES)]
     cells = [_styled(*column.split("=")) for column in figures + held_out]
     parts: list[Any] = [bar, Columns(cells, padding=(0, 3), equal=True)]
-    if len(metrics.losses) > 1:
+    if len(metrics.losses) > 1 and not ascii_only:
         parts.append(Text(f"loss {_sparkline(list(metrics.losses))}", no_wrap=True, overflow="crop"))
     return Panel(Group(*parts), title="deepseek-jax train", title_align="left", width=width)
 
