@@ -121,8 +121,9 @@ def open_split(
 ) -> Split:
     """Returns the ``train`` or the ``holdout`` side of a corpus; the arguments are the keys of ``config.data``.
 
-    Training text comes in an order of its own each epoch and partly as FIM.  Held-out text comes as it is and in
-    a fixed order that does not depend on the seed, its last window padded, so that ``n_samples`` rows are all of it.
+    Training text comes in an order of its own each epoch and partly as FIM.  Held-out text comes as it is, its last
+    window padded, so that ``n_samples`` rows are all of it; its order is fixed and mixes documents, so that the first
+    few rows are a fair sample.
 
     Raises:
       UserError: a wrong argument, unreadable files, or too little text.

@@ -125,7 +125,8 @@ class FileTokenizer:
             self._engine = Engine.from_str(text)
         except Exception as error:  # the Rust library raises a bare Exception
             raise UserError(
-                f"{path} (or the tokenizer_config.json beside it) is not a sound tokenizer ({error}). Mend it or use bytes."
+                f"{path} (or the tokenizer_config.json beside it) is not a sound tokenizer ({error}). "
+                "Mend it, or set data.tokenizer to bytes."
             ) from error
         self._engine.encode_special_tokens = True
         self.fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -29,7 +29,7 @@ def stream(packing, epoch):
 
 
 def test_by_hand():
-    packing = packing_of([3, 0 + 1, 4], seq_len=4, shuffle=False, pad_tail=True)
+    packing = packing_of([3, 1, 4], seq_len=4, shuffle=False, pad_tail=True)
     # 0 1 2 eos 3 eos 4 5 6 7 eos: ten targets in windows of four
     assert packing.n_tokens == 11
     assert packing.n_samples == 3
