@@ -22,6 +22,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.saved_config import from_json, to_json
+
+__all__ = ["REQUIRED", "from_json", "load", "names", "override", "parse", "to_json", "validate"]
 
 REQUIRED = object()  # as the default of a verb's flag: must be given
 
@@ -139,16 +142,6 @@ def validate(config: ConfigDict, checks: Iterable[Callable[[ConfigDict], str | N
         if message := check(config):
             raise UserError(message)
     return config
-
-
-def to_json(config: ConfigDict) -> dict:
-    """Returns a tree of what JSON knows; tuples are marked, so that ``from_json`` gives back the same config."""
-    return _encode(config)
-
-
-def from_json(tree: dict) -> ConfigDict:
-    """Inverse of ``to_json``, also after ``json.dumps`` and ``json.loads``; the keys come locked."""
-    return _decode(tree).lock()
 
 
 def _split(argv: list[str], table: Mapping[str, Flag]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -281,25 +274,3 @@ def _help(table: Mapping[str, Flag]) -> str:
         rows.append(("", f"configs: {', '.join(names())}"))
     width = max((len(left) for left, _ in rows), default=0)
     return "\n".join(["options:", *(f"  {left:<{width}}  {right}" for left, right in rows)])
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, (ConfigDict, dict)):
-        return {key: _encode(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return {"__tuple__": [_encode(item) for item in value]}
-    if isinstance(value, list):
-        return [_encode(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(f"a config holds numbers, text, None, tuples and lists; this one holds {type(value).__name__}")
-
-
-def _decode(value: Any) -> Any:
-    if isinstance(value, dict) and value.keys() == {"__tuple__"}:
-        return tuple(_decode(item) for item in value["__tuple__"])
-    if isinstance(value, dict):
-        return ConfigDict({key: _decode(item) for key, item in value.items()})
-    if isinstance(value, list):
-        return [_decode(item) for item in value]
-    return value

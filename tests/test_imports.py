@@ -17,6 +17,7 @@ FLOORS = (
     ("models",),
     ("train", "serve", "convert", "eval", "plan"),
     ("rl",),
+    ("saved_config",),
     ("language_model",),
     ("configs",),
     ("cli", "launch"),
@@ -42,7 +43,7 @@ MESH_ROOMS = ("parallel", "compat")
 MESH_FILES = ("deepseek_jax/train/step.py",)
 
 # The resolved config is read at the border only.
-CONFIG_DICT_ROOMS = ("launch", "configs", "models", "language_model")
+CONFIG_DICT_ROOMS = ("launch", "configs", "models", "language_model", "saved_config")
 
 
 def room_of(module: str) -> str | None:
