@@ -43,7 +43,7 @@ FIGURES = {
     "loss": ("loss", ".4f"),
     "bits_per_byte": ("bits/byte", ".4f"),
     "learning_rate": ("lr", ".2e"),
-    "grad_norm": ("grad_norm", ".3f"),
+    "gradient_norm": ("grad_norm", ".3f"),
     "max_violation": ("maxvio", ".3f"),
     "skipped": ("skipped", "d"),
 }
@@ -63,7 +63,10 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """Returns loss / (ln 2 * bytes per token): a loss in nats per token, made comparable between tokenizers."""
+    """Returns loss / (ln 2 * bytes per token): a loss in nats per token, made comparable between tokenizers.
+
+    Summed nats over summed bytes give the same.
+    """
     return loss / (math.log(2) * bytes_per_token)
 
 

@@ -50,7 +50,7 @@ def test_a_run_from_the_start_begins_a_new_log(tmp_path):
 
 
 def test_the_log_keeps_every_bit(tmp_path):
-    values = {"loss": 0.1 + 0.2, "grad_norm": float(np.float32(1 / 3)), "tiny": 5e-324, "tokens": 12345678901234567}
+    values = {"loss": 0.1 + 0.2, "gradient_norm": float(np.float32(1 / 3)), "tiny": 5e-324, "tokens": 12345678901234567}
     with open_metrics(tmp_path) as metrics:
         metrics.step(1, values)
     (record,) = read_log(tmp_path / "metrics.jsonl")
@@ -60,7 +60,7 @@ def test_the_log_keeps_every_bit(tmp_path):
 
 def test_every_line_is_json_even_with_nan(tmp_path):
     with open_metrics(tmp_path) as metrics:
-        metrics.step(1, {"loss": math.nan, "grad_norm": math.inf})
+        metrics.step(1, {"loss": math.nan, "gradient_norm": math.inf})
         metrics.step(2, {"loss": 1.0}, {"expert_load": np.full((1, 2), np.nan)})
 
     def refuse(name):
@@ -68,7 +68,7 @@ def test_every_line_is_json_even_with_nan(tmp_path):
 
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     first, _ = (json.loads(line, parse_constant=refuse) for line in lines)
-    assert math.isnan(float(first["loss"])) and math.isinf(float(first["grad_norm"]))
+    assert math.isnan(float(first["loss"])) and math.isinf(float(first["gradient_norm"]))
 
 
 def test_a_line_is_on_disk_before_the_next_step(tmp_path):
@@ -106,7 +106,7 @@ def test_plain_lines(tmp_path):
     stream = io.StringIO()
     with open_metrics(tmp_path, total_steps=1000, stream=stream) as metrics:
         metrics.message("8 devices")
-        metrics.step(1, {"grad_norm": 2.0, "loss": 5.54321, "learning_rate": 3e-6, "other": 7.0})
+        metrics.step(1, {"gradient_norm": 2.0, "loss": 5.54321, "learning_rate": 3e-6, "other": 7.0})
         metrics.evaluation(1, {"loss": 5.5, "bits_per_byte": 7.93})
     first, second, third = stream.getvalue().splitlines()
     assert first == "8 devices"
