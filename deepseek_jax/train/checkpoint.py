@@ -13,6 +13,7 @@ over its bytes (in the background), and a restore reads them twice.
 A failed save never stops the training: the reason goes to ``warn``, once, at the next call.
 """
 
+import atexit
 import json
 import logging
 import os
@@ -34,7 +35,7 @@ from deepseek_jax.train import tree
 from deepseek_jax.train.manifest import Damage
 
 SAVE_TIMEOUT_S = 3600
-_SKIP, _WRITE, _REFUSE = range(3)  # process 0's verdict on a save, broadcast to all
+_SKIP, _WRITE, _REFUSE, _FAIL = range(4)  # process 0's verdict on a save, broadcast to all
 
 
 def print_warning(message: str) -> None:
@@ -79,6 +80,7 @@ class Checkpointer:
             except OSError as error:
                 raise UserError(f"cannot write checkpoints to {self.directory}: {error.strerror}.") from None
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), timeout_secs=SAVE_TIMEOUT_S)
+        atexit.register(self.report)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -107,17 +109,15 @@ class Checkpointer:
         if self._admit(step) != _WRITE:
             return
         path = files.step_dir(self.directory, step)
-        self._last_save_good = False
+        failure = None
         try:
-            if jax.process_index() == 0:
-                path.mkdir(parents=True)
             self._orbax.save(path / files.ARRAYS, args=ocp.args.PyTreeSave(tree.nest(arrays)))
         except Exception as error:
-            self._give_up(step, error)
-            self.report()
-            return
+            failure = error
         shapes = {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in arrays.items()}
-        self._thread = threading.Thread(target=self._finish, args=(step, path, shapes, texts), name="checkpoint")
+        # Also after a failure, so that all processes meet in wait().
+        arguments = (step, path, shapes, texts, failure)
+        self._thread = threading.Thread(target=self._finish, args=arguments, name="checkpoint")
         self._thread.start()
 
     def report(self) -> None:
@@ -135,10 +135,14 @@ class Checkpointer:
         return self._last_save_good
 
     def close(self) -> None:
-        """Waits, tells what is left to tell and lets go of the directory; may be called twice."""
+        """Waits, tells what is left to tell and lets go of the directory; may be called twice.
+
+        Needed (or ``with``): Python refuses new work to a save that is still going on when the program ends.
+        """
         try:
             self.wait()
         finally:
+            atexit.unregister(self.report)
             orbax, self._orbax = self._orbax, None
             if orbax is not None:
                 orbax.close()
@@ -206,11 +210,15 @@ class Checkpointer:
                 self._messages.append(f"step {step} is saved already; nothing was written.")
             else:
                 self._clean(also=step)
+                try:
+                    files.step_dir(self.directory, step).mkdir(parents=True)
+                except OSError as error:
+                    verdict = _FAIL
+                    self._give_up(step, error)
         verdict = _agree(verdict)
         if verdict == _REFUSE:
             raise UserError(f"{reason or 'newer steps exist'}. Restore before you save, or choose another directory.")
-        if verdict == _SKIP:
-            self._last_save_good = True
+        self._last_save_good = verdict == _SKIP
         self.report()
         return verdict
 
@@ -238,9 +246,11 @@ class Checkpointer:
         except OSError as error:
             self._say_once(f"step {step} could not be deleted: {error}.")
 
-    def _finish(self, step: int, path: Path, shapes: dict, texts: dict[str, bytes]) -> None:
+    def _finish(self, step: int, path: Path, shapes: dict, texts: dict[str, bytes], failure: Exception | None) -> None:
         """Runs in the background: waits for Orbax on all hosts, hashes, commits, then deletes old steps."""
         try:
+            if failure is not None:
+                raise failure
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
                 for name, text in texts.items():
@@ -348,6 +358,8 @@ def _first_line(error: BaseException) -> str:
     text = str(error)
     if getattr(error, "errno", None) == 28 or "ENOSPC" in text or "No space left" in text:
         return "no space left on the disk"
+    if "interpreter shutdown" in text:
+        return "the program ended without closing its Checkpointer"
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:300]
 
 

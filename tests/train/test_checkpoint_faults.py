@@ -241,7 +241,27 @@ def test_a_delete_that_fails_is_told_once_and_survived(tmp_path, monkeypatch):
         assert sorted(os.listdir(tmp_path)) == [".writer", "step_00000040"]
 
 
+def test_a_save_that_the_end_of_the_program_cut_off_is_told(tmp_path):
+    code = (
+        "import sys; from test_checkpoint_faults import *\nCheckpointer(sys.argv[1]).save(1, make_state(1, 3_000_000))"
+    )
+    done = run_python(code, tmp_path)
+    saved = Checkpointer(tmp_path, read_only=True).latest() == 1  # where Python let the save finish
+    assert saved or "step 1 was NOT saved: the program ended without closing" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
 # ---- SIGKILL
+
+
+def run_python(code: str, *arguments) -> subprocess.CompletedProcess:
+    """Runs a program in a process of its own, which may import this file."""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
+    return subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path, "XLA_FLAGS": ""}, capture_output=True, text=True
+    )
+
 
 KILLED = """
 import os, shutil, signal, sys, threading
@@ -289,9 +309,7 @@ def test_sigkill_at_any_moment_leaves_a_good_step(tmp_path):
     """Killed on entering a stage of the third save (or of the deletion after it), and at odd times."""
     stages = ["finalize:1", "commit:1", "fsync:3", "replace:1", "replace:3", "replace:4", "rmtree:1"]
     cases = stages + [f"after:{seconds:.2f}" for seconds in RNG.uniform(0, 0.4, size=3)]
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    run = [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path), *cases]
-    done = subprocess.run(run, env=os.environ | {"PYTHONPATH": path, "XLA_FLAGS": ""}, capture_output=True, text=True)
+    done = run_python(KILLED, tmp_path, *cases)
     assert done.returncode == 0, done.stderr
     for case in cases:
         told = []
