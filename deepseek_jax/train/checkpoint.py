@@ -358,7 +358,7 @@ def _first_line(error: BaseException) -> str:
     text = str(error)
     if getattr(error, "errno", None) == 28 or "ENOSPC" in text or "No space left" in text:
         return "no space left on the disk"
-    if "interpreter shutdown" in text:
+    if "cannot schedule new futures after" in text:  # Python is shutting down
         return "the program ended without closing its Checkpointer"
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:300]
 
