@@ -242,7 +242,9 @@ def test_a_delete_that_fails_is_told_once_and_survived(tmp_path, monkeypatch):
 
 
 def test_a_save_that_the_end_of_the_program_cut_off_is_told(tmp_path):
-    code = "import sys; from test_checkpoint_faults import *; Checkpointer(sys.argv[1]).save(1, make_state(1, 3_000_000))"
+    code = (
+        "import sys; from test_checkpoint_faults import *; Checkpointer(sys.argv[1]).save(1, make_state(1, 3_000_000))"
+    )
     done = run_python(code, tmp_path)
     saved = Checkpointer(tmp_path, read_only=True).latest() == 1  # where Python let the save finish
     assert saved or "step 1 was NOT saved: the program ended without closing" in done.stderr, done.stderr
