@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Returns the defaults shared by all runs; ``family`` and ``model`` are filled in by the config that starts here."""
+    """Returns the defaults shared by all runs; the config that starts here fills in ``family`` and ``model``."""
     config = ConfigDict()
     config.name = ""
     config.family = ""

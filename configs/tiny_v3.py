@@ -1,6 +1,6 @@
 """A V3 small enough for two CPU cores: every mechanism of the report, 16 experts of which 4 work on a token.
 
-Learns CPython's standard library byte by byte: held-out bits per byte fall from about 8 to below 3 in under five minutes.
+Learns CPython's standard library byte by byte: held-out bits per byte fall from about 8 to below 3 within five minutes.
 
     deepseek-jax train --config=tiny_v3
 """

@@ -1,1 +1,28 @@
-"""Names that differ between the supported versions of jax (0.10.2 up to 0.12), in one place."""
+"""What depends on the version of JAX or on where a run was started; everything else is the same on jax 0.10 to 0.12."""
+
+import os
+from pathlib import Path
+
+import jax
+
+
+def start_processes() -> None:
+    """Joins the other processes of a run on a cluster that JAX knows (SLURM, TPU pods, Kubernetes, Open MPI).
+
+    A process that was started alone stays alone.
+    """
+    if jax.distributed.is_initialized():
+        return
+    clusters = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
+    if any(int(os.environ.get(name) or 1) > 1 for name in clusters) or os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        jax.distributed.initialize()
+
+
+def start_compilation_cache(directory: str) -> None:
+    """Keeps compiled programs in `directory` ("" is the user's cache), so that a second start need not compile."""
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "deepseek_jax" / "jax"
+    jax.config.update("jax_compilation_cache_dir", directory or str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

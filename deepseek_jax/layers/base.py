@@ -29,7 +29,7 @@ class Execution:
 
     Attributes:
         compute: dtype of the activations.
-        remat: what the backward pass finds in memory: "none" keeps all, "dots" the matmul outputs, "block" block inputs.
+        remat: what is kept for the backward pass: "none" keeps all, "dots" the matmul outputs, "block" block inputs.
         expert_axis: mesh axis over which the routed experts are shared out; None when all of them are here.
         unshard: gathers, in place, the weights of a module that are stored in shards (FSDP); None when all are whole.
     """
@@ -38,6 +38,9 @@ class Execution:
     remat: str = "none"
     expert_axis: str | None = None
     unshard: Unshard | None = None
+
+
+AS_IT_IS = Execution()  # float32 on one device
 
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Callable) -> nnx.Param:
@@ -126,25 +129,31 @@ def remat(body: Callable, policy: str) -> Callable:
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
-    """A module as (definition, trained weights, router biases), the last two plain nested dicts."""
+    """A module as (definition, trained weights, router biases), the last two plain nested dicts with string keys."""
     definition, params, router_bias = nnx.split(module, nnx.Param, RouterBias)
-    return definition, nnx.to_pure_dict(params), nnx.to_pure_dict(router_bias)
+    return definition, _named(nnx.to_pure_dict(params)), _named(nnx.to_pure_dict(router_bias))
 
 
 def bind(definition: nnx.GraphDef, params: Tree, router_bias: Tree) -> nnx.Module:
     """The module described by `definition` with these weights: the inverse of `split`."""
-    return nnx.merge(definition, nnx.State(params), nnx.State(router_bias))
+    return nnx.merge(definition, nnx.State(_indexed(params)), nnx.State(_indexed(router_bias)))
 
 
 def logical_axes(module: nnx.Module) -> tuple[Tree, Tree]:
     """The logical axes of a module's trained weights and router biases, in trees like those of `split`."""
 
     def axes_of(kind: type) -> Tree:
-        state = nnx.state(module, kind)
-        return nnx.to_pure_dict(jax.tree.map(lambda v: v.get_metadata("axes"), state, is_leaf=_is_variable))
+        return _named(nnx.to_pure_dict(nnx.map_state(lambda _, v: v.get_metadata("axes"), nnx.state(module, kind))))
 
     return axes_of(nnx.Param), axes_of(RouterBias)
 
 
-def _is_variable(leaf: object) -> bool:
-    return isinstance(leaf, nnx.Variable)
+def _named(tree: Tree) -> Tree:
+    """List indices as strings, so that every key of a tree is a name."""
+    return {str(key): _named(sub) if isinstance(sub, dict) else sub for key, sub in tree.items()}
+
+
+def _indexed(tree: Tree) -> Tree:
+    """The inverse of `_named`."""
+    names = ((int(key) if key.isdigit() else key, sub) for key, sub in tree.items())
+    return {key: _indexed(sub) if isinstance(sub, dict) else sub for key, sub in names}

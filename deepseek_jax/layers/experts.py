@@ -2,8 +2,8 @@
 
     h'_t = sum_shared FFN_i(u_t) + sum_routed g_i,t FFN_i(u_t)      (eq. 12)
 
-Many fine-grained experts instead of few wide ones, so that the k chosen make up a more specific feed-forward for the same
-cost; shared experts hold what all tokens need.  No token is ever dropped.
+Many fine-grained experts instead of few wide ones, so that the k chosen make up a more specific feed-forward for the
+same cost; shared experts hold what all tokens need.  No token is ever dropped.
 Paper: V3 section 2.1.2; DeepSeekMoE, arXiv 2401.06066.
 """
 
@@ -56,9 +56,7 @@ class Experts(nnx.Module):
         rngs: initialisers' keys.
     """
 
-    def __init__(
-        self, c: ExpertsConfig, d_model: int, route: Route, *, expert_axis: str | None = None, rngs: nnx.Rngs
-    ):
+    def __init__(self, c: ExpertsConfig, d_model: int, route: Route, *, expert_axis: str | None = None, rngs: nnx.Rngs):
         init = normal(c.init_std)
         self.router = Router(d_model, c.n_experts, c.init_std, route, rngs=rngs)
         self.shared = SwiGLU(d_model, c.n_shared * c.width, c.init_std, rngs=rngs)

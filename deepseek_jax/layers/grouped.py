@@ -1,48 +1,152 @@
-"""Many small feed-forwards at once: rows are sorted by expert, padded to blocks, and each block meets its expert's weights.
+"""Many small feed-forwards at once: rows sorted by expert, and a loop over chunks of one expert's rows.
 
-A block holds `J` rows of one expert.  The number of blocks depends on shapes alone (A / J + X bounds it for any routing),
-so nothing is dropped and nothing is recompiled; at most J - 1 rows an expert are padding.
+The loop runs exactly as often as the routing needs (at most A / chunk + X times), so nothing is dropped, nothing is
+padded in memory and nothing is recompiled; each turn is one plain matmul with one expert's weights.  A chunk that reaches
+past its expert's last row computes rows that the next chunk overwrites.
+
+Gathers are paired with their inverse, so that the backward pass gathers too and never scatters.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
-from deepseek_jax.precision.matmul import einsum
 
-
-class Blocks(NamedTuple):
-    """Which assignment stands where.
+class Order(NamedTuple):
+    """Assignments (token, chosen expert) sorted by expert.
 
     Attributes:
-        expert_I: expert of each block; X for blocks that are not used.
-        assignment_IJ: assignment in each row of each block; A where the row is empty.
-        slot_A: the row (of I * J) of each assignment; I * J for assignments to no expert.
+        assignment_A: assignment in each sorted row.
+        row_MK: sorted row of each assignment.
+        count_X: rows of each expert; those after the last (assigned to no expert) are never touched.
     """
 
+    assignment_A: jax.Array
+    row_MK: jax.Array
+    count_X: jax.Array
+
+
+def sort_by_expert(experts_MK: jax.Array, n_experts: int) -> Order:
+    """Sorts the assignments by expert, stably; expert `n_experts` means none and comes last."""
+    expert_A = experts_MK.reshape(-1)
+    assignment_A = jnp.argsort(expert_A, stable=True)
+    rows = jnp.arange(expert_A.size, dtype=jnp.int32)
+    row_A = jnp.zeros_like(rows).at[assignment_A].set(rows, unique_indices=True)
+    count_X = jnp.sum(expert_A[:, None] == jnp.arange(n_experts), axis=0, dtype=jnp.int32)
+    return Order(assignment_A, row_A.reshape(experts_MK.shape), count_X)
+
+
+def _no_gradient(tree: object) -> object:
+    return jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), tree)
+
+
+@jax.custom_vjp
+def to_rows(x_MD: jax.Array, order: Order) -> jax.Array:
+    """x_AD: the token of each sorted row."""
+    return x_MD[order.assignment_A // order.row_MK.shape[1]]
+
+
+@jax.custom_vjp
+def to_tokens(y_AD: jax.Array, order: Order) -> jax.Array:
+    """y_MD: the sum of each token's rows."""
+    return sum(y_AD[order.row_MK[:, k]] for k in range(order.row_MK.shape[1]))
+
+
+@jax.custom_vjp
+def sort_weights(weights_MK: jax.Array, order: Order) -> jax.Array:
+    """weights_A: the factor of each sorted row."""
+    return weights_MK.reshape(-1)[order.assignment_A]
+
+
+to_rows.defvjp(lambda x, order: (to_rows(x, order), order), lambda order, g: (to_tokens(g, order), _no_gradient(order)))
+to_tokens.defvjp(
+    lambda y, order: (to_tokens(y, order), order), lambda order, g: (to_rows(g, order), _no_gradient(order))
+)
+sort_weights.defvjp(
+    lambda w, order: (sort_weights(w, order), order), lambda order, g: (g[order.row_MK], _no_gradient(order))
+)
+
+
+class Chunks(NamedTuple):
+    """The loop's plan: expert, first row and end of the expert's rows of each chunk, and how many chunks there are."""
+
     expert_I: jax.Array
-    assignment_IJ: jax.Array
-    slot_A: jax.Array
+    row_I: jax.Array
+    end_I: jax.Array
+    n_chunks: jax.Array
 
 
-def arrange(expert_A: jax.Array, n_experts: int, block: int) -> Blocks:
-    """Sorts assignments into blocks of `block` rows of one expert each; expert `n_experts` means none."""
-    n_assignments = expert_A.shape[0]
-    n_blocks = n_assignments // block + min(n_experts, n_assignments)
-    order_A = jnp.argsort(expert_A, stable=True)
-    sorted_A = expert_A[order_A]
-    count_X = jnp.bincount(expert_A, length=n_experts + 1)
-    blocks_X = -(-count_X // block)
-    first_row_X = jnp.cumsum(count_X) - count_X
-    first_block_X = jnp.cumsum(blocks_X) - blocks_X
-    slot_of_sorted = first_block_X[sorted_A] * block + jnp.arange(n_assignments) - first_row_X[sorted_A]
-    slot_of_sorted = jnp.where(sorted_A == n_experts, n_blocks * block, slot_of_sorted)
-    assignment = jnp.full((n_blocks * block,), n_assignments, jnp.int32).at[slot_of_sorted].set(order_A, mode="drop")
-    slot_A = jnp.zeros((n_assignments,), jnp.int32).at[order_A].set(slot_of_sorted)
-    ends_X = jnp.cumsum(blocks_X[:-1])
-    expert_I = jnp.searchsorted(ends_X, jnp.arange(n_blocks), side="right")
-    return Blocks(expert_I, assignment.reshape(n_blocks, block), slot_A)
+def _plan(count_X: jax.Array, n_rows: int, chunk: int) -> Chunks:
+    chunks_X = -(-count_X // chunk)
+    ends_X, last_row_X = jnp.cumsum(chunks_X), jnp.cumsum(count_X)
+    index_I = jnp.arange(n_rows // chunk + count_X.size)
+    expert_I = jnp.minimum(jnp.sum(index_I[:, None] >= ends_X, axis=1), count_X.size - 1)
+    row_I = (last_row_X - count_X)[expert_I] + (index_I - (ends_X - chunks_X)[expert_I]) * chunk
+    return Chunks(expert_I, row_I, last_row_X[expert_I], ends_X[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_matmul(x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array, chunk: int) -> jax.Array:
+    """y_AF: each row times the weights of its expert.
+
+    Args:
+        x_AD: rows sorted by expert.
+        w_XDF: the experts' weights, in the dtype of `x_AD`.
+        count_X: rows of each expert; rows past their sum give 0.
+        chunk: rows of one matmul.
+    """
+    return _rows_times(x_AD, w_XDF, count_X, chunk, contract=0)
+
+
+def _rows_times(x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array, chunk: int, *, contract: int) -> jax.Array:
+    n_rows, width = x_AD.shape
+    plan = _plan(count_X, n_rows, chunk)
+    padded = jnp.pad(x_AD, ((0, chunk), (0, 0)))
+
+    def body(i: jax.Array, out: jax.Array) -> jax.Array:
+        rows = lax.dynamic_slice(padded, (plan.row_I[i], 0), (chunk, width))
+        weights = lax.dynamic_index_in_dim(w_XDF, plan.expert_I[i], 0, keepdims=False)
+        product = lax.dot_general(rows, weights, (((1,), (contract,)), ((), ())))
+        return lax.dynamic_update_slice(out, product, (plan.row_I[i], 0))
+
+    out = jnp.zeros((n_rows + chunk, w_XDF.shape[2 - contract]), x_AD.dtype)
+    out = lax.fori_loop(0, plan.n_chunks, body, out)[:n_rows]
+    return jnp.where((jnp.arange(n_rows) < jnp.sum(count_X))[:, None], out, 0)
+
+
+def _weight_gradient(x_AD: jax.Array, g_AF: jax.Array, count_X: jax.Array, chunk: int) -> jax.Array:
+    """dW of each expert, summed over its chunks in float32."""
+    plan = _plan(count_X, x_AD.shape[0], chunk)
+    x_padded, g_padded = (jnp.pad(rows, ((0, chunk), (0, 0))) for rows in (x_AD, g_AF))
+
+    def body(i: jax.Array, d_w_XDF: jax.Array) -> jax.Array:
+        start = (plan.row_I[i], 0)
+        x = lax.dynamic_slice(x_padded, start, (chunk, x_AD.shape[1]))
+        g = lax.dynamic_slice(g_padded, start, (chunk, g_AF.shape[1]))
+        x = jnp.where((plan.row_I[i] + jnp.arange(chunk) < plan.end_I[i])[:, None], x, 0)
+        product = lax.dot_general(x, g, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        old = lax.dynamic_index_in_dim(d_w_XDF, plan.expert_I[i], 0, keepdims=False)
+        return lax.dynamic_update_index_in_dim(d_w_XDF, old + product, plan.expert_I[i], 0)
+
+    return lax.fori_loop(0, plan.n_chunks, body, jnp.zeros((count_X.size, x_AD.shape[1], g_AF.shape[1]), jnp.float32))
+
+
+def _forward(x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array, chunk: int) -> tuple[jax.Array, tuple]:
+    return _rows_times(x_AD, w_XDF, count_X, chunk, contract=0), (x_AD, w_XDF, count_X)
+
+
+def _backward(chunk: int, saved: tuple, g_AF: jax.Array) -> tuple:
+    x_AD, w_XDF, count_X = saved
+    d_x_AD = _rows_times(g_AF, w_XDF, count_X, chunk, contract=1)
+    d_w_XDF = _weight_gradient(x_AD, g_AF, count_X, chunk).astype(w_XDF.dtype)
+    return d_x_AD, d_w_XDF, _no_gradient(count_X)
+
+
+grouped_matmul.defvjp(_forward, _backward)
 
 
 def grouped_swiglu(
@@ -53,7 +157,7 @@ def grouped_swiglu(
     gate_XDF: jax.Array,
     up_XDF: jax.Array,
     down_XFD: jax.Array,
-    block: int = 64,
+    chunk: int = 128,
 ) -> jax.Array:
     """y_m = sum_k weights_mk * SwiGLU_experts_mk(x_m).
 
@@ -61,19 +165,19 @@ def grouped_swiglu(
         x_MD: tokens.
         experts_MK: experts of each token, 0..X-1; X means none.
         weights_MK: factor of each expert's output.
-        gate_XDF, up_XDF, down_XFD: the experts' weights.
-        block: rows of one block.
+        gate_XDF, up_XDF, down_XFD: the experts' weights (cast to the dtype of `x_MD`).
+        chunk: rows of one matmul.
 
     Returns:
         y_MD in the dtype of `x_MD`.
     """
-    n_experts, top_k = gate_XDF.shape[0], experts_MK.shape[1]
-    blocks = arrange(experts_MK.reshape(-1), n_experts, block)
-    x_IJD = jnp.take(x_MD, blocks.assignment_IJ // top_k, axis=0, mode="fill", fill_value=0)
-    expert_I = jnp.minimum(blocks.expert_I, n_experts - 1)
-    hidden_IJF = jax.nn.silu(einsum("IJD,IDF->IJF", x_IJD, gate_XDF[expert_I]))
-    hidden_IJF = hidden_IJF * einsum("IJD,IDF->IJF", x_IJD, up_XDF[expert_I])
-    y_IJD = einsum("IJF,IFD->IJD", hidden_IJF, down_XFD[expert_I])
-    y_AD = jnp.take(y_IJD.reshape(-1, y_IJD.shape[-1]), blocks.slot_A, axis=0, mode="fill", fill_value=0)
-    y_MKD = y_AD.reshape(*experts_MK.shape, -1)
-    return jnp.einsum("MKD,MK->MD", y_MKD, weights_MK.astype(y_MKD.dtype))
+    order = sort_by_expert(experts_MK, gate_XDF.shape[0])
+    chunk = min(chunk, experts_MK.size)
+
+    def times(rows: jax.Array, w: jax.Array) -> jax.Array:
+        return grouped_matmul(rows, w.astype(rows.dtype), order.count_X, chunk)
+
+    x_AD = to_rows(x_MD, order)
+    hidden_AF = jax.nn.silu(times(x_AD, gate_XDF)) * times(x_AD, up_XDF)
+    hidden_AF = hidden_AF * sort_weights(weights_MK, order)[:, None].astype(hidden_AF.dtype)
+    return to_tokens(times(hidden_AF, down_XFD), order)

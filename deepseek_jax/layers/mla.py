@@ -121,13 +121,12 @@ class MLA(nnx.Module):
         return Latents(c_BTC, self._rotate(k_rope_BTP, positions_BT))
 
     def expanded(self, x_BTD: jax.Array, positions_BT: jax.Array, latents: Latents, segments_BT=None) -> jax.Array:
-        """u_BTD of tokens that attend causally to themselves, given their own `latents`; k and v of each head are built."""
+        """u_BTD of tokens that attend causally to themselves through their own `latents`, from which k and v are built."""
         q_BTHQ = jnp.concatenate(self.queries(x_BTD, positions_BT), axis=-1)
-        k_nope_BTHN = einsum("BTC,CHN->BTHN", latents.c_BSC, self.k_up_CHN[...])
-        v_BTHU = einsum("BTC,CHU->BTHU", latents.c_BSC, self.v_up_CHU[...])
-        k_rope_BTHP = jnp.broadcast_to(
-            latents.k_rope_BSP[:, :, None], (*k_nope_BTHN.shape[:-1], self.config.rope_width)
-        )
+        c_BTC, k_rope_BTP = latents
+        k_nope_BTHN = einsum("BTC,CHN->BTHN", c_BTC, self.k_up_CHN[...])
+        v_BTHU = einsum("BTC,CHU->BTHU", c_BTC, self.v_up_CHU[...])
+        k_rope_BTHP = jnp.broadcast_to(k_rope_BTP[:, :, None], (*k_nope_BTHN.shape[:-1], self.config.rope_width))
         k_BTHQ = jnp.concatenate([k_nope_BTHN, k_rope_BTHP], axis=-1)
         o_BTHU = causal_attention(q_BTHQ, k_BTHQ, v_BTHU, scale=self.scale, segments_BT=segments_BT)
         return einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...])

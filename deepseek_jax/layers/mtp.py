@@ -30,7 +30,9 @@ class MTP(nnx.Module):
         std: standard deviation of the initial M_k.
     """
 
-    def __init__(self, block: Callable[[nnx.Rngs], nnx.Module], d_model: int, eps: float, std: float, *, rngs: nnx.Rngs):
+    def __init__(
+        self, block: Callable[[nnx.Rngs], nnx.Module], d_model: int, eps: float, std: float, *, rngs: nnx.Rngs
+    ):
         self.embedding_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)
         self.hidden_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)
         self.join_YD = param(rngs, (2 * d_model, d_model), (None, "embed"), normal(std))

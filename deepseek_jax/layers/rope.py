@@ -1,7 +1,7 @@
 """Rotary position embedding, and YaRN, which stretches it to longer contexts.
 
-RoPE rotates the pair (x_2i, x_2i+1) by the angle t * theta_i, theta_i = base^(-2i/P): the dot product of a rotated query
-and a rotated key depends on their distance only.  MLA pairs neighbours ("interleaved"), unlike Llama's halves.
+RoPE rotates the pair (x_2i, x_2i+1) by the angle t * theta_i, theta_i = base^(-2i/P): the dot product of a rotated
+query and a rotated key depends on their distance only.  MLA pairs neighbours ("interleaved"), unlike Llama's halves.
 
 YaRN slows the low frequencies by `factor`, keeps the high ones and blends those between; the logits grow by mscale^2.
 Paper: Su et al. 2021; Peng et al. 2023; V2 section 3.1.4, V3 section 4.3.

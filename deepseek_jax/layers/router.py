@@ -4,8 +4,8 @@
     chosen: top-k of s + b within the best groups; b only chooses     (eq. 16 and section 2.1.2)
     g_i,t = scale * s_i,t / sum of the chosen s                       (eq. 13)
 
-A group's score is the sum of its two largest s + b (V3: 8 groups = nodes, 4 kept: a token visits at most 4 nodes).
-After each step b_i rises by gamma if expert i had less than the mean load and falls if it had more (loss-free balancing).
+A group's score is the sum of its two largest s + b (V3: 8 groups, one a node, 4 kept).
+After each step b_i rises by gamma if expert i had less than the mean load and falls if it had more.
 A small sequence-wise loss remains as a guard: alpha * sum_i f_i P_i (eqs. 17-20).
 
 All of it in float32.  Paper: V3 section 2.1.2; arXiv 2408.15664.

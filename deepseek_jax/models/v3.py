@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from deepseek_jax.layers.base import Execution, remat, run_stack, stack
+from deepseek_jax.layers.base import AS_IT_IS, Execution, remat, run_stack, stack
 from deepseek_jax.layers.embed import Embedding, Head
 from deepseek_jax.layers.experts import Experts, ExpertsConfig
 from deepseek_jax.layers.mla import MLA, Latents, MLAConfig, default_positions
@@ -180,7 +180,7 @@ class Model(nnx.Module):
         rngs: initialisers' keys.
     """
 
-    def __init__(self, c: Config, run: Execution = Execution(), *, rngs: nnx.Rngs):
+    def __init__(self, c: Config, run: Execution = AS_IT_IS, *, rngs: nnx.Rngs):
         self.embedding = Embedding(c.vocab_size, c.d_model, c.init_std, rngs=rngs)
         self.dense_blocks = stack(lambda r: DenseBlock(c, rngs=r), c.n_dense_layers, rngs)
         self.moe_blocks = stack(lambda r: MoEBlock(c, run, rngs=r), c.n_layers - c.n_dense_layers, rngs)
@@ -232,6 +232,11 @@ class Model(nnx.Module):
             targets_BT = shift_left(targets_BT, fill=-1)
             depths.append(Ahead(h_BTD, targets_BT, statistics))
         return depths
+
+    def loads(self, statistics: Statistics, depths: list[Ahead]) -> dict:
+        """Tokens per expert of every router, in a tree whose leaves match the subtrees of the router biases."""
+        loads = {"moe_blocks": statistics.load_E}
+        return loads | ({"mtp": {str(k): depth.statistics.load_E for k, depth in enumerate(depths)}} if depths else {})
 
     def prefill(self, ids_BT: jax.Array, n_slots: int) -> tuple[jax.Array, Cache]:
         """Reads prompts in the expanded form.
@@ -292,3 +297,20 @@ class Model(nnx.Module):
 def _whole_sequences(positions_BT: jax.Array, segments_BT: jax.Array | None) -> Attend:
     """Attention of training: expanded, nothing kept."""
     return lambda attention, x_BTD: (attention(x_BTD, positions_BT, segments_BT), None)
+
+
+def flops_per_token(c: Config, seq_len: int) -> float:
+    """Operations to train on one token: forward and backward, causal attention, multi-token prediction included.
+
+    Two per weight of every matrix that a token meets, and 2 (Q + U) per head and key it sees, half of `seq_len` on
+    average; the backward pass costs twice the forward.
+    """
+    m, e, d = c.mla, c.experts, c.d_model
+    attention = d * m.q_rank + m.q_rank * m.n_heads * m.query_width + d * (m.kv_rank + m.rope_width)
+    attention += m.n_heads * (m.kv_rank * (m.nope_width + m.value_width) + m.value_width * d)
+    attention += m.n_heads * (m.query_width + m.value_width) * seq_len / 2
+    moe = attention + d * e.n_experts + 3 * d * e.width * (e.top_k + e.n_shared)
+    dense = attention + 3 * d * c.dense_width
+    head = d * c.vocab_size
+    main = c.n_dense_layers * dense + (c.n_layers - c.n_dense_layers) * moe + head
+    return 3 * 2 * (main + c.mtp_depth * (moe + 2 * d * d + head))

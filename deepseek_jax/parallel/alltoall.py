@@ -1,8 +1,8 @@
 """Expert parallelism: send each token to the devices that hold its experts, and bring the results back.
 
 Nothing is dropped.  Every device sends every other a buffer of the same size; that size is the smallest of a few that
-holds the fullest buffer of the step, agreed on by all devices (the last one holds the worst case), so the padding follows
-the real load.  A token goes once to each device that it needs, however many of its experts live there.
+holds the fullest buffer of the step, agreed on by all devices (the last one holds the worst case), so the padding
+follows the real load.  A token goes once to each device that it needs, however many of its experts live there.
 
 Paper: V3 section 3.2.2 describes the same exchange with NVSHMEM kernels; here it is XLA's padded all_to_all.
 """
@@ -50,7 +50,7 @@ def on_expert_devices(
     """Weighted sum of each token's experts, where the experts are shared out over mesh axis `axis`.
 
     Args:
-        compute: `compute(x_MD, experts_MK, weights_MK) -> y_MD` with the experts of this device; expert `n_local` means none.
+        compute: `compute(x_MD, experts_MK, weights_MK) -> y_MD` with this device's experts; index `n_local` means none.
         x_MD: this device's tokens.
         experts_MK, weights_MK: their experts (global indices) and factors.
         n_local: experts per device.

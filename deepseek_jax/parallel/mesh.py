@@ -1,7 +1,7 @@
 """The device mesh of a run, and the one way in which per-device code is run on it.
 
-Axes: `data` (replicas of the experts) and `expert` (the routed experts are shared out over it).  The batch is split over
-both together: as in DeepSeek's layout, expert ranks hold different tokens.
+Axes: `data` (replicas of the experts) and `expert` (the routed experts are shared out over it).  The batch is split
+over both together: as in DeepSeek's layout, expert ranks hold different tokens.
 """
 
 import math
@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -33,7 +34,9 @@ def make_mesh(data: int = -1, expert: int = 1, devices: list | None = None) -> M
     """
     devices = jax.devices() if devices is None else devices
     if expert < 1 or (data < 1 and data != -1):
-        raise UserError(f"config.mesh: data={data}, expert={expert}. Sizes are 1 or more (data may be -1: all the rest).")
+        raise UserError(
+            f"config.mesh: data={data}, expert={expert}. Sizes are 1 or more (data may be -1: all the rest)."
+        )
     given = f"config.mesh: data={data} x expert={expert}"
     if data == -1:
         data, rest = divmod(len(devices), expert)
@@ -74,3 +77,10 @@ def global_batch(local: object, mesh: Mesh) -> object:
     """One global array per host array of `local`, the rows of all processes in order, split over all devices."""
     sharding = NamedSharding(mesh, BATCH)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), local)
+
+
+def agreed(flag: bool) -> bool:
+    """Whether `flag` holds on any process: what all of them then act on together."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))

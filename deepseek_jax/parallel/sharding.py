@@ -79,8 +79,8 @@ def _placement(name: str, logical: tuple, shape: tuple, rules: Mapping[str, str]
     for dim, axis in enumerate(wanted):
         if axis and shape[dim] % mesh.shape[axis]:
             raise UserError(
-                f"{name}: {shape[dim]} {logical[dim]} over mesh axis {axis!r} of size {mesh.shape[axis]}: not divisible. "
-                f"Choose a divisor of {shape[dim]} in config.mesh.{axis}."
+                f"{name}: {shape[dim]} {logical[dim]} over mesh axis {axis!r} of size {mesh.shape[axis]}: not "
+                f"divisible. Choose a divisor of {shape[dim]} in config.mesh.{axis}."
             )
         if axis and wanted.index(axis) != dim:
             raise UserError(
@@ -122,7 +122,7 @@ def unsharder(rules: Mapping[str, str], mesh: Mesh) -> Callable[[nnx.Module], No
             for dim, name in enumerate(logical):
                 if name in stored:
                     value = jax.lax.all_gather(value, stored[name], axis=dim, tiled=True)
-            variable[...] = value
+            variable.set_value(value)
 
     return unshard
 

@@ -1,0 +1,211 @@
+"""The training loop: read, step, and now and then log, evaluate, save.
+
+The step number is the only state of the data: a run that is killed at any moment goes on from its last checkpoint with the
+same samples and ends with the same weights, bit for bit.  One step is always in flight: the loop looks at a step's report
+only when the next one has been handed to the devices.
+"""
+
+import math
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.data.pipeline import Split
+from deepseek_jax.errors import UserError
+from deepseek_jax.parallel.mesh import agreed, global_batch
+from deepseek_jax.train.checkpoint import Checkpointer
+from deepseek_jax.train.metrics import Metrics, bits_per_byte
+from deepseek_jax.train.optim import BatchRamp
+from deepseek_jax.train.step import Report, State, Trainer
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """When the loop does what besides stepping; all in steps.
+
+    Attributes:
+        steps: length of the run.
+        log_every: between log lines.
+        eval_every, eval_batches: between evaluations, and batches of each (of the final batch size).
+        checkpoint_every: between checkpoints; the last step is always saved.
+        max_skipped: non-finite steps in a row that stop the run.
+    """
+
+    steps: int
+    log_every: int
+    eval_every: int
+    eval_batches: int
+    checkpoint_every: int
+    max_skipped: int
+
+
+class StopRequest:
+    """A context in which SIGTERM and the first Ctrl-C ask the loop to save and end, instead of ending it.
+
+    Attributes:
+        signal: the signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+def local_rows(first: int, count: int) -> tuple[int, int]:
+    """The (start, count) of this process's rows of a global batch."""
+    share = count // jax.process_count()
+    return first + share * jax.process_index(), share
+
+
+class Loop:
+    """A run from its checkpoint (or the beginning) to its last step.
+
+    Args:
+        trainer: the compiled step and the state's layout.
+        ramp: sequences of each step.
+        config: when to log, evaluate and save.
+        training: the training text.
+        held_out: text to evaluate on, or None.
+        checkpoints: where the state is kept.
+        metrics: where figures go.
+        meta: kept beside each checkpoint: the resolved config.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        ramp: BatchRamp,
+        config: LoopConfig,
+        *,
+        training: Split,
+        held_out: Split | None,
+        checkpoints: Checkpointer,
+        metrics: Metrics,
+        meta: dict,
+    ):
+        self.trainer, self.ramp, self.config = trainer, ramp, config
+        self.training, self.held_out = training, held_out
+        self.checkpoints, self.metrics, self.meta = checkpoints, metrics, meta
+        byte_lengths_V = jnp.zeros((trainer.vocab_size,), jnp.int32)
+        byte_lengths_V = byte_lengths_V.at[: training.vocab_size].set(training.tokenizer.byte_lengths())
+        self._evaluate = trainer.evaluator(byte_lengths_V)
+
+    def run(self, state: State, stop: StopRequest) -> State:
+        """Trains from `state` to the last step, or until `stop` is asked for; the state it ends with has been saved.
+
+        Raises:
+            UserError: too many steps in a row were not finite.
+        """
+        start = int(state["step"])
+        if start == 0:
+            self.evaluate(state, 0)
+        waiting: tuple[int, Report] | None = None
+        done = start
+        batches = self.batches(start)
+        try:
+            for done, batch in enumerate(batches, start + 1):
+                state, report = self.trainer.step(state, batch)
+                if waiting:
+                    self.look_at(*waiting)
+                waiting = (done, report)
+                stopping = agreed(stop.signal is not None)
+                if done == start + 1 or self.due(done, self.config.log_every):
+                    self.log(done, report, state)
+                if self.due(done, self.config.eval_every):
+                    self.evaluate(state, done)
+                if stopping or self.due(done, self.config.checkpoint_every):
+                    self.save(done, state)
+                if stopping:
+                    break
+            if waiting:
+                self.look_at(*waiting)
+        finally:
+            batches.close()
+            self.checkpoints.wait()
+        return state
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether something done every so many steps is done after `step`."""
+        return step == self.config.steps or (every > 0 and step % every == 0)
+
+    def batches(self, start: int) -> Iterator:
+        """The global batches of the steps from `start` on, read ahead."""
+        steps = range(start, self.config.steps)
+        ranges = (
+            local_rows(first, self.ramp.size(step)) for step, first in zip(steps, self._firsts(start), strict=True)
+        )
+        for rows in self.training.batches(ranges):
+            yield global_batch(rows, self.trainer.mesh)
+
+    def _firsts(self, start: int) -> Iterator[int]:
+        first = self.ramp.first(start)
+        for step in range(start, self.config.steps):
+            yield first
+            first += self.ramp.size(step)
+
+    def look_at(self, step: int, report: Report) -> None:
+        """Tells of a skipped step, and ends the run after too many in a row."""
+        in_row = int(report.skipped_in_row)
+        if not in_row:
+            return
+        what = f"loss {float(report.loss):.4g}, gradient norm {float(report.gradient_norm):.4g}"
+        self.metrics.message(f"step {step} skipped: not finite ({what}); weights and moments are untouched.")
+        if in_row >= self.config.max_skipped:
+            raise UserError(
+                f"{in_row} steps in a row were not finite (the last, step {step}: {what}). The weights of step "
+                f"{step - in_row} are intact. Lower config.optimizer.peak_rate or look at the text of these steps."
+            )
+
+    def log(self, step: int, report: Report, state: State) -> None:
+        """Writes a step's figures."""
+        report = jax.device_get(report)
+        scalars = {name: getattr(report, name).item() for name in Report._fields if name not in ("loads", "finite")}
+        scalars["skipped_in_row"] = int(report.skipped_in_row)
+        scalars["bits_per_byte"] = bits_per_byte(scalars["main"], self.training.bytes_per_token)
+        layers = {"expert_load": _rows(report.loads), "router_bias": _rows(jax.device_get(state["router_bias"]))}
+        last = getattr(self, "_logged", step - 1)
+        tokens = (self.ramp.first(step) - self.ramp.first(last)) * self.training.seq_len
+        self._logged = step
+        self.metrics.step(step, scalars, layers, tokens=tokens)
+        self.checkpoints.report()
+
+    def evaluate(self, state: State, step: int) -> float | None:
+        """Bits per byte of the main model on held-out text."""
+        if self.held_out is None:
+            return None
+        with self.metrics.paused():
+            nats = n_bytes = 0.0
+            for index in range(min(self.config.eval_batches, -(-self.held_out.n_samples // self.ramp.final))):
+                rows = self.held_out.rows(*local_rows(index * self.ramp.final, self.ramp.final))
+                found = self._evaluate(state, global_batch(rows, self.trainer.mesh))
+                nats, n_bytes = nats + float(found[0]), n_bytes + float(found[1])
+            bits = nats / (n_bytes * math.log(2))
+            self.metrics.evaluation(step, {"bits_per_byte": bits})
+        return bits
+
+    def save(self, step: int, state: State) -> None:
+        """Hands the state to the checkpointer, which writes while training goes on."""
+        with self.metrics.paused():
+            self.checkpoints.save(step, state, self.meta)
+
+
+def _rows(tree: dict) -> np.ndarray:
+    """The arrays of all routers as one [layers, experts]."""
+    return np.concatenate([np.atleast_2d(leaf) for leaf in jax.tree.leaves(tree)])

@@ -1,0 +1,139 @@
+"""What is minimised: L = CE + lambda / D * sum_k CE_k(MTP) + alpha * sum_layers balance.
+
+The cross-entropy never holds the logits of all tokens: it goes through them in chunks and, while a chunk's logits are
+there, computes its share of the gradients as well, so that nothing is kept and nothing is computed twice.
+Paper: V3 sections 2.1.2 (eqs. 17-20) and 2.2 (eqs. 24-25).
+"""
+
+import functools
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from deepseek_jax.data.pipeline import Batch
+
+IGNORE = -1  # a target that is not there
+
+
+def _chunks(h_MD: jax.Array, targets_M: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """Both arrays cut to (chunks, chunk, …), filled up with ignored rows."""
+    n_chunks = -(-targets_M.shape[0] // chunk)
+    spare = n_chunks * chunk - targets_M.shape[0]
+    h_MD = jnp.pad(h_MD, ((0, spare), (0, 0)))
+    targets_M = jnp.pad(targets_M, (0, spare), constant_values=IGNORE)
+    return h_MD.reshape(n_chunks, chunk, -1), targets_M.reshape(n_chunks, chunk)
+
+
+def _chunk_loss(h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(summed loss, softmax probabilities_MV, which rows count) of one chunk."""
+    logits_MV = jnp.einsum("MD,DV->MV", h_MD, weight_DV, preferred_element_type=jnp.float32)
+    counts_M = targets_M != IGNORE
+    highest_M = jnp.max(logits_MV, axis=-1)
+    shifted_MV = jnp.exp(logits_MV - highest_M[:, None])
+    total_M = jnp.sum(shifted_MV, axis=-1)
+    target_M = jnp.take_along_axis(logits_MV, jnp.maximum(targets_M, 0)[:, None], axis=-1)[:, 0]
+    loss_M = jnp.where(counts_M, jnp.log(total_M) + highest_M - target_M, 0.0)
+    return jnp.sum(loss_M), shifted_MV / total_M[:, None], counts_M
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def cross_entropy(h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, chunk: int) -> jax.Array:
+    """Sum over the tokens of -log softmax(h W)[target], in nats.
+
+    Args:
+        h_MD: hidden states, in the compute dtype.
+        weight_DV: the output head (cast to the dtype of `h_MD`; products accumulated in float32).
+        targets_M: ids to predict; -1 is left out of the sum.
+        chunk: tokens whose logits exist at a time.
+
+    Returns:
+        A float32 scalar.
+    """
+
+    def body(total: jax.Array, part: tuple) -> tuple[jax.Array, None]:
+        h, targets = part
+        return total + _chunk_loss(h, weight_DV.astype(h.dtype), targets)[0], None
+
+    return jax.lax.scan(body, jnp.float32(0), _chunks(h_MD, targets_M, chunk))[0]
+
+
+def _forward(h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, chunk: int) -> tuple[jax.Array, tuple]:
+    weight = weight_DV.astype(h_MD.dtype)
+
+    def body(carry: tuple, part: tuple) -> tuple[tuple, jax.Array]:
+        (total, d_weight_DV), (h, targets) = carry, part
+        loss, probabilities_MV, counts_M = _chunk_loss(h, weight, targets)
+        is_target_MV = jnp.arange(weight.shape[1]) == targets[:, None]
+        d_logits_MV = ((probabilities_MV - is_target_MV) * counts_M[:, None]).astype(h.dtype)
+        d_h_MD = jnp.einsum("MV,DV->MD", d_logits_MV, weight)
+        d_weight_DV += jnp.einsum("MD,MV->DV", h, d_logits_MV, preferred_element_type=jnp.float32)
+        return (total + loss, d_weight_DV), d_h_MD
+
+    start = (jnp.float32(0), jnp.zeros(weight_DV.shape, jnp.float32))
+    (total, d_weight_DV), d_h = jax.lax.scan(body, start, _chunks(h_MD, targets_M, chunk))
+    d_h_MD = d_h.reshape(-1, h_MD.shape[1])[: h_MD.shape[0]]
+    return total, (d_h_MD, d_weight_DV, jnp.zeros((0,), weight_DV.dtype))
+
+
+def _backward(chunk: int, saved: tuple, g: jax.Array) -> tuple:
+    d_h_MD, d_weight_DV, like = saved
+    return (d_h_MD * g).astype(d_h_MD.dtype), (d_weight_DV * g).astype(like.dtype), None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+class Weights(NamedTuple):
+    """Factors of the loss parts at a step."""
+
+    mtp: jax.Array | float  # lambda
+    balance: float  # alpha
+
+
+class Losses(NamedTuple):
+    """Sums over this device's share of the batch, ready to be added up over devices and micro-batches.
+
+    Attributes:
+        main: cross-entropy of the main model divided by the batch's targets, nats per token.
+        mtp: the same of multi-token prediction, mean over the depths; 0 without any.
+        balance: sum over the layers of the mean sequence-wise balance loss (without alpha).
+        loads: tokens per expert, a tree that is a prefix of the router biases'.
+    """
+
+    main: jax.Array
+    mtp: jax.Array
+    balance: jax.Array
+    loads: dict
+
+
+def losses(model, batch: "Batch", n_targets: jax.Array, n_sequences: int, weights: Weights, *, chunk: int, mask: bool):
+    """The loss of a part of a batch.
+
+    Args:
+        model: a bound family model (`hidden`, `ahead`, `head`).
+        batch: this part.
+        n_targets: targets of the whole batch, over all devices and micro-batches: the parts' losses add up to the mean.
+        n_sequences: sequences of the whole batch.
+        weights: factors of the parts.
+        chunk: tokens whose logits exist at a time.
+        mask: whether attention stays inside documents.
+
+    Returns:
+        (loss to differentiate, `Losses`).
+    """
+    segments = batch.segments_BT if mask else None
+    weight_DV = model.head.weight_DV[...]
+
+    def nll(h_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        return cross_entropy(h_BTD.reshape(-1, h_BTD.shape[-1]), weight_DV, targets_BT.reshape(-1), chunk) / n_targets
+
+    h_BTD, statistics = model.hidden(batch.ids_BT, batch.positions_BT, segments)
+    depths = model.ahead(h_BTD, batch.targets_BT, batch.positions_BT, segments)
+    main = nll(h_BTD, batch.targets_BT)
+    mtp = sum(nll(depth.h_BTD, depth.targets_BT) for depth in depths) / max(len(depths), 1)
+    balance = jnp.sum(statistics.balance) + sum(depth.statistics.balance for depth in depths)
+    balance = balance / n_sequences
+    loss = main + weights.mtp * mtp + weights.balance * balance
+    return loss, Losses(main, jnp.asarray(mtp, jnp.float32), balance, model.loads(statistics, depths))

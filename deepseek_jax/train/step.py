@@ -1,0 +1,271 @@
+"""One training step: what every device does with its share of the batch, and what they then agree on.
+
+    for each micro-batch:  loss, gradients (accumulated in float32)
+    gradients   summed over the devices that hold the same weights, and scattered (ZeRO-1)
+    clip        by the global norm
+    AdamW       on this device's part; the new weights are gathered
+    router bias b <- b + gamma * sign(mean load - load), from the loads of the whole step
+
+All of it is one program, run once per device (`parallel.mesh.per_device`).  A step whose loss or gradient is not finite
+leaves weights, moments and biases as they were; only the counters move.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
+
+from deepseek_jax.layers.base import Execution, bind, logical_axes, split
+from deepseek_jax.layers.router import max_violation, updated_bias
+from deepseek_jax.parallel import zero
+from deepseek_jax.parallel.mesh import AXES, BATCH, EXPERT, REPLICATED, per_device, size, total
+from deepseek_jax.parallel.sharding import placements, unsharder
+from deepseek_jax.train.loss import Losses, Weights, losses
+from deepseek_jax.train.optim import OptimizerConfig, adamw_update, init_moments, is_matrix, learning_rate
+
+State = dict  # {"params", "router_bias", "optimizer", "step", "skipped", "skipped_in_row"}
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """What a step does besides the optimiser.
+
+    Attributes:
+        micro_batches: parts a device cuts its share of the batch into (gradient accumulation).
+        loss_chunk: tokens whose logits exist at a time.
+        mask_documents: whether attention stays inside a document.
+        mtp_weight, mtp_weight_final, mtp_weight_switch: lambda before and from the step of the switch.
+        balance_rate, balance_rate_stop: gamma, 0 from the step of the stop.
+        balance_loss: alpha.
+    """
+
+    micro_batches: int
+    loss_chunk: int
+    mask_documents: bool
+    mtp_weight: float
+    mtp_weight_final: float
+    mtp_weight_switch: int
+    balance_rate: float
+    balance_rate_stop: int
+    balance_loss: float
+
+    def mtp_weight_at(self, step: jax.Array) -> jax.Array:
+        """lambda of `step`."""
+        return jnp.where(step < self.mtp_weight_switch, self.mtp_weight, self.mtp_weight_final)
+
+    def balance_rate_at(self, step: jax.Array) -> jax.Array:
+        """gamma of `step`."""
+        return jnp.where(step < self.balance_rate_stop, self.balance_rate, 0.0)
+
+
+class Report(NamedTuple):
+    """What a step tells the outside; float32 scalars but for the two trees.
+
+    Attributes:
+        loss: what was minimised.
+        main, mtp, balance: its parts (`Losses`).
+        gradient_norm: before clipping.
+        learning_rate: of this step.
+        max_violation: MaxVio, mean over the routers.
+        finite: 1 if the step was taken, 0 if it was skipped.
+        skipped, skipped_in_row: the counters after the step.
+        loads: tokens per expert of every router, over the whole batch.
+    """
+
+    loss: jax.Array
+    main: jax.Array
+    mtp: jax.Array
+    balance: jax.Array
+    gradient_norm: jax.Array
+    learning_rate: jax.Array
+    max_violation: jax.Array
+    finite: jax.Array
+    skipped: jax.Array
+    skipped_in_row: jax.Array
+    loads: dict
+
+
+class Trainer:
+    """A model, an optimiser and a mesh, as functions over a plain state.
+
+    Args:
+        build: makes the model: `build(run: Execution, rngs: nnx.Rngs) -> nnx.Module`.
+        mesh: from `parallel.mesh.make_mesh`.
+        rules: logical axis -> mesh axis.
+        step_config: the loss and its schedules.
+        optimizer: the recipe of AdamW.
+        compute: dtype of the activations.
+        remat: see `Execution`.
+        flops_per_token: operations to train on one token, as a function of the sequence length.
+
+    Attributes:
+        definition: the model without its weights, as it runs here (`layers.base.bind`).
+        abstract: shapes, dtypes and shardings of the state.
+        placements: where each weight lives.
+        vocab_size: rows of the embedding.
+        n_params: trained weights, with those of multi-token prediction.
+        step: the compiled `step(state, batch) -> (state, Report)`; the state given is donated.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[Execution, nnx.Rngs], nnx.Module],
+        mesh: Mesh,
+        rules: dict,
+        step_config: StepConfig,
+        optimizer: OptimizerConfig,
+        *,
+        compute: DTypeLike = jnp.float32,
+        remat: str = "none",
+        flops_per_token: Callable[[int], float] = lambda seq_len: 0.0,
+    ):
+        self.mesh, self.config, self.optimizer = mesh, step_config, optimizer
+        self.flops_per_token = flops_per_token
+        self.run = Execution(
+            compute=compute,
+            remat=remat,
+            expert_axis=EXPERT if mesh.shape[EXPERT] > 1 else None,
+            unshard=unsharder(rules, mesh),
+        )
+        self._build = lambda seed: build(self.run, nnx.Rngs(seed))
+        model = nnx.eval_shape(lambda: self._build(0))
+        self.definition, params, router_bias = split(model)
+        self.vocab_size = model.config.vocab_size
+        self.n_params = sum(x.size for x in jax.tree.leaves(params))
+        axes, _ = logical_axes(model)
+        self.placements = placements(axes, params, rules, mesh)
+        self.decayed = jax.tree.map(is_matrix, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+        self.specs = self._specs(router_bias)
+        shapes = jax.eval_shape(lambda: self._initial(0))
+        self.abstract = jax.tree.map(
+            lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
+            shapes,
+            self.specs,
+        )
+        self.step = self._compile()
+
+    def _specs(self, router_bias: dict) -> State:
+        weights = jax.tree.map(lambda place: place.spec, self.placements)
+        moments = jax.tree.map(lambda place: place.optimizer_spec, self.placements)
+        counters = dict.fromkeys(("step", "skipped", "skipped_in_row"), REPLICATED)
+        return {
+            "params": weights,
+            "router_bias": jax.tree.map(lambda _: REPLICATED, router_bias),
+            "optimizer": {"count": REPLICATED, "mu": moments, "nu": moments},
+            **counters,
+        }
+
+    def _initial(self, seed: int) -> State:
+        _, params, router_bias = split(self._build(seed))
+        zero_count = jnp.zeros((), jnp.int32)
+        return {
+            "params": params,
+            "router_bias": router_bias,
+            "optimizer": init_moments(self.optimizer, params),
+            "step": zero_count,
+            "skipped": zero_count,
+            "skipped_in_row": zero_count,
+        }
+
+    def init(self, seed: int) -> State:
+        """The state before the first step; every device makes its own part."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
+        return jax.jit(self._initial, out_shardings=shardings, static_argnums=0)(seed)
+
+    def bind(self, params: dict, router_bias: dict) -> nnx.Module:
+        """The model with these weights, those stored in shards made whole."""
+        model = bind(self.definition, params, router_bias)
+        if self.run.unshard:
+            self.run.unshard(model)
+        return model
+
+    def _compile(self) -> Callable:
+        specs = (self.specs, BATCH)
+        run = per_device(self._on_device, self.mesh, specs, (self.specs, REPLICATED))
+        return jax.jit(run, donate_argnums=0)
+
+    def _on_device(self, state: State, batch) -> tuple[State, Report]:
+        gradients, found = self._gradients(state, batch)
+        found = total(found)
+        gradients = zero.sum_and_scatter(gradients, self.placements)
+        norm = zero.global_norm(gradients, self.placements)
+        mtp_weight = self.config.mtp_weight_at(state["step"])
+        loss = found.main + mtp_weight * found.mtp + self.config.balance_loss * found.balance
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        rate = learning_rate(self.optimizer)(state["step"])
+        new = self._updated(state, gradients, norm, rate, found.loads)
+        new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, {key: state[key] for key in new})
+        new["step"] = state["step"] + 1
+        new["skipped"] = state["skipped"] + ~finite
+        new["skipped_in_row"] = jnp.where(finite, 0, state["skipped_in_row"] + 1)
+        violation = jnp.mean(jnp.concatenate([max_violation(x).ravel() for x in jax.tree.leaves(found.loads)]))
+        report = Report(
+            *(loss, found.main, found.mtp, found.balance, norm, rate, violation, finite.astype(jnp.float32)),
+            *(new["skipped"], new["skipped_in_row"], found.loads),
+        )
+        return new, report
+
+    def _gradients(self, state: State, batch) -> tuple[dict, Losses]:
+        """Gradients and losses of this device's share of the batch, one micro-batch after the other."""
+        c = self.config
+        n_targets = total(jnp.sum(batch.targets_BT >= 0)).astype(jnp.float32)
+        n_sequences = batch.ids_BT.shape[0] * size(self.mesh, AXES)
+        weights = Weights(c.mtp_weight_at(state["step"]), c.balance_loss)
+
+        def loss(params: dict, part) -> tuple[jax.Array, Losses]:
+            model = self.bind(params, state["router_bias"])
+            return losses(model, part, n_targets, n_sequences, weights, chunk=c.loss_chunk, mask=c.mask_documents)
+
+        gradient = jax.grad(loss, has_aux=True)
+        if c.micro_batches == 1:
+            return gradient(state["params"], batch)
+        parts = jax.tree.map(lambda x: x.reshape(c.micro_batches, -1, *x.shape[1:]), batch)
+
+        def add(sums: tuple, part) -> tuple[tuple, None]:
+            return jax.tree.map(jnp.add, sums, gradient(state["params"], part)), None
+
+        shapes = jax.eval_shape(gradient, state["params"], jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(add, zeros, parts)[0]
+
+    def _updated(self, state: State, gradients: dict, norm: jax.Array, rate: jax.Array, loads: dict) -> State:
+        """The state after AdamW and the router-bias update."""
+        shrink = jnp.minimum(1.0, self.optimizer.clip_norm / (norm + 1e-6))
+        gradients = jax.tree.map(lambda g: g * shrink, gradients)
+        parts = zero.scatter(state["params"], self.placements)
+        parts, moments = adamw_update(self.optimizer, gradients, state["optimizer"], parts, self.decayed, rate)
+        gamma = self.config.balance_rate_at(state["step"])
+        router_bias = jax.tree.map(
+            lambda load, biases: jax.tree.map(lambda bias: updated_bias(bias, load, gamma), biases),
+            loads,
+            state["router_bias"],
+        )
+        params = zero.gather(parts, self.placements)
+        return {"params": params, "router_bias": router_bias, "optimizer": moments}
+
+    def evaluator(self, byte_lengths_V: jax.Array) -> Callable[[State, object], tuple[jax.Array, jax.Array]]:
+        """A compiled `evaluate(state, batch) -> (nats, bytes)`: summed cross-entropy of the main model over the batch.
+
+        Args:
+            byte_lengths_V: UTF-8 bytes that each token id stands for, 0 for special tokens.
+        """
+
+        def on_device(params: dict, router_bias: dict, batch) -> tuple[jax.Array, jax.Array]:
+            model = self.bind(params, router_bias)
+            no_weights = Weights(0.0, 0.0)
+            _, found = losses(
+                *(model, batch, jnp.float32(1), 1, no_weights),
+                chunk=self.config.loss_chunk,
+                mask=self.config.mask_documents,
+            )
+            lengths = jnp.where(batch.targets_BT >= 0, byte_lengths_V[jnp.maximum(batch.targets_BT, 0)], 0)
+            return total((found.main, jnp.sum(lengths).astype(jnp.float32)))
+
+        specs = (self.specs["params"], self.specs["router_bias"], BATCH)
+        run = jax.jit(per_device(on_device, self.mesh, specs, REPLICATED))
+        return lambda state, batch: run(state["params"], state["router_bias"], batch)

@@ -1,0 +1,238 @@
+"""Train a model, or go on with a run that was stopped or killed.
+
+    deepseek-jax train                                        # a small DeepSeek-V3 on Python's own library
+    deepseek-jax train --config=tiny_v3 --workdir=runs/a --config.train.steps=2000
+    deepseek-jax train --workdir=runs/a                       # goes on from the last checkpoint of runs/a
+
+The workdir (runs/NAME by default) receives checkpoints/, metrics.jsonl and tensorboard/.  SIGTERM or Ctrl-C saves and
+ends; started again with the same words, the run goes on as if nothing had happened, on any mesh that fits.
+"""
+
+import signal
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.launch import _options
+
+DEFAULT = "tiny_v3"
+# What may not change within a run: the network, and what decides the order of its samples.
+FIXED = ("family", "model", "seed", "data.source", "data.tokenizer", "data.seq_len", "data.fim_rate")
+FIXED += ("data.mask_documents", "data.holdout_rate", "data.text_key")
+FIXED += ("train.batch_size", "train.batch_size_start", "train.batch_ramp_steps")
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb; returns the exit code."""
+    options = _options.parse(argv, DEFAULT, {"sample": (bool, True, "end with a generated sample")})
+    config = options.config
+    workdir = options.workdir or Path("runs") / config.name
+    _options.validate(config, CHECKS)
+    return run(config, workdir, sample=options.sample)
+
+
+def run(config: ConfigDict, workdir: Path, *, sample: bool) -> int:
+    """Trains `config` in `workdir`; returns the exit code."""
+    import jax
+
+    from deepseek_jax.compat import start_compilation_cache, start_processes
+    from deepseek_jax.data.pipeline import open_split
+    from deepseek_jax.parallel.mesh import make_mesh
+    from deepseek_jax.train.checkpoint import Checkpointer
+    from deepseek_jax.train.loop import Loop, StopRequest
+    from deepseek_jax.train.metrics import Metrics
+
+    start_processes()
+    start_compilation_cache(config.train.compilation_cache)
+    mesh = make_mesh(config.mesh.data, config.mesh.expert)
+    ramp = batch_ramp(config, mesh.size)
+    training = open_split("train", seed=config.seed, **config.data)
+    held_out = open_split("holdout", seed=config.seed, **config.data) if config.data.holdout_rate else None
+    if training.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"config.model.vocab_size={config.model.vocab_size} is smaller than the {training.vocab_size} ids of tokenizer "
+            f"{config.data.tokenizer!r}. Set --config.model.vocab_size={training.vocab_size} or more."
+        )
+    trainer = build_trainer(config, mesh)
+    with Checkpointer(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
+        start, state = 0, None
+        if checkpoints.latest() is not None:
+            check_same_run(config, checkpoints.read_meta()[1]["config"], workdir)
+            start, state, _ = checkpoints.restore(trainer.abstract)
+        metrics = Metrics(
+            workdir,
+            config.train.steps,
+            start_step=start,
+            flops_per_token=trainer.flops_per_token(config.data.seq_len),
+            device_kind=jax.devices()[0].device_kind,
+            n_devices=mesh.size,
+            enabled=jax.process_index() == 0,
+        )
+        with metrics, StopRequest() as stop:
+            metrics.message(headline(config, trainer, training, workdir, start))
+            if start >= config.train.steps:
+                metrics.message(f"This run has reached step {start}. To go on: --config.train.steps={2 * start}")
+                return 0
+            state = trainer.init(config.seed) if state is None else state
+            loop = Loop(
+                *(trainer, ramp, loop_config(config)),
+                **{"training": training, "held_out": held_out, "checkpoints": checkpoints, "metrics": metrics},
+                meta={"config": _options.to_json(config)},
+            )
+            state = loop.run(state, stop)
+            done = int(state["step"])
+            metrics.message(f"checkpoint of step {done}: {checkpoints.directory}")
+            if done < config.train.steps:
+                metrics.message(f"stopped on request; go on with: deepseek-jax train {words(config, workdir)}")
+                return 130 if stop.signal == signal.SIGINT else 0
+    if sample and jax.process_index() == 0:
+        print(f"speak with it: deepseek-jax generate --workdir={workdir} --prompt='def '\n", flush=True)
+        show_sample(workdir)
+    return 0
+
+
+def build_trainer(config: ConfigDict, mesh):
+    """The `Trainer` of a run."""
+    from deepseek_jax.models import family
+    from deepseek_jax.precision.policy import policy
+    from deepseek_jax.train.optim import OptimizerConfig
+    from deepseek_jax.train.step import StepConfig, Trainer
+
+    module, train = family(config.family), config.train
+    sizes = module.Config.from_config(config.model)
+    step_config = StepConfig(
+        micro_batches=train.micro_batches,
+        loss_chunk=train.loss_chunk,
+        mask_documents=config.data.mask_documents,
+        mtp_weight=train.mtp_weight,
+        mtp_weight_final=train.mtp_weight_final,
+        mtp_weight_switch=train.mtp_weight_switch,
+        balance_rate=train.balance_rate,
+        balance_rate_stop=train.balance_rate_stop,
+        balance_loss=train.balance_loss,
+    )
+    return Trainer(
+        lambda run, rngs: module.Model(sizes, run, rngs=rngs),
+        mesh,
+        config.sharding.to_dict(),
+        step_config,
+        OptimizerConfig(**config.optimizer),
+        compute=policy(config.precision).compute,
+        remat=train.remat,
+        flops_per_token=lambda seq_len: module.flops_per_token(sizes, seq_len),
+    )
+
+
+def batch_ramp(config: ConfigDict, n_devices: int):
+    """How the batch grows. Raises UserError if it does not divide over the devices and micro-batches."""
+    from deepseek_jax.train.optim import BatchRamp
+
+    train = config.train
+    multiple = n_devices * train.micro_batches
+    for key in ("batch_size", "batch_size_start"):
+        if train[key] % multiple:
+            raise UserError(
+                f"config.train.{key}={train[key]} does not divide over {n_devices} devices x {train.micro_batches} "
+                f"micro-batches. Choose a multiple of {multiple}."
+            )
+    ramp_steps = train.batch_ramp_steps if train.batch_size_start != train.batch_size else 0
+    return BatchRamp(train.batch_size_start, train.batch_size, ramp_steps, multiple)
+
+
+def loop_config(config: ConfigDict):
+    """When the loop does what."""
+    from deepseek_jax.train.loop import LoopConfig
+
+    train = config.train
+    return LoopConfig(
+        steps=train.steps,
+        log_every=train.log_every,
+        eval_every=train.eval_every,
+        eval_batches=train.eval_batches,
+        checkpoint_every=config.checkpoint.every,
+        max_skipped=train.max_skipped,
+    )
+
+
+def check_same_run(config: ConfigDict, saved: dict, workdir: Path) -> None:
+    """Raises UserError if `config` cannot go on with the run saved in `workdir`."""
+    old = _options.from_json(saved)
+    for path in FIXED:
+        mine, theirs = config, old
+        for key in path.split("."):
+            mine, theirs = mine[key], theirs.get(key)
+        if mine != theirs:
+            raise UserError(
+                f"{workdir} holds a run with config.{difference(path, mine, theirs)}. "
+                f"Give the same value to go on with it, or another --workdir to start anew."
+            )
+
+
+def difference(path: str, mine: object, theirs: object) -> str:
+    """Names one key in which two values or groups of values differ."""
+    if isinstance(mine, ConfigDict) and isinstance(theirs, ConfigDict):
+        for key in mine:
+            if mine[key] != theirs.get(key):
+                return difference(f"{path}.{key}", mine[key], theirs.get(key))
+    return f"{path}={theirs!r}, this one has {mine!r}"
+
+
+def headline(config: ConfigDict, trainer, training, workdir: Path, start: int) -> str:
+    """The lines printed before the first step."""
+    import jax
+
+    mesh = " x ".join(f"{axis} {n}" for axis, n in trainer.mesh.shape.items())
+    begin = f"going on from step {start}" if start else "from the beginning"
+    return (
+        f"{config.name}: {trainer.n_params / 1e6:,.1f}M parameters, {config.precision}, mesh {mesh} "
+        f"({jax.devices()[0].device_kind}), {begin} in {workdir}\n"
+        f"text: {config.data.source}, {training.n_tokens / 1e6:,.1f}M tokens an epoch, {training.n_documents:,} documents; "
+        f"the first step compiles for a while"
+    )
+
+
+def words(config: ConfigDict, workdir: Path) -> str:
+    """The words that name this run on the command line."""
+    return f"--config={config.name} --workdir={workdir}"
+
+
+def show_sample(workdir: Path) -> None:
+    """Prints what the model says after a few words."""
+    from deepseek_jax.launch import generate
+
+    generate.main([f"--workdir={workdir}", "--prompt=def ", "--max-tokens=256", "--temperature=0.7"])
+
+
+def _positive(*paths: str):
+    def check(config: ConfigDict) -> str | None:
+        for path in paths:
+            group, key = path.split(".")
+            if config[group][key] < 1:
+                return f"config.{path}={config[group][key]}: wanted 1 or more."
+        return None
+
+    return check
+
+
+def _known_remat(config: ConfigDict) -> str | None:
+    from deepseek_jax.layers.base import REMAT
+
+    if config.train.remat not in REMAT:
+        return f"config.train.remat={config.train.remat!r}: no such policy. Choose one of {', '.join(REMAT)}."
+    return None
+
+
+def _known_moments(config: ConfigDict) -> str | None:
+    kinds = ("float32", "bfloat16")
+    if config.optimizer.moments_dtype not in kinds:
+        return f"config.optimizer.moments_dtype={config.optimizer.moments_dtype!r}: choose {' or '.join(kinds)}."
+    return None
+
+
+CHECKS = (
+    _positive("train.steps", "train.batch_size", "train.batch_size_start", "train.micro_batches", "train.log_every"),
+    _positive("train.loss_chunk", "data.seq_len", "checkpoint.every", "checkpoint.keep", "model.n_layers"),
+    _known_remat,
+    _known_moments,
+)
