@@ -51,8 +51,8 @@ def run(config: ConfigDict, workdir: Path, *, sample: bool) -> int:
     held_out = open_split("holdout", seed=config.seed, **config.data) if config.data.holdout_rate else None
     if training.vocab_size > config.model.vocab_size:
         raise UserError(
-            f"config.model.vocab_size={config.model.vocab_size} is smaller than the {training.vocab_size} ids of tokenizer "
-            f"{config.data.tokenizer!r}. Set --config.model.vocab_size={training.vocab_size} or more."
+            f"config.model.vocab_size={config.model.vocab_size} is smaller than the {training.vocab_size} ids of "
+            f"tokenizer {config.data.tokenizer!r}. Set --config.model.vocab_size={training.vocab_size} or more."
         )
     trainer = build_trainer(config, mesh)
     with Checkpointer(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
@@ -187,8 +187,8 @@ def headline(config: ConfigDict, trainer, training, workdir: Path, start: int) -
     return (
         f"{config.name}: {trainer.n_params / 1e6:,.1f}M parameters, {config.precision}, mesh {mesh} "
         f"({jax.devices()[0].device_kind}), {begin} in {workdir}\n"
-        f"text: {config.data.source}, {training.n_tokens / 1e6:,.1f}M tokens an epoch, {training.n_documents:,} documents; "
-        f"the first step compiles for a while"
+        f"text: {config.data.source}, {training.n_tokens / 1e6:,.1f}M tokens an epoch, {training.n_documents:,} "
+        "documents; the first step compiles for a while"
     )
 
 

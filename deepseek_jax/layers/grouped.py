@@ -1,8 +1,8 @@
 """Many small feed-forwards at once: rows sorted by expert, and a loop over chunks of one expert's rows.
 
 The loop runs exactly as often as the routing needs (at most A / chunk + X times), so nothing is dropped, nothing is
-padded in memory and nothing is recompiled; each turn is one plain matmul with one expert's weights.  A chunk that reaches
-past its expert's last row computes rows that the next chunk overwrites.
+padded in memory and nothing is recompiled; each turn is one plain matmul with one expert's weights.  A chunk that
+reaches past its expert's last row computes rows that the next chunk overwrites.
 
 Gathers are paired with their inverse, so that the backward pass gathers too and never scatters.
 """

@@ -121,7 +121,7 @@ class MLA(nnx.Module):
         return Latents(c_BTC, self._rotate(k_rope_BTP, positions_BT))
 
     def expanded(self, x_BTD: jax.Array, positions_BT: jax.Array, latents: Latents, segments_BT=None) -> jax.Array:
-        """u_BTD of tokens that attend causally to themselves through their own `latents`, from which k and v are built."""
+        """u_BTD of tokens that attend causally to themselves, with k and v built from their own `latents`."""
         q_BTHQ = jnp.concatenate(self.queries(x_BTD, positions_BT), axis=-1)
         c_BTC, k_rope_BTP = latents
         k_nope_BTHN = einsum("BTC,CHN->BTHN", c_BTC, self.k_up_CHN[...])

@@ -1,13 +1,13 @@
 """The training loop: read, step, and now and then log, evaluate, save.
 
-The step number is the only state of the data: a run that is killed at any moment goes on from its last checkpoint with the
-same samples and ends with the same weights, bit for bit.  One step is always in flight: the loop looks at a step's report
-only when the next one has been handed to the devices.
+The step number is the only state of the data: a run that is killed at any moment goes on from its last checkpoint with
+the same samples and ends with the same weights, bit for bit.  One step is always in flight: the loop looks at a step's
+report only when the next one has been handed to the devices.
 """
 
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 

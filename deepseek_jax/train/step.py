@@ -20,6 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
+from deepseek_jax.compat import quick_compile
 from deepseek_jax.layers.base import Execution, bind, logical_axes, split
 from deepseek_jax.layers.router import max_violation, updated_bias
 from deepseek_jax.parallel import zero
@@ -175,7 +176,7 @@ class Trainer:
     def init(self, seed: int) -> State:
         """The state before the first step; every device makes its own part."""
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
-        return jax.jit(self._initial, out_shardings=shardings, static_argnums=0)(seed)
+        return quick_compile(self._initial, out_shardings=shardings, static_argnums=0)(seed)
 
     def bind(self, params: dict, router_bias: dict) -> nnx.Module:
         """The model with these weights, those stored in shards made whole."""
