@@ -3,12 +3,54 @@
 import os
 from pathlib import Path
 
+import pytest
+
 DEVICES = 8
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}".strip()
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        f"--xla_force_host_platform_device_count={DEVICES}",
+        "--xla_backend_optimization_level=0",  # tests compile much and compute little
+    ]
+).strip()
 
 _cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_home / "deepseek_jax" / "test_programs"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+@pytest.fixture(scope="session")
+def filled():
+    """A function that makes a module's (definition, weights, router biases) with random numbers, without compiling."""
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    from deepseek_jax.layers.base import split
+
+    def fill(build, std: float = 0.2, seed: int = 0):
+        definition, *trees = split(nnx.eval_shape(build))
+        rng = np.random.default_rng(seed)
+
+        def numbers(path: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:
+            mean = 1.0 if path[-1].key == "gain" else 0.0
+            return jax.numpy.asarray(mean + std * rng.normal(size=x.shape), x.dtype)
+
+        return definition, *jax.tree_util.tree_map_with_path(numbers, trees)
+
+    return fill
+
+
+@pytest.fixture(scope="session")
+def tiny_sizes():
+    """The `model` part of a config: V3 with every mechanism at widths of one digit or two."""
+    from deepseek_jax.configs import tiny_v3
+
+    m = tiny_v3.get_config().model
+    m.update(vocab_size=64, d_model=32, n_layers=3, dense_width=48, n_heads=2, q_rank=16, kv_rank=16)
+    m.update(nope_width=8, rope_width=8, value_width=8)
+    m.update(n_experts=8, expert_width=16, top_k=2, n_groups=2, top_groups=1)
+    return m

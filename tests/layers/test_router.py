@@ -1,0 +1,117 @@
+"""Routing: cases worked by hand, and what the bias may and may not do."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deepseek_jax.layers.base import bind
+from deepseek_jax.layers.router import (
+    Router,
+    Routing,
+    expert_load,
+    keep_best_groups,
+    max_violation,
+    sequence_balance_loss,
+    sigmoid_biased_topk,
+    updated_bias,
+)
+
+
+def logit(scores) -> jax.Array:
+    scores = np.float64(scores)
+    return jnp.float32(np.log(scores / (1 - scores)))[None, None]
+
+
+def choose(scores, bias, **sizes) -> tuple[list, list]:
+    routing = sigmoid_biased_topk(logit(scores), jnp.float32(bias), **sizes)
+    return routing.experts_BTK[0, 0].tolist(), routing.weights_BTK[0, 0].tolist()
+
+
+def test_groups_with_negative_biases_by_hand():
+    # s + b = -.1 -.9 | -.4 -.5: sums -1.0 and -.9, so the second group; were the first masked by 0, it would win.
+    experts, weights = choose([0.9, 0.1, 0.6, 0.5], [-1.0] * 4, top_k=2, n_groups=2, top_groups=1, scale=2.5)
+    assert experts == [2, 3]
+    assert weights == pytest.approx([2.5 * 0.6 / 1.1, 2.5 * 0.5 / 1.1], rel=1e-5)
+
+
+def test_a_group_is_as_good_as_its_two_best():
+    scores = [0.9, 0.1, 0.1, 0.7, 0.6, 0.1]  # best single score in the first group, best pair in the second
+    experts, _ = choose(scores, [0.0] * 6, top_k=2, n_groups=2, top_groups=1, scale=1.0)
+    assert experts == [3, 4]
+
+
+def test_one_group_kept_whole_and_groups_of_one():
+    choice = jnp.float32([[[0.3, -0.2, 0.9]]])
+    assert keep_best_groups(choice, 1, 1) is choice
+    np.testing.assert_array_equal(keep_best_groups(choice, 3, 2)[0, 0], np.float32([0.3, -np.inf, 0.9]))
+
+
+def test_the_bias_chooses_and_does_not_weigh():
+    sizes = dict(top_k=2, n_groups=1, top_groups=1, scale=1.0)
+    assert choose([0.8, 0.6, 0.4], [0, 0, 0], **sizes)[0] == [0, 1]
+    experts, weights = choose([0.8, 0.6, 0.4], [0, 0, 0.3], **sizes)
+    assert experts == [0, 2]
+    assert weights == pytest.approx([0.8 / 1.2, 0.4 / 1.2], rel=1e-5)
+    same_choice = choose([0.8, 0.6, 0.4], [0.1, 0, 0.4], **sizes)[1]
+    assert sorted(same_choice) == pytest.approx(sorted(weights))
+
+
+def test_gradient_reaches_the_centroids_and_never_the_bias(filled):
+    route = functools.partial(sigmoid_biased_topk, top_k=2, n_groups=2, top_groups=1, scale=2.5)
+    definition, params, bias = filled(lambda: Router(6, 8, 0.1, route, rngs=nnx.Rngs(0)))
+    x_BTD = np.random.default_rng(1).normal(size=(2, 5, 6)).astype(np.float32)
+
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradient(params, bias):
+        routing = bind(definition, params, bias)(x_BTD)
+        return jnp.sum(routing.weights_BTK[..., 0] ** 2) + jnp.sum(sequence_balance_loss(routing))
+
+    d_params, d_bias = jax.jit(gradient)(params, bias)
+    assert np.any(d_params["centroids_DE"])
+    assert not np.any(d_bias["bias_E"])
+
+
+def test_scores_are_float32_whatever_comes_in(filled):
+    route = functools.partial(sigmoid_biased_topk, top_k=1, n_groups=1, top_groups=1, scale=1.0)
+    router = bind(*filled(lambda: Router(4, 3, 0.1, route, rngs=nnx.Rngs(0))))
+    routing = router(jnp.ones((1, 2, 4), jnp.bfloat16))
+    assert routing.scores_BTE.dtype == routing.weights_BTK.dtype == jnp.float32
+
+
+def test_the_bias_moves_by_gamma_or_not_at_all():
+    gamma = 0.125
+    load = jnp.float32([[1, 3, 2], [2, 2, 2]])
+    moved = updated_bias(jnp.float32([[0.5, 0.5, 0.5], [1, 2, 3]]), load, gamma)
+    np.testing.assert_array_equal(moved, [[0.625, 0.375, 0.5], [1, 2, 3]])
+
+
+def test_load_and_violation():
+    load = expert_load(jnp.array([[[0, 2], [0, 1], [0, 2]]]), 4)
+    np.testing.assert_array_equal(load, [3, 1, 2, 0])
+    assert float(max_violation(load)) == pytest.approx((3 - 1.5) / 1.5)
+    assert float(max_violation(jnp.ones(5))) == 0
+
+
+def test_balance_loss_is_one_when_balanced():
+    experts = jnp.array([[[0, 1], [2, 3]]])
+    routing = Routing(experts, jnp.ones((1, 2, 2)), jnp.full((1, 2, 4), 0.7))
+    np.testing.assert_allclose(sequence_balance_loss(routing), [1.0], rtol=1e-6)
+
+
+def test_balance_loss_is_equations_17_to_20():
+    rng = np.random.default_rng(0)
+    B, T, E, K = 3, 7, 6, 2
+    scores = rng.uniform(0.1, 0.9, (B, T, E))
+    experts = np.stack([[rng.permutation(E)[:K] for _ in range(T)] for _ in range(B)])
+    wanted = np.zeros(B)
+    for b in range(B):
+        for i in range(E):
+            f = E / (K * T) * sum(i in experts[b, t] for t in range(T))
+            P = sum(scores[b, t, i] / scores[b, t].sum() for t in range(T)) / T
+            wanted[b] += f * P
+    got = sequence_balance_loss(Routing(jnp.array(experts), jnp.ones((B, T, K)), jnp.float32(scores)))
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
