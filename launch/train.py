@@ -36,13 +36,14 @@ def run(config: ConfigDict, workdir: Path, *, sample: bool) -> int:
     """Trains `config` in `workdir`; returns the exit code."""
     import jax
 
-    from deepseek_jax.compat import start_compilation_cache, start_processes
+    from deepseek_jax.compat import keep_freed_memory, start_compilation_cache, start_processes
     from deepseek_jax.data.pipeline import open_split
     from deepseek_jax.parallel.mesh import make_mesh
     from deepseek_jax.train.checkpoint import Checkpointer
     from deepseek_jax.train.loop import Loop, StopRequest
     from deepseek_jax.train.metrics import Metrics
 
+    keep_freed_memory()
     start_processes()
     start_compilation_cache(config.train.compilation_cache)
     mesh = make_mesh(config.mesh.data, config.mesh.expert)

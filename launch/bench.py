@@ -1,0 +1,189 @@
+"""Measure training speed, side by side with transformers on torch where that is installed.
+
+    deepseek-jax bench train                                   # the 8M-parameter micro_v3 on this machine
+    deepseek-jax bench train --peer-python=/path/to/python     # an interpreter that has torch and transformers
+    deepseek-jax bench train --config=tiny_v3 --no-peer
+
+Both sides train the same sizes on fresh random tokens with AdamW, float32, in turns: a few steps of one, then a few of
+the other, after a warm-up.  Printed are the medians over the turns and their ratio; what else the machine does in the
+meantime touches both alike.  The peer comes with: pip install "deepseek_jax[parity]"
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.launch import _options, train
+
+EXTRA = {
+    "turns": (int, 15, "times that each side is measured"),
+    "steps": (int, 4, "training steps of one turn"),
+    "peer": (bool, True, "measure transformers on torch as well"),
+    "peer_python": (str, sys.executable, "the interpreter that has torch and transformers"),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb; returns the exit code."""
+    subject = argv[0] if argv and not argv[0].startswith("--") else None
+    options = _options.parse(argv[1:] if subject else argv, "micro_v3", EXTRA, workdir=False)
+    if subject != "train":
+        raise UserError(f"bench {subject or ''}: no such bench. Give: deepseek-jax bench train")
+    config = options.config
+    sides = {"deepseek_jax": Ours(config)}
+    if options.peer:
+        sides["transformers"] = Peer(config, options.peer_python)
+    seconds = {name: [] for name in sides}
+    for turn in range(options.turns + 1):
+        for name, side in sides.items():
+            taken = side.run(options.steps)
+            if turn:  # the first turn warms up
+                seconds[name].append(taken)
+    report(config, sides, seconds, options.steps)
+    return 0
+
+
+class Ours:
+    """Our training step, compiled; the host makes each batch while the last step is being waited for, as in a run."""
+
+    def __init__(self, config: ConfigDict):
+        from deepseek_jax.compat import keep_freed_memory
+
+        keep_freed_memory()
+        import jax
+        import numpy as np
+
+        from deepseek_jax.parallel.mesh import make_mesh
+
+        self.shape = (config.train.batch_size, config.data.seq_len)
+        self.vocab_size = config.model.vocab_size
+        self.tokens = np.random.default_rng(1)
+        begin = time.perf_counter()
+        self.trainer = train.build_trainer(config, make_mesh(config.mesh.data, config.mesh.expert))
+        self.state = self.trainer.init(config.seed)
+        self.step = self.trainer.step.lower(self.state, self.batch()).compile()
+        self.compile_seconds = time.perf_counter() - begin
+        self.n_params = self.trainer.n_params
+        device = jax.devices()[0].device_kind
+        self.title = f"deepseek_jax, jax {jax.__version__}, {device}; compiled in {self.compile_seconds:.1f} s"
+
+    def batch(self):
+        """A batch of random tokens on the mesh."""
+        import numpy as np
+
+        from deepseek_jax.data.pipeline import Batch
+        from deepseek_jax.parallel.mesh import global_batch
+
+        ids = self.tokens.integers(0, self.vocab_size, (self.shape[0], self.shape[1] + 1), dtype=np.int32)
+        positions = np.broadcast_to(np.arange(self.shape[1], dtype=np.int32), self.shape)
+        return global_batch(Batch(ids[:, :-1], ids[:, 1:], np.ones(self.shape, np.int32), positions), self.trainer.mesh)
+
+    def run(self, n_steps: int) -> float:
+        """Seconds of `n_steps` training steps."""
+        import jax
+
+        begin = time.perf_counter()
+        for _ in range(n_steps):
+            self.state, found = self.step(self.state, self.batch())
+        jax.block_until_ready(self.state)
+        taken = time.perf_counter() - begin
+        if not bool(found.finite):
+            raise UserError("a step of the bench was not finite; its time means nothing. Lower optimizer.peak_rate.")
+        return taken
+
+
+class Peer:
+    """transformers' DeepseekV3ForCausalLM of the same sizes, in a process of its own."""
+
+    def __init__(self, config: ConfigDict, python: str):
+        job = {
+            "sizes": transformers_sizes(config),
+            "optimizer": {
+                "rate": config.optimizer.peak_rate,
+                "betas": (config.optimizer.beta1, config.optimizer.beta2),
+                **{key: config.optimizer[key] for key in ("eps", "weight_decay", "clip_norm")},
+            },
+            "batch": (config.train.batch_size, config.data.seq_len),
+            "threads": len(os.sched_getaffinity(0)),
+        }
+        command = [python, "-P", str(Path(__file__).with_name("_torch_peer.py")), json.dumps(job)]
+        pipe = subprocess.PIPE
+        try:
+            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        except OSError as error:
+            raise UserError(f"--peer-python={python}: cannot be run ({error.strerror}). Give a Python.") from error
+        ready = self._answer(python)
+        self.title, self.n_params = ready["name"], ready["n_params"]
+
+    def run(self, n_steps: int) -> float:
+        """Seconds of `n_steps` training steps."""
+        self.process.stdin.write(f"{n_steps}\n")
+        self.process.stdin.flush()
+        return self._answer("the peer")["seconds"]
+
+    def _answer(self, who: str) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            last = (self.process.stderr.read().strip().splitlines() or ["no message"])[-1]
+            raise UserError(
+                f'{who}: the peer ended: {last}\nInstall it with pip install "deepseek_jax[parity]", name an '
+                "interpreter that has it with --peer-python, or leave it out with --no-peer."
+            )
+        return json.loads(line)
+
+
+def transformers_sizes(config: ConfigDict) -> dict:
+    """The `DeepseekV3Config` of a config's model."""
+    m = config.model
+    if config.family != "v3" or m.mtp_depth:
+        raise UserError(f"{config.name}: the peer trains a V3 without MTP. Set --config.model.mtp_depth=0 or --no-peer.")
+    return {
+        "vocab_size": m.vocab_size,
+        "hidden_size": m.d_model,
+        "intermediate_size": m.dense_width,
+        "moe_intermediate_size": m.expert_width,
+        "num_hidden_layers": m.n_layers,
+        "first_k_dense_replace": m.n_dense_layers,
+        "num_attention_heads": m.n_heads,
+        "num_key_value_heads": m.n_heads,
+        "q_lora_rank": m.q_rank,
+        "kv_lora_rank": m.kv_rank,
+        "qk_nope_head_dim": m.nope_width,
+        "qk_rope_head_dim": m.rope_width,
+        "v_head_dim": m.value_width,
+        "n_routed_experts": m.n_experts,
+        "n_shared_experts": m.n_shared_experts,
+        "num_experts_per_tok": m.top_k,
+        "n_group": m.n_groups,
+        "topk_group": m.top_groups,
+        "routed_scaling_factor": m.route_scale,
+        "rms_norm_eps": m.norm_eps,
+        "initializer_range": m.init_std,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "use_cache": False,
+    }
+
+
+def report(config: ConfigDict, sides: dict, seconds: dict, n_steps: int) -> None:
+    """Prints the medians and their ratio."""
+    tokens = config.train.batch_size * config.data.seq_len * n_steps
+    medians = {name: tokens / statistics.median(taken) for name, taken in seconds.items()}
+    turns = len(next(iter(seconds.values())))
+    print(f"{config.name}: {config.train.batch_size} x {config.data.seq_len} tokens a step, {turns} turns of {n_steps}")
+    for name, side in sides.items():
+        spread = sorted(tokens / taken for taken in seconds[name])
+        print(
+            f"  {name:<13} {medians[name]:9,.0f} tokens/s  (slowest {spread[0]:,.0f}, fastest {spread[-1]:,.0f})  "
+            f"{side.n_params / 1e6:.2f}M parameters  {side.title}"
+        )
+    if len(medians) == 2:
+        ours, peer = medians.values()
+        print(f"  ratio of the medians: {ours / peer:.2f}")
