@@ -1,0 +1,275 @@
+"""A language model in one line: call it, generate with it, look inside.  No mesh, no ceremony.
+
+    import deepseek_jax as dsj
+
+    model = dsj.build("tiny_v3")            # fresh weights
+    model = dsj.load("runs/tiny_v3")        # those of a run
+    logits = model([[1, 2, 3]])             # float32, (1, 3, V)
+    model.complete("def main(")             # text
+    model.module.moe_blocks                 # the network itself
+
+The weights are plain nested dicts, `model.params` and `model.router_bias`: replace a leaf, and the next call uses it.
+"""
+
+import functools
+import importlib
+import math
+import os
+import pkgutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+from ml_collections import ConfigDict
+
+from deepseek_jax.compat import quick_compile
+from deepseek_jax.data.tokenizer import Tokenizer, open_tokenizer
+from deepseek_jax.errors import UserError
+from deepseek_jax.layers.base import Execution, Tree, bind, split
+from deepseek_jax.models import family
+from deepseek_jax.precision.policy import policy
+from deepseek_jax.saved_config import from_json
+from deepseek_jax.serve.generate import ENDED, Generator
+from deepseek_jax.serve.sampler import row_keys
+from deepseek_jax.train.checkpoint import Checkpointer
+
+AHEAD = "mtp"  # top-level entry of the multi-token-prediction modules, which published counts leave out
+
+
+class LanguageModel:
+    """A network with its weights, on one device.
+
+    Args:
+        config: the resolved config of a run.
+        params: trained weights, a nested dict of arrays.
+        router_bias: the routers' balancing biases, likewise.
+        source: where the weights are from, for `repr`.
+
+    Attributes:
+        n_positions: tokens, prompt and new ones, that a generated sequence may have: the length of the training
+            sequences.  Rotary positions know no bound, so it may be raised; what comes of it is another matter.
+    """
+
+    def __init__(self, config: ConfigDict, params: Tree, router_bias: Tree, source: str = ""):
+        self.config, self.params, self.router_bias, self.source = config, params, router_bias, source
+        self.n_positions: int = config.data.seq_len
+        self._definition, _, _ = split(abstract_module(config))
+        self._generator = Generator(self._definition, config.model.vocab_size)
+        self._forward = jax.jit(lambda params, bias, ids_BT: bind(self._definition, params, bias)(ids_BT))
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of `config.data.tokenizer`."""
+        return open_tokenizer(self.config.data.tokenizer)
+
+    @property
+    def module(self) -> nnx.Module:
+        """The network as a Flax module that holds the present weights.
+
+        Blocks of one kind are stacked: their weights have a leading axis, one entry a layer.  To take out layer 2:
+
+            definition, weights = nnx.split(model.module.moe_blocks)
+            block = nnx.merge(definition, jax.tree.map(lambda w: w[2], weights))
+            block.attention(x_BTD)
+        """
+        return bind(self._definition, self.params, self.router_bias)
+
+    def __call__(self, ids: ArrayLike) -> jax.Array:
+        """float32 logits of the next token at every position.
+
+        Args:
+            ids: token ids, a batch (B, T) or one sequence (T,); lists and numpy arrays are fine.  A new shape compiles.
+
+        Returns:
+            logits_BTV for a batch, (T, V) for one sequence.
+        """
+        try:
+            ids = np.asarray(ids)
+        except ValueError:
+            raise UserError("sequences of different lengths: wanted ids of shape (B, T). Pad at the end.") from None
+        if ids.ndim not in (1, 2) or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+            raise UserError(f"ids of shape {ids.shape} and dtype {ids.dtype}: wanted integers, (B, T) or (T,).")
+        if ids.min() < 0 or ids.max() >= self.config.model.vocab_size:
+            raise UserError(f"ids from {ids.min()} to {ids.max()}: wanted 0 to {self.config.model.vocab_size - 1}.")
+        logits_BTV = self._forward(self.params, self.router_bias, np.atleast_2d(ids).astype(np.int32))
+        return logits_BTV if ids.ndim == 2 else logits_BTV[0]
+
+    def generate(
+        self,
+        ids: Sequence[int] | Sequence[Sequence[int]],
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop_ids: Sequence[int] | None = None,
+    ) -> list[int] | list[list[int]]:
+        """Goes on from one prompt or from a batch of prompts of any lengths.
+
+        Args:
+            ids: token ids of a prompt, or a list of those.
+            max_new_tokens: at most so many.
+            temperature: 0 takes the likeliest token each time.
+            top_p: draws from the fewest likeliest tokens whose probabilities add up to it.
+            seed: same seed, same tokens.
+            stop_ids: ids that end a sequence; the tokenizer's end mark by default, () for none.
+
+        Returns:
+            The new ids, with the stop id at the end if there was one: a list, or a list of lists for a batch.
+
+        Raises:
+            UserError: prompt and new tokens exceed `n_positions`; an id out of range; an empty prompt.
+        """
+        is_batch = len(ids) > 0 and np.ndim(ids[0]) > 0
+        steps = self._steps(ids if is_batch else [ids], max_new_tokens, temperature, top_p, seed, stop_ids)
+        rows = [[int(token) for token in row if token != ENDED] for row in np.stack(list(steps), axis=1)]
+        return rows if is_batch else rows[0]
+
+    def stream(
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop_ids: Sequence[int] | None = None,
+    ) -> Iterator[int]:
+        """`generate` for one prompt, each id as soon as it is there."""
+        steps = self._steps([ids], max_new_tokens, temperature, top_p, seed, stop_ids)
+        return (int(new_B[0]) for new_B in steps)
+
+    def complete(self, text: str, max_new_tokens: int = 64, **options) -> str:
+        """The text that `generate` goes on with; `options` as there."""
+        return self.tokenizer.decode(self.generate(self.tokenizer.encode(text), max_new_tokens, **options))
+
+    def _steps(self, prompts, max_new_tokens, temperature, top_p, seed, stop_ids) -> Iterator[np.ndarray]:
+        if stop_ids is None:
+            stop_ids = () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
+        return self._generator.stream(
+            *(self.params, self.router_bias, prompts, row_keys(seed, len(prompts))),
+            max_new_tokens=max_new_tokens,
+            n_positions=self.n_positions,
+            temperature=temperature,
+            top_p=top_p,
+            stop_ids=stop_ids,
+        )
+
+    def __repr__(self) -> str:
+        m = self.config.model
+        main, ahead = count_parameters(self.params)
+        more = f" + {_millions(ahead)} for multi-token prediction" if ahead else ""
+        return (
+            f"LanguageModel({self.config.name}: family {self.config.family}, {m.n_layers} layers of width {m.d_model}, "
+            f"vocabulary {m.vocab_size:,}, {_millions(main)} parameters{more}, {self.config.precision}; "
+            f"{self.source or 'weights given'})"
+        )
+
+
+def build(config: str | ConfigDict, seed: int = 0) -> LanguageModel:
+    """A model with fresh weights, those that a run of this config and seed begins with.
+
+    Args:
+        config: a name in `deepseek_jax.configs`, or a config.
+        seed: of the initialisers.
+
+    Raises:
+        UserError: no such config, or a model larger than this machine's memory.
+    """
+    config = _named_config(config) if isinstance(config, str) else config
+    _check_memory(config, split(abstract_module(config))[1])
+
+    def init(key: jax.Array) -> tuple[Tree, Tree]:
+        return split(_module(config, key))[1:]
+
+    # One program: run operation by operation, initialisers take many times longer.
+    params, router_bias = quick_compile(init)(jax.random.key(seed))
+    return LanguageModel(config, params, router_bias, source=f"fresh, seed {seed}")
+
+
+def load(path: str | os.PathLike) -> LanguageModel:
+    """The model of a run, from its newest intact checkpoint; a damaged one gives way to the one before, with a warning.
+
+    Args:
+        path: the workdir of the run, or its directory of checkpoints.
+
+    Raises:
+        UserError: no such directory, or no intact checkpoint in it.
+    """
+    directory = checkpoint_directory(path)
+    with Checkpointer(directory, read_only=True) as checkpoints:
+        config = saved_config(checkpoints)
+        _, params, router_bias = split(abstract_module(config))
+        _check_memory(config, params)
+        wanted = {"params": params, "router_bias": router_bias}
+        step, state, meta = checkpoints.restore(wanted, keys=tuple(wanted))
+    source = f"step {step} of {os.fspath(path)}"
+    return LanguageModel(from_json(meta["config"]), state["params"], state["router_bias"], source)
+
+
+def checkpoint_directory(path: str | os.PathLike) -> Path:
+    """Where the checkpoints are, given a run's workdir or that directory itself. Raises UserError if nowhere."""
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory. Give the workdir of a run, as made by deepseek-jax train.")
+    return path / "checkpoints" if (path / "checkpoints").is_dir() else path
+
+
+def saved_config(checkpoints: Checkpointer) -> ConfigDict:
+    """The config kept beside the newest checkpoint. Raises UserError if there is none."""
+    step, meta = checkpoints.read_meta()
+    if "config" not in meta:
+        raise UserError(f"step {step} of {checkpoints.directory} holds no config: deepseek-jax train did not save it.")
+    return from_json(meta["config"])
+
+
+def abstract_module(config: ConfigDict) -> nnx.Module:
+    """The network of a config with shapes in place of arrays."""
+    return nnx.eval_shape(lambda: _module(config, jax.random.key(0)))
+
+
+def count_parameters(params: Tree) -> tuple[int, int]:
+    """(of the main model, of its multi-token-prediction modules), embedding and head counted once, with the former."""
+    sizes = {name: sum(math.prod(w.shape) for w in jax.tree.leaves(part)) for name, part in params.items()}
+    ahead = sizes.pop(AHEAD, 0)
+    return sum(sizes.values()), ahead
+
+
+def _module(config: ConfigDict, key: jax.Array) -> nnx.Module:
+    module = family(config.family)
+    run = Execution(compute=policy(config.precision).compute)
+    return module.Model(module.Config.from_config(config.model), run, rngs=nnx.Rngs(key))
+
+
+def _named_config(name: str) -> ConfigDict:
+    """The config of `deepseek_jax.configs.NAME`; that room stands above this one, so it is found by name only."""
+    folder = importlib.import_module("deepseek_jax.configs")
+    names = sorted({module.name for module in pkgutil.iter_modules(folder.__path__)} - {"base"})
+    if name not in names:
+        raise UserError(f"build({name!r}): no such config. Give a ConfigDict or one of: {', '.join(names)}.")
+    return importlib.import_module(f"deepseek_jax.configs.{name}").get_config().lock()
+
+
+def _check_memory(config: ConfigDict, params: Tree) -> None:
+    """Raises UserError for weights that cannot fit: asked for anyway, a host may kill the process without a word."""
+    needed, there = sum(w.size * w.dtype.itemsize for w in jax.tree.leaves(params)), _memory_bytes()
+    if there and needed > there:
+        raise UserError(
+            f"the weights of {config.name} take {needed / 2**30:,.0f} GiB, this device has {there / 2**30:,.0f}. "
+            f"For their shapes alone: deepseek-jax inspect --config={config.name}."
+        )
+
+
+def _memory_bytes() -> int | None:
+    """Memory of the first device, of the machine where that is a CPU; None where it is not told."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
+        known = hasattr(os, "sysconf") and all(name in os.sysconf_names for name in names)
+        return math.prod(map(os.sysconf, names)) if known else None
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.1f}M" if count < 1e10 else f"{count / 1e6:,.0f}M"

@@ -1,0 +1,130 @@
+"""Generation over the latent cache: read the prompts at once, then one token of each sequence a step.
+
+    prefill   prompts of a batch, padded at the end to one length, in the expanded form; fills the cache
+    decode    one token a sequence in the absorbed form; the cache is donated, so that it is updated in place
+
+Sequences of different lengths stand side by side: each has positions of its own and sees the slots up to them, and what
+was cached of the padding is overwritten before it could be seen.  Prompts and caches are padded to powers of two, so
+that few programs are compiled.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.layers.base import Tree, bind
+from deepseek_jax.serve.sampler import sample
+
+ENDED = -1  # stands for the tokens of a sequence that has ended
+SMALLEST = 32  # least length of prompts and caches
+
+
+def bucket(n_tokens: int, largest: int) -> int:
+    """`n_tokens` rounded up to a power of two, not below `SMALLEST` and not above `largest`."""
+    return min(max(SMALLEST, 1 << (n_tokens - 1).bit_length()), largest)
+
+
+class Generator:
+    """The compiled programs that generate with one model.
+
+    Args:
+        definition: of a model with `prefill` and `decode` (`layers.base.split`).
+        vocab_size: ids of a prompt are smaller.
+    """
+
+    def __init__(self, definition: nnx.GraphDef, vocab_size: int):
+        self.definition, self.vocab_size = definition, vocab_size
+        self._prefill = jax.jit(self._prefill_and_draw, static_argnames="n_slots")
+        self._decode = jax.jit(self._decode_and_draw, donate_argnames="cache")
+
+    def stream(
+        self,
+        params: Tree,
+        router_bias: Tree,
+        prompts: Sequence[Sequence[int]],
+        key_B: jax.Array,
+        *,
+        max_new_tokens: int,
+        n_positions: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop_ids: Sequence[int] = (),
+    ) -> Iterator[np.ndarray]:
+        """Goes on from each prompt; the next step is under way while the caller looks at the last one's tokens.
+
+        Args:
+            params, router_bias: the model's weights.
+            prompts: token ids, of any lengths.
+            key_B: a random key for each prompt (`sampler.row_keys`).
+            max_new_tokens: steps to take at most.
+            n_positions: tokens, old and new, that a sequence may have.
+            temperature, top_p: see `sampler.sample`.
+            stop_ids: ids that end a sequence.
+
+        Returns:
+            An iterator over the steps' new ids_B, int32; a sequence ends with its stop id and is `ENDED` from there on.
+            It stops when all sequences have ended.
+
+        Raises:
+            UserError: an empty prompt, an unknown id, more tokens than positions, a number out of range.
+        """
+        prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
+        self._check(prompts, max_new_tokens, n_positions, temperature, top_p)
+        drawing = (key_B, np.float32(temperature), np.float32(top_p))
+        return self._steps((params, router_bias), prompts, drawing, max_new_tokens, n_positions, np.asarray(stop_ids))
+
+    def _steps(self, weights, prompts, drawing, max_new_tokens, n_positions, stop_ids) -> Iterator[np.ndarray]:
+        lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+        longest = int(lengths_B.max())
+        ids_BT = np.zeros((len(prompts), bucket(longest, n_positions)), np.int32)
+        for row, prompt in zip(ids_BT, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        n_slots = bucket(longest + max_new_tokens, n_positions)
+        drawn_B, cache = self._prefill(weights, ids_BT, lengths_B, drawing, n_slots=n_slots)
+        going_B = np.ones(len(prompts), bool)
+        for step in range(max_new_tokens):
+            new_B = np.where(going_B, np.asarray(drawn_B), ENDED)
+            going_B &= ~np.isin(new_B, stop_ids)
+            is_last = step + 1 == max_new_tokens or not going_B.any()
+            if not is_last:
+                drawn_B, cache = self._decode(weights, drawn_B, lengths_B + step, cache, drawing)
+            yield new_B
+            if is_last:
+                return
+
+    def _prefill_and_draw(self, weights, ids_BT, lengths_B, drawing, n_slots: int):
+        model = bind(self.definition, *weights)
+        logits_BTV, cache = model.prefill(ids_BT, n_slots)
+        logits_BV = jnp.take_along_axis(logits_BTV, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+        return _draw(logits_BV, lengths_B, *drawing), cache
+
+    def _decode_and_draw(self, weights, ids_B, positions_B, cache, drawing):
+        model = bind(self.definition, *weights)
+        logits_BTV, cache = model.decode(ids_B[:, None], positions_B[:, None], cache)
+        return _draw(logits_BTV[:, 0], positions_B + 1, *drawing), cache
+
+    def _check(self, prompts, max_new_tokens, n_positions, temperature, top_p) -> None:
+        if not prompts or not all(prompt.ndim == 1 and len(prompt) for prompt in prompts):
+            raise UserError("a prompt is empty: wanted one token or more, as a list of ids.")
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={max_new_tokens}: wanted 1 or more.")
+        if not (temperature >= 0 and 0 <= top_p <= 1):
+            raise UserError(f"temperature={temperature}, top_p={top_p}: wanted 0 or more, and a number from 0 to 1.")
+        longest = max(map(len, prompts))
+        if longest + max_new_tokens > n_positions:
+            raise UserError(
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the {n_positions} positions that "
+                f"the model was trained on. Ask for {max(n_positions - longest, 0)} or fewer, or raise n_positions."
+            )
+        for prompt in prompts:
+            if prompt.min() < 0 or prompt.max() >= self.vocab_size:
+                raise UserError(f"a prompt with ids {prompt.min()}..{prompt.max()}: wanted 0..{self.vocab_size - 1}.")
+
+
+def _draw(logits_BV: jax.Array, positions_B: jax.Array, key_B: jax.Array, temperature, top_p) -> jax.Array:
+    """The tokens for `positions_B`: a sequence's key and the position decide the draw."""
+    return sample(logits_BV, jax.vmap(jax.random.fold_in)(key_B, positions_B), temperature, top_p)

@@ -1,0 +1,163 @@
+"""Show every weight of a model: shape, logical axes, where it is split, bytes on each device.  No array is made.
+
+    deepseek-jax inspect --config=v3_671b
+    deepseek-jax inspect --config=v3_671b --config.mesh.expert=64 --devices=256
+    deepseek-jax inspect --workdir=runs/tiny_v3             # the model of a run
+
+The mesh may be of any size: its devices need not be here.  Without --devices, --config.mesh.data=-1 counts as 1.
+"""
+
+# The file bears a standard module's name because the verb does.  That does no harm: it is only ever imported as
+# deepseek_jax.launch.inspect, and no file of this folder is meant to be run by its path.
+
+import math
+import sys
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.launch import _options
+
+DEFAULT = "tiny_v3"
+HEADER = ("weight", "shape", "dtype", "logical axes", "split over", "weight/device", "optimiser/device")
+RIGHT = ("weight/device", "optimiser/device")
+
+
+class Weight(NamedTuple):
+    """One row of the table; bytes are those on one device."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[str | None, ...]
+    spec: tuple
+    weight_bytes: int
+    optimizer_bytes: int
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb; returns the exit code."""
+    of_a_run = any(word.startswith("--workdir") for word in argv)
+    extra = {"devices": (int, 0, "devices of the mesh; 0: as many as config.mesh says")}
+    options = _options.parse(argv, None if of_a_run else DEFAULT, extra)
+    if options.workdir and options.config:
+        raise UserError("--workdir and --config given: a run has a config of its own. Give one of them.")
+    config, origin = config_of_run(options.workdir) if options.workdir else (options.config, options.config.name)
+    sizes = mesh_sizes(config.mesh.data, config.mesh.expert, options.devices)
+    weights, totals = inspect(config, sizes)
+    mesh = " x ".join(f"{axis} {n}" for axis, n in sizes.items())
+    print(f"{origin}: family {config.family}, mesh {mesh} ({math.prod(sizes.values()):,} devices)\n")
+    print_table(HEADER, [cells(weight) for weight in weights])
+    print()
+    print_table(("total", "parameters"), totals, right=("parameters",))
+    weight_bytes, optimizer_bytes = (sum(w.weight_bytes for w in weights), sum(w.optimizer_bytes for w in weights))
+    print(f"\non each device: weights {size_text(weight_bytes)}, optimiser state {size_text(optimizer_bytes)}")
+    return 0
+
+
+def config_of_run(workdir) -> tuple[ConfigDict, str]:
+    """The config kept beside a run's newest checkpoint, and a name for it."""
+    from deepseek_jax.language_model import checkpoint_directory, saved_config
+    from deepseek_jax.train.checkpoint import Checkpointer
+
+    with Checkpointer(checkpoint_directory(workdir), read_only=True) as checkpoints:
+        config = saved_config(checkpoints)
+    return config, f"{config.name} ({workdir})"
+
+
+def mesh_sizes(data: int, expert: int, n_devices: int) -> dict[str, int]:
+    """Devices along each axis; `data` -1 takes what `n_devices` leaves, 1 where that is 0 (not given)."""
+    given = f"config.mesh: data={data} x expert={expert}"
+    if expert < 1 or (data < 1 and data != -1) or n_devices < 0:
+        raise UserError(f"{given}, --devices={n_devices}: sizes are 1 or more (data may be -1: all the rest).")
+    if data == -1:
+        data = max(n_devices // expert, 1) if n_devices else 1
+    if n_devices and data * expert != n_devices:
+        raise UserError(f"{given} does not make up {n_devices} devices. Choose sizes whose product is --devices.")
+    return {"data": data, "expert": expert}
+
+
+def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], list[tuple[str, str]]]:
+    """The weights of a config's model on a mesh of these sizes, and the rows of the totals, from shapes alone."""
+    import jax
+    from jax.sharding import AbstractMesh
+
+    from deepseek_jax.language_model import AHEAD, abstract_module, count_parameters
+    from deepseek_jax.layers.base import logical_axes, split
+    from deepseek_jax.parallel.sharding import bytes_per_device, placements
+
+    module = abstract_module(config)
+    _, params, router_bias = split(module)
+    axes, bias_axes = logical_axes(module)
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    places = placements(axes, params, config.sharding.to_dict(), mesh)
+    moments_dtype = config.optimizer.moments_dtype
+
+    def weight(path: tuple, array: jax.ShapeDtypeStruct, logical: tuple, place) -> Weight:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        moment = jax.ShapeDtypeStruct(array.shape, moments_dtype)
+        return Weight(
+            *(name, array.shape, str(array.dtype), logical, tuple(place.spec)),
+            weight_bytes=bytes_per_device(array, place.spec, mesh),
+            optimizer_bytes=2 * bytes_per_device(moment, place.optimizer_spec, mesh),
+        )
+
+    def bias(path: tuple, array: jax.ShapeDtypeStruct, logical: tuple) -> Weight:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        whole = (None,) * len(array.shape)
+        return Weight(name, array.shape, str(array.dtype), logical, whole, array.size * array.dtype.itemsize, 0)
+
+    trees = jax.tree_util.tree_map_with_path(weight, params, axes, places)
+    biases = jax.tree_util.tree_map_with_path(bias, router_bias, bias_axes)
+    rows = [row for tree in (trees, biases) for row in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Weight))]
+    main_count, ahead_count = count_parameters(params)
+    parts = [(name, sum(x.size for x in jax.tree.leaves(part))) for name, part in params.items() if name != AHEAD]
+    totals = [(f"  {name}", f"{count:,}") for name, count in parts]
+    totals += [("main model", millions(main_count)), ("multi-token prediction", millions(ahead_count))]
+    totals += [("router biases", f"{sum(x.size for x in jax.tree.leaves(router_bias)):,}")]
+    return rows, totals
+
+
+def millions(count: int) -> str:
+    """A count to the last digit, and in millions."""
+    return f"{count:,} ({count / 1e6:,.0f}M)"
+
+
+def size_text(n_bytes: int) -> str:
+    """Bytes in a unit that suits them."""
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if n_bytes >= 1024**power:
+            return f"{n_bytes / 1024**power:,.2f} {unit}"
+    return f"{n_bytes} B"
+
+
+def cells(weight: Weight) -> tuple[str, ...]:
+    """A row as text; axes and split stand in the same order as the shape."""
+    shape = "x".join(map(str, weight.shape))
+    split_over = ",".join(axis or "-" for axis in weight.spec)
+    sizes = (size_text(weight.weight_bytes), size_text(weight.optimizer_bytes))
+    return (weight.name, shape, weight.dtype, ",".join(axis or "-" for axis in weight.axes), split_over, *sizes)
+
+
+def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]], right: tuple[str, ...] = RIGHT) -> None:
+    """Prints aligned columns, those named in `right` to the right: drawn by rich on a terminal, plain elsewhere."""
+    if sys.stdout.isatty():
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE)
+        for name in header:
+            table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        padded = (
+            cell.rjust(width) if name in right else cell.ljust(width)
+            for cell, width, name in zip(row, widths, header, strict=True)
+        )
+        print("  ".join(padded).rstrip())
