@@ -1,0 +1,86 @@
+"""Grouped experts against every expert applied to every token."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.layers.grouped import grouped_swiglu, sort_by_expert
+
+M, K, X, D, F = 13, 2, 4, 5, 6
+
+
+def all_to_one(expert: int) -> np.ndarray:
+    return np.full((M, K), expert)
+
+
+ROUTINGS = {
+    "even": np.stack([np.arange(M) % X, (np.arange(M) + 1) % X], axis=1),
+    "skewed": np.stack([np.where(np.arange(M) < 11, 2, 0), np.where(np.arange(M) < 12, 3, 2)], axis=1),
+    "all to the first": all_to_one(0),
+    "all to the last": all_to_one(X - 1),
+    "some to none": np.stack([np.arange(M) % (X + 1), np.full(M, X)], axis=1),
+    "all to none": all_to_one(X),
+}
+
+
+@pytest.fixture(scope="module")
+def inputs() -> tuple:
+    rng = np.random.default_rng(0)
+    shapes = ((M, D), (M, K), (X, D, F), (X, D, F), (X, F, D))
+    return tuple(rng.normal(size=shape).astype(np.float32) for shape in shapes)
+
+
+def dense(x_MD, experts_MK, weights_MK, *, gate_XDF, up_XDF, down_XFD):
+    """Every expert on every token, then the chosen ones weighted; index X hits no expert."""
+    hidden = jax.nn.silu(jnp.einsum("MD,XDF->MXF", x_MD, gate_XDF)) * jnp.einsum("MD,XDF->MXF", x_MD, up_XDF)
+    y = jnp.einsum("MXF,XFD->MXD", hidden, down_XFD)
+    share = jnp.sum(jax.nn.one_hot(experts_MK, gate_XDF.shape[0]) * weights_MK[..., None], axis=1)
+    return jnp.einsum("MX,MXD->MD", share, y)
+
+
+@functools.cache
+def compiled(chunk: int | None):
+    compute = functools.partial(grouped_swiglu, chunk=chunk) if chunk else dense
+
+    def loss(x, weights, gate, up, down, experts):
+        y_MD = compute(x, experts, weights, gate_XDF=gate, up_XDF=up, down_XFD=down)
+        return jnp.sum(y_MD * jnp.cos(jnp.arange(y_MD.size)).reshape(y_MD.shape)), y_MD
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))
+
+
+@pytest.mark.parametrize("chunk", [3, 128])
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_grouped_is_dense_with_all_gradients(inputs, name, chunk):
+    wanted_gradients, wanted = compiled(None)(*inputs, ROUTINGS[name])
+    gradients, y_MD = compiled(chunk)(*inputs, ROUTINGS[name])
+    np.testing.assert_allclose(y_MD, wanted, rtol=1e-5, atol=1e-5)
+    for got, right in zip(gradients, wanted_gradients, strict=True):
+        np.testing.assert_allclose(got, right, rtol=1e-5, atol=1e-5 * max(1, np.abs(right).max()))
+
+
+def test_experts_without_tokens_have_no_gradient(inputs):
+    _, _, *d_weights = compiled(3)(*inputs, ROUTINGS["all to the first"])[0]
+    for d_weight in d_weights:
+        assert np.any(d_weight[0]) and not np.any(d_weight[1:])
+
+
+def test_bfloat16_is_close(inputs):
+    narrow = (jnp.bfloat16(inputs[0]), *inputs[1:])
+    gradients, y_MD = compiled(3)(*narrow, ROUTINGS["skewed"])
+    wanted_gradients, wanted = compiled(None)(*inputs, ROUTINGS["skewed"])
+    assert y_MD.dtype == jnp.bfloat16
+    assert [g.dtype for g in gradients] == [jnp.bfloat16] + [jnp.float32] * 4
+    for got, right in zip((y_MD, *gradients), (wanted, *wanted_gradients), strict=True):
+        got = np.float32(got)
+        assert np.linalg.norm(got - right) < 0.03 * np.linalg.norm(right)
+
+
+def test_sorting_by_hand():
+    order = sort_by_expert(jnp.array([[2, 0], [1, 3], [0, 2]]), 3)  # 3 means none
+    np.testing.assert_array_equal(order.assignment_A, [1, 4, 2, 0, 5, 3])
+    np.testing.assert_array_equal(order.row_MK, [[3, 0], [2, 5], [1, 4]])
+    np.testing.assert_array_equal(order.count_X, [2, 1, 2])

@@ -1,0 +1,104 @@
+"""Declaring weights, stacking blocks and running them, with a toy block."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deepseek_jax.layers.base import (
+    REMAT,
+    Execution,
+    RouterBias,
+    bind,
+    logical_axes,
+    normal,
+    param,
+    remat,
+    run_stack,
+    split,
+    stack,
+)
+
+
+class Block(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.weight_DD = param(rngs, (3, 3), ("embed", None), normal(0.5))
+        self.bias = RouterBias(jnp.zeros(3), axes=(None,))
+
+    def __call__(self, x):
+        return x + jnp.tanh(x @ self.weight_DD[...] + self.bias[...])
+
+
+class Pair(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.blocks = stack(lambda r: Block(rngs=r), 4, rngs)
+        self.ends = nnx.List(Block(rngs=rngs) for _ in range(2))
+
+
+@pytest.fixture(scope="module")
+def pair(filled) -> tuple:
+    return filled(lambda: Pair(rngs=nnx.Rngs(0)), std=0.5)
+
+
+def gradient(pair: tuple, policy: str):
+    definition, params, bias = pair
+
+    def loss(params, x):
+        model = bind(definition, params, bias)
+        add = jnp.arange(4.0)
+        x, kept = run_stack(model.blocks, x, Execution(remat=policy), lambda b, x, e: (b(x) + e, jnp.sum(x)), add)
+        return jnp.sum(x**2), (x, kept)
+
+    return jax.jit(jax.grad(loss, has_aux=True))(params, jnp.float32([[1, -1, 0.5]]))
+
+
+def test_a_stack_is_a_loop(pair):
+    _, params, bias = pair
+    _, (x, kept) = gradient(pair, "none")
+    wanted, sums = np.array([[1, -1, 0.5]]), []
+    for i in range(4):
+        sums.append(wanted.sum())
+        pre = wanted @ np.float64(params["blocks"]["weight_DD"][i]) + bias["blocks"]["bias"][i]
+        wanted = wanted + np.tanh(pre) + i
+    np.testing.assert_allclose(x, wanted, rtol=1e-5)
+    np.testing.assert_allclose(kept, sums, rtol=1e-5)
+
+
+@pytest.mark.parametrize("policy", REMAT[1:])
+def test_rematerialisation_changes_no_gradient(pair, policy):
+    wanted, got = (jax.tree.leaves(gradient(pair, name)[0]) for name in ("none", policy))
+    for right, here in zip(wanted, got, strict=True):
+        np.testing.assert_allclose(here, right, rtol=1e-6, atol=1e-6)
+
+
+def test_an_unknown_policy_is_named():
+    with pytest.raises(ValueError, match="'all': no such policy. Choose one of none, dots, block"):
+        remat(lambda x: x, "all")
+
+
+def test_split_and_bind_are_inverse_and_every_key_is_a_name(pair):
+    definition, params, bias = pair
+    again = split(bind(definition, params, bias))
+    assert list(again[1]["ends"]) == ["0", "1"]
+    assert jax.tree.structure(again[1:]) == jax.tree.structure((params, bias))
+    for old, new in zip(jax.tree.leaves((params, bias)), jax.tree.leaves(again[1:]), strict=True):
+        assert old is new or np.array_equal(old, new)
+
+
+def test_axes_follow_the_declaration():
+    axes, bias_axes = logical_axes(nnx.eval_shape(lambda: Pair(rngs=nnx.Rngs(0))))
+    assert axes["blocks"]["weight_DD"] == ("layers", "embed", None)
+    assert axes["ends"]["1"]["weight_DD"] == ("embed", None)
+    assert bias_axes["blocks"]["bias"] == ("layers", None)
+
+
+def test_stacked_blocks_differ_from_one_another():
+    blocks = jax.jit(lambda: split(stack(lambda r: Block(rngs=r), 3, nnx.Rngs(0)))[1])()
+    first, second, _ = blocks["weight_DD"]
+    assert not np.allclose(first, second)
+
+
+def test_as_many_axes_as_dimensions():
+    with pytest.raises(ValueError, match="needs 2 logical axes"):
+        param(nnx.Rngs(0), (2, 3), ("embed",), normal(1.0))
