@@ -229,7 +229,7 @@ class Model(nnx.Module):
         for module in self.mtp:
             depth = remat(functools.partial(module, attend=attend), self.run.remat)
             h_BTD, (_, statistics) = depth(h_BTD, self.embedding(targets_BT, self.run.compute))
-            targets_BT = shift_left(targets_BT, fill=-1)
+            targets_BT = jnp.where(targets_BT < 0, -1, shift_left(targets_BT, fill=-1))  # nothing past a document's end
             depths.append(Ahead(h_BTD, targets_BT, statistics))
         return depths
 

@@ -41,10 +41,16 @@ class Placement:
 
 
 def check_rules(rules: Mapping[str, str]) -> None:
-    """Raises UserError for a rule that names no mesh axis, or a storage rule over the expert axis of the experts."""
+    """Raises UserError for a rule that names no mesh axis."""
     for logical, axis in rules.items():
         if axis and axis not in AXES:
             raise UserError(f"config.sharding.{logical}={axis!r}: no such mesh axis. Choose one of {', '.join(AXES)}.")
+
+
+def expert_axis(rules: Mapping[str, str], mesh: Mesh) -> str | None:
+    """The mesh axis over which the routed experts are shared out; None when every device holds them all."""
+    axis = rules.get(EXPERTS)
+    return axis if axis and mesh.shape[axis] > 1 else None
 
 
 def is_axes(leaf: object) -> bool:

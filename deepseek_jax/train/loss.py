@@ -19,6 +19,7 @@ IGNORE = -1  # a target that is not there
 
 def _chunks(h_MD: jax.Array, targets_M: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
     """Both arrays cut to (chunks, chunk, …), filled up with ignored rows."""
+    chunk = min(chunk, targets_M.shape[0])
     n_chunks = -(-targets_M.shape[0] // chunk)
     spare = n_chunks * chunk - targets_M.shape[0]
     h_MD = jnp.pad(h_MD, ((0, spare), (0, 0)))

@@ -24,8 +24,8 @@ from deepseek_jax.compat import quick_compile
 from deepseek_jax.layers.base import Execution, bind, logical_axes, split
 from deepseek_jax.layers.router import max_violation, updated_bias
 from deepseek_jax.parallel import zero
-from deepseek_jax.parallel.mesh import AXES, BATCH, EXPERT, REPLICATED, per_device, size, total
-from deepseek_jax.parallel.sharding import placements, unsharder
+from deepseek_jax.parallel.mesh import AXES, BATCH, REPLICATED, per_device, size, total
+from deepseek_jax.parallel.sharding import check_rules, expert_axis, placements, unsharder
 from deepseek_jax.train.loss import Losses, Weights, losses
 from deepseek_jax.train.optim import OptimizerConfig, adamw_update, init_moments, is_matrix, learning_rate
 
@@ -125,12 +125,13 @@ class Trainer:
         remat: str = "none",
         flops_per_token: Callable[[int], float] = lambda seq_len: 0.0,
     ):
+        check_rules(rules)
         self.mesh, self.config, self.optimizer = mesh, step_config, optimizer
         self.flops_per_token = flops_per_token
         self.run = Execution(
             compute=compute,
             remat=remat,
-            expert_axis=EXPERT if mesh.shape[EXPERT] > 1 else None,
+            expert_axis=expert_axis(rules, mesh),
             unshard=unsharder(rules, mesh),
         )
         self._build = lambda seed: build(self.run, nnx.Rngs(seed))
