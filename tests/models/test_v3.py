@@ -1,4 +1,4 @@
-"""DeepSeek-V3 as a function: its three ways of running agree, nothing leaks backwards in time, its size is the published one."""
+"""DeepSeek-V3 as a function: three ways of running it agree, nothing leaks backwards in time, the size is published."""
 
 import dataclasses
 import functools

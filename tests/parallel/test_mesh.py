@@ -1,0 +1,46 @@
+"""The mesh and who holds which rows of a batch."""
+
+import jax
+import numpy as np
+import pytest
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.parallel.mesh import AXES, BATCH, REPLICATED, global_batch, make_mesh, per_device, place, size, total
+
+
+def test_sizes():
+    mesh = make_mesh(2, 4)
+    assert dict(mesh.shape) == {"data": 2, "expert": 4}
+    assert size(mesh, AXES) == 8 and size(mesh, ()) == 1
+    assert make_mesh(-1, 2).shape["data"] == len(jax.devices()) // 2
+    assert make_mesh(1, 2).size == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "expert", "message"),
+    [
+        (-1, 3, "data=-1 x expert=3 does not divide the 8 devices"),
+        (4, 4, "needs 16 devices, here are 8"),
+        (-1, 16, "does not divide"),
+        (0, 1, "data=0, expert=1. Sizes are 1 or more"),
+        (1, -1, "Sizes are 1 or more"),
+    ],
+)
+def test_impossible_meshes_are_explained(data, expert, message):
+    with pytest.raises(UserError, match=message):
+        make_mesh(data, expert)
+
+
+def test_each_device_gets_its_rows_in_order():
+    mesh = make_mesh(2, 4)
+    rows = {"ids": np.arange(16).reshape(16, 1)}
+    batch = global_batch(rows, mesh)
+    np.testing.assert_array_equal(batch["ids"], rows["ids"])
+    by_device = {shard.device: shard.data[:, 0].tolist() for shard in batch["ids"].addressable_shards}
+    assert [by_device[device] for device in mesh.devices.flat] == [[2 * i, 2 * i + 1] for i in range(8)]
+
+
+def test_a_total_is_over_all_devices():
+    mesh = make_mesh(2, 4)
+    run = jax.jit(per_device(lambda x: total(x.sum()), mesh, (BATCH,), REPLICATED))
+    assert float(run(place(np.arange(8.0), mesh, BATCH))) == 28
