@@ -71,8 +71,8 @@ class Ours:
         self.step = self.trainer.step.lower(self.state, self.batch()).compile()
         self.compile_seconds = time.perf_counter() - begin
         self.n_params = self.trainer.n_params
-        device = jax.devices()[0].device_kind
-        self.title = f"deepseek_jax, jax {jax.__version__}, {device}; compiled in {self.compile_seconds:.1f} s"
+        self.device = jax.devices()[0].device_kind
+        self.title = f"deepseek_jax, jax {jax.__version__}, {self.device}; compiled in {self.compile_seconds:.1f} s"
 
     def batch(self):
         """A batch of random tokens on the mesh."""
@@ -94,6 +94,7 @@ class Ours:
             self.state, found = self.step(self.state, self.batch())
         jax.block_until_ready(self.state)
         taken = time.perf_counter() - begin
+        self.loss = float(found.loss)
         if not bool(found.finite):
             raise UserError("a step of the bench was not finite; its time means nothing. Lower optimizer.peak_rate.")
         return taken
@@ -174,6 +175,8 @@ def transformers_sizes(config: ConfigDict) -> dict:
 
 def report(config: ConfigDict, sides: dict, seconds: dict, n_steps: int) -> None:
     """Prints the medians and their ratio."""
+    from deepseek_jax.train.metrics import peak_flops
+
     tokens = config.train.batch_size * config.data.seq_len * n_steps
     medians = {name: tokens / statistics.median(taken) for name, taken in seconds.items()}
     turns = len(next(iter(seconds.values())))
@@ -184,6 +187,10 @@ def report(config: ConfigDict, sides: dict, seconds: dict, n_steps: int) -> None
             f"  {name:<13} {medians[name]:9,.0f} tokens/s  (slowest {spread[0]:,.0f}, fastest {spread[-1]:,.0f})  "
             f"{side.n_params / 1e6:.2f}M parameters  {side.title}"
         )
+    ours = sides["deepseek_jax"]
+    rate = medians["deepseek_jax"] * ours.trainer.flops_per_token(config.data.seq_len)
+    peak = (peak_flops(ours.device) or 0.0) * ours.trainer.mesh.size
+    mfu = f", MFU {rate / peak:.1%} of {peak / 1e12:,.0f} (causal attention)" if peak else ""
+    print(f"  deepseek_jax: {rate / 1e12:.3f} TFLOP/s{mfu}; last loss {ours.loss:.4f}")
     if len(medians) == 2:
-        ours, peer = medians.values()
-        print(f"  ratio of the medians: {ours / peer:.2f}")
+        print(f"  ratio of the medians: {medians['deepseek_jax'] / medians['transformers']:.2f}")

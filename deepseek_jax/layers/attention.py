@@ -48,9 +48,10 @@ def causal_attention(
 
 
 def _attend(q_BTHQ: jax.Array, k_BSHQ: jax.Array, v_BSHU: jax.Array, seen: jax.Array, *, scale: float) -> jax.Array:
-    scores_BHTS = jnp.einsum("BTHQ,BSHQ->BHTS", q_BTHQ, k_BSHQ, preferred_element_type=jnp.float32)
+    q_BHTQ, k_BHSQ, v_BHSU = (jnp.swapaxes(x, 1, 2) for x in (q_BTHQ, k_BSHQ, v_BSHU))
+    scores_BHTS = jnp.einsum("BHTQ,BHSQ->BHTS", q_BHTQ, k_BHSQ, preferred_element_type=jnp.float32)
     weights_BHTS = masked_softmax(scores_BHTS * scale, seen if seen.ndim == 2 else seen[:, None])
-    return jnp.einsum("BHTS,BSHU->BTHU", weights_BHTS.astype(v_BSHU.dtype), v_BSHU)
+    return jnp.swapaxes(jnp.einsum("BHTS,BHSU->BHTU", weights_BHTS.astype(v_BSHU.dtype), v_BHSU), 1, 2)
 
 
 def masked_softmax(scores: jax.Array, seen: jax.Array) -> jax.Array:
