@@ -47,7 +47,8 @@ def main(argv: list[str]) -> int:
     draw = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
     begin = time.perf_counter()
     times_s = show(model.stream(ids, min(options.max_tokens, room), **draw), model.tokenizer)
-    print(f"\n{speed(begin, times_s)}", file=sys.stderr)
+    write("\n")
+    print(speed(begin, times_s), file=sys.stderr)
     if len(times_s) == room < options.max_tokens:
         print(f"stopped after {model.n_positions} tokens, as long as those it was trained on", file=sys.stderr)
     return 0

@@ -121,7 +121,7 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
 
 def millions(count: int) -> str:
     """A count to the last digit, and in millions."""
-    return f"{count:,} ({count / 1e6:,.0f}M)"
+    return f"{count:,} ({count / 1e6:,.{0 if count > 1e9 else 2}f}M)"
 
 
 def size_text(n_bytes: int) -> str:

@@ -8,7 +8,7 @@ tokenizers drop the blank at the start of a text.
 from collections.abc import Callable, Sequence
 
 HALF = "\ufffd"  # what decoders give for bytes that are no character (yet)
-PENDING_BYTES = 3  # a character has four bytes at most, and some decoders give one HALF for each
+PENDING_BYTES = 3  # of a character that lacks its last one; some decoders give one HALF for each
 
 
 class TextStream:
@@ -28,7 +28,10 @@ class TextStream:
         """Returns the text that is certain now and was not before; "" in the middle of a character."""
         self._new.append(token)
         text = self._decode(self._context + self._new)
-        pending = min(len(text) - len(text.rstrip(HALF)), PENDING_BYTES)
+        n_halves = len(text) - len(text.rstrip(HALF))
+        if n_halves and len(self._new) <= PENDING_BYTES:  # some decoders give up whole characters before it, too
+            return ""
+        pending = min(n_halves, PENDING_BYTES)
         piece = text[self._shown : len(text) - pending]
         self._shown += len(piece)
         if piece and not pending:

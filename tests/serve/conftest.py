@@ -1,0 +1,49 @@
+"""A small V3 with random weights, made without initialisers, which would have to be compiled."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.language_model import abstract_module
+from deepseek_jax.launch import _options
+from deepseek_jax.layers.base import bind, split
+from deepseek_jax.serve.generate import Generator
+
+SIZES = {"d_model": 16, "n_layers": 3, "dense_width": 24, "n_heads": 2, "q_rank": 12, "kv_rank": 8, "nope_width": 8}
+SIZES |= {"rope_width": 4, "value_width": 8, "n_experts": 8, "expert_width": 8, "top_k": 2, "mtp_depth": 0}
+
+
+class Network:
+    """A generator with its weights, and the full forward pass to compare with."""
+
+    def __init__(self, config):
+        self.vocab_size = config.model.vocab_size
+        definition, params, router_bias = split(abstract_module(config))
+        draw = np.random.default_rng(0)
+
+        def leaf(path, array):
+            noise = draw.normal(size=array.shape) * (0.3 if len(array.shape) > 1 else 0.1)
+            is_gain = path[-1].key == "gain"
+            return jnp.asarray(noise + 1.0 if is_gain else noise, array.dtype)
+
+        self.weights = jax.tree_util.tree_map_with_path(leaf, (params, router_bias))
+        self.generator = Generator(definition, self.vocab_size)
+        self.forward = jax.jit(lambda params, bias, ids_BT: bind(definition, params, bias)(ids_BT))
+
+    def stream(self, prompts, key_B, **options):
+        options = {"max_new_tokens": 10, "n_positions": 32} | options
+        return self.generator.stream(*self.weights, prompts, key_B, **options)
+
+    def last_logits(self, ids):
+        """Logits after `ids`, by a forward pass over the whole sequence (padded, which a causal model cannot see)."""
+        padded = np.zeros((1, 32), np.int32)
+        padded[0, : len(ids)] = ids
+        return np.asarray(self.forward(*self.weights, padded))[0, len(ids) - 1]
+
+
+@pytest.fixture(scope="session")
+def network():
+    config = _options.load("tiny_v3")
+    config.model.update(SIZES)
+    return Network(config)

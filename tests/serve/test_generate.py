@@ -1,0 +1,87 @@
+"""Generation over the cache says what repeated full forward passes say, whatever else is in the batch."""
+
+import numpy as np
+import pytest
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.serve.generate import ENDED, bucket
+from deepseek_jax.serve.sampler import row_keys
+
+PROMPTS = ([5, 9, 200], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11])
+
+
+def alone(network, i, **options):
+    """What prompt `i` goes on with when it is the whole batch."""
+    return [int(new_B[0]) for new_B in network.stream([PROMPTS[i]], row_keys(0, 3)[i : i + 1], **options)]
+
+
+def together(network, **options):
+    """The new ids of all prompts, (B, T)."""
+    return np.stack(list(network.stream(PROMPTS, row_keys(0, 3), **options)), axis=1)
+
+
+@pytest.mark.parametrize("i", [0, 2])
+def test_greedy_generation_is_the_argmax_of_repeated_forward_passes(network, i):
+    ids = list(PROMPTS[i])
+    for token in alone(network, i):
+        assert token == network.last_logits(ids).argmax()
+        ids.append(token)
+    assert len(ids) == len(PROMPTS[i]) + 10
+
+
+@pytest.mark.parametrize("drawing", [{"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.9}])
+def test_a_batch_of_ragged_prompts_says_what_each_says_alone(network, drawing):
+    assert together(network, **drawing).tolist() == [alone(network, i, **drawing) for i in range(3)]
+
+
+def test_seeds_are_reproducible_and_differ(network):
+    def drawn(seed):
+        return [int(new_B[0]) for new_B in network.stream([PROMPTS[0]], row_keys(seed, 1), temperature=1.0)]
+
+    assert drawn(3) == drawn(3) != drawn(4)
+
+
+def test_a_sequence_ends_at_its_stop_id_and_the_batch_when_all_have(network):
+    free = together(network, temperature=1.0)
+    stop = int(free[0, 4])
+    stopped = together(network, temperature=1.0, stop_ids=(stop,))
+    for row, whole in zip(stopped, free, strict=True):
+        n = whole.tolist().index(stop) + 1 if stop in whole else len(whole)
+        assert row[:n].tolist() == whole[:n].tolist()
+        assert (row[n:] == ENDED).all()
+    first = alone(network, 0, temperature=1.0)
+    assert alone(network, 0, temperature=1.0, stop_ids=(first[2],)) == first[: first.index(first[2]) + 1]
+
+
+def test_tokens_come_one_by_one_and_may_be_left_unread(network):
+    stream = network.stream([PROMPTS[0]], row_keys(0, 1))
+    assert next(stream).shape == (1,)
+    stream.close()
+
+
+def test_all_positions_can_be_used_and_not_one_more(network):
+    assert len(alone(network, 2, max_new_tokens=21)) == 21
+    with pytest.raises(UserError, match="11 tokens and 22 new ones exceed the 32 positions .* Ask for 21 or fewer"):
+        alone(network, 2, max_new_tokens=22)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[]], {}, "a prompt is empty"),
+        ([], {}, "a prompt is empty"),
+        ([[1, 272]], {}, "ids 1..272: wanted 0..271"),
+        ([[-1]], {}, "ids -1..-1"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
+        ([[1]], {"temperature": -1.0}, "temperature=-1.0"),
+        ([[1]], {"top_p": 1.5}, "top_p=1.5"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_runs(network, prompts, options, message):
+    with pytest.raises(UserError, match=message):
+        network.stream(prompts, row_keys(0, 1), **options)
+
+
+def test_buckets():
+    assert [bucket(n, 300) for n in (1, 32, 33, 64, 200, 257, 300)] == [32, 32, 64, 64, 256, 300, 300]
+    assert bucket(5, 8) == 8

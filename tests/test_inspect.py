@@ -1,0 +1,88 @@
+"""The table of weights: published counts from shapes alone, on meshes that are not here."""
+
+import math
+
+import jax
+import pytest
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.language_model import abstract_module, count_parameters
+from deepseek_jax.launch import _options, inspect
+from deepseek_jax.layers.base import split
+
+
+@pytest.fixture(scope="module")
+def v3():
+    return _options.load("v3_671b")
+
+
+def test_the_counts_of_v3_are_the_published_ones(v3):
+    _, params, router_bias = split(abstract_module(v3))
+    main, ahead = count_parameters(params)
+    assert (round(main / 1e6), round(ahead / 1e6)) == (671_026, 11_610)
+    assert sum(math.prod(bias.shape) for bias in jax.tree.leaves(router_bias)) == (58 + 1) * 256
+
+
+def test_bytes_on_a_device_follow_the_mesh(v3):
+    one, totals = inspect.inspect(v3, {"data": 1, "expert": 1})
+    weights = {weight.name: weight for weight in one}
+    bias_bytes = 4 * (58 + 1) * 256
+    assert sum(weight.weight_bytes for weight in one) == 4 * (671_026_404_352 + 11_610_067_968) + bias_bytes
+    assert sum(weight.optimizer_bytes for weight in one) == 2 * 2 * (671_026_404_352 + 11_610_067_968)  # bfloat16
+    assert ("multi-token prediction", "11,610,067,968 (11,610M)") in totals
+
+    many, _ = inspect.inspect(v3, {"data": 4, "expert": 64})
+    for weight in many:
+        whole = weights[weight.name]
+        parts = 64 if "experts" in weight.axes else 1
+        assert weight.weight_bytes * parts == whole.weight_bytes
+        assert weight.optimizer_bytes * 256 == whole.optimizer_bytes
+    gate = next(weight for weight in many if weight.name == "moe_blocks.experts.gate_XDF")
+    assert inspect.cells(gate)[:5] == (
+        *("moe_blocks.experts.gate_XDF", "58x256x7168x2048", "float32"),
+        *("layers,experts,embed,mlp", "-,expert,-,-"),
+    )
+
+
+def test_an_expert_axis_that_does_not_divide_is_refused_by_name():
+    with pytest.raises(UserError) as error:
+        inspect.main(["--config=v3_671b", "--config.mesh.expert=48"])
+    assert "256 experts over mesh axis 'expert' of size 48: not divisible." in str(error.value)
+    assert "config.mesh.expert" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "expert", "n_devices", "expected"),
+    [(-1, 1, 0, (1, 1)), (-1, 64, 0, (1, 64)), (-1, 64, 256, (4, 64)), (2, 4, 0, (2, 4)), (2, 4, 8, (2, 4))],
+)
+def test_mesh_sizes(data, expert, n_devices, expected):
+    assert tuple(inspect.mesh_sizes(data, expert, n_devices).values()) == expected
+
+
+@pytest.mark.parametrize(("data", "expert", "n_devices"), [(-1, 48, 256), (2, 4, 16), (0, 1, 0), (1, 0, 0), (-1, 8, 4)])
+def test_a_mesh_that_cannot_be_is_refused(data, expert, n_devices):
+    with pytest.raises(UserError, match="config.mesh"):
+        inspect.mesh_sizes(data, expert, n_devices)
+
+
+def test_the_verb_prints_aligned_text(capsys):
+    assert inspect.main([]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[0] == "tiny_v3: family v3, mesh data 1 x expert 1 (1 devices)"
+    table = lines[2 : lines.index("", 3)]
+    assert len({len(line) for line in table}) == 1  # the last column ends flush right
+    assert any(line.startswith("main model ") and line.endswith("1,682,944 (1.68M)") for line in lines)
+    assert "on each device: weights 8.34 MiB, optimiser state 16.69 MiB" in lines
+
+
+def test_a_terminal_gets_a_drawn_table(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    inspect.print_table(("weight", "weight/device"), [("head.weight_DV", "1.00 MiB")])
+    assert "──" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("n_bytes", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (2**40, "1.00 TiB")])
+def test_sizes_in_words(n_bytes, text):
+    assert inspect.size_text(n_bytes) == text

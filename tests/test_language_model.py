@@ -1,0 +1,194 @@
+"""The model in one line: calls, generation, building, and loading what a run has saved."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import deepseek_jax
+from deepseek_jax.errors import UserError
+from deepseek_jax.language_model import LanguageModel, abstract_module, count_parameters
+from deepseek_jax.launch import _options, generate, inspect
+from deepseek_jax.layers.base import split
+from deepseek_jax.saved_config import to_json
+from deepseek_jax.train.checkpoint import Checkpointer
+
+SIZES = {"d_model": 16, "n_layers": 3, "dense_width": 24, "n_heads": 2, "q_rank": 12, "kv_rank": 8, "nope_width": 8}
+SIZES |= {"rope_width": 4, "value_width": 8, "n_experts": 8, "expert_width": 8, "top_k": 2, "mtp_depth": 0}
+PROMPT = [1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def config():
+    config = _options.load("tiny_v3")
+    config.model.update(SIZES)
+    config.data.seq_len = 32
+    return config
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    """Random weights of which no initialiser had to be compiled."""
+    _, *shapes = split(abstract_module(config))
+    draw = np.random.default_rng(0)
+    weights = jax.tree.map(lambda x: jnp.asarray(0.3 * draw.normal(size=x.shape), x.dtype), shapes)
+    return LanguageModel(config, *weights)
+
+
+def save(directory, model, *steps):
+    """What a run leaves behind: more than the model's weights."""
+    with Checkpointer(directory) as checkpoints:
+        for step in steps:
+            moments = jax.tree.map(jnp.zeros_like, model.params)
+            state = {"params": model.params, "router_bias": model.router_bias, "optimizer": {"mu": moments}}
+            checkpoints.save(step, state, {"config": to_json(model.config)})
+
+
+def equal(tree, other):
+    same = jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), tree, other)
+    return all(jax.tree.leaves(same))
+
+
+def test_logits_of_a_batch_and_of_a_sequence(model):
+    logits_BTV = model(np.array([PROMPT]))
+    assert (logits_BTV.shape, logits_BTV.dtype) == ((1, 3, 272), jnp.float32)
+    assert np.array_equal(model(PROMPT), logits_BTV[0])
+
+
+@pytest.mark.parametrize("ids", [[], [[1], [1, 2]], [1.5], 3, [[[1]]], [272], [-1]])
+def test_ids_that_are_none_are_refused(model, ids):
+    with pytest.raises(UserError):
+        model(ids)
+
+
+def test_a_replaced_weight_is_used_at_the_next_call(model):
+    changed = LanguageModel(model.config, jax.tree.map(lambda w: w, model.params), model.router_bias)
+    assert np.array_equal(changed([PROMPT]), model([PROMPT]))
+    changed.params["head"]["weight_DV"] = 2 * changed.params["head"]["weight_DV"]
+    np.testing.assert_allclose(changed([PROMPT]), 2 * model([PROMPT]), rtol=1e-5)
+
+
+def test_a_layer_can_be_taken_out_as_documented(model):
+    blocks = model.module.moe_blocks
+    assert blocks.attention.kv_down_DC.shape == (2, 16, 8)
+    definition, weights = nnx.split(blocks)
+    block = nnx.merge(definition, jax.tree.map(lambda w: w[1], weights))
+    assert np.array_equal(block.attention.kv_down_DC[...], model.params["moe_blocks"]["attention"]["kv_down_DC"][1])
+
+
+def test_generate_stream_and_complete_say_the_same(model):
+    ids = model.generate(PROMPT, max_new_tokens=10)
+    assert ids == list(model.stream(PROMPT, max_new_tokens=10))
+    assert ids == model.generate(np.array(PROMPT), max_new_tokens=10)
+    assert model.complete("\x01\x02\x03", max_new_tokens=10) == model.tokenizer.decode(ids)
+
+
+def test_a_batch_gives_a_list_for_each_prompt_and_stops_at_stop_ids(model):
+    ids = model.generate(PROMPT, max_new_tokens=10)
+    assert model.generate([PROMPT], max_new_tokens=10) == [ids]
+    assert model.generate(PROMPT, max_new_tokens=10, stop_ids=ids[3:4]) == ids[: ids.index(ids[3]) + 1]
+
+
+def test_the_limit_of_positions_is_told_and_may_be_raised(model):
+    with pytest.raises(UserError, match="exceed the 32 positions"):
+        model.generate(PROMPT, max_new_tokens=30)
+    with pytest.raises(UserError, match="a prompt is empty"):
+        model.generate([])
+
+
+def test_the_repr_is_short_and_tells_the_sizes(model):
+    text = repr(model)
+    assert len(text) < 200
+    for word in ("tiny_v3", "v3", "3 layers of width 16", "vocabulary 272", "0.0M parameters", "weights given"):
+        assert word in text
+
+
+def test_building_twice_gives_the_same_and_another_seed_does_not(config):
+    first, second = (deepseek_jax.build(config) for _ in range(2))
+    assert equal(first.params, second.params)
+    assert first.params["head"]["weight_DV"].std() == pytest.approx(config.model.init_std, rel=0.1)
+    assert (first.params["final_norm"]["gain"] == 1).all()
+    assert not equal(first.params, deepseek_jax.build(config, seed=1).params)
+
+
+def test_what_cannot_be_built_is_told():
+    with pytest.raises(UserError, match="no such config.*tiny_v3"):
+        deepseek_jax.build("tiny_v33")
+    with pytest.raises(UserError, match="the weights of v3_671b take 2,543 GiB"):
+        deepseek_jax.build("v3_671b")
+
+
+def test_loading_gives_back_what_was_saved_bit_for_bit(model, tmp_path):
+    save(tmp_path / "run" / "checkpoints", model, 5)
+    for path in (tmp_path / "run", str(tmp_path / "run" / "checkpoints")):
+        loaded = deepseek_jax.load(path)
+        assert equal((loaded.params, loaded.router_bias), (model.params, model.router_bias))
+        assert loaded.config == model.config
+        assert f"step 5 of {path}" in repr(loaded)
+    assert np.array_equal(loaded([PROMPT]), model([PROMPT]))
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(model, tmp_path, capsys):
+    save(tmp_path / "checkpoints", model, 5, 10)
+    newest = tmp_path / "checkpoints" / "step_00000010"
+    data = max((file for file in newest.rglob("arrays/**/*") if file.is_file()), key=lambda file: file.stat().st_size)
+    data.write_bytes(data.read_bytes()[:-1])
+    loaded = deepseek_jax.load(tmp_path)
+    assert "step 5 of" in repr(loaded)
+    assert "damaged, not used: step 10" in capsys.readouterr().err
+    assert equal(loaded.params, model.params)
+
+
+def test_where_nothing_can_be_loaded_it_is_told(tmp_path):
+    with pytest.raises(UserError, match="no such directory"):
+        deepseek_jax.load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no checkpoint in"):
+        deepseek_jax.load(tmp_path)
+    with Checkpointer(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, {"params": {"w": jnp.zeros(1)}})
+    with pytest.raises(UserError, match="holds no config"):
+        deepseek_jax.load(tmp_path)
+
+
+def test_the_verbs_work_on_a_run(model, tmp_path, capsys):
+    save(tmp_path / "checkpoints", model, 5)
+    words = [f"--workdir={tmp_path}", "--prompt=\x01\x02\x03"]
+    assert generate.main([*words, "--max-tokens=10", "--temperature=0"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "\x01\x02\x03" + model.complete("\x01\x02\x03", 10) + "\n"
+    assert err.startswith("10 tokens, the first after ") and err.rstrip().endswith(" tokens/s")
+
+    assert generate.main([*words, "--max-tokens=1000", "--temperature=0"]) == 0
+    assert "stopped after 32 tokens" in capsys.readouterr().err
+    with pytest.raises(UserError, match="a prompt of 32 tokens"):
+        generate.main([f"--workdir={tmp_path}", f"--prompt={'x' * 32}"])
+
+    assert inspect.main([f"--workdir={tmp_path}"]) == 0
+    assert capsys.readouterr().out.startswith(f"tiny_v3 ({tmp_path}): family v3")
+    with pytest.raises(UserError, match="Give one of them"):
+        inspect.main([f"--workdir={tmp_path}", "--config=tiny_v3"])
+
+
+def test_a_prompt_is_asked_for(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no such directory. Train first"):
+        generate.main([f"--workdir={tmp_path / 'nowhere'}", "--prompt=x"])
+    with pytest.raises(UserError, match="the prompt is empty"):
+        generate.main([f"--workdir={tmp_path}", "--prompt="])
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with pytest.raises(UserError, match="the prompt is empty"):
+        generate.main([f"--workdir={tmp_path}"])
+
+
+def test_a_terminal_is_spared_control_characters(monkeypatch, capsys):
+    generate.write("a\x1b[2Jb\n\tc")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    generate.write("a\x1b[2Jb\n\tc")
+    assert capsys.readouterr().out == "a\x1b[2Jb\n\tca\ufffd[2Jb\n\tc"
+
+
+def test_counts_leave_multi_token_prediction_apart():
+    leaf = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    assert count_parameters({"head": {"w": leaf}, "mtp": {"0": {"a": leaf, "b": leaf}}}) == (6, 12)
