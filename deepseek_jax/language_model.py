@@ -122,7 +122,7 @@ class LanguageModel:
         Raises:
             UserError: prompt and new tokens exceed `n_positions`; an id out of range; an empty prompt.
         """
-        is_batch = len(ids) > 0 and np.ndim(ids[0]) > 0
+        is_batch = not isinstance(ids, str) and len(ids) > 0 and (isinstance(ids[0], str) or np.ndim(ids[0]) > 0)
         steps = self._steps(ids if is_batch else [ids], max_new_tokens, temperature, top_p, seed, stop_ids)
         rows = [[int(token) for token in row if token != ENDED] for row in np.stack(list(steps), axis=1)]
         return rows if is_batch else rows[0]
@@ -145,6 +145,10 @@ class LanguageModel:
         return self.tokenizer.decode(self.generate(self.tokenizer.encode(text), max_new_tokens, **options))
 
     def _steps(self, prompts, max_new_tokens, temperature, top_p, seed, stop_ids) -> Iterator[np.ndarray]:
+        if any(isinstance(prompt, str) for prompt in prompts):
+            raise UserError(
+                "a prompt is text: wanted ids. Use model.complete(text), or model.tokenizer.encode(text) first."
+            )
         if stop_ids is None:
             stop_ids = () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
         return self._generator.stream(

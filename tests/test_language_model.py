@@ -97,6 +97,9 @@ def test_the_limit_of_positions_is_told_and_may_be_raised(model):
         model.generate(PROMPT, max_new_tokens=30)
     with pytest.raises(UserError, match="a prompt is empty"):
         model.generate([])
+    for text in ("def", ["def"]):
+        with pytest.raises(UserError, match="a prompt is text"):
+            model.generate(text)
 
 
 def test_the_repr_is_short_and_tells_the_sizes(model):
