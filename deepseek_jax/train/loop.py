@@ -177,7 +177,6 @@ class Loop:
         """Writes a step's figures."""
         report = jax.device_get(report)
         scalars = {name: getattr(report, name).item() for name in Report._fields if name not in ("loads", "finite")}
-        scalars["skipped_in_row"] = int(report.skipped_in_row)
         scalars["bits_per_byte"] = bits_per_byte(scalars["main"], self.training.bytes_per_token)
         layers = {"expert_load": _rows(report.loads), "router_bias": _rows(jax.device_get(state["router_bias"]))}
         last = getattr(self, "_logged", step - 1)

@@ -75,6 +75,7 @@ class Report(NamedTuple):
         max_violation: MaxVio, mean over the routers.
         finite: 1 if the step was taken, 0 if it was skipped.
         skipped, skipped_in_row: the counters after the step.
+        checksum: of the batch's tokens, the same on any mesh: runs whose logs agree on it have read the same text.
         loads: tokens per expert of every router, over the whole batch.
     """
 
@@ -88,6 +89,7 @@ class Report(NamedTuple):
     finite: jax.Array
     skipped: jax.Array
     skipped_in_row: jax.Array
+    checksum: jax.Array
     loads: dict
 
 
@@ -208,7 +210,7 @@ class Trainer:
         violation = jnp.mean(jnp.concatenate([max_violation(x).ravel() for x in jax.tree.leaves(found.loads)]))
         report = Report(
             *(loss, found.main, found.mtp, found.balance, norm, rate, violation, finite.astype(jnp.float32)),
-            *(new["skipped"], new["skipped_in_row"], found.loads),
+            *(new["skipped"], new["skipped_in_row"], _checksum(batch.ids_BT), found.loads),
         )
         return new, report
 
@@ -271,3 +273,9 @@ class Trainer:
         specs = (self.specs["params"], self.specs["router_bias"], BATCH)
         run = jax.jit(per_device(on_device, self.mesh, specs, REPLICATED))
         return lambda state, batch: run(state["params"], state["router_bias"], batch)
+
+
+def _checksum(ids_BT: jax.Array) -> jax.Array:
+    """uint32 sum over all devices of id * (2 position + 1), the order of the sequences left out."""
+    odd_T = 2 * jnp.arange(ids_BT.shape[1], dtype=jnp.uint32) + 1
+    return total(jnp.sum(ids_BT.astype(jnp.uint32) * odd_T))

@@ -1,0 +1,129 @@
+"""Whole runs of the train verb: killed, stopped, moved to another mesh, gone wrong."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.launch import _options, train
+from deepseek_jax.train.metrics import read_log
+
+CONFIG = str(Path(__file__).with_name("nano_v3.py"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> str:
+    """A glob of forty small documents."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words = "def return self import for in if not None True yield class lambda".split()
+    for number in range(40):
+        choose = random.Random(number)
+        lines = (" ".join(choose.choices(words, k=8)) for _ in range(20))
+        (folder / f"{number}.txt").write_text("\n".join(lines))
+    return f"{folder}/*.txt"
+
+
+def run(workdir: Path, corpus: str, *overrides: str) -> int:
+    """The train verb in this process."""
+    words = [f"--config={CONFIG}", f"--workdir={workdir}", "--no-sample", f"--config.data.source={corpus}"]
+    return train.main([*words, f"--config.data.cache_dir={workdir.parent}/cache", *overrides])
+
+
+def start(workdir: Path, corpus: str, *overrides: str) -> subprocess.Popen:
+    """The train verb in a process of its own, on one device."""
+    words = [f"--config={CONFIG}", f"--workdir={workdir}", "--no-sample", f"--config.data.source={corpus}"]
+    words += [f"--config.data.cache_dir={workdir.parent}/cache", *overrides]
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""}
+    command = [sys.executable, "-m", "deepseek_jax", "train", *words]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def curve(workdir: Path) -> list[dict]:
+    """The log of a run without what the clock decides."""
+    return [{key: value for key, value in record.items() if key != "speed"} for record in read_log_of(workdir)]
+
+
+def read_log_of(workdir: Path) -> list[dict]:
+    return read_log(workdir / "metrics.jsonl")
+
+
+def losses(workdir: Path) -> np.ndarray:
+    return np.array([record["loss"] for record in read_log_of(workdir) if record["split"] == "train"])
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_the_log_is_the_same_bit_for_bit(tmp_path, corpus):
+    """SIGKILL at random moments, start-up and saving included; then the log equals that of an undisturbed run."""
+    whole = tmp_path / "whole"
+    process = start(whole, corpus)
+    assert process.wait(timeout=300) == 0, process.stdout.read()
+
+    choose, killed, kills = random.Random(os.environ.get("KILL_SEED", "0")), tmp_path / "killed", 0
+    while True:
+        process = start(killed, corpus)
+        begun = len(read_log_of(killed))
+        if kills < 20:
+            wait_for_lines(process, killed, begun + choose.randint(0, 6))
+            time.sleep(choose.uniform(0.0, 0.4))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            continue
+        assert process.wait(timeout=300) == 0, process.stdout.read()
+        break
+    assert curve(killed) == curve(whole)
+    assert len(losses(whole)) == 60
+
+
+def wait_for_lines(process: subprocess.Popen, workdir: Path, n_lines: int) -> None:
+    """Returns when the run has logged this many lines, or has ended."""
+    while process.poll() is None and len(read_log_of(workdir)) < n_lines:
+        time.sleep(0.02)
+
+
+def test_sigterm_saves_and_exits_with_0(tmp_path, corpus):
+    workdir = tmp_path / "run"
+    process = start(workdir, corpus, "--config.train.steps=100000", "--config.checkpoint.every=100000")
+    wait_for_lines(process, workdir, 4)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    saved = int(output.split("checkpoint of step ")[1].split(":")[0])
+    assert saved == read_log_of(workdir)[-1]["step"]
+    assert "stopped on request; go on with: deepseek-jax train" in output
+
+
+@pytest.mark.slow
+def test_a_run_moves_to_eight_devices_and_back(tmp_path, corpus):
+    """Saved on one device, resumed on data 2 x expert 4, and back: the losses of an unmoved run to 1e-5."""
+    run(tmp_path / "still", corpus, "--config.train.steps=9", "--config.mesh.data=1")
+    moving = tmp_path / "moving"
+    run(moving, corpus, "--config.train.steps=3", "--config.mesh.data=1")
+    run(moving, corpus, "--config.train.steps=6", "--config.mesh.data=2", "--config.mesh.expert=4")
+    run(moving, corpus, "--config.train.steps=9", "--config.mesh.data=1")
+    np.testing.assert_allclose(losses(moving), losses(tmp_path / "still"), rtol=1e-5)
+    checksums = [[record["checksum"] for record in curve(w) if "checksum" in record] for w in (moving, tmp_path / "still")]
+    assert checksums[0] == checksums[1]
+
+
+def test_steps_that_are_not_finite_stop_the_run(tmp_path, corpus, capsys):
+    wild = ("--config.mesh.data=1", "--config.optimizer.peak_rate=1e38", "--config.train.max_skipped=3")
+    with pytest.raises(UserError, match="3 steps in a row were not finite .* Lower config.optimizer.peak_rate"):
+        run(tmp_path / "run", corpus, *wild, "--config.optimizer.warmup_steps=1")
+    assert "skipped: not finite" in capsys.readouterr().out
+
+
+def test_a_workdir_refuses_another_network(tmp_path, corpus):
+    config = _options.parse([f"--config={CONFIG}"]).config
+    other = _options.parse([f"--config={CONFIG}", "--config.model.d_model=64"]).config
+    with pytest.raises(UserError, match=r"config.model.d_model=32, this one has 64.*another --workdir"):
+        train.check_same_run(other, json.loads(json.dumps(_options.to_json(config))), tmp_path)
+    train.check_same_run(config, _options.to_json(config), tmp_path)
