@@ -83,7 +83,8 @@ class Ours:
 
         ids = self.tokens.integers(0, self.vocab_size, (self.shape[0], self.shape[1] + 1), dtype=np.int32)
         positions = np.broadcast_to(np.arange(self.shape[1], dtype=np.int32), self.shape)
-        return global_batch(Batch(ids[:, :-1], ids[:, 1:], np.ones(self.shape, np.int32), positions), self.trainer.mesh)
+        rows = Batch(ids[:, :-1], ids[:, 1:], np.ones(self.shape, np.int32), positions)
+        return global_batch(rows, self.trainer.mesh)
 
     def run(self, n_steps: int) -> float:
         """Seconds of `n_steps` training steps."""
@@ -144,7 +145,9 @@ def transformers_sizes(config: ConfigDict) -> dict:
     """The `DeepseekV3Config` of a config's model."""
     m = config.model
     if config.family != "v3" or m.mtp_depth:
-        raise UserError(f"{config.name}: the peer trains a V3 without MTP. Set --config.model.mtp_depth=0 or --no-peer.")
+        raise UserError(
+            f"{config.name}: the peer trains a V3 without MTP. Set --config.model.mtp_depth=0 or --no-peer."
+        )
     return {
         "vocab_size": m.vocab_size,
         "hidden_size": m.d_model,

@@ -87,7 +87,7 @@ def run(config: ConfigDict, workdir: Path, *, sample: bool) -> int:
             if done < config.train.steps:
                 metrics.message(f"stopped on request; go on with: deepseek-jax train {words(config, workdir)}")
                 return 130 if stop.signal == signal.SIGINT else 0
-    if sample and jax.process_index() == 0:
+    if sample and jax.process_count() == 1:
         print(f"speak with it: deepseek-jax generate --workdir={workdir} --prompt='def '\n", flush=True)
         show_sample(workdir)
     return 0
