@@ -1,0 +1,306 @@
+"""The training step: the same numbers on every mesh, and every promise of its docstring."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deepseek_jax.data.pipeline import Batch
+from deepseek_jax.errors import UserError
+from deepseek_jax.layers.base import RouterBias, bind, normal, param
+from deepseek_jax.models import family
+from deepseek_jax.parallel.mesh import global_batch, make_mesh, place
+from deepseek_jax.train.optim import OptimizerConfig
+from deepseek_jax.train.step import Report, State, StepConfig, Trainer
+
+STEPS, B, T, V = 5, 16, 16, 64
+RECIPE = OptimizerConfig(1e-2, 2, 100, 2, 1e-3, 1, 1e-4, 0.9, 0.95, 1e-8, 0.1, 1.0, "float32")
+STEP = StepConfig(
+    micro_batches=1,
+    loss_chunk=24,
+    mask_documents=True,
+    mtp_weight=0.3,
+    mtp_weight_final=0.1,
+    mtp_weight_switch=3,
+    balance_rate=1e-3,
+    balance_rate_stop=4,
+    balance_loss=1e-2,
+)
+EXPERTS = {"experts": "expert"}
+
+
+def batch(step: int) -> Batch:
+    """Sequences of one or two documents, some of them padded: devices hold different numbers of targets."""
+    rng = np.random.default_rng(step)
+    ids = rng.integers(0, V, (B, T + 1)).astype(np.int32)
+    cut = rng.integers(3, T, (B, 1))
+    index = np.arange(T, dtype=np.int32)[None]
+    segments = np.where(index < cut, 1, 2).astype(np.int32)
+    segments[::5] = np.where(index < cut[::5], 1, 0)  # nothing after the first document
+    targets = np.where((index == cut - 1) | (segments == 0), -1, ids[:, 1:])
+    return Batch(ids[:, :-1], targets, segments, np.where(index < cut, index, index - cut).astype(np.int32))
+
+
+class Run(NamedTuple):
+    """A trainer, its state before the first and after each step (on the host), the last on its devices, the reports."""
+
+    trainer: Trainer
+    states: list[State]
+    last: State
+    reports: list[Report]
+
+
+@pytest.fixture(scope="module")
+def sizes(tiny_sizes):
+    return family("v3").Config.from_config(tiny_sizes)
+
+
+@pytest.fixture(scope="module")
+def weights(sizes, filled) -> tuple:
+    """(params, router biases) that every run starts from."""
+    return filled(lambda: family("v3").Model(sizes, rngs=nnx.Rngs(0)), std=0.1)[1:]
+
+
+def trainer(sizes, data: int, expert: int, rules: dict, **options) -> Trainer:
+    mesh = make_mesh(data, expert, jax.devices()[: data * expert])
+    options = {"step_config": STEP, "optimizer": RECIPE} | options
+    return Trainer(lambda run, rngs: family("v3").Model(sizes, run, rngs=rngs), mesh, rules, **options)
+
+
+def start(trainer: Trainer, weights: tuple) -> State:
+    """The state before the first step, with these (params, router biases)."""
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), trainer.abstract)
+    params, router_bias = jax.tree.map(np.array, weights)
+    return place(state | {"params": params, "router_bias": router_bias}, trainer.mesh, trainer.specs)
+
+
+def run(trainer: Trainer, weights: tuple, steps: int = STEPS) -> Run:
+    state = start(trainer, weights)
+    states, reports = [jax.device_get(state)], []
+    for step in range(steps):
+        state, report = trainer.step(state, global_batch(batch(step), trainer.mesh))
+        states.append(jax.tree.map(np.array, jax.device_get(state)))
+        reports.append(jax.device_get(report))
+    return Run(trainer, states, state, reports)
+
+
+@pytest.fixture(scope="module")
+def one_device(sizes, weights) -> Run:
+    return run(trainer(sizes, 1, 1, EXPERTS), weights)
+
+
+@pytest.fixture(scope="module")
+def expert_parallel(sizes, weights) -> Run:
+    return run(trainer(sizes, 2, 4, EXPERTS, remat="block"), weights)
+
+
+@pytest.fixture(scope="module")
+def fully_sharded(sizes, weights) -> Run:
+    """FSDP over four devices, experts over two, each share of the batch in two parts."""
+    two_parts = dataclasses.replace(STEP, micro_batches=2)
+    return run(trainer(sizes, 4, 2, EXPERTS | {"embed": "data"}, step_config=two_parts, remat="dots"), weights)
+
+
+@pytest.fixture(scope="module")
+def narrow(sizes, weights) -> Run:
+    recipe = dataclasses.replace(RECIPE, moments_dtype="bfloat16")
+    return run(trainer(sizes, 1, 1, EXPERTS, optimizer=recipe, compute=jnp.bfloat16), weights)
+
+
+def leaves(tree) -> list[tuple[str, np.ndarray]]:
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), x) for path, x in jax.tree.leaves_with_path(tree)]
+
+
+@pytest.mark.parametrize("name", ["expert_parallel", pytest.param("fully_sharded", marks=pytest.mark.slow)])
+def test_every_mesh_trains_the_same_model(one_device, name, request):
+    """Devices, remat, accumulation and ZeRO-1 change nothing: five steps, losses and weights."""
+    other = request.getfixturevalue(name)
+    for wanted, got in zip(one_device.reports, other.reports, strict=True):
+        for field in ("loss", "main", "mtp", "balance", "gradient_norm", "max_violation"):
+            assert getattr(got, field) == pytest.approx(getattr(wanted, field), rel=1e-5), field
+        jax.tree.map(np.testing.assert_array_equal, got.loads, wanted.loads)
+    for (path, wanted), (_, got) in zip(leaves(one_device.states[-1]), leaves(other.states[-1]), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4, err_msg=path)
+
+
+def test_the_loss_falls(one_device):
+    assert one_device.reports[-1].main < one_device.reports[0].main
+
+
+def test_the_reported_loss_is_the_full_cross_entropy(one_device, weights):
+    first = batch(0)
+    call = jax.jit(lambda p, b: bind(one_device.trainer.definition, p, b)(*first[::3], first.segments_BT))
+    logits = np.float64(call(*weights))
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    picked = np.take_along_axis(log_p, np.maximum(first.targets_BT, 0)[..., None], -1)[..., 0]
+    wanted = -picked[first.targets_BT >= 0].mean()
+    assert one_device.reports[0].main == pytest.approx(wanted, rel=1e-5)
+    assert wanted > 3
+
+
+def test_the_parts_add_up_with_the_weights_of_the_step(one_device):
+    for step, report in enumerate(one_device.reports):
+        mtp_weight = 0.3 if step < 3 else 0.1
+        wanted = report.main + mtp_weight * report.mtp + 1e-2 * report.balance
+        assert report.loss == pytest.approx(wanted, rel=1e-6)
+        assert report.mtp > 3 and report.balance > 2
+        assert report.finite == 1 and report.skipped == report.skipped_in_row == 0
+    assert [report.learning_rate for report in one_device.reports[:4]] == pytest.approx([0, 0.005, 0.01, 0.01])
+    assert [int(state["step"]) for state in one_device.states] == list(range(STEPS + 1))
+
+
+def test_every_weight_is_trained(one_device):
+    """Each layer of every weight has a gradient, and each expert that a token chose; the router bias alone has none."""
+    moments = one_device.states[-1]["optimizer"]["mu"]
+    used = {"moe_blocks": sum(report.loads["moe_blocks"] for report in one_device.reports) > 0}
+    used["mtp"] = sum(report.loads["mtp"]["0"] for report in one_device.reports) > 0
+    assert np.mean(used["moe_blocks"]) > 0.8
+    for path, moment in leaves(moments):
+        has_gradient = np.any(moment.reshape(*moment.shape[: moment.ndim - 2], -1), axis=-1)
+        family, _, name = path.partition(".")
+        if name.endswith(("gate_XDF", "up_XDF", "down_XFD")):
+            np.testing.assert_array_equal(has_gradient, used[family], err_msg=path)
+        else:
+            assert has_gradient.all(), path
+    assert not any("bias_E" in path for path, _ in leaves(moments))
+
+
+def test_the_first_moment_holds_the_clipped_gradient(one_device):
+    squares = [np.sum(np.float64(x) ** 2) for _, x in leaves(one_device.states[1]["optimizer"]["mu"])]
+    norm = one_device.reports[0].gradient_norm
+    assert np.sqrt(sum(squares)) / 0.1 == pytest.approx(min(norm, RECIPE.clip_norm), rel=1e-4)
+
+
+def test_the_router_bias_moves_by_gamma_towards_the_mean_load(one_device):
+    for step, report in enumerate(one_device.reports):
+        before, after = (one_device.states[i]["router_bias"] for i in (step, step + 1))
+        old = np.concatenate([np.atleast_2d(x) for _, x in leaves(before)])
+        new = np.concatenate([np.atleast_2d(x) for _, x in leaves(after)])
+        load = np.concatenate([np.atleast_2d(x) for _, x in leaves(report.loads)])
+        assert load.shape == (3, 8) and (load.sum(axis=1) == B * T * 2).all()
+        gamma = np.float32(1e-3 if step < 4 else 0)
+        np.testing.assert_array_equal(new, old + gamma * np.sign(load.mean(axis=1, keepdims=True) - load))
+        assert np.any(new != old) == (step < 4)
+        assert report.max_violation == pytest.approx(np.mean(load.max(axis=1) / load.mean(axis=1) - 1), rel=1e-5)
+
+
+def test_optimizer_state_is_cut_over_the_devices(expert_parallel):
+    """ZeRO-1: a weight that eight devices hold whole has its moments in eighths."""
+    trainer, state = expert_parallel.trainer, expert_parallel.last
+    whole = {path: x.addressable_shards[0].data.size for path, x in leaves(state["params"])}
+    cut = {path: x.addressable_shards[0].data.size for path, x in leaves(state["optimizer"]["nu"])}
+    assert cut["embedding.table_VD"] * 8 == whole["embedding.table_VD"] == V * 32
+    gate = "moe_blocks.experts.gate_XDF"
+    assert whole[gate] * 4 == state["params"]["moe_blocks"]["experts"]["gate_XDF"].size
+    assert cut[gate] * 2 == whole[gate]
+    assert sum(cut.values()) < 0.3 * sum(whole.values())
+    for (path, x), (_, wanted) in zip(leaves(state), leaves(trainer.abstract), strict=True):
+        assert x.sharding.is_equivalent_to(wanted.sharding, x.ndim), path
+        assert (x.shape, x.dtype) == (wanted.shape, wanted.dtype), path
+
+
+@pytest.mark.slow
+def test_fsdp_stores_weights_in_shards(fully_sharded):
+    table = fully_sharded.last["params"]["embedding"]["table_VD"]
+    assert table.addressable_shards[0].data.shape == (V, 32 // 4)
+
+
+@pytest.mark.slow
+def test_bfloat16_is_close_and_masters_stay_float32(one_device, narrow):
+    for wanted, got in zip(one_device.reports, narrow.reports, strict=True):
+        assert got.finite == 1
+        assert got.main == pytest.approx(wanted.main, rel=0.03)
+        assert got.gradient_norm == pytest.approx(wanted.gradient_norm, rel=0.1)
+    state = narrow.states[-1]
+    assert {x.dtype for x in jax.tree.leaves((state["params"], state["router_bias"]))} == {np.dtype(np.float32)}
+    moments = (state["optimizer"]["mu"], state["optimizer"]["nu"])
+    assert {x.dtype for x in jax.tree.leaves(moments)} == {np.dtype(jnp.bfloat16)}
+
+
+def test_a_step_that_is_not_finite_changes_nothing(one_device, weights):
+    trainer = one_device.trainer
+    state = start(trainer, weights)
+    bad = jax.tree.map(np.array, weights[0])
+    bad["head"]["weight_DV"][0, 0] = np.nan
+    state = place(state | {"params": bad}, trainer.mesh, trainer.specs)
+    before = jax.tree.map(np.array, jax.device_get(state))
+    for in_row in (1, 2):
+        state, report = trainer.step(state, global_batch(batch(0), trainer.mesh))
+        assert (float(report.finite), int(report.skipped), int(report.skipped_in_row)) == (0, in_row, in_row)
+        assert int(state["step"]) == in_row
+        for part in ("params", "router_bias", "optimizer"):
+            jax.tree.map(np.testing.assert_array_equal, jax.device_get(state[part]), before[part])
+    good = jax.tree.map(np.array, weights[0])
+    state = place(state | {"params": good}, trainer.mesh, trainer.specs)
+    state, report = trainer.step(state, global_batch(batch(0), trainer.mesh))
+    assert (float(report.finite), int(report.skipped), int(report.skipped_in_row)) == (1, 2, 0)
+    assert (int(state["step"]), int(state["optimizer"]["count"])) == (3, 1)
+
+
+def test_the_state_given_is_donated(one_device, weights):
+    trainer = one_device.trainer
+    state, _ = trainer.step(start(trainer, weights), global_batch(batch(0), trainer.mesh))
+    after, _ = trainer.step(state, global_batch(batch(1), trainer.mesh))
+    assert all(x.is_deleted() for x in jax.tree.leaves((state["params"], state["optimizer"])))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(after))
+
+
+def test_what_decays(one_device):
+    decayed = dict(leaves(one_device.trainer.decayed))
+    spared = {path for path, decays in decayed.items() if not decays}
+    assert spared == {path for path in decayed if path.endswith("gain")} and spared
+    assert decayed["moe_blocks.experts.router.centroids_DE"] and decayed["embedding.table_VD"]
+
+
+def test_the_evaluator_sums_nats_and_bytes(one_device, expert_parallel, weights):
+    """Of the main model alone; bytes of the targets that there are."""
+    lengths = np.arange(V) % 3
+    first = batch(0)
+    trainer = expert_parallel.trainer
+    nats, n_bytes = trainer.evaluator(jnp.asarray(lengths))(start(trainer, weights), global_batch(first, trainer.mesh))
+    there = first.targets_BT >= 0
+    assert float(nats) == pytest.approx(one_device.reports[0].main * there.sum(), rel=1e-5)
+    assert int(n_bytes) == lengths[first.targets_BT[there]].sum()
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rules", "message"),
+    [
+        ((1, 3), EXPERTS, r"moe_blocks\.experts\.\w+: 8 experts over mesh axis 'expert' of size 3: not divisible"),
+        ((2, 1), {"embed": "data", "mlp": "data"}, "both want mesh axis 'data'"),
+        ((2, 1), {"embed": "model"}, "config.sharding.embed='model': no such mesh axis"),
+        ((2, 1), {"experts": "model"}, "config.sharding.experts='model': no such mesh axis"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_explained(sizes, mesh, rules, message):
+    with pytest.raises(UserError, match=message):
+        trainer(sizes, *mesh, rules)
+
+
+class Toy(nnx.Module):
+    """Stands for a model where only its weights matter."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.weight_DF = param(rngs, (8, 16), ("embed", "mlp"), normal(0.02))
+        self.other_DF = param(rngs, (8, 16), ("embed", "mlp"), normal(0.02))
+        self.bias = RouterBias(jnp.zeros(3), axes=(None,))
+        self.config = SimpleNamespace(vocab_size=3)
+
+
+def test_the_first_weights_depend_on_the_seed_alone():
+    def first(data: int, expert: int, rules: dict, seed: int) -> State:
+        mesh = make_mesh(data, expert, jax.devices()[: data * expert])
+        return Trainer(lambda run, rngs: Toy(rngs=rngs), mesh, rules, STEP, RECIPE).init(seed)
+
+    state = first(1, 1, {}, 0)
+    jax.tree.map(np.testing.assert_array_equal, state, first(2, 4, {"embed": "data"}, 0))
+    weight, other = state["params"]["weight_DF"], state["params"]["other_DF"]
+    assert not np.allclose(weight, other)
+    assert not np.allclose(weight, first(1, 1, {}, 1)["params"]["weight_DF"])
+    assert float(jnp.std(weight)) == pytest.approx(0.02, rel=0.3)
+    assert not any(np.any(x) for name, part in state.items() if name != "params" for x in jax.tree.leaves(part))
