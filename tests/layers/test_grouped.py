@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.layers.grouped import grouped_swiglu, sort_by_expert
+from deepseek_jax.layers import grouped
+from deepseek_jax.layers.grouped import chunk_rows, grouped_swiglu, sort_by_expert
 
 M, K, X, D, F = 13, 2, 4, 5, 6
 
@@ -43,10 +44,12 @@ def dense(x_MD, experts_MK, weights_MK, *, gate_XDF, up_XDF, down_XFD):
 
 @functools.cache
 def compiled(chunk: int | None):
-    compute = functools.partial(grouped_swiglu, chunk=chunk) if chunk else dense
+    """(gradients, y) of the grouped experts in chunks of so many rows; of the dense ones without."""
 
     def loss(x, weights, gate, up, down, experts):
-        y_MD = compute(x, experts, weights, gate_XDF=gate, up_XDF=up, down_XFD=down)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(grouped, "chunk_rows", lambda n_rows, n_experts: min(chunk, n_rows))
+            y_MD = (grouped_swiglu if chunk else dense)(x, experts, weights, gate_XDF=gate, up_XDF=up, down_XFD=down)
         return jnp.sum(y_MD * jnp.cos(jnp.arange(y_MD.size)).reshape(y_MD.shape)), y_MD
 
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))
@@ -84,3 +87,19 @@ def test_sorting_by_hand():
     np.testing.assert_array_equal(order.assignment_A, [1, 4, 2, 0, 5, 3])
     np.testing.assert_array_equal(order.row_MK, [[3, 0], [2, 5], [1, 4]])
     np.testing.assert_array_equal(order.count_X, [2, 1, 2])
+
+
+def test_so_many_rows_that_a_sort_key_would_overflow_are_sorted_by_pairs():
+    few, many = (
+        jax.eval_shape(lambda experts: sort_by_expert(experts, 8), jax.ShapeDtypeStruct((n, 2), jnp.int32))
+        for n in (4, 2**27)
+    )
+    assert [x.dtype for x in few] == [x.dtype for x in many]
+    assert many.assignment_A.shape == (2**28,)
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "n_experts", "wanted"), [(26, 4, 26), (4096, 16, 128), (8192, 16, 256), (10**6, 8, 512)]
+)
+def test_rows_of_a_chunk(n_rows, n_experts, wanted):
+    assert chunk_rows(n_rows, n_experts) == wanted

@@ -38,7 +38,7 @@ def compiled(top_k: int, parallel: bool):
     """(gradients of tokens, factors and experts; y) of a loss summed over the tokens."""
 
     def one(x_MD, weights_MK, gate_XDF, up_XDF, down_XFD, experts_MK):
-        compute = functools.partial(grouped_swiglu, gate_XDF=gate_XDF, up_XDF=up_XDF, down_XFD=down_XFD, chunk=8)
+        compute = functools.partial(grouped_swiglu, gate_XDF=gate_XDF, up_XDF=up_XDF, down_XFD=down_XFD)
         if parallel:
             y_MD = on_expert_devices(compute, x_MD, experts_MK, weights_MK, n_local=E // W, axis=EXPERT)
         else:
