@@ -1,0 +1,57 @@
+"""Every notebook runs from top to bottom, and ends in a check that can fail."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+LARGEST_KB = 150  # a notebook with its pictures
+
+# In a process of its own, whose sockets and event loop are no concern of pytest's.  Without folders of kernels, what
+# remains is the kernel of this very interpreter, whatever the user has installed elsewhere.
+RUN = """
+import sys
+import nbformat
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+
+kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
+NotebookClient(nbformat.read(sys.argv[1], as_version=4), km=kernel, timeout=300).execute()
+"""
+
+
+def read(file: Path):
+    import nbformat
+
+    return nbformat.read(file, as_version=4)
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_a_notebook_runs(file, tmp_path):
+    environment = os.environ | {"JUPYTER_RUNTIME_DIR": str(tmp_path / "jupyter")}
+    (tmp_path / "here").mkdir()
+    command = [sys.executable, "-c", RUN, str(file)]
+    done = subprocess.run(command, cwd=tmp_path / "here", env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "here").iterdir()) == [], "a notebook leaves no files"
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_a_notebook_is_small_and_ends_in_a_check(file):
+    cells = read(file).cells
+    title, last = cells[0], cells[-1]
+    assert title.cell_type == "markdown" and title.source.startswith("# ")
+    assert last.cell_type == "code" and any(isinstance(node, ast.Assert) for node in ast.parse(last.source).body)
+    assert file.stat().st_size < LARGEST_KB * 1024
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
