@@ -47,6 +47,7 @@ def get_config() -> ConfigDict:
     train.batch_ramp_steps = 0  # steps over which the batch grows linearly
     train.micro_batches = 1  # gradient accumulation: parts a device cuts its share of a batch into
     train.remat = "none"  # none, block (keep block inputs only), or dots (keep matmul outputs)
+    train.unroll = 1  # layers that one turn of the loop over layers runs: more compile longer and copy less
     train.loss_chunk = 2048  # tokens whose logits exist at a time
     train.mtp_weight = 0.3  # lambda of the multi-token-prediction loss (V3 section 4.2)
     train.mtp_weight_final = 0.1

@@ -45,6 +45,7 @@ def get_config() -> ConfigDict:
     train.batch_size_start = train.batch_size = 8
     train.batch_ramp_steps = 0
     train.remat = "none"
+    train.unroll = 3
     train.mtp_weight_switch = 350
     train.balance_rate = 1e-2
     train.balance_rate_stop = 480

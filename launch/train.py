@@ -46,6 +46,8 @@ def run(config: ConfigDict, workdir: Path, *, sample: bool) -> int:
     keep_freed_memory()
     start_processes()
     start_compilation_cache(config.train.compilation_cache)
+    if config.precision == "fp32":  # GPUs and TPUs would otherwise round the operands of a matmul
+        jax.config.update("jax_default_matmul_precision", "highest")
     mesh = make_mesh(config.mesh.data, config.mesh.expert)
     ramp = batch_ramp(config, mesh.size)
     training = open_split("train", seed=config.seed, **config.data)
@@ -121,6 +123,7 @@ def build_trainer(config: ConfigDict, mesh):
         OptimizerConfig(**config.optimizer),
         compute=policy(config.precision).compute,
         remat=train.remat,
+        unroll=train.unroll,
         flops_per_token=lambda seq_len: module.flops_per_token(sizes, seq_len),
     )
 
@@ -233,7 +236,9 @@ def _known_moments(config: ConfigDict) -> str | None:
 
 CHECKS = (
     _positive("train.steps", "train.batch_size", "train.batch_size_start", "train.micro_batches", "train.log_every"),
-    _positive("train.loss_chunk", "data.seq_len", "checkpoint.every", "checkpoint.keep", "model.n_layers"),
+    _positive(
+        "train.loss_chunk", "train.unroll", "data.seq_len", "checkpoint.every", "checkpoint.keep", "model.n_layers"
+    ),
     _known_remat,
     _known_moments,
 )

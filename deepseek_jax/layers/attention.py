@@ -2,7 +2,7 @@
 
 P = softmax(scale * q k^T + causal mask), o = P v; scores and softmax in float32.
 A block of queries meets only the keys up to its own end, so the upper triangle costs nothing but its diagonal blocks,
-and each block is recomputed in the backward pass: memory grows with `block * S`, not `T * S`.
+and the blocks of a long sequence are recomputed in the backward pass: memory grows with `block * S`, not `T * S`.
 """
 
 import functools
@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+RECOMPUTED_FROM = 1024  # tokens of a sequence above which scores are not kept for the backward pass
 MASKED = -1e30  # a score that softmax turns into 0 without making a NaN of an all-masked row
 
 
@@ -20,7 +21,7 @@ def causal_attention(
     *,
     scale: float,
     segments_BT: jax.Array | None = None,
-    block: int = 512,
+    block: int | None = None,
 ) -> jax.Array:
     """Attention of each token to itself and the tokens before it.
 
@@ -28,14 +29,15 @@ def causal_attention(
         q_BTHQ, k_BTHQ, v_BTHU: queries, keys and values; the value width U may differ from Q.
         scale: factor of the scores.
         segments_BT: documents; where given, a token sees only its own document.
-        block: queries handled at a time.
+        block: queries handled at a time; by default an eighth of the tokens, between 128 and 512.
 
     Returns:
         o_BTHU in the dtype of `v_BTHU`.
     """
     n_tokens = q_BTHQ.shape[1]
+    block = block or min(max(n_tokens // 8, 128), 512)
     attend = functools.partial(_attend, scale=scale)
-    if n_tokens > block:
+    if n_tokens > RECOMPUTED_FROM:
         attend = jax.checkpoint(attend)
     outputs = []
     for start in range(0, n_tokens, block):

@@ -30,12 +30,14 @@ class Execution:
     Attributes:
         compute: dtype of the activations.
         remat: what is kept for the backward pass: "none" keeps all, "dots" the matmul outputs, "block" block inputs.
+        unroll: stacked layers that one turn of the loop over layers runs; more compile longer and copy less.
         expert_axis: mesh axis over which the routed experts are shared out; None when all of them are here.
         unshard: gathers, in place, the weights of a module that are stored in shards (FSDP); None when all are whole.
     """
 
     compute: DTypeLike = jnp.float32
     remat: str = "none"
+    unroll: int = 1
     expert_axis: str | None = None
     unshard: Unshard | None = None
 
@@ -111,7 +113,7 @@ def run_stack(blocks: nnx.Module, x: jax.Array, run: Execution, call: Callable, 
             run.unshard(block)
         return call(block, x, extra)
 
-    return jax.lax.scan(remat(body, run.remat), x, (weights, extras))
+    return jax.lax.scan(remat(body, run.remat), x, (weights, extras), unroll=run.unroll)
 
 
 REMAT = ("none", "dots", "block")

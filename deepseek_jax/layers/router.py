@@ -55,7 +55,8 @@ class Router(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> Routing:
         """Routes each token; computed in float32 from `x_BTD` of any dtype."""
-        logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), self.centroids_DE[...])
+        x_BTD = x_BTD.astype(jnp.float32)
+        logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD, self.centroids_DE[...], precision=jax.lax.Precision.HIGHEST)
         return self.route(logits_BTE, jax.lax.stop_gradient(self.bias_E[...]))
 
 

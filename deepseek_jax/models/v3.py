@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
+from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import AS_IT_IS, Execution, remat, run_stack, stack
 from deepseek_jax.layers.embed import Embedding, Head
 from deepseek_jax.layers.experts import Experts, ExpertsConfig
@@ -62,6 +63,7 @@ class Config:
     @classmethod
     def from_config(cls, m: ConfigDict) -> "Config":
         """Reads the `model` part of a run's config."""
+        _check(m)
         yarn = Yarn(**m.yarn) if m.yarn else None
         return cls(
             vocab_size=m.vocab_size,
@@ -95,6 +97,27 @@ class Config:
             norm_eps=m.norm_eps,
             init_std=m.init_std,
         )
+
+
+def _check(m: ConfigDict) -> None:
+    """Raises UserError for sizes that make no V3."""
+    if not 1 <= m.n_dense_layers < m.n_layers:
+        raise UserError(
+            f"config.model.n_dense_layers={m.n_dense_layers} of n_layers={m.n_layers}: wanted one dense layer or more, "
+            "and one MoE layer or more."
+        )
+    if m.n_experts % m.n_groups or not 1 <= m.top_groups <= m.n_groups:
+        raise UserError(
+            f"config.model: {m.n_experts} experts in n_groups={m.n_groups}, top_groups={m.top_groups}. "
+            "Choose groups that divide the experts, and top_groups from 1 to n_groups."
+        )
+    if not 1 <= m.top_k <= m.n_experts // m.n_groups * m.top_groups:
+        raise UserError(
+            f"config.model.top_k={m.top_k}: {m.top_groups} groups hold {m.n_experts // m.n_groups * m.top_groups} "
+            "experts. Choose a smaller top_k or more top_groups."
+        )
+    if m.rope_width % 2:
+        raise UserError(f"config.model.rope_width={m.rope_width}: rotary pairs need an even width.")
 
 
 class Statistics(NamedTuple):

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.parallel.mesh import AXES
+
 HEADROOM = (1.25, 2.0)  # buffer sizes tried first, in multiples of the size that perfect balance needs
 
 
@@ -62,7 +64,7 @@ def on_expert_devices(
     n_devices = jax.lax.axis_size(axis)
     n_tokens, top_k = experts_MK.shape
     goes_MW = jax.nn.one_hot(experts_MK // n_local, n_devices, dtype=jnp.bool_).any(axis=1)
-    fullest = jax.lax.pmax(jnp.max(jnp.sum(goes_MW, axis=0)), axis)
+    fullest = jax.lax.pmax(jnp.max(jnp.sum(goes_MW, axis=0)), AXES)  # all take the same branch, and its collectives
     balanced = -(-n_tokens * min(top_k, n_devices) // n_devices)
     capacities = sorted({min(int(balanced * room), n_tokens) for room in HEADROOM} | {n_tokens})
 
@@ -90,6 +92,11 @@ def _exchange(compute, x_MD, experts_MK, weights_MK, goes_MW, *, n_local: int, a
     # Each device turns the global indices that reach it into its own; what belongs to others becomes "none".
     theirs_AK = send(copies(experts_MK, n_local * n_devices)) - jax.lax.axis_index(axis) * n_local
     local_AK = jnp.where((theirs_AK >= 0) & (theirs_AK < n_local), theirs_AK, n_local)
-    y_AD = compute(send(copies(x_MD, 0)), local_AK, send(copies(weights_MK, 0)))
+    # At most `n_local` of a token's K experts live here: keep those places and drop the others.
+    places_AK = jnp.argsort(local_AK, axis=1)[:, :n_local]
+    local_AK, weights_AK = (
+        jnp.take_along_axis(part, places_AK, axis=1) for part in (local_AK, send(copies(weights_MK, 0)))
+    )
+    y_AD = compute(send(copies(x_MD, 0)), local_AK, weights_AK)
     back_AD = send(y_AD)
     return jnp.sum(jnp.take(back_AD, row_MW, axis=0, mode="fill", fill_value=0), axis=1)

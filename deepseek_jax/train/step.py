@@ -103,7 +103,7 @@ class Trainer:
         step_config: the loss and its schedules.
         optimizer: the recipe of AdamW.
         compute: dtype of the activations.
-        remat: see `Execution`.
+        remat, unroll: see `Execution`.
         flops_per_token: operations to train on one token, as a function of the sequence length.
 
     Attributes:
@@ -125,6 +125,7 @@ class Trainer:
         *,
         compute: DTypeLike = jnp.float32,
         remat: str = "none",
+        unroll: int = 1,
         flops_per_token: Callable[[int], float] = lambda seq_len: 0.0,
     ):
         check_rules(rules)
@@ -133,6 +134,7 @@ class Trainer:
         self.run = Execution(
             compute=compute,
             remat=remat,
+            unroll=unroll,
             expert_axis=expert_axis(rules, mesh),
             unshard=unsharder(rules, mesh),
         )
@@ -209,8 +211,18 @@ class Trainer:
         new["skipped_in_row"] = jnp.where(finite, 0, state["skipped_in_row"] + 1)
         violation = jnp.mean(jnp.concatenate([max_violation(x).ravel() for x in jax.tree.leaves(found.loads)]))
         report = Report(
-            *(loss, found.main, found.mtp, found.balance, norm, rate, violation, finite.astype(jnp.float32)),
-            *(new["skipped"], new["skipped_in_row"], _checksum(batch.ids_BT), found.loads),
+            loss=loss,
+            main=found.main,
+            mtp=found.mtp,
+            balance=found.balance,
+            gradient_norm=norm,
+            learning_rate=rate,
+            max_violation=violation,
+            finite=finite.astype(jnp.float32),
+            skipped=new["skipped"],
+            skipped_in_row=new["skipped_in_row"],
+            checksum=_checksum(batch.ids_BT),
+            loads=found.loads,
         )
         return new, report
 
@@ -262,11 +274,8 @@ class Trainer:
         def on_device(params: dict, router_bias: dict, batch) -> tuple[jax.Array, jax.Array]:
             model = self.bind(params, router_bias)
             no_weights = Weights(0.0, 0.0)
-            _, found = losses(
-                *(model, batch, jnp.float32(1), 1, no_weights),
-                chunk=self.config.loss_chunk,
-                mask=self.config.mask_documents,
-            )
+            chunk, mask = self.config.loss_chunk, self.config.mask_documents
+            _, found = losses(model, batch, jnp.float32(1), 1, no_weights, chunk=chunk, mask=mask)
             lengths = jnp.where(batch.targets_BT >= 0, byte_lengths_V[jnp.maximum(batch.targets_BT, 0)], 0)
             return total((found.main, jnp.sum(lengths).astype(jnp.float32)))
 
