@@ -1,0 +1,1 @@
+"""Training: from batches of tokens to checkpoints and figures."""

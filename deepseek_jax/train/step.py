@@ -69,7 +69,7 @@ class Report(NamedTuple):
 
     Attributes:
         loss: what was minimised.
-        main, mtp, balance: its parts (`Losses`).
+        main, mtp, balance: its parts, without their weights (`Losses`).
         gradient_norm: before clipping.
         learning_rate: of this step.
         max_violation: MaxVio, mean over the routers.
