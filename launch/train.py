@@ -205,7 +205,7 @@ def show_sample(workdir: Path) -> None:
     """Prints what the model says after a few words."""
     from deepseek_jax.launch import generate
 
-    generate.main([f"--workdir={workdir}", "--prompt=def ", "--max-tokens=256", "--temperature=0.7"])
+    generate.main([f"--workdir={workdir}", "--prompt=    def __init__(self", "--max-tokens=220", "--temperature=0.8", "--top-p=0.95"])
 
 
 def _positive(*paths: str):

@@ -43,7 +43,13 @@ def start(workdir: Path, corpus: str, *overrides: str) -> subprocess.Popen:
     words += [f"--config.data.cache_dir={workdir.parent}/cache", *overrides]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""}
     command = [sys.executable, "-m", "deepseek_jax", "train", *words]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with output(workdir).open("w") as file:
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+
+def output(workdir: Path) -> Path:
+    """Where a started process prints."""
+    return workdir.with_suffix(".out")
 
 
 def curve(workdir: Path) -> list[dict]:
@@ -68,7 +74,7 @@ def test_killed_twenty_times_the_log_is_the_same_bit_for_bit(tmp_path, corpus):
     """SIGKILL at random moments, start-up and saving included; then the log equals that of an undisturbed run."""
     whole = tmp_path / "whole"
     process = start(whole, corpus)
-    assert process.wait(timeout=300) == 0, process.stdout.read()
+    assert process.wait(timeout=300) == 0, output(whole).read_text()
 
     choose, killed, kills = random.Random(os.environ.get("KILL_SEED", "0")), tmp_path / "killed", 0
     while True:
@@ -81,7 +87,7 @@ def test_killed_twenty_times_the_log_is_the_same_bit_for_bit(tmp_path, corpus):
             process.wait()
             kills += 1
             continue
-        assert process.wait(timeout=300) == 0, process.stdout.read()
+        assert process.wait(timeout=300) == 0, output(killed).read_text()
         break
     assert curve(killed) == curve(whole)
     assert len(losses(whole)) == 60
@@ -98,11 +104,11 @@ def test_sigterm_saves_and_exits_with_0(tmp_path, corpus):
     process = start(workdir, corpus, "--config.train.steps=100000", "--config.checkpoint.every=100000")
     wait_for_lines(process, workdir, 4)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    saved = int(output.split("checkpoint of step ")[1].split(":")[0])
+    assert process.wait(timeout=120) == 0, output(workdir).read_text()
+    printed = output(workdir).read_text()
+    saved = int(printed.split("checkpoint of step ")[1].split(":")[0])
     assert saved == read_log_of(workdir)[-1]["step"]
-    assert "stopped on request; go on with: deepseek-jax train" in output
+    assert "stopped on request; go on with: deepseek-jax train" in printed
 
 
 @pytest.mark.slow
