@@ -41,21 +41,21 @@ def get_config() -> ConfigDict:
     data.seq_len = 256
 
     train = config.train
-    train.steps = 500  # a million bytes
+    train.steps = 420  # 860,000 bytes
     train.batch_size_start = train.batch_size = 8
     train.batch_ramp_steps = 0
     train.remat = "none"
     train.unroll = 3
-    train.mtp_weight_switch = 350
+    train.mtp_weight_switch = 300
     train.balance_rate = 1e-2
-    train.balance_rate_stop = 480
+    train.balance_rate_stop = 400
     train.eval_every = 100
 
     optimizer = config.optimizer
     optimizer.peak_rate = 3e-3
     optimizer.warmup_steps = 50
-    optimizer.constant_steps = 250
-    optimizer.cosine_steps = 180
+    optimizer.constant_steps = 200
+    optimizer.cosine_steps = 150
     optimizer.tail_rate = 3e-4
     optimizer.tail_steps = 20
     optimizer.final_rate = 1e-4
