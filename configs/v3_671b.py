@@ -1,7 +1,7 @@
 """DeepSeek-V3, 671B parameters of which 37B work on a token.
 
 Paper: arXiv 2412.19437, section 4.2.  14.8T tokens of 4,096-token sequences, batch 3,072 -> 15,360 over the first 469B
-tokens (about 24,300 steps), 2,664K H800 hours on 2,048 chips (PP16 x EP64).  R1 and V3.1 share these sizes.
+tokens, 2,664K H800 hours on 2,048 chips (PP16 x EP64).  R1 and V3.1 share these sizes.
 
     deepseek-jax inspect --config=v3_671b
 """
@@ -50,23 +50,23 @@ def get_config() -> ConfigDict:
     data.fim_rate = 0.1
 
     train = config.train
-    train.steps = 243_500  # 14.8T tokens
+    train.steps = 242_694  # 14.8T tokens
     train.batch_size_start = 3072
     train.batch_size = 15_360
-    train.batch_ramp_steps = 12_400  # 469B tokens
+    train.batch_ramp_steps = 14_909  # 469B tokens
     train.remat = "block"
     train.mtp_weight = 0.3
     train.mtp_weight_final = 0.1
-    train.mtp_weight_switch = 164_000  # 10T tokens
+    train.mtp_weight_switch = 166_400  # 10T tokens
     train.balance_rate = 1e-3
-    train.balance_rate_stop = 235_600  # 14.3T tokens
+    train.balance_rate_stop = 234_747  # 14.3T tokens
     train.balance_loss = 1e-4
 
     optimizer = config.optimizer
     optimizer.peak_rate = 2.2e-4
     optimizer.warmup_steps = 2000
-    optimizer.constant_steps = 162_000  # to 10T tokens
-    optimizer.cosine_steps = 68_350  # 4.3T tokens
+    optimizer.constant_steps = 164_400  # to 10T tokens
+    optimizer.cosine_steps = 68_347  # 4.3T tokens
     optimizer.tail_rate = 2.2e-5
     optimizer.tail_steps = 5_293  # 333B tokens
     optimizer.final_rate = 7.3e-6  # 167B tokens

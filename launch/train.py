@@ -8,6 +8,7 @@ The workdir (runs/NAME by default) receives checkpoints/, metrics.jsonl and tens
 ends; started again with the same words, the run goes on as if nothing had happened, on any mesh that fits.
 """
 
+import shlex
 import signal
 from pathlib import Path
 
@@ -17,10 +18,11 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
 
 DEFAULT = "tiny_v3"
-# What may not change within a run: the network, and what decides the order of its samples.
-FIXED = ("family", "model", "seed", "data.source", "data.tokenizer", "data.seq_len", "data.fim_rate")
-FIXED += ("data.mask_documents", "data.holdout_rate", "data.text_key")
+# What may not change within a run: the network, and what decides the order of its samples.  The text itself is compared
+# by its fingerprint.
+FIXED = ("family", "model", "seed", "data.seq_len", "data.fim_rate", "data.mask_documents", "data.holdout_rate")
 FIXED += ("train.batch_size", "train.batch_size_start", "train.batch_ramp_steps")
+SAMPLE = "    def __init__(self"  # what the model goes on from when a run has ended
 
 
 def main(argv: list[str]) -> int:
@@ -29,23 +31,48 @@ def main(argv: list[str]) -> int:
     config = options.config
     workdir = options.workdir or Path("runs") / config.name
     _options.validate(config, CHECKS)
-    return run(config, workdir, sample=options.sample)
+    if Path(config.data.tokenizer).exists():  # so that the run's model finds it from anywhere
+        config.data.tokenizer = str(Path(config.data.tokenizer).resolve())
+    again = argv if options.workdir else [*argv, f"--workdir={workdir}"]
+    return run(config, workdir, sample=options.sample, again=shlex.join(["deepseek-jax", "train", *again]))
 
 
-def run(config: ConfigDict, workdir: Path, *, sample: bool) -> int:
-    """Trains `config` in `workdir`; returns the exit code."""
+def run(config: ConfigDict, workdir: Path, *, sample: bool, again: str) -> int:
+    """Trains `config` in `workdir`; returns the exit code.
+
+    Args:
+        config: the resolved config.
+        workdir: where the run is kept.
+        sample: whether to end with a generated sample.
+        again: the command that goes on with this run, for messages.
+    """
+    from deepseek_jax.compat import keep_freed_memory, start_compilation_cache, start_processes
+    from deepseek_jax.train.loop import StopRequest
+
+    with StopRequest() as stop:
+        keep_freed_memory()
+        start_processes()
+        start_compilation_cache(config.train.compilation_cache)
+        is_saved = train(config, workdir, stop, again)
+    if not is_saved:
+        return 1
+    if stop.signal is not None:
+        return 130 if stop.signal == signal.SIGINT else 0
+    if sample:
+        show_sample(config, workdir)
+    return 0
+
+
+def train(config: ConfigDict, workdir: Path, stop, again: str) -> bool:
+    """Trains until the last step or until `stop` is asked for; returns whether the last state has been saved."""
     import jax
 
-    from deepseek_jax.compat import keep_freed_memory, start_compilation_cache, start_processes
     from deepseek_jax.data.pipeline import open_split
     from deepseek_jax.parallel.mesh import make_mesh
     from deepseek_jax.train.checkpoint import Checkpointer
-    from deepseek_jax.train.loop import Loop, StopRequest
+    from deepseek_jax.train.loop import Loop
     from deepseek_jax.train.metrics import Metrics
 
-    keep_freed_memory()
-    start_processes()
-    start_compilation_cache(config.train.compilation_cache)
     if config.precision == "fp32":  # GPUs and TPUs would otherwise round the operands of a matmul
         jax.config.update("jax_default_matmul_precision", "highest")
     mesh = make_mesh(config.mesh.data, config.mesh.expert)
@@ -58,10 +85,13 @@ def run(config: ConfigDict, workdir: Path, *, sample: bool) -> int:
             f"tokenizer {config.data.tokenizer!r}. Set --config.model.vocab_size={training.vocab_size} or more."
         )
     trainer = build_trainer(config, mesh)
+    meta = {"config": _options.to_json(config), "text": training.fingerprint()}
     with Checkpointer(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
-        start, state = 0, None
+        start, state, changed = 0, None, []
         if checkpoints.latest() is not None:
-            check_same_run(config, checkpoints.read_meta()[1]["config"], workdir)
+            saved = checkpoints.read_meta()[1]
+            check_same_run(config, meta["text"], saved, workdir)
+            changed = differences(_options.from_json(saved["config"]), config)
             start, state, _ = checkpoints.restore(trainer.abstract)
         metrics = Metrics(
             workdir,
@@ -72,27 +102,39 @@ def run(config: ConfigDict, workdir: Path, *, sample: bool) -> int:
             n_devices=mesh.size,
             enabled=jax.process_index() == 0,
         )
-        with metrics, StopRequest() as stop:
+        with metrics:
             metrics.message(headline(config, trainer, training, workdir, start))
+            for change in changed:
+                metrics.message(f"changed since the checkpoint: config.{change}")
             if start >= config.train.steps:
                 metrics.message(f"This run has reached step {start}. To go on: --config.train.steps={2 * start}")
-                return 0
-            state = trainer.init(config.seed) if state is None else state
+                return True
             loop = Loop(
-                *(trainer, ramp, loop_config(config)),
-                **{"training": training, "held_out": held_out, "checkpoints": checkpoints, "metrics": metrics},
-                meta={"config": _options.to_json(config)},
+                trainer,
+                ramp,
+                loop_config(config),
+                training=training,
+                held_out=held_out,
+                checkpoints=checkpoints,
+                metrics=metrics,
+                meta=meta,
             )
-            state = loop.run(state, stop)
-            done = int(state["step"])
-            metrics.message(f"checkpoint of step {done}: {checkpoints.directory}")
-            if done < config.train.steps:
-                metrics.message(f"stopped on request; go on with: deepseek-jax train {words(config, workdir)}")
-                return 130 if stop.signal == signal.SIGINT else 0
-    if sample and jax.process_count() == 1:
-        print(f"speak with it: deepseek-jax generate --workdir={workdir} --prompt='def '\n", flush=True)
-        show_sample(workdir)
-    return 0
+            state = loop.run(trainer.init(config.seed) if state is None else state, stop)
+            return tell_end(int(state["step"]), config.train.steps, checkpoints, metrics, again)
+
+
+def tell_end(done: int, steps: int, checkpoints, metrics, again: str) -> bool:
+    """Says where the state is and how to go on; returns whether the last step has been saved."""
+    is_saved = checkpoints.wait() and checkpoints.latest() == done
+    if is_saved:
+        metrics.message(f"checkpoint of step {done}: {checkpoints.directory}")
+    elif done:
+        newest = checkpoints.latest()
+        there = "there is no checkpoint" if newest is None else f"the newest checkpoint is of step {newest}"
+        metrics.message(f"step {done} could not be saved; {there} in {checkpoints.directory}")
+    if done < steps:
+        metrics.message(f"stopped on request; go on with: {again}")
+    return is_saved or not done
 
 
 def build_trainer(config: ConfigDict, mesh):
@@ -141,7 +183,7 @@ def batch_ramp(config: ConfigDict, n_devices: int):
                 f"micro-batches. Choose a multiple of {multiple}."
             )
     ramp_steps = train.batch_ramp_steps if train.batch_size_start != train.batch_size else 0
-    return BatchRamp(train.batch_size_start, train.batch_size, ramp_steps, multiple)
+    return BatchRamp(train.batch_size_start, train.batch_size, ramp_steps)
 
 
 def loop_config(config: ConfigDict):
@@ -159,27 +201,31 @@ def loop_config(config: ConfigDict):
     )
 
 
-def check_same_run(config: ConfigDict, saved: dict, workdir: Path) -> None:
-    """Raises UserError if `config` cannot go on with the run saved in `workdir`."""
-    old = _options.from_json(saved)
-    for path in FIXED:
-        mine, theirs = config, old
-        for key in path.split("."):
-            mine, theirs = mine[key], theirs.get(key)
-        if mine != theirs:
+def check_same_run(config: ConfigDict, text: str, saved: dict, workdir: Path) -> None:
+    """Raises UserError if `config` and the text's fingerprint cannot go on with the run whose meta is `saved`."""
+    for change in differences(_options.from_json(saved["config"]), config):
+        if change.startswith(tuple(f"{path}{end}" for path in FIXED for end in (".", ":"))):
             raise UserError(
-                f"{workdir} holds a run with config.{difference(path, mine, theirs)}. "
-                f"Give the same value to go on with it, or another --workdir to start anew."
+                f"{workdir} holds a run of other settings: config.{change}. "
+                "Give the same value to go on with it, or another --workdir to start anew."
             )
+    if saved["text"] != text:
+        raise UserError(
+            f"{workdir} holds a run on other text than config.data.source={config.data.source!r} is now (or on another "
+            "tokenizer's tokens).\nGive the same text to go on with it, or another --workdir to start anew."
+        )
 
 
-def difference(path: str, mine: object, theirs: object) -> str:
-    """Names one key in which two values or groups of values differ."""
-    if isinstance(mine, ConfigDict) and isinstance(theirs, ConfigDict):
-        for key in mine:
-            if mine[key] != theirs.get(key):
-                return difference(f"{path}.{key}", mine[key], theirs.get(key))
-    return f"{path}={theirs!r}, this one has {mine!r}"
+def differences(old: ConfigDict, new: ConfigDict, path: str = "") -> list[str]:
+    """The keys in which two configs differ, as "path.key: old -> new"."""
+    found = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, ConfigDict) and isinstance(after, ConfigDict):
+            found += differences(before, after, f"{path}{key}.")
+        elif before != after:
+            found.append(f"{path}{key}: {before!r} -> {after!r}")
+    return found
 
 
 def headline(config: ConfigDict, trainer, training, workdir: Path, start: int) -> str:
@@ -196,16 +242,20 @@ def headline(config: ConfigDict, trainer, training, workdir: Path, start: int) -
     )
 
 
-def words(config: ConfigDict, workdir: Path) -> str:
-    """The words that name this run on the command line."""
-    return f"--config={config.name} --workdir={workdir}"
+def show_sample(config: ConfigDict, workdir: Path) -> None:
+    """Prints the command that speaks with the model, and what it says; a run that has ended well ends well without."""
+    import jax
 
-
-def show_sample(workdir: Path) -> None:
-    """Prints what the model says after a few words."""
     from deepseek_jax.launch import generate
 
-    generate.main([f"--workdir={workdir}", "--prompt=    def __init__(self", "--max-tokens=220", "--temperature=0.8", "--top-p=0.95"])
+    if jax.process_count() > 1:
+        return
+    print(f"speak with it: deepseek-jax generate --workdir={workdir} --prompt='def '\n", flush=True)
+    prompt = SAMPLE[: config.data.seq_len // 2] or " "
+    try:
+        generate.main([f"--workdir={workdir}", f"--prompt={prompt}", "--max-tokens=220", "--temperature=0.8"])
+    except UserError as error:
+        print(f"no sample: {error}")
 
 
 def _positive(*paths: str):
@@ -234,6 +284,22 @@ def _known_moments(config: ConfigDict) -> str | None:
     return None
 
 
+def _rates(config: ConfigDict) -> str | None:
+    for key in ("peak_rate", "tail_rate", "final_rate", "clip_norm"):
+        if not 0 < config.optimizer[key] < float("inf"):
+            return f"config.optimizer.{key}={config.optimizer[key]}: wanted a number above 0."
+    for key in ("warmup_steps", "constant_steps", "cosine_steps", "tail_steps"):
+        if config.optimizer[key] < 0:
+            return f"config.optimizer.{key}={config.optimizer[key]}: wanted 0 or more."
+    return None
+
+
+def _ramp(config: ConfigDict) -> str | None:
+    if config.train.batch_ramp_steps < 0:
+        return f"config.train.batch_ramp_steps={config.train.batch_ramp_steps}: wanted 0 or more."
+    return None
+
+
 CHECKS = (
     _positive("train.steps", "train.batch_size", "train.batch_size_start", "train.micro_batches", "train.log_every"),
     _positive(
@@ -241,4 +307,6 @@ CHECKS = (
     ),
     _known_remat,
     _known_moments,
+    _rates,
+    _ramp,
 )

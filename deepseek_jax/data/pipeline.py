@@ -6,6 +6,7 @@ Every stage is a function of the index alone, so the whole state of the data pat
 resume is to ask for it.  Process p of n asks for its share of a batch with ``rows(start + p*count//n, count//n)``.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -77,6 +78,12 @@ class Split:
         self.n_tokens = samples.packing.n_tokens  # tokens of an epoch, with <eos> and FIM marks
         n_bytes = samples.packing.store.n_bytes[samples.packing.documents].sum()
         self.bytes_per_token = float(n_bytes / self.n_tokens)
+
+    def fingerprint(self) -> str:
+        """Returns a hash of the documents' text and of their lengths in tokens: the same text, cut the same way."""
+        packing = self._samples.packing
+        table = (packing.store.hashes[packing.documents], packing.store.lengths[packing.documents])
+        return hashlib.blake2b(np.stack(table).astype(np.uint64).tobytes(), digest_size=12).hexdigest()
 
     def rows(self, start: int, count: int) -> Batch:
         """Returns samples ``start`` to ``start + count``: a pure function, to be called in any order."""

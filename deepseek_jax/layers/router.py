@@ -101,6 +101,9 @@ def sequence_balance_loss(routing: Routing) -> jax.Array:
     """sum_i f_i P_i of each sequence (eqs. 17-20 without alpha): loss_B, 1 when a sequence is perfectly balanced.
 
     f_i = E / (K T) * times expert i was chosen,  P_i = mean over the sequence of s_i / sum_j s_j.
+
+    The report counts in f_i the k best of s alone; here, as in the released code, the experts that were really chosen
+    (by s + b, within the best groups).
     """
     scores_BTE, experts_BTK = routing.scores_BTE, routing.experts_BTK
     n_experts = scores_BTE.shape[-1]

@@ -72,7 +72,7 @@ def on_expert_devices(
         def run(operands: tuple) -> jax.Array:
             return _exchange(compute, *operands, n_local=n_local, axis=axis, capacity=capacity)
 
-        return run
+        return jax.checkpoint(run)  # else the backward pass would keep the buffers of every branch, taken or not
 
     choice = sum((fullest > capacity).astype(jnp.int32) for capacity in capacities[:-1]) if len(capacities) > 1 else 0
     operands = (x_MD, experts_MK, weights_MK, goes_MW)

@@ -6,6 +6,7 @@ report only when the next one has been handed to the devices.
 """
 
 import math
+import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from deepseek_jax.train.checkpoint import Checkpointer
 from deepseek_jax.train.metrics import Metrics, bits_per_byte
 from deepseek_jax.train.optim import BatchRamp
 from deepseek_jax.train.step import Report, State, Trainer
+
+ASK_EVERY = 10  # steps
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class StopRequest:
     """A context in which SIGTERM and the first Ctrl-C ask the loop to save and end, instead of ending it.
 
     Attributes:
-        signal: the signal that came, or None.
+        signal: the first signal that came, or None.
     """
 
     def __init__(self) -> None:
@@ -63,9 +66,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal == signal.SIGINT == number:
+        if number == signal.SIGINT and self.signal is not None:
             raise KeyboardInterrupt
-        self.signal = number
+        if self.signal is None:
+            self.signal = number
+            os.write(2, b"\nstopping after this step (Ctrl-C breaks off at once)\n")
 
 
 def local_rows(first: int, count: int) -> tuple[int, int]:
@@ -103,6 +108,7 @@ class Loop:
         self.trainer, self.ramp, self.config = trainer, ramp, config
         self.training, self.held_out = training, held_out
         self.checkpoints, self.metrics, self.meta = checkpoints, metrics, meta
+        self._logged: int | None = None
         byte_lengths_V = jnp.zeros((trainer.vocab_size,), jnp.int32)
         byte_lengths_V = byte_lengths_V.at[: training.vocab_size].set(training.tokenizer.byte_lengths())
         self._evaluate = trainer.evaluator(byte_lengths_V)
@@ -114,6 +120,8 @@ class Loop:
             UserError: too many steps in a row were not finite.
         """
         start = int(state["step"])
+        if agreed(stop.signal is not None):
+            return state
         if start == 0:
             self.evaluate(state, 0)
         waiting: tuple[int, Report] | None = None
@@ -125,7 +133,7 @@ class Loop:
                 if waiting:
                     self.look_at(*waiting)
                 waiting = (done, report)
-                stopping = agreed(stop.signal is not None)
+                stopping = self.asks(done) and agreed(stop.signal is not None)
                 if done == start + 1 or self.due(done, self.config.log_every):
                     self.log(done, report, state)
                 if self.due(done, self.config.eval_every):
@@ -138,8 +146,11 @@ class Loop:
                 self.look_at(*waiting)
         finally:
             batches.close()
-            self.checkpoints.wait()
         return state
+
+    def asks(self, step: int) -> bool:
+        """Whether the processes ask one another after `step` if one was told to stop; asking makes them wait."""
+        return jax.process_count() == 1 or step % ASK_EVERY == 0
 
     def due(self, step: int, every: int) -> bool:
         """Whether something done every so many steps is done after `step`."""
@@ -179,7 +190,7 @@ class Loop:
         scalars = {name: getattr(report, name).item() for name in Report._fields if name not in ("loads", "finite")}
         scalars["bits_per_byte"] = bits_per_byte(scalars["main"], self.training.bytes_per_token)
         layers = {"expert_load": _rows(report.loads), "router_bias": _rows(jax.device_get(state["router_bias"]))}
-        last = getattr(self, "_logged", step - 1)
+        last = step - 1 if self._logged is None else self._logged
         tokens = (self.ramp.first(step) - self.ramp.first(last)) * self.training.seq_len
         self._logged = step
         self.metrics.step(step, scalars, layers, tokens=tokens)
@@ -190,9 +201,12 @@ class Loop:
         if self.held_out is None:
             return None
         with self.metrics.paused():
-            nats = n_bytes = 0.0
-            for index in range(min(self.config.eval_batches, -(-self.held_out.n_samples // self.ramp.final))):
-                rows = self.held_out.rows(*local_rows(index * self.ramp.final, self.ramp.final))
+            nats, n_bytes, size = 0.0, 0.0, self.ramp.final
+            for first in range(0, min(size * self.config.eval_batches, self.held_out.n_samples), size):
+                start, count = local_rows(first, size)
+                rows = self.held_out.rows(start, count)
+                is_new_B = np.arange(start, start + count) < self.held_out.n_samples  # past the end it begins anew
+                rows = rows._replace(targets_BT=np.where(is_new_B[:, None], rows.targets_BT, -1))
                 found = self._evaluate(state, global_batch(rows, self.trainer.mesh))
                 nats, n_bytes = nats + float(found[0]), n_bytes + float(found[1])
             bits = nats / (n_bytes * math.log(2))

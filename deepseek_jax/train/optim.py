@@ -6,6 +6,7 @@
 Weight decay spares what is not a matrix: norm gains.  Paper: V3 section 4.2.
 """
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -110,14 +111,15 @@ class BatchRamp:
     Attributes:
         start: sequences of step 0.
         final: sequences of each step after the ramp.
-        steps: length of the ramp; the batch grows in `LEVELS` jumps, each of which compiles the step anew.
-        multiple: batch sizes are multiples of this (devices times micro-batches).
+        steps: length of the ramp; the batch grows in up to `LEVELS` jumps, each of which compiles the step anew.
+
+    Every size is a multiple of the greatest common divisor of the first and the last: it is the same on any mesh, and
+    divides over each mesh that the two divide over.
     """
 
     start: int
     final: int
     steps: int
-    multiple: int
 
     def size(self, step: int) -> int:
         """Sequences of `step`."""
@@ -125,7 +127,8 @@ class BatchRamp:
             return self.final
         level = step * LEVELS // self.steps
         grown = self.start + (self.final - self.start) * level // LEVELS
-        return max(grown // self.multiple, 1) * self.multiple
+        unit = math.gcd(self.start, self.final)
+        return grown // unit * unit
 
     def first(self, step: int) -> int:
         """Sequences read before `step`."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.configs import v3_671b
 from deepseek_jax.train.optim import BatchRamp, OptimizerConfig, adamw_update, init_moments, is_matrix, learning_rate
 
 RECIPE = OptimizerConfig(
@@ -89,18 +90,19 @@ def test_what_decays():
 
 
 @pytest.mark.parametrize(
-    "ramp", [BatchRamp(8, 64, 100, 8), BatchRamp(3072, 15360, 12400, 64), BatchRamp(8, 24, 5, 4)], ids=str
+    "ramp", [BatchRamp(8, 64, 100), BatchRamp(3072, 15360, 14909), BatchRamp(8, 24, 5), BatchRamp(8, 40, 20)], ids=str
 )
 def test_the_ramp_grows_in_few_multiples(ramp):
     sizes = [ramp.size(step) for step in range(ramp.steps + 5)]
     assert sizes == sorted(sizes) and sizes[0] == ramp.start and sizes[-1] == ramp.final
-    assert all(size % ramp.multiple == 0 for size in sizes)
+    unit = math.gcd(ramp.start, ramp.final)
+    assert all(size % unit == 0 for size in sizes), "divides over every mesh that the first and the last divide over"
     assert len(set(sizes)) <= 9
-    assert max(np.diff(sizes)) <= (ramp.final - ramp.start) / min(8, ramp.steps) + 2 * ramp.multiple
+    assert max(np.diff(sizes)) <= (ramp.final - ramp.start) / min(8, ramp.steps) + 2 * unit
 
 
 def test_the_step_number_says_where_in_the_data_a_run_is():
-    ramp = BatchRamp(8, 24, 5, 4)
+    ramp = BatchRamp(8, 24, 5)
     first = 0
     for step in range(9):
         assert ramp.first(step) == first
@@ -108,5 +110,23 @@ def test_the_step_number_says_where_in_the_data_a_run_is():
 
 
 def test_no_ramp():
-    ramp = BatchRamp(16, 16, 0, 8)
+    ramp = BatchRamp(16, 16, 0)
     assert ramp.size(0) == 16 and ramp.first(10) == 160
+
+
+def test_the_published_recipe_adds_up_to_the_published_tokens():
+    """V3 section 4.2: 469B tokens of ramp, 10T, 14.3T, 14.8T, to a thousandth."""
+    config = v3_671b.get_config()
+    train, rates = config.train, config.optimizer
+    ramp = BatchRamp(train.batch_size_start, train.batch_size, train.batch_ramp_steps)
+
+    def tokens(step: int) -> float:
+        return ramp.first(step) * config.data.seq_len
+
+    decay = rates.warmup_steps + rates.constant_steps
+    tail = decay + rates.cosine_steps
+    last = tail + rates.tail_steps
+    steps = {ramp.steps: 469e9, decay: 10e12, tail: 14.3e12, last: 14.633e12, train.steps: 14.8e12}
+    for step, published in steps.items():
+        assert tokens(step) == pytest.approx(published, rel=1e-3)
+    assert train.mtp_weight_switch == decay and train.balance_rate_stop == tail

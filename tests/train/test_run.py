@@ -72,25 +72,23 @@ def checksums(workdir: Path) -> list[int]:
 @pytest.mark.slow
 def test_killed_twenty_times_the_log_is_the_same_bit_for_bit(tmp_path, corpus):
     """SIGKILL at random moments, start-up and saving included; then the log equals that of an undisturbed run."""
-    whole = tmp_path / "whole"
-    process = start(whole, corpus)
+    steps, whole, killed = 150, tmp_path / "whole", tmp_path / "killed"
+    process = start(whole, corpus, f"--config.train.steps={steps}")
     assert process.wait(timeout=300) == 0, output(whole).read_text()
 
-    choose, killed, kills = random.Random(os.environ.get("KILL_SEED", "0")), tmp_path / "killed", 0
-    while True:
-        process = start(killed, corpus)
+    choose = random.Random(os.environ.get("KILL_SEED", "0"))
+    for _ in range(20):
         begun = len(read_log_of(killed))
-        if kills < 20:
-            wait_for_lines(process, killed, begun + choose.randint(0, 6))
-            time.sleep(choose.uniform(0.0, 0.4))
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-            continue
-        assert process.wait(timeout=300) == 0, output(killed).read_text()
-        break
+        process = start(killed, corpus, f"--config.train.steps={steps}")
+        wait_for_lines(process, killed, begun + choose.randint(0, 5))
+        time.sleep(choose.uniform(0.0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, output(killed).read_text()  # it was running until then
+    assert 0 < read_log_of(killed)[-1]["step"] < steps
+    process = start(killed, corpus, f"--config.train.steps={steps}")
+    assert process.wait(timeout=300) == 0, output(killed).read_text()
     assert curve(killed) == curve(whole)
-    assert len(losses(whole)) == 60
+    assert len(losses(whole)) == steps
 
 
 def wait_for_lines(process: subprocess.Popen, workdir: Path, n_lines: int) -> None:
@@ -130,9 +128,19 @@ def test_steps_that_are_not_finite_stop_the_run(tmp_path, corpus, capsys):
     assert "skipped: not finite" in capsys.readouterr().out
 
 
-def test_a_workdir_refuses_another_network(tmp_path, corpus):
+def test_a_workdir_refuses_another_network_or_text(tmp_path):
     config = _options.parse([f"--config={CONFIG}"]).config
+    saved = json.loads(json.dumps({"config": _options.to_json(config), "text": "abc"}))
+    train.check_same_run(config, "abc", saved, tmp_path)
+    with pytest.raises(UserError, match="on other text"):
+        train.check_same_run(config, "abd", saved, tmp_path)
     other = _options.parse([f"--config={CONFIG}", "--config.model.d_model=64"]).config
-    with pytest.raises(UserError, match=r"config.model.d_model=32, this one has 64.*another --workdir"):
-        train.check_same_run(other, json.loads(json.dumps(_options.to_json(config))), tmp_path)
-    train.check_same_run(config, _options.to_json(config), tmp_path)
+    with pytest.raises(UserError, match=r"config.model.d_model: 32 -> 64.*another --workdir"):
+        train.check_same_run(other, "abc", saved, tmp_path)
+
+
+def test_what_changed_between_two_configs_is_named():
+    config = _options.parse([f"--config={CONFIG}"]).config
+    other = _options.parse([f"--config={CONFIG}", "--config.optimizer.peak_rate=0.5"]).config
+    assert train.differences(config, other) == ["optimizer.peak_rate: 0.003 -> 0.5"]
+
