@@ -4,6 +4,10 @@
 precision (Python's ``repr`` of a float is exact), what the clock decides under ``"speed"``: two runs are the same
 when their lines agree without ``"speed"``.  A resumed run first drops the lines later than the checkpoint.
 
+A disk that is full stops no run: it is told once, and the file that could not be written is given up.  TensorBoard's
+events are therefore written by the loop itself.  tensorboardX's ``SummaryWriter`` has a thread for it, which a full
+disk kills; then its queue fills and the next figure waits for ever.  The price is an fsync every ten seconds.
+
 Expert imbalance is MaxVio = (max_e load_e - mean load) / mean load per layer, averaged over the layers.
 Paper: "Auxiliary-Loss-Free Load Balancing", section 4.1.
 """
@@ -13,6 +17,7 @@ import contextlib
 import json
 import math
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -55,6 +60,7 @@ SPEED = {
 REDRAWS_PER_SECOND = 4
 VIEW_WIDTH = 100  # columns; a view narrower than the window is not torn when the window shrinks a little
 SPARKS = "▁▂▃▄▅▆▇█"
+FLUSH_S = 10.0  # between the moments at which TensorBoard's events reach the disk
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -233,10 +239,12 @@ class Metrics:
             if live is not None:
                 live.stop()  # draws once more
         finally:
-            if log is not None:
-                log.close()
-            if board is not None:
-                board.close()
+            for file in (log, board):
+                if file is not None:
+                    try:
+                        file.close()
+                    except OSError as error:
+                        self._say(f"the last figures are lost: {error.strerror}.")
             self.enabled = False
 
     @property
@@ -247,8 +255,6 @@ class Metrics:
 
     def _open(self, workdir: Path) -> None:
         """Opens the log, cut back to ``start_step``, and TensorBoard."""
-        from tensorboardX import SummaryWriter
-
         path = workdir / "metrics.jsonl"
         try:
             workdir.mkdir(parents=True, exist_ok=True)
@@ -256,11 +262,10 @@ class Metrics:
             fresh = path.with_suffix(".jsonl.new")
             fresh.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
             os.replace(fresh, path)
+            self._board = _Board(workdir / "tensorboard", self._start_step)
             self._log = path.open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{workdir}: cannot write there ({error.strerror}). Choose another --workdir.") from error
-        purge = self._start_step + 1 if self._start_step else None
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge, flush_secs=10)
 
     def _time(self, step: int, tokens: int) -> None:
         """Moves the window of the throughput; the first record only starts the clock."""
@@ -279,35 +284,89 @@ class Metrics:
 
     def _write(self, record: dict) -> None:
         """Appends a line and hands it to the system, so that a kill loses none before the last."""
-        self._log.write(json.dumps(_finite(record), allow_nan=False) + "\n")
-        self._log.flush()
+        if self._log is None:
+            return
+        try:
+            self._log.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+            self._log.flush()
+        except OSError as error:
+            self._log = self._give_up(self._log, "metrics.jsonl", error)
 
     def _chart(self, step: int, split: str, figures: Mapping[str, Any], layers: Mapping[str, np.ndarray]) -> None:
         """Hands the figures to TensorBoard."""
         scalars = {f"{split}/{name}": value for name, value in figures.items()}
         if split == "train":
             scalars |= {f"speed/{name}": value for name, value in self.speed.items()}
+        histograms = {}
         for name, rows in layers.items():
-            for layer, row in enumerate(rows):
-                tag = f"{name}/layer_{layer:02d}"
-                if rows.ndim == 1:
-                    scalars[tag] = row
-                elif np.isfinite(row).all():
-                    self._board.add_histogram(tag, row, step, bins=min(len(row), 32))
-        for tag, value in scalars.items():
-            if math.isfinite(value):  # TensorBoard cannot draw the others and complains
-                self._board.add_scalar(tag, value, step)
+            into = scalars if rows.ndim == 1 else histograms
+            into |= {f"{name}/layer_{layer:02d}": row for layer, row in enumerate(rows)}
+        if self._board is None:
+            return
+        try:
+            self._board.add(step, scalars, histograms)
+        except OSError as error:
+            self._board = self._give_up(self._board, "tensorboard", error)
+
+    def _give_up(self, file: Any, name: str, error: OSError) -> None:
+        """Tells that a file of the run cannot be written any more, and closes it."""
+        self.message(f"{name} ends at step {self.now}: {error.strerror}. Training goes on.")
+        with contextlib.suppress(OSError):  # what it still holds cannot be written either
+            file.close()
 
     def _heading(self, step: int) -> str:
         return f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}"
 
     def _say(self, line: str) -> None:
-        self.stream.write(line + "\n")
-        self.stream.flush()
+        try:
+            self.stream.write(line + "\n")
+            self.stream.flush()
+        except BrokenPipeError:  # `| head`: the reader wants no more
+            raise
+        except OSError:  # redirected to a disk that is full
+            pass
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         """Draws the live view for the terminal's present width."""
         yield _view(self, min(options.max_width, VIEW_WIDTH), ascii_only=options.ascii_only)
+
+
+class _Board:
+    """An event file of TensorBoard in ``directory``; a run resumed at ``start_step`` hides what lies after it."""
+
+    def __init__(self, directory: Path, start_step: int):
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
+
+        directory.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}"
+        self._file, self._event, self._flushed_s = RecordWriter(str(directory / name)), Event, -math.inf
+        self._write(0, file_version="brain.Event:2")
+        if start_step:
+            self._write(start_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, np.ndarray]) -> None:
+        """Adds figures and distributions; those that are not finite TensorBoard cannot draw.  May raise OSError."""
+        from tensorboardX import summary
+
+        for tag, value in scalars.items():
+            if math.isfinite(value):
+                self._write(step, summary=summary.scalar(tag, value))
+        for tag, row in histograms.items():
+            if np.isfinite(row).all():
+                self._write(step, summary=summary.histogram(tag, row, bins=min(len(row), 32)))
+        if time.monotonic() >= self._flushed_s + FLUSH_S:
+            self._file.flush()
+            self._flushed_s = time.monotonic()
+
+    def close(self) -> None:
+        try:
+            self._file.flush()
+        finally:
+            self._file.close()
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._file.write(self._event(wall_time=time.time(), step=step, **content).SerializeToString())
 
 
 def duration(seconds: float) -> str:

@@ -3,9 +3,12 @@
 import io
 import json
 import math
+import os
 
 import numpy as np
 import pytest
+import tensorboardX.record_writer
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.train import metrics as metrics_module
@@ -134,6 +137,81 @@ def test_a_place_that_cannot_be_written_is_the_users_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="another --workdir"):
         open_metrics(tmp_path / "file")
+
+
+needs_full_disk = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+
+
+@needs_full_disk
+def test_a_full_disk_ends_the_log_not_the_run(tmp_path):
+    with open_metrics(tmp_path) as metrics:
+        metrics.step(1, {"loss": 1.0})
+        metrics._log.close()
+        metrics._log = open("/dev/full", "w")
+        for step in (2, 3):
+            metrics.step(step, {"loss": 1.0})
+        metrics.evaluation(3, {"loss": 1.0})
+    told = [line for line in metrics.stream.getvalue().splitlines() if "loss=" not in line]
+    assert told == ["metrics.jsonl ends at step 2: No space left on device. Training goes on."]
+    assert [record["step"] for record in decided(tmp_path)] == [1]
+
+
+@needs_full_disk
+@pytest.mark.parametrize("flush_s", [0.0, math.inf])
+def test_a_full_disk_ends_the_charts_not_the_run(tmp_path, monkeypatch, flush_s):
+    """Seen at a flush, or when the buffer overflows: some hundred figures later no call has waited for anything."""
+    monkeypatch.setattr(tensorboardX.record_writer, "open_file", lambda path: open("/dev/full", "wb"))
+    monkeypatch.setattr(metrics_module, "FLUSH_S", flush_s)
+    figures = {f"figure_{number}": 1.0 for number in range(100)}
+    with open_metrics(tmp_path, start_step=1) as metrics:
+        for step in range(2, 8):
+            metrics.step(step, {"loss": 1.0}, {"expert_load": np.ones((4, 8))})
+            metrics.evaluation(step, figures)
+    told = [line for line in metrics.stream.getvalue().splitlines() if "tensorboard" in line]
+    assert len(told) == 1 and "No space left on device. Training goes on." in told[0]
+    assert len(decided(tmp_path)) == 12
+
+
+@needs_full_disk
+def test_a_full_disk_at_the_very_end_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensorboardX.record_writer, "open_file", lambda path: open("/dev/full", "wb"))
+    with open_metrics(tmp_path) as metrics:
+        pass
+    assert metrics.stream.getvalue() == "the last figures are lost: No space left on device.\n"
+
+
+@needs_full_disk
+def test_output_that_cannot_be_written_ends_nothing(tmp_path):
+    stream = open("/dev/full", "w")
+    with open_metrics(tmp_path, stream=stream) as metrics:
+        metrics.message("8 devices")
+        metrics.step(1, {"loss": 1.0})
+    assert len(decided(tmp_path)) == 1
+    with pytest.raises(OSError):
+        stream.close()
+
+
+def test_a_resumed_run_hides_the_charts_of_the_abandoned_path(tmp_path):
+    run(tmp_path, [11], start_step=10)
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    found = [Event.FromString(record) for record in records(events.read_bytes())]
+    assert found[0].file_version == "brain.Event:2"
+    assert found[1].step == 11 and found[1].session_log.status == SessionLog.START
+    assert {event.step for event in found[2:]} == {11}
+
+
+def records(written: bytes):
+    """Yields the records of an event file: length (8 bytes), its checksum (4), the record, its checksum (4)."""
+    while written:
+        length = int.from_bytes(written[:8], "little")
+        yield written[12 : 12 + length]
+        written = written[16 + length :]
+
+
+def test_charts_that_cannot_be_opened_are_the_users_error(tmp_path):
+    (tmp_path / "tensorboard").write_text("")
+    with pytest.raises(UserError, match="another --workdir"):
+        open_metrics(tmp_path)
 
 
 @pytest.mark.parametrize("columns", ["20", "80", "200"])
