@@ -14,6 +14,7 @@ A failed save never stops the training: the reason goes to ``warn``, once, at th
 """
 
 import atexit
+import contextlib
 import json
 import logging
 import os
@@ -39,8 +40,9 @@ _SKIP, _WRITE, _REFUSE, _FAIL = range(4)  # process 0's verdict on a save, broad
 
 
 def print_warning(message: str) -> None:
-    """Prints a message about checkpoints to stderr."""
-    print(f"checkpoint: {message}", file=sys.stderr, flush=True)
+    """Prints a message about checkpoints to stderr; a disk so full that this cannot be done stops nothing."""
+    with contextlib.suppress(OSError):
+        print(f"checkpoint: {message}", file=sys.stderr, flush=True)
 
 
 class Checkpointer:
@@ -73,12 +75,17 @@ class Checkpointer:
         _quieten_orbax()
         if read_only:
             return
+        failure = None
         if jax.process_index() == 0:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._lock = files.WriterLock(self.directory)
+            except UserError as error:
+                failure = error
             except OSError as error:
-                raise UserError(f"cannot write checkpoints to {self.directory}: {error.strerror}.") from None
+                failure = UserError(f"cannot write checkpoints to {self.directory}: {error.strerror}.")
+        if not _agree(failure is None):
+            raise failure or UserError(f"process 0 cannot write to {self.directory}: see what it says.")
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), timeout_secs=SAVE_TIMEOUT_S)
         atexit.register(self.report)
 
@@ -157,8 +164,9 @@ class Checkpointer:
         return files.committed_steps(self.directory)
 
     def latest(self) -> int | None:
-        """Returns the newest committed step, unverified, or None; reads names only."""
-        return max(self.steps(), default=None)
+        """Returns the newest committed step that process 0 sees, unverified, or None; reads names only."""
+        newest = _agree(max(self.steps(), default=-1))
+        return None if newest < 0 else newest
 
     def restore(
         self, abstract: dict, step: int | None = None, keys: tuple[str, ...] | None = None
@@ -271,7 +279,7 @@ class Checkpointer:
         """Notes why a save failed and gives its space back."""
         if jax.process_index() == 0:
             self._delete(step)
-        good = self.latest()
+        good = max(self.steps(), default=None)
         left = "there is no older checkpoint" if good is None else f"the newest good one is step {good}"
         self._messages.append(f"step {step} was NOT saved: {_first_line(error)}. Training goes on; {left}.")
 
