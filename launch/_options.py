@@ -111,7 +111,7 @@ def load(name: str) -> ConfigDict:
         raise UserError(f"--config={name}: the file raised {type(error).__name__}: {error}{place}. Mend it.") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config={name}: get_config() gave a {type(config).__name__}; it must return a ConfigDict.")
-    if "name" in config and not config.name:
+    if "name" in config and (is_path or not config.name):  # a file's parent has named itself already
         config.name = stem
     return config.lock()
 
@@ -139,7 +139,12 @@ def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
 def validate(config: ConfigDict, checks: Iterable[Callable[[ConfigDict], str | None]]) -> ConfigDict:
     """Runs checks across fields; each returns None or one sentence of what is wrong and what to do."""
     for check in checks:
-        if message := check(config):
+        try:
+            message = check(config)
+        except KeyError as error:
+            lack = f"config {config.get('name', '')} lacks the key {error.args[0]}"
+            raise UserError(f"{lack}. Start from a config that holds a whole run, like tiny_v3.") from error
+        if message:
             raise UserError(message)
     return config
 

@@ -9,11 +9,13 @@ the other, after a warm-up.  Printed are the medians over the turns and their ra
 meantime touches both alike.  The peer comes with: pip install "deepseek_jax[parity]"
 """
 
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -36,17 +38,21 @@ def main(argv: list[str]) -> int:
     options = _options.parse(argv[1:] if subject else argv, "micro_v3", EXTRA, workdir=False)
     if subject != "train":
         raise UserError(f"bench {subject or ''}: no such bench. Give: deepseek-jax bench train")
-    config = options.config
-    sides = {"deepseek_jax": Ours(config)}
-    if options.peer:
-        sides["transformers"] = Peer(config, options.peer_python)
-    seconds = {name: [] for name in sides}
-    for turn in range(options.turns + 1):
-        for name, side in sides.items():
-            taken = side.run(options.steps)
-            if turn:  # the first turn warms up
-                seconds[name].append(taken)
-    report(config, sides, seconds, options.steps)
+    for name in ("turns", "steps"):
+        if vars(options)[name] < 1:
+            raise UserError(f"--{name}={vars(options)[name]}: wanted 1 or more.")
+    config = _options.validate(options.config, train.CHECKS)
+    with contextlib.ExitStack() as stack:
+        sides = {"deepseek_jax": Ours(config)}
+        if options.peer:
+            sides["transformers"] = stack.enter_context(Peer(config, options.peer_python))
+        seconds = {name: [] for name in sides}
+        for turn in range(options.turns + 1):
+            for name, side in sides.items():
+                taken = side.run(options.steps)
+                if turn:  # the first turn warms up
+                    seconds[name].append(taken)
+        report(config, sides, seconds, options.steps)
     return 0
 
 
@@ -66,7 +72,9 @@ class Ours:
         self.vocab_size = config.model.vocab_size
         self.tokens = np.random.default_rng(1)
         begin = time.perf_counter()
-        self.trainer = train.build_trainer(config, make_mesh(config.mesh.data, config.mesh.expert))
+        mesh = make_mesh(config.mesh.data, config.mesh.expert)
+        train.batch_ramp(config, mesh.size)  # checks that the batch divides over the devices
+        self.trainer = train.build_trainer(config, mesh)
         self.state = self.trainer.init(config.seed)
         self.step = self.trainer.step.lower(self.state, self.batch()).compile()
         self.compile_seconds = time.perf_counter() - begin
@@ -113,27 +121,44 @@ class Peer:
                 **{key: config.optimizer[key] for key in ("eps", "weight_decay", "clip_norm")},
             },
             "batch": (config.train.batch_size, config.data.seq_len),
-            "threads": len(os.sched_getaffinity(0)),
+            "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         }
         command = [python, "-P", str(Path(__file__).with_name("_torch_peer.py")), json.dumps(job)]
         pipe = subprocess.PIPE
+        self.complaints = tempfile.TemporaryFile("w+", errors="replace")  # a pipe that nobody reads may fill up
         try:
-            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.complaints, text=True)
         except OSError as error:
+            self.complaints.close()
             raise UserError(f"--peer-python={python}: cannot be run ({error.strerror}). Give a Python.") from error
-        ready = self._answer(python)
+        try:
+            ready = self._answer(python)
+        except BaseException:
+            self.__exit__()
+            raise
         self.title, self.n_params = ready["name"], ready["n_params"]
+
+    def __enter__(self) -> "Peer":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.kill()
+        self.process.communicate()  # closes its pipes and waits
+        self.complaints.close()
 
     def run(self, n_steps: int) -> float:
         """Seconds of `n_steps` training steps."""
-        self.process.stdin.write(f"{n_steps}\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: what it said last is told below
+            self.process.stdin.write(f"{n_steps}\n")
+            self.process.stdin.flush()
         return self._answer("the peer")["seconds"]
 
     def _answer(self, who: str) -> dict:
         line = self.process.stdout.readline()
         if not line:
-            last = (self.process.stderr.read().strip().splitlines() or ["no message"])[-1]
+            self.process.wait()
+            self.complaints.seek(0)
+            last = (self.complaints.read().strip().splitlines() or ["no message"])[-1]
             raise UserError(
                 f'{who}: the peer ended: {last}\nInstall it with pip install "deepseek_jax[parity]", name an '
                 "interpreter that has it with --peer-python, or leave it out with --no-peer."

@@ -59,7 +59,10 @@ def read_prompt(words: str) -> str:
     if words == "-":
         if sys.stdin is None or sys.stdin.isatty():
             raise UserError('no prompt. Give --prompt="def main(", or text on standard input.')
-        words = sys.stdin.read()
+        try:
+            words = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise UserError(f"the prompt on standard input is not {error.encoding} text. Convert it first.") from None
     if not words:
         raise UserError('the prompt is empty. Give one character or more, like --prompt="def main(".')
     return words

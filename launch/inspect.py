@@ -17,7 +17,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _options
+from deepseek_jax.launch import _options, train
 
 DEFAULT = "tiny_v3"
 HEADER = ("weight", "shape", "dtype", "logical axes", "split over", "weight/device", "optimiser/device")
@@ -43,7 +43,10 @@ def main(argv: list[str]) -> int:
     options = _options.parse(argv, None if of_a_run else DEFAULT, extra)
     if options.workdir and options.config:
         raise UserError("--workdir and --config given: a run has a config of its own. Give one of them.")
-    config, origin = config_of_run(options.workdir) if options.workdir else (options.config, options.config.name)
+    if options.workdir:
+        config, origin = config_of_run(options.workdir)
+    else:
+        config, origin = _options.validate(options.config, train.CHECKS), options.config.name
     sizes = mesh_sizes(config.mesh.data, config.mesh.expert, options.devices)
     weights, totals = inspect(config, sizes)
     mesh = " x ".join(f"{axis} {n}" for axis, n in sizes.items())

@@ -38,6 +38,7 @@ def test_help_lists_each_verb_with_its_first_line_and_imports_none(verb, capsys,
 
 
 def test_the_real_verbs_are_the_public_files_of_launch():
+    assert set(cli.verbs()) >= {"train", "generate", "inspect", "bench"}
     assert not [name for name in cli.verbs() if name.startswith("_")]
 
 
@@ -131,6 +132,12 @@ def test_the_last_of_two_overrides_wins_and_the_config_is_named_and_locked(card)
     assert (config.seed, config.name) == (2, "card")
     with pytest.raises(AttributeError):
         config.sede = 1
+
+
+def test_a_file_is_named_after_itself_and_not_after_its_parent(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from deepseek_jax.configs import tiny_v3\ndef get_config(): return tiny_v3.get_config()\n")
+    assert (_options.load(str(path)).name, _options.load("tiny_v3").name) == ("mine", "tiny_v3")
 
 
 def test_a_name_finds_a_config_of_the_package():

@@ -41,7 +41,10 @@ class Tokenizer(Protocol):
         """Returns ``encode`` of each text."""
 
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
-        """Returns the text; bytes that are not UTF-8 become U+FFFD.  With ``specials`` marks are spelled out."""
+        """Returns the text; bytes that are not UTF-8 become U+FFFD.  With ``specials`` marks are spelled out.
+
+        Ids past the vocabulary, which a model with a larger one may draw, stand for nothing.
+        """
 
     def byte_lengths(self) -> np.ndarray:
         """Returns int32 [vocab_size]: the bytes of UTF-8 text that each id stands for, 0 for a mark."""
@@ -83,7 +86,7 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
         marks = BYTE_SPECIALS if specials else ("",) * len(BYTE_SPECIALS)
         table = [bytes([i]) for i in range(256)] + [mark.encode() for mark in marks]
-        return b"".join(table[i] for i in ids).decode(errors="replace")
+        return b"".join(table[i] for i in ids if 0 <= i < len(table)).decode(errors="replace")
 
     def byte_lengths(self) -> np.ndarray:
         return (np.arange(self.vocab_size) < 256).astype(np.int32)
@@ -155,7 +158,8 @@ class FileTokenizer:
         return [np.array(one.ids, np.int32) for one in encoded]
 
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
-        return self._engine.decode([int(i) for i in ids], skip_special_tokens=not specials)
+        known = [int(i) for i in ids if 0 <= i < self.vocab_size]
+        return self._engine.decode(known, skip_special_tokens=not specials)
 
     def byte_lengths(self) -> np.ndarray:
         added = self._engine.get_added_tokens_decoder()

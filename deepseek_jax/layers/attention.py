@@ -57,5 +57,8 @@ def _attend(q_BTHQ: jax.Array, k_BSHQ: jax.Array, v_BSHU: jax.Array, seen: jax.A
 
 
 def masked_softmax(scores: jax.Array, seen: jax.Array) -> jax.Array:
-    """Softmax over the last axis of float32 `scores` where `seen` (broadcast against it) holds; 0 elsewhere."""
+    """Softmax over the last axis of float32 `scores` where `seen` (broadcast against it) holds; 0 elsewhere.
+
+    A row where it holds nowhere comes out uniform: such rows mean nothing and are not to be used.
+    """
     return jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1)

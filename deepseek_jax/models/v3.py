@@ -99,19 +99,39 @@ class Config:
         )
 
 
+# Keys of `config.model`: those that are 1 or more, and the rest.
+SIZES = ("vocab_size", "d_model", "n_layers", "n_dense_layers", "dense_width")
+SIZES += ("n_heads", "q_rank", "kv_rank", "nope_width", "rope_width", "value_width")
+SIZES += ("n_experts", "n_shared_experts", "expert_width", "top_k", "n_groups", "top_groups")
+OTHERS = ("mtp_depth", "rope_base", "yarn", "route_scale", "norm_eps", "init_std")
+
+
 def _check(m: ConfigDict) -> None:
-    """Raises UserError for sizes that make no V3."""
-    if not 1 <= m.n_dense_layers < m.n_layers:
+    """Raises UserError for keys that are missing and for sizes that make no V3."""
+    if missing := [key for key in (*SIZES, *OTHERS) if key not in m]:
+        raise UserError(
+            f"config.model lacks {', '.join(missing)}. Start from a config that holds a whole model, like tiny_v3."
+        )
+    for key, least in (*((size, 1) for size in SIZES), ("mtp_depth", 0)):
+        if not isinstance(m[key], int) or m[key] < least:
+            raise UserError(f"config.model.{key}={m[key]!r}: wanted an integer, {least} or more.")
+    known = Yarn.__dataclass_fields__
+    if m.yarn and not {"factor", "original_length"} <= set(m.yarn) <= set(known):
+        raise UserError(
+            f"config.model.yarn has the keys {', '.join(m.yarn)}: wanted some of {', '.join(known)}, "
+            "the first two always, or none at all."
+        )
+    if m.n_dense_layers >= m.n_layers:
         raise UserError(
             f"config.model.n_dense_layers={m.n_dense_layers} of n_layers={m.n_layers}: wanted one dense layer or more, "
             "and one MoE layer or more."
         )
-    if m.n_experts % m.n_groups or not 1 <= m.top_groups <= m.n_groups:
+    if m.n_experts % m.n_groups or m.top_groups > m.n_groups:
         raise UserError(
             f"config.model: {m.n_experts} experts in n_groups={m.n_groups}, top_groups={m.top_groups}. "
             "Choose groups that divide the experts, and top_groups from 1 to n_groups."
         )
-    if not 1 <= m.top_k <= m.n_experts // m.n_groups * m.top_groups:
+    if m.top_k > m.n_experts // m.n_groups * m.top_groups:
         raise UserError(
             f"config.model.top_k={m.top_k}: {m.top_groups} groups hold {m.n_experts // m.n_groups * m.top_groups} "
             "experts. Choose a smaller top_k or more top_groups."

@@ -59,6 +59,11 @@ def test_round_trip_and_exact_bytes(tokenizer, text):
     np.testing.assert_array_equal(tokenizer.encode_batch([text, text])[1], ids)
 
 
+def test_ids_past_the_vocabulary_stand_for_nothing(tokenizer):
+    ids = tokenizer.encode("ab").tolist()
+    assert tokenizer.decode([tokenizer.vocab_size, ids[0], 2**31 - 1, -1, *ids[1:]]) == "ab"
+
+
 def test_marks_are_read_only_on_request(tokenizer):
     text = "a<｜fim▁hole｜>b<｜end▁of▁sentence｜>"
     ids = tokenizer.encode(text, specials=True)
