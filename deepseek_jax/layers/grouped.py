@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+LARGEST_KEY = 2**31  # sort keys are int32
+
 
 class Order(NamedTuple):
     """Assignments (token, chosen expert) sorted by expert.
@@ -34,7 +36,7 @@ def sort_by_expert(experts_MK: jax.Array, n_experts: int) -> Order:
     """Sorts the assignments by expert, stably; expert `n_experts` means none and comes last."""
     expert_A = experts_MK.reshape(-1)
     rows = jnp.arange(expert_A.size, dtype=jnp.int32)
-    if (n_experts + 1) * expert_A.size < 2**31:  # one integer a row sorts quicker than argsort's pairs
+    if (n_experts + 1) * expert_A.size < LARGEST_KEY:  # one integer a row sorts quicker than argsort's pairs
         assignment_A = jnp.sort(expert_A * expert_A.size + rows) % expert_A.size
     else:
         assignment_A = jnp.argsort(expert_A, stable=True)

@@ -89,6 +89,16 @@ def test_sorting_by_hand():
     np.testing.assert_array_equal(order.count_X, [2, 1, 2])
 
 
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_both_ways_of_sorting_agree(name, monkeypatch):
+    by_key = sort_by_expert(jnp.asarray(ROUTINGS[name]), X)
+    monkeypatch.setattr(grouped, "LARGEST_KEY", 0)
+    by_pairs = sort_by_expert(jnp.asarray(ROUTINGS[name]), X)
+    np.testing.assert_array_equal(by_pairs.assignment_A, np.argsort(ROUTINGS[name].reshape(-1), kind="stable"))
+    for one, other in zip(by_key, by_pairs, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_so_many_rows_that_a_sort_key_would_overflow_are_sorted_by_pairs():
     few, many = (
         jax.eval_shape(lambda experts: sort_by_expert(experts, 8), jax.ShapeDtypeStruct((n, 2), jnp.int32))

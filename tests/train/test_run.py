@@ -143,4 +143,3 @@ def test_what_changed_between_two_configs_is_named():
     config = _options.parse([f"--config={CONFIG}"]).config
     other = _options.parse([f"--config={CONFIG}", "--config.optimizer.peak_rate=0.5"]).config
     assert train.differences(config, other) == ["optimizer.peak_rate: 0.003 -> 0.5"]
-
