@@ -8,17 +8,48 @@ from pathlib import Path
 
 import jax
 
+from deepseek_jax.errors import UserError
+
 
 def start_processes() -> None:
-    """Joins the other processes of a run on a cluster that JAX knows (SLURM, TPU pods, Kubernetes, Open MPI).
+    """Joins the other processes of a run; to be called before any array or device is asked for.
 
-    A process that was started alone stays alone.
+    JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID say it outright; what is left out JAX looks
+    up on a cluster that it knows.  Without them a process joins the others of its SLURM step, of its Open MPI run, of
+    its TPU slice or slices (where TPU_WORKER_HOSTNAMES, TPU_PROCESS_ADDRESSES or MEGASCALE_NUM_SLICES tell of them; on
+    other TPU pods set JAX_NUM_PROCESSES) or of its indexed Kubernetes Job (this needs the package kubernetes).  A
+    process started alone stays alone, as does one with JAX_NUM_PROCESSES=1 and no coordinator.
+
+    Raises:
+        UserError: the others cannot be found or reached.
     """
     if jax.distributed.is_initialized():
         return
-    clusters = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
-    if any(int(os.environ.get(name) or 1) > 1 for name in clusters) or os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        jax.distributed.initialize()
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    address, number, index = (os.environ.get(name, "") for name in names)
+    if not address and (number == "1" or not (number or _cluster_variables())):
+        return
+    try:
+        given = {"coordinator_address": address, "num_processes": number and int(number)}
+        given |= {"process_id": index and int(index)}
+        jax.distributed.initialize(**{name: value for name, value in given.items() if value != ""})
+    except (ValueError, RuntimeError, LookupError, OSError) as error:
+        told = [name for name in names if name in os.environ] + _cluster_variables()
+        shown, reason = ", ".join(f"{name}={os.environ[name]}" for name in told), (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"{shown}: the processes of the run could not be joined ({reason.rstrip('.')}). Set "
+            "JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID in each process (SLURM: start "
+            "them with srun), or JAX_NUM_PROCESSES=1 alone for a run of one."
+        ) from error
+
+
+def _cluster_variables() -> list[str]:
+    """Those variables of the surroundings that tell of several processes (of a Job in Kubernetes: of any number)."""
+    numbers = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
+    told = [name for name in numbers if os.environ.get(name, "1") not in ("", "0", "1")]
+    told += [name for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES") if "," in os.environ.get(name, "")]
+    job = ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX")
+    return told + [name for name in job if set(job) <= os.environ.keys()]
 
 
 def keep_freed_memory() -> None:

@@ -10,7 +10,8 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up.  A room imports itself and what stands on lower floors, never a neighbour on its own floor.
 FLOORS = (
-    ("shapes", "errors", "compat"),
+    ("shapes", "errors"),
+    ("compat",),
     ("precision", "data"),
     ("parallel",),
     ("layers",),

@@ -1,0 +1,170 @@
+"""Several processes: what joins them, and that two of them train as one does."""
+
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from deepseek_jax import compat
+from deepseek_jax.errors import UserError
+from deepseek_jax.train.metrics import read_log
+
+CONFIG = str(Path(__file__).parent.parent / "train" / "nano_v3.py")
+CLUSTERS = ("JAX_", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_COMPLETION_INDEX")
+
+
+@pytest.fixture
+def joined(monkeypatch) -> list[dict]:
+    """A process outside any cluster; receives the arguments of each call of ``jax.distributed.initialize``."""
+    for name in [name for name in os.environ if name.startswith(CLUSTERS)]:
+        monkeypatch.delenv(name)
+    calls: list[dict] = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"JAX_NUM_PROCESSES": "1", "SLURM_NTASKS": "8"},
+        {"SLURM_NTASKS": "1"},
+        {"OMPI_COMM_WORLD_SIZE": "1"},
+        {"TPU_WORKER_HOSTNAMES": "localhost"},
+        {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+    ],
+)
+def test_a_process_started_alone_stays_alone(joined, monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    compat.start_processes()
+    assert joined == []
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_NTASKS": "2"},
+        {"OMPI_COMM_WORLD_SIZE": "2"},
+        {"TPU_WORKER_HOSTNAMES": "a,b"},
+        {"TPU_PROCESS_ADDRESSES": "a:1,b:1"},
+        {"MEGASCALE_NUM_SLICES": "2"},
+        {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"},
+    ],
+)
+def test_jax_finds_the_others_on_a_cluster_it_knows(joined, monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    compat.start_processes()
+    assert joined == [{}]
+
+
+def test_what_is_given_is_handed_on(joined, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1234")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    compat.start_processes()
+    assert joined == [{"coordinator_address": "host:1234", "num_processes": 2, "process_id": 0}]
+
+
+@pytest.mark.parametrize("number", ["2", "two"])
+def test_too_little_given_is_the_users_error(joined, monkeypatch, number):
+    def refuse(**given):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    monkeypatch.setenv("JAX_NUM_PROCESSES", number)
+    with pytest.raises(UserError, match=f"JAX_NUM_PROCESSES={number}: .*Set JAX_COORDINATOR_ADDRESS=host:port"):
+        compat.start_processes()
+
+
+def write_corpus(folder: Path) -> None:
+    """Forty small documents."""
+    for number in range(40):
+        words = random.Random(number).choices("def return self import for in if not None True".split(), k=160)
+        (folder / f"{number}.txt").write_text(" ".join(words))
+
+
+def start(workdir: Path, steps: int, n_processes: int, *overrides: str) -> list[subprocess.Popen]:
+    """The train verb on four CPU devices in all, shared out over processes joined through the loopback."""
+    words = [f"--config={CONFIG}", f"--workdir={workdir}", "--no-sample", f"--config.train.steps={steps}"]
+    words += [f"--config.data.source={workdir.parent}/*.txt", f"--config.data.cache_dir={workdir.parent}/cache"]
+    words += ["--config.mesh.data=2", "--config.mesh.expert=2", *overrides]
+    flags = f"--xla_force_host_platform_device_count={4 // n_processes} --xla_backend_optimization_level=0"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(CLUSTERS[1:])}
+    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_NUM_PROCESSES": str(n_processes)}
+    if n_processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            environment["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = []
+    for index in range(n_processes):
+        with output(workdir, index).open("a") as file:
+            command = [sys.executable, "-m", "deepseek_jax", "train", *words]
+            own = environment | {"JAX_PROCESS_ID": str(index)}
+            processes.append(subprocess.Popen(command, env=own, stdout=file, stderr=subprocess.STDOUT))
+    return processes
+
+
+def finish(workdir: Path, processes: list[subprocess.Popen]) -> list[int]:
+    """The exit codes; nobody is left running."""
+    try:
+        return [process.wait(timeout=240) for process in processes]
+    except subprocess.TimeoutExpired:
+        pytest.fail("\n".join(output(workdir, index).read_text() for index in range(len(processes))))
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def output(workdir: Path, index: int) -> Path:
+    """Where process ``index`` prints."""
+    return workdir.with_suffix(f".{index}.out")
+
+
+def printed(workdir: Path, index: int) -> str:
+    return output(workdir, index).read_text()
+
+
+def train(workdir: Path, steps: int, n_processes: int) -> None:
+    codes = finish(workdir, start(workdir, steps, n_processes))
+    assert codes == [0] * n_processes, "\n".join(printed(workdir, index) for index in range(n_processes))
+
+
+def figures(workdir: Path, name: str) -> list:
+    return [record[name] for record in read_log(workdir / "metrics.jsonl") if name in record]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does_and_go_on(tmp_path):
+    """6 steps, then 3 more from the checkpoint, on 2 x 2 devices; the losses of one process with 4 devices to 1e-5."""
+    write_corpus(tmp_path)
+    two, one = tmp_path / "two", tmp_path / "one"
+    train(two, 6, n_processes=2)
+    train(two, 9, n_processes=2)
+    train(one, 9, n_processes=1)
+    assert "going on from step 6" in printed(two, 0)
+    assert "nano_v3" not in printed(two, 1) and "loss" not in printed(two, 1)  # the first speaks for all
+    assert len(figures(two, "loss")) == 9
+    np.testing.assert_allclose(figures(two, "loss"), figures(one, "loss"), rtol=1e-5)
+    np.testing.assert_allclose(figures(two, "bits_per_byte")[-1], figures(one, "bits_per_byte")[-1], rtol=1e-5)
+    assert figures(two, "checksum") == figures(one, "checksum")
+
+
+@pytest.mark.slow
+def test_a_directory_that_is_taken_stops_all_processes(tmp_path):
+    """Only the first process sees the lock; the others must not wait for it in vain."""
+    from deepseek_jax.train.checkpoint import Checkpointer
+
+    write_corpus(tmp_path)
+    with Checkpointer(tmp_path / "run" / "checkpoints"):
+        codes = finish(tmp_path / "run", start(tmp_path / "run", 3, 2))
+    assert codes == [2, 2]
+    assert "being written by another run" in printed(tmp_path / "run", 0)
+    assert "process 0" in printed(tmp_path / "run", 1)
