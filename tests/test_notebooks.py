@@ -36,7 +36,11 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
-@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+SLOW = ("00_tour", "03_mtp")  # they compile a training step
+RUNS = [pytest.param(file, marks=[pytest.mark.slow] if file.stem in SLOW else [], id=file.stem) for file in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("file", RUNS)
 def test_a_notebook_runs(file, tmp_path):
     environment = os.environ | {"JUPYTER_RUNTIME_DIR": str(tmp_path / "jupyter")}
     (tmp_path / "here").mkdir()
