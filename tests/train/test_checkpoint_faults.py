@@ -308,7 +308,7 @@ for case in sys.argv[2:]:
 def test_sigkill_at_any_moment_leaves_a_good_step(tmp_path):
     """Killed on entering a stage of the third save (or of the deletion after it), and at odd times."""
     stages = ["finalize:1", "commit:1", "fsync:3", "replace:1", "replace:3", "replace:4", "rmtree:1"]
-    cases = stages + [f"after:{seconds:.2f}" for seconds in RNG.uniform(0, 0.4, size=3)]
+    cases = stages + [f"after:{seconds:.6f}" for seconds in RNG.uniform(0, 0.4, size=3)]
     done = run_python(KILLED, tmp_path, *cases)
     assert done.returncode == 0, done.stderr
     for case in cases:
