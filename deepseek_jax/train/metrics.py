@@ -52,6 +52,7 @@ FIGURES = {
     "max_violation": ("maxvio", ".3f"),
     "skipped": ("skipped", "d"),
 }
+LOG_ONLY = ("checksum", "skipped_in_row")  # written, never shown
 SPEED = {
     "tokens_per_second": ("tokens/s", ".0f"),
     "mfu": ("mfu", ".1%"),
@@ -441,7 +442,7 @@ def _view(metrics: Metrics, width: int, ascii_only: bool) -> Any:
     progress = ProgressBar(total=total, completed=metrics.now)
     bar.add_row(metrics._heading(metrics.now), progress, f"{metrics.now / total:.0%}  {eta}")
 
-    others = {name: (name, ".4g") for name in metrics.figures if name not in FIGURES}
+    others = {name: (name, ".4g") for name in metrics.figures if name not in FIGURES and name not in LOG_ONLY}
     figures = _columns(metrics.figures, FIGURES | others) + _columns(metrics.speed, SPEED)
     held_out = [f"held-out {column}" for column in _columns(metrics.held_out, FIGURES)]
     cells = [_styled(*column.split("=")) for column in figures + held_out]
