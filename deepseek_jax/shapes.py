@@ -27,6 +27,7 @@ LEGEND = {
     "J": "rows of one block of a grouped matmul",
     "I": "blocks of a grouped matmul",
     "L": "layers stacked on one leading axis",
+    "Z": "key-value heads (grouped-query attention)",
     "W": "devices along a mesh axis",
     "Y": "two model widths side by side, Y = 2D",
 }

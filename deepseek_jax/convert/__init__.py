@@ -1,0 +1,1 @@
+"""Published weights in and out: safetensors files, the names in them, Hugging Face directories."""
