@@ -62,11 +62,11 @@ def commit(path: Path, step: int, arrays: dict[str, dict]) -> None:
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         files = dict(zip(names, pool.map(lambda name: _digest(path / name, flush=True), names), strict=True))
     for folder in (path, *(folder for folder in path.rglob("*") if folder.is_dir())):
-        _flush_folder(folder)
+        flush_folder(folder)
     manifest = json.dumps({"format": FORMAT, "step": step, "arrays": arrays, "files": files}, indent=1).encode()
     write_atomically(path / MANIFEST, manifest)
     write_atomically(path / COMMIT, _marker(step, manifest))
-    _flush_folder(path.parent)
+    flush_folder(path.parent)
 
 
 def read_manifest(path: Path, step: int) -> dict:
@@ -133,7 +133,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-    _flush_folder(path.parent)
+    flush_folder(path.parent)
 
 
 def read_checked(path: Path) -> bytes:
@@ -159,7 +159,8 @@ def _digest(path: Path, flush: bool = False) -> dict:
         return {"size": file.tell(), "sha256": digest}
 
 
-def _flush_folder(path: Path) -> None:
+def flush_folder(path: Path) -> None:
+    """Puts a directory's entries on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,0 +1,424 @@
+"""A checkpoint written or read piece by piece, so that a model of any size passes through little memory.  No JAX.
+
+    arrays = {"params/head/weight_DV": ((7168, 129280), "bfloat16"), …}
+    with StreamedStep(workdir / "checkpoints", 0, arrays, source="what is being written") as step:
+        for name, index, piece in pieces:                 # index: layer, or layer and expert, or () for the whole
+            if not step.is_done(name, index):             # done before the program was killed
+                step.write(name, index, piece)
+        step.commit({"config": …})                        # from now on it is a checkpoint
+
+    read = StepReader(workdir / "checkpoints", 0)
+    read("params/moe_blocks/experts/gate_XDF", (3, 17))   # one expert of one layer
+
+What ``train.checkpoint.Checkpointer`` restores, on any mesh, is an Orbax directory of zarr arrays (version 2).  In the
+plainest form of that format an array is a folder with a JSON header, ``.zarray``, and a file for each chunk: the bytes
+of an evenly spaced block in C order, named by its place, ``3.17.0.0``.  Here a chunk is one piece, or a block of rows
+of a large one, uncompressed: weights shrink by a quarter at best, and at a tenth of a disk's speed.
+
+A journal beside the step, ``step_00000000.journal``, lists the pieces that are on the disk (flushed, not merely handed
+to the system).  Its first line says what is being written from what, and only the same again may go on from there.
+The step has no COMMIT marker until all is written and hashed, so nobody takes it for a checkpoint.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import queue
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401 - numpy learns the names of bfloat16 and the float8s
+import numpy as np
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.train import manifest as files
+
+CHUNK_BYTES = 128 * 2**20  # a larger piece is cut into blocks of rows
+PENDING = 16  # chunk files written and not yet flushed, at most
+DICT_KEY = 2  # Orbax's number for the key of a dict
+JOURNAL_FORMAT = 1
+
+Index = tuple[int, ...]
+
+
+class StreamedStep:
+    """One step of a directory of checkpoints, written in pieces that come in any order; takes up where it was killed.
+
+    Args:
+        directory: of the checkpoints; made if need be, and locked against other writers.
+        step: its number.
+        arrays: name, as ``train.tree.flatten`` gives it, -> (shape, dtype).
+        source: a line that is the same for the same bytes; what was written from another one is not gone on from.
+
+    Attributes:
+        n_bytes: of all arrays.
+        n_bytes_done: of those pieces that are written, now or before.
+        resumed: whether an earlier start left pieces to go on from.
+
+    Raises:
+        UserError: the step exists, or another source's unfinished one; no right to write; another writer.
+    """
+
+    def __init__(self, directory: str | os.PathLike, step: int, arrays: Mapping[str, tuple], source: str):
+        self.directory, self.step = Path(os.path.abspath(directory)), step
+        self.path = files.step_dir(self.directory, step)
+        self._arrays = {name: (tuple(shape), np.dtype(dtype)) for name, (shape, dtype) in arrays.items()}
+        self._lead: dict[str, int] = {}  # leading axes that an index names: one number an array
+        self._done: set[tuple[str, Index]] = set()
+        self.n_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._arrays.values())
+        self.n_bytes_done = 0
+        self._journal = self._flusher = None
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = files.WriterLock(self.directory)
+        except OSError as error:
+            raise UserError(f"cannot write checkpoints to {self.directory}: {error.strerror}.") from None
+        try:
+            self._open(source)
+        except BaseException:
+            self._lock.release()
+            raise
+        self.resumed = bool(self._done)
+        self._flusher = _Flusher(self._journal)
+
+    def __enter__(self) -> "StreamedStep":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def is_done(self, name: str, index: Index = ()) -> bool:
+        """Whether a piece is written already."""
+        return (name, tuple(index)) in self._done
+
+    def write(self, name: str, index: Index, piece: np.ndarray) -> None:
+        """Writes ``array[index] = piece``; the indices of one array are all of the same length.
+
+        A piece need not be contiguous: it is copied by chunks of at most 128 MiB.
+        """
+        shape, dtype = self._arrays[name]
+        index = tuple(int(i) for i in index)
+        if piece.dtype != dtype or piece.shape != shape[len(index) :]:
+            there = f"{piece.dtype}{list(piece.shape)}"
+            raise ValueError(f"{name}{list(index)}: {there} is no piece of an array {dtype}{list(shape)}.")
+        if len(index) != self._lead.setdefault(name, len(index)) or any(
+            not 0 <= i < n for i, n in zip(index, shape, strict=False)
+        ):
+            raise ValueError(f"{name}{list(index)}: wanted {self._lead[name]} indices inside {list(shape)}.")
+        if self.is_done(name, index):
+            return
+        folder = self._folder(name)
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+        chunk = _chunk_shape(shape, dtype, len(index))
+        rows = chunk[len(index)] if len(index) < len(shape) else None
+        opened = []
+        try:
+            for key, size in _chunk_files(shape, dtype, index):
+                block = piece if rows is None else piece[key[len(index)] * rows :][:rows]
+                opened.append(_write_chunk(folder / _file_name(key), block, size))
+        except OSError as error:
+            for file in opened:
+                os.close(file)
+            raise UserError(
+                f"{folder}: {error.strerror}. Make room; the same command then goes on from here."
+            ) from None
+        self._flusher.add(json.dumps([name, index]), folder, opened)
+        self._mark(name, index)
+
+    def flush(self) -> None:
+        """Returns once all that was written is on the disk and in the journal."""
+        self._flusher.wait()
+
+    def commit(self, meta: dict) -> None:
+        """Hashes all files and makes the step a checkpoint; ``meta["config"]`` becomes ``config.json``."""
+        missing = next(self._missing(), None)
+        if missing is not None:
+            raise ValueError(f"{self.path}: {missing} was never written.")
+        self.flush()
+        for litter in (self.path / files.MANIFEST, *self.path.rglob("*.partial")):  # of a commit that was killed
+            litter.unlink(missing_ok=True)
+        for name, (shape, dtype) in self._arrays.items():
+            self._write_header(name, shape, dtype)
+        self._write(self.path / files.ARRAYS / "_METADATA", _orbax_metadata(self._arrays))
+        self._write(self.path / files.META, {key: value for key, value in meta.items() if key != "config"})
+        if "config" in meta:
+            self._write(self.path / files.CONFIG, meta["config"])
+        described = {name: {"shape": list(shape), "dtype": str(dtype)} for name, (shape, dtype) in self._arrays.items()}
+        files.commit(self.path, self.step, described)
+        self.close()
+        self._journal_path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Flushes what was written and lets go of the directory; what is not committed can be gone on with."""
+        flusher, self._flusher = self._flusher, None
+        try:
+            if flusher is not None:
+                flusher.close()
+        finally:
+            if self._journal is not None:
+                self._journal.close()
+                self._journal = None
+            self._lock.release()
+
+    # ---- how
+
+    @property
+    def _journal_path(self) -> Path:
+        return self.path.with_name(self.path.name + ".journal")
+
+    def _folder(self, name: str) -> Path:
+        return self.path / files.ARRAYS / name.replace("/", ".")
+
+    def _open(self, source: str) -> None:
+        """Reads what an earlier start has left behind, or begins anew."""
+        arrays = json.dumps({name: [shape, str(dtype)] for name, (shape, dtype) in sorted(self._arrays.items())})
+        digest = hashlib.sha256(arrays.encode()).hexdigest()
+        first = {"format": JOURNAL_FORMAT, "step": self.step, "source": source, "arrays": digest}
+        if self.step in files.committed_steps(self.directory):
+            self._journal_path.unlink(missing_ok=True)
+            raise UserError(f"{self.path} is a finished checkpoint. Choose another directory, or move it away.")
+        lines = _whole_lines(self._journal_path)
+        if lines and lines[0] != first:
+            was = lines[0].get("source") if isinstance(lines[0], dict) else "an unreadable journal"
+            what = "other arrays of the same source" if was == source else was
+            raise UserError(
+                f"{self.path} was begun with {what} and is not finished; now given: {source}. "
+                f"Delete it and {self._journal_path.name} to begin anew, or choose another directory."
+            )
+        if not lines and self.path.exists():  # what some other unfinished save has left
+            files.remove(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        for line in lines[1:]:
+            self._recall(line)
+        text = "".join(f"{json.dumps(line)}\n" for line in [first, *([n, i] for n, i in sorted(self._done))])
+        files.write_atomically(self._journal_path, text.encode())  # without what was torn or is not there any more
+        self._journal = open(self._journal_path, "ab")
+
+    def _recall(self, line: object) -> None:
+        """Takes a piece as done if its files are there, of the right size (a later run may have cleaned up)."""
+        name, index = line[0], tuple(line[1])
+        shape, dtype = self._arrays[name]
+        folder = self._folder(name)
+        sizes = {folder / _file_name(key): size for key, size in _chunk_files(shape, dtype, index)}
+        try:
+            there = all(os.stat(file).st_size == size for file, size in sizes.items())
+        except FileNotFoundError:
+            there = False
+        if there and not self.is_done(name, index):
+            self._lead[name] = len(index)
+            self._mark(name, index)
+
+    def _mark(self, name: str, index: Index) -> None:
+        shape, dtype = self._arrays[name]
+        self._done.add((name, index))
+        self.n_bytes_done += math.prod(shape[len(index) :]) * dtype.itemsize
+
+    def _missing(self):
+        """Yields the pieces not yet written."""
+        for name, (shape, _) in self._arrays.items():
+            if name not in self._lead:
+                yield name
+                continue
+            for index in itertools.product(*map(range, shape[: self._lead[name]])):
+                if not self.is_done(name, index):
+                    yield f"{name}{list(index)}"
+
+    def _write_header(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        header = {
+            "zarr_format": 2,
+            "shape": shape,
+            "chunks": _chunk_shape(shape, dtype, self._lead[name]),
+            "dtype": dtype.str if dtype.isbuiltin == 1 else dtype.name,
+            "compressor": None,
+            "filters": None,
+            "fill_value": None,
+            "order": "C",
+            "dimension_separator": ".",
+        }
+        self._write(self._folder(name) / ".zarray", header)
+
+    def _write(self, path: Path, content: dict) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomically(path, f"{json.dumps(content, indent=2)}\n".encode())
+
+
+class StepReader:
+    """Reads pieces of a committed step, whether Orbax or ``StreamedStep`` has written it.
+
+    Args:
+        directory: of the checkpoints.
+        step: a committed one; its files are taken as they are (``manifest.verify`` proves them).
+        cache_bytes: decoded chunks to keep.  Orbax puts all layers of an array that one device held into one chunk,
+            which has to be decoded for each layer again unless it is kept.
+
+    Attributes:
+        arrays: name -> (shape, dtype).
+    """
+
+    def __init__(self, directory: str | os.PathLike, step: int, cache_bytes: int = 512 * 2**20):
+        import tensorstore
+
+        self.path = files.step_dir(Path(os.path.abspath(directory)), step)
+        described = files.read_manifest(self.path, step)["arrays"]
+        self.arrays = {name: (tuple(a["shape"]), np.dtype(a["dtype"])) for name, a in described.items()}
+        self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
+        self._opened = {}
+
+    def __call__(self, name: str, index: Index = ()) -> np.ndarray:
+        """Returns ``array[index]``, the only part of it that is kept in memory."""
+        if name not in self._opened:
+            self._opened[name] = self._open(name)
+        return self._opened[name][tuple(index)].read().result()
+
+    def _open(self, name: str):
+        import tensorstore
+
+        folder, key = self.path / files.ARRAYS, name.replace("/", ".")
+        if (folder / "manifest.ocdbt").exists():
+            store = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{key}/"}
+        else:
+            store = {"driver": "file", "path": f"{folder / key}/"}
+        spec = {"driver": "zarr", "kvstore": store, "recheck_cached_data": False}
+        return tensorstore.open(spec, read=True, open=True, context=self._context).result()
+
+
+class _Flusher:
+    """A thread that flushes chunk files to the disk and then enters their pieces into the journal, many at a time.
+
+    Only open files wait here: their bytes are in the system's page cache, not in this process.
+    """
+
+    def __init__(self, journal):
+        self._journal = journal
+        self._waiting: queue.Queue = queue.Queue(PENDING)
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="flush", daemon=True)
+        self._thread.start()
+
+    def add(self, line: str, folder: Path, opened: list[int]) -> None:
+        self._check()
+        self._waiting.put((line, folder, opened))
+
+    def wait(self) -> None:
+        self._waiting.join()
+        self._check()
+
+    def close(self) -> None:
+        if self._thread.is_alive():
+            self._waiting.put(None)
+            self._thread.join()
+        self._check()
+
+    def _check(self) -> None:
+        if isinstance(self._failure, OSError):
+            text = f"what was written could not be flushed to the disk ({self._failure.strerror})"
+            raise UserError(f"{text}. Mend that; the same command then goes on from here.") from self._failure
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        going_on = True
+        while going_on:
+            batch = [self._waiting.get()]
+            while not self._waiting.empty():
+                batch.append(self._waiting.get())
+            going_on = None not in batch
+            try:
+                self._flush([entry for entry in batch if entry is not None])
+            except BaseException as error:  # told at the next write; nothing is entered any more
+                self._failure = error
+            for _ in batch:
+                self._waiting.task_done()
+
+    def _flush(self, batch: list[tuple[str, Path, list[int]]]) -> None:
+        failure = None
+        for file in (file for _, _, opened in batch for file in opened):
+            try:
+                os.fsync(file)
+            except OSError as error:
+                failure = error
+            finally:
+                os.close(file)
+        if failure is not None or self._failure is not None:
+            raise failure or self._failure
+        for folder in {folder for _, folder, _ in batch}:
+            files.flush_folder(folder)
+        self._journal.write("".join(f"{line}\n" for line, _, _ in batch).encode())
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+
+
+def _chunk_shape(shape: tuple[int, ...], dtype: np.dtype, lead: int) -> tuple[int, ...]:
+    """A piece, or as many equal blocks of its rows as keep each within CHUNK_BYTES."""
+    piece = shape[lead:]
+    if not piece:
+        return (1,) * lead
+    n_blocks = min(math.ceil(math.prod(piece) * dtype.itemsize / CHUNK_BYTES), piece[0])
+    return (*(1,) * lead, math.ceil(piece[0] / n_blocks), *piece[1:])
+
+
+def _chunk_files(shape: tuple[int, ...], dtype: np.dtype, index: Index):
+    """Yields (place of a chunk in the grid, its bytes) for the chunks of a piece."""
+    chunk = _chunk_shape(shape, dtype, len(index))
+    size = math.prod(chunk) * dtype.itemsize
+    if len(index) == len(shape):
+        yield index, size
+        return
+    rest = (0,) * (len(shape) - len(index) - 1)
+    for block in range(math.ceil(shape[len(index)] / chunk[len(index)])):
+        yield (*index, block, *rest), size
+
+
+def _file_name(key: Index) -> str:
+    return ".".join(map(str, key)) or "0"
+
+
+def _write_chunk(path: Path, block: np.ndarray, size: int) -> int:
+    """Writes a chunk of ``size`` bytes, the last one of an array filled up with zeros; returns the open file."""
+    data = memoryview(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        while data:
+            data = data[os.write(file, data) :]
+        os.ftruncate(file, size)
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def _whole_lines(path: Path) -> list:
+    """The JSON lines of a journal, up to the first that a crash has torn."""
+    lines = []
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return lines
+    for line in text.split(b"\n")[:-1]:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def _orbax_metadata(arrays: Mapping[str, tuple]) -> dict:
+    """The ``_METADATA`` file by which Orbax knows the tree and the format."""
+
+    def leaf(name: str, shape: tuple[int, ...]) -> dict:
+        keys = [{"key": key, "key_type": DICT_KEY} for key in name.split("/")]
+        value = {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": list(shape)}
+        return {"key_metadata": keys, "value_metadata": value}
+
+    tree = {str(tuple(name.split("/"))): leaf(name, shape) for name, (shape, _) in arrays.items()}
+    return {
+        "tree_metadata": tree,
+        "use_ocdbt": False,
+        "use_zarr3": False,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
