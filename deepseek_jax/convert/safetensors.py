@@ -1,0 +1,563 @@
+"""Directories of safetensors files, read without trust and written in one pass.  Plain files and numpy, no JAX.
+
+A file is    u64 little-endian n | n bytes of JSON {name: {"dtype", "shape", "data_offsets": [begin, end]}} | data
+A directory is model.safetensors alone, or shards and model.safetensors.index.json {"weight_map": {name: shard}}.
+
+Reading.  `open_directory` looks at headers and file sizes only and accepts what leaves no doubt: every byte of data
+belongs to exactly one tensor, shape times item size equals the bytes, index and shards name the same tensors, shards
+stand in the directory itself (a symlink may lead elsewhere: that is how download caches are built).  Anything else is
+a UserError, found with less than 200 MB of memory however hostile the file; hence headers of at most 24 MB, where the
+format's own libraries take 100.  Tensors come by pread into fresh memory: pages of a memory map would count as ours.
+
+8-bit weights.  `read_dequantized` gives    w[i, j] = q[i, j] * scale_inv[i // 128, j // 128]
+with q and scale_inv taken to float32, multiplied there and rounded once.  A code has 256 values, so each block gets
+a table of 256 results and the rest is looking up: 0.9 GB of codes a second and core, twice that in bfloat16.
+
+Writing.  `write_directory` knows all sizes beforehand, writes headers first and each tensor as it is made.  Files bear
+their names only once all are on the disk, the index comes last: what looks finished is.
+
+Format: https://github.com/huggingface/safetensors; the published libraries read bfloat16 but not float8 into numpy.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from deepseek_jax.errors import UserError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SCALE_SUFFIX = "_scale_inv"
+BLOCK = (128, 128)
+MAX_SHARD_BYTES = 5_000_000_000
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# 8-bit floats that are weights: how many of their positive codes are finite numbers (they come first).
+FINITE_CODES = {"F8_E4M3": 0x7F, "F8_E5M2": 0x7C}
+SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
+
+MAX_JSON_BYTES = 24_000_000  # of text: 250,000 tensors
+MAX_JSON_VALUES = 1_500_000  # lists, objects and what stands in them: what bounds the memory of the parsed text
+MAX_RANK = 32
+ALIGNMENT = 64  # bytes; with it JAX can take an array on the CPU without a copy
+IO_BYTES = 1 << 30  # one system call moves at most 2 GiB
+OPEN_FILES = 32
+THREADS = min(8, os.cpu_count() or 1)
+TABLE_CODES = 1 << 18  # codes looked up at once, so that their indices stay in the cache
+
+
+class Info(NamedTuple):
+    """What a header says of a tensor: dtype by its name in the format, a key of DTYPES."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class Entry(NamedTuple):
+    """A tensor to be written: ``make()`` is called when its turn comes, and its array dropped after."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: object  # a key of DTYPES, or a numpy dtype
+    make: Callable[[], np.ndarray]
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def open_directory(directory: str | os.PathLike) -> "Tensors":
+    """Returns the tensors of a directory after checking all headers; reads no data.  Raises UserError."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        what = "is not a directory" if os.path.lexists(directory) else "does not exist"
+        raise UserError(f"{directory}: {what}. Give the directory that holds {SINGLE} or {INDEX}.")
+    try:
+        found = sorted(os.listdir(directory))
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be read ({error.strerror}).") from None
+    if SINGLE in found and INDEX in found:
+        raise UserError(f"{directory}: has both {SINGLE} and {INDEX}, which may differ. Keep the one that is meant.")
+    if SINGLE in found:
+        return Tensors(directory, {SINGLE: None})
+    if INDEX in found:
+        return Tensors(directory, _by_shard(directory / INDEX))
+    shards = [name for name in found if name.endswith((".safetensors", ".partial"))]
+    hint = f" It holds {_few(shards)}: an unfinished download or export?" if shards else ""
+    raise UserError(f"{directory}: no {SINGLE} and no {INDEX}.{hint}")
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """Returns the JSON object in a file; UserError for anything else, duplicated keys and hostile sizes included."""
+    path = Path(path)
+    with _File(path) as file:
+        _check_json_size(path, file.size)
+        return _parse_object(path, bytes(file.read(0, file.size)))
+
+
+class Tensors:
+    """The tensors of a directory.  Safe to read from several threads."""
+
+    def __init__(self, directory: Path, shards: dict[str, set[str] | None]):
+        self.directory = directory
+        self._places: dict[str, _Place] = {}
+        self._files: dict[str, _File] = {}
+        self._lock = threading.Lock()
+        missing = [shard for shard in shards if not os.path.lexists(directory / shard)]
+        if missing:
+            raise UserError(
+                f"{directory / missing[0]}: missing, {len(missing)} of {len(shards)} files named in {INDEX} are. "
+                "Download or export again."
+            )
+        for shard, names in shards.items():
+            with _File(directory / shard) as file:
+                places = _read_header(file, shard)
+            if names is not None:
+                _compare(directory, shard, names, places.keys())
+            self._places |= places
+
+    def names(self) -> list[str]:
+        """Returns all names, scales included, file by file in the order of the data."""
+        return list(self._places)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def info(self, name: str) -> Info:
+        """Returns the dtype and shape of a tensor as stored."""
+        return self._place(name).info
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns a tensor as stored, in fresh memory, aligned.  Raises UserError where the file has changed."""
+        place = self._place(name)
+        buffer = _aligned(place.info.nbytes)
+        self._file(place.shard).read_into(buffer, place.offset)
+        if place.info.dtype == "BOOL" and buffer.size and buffer.max() > 1:
+            raise UserError(f"{self._where(name)}: a BOOL holds a byte other than 0 and 1. The file is damaged.")
+        return buffer.view(DTYPES[place.info.dtype]).reshape(place.info.shape)
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a tensor is one of 8-bit floats, which `read_dequantized` multiplies with its scales."""
+        return self.info(name).dtype in FINITE_CODES
+
+    def read_dequantized(self, name: str, dtype: object = None, block: tuple[int, int] = BLOCK) -> np.ndarray:
+        """Returns an 8-bit weight times its ``NAME_scale_inv`` in ``dtype`` (bfloat16), any other tensor as stored.
+
+        w = round(float32(q) * float32(scale_inv)), blocks over the last two axes, the last ones may be partial.
+        Memory: the result and a few MB for each of THREADS threads.  Raises UserError for scales that are missing,
+        of a wrong shape, not finite, negative or beyond ``dtype``, and for a NaN or an infinity among the codes.
+        """
+        if not self.is_quantized(name):
+            return self.read(name)
+        place, dtype = self._place(name), np.dtype(dtype or ml_dtypes.bfloat16)
+        shape = place.info.shape
+        scales = self._scales(name, dtype, block).reshape(-1, *_blocks(shape, block)[-2:])
+        values = np.arange(256, dtype=np.uint8).view(DTYPES[place.info.dtype]).astype(np.float32)
+        rows, columns = shape[-2:]
+        result = _aligned(math.prod(shape) * dtype.itemsize).view(dtype).reshape(-1, rows, columns)
+        file, limit = self._file(place.shard), FINITE_CODES[place.info.dtype]
+
+        def one_row_of_blocks(matrix: int, i: int) -> None:
+            start, stop = i * block[0], min((i + 1) * block[0], rows)
+            codes = np.empty((stop - start, columns), np.uint8)
+            file.read_into(codes.reshape(-1), place.offset + (matrix * rows + start) * columns)
+            if (codes & 0x7F).max() >= limit:
+                row, column = np.argwhere((codes & 0x7F) >= limit)[0]
+                raise UserError(f"{self._where(name)}: NaN or infinity in row {start + row}, column {column}.")
+            with np.errstate(all="ignore"):  # the table has the codes that do not occur as well
+                table = (scales[matrix, i, :, None] * values).astype(dtype).reshape(-1)
+            _look_up(table, codes, block[1], result[matrix, start:stop])
+
+        if result.size:
+            jobs = [(matrix, i) for matrix in range(len(result)) for i in range(scales.shape[1])]
+            with ThreadPoolExecutor(min(THREADS, len(jobs))) as pool:
+                list(pool.map(lambda job: one_row_of_blocks(*job), jobs))
+        return result.reshape(shape)
+
+    def _scales(self, name: str, dtype: np.dtype, block: tuple[int, int]) -> np.ndarray:
+        scale_name, shape = name + SCALE_SUFFIX, self.info(name).shape
+        if scale_name not in self:
+            raise UserError(f"{self._where(name)}: 8-bit, but there is no {_shown(scale_name)} to multiply it with.")
+        found = self.info(scale_name)
+        if len(shape) < 2 or found.shape != _blocks(shape, block):
+            wanted = f"{list(_blocks(shape, block))}" if len(shape) > 1 else "two axes or more"
+            raise UserError(
+                f"{self._where(scale_name)}: shape {list(found.shape)}; {_shown(name)} of shape {list(shape)} "
+                f"in blocks of {block[0]}x{block[1]} wants {wanted}."
+            )
+        if found.dtype not in SCALE_DTYPES:
+            raise UserError(f"{self._where(scale_name)}: dtype {found.dtype}; scales are {' or '.join(SCALE_DTYPES)}.")
+        scales = self.read(scale_name).astype(np.float32)
+        largest = float(ml_dtypes.finfo(DTYPES[self.info(name).dtype]).max)
+        lawful = (scales >= 0) & (scales * np.float64(largest) <= float(ml_dtypes.finfo(dtype).max))  # false for a NaN
+        if not lawful.all():
+            at = [int(i) for i in np.argwhere(~lawful)[0]]
+            raise UserError(f"{self._where(scale_name)}: {scales[tuple(at)]} at {at} is no scale for {dtype.name}.")
+        return scales
+
+    def _place(self, name: str) -> "_Place":
+        if name not in self._places:
+            raise UserError(f"{self.directory}: no tensor {_shown(name)}.")
+        return self._places[name]
+
+    def _where(self, name: str) -> str:
+        return f"{self.directory / self._place(name).shard}: {_shown(name)}"
+
+    def _file(self, shard: str) -> "_File":
+        with self._lock:
+            if shard not in self._files:
+                while len(self._files) >= OPEN_FILES:
+                    del self._files[next(iter(self._files))]  # closed when its last reader lets go of it
+                self._files[shard] = _File(self.directory / shard)
+            return self._files[shard]
+
+
+def _look_up(table: np.ndarray, codes: np.ndarray, width: int, result: np.ndarray) -> None:
+    """result[i, j] = table[256 * (j // width) + codes[i, j]], some rows at a time."""
+    rows, columns = codes.shape
+    first = np.arange(columns) // width * 256
+    step = max(1, min(rows, TABLE_CODES // columns))
+    for i in range(0, rows, step):
+        indices = first + codes[i : i + step]
+        np.take(table, indices, out=result[i : i + step], mode="clip")
+
+
+def _blocks(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+    return (*shape[:-2], *(-(-n // b) for n, b in zip(shape[-2:], block, strict=False)))
+
+
+def _aligned(nbytes: int) -> np.ndarray:
+    """Returns uninitialised bytes that start at a multiple of ALIGNMENT."""
+    try:
+        room = np.empty(nbytes + ALIGNMENT, np.uint8)
+    except MemoryError:
+        raise UserError(f"{nbytes / 2**30:.1f} GiB for one tensor: not enough memory.") from None
+    start = -room.ctypes.data % ALIGNMENT
+    return room[start : start + nbytes]
+
+
+# -- headers ---------------------------------------------------------------------------------------------------------
+
+
+class _Place(NamedTuple):
+    shard: str
+    offset: int  # bytes from the start of the file
+    info: Info
+
+
+def _by_shard(path: Path) -> dict[str, set[str]]:
+    """Returns the names that an index expects in each shard."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path}: no weight_map {{tensor: file}} in it. Download or export again.")
+    shards: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not re.fullmatch(r"[A-Za-z0-9_+=@-][A-Za-z0-9._+=@-]{0,200}", shard):
+            raise UserError(
+                f"{path}: {_shown(name)} is said to be in {_shown(shard)}; "
+                "wanted the plain name of a file in the same directory."
+            )
+        shards.setdefault(shard, set()).add(name)
+    return shards
+
+
+def _compare(directory: Path, shard: str, wanted: set[str], found: Iterable[str]) -> None:
+    if lacking := sorted(wanted - set(found)):
+        raise UserError(f"{directory / shard}: {_few(lacking)} not in it, though {INDEX} says so.")
+    if unexpected := sorted(set(found) - wanted):
+        raise UserError(f"{directory / shard}: {_few(unexpected)} in it, of which {INDEX} does not say so.")
+
+
+def _read_header(file: "_File", shard: str) -> dict[str, _Place]:
+    """Returns where the tensors of a file are, in the order of the data; raises UserError."""
+    path, again = file.path, "The file is damaged or no safetensors file."
+    if file.size < 8:
+        raise UserError(f"{path}: {file.size} bytes, too few for a header. {again}")
+    length = int.from_bytes(bytes(file.read(0, 8)), "little")
+    if length > file.size - 8:
+        raise UserError(f"{path}: a header of {length} bytes in a file of {file.size}. {again}")
+    _check_json_size(path, length)
+    raw = bytes(file.read(8, length))
+    if not raw.startswith(b"{"):
+        raise UserError(f"{path}: the header does not start with a brace. {again}")
+    header = _parse_object(path, raw)
+    del raw
+    _check_metadata(path, header.pop("__metadata__", {}))
+    ordered = sorted((*_tensor(path, name, entry), name) for name, entry in header.items())
+    end, places = 0, {}
+    for begin, stop, info, name in ordered:
+        if begin != end:
+            what = "overlaps the tensor before it" if begin < end else f"leaves {begin - end} bytes before it unused"
+            raise UserError(f"{path}: {_shown(name)} {what}. {again}")
+        end, places[name] = stop, _Place(shard, 8 + length + begin, info)
+    if end != file.size - 8 - length:
+        what = "truncated" if end > file.size - 8 - length else "longer than its header says"
+        raise UserError(f"{path}: {what}, {file.size} bytes where {8 + length + end} are described. Download it again.")
+    return places
+
+
+def _tensor(path: Path, name: str, entry: object) -> tuple[int, int, Info]:
+    """Returns begin, end and what a header says of one tensor, checked by itself."""
+
+    def refuse(what: str) -> UserError:
+        return UserError(f"{path}: {_shown(name)}: {what}. The file is damaged or not for this version.")
+
+    if not name.isprintable() or not 0 < len(name) <= 1000:
+        raise refuse("no lawful name")
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise refuse("wanted dtype, shape and data_offsets, and nothing else")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise refuse(f"dtype {_shown(dtype)} is unknown; known are {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(map(_is_size, shape)):
+        raise refuse(f"shape {_shown(shape)} is no list of up to {MAX_RANK} sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise refuse(f"data_offsets {_shown(offsets)} are not two positions")
+    if math.prod(size or 1 for size in shape) * DTYPES[dtype].itemsize >= 2**63:
+        raise refuse(f"shape {_shown(shape)} is beyond any memory")
+    info, (begin, end) = Info(dtype, tuple(shape)), offsets
+    if end - begin != info.nbytes:
+        raise refuse(f"{end - begin} bytes for {dtype} of shape {_shown(shape)}, which takes {info.nbytes}")
+    return begin, end, info
+
+
+def _check_metadata(path: Path, metadata: object) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise UserError(f"{path}: __metadata__ is no map from text to text. The file is damaged.")
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63  # not a bool
+
+
+def _check_json_size(path: Path, size: int) -> None:
+    if size > MAX_JSON_BYTES:
+        raise UserError(f"{path}: {size} bytes of JSON; at most {MAX_JSON_BYTES} are read. The file is damaged?")
+
+
+def _parse_object(path: Path, raw: bytes) -> dict:
+    """Returns a JSON object; what would take long or much memory is refused before it is parsed."""
+    ascii_only = raw.isascii()
+    if not ascii_only:
+        _check_json_size(path, 4 * len(raw))  # a character may take four bytes in memory
+    if sum(map(raw.count, (b"[", b"{", b","))) > MAX_JSON_VALUES:
+        raise UserError(f"{path}: JSON of more than {MAX_JSON_VALUES} values. The file is damaged?")
+    try:
+        value = json.loads(raw.decode("ascii" if ascii_only else "utf-8"), object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise UserError(f"{path}: JSON nested too deeply. The file is damaged?") from None
+    except ValueError as error:
+        raise UserError(f"{path}: no valid JSON ({str(error)[:100]}). The file is damaged?") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: wanted a JSON object, found {_shown(value)}.")
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {_shown(twice)} stands there twice")
+    return result
+
+
+def _shown(value: object) -> str:
+    """A value on one short line, quoted and escaped where it is text."""
+    if isinstance(value, (list, dict)) and len(value) > 8:
+        value = [*list(value)[:8], "…"]
+    text = repr(value[:200] if isinstance(value, str) else value) if not isinstance(value, list) else _list(value)
+    return text if len(text) <= 120 else text[:119] + "…"
+
+
+def _list(values: list) -> str:
+    return "[" + ", ".join("…" if isinstance(v, (list, dict)) else str(v)[:20] for v in values) + "]"
+
+
+def _few(names: list[str]) -> str:
+    shown = ", ".join(map(_shown, names[:3]))
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+class _File:
+    """A regular file open for reading at any place; closed with its last user."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:  # without O_NONBLOCK a named pipe would wait for its writer
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+        self._close = weakref.finalize(self, os.close, self._descriptor)
+        status = os.fstat(self._descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path}: not a regular file.")
+        self.size = status.st_size
+
+    def read(self, offset: int, size: int) -> np.ndarray:
+        buffer = np.empty(size, np.uint8)
+        self.read_into(buffer, offset)
+        return buffer
+
+    def read_into(self, buffer: np.ndarray, offset: int) -> None:
+        """Fills contiguous bytes from a place in the file."""
+        view = memoryview(buffer)
+        while view:
+            try:
+                got = os.preadv(self._descriptor, [view[:IO_BYTES]], offset)
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be read ({error.strerror}).") from None
+            if not got:
+                raise UserError(f"{self.path}: has become shorter while it was read.")
+            view, offset = view[got:], offset + got
+
+    def __enter__(self) -> "_File":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_directory(
+    directory: str | os.PathLike, entries: Iterable[Entry], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes tensors in the order given, one at a time, as model.safetensors or as shards with an index.
+
+    A shard takes tensors in order until the next would pass ``max_shard_bytes`` (a single larger one is a shard).
+    The arrays made must have the shape and dtype announced.  Until all are on the disk files end in ``.partial``.
+    Raises UserError where the directory holds weights already, or cannot be written, or the disk is full.
+    """
+    directory, entries = Path(directory), [Entry(*entry) for entry in entries]
+    infos = {name: Info(_dtype_name(dtype), tuple(map(int, shape))) for name, shape, dtype, _ in entries}
+    if len(infos) != len(entries) or "__metadata__" in infos:
+        raise ValueError("tensor names must be unique and not __metadata__")
+    total = sum(info.nbytes for info in infos.values())
+    shards = list(_into_shards(entries, infos, max_shard_bytes))
+    count = len(shards)
+    names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    try:
+        _make_room(directory, total)
+        for name, shard in zip(names, shards, strict=True):
+            _write_file(directory / f"{name}.partial", shard, infos)
+        for name in names:
+            os.replace(directory / f"{name}.partial", directory / name)
+        _flush_folder(directory)
+        if count > 1:
+            weight_map = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+            _write_index(directory, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    except OSError as error:
+        raise UserError(f"{error.filename or directory}: cannot be written ({error.strerror}).") from None
+    finally:
+        for name in names:
+            (directory / f"{name}.partial").unlink(missing_ok=True)
+
+
+def _dtype_name(dtype: object) -> str:
+    return dtype if isinstance(dtype, str) and dtype in DTYPES else DTYPE_NAMES[np.dtype(dtype)]
+
+
+def _into_shards(entries: list[Entry], infos: dict[str, Info], max_bytes: int) -> Iterator[list[Entry]]:
+    shard, size = [], 0
+    for entry in entries:
+        nbytes = infos[entry.name].nbytes
+        if shard and size + nbytes > max_bytes:
+            yield shard
+            shard, size = [], 0
+        shard.append(entry)
+        size += nbytes
+    yield shard
+
+
+def _make_room(directory: Path, total: int) -> None:
+    """Makes the directory; UserError where weights stand in it already, or too little is free."""
+    directory.mkdir(parents=True, exist_ok=True)
+    old = sorted(name for name in os.listdir(directory) if name == INDEX or name.endswith(".safetensors"))
+    if old:
+        raise UserError(f"{directory}: holds {_few(old)} already. Choose another directory, or delete them first.")
+    for name in os.listdir(directory):  # what a killed run has left
+        if re.fullmatch(r"model[-.\w]*\.partial", name):
+            (directory / name).unlink()
+    free = shutil.disk_usage(directory).free
+    if total > free:
+        raise UserError(f"{directory}: {total / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free on that disk.")
+
+
+def _write_file(path: Path, entries: list[Entry], infos: dict[str, Info]) -> None:
+    """Writes one file, its widest dtypes in front whatever the order of writing: each tensor is aligned to its items."""
+    header, offsets, end = {"__metadata__": {"format": "pt"}}, {}, 0
+    for entry in sorted(entries, key=lambda entry: -DTYPES[infos[entry.name].dtype].itemsize):
+        info = infos[entry.name]
+        offsets[entry.name], begin, end = end, end, end + info.nbytes
+        header[entry.name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [begin, end]}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with open(path, "wb", buffering=0) as file:
+        _write_at(file.fileno(), len(raw).to_bytes(8, "little") + raw, 0)
+        for entry in entries:
+            info, array = infos[entry.name], np.asarray(entry.make())
+            if array.shape != info.shape or array.dtype != DTYPES[info.dtype]:
+                raise ValueError(f"{entry.name}: {array.dtype}{array.shape} made, {info.dtype}{info.shape} announced")
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            _write_at(file.fileno(), data, 8 + len(raw) + offsets[entry.name])
+            del array, data
+        os.fsync(file.fileno())
+
+
+def _write_at(descriptor: int, data: bytes | np.ndarray, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(descriptor, view[:IO_BYTES], offset)
+        view, offset = view[done:], offset + done
+
+
+def _write_index(directory: Path, index: dict) -> None:
+    partial = directory / f"{INDEX}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(index, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, directory / INDEX)
+    _flush_folder(directory)
+
+
+def _flush_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
