@@ -1,6 +1,6 @@
 """An 8M-parameter V3 for comparing training speed on a CPU with other implementations of the same sizes.
 
-    deepseek-jax bench train --config=micro_v3
+deepseek-jax bench train --config=micro_v3
 """
 
 from ml_collections import ConfigDict

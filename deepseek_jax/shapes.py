@@ -24,10 +24,10 @@ LEGEND = {
     "G": "groups of experts (nodes in V3's node-limited routing)",
     "K": "experts chosen for a token",
     "A": "assignments, one row per (token, chosen expert), A = M*K",
-    "J": "rows of one block of a grouped matmul",
+    "J": "members of a group: rows of a grouped matmul's block, query heads of a key-value head (H = Z*J)",
     "I": "blocks of a grouped matmul",
     "L": "layers stacked on one leading axis",
-    "Z": "key-value heads (grouped-query attention)",
+    "Z": "key-value heads of grouped-query attention",
     "W": "devices along a mesh axis",
     "Y": "two model widths side by side, Y = 2D",
 }

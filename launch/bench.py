@@ -72,7 +72,7 @@ class Ours:
         self.vocab_size = config.model.vocab_size
         self.tokens = np.random.default_rng(1)
         begin = time.perf_counter()
-        mesh = make_mesh(config.mesh.data, config.mesh.expert)
+        mesh = make_mesh(**config.mesh)
         train.batch_ramp(config, mesh.size)  # checks that the batch divides over the devices
         self.trainer = train.build_trainer(config, mesh)
         self.state = self.trainer.init(config.seed)

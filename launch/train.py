@@ -75,7 +75,7 @@ def train(config: ConfigDict, workdir: Path, stop, again: str) -> bool:
 
     if config.precision == "fp32":  # GPUs and TPUs would otherwise round the operands of a matmul
         jax.config.update("jax_default_matmul_precision", "highest")
-    mesh = make_mesh(config.mesh.data, config.mesh.expert)
+    mesh = make_mesh(**config.mesh)
     ramp = batch_ramp(config, mesh.size)
     training = open_split("train", seed=config.seed, **config.data)
     held_out = open_split("holdout", seed=config.seed, **config.data) if config.data.holdout_rate else None
@@ -139,6 +139,7 @@ def tell_end(done: int, steps: int, checkpoints, metrics, again: str) -> bool:
 
 def build_trainer(config: ConfigDict, mesh):
     """The `Trainer` of a run."""
+    from deepseek_jax.layers.router import Balance
     from deepseek_jax.models import family
     from deepseek_jax.precision.policy import policy
     from deepseek_jax.train.optim import OptimizerConfig
@@ -155,7 +156,7 @@ def build_trainer(config: ConfigDict, mesh):
         mtp_weight_switch=train.mtp_weight_switch,
         balance_rate=train.balance_rate,
         balance_rate_stop=train.balance_rate_stop,
-        balance_loss=train.balance_loss,
+        balance_loss=Balance(train.balance_loss, train.device_balance_loss, train.communication_balance_loss),
     )
     return Trainer(
         lambda run, rngs: module.Model(sizes, run, rngs=rngs),

@@ -64,6 +64,11 @@ def normal(std: float) -> Callable:
     return jax.nn.initializers.normal(std)
 
 
+def zeros(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    """Initialiser of biases."""
+    return jnp.zeros(shape, dtype)
+
+
 def ones(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     """Initialiser of norm gains."""
     return jnp.ones(shape, dtype)

@@ -51,14 +51,24 @@ class Experts(nnx.Module):
     Args:
         c: sizes.
         d_model: width of the residual stream.
-        route: how the router chooses: `route(logits_BTE, bias_E) -> Routing`.
+        route: how the router chooses: `route(logits_BTE, bias_E) -> Routing`, without `bias_E` if it has none.
+        biased: whether the router has a balancing bias.
         expert_axis: mesh axis over which the routed experts are shared out; None when all are on this device.
         rngs: initialisers' keys.
     """
 
-    def __init__(self, c: ExpertsConfig, d_model: int, route: Route, *, expert_axis: str | None = None, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        c: ExpertsConfig,
+        d_model: int,
+        route: Route,
+        *,
+        biased: bool = True,
+        expert_axis: str | None = None,
+        rngs: nnx.Rngs,
+    ):
         init = normal(c.init_std)
-        self.router = Router(d_model, c.n_experts, c.init_std, route, rngs=rngs)
+        self.router = Router(d_model, c.n_experts, c.init_std, route, biased=biased, rngs=rngs)
         self.shared = SwiGLU(d_model, c.n_shared * c.width, c.init_std, rngs=rngs)
         self.gate_XDF = param(rngs, (c.n_experts, d_model, c.width), ("experts", "embed", "mlp"), init)
         self.up_XDF = param(rngs, (c.n_experts, d_model, c.width), ("experts", "embed", "mlp"), init)

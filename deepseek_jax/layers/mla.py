@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.layers.attention import causal_attention, masked_softmax
+from deepseek_jax.layers.attention import causal_attention, default_positions, masked_softmax
 from deepseek_jax.layers.base import normal, param
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.rope import Yarn, frequencies, rotate, softmax_scale, temperature
@@ -35,7 +35,7 @@ class MLAConfig:
 
     Attributes:
         n_heads: H, heads (128).
-        q_rank: R, width of the query latent (1536).
+        q_rank: R, width of the query latent (1536); 0 for queries straight from the stream (V2-Lite).
         kv_rank: C, width of the cached key-value latent (512).
         nope_width: N, part of a query or key head without position (128).
         rope_width: P, rotary part (64).
@@ -81,9 +81,12 @@ class MLA(nnx.Module):
 
     def __init__(self, c: MLAConfig, d_model: int, *, rngs: nnx.Rngs):
         init, heads = normal(c.init_std), c.n_heads
-        self.q_down_DR = param(rngs, (d_model, c.q_rank), ("embed", "q_latent"), init)
-        self.q_norm = RMSNorm(c.q_rank, c.norm_eps, rngs=rngs)
-        self.q_up_RHQ = param(rngs, (c.q_rank, heads, c.query_width), ("q_latent", "heads", None), init)
+        if c.q_rank:
+            self.q_down_DR = param(rngs, (d_model, c.q_rank), ("embed", "q_latent"), init)
+            self.q_norm = RMSNorm(c.q_rank, c.norm_eps, rngs=rngs)
+            self.q_up_RHQ = param(rngs, (c.q_rank, heads, c.query_width), ("q_latent", "heads", None), init)
+        else:
+            self.q_DHQ = param(rngs, (d_model, heads, c.query_width), ("embed", "heads", None), init)
         self.kv_down_DC = param(rngs, (d_model, c.kv_rank), ("embed", "kv_latent"), init)
         self.kv_norm = RMSNorm(c.kv_rank, c.norm_eps, rngs=rngs)
         self.k_rope_DP = param(rngs, (d_model, c.rope_width), ("embed", None), init)
@@ -110,8 +113,11 @@ class MLA(nnx.Module):
     def queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The heads' queries: (q_nope_BTHN, rotated q_rope_BTHP)."""
         c = self.config
-        q_latent_BTR = self.q_norm(einsum("BTD,DR->BTR", x_BTD, self.q_down_DR[...]))
-        q_BTHQ = einsum("BTR,RHQ->BTHQ", q_latent_BTR, self.q_up_RHQ[...])
+        if c.q_rank:
+            q_latent_BTR = self.q_norm(einsum("BTD,DR->BTR", x_BTD, self.q_down_DR[...]))
+            q_BTHQ = einsum("BTR,RHQ->BTHQ", q_latent_BTR, self.q_up_RHQ[...])
+        else:
+            q_BTHQ = einsum("BTD,DHQ->BTHQ", x_BTD, self.q_DHQ[...])
         return q_BTHQ[..., : c.nope_width], self._rotate(q_BTHQ[..., c.nope_width :], positions_BT)
 
     def latents(self, x_BTD: jax.Array, positions_BT: jax.Array) -> Latents:
@@ -150,6 +156,9 @@ class MLA(nnx.Module):
         o_BTHU = einsum("BTHC,CHU->BTHU", o_latent_BTHC, self.v_up_CHU[...])
         return einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...])
 
+    # The names under which a decoder knows them (`layers.decoder.Decoder`).
+    entries, over_itself, over_cache = latents, expanded, absorbed
+
     @property
     def scale(self) -> float:
         """Factor of the attention logits."""
@@ -161,8 +170,3 @@ class MLA(nnx.Module):
         if c.yarn:
             ratio = temperature(c.yarn.factor, c.yarn.mscale) / temperature(c.yarn.factor, c.yarn.mscale_all_dim)
         return rotate(x, positions_BT, frequencies(c.rope_width, c.rope_base, c.yarn), ratio)
-
-
-def default_positions(x: jax.Array) -> jax.Array:
-    """positions_BT = 0..T-1 for an array whose first axes are B and T."""
-    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])

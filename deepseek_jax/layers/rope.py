@@ -1,10 +1,14 @@
-"""Rotary position embedding, and YaRN, which stretches it to longer contexts.
+"""Rotary position embedding, and the ways of stretching it to longer contexts.
 
-RoPE rotates the pair (x_2i, x_2i+1) by the angle t * theta_i, theta_i = base^(-2i/P): the dot product of a rotated
-query and a rotated key depends on their distance only.  MLA pairs neighbours ("interleaved"), unlike Llama's halves.
+RoPE rotates each pair i of numbers by the angle t * theta_i, theta_i = base^(-2i/P): the dot product of a rotated query
+and a rotated key depends on their distance only.  MLA pairs neighbours (x_2i, x_2i+1), Llama halves (x_i, x_i+P/2): a
+model's weights fit one of the two only.
 
-YaRN slows the low frequencies by `factor`, keeps the high ones and blends those between; the logits grow by mscale^2.
-Paper: Su et al. 2021; Peng et al. 2023; V2 section 3.1.4, V3 section 4.3.
+Longer contexts than a model was trained on are reached by slower angles:
+    linear    all of them divided by a factor (DeepSeek-Coder: 4)
+    Llama 3.1 low frequencies divided, high ones kept, a blend by wavelength between
+    YaRN      the same by the number of the pair; the logits grow by mscale^2
+Paper: Su et al. 2021; Peng et al. 2023; V2 section 3.1.4, V3 section 4.3; Llama 3.1's released code.
 """
 
 import math
@@ -36,6 +40,23 @@ class Yarn:
     mscale_all_dim: float = 1.0
 
 
+@dataclass(frozen=True)
+class Llama3:
+    """Context extension of Llama 3.1.
+
+    Attributes:
+        factor: what low frequencies are divided by (8).
+        low_freq_factor: turns over the original context below which a frequency is low (1).
+        high_freq_factor: turns above which it is kept (4).
+        original_length: tokens of the context before extension (8192).
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int
+
+
 def temperature(factor: float, mscale: float) -> float:
     """YaRN's sqrt(1/t) = 0.1 mscale ln(factor) + 1."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
@@ -50,9 +71,21 @@ def softmax_scale(query_width: int, yarn: Yarn | None) -> float:
     return scale * temperature(yarn.factor, yarn.mscale_all_dim) ** 2 if yarn else scale
 
 
+def plain(width: int, base: float) -> np.ndarray:
+    """Angles per token theta_i = base^(-2i/width) of the `width // 2` pairs, float64 radians."""
+    return base ** (-np.arange(0, width, 2) / width)
+
+
+def llama3(theta: np.ndarray, c: Llama3) -> np.ndarray:
+    """The angles `theta` as Llama 3.1 slows them, by how often a pair turns over the original context."""
+    turns = c.original_length * theta / (2 * math.pi)
+    keep = np.clip((turns - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor), 0.0, 1.0)
+    return theta * keep + theta / c.factor * (1.0 - keep)
+
+
 def frequencies(width: int, base: float, yarn: Yarn | None = None) -> np.ndarray:
-    """Angles per token theta_i of the `width // 2` pairs, float64 radians."""
-    theta = base ** (-np.arange(0, width, 2) / width)
+    """Angles per token theta_i of the `width // 2` pairs, float64 radians, under YaRN if there is one."""
+    theta = plain(width, base)
     if yarn is None:
         return theta
 
@@ -78,11 +111,23 @@ def rotate(x: jax.Array, positions: jax.Array, theta: np.ndarray, scale: float =
     Returns:
         An array like `x`, in its dtype.
     """
-    angle = positions[..., None].astype(jnp.float32) * jnp.asarray(theta, jnp.float32)
-    if x.ndim == angle.ndim + 1:
-        angle = angle[..., None, :]
-    cos, sin = jnp.cos(angle) * scale, jnp.sin(angle) * scale
+    cos, sin = (part * scale for part in _cos_sin(x, positions, theta))
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)
+
+
+def rotate_halves(x: jax.Array, positions: jax.Array, theta: np.ndarray) -> jax.Array:
+    """Rotates the pairs (x_i, x_i+P/2) of the last axis by `positions * theta`, in float32; arguments as `rotate`'s."""
+    cos, sin = _cos_sin(x, positions, theta)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
+
+
+def _cos_sin(x: jax.Array, positions: jax.Array, theta: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the angles, ready to be multiplied with the pairs of `x`, with or without an axis of heads."""
+    angle = positions[..., None].astype(jnp.float32) * jnp.asarray(theta, jnp.float32)
+    if x.ndim == angle.ndim + 1:
+        angle = angle[..., None, :]
+    return jnp.cos(angle), jnp.sin(angle)

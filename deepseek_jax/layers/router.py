@@ -8,7 +8,9 @@ A group's score is the sum of its two largest s + b (V3: 8 groups, one a node, 4
 After each step b_i rises by gamma if expert i had less than the mean load and falls if it had more.
 A small sequence-wise loss remains as a guard: alpha * sum_i f_i P_i (eqs. 17-20).
 
-All of it in float32.  Paper: V3 section 2.1.2; arXiv 2408.15664.
+V2 and DeepSeekMoE before it: softmax scores, no bias, balance by losses alone (`softmax_topk`, `grouped_balance`).
+
+All of it in float32.  Paper: V3 section 2.1.2; arXiv 2408.15664; V2 section 2.2; DeepSeekMoE, arXiv 2401.06066.
 """
 
 from collections.abc import Callable
@@ -35,7 +37,7 @@ class Routing(NamedTuple):
     scores_BTE: jax.Array
 
 
-Route = Callable[[jax.Array, jax.Array], Routing]
+Route = Callable[..., Routing]
 
 
 class Router(nnx.Module):
@@ -45,18 +47,21 @@ class Router(nnx.Module):
         d_model: width of the residual stream.
         n_experts: E.
         std: standard deviation of the initial centroids.
-        route: `route(logits_BTE, bias_E) -> Routing`.
+        route: `route(logits_BTE, bias_E) -> Routing`, or without a bias `route(logits_BTE) -> Routing`.
+        biased: whether there is a balancing bias.
     """
 
-    def __init__(self, d_model: int, n_experts: int, std: float, route: Route, *, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, n_experts: int, std: float, route: Route, *, biased: bool = True, rngs: nnx.Rngs):
         self.centroids_DE = param(rngs, (d_model, n_experts), ("embed", None), normal(std))
-        self.bias_E = RouterBias(jnp.zeros((n_experts,), jnp.float32), axes=(None,))
+        self.bias_E = RouterBias(jnp.zeros((n_experts,), jnp.float32), axes=(None,)) if biased else None
         self.route = route
 
     def __call__(self, x_BTD: jax.Array) -> Routing:
         """Routes each token; computed in float32 from `x_BTD` of any dtype."""
         x_BTD = x_BTD.astype(jnp.float32)
         logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD, self.centroids_DE[...], precision=jax.lax.Precision.HIGHEST)
+        if self.bias_E is None:
+            return self.route(logits_BTE)
         return self.route(logits_BTE, jax.lax.stop_gradient(self.bias_E[...]))
 
 
@@ -74,20 +79,42 @@ def sigmoid_biased_topk(
         scale: factor of the weights ("routed scaling factor", 2.5).
     """
     scores_BTE = jax.nn.sigmoid(logits_BTE)
-    choice_BTE = keep_best_groups(jax.lax.stop_gradient(scores_BTE) + bias_E, n_groups, top_groups)
+    choice_BTE = keep_best_groups(jax.lax.stop_gradient(scores_BTE) + bias_E, n_groups, top_groups, n_best=2)
     _, experts_BTK = jax.lax.top_k(choice_BTE, top_k)
     chosen_BTK = jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1)
     weights_BTK = scale * chosen_BTK / (jnp.sum(chosen_BTK, axis=-1, keepdims=True) + 1e-20)
     return Routing(experts_BTK, weights_BTK, scores_BTE)
 
 
-def keep_best_groups(choice_BTE: jax.Array, n_groups: int, top_groups: int) -> jax.Array:
-    """`choice_BTE` with -inf for the experts outside the `top_groups` best groups (-inf, not 0: b may be negative)."""
+def softmax_topk(logits_BTE: jax.Array, *, top_k: int, n_groups: int, top_groups: int, scale: float) -> Routing:
+    """V2's choice: softmax scores, groups by their single best, weights as they are (not renormalised).
+
+    Args:
+        logits_BTE: u . e.
+        top_k: experts per token (6).
+        n_groups: groups of consecutive experts, one a device in V2 (8); 1 for none (V2-Lite, DeepSeekMoE).
+        top_groups: groups a token may visit (3).
+        scale: factor of the weights (V2: 16.0, V2-Lite and DeepSeekMoE: 1.0).
+
+    Paper: V2 section 2.2.1, eqs. 20-22, and 2.2.2; DeepSeekMoE eqs. 9-11.
+    """
+    scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+    choice_BTE = keep_best_groups(jax.lax.stop_gradient(scores_BTE), n_groups, top_groups, n_best=1)
+    _, experts_BTK = jax.lax.top_k(choice_BTE, top_k)
+    weights_BTK = scale * jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1)
+    return Routing(experts_BTK, weights_BTK, scores_BTE)
+
+
+def keep_best_groups(choice_BTE: jax.Array, n_groups: int, top_groups: int, n_best: int) -> jax.Array:
+    """`choice_BTE` with -inf for the experts outside the `top_groups` best groups (-inf, not 0: b may be negative).
+
+    A group is as good as the sum of its `n_best` largest.
+    """
     if top_groups == n_groups:
         return choice_BTE
     grouped = choice_BTE.reshape(*choice_BTE.shape[:-1], n_groups, -1)
-    best_two, _ = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))
-    _, kept = jax.lax.top_k(best_two.sum(-1), top_groups)
+    best, _ = jax.lax.top_k(grouped, min(n_best, grouped.shape[-1]))
+    _, kept = jax.lax.top_k(best.sum(-1), top_groups)
     is_kept = jax.nn.one_hot(kept, n_groups, dtype=jnp.bool_).any(-2)
     return jnp.where(is_kept[..., None], grouped, -jnp.inf).reshape(choice_BTE.shape)
 
@@ -97,13 +124,55 @@ def expert_load(experts_BTK: jax.Array, n_experts: int) -> jax.Array:
     return jnp.bincount(experts_BTK.reshape(-1), length=n_experts).astype(jnp.float32)
 
 
-def sequence_balance_loss(routing: Routing) -> jax.Array:
-    """sum_i f_i P_i of each sequence (eqs. 17-20 without alpha): loss_B, 1 when a sequence is perfectly balanced.
+class Balance(NamedTuple):
+    """Balance losses of each sequence, without their factors alpha; near 1 when a sequence is perfectly balanced.
 
-    f_i = E / (K T) * times expert i was chosen,  P_i = mean over the sequence of s_i / sum_j s_j.
+    Attributes:
+        expert: every expert equally busy.
+        device: every group of experts equally busy; 0 where a family has no such loss.
+        communication: every group sent equally many tokens; likewise.
+    """
 
-    The report counts in f_i the k best of s alone; here, as in the released code, the experts that were really chosen
-    (by s + b, within the best groups).
+    expert: jax.Array | float
+    device: jax.Array | float = 0.0
+    communication: jax.Array | float = 0.0
+
+
+def sequence_balance(routing: Routing) -> Balance:
+    """V3's only balance loss, of each sequence (eqs. 17-20); also DeepSeekMoE's and V2-Lite's."""
+    f_BE, P_BE = _frequency_and_affinity(routing)
+    return Balance(expert=jnp.sum(f_BE * P_BE, axis=-1))
+
+
+def grouped_balance(routing: Routing, *, n_groups: int, top_groups: int) -> Balance:
+    """V2's three balance losses of each sequence.
+
+    With D groups (devices), of which a token visits M at most, and G_i the experts of group i:
+
+        expert         sum_i f_i P_i                                                    (V2 eqs. 23-25)
+        device         sum_i f'_i P'_i,    f'_i = mean of f over G_i,  P'_i = sum of P over G_i   (eqs. 26-28)
+        communication  sum_i f''_i P''_i,  f''_i = D / (M T) * tokens sent to group i,  P'' = P'  (eqs. 29-31)
+
+    Paper: V2 section 2.2.3.
+    """
+    f_BE, P_BE = _frequency_and_affinity(routing)
+    f_BGX, P_BGX = (x.reshape(x.shape[0], n_groups, -1) for x in (f_BE, P_BE))
+    P_BG = P_BGX.sum(-1)
+    groups_BTK = routing.experts_BTK // f_BGX.shape[-1]
+    sent_BG = jnp.sum(jax.nn.one_hot(groups_BTK, n_groups).max(axis=2), axis=1)
+    sent_BG = sent_BG * (n_groups / (top_groups * groups_BTK.shape[1]))
+    return Balance(
+        expert=jnp.sum(f_BE * P_BE, axis=-1),
+        device=jnp.sum(f_BGX.mean(-1) * P_BG, axis=-1),
+        communication=jnp.sum(sent_BG * P_BG, axis=-1),
+    )
+
+
+def _frequency_and_affinity(routing: Routing) -> tuple[jax.Array, jax.Array]:
+    """f_i = E / (K T) * times expert i was chosen, and P_i = mean over the sequence of s_i / sum_j s_j.
+
+    The V3 report counts in f_i the k best of s alone; here, as in the released code, the experts that were really
+    chosen (by s + b, within the best groups).
     """
     scores_BTE, experts_BTK = routing.scores_BTE, routing.experts_BTK
     n_experts = scores_BTE.shape[-1]
@@ -111,7 +180,7 @@ def sequence_balance_loss(routing: Routing) -> jax.Array:
     counts_BE = jax.vmap(lambda chosen: jnp.bincount(chosen.reshape(-1), length=n_experts))(experts_BTK)
     f_BE = counts_BE * (n_experts / n_choices)
     P_BE = jnp.mean(scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True), axis=1)
-    return jnp.sum(f_BE * P_BE, axis=-1)
+    return f_BE, P_BE
 
 
 def updated_bias(bias: jax.Array, load: jax.Array, rate: float | jax.Array) -> jax.Array:

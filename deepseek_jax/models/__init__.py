@@ -9,7 +9,12 @@ from types import ModuleType
 
 from deepseek_jax.errors import UserError
 
-FAMILIES = {"v3": "deepseek_jax.models.v3"}
+FAMILIES = {
+    "v1": "deepseek_jax.models.v1",
+    "moe": "deepseek_jax.models.moe",
+    "v2": "deepseek_jax.models.v2",
+    "v3": "deepseek_jax.models.v3",
+}
 
 
 def family(name: str) -> ModuleType:

@@ -11,25 +11,21 @@ Paper: DeepSeek-V3 Technical Report, arXiv 2412.19437, section 2; sizes: section
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from deepseek_jax.errors import UserError
-from deepseek_jax.layers.base import AS_IT_IS, Execution, remat, run_stack, stack
-from deepseek_jax.layers.embed import Embedding, Head
+from deepseek_jax.layers.attention import default_positions
+from deepseek_jax.layers.base import AS_IT_IS, Execution, remat
+from deepseek_jax.layers.decoder import Ahead, Decoder, DenseBlock, MoEBlock, whole_sequences
 from deepseek_jax.layers.experts import Experts, ExpertsConfig
-from deepseek_jax.layers.mla import MLA, Latents, MLAConfig, default_positions
+from deepseek_jax.layers.mla import MLA, MLAConfig
 from deepseek_jax.layers.mtp import MTP, shift_left
-from deepseek_jax.layers.norm import RMSNorm
-from deepseek_jax.layers.rope import Yarn
-from deepseek_jax.layers.router import Routing, expert_load, sequence_balance_loss, sigmoid_biased_topk
-from deepseek_jax.layers.swiglu import SwiGLU
+from deepseek_jax.layers.router import sequence_balance, sigmoid_biased_topk
+from deepseek_jax.models import checks
 
 
 @dataclass(frozen=True)
@@ -62,9 +58,11 @@ class Config:
 
     @classmethod
     def from_config(cls, m: ConfigDict) -> "Config":
-        """Reads the `model` part of a run's config."""
-        _check(m)
-        yarn = Yarn(**m.yarn) if m.yarn else None
+        """Reads the `model` part of a run's config. Raises UserError for sizes that make no model."""
+        checks.check_keys(m, SIZES, OTHERS, may_be_zero=("mtp_depth",))
+        checks.check_layers(m)
+        checks.check_groups(m)
+        checks.check_even(m, "rope_width")
         return cls(
             vocab_size=m.vocab_size,
             d_model=m.d_model,
@@ -79,7 +77,7 @@ class Config:
                 rope_width=m.rope_width,
                 value_width=m.value_width,
                 rope_base=m.rope_base,
-                yarn=yarn,
+                yarn=checks.read_yarn(m),
                 norm_eps=m.norm_eps,
                 init_std=m.init_std,
             ),
@@ -103,118 +101,10 @@ class Config:
 SIZES = ("vocab_size", "d_model", "n_layers", "n_dense_layers", "dense_width")
 SIZES += ("n_heads", "q_rank", "kv_rank", "nope_width", "rope_width", "value_width")
 SIZES += ("n_experts", "n_shared_experts", "expert_width", "top_k", "n_groups", "top_groups")
-OTHERS = ("mtp_depth", "rope_base", "yarn", "route_scale", "norm_eps", "init_std")
+OTHERS = ("rope_base", "yarn", "route_scale", "norm_eps", "init_std")
 
 
-def _check(m: ConfigDict) -> None:
-    """Raises UserError for keys that are missing and for sizes that make no V3."""
-    if missing := [key for key in (*SIZES, *OTHERS) if key not in m]:
-        raise UserError(
-            f"config.model lacks {', '.join(missing)}. Start from a config that holds a whole model, like tiny_v3."
-        )
-    for key, least in (*((size, 1) for size in SIZES), ("mtp_depth", 0)):
-        if not isinstance(m[key], int) or m[key] < least:
-            raise UserError(f"config.model.{key}={m[key]!r}: wanted an integer, {least} or more.")
-    known = Yarn.__dataclass_fields__
-    if m.yarn and not {"factor", "original_length"} <= set(m.yarn) <= set(known):
-        raise UserError(
-            f"config.model.yarn has the keys {', '.join(m.yarn)}: wanted some of {', '.join(known)}, "
-            "the first two always, or none at all."
-        )
-    if m.n_dense_layers >= m.n_layers:
-        raise UserError(
-            f"config.model.n_dense_layers={m.n_dense_layers} of n_layers={m.n_layers}: wanted one dense layer or more, "
-            "and one MoE layer or more."
-        )
-    if m.n_experts % m.n_groups or m.top_groups > m.n_groups:
-        raise UserError(
-            f"config.model: {m.n_experts} experts in n_groups={m.n_groups}, top_groups={m.top_groups}. "
-            "Choose groups that divide the experts, and top_groups from 1 to n_groups."
-        )
-    if m.top_k > m.n_experts // m.n_groups * m.top_groups:
-        raise UserError(
-            f"config.model.top_k={m.top_k}: {m.top_groups} groups hold {m.n_experts // m.n_groups * m.top_groups} "
-            "experts. Choose a smaller top_k or more top_groups."
-        )
-    if m.rope_width % 2:
-        raise UserError(f"config.model.rope_width={m.rope_width}: rotary pairs need an even width.")
-
-
-class Statistics(NamedTuple):
-    """What a MoE layer tells the training step.
-
-    Attributes:
-        load_E: tokens that chose each expert, float32.
-        balance: sum over the sequences of their balance loss, float32 scalar.
-    """
-
-    load_E: jax.Array
-    balance: jax.Array
-
-    @classmethod
-    def of(cls, routing: Routing) -> "Statistics":
-        """The statistics of one layer's routing."""
-        n_experts = routing.scores_BTE.shape[-1]
-        return cls(expert_load(routing.experts_BTK, n_experts), jnp.sum(sequence_balance_loss(routing)))
-
-
-# What a block does with its attention: training, prefill and decode differ in nothing else.
-Attend = Callable[[MLA, jax.Array], tuple[jax.Array, Latents | None]]
-
-
-class DenseBlock(nnx.Module):
-    """x <- x + MLA(norm x);  x <- x + SwiGLU(norm x)."""
-
-    def __init__(self, c: Config, *, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(c.d_model, c.norm_eps, axis="embed", rngs=rngs)
-        self.attention = MLA(c.mla, c.d_model, rngs=rngs)
-        self.mlp_norm = RMSNorm(c.d_model, c.norm_eps, axis="embed", rngs=rngs)
-        self.mlp = SwiGLU(c.d_model, c.dense_width, c.init_std, rngs=rngs)
-
-    def __call__(self, x_BTD: jax.Array, attend: Attend) -> tuple[jax.Array, Latents | None]:
-        """Returns x_BTD and what `attend` kept."""
-        u_BTD, kept = attend(self.attention, self.attention_norm(x_BTD))
-        x_BTD = x_BTD + u_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), kept
-
-
-class MoEBlock(nnx.Module):
-    """x <- x + MLA(norm x);  x <- x + Experts(norm x)."""
-
-    def __init__(self, c: Config, run: Execution, *, rngs: nnx.Rngs):
-        e = c.experts
-        route = functools.partial(
-            sigmoid_biased_topk, top_k=e.top_k, n_groups=e.n_groups, top_groups=e.top_groups, scale=e.route_scale
-        )
-        self.attention_norm = RMSNorm(c.d_model, c.norm_eps, axis="embed", rngs=rngs)
-        self.attention = MLA(c.mla, c.d_model, rngs=rngs)
-        self.experts_norm = RMSNorm(c.d_model, c.norm_eps, axis="embed", rngs=rngs)
-        self.experts = Experts(e, c.d_model, route, expert_axis=run.expert_axis, rngs=rngs)
-
-    def __call__(self, x_BTD: jax.Array, attend: Attend) -> tuple[jax.Array, tuple[Latents | None, Statistics]]:
-        """Returns x_BTD and (what `attend` kept, the routing's statistics)."""
-        u_BTD, kept = attend(self.attention, self.attention_norm(x_BTD))
-        x_BTD = x_BTD + u_BTD
-        y_BTD, routing = self.experts(self.experts_norm(x_BTD))
-        return x_BTD + y_BTD, (kept, Statistics.of(routing))
-
-
-class Cache(NamedTuple):
-    """Latents of every layer, stacked: c_LBSC and k_rope_LBSP; slot s holds the token at position s."""
-
-    dense: Latents
-    moe: Latents
-
-
-class Ahead(NamedTuple):
-    """One depth of multi-token prediction: its hidden states, what they should predict, and its block's statistics."""
-
-    h_BTD: jax.Array
-    targets_BT: jax.Array
-    statistics: Statistics
-
-
-class Model(nnx.Module):
+class Model(Decoder):
     """The network.
 
     Args:
@@ -224,41 +114,31 @@ class Model(nnx.Module):
     """
 
     def __init__(self, c: Config, run: Execution = AS_IT_IS, *, rngs: nnx.Rngs):
-        self.embedding = Embedding(c.vocab_size, c.d_model, c.init_std, rngs=rngs)
-        self.dense_blocks = stack(lambda r: DenseBlock(c, rngs=r), c.n_dense_layers, rngs)
-        self.moe_blocks = stack(lambda r: MoEBlock(c, run, rngs=r), c.n_layers - c.n_dense_layers, rngs)
-        self.final_norm = RMSNorm(c.d_model, c.norm_eps, axis="embed", rngs=rngs)
-        self.head = Head(c.d_model, c.vocab_size, c.init_std, rngs=rngs)
-        self.mtp = nnx.List(
-            MTP(lambda r: MoEBlock(c, run, rngs=r), c.d_model, c.norm_eps, c.init_std, rngs=rngs)
-            for _ in range(c.mtp_depth)
-        )
-        self.config, self.run = c, run
+        e = c.experts
+        groups = {"n_groups": e.n_groups, "top_groups": e.top_groups}
+        route = functools.partial(sigmoid_biased_topk, top_k=e.top_k, scale=e.route_scale, **groups)
 
-    def __call__(self, ids_BT: jax.Array, positions_BT=None, segments_BT=None) -> jax.Array:
-        """float32 logits_BTV of the next token at every position."""
-        h_BTD, _ = self.hidden(ids_BT, positions_BT, segments_BT)
-        return self.head(h_BTD)
+        def attention(rngs: nnx.Rngs) -> MLA:
+            return MLA(c.mla, c.d_model, rngs=rngs)
 
-    def hidden(self, ids_BT: jax.Array, positions_BT=None, segments_BT=None) -> tuple[jax.Array, Statistics]:
-        """The main model up to its final norm.
+        def experts(rngs: nnx.Rngs) -> Experts:
+            return Experts(e, c.d_model, route, biased=True, expert_axis=run.expert_axis, rngs=rngs)
 
-        Args:
-            ids_BT: token ids.
-            positions_BT: 0..T-1 by default.
-            segments_BT: documents that must not see one another; None lets every token see all before it.
+        def dense_block(rngs: nnx.Rngs) -> DenseBlock:
+            return DenseBlock(attention, c.d_model, c.dense_width, c.norm_eps, c.init_std, rngs=rngs)
 
-        Returns:
-            (h_BTD, statistics of the MoE layers with a leading axis L).
-        """
-        if positions_BT is None:
-            positions_BT = default_positions(ids_BT)
-        attend = _whole_sequences(positions_BT, segments_BT)
-        x_BTD, _, (_, statistics) = self._blocks(self.embedding(ids_BT, self.run.compute), attend)
-        return self.final_norm(x_BTD), statistics
+        def moe_block(rngs: nnx.Rngs) -> MoEBlock:
+            return MoEBlock(attention, experts, sequence_balance, c.d_model, c.norm_eps, rngs=rngs)
+
+        n_moe_layers = c.n_layers - c.n_dense_layers
+        stacks = {"dense_blocks": (dense_block, c.n_dense_layers), "moe_blocks": (moe_block, n_moe_layers)}
+        super().__init__(c.vocab_size, c.d_model, c.norm_eps, c.init_std, run, stacks, rngs=rngs)
+        depths = (MTP(moe_block, c.d_model, c.norm_eps, c.init_std, rngs=rngs) for _ in range(c.mtp_depth))
+        self.mtp = nnx.List(depths)
+        self.config = c
 
     def ahead(self, h_BTD: jax.Array, targets_BT: jax.Array, positions_BT=None, segments_BT=None) -> list[Ahead]:
-        """Multi-token prediction from the main model's `h_BTD`, one entry per depth.
+        """Multi-token prediction from the main model's `h_BTD`, one entry a depth.
 
         Args:
             h_BTD: from `hidden`.
@@ -267,7 +147,7 @@ class Model(nnx.Module):
         """
         if positions_BT is None:
             positions_BT = default_positions(targets_BT)
-        attend = _whole_sequences(positions_BT, segments_BT)
+        attend = whole_sequences(positions_BT, segments_BT)
         depths = []
         for module in self.mtp:
             depth = remat(functools.partial(module, attend=attend), self.run.remat)
@@ -276,70 +156,10 @@ class Model(nnx.Module):
             depths.append(Ahead(h_BTD, targets_BT, statistics))
         return depths
 
-    def loads(self, statistics: Statistics, depths: list[Ahead]) -> dict:
-        """Tokens per expert of every router, in a tree whose leaves match the subtrees of the router biases."""
-        loads = {"moe_blocks": statistics.load_E}
-        return loads | ({"mtp": {str(k): depth.statistics.load_E for k, depth in enumerate(depths)}} if depths else {})
 
-    def prefill(self, ids_BT: jax.Array, n_slots: int) -> tuple[jax.Array, Cache]:
-        """Reads prompts in the expanded form.
-
-        Args:
-            ids_BT: prompts from position 0, padded at the end (what is cached of the padding is overwritten later).
-            n_slots: S, size of the cache to make.
-
-        Returns:
-            (logits_BTV, the cache).
-        """
-        positions_BT = default_positions(ids_BT)
-
-        def attend(attention: MLA, x_BTD: jax.Array) -> tuple[jax.Array, Latents]:
-            latents = attention.latents(x_BTD, positions_BT)
-            spare = [(0, 0), (0, n_slots - ids_BT.shape[1]), (0, 0)]
-            cached = Latents(*(jnp.pad(latent, spare) for latent in latents))
-            return attention.expanded(x_BTD, positions_BT, latents), cached
-
-        x_BTD, dense, (moe, _) = self._blocks(self.embedding(ids_BT, self.run.compute), attend)
-        return self.head(self.final_norm(x_BTD)), Cache(dense, moe)
-
-    def decode(self, ids_BT: jax.Array, positions_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Reads the next token(s) of each sequence in the absorbed form, over the latent cache.
-
-        Args:
-            ids_BT: the new tokens (T = 1 in plain decoding).
-            positions_BT: their positions, smaller than the cache's number of slots.
-            cache: what came before.
-
-        Returns:
-            (logits_BTV, the cache with the new tokens in it).
-        """
-        n_slots = cache.dense.c_BSC.shape[-2]
-        seen_BTS = jnp.arange(n_slots) <= positions_BT[..., None]
-        rows = jnp.arange(ids_BT.shape[0])[:, None]
-
-        def attend(attention: MLA, x_BTD: jax.Array, cached: Latents) -> tuple[jax.Array, Latents]:
-            new = attention.latents(x_BTD, positions_BT)
-            cached = Latents(*(old.at[rows, positions_BT].set(n) for old, n in zip(cached, new, strict=True)))
-            return attention.absorbed(x_BTD, positions_BT, cached, seen_BTS), cached
-
-        x_BTD, dense, (moe, _) = self._blocks(self.embedding(ids_BT, self.run.compute), attend, cache)
-        return self.head(self.final_norm(x_BTD)), Cache(dense, moe)
-
-    def _blocks(self, x_BTD: jax.Array, attend: Callable, cache: Cache | None = None):
-        """All blocks in order; with a cache, `attend` also gets each layer's slice of it."""
-
-        def call(block: nnx.Module, x_BTD: jax.Array, cached: Latents | None):
-            return block(x_BTD, attend if cached is None else functools.partial(attend, cached=cached))
-
-        dense, moe = cache if cache else (None, None)
-        x_BTD, kept_dense = run_stack(self.dense_blocks, x_BTD, self.run, call, dense)
-        x_BTD, kept_moe = run_stack(self.moe_blocks, x_BTD, self.run, call, moe)
-        return x_BTD, kept_dense, kept_moe
-
-
-def _whole_sequences(positions_BT: jax.Array, segments_BT: jax.Array | None) -> Attend:
-    """Attention of training: expanded, nothing kept."""
-    return lambda attention, x_BTD: (attention(x_BTD, positions_BT, segments_BT), None)
+def flops_per_pair(c: Config) -> int:
+    """Operations of one token's queries with the keys and values of another, in one layer: 2 H (Q + U)."""
+    return 2 * c.mla.n_heads * (c.mla.query_width + c.mla.value_width)
 
 
 def flops_per_token(c: Config, seq_len: int) -> float:

@@ -21,18 +21,23 @@ BATCH = P(AXES)  # a leading axis split over all devices
 REPLICATED = P()
 
 
-def make_mesh(data: int = -1, expert: int = 1, devices: list | None = None) -> Mesh:
+def make_mesh(data: int = -1, expert: int = 1, devices: list | None = None, pipe: int = 1) -> Mesh:
     """A mesh of `data` x `expert` devices, axes of type Auto.
 
     Args:
         data: devices along `data`; -1 takes all that are left.
         expert: devices along `expert`.
         devices: those to use; all of this run's by default.
+        pipe: pipeline stages; 1, for they are planned with only (`deepseek-jax plan`).
 
     Raises:
-        UserError: the product is not the number of devices.
+        UserError: the product is not the number of devices, or there is more than one stage.
     """
     devices = jax.devices() if devices is None else devices
+    if pipe != 1:
+        raise UserError(
+            f"config.mesh.pipe={pipe}: a run has no pipeline axis yet, only deepseek-jax plan knows it. Set it to 1."
+        )
     if expert < 1 or (data < 1 and data != -1):
         raise UserError(
             f"config.mesh: data={data}, expert={expert}. Sizes are 1 or more (data may be -1: all the rest)."

@@ -1,1 +1,1 @@
-"""What a run costs, from shapes and stated formulas only: counts, operations, memory, traffic, time.  Makes no array."""
+"""What a run costs, from shapes and stated formulas only: counts, operations, memory, traffic, time; no arrays."""

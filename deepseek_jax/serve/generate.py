@@ -98,9 +98,9 @@ class Generator:
 
     def _prefill_and_draw(self, weights, ids_BT, lengths_B, drawing, n_slots: int):
         model = bind(self.definition, *weights)
-        logits_BTV, cache = model.prefill(ids_BT, n_slots)
-        logits_BV = jnp.take_along_axis(logits_BTV, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-        return _draw(logits_BV, lengths_B, *drawing), cache
+        h_BTD, cache = model.prefill(ids_BT, n_slots)
+        last_BTD = jnp.take_along_axis(h_BTD, (lengths_B - 1)[:, None, None], axis=1)
+        return _draw(model.head(last_BTD)[:, 0], lengths_B, *drawing), cache
 
     def _decode_and_draw(self, weights, ids_B, positions_B, cache, drawing):
         model = bind(self.definition, *weights)

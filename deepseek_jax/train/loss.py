@@ -1,8 +1,8 @@
-"""What is minimised: L = CE + lambda / D * sum_k CE_k(MTP) + alpha * sum_layers balance.
+"""What is minimised: L = CE + lambda / D * sum_k CE_k(MTP) + sum_layers alpha . balance.
 
 The cross-entropy never holds the logits of all tokens: it goes through them in chunks and, while a chunk's logits are
 there, computes its share of the gradients as well, so that nothing is kept and nothing is computed twice.
-Paper: V3 sections 2.1.2 (eqs. 17-20) and 2.2 (eqs. 24-25).
+Paper: V3 sections 2.1.2 (eqs. 17-20) and 2.2 (eqs. 24-25); V2 section 2.2.3 (three balance losses).
 """
 
 import functools
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from deepseek_jax.layers.router import Balance
 
 if TYPE_CHECKING:
     from deepseek_jax.data.pipeline import Batch
@@ -90,7 +92,7 @@ class Weights(NamedTuple):
     """Factors of the loss parts at a step."""
 
     mtp: jax.Array | float  # lambda
-    balance: float  # alpha
+    balance: Balance  # alpha of each balance loss
 
 
 class Losses(NamedTuple):
@@ -99,14 +101,19 @@ class Losses(NamedTuple):
     Attributes:
         main: cross-entropy of the main model divided by the batch's targets, nats per token.
         mtp: the same of multi-token prediction, mean over the depths; 0 without any.
-        balance: sum over the layers of the mean sequence-wise balance loss (without alpha).
-        loads: tokens per expert, a tree that is a prefix of the router biases'.
+        balance: sums over the layers of the mean balance losses of a sequence (without alpha).
+        loads: tokens per expert of every router; where routers have biases, a prefix of the tree of those.
     """
 
     main: jax.Array
     mtp: jax.Array
-    balance: jax.Array
+    balance: Balance
     loads: dict
+
+    def weighted(self, weights: Weights) -> jax.Array:
+        """The loss that is minimised."""
+        balance = sum(alpha * loss for alpha, loss in zip(weights.balance, self.balance, strict=True))
+        return self.main + weights.mtp * self.mtp + balance
 
 
 def losses(model, batch: "Batch", n_targets: jax.Array, n_sequences: int, weights: Weights, *, chunk: int, mask: bool):
@@ -134,7 +141,8 @@ def losses(model, batch: "Batch", n_targets: jax.Array, n_sequences: int, weight
     depths = model.ahead(h_BTD, batch.targets_BT, batch.positions_BT, segments)
     main = nll(h_BTD, batch.targets_BT)
     mtp = sum(nll(depth.h_BTD, depth.targets_BT) for depth in depths) / max(len(depths), 1)
-    balance = jnp.sum(statistics.balance) + sum(depth.statistics.balance for depth in depths)
-    balance = balance / n_sequences
-    loss = main + weights.mtp * mtp + weights.balance * balance
-    return loss, Losses(main, jnp.asarray(mtp, jnp.float32), balance, model.loads(statistics, depths))
+    found = [*statistics.values(), *(depth.statistics for depth in depths)]
+    kinds = zip(Balance(0.0), *(layers.balance for layers in found), strict=True)
+    balance = Balance(*(sum(jnp.sum(layers) for layers in kind) / n_sequences for kind in kinds))
+    result = Losses(main, jnp.asarray(mtp, jnp.float32), balance, model.loads(statistics, depths))
+    return result.weighted(weights), result

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 
 from deepseek_jax.compat import quick_compile
 from deepseek_jax.layers.base import Execution, bind, logical_axes, split
-from deepseek_jax.layers.router import max_violation, updated_bias
+from deepseek_jax.layers.router import Balance, max_violation, updated_bias
 from deepseek_jax.parallel import zero
 from deepseek_jax.parallel.mesh import AXES, BATCH, REPLICATED, per_device, size, total
 from deepseek_jax.parallel.sharding import check_rules, expert_axis, placements, unsharder
@@ -42,7 +42,7 @@ class StepConfig:
         mask_documents: whether attention stays inside a document.
         mtp_weight, mtp_weight_final, mtp_weight_switch: lambda before and from the step of the switch.
         balance_rate, balance_rate_stop: gamma, 0 from the step of the stop.
-        balance_loss: alpha.
+        balance_loss: alpha of each balance loss.
     """
 
     micro_batches: int
@@ -53,7 +53,7 @@ class StepConfig:
     mtp_weight_switch: int
     balance_rate: float
     balance_rate_stop: int
-    balance_loss: float
+    balance_loss: Balance
 
     def mtp_weight_at(self, step: jax.Array) -> jax.Array:
         """lambda of `step`."""
@@ -69,10 +69,11 @@ class Report(NamedTuple):
 
     Attributes:
         loss: what was minimised.
-        main, mtp, balance: its parts, without their weights (`Losses`).
+        main, mtp, balance: its parts, without their weights (`Losses`); of the balance losses that of the experts.
+        device_balance, communication_balance: the other two; 0 but in V2.
         gradient_norm: before clipping.
         learning_rate: of this step.
-        max_violation: MaxVio, mean over the routers.
+        max_violation: MaxVio, mean over the routers; 0 without any.
         finite: 1 if the step was taken, 0 if it was skipped.
         skipped, skipped_in_row: the counters after the step.
         checksum: of the batch's tokens, the same on any mesh: runs whose logs agree on it have read the same text.
@@ -83,6 +84,8 @@ class Report(NamedTuple):
     main: jax.Array
     mtp: jax.Array
     balance: jax.Array
+    device_balance: jax.Array
+    communication_balance: jax.Array
     gradient_norm: jax.Array
     learning_rate: jax.Array
     max_violation: jax.Array
@@ -200,8 +203,7 @@ class Trainer:
         found = total(found)
         gradients = zero.sum_and_scatter(gradients, self.placements)
         norm = zero.global_norm(gradients, self.placements)
-        mtp_weight = self.config.mtp_weight_at(state["step"])
-        loss = found.main + mtp_weight * found.mtp + self.config.balance_loss * found.balance
+        loss = found.weighted(Weights(self.config.mtp_weight_at(state["step"]), self.config.balance_loss))
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         rate = learning_rate(self.optimizer)(state["step"])
         new = self._updated(state, gradients, norm, rate, found.loads)
@@ -209,15 +211,17 @@ class Trainer:
         new["step"] = state["step"] + 1
         new["skipped"] = state["skipped"] + ~finite
         new["skipped_in_row"] = jnp.where(finite, 0, state["skipped_in_row"] + 1)
-        violation = jnp.mean(jnp.concatenate([max_violation(x).ravel() for x in jax.tree.leaves(found.loads)]))
+        violations = [max_violation(load).ravel() for load in jax.tree.leaves(found.loads)]
         report = Report(
             loss=loss,
             main=found.main,
             mtp=found.mtp,
-            balance=found.balance,
+            balance=found.balance.expert,
+            device_balance=found.balance.device,
+            communication_balance=found.balance.communication,
             gradient_norm=norm,
             learning_rate=rate,
-            max_violation=violation,
+            max_violation=jnp.mean(jnp.concatenate(violations)) if violations else jnp.float32(0),
             finite=finite.astype(jnp.float32),
             skipped=new["skipped"],
             skipped_in_row=new["skipped_in_row"],
@@ -256,10 +260,14 @@ class Trainer:
         parts = zero.scatter(state["params"], self.placements)
         parts, moments = adamw_update(self.optimizer, gradients, state["optimizer"], parts, self.decayed, rate)
         gamma = self.config.balance_rate_at(state["step"])
-        router_bias = jax.tree.map(
-            lambda load, biases: jax.tree.map(lambda bias: updated_bias(bias, load, gamma), biases),
-            loads,
-            state["router_bias"],
+        router_bias = (
+            {}
+            if not state["router_bias"]
+            else jax.tree.map(
+                lambda load, biases: jax.tree.map(lambda bias: updated_bias(bias, load, gamma), biases),
+                loads,
+                state["router_bias"],
+            )
         )
         params = zero.gather(parts, self.placements)
         return {"params": params, "router_bias": router_bias, "optimizer": moments}
@@ -273,7 +281,7 @@ class Trainer:
 
         def on_device(params: dict, router_bias: dict, batch) -> tuple[jax.Array, jax.Array]:
             model = self.bind(params, router_bias)
-            no_weights = Weights(0.0, 0.0)
+            no_weights = Weights(0.0, Balance(0.0))
             chunk, mask = self.config.loss_chunk, self.config.mask_documents
             _, found = losses(model, batch, jnp.float32(1), 1, no_weights, chunk=chunk, mask=mask)
             lengths = jnp.where(batch.targets_BT >= 0, byte_lengths_V[jnp.maximum(batch.targets_BT, 0)], 0)

@@ -13,10 +13,12 @@ from deepseek_jax.layers.router import (
     Router,
     Routing,
     expert_load,
+    grouped_balance,
     keep_best_groups,
     max_violation,
-    sequence_balance_loss,
+    sequence_balance,
     sigmoid_biased_topk,
+    softmax_topk,
     updated_bias,
 )
 
@@ -46,8 +48,8 @@ def test_a_group_is_as_good_as_its_two_best():
 
 def test_one_group_kept_whole_and_groups_of_one():
     choice = jnp.float32([[[0.3, -0.2, 0.9]]])
-    assert keep_best_groups(choice, 1, 1) is choice
-    np.testing.assert_array_equal(keep_best_groups(choice, 3, 2)[0, 0], np.float32([0.3, -np.inf, 0.9]))
+    assert keep_best_groups(choice, 1, 1, n_best=2) is choice
+    np.testing.assert_array_equal(keep_best_groups(choice, 3, 2, n_best=2)[0, 0], np.float32([0.3, -np.inf, 0.9]))
 
 
 def test_the_bias_chooses_and_does_not_weigh():
@@ -68,7 +70,7 @@ def test_gradient_reaches_the_centroids_and_never_the_bias(filled):
     @functools.partial(jax.grad, argnums=(0, 1))
     def gradient(params, bias):
         routing = bind(definition, params, bias)(x_BTD)
-        return jnp.sum(routing.weights_BTK[..., 0] ** 2) + jnp.sum(sequence_balance_loss(routing))
+        return jnp.sum(routing.weights_BTK[..., 0] ** 2) + jnp.sum(sequence_balance(routing).expert)
 
     d_params, d_bias = jax.jit(gradient)(params, bias)
     assert np.any(d_params["centroids_DE"])
@@ -99,7 +101,7 @@ def test_load_and_violation():
 def test_balance_loss_is_one_when_balanced():
     experts = jnp.array([[[0, 1], [2, 3]]])
     routing = Routing(experts, jnp.ones((1, 2, 2)), jnp.full((1, 2, 4), 0.7))
-    np.testing.assert_allclose(sequence_balance_loss(routing), [1.0], rtol=1e-6)
+    np.testing.assert_allclose(sequence_balance(routing).expert, [1.0], rtol=1e-6)
 
 
 def test_balance_loss_is_equations_17_to_20():
@@ -113,5 +115,35 @@ def test_balance_loss_is_equations_17_to_20():
             f = E / (K * T) * sum(i in experts[b, t] for t in range(T))
             P = sum(scores[b, t, i] / scores[b, t].sum() for t in range(T)) / T
             wanted[b] += f * P
-    got = sequence_balance_loss(Routing(jnp.array(experts), jnp.ones((B, T, K)), jnp.float32(scores)))
+    got = sequence_balance(Routing(jnp.array(experts), jnp.ones((B, T, K)), jnp.float32(scores))).expert
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
+
+
+def test_softmax_choice_by_hand():
+    """V2: the group of the single best expert wins, though the other two are better together; weights as they are."""
+    scores = np.float64([0.4, 0.05, 0.3, 0.25])
+    routing = softmax_topk(jnp.float32(np.log(scores))[None, None], top_k=2, n_groups=2, top_groups=1, scale=16.0)
+    assert routing.experts_BTK[0, 0].tolist() == [0, 1]
+    assert routing.weights_BTK[0, 0].tolist() == pytest.approx([16 * 0.4, 16 * 0.05], rel=1e-5)
+    np.testing.assert_allclose(routing.scores_BTE[0, 0], scores, rtol=1e-5)
+
+
+def test_grouped_balance_is_equations_23_to_31():
+    rng = np.random.default_rng(0)
+    B, T, E, K, D, M = 3, 7, 6, 2, 3, 2
+    scores = rng.dirichlet(np.ones(E), (B, T))
+    experts = np.stack([[rng.permutation(E)[:K] for _ in range(T)] for _ in range(B)])
+    wanted = np.zeros((3, B))
+    for b in range(B):
+        f = [E / (K * T) * sum(i in experts[b, t] for t in range(T)) for i in range(E)]
+        P = scores[b].mean(0)
+        wanted[0, b] = np.dot(f, P)
+        for group in np.arange(E).reshape(D, -1):
+            sent = D / (M * T) * sum(any(i in experts[b, t] for i in group) for t in range(T))
+            wanted[1, b] += np.mean([f[i] for i in group]) * P[group].sum()
+            wanted[2, b] += sent * P[group].sum()
+    routing = Routing(jnp.array(experts), jnp.ones((B, T, K)), jnp.float32(scores))
+    got = grouped_balance(routing, n_groups=D, top_groups=M)
+    for loss, want in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(loss, want, rtol=1e-5)
+    np.testing.assert_allclose(got.expert, sequence_balance(routing).expert, rtol=1e-5)

@@ -12,6 +12,7 @@ from flax import nnx
 from deepseek_jax.configs import v3_671b
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.layers.base import bind, logical_axes, split
+from deepseek_jax.layers.router import Balance
 from deepseek_jax.models import family
 from deepseek_jax.train.loss import Weights, losses
 
@@ -58,7 +59,14 @@ def logits(forward, ids) -> np.ndarray:
 def prefilled(model, ids) -> tuple:
     """What prefill says and keeps of a whole sequence."""
     definition, params, bias = model
-    return jax.jit(lambda p, x: bind(definition, p, bias).prefill(x, SLOTS))(params, ids[:, :-1])
+
+    @jax.jit
+    def run(params, ids_BT):
+        m = bind(definition, params, bias)
+        h_BTD, cache = m.prefill(ids_BT, SLOTS)
+        return m.head(h_BTD), cache
+
+    return run(params, ids[:, :-1])
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +89,9 @@ def test_decode_is_the_full_forward(prefilled, decode, logits, ids, at_once):
         positions_BT = np.broadcast_to(np.arange(at, at + at_once, dtype=np.int32), (B, at_once))
         got, cache = decode(ids[:, at : at + at_once], positions_BT, cache)
         np.testing.assert_allclose(got, logits[:, at : at + at_once], atol=1e-5)
-    np.testing.assert_allclose(cache.moe.c_BSC[:, :, :T], prefilled[1].moe.c_BSC[:, :, :T], atol=1e-5)
+    np.testing.assert_allclose(
+        cache["moe_blocks"].c_BSC[:, :, :T], prefilled[1]["moe_blocks"].c_BSC[:, :, :T], atol=1e-5
+    )
 
 
 def test_sequences_decode_at_positions_of_their_own(prefilled, decode, logits, ids):
@@ -132,7 +142,7 @@ def test_the_loss_is_the_full_cross_entropy_and_its_mtp_part_is_eq_24(model, for
 
     def parts(params):
         m = bind(definition, params, bias)
-        loss, found = losses(m, batch, jnp.float32(B * T), B, Weights(0.3, 0.1), chunk=7, mask=False)
+        loss, found = losses(m, batch, jnp.float32(B * T), B, Weights(0.3, Balance(0.1)), chunk=7, mask=False)
         return found.mtp, (loss, found)
 
     d_params, (loss, found) = jax.jit(jax.grad(parts, has_aux=True))(params)
@@ -147,8 +157,8 @@ def test_the_loss_is_the_full_cross_entropy_and_its_mtp_part_is_eq_24(model, for
     assert float(found.main) > 3
     mtp = sum(nll(logits, wanted) for logits, wanted in zip(ahead, targets, strict=True)) / DEPTH / (B * T)
     assert float(found.mtp) == pytest.approx(mtp, rel=1e-5)
-    assert float(loss) == pytest.approx(float(found.main + 0.3 * found.mtp + 0.1 * found.balance), rel=1e-6)
-    assert float(found.balance) > 2 + DEPTH - 0.5  # about one for each MoE layer
+    assert float(loss) == pytest.approx(float(found.main + 0.3 * found.mtp + 0.1 * found.balance.expert), rel=1e-6)
+    assert float(found.balance.expert) > 2 + DEPTH - 0.5  # about one for each MoE layer
     assert float(found.loads["moe_blocks"].sum()) == 2 * B * T * 2
     for path, gradient in jax.tree_util.tree_leaves_with_path(d_params):
         assert np.any(gradient), f"{jax.tree_util.keystr(path)} gets no gradient from multi-token prediction"
@@ -162,7 +172,7 @@ def test_other_depths_run(sizes, depth):
 
     def run(params, bias, batch):
         m = bind(definition, params, bias)
-        return losses(m, batch, jnp.float32(B * T), B, Weights(0.3, 0.1), chunk=8, mask=True)
+        return losses(m, batch, jnp.float32(B * T), B, Weights(0.3, Balance(0.1)), chunk=8, mask=True)
 
     loss, found = jax.eval_shape(jax.grad(run, has_aux=True), params, bias, batch)
     assert set(loss) == set(params) and ("mtp" in params) == bool(depth) == ("mtp" in found.loads)

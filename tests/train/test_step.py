@@ -13,6 +13,7 @@ from flax import nnx
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import RouterBias, bind, normal, param
+from deepseek_jax.layers.router import Balance
 from deepseek_jax.models import family
 from deepseek_jax.parallel.mesh import global_batch, make_mesh, place
 from deepseek_jax.train.optim import OptimizerConfig
@@ -29,7 +30,7 @@ STEP = StepConfig(
     mtp_weight_switch=3,
     balance_rate=1e-3,
     balance_rate_stop=4,
-    balance_loss=1e-2,
+    balance_loss=Balance(1e-2),
 )
 EXPERTS = {"experts": "expert"}
 

@@ -1,0 +1,36 @@
+"""DeepSeek LLM 67B: 8 key-value heads, 95 layers, 67.4B parameters.
+
+Paper: arXiv 2401.02954, table 2: 2T tokens, batch 4,608, learning rate 3.2e-4.  300.6K H800 hours per trillion tokens
+(V2 report, section 3.2.3).
+
+    deepseek-jax plan --config=llm_67b --chip=h800 --devices=1024 --config.mesh.pipe=16
+"""
+
+from ml_collections import ConfigDict
+
+from deepseek_jax.configs import llm_7b
+
+
+def get_config() -> ConfigDict:
+    """The published sizes and recipe."""
+    config = llm_7b.get_config()
+    config.name = "llm_67b"
+
+    m = config.model
+    m.d_model = 8192
+    m.n_layers = 95
+    m.dense_width = 22_016
+    m.n_heads = 64
+    m.n_kv_heads = 8
+
+    train = config.train
+    train.steps = 105_964  # 2T tokens
+    train.batch_size_start = train.batch_size = 4608
+
+    optimizer = config.optimizer
+    optimizer.peak_rate = 3.2e-4
+    optimizer.constant_steps = 82_771  # to 80 %
+    optimizer.tail_rate = 1.011e-4  # 3.2e-4 * 0.316
+    optimizer.tail_steps = 10_596  # to 90 %
+    optimizer.final_rate = 3.2e-5
+    return config

@@ -1,0 +1,57 @@
+"""DeepSeek LLM 7B: multi-head attention, 30 layers, 6.91B parameters.
+
+Paper: arXiv 2401.02954, table 2 (sizes) and section 2.3 (recipe): 2T tokens, sequences of 4,096, batch 2,304, learning
+rate 4.2e-4 after 2,000 steps of warm-up, times 0.316 at 80 % and 0.1 at 90 % of the tokens.
+
+    deepseek-jax plan --config=llm_7b --chip=h800 --devices=512
+"""
+
+from ml_collections import ConfigDict
+
+from deepseek_jax.configs import base
+
+
+def get_config() -> ConfigDict:
+    """The published sizes and recipe."""
+    config = base.get_config()
+    config.name = "llm_7b"
+    config.family = "v1"
+    config.precision = "bf16"
+
+    m = config.model
+    m.vocab_size = 102_400
+    m.d_model = 4096
+    m.n_layers = 30
+    m.dense_width = 11_008
+    m.n_heads = 32
+    m.n_kv_heads = 32
+    m.head_width = 128
+    m.attention_bias = False
+    m.rope_base = 10_000.0
+    m.rope_factor = 1.0
+    m.rope_llama3 = ConfigDict()  # none
+    m.norm_eps = 1e-6
+    m.init_std = 0.006
+
+    data = config.data
+    data.tokenizer = "tokenizer.json"
+    data.source = "corpus/*.array_record"
+    data.seq_len = 4096
+    data.fim_rate = 0.0
+
+    train = config.train
+    train.steps = 211_928  # 2T tokens
+    train.batch_size_start = train.batch_size = 2304
+    train.remat = "block"
+    train.mtp_weight = train.mtp_weight_final = 0.0
+    train.balance_rate = train.balance_loss = 0.0
+
+    optimizer = config.optimizer
+    optimizer.peak_rate = 4.2e-4
+    optimizer.warmup_steps = 2000
+    optimizer.constant_steps = 167_542  # to 80 %
+    optimizer.cosine_steps = 0
+    optimizer.tail_rate = 1.327e-4  # 4.2e-4 * 0.316
+    optimizer.tail_steps = 21_193  # to 90 %
+    optimizer.final_rate = 4.2e-5
+    return config

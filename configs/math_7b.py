@@ -1,0 +1,25 @@
+"""DeepSeekMath 7B: the network of DeepSeek LLM 7B, trained further on mathematics.
+
+Paper: arXiv 2402.03300, section 2.3: from DeepSeek-Coder-v1.5 7B, 500B tokens, batch 10M tokens, learning rate 4.2e-4.
+
+    deepseek-jax inspect --config=math_7b
+"""
+
+from ml_collections import ConfigDict
+
+from deepseek_jax.configs import llm_7b
+
+
+def get_config() -> ConfigDict:
+    """The published sizes; of the recipe what the paper gives."""
+    config = llm_7b.get_config()
+    config.name = "math_7b"
+
+    train = config.train
+    train.steps = 50_080  # 500B tokens
+    train.batch_size_start = train.batch_size = 2440  # 10M tokens
+
+    optimizer = config.optimizer
+    optimizer.constant_steps = 38_064  # to 80 %
+    optimizer.tail_steps = 5_008  # to 90 %
+    return config

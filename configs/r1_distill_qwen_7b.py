@@ -1,0 +1,29 @@
+"""R1-Distill-Qwen 7B: a Qwen2.5-Math 7B.
+
+Paper: DeepSeek-R1, arXiv 2501.12948, section 2.4: supervised on 800K samples of R1; learning rates in table 6 of the
+version in Nature.  Sizes from the released config.json.  7.62B parameters.
+
+    deepseek-jax inspect --config=r1_distill_qwen_7b
+"""
+
+from ml_collections import ConfigDict
+
+from deepseek_jax.configs import r1_distill_qwen_1b5
+
+
+def get_config() -> ConfigDict:
+    """The published sizes; the recipe's rate, from which it falls to a tenth along a cosine."""
+    config = r1_distill_qwen_1b5.get_config()
+    config.name = "r1_distill_qwen_7b"
+
+    m = config.model
+    m.vocab_size = 152_064
+    m.d_model = 3584
+    m.n_layers = 28
+    m.dense_width = 18_944
+    m.n_heads = 28
+    m.n_kv_heads = 4
+
+    config.optimizer.peak_rate = 8e-5
+    config.optimizer.tail_rate = config.optimizer.final_rate = 8e-6
+    return config

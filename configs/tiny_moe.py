@@ -1,0 +1,35 @@
+"""A DeepSeekMoE small enough for two CPU cores: 16 experts of which 4 work on a token, balanced by a loss.
+
+Learns CPython's standard library byte by byte, with the text, steps and learning rates of `tiny_v3`.
+
+    deepseek-jax train --config=tiny_moe
+"""
+
+from ml_collections import ConfigDict
+
+from deepseek_jax.configs import moe_16b, tiny_v3
+
+
+def get_config() -> ConfigDict:
+    """Returns the laptop twin of `moe_16b`."""
+    config = tiny_v3.get_config()
+    config.name = "tiny_moe"
+    config.family = moe_16b.get_config().family
+
+    m = config.model = moe_16b.get_config().model
+    m.vocab_size = 272  # 256 bytes and the special tokens
+    m.d_model = 128
+    m.n_layers = 4
+    m.dense_width = 384
+    m.n_heads = 4
+    m.n_kv_heads = 4
+    m.head_width = 32
+    m.n_experts = 16
+    m.expert_width = 64
+    m.top_k = 4
+    m.init_std = 0.02
+
+    config.train.mtp_weight = config.train.mtp_weight_final = 0.0
+    config.train.balance_rate = 0.0
+    config.train.balance_loss = 0.01
+    return config

@@ -1,0 +1,71 @@
+"""DeepSeek-V2, 236B parameters of which 21B work on a token; V2.5 and Coder-V2 share these sizes.
+
+Paper: arXiv 2405.04434, section 3.1.2: 8.1T tokens, batch 2,304 -> 9,216 over the first 225B tokens, learning rate
+2.4e-4, times 0.316 at 60 % and again at 90 %; three balance losses.  172.8K H800 hours per trillion tokens.
+
+    deepseek-jax plan --config=v2_236b --chip=h800 --devices=2048 --config.mesh.pipe=16 --config.mesh.expert=8
+"""
+
+from ml_collections import ConfigDict
+
+from deepseek_jax.configs import base
+
+
+def get_config() -> ConfigDict:
+    """The published sizes and recipe."""
+    config = base.get_config()
+    config.name = "v2_236b"
+    config.family = "v2"
+    config.precision = "bf16"
+
+    m = config.model
+    m.vocab_size = 102_400
+    m.d_model = 5120
+    m.n_layers = 60
+    m.n_dense_layers = 1
+    m.dense_width = 12_288
+    m.n_heads = 128
+    m.q_rank = 1536
+    m.kv_rank = 512
+    m.nope_width = 128
+    m.rope_width = 64
+    m.value_width = 128
+    m.rope_base = 10_000.0
+    m.yarn = ConfigDict()  # none in pre-training; section 3.1.4 extends to 128K afterwards, with mscale 0.707
+    m.n_experts = 160
+    m.n_shared_experts = 2
+    m.expert_width = 1536
+    m.top_k = 6
+    m.n_groups = 8
+    m.top_groups = 3
+    m.route_scale = 16.0
+    m.norm_eps = 1e-6
+    m.init_std = 0.006
+
+    data = config.data
+    data.tokenizer = "tokenizer.json"
+    data.source = "corpus/*.array_record"
+    data.seq_len = 4096
+    data.fim_rate = 0.0
+
+    train = config.train
+    train.steps = 224_844  # 8.1T tokens
+    train.batch_size_start = 2304
+    train.batch_size = 9216
+    train.batch_ramp_steps = 9_537  # 225B tokens
+    train.remat = "block"
+    train.mtp_weight = train.mtp_weight_final = 0.0
+    train.balance_rate = 0.0
+    train.balance_loss = 0.003
+    train.device_balance_loss = 0.05
+    train.communication_balance_loss = 0.02
+
+    optimizer = config.optimizer
+    optimizer.peak_rate = 2.4e-4
+    optimizer.warmup_steps = 2000
+    optimizer.constant_steps = 132_906  # to 60 %
+    optimizer.cosine_steps = 0
+    optimizer.tail_rate = 7.584e-5
+    optimizer.tail_steps = 67_453  # to 90 %
+    optimizer.final_rate = 2.4e-5
+    return config

@@ -1,0 +1,138 @@
+"""Grouped-query attention: J query heads share one key-value head, H = Z J; multi-head attention is Z = H.
+
+    q_t,i = RoPE(W^Q_i x_t + b^Q_i),   k_t,z = RoPE(W^K_z x_t + b^K_z),   v_t,z = W^V_z x_t + b^V_z
+    o_t,i = sum_j softmax_j(q_t,i . k_j,z / sqrt(Q)) v_j,z     with z = floor(i / J)
+    u_t = W^O o_t
+
+Caches 2 Z Q numbers a token and layer instead of 2 H Q.  Rotary pairs are Llama's halves (i, i + Q/2).
+Only the Qwen2 students of DeepSeek-R1 have the biases b.
+Paper: Ainslie et al. 2023, arXiv 2305.13245; DeepSeek LLM, arXiv 2401.02954, section 2.2.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.layers.attention import causal_attention, default_positions, masked_softmax
+from deepseek_jax.layers.base import normal, param, zeros
+from deepseek_jax.layers.rope import Llama3, llama3, plain, rotate_halves
+from deepseek_jax.precision.matmul import einsum
+
+
+@dataclass(frozen=True)
+class GQAConfig:
+    """Sizes of grouped-query attention (DeepSeek-LLM 67B's in brackets).
+
+    Attributes:
+        n_heads: H, query heads (64).
+        n_kv_heads: Z, key-value heads (8); H for multi-head attention.
+        head_width: Q, width of a head (128).
+        bias: whether queries, keys and values have one (no).
+        rope_base: base of the rotary frequencies (10,000).
+        rope_factor: every angle is divided by it (1; DeepSeek-Coder: 4).
+        rope_llama3: Llama 3.1's context extension, or None.
+        init_std: standard deviation of the initial weights (0.006).
+    """
+
+    n_heads: int
+    n_kv_heads: int
+    head_width: int
+    bias: bool = False
+    rope_base: float = 10_000.0
+    rope_factor: float = 1.0
+    rope_llama3: Llama3 | None = None
+    init_std: float = 0.006
+
+
+class KeyValues(NamedTuple):
+    """All that is cached of a token: rotated keys and values of the key-value heads."""
+
+    k_BSZQ: jax.Array
+    v_BSZU: jax.Array
+
+
+class GQA(nnx.Module):
+    """Grouped-query attention.
+
+    Args:
+        c: sizes.
+        d_model: width of the residual stream.
+        rngs: initialisers' keys.
+    """
+
+    def __init__(self, c: GQAConfig, d_model: int, *, rngs: nnx.Rngs):
+        init, width = normal(c.init_std), c.head_width
+        self.q_DHQ = param(rngs, (d_model, c.n_heads, width), ("embed", "heads", None), init)
+        self.k_DZQ = param(rngs, (d_model, c.n_kv_heads, width), ("embed", "heads", None), init)
+        self.v_DZU = param(rngs, (d_model, c.n_kv_heads, width), ("embed", "heads", None), init)
+        self.out_HUD = param(rngs, (c.n_heads, width, d_model), ("heads", None, "embed"), init)
+        if c.bias:
+            self.q_bias_HQ = param(rngs, (c.n_heads, width), ("heads", None), zeros)
+            self.k_bias_ZQ = param(rngs, (c.n_kv_heads, width), ("heads", None), zeros)
+            self.v_bias_ZU = param(rngs, (c.n_kv_heads, width), ("heads", None), zeros)
+        self.config = c
+
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array | None = None, segments_BT=None) -> jax.Array:
+        """u_BTD: causal attention over whole sequences, at positions 0..T-1 by default."""
+        if positions_BT is None:
+            positions_BT = default_positions(x_BTD)
+        return self.over_itself(x_BTD, positions_BT, self.entries(x_BTD, positions_BT), segments_BT)
+
+    def queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """The heads' rotated queries q_BTHQ."""
+        q_BTHQ = einsum("BTD,DHQ->BTHQ", x_BTD, self.q_DHQ[...])
+        if self.config.bias:
+            q_BTHQ = q_BTHQ + self.q_bias_HQ[...].astype(x_BTD.dtype)
+        return self._rotate(q_BTHQ, positions_BT)
+
+    def entries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> KeyValues:
+        """What the cache keeps of these tokens."""
+        k_BTZQ = einsum("BTD,DZQ->BTZQ", x_BTD, self.k_DZQ[...])
+        v_BTZU = einsum("BTD,DZU->BTZU", x_BTD, self.v_DZU[...])
+        if self.config.bias:
+            k_BTZQ = k_BTZQ + self.k_bias_ZQ[...].astype(x_BTD.dtype)
+            v_BTZU = v_BTZU + self.v_bias_ZU[...].astype(x_BTD.dtype)
+        return KeyValues(self._rotate(k_BTZQ, positions_BT), v_BTZU)
+
+    def over_itself(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, entries: KeyValues, segments_BT: jax.Array | None = None
+    ) -> jax.Array:
+        """u_BTD of tokens that attend causally to themselves, with the keys and values of `entries`."""
+        sharing = self.config.n_heads // self.config.n_kv_heads
+        k_BTHQ, v_BTHU = (jnp.repeat(x, sharing, axis=2) if sharing > 1 else x for x in entries)
+        q_BTHQ = self.queries(x_BTD, positions_BT)
+        o_BTHU = causal_attention(q_BTHQ, k_BTHQ, v_BTHU, scale=self.scale, segments_BT=segments_BT)
+        return einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...])
+
+    def over_cache(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KeyValues, seen_BTS: jax.Array
+    ) -> jax.Array:
+        """u_BTD of tokens that attend to a cache, which must already hold their own keys and values.
+
+        Args:
+            x_BTD: normed residual stream of the new tokens (T = 1 in plain decoding).
+            positions_BT: their positions.
+            cache: keys and values of S slots.
+            seen_BTS: which slots a token may look at.
+        """
+        c = self.config
+        q_BTHQ = self.queries(x_BTD, positions_BT)
+        q_BTZJQ = q_BTHQ.reshape(*q_BTHQ.shape[:2], c.n_kv_heads, -1, c.head_width)
+        scores_BZJTS = jnp.einsum("BTZJQ,BSZQ->BZJTS", q_BTZJQ, cache.k_BSZQ, preferred_element_type=jnp.float32)
+        weights_BZJTS = masked_softmax(scores_BZJTS * self.scale, seen_BTS[:, None, None]).astype(x_BTD.dtype)
+        o_BTZJU = jnp.einsum("BZJTS,BSZU->BTZJU", weights_BZJTS, cache.v_BSZU)
+        o_BTHU = o_BTZJU.reshape(*q_BTHQ.shape[:3], -1)
+        return einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...])
+
+    @property
+    def scale(self) -> float:
+        """Factor of the attention logits."""
+        return self.config.head_width**-0.5
+
+    def _rotate(self, x: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        c = self.config
+        theta = plain(c.head_width, c.rope_base) / c.rope_factor
+        return rotate_halves(x, positions_BT, llama3(theta, c.rope_llama3) if c.rope_llama3 else theta)

@@ -1,0 +1,126 @@
+"""DeepSeekMoE 16B: DeepSeek LLM's attention, with a feed-forward of many small experts.
+
+    x = Emb(t)
+    dense layer:  x <- x + MHA(norm x);  x <- x + SwiGLU(norm x)          (the first of 28)
+    MoE layers:   x <- x + MHA(norm x);  x <- x + Experts(norm x)         (the other 27)
+    h = norm x;   logits = h W^O
+
+Two shared experts, 6 of 64 routed ones; softmax scores, weights not renormalised, balance by a loss.
+Paper: DeepSeekMoE, arXiv 2401.06066, sections 3 and 5.
+"""
+
+import functools
+from dataclasses import dataclass
+
+from flax import nnx
+from ml_collections import ConfigDict
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.layers.base import AS_IT_IS, Execution
+from deepseek_jax.layers.decoder import Decoder, DenseBlock, MoEBlock
+from deepseek_jax.layers.experts import Experts, ExpertsConfig
+from deepseek_jax.layers.gqa import GQA, GQAConfig
+from deepseek_jax.layers.router import sequence_balance, softmax_topk
+from deepseek_jax.models import checks
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a DeepSeekMoE (the 16B model's in brackets).
+
+    Attributes:
+        vocab_size: V (102,400).
+        d_model: D, width of the residual stream (2048).
+        n_layers: dense and MoE (28).
+        n_dense_layers: leading layers with a dense feed-forward (1).
+        dense_width: hidden width of those (10,944).
+        attention: multi-head attention (16 heads of 128).
+        experts: the MoE layers' feed-forward (64 routed of width 1408, 6 a token, 2 shared).
+        norm_eps: of every RMSNorm (1e-6).
+        init_std: standard deviation of the initial weights (0.006).
+    """
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_dense_layers: int
+    dense_width: int
+    attention: GQAConfig
+    experts: ExpertsConfig
+    norm_eps: float
+    init_std: float
+
+    @classmethod
+    def from_config(cls, m: ConfigDict) -> "Config":
+        """Reads the `model` part of a run's config. Raises UserError for sizes that make no model."""
+        checks.check_keys(m, SIZES, OTHERS)
+        checks.check_heads(m)
+        checks.check_layers(m)
+        if m.top_k > m.n_experts:
+            raise UserError(f"config.model.top_k={m.top_k} of n_experts={m.n_experts}: choose a smaller top_k.")
+        return cls(
+            vocab_size=m.vocab_size,
+            d_model=m.d_model,
+            n_layers=m.n_layers,
+            n_dense_layers=m.n_dense_layers,
+            dense_width=m.dense_width,
+            attention=GQAConfig(
+                n_heads=m.n_heads,
+                n_kv_heads=m.n_kv_heads,
+                head_width=m.head_width,
+                rope_base=m.rope_base,
+                init_std=m.init_std,
+            ),
+            experts=ExpertsConfig(
+                n_experts=m.n_experts,
+                n_shared=m.n_shared_experts,
+                width=m.expert_width,
+                top_k=m.top_k,
+                route_scale=m.route_scale,
+                init_std=m.init_std,
+            ),
+            norm_eps=m.norm_eps,
+            init_std=m.init_std,
+        )
+
+
+# Keys of `config.model`: those that are 1 or more, and the rest.
+SIZES = ("vocab_size", "d_model", "n_layers", "n_dense_layers", "dense_width", "n_heads", "n_kv_heads", "head_width")
+SIZES += ("n_experts", "n_shared_experts", "expert_width", "top_k")
+OTHERS = ("rope_base", "route_scale", "norm_eps", "init_std")
+
+
+class Model(Decoder):
+    """The network.
+
+    Args:
+        c: sizes.
+        run: how it runs (dtype, rematerialisation, expert axis); changes nothing of what it computes.
+        rngs: initialisers' keys.
+    """
+
+    def __init__(self, c: Config, run: Execution = AS_IT_IS, *, rngs: nnx.Rngs):
+        e = c.experts
+        route = functools.partial(softmax_topk, top_k=e.top_k, n_groups=1, top_groups=1, scale=e.route_scale)
+
+        def attention(rngs: nnx.Rngs) -> GQA:
+            return GQA(c.attention, c.d_model, rngs=rngs)
+
+        def experts(rngs: nnx.Rngs) -> Experts:
+            return Experts(e, c.d_model, route, biased=False, expert_axis=run.expert_axis, rngs=rngs)
+
+        def dense_block(rngs: nnx.Rngs) -> DenseBlock:
+            return DenseBlock(attention, c.d_model, c.dense_width, c.norm_eps, c.init_std, rngs=rngs)
+
+        def moe_block(rngs: nnx.Rngs) -> MoEBlock:
+            return MoEBlock(attention, experts, sequence_balance, c.d_model, c.norm_eps, rngs=rngs)
+
+        n_moe_layers = c.n_layers - c.n_dense_layers
+        stacks = {"dense_blocks": (dense_block, c.n_dense_layers), "moe_blocks": (moe_block, n_moe_layers)}
+        super().__init__(c.vocab_size, c.d_model, c.norm_eps, c.init_std, run, stacks, rngs=rngs)
+        self.config = c
+
+
+def flops_per_pair(c: Config) -> int:
+    """Operations of one token's queries with the keys and values of another, in one layer: 2 H (Q + U), U = Q."""
+    return 4 * c.attention.n_heads * c.attention.head_width

@@ -1,0 +1,106 @@
+"""DeepSeek LLM, and what shares its dense blocks: Coder, Math, and the students distilled from R1.
+
+    x = Emb(t)
+    each layer:  x <- x + GQA(norm x);  x <- x + SwiGLU(norm x)
+    h = norm x;  logits = h W^O
+
+| models | differ by |
+| --- | --- |
+| DeepSeek LLM 7B, 67B; Math 7B | 67B: 8 key-value heads |
+| DeepSeek-Coder 1.3B, 6.7B, 33B | angles of rotary positions divided by 4 |
+| R1-Distill-Qwen | biases of queries, keys and values |
+| R1-Distill-Llama | Llama 3.1's context extension |
+
+Papers: DeepSeek LLM, arXiv 2401.02954, section 2.2; DeepSeek-Coder, arXiv 2401.14196; DeepSeekMath, arXiv 2402.03300;
+DeepSeek-R1, arXiv 2501.12948, section 2.4.
+"""
+
+from dataclasses import dataclass
+
+from flax import nnx
+from ml_collections import ConfigDict
+
+from deepseek_jax.layers.base import AS_IT_IS, Execution
+from deepseek_jax.layers.decoder import Decoder, DenseBlock
+from deepseek_jax.layers.gqa import GQA, GQAConfig
+from deepseek_jax.layers.rope import Llama3
+from deepseek_jax.models import checks
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a dense model (DeepSeek LLM 67B's in brackets).
+
+    Attributes:
+        vocab_size: V (102,400).
+        d_model: D, width of the residual stream (8192).
+        n_layers: blocks (95).
+        dense_width: hidden width of the feed-forwards (22,016).
+        attention: grouped-query attention.
+        norm_eps: of every RMSNorm (1e-6).
+        init_std: standard deviation of the initial weights (0.006).
+    """
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    dense_width: int
+    attention: GQAConfig
+    norm_eps: float
+    init_std: float
+
+    @classmethod
+    def from_config(cls, m: ConfigDict) -> "Config":
+        """Reads the `model` part of a run's config. Raises UserError for sizes that make no model."""
+        checks.check_keys(m, SIZES, OTHERS)
+        checks.check_heads(m)
+        checks.check_group(m, "rope_llama3", tuple(Llama3.__dataclass_fields__), n_needed=4)
+        return cls(
+            vocab_size=m.vocab_size,
+            d_model=m.d_model,
+            n_layers=m.n_layers,
+            dense_width=m.dense_width,
+            attention=GQAConfig(
+                n_heads=m.n_heads,
+                n_kv_heads=m.n_kv_heads,
+                head_width=m.head_width,
+                bias=m.attention_bias,
+                rope_base=m.rope_base,
+                rope_factor=m.rope_factor,
+                rope_llama3=Llama3(**m.rope_llama3) if m.rope_llama3 else None,
+                init_std=m.init_std,
+            ),
+            norm_eps=m.norm_eps,
+            init_std=m.init_std,
+        )
+
+
+# Keys of `config.model`: those that are 1 or more, and the rest.
+SIZES = ("vocab_size", "d_model", "n_layers", "dense_width", "n_heads", "n_kv_heads", "head_width")
+OTHERS = ("attention_bias", "rope_base", "rope_factor", "rope_llama3", "norm_eps", "init_std")
+
+
+class Model(Decoder):
+    """The network.
+
+    Args:
+        c: sizes.
+        run: how it runs (dtype, rematerialisation); changes nothing of what it computes.
+        rngs: initialisers' keys.
+    """
+
+    def __init__(self, c: Config, run: Execution = AS_IT_IS, *, rngs: nnx.Rngs):
+        def attention(rngs: nnx.Rngs) -> GQA:
+            return GQA(c.attention, c.d_model, rngs=rngs)
+
+        def block(rngs: nnx.Rngs) -> DenseBlock:
+            return DenseBlock(attention, c.d_model, c.dense_width, c.norm_eps, c.init_std, rngs=rngs)
+
+        stacks = {"blocks": (block, c.n_layers)}
+        super().__init__(c.vocab_size, c.d_model, c.norm_eps, c.init_std, run, stacks, rngs=rngs)
+        self.config = c
+
+
+def flops_per_pair(c: Config) -> int:
+    """Operations of one token's queries with the keys and values of another, in one layer: 2 H (Q + U), U = Q."""
+    return 4 * c.attention.n_heads * c.attention.head_width

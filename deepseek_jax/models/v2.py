@@ -1,0 +1,136 @@
+"""DeepSeek-V2, V2-Lite and Coder-V2: latent attention, and experts balanced by three losses.
+
+    x = Emb(t)
+    dense layer:  x <- x + MLA(norm x);  x <- x + SwiGLU(norm x)          (the first of 60)
+    MoE layers:   x <- x + MLA(norm x);  x <- x + Experts(norm x)         (the other 59)
+    h = norm x;   logits = h W^O
+
+A token's experts lie on at most 3 of 8 devices; softmax scores, weights not renormalised but scaled by 16.
+V2-Lite makes its queries without a latent and has no groups.  The training run also dropped tokens over a device's
+capacity (section 2.2.4); here, as in the released code, none is dropped.
+Paper: DeepSeek-V2, arXiv 2405.04434, section 2; V2-Lite: appendix B; Coder-V2, arXiv 2406.11931.
+"""
+
+import functools
+from dataclasses import dataclass
+
+from flax import nnx
+from ml_collections import ConfigDict
+
+from deepseek_jax.layers.base import AS_IT_IS, Execution
+from deepseek_jax.layers.decoder import Decoder, DenseBlock, MoEBlock
+from deepseek_jax.layers.experts import Experts, ExpertsConfig
+from deepseek_jax.layers.mla import MLA, MLAConfig
+from deepseek_jax.layers.router import grouped_balance, softmax_topk
+from deepseek_jax.models import checks
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a V2 (the 236B model's in brackets).
+
+    Attributes:
+        vocab_size: V (102,400).
+        d_model: D, width of the residual stream (5120).
+        n_layers: dense and MoE (60).
+        n_dense_layers: leading layers with a dense feed-forward (1).
+        dense_width: hidden width of those (12,288).
+        mla: multi-head latent attention.
+        experts: the MoE layers' feed-forward (160 routed of width 1536, 6 a token, 2 shared).
+        norm_eps: of every RMSNorm (1e-6).
+        init_std: standard deviation of the initial weights (0.006).
+    """
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_dense_layers: int
+    dense_width: int
+    mla: MLAConfig
+    experts: ExpertsConfig
+    norm_eps: float
+    init_std: float
+
+    @classmethod
+    def from_config(cls, m: ConfigDict) -> "Config":
+        """Reads the `model` part of a run's config. Raises UserError for sizes that make no model."""
+        checks.check_keys(m, SIZES, OTHERS, may_be_zero=("q_rank",))
+        checks.check_layers(m)
+        checks.check_groups(m)
+        checks.check_even(m, "rope_width")
+        return cls(
+            vocab_size=m.vocab_size,
+            d_model=m.d_model,
+            n_layers=m.n_layers,
+            n_dense_layers=m.n_dense_layers,
+            dense_width=m.dense_width,
+            mla=MLAConfig(
+                n_heads=m.n_heads,
+                q_rank=m.q_rank,
+                kv_rank=m.kv_rank,
+                nope_width=m.nope_width,
+                rope_width=m.rope_width,
+                value_width=m.value_width,
+                rope_base=m.rope_base,
+                yarn=checks.read_yarn(m),
+                norm_eps=m.norm_eps,
+                init_std=m.init_std,
+            ),
+            experts=ExpertsConfig(
+                n_experts=m.n_experts,
+                n_shared=m.n_shared_experts,
+                width=m.expert_width,
+                top_k=m.top_k,
+                n_groups=m.n_groups,
+                top_groups=m.top_groups,
+                route_scale=m.route_scale,
+                init_std=m.init_std,
+            ),
+            norm_eps=m.norm_eps,
+            init_std=m.init_std,
+        )
+
+
+# Keys of `config.model`: those that are 1 or more, and the rest.
+SIZES = ("vocab_size", "d_model", "n_layers", "n_dense_layers", "dense_width")
+SIZES += ("n_heads", "kv_rank", "nope_width", "rope_width", "value_width")
+SIZES += ("n_experts", "n_shared_experts", "expert_width", "top_k", "n_groups", "top_groups")
+OTHERS = ("rope_base", "yarn", "route_scale", "norm_eps", "init_std")
+
+
+class Model(Decoder):
+    """The network.
+
+    Args:
+        c: sizes.
+        run: how it runs (dtype, rematerialisation, expert axis); changes nothing of what it computes.
+        rngs: initialisers' keys.
+    """
+
+    def __init__(self, c: Config, run: Execution = AS_IT_IS, *, rngs: nnx.Rngs):
+        e = c.experts
+        groups = {"n_groups": e.n_groups, "top_groups": e.top_groups}
+        route = functools.partial(softmax_topk, top_k=e.top_k, scale=e.route_scale, **groups)
+        balance = functools.partial(grouped_balance, **groups)
+
+        def attention(rngs: nnx.Rngs) -> MLA:
+            return MLA(c.mla, c.d_model, rngs=rngs)
+
+        def experts(rngs: nnx.Rngs) -> Experts:
+            return Experts(e, c.d_model, route, biased=False, expert_axis=run.expert_axis, rngs=rngs)
+
+        def dense_block(rngs: nnx.Rngs) -> DenseBlock:
+            return DenseBlock(attention, c.d_model, c.dense_width, c.norm_eps, c.init_std, rngs=rngs)
+
+        def moe_block(rngs: nnx.Rngs) -> MoEBlock:
+            return MoEBlock(attention, experts, balance, c.d_model, c.norm_eps, rngs=rngs)
+
+        n_moe_layers = c.n_layers - c.n_dense_layers
+        stacks = {"dense_blocks": (dense_block, c.n_dense_layers), "moe_blocks": (moe_block, n_moe_layers)}
+        super().__init__(c.vocab_size, c.d_model, c.norm_eps, c.init_std, run, stacks, rngs=rngs)
+        self.config = c
+
+
+def flops_per_pair(c: Config) -> int:
+    """Operations of one token's queries with the keys and values of another, in one layer: 2 H (Q + U)."""
+    return 2 * c.mla.n_heads * (c.mla.query_width + c.mla.value_width)

@@ -1,0 +1,192 @@
+"""Laws that hold of every family, on its tiny twin made smaller; published counts; what each refuses."""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deepseek_jax.data.pipeline import Batch
+from deepseek_jax.errors import UserError
+from deepseek_jax.language_model import abstract_module, count_parameters
+from deepseek_jax.layers.base import bind, logical_axes, split
+from deepseek_jax.layers.router import Balance
+from deepseek_jax.models import FAMILIES, family
+from deepseek_jax.train.loss import Weights, losses
+
+B, T, SLOTS = 2, 12, 14
+
+
+def config_of(name: str):
+    return importlib.import_module(f"deepseek_jax.configs.{name}").get_config()
+
+
+def smaller(config):
+    """A tiny twin with two layers of width 32 and the mechanisms that only larger models have."""
+    m = config.model
+    m.vocab_size, m.d_model, m.n_layers, m.dense_width = 64, 32, 2, 48
+    for key, value in {"n_experts": 8, "expert_width": 16, "top_k": 2, "q_rank": 16, "kv_rank": 16}.items():
+        if m.get(key):
+            m[key] = value
+    return config
+
+
+def qwen():
+    config = smaller(config_of("tiny_v1"))
+    config.model.attention_bias = True
+    return config
+
+
+def coder():
+    config = smaller(config_of("tiny_v1"))
+    config.model.rope_factor = 4.0
+    return config
+
+
+def llama():
+    config = smaller(config_of("tiny_v1"))
+    config.model.rope_llama3 = config_of("r1_distill_llama_8b").model.rope_llama3
+    config.model.rope_llama3.original_length = 8
+    return config
+
+
+CASES = {
+    name: functools.partial(lambda name: smaller(config_of(name)), name)
+    for name in ("tiny_moe", "tiny_v2", "tiny_v2_lite")
+}
+CASES |= {"qwen": qwen, "coder": coder, "llama": llama}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def model(request, filled) -> tuple:
+    config = CASES[request.param]()
+    module = family(config.family)
+    sizes = module.Config.from_config(config.model)
+    return filled(lambda: module.Model(sizes, rngs=nnx.Rngs(0)), std=0.15)
+
+
+@pytest.fixture(scope="module")
+def ids() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 64, (B, T + 1)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def forward(model):
+    definition, params, bias = model
+    return functools.partial(jax.jit(lambda params, ids_BT: bind(definition, params, bias)(ids_BT)), params)
+
+
+def test_prefill_and_decode_are_the_full_forward(model, forward, ids):
+    definition, params, bias = model
+
+    @jax.jit
+    def prefill(params, ids_BT):
+        m = bind(definition, params, bias)
+        h_BTD, cache = m.prefill(ids_BT, SLOTS)
+        return m.head(h_BTD), cache
+
+    decode = jax.jit(lambda params, *args: bind(definition, params, bias).decode(*args))
+    wanted = forward(ids[:, :T])
+    assert float(jnp.std(wanted)) > 0.1
+    got, cache = prefill(params, ids[:, :T])
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+    start = 8
+    cache = jax.tree.map(lambda x: x.at[:, :, start:].set(50.0), cache)  # must be overwritten before it is seen
+    for at in range(start, T):
+        positions_BT = np.full((B, 1), at, np.int32)
+        got, cache = decode(params, ids[:, at : at + 1], positions_BT, cache)
+        np.testing.assert_allclose(got[:, 0], wanted[:, at], atol=1e-5)
+
+
+def test_no_logit_depends_on_a_later_token(forward, ids):
+    changed, other = 5, ids[:, :T].copy()
+    other[:, changed] = (other[:, changed] + 1) % 64
+    before, after = forward(ids[:, :T]), forward(other)
+    np.testing.assert_array_equal(before[:, :changed], after[:, :changed])
+    assert np.abs(before[:, changed] - after[:, changed]).max() > 1e-4
+
+
+def test_every_weight_learns_and_the_balance_losses_count(model, ids):
+    definition, params, bias = model
+    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    batch = Batch(ids[:, :-1], ids[:, 1:], np.ones_like(positions), positions)
+    alphas = Balance(0.1, 0.2, 0.3)
+
+    def loss(params):
+        m = bind(definition, params, bias)
+        return losses(m, batch, jnp.float32(B * T), B, Weights(0.0, alphas), chunk=8, mask=True)
+
+    gradients, found = jax.jit(jax.grad(loss, has_aux=True))(params)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        assert np.any(gradient), f"{jax.tree_util.keystr(path)} gets no gradient"
+    assert bias == {} and (found.loads == {}) == ("moe_blocks" not in params)
+    if "moe_blocks" in params:
+        assert float(found.loads["moe_blocks"].sum()) == B * T * 2
+        assert float(found.balance.expert) > 0.9
+
+
+def test_every_weight_names_its_axes(model):
+    definition, params, bias = model
+    module = nnx.eval_shape(lambda: bind(definition, params, bias))
+    is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
+    ranks = [jax.tree.map(len, tree, is_leaf=is_axes) for tree in logical_axes(module)]
+    assert ranks == [jax.tree.map(jnp.ndim, tree) for tree in (params, bias)]
+
+
+# Published sizes; a last digit that the papers do not print comes from the formulas of section 2 of each report.
+PUBLISHED = {
+    "llm_7b": "6.910",
+    "llm_67b": "67.425",
+    "math_7b": "6.910",
+    "coder_1b3": "1.346",
+    "coder_6b7": "6.741",
+    "coder_33b": "33.343",
+    "moe_16b": "16.376",
+    "v2_lite": "15.706",
+    "v2_236b": "235.741",
+    "v3_671b": "671.026",
+    "r1_distill_qwen_1b5": "1.777",
+    "r1_distill_qwen_7b": "7.616",
+    "r1_distill_qwen_14b": "14.770",
+    "r1_distill_qwen_32b": "32.764",
+    "r1_distill_llama_8b": "8.030",
+    "r1_distill_llama_70b": "70.554",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_released_models_have_the_published_number_of_parameters(name):
+    _, params, _ = split(abstract_module(config_of(name)))
+    assert f"{count_parameters(params)[0] / 1e9:.3f}" == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_says_what_is_missing(name):
+    twin = {"v1": "tiny_v1", "moe": "tiny_moe", "v2": "tiny_v2", "v3": "tiny_v3"}[name]
+    config = config_of(twin)
+    del config.model["vocab_size"]
+    with pytest.raises(UserError, match="lacks vocab_size"):
+        family(name).Config.from_config(config.model)
+
+
+@pytest.mark.parametrize(
+    ("twin", "key", "value", "message"),
+    [
+        ("tiny_v1", "n_kv_heads", 3, "does not divide n_heads"),
+        ("tiny_v1", "head_width", 31, "even width"),
+        ("tiny_v1", "n_layers", 0, "1 or more"),
+        ("tiny_v1", "rope_llama3", {"factor": 8.0}, "rope_llama3"),
+        ("tiny_moe", "top_k", 17, "smaller top_k"),
+        ("tiny_moe", "n_dense_layers", 4, "one MoE layer or more"),
+        ("tiny_v2", "q_rank", -1, "0 or more"),
+        ("tiny_v2", "n_groups", 3, "divide the experts"),
+    ],
+)
+def test_sizes_that_make_no_model_are_refused(twin, key, value, message):
+    config = config_of(twin)
+    config.model[key] = value
+    with pytest.raises(UserError, match=message):
+        family(config.family).Config.from_config(config.model)
