@@ -518,7 +518,7 @@ def _make_room(directory: Path, total: int) -> None:
 
 
 def _write_file(path: Path, entries: list[Entry], infos: dict[str, Info]) -> None:
-    """Writes one file, its widest dtypes in front whatever the order of writing: each tensor is aligned to its items."""
+    """Writes one file, its widest dtypes in front whatever the order of writing: all tensors are aligned."""
     header, offsets, end = {"__metadata__": {"format": "pt"}}, {}, 0
     for entry in sorted(entries, key=lambda entry: -DTYPES[infos[entry.name].dtype].itemsize):
         info = infos[entry.name]
