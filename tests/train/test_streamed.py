@@ -68,6 +68,7 @@ def write_all(directory: Path, stop_after: int | None = None) -> int:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(streamed, "CHUNK_BYTES", 200)
+    monkeypatch.setattr(streamed, "STRIP", 3)
 
 
 @pytest.fixture

@@ -1,0 +1,71 @@
+"""How far a long copy is: a bar on a terminal, a line every few seconds elsewhere, both on standard error.
+
+with Progress("convert", total_bytes, done=bytes_of_an_earlier_start) as progress:
+    progress.advance(n_bytes)
+"""
+
+import contextlib
+import os
+import sys
+import time
+
+LINE_EVERY_S = 5
+
+
+class Progress:
+    """Bytes done of a total; the rate and the time left count this start only."""
+
+    def __init__(self, label: str, total: int, done: int = 0):
+        self.label, self.total, self.done = label, total, done
+        self._start, self._start_done, self._told = time.monotonic(), done, time.monotonic()
+        self._bar = self._task = None
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("CI"):
+            from rich import progress
+            from rich.console import Console
+
+            columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TaskProgressColumn())
+            sizes = (progress.DownloadColumn(), progress.TransferSpeedColumn(), progress.TimeRemainingColumn())
+            self._bar = progress.Progress(*columns, *sizes, console=Console(stderr=True), refresh_per_second=4)
+            self._task = self._bar.add_task(self.label, total=self.total, completed=self.done)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def advance(self, n_bytes: int) -> None:
+        """Counts what has been done since the last call."""
+        self.done += n_bytes
+        if self._bar:
+            self._bar.advance(self._task, n_bytes)
+        elif (now := time.monotonic()) - self._told >= LINE_EVERY_S or self.done == self.total:
+            self._told = now
+            print(self.line(now - self._start), file=sys.stderr, flush=True)
+
+    def line(self, seconds: float) -> str:
+        """`convert  42%  3.4 of 8.1 GB  0.35 GB/s  0:00:13 left`."""
+        rate = (self.done - self._start_done) / max(seconds, 1e-9)
+        left = f"{clock((self.total - self.done) / rate)} left" if self.done < self.total and rate else clock(seconds)
+        share = f"{self.done / max(self.total, 1):4.0%}"
+        return (
+            f"{self.label} {share}  {self.done / 1e9:,.2f} of {self.total / 1e9:,.2f} GB  {rate / 1e9:.2f} GB/s  {left}"
+        )
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held so far (resident set size)."""
+    with contextlib.suppress(OSError, StopIteration):  # getrusage would count the parent's as well
+        line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
