@@ -1,0 +1,400 @@
+"""A Hugging Face directory as weights of ours, piece by piece, and back.
+
+    published = open_published("DeepSeek-V2-Lite")      config.json and headers, checked; no weight is read
+    published.family, published.numbers                 what `config.family` and `config.model` are to be
+    source = Source(published, shapes)                  shapes: {"params", "router_bias"} of that model
+    source.abstract                                     the tree that comes of it: shapes, and dtypes as stored
+    tree = place(source, target)                        target: `source.abstract` with shardings
+
+Reading.  A piece is one tensor of the release, in our axes: a layer of a stack, an expert of a layer, or a whole
+weight.  Pieces come in a fixed order, each tensor is read once and let go before the next, so that host memory holds
+one tensor at a time whatever the size of the model.  FP8 becomes bfloat16, all else keeps its dtype.
+
+Writing.  `write` asks for pieces, turns them to published tensors and streams those to the disk, in bfloat16, in
+float32, in FP8 with blocks of 128 x 128, or as they are.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from deepseek_jax.convert import hf_config, names, safetensors
+from deepseek_jax.convert.safetensors import Tensors
+from deepseek_jax.errors import UserError
+from deepseek_jax.precision.quantize import quantize_blocks
+
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+WEIGHT_DTYPES = ("F32", "F16", "BF16")  # besides 8-bit floats with scales
+SHOWN = 3  # names in a message
+
+Warn = Callable[[str], None]
+
+
+def warn_on_stderr(message: str) -> None:
+    """Prints a warning."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+# ----------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Published:
+    """A directory of published weights, checked so far as can be without reading them.
+
+    Attributes:
+        family, numbers: see `hf_config.from_hf`.
+        facts: see `hf_config.Facts`.
+        tensors: the files.
+        config: config.json as it stands.
+    """
+
+    family: str
+    numbers: dict[str, Any]
+    facts: hf_config.Facts
+    tensors: Tensors
+    config: dict[str, Any]
+
+
+def open_published(directory: str | PathLike, warn: Warn = warn_on_stderr) -> Published:
+    """Reads config.json and the headers of the weights.
+
+    Multi-token prediction that the config promises and the files lack (as when transformers has saved them) is left
+    out, with a warning.
+
+    Raises:
+        UserError: not such a directory, a model of no known family, or files that are damaged.
+    """
+    directory = Path(directory).expanduser()
+    if not (directory / CONFIG).is_file():
+        raise UserError(f"{directory}: no {CONFIG}. Give a directory with {CONFIG} and safetensors files.")
+    config = safetensors.read_json(directory / CONFIG)
+    family, numbers = hf_config.from_hf(config)
+    tensors = safetensors.open_directory(directory)
+    first_ahead = f"model.layers.{numbers['n_layers']}."
+    if numbers.get("mtp_depth") and not any(name.startswith(first_ahead) for name in tensors.names()):
+        warn(f"{directory}: {CONFIG} promises multi-token prediction, but the files hold none: left out.")
+        numbers["mtp_depth"] = 0
+    return Published(family, numbers, hf_config.facts(config), tensors, config)
+
+
+class Piece(NamedTuple):
+    """A part of one of our weights.
+
+    Attributes:
+        path: where the weight is in the tree, such as ("params", "moe_blocks", "experts", "gate_XDF").
+        index: () for all of it, else the layer, or layer and expert, that this is.
+        array: its values; may be a transposed view.
+        n_bytes_read: of the files, up to and including this piece, whether read or passed over.
+    """
+
+    path: names.Path
+    index: names.Index
+    array: np.ndarray
+    n_bytes_read: int
+
+
+class Source:
+    """The weights in a directory as pieces of ours.
+
+    Args:
+        published: from `open_published`.
+        shapes: {"params": tree, "router_bias": tree} of the model of its numbers, as `layers.base.split` gives them.
+        warn: told of copies that differ from what they copy.
+
+    Attributes:
+        abstract: a tree like `shapes` of `jax.ShapeDtypeStruct`, with the dtypes that the pieces have.
+        n_bytes: of the tensors to be read.
+
+    Raises:
+        UserError: tensors that are missing, unexpected, or of a wrong shape or dtype; the first few are named.
+    """
+
+    def __init__(self, published: Published, shapes: dict, warn: Warn = warn_on_stderr):
+        self._files, self._warn = published.tensors, warn
+        self._copies = names.copies(shapes)
+        if published.facts.is_tied:
+            self._copies[HEAD] = EMBEDDING
+        self._tensors = self._checked(shapes, published.facts.is_tied)
+        dtypes: dict[names.Path, np.dtype] = {}
+        for tensor, stored in self._tensors:
+            for path, _ in tensor.places:
+                dtype = self._dtype(stored)
+                dtypes[path] = np.dtype(jnp.promote_types(dtypes.get(path, dtype), dtype))
+        self._dtypes = dtypes
+        self.n_bytes = sum(self._files.info(stored).nbytes for _, stored in self._tensors)
+        self.abstract = _map(shapes, lambda path, x: jax.ShapeDtypeStruct(x.shape, dtypes[path]))
+
+    def pieces(self, skip: Callable[[names.Path, names.Index], bool] | None = None) -> Iterator[Piece]:
+        """All pieces in their fixed order; a tensor is not read if `skip(path, index)` holds for all pieces of it."""
+        n_bytes_read = 0
+        for tensor, stored in self._tensors:
+            n_bytes_read += self._files.info(stored).nbytes
+            if skip and all(skip(path, index) for path, index in tensor.places):
+                continue
+            parts = tensor.to_ours(self._files.read_dequantized(stored))
+            for (path, index), part in zip(tensor.places, parts, strict=True):
+                if not (skip and skip(path, index)):
+                    yield Piece(path, index, part.astype(self._dtypes[path], copy=False), n_bytes_read)
+            del parts, part
+        self._compare_copies()
+
+    def _checked(self, shapes: dict, is_tied: bool) -> list[tuple[names.Tensor, str]]:
+        """(tensor, the name it is stored under) of all; raises UserError unless the files hold these and no others."""
+        found, missing, wrong = [], [], []
+        expected = {copy for copy in self._copies if copy in self._files}
+        for tensor in names.tensors(shapes):
+            stored = EMBEDDING if is_tied and tensor.name == HEAD else tensor.name
+            if stored not in self._files:
+                missing.append(stored)
+                if len(missing) > SHOWN:
+                    break  # not the rest of a hostile config's million layers
+                continue
+            found.append((tensor, stored))
+            expected.add(stored)
+            info = self._files.info(stored)
+            if self._files.is_quantized(stored):
+                expected.add(stored + safetensors.SCALE_SUFFIX)
+            elif info.dtype not in WEIGHT_DTYPES:
+                wrong.append(f"{stored} is {info.dtype}, wanted {', '.join(WEIGHT_DTYPES)} or 8-bit floats")
+            if info.shape != tensor.shape:
+                wrong.append(f"{stored} has shape {list(info.shape)}, wanted {list(tensor.shape)}")
+        unexpected = [name for name in self._files.names() if name not in expected and not names.IGNORED.search(name)]
+        if missing or wrong or unexpected:
+            raise UserError(f"{self._files.directory}: {_difference(missing, unexpected, wrong)}")
+        return found
+
+    def _dtype(self, stored: str) -> np.dtype:
+        if self._files.is_quantized(stored):
+            return np.dtype(ml_dtypes.bfloat16)
+        return safetensors.DTYPES[self._files.info(stored).dtype]
+
+    def _compare_copies(self) -> None:
+        """Warns of copies of embedding and head that are none: here they are shared."""
+
+        @functools.cache
+        def digest(name: str) -> tuple:
+            array = self._files.read(name)
+            return self._files.info(name), hashlib.blake2b(array.reshape(-1).view(np.uint8)).digest()
+
+        for copy, original in self._copies.items():
+            if copy in self._files and digest(copy) != digest(original if original in self._files else EMBEDDING):
+                self._warn(f"{self._files.directory}: {copy} differs from {original}, which is used in its place.")
+
+
+def _difference(missing: list[str], unexpected: list[str], wrong: list[str]) -> str:
+    """What is wrong with the tensors of a directory, on one line or two."""
+    said = []
+    for what, found in (("missing", missing), ("unexpected", unexpected), ("wrong", wrong)):
+        if found:
+            more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN and found is not missing else ""
+            more = " and more" if len(found) > SHOWN and found is missing else more
+            said.append(f"{what}: {', '.join(hf_config.shown(name).strip(chr(39)) for name in found[:SHOWN])}{more}")
+    return f"{'; '.join(said)}. The files do not hold the model of their {CONFIG}."
+
+
+def place(source: Source, target: dict, report: Callable[[Piece], None] | None = None) -> dict:
+    """Reads weights straight onto the devices where they are to live.
+
+    Each device's part of a weight is filled piece by piece, in place; the host holds one tensor at a time.  In a run of
+    several processes each reads what its own devices need.
+
+    Args:
+        source: of the weights.
+        target: a tree like `source.abstract` whose leaves have a `sharding`; where their dtype differs, it is cast.
+        report: told of each piece when it is on its way, for a progress bar.
+
+    Returns:
+        The tree of arrays.
+    """
+    leaves = {path: leaf for path, leaf in _leaves(target)}
+    regions = {
+        path: {
+            device: tuple(slice(*s.indices(n)[:2]) for s, n in zip(region, leaf.shape, strict=True))
+            for device, region in leaf.sharding.addressable_devices_indices_map(leaf.shape).items()
+        }
+        for path, leaf in leaves.items()
+    }
+
+    def is_elsewhere(path: names.Path, index: names.Index) -> bool:
+        return not any(_holds(region, index) for region in regions[path].values())
+
+    buffers: dict[names.Path, dict] = {path: {} for path in leaves}
+    in_flight: list[jax.Array] = []
+    for piece in source.pieces(skip=is_elsewhere):
+        path, index = piece.path, piece.index
+        values = piece.array.astype(leaves[path].dtype, copy=False)
+        jax.block_until_ready(in_flight)
+        in_flight = []
+        for device, region in regions[path].items():
+            if _holds(region, index):
+                part = values[region[len(index) :]][(None,) * len(index)]
+                shape = tuple(s.stop - s.start for s in region)
+                start = [i - s.start for i, s in zip(index, region, strict=False)] + [0] * (len(shape) - len(index))
+                on_device = jax.device_put(part, device, may_alias=False)
+                if part.shape != shape:
+                    if device not in buffers[path]:
+                        buffers[path][device] = jnp.zeros(shape, part.dtype, device=device)
+                    on_device = _filled_in(buffers[path][device], on_device, np.asarray(start, np.int32))
+                buffers[path][device] = on_device
+                in_flight.append(on_device)
+        if report:
+            report(piece)
+        del piece, values, part
+    return _map(
+        target,
+        lambda path, leaf: jax.make_array_from_single_device_arrays(
+            leaf.shape, leaf.sharding, list(buffers[path].values()), dtype=leaf.dtype
+        ),
+    )
+
+
+def _holds(region: tuple[slice, ...], index: names.Index) -> bool:
+    """Whether a device's region of a weight has something of the piece at `index`."""
+    return all(s.start <= i < s.stop for i, s in zip(index, region, strict=False))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _filled_in(buffer: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice(buffer, part, tuple(start))
+
+
+def _leaves(tree: dict, path: names.Path = ()) -> Iterator[tuple[names.Path, Any]]:
+    for key, sub in tree.items():
+        yield from _leaves(sub, (*path, key)) if isinstance(sub, dict) else [((*path, key), sub)]
+
+
+def _map(tree: dict, function: Callable[[names.Path, Any], Any], path: names.Path = ()) -> dict:
+    return {
+        key: _map(sub, function, (*path, key)) if isinstance(sub, dict) else function((*path, key), sub)
+        for key, sub in tree.items()
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- writing
+
+TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+FORMATS = {"bf16": "BF16", "fp32": "F32", "fp8": "BF16", "fp8_ue8m0": "BF16", "stored": None}  # of what is not FP8
+SCALES = {"fp8": "fp32", "fp8_ue8m0": "ue8m0"}
+
+Get = Callable[[names.Path, names.Index], np.ndarray]
+
+
+def from_tree(tree: dict) -> Get:
+    """What `write` asks for, from {"params", "router_bias"} of arrays; one piece at a time comes to the host."""
+    leaves = dict(_leaves(tree))
+    return lambda path, index: np.asarray(leaves[path][index] if index else leaves[path])
+
+
+def write(
+    directory: str | PathLike,
+    family: str,
+    numbers: dict[str, Any],
+    abstract: dict,
+    get: Get,
+    dtype: str = "bf16",
+    *,
+    n_positions: int = 4096,
+    bos_id: int | None = None,
+    eos_id: int | None = None,
+    files: Iterable[str | PathLike] = (),
+    max_shard_bytes: int = safetensors.MAX_SHARD_BYTES,
+    report: Callable[[int], None] | None = None,
+) -> None:
+    """Writes a model as a Hugging Face directory; memory: a few times its largest tensor.
+
+    Args:
+        directory: made if need be; must hold no weights yet.
+        family, numbers: `config.family` and `config.model`.
+        abstract: {"params", "router_bias"} of anything with shape and dtype.
+        get: `get(path, index)` gives a piece (see `Piece`); `from_tree` makes one.
+        dtype: "bf16", "fp32", "fp8" or "fp8_ue8m0" (blocks of 128 x 128 with float32 or power-of-two scales: the
+            matrices of all blocks but routers, as published; the rest is bfloat16), or "stored" (as it is).  Router
+            biases are float32 always.
+        n_positions: longest sequence that the model is meant for.
+        bos_id, eos_id: marks of begin and end.
+        files: to be copied beside, such as tokenizer.json.
+        max_shard_bytes: of one file of weights.
+        report: told how many bytes each published tensor had, for a progress bar.
+
+    Raises:
+        UserError: an unknown dtype or family, a directory that holds weights or cannot be written.
+    """
+    if dtype not in FORMATS:
+        raise UserError(f"dtype {dtype!r}: no such format. Choose one of {', '.join(FORMATS)}.")
+    directory = Path(directory).expanduser()
+    dtypes = {path: leaf.dtype for path, leaf in _leaves(abstract)}
+    stored = dtypes[("params", "embedding", "table_VD")]
+    config = hf_config.to_hf(
+        *(family, numbers),
+        dtype=TORCH_DTYPES[FORMATS[dtype] or safetensors.DTYPE_NAMES[np.dtype(stored)]],
+        quantized=SCALES.get(dtype),
+        n_positions=n_positions,
+        bos_id=bos_id,
+        eos_id=eos_id,
+    )
+    generation = {"_from_model_config": True, "bos_token_id": bos_id, "eos_token_id": eos_id}
+    safetensors.write_directory(directory, list(_entries(abstract, dtypes, get, dtype, report)), max_shard_bytes)
+    for name, content in ((CONFIG, config), (GENERATION_CONFIG, generation)):
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for file in files:
+        shutil.copyfile(file, directory / Path(file).name)
+
+
+def _entries(abstract: dict, dtypes: dict, get: Get, dtype: str, report: Callable | None) -> Iterator:
+    """What `write_directory` is to write, in the order of the layers; copies follow what they copy."""
+    copied: dict[str, list[str]] = {}
+    for copy, original in names.copies(abstract).items():
+        copied.setdefault(original, []).append(copy)
+
+    def published(tensor: names.Tensor) -> np.ndarray:
+        array = tensor.to_theirs([get(path, index) for path, index in tensor.places])
+        if report:
+            report(array.nbytes)
+        return array
+
+    for tensor in names.tensors(abstract):
+        kind = FORMATS[dtype]
+        if names.FLOAT32.search(tensor.name):
+            kind = "F32"
+        elif kind is None:
+            kinds = [dtypes[path] for path, _ in tensor.places]
+            kind = safetensors.DTYPE_NAMES[np.dtype(functools.reduce(jnp.promote_types, kinds))]
+        if dtype in SCALES and names.QUANTIZED.search(tensor.name):
+            yield from _quantized(tensor, published, SCALES[dtype])
+            continue
+        for name in (tensor.name, *copied.get(tensor.name, ())):
+            make = functools.partial(_cast, published, tensor, safetensors.DTYPES[kind])
+            yield safetensors.Entry(name, tensor.shape, kind, make)
+
+
+def _cast(published: Callable, tensor: names.Tensor, dtype: np.dtype) -> np.ndarray:
+    return published(tensor).astype(dtype, copy=False)
+
+
+def _quantized(tensor: names.Tensor, published: Callable, scale: str) -> Iterator[safetensors.Entry]:
+    """The codes of a matrix and, made together with them, its scales."""
+    made = {}
+
+    def codes() -> np.ndarray:
+        q, made["scales"] = map(np.asarray, quantize_blocks(jnp.asarray(published(tensor)), scale=scale))
+        return q
+
+    blocks = tuple(math.ceil(n / b) for n, b in zip(tensor.shape, safetensors.BLOCK, strict=True))
+    kind = "F32" if scale == "fp32" else "F8_E8M0"
+    yield safetensors.Entry(tensor.name, tensor.shape, "F8_E4M3", codes)
+    yield safetensors.Entry(tensor.name + safetensors.SCALE_SUFFIX, blocks, kind, lambda: made.pop("scales"))

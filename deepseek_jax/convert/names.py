@@ -1,0 +1,213 @@
+"""Which published tensor becomes which of our weights: one table, read in both directions.
+
+A rule gives the axes of the published tensor; ours stand at the end of our name.  So
+
+    Rule("self_attn.q_b_proj.weight", "(H Q) R", "attention.q_up_RHQ")
+
+says that the rows of q_b_proj run over heads, then over a head's width, and that our array has the axes R, H, Q.  Where
+one tensor holds two of our weights side by side, a bar separates the two on the axis along which they lie:
+
+    Rule("self_attn.kv_b_proj.weight", "(H N|U) C", "attention.k_up_CHN", "attention.v_up_CHU")
+
+An axis that only we have counts pieces: X the experts, published one by one.  The layers of a stack are counted too, on
+a leading axis which names do not show.  The letters are those of `deepseek_jax.shapes`.
+
+No family is named here: a rule holds for the models that have the weights it makes.
+Source of the published names: the config and index files of the releases, and DeepSeek-V3's inference/convert.py.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from einops import rearrange
+
+Path = tuple[str, ...]  # where a weight is in a tree: ("params", "moe_blocks", "attention", "k_up_CHN")
+Index = tuple[int, ...]  # which piece of it: (), (layer,) or (layer, expert)
+
+
+class Rule(NamedTuple):
+    """One line of the table; `ours` has two entries where `axes` has a bar."""
+
+    theirs: str
+    axes: str
+    ours: tuple[str, ...]
+
+
+def _rule(theirs: str, axes: str, *ours: str) -> Rule:
+    return Rule(theirs, axes, ours)
+
+
+BEFORE = (_rule("model.embed_tokens.weight", "V D", "embedding.table_VD"),)
+AFTER = (
+    _rule("model.norm.weight", "D", "final_norm.gain"),
+    _rule("lm_head.weight", "V D", "head.weight_DV"),
+)
+
+# Of `model.layers.N.`; the stacks of a model follow each other in the order of STACKS.
+STACKS = ("blocks", "dense_blocks", "moe_blocks")
+BLOCK = (
+    _rule("input_layernorm.weight", "D", "attention_norm.gain"),
+    # grouped-query attention (LLM, Coder, Math, MoE-16B, the students of R1)
+    _rule("self_attn.q_proj.weight", "(H Q) D", "attention.q_DHQ"),
+    _rule("self_attn.k_proj.weight", "(Z Q) D", "attention.k_DZQ"),
+    _rule("self_attn.v_proj.weight", "(Z U) D", "attention.v_DZU"),
+    _rule("self_attn.q_proj.bias", "(H Q)", "attention.q_bias_HQ"),
+    _rule("self_attn.k_proj.bias", "(Z Q)", "attention.k_bias_ZQ"),
+    _rule("self_attn.v_proj.bias", "(Z U)", "attention.v_bias_ZU"),
+    # latent attention (V2, V3); V2-Lite has the q_proj above
+    _rule("self_attn.q_a_proj.weight", "R D", "attention.q_down_DR"),
+    _rule("self_attn.q_a_layernorm.weight", "R", "attention.q_norm.gain"),
+    _rule("self_attn.q_b_proj.weight", "(H Q) R", "attention.q_up_RHQ"),
+    _rule("self_attn.kv_a_proj_with_mqa.weight", "C|P D", "attention.kv_down_DC", "attention.k_rope_DP"),
+    _rule("self_attn.kv_a_layernorm.weight", "C", "attention.kv_norm.gain"),
+    _rule("self_attn.kv_b_proj.weight", "(H N|U) C", "attention.k_up_CHN", "attention.v_up_CHU"),
+    # both
+    _rule("self_attn.o_proj.weight", "D (H U)", "attention.out_HUD"),
+    # a dense feed-forward
+    _rule("post_attention_layernorm.weight", "D", "mlp_norm.gain"),
+    _rule("mlp.gate_proj.weight", "F D", "mlp.gate_DF"),
+    _rule("mlp.up_proj.weight", "F D", "mlp.up_DF"),
+    _rule("mlp.down_proj.weight", "D F", "mlp.down_FD"),
+    # or a mixture of experts
+    _rule("post_attention_layernorm.weight", "D", "experts_norm.gain"),
+    _rule("mlp.gate.weight", "E D", "experts.router.centroids_DE"),
+    _rule("mlp.gate.e_score_correction_bias", "E", "experts.router.bias_E"),
+    _rule("mlp.shared_experts.gate_proj.weight", "F D", "experts.shared.gate_DF"),
+    _rule("mlp.shared_experts.up_proj.weight", "F D", "experts.shared.up_DF"),
+    _rule("mlp.shared_experts.down_proj.weight", "D F", "experts.shared.down_FD"),
+    _rule("mlp.experts.{X}.gate_proj.weight", "F D", "experts.gate_XDF"),
+    _rule("mlp.experts.{X}.up_proj.weight", "F D", "experts.up_XDF"),
+    _rule("mlp.experts.{X}.down_proj.weight", "D F", "experts.down_XFD"),
+)
+
+# Multi-token prediction: depth K is `model.layers.N.` with N = number of layers + K, and holds a block as well.
+AHEAD = (
+    _rule("enorm.weight", "D", "embedding_norm.gain"),
+    _rule("hnorm.weight", "D", "hidden_norm.gain"),
+    _rule("eh_proj.weight", "D Y", "join_YD"),
+    *(rule._replace(ours=tuple(f"block.{name}" for name in rule.ours)) for rule in BLOCK),
+    _rule("shared_head.norm.weight", "D", "final_norm.gain"),
+)
+# What its layer repeats of the main model.
+COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+
+# Found in old files, no weights: they follow from the config.
+IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
+# What FP8 releases keep in FP8: the matrices of blocks, but for routers.  (Not: embedding, head, norms, eh_proj.)
+QUANTIZED = re.compile(r"\.(self_attn|mlp)\.(.*\.)?\w+_proj(_with_mqa)?\.weight$")
+FLOAT32 = re.compile(r"\.e_score_correction_bias$")  # in float32 in every release
+
+
+class Tensor(NamedTuple):
+    """A published tensor and where its parts go.
+
+    Attributes:
+        name, shape: as published.
+        places: (path, index) of each of our weights in it.
+        theirs, ours: axes, as einops spells them; "N_U" is an axis on which N and U lie side by side.
+        sizes: of the axes that share a dimension.
+        cut: (axis, position) at which ours is cut in two; None if it is one weight.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    places: tuple[tuple[Path, Index], ...]
+    theirs: str
+    ours: str
+    sizes: dict[str, int]
+    cut: tuple[int, int] | None
+
+    def to_ours(self, array: np.ndarray) -> list[np.ndarray]:
+        """Our weights in a published tensor; views of it."""
+        whole = rearrange(array, f"{self.theirs} -> {self.ours}", **self.sizes)
+        return np.split(whole, [self.cut[1]], self.cut[0]) if self.cut else [whole]
+
+    def to_theirs(self, parts: list[np.ndarray]) -> np.ndarray:
+        """The inverse of `to_ours`."""
+        whole = np.concatenate(parts, self.cut[0]) if self.cut else parts[0]
+        return rearrange(whole, f"{self.ours} -> {self.theirs}")
+
+
+def tensors(shapes: dict) -> Iterator[Tensor]:
+    """Every published tensor of a model, layer by layer; copies are left out (see `copies`).
+
+    Args:
+        shapes: {"params": tree, "router_bias": tree} of anything with a shape, as `layers.base.split` gives them.
+    """
+    flat = flatten(shapes)
+    for rule in BEFORE:
+        yield from _apply(rule, flat, "", ())
+    layer = 0
+    for stack in STACKS:
+        for index in range(_depth(flat, stack)):
+            for rule in BLOCK:
+                yield from _apply(rule, flat, f"model.layers.{layer}.", (stack,), (index,))
+            layer += 1
+    for module in ahead(shapes):
+        for rule in AHEAD:
+            yield from _apply(rule, flat, f"model.layers.{layer}.", ("mtp", module))
+        layer += 1
+    for rule in AFTER:
+        yield from _apply(rule, flat, "", ())
+
+
+def _apply(rule: Rule, flat: dict[Path, tuple], prefix: str, ours: Path, index: Index = ()) -> Iterator[Tensor]:
+    """The tensors of a rule, one an expert where it counts those; none if the model lacks its weights."""
+    ends = [(*ours, *name.split(".")) for name in rule.ours]
+    paths = [(root, *end) for end in ends for root in ("params", "router_bias") if (root, *end) in flat]
+    if len(paths) < len(ends):
+        return
+    groups = [group.strip("()").split() for group in re.findall(r"\(.*?\)|\S+", rule.axes)]  # [["H", "N|U"], ["C"]]
+    axes = [axis for group in groups for axis in group]
+    letters = [letters_of(name) or axes for name in rule.ours]
+    sizes: dict[str, int] = {}
+    for path, axes_of_path in zip(paths, letters, strict=True):
+        sizes |= zip(axes_of_path, flat[path][len(index) :], strict=True)
+    sizes |= {axis: sum(sizes[part] for part in axis.split("|")) for axis in axes}
+    joint = next((axis for axis in axes if "|" in axis), None)
+    here = [joint if joint and letter == joint[0] else letter for letter in letters[0] if letter != "X"]
+    tensor = Tensor(
+        name="",
+        shape=tuple(math.prod(sizes[axis] for axis in group) for group in groups),
+        places=(),
+        theirs=rule.axes.replace("|", "_"),
+        ours=" ".join(here).replace("|", "_"),
+        sizes={axis.replace("|", "_"): sizes[axis] for group in groups if len(group) > 1 for axis in group},
+        cut=(here.index(joint), sizes[joint[0]]) if joint else None,
+    )
+    for piece in [(x,) for x in range(sizes["X"])] if "X" in sizes else [()]:
+        name = prefix + rule.theirs.format(X=piece[0] if piece else "")
+        yield tensor._replace(name=name, places=tuple((path, index + piece) for path in paths))
+
+
+def letters_of(name: str) -> str:
+    """The axes of a weight of ours, the capitals its name ends in; "" for a gain, which has the published axes."""
+    suffix = name.rpartition("_")[2]
+    return suffix if suffix.isupper() else ""
+
+
+def ahead(shapes: dict) -> list[str]:
+    """Keys of the multi-token-prediction modules, in order."""
+    return sorted(shapes["params"].get("mtp", {}), key=int)
+
+
+def copies(shapes: dict) -> dict[str, str]:
+    """Published names of copies -> of what they copy."""
+    n_layers = sum(_depth(flatten(shapes), stack) for stack in STACKS)
+    layers = [f"model.layers.{n_layers + k}." for k in range(len(ahead(shapes)))]
+    return {layer + copy: original for layer in layers for copy, original in COPIES.items()}
+
+
+def flatten(tree: dict, path: Path = ()) -> dict[Path, tuple[int, ...]]:
+    """{path: shape} of a tree of anything with a shape."""
+    if not isinstance(tree, dict):
+        return {path: tuple(tree.shape)}
+    return {end: shape for key, sub in tree.items() for end, shape in flatten(sub, (*path, key)).items()}
+
+
+def _depth(flat: dict[Path, tuple], stack: str) -> int:
+    """Layers of a stack; 0 if the model has none of that name."""
+    return next((shape[0] for path, shape in flat.items() if path[1] == stack), 0)
