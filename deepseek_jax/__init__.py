@@ -1,14 +1,17 @@
 """DeepSeek in JAX and Flax, from the papers.
 
-``build(config)`` and ``load(directory)`` give a language model in one line; behind them stand the rooms:
+``build(config)`` and ``load(directory)`` give a language model in one line, ``save_pretrained(model, directory)`` writes
+one as others read it; behind them stand the rooms:
 
-    models      one file a family (V1, V2, V3, ...), in the paper's order
+    models      one file a family (V1, MoE, V2, V3), in the paper's order
     layers      the parts: norm, rotary positions, latent attention, router, experts, multi-token prediction
     parallel    the mesh, which logical axis lives where, the exchange of tokens between experts
     precision   number formats and the matmuls that use them
     data        corpus, tokenizer, packing; the step number is the only state
     train       loss, optimiser, step, loop, checkpoints, metrics
     serve       prefill, decode, sampling
+    convert     published weights in and out
+    plan        what a run costs, from shapes
     configs     one ``get_config()`` a run (the top-level folder ``configs/``)
     launch      one file a verb of ``deepseek-jax VERB`` (the top-level folder ``launch/``)
     shapes      the legend of the letters in which array names end
@@ -19,12 +22,12 @@ Importing this package imports no jax.
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "build", "load"]
+__all__ = ["__version__", "build", "load", "save_pretrained"]
 
 
 def __getattr__(name: str):
-    """Fetches ``build`` and ``load`` when first asked for."""
-    if name in ("build", "load"):
+    """Fetches the others of ``__all__`` when first asked for."""
+    if name in ("build", "load", "save_pretrained"):
         return getattr(importlib.import_module("deepseek_jax.language_model"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

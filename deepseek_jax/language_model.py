@@ -4,9 +4,11 @@
 
     model = dsj.build("tiny_v3")            # fresh weights
     model = dsj.load("runs/tiny_v3")        # those of a run
+    model = dsj.load("DeepSeek-V2-Lite")    # those of a Hugging Face directory
     logits = model([[1, 2, 3]])             # float32, (1, 3, V)
     model.complete("def main(")             # text
     model.module.moe_blocks                 # the network itself
+    dsj.save_pretrained(model, "out")       # a Hugging Face directory
 
 The weights are plain nested dicts, `model.params` and `model.router_bias`: replace a leaf, and the next call uses it.
 """
@@ -26,6 +28,7 @@ from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 from deepseek_jax.compat import quick_compile
+from deepseek_jax.convert import hf
 from deepseek_jax.data.tokenizer import Tokenizer, open_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import Execution, Tree, bind, split
@@ -36,6 +39,8 @@ from deepseek_jax.serve.generate import ENDED, Generator
 from deepseek_jax.serve.sampler import row_keys
 from deepseek_jax.train.checkpoint import Checkpointer
 
+WEIGHTS = ("params", "router_bias")  # what a checkpoint holds of a model
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 AHEAD = "mtp"  # top-level entry of the multi-token-prediction modules, which published counts leave out
 
 
@@ -57,8 +62,16 @@ class LanguageModel:
         self.config, self.params, self.router_bias, self.source = config, params, router_bias, source
         self.n_positions: int = config.data.seq_len
         self._definition, _, _ = split(abstract_module(config))
-        self._generator = Generator(self._definition, config.model.vocab_size)
-        self._forward = jax.jit(lambda params, bias, ids_BT: bind(self._definition, params, bias)(ids_BT))
+        # GPUs and TPUs would otherwise round the operands of a matmul in float32
+        matmul_precision = "highest" if config.precision == "fp32" else None
+        self._generator = Generator(self._definition, config.model.vocab_size, matmul_precision)
+
+        @jax.jit
+        def forward(params: Tree, router_bias: Tree, ids_BT: jax.Array) -> jax.Array:
+            with jax.default_matmul_precision(matmul_precision):
+                return bind(self._definition, params, router_bias)(ids_BT)
+
+        self._forward = forward
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -142,7 +155,12 @@ class LanguageModel:
 
     def complete(self, text: str, max_new_tokens: int = 64, **options) -> str:
         """The text that `generate` goes on with; `options` as there."""
-        return self.tokenizer.decode(self.generate(self.tokenizer.encode(text), max_new_tokens, **options))
+        return self.tokenizer.decode(self.generate(self.prompt(text), max_new_tokens, **options))
+
+    def prompt(self, text: str) -> list[int]:
+        """The ids of a text to go on from, after a begin mark if the tokenizer's settings ask for one."""
+        begin = [self.tokenizer.bos_id] if self.tokenizer.add_bos else []
+        return [*begin, *self.tokenizer.encode(text).tolist()]
 
     def _steps(self, prompts, max_new_tokens, temperature, top_p, seed, stop_ids) -> Iterator[np.ndarray]:
         if any(isinstance(prompt, str) for prompt in prompts):
@@ -182,7 +200,7 @@ def build(config: str | ConfigDict, seed: int = 0) -> LanguageModel:
         UserError: no such config, or a model larger than this machine's memory.
     """
     config = _named_config(config) if isinstance(config, str) else config
-    _check_memory(config, split(abstract_module(config))[1])
+    _check_memory(config.name, abstract_weights(config))
 
     def init(key: jax.Array) -> tuple[Tree, Tree]:
         return split(_module(config, key))[1:]
@@ -192,24 +210,98 @@ def build(config: str | ConfigDict, seed: int = 0) -> LanguageModel:
     return LanguageModel(config, params, router_bias, source=f"fresh, seed {seed}")
 
 
-def load(path: str | os.PathLike) -> LanguageModel:
-    """The model of a run, from its newest intact checkpoint; a damaged one gives way to the one before, with a warning.
+def load(path: str | os.PathLike, precision: str | None = None) -> LanguageModel:
+    """The model of a run, from its newest intact checkpoint, or of a Hugging Face directory of published weights.
+
+    Weights keep the dtypes in which they are stored, but for 8-bit ones, which become bfloat16.
 
     Args:
-        path: the workdir of the run, or its directory of checkpoints.
+        path: the workdir of a run, its directory of checkpoints, or a directory with config.json and safetensors files.
+        precision: what to compute in, "fp32" or "bf16"; by default that of the run, or of most published weights.
 
     Raises:
-        UserError: no such directory, or no intact checkpoint in it.
+        UserError: no such directory, no intact checkpoint in it, a published model of no known family, or weights that
+            do not fit the memory.
     """
-    directory = checkpoint_directory(path)
-    with Checkpointer(directory, read_only=True) as checkpoints:
+    if is_published(path):
+        config, state = _load_published(Path(path).expanduser())
+        source = os.fspath(path)
+    else:
+        config, state, source = _load_checkpoint(path)
+    if precision:
+        policy(precision)  # refuses an unknown one
+        config.precision = precision
+    return LanguageModel(config, state["params"], state["router_bias"], source)
+
+
+def _load_checkpoint(path: str | os.PathLike) -> tuple[ConfigDict, Tree, str]:
+    with Checkpointer(checkpoint_directory(path), read_only=True) as checkpoints:
         config = saved_config(checkpoints)
-        _, params, router_bias = split(abstract_module(config))
-        _check_memory(config, params)
-        wanted = {"params": params, "router_bias": router_bias}
-        step, state, meta = checkpoints.restore(wanted, keys=tuple(wanted))
-    source = f"step {step} of {os.fspath(path)}"
-    return LanguageModel(from_json(meta["config"]), state["params"], state["router_bias"], source)
+        saved = {name: array for name, array in checkpoints.shapes()[1].items() if name.split("/")[0] in WEIGHTS}
+        _check_memory(config.name, saved)
+        wanted = abstract_weights(config)
+        step, state, meta = checkpoints.restore(wanted, keys=WEIGHTS, dtypes_as_saved=True)
+    return from_json(meta["config"]), state, f"step {step} of {os.fspath(path)}"
+
+
+def _load_published(directory: Path) -> tuple[ConfigDict, Tree]:
+    published = hf.open_published(directory)
+    config = published_config(published, directory.resolve())
+    source = hf.Source(published, abstract_weights(config))
+    _check_memory(config.name, source.abstract)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return config, hf.place(source, jax.tree.map(lambda x: x.update(sharding=here), source.abstract))
+
+
+def is_published(path: str | os.PathLike) -> bool:
+    """Whether this is a directory of published weights rather than of a run."""
+    path = Path(path).expanduser()
+    return (path / hf.CONFIG).is_file() and not (path / "checkpoints").is_dir()
+
+
+def published_config(published: hf.Published, directory: Path) -> ConfigDict:
+    """The config of a published model: its numbers over the defaults of a run, its own tokenizer if it brings one."""
+    config = importlib.import_module("deepseek_jax.configs.base").get_config()
+    config.name, config.family = directory.name, published.family
+    config.model = ConfigDict(published.numbers)
+    is_wide = published.tensors.info(hf.EMBEDDING).dtype == "F32"
+    config.precision = "fp32" if is_wide else "bf16"
+    config.data.seq_len = published.facts.n_positions
+    if (directory / "tokenizer.json").is_file():
+        config.data.tokenizer = str(directory / "tokenizer.json")
+    return config.lock()
+
+
+def save_pretrained(model: LanguageModel, directory: str | os.PathLike, dtype: str = "bf16") -> None:
+    """Writes a model as a Hugging Face directory: config.json, safetensors files with an index, its tokenizer.
+
+    Args:
+        model: of any family but those that nobody publishes.
+        directory: made if need be; must hold no weights yet.
+        dtype: "bf16"; "fp8" or "fp8_ue8m0", E4M3 in blocks of 128 x 128 with float32 or power-of-two scales; "fp32"; or
+            "stored" for the dtypes that the weights have.
+
+    Raises:
+        UserError: an unknown dtype, or a directory that holds weights already or cannot be written.
+    """
+    weights = {"params": model.params, "router_bias": model.router_bias}
+    export(model.config, directory, weights, hf.from_tree(weights), dtype)
+
+
+def export(config: ConfigDict, directory: str | os.PathLike, abstract: Tree, get: hf.Get, dtype: str, **options):
+    """`hf.write` for the model of a config: `abstract`, `get` and `options` as there, the rest from its tokenizer."""
+    tokenizer, folder = config.data.tokenizer, Path(config.data.tokenizer).expanduser()
+    folder = folder if folder.is_dir() else folder.parent
+    files = [] if tokenizer in ("bytes", "deepseek") else [folder / name for name in TOKENIZER_FILES]
+    marks = open_tokenizer(tokenizer)
+    hf.write(
+        *(directory, config.family, config.model.to_dict(), abstract, get, dtype),
+        n_positions=config.data.seq_len,
+        bos_id=marks.bos_id,
+        eos_id=marks.eos_id,
+        files=[file for file in files if file.is_file()],
+        **options,
+    )
 
 
 def checkpoint_directory(path: str | os.PathLike) -> Path:
@@ -226,6 +318,12 @@ def saved_config(checkpoints: Checkpointer) -> ConfigDict:
     if "config" not in meta:
         raise UserError(f"step {step} of {checkpoints.directory} holds no config: deepseek-jax train did not save it.")
     return from_json(meta["config"])
+
+
+def abstract_weights(config: ConfigDict) -> Tree:
+    """{"params", "router_bias"} of a config's model, shapes in place of arrays."""
+    _, params, router_bias = split(abstract_module(config))
+    return {"params": params, "router_bias": router_bias}
 
 
 def abstract_module(config: ConfigDict) -> nnx.Module:
@@ -255,13 +353,13 @@ def _named_config(name: str) -> ConfigDict:
     return importlib.import_module(f"deepseek_jax.configs.{name}").get_config().lock()
 
 
-def _check_memory(config: ConfigDict, params: Tree) -> None:
+def _check_memory(name: str, weights: Tree) -> None:
     """Raises UserError for weights that cannot fit: asked for anyway, a host may kill the process without a word."""
-    needed, there = sum(w.size * w.dtype.itemsize for w in jax.tree.leaves(params)), _memory_bytes()
+    needed, there = sum(w.size * w.dtype.itemsize for w in jax.tree.leaves(weights)), _memory_bytes()
     if there and needed > there:
         raise UserError(
-            f"the weights of {config.name} take {needed / 2**30:,.0f} GiB, this device has {there / 2**30:,.0f}. "
-            f"For their shapes alone: deepseek-jax inspect --config={config.name}."
+            f"the weights of {name} take {needed / 2**30:,.0f} GiB, this device has {there / 2**30:,.0f}. "
+            "For shapes alone there is deepseek-jax inspect; to convert without loading, deepseek-jax convert."
         )
 
 

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
 
     start_compilation_cache("")
     model = load(workdir)
-    ids = model.tokenizer.encode(prompt)
+    ids = model.prompt(prompt)
     room = model.n_positions - len(ids)
     if room < 1:
         raise UserError(f"a prompt of {len(ids)} tokens, the model was trained on {model.n_positions}. Shorten it.")

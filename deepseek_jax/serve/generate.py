@@ -34,10 +34,11 @@ class Generator:
     Args:
         definition: of a model with `prefill` and `decode` (`layers.base.split`).
         vocab_size: ids of a prompt are smaller.
+        matmul_precision: of float32 matmuls, as `jax.default_matmul_precision` takes it; None for the device's own.
     """
 
-    def __init__(self, definition: nnx.GraphDef, vocab_size: int):
-        self.definition, self.vocab_size = definition, vocab_size
+    def __init__(self, definition: nnx.GraphDef, vocab_size: int, matmul_precision: str | None = None):
+        self.definition, self.vocab_size, self.matmul_precision = definition, vocab_size, matmul_precision
         self._prefill = jax.jit(self._prefill_and_draw, static_argnames="n_slots")
         self._decode = jax.jit(self._decode_and_draw, donate_argnames="cache")
 
@@ -97,14 +98,17 @@ class Generator:
                 return
 
     def _prefill_and_draw(self, weights, ids_BT, lengths_B, drawing, n_slots: int):
-        model = bind(self.definition, *weights)
-        h_BTD, cache = model.prefill(ids_BT, n_slots)
-        last_BTD = jnp.take_along_axis(h_BTD, (lengths_B - 1)[:, None, None], axis=1)
-        return _draw(model.head(last_BTD)[:, 0], lengths_B, *drawing), cache
+        with jax.default_matmul_precision(self.matmul_precision):
+            model = bind(self.definition, *weights)
+            h_BTD, cache = model.prefill(ids_BT, n_slots)
+            last_BTD = jnp.take_along_axis(h_BTD, (lengths_B - 1)[:, None, None], axis=1)
+            logits_BV = model.head(last_BTD)[:, 0]
+        return _draw(logits_BV, lengths_B, *drawing), cache
 
     def _decode_and_draw(self, weights, ids_B, positions_B, cache, drawing):
-        model = bind(self.definition, *weights)
-        logits_BTV, cache = model.decode(ids_B[:, None], positions_B[:, None], cache)
+        with jax.default_matmul_precision(self.matmul_precision):
+            model = bind(self.definition, *weights)
+            logits_BTV, cache = model.decode(ids_B[:, None], positions_B[:, None], cache)
         return _draw(logits_BTV[:, 0], positions_B + 1, *drawing), cache
 
     def _check(self, prompts, max_new_tokens, n_positions, temperature, top_p) -> None:

@@ -169,14 +169,20 @@ class Checkpointer:
         return None if newest < 0 else newest
 
     def restore(
-        self, abstract: dict, step: int | None = None, keys: tuple[str, ...] | None = None
+        self,
+        abstract: dict,
+        step: int | None = None,
+        keys: tuple[str, ...] | None = None,
+        *,
+        dtypes_as_saved: bool = False,
     ) -> tuple[int, dict, dict]:
         """Returns (step, state, meta) of the newest intact step, or of ``step`` alone.
 
         ``abstract`` is the tree of ``jax.ShapeDtypeStruct`` with the shardings wanted (all of them, or none for the
         default device).  Names, shapes and dtypes must equal the checkpoint's: nothing is cast or left out.  With
-        ``keys`` only these top-level entries are read, and ``abstract`` holds just them.  Each array comes back
-        committed to its sharding and may be donated.  Raises UserError that names the leaf, or the damaged files.
+        ``keys`` only these top-level entries are read, and ``abstract`` holds just them; with ``dtypes_as_saved`` its
+        dtypes do not matter (published weights are bfloat16 for the most part).  Each array comes back committed to its
+        sharding and may be donated.  Raises UserError that names the leaf, or the damaged files.
         """
         self.wait()
         wanted = tree.flatten(abstract, leaf_types=object)
@@ -184,6 +190,10 @@ class Checkpointer:
         path = files.step_dir(self.directory, step)
         manifest, meta = files.read_manifest(path, step), _read_meta(path)
         saved = {name: a for name, a in manifest["arrays"].items() if keys is None or name.split("/")[0] in keys}
+        if dtypes_as_saved:
+            wanted = {
+                name: leaf.update(dtype=saved[name]["dtype"]) if name in saved else leaf for name, leaf in wanted.items()
+            }
         tree.compare(f"step {step} of {self.directory}", saved, wanted)
         arrays = tree.read_arrays(path / files.ARRAYS, tree.with_shardings(wanted)) if wanted else {}
         if keys is None:

@@ -189,7 +189,10 @@ class Loop:
         report = jax.device_get(report)
         scalars = {name: getattr(report, name).item() for name in Report._fields if name not in ("loads", "finite")}
         scalars["bits_per_byte"] = bits_per_byte(scalars["main"], self.training.bytes_per_token)
-        layers = {"expert_load": _rows(report.loads), "router_bias": _rows(jax.device_get(state["router_bias"]))}
+        routers = {"expert_load": report.loads, "router_bias": jax.device_get(state["router_bias"])}
+        layers = {name: _rows(tree) for name, tree in routers.items() if tree}
+        if not report.loads:
+            del scalars["max_violation"]
         last = step - 1 if self._logged is None else self._logged
         tokens = (self.ramp.first(step) - self.ramp.first(last)) * self.training.seq_len
         self._logged = step
