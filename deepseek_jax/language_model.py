@@ -253,6 +253,33 @@ def _load_published(directory: Path) -> tuple[ConfigDict, Tree]:
     return config, hf.place(source, jax.tree.map(lambda x: x.update(sharding=here), source.abstract))
 
 
+def read_weights(path: str | os.PathLike, target: Tree) -> tuple[ConfigDict, Tree]:
+    """The weights in a directory that `load` opens, in the shardings and dtypes of a training state.
+
+    Args:
+        path: as for `load`.
+        target: {"params", "router_bias"} of `jax.ShapeDtypeStruct` with shardings.
+
+    Returns:
+        (the config of the source, the weights).
+
+    Raises:
+        UserError: as `load`, and for weights that are not those of `target`'s model.
+    """
+    if is_published(path):
+        directory = Path(path).expanduser()
+        published = hf.open_published(directory)
+        return published_config(published, directory.resolve()), hf.place(hf.Source(published, target), target)
+    with Checkpointer(checkpoint_directory(path), read_only=True) as checkpoints:
+        config = saved_config(checkpoints)
+        _, stored, _ = checkpoints.restore(target, keys=WEIGHTS, dtypes_as_saved=True)
+    shardings = jax.tree.map(lambda x: x.sharding, target)
+    wide = jax.jit(
+        lambda tree: jax.tree.map(lambda x, like: x.astype(like.dtype), tree, target), out_shardings=shardings
+    )
+    return config, wide(stored)
+
+
 def is_published(path: str | os.PathLike) -> bool:
     """Whether this is a directory of published weights rather than of a run."""
     path = Path(path).expanduser()

@@ -90,6 +90,11 @@ def train(config: ConfigDict, workdir: Path, stop, again: str) -> bool:
         start, state, changed = 0, None, []
         if checkpoints.latest() is not None:
             saved = checkpoints.read_meta()[1]
+            if "text" not in saved:
+                raise UserError(
+                    f"{workdir} holds converted weights, not a run. Give the run a --workdir of its own and "
+                    f"--config.train.init_from={workdir}."
+                )
             check_same_run(config, meta["text"], saved, workdir)
             changed = differences(_options.from_json(saved["config"]), config)
             start, state, _ = checkpoints.restore(trainer.abstract)
@@ -119,8 +124,24 @@ def train(config: ConfigDict, workdir: Path, stop, again: str) -> bool:
                 metrics=metrics,
                 meta=meta,
             )
-            state = loop.run(trainer.init(config.seed) if state is None else state, stop)
+            state = loop.run(first_state(config, trainer, metrics) if state is None else state, stop)
             return tell_end(int(state["step"]), config.train.steps, checkpoints, metrics, again)
+
+
+def first_state(config: ConfigDict, trainer, metrics) -> dict:
+    """The state before the first step; with `train.init_from`, the weights of another run or published ones."""
+    state = trainer.init(config.seed)
+    if not config.train.init_from:
+        return state
+    from deepseek_jax.language_model import WEIGHTS, read_weights
+
+    for name in WEIGHTS:
+        del state[name]  # makes room
+    source, weights = read_weights(config.train.init_from, {name: trainer.abstract[name] for name in WEIGHTS})
+    metrics.message(f"weights of {config.train.init_from}")
+    for change in differences(source.model, config.model):
+        metrics.message(f"other than there: config.model.{change}")
+    return state | weights
 
 
 def tell_end(done: int, steps: int, checkpoints, metrics, again: str) -> bool:
