@@ -65,8 +65,9 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FINITE_CODES = {"F8_E4M3": 0x7F, "F8_E5M2": 0x7C}
 SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
 
-MAX_JSON_BYTES = 24_000_000  # of text: 250,000 tensors
-MAX_JSON_VALUES = 1_500_000  # lists, objects and what stands in them: what bounds the memory of the parsed text
+MAX_JSON_BYTES = 24_000_000  # of text: an index of 250,000 tensors
+MAX_JSON_VALUES = 400_000  # lists, objects and what stands in them: what bounds the memory of the parsed text
+MAX_SHARDS = 10_000
 MAX_RANK = 32
 ALIGNMENT = 64  # bytes; with it JAX can take an array on the CPU without a copy
 IO_BYTES = 1 << 30  # one system call moves at most 2 GiB
@@ -124,7 +125,7 @@ def read_json(path: str | os.PathLike) -> dict:
     path = Path(path)
     with _File(path) as file:
         _check_json_size(path, file.size)
-        return _parse_object(path, bytes(file.read(0, file.size)))
+        return _parse_object(path, file.read(0, file.size))
 
 
 class Tensors:
@@ -284,13 +285,21 @@ def _by_shard(path: Path) -> dict[str, set[str]]:
         raise UserError(f"{path}: no weight_map {{tensor: file}} in it. Download or export again.")
     shards: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not re.fullmatch(r"[A-Za-z0-9_+=@-][A-Za-z0-9._+=@-]{0,200}", shard):
-            raise UserError(
-                f"{path}: {_shown(name)} is said to be in {_shown(shard)}; "
-                "wanted the plain name of a file in the same directory."
-            )
-        shards.setdefault(shard, set()).add(name)
+        if not isinstance(shard, str) or shard not in shards:
+            _check_shard_name(path, name, shard, len(shards))
+            shards[shard] = set()
+        shards[shard].add(name)
     return shards
+
+
+def _check_shard_name(path: Path, name: str, shard: object, seen: int) -> None:
+    if not isinstance(shard, str) or not re.fullmatch(r"[A-Za-z0-9_+=@-][A-Za-z0-9._+=@-]{0,200}", shard):
+        raise UserError(
+            f"{path}: {_shown(name)} is said to be in {_shown(shard)}; "
+            "wanted the plain name of a file in the same directory."
+        )
+    if seen == MAX_SHARDS:
+        raise UserError(f"{path}: names more than {MAX_SHARDS} files. The file is damaged?")
 
 
 def _compare(directory: Path, shard: str, wanted: set[str], found: Iterable[str]) -> None:
@@ -305,11 +314,11 @@ def _read_header(file: "_File", shard: str) -> dict[str, _Place]:
     path, again = file.path, "The file is damaged or no safetensors file."
     if file.size < 8:
         raise UserError(f"{path}: {file.size} bytes, too few for a header. {again}")
-    length = int.from_bytes(bytes(file.read(0, 8)), "little")
+    length = int.from_bytes(file.read(0, 8), "little")
     if length > file.size - 8:
         raise UserError(f"{path}: a header of {length} bytes in a file of {file.size}. {again}")
     _check_json_size(path, length)
-    raw = bytes(file.read(8, length))
+    raw = file.read(8, length)
     if not raw.startswith(b"{"):
         raise UserError(f"{path}: the header does not start with a brace. {again}")
     header = _parse_object(path, raw)
@@ -367,7 +376,7 @@ def _check_json_size(path: Path, size: int) -> None:
         raise UserError(f"{path}: {size} bytes of JSON; at most {MAX_JSON_BYTES} are read. The file is damaged?")
 
 
-def _parse_object(path: Path, raw: bytes) -> dict:
+def _parse_object(path: Path, raw: bytearray) -> dict:
     """Returns a JSON object; what would take long or much memory is refused before it is parsed."""
     ascii_only = raw.isascii()
     if not ascii_only:
@@ -395,15 +404,13 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict:
 
 
 def _shown(value: object) -> str:
-    """A value on one short line, quoted and escaped where it is text."""
-    if isinstance(value, (list, dict)) and len(value) > 8:
-        value = [*list(value)[:8], "…"]
-    text = repr(value[:200] if isinstance(value, str) else value) if not isinstance(value, list) else _list(value)
+    """A value from a file on one short line, quoted and escaped where it is text."""
+    if isinstance(value, list):
+        inner = ["…" if isinstance(item, (list, dict)) else _shown(item) for item in value[:8]]
+        text = f"[{', '.join(inner)}{', …' if len(value) > 8 else ''}]"
+    else:
+        text = "{…}" if isinstance(value, dict) else repr(value[:200] if isinstance(value, str) else value)
     return text if len(text) <= 120 else text[:119] + "…"
-
-
-def _list(values: list) -> str:
-    return "[" + ", ".join("…" if isinstance(v, (list, dict)) else str(v)[:20] for v in values) + "]"
 
 
 def _few(names: list[str]) -> str:
@@ -426,12 +433,12 @@ class _File:
             raise UserError(f"{path}: not a regular file.")
         self.size = status.st_size
 
-    def read(self, offset: int, size: int) -> np.ndarray:
-        buffer = np.empty(size, np.uint8)
+    def read(self, offset: int, size: int) -> bytearray:
+        buffer = bytearray(size)
         self.read_into(buffer, offset)
         return buffer
 
-    def read_into(self, buffer: np.ndarray, offset: int) -> None:
+    def read_into(self, buffer: bytearray | np.ndarray, offset: int) -> None:
         """Fills contiguous bytes from a place in the file."""
         view = memoryview(buffer)
         while view:
