@@ -19,6 +19,7 @@ their names only once all are on the disk, the index comes last: what looks fini
 Format: https://github.com/huggingface/safetensors; the published libraries read bfloat16 but not float8 into numpy.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -184,10 +185,12 @@ class Tensors:
             return self.read(name)
         place, dtype = self._place(name), np.dtype(dtype or ml_dtypes.bfloat16)
         shape = place.info.shape
-        scales = self._scales(name, dtype, block).reshape(-1, *_blocks(shape, block)[-2:])
+        scales = self._scales(name, dtype, block)
         values = np.arange(256, dtype=np.uint8).view(DTYPES[place.info.dtype]).astype(np.float32)
-        rows, columns = shape[-2:]
-        result = _aligned(math.prod(shape) * dtype.itemsize).view(dtype).reshape(-1, rows, columns)
+        *leading, rows, columns = shape
+        matrices = math.prod(leading)
+        scales = scales.reshape(matrices, *scales.shape[-2:])
+        result = _aligned(math.prod(shape) * dtype.itemsize).view(dtype).reshape(matrices, rows, columns)
         file, limit = self._file(place.shard), FINITE_CODES[place.info.dtype]
 
         def one_row_of_blocks(matrix: int, i: int) -> None:
@@ -202,7 +205,7 @@ class Tensors:
             _look_up(table, codes, block[1], result[matrix, start:stop])
 
         if result.size:
-            jobs = [(matrix, i) for matrix in range(len(result)) for i in range(scales.shape[1])]
+            jobs = [(matrix, i) for matrix in range(matrices) for i in range(scales.shape[1])]
             with ThreadPoolExecutor(min(THREADS, len(jobs))) as pool:
                 list(pool.map(lambda job: one_row_of_blocks(*job), jobs))
         return result.reshape(shape)
@@ -491,7 +494,8 @@ def write_directory(
         raise UserError(f"{error.filename or directory}: cannot be written ({error.strerror}).") from None
     finally:
         for name in names:
-            (directory / f"{name}.partial").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (directory / f"{name}.partial").unlink()
 
 
 def _dtype_name(dtype: object) -> str:
