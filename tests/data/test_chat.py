@@ -192,6 +192,7 @@ def test_fill_in_the_middle():
 def test_parse_by_hand():
     parsed = TEMPLATES["r1"].parse("<think>\nHmm\n</think>\n\nHi!<｜end▁of▁sentence｜>")
     assert parsed == {"role": "assistant", "content": "Hi!", "reasoning_content": "Hmm"}
+    assert TEMPLATES["r1"].parse("\n<think>\nHmm\n</think>\n\nHi!") == parsed
     assert TEMPLATES["r1"].parse("Hmm\n</think>\n\nHi!", thinking=True) == parsed
     assert TEMPLATES["r1"].parse("Hmm\n</think>\n\nHi!") == parsed  # the caller forgot
     assert TEMPLATES["v31"].parse("Hmm</think>Hi!<｜end▁of▁sentence｜>", thinking=True) == parsed
