@@ -280,6 +280,15 @@ def read_weights(path: str | os.PathLike, target: Tree) -> tuple[ConfigDict, Tre
     return config, wide(stored)
 
 
+def config_of(path: str | os.PathLike) -> ConfigDict:
+    """The config of what `load` would open; of the weights only names and shapes are read."""
+    if is_published(path):
+        directory = Path(path).expanduser()
+        return published_config(hf.open_published(directory), directory.resolve())
+    with Checkpointer(checkpoint_directory(path), read_only=True) as checkpoints:
+        return saved_config(checkpoints)
+
+
 def is_published(path: str | os.PathLike) -> bool:
     """Whether this is a directory of published weights rather than of a run."""
     path = Path(path).expanduser()

@@ -2,7 +2,7 @@
 
     deepseek-jax inspect --config=v3_671b
     deepseek-jax inspect --config=v3_671b --config.mesh.expert=64 --devices=256
-    deepseek-jax inspect --workdir=runs/tiny_v3             # the model of a run
+    deepseek-jax inspect --workdir=runs/tiny_v3             # the model of a run, or of published weights
 
 The mesh may be of any size: its devices need not be here.  Without --devices, --config.mesh.data=-1 counts as 1.
 """
@@ -60,12 +60,10 @@ def main(argv: list[str]) -> int:
 
 
 def config_of_run(workdir) -> tuple[ConfigDict, str]:
-    """The config kept beside a run's newest checkpoint, and a name for it."""
-    from deepseek_jax.language_model import checkpoint_directory, saved_config
-    from deepseek_jax.train.checkpoint import Checkpointer
+    """The config kept beside a run's newest checkpoint, or that of published weights, and a name for it."""
+    from deepseek_jax.language_model import config_of
 
-    with Checkpointer(checkpoint_directory(workdir), read_only=True) as checkpoints:
-        config = saved_config(checkpoints)
+    config = config_of(workdir)
     return config, f"{config.name} ({workdir})"
 
 

@@ -1,6 +1,8 @@
 """The model in one line: calls, generation, building, and loading what a run has saved."""
 
 import io
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +12,18 @@ from flax import nnx
 
 import deepseek_jax
 from deepseek_jax.errors import UserError
-from deepseek_jax.language_model import LanguageModel, abstract_module, count_parameters
+from deepseek_jax.language_model import WEIGHTS, LanguageModel, abstract_module, count_parameters, read_weights
 from deepseek_jax.launch import _options, generate, inspect
 from deepseek_jax.layers.base import split
+from deepseek_jax.layers.router import Balance
+from deepseek_jax.models import family
 from deepseek_jax.saved_config import to_json
 from deepseek_jax.train.checkpoint import Checkpointer
 
 SIZES = {"d_model": 16, "n_layers": 3, "dense_width": 24, "n_heads": 2, "q_rank": 12, "kv_rank": 8, "nope_width": 8}
 SIZES |= {"rope_width": 4, "value_width": 8, "n_experts": 8, "expert_width": 8, "top_k": 2, "mtp_depth": 0}
 PROMPT = [1, 2, 3]
+GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +159,87 @@ def test_where_nothing_can_be_loaded_it_is_told(tmp_path):
         checkpoints.save(1, {"params": {"w": jnp.zeros(1)}})
     with pytest.raises(UserError, match="holds no config"):
         deepseek_jax.load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def published():
+    """A tiny V3 with multi-token prediction as others publish it."""
+    return deepseek_jax.load(GOLDEN / "v3_mtp")
+
+
+def test_published_weights_are_three_lines_from_logits(published):
+    assert published.config.family == "v3" and published.config.precision == "bf16"
+    assert {w.dtype.name for w in jax.tree.leaves(published.params)} == {"bfloat16"}
+    assert {w.dtype.name for w in jax.tree.leaves(published.router_bias)} == {"float32"}
+    wide = deepseek_jax.load(GOLDEN / "v3_mtp", precision="fp32")
+    oracle = np.load(GOLDEN / "v3_mtp" / "oracle.npz")
+    np.testing.assert_allclose(wide(oracle["ids"]), oracle["logits"], atol=2e-5)
+    with pytest.raises(UserError, match="precision"):
+        deepseek_jax.load(GOLDEN / "v3_mtp", precision="int4")
+
+
+def test_saved_as_published_and_loaded_again_nothing_has_changed(published, model, tmp_path):
+    deepseek_jax.save_pretrained(published, tmp_path / "bf16")
+    again = deepseek_jax.load(tmp_path / "bf16")
+    assert equal((again.params, again.router_bias), (published.params, published.router_bias))
+    numbers = ("yarn", "mtp_depth", "norm_eps", "route_scale")
+    assert [again.config.model[key] for key in numbers] == [published.config.model[key] for key in numbers]
+    deepseek_jax.save_pretrained(model, tmp_path / "fp32", dtype="fp32")
+    assert equal(deepseek_jax.load(tmp_path / "fp32").params, model.params)
+    with pytest.raises(UserError):
+        deepseek_jax.save_pretrained(published, tmp_path / "bf16")
+    with pytest.raises(UserError, match="no such format"):
+        deepseek_jax.save_pretrained(published, tmp_path / "other", dtype="int4")
+
+
+def test_a_tokenizer_goes_along(published, tmp_path):
+    spec = {
+        "version": "1.0",
+        "added_tokens": [],
+        "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    settings = {"bos_token": {"content": "b"}, "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with published.config.unlocked():
+        published.config.data.tokenizer = str(tmp_path / "tokenizer.json")
+    deepseek_jax.save_pretrained(published, tmp_path / "out")
+    loaded = deepseek_jax.load(tmp_path / "out")
+    assert loaded.config.data.tokenizer == str(tmp_path / "out" / "tokenizer.json")
+    assert loaded.prompt("a") == [1, 0]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["bos_token_id"] == 1
+
+
+@pytest.mark.parametrize("stored", ["published", "checkpoint"])
+def test_a_training_state_can_begin_with_weights_from_elsewhere(published, tmp_path, stored):
+    """Read into float32 on a mesh, with the rules of a run."""
+    from deepseek_jax.parallel.mesh import make_mesh
+    from deepseek_jax.train.optim import OptimizerConfig
+    from deepseek_jax.train.step import StepConfig, Trainer
+
+    module, path = family("v3"), GOLDEN / "v3_mtp"
+    if stored == "checkpoint":
+        path = tmp_path
+        save(path / "checkpoints", published, 3)
+    sizes = module.Config.from_config(published.config.model)
+    rules = dict.fromkeys(_options.load("tiny_v3").sharding, "") | {"experts": "expert", "embed": "data"}
+    step = StepConfig(1, 64, False, 0.1, 0.1, 1, 1e-3, 1, Balance(1e-3))
+    optimizer = OptimizerConfig(**_options.load("tiny_v3").optimizer)
+    trainer = Trainer(lambda run, rngs: module.Model(sizes, run, rngs=rngs), make_mesh(2, 4), rules, step, optimizer)
+    target = {name: trainer.abstract[name] for name in WEIGHTS}
+    config, weights = read_weights(path, target)
+    assert config.model == published.config.model
+    wanted = {"params": published.params, "router_bias": published.router_bias}
+    for got, want, like in zip(*map(jax.tree.leaves, (weights, wanted, target)), strict=True):
+        assert got.dtype == like.dtype and got.sharding == like.sharding
+        np.testing.assert_array_equal(got, np.asarray(want, np.float32))
+
+
+def test_the_verbs_work_on_published_weights(capsys):
+    words = [f"--workdir={GOLDEN / 'llm'}", "--prompt=\x01\x02\x03", "--max-tokens=4", "--temperature=0"]
+    assert generate.main(words) == 0
+    assert inspect.main([f"--workdir={GOLDEN / 'llm'}"]) == 0
+    assert "family v1" in capsys.readouterr().out
 
 
 def test_the_verbs_work_on_a_run(model, tmp_path, capsys):
