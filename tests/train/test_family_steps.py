@@ -1,0 +1,67 @@
+"""Training of the families without router biases: four devices are one, every weight moves, the losses are reported."""
+
+import importlib
+
+import jax
+import numpy as np
+import pytest
+
+from deepseek_jax.data.pipeline import Batch
+from deepseek_jax.layers.router import Balance
+from deepseek_jax.models import family
+from deepseek_jax.parallel.mesh import global_batch, make_mesh
+from deepseek_jax.train.optim import OptimizerConfig
+from deepseek_jax.train.step import StepConfig, Trainer
+
+B, T = 4, 16
+ALPHAS = Balance(0.1, 0.2, 0.3)
+
+
+def run(name: str, data: int, expert: int) -> tuple[list, dict, dict]:
+    """Two steps of a tiny twin made smaller: (reports, weights before, weights after)."""
+    config = importlib.import_module(f"deepseek_jax.configs.{name}").get_config()
+    m = config.model
+    m.d_model, m.n_layers, m.dense_width = 32, 2, 48
+    if "n_experts" in m:
+        m.n_experts, m.expert_width, m.top_k = 8, 16, 2
+    module = family(config.family)
+    sizes = module.Config.from_config(m)
+    config.optimizer.warmup_steps = 1
+    mesh = make_mesh(data, expert, jax.devices()[: data * expert])
+    trainer = Trainer(
+        lambda run, rngs: module.Model(sizes, run, rngs=rngs),
+        mesh,
+        config.sharding.to_dict(),
+        StepConfig(1, 64, False, 0.0, 0.0, 1, 0.0, 1, ALPHAS),
+        OptimizerConfig(**config.optimizer),
+    )
+    state = trainer.init(0)
+    before = jax.device_get(state["params"])
+    ids = np.random.default_rng(0).integers(0, 256, (B, T + 1)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    batch = global_batch(Batch(ids[:, :-1], ids[:, 1:], np.zeros_like(positions), positions), mesh)
+    reports = []
+    for _ in range(2):
+        state, report = trainer.step(state, batch)
+        reports.append(jax.device_get(report))
+    return reports, before, jax.device_get(state["params"])
+
+
+@pytest.mark.parametrize("name", ["tiny_v1", "tiny_v2"])
+def test_four_devices_are_one(name):
+    one, four = run(name, 1, 1), run(name, 2, 2)
+    for wanted, got in zip(one[0], four[0], strict=True):
+        for field in ("loss", "main", "balance", "device_balance", "communication_balance", "gradient_norm"):
+            np.testing.assert_allclose(getattr(got, field), getattr(wanted, field), rtol=2e-5, err_msg=field)
+        jax.tree.map(np.testing.assert_array_equal, got.loads, wanted.loads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), four[2], one[2])
+    assert all(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, one[1:]), strict=True))
+
+    report = one[0][0]
+    balance = ALPHAS.expert * report.balance + ALPHAS.device * report.device_balance
+    balance += ALPHAS.communication * report.communication_balance
+    assert report.loss == pytest.approx(report.main + balance, rel=1e-6)
+    if name == "tiny_v1":
+        assert report.loads == {} and balance == 0
+    else:
+        assert min(report.balance, report.device_balance, report.communication_balance) > 0.5
