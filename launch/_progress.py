@@ -13,11 +13,16 @@ LINE_EVERY_S = 5
 
 
 class Progress:
-    """Bytes done of a total; the rate and the time left count this start only."""
+    """Bytes done of a total; the rate and the time left count this start only.
+
+    Attributes:
+        seconds: between begin and end.
+    """
 
     def __init__(self, label: str, total: int, done: int = 0):
         self.label, self.total, self.done = label, total, done
         self._start, self._start_done, self._told = time.monotonic(), done, time.monotonic()
+        self.seconds = 0.0
         self._bar = self._task = None
 
     def __enter__(self) -> "Progress":
@@ -33,6 +38,7 @@ class Progress:
         return self
 
     def __exit__(self, *_) -> None:
+        self.seconds = time.monotonic() - self._start
         if self._bar:
             self._bar.stop()
 
@@ -41,7 +47,7 @@ class Progress:
         self.done += n_bytes
         if self._bar:
             self._bar.advance(self._task, n_bytes)
-        elif (now := time.monotonic()) - self._told >= LINE_EVERY_S or self.done == self.total:
+        elif (now := time.monotonic()) - self._told >= LINE_EVERY_S or self.done - n_bytes < self.total <= self.done:
             self._told = now
             print(self.line(now - self._start), file=sys.stderr, flush=True)
 

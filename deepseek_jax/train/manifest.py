@@ -22,6 +22,7 @@ import re
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,11 +57,19 @@ def committed_steps(root: Path) -> list[int]:
     return [step for step, path in step_dirs(root).items() if os.path.lexists(path / COMMIT)]
 
 
-def commit(path: Path, step: int, arrays: dict[str, dict]) -> None:
-    """Hashes and flushes all files of a step, writes the manifest and, last of all, the COMMIT marker."""
+def commit(
+    path: Path, step: int, arrays: dict[str, dict], report: Callable[[int], None] = lambda n_bytes: None
+) -> None:
+    """Hashes and flushes all files of a step, writes the manifest and, last of all, the COMMIT marker.
+
+    ``report`` is told the size of each file once it is hashed.
+    """
     names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    files = {}
     with ThreadPoolExecutor(HASH_THREADS) as pool:
-        files = dict(zip(names, pool.map(lambda name: _digest(path / name, flush=True), names), strict=True))
+        for name, found in zip(names, pool.map(lambda name: _digest(path / name, flush=True), names), strict=True):
+            files[name] = found
+            report(found["size"])
     for folder in (path, *(folder for folder in path.rglob("*") if folder.is_dir())):
         flush_folder(folder)
     manifest = json.dumps({"format": FORMAT, "step": step, "arrays": arrays, "files": files}, indent=1).encode()
@@ -80,8 +89,13 @@ def read_manifest(path: Path, step: int) -> dict:
     return manifest
 
 
-def verify(path: Path, step: int, only: tuple[str, ...] | None = None) -> dict:
-    """Returns the manifest after comparing all files (or those named in ``only``) with it; raises Damage."""
+def verify(
+    path: Path, step: int, only: tuple[str, ...] | None = None, report: Callable[[int], None] = lambda n_bytes: None
+) -> dict:
+    """Returns the manifest after comparing all files (or those named in ``only``) with it; raises Damage.
+
+    ``report`` is told the size of each file once it is compared.
+    """
     manifest = read_manifest(path, step)
     names = [name for name in manifest["files"] if only is None or name in only]
 
@@ -96,8 +110,11 @@ def verify(path: Path, step: int, only: tuple[str, ...] | None = None) -> dict:
             return f"{name} has {found['size']} bytes, {written['size']} were written"
         return None if found == written else f"{name} has changed since it was written (sha256 differs)"
 
+    complaints = []
     with ThreadPoolExecutor(HASH_THREADS) as pool:
-        complaints = [text for text in pool.map(complaint, names) if text]
+        for name, text in zip(names, pool.map(complaint, names), strict=True):
+            complaints += [text] if text else []
+            report(manifest["files"][name]["size"])
     if complaints:
         more = f" (and {len(complaints) - 1} more files)" if len(complaints) > 1 else ""
         raise Damage(complaints[0] + more)

@@ -27,7 +27,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -131,8 +131,11 @@ class StreamedStep:
         """Returns once all that was written is on the disk and in the journal."""
         self._wait(0)
 
-    def commit(self, meta: dict) -> None:
-        """Hashes all files and makes the step a checkpoint; ``meta["config"]`` becomes ``config.json``."""
+    def commit(self, meta: dict, report: Callable[[int], None] = lambda n_bytes: None) -> None:
+        """Hashes all files and makes the step a checkpoint; ``meta["config"]`` becomes ``config.json``.
+
+        ``report`` is told of bytes as they are hashed.
+        """
         missing = next(self._missing(), None)
         if missing is not None:
             raise ValueError(f"{self.path}: {missing} was never written.")
@@ -146,7 +149,7 @@ class StreamedStep:
         if "config" in meta:
             self._write(self.path / files.CONFIG, meta["config"])
         described = {name: {"shape": list(shape), "dtype": str(dtype)} for name, (shape, dtype) in self._arrays.items()}
-        files.commit(self.path, self.step, described)
+        files.commit(self.path, self.step, described, report)
         self._journal_path.unlink(missing_ok=True)
 
     def close(self) -> None:

@@ -1,0 +1,186 @@
+"""Turn a published model, a Hugging Face directory, into a checkpoint that every other verb reads.
+
+    deepseek-jax convert --from=DeepSeek-V2-Lite --workdir=runs/v2_lite
+    deepseek-jax generate --workdir=runs/v2_lite --prompt="def main("
+    deepseek-jax convert --from=DeepSeek-V3 --workdir=runs/v3          # FP8 weights become bfloat16: 1.3 TB of disk
+
+One tensor at a time goes from disk to disk, in the host's memory alone: no accelerator, and for any model no more
+than its largest tensor and 1 GiB besides (it is printed).  Stopped or killed, the same command goes on where it was.
+The checkpoint counts only when all of it is written and hashed.  Weights that are multiplied with scales (FP8) become
+bfloat16; --dtype=keep leaves all others as they are.  Tokenizer and chat template are copied to the workdir.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.launch import _options
+from deepseek_jax.launch._progress import Progress, clock, peak_memory_bytes
+
+DTYPES = {"keep": None, "bf16": "bfloat16", "fp32": "float32"}
+FLAGS = {
+    "from": (Path, _options.REQUIRED, "directory with config.json and safetensors files, in FP8 or not"),
+    "dtype": (str, "keep", "of the weights: keep, bf16 or fp32; router biases are kept always"),
+}
+STEP = 0
+COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+PROGRAM_BYTES = 2**29  # of memory: the interpreter and its libraries
+SPARE_BYTES = 2**26  # of disk
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb; returns the exit code."""
+    options = _options.parse(argv, extra=FLAGS, config=False)
+    source, workdir = getattr(options, "from").expanduser(), options.workdir
+    if workdir is None:
+        raise UserError("--workdir is missing. Give the directory for the checkpoint, like --workdir=runs/v2_lite.")
+    if options.dtype not in DTYPES:
+        raise UserError(f"--dtype={options.dtype}: wanted one of {', '.join(DTYPES)}.")
+    convert(source, workdir, options.dtype)
+    return 0
+
+
+def convert(source: Path, workdir: Path, dtype: str) -> None:
+    """Writes the weights of `source` as step 0 of `workdir`, going on with what an earlier start has left."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes only; another process may be using the accelerator
+    import numpy as np
+
+    from deepseek_jax.convert.hf import Source, open_published
+    from deepseek_jax.language_model import abstract_module
+    from deepseek_jax.layers.base import split
+    from deepseek_jax.saved_config import to_json
+    from deepseek_jax.train import streamed, tree
+
+    published = open_published(source)
+    origin = describe(source, dtype)
+    checkpoints = workdir / "checkpoints"
+    if is_there(checkpoints, origin):
+        print(f"{workdir} holds this conversion already: nothing to do.")
+        return
+    config = config_of(published, source)
+    _, params, router_bias = split(abstract_module(config))
+    pieces = Source(published, {"params": params, "router_bias": router_bias})
+    wanted = DTYPES[dtype]
+    arrays = {
+        name: (leaf.shape, np.dtype(wanted if wanted and name.startswith("params/") else leaf.dtype))
+        for name, leaf in tree.flatten(pieces.abstract, leaf_types=object).items()
+    }
+    n_bytes = sum(math.prod(shape) * kind.itemsize for shape, kind in arrays.values())
+    check_room(checkpoints, n_bytes)
+    bound = memory_bound(published.tensors, wanted) + PROGRAM_BYTES + 2 * streamed.PENDING_BYTES
+    print(
+        f"{source}: family {config.family}, {n_bytes / 1e9:,.2f} GB to write, memory at most {gib(bound)}", flush=True
+    )
+
+    with streamed.StreamedStep(checkpoints, STEP, arrays, origin) as step:
+        if step.resumed:
+            share = step.n_bytes_done / step.n_bytes
+            print(f"going on with an earlier start: {share:.0%} of {workdir} is written already", flush=True)
+        copy_others(source, workdir)
+        config.data.tokenizer = tokenizer_of(workdir)
+        embedding = arrays["params/embedding/table_VD"][1]
+        config.precision = "fp32" if embedding == np.float32 else "bf16"
+
+        def is_done(path: tuple[str, ...], index: tuple[int, ...]) -> bool:
+            return step.is_done("/".join(path), index)
+
+        with Progress("convert", step.n_bytes, step.n_bytes_done) as progress:
+            for piece in pieces.pieces(skip=is_done):
+                name = "/".join(piece.path)
+                array = piece.array.astype(arrays[name][1], copy=False)
+                step.write(name, piece.index, array)
+                progress.advance(array.nbytes)
+                del piece, array
+            step.flush()
+        with Progress("check", step.n_bytes) as checked:
+            step.commit({"config": to_json(config), "converted": origin}, checked.advance)
+    print(f"{step.path}: done in {clock(progress.seconds + checked.seconds)}, peak memory {gib(peak_memory_bytes())}")
+
+
+def config_of(published, source: Path):
+    """The config of a run with this model: the defaults, the family and its numbers."""
+    from deepseek_jax.configs import base
+
+    config = base.get_config()
+    config.name = source.resolve().name
+    config.family = published.family
+    config.model.update(published.numbers)
+    config.data.seq_len = published.facts.n_positions
+    return config
+
+
+def describe(source: Path, dtype: str) -> str:
+    """A line that is the same for the same conversion: where from, as what, and a hash of names, sizes and times."""
+    import deepseek_jax
+
+    parts = [dtype, deepseek_jax.__version__]
+    for file in sorted(source.iterdir()):
+        if file.suffix in (".json", ".safetensors") and file.is_file():
+            status = file.stat()
+            parts.append([file.name, status.st_size, status.st_mtime_ns])
+    return f"{source.resolve()} as {dtype} ({hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]})"
+
+
+def is_there(checkpoints: Path, origin: str) -> bool:
+    """Whether this very conversion is finished; UserError where another checkpoint stands in its place."""
+    from deepseek_jax.train.checkpoint import Checkpointer
+
+    with Checkpointer(checkpoints, read_only=True) as reader:
+        steps = reader.steps()
+        if steps == [STEP] and reader.read_meta(STEP)[1].get("converted") == origin:
+            return True
+    if steps:
+        raise UserError(f"{checkpoints} holds checkpoints of something else, steps {steps}. Give another --workdir.")
+    return False
+
+
+def check_room(checkpoints: Path, n_bytes: int) -> None:
+    """Raises UserError unless the disk has room for what is not there yet."""
+    from deepseek_jax.train.manifest import step_dir
+
+    there = sum(file.stat().st_size for file in step_dir(checkpoints, STEP).rglob("*") if file.is_file())
+    parent = next(folder for folder in (checkpoints, *checkpoints.absolute().parents) if folder.is_dir())
+    free, needed = shutil.disk_usage(parent).free, max(n_bytes - there, 0) + SPARE_BYTES
+    if free < needed:
+        raise UserError(
+            f"{checkpoints}: {needed / 1e9:,.1f} GB to write, {free / 1e9:,.1f} GB free on that disk. "
+            "Make room, or give another --workdir."
+        )
+
+
+def memory_bound(tensors, wanted: str | None) -> int:
+    """Bytes that the largest tensor takes as it is converted: read, and once more if it is cast."""
+    import numpy as np
+
+    def needs(name: str) -> int:
+        info = tensors.info(name)
+        count = math.prod(info.shape)
+        return max(2 * count, info.nbytes) + (np.dtype(wanted).itemsize * count if wanted else 0)
+
+    return max(map(needs, tensors.names()))
+
+
+def copy_others(source: Path, workdir: Path) -> None:
+    """Copies tokenizer and chat template."""
+    for name in COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, workdir / name)
+
+
+def tokenizer_of(workdir: Path) -> str:
+    """What `config.data.tokenizer` is to be."""
+    path = workdir / COPIED[0]
+    if path.is_file():
+        return str(path.resolve())
+    print(f"warning: no {path.name} beside the weights: text will be read as bytes.", file=sys.stderr)
+    return "bytes"
+
+
+def gib(n_bytes: int) -> str:
+    """A size of memory."""
+    return f"{n_bytes / 2**30:.2f} GiB"
