@@ -162,6 +162,8 @@ def build_trainer(config: ConfigDict, mesh):
     """The `Trainer` of a run."""
     from deepseek_jax.layers.router import Balance
     from deepseek_jax.models import family
+    from deepseek_jax.plan import flops
+    from deepseek_jax.plan.network import describe
     from deepseek_jax.precision.policy import policy
     from deepseek_jax.train.optim import OptimizerConfig
     from deepseek_jax.train.step import StepConfig, Trainer
@@ -188,7 +190,7 @@ def build_trainer(config: ConfigDict, mesh):
         compute=policy(config.precision).compute,
         remat=train.remat,
         unroll=train.unroll,
-        flops_per_token=lambda seq_len: module.flops_per_token(sizes, seq_len),
+        flops_per_token=lambda seq_len: flops.training(describe(module, sizes), seq_len),
     )
 
 

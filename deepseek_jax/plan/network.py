@@ -1,0 +1,185 @@
+"""A network as the planner sees it: shapes and logical axes of its weights, and a few numbers of its family.
+
+All comes from `nnx.eval_shape`: every family can be planned, and no array is ever made.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.layers.base import Execution, bind, logical_axes, split
+from deepseek_jax.parallel.sharding import EXPERTS, LAYERS, is_axes
+
+EMBEDDING, HEAD, AHEAD = "embedding", "head", "mtp"  # top-level entries of a model; the others are blocks and a norm
+ROUTER, NORM_WIDTH = "router", "embed"
+LATENTS = ("q_latent", "kv_latent")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight.
+
+    Attributes:
+        name: dotted, as in a checkpoint.
+        shape: with the leading axis of a stack.
+        axes: logical axes, likewise.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+
+    @property
+    def part(self) -> str:
+        """The top-level entry it belongs to."""
+        return self.name.partition(".")[0]
+
+    @property
+    def n_layers(self) -> int:
+        """Layers that are stacked in it; 1 for a weight that is not stacked."""
+        return self.shape[0] if self.is_stacked else 1
+
+    @property
+    def size(self) -> int:
+        """Numbers in it, those of all layers."""
+        return math.prod(self.shape)
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether it has a leading axis of layers."""
+        return self.axes[:1] == (LAYERS,)
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it belongs to the routed experts."""
+        return EXPERTS in self.axes
+
+    @property
+    def is_router(self) -> bool:
+        """Whether it scores experts."""
+        return ROUTER in self.name.split(".")
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether activations are multiplied by it: neither a gain nor a bias, and not the embedding, a table."""
+        inner = self._inner()
+        reads = any(axis in (NORM_WIDTH, *LATENTS) for axis, _ in inner)
+        return len(inner) > 1 and reads and self.part != EMBEDDING
+
+    @property
+    def reads_latent(self) -> bool:
+        """Whether its input is a latent of attention, from which V3 recomputes what it makes (section 3.2.3)."""
+        return self.is_matrix and self._inner()[0][0] in LATENTS
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """(numbers that one row of its input has, numbers of its output), of one layer and one expert.
+
+        The output is the residual stream where the last axis is "embed", else all but the first axis.
+        """
+        inner = self._inner()
+        cut = len(inner) - 1 if inner[-1][0] == NORM_WIDTH else 1
+        return math.prod(n for _, n in inner[:cut]), math.prod(n for _, n in inner[cut:])
+
+    def of_layers(self, n: int) -> "Weight":
+        """The same weight of `n` layers only; itself where it is not stacked."""
+        return replace(self, shape=(n, *self.shape[1:])) if self.is_stacked else self
+
+    def _inner(self) -> list[tuple[str | None, int]]:
+        pairs = zip(self.axes, self.shape, strict=True)
+        return [(axis, n) for axis, n in pairs if axis not in (LAYERS, EXPERTS)]
+
+
+@dataclass(frozen=True)
+class Network:
+    """What the planner knows of a model.
+
+    Attributes:
+        weights: all that are trained.
+        router_biases: numbers that are not trained.
+        stacks: stacks of blocks in the order in which they run.
+        n_layers: blocks of the main model; each has one attention.
+        d_model, vocab_size: widths.
+        n_experts, top_k, n_groups, top_groups: of the routed experts; 1 each where there are none.
+        flops_per_pair: operations of one token's queries with the keys and values of another, in one layer.
+    """
+
+    weights: tuple[Weight, ...]
+    router_biases: int
+    stacks: tuple[str, ...]
+    n_layers: int
+    d_model: int
+    vocab_size: int
+    n_experts: int
+    top_k: int
+    n_groups: int
+    top_groups: int
+    flops_per_pair: int
+
+    @property
+    def n_ahead(self) -> int:
+        """Depths of multi-token prediction, one block each."""
+        return len({w.name.split(".")[1] for w in self.weights if w.part == AHEAD})
+
+    def of(self, *parts: str) -> tuple[Weight, ...]:
+        """The weights of these top-level entries."""
+        return tuple(w for w in self.weights if w.part in parts)
+
+    def blocks(self) -> tuple[Weight, ...]:
+        """The weights of the main model's blocks."""
+        return self.of(*self.stacks)
+
+    def active(self, weight: Weight) -> int:
+        """Numbers of a weight that work on one token: top_k of n_experts of the routed experts, all of any other."""
+        return weight.size * self.top_k // self.n_experts if weight.is_expert else weight.size
+
+    def copies(self, weight: Weight) -> int:
+        """Rows that one token makes in a weight's matmul: top_k for the routed experts, 1 for any other."""
+        return self.top_k if weight.is_expert else 1
+
+
+def describe(family: ModuleType, sizes: object) -> Network:
+    """The network of a family's module and its `Config`."""
+    model = abstract_model(family, sizes)
+    _, params, router_bias = split(model)
+    axes, _ = logical_axes(model)
+    weights = jax.tree_util.tree_map_with_path(
+        lambda path, logical, x: Weight(jax.tree_util.keystr(path, simple=True, separator="."), x.shape, logical),
+        axes,
+        params,
+        is_leaf=is_axes,
+    )
+    experts = getattr(sizes, EXPERTS, None)
+    groups = {key: getattr(experts, key, 1) for key in ("n_experts", "top_k", "n_groups", "top_groups")}
+    return Network(
+        weights=tuple(jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, Weight))),
+        router_biases=sum(x.size for x in jax.tree.leaves(router_bias)),
+        stacks=tuple(model.stacks),
+        n_layers=sizes.n_layers,
+        d_model=sizes.d_model,
+        vocab_size=sizes.vocab_size,
+        **groups,
+        flops_per_pair=family.flops_per_pair(sizes),
+    )
+
+
+def abstract_model(family: ModuleType, sizes: object, run: Execution | None = None) -> nnx.Module:
+    """The model with shapes in place of arrays; computes in bfloat16 unless `run` says otherwise."""
+    run = run or Execution(compute=jnp.bfloat16)
+    return nnx.eval_shape(lambda: family.Model(sizes, run, rngs=nnx.Rngs(0)))
+
+
+def cache_bytes_per_token(family: ModuleType, sizes: object) -> int:
+    """Bytes that prefill keeps of one token in the key-value cache, in bfloat16."""
+    definition, params, router_bias = split(abstract_model(family, sizes))
+    ids_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+
+    def prefill(params: dict, router_bias: dict, ids_BT: jax.Array) -> object:
+        return bind(definition, params, router_bias).prefill(ids_BT, n_slots=1)[1]
+
+    cache = jax.eval_shape(prefill, params, router_bias, ids_BT)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))

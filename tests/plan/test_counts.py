@@ -1,0 +1,86 @@
+"""Counts from shapes: the published ones to the printed digit, and what holds for any network."""
+
+import functools
+
+import pytest
+
+from deepseek_jax.launch import _options
+from deepseek_jax.models import family
+from deepseek_jax.plan.counts import count
+from deepseek_jax.plan.network import cache_bytes_per_token, describe
+
+
+@functools.cache
+def network(name: str):
+    config = _options.load(name)
+    module = family(config.family)
+    return describe(module, module.Config.from_config(config.model))
+
+
+def cache_bytes(name: str) -> int:
+    config = _options.load(name)
+    module = family(config.family)
+    return cache_bytes_per_token(module, module.Config.from_config(config.model))
+
+
+# Billions: in all, working on a token, working on a token without the embedding.
+PUBLISHED = {
+    "llm_7b": (6.910, 6.910, 6.491),
+    "llm_67b": (67.425, 67.425, 66.586),
+    "coder_1b3": (1.346, 1.346, 1.280),
+    "coder_6b7": (6.741, 6.741, 6.608),
+    "coder_33b": (33.343, 33.343, 33.112),
+    "moe_16b": (16.376, 2.829, 2.619),
+    "v2_lite": (15.706, 2.661, 2.451),
+    "v2_236b": (235.741, 21.376, 20.852),
+    "v3_671b": (671.026, 37.552, 36.626),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_counts_come_out(name):
+    found = count(network(name))
+    billions = (found.total, found.active, found.active_without_embedding)
+    assert tuple(round(n / 1e9, 3) for n in billions) == PUBLISHED[name]
+
+
+def test_multi_token_prediction_of_v3_is_counted_apart():
+    found = count(network("v3_671b"))
+    assert (found.ahead_total, found.ahead_active) == (11_610_067_968, 688_100_352)
+    with_shared_tables = found.ahead_active + found.embedding + found.head
+    assert round(with_shared_tables / 1e9, 3) == 2.541
+    assert found.router_biases == (58 + 1) * 256
+    assert count(network("llm_7b")).ahead_total == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "n_bytes"),
+    [("v3_671b", 70_272), ("v2_236b", 69_120), ("v2_lite", 31_104), ("llm_7b", 491_520), ("llm_67b", 389_120)],
+)
+def test_bytes_of_the_cache_a_token(name, n_bytes):
+    assert cache_bytes(name) == n_bytes
+
+
+@pytest.mark.parametrize("name", ["tiny_v1", "tiny_moe", "tiny_v2", "tiny_v2_lite", "tiny_v3"])
+def test_counts_of_any_network(name):
+    found = count(network(name))
+    assert 0 < found.active <= found.total
+    assert found.embedding + found.head + found.experts < found.total
+    assert found.ahead_active <= found.ahead_total
+    if not found.experts:
+        assert found.active == found.total
+
+
+def test_gains_biases_and_tables_are_no_matrices():
+    kinds = {w.name.rpartition(".")[2] for w in network("r1_distill_qwen_1b5").weights if not w.is_matrix}
+    assert kinds == {"table_VD", "gain", "q_bias_HQ", "k_bias_ZQ", "v_bias_ZU"}
+
+
+def test_what_goes_into_a_matrix_and_comes_out():
+    widths = {w.name: w.widths for w in network("v3_671b").weights if w.is_matrix}
+    assert widths["moe_blocks.attention.q_up_RHQ"] == (1536, 128 * 192)
+    assert widths["moe_blocks.attention.out_HUD"] == (128 * 128, 7168)
+    assert widths["moe_blocks.experts.gate_XDF"] == (7168, 2048)
+    assert widths["moe_blocks.experts.down_XFD"] == (2048, 7168)
+    assert widths["head.weight_DV"] == (7168, 129_280)
+    assert widths["mtp.0.join_YD"] == (2 * 7168, 7168)

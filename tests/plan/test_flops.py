@@ -1,0 +1,75 @@
+"""Operations per token: the published figures, the formula written out once more, and one case by hand."""
+
+import jax
+import pytest
+
+from deepseek_jax.launch import _options, train
+from deepseek_jax.models import family
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.plan.flops import forward, keys_seen, training
+from deepseek_jax.plan.network import describe
+
+
+def network(name: str, **model):
+    config = _options.load(name)
+    config.model.update(model)
+    module = family(config.family)
+    return describe(module, module.Config.from_config(config.model))
+
+
+def written_out(m, seq_len: float) -> float:
+    """V3's training operations of a token: causal attention, routers and multi-token prediction included."""
+    width = m.nope_width + m.rope_width
+    attention = m.d_model * m.q_rank + m.q_rank * m.n_heads * width + m.d_model * (m.kv_rank + m.rope_width)
+    attention += m.n_heads * (m.kv_rank * (m.nope_width + m.value_width) + m.value_width * m.d_model)
+    attention += m.n_heads * (width + m.value_width) * seq_len / 2
+    moe = attention + m.d_model * m.n_experts + 3 * m.d_model * m.expert_width * (m.top_k + m.n_shared_experts)
+    dense = attention + 3 * m.d_model * m.dense_width
+    head = m.d_model * m.vocab_size
+    main = m.n_dense_layers * dense + (m.n_layers - m.n_dense_layers) * moe + head
+    return 3 * 2 * (main + m.mtp_depth * (moe + 2 * m.d_model**2 + head))
+
+
+def test_v3_has_the_published_operations_a_token():
+    v3 = network("v3_671b")
+    published = {"router": False, "ahead": False}
+    assert round(training(v3, 4096, causal=False, **published) / 1e9, 1) == 280.5
+    assert round(training(v3, 4096, causal=True, **published) / 1e9, 1) == 249.8
+
+
+@pytest.mark.parametrize("name", ["v3_671b", "tiny_v3", "micro_v3"])
+@pytest.mark.parametrize("seq_len", [256, 4096])
+def test_the_shapes_give_what_the_formula_says(name, seq_len):
+    assert training(network(name), seq_len) == written_out(_options.load(name).model, seq_len)
+
+
+def test_the_training_log_counts_causally_and_with_multi_token_prediction():
+    config = _options.load("tiny_v3")
+    trainer = train.build_trainer(config, make_mesh(devices=jax.devices()[:1]))
+    assert trainer.flops_per_token(256) == written_out(config.model, 256)
+
+
+def test_the_parts_add_up():
+    found = forward(network("tiny_v3"), 256, causal=True)
+    everything = found.blocks + found.head + found.attention + found.router + found.ahead + found.ahead_router
+    assert found.total(router=True, ahead=True) == everything
+    assert found.total(router=False, ahead=False) == found.blocks + found.head + found.attention
+
+
+def test_a_dense_model_by_hand():
+    # 2 layers of width 4: q, k, v, out 16 each, feed-forward 3 x 4 x 8; head 4 x 10; attention 2 heads of width 2.
+    sizes = {"vocab_size": 10, "d_model": 4, "n_layers": 2, "dense_width": 8}
+    sizes |= {"n_heads": 2, "n_kv_heads": 2, "head_width": 2}
+    found = forward(network("tiny_v1", **sizes), 6, causal=True)
+    assert found.blocks == 2 * 2 * (4 * 16 + 96)
+    assert found.head == 2 * 40
+    assert found.attention == 2 * (2 * 2 * (2 + 2)) * 3
+    assert (found.router, found.ahead) == (0, 0)
+
+
+def test_attention_in_full_sees_twice_the_keys():
+    assert keys_seen(4096, causal=False) == 2 * keys_seen(4096, causal=True)
+    tiny = network("tiny_v2")
+    full, causal = (forward(tiny, 256, causal=c) for c in (False, True))
+    assert full.attention == 2 * causal.attention
+    assert full.blocks == causal.blocks
