@@ -1,0 +1,62 @@
+"""Every family computes what transformers computes: logits, gradients, greedy text (files: tests/golden/make_golden.py).
+
+Agreement is in float32; what differs is the order of sums.  MoE-16B, which has no class in transformers, is compared
+with Llama's attention and V2's mixture of experts put together.
+"""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deepseek_jax.convert import names
+from deepseek_jax.convert.hf_config import from_hf
+from deepseek_jax.layers.rope import Yarn, softmax_scale
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
+
+
+def module_at(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+compare = module_at(GOLDEN / "compare.py")
+
+
+def test_every_kind_is_there():
+    kinds = {"coder", "llm", "moe", "r1_llama", "r1_qwen", "v2", "v2_lite", "v3", "v3_mtp", "v3_yarn"}
+    assert set(NAMES) == kinds
+
+
+def test_the_files_stay_small():
+    assert sum(file.stat().st_size for file in GOLDEN.rglob("*") if file.suffix != ".py") < 1.6e6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_we_say_what_transformers_says(name, record_property):
+    model = compare.load(GOLDEN / name)
+    said = dict(np.load(GOLDEN / name / "oracle.npz"))
+    trained = [tensor for tensor in names.tensors(model.source.abstract) if tensor.places[0][0][0] == "params"]
+    flat, at = said["gradient"], 0
+    said["gradient"] = {}
+    for tensor in sorted(trained, key=lambda tensor: tensor.name):
+        said["gradient"][tensor.name] = flat[at : at + math.prod(tensor.shape)].reshape(tensor.shape)
+        at += math.prod(tensor.shape)
+    assert at == flat.size
+    compare.check(model, said, record_property)
+
+
+def test_softmax_scales_of_the_published_models():
+    """In closed form, apart from any oracle: 192^-0.5 (0.1 mscale ln 40 + 1)^2."""
+    rope = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
+    for mscale, scale in ((0.707, 0.114721), (1.0, 0.135234)):
+        hf = compare.hf.safetensors.read_json(GOLDEN / "v3_yarn" / "config.json")
+        hf["rope_scaling"] = rope | {"mscale": mscale, "mscale_all_dim": mscale}
+        yarn = Yarn(**from_hf(hf)[1]["yarn"])
+        assert softmax_scale(192, yarn) == pytest.approx(scale, abs=5e-7)
