@@ -1,4 +1,4 @@
-"""Every family computes what transformers computes: logits, gradients, greedy text (files: tests/golden/make_golden.py).
+"""Every family computes what transformers computes: logits, gradients, greedy text (see tests/golden/make_golden.py).
 
 Agreement is in float32; what differs is the order of sums.  MoE-16B, which has no class in transformers, is compared
 with Llama's attention and V2's mixture of experts put together.

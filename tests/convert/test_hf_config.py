@@ -1,0 +1,337 @@
+"""config.json in both spellings: published ones give published numbers, the way back is exact, the rest is refused."""
+
+import copy
+import json
+import time
+
+import pytest
+
+from deepseek_jax.configs import (
+    coder_6b7,
+    llm_7b,
+    llm_67b,
+    moe_16b,
+    r1_distill_llama_8b,
+    r1_distill_qwen_7b,
+    tiny_moe,
+    tiny_v1,
+    tiny_v2,
+    tiny_v2_lite,
+    tiny_v3,
+    v2_236b,
+    v2_lite,
+    v3_671b,
+)
+from deepseek_jax.convert.hf_config import facts, from_hf, to_hf
+from deepseek_jax.errors import UserError
+from deepseek_jax.models import family
+
+YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
+FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+DENSE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "bos_token_id": 100000,
+    "eos_token_id": 100001,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 32,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.33.1",
+    "use_cache": True,
+    "vocab_size": 102400,
+}
+SPARSE = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "aux_loss_alpha": 0.001,
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV2Config"},
+    "ep_size": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_layer_freq": 1,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_experts_per_tok": 6,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rope_theta": 10000,
+    "rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    "scoring_func": "softmax",
+    "seq_aux": True,
+    "v_head_dim": 128,
+}
+
+# As published, or as far as the project knows it: name -> (config.json, our config of the same model).
+PUBLISHED = {
+    "LLM 7B": (DENSE, llm_7b),
+    "LLM 67B": (
+        DENSE
+        | {"hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 95}
+        | {"num_attention_heads": 64, "num_key_value_heads": 8},
+        llm_67b,
+    ),
+    "Coder 6.7B": (
+        DENSE
+        | {"num_hidden_layers": 32, "vocab_size": 32256, "max_position_embeddings": 16384, "rope_theta": 100000}
+        | {"rope_scaling": {"factor": 4.0, "type": "linear"}},
+        coder_6b7,
+    ),
+    "R1-Distill-Llama 8B": (
+        DENSE
+        | {"num_hidden_layers": 32, "intermediate_size": 14336, "vocab_size": 128256, "num_key_value_heads": 8}
+        | {"rms_norm_eps": 1e-05, "rope_theta": 500000.0, "mlp_bias": False, "attention_bias": False}
+        | {
+            "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+            | {"original_max_position_embeddings": 8192, "rope_type": "llama3"}
+        },
+        r1_distill_llama_8b,
+    ),
+    "R1-Distill-Qwen 7B": (
+        {key: value for key, value in DENSE.items() if key != "rope_scaling"}
+        | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rope_theta": 10000, "vocab_size": 152064}
+        | {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+        | {"num_key_value_heads": 4, "max_window_layers": 28, "sliding_window": 4096, "use_sliding_window": False}
+        | {"use_mrope": False, "max_position_embeddings": 131072},
+        r1_distill_qwen_7b,
+    ),
+    "MoE 16B": (
+        DENSE
+        | {"model_type": "deepseek", "architectures": ["DeepseekForCausalLM"], "hidden_size": 2048, "rope_theta": 1e4}
+        | {"intermediate_size": 10944, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 16}
+        | {"first_k_dense_replace": 1, "moe_intermediate_size": 1408, "moe_layer_freq": 1, "n_routed_experts": 64}
+        | {"n_shared_experts": 2, "norm_topk_prob": False, "num_experts_per_tok": 6, "scoring_func": "softmax"},
+        moe_16b,
+    ),
+    "V2-Lite": (
+        DENSE
+        | SPARSE
+        | {"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "hidden_size": 2048}
+        | {"intermediate_size": 10944, "moe_intermediate_size": 1408, "n_routed_experts": 64, "num_hidden_layers": 27}
+        | {"num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None, "routed_scaling_factor": 1.0}
+        | {"topk_method": "greedy", "n_group": 1, "topk_group": 1},
+        v2_lite,
+    ),
+    "V2": (
+        DENSE
+        | SPARSE
+        | {"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "hidden_size": 5120}
+        | {"intermediate_size": 12288, "moe_intermediate_size": 1536, "n_routed_experts": 160, "num_hidden_layers": 60}
+        | {"num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536, "routed_scaling_factor": 16.0}
+        | {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3},
+        v2_236b,
+    ),
+    "V3": (
+        DENSE
+        | SPARSE
+        | {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "hidden_size": 7168}
+        | {"intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 256, "num_hidden_layers": 61}
+        | {"num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536, "routed_scaling_factor": 2.5}
+        | {"topk_method": "noaux_tc", "n_group": 8, "topk_group": 4, "scoring_func": "sigmoid", "norm_topk_prob": True}
+        | {"first_k_dense_replace": 3, "n_shared_experts": 1, "num_experts_per_tok": 8, "num_nextn_predict_layers": 1}
+        | {"vocab_size": 129280, "bos_token_id": 0, "eos_token_id": 1, "quantization_config": FP8}
+        | {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+        v3_671b,
+    ),
+}
+# What a run of ours begins with and what a finished release says differ in these.
+NOT_COMPARED = ("init_std", "yarn")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_give_the_published_numbers(name):
+    hf, ours = PUBLISHED[name]
+    config = ours.get_config()
+    found, numbers = from_hf(hf)
+    assert found == config.family
+    assert numbers.keys() == set(config.model.keys())
+    wanted = config.model.to_dict()
+    assert {key: numbers[key] for key in numbers if key not in NOT_COMPARED} == {
+        key: wanted[key] for key in wanted if key not in NOT_COMPARED
+    }
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_we_write_of_a_published_config_says_the_same(name):
+    hf, _ = PUBLISHED[name]
+    kind, numbers = from_hf(hf)
+    said = facts(hf)
+    quantized = "fp32" if "quantization_config" in hf else None
+    written = to_hf(
+        kind, numbers, quantized=quantized, n_positions=said.n_positions, bos_id=said.bos_id, eos_id=said.eos_ids[0]
+    )
+    assert from_hf(json.loads(json.dumps(written))) == (kind, numbers)
+    assert facts(written) == said
+    apart = {key for key in written.keys() & hf.keys() if written[key] != hf[key]}
+    assert apart <= {"rope_theta"}  # Coder's 100000 is an integer there
+    # Besides what only says how a release was trained or made, nothing is lost.
+    made = {"auto_map", "aux_loss_alpha", "seq_aux", "ep_size", "pretraining_tp", "transformers_version", "use_mrope"}
+    made |= {"attention_dropout", "sliding_window", "max_window_layers", "use_sliding_window", "mlp_bias"}
+    made |= {"n_group", "topk_group", "topk_method"} if kind == "moe" else set()
+    assert hf.keys() - written.keys() - made == set()
+
+
+@pytest.mark.parametrize("ours", [tiny_moe, tiny_v1, tiny_v2, tiny_v2_lite, tiny_v3])
+def test_our_own_configs_come_back(ours):
+    config = ours.get_config()
+    written = json.loads(json.dumps(to_hf(config.family, config.model.to_dict())))
+    found, numbers = from_hf(written)
+    assert (found, numbers) == (config.family, config.model.to_dict())
+    family(found)  # and is one that exists
+
+
+@pytest.mark.parametrize("name", [name for name, (hf, _) in PUBLISHED.items() if hf.get("rope_scaling")])
+def test_the_new_spelling_says_the_same(name):
+    """transformers 5: both inside rope_parameters, and the kind is called rope_type."""
+    hf, _ = PUBLISHED[name]
+    new = {key: value for key, value in hf.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    rope = dict(hf["rope_scaling"])
+    rope["rope_type"] = rope.pop("type", None) or rope["rope_type"]
+    new |= {"dtype": "bfloat16", "rope_parameters": rope | {"rope_theta": hf.get("rope_theta", 1e4)}}
+    assert from_hf(new) == from_hf(hf)
+
+
+def test_yarn_is_kept_as_published():
+    assert from_hf(PUBLISHED["V3"][0])[1]["yarn"] == {
+        "factor": 40.0,
+        "original_length": 4096,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
+
+
+def test_yarn_without_mscale_leaves_the_softmax_alone():
+    """As in the released code: rotary values take all of the temperature."""
+    hf = PUBLISHED["V2"][0] | {"rope_scaling": YARN}
+    yarn = from_hf(hf)[1]["yarn"]
+    assert (yarn["mscale"], yarn["mscale_all_dim"]) == (1.0, 0.0)
+
+
+def test_scales_of_powers_of_two_are_announced():
+    numbers = tiny_v3.get_config().model.to_dict()
+    assert to_hf("v3", numbers, quantized="ue8m0")["quantization_config"]["scale_fmt"] == "ue8m0"
+    assert "scale_fmt" not in to_hf("v3", numbers, quantized="fp32")["quantization_config"]
+    assert "quantization_config" not in to_hf("v3", numbers)
+    for scale_fmt in ("ue8m0", None):
+        from_hf(PUBLISHED["V3"][0] | {"quantization_config": FP8 | {"scale_fmt": scale_fmt}})
+
+
+def test_several_end_marks_and_none():
+    assert facts(DENSE | {"eos_token_id": [1, 2]}).eos_ids == (1, 2)
+    assert facts(DENSE | {"eos_token_id": None, "bos_token_id": None})[1:3] == (None, ())
+
+
+V3, V2, LLM = (PUBLISHED[name][0] for name in ("V3", "V2", "LLM 7B"))
+ROPE = LLM | {"rope_scaling": {"type": "linear", "factor": 4.0}}
+
+
+@pytest.mark.parametrize(
+    ("hf", "named"),
+    [
+        ({}, "model_type"),
+        ({"model_type": "kimi_k2"}, "kimi_k2"),
+        ({"model_type": "deepseek_v4"}, "deepseek_v4"),
+        ({"model_type": ["llama"]}, "model_type"),
+        (LLM | {"hidden_act": "gelu"}, "hidden_act"),
+        (LLM | {"attention_bias": True}, "attention_bias"),
+        (LLM | {"mlp_bias": True}, "mlp_bias"),
+        (LLM | {"use_sliding_window": True}, "use_sliding_window"),
+        (LLM | {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        (LLM | {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        (LLM | {"num_key_value_heads": 5}, "num_key_value_heads"),
+        (LLM | {"num_attention_heads": 33, "num_key_value_heads": 33}, "head_dim"),
+        (LLM | {"head_dim": 127}, "head_dim"),
+        (LLM | {"quantization_config": {"quant_method": "awq"}}, "quantization_config.quant_method"),
+        (V3 | {"quantization_config": FP8 | {"weight_block_size": [1, 128]}}, "weight_block_size"),
+        (V3 | {"quantization_config": FP8 | {"fmt": "e5m2"}}, "quantization_config.fmt"),
+        (V3 | {"quantization_config": FP8 | {"scale_fmt": "nvfp4"}}, "scale_fmt"),
+        (V3 | {"quantization_config": [FP8]}, "quantization_config"),
+        (LLM | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.type"),
+        (LLM | {"rope_scaling": YARN}, "rope_scaling.type"),
+        (V3 | {"rope_scaling": ROPE["rope_scaling"]}, "rope_scaling.type"),
+        (LLM | {"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type"),
+        (ROPE | {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),
+        (V3 | {"rope_scaling": YARN | {"attention_factor": 1.1}}, "rope_scaling.attention_factor"),
+        (V3 | {"rope_scaling": YARN | {"truncate": False}}, "rope_scaling.truncate"),
+        (V3 | {"rope_scaling": YARN | {"factor": 0.5}}, "rope_scaling.factor"),
+        (V3 | {"rope_scaling": YARN | {"beta_slow": 40}}, "rope_scaling.beta_fast"),
+        (V3 | {"rope_scaling": {"type": "yarn", "factor": 40}}, "rope_scaling.original_max_position_embeddings"),
+        (V3 | {"rope_scaling": "yarn"}, "rope_scaling"),
+        (V3 | {"rope_interleave": False}, "rope_interleave"),
+        (V3 | {"scoring_func": "softmax"}, "scoring_func"),
+        (V3 | {"topk_method": "greedy"}, "topk_method"),
+        (V3 | {"norm_topk_prob": False}, "norm_topk_prob"),
+        (V3 | {"q_lora_rank": None}, "q_lora_rank"),
+        (V3 | {"n_group": 7}, "n_group"),
+        (V3 | {"topk_group": 9}, "topk_group"),
+        (V3 | {"topk_group": 1, "num_experts_per_tok": 33}, "num_experts_per_tok"),
+        (V3 | {"first_k_dense_replace": 61}, "first_k_dense_replace"),
+        (V3 | {"first_k_dense_replace": 0}, "first_k_dense_replace"),
+        (V3 | {"num_key_value_heads": 8}, "num_key_value_heads"),
+        (V3 | {"qk_rope_head_dim": 63}, "qk_rope_head_dim"),
+        (V3 | {"num_nextn_predict_layers": -1}, "num_nextn_predict_layers"),
+        (V2 | {"scoring_func": "sigmoid"}, "scoring_func"),
+        (V2 | {"topk_method": "noaux_tc"}, "topk_method"),
+        (V2 | {"norm_topk_prob": True}, "norm_topk_prob"),
+        (V2 | {"moe_layer_freq": 2}, "moe_layer_freq"),
+        (V2 | {"moe_layer_freq": True}, "moe_layer_freq"),
+        ({key: value for key, value in V2.items() if key != "q_lora_rank"}, "q_lora_rank"),
+        (V2 | {"eos_token_id": {"a": 1}}, "eos_token_id"),
+        (V2 | {"eos_token_id": [1] * 101}, "eos_token_id"),
+        (V2 | {"bos_token_id": -1}, "bos_token_id"),
+        (V2 | {"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        (V2 | {"max_position_embeddings": 2**50}, "max_position_embeddings"),
+    ],
+)
+def test_what_is_not_known_is_refused_by_its_key(hf, named):
+    given = copy.deepcopy(hf)
+    with pytest.raises(UserError, match=r"config\.json: ") as caught:
+        from_hf(hf)
+    assert named in str(caught.value)
+    assert hf == given  # nothing is written into what was read
+
+
+HOSTILE = (None, True, -1, 0, 1.5, 10**4000, float("nan"), float("inf"), "7168", "x" * 10**6, [], {}, [[]] * 1000)
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=[repr(value)[:12] for value in HOSTILE])
+def test_hostile_values_of_any_key(value):
+    """One line by its key, or a value that this key may have; never another error, and never late."""
+    start = time.process_time()
+    for name in ("V3", "R1-Distill-Llama 8B", "V2-Lite"):
+        hf = PUBLISHED[name][0]
+        nested = [("rope_scaling", key) for key in hf["rope_scaling"]]
+        nested += [("quantization_config", key) for key in hf.get("quantization_config", {})]
+        for where, key in [("", key) for key in hf] + nested:
+            bad = hf | ({where: hf[where] | {key: value}} if where else {key: value})
+            try:
+                found = from_hf(bad)
+            except UserError as error:
+                assert key in str(error) or "head_dim" in str(error) or "q_lora_rank" in str(error)
+                assert len(str(error)) < 400 and "\n" not in str(error)
+            else:
+                assert found[0] in ("v1", "v2", "v3")
+    assert time.process_time() - start < 5.0
+
+
+def test_a_hostile_number_of_layers_and_experts_is_refused():
+    for key, value in (("num_hidden_layers", 10**7), ("n_routed_experts", 2**24), ("vocab_size", 2**40)):
+        with pytest.raises(UserError, match=key):
+            from_hf(V3 | {key: value})
+
+
+def test_a_family_nobody_publishes_is_not_written():
+    with pytest.raises(UserError, match="v9"):
+        to_hf("v9", {})
