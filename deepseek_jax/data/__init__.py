@@ -2,13 +2,15 @@
 
 corpus      which files a source names, and their documents
 readers     one reader per file type: .txt .py .md .jsonl .parquet .array_record
-tokenizer   bytes, or any tokenizer.json
+tokenizer   bytes, any tokenizer.json, or DeepSeek's own
 store       a corpus tokenised once, memory-mapped from the cache directory
 holdout     which documents are kept for evaluation
 noise       the counter-based random numbers that every choice below is made with
 fim         prefix-suffix-middle documents (V3 section 4.1)
 packing     documents laid end to end and cut into windows: which tokens make sample n of epoch e
 pipeline    grain: open_split(...).rows(start, count), and read-ahead
+messages    the messages of a conversation, checked and in order
+chat        prompts of every generation, and a model's text back to a message
 
 Nothing here knows of a model, and no state is kept but the number of the next sample.
 """

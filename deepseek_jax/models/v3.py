@@ -160,20 +160,3 @@ class Model(Decoder):
 def flops_per_pair(c: Config) -> int:
     """Operations of one token's queries with the keys and values of another, in one layer: 2 H (Q + U)."""
     return 2 * c.mla.n_heads * (c.mla.query_width + c.mla.value_width)
-
-
-def flops_per_token(c: Config, seq_len: int) -> float:
-    """Operations to train on one token: forward and backward, causal attention, multi-token prediction included.
-
-    Two per weight of every matrix that a token meets, and 2 (Q + U) per head and key it sees, half of `seq_len` on
-    average; the backward pass costs twice the forward.
-    """
-    m, e, d = c.mla, c.experts, c.d_model
-    attention = d * m.q_rank + m.q_rank * m.n_heads * m.query_width + d * (m.kv_rank + m.rope_width)
-    attention += m.n_heads * (m.kv_rank * (m.nope_width + m.value_width) + m.value_width * d)
-    attention += m.n_heads * (m.query_width + m.value_width) * seq_len / 2
-    moe = attention + d * e.n_experts + 3 * d * e.width * (e.top_k + e.n_shared)
-    dense = attention + 3 * d * c.dense_width
-    head = d * c.vocab_size
-    main = c.n_dense_layers * dense + (c.n_layers - c.n_dense_layers) * moe + head
-    return 3 * 2 * (main + c.mtp_depth * (moe + 2 * d * d + head))
