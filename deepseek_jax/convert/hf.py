@@ -39,7 +39,7 @@ from deepseek_jax.precision.quantize import quantize_blocks
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WEIGHT_DTYPES = ("F32", "F16", "BF16")  # besides 8-bit floats with scales
-SHOWN = 3  # names in a message
+SHOWN, LONGEST = 3, 150  # names in a message, and characters of one
 
 Warn = Callable[[str], None]
 
@@ -201,9 +201,9 @@ def _difference(missing: list[str], unexpected: list[str], wrong: list[str]) -> 
     said = []
     for what, found in (("missing", missing), ("unexpected", unexpected), ("wrong", wrong)):
         if found:
-            more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN and found is not missing else ""
-            more = " and more" if len(found) > SHOWN and found is missing else more
-            said.append(f"{what}: {', '.join(hf_config.shown(name).strip(chr(39)) for name in found[:SHOWN])}{more}")
+            count = "" if found is missing else f"{len(found) - SHOWN} "  # missing ones were not all looked for
+            more = f" and {count}more" if len(found) > SHOWN else ""
+            said.append(f"{what}: {', '.join(name[:LONGEST] for name in found[:SHOWN])}{more}")
     return f"{'; '.join(said)}. The files do not hold the model of their {CONFIG}."
 
 
@@ -386,12 +386,17 @@ def _cast(published: Callable, tensor: names.Tensor, dtype: np.dtype) -> np.ndar
     return published(tensor).astype(dtype, copy=False)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _quantize(matrix: jax.Array, scale: str) -> tuple[jax.Array, jax.Array]:
+    return quantize_blocks(matrix, scale=scale)
+
+
 def _quantized(tensor: names.Tensor, published: Callable, scale: str) -> Iterator[safetensors.Entry]:
     """The codes of a matrix and, made together with them, its scales."""
     made = {}
 
     def codes() -> np.ndarray:
-        q, made["scales"] = map(np.asarray, quantize_blocks(jnp.asarray(published(tensor)), scale=scale))
+        q, made["scales"] = map(np.asarray, _quantize(published(tensor), scale))
         return q
 
     blocks = tuple(math.ceil(n / b) for n, b in zip(tensor.shape, safetensors.BLOCK, strict=True))
