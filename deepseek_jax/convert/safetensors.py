@@ -366,8 +366,13 @@ def _tensor(path: Path, name: str, entry: object) -> tuple[int, int, Info]:
 
 
 def _check_metadata(path: Path, metadata: object) -> None:
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    texts = [*metadata, *metadata.values()] if isinstance(metadata, dict) else [None]
+    if not all(isinstance(text, str) and _is_unicode(text) for text in texts):
         raise UserError(f"{path}: __metadata__ is no map from text to text. The file is damaged.")
+
+
+def _is_unicode(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _is_size(value: object) -> bool:
