@@ -4,10 +4,11 @@ with Progress("convert", total_bytes, done=bytes_of_an_earlier_start) as progres
     progress.advance(n_bytes)
 """
 
-import contextlib
 import os
+import re
 import sys
 import time
+from pathlib import Path
 
 LINE_EVERY_S = 5
 
@@ -69,9 +70,9 @@ def clock(seconds: float) -> str:
 
 def peak_memory_bytes() -> int:
     """The most memory that this process has held so far (resident set size)."""
-    with contextlib.suppress(OSError, StopIteration):  # getrusage would count the parent's as well
-        line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
+    status = Path("/proc/self/status")
+    if status.is_file():  # elsewhere the parent's may be counted as well
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

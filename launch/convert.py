@@ -51,20 +51,20 @@ def convert(source: Path, workdir: Path, dtype: str) -> None:
     import numpy as np
 
     from deepseek_jax.convert.hf import Source, open_published
-    from deepseek_jax.language_model import abstract_module
-    from deepseek_jax.layers.base import split
+    from deepseek_jax.language_model import abstract_weights, published_config
     from deepseek_jax.saved_config import to_json
     from deepseek_jax.train import streamed, tree
 
     published = open_published(source)
+    if source.resolve() == workdir.resolve():
+        raise UserError(f"--workdir={workdir} is the published directory itself. Give another one.")
     origin = describe(source, dtype)
     checkpoints = workdir / "checkpoints"
     if is_there(checkpoints, origin):
         print(f"{workdir} holds this conversion already: nothing to do.")
         return
-    config = config_of(published, source)
-    _, params, router_bias = split(abstract_module(config))
-    pieces = Source(published, {"params": params, "router_bias": router_bias})
+    config = published_config(published, source.resolve())
+    pieces = Source(published, abstract_weights(config))
     wanted = DTYPES[dtype]
     arrays = {
         name: (leaf.shape, np.dtype(wanted if wanted and name.startswith("params/") else leaf.dtype))
@@ -83,8 +83,7 @@ def convert(source: Path, workdir: Path, dtype: str) -> None:
             print(f"going on with an earlier start: {share:.0%} of {workdir} is written already", flush=True)
         copy_others(source, workdir)
         config.data.tokenizer = tokenizer_of(workdir)
-        embedding = arrays["params/embedding/table_VD"][1]
-        config.precision = "fp32" if embedding == np.float32 else "bf16"
+        config.precision = config.precision if dtype == "keep" else dtype
 
         def is_done(path: tuple[str, ...], index: tuple[int, ...]) -> bool:
             return step.is_done("/".join(path), index)
@@ -100,18 +99,6 @@ def convert(source: Path, workdir: Path, dtype: str) -> None:
         with Progress("check", step.n_bytes) as checked:
             step.commit({"config": to_json(config), "converted": origin}, checked.advance)
     print(f"{step.path}: done in {clock(progress.seconds + checked.seconds)}, peak memory {gib(peak_memory_bytes())}")
-
-
-def config_of(published, source: Path):
-    """The config of a run with this model: the defaults, the family and its numbers."""
-    from deepseek_jax.configs import base
-
-    config = base.get_config()
-    config.name = source.resolve().name
-    config.family = published.family
-    config.model.update(published.numbers)
-    config.data.seq_len = published.facts.n_positions
-    return config
 
 
 def describe(source: Path, dtype: str) -> str:

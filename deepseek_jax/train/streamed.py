@@ -287,26 +287,28 @@ class StepReader:
     def __init__(self, directory: str | os.PathLike, step: int, cache_bytes: int = 512 * 2**20):
         import tensorstore
 
-        self.path = files.step_dir(Path(os.path.abspath(directory)), step)
-        described = files.read_manifest(self.path, step)["arrays"]
+        path = files.step_dir(Path(os.path.abspath(directory)), step)
+        described = files.read_manifest(path, step)["arrays"]
         self.arrays = {name: (tuple(a["shape"]), np.dtype(a["dtype"])) for name, a in described.items()}
-        self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
+        self._folder = path / files.ARRAYS
+        self._is_database = (self._folder / "manifest.ocdbt").exists()
+        limit = cache_bytes if self._is_database else 0
+        self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": limit}})
         self._opened = {}
 
     def __call__(self, name: str, index: Index = ()) -> np.ndarray:
         """Returns ``array[index]``, the only part of it that is kept in memory."""
         if name not in self._opened:
-            self._opened[name] = self._open(name)
+            self._opened[name] = self._open(name.replace("/", "."))
         return self._opened[name][tuple(index)].read().result()
 
-    def _open(self, name: str):
+    def _open(self, key: str):
         import tensorstore
 
-        folder, key = self.path / files.ARRAYS, name.replace("/", ".")
-        if (folder / "manifest.ocdbt").exists():
-            store = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{key}/"}
+        if self._is_database:
+            store = {"driver": "ocdbt", "base": f"file://{self._folder}/", "path": f"{key}/"}
         else:
-            store = {"driver": "file", "path": f"{folder / key}/"}
+            store = {"driver": "file", "path": f"{self._folder / key}/"}
         spec = {"driver": "zarr", "kvstore": store, "recheck_cached_data": False}
         return tensorstore.open(spec, read=True, open=True, context=self._context).result()
 

@@ -1,0 +1,128 @@
+"""Turn the newest checkpoint of a run into a Hugging Face directory that transformers and others load.
+
+    deepseek-jax export --workdir=runs/v2_lite --to=out
+    deepseek-jax export --workdir=runs/v3 --to=out --dtype=fp8        # blocks of 128 x 128, as V3 is published
+
+--dtype=bf16 and fp32 are for all weights, keep for those of the checkpoint.  fp8 stores the matrices of all blocks but
+routers in 8 bits with float32 scales, fp8-ue8m0 with scales that are powers of two, and the rest in bf16.  The
+checkpoint is compared with its hashes first; then one tensor at a time goes from disk to disk.
+"""
+
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.launch import _options
+from deepseek_jax.launch._progress import Progress, clock, peak_memory_bytes
+
+DTYPES = {"bf16": "bf16", "fp32": "fp32", "fp8": "fp8", "fp8-ue8m0": "fp8_ue8m0", "keep": "stored"}
+FLAGS = {
+    "to": (Path, _options.REQUIRED, "directory to write, empty or not there yet"),
+    "dtype": (str, "bf16", f"of the weights: {', '.join(DTYPES)}"),
+}
+GENERATION = "generation_config.json"
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb; returns the exit code."""
+    options = _options.parse(argv, extra=FLAGS, config=False)
+    if options.workdir is None:
+        raise UserError("--workdir is missing. Give the directory of a run, like --workdir=runs/tiny_v3.")
+    if options.dtype not in DTYPES:
+        raise UserError(f"--dtype={options.dtype}: wanted one of {', '.join(DTYPES)}.")
+    export(options.workdir, options.to.expanduser(), DTYPES[options.dtype])
+    return 0
+
+
+def export(workdir: Path, target: Path, dtype: str) -> None:
+    """Writes the newest intact checkpoint of `workdir` to the directory `target`."""
+    check_empty(target)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # another process may be using the accelerator
+    import jax
+
+    from deepseek_jax import language_model
+    from deepseek_jax.saved_config import from_json
+    from deepseek_jax.train import tree
+    from deepseek_jax.train.checkpoint import Checkpointer
+    from deepseek_jax.train.streamed import StepReader
+
+    directory = language_model.checkpoint_directory(workdir)
+    step = newest_intact(directory)
+    with Checkpointer(directory, read_only=True) as checkpoints:
+        meta = checkpoints.read_meta(step)[1]
+    if "config" not in meta:
+        raise UserError(f"step {step} of {directory} holds no config: deepseek-jax did not save it.")
+    config, reader = from_json(meta["config"]), StepReader(directory, step)
+    weights = {
+        name: jax.ShapeDtypeStruct(*described)
+        for name, described in reader.arrays.items()
+        if name.split("/")[0] in language_model.WEIGHTS
+    }
+    abstract = {"params": {}, "router_bias": {}} | tree.nest(weights)
+    own_tokenizer = workdir / "tokenizer.json"
+    if own_tokenizer.is_file():  # also where the run has been moved
+        config.data.tokenizer = str(own_tokenizer)
+
+    def get(path: tuple[str, ...], index: tuple[int, ...]):
+        return reader("/".join(path), index)
+
+    with Progress("export", published_bytes(abstract)) as progress:
+        language_model.export(config, target, abstract, get, dtype, report=progress.advance)
+    if (workdir / GENERATION).is_file():
+        shutil.copyfile(workdir / GENERATION, target / GENERATION)
+    took, peak = clock(progress.seconds), peak_memory_bytes() / 2**30
+    print(
+        f"{target}: step {step} of {workdir} as {dtype}, {size(target) / 1e9:,.2f} GB in {took}, memory {peak:.2f} GiB"
+    )
+
+
+def check_empty(target: Path) -> None:
+    """Raises UserError where something stands already, but for what a killed export has left."""
+    if target.exists() and not target.is_dir():
+        raise UserError(f"--to={target}: a file. Give a directory that is empty or not there yet.")
+    found = sorted(name for name in os.listdir(target) if not name.endswith(".partial")) if target.exists() else []
+    if found:
+        more = ", …" if len(found) > 3 else ""
+        raise UserError(f"--to={target}: not empty ({', '.join(found[:3])}{more}). Give another directory.")
+
+
+def newest_intact(directory: Path) -> int:
+    """The newest checkpoint that equals its hashes; a damaged one gives way to the one before, with a warning."""
+    from deepseek_jax.train import manifest
+
+    steps, refused = manifest.committed_steps(directory), ""
+    if not steps:
+        raise UserError(f"no checkpoint in {directory}. Train first, or convert a published model.")
+    for step in reversed(steps):
+        path = manifest.step_dir(directory, step)
+        try:
+            files = manifest.read_manifest(path, step)["files"]
+            with Progress("check", sum(file["size"] for file in files.values())) as progress:
+                manifest.verify(path, step, report=progress.advance)
+        except manifest.Damage as damage:
+            refused = f"step {step} is damaged: {damage}"
+            print(f"warning: {refused}", file=sys.stderr)
+            continue
+        return step
+    raise UserError(f"no intact checkpoint in {directory}: {refused}.")
+
+
+def published_bytes(abstract: dict) -> int:
+    """Bytes that are read to write all published tensors, copies counted each time."""
+    from deepseek_jax.convert import names
+
+    sizes = {}
+    for tensor in names.tensors(abstract):
+        leaf = abstract
+        for key in tensor.places[0][0]:
+            leaf = leaf[key]
+        sizes[tensor.name] = math.prod(tensor.shape) * leaf.dtype.itemsize
+    return sum(sizes.values()) + sum(sizes.get(original, 0) for original in names.copies(abstract).values())
+
+
+def size(directory: Path) -> int:
+    """Bytes of the files in a directory."""
+    return sum(file.stat().st_size for file in directory.iterdir())
