@@ -221,23 +221,23 @@ def place(source: Source, target: dict, report: Callable[[Piece], None] | None =
     Returns:
         The tree of arrays.
     """
-    leaves = {path: leaf for path, leaf in _leaves(target)}
+    targets = dict(leaves(target))
     regions = {
         path: {
             device: tuple(slice(*s.indices(n)[:2]) for s, n in zip(region, leaf.shape, strict=True))
             for device, region in leaf.sharding.addressable_devices_indices_map(leaf.shape).items()
         }
-        for path, leaf in leaves.items()
+        for path, leaf in targets.items()
     }
 
     def is_elsewhere(path: names.Path, index: names.Index) -> bool:
         return not any(_holds(region, index) for region in regions[path].values())
 
-    buffers: dict[names.Path, dict] = {path: {} for path in leaves}
+    buffers: dict[names.Path, dict] = {path: {} for path in targets}
     in_flight: list[jax.Array] = []
     for piece in source.pieces(skip=is_elsewhere):
         path, index = piece.path, piece.index
-        values = piece.array.astype(leaves[path].dtype, copy=False)
+        values = piece.array.astype(targets[path].dtype, copy=False)
         jax.block_until_ready(in_flight)
         in_flight = []
         for device, region in regions[path].items():
@@ -273,9 +273,10 @@ def _filled_in(buffer: jax.Array, part: jax.Array, start: jax.Array) -> jax.Arra
     return jax.lax.dynamic_update_slice(buffer, part, tuple(start))
 
 
-def _leaves(tree: dict, path: names.Path = ()) -> Iterator[tuple[names.Path, Any]]:
+def leaves(tree: dict, path: names.Path = ()) -> Iterator[tuple[names.Path, Any]]:
+    """The (path, leaf) pairs of a nested dict."""
     for key, sub in tree.items():
-        yield from _leaves(sub, (*path, key)) if isinstance(sub, dict) else [((*path, key), sub)]
+        yield from leaves(sub, (*path, key)) if isinstance(sub, dict) else [((*path, key), sub)]
 
 
 def _map(tree: dict, function: Callable[[names.Path, Any], Any], path: names.Path = ()) -> dict:
@@ -296,8 +297,8 @@ Get = Callable[[names.Path, names.Index], np.ndarray]
 
 def from_tree(tree: dict) -> Get:
     """What `write` asks for, from {"params", "router_bias"} of arrays; one piece at a time comes to the host."""
-    leaves = dict(_leaves(tree))
-    return lambda path, index: np.asarray(leaves[path][index] if index else leaves[path])
+    arrays = dict(leaves(tree))
+    return lambda path, index: np.asarray(arrays[path][index] if index else arrays[path])
 
 
 def write(
@@ -337,7 +338,7 @@ def write(
     if dtype not in FORMATS:
         raise UserError(f"dtype {dtype!r}: no such format. Choose one of {', '.join(FORMATS)}.")
     directory = Path(directory).expanduser()
-    dtypes = {path: leaf.dtype for path, leaf in _leaves(abstract)}
+    dtypes = {path: leaf.dtype for path, leaf in leaves(abstract)}
     stored = dtypes[("params", "embedding", "table_VD")]
     config = hf_config.to_hf(
         *(family, numbers),

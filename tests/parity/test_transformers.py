@@ -1,0 +1,144 @@
+"""Live against transformers (needs the extra `parity`): fresh models compute the same here, and exports load there.
+
+The golden files (tests/convert/test_golden.py) do the first without torch; here the numbers are others each time a seed
+is changed, and the files are written by us.
+
+    pip install -e ".[test,parity]" && pytest tests/parity
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from deepseek_jax.convert import hf
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+GOLDEN = Path(__file__).parent.parent / "golden"
+SEED = 100
+
+
+def module_at(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+compare, make_golden = (module_at(GOLDEN / f"{name}.py") for name in ("compare", "make_golden"))
+HAVE_A_CLASS = [name for name, config in make_golden.CONFIGS.items() if config["model_type"] != "deepseek"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """name -> (directory as published, what transformers says of it); made once."""
+    made = {}
+
+    def make(name: str) -> tuple[Path, dict]:
+        if name not in made:
+            config, tensors, said = make_golden.made(name, SEED + list(make_golden.CONFIGS).index(name))
+            directory = tmp_path_factory.mktemp(name)
+            make_golden.write(directory, config, tensors, said)
+            made[name] = directory, said
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", make_golden.CONFIGS)
+def test_a_fresh_model_says_what_transformers_says(fresh, name, record_property):
+    directory, said = fresh(name)
+    compare.check(compare.load(directory), said, record_property)
+
+
+@pytest.mark.parametrize("name", HAVE_A_CLASS)
+def test_transformers_loads_what_we_write(fresh, name, tmp_path, monkeypatch):
+    """No key is missing, unexpected or of another shape, and the logits are the same."""
+    directory, said = fresh(name)
+    model = compare.load(directory)
+    published = model.published
+    facts = published.facts
+    hf.write(
+        *(tmp_path / "out", published.family, published.numbers, model.weights, hf.from_tree(model.weights), "fp32"),
+        n_positions=facts.n_positions,
+        bos_id=facts.bos_id,
+        eos_id=facts.eos_ids[0],
+        max_shard_bytes=40_000,
+    )
+    if published.numbers.get("mtp_depth"):  # transformers knows the prediction layer by V3's number of it, 61
+        family = transformers.DeepseekV3ForCausalLM
+        monkeypatch.setattr(family, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.2\..*"])
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, output_loading_info=True, experts_implementation="eager"
+    )
+    assert type(loaded).__name__ == json.loads((tmp_path / "out" / "config.json").read_text())["architectures"][0]
+    assert not any(info.values()), info
+    with torch.no_grad():
+        logits = loaded.eval()(input_ids=torch.tensor(said["ids"], dtype=torch.long)).logits.numpy()
+    assert np.max(np.abs(logits - said["logits"])) <= 2e-5
+    assert loaded.config.bos_token_id == facts.bos_id and loaded.config.eos_token_id == facts.eos_ids[0]
+
+
+def test_transformers_reads_prediction_that_we_write(fresh, tmp_path, monkeypatch):
+    """Its own reader of the layer of multi-token prediction, from our files."""
+    from transformers.modeling_layers import MtpModel
+
+    directory, said = fresh("v3_mtp")
+    model = compare.load(directory)
+    published = model.published
+    hf.write(
+        *(tmp_path / "out", published.family, published.numbers, model.weights, hf.from_tree(model.weights), "fp32"),
+    )
+    family = transformers.DeepseekV3ForCausalLM
+    monkeypatch.setattr(family, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.2\..*"])
+    loaded = family.from_pretrained(tmp_path / "out", dtype=torch.float32, experts_implementation="eager").eval()
+    ahead = MtpModel.from_pretrained(loaded).eval()
+    ids = torch.tensor(said["ids"], dtype=torch.long)
+    with torch.no_grad():
+        hidden = loaded.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        positions = torch.arange(ids.shape[1] - 1)[None].expand(len(ids), -1)
+        hidden = ahead.forward_layer(0, hidden, positions, None, input_ids=ids[:, 1:])
+        logits = ahead._project_to_logits(hidden).numpy()
+    assert np.max(np.abs(logits - said["mtp_logits"])) <= 2e-5
+
+
+def test_our_bfloat16_export_is_what_was_published(fresh, tmp_path):
+    """A directory read and written again holds the same bytes under the same names."""
+    directory, _ = fresh("v3_mtp")
+    published = hf.open_published(directory)
+    source = hf.Source(published, compare.abstract(published.family, published.numbers)[1])
+    weights = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), source.abstract)
+    flat = dict(hf.leaves(weights))
+    for path, index, array, _ in source.pieces():
+        flat[path][index] = array
+    hf.write(tmp_path / "out", published.family, published.numbers, weights, hf.from_tree(weights), "bf16")
+    from safetensors.torch import load_file
+
+    one, other = (load_file(at / "model.safetensors") for at in (directory, tmp_path / "out"))
+    assert one.keys() == other.keys()
+    assert all(one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one)
+
+
+def test_golden_files_are_what_the_script_makes(tmp_path):
+    """Of one model; torch's sums may differ in the last bits from one processor to another."""
+    name = "v2"
+    make_golden.write(tmp_path, *make_golden.made(name, list(make_golden.CONFIGS).index(name)))
+    kept = GOLDEN / name
+    assert (tmp_path / "config.json").read_text() == (kept / "config.json").read_text()
+    assert (tmp_path / "model.safetensors").read_bytes() == (kept / "model.safetensors").read_bytes()
+    one, other = np.load(tmp_path / "oracle.npz"), np.load(kept / "oracle.npz")
+    assert one.files == other.files
+    for key in one.files:
+        np.testing.assert_allclose(one[key], other[key], atol=1e-5)
