@@ -41,7 +41,11 @@ def main(argv: list[str]) -> int:
         raise UserError("--workdir is missing. Give the directory for the checkpoint, like --workdir=runs/v2_lite.")
     if options.dtype not in DTYPES:
         raise UserError(f"--dtype={options.dtype}: wanted one of {', '.join(DTYPES)}.")
-    convert(source, workdir, options.dtype)
+    try:
+        convert(source, workdir, options.dtype)
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on from here", file=sys.stderr)
+        raise
     return 0
 
 
@@ -73,9 +77,8 @@ def convert(source: Path, workdir: Path, dtype: str) -> None:
     n_bytes = sum(math.prod(shape) * kind.itemsize for shape, kind in arrays.values())
     check_room(checkpoints, n_bytes)
     bound = memory_bound(published.tensors, wanted) + PROGRAM_BYTES + 2 * streamed.PENDING_BYTES
-    print(
-        f"{source}: family {config.family}, {n_bytes / 1e9:,.2f} GB to write, memory at most {gib(bound)}", flush=True
-    )
+    plan = f"{n_bytes / 1e9:,.2f} GB to write, memory at most {gib(bound)}"
+    print(f"{source}: family {config.family}, {plan}", flush=True)
 
     with streamed.StreamedStep(checkpoints, STEP, arrays, origin) as step:
         if step.resumed:

@@ -20,6 +20,7 @@ to the system).  Its first line says what is being written from what, and only t
 The step has no COMMIT marker until all is written and hashed, so nobody takes it for a checkpoint.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -75,13 +76,12 @@ class StreamedStep:
         self.n_bytes_done = 0
         self._journal = self._failure = None
         self._pending_bytes, self._changed = 0, threading.Condition()
-        try:
+        with self._telling():
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = files.WriterLock(self.directory)
-        except OSError as error:
-            raise UserError(f"cannot write checkpoints to {self.directory}: {error.strerror}.") from None
         try:
-            self._open(source)
+            with self._telling():
+                self._open(source)
         except BaseException:
             self._lock.release()
             raise
@@ -118,7 +118,8 @@ class StreamedStep:
         self._mark(name, index)
         chunks = _chunk_files(shape, dtype, index)
         job = _Job(json.dumps([name, index]), self._folder(name), piece.nbytes, len(chunks))
-        job.folder.mkdir(parents=True, exist_ok=True)
+        with self._telling():
+            job.folder.mkdir(parents=True, exist_ok=True)
         with self._changed:
             self._pending_bytes += piece.nbytes
         rows = _chunk_shape(shape, dtype, len(index))[len(index) :][:1]
@@ -140,6 +141,18 @@ class StreamedStep:
         if missing is not None:
             raise ValueError(f"{self.path}: {missing} was never written.")
         self.flush()
+        with self._telling():
+            self._commit(meta, report)
+
+    def close(self) -> None:
+        """Flushes what was written and lets go of the directory; what is not committed can be gone on with."""
+        self._writers.shutdown()
+        self._journal.close()
+        self._lock.release()
+
+    # ---- how
+
+    def _commit(self, meta: dict, report: Callable[[int], None]) -> None:
         for litter in (self.path / files.MANIFEST, *self.path.rglob("*.partial")):  # of a commit that was killed
             litter.unlink(missing_ok=True)
         for name, (shape, dtype) in self._arrays.items():
@@ -151,14 +164,6 @@ class StreamedStep:
         described = {name: {"shape": list(shape), "dtype": str(dtype)} for name, (shape, dtype) in self._arrays.items()}
         files.commit(self.path, self.step, described, report)
         self._journal_path.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Flushes what was written and lets go of the directory; what is not committed can be gone on with."""
-        self._writers.shutdown()
-        self._journal.close()
-        self._lock.release()
-
-    # ---- how
 
     @property
     def _journal_path(self) -> Path:
@@ -196,11 +201,18 @@ class StreamedStep:
         """Waits until no more than so many bytes are left to be written; tells what went wrong with any."""
         with self._changed:
             self._changed.wait_for(lambda: self._pending_bytes <= n_bytes or self._failure)
-        if isinstance(self._failure, OSError):
-            text = f"{self.path} could not be written ({self._failure.strerror})"
-            raise UserError(f"{text}. Mend that; the same command then goes on from here.") from self._failure
         if self._failure:
-            raise self._failure
+            with self._telling():
+                raise self._failure
+
+    @contextlib.contextmanager
+    def _telling(self):
+        """Turns what the disk refuses into a UserError."""
+        try:
+            yield
+        except OSError as error:
+            text = f"{self.path} could not be written ({error.strerror})"
+            raise UserError(f"{text}. Mend that; the same command then goes on from here.") from error
 
     def _write_chunk(self, job: "_Job", path: Path, block: np.ndarray, size: int) -> None:
         """Runs in a thread; the last chunk of a piece enters it into the journal, unless any has failed."""

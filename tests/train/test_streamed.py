@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -252,7 +251,7 @@ def test_wrong_pieces_and_missing_ones_are_named(tmp_path):
 
 
 def test_a_full_disk_is_told_and_gone_on_from(tmp_path, monkeypatch):
-    def full(_):
+    def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
@@ -262,6 +261,9 @@ def test_a_full_disk_is_told_and_gone_on_from(tmp_path, monkeypatch):
             write_all(tmp_path)
     with StreamedStep(tmp_path, 0, DESCRIBED, "test") as step:
         assert not step.resumed  # nothing was on the disk for certain
-    write_all(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(streamed.files, "commit", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            write_all(tmp_path)
+    assert write_all(tmp_path) == 0
     assert_exact(restore(tmp_path))
-    shutil.rmtree(tmp_path)
