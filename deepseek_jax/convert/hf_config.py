@@ -28,6 +28,7 @@ from deepseek_jax.layers.rope import Yarn
 LARGEST = 2**24  # of a width or a vocabulary
 MOST_LAYERS = 2000
 MOST_EXPERTS = 200_000  # in all layers together
+MOST_AHEAD = 4  # depths of multi-token prediction; every release has one
 MOST_POSITIONS = 2**40
 
 
@@ -220,7 +221,7 @@ def _experts(hf: Mapping[str, Any], numbers: dict, family: str) -> dict:
         groups = {"n_groups": "n_group", "top_groups": "topk_group"}
         found |= {ours: _integer(hf, theirs) if method == GROUPED else 1 for ours, theirs in groups.items()}
     if family == "v3":
-        found["mtp_depth"] = _integer(hf, "num_nextn_predict_layers", default=0, least=0, most=64)
+        found["mtp_depth"] = _integer(hf, "num_nextn_predict_layers", default=0, least=0, most=MOST_AHEAD)
     chosen = {"n_groups": 1, "top_groups": 1} | numbers | found
     n_groups, top_groups = chosen["n_groups"], chosen["top_groups"]
     if numbers["n_experts"] % n_groups:

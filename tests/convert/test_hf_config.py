@@ -282,6 +282,7 @@ ROPE = LLM | {"rope_scaling": {"type": "linear", "factor": 4.0}}
         (V3 | {"num_key_value_heads": 8}, "num_key_value_heads"),
         (V3 | {"qk_rope_head_dim": 63}, "qk_rope_head_dim"),
         (V3 | {"num_nextn_predict_layers": -1}, "num_nextn_predict_layers"),
+        (V3 | {"num_nextn_predict_layers": 5}, "num_nextn_predict_layers"),
         (V2 | {"scoring_func": "sigmoid"}, "scoring_func"),
         (V2 | {"topk_method": "noaux_tc"}, "topk_method"),
         (V2 | {"norm_topk_prob": True}, "norm_topk_prob"),
