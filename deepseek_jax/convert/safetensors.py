@@ -66,8 +66,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FINITE_CODES = {"F8_E4M3": 0x7F, "F8_E5M2": 0x7C}
 SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
 
-MAX_JSON_BYTES = 24_000_000  # of text: an index of 250,000 tensors
-MAX_JSON_VALUES = 400_000  # lists, objects and what stands in them: what bounds the memory of the parsed text
+MAX_JSON_BYTES = 24_000_000  # of text: an index of 250,000 tensors has so much
+MAX_JSON_VALUES = 250_000  # lists, objects and what stands in them: what bounds the memory of the parsed text
 MAX_SHARDS = 10_000
 MAX_RANK = 32
 ALIGNMENT = 64  # bytes; with it JAX can take an array on the CPU without a copy
@@ -342,27 +342,35 @@ def _read_header(file: "_File", shard: str) -> dict[str, _Place]:
 
 def _tensor(path: Path, name: str, entry: object) -> tuple[int, int, Info]:
     """Returns begin, end and what a header says of one tensor, checked by itself."""
-
-    def refuse(what: str) -> UserError:
-        return UserError(f"{path}: {_shown(name)}: {what}. The file is damaged or not for this version.")
-
     if not name.isprintable() or not 0 < len(name) <= 1000:
-        raise refuse("no lawful name")
+        raise _unlawful(path, name, "no lawful name")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise refuse("wanted dtype, shape and data_offsets, and nothing else")
+        raise _unlawful(path, name, "wanted dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise refuse(f"dtype {_shown(dtype)} is unknown; known are {', '.join(DTYPES)}")
-    if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(map(_is_size, shape)):
-        raise refuse(f"shape {_shown(shape)} is no list of up to {MAX_RANK} sizes")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise refuse(f"data_offsets {_shown(offsets)} are not two positions")
-    if math.prod(size or 1 for size in shape) * DTYPES[dtype].itemsize >= 2**63:
-        raise refuse(f"shape {_shown(shape)} is beyond any memory")
-    info, (begin, end) = Info(dtype, tuple(shape)), offsets
-    if end - begin != info.nbytes:
-        raise refuse(f"{end - begin} bytes for {dtype} of shape {_shown(shape)}, which takes {info.nbytes}")
-    return begin, end, info
+        raise _unlawful(path, name, f"dtype {_shown(dtype)} is unknown; known are {', '.join(DTYPES)}")
+    if not _are_sizes(shape, MAX_RANK):
+        raise _unlawful(path, name, f"shape {_shown(shape)} is no list of up to {MAX_RANK} sizes")
+    if not _are_sizes(offsets, 2) or len(offsets) != 2:
+        raise _unlawful(path, name, f"data_offsets {_shown(offsets)} are not two positions")
+    itemsize, nbytes = DTYPES[dtype].itemsize, offsets[1] - offsets[0]
+    if math.prod(shape) * itemsize != nbytes:
+        takes = math.prod(shape) * itemsize
+        raise _unlawful(path, name, f"{nbytes} bytes for {dtype} of shape {_shown(shape)}, which takes {takes}")
+    if not nbytes and math.prod(size or 1 for size in shape) * itemsize >= 2**63:
+        raise _unlawful(path, name, f"shape {_shown(shape)} is beyond any memory")
+    return *offsets, Info(dtype, tuple(shape))
+
+
+def _unlawful(path: Path, name: str, what: str) -> UserError:
+    return UserError(f"{path}: {_shown(name)}: {what}. The file is damaged or not for this version.")
+
+
+def _are_sizes(values: object, most: int) -> bool:
+    """Whether this is a list of at most so many integers, each from 0 to 2^63 - 1; True and False are none."""
+    if not isinstance(values, list) or len(values) > most:
+        return False
+    return all([type(value) is int and 0 <= value < 2**63 for value in values])
 
 
 def _check_metadata(path: Path, metadata: object) -> None:
@@ -373,10 +381,6 @@ def _check_metadata(path: Path, metadata: object) -> None:
 
 def _is_unicode(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**63  # not a bool
 
 
 def _check_json_size(path: Path, size: int) -> None:

@@ -264,16 +264,16 @@ def enormous_json(rng: random.Random) -> bytes:
     return rng.choice(
         (
             b'{"a":[' + unit * (n // len(unit)) + b"1]}",
-            b'{"a":[' + unit * (399_000 // (1 + unit.count(b"[") + unit.count(b"{"))) + b"1]}",
-            b"{" + b",".join(b'"%07d":1' % i for i in range(min(n // 12, 399_000))) + b"}",
+            b'{"a":[' + unit * (249_000 // (1 + unit.count(b"[") + unit.count(b"{"))) + b"1]}",
+            b"{" + b",".join(b'"%07d":1' % i for i in range(min(n // 12, 249_000))) + b"}",
             b'{"weight_map":{'
             + b",".join(b'"%d":"%d.safetensors"' % (i, i) for i in range(min(n // 30, 300_000)))
             + b"}}",
             b'{"' + b"a" * (n - 30) + b'":1}',
             b'{"' + b"a" * (n - 30) + b'\\ud83d\\ude00":1}',
             b'{"' + b"a" * (n // 4 - 30) + "\U0001f600".encode() + b'":1}',
-            b'{"a":' + b"[" * min(n, 390_000),
-            b'{"a":' * min(n // 5, 390_000),
+            b'{"a":' + b"[" * min(n, 240_000),
+            b'{"a":' * min(n // 5, 240_000),
             b'{"a":' + b"1" * n + b"}",
             b"{" + b" " * n + b"}",
             b'{"a":"' + b"\\u00e9" * (n // 6 - 10) + b'"}',
@@ -283,7 +283,7 @@ def enormous_json(rng: random.Random) -> bytes:
 
 def enormous_header(rng: random.Random) -> bytes:
     """As many lawful tensors as a header may have, and some more; only the last one is not there."""
-    n = rng.choice((10_000, 49_000, 100_000))
+    n = rng.choice((10_000, 31_000, 100_000))
     entry = b'"%06d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
     return b"{" + b"".join(entry % i + b"," for i in range(n)) + entry.replace(b"0]", b"1]") % n + b"}"
 
