@@ -1,0 +1,94 @@
+"""What is planned: a network on chips, divided in some way; everything else in this room is a function of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from deepseek_jax.parallel.mesh import AXES
+from deepseek_jax.parallel.sharding import Placement, bytes_per_device, expert_axis, placements
+from deepseek_jax.plan.chips import Chip
+from deepseek_jax.plan.layout import Layout, Stage, make_stages
+from deepseek_jax.plan.network import Network, Weight
+from deepseek_jax.plan.recipes import Recipe
+from deepseek_jax.plan.schedules import Held, Schedule, n_stages
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stage's part of one weight, as one device holds it.
+
+    Attributes:
+        weight: of the layers of this stage.
+        place: where it lives on the mesh of the stage.
+        numbers: of it on this device.
+        optimizer_numbers: those whose optimiser state is on this device.
+    """
+
+    weight: Weight
+    place: Placement
+    numbers: int
+    optimizer_numbers: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """A network, how it is divided, and on what it runs.
+
+    Attributes:
+        network, layout, chip, schedule, recipe: see their modules.
+        rules: logical axis -> mesh axis (`config.sharding`).
+    """
+
+    network: Network
+    layout: Layout
+    chip: Chip
+    schedule: Schedule
+    recipe: Recipe
+    rules: Mapping[str, str]
+
+    @cached_property
+    def mesh(self) -> AbstractMesh:
+        """The mesh of one stage; its devices need not be here."""
+        return AbstractMesh((self.layout.data, self.layout.expert), AXES)
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of the pipeline. Raises UserError if there are more than layers."""
+        slow = self.chip.fp8 / self.chip.bf16 if self.recipe.fp8 else 1.0
+        number, folded = n_stages(self.schedule, self.layout.pipe), self.schedule.stages_per_device > 1
+        return make_stages(self.network, number, self.layout.seq_len, folded=folded, slow=slow)
+
+    @cached_property
+    def parts(self) -> tuple[tuple[Part, ...], ...]:
+        """The weights of each stage on one of its devices. Raises UserError if something does not divide."""
+        return tuple(self._parts(stage) for stage in self.stages)
+
+    @cached_property
+    def ranks(self) -> tuple[tuple[Held, ...], ...]:
+        """The stages that each device along the pipeline holds."""
+        return tuple(self.schedule.hold(rank, self.layout.pipe) for rank in range(self.layout.pipe))
+
+    @property
+    def expert_devices(self) -> int:
+        """Devices over which the routed experts are shared out."""
+        axis = expert_axis(self.rules, self.mesh) if self.network.n_experts > 1 else None
+        return self.mesh.shape[axis] if axis else 1
+
+    def passes(self, hold: Held) -> float:
+        """Micro-batches that pass a stage on this device in a step."""
+        return hold.share * self.layout.micro_batches
+
+    def _parts(self, stage: Stage) -> tuple[Part, ...]:
+        shapes = {w.name: jax.ShapeDtypeStruct(w.shape, jnp.int8) for w in stage.weights}
+        places = placements({w.name: w.axes for w in stage.weights}, shapes, self.rules, self.mesh)
+
+        def part(weight: Weight) -> Part:
+            place, shape = places[weight.name], shapes[weight.name]
+            specs = (place.spec, place.optimizer_spec)
+            return Part(weight, place, *(bytes_per_device(shape, spec, self.mesh) for spec in specs))
+
+        return tuple(map(part, stage.weights))

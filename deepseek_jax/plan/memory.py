@@ -1,0 +1,86 @@
+"""Bytes on each device along the pipeline, by part; the devices of one rank are alike.
+
+| part | bytes |
+| --- | --- |
+| weights, gradients | as the recipe says, cut as a run cuts them (`parallel.sharding.placements`) |
+| pipeline copy | the same of the second stage, where a schedule keeps two copies of the model |
+| optimiser | as the recipe says, cut further over all replicas (ZeRO-1), the second copy being one |
+| activations | `activations.kept` of each layer, times sequences, times micro-batches in flight |
+| kept once | what it keeps whatever the batch: under policy none its weights in the compute dtype |
+| layer being recomputed | outputs of the matmuls of the widest layer |
+| logits | 8 V a token of the chunk in which the loss is computed: float32, and their gradient |
+| exchange buffers | copies of the tokens on their way to experts and back; twice where passes overlap |
+
+Not counted: what the compiler and the communication library take for themselves, and fragmentation.
+"""
+
+from collections.abc import Mapping
+
+from deepseek_jax.plan.activations import Kept, matmul_outputs
+from deepseek_jax.plan.job import Job
+from deepseek_jax.plan.layout import Stage
+from deepseek_jax.plan.network import HEAD
+
+PARTS = ("weights", "gradients", "pipeline_copy", "optimiser", "activations", "kept_once")
+PARTS += ("layer_being_recomputed", "logits", "exchange_buffers", "router_biases")
+LOGITS = 8.0  # bytes: float32 and the same for its gradient
+BIAS = 4.0
+
+
+def rank_memory(job: Job, rank: int, kept: Mapping[str, Kept], loss_chunk: int) -> dict[str, float]:
+    """Bytes by part on a device of this rank of the pipeline.
+
+    Args:
+        job: what is planned.
+        rank: place along the pipeline.
+        kept: what a layer of each stack keeps.
+        loss_chunk: tokens whose logits exist at a time.
+    """
+    network, layout, recipe = job.network, job.layout, job.recipe
+    held = job.ranks[rank]
+    found = dict.fromkeys(PARTS, 0.0) | _states(job, rank)
+    for hold in held:
+        stage = job.stages[hold.stage]
+        in_flight = min(hold.in_flight, layout.micro_batches)
+        found["activations"] += in_flight * layout.sequences * stage_activations(job, stage, kept)
+        found["kept_once"] += sum(n * kept[name].per_layer for name, n in layers_of(job, stage))
+        if stage.has_head:
+            found["logits"] = LOGITS * min(loss_chunk, layout.tokens) * network.vocab_size
+    found["router_biases"] = BIAS * network.router_biases
+    if recipe.remat != "none":
+        names = {name for hold in held for name, _ in layers_of(job, job.stages[hold.stage])}
+        widest = max((matmul_outputs(network, name) for name in names), default=0)
+        found["layer_being_recomputed"] = widest * layout.tokens * recipe.activations
+    if job.expert_devices > 1:
+        rows = layout.tokens * min(network.top_k, job.expert_devices) * recipe.padding
+        found["exchange_buffers"] = rows * network.d_model * recipe.exchanged * (2 if job.schedule.overlaps else 1)
+    return {name: n_bytes for name, n_bytes in found.items() if n_bytes}
+
+
+def _states(job: Job, rank: int) -> dict[str, float]:
+    """Bytes of weights, gradients and the optimiser's state."""
+    recipe, found = job.recipe, dict.fromkeys(("weights", "gradients", "pipeline_copy", "optimiser"), 0.0)
+    # Sums over micro-batches stand beside the gradients of the present one (`train.step`); a pipeline adds in place.
+    sums = 2 if job.layout.pipe == 1 and job.layout.micro_batches > 1 else 1
+    for number, hold in enumerate(job.ranks[rank]):
+        is_copy = job.schedule.copies > 1 and number > 0
+        for part in job.parts[hold.stage]:
+            low = part.weight.is_matrix and part.weight.part != HEAD and not part.weight.is_router
+            weights = part.numbers * (recipe.weights + low * recipe.low_precision_copy)
+            gradients = part.numbers * recipe.gradients * sums
+            found["pipeline_copy" if is_copy else "weights"] += weights
+            found["pipeline_copy" if is_copy else "gradients"] += gradients
+            found["optimiser"] += part.optimizer_numbers * recipe.optimizer / job.schedule.copies
+    return found
+
+
+def layers_of(job: Job, stage: Stage) -> list[tuple[str, int]]:
+    """Layers of each stack in a stage, a depth of multi-token prediction counting as one of the last stack."""
+    return [*stage.layers, *([(job.network.stacks[-1], stage.n_ahead)] if stage.n_ahead else [])]
+
+
+def stage_activations(job: Job, stage: Stage, kept: Mapping[str, Kept]) -> float:
+    """Bytes that a stage keeps of one sequence: its layers', and what the head and multi-token prediction read."""
+    layers = sum(n * kept[name].per_sequence for name, n in layers_of(job, stage))
+    streams = stage.has_head + 2 * stage.n_ahead
+    return layers + streams * job.layout.seq_len * job.network.d_model * job.recipe.activations

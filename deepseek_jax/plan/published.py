@@ -1,0 +1,96 @@
+"""What was published about runs: measurements to start from and to compare with.  Nothing here is computed.
+
+Sources: V3 report, arXiv 2412.19437, table 1 and sections 3.1, 3.2, 4.2; "Insights into DeepSeek-V3", arXiv 2505.09343,
+table 4; V2 report, arXiv 2405.04434, section 3.1.3.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Run:
+    """A published run; what was not told is None, 0 or empty.
+
+    Attributes:
+        chip, devices, pipe, expert: what it ran on, and how the devices were divided.
+        schedule, recipe: of the pipeline and of the number formats (`schedules.SCHEDULES`, `recipes.RECIPES`).
+        step_time_s: of a step of `batch` sequences of `seq_len`.
+        batch, seq_len: those.
+        phases_s: where the time of that step went, seconds of one pipeline rank.
+        mfu, mfu_causal: of the bfloat16 peak, attention counted in full and causally; neither routers nor MTP counted.
+        tokens: it was trained on.
+        hours: GPU hours by stage, pre-training first.
+        hours_per_trillion: GPU hours for 10^12 tokens.
+        dollars_per_hour: price assumed there.
+        against: config that it was compared with.
+        source: where that stands.
+    """
+
+    source: str
+    chip: str = "h800"
+    devices: int = 0
+    pipe: int = 0
+    expert: int = 0
+    schedule: str = ""
+    recipe: str = ""
+    step_time_s: float | None = None
+    batch: int = 0
+    seq_len: int = 0
+    phases_s: tuple[tuple[str, float], ...] = ()
+    mfu: float | None = None
+    mfu_causal: float | None = None
+    tokens: float | None = None
+    hours: tuple[tuple[str, float], ...] = ()
+    hours_per_trillion: float | None = None
+    dollars_per_hour: float | None = None
+    against: str = ""
+
+    @property
+    def has_layout(self) -> bool:
+        """Whether it is told how the devices were divided."""
+        return bool(self.devices and self.pipe and self.expert)
+
+
+RUNS = {
+    "v3_671b": Run(
+        source="V3 report, table 1, sections 3.2 and 4.2; arXiv 2505.09343, table 4",
+        devices=2048,
+        pipe=16,
+        expert=64,
+        schedule="dualpipe",
+        recipe="v3",
+        step_time_s=19.926,
+        batch=15_360,
+        seq_len=4096,
+        phases_s=(
+            *(("forward alone", 1.13), ("bubble", 2.06), ("backward alone", 1.99), ("weight gradients", 0.48)),
+            *(("forward and backward overlapped", 13.95), ("optimiser", 0.29)),
+        ),
+        mfu=0.4373,
+        mfu_causal=0.3894,
+        tokens=14.8e12,
+        hours=(("pre-training", 2664e3), ("context extension", 119e3), ("post-training", 5e3)),
+        hours_per_trillion=180e3,
+        dollars_per_hour=2.0,
+    ),
+    "v2_236b": Run(
+        source="V2 report, section 3.1.3",
+        pipe=16,
+        expert=8,
+        schedule="zb1p",
+        recipe="bf16",
+        batch=9216,
+        seq_len=4096,
+        tokens=8.1e12,
+        hours_per_trillion=172.8e3,
+        against="llm_67b",
+    ),
+    "llm_67b": Run(
+        source="V2 report, section 3.1.3",
+        recipe="bf16",
+        batch=4608,
+        seq_len=4096,
+        tokens=2e12,
+        hours_per_trillion=300.6e3,
+    ),
+}

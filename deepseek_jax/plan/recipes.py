@@ -1,0 +1,84 @@
+"""What is kept in which format while training, and what is recomputed.
+
+| recipe | weights | gradients | optimiser, cut over replicas (ZeRO-1) | matmuls | recomputed |
+| --- | --- | --- | --- | --- | --- |
+| run | float32 | float32 | moments as config.optimizer says | as config.precision says | as config.train.remat says |
+| bf16 | bfloat16 | float32 | float32 weights, moments likewise | bfloat16 | likewise |
+| v3 | bfloat16, FP8 of blocks' matrices | float32 | float32 weights, bfloat16 moments | FP8 | norms, up-projections |
+
+`run` is what `deepseek-jax train` does.  `v3` is the report's: sections 3.2.3 (recomputation), 3.3.2 (what stays in
+higher precision) and 3.3.3 (formats of what is kept and sent).
+"""
+
+from dataclasses import dataclass
+
+from deepseek_jax.errors import UserError
+
+BYTES = {"fp32": 4.0, "bf16": 2.0, "float32": 4.0, "bfloat16": 2.0}
+FP8 = 1 + 4 / 128  # a number in tiles of 128 with a float32 scale
+HEADROOM = 1.25  # of our exchange buffers over a balanced load (`parallel.alltoall.HEADROOM`)
+INDEX = 8  # bytes of an expert's index and its weight, which we send with a token for each expert it chose
+V3_POLICY = "v3"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Bytes of a number, and choices.
+
+    Attributes:
+        weights: as they stay on a device, between the shards of the optimiser.
+        low_precision_copy: of the blocks' matrices, beside those.
+        gradients: as they are summed.
+        optimizer: all that the optimiser keeps of a weight, cut over its replicas.
+        gathered: of a weight that is sent round after an update.
+        activations: of a number of the residual stream.
+        fp8: whether the blocks' matmuls run in FP8; head, routers and attention never do.
+        remat: what is kept for the backward pass: none, dots or block (see `layers.base.Execution`), or v3.
+        dispatch, combine: of a number sent to an expert and back.
+        sent_beside: bytes that go with a token for each expert it chose.
+        padding: size of the exchange buffers over a balanced load.
+        node_limited: whether a token crosses the network once for each node, and spreads over the fast link there.
+        backward_exchanges: exchanges of a layer's backward pass, in those of its forward pass.
+    """
+
+    weights: float
+    low_precision_copy: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    activations: float
+    fp8: bool
+    remat: str
+    dispatch: float
+    combine: float
+    sent_beside: int = 0
+    padding: float = 1.0
+    node_limited: bool = False
+    backward_exchanges: int = 1
+
+    @property
+    def exchanged(self) -> float:
+        """Bytes of a number of the residual stream on its way to an expert and back."""
+        return self.dispatch + self.combine
+
+
+NAMES = ("run", "bf16", "v3")
+
+
+def recipe(name: str, *, precision: str, moments_dtype: str, remat: str) -> Recipe:
+    """The recipe called `name`, with what the config says. Raises UserError for an unknown one."""
+    moments = 2 * BYTES[moments_dtype]
+    if name == "run":  # an exchange is repeated where the backward pass recomputes it (`parallel.alltoall`)
+        width = BYTES[precision]
+        numbers = {"weights": 4.0, "optimizer": moments, "gathered": 4.0, "activations": width}
+        sent = {"dispatch": width, "combine": width, "sent_beside": INDEX}
+        choices = {"fp8": False, "remat": remat, "padding": HEADROOM, "backward_exchanges": 2}
+        return Recipe(low_precision_copy=0.0, gradients=4.0, **numbers, **sent, **choices)
+    shared = {"weights": 2.0, "gradients": 4.0, "gathered": 2.0, "activations": 2.0, "node_limited": True}
+    if name == "bf16":
+        sent = {"dispatch": 2.0, "combine": 2.0}
+        return Recipe(low_precision_copy=0.0, optimizer=4.0 + moments, fp8=False, remat=remat, **shared, **sent)
+    if name == "v3":
+        sent = {"dispatch": FP8, "combine": 2.0}
+        return Recipe(low_precision_copy=1.0, optimizer=4.0 + 2 * 2.0, fp8=True, remat=V3_POLICY, **shared, **sent)
+    raise UserError(f"--recipe={name}: no such recipe. Choose one of {', '.join(NAMES)}.")

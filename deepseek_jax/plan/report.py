@@ -1,0 +1,525 @@
+"""All figures of a plan, each with its unit, its mark and where it comes from.
+
+| mark | meaning |
+| --- | --- |
+| derived | follows from shapes, stated formulas and the chip's data sheet |
+| published | somebody's measurement or statement, copied |
+| given | a number from the command line or the config |
+| fitted | rests on the one calibrated efficiency (`step_time.EFFICIENCY`) |
+| derived/published, derived/given | computed from a published or given number |
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.plan import flops, step_time
+from deepseek_jax.plan.activations import Kept
+from deepseek_jax.plan.cost import TRILLION, Speed, mfu_of_hours, saving
+from deepseek_jax.plan.counts import Counts
+from deepseek_jax.plan.job import Job
+from deepseek_jax.plan.layout import describe_layers
+from deepseek_jax.plan.memory import rank_memory
+from deepseek_jax.plan.network import AHEAD, EMBEDDING, HEAD, Network
+from deepseek_jax.plan.published import Run
+from deepseek_jax.plan.schedules import SCHEDULES, schedule
+from deepseek_jax.plan.traffic import GIGA, rank_traffic
+
+DERIVED, PUBLISHED, GIVEN, FITTED = "derived", "published", "given", "fitted"
+GIB = 2**30
+PUBLISHED_MFU = {"router": False, "ahead": False}  # what the published operations leave out
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number.
+
+    Attributes:
+        key: its name in JSON, which ends in its unit.
+        value: as JSON holds it.
+        text: as people read it.
+        mark: see above.
+    """
+
+    key: str
+    value: float | int | str | bool | None
+    text: str
+    mark: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A label, a figure for each column of the section, and a remark."""
+
+    label: str
+    figures: tuple[Figure, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of figures.
+
+    Attributes:
+        name: as people read it.
+        mark: of its figures; "" where each row has its own.
+        key: where JSON puts them inside their section; "": right there.
+    """
+
+    name: str
+    mark: str = ""
+    key: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table."""
+
+    key: str
+    title: str
+    rows: tuple[Row, ...]
+    columns: tuple[Column, ...] = (Column("value"),)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network with what is known of it."""
+
+    name: str
+    network: Network
+    counts: Counts
+    cache_bytes: int
+    run: Run | None
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked about a job.
+
+    Attributes:
+        kept: what a layer keeps for the backward pass (`activations.kept`).
+        loss_chunk: tokens whose logits exist at a time.
+        efficiency: of the calibrated column.
+        step_s, step_mark: a measured step and who measured it; None: no such column.
+        tokens, tokens_mark: of a whole run.
+        dollars: price of a GPU hour.
+        against: something to compare with, or None.
+    """
+
+    kept: Mapping[str, Kept]
+    loss_chunk: int
+    efficiency: float
+    step_s: float | None
+    step_mark: str
+    tokens: float
+    tokens_mark: str
+    dollars: float
+    against: Subject | None
+
+
+def memory_of(job: Job, question: Question) -> list[dict[str, float]]:
+    """Bytes by part on a device of each rank of the pipeline."""
+    ranks = range(len(job.ranks))
+    return [rank_memory(job, rank, question.kept, question.loss_chunk) for rank in ranks]
+
+
+def report(subject: Subject, job: Job, question: Question) -> list[Section]:
+    """Every section, in the order in which they are read."""
+    sections = [
+        parameters(subject),
+        operations(subject.network, job),
+        layout(job),
+        memory(job, memory_of(job, question)),
+        traffic(job),
+        *([schedules(job, question)] if job.layout.pipe > 1 else []),
+        speed(subject, job, question),
+    ]
+    sections += [published(subject, job, question)] if subject.run else []
+    sections += [compared(subject, job, question.against)] if question.against else []
+    return sections
+
+
+def parameters(subject: Subject) -> Section:
+    """Counts and the size of the cache."""
+    c = subject.counts
+    rows = [
+        Row("in all", (_count("total_parameters", c.total),), "main model, embedding and head included"),
+        Row("work on a token", (_count("active_parameters", c.active),), "top_k of the routed experts, all the rest"),
+        Row(
+            "the same without the embedding",
+            (_count("active_parameters_without_embedding", c.active_without_embedding),),
+            "the convention of the published numbers",
+        ),
+        Row("embedding", (_count("embedding_parameters", c.embedding),), "a table: one row is read for a token"),
+        Row("head", (_count("head_parameters", c.head),)),
+    ]
+    if c.experts:
+        rows.append(Row("routed experts", (_count("expert_parameters", c.experts),)))
+    if c.ahead_total:
+        note = "besides; without the embedding and head it shares"
+        rows.append(Row("multi-token prediction", (_count("mtp_parameters", c.ahead_total),), note))
+        rows.append(Row("  work on a token", (_count("mtp_active_parameters", c.ahead_active),)))
+    if c.router_biases:
+        text = f"{c.router_biases:,}"
+        rows.append(Row("router biases", (Figure("router_biases_count", c.router_biases, text, DERIVED),)))
+    cache = Figure("kv_cache_bytes_per_token", subject.cache_bytes, f"{subject.cache_bytes:,} B", DERIVED)
+    rows.append(Row("key-value cache a token", (cache,), "bfloat16, from the shapes that prefill keeps"))
+    return Section("parameters", "parameters", tuple(rows))
+
+
+def operations(network: Network, job: Job) -> Section:
+    """Operations of a token, attention counted in full and causally."""
+    seq_len = job.layout.seq_len
+    full, causal = (flops.forward(network, seq_len, causal=causal) for causal in (False, True))
+
+    def both(key: str, label: str, values: Sequence[float], note: str = "") -> Row:
+        figures = (Figure(f"{key}_gflop_per_token", v / GIGA, _metric(v, "FLOP"), DERIVED) for v in values)
+        return Row(label, tuple(figures), note)
+
+    rows = [
+        both("forward_blocks", "forward: matrices of the blocks", (full.blocks, causal.blocks), "2 for each number"),
+        both("forward_head", "forward: head", (full.head, causal.head)),
+        both(
+            "forward_attention",
+            "forward: attention",
+            (full.attention, causal.attention),
+            f"{network.flops_per_pair:,} a pair and layer; {seq_len:,} keys, causally half",
+        ),
+        both("forward_router", "forward: routers", (full.router, causal.router)),
+        both("forward_mtp", "forward: multi-token prediction", (full.ahead, causal.ahead)),
+    ]
+    rows = [row for row in rows if any(figure.value for figure in row.figures)]
+    main, everything = (
+        [flops.training(network, seq_len, causal=causal, **parts) for causal in (False, True)]
+        for parts in (PUBLISHED_MFU, {})
+    )
+    if everything != main:
+        note = "3 x forward, as a training log counts"
+        rows.append(both("training_all", "training: all of these", everything, note))
+    note = "the same of blocks, head, attention only: as published"
+    rows.append(both("training", "training", main, note))
+    again = step_time.recomputed_flops(job)
+    rows.append(
+        Row(
+            "recomputed besides",
+            (Figure("recomputed_gflop_per_token", again / GIGA, _metric(again, "FLOP"), DERIVED),) * 2,
+            f"policy {job.recipe.remat}; part of no MFU",
+        )
+    )
+    return Section(
+        "operations",
+        "operations a token",
+        tuple(rows),
+        (Column("in full", DERIVED, "full"), Column("causal", DERIVED, "causal")),
+    )
+
+
+def layout(job: Job) -> Section:
+    """How devices, sequences and layers are divided."""
+    at = job.layout
+    rows = [
+        Row("devices", (_plain("devices_count", at.devices, mark=GIVEN),), _mesh_text(job)),
+        Row(
+            "tokens a step",
+            (_plain("tokens_per_step_count", at.tokens_per_step),),
+            f"{at.batch:,} sequences of {at.seq_len:,}",
+        ),
+        Row(
+            "micro-batches of each pipeline",
+            (_plain("micro_batches_count", at.micro_batches),),
+            f"of {at.sequences} x {at.seq_len:,} tokens on a device",
+        ),
+    ]
+    if len(job.stages) > 1:
+        layers = Figure("layers_per_stage", [s.n_layers for s in job.stages], describe_layers(job.stages), DERIVED)
+        rows.append(Row("layers of the stages", (layers,), "each to the device that has least to do"))
+        for rank in sorted({0, at.pipe - 1}):
+            rows.append(
+                Row(f"  rank {rank}", (Figure(f"rank_{rank}", _holds(job, rank), "", DERIVED),), _holds(job, rank))
+            )
+    return Section("layout", "layout", tuple(rows))
+
+
+def memory(job: Job, ranks: Sequence[Mapping[str, float]]) -> Section:
+    """What the fullest device holds, and whether that fits."""
+    totals = [sum(parts.values()) for parts in ranks]
+    fullest = totals.index(max(totals))
+    parts, total, capacity = ranks[fullest], totals[fullest], job.chip.memory * GIB
+    notes = _memory_notes(job)
+    rows = [Row(name.replace("_", " "), (_gib(name, n_bytes),), notes.get(name, "")) for name, n_bytes in parts.items()]
+    where = "every device" if len(set(totals)) == 1 else f"rank {fullest}: {_holds(job, fullest)}"
+    rows.append(Row("in all, on the fullest device", (_gib("total", total),), where))
+    if len(ranks) > 1:
+        rows.append(Row("on the emptiest", (_gib("emptiest_total", min(totals)),), f"rank {totals.index(min(totals))}"))
+    rows.append(Row(f"memory of {job.chip.name}", (_gib("chip_memory", capacity, PUBLISHED),)))
+    largest = max(parts, key=parts.get)
+    fits, left = total <= capacity, capacity - total
+    share = f"largest part: {largest.replace('_', ' ')}, {parts[largest] / total:.0%}"
+    rows.append(Row("does it fit?", (Figure("fits", fits, "yes" if fits else "NO", DERIVED),), share))
+    note = "for compiler, runtime and communication: not counted here" if fits else "too much"
+    rows.append(Row("  left" if fits else "  short of", (replace(_gib("left", left), text=_binary(abs(left))),), note))
+    return Section("memory", "memory of a device", tuple(rows))
+
+
+def traffic(job: Job) -> Section:
+    """What the busiest device sends in a step."""
+    found = max((rank_traffic(job, rank) for rank in range(len(job.ranks))), key=lambda t: t.total)
+    notes = {
+        "exchange": f"{job.recipe.dispatch:.2f} B out, {job.recipe.combine:.2f} B back",
+        "zero": f"{job.recipe.gradients:.0f} B out, {job.recipe.gathered:.0f} B back",
+        "fsdp": "weights stored in shards",
+        "pipeline": f"{job.recipe.activations:.0f} B each way",
+    }
+    labels = {"exchange": "all-to-all", "zero": "ZeRO-1: scatter, gather", "fsdp": "FSDP", "pipeline": "p2p"}
+    rows = []
+    for name, sent in vars(found).items():
+        if not sent.total:
+            continue
+        seconds = sent.seconds(job.chip)
+        figures = (
+            Figure(f"{name}_network_gb", sent.network / GIGA, _metric(sent.network, "B"), DERIVED),
+            Figure(f"{name}_fast_gb", sent.fast / GIGA, _metric(sent.fast, "B"), DERIVED),
+            Figure(f"{name}_s", seconds, _seconds(seconds), DERIVED),
+        )
+        rows.append(Row(labels[name], figures, notes[name]))
+    if not rows:
+        none = Figure("total_gb", 0.0, "none", DERIVED)
+        rows = [Row("sent", (none, none, replace(none, key="total_s")), "one device")]
+    links = (f"network, {job.chip.network:g} GB/s", f"fast link, {job.chip.fast:g} GB/s", "time")
+    return Section("traffic", "a device sends in a step", tuple(rows), tuple(Column(name, DERIVED) for name in links))
+
+
+def schedules(job: Job, question: Question) -> Section:
+    """The schedules beside one another, on the same devices."""
+    rows = []
+    for name, found in SCHEDULES.items():
+        mine = " (this plan)" if found is job.schedule else ""
+        try:
+            other = replace(job, schedule=schedule(name, job.layout.pipe, job.layout.micro_batches))
+            stages = len(other.stages)
+        except UserError as error:
+            empty = tuple(Figure(f"{name}_{key}", None, "-", DERIVED) for key in _SCHEDULE_KEYS)
+            rows.append(Row(found.title, empty, str(error).partition(". ")[0].removeprefix(f"--schedule={name} ")))
+            continue
+        roofline, calibrated = step_time.step(other), step_time.step(other, question.efficiency)
+        largest = max(sum(parts.values()) for parts in memory_of(other, question))
+        values = (
+            (roofline.bubble, _seconds(roofline.bubble), DERIVED),
+            (calibrated.bubble, _seconds(calibrated.bubble), FITTED),
+            (100 * calibrated.bubble / calibrated.total, f"{calibrated.bubble / calibrated.total:.1%}", FITTED),
+            (calibrated.total, _seconds(calibrated.total), FITTED),
+            (largest / GIB, _binary(largest), DERIVED),
+        )
+        keyed = zip(_SCHEDULE_KEYS, values, strict=True)
+        figures = tuple(Figure(f"{name}_{key}", *value) for key, value in keyed)
+        rows.append(Row(found.title + mine, figures, f"{found.formula}, PP = {stages}"))
+    names = ("bubble, roofline", "calibrated", "of the step", "step", "memory")
+    columns = tuple(Column(name, FITTED if 0 < i < 4 else DERIVED) for i, name in enumerate(names))
+    return Section("schedules", "pipeline schedules", tuple(rows), columns)
+
+
+_SCHEDULE_KEYS = ("bubble_roofline_s", "bubble_calibrated_s", "bubble_percent", "step_calibrated_s", "memory_gib")
+
+
+def speed(subject: Subject, job: Job, question: Question) -> Section:
+    """A step by roofline, by the calibrated efficiency and as measured; utilisation, time and money that follow."""
+    steps = [step_time.step(job), step_time.step(job, question.efficiency)]
+    totals = [step.total for step in steps]
+    columns = [Column("roofline", DERIVED, "roofline")]
+    columns += [Column(f"efficiency {question.efficiency:g}", FITTED, "calibrated")]
+    if question.step_s is not None:
+        totals.append(question.step_s)
+        columns.append(Column(f"{question.step_mark} step", f"{DERIVED}/{question.step_mark}", "measured"))
+    at = job.layout
+
+    def row(key: str, label: str, values: Sequence[float], text: Callable[[float], str], note: str = "") -> Row:
+        values = [*values, *[None] * (len(columns) - len(values))]
+        texts = ["-" if value is None else text(value) for value in values]
+        cells = zip(values, texts, columns, strict=True)
+        return Row(label, tuple(Figure(key, value, shown, column.mark) for value, shown, column in cells), note)
+
+    speeds = [Speed(total, at.tokens_per_step, at.devices) for total in totals]
+    causal, full = (flops.training(subject.network, at.seq_len, causal=c, **PUBLISHED_MFU) for c in (True, False))
+    log = flops.training(subject.network, at.seq_len)
+    above = "; FP8 may exceed it" if job.recipe.fp8 and job.chip.fp8 > job.chip.bf16 else ""
+    peak = f"of {job.chip.bf16:,.0f} TFLOP/s in bfloat16{above}"
+    overlap = "hidden under arithmetic if it can be" if job.schedule.overlaps else "not hidden by this schedule"
+    whole = row("step_s", "step", totals, _seconds)
+    if question.step_s is not None:  # not computed from what was measured, but that itself
+        measured = replace(whole.figures[-1], mark=question.step_mark)
+        whole = replace(whole, figures=(*whole.figures[:-1], measured), note=f"the last one {question.step_mark}")
+    rows = [
+        row("compute_s", "arithmetic", [s.compute for s in steps], _seconds, "of the slowest device"),
+        row("exchange_s", "all-to-all, exposed", [s.exchange for s in steps], _seconds, overlap),
+        row("bubble_s", "bubble", [s.bubble for s in steps], _seconds, job.schedule.formula),
+        row("reduce_s", "ZeRO-1 and FSDP", [s.reduce for s in steps], _seconds, "not hidden"),
+        row("optimizer_s", "optimiser", [s.optimizer for s in steps], _seconds, "its state through the memory"),
+        whole,
+        row("mfu_percent", "MFU, attention in full", [100 * s.mfu(full, job.chip) for s in speeds], _percent, peak),
+        row("mfu_causal_percent", "MFU, causal", [100 * s.mfu(causal, job.chip) for s in speeds], _percent),
+    ]
+    if log != causal:
+        with_all = [100 * s.mfu(log, job.chip) for s in speeds]
+        rows.append(row("mfu_log_percent", "MFU, as a training log", with_all, _percent, "causal, all included"))
+    each = [s.flops_per_device(causal) / step_time.TERA for s in speeds]
+    rows += [
+        row("tflops_per_device", "a device does, causal", each, "{:,.1f} TFLOP/s".format),
+        row("tokens_per_day_billion", "tokens a day", [s.tokens_per_day / GIGA for s in speeds], "{:,.2f} B".format),
+        row("hours_per_trillion_tokens_h", "GPU hours for 1 T tokens", [s.hours() for s in speeds], "{:,.0f} h".format),
+        row("days_per_trillion_tokens_d", "days for 1 T tokens", [s.days() for s in speeds], "{:,.2f} d".format),
+    ]
+    if question.tokens:
+        run, mark = f"{question.tokens / TRILLION:,.4g} T tokens", f"tokens: {question.tokens_mark}"
+        hours = [s.hours(question.tokens) for s in speeds]
+        prices = [question.dollars * h for h in hours]
+        rows += [
+            row("run_hours_h", f"GPU hours for {run}", hours, "{:,.0f} h".format, mark),
+            row("run_days_d", f"days for {run}", [s.days(question.tokens) for s in speeds], "{:,.1f} d".format),
+            row("run_cost_dollars", f"cost at ${question.dollars:,.2f} an hour", prices, "{:,.0f} $".format),
+        ]
+    return Section("speed", "a step", tuple(rows), tuple(columns))
+
+
+def published(subject: Subject, job: Job, question: Question) -> Section:
+    """What was published of the real run, and sums of it."""
+    run, rows = subject.run, []
+
+    def said(key: str, label: str, value: float, text: str, note: str = "", mark: str = PUBLISHED) -> None:
+        rows.append(Row(label, (Figure(key, value, text, mark),), note))
+
+    computed = f"{DERIVED}/{PUBLISHED}"
+    if run.step_time_s:
+        note = f"{run.devices:,} {run.chip}, {run.batch:,} x {run.seq_len:,} tokens"
+        said("step_s", "step", run.step_time_s, f"{run.step_time_s:.3f} s", note)
+        for label, seconds in run.phases_s:
+            said(f"phase_{label.replace(' ', '_')}_s", f"  {label}", seconds, f"{seconds:.2f} s")
+    if run.mfu:
+        said("mfu_percent", "MFU, attention in full", 100 * run.mfu, _percent(100 * run.mfu))
+        said("mfu_causal_percent", "MFU, causal", 100 * run.mfu_causal, _percent(100 * run.mfu_causal))
+    if run.hours_per_trillion:
+        hours = run.hours_per_trillion
+        said("hours_per_trillion_tokens_h", "GPU hours for 1 T tokens", hours, f"{hours:,.0f} h")
+        work = flops.training(subject.network, run.seq_len, causal=True, **PUBLISHED_MFU)
+        used = mfu_of_hours(hours, work, job.chip)
+        said(
+            "implied_mfu_causal_percent", "MFU that this implies", 100 * used, _percent(100 * used), "causal", computed
+        )
+    for label, hours in run.hours:
+        said(f"{label.replace('-', '_').replace(' ', '_')}_h", label, hours, f"{hours:,.0f} h")
+    if run.hours:
+        total = sum(hours for _, hours in run.hours)
+        cost = total * question.dollars
+        said("total_h", "in all", total, f"{total:,.0f} h", "the sum of these", computed)
+        note = f"at ${question.dollars:,.2f} an hour; without research, as there"
+        said("total_cost_dollars", "cost", cost, f"{cost:,.0f} $", note, computed)
+    rows.append(Row("source", (Figure("source", run.source, "", PUBLISHED),), run.source))
+    return Section("published", "published", tuple(rows))
+
+
+def compared(subject: Subject, job: Job, other: Subject) -> Section:
+    """Changes from another model to this one: what the formulas say, and what was measured, if both were."""
+    seq_len, rows = job.layout.seq_len, []
+
+    def change(key: str, label: str, pair: Sequence[float], mark: str, note: str) -> None:
+        value = saving(*pair)
+        figure = Figure(f"{key}_change_percent", 100 * value, f"{100 * value:+.1f} %", mark)
+        rows.append(Row(label, (figure,), note.format(*pair)))
+
+    pair = (subject, other)
+    change("parameters", "parameters", [s.counts.total for s in pair], DERIVED, "{:,.0f} against {:,.0f}")
+    active = [s.counts.active_without_embedding for s in pair]
+    change("active_parameters", "work on a token", active, DERIVED, "{:,.0f} against {:,.0f}, without the embedding")
+    cache = [s.cache_bytes for s in pair]
+    change("kv_cache", "key-value cache a token", cache, DERIVED, "{:,} B against {:,} B, both in bfloat16")
+    work = [flops.training(s.network, seq_len, **PUBLISHED_MFU) for s in pair]
+    change("training_operations", "operations to train on a token", work, DERIVED, "{:.3e} against {:.3e}, causal")
+    hours = [s.run.hours_per_trillion if s.run else None for s in pair]
+    if all(hours):
+        computed = f"{DERIVED}/{PUBLISHED}"
+        note = "{:,.0f} h against {:,.0f} h for 1 T tokens, two published measurements"
+        change("training_hours", "training cost: GPU hours", hours, computed, note)
+        used = [100 * mfu_of_hours(h, w, job.chip) for h, w in zip(hours, work, strict=True)]
+        note = "{:.1f} % against {:.1f} %: hours over operations, so hours fell by less than operations did"
+        change("implied_mfu", "MFU that those hours imply", used, computed, note)
+    return Section("compared", f"against {other.name}", tuple(rows))
+
+
+def as_json(sections: Sequence[Section]) -> dict:
+    """The figures as nested dicts, numbers by keys that end in their unit, and their marks in the same shape."""
+    found: dict[str, dict] = {}
+    for section in sections:
+        for row in section.rows:
+            for column, figure in zip(section.columns, row.figures, strict=True):
+                for root, value in (("figures", figure.value), ("marks", figure.mark)):
+                    inside = found.setdefault(root, {}).setdefault(section.key, {})
+                    (inside.setdefault(column.key, {}) if column.key else inside)[figure.key] = value
+    return found
+
+
+def _metric(n: float, unit: str) -> str:
+    """A number with its unit, in thousands, millions, …"""
+    for power, letter in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if n >= 10**power:
+            return f"{n / 10**power:,.1f} {letter}{unit}"
+    return f"{n:,.0f} {unit}"
+
+
+def _binary(n_bytes: float) -> str:
+    """Bytes in a unit that suits them."""
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if abs(n_bytes) >= 1024**power:
+            return f"{n_bytes / 1024**power:,.2f} {unit}"
+    return f"{n_bytes:,.0f} B"
+
+
+def _seconds(value: float) -> str:
+    """Seconds, or milliseconds where there are few."""
+    return f"{value:,.3f} s" if value >= 1 or not value else f"{1e3 * value:,.3g} ms"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.2f} %"
+
+
+def _count(key: str, n: int) -> Figure:
+    return Figure(key, n, f"{n / GIGA:,.2f} B" if n >= 1e8 else f"{n / 1e6:,.2f} M", DERIVED)
+
+
+def _plain(key: str, n: int, mark: str = DERIVED) -> Figure:
+    return Figure(key, n, f"{n:,}", mark)
+
+
+def _gib(name: str, n_bytes: float, mark: str = DERIVED) -> Figure:
+    return Figure(f"{name}_gib", n_bytes / GIB, _binary(n_bytes), mark)
+
+
+def _mesh_text(job: Job) -> str:
+    at = job.layout
+    return f"pipe {at.pipe} x data {at.data} x expert {at.expert}"
+
+
+def _holds(job: Job, rank: int) -> str:
+    """What a rank of the pipeline holds, in words."""
+    stages = [job.stages[hold.stage] for hold in job.ranks[rank]]
+    parts = {w.part for stage in stages for w in stage.weights}
+    names = ((EMBEDDING, "embedding"), (HEAD, "head"), (AHEAD, "multi-token prediction"))
+    ends = [name for part, name in names if part in parts]
+    layers = " + ".join(str(stage.n_layers) for stage in stages)
+    return f"{layers} layers" + (f", {', '.join(ends)}" if ends else "")
+
+
+def _memory_notes(job: Job) -> dict[str, str]:
+    recipe, at = job.recipe, job.layout
+    low = f" and {recipe.low_precision_copy:.0f} B in FP8" if recipe.low_precision_copy else ""
+    flight = "+".join(str(min(hold.in_flight, at.micro_batches)) for hold in job.ranks[0])
+    return {
+        "weights": f"{recipe.weights:.0f} B a number{low}",
+        "gradients": f"{recipe.gradients:.0f} B a number",
+        "pipeline_copy": "weights and gradients of the second direction",
+        "optimiser": f"{recipe.optimizer:.0f} B a number, cut over the replicas (ZeRO-1)",
+        "activations": f"policy {recipe.remat}; rank 0 has {flight} micro-batches in flight",
+        "kept_once": "whatever the batch: weights in the compute dtype, masks",
+        "layer_being_recomputed": "matmul outputs of the widest layer",
+        "logits": "float32, of a chunk, and their gradient",
+        "exchange_buffers": "tokens on their way to experts and back",
+    }

@@ -1,0 +1,187 @@
+"""How long a step takes: a roofline, and the same with one calibrated efficiency.
+
+    a matmul     max(operations / rate, bytes / memory bandwidth);  rate FP8 or bfloat16, over the efficiency
+    W = the forward pass's matmuls again, B = W + input gradients + what is recomputed; attention's pairs 1 : 2
+    F&B          max(F + B, their exchanges) where the schedule overlaps them, else F + B + exchanges
+    step         micro-batches * F&B of the slowest device's stages + bubble + ZeRO-1 and FSDP + optimiser
+
+The roofline has efficiency 1: no run can be faster.  The calibrated one divides operations by `EFFICIENCY`, a single
+number fitted to a single measurement, V3's published step; it stands for everything between a peak rate and a real
+matmul (quantising, routing, memory-bound operators, multiprocessors given to communication, imbalance), so it is no
+prediction for V3 itself, and for other chips, models and formats it is carried over, unverified.
+"""
+
+from dataclasses import dataclass
+
+from deepseek_jax.layers.attention import RECOMPUTED_FROM
+from deepseek_jax.plan.flops import keys_seen
+from deepseek_jax.plan.job import Job, Part
+from deepseek_jax.plan.layout import Stage
+from deepseek_jax.plan.network import HEAD, Weight
+from deepseek_jax.plan.recipes import V3_POLICY
+from deepseek_jax.plan.schedules import Times
+from deepseek_jax.plan.traffic import GIGA, exchange, rank_traffic
+
+TERA = 1e12
+EFFICIENCY = 0.28  # fitted: gives 19.8 s for V3's published step of 19.926 s on 2,048 H800
+PAIRS_BACKWARD = 2  # gradients of scores and values, in forward passes
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Seconds of one stage and micro-batch, arithmetic only.
+
+    Attributes:
+        matmuls: forward pass of the matrices; their input gradients take as long, their weight gradients too.
+        pairs: forward pass of attention's scores and sums.
+        recomputed: what the backward pass does again.
+    """
+
+    matmuls: float
+    pairs: float
+    recomputed: float
+
+    @property
+    def forward(self) -> float:
+        """F."""
+        return self.matmuls + self.pairs
+
+    @property
+    def backward(self) -> float:
+        """B, weight gradients included."""
+        return 2 * self.matmuls + PAIRS_BACKWARD * self.pairs + self.recomputed
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of a step on the slowest device.
+
+    Attributes:
+        compute: arithmetic of all micro-batches.
+        exchange: with experts, as far as arithmetic does not hide it.
+        bubble: waiting for other stages.
+        reduce: gradients and weights between replicas, and FSDP.
+        optimizer: reading and writing its state.
+    """
+
+    compute: float
+    exchange: float
+    bubble: float
+    reduce: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.compute + self.exchange + self.bubble + self.reduce + self.optimizer
+
+
+def stage_compute(job: Job, number: int, efficiency: float) -> Compute:
+    """The arithmetic of one micro-batch in a stage."""
+    stage, tokens = job.stages[number], job.layout.tokens
+    pairs = stage.n_attentions * _pairs(job) * tokens / (job.chip.bf16 * TERA * efficiency)
+    matmuls, recomputed = 0.0, pairs * recomputes_pairs(job)
+    for part in job.parts[number]:
+        if part.weight.is_matrix:
+            seconds = _matmul(job, part, efficiency) * _times(stage, part.weight)
+            matmuls += seconds
+            recomputed += seconds * recomputes(job, part.weight)
+    return Compute(matmuls, pairs, recomputed)
+
+
+def recomputed_flops(job: Job) -> float:
+    """Operations of one token that the backward pass does again, all stages."""
+    again = sum(2 * job.network.active(w) for w in job.network.weights if w.is_matrix and recomputes(job, w))
+    return again + recomputes_pairs(job) * (job.network.n_layers + job.network.n_ahead) * _pairs(job)
+
+
+def recomputes(job: Job, weight: Weight) -> bool:
+    """Whether the backward pass does a matrix's forward pass again.
+
+    "block": all layers.  "dots": the routed experts, whose loop is not kept; so it is whenever they are exchanged
+    (`parallel.alltoall`).  V3: what is made from latents.
+    """
+    if weight.part == HEAD:
+        return False
+    if job.recipe.remat == V3_POLICY:
+        return weight.reads_latent
+    return job.recipe.remat == "block" or (weight.is_expert and (job.recipe.remat == "dots" or job.expert_devices > 1))
+
+
+def recomputes_pairs(job: Job) -> bool:
+    """Whether attention's scores are made again: by a policy, or because sequences are long (`layers.attention`)."""
+    return job.recipe.remat in ("block", "dots") or (
+        job.recipe.remat == "none" and job.layout.seq_len > RECOMPUTED_FROM
+    )
+
+
+def mean_times(job: Job, efficiency: float) -> Times:
+    """F, B, W and F&B, mean over the stages: what the bubbles' formulas speak of."""
+    stages = range(len(job.stages))
+    computes = [stage_compute(job, number, efficiency) for number in stages]
+    forward, backward, weights, sent = (
+        sum(values) / len(stages)
+        for values in (
+            [c.forward for c in computes],
+            [c.backward for c in computes],
+            [c.matmuls for c in computes],
+            [_exchange_seconds(job, number) for number in stages],
+        )
+    )
+    again = job.recipe.backward_exchanges
+    both = forward + backward
+    both = max(both, (1 + again) * sent) if job.schedule.overlaps else both + (1 + again) * sent
+    return Times(forward + sent, backward + again * sent, weights, both)
+
+
+def bubble(job: Job, efficiency: float) -> float:
+    """Seconds that a device waits for other stages in a step."""
+    return job.schedule.bubble(len(job.stages), mean_times(job, efficiency))
+
+
+def step(job: Job, efficiency: float = 1.0) -> Step:
+    """The step of the slowest device."""
+    waiting = bubble(job, efficiency)
+    return max((_rank_step(job, rank, efficiency, waiting) for rank in range(len(job.ranks))), key=lambda s: s.total)
+
+
+def _rank_step(job: Job, rank: int, efficiency: float, waiting: float) -> Step:
+    compute = exposed = optimizer = 0.0
+    recipe = job.recipe
+    for hold in job.ranks[rank]:
+        arithmetic = stage_compute(job, hold.stage, efficiency)
+        seconds = arithmetic.forward + arithmetic.backward
+        sent = _exchange_seconds(job, hold.stage) * (1 + recipe.backward_exchanges)
+        compute += job.passes(hold) * seconds
+        exposed += job.passes(hold) * (max(sent - seconds, 0.0) if job.schedule.overlaps else sent)
+        states = sum(part.optimizer_numbers for part in job.parts[hold.stage]) / job.schedule.copies
+        optimizer += states * (recipe.gradients + 2 * recipe.optimizer + recipe.gathered) / (job.chip.hbm * GIGA)
+    traffic = rank_traffic(job, rank)
+    reduce = traffic.zero.seconds(job.chip) + traffic.fsdp.seconds(job.chip)
+    return Step(compute, exposed, waiting, reduce, optimizer)
+
+
+def _pairs(job: Job) -> float:
+    """Operations of one token's attention in one layer, forward."""
+    return job.network.flops_per_pair * keys_seen(job.layout.seq_len, causal=True)
+
+
+def _times(stage: Stage, weight: Weight) -> int:
+    """How often a token meets a matrix: the head once more for each depth of multi-token prediction."""
+    return 1 + stage.n_ahead if weight.part == HEAD else 1
+
+
+def _exchange_seconds(job: Job, number: int) -> float:
+    """One micro-batch to the experts of a stage and back, forward pass."""
+    tokens = job.layout.tokens * job.stages[number].n_expert_layers(job.network)
+    return exchange(job).times(tokens).seconds(job.chip)
+
+
+def _matmul(job: Job, part: Part, efficiency: float) -> float:
+    """Seconds of the forward matmuls of a weight, all its layers in the stage, one micro-batch."""
+    weight, tokens = part.weight, job.layout.tokens
+    low = job.recipe.fp8 and weight.part != HEAD and not weight.is_router
+    rate = (job.chip.fp8 if low else job.chip.bf16) * TERA * efficiency
+    rows = tokens * job.network.copies(weight) * weight.n_layers
+    moved = (part.numbers + rows * sum(weight.widths)) * (1.0 if low else job.recipe.activations)
+    return max(2 * job.network.active(weight) * tokens / rate, moved / (job.chip.hbm * GIGA))

@@ -1,0 +1,135 @@
+"""Bytes that one device sends in a step, and how long its links need for them at the rate that the maker states.
+
+| what | bytes |
+| --- | --- |
+| exchange with experts, network | nodes * (N-1)/N * D * (dispatch + combine), a token and layer, there and back |
+| the same, fast link | copies * (n-1)/n * D * (dispatch + combine) |
+| ZeRO-1 | (R-1)/R * (gradients scattered + weights gathered) over the R replicas of each weight |
+| FSDP | the same for each layer and micro-batch: gathered before use, gradients scattered |
+| pipeline | D a token, forward to the next stage and backward to the one before |
+
+n devices share a fast link, N = expert axis / n nodes.  Copies: one a chosen expert, at most one a device; that several
+may share a device is not deducted.  Limited (V3 sections 2.1.2 and 3.2.2, V2 section 2.2.2): copies and nodes are at
+most the part of the devices and nodes that a token's groups of experts cover, and a token crosses the network once for
+each node, then spreads over the fast link.  Without it each of its copies crosses by itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from deepseek_jax.parallel.mesh import DATA, size
+from deepseek_jax.parallel.sharding import EXPERTS
+from deepseek_jax.plan.chips import Chip
+from deepseek_jax.plan.job import Job, Part
+
+GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Bytes that a device sends over each link."""
+
+    fast: float = 0.0
+    network: float = 0.0
+
+    def __add__(self, other: "Sent") -> "Sent":
+        return Sent(self.fast + other.fast, self.network + other.network)
+
+    def times(self, factor: float) -> "Sent":
+        """`factor` times as much."""
+        return Sent(self.fast * factor, self.network * factor)
+
+    def seconds(self, chip: Chip) -> float:
+        """Time that the slower of the two links needs; they work at the same time."""
+        return max(self.fast / chip.fast, self.network / chip.network) / GIGA
+
+    @property
+    def total(self) -> float:
+        """Both links together."""
+        return self.fast + self.network
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a device sends in a step.
+
+    Attributes:
+        exchange: with the experts' devices, forward and backward.
+        zero: gradients and weights between replicas.
+        fsdp: weights that are stored in shards.
+        pipeline: activations and their gradients between stages.
+    """
+
+    exchange: Sent
+    zero: Sent
+    fsdp: Sent
+    pipeline: Sent
+
+    @property
+    def total(self) -> float:
+        """Bytes in all."""
+        return self.exchange.total + self.zero.total + self.fsdp.total + self.pipeline.total
+
+
+def exchange(job: Job) -> Sent:
+    """To the experts of one layer and back, a token, forward pass."""
+    network, recipe, devices = job.network, job.recipe, job.expert_devices
+    if devices == 1:
+        return Sent()
+    here = min(devices, job.chip.reach)
+    nodes, copies = ceil(devices / here), min(network.top_k, devices)
+    width = network.d_model * recipe.exchanged
+    if recipe.node_limited:
+        covered = network.top_groups / network.n_groups
+        copies, visited = min(copies, ceil(devices * covered)), min(copies, nodes, ceil(nodes * covered))
+        return Sent(copies * width * (here - 1) / here, visited * width * (nodes - 1) / nodes)
+    sent = copies * (width + recipe.sent_beside * network.top_k) * recipe.padding
+    return Sent(sent * (here - 1) / devices, sent * (devices - here) / devices)
+
+
+def rank_traffic(job: Job, rank: int) -> Traffic:
+    """What a device of this rank of the pipeline sends in a step."""
+    experts, zero, fsdp, pipeline = Sent(), Sent(), Sent(), Sent()
+    forward = exchange(job)
+    for hold in job.ranks[rank]:
+        stage, tokens = job.stages[hold.stage], job.passes(hold) * job.layout.tokens
+        exchanges = stage.n_expert_layers(job.network) * (1 + job.recipe.backward_exchanges)
+        experts += forward.times(tokens * exchanges)
+        neighbours = (hold.stage > 0) + (hold.stage + 1 < len(job.stages))
+        stream = tokens * job.network.d_model * job.recipe.activations
+        pipeline += _over(job, job.layout.devices, neighbours * stream)
+        for part in job.parts[hold.stage]:
+            zero += _zero(job, part).times(1 / job.schedule.copies)
+            fsdp += _fsdp(job, part).times(job.passes(hold))
+    return Traffic(experts, zero, fsdp, pipeline)
+
+
+def _over(job: Job, n_devices: int, sent: float) -> Sent:
+    """`sent` bytes between `n_devices` neighbours: over the fast link if that joins them all."""
+    return Sent(fast=sent) if n_devices <= job.chip.reach else Sent(network=sent)
+
+
+def _span(job: Job, axes: Sequence[str]) -> int:
+    """Devices from the first to the last of a group along `axes`, the expert axis being the inner one."""
+    return job.layout.data * job.layout.expert if DATA in axes else job.layout.expert
+
+
+def _zero(job: Job, part: Part) -> Sent:
+    """Gradients of a weight summed and scattered, new weights gathered; copies of the model are replicas too."""
+    place, copies = part.place, job.schedule.copies
+    replicas = size(job.mesh, place.copies) * copies
+    span = _span(job, place.copies) * (job.layout.pipe if copies > 1 else 1)
+    all_reduced = place.zero_dim is None and copies == 1  # no dimension divides: summed everywhere, nothing to gather
+    rounds = 2 * job.recipe.gradients if all_reduced else job.recipe.gradients + job.recipe.gathered
+    return _over(job, span, part.numbers * (replicas - 1) / replicas * rounds)
+
+
+def _fsdp(job: Job, part: Part) -> Sent:
+    """A weight stored in shards: gathered for the forward pass, again if it is recomputed, gradients scattered."""
+    gathers, sent = 1 + (job.recipe.remat != "none"), Sent()
+    for logical, axis in zip(part.weight.axes, part.place.spec, strict=False):
+        if axis and logical != EXPERTS:
+            others = part.numbers * (job.mesh.shape[axis] - 1)
+            sent += _over(job, _span(job, (axis,)), others * (gathers * job.recipe.weights + job.recipe.gradients))
+    return sent

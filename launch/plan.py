@@ -1,0 +1,218 @@
+"""Plan a run before anything is bought: parameters, operations, memory, traffic, time, cost.  Needs no device.
+
+    deepseek-jax plan                                          # the published run: V3 on 2,048 H800
+    deepseek-jax plan --config=v3_671b --chip=h200 --devices=1024 --config.mesh.pipe=8 --schedule=dualpipev
+    deepseek-jax plan --config=v2_236b                         # and how it compares with the 67B before it
+    deepseek-jax plan --config=tiny_v3 --chip=h100 --devices=8 --config.mesh.expert=4
+    deepseek-jax plan --chip=mine:bf16=989,fp8=1979,memory=80,hbm=3350,fast=450,reach=8,network=50 --step-time-s=19.926
+    deepseek-jax plan --json > plan.json
+    deepseek-jax plan --picture=memory.png                     # bars: the memory of a device, part by part
+
+Everything follows from the shapes of the weights and stated formulas (the modules of deepseek_jax.plan say which), and
+every number says what it is: derived, published, given, or fitted (it rests on one calibrated efficiency).  What is not
+given is taken from the published run of that config where one is known: devices, config.mesh.pipe, config.mesh.expert,
+--schedule, --recipe, --tokens, --against.  For any other config: as many devices as its mesh says, 1F1B, recipe run.
+A published step time joins the table if the plan is that of the published run.
+
+Recipes: run is what deepseek-jax train does (float32 weights; config.precision, config.train.remat); bf16 keeps
+bfloat16 weights over float32 ones that are cut over the replicas; v3 is the report's FP8 training and recomputation.
+Pipelines can be planned, not yet run.  In one, config.train.micro_batches=1 stands for one sequence a micro-batch.
+"""
+
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.launch import _options, inspect, train
+from deepseek_jax.plan.published import RUNS, Run
+
+DEFAULT = "v3_671b"
+EXTRA = {
+    "chip": (str, "", "h800, h100, h200, b200, tpu_v5p, tpu_v6e, or NAME:KEY=NUMBER,… (default: h800)"),
+    "devices": (int, 0, "how many chips; 0: as published, else as many as config.mesh says"),
+    "schedule": (str, "", "1f1b, zb1p, dualpipe or dualpipev; of the pipeline"),
+    "recipe": (str, "", "run, bf16 or v3; what is kept in which format"),
+    "efficiency": (float, 0.0, "what matmuls reach of their peak; 0: the calibrated number"),
+    "step_time_s": (float, 0.0, "a measured step, in seconds"),
+    "tokens": (float, 0.0, "tokens of the whole run, like 14.8e12; 0: as published, else steps x batch"),
+    "price": (float, 2.0, "dollars for an hour of one chip"),
+    "against": (str, "", "another config to compare with"),
+    "json": (bool, False, "print one JSON object"),
+    "picture": (str, "", "file for a bar chart of the memory, like memory.png"),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb; returns the exit code."""
+    options = _options.parse(argv, DEFAULT, EXTRA, workdir=False)
+    config = _options.validate(options.config, train.CHECKS)
+    for name in ("devices", "efficiency", "step_time_s", "tokens", "price"):
+        if not 0 <= vars(options)[name] < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')}={vars(options)[name]}: wanted a number of 0 or more.")
+    from deepseek_jax.plan import report
+
+    subject = subject_of(config)
+    job = job_of(config, options, subject)
+    question = question_of(config, options, subject, job)
+    sections = report.report(subject, job, question)
+    if options.picture:
+        draw(job, report.memory_of(job, question), config.name, Path(options.picture).expanduser())
+    if options.json:
+        print(json.dumps(header(config, options, job) | report.as_json(sections), indent=2))
+    else:
+        show(title(config, options, job), sections)
+        if options.picture:
+            print(f"\nmemory drawn: {options.picture}")
+    return 0
+
+
+def subject_of(config: ConfigDict):
+    """The network of a config and what is known of it."""
+    from deepseek_jax.models import family
+    from deepseek_jax.plan.counts import count
+    from deepseek_jax.plan.network import cache_bytes_per_token, describe
+    from deepseek_jax.plan.report import Subject
+
+    module = family(config.family)
+    sizes = module.Config.from_config(config.model)
+    network = describe(module, sizes)
+    run = RUNS.get(config.name)
+    return Subject(config.name, network, count(network), cache_bytes_per_token(module, sizes), run)
+
+
+def job_of(config: ConfigDict, options, subject):
+    """The network, divided as the command line, the config and the published run say."""
+    from deepseek_jax.plan.chips import chip
+    from deepseek_jax.plan.job import Job
+    from deepseek_jax.plan.layout import make_layout
+    from deepseek_jax.plan.recipes import recipe
+    from deepseek_jax.plan.schedules import schedule
+
+    run, mesh = subject.run or Run(""), config.mesh
+    pipe, expert = (
+        run_size if run_size and f"mesh.{key}" not in options.overrides else mesh[key]
+        for key, run_size in (("pipe", run.pipe), ("expert", run.expert))
+    )
+    layout = make_layout(
+        pipe=pipe,
+        data=mesh.data,
+        expert=expert,
+        devices=options.devices or (run.devices if mesh.data == -1 else 0),
+        batch=config.train.batch_size,
+        micro_batches=config.train.micro_batches,
+        seq_len=config.data.seq_len,
+    )
+    options.recipe = options.recipe or run.recipe or "run"
+    options.schedule = options.schedule or (run.schedule if pipe > 1 else "") or "1f1b"
+    return Job(
+        network=subject.network,
+        layout=layout,
+        chip=chip(options.chip or run.chip),
+        schedule=schedule(options.schedule, layout.pipe, layout.micro_batches),
+        recipe=recipe(
+            options.recipe,
+            precision=config.precision,
+            moments_dtype=config.optimizer.moments_dtype,
+            remat=config.train.remat,
+        ),
+        rules=config.sharding.to_dict(),
+    )
+
+
+def question_of(config: ConfigDict, options, subject, job):
+    """What is asked about the job."""
+    from deepseek_jax.models import family
+    from deepseek_jax.plan.activations import kept
+    from deepseek_jax.plan.report import GIVEN, PUBLISHED, Question
+    from deepseek_jax.plan.step_time import EFFICIENCY
+
+    job.parts  # noqa: B018  what does not divide is refused before anything is traced
+    run, module = subject.run or Run(""), family(config.family)
+    sizes = module.Config.from_config(config.model)
+    step_s, step_mark = options.step_time_s or None, GIVEN
+    if step_s is None and is_published(run, job):
+        step_s, step_mark = run.step_time_s, PUBLISHED
+    tokens, tokens_mark = options.tokens or run.tokens, GIVEN if options.tokens else PUBLISHED
+    if not tokens:
+        tokens, tokens_mark = config.train.steps * job.layout.tokens_per_step, GIVEN
+    against = options.against or run.against
+    return Question(
+        kept=kept(module, sizes, job.network, job.layout, job.recipe, job.rules),
+        loss_chunk=config.train.loss_chunk,
+        efficiency=options.efficiency or EFFICIENCY,
+        step_s=step_s,
+        step_mark=step_mark,
+        tokens=tokens,
+        tokens_mark=tokens_mark,
+        dollars=options.price,
+        against=subject_of(_options.load(against)) if against else None,
+    )
+
+
+def is_published(run: Run, job) -> bool:
+    """Whether a job is divided as the published run was, on the same chips."""
+    at = job.layout
+    ours = (job.chip.name, at.devices, at.pipe, at.expert, at.batch, at.seq_len)
+    return ours == (run.chip, run.devices, run.pipe, run.expert, run.batch, run.seq_len)
+
+
+def title(config: ConfigDict, options, job) -> str:
+    """The line above the tables."""
+    at = job.layout
+    mesh = f"pipe {at.pipe} x data {at.data} x expert {at.expert}"
+    pipeline = f", {job.schedule.title}" if at.pipe > 1 else ""
+    return f"{config.name} on {at.devices:,} {job.chip.name}: {mesh}{pipeline}, recipe {options.recipe}"
+
+
+def header(config: ConfigDict, options, job) -> dict:
+    """What was planned, for JSON."""
+    at = job.layout
+    mesh = {"pipe": at.pipe, "data": at.data, "expert": at.expert}
+    chosen = {"schedule": options.schedule, "recipe": options.recipe}
+    return {"config": config.name, "family": config.family, "chip": job.chip.name, "mesh": mesh, **chosen}
+
+
+def show(line: str, sections) -> None:
+    """Prints the sections as tables; marks stand in a column, or under the heads of several."""
+    print(line)
+    for section in sections:
+        own_marks = not section.columns[0].mark
+        names = [column.name for column in section.columns]
+        head = (section.title, *names, *(["what it is"] if own_marks else []), "")
+        rows = [] if own_marks else [("", *(column.mark for column in section.columns), "")]
+        for row in section.rows:
+            marks = [row.figures[0].mark] if own_marks else []
+            rows.append((row.label, *(figure.text for figure in row.figures), *marks, row.note))
+        print()
+        inspect.print_table(head, rows, right=tuple(names))
+    print(
+        "\nderived: from shapes, stated formulas and the chip's data sheet.  published, given: copied.  fitted: rests\n"
+        "on one efficiency, calibrated with V3's published step on H800 and carried over, unverified, to all else."
+    )
+
+
+def draw(job, ranks: list[dict[str, float]], name: str, path: Path) -> None:
+    """A bar for each device along the pipeline, part on part, and the chip's memory as a line."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError('--picture needs matplotlib. Install it: pip install "deepseek_jax[notebooks]"') from None
+    from deepseek_jax.plan.report import GIB
+
+    figure = Figure(figsize=(max(5.0, 2.5 + 0.45 * len(ranks)), 4.5), layout="constrained")
+    axes = figure.subplots()
+    labels, height = [str(rank) for rank in range(len(ranks))], [0.0] * len(ranks)
+    for part in dict.fromkeys(part for parts in ranks for part in parts):
+        sizes = [parts.get(part, 0.0) / GIB for parts in ranks]
+        axes.bar(labels, sizes, bottom=height, label=part.replace("_", " "), width=0.8)
+        height = [low + size for low, size in zip(height, sizes, strict=True)]
+    axes.axhline(job.chip.memory, color="black", linestyle="--", linewidth=1)
+    axes.text(0, job.chip.memory, f" {job.chip.name}", va="bottom", ha="left", fontsize=8)
+    axes.set(xlabel="device along the pipeline", ylabel="GiB", title=f"{name}: memory of a device")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--picture={path}: cannot be written ({error}). Give a .png, .svg or .pdf.") from None

@@ -1,0 +1,58 @@
+"""Jobs to plan: a config's network, divided as a test says."""
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+
+
+@functools.cache
+def described(name: str) -> SimpleNamespace:
+    """A config with its family's module, its sizes and its network."""
+    from deepseek_jax.launch import _options
+    from deepseek_jax.models import family
+    from deepseek_jax.plan.network import describe
+
+    config = _options.load(name)
+    module = family(config.family)
+    sizes = module.Config.from_config(config.model)
+    return SimpleNamespace(config=config, module=module, sizes=sizes, network=describe(module, sizes))
+
+
+@pytest.fixture(scope="session")
+def subject():
+    return described
+
+
+@pytest.fixture(scope="session")
+def job_of():
+    """A function that makes a `Job`; mesh sizes are 1 but for those given."""
+    from deepseek_jax.plan.chips import CHIPS
+    from deepseek_jax.plan.job import Job
+    from deepseek_jax.plan.layout import make_layout
+    from deepseek_jax.plan.recipes import recipe
+    from deepseek_jax.plan.schedules import SCHEDULES
+
+    def job(name, *, style="run", plan="1f1b", remat=None, sharding=None, batch=0, chip="h800", **mesh):
+        it = described(name)
+        batch = batch or it.config.train.batch_size
+        sizes = {"pipe": 1, "data": 1, "expert": 1, "micro_batches": 1} | mesh
+        layout = make_layout(**sizes, devices=0, batch=batch, seq_len=it.config.data.seq_len)
+        formats = {"precision": it.config.precision, "moments_dtype": it.config.optimizer.moments_dtype}
+        found = recipe(style, **formats, remat=remat or it.config.train.remat)
+        rules = it.config.sharding.to_dict() | (sharding or {})
+        return Job(it.network, layout, CHIPS[chip], SCHEDULES[plan], found, rules)
+
+    return job
+
+
+@pytest.fixture(scope="session")
+def kept_of():
+    """A function that says what a layer of each stack keeps."""
+    from deepseek_jax.plan.activations import kept
+
+    def of(name, job):
+        it = described(name)
+        return kept(it.module, it.sizes, job.network, job.layout, job.recipe, job.rules)
+
+    return of

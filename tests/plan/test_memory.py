@@ -1,0 +1,109 @@
+"""Memory: the same bytes as inspect shows, laws of growth, and what layers keep, some of it by hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.launch import _options, inspect
+from deepseek_jax.plan.activations import Kept, v3_bytes
+from deepseek_jax.plan.memory import rank_memory
+
+CHUNK = 2048
+NOTHING = {name: Kept(0, 0) for name in ("blocks", "dense_blocks", "moe_blocks")}
+MESHES = [{"data": 1, "expert": 1}, {"data": 4, "expert": 1}, {"data": 1, "expert": 8}, {"data": 2, "expert": 4}]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize(("name", "sharding"), [("tiny_v3", {}), ("v3_671b", {}), ("tiny_v1", {"embed": "data"})])
+def test_states_are_those_that_inspect_shows(job_of, name, sharding, mesh):
+    config = _options.load(name)
+    config.sharding.update(sharding)
+    weights, _ = inspect.inspect(config, mesh)
+    ours = rank_memory(job_of(name, sharding=sharding, **mesh), 0, NOTHING, CHUNK)
+    assert ours["weights"] + ours.get("router_biases", 0) == sum(w.weight_bytes for w in weights)
+    assert ours["optimiser"] == sum(w.optimizer_bytes for w in weights)
+
+
+@pytest.mark.parametrize("axis", ["data", "expert", "pipe"])
+@pytest.mark.parametrize("style", ["bf16", "v3"])
+def test_a_larger_mesh_leaves_less_on_a_device(job_of, kept_of, axis, style):
+    jobs = [job_of("tiny_v3", style=style, **{axis: n}) for n in (1, 4)]
+    kept = kept_of("tiny_v3", job_of("tiny_v3", style="v3"))
+    before, after = (rank_memory(job, 0, kept, CHUNK) for job in jobs)
+    assert after["optimiser"] < before["optimiser"]
+    assert after["weights"] < before["weights"] or axis == "data"
+    assert sum(after.values()) < sum(before.values())
+
+
+def test_stages_together_hold_the_model_twice_in_dualpipe(job_of):
+    whole = rank_memory(job_of("tiny_v3"), 0, NOTHING, CHUNK)
+    job = job_of("tiny_v3", pipe=4, plan="dualpipe")
+    ranks = [rank_memory(job, rank, NOTHING, CHUNK) for rank in range(4)]
+    assert sum(r["weights"] + r["gradients"] + r["pipeline_copy"] for r in ranks) == 2 * 2 * whole["weights"]
+    assert sum(r["optimiser"] for r in ranks) == whole["optimiser"]
+
+
+def test_micro_batches_keep_their_gradients_beside_the_sums(job_of):
+    one, two = (rank_memory(job_of("tiny_v3", micro_batches=n), 0, NOTHING, CHUNK) for n in (1, 2))
+    assert two["gradients"] == 2 * one["gradients"]
+
+
+def test_policies_keep_less_and_less(job_of, kept_of):
+    jobs = [job_of("tiny_v1", remat=policy) for policy in ("none", "dots", "block")]
+    none, dots, block = (kept_of("tiny_v1", job)["blocks"].per_sequence for job in jobs)
+    assert block == 4 * 256 * jobs[0].network.d_model  # the input of the layer, float32
+    assert block < dots < none
+
+
+def test_dots_keep_outputs_of_matmuls(job_of, kept_of):
+    m = _options.load("tiny_v1").model
+    outputs = (m.n_heads + 2 * m.n_kv_heads) * m.head_width + m.d_model + 2 * m.dense_width  # q, k, v, out, gate, up
+    kept = kept_of("tiny_v1", job_of("tiny_v1", remat="dots"))["blocks"].per_sequence
+    assert kept == 4 * 256 * (m.d_model + outputs)  # and the input; the output of down is needed by nobody
+
+
+def test_experts_elsewhere_are_recomputed_not_kept(job_of, kept_of):
+    jobs = [job_of("tiny_moe", remat="none", expert=n) for n in (1, 4)]
+    here, elsewhere = (kept_of("tiny_moe", job)["moe_blocks"] for job in jobs)
+    assert elsewhere.per_sequence < here.per_sequence
+
+
+def test_policy_none_keeps_weights_in_the_compute_dtype(job_of, kept_of):
+    job = job_of("v3_671b", remat="none", batch=1)
+    layer = kept_of("v3_671b", job)["moe_blocks"].per_layer
+    matrices = sum(w.size for w in job.network.of("moe_blocks") if w.is_matrix and not w.is_router) / 58
+    assert 2 * matrices <= layer < 2.01 * matrices
+
+
+def test_what_v3_keeps_of_a_token_by_hand(subject):
+    network = subject("v3_671b").network
+    attention = 2 * 2 * 7168 + 2 * (1536 + 512 + 64) + 1.5 * 128 * 128 + 4 * 128
+    assert v3_bytes(network, "moe_blocks") == attention + 9 * (7168 + 2 * 2048) == 159_360
+    assert v3_bytes(network, "dense_blocks") == attention + 7168 + 2 * 18_432
+
+
+def test_activations_follow_the_micro_batches_in_flight(job_of, kept_of):
+    def activations(plan: str, rank: int, batch: int = 64) -> float:
+        job = job_of("tiny_v3", style="v3", plan=plan, pipe=4, batch=batch)
+        return rank_memory(job, rank, kept_of("tiny_v3", job), CHUNK)["activations"]
+
+    layer = activations("1f1b", 2) / 2
+    assert layer == 256 * v3_bytes(job_of("tiny_v3").network, "moe_blocks")
+    assert activations("1f1b", 1) == 3 * layer
+    assert activations("zb1p", 1) == 4 * layer
+    assert activations("zb1p", 1, batch=2) == 2 * layer  # no more in flight than there are
+
+
+def test_v3_fits_its_chips_as_published(job_of, kept_of):
+    job = job_of("v3_671b", style="v3", plan="dualpipe", pipe=16, data=2, expert=64)
+    totals = [sum(rank_memory(job, rank, kept_of("v3_671b", job), CHUNK).values()) for rank in range(16)]
+    assert max(totals) < 80 * 2**30
+    assert totals[8:-1] == pytest.approx(totals[7:0:-1])  # the same stages, held the other way round
+
+
+def test_an_expert_axis_that_does_not_divide_is_refused_by_name(job_of):
+    job = job_of("tiny_v3", expert=8)
+    wrong = replace(job, layout=replace(job.layout, expert=3))
+    with pytest.raises(UserError, match="16 experts over mesh axis 'expert' of size 3: not divisible"):
+        _ = wrong.parts

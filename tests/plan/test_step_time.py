@@ -1,0 +1,111 @@
+"""Time and money: the published figures of V3 and V2, and laws of the model of a step."""
+
+import pytest
+
+from deepseek_jax.plan import flops
+from deepseek_jax.plan.chips import CHIPS
+from deepseek_jax.plan.cost import Speed, mfu_of_hours, saving
+from deepseek_jax.plan.published import RUNS
+from deepseek_jax.plan.step_time import EFFICIENCY, bubble, mean_times, recomputed_flops, step
+
+AS_PUBLISHED = {"router": False, "ahead": False}
+V3 = Speed(19.926, 15_360 * 4096, 2048)
+
+
+def v3(job_of, **how):
+    return job_of("v3_671b", **{"style": "v3", "plan": "dualpipe", "pipe": 16, "data": 2, "expert": 64} | how)
+
+
+@pytest.mark.parametrize(("causal", "percent"), [(False, 43.73), (True, 38.94)])
+def test_v3_has_the_published_utilisation_at_the_published_step(subject, causal, percent):
+    work = flops.training(subject("v3_671b").network, 4096, causal=causal, **AS_PUBLISHED)
+    assert round(100 * V3.mfu(work, CHIPS["h800"]), 2) == percent
+
+
+def test_v3_takes_the_published_hours_and_days():
+    assert round(V3.tokens_per_day / 1e9, 2) == 272.80
+    assert round(V3.hours() / 1e3, 1) == 180.2
+    assert round(V3.days(), 2) == 3.67
+    assert V3.hours(14.8e12) == pytest.approx(2664e3, rel=2e-3)  # the published hours of pre-training
+
+
+def test_the_published_run_costs_what_was_published():
+    hours = sum(hours for _, hours in RUNS["v3_671b"].hours)
+    assert (hours, hours * RUNS["v3_671b"].dollars_per_hour) == (2_788_000, 5_576_000)
+
+
+def test_v2_saves_what_was_published_and_more_operations_than_that(subject):
+    hours = [RUNS[name].hours_per_trillion for name in ("v2_236b", "llm_67b")]
+    assert round(100 * saving(*hours), 1) == -42.5
+    work = [flops.training(subject(name).network, 4096, **AS_PUBLISHED) for name in ("v2_236b", "llm_67b")]
+    assert round(100 * saving(*work)) == -63
+    used = [mfu_of_hours(h, w, CHIPS["h800"]) for h, w in zip(hours, work, strict=True)]
+    assert saving(*hours) == pytest.approx(work[0] / work[1] * used[1] / used[0] - 1)
+
+
+def test_the_efficiency_is_fitted_to_one_step(job_of):
+    assert step(v3(job_of), EFFICIENCY).total == pytest.approx(19.926, rel=0.01)
+    assert bubble(v3(job_of), EFFICIENCY) == pytest.approx(1.09, rel=0.05)  # the formula with V3's own operations
+
+
+def test_v3_operations_take_about_what_its_profile_shows(job_of):
+    # Published phases over the operations of rank 0: F&B 143.8 ms, W 32 ms; not fitted one by one.
+    times = mean_times(v3(job_of), EFFICIENCY)
+    assert times.both == pytest.approx(0.1438, rel=0.02)
+    assert times.weights == pytest.approx(0.032, rel=0.2)
+
+
+def test_no_efficiency_beats_the_roofline(job_of):
+    for plan in ("1f1b", "dualpipe"):
+        best, real = (step(v3(job_of, plan=plan), efficiency) for efficiency in (1.0, 0.3))
+        assert best.total < real.total
+        assert best.compute < real.compute
+
+
+def test_parts_of_a_step_add_up(job_of):
+    found = step(v3(job_of))
+    assert found.total == found.compute + found.exchange + found.bubble + found.reduce + found.optimizer
+
+
+def test_overlapping_hides_the_exchange(job_of):
+    plain, overlapped = (step(v3(job_of, plan=plan), EFFICIENCY) for plan in ("zb1p", "dualpipe"))
+    assert overlapped.exchange == 0 < plain.exchange
+
+
+def test_without_a_pipeline_nobody_waits(job_of):
+    assert step(job_of("tiny_v3", data=2)).bubble == 0
+
+
+def test_twice_the_devices_take_half_the_arithmetic(job_of):
+    one, two = (step(job_of("llm_7b", style="bf16", data=n, batch=64)) for n in (8, 16))
+    assert two.compute == pytest.approx(one.compute / 2, rel=1e-3)
+
+
+def test_small_batches_wait_for_the_memory(job_of):
+    small = step(job_of("llm_7b", style="bf16", batch=1))
+    large = step(job_of("llm_7b", style="bf16", batch=64))
+    assert large.compute / 64 <= small.compute
+    chip = CHIPS["h800"]
+    work = flops.training(job_of("llm_7b").network, 4096) * 64 * 4096 / (chip.bf16 * 1e12)
+    assert large.compute >= work  # and what is recomputed comes on top
+
+
+@pytest.mark.parametrize(("policy", "more"), [("none", 0.0), ("block", 1.0)])
+def test_what_a_policy_recomputes(job_of, policy, more):
+    job = job_of("tiny_v1", remat=policy)
+    found = flops.forward(job.network, 256, causal=True)
+    assert recomputed_flops(job) == more * (found.blocks + found.attention)
+
+
+def test_v3_recomputes_its_up_projections(job_of):
+    layers = 61 + 1
+    up = 1536 * 128 * 192 + 512 * 128 * (128 + 128)
+    assert recomputed_flops(v3(job_of)) == 2 * layers * up
+
+
+@pytest.mark.parametrize("chip", ["tpu_v5p", "b200"])
+def test_faster_chips_are_faster(job_of, chip):
+    jobs = [job_of("llm_7b", style="bf16", data=4, batch=64, chip=c) for c in (chip, "h800")]
+    times = [step(job).compute for job in jobs]
+    rates = [job.chip.bf16 for job in jobs]
+    assert (times[0] < times[1]) == (rates[0] > rates[1])

@@ -1,0 +1,158 @@
+"""deepseek-jax plan: every published figure on the screen, JSON that can be read back, a picture, clear refusals."""
+
+import json
+import sys
+
+import pytest
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.launch import plan
+
+MARKS = {"derived", "published", "given", "fitted", "derived/published", "derived/given"}
+LAYOUT = ["--chip=h800", "--devices=2048", "--config.mesh.pipe=16", "--config.mesh.expert=64"]
+
+
+def planned(capsys, *words: str) -> dict:
+    assert plan.main([*words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture(scope="module")
+def v3():
+    """What the verb prints, and its JSON, of the published run with every word given."""
+    import contextlib
+    import io
+
+    texts = []
+    for extra in ([], ["--json"]):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            assert plan.main(["--config=v3_671b", *LAYOUT, *extra]) == 0
+        texts.append(out.getvalue())
+    return texts[0], json.loads(texts[1])
+
+
+def line(text: str, label: str) -> str:
+    return next(row for row in text.splitlines() if row.startswith(label))
+
+
+@pytest.mark.parametrize(
+    ("label", "figures"),
+    [
+        ("in all  ", ["671.03 B", "derived"]),
+        ("work on a token", ["37.55 B", "derived"]),
+        ("the same without the embedding", ["36.63 B", "derived", "convention"]),
+        ("key-value cache a token", ["70,272 B"]),
+        ("MFU, attention in full", ["43.73 %"]),
+        ("MFU, causal", ["38.94 %"]),
+        ("step  ", ["19.926 s", "published"]),
+        ("GPU hours for 1 T tokens", ["180,176 h"]),
+        ("days for 1 T tokens", ["3.67 d"]),
+        ("pre-training", ["2,664,000 h", "published"]),
+        ("context extension", ["119,000 h", "published"]),
+        ("post-training", ["5,000 h", "published"]),
+        ("in all           ", ["2,788,000 h", "derived/published"]),
+        ("cost  ", ["5,576,000 $", "derived/published"]),
+        ("does it fit?", ["yes", "largest part: activations"]),
+    ],
+)
+def test_the_published_figures_are_printed(v3, label, figures):
+    rows = [row for row in v3[0].splitlines() if row.startswith(label)]
+    assert any(all(figure in row for figure in figures) for row in rows), rows
+
+
+def test_the_figures_in_json(v3):
+    figures, marks = v3[1]["figures"], v3[1]["marks"]
+    assert figures["parameters"]["total_parameters"] == 671_026_404_352
+    measured = figures["speed"]["measured"]
+    assert round(measured["mfu_percent"], 2) == 43.73 and round(measured["mfu_causal_percent"], 2) == 38.94
+    assert measured["step_s"] == 19.926 and marks["speed"]["measured"]["step_s"] == "published"
+    assert marks["speed"]["calibrated"]["step_s"] == "fitted" and marks["speed"]["roofline"]["step_s"] == "derived"
+    assert figures["published"]["total_cost_dollars"] == 5_576_000
+    assert v3[1]["mesh"] == {"pipe": 16, "data": 2, "expert": 64}
+
+
+def leaves(tree: dict, path: str = "") -> dict:
+    found = {}
+    for key, value in tree.items():
+        found |= leaves(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return found
+
+
+def test_every_number_has_a_unit_and_a_mark(v3):
+    figures, marks = leaves(v3[1]["figures"]), leaves(v3[1]["marks"])
+    assert figures.keys() == marks.keys()
+    assert set(marks.values()) <= MARKS
+    units = ("_s", "_h", "_d", "_gib", "_gb", "_percent", "_count", "_parameters", "_embedding", "_dollars", "_billion")
+    units += ("_token", "_per_device", "_per_stage")
+    numbers = [key for key, value in figures.items() if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    assert [key for key in numbers if not key.endswith(units)] == []
+
+
+def test_nothing_given_is_the_published_run(v3, capsys):
+    assert planned(capsys) == v3[1]
+
+
+def test_v2_against_the_67b_before_it(capsys):
+    found = planned(capsys, "--config=v2_236b")
+    compared, marks = found["figures"]["compared"], found["marks"]["compared"]
+    assert round(compared["training_hours_change_percent"], 1) == -42.5
+    assert marks["training_hours_change_percent"] == "derived/published"
+    assert round(compared["training_operations_change_percent"], 1) == -63.0
+    assert marks["training_operations_change_percent"] == "derived"
+    assert round(compared["kv_cache_change_percent"], 1) == -82.2
+
+
+def test_a_step_that_was_measured(capsys):
+    found = planned(capsys, "--config=tiny_v1", "--step-time-s=0.5", "--chip=mine:bf16=1,memory=16")
+    assert found["figures"]["speed"]["measured"]["step_s"] == 0.5
+    assert found["marks"]["speed"]["measured"] | {"step_s": "given"} == found["marks"]["speed"]["measured"]
+    assert found["chip"] == "mine"
+
+
+def test_a_plan_that_does_not_fit_says_so(capsys):
+    assert plan.main(["--config=llm_67b", "--config.train.batch_size=1"]) == 0
+    answer = line(capsys.readouterr().out, "does it fit?")
+    assert "NO" in answer and "largest part: optimiser" in answer
+
+
+def test_other_schedules_stand_beside_the_chosen_one(capsys):
+    found = planned(capsys, "--config=tiny_v1", "--config.mesh.pipe=3", "--config.train.batch_size=12")
+    schedules = found["figures"]["schedules"]
+    assert schedules["1f1b_bubble_roofline_s"] > schedules["zb1p_bubble_roofline_s"] > 0
+    assert schedules["dualpipe_bubble_roofline_s"] is None  # three devices are an odd number
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--chip=h900"], "--chip=h900: no such chip. Choose one of h800"),
+        (["--devices=2000"], "does not divide 2000 devices"),
+        (["--devices=1536", "--config.mesh.expert=48"], "256 experts over mesh axis 'expert' of size 48"),
+        (["--config.mesh.pipe=62", "--devices=7936", "--schedule=1f1b"], "62 pipeline stages for 61 layers"),
+        (["--config.train.batch_size=100"], "config.train.batch_size=100 does not divide"),
+        (["--config.train.micro_batches=7"], "Choose a divisor of 120"),
+        (["--schedule=gpipe"], "no such schedule"),
+        (["--recipe=fp4"], "no such recipe"),
+        (["--price=-2"], "--price=-2.0: wanted a number of 0 or more"),
+        (["--step-time-s=nan"], "--step-time-s=nan: wanted"),
+        (["--picture=nowhere/at/all.png"], "--picture=nowhere/at/all.png: cannot be written"),
+    ],
+)
+def test_what_cannot_be_is_refused(words, message):
+    with pytest.raises(UserError) as error:
+        plan.main(words)
+    assert message in str(error.value)
+
+
+def test_a_picture_of_the_memory(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert plan.main([f"--picture={tmp_path / 'memory.png'}"]) == 0
+    assert (tmp_path / "memory.png").read_bytes()[:4] == b"\x89PNG"
+    assert "memory drawn" in capsys.readouterr().out
+
+
+def test_a_picture_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match=r"pip install \"deepseek_jax\[notebooks\]\""):
+        plan.main([f"--picture={tmp_path / 'memory.png'}"])
