@@ -39,7 +39,7 @@ def test_the_files_stay_small():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_we_say_what_transformers_says(name, record_property):
+def test_we_say_what_transformers_says(name):
     model = compare.load(GOLDEN / name)
     said = dict(np.load(GOLDEN / name / "oracle.npz"))
     trained = [tensor for tensor in names.tensors(model.source.abstract) if tensor.places[0][0][0] == "params"]
@@ -49,7 +49,7 @@ def test_we_say_what_transformers_says(name, record_property):
         said["gradient"][tensor.name] = flat[at : at + math.prod(tensor.shape)].reshape(tensor.shape)
         at += math.prod(tensor.shape)
     assert at == flat.size
-    compare.check(model, said, record_property)
+    compare.check(model, said)
 
 
 def test_softmax_scales_of_the_published_models():
