@@ -8,7 +8,8 @@
 
 Reading.  A piece is one tensor of the release, in our axes: a layer of a stack, an expert of a layer, or a whole
 weight.  Pieces come in a fixed order, each tensor is read once and let go before the next, so that host memory holds
-one tensor at a time whatever the size of the model.  FP8 becomes bfloat16, all else keeps its dtype.
+one tensor at a time whatever the size of the model.  FP8 becomes bfloat16, all else keeps its dtype.  A head that is
+tied to the embedding is read from it and becomes a weight of its own, which exports then hold as well.
 
 Writing.  `write` asks for pieces, turns them to published tensors and streams those to the disk, in bfloat16, in
 float32, in FP8 with blocks of 128 x 128, or as they are.

@@ -72,7 +72,8 @@ def whole(model: Model, ids_BT: np.ndarray) -> dict[str, np.ndarray]:
             loss += MTP_WEIGHT * cross_entropy(said["mtp_logits"][:, :-1], ids_BT[:, 2:])
         return loss, said
 
-    (loss, said), gradient = jax.jit(run, compiler_options=QUICK)(model.weights["params"], model.weights["router_bias"], ids_BT)
+    run = jax.jit(run, compiler_options=QUICK)
+    (loss, said), gradient = run(model.weights["params"], model.weights["router_bias"], ids_BT)
     get = hf.from_tree({"params": gradient})
     trained = [tensor for tensor in names.tensors(model.source.abstract) if tensor.places[0][0][0] == "params"]
     gradient = {tensor.name: tensor.to_theirs([get(*place) for place in tensor.places]) for tensor in trained}
