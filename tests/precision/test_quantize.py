@@ -35,25 +35,25 @@ def bits(x: jax.Array | np.ndarray) -> np.ndarray:
     return x.view(f"u{x.dtype.itemsize}")
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("scale", ["fp32", "ue8m0"])
 @pytest.mark.parametrize(("shape", "block"), SHAPES)
-def test_equals_the_definition_to_the_last_bit(shape, block, scale, compiled):
+def test_equals_the_definition_to_the_last_bit(shape, block, scale):
     rng = np.random.default_rng(0)
     w = (rng.normal(size=shape) * 10.0 ** rng.integers(-6, 4, shape)).astype(np.float32)
-    function = jax.jit(quantize_blocks, static_argnums=(1, 2)) if compiled else quantize_blocks
-    q, scale_inv = function(w, block, scale)
+    q, scale_inv = jax.jit(quantize_blocks, static_argnums=(1, 2))(w, block, scale)
     assert q.dtype == E4M3 and q.shape == w.shape
     assert scale_inv.dtype == (jnp.float32 if scale == "fp32" else E8M0)
     expected = [by_hand(matrix, block, scale) for matrix in w.reshape(-1, *shape[-2:])]
     np.testing.assert_array_equal(bits(q).reshape(-1, *shape[-2:]), bits([q for q, _ in expected]))
     found = np.float32(scale_inv)
     np.testing.assert_array_equal(found.reshape(-1, *found.shape[-2:]), [s for _, s in expected])
+    if shape == (5, 7):
+        for ours, uncompiled in zip((q, scale_inv), quantize_blocks(w, block, scale), strict=True):
+            np.testing.assert_array_equal(bits(ours), bits(uncompiled))
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("scale", ["fp32", "ue8m0", "bf16"])
-@pytest.mark.parametrize(("shape", "block"), SHAPES)
+@pytest.mark.parametrize(("scale", "dtype"), [("fp32", jnp.bfloat16), ("ue8m0", jnp.bfloat16), ("bf16", jnp.float32)])
+@pytest.mark.parametrize(("shape", "block"), SHAPES[:3])
 def test_dequantising_here_and_while_reading_a_file_is_the_same(tmp_path, shape, block, scale, dtype):
     w = np.random.default_rng(1).normal(size=shape).astype(np.float32)
     q, scale_inv = quantize_blocks(w, block, "ue8m0" if scale == "ue8m0" else "fp32")
