@@ -40,7 +40,7 @@ from deepseek_jax.train import manifest as files
 
 CHUNK_BYTES = 64 * 2**20  # a larger piece is cut into blocks of rows
 PENDING_BYTES = 256 * 2**20  # of pieces that are waiting to be written, at most
-WRITERS = 4  # threads; each copies a chunk and waits for the disk
+THREADS = 4  # each copies a chunk and waits for the disk
 STRIP = 16  # columns of a transposed array copied at a time: twice as fast as all at once
 DICT_KEY = 2  # Orbax's number for the key of a dict
 JOURNAL_FORMAT = 1
@@ -86,7 +86,7 @@ class StreamedStep:
             self._lock.release()
             raise
         self.resumed = bool(self._done)
-        self._writers = ThreadPoolExecutor(WRITERS, "write")
+        self._writers = ThreadPoolExecutor(THREADS, "write")
 
     def __enter__(self) -> "StreamedStep":
         return self
@@ -304,8 +304,10 @@ class StepReader:
         self.arrays = {name: (tuple(a["shape"]), np.dtype(a["dtype"])) for name, a in described.items()}
         self._folder = path / files.ARRAYS
         self._is_database = (self._folder / "manifest.ocdbt").exists()
-        limit = cache_bytes if self._is_database else 0
-        self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": limit}})
+        few = {"limit": THREADS}  # chunks read at a time; by default as many as there are cores
+        cache = {"total_bytes_limit": cache_bytes if self._is_database else 0}
+        limits = {"cache_pool": cache, "file_io_concurrency": few, "data_copy_concurrency": few}
+        self._context = tensorstore.Context(limits)
         self._opened = {}
 
     def __call__(self, name: str, index: Index = ()) -> np.ndarray:
