@@ -1,7 +1,7 @@
 """DeepSeek in JAX and Flax, from the papers.
 
-``build(config)`` and ``load(directory)`` give a language model in one line, ``save_pretrained(model, directory)`` writes
-one as others read it; behind them stand the rooms:
+``build(config)`` and ``load(directory)`` give a language model in one line, ``save_pretrained(model, directory)`` makes
+it one that others read; behind them stand the rooms:
 
     models      one file a family (V1, MoE, V2, V3), in the paper's order
     layers      the parts: norm, rotary positions, latent attention, router, experts, multi-token prediction

@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 
 from deepseek_jax.compat import quick_compile
 from deepseek_jax.convert import hf
+from deepseek_jax.convert.place import place
 from deepseek_jax.data.tokenizer import Tokenizer, open_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import Execution, Tree, bind, split
@@ -250,7 +251,7 @@ def _load_published(directory: Path) -> tuple[ConfigDict, Tree]:
     source = hf.Source(published, abstract_weights(config))
     _check_memory(config.name, source.abstract)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return config, hf.place(source, jax.tree.map(lambda x: x.update(sharding=here), source.abstract))
+    return config, place(source, jax.tree.map(lambda x: x.update(sharding=here), source.abstract))
 
 
 def read_weights(path: str | os.PathLike, target: Tree) -> tuple[ConfigDict, Tree]:
@@ -269,7 +270,7 @@ def read_weights(path: str | os.PathLike, target: Tree) -> tuple[ConfigDict, Tre
     if is_published(path):
         directory = Path(path).expanduser()
         published = hf.open_published(directory)
-        return published_config(published, directory.resolve()), hf.place(hf.Source(published, target), target)
+        return published_config(published, directory.resolve()), place(hf.Source(published, target), target)
     with Checkpointer(checkpoint_directory(path), read_only=True) as checkpoints:
         config = saved_config(checkpoints)
         _, stored, _ = checkpoints.restore(target, keys=WEIGHTS, dtypes_as_saved=True)

@@ -4,7 +4,7 @@
     published.family, published.numbers                 what `config.family` and `config.model` are to be
     source = Source(published, shapes)                  shapes: {"params", "router_bias"} of that model
     source.abstract                                     the tree that comes of it: shapes, and dtypes as stored
-    tree = place(source, target)                        target: `source.abstract` with shardings
+    place.place(source, target)                         that tree on devices; target: `source.abstract` with shardings
 
 Reading.  A piece is one tensor of the release, in our axes: a layer of a stack, an expert of a layer, or a whole
 weight.  Pieces come in a fixed order, each tensor is read once and let go before the next, so that host memory holds
@@ -138,7 +138,7 @@ class Source:
                 dtypes[path] = np.dtype(jnp.promote_types(dtypes.get(path, dtype), dtype))
         self._dtypes = dtypes
         self.n_bytes = sum(self._files.info(stored).nbytes for _, stored in self._tensors)
-        self.abstract = _map(shapes, lambda path, x: jax.ShapeDtypeStruct(x.shape, dtypes[path]))
+        self.abstract = map_leaves(shapes, lambda path, x: jax.ShapeDtypeStruct(x.shape, dtypes[path]))
 
     def pieces(self, skip: Callable[[names.Path, names.Index], bool] | None = None) -> Iterator[Piece]:
         """All pieces in their fixed order; a tensor is not read if `skip(path, index)` holds for all pieces of it."""
@@ -208,81 +208,16 @@ def _difference(missing: list[str], unexpected: list[str], wrong: list[str]) -> 
     return f"{'; '.join(said)}. The files do not hold the model of their {CONFIG}."
 
 
-def place(source: Source, target: dict, report: Callable[[Piece], None] | None = None) -> dict:
-    """Reads weights straight onto the devices where they are to live.
-
-    Each device's part of a weight is filled piece by piece, in place; the host holds one tensor at a time.  In a run of
-    several processes each reads what its own devices need.
-
-    Args:
-        source: of the weights.
-        target: a tree like `source.abstract` whose leaves have a `sharding`; where their dtype differs, it is cast.
-        report: told of each piece when it is on its way, for a progress bar.
-
-    Returns:
-        The tree of arrays.
-    """
-    targets = dict(leaves(target))
-    regions = {
-        path: {
-            device: tuple(slice(*s.indices(n)[:2]) for s, n in zip(region, leaf.shape, strict=True))
-            for device, region in leaf.sharding.addressable_devices_indices_map(leaf.shape).items()
-        }
-        for path, leaf in targets.items()
-    }
-
-    def is_elsewhere(path: names.Path, index: names.Index) -> bool:
-        return not any(_holds(region, index) for region in regions[path].values())
-
-    buffers: dict[names.Path, dict] = {path: {} for path in targets}
-    in_flight: list[jax.Array] = []
-    for piece in source.pieces(skip=is_elsewhere):
-        path, index = piece.path, piece.index
-        values = piece.array.astype(targets[path].dtype, copy=False)
-        jax.block_until_ready(in_flight)
-        in_flight = []
-        for device, region in regions[path].items():
-            if _holds(region, index):
-                part = values[region[len(index) :]][(None,) * len(index)]
-                shape = tuple(s.stop - s.start for s in region)
-                start = [i - s.start for i, s in zip(index, region, strict=False)] + [0] * (len(shape) - len(index))
-                on_device = jax.device_put(part, device, may_alias=False)
-                if part.shape != shape:
-                    if device not in buffers[path]:
-                        buffers[path][device] = jnp.zeros(shape, part.dtype, device=device)
-                    on_device = _filled_in(buffers[path][device], on_device, np.asarray(start, np.int32))
-                buffers[path][device] = on_device
-                in_flight.append(on_device)
-        if report:
-            report(piece)
-        del piece, values, part
-    return _map(
-        target,
-        lambda path, leaf: jax.make_array_from_single_device_arrays(
-            leaf.shape, leaf.sharding, list(buffers[path].values()), dtype=leaf.dtype
-        ),
-    )
-
-
-def _holds(region: tuple[slice, ...], index: names.Index) -> bool:
-    """Whether a device's region of a weight has something of the piece at `index`."""
-    return all(s.start <= i < s.stop for i, s in zip(index, region, strict=False))
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _filled_in(buffer: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice(buffer, part, tuple(start))
-
-
 def leaves(tree: dict, path: names.Path = ()) -> Iterator[tuple[names.Path, Any]]:
     """The (path, leaf) pairs of a nested dict."""
     for key, sub in tree.items():
         yield from leaves(sub, (*path, key)) if isinstance(sub, dict) else [((*path, key), sub)]
 
 
-def _map(tree: dict, function: Callable[[names.Path, Any], Any], path: names.Path = ()) -> dict:
+def map_leaves(tree: dict, function: Callable[[names.Path, Any], Any], path: names.Path = ()) -> dict:
+    """A tree like `tree` with `function(path, leaf)` for each leaf."""
     return {
-        key: _map(sub, function, (*path, key)) if isinstance(sub, dict) else function((*path, key), sub)
+        key: map_leaves(sub, function, (*path, key)) if isinstance(sub, dict) else function((*path, key), sub)
         for key, sub in tree.items()
     }
 

@@ -191,9 +191,8 @@ class Checkpointer:
         manifest, meta = files.read_manifest(path, step), _read_meta(path)
         saved = {name: a for name, a in manifest["arrays"].items() if keys is None or name.split("/")[0] in keys}
         if dtypes_as_saved:
-            wanted = {
-                name: leaf.update(dtype=saved[name]["dtype"]) if name in saved else leaf for name, leaf in wanted.items()
-            }
+            stored = {name: leaf.update(dtype=saved[name]["dtype"]) for name, leaf in wanted.items() if name in saved}
+            wanted |= stored
         tree.compare(f"step {step} of {self.directory}", saved, wanted)
         arrays = tree.read_arrays(path / files.ARRAYS, tree.with_shardings(wanted)) if wanted else {}
         if keys is None:

@@ -17,6 +17,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from deepseek_jax.convert import hf, names, safetensors
+from deepseek_jax.convert.place import place
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import logical_axes, split
 from deepseek_jax.models import family
@@ -125,7 +126,7 @@ def test_placed_on_eight_devices_is_placed_whole(rules):
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), source.abstract, shardings
     )
     done = []
-    placed = hf.place(source, target, report=lambda piece: done.append(piece.n_bytes_read))
+    placed = place(source, target, report=lambda piece: done.append(piece.n_bytes_read))
     assert done == sorted(done) and done[-1] == source.n_bytes
     assert jax.tree.map(lambda x: x.sharding, placed) == shardings
     assert all(jax.tree.leaves(jax.tree.map(same_bits, placed, host_tree(source))))
@@ -141,7 +142,7 @@ def test_placing_casts_where_asked():
     _, source = source_at(GOLDEN / "llm")
     here = jax.sharding.SingleDeviceSharding(jax.devices()[3])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=here), source.abstract)
-    placed = hf.place(source, target)
+    placed = place(source, target)
     wanted = jax.tree.map(lambda x: x.astype(np.float32), host_tree(source))
     assert all(jax.tree.leaves(jax.tree.map(same_bits, placed, wanted)))
     assert {leaf.sharding for leaf in jax.tree.leaves(placed)} == {here}
@@ -186,20 +187,21 @@ def wide(tmp_path_factory) -> Path:
     return directory / "model"
 
 
-def test_the_host_holds_one_tensor_at_a_time(wide):
+def test_the_host_holds_one_tensor_at_a_time(wide, monkeypatch):
     published, source = source_at(wide)
     largest = max(math.prod(published.tensors.info(name).shape) * 4 for name in published.tensors.names())
     assert source.n_bytes > 14 * largest
-    for piece in source.pieces():  # what Python learns on the way
-        del piece
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda x: x.update(sharding=here), source.abstract)
+    monkeypatch.setattr("deepseek_jax.convert.place.BLOCK_BYTES", largest // 4)
+    place(source, target)  # what Python and JAX learn on the way
     gc.collect()
     tracemalloc.start()
     for piece in source.pieces():
         del piece
     assert tracemalloc.get_traced_memory()[1] < 1.2 * largest
     tracemalloc.reset_peak()
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    hf.place(source, jax.tree.map(lambda x: x.update(sharding=here), source.abstract))
+    place(source, target)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 3.2 * largest  # one being read while another is on its way, and a contiguous copy of a transposed one

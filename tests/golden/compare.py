@@ -14,6 +14,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from deepseek_jax.convert import hf, names
+from deepseek_jax.convert.place import place
 from deepseek_jax.layers.base import bind, split
 from deepseek_jax.models import family
 
@@ -40,7 +41,7 @@ def load(directory: Path, published: hf.Published | None = None) -> Model:
     source = hf.Source(published, shapes)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=here), source.abstract)
-    return Model(published, source, definition, hf.place(source, target))
+    return Model(published, source, definition, place(source, target))
 
 
 def abstract(name: str, numbers: dict) -> tuple[nnx.GraphDef, dict]:

@@ -1,0 +1,109 @@
+"""Weights straight from files to the devices where they are to live.
+
+Every device's part of a weight is a buffer on that device, filled in place.  A tensor is read once, goes to all devices
+that need some of it, and is let go; it travels some rows at a time, as it lies in memory, and is transposed and cast on
+the device.  So the host holds one tensor and a few blocks, whatever the size of the model.
+"""
+
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.convert import names
+from deepseek_jax.convert.hf import Piece, Source, leaves, map_leaves
+
+BLOCK_BYTES = 2**26  # of a tensor that travel at a time
+
+Region = tuple[slice, ...]  # a device's part of a weight
+
+
+def place(source: Source, target: dict, report: Callable[[Piece], None] | None = None) -> dict:
+    """Reads weights onto devices; in a run of several processes each reads what its own devices need.
+
+    Args:
+        source: of the weights.
+        target: a tree like `source.abstract` whose leaves have a `sharding`; where their dtype differs, it is cast.
+        report: told of each piece when it is on its way, for a progress bar.
+
+    Returns:
+        The tree of arrays.
+
+    Raises:
+        UserError: files that are damaged.
+    """
+    targets = dict(leaves(target))
+    regions = {path: _regions(leaf) for path, leaf in targets.items()}
+    buffers = {
+        path: {device: jnp.zeros(_shape(region), targets[path].dtype, device=device) for device, region in here.items()}
+        for path, here in regions.items()
+    }
+    under_way: deque[jax.Array] = deque()
+
+    def is_elsewhere(path: names.Path, index: names.Index) -> bool:
+        return not any(_holds(region, index) for region in regions[path].values())
+
+    def send(piece: Piece, device: jax.Device, region: Region) -> None:
+        layer = [i - s.start for i, s in zip(piece.index, region, strict=False)]
+        for rows, axes, start in _blocks(piece.array[region[len(layer) :]]):
+            sent = jax.device_put(rows, device, may_alias=False)
+            at = np.asarray([*layer, *start], np.int32)
+            buffers[piece.path][device] = _filled_in(buffers[piece.path][device], sent, at, axes)
+            under_way.append(sent)
+            while sum(block.nbytes for block in under_way) > 2 * BLOCK_BYTES:
+                under_way.popleft().block_until_ready()
+
+    for piece in source.pieces(skip=is_elsewhere):
+        for device, region in regions[piece.path].items():
+            if _holds(region, piece.index):
+                send(piece, device, region)
+        if report:
+            report(piece)
+        del piece  # before the next is read
+
+    def whole(path: names.Path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        parts = list(buffers.pop(path).values())
+        return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts, dtype=leaf.dtype)
+
+    return map_leaves(target, whole)
+
+
+def _regions(leaf: jax.ShapeDtypeStruct) -> dict[jax.Device, Region]:
+    """What each device of this process holds of a weight."""
+    held = leaf.sharding.addressable_devices_indices_map(leaf.shape)
+    return {
+        device: tuple(slice(*s.indices(n)[:2]) for s, n in zip(region, leaf.shape, strict=True))
+        for device, region in held.items()
+    }
+
+
+def _shape(region: Region) -> tuple[int, ...]:
+    return tuple(s.stop - s.start for s in region)
+
+
+def _holds(region: Region, index: names.Index) -> bool:
+    """Whether a device's region of a weight has something of the piece at `index`."""
+    return all(s.start <= i < s.stop for i, s in zip(index, region, strict=False))
+
+
+def _blocks(part: np.ndarray) -> Iterator[tuple[np.ndarray, tuple[int, ...], tuple[int, ...]]]:
+    """A part in blocks contiguous in memory: (block, axes that turn it back to the part's, where it begins)."""
+    order = tuple(sorted(range(part.ndim), key=lambda axis: -part.strides[axis]))
+    axes = tuple(order.index(axis) for axis in range(part.ndim))
+    as_it_lies = part.transpose(order)
+    row_bytes = as_it_lies[:1].nbytes
+    n_rows = max(1, BLOCK_BYTES // max(row_bytes, 1))
+    for first in range(0, len(as_it_lies), n_rows):
+        start = [0] * part.ndim
+        start[order[0]] = first
+        yield np.ascontiguousarray(as_it_lies[first : first + n_rows]), axes, tuple(start)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="axes")
+def _filled_in(buffer: jax.Array, rows: jax.Array, at: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """`buffer` with a block in its place; the axes of layer and expert, which the block lacks, lead."""
+    block = jnp.transpose(rows, axes).astype(buffer.dtype)
+    return jax.lax.dynamic_update_slice(buffer, block[(None,) * (buffer.ndim - block.ndim)], tuple(at))
