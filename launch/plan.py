@@ -10,8 +10,8 @@
 
 Everything follows from the shapes of the weights and stated formulas (the modules of deepseek_jax.plan say which), and
 every number says what it is: derived, published, given, or fitted (it rests on one calibrated efficiency).  What is not
-given is taken from the published run of that config where one is known: devices, config.mesh.pipe, config.mesh.expert,
---schedule, --recipe, --tokens, --against.  For any other config: as many devices as its mesh says, 1F1B, recipe run.
+given is taken from the published run of that model where one is known: devices, config.mesh.pipe, config.mesh.expert,
+--schedule, --recipe, --tokens, --against.  For any other model: as many devices as its mesh says, 1F1B, recipe run.
 A published step time joins the table if the plan is that of the published run.
 
 Recipes: run is what deepseek-jax train does (float32 weights; config.precision, config.train.remat); bf16 keeps
@@ -51,16 +51,16 @@ def main(argv: list[str]) -> int:
     for name in ("devices", "efficiency", "step_time_s", "tokens", "price"):
         if not 0 <= vars(options)[name] < float("inf"):
             raise UserError(f"--{name.replace('_', '-')}={vars(options)[name]}: wanted a number of 0 or more.")
-    from deepseek_jax.plan import report
+    from deepseek_jax.plan import figures, report
 
-    subject = subject_of(config)
+    subject = subject_of(config, is_whole=not any(key.startswith("model.") for key in options.overrides))
     job = job_of(config, options, subject)
     question = question_of(config, options, subject, job)
     sections = report.report(subject, job, question)
     if options.picture:
         draw(job, report.memory_of(job, question), config.name, Path(options.picture).expanduser())
     if options.json:
-        print(json.dumps(header(config, options, job) | report.as_json(sections), indent=2))
+        print(json.dumps(header(config, options, job) | figures.as_json(sections), indent=2))
     else:
         show(title(config, options, job), sections)
         if options.picture:
@@ -68,8 +68,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def subject_of(config: ConfigDict):
-    """The network of a config and what is known of it."""
+def subject_of(config: ConfigDict, *, is_whole: bool = True):
+    """The network of a config and what is known of it; nothing was published of one whose model was changed."""
     from deepseek_jax.models import family
     from deepseek_jax.plan.counts import count
     from deepseek_jax.plan.network import cache_bytes_per_token, describe
@@ -78,7 +78,7 @@ def subject_of(config: ConfigDict):
     module = family(config.family)
     sizes = module.Config.from_config(config.model)
     network = describe(module, sizes)
-    run = RUNS.get(config.name)
+    run = RUNS.get(config.name) if is_whole else None
     return Subject(config.name, network, count(network), cache_bytes_per_token(module, sizes), run)
 
 
@@ -125,7 +125,8 @@ def question_of(config: ConfigDict, options, subject, job):
     """What is asked about the job."""
     from deepseek_jax.models import family
     from deepseek_jax.plan.activations import kept
-    from deepseek_jax.plan.report import GIVEN, PUBLISHED, Question
+    from deepseek_jax.plan.figures import GIVEN, PUBLISHED
+    from deepseek_jax.plan.report import Question
     from deepseek_jax.plan.step_time import EFFICIENCY
 
     job.parts  # noqa: B018  what does not divide is refused before anything is traced
@@ -188,8 +189,9 @@ def show(line: str, sections) -> None:
         print()
         inspect.print_table(head, rows, right=tuple(names))
     print(
-        "\nderived: from shapes, stated formulas and the chip's data sheet.  published, given: copied.  fitted: rests\n"
-        "on one efficiency, calibrated with V3's published step on H800 and carried over, unverified, to all else."
+        "\nderived: from shapes, stated formulas and the chip's data sheet; derived/published: and from a published\n"
+        "number.  published, given: copied.  fitted: rests on one efficiency, calibrated with V3's published step on H800 and\n"
+        "carried over, unverified, to all else."
     )
 
 
@@ -199,7 +201,7 @@ def draw(job, ranks: list[dict[str, float]], name: str, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError('--picture needs matplotlib. Install it: pip install "deepseek_jax[notebooks]"') from None
-    from deepseek_jax.plan.report import GIB
+    from deepseek_jax.plan.figures import GIB
 
     figure = Figure(figsize=(max(5.0, 2.5 + 0.45 * len(ranks)), 4.5), layout="constrained")
     axes = figure.subplots()

@@ -16,6 +16,7 @@ Norms, up-projections and SwiGLU's output are made again.  V3: 159 kB a token an
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import NamedTuple
 
@@ -36,10 +37,17 @@ E5M6, FP8, BF16, FLOAT32 = 1.5, 1.0, 2.0, 4.0
 
 
 class Kept(NamedTuple):
-    """Bytes that one layer keeps: of each sequence, and once (its weights in the compute dtype, where those are)."""
+    """Bytes that one layer needs, of each sequence and once (its weights in the compute dtype, where those are kept).
+
+    Attributes:
+        per_sequence, per_layer: from its forward to its backward pass.
+        work_per_sequence, work_per_layer: besides, while its backward pass runs.
+    """
 
     per_sequence: float
     per_layer: float
+    work_per_sequence: float = 0.0
+    work_per_layer: float = 0.0
 
 
 def kept(
@@ -47,12 +55,11 @@ def kept(
 ) -> dict[str, Kept]:
     """What a layer of each stack keeps on one device."""
     if recipe.remat == V3_POLICY:
-        return {name: Kept(layout.seq_len * v3_bytes(network, name), 0.0) for name in network.stacks}
+        return {name: _published(network, name, layout.seq_len) for name in network.stacks}
     mesh = AbstractMesh((layout.data, layout.expert), ("data", "expert"))
     dtype = jnp.float32 if recipe.activations == FLOAT32 else jnp.bfloat16
-    run = Execution(
-        compute=dtype, remat=recipe.remat, expert_axis=expert_axis(rules, mesh), unshard=unsharder(rules, mesh)
-    )
+    axis, unshard = expert_axis(rules, mesh), unsharder(rules, mesh)
+    run = Execution(compute=dtype, remat=recipe.remat, expert_axis=axis, unshard=unshard)
     model = abstract_model(family, sizes, run)
     return {name: traced(model, name, run, layout.seq_len, rules, mesh) for name in network.stacks}
 
@@ -60,9 +67,18 @@ def kept(
 def traced(
     model: nnx.Module, stack: str, run: Execution, seq_len: int, rules: Mapping[str, str], mesh: AbstractMesh
 ) -> Kept:
-    """What a layer of our own code keeps, from its derivative on shapes: one sequence and two tell the two numbers."""
-    one, two = (residual_bytes(model, stack, run, (n, seq_len), rules, mesh) for n in (1, 2))
-    return Kept(two - one, 2 * one - two)
+    """What a layer of our own code keeps, from its derivative on shapes: one sequence and two tell the two numbers.
+
+    Its backward pass makes again what policy "none" would have kept, and gradients that are taken to be as large.
+    """
+
+    def two_numbers(run: Execution) -> tuple[int, int]:
+        one, two = (residual_bytes(model, stack, run, (n, seq_len), rules, mesh) for n in (1, 2))
+        return two - one, 2 * one - two
+
+    mine = two_numbers(run)
+    everything = mine if run.remat == "none" else two_numbers(replace(run, remat="none"))
+    return Kept(*mine, 2 * everything[0] - mine[0], everything[1] - mine[1])
 
 
 def residual_bytes(
@@ -116,8 +132,13 @@ def v3_bytes(network: Network, stack: str) -> float:
     return total
 
 
+def _published(network: Network, stack: str, seq_len: int) -> Kept:
+    """V3's rule; while a layer's backward pass runs, the outputs of its matmuls are there in bfloat16."""
+    return Kept(seq_len * v3_bytes(network, stack), 0.0, seq_len * BF16 * matmul_outputs(network, stack), 0.0)
+
+
 def matmul_outputs(network: Network, stack: str) -> int:
-    """Numbers that the matmuls of one layer of `stack` make of a token: what is there while a layer is recomputed."""
+    """Numbers that the matmuls of one layer of `stack` make of a token."""
     return sum(network.copies(w) * w.widths[1] for w in network.of(stack) if w.is_matrix)
 
 

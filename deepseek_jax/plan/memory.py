@@ -7,22 +7,31 @@
 | optimiser | as the recipe says, cut further over all replicas (ZeRO-1), the second copy being one |
 | activations | `activations.kept` of each layer, times sequences, times micro-batches in flight |
 | kept once | what it keeps whatever the batch: under policy none its weights in the compute dtype |
-| layer being recomputed | outputs of the matmuls of the widest layer |
+| layer at work | what the backward pass of the widest layer makes again, and its gradients (`activations.Kept`) |
 | logits | 8 V a token of the chunk in which the loss is computed: float32, and their gradient |
 | exchange buffers | copies of the tokens on their way to experts and back; twice where passes overlap |
 
 Not counted: what the compiler and the communication library take for themselves, and fragmentation.
+
+Against runs: V3's widths, 3 layers, 32 experts, recipe run on one H200, peak GiB as JAX tells it.
+
+| policy, sequences | here | measured |
+| --- | --- | --- |
+| none, 1 | 78.1 | 73.5 |
+| block, 2 | 74.9 | 69.3 |
+| dots, 4 | 98.0 | 98.8 |
 """
 
 from collections.abc import Mapping
 
-from deepseek_jax.plan.activations import Kept, matmul_outputs
+from deepseek_jax.plan.activations import Kept
 from deepseek_jax.plan.job import Job
 from deepseek_jax.plan.layout import Stage
 from deepseek_jax.plan.network import HEAD
+from deepseek_jax.plan.recipes import V3_POLICY
 
 PARTS = ("weights", "gradients", "pipeline_copy", "optimiser", "activations", "kept_once")
-PARTS += ("layer_being_recomputed", "logits", "exchange_buffers", "router_biases")
+PARTS += ("layer_at_work", "logits", "exchange_buffers", "router_biases")
 LOGITS = 8.0  # bytes: float32 and the same for its gradient
 BIAS = 4.0
 
@@ -47,10 +56,7 @@ def rank_memory(job: Job, rank: int, kept: Mapping[str, Kept], loss_chunk: int) 
         if stage.has_head:
             found["logits"] = LOGITS * min(loss_chunk, layout.tokens) * network.vocab_size
     found["router_biases"] = BIAS * network.router_biases
-    if recipe.remat != "none":
-        names = {name for hold in held for name, _ in layers_of(job, job.stages[hold.stage])}
-        widest = max((matmul_outputs(network, name) for name in names), default=0)
-        found["layer_being_recomputed"] = widest * layout.tokens * recipe.activations
+    found["layer_at_work"] = max(_at_work(job, hold.stage, kept) for hold in held)
     if job.expert_devices > 1:
         rows = layout.tokens * min(network.top_k, job.expert_devices) * recipe.padding
         found["exchange_buffers"] = rows * network.d_model * recipe.exchanged * (2 if job.schedule.overlaps else 1)
@@ -72,6 +78,21 @@ def _states(job: Job, rank: int) -> dict[str, float]:
             found["pipeline_copy" if is_copy else "gradients"] += gradients
             found["optimiser"] += part.optimizer_numbers * recipe.optimizer / job.schedule.copies
     return found
+
+
+def _at_work(job: Job, number: int, kept: Mapping[str, Kept]) -> float:
+    """Bytes that the backward pass of a stage's widest layer needs besides what was kept.
+
+    Our own loop over stacked layers has a layer's gradients beside those of the stack; V3 adds them where they belong.
+    """
+    beside = 0.0 if job.recipe.remat == V3_POLICY else job.recipe.gradients
+
+    def bytes_of(name: str) -> float:
+        layer = sum(p.numbers / p.weight.n_layers for p in job.parts[number] if p.weight.part == name)
+        made = job.layout.sequences * kept[name].work_per_sequence + kept[name].work_per_layer
+        return made + beside * layer
+
+    return max((bytes_of(name) for name, _ in layers_of(job, job.stages[number])), default=0.0)
 
 
 def layers_of(job: Job, stage: Stage) -> list[tuple[str, int]]:

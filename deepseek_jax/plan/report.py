@@ -1,84 +1,24 @@
-"""All figures of a plan, each with its unit, its mark and where it comes from.
-
-| mark | meaning |
-| --- | --- |
-| derived | follows from shapes, stated formulas and the chip's data sheet |
-| published | somebody's measurement or statement, copied |
-| given | a number from the command line or the config |
-| fitted | rests on the one calibrated efficiency (`step_time.EFFICIENCY`) |
-| derived/published, derived/given | computed from a published or given number |
-"""
+"""All that is said of a plan, section by section."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.plan import flops, step_time
+from deepseek_jax.plan import figures, flops, step_time
 from deepseek_jax.plan.activations import Kept
+from deepseek_jax.plan.chips import CHIPS
 from deepseek_jax.plan.cost import TRILLION, Speed, mfu_of_hours, saving
 from deepseek_jax.plan.counts import Counts
+from deepseek_jax.plan.figures import DERIVED, FITTED, GIB, GIGA, GIVEN, PUBLISHED, Column, Figure, Row, Section
 from deepseek_jax.plan.job import Job
 from deepseek_jax.plan.layout import describe_layers
 from deepseek_jax.plan.memory import rank_memory
 from deepseek_jax.plan.network import AHEAD, EMBEDDING, HEAD, Network
 from deepseek_jax.plan.published import Run
 from deepseek_jax.plan.schedules import SCHEDULES, schedule
-from deepseek_jax.plan.traffic import GIGA, rank_traffic
+from deepseek_jax.plan.traffic import rank_traffic
 
-DERIVED, PUBLISHED, GIVEN, FITTED = "derived", "published", "given", "fitted"
-GIB = 2**30
 PUBLISHED_MFU = {"router": False, "ahead": False}  # what the published operations leave out
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One number.
-
-    Attributes:
-        key: its name in JSON, which ends in its unit.
-        value: as JSON holds it.
-        text: as people read it.
-        mark: see above.
-    """
-
-    key: str
-    value: float | int | str | bool | None
-    text: str
-    mark: str
-
-
-@dataclass(frozen=True)
-class Row:
-    """A label, a figure for each column of the section, and a remark."""
-
-    label: str
-    figures: tuple[Figure, ...]
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of figures.
-
-    Attributes:
-        name: as people read it.
-        mark: of its figures; "" where each row has its own.
-        key: where JSON puts them inside their section; "": right there.
-    """
-
-    name: str
-    mark: str = ""
-    key: str = ""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A table."""
-
-    key: str
-    title: str
-    rows: tuple[Row, ...]
-    columns: tuple[Column, ...] = (Column("value"),)
 
 
 @dataclass(frozen=True)
@@ -134,7 +74,7 @@ def report(subject: Subject, job: Job, question: Question) -> list[Section]:
         *([schedules(job, question)] if job.layout.pipe > 1 else []),
         speed(subject, job, question),
     ]
-    sections += [published(subject, job, question)] if subject.run else []
+    sections += [published(subject, question)] if subject.run else []
     sections += [compared(subject, job, question.against)] if question.against else []
     return sections
 
@@ -143,22 +83,26 @@ def parameters(subject: Subject) -> Section:
     """Counts and the size of the cache."""
     c = subject.counts
     rows = [
-        Row("in all", (_count("total_parameters", c.total),), "main model, embedding and head included"),
-        Row("work on a token", (_count("active_parameters", c.active),), "top_k of the routed experts, all the rest"),
+        Row("in all", (figures.count("total_parameters", c.total),), "main model, embedding and head included"),
+        Row(
+            "work on a token",
+            (figures.count("active_parameters", c.active),),
+            "top_k of the routed experts, all the rest",
+        ),
         Row(
             "the same without the embedding",
-            (_count("active_parameters_without_embedding", c.active_without_embedding),),
+            (figures.count("active_parameters_without_embedding", c.active_without_embedding),),
             "the convention of the published numbers",
         ),
-        Row("embedding", (_count("embedding_parameters", c.embedding),), "a table: one row is read for a token"),
-        Row("head", (_count("head_parameters", c.head),)),
+        Row("embedding", (figures.count("embedding_parameters", c.embedding),), "a table: one row is read for a token"),
+        Row("head", (figures.count("head_parameters", c.head),)),
     ]
     if c.experts:
-        rows.append(Row("routed experts", (_count("expert_parameters", c.experts),)))
+        rows.append(Row("routed experts", (figures.count("expert_parameters", c.experts),)))
     if c.ahead_total:
         note = "besides; without the embedding and head it shares"
-        rows.append(Row("multi-token prediction", (_count("mtp_parameters", c.ahead_total),), note))
-        rows.append(Row("  work on a token", (_count("mtp_active_parameters", c.ahead_active),)))
+        rows.append(Row("multi-token prediction", (figures.count("mtp_parameters", c.ahead_total),), note))
+        rows.append(Row("  work on a token", (figures.count("mtp_active_parameters", c.ahead_active),)))
     if c.router_biases:
         text = f"{c.router_biases:,}"
         rows.append(Row("router biases", (Figure("router_biases_count", c.router_biases, text, DERIVED),)))
@@ -173,8 +117,8 @@ def operations(network: Network, job: Job) -> Section:
     full, causal = (flops.forward(network, seq_len, causal=causal) for causal in (False, True))
 
     def both(key: str, label: str, values: Sequence[float], note: str = "") -> Row:
-        figures = (Figure(f"{key}_gflop_per_token", v / GIGA, _metric(v, "FLOP"), DERIVED) for v in values)
-        return Row(label, tuple(figures), note)
+        cells = (Figure(f"{key}_gflop_per_token", v / GIGA, figures.metric(v, "FLOP"), DERIVED) for v in values)
+        return Row(label, tuple(cells), note)
 
     rows = [
         both("forward_blocks", "forward: matrices of the blocks", (full.blocks, causal.blocks), "2 for each number"),
@@ -202,7 +146,7 @@ def operations(network: Network, job: Job) -> Section:
     rows.append(
         Row(
             "recomputed besides",
-            (Figure("recomputed_gflop_per_token", again / GIGA, _metric(again, "FLOP"), DERIVED),) * 2,
+            (Figure("recomputed_gflop_per_token", again / GIGA, figures.metric(again, "FLOP"), DERIVED),) * 2,
             f"policy {job.recipe.remat}; part of no MFU",
         )
     )
@@ -218,15 +162,15 @@ def layout(job: Job) -> Section:
     """How devices, sequences and layers are divided."""
     at = job.layout
     rows = [
-        Row("devices", (_plain("devices_count", at.devices, mark=GIVEN),), _mesh_text(job)),
+        Row("devices", (figures.plain("devices_count", at.devices, mark=GIVEN),), _mesh_text(job)),
         Row(
             "tokens a step",
-            (_plain("tokens_per_step_count", at.tokens_per_step),),
+            (figures.plain("tokens_per_step_count", at.tokens_per_step),),
             f"{at.batch:,} sequences of {at.seq_len:,}",
         ),
         Row(
             "micro-batches of each pipeline",
-            (_plain("micro_batches_count", at.micro_batches),),
+            (figures.plain("micro_batches_count", at.micro_batches),),
             f"of {at.sequences} x {at.seq_len:,} tokens on a device",
         ),
     ]
@@ -246,18 +190,29 @@ def memory(job: Job, ranks: Sequence[Mapping[str, float]]) -> Section:
     fullest = totals.index(max(totals))
     parts, total, capacity = ranks[fullest], totals[fullest], job.chip.memory * GIB
     notes = _memory_notes(job)
-    rows = [Row(name.replace("_", " "), (_gib(name, n_bytes),), notes.get(name, "")) for name, n_bytes in parts.items()]
+    rows = [
+        Row(name.replace("_", " "), (figures.gib(name, n_bytes),), notes.get(name, ""))
+        for name, n_bytes in parts.items()
+    ]
     where = "every device" if len(set(totals)) == 1 else f"rank {fullest}: {_holds(job, fullest)}"
-    rows.append(Row("in all, on the fullest device", (_gib("total", total),), where))
+    rows.append(Row("in all, on the fullest device", (figures.gib("total", total),), where))
     if len(ranks) > 1:
-        rows.append(Row("on the emptiest", (_gib("emptiest_total", min(totals)),), f"rank {totals.index(min(totals))}"))
-    rows.append(Row(f"memory of {job.chip.name}", (_gib("chip_memory", capacity, PUBLISHED),)))
+        rows.append(
+            Row("on the emptiest", (figures.gib("emptiest_total", min(totals)),), f"rank {totals.index(min(totals))}")
+        )
+    rows.append(Row(f"memory of {job.chip.name}", (figures.gib("chip_memory", capacity, PUBLISHED),)))
     largest = max(parts, key=parts.get)
     fits, left = total <= capacity, capacity - total
     share = f"largest part: {largest.replace('_', ' ')}, {parts[largest] / total:.0%}"
     rows.append(Row("does it fit?", (Figure("fits", fits, "yes" if fits else "NO", DERIVED),), share))
     note = "for compiler, runtime and communication: not counted here" if fits else "too much"
-    rows.append(Row("  left" if fits else "  short of", (replace(_gib("left", left), text=_binary(abs(left))),), note))
+    rows.append(
+        Row(
+            "  left" if fits else "  short of",
+            (replace(figures.gib("left", left), text=figures.binary(abs(left))),),
+            note,
+        )
+    )
     return Section("memory", "memory of a device", tuple(rows))
 
 
@@ -276,12 +231,12 @@ def traffic(job: Job) -> Section:
         if not sent.total:
             continue
         seconds = sent.seconds(job.chip)
-        figures = (
-            Figure(f"{name}_network_gb", sent.network / GIGA, _metric(sent.network, "B"), DERIVED),
-            Figure(f"{name}_fast_gb", sent.fast / GIGA, _metric(sent.fast, "B"), DERIVED),
-            Figure(f"{name}_s", seconds, _seconds(seconds), DERIVED),
+        cells = (
+            Figure(f"{name}_network_gb", sent.network / GIGA, figures.metric(sent.network, "B"), DERIVED),
+            Figure(f"{name}_fast_gb", sent.fast / GIGA, figures.metric(sent.fast, "B"), DERIVED),
+            Figure(f"{name}_s", seconds, figures.seconds(seconds), DERIVED),
         )
-        rows.append(Row(labels[name], figures, notes[name]))
+        rows.append(Row(labels[name], cells, notes[name]))
     if not rows:
         none = Figure("total_gb", 0.0, "none", DERIVED)
         rows = [Row("sent", (none, none, replace(none, key="total_s")), "one device")]
@@ -304,15 +259,15 @@ def schedules(job: Job, question: Question) -> Section:
         roofline, calibrated = step_time.step(other), step_time.step(other, question.efficiency)
         largest = max(sum(parts.values()) for parts in memory_of(other, question))
         values = (
-            (roofline.bubble, _seconds(roofline.bubble), DERIVED),
-            (calibrated.bubble, _seconds(calibrated.bubble), FITTED),
+            (roofline.bubble, figures.seconds(roofline.bubble), DERIVED),
+            (calibrated.bubble, figures.seconds(calibrated.bubble), FITTED),
             (100 * calibrated.bubble / calibrated.total, f"{calibrated.bubble / calibrated.total:.1%}", FITTED),
-            (calibrated.total, _seconds(calibrated.total), FITTED),
-            (largest / GIB, _binary(largest), DERIVED),
+            (calibrated.total, figures.seconds(calibrated.total), FITTED),
+            (largest / GIB, figures.binary(largest), DERIVED),
         )
         keyed = zip(_SCHEDULE_KEYS, values, strict=True)
-        figures = tuple(Figure(f"{name}_{key}", *value) for key, value in keyed)
-        rows.append(Row(found.title + mine, figures, f"{found.formula}, PP = {stages}"))
+        cells = tuple(Figure(f"{name}_{key}", *value) for key, value in keyed)
+        rows.append(Row(found.title + mine, cells, f"{found.formula}, PP = {stages}"))
     names = ("bubble, roofline", "calibrated", "of the step", "step", "memory")
     columns = tuple(Column(name, FITTED if 0 < i < 4 else DERIVED) for i, name in enumerate(names))
     return Section("schedules", "pipeline schedules", tuple(rows), columns)
@@ -344,23 +299,30 @@ def speed(subject: Subject, job: Job, question: Question) -> Section:
     above = "; FP8 may exceed it" if job.recipe.fp8 and job.chip.fp8 > job.chip.bf16 else ""
     peak = f"of {job.chip.bf16:,.0f} TFLOP/s in bfloat16{above}"
     overlap = "hidden under arithmetic if it can be" if job.schedule.overlaps else "not hidden by this schedule"
-    whole = row("step_s", "step", totals, _seconds)
+    slowest = "of the slowest device" + ("; float32 at bfloat16's rate" if job.recipe.activations == 4 else "")
+    whole = row("step_s", "step", totals, figures.seconds)
     if question.step_s is not None:  # not computed from what was measured, but that itself
         measured = replace(whole.figures[-1], mark=question.step_mark)
         whole = replace(whole, figures=(*whole.figures[:-1], measured), note=f"the last one {question.step_mark}")
     rows = [
-        row("compute_s", "arithmetic", [s.compute for s in steps], _seconds, "of the slowest device"),
-        row("exchange_s", "all-to-all, exposed", [s.exchange for s in steps], _seconds, overlap),
-        row("bubble_s", "bubble", [s.bubble for s in steps], _seconds, job.schedule.formula),
-        row("reduce_s", "ZeRO-1 and FSDP", [s.reduce for s in steps], _seconds, "not hidden"),
-        row("optimizer_s", "optimiser", [s.optimizer for s in steps], _seconds, "its state through the memory"),
+        row("compute_s", "arithmetic", [s.compute for s in steps], figures.seconds, slowest),
+        row("exchange_s", "all-to-all, exposed", [s.exchange for s in steps], figures.seconds, overlap),
+        row("bubble_s", "bubble", [s.bubble for s in steps], figures.seconds, job.schedule.formula),
+        row("reduce_s", "ZeRO-1 and FSDP", [s.reduce for s in steps], figures.seconds, "not hidden"),
+        row("optimizer_s", "optimiser", [s.optimizer for s in steps], figures.seconds, "its state through the memory"),
         whole,
-        row("mfu_percent", "MFU, attention in full", [100 * s.mfu(full, job.chip) for s in speeds], _percent, peak),
-        row("mfu_causal_percent", "MFU, causal", [100 * s.mfu(causal, job.chip) for s in speeds], _percent),
+        row(
+            "mfu_percent",
+            "MFU, attention in full",
+            [100 * s.mfu(full, job.chip) for s in speeds],
+            figures.percent,
+            peak,
+        ),
+        row("mfu_causal_percent", "MFU, causal", [100 * s.mfu(causal, job.chip) for s in speeds], figures.percent),
     ]
     if log != causal:
         with_all = [100 * s.mfu(log, job.chip) for s in speeds]
-        rows.append(row("mfu_log_percent", "MFU, as a training log", with_all, _percent, "causal, all included"))
+        rows.append(row("mfu_log_percent", "MFU, as a training log", with_all, figures.percent, "causal, all included"))
     each = [s.flops_per_device(causal) / step_time.TERA for s in speeds]
     rows += [
         row("tflops_per_device", "a device does, causal", each, "{:,.1f} TFLOP/s".format),
@@ -375,12 +337,18 @@ def speed(subject: Subject, job: Job, question: Question) -> Section:
         rows += [
             row("run_hours_h", f"GPU hours for {run}", hours, "{:,.0f} h".format, mark),
             row("run_days_d", f"days for {run}", [s.days(question.tokens) for s in speeds], "{:,.1f} d".format),
-            row("run_cost_dollars", f"cost at ${question.dollars:,.2f} an hour", prices, "{:,.0f} $".format),
+            row(
+                "run_cost_dollars",
+                f"cost at ${question.dollars:,.2f} an hour",
+                prices,
+                "{:,.0f} $".format,
+                "price: given",
+            ),
         ]
     return Section("speed", "a step", tuple(rows), tuple(columns))
 
 
-def published(subject: Subject, job: Job, question: Question) -> Section:
+def published(subject: Subject, question: Question) -> Section:
     """What was published of the real run, and sums of it."""
     run, rows = subject.run, []
 
@@ -394,15 +362,20 @@ def published(subject: Subject, job: Job, question: Question) -> Section:
         for label, seconds in run.phases_s:
             said(f"phase_{label.replace(' ', '_')}_s", f"  {label}", seconds, f"{seconds:.2f} s")
     if run.mfu:
-        said("mfu_percent", "MFU, attention in full", 100 * run.mfu, _percent(100 * run.mfu))
-        said("mfu_causal_percent", "MFU, causal", 100 * run.mfu_causal, _percent(100 * run.mfu_causal))
+        said("mfu_percent", "MFU, attention in full", 100 * run.mfu, figures.percent(100 * run.mfu))
+        said("mfu_causal_percent", "MFU, causal", 100 * run.mfu_causal, figures.percent(100 * run.mfu_causal))
     if run.hours_per_trillion:
         hours = run.hours_per_trillion
         said("hours_per_trillion_tokens_h", "GPU hours for 1 T tokens", hours, f"{hours:,.0f} h")
         work = flops.training(subject.network, run.seq_len, causal=True, **PUBLISHED_MFU)
-        used = mfu_of_hours(hours, work, job.chip)
+        used = mfu_of_hours(hours, work, CHIPS[run.chip])
         said(
-            "implied_mfu_causal_percent", "MFU that this implies", 100 * used, _percent(100 * used), "causal", computed
+            "implied_mfu_causal_percent",
+            "MFU that this implies",
+            100 * used,
+            figures.percent(100 * used),
+            "causal",
+            computed,
         )
     for label, hours in run.hours:
         said(f"{label.replace('-', '_').replace(' ', '_')}_h", label, hours, f"{hours:,.0f} h")
@@ -411,7 +384,8 @@ def published(subject: Subject, job: Job, question: Question) -> Section:
         cost = total * question.dollars
         said("total_h", "in all", total, f"{total:,.0f} h", "the sum of these", computed)
         note = f"at ${question.dollars:,.2f} an hour; without research, as there"
-        said("total_cost_dollars", "cost", cost, f"{cost:,.0f} $", note, computed)
+        mark = computed if question.dollars == run.dollars_per_hour else f"{DERIVED}/{GIVEN}"
+        said("total_cost_dollars", "cost", cost, f"{cost:,.0f} $", note, mark)
     rows.append(Row("source", (Figure("source", run.source, "", PUBLISHED),), run.source))
     return Section("published", "published", tuple(rows))
 
@@ -438,59 +412,11 @@ def compared(subject: Subject, job: Job, other: Subject) -> Section:
         computed = f"{DERIVED}/{PUBLISHED}"
         note = "{:,.0f} h against {:,.0f} h for 1 T tokens, two published measurements"
         change("training_hours", "training cost: GPU hours", hours, computed, note)
-        used = [100 * mfu_of_hours(h, w, job.chip) for h, w in zip(hours, work, strict=True)]
+        chips = [CHIPS[s.run.chip] for s in pair]
+        used = [100 * mfu_of_hours(*known) for known in zip(hours, work, chips, strict=True)]
         note = "{:.1f} % against {:.1f} %: hours over operations, so hours fell by less than operations did"
         change("implied_mfu", "MFU that those hours imply", used, computed, note)
     return Section("compared", f"against {other.name}", tuple(rows))
-
-
-def as_json(sections: Sequence[Section]) -> dict:
-    """The figures as nested dicts, numbers by keys that end in their unit, and their marks in the same shape."""
-    found: dict[str, dict] = {}
-    for section in sections:
-        for row in section.rows:
-            for column, figure in zip(section.columns, row.figures, strict=True):
-                for root, value in (("figures", figure.value), ("marks", figure.mark)):
-                    inside = found.setdefault(root, {}).setdefault(section.key, {})
-                    (inside.setdefault(column.key, {}) if column.key else inside)[figure.key] = value
-    return found
-
-
-def _metric(n: float, unit: str) -> str:
-    """A number with its unit, in thousands, millions, …"""
-    for power, letter in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        if n >= 10**power:
-            return f"{n / 10**power:,.1f} {letter}{unit}"
-    return f"{n:,.0f} {unit}"
-
-
-def _binary(n_bytes: float) -> str:
-    """Bytes in a unit that suits them."""
-    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if abs(n_bytes) >= 1024**power:
-            return f"{n_bytes / 1024**power:,.2f} {unit}"
-    return f"{n_bytes:,.0f} B"
-
-
-def _seconds(value: float) -> str:
-    """Seconds, or milliseconds where there are few."""
-    return f"{value:,.3f} s" if value >= 1 or not value else f"{1e3 * value:,.3g} ms"
-
-
-def _percent(value: float) -> str:
-    return f"{value:.2f} %"
-
-
-def _count(key: str, n: int) -> Figure:
-    return Figure(key, n, f"{n / GIGA:,.2f} B" if n >= 1e8 else f"{n / 1e6:,.2f} M", DERIVED)
-
-
-def _plain(key: str, n: int, mark: str = DERIVED) -> Figure:
-    return Figure(key, n, f"{n:,}", mark)
-
-
-def _gib(name: str, n_bytes: float, mark: str = DERIVED) -> Figure:
-    return Figure(f"{name}_gib", n_bytes / GIB, _binary(n_bytes), mark)
 
 
 def _mesh_text(job: Job) -> str:
@@ -519,7 +445,7 @@ def _memory_notes(job: Job) -> dict[str, str]:
         "optimiser": f"{recipe.optimizer:.0f} B a number, cut over the replicas (ZeRO-1)",
         "activations": f"policy {recipe.remat}; rank 0 has {flight} micro-batches in flight",
         "kept_once": "whatever the batch: weights in the compute dtype, masks",
-        "layer_being_recomputed": "matmul outputs of the widest layer",
+        "layer_at_work": "what the widest layer's backward pass makes",
         "logits": "float32, of a chunk, and their gradient",
         "exchange_buffers": "tokens on their way to experts and back",
     }

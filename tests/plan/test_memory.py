@@ -107,3 +107,19 @@ def test_an_expert_axis_that_does_not_divide_is_refused_by_name(job_of):
     wrong = replace(job, layout=replace(job.layout, expert=3))
     with pytest.raises(UserError, match="16 experts over mesh axis 'expert' of size 3: not divisible"):
         _ = wrong.parts
+
+
+@pytest.mark.parametrize(("policy", "batch", "peak_gib"), [("none", 1, 73.5), ("block", 2, 69.3), ("dots", 4, 98.8)])
+def test_what_a_run_on_one_chip_took(policy, batch, peak_gib):
+    """Measured on an H200 (jax 0.11.2): peak_bytes_in_use of a step of `bench train` with these sizes."""
+    from deepseek_jax.launch import plan
+
+    sizes = {"vocab_size": 32_768, "n_layers": 3, "n_dense_layers": 1, "n_experts": 32, "mtp_depth": 0}
+    words = [f"--config.model.{key}={value}" for key, value in sizes.items()]
+    words += [f"--config.train.batch_size={batch}", f"--config.train.remat={policy}"]
+    options = _options.parse(words, "v3_671b", plan.EXTRA, workdir=False)
+    subject = plan.subject_of(options.config, is_whole=False)
+    job = plan.job_of(options.config, options, subject)
+    question = plan.question_of(options.config, options, subject, job)
+    found = rank_memory(job, 0, question.kept, question.loss_chunk)
+    assert sum(found.values()) / 2**30 == pytest.approx(peak_gib, rel=0.1)

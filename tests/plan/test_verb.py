@@ -156,3 +156,15 @@ def test_a_picture_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r"pip install \"deepseek_jax\[notebooks\]\""):
         plan.main([f"--picture={tmp_path / 'memory.png'}"])
+
+
+def test_nothing_is_published_of_a_model_that_was_changed(capsys):
+    found = planned(capsys, "--config.model.n_layers=60", "--recipe=v3", "--config.train.batch_size=1")
+    assert "published" not in found["figures"] and "measured" not in found["figures"]["speed"]
+    assert found["mesh"] == {"pipe": 1, "data": 1, "expert": 1}
+
+
+def test_another_price_is_marked(capsys):
+    found = planned(capsys, "--price=3")
+    assert found["figures"]["published"]["total_cost_dollars"] == 3 * 2_788_000
+    assert found["marks"]["published"]["total_cost_dollars"] == "derived/given"
