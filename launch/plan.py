@@ -190,8 +190,8 @@ def show(line: str, sections) -> None:
         inspect.print_table(head, rows, right=tuple(names))
     print(
         "\nderived: from shapes, stated formulas and the chip's data sheet; derived/published: and from a published\n"
-        "number.  published, given: copied.  fitted: rests on one efficiency, calibrated with V3's published step on H800 and\n"
-        "carried over, unverified, to all else."
+        "number.  published, given: copied.  fitted: rests on one efficiency, calibrated with V3's published step on\n"
+        "H800 and carried over, unverified, to all else."
     )
 
 

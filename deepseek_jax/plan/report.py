@@ -18,6 +18,7 @@ from deepseek_jax.plan.published import Run
 from deepseek_jax.plan.schedules import SCHEDULES, schedule
 from deepseek_jax.plan.traffic import rank_traffic
 
+GROWS_WITH_MICRO_BATCH = ("activations", "layer_at_work", "exchange_buffers")
 PUBLISHED_MFU = {"router": False, "ahead": False}  # what the published operations leave out
 
 
@@ -205,7 +206,8 @@ def memory(job: Job, ranks: Sequence[Mapping[str, float]]) -> Section:
     fits, left = total <= capacity, capacity - total
     share = f"largest part: {largest.replace('_', ' ')}, {parts[largest] / total:.0%}"
     rows.append(Row("does it fit?", (Figure("fits", fits, "yes" if fits else "NO", DERIVED),), share))
-    note = "for compiler, runtime and communication: not counted here" if fits else "too much"
+    grows = "config.train.micro_batches" if largest in GROWS_WITH_MICRO_BATCH else "devices, or a config.sharding rule"
+    note = "for compiler, runtime and communication: not counted here" if fits else f"give more {grows}"
     rows.append(
         Row(
             "  left" if fits else "  short of",

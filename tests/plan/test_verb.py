@@ -112,8 +112,11 @@ def test_a_step_that_was_measured(capsys):
 
 def test_a_plan_that_does_not_fit_says_so(capsys):
     assert plan.main(["--config=llm_67b", "--config.train.batch_size=1"]) == 0
-    answer = line(capsys.readouterr().out, "does it fit?")
-    assert "NO" in answer and "largest part: optimiser" in answer
+    out = capsys.readouterr().out
+    assert "NO" in line(out, "does it fit?") and "largest part: optimiser" in line(out, "does it fit?")
+    assert "give more devices" in line(out, "  short of")
+    assert plan.main(["--config=llm_7b", "--devices=64"]) == 0
+    assert "give more config.train.micro_batches" in line(capsys.readouterr().out, "  short of")
 
 
 def test_other_schedules_stand_beside_the_chosen_one(capsys):
