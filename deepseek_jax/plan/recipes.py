@@ -7,16 +7,17 @@
 | v3 | bfloat16, FP8 of blocks' matrices | float32 | float32 weights, bfloat16 moments | FP8 | norms, up-projections |
 
 `run` is what `deepseek-jax train` does.  `v3` is the report's: sections 3.2.3 (recomputation), 3.3.2 (what stays in
-higher precision) and 3.3.3 (formats of what is kept and sent).
+higher precision) and 3.3.3 (formats of what is kept and sent); that the FP8 weights stay beside the bfloat16 ones is
+assumed, for the report does not say.
 """
 
 from dataclasses import dataclass
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.parallel.alltoall import HEADROOM
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "float32": 4.0, "bfloat16": 2.0}
 FP8 = 1 + 4 / 128  # a number in tiles of 128 with a float32 scale
-HEADROOM = 1.25  # of our exchange buffers over a balanced load (`parallel.alltoall.HEADROOM`)
 INDEX = 8  # bytes of an expert's index and its weight, which we send with a token for each expert it chose
 V3_POLICY = "v3"
 
@@ -72,7 +73,7 @@ def recipe(name: str, *, precision: str, moments_dtype: str, remat: str) -> Reci
         width = BYTES[precision]
         numbers = {"weights": 4.0, "optimizer": moments, "gathered": 4.0, "activations": width}
         sent = {"dispatch": width, "combine": width, "sent_beside": INDEX}
-        choices = {"fp8": False, "remat": remat, "padding": HEADROOM, "backward_exchanges": 2}
+        choices = {"fp8": False, "remat": remat, "padding": HEADROOM[0], "backward_exchanges": 2}
         return Recipe(low_precision_copy=0.0, gradients=4.0, **numbers, **sent, **choices)
     shared = {"weights": 2.0, "gradients": 4.0, "gathered": 2.0, "activations": 2.0, "node_limited": True}
     if name == "bf16":
