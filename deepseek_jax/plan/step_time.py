@@ -5,11 +5,11 @@
     F&B          max(F + B, their exchanges) where the schedule overlaps them, else F + B + exchanges
     step         micro-batches * F&B of the slowest device's stages + bubble + ZeRO-1 and FSDP + optimiser
 
-The roofline has efficiency 1: a bound for this very plan.  The calibrated one divides operations by `EFFICIENCY`, a single
-number fitted to a single measurement, V3's published step; it stands for everything between a peak rate and a real
-matmul (quantising, routing, memory-bound operators, multiprocessors given to communication, imbalance), so it is no
-prediction for V3 itself, and for other chips, models and formats it is carried over, unverified.  Where it was tried it
-was too high: our own step (V3's widths, 3 layers, 32 experts, recipe run, one H200) took 0.32, 0.63 and 1.14 s under
+The roofline has efficiency 1: a bound for this very plan.  The calibrated one divides operations by `EFFICIENCY`, a
+single number fitted to a single measurement, V3's published step; it stands for everything between a peak rate and a
+real matmul (quantising, routing, memory-bound operators, multiprocessors given to communication, imbalance), so it is
+no prediction for V3 itself, and for other chips, models and formats it is carried over, unverified.  Where it was tried
+it was too high: our own step (V3's widths, 3 layers, 32 experts, recipe run, one H200) took 0.32, 0.63 and 1.14 s under
 none, block and dots with 1, 2 and 4 sequences, where it says 0.22, 0.53 and 0.92 s.
 """
 
