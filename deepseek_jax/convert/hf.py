@@ -9,7 +9,7 @@
 Reading.  A piece is one tensor of the release, in our axes: a layer of a stack, an expert of a layer, or a whole
 weight.  Pieces come in a fixed order, each tensor is read once and let go before the next, so that host memory holds
 one tensor at a time whatever the size of the model.  FP8 becomes bfloat16, all else keeps its dtype.  A head that is
-tied to the embedding is read from it and becomes a weight of its own, which exports then hold as well.
+tied to the embedding, and not stored, is read from it and becomes a weight of its own, which exports then hold as well.
 
 Writing.  `write` asks for pieces, turns them to published tensors and streams those to the disk, in bfloat16, in
 float32, in FP8 with blocks of 128 x 128, or as they are.
@@ -128,9 +128,8 @@ class Source:
     def __init__(self, published: Published, shapes: dict, warn: Warn = warn_on_stderr):
         self._files, self._warn = published.tensors, warn
         self._copies = names.copies(shapes)
-        if published.facts.is_tied:
-            self._copies[HEAD] = EMBEDDING
-        self._tensors = self._checked(shapes, published.facts.is_tied)
+        is_tied = published.facts.is_tied and HEAD not in published.tensors  # a head that is stored is the head
+        self._tensors = self._checked(shapes, is_tied)
         dtypes: dict[names.Path, np.dtype] = {}
         for tensor, stored in self._tensors:
             for path, _ in tensor.places:

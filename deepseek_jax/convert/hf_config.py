@@ -93,6 +93,9 @@ KINDS = {
         ("yarn",),
     ),
 }
+ROPE_KEYS = ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "truncate")
+ROPE_KEYS += ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+ROPE_KEYS += ("attention_factor", "partial_rotary_factor")
 GREEDY, GROUPED = "greedy", "group_limited_greedy"  # topk_method of V2: without and with groups
 FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 
@@ -215,7 +218,7 @@ def _experts(hf: Mapping[str, Any], numbers: dict, family: str) -> dict:
         raise _refusal(hf, "n_routed_experts", f"at most {MOST_EXPERTS} in all layers together")
     found = {"route_scale": _number(hf, "routed_scaling_factor", default=1.0)}
     if family == "v2":
-        method = hf.get("topk_method") or GREEDY
+        method = GREEDY if hf.get("topk_method") is None else hf["topk_method"]
         if method not in (GREEDY, GROUPED):
             raise _refusal(hf, "topk_method", f"{GREEDY!r} or {GROUPED!r}")
         groups = {"n_groups": "n_group", "top_groups": "topk_group"}
@@ -236,13 +239,17 @@ def _experts(hf: Mapping[str, Any], numbers: dict, family: str) -> dict:
 def _rope(hf: Mapping[str, Any], known: tuple[str, ...]) -> tuple[float, dict]:
     """(base, numbers of the context extension: those of `Yarn`, of `Llama3`, a factor, or none)."""
     spellings = ("rope_parameters", "rope_scaling")
-    given = {key: hf[key] for key in spellings if hf.get(key)}
+    given = {key: hf[key] for key in spellings if hf.get(key) is not None}
     if not all(isinstance(value, dict) for value in given.values()):
         raise _refusal(hf, next(iter(given)), "an object or null")
     if len(given) > 1:
         raise _refusal(hf, "rope_scaling", "one of rope_parameters and rope_scaling, not both")
     where, rope = next(iter(given.items()), ("", {}))
     where = f"{where}." if where else ""
+    if unknown := [key for key in rope if key not in ROPE_KEYS]:
+        raise UserError(
+            f"config.json: {where}{shown(unknown[0])}: no such key is known. Known are {', '.join(ROPE_KEYS)}."
+        )
     base = _number(rope if "rope_theta" in rope else hf, "rope_theta", default=10_000.0, where=where)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", *known):

@@ -1,1 +1,3 @@
-"""Number formats: which dtype a run computes in (`policy`) and the one matmul every weight goes through (`matmul`)."""
+"""Number formats: what a run computes in (`policy`), the matmul every weight goes through (`matmul`), 8-bit blocks
+(`quantize`).
+"""

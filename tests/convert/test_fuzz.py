@@ -9,7 +9,7 @@ spec = importlib.util.spec_from_file_location("fuzz", Path(__file__).parent / "f
 fuzz = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fuzz)
 
-SEED = 5
+SEED = 4
 NO_HURRY = 60.0  # seconds a case: the script alone measures time, this finds what hangs
 
 

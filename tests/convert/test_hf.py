@@ -216,6 +216,13 @@ def test_a_tied_head_is_the_embedding(copied):
     assert same_bits(tree["params"]["head"]["weight_DV"], tree["params"]["embedding"]["table_VD"].T)
 
 
+def test_a_head_that_is_stored_is_the_head_whatever_the_config_says(copied):
+    spoilt = copied("r1_qwen")
+    spoilt.config["tie_word_embeddings"] = True
+    _, source = source_at(spoilt.save())
+    assert same_bits(host_tree(source)["params"]["head"]["weight_DV"], spoilt.tensors["lm_head.weight"].T)
+
+
 def test_old_files_keep_rotary_frequencies_that_nobody_needs(copied):
     spoilt = copied("llm")
     spoilt.tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
