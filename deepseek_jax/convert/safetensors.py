@@ -72,6 +72,7 @@ MAX_JSON_VALUES = 250_000  # lists, objects and what stands in them: what bounds
 MAX_SHARDS = 10_000
 MAX_RANK = 32
 ALIGNMENT = 64  # bytes; with it JAX can take an array on the CPU without a copy
+COMPARED_BYTES = 1 << 24  # of two tensors at a time
 IO_BYTES = 1 << 30  # one system call moves at most 2 GiB
 OPEN_FILES = 32
 THREADS = min(8, os.cpu_count() or 1)
@@ -170,6 +171,20 @@ class Tensors:
         if place.info.dtype == "BOOL" and buffer.size and buffer.max() > 1:
             raise UserError(f"{self._where(name)}: a BOOL holds a byte other than 0 and 1. The file is damaged.")
         return buffer.view(DTYPES[place.info.dtype]).reshape(place.info.shape)
+
+    def is_same(self, name: str, other: str) -> bool:
+        """Whether two tensors are equal in dtype, shape and every byte; a block of each is held at a time."""
+        one, two = self._place(name), self._place(other)
+        if one.info != two.info:
+            return False
+        for start in range(0, one.info.nbytes, COMPARED_BYTES):
+            n_bytes = min(COMPARED_BYTES, one.info.nbytes - start)
+            blocks = [np.empty(n_bytes, np.uint8) for _ in range(2)]
+            for block, place in zip(blocks, (one, two), strict=True):
+                self._file(place.shard).read_into(block, place.offset + start)
+            if not np.array_equal(*blocks):
+                return False
+        return True
 
     def is_quantized(self, name: str) -> bool:
         """Whether a tensor is one of 8-bit floats, which `read_dequantized` multiplies with its scales."""

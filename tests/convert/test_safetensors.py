@@ -60,6 +60,17 @@ def test_what_is_written_is_read(tmp_path, max_shard_bytes, count):
         assert not array.size or tensors.read(name).ctypes.data % 64 == 0
 
 
+def test_equal_tensors_are_told_from_others(tmp_path, monkeypatch):
+    monkeypatch.setattr("deepseek_jax.convert.safetensors.COMPARED_BYTES", 7)
+    array = np.arange(24, dtype=np.int16).reshape(4, 6)
+    last = array.copy()
+    last[-1, -1] += 1
+    arrays = {"a": array, "b": array.copy(), "last": last, "flat": array.reshape(-1), "other": array.view(np.uint16)}
+    write_directory(tmp_path, entries(arrays), max_shard_bytes=64)
+    tensors = open_directory(tmp_path)
+    assert {name for name in arrays if tensors.is_same("a", name)} == {"a", "b"}
+
+
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 150])
 def test_the_published_library_reads_what_is_written(tmp_path, max_shard_bytes):
     arrays = one_of_each()
