@@ -16,10 +16,10 @@ def get_config() -> ConfigDict:
     config.name = "math_7b"
 
     train = config.train
-    train.steps = 50_080  # 500B tokens
+    train.steps = 50_029  # 500B tokens
     train.batch_size_start = train.batch_size = 2440  # 10M tokens
 
     optimizer = config.optimizer
-    optimizer.constant_steps = 38_064  # to 80 %
-    optimizer.tail_steps = 5_008  # to 90 %
+    optimizer.constant_steps = 38_023  # to 80 %
+    optimizer.tail_steps = 5_003  # to 90 %
     return config

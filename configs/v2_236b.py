@@ -49,10 +49,10 @@ def get_config() -> ConfigDict:
     data.fim_rate = 0.0
 
     train = config.train
-    train.steps = 224_844  # 8.1T tokens
+    train.steps = 221_332  # 8.1T tokens
     train.batch_size_start = 2304
     train.batch_size = 9216
-    train.batch_ramp_steps = 9_537  # 225B tokens
+    train.batch_ramp_steps = 12_716  # 225B tokens
     train.remat = "block"
     train.mtp_weight = train.mtp_weight_final = 0.0
     train.balance_rate = 0.0
@@ -63,9 +63,9 @@ def get_config() -> ConfigDict:
     optimizer = config.optimizer
     optimizer.peak_rate = 2.4e-4
     optimizer.warmup_steps = 2000
-    optimizer.constant_steps = 132_906  # to 60 %
+    optimizer.constant_steps = 133_502  # to 60 %
     optimizer.cosine_steps = 0
     optimizer.tail_rate = 7.584e-5
-    optimizer.tail_steps = 67_453  # to 90 %
+    optimizer.tail_steps = 64_373  # to 90 %
     optimizer.final_rate = 2.4e-5
     return config

@@ -12,6 +12,7 @@ from flax import nnx
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.errors import UserError
 from deepseek_jax.language_model import abstract_module, count_parameters
+from deepseek_jax.launch.train import batch_ramp
 from deepseek_jax.layers.base import bind, logical_axes, split
 from deepseek_jax.layers.router import Balance
 from deepseek_jax.models import FAMILIES, family
@@ -161,6 +162,41 @@ PUBLISHED = {
 def test_the_released_models_have_the_published_number_of_parameters(name):
     _, params, _ = split(abstract_module(config_of(name)))
     assert f"{count_parameters(params)[0] / 1e9:.3f}" == PUBLISHED[name]
+
+
+# Tokens of the published training runs, in 10^12, and after what share of them the learning rate changes.
+RECIPES = {
+    "llm_7b": (2.0, [0.8, 0.9]),
+    "llm_67b": (2.0, [0.8, 0.9]),
+    "math_7b": (0.5, [0.8, 0.9]),
+    "coder_1b3": (2.0, [0.8, 0.9]),
+    "coder_6b7": (2.0, [0.8, 0.9]),
+    "coder_33b": (2.0, [0.8, 0.9]),
+    "moe_16b": (2.009, [0.8, 0.9]),  # 106,449 steps
+    "v2_lite": (5.7, [0.8, 0.9]),
+    "v2_236b": (8.1, [0.6, 0.9]),
+    "v3_671b": (14.8, [10 / 14.8, 14.3 / 14.8, 14.633 / 14.8]),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_reads_the_published_tokens(name):
+    config = config_of(name)
+    tokens, shares = RECIPES[name]
+    ramp, schedule = batch_ramp(config, n_devices=1), config.optimizer
+    read = ramp.first(config.train.steps) * config.data.seq_len
+    assert read == pytest.approx(tokens * 1e12, rel=1e-4)
+    parts = (schedule.warmup_steps + schedule.constant_steps, schedule.cosine_steps, schedule.tail_steps)
+    changes = sorted({sum(parts[: n + 1]) for n in range(len(parts))})
+    found = [ramp.first(step) * config.data.seq_len / read for step in changes]
+    assert found == pytest.approx(shares, abs=1e-4)
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("v2_236b", 225e9), ("v3_671b", 469e9)])
+def test_the_batch_grows_over_the_published_tokens(name, tokens):
+    config = config_of(name)
+    ramp = batch_ramp(config, n_devices=1)
+    assert ramp.first(ramp.steps) * config.data.seq_len == pytest.approx(tokens, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
