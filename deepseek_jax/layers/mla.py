@@ -28,6 +28,8 @@ from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.rope import Yarn, frequencies, rotate, softmax_scale, temperature
 from deepseek_jax.precision.matmul import einsum
 
+LATENT_EPS = 1e-6  # of the latent norms; in the released code whatever the other norms have
+
 
 @dataclass(frozen=True)
 class MLAConfig:
@@ -42,7 +44,6 @@ class MLAConfig:
         value_width: U, width of a value head (128).
         rope_base: base of the rotary frequencies (10,000).
         yarn: context extension, or None (pre-training).
-        norm_eps: of the latent norms (1e-6).
         init_std: standard deviation of the initial weights (0.006).
     """
 
@@ -54,7 +55,6 @@ class MLAConfig:
     value_width: int
     rope_base: float = 10_000.0
     yarn: Yarn | None = None
-    norm_eps: float = 1e-6
     init_std: float = 0.006
 
     @property
@@ -83,12 +83,12 @@ class MLA(nnx.Module):
         init, heads = normal(c.init_std), c.n_heads
         if c.q_rank:
             self.q_down_DR = param(rngs, (d_model, c.q_rank), ("embed", "q_latent"), init)
-            self.q_norm = RMSNorm(c.q_rank, c.norm_eps, rngs=rngs)
+            self.q_norm = RMSNorm(c.q_rank, LATENT_EPS, rngs=rngs)
             self.q_up_RHQ = param(rngs, (c.q_rank, heads, c.query_width), ("q_latent", "heads", None), init)
         else:
             self.q_DHQ = param(rngs, (d_model, heads, c.query_width), ("embed", "heads", None), init)
         self.kv_down_DC = param(rngs, (d_model, c.kv_rank), ("embed", "kv_latent"), init)
-        self.kv_norm = RMSNorm(c.kv_rank, c.norm_eps, rngs=rngs)
+        self.kv_norm = RMSNorm(c.kv_rank, LATENT_EPS, rngs=rngs)
         self.k_rope_DP = param(rngs, (d_model, c.rope_width), ("embed", None), init)
         self.k_up_CHN = param(rngs, (c.kv_rank, heads, c.nope_width), ("kv_latent", "heads", None), init)
         self.v_up_CHU = param(rngs, (c.kv_rank, heads, c.value_width), ("kv_latent", "heads", None), init)

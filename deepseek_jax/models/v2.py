@@ -37,7 +37,7 @@ class Config:
         dense_width: hidden width of those (12,288).
         mla: multi-head latent attention.
         experts: the MoE layers' feed-forward (160 routed of width 1536, 6 a token, 2 shared).
-        norm_eps: of every RMSNorm (1e-6).
+        norm_eps: of every RMSNorm but the latents' (1e-6).
         init_std: standard deviation of the initial weights (0.006).
     """
 
@@ -73,7 +73,6 @@ class Config:
                 value_width=m.value_width,
                 rope_base=m.rope_base,
                 yarn=checks.read_yarn(m),
-                norm_eps=m.norm_eps,
                 init_std=m.init_std,
             ),
             experts=ExpertsConfig(

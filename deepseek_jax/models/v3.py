@@ -41,7 +41,7 @@ class Config:
         mla: multi-head latent attention.
         experts: the MoE layers' feed-forward.
         mtp_depth: multi-token-prediction modules (1).
-        norm_eps: of every RMSNorm (1e-6).
+        norm_eps: of every RMSNorm but the latents' (1e-6).
         init_std: standard deviation of the initial weights (0.006).
     """
 
@@ -78,7 +78,6 @@ class Config:
                 value_width=m.value_width,
                 rope_base=m.rope_base,
                 yarn=checks.read_yarn(m),
-                norm_eps=m.norm_eps,
                 init_std=m.init_std,
             ),
             experts=ExpertsConfig(

@@ -20,8 +20,6 @@ from deepseek_jax.models import family
 
 PROMPT = 8  # as in make_golden.py
 MTP_WEIGHT = 0.3
-# These programs run once: compiled in a third of the time, where this XLA knows the switch.
-QUICK = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else None
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def whole(model: Model, ids_BT: np.ndarray) -> dict[str, np.ndarray]:
             loss += MTP_WEIGHT * cross_entropy(said["mtp_logits"][:, :-1], ids_BT[:, 2:])
         return loss, said
 
-    run = jax.jit(run, compiler_options=QUICK)
+    run = jax.jit(run)
     (loss, said), gradient = run(model.weights["params"], model.weights["router_bias"], ids_BT)
     get = hf.from_tree({"params": gradient})
     trained = [tensor for tensor in names.tensors(model.source.abstract) if tensor.places[0][0][0] == "params"]
@@ -89,7 +87,7 @@ def token_by_token(model: Model, ids_BT: np.ndarray) -> tuple[np.ndarray, np.nda
     """
     n_rows, n_slots = ids_BT.shape
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @functools.partial(jax.jit)
     def run(weights, ids_BT):
         module = bind(model.definition, weights["params"], weights["router_bias"])
         given_BT = jnp.concatenate([ids_BT, ids_BT])  # these read what is given, these what they choose

@@ -11,12 +11,12 @@ Each folder holds what is published of a model, config.json and model.safetensor
                 gradient    of that loss, for every trained weight: all of them flattened, in the order of their names
                 mtp_logits  (2, 23, V) where there is multi-token prediction: position i predicts token i + 2
 
-Nothing is left at its initial value: norms, biases and router biases are random too, so that a lost one shows.  Some
+Nothing is left at its initial value: norms, biases and router biases are random too, so that a lost one shows; for the
+same reason three models have an rms_norm_eps that is felt (norms of latents have 1e-6 whatever the config says).  Some
 configs are spelled as on the hub, others as transformers 5 writes them.  Weights are stored in various dtypes, one
 model in blocks of FP8; what the oracle computes with is what the file holds.
 
 Settings that hide a difference, and so are not used here (transformers 5.23 against the released code):
-  - V2's latent norms ignore rms_norm_eps (1e-6 always); so does V3's.
   - V2 ignores norm_topk_prob; released configs say false.
   - YaRN with mscale but no mscale_all_dim: transformers scales the rotary values by 0.1 ln(factor) + 1, whatever
     mscale says.  Every released config gives both, and equal.
@@ -96,7 +96,7 @@ FP8 = dict(activation_scheme="dynamic", fmt="e4m3", quant_method="fp8", weight_b
 
 CONFIGS = {
     # DeepSeek-LLM: grouped-query attention.
-    "llm": LLAMA | dict(num_key_value_heads=2),
+    "llm": LLAMA | dict(num_key_value_heads=2, rms_norm_eps=0.02),
     # DeepSeek-Coder: linear RoPE scaling.
     "coder": LLAMA | dict(rope_theta=100000, rope_scaling=dict(type="linear", factor=4.0), torch_dtype="float32"),
     # R1-Distill-Llama, as transformers 5 spells it; a context short enough for all three of its frequency bands.
@@ -114,13 +114,13 @@ CONFIGS = {
     "moe": BASE | HUB | MOE | dict(model_type="deepseek", architectures=["DeepseekForCausalLM"], num_hidden_layers=3),
     # V2-Lite: no query latent.
     "v2_lite": V2
-    | dict(num_hidden_layers=3, q_lora_rank=None, topk_method="greedy", n_group=1, topk_group=1)
+    | dict(num_hidden_layers=3, q_lora_rank=None, topk_method="greedy", n_group=1, topk_group=1, rms_norm_eps=0.02)
     | dict(routed_scaling_factor=1.0, rope_scaling=YARN | dict(type="yarn", mscale=0.707, mscale_all_dim=0.707)),
     # V2, as transformers 5 spells it.
     "v2": {key: value for key, value in V2.items() if key not in HUB}
     | dict(topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=16.0, dtype="bfloat16")
     | dict(rope_parameters=YARN | dict(rope_theta=1e4, rope_type="yarn", mscale=0.707, mscale_all_dim=0.707)),
-    "v3": V3 | dict(num_hidden_layers=3),
+    "v3": V3 | dict(num_hidden_layers=3, rms_norm_eps=0.02),
     # As published: FP8 in blocks of 128 x 128 (the dense layer's width leaves a partial block).
     "v3_yarn": V3
     | dict(intermediate_size=132, quantization_config=FP8)
