@@ -1,8 +1,9 @@
 """A published config.json as a family and its numbers, and back.
 
 Read are the spelling of the hub (rope_theta and rope_scaling side by side) and that of transformers 5 (both inside
-rope_parameters); written is the hub's, which both old and new software reads.  Whatever would change what the model
-computes and is not known here is refused by its key: nothing is guessed, and nothing is read past silently.
+rope_parameters); written is the hub's, which both old and new software reads.  Keys that change what a
+model_type computes, in the released code or in transformers, are refused where their value is not known here; keys that
+neither reads are passed over.
 
 | model_type | family | releases |
 | --- | --- | --- |
@@ -43,6 +44,7 @@ class Kind:
         fixed: keys that are known with one value only (also assumed where they are missing), and written.
         refused: likewise, but not written: they stand in some configs only.
         rope_types: context extensions that the family has.
+        route_scale: routed_scaling_factor where a config does not say.
     """
 
     family: str
@@ -51,6 +53,7 @@ class Kind:
     fixed: dict[str, Any] = field(default_factory=dict)
     refused: dict[str, Any] = field(default_factory=dict)
     rope_types: tuple[str, ...] = ()
+    route_scale: float = 1.0
 
 
 MODEL = {
@@ -91,6 +94,7 @@ KINDS = {
         SIGMOID,
         PLAIN | {"rope_interleave": True},
         ("yarn",),
+        route_scale=2.5,
     ),
 }
 ROPE_KEYS = ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "truncate")
@@ -143,7 +147,7 @@ def from_hf(hf: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if kind.family == "v1":
         numbers |= _dense(hf, rope)
     else:
-        numbers |= _experts(hf, numbers, kind.family)
+        numbers |= _experts(hf, numbers, kind)
     facts(hf)
     return kind.family, numbers
 
@@ -210,20 +214,20 @@ def _latent(hf: Mapping[str, Any], rope: dict) -> dict:
     return {"q_rank": q_rank, "yarn": rope}
 
 
-def _experts(hf: Mapping[str, Any], numbers: dict, family: str) -> dict:
+def _experts(hf: Mapping[str, Any], numbers: dict, kind: Kind) -> dict:
     """How experts are chosen."""
     if numbers["n_dense_layers"] >= numbers["n_layers"]:
         raise _refusal(hf, "first_k_dense_replace", f"less than num_hidden_layers={numbers['n_layers']}")
     if numbers["n_layers"] * numbers["n_experts"] > MOST_EXPERTS:
         raise _refusal(hf, "n_routed_experts", f"at most {MOST_EXPERTS} in all layers together")
-    found = {"route_scale": _number(hf, "routed_scaling_factor", default=1.0)}
-    if family == "v2":
+    found = {"route_scale": _number(hf, "routed_scaling_factor", default=kind.route_scale)}
+    if kind.family == "v2":
         method = GREEDY if hf.get("topk_method") is None else hf["topk_method"]
         if method not in (GREEDY, GROUPED):
             raise _refusal(hf, "topk_method", f"{GREEDY!r} or {GROUPED!r}")
         groups = {"n_groups": "n_group", "top_groups": "topk_group"}
         found |= {ours: _integer(hf, theirs) if method == GROUPED else 1 for ours, theirs in groups.items()}
-    if family == "v3":
+    if kind.family == "v3":
         found["mtp_depth"] = _integer(hf, "num_nextn_predict_layers", default=0, least=0, most=MOST_AHEAD)
     chosen = {"n_groups": 1, "top_groups": 1} | numbers | found
     n_groups, top_groups = chosen["n_groups"], chosen["top_groups"]
@@ -259,6 +263,8 @@ def _rope(hf: Mapping[str, Any], known: tuple[str, ...]) -> tuple[float, dict]:
         if rope.get(key, value) != value:
             raise _refusal(rope, key, f"{value!r}, or nothing", where)
     if kind == "default":
+        if rope.get("factor") not in (None, 1):
+            raise _refusal(rope, "rope_type", "the kind of extension that its factor belongs to", where)
         return base, {}
     found = {"factor": _number(rope, "factor", least=1.0, where=where)}
     if kind == "linear":

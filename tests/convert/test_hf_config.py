@@ -201,6 +201,12 @@ def test_the_new_spelling_says_the_same(name):
     assert from_hf(new) == from_hf(hf)
 
 
+@pytest.mark.parametrize(("name", "scale"), [("V3", 2.5), ("V2", 1.0), ("MoE 16B", 1.0)])
+def test_a_missing_scale_of_the_experts_is_that_of_the_released_code(name, scale):
+    hf = {key: value for key, value in PUBLISHED[name][0].items() if key != "routed_scaling_factor"}
+    assert from_hf(hf)[1]["route_scale"] == scale
+
+
 def test_yarn_is_kept_as_published():
     assert from_hf(PUBLISHED["V3"][0])[1]["yarn"] == {
         "factor": 40.0,
@@ -260,6 +266,8 @@ ROPE = LLM | {"rope_scaling": {"type": "linear", "factor": 4.0}}
         (V3 | {"quantization_config": [FP8]}, "quantization_config"),
         (LLM | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.type"),
         (LLM | {"rope_scaling": YARN}, "rope_scaling.type"),
+        (LLM | {"rope_scaling": {"factor": 4.0}}, "rope_scaling.rope_type"),
+        (LLM | {"rope_parameters": {"rope_type": "default", "factor": 40}}, "rope_parameters.rope_type"),
         (V3 | {"rope_scaling": ROPE["rope_scaling"]}, "rope_scaling.type"),
         (LLM | {"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type"),
         (ROPE | {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),
