@@ -93,14 +93,17 @@ def names() -> list[str]:
     return sorted(file.stem for folder in folders for file in Path(folder).glob("[!_]*.py") if file.stem != "base")
 
 
-def load(name: str) -> ConfigDict:
-    """Returns the config of a name in ``deepseek_jax.configs`` or of a ``.py`` file, with ``config.name`` filled in."""
+def load(name: str, flag: str = "--config") -> ConfigDict:
+    """Returns the config of a name in ``deepseek_jax.configs`` or of a ``.py`` file, with ``config.name`` filled in.
+
+    Messages call it the value of ``flag``.
+    """
     is_path = name.endswith(".py") or "/" in name or "\\" in name
     stem = Path(name).stem if is_path else name
     if is_path and not Path(name).is_file():
-        raise UserError(f"--config={name}: no such file. Give a path that exists or one of: {', '.join(names())}.")
+        raise UserError(f"{flag}={name}: no such file. Give a path that exists or one of: {', '.join(names())}.")
     if not is_path and name not in (*names(), "base"):
-        raise UserError(f"--config={name}: no such config. {_nearest(name, names(), 'Configs: ')}")
+        raise UserError(f"{flag}={name}: no such config. {_nearest(name, names(), 'Configs: ')}")
     try:
         module = _execute(Path(name)) if is_path else importlib.import_module(f"deepseek_jax.configs.{name}")
         config = module.get_config()
@@ -108,9 +111,9 @@ def load(name: str) -> ConfigDict:
         raise
     except Exception as error:  # whatever a file that the user wrote may raise
         place = _place(error)
-        raise UserError(f"--config={name}: the file raised {type(error).__name__}: {error}{place}. Mend it.") from error
+        raise UserError(f"{flag}={name}: the file raised {type(error).__name__}: {error}{place}. Mend it.") from error
     if not isinstance(config, ConfigDict):
-        raise UserError(f"--config={name}: get_config() gave a {type(config).__name__}; it must return a ConfigDict.")
+        raise UserError(f"{flag}={name}: get_config() gave a {type(config).__name__}; it must return a ConfigDict.")
     if "name" in config and (is_path or not config.name):  # a file's parent has named itself already
         config.name = stem
     return config.lock()

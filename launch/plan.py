@@ -30,17 +30,24 @@ from deepseek_jax.plan.published import RUNS, Run
 
 DEFAULT = "v3_671b"
 EXTRA = {
-    "chip": (str, "", "h800, h100, h200, b200, tpu_v5p, tpu_v6e, or NAME:KEY=NUMBER,… (default: h800)"),
+    "chip": (str, "", "h800, h100, h200, b200, tpu_v5p, tpu_v6e, or NAME:KEY=NUMBER,… over these (default: h800)"),
     "devices": (int, 0, "how many chips; 0: as published, else as many as config.mesh says"),
     "schedule": (str, "", "1f1b, zb1p, dualpipe or dualpipev; of the pipeline"),
     "recipe": (str, "", "run, bf16 or v3; what is kept in which format"),
     "efficiency": (float, 0.0, "what matmuls reach of their peak; 0: the calibrated number"),
     "step_time_s": (float, 0.0, "a measured step, in seconds"),
-    "tokens": (float, 0.0, "tokens of the whole run, like 14.8e12; 0: as published, else steps x batch"),
+    "tokens": (float, 0.0, "tokens of the whole run, like 14.8e12; 0: as published, else those of train.steps"),
     "price": (float, 2.0, "dollars for an hour of one chip"),
     "against": (str, "", "another config to compare with"),
     "json": (bool, False, "print one JSON object"),
     "picture": (str, "", "file for a bar chart of the memory, like memory.png"),
+}
+BOUNDS = {  # of numbers that are given; past these no figure means anything
+    "devices": (1, 1e9),
+    "efficiency": (1e-6, 1),
+    "step_time_s": (1e-6, 1e9),
+    "tokens": (1, 1e18),
+    "price": (1e-6, 1e6),
 }
 
 
@@ -48,9 +55,10 @@ def main(argv: list[str]) -> int:
     """Runs the verb; returns the exit code."""
     options = _options.parse(argv, DEFAULT, EXTRA, workdir=False)
     config = _options.validate(options.config, train.CHECKS)
-    for name in ("devices", "efficiency", "step_time_s", "tokens", "price"):
-        if not 0 <= vars(options)[name] < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')}={vars(options)[name]}: wanted a number of 0 or more.")
+    for name, (least, most) in BOUNDS.items():
+        value = vars(options)[name]
+        if value != 0 and not least <= value <= most:
+            raise UserError(f"--{name.replace('_', '-')}={value}: wanted a number from {least:g} to {most:g}, or 0.")
     from deepseek_jax.plan import figures, report
 
     subject = subject_of(config, is_whole=not any(key.startswith("model.") for key in options.overrides))
@@ -128,6 +136,7 @@ def question_of(config: ConfigDict, options, subject, job):
     from deepseek_jax.plan.figures import GIVEN, PUBLISHED
     from deepseek_jax.plan.report import Question
     from deepseek_jax.plan.step_time import EFFICIENCY
+    from deepseek_jax.train.optim import BatchRamp
 
     job.parts  # noqa: B018  what does not divide is refused before anything is traced
     run, module = subject.run or Run(""), family(config.family)
@@ -137,7 +146,8 @@ def question_of(config: ConfigDict, options, subject, job):
         step_s, step_mark = run.step_time_s, PUBLISHED
     tokens, tokens_mark = options.tokens or run.tokens, GIVEN if options.tokens else PUBLISHED
     if not tokens:
-        tokens, tokens_mark = config.train.steps * job.layout.tokens_per_step, GIVEN
+        ramp = BatchRamp(*(config.train[key] for key in ("batch_size_start", "batch_size", "batch_ramp_steps")))
+        tokens, tokens_mark = ramp.first(config.train.steps) * job.layout.seq_len, GIVEN
     against = options.against or run.against
     return Question(
         kept=kept(module, sizes, job.network, job.layout, job.recipe, job.rules),
@@ -148,15 +158,17 @@ def question_of(config: ConfigDict, options, subject, job):
         tokens=tokens,
         tokens_mark=tokens_mark,
         dollars=options.price,
-        against=subject_of(_options.load(against)) if against else None,
+        against=subject_of(_options.load(against, flag="--against")) if against else None,
     )
 
 
 def is_published(run: Run, job) -> bool:
     """Whether a job is divided as the published run was, on the same chips."""
+    from deepseek_jax.plan.chips import CHIPS
+
     at = job.layout
-    ours = (job.chip.name, at.devices, at.pipe, at.expert, at.batch, at.seq_len)
-    return ours == (run.chip, run.devices, run.pipe, run.expert, run.batch, run.seq_len)
+    ours = (job.chip, at.devices, at.pipe, at.expert, at.batch, at.seq_len)
+    return ours == (CHIPS[run.chip], run.devices, run.pipe, run.expert, run.batch, run.seq_len)
 
 
 def title(config: ConfigDict, options, job) -> str:

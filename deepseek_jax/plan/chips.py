@@ -57,12 +57,13 @@ CHIPS = {
     )
 }
 NUMBERS = tuple(field.name for field in dataclasses.fields(Chip) if field.name != "name")
+LEAST, MOST = 1e-3, 1e9  # of any of them
 
 
 def chip(text: str) -> Chip:
     """The chip called `text`, or one given by its numbers: "mine:bf16=989,fp8=1979,memory=80,hbm=3350,…".
 
-    Numbers that are left out are H800's, `fp8` twice `bf16`.
+    Numbers that are left out are those of the chip called so ("h200:memory=96"), else H800's; `fp8` is twice `bf16`.
 
     Raises:
         UserError: no such chip, or a number that is none.
@@ -82,8 +83,9 @@ def chip(text: str) -> Chip:
             given[key] = int(number) if key == "reach" else float(number)
         except ValueError:
             given[key] = 0
-        if key not in NUMBERS or not 0 < given[key] < float("inf"):
-            raise UserError(f"--chip={text}: {pair!r}: wanted KEY=NUMBER above 0, keys {', '.join(NUMBERS)}.")
+        if key not in NUMBERS or not LEAST <= given[key] <= MOST:
+            wanted = f"KEY=NUMBER from {LEAST} to {MOST:g}, keys {', '.join(NUMBERS)}"
+            raise UserError(f"--chip={text}: {pair!r}: wanted {wanted}.")
     if "bf16" in given and "fp8" not in given:
         given["fp8"] = 2 * given["bf16"]
-    return dataclasses.replace(CHIPS["h800"], name=name, **given)
+    return dataclasses.replace(CHIPS.get(name.lower(), CHIPS["h800"]), name=name, **given)

@@ -1,7 +1,8 @@
 """How many parameters there are, and how many work on a token.
 
-The published "activated" numbers leave the embedding out (a table, from which one row is read) and count the head:
-V3's 37.55 B are 36.63 B in that convention.  Multi-token prediction and the routers' biases are counted apart.
+The "activated" numbers published of V2 and V3 leave the embedding out (a table, from which one row is read) and count
+the head: V3's 37.55 B are 36.63 B in that convention.  DeepSeekMoE's 2.8 B count both.  Multi-token prediction and the
+routers' biases are counted apart.
 """
 
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class Counts:
 
     @property
     def active_without_embedding(self) -> int:
-        """The published convention: the head counts, the embedding does not."""
+        """The convention of V2 and V3: the head counts, the embedding does not."""
         return self.active - self.embedding
 
 

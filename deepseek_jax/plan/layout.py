@@ -145,7 +145,7 @@ def make_stages(
     """
     if n_stages > network.n_layers:
         raise UserError(
-            f"{n_stages} pipeline stages for {network.n_layers} layers: wanted a layer or more in each. "
+            f"{n_stages} pipeline stages for {network.n_layers} layers: no layer can be split. "
             "Choose a smaller config.mesh.pipe (with --schedule=dualpipev it makes two stages each)."
         )
     order = [name for name in network.stacks for n in {w.n_layers for w in network.of(name)} for _ in range(n)]

@@ -45,11 +45,6 @@ class Run:
     dollars_per_hour: float | None = None
     against: str = ""
 
-    @property
-    def has_layout(self) -> bool:
-        """Whether it is told how the devices were divided."""
-        return bool(self.devices and self.pipe and self.expert)
-
 
 RUNS = {
     "v3_671b": Run(

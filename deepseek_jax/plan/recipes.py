@@ -11,12 +11,14 @@ higher precision) and 3.3.3 (formats of what is kept and sent); that the FP8 wei
 assumed, for the report does not say.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import jax.numpy as jnp
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.alltoall import HEADROOM
+from deepseek_jax.precision.policy import policy
 
-BYTES = {"fp32": 4.0, "bf16": 2.0, "float32": 4.0, "bfloat16": 2.0}
 FP8 = 1 + 4 / 128  # a number in tiles of 128 with a float32 scale
 INDEX = 8  # bytes of an expert's index and its weight, which we send with a token for each expert it chose
 V3_POLICY = "v3"
@@ -28,14 +30,14 @@ class Recipe:
 
     Attributes:
         weights: as they stay on a device, between the shards of the optimiser.
-        low_precision_copy: of the blocks' matrices, beside those.
         gradients: as they are summed.
         optimizer: all that the optimiser keeps of a weight, cut over its replicas.
         gathered: of a weight that is sent round after an update.
         activations: of a number of the residual stream.
-        fp8: whether the blocks' matmuls run in FP8; head, routers and attention never do.
         remat: what is kept for the backward pass: none, dots or block (see `layers.base.Execution`), or v3.
         dispatch, combine: of a number sent to an expert and back.
+        low_precision_copy: of a number of the blocks' matrices, beside `weights`.
+        fp8: whether the blocks' matmuls run in FP8; head, routers and attention never do.
         sent_beside: bytes that go with a token for each expert it chose.
         padding: size of the exchange buffers over a balanced load.
         node_limited: whether a token crosses the network once for each node, and spreads over the fast link there.
@@ -43,15 +45,15 @@ class Recipe:
     """
 
     weights: float
-    low_precision_copy: float
     gradients: float
     optimizer: float
     gathered: float
     activations: float
-    fp8: bool
     remat: str
     dispatch: float
     combine: float
+    low_precision_copy: float = 0.0
+    fp8: bool = False
     sent_beside: int = 0
     padding: float = 1.0
     node_limited: bool = False
@@ -67,19 +69,37 @@ NAMES = ("run", "bf16", "v3")
 
 
 def recipe(name: str, *, precision: str, moments_dtype: str, remat: str) -> Recipe:
-    """The recipe called `name`, with what the config says. Raises UserError for an unknown one."""
-    moments = 2 * BYTES[moments_dtype]
-    if name == "run":  # an exchange is repeated where the backward pass recomputes it (`parallel.alltoall`)
-        width = BYTES[precision]
-        numbers = {"weights": 4.0, "optimizer": moments, "gathered": 4.0, "activations": width}
-        sent = {"dispatch": width, "combine": width, "sent_beside": INDEX}
-        choices = {"fp8": False, "remat": remat, "padding": HEADROOM[0], "backward_exchanges": 2}
-        return Recipe(low_precision_copy=0.0, gradients=4.0, **numbers, **sent, **choices)
-    shared = {"weights": 2.0, "gradients": 4.0, "gathered": 2.0, "activations": 2.0, "node_limited": True}
-    if name == "bf16":
-        sent = {"dispatch": 2.0, "combine": 2.0}
-        return Recipe(low_precision_copy=0.0, optimizer=4.0 + moments, fp8=False, remat=remat, **shared, **sent)
-    if name == "v3":
-        sent = {"dispatch": FP8, "combine": 2.0}
-        return Recipe(low_precision_copy=1.0, optimizer=4.0 + 2 * 2.0, fp8=True, remat=V3_POLICY, **shared, **sent)
+    """The recipe called `name`, with what the config says. Raises UserError for an unknown one, or precision."""
+    moments, width = 2.0 * jnp.dtype(moments_dtype).itemsize, float(jnp.dtype(policy(precision).compute).itemsize)
+    bf16 = Recipe(
+        weights=2.0,
+        gradients=4.0,
+        optimizer=4.0 + moments,
+        gathered=2.0,
+        activations=2.0,
+        remat=remat,
+        dispatch=2.0,
+        combine=2.0,
+        node_limited=True,
+    )
+    match name:
+        case "run":
+            return Recipe(
+                weights=4.0,
+                gradients=4.0,
+                optimizer=moments,
+                gathered=4.0,
+                activations=width,
+                remat=remat,
+                dispatch=width,
+                combine=width,
+                sent_beside=INDEX,
+                padding=HEADROOM[0],
+                backward_exchanges=2,  # one is repeated where the backward pass recomputes (`parallel.alltoall`)
+            )
+        case "bf16":
+            return bf16
+        case "v3":
+            optimizer = 4.0 + 2 * 2.0
+            return replace(bf16, low_precision_copy=1.0, optimizer=optimizer, fp8=True, remat=V3_POLICY, dispatch=FP8)
     raise UserError(f"--recipe={name}: no such recipe. Choose one of {', '.join(NAMES)}.")

@@ -7,7 +7,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.plan import figures, flops, step_time
 from deepseek_jax.plan.activations import Kept
 from deepseek_jax.plan.chips import CHIPS
-from deepseek_jax.plan.cost import TRILLION, Speed, mfu_of_hours, saving
+from deepseek_jax.plan.cost import Speed, mfu_of_hours, saving
 from deepseek_jax.plan.counts import Counts
 from deepseek_jax.plan.figures import DERIVED, FITTED, GIB, GIGA, GIVEN, PUBLISHED, Column, Figure, Row, Section
 from deepseek_jax.plan.job import Job
@@ -93,7 +93,7 @@ def parameters(subject: Subject) -> Section:
         Row(
             "the same without the embedding",
             (figures.count("active_parameters_without_embedding", c.active_without_embedding),),
-            "the convention of the published numbers",
+            "the convention of the numbers published of V2 and V3",
         ),
         Row("embedding", (figures.count("embedding_parameters", c.embedding),), "a table: one row is read for a token"),
         Row("head", (figures.count("head_parameters", c.head),)),
@@ -201,7 +201,8 @@ def memory(job: Job, ranks: Sequence[Mapping[str, float]]) -> Section:
         rows.append(
             Row("on the emptiest", (figures.gib("emptiest_total", min(totals)),), f"rank {totals.index(min(totals))}")
         )
-    rows.append(Row(f"memory of {job.chip.name}", (figures.gib("chip_memory", capacity, PUBLISHED),)))
+    known = PUBLISHED if job.chip in CHIPS.values() else GIVEN
+    rows.append(Row(f"memory of {job.chip.name}", (figures.gib("chip_memory", capacity, known),)))
     largest = max(parts, key=parts.get)
     fits, left = total <= capacity, capacity - total
     share = f"largest part: {largest.replace('_', ' ')}, {parts[largest] / total:.0%}"
@@ -333,7 +334,7 @@ def speed(subject: Subject, job: Job, question: Question) -> Section:
         row("days_per_trillion_tokens_d", "days for 1 T tokens", [s.days() for s in speeds], "{:,.2f} d".format),
     ]
     if question.tokens:
-        run, mark = f"{question.tokens / TRILLION:,.4g} T tokens", f"tokens: {question.tokens_mark}"
+        run, mark = f"{figures.metric(question.tokens, '').strip()} tokens", f"tokens: {question.tokens_mark}"
         hours = [s.hours(question.tokens) for s in speeds]
         prices = [question.dollars * h for h in hours]
         rows += [

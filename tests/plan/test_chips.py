@@ -1,5 +1,7 @@
 """The table of chips: it agrees with the one that training logs use, and a chip of one's own is read."""
 
+import dataclasses
+
 import pytest
 
 from deepseek_jax.errors import UserError
@@ -28,10 +30,12 @@ def test_a_chip_of_ones_own():
     assert mine.hbm == CHIPS["h800"].hbm
     assert chip("x:bf16=500,fp8=500").fp8 == 500
     assert chip("H800") is CHIPS["h800"]
+    assert chip("h200:memory=96") == dataclasses.replace(CHIPS["h200"], memory=96)
 
 
 @pytest.mark.parametrize(
-    "text", ["h900", "", ":bf16=1", "mine:", "mine:bf16", "mine:bf16=x", "mine:bf16=0", "mine:speed=3", "a:reach=1.5"]
+    "text",
+    ["h900", "", ":bf16=1", "mine:", "a:bf16", "a:bf16=x", "a:bf16=0", "a:hbm=1e-320", "a:speed=3", "a:reach=1.5"],
 )
 def test_a_chip_that_is_none_is_refused(text):
     with pytest.raises(UserError, match="--chip="):

@@ -137,7 +137,11 @@ def test_other_schedules_stand_beside_the_chosen_one(capsys):
         (["--config.train.micro_batches=7"], "Choose a divisor of 120"),
         (["--schedule=gpipe"], "no such schedule"),
         (["--recipe=fp4"], "no such recipe"),
-        (["--price=-2"], "--price=-2.0: wanted a number of 0 or more"),
+        (["--price=-2"], "--price=-2.0: wanted a number from"),
+        (["--efficiency=1.5"], "--efficiency=1.5: wanted a number from 1e-06 to 1, or 0"),
+        (["--step-time-s=1e-300"], "--step-time-s=1e-300: wanted"),
+        (["--against=v3"], "--against=v3: no such config"),
+        (["--config.precision=fp8"], "config.precision='fp8': no such precision"),
         (["--step-time-s=nan"], "--step-time-s=nan: wanted"),
         (["--picture=nowhere/at/all.png"], "--picture=nowhere/at/all.png: cannot be written"),
     ],
@@ -165,6 +169,20 @@ def test_nothing_is_published_of_a_model_that_was_changed(capsys):
     found = planned(capsys, "--config.model.n_layers=60", "--recipe=v3", "--config.train.batch_size=1")
     assert "published" not in found["figures"] and "measured" not in found["figures"]["speed"]
     assert found["mesh"] == {"pipe": 1, "data": 1, "expert": 1}
+
+
+def test_a_chip_that_differs_from_the_published_one_has_no_published_step(capsys):
+    found = planned(capsys, "--chip=h800:memory=96")
+    assert "measured" not in found["figures"]["speed"]
+    assert found["figures"]["memory"]["chip_memory_gib"] == 96
+    assert found["marks"]["memory"]["chip_memory_gib"] == "given"
+
+
+def test_the_tokens_of_a_run_follow_its_batch_ramp(capsys):
+    words = ["--config=tiny_v1", "--config.train.steps=40", "--config.train.batch_size_start=4", "--step-time-s=1"]
+    flat, ramped = (planned(capsys, *words, f"--config.train.batch_ramp_steps={n}") for n in (0, 20))
+    hours = [found["figures"]["speed"]["measured"]["run_hours_h"] for found in (flat, ramped)]
+    assert hours == pytest.approx([40 / 3600, 30 / 3600])  # 20 of the 40 steps read half a batch
 
 
 def test_another_price_is_marked(capsys):
