@@ -44,11 +44,11 @@ class Progress:
             self._bar.stop()
 
     def advance(self, n_bytes: int) -> None:
-        """Counts what has been done since the last call."""
-        self.done += n_bytes
+        """Counts what has been done since the last call; never past the total, which may leave out small files."""
+        before, self.done = self.done, min(self.done + n_bytes, self.total)
         if self._bar:
-            self._bar.advance(self._task, n_bytes)
-        elif (now := time.monotonic()) - self._told >= LINE_EVERY_S or self.done - n_bytes < self.total <= self.done:
+            self._bar.update(self._task, completed=self.done)
+        elif (now := time.monotonic()) - self._told >= LINE_EVERY_S or before < self.total == self.done:
             self._told = now
             print(self.line(now - self._start), file=sys.stderr, flush=True)
 

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     if options.workdir:
         config, origin = config_of_run(options.workdir)
     else:
-        config, origin = _options.validate(options.config, train.CHECKS), options.config.name
+        config, origin = _options.validate(options.config, (*train.CHECKS, no_pipeline)), options.config.name
     sizes = mesh_sizes(config.mesh.data, config.mesh.expert, options.devices)
     weights, totals = inspect(config, sizes)
     mesh = " x ".join(f"{axis} {n}" for axis, n in sizes.items())
@@ -57,6 +57,13 @@ def main(argv: list[str]) -> int:
     weight_bytes, optimizer_bytes = (sum(w.weight_bytes for w in weights), sum(w.optimizer_bytes for w in weights))
     print(f"\non each device: weights {size_text(weight_bytes)}, optimiser state {size_text(optimizer_bytes)}")
     return 0
+
+
+def no_pipeline(config: ConfigDict) -> str | None:
+    """What is wrong with a config that asks for pipeline stages, of which this table knows nothing."""
+    if config.mesh.pipe != 1:
+        return f"config.mesh.pipe={config.mesh.pipe}: inspect knows no pipeline; deepseek-jax plan does. Set it to 1."
+    return None
 
 
 def config_of_run(workdir) -> tuple[ConfigDict, str]:

@@ -51,6 +51,11 @@ def test_an_expert_axis_that_does_not_divide_is_refused_by_name():
     assert "config.mesh.expert" in str(error.value)
 
 
+def test_a_pipeline_is_refused_rather_than_left_out():
+    with pytest.raises(UserError, match="config.mesh.pipe=2: inspect knows no pipeline"):
+        inspect.main(["--config=tiny_v3", "--config.mesh.pipe=2"])
+
+
 @pytest.mark.parametrize(
     ("data", "expert", "n_devices", "expected"),
     [(-1, 1, 0, (1, 1)), (-1, 64, 0, (1, 64)), (-1, 64, 256, (4, 64)), (2, 4, 0, (2, 4)), (2, 4, 8, (2, 4))],
