@@ -64,7 +64,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     [
         ("--config.train.stepz=3", "config.train.stepz: no such key. Did you mean config.train.steps?"),
         ("--config.train.steps=many", "config.train.steps=many: wanted an int, like 60."),
-        ("--config=tiny_v2", "--config=tiny_v2: no such config."),
+        ("--config=tiny_v9", "--config=tiny_v9: no such config."),
         ("--config=base", "config base lacks the key 'n_layers'."),
         ("--config.mesh.expert=3", "expert=3 does not divide the 8 devices."),
         ("--config.data.source=/no/such/folder/*.txt", "/no/such/folder/*.txt"),

@@ -87,7 +87,7 @@ def token_by_token(model: Model, ids_BT: np.ndarray) -> tuple[np.ndarray, np.nda
     """
     n_rows, n_slots = ids_BT.shape
 
-    @functools.partial(jax.jit)
+    @jax.jit
     def run(weights, ids_BT):
         module = bind(model.definition, weights["params"], weights["router_bias"])
         given_BT = jnp.concatenate([ids_BT, ids_BT])  # these read what is given, these what they choose
