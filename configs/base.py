@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     data = config.data = ConfigDict()
     data.source = "stdlib"  # CPython's own library, or a glob of .txt .py .jsonl .parquet .array_record files
     data.text_key = "text"  # field of a JSONL or parquet row that holds the document
-    data.tokenizer = "bytes"  # bytes, deepseek (extra: tokenizer), or the path of a tokenizer.json or its folder
+    data.tokenizer = "bytes"  # bytes, deepseek (extra: tokenizer), none, or the path of a tokenizer.json or its folder
     data.seq_len = 256  # tokens of a training sequence
     data.fim_rate = 0.1  # share of documents turned to prefix-suffix-middle (V3 section 4.1)
     data.mask_documents = False  # True: attention stays inside a document (V3 pre-trains without)

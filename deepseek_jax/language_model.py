@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 from deepseek_jax.compat import quick_compile
 from deepseek_jax.convert import hf
 from deepseek_jax.convert.place import place
-from deepseek_jax.data.tokenizer import Tokenizer, open_tokenizer
+from deepseek_jax.data.tokenizer import BUILT_IN, Tokenizer, open_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import Execution, Tree, bind, split
 from deepseek_jax.models import family
@@ -242,7 +242,7 @@ def _load_checkpoint(path: str | os.PathLike) -> tuple[ConfigDict, Tree, str]:
         _check_memory(config.name, saved)
         wanted = abstract_weights(config)
         step, state, meta = checkpoints.restore(wanted, keys=WEIGHTS, dtypes_as_saved=True)
-    return from_json(meta["config"]), state, f"step {step} of {os.fspath(path)}"
+    return config_in(meta, checkpoints.directory), state, f"step {step} of {os.fspath(path)}"
 
 
 def _load_published(directory: Path) -> tuple[ConfigDict, Tree]:
@@ -297,15 +297,14 @@ def is_published(path: str | os.PathLike) -> bool:
 
 
 def published_config(published: hf.Published, directory: Path) -> ConfigDict:
-    """The config of a published model: its numbers over the defaults of a run, its own tokenizer if it brings one."""
+    """The config of a published model: its numbers over the defaults of a run, the tokenizer that it brings or none."""
     config = importlib.import_module("deepseek_jax.configs.base").get_config()
     config.name, config.family = directory.name, published.family
     config.model = ConfigDict(published.numbers)
     is_wide = published.tensors.info(hf.EMBEDDING).dtype == "F32"
     config.precision = "fp32" if is_wide else "bf16"
     config.data.seq_len = published.facts.n_positions
-    if (directory / "tokenizer.json").is_file():
-        config.data.tokenizer = str(directory / "tokenizer.json")
+    config.data.tokenizer = kept_tokenizer(directory) or "none"
     return config.lock()
 
 
@@ -329,7 +328,7 @@ def export(config: ConfigDict, directory: str | os.PathLike, abstract: Tree, get
     """`hf.write` for the model of a config: `abstract`, `get` and `options` as there, the rest from its tokenizer."""
     tokenizer, folder = config.data.tokenizer, Path(config.data.tokenizer).expanduser()
     folder = folder if folder.is_dir() else folder.parent
-    files = [] if tokenizer in ("bytes", "deepseek") else [folder / name for name in TOKENIZER_FILES]
+    files = [] if tokenizer in ("deepseek", *BUILT_IN) else [folder / name for name in TOKENIZER_FILES]
     marks = open_tokenizer(tokenizer)
     hf.write(
         *(directory, config.family, config.model.to_dict(), abstract, get, dtype),
@@ -345,8 +344,15 @@ def checkpoint_directory(path: str | os.PathLike) -> Path:
     """Where the checkpoints are, given a run's workdir or that directory itself. Raises UserError if nowhere."""
     path = Path(path).expanduser()
     if not path.is_dir():
-        raise UserError(f"{path}: no such directory. Give the workdir of a run, as made by deepseek-jax train.")
-    return path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        raise UserError(
+            f"{path}: no such directory. Give the workdir of a run, as made by deepseek-jax train, or a directory of "
+            "published weights (to be downloaded first)."
+        )
+    if (path / "checkpoints").is_dir():
+        return path / "checkpoints"
+    if next(path.glob("*.safetensors"), None):
+        raise UserError(f"{path}: safetensors files, but no {hf.CONFIG} beside them. Download that as well.")
+    return path
 
 
 def saved_config(checkpoints: Checkpointer) -> ConfigDict:
@@ -354,7 +360,25 @@ def saved_config(checkpoints: Checkpointer) -> ConfigDict:
     step, meta = checkpoints.read_meta()
     if "config" not in meta:
         raise UserError(f"step {step} of {checkpoints.directory} holds no config: deepseek-jax train did not save it.")
-    return from_json(meta["config"])
+    return config_in(meta, checkpoints.directory)
+
+
+def config_in(meta: dict, directory: Path) -> ConfigDict:
+    """The config that the meta of a checkpoint in `directory` holds.
+
+    Where its tokenizer is gone, as when a workdir has been moved, the one in the workdir is taken.
+    """
+    config = from_json(meta["config"])
+    named = config.data.tokenizer
+    if named not in ("deepseek", *BUILT_IN) and not Path(named).expanduser().exists():
+        config.data.tokenizer = kept_tokenizer(directory.parent) or named
+    return config
+
+
+def kept_tokenizer(directory: Path) -> str:
+    """The path of the tokenizer that is kept beside weights, "" if there is none."""
+    path = os.path.abspath(directory / TOKENIZER_FILES[0])  # not where a link leads: its neighbours count as well
+    return path if os.path.isfile(path) else ""
 
 
 def abstract_weights(config: ConfigDict) -> Tree:

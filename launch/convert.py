@@ -55,7 +55,7 @@ def convert(source: Path, workdir: Path, dtype: str) -> None:
     import numpy as np
 
     from deepseek_jax.convert.hf import Source, open_published
-    from deepseek_jax.language_model import abstract_weights, published_config
+    from deepseek_jax.language_model import abstract_weights, kept_tokenizer, published_config
     from deepseek_jax.saved_config import to_json
     from deepseek_jax.train import streamed, tree
 
@@ -85,7 +85,9 @@ def convert(source: Path, workdir: Path, dtype: str) -> None:
             share = step.n_bytes_done / step.n_bytes
             print(f"going on with an earlier start: {share:.0%} of {workdir} is written already", flush=True)
         copy_others(source, workdir)
-        config.data.tokenizer = tokenizer_of(workdir)
+        config.data.tokenizer = kept_tokenizer(workdir) or "none"
+        if config.data.tokenizer == "none":
+            print(f"warning: no {COPIED[0]} beside the weights: they will take ids and no text.", file=sys.stderr)
         config.precision = config.precision if dtype == "keep" else dtype
 
         def is_done(path: tuple[str, ...], index: tuple[int, ...]) -> bool:
@@ -160,15 +162,6 @@ def copy_others(source: Path, workdir: Path) -> None:
     for name in COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, workdir / name)
-
-
-def tokenizer_of(workdir: Path) -> str:
-    """What `config.data.tokenizer` is to be."""
-    path = workdir / COPIED[0]
-    if path.is_file():
-        return str(path.resolve())
-    print(f"warning: no {path.name} beside the weights: text will be read as bytes.", file=sys.stderr)
-    return "bytes"
 
 
 def gib(n_bytes: int) -> str:

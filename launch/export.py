@@ -44,7 +44,6 @@ def export(workdir: Path, target: Path, dtype: str) -> None:
     import jax
 
     from deepseek_jax import language_model
-    from deepseek_jax.saved_config import from_json
     from deepseek_jax.train import tree
     from deepseek_jax.train.checkpoint import Checkpointer
     from deepseek_jax.train.streamed import StepReader
@@ -55,16 +54,13 @@ def export(workdir: Path, target: Path, dtype: str) -> None:
         meta = checkpoints.read_meta(step)[1]
     if "config" not in meta:
         raise UserError(f"step {step} of {directory} holds no config: deepseek-jax did not save it.")
-    config, reader = from_json(meta["config"]), StepReader(directory, step)
+    config, reader = language_model.config_in(meta, directory.absolute()), StepReader(directory, step)
     weights = {
         name: jax.ShapeDtypeStruct(*described)
         for name, described in reader.arrays.items()
         if name.split("/")[0] in language_model.WEIGHTS
     }
     abstract = {"params": {}, "router_bias": {}} | tree.nest(weights)
-    own_tokenizer = workdir / "tokenizer.json"
-    if own_tokenizer.is_file():  # also where the run has been moved
-        config.data.tokenizer = str(own_tokenizer)
 
     def get(path: tuple[str, ...], index: tuple[int, ...]):
         return reader("/".join(path), index)

@@ -8,6 +8,7 @@ The workdir (runs/NAME by default) receives checkpoints/, metrics.jsonl and tens
 ends; started again with the same words, the run goes on as if nothing had happened, on any mesh that fits.
 """
 
+import os
 import shlex
 import signal
 from pathlib import Path
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
     workdir = options.workdir or Path("runs") / config.name
     _options.validate(config, CHECKS)
     if Path(config.data.tokenizer).exists():  # so that the run's model finds it from anywhere
-        config.data.tokenizer = str(Path(config.data.tokenizer).resolve())
+        config.data.tokenizer = os.path.abspath(config.data.tokenizer)
     again = argv if options.workdir else [*argv, f"--workdir={workdir}"]
     return run(config, workdir, sample=options.sample, again=shlex.join(["deepseek-jax", "train", *again]))
 

@@ -1,7 +1,9 @@
 """The model in one line: calls, generation, building, and loading what a run has saved."""
 
+import copy
 import io
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -155,6 +157,10 @@ def test_where_nothing_can_be_loaded_it_is_told(tmp_path):
         deepseek_jax.load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no checkpoint in"):
         deepseek_jax.load(tmp_path)
+    (tmp_path / "bare").mkdir()
+    shutil.copy(GOLDEN / "llm" / "model.safetensors", tmp_path / "bare")
+    with pytest.raises(UserError, match="no config.json beside them"):
+        deepseek_jax.load(tmp_path / "bare")
     with Checkpointer(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(1, {"params": {"w": jnp.zeros(1)}})
     with pytest.raises(UserError, match="holds no config"):
@@ -210,6 +216,39 @@ def test_a_tokenizer_goes_along(published, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["bos_token_id"] == 1
 
 
+WORDS = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}
+
+
+def test_a_tokenizer_that_is_a_link_keeps_its_neighbours(tmp_path):
+    """As in the cache of downloads, where names lead to blobs."""
+    (tmp_path / "blob").write_text(json.dumps(WORDS))
+    shutil.copytree(GOLDEN / "llm", tmp_path / "snapshot")
+    (tmp_path / "snapshot" / "tokenizer.json").symlink_to(tmp_path / "blob")
+    (tmp_path / "snapshot" / "tokenizer_config.json").write_text('{"bos_token": "a"}')
+    assert deepseek_jax.load(tmp_path / "snapshot").tokenizer.bos_id == 0
+
+
+def test_a_run_that_has_been_moved_has_its_tokenizer(model, tmp_path):
+    moved = LanguageModel(copy.deepcopy(model.config), model.params, model.router_bias)
+    moved.config.data.tokenizer = str(tmp_path / "before" / "tokenizer.json")
+    save(tmp_path / "now" / "checkpoints", moved, 1)
+    with pytest.raises(UserError, match="there is no file"):
+        deepseek_jax.load(tmp_path / "now").tokenizer  # noqa: B018
+    (tmp_path / "now" / "tokenizer.json").write_text(json.dumps(WORDS))
+    for path in (tmp_path / "now", tmp_path / "now" / "checkpoints"):
+        assert deepseek_jax.load(path).tokenizer.encode("a").tolist() == [0]
+
+
+def test_weights_that_come_without_a_tokenizer_take_ids_only(published, tmp_path):
+    loaded = deepseek_jax.load(GOLDEN / "v3_mtp")
+    assert len(loaded.generate(PROMPT, 4)) == 4  # no id is taken for an end mark
+    with pytest.raises(UserError, match="without a tokenizer.json"):
+        loaded.complete("def")
+    deepseek_jax.save_pretrained(loaded, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["bos_token_id"], written["eos_token_id"]) == (None, None)
+
+
 @pytest.mark.parametrize("stored", ["published", "checkpoint"])
 def test_a_training_state_can_begin_with_weights_from_elsewhere(published, tmp_path, stored):
     """Read into float32 on a mesh, with the rules of a run."""
@@ -235,8 +274,10 @@ def test_a_training_state_can_begin_with_weights_from_elsewhere(published, tmp_p
         np.testing.assert_array_equal(got, np.asarray(want, np.float32))
 
 
-def test_the_verbs_work_on_published_weights(capsys):
-    words = [f"--workdir={GOLDEN / 'llm'}", "--prompt=\x01\x02\x03", "--max-tokens=4", "--temperature=0"]
+def test_the_verbs_work_on_published_weights(tmp_path, capsys):
+    shutil.copytree(GOLDEN / "llm", tmp_path / "llm")
+    (tmp_path / "llm" / "tokenizer.json").write_text(json.dumps(WORDS))
+    words = [f"--workdir={tmp_path / 'llm'}", "--prompt=a", "--max-tokens=4", "--temperature=0"]
     assert generate.main(words) == 0
     assert inspect.main([f"--workdir={GOLDEN / 'llm'}"]) == 0
     assert "family v1" in capsys.readouterr().out

@@ -95,6 +95,23 @@ class ByteTokenizer:
         return (np.arange(self.vocab_size) < 256).astype(np.int32)
 
 
+class NoTokenizer:
+    """In the place of a tokenizer that did not come with published weights: they take ids and no text."""
+
+    vocab_size = 0
+    bos_id = eos_id = pad_id = fim = None
+    add_bos = False
+    fingerprint = "none"
+
+    def _refuse(self, *_, **__):
+        raise UserError(
+            "these weights came without a tokenizer.json, so that text means nothing to them: give ids. "
+            "Or put that file beside them and load them again."
+        )
+
+    encode = encode_batch = decode = byte_lengths = _refuse
+
+
 # Spellings met in published tokenizers; the first that the vocabulary knows is taken.
 BOS = ("<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "[BOS]")
 EOS = ("<｜end▁of▁sentence｜>", "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[EOS]")
@@ -202,10 +219,13 @@ def _byte_counter(spec: dict):
     return lambda token: 1 if byte.fullmatch(token) else len(token.replace("▁", " ").encode())
 
 
+BUILT_IN = {"bytes": ByteTokenizer, "none": NoTokenizer}
+
+
 def open_tokenizer(name: str) -> Tokenizer:
-    """Returns the tokenizer that ``name`` names: ``bytes``, ``deepseek``, a tokenizer.json, or a folder with one."""
-    if name == "bytes":
-        return ByteTokenizer()
+    """Returns the tokenizer that ``name`` names: ``bytes``, ``none``, ``deepseek``, a tokenizer.json, or its folder."""
+    if name in BUILT_IN:
+        return BUILT_IN[name]()
     path = _deepseek_folder() if name == "deepseek" else Path(os.path.expanduser(name))
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
