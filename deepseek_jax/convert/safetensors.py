@@ -73,6 +73,7 @@ MAX_SHARDS = 10_000
 MAX_RANK = 32
 ALIGNMENT = 64  # bytes; with it JAX can take an array on the CPU without a copy
 COMPARED_BYTES = 1 << 24  # of two tensors at a time
+COPIED_BYTES = 1 << 26  # of a transposed array that is written
 IO_BYTES = 1 << 30  # one system call moves at most 2 GiB
 OPEN_FILES = 32
 THREADS = min(8, os.cpu_count() or 1)
@@ -120,6 +121,8 @@ def open_directory(directory: str | os.PathLike) -> "Tensors":
         return Tensors(directory, _by_shard(directory / INDEX))
     shards = [name for name in found if name.endswith((".safetensors", ".partial"))]
     hint = f" It holds {_few(shards)}: an unfinished download or export?" if shards else ""
+    if pickled := [name for name in found if re.fullmatch(r"pytorch_model.*\.bin", name)]:
+        hint = f" It holds {_few(pickled)}: let transformers load it and save_pretrained it, which writes safetensors."
     raise UserError(f"{directory}: no {SINGLE} and no {INDEX}.{hint}")
 
 
@@ -569,10 +572,22 @@ def _write_file(path: Path, entries: list[Entry], infos: dict[str, Info]) -> Non
             info, array = infos[entry.name], np.asarray(entry.make())
             if array.shape != info.shape or array.dtype != DTYPES[info.dtype]:
                 raise ValueError(f"{entry.name}: {array.dtype}{array.shape} made, {info.dtype}{info.shape} announced")
-            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-            _write_at(file.fileno(), data, 8 + len(raw) + offsets[entry.name])
-            del array, data
+            offset = 8 + len(raw) + offsets[entry.name]
+            for block in _blocks_in_order(array):
+                _write_at(file.fileno(), block.reshape(-1).view(np.uint8), offset)
+                offset += block.nbytes
+            del array, block
         os.fsync(file.fileno())
+
+
+def _blocks_in_order(array: np.ndarray) -> Iterator[np.ndarray]:
+    """An array as blocks of rows in C order; of a transposed one no second copy ever exists whole."""
+    if array.flags.c_contiguous:
+        yield array
+        return
+    n_rows = max(1, COPIED_BYTES // array[:1].nbytes)
+    for start in range(0, len(array), n_rows):
+        yield np.ascontiguousarray(array[start : start + n_rows])
 
 
 def _write_at(descriptor: int, data: bytes | np.ndarray, offset: int) -> None:

@@ -60,6 +60,20 @@ def test_what_is_written_is_read(tmp_path, max_shard_bytes, count):
         assert not array.size or tensors.read(name).ctypes.data % 64 == 0
 
 
+def test_of_a_transposed_array_no_second_copy_exists_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("deepseek_jax.convert.safetensors.COPIED_BYTES", 100_000)
+    array = np.random.default_rng(0).normal(size=(1000, 700)).astype(np.float32)
+    views = {"a": array.T, "b": array[::2], "c": array.reshape(10, 100, 700).transpose(2, 0, 1)}
+    write_directory(tmp_path / "first", entries(views))  # what Python learns on the way
+    tracemalloc.start()
+    write_directory(tmp_path / "out", entries(views))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < array.nbytes / 4
+    tensors = open_directory(tmp_path / "out")
+    assert all(equal(tensors.read(name), view) for name, view in views.items())
+
+
 def test_equal_tensors_are_told_from_others(tmp_path, monkeypatch):
     monkeypatch.setattr("deepseek_jax.convert.safetensors.COMPARED_BYTES", 7)
     array = np.arange(24, dtype=np.int16).reshape(4, 6)
@@ -69,6 +83,12 @@ def test_equal_tensors_are_told_from_others(tmp_path, monkeypatch):
     write_directory(tmp_path, entries(arrays), max_shard_bytes=64)
     tensors = open_directory(tmp_path)
     assert {name for name in arrays if tensors.is_same("a", name)} == {"a", "b"}
+
+
+def test_pickled_weights_are_told_what_to_do_with(tmp_path):
+    (tmp_path / "pytorch_model-00001-of-00002.bin").touch()
+    with pytest.raises(UserError, match=r"pytorch_model-00001-of-00002.bin.*transformers"):
+        open_directory(tmp_path)
 
 
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 150])
