@@ -9,10 +9,10 @@
     deepseek-jax plan --picture=memory.png                     # bars: the memory of a device, part by part
 
 Everything follows from the shapes of the weights and stated formulas (the modules of deepseek_jax.plan say which), and
-every number says what it is: derived, published, given, or fitted (it rests on one calibrated efficiency).  What is not
-given is taken from the published run of that model where one is known: devices, config.mesh.pipe, config.mesh.expert,
---schedule, --recipe, --tokens, --against.  For any other model: as many devices as its mesh says, 1F1B, recipe run.
-A published step time joins the table if the plan is that of the published run.
+every number says what it is: derived, published, given, or fitted (it rests on the one efficiency that was calibrated
+for the recipe).  What is not given is taken from the published run of that model where one is known: devices,
+config.mesh.pipe, config.mesh.expert, --schedule, --recipe, --tokens, --against.  For any other model: as many devices
+as its mesh says, 1F1B, recipe run.  A published step time joins the table if the plan is that of the published run.
 
 Recipes: run is what deepseek-jax train does (float32 weights; config.precision, config.train.remat); bf16 keeps
 bfloat16 weights over float32 ones that are cut over the replicas; v3 is the report's FP8 training and recomputation.
@@ -34,7 +34,7 @@ EXTRA = {
     "devices": (int, 0, "how many chips; 0: as published, else as many as config.mesh says"),
     "schedule": (str, "", "1f1b, zb1p, dualpipe or dualpipev; of the pipeline"),
     "recipe": (str, "", "run, bf16 or v3; what is kept in which format"),
-    "efficiency": (float, 0.0, "what matmuls reach of their peak; 0: the calibrated number"),
+    "efficiency": (float, 0.0, "what matmuls reach of their peak; 0: the number calibrated for the recipe"),
     "step_time_s": (float, 0.0, "a measured step, in seconds"),
     "tokens": (float, 0.0, "tokens of the whole run, like 14.8e12; 0: as published, else those of train.steps"),
     "price": (float, 2.0, "dollars for an hour of one chip"),
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     if options.json:
         print(json.dumps(header(config, options, job) | figures.as_json(sections), indent=2))
     else:
-        show(title(config, options, job), sections)
+        show(title(config, options, job), sections, job.recipe.fitted_to)
         if options.picture:
             print(f"\nmemory drawn: {options.picture}")
     return 0
@@ -133,9 +133,8 @@ def question_of(config: ConfigDict, options, subject, job):
     """What is asked about the job."""
     from deepseek_jax.models import family
     from deepseek_jax.plan.activations import kept
-    from deepseek_jax.plan.figures import GIVEN, PUBLISHED
+    from deepseek_jax.plan.figures import DERIVED, FITTED, GIVEN, PUBLISHED
     from deepseek_jax.plan.report import Question
-    from deepseek_jax.plan.step_time import EFFICIENCY
     from deepseek_jax.train.optim import BatchRamp
 
     job.parts  # noqa: B018  what does not divide is refused before anything is traced
@@ -152,7 +151,8 @@ def question_of(config: ConfigDict, options, subject, job):
     return Question(
         kept=kept(module, sizes, job.network, job.layout, job.recipe, job.rules),
         loss_chunk=config.train.loss_chunk,
-        efficiency=options.efficiency or EFFICIENCY,
+        efficiency=options.efficiency or job.recipe.efficiency,
+        efficiency_mark=f"{DERIVED}/{GIVEN}" if options.efficiency else FITTED,
         step_s=step_s,
         step_mark=step_mark,
         tokens=tokens,
@@ -187,8 +187,8 @@ def header(config: ConfigDict, options, job) -> dict:
     return {"config": config.name, "family": config.family, "chip": job.chip.name, "mesh": mesh, **chosen}
 
 
-def show(line: str, sections) -> None:
-    """Prints the sections as tables; marks stand in a column, or under the heads of several."""
+def show(line: str, sections, fitted_to: str) -> None:
+    """Prints the sections as tables, marks in a column or under the heads of several, and what the marks mean."""
     print(line)
     for section in sections:
         own_marks = not section.columns[0].mark
@@ -202,8 +202,8 @@ def show(line: str, sections) -> None:
         inspect.print_table(head, rows, right=tuple(names))
     print(
         "\nderived: from shapes, stated formulas and the chip's data sheet; derived/published: and from a published\n"
-        "number.  published, given: copied.  fitted: rests on one efficiency, calibrated with V3's published step on\n"
-        "H800 and carried over, unverified, to all else."
+        f"number.  published, given: copied.  fitted: rests on one efficiency, calibrated for this recipe with\n"
+        f"{fitted_to} and carried over, unverified, to all else."
     )
 
 

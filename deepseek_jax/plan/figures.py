@@ -5,7 +5,7 @@
 | derived | follows from shapes, stated formulas and the chip's data sheet |
 | published | somebody's measurement or statement, copied |
 | given | a number from the command line or the config |
-| fitted | rests on the one calibrated efficiency (`step_time.EFFICIENCY`) |
+| fitted | rests on the recipe's efficiency, calibrated with one measurement (`recipes`) |
 | derived/published, derived/given | computed from a published or given number |
 """
 

@@ -9,7 +9,7 @@ from deepseek_jax.plan.activations import Kept
 from deepseek_jax.plan.chips import CHIPS
 from deepseek_jax.plan.cost import Speed, mfu_of_hours, saving
 from deepseek_jax.plan.counts import Counts
-from deepseek_jax.plan.figures import DERIVED, FITTED, GIB, GIGA, GIVEN, PUBLISHED, Column, Figure, Row, Section
+from deepseek_jax.plan.figures import DERIVED, GIB, GIGA, GIVEN, PUBLISHED, Column, Figure, Row, Section
 from deepseek_jax.plan.job import Job
 from deepseek_jax.plan.layout import describe_layers
 from deepseek_jax.plan.memory import rank_memory
@@ -40,7 +40,7 @@ class Question:
     Attributes:
         kept: what a layer keeps for the backward pass (`activations.kept`).
         loss_chunk: tokens whose logits exist at a time.
-        efficiency: of the calibrated column.
+        efficiency, efficiency_mark: of the calibrated column, and whether it is fitted or given.
         step_s, step_mark: a measured step and who measured it; None: no such column.
         tokens, tokens_mark: of a whole run.
         dollars: price of a GPU hour.
@@ -50,6 +50,7 @@ class Question:
     kept: Mapping[str, Kept]
     loss_chunk: int
     efficiency: float
+    efficiency_mark: str
     step_s: float | None
     step_mark: str
     tokens: float
@@ -249,7 +250,7 @@ def traffic(job: Job) -> Section:
 
 def schedules(job: Job, question: Question) -> Section:
     """The schedules beside one another, on the same devices."""
-    rows = []
+    rows, mark = [], question.efficiency_mark
     for name, found in SCHEDULES.items():
         mine = " (this plan)" if found is job.schedule else ""
         try:
@@ -259,20 +260,20 @@ def schedules(job: Job, question: Question) -> Section:
             empty = tuple(Figure(f"{name}_{key}", None, "-", DERIVED) for key in _SCHEDULE_KEYS)
             rows.append(Row(found.title, empty, str(error).partition(". ")[0].removeprefix(f"--schedule={name} ")))
             continue
-        roofline, calibrated = step_time.step(other), step_time.step(other, question.efficiency)
+        roofline, (rank, calibrated) = step_time.step(other), step_time.slowest(other, question.efficiency)
         largest = max(sum(parts.values()) for parts in memory_of(other, question))
         values = (
             (roofline.bubble, figures.seconds(roofline.bubble), DERIVED),
-            (calibrated.bubble, figures.seconds(calibrated.bubble), FITTED),
-            (100 * calibrated.bubble / calibrated.total, f"{calibrated.bubble / calibrated.total:.1%}", FITTED),
-            (calibrated.total, figures.seconds(calibrated.total), FITTED),
+            (calibrated.bubble, figures.seconds(calibrated.bubble), mark),
+            (100 * calibrated.bubble / calibrated.total, f"{calibrated.bubble / calibrated.total:.1%}", mark),
+            (calibrated.total, figures.seconds(calibrated.total), mark),
             (largest / GIB, figures.binary(largest), DERIVED),
         )
         keyed = zip(_SCHEDULE_KEYS, values, strict=True)
         cells = tuple(Figure(f"{name}_{key}", *value) for key, value in keyed)
-        rows.append(Row(found.title + mine, cells, f"{found.formula}, PP = {stages}"))
+        rows.append(Row(found.title + mine, cells, f"{found.formula}, PP = {stages}; slowest: {_holds(other, rank)}"))
     names = ("bubble, roofline", "calibrated", "of the step", "step", "memory")
-    columns = tuple(Column(name, FITTED if 0 < i < 4 else DERIVED) for i, name in enumerate(names))
+    columns = tuple(Column(name, mark if 0 < i < 4 else DERIVED) for i, name in enumerate(names))
     return Section("schedules", "pipeline schedules", tuple(rows), columns)
 
 
@@ -284,7 +285,7 @@ def speed(subject: Subject, job: Job, question: Question) -> Section:
     steps = [step_time.step(job), step_time.step(job, question.efficiency)]
     totals = [step.total for step in steps]
     columns = [Column("roofline", DERIVED, "roofline")]
-    columns += [Column(f"efficiency {question.efficiency:g}", FITTED, "calibrated")]
+    columns += [Column(f"efficiency {question.efficiency:g}", question.efficiency_mark, "calibrated")]
     if question.step_s is not None:
         totals.append(question.step_s)
         columns.append(Column(f"{question.step_mark} step", f"{DERIVED}/{question.step_mark}", "measured"))

@@ -1,16 +1,12 @@
-"""How long a step takes: a roofline, and the same with one calibrated efficiency.
+"""How long a step takes: a roofline, and the same with the recipe's calibrated efficiency.
 
     a matmul     max(operations / rate, bytes / memory bandwidth);  rate FP8 or bfloat16, over the efficiency
     W = the forward pass's matmuls again, B = W + input gradients + what is recomputed; attention's pairs 1 : 2
     F&B          max(F + B, their exchanges) where the schedule overlaps them, else F + B + exchanges
     step         micro-batches * F&B of the slowest device's stages + bubble + ZeRO-1 and FSDP + optimiser
 
-The roofline has efficiency 1: a bound for this very plan.  The calibrated one divides operations by `EFFICIENCY`, a
-single number fitted to a single measurement, V3's published step; it stands for everything between a peak rate and a
-real matmul (quantising, routing, memory-bound operators, multiprocessors given to communication, imbalance), so it is
-no prediction for V3 itself, and for other chips, models and formats it is carried over, unverified.  Where it was tried
-it was too high: our own step (V3's widths, 3 layers, 32 experts, recipe run, one H200) took 0.32, 0.63 and 1.14 s under
-none, block and dots with 1, 2 and 4 sequences, where it says 0.22, 0.53 and 0.92 s.
+The roofline has efficiency 1: a bound for this very plan.  The calibrated one is `Recipe.efficiency`, fitted to one
+measurement of each recipe (`recipes` says which).
 """
 
 from dataclasses import dataclass
@@ -25,7 +21,6 @@ from deepseek_jax.plan.schedules import Times
 from deepseek_jax.plan.traffic import GIGA, exchange, rank_traffic
 
 TERA = 1e12
-EFFICIENCY = 0.28  # fitted: gives 19.8 s for V3's published step of 19.926 s on 2,048 H800
 PAIRS_BACKWARD = 2  # gradients of scores and values, in forward passes
 
 
@@ -143,8 +138,14 @@ def bubble(job: Job, efficiency: float) -> float:
 
 def step(job: Job, efficiency: float = 1.0) -> Step:
     """The step of the slowest device."""
+    return slowest(job, efficiency)[1]
+
+
+def slowest(job: Job, efficiency: float) -> tuple[int, Step]:
+    """The rank along the pipeline of the slowest device, and its step."""
     waiting = bubble(job, efficiency)
-    return max((_rank_step(job, rank, efficiency, waiting) for rank in range(len(job.ranks))), key=lambda s: s.total)
+    steps = [_rank_step(job, rank, efficiency, waiting) for rank in range(len(job.ranks))]
+    return max(enumerate(steps), key=lambda pair: pair[1].total)
 
 
 def _rank_step(job: Job, rank: int, efficiency: float, waiting: float) -> Step:

@@ -109,17 +109,22 @@ def test_an_expert_axis_that_does_not_divide_is_refused_by_name(job_of):
         _ = wrong.parts
 
 
-@pytest.mark.parametrize(("policy", "batch", "peak_gib"), [("none", 1, 73.5), ("block", 2, 69.3), ("dots", 4, 98.8)])
-def test_what_a_run_on_one_chip_took(policy, batch, peak_gib):
-    """Measured on an H200 (jax 0.11.2): peak_bytes_in_use of a step of `bench train` with these sizes."""
+@pytest.mark.parametrize(
+    ("policy", "batch", "peak_gib", "step_s"),
+    [("none", 1, 73.5, 0.32), ("block", 2, 69.3, 0.63), ("dots", 4, 98.8, 1.14)],
+)
+def test_what_a_run_on_one_chip_took(policy, batch, peak_gib, step_s):
+    """Measured on an H200 (jax 0.11.2): peak_bytes_in_use and time of a step of `bench train` with these sizes."""
     from deepseek_jax.launch import plan
+    from deepseek_jax.plan.step_time import step
 
     sizes = {"vocab_size": 32_768, "n_layers": 3, "n_dense_layers": 1, "n_experts": 32, "mtp_depth": 0}
     words = [f"--config.model.{key}={value}" for key, value in sizes.items()]
-    words += [f"--config.train.batch_size={batch}", f"--config.train.remat={policy}"]
+    words += [f"--config.train.batch_size={batch}", f"--config.train.remat={policy}", "--chip=h200"]
     options = _options.parse(words, "v3_671b", plan.EXTRA, workdir=False)
     subject = plan.subject_of(options.config, is_whole=False)
     job = plan.job_of(options.config, options, subject)
     question = plan.question_of(options.config, options, subject, job)
     found = rank_memory(job, 0, question.kept, question.loss_chunk)
     assert sum(found.values()) / 2**30 == pytest.approx(peak_gib, rel=0.1)
+    assert step(job, question.efficiency).total == pytest.approx(step_s, rel=0.15)

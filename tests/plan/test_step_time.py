@@ -6,7 +6,7 @@ from deepseek_jax.plan import flops
 from deepseek_jax.plan.chips import CHIPS
 from deepseek_jax.plan.cost import Speed, mfu_of_hours, saving
 from deepseek_jax.plan.published import RUNS
-from deepseek_jax.plan.step_time import EFFICIENCY, bubble, mean_times, recomputed_flops, step
+from deepseek_jax.plan.step_time import bubble, mean_times, recomputed_flops, slowest, step
 
 AS_PUBLISHED = {"router": False, "ahead": False}
 V3 = Speed(19.926, 15_360 * 4096, 2048)
@@ -43,14 +43,21 @@ def test_v2_saves_what_was_published_and_more_operations_than_that(subject):
     assert saving(*hours) == pytest.approx(work[0] / work[1] * used[1] / used[0] - 1)
 
 
-def test_the_efficiency_is_fitted_to_one_step(job_of):
-    assert step(v3(job_of), EFFICIENCY).total == pytest.approx(19.926, rel=0.01)
-    assert bubble(v3(job_of), EFFICIENCY) == pytest.approx(1.09, rel=0.05)  # the formula with V3's own operations
+def test_the_efficiency_of_recipe_v3_is_fitted_to_one_step(job_of):
+    job = v3(job_of)
+    assert step(job, job.recipe.efficiency).total == pytest.approx(19.926, rel=0.01)
+    assert bubble(job, job.recipe.efficiency) == pytest.approx(1.09, rel=0.05)  # the formula with V3's own operations
+
+
+def test_the_efficiency_of_recipe_bf16_is_fitted_to_the_hours_of_v2(job_of):
+    job = job_of("v2_236b", style="bf16", plan="zb1p", pipe=16, expert=8)
+    seconds = step(job, job.recipe.efficiency).total
+    assert Speed(seconds, job.layout.tokens_per_step, job.layout.devices).hours() == pytest.approx(172.8e3, rel=0.01)
 
 
 def test_v3_operations_take_about_what_its_profile_shows(job_of):
     # Published phases over the operations of rank 0: F&B 143.8 ms, W 32 ms; not fitted one by one.
-    times = mean_times(v3(job_of), EFFICIENCY)
+    times = mean_times(v3(job_of), v3(job_of).recipe.efficiency)
     assert times.both == pytest.approx(0.1438, rel=0.02)
     assert times.weights == pytest.approx(0.032, rel=0.2)
 
@@ -68,8 +75,14 @@ def test_parts_of_a_step_add_up(job_of):
 
 
 def test_overlapping_hides_the_exchange(job_of):
-    plain, overlapped = (step(v3(job_of, plan=plan), EFFICIENCY) for plan in ("zb1p", "dualpipe"))
+    plain, overlapped = (step(v3(job_of, plan=plan), 0.28) for plan in ("zb1p", "dualpipe"))
     assert overlapped.exchange == 0 < plain.exchange
+
+
+def test_the_slowest_device_is_named(job_of):
+    job = v3(job_of, plan="1f1b")
+    rank, found = slowest(job, 0.28)
+    assert rank == 15 and found == step(job, 0.28)  # head and multi-token prediction outweigh layers
 
 
 def test_without_a_pipeline_nobody_waits(job_of):

@@ -185,6 +185,13 @@ def test_the_tokens_of_a_run_follow_its_batch_ramp(capsys):
     assert hours == pytest.approx([40 / 3600, 30 / 3600])  # 20 of the 40 steps read half a batch
 
 
+def test_an_efficiency_that_is_given_is_not_fitted(capsys):
+    words = ["--config=tiny_v1", "--config.mesh.pipe=2"]
+    found = [planned(capsys, *words, *more)["marks"] for more in ([], ["--efficiency=0.5"])]
+    assert [marks["speed"]["calibrated"]["step_s"] for marks in found] == ["fitted", "derived/given"]
+    assert [marks["schedules"]["1f1b_step_calibrated_s"] for marks in found] == ["fitted", "derived/given"]
+
+
 def test_another_price_is_marked(capsys):
     found = planned(capsys, "--price=3")
     assert found["figures"]["published"]["total_cost_dollars"] == 3 * 2_788_000
