@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 
 from deepseek_jax.compat import quick_compile
 from deepseek_jax.convert import hf
+from deepseek_jax.convert.names import flatten
 from deepseek_jax.convert.place import place
 from deepseek_jax.data.tokenizer import BUILT_IN, Tokenizer, open_tokenizer
 from deepseek_jax.errors import UserError
@@ -270,7 +271,10 @@ def read_weights(path: str | os.PathLike, target: Tree) -> tuple[ConfigDict, Tre
     if is_published(path):
         directory = Path(path).expanduser()
         published = hf.open_published(directory)
-        return published_config(published, directory.resolve()), place(hf.Source(published, target), target)
+        config = published_config(published, directory.resolve())
+        source = hf.Source(published, abstract_weights(config))
+        _check_shapes(directory, source.abstract, target)
+        return config, place(source, target)
     with Checkpointer(checkpoint_directory(path), read_only=True) as checkpoints:
         config = saved_config(checkpoints)
         _, stored, _ = checkpoints.restore(target, keys=WEIGHTS, dtypes_as_saved=True)
@@ -421,6 +425,19 @@ def _check_memory(name: str, weights: Tree) -> None:
         raise UserError(
             f"the weights of {name} take {needed / 2**30:,.0f} GiB, this device has {there / 2**30:,.0f}. "
             "For shapes alone there is deepseek-jax inspect; to convert without loading, deepseek-jax convert."
+        )
+
+
+def _check_shapes(path: Path, stored: Tree, wanted: Tree) -> None:
+    """Raises UserError unless two trees have the same shapes under the same names."""
+    there, here = flatten(stored), flatten(wanted)
+    differing = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
+    if differing:
+        found, needed = (list(shapes[differing[0]]) if differing[0] in shapes else "absent" for shapes in (there, here))
+        raise UserError(
+            f"{path}: {'/'.join(differing[0])} is {found} there, {needed} in this run "
+            f"({len(differing)} weights differ). "
+            f"Give config.family and config.model what deepseek-jax inspect --workdir={path} shows."
         )
 
 

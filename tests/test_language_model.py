@@ -14,7 +14,14 @@ from flax import nnx
 
 import deepseek_jax
 from deepseek_jax.errors import UserError
-from deepseek_jax.language_model import WEIGHTS, LanguageModel, abstract_module, count_parameters, read_weights
+from deepseek_jax.language_model import (
+    WEIGHTS,
+    LanguageModel,
+    abstract_module,
+    abstract_weights,
+    count_parameters,
+    read_weights,
+)
 from deepseek_jax.launch import _options, generate, inspect
 from deepseek_jax.layers.base import split
 from deepseek_jax.layers.router import Balance
@@ -214,6 +221,14 @@ def test_a_tokenizer_goes_along(published, tmp_path):
     assert loaded.config.data.tokenizer == str(tmp_path / "out" / "tokenizer.json")
     assert loaded.prompt("a") == [1, 0]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["bos_token_id"] == 1
+
+
+@pytest.mark.parametrize("name", ["v3_mtp", "v2"])
+def test_weights_of_other_sizes_are_no_beginning(model, name):
+    target = abstract_weights(model.config)
+    told = rf"{name}: params/dense_blocks/\S+ is \[1, .*\] there, \[1, .*\] in this run .*weights differ.*inspect"
+    with pytest.raises(UserError, match=told):
+        read_weights(GOLDEN / name, target)
 
 
 WORDS = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}

@@ -172,7 +172,8 @@ class Source:
                 wrong.append(f"{stored} is {info.dtype}, wanted {', '.join(WEIGHT_DTYPES)} or 8-bit floats")
             if info.shape != tensor.shape:
                 wrong.append(f"{stored} has shape {list(info.shape)}, wanted {list(tensor.shape)}")
-        unexpected = [name for name in self._files.names() if name not in expected and not names.IGNORED.search(name)]
+        others = (name for name in self._files.names() if name not in expected and not names.IGNORED.search(name))
+        unexpected = [] if len(missing) > SHOWN else list(others)  # not all that is expected was looked at
         if missing or wrong or unexpected:
             raise UserError(f"{self._files.directory}: {_difference(missing, unexpected, wrong)}")
         return found
@@ -282,7 +283,8 @@ def write(
     for name, content in ((CONFIG, config), (GENERATION_CONFIG, generation)):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for file in files:
-        shutil.copyfile(file, directory / Path(file).name)
+        if Path(file).resolve() != (directory / Path(file).name).resolve():
+            shutil.copyfile(file, directory / Path(file).name)
 
 
 def _entries(abstract: dict, dtypes: dict, get: Get, dtype: str, report: Callable | None) -> Iterator:
