@@ -67,6 +67,11 @@ class Section:
     columns: tuple[Column, ...] = (Column("value"),)
 
 
+def column(key: str, title: str, rows: Sequence[tuple[str, Figure, str]]) -> Section:
+    """A table with one figure in each row: (label, figure, remark)."""
+    return Section(key, title, tuple(Row(label, (figure,), note) for label, figure, note in rows))
+
+
 def as_json(sections: Sequence[Section]) -> dict:
     """The figures as nested dicts, numbers by keys that end in their unit, and their marks in the same shape."""
     found: dict[str, dict] = {}

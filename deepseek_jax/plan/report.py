@@ -83,34 +83,26 @@ def report(subject: Subject, job: Job, question: Question) -> list[Section]:
 
 def parameters(subject: Subject) -> Section:
     """Counts and the size of the cache."""
-    c = subject.counts
+    c, count = subject.counts, figures.count
+    published = count("active_parameters_without_embedding", c.active_without_embedding)
     rows = [
-        Row("in all", (figures.count("total_parameters", c.total),), "main model, embedding and head included"),
-        Row(
-            "work on a token",
-            (figures.count("active_parameters", c.active),),
-            "top_k of the routed experts, all the rest",
-        ),
-        Row(
-            "the same without the embedding",
-            (figures.count("active_parameters_without_embedding", c.active_without_embedding),),
-            "the convention of the numbers published of V2 and V3",
-        ),
-        Row("embedding", (figures.count("embedding_parameters", c.embedding),), "a table: one row is read for a token"),
-        Row("head", (figures.count("head_parameters", c.head),)),
+        ("in all", count("total_parameters", c.total), "main model, embedding and head included"),
+        ("work on a token", count("active_parameters", c.active), "top_k of the routed experts, all the rest"),
+        ("the same without the embedding", published, "the convention of the numbers published of V2 and V3"),
+        ("embedding", count("embedding_parameters", c.embedding), "a table: one row is read for a token"),
+        ("head", count("head_parameters", c.head), ""),
     ]
     if c.experts:
-        rows.append(Row("routed experts", (figures.count("expert_parameters", c.experts),)))
+        rows.append(("routed experts", count("expert_parameters", c.experts), ""))
     if c.ahead_total:
         note = "besides; without the embedding and head it shares"
-        rows.append(Row("multi-token prediction", (figures.count("mtp_parameters", c.ahead_total),), note))
-        rows.append(Row("  work on a token", (figures.count("mtp_active_parameters", c.ahead_active),)))
+        rows.append(("multi-token prediction", count("mtp_parameters", c.ahead_total), note))
+        rows.append(("  work on a token", count("mtp_active_parameters", c.ahead_active), ""))
     if c.router_biases:
-        text = f"{c.router_biases:,}"
-        rows.append(Row("router biases", (Figure("router_biases_count", c.router_biases, text, DERIVED),)))
+        rows.append(("router biases", figures.plain("router_biases_count", c.router_biases), ""))
     cache = Figure("kv_cache_bytes_per_token", subject.cache_bytes, f"{subject.cache_bytes:,} B", DERIVED)
-    rows.append(Row("key-value cache a token", (cache,), "bfloat16, from the shapes that prefill keeps"))
-    return Section("parameters", "parameters", tuple(rows))
+    rows.append(("key-value cache a token", cache, "bfloat16, from the shapes that prefill keeps"))
+    return figures.column("parameters", "parameters", rows)
 
 
 def operations(network: Network, job: Job) -> Section:
@@ -162,62 +154,45 @@ def operations(network: Network, job: Job) -> Section:
 
 def layout(job: Job) -> Section:
     """How devices, sequences and layers are divided."""
-    at = job.layout
+    at, plain = job.layout, figures.plain
+    sequences = f"{at.batch:,} sequences of {at.seq_len:,}"
+    micro_batch = f"of {at.sequences} x {at.seq_len:,} tokens on a device"
     rows = [
-        Row("devices", (figures.plain("devices_count", at.devices, mark=GIVEN),), _mesh_text(job)),
-        Row(
-            "tokens a step",
-            (figures.plain("tokens_per_step_count", at.tokens_per_step),),
-            f"{at.batch:,} sequences of {at.seq_len:,}",
-        ),
-        Row(
-            "micro-batches of each pipeline",
-            (figures.plain("micro_batches_count", at.micro_batches),),
-            f"of {at.sequences} x {at.seq_len:,} tokens on a device",
-        ),
+        ("devices", plain("devices_count", at.devices, mark=GIVEN), _mesh_text(job)),
+        ("tokens a step", plain("tokens_per_step_count", at.tokens_per_step), sequences),
+        ("micro-batches of each pipeline", plain("micro_batches_count", at.micro_batches), micro_batch),
     ]
     if len(job.stages) > 1:
         layers = Figure("layers_per_stage", [s.n_layers for s in job.stages], describe_layers(job.stages), DERIVED)
-        rows.append(Row("layers of the stages", (layers,), "each to the device that has least to do"))
+        rows.append(("layers of the stages", layers, "each to the device that has least to do"))
         for rank in sorted({0, at.pipe - 1}):
-            rows.append(
-                Row(f"  rank {rank}", (Figure(f"rank_{rank}", _holds(job, rank), "", DERIVED),), _holds(job, rank))
-            )
-    return Section("layout", "layout", tuple(rows))
+            holds = _holds(job, rank)
+            rows.append((f"  rank {rank}", Figure(f"rank_{rank}", holds, "", DERIVED), holds))
+    return figures.column("layout", "layout", rows)
 
 
 def memory(job: Job, ranks: Sequence[Mapping[str, float]]) -> Section:
     """What the fullest device holds, and whether that fits."""
     totals = [sum(parts.values()) for parts in ranks]
-    fullest = totals.index(max(totals))
+    fullest, emptiest = totals.index(max(totals)), totals.index(min(totals))
     parts, total, capacity = ranks[fullest], totals[fullest], job.chip.memory * GIB
     notes = _memory_notes(job)
-    rows = [
-        Row(name.replace("_", " "), (figures.gib(name, n_bytes),), notes.get(name, ""))
-        for name, n_bytes in parts.items()
-    ]
+    rows = [(name.replace("_", " "), figures.gib(name, n), notes.get(name, "")) for name, n in parts.items()]
     where = "every device" if len(set(totals)) == 1 else f"rank {fullest}: {_holds(job, fullest)}"
-    rows.append(Row("in all, on the fullest device", (figures.gib("total", total),), where))
+    rows.append(("in all, on the fullest device", figures.gib("total", total), where))
     if len(ranks) > 1:
-        rows.append(
-            Row("on the emptiest", (figures.gib("emptiest_total", min(totals)),), f"rank {totals.index(min(totals))}")
-        )
+        rows.append(("on the emptiest", figures.gib("emptiest_total", totals[emptiest]), f"rank {emptiest}"))
     known = PUBLISHED if job.chip in CHIPS.values() else GIVEN
-    rows.append(Row(f"memory of {job.chip.name}", (figures.gib("chip_memory", capacity, known),)))
+    rows.append((f"memory of {job.chip.name}", figures.gib("chip_memory", capacity, known), ""))
     largest = max(parts, key=parts.get)
     fits, left = total <= capacity, capacity - total
     share = f"largest part: {largest.replace('_', ' ')}, {parts[largest] / total:.0%}"
-    rows.append(Row("does it fit?", (Figure("fits", fits, "yes" if fits else "NO", DERIVED),), share))
+    rows.append(("does it fit?", Figure("fits", fits, "yes" if fits else "NO", DERIVED), share))
     grows = "config.train.micro_batches" if largest in GROWS_WITH_MICRO_BATCH else "devices, or a config.sharding rule"
     note = "for compiler, runtime and communication: not counted here" if fits else f"give more {grows}"
-    rows.append(
-        Row(
-            "  left" if fits else "  short of",
-            (replace(figures.gib("left", left), text=figures.binary(abs(left))),),
-            note,
-        )
-    )
-    return Section("memory", "memory of a device", tuple(rows))
+    difference = replace(figures.gib("left", left), text=figures.binary(abs(left)))
+    rows.append(("  left" if fits else "  short of", difference, note))
+    return figures.column("memory", "memory of a device", rows)
 
 
 def traffic(job: Job) -> Section:
@@ -357,7 +332,7 @@ def published(subject: Subject, question: Question) -> Section:
     run, rows = subject.run, []
 
     def said(key: str, label: str, value: float, text: str, note: str = "", mark: str = PUBLISHED) -> None:
-        rows.append(Row(label, (Figure(key, value, text, mark),), note))
+        rows.append((label, Figure(key, value, text, mark), note))
 
     computed = f"{DERIVED}/{PUBLISHED}"
     if run.step_time_s:
@@ -373,14 +348,8 @@ def published(subject: Subject, question: Question) -> Section:
         said("hours_per_trillion_tokens_h", "GPU hours for 1 T tokens", hours, f"{hours:,.0f} h")
         work = flops.training(subject.network, run.seq_len, causal=True, **PUBLISHED_MFU)
         used = mfu_of_hours(hours, work, CHIPS[run.chip])
-        said(
-            "implied_mfu_causal_percent",
-            "MFU that this implies",
-            100 * used,
-            figures.percent(100 * used),
-            "causal",
-            computed,
-        )
+        text = figures.percent(100 * used)
+        said("implied_mfu_causal_percent", "MFU that this implies", 100 * used, text, "causal", computed)
     for label, hours in run.hours:
         said(f"{label.replace('-', '_').replace(' ', '_')}_h", label, hours, f"{hours:,.0f} h")
     if run.hours:
@@ -390,8 +359,8 @@ def published(subject: Subject, question: Question) -> Section:
         note = f"at ${question.dollars:,.2f} an hour; without research, as there"
         mark = computed if question.dollars == run.dollars_per_hour else f"{DERIVED}/{GIVEN}"
         said("total_cost_dollars", "cost", cost, f"{cost:,.0f} $", note, mark)
-    rows.append(Row("source", (Figure("source", run.source, "", PUBLISHED),), run.source))
-    return Section("published", "published", tuple(rows))
+    rows.append(("source", Figure("source", run.source, "", PUBLISHED), run.source))
+    return figures.column("published", "published", rows)
 
 
 def compared(subject: Subject, job: Job, other: Subject) -> Section:
@@ -401,7 +370,7 @@ def compared(subject: Subject, job: Job, other: Subject) -> Section:
     def change(key: str, label: str, pair: Sequence[float], mark: str, note: str) -> None:
         value = saving(*pair)
         figure = Figure(f"{key}_change_percent", 100 * value, f"{100 * value:+.1f} %", mark)
-        rows.append(Row(label, (figure,), note.format(*pair)))
+        rows.append((label, figure, note.format(*pair)))
 
     pair = (subject, other)
     change("parameters", "parameters", [s.counts.total for s in pair], DERIVED, "{:,.0f} against {:,.0f}")
@@ -420,7 +389,7 @@ def compared(subject: Subject, job: Job, other: Subject) -> Section:
         used = [100 * mfu_of_hours(*known) for known in zip(hours, work, chips, strict=True)]
         note = "{:.1f} % against {:.1f} %: hours over operations, so hours fell by less than operations did"
         change("implied_mfu", "MFU that those hours imply", used, computed, note)
-    return Section("compared", f"against {other.name}", tuple(rows))
+    return figures.column("compared", f"against {other.name}", rows)
 
 
 def _mesh_text(job: Job) -> str:
