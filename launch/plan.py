@@ -213,6 +213,8 @@ def draw(job, ranks: list[dict[str, float]], name: str, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError('--picture needs matplotlib. Install it: pip install "deepseek_jax[notebooks]"') from None
+    if not path.suffix:  # one would be added, and the file stand elsewhere than said
+        raise UserError(f"--picture={path}: wanted a file that ends in .png, .svg or .pdf.")
     from deepseek_jax.plan.figures import GIB
 
     figure = Figure(figsize=(max(5.0, 2.5 + 0.45 * len(ranks)), 4.5), layout="constrained")
