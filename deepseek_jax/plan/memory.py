@@ -63,17 +63,23 @@ def rank_memory(job: Job, rank: int, kept: Mapping[str, Kept], loss_chunk: int) 
     return {name: n_bytes for name, n_bytes in found.items() if n_bytes}
 
 
+def gradient_copies(job: Job) -> int:
+    """2 where sums over micro-batches stand beside the gradients of the present one, as in `train.step`.
+
+    A pipeline adds in place.
+    """
+    return 2 if job.layout.pipe == 1 and job.layout.micro_batches > 1 else 1
+
+
 def _states(job: Job, rank: int) -> dict[str, float]:
     """Bytes of weights, gradients and the optimiser's state."""
     recipe, found = job.recipe, dict.fromkeys(("weights", "gradients", "pipeline_copy", "optimiser"), 0.0)
-    # Sums over micro-batches stand beside the gradients of the present one (`train.step`); a pipeline adds in place.
-    sums = 2 if job.layout.pipe == 1 and job.layout.micro_batches > 1 else 1
     for number, hold in enumerate(job.ranks[rank]):
         is_copy = job.schedule.copies > 1 and number > 0
         for part in job.parts[hold.stage]:
             low = part.weight.is_matrix and part.weight.part != HEAD and not part.weight.is_router
             weights = part.numbers * (recipe.weights + low * recipe.low_precision_copy)
-            gradients = part.numbers * recipe.gradients * sums
+            gradients = part.numbers * recipe.gradients * gradient_copies(job)
             found["pipeline_copy" if is_copy else "weights"] += weights
             found["pipeline_copy" if is_copy else "gradients"] += gradients
             found["optimiser"] += part.optimizer_numbers * recipe.optimizer / job.schedule.copies

@@ -12,7 +12,7 @@ from deepseek_jax.plan.counts import Counts
 from deepseek_jax.plan.figures import DERIVED, GIB, GIGA, GIVEN, PUBLISHED, Column, Figure, Row, Section
 from deepseek_jax.plan.job import Job
 from deepseek_jax.plan.layout import describe_layers
-from deepseek_jax.plan.memory import rank_memory
+from deepseek_jax.plan.memory import gradient_copies, rank_memory
 from deepseek_jax.plan.network import AHEAD, EMBEDDING, HEAD, Network
 from deepseek_jax.plan.published import Run
 from deepseek_jax.plan.schedules import SCHEDULES, schedule
@@ -410,10 +410,11 @@ def _holds(job: Job, rank: int) -> str:
 def _memory_notes(job: Job) -> dict[str, str]:
     recipe, at = job.recipe, job.layout
     low = f" and {recipe.low_precision_copy:.0f} B in FP8" if recipe.low_precision_copy else ""
+    summed = ", and their sums over micro-batches" if gradient_copies(job) > 1 else ""
     flight = "+".join(str(min(hold.in_flight, at.micro_batches)) for hold in job.ranks[0])
     return {
         "weights": f"{recipe.weights:.0f} B a number{low}",
-        "gradients": f"{recipe.gradients:.0f} B a number",
+        "gradients": f"{recipe.gradients:.0f} B a number{summed}",
         "pipeline_copy": "weights and gradients of the second direction",
         "optimiser": f"{recipe.optimizer:.0f} B a number, cut over the replicas (ZeRO-1)",
         "activations": f"policy {recipe.remat}; rank 0 has {flight} micro-batches in flight",

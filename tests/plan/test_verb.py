@@ -119,6 +119,12 @@ def test_a_plan_that_does_not_fit_says_so(capsys):
     assert "give more config.train.micro_batches" in line(capsys.readouterr().out, "  short of")
 
 
+def test_sums_over_micro_batches_are_named(capsys):
+    for micro_batches, is_named in ((1, False), (4, True)):
+        assert plan.main(["--config=tiny_v1", f"--config.train.micro_batches={micro_batches}"]) == 0
+        assert ("and their sums over micro-batches" in line(capsys.readouterr().out, "gradients")) == is_named
+
+
 def test_other_schedules_stand_beside_the_chosen_one(capsys):
     found = planned(capsys, "--config=tiny_v1", "--config.mesh.pipe=3", "--config.train.batch_size=12")
     schedules = found["figures"]["schedules"]
