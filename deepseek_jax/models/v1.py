@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from flax import nnx
 from ml_collections import ConfigDict
 
+from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import AS_IT_IS, Execution
 from deepseek_jax.layers.decoder import Decoder, DenseBlock
 from deepseek_jax.layers.gqa import GQA, GQAConfig
@@ -55,6 +56,8 @@ class Config:
         checks.check_keys(m, SIZES, OTHERS)
         checks.check_heads(m)
         checks.check_group(m, "rope_llama3", tuple(Llama3.__dataclass_fields__), n_needed=4)
+        if m.rope_llama3 and m.rope_factor != 1.0:
+            raise UserError(f"config.model.rope_factor={m.rope_factor} beside rope_llama3: set one of them.")
         return cls(
             vocab_size=m.vocab_size,
             d_model=m.d_model,

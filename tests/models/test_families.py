@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from flax import nnx
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.errors import UserError
 from deepseek_jax.language_model import abstract_module, count_parameters
+from deepseek_jax.launch import plan
 from deepseek_jax.launch.train import batch_ramp
 from deepseek_jax.layers.base import bind, logical_axes, split
 from deepseek_jax.layers.router import Balance
@@ -199,6 +201,14 @@ def test_the_batch_grows_over_the_published_tokens(name, tokens):
     assert ramp.first(ramp.steps) * config.data.seq_len == pytest.approx(tokens, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llm_7b", "llm_67b", "v2_236b"])
+def test_the_plan_in_a_docstring_is_one_that_fits(name, capsys):
+    said = importlib.import_module(f"deepseek_jax.configs.{name}").__doc__
+    (command,) = re.findall("deepseek-jax plan (.*)", said)
+    assert plan.main(command.split()) == 0
+    assert re.search(r"^does it fit\? +yes", capsys.readouterr().out, re.MULTILINE)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_says_what_is_missing(name):
     twin = {"v1": "tiny_v1", "moe": "tiny_moe", "v2": "tiny_v2", "v3": "tiny_v3"}[name]
@@ -215,6 +225,7 @@ def test_a_family_says_what_is_missing(name):
         ("tiny_v1", "head_width", 31, "even width"),
         ("tiny_v1", "n_layers", 0, "1 or more"),
         ("tiny_v1", "rope_llama3", {"factor": 8.0}, "rope_llama3"),
+        ("r1_distill_llama_8b", "rope_factor", 4.0, "rope_factor=4.0 beside rope_llama3"),
         ("tiny_moe", "top_k", 17, "smaller top_k"),
         ("tiny_moe", "n_dense_layers", 4, "one MoE layer or more"),
         ("tiny_v2", "q_rank", -1, "0 or more"),
