@@ -4,7 +4,7 @@
     deepseek-jax export --workdir=runs/v3 --to=out --dtype=fp8        # blocks of 128 x 128, as V3 is published
 
 --dtype=bf16 and fp32 are for all weights, keep for those of the checkpoint.  fp8 stores the matrices of all blocks but
-routers in 8 bits with float32 scales, fp8-ue8m0 with scales that are powers of two, and the rest in bf16.  The
+routers in 8 bits with float32 scales, fp8_ue8m0 with scales that are powers of two, and the rest in bf16.  The
 checkpoint is compared with its hashes first; then one tensor at a time goes from disk to disk.
 """
 
@@ -18,7 +18,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
 from deepseek_jax.launch._progress import Progress, clock, peak_memory_bytes
 
-DTYPES = {"bf16": "bf16", "fp32": "fp32", "fp8": "fp8", "fp8-ue8m0": "fp8_ue8m0", "keep": "stored"}
+DTYPES = ("bf16", "fp32", "fp8", "fp8_ue8m0", "keep")
 FLAGS = {
     "to": (Path, _options.REQUIRED, "directory to write, empty or not there yet"),
     "dtype": (str, "bf16", f"of the weights: {', '.join(DTYPES)}"),
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         raise UserError("--workdir is missing. Give the directory of a run, like --workdir=runs/tiny_v3.")
     if options.dtype not in DTYPES:
         raise UserError(f"--dtype={options.dtype}: wanted one of {', '.join(DTYPES)}.")
-    export(options.workdir, options.to.expanduser(), DTYPES[options.dtype])
+    export(options.workdir, options.to.expanduser(), options.dtype)
     return 0
 
 

@@ -319,6 +319,13 @@ def _rates(config: ConfigDict) -> str | None:
     return None
 
 
+def _beginning(config: ConfigDict) -> str | None:
+    source = config.train.init_from
+    if source and not Path(source).expanduser().is_dir():
+        return f"config.train.init_from={source}: no such directory. Give a run's, or one of published weights."
+    return None
+
+
 def _ramp(config: ConfigDict) -> str | None:
     if config.train.batch_ramp_steps < 0:
         return f"config.train.batch_ramp_steps={config.train.batch_ramp_steps}: wanted 0 or more."
@@ -334,4 +341,5 @@ CHECKS = (
     _known_moments,
     _rates,
     _ramp,
+    _beginning,
 )

@@ -64,6 +64,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     [
         ("--config.train.stepz=3", "config.train.stepz: no such key. Did you mean config.train.steps?"),
         ("--config.train.steps=many", "config.train.steps=many: wanted an int, like 60."),
+        ("--config.train.init_from=nowhere", "config.train.init_from=nowhere: no such directory."),
         ("--config=tiny_v9", "--config=tiny_v9: no such config."),
         ("--config=base", "config base lacks the key 'n_layers'."),
         ("--config.mesh.expert=3", "expert=3 does not divide the 8 devices."),

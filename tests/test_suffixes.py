@@ -114,7 +114,7 @@ def test_a_planted_violation_is_found(source):
         'y_BTF = einsum("...D,DF->...F", x_BTD, w_DF).astype(x_BTD.dtype)',
         'y_BTF = einsum(x_BTD, w_DF, "B T D, D F -> B T F")',
         'y = einsum("TD,DF->TF", x_BTD[0], norm(w_DF))',
-        'y = einsum(equation, x_BTD, w_DF)',
+        "y = einsum(equation, x_BTD, w_DF)",
         "PEAK_FLOPS = MAX_Z = 1",
     ],
 )

@@ -80,6 +80,8 @@ def open_published(directory: str | PathLike, warn: Warn = warn_on_stderr) -> Pu
         UserError: not such a directory, a model of no known family, or files that are damaged.
     """
     directory = Path(directory).expanduser()
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory. Give one with {CONFIG} and safetensors files.")
     if not (directory / CONFIG).is_file():
         raise UserError(f"{directory}: no {CONFIG}. Give a directory with {CONFIG} and safetensors files.")
     config = safetensors.read_json(directory / CONFIG)
@@ -219,7 +221,7 @@ def map_leaves(tree: dict, function: Callable[[names.Path, Any], Any], path: nam
 # ----------------------------------------------------------------------------------------------------------- writing
 
 TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-FORMATS = {"bf16": "BF16", "fp32": "F32", "fp8": "BF16", "fp8_ue8m0": "BF16", "stored": None}  # of what is not FP8
+FORMATS = {"bf16": "BF16", "fp32": "F32", "fp8": "BF16", "fp8_ue8m0": "BF16", "keep": None}  # of what is not FP8
 SCALES = {"fp8": "fp32", "fp8_ue8m0": "ue8m0"}
 
 Get = Callable[[names.Path, names.Index], np.ndarray]
@@ -254,7 +256,7 @@ def write(
         abstract: {"params", "router_bias"} of anything with shape and dtype.
         get: `get(path, index)` gives a piece (see `Piece`); `from_tree` makes one.
         dtype: "bf16", "fp32", "fp8" or "fp8_ue8m0" (blocks of 128 x 128 with float32 or power-of-two scales: the
-            matrices of all blocks but routers, as published; the rest is bfloat16), or "stored" (as it is).  Router
+            matrices of all blocks but routers, as published; the rest is bfloat16), or "keep" (as it is).  Router
             biases are float32 always.
         n_positions: longest sequence that the model is meant for.
         bos_id, eos_id: marks of begin and end.

@@ -107,9 +107,7 @@ class GQA(nnx.Module):
         o_BTHU = causal_attention(q_BTHQ, k_BTHQ, v_BTHU, scale=self.scale, segments_BT=segments_BT)
         return einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...])
 
-    def over_cache(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KeyValues, seen_BTS: jax.Array
-    ) -> jax.Array:
+    def over_cache(self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KeyValues, seen_BTS: jax.Array) -> jax.Array:
         """u_BTD of tokens that attend to a cache, which must already hold their own keys and values.
 
         Args:

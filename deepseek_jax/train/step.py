@@ -260,15 +260,7 @@ class Trainer:
         parts = zero.scatter(state["params"], self.placements)
         parts, moments = adamw_update(self.optimizer, gradients, state["optimizer"], parts, self.decayed, rate)
         gamma = self.config.balance_rate_at(state["step"])
-        router_bias = (
-            {}
-            if not state["router_bias"]
-            else jax.tree.map(
-                lambda load, biases: jax.tree.map(lambda bias: updated_bias(bias, load, gamma), biases),
-                loads,
-                state["router_bias"],
-            )
-        )
+        router_bias = moved_biases(state["router_bias"], loads, gamma)
         params = zero.gather(parts, self.placements)
         return {"params": params, "router_bias": router_bias, "optimizer": moments}
 
@@ -290,6 +282,15 @@ class Trainer:
         specs = (self.specs["params"], self.specs["router_bias"], BATCH)
         run = jax.jit(per_device(on_device, self.mesh, specs, REPLICATED))
         return lambda state, batch: run(state["params"], state["router_bias"], batch)
+
+
+def moved_biases(router_bias: dict, loads: dict, gamma: jax.Array) -> dict:
+    """The router biases after a step's `loads`, a prefix of their tree; a family without biases has none to move."""
+    if not router_bias:
+        return router_bias
+    return jax.tree.map(
+        lambda load, biases: jax.tree.map(lambda bias: updated_bias(bias, load, gamma), biases), loads, router_bias
+    )
 
 
 def _checksum(ids_BT: jax.Array) -> jax.Array:

@@ -127,7 +127,7 @@ def test_exported_again_in_bf16_each_tensor_is_the_published_one(converted, tmp_
     }
 
 
-@pytest.mark.parametrize("dtype", ["fp8", "fp8-ue8m0"])
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_ue8m0"])
 def test_exported_in_fp8_it_has_the_published_layout_and_converts_again(converted, tmp_path, dtype):
     assert export.main([f"--workdir={converted}", f"--to={tmp_path / 'out'}", f"--dtype={dtype}"]) == 0
     tensors = safetensors.open_directory(tmp_path / "out")
