@@ -199,6 +199,7 @@ convert.main(sys.argv[2:])
 """
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_and_ends_the_same(fp8, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(streamed, "CHUNK_BYTES", 4096)
     written, write = [], streamed.StreamedStep.write

@@ -201,6 +201,7 @@ def test_the_batch_grows_over_the_published_tokens(name, tokens):
     assert ramp.first(ramp.steps) * config.data.seq_len == pytest.approx(tokens, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llm_7b", "llm_67b", "v2_236b"])
 def test_the_plan_in_a_docstring_is_one_that_fits(name, capsys):
     said = importlib.import_module(f"deepseek_jax.configs.{name}").__doc__

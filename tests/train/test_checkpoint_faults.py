@@ -305,6 +305,7 @@ for case in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_sigkill_at_any_moment_leaves_a_good_step(tmp_path):
     """Killed on entering a stage of the third save (or of the deletion after it), and at odd times."""
     stages = ["finalize:1", "commit:1", "fsync:3", "replace:1", "replace:3", "replace:4", "rmtree:1"]

@@ -100,6 +100,7 @@ def wait_for_lines(process: subprocess.Popen, workdir: Path, n_lines: int) -> No
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_with_0(tmp_path, corpus):
     workdir = tmp_path / "run"
     process = start(workdir, corpus, "--config.train.steps=100000", "--config.checkpoint.every=100000")
@@ -124,6 +125,7 @@ def test_a_run_moves_to_eight_devices_and_back(tmp_path, corpus):
     assert checksums(moving) == checksums(tmp_path / "still")
 
 
+@pytest.mark.slow
 def test_resuming_changes_no_dtype_value_or_placement(tmp_path):
     """On data 2 x expert 4, with float32 weights and bfloat16 moments: each leaf comes back where and as it was."""
     config = _options.parse([f"--config={CONFIG}", "--config.optimizer.moments_dtype=bfloat16"]).config
@@ -140,6 +142,7 @@ def test_resuming_changes_no_dtype_value_or_placement(tmp_path):
     assert dtypes == {"bfloat16"} and any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(again))
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_stop_the_run(tmp_path, corpus, capsys):
     wild = ("--config.mesh.data=1", "--config.optimizer.peak_rate=1e38", "--config.train.max_skipped=3")
     with pytest.raises(UserError, match="3 steps in a row were not finite .* Lower config.optimizer.peak_rate"):
