@@ -123,6 +123,7 @@ def test_the_repr_is_short_and_tells_the_sizes(model):
         assert word in text
 
 
+@pytest.mark.slow
 def test_building_twice_gives_the_same_and_another_seed_does_not(config):
     first, second = (deepseek_jax.build(config) for _ in range(2))
     assert equal(first.params, second.params)
@@ -264,7 +265,7 @@ def test_weights_that_come_without_a_tokenizer_take_ids_only(published, tmp_path
     assert (written["bos_token_id"], written["eos_token_id"]) == (None, None)
 
 
-@pytest.mark.parametrize("stored", ["published", "checkpoint"])
+@pytest.mark.parametrize("stored", [pytest.param("published", marks=pytest.mark.slow), "checkpoint"])
 def test_a_training_state_can_begin_with_weights_from_elsewhere(published, tmp_path, stored):
     """Read into float32 on a mesh, with the rules of a run."""
     from deepseek_jax.parallel.mesh import make_mesh

@@ -113,7 +113,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("rules", [pytest.param("experts", marks=pytest.mark.slow), "fsdp"])
 def test_placed_on_eight_devices_is_placed_whole(rules):
     published, source = source_at(GOLDEN / "v3_mtp")
     mesh = make_mesh(data=2, expert=4)

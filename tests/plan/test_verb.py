@@ -93,6 +93,7 @@ def test_nothing_given_is_the_published_run(v3, capsys):
     assert planned(capsys) == v3[1]
 
 
+@pytest.mark.slow
 def test_v2_against_the_67b_before_it(capsys):
     found = planned(capsys, "--config=v2_236b")
     compared, marks = found["figures"]["compared"], found["marks"]["compared"]

@@ -47,7 +47,8 @@ def run(name: str, data: int, expert: int) -> tuple[list, dict, dict]:
     return reports, before, jax.device_get(state["params"])
 
 
-@pytest.mark.parametrize("name", ["tiny_v1", pytest.param("tiny_v2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny_v1", "tiny_v2"])
 def test_four_devices_are_one(name):
     one, four = run(name, 1, 1), run(name, 2, 2)
     for wanted, got in zip(one[0], four[0], strict=True):
