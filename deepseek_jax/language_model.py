@@ -226,7 +226,7 @@ def load(path: str | os.PathLike, precision: str | None = None) -> LanguageModel
             do not fit the memory.
     """
     if is_published(path):
-        config, state = _load_published(Path(path).expanduser())
+        config, state = _load_published(path)
         source = os.fspath(path)
     else:
         config, state, source = _load_checkpoint(path)
@@ -246,10 +246,16 @@ def _load_checkpoint(path: str | os.PathLike) -> tuple[ConfigDict, Tree, str]:
     return config_in(meta, checkpoints.directory), state, f"step {step} of {os.fspath(path)}"
 
 
-def _load_published(directory: Path) -> tuple[ConfigDict, Tree]:
+def _open_published(path: str | os.PathLike) -> tuple[ConfigDict, hf.Source]:
+    """The config of published weights and where to read them from; of the files only headers are read."""
+    directory = Path(path).expanduser()
     published = hf.open_published(directory)
     config = published_config(published, directory.resolve())
-    source = hf.Source(published, abstract_weights(config))
+    return config, hf.Source(published, abstract_weights(config))
+
+
+def _load_published(path: str | os.PathLike) -> tuple[ConfigDict, Tree]:
+    config, source = _open_published(path)
     _check_memory(config.name, source.abstract)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return config, place(source, jax.tree.map(lambda x: x.update(sharding=here), source.abstract))
@@ -269,11 +275,8 @@ def read_weights(path: str | os.PathLike, target: Tree) -> tuple[ConfigDict, Tre
         UserError: as `load`, and for weights that are not those of `target`'s model.
     """
     if is_published(path):
-        directory = Path(path).expanduser()
-        published = hf.open_published(directory)
-        config = published_config(published, directory.resolve())
-        source = hf.Source(published, abstract_weights(config))
-        _check_shapes(directory, source.abstract, target)
+        config, source = _open_published(path)
+        _check_shapes(Path(path).expanduser(), source.abstract, target)
         return config, place(source, target)
     with Checkpointer(checkpoint_directory(path), read_only=True) as checkpoints:
         config = saved_config(checkpoints)
