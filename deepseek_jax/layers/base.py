@@ -46,7 +46,7 @@ AS_IT_IS = Execution()  # float32 on one device
 
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Callable) -> nnx.Param:
-    """Declares a float32 weight.
+    """Declares a float32 matrix: activations are multiplied by it, or rows are read from it.  Weight decay shrinks it.
 
     Args:
         rngs: source of the initialiser's key.
@@ -54,9 +54,21 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], 
         axes: logical axis of each dimension ("embed", "heads", "experts", …); None for one that is never split.
         init: `init(key, shape, dtype)`.
     """
+    return _declared(rngs, shape, axes, init, decays=True)
+
+
+def vector(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Callable) -> nnx.Param:
+    """Declares a float32 gain or bias: one number per number of an activation, however many axes those have.
+
+    Weight decay spares it.  Arguments as `param`'s.
+    """
+    return _declared(rngs, shape, axes, init, decays=False)
+
+
+def _declared(rngs: nnx.Rngs, shape: tuple, axes: tuple, init: Callable, *, decays: bool) -> nnx.Param:
     if len(shape) != len(axes):
         raise ValueError(f"a weight of shape {shape} needs {len(shape)} logical axes, got {axes}")
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes, decays=decays)
 
 
 def normal(std: float) -> Callable:
@@ -149,10 +161,17 @@ def bind(definition: nnx.GraphDef, params: Tree, router_bias: Tree) -> nnx.Modul
 def logical_axes(module: nnx.Module) -> tuple[Tree, Tree]:
     """The logical axes of a module's trained weights and router biases, in trees like those of `split`."""
 
-    def axes_of(kind: type) -> Tree:
-        return _named(nnx.to_pure_dict(nnx.map_state(lambda _, v: v.get_metadata("axes"), nnx.state(module, kind))))
+    return _metadata(module, nnx.Param, "axes"), _metadata(module, RouterBias, "axes")
 
-    return axes_of(nnx.Param), axes_of(RouterBias)
+
+def decayed(module: nnx.Module) -> Tree:
+    """Which of a module's trained weights weight decay shrinks, as they were declared: a tree of bools."""
+    return _metadata(module, nnx.Param, "decays")
+
+
+def _metadata(module: nnx.Module, kind: type, key: str) -> Tree:
+    """What the variables of a kind were declared with under `key`, in a tree like those of `split`."""
+    return _named(nnx.to_pure_dict(nnx.map_state(lambda _, v: v.get_metadata(key), nnx.state(module, kind))))
 
 
 def _named(tree: Tree) -> Tree:

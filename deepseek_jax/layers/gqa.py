@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.layers.attention import causal_attention, default_positions, masked_softmax
-from deepseek_jax.layers.base import normal, param, zeros
+from deepseek_jax.layers.base import normal, param, vector, zeros
 from deepseek_jax.layers.rope import Llama3, llama3, plain, rotate_halves
 from deepseek_jax.precision.matmul import einsum
 
@@ -70,9 +70,9 @@ class GQA(nnx.Module):
         self.v_DZU = param(rngs, (d_model, c.n_kv_heads, width), ("embed", "heads", None), init)
         self.out_HUD = param(rngs, (c.n_heads, width, d_model), ("heads", None, "embed"), init)
         if c.bias:
-            self.q_bias_HQ = param(rngs, (c.n_heads, width), ("heads", None), zeros)
-            self.k_bias_ZQ = param(rngs, (c.n_kv_heads, width), ("heads", None), zeros)
-            self.v_bias_ZU = param(rngs, (c.n_kv_heads, width), ("heads", None), zeros)
+            self.q_bias_HQ = vector(rngs, (c.n_heads, width), ("heads", None), zeros)
+            self.k_bias_ZQ = vector(rngs, (c.n_kv_heads, width), ("heads", None), zeros)
+            self.v_bias_ZU = vector(rngs, (c.n_kv_heads, width), ("heads", None), zeros)
         self.config = c
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array | None = None, segments_BT=None) -> jax.Array:

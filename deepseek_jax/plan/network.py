@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.layers.base import Execution, bind, logical_axes, split
+from deepseek_jax.layers.base import Execution, bind, decayed, logical_axes, split
 from deepseek_jax.parallel.sharding import EXPERTS, LAYERS, is_axes
 
 EMBEDDING, HEAD, AHEAD = "embedding", "head", "mtp"  # top-level entries of a model; the others are blocks and a norm
@@ -27,11 +27,13 @@ class Weight:
         name: dotted, as in a checkpoint.
         shape: with the leading axis of a stack.
         axes: logical axes, likewise.
+        decays: whether weight decay shrinks it: neither a gain nor a bias.
     """
 
     name: str
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
+    decays: bool
 
     @property
     def part(self) -> str:
@@ -66,9 +68,7 @@ class Weight:
     @property
     def is_matrix(self) -> bool:
         """Whether activations are multiplied by it: neither a gain nor a bias, and not the embedding, a table."""
-        inner = self._inner()
-        reads = any(axis in (NORM_WIDTH, *LATENTS) for axis, _ in inner)
-        return len(inner) > 1 and reads and self.part != EMBEDDING
+        return self.decays and self.part != EMBEDDING
 
     @property
     def reads_latent(self) -> bool:
@@ -148,9 +148,12 @@ def describe(family: ModuleType, sizes: object) -> Network:
     _, params, router_bias = split(model)
     axes, _ = logical_axes(model)
     weights = jax.tree_util.tree_map_with_path(
-        lambda path, logical, x: Weight(jax.tree_util.keystr(path, simple=True, separator="."), x.shape, logical),
+        lambda path, logical, x, decays: Weight(
+            jax.tree_util.keystr(path, simple=True, separator="."), x.shape, logical, decays
+        ),
         axes,
         params,
+        decayed(model),
         is_leaf=is_axes,
     )
     experts = getattr(sizes, EXPERTS, None)

@@ -3,7 +3,7 @@
     rate:  0 -> peak (linear)  |  peak  |  peak -> tail (cosine)  |  tail  |  final
     batch: grows linearly from `batch_size_start` to `batch_size`, then stays
 
-Weight decay spares what is not a matrix: norm gains.  Paper: V3 section 4.2.
+Weight decay shrinks matrices and tables; it spares gains and biases (`layers.base.vector`).  Paper: V3 section 4.2.
 """
 
 import math
@@ -63,11 +63,6 @@ def learning_rate(c: OptimizerConfig) -> optax.Schedule:
     return optax.join_schedules(schedules, ends)
 
 
-def is_matrix(axes: tuple) -> bool:
-    """Whether a weight with these logical axes is a matrix (in each layer of a stack), and so is decayed."""
-    return len(axes) - (axes[:1] == ("layers",)) > 1
-
-
 def init_moments(c: OptimizerConfig, params: dict) -> dict:
     """Adam's state before the first step: {"count", "mu", "nu"}, the moments in `moments_dtype`."""
     return _kept(optax.scale_by_adam(c.beta1, c.beta2, c.eps).init(params), c.moments_dtype)
@@ -80,7 +75,7 @@ def adamw_update(c: OptimizerConfig, gradients: dict, moments: dict, params: dic
         c: the recipe.
         gradients, params: float32 trees, or a device's parts of them.
         moments: as `init_moments` gives.
-        decayed: tree of bools, the weights that decay (see `is_matrix`).
+        decayed: tree of bools, the weights that decay (`layers.base.decayed`).
         rate: learning rate of this step.
 
     Returns:

@@ -21,13 +21,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from deepseek_jax.compat import quick_compile
-from deepseek_jax.layers.base import Execution, bind, logical_axes, split
+from deepseek_jax.layers.base import Execution, bind, decayed, logical_axes, split
 from deepseek_jax.layers.router import Balance, max_violation, updated_bias
 from deepseek_jax.parallel import zero
 from deepseek_jax.parallel.mesh import AXES, BATCH, REPLICATED, per_device, size, total
 from deepseek_jax.parallel.sharding import check_rules, expert_axis, placements, unsharder
 from deepseek_jax.train.loss import Losses, Weights, losses
-from deepseek_jax.train.optim import OptimizerConfig, adamw_update, init_moments, is_matrix, learning_rate
+from deepseek_jax.train.optim import OptimizerConfig, adamw_update, init_moments, learning_rate
 
 State = dict  # {"params", "router_bias", "optimizer", "step", "skipped", "skipped_in_row"}
 
@@ -148,7 +148,7 @@ class Trainer:
         self.n_params = sum(x.size for x in jax.tree.leaves(params))
         axes, _ = logical_axes(model)
         self.placements = placements(axes, params, rules, mesh)
-        self.decayed = jax.tree.map(is_matrix, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+        self.decayed = decayed(model)
         self.specs = self._specs(router_bias)
         shapes = jax.eval_shape(lambda: self._initial(0))
         self.abstract = jax.tree.map(

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from deepseek_jax.convert import hf, names
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.errors import UserError
 from deepseek_jax.language_model import abstract_module, count_parameters
-from deepseek_jax.launch import plan
+from deepseek_jax.launch import _options, plan
 from deepseek_jax.launch.train import batch_ramp
-from deepseek_jax.layers.base import bind, logical_axes, split
+from deepseek_jax.layers.base import bind, decayed, logical_axes, split
 from deepseek_jax.layers.router import Balance
 from deepseek_jax.models import FAMILIES, family
 from deepseek_jax.train.loss import Weights, losses
@@ -137,6 +138,23 @@ def test_every_weight_names_its_axes(model):
     is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
     ranks = [jax.tree.map(len, tree, is_leaf=is_axes) for tree in logical_axes(module)]
     assert ranks == [jax.tree.map(jnp.ndim, tree) for tree in (params, bias)]
+
+
+@pytest.mark.parametrize("name", _options.names())
+def test_weight_decay_shrinks_what_is_published_as_a_matrix(name):
+    """Gains and biases are published as vectors, whatever the number of their axes here."""
+    module = abstract_module(config_of(name))
+    decays = dict(hf.leaves(decayed(module), ("params",)))
+    _, params, _ = split(module)
+    found = {path: len(t.shape) == 2 for t in names.tensors({"params": params}) for path, _ in t.places}
+    assert decays == found
+
+
+def test_biases_do_not_decay():
+    decays = dict(hf.leaves(decayed(abstract_module(qwen()))))
+    assert {path[-1] for path, shrinks in decays.items() if not shrinks} == {
+        *("gain", "q_bias_HQ", "k_bias_ZQ", "v_bias_ZU")
+    }
 
 
 # Published sizes; a last digit that the papers do not print comes from the formulas of section 2 of each report.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.configs import v3_671b
-from deepseek_jax.train.optim import BatchRamp, OptimizerConfig, adamw_update, init_moments, is_matrix, learning_rate
+from deepseek_jax.train.optim import BatchRamp, OptimizerConfig, adamw_update, init_moments, learning_rate
 
 RECIPE = OptimizerConfig(
     peak_rate=1.0,
@@ -84,9 +84,13 @@ def test_moments_are_kept_in_the_dtype_asked_for():
     np.testing.assert_allclose(params["w"], 1 - 0.1 * (1 + 0.1), rtol=1e-5)
 
 
-def test_what_decays():
-    assert is_matrix(("embed", "mlp")) and is_matrix(("layers", "embed", None)) and is_matrix((None, "embed"))
-    assert not is_matrix(("embed",)) and not is_matrix(("layers", "embed")) and not is_matrix((None,))
+def test_without_a_gradient_decay_moves_what_decays_alone():
+    params = {"matrix": jnp.ones((2, 2)), "bias": jnp.ones((4, 8))}
+    still = jax.tree.map(jnp.zeros_like, params)
+    decayed = {"matrix": True, "bias": False}
+    after, _ = adamw_update(RECIPE, still, init_moments(RECIPE, params), params, decayed, 0.5)
+    np.testing.assert_allclose(after["matrix"], 1 - 0.5 * 0.1, rtol=1e-6)
+    np.testing.assert_array_equal(after["bias"], params["bias"])
 
 
 @pytest.mark.parametrize(
