@@ -1,10 +1,11 @@
 """Text in, batches of token ids out; a batch is a pure function of (seed, sample number).
 
 corpus      which files a source names, and their documents
-readers     one reader per file type: .txt .py .md .jsonl .parquet .array_record
+readers     one reader per file type: .txt .py .md .jsonl .json .parquet .array_record
+compression the same behind .gz or .zst
 tokenizer   bytes, any tokenizer.json, or DeepSeek's own
 store       a corpus tokenised once, memory-mapped from the cache directory
-holdout     which documents are kept for evaluation
+holdout     which documents, or which ends of them, are kept for evaluation
 noise       the counter-based random numbers that every choice below is made with
 fim         prefix-suffix-middle documents (V3 section 4.1)
 packing     documents laid end to end and cut into windows: which tokens make sample n of epoch e

@@ -1,9 +1,10 @@
 """Which files a source names, in an order that is the same on every machine.
 
 ``stdlib`` is CPython's own library: about 600 files and 11 MB of real code, already on every machine that runs this.
-Anything else is a glob: ``books/**/*.txt``, ``web-*.jsonl``, ``shards/*.parquet``.
+Anything else is a file, a folder, or a glob: ``book.txt``, ``books``, ``web-*.jsonl.gz``, ``shards/*.parquet``.
 """
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -12,12 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepseek_jax.data.readers import READERS
+from deepseek_jax.data.compression import ENDINGS, content_type, damage, decompressed
+from deepseek_jax.data.readers import READERS, STREAMED
 from deepseek_jax.errors import UserError
 
 # Tests repeat themselves, idlelib and lib2to3 hold fixtures, the others are not the library.
 NOT_LIBRARY = frozenset({"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"})
-TYPES = " ".join(READERS)
+TYPES = f"{' '.join(READERS)} (text and JSON also with {' or '.join(ENDINGS)} behind)"
 
 WHOLE_FILE_BYTES = 64 << 20  # up to here a fingerprint reads all of a file, beyond it a sample of blocks
 SAMPLED_BLOCKS = 64
@@ -25,39 +27,65 @@ SAMPLED_BLOCKS = 64
 
 @dataclass(frozen=True)
 class Corpus:
-    """Files that hold documents; ``text_key`` is the field of a row that holds one."""
+    """Files that hold documents.
+
+    Attributes:
+      source: as it was given.
+      files: in an order that is the same on every machine.
+      text_key: the field of a row that holds its text.
+      passed_over: files of a folder that are of no type that can be read.
+    """
 
     source: str
     files: tuple[Path, ...]
     text_key: str
+    passed_over: tuple[Path, ...] = ()
 
     def documents(self) -> Iterator[str]:
         """Yields the documents that are not empty, file by file."""
+        return (text for text, _ in self.portions())
+
+    def portions(self) -> Iterator[tuple[str, int]]:
+        """Yields each document that is not empty with the bytes of files read since the one before."""
         for path in self.files:
-            try:
-                for text in READERS[path.suffix](path, self.text_key):
-                    if text:
-                        yield text
-            except OSError as error:
-                raise UserError(
-                    f"{path} cannot be read ({error.strerror or error}). Mend it or leave it out of data.source."
-                ) from error
+            with _naming(path), open(path, "rb") as file:
+                before, texts = 0, READERS[content_type(path)](decompressed(file, path), self.text_key, str(path))
+                for text in texts:
+                    if text := text.removeprefix("\ufeff"):  # a byte-order mark is no text
+                        here = max(before, file.tell())
+                        yield text, here - before
+                        before = here
+
+    def n_bytes(self) -> int:
+        """Returns the bytes of all files, compressed where they are."""
+        return sum(path.stat().st_size for path in self.files if path.is_file())
 
     def fingerprint(self) -> str:
         """Returns a hash of the contents and order of the files; where they lie does not matter."""
         digest = hashlib.blake2b(self.text_key.encode(), digest_size=16)
         for path in self.files:
-            try:
-                digest.update(f"{path.suffix} {file_fingerprint(path)}\n".encode())
-            except OSError as error:
-                raise UserError(
-                    f"{path} cannot be read ({error.strerror or error}). Mend it or leave it out of data.source."
-                ) from error
+            with _naming(path):
+                digest.update(f"{content_type(path)} {file_fingerprint(path)}\n".encode())
         return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turns the errors of reading a file into one that names it."""
+    try:
+        yield
+    except damage() as error:
+        raise UserError(f"{path} is damaged or cut short ({error}). Fetch it again or leave it out.") from error
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror or error}). Fix that or leave the file out of data.source."
+        ) from error
+
+
 def open_corpus(source: str, text_key: str) -> Corpus:
-    """Returns the corpus that ``source`` names: ``stdlib`` or a glob.
+    """Returns the corpus that ``source`` names: ``stdlib``, a file, a folder with all below it, or a glob.
+
+    A path that exists is taken as it is, whatever characters it holds.
 
     Raises:
       UserError: nothing matches, or a file is of a type that no reader knows.
@@ -66,14 +94,39 @@ def open_corpus(source: str, text_key: str) -> Corpus:
         return Corpus(source, tuple(library_files(Path(sysconfig.get_path("stdlib")))), text_key)
     pattern = os.path.expanduser(source)
     if os.path.isdir(pattern):
-        raise UserError(f"data.source = {source!r} is a folder. Name its files: '{source.rstrip('/')}/**/*.txt'.")
-    files = tuple(Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(name))
+        return _open_folder(source, Path(pattern), text_key)
+    names = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+    files = tuple(Path(name) for name in names if os.path.isfile(name))
     if not files:
-        raise UserError(f"data.source = {source!r} matches no file. Give 'stdlib' or a glob of {TYPES} files.")
+        raise UserError(
+            f"data.source = {source!r} matches no file. Give 'stdlib', or a file, a folder or a glob of files: {TYPES}."
+        )
     for path in files:
-        if path.suffix not in READERS:
-            raise UserError(f"{path} is not of a type that can be read. Narrow data.source to {TYPES} files.")
+        if not content_type(path):
+            raise UserError(
+                f"{path}: its name does not say what it holds. Rename it, for example to a.jsonl{path.suffix}."
+            )
+        if not _is_readable(path):
+            raise UserError(f"{path} is not of a type that can be read. Narrow data.source to files of {TYPES}.")
     return Corpus(source, files, text_key)
+
+
+def _open_folder(source: str, folder: Path, text_key: str) -> Corpus:
+    """Returns all files below a folder that can be read; what is hidden (``.git``) does not count."""
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_hidden(path, folder)]
+    files = tuple(filter(_is_readable, found))
+    if not files:
+        raise UserError(f"data.source = {source!r} is a folder without a file of {TYPES}. Name another or a glob.")
+    return Corpus(source, files, text_key, tuple(path for path in found if not _is_readable(path)))
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _is_readable(path: Path) -> bool:
+    kind = content_type(path)
+    return kind in READERS and (path.suffix.lower() not in ENDINGS or kind in STREAMED)
 
 
 def library_files(root: Path) -> Iterator[Path]:

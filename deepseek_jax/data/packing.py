@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from deepseek_jax.data import fim
+from deepseek_jax.data.holdout import Pieces
 from deepseek_jax.data.noise import ORDER, noise
 from deepseek_jax.data.store import TokenStore
 
@@ -44,12 +45,13 @@ class Epoch(NamedTuple):
 class Packing:
     """The index of a split.
 
-    ``documents`` are places in ``store``; ``shuffle`` gives each epoch its own order; ``pad_tail`` keeps the last,
-    short window; ``marks`` may be None if ``fim_rate`` is 0.
+    ``pieces`` are the documents of ``store``, or parts of them, that this split holds; each counts as a document here.
+    ``shuffle`` gives each epoch its own order; ``pad_tail`` keeps the last, short window; ``marks`` may be None if
+    ``fim_rate`` is 0.
     """
 
     store: TokenStore
-    documents: np.ndarray
+    pieces: Pieces
     seq_len: int
     eos_id: int
     pad_id: int
@@ -62,8 +64,8 @@ class Packing:
     @property
     def n_tokens(self) -> int:
         """Length of an epoch's stream, the same for every epoch."""
-        n_documents = len(self.documents)
-        text = int(self.store.lengths[self.documents].sum())
+        n_documents = len(self.pieces.documents)
+        text = int(self.pieces.lengths.sum())
         return text + n_documents + fim.EXTRA_TOKENS * fim.n_chosen(n_documents, self.fim_rate)
 
     @property
@@ -78,7 +80,8 @@ class Packing:
 
     def _parts(self, epoch: int, place: int, is_fim: bool) -> list[np.ndarray]:
         """Returns a document as it stands in the stream, in parts."""
-        tokens = self.store.document(self.documents[place])
+        document, start, stop = (column[place] for column in self.pieces)
+        tokens = self.store.document(document)[start:stop]
         parts = fim.rearrange(tokens, self.marks, self.seed, epoch, place) if is_fim else [tokens]
         return [*parts, np.array([self.eos_id])]
 
@@ -105,12 +108,12 @@ class Packing:
 
 @lru_cache(maxsize=4)  # two splits, and read-ahead on both sides of an epoch's end
 def _lay_out(packing: Packing, epoch: int) -> Epoch:
-    places = np.arange(len(packing.documents))
+    places = np.arange(len(packing.pieces.documents))
     is_fim = fim.choose(len(places), packing.fim_rate, packing.seed, epoch)
     order = places
     if packing.shuffle:
         order = np.argsort(noise(packing.seed, epoch, ORDER, at=places), kind="stable")
-    lengths = packing.store.lengths[packing.documents] + 1 + fim.EXTRA_TOKENS * is_fim
+    lengths = packing.pieces.lengths + 1 + fim.EXTRA_TOKENS * is_fim
     return Epoch(order, np.cumsum(lengths[order]), is_fim)
 
 

@@ -15,10 +15,10 @@ import numpy as np
 from absl import flags
 
 from deepseek_jax.data.corpus import open_corpus
-from deepseek_jax.data.holdout import held_out
+from deepseek_jax.data.holdout import divide
 from deepseek_jax.data.noise import WINDOWS, noise
 from deepseek_jax.data.packing import Packing, Sample, sample
-from deepseek_jax.data.store import TokenStore, open_store
+from deepseek_jax.data.store import open_store
 from deepseek_jax.data.tokenizer import Tokenizer, open_tokenizer
 from deepseek_jax.errors import UserError
 
@@ -74,15 +74,17 @@ class Split:
         self.vocab_size = tokenizer.vocab_size
         self.seq_len = samples.packing.seq_len
         self.n_samples = samples.n_samples  # samples of an epoch
-        self.n_documents = len(samples.packing.documents)
+        pieces, store = samples.packing.pieces, samples.packing.store
+        self.n_documents = len(pieces.documents)
+        self.has_whole_documents = pieces.are_whole(store.lengths)
         self.n_tokens = samples.packing.n_tokens  # tokens of an epoch, with <eos> and FIM marks
-        n_bytes = samples.packing.store.n_bytes[samples.packing.documents].sum()
-        self.bytes_per_token = float(n_bytes / self.n_tokens)
+        n_bytes = store.n_bytes[pieces.documents] * (pieces.lengths / store.lengths[pieces.documents])
+        self.bytes_per_token = float(n_bytes.sum() / self.n_tokens)
 
     def fingerprint(self) -> str:
         """Returns a hash of the documents' text and of their lengths in tokens: the same text, cut the same way."""
         packing = self._samples.packing
-        table = (packing.store.hashes[packing.documents], packing.store.lengths[packing.documents])
+        table = (packing.store.hashes[packing.pieces.documents], packing.pieces.lengths)
         return hashlib.blake2b(np.stack(table).astype(np.uint64).tobytes(), digest_size=12).hexdigest()
 
     def rows(self, start: int, count: int) -> Batch:
@@ -136,17 +138,19 @@ def open_split(
       UserError: a wrong argument, unreadable files, or too little text.
     """
     _check(split, seq_len, fim_rate, holdout_rate, workers)
+    training = split == "train"
+    if not training and holdout_rate == 0:
+        raise UserError("data.holdout_rate = 0 holds no text out to evaluate on. Set it above 0.")
     words = open_tokenizer(tokenizer)
     if words.eos_id is None:
         raise UserError(f"data.tokenizer = {tokenizer!r} has no end-of-text mark. Name it in tokenizer_config.json.")
-    training = split == "train"
     fim_rate = fim_rate if training else 0.0
     if fim_rate > 0 and words.fim is None:
         raise UserError(f"data.tokenizer = {tokenizer!r} has no fill-in-the-middle marks. Set data.fim_rate to 0.")
     store = open_store(open_corpus(source, text_key), words, cache_dir)
     packing = Packing(
         store=store,
-        documents=_documents(store, training, holdout_rate),
+        pieces=divide(store.hashes, store.lengths, store.n_bytes, holdout_rate)[0 if training else 1],
         seq_len=seq_len,
         eos_id=words.eos_id,
         pad_id=words.eos_id if words.pad_id is None else words.pad_id,
@@ -162,15 +166,6 @@ def open_split(
             "Give more text or lower data.seq_len."
         )
     return Split(Samples(packing, mask_documents), words, workers)
-
-
-def _documents(store: TokenStore, training: bool, holdout_rate: float) -> np.ndarray:
-    """Returns the documents of a side in the order of their hashes, which names and places of files do not change."""
-    if not training and holdout_rate == 0:
-        raise UserError("data.holdout_rate = 0 holds no text out to evaluate on. Set it above 0.")
-    chosen = held_out(store.hashes, holdout_rate) != training
-    by_hash = np.argsort(store.hashes, kind="stable")
-    return by_hash[chosen[by_hash]]
 
 
 def _check(split: str, seq_len: int, fim_rate: float, holdout_rate: float, workers: int) -> None:

@@ -105,6 +105,21 @@ def test_held_out_text_is_never_trained_on(settings):
     assert not text_of(train) & text_of(holdout)
 
 
+@pytest.mark.parametrize("n_documents", [1, 3])
+def test_a_few_long_documents_are_on_both_sides(settings, tmp_path, n_documents):
+    text = "".join(f"{i * 7919 % 100_003} " for i in range(500))
+    for i in range(n_documents):
+        (tmp_path / f"{i}.book.txt").write_text(text[:: 2 * i + 1] * (2 * i + 1))
+    settings.update(fim_rate=0.0, holdout_rate=0.05, source=str(tmp_path / "*.book.txt"))
+    train, holdout = (open_split(split, **settings) for split in ("train", "holdout"))
+    assert not holdout.has_whole_documents
+    assert text_of(train)
+    assert text_of(holdout)
+    assert n_documents > 1 or not text_of(train) & text_of(holdout)  # the others repeat themselves
+    assert holdout.n_tokens == pytest.approx(0.05 * (train.n_tokens + holdout.n_tokens), rel=0.1)
+    assert train.fingerprint() != open_split("train", **{**settings, "holdout_rate": 0.2}).fingerprint()
+
+
 def test_held_out_order_is_fixed_complete_and_plain(settings):
     split = open_split("holdout", **settings)
     first = split.rows(0, split.n_samples)

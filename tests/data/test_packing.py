@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.data.fim import FimTokens
+from deepseek_jax.data.holdout import whole
 from deepseek_jax.data.packing import Packing, Window, sample
 from deepseek_jax.data.store import TokenStore
 
@@ -17,9 +18,9 @@ def store_of(lengths):
 
 
 def packing_of(lengths, seq_len=5, fim_rate=0.0, seed=0, shuffle=True, pad_tail=False):
-    return Packing(
-        store_of(lengths), np.arange(len(lengths)), seq_len, EOS, PAD, MARKS, fim_rate, seed, shuffle, pad_tail
-    )
+    store = store_of(lengths)
+    pieces = whole(np.arange(len(lengths)), store.lengths)
+    return Packing(store, pieces, seq_len, EOS, PAD, MARKS, fim_rate, seed, shuffle, pad_tail)
 
 
 def stream(packing, epoch):

@@ -1,0 +1,84 @@
+"""Files as they are, or decompressed while they are read: ``.gz`` by the standard library, ``.zst`` by zstandard.
+
+A compressed file that was cut short ends in an error, never in less text.
+"""
+
+import gzip
+import io
+import zlib
+from pathlib import Path
+from typing import BinaryIO
+
+from deepseek_jax.errors import UserError
+
+ENDINGS = (".gz", ".zst")
+BLOCK = 128 << 10  # compressed bytes read at a time
+
+
+def content_type(path: Path) -> str:
+    """Returns the ending that says what a file holds, in lower case: ``.jsonl`` for ``a.JSONL.gz``."""
+    *_, inner, outer = ["", "", *(suffix.lower() for suffix in path.suffixes)]
+    return inner if outer in ENDINGS else outer
+
+
+def decompressed(file: BinaryIO, path: Path) -> BinaryIO:
+    """Returns a reader of the text in ``file``, by the ending of ``path``.
+
+    Raises:
+      UserError: the file is a ``.zst`` and the package zstandard is missing.  Reading from what is returned raises
+        an error of ``damage()`` if the file is damaged or cut short.
+    """
+    if path.suffix.lower() == ".gz":
+        return gzip.GzipFile(fileobj=file, mode="rb")
+    if path.suffix.lower() == ".zst":
+        return io.BufferedReader(_Zstandard(file, path), BLOCK)
+    return file
+
+
+class _Zstandard(io.RawIOBase):
+    """Frames of zstandard, one after another; the package's own reader takes a frame cut short for a whole one."""
+
+    def __init__(self, file: BinaryIO, path: Path):
+        try:
+            import zstandard
+        except ImportError as error:
+            raise UserError(
+                f"{path} is compressed with zstandard, and the package is not installed. Run: pip install zstandard"
+            ) from error
+        self._file, self._new_frame = file, zstandard.ZstdDecompressor().decompressobj
+        self._frame, self._rest = None, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        """Fills ``buffer`` as far as it can; 0 at the end of the file."""
+        while not self._rest:
+            block = self._file.read(BLOCK)
+            if not block and self._frame is not None:
+                raise EOFError("the file ends in the middle of a frame")
+            if not block:
+                return 0
+            self._rest = self._decompress(block)
+        count = min(len(buffer), len(self._rest))
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count
+
+    def _decompress(self, block: bytes) -> bytes:
+        parts = []
+        while block:
+            self._frame = self._frame or self._new_frame()
+            parts.append(self._frame.decompress(block))
+            block = b""
+            if self._frame.eof:
+                block, self._frame = self._frame.unused_data, None
+        return b"".join(parts)
+
+
+def damage() -> tuple[type[Exception], ...]:
+    """Returns the errors by which a damaged compressed file shows itself."""
+    try:
+        from zstandard import ZstdError
+    except ImportError:
+        return (EOFError, zlib.error, gzip.BadGzipFile)
+    return (EOFError, zlib.error, gzip.BadGzipFile, ZstdError)
