@@ -43,9 +43,11 @@ class Tokenizer(Protocol):
         """Returns ``encode`` of each text."""
 
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
-        """Returns the text; bytes that are not UTF-8 become U+FFFD.  With ``specials`` marks are spelled out.
+        """Returns the text; bytes that are not UTF-8 become U+FFFD.
 
-        Ids past the vocabulary, which a model with a larger one may draw, stand for nothing.
+        Marks that the tokenizer's own files call special (begin, end, padding) are left out, and all others, like
+        ``<think>``, are spelled out: a reader sees what the reference decoder shows.  With ``specials`` every mark is
+        spelled out.  Ids past the vocabulary, which a model with a larger one may draw, stand for nothing.
         """
 
     def byte_lengths(self) -> np.ndarray:
@@ -65,6 +67,7 @@ BYTE_SPECIALS = (
     "<think>",
     "</think>",
 ) + tuple(f"<｜place▁holder▁no▁{i}｜>" for i in range(6))
+BYTE_HIDDEN = BYTE_SPECIALS[:3] + BYTE_SPECIALS[10:]  # those that decoding leaves out, as with DeepSeek's tokenizer
 
 
 class ByteTokenizer:
@@ -87,7 +90,7 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
-        marks = BYTE_SPECIALS if specials else ("",) * len(BYTE_SPECIALS)
+        marks = (mark if specials or mark not in BYTE_HIDDEN else "" for mark in BYTE_SPECIALS)
         table = [bytes([i]) for i in range(256)] + [mark.encode() for mark in marks]
         return b"".join(table[i] for i in ids if 0 <= i < len(table)).decode(errors="replace")
 
@@ -133,16 +136,18 @@ class FileTokenizer:
     """A ``tokenizer.json``; a ``tokenizer_config.json`` beside it may name the bos, eos and pad marks.
 
     Published files call only some of their marks special (DeepSeek's ``<｜User｜>`` and ``<think>`` are not), so that
-    the rest would be read out of any text that spells them.  Here every added token that looks like a mark is one.
+    the rest would be read out of any text that spells them.  For encoding, every added token that looks like a mark is
+    one here.  Decoding leaves out those only that the files themselves call special.
     """
 
     def __init__(self, path: Path):
         from tokenizers import Tokenizer as Engine
 
         try:
-            settings = _settings(path.parent / "tokenizer_config.json")
+            settings = _settings(path.parent)
             named = {key: _spelling(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
             self._json = json.loads(path.read_text(encoding="utf-8"))
+            self._hidden = _hidden(self._json, settings)
             marks = {mark for group in (BOS, EOS, PAD, *FIM, *named.values()) for mark in group}
             for token in self._json.get("added_tokens", ()):
                 token["special"] |= token["content"] in marks or bool(ANY_MARK.fullmatch(token["content"]))
@@ -150,8 +155,8 @@ class FileTokenizer:
             self._engine = Engine.from_str(text)
         except Exception as error:  # the Rust library raises a bare Exception
             raise UserError(
-                f"{path} (or the tokenizer_config.json beside it) is not a sound tokenizer ({error}). "
-                "Mend it, or set data.tokenizer to bytes."
+                f"{path} (or the tokenizer_config.json beside it) is not a valid tokenizer ({error}). "
+                "Fix it, or set data.tokenizer to bytes."
             ) from error
         self._engine.encode_special_tokens = True
         self.fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -159,7 +164,8 @@ class FileTokenizer:
         self.bos_id = self._first(named["bos_token"] + BOS)
         self.eos_id = self._first(named["eos_token"] + EOS)
         self.pad_id = self._first(named["pad_token"] + PAD)
-        self.add_bos = bool(settings.get("add_bos_token"))
+        # as in transformers, which ignores the setting where no begin mark is named
+        self.add_bos = bool(settings.get("add_bos_token")) and self._first(named["bos_token"]) is not None
         triples = (tuple(map(self._engine.token_to_id, triple)) for triple in FIM)
         self.fim = next((FimTokens(*ids) for ids in triples if None not in ids), None)
 
@@ -182,8 +188,8 @@ class FileTokenizer:
         return [np.array(one.ids, np.int32) for one in encoded]
 
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
-        known = [int(i) for i in ids if 0 <= i < self.vocab_size]
-        return self._engine.decode(known, skip_special_tokens=not specials)
+        shown = [int(i) for i in ids if 0 <= i < self.vocab_size and (specials or int(i) not in self._hidden)]
+        return self._engine.decode(shown, skip_special_tokens=False)
 
     def byte_lengths(self) -> np.ndarray:
         added = self._engine.get_added_tokens_decoder()
@@ -197,9 +203,36 @@ class FileTokenizer:
         return lengths
 
 
-def _settings(path: Path) -> dict:
-    """Returns what a ``tokenizer_config.json`` says; nothing if there is none."""
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+def _settings(folder: Path) -> dict:
+    """Returns what a ``tokenizer_config.json`` says, or {} if there is none.
+
+    Marks that it does not name are taken from an older ``special_tokens_map.json``, unless the settings list every
+    added token themselves, as transformers reads the two.
+    """
+    files = (folder / "tokenizer_config.json", folder / "special_tokens_map.json")
+    settings, older = (dict(json.loads(f.read_text(encoding="utf-8"))) if f.is_file() else {} for f in files)
+    if "added_tokens_decoder" in settings:
+        return settings
+    return settings | {key: mark for key, mark in older.items() if settings.get(key) is None}
+
+
+NAMED = (*(f"{role}_token" for role in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")),)
+LISTED = ("additional_special_tokens", "extra_special_tokens")
+
+
+def _hidden(spec: dict, settings: dict) -> frozenset[int]:
+    """Returns the ids that the reference decoder leaves out.
+
+    Those are the added tokens which ``tokenizer.json`` calls special, unless ``added_tokens_decoder`` of the settings
+    says otherwise, and all that the settings name as a mark.
+    """
+    named = {mark for key in NAMED for mark in _spelling(settings.get(key))}
+    for key in LISTED:
+        listed = settings.get(key) or ()
+        named |= {mark for one in (listed.values() if isinstance(listed, dict) else listed) for mark in _spelling(one)}
+    tokens = {token["id"]: token for token in spec.get("added_tokens", ())}
+    tokens |= {int(i): token for i, token in (settings.get("added_tokens_decoder") or {}).items()}
+    return frozenset(i for i, token in tokens.items() if token.get("special") or token.get("content") in named)
 
 
 def _spelling(mark: str | dict | None) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import pytest
 from deepseek_jax.data.fim import FimTokens
 from deepseek_jax.data.tokenizer import BYTE_SPECIALS, ByteTokenizer, open_tokenizer
 from deepseek_jax.errors import UserError
+from deepseek_jax.serve.text import TextStream
 
 TEXTS = [
     "",
@@ -72,7 +73,7 @@ def test_marks_are_read_only_on_request(tokenizer):
     ids = tokenizer.encode(text, specials=True)
     assert ids[-1] == tokenizer.eos_id
     assert tokenizer.fim.hole in ids
-    assert tokenizer.decode(ids) == "ab"
+    assert tokenizer.decode(ids) == "a<｜fim▁hole｜>b"  # which the tokenizer's own file does not call special
     assert tokenizer.decode(ids, specials=True) == text
     assert not set(tokenizer.encode(text)) & {tokenizer.eos_id, *tokenizer.fim}
 
@@ -88,7 +89,8 @@ def test_byte_tokenizer_by_hand():
     assert bytes_.vocab_size == 272
     np.testing.assert_array_equal(bytes_.encode("hé"), [104, 0xC3, 0xA9])
     assert bytes_.decode([0xC3]) == "\ufffd"  # half a character
-    assert bytes_.decode(np.array([104, 257, 271])) == "h"
+    assert bytes_.decode(np.array([104, 257, 271, 258, 256])) == "h"
+    assert bytes_.decode(bytes_.encode("<think>h</think>", specials=True)) == "<think>h</think>"
     assert bytes_.encode("\ud800").tolist() == [ord("?")]
     assert bytes_.fim == tuple(256 + BYTE_SPECIALS.index(mark) for mark in MARKS[2:5])
 
@@ -109,12 +111,62 @@ def test_file_tokenizer_finds_its_marks(bpe, tmp_path):
     assert plain.fim == FimTokens(*(plain.encode(mark, specials=True)[0] for mark in MARKS[2:5]))
     assert (plain.bos_id, plain.eos_id, plain.pad_id) == (0, 1, None)
     (tmp_path / "tokenizer.json").write_bytes(bpe.read_bytes())
-    config = {"eos_token": {"content": "<think>"}, "bos_token": None, "pad_token": MARKS[1], "add_bos_token": True}
+    config = {"eos_token": {"content": "<think>"}, "bos_token": MARKS[0], "pad_token": MARKS[1], "add_bos_token": True}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     named = open_tokenizer(str(tmp_path))  # a folder, as published models have it
     assert named.eos_id == plain.encode("<think>", specials=True)[0]
     assert (named.bos_id, named.pad_id) == (0, 1)
     assert (named.add_bos, plain.add_bos) == (True, False)
+
+
+MARK_SETTINGS = [
+    {},
+    {"eos_token": "<think>"},
+    {"bos_token": {"content": MARKS[2], "__type": "AddedToken"}, "unk_token": MARKS[3]},
+    {"additional_special_tokens": [MARKS[4], {"content": "<think>"}]},
+    {"extra_special_tokens": {"thought": "<think>"}},
+]
+
+
+@pytest.mark.parametrize("settings", MARK_SETTINGS)
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_decoding_leaves_out_what_the_files_call_special_and_nothing_else(bpe, tmp_path, settings, file):
+    from tokenizers import Tokenizer
+
+    (tmp_path / "tokenizer.json").write_bytes(bpe.read_bytes())
+    (tmp_path / file).write_text(json.dumps(settings))
+    tokenizer, reference = open_tokenizer(str(tmp_path)), Tokenizer.from_file(str(bpe))
+    named = json.dumps(settings, ensure_ascii=False)
+    reference.add_special_tokens([mark for mark in MARKS if mark in named])
+    for text in [*MARKS, *TEXTS, "<think>plan</think>answer", " a <｜fim▁hole｜> b ".join(MARKS)]:
+        ids = tokenizer.encode(text, specials=True)
+        assert tokenizer.decode(ids) == reference.decode(ids.tolist(), skip_special_tokens=True)
+        assert tokenizer.decode(ids, specials=True) == text
+        stream = TextStream(tokenizer.decode)
+        assert "".join(map(stream.push, ids.tolist())) + stream.finish() == tokenizer.decode(ids)
+
+
+def test_settings_of_every_token_overrule_the_file(bpe, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(bpe.read_bytes())
+    think = int(open_tokenizer(str(bpe)).encode("<think>", specials=True)[0])
+    decoder = {str(think): {"content": "<think>", "special": True}, "1": {"content": MARKS[1], "special": False}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"unk_token": MARKS[1]}))  # not read, then
+    tokenizer = open_tokenizer(str(tmp_path))
+    assert tokenizer.decode([think, 1, 0]) == MARKS[1]
+
+
+@pytest.mark.parametrize("settings", [{}, {"bos_token": None}, {"bos_token": "<none such>"}])
+def test_a_begin_mark_that_is_not_named_is_not_added(bpe, tmp_path, settings):
+    spec = bpe.read_text()
+    for text in (spec, spec.replace(MARKS[0], "<unused>")):
+        (tmp_path / "tokenizer.json").write_text(text)
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, **settings}))
+        assert open_tokenizer(str(tmp_path)).add_bos is False
+    (tmp_path / "tokenizer.json").write_text(spec)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "bos_token": None}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": MARKS[0]}))
+    assert open_tokenizer(str(tmp_path)).add_bos is True
 
 
 def test_bytes_of_a_sentencepiece_vocabulary(tmp_path):
@@ -148,6 +200,7 @@ def test_deepseek():
         assert tokenizer.decode(ids) == source
         assert lengths[ids].sum() == len(source.encode())
         assert lengths[ids].all()  # no mark
+    assert tokenizer.decode(tokenizer.encode("<think>plan</think>answer", specials=True)) == "<think>plan</think>answer"
 
 
 def test_deepseek_needs_a_package(monkeypatch):
@@ -161,7 +214,7 @@ def test_errors(tmp_path):
         open_tokenizer(str(tmp_path / "missing.json"))
     for content in ("{}", "not json", "[]"):
         (tmp_path / "bad.json").write_text(content)
-        with pytest.raises(UserError, match=r"bad\.json .* is not a sound tokenizer"):
+        with pytest.raises(UserError, match=r"bad\.json .* is not a valid tokenizer"):
             open_tokenizer(str(tmp_path / "bad.json"))
 
 
