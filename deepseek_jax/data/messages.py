@@ -10,7 +10,7 @@ order is refused with its number, so that the templates of ``chat.py`` have noth
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from deepseek_jax.errors import UserError
@@ -62,8 +62,9 @@ FOLLOWS = {
 }
 
 
-def read(messages: Sequence[dict]) -> Conversation:
-    """Returns messages as a conversation; several system prompts are joined by a blank line, as V3's template does."""
+def read(messages: Sequence[dict], join_system: Callable[[list[str]], str] = "\n\n".join) -> Conversation:
+    """Returns messages as a conversation; ``join_system`` makes one system prompt of all, by default with a blank line
+    between two of them."""
     system, turns, before = [], [], "the start"
     ids: list = []  # of the latest calls
     outputs: list[str | None] = []  # of the latest calls, None where one is still to come
@@ -77,7 +78,7 @@ def read(messages: Sequence[dict]) -> Conversation:
             turns.append(User(_text(message, "content", where)))
         elif role == "assistant":
             turns.append(read_answer(message, where))
-            ids = [call.get("id") for call in message.get("tool_calls") or ()]
+            ids = _call_ids(message, where)
             outputs = [None] * len(ids)
             before = "assistant with tool_calls" if ids else role
         else:
@@ -88,7 +89,7 @@ def read(messages: Sequence[dict]) -> Conversation:
                 turns.append(Outputs(tuple(outputs)))
     if not turns or before == "tool with other calls unanswered":
         raise UserError(f"the messages end after {before}. Add a message of {' or '.join(FOLLOWS[before])}.")
-    return Conversation("\n\n".join(system), turns)
+    return Conversation(join_system(system), turns)
 
 
 def read_answer(message: dict, where: str = "the message") -> Assistant:
@@ -108,9 +109,9 @@ def _role(message: dict, before: str, where: str) -> str:
     """Returns the role of a message, if it may follow what is before it."""
     role = message.get("role") if isinstance(message, dict) else message
     if role not in ROLES:
-        raise UserError(f"{where} has role {role!r}. Wanted a dict whose role is one of {', '.join(ROLES)}.")
+        raise UserError(f"{where} has role {role!r}. Expected a dict whose role is one of {', '.join(ROLES)}.")
     if role not in FOLLOWS[before]:
-        raise UserError(f"{where} has role {role!r} after {before}. Wanted {' or '.join(FOLLOWS[before])}.")
+        raise UserError(f"{where} has role {role!r} after {before}. Expected {' or '.join(FOLLOWS[before])}.")
     return role
 
 
@@ -118,16 +119,26 @@ def _text(message: dict, key: str, where: str, optional: bool = False) -> str:
     """Returns the text under ``key``; "" if there is none and that is allowed."""
     text = message.get(key)
     if not isinstance(text, str) and not (optional and text is None):
-        raise UserError(f"{where} has {type(text).__name__} as {key}. Wanted text.")
+        raise UserError(f"{where} has {type(text).__name__} as {key}. Expected text.")
     return text or ""
+
+
+def _call_ids(message: dict, where: str) -> list:
+    """Returns the id of each call of a message, None where it has none; no two may be equal."""
+    ids = [call.get("id") for call in message.get("tool_calls") or ()]
+    twice = next((i for i in ids if i is not None and ids.count(i) > 1), None)
+    if twice is not None:
+        raise UserError(f"{where} has two tool_calls with the id {twice!r}. Give each call an id of its own, or none.")
+    return ids
 
 
 def _call(call: dict, where: str) -> Call:
     """Returns a call: {"type": "function", "function": {"name": …, "arguments": JSON as text or a dict}}."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not function.get("name") or call.get("type", "function") != "function":
-        raise UserError(f'{where} is {call!r}. Wanted {{"type": "function", "function": {{"name", "arguments"}}}}.')
-    arguments = function.get("arguments", "{}")
+        raise UserError(f'{where} is {call!r}. Expected {{"type": "function", "function": {{"name", "arguments"}}}}.')
+    arguments = function.get("arguments")
+    arguments = "{}" if arguments is None else arguments  # a call without arguments, as some clients send it
     arguments = arguments if isinstance(arguments, str) else as_json(arguments, where)
     return Call(_text(function, "name", where), arguments)
 
@@ -137,15 +148,18 @@ def _slot(call_id: str | None, ids: list, outputs: list, where: str) -> int:
     if call_id is None or not any(ids):
         return outputs.index(None)
     if call_id not in ids or outputs[ids.index(call_id)] is not None:
-        wanted = ", ".join(repr(i) for i, output in zip(ids, outputs, strict=True) if output is None)
-        raise UserError(f"{where} has tool_call_id {call_id!r}. Calls without an answer: {wanted}.")
+        waiting = ", ".join(repr(i) for i, output in zip(ids, outputs, strict=True) if output is None)
+        raise UserError(f"{where} has tool_call_id {call_id!r}. Calls without an answer: {waiting}.")
     return ids.index(call_id)
 
 
 def as_json(value, where: str, **layout) -> str:
-    """Returns a value as JSON; ``where`` names it if it is none, ``layout`` is as for ``json.dumps``."""
+    """Returns a value as the published templates write JSON: keys in their order, every character as it is.
+
+    ``where`` names the value in the error if it is no JSON, ``layout`` is as for ``json.dumps``.
+    """
     try:
-        return json.dumps(value, **layout)
+        return json.dumps(value, ensure_ascii=False, **layout)
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{where} is no JSON ({error}). Give text, numbers, lists and dicts.") from error
 
@@ -155,7 +169,7 @@ def functions(tools: Sequence[dict]) -> list[dict]:
     found = [tool.get("function") if isinstance(tool, dict) else None for tool in tools]
     for tool, function in zip(tools, found, strict=True):
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise UserError(f'a tool is {tool!r}. Wanted {{"type": "function", "function": {{"name": …, …}}}}.')
+            raise UserError(f'a tool is {tool!r}. Expected {{"type": "function", "function": {{"name": …, …}}}}.')
     return found
 
 
