@@ -1,14 +1,21 @@
 """Prompts as published, to the letter; a reply is what parse inverts; what users type is never a mark."""
 
+import importlib.util
+import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from deepseek_jax.data import chat
-from deepseek_jax.data.chat import TEMPLATES, Part, fim_parts, join, spell, template, to_ids
+from deepseek_jax.data.chat import TEMPLATES, Part, fim_parts, join, recognise, spell, template, template_for, to_ids
 from deepseek_jax.data.tokenizer import open_tokenizer
 from deepseek_jax.errors import UserError
+
+_spec = importlib.util.spec_from_file_location("published_chats", Path(__file__).with_name("published_chats.py"))
+published_chats = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(published_chats)
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 HELLO = {"role": "user", "content": "Hello"}
@@ -45,6 +52,7 @@ ANSWER = {"role": "assistant", "content": "Sun and snow."}
 
 PROMPTS = [
     ("v1", [HELLO], "<｜begin▁of▁sentence｜>User: Hello\n\nAssistant:"),
+    ("v1", [SYSTEM, HELLO], "<｜begin▁of▁sentence｜>Be brief.\n\nUser: Hello\n\nAssistant:"),
     (
         "v2",
         [SYSTEM, HELLO, HI, SUM],
@@ -62,7 +70,7 @@ PROMPTS = [
     (
         "coder",
         [SYSTEM, HELLO, HI],
-        "<｜begin▁of▁sentence｜>Be brief.\n### Instruction:\nHello\n### Response:\nHi!\n<|EOT|>\n",
+        "<｜begin▁of▁sentence｜>Be brief.### Instruction:\nHello\n### Response:\nHi!\n<|EOT|>\n",
     ),
     (
         "v3",
@@ -212,7 +220,7 @@ def test_a_thought_without_an_end_is_all_thought():
         assert TEMPLATES[name].parse(text, thinking) == {"role": "assistant", "content": "", "reasoning_content": "Hm"}
 
 
-@pytest.mark.parametrize("name", ["v3", "r1", "v31"])
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name not in ("v1", "v2", "coder")])
 def test_calls_are_taken_whole_or_not_at_all(name):
     whole = spell(TEMPLATES[name].reply(CALLS)).removesuffix(chat.EOS.text)
     assert TEMPLATES[name].parse(whole) == CALLS
@@ -227,6 +235,43 @@ def test_calls_are_taken_whole_or_not_at_all(name):
         chat.CALLS.text + chat.END_CALLS.text,
     ):
         assert TEMPLATES[name].parse(odd) == {"role": "assistant", "content": odd}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_as_the_published_template_writes_it(name):
+    ours = []
+    for messages in published_chats.conversations(name):
+        thinking = TEMPLATES[name].opens_thought and messages[-1]["role"] == "user"
+        ours.append(TEMPLATES[name].encode(messages, thinking=thinking))
+    assert published_chats.digest(ours) == published_chats.DIGESTS[name]
+
+
+def test_the_first_templates_open_a_block_once():
+    calls, end = (
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{}\n```<｜tool▁call▁end｜>",
+        "<｜end▁of▁sentence｜>",
+    )
+    one = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "weather"}}]}
+    sun = {"role": "tool", "content": "sun"}
+    told = "<｜tool▁output▁begin｜>sun<｜tool▁output▁end｜>"
+    talk = [WEATHER, one, sun, one, sun, ANSWER]
+    text = "<｜begin▁of▁sentence｜><｜User｜>Weather in Rome and Oslo?<｜Assistant｜><｜tool▁calls▁begin｜>" + calls
+    last = f"<｜tool▁outputs▁end｜>Sun and snow.{end}"
+    close = f"<｜tool▁calls▁end｜>{end}"
+    assert TEMPLATES["v3-1226"].encode(talk) == (
+        f"{text}<｜tool▁outputs▁begin｜>{told}\n{calls}{close}\n{told}{last}"  # the first block is left open
+    )
+    assert (
+        TEMPLATES["r1-0120"].encode(talk) == f"{text}{close}<｜tool▁outputs▁begin｜>{told}\n{calls}{close}{told}{last}"
+    )
+    assert TEMPLATES["v2.5"].encode([SYSTEM, HELLO]) == " " * 8 + TEMPLATES["v3"].encode([SYSTEM, HELLO])
+
+
+def test_v31_keeps_a_thought_that_follows_outputs():
+    thoughtful = {"role": "assistant", "content": "<think>Hm</think>Sun and snow."}
+    text = TEMPLATES["v31"].encode([WEATHER, CALLS, *OUTPUTS, thoughtful, SUM, thoughtful, SUM])
+    assert text.count("<think>Hm</think>Sun and snow.") == 1
+    assert text.count("</think>Sun and snow.") == 2
 
 
 FRAGMENTS = [value.text for value in vars(chat).values() if isinstance(value, Part)] + [
@@ -262,11 +307,9 @@ def test_parse_never_raises(name):
 def messages_to_say(name):
     thought = {"role": "assistant", "content": "Two.", "reasoning_content": "\nOne and one\n\nis two."}
     with_calls = {**CALLS, "content": "Let me see.\n"}
-    return [HI, {**HI, "content": " \n Hi! \n"}] + {
-        "v3": [CALLS, with_calls],
-        "r1": [CALLS, with_calls, thought, {**with_calls, **thought}],
-        "v31": [CALLS, with_calls, thought, {**with_calls, **thought}],
-    }.get(name, [])
+    thoughts = [thought, {**with_calls, **thought}] if TEMPLATES[name].thinks else []
+    has_tools = name not in ("v1", "v2", "coder")
+    return [HI, {**HI, "content": " \n Hi! \n"}, *([CALLS, with_calls] if has_tools else []), *thoughts]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -293,11 +336,15 @@ def test_a_prompt_and_its_reply_are_a_conversation(name):
 @pytest.mark.parametrize(
     ("name", "messages", "options", "message"),
     [
-        ("v1", [SYSTEM, HELLO], {}, "'v1' has no system prompt"),
         ("v1", [WEATHER, CALLS], {}, "'v1' has no tool calls"),
         ("v2", [HELLO], {"tools": TOOLS}, "'v2' has no tools"),
         ("coder", [HELLO], {"thinking": True}, "'coder' has no thinking"),
         ("v3", [HELLO], {"thinking": True}, "'v3' has no thinking"),
+        ("v2.5", [HELLO], {"thinking": True}, "'v2.5' has no thinking"),
+        ("v3-1226", [HELLO], {"thinking": True}, "'v3-1226' has no thinking"),
+        ("v2.5", [WEATHER, {**CALLS, "content": "So."}], {}, "content and tool_calls: .* one of the two"),
+        ("r1-0120", [WEATHER, CALLS, *OUTPUTS, {**CALLS, "content": "So."}], {}, "after an earlier round of calls"),
+        ("r1-distill", [HELLO, HI], {"thinking": True}, "the last message is not the user's"),
         ("r1", [HELLO, HI], {"thinking": True}, "the last message is not the user's"),
         ("r1", [WEATHER, CALLS, *OUTPUTS], {"thinking": True}, "the last message is not the user's"),
         ("v31", [HELLO], {"tools": TOOLS, "thinking": True}, "no tools while thinking"),
@@ -311,9 +358,55 @@ def test_what_a_generation_lacks_is_refused(name, messages, options, message):
 
 
 def test_unknown_template():
-    assert template("v3") is TEMPLATES["v3"]
-    with pytest.raises(UserError, match="no chat template 'v4'. Choose one of v1, v2, coder, v3, r1, v31"):
+    assert template("v3") is template("v3-0324") is TEMPLATES["v3"]
+    with pytest.raises(UserError, match="no chat template 'v4'. Choose one of v1, v2, coder, v2.5, v3-1226, v3, r1"):
         template("v4")
+
+
+# Which template a model has.
+
+USER_TURN, ANSWER_TURN = "{{'<｜User｜>' + message['content']}}", "{{'<｜Assistant｜>' + content}}"
+SPLIT = "{% if '</think>' in content %}"
+JINJA = {
+    "coder": "{{'### Instruction:\n'}}{{'### Response:\n' + message['content'] + '\n<|EOT|>\n'}}",
+    "v2": "{{ 'User: ' + message['content'] }}{{ 'Assistant: ' + message['content'] }}{{ 'Assistant:' }}",
+    "v2.5": "namespace(is_first=false)" + USER_TURN + ANSWER_TURN,
+    "v3-1226": "namespace(is_first=false, is_first_sp=true)" + USER_TURN + ANSWER_TURN,
+    "v3": "namespace(is_first_sp=true, is_last_user=false)" + USER_TURN + ANSWER_TURN,
+    "r1-distill": "namespace(is_first=false)" + USER_TURN + SPLIT + ANSWER_TURN,
+    "r1-0120": "namespace(is_first=false, is_first_sp=true)" + USER_TURN + SPLIT + ANSWER_TURN,
+    "r1": "namespace(is_first_sp=true, is_last_user=false)" + USER_TURN + SPLIT + ANSWER_TURN,
+    "v31": "{% if not thinking is defined %}{{'<｜Assistant｜></think>'}}" + USER_TURN + SPLIT + ANSWER_TURN,
+    "": "{{'<|im_start|>' + message['role'] + message['content'] + '<|im_end|>'}}",
+}
+
+
+@pytest.mark.parametrize("name", JINJA)
+def test_a_published_template_is_recognised(tmp_path, name):
+    assert recognise(JINJA[name]) == name
+    config = tmp_path / "tokenizer_config.json"
+    several = [{"name": "tool_use", "template": "{}"}, {"name": "default", "template": JINJA[name]}]
+    for found in (JINJA[name], several):
+        config.write_text(json.dumps({"chat_template": found}))
+        if name:
+            assert template_for(tmp_path) == name
+        else:
+            with pytest.raises(UserError, match="none of DeepSeek's that are known here.*name it with --template, one"):
+                template_for(tmp_path)
+        assert template_for(tmp_path, "v3.1") == "v31"  # what the user says counts
+    (tmp_path / "chat_template.jinja").write_text(JINJA["coder"])
+    assert template_for(tmp_path) == "coder"  # the newer file
+
+
+def test_a_model_without_a_template(tmp_path):
+    with pytest.raises(UserError, match="this looks like a base model, which continues text"):
+        template_for(tmp_path)
+    with pytest.raises(UserError, match="no chat template 'v9'"):
+        template_for(tmp_path, "v9")
+    for text in ("[]", "{", '{"chat_template": [1]}', '{"chat_template": [{"name": "default"}]}'):
+        (tmp_path / "tokenizer_config.json").write_text(text)
+        with pytest.raises(UserError, match=r"the chat template in .* cannot be read"):
+            template_for(tmp_path)
 
 
 # Ids.

@@ -59,7 +59,13 @@ def test_a_call_without_arguments(arguments):
     assert read_answer(say("assistant", tool_calls=[missing])).calls == (Call("f", "{}"),)
 
 
-JSON_VALUES = [{"城市": "北京", "a": [1, 2.5, None, True]}, "</tag> & 'quote' \"\n\u2028 🐋", {"b": {"z": 1, "a": {}}}, 0, []]
+JSON_VALUES = [
+    {"城市": "北京", "a": [1, 2.5, None, True]},
+    "</tag> & 'quote' \"\n\u2028 🐋",
+    {"b": {"z": 1, "a": {}}},
+    0,
+    [],
+]
 
 
 @pytest.mark.parametrize("value", JSON_VALUES)

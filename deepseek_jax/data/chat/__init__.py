@@ -1,0 +1,175 @@
+"""Messages to the text that each generation of models was trained on, and a model's text back to a message.
+
+    name        models                                       a turn
+    v1, v2      LLM chat, Math, MoE; V2 chat, Coder-V2       User: …\\n\\nAssistant: … EOS
+    coder       Coder instruct                               ### Instruction:\\n…\\n### Response:\\n…\\n EOT \\n
+    v2.5        V2.5                                         USER … ASSISTANT … EOS, and tools
+    v3-1226     V3 as first published                        the same
+    v3          V3-0324                                      the same, with tools in every round
+    r1-0120     R1 as first published                        as v3-1226's, with a thought before the answer
+    r1-distill  the students of R1                           the same
+    r1          R1-0528                                      as v3's, with a thought before the answer
+    v31         V3.1, V3.1-Terminus                          the same; each answer opens a thought or closes it
+
+``TEMPLATES[name]`` holds three functions and the mark that ends an answer:
+
+    parts(messages, tools=(), thinking=False)  a prompt, up to where the assistant is to speak; if the assistant spoke
+                                               last, a whole conversation.  Thoughts of earlier answers are left out
+                                               where the published template leaves them out.
+    reply(message, thinking=False)             what the assistant is to write there to say ``message``, thought
+                                               included: a target of training, and the inverse of ``parse``
+    parse(text, thinking=False)                what it wrote, its marks spelled out, as a message; never raises
+
+With ``thinking`` the prompt itself opens the thought with ``<think>``.
+
+A prompt is a list of parts, each either text or a mark of the template.  ``to_ids`` reads marks out of the latter only:
+a user who types ``<｜Assistant｜>`` has typed thirteen letters.  (v1, v2 and coder tell turns apart by plain words,
+which nothing keeps a user from typing.)  ``encode`` joins the parts to a string, for the eye.
+
+``template_for(folder)`` finds the template of a published model by what its own files say.
+
+Sources: the chat_template of each model's tokenizer_config.json, which is followed to the letter, and its model card.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepseek_jax.data.chat import first_v3, plain, v3, v31
+from deepseek_jax.data.chat.parts import (
+    ASSISTANT,
+    BOS,
+    CALL,
+    CALLS,
+    END_CALL,
+    END_CALLS,
+    END_OUTPUT,
+    END_OUTPUTS,
+    END_THINK,
+    EOS,
+    EOT,
+    FIM_BEGIN,
+    FIM_END,
+    FIM_HOLE,
+    OUTPUT,
+    OUTPUTS,
+    SEP,
+    THINK,
+    USER,
+    Part,
+    fim_parts,
+    join,
+    spell,
+    to_ids,
+)
+from deepseek_jax.data.chat.published import published_template, recognise
+from deepseek_jax.errors import UserError
+
+__all__ = [
+    "ASSISTANT",
+    "BOS",
+    "CALL",
+    "CALLS",
+    "END_CALL",
+    "END_CALLS",
+    "END_OUTPUT",
+    "END_OUTPUTS",
+    "END_THINK",
+    "EOS",
+    "EOT",
+    "FIM_BEGIN",
+    "FIM_END",
+    "FIM_HOLE",
+    "OUTPUT",
+    "OUTPUTS",
+    "SEP",
+    "TEMPLATES",
+    "THINK",
+    "USER",
+    "Part",
+    "Template",
+    "fim_parts",
+    "join",
+    "published_template",
+    "recognise",
+    "spell",
+    "template",
+    "template_for",
+    "to_ids",
+]
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a generation chats; the functions are explained at the top of this file.
+
+    Attributes:
+        end: its id is where generation stops.
+        thinks: whether answers may begin with a thought.
+        opens_thought: whether the published template opens it in the prompt, which is ``thinking``.
+    """
+
+    parts: Callable[..., list[Part]]
+    reply: Callable[..., list[Part]]
+    parse: Callable[..., dict]
+    end: Part = EOS
+    thinks: bool = False
+    opens_thought: bool = False
+
+    def encode(self, messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False) -> str:
+        """Returns the prompt as a string.  For a model, take ``to_ids(parts(…), tokenizer)``."""
+        return spell(self.parts(messages, tools, thinking))
+
+
+_R1 = (v3.r1_reply, v3.r1_parse)
+
+TEMPLATES = {
+    "v1": Template(plain.v1_parts, plain.v2_reply, plain.v2_parse),
+    "v2": Template(plain.v2_parts, plain.v2_reply, plain.v2_parse),
+    "coder": Template(plain.coder_parts, plain.coder_reply, plain.coder_parse, end=EOT),
+    "v2.5": Template(first_v3.v25_parts, v3.v3_reply, v3.v3_parse),
+    "v3-1226": Template(first_v3.v3_1226_parts, v3.v3_reply, v3.v3_parse),
+    "v3": Template(v3.v3_parts, v3.v3_reply, v3.v3_parse),
+    "r1-0120": Template(first_v3.r1_0120_parts, *_R1, thinks=True, opens_thought=True),
+    "r1-distill": Template(first_v3.r1_distill_parts, *_R1, thinks=True, opens_thought=True),
+    "r1": Template(v3.r1_parts, *_R1, thinks=True),
+    "v31": Template(v31.v31_parts, v31.v31_reply, v31.v31_parse, thinks=True),
+}
+OTHER_NAMES = {"v3-0324": "v3", "r1-0528": "r1", "v3.1": "v31", "v3.1-terminus": "v31"}
+
+
+def template(name: str) -> Template:
+    """Returns the template of that name."""
+    if OTHER_NAMES.get(name, name) not in TEMPLATES:
+        raise UserError(f"there is no chat template {name!r}. Choose one of {', '.join(TEMPLATES)}.")
+    return TEMPLATES[OTHER_NAMES.get(name, name)]
+
+
+def template_for(folder: Path | str, name: str = "") -> str:
+    """Returns the name of the template that the model with this tokenizer was trained with.
+
+    Args:
+        folder: where the model's tokenizer.json is, with tokenizer_config.json or chat_template.jinja beside it.
+        name: the template's name if the user has given one, which then decides.
+
+    Raises:
+        UserError: no such template; no template in the folder, as with a base model; or one that is none of ours.
+    """
+    if name:
+        template(name)
+        return OTHER_NAMES.get(name, name)
+    text = published_template(Path(folder))
+    found = recognise(text)
+    names = ", ".join(TEMPLATES)
+    if not text:
+        raise UserError(
+            f"{folder} has no chat template, neither chat_template.jinja nor in tokenizer_config.json: "
+            "this looks like a base model, which continues text (deepseek-jax generate). If it was trained to chat, "
+            f"name the template with --template, one of: {names}."
+        )
+    if not found:
+        raise UserError(
+            f"the chat template in {folder} is none of DeepSeek's that are known here. If the model was trained with "
+            f"one of them all the same, name it with --template, one of: {names}."
+        )
+    return found

@@ -1,0 +1,142 @@
+"""The first templates with tools, as they were published: V2.5, the first V3, the first R1 and R1's students.
+
+    v2.5, v3-1226, r1-distill   ASSISTANT CALLS CALL … END_CALL            one call
+                                … \\n CALL … END_CALL END_CALLS EOS         each further call
+    r1-0120                     ASSISTANT a CALLS CALL … END_CALL \\n CALL … END_CALL END_CALLS EOS
+    all                         OUTPUTS OUTPUT o END_OUTPUT … END_OUTPUTS a EOS
+
+They remember for a whole conversation that a block was opened: a second round of calls begins with a line end in place
+of ``ASSISTANT CALLS``, and its outputs have no OUTPUTS.  The models' later templates (``v3.py``) close and open every
+block.  What these would leave out without a word, text beside calls, is refused.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from deepseek_jax.data.chat.parts import (
+    ASSISTANT,
+    BOS,
+    CALLS,
+    END_CALLS,
+    END_OUTPUT,
+    END_OUTPUTS,
+    END_THINK,
+    EOS,
+    OUTPUT,
+    OUTPUTS,
+    THINK,
+    USER,
+    Part,
+    Pieces,
+    join,
+)
+from deepseek_jax.data.chat.refusals import check_user_spoke, refuse
+from deepseek_jax.data.chat.v3 import system_and_tools, write_call
+from deepseek_jax.data.messages import Assistant, Call, Outputs, User, read
+from deepseek_jax.errors import UserError
+
+
+class Layout(NamedTuple):
+    """In what these templates differ.
+
+    Attributes:
+        write_calls: (content, calls, whether there were calls before) -> pieces.
+        between_outputs: what stands before each output but the first.
+        join_system: several system prompts as one.
+        blanks: blanks before BOS for each system prompt.
+    """
+
+    write_calls: Callable[[str, Sequence[Call], bool], Pieces]
+    between_outputs: str = "\n"
+    join_system: Callable[[list[str]], str] = "\n\n".join
+    blanks: int = 0
+
+
+def _calls_alone(content: str, calls: Sequence[Call], is_later: bool) -> Pieces:
+    """V2.5's way: calls or content; all but the very first call end the block, and that one does not."""
+    if content:
+        raise UserError(
+            "a message has content and tool_calls: this chat template writes one of the two. Set content to None, or "
+            "take the template 'v3' or 'r1', which write both."
+        )
+    first, *others = [write_call(call) for call in calls]
+    pieces: Pieces = ["\n", *first, END_CALLS, EOS] if is_later else [ASSISTANT, CALLS, *first]
+    return pieces + [piece for call in others for piece in ("\n", *call, END_CALLS, EOS)]
+
+
+def _calls_after_content(content: str, calls: Sequence[Call], is_later: bool) -> Pieces:
+    """R1's way: content and calls in the first round, calls alone in later ones."""
+    if content and is_later:
+        raise UserError(
+            "a message has content and tool_calls after an earlier round of calls: the chat template 'r1-0120' writes "
+            "the calls only. Set content to None, or take the template 'r1', which writes both."
+        )
+    blocks = [piece for call in calls for piece in ("\n", *write_call(call))]
+    return [*(blocks if is_later else [ASSISTANT, content, CALLS, *blocks[1:]]), END_CALLS, EOS]
+
+
+def _last(prompts: list[str]) -> str:
+    return prompts[-1] if prompts else ""
+
+
+V25 = Layout(_calls_alone, join_system=_last, blanks=8)
+V3_1226 = Layout(_calls_alone)
+R1_0120 = Layout(_calls_after_content, between_outputs="")
+R1_DISTILL = Layout(_calls_alone, join_system=_last)
+
+
+def v25_parts(messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False) -> list[Part]:
+    """V2.5's.  Its file writes eight blanks before BOS for each system prompt; of several the last one counts."""
+    refuse("v2.5", thinking=thinking)
+    return join(_pieces(messages, tools, V25, keep=str))
+
+
+def v3_1226_parts(messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False) -> list[Part]:
+    """That of V3 as first published."""
+    refuse("v3-1226", thinking=thinking)
+    return join(_pieces(messages, tools, V3_1226, keep=str))
+
+
+def r1_0120_parts(messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False) -> list[Part]:
+    """That of R1 as first published; its later revision opens the thought, which is ``thinking``."""
+    return join(_opened(messages, _pieces(messages, tools, R1_0120, keep=_after_thought), thinking))
+
+
+def r1_distill_parts(messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False) -> list[Part]:
+    """That of R1's students; of several system prompts the last one counts."""
+    return join(_opened(messages, _pieces(messages, tools, R1_DISTILL, keep=_after_thought), thinking))
+
+
+def _pieces(messages: Sequence[dict], tools: Sequence[dict], layout: Layout, keep: Callable[[str], str]) -> Pieces:
+    """Returns a prompt; ``keep`` is what remains of an earlier answer, unless it follows outputs or has calls."""
+    conversation = read(messages, layout.join_system)
+    n_system = sum(message["role"] == "system" for message in messages)
+    pieces: Pieces = [" " * (layout.blanks * n_system), BOS, system_and_tools(conversation.system, tools)]
+    was_called, had_outputs, last = False, False, None
+    for turn in conversation.turns:
+        match turn:
+            case User(content):
+                pieces += [USER, content]
+            case Assistant(content, _, calls) if calls:
+                pieces += layout.write_calls(content, calls, was_called)
+                was_called = True
+            case Assistant(content) if isinstance(last, Outputs):
+                pieces += [END_OUTPUTS, content, EOS]
+            case Assistant(content):
+                pieces += [ASSISTANT, keep(content), EOS]
+            case Outputs(contents):
+                blocks = [piece for o in contents for piece in (layout.between_outputs, OUTPUT, o, END_OUTPUT)]
+                pieces += blocks if had_outputs else [OUTPUTS, *blocks[1:]]
+                had_outputs = True
+        last = turn
+    return pieces + {User: [ASSISTANT], Outputs: [END_OUTPUTS]}.get(type(last), [])
+
+
+def _after_thought(content: str) -> str:
+    return content.rpartition(END_THINK.text)[2]
+
+
+def _opened(messages: Sequence[dict], pieces: Pieces, thinking: bool) -> Pieces:
+    if thinking:
+        check_user_spoke(messages)
+    return [*pieces, THINK, "\n"] if thinking else pieces

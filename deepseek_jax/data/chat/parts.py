@@ -1,0 +1,78 @@
+"""What a prompt is made of: text, and the marks of a template; both as one string, and as ids."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from deepseek_jax.data.tokenizer import FIM, Tokenizer
+from deepseek_jax.errors import UserError
+
+
+class Part(NamedTuple):
+    """A stretch of a prompt: a mark of the template, which is one id, or text, which is never read for marks."""
+
+    text: str
+    is_mark: bool
+
+
+def _mark(spelling: str) -> Part:
+    return Part(spelling, True)
+
+
+BOS, EOS = _mark("<｜begin▁of▁sentence｜>"), _mark("<｜end▁of▁sentence｜>")
+EOT = _mark("<|EOT|>")
+USER, ASSISTANT = _mark("<｜User｜>"), _mark("<｜Assistant｜>")
+THINK, END_THINK = _mark("<think>"), _mark("</think>")
+CALLS, END_CALLS = _mark("<｜tool▁calls▁begin｜>"), _mark("<｜tool▁calls▁end｜>")
+CALL, END_CALL = _mark("<｜tool▁call▁begin｜>"), _mark("<｜tool▁call▁end｜>")
+SEP = _mark("<｜tool▁sep｜>")
+OUTPUTS, END_OUTPUTS = _mark("<｜tool▁outputs▁begin｜>"), _mark("<｜tool▁outputs▁end｜>")
+OUTPUT, END_OUTPUT = _mark("<｜tool▁output▁begin｜>"), _mark("<｜tool▁output▁end｜>")
+FIM_BEGIN, FIM_HOLE, FIM_END = map(_mark, FIM[0])
+
+Pieces = list[Part | str]  # a bare string is text
+
+
+def join(pieces: Pieces) -> list[Part]:
+    """Returns pieces as parts: neighbouring texts become one, as a tokenizer must see them; empty ones are dropped."""
+    parts: list[Part] = []
+    for piece in pieces:
+        part = piece if isinstance(piece, Part) else Part(piece, False)
+        if part.text and not part.is_mark and parts and not parts[-1].is_mark:
+            parts[-1] = Part(parts[-1].text + part.text, False)
+        elif part.text:
+            parts.append(part)
+    return parts
+
+
+def spell(parts: Iterable[Part]) -> str:
+    """Returns parts as one string."""
+    return "".join(part.text for part in parts)
+
+
+def to_ids(parts: Iterable[Part], tokenizer: Tokenizer) -> np.ndarray:
+    """Returns int32 ids: a mark as its one id, text as text whatever it spells.
+
+    Raises:
+        UserError: the tokenizer has no such mark.
+    """
+    ids = [np.zeros(0, np.int32)]
+    for text, is_mark in parts:
+        ids.append(tokenizer.encode(text, specials=is_mark))
+        if is_mark and len(ids[-1]) != 1:
+            raise UserError(
+                f"the tokenizer has no mark {text}, which the chat template needs. "
+                "Take the template and the tokenizer of one model."
+            )
+    return np.concatenate(ids)
+
+
+def fim_parts(prefix: str, suffix: str) -> list[Part]:
+    """A base model's prompt to fill in the middle, which ends at EOS: Coder, Coder-V2-Lite, V2.5 and V3 share it."""
+    return join([BOS, FIM_BEGIN, prefix, FIM_HOLE, suffix, FIM_END])
+
+
+def before(mark: Part, text: str) -> str:
+    """Returns what precedes the first such mark in a text."""
+    return text.partition(mark.text)[0]

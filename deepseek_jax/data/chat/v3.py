@@ -1,0 +1,148 @@
+"""V3-0324, and R1-0528, which thinks before it answers.
+
+    BOS system ( USER u ASSISTANT a EOS )*, and for tools
+    ASSISTANT a CALLS CALL function SEP name \\n```json\\n arguments \\n``` END_CALL \\n CALL … END_CALLS EOS
+    OUTPUTS OUTPUT o END_OUTPUT \\n OUTPUT … END_OUTPUTS a EOS
+
+so that after outputs the assistant continues without a mark.  Of earlier answers R1 keeps what follows the last
+``</think>``.  No template describes the tools; V2.5's card does, as JSON in the system prompt.
+"""
+
+from collections.abc import Callable, Sequence
+
+from deepseek_jax.data.chat.parts import (
+    ASSISTANT,
+    BOS,
+    CALL,
+    CALLS,
+    END_CALL,
+    END_CALLS,
+    END_OUTPUT,
+    END_OUTPUTS,
+    END_THINK,
+    EOS,
+    OUTPUT,
+    OUTPUTS,
+    SEP,
+    THINK,
+    USER,
+    Part,
+    Pieces,
+    before,
+    join,
+)
+from deepseek_jax.data.chat.refusals import check_user_spoke, refuse
+from deepseek_jax.data.messages import (
+    Assistant,
+    Call,
+    Conversation,
+    Outputs,
+    User,
+    as_json,
+    as_message,
+    functions,
+    read,
+    read_answer,
+)
+
+
+def v3_parts(messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False) -> list[Part]:
+    """V3-0324's prompt."""
+    refuse("v3", thinking=thinking)
+    return join(_pieces(read(messages), tools, keep=str))
+
+
+def r1_parts(messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False) -> list[Part]:
+    """R1-0528's prompt.  The model opens the thought itself; with ``thinking`` the prompt does, as R1's card has it."""
+    pieces = _pieces(read(messages), tools, keep=lambda content: content.rpartition(END_THINK.text)[2])
+    if thinking:
+        check_user_spoke(messages)
+        pieces += [THINK, "\n"]
+    return join(pieces)
+
+
+def _pieces(conversation: Conversation, tools: Sequence[dict], keep: Callable[[str], str]) -> Pieces:
+    pieces: Pieces = [BOS, system_and_tools(conversation.system, tools)]
+    for turn in conversation.turns:
+        match turn:
+            case User(content):
+                pieces += [USER, content, ASSISTANT]
+            case Assistant(content, _, calls):
+                pieces += [keep(content), *_calls(calls), EOS]
+            case Outputs(contents):
+                blocks = [piece for content in contents for piece in ("\n", OUTPUT, content, END_OUTPUT)]
+                pieces += [OUTPUTS, *blocks[1:], END_OUTPUTS]
+    return pieces
+
+
+def system_and_tools(system: str, tools: Sequence[dict]) -> str:
+    """Returns the system prompt, followed by the tools as V2.5's card describes them if there are any."""
+    if not tools:
+        return system
+    described = [f"- `{f['name']}`:\n```json\n{as_json(f, f['name'], indent=4)}\n```" for f in functions(tools)]
+    title = "## Tools\n\n### Function\n\nYou have the following functions available:"
+    return "\n\n".join([system or "You are a helpful Assistant.", title, "\n".join(described)])
+
+
+def write_call(call: Call) -> Pieces:
+    """Returns CALL function SEP name arguments END_CALL."""
+    return [CALL, "function", SEP, f"{call.name}\n```json\n{call.arguments}\n```", END_CALL]
+
+
+def _calls(calls: Sequence[Call]) -> Pieces:
+    blocks = [piece for call in calls for piece in ("\n", *write_call(call))]
+    return [CALLS, *blocks[1:], END_CALLS] if calls else []
+
+
+def _read_call(body: str) -> Call | None:
+    kind, _, call = body.partition(SEP.text)
+    name, fence, arguments = call.partition("\n```json\n")
+    is_whole = kind == "function" and name.strip() and fence and arguments.endswith("\n```")
+    return Call(name, arguments.removesuffix("\n```")) if is_whole else None
+
+
+def v3_reply(message: dict, thinking: bool = False) -> list[Part]:
+    """The answer, its calls, EOS."""
+    content, _, calls = read_answer(message)
+    return join([content, *_calls(calls), EOS])
+
+
+def v3_parse(text: str, thinking: bool = False) -> dict:
+    """What precedes EOS, and the calls at its end."""
+    content, calls = split_calls(before(EOS, text), _read_call)
+    return as_message(content, calls=calls)
+
+
+def split_calls(text: str, read_call: Callable[[str], Call | None]) -> tuple[str, list[Call]]:
+    """Returns the content and the calls that end it.
+
+    All or none: unless their block is whole and each of them reads well, they stay in the content, marks and all, so
+    that half a call is never run.  Arguments are handed on as written, be they JSON or not.
+    """
+    content, _, block = text.partition(CALLS.text)
+    block, end, rest = block.partition(END_CALLS.text)
+    blank, *bodies = (body.strip() for body in block.split(CALL.text))
+    calls = [read_call(body.removesuffix(END_CALL.text)) for body in bodies if body.endswith(END_CALL.text)]
+    whole = end and bodies and not blank and not rest.strip() and len(calls) == len(bodies) and None not in calls
+    return (content, calls) if whole else (text, [])
+
+
+def r1_reply(message: dict, thinking: bool = False) -> list[Part]:
+    """``<think>\\n`` (unless the prompt has it), the thought, ``\\n</think>\\n\\n``, the answer, its calls, EOS."""
+    content, thought, calls = read_answer(message)
+    opening: Pieces = [] if thinking else [THINK, "\n"]
+    thoughts: Pieces = [*opening, thought, "\n", END_THINK, "\n\n"] if thought or thinking else []
+    return join([*thoughts, content, *_calls(calls), EOS])
+
+
+def r1_parse(text: str, thinking: bool = False) -> dict:
+    """As v3's, after the thought; a thought that never ends is all there is."""
+    text, thought = before(EOS, text), ""
+    blank, mark, rest = text.partition(THINK.text)
+    if mark and not blank.strip():
+        text, thinking = rest.removeprefix("\n"), True
+    if thinking or END_THINK.text in text:  # the latter: the caller forgot that the prompt opened it
+        thought, _, text = text.partition(END_THINK.text)
+        text = text.removeprefix("\n\n")
+    content, calls = split_calls(text, _read_call)
+    return as_message(content, thought.removesuffix("\n"), calls)

@@ -1,0 +1,111 @@
+"""V3.1 and V3.1-Terminus, in which each answer opens a thought or closes it.
+
+    BOS system ( USER u ASSISTANT </think> a EOS )*, and for tools
+    ASSISTANT </think> a CALLS CALL name SEP arguments END_CALL CALL … END_CALLS EOS
+    OUTPUT o END_OUTPUT OUTPUT … a EOS
+
+Of an earlier answer what follows the first ``</think>`` is kept; all of it where it has calls or follows outputs.
+"""
+
+from collections.abc import Sequence
+
+from deepseek_jax.data.chat.parts import (
+    ASSISTANT,
+    BOS,
+    CALL,
+    CALLS,
+    END_CALL,
+    END_CALLS,
+    END_OUTPUT,
+    END_THINK,
+    EOS,
+    OUTPUT,
+    SEP,
+    THINK,
+    USER,
+    Part,
+    Pieces,
+    before,
+    join,
+)
+from deepseek_jax.data.chat.refusals import check_user_spoke, refuse
+from deepseek_jax.data.chat.v3 import split_calls
+from deepseek_jax.data.messages import (
+    Assistant,
+    Call,
+    Outputs,
+    User,
+    as_json,
+    as_message,
+    functions,
+    read,
+    read_answer,
+)
+
+
+def v31_parts(messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False) -> list[Part]:
+    """With ``thinking`` the prompt ends in ``<think>``; tools and thinking exclude each other (the model's card)."""
+    conversation = read(messages)
+    if thinking:
+        check_user_spoke(messages)
+        refuse("v31", tools_while_thinking=tools)
+    pieces: Pieces = [BOS, conversation.system, *_tools(tools)]
+    last = None
+    for turn in conversation.turns:
+        match turn:
+            case User(content):
+                pieces += [USER, content, ASSISTANT, END_THINK]
+            case Assistant(content, _, calls) if calls or isinstance(last, Outputs):
+                pieces += [content, *_calls(calls), EOS]
+            case Assistant(content):
+                thought, end, answer = content.partition(END_THINK.text)
+                pieces += [answer if end else thought, EOS]
+            case Outputs(contents):
+                pieces += [piece for content in contents for piece in (OUTPUT, content, END_OUTPUT)]
+        last = turn
+    return join([*pieces[:-1], THINK] if thinking else pieces)
+
+
+def _tools(tools: Sequence[dict]) -> Pieces:
+    """The tools as the card describes them; the marks in the description are marks."""
+    if not tools:
+        return []
+    described = ""
+    for f in functions(tools):
+        parameters = as_json(f.get("parameters") or {}, f["name"])
+        described += f"### {f['name']}\nDescription: {f.get('description') or ''}\n\nParameters: {parameters}\n\n"
+    return [
+        "\n\n## Tools\nYou have access to the following tools:\n\n",
+        described,
+        "IMPORTANT: ALWAYS adhere to this exact format for tool use:\n",
+        *(CALLS, CALL, "tool_call_name", SEP, "tool_call_arguments", END_CALL, "{additional_tool_calls}", END_CALLS),
+        "\n\nWhere:\n"
+        "- `tool_call_name` must be an exact match to one of the available tools\n"
+        "- `tool_call_arguments` must be valid JSON that strictly follows the tool's Parameters Schema\n"
+        "- For multiple tool calls, chain them directly without separators or spaces",
+    ]
+
+
+def _calls(calls: Sequence[Call]) -> Pieces:
+    blocks = [piece for name, arguments in calls for piece in (CALL, name, SEP, arguments, END_CALL)]
+    return [CALLS, *blocks, END_CALLS] if calls else []
+
+
+def _read_call(body: str) -> Call | None:
+    name, sep, arguments = body.partition(SEP.text)
+    return Call(name, arguments) if name.strip() and sep else None
+
+
+def v31_reply(message: dict, thinking: bool = False) -> list[Part]:
+    """With ``thinking`` the thought and ``</think>``; the answer, its calls, EOS."""
+    content, thought, calls = read_answer(message)
+    return join([*([thought, END_THINK] if thinking else []), content, *_calls(calls), EOS])
+
+
+def v31_parse(text: str, thinking: bool = False) -> dict:
+    """As v3's; with ``thinking`` after the thought, and a thought that never ends is all there is."""
+    text, thought = before(EOS, text), ""
+    if thinking:
+        thought, _, text = text.partition(END_THINK.text)
+    content, calls = split_calls(text, _read_call)
+    return as_message(content, thought, calls)
