@@ -48,7 +48,7 @@ def quieten() -> None:
     """Silences the libraries' own chatter; our messages and jax's warnings remain."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's C++ log: errors only
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the warning about forks
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # every core, and no warning about forks
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)

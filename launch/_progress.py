@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 LINE_EVERY_S = 5
+BRIEF_S = 1  # what takes less needs no line
 
 
 class Progress:
@@ -48,18 +49,20 @@ class Progress:
         before, self.done = self.done, min(self.done + n_bytes, self.total)
         if self._bar:
             self._bar.update(self._task, completed=self.done)
-        elif (now := time.monotonic()) - self._told >= LINE_EVERY_S or before < self.total == self.done:
+            return
+        now, ends = time.monotonic(), before < self.total == self.done
+        if now - self._told >= LINE_EVERY_S or (ends and now - self._start >= BRIEF_S):
             self._told = now
             print(self.line(now - self._start), file=sys.stderr, flush=True)
 
     def line(self, seconds: float) -> str:
-        """`convert  42%  3.4 of 8.1 GB  0.35 GB/s  0:00:13 left`."""
+        """`convert  42%  3.40 of 8.10 GB  0.35 GB/s  0:00:13 left`; MB where the total is less than one GB."""
         rate = (self.done - self._start_done) / max(seconds, 1e-9)
         left = f"{clock((self.total - self.done) / rate)} left" if self.done < self.total and rate else clock(seconds)
         share = f"{self.done / max(self.total, 1):4.0%}"
-        return (
-            f"{self.label} {share}  {self.done / 1e9:,.2f} of {self.total / 1e9:,.2f} GB  {rate / 1e9:.2f} GB/s  {left}"
-        )
+        unit, size = ("GB", 1e9) if self.total >= 1e9 else ("MB", 1e6)
+        done = f"{self.done / size:,.2f} of {self.total / size:,.2f} {unit}"
+        return f"{self.label} {share}  {done}  {rate / size:.2f} {unit}/s  {left}"
 
 
 def clock(seconds: float) -> str:

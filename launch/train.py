@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
+from deepseek_jax.launch._progress import Progress
 
 DEFAULT = "tiny_v3"
 # What may not change within a run: the network, and what decides the order of its samples.  The text itself is compared
@@ -68,7 +69,8 @@ def train(config: ConfigDict, workdir: Path, stop, again: str) -> bool:
     """Trains until the last step or until `stop` is asked for; returns whether the last state has been saved."""
     import jax
 
-    from deepseek_jax.data.pipeline import open_split
+    from deepseek_jax.data.pipeline import open_splits
+    from deepseek_jax.data.tokenizer import open_tokenizer
     from deepseek_jax.parallel.mesh import make_mesh
     from deepseek_jax.train.checkpoint import Checkpointer
     from deepseek_jax.train.loop import Loop
@@ -78,14 +80,13 @@ def train(config: ConfigDict, workdir: Path, stop, again: str) -> bool:
         jax.config.update("jax_default_matmul_precision", "highest")
     mesh = make_mesh(**config.mesh)
     ramp = batch_ramp(config, mesh.size)
-    training = open_split("train", seed=config.seed, **config.data)
-    held_out = open_split("holdout", seed=config.seed, **config.data) if config.data.holdout_rate else None
-    if training.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"config.model.vocab_size={config.model.vocab_size} is smaller than the {training.vocab_size} ids of "
-            f"tokenizer {config.data.tokenizer!r}. Set --config.model.vocab_size={training.vocab_size} or more."
-        )
+    data = {**config.data, "tokenizer": open_tokenizer(config.data.tokenizer)}
+    check_vocabulary(config, data["tokenizer"])
     trainer = build_trainer(config, mesh)
+    check_writable(workdir)
+    training, held_out = open_splits(
+        seed=config.seed, watch=Progress, **data
+    )  # may take long: what can fail came first
     meta = {"config": _options.to_json(config), "text": training.fingerprint()}
     with Checkpointer(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
         start, state, changed = 0, None, []
@@ -127,6 +128,23 @@ def train(config: ConfigDict, workdir: Path, stop, again: str) -> bool:
             )
             state = loop.run(first_state(config, trainer, metrics) if state is None else state, stop)
             return tell_end(int(state["step"]), config.train.steps, checkpoints, metrics, again)
+
+
+def check_vocabulary(config: ConfigDict, tokenizer) -> None:
+    """Raises UserError if the model has no room for an id of the tokenizer."""
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"config.model.vocab_size={config.model.vocab_size} is smaller than the {tokenizer.vocab_size} ids of "
+            f"tokenizer {config.data.tokenizer!r}. Set --config.model.vocab_size={tokenizer.vocab_size} or more."
+        )
+
+
+def check_writable(workdir: Path) -> None:
+    """Raises UserError if the directory of a run, or the nearest above it that exists, cannot be written."""
+    nearest = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        reason = "you may not write there" if nearest.is_dir() else "it is no directory"
+        raise UserError(f"--workdir={workdir} cannot be used: {nearest}: {reason}. Choose another --workdir.")
 
 
 def first_state(config: ConfigDict, trainer, metrics) -> dict:

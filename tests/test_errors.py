@@ -77,12 +77,14 @@ def test_training_refuses(refused, training, tmp_path, word, message):
     overrides = word.startswith("--config=")
     said = refused(*(["train", word, f"--workdir={tmp_path / 'run'}"] if overrides else [*training, word]))
     assert message in said
+    assert not (tmp_path / "cache").exists(), "what can be known first is checked before the text is tokenised"
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_workdir_that_cannot_be_written(refused, training, tmp_path):
     (tmp_path / "run").write_text("a file of the user's")
-    assert "cannot write checkpoints to" in refused(*training)
+    assert f"{tmp_path / 'run'}: it is no directory. Choose another --workdir." in refused(*training)
+    assert not (tmp_path / "cache").exists()  # said before the text is tokenised
     assert (tmp_path / "run").read_text() == "a file of the user's"
 
 

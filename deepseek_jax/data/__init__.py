@@ -4,7 +4,10 @@ corpus      which files a source names, and their documents
 readers     one reader per file type: .txt .py .md .jsonl .json .parquet .array_record
 compression the same behind .gz or .zst
 tokenizer   bytes, any tokenizer.json, or DeepSeek's own
+tokenise    documents to ids, on every core
 store       a corpus tokenised once, memory-mapped from the cache directory
+once        one process builds it, the others wait
+watch       how far that is, for whoever shows it
 holdout     which documents, or which ends of them, are kept for evaluation
 noise       the counter-based random numbers that every choice below is made with
 fim         prefix-suffix-middle documents (V3 section 4.1)

@@ -15,11 +15,12 @@ import numpy as np
 from absl import flags
 
 from deepseek_jax.data.corpus import open_corpus
-from deepseek_jax.data.holdout import divide
+from deepseek_jax.data.holdout import Pieces, divide
 from deepseek_jax.data.noise import WINDOWS, noise
 from deepseek_jax.data.packing import Packing, Sample, sample
 from deepseek_jax.data.store import open_store
 from deepseek_jax.data.tokenizer import Tokenizer, open_tokenizer
+from deepseek_jax.data.watch import Watch, unwatched
 from deepseek_jax.errors import UserError
 
 READ_AHEAD = 4  # batches made before they are asked for
@@ -114,12 +115,27 @@ class Split:
             iterator.close()
 
 
-def open_split(
-    split: str,
+def open_split(split: str, **settings) -> Split:
+    """Returns the ``train`` or the ``holdout`` side of a corpus; the settings are those of ``open_splits``.
+
+    Raises:
+      UserError: as ``open_splits``; the side does not exist or holds no text.
+    """
+    if split not in ("train", "holdout"):
+        raise UserError(f"split {split!r} does not exist. Ask for 'train' or 'holdout'.")
+    training, held_out = open_splits(**settings)
+    if split == "train":
+        return training
+    if held_out is None:
+        raise UserError("data.holdout_rate = 0 holds no text out to evaluate on. Set it above 0.")
+    return held_out
+
+
+def open_splits(
     *,
     source: str,
     text_key: str,
-    tokenizer: str,
+    tokenizer: str | Tokenizer,
     seq_len: int,
     fim_rate: float,
     mask_documents: bool,
@@ -127,50 +143,55 @@ def open_split(
     workers: int,
     cache_dir: str,
     seed: int,
-) -> Split:
-    """Returns the ``train`` or the ``holdout`` side of a corpus; the arguments are the keys of ``config.data``.
+    watch: Watch = unwatched,
+) -> tuple[Split, Split | None]:
+    """Returns the training and the held-out side of a corpus; the second is None if ``holdout_rate`` is 0.
 
     Training text comes in an order of its own each epoch and partly as FIM.  Held-out text comes as it is, its last
     window padded, so that ``n_samples`` rows are all of it; its order is fixed and mixes documents, so that the first
     few rows are a fair sample.
 
+    Args:
+      source, ...: the keys of ``config.data``; ``tokenizer`` may be one that is open already.
+      watch: shown how far the tokenising is.
+
     Raises:
       UserError: a wrong argument, unreadable files, or too little text.
     """
-    _check(split, seq_len, fim_rate, holdout_rate, workers)
-    training = split == "train"
-    if not training and holdout_rate == 0:
-        raise UserError("data.holdout_rate = 0 holds no text out to evaluate on. Set it above 0.")
-    words = open_tokenizer(tokenizer)
+    _check(seq_len, fim_rate, holdout_rate, workers)
+    words = open_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     if words.eos_id is None:
-        raise UserError(f"data.tokenizer = {tokenizer!r} has no end-of-text mark. Name it in tokenizer_config.json.")
-    fim_rate = fim_rate if training else 0.0
+        raise UserError("data.tokenizer has no end-of-text mark. Name it in the tokenizer_config.json beside it.")
     if fim_rate > 0 and words.fim is None:
-        raise UserError(f"data.tokenizer = {tokenizer!r} has no fill-in-the-middle marks. Set data.fim_rate to 0.")
-    store = open_store(open_corpus(source, text_key), words, cache_dir)
-    packing = Packing(
-        store=store,
-        pieces=divide(store.hashes, store.lengths, store.n_bytes, holdout_rate)[0 if training else 1],
-        seq_len=seq_len,
-        eos_id=words.eos_id,
-        pad_id=words.eos_id if words.pad_id is None else words.pad_id,
-        marks=words.fim,
-        fim_rate=fim_rate,
-        seed=seed,
-        shuffle=training,
-        pad_tail=not training,
-    )
-    if packing.n_samples == 0:
-        raise UserError(
-            f"data.source = {source!r} has {packing.n_tokens} {split} tokens and a sample takes {seq_len + 1}. "
-            "Give more text or lower data.seq_len."
+        raise UserError("data.tokenizer has no fill-in-the-middle marks. Set data.fim_rate to 0.")
+    store = open_store(open_corpus(source, text_key), words, cache_dir, watch)
+
+    def side(name: str, pieces: Pieces) -> Split:
+        training = name == "train"
+        packing = Packing(
+            store=store,
+            pieces=pieces,
+            seq_len=seq_len,
+            eos_id=words.eos_id,
+            pad_id=words.eos_id if words.pad_id is None else words.pad_id,
+            marks=words.fim,
+            fim_rate=fim_rate if training else 0.0,
+            seed=seed,
+            shuffle=training,
+            pad_tail=not training,
         )
-    return Split(Samples(packing, mask_documents), words, workers)
+        if packing.n_samples == 0:
+            raise UserError(
+                f"data.source = {source!r} has {packing.n_tokens} {name} tokens and a sample takes {seq_len + 1}. "
+                "Give more text or lower data.seq_len."
+            )
+        return Split(Samples(packing, mask_documents), words, workers)
+
+    training, held_out = divide(store.hashes, store.lengths, store.n_bytes, holdout_rate)
+    return side("train", training), side("holdout", held_out) if holdout_rate else None
 
 
-def _check(split: str, seq_len: int, fim_rate: float, holdout_rate: float, workers: int) -> None:
-    if split not in ("train", "holdout"):
-        raise UserError(f"split {split!r} does not exist. Ask for 'train' or 'holdout'.")
+def _check(seq_len: int, fim_rate: float, holdout_rate: float, workers: int) -> None:
     if seq_len < 1:
         raise UserError(f"data.seq_len = {seq_len}: a sample needs at least 1 token.")
     if not 0 <= fim_rate <= 1:

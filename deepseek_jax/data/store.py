@@ -4,9 +4,9 @@
                              documents.npy    uint64 [documents, 3]: tokens, UTF-8 bytes, hash of the text
                              meta.json        fingerprints of the other two
 
-The key is a hash of the files' contents and of the tokenizer, so a changed file is another cache entry.  A folder is
-written under a temporary name and renamed: it is whole or absent, and of two processes that build it at once one wins.
-An entry that does not agree with its fingerprints is built again.
+The key is a hash of the files' contents and of the tokenizer, so a changed file is another cache entry.  Of all the
+processes that want an entry one builds it and the others wait.  A folder is written under a temporary name and renamed:
+it is whole or absent.  An entry that does not agree with its fingerprints is built again.
 """
 
 import contextlib
@@ -17,19 +17,19 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from deepseek_jax.data.corpus import Corpus, file_fingerprint
+from deepseek_jax.data.once import once
+from deepseek_jax.data.tokenise import id_type, tokenise
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.errors import UserError
+from deepseek_jax.data.watch import Counter, Watch, unwatched
 
 VERSION = 2  # raise it when the layout, or what a reader yields, changes
-CHUNK_CHARACTERS = 4 << 20  # text tokenised at a time
+LABEL = "tokenise"
 
 
 @dataclass(frozen=True)
@@ -57,19 +57,24 @@ class TokenStore:
         return np.stack([self.lengths.astype(np.uint64), self.n_bytes.astype(np.uint64), self.hashes], axis=1)
 
 
-def open_store(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str) -> TokenStore:
-    """Returns the tokenised corpus, from the cache if it is there; without a usable cache it is kept in memory."""
+def open_store(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str, watch: Watch = unwatched) -> TokenStore:
+    """Returns the tokenised corpus, from the cache if it is there; without a usable cache it is kept in memory.
+
+    ``watch`` is shown how far the tokenising is, here or in another process that does it.
+    """
     key = hashlib.blake2b(
         f"{VERSION} {tokenizer.fingerprint} {corpus.fingerprint()}".encode(), digest_size=12
     ).hexdigest()
     folder = cache_folder(cache_dir) / f"tokens-{key}"
     try:
-        if folder.is_dir():
-            if _is_sound(folder):
-                return _map_folder(folder)
-            warnings.warn(f"{folder} is damaged and is built again.", stacklevel=2)
-            _remove(folder)
-        _build_folder(corpus, tokenizer, folder)
+        if not _is_usable(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = folder.with_name(f"{folder.name}.lock")
+
+            def build(counter: Counter) -> None:
+                _build_folder(corpus, tokenizer, folder, counter)
+
+            once(lock, LABEL, corpus.n_bytes(), lambda: _is_usable(folder, remove=True), build, watch)
         return _map_folder(folder)
     except OSError as error:
         warnings.warn(
@@ -77,7 +82,20 @@ def open_store(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str) -> TokenSto
             "Set data.cache_dir to a writable folder.",
             stacklevel=2,
         )
-        return _build_in_memory(corpus, tokenizer)
+        with watch(LABEL, corpus.n_bytes()) as counter:
+            return _build_in_memory(corpus, tokenizer, counter)
+
+
+def _is_usable(folder: Path, remove: bool = False) -> bool:
+    """Returns whether an entry is there and whole; with ``remove``, one that is damaged goes."""
+    if not folder.is_dir():
+        return False
+    if not _is_sound(folder):
+        if remove:
+            warnings.warn(f"{folder} is damaged and is built again.", stacklevel=2)
+            _remove(folder)
+        return False
+    return True
 
 
 def cache_folder(cache_dir: str) -> Path:
@@ -87,51 +105,17 @@ def cache_folder(cache_dir: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "deepseek_jax")
 
 
-def _tokenise(corpus: Corpus, tokenizer: Tokenizer, out: BinaryIO) -> np.ndarray:
-    """Writes the ids of all documents to ``out`` and returns the table of documents."""
-    table = []
-    for texts in _chunks(corpus.documents()):
-        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-            if len(ids):
-                data = text.encode()
-                digest = hashlib.blake2b(data, digest_size=8).digest()
-                table.append((len(ids), len(data), int.from_bytes(digest, "little")))
-                out.write(ids.astype(_id_type(tokenizer)).tobytes())
-    if not table:
-        raise UserError(
-            f"data.source = {corpus.source!r} holds no text in {len(corpus.files)} files. Give files with text."
-        )
-    return np.array(table, np.uint64)
-
-
-def _chunks(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Yields texts by the list, about 4 million characters each: enough to keep a parallel tokenizer busy."""
-    chunk, size = [], 0
-    for text in texts:
-        chunk.append(text)
-        size += len(text)
-        if size >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
-    yield chunk
-
-
-def _id_type(tokenizer: Tokenizer) -> np.dtype:
-    return np.min_scalar_type(tokenizer.vocab_size - 1)
-
-
-def _build_in_memory(corpus: Corpus, tokenizer: Tokenizer) -> TokenStore:
+def _build_in_memory(corpus: Corpus, tokenizer: Tokenizer, counter: Counter) -> TokenStore:
     out = io.BytesIO()
-    table = _tokenise(corpus, tokenizer, out)
-    return _assemble(np.frombuffer(out.getbuffer(), _id_type(tokenizer)), table, None)
+    table = tokenise(corpus, tokenizer, out, counter)
+    return _assemble(np.frombuffer(out.getbuffer(), id_type(tokenizer)), table, None)
 
 
-def _build_folder(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
+def _build_folder(corpus: Corpus, tokenizer: Tokenizer, folder: Path, counter: Counter) -> None:
     built = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        with open(built / f"tokens.{_id_type(tokenizer)}", "wb") as file:
-            table = _tokenise(corpus, tokenizer, file)
+        with open(built / f"tokens.{id_type(tokenizer)}", "wb") as file:
+            table = tokenise(corpus, tokenizer, file, counter)
         np.save(built / "documents.npy", table)
         files = {path.name: file_fingerprint(path) for path in sorted(built.iterdir())}
         (built / "meta.json").write_text(json.dumps({"source": corpus.source, "files": files}, indent=1))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.data import store as store_module
+from deepseek_jax.data import tokenise
 from deepseek_jax.data.corpus import open_corpus
 from deepseek_jax.data.store import cache_folder, open_store
 from deepseek_jax.data.tokenizer import ByteTokenizer
@@ -35,7 +36,7 @@ def test_hit_equals_fresh_and_reads_no_text(corpus, tmp_path, monkeypatch):
     fresh = open_store(corpus, ByteTokenizer(), str(tmp_path / "cache"))
     assert [bytes(fresh.document(i).astype(np.uint8)).decode() for i in range(5)] == list(corpus.documents())
     assert fresh.n_bytes.tolist() == [1, 6, 11, 16, 21]
-    monkeypatch.setattr(store_module, "_tokenise", None)
+    monkeypatch.setattr(store_module, "tokenise", None)
     hit = open_store(corpus, ByteTokenizer(), str(tmp_path / "cache"))
     assert same(fresh, hit)
     assert same(fresh, pickle.loads(pickle.dumps(hit)))
@@ -44,7 +45,7 @@ def test_hit_equals_fresh_and_reads_no_text(corpus, tmp_path, monkeypatch):
 
 def test_small_chunks_change_nothing(corpus, tmp_path, monkeypatch):
     whole = open_store(corpus, ByteTokenizer(), str(tmp_path / "a"))
-    monkeypatch.setattr(store_module, "CHUNK_CHARACTERS", 3)
+    monkeypatch.setattr(tokenise, "CHUNK_CHARACTERS", 3)
     assert same(whole, open_store(corpus, ByteTokenizer(), str(tmp_path / "b")))
 
 
@@ -103,7 +104,7 @@ def test_a_failed_build_leaves_nothing(tmp_path):
         open_store(open_corpus(str(tmp_path / "a.jsonl"), "text"), ByteTokenizer(), str(tmp_path / "cache"))
     assert not list((tmp_path / "cache").iterdir())
     (tmp_path / "b.txt").write_text("")
-    with pytest.raises(UserError, match="holds no text in 1 files"):
+    with pytest.raises(UserError, match=r"holds no text: b\.txt is empty"):
         open_store(open_corpus(str(tmp_path / "b.txt"), "text"), ByteTokenizer(), str(tmp_path / "cache"))
 
 
