@@ -1,7 +1,9 @@
 """What depends on the version of JAX or on where a run was started; everything else is the same on jax 0.10 to 0.12."""
 
 import ctypes
+import importlib.util
 import os
+import pkgutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,22 +54,54 @@ def _cluster_variables() -> list[str]:
     return told + [name for name in job if set(job) <= os.environ.keys()]
 
 
-def keep_freed_memory() -> None:
-    """On a CPU, keeps the memory of one step's temporaries for the next instead of giving it back to the system.
+# Of each accelerator: its device files, the variable that hides it when empty or -1, and the start of the names of the
+# jax plugins without one of which it cannot be used (libtpu is a module of its own).
+ACCELERATORS = (
+    (("/dev/nvidia0",), "CUDA_VISIBLE_DEVICES", "xla_cuda"),
+    (("/dev/kfd",), "ROCR_VISIBLE_DEVICES", "xla_rocm"),
+    (("/dev/accel0", "/dev/vfio"), "TPU_VISIBLE_CHIPS", "libtpu"),
+)
 
-    XLA allocates its temporaries anew each step; glibc maps and unmaps such blocks, and the page faults of that cost a
-    quarter of a step.  To be called before JAX starts its threads (before any array or device is asked for).  Elsewhere
-    than on Linux with glibc, and on a host with an accelerator, this does nothing.
+
+def computes_on_cpu() -> bool:
+    """Whether JAX's default device will be the CPU, from what is configured and installed; starts nothing in JAX.
+
+    A host may have accelerators that a process does not use: JAX_PLATFORMS=cpu, CUDA_VISIBLE_DEVICES= or a plain `jax`
+    without its plugin leave the work to the CPU.
     """
-    accelerators = ("/dev/nvidia0", "/dev/accel0", "/dev/vfio", "/dev/kfd")
-    if not sys.platform.startswith("linux") or any(map(os.path.exists, accelerators)):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
-        mallopt(m_arena_max, 1)
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 4097)
+    if jax.config.jax_platforms:
+        return jax.config.jax_platforms.partition(",")[0] == "cpu"
+    installed = _jax_plugins()
+    return not any(
+        any(map(os.path.exists, files))
+        and os.environ.get(variable, "all") not in ("", "-1")
+        and any(name.startswith(plugin) for name in installed)
+        for files, variable, plugin in ACCELERATORS
+    )
+
+
+def _jax_plugins() -> list[str]:
+    """The names of the installed modules through which JAX reaches an accelerator."""
+    package = importlib.util.find_spec("jax_plugins")
+    found = [module.name for module in pkgutil.iter_modules(package.submodule_search_locations)] if package else []
+    return [*found, *(["libtpu"] if importlib.util.find_spec("libtpu") else [])]
+
+
+def keep_freed_memory() -> bool:
+    """Where the CPU computes, keeps the memory of one step's temporaries for the next instead of giving it back.
+
+    XLA allocates its temporaries anew each step; glibc maps and unmaps such blocks, and the page faults of that are a
+    third of a step's CPU time.  To be called before JAX starts its threads (before any array or device is asked for).
+    Where an accelerator computes (`computes_on_cpu`), or elsewhere than on Linux with glibc, this does nothing.
+
+    Returns whether the memory is kept.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt is None or not computes_on_cpu():
+        return False
+    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
+    settings = ((m_arena_max, 1), (m_mmap_max, 0), (m_trim_threshold, 2**31 - 4097))
+    return all([mallopt(*setting) == 1 for setting in settings])
 
 
 def quick_compile(function: Callable, **options: object) -> Callable:
