@@ -15,6 +15,15 @@ def get_config() -> ConfigDict:
     config.precision = "fp32"  # fp32, or bf16: compute in bf16 over fp32 master weights
     config.model = ConfigDict()
 
+    # What the published model that a run begins with says of itself; exports say it again.  Filled in by train.
+    release = config.release = ConfigDict()
+    release.folder = ""  # where its tokenizer, chat template and settings for generation are; "": no published model
+    release.n_positions = 0  # tokens of the longest sequence it is meant for, if more than data.seq_len
+    release.bos_id = None
+    release.pad_id = None
+    release.eos_ids = ()  # marks of end in config.json; () takes the tokenizer's
+    release.end_ids = ()  # ids at which generation stops, besides those and the tokenizer's
+
     mesh = config.mesh = ConfigDict()
     mesh.pipe = 1  # pipeline stages; more than one is for the planner as yet
     mesh.data = -1  # devices along the data axis; -1 takes all that are left

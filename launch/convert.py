@@ -7,7 +7,8 @@
 One tensor at a time goes from disk to disk, in the host's memory alone: no accelerator, and for any model no more
 than its largest tensor and 1 GiB besides (it is printed).  Stopped or killed, the same command goes on where it was.
 The checkpoint counts only when all of it is written and hashed.  Weights that are multiplied with scales (FP8) become
-bfloat16; --dtype=keep leaves all others as they are.  Tokenizer and chat template are copied to the workdir.
+bfloat16; --dtype=keep leaves all others as they are.  Tokenizer, chat template, settings for generation and licence
+are copied to the workdir, and exports contain them.
 """
 
 import hashlib
@@ -28,7 +29,6 @@ FLAGS = {
     "dtype": (str, "keep", "of the weights: keep, bf16 or fp32; router biases are kept always"),
 }
 STEP = 0
-COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 PROGRAM_BYTES = 2**29  # of memory: the interpreter and its libraries
 SPARE_BYTES = 2**26  # of disk
 
@@ -54,9 +54,11 @@ def convert(source: Path, workdir: Path, dtype: str) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes only; another process may be using the accelerator
     import numpy as np
 
-    from deepseek_jax.convert.hf import Source, open_published
-    from deepseek_jax.language_model import abstract_weights, kept_tokenizer, published_config
+    from deepseek_jax import release
+    from deepseek_jax.abstract_model import abstract_weights
+    from deepseek_jax.convert.hf import Source, copy_files, open_published
     from deepseek_jax.saved_config import to_json
+    from deepseek_jax.stored import published_config
     from deepseek_jax.train import streamed, tree
 
     published = open_published(source)
@@ -84,10 +86,10 @@ def convert(source: Path, workdir: Path, dtype: str) -> None:
         if step.resumed:
             share = step.n_bytes_done / step.n_bytes
             print(f"going on with an earlier start: {share:.0%} of {workdir} is written already", flush=True)
-        copy_others(source, workdir)
-        config.data.tokenizer = kept_tokenizer(workdir) or "none"
+        copy_files(release.files(config), workdir)
+        config = release.moved(config, workdir)
         if config.data.tokenizer == "none":
-            print(f"warning: no {COPIED[0]} beside the weights: they will take ids and no text.", file=sys.stderr)
+            print("warning: no tokenizer.json beside the weights: they will take ids and no text.", file=sys.stderr)
         config.precision = config.precision if dtype == "keep" else dtype
 
         def is_done(path: tuple[str, ...], index: tuple[int, ...]) -> bool:
@@ -155,13 +157,6 @@ def memory_bound(tensors, wanted: str | None) -> int:
         return max(2 * count, info.nbytes) + (np.dtype(wanted).itemsize * count if wanted else 0)
 
     return max(map(needs, tensors.names()))
-
-
-def copy_others(source: Path, workdir: Path) -> None:
-    """Copies tokenizer and chat template."""
-    for name in COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, workdir / name)
 
 
 def gib(n_bytes: int) -> str:

@@ -10,7 +10,6 @@ checkpoint is compared with its hashes first; then one tensor at a time goes fro
 
 import math
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -23,7 +22,6 @@ FLAGS = {
     "to": (Path, _options.REQUIRED, "directory to write, empty or not there yet"),
     "dtype": (str, "bf16", f"of the weights: {', '.join(DTYPES)}"),
 }
-GENERATION = "generation_config.json"
 
 
 def main(argv: list[str]) -> int:
@@ -43,22 +41,22 @@ def export(workdir: Path, target: Path, dtype: str) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # another process may be using the accelerator
     import jax
 
-    from deepseek_jax import language_model
+    from deepseek_jax import stored
     from deepseek_jax.train import tree
     from deepseek_jax.train.checkpoint import Checkpointer
     from deepseek_jax.train.streamed import StepReader
 
-    directory = language_model.checkpoint_directory(workdir)
+    directory = stored.checkpoint_directory(workdir)
     step = newest_intact(directory)
     with Checkpointer(directory, read_only=True) as checkpoints:
         meta = checkpoints.read_meta(step)[1]
     if "config" not in meta:
         raise UserError(f"step {step} of {directory} holds no config: deepseek-jax did not save it.")
-    config, reader = language_model.config_in(meta, directory.absolute()), StepReader(directory, step)
+    config, reader = stored.config_in(meta, directory.absolute()), StepReader(directory, step)
     weights = {
         name: jax.ShapeDtypeStruct(*described)
         for name, described in reader.arrays.items()
-        if name.split("/")[0] in language_model.WEIGHTS
+        if name.split("/")[0] in stored.WEIGHTS
     }
     abstract = {"params": {}, "router_bias": {}} | tree.nest(weights)
 
@@ -66,9 +64,7 @@ def export(workdir: Path, target: Path, dtype: str) -> None:
         return reader("/".join(path), index)
 
     with Progress("export", published_bytes(abstract)) as progress:
-        language_model.export(config, target, abstract, get, dtype, report=progress.advance)
-    if (workdir / GENERATION).is_file():
-        shutil.copyfile(workdir / GENERATION, target / GENERATION)
+        stored.export(config, target, abstract, get, dtype, report=progress.advance)
     took, peak = clock(progress.seconds), peak_memory_bytes() / 2**30
     print(
         f"{target}: step {step} of {workdir} as {dtype}, {size(target) / 1e9:,.2f} GB in {took}, memory {peak:.2f} GiB"

@@ -68,7 +68,7 @@ def no_pipeline(config: ConfigDict) -> str | None:
 
 def config_of_run(workdir) -> tuple[ConfigDict, str]:
     """The config kept beside a run's newest checkpoint, or that of published weights, and a name for it."""
-    from deepseek_jax.language_model import config_of
+    from deepseek_jax.stored import config_of
 
     config = config_of(workdir)
     return config, f"{config.name} ({workdir})"
@@ -91,7 +91,7 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
     import jax
     from jax.sharding import AbstractMesh
 
-    from deepseek_jax.language_model import AHEAD, abstract_module, count_parameters
+    from deepseek_jax.abstract_model import AHEAD, abstract_module, count_parameters
     from deepseek_jax.layers.base import logical_axes, split
     from deepseek_jax.parallel.sharding import bytes_per_device, placements
 

@@ -152,7 +152,7 @@ def first_state(config: ConfigDict, trainer, metrics) -> dict:
     state = trainer.init(config.seed)
     if not config.train.init_from:
         return state
-    from deepseek_jax.language_model import WEIGHTS, read_weights
+    from deepseek_jax.stored import WEIGHTS, read_weights
 
     for name in WEIGHTS:
         del state[name]  # makes room

@@ -18,7 +18,8 @@ FLOORS = (
     ("models",),
     ("train", "serve", "convert", "eval", "plan"),
     ("rl",),
-    ("saved_config",),
+    ("saved_config", "abstract_model", "release"),
+    ("stored",),
     ("language_model",),
     ("configs",),
     ("cli", "launch"),
@@ -44,7 +45,16 @@ MESH_ROOMS = ("parallel", "compat")
 MESH_FILES = ("deepseek_jax/train/step.py",)
 
 # The resolved config is read at the border only.
-CONFIG_DICT_ROOMS = ("launch", "configs", "models", "language_model", "saved_config")
+CONFIG_DICT_ROOMS = (
+    "launch",
+    "configs",
+    "models",
+    "language_model",
+    "stored",
+    "release",
+    "abstract_model",
+    "saved_config",
+)
 
 
 def room_of(module: str) -> str | None:

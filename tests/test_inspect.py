@@ -5,8 +5,8 @@ import math
 import jax
 import pytest
 
+from deepseek_jax.abstract_model import abstract_module, count_parameters
 from deepseek_jax.errors import UserError
-from deepseek_jax.language_model import abstract_module, count_parameters
 from deepseek_jax.launch import _options, inspect
 from deepseek_jax.layers.base import split
 

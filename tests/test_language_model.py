@@ -13,20 +13,15 @@ import pytest
 from flax import nnx
 
 import deepseek_jax
+from deepseek_jax.abstract_model import abstract_module, abstract_weights, count_parameters
 from deepseek_jax.errors import UserError
-from deepseek_jax.language_model import (
-    WEIGHTS,
-    LanguageModel,
-    abstract_module,
-    abstract_weights,
-    count_parameters,
-    read_weights,
-)
+from deepseek_jax.language_model import LanguageModel
 from deepseek_jax.launch import _options, generate, inspect
 from deepseek_jax.layers.base import split
 from deepseek_jax.layers.router import Balance
 from deepseek_jax.models import family
 from deepseek_jax.saved_config import to_json
+from deepseek_jax.stored import WEIGHTS, read_weights
 from deepseek_jax.train.checkpoint import Checkpointer
 
 SIZES = {"d_model": 16, "n_layers": 3, "dense_width": 24, "n_heads": 2, "q_rank": 12, "kv_rank": 8, "nope_width": 8}
@@ -104,6 +99,11 @@ def test_a_batch_gives_a_list_for_each_prompt_and_stops_at_stop_ids(model):
     ids = model.generate(PROMPT, max_new_tokens=10)
     assert model.generate([PROMPT], max_new_tokens=10) == [ids]
     assert model.generate(PROMPT, max_new_tokens=10, stop_ids=ids[3:4]) == ids[: ids.index(ids[3]) + 1]
+    ending = LanguageModel(copy.deepcopy(model.config), model.params, model.router_bias)
+    ending.config.release.end_ids = (ids[3], 271)
+    ending._generator = model._generator  # compiled already
+    assert ending.end_ids == tuple(sorted({ids[3], 257, 271}))
+    assert ending.generate(PROMPT, max_new_tokens=10) == ids[: ids.index(ids[3]) + 1]
 
 
 def test_the_limit_of_positions_is_told_and_may_be_raised(model):
@@ -257,12 +257,12 @@ def test_a_run_that_has_been_moved_has_its_tokenizer(model, tmp_path):
 
 def test_weights_that_come_without_a_tokenizer_take_ids_only(published, tmp_path):
     loaded = deepseek_jax.load(GOLDEN / "v3_mtp")
-    assert len(loaded.generate(PROMPT, 4)) == 4  # no id is taken for an end mark
+    assert loaded.end_ids == (1,) and len(loaded.generate(PROMPT, 4, stop_ids=())) == 4
     with pytest.raises(UserError, match="without a tokenizer.json"):
         loaded.complete("def")
     deepseek_jax.save_pretrained(loaded, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (written["bos_token_id"], written["eos_token_id"]) == (None, None)
+    assert (written["bos_token_id"], written["eos_token_id"]) == (0, 1)  # as its config.json says
 
 
 @pytest.mark.parametrize("stored", [pytest.param("published", marks=pytest.mark.slow), "checkpoint"])

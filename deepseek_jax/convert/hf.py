@@ -20,10 +20,11 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -61,6 +62,7 @@ class Published:
         facts: see `hf_config.Facts`.
         tensors: the files.
         config: config.json as it stands.
+        generation_eos_ids: marks of end that generation_config.json names.
     """
 
     family: str
@@ -68,6 +70,7 @@ class Published:
     facts: hf_config.Facts
     tensors: Tensors
     config: dict[str, Any]
+    generation_eos_ids: tuple[int, ...]
 
 
 def open_published(directory: str | PathLike, warn: Warn = warn_on_stderr) -> Published:
@@ -91,7 +94,9 @@ def open_published(directory: str | PathLike, warn: Warn = warn_on_stderr) -> Pu
     if numbers.get("mtp_depth") and not any(name.startswith(first_ahead) for name in tensors.names()):
         warn(f"{directory}: {CONFIG} promises multi-token prediction, but the files hold none: left out.")
         numbers["mtp_depth"] = 0
-    return Published(family, numbers, hf_config.facts(config), tensors, config)
+    generation = directory / GENERATION_CONFIG
+    ends = hf_config.eos_ids(safetensors.read_json(generation), str(generation)) if generation.is_file() else ()
+    return Published(family, numbers, hf_config.facts(config), tensors, config, ends)
 
 
 class Piece(NamedTuple):
@@ -243,8 +248,10 @@ def write(
     *,
     n_positions: int = 4096,
     bos_id: int | None = None,
-    eos_id: int | None = None,
-    files: Iterable[str | PathLike] = (),
+    eos_ids: Sequence[int] = (),
+    pad_id: int | None = None,
+    generation: dict[str, Any] | None = None,
+    files: Mapping[str, Path | bytes] = MappingProxyType({}),
     max_shard_bytes: int = safetensors.MAX_SHARD_BYTES,
     report: Callable[[int], None] | None = None,
 ) -> None:
@@ -259,8 +266,9 @@ def write(
             matrices of all blocks but routers, as published; the rest is bfloat16), or "keep" (as it is).  Router
             biases are float32 always.
         n_positions: longest sequence that the model is meant for.
-        bos_id, eos_id: marks of begin and end.
-        files: to be copied beside, such as tokenizer.json.
+        bos_id, eos_ids, pad_id: marks of begin, end and padding.
+        generation: what generation_config.json is to say; by default the marks.
+        files: to be written beside, such as tokenizer.json: name -> where it is, or what is in it.
         max_shard_bytes: of one file of weights.
         report: told how many bytes each published tensor had, for a progress bar.
 
@@ -278,15 +286,24 @@ def write(
         quantized=SCALES.get(dtype),
         n_positions=n_positions,
         bos_id=bos_id,
-        eos_id=eos_id,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
     )
-    generation = {"_from_model_config": True, "bos_token_id": bos_id, "eos_token_id": eos_id}
+    marks = {"_from_model_config": True, "bos_token_id": bos_id, "eos_token_id": hf_config.one_or_list(eos_ids)}
     safetensors.write_directory(directory, list(_entries(abstract, dtypes, get, dtype, report)), max_shard_bytes)
-    for name, content in ((CONFIG, config), (GENERATION_CONFIG, generation)):
+    copy_files(files, directory)
+    for name, content in ((CONFIG, config), (GENERATION_CONFIG, marks if generation is None else generation)):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for file in files:
-        if Path(file).resolve() != (directory / Path(file).name).resolve():
-            shutil.copyfile(file, directory / Path(file).name)
+
+
+def copy_files(files: Mapping[str, Path | bytes], directory: Path) -> None:
+    """Writes small files, given by where they are or by what is in them; those that stand there already stay."""
+    for name, content in files.items():
+        target = directory / name
+        if isinstance(content, bytes):
+            target.write_bytes(content)
+        elif content.resolve() != target.resolve():
+            shutil.copyfile(content, target)
 
 
 def _entries(abstract: dict, dtypes: dict, get: Get, dtype: str, report: Callable | None) -> Iterator:

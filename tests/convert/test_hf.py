@@ -331,13 +331,13 @@ def test_stored_dtypes_come_back_bit_by_bit(tmp_path, name):
 
 
 def test_bfloat16_round_trip_is_exact_and_router_biases_stay_wide(tmp_path):
-    published, source, tree = written(tmp_path / "out", "v3_mtp", "bf16", n_positions=999, bos_id=0, eos_id=1)
+    published, source, tree = written(tmp_path / "out", "v3_mtp", "bf16", n_positions=999, bos_id=0, eos_ids=(1,))
     assert all(jax.tree.leaves(jax.tree.map(same_bits, host_tree(source), tree)))
     dtypes = {published.tensors.info(name).dtype for name in published.tensors.names()}
     assert dtypes == {"BF16", "F32"}
     bias = published.tensors.info("model.layers.2.mlp.gate.e_score_correction_bias")
     assert bias.dtype == "F32"
-    assert published.facts == (999, 0, (1,), False)
+    assert published.facts == (999, 0, (1,), False, None)
     assert published.config["torch_dtype"] == "bfloat16"
     for copy, original in names.copies(source.abstract).items():
         assert same_bits(published.tensors.read(copy), published.tensors.read(original))
@@ -378,7 +378,11 @@ def test_an_eight_bit_file_read_and_written_is_the_same_function(tmp_path):
 def test_shards_tokenizer_files_and_progress(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     done = []
-    options = {"files": [tmp_path / "tokenizer.json"], "max_shard_bytes": 20_000, "report": done.append}
+    options = {
+        "files": {"tokenizer.json": tmp_path / "tokenizer.json"},
+        "max_shard_bytes": 20_000,
+        "report": done.append,
+    }
     published, source, tree = written(tmp_path / "out", "v2_lite", "fp32", **options)
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 3

@@ -168,7 +168,7 @@ def test_what_we_write_of_a_published_config_says_the_same(name):
     said = facts(hf)
     quantized = "fp32" if "quantization_config" in hf else None
     written = to_hf(
-        kind, numbers, quantized=quantized, n_positions=said.n_positions, bos_id=said.bos_id, eos_id=said.eos_ids[0]
+        kind, numbers, quantized=quantized, n_positions=said.n_positions, bos_id=said.bos_id, eos_ids=said.eos_ids
     )
     assert from_hf(json.loads(json.dumps(written))) == (kind, numbers)
     assert facts(written) == said

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from deepseek_jax.abstract_model import abstract_module, count_parameters
 from deepseek_jax.convert import hf, names
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.errors import UserError
-from deepseek_jax.language_model import abstract_module, count_parameters
 from deepseek_jax.launch import _options, plan
 from deepseek_jax.launch.train import batch_ramp
 from deepseek_jax.layers.base import bind, decayed, logical_axes, split

@@ -74,7 +74,7 @@ def test_transformers_loads_what_we_write(fresh, name, tmp_path, monkeypatch):
         *(tmp_path / "out", published.family, published.numbers, model.weights, hf.from_tree(model.weights), "fp32"),
         n_positions=facts.n_positions,
         bos_id=facts.bos_id,
-        eos_id=facts.eos_ids[0],
+        eos_ids=facts.eos_ids,
         max_shard_bytes=40_000,
     )
     if published.numbers.get("mtp_depth"):  # transformers knows the prediction layer by V3's number of it, 61

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.language_model import abstract_module
+from deepseek_jax.abstract_model import abstract_module
 from deepseek_jax.launch import _options
 from deepseek_jax.layers.base import bind, split
 from deepseek_jax.serve.generate import Generator

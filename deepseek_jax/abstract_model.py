@@ -1,0 +1,60 @@
+"""A config's network with shapes in place of arrays: what it holds, and whether that fits."""
+
+import math
+import os
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.layers.base import Execution, Tree, split
+from deepseek_jax.models import family
+from deepseek_jax.precision.policy import policy
+
+AHEAD = "mtp"  # top-level entry of the multi-token-prediction modules, which published counts leave out
+
+
+def abstract_weights(config: ConfigDict) -> Tree:
+    """{"params", "router_bias"} of a config's model, shapes in place of arrays."""
+    _, params, router_bias = split(abstract_module(config))
+    return {"params": params, "router_bias": router_bias}
+
+
+def abstract_module(config: ConfigDict) -> nnx.Module:
+    """The network of a config with shapes in place of arrays."""
+    return nnx.eval_shape(lambda: module(config, jax.random.key(0)))
+
+
+def count_parameters(params: Tree) -> tuple[int, int]:
+    """(of the main model, of its multi-token-prediction modules), embedding and head counted once, with the former."""
+    sizes = {name: sum(math.prod(w.shape) for w in jax.tree.leaves(part)) for name, part in params.items()}
+    ahead = sizes.pop(AHEAD, 0)
+    return sum(sizes.values()), ahead
+
+
+def module(config: ConfigDict, key: jax.Array) -> nnx.Module:
+    """The network of a config with fresh weights."""
+    maker = family(config.family)
+    run = Execution(compute=policy(config.precision).compute)
+    return maker.Model(maker.Config.from_config(config.model), run, rngs=nnx.Rngs(key))
+
+
+def check_memory(name: str, weights: Tree) -> None:
+    """Raises UserError for weights that cannot fit: asked for anyway, a host may kill the process without a word."""
+    needed, there = sum(w.size * w.dtype.itemsize for w in jax.tree.leaves(weights)), _memory_bytes()
+    if there and needed > there:
+        raise UserError(
+            f"the weights of {name} take {needed / 2**30:,.0f} GiB, this device has {there / 2**30:,.0f}. "
+            "For shapes alone there is deepseek-jax inspect; to convert without loading, deepseek-jax convert."
+        )
+
+
+def _memory_bytes() -> int | None:
+    """Memory of the first device, of the machine where that is a CPU; None where it is not told."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
+        known = hasattr(os, "sysconf") and all(name in os.sysconf_names for name in names)
+        return math.prod(map(os.sysconf, names)) if known else None
+    return (device.memory_stats() or {}).get("bytes_limit")

@@ -1,0 +1,75 @@
+"""The files from which a tokenizer can be opened again, here and by others: what stands beside published weights.
+
+Bytes become a ``tokenizer.json`` as well: a BPE without merges over GPT-2's byte alphabet, in which byte b has id b,
+and the marks as added tokens behind them.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from deepseek_jax.data.tokenizer import BUILT_IN, BYTE_SPECIALS, ByteTokenizer, deepseek_folder
+
+TOKENIZER = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
+# Patterns of names; the first is the tokenizer itself.
+PATTERNS = (TOKENIZER, CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+PATTERNS += ("chat_template.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenization_*.py")
+HIDDEN = BYTE_SPECIALS[:3] + BYTE_SPECIALS[10:]  # marks that decoding leaves out: begin, end, padding, spare ones
+
+
+def is_path(name: str) -> bool:
+    """Whether the name of a tokenizer, as ``open_tokenizer`` takes it, is that of a file or folder."""
+    return name != "deepseek" and name not in BUILT_IN
+
+
+def files_of(name: str) -> dict[str, Path | bytes]:
+    """The files of a tokenizer that ``open_tokenizer`` takes: name -> where it is, or what is in it."""
+    if name == "none":
+        return {}
+    if name == "bytes":
+        return {TOKENIZER: _text(byte_tokenizer()), CONFIG: _text(byte_settings())}
+    path = Path(name).expanduser() if is_path(name) else deepseek_folder()
+    file = path / TOKENIZER if path.is_dir() else path
+    beside = {found.name: found for pattern in PATTERNS for found in sorted(file.parent.glob(pattern))}
+    return beside | {TOKENIZER: file}
+
+
+def byte_tokenizer() -> dict[str, Any]:
+    """The ``tokenizer.json`` of `ByteTokenizer`: the same ids for the same text."""
+    added = [
+        {"id": 256 + i, "content": mark, "special": mark in HIDDEN, "normalized": False}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        for i, mark in enumerate(BYTE_SPECIALS)
+    ]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    model = {"type": "BPE", "vocab": {letter: i for i, letter in enumerate(byte_alphabet())}, "merges": []}
+    return {
+        "version": "1.0",
+        "added_tokens": added,
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": model,
+    }
+
+
+def byte_settings() -> dict[str, Any]:
+    """The ``tokenizer_config.json`` of `ByteTokenizer`."""
+    bytes_ = ByteTokenizer
+    ids = {"bos_token": bytes_.bos_id, "eos_token": bytes_.eos_id, "pad_token": bytes_.pad_id}
+    return {key: BYTE_SPECIALS[i - 256] for key, i in ids.items()} | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": bytes_.add_bos,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def byte_alphabet() -> list[str]:
+    """GPT-2's letter for each byte: printable bytes as they are in Latin-1, the rest from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def _text(content: dict) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,169 @@
+"""Models on the disk, a run's checkpoints or a directory of published weights: config, weights, export."""
+
+import importlib
+import os
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from deepseek_jax import release
+from deepseek_jax.abstract_model import abstract_weights, check_memory
+from deepseek_jax.convert import hf
+from deepseek_jax.convert.names import flatten
+from deepseek_jax.convert.place import place
+from deepseek_jax.data.tokenizer import open_tokenizer
+from deepseek_jax.errors import UserError
+from deepseek_jax.layers.base import Tree
+from deepseek_jax.saved_config import from_json
+from deepseek_jax.train.checkpoint import Checkpointer
+
+WEIGHTS = ("params", "router_bias")  # what a checkpoint holds of a model
+
+
+def load_checkpoint(path: str | os.PathLike) -> tuple[ConfigDict, Tree, str]:
+    """The config of a run, the weights of its newest intact checkpoint on the first device, and where they are from."""
+    with Checkpointer(checkpoint_directory(path), read_only=True) as checkpoints:
+        config = saved_config(checkpoints)
+        saved = {name: array for name, array in checkpoints.shapes()[1].items() if name.split("/")[0] in WEIGHTS}
+        check_memory(config.name, saved)
+        wanted = abstract_weights(config)
+        step, state, meta = checkpoints.restore(wanted, keys=WEIGHTS, dtypes_as_saved=True)
+    return config_in(meta, checkpoints.directory), state, f"step {step} of {os.fspath(path)}"
+
+
+def _open_published(path: str | os.PathLike) -> tuple[ConfigDict, hf.Source]:
+    """The config of published weights and where to read them from; of the files only headers are read."""
+    directory = Path(path).expanduser()
+    published = hf.open_published(directory)
+    config = published_config(published, directory.resolve())
+    return config, hf.Source(published, abstract_weights(config))
+
+
+def load_published(path: str | os.PathLike) -> tuple[ConfigDict, Tree, str]:
+    """The config of published weights, the weights on the first device, and where they are from."""
+    config, source = _open_published(path)
+    check_memory(config.name, source.abstract)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    state = place(source, jax.tree.map(lambda x: x.update(sharding=here), source.abstract))
+    return config, state, os.fspath(path)
+
+
+def read_weights(path: str | os.PathLike, target: Tree) -> tuple[ConfigDict, Tree]:
+    """The weights in a directory that `load` opens, in the shardings and dtypes of a training state.
+
+    Args:
+        path: as for `load`.
+        target: {"params", "router_bias"} of `jax.ShapeDtypeStruct` with shardings.
+
+    Returns:
+        (the config of the source, the weights).
+
+    Raises:
+        UserError: as `load`, and for weights that are not those of `target`'s model.
+    """
+    if is_published(path):
+        config, source = _open_published(path)
+        _check_shapes(Path(path).expanduser(), source.abstract, target)
+        return config, place(source, target)
+    with Checkpointer(checkpoint_directory(path), read_only=True) as checkpoints:
+        config = saved_config(checkpoints)
+        _, stored, _ = checkpoints.restore(target, keys=WEIGHTS, dtypes_as_saved=True)
+    shardings = jax.tree.map(lambda x: x.sharding, target)
+    wide = jax.jit(
+        lambda tree: jax.tree.map(lambda x, like: x.astype(like.dtype), tree, target), out_shardings=shardings
+    )
+    return config, wide(stored)
+
+
+def config_of(path: str | os.PathLike) -> ConfigDict:
+    """The config of what `load` would open; of the weights only names and shapes are read."""
+    if is_published(path):
+        directory = Path(path).expanduser()
+        return published_config(hf.open_published(directory), directory.resolve())
+    with Checkpointer(checkpoint_directory(path), read_only=True) as checkpoints:
+        return saved_config(checkpoints)
+
+
+def is_published(path: str | os.PathLike) -> bool:
+    """Whether this is a directory of published weights rather than of a run."""
+    path = Path(path).expanduser()
+    return (path / hf.CONFIG).is_file() and not (path / "checkpoints").is_dir()
+
+
+def published_config(published: hf.Published, directory: Path) -> ConfigDict:
+    """The config of a published model: its numbers over the defaults of a run, the tokenizer that it brings or none."""
+    config = _defaults()
+    config.name, config.family = directory.name, published.family
+    config.model = ConfigDict(published.numbers)
+    is_wide = published.tensors.info(hf.EMBEDDING).dtype == "F32"
+    config.precision = "fp32" if is_wide else "bf16"
+    config.data.seq_len = published.facts.n_positions
+    config.data.tokenizer = release.kept_tokenizer(directory) or "none"
+    config.release = ConfigDict(release.of_published(published, directory))
+    return config.lock()
+
+
+def export(config: ConfigDict, directory: str | os.PathLike, abstract: Tree, get: hf.Get, dtype: str, **options):
+    """`hf.write` for the model of a config: `abstract`, `get` and `options` as there, the rest from its release."""
+    marks = release.marks(config, open_tokenizer(config.data.tokenizer))
+    hf.write(
+        *(directory, config.family, config.model.to_dict(), abstract, get, dtype),
+        n_positions=release.n_positions(config),
+        bos_id=marks.bos_id,
+        eos_ids=marks.eos_ids,
+        pad_id=marks.pad_id,
+        generation=release.generation_config_to_write(config, marks),
+        files=release.files(config),
+        **options,
+    )
+
+
+def checkpoint_directory(path: str | os.PathLike) -> Path:
+    """Where the checkpoints are, given a run's workdir or that directory itself. Raises UserError if nowhere."""
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise UserError(
+            f"{path}: no such directory. Give the workdir of a run, as made by deepseek-jax train, or a directory of "
+            "published weights (to be downloaded first)."
+        )
+    if (path / "checkpoints").is_dir():
+        return path / "checkpoints"
+    if next(path.glob("*.safetensors"), None):
+        raise UserError(f"{path}: safetensors files, but no {hf.CONFIG} beside them. Download that as well.")
+    return path
+
+
+def saved_config(checkpoints: Checkpointer) -> ConfigDict:
+    """The config kept beside the newest checkpoint. Raises UserError if there is none."""
+    step, meta = checkpoints.read_meta()
+    if "config" not in meta:
+        raise UserError(f"step {step} of {checkpoints.directory} holds no config: deepseek-jax train did not save it.")
+    return config_in(meta, checkpoints.directory)
+
+
+def config_in(meta: dict, directory: Path) -> ConfigDict:
+    """The config that the meta of a checkpoint in `directory` holds; see `release.moved` for a run that has moved."""
+    config = from_json(meta["config"])
+    if "release" not in config:  # of a run that is older than that group of keys
+        with config.unlocked():
+            config.release = _defaults().release
+    return release.moved(config, directory.parent)
+
+
+def _defaults() -> ConfigDict:
+    """The defaults of a run; their package stands above this one, so it is found by name only."""
+    return importlib.import_module("deepseek_jax.configs.base").get_config()
+
+
+def _check_shapes(path: Path, stored: Tree, wanted: Tree) -> None:
+    """Raises UserError unless two trees have the same shapes under the same names."""
+    there, here = flatten(stored), flatten(wanted)
+    differing = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
+    if differing:
+        found, needed = (list(shapes[differing[0]]) if differing[0] in shapes else "absent" for shapes in (there, here))
+        raise UserError(
+            f"{path}: {'/'.join(differing[0])} is {found} there, {needed} in this run "
+            f"({len(differing)} weights differ). "
+            f"Give config.family and config.model what deepseek-jax inspect --workdir={path} shows."
+        )

@@ -1,0 +1,146 @@
+"""What a directory says besides its weights is honoured, and written again unless the user has changed it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import deepseek_jax
+from deepseek_jax import release
+from deepseek_jax.errors import UserError
+from deepseek_jax.launch import convert, export
+from deepseek_jax.stored import config_of
+
+GOLDEN = Path(__file__).parent / "golden"
+WORDS = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 2}}}
+WORDS["model"]["unk_token"] = "a"
+SETTINGS = {"temperature": 0.6, "top_p": 0.95, "do_sample": True, "transformers_version": "4.39.3"}
+# Files that say nothing to this project, and come along byte by byte.
+OTHERS = {
+    "special_tokens_map.json": b'{"eos_token": "b"}',
+    "chat_template.jinja": b"{{ messages }}\n",
+    "merges.txt": b"a b\n",
+    "LICENSE-MODEL": b"as is",
+}
+NOT_KEPT = {"README.md": b"# card", "pytorch_model.bin": b"pickled", "notes.json": b"{}"}
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A function that makes a directory as others publish it: these ends in config.json, those for generation."""
+
+    def make(eos, generation=None, tokenizer: str | None = "b", **config) -> Path:
+        folder = tmp_path / "published"
+        shutil.copytree(GOLDEN / "llm", folder)
+        said = json.loads((folder / "config.json").read_text()) | {"eos_token_id": eos} | config
+        (folder / "config.json").write_text(json.dumps(said))
+        if generation is not None:
+            (folder / "generation_config.json").write_text(json.dumps(SETTINGS | {"eos_token_id": generation}))
+        if tokenizer:
+            (folder / "tokenizer.json").write_text(json.dumps(WORDS))
+            (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": tokenizer, "model_max_length": 9}))
+        for name, content in (OTHERS | NOT_KEPT).items():
+            (folder / name).write_bytes(content)
+        return folder
+
+    return make
+
+
+def said(folder: Path, name: str = "config.json") -> dict:
+    return json.loads((folder / name).read_text())
+
+
+def exported(source: Path, way: str) -> Path:
+    """Out again, from memory or through a checkpoint."""
+    out, run = source.parent / "out", source.parent / "run"
+    if way == "memory":
+        deepseek_jax.save_pretrained(deepseek_jax.load(source), out, "keep")
+    else:
+        convert.main([f"--from={source}", f"--workdir={run}"])
+        shutil.rmtree(source)  # from here on the run stands alone, and it may move
+        run.rename(source.parent / "moved")
+        export.main([f"--workdir={source.parent / 'moved'}", f"--to={out}"])
+    return out
+
+
+# (config.json, generation_config.json, tokenizer) -> all the ends
+ENDS = [
+    (1, None, None, (1,)),
+    (1, [3, 1], None, (1, 3)),
+    ([5, 1], None, None, (1, 5)),
+    ([5, 1], 7, "b", (1, 2, 5, 7)),
+    (None, [3, 4], "b", (2, 3, 4)),
+    (None, None, "b", (2,)),
+    (None, None, None, ()),
+]
+
+
+@pytest.mark.parametrize(("eos", "generation", "tokenizer", "ends"), ENDS)
+def test_generation_ends_at_every_mark_that_any_file_names(published, eos, generation, tokenizer, ends):
+    assert deepseek_jax.load(published(eos, generation, tokenizer)).end_ids == ends
+
+
+@pytest.mark.parametrize("way", ["memory", "checkpoint"])
+@pytest.mark.parametrize(("eos", "generation", "tokenizer", "ends"), [ENDS[0], ENDS[2], ENDS[3]])
+def test_what_is_exported_says_what_the_source_said(published, way, eos, generation, tokenizer, ends):
+    source = published(eos, generation, tokenizer, max_position_embeddings=777, pad_token_id=6)
+    before = {file.name: file.read_bytes() for file in source.iterdir()}
+    out = exported(source, way)
+    kept = ("eos_token_id", "bos_token_id", "pad_token_id", "max_position_embeddings")
+    assert {key: said(out)[key] for key in kept} == {key: json.loads(before["config.json"])[key] for key in kept}
+    same = {*OTHERS, *(("tokenizer.json", "tokenizer_config.json") if tokenizer else ())}
+    assert {name: (out / name).read_bytes() for name in same} == {name: before[name] for name in same}
+    assert not {*NOT_KEPT} & {file.name for file in out.iterdir()}
+    if generation is not None:
+        assert said(out, "generation_config.json") == json.loads(before["generation_config.json"])
+    assert deepseek_jax.load(out).end_ids == ends
+
+
+def test_what_the_user_changes_is_written(published, tmp_path):
+    model = deepseek_jax.load(published([5, 1], [5, 1, 3]))
+    assert model.generation_config["temperature"] == 0.6
+    with model.config.unlocked():
+        model.config.release.update(end_ids=(1, 5, 9), n_positions=64)
+        model.config.data.seq_len = 100
+    deepseek_jax.save_pretrained(model, tmp_path / "out")
+    assert said(tmp_path / "out")["max_position_embeddings"] == 100
+    assert said(tmp_path / "out")["eos_token_id"] == [5, 1]
+    written = said(tmp_path / "out", "generation_config.json")
+    assert written == SETTINGS | {"eos_token_id": [1, 5, 9], "bos_token_id": 0}
+
+
+def test_another_tokenizer_brings_its_own_marks(published, tmp_path):
+    model = deepseek_jax.load(published(1, [1, 3]))
+    other = tmp_path / "other" / "words.json"
+    other.parent.mkdir()
+    other.write_text(json.dumps(WORDS | {"model": WORDS["model"] | {"vocab": {"a": 0, "</s>": 9}}}))
+    with model.config.unlocked():
+        model.config.data.tokenizer = str(other)
+    assert model.end_ids == (9,)
+    deepseek_jax.save_pretrained(model, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == other.read_bytes()
+    assert said(tmp_path / "out")["eos_token_id"] == 9
+    assert said(tmp_path / "out", "generation_config.json")["eos_token_id"] == 9
+    assert not {"tokenizer_config.json", "chat_template.jinja"} & {file.name for file in (tmp_path / "out").iterdir()}
+
+
+def test_a_source_that_is_gone_is_named(published, tmp_path):
+    model = deepseek_jax.load(published(1))
+    model.tokenizer  # noqa: B018 - opened while it was there
+    shutil.rmtree(model.config.release.folder)
+    with pytest.raises(UserError, match="published.*"):
+        deepseek_jax.save_pretrained(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("eos", [-1, "1", {"a": 1}, [1] * 101, 1.5])
+def test_an_end_that_is_none_is_refused_by_its_file(published, eos):
+    with pytest.raises(UserError, match="generation_config.json: eos_token_id"):
+        config_of(published(1, eos))
+
+
+def test_positions_are_those_of_the_release_or_of_training_if_more(published):
+    config = config_of(published(1, max_position_embeddings=512)).unlock()
+    for seq_len, positions in ((32, 512), (512, 512), (1024, 1024)):
+        config.data.seq_len = seq_len
+        assert release.n_positions(config) == positions
