@@ -8,14 +8,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deepseek_jax.data.tokenizer import BUILT_IN, BYTE_SPECIALS, ByteTokenizer, deepseek_folder
+from deepseek_jax.data.tokenizer import BUILT_IN, BYTE_HIDDEN, BYTE_SPECIALS, ByteTokenizer, deepseek_folder
 
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 # Patterns of names; the first is the tokenizer itself.
 PATTERNS = (TOKENIZER, CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 PATTERNS += ("chat_template.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenization_*.py")
-HIDDEN = BYTE_SPECIALS[:3] + BYTE_SPECIALS[10:]  # marks that decoding leaves out: begin, end, padding, spare ones
 
 
 def is_path(name: str) -> bool:
@@ -38,7 +37,7 @@ def files_of(name: str) -> dict[str, Path | bytes]:
 def byte_tokenizer() -> dict[str, Any]:
     """The ``tokenizer.json`` of `ByteTokenizer`: the same ids for the same text."""
     added = [
-        {"id": 256 + i, "content": mark, "special": mark in HIDDEN, "normalized": False}
+        {"id": 256 + i, "content": mark, "special": mark in BYTE_HIDDEN, "normalized": False}
         | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
         for i, mark in enumerate(BYTE_SPECIALS)
     ]
