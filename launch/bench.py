@@ -91,7 +91,8 @@ class Ours:
 
         ids = self.tokens.integers(0, self.vocab_size, (self.shape[0], self.shape[1] + 1), dtype=np.int32)
         positions = np.broadcast_to(np.arange(self.shape[1], dtype=np.int32), self.shape)
-        rows = Batch(ids[:, :-1], ids[:, 1:], np.ones(self.shape, np.int32), positions)
+        ones = np.ones(self.shape, np.int32)
+        rows = Batch(ids[:, :-1], ids[:, 1:], ones, positions, ones.astype(np.float32))
         return global_batch(rows, self.trainer.mesh)
 
     def run(self, n_steps: int) -> float:

@@ -133,6 +133,7 @@ class Sample(NamedTuple):
     targets_T: np.ndarray
     segments_T: np.ndarray
     positions_T: np.ndarray
+    weights_T: np.ndarray
 
 
 def sample(window: Window, mask_documents: bool) -> Sample:
@@ -148,4 +149,5 @@ def sample(window: Window, mask_documents: bool) -> Sample:
     positions = places - np.maximum.accumulate(np.where(starts, places, 0))
     predicts = (segments[1:] == segments[:-1]) & (segments[1:] > 0)
     targets = np.where(predicts, window.tokens[1:], IGNORED)
-    return Sample(*(x.astype(np.int32) for x in (window.tokens[:-1], targets, segments[:-1], positions[:-1])))
+    numbers = (x.astype(np.int32) for x in (window.tokens[:-1], targets, segments[:-1], positions[:-1]))
+    return Sample(*numbers, predicts.astype(np.float32))

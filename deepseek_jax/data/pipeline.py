@@ -27,12 +27,21 @@ READ_AHEAD = 4  # batches made before they are asked for
 
 
 class Batch(NamedTuple):
-    """int32 arrays; a target of -1 is not predicted; tokens see each other within a segment; segment 0 is padding."""
+    """Rows of tokens and what to learn of each; int32 arrays, and float32 weights.
+
+    Attributes:
+      ids_BT: tokens.
+      targets_BT: the token that follows each one; -1 where none does.
+      segments_BT: tokens see each other within a segment; segment 0 is padding.
+      positions_BT: for the rotary angles.
+      weights_BT: of each target in the loss: 1 in pre-training; 0 for what is read and not learnt, and for no target.
+    """
 
     ids_BT: np.ndarray
     targets_BT: np.ndarray
     segments_BT: np.ndarray
     positions_BT: np.ndarray
+    weights_BT: np.ndarray
 
 
 class Samples:

@@ -72,8 +72,10 @@ class DenseBlock(nnx.Module):
         self.mlp_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)
         self.mlp = SwiGLU(d_model, width, std, rngs=rngs)
 
-    def __call__(self, x_BTD: jax.Array, attend: Attend) -> tuple[jax.Array, tuple[Entries | None, None]]:
-        """Returns x_BTD and (what `attend` kept, None)."""
+    def __call__(
+        self, x_BTD: jax.Array, attend: Attend, real_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, tuple[Entries | None, None]]:
+        """Returns x_BTD and (what `attend` kept, None); padding is a token like any other here."""
         u_BTD, kept = attend(self.attention, self.attention_norm(x_BTD))
         x_BTD = x_BTD + u_BTD
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), (kept, None)
@@ -106,11 +108,13 @@ class MoEBlock(nnx.Module):
         self.experts = experts(rngs)
         self.balance = balance
 
-    def __call__(self, x_BTD: jax.Array, attend: Attend) -> tuple[jax.Array, tuple[Entries | None, Statistics]]:
-        """Returns x_BTD and (what `attend` kept, the routing's statistics)."""
+    def __call__(
+        self, x_BTD: jax.Array, attend: Attend, real_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, tuple[Entries | None, Statistics]]:
+        """Returns x_BTD and (what `attend` kept, the routing's statistics, which leave padding out)."""
         u_BTD, kept = attend(self.attention, self.attention_norm(x_BTD))
         x_BTD = x_BTD + u_BTD
-        y_BTD, routing = self.experts(self.experts_norm(x_BTD))
+        y_BTD, routing = self.experts(self.experts_norm(x_BTD), real_BT)
         load_E = expert_load(routing.experts_BTK, routing.scores_BTE.shape[-1])
         return x_BTD + y_BTD, (kept, Statistics(load_E, jax.tree.map(jnp.sum, self.balance(routing))))
 
@@ -118,7 +122,7 @@ class MoEBlock(nnx.Module):
 class Decoder(nnx.Module):
     """What the families' models have in common.
 
-    A block is called as `block(x_BTD, attend) -> (x_BTD, (kept, statistics or None))`.  An attention offers
+    A block is called as `block(x_BTD, attend, real_BT) -> (x_BTD, (kept, statistics or None))`.  An attention offers
 
         entries(x_BTD, positions_BT)                            what the cache keeps of these tokens
         over_itself(x_BTD, positions_BT, entries, segments_BT)  u_BTD, attending causally to the tokens themselves
@@ -157,20 +161,23 @@ class Decoder(nnx.Module):
         h_BTD, _ = self.hidden(ids_BT, positions_BT, segments_BT)
         return self.head(h_BTD)
 
-    def hidden(self, ids_BT: jax.Array, positions_BT=None, segments_BT=None) -> tuple[jax.Array, dict[str, Statistics]]:
+    def hidden(
+        self, ids_BT: jax.Array, positions_BT=None, segments_BT=None, real_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, Statistics]]:
         """The model up to its final norm.
 
         Args:
             ids_BT: token ids.
             positions_BT: 0..T-1 by default.
             segments_BT: documents that must not see one another; None lets every token see all before it.
+            real_BT: which tokens are text and not padding, bool; padding visits no expert. None: all are text.
 
         Returns:
             (h_BTD, statistics of each stack of MoE blocks, with a leading axis L).
         """
         if positions_BT is None:
             positions_BT = default_positions(ids_BT)
-        x_BTD, _, statistics = self._blocks(ids_BT, whole_sequences(positions_BT, segments_BT))
+        x_BTD, _, statistics = self._blocks(ids_BT, whole_sequences(positions_BT, segments_BT), real_BT=real_BT)
         return self.final_norm(x_BTD), statistics
 
     def ahead(self, h_BTD: jax.Array, targets_BT: jax.Array, positions_BT=None, segments_BT=None) -> list[Ahead]:
@@ -226,11 +233,11 @@ class Decoder(nnx.Module):
         x_BTD, cache, _ = self._blocks(ids_BT, attend, cache)
         return self.head(self.final_norm(x_BTD)), cache
 
-    def _blocks(self, ids_BT: jax.Array, attend: Callable, cache: Cache | None = None):
+    def _blocks(self, ids_BT: jax.Array, attend: Callable, cache: Cache | None = None, real_BT=None):
         """(x_BTD, what was kept, statistics) after all blocks; with a cache, `attend` gets each layer's slice of it."""
 
         def call(block: nnx.Module, x_BTD: jax.Array, cached: Entries | None):
-            return block(x_BTD, attend if cached is None else functools.partial(attend, cached=cached))
+            return block(x_BTD, attend if cached is None else functools.partial(attend, cached=cached), real_BT)
 
         x_BTD = self.embedding(ids_BT, self.run.compute)
         kept, statistics = {}, {}

@@ -15,7 +15,7 @@ from flax import nnx
 
 from deepseek_jax.layers.base import normal, param
 from deepseek_jax.layers.grouped import grouped_swiglu
-from deepseek_jax.layers.router import Route, Router, Routing
+from deepseek_jax.layers.router import Route, Router, Routing, without_padding
 from deepseek_jax.layers.swiglu import SwiGLU
 from deepseek_jax.parallel.alltoall import on_expert_devices
 
@@ -75,9 +75,9 @@ class Experts(nnx.Module):
         self.down_XFD = param(rngs, (c.n_experts, c.width, d_model), ("experts", "mlp", "embed"), init)
         self.expert_axis = expert_axis
 
-    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, Routing]:
-        """Returns (y_BTD, the router's decision)."""
-        routing = self.router(x_BTD)
+    def __call__(self, x_BTD: jax.Array, real_BT: jax.Array | None = None) -> tuple[jax.Array, Routing]:
+        """Returns (y_BTD, the router's decision); padding, where `real_BT` is False, goes to no routed expert."""
+        routing = without_padding(self.router(x_BTD), real_BT)
         return self.shared(x_BTD) + self.routed(x_BTD, routing), routing
 
     def routed(self, x_BTD: jax.Array, routing: Routing) -> jax.Array:

@@ -24,7 +24,7 @@ class MTP(nnx.Module):
     """One depth of multi-token prediction around a Transformer block.
 
     Args:
-        block: makes TRM_k from rngs; called as `block(x_BTD, attend) -> (x_BTD, extras)`.
+        block: makes TRM_k from rngs; called as `block(x_BTD, attend, real_BT) -> (x_BTD, extras)`.
         d_model: width of the residual stream.
         eps: of the norms.
         std: standard deviation of the initial M_k.
@@ -39,20 +39,23 @@ class MTP(nnx.Module):
         self.block = block(rngs)
         self.final_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)
 
-    def __call__(self, h_BTD: jax.Array, embedded_BTD: jax.Array, attend: Callable) -> tuple[jax.Array, object]:
+    def __call__(
+        self, h_BTD: jax.Array, embedded_BTD: jax.Array, attend: Callable, real_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, object]:
         """Goes one token further.
 
         Args:
             h_BTD: the previous depth's hidden states h^{k-1}.
             embedded_BTD: embeddings of the tokens k places ahead, Emb(t_{i+k}).
             attend: passed to the block.
+            real_BT: likewise: where there is a token k places ahead, bool; None: everywhere.
 
         Returns:
             (h^k_BTD, ready for the shared head; the block's extras).
         """
         joined_BTY = jnp.concatenate([self.embedding_norm(embedded_BTD), self.hidden_norm(h_BTD)], axis=-1)
         x_BTD = einsum("BTY,YD->BTD", joined_BTY, self.join_YD[...])
-        x_BTD, extras = self.block(x_BTD, attend)
+        x_BTD, extras = self.block(x_BTD, attend, real_BT)
         return self.final_norm(x_BTD), extras
 
 

@@ -27,7 +27,7 @@ class Routing(NamedTuple):
     """The router's decision for each token.
 
     Attributes:
-        experts_BTK: indices of the chosen experts, int32.
+        experts_BTK: indices of the chosen experts, int32; E (one past the last) where a token visits none.
         weights_BTK: g, the factor of each chosen expert's output.
         scores_BTE: s, the affinities.
     """
@@ -38,6 +38,19 @@ class Routing(NamedTuple):
 
 
 Route = Callable[..., Routing]
+
+
+def without_padding(routing: Routing, real_BT: jax.Array | None) -> Routing:
+    """Returns the routing with padding sent to no expert, so that it costs nothing and counts nowhere.
+
+    Args:
+        routing: the router's decision for every token.
+        real_BT: which tokens are text and not padding, bool; None: all of them.
+    """
+    if real_BT is None:
+        return routing
+    none = routing.scores_BTE.shape[-1]
+    return routing._replace(experts_BTK=jnp.where(real_BT[..., None], routing.experts_BTK, none))
 
 
 class Router(nnx.Module):
@@ -120,12 +133,14 @@ def keep_best_groups(choice_BTE: jax.Array, n_groups: int, top_groups: int, n_be
 
 
 def expert_load(experts_BTK: jax.Array, n_experts: int) -> jax.Array:
-    """Tokens that chose each expert: load_E, float32 (exact up to 2^24)."""
+    """Tokens that chose each expert: load_E, float32 (exact up to 2^24); padding (`without_padding`) chose none."""
     return jnp.bincount(experts_BTK.reshape(-1), length=n_experts).astype(jnp.float32)
 
 
 class Balance(NamedTuple):
     """Balance losses of each sequence, without their factors alpha; near 1 when a sequence is perfectly balanced.
+
+    They are those of its text: padding (`without_padding`) changes none of them, and a sequence of padding has 0.
 
     Attributes:
         expert: every expert equally busy.
@@ -160,7 +175,7 @@ def grouped_balance(routing: Routing, *, n_groups: int, top_groups: int) -> Bala
     P_BG = P_BGX.sum(-1)
     groups_BTK = routing.experts_BTK // f_BGX.shape[-1]
     sent_BG = jnp.sum(jax.nn.one_hot(groups_BTK, n_groups).max(axis=2), axis=1)
-    sent_BG = sent_BG * (n_groups / (top_groups * groups_BTK.shape[1]))
+    sent_BG = sent_BG * (n_groups / (top_groups * _n_real(routing)))[:, None]
     return Balance(
         expert=jnp.sum(f_BE * P_BE, axis=-1),
         device=jnp.sum(f_BGX.mean(-1) * P_BG, axis=-1),
@@ -175,12 +190,22 @@ def _frequency_and_affinity(routing: Routing) -> tuple[jax.Array, jax.Array]:
     chosen (by s + b, within the best groups).
     """
     scores_BTE, experts_BTK = routing.scores_BTE, routing.experts_BTK
-    n_experts = scores_BTE.shape[-1]
-    n_choices = experts_BTK.shape[1] * experts_BTK.shape[2]
+    n_experts, n_real_B = scores_BTE.shape[-1], _n_real(routing)
     counts_BE = jax.vmap(lambda chosen: jnp.bincount(chosen.reshape(-1), length=n_experts))(experts_BTK)
-    f_BE = counts_BE * (n_experts / n_choices)
-    P_BE = jnp.mean(scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True), axis=1)
+    f_BE = counts_BE * (n_experts / (n_real_B * experts_BTK.shape[2]))[:, None]
+    affinity_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True)
+    P_BE = jnp.sum(jnp.where(_is_real(routing)[..., None], affinity_BTE, 0), axis=1) / n_real_B[:, None]
     return f_BE, P_BE
+
+
+def _is_real(routing: Routing) -> jax.Array:
+    """Which tokens visit experts, bool [B, T]."""
+    return routing.experts_BTK[..., 0] < routing.scores_BTE.shape[-1]
+
+
+def _n_real(routing: Routing) -> jax.Array:
+    """T of each sequence: its tokens that are not padding, float32 [B]; 1 where there is none, to divide by."""
+    return jnp.maximum(jnp.sum(_is_real(routing), axis=1), 1).astype(jnp.float32)
 
 
 def updated_bias(bias: jax.Array, load: jax.Array, rate: float | jax.Array) -> jax.Array:

@@ -141,7 +141,8 @@ class Model(Decoder):
 
         Args:
             h_BTD: from `hidden`.
-            targets_BT: the next token at each position, -1 where there is none.
+            targets_BT: the next token at each position, -1 where there is none; what is to be learnt of them is the
+                loss's business, for each depth reads them.
             positions_BT, segments_BT: as for `hidden`.
         """
         if positions_BT is None:
@@ -150,7 +151,8 @@ class Model(Decoder):
         depths = []
         for module in self.mtp:
             depth = remat(functools.partial(module, attend=attend), self.run.remat)
-            h_BTD, (_, statistics) = depth(h_BTD, self.embedding(targets_BT, self.run.compute))
+            real_BT = targets_BT >= 0
+            h_BTD, (_, statistics) = depth(h_BTD, self.embedding(targets_BT, self.run.compute), real_BT=real_BT)
             targets_BT = jnp.where(targets_BT < 0, -1, shift_left(targets_BT, fill=-1))  # nothing past a document's end
             depths.append(Ahead(h_BTD, targets_BT, statistics))
         return depths

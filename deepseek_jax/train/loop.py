@@ -209,9 +209,9 @@ class Loop:
                 start, count = local_rows(first, size)
                 rows = self.held_out.rows(start, count)
                 is_new_B = np.arange(start, start + count) < self.held_out.n_samples  # past the end it begins anew
-                rows = rows._replace(targets_BT=np.where(is_new_B[:, None], rows.targets_BT, -1))
+                rows = rows._replace(weights_BT=rows.weights_BT * is_new_B[:, None])
                 found = self._evaluate(state, global_batch(rows, self.trainer.mesh))
-                nats, n_bytes = nats + float(found[0]), n_bytes + float(found[1])
+                nats, n_bytes = nats + float(found.nats), n_bytes + float(found.n_bytes)
             bits = nats / (n_bytes * math.log(2))
             self.metrics.evaluation(step, {"bits_per_byte": bits})
         return bits

@@ -24,9 +24,9 @@ from deepseek_jax.compat import quick_compile
 from deepseek_jax.layers.base import Execution, bind, decayed, logical_axes, split
 from deepseek_jax.layers.router import Balance, max_violation, updated_bias
 from deepseek_jax.parallel import zero
-from deepseek_jax.parallel.mesh import AXES, BATCH, REPLICATED, per_device, size, total
+from deepseek_jax.parallel.mesh import BATCH, REPLICATED, per_device, total
 from deepseek_jax.parallel.sharding import check_rules, expert_axis, placements, unsharder
-from deepseek_jax.train.loss import Losses, Weights, losses
+from deepseek_jax.train.loss import Losses, Totals, Weights, losses, totals
 from deepseek_jax.train.optim import OptimizerConfig, adamw_update, init_moments, learning_rate
 
 State = dict  # {"params", "router_bias", "optimizer", "step", "skipped", "skipped_in_row"}
@@ -94,6 +94,20 @@ class Report(NamedTuple):
     skipped_in_row: jax.Array
     checksum: jax.Array
     loads: dict
+
+
+class Evaluation(NamedTuple):
+    """Sums over a batch, each target with its weight; float32 scalars.
+
+    Attributes:
+        nats: cross-entropy.
+        n_bytes: UTF-8 bytes that the targets stand for.
+        weight: of the targets.
+    """
+
+    nats: jax.Array
+    n_bytes: jax.Array
+    weight: jax.Array
 
 
 class Trainer:
@@ -233,13 +247,12 @@ class Trainer:
     def _gradients(self, state: State, batch) -> tuple[dict, Losses]:
         """Gradients and losses of this device's share of the batch, one micro-batch after the other."""
         c = self.config
-        n_targets = total(jnp.sum(batch.targets_BT >= 0)).astype(jnp.float32)
-        n_sequences = batch.ids_BT.shape[0] * size(self.mesh, AXES)
+        over = total(totals(batch))
         weights = Weights(c.mtp_weight_at(state["step"]), c.balance_loss)
 
         def loss(params: dict, part) -> tuple[jax.Array, Losses]:
             model = self.bind(params, state["router_bias"])
-            return losses(model, part, n_targets, n_sequences, weights, chunk=c.loss_chunk, mask=c.mask_documents)
+            return losses(model, part, over, weights, chunk=c.loss_chunk, mask=c.mask_documents)
 
         gradient = jax.grad(loss, has_aux=True)
         if c.micro_batches == 1:
@@ -264,20 +277,21 @@ class Trainer:
         params = zero.gather(parts, self.placements)
         return {"params": params, "router_bias": router_bias, "optimizer": moments}
 
-    def evaluator(self, byte_lengths_V: jax.Array) -> Callable[[State, object], tuple[jax.Array, jax.Array]]:
-        """A compiled `evaluate(state, batch) -> (nats, bytes)`: summed cross-entropy of the main model over the batch.
+    def evaluator(self, byte_lengths_V: jax.Array) -> Callable[[State, object], Evaluation]:
+        """A compiled `evaluate(state, batch) -> Evaluation`, of the main model alone.
 
         Args:
             byte_lengths_V: UTF-8 bytes that each token id stands for, 0 for special tokens.
         """
 
-        def on_device(params: dict, router_bias: dict, batch) -> tuple[jax.Array, jax.Array]:
+        def on_device(params: dict, router_bias: dict, batch) -> Evaluation:
             model = self.bind(params, router_bias)
             no_weights = Weights(0.0, Balance(0.0))
             chunk, mask = self.config.loss_chunk, self.config.mask_documents
-            _, found = losses(model, batch, jnp.float32(1), 1, no_weights, chunk=chunk, mask=mask)
+            _, found = losses(model, batch, Totals(1.0, 1.0), no_weights, chunk=chunk, mask=mask)
             lengths = jnp.where(batch.targets_BT >= 0, byte_lengths_V[jnp.maximum(batch.targets_BT, 0)], 0)
-            return total((found.main, jnp.sum(lengths).astype(jnp.float32)))
+            n_bytes = jnp.sum(lengths * batch.weights_BT)
+            return total(Evaluation(found.main, n_bytes, totals(batch).weight))
 
         specs = (self.specs["params"], self.specs["router_bias"], BATCH)
         run = jax.jit(per_device(on_device, self.mesh, specs, REPLICATED))

@@ -28,8 +28,8 @@ def settings(tmp_path):
 
 
 def assert_equal(a, b):
-    for x, y in zip(a, b, strict=True):
-        assert x.dtype == np.int32
+    for x, y, dtype in zip(a, b, [np.int32] * 4 + [np.float32], strict=True):
+        assert x.dtype == dtype
         np.testing.assert_array_equal(x, y)
 
 

@@ -48,8 +48,9 @@ def test_by_hand():
 def test_segments_and_positions_by_hand():
     window = Window(np.array([7, EOS, 4, 5, EOS, PAD]), np.array([1, 1, 2, 2, 2, 0]))
     open_, masked = sample(window, mask_documents=False), sample(window, mask_documents=True)
-    for got in (*open_, *masked):
-        assert got.dtype == np.int32
+    for got in (open_, masked):
+        assert [array.dtype for array in got] == [np.int32] * 4 + [np.float32]
+        np.testing.assert_array_equal(got.weights_T, got.targets_T >= 0)
     np.testing.assert_array_equal(open_.ids_T, [7, EOS, 4, 5, EOS])
     np.testing.assert_array_equal(open_.targets_T, [EOS, 4, 5, EOS, -1])
     np.testing.assert_array_equal(open_.segments_T, [1, 1, 1, 1, 1])

@@ -20,6 +20,7 @@ from deepseek_jax.layers.router import (
     sigmoid_biased_topk,
     softmax_topk,
     updated_bias,
+    without_padding,
 )
 
 
@@ -147,3 +148,19 @@ def test_grouped_balance_is_equations_23_to_31():
     for loss, want in zip(got, wanted, strict=True):
         np.testing.assert_allclose(loss, want, rtol=1e-5)
     np.testing.assert_allclose(got.expert, sequence_balance(routing).expert, rtol=1e-5)
+
+
+def test_padding_is_routed_nowhere_and_balances_nothing():
+    """Balance losses and loads of a padded sequence are those of its text; a sequence of padding has none."""
+    logits = np.random.default_rng(0).normal(size=(2, 12, 8)).astype(np.float32)
+    real = np.arange(12) < np.array([[7], [0]])
+    whole = softmax_topk(jnp.asarray(logits), top_k=3, n_groups=4, top_groups=2, scale=1.0)
+    padded = without_padding(whole, jnp.asarray(real))
+    text = jax.tree.map(lambda x: x[:1, :7], whole)
+    np.testing.assert_array_equal(padded.experts_BTK[0, 7:], 8)
+    np.testing.assert_array_equal(expert_load(padded.experts_BTK, 8), expert_load(text.experts_BTK, 8))
+    for got, wanted in zip(
+        grouped_balance(padded, n_groups=4, top_groups=2), grouped_balance(text, n_groups=4, top_groups=2), strict=True
+    ):
+        np.testing.assert_allclose(got, [float(wanted[0]), 0.0], rtol=1e-6)
+    assert without_padding(whole, None) is whole

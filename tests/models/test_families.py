@@ -19,7 +19,7 @@ from deepseek_jax.launch.train import batch_ramp
 from deepseek_jax.layers.base import bind, decayed, logical_axes, split
 from deepseek_jax.layers.router import Balance
 from deepseek_jax.models import FAMILIES, family
-from deepseek_jax.train.loss import Weights, losses
+from deepseek_jax.train.loss import Totals, Weights, losses
 
 B, T, SLOTS = 2, 12, 14
 
@@ -116,12 +116,13 @@ def test_no_logit_depends_on_a_later_token(forward, ids):
 def test_every_weight_learns_and_the_balance_losses_count(model, ids):
     definition, params, bias = model
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
-    batch = Batch(ids[:, :-1], ids[:, 1:], np.ones_like(positions), positions)
+    ones = np.ones_like(positions)
+    batch = Batch(ids[:, :-1], ids[:, 1:], ones, positions, ones.astype(np.float32))
     alphas = Balance(0.1, 0.2, 0.3)
 
     def loss(params):
         m = bind(definition, params, bias)
-        return losses(m, batch, jnp.float32(B * T), B, Weights(0.0, alphas), chunk=8, mask=True)
+        return losses(m, batch, Totals(B * T, B), Weights(0.0, alphas), chunk=8, mask=True)
 
     gradients, found = jax.jit(jax.grad(loss, has_aux=True))(params)
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):

@@ -14,7 +14,7 @@ from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.layers.base import bind, logical_axes, split
 from deepseek_jax.layers.router import Balance
 from deepseek_jax.models import family
-from deepseek_jax.train.loss import Weights, losses
+from deepseek_jax.train.loss import Totals, Weights, losses
 
 B, T, SLOTS, DEPTH = 2, 12, 14, 2
 
@@ -138,11 +138,12 @@ def test_the_loss_is_the_full_cross_entropy_and_its_mtp_part_is_eq_24(model, for
     """CE_k = -1/T sum over the targets there are of log p; the mean over the depths; gradients reach what is shared."""
     definition, params, bias = model
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
-    batch = Batch(ids[:, :-1], ids[:, 1:], np.ones_like(positions), positions)
+    ones = np.ones_like(positions)
+    batch = Batch(ids[:, :-1], ids[:, 1:], ones, positions, ones.astype(np.float32))
 
     def parts(params):
         m = bind(definition, params, bias)
-        loss, found = losses(m, batch, jnp.float32(B * T), B, Weights(0.3, Balance(0.1)), chunk=7, mask=False)
+        loss, found = losses(m, batch, Totals(B * T, B), Weights(0.3, Balance(0.1)), chunk=7, mask=False)
         return found.mtp, (loss, found)
 
     d_params, (loss, found) = jax.jit(jax.grad(parts, has_aux=True))(params)
@@ -168,11 +169,11 @@ def test_the_loss_is_the_full_cross_entropy_and_its_mtp_part_is_eq_24(model, for
 def test_other_depths_run(sizes, depth):
     sizes = dataclasses.replace(sizes, mtp_depth=depth)
     definition, params, bias = split(nnx.eval_shape(lambda: family("v3").Model(sizes, rngs=nnx.Rngs(0))))
-    batch = Batch(*[jax.ShapeDtypeStruct((B, T), jnp.int32)] * 4)
+    batch = Batch(*[jax.ShapeDtypeStruct((B, T), jnp.int32)] * 4, jax.ShapeDtypeStruct((B, T), jnp.float32))
 
     def run(params, bias, batch):
         m = bind(definition, params, bias)
-        return losses(m, batch, jnp.float32(B * T), B, Weights(0.3, Balance(0.1)), chunk=8, mask=True)
+        return losses(m, batch, Totals(B * T, B), Weights(0.3, Balance(0.1)), chunk=8, mask=True)
 
     loss, found = jax.eval_shape(jax.grad(run, has_aux=True), params, bias, batch)
     assert set(loss) == set(params) and ("mtp" in params) == bool(depth) == ("mtp" in found.loads)

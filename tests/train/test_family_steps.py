@@ -39,7 +39,8 @@ def run(name: str, data: int, expert: int) -> tuple[list, dict, dict]:
     before = jax.device_get(state["params"])
     ids = np.random.default_rng(0).integers(0, 256, (B, T + 1)).astype(np.int32)
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
-    batch = global_batch(Batch(ids[:, :-1], ids[:, 1:], np.zeros_like(positions), positions), mesh)
+    ones = np.ones_like(positions)
+    batch = global_batch(Batch(ids[:, :-1], ids[:, 1:], ones, positions, ones.astype(np.float32)), mesh)
     reports = []
     for _ in range(2):
         state, report = trainer.step(state, batch)

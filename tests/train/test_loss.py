@@ -17,21 +17,22 @@ def inputs() -> tuple:
     rng = np.random.default_rng(0)
     targets = rng.integers(0, V, M)
     targets[[2, 10]] = -1
-    return rng.normal(size=(M, D)).astype(np.float32), rng.normal(size=(D, V)).astype(np.float32), targets
+    h_MD, weight_DV = rng.normal(size=(M, D)).astype(np.float32), rng.normal(size=(D, V)).astype(np.float32)
+    return h_MD, weight_DV, targets, np.float32(rng.integers(0, 4, M) / 2)
 
 
-def naive(h_MD, weight_DV, targets_M, chunk):
+def naive(h_MD, weight_DV, targets_M, weights_M, chunk):
     log_p = jax.nn.log_softmax(h_MD @ weight_DV)
     picked = jnp.take_along_axis(log_p, jnp.maximum(targets_M, 0)[:, None], axis=1)[:, 0]
-    return -jnp.sum(jnp.where(targets_M >= 0, picked, 0))
+    return -jnp.sum(jnp.where(targets_M >= 0, weights_M * picked, 0))
 
 
 @functools.cache
 def compiled(function, chunk: int):
     """(value, gradients) of -3.5 times the loss: the cotangent is not 1."""
 
-    def scaled(h, weight, targets):
-        loss = function(h, weight, targets, chunk)
+    def scaled(h, weight, targets, weights):
+        loss = function(h, weight, targets, weights, chunk)
         return -3.5 * loss, loss
 
     return jax.jit(jax.value_and_grad(scaled, argnums=(0, 1), has_aux=True))
@@ -42,27 +43,28 @@ def test_value_and_gradients(inputs, chunk):
     (_, wanted), right = compiled(naive, 0)(*inputs)
     (_, loss), gradients = compiled(cross_entropy, chunk)(*inputs)
     assert float(loss) == pytest.approx(float(wanted), rel=1e-6)
-    assert float(jax.jit(cross_entropy, static_argnums=3)(*inputs, chunk)) == pytest.approx(float(wanted), rel=1e-6)
+    assert float(jax.jit(cross_entropy, static_argnums=4)(*inputs, chunk)) == pytest.approx(float(wanted), rel=1e-6)
     for got, here in zip(gradients, right, strict=True):
         np.testing.assert_allclose(got, here, rtol=1e-5, atol=1e-5)
     assert not np.any(gradients[0][2]) and not np.any(gradients[0][10])
 
 
 def test_huge_logits_stay_finite(inputs):
-    h, weight, targets = inputs
-    (_, loss), gradients = compiled(cross_entropy, 4)(1e4 * h, weight, targets)
+    h, *others = inputs
+    (_, loss), gradients = compiled(cross_entropy, 4)(1e4 * h, *others)
     assert np.isfinite(loss) and all(np.isfinite(g).all() for g in gradients)
 
 
 def test_nothing_to_predict_costs_nothing(inputs):
-    h, weight, targets = inputs
-    (_, loss), gradients = compiled(cross_entropy, 4)(h, weight, np.full_like(targets, -1))
-    assert float(loss) == 0 and not any(np.any(g) for g in gradients)
+    h, weight, targets, weights = inputs
+    for nothing in ((np.full_like(targets, -1), weights), (targets, np.zeros_like(weights))):
+        (_, loss), gradients = compiled(cross_entropy, 4)(h, weight, *nothing)
+        assert float(loss) == 0 and not any(np.any(g) for g in gradients)
 
 
 def test_bfloat16_activations(inputs):
-    h, weight, targets = inputs
-    (_, loss), gradients = compiled(cross_entropy, 4)(jnp.bfloat16(h), weight, targets)
+    h, *others = inputs
+    (_, loss), gradients = compiled(cross_entropy, 4)(jnp.bfloat16(h), *others)
     (_, wanted), right = compiled(naive, 0)(*inputs)
     assert loss.dtype == jnp.float32 and float(loss) == pytest.approx(float(wanted), rel=0.02)
     assert gradients[0].dtype == jnp.bfloat16 and gradients[1].dtype == jnp.float32
