@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
     data.cache_dir = ""  # tokenised corpora; "" is the user's cache directory
 
     train = config.train = ConfigDict()
-    train.init_from = ""  # weights to begin with: the workdir of a run, or a directory of published weights
+    train.init_from = ""  # weights to begin with: a run's workdir or published weights, whose tokenizer is taken too
     train.steps = 1000
     train.batch_size = 8  # sequences per step over all devices, after the ramp
     train.batch_size_start = 8  # sequences per step at step 0

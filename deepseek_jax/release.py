@@ -100,6 +100,11 @@ def files(config: ConfigDict) -> dict[str, Path | bytes]:
     return (kept_files(folder, KEPT) if folder else {}) | files_of(config.data.tokenizer)
 
 
+def files_to_keep(config: ConfigDict) -> dict[str, Path | bytes]:
+    """Those of `files` that a run copies to its workdir: all but what a built-in tokenizer is made of."""
+    return {} if not config.release.folder and not is_path(config.data.tokenizer) else files(config)
+
+
 def generation_config(config: ConfigDict) -> dict[str, Any]:
     """The release's generation_config.json, {} if there is none."""
     file = Path(config.release.folder or os.devnull) / hf.GENERATION_CONFIG
@@ -125,6 +130,7 @@ def moved(config: ConfigDict, workdir: Path) -> ConfigDict:
             if named in (os.path.join(release.folder, TOKENIZER), "none"):
                 config.data.tokenizer = kept or named
             release.folder = here
-        elif kept and is_path(named) and not Path(named).expanduser().exists():
+        named = config.data.tokenizer
+        if kept and is_path(named) and not Path(named).expanduser().exists():
             config.data.tokenizer = kept
     return config

@@ -1,6 +1,8 @@
 """Models on the disk, a run's checkpoints or a directory of published weights: config, weights, export."""
 
+import contextlib
 import importlib
+import json
 import os
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from deepseek_jax.data.tokenizer import open_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import Tree
 from deepseek_jax.saved_config import from_json
+from deepseek_jax.train import manifest
 from deepseek_jax.train.checkpoint import Checkpointer
 
 WEIGHTS = ("params", "router_bias")  # what a checkpoint holds of a model
@@ -64,7 +67,7 @@ def read_weights(path: str | os.PathLike, target: Tree) -> tuple[ConfigDict, Tre
     """
     if is_published(path):
         config, source = _open_published(path)
-        _check_shapes(Path(path).expanduser(), source.abstract, target)
+        check_shapes(path, source.abstract, target)
         return config, place(source, target)
     with Checkpointer(checkpoint_directory(path), read_only=True) as checkpoints:
         config = saved_config(checkpoints)
@@ -81,8 +84,14 @@ def config_of(path: str | os.PathLike) -> ConfigDict:
     if is_published(path):
         directory = Path(path).expanduser()
         return published_config(hf.open_published(directory), directory.resolve())
-    with Checkpointer(checkpoint_directory(path), read_only=True) as checkpoints:
-        return saved_config(checkpoints)
+    return _config_on_disk(checkpoint_directory(path))
+
+
+def tokenizer_of(path: str | os.PathLike) -> str:
+    """The tokenizer of what `load` would open, as `config.data.tokenizer` names it; "none" if there is none."""
+    if is_published(path):
+        return release.kept_tokenizer(Path(path).expanduser()) or "none"
+    return config_of(path).data.tokenizer
 
 
 def is_published(path: str | os.PathLike) -> bool:
@@ -134,6 +143,18 @@ def checkpoint_directory(path: str | os.PathLike) -> Path:
     return path
 
 
+def _config_on_disk(directory: Path) -> ConfigDict:
+    """`saved_config` from the files alone, in a process that may not yet ask jax for its devices."""
+    for step in reversed(manifest.committed_steps(directory)):
+        path = manifest.step_dir(directory, step)
+        with contextlib.suppress(manifest.Damage):
+            manifest.verify(path, step, only=(manifest.CONFIG,))
+            if (path / manifest.CONFIG).is_file():
+                return config_in({"config": json.loads((path / manifest.CONFIG).read_bytes())}, directory.absolute())
+    with Checkpointer(directory, read_only=True) as checkpoints:  # says what is wrong
+        return saved_config(checkpoints)
+
+
 def saved_config(checkpoints: Checkpointer) -> ConfigDict:
     """The config kept beside the newest checkpoint. Raises UserError if there is none."""
     step, meta = checkpoints.read_meta()
@@ -156,7 +177,7 @@ def _defaults() -> ConfigDict:
     return importlib.import_module("deepseek_jax.configs.base").get_config()
 
 
-def _check_shapes(path: Path, stored: Tree, wanted: Tree) -> None:
+def check_shapes(path: str | os.PathLike, stored: Tree, wanted: Tree) -> None:
     """Raises UserError unless two trees have the same shapes under the same names."""
     there, here = flatten(stored), flatten(wanted)
     differing = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
@@ -165,5 +186,6 @@ def _check_shapes(path: Path, stored: Tree, wanted: Tree) -> None:
         raise UserError(
             f"{path}: {'/'.join(differing[0])} is {found} there, {needed} in this run "
             f"({len(differing)} weights differ). "
-            f"Give config.family and config.model what deepseek-jax inspect --workdir={path} shows."
+            f"Leave --config out, or give config.family and config.model what deepseek-jax inspect --config={path} "
+            "shows."
         )

@@ -22,10 +22,12 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.launch import _beginning
 from deepseek_jax.saved_config import from_json, to_json
 
 __all__ = ["REQUIRED", "from_json", "load", "names", "override", "parse", "to_json", "validate"]
 
+BEGINNING = "train.init_from"
 REQUIRED = object()  # as the default of a verb's flag: must be given
 
 
@@ -65,7 +67,9 @@ def parse(
     """
     table = {}
     if config:
-        table["config"] = Flag(str, default_config, "name of a config, or path of a .py file with get_config()")
+        table["config"] = Flag(
+            str, default_config, "name of a config, .py file with get_config(), or directory of weights to fine-tune"
+        )
     if workdir:
         table["workdir"] = Flag(_directory, None, "directory of the run: config, checkpoints, metrics")
     table |= {name.replace("_", "-"): Flag(*flag) for name, flag in (extra or {}).items()}
@@ -78,10 +82,12 @@ def parse(
     for name, value in values.items():
         if value is REQUIRED:
             raise UserError(f"--{name} is missing. Give --{name}=VALUE: {table[name].help}.")
-    name = values.pop("config", None)
+    name, flag = values.pop("config", None), "--config"
+    if "config" in table and "config" not in given and overrides.get(BEGINNING):
+        name, flag = overrides[BEGINNING], f"config.{BEGINNING}"  # family, sizes and recipe come from there
     if overrides and name is None:
         raise UserError(f"--config.{next(iter(overrides))} given, but no config. Give --config=NAME as well.")
-    resolved = None if name is None else override(load(name), overrides)
+    resolved = None if name is None else override(load(name, flag), overrides)
     others = {key.replace("-", "_"): value for key, value in values.items()}
     return SimpleNamespace(config=resolved, overrides=overrides, **{"workdir": None, **others})
 
@@ -94,10 +100,13 @@ def names() -> list[str]:
 
 
 def load(name: str, flag: str = "--config") -> ConfigDict:
-    """Returns the config of a name in ``deepseek_jax.configs`` or of a ``.py`` file, with ``config.name`` filled in.
+    """Returns the config of a name in ``deepseek_jax.configs``, a ``.py`` file, or a folder of weights to fine-tune.
 
-    Messages call it the value of ``flag``.
+    ``config.name`` is filled in.  Messages call the name the value of ``flag``.
     """
+    if flag.endswith(BEGINNING) or (name not in names() and Path(name).expanduser().is_dir()):
+        defaults = importlib.import_module("deepseek_jax.configs.base").get_config()
+        return _beginning.fine_tuning(_beginning.directory(name, flag), defaults).lock()
     is_path = name.endswith(".py") or "/" in name or "\\" in name
     stem = Path(name).stem if is_path else name
     if is_path and not Path(name).is_file():

@@ -2,7 +2,7 @@
 
     deepseek-jax inspect --config=v3_671b
     deepseek-jax inspect --config=v3_671b --config.mesh.expert=64 --devices=256
-    deepseek-jax inspect --workdir=runs/tiny_v3             # the model of a run, or of published weights
+    deepseek-jax inspect --workdir=runs/tiny_v3             # a run or published weights: its numbers as well
 
 The mesh may be of any size: its devices need not be here.  Without --devices, --config.mesh.data=-1 counts as 1.
 """
@@ -51,12 +51,20 @@ def main(argv: list[str]) -> int:
     weights, totals = inspect(config, sizes)
     mesh = " x ".join(f"{axis} {n}" for axis, n in sizes.items())
     print(f"{origin}: family {config.family}, mesh {mesh} ({math.prod(sizes.values()):,} devices)\n")
+    if options.workdir or config.train.init_from:
+        print("\n".join([*numbers(config), ""]))
     print_table(HEADER, [cells(weight) for weight in weights])
     print()
     print_table(("total", "parameters"), totals, right=("parameters",))
     weight_bytes, optimizer_bytes = (sum(w.weight_bytes for w in weights), sum(w.optimizer_bytes for w in weights))
     print(f"\non each device: weights {size_text(weight_bytes)}, optimiser state {size_text(optimizer_bytes)}")
     return 0
+
+
+def numbers(config: ConfigDict) -> list[str]:
+    """The keys that make another config one of the same model, as they would be written in it."""
+    model = [f"config.model.{key} = {value!r}" for key, value in config.model.to_dict().items()]
+    return [f"config.family = {config.family!r}", *model, f"config.data.tokenizer = {config.data.tokenizer!r}"]
 
 
 def no_pipeline(config: ConfigDict) -> str | None:

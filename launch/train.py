@@ -3,6 +3,12 @@
     deepseek-jax train                                        # a small DeepSeek-V3 on Python's own library
     deepseek-jax train --config=tiny_v3 --workdir=runs/a --config.train.steps=2000
     deepseek-jax train --workdir=runs/a                       # goes on from the last checkpoint of runs/a
+    deepseek-jax train --config=DIR --config.data.source='mine/*.txt'      # fine-tunes the model in DIR
+
+DIR holds published weights (config.json and safetensors files) or is the workdir of a run.  Family, sizes, tokenizer
+and context length come from it; the recipe is a constant rate of 1e-5 after 20 steps of warm-up, batches of 8 sequences
+of 2,048 tokens at most, 200 steps; any key of it can be set.  --config.train.init_from=DIR alone does the same, and
+beside a --config of your own it takes only weights, tokenizer and marks from DIR.
 
 The workdir (runs/NAME by default) receives checkpoints/, metrics.jsonl and tensorboard/.  SIGTERM or Ctrl-C saves and
 ends; started again with the same words, the run goes on as if nothing had happened, on any mesh that fits.
@@ -16,7 +22,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _options
+from deepseek_jax.launch import _beginning, _options
 from deepseek_jax.launch._progress import Progress
 
 DEFAULT = "tiny_v3"
@@ -33,6 +39,7 @@ def main(argv: list[str]) -> int:
     config = options.config
     workdir = options.workdir or Path("runs") / config.name
     _options.validate(config, CHECKS)
+    _beginning.inherit(config, options.overrides, workdir)
     if Path(config.data.tokenizer).exists():  # so that the run's model finds it from anywhere
         config.data.tokenizer = os.path.abspath(config.data.tokenizer)
     again = argv if options.workdir else [*argv, f"--workdir={workdir}"]
@@ -80,6 +87,7 @@ def train(config: ConfigDict, workdir: Path, stop, again: str) -> bool:
         jax.config.update("jax_default_matmul_precision", "highest")
     mesh = make_mesh(**config.mesh)
     ramp = batch_ramp(config, mesh.size)
+    _beginning.check_sizes(config)
     data = {**config.data, "tokenizer": open_tokenizer(config.data.tokenizer)}
     check_vocabulary(config, data["tokenizer"])
     trainer = build_trainer(config, mesh)
@@ -126,7 +134,7 @@ def train(config: ConfigDict, workdir: Path, stop, again: str) -> bool:
                 metrics=metrics,
                 meta=meta,
             )
-            state = loop.run(first_state(config, trainer, metrics) if state is None else state, stop)
+            state = loop.run(first_state(config, trainer, workdir, metrics) if state is None else state, stop)
             return tell_end(int(state["step"]), config.train.steps, checkpoints, metrics, again)
 
 
@@ -147,13 +155,20 @@ def check_writable(workdir: Path) -> None:
         raise UserError(f"--workdir={workdir} cannot be used: {nearest}: {reason}. Choose another --workdir.")
 
 
-def first_state(config: ConfigDict, trainer, metrics) -> dict:
-    """The state before the first step; with `train.init_from`, the weights of another run or published ones."""
+def first_state(config: ConfigDict, trainer, workdir: Path, metrics) -> dict:
+    """The state before the first step; with `train.init_from`, the weights of another run or published ones, whose
+    tokenizer and other small files are copied to the workdir."""
     state = trainer.init(config.seed)
     if not config.train.init_from:
         return state
+    import jax
+
+    from deepseek_jax import release
+    from deepseek_jax.convert.hf import copy_files
     from deepseek_jax.stored import WEIGHTS, read_weights
 
+    if jax.process_index() == 0:
+        copy_files(release.files_to_keep(config), workdir)
     for name in WEIGHTS:
         del state[name]  # makes room
     source, weights = read_weights(config.train.init_from, {name: trainer.abstract[name] for name in WEIGHTS})
@@ -337,13 +352,6 @@ def _rates(config: ConfigDict) -> str | None:
     return None
 
 
-def _beginning(config: ConfigDict) -> str | None:
-    source = config.train.init_from
-    if source and not Path(source).expanduser().is_dir():
-        return f"config.train.init_from={source}: no such directory. Give a run's, or one of published weights."
-    return None
-
-
 def _ramp(config: ConfigDict) -> str | None:
     if config.train.batch_ramp_steps < 0:
         return f"config.train.batch_ramp_steps={config.train.batch_ramp_steps}: wanted 0 or more."
@@ -359,5 +367,4 @@ CHECKS = (
     _known_moments,
     _rates,
     _ramp,
-    _beginning,
 )

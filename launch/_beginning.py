@@ -1,0 +1,134 @@
+"""Weights to begin with: what a run takes from the directory that ``train.init_from`` or ``--config`` names.
+
+    deepseek-jax train --config=DIR                       # everything comes from DIR: see `fine_tuning`
+    deepseek-jax train --config.train.init_from=DIR       # the same
+    deepseek-jax train --config=mine.py --config.train.init_from=DIR      # the recipe of mine.py, DIR's weights
+
+In all three the tokenizer is the one beside the weights, and marks of end, context length, settings for generation and
+chat template are inherited, so that an export has them.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from deepseek_jax.errors import UserError
+
+SEQ_LEN = 2048  # tokens of a training sequence, if the model is meant for as many
+RATE = 1e-5
+PREDICTION = 0.1  # lambda of multi-token prediction, its last value in pre-training (V3 section 4.2)
+BALANCE = {"v3": 1e-4, "v2": 1e-3, "moe": 1e-3}  # alpha of the sequence-wise balance loss, as in pre-training
+# What two tokenizers must read as the same ids to be taken for the same.
+SAMPLE = """\
+def main(argv: list[str]) -> int:\n\treturn 3 * len(argv)  # TODO\r\n
+The quick brown fox, 1234567890 times: "naïve" café, don't – 東京の城, 深度求索, привет, שלום, नमस्ते, 🙂👍🏽 \u0000\u200b
+"""
+
+
+def directory(name: str, flag: str) -> str:
+    """Returns the absolute path of a directory that the user has named; UserError if there is none."""
+    path = os.path.abspath(os.path.expanduser(name))
+    if not os.path.isdir(path):
+        raise UserError(f"{flag}={name}: no such directory. Give a run's, or one of published weights.")
+    return path
+
+
+def fine_tuning(origin: str, config: ConfigDict) -> ConfigDict:
+    """Returns the config of a run that begins with a directory of weights, a published one or a run's.
+
+    From the directory come the family, the sizes, the tokenizer, the precision and the context length; sequences are
+    of 2,048 tokens, or of the model's own length if that is less.  The recipe is one for fine-tuning: AdamW at a
+    constant 1e-5 after 20 steps of warm-up (the rate of DeepSeek LLM's supervised fine-tuning, section 4.1; V3 ends at
+    1e-6), batches of 8 sequences, 200 steps.  The rate stays constant so that any number of steps is a whole run.
+    Router biases rest, as at the end of V3's pre-training; the balance loss and the loss of multi-token prediction
+    keep their last weights.
+
+    Args:
+        origin: the directory; it becomes `train.init_from`.
+        config: the defaults of `configs/base.py`, which are filled in.
+    """
+    from deepseek_jax import stored
+
+    source = stored.config_of(origin)
+    config.name = f"{source.name}_tuned"
+    for key in ("family", "precision", "model", "release"):
+        config[key] = source[key]
+    config.data.seq_len = min(SEQ_LEN, source.data.seq_len)
+    config.data.tokenizer = source.data.tokenizer
+    config.data.fim_rate = 0.0
+    train = config.train
+    train.init_from = origin
+    train.steps, train.eval_every, config.checkpoint.every = 200, 50, 100
+    train.remat = "block"
+    train.mtp_weight = train.mtp_weight_final = PREDICTION if source.model.get("mtp_depth") else 0.0
+    train.balance_rate, train.balance_loss = 0.0, BALANCE.get(source.family, 0.0)
+    optimizer = config.optimizer
+    optimizer.warmup_steps, optimizer.peak_rate = 20, RATE
+    optimizer.tail_rate = optimizer.final_rate = RATE
+    return config
+
+
+def inherit(config: ConfigDict, overrides: Mapping[str, str], workdir: Path) -> None:
+    """Takes the tokenizer of the weights to begin with, and what their release says, into `config`.
+
+    Raises UserError if there are no such weights, or if the tokenizer that the command line names reads text as other
+    ids than theirs.  Where a run has begun already, its own copies will do.
+    """
+    from deepseek_jax import stored
+    from deepseek_jax.train.manifest import committed_steps
+
+    origin = config.train.init_from
+    if not origin:
+        return
+    if os.path.realpath(os.path.expanduser(origin)) == os.path.realpath(workdir):
+        raise UserError(f"--workdir={workdir} holds the weights to begin with. Give the run a directory of its own.")
+    try:
+        directory(origin, "config.train.init_from")
+        own = stored.tokenizer_of(origin)
+    except UserError:
+        if not committed_steps(workdir / "checkpoints"):
+            raise
+        origin, own = str(workdir), stored.tokenizer_of(workdir)
+    named = config.data.tokenizer
+    if own == "none" and named == "none":
+        raise UserError(
+            f"{origin} brings no tokenizer.json, so that text means nothing to its model. Put that file beside the "
+            "weights, or name it: --config.data.tokenizer=PATH."
+        )
+    is_named = "data.tokenizer" in overrides
+    if own != "none":
+        config.data.tokenizer = checked(named, own, origin) if is_named else own
+        print(f"tokenizer: {config.data.tokenizer}{'' if is_named else f', which comes with {origin}'}", flush=True)
+    given = {key: config.release[key] for key in config.release if f"release.{key}" in overrides}
+    with config.unlocked():
+        config.release = ConfigDict({**stored.config_of(origin).release, **given})
+        if config.data.tokenizer != own and own != "none":  # its marks are other ones, or are its own to name
+            config.release.update({"bos_id": None, "pad_id": None, "eos_ids": (), "end_ids": ()} | given)
+
+
+def checked(named: str, own: str, origin: str) -> str:
+    """Returns the tokenizer to use, of the one named by the user and the one that belongs to the weights."""
+    from deepseek_jax.data.tokenizer import open_tokenizer
+
+    theirs, ours = open_tokenizer(named), open_tokenizer(own)
+    if theirs.fingerprint == ours.fingerprint:
+        return own
+    if theirs.encode(SAMPLE).tolist() != ours.encode(SAMPLE).tolist():
+        raise UserError(
+            f"config.data.tokenizer={named} reads text as other ids than {own}, the tokenizer of the weights in "
+            f"{origin}: to them its ids mean other words. Leave --config.data.tokenizer out."
+        )
+    print(f"warning: {named} is not the tokenizer of {origin}, but reads a sample of text the same", flush=True)
+    return named
+
+
+def check_sizes(config: ConfigDict) -> None:
+    """Raises UserError unless the weights to begin with are those of the config's model; reads headers only."""
+    from deepseek_jax import stored
+    from deepseek_jax.abstract_model import abstract_weights
+
+    if config.train.init_from:
+        source = stored.config_of(config.train.init_from)
+        stored.check_shapes(config.train.init_from, abstract_weights(source), abstract_weights(config))
