@@ -76,7 +76,7 @@ def train(config: ConfigDict, workdir: Path, stop, again: str) -> bool:
     """Trains until the last step or until `stop` is asked for; returns whether the last state has been saved."""
     import jax
 
-    from deepseek_jax.data.pipeline import open_splits
+    from deepseek_jax.data.pipeline import open_splits, settled
     from deepseek_jax.data.tokenizer import open_tokenizer
     from deepseek_jax.parallel.mesh import make_mesh
     from deepseek_jax.train.checkpoint import Checkpointer
@@ -88,6 +88,7 @@ def train(config: ConfigDict, workdir: Path, stop, again: str) -> bool:
     mesh = make_mesh(**config.mesh)
     ramp = batch_ramp(config, mesh.size)
     _beginning.check_sizes(config)
+    config.data.update(settled(config.data))
     data = {**config.data, "tokenizer": open_tokenizer(config.data.tokenizer)}
     check_vocabulary(config, data["tokenizer"])
     trainer = build_trainer(config, mesh)
@@ -295,8 +296,8 @@ def headline(config: ConfigDict, trainer, training, workdir: Path, start: int) -
     return (
         f"{config.name}: {trainer.n_params / 1e6:,.1f}M parameters, {config.precision}, mesh {mesh} "
         f"({jax.devices()[0].device_kind}), {begin} in {workdir}\n"
-        f"text: {config.data.source}, {training.n_tokens / 1e6:,.1f}M tokens an epoch, {training.n_documents:,} "
-        "documents; the first step compiles for a while"
+        f"text: {config.data.source}, {training.n_tokens / 1e6:,.1f}M tokens an epoch, {training.summary}; "
+        "the first step compiles for a while"
     )
 
 

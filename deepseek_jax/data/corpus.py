@@ -10,11 +10,13 @@ import hashlib
 import os
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from deepseek_jax.data.compression import ENDINGS, content_type, damage, decompressed
-from deepseek_jax.data.readers import READERS, STREAMED
+from deepseek_jax.data.readers import PLAIN, READERS, STREAMED
+from deepseek_jax.data.rows import CONVERSATION, FORMATS, conversation_text, format_of, row_text
 from deepseek_jax.errors import UserError
 
 # Tests repeat themselves, idlelib and lib2to3 hold fixtures, the others are not the library.
@@ -34,12 +36,14 @@ class Corpus:
       files: in an order that is the same on every machine.
       text_key: the field of a row that holds its text.
       passed_over: files of a folder that are of no type that can be read.
+      format: whether the documents are texts, or conversations as JSON.
     """
 
     source: str
     files: tuple[Path, ...]
     text_key: str
     passed_over: tuple[Path, ...] = ()
+    format: str = "text"
 
     def documents(self) -> Iterator[str]:
         """Yields the documents that are not empty, file by file."""
@@ -49,12 +53,27 @@ class Corpus:
         """Yields each document that is not empty with the bytes of files read since the one before."""
         for path in self.files:
             with _naming(path), open(path, "rb") as file:
-                before, texts = 0, READERS[content_type(path)](decompressed(file, path), self.text_key, str(path))
-                for text in texts:
-                    if text := text.removeprefix("\ufeff"):  # a byte-order mark is no text
+                before = 0
+                for row, where in READERS[content_type(path)](decompressed(file, path), self._columns(), str(path)):
+                    if text := self._document(row, where).removeprefix("\ufeff"):  # a byte-order mark is no text
                         here = max(before, file.tell())
                         yield text, here - before
                         before = here
+
+    def _columns(self) -> tuple[str, ...]:
+        return CONVERSATION if self.format == "conversations" else (self.text_key,)
+
+    def _document(self, row: Any, where: str) -> str:
+        return conversation_text(row, where) if self.format == "conversations" else row_text(row, self.text_key, where)
+
+    def found_format(self) -> str:
+        """Returns the format of the first row of all files; that of files without rows is text."""
+        for path in self.files:
+            if content_type(path) not in PLAIN:
+                with _naming(path), open(path, "rb") as file:
+                    for row, where in READERS[content_type(path)](decompressed(file, path), None, str(path)):
+                        return format_of(row, self.text_key, where)
+        return "text"
 
     def n_bytes(self) -> int:
         """Returns the bytes of all files, compressed where they are."""
@@ -62,7 +81,7 @@ class Corpus:
 
     def fingerprint(self) -> str:
         """Returns a hash of the contents and order of the files; where they lie does not matter."""
-        digest = hashlib.blake2b(self.text_key.encode(), digest_size=16)
+        digest = hashlib.blake2b(" ".join(self._columns()).encode(), digest_size=16)
         for path in self.files:
             with _naming(path):
                 digest.update(f"{content_type(path)} {file_fingerprint(path)}\n".encode())
@@ -82,14 +101,27 @@ def _naming(path: Path) -> Iterator[None]:
         ) from error
 
 
-def open_corpus(source: str, text_key: str) -> Corpus:
+def open_corpus(source: str, text_key: str, format: str = "auto") -> Corpus:
     """Returns the corpus that ``source`` names: ``stdlib``, a file, a folder with all below it, or a glob.
 
-    A path that exists is taken as it is, whatever characters it holds.
+    A path that exists is taken as it is, whatever characters it holds.  ``format`` is one of ``FORMATS``, or "auto" for
+    that of the first row.
 
     Raises:
-      UserError: nothing matches, or a file is of a type that no reader knows.
+      UserError: nothing matches, or a file is of a type that no reader knows or cannot hold what is asked for.
     """
+    if format not in ("auto", *FORMATS):
+        raise UserError(f"data.format = {format!r} does not exist. Choose one of auto, {', '.join(FORMATS)}.")
+    corpus = _find(source, text_key)
+    corpus = replace(corpus, format=corpus.found_format() if format == "auto" else format)
+    for path in corpus.files:
+        if corpus.format == "conversations" and content_type(path) in PLAIN:
+            raise UserError(f"{path} is plain text and holds no conversations. Narrow data.source to .jsonl files.")
+    return corpus
+
+
+def _find(source: str, text_key: str) -> Corpus:
+    """Returns the files of a corpus, whatever they hold."""
     if source == "stdlib":
         return Corpus(source, tuple(library_files(Path(sysconfig.get_path("stdlib")))), text_key)
     pattern = os.path.expanduser(source)

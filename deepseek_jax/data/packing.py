@@ -2,7 +2,8 @@
 
 An epoch lays its documents end to end, each closed by <eos>, in an order of its own:
 
-    stream    =  d₁ <eos> d₂ <eos> d₃ …          (a document chosen for FIM takes its rearranged form)
+    stream    =  d₁ <eos> d₂ <eos> d₃ …          (a document chosen for FIM takes its rearranged form; where the
+                                                  tokenizer's files ask for it, <bos> comes before each document)
     sample n  =  stream[nT : nT+T],  its targets  stream[nT+1 : nT+T+1]
 
 so every token but the first of the stream is a target once.  Training drops the tail that is shorter than a window:
@@ -12,6 +13,7 @@ Documents are cut where a window ends and not padded (V3 section 4.1 packs so; T
 The cost is O(documents) once an epoch and O(log documents + T) a sample.
 """
 
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -19,9 +21,10 @@ from typing import NamedTuple
 import numpy as np
 
 from deepseek_jax.data import fim
-from deepseek_jax.data.holdout import Pieces
+from deepseek_jax.data.holdout import Pieces, divide
 from deepseek_jax.data.noise import ORDER, noise
 from deepseek_jax.data.store import TokenStore
+from deepseek_jax.data.tokenizer import Tokenizer
 
 IGNORED = -1  # target of a position where nothing is to be predicted
 
@@ -47,12 +50,13 @@ class Packing:
 
     ``pieces`` are the documents of ``store``, or parts of them, that this split holds; each counts as a document here.
     ``shuffle`` gives each epoch its own order; ``pad_tail`` keeps the last, short window; ``marks`` may be None if
-    ``fim_rate`` is 0.
+    ``fim_rate`` is 0; ``bos_id`` is None where documents begin without a mark; ``mask_documents`` is as for ``sample``.
     """
 
     store: TokenStore
     pieces: Pieces
     seq_len: int
+    bos_id: int | None
     eos_id: int
     pad_id: int
     marks: fim.FimTokens | None
@@ -60,19 +64,60 @@ class Packing:
     seed: int
     shuffle: bool
     pad_tail: bool
+    mask_documents: bool
 
     @property
     def n_tokens(self) -> int:
         """Length of an epoch's stream, the same for every epoch."""
-        n_documents = len(self.pieces.documents)
-        text = int(self.pieces.lengths.sum())
-        return text + n_documents + fim.EXTRA_TOKENS * fim.n_chosen(n_documents, self.fim_rate)
+        text = int(self.pieces.lengths.sum() + self._has_bos.sum())
+        n_fim = fim.n_chosen(self.n_documents, self.fim_rate)
+        return text + self.n_documents + fim.EXTRA_TOKENS * n_fim
 
     @property
     def n_samples(self) -> int:
         """Windows of an epoch."""
         n_targets = max(self.n_tokens - 1, 0)
         return -(-n_targets // self.seq_len) if self.pad_tail else n_targets // self.seq_len
+
+    @property
+    def n_documents(self) -> int:
+        """Documents, a part of one counting as one."""
+        return len(self.pieces.documents)
+
+    @property
+    def has_whole_documents(self) -> bool:
+        """Whether none of them is a part."""
+        return self.pieces.are_whole(self.store.lengths)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text that a token stands for, on average."""
+        of_documents = self.store.n_bytes[self.pieces.documents]
+        n_bytes = of_documents * (self.pieces.lengths / self.store.lengths[self.pieces.documents])
+        return float(n_bytes.sum() / self.n_tokens)
+
+    def fingerprint(self) -> str:
+        """Returns a hash of the documents' text and of their lengths in tokens: the same text, cut the same way."""
+        table = (self.store.hashes[self.pieces.documents], self.pieces.lengths + self._has_bos)
+        return hashlib.blake2b(np.stack(table).astype(np.uint64).tobytes(), digest_size=12).hexdigest()
+
+    @property
+    def shortage(self) -> str:
+        """What to do where there is no sample."""
+        return f"a sample takes {self.seq_len + 1}. Give more text or lower data.seq_len."
+
+    def summary(self) -> str:
+        """Returns what the windows hold, in words."""
+        return f"{self.n_documents:,} documents"
+
+    def sample(self, epoch: int, n: int) -> "Sample":
+        """Returns sample ``n`` of an epoch."""
+        return sample(self.window(epoch, n), self.mask_documents)
+
+    @property
+    def _has_bos(self) -> np.ndarray:
+        """Which pieces begin with <bos>: those that begin a document, if any do."""
+        return (self.pieces.starts == 0) & (self.bos_id is not None)
 
     def epoch(self, epoch: int) -> Epoch:
         """Returns the stream of an epoch."""
@@ -83,7 +128,8 @@ class Packing:
         document, start, stop = (column[place] for column in self.pieces)
         tokens = self.store.document(document)[start:stop]
         parts = fim.rearrange(tokens, self.marks, self.seed, epoch, place) if is_fim else [tokens]
-        return [*parts, np.array([self.eos_id])]
+        begin = [np.array([self.bos_id])] if start == 0 and self.bos_id is not None else []
+        return [*begin, *parts, np.array([self.eos_id])]
 
     def window(self, epoch: int, n: int) -> Window:
         """Returns sample ``n`` of an epoch with the token that follows it."""
@@ -113,7 +159,7 @@ def _lay_out(packing: Packing, epoch: int) -> Epoch:
     order = places
     if packing.shuffle:
         order = np.argsort(noise(packing.seed, epoch, ORDER, at=places), kind="stable")
-    lengths = packing.pieces.lengths + 1 + fim.EXTRA_TOKENS * is_fim
+    lengths = packing.pieces.lengths + packing._has_bos + 1 + fim.EXTRA_TOKENS * is_fim
     return Epoch(order, np.cumsum(lengths[order]), is_fim)
 
 
@@ -151,3 +197,40 @@ def sample(window: Window, mask_documents: bool) -> Sample:
     targets = np.where(predicts, window.tokens[1:], IGNORED)
     numbers = (x.astype(np.int32) for x in (window.tokens[:-1], targets, segments[:-1], positions[:-1]))
     return Sample(*numbers, predicts.astype(np.float32))
+
+
+def sides(
+    store: TokenStore,
+    tokenizer: Tokenizer,
+    holdout_rate: float,
+    *,
+    seq_len: int,
+    fim_rate: float,
+    mask_documents: bool,
+    add_bos: bool,
+    seed: int,
+) -> tuple[Packing, Packing | None]:
+    """Returns the training and the held-out side of a corpus of texts; the second is None if nothing is held out.
+
+    Only training text becomes FIM and comes in an order of its own each epoch.  With ``add_bos`` documents begin with
+    <bos> where the tokenizer's files ask for it.
+    """
+
+    def side(pieces: Pieces, training: bool) -> Packing:
+        return Packing(
+            store=store,
+            pieces=pieces,
+            seq_len=seq_len,
+            bos_id=tokenizer.bos_id if add_bos and tokenizer.add_bos else None,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id,
+            marks=tokenizer.fim,
+            fim_rate=fim_rate if training else 0.0,
+            seed=seed,
+            shuffle=training,
+            pad_tail=not training,
+            mask_documents=mask_documents,
+        )
+
+    training, held_out = divide(store.hashes, store.lengths, store.n_bytes, holdout_rate)
+    return side(training, True), side(held_out, False) if holdout_rate else None

@@ -6,18 +6,20 @@ Every stage is a function of the index alone, so the whole state of the data pat
 resume is to ask for it.  Process p of n asks for its share of a batch with ``rows(start + p*count//n, count//n)``.
 """
 
-import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import grain
 import numpy as np
 from absl import flags
 
+from deepseek_jax.data import conversation_packing, packing
+from deepseek_jax.data.conversation_packing import ConversationPacking
+from deepseek_jax.data.conversations import Encoder, template_name
 from deepseek_jax.data.corpus import open_corpus
-from deepseek_jax.data.holdout import Pieces, divide
+from deepseek_jax.data.marked_text import MarkReader
 from deepseek_jax.data.noise import WINDOWS, noise
-from deepseek_jax.data.packing import Packing, Sample, sample
+from deepseek_jax.data.packing import Packing, Sample
 from deepseek_jax.data.store import open_store
 from deepseek_jax.data.tokenizer import Tokenizer, open_tokenizer
 from deepseek_jax.data.watch import Watch, unwatched
@@ -47,9 +49,8 @@ class Batch(NamedTuple):
 class Samples:
     """The endless sequence of samples of a split, as a grain dataset; what a reader process receives."""
 
-    def __init__(self, packing: Packing, mask_documents: bool):
+    def __init__(self, packing: Packing | ConversationPacking):
         self.packing = packing
-        self.mask_documents = mask_documents
         self.n_samples = packing.n_samples
         # The windows are shuffled too: a batch is a mixture of documents, not one run of the stream.
         seed = noise(packing.seed, WINDOWS, at=np.zeros(1))[0] >> np.uint64(32) if packing.shuffle else 0
@@ -59,7 +60,7 @@ class Samples:
     def sample(self, i: int, window: int) -> Sample:
         """Returns sample ``i`` of the run, which is the given window of its epoch."""
         epoch = i // self.n_samples if self.packing.shuffle else 0
-        return sample(self.packing.window(epoch, window), self.mask_documents)
+        return self.packing.sample(epoch, window)
 
     def rows(self, start: int, count: int) -> Batch:
         """Returns samples ``start`` to ``start + count``."""
@@ -82,20 +83,18 @@ class Split:
         self._workers = workers
         self.tokenizer = tokenizer
         self.vocab_size = tokenizer.vocab_size
-        self.seq_len = samples.packing.seq_len
+        side = samples.packing
+        self.seq_len = side.seq_len
         self.n_samples = samples.n_samples  # samples of an epoch
-        pieces, store = samples.packing.pieces, samples.packing.store
-        self.n_documents = len(pieces.documents)
-        self.has_whole_documents = pieces.are_whole(store.lengths)
-        self.n_tokens = samples.packing.n_tokens  # tokens of an epoch, with <eos> and FIM marks
-        n_bytes = store.n_bytes[pieces.documents] * (pieces.lengths / store.lengths[pieces.documents])
-        self.bytes_per_token = float(n_bytes.sum() / self.n_tokens)
+        self.n_documents = side.n_documents
+        self.has_whole_documents = side.has_whole_documents
+        self.n_tokens = side.n_tokens  # tokens of an epoch, with all marks
+        self.bytes_per_token = side.bytes_per_token  # of those that are learnt
+        self.summary = side.summary()
 
     def fingerprint(self) -> str:
-        """Returns a hash of the documents' text and of their lengths in tokens: the same text, cut the same way."""
-        packing = self._samples.packing
-        table = (packing.store.hashes[packing.pieces.documents], packing.pieces.lengths)
-        return hashlib.blake2b(np.stack(table).astype(np.uint64).tobytes(), digest_size=12).hexdigest()
+        """Returns a hash of what is read and of how it is cut into tokens."""
+        return self._samples.packing.fingerprint()
 
     def rows(self, start: int, count: int) -> Batch:
         """Returns samples ``start`` to ``start + count``: a pure function, to be called in any order."""
@@ -144,6 +143,11 @@ def open_splits(
     *,
     source: str,
     text_key: str,
+    format: str,
+    chat_template: str,
+    train_on: str,
+    special_tokens: bool,
+    add_bos: bool,
     tokenizer: str | Tokenizer,
     seq_len: int,
     fim_rate: float,
@@ -158,7 +162,8 @@ def open_splits(
 
     Training text comes in an order of its own each epoch and partly as FIM.  Held-out text comes as it is, its last
     window padded, so that ``n_samples`` rows are all of it; its order is fixed and mixes documents, so that the first
-    few rows are a fair sample.
+    few rows are a fair sample.  Conversations come whole, and neither ``fim_rate`` nor ``mask_documents`` concerns
+    them: there is no FIM, and they are always masked (see ``settled``).
 
     Args:
       source, ...: the keys of ``config.data``; ``tokenizer`` may be one that is open already.
@@ -169,35 +174,42 @@ def open_splits(
     """
     _check(seq_len, fim_rate, holdout_rate, workers)
     words = open_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    corpus = open_corpus(source, text_key, format)
+    if corpus.format == "conversations":
+        encoder = Encoder(words, template_name(chat_template, tokenizer), train_on)
+        store = open_store(corpus, encoder, cache_dir, watch)
+        sides = conversation_packing.sides(store, words, encoder.fingerprint, holdout_rate, seq_len=seq_len, seed=seed)
+    else:
+        check_marks(words, fim_rate)
+        store = open_store(corpus, MarkReader(words) if special_tokens else words, cache_dir, watch)
+        options = {"fim_rate": fim_rate, "mask_documents": mask_documents, "add_bos": add_bos}
+        sides = packing.sides(store, words, holdout_rate, seq_len=seq_len, seed=seed, **options)
+    for name, side in zip(("train", "holdout"), sides, strict=True):
+        if side is not None and side.n_samples == 0:
+            raise UserError(f"data.source = {source!r} has {side.n_tokens} {name} tokens and {side.shortage}")
+    training, held_out = (side and Split(Samples(side), words, workers) for side in sides)
+    return training, held_out
+
+
+def settled(data: Mapping) -> dict:
+    """Returns those keys of ``config.data`` that the corpus decides: its format, and what follows from that.
+
+    Raises:
+      UserError: no file, or no chat template for conversations.
+    """
+    corpus = open_corpus(data["source"], data["text_key"], data["format"])
+    if corpus.format != "conversations":
+        return {"format": corpus.format}
+    template = template_name(data["chat_template"], data["tokenizer"])
+    return {"format": corpus.format, "chat_template": template, "mask_documents": True, "fim_rate": 0.0}
+
+
+def check_marks(words: Tokenizer, fim_rate: float) -> None:
+    """Raises UserError if a corpus of texts needs a mark that the tokenizer does not have."""
     if words.eos_id is None:
         raise UserError("data.tokenizer has no end-of-text mark. Name it in the tokenizer_config.json beside it.")
     if fim_rate > 0 and words.fim is None:
         raise UserError("data.tokenizer has no fill-in-the-middle marks. Set data.fim_rate to 0.")
-    store = open_store(open_corpus(source, text_key), words, cache_dir, watch)
-
-    def side(name: str, pieces: Pieces) -> Split:
-        training = name == "train"
-        packing = Packing(
-            store=store,
-            pieces=pieces,
-            seq_len=seq_len,
-            eos_id=words.eos_id,
-            pad_id=words.eos_id if words.pad_id is None else words.pad_id,
-            marks=words.fim,
-            fim_rate=fim_rate if training else 0.0,
-            seed=seed,
-            shuffle=training,
-            pad_tail=not training,
-        )
-        if packing.n_samples == 0:
-            raise UserError(
-                f"data.source = {source!r} has {packing.n_tokens} {name} tokens and a sample takes {seq_len + 1}. "
-                "Give more text or lower data.seq_len."
-            )
-        return Split(Samples(packing, mask_documents), words, workers)
-
-    training, held_out = divide(store.hashes, store.lengths, store.n_bytes, holdout_rate)
-    return side("train", training), side("holdout", held_out) if holdout_rate else None
 
 
 def _check(seq_len: int, fim_rate: float, holdout_rate: float, workers: int) -> None:

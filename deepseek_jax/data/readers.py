@@ -1,7 +1,8 @@
-"""One reader per file type: ``reader(file, text_key, name)`` yields the documents of an open file.
+"""One reader per file type: ``reader(file, columns, name)`` yields the rows of an open file, each with its place.
 
-A file of prose or code is one document; the others hold one document per row.  A document may be empty: so are the rows
-whose text is null.  ``name`` is what messages call the file.
+A file of prose or code is one row, its text; the rows of the others are what JSON makes of them.  Of a table only the
+given ``columns`` are read, of which the first must be there; None reads all.  ``name`` is what messages call the file;
+a place is what they call a row.
 """
 
 import codecs
@@ -10,6 +11,9 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from deepseek_jax.errors import UserError
+
+Columns = tuple[str, ...] | None
+Rows = Iterator[tuple[Any, str]]
 
 # The longer marks first: that of UTF-32 begins like that of UTF-16.
 FOREIGN_MARKS = {
@@ -20,36 +24,36 @@ FOREIGN_MARKS = {
 }
 
 
-def read_plain(file: BinaryIO, text_key: str, name: str) -> Iterator[str]:
+def read_plain(file: BinaryIO, columns: Columns, name: str) -> Rows:
     """Yields the whole file, line ends untouched."""
-    yield decode(file.read(), name)
+    yield decode(file.read(), name), name
 
 
-def read_jsonl(file: BinaryIO, text_key: str, name: str) -> Iterator[str]:
-    """Yields the text of each line; blank lines are passed over."""
+def read_jsonl(file: BinaryIO, columns: Columns, name: str) -> Rows:
+    """Yields each line; blank lines are passed over."""
     for number, line in enumerate(file, start=1):
         where = f"{name}, line {number}"
         line = decode(line, where)
         if line.strip():
-            yield row_text(parse(line, where), text_key, where)
+            yield parse(line, where), where
 
 
-def read_json(file: BinaryIO, text_key: str, name: str) -> Iterator[str]:
-    """Yields the text of each element of a JSON array, or of an object by itself; lines of objects are read as well."""
+def read_json(file: BinaryIO, columns: Columns, name: str) -> Rows:
+    """Yields each element of a JSON array, or an object by itself; lines of objects are read as well."""
     data = file.read()
     try:
         rows = json.loads(decode(data, name))
     except ValueError as error:
         if data.lstrip(codecs.BOM_UTF8 + b" \r\n\t")[:1] == b"{" and str(error).startswith("Extra data"):
-            yield from read_jsonl(data.splitlines(keepends=True), text_key, name)
+            yield from read_jsonl(data.splitlines(keepends=True), columns, name)
             return
         raise UserError(f"{name} is not JSON ({error}). Fix the file or leave it out.") from error
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
-        yield row_text(row, text_key, f"{name}, element {number}")
+        yield row, f"{name}, element {number}"
 
 
-def read_parquet(file: BinaryIO, text_key: str, name: str) -> Iterator[str]:
-    """Yields the column ``text_key``."""
+def read_parquet(file: BinaryIO, columns: Columns, name: str) -> Rows:
+    """Yields the rows of a table as dicts."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -57,21 +61,21 @@ def read_parquet(file: BinaryIO, text_key: str, name: str) -> Iterator[str]:
         raise UserError(f"{name} is a parquet file, and pyarrow is not installed. Run: pip install pyarrow") from error
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        if text_key not in table.schema_arrow.names:
-            raise UserError(
-                f"{name} has columns {', '.join(table.schema_arrow.names)} and no {text_key!r}. Set data.text_key."
-            )
-        row = 0
-        for batch in table.iter_batches(columns=[text_key]):
-            for value in batch.column(0).to_pylist():
-                row += 1
-                yield field({text_key: value}, text_key, f"{name}, row {row}")
+        there = table.schema_arrow.names
+        columns = there if columns is None else columns
+        if columns[0] not in there:
+            raise UserError(f"{name} has columns {', '.join(there)} and no {columns[0]!r}. Set data.text_key.")
+        number = 0
+        for batch in table.iter_batches(columns=[column for column in columns if column in there]):
+            for row in batch.to_pylist():
+                number += 1
+                yield row, f"{name}, row {number}"
     except pyarrow.ArrowException as error:
         raise UserError(f"{name} is not a valid parquet file ({error}). Fix it or leave it out.") from error
 
 
-def read_array_record(file: BinaryIO, text_key: str, name: str) -> Iterator[str]:
-    """Yields each record: UTF-8 text, or ``text_key`` of a JSON object if the first record is one."""
+def read_array_record(file: BinaryIO, columns: Columns, name: str) -> Rows:
+    """Yields each record: UTF-8 text, or a JSON object if the first record is one."""
     from grain.sources import ArrayRecordDataSource
 
     try:
@@ -85,10 +89,10 @@ def read_array_record(file: BinaryIO, text_key: str, name: str) -> Iterator[str]
     for row in range(n_records):
         where = f"{name}, record {row}"
         record = decode(source[row], where)
-        yield row_text(parse(record, where), text_key, where) if rows_are_json else record
+        yield (parse(record, where) if rows_are_json else record), where
 
 
-# By what a file holds; those of STREAMED may be compressed.
+# By what a file holds; those of PLAIN are text and nothing else, those of STREAMED may be compressed.
 READERS = {
     ".txt": read_plain,
     ".py": read_plain,
@@ -98,7 +102,8 @@ READERS = {
     ".parquet": read_parquet,
     ".array_record": read_array_record,
 }
-STREAMED = (".txt", ".py", ".md", ".jsonl", ".json")
+PLAIN = (".txt", ".py", ".md")
+STREAMED = (*PLAIN, ".jsonl", ".json")
 
 
 def decode(data: bytes, where: str) -> str:
@@ -132,22 +137,3 @@ def parse(text: str, where: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise UserError(f"{where} is not JSON ({error}). Fix the line or leave the file out.") from error
-
-
-def row_text(row: Any, text_key: str, where: str) -> str:
-    """Returns the text of a row: of an object its field ``text_key``, of a string itself, of null nothing."""
-    if isinstance(row, dict):
-        return field(row, text_key, where)
-    if row is None or isinstance(row, str):
-        return field({text_key: row}, text_key, where)
-    raise UserError(f"{where} is a JSON {type(row).__name__}, not an object with a field that holds the text.")
-
-
-def field(row: dict, text_key: str, where: str) -> str:
-    """Returns the text of a row, empty for null; a lone surrogate, which no UTF-8 text can hold, becomes ``?``."""
-    if text_key not in row:
-        raise UserError(f"{where} has fields {', '.join(row) or 'none'} and no {text_key!r}. Set data.text_key.")
-    text = "" if row[text_key] is None else row[text_key]
-    if not isinstance(text, str):
-        raise UserError(f"{where} has a {type(text).__name__} in {text_key!r}, not text. Fix it or set data.text_key.")
-    return text.encode("utf-8", "replace").decode()

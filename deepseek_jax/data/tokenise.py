@@ -79,7 +79,8 @@ class _Document:
 def _parts(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[Part]:
     """Yields the documents, long ones in parts."""
     for text, n_file_bytes in corpus.portions():
-        cuts = [0, *cut(text, tokenizer), len(text)]
+        inner = cut(text, tokenizer) if corpus.format == "text" else ()  # a conversation is read whole
+        cuts = [0, *inner, len(text)]
         for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
             n_bytes = n_file_bytes * stop // len(text) - n_file_bytes * start // len(text)
             yield Part(text[start:stop], n_bytes, stop == len(text))
@@ -124,5 +125,5 @@ def _no_text(corpus: Corpus) -> str:
     if corpus.n_bytes() == 0:
         what = f"{names} is empty" if len(corpus.files) == 1 else f"all of its {len(corpus.files)} files are empty"
     else:
-        what = f"no row of {names} has any in {corpus.text_key!r}"
+        what = f"no row of {names} has any" + (f" in {corpus.text_key!r}" if corpus.format == "text" else "")
     return f"data.source = {corpus.source!r} holds no text: {what}. Give files with text."

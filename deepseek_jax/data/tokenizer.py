@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
         """Returns int32 ids.  With ``specials``, marks spelled out in the text become their ids; text from outside
         must not be given that power."""
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str], specials: bool = False) -> list[np.ndarray]:
         """Returns ``encode`` of each text."""
 
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
@@ -86,8 +86,8 @@ class ByteTokenizer:
         ids = [[256 + BYTE_SPECIALS.index(p)] if p in BYTE_SPECIALS else p.encode(errors="replace") for p in parts]
         return np.array([i for part in ids for i in part], np.int32)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [self.encode(text) for text in texts]
+    def encode_batch(self, texts: Sequence[str], specials: bool = False) -> list[np.ndarray]:
+        return [self.encode(text, specials) for text in texts]
 
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
         marks = (mark if specials or mark not in BYTE_HIDDEN else "" for mark in BYTE_SPECIALS)
@@ -183,8 +183,9 @@ class FileTokenizer:
         text = text.encode(errors="replace").decode()  # the Rust library refuses lone surrogates
         return np.array(engine.encode(text, add_special_tokens=False).ids, np.int32)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
+    def encode_batch(self, texts: Sequence[str], specials: bool = False) -> list[np.ndarray]:
+        engine = self._engine_of_marks if specials else self._engine
+        encoded = engine.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(one.ids, np.int32) for one in encoded]
 
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:

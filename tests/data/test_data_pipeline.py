@@ -16,6 +16,11 @@ def settings(tmp_path):
     return dict(
         source=str(tmp_path / "*.txt"),
         text_key="text",
+        format="auto",
+        chat_template="",
+        train_on="answers",
+        special_tokens=False,
+        add_bos=True,
         tokenizer="bytes",
         seq_len=32,
         fim_rate=0.25,
@@ -192,3 +197,32 @@ def test_tokenizer_without_marks(settings, tmp_path):
     with pytest.raises(UserError, match="has no fill-in-the-middle marks. Set data.fim_rate to 0"):
         open_split("train", **settings)
     assert open_split("train", **{**settings, "fim_rate": 0.0}).rows(0, 2).ids_BT.max() <= 26
+
+
+def test_marks_in_a_text_are_text_unless_asked_for(settings, tmp_path):
+    for path in tmp_path.glob("*.txt"):
+        path.write_text(f"<｜User｜>{path.stem}<｜Assistant｜>\n")
+    plain = open_split("train", **settings)
+    read = open_split("train", **{**settings, "special_tokens": True})
+    user, assistant = (plain.tokenizer.encode(mark, specials=True)[0] for mark in ("<｜User｜>", "<｜Assistant｜>"))
+    for mark in (user, assistant):
+        assert not (plain.rows(0, plain.n_samples).ids_BT == mark).any()
+        assert (read.rows(0, read.n_samples).ids_BT == mark).sum() > 5
+    assert read.n_tokens < plain.n_tokens and read.fingerprint() != plain.fingerprint()
+
+
+def test_documents_begin_with_bos_where_the_tokenizer_says_so(settings, tmp_path):
+    from tokenizers import Tokenizer, models
+
+    letters = {chr(c): c - 97 for c in range(97, 123)} | {"<s>": 26, "</s>": 27}
+    Tokenizer(models.BPE(letters, [])).save(str(tmp_path / "tokenizer.json"))
+    settings.update(tokenizer=str(tmp_path), fim_rate=0.0, mask_documents=True)
+
+    def begins(**change) -> np.ndarray:
+        batch = open_split("train", **{**settings, **change}).rows(0, 8)
+        return batch.ids_BT[:, 1:][batch.positions_BT[:, 1:] == 0]  # first tokens of documents within a window
+
+    assert not (begins() == 26).any()
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true, "bos_token": "<s>"}')
+    assert (begins() == 26).all()
+    assert not (begins(add_bos=False) == 26).any()

@@ -1,10 +1,12 @@
 """An epoch is its documents end to end; windows cover the stream, each target once."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from deepseek_jax.data.fim import FimTokens
-from deepseek_jax.data.holdout import whole
+from deepseek_jax.data.holdout import Pieces, whole
 from deepseek_jax.data.packing import Packing, Window, sample
 from deepseek_jax.data.store import TokenStore
 
@@ -17,10 +19,10 @@ def store_of(lengths):
     return TokenStore(np.arange(lengths.sum()), lengths, lengths, lengths.astype(np.uint64), offsets, None)
 
 
-def packing_of(lengths, seq_len=5, fim_rate=0.0, seed=0, shuffle=True, pad_tail=False):
+def packing_of(lengths, seq_len=5, fim_rate=0.0, seed=0, shuffle=True, pad_tail=False, bos_id=None):
     store = store_of(lengths)
     pieces = whole(np.arange(len(lengths)), store.lengths)
-    return Packing(store, pieces, seq_len, EOS, PAD, MARKS, fim_rate, seed, shuffle, pad_tail)
+    return Packing(store, pieces, seq_len, bos_id, EOS, PAD, MARKS, fim_rate, seed, shuffle, pad_tail, False)
 
 
 def stream(packing, epoch):
@@ -100,3 +102,16 @@ def test_a_window_is_the_same_whenever_it_is_asked_for():
     forward = {where: first.window(*where) for where in asked}
     for where in reversed(asked):
         np.testing.assert_array_equal(forward[where].tokens, second.window(*where).tokens)
+
+
+def test_documents_begin_with_bos_where_it_is_asked_for():
+    """A document that is FIM too; the end of one that was cut does not begin."""
+    packing = packing_of([3, 1, 4], seq_len=4, fim_rate=1.0, shuffle=False, pad_tail=True, bos_id=905)
+    parts = [np.concatenate(packing._parts(0, place, True)) for place in range(3)]
+    assert all(part[:2].tolist() == [905, MARKS.begin] and part[-1] == EOS for part in parts)
+    np.testing.assert_array_equal(stream(packing, 0)[: packing.n_tokens], np.concatenate(parts))
+    assert packing.n_tokens == 8 + 3 * (1 + 3 + 1)
+    ends = Pieces(np.arange(3), np.array([0, 0, 2]), np.array([3, 1, 4]))
+    cut = dataclasses.replace(packing, pieces=ends, fim_rate=0.0)
+    np.testing.assert_array_equal(stream(cut, 0)[: cut.n_tokens], [905, 0, 1, 2, EOS, 905, 3, EOS, 6, 7, EOS])
+    assert packing.fingerprint() != packing_of([3, 1, 4], shuffle=False).fingerprint()

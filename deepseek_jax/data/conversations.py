@@ -1,0 +1,184 @@
+"""Conversations as tokens of which the assistant's answers alone are learnt: supervised fine-tuning.
+
+A conversation becomes one or more examples, each a run of tokens some of which are learnt:
+
+    example  =  prompt answer rest answer …        only the answers are learnt, with their end marks
+
+``answer`` is ``reply`` of ``data.chat``.  What precedes it is, token for token, the prompt of inference: ``parts`` of
+the messages before.  Where a template rewrites what was said (R1's leave out earlier thoughts), the prompt of a later
+answer does not continue the example so far: there a new one begins.  So every answer is learnt in the very context in
+which it will be asked for.
+
+An answer with a thought is asked for with ``thinking``, unless the row says otherwise.  A thought that is spelled out
+as ``<think>…</think>`` at the start of the content counts as one where the template has thoughts.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from deepseek_jax.data import chat
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.errors import UserError
+
+VERSION = 1  # raise it when the tokens of a conversation change, so that cached ones are not used
+TRAIN_ON = ("answers", "last")
+
+
+class Answer(NamedTuple):
+    """An answer to be learnt, and the prompt before it."""
+
+    prompt: list[chat.Part]
+    reply: list[chat.Part]
+
+
+class Example(NamedTuple):
+    """Tokens, int32, and which of them are learnt, bool."""
+
+    ids: np.ndarray
+    is_learnt: np.ndarray
+
+
+def answers(conversation: dict, template: chat.Template, train_on: str) -> list[Answer]:
+    """Returns the answers that are learnt from a conversation.
+
+    Args:
+      conversation: ``messages``, and ``tools`` and ``thinking`` where they apply.
+      template: how they are written.
+      train_on: "answers" for all messages of the assistant, "last" for the last one.
+
+    Raises:
+      UserError: the template has no place for something that the conversation holds.
+    """
+    messages, tools = conversation["messages"], conversation.get("tools", ())
+    places = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    found = []
+    for n in places if train_on == "answers" else places[-1:]:
+        message, is_spelled = _thought_apart(messages[n]) if template.thinks else (messages[n], False)
+        thought = message.get("reasoning_content") or message.get("reasoning") or ""
+        thinking = conversation.get("thinking", is_spelled or bool(thought)) and messages[n - 1]["role"] == "user"
+        prompt, reply = template.parts(messages[:n], tools, thinking), template.reply(message, thinking)
+        if thought not in chat.spell(reply):
+            raise UserError(
+                f"messages[{n}] has a thought, which the chat template does not write in that place. Leave it out."
+            )
+        found.append(Answer(prompt, reply))
+    return found
+
+
+def _thought_apart(message: dict) -> tuple[dict, bool]:
+    """Returns an answer whose thought, if its content spells one out at its start, has a key of its own; whether so."""
+    blank, opening, rest = (message.get("content") or "").partition(chat.THINK.text)
+    thought, end, content = rest.partition(chat.END_THINK.text)
+    if blank.strip() or not opening or not end or message.get("reasoning_content") or message.get("reasoning"):
+        return message, False
+    thought = thought.removeprefix("\n").removesuffix("\n")
+    return {**message, "content": content.removeprefix("\n\n"), "reasoning_content": thought}, True
+
+
+def join(found: Iterable[Answer], tokenizer: Tokenizer) -> list[Example]:
+    """Returns answers as examples: one whose prompt continues the example before it, token for token, extends it."""
+    examples: list[Example] = []
+    for prompt, reply in found:
+        before, answer = chat.to_ids(prompt, tokenizer), chat.to_ids(reply, tokenizer)
+        start = Example(before[:0], np.zeros(0, bool))
+        if examples and np.array_equal(before[: len(examples[-1].ids)], examples[-1].ids):
+            start = examples.pop()
+        rest = np.zeros(len(before) - len(start.ids), bool)
+        is_learnt = np.concatenate([start.is_learnt, rest, np.ones(len(answer), bool)])
+        examples.append(Example(np.concatenate([before, answer]), is_learnt))
+    return examples
+
+
+# Stored, a token is: FLAGS * id + (STARTS if an example starts there) + (LEARNT if learnt).
+LEARNT, STARTS, FLAGS = 1, 2, 4
+
+
+def flatten(examples: Sequence[Example]) -> np.ndarray:
+    """Returns examples as one int64 array."""
+    arrays = [FLAGS * ids.astype(np.int64) + LEARNT * is_learnt for ids, is_learnt in examples]
+    for array in arrays:
+        array[0] += STARTS
+    return np.concatenate(arrays)
+
+
+def unflatten(stored: np.ndarray) -> list[Example]:
+    """Returns the examples of ``flatten``."""
+    starts = np.flatnonzero(stored & STARTS)
+    return [
+        Example((part // FLAGS).astype(np.int32), (part & LEARNT).astype(bool)) for part in np.split(stored, starts[1:])
+    ]
+
+
+def template_name(name: str, tokenizer: str | Tokenizer) -> str:
+    """Returns the name of a corpus's chat template.
+
+    Args:
+      name: ``data.chat_template``; "" is the one in the tokenizer's folder.
+      tokenizer: ``data.tokenizer``, a tokenizer.json or its folder.
+
+    Raises:
+      UserError: there is none there, or none that is known here.
+    """
+    if name:
+        chat.template(name)
+        return name
+    path = Path(tokenizer).expanduser() if isinstance(tokenizer, str) else None
+    is_file = path is not None and path.exists()
+    found = is_file and chat.recognise(chat.published_template(path if path.is_dir() else path.parent))
+    if not found:
+        raise UserError(
+            "conversations need a chat template, and the files of data.tokenizer name none that is known here. "
+            f"Set data.chat_template to one of {', '.join(chat.TEMPLATES)}."
+        )
+    return found
+
+
+class Encoder:
+    """Conversations as JSON to arrays for a `TokenStore`, which takes it in the place of a tokenizer.
+
+    Args:
+      tokenizer: has all marks of the template.
+      template: name of a chat template.
+      train_on: which answers are learnt.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: str, train_on: str):
+        if train_on not in TRAIN_ON:
+            raise UserError(f"data.train_on = {train_on!r} does not exist. Choose one of {', '.join(TRAIN_ON)}.")
+        self._tokenizer, self._train_on = tokenizer, train_on
+        self._template = chat.template(template)
+        self.vocab_size = FLAGS * tokenizer.vocab_size
+        kind = f"{VERSION} {template} {train_on} {tokenizer.fingerprint}"
+        self.fingerprint = hashlib.blake2b(kind.encode(), digest_size=16).hexdigest()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the ``flatten``-ed examples of each conversation."""
+        found = [self._answers(text) for text in texts]
+        parts = [part for conversation in found for answer in conversation for side in answer for part in side]
+        encoded = _Encoded(self._tokenizer, {part.text for part in parts if not part.is_mark})
+        return [flatten(join(conversation, encoded)) for conversation in found]
+
+    def _answers(self, text: str) -> list[Answer]:
+        try:
+            return answers(json.loads(text), self._template, self._train_on)
+        except UserError as error:
+            raise UserError(f"{error}\nThis is about the conversation that begins {text[:160]}") from error
+
+
+class _Encoded:
+    """A tokenizer that has read all texts already: at once, and each of them once (those of prompts recur)."""
+
+    def __init__(self, tokenizer: Tokenizer, texts: Iterable[str]):
+        texts = list(texts)
+        self._ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+        self._mark: Callable[[str], np.ndarray] = functools.cache(lambda mark: tokenizer.encode(mark, specials=True))
+
+    def encode(self, text: str, specials: bool = False) -> np.ndarray:
+        """Returns the ids of a text or, with ``specials``, of a mark."""
+        return self._mark(text) if specials else self._ids[text]

@@ -1,0 +1,87 @@
+"""A row of a file as a document: its text, or the conversation it holds, written in one way.
+
+A row of a corpus of conversations is ``{"messages": [...]}`` as in DeepSeek's and OpenAI's APIs, with ``"tools"``, a
+list, and ``"thinking"``, true or false, where they apply.  A list may be written as JSON text, as tables keep it.
+"""
+
+import json
+from typing import Any
+
+from deepseek_jax.data.messages import read
+from deepseek_jax.errors import UserError
+
+FORMATS = ("text", "conversations")
+CONVERSATION = ("messages", "tools", "thinking")  # fields of a row; the first must be there
+
+
+def format_of(row: Any, text_key: str, where: str) -> str:
+    """Returns which of ``FORMATS`` a row is in.
+
+    Raises:
+      UserError: it could be in either.
+    """
+    if not isinstance(row, dict) or "messages" not in row:
+        return "text"
+    if text_key in row:
+        raise UserError(
+            f"{where} has a text in {text_key!r} and messages as well. Set data.format to 'text' or 'conversations'."
+        )
+    return "conversations"
+
+
+def row_text(row: Any, text_key: str, where: str) -> str:
+    """Returns the text of a row: of an object its field ``text_key``, of a string itself, of null nothing."""
+    if isinstance(row, dict):
+        return field(row, text_key, where)
+    if row is None or isinstance(row, str):
+        return field({text_key: row}, text_key, where)
+    raise UserError(f"{where} is a JSON {type(row).__name__}, not an object with a field that holds the text.")
+
+
+def field(row: dict, text_key: str, where: str) -> str:
+    """Returns the text of a row, empty for null; a lone surrogate, which no UTF-8 text can hold, becomes ``?``."""
+    if text_key not in row:
+        raise UserError(f"{where} has fields {', '.join(row) or 'none'} and no {text_key!r}. Set data.text_key.")
+    text = "" if row[text_key] is None else row[text_key]
+    if not isinstance(text, str):
+        raise UserError(f"{where} has a {type(text).__name__} in {text_key!r}, not text. Fix it or set data.text_key.")
+    return text.encode("utf-8", "replace").decode()
+
+
+def conversation_text(row: Any, where: str) -> str:
+    """Returns the conversation of a row as JSON, so that equal conversations are equal documents.
+
+    Raises:
+      UserError: there are no messages, they do not follow one another as those of a conversation do, or none is the
+        assistant's.
+    """
+    if not isinstance(row, dict) or "messages" not in row:
+        has = f"fields {', '.join(row) or 'none'}" if isinstance(row, dict) else type(row).__name__
+        raise UserError(f"{where} has no messages ({has}). Fix the row or leave it out.")
+    messages = [_without_nulls(message) for message in _list(row, "messages", where)]
+    try:
+        read(messages)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    if not any(message["role"] == "assistant" for message in messages):
+        raise UserError(f"{where} has no message of the assistant, so there is nothing to learn. Leave the row out.")
+    conversation = {"messages": messages, "tools": _list(row, "tools", where), "thinking": row.get("thinking")}
+    given = {key: value for key, value in conversation.items() if value not in (None, [])}
+    return json.dumps(given, ensure_ascii=False).encode("utf-8", "replace").decode()
+
+
+def _without_nulls(message: Any) -> Any:
+    """Returns a message without the keys that a table fills with null."""
+    return {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else message
+
+
+def _list(row: dict, key: str, where: str) -> list:
+    """Returns a list of a row, [] if there is none."""
+    value = row.get(key)
+    try:
+        found = json.loads(value) if isinstance(value, str) and value else value or []
+    except ValueError as error:
+        raise UserError(f"{where} has {key} that are not JSON ({error}). Fix the row or leave it out.") from error
+    if not isinstance(found, list):
+        raise UserError(f"{where} has a {type(found).__name__} as {key}. Give a list.")
+    return found

@@ -1,0 +1,32 @@
+"""A tokenizer of bytes with every mark of every chat template: what a text is, token for token, can be read off it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from deepseek_jax.data import chat
+
+MARKS = tuple(part.text for part in vars(chat).values() if isinstance(part, chat.Part))
+
+
+class MarkedBytes:
+    """Ids 0-255 are bytes, the others marks."""
+
+    vocab_size = 256 + len(MARKS)
+    bos_id, eos_id, pad_id = (256 + MARKS.index(part.text) for part in (chat.BOS, chat.EOS, chat.FIM_HOLE))
+    add_bos, fim, fingerprint = False, None, "marked bytes"
+
+    def encode(self, text: str, specials: bool = False) -> np.ndarray:
+        return np.array([256 + MARKS.index(text)] if specials else list(text.encode()), np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def byte_lengths(self) -> np.ndarray:
+        return (np.arange(self.vocab_size) < 256).astype(np.int32)
+
+
+@pytest.fixture(scope="session")
+def marked_bytes() -> MarkedBytes:
+    return MarkedBytes()

@@ -1,0 +1,320 @@
+"""What is learnt of a conversation, against another account of it; every answer stands in the context of inference."""
+
+import itertools
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+
+from deepseek_jax.data import chat
+from deepseek_jax.data.chat import TEMPLATES, to_ids
+from deepseek_jax.data.conversations import Encoder, answers, flatten, join, template_name, unflatten
+from deepseek_jax.data.rows import conversation_text
+from deepseek_jax.data.tokenizer import open_tokenizer
+from deepseek_jax.errors import UserError
+
+WORDS = ("", "a", " hello", "\n", "深度", "🐋", "<｜User｜>", "</think>", "User: ", "<|EOT|>", "### Response:\n", "'")
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]
+THINKING, CALLING = ("r1", "v31"), ("v3", "r1", "v31")
+
+
+def text(dice: random.Random) -> str:
+    return "".join(dice.choices(WORDS, k=dice.randrange(4)))
+
+
+def conversation(name: str, dice: random.Random) -> dict:
+    """A random row for a template: with calls, tools, and thoughts apart and spelled out where it has them."""
+    row: dict = {"messages": [{"role": "system", "content": text(dice)}] * dice.randrange(2)}
+    if name in CALLING and dice.random() < 0.3:
+        row["tools"] = TOOLS
+    thinks = name in THINKING and not (name == "v31" and "tools" in row)
+    for _ in range(dice.randrange(1, 4)):
+        row["messages"].append({"role": "user", "content": text(dice)})
+        while name in CALLING and dice.random() < 0.3:
+            calls = [call(n, text(dice)) for n in range(dice.randrange(1, 3))]
+            row["messages"].append(answer(dice, thinks and row["messages"][-1]["role"] == "user", tool_calls=calls))
+            row["messages"] += [{"role": "tool", "tool_call_id": one["id"], "content": text(dice)} for one in calls]
+        row["messages"].append(answer(dice, thinks and row["messages"][-1]["role"] == "user"))
+    return row
+
+
+def call(n: int, word: str) -> dict:
+    return {"id": f"c{n}", "type": "function", "function": {"name": "f", "arguments": json.dumps({"x": word})}}
+
+
+def answer(dice: random.Random, thinks: bool, **keys) -> dict:
+    message = {"role": "assistant", "content": text(dice), **keys}
+    kind = dice.randrange(4) if thinks else 0
+    if kind == 1:
+        message["reasoning_content"] = "hm" + text(dice)
+    if kind == 2:
+        message["content"] = f"<think>\nso {dice.randrange(9)}\n</think>\n\n{message['content']}"
+    return message
+
+
+class Oracle:
+    """The templates told once more, turn by turn, as lists of ids and of whether each is learnt.
+
+    ``said`` is how the past reads at any time.  At an answer it is compared with the example being written.
+    """
+
+    def __init__(self, name: str, row: dict, tokenizer):
+        self.name, self.tokenizer, self.said, self.examples = name, tokenizer, [], []
+        messages = row["messages"]
+        system = [message["content"] for message in messages if message["role"] == "system"]
+        self.begin(system, row.get("tools"))
+        self.before = None
+        for message in messages[len(system) :]:
+            getattr(self, message["role"])(message)
+            self.before = message["role"]
+
+    def put(self, *pieces: str, to: list | None = None) -> None:
+        """Adds texts and, written @NAME, marks."""
+        for piece in pieces:
+            is_mark = piece.startswith("@")
+            text = getattr(chat, piece[1:]).text if is_mark else piece
+            ids = self.tokenizer.encode(text, specials=is_mark).tolist()
+            (self.said if to is None else to).extend(ids)
+
+    def begin(self, system: list[str], tools: list | None) -> None:
+        self.put("@BOS")
+        if self.name == "coder":
+            self.put(system[0] if system else CODER)
+        elif self.name in ("v1", "v2"):
+            self.put(f"{system[0]}\n\n" if system else "")
+        else:
+            prompt = system[0] if system else ""
+            if tools and self.name != "v31":
+                self.put((prompt or "You are a helpful Assistant.") + TOOLS_OF_V3)
+            else:
+                self.put(prompt)
+            if tools and self.name == "v31":
+                self.put(*TOOLS_OF_V31)
+
+    def user(self, message: dict) -> None:
+        say = message["content"]
+        if self.name in ("v1", "v2"):
+            self.put("User: ", say, "\n\nAssistant:")
+        elif self.name == "coder":
+            self.put("### Instruction:\n", say, "\n### Response:\n")
+        else:
+            self.put("@USER", say, "@ASSISTANT")
+
+    def tool(self, message: dict) -> None:
+        opens, follows = self.before == "assistant", self.before == "tool"
+        if self.name == "v31":
+            self.put("@OUTPUT", message["content"], "@END_OUTPUT")
+            return
+        if follows:  # one block for all outputs
+            self.said.pop()
+        self.put(*(["@OUTPUTS"] if opens else ["\n"]), "@OUTPUT", message["content"], "@END_OUTPUT", "@END_OUTPUTS")
+
+    def assistant(self, message: dict) -> None:
+        content, thought = message.get("content") or "", message.get("reasoning_content")
+        follows_user = self.before == "user"
+        answer = content
+        spelled = re.fullmatch(r"\s*<think>\n?(.*?)\n?</think>(?:\n\n)?(.*)", content, re.S)
+        if self.name in THINKING and spelled and thought is None:
+            thought, answer = spelled.groups()
+        calls = [one["function"] for one in message.get("tool_calls", ())]
+        prompt, reply = list(self.said), []
+        if self.name == "v31" and follows_user:
+            self.put("@END_THINK" if thought is None else "@THINK", to=prompt)
+            self.put(*([] if thought is None else [thought, "@END_THINK"]), to=reply)
+            self.put("@END_THINK")
+        if self.name == "r1" and thought is not None:
+            self.put("@THINK", "\n", to=prompt)
+            self.put(thought, "\n", "@END_THINK", "\n\n", to=reply)
+        self.put(*self.written(answer, calls), to=reply)
+        self.learn(prompt, reply)
+        self.put(*self.written(self.remembered(content, bool(calls), follows_user), calls))
+        if self.name == "coder":
+            self.put("\n")
+
+    def written(self, content: str, calls: list[dict]) -> list[str]:
+        """An answer without its thought."""
+        if self.name in ("v1", "v2"):
+            return [" ", content, "@EOS"]
+        if self.name == "coder":
+            return [content, "\n", "@EOT"]
+        pieces = [content, *(["@CALLS"] if calls else [])]
+        for n, one in enumerate(calls):
+            if self.name == "v31":
+                pieces += ["@CALL", "f", "@SEP", one["arguments"], "@END_CALL"]
+            else:
+                body = f"f\n```json\n{one['arguments']}\n```"
+                pieces += [*(["\n"] if n else []), "@CALL", "function", "@SEP", body, "@END_CALL"]
+        return [*pieces, *(["@END_CALLS"] if calls else []), "@EOS"]
+
+    def remembered(self, content: str, has_calls: bool, follows_user: bool) -> str:
+        """What later prompts have of an answer's content."""
+        if self.name == "r1":
+            return content.split("</think>")[-1]
+        if self.name == "v31" and follows_user and not has_calls:
+            return content.split("</think>", 1)[-1]
+        return content
+
+    def learn(self, prompt: list[int], reply: list[int]) -> None:
+        ids, is_learnt = self.examples[-1] if self.examples else ([], [])
+        if prompt[: len(ids)] != ids or not ids:
+            ids, is_learnt = [], []
+            self.examples.append((ids, is_learnt))
+        rest = prompt[len(ids) :]
+        ids += rest + reply
+        is_learnt += [False] * len(rest) + [True] * len(reply)
+
+
+CODER = (
+    "You are an AI programming assistant, utilizing the Deepseek Coder model, developed by Deepseek Company, and you "
+    "only answer questions related to computer science. For politically sensitive questions, security and privacy "
+    "issues, and other non-computer science questions, you will refuse to answer\n"
+)
+TOOLS_OF_V3 = (
+    "\n\n## Tools\n\n### Function\n\nYou have the following functions available:\n\n- `f`:\n```json\n"
+    '{\n    "name": "f",\n    "description": "d",\n    "parameters": {\n        "type": "object"\n    }\n}\n```'
+)
+TOOLS_OF_V31 = (
+    "\n\n## Tools\nYou have access to the following tools:\n\n"
+    '### f\nDescription: d\n\nParameters: {"type": "object"}\n\n'
+    "IMPORTANT: ALWAYS adhere to this exact format for tool use:\n",
+    *("@CALLS", "@CALL", "tool_call_name", "@SEP", "tool_call_arguments", "@END_CALL"),
+    *("{additional_tool_calls}", "@END_CALLS"),
+    "\n\nWhere:\n- `tool_call_name` must be an exact match to one of the available tools\n"
+    "- `tool_call_arguments` must be valid JSON that strictly follows the tool's Parameters Schema\n"
+    "- For multiple tool calls, chain them directly without separators or spaces",
+)
+
+
+@pytest.mark.parametrize("name", ["v1", "v2", "coder", "v3", "r1", "v31"])
+def test_ids_and_masks_are_those_of_another_account(name, marked_bytes):
+    dice = random.Random(name)
+    rows = [conversation(name, dice) for _ in range(1000)]
+    stored = Encoder(marked_bytes, name, "answers").encode_batch([conversation_text(row, "row") for row in rows])
+    n_examples = set()
+    for row, array in zip(rows, stored, strict=True):
+        got = [(example.ids.tolist(), example.is_learnt.tolist()) for example in unflatten(array)]
+        assert got == Oracle(name, row, marked_bytes).examples, row
+        n_examples.add(len(got))
+    assert (max(n_examples) > 1) == (name in THINKING)  # all others tell the past as it was said
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_answer_stands_in_the_context_of_inference(name, marked_bytes):
+    """The law itself, for each template and with either choice of answers."""
+    template, tokenizer = TEMPLATES[name], marked_bytes
+    dice = random.Random(name)
+    for row in [conversation(name, dice) for _ in range(50)]:
+        for train_on in ("answers", "last"):
+            found = answers(row, template, train_on)
+            examples = join(found, tokenizer)
+            taught = [
+                (ids[: end - len(learnt)].tolist(), learnt)
+                for ids, is_learnt in examples
+                for end, learnt in _runs(ids, is_learnt)
+            ]
+            wanted = [
+                (to_ids(prompt, tokenizer).tolist(), to_ids(reply, tokenizer).tolist()) for prompt, reply in found
+            ]
+            assert taught == wanted
+            assert len(found) == (1 if train_on == "last" else sum(m["role"] == "assistant" for m in row["messages"]))
+
+
+def _runs(ids: np.ndarray, is_learnt: np.ndarray):
+    """(end, ids) of each run of learnt ids."""
+    places = np.arange(len(ids))
+    for learnt, group in itertools.groupby(places, key=lambda i: is_learnt[i]):
+        group = list(group)
+        if learnt:
+            yield group[-1] + 1, ids[group].tolist()
+
+
+def test_by_hand():
+    """v2: prompts are read, answers with their end marks are learnt."""
+    said = [("user", "1+1?"), ("assistant", "2"), ("user", "sure?"), ("assistant", "yes")]
+    row = {"messages": [{"role": role, "content": content} for role, content in said]}
+    tokenizer = open_tokenizer("bytes")
+    (example,) = join(answers(row, TEMPLATES["v2"], "answers"), tokenizer)
+    spelled = tokenizer.decode(example.ids, specials=True)
+    assert spelled == (
+        "<｜begin▁of▁sentence｜>User: 1+1?\n\nAssistant: 2<｜end▁of▁sentence｜>"
+        "User: sure?\n\nAssistant: yes<｜end▁of▁sentence｜>"
+    )
+    learnt = tokenizer.decode(example.ids[example.is_learnt], specials=True)
+    assert learnt == " 2<｜end▁of▁sentence｜> yes<｜end▁of▁sentence｜>"
+    (last,) = join(answers(row, TEMPLATES["v2"], "last"), tokenizer)
+    np.testing.assert_array_equal(last.ids, example.ids)
+    assert tokenizer.decode(last.ids[last.is_learnt], specials=True) == " yes<｜end▁of▁sentence｜>"
+
+
+def test_a_thought_is_learnt_where_it_is_thought_and_absent_later(marked_bytes):
+    row = {
+        "messages": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b", "reasoning_content": "hm"},
+            {"role": "user", "content": "c"},
+            {"role": "assistant", "content": "d", "reasoning_content": "so"},
+        ]
+    }
+    tokenizer = marked_bytes
+    first, second = join(answers(row, TEMPLATES["v31"], "answers"), tokenizer)
+    mark = {
+        name: tokenizer.encode(getattr(chat, name).text, specials=True)[0] for name in ("THINK", "END_THINK", "EOS")
+    }
+    learnt = [*b"hm", mark["END_THINK"], *b"b", mark["EOS"]]
+    assert first.ids[first.is_learnt].tolist() == learnt and first.ids[-6] == mark["THINK"]
+    assert b"hm" not in bytes(i for i in second.ids if i < 256)
+    never = join(answers({**row, "thinking": False}, TEMPLATES["r1"], "last"), tokenizer)[0]
+    assert never.ids[never.is_learnt][0] == mark["THINK"]  # the prompt did not open it
+
+
+def test_what_is_stored_is_what_was_given(marked_bytes):
+    tokenizer = marked_bytes
+    examples = join(answers(conversation("r1", random.Random(3)), TEMPLATES["r1"], "answers"), tokenizer)
+    again = unflatten(flatten(examples).astype(np.min_scalar_type(4 * tokenizer.vocab_size - 1)))
+    for one, other in zip(examples, again, strict=True):
+        np.testing.assert_array_equal(one.ids, other.ids)
+        np.testing.assert_array_equal(one.is_learnt, other.is_learnt)
+
+
+def test_an_encoder_is_known_by_all_that_decides_its_tokens(marked_bytes):
+    tokenizer = marked_bytes
+    kinds = [(name, train_on) for name in ("v3", "r1") for train_on in ("answers", "last")]
+    assert len({Encoder(tokenizer, *kind).fingerprint for kind in kinds}) == 4
+    with pytest.raises(UserError, match="data.train_on = 'all' does not exist. Choose one of answers, last"):
+        Encoder(tokenizer, "v3", "all")
+
+
+HELLO = {"role": "user", "content": "hello"}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("v3", {"messages": [HELLO, {"role": "assistant", "content": "a", "reasoning_content": "b"}]}, "no thinking"),
+        (
+            "v31",
+            {"messages": [HELLO, {"role": "assistant", "content": "a", "reasoning_content": "b"}], "thinking": False},
+            r"messages\[1\] has a thought, which the chat template does not write in that place",
+        ),
+        ("v2", {"messages": [HELLO, {"role": "assistant", "content": "a"}], "tools": TOOLS}, "'v2' has no tools"),
+        ("coder", {"messages": [HELLO, {"role": "assistant", "content": "a"}]}, r"the tokenizer has no mark <\|EOT\|>"),
+    ],
+)
+def test_what_cannot_be_written_is_named(name, row, message):
+    with pytest.raises(UserError, match=message) as caught:
+        Encoder(open_tokenizer("bytes"), name, "answers").encode_batch([conversation_text(row, "row")])
+    assert "no mark" in message or re.search("the conversation that begins .*hello", str(caught.value))
+
+
+def test_the_template_is_the_one_beside_the_tokenizer(tmp_path):
+    assert template_name("v2", "bytes") == "v2"
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for tokenizer in ("bytes", str(tmp_path), str(tmp_path / "tokenizer.json")):
+        with pytest.raises(UserError, match="Set data.chat_template to one of v1, v2"):
+            template_name("", tokenizer)
+    (tmp_path / "chat_template.jinja").write_text("{{ 'User: ' }}{{ 'Assistant: ' }}{{ 'Assistant:' }}")
+    assert template_name("", str(tmp_path)) == template_name("", str(tmp_path / "tokenizer.json")) == "v2"
+    with pytest.raises(UserError, match="there is no chat template 'v9'"):
+        template_name("v9", "bytes")
