@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
     sharding.kv_latent = ""
 
     data = config.data = ConfigDict()
-    data.source = "stdlib"  # CPython's own library, or a glob of .txt .py .jsonl .parquet .array_record files
+    data.source = "stdlib"  # CPython's own library, or a file, a folder or a glob
     data.text_key = "text"  # field of a JSONL or parquet row that holds the document
     data.format = "auto"  # text, conversations (rows with "messages"), or what the first row is
     data.chat_template = ""  # of conversations: v1, v2, coder, v3, r1, v31, ...; "" is the one beside the tokenizer
@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
     data.add_bos = True  # documents begin with <bos> where the tokenizer_config.json says add_bos_token
     data.tokenizer = "bytes"  # bytes, deepseek (extra: tokenizer), none, or the path of a tokenizer.json or its folder
     data.seq_len = 256  # tokens of a training sequence
-    data.fim_rate = 0.1  # share of documents turned to prefix-suffix-middle (V3 section 4.1)
+    data.fim_rate = 0.0  # share of documents turned to prefix-suffix-middle (V3 section 4.1)
     data.mask_documents = False  # True: attention stays inside a document (V3 pre-trains without)
     data.holdout_rate = 0.02  # share of documents kept for evaluation
     data.workers = 0  # reader processes; 0 reads in threads

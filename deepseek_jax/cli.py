@@ -65,6 +65,8 @@ def run(argv: list[str]) -> int:
     verb, arguments = argv[0], argv[1:]
     found = verbs()
     if verb not in found:
+        if verb.startswith("-"):
+            raise UserError(f"{verb}: the verb comes first, like deepseek-jax train {verb}. Verbs: {', '.join(found)}.")
         near = difflib.get_close_matches(verb, found, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"Verbs: {', '.join(found)}."
         raise UserError(f"{verb}: no such verb. {hint}")

@@ -1,6 +1,7 @@
 """What depends on the version of JAX or on where a run was started; everything else is the same on jax 0.10 to 0.12."""
 
 import ctypes
+import functools
 import importlib.util
 import os
 import pkgutil
@@ -104,6 +105,31 @@ def keep_freed_memory() -> bool:
     return all([mallopt(*setting) == 1 for setting in settings])
 
 
+@functools.cache
+def quieten_compilation() -> None:
+    """While XLA compiles on a CPU, lets through its fatal messages only.
+
+    After two minutes XLA logs "Very slow compile? If you want to file a bug", as an error and with no option to turn
+    it off; on a slow machine nothing is wrong.  What does go wrong in a compilation is raised as an exception as well.
+    Errors at any other time are logged as before.  Does nothing if TF_CPP_MIN_LOG_LEVEL asks for more than errors.
+    """
+    errors, fatal = 2, 3
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") != str(errors):
+        return
+    from jaxlib import utils
+
+    def begins(event: str, **_: object) -> None:
+        if event == "/jax/compilation_cache/compile_requests_use_cache":
+            utils.absl_set_min_log_level(fatal)
+
+    def ends(event: str, duration_s: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            utils.absl_set_min_log_level(errors)
+
+    jax.monitoring.register_event_listener(begins)
+    jax.monitoring.register_event_duration_secs_listener(ends)
+
+
 def quick_compile(function: Callable, **options: object) -> Callable:
     """`jax.jit` for a program that runs once, such as an initialiser: compiled in a third of the time, runs slower."""
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 1}, **options)
@@ -111,6 +137,7 @@ def quick_compile(function: Callable, **options: object) -> Callable:
 
 def start_compilation_cache(directory: str) -> None:
     """Keeps compiled programs in `directory` ("" is the user's cache), so that a second start need not compile."""
+    quieten_compilation()
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "deepseek_jax" / "jax"

@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _beginning
+from deepseek_jax.launch import _beginning, _hints
 from deepseek_jax.saved_config import from_json, to_json
 
 __all__ = ["REQUIRED", "from_json", "load", "names", "override", "parse", "to_json", "validate"]
@@ -167,7 +167,8 @@ def _split(argv: list[str], table: Mapping[str, Flag]) -> tuple[dict[str, Any], 
     words = iter(enumerate(argv))
     for i, word in words:
         if not word.startswith("--") or word == "--":
-            raise UserError(f"{word}: a stray word. Values stand as --name=VALUE; see --help.")
+            hint = _hints.stray_word(word, table, names(), _defaults(table))
+            raise UserError(f"{word}: a stray word. {hint}")
         name, equals, text = word[2:].partition("=")
         following = argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("--") else None
         is_key = name.startswith("config.") and "config" in table
@@ -175,8 +176,8 @@ def _split(argv: list[str], table: Mapping[str, Flag]) -> tuple[dict[str, Any], 
         if flag is None and not is_key:
             switch = table.get(name.removeprefix("no-"))
             if equals or switch is None or switch.type is not bool:
-                known = [f"--{known}" for known in table] + (["--config.a.b=VALUE"] if "config" in table else [])
-                raise UserError(f"--{name}: no such flag. {_nearest(f'--{name}', known, 'Flags: ')}")
+                hint = _hints.unknown_flag(word[2:], table, _defaults(table))
+                raise UserError(f"--{name}: no such flag. {hint}")
             given[name.removeprefix("no-")] = False
             continue
         if not equals and flag is not None and flag.type is bool:
@@ -194,6 +195,11 @@ def _split(argv: list[str], table: Mapping[str, Flag]) -> tuple[dict[str, Any], 
         else:
             given[name] = _convert(name, flag, text)
     return given, overrides
+
+
+def _defaults(table: Mapping[str, Flag]) -> ConfigDict | None:
+    """Returns the keys that every config has, or None for a verb without one."""
+    return importlib.import_module("deepseek_jax.configs.base").get_config() if "config" in table else None
 
 
 def _convert(name: str, flag: Flag, text: str) -> Any:

@@ -42,7 +42,11 @@ def main(argv: list[str]) -> int:
     ids = model.prompt(prompt)
     room = model.n_positions - len(ids)
     if room < 1:
-        raise UserError(f"a prompt of {len(ids)} tokens, the model was trained on {model.n_positions}. Shorten it.")
+        raise UserError(
+            f"the prompt has {len(ids)} tokens, and the model was trained on {model.n_positions}, prompt and answer "
+            f"together. Give the end of the text alone (tail -c {model.n_positions // 2}), or train with a larger "
+            "--config.data.seq_len."
+        )
     write(prompt)
     draw = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
     begin = time.perf_counter()

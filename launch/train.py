@@ -38,12 +38,22 @@ def main(argv: list[str]) -> int:
     options = _options.parse(argv, DEFAULT, {"sample": (bool, True, "end with a generated sample")})
     config = options.config
     workdir = options.workdir or Path("runs") / config.name
+    leave_own_text(config, options.overrides)
     _options.validate(config, CHECKS)
     _beginning.inherit(config, options.overrides, workdir)
     if Path(config.data.tokenizer).exists():  # so that the run's model finds it from anywhere
         config.data.tokenizer = os.path.abspath(config.data.tokenizer)
     again = argv if options.workdir else [*argv, f"--workdir={workdir}"]
     return run(config, workdir, sample=options.sample, again=shlex.join(["deepseek-jax", "train", *again]))
+
+
+def leave_own_text(config: ConfigDict, overrides: dict[str, str]) -> None:
+    """Turns fill-in-the-middle off for text that the user names: a recipe's share is for the recipe's own text.
+
+    Whoever wants it gives the share as well.  `headline` says which it is.
+    """
+    if "data.source" in overrides and overrides["data.source"] != "stdlib" and "data.fim_rate" not in overrides:
+        config.data.fim_rate = 0.0
 
 
 def run(config: ConfigDict, workdir: Path, *, sample: bool, again: str) -> int:
@@ -93,9 +103,8 @@ def train(config: ConfigDict, workdir: Path, stop, again: str) -> bool:
     check_vocabulary(config, data["tokenizer"])
     trainer = build_trainer(config, mesh)
     check_writable(workdir)
-    training, held_out = open_splits(
-        seed=config.seed, watch=Progress, **data
-    )  # may take long: what can fail came first
+    # what can fail early has been checked: this may take long
+    training, held_out = open_splits(seed=config.seed, watch=Progress, **data)
     meta = {"config": _options.to_json(config), "text": training.fingerprint()}
     with Checkpointer(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
         start, state, changed = 0, None, []
@@ -119,7 +128,7 @@ def train(config: ConfigDict, workdir: Path, stop, again: str) -> bool:
             enabled=jax.process_index() == 0,
         )
         with metrics:
-            metrics.message(headline(config, trainer, training, workdir, start))
+            metrics.message(headline(config, trainer, training, held_out, workdir, start))
             for change in changed:
                 metrics.message(f"changed since the checkpoint: config.{change}")
             if start >= config.train.steps:
@@ -287,18 +296,49 @@ def differences(old: ConfigDict, new: ConfigDict, path: str = "") -> list[str]:
     return found
 
 
-def headline(config: ConfigDict, trainer, training, workdir: Path, start: int) -> str:
+def headline(config: ConfigDict, trainer, training, held_out, workdir: Path, start: int) -> str:
     """The lines printed before the first step."""
     import jax
 
     mesh = " x ".join(f"{axis} {n}" for axis, n in trainer.mesh.shape.items())
     begin = f"going on from step {start}" if start else "from the beginning"
-    return (
-        f"{config.name}: {trainer.n_params / 1e6:,.1f}M parameters, {config.precision}, mesh {mesh} "
-        f"({jax.devices()[0].device_kind}), {begin} in {workdir}\n"
-        f"text: {config.data.source}, {training.n_tokens / 1e6:,.1f}M tokens an epoch, {training.summary}; "
-        "the first step compiles for a while"
+    return "\n".join(
+        [
+            f"{config.name}: {trainer.n_params / 1e6:,.1f}M parameters, {config.precision}, mesh {mesh} "
+            f"({jax.devices()[0].device_kind}), {begin} in {workdir}",
+            *about_text(config, training, held_out),
+            "the first step compiles for a while",
+        ]
     )
+
+
+def about_text(config: ConfigDict, training, held_out) -> list[str]:
+    """The lines on the text: how much there is, what is held out, and of a user's own text what is done with it."""
+    data = config.data
+    size = f"{training.n_tokens / 1e6:,.1f}M" if training.n_tokens >= 1e5 else f"{training.n_tokens:,}"
+    lines = [f"text: {data.source}, {size} tokens an epoch, {counted(training.n_documents, 'document')}"]
+    if held_out is not None:
+        which = (
+            counted(held_out.n_documents, "document") if held_out.has_whole_documents else "the end of each document"
+        )
+        lines[0] += f"; held out to evaluate on: {which}, {held_out.n_tokens:,} tokens"
+    if data.source == "stdlib":
+        return lines
+    if training.passed_over:
+        names = ", ".join(sorted({path.suffix or path.name for path in training.passed_over})[:5])
+        lines.append(f"passed over: {counted(len(training.passed_over), 'file')} of other types ({names})")
+    if data.fim_rate:
+        lines.append(
+            f"fill-in-the-middle: {data.fim_rate:.0%} of the documents (--config.data.fim_rate=0 turns it off)"
+        )
+    else:
+        lines.append("fill-in-the-middle: off (--config.data.fim_rate=0.1 trains a tenth of the documents that way)")
+    return lines
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 document`, `2,000 documents`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def show_sample(config: ConfigDict, workdir: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 import deepseek_jax
 from deepseek_jax import cli
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _options
+from deepseek_jax.launch import _hints, _options
 
 
 @pytest.fixture
@@ -58,6 +59,17 @@ def test_the_exit_code_is_the_verbs(verb):
 def test_an_unknown_verb_is_one_line_with_the_nearest(verb, capsys):
     assert cli.main(["gret"]) == 2
     assert capsys.readouterr().err == "deepseek-jax: error: gret: no such verb. Did you mean greet?\n"
+
+
+def test_flags_before_the_verb_are_said_to_come_after(verb, capsys):
+    assert cli.main(["--config=tiny_v3"]) == 2
+    said = capsys.readouterr().err
+    assert "the verb comes first, like deepseek-jax train --config=tiny_v3. Verbs: farewell, greet." in said
+
+
+def test_every_familiar_name_is_a_key_that_exists():
+    keys = _hints.key_names(_options.load("base"))
+    assert set(_hints.FAMILIAR.values()) <= set(keys)
 
 
 def test_a_user_error_is_one_line_without_traceback(verb, capsys, monkeypatch):
@@ -164,9 +176,24 @@ def test_every_config_of_the_package_loads_and_survives_json(name):
         (["--config.mask=perhaps"], "config.mask=perhaps: wanted a bool"),
         (["--config.train=1"], "config.train is a group of keys"),
         (["--config.seed"], "--config.seed lacks its value."),
-        (["--workdr=x"], "--workdr: no such flag. Did you mean --workdir?"),
+        (["--workdr=x"], "--workdr: no such flag. Did you mean --workdir=x? Flags: "),
         (["--workdir="], "--workdir= is empty."),
-        (["workdir=x"], "workdir=x: a stray word."),
+        (["workdir=x"], "workdir=x: a stray word. Did you mean --workdir=x?"),
+        (["-workdir=x"], "-workdir=x: a stray word. Did you mean --workdir=x?"),
+        (["config.train.steps=5"], "config.train.steps=5: a stray word. Did you mean --config.train.steps=5?"),
+        (["steps=5"], "steps=5: a stray word. Did you mean --config.train.steps=5?"),
+        (["tiny_v3"], "tiny_v3: a stray word. Did you mean --config=tiny_v3?"),
+        ([__file__], f"{__file__}: a stray word. Did you mean --config={__file__}?"),
+        ([str(Path(__file__).parent)], f"{Path(__file__).parent}: a stray word. Did you mean --config.data.source="),
+        (["what"], "what: a stray word. Values stand as --name=VALUE; see --help."),
+        (["--steps=100"], "--steps: no such flag. Did you mean --config.train.steps=100?"),
+        (["--train.steps=100"], "--train.steps: no such flag. Did you mean --config.train.steps=100?"),
+        (["--batch-size", "8"], "--batch-size: no such flag. Did you mean --config.train.batch_size?"),
+        (["--lr=1e-3"], "--lr: no such flag. Did you mean --config.optimizer.peak_rate=1e-3?"),
+        (["--every=3"], "--every: no such flag. Did you mean --config.checkpoint.every=3?"),
+        (["--step=3"], "--step: no such flag. Did you mean --config.train.steps=3?"),
+        (["--out-dir=x"], "--out-dir: no such flag. Did you mean --workdir=x?"),
+        (["--zzz=1"], "--zzz: no such flag. Flags: --config, --workdir, --count, --loud, --config.a.b=VALUE."),
         (["--count=many"], "--count=many: wanted an int (how many)."),
         (["--loud=perhaps"], "--loud=perhaps: wanted true or false."),
         (["--no-count"], "--no-count: no such flag."),

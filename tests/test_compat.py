@@ -4,7 +4,9 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jaxlib import utils
 
 from deepseek_jax import compat
 
@@ -61,3 +63,36 @@ def test_memory_that_was_freed_is_not_faulted_in_again():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     given_back, kept = map(int, done.stdout.split())
     assert 4 * kept < given_back, (kept, given_back)
+
+
+@pytest.fixture
+def levels(monkeypatch, tmp_path):
+    """The log levels that are set, in their order; the listeners and the cache are undone."""
+    found = []
+    monkeypatch.setattr(utils, "absl_set_min_log_level", found.append)
+    compat.quieten_compilation.cache_clear()
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    yield found
+    jax.config.update("jax_compilation_cache_dir", before)
+    jax.monitoring.clear_event_listeners()
+    compat.quieten_compilation.cache_clear()
+
+
+def test_alarms_are_quiet_only_while_something_is_compiled(levels, monkeypatch):
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "2")
+    compat.quieten_compilation()
+    compat.quieten_compilation()
+    jax.jit(lambda x: x * 3 + 41)(jnp.float32(1)).block_until_ready()
+    assert levels and levels[::2] == [3] * (len(levels) // 2) and levels[1::2] == [2] * (len(levels) // 2)
+
+
+@pytest.mark.parametrize("level", ["0", "1", "3", None])
+def test_who_asks_for_more_or_less_gets_it(levels, monkeypatch, level):
+    if level is None:
+        monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
+    else:
+        monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", level)
+    compat.quieten_compilation()
+    jax.jit(lambda x: x * 5 + 43)(jnp.float32(1)).block_until_ready()
+    assert levels == []

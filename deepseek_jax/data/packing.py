@@ -108,7 +108,7 @@ class Packing:
 
     def summary(self) -> str:
         """Returns what the windows hold, in words."""
-        return f"{self.n_documents:,} documents"
+        return f"{self.n_documents:,} document{'' if self.n_documents == 1 else 's'}"
 
     def sample(self, epoch: int, n: int) -> "Sample":
         """Returns sample ``n`` of an epoch."""

@@ -7,6 +7,7 @@ resume is to ask for it.  Process p of n asks for its share of a batch with ``ro
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import grain
@@ -78,10 +79,11 @@ def _stack(samples: list[Sample]) -> Batch:
 class Split:
     """One side of a corpus, training or held-out, as samples with numbers 0, 1, 2, … without end."""
 
-    def __init__(self, samples: Samples, tokenizer: Tokenizer, workers: int):
+    def __init__(self, samples: Samples, tokenizer: Tokenizer, workers: int, passed_over: tuple[Path, ...] = ()):
         self._samples = samples
         self._workers = workers
         self.tokenizer = tokenizer
+        self.passed_over = passed_over  # files of a folder that hold no text
         self.vocab_size = tokenizer.vocab_size
         side = samples.packing
         self.seq_len = side.seq_len
@@ -187,7 +189,7 @@ def open_splits(
     for name, side in zip(("train", "holdout"), sides, strict=True):
         if side is not None and side.n_samples == 0:
             raise UserError(f"data.source = {source!r} has {side.n_tokens} {name} tokens and {side.shortage}")
-    training, held_out = (side and Split(Samples(side), words, workers) for side in sides)
+    training, held_out = (side and Split(Samples(side), words, workers, corpus.passed_over) for side in sides)
     return training, held_out
 
 

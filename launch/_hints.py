@@ -1,0 +1,90 @@
+"""What a user may have meant by a word that is none of ours: the nearest flag, the config key of that name, a file."""
+
+import difflib
+import os
+from collections.abc import Iterable, Sequence
+
+from ml_collections import ConfigDict
+
+# What other trainers call a key of ours.
+FAMILIAR = {
+    "batch": "train.batch_size",
+    "block_size": "data.seq_len",
+    "compile_cache": "train.compilation_cache",
+    "context_length": "data.seq_len",
+    "data": "data.source",
+    "dataset": "data.source",
+    "gradient_accumulation_steps": "train.micro_batches",
+    "iterations": "train.steps",
+    "learning_rate": "optimizer.peak_rate",
+    "lr": "optimizer.peak_rate",
+    "max_iters": "train.steps",
+    "max_length": "data.seq_len",
+    "max_seq_len": "data.seq_len",
+    "max_steps": "train.steps",
+    "n_steps": "train.steps",
+    "num_train_steps": "train.steps",
+    "save_every": "checkpoint.every",
+    "save_steps": "checkpoint.every",
+    "train_file": "data.source",
+    "warmup": "optimizer.warmup_steps",
+}
+DIRECTORY = {"dir", "out", "out_dir", "output", "output_dir", "run", "run_dir", "work_dir"}
+
+
+def unknown_flag(word: str, flags: Iterable[str], defaults: ConfigDict | None) -> str:
+    """Returns what to do instead of ``--word``, which may have a value behind ``=``.
+
+    Args:
+      word: as given, without its dashes.
+      flags: names of the flags there are.
+      defaults: the keys that any config has, or None where the verb takes no config.
+    """
+    name, equals, value = word.partition("=")
+    name, given = name.replace("-", "_"), f"{equals}{value}"
+    flags, keys = list(flags), [] if defaults is None else key_names(defaults)
+    if "workdir" in flags and name in DIRECTORY:
+        return f"Did you mean --workdir{given}?"
+    familiar = [FAMILIAR[name]] if keys and name in FAMILIAR else []
+    if meant := familiar or [key for key in keys if key == name or _last(key) == name]:
+        return f"Did you mean {' or '.join(f'--config.{key}{given}' for key in meant)}?"
+    known = [f"--{flag}" for flag in flags]
+    if near := difflib.get_close_matches(f"--{name.replace('_', '-')}", known, n=1):
+        return f"Did you mean {near[0]}{given}? Flags: {_list(known, keys)}."
+    if near := difflib.get_close_matches(name, map(_last, keys), n=1, cutoff=0.75):
+        return f"Did you mean {' or '.join(f'--config.{key}{given}' for key in keys if _last(key) == near[0])}?"
+    return f"Flags: {_list(known, keys)}."
+
+
+def stray_word(word: str, flags: Iterable[str], configs: Sequence[str], defaults: ConfigDict | None) -> str:
+    """Returns what to do instead of a word without dashes; ``configs`` are the names that ``--config`` knows."""
+    bare = word.lstrip("-")
+    name = bare.partition("=")[0]
+    keys = [] if defaults is None else key_names(defaults)
+    if name in flags or name.removeprefix("config.") in keys and name.startswith("config."):
+        return f"Did you mean --{bare}?"
+    if defaults is not None and bare in configs:
+        return f"Did you mean --config={bare}?"
+    if "=" in bare and (hint := unknown_flag(bare, flags, defaults)).startswith("Did you mean"):
+        return hint
+    if defaults is not None and os.path.exists(bare):
+        key = "config" if bare.endswith(".py") else "config.data.source"
+        return f"Did you mean --{key}={bare}?"
+    return "Values stand as --name=VALUE; see --help."
+
+
+def key_names(config: ConfigDict, prefix: str = "") -> list[str]:
+    """Returns the dotted name of every key that takes a value."""
+    found = []
+    for key in config:
+        inner = config[key]
+        found += key_names(inner, f"{prefix}{key}.") if isinstance(inner, ConfigDict) else [f"{prefix}{key}"]
+    return found
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _list(known: Sequence[str], keys: Sequence[str]) -> str:
+    return ", ".join([*known, *(["--config.a.b=VALUE"] if keys else [])])
