@@ -316,17 +316,15 @@ def about_text(config: ConfigDict, training, held_out) -> list[str]:
     """The lines on the text: how much there is, what is held out, and of a user's own text what is done with it."""
     data = config.data
     size = f"{training.n_tokens / 1e6:,.1f}M" if training.n_tokens >= 1e5 else f"{training.n_tokens:,}"
-    lines = [f"text: {data.source}, {size} tokens an epoch, {counted(training.n_documents, 'document')}"]
+    lines = [f"text: {data.source}, {size} tokens an epoch, {training.summary}"]
     if held_out is not None:
-        which = (
-            counted(held_out.n_documents, "document") if held_out.has_whole_documents else "the end of each document"
-        )
-        lines[0] += f"; held out to evaluate on: {which}, {held_out.n_tokens:,} tokens"
-    if data.source == "stdlib":
+        which = held_out.summary if held_out.has_whole_documents else "the end of each document"
+        lines.append(f"held out to evaluate on: {which}, {held_out.n_tokens:,} tokens")
+    if data.source == "stdlib" or data.format == "conversations":
         return lines
     if training.passed_over:
         names = ", ".join(sorted({path.suffix or path.name for path in training.passed_over})[:5])
-        lines.append(f"passed over: {counted(len(training.passed_over), 'file')} of other types ({names})")
+        lines.append(f"files passed over: {len(training.passed_over):,} of other types ({names})")
     if data.fim_rate:
         lines.append(
             f"fill-in-the-middle: {data.fim_rate:.0%} of the documents (--config.data.fim_rate=0 turns it off)"
@@ -334,11 +332,6 @@ def about_text(config: ConfigDict, training, held_out) -> list[str]:
     else:
         lines.append("fill-in-the-middle: off (--config.data.fim_rate=0.1 trains a tenth of the documents that way)")
     return lines
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 document`, `2,000 documents`."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def show_sample(config: ConfigDict, workdir: Path) -> None:

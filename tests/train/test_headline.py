@@ -40,4 +40,4 @@ def test_what_is_held_out_is_said(tmp_path, n_books, documents):
     (tmp_path / "cover.png").write_bytes(b"\xff")
     lines, _ = said(tmp_path / "elsewhere", tmp_path)
     assert f"tokens an epoch, {documents}\nheld out to evaluate on: the end of each document, " in lines
-    assert "passed over: 1 file of other types (.png)" in lines
+    assert "files passed over: 1 of other types (.png)" in lines
