@@ -191,12 +191,13 @@ class Loop:
         scalars["bits_per_byte"] = bits_per_byte(scalars["main"], self.training.bytes_per_token)
         routers = {"expert_load": report.loads, "router_bias": jax.device_get(state["router_bias"])}
         layers = {name: _rows(tree) for name, tree in routers.items() if tree}
+        names = router_names(report.loads, _n_dense(state["params"]))
         if not report.loads:
             del scalars["max_violation"]
         last = step - 1 if self._logged is None else self._logged
         tokens = (self.ramp.first(step) - self.ramp.first(last)) * self.training.seq_len
         self._logged = step
-        self.metrics.step(step, scalars, layers, tokens=tokens)
+        self.metrics.step(step, scalars, layers, tokens=tokens, rows=names)
         self.checkpoints.report()
 
     def evaluate(self, state: State, step: int) -> float | None:
@@ -225,3 +226,20 @@ class Loop:
 def _rows(tree: dict) -> np.ndarray:
     """The arrays of all routers as one [layers, experts]."""
     return np.concatenate([np.atleast_2d(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def router_names(loads: dict, n_dense: int) -> list[str]:
+    """What the rows of all routers are called: layers by their number in the model, then depths of MTP."""
+    names, layer = [], n_dense
+    for path, leaf in jax.tree_util.tree_leaves_with_path(loads):
+        if path[0].key == "mtp":
+            names.append(f"mtp_{path[1].key}")
+        else:
+            names += [f"layer_{number:02d}" for number in range(layer, layer + len(leaf))]
+            layer += len(leaf)
+    return names
+
+
+def _n_dense(params: dict) -> int:
+    """The dense blocks, which come before those with experts."""
+    return next((len(leaf) for leaf in jax.tree.leaves(params.get("dense_blocks", {}))), 0)

@@ -4,9 +4,9 @@
 precision (Python's ``repr`` of a float is exact), what the clock decides under ``"speed"``: two runs are the same
 when their lines agree without ``"speed"``.  A resumed run first drops the lines later than the checkpoint.
 
-A disk that is full stops no run: it is told once, and the file that could not be written is given up.  TensorBoard's
-events are therefore written by the loop itself.  tensorboardX's ``SummaryWriter`` has a thread for it, which a full
-disk kills; then its queue fills and the next figure waits for ever.  The price is an fsync every ten seconds.
+A disk that is full stops no run: it is reported once, and the file that could not be written is given up.
+
+A new run explains its figures once, when the first are shown.
 
 Expert imbalance is MaxVio = (max_e load_e - mean load) / mean load per layer, averaged over the layers.
 Paper: "Auxiliary-Loss-Free Load Balancing", section 4.1.
@@ -17,16 +17,16 @@ import contextlib
 import json
 import math
 import os
-import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.train.board import Board
 
 # Dense bfloat16 FLOP/s of one chip; the first entry that occurs in the device's kind holds.
 PEAK_FLOPS = {
@@ -43,16 +43,25 @@ PEAK_FLOPS = {
     "TPU v6": 918e12,
 }
 
-# Figure -> (label, format), in the order in which they are shown.
+# Figure -> (label, format), in the order in which they are shown.  The loss that is shown is that of the next token,
+# which bits/byte is made of as well; the one that is minimised holds other losses too, with weights that change.
 FIGURES = {
-    "loss": ("loss", ".4f"),
+    "main": ("loss", ".4f"),
+    "mtp": ("mtp", ".4f"),
     "bits_per_byte": ("bits/byte", ".4f"),
     "learning_rate": ("lr", ".2e"),
     "gradient_norm": ("grad_norm", ".3f"),
     "max_violation": ("maxvio", ".3f"),
     "skipped": ("skipped", "d"),
 }
-LOG_ONLY = ("checksum", "skipped_in_row")  # written, never shown
+LEGEND = {
+    "main": "how badly the next token is predicted, in nats per token",
+    "mtp": "the same for the token after that, which multi-token prediction is trained on as well",
+    "bits_per_byte": "the loss per byte of text, comparable between tokenizers; held-out: on text not trained on",
+    "max_violation": "how far the busiest expert is above an even share: 0 is even, 1 is twice its share",
+    "skipped": "steps left out since their loss or gradient was not finite: 0 is right",
+}
+LOG_ONLY = ("checksum", "skipped_in_row", "loss")  # written, never shown
 SPEED = {
     "tokens_per_second": ("tokens/s", ".0f"),
     "mfu": ("mfu", ".1%"),
@@ -61,7 +70,6 @@ SPEED = {
 REDRAWS_PER_SECOND = 4
 VIEW_WIDTH = 100  # columns; a view narrower than the window is not torn when the window shrinks a little
 SPARKS = "▁▂▃▄▅▆▇█"
-FLUSH_S = 10.0  # between the moments at which TensorBoard's events reach the disk
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -154,6 +162,7 @@ class Metrics:
         self._start_step, self._tokens, self._paused_s = start_step, 0, 0.0
         self._window: collections.deque[tuple] = collections.deque(maxlen=20)  # (seconds, step, tokens so far)
         self._log = self._board = self._live = None
+        self._is_explained = False
         if enabled:
             self._open(Path(workdir))
             if _is_terminal(self.stream) if live is None else live:
@@ -171,6 +180,7 @@ class Metrics:
         scalars: Mapping[str, float],
         per_layer: Mapping[str, Any] | None = None,
         tokens: int | None = None,
+        rows: Sequence[str] | None = None,
     ) -> None:
         """Records training step ``step`` (the number of finished steps).
 
@@ -181,6 +191,7 @@ class Metrics:
           scalars: figures as Python numbers; FIGURES names those that are shown, all are written.
           per_layer: name -> array [layers] or [layers, experts]; ``expert_load`` gives MaxVio.
           tokens: tokens since the last call; by default ``tokens_per_step`` for each step.
+          rows: what the layers are called; by default layer_00, layer_01, ...
         """
         if not self.enabled:
             return
@@ -190,16 +201,18 @@ class Metrics:
             layers["max_violation"] = max_violation(layers["expert_load"])
             figures.setdefault("max_violation", float(layers["max_violation"].mean()))
         self._time(step, self.tokens_per_step * (step - self.now) if tokens is None else tokens)
-        self.now, self.figures = step, figures
-        if math.isfinite(figures.get("loss", math.nan)):
-            self.losses.append(figures["loss"])
+        self.now, self.figures = step, {name: value for name, value in figures.items() if value != 0 or name != "mtp"}
+        if math.isfinite(figures.get("main", math.nan)):
+            self.losses.append(figures["main"])
 
         lists = {name: value.tolist() for name, value in layers.items() if value.ndim == 1}
         self._write({"step": step, "split": "train", **figures, "layers": lists, "speed": self.speed})
-        self._chart(step, "train", figures, layers)
+        n_rows = max((len(value) for value in layers.values()), default=0)
+        self._chart(step, "train", figures, layers, rows or [f"layer_{row:02d}" for row in range(n_rows)], self.speed)
+        self._explain()
         if self._live is None:
             eta = [] if self.seconds_left is None else [f"eta={duration(self.seconds_left)}"]
-            shown = _columns(figures, FIGURES) + _columns(self.speed, SPEED)
+            shown = _columns(self.figures, FIGURES) + _columns(self.speed, SPEED)
             self._say("  ".join([self._heading(step), *shown, *eta]))
 
     def evaluation(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -209,7 +222,7 @@ class Metrics:
         figures = {name: _number(value) for name, value in scalars.items()}
         self.held_out = {"step": step, **figures}
         self._write({"step": step, "split": "held_out", **figures})
-        self._chart(step, "held_out", figures, {})
+        self._chart(step, "held_out", figures)
         if self._live is None:
             self._say("  ".join([self._heading(step), "held-out", *_columns(figures, FIGURES)]))
 
@@ -263,7 +276,7 @@ class Metrics:
             fresh = path.with_suffix(".jsonl.new")
             fresh.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
             os.replace(fresh, path)
-            self._board = _Board(workdir / "tensorboard", self._start_step)
+            self._board = Board(workdir / "tensorboard", self._start_step)
             self._log = path.open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{workdir}: cannot write there ({error.strerror}). Choose another --workdir.") from error
@@ -293,21 +306,24 @@ class Metrics:
         except OSError as error:
             self._log = self._give_up(self._log, "metrics.jsonl", error)
 
-    def _chart(self, step: int, split: str, figures: Mapping[str, Any], layers: Mapping[str, np.ndarray]) -> None:
-        """Hands the figures to TensorBoard."""
-        scalars = {f"{split}/{name}": value for name, value in figures.items()}
-        if split == "train":
-            scalars |= {f"speed/{name}": value for name, value in self.speed.items()}
-        histograms = {}
-        for name, rows in layers.items():
-            into = scalars if rows.ndim == 1 else histograms
-            into |= {f"{name}/layer_{layer:02d}": row for layer, row in enumerate(rows)}
+    def _chart(self, *figures: Any) -> None:
+        """Hands the arguments of ``Board.add`` to TensorBoard."""
         if self._board is None:
             return
         try:
-            self._board.add(step, scalars, histograms)
+            self._board.add(*figures)
         except OSError as error:
             self._board = self._give_up(self._board, "tensorboard", error)
+
+    def _explain(self) -> None:
+        """Says what the figures of a new run mean, before the first are shown."""
+        if self._start_step or self._is_explained:
+            return
+        self._is_explained = True
+        known = [name for name in LEGEND if name in self.figures]
+        width = max((len(FIGURES[name][0]) for name in known), default=0)
+        if known:
+            self.message("\n".join(f"  {FIGURES[name][0]:<{width}}  {LEGEND[name]}" for name in known))
 
     def _give_up(self, file: Any, name: str, error: OSError) -> None:
         """Tells that a file of the run cannot be written any more, and closes it."""
@@ -330,44 +346,6 @@ class Metrics:
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         """Draws the live view for the terminal's present width."""
         yield _view(self, min(options.max_width, VIEW_WIDTH), ascii_only=options.ascii_only)
-
-
-class _Board:
-    """An event file of TensorBoard in ``directory``; a run resumed at ``start_step`` hides what lies after it."""
-
-    def __init__(self, directory: Path, start_step: int):
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.record_writer import RecordWriter
-
-        directory.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}"
-        self._file, self._event, self._flushed_s = RecordWriter(str(directory / name)), Event, -math.inf
-        self._write(0, file_version="brain.Event:2")
-        if start_step:
-            self._write(start_step + 1, session_log=SessionLog(status=SessionLog.START))
-
-    def add(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, np.ndarray]) -> None:
-        """Adds figures and distributions; those that are not finite TensorBoard cannot draw.  May raise OSError."""
-        from tensorboardX import summary
-
-        for tag, value in scalars.items():
-            if math.isfinite(value):
-                self._write(step, summary=summary.scalar(tag, value))
-        for tag, row in histograms.items():
-            if np.isfinite(row).all():
-                self._write(step, summary=summary.histogram(tag, row, bins=min(len(row), 32)))
-        if time.monotonic() >= self._flushed_s + FLUSH_S:
-            self._file.flush()
-            self._flushed_s = time.monotonic()
-
-    def close(self) -> None:
-        try:
-            self._file.flush()
-        finally:
-            self._file.close()
-
-    def _write(self, step: int, **content: Any) -> None:
-        self._file.write(self._event(wall_time=time.time(), step=step, **content).SerializeToString())
 
 
 def duration(seconds: float) -> str:

@@ -11,7 +11,9 @@ import tensorboardX.record_writer
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.train import board
 from deepseek_jax.train import metrics as metrics_module
+from deepseek_jax.train.loop import router_names
 from deepseek_jax.train.metrics import Metrics, bits_per_byte, duration, max_violation, peak_flops, read_log
 
 
@@ -109,20 +111,92 @@ def test_plain_lines(tmp_path):
     stream = io.StringIO()
     with open_metrics(tmp_path, total_steps=1000, stream=stream) as metrics:
         metrics.message("8 devices")
-        metrics.step(1, {"gradient_norm": 2.0, "loss": 5.54321, "learning_rate": 3e-6, "other": 7.0})
-        metrics.evaluation(1, {"loss": 5.5, "bits_per_byte": 7.93})
-    first, second, third = stream.getvalue().splitlines()
+        metrics.step(1, {"gradient_norm": 2.0, "main": 5.54321, "loss": 9.9, "learning_rate": 3e-6, "other": 7.0})
+        metrics.evaluation(1, {"main": 5.5, "bits_per_byte": 7.93})
+    first, legend, second, third = stream.getvalue().splitlines()
     assert first == "8 devices"
+    assert legend == "  loss  how badly the next token is predicted, in nats per token"
     assert second.startswith("step    1/1000  loss=5.5432  lr=3.00e-06  grad_norm=2.000")
     assert third == "step    1/1000  held-out  loss=5.5000  bits/byte=7.9300"
 
 
-def test_tensorboard_receives_figures_and_a_histogram_a_layer(tmp_path):
-    run(tmp_path, [1, 2])
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    written = events.read_bytes()
-    for tag in (b"train/loss", b"max_violation/layer_01", b"expert_load/layer_00", b"router_bias/layer_01"):
-        assert tag in written
+ALL = {"main": 2.0, "mtp": 2.5, "bits_per_byte": 3.0, "max_violation": 0.5, "skipped": 0}
+
+
+def test_a_new_run_explains_its_figures_once_and_a_resumed_one_does_not(tmp_path):
+    def said(figures, **options):
+        with open_metrics(tmp_path, **options) as metrics:
+            for step in (11, 12):
+                metrics.step(step, figures)
+        return [line for line in metrics.stream.getvalue().splitlines() if not line.startswith("step")]
+
+    assert [line.split()[0] for line in said(ALL)] == ["loss", "mtp", "bits/byte", "maxvio", "skipped"]
+    assert said(ALL, start_step=10) == []
+    dense = {"main": 2.0, "mtp": 0.0, "bits_per_byte": 3.0, "skipped": 0}  # no experts, nothing predicted ahead
+    assert [line.split()[0] for line in said(dense)] == ["loss", "bits/byte", "skipped"]
+    assert "explain" not in (tmp_path / "metrics.jsonl").read_text() and len(decided(tmp_path)) == 2
+
+
+def test_the_loss_that_is_shown_does_not_depend_on_the_weights_of_other_losses(tmp_path):
+    lines = []
+    for total in (2.0 + 0.3 * 2.5, 2.0 + 0.1 * 2.5):  # the weight of MTP changes in the middle of a run
+        with open_metrics(tmp_path, start_step=1) as metrics:
+            metrics.step(2, ALL | {"loss": total})
+        lines.append(metrics.stream.getvalue().partition("memory_gib")[0])
+        assert decided(tmp_path)[0]["loss"] == total
+    assert lines[0] == lines[1] and "loss=2.0000  mtp=2.5000  bits/byte=3.0000" in lines[0]
+
+
+def tags(folder):
+    """The tags in the event file of a folder, with the values of the scalars."""
+    (file,) = folder.iterdir()
+    events = [Event.FromString(record) for record in records(file.read_bytes())]
+    return {value.tag: value.simple_value for event in events for value in event.summary.value}
+
+
+def test_tensorboard_has_loss_first_and_held_out_text_in_the_same_chart(tmp_path):
+    load_LE, names = np.array([[1.0, 2.0, 3.0], [2.0, 2.0, 2.0]]), ["layer_01", "mtp_0"]
+    figures = ALL | {"loss": 2.75, "balance": 0.1, "checksum": 7.0, "learning_rate": 1e-3, "gradient_norm": 1.0}
+    with open_metrics(tmp_path) as metrics:
+        for step in (1, 2):
+            metrics.step(step, figures, {"expert_load": load_LE, "router_bias": load_LE}, rows=names)
+        metrics.evaluation(2, {"bits_per_byte": 3.5})
+    train, held_out = (tags(tmp_path / "tensorboard" / side) for side in ("train", "held_out"))
+    losses = ["loss/bits_per_byte", "loss/mtp", "loss/next_token", "loss/total"]
+    assert sorted(train)[:4] == losses
+    assert held_out == {"loss/bits_per_byte": 3.5} and train["loss/bits_per_byte"] == 3.0
+    groups = {tag.partition("/")[0] for tag in train}
+    assert groups == {"loss", "optimizer", "routing", "speed"}
+    for name in ("expert_load", "router_bias", "max_violation"):
+        assert {f"routing/{name}/layer_01", f"routing/{name}/mtp_0"} <= train.keys()
+
+
+def test_tensorboard_has_no_chart_of_a_line_at_0(tmp_path):
+    zeros = dict.fromkeys(("mtp", "balance", "device_balance", "communication_balance", "skipped", "skipped_in_row"), 0)
+    with open_metrics(tmp_path) as metrics:
+        metrics.step(1, {"main": 2.0, "loss": 2.0, "learning_rate": 0.0} | zeros)
+    found = tags(tmp_path / "tensorboard" / "train")
+    assert sorted(tag for tag in found if not tag.startswith("speed/")) == [
+        "loss/next_token",
+        "loss/total",
+        "optimizer/learning_rate",  # 0 in the first step, not later
+    ]
+    with open_metrics(tmp_path / "later") as metrics:
+        metrics.step(1, {"main": 2.0, "skipped": 1, "skipped_in_row": 1})
+    assert tags(tmp_path / "later" / "tensorboard" / "train")["optimizer/skipped_steps"] == 1
+
+
+def test_every_figure_of_a_step_has_a_place(tmp_path):
+    from deepseek_jax.train.step import Report
+
+    scalars = set(Report._fields) - {"loads", "finite"} | {"bits_per_byte"}
+    assert scalars == set(board.TAGS) | set(board.UNCHARTED)
+
+
+def test_routers_are_called_by_their_layer_and_mtp_is_none():
+    loads = {"moe_blocks": np.ones((3, 4)), "mtp": {"0": np.ones(4), "1": np.ones(4)}}
+    assert router_names(loads, 2) == ["layer_02", "layer_03", "layer_04", "mtp_0", "mtp_1"]
+    assert router_names({}, 2) == []
 
 
 def test_the_other_processes_write_nothing(tmp_path):
@@ -145,13 +219,13 @@ needs_full_disk = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="th
 @needs_full_disk
 def test_a_full_disk_ends_the_log_not_the_run(tmp_path):
     with open_metrics(tmp_path) as metrics:
-        metrics.step(1, {"loss": 1.0})
+        metrics.step(1, {"main": 1.0})
         metrics._log.close()
         metrics._log = open("/dev/full", "w")
         for step in (2, 3):
-            metrics.step(step, {"loss": 1.0})
-        metrics.evaluation(3, {"loss": 1.0})
-    told = [line for line in metrics.stream.getvalue().splitlines() if "loss=" not in line]
+            metrics.step(step, {"main": 1.0})
+        metrics.evaluation(3, {"main": 1.0})
+    told = [line for line in metrics.stream.getvalue().splitlines() if "loss" not in line]
     assert told == ["metrics.jsonl ends at step 2: No space left on device. Training goes on."]
     assert [record["step"] for record in decided(tmp_path)] == [1]
 
@@ -161,7 +235,7 @@ def test_a_full_disk_ends_the_log_not_the_run(tmp_path):
 def test_a_full_disk_ends_the_charts_not_the_run(tmp_path, monkeypatch, flush_s):
     """Seen at a flush, or when the buffer overflows: some hundred figures later no call has waited for anything."""
     monkeypatch.setattr(tensorboardX.record_writer, "open_file", lambda path: open("/dev/full", "wb"))
-    monkeypatch.setattr(metrics_module, "FLUSH_S", flush_s)
+    monkeypatch.setattr(board, "FLUSH_S", flush_s)
     figures = {f"figure_{number}": 1.0 for number in range(100)}
     with open_metrics(tmp_path, start_step=1) as metrics:
         for step in range(2, 8):
@@ -193,7 +267,7 @@ def test_output_that_cannot_be_written_ends_nothing(tmp_path):
 
 def test_a_resumed_run_hides_the_charts_of_the_abandoned_path(tmp_path):
     run(tmp_path, [11], start_step=10)
-    (events,) = (tmp_path / "tensorboard").iterdir()
+    (events,) = (tmp_path / "tensorboard" / "train").iterdir()
     found = [Event.FromString(record) for record in records(events.read_bytes())]
     assert found[0].file_version == "brain.Event:2"
     assert found[1].step == 11 and found[1].session_log.status == SessionLog.START
@@ -221,7 +295,7 @@ def test_the_live_view_draws_at_any_width_and_leaves_the_last_state_after_ctrl_c
     with pytest.raises(KeyboardInterrupt), open_metrics(tmp_path, stream=stream, live=True) as metrics:
         metrics.message("[not markup]")
         for step in (1, 2, 3):
-            metrics.step(step, {"loss": 6.0 - step, "mtp_loss": 1.0}, {"expert_load": np.ones((1, 4))})
+            metrics.step(step, {"main": 6.0 - step, "mtp": 1.0}, {"expert_load": np.ones((1, 4))})
         metrics.evaluation(3, {"loss": 5.0})
         raise KeyboardInterrupt
     drawn = stream.getvalue()

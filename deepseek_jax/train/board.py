@@ -1,0 +1,125 @@
+"""What TensorBoard shows of a run: one chart per figure, loss first, training and held-out text in one chart.
+
+    tensorboard/train/       loss/bits_per_byte  loss/mtp  loss/next_token  loss/total
+                             optimizer/...  routing/...  speed/...
+    tensorboard/held_out/    loss/bits_per_byte
+
+TensorBoard lays the two folders over each other wherever they share a tag, and sorts groups and charts by name.
+
+The events are written by the caller's own thread.  tensorboardX's ``SummaryWriter`` has a thread for it, which a full
+disk kills; then its queue fills and the next figure waits for ever.  The price is an fsync every ten seconds.
+"""
+
+import math
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FLUSH_S = 10.0  # between the moments at which events reach the disk
+
+# Figure -> tag; a figure that is not named here stands under other/.
+TAGS = {
+    "bits_per_byte": "loss/bits_per_byte",
+    "main": "loss/next_token",
+    "mtp": "loss/mtp",
+    "loss": "loss/total",  # what is minimised: all of these with their weights
+    "balance": "routing/balance_loss",
+    "device_balance": "routing/device_balance_loss",
+    "communication_balance": "routing/communication_balance_loss",
+    "gradient_norm": "optimizer/gradient_norm",
+    "learning_rate": "optimizer/learning_rate",
+    "skipped": "optimizer/skipped_steps",
+    "max_violation": "routing/max_violation",
+}
+# These are 0 where a model has no such part, or nothing has happened: no chart of a line at 0.
+ABSENT_AT_0 = ("mtp", "balance", "device_balance", "communication_balance", "skipped")
+UNCHARTED = ("checksum", "skipped_in_row")
+
+
+class Board:
+    """The event files of a run in ``directory``; one resumed at ``start_step`` hides what lies after it."""
+
+    def __init__(self, directory: Path, start_step: int):
+        self._files = {split: _EventFile(directory / split, start_step) for split in ("train", "held_out")}
+
+    def add(
+        self,
+        step: int,
+        split: str,
+        figures: Mapping[str, float],
+        layers: Mapping[str, np.ndarray] | None = None,
+        rows: Sequence[str] = (),
+        speed: Mapping[str, float] | None = None,
+    ) -> None:
+        """Adds the figures of a step.
+
+        Args:
+          step: finished steps.
+          split: ``train`` or ``held_out``.
+          figures: by name, as in ``metrics.jsonl``.
+          layers: name -> array [rows] (charts) or [rows, experts] (distributions).
+          rows: what the rows of those are called.
+          speed: figures of the clock.
+
+        Raises:
+          OSError: they cannot be written.
+        """
+        scalars = {TAGS.get(name, f"other/{name}"): value for name, value in figures.items() if is_charted(name, value)}
+        scalars |= {f"speed/{name}": value for name, value in (speed or {}).items()}
+        histograms = {}
+        for name, values in (layers or {}).items():
+            into = scalars if values.ndim == 1 else histograms
+            into |= {f"routing/{name}/{row}": value for row, value in zip(rows, values, strict=True)}
+        self._files[split].add(step, scalars, histograms)
+
+    def close(self) -> None:
+        """Writes what is left and closes all files, also if one of them raises an OSError."""
+        try:
+            self._files["train"].close()
+        finally:
+            self._files["held_out"].close()
+
+
+def is_charted(name: str, value: float) -> bool:
+    """Returns whether a figure of this value gets a point."""
+    return name not in UNCHARTED and not (value == 0 and name in ABSENT_AT_0)
+
+
+class _EventFile:
+    def __init__(self, directory: Path, start_step: int):
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
+
+        directory.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}"
+        self._file, self._event, self._flushed_s = RecordWriter(str(directory / name)), Event, -math.inf
+        self._write(0, file_version="brain.Event:2")
+        if start_step:
+            self._write(start_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, np.ndarray]) -> None:
+        """Adds figures and distributions; those that are not finite TensorBoard cannot draw.  May raise OSError."""
+        from tensorboardX import summary
+
+        for tag, value in scalars.items():
+            if math.isfinite(value):
+                self._write(step, summary=summary.scalar(tag, value))
+        for tag, row in histograms.items():
+            if np.isfinite(row).all():
+                self._write(step, summary=summary.histogram(tag, row, bins=min(len(row), 32)))
+        if time.monotonic() >= self._flushed_s + FLUSH_S:
+            self._file.flush()
+            self._flushed_s = time.monotonic()
+
+    def close(self) -> None:
+        try:
+            self._file.flush()
+        finally:
+            self._file.close()
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._file.write(self._event(wall_time=time.time(), step=step, **content).SerializeToString())
