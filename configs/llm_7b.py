@@ -27,9 +27,11 @@ def get_config() -> ConfigDict:
     m.n_kv_heads = 32
     m.head_width = 128
     m.attention_bias = False
+    m.qk_norm = False
     m.rope_base = 10_000.0
     m.rope_factor = 1.0
     m.rope_llama3 = ConfigDict()  # none
+    m.yarn = ConfigDict()  # none
     m.norm_eps = 1e-6
     m.init_std = 0.006
 

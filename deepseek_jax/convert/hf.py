@@ -16,6 +16,7 @@ float32, in FP8 with blocks of 128 x 128, or as they are.
 """
 
 import functools
+import itertools
 import json
 import math
 import shutil
@@ -38,6 +39,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.precision.quantize import quantize_blocks
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+TABLE = ("params", "embedding", "table_VD")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WEIGHT_DTYPES = ("F32", "F16", "BF16")  # besides 8-bit floats with scales
 SHOWN, LONGEST = 3, 150  # names in a message, and characters of one
@@ -76,8 +78,8 @@ class Published:
 def open_published(directory: str | PathLike, warn: Warn = warn_on_stderr) -> Published:
     """Reads config.json and the headers of the weights.
 
-    Multi-token prediction that the config promises and the files lack (as when transformers has saved them) is left
-    out, with a warning.
+    Multi-token prediction that the config promises and the files do not hold (as when transformers has saved them), or
+    that the files hold and the config does not name, is left out, with a warning.
 
     Raises:
         UserError: not such a directory, a model of no known family, or files that are damaged.
@@ -90,13 +92,26 @@ def open_published(directory: str | PathLike, warn: Warn = warn_on_stderr) -> Pu
     config = safetensors.read_json(directory / CONFIG)
     family, numbers = hf_config.from_hf(config)
     tensors = safetensors.open_directory(directory)
+    for remark in hf_config.remarks(config):
+        warn(f"{directory}: {CONFIG}: {remark}")
     first_ahead = f"model.layers.{numbers['n_layers']}."
     if numbers.get("mtp_depth") and not any(name.startswith(first_ahead) for name in tensors.names()):
         warn(f"{directory}: {CONFIG} promises multi-token prediction, but the files hold none: left out.")
         numbers["mtp_depth"] = 0
+    elif left := _left_out(tensors, numbers):
+        said = f"num_nextn_predict_layers={numbers['mtp_depth']} in {CONFIG}"
+        warn(f"{directory}: {', '.join(f'{at}*' for at in left)}: more multi-token prediction than {said}: left out.")
     generation = directory / GENERATION_CONFIG
     ends = hf_config.eos_ids(safetensors.read_json(generation), str(generation)) if generation.is_file() else ()
     return Published(family, numbers, hf_config.facts(config), tensors, config, ends)
+
+
+def _left_out(tensors: Tensors, numbers: dict[str, Any]) -> tuple[str, ...]:
+    """Prefixes of the layers of multi-token prediction that the files hold beyond those of config.json."""
+    if "mtp_depth" not in numbers:
+        return ()
+    layers = map("model.layers.{}.".format, itertools.count(numbers["n_layers"] + numbers["mtp_depth"]))
+    return tuple(itertools.takewhile(lambda at: f"{at}eh_proj.weight" in tensors, layers))
 
 
 class Piece(NamedTuple):
@@ -135,7 +150,7 @@ class Source:
         self._files, self._warn = published.tensors, warn
         self._copies = names.copies(shapes)
         is_tied = published.facts.is_tied and HEAD not in published.tensors  # a head that is stored is the head
-        self._tensors = self._checked(shapes, is_tied)
+        self._tensors = self._checked(shapes, is_tied, _left_out(published.tensors, published.numbers))
         dtypes: dict[names.Path, np.dtype] = {}
         for tensor, stored in self._tensors:
             for path, _ in tensor.places:
@@ -159,8 +174,11 @@ class Source:
             del parts, part
         self._compare_copies()
 
-    def _checked(self, shapes: dict, is_tied: bool) -> list[tuple[names.Tensor, str]]:
-        """(tensor, the name it is stored under) of all; raises UserError unless the files hold these and no others."""
+    def _checked(self, shapes: dict, is_tied: bool, left_out: tuple[str, ...]) -> list[tuple[names.Tensor, str]]:
+        """(tensor, the name it is stored under) of all; raises UserError unless the files hold these and no others.
+
+        Others may be without numbers, or begin with one of `left_out`.
+        """
         found, missing, wrong = [], [], []
         expected = {copy for copy in self._copies if copy in self._files}
         for tensor in names.tensors(shapes):
@@ -179,7 +197,12 @@ class Source:
                 wrong.append(f"{stored} is {info.dtype}, wanted {', '.join(WEIGHT_DTYPES)} or 8-bit floats")
             if info.shape != tensor.shape:
                 wrong.append(f"{stored} has shape {list(info.shape)}, wanted {list(tensor.shape)}")
-        others = (name for name in self._files.names() if name not in expected and not names.IGNORED.search(name))
+        others = (
+            name
+            for name in self._files.names()
+            if not (name in expected or name.startswith(left_out) or names.IGNORED.search(name))
+            and 0 not in self._files.info(name).shape
+        )
         unexpected = [] if len(missing) > SHOWN else list(others)  # not all that is expected was looked at
         if missing or wrong or unexpected:
             raise UserError(f"{self._files.directory}: {_difference(missing, unexpected, wrong)}")
@@ -279,7 +302,7 @@ def write(
         raise UserError(f"dtype {dtype!r}: no such format. Choose one of {', '.join(FORMATS)}.")
     directory = Path(directory).expanduser()
     dtypes = {path: leaf.dtype for path, leaf in leaves(abstract)}
-    stored = dtypes[("params", "embedding", "table_VD")]
+    stored = dtypes[TABLE]
     config = hf_config.to_hf(
         *(family, numbers),
         dtype=TORCH_DTYPES[FORMATS[dtype] or safetensors.DTYPE_NAMES[np.dtype(stored)]],
@@ -331,6 +354,9 @@ def _entries(abstract: dict, dtypes: dict, get: Get, dtype: str, report: Callabl
         for name in (tensor.name, *copied.get(tensor.name, ())):
             make = functools.partial(_cast, published, tensor, safetensors.DTYPES[kind])
             yield safetensors.Entry(name, tensor.shape, kind, make)
+    kind = FORMATS[dtype] or safetensors.DTYPE_NAMES[np.dtype(dtypes[TABLE])]
+    for name, shape in names.hollow(abstract).items():
+        yield safetensors.Entry(name, shape, kind, functools.partial(np.zeros, shape, safetensors.DTYPES[kind]))
 
 
 def _cast(published: Callable, tensor: names.Tensor, dtype: np.dtype) -> np.ndarray:

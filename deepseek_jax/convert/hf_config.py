@@ -7,15 +7,22 @@ neither reads are passed over.
 
 | model_type | family | releases |
 | --- | --- | --- |
-| llama | v1 | DeepSeek LLM, Coder, Math; R1-Distill-Llama |
+| llama | v1 | DeepSeek LLM, Coder, Math, Prover; R1-Distill-Llama |
 | qwen2 | v1 | R1-Distill-Qwen (biases of queries, keys and values) |
+| qwen3 | v1 | R1-0528-Qwen3-8B (norms of queries and keys) |
 | deepseek | moe | DeepSeekMoE 16B |
 | deepseek_v2 | v2 | V2, V2.5, V2-Lite, Coder-V2 |
-| deepseek_v3 | v3 | V3, R1, V3.1 |
+| deepseek_v3 | v3 | V3, R1, V3.1; Moonlight |
+| kimi_k2 | v3 | Kimi K2; written as deepseek_v3, which is the same network |
 
-YaRN without mscale_all_dim leaves the softmax scale alone and scales the rotary values by 0.1 mscale ln(factor) + 1, as
-in the released code (mscale is 1 unless given).  Every released config gives both, and equal: the values stay as they
-are and the softmax scale grows.
+YaRN scales the rotary values by attention_factor; where that is not given, by the ratio of the temperatures
+0.1 m ln(factor) + 1 of mscale and of mscale_all_dim.
+  - Latent attention: mscale is 1 and mscale_all_dim 0 unless given, as in the released code, and the softmax scale
+    grows by the square of the latter's temperature.  Every released config gives both, and equal: the values stay as
+    they are.
+  - Dense models: both count where both are given, else neither, as in transformers: the ratio is 0.1 ln(factor) + 1.
+    R1-0528-Qwen3-8B gives attn_factor, which vLLM multiplies the ratio with (to 1) and transformers does not read;
+    here it is not read either, and `remarks` says so.
 """
 
 import math
@@ -41,11 +48,12 @@ class Kind:
     Attributes:
         family: name in `deepseek_jax.models`.
         architecture: class in transformers, or in the release's own code.
-        sizes: key of config.json -> key of `config.model`, all of them integers, 1 or more.
+        sizes: key of config.json -> key of `config.model`, all of them integers, 1 or more (`COUNTS`: 0 or more).
         fixed: keys that are known with one value only (also assumed where they are missing), and written.
         refused: likewise, but not written: they stand in some configs only.
         rope_types: context extensions that the family has.
         route_scale: routed_scaling_factor where a config does not say.
+        head_width: head_dim where a config does not say; 0 for hidden_size / num_attention_heads.
     """
 
     family: str
@@ -55,6 +63,7 @@ class Kind:
     refused: dict[str, Any] = field(default_factory=dict)
     rope_types: tuple[str, ...] = ()
     route_scale: float = 1.0
+    head_width: int = 0
 
 
 MODEL = {
@@ -77,30 +86,36 @@ EXPERTS = {
     "moe_intermediate_size": "expert_width",
     "num_experts_per_tok": "top_k",
 }
+COUNTS = ("first_k_dense_replace", "n_shared_experts")
 SILU = {"hidden_act": "silu"}
 NO_BIAS = SILU | {"attention_bias": False}
 SOFTMAX = NO_BIAS | {"scoring_func": "softmax", "norm_topk_prob": False, "moe_layer_freq": 1}
 SIGMOID = NO_BIAS | {"scoring_func": "sigmoid", "norm_topk_prob": True, "moe_layer_freq": 1, "topk_method": "noaux_tc"}
-PLAIN = {"mlp_bias": False, "use_sliding_window": False, "partial_rotary_factor": 1.0}
+PLAIN = {"mlp_bias": False, "partial_rotary_factor": 1.0}
+DENSE_ROPE = ("linear", "llama3", "yarn")
 
 KINDS = {
-    "llama": Kind("v1", "LlamaForCausalLM", MODEL, NO_BIAS, PLAIN, ("linear", "llama3")),
-    "qwen2": Kind("v1", "Qwen2ForCausalLM", MODEL, SILU, PLAIN, ("linear", "llama3")),
+    "llama": Kind("v1", "LlamaForCausalLM", MODEL, NO_BIAS, PLAIN, DENSE_ROPE),
+    "qwen2": Kind("v1", "Qwen2ForCausalLM", MODEL, SILU, PLAIN, DENSE_ROPE),
+    "qwen3": Kind("v1", "Qwen3ForCausalLM", MODEL, NO_BIAS, PLAIN, DENSE_ROPE, head_width=128),
     "deepseek": Kind("moe", "DeepseekForCausalLM", MODEL | EXPERTS, SOFTMAX, PLAIN | {"topk_method": "greedy"}),
     "deepseek_v2": Kind("v2", "DeepseekV2ForCausalLM", MODEL | LATENT | EXPERTS, SOFTMAX, PLAIN, ("yarn",)),
     "deepseek_v3": Kind(
         "v3",
         "DeepseekV3ForCausalLM",
-        MODEL | LATENT | EXPERTS | {"q_lora_rank": "q_rank", "n_group": "n_groups", "topk_group": "top_groups"},
+        MODEL | LATENT | EXPERTS | {"n_group": "n_groups", "topk_group": "top_groups"},
         SIGMOID,
         PLAIN | {"rope_interleave": True},
         ("yarn",),
         route_scale=2.5,
     ),
 }
+KINDS["kimi_k2"] = KINDS["deepseek_v3"]
 ROPE_KEYS = ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "truncate")
 ROPE_KEYS += ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-ROPE_KEYS += ("attention_factor", "partial_rotary_factor")
+ROPE_KEYS += ("attention_factor", "attn_factor", "partial_rotary_factor")
+ROPES = ("rope_parameters", "rope_scaling")  # where context extension stands: transformers 5, the hub
+TOLD_BY = {"attention_bias": "qwen2", "qk_norm": "qwen3"}  # number of the dense family -> the model_type that has it
 GREEDY, GROUPED = "greedy", "group_limited_greedy"  # topk_method of V2: without and with groups
 FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 
@@ -135,7 +150,7 @@ def from_hf(hf: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     for key, value in (kind.fixed | kind.refused).items():
         if hf.get(key) is not None and (hf[key] != value or isinstance(hf[key], bool) != isinstance(value, bool)):
             raise _refusal(hf, key, f"{value!r}, the only one known for model_type {hf['model_type']!r}")
-    numbers = {ours: _integer(hf, theirs) for theirs, ours in kind.sizes.items()}
+    numbers = {ours: _size(hf, theirs) for theirs, ours in kind.sizes.items()}
     if numbers["n_layers"] > MOST_LAYERS:
         raise _refusal(hf, "num_hidden_layers", f"at most {MOST_LAYERS}")
     numbers["norm_eps"] = _number(hf, "rms_norm_eps", default=1e-6)
@@ -144,7 +159,7 @@ def from_hf(hf: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     theta, rope = _rope(hf, kind.rope_types)
     numbers["rope_base"] = theta
     if kind.family in ("v1", "moe"):
-        numbers |= _heads(hf, numbers)
+        numbers |= _heads(hf, numbers, kind)
     else:
         numbers |= _latent(hf, rope)
     if kind.family == "v1":
@@ -196,15 +211,34 @@ def _kind(hf: Mapping[str, Any]) -> Kind:
     return KINDS[kind]
 
 
-def _heads(hf: Mapping[str, Any], numbers: dict) -> dict:
+def remarks(hf: Mapping[str, Any]) -> list[str]:
+    """What a user should know of a config.json that `from_hf` reads."""
+    ropes = [hf[key] for key in ROPES if isinstance(hf.get(key), dict)]
+    factors = [rope["attn_factor"] for rope in ropes if rope.get("attn_factor") not in (None, 1)]
+    if not factors:
+        return []
+    return [
+        f"rope_scaling.attn_factor={shown(factors[0])} is not read, as in transformers; vLLM multiplies the rotary "
+        f"values by it. For what vLLM computes, replace it by attention_factor, its product with 0.1 ln(factor) + 1."
+    ]
+
+
+def _size(hf: Mapping[str, Any], key: str) -> int:
+    """A size, or a count that may be 0; a null n_shared_experts is none, as in the released code."""
+    if key == "n_shared_experts" and key in hf and hf[key] is None:
+        return 0
+    return _integer(hf, key, least=0 if key in COUNTS else 1)
+
+
+def _heads(hf: Mapping[str, Any], numbers: dict, kind: Kind) -> dict:
     """Plain attention: key-value heads and head width."""
     n_heads = numbers["n_heads"]
     n_kv_heads = _integer(hf, "num_key_value_heads", default=n_heads)
     if n_heads % n_kv_heads:
         raise _refusal(hf, "num_key_value_heads", f"a divisor of num_attention_heads={n_heads}")
-    if hf.get("head_dim") is None and numbers["d_model"] % n_heads:
+    if hf.get("head_dim") is None and not kind.head_width and numbers["d_model"] % n_heads:
         raise _refusal(hf, "head_dim", f"a width: hidden_size {numbers['d_model']} is no multiple of {n_heads} heads")
-    head_width = _integer(hf, "head_dim", default=numbers["d_model"] // n_heads or 1)
+    head_width = _integer(hf, "head_dim", default=kind.head_width or numbers["d_model"] // n_heads or 1)
     if head_width % 2:
         raise _refusal(hf, "head_dim", "an even width, for rotary pairs")
     return {"n_kv_heads": n_kv_heads, "head_width": head_width}
@@ -215,9 +249,26 @@ def _dense(hf: Mapping[str, Any], rope: dict) -> dict:
     layer_types = hf.get("layer_types") or []
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise _refusal(hf, "layer_types", "'full_attention' throughout")
+    if not layer_types and _slides(hf):
+        raise _refusal(hf, "use_sliding_window", "false, or max_window_layers of num_hidden_layers or more")
     llama3 = rope if "low_freq_factor" in rope else {}
-    linear = 1.0 if llama3 else rope.get("factor", 1.0)
-    return {"attention_bias": hf["model_type"] == "qwen2", "rope_factor": linear, "rope_llama3": llama3}
+    yarn = rope if "beta_fast" in rope else {}
+    said = next((hf[key] for key in ROPES if hf.get(key)), {})
+    if yarn and not (said.get("mscale") and said.get("mscale_all_dim")):
+        yarn = yarn | {"mscale": 1.0, "mscale_all_dim": 0.0}
+    linear = 1.0 if llama3 or yarn else rope.get("factor", 1.0)
+    kinds = {"attention_bias": hf["model_type"] == "qwen2", "qk_norm": hf["model_type"] == "qwen3"}
+    return kinds | {"rope_factor": linear, "rope_llama3": llama3, "yarn": yarn}
+
+
+def _slides(hf: Mapping[str, Any]) -> bool:
+    """Whether a layer looks at a window only: of Qwen's, those from max_window_layers on, if windows are used."""
+    used = hf.get("use_sliding_window", False)
+    if not isinstance(used, bool):
+        raise _refusal(hf, "use_sliding_window", "true or false")
+    if not used or hf.get("sliding_window", 4096) is None:
+        return False
+    return _integer(hf, "max_window_layers", default=28, least=0) < hf["num_hidden_layers"]
 
 
 def _latent(hf: Mapping[str, Any], rope: dict) -> dict:
@@ -235,8 +286,6 @@ def _latent(hf: Mapping[str, Any], rope: dict) -> dict:
 
 def _experts(hf: Mapping[str, Any], numbers: dict, kind: Kind) -> dict:
     """How experts are chosen."""
-    if numbers["n_dense_layers"] >= numbers["n_layers"]:
-        raise _refusal(hf, "first_k_dense_replace", f"less than num_hidden_layers={numbers['n_layers']}")
     if numbers["n_layers"] * numbers["n_experts"] > MOST_EXPERTS:
         raise _refusal(hf, "n_routed_experts", f"at most {MOST_EXPERTS} in all layers together")
     found = {"route_scale": _number(hf, "routed_scaling_factor", default=kind.route_scale)}
@@ -260,15 +309,18 @@ def _experts(hf: Mapping[str, Any], numbers: dict, kind: Kind) -> dict:
 
 
 def _rope(hf: Mapping[str, Any], known: tuple[str, ...]) -> tuple[float, dict]:
-    """(base, numbers of the context extension: those of `Yarn`, of `Llama3`, a factor, or none)."""
-    spellings = ("rope_parameters", "rope_scaling")
-    given = {key: hf[key] for key in spellings if hf.get(key) is not None}
-    if not all(isinstance(value, dict) for value in given.values()):
-        raise _refusal(hf, next(iter(given)), "an object or null")
-    if len(given) > 1:
-        raise _refusal(hf, "rope_scaling", "one of rope_parameters and rope_scaling, not both")
-    where, rope = next(iter(given.items()), ("", {}))
-    where = f"{where}." if where else ""
+    """(base, numbers of the context extension: those of `Yarn`, of `Llama3`, a factor, or none), of either spelling."""
+    given = {key: hf[key] for key in ROPES if hf.get(key) is not None}
+    if wrong := [key for key, value in given.items() if not isinstance(value, dict)]:
+        raise _refusal(hf, wrong[0], "an object or null")
+    found = [_rope_of(hf, rope, f"{key}.", known) for key, rope in given.items()] or [_rope_of(hf, {}, "", known)]
+    if found[0] != found[-1]:
+        raise _refusal(hf, "rope_scaling", "what rope_parameters beside it says, or one of the two alone")
+    return found[0]
+
+
+def _rope_of(hf: Mapping[str, Any], rope: dict, where: str, known: tuple[str, ...]) -> tuple[float, dict]:
+    """What one of the two objects says, `rope` at `where`; the base may stand beside it."""
     if unknown := [key for key in rope if key not in ROPE_KEYS]:
         raise UserError(
             f"config.json: {where}{shown(unknown[0])}: no such key is known. Known are {', '.join(ROPE_KEYS)}."
@@ -278,9 +330,8 @@ def _rope(hf: Mapping[str, Any], known: tuple[str, ...]) -> tuple[float, dict]:
     if kind not in ("default", *known):
         known_types = ", ".join(("default", *known))
         raise _refusal(rope, "rope_type" if "rope_type" in rope else "type", f"one of {known_types}", where)
-    for key, value in (("partial_rotary_factor", 1.0), ("attention_factor", None), ("truncate", True)):
-        if rope.get(key, value) != value:
-            raise _refusal(rope, key, f"{value!r}, or nothing", where)
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise _refusal(rope, "partial_rotary_factor", "1.0, or nothing", where)
     if kind == "default":
         if rope.get("factor") not in (None, 1):
             raise _refusal(rope, "rope_type", "the kind of extension that its factor belongs to", where)
@@ -294,11 +345,21 @@ def _rope(hf: Mapping[str, Any], known: tuple[str, ...]) -> tuple[float, dict]:
         if found["high_freq_factor"] <= found["low_freq_factor"]:
             raise _refusal(rope, "high_freq_factor", "more than low_freq_factor", where)
         return base, found | {"original_length": original}
+    return base, found | {"original_length": original} | _yarn(rope, where)
+
+
+def _yarn(rope: dict, where: str) -> dict:
+    """The numbers of `Yarn` besides the factor and the original length; its last two only where they are given."""
     defaults = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
-    found |= {key: _number(rope, key, default=value, least=0.0, where=where) for key, value in defaults.items()}
-    if not found["beta_fast"] > found["beta_slow"] > 0:
-        raise _refusal(rope, "beta_fast", "more than beta_slow, and that more than 0", where)
-    return base, found | {"original_length": original}
+    found = {key: _number(rope, key, default=value, least=0.0, where=where) for key, value in defaults.items()}
+    if not found["beta_fast"] >= found["beta_slow"] > 0:
+        raise _refusal(rope, "beta_fast", "beta_slow or more, and that more than 0", where)
+    if rope.get("attention_factor") is not None:
+        found["attention_factor"] = _number(rope, "attention_factor", where=where)
+    truncate = rope.get("truncate", True)
+    if not isinstance(truncate, bool):
+        raise _refusal(rope, "truncate", "true or false", where)
+    return found if truncate else found | {"truncate": False}
 
 
 def _check_quantization(hf: Mapping[str, Any]) -> None:
@@ -384,7 +445,9 @@ def to_hf(
     kinds = [name for name, kind in KINDS.items() if kind.family == family]
     if not kinds:
         raise UserError(f"family {family!r}: no published config.json has its like. Known are v1, moe, v2 and v3.")
-    model_type = "qwen2" if numbers.get("attention_bias") else kinds[0]
+    if numbers.get("attention_bias") and numbers.get("qk_norm"):
+        raise UserError("attention_bias beside qk_norm: no published config.json has both. Set one of them.")
+    model_type = next((name for key, name in TOLD_BY.items() if numbers.get(key)), kinds[0])
     kind = KINDS[model_type]
     hf: dict[str, Any] = {"architectures": [kind.architecture], "model_type": model_type}
     hf |= {theirs: numbers[ours] for theirs, ours in kind.sizes.items()} | kind.fixed
@@ -416,6 +479,10 @@ def _rope_scaling(numbers: Mapping[str, Any]) -> dict[str, Any] | None:
         yarn = Yarn(**numbers["yarn"])
         rope = {"type": "yarn", "factor": yarn.factor, "original_max_position_embeddings": yarn.original_length}
         rope |= {"beta_fast": yarn.beta_fast, "beta_slow": yarn.beta_slow}
-        return rope | {"mscale": yarn.mscale, "mscale_all_dim": yarn.mscale_all_dim}
+        if "kv_rank" in numbers or yarn.mscale_all_dim:
+            rope |= {"mscale": yarn.mscale, "mscale_all_dim": yarn.mscale_all_dim}
+        if yarn.attention_factor is not None:
+            rope["attention_factor"] = yarn.attention_factor
+        return rope if yarn.truncate else rope | {"truncate": False}
     factor = numbers.get("rope_factor", 1.0)
     return {"type": "linear", "factor": factor} if factor != 1.0 else None

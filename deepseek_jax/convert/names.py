@@ -57,7 +57,9 @@ BLOCK = (
     _rule("self_attn.q_proj.bias", "(H Q)", "attention.q_bias_HQ"),
     _rule("self_attn.k_proj.bias", "(Z Q)", "attention.k_bias_ZQ"),
     _rule("self_attn.v_proj.bias", "(Z U)", "attention.v_bias_ZU"),
-    # latent attention (V2, V3); V2-Lite has the q_proj above
+    _rule("self_attn.q_norm.weight", "Q", "attention.q_head_norm.gain"),
+    _rule("self_attn.k_norm.weight", "Q", "attention.k_head_norm.gain"),
+    # latent attention (V2, V3); V2-Lite and Moonlight have the q_proj above
     _rule("self_attn.q_a_proj.weight", "R D", "attention.q_down_DR"),
     _rule("self_attn.q_a_layernorm.weight", "R", "attention.q_norm.gain"),
     _rule("self_attn.q_b_proj.weight", "(H Q) R", "attention.q_up_RHQ"),
@@ -98,6 +100,7 @@ COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
 # What FP8 releases keep in FP8: the matrices of blocks, but for routers.  (Not: embedding, head, norms, eh_proj.)
 QUANTIZED = re.compile(r"\.(self_attn|mlp)\.(.*\.)?\w+_proj(_with_mqa)?\.weight$")
+ROUTER = ".gate.weight"  # what the name of a router ends in
 FLOAT32 = re.compile(r"\.e_score_correction_bias$")  # in float32 in every release
 
 
@@ -199,6 +202,22 @@ def copies(shapes: dict) -> dict[str, str]:
     n_layers = sum(_depth(flatten(shapes), stack) for stack in STACKS)
     layers = [f"model.layers.{n_layers + k}." for k in range(len(ahead(shapes)))]
     return {layer + copy: original for layer in layers for copy, original in COPIES.items()}
+
+
+def hollow(shapes: dict) -> dict[str, tuple[int, int]]:
+    """Published name -> shape of tensors without numbers: shared experts where there are none, of width 0.
+
+    transformers makes, stores and expects these.
+    """
+    if any("shared" in path for path in flatten(shapes)):
+        return {}
+    ends = {"gate_proj": (0, 1), "up_proj": (0, 1), "down_proj": (1, 0)}
+    routers = [tensor for tensor in tensors(shapes) if tensor.name.endswith(ROUTER)]
+    return {
+        f"{router.name.removesuffix(ROUTER)}.shared_experts.{end}.weight": tuple(n * router.shape[1] for n in has)
+        for router in routers
+        for end, has in ends.items()
+    }
 
 
 def flatten(tree: dict, path: Path = ()) -> dict[Path, tuple[int, ...]]:

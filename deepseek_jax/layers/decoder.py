@@ -134,7 +134,8 @@ class Decoder(nnx.Module):
         eps: of the final norm.
         std: standard deviation of the initial embedding and head.
         run: how the model runs.
-        stacks: name of an attribute -> (what makes one block, how many are stacked there), in the order of running.
+        stacks: name of an attribute -> (what makes one block, how many are stacked there), in the order of running; a
+            stack of no blocks is left out.
         rngs: initialisers' keys.
     """
 
@@ -150,6 +151,7 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.embedding = Embedding(vocab_size, d_model, std, rngs=rngs)
+        stacks = {name: (block, n_layers) for name, (block, n_layers) in stacks.items() if n_layers}
         for name, (block, n_layers) in stacks.items():
             setattr(self, name, stack(block, n_layers, rngs))
         self.final_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)

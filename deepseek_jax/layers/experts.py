@@ -26,7 +26,7 @@ class ExpertsConfig:
 
     Attributes:
         n_experts: E, routed experts (256).
-        n_shared: experts that every token visits, run as one wider feed-forward (1).
+        n_shared: experts that every token visits, run as one wider feed-forward (1); 0 for none.
         width: F, hidden width of one expert (2048).
         top_k: K, routed experts a token visits (8).
         n_groups: groups that the routed experts are divided into (8).
@@ -69,7 +69,7 @@ class Experts(nnx.Module):
     ):
         init = normal(c.init_std)
         self.router = Router(d_model, c.n_experts, c.init_std, route, biased=biased, rngs=rngs)
-        self.shared = SwiGLU(d_model, c.n_shared * c.width, c.init_std, rngs=rngs)
+        self.shared = SwiGLU(d_model, c.n_shared * c.width, c.init_std, rngs=rngs) if c.n_shared else None
         self.gate_XDF = param(rngs, (c.n_experts, d_model, c.width), ("experts", "embed", "mlp"), init)
         self.up_XDF = param(rngs, (c.n_experts, d_model, c.width), ("experts", "embed", "mlp"), init)
         self.down_XFD = param(rngs, (c.n_experts, c.width, d_model), ("experts", "mlp", "embed"), init)
@@ -78,7 +78,8 @@ class Experts(nnx.Module):
     def __call__(self, x_BTD: jax.Array, real_BT: jax.Array | None = None) -> tuple[jax.Array, Routing]:
         """Returns (y_BTD, the router's decision); padding, where `real_BT` is False, goes to no routed expert."""
         routing = without_padding(self.router(x_BTD), real_BT)
-        return self.shared(x_BTD) + self.routed(x_BTD, routing), routing
+        y_BTD = self.routed(x_BTD, routing)
+        return (y_BTD if self.shared is None else self.shared(x_BTD) + y_BTD), routing
 
     def routed(self, x_BTD: jax.Array, routing: Routing) -> jax.Array:
         """y_BTD: the routed experts' weighted sum alone."""

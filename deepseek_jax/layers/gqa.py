@@ -1,11 +1,11 @@
 """Grouped-query attention: J query heads share one key-value head, H = Z J; multi-head attention is Z = H.
 
-    q_t,i = RoPE(W^Q_i x_t + b^Q_i),   k_t,z = RoPE(W^K_z x_t + b^K_z),   v_t,z = W^V_z x_t + b^V_z
+    q_t,i = RoPE(norm(W^Q_i x_t + b^Q_i)),   k_t,z = RoPE(norm(W^K_z x_t + b^K_z)),   v_t,z = W^V_z x_t + b^V_z
     o_t,i = sum_j softmax_j(q_t,i . k_j,z / sqrt(Q)) v_j,z     with z = floor(i / J)
     u_t = W^O o_t
 
 Caches 2 Z Q numbers a token and layer instead of 2 H Q.  Rotary pairs are Llama's halves (i, i + Q/2).
-Only the Qwen2 students of DeepSeek-R1 have the biases b.
+Only the Qwen2 students of DeepSeek-R1 have the biases b, only the Qwen3 student has the norms, one gain for all heads.
 Paper: Ainslie et al. 2023, arXiv 2305.13245; DeepSeek LLM, arXiv 2401.02954, section 2.2.
 """
 
@@ -18,7 +18,8 @@ from flax import nnx
 
 from deepseek_jax.layers.attention import causal_attention, default_positions, masked_softmax
 from deepseek_jax.layers.base import normal, param, vector, zeros
-from deepseek_jax.layers.rope import Llama3, llama3, plain, rotate_halves
+from deepseek_jax.layers.norm import RMSNorm
+from deepseek_jax.layers.rope import Llama3, Yarn, frequencies, llama3, rotary_scale, rotate_halves
 from deepseek_jax.precision.matmul import einsum
 
 
@@ -31,9 +32,12 @@ class GQAConfig:
         n_kv_heads: Z, key-value heads (8); H for multi-head attention.
         head_width: Q, width of a head (128).
         bias: whether queries, keys and values have one (no).
+        qk_norm: whether each head's queries and keys are normed before they are rotated (no).
+        norm_eps: of those norms (1e-6).
         rope_base: base of the rotary frequencies (10,000).
         rope_factor: every angle is divided by it (1; DeepSeek-Coder: 4).
         rope_llama3: Llama 3.1's context extension, or None.
+        yarn: YaRN's context extension, or None.
         init_std: standard deviation of the initial weights (0.006).
     """
 
@@ -41,9 +45,12 @@ class GQAConfig:
     n_kv_heads: int
     head_width: int
     bias: bool = False
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
     rope_base: float = 10_000.0
     rope_factor: float = 1.0
     rope_llama3: Llama3 | None = None
+    yarn: Yarn | None = None
     init_std: float = 0.006
 
 
@@ -73,6 +80,9 @@ class GQA(nnx.Module):
             self.q_bias_HQ = vector(rngs, (c.n_heads, width), ("heads", None), zeros)
             self.k_bias_ZQ = vector(rngs, (c.n_kv_heads, width), ("heads", None), zeros)
             self.v_bias_ZU = vector(rngs, (c.n_kv_heads, width), ("heads", None), zeros)
+        if c.qk_norm:
+            self.q_head_norm = RMSNorm(width, c.norm_eps, rngs=rngs)
+            self.k_head_norm = RMSNorm(width, c.norm_eps, rngs=rngs)
         self.config = c
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array | None = None, segments_BT=None) -> jax.Array:
@@ -86,6 +96,8 @@ class GQA(nnx.Module):
         q_BTHQ = einsum("BTD,DHQ->BTHQ", x_BTD, self.q_DHQ[...])
         if self.config.bias:
             q_BTHQ = q_BTHQ + self.q_bias_HQ[...].astype(x_BTD.dtype)
+        if self.config.qk_norm:
+            q_BTHQ = self.q_head_norm(q_BTHQ)
         return self._rotate(q_BTHQ, positions_BT)
 
     def entries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> KeyValues:
@@ -95,6 +107,8 @@ class GQA(nnx.Module):
         if self.config.bias:
             k_BTZQ = k_BTZQ + self.k_bias_ZQ[...].astype(x_BTD.dtype)
             v_BTZU = v_BTZU + self.v_bias_ZU[...].astype(x_BTD.dtype)
+        if self.config.qk_norm:
+            k_BTZQ = self.k_head_norm(k_BTZQ)
         return KeyValues(self._rotate(k_BTZQ, positions_BT), v_BTZU)
 
     def over_itself(
@@ -132,5 +146,6 @@ class GQA(nnx.Module):
 
     def _rotate(self, x: jax.Array, positions_BT: jax.Array) -> jax.Array:
         c = self.config
-        theta = plain(c.head_width, c.rope_base) / c.rope_factor
-        return rotate_halves(x, positions_BT, llama3(theta, c.rope_llama3) if c.rope_llama3 else theta)
+        theta = frequencies(c.head_width, c.rope_base, c.yarn) / c.rope_factor
+        theta = llama3(theta, c.rope_llama3) if c.rope_llama3 else theta
+        return rotate_halves(x, positions_BT, theta, rotary_scale(c.yarn))

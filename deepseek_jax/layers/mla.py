@@ -25,7 +25,7 @@ from flax import nnx
 from deepseek_jax.layers.attention import causal_attention, default_positions, masked_softmax
 from deepseek_jax.layers.base import normal, param
 from deepseek_jax.layers.norm import RMSNorm
-from deepseek_jax.layers.rope import Yarn, frequencies, rotate, softmax_scale, temperature
+from deepseek_jax.layers.rope import Yarn, frequencies, rotary_scale, rotate, softmax_scale
 from deepseek_jax.precision.matmul import einsum
 
 LATENT_EPS = 1e-6  # of the latent norms; in the released code whatever the other norms have
@@ -37,7 +37,7 @@ class MLAConfig:
 
     Attributes:
         n_heads: H, heads (128).
-        q_rank: R, width of the query latent (1536); 0 for queries straight from the stream (V2-Lite).
+        q_rank: R, width of the query latent (1536); 0 for queries straight from the stream (V2-Lite, Moonlight).
         kv_rank: C, width of the cached key-value latent (512).
         nope_width: N, part of a query or key head without position (128).
         rope_width: P, rotary part (64).
@@ -166,7 +166,4 @@ class MLA(nnx.Module):
 
     def _rotate(self, x: jax.Array, positions_BT: jax.Array) -> jax.Array:
         c = self.config
-        ratio = 1.0
-        if c.yarn:
-            ratio = temperature(c.yarn.factor, c.yarn.mscale) / temperature(c.yarn.factor, c.yarn.mscale_all_dim)
-        return rotate(x, positions_BT, frequencies(c.rope_width, c.rope_base, c.yarn), ratio)
+        return rotate(x, positions_BT, frequencies(c.rope_width, c.rope_base, c.yarn), rotary_scale(c.yarn))

@@ -7,7 +7,7 @@ model's weights fit one of the two only.
 Longer contexts than a model was trained on are reached by slower angles:
     linear    all of them divided by a factor (DeepSeek-Coder: 4)
     Llama 3.1 low frequencies divided, high ones kept, a blend by wavelength between
-    YaRN      the same by the number of the pair; the logits grow by mscale^2
+    YaRN      the same by the number of the pair; the rotary values, or all logits, grow with the factor (`Yarn`)
 Paper: Su et al. 2021; Peng et al. 2023; V2 section 3.1.4, V3 section 4.3; Llama 3.1's released code.
 """
 
@@ -29,7 +29,10 @@ class Yarn:
         beta_fast: rotations over the original context above which a frequency is kept.
         beta_slow: rotations below which a frequency is divided by `factor`.
         mscale: temperature of the rotated values (in the numerator of their scale).
-        mscale_all_dim: temperature of all logits: they grow by (0.1 mscale_all_dim ln(factor) + 1)^2.
+        mscale_all_dim: temperature in the denominator of that scale; latent attention multiplies all logits by its
+            square, (0.1 mscale_all_dim ln(factor) + 1)^2.
+        attention_factor: scale of the rotated values in place of that ratio of temperatures; None for the ratio.
+        truncate: whether the band between kept and divided frequencies begins and ends at a whole pair.
     """
 
     factor: float
@@ -38,6 +41,8 @@ class Yarn:
     beta_slow: float = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,15 @@ def softmax_scale(query_width: int, yarn: Yarn | None) -> float:
     return scale * temperature(yarn.factor, yarn.mscale_all_dim) ** 2 if yarn else scale
 
 
+def rotary_scale(yarn: Yarn | None) -> float:
+    """The factor of the rotated values: under YaRN the ratio of the two temperatures, unless the factor is given."""
+    if yarn is None:
+        return 1.0
+    if yarn.attention_factor is not None:
+        return yarn.attention_factor
+    return temperature(yarn.factor, yarn.mscale) / temperature(yarn.factor, yarn.mscale_all_dim)
+
+
 def plain(width: int, base: float) -> np.ndarray:
     """Angles per token theta_i = base^(-2i/width) of the `width // 2` pairs, float64 radians."""
     return base ** (-np.arange(0, width, 2) / width)
@@ -93,9 +107,11 @@ def frequencies(width: int, base: float, yarn: Yarn | None = None) -> np.ndarray
         """The (fractional) pair that turns `rotations` times over the original context."""
         return width * math.log(yarn.original_length / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-    low = max(math.floor(pair_with(yarn.beta_fast)), 0)
-    high = min(math.ceil(pair_with(yarn.beta_slow)), width - 1)
-    stretch = np.clip((np.arange(width // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
+    low, high = pair_with(yarn.beta_fast), pair_with(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    stretch = np.clip((np.arange(width // 2) - low) / (high - low or 1e-3), 0.0, 1.0)
     return theta / yarn.factor * stretch + theta * (1.0 - stretch)
 
 
@@ -106,7 +122,7 @@ def rotate(x: jax.Array, positions: jax.Array, theta: np.ndarray, scale: float =
         x: (..., T, P) or (..., T, H, P); the axes before T match those of `positions`.
         positions: (..., T) integers.
         theta: angles per token of the P/2 pairs.
-        scale: factor of the result (YaRN: ratio of the two temperatures; 1 in every released model).
+        scale: factor of the result (`rotary_scale`).
 
     Returns:
         An array like `x`, in its dtype.
@@ -118,9 +134,9 @@ def rotate(x: jax.Array, positions: jax.Array, theta: np.ndarray, scale: float =
     return turned.reshape(x.shape).astype(x.dtype)
 
 
-def rotate_halves(x: jax.Array, positions: jax.Array, theta: np.ndarray) -> jax.Array:
+def rotate_halves(x: jax.Array, positions: jax.Array, theta: np.ndarray, scale: float = 1.0) -> jax.Array:
     """Rotates the pairs (x_i, x_i+P/2) of the last axis by `positions * theta`, in float32; arguments as `rotate`'s."""
-    cos, sin = _cos_sin(x, positions, theta)
+    cos, sin = (part * scale for part in _cos_sin(x, positions, theta))
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
 

@@ -6,15 +6,20 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.layers.rope import Yarn
 
 
-def check_keys(m: ConfigDict, sizes: tuple[str, ...], others: tuple[str, ...], may_be_zero: tuple[str, ...] = ()):
-    """Raises UserError unless all keys are there and the `sizes` are integers, 1 or more (`may_be_zero`: 0 or more)."""
-    if missing := [key for key in (*sizes, *may_be_zero, *others) if key not in m]:
+def check_keys(m: ConfigDict, sizes: tuple[str, ...], others: tuple[str, ...], counts: tuple[str, ...] = ()):
+    """Raises UserError unless all keys are there; `sizes` are integers from 1 on, `counts` from 0 on."""
+    if missing := [key for key in (*sizes, *counts, *others) if key not in m]:
         raise UserError(
             f"config.model lacks {', '.join(missing)}. Start from a config that holds a whole model, like tiny_v3."
         )
-    for key, least in (*((size, 1) for size in sizes), *((size, 0) for size in may_be_zero)):
+    for key, least in (*((size, 1) for size in sizes), *((count, 0) for count in counts)):
         if not isinstance(m[key], int) or isinstance(m[key], bool) or m[key] < least:
-            raise UserError(f"config.model.{key}={m[key]!r}: wanted an integer, {least} or more.")
+            raise UserError(f"config.model.{key}={m[key]!r}: expected an integer, {least} or more.")
+
+
+def completed(m: ConfigDict, added: dict) -> ConfigDict:
+    """`m` with the keys of `added` that a run from before they were known does not have, at what it computes."""
+    return ConfigDict({**added, **m})
 
 
 def check_group(m: ConfigDict, key: str, known: tuple[str, ...], n_needed: int) -> None:
@@ -43,15 +48,6 @@ def check_even(m: ConfigDict, key: str) -> None:
     """Raises UserError for an odd rotary width."""
     if m[key] % 2:
         raise UserError(f"config.model.{key}={m[key]}: rotary pairs need an even width.")
-
-
-def check_layers(m: ConfigDict) -> None:
-    """Raises UserError unless there are MoE layers after the dense ones."""
-    if m.n_dense_layers >= m.n_layers:
-        raise UserError(
-            f"config.model.n_dense_layers={m.n_dense_layers} of n_layers={m.n_layers}: wanted one dense layer or more, "
-            "and one MoE layer or more."
-        )
 
 
 def check_groups(m: ConfigDict) -> None:

@@ -32,7 +32,7 @@ class Config:
         vocab_size: V (102,400).
         d_model: D, width of the residual stream (2048).
         n_layers: dense and MoE (28).
-        n_dense_layers: leading layers with a dense feed-forward (1).
+        n_dense_layers: leading layers with a dense feed-forward (1); all of them if there are not more.
         dense_width: hidden width of those (10,944).
         attention: multi-head attention (16 heads of 128).
         experts: the MoE layers' feed-forward (64 routed of width 1408, 6 a token, 2 shared).
@@ -53,9 +53,8 @@ class Config:
     @classmethod
     def from_config(cls, m: ConfigDict) -> "Config":
         """Reads the `model` part of a run's config. Raises UserError for sizes that make no model."""
-        checks.check_keys(m, SIZES, OTHERS)
+        checks.check_keys(m, SIZES, OTHERS, COUNTS)
         checks.check_heads(m)
-        checks.check_layers(m)
         if m.top_k > m.n_experts:
             raise UserError(f"config.model.top_k={m.top_k} of n_experts={m.n_experts}: choose a smaller top_k.")
         return cls(
@@ -84,9 +83,10 @@ class Config:
         )
 
 
-# Keys of `config.model`: those that are 1 or more, and the rest.
-SIZES = ("vocab_size", "d_model", "n_layers", "n_dense_layers", "dense_width", "n_heads", "n_kv_heads", "head_width")
-SIZES += ("n_experts", "n_shared_experts", "expert_width", "top_k")
+# Keys of `config.model`: those that are 1 or more, those that are 0 or more, and the rest.
+SIZES = ("vocab_size", "d_model", "n_layers", "dense_width", "n_heads", "n_kv_heads", "head_width")
+SIZES += ("n_experts", "expert_width", "top_k")
+COUNTS = ("n_dense_layers", "n_shared_experts")
 OTHERS = ("rope_base", "route_scale", "norm_eps", "init_std")
 
 
@@ -115,8 +115,8 @@ class Model(Decoder):
         def moe_block(rngs: nnx.Rngs) -> MoEBlock:
             return MoEBlock(attention, experts, sequence_balance, c.d_model, c.norm_eps, rngs=rngs)
 
-        n_moe_layers = c.n_layers - c.n_dense_layers
-        stacks = {"dense_blocks": (dense_block, c.n_dense_layers), "moe_blocks": (moe_block, n_moe_layers)}
+        n_dense = min(c.n_dense_layers, c.n_layers)
+        stacks = {"dense_blocks": (dense_block, n_dense), "moe_blocks": (moe_block, c.n_layers - n_dense)}
         super().__init__(c.vocab_size, c.d_model, c.norm_eps, c.init_std, run, stacks, rngs=rngs)
         self.config = c
 

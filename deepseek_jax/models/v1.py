@@ -10,6 +10,8 @@
 | DeepSeek-Coder 1.3B, 6.7B, 33B | angles of rotary positions divided by 4 |
 | R1-Distill-Qwen | biases of queries, keys and values |
 | R1-Distill-Llama | Llama 3.1's context extension |
+| R1-0528-Qwen3 | norms of queries and keys; YaRN |
+| DeepSeek-Prover-V2 7B | YaRN |
 
 Papers: DeepSeek LLM, arXiv 2401.02954, section 2.2; DeepSeek-Coder, arXiv 2401.14196; DeepSeekMath, arXiv 2402.03300;
 DeepSeek-R1, arXiv 2501.12948, section 2.4.
@@ -53,11 +55,17 @@ class Config:
     @classmethod
     def from_config(cls, m: ConfigDict) -> "Config":
         """Reads the `model` part of a run's config. Raises UserError for sizes that make no model."""
+        m = checks.completed(m, ADDED)
         checks.check_keys(m, SIZES, OTHERS)
         checks.check_heads(m)
         checks.check_group(m, "rope_llama3", tuple(Llama3.__dataclass_fields__), n_needed=4)
-        if m.rope_llama3 and m.rope_factor != 1.0:
-            raise UserError(f"config.model.rope_factor={m.rope_factor} beside rope_llama3: set one of them.")
+        yarn = checks.read_yarn(m)
+        extensions = {f"rope_factor={m.rope_factor}": m.rope_factor != 1.0, "rope_llama3": m.rope_llama3, "yarn": yarn}
+        given = [name for name, is_given in extensions.items() if is_given]
+        if len(given) > 1:
+            raise UserError(
+                f"config.model.{' beside '.join(given)}: a model has one context extension. Set one of them."
+            )
         return cls(
             vocab_size=m.vocab_size,
             d_model=m.d_model,
@@ -68,9 +76,12 @@ class Config:
                 n_kv_heads=m.n_kv_heads,
                 head_width=m.head_width,
                 bias=m.attention_bias,
+                qk_norm=m.qk_norm,
+                norm_eps=m.norm_eps,
                 rope_base=m.rope_base,
                 rope_factor=m.rope_factor,
                 rope_llama3=Llama3(**m.rope_llama3) if m.rope_llama3 else None,
+                yarn=yarn,
                 init_std=m.init_std,
             ),
             norm_eps=m.norm_eps,
@@ -78,9 +89,10 @@ class Config:
         )
 
 
-# Keys of `config.model`: those that are 1 or more, and the rest.
+# Keys of `config.model`: those that are 1 or more, and the rest; what runs from before a key was known compute.
 SIZES = ("vocab_size", "d_model", "n_layers", "dense_width", "n_heads", "n_kv_heads", "head_width")
-OTHERS = ("attention_bias", "rope_base", "rope_factor", "rope_llama3", "norm_eps", "init_std")
+OTHERS = ("attention_bias", "qk_norm", "rope_base", "rope_factor", "rope_llama3", "yarn", "norm_eps", "init_std")
+ADDED = {"qk_norm": False, "yarn": {}}
 
 
 class Model(Decoder):

@@ -33,7 +33,7 @@ class Config:
         vocab_size: V (102,400).
         d_model: D, width of the residual stream (5120).
         n_layers: dense and MoE (60).
-        n_dense_layers: leading layers with a dense feed-forward (1).
+        n_dense_layers: leading layers with a dense feed-forward (1); all of them if there are not more.
         dense_width: hidden width of those (12,288).
         mla: multi-head latent attention.
         experts: the MoE layers' feed-forward (160 routed of width 1536, 6 a token, 2 shared).
@@ -54,8 +54,7 @@ class Config:
     @classmethod
     def from_config(cls, m: ConfigDict) -> "Config":
         """Reads the `model` part of a run's config. Raises UserError for sizes that make no model."""
-        checks.check_keys(m, SIZES, OTHERS, may_be_zero=("q_rank",))
-        checks.check_layers(m)
+        checks.check_keys(m, SIZES, OTHERS, COUNTS)
         checks.check_groups(m)
         checks.check_even(m, "rope_width")
         return cls(
@@ -90,10 +89,11 @@ class Config:
         )
 
 
-# Keys of `config.model`: those that are 1 or more, and the rest.
-SIZES = ("vocab_size", "d_model", "n_layers", "n_dense_layers", "dense_width")
+# Keys of `config.model`: those that are 1 or more, those that are 0 or more, and the rest.
+SIZES = ("vocab_size", "d_model", "n_layers", "dense_width")
 SIZES += ("n_heads", "kv_rank", "nope_width", "rope_width", "value_width")
-SIZES += ("n_experts", "n_shared_experts", "expert_width", "top_k", "n_groups", "top_groups")
+SIZES += ("n_experts", "expert_width", "top_k", "n_groups", "top_groups")
+COUNTS = ("n_dense_layers", "n_shared_experts", "q_rank")
 OTHERS = ("rope_base", "yarn", "route_scale", "norm_eps", "init_std")
 
 
@@ -124,8 +124,8 @@ class Model(Decoder):
         def moe_block(rngs: nnx.Rngs) -> MoEBlock:
             return MoEBlock(attention, experts, balance, c.d_model, c.norm_eps, rngs=rngs)
 
-        n_moe_layers = c.n_layers - c.n_dense_layers
-        stacks = {"dense_blocks": (dense_block, c.n_dense_layers), "moe_blocks": (moe_block, n_moe_layers)}
+        n_dense = min(c.n_dense_layers, c.n_layers)
+        stacks = {"dense_blocks": (dense_block, n_dense), "moe_blocks": (moe_block, c.n_layers - n_dense)}
         super().__init__(c.vocab_size, c.d_model, c.norm_eps, c.init_std, run, stacks, rngs=rngs)
         self.config = c
 

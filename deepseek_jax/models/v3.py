@@ -6,7 +6,7 @@
     h = norm x;    logits = h W^O
     MTP depth k:   h^k = TRM_k(M_k [norm Emb(t_+k); norm h^{k-1}])         (one depth in the release)
 
-R1 and V3.1 are the same network with other weights.
+R1 and V3.1 are the same network with other weights; Moonlight and Kimi K2 with other sizes as well.
 Paper: DeepSeek-V3 Technical Report, arXiv 2412.19437, section 2; sizes: section 4.2.
 """
 
@@ -36,7 +36,7 @@ class Config:
         vocab_size: V (129,280).
         d_model: D, width of the residual stream (7168).
         n_layers: of the main model, dense and MoE (61).
-        n_dense_layers: leading layers with a dense feed-forward (3).
+        n_dense_layers: leading layers with a dense feed-forward (3); all of them if there are not more.
         dense_width: hidden width of those (18,432).
         mla: multi-head latent attention.
         experts: the MoE layers' feed-forward.
@@ -59,8 +59,7 @@ class Config:
     @classmethod
     def from_config(cls, m: ConfigDict) -> "Config":
         """Reads the `model` part of a run's config. Raises UserError for sizes that make no model."""
-        checks.check_keys(m, SIZES, OTHERS, may_be_zero=("mtp_depth",))
-        checks.check_layers(m)
+        checks.check_keys(m, SIZES, OTHERS, COUNTS)
         checks.check_groups(m)
         checks.check_even(m, "rope_width")
         return cls(
@@ -96,10 +95,11 @@ class Config:
         )
 
 
-# Keys of `config.model`: those that are 1 or more, and the rest.
-SIZES = ("vocab_size", "d_model", "n_layers", "n_dense_layers", "dense_width")
-SIZES += ("n_heads", "q_rank", "kv_rank", "nope_width", "rope_width", "value_width")
-SIZES += ("n_experts", "n_shared_experts", "expert_width", "top_k", "n_groups", "top_groups")
+# Keys of `config.model`: those that are 1 or more, those that are 0 or more, and the rest.
+SIZES = ("vocab_size", "d_model", "n_layers", "dense_width")
+SIZES += ("n_heads", "kv_rank", "nope_width", "rope_width", "value_width")
+SIZES += ("n_experts", "expert_width", "top_k", "n_groups", "top_groups")
+COUNTS = ("n_dense_layers", "n_shared_experts", "q_rank", "mtp_depth")
 OTHERS = ("rope_base", "yarn", "route_scale", "norm_eps", "init_std")
 
 
@@ -129,8 +129,8 @@ class Model(Decoder):
         def moe_block(rngs: nnx.Rngs) -> MoEBlock:
             return MoEBlock(attention, experts, sequence_balance, c.d_model, c.norm_eps, rngs=rngs)
 
-        n_moe_layers = c.n_layers - c.n_dense_layers
-        stacks = {"dense_blocks": (dense_block, c.n_dense_layers), "moe_blocks": (moe_block, n_moe_layers)}
+        n_dense = min(c.n_dense_layers, c.n_layers)
+        stacks = {"dense_blocks": (dense_block, n_dense), "moe_blocks": (moe_block, c.n_layers - n_dense)}
         super().__init__(c.vocab_size, c.d_model, c.norm_eps, c.init_std, run, stacks, rngs=rngs)
         depths = (MTP(moe_block, c.d_model, c.norm_eps, c.init_std, rngs=rngs) for _ in range(c.mtp_depth))
         self.mtp = nnx.List(depths)

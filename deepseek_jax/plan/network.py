@@ -156,10 +156,11 @@ def describe(family: ModuleType, sizes: object) -> Network:
         decayed(model),
         is_leaf=is_axes,
     )
-    experts = getattr(sizes, EXPERTS, None)
+    weights = tuple(jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, Weight)))
+    experts = getattr(sizes, EXPERTS, None) if any(w.is_expert for w in weights) else None
     groups = {key: getattr(experts, key, 1) for key in ("n_experts", "top_k", "n_groups", "top_groups")}
     return Network(
-        weights=tuple(jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, Weight))),
+        weights=weights,
         router_biases=sum(x.size for x in jax.tree.leaves(router_bias)),
         stacks=tuple(model.stacks),
         n_layers=sizes.n_layers,

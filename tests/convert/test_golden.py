@@ -30,7 +30,7 @@ compare = module_at(GOLDEN / "compare.py")
 
 
 def test_every_kind_is_there():
-    kinds = {"coder", "llm", "moe", "r1_llama", "r1_qwen", "v2", "v2_lite", "v3", "v3_mtp", "v3_yarn"}
+    kinds = {"coder", "llm", "moe", "r1_llama", "r1_qwen", "r1_qwen3", "v2", "v2_lite", "v3", "v3_mtp", "v3_yarn"}
     assert set(NAMES) == kinds
 
 

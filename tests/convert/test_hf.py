@@ -237,6 +237,42 @@ def test_prediction_that_is_promised_and_missing_is_left_out_with_a_warning(copi
     assert len(said) == 1 and "multi-token prediction" in said[0]
 
 
+@pytest.mark.parametrize("said_in_config", [0, None])
+def test_prediction_that_the_config_does_not_name_is_left_out_with_a_warning(copied, said_in_config):
+    spoilt, said = copied("v3_mtp"), []
+    _, whole = source_at(GOLDEN / "v3_mtp")
+    spoilt.config["num_nextn_predict_layers"] = said_in_config
+    published, source = source_at(spoilt.save(), said.append)
+    assert published.numbers["mtp_depth"] == 0
+    main, wanted = host_tree(source)["params"], host_tree(whole)["params"]
+    del wanted["mtp"]
+    assert all(jax.tree.leaves(jax.tree.map(same_bits, main, wanted)))
+    assert len(said) == 1 and "model.layers.2.*" in said[0] and "num_nextn_predict_layers=0" in said[0]
+
+
+def test_a_layer_too_many_that_predicts_nothing_is_refused(copied):
+    """As when num_hidden_layers is wrong: no module of multi-token prediction."""
+    spoilt = copied("v3_mtp")
+    spoilt.config["num_nextn_predict_layers"] = 0
+    del spoilt.tensors["model.layers.2.eh_proj.weight"]
+    with pytest.raises(UserError, match=r"unexpected: model\.layers\.2\."):
+        source_at(spoilt.save())
+
+
+def test_tensors_without_numbers_are_passed_over(copied):
+    spoilt = copied("v2")
+    spoilt.tensors["model.layers.1.mlp.more_experts.gate_proj.weight"] = np.ones((0, 24), np.float32)
+    _, source = source_at(spoilt.save())
+    _, wanted = source_at(GOLDEN / "v2")
+    assert all(jax.tree.leaves(jax.tree.map(same_bits, host_tree(source), host_tree(wanted))))
+
+
+def test_a_factor_that_is_not_read_is_told_of():
+    said = []
+    source_at(GOLDEN / "r1_qwen3", said.append)
+    assert len(said) == 1 and "attn_factor=0.878 is not read" in said[0]
+
+
 @pytest.mark.parametrize("copy", ["model.layers.2.embed_tokens.weight", "model.layers.2.shared_head.head.weight"])
 def test_a_copy_that_is_none_is_told_of(copied, copy, capsys):
     spoilt, said = copied("v3_mtp"), []

@@ -5,12 +5,14 @@ import json
 import time
 
 import pytest
+from ml_collections import ConfigDict
 
 from deepseek_jax.configs import (
     coder_6b7,
     llm_7b,
     llm_67b,
     moe_16b,
+    r1_0528_qwen3_8b,
     r1_distill_llama_8b,
     r1_distill_qwen_7b,
     tiny_moe,
@@ -22,7 +24,7 @@ from deepseek_jax.configs import (
     v2_lite,
     v3_671b,
 )
-from deepseek_jax.convert.hf_config import facts, from_hf, to_hf
+from deepseek_jax.convert.hf_config import facts, from_hf, remarks, to_hf
 from deepseek_jax.errors import UserError
 from deepseek_jax.models import family
 
@@ -105,6 +107,18 @@ PUBLISHED = {
         | {"use_mrope": False, "max_position_embeddings": 131072},
         r1_distill_qwen_7b,
     ),
+    "R1-0528-Qwen3 8B": (
+        {key: value for key, value in DENSE.items() if key != "pretraining_tp"}
+        | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "rope_theta": 1000000, "vocab_size": 151936}
+        | {"intermediate_size": 12288, "num_hidden_layers": 36, "num_key_value_heads": 8, "head_dim": 128}
+        | {"max_position_embeddings": 131072, "attention_bias": False, "attention_dropout": 0.0}
+        | {"max_window_layers": 36, "sliding_window": None, "use_sliding_window": False}
+        | {
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+            | {"attn_factor": 0.8782488562869419}
+        },
+        r1_0528_qwen3_8b,
+    ),
     "MoE 16B": (
         DENSE
         | {"model_type": "deepseek", "architectures": ["DeepseekForCausalLM"], "hidden_size": 2048, "rope_theta": 1e4}
@@ -173,7 +187,8 @@ def test_what_we_write_of_a_published_config_says_the_same(name):
     assert from_hf(json.loads(json.dumps(written))) == (kind, numbers)
     assert facts(written) == said
     apart = {key for key in written.keys() & hf.keys() if written[key] != hf[key]}
-    assert apart <= {"rope_theta"}  # Coder's 100000 is an integer there
+    # Coder's 100000 is an integer there; Qwen3's YaRN is written with all its numbers and without one that is not read
+    assert apart <= {"rope_theta"} | ({"rope_scaling"} if "Qwen3" in name else set())
     # Besides what only says how a release was trained or made, nothing is lost.
     made = {"auto_map", "aux_loss_alpha", "seq_aux", "ep_size", "pretraining_tp", "transformers_version", "use_mrope"}
     made |= {"attention_dropout", "sliding_window", "max_window_layers", "use_sliding_window", "mlp_bias"}
@@ -205,6 +220,115 @@ def test_the_new_spelling_says_the_same(name):
 def test_a_missing_scale_of_the_experts_is_that_of_the_released_code(name, scale):
     hf = {key: value for key, value in PUBLISHED[name][0].items() if key != "routed_scaling_factor"}
     assert from_hf(hf)[1]["route_scale"] == scale
+
+
+# Other models of the same network; as published, and the numbers of ours that are not V3's.
+MOONLIGHT = (
+    {"hidden_size": 2048, "intermediate_size": 11264, "moe_intermediate_size": 1408, "n_routed_experts": 64}
+    | {"num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None}
+    | {"n_group": 1, "topk_group": 1, "n_shared_experts": 2, "num_experts_per_tok": 6, "routed_scaling_factor": 2.446}
+    | {"first_k_dense_replace": 1, "rope_theta": 50000.0, "rope_scaling": None, "vocab_size": 163840}
+)
+KIMI_K2 = (
+    {"model_type": "kimi_k2", "num_attention_heads": 64, "num_key_value_heads": 64, "n_routed_experts": 384}
+    | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827}
+    | {"rope_theta": 50000.0, "num_nextn_predict_layers": 0, "vocab_size": 163840}
+    | {"rope_scaling": YARN | {"factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1}}
+)
+
+
+@pytest.mark.parametrize(
+    ("changed", "wanted"),
+    [
+        (MOONLIGHT, {"q_rank": 0, "n_shared_experts": 2, "n_groups": 1, "route_scale": 2.446, "yarn": {}}),
+        (KIMI_K2, {"q_rank": 1536, "n_experts": 384, "n_dense_layers": 1, "mtp_depth": 0, "rope_base": 50000.0}),
+        ({"first_k_dense_replace": 0}, {"n_dense_layers": 0}),
+        ({"first_k_dense_replace": 61}, {"n_dense_layers": 61}),
+        ({"first_k_dense_replace": 100}, {"n_dense_layers": 100}),
+        ({"n_shared_experts": 0}, {"n_shared_experts": 0}),
+        ({"n_shared_experts": None}, {"n_shared_experts": 0}),
+        ({"num_nextn_predict_layers": None}, {"mtp_depth": 0}),
+    ],
+    ids=str,
+)
+def test_v3_of_other_layers_is_read_and_written(changed, wanted):
+    hf = PUBLISHED["V3"][0] | changed
+    kind, numbers = from_hf(hf)
+    assert kind == "v3" and numbers | wanted == numbers
+    written = to_hf(kind, numbers)
+    assert written["model_type"] == "deepseek_v3"
+    assert from_hf(written) == (kind, numbers)
+    family(kind).Config.from_config(ConfigDict(numbers))
+
+
+@pytest.mark.parametrize(
+    ("rope", "wanted"),
+    [
+        ({}, {"mscale": 1.0, "mscale_all_dim": 0.0}),
+        ({"mscale": 0.7}, {"mscale": 1.0, "mscale_all_dim": 0.0}),
+        ({"mscale_all_dim": 0.7}, {"mscale": 1.0, "mscale_all_dim": 0.0}),
+        ({"mscale": 0.7, "mscale_all_dim": 0.5}, {"mscale": 0.7, "mscale_all_dim": 0.5}),
+        ({"attention_factor": 1.5, "truncate": False}, {"attention_factor": 1.5, "truncate": False}),
+        ({"attention_factor": None, "truncate": True}, {"mscale": 1.0}),
+        ({"beta_fast": 1}, {"beta_fast": 1.0, "beta_slow": 1.0}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["LLM 7B", "R1-Distill-Qwen 7B", "R1-0528-Qwen3 8B"])
+def test_yarn_of_dense_models(name, rope, wanted):
+    """Both temperatures count where both are given, else neither."""
+    hf = PUBLISHED[name][0] | {"rope_scaling": YARN | rope}
+    kind, numbers = from_hf(hf)
+    assert numbers["yarn"] | wanted == numbers["yarn"]
+    assert numbers["rope_factor"] == 1.0 and numbers["rope_llama3"] == {}
+    assert from_hf(to_hf(kind, numbers)) == (kind, numbers)
+
+
+def test_both_spellings_that_agree_are_read_as_one():
+    old = YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}
+    new = {"rope_type": "yarn", "rope_theta": 10000.0} | {key: value for key, value in old.items() if key != "type"}
+    assert from_hf(V3 | {"rope_scaling": old, "rope_parameters": new}) == from_hf(V3)
+    linear = {"type": "linear", "factor": 4.0}
+    twice = LLM | {"rope_theta": 5e5, "rope_scaling": linear, "rope_parameters": linear | {"rope_theta": 500000}}
+    assert from_hf(twice) == from_hf(LLM | {"rope_theta": 5e5, "rope_scaling": linear})
+    with pytest.raises(UserError, match="rope_scaling"):
+        from_hf(twice | {"rope_theta": 1e4})
+
+
+def test_a_width_of_heads_that_is_not_said_is_that_of_the_class():
+    hf = PUBLISHED["R1-0528-Qwen3 8B"][0] | {"hidden_size": 2048}
+    del hf["head_dim"]
+    assert from_hf(hf)[1]["head_width"] == 128
+    assert from_hf(LLM | {"hidden_size": 2048})[1]["head_width"] == 64
+
+
+@pytest.mark.parametrize(
+    "windows",
+    [
+        {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 0},
+        {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0},
+        {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 28},
+        {"use_sliding_window": True, "max_window_layers": 0, "layer_types": ["full_attention"] * 28},
+    ],
+    ids=str,
+)
+def test_windows_that_no_layer_has_are_passed_over(windows):
+    hf = PUBLISHED["R1-Distill-Qwen 7B"][0]
+    assert from_hf(hf | windows) == from_hf(hf)
+    with pytest.raises(UserError, match="use_sliding_window"):
+        from_hf(hf | {"use_sliding_window": True, "max_window_layers": 27})
+
+
+def test_what_is_read_otherwise_elsewhere_is_told_of():
+    assert remarks(PUBLISHED["V3"][0]) == []
+    (said,) = remarks(PUBLISHED["R1-0528-Qwen3 8B"][0])
+    assert "attn_factor=0.878" in said and "attention_factor" in said
+
+
+def test_biases_and_norms_of_queries_together_are_written_by_nobody():
+    numbers = r1_0528_qwen3_8b.get_config().model.to_dict() | {"attention_bias": True}
+    with pytest.raises(UserError, match="attention_bias beside qk_norm"):
+        to_hf("v1", numbers)
 
 
 def test_yarn_is_kept_as_published():
@@ -247,7 +371,7 @@ ROPE = LLM | {"rope_scaling": {"type": "linear", "factor": 4.0}}
     ("hf", "named"),
     [
         ({}, "model_type"),
-        ({"model_type": "kimi_k2"}, "kimi_k2"),
+        ({"model_type": "kimi_k25"}, "kimi_k25"),
         ({"model_type": "deepseek_v4"}, "deepseek_v4"),
         ({"model_type": ["llama"]}, "model_type"),
         (LLM | {"hidden_act": "gelu"}, "hidden_act"),
@@ -265,14 +389,16 @@ ROPE = LLM | {"rope_scaling": {"type": "linear", "factor": 4.0}}
         (V3 | {"quantization_config": FP8 | {"scale_fmt": "nvfp4"}}, "scale_fmt"),
         (V3 | {"quantization_config": [FP8]}, "quantization_config"),
         (LLM | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.type"),
-        (LLM | {"rope_scaling": YARN}, "rope_scaling.type"),
+        (PUBLISHED["MoE 16B"][0] | {"rope_scaling": YARN}, "rope_scaling.type"),
         (LLM | {"rope_scaling": {"factor": 4.0}}, "rope_scaling.rope_type"),
         (LLM | {"rope_parameters": {"rope_type": "default", "factor": 40}}, "rope_parameters.rope_type"),
         (V3 | {"rope_scaling": ROPE["rope_scaling"]}, "rope_scaling.type"),
         (LLM | {"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type"),
         (ROPE | {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),
-        (V3 | {"rope_scaling": YARN | {"attention_factor": 1.1}}, "rope_scaling.attention_factor"),
-        (V3 | {"rope_scaling": YARN | {"truncate": False}}, "rope_scaling.truncate"),
+        (V3 | {"rope_scaling": YARN | {"attention_factor": 0}}, "rope_scaling.attention_factor"),
+        (V3 | {"rope_scaling": YARN | {"truncate": 0}}, "rope_scaling.truncate"),
+        (V3 | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}, "rope_scaling"),
+        (V3 | {"rope_scaling": {}, "rope_parameters": YARN}, "rope_scaling"),
         (V3 | {"rope_scaling": YARN | {"factor": 0.5}}, "rope_scaling.factor"),
         (V3 | {"rope_scaling": YARN | {"beta_slow": 40}}, "rope_scaling.beta_fast"),
         (V3 | {"rope_scaling": {"type": "yarn", "factor": 40}}, "rope_scaling.original_max_position_embeddings"),
@@ -281,12 +407,15 @@ ROPE = LLM | {"rope_scaling": {"type": "linear", "factor": 4.0}}
         (V3 | {"scoring_func": "softmax"}, "scoring_func"),
         (V3 | {"topk_method": "greedy"}, "topk_method"),
         (V3 | {"norm_topk_prob": False}, "norm_topk_prob"),
-        (V3 | {"q_lora_rank": None}, "q_lora_rank"),
+        (V3 | {"q_lora_rank": 0}, "q_lora_rank"),
         (V3 | {"n_group": 7}, "n_group"),
         (V3 | {"topk_group": 9}, "topk_group"),
         (V3 | {"topk_group": 1, "num_experts_per_tok": 33}, "num_experts_per_tok"),
-        (V3 | {"first_k_dense_replace": 61}, "first_k_dense_replace"),
-        (V3 | {"first_k_dense_replace": 0}, "first_k_dense_replace"),
+        (V3 | {"first_k_dense_replace": -1}, "first_k_dense_replace"),
+        (V3 | {"first_k_dense_replace": None}, "first_k_dense_replace"),
+        (V3 | {"n_shared_experts": -1}, "n_shared_experts"),
+        ({key: value for key, value in V3.items() if key != "n_shared_experts"}, "n_shared_experts"),
+        (PUBLISHED["R1-0528-Qwen3 8B"][0] | {"attention_bias": True}, "attention_bias"),
         (V3 | {"num_key_value_heads": 8}, "num_key_value_heads"),
         (V3 | {"qk_rope_head_dim": 63}, "qk_rope_head_dim"),
         (V3 | {"num_nextn_predict_layers": -1}, "num_nextn_predict_layers"),
@@ -319,7 +448,7 @@ HOSTILE = (None, True, -1, 0, 1.5, 10**4000, float("nan"), float("inf"), "7168",
 def test_hostile_values_of_any_key(value):
     """One line by its key, or a value that this key may have; never another error, and never late."""
     start = time.process_time()
-    for name in ("V3", "R1-Distill-Llama 8B", "V2-Lite"):
+    for name in ("V3", "R1-Distill-Llama 8B", "R1-0528-Qwen3 8B", "V2-Lite"):
         hf = PUBLISHED[name][0]
         nested = [("rope_scaling", key) for key in hf["rope_scaling"]]
         nested += [("quantization_config", key) for key in hf.get("quantization_config", {})]

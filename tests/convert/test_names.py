@@ -8,6 +8,7 @@ from flax import nnx
 
 from deepseek_jax.configs import (
     moe_16b,
+    r1_0528_qwen3_8b,
     r1_distill_qwen_7b,
     tiny_moe,
     tiny_v1,
@@ -95,6 +96,20 @@ def test_an_expert_of_the_prediction_layer_by_hand():
     assert bias.places == ((("router_bias", "mtp", "0", "block", "experts", "router", "bias_E"), ()),)
 
 
+def test_shared_experts_of_no_width_are_hollow_tensors():
+    config = tiny_v3.get_config()
+    assert names.hollow(shapes_of(config)) == {}
+    config.model.n_shared_experts = 0
+    d_model, at = config.model.d_model, "model.layers.{}.mlp.shared_experts.{}_proj.weight"
+    assert names.hollow(shapes_of(config)) == {
+        at.format(layer, kind): (d_model, 0) if kind == "down" else (0, d_model)
+        for layer in range(1, config.model.n_layers + 1)
+        for kind in ("gate", "up", "down")
+    }
+    config.model.n_dense_layers, config.model.mtp_depth = config.model.n_layers, 0
+    assert names.hollow(shapes_of(config)) == {}
+
+
 @pytest.mark.parametrize(
     ("config", "n_tensors", "n_quantized"),
     [
@@ -103,6 +118,7 @@ def test_an_expert_of_the_prediction_layer_by_hand():
         (v2_lite, 5_291, None),
         (moe_16b, 5_466, None),
         (r1_distill_qwen_7b, 339, None),
+        (r1_0528_qwen3_8b, 399, None),
     ],
 )
 def test_numbers_of_published_tensors(config, n_tensors, n_quantized):

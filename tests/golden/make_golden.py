@@ -126,8 +126,45 @@ CONFIGS = {
     | dict(intermediate_size=132, quantization_config=FP8)
     | dict(rope_scaling=YARN | dict(type="yarn", mscale=1.0, mscale_all_dim=1.0)),
     "v3_mtp": V3 | dict(num_nextn_predict_layers=1),
+    # R1-0528-Qwen3: norms of queries and keys, heads of a width of their own, YaRN whose attn_factor is not read.
+    "r1_qwen3": BASE
+    | dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], head_dim=12, num_key_value_heads=2)
+    | dict(num_hidden_layers=1, rms_norm_eps=0.02, attention_bias=False, torch_dtype="bfloat16", rope_theta=1000000)
+    | dict(rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, attn_factor=0.878)),
 }
 NEW_SPELLING = ("r1_llama", "v2")
+NEAR = dict(original_max_position_embeddings=64, beta_fast=4, beta_slow=1)  # a context in which all of YaRN is felt
+ONE = V3 | dict(first_k_dense_replace=0, num_hidden_layers=1)
+# Compared live only (tests/parity): what else transformers loads of these types.
+SHAPES = {
+    # DeepSeek-Prover-V2 7B: YaRN in a Llama.
+    "prover": LLAMA | dict(rope_scaling=NEAR | dict(type="yarn", factor=16.0, mscale=1.0, mscale_all_dim=1.0)),
+    "qwen_yarn": QWEN
+    | dict(num_key_value_heads=2, torch_dtype="float16", rope_scaling=NEAR | dict(type="yarn", factor=4.0, mscale=0.7)),
+    "yarn_mscales": LLAMA | dict(rope_scaling=NEAR | dict(type="yarn", factor=4.0, mscale=1.0, mscale_all_dim=0.5)),
+    "yarn_factor": LLAMA
+    | dict(rope_scaling=NEAR | dict(rope_type="yarn", factor=4.0, attention_factor=1.3, truncate=False)),
+    # Moonlight: V3 without a latent of queries, without groups; here all layers have experts.
+    "moonlight": ONE | dict(q_lora_rank=None, n_group=1, topk_group=1, n_shared_experts=2, routed_scaling_factor=2.446),
+    # Kimi K2: YaRN whose band is one pair wide.
+    "kimi": ONE
+    | dict(model_type="kimi_k2", n_group=1, topk_group=1, rope_theta=50000.0)
+    | dict(rope_scaling=NEAR | dict(type="yarn", factor=32.0, beta_fast=1.0, mscale=1.0, mscale_all_dim=1.0)),
+    "no_shared": ONE | dict(n_shared_experts=0),
+    # No layer has experts; both spellings of the rotary numbers, which agree.
+    "all_dense": V3
+    | dict(first_k_dense_replace=2, rope_scaling=NEAR | dict(type="yarn", factor=4.0, mscale=1.0, mscale_all_dim=1.0))
+    | dict(rope_parameters=NEAR | dict(rope_type="yarn", factor=4, mscale=1, mscale_all_dim=1, rope_theta=10000.0)),
+    # The prediction layer has experts even where no other has.
+    "dense_mtp": V3
+    | dict(first_k_dense_replace=3, num_nextn_predict_layers=1)
+    | dict(rope_scaling=NEAR | dict(type="yarn", factor=4.0, attention_factor=1.3, truncate=False, mscale_all_dim=1.0)),
+    "v2_bare": V2
+    | dict(first_k_dense_replace=0, n_shared_experts=0, num_hidden_layers=1, topk_method="greedy")
+    | dict(n_group=None, topk_group=None, q_lora_rank=None, routed_scaling_factor=1.0),
+    "v2_all_dense": V2 | dict(first_k_dense_replace=2, topk_method="greedy", routed_scaling_factor=1.0),
+    "moe_bare": CONFIGS["moe"] | dict(first_k_dense_replace=0, n_shared_experts=0, num_hidden_layers=1),
+}
 FLOAT32 = "e_score_correction_bias"  # kept in float32 by every release
 
 
@@ -140,6 +177,8 @@ def build(config: dict, seed: int) -> tuple[torch.nn.Module, MtpModel | None]:
     known = dict(config)
     if config["model_type"] == "deepseek":
         known |= dict(model_type="llama", architectures=["LlamaForCausalLM"])
+    if config["model_type"] == "kimi_k2":  # the same network: its code for transformers is that of V3
+        known |= dict(model_type="deepseek_v3")
     known.pop("quantization_config", None)
     model = transformers.AutoModelForCausalLM.from_config(_parsed(known), dtype=torch.float32)
     if config["model_type"] == "deepseek":
@@ -173,7 +212,7 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
             elif weight.ndim == 1:
                 weight.copy_(0.2 * noise)
             else:
-                weight.copy_(noise if "embed" in name else noise * weight.shape[-1] ** -0.5)
+                weight.copy_(noise if "embed" in name else noise * max(weight.shape[-1], 1) ** -0.5)
 
 
 def published(model: torch.nn.Module, ahead: MtpModel | None, of=lambda weight: weight) -> dict[str, torch.Tensor]:
@@ -297,7 +336,7 @@ def random_ids(config: dict, seed: int) -> torch.Tensor:
 
 def made(name: str, seed: int) -> tuple[dict, dict[str, torch.Tensor], dict[str, np.ndarray]]:
     """A fresh model of a kind: (config.json, what the file holds, what transformers says)."""
-    config = CONFIGS[name]
+    config = (CONFIGS | SHAPES)[name]
     model, ahead = build(config, seed)
     tensors = stored(config, published(model, ahead))
     assign(model, ahead, read_back(tensors))

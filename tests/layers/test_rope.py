@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.layers.rope import Yarn, frequencies, rotate, softmax_scale, temperature
+from deepseek_jax.layers.rope import Yarn, frequencies, rotary_scale, rotate, rotate_halves, softmax_scale, temperature
 
 V3 = Yarn(factor=40, original_length=4096)
 
@@ -42,6 +42,7 @@ def test_a_scaled_rotation_is_the_rotation_scaled():
     x, at = np.ones((1, 2, 4), np.float32), np.array([[1, 2]])
     theta = frequencies(4, 1e4)
     np.testing.assert_allclose(rotate(x, at, theta, 3.0), 3 * rotate(x, at, theta), rtol=1e-6)
+    np.testing.assert_allclose(rotate_halves(x, at, theta, 3.0), 3 * rotate_halves(x, at, theta), rtol=1e-6)
     assert rotate(x.astype(jnp.bfloat16), at, theta).dtype == jnp.bfloat16
 
 
@@ -51,6 +52,27 @@ def test_yarn_blends_between_pairs_10_and_23():
     np.testing.assert_allclose(ratio[23:], 1 / 40, rtol=1e-12)
     i = np.arange(11, 23)
     np.testing.assert_allclose(ratio[11:23], (i - 10) / 13 / 40 + (23 - i) / 13)
+
+
+def test_a_band_of_yarn_between_equal_rotations_is_one_pair_wide():
+    """Kimi K2: beta_fast = beta_slow = 1; the pair that turns once over 4096 tokens lies between 19 and 20."""
+    ratio = frequencies(64, 5e4, Yarn(32, 4096, beta_fast=1.0, beta_slow=1.0)) / frequencies(64, 5e4)
+    np.testing.assert_allclose(ratio[:20], 1.0)
+    np.testing.assert_allclose(ratio[20:], 1 / 32)
+
+
+def test_a_band_of_yarn_need_not_begin_at_a_whole_pair():
+    ratio = frequencies(64, 1e4, Yarn(40, 4096, truncate=False)) / frequencies(64, 1e4)
+    low, high = (32 * np.log(4096 / (turns * 2 * np.pi)) / np.log(1e4) for turns in (32, 1))
+    stretch = np.clip((np.arange(32) - low) / (high - low), 0, 1)
+    np.testing.assert_allclose(ratio, stretch / 40 + 1 - stretch)
+
+
+def test_the_scale_of_rotated_values():
+    assert rotary_scale(None) == rotary_scale(V3) == 1.0
+    assert rotary_scale(Yarn(4, 64, mscale_all_dim=0.0)) == temperature(4, 1.0)
+    assert rotary_scale(Yarn(4, 64, mscale=1.0, mscale_all_dim=0.5)) == temperature(4, 1.0) / temperature(4, 0.5)
+    assert rotary_scale(Yarn(4, 64, attention_factor=1.3)) == 1.3
 
 
 def test_published_scales():

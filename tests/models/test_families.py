@@ -15,10 +15,11 @@ from deepseek_jax.convert import hf, names
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options, plan
-from deepseek_jax.launch.train import batch_ramp
+from deepseek_jax.launch.train import batch_ramp, build_trainer
 from deepseek_jax.layers.base import bind, decayed, logical_axes, split
 from deepseek_jax.layers.router import Balance
 from deepseek_jax.models import FAMILIES, family
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train.loss import Totals, Weights, losses
 
 B, T, SLOTS = 2, 12, 14
@@ -151,6 +152,37 @@ def test_weight_decay_shrinks_what_is_published_as_a_matrix(name):
     assert decays == found
 
 
+def test_a_run_from_before_norms_of_queries_is_read_as_one_without():
+    config = config_of("tiny_v1")
+    now = family("v1").Config.from_config(config.model)
+    del config.model.qk_norm, config.model.yarn
+    assert family("v1").Config.from_config(config.model) == now
+    assert "yarn" not in config.model
+
+
+# Layers as other releases have them: what changes in a tiny twin, and whose loads a step reports.
+SHAPES = [
+    ("tiny_v3", {"n_dense_layers": 0, "mtp_depth": 0, "q_rank": 0}, {"moe_blocks"}),
+    ("tiny_v3", {"n_shared_experts": 0}, {"moe_blocks", "mtp"}),
+    ("tiny_v3", {"n_dense_layers": 4}, {"mtp"}),
+    ("tiny_v3", {"n_dense_layers": 9, "mtp_depth": 0}, set()),
+    ("tiny_v2", {"n_dense_layers": 9}, set()),
+    ("tiny_moe", {"n_dense_layers": 0, "n_shared_experts": 0}, {"moe_blocks"}),
+]
+
+
+@pytest.mark.parametrize(("twin", "changed", "routers"), SHAPES)
+def test_a_step_of_other_layers_keeps_its_state_and_reports_its_routers(twin, changed, routers):
+    config = smaller(config_of(twin))
+    config.model.update(changed)
+    trainer = build_trainer(config, make_mesh(1, 1, jax.devices()[:1]))
+    ids_BT, weights_BT = (jax.ShapeDtypeStruct((B, T), dtype) for dtype in (jnp.int32, jnp.float32))
+    batch = Batch(ids_BT, ids_BT, ids_BT, ids_BT, weights_BT)
+    state, report = jax.eval_shape(trainer.step, trainer.abstract, batch)
+    assert jax.tree.map(lambda x: x.shape, state) == jax.tree.map(lambda x: x.shape, trainer.abstract)
+    assert set(report.loads) == routers
+
+
 def test_biases_do_not_decay():
     decays = dict(hf.leaves(decayed(abstract_module(qwen()))))
     assert {path[-1] for path, shrinks in decays.items() if not shrinks} == {
@@ -170,6 +202,7 @@ PUBLISHED = {
     "v2_lite": "15.706",
     "v2_236b": "235.741",
     "v3_671b": "671.026",
+    "r1_0528_qwen3_8b": "8.191",
     "r1_distill_qwen_1b5": "1.777",
     "r1_distill_qwen_7b": "7.616",
     "r1_distill_qwen_14b": "14.770",
@@ -247,7 +280,10 @@ def test_a_family_says_what_is_missing(name):
         ("tiny_v1", "rope_llama3", {"factor": 8.0}, "rope_llama3"),
         ("r1_distill_llama_8b", "rope_factor", 4.0, "rope_factor=4.0 beside rope_llama3"),
         ("tiny_moe", "top_k", 17, "smaller top_k"),
-        ("tiny_moe", "n_dense_layers", 4, "one MoE layer or more"),
+        ("tiny_moe", "n_dense_layers", -1, "0 or more"),
+        ("tiny_v3", "n_shared_experts", -1, "0 or more"),
+        ("r1_0528_qwen3_8b", "rope_factor", 4.0, "rope_factor=4.0 beside yarn"),
+        ("r1_0528_qwen3_8b", "yarn", {"factor": 4.0}, "yarn has the keys factor"),
         ("tiny_v2", "q_rank", -1, "0 or more"),
         ("tiny_v2", "n_groups", 3, "divide the experts"),
     ],

@@ -34,7 +34,14 @@ PUBLISHED = {
     "v2_lite": (15.706, 2.661, 2.451),
     "v2_236b": (235.741, 21.376, 20.852),
     "v3_671b": (671.026, 37.552, 36.626),
+    "r1_0528_qwen3_8b": (8.191, 8.191, 7.568),
 }
+# Sizes that differ from a config of ours, and the counts published of those models.
+MOONLIGHT = {"vocab_size": 163_840, "d_model": 2048, "n_layers": 27, "n_dense_layers": 1, "dense_width": 11_264}
+MOONLIGHT |= {"n_heads": 16, "q_rank": 0, "n_experts": 64, "n_shared_experts": 2, "expert_width": 1408, "top_k": 6}
+MOONLIGHT |= {"n_groups": 1, "top_groups": 1, "mtp_depth": 0}
+KIMI_K2 = {"vocab_size": 163_840, "n_dense_layers": 1, "n_heads": 64, "n_experts": 384, "n_groups": 1, "top_groups": 1}
+KIMI_K2 |= {"mtp_depth": 0}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -59,6 +66,29 @@ def test_multi_token_prediction_of_v3_is_counted_apart():
 )
 def test_bytes_of_the_cache_a_token(name, n_bytes):
     assert cache_bytes(name) == n_bytes
+
+
+def changed(name: str, **model):
+    config = _options.load(name)
+    config.model.update(model)
+    module = family(config.family)
+    return describe(module, module.Config.from_config(config.model))
+
+
+@pytest.mark.parametrize(("sizes", "total", "active"), [(MOONLIGHT, 15.96, 2.24), (KIMI_K2, 1026.41, 32.0)])
+def test_counts_of_other_models_of_the_same_network(sizes, total, active):
+    """Moonlight says 15.96B and 2.24B, without embedding and head; Kimi K2 1T and 32B."""
+    found = count(changed("v3_671b", **sizes))
+    assert found.total / 1e9 == pytest.approx(total, abs=0.01)
+    shown = found.active_without_embedding - (found.head if total < 100 else 0)
+    assert shown / 1e9 == pytest.approx(active, abs=0.01 if total < 100 else 0.5)
+
+
+def test_a_network_without_experts_is_dense():
+    found = count(changed("tiny_v3", n_dense_layers=4, mtp_depth=0))
+    assert found.experts == found.router_biases == 0
+    assert found.active == found.total
+    assert changed("tiny_v3", n_dense_layers=4, mtp_depth=0).n_experts == 1
 
 
 @pytest.mark.parametrize("name", ["tiny_v1", "tiny_moe", "tiny_v2", "tiny_v2_lite", "tiny_v3"])

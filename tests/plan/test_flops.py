@@ -43,6 +43,13 @@ def test_the_shapes_give_what_the_formula_says(name, seq_len):
     assert training(network(name), seq_len) == written_out(_options.load(name).model, seq_len)
 
 
+@pytest.mark.parametrize("changed", [{"n_dense_layers": 0}, {"n_shared_experts": 0}, {"n_dense_layers": 4}], ids=str)
+def test_shapes_of_other_releases_give_what_the_formula_says(changed):
+    m = _options.load("tiny_v3").model
+    m.update(changed)
+    assert training(network("tiny_v3", **changed), 256) == written_out(m, 256)
+
+
 def test_the_training_log_counts_causally_and_with_multi_token_prediction():
     config = _options.load("tiny_v3")
     trainer = train.build_trainer(config, make_mesh(devices=jax.devices()[:1]))
