@@ -119,10 +119,15 @@ class Generator:
         if not (temperature >= 0 and 0 <= top_p <= 1):
             raise UserError(f"temperature={temperature}, top_p={top_p}: wanted 0 or more, and a number from 0 to 1.")
         longest = max(map(len, prompts))
+        if longest >= n_positions:
+            raise UserError(
+                f"a prompt of {longest} tokens fills the {n_positions} positions that the model was trained on. "
+                f"Give the end of the text alone (the last {n_positions // 2} tokens), or raise n_positions."
+            )
         if longest + max_new_tokens > n_positions:
             raise UserError(
                 f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the {n_positions} positions that "
-                f"the model was trained on. Ask for {max(n_positions - longest, 0)} or fewer, or raise n_positions."
+                f"the model was trained on. Ask for {n_positions - longest} or fewer, or raise n_positions."
             )
         for prompt in prompts:
             if prompt.min() < 0 or prompt.max() >= self.vocab_size:

@@ -68,6 +68,8 @@ def test_all_positions_can_be_used_and_not_one_more(network):
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
+        ([[1] * 32], {}, r"a prompt of 32 tokens fills the 32 positions .* \(the last 16 tokens\)"),
+        ([[1] * 99], {}, "a prompt of 99 tokens fills the 32 positions"),
         ([[]], {}, "a prompt is empty"),
         ([], {}, "a prompt is empty"),
         ([[1, 272]], {}, "ids 1..272: wanted 0..271"),
