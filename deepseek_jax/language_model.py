@@ -4,7 +4,7 @@
 
     model = dsj.build("tiny_v3")            # fresh weights
     model = dsj.load("runs/tiny_v3")        # those of a run
-    model = dsj.load("DeepSeek-V2-Lite")    # those of a Hugging Face directory
+    model = dsj.load("DeepSeek-V2-Lite")    # those of a Hugging Face directory, or a hub id: deepseek-ai/…
     logits = model([[1, 2, 3]])             # float32, (1, 3, V)
     model.complete("def main(")             # text
     model.module.moe_blocks                 # the network itself
@@ -215,12 +215,13 @@ def build(config: str | ConfigDict, seed: int = 0) -> LanguageModel:
 
 
 def load(path: str | os.PathLike, precision: str | None = None) -> LanguageModel:
-    """The model of a run, from its newest intact checkpoint, or of a Hugging Face directory of published weights.
+    """The model of a run, from its newest intact checkpoint, or of published weights, which may be on the hub.
 
     Weights keep the dtypes in which they are stored, but for 8-bit ones, which become bfloat16.
 
     Args:
-        path: the workdir of a run, its directory of checkpoints, or a directory with config.json and safetensors files.
+        path: the workdir of a run, its directory of checkpoints, a directory with config.json and safetensors files, or
+            the id of such a model on the Hugging Face hub (owner/name), which is downloaded to the hub's cache.
         precision: what to compute in, "fp32" or "bf16"; by default that of the run, or of most published weights.
 
     Raises:

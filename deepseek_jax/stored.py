@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from deepseek_jax import release
 from deepseek_jax.abstract_model import abstract_weights, check_memory
-from deepseek_jax.convert import hf
+from deepseek_jax.convert import formats, hf, hub
 from deepseek_jax.convert.names import flatten
 from deepseek_jax.convert.place import place
 from deepseek_jax.data.tokenizer import open_tokenizer
@@ -37,7 +37,7 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[ConfigDict, Tree, str]:
 
 def _open_published(path: str | os.PathLike) -> tuple[ConfigDict, hf.Source]:
     """The config of published weights and where to read them from; of the files only headers are read."""
-    directory = Path(path).expanduser()
+    directory = hub.local(path)
     published = hf.open_published(directory)
     config = published_config(published, directory.resolve())
     return config, hf.Source(published, abstract_weights(config))
@@ -81,6 +81,9 @@ def read_weights(path: str | os.PathLike, target: Tree) -> tuple[ConfigDict, Tre
 
 def config_of(path: str | os.PathLike) -> ConfigDict:
     """The config of what `load` would open; of the weights only names and shapes are read."""
+    if hub.is_id(path):
+        directory = hub.local(path, weights=False)
+        return published_config(hf.announced(directory), directory)
     if is_published(path):
         directory = Path(path).expanduser()
         return published_config(hf.open_published(directory), directory.resolve())
@@ -90,27 +93,32 @@ def config_of(path: str | os.PathLike) -> ConfigDict:
 def tokenizer_of(path: str | os.PathLike) -> str:
     """The tokenizer of what `load` would open, as `config.data.tokenizer` names it; "none" if there is none."""
     if is_published(path):
-        return release.kept_tokenizer(Path(path).expanduser()) or "none"
+        return release.kept_tokenizer(hub.local(path, weights=False)) or "none"
     return config_of(path).data.tokenizer
 
 
 def is_published(path: str | os.PathLike) -> bool:
     """Whether this is a directory of published weights rather than of a run."""
     path = Path(path).expanduser()
-    return (path / hf.CONFIG).is_file() and not (path / "checkpoints").is_dir()
+    return hub.is_id(path) or ((path / hf.CONFIG).is_file() and not (path / "checkpoints").is_dir())
 
 
 def published_config(published: hf.Published, directory: Path) -> ConfigDict:
     """The config of a published model: its numbers over the defaults of a run, the tokenizer that it brings or none."""
     config = _defaults()
-    config.name, config.family = directory.name, published.family
+    config.name, config.family = _name(directory), published.family
     config.model = ConfigDict(published.numbers)
-    is_wide = published.tensors.info(hf.EMBEDDING).dtype == "F32"
-    config.precision = "fp32" if is_wide else "bf16"
+    config.precision = "fp32" if published.is_wide else "bf16"
     config.data.seq_len = published.facts.n_positions
     config.data.tokenizer = release.kept_tokenizer(directory) or "none"
     config.release = ConfigDict(release.of_published(published, directory))
     return config.lock()
+
+
+def _name(directory: Path) -> str:
+    """The name of a published model, also in the hub's cache: models--OWNER--NAME/snapshots/COMMIT."""
+    is_cached = directory.parent.name == "snapshots"
+    return directory.parent.parent.name.split("--")[-1] if is_cached else directory.name
 
 
 def export(config: ConfigDict, directory: str | os.PathLike, abstract: Tree, get: hf.Get, dtype: str, **options):
@@ -131,10 +139,11 @@ def export(config: ConfigDict, directory: str | os.PathLike, abstract: Tree, get
 def checkpoint_directory(path: str | os.PathLike) -> Path:
     """Where the checkpoints are, given a run's workdir or that directory itself. Raises UserError if nowhere."""
     path = Path(path).expanduser()
+    formats.check_path(path)
     if not path.is_dir():
         raise UserError(
             f"{path}: no such directory. Give the workdir of a run, as made by deepseek-jax train, or a directory of "
-            "published weights (to be downloaded first)."
+            "published weights, or the id of a model on the Hugging Face hub, like deepseek-ai/DeepSeek-V2-Lite."
         )
     if (path / "checkpoints").is_dir():
         return path / "checkpoints"

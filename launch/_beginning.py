@@ -1,6 +1,7 @@
 """Weights to begin with: what a run takes from the directory that ``train.init_from`` or ``--config`` names.
 
     deepseek-jax train --config=DIR                       # everything comes from DIR: see `fine_tuning`
+    deepseek-jax train --config=deepseek-ai/deepseek-llm-7b-base          # likewise, from the hub
     deepseek-jax train --config.train.init_from=DIR       # the same
     deepseek-jax train --config=mine.py --config.train.init_from=DIR      # the recipe of mine.py, DIR's weights
 
@@ -27,11 +28,20 @@ The quick brown fox, 1234567890 times: "naïve" café, don't – 東京の城, �
 """
 
 
+def is_origin(name: str) -> bool:
+    """Whether this names a directory here or, being no path, a model of the hub."""
+    from deepseek_jax.convert import hub
+
+    return os.path.isdir(os.path.expanduser(name)) or (hub.is_id(name) and not name.endswith(".py"))
+
+
 def directory(name: str, flag: str) -> str:
-    """Returns the absolute path of a directory that the user has named; UserError if there is none."""
+    """Returns the absolute path of a directory that the user has named, or an id of the hub; UserError for others."""
+    if not os.path.isdir(os.path.expanduser(name)) and is_origin(name):
+        return name
     path = os.path.abspath(os.path.expanduser(name))
     if not os.path.isdir(path):
-        raise UserError(f"{flag}={name}: no such directory. Give a run's, or one of published weights.")
+        raise UserError(f"{flag}={name}: no such directory. Give a run's, published weights, or an id of the hub.")
     return path
 
 
@@ -128,7 +138,9 @@ def check_sizes(config: ConfigDict) -> None:
     """Raises UserError unless the weights to begin with are those of the config's model; reads headers only."""
     from deepseek_jax import stored
     from deepseek_jax.abstract_model import abstract_weights
+    from deepseek_jax.convert import hub
 
     if config.train.init_from:
+        hub.local(config.train.init_from)  # a download comes before all that takes long
         source = stored.config_of(config.train.init_from)
         stored.check_shapes(config.train.init_from, abstract_weights(source), abstract_weights(config))

@@ -104,7 +104,7 @@ def load(name: str, flag: str = "--config") -> ConfigDict:
 
     ``config.name`` is filled in.  Messages call the name the value of ``flag``.
     """
-    if flag.endswith(BEGINNING) or (name not in names() and Path(name).expanduser().is_dir()):
+    if flag.endswith(BEGINNING) or (name not in names() and _beginning.is_origin(name)):
         defaults = importlib.import_module("deepseek_jax.configs.base").get_config()
         return _beginning.fine_tuning(_beginning.directory(name, flag), defaults).lock()
     is_path = name.endswith(".py") or "/" in name or "\\" in name

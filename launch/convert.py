@@ -1,6 +1,6 @@
 """Turn a published model, a Hugging Face directory, into a checkpoint that every other verb reads.
 
-    deepseek-jax convert --from=DeepSeek-V2-Lite --workdir=runs/v2_lite
+    deepseek-jax convert --from=DeepSeek-V2-Lite --workdir=runs/v2_lite      # a directory, or a hub id
     deepseek-jax generate --workdir=runs/v2_lite --prompt="def main("
     deepseek-jax convert --from=DeepSeek-V3 --workdir=runs/v3          # FP8 weights become bfloat16: 1.3 TB of disk
 
@@ -25,7 +25,11 @@ from deepseek_jax.launch._progress import Progress, clock, peak_memory_bytes
 
 DTYPES = {"keep": None, "bf16": "bfloat16", "fp32": "float32"}
 FLAGS = {
-    "from": (Path, _options.REQUIRED, "directory with config.json and safetensors files, in FP8 or not"),
+    "from": (
+        Path,
+        _options.REQUIRED,
+        "directory of published weights, or its id on the hub, like deepseek-ai/DeepSeek-V2-Lite",
+    ),
     "dtype": (str, "keep", "of the weights: keep, bf16 or fp32; router biases are kept always"),
 }
 STEP = 0
@@ -56,11 +60,13 @@ def convert(source: Path, workdir: Path, dtype: str) -> None:
 
     from deepseek_jax import release
     from deepseek_jax.abstract_model import abstract_weights
+    from deepseek_jax.convert import hub
     from deepseek_jax.convert.hf import Source, copy_files, open_published
     from deepseek_jax.saved_config import to_json
     from deepseek_jax.stored import published_config
     from deepseek_jax.train import streamed, tree
 
+    source = hub.local(source)
     published = open_published(source)
     if source.resolve() == workdir.resolve():
         raise UserError(f"--workdir={workdir} is the published directory itself. Give another one.")

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from deepseek_jax.convert import hub
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
 
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> int:
     """Runs the verb; returns the exit code."""
     options = _options.parse(argv, extra=FLAGS, config=False)
     workdir = options.workdir or DEFAULT_WORKDIR
-    if not workdir.is_dir():
+    if not workdir.is_dir() and not (options.workdir and hub.is_id(workdir) and not workdir.parent.is_dir()):
         raise UserError(f"{workdir}: no such directory. Train first (deepseek-jax train --workdir={workdir}).")
     prompt = read_prompt(options.prompt)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import deepseek_jax
+from deepseek_jax.convert import hub
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _beginning, _options, convert, export, inspect, train
 from deepseek_jax.saved_config import to_json
@@ -130,6 +131,20 @@ def test_inspect_shows_the_numbers_of_a_directory(published, capsys):
     out = capsys.readouterr().out
     for line in ("config.family = 'v1'", "config.model.vocab_size = 64", "config.model.rope_base = 10000.0"):
         assert line in out.splitlines()
+
+
+def test_an_id_of_the_hub_is_a_beginning_of_which_only_what_is_said_is_fetched_first(published, monkeypatch, capsys):
+    fetched = []
+    monkeypatch.setattr(hub, "_download", lambda name, *_: fetched.append((name, _[-1])) or published)
+    hub._snapshot.cache_clear()
+    config = resolved("--config=some/llm")
+    assert inspect.main(["--config=some/llm"]) == 0 and "family v1" in capsys.readouterr().out
+    assert fetched == [("some/llm", hub.SMALL)]
+    assert config.train.init_from == "some/llm" and config.model == config_of(published).model
+    assert config.data.tokenizer == str(published / "tokenizer.json") and config.release.end_ids == (0, 1, 63)
+    _beginning.check_sizes(config)
+    assert [patterns for _, patterns in fetched[1:]] == [hub.SMALL, (*hub.SMALL, *hub.WEIGHTS)]
+    hub._snapshot.cache_clear()
 
 
 @pytest.mark.slow

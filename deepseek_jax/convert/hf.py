@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from deepseek_jax.convert import hf_config, names, safetensors
+from deepseek_jax.convert import formats, hf_config, names, safetensors
 from deepseek_jax.convert.safetensors import Tensors
 from deepseek_jax.errors import UserError
 from deepseek_jax.precision.quantize import quantize_blocks
@@ -62,7 +62,7 @@ class Published:
     Attributes:
         family, numbers: see `hf_config.from_hf`.
         facts: see `hf_config.Facts`.
-        tensors: the files.
+        tensors: the files; None if only what is said of them was looked at.
         config: config.json as it stands.
         generation_eos_ids: marks of end that generation_config.json names.
     """
@@ -70,9 +70,16 @@ class Published:
     family: str
     numbers: dict[str, Any]
     facts: hf_config.Facts
-    tensors: Tensors
+    tensors: Tensors | None
     config: dict[str, Any]
     generation_eos_ids: tuple[int, ...]
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the weights are in float32: the embedding of those that were looked at, else as config.json says."""
+        if self.tensors is not None:
+            return self.tensors.info(EMBEDDING).dtype == "F32"
+        return "float32" in (self.config.get("torch_dtype"), self.config.get("dtype"))
 
 
 def open_published(directory: str | PathLike, warn: Warn = warn_on_stderr) -> Published:
@@ -85,6 +92,7 @@ def open_published(directory: str | PathLike, warn: Warn = warn_on_stderr) -> Pu
         UserError: not such a directory, a model of no known family, or files that are damaged.
     """
     directory = Path(directory).expanduser()
+    formats.check_path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory. Give one with {CONFIG} and safetensors files.")
     if not (directory / CONFIG).is_file():
@@ -101,9 +109,24 @@ def open_published(directory: str | PathLike, warn: Warn = warn_on_stderr) -> Pu
     elif left := _left_out(tensors, numbers):
         said = f"num_nextn_predict_layers={numbers['mtp_depth']} in {CONFIG}"
         warn(f"{directory}: {', '.join(f'{at}*' for at in left)}: more multi-token prediction than {said}: left out.")
-    generation = directory / GENERATION_CONFIG
-    ends = hf_config.eos_ids(safetensors.read_json(generation), str(generation)) if generation.is_file() else ()
-    return Published(family, numbers, hf_config.facts(config), tensors, config, ends)
+    return Published(family, numbers, hf_config.facts(config), tensors, config, _generation_eos_ids(directory))
+
+
+def announced(directory: Path) -> Published:
+    """What `open_published` says of a directory, from config.json and the index of the weights alone."""
+    config = safetensors.read_json(directory / CONFIG)
+    family, numbers = hf_config.from_hf(config)
+    index = directory / safetensors.INDEX
+    named = safetensors.read_json(index).get("weight_map") if index.is_file() else None
+    first_ahead = f"model.layers.{numbers['n_layers']}."
+    if numbers.get("mtp_depth") and isinstance(named, dict) and not any(name.startswith(first_ahead) for name in named):
+        numbers["mtp_depth"] = 0
+    return Published(family, numbers, hf_config.facts(config), None, config, _generation_eos_ids(directory))
+
+
+def _generation_eos_ids(directory: Path) -> tuple[int, ...]:
+    file = directory / GENERATION_CONFIG
+    return hf_config.eos_ids(safetensors.read_json(file), str(file)) if file.is_file() else ()
 
 
 def _left_out(tensors: Tensors, numbers: dict[str, Any]) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from deepseek_jax.convert import formats
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.rope import Yarn
 
@@ -364,6 +365,7 @@ def _yarn(rope: dict, where: str) -> dict:
 
 def _check_quantization(hf: Mapping[str, Any]) -> None:
     """Raises UserError for anything but DeepSeek's FP8 in blocks of 128 x 128."""
+    formats.check_bits(hf)
     found = hf.get("quantization_config")
     if found is None:
         return

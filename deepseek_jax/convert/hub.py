@@ -1,0 +1,156 @@
+"""A model of the Hugging Face hub as a directory: its id, owner/name, works wherever a directory does.
+
+    local("deepseek-ai/DeepSeek-V2-Lite")     the directory in the hub's cache, downloaded if need be
+    local("DeepSeek-V2-Lite")                 itself: only owner/name that is no path here is an id
+
+A revision may follow after @.  What is small comes first, so that a model of no known family is refused before its
+weights are fetched; of the weights only safetensors are.  Downloads show progress; a connection that breaks is resumed
+within a file, and a download that was killed keeps its whole files.  All of it is in the hub's cache (HF_HOME), and
+HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE hold here too.
+"""
+
+import functools
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from deepseek_jax.convert import formats, safetensors
+from deepseek_jax.errors import UserError
+
+ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,100})?")
+SMALL = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "LICENSE*", "tokenization_*.py")
+WEIGHTS = ("*.safetensors",)
+FOLDERS = ("*/*",)  # other formats of the same weights
+LINE_EVERY_S = 30  # of progress, where that goes to a file
+SPARE_BYTES = 2**26
+REFUSED = ("GatedRepoError",)
+UNKNOWN = ("RepositoryNotFoundError", "RevisionNotFoundError", "HFValidationError")
+OFFLINE = ("OfflineModeIsEnabled",)
+
+
+def is_id(name: str | os.PathLike) -> bool:
+    """Whether this names a model of the hub: owner/name, and no path that exists here."""
+    return bool(ID.fullmatch(os.fspath(name))) and not os.path.lexists(name)
+
+
+def local(name: str | os.PathLike, weights: bool = True) -> Path:
+    """The directory of a model: of a path itself, of an id its snapshot in the cache.
+
+    Args:
+        name: a path, or owner/name.
+        weights: whether the weights are needed, too, or only what is said of them.
+
+    Raises:
+        UserError: no such model, no access to it, no connection, or no space for it, in one line or two.
+    """
+    return _snapshot(os.fspath(name), weights) if is_id(name) else Path(name).expanduser()
+
+
+@functools.cache
+def _snapshot(name: str, weights: bool) -> Path:
+    """Downloads what is not in the cache; once per process, so that a run sees one state of the model."""
+    from deepseek_jax.convert import hf
+
+    repository, _, revision = name.partition("@")
+    directory = _download(name, repository, revision, SMALL)
+    if not (directory / formats.CONFIG).is_file():
+        raise UserError(f"{name} on the hub: {_what_else(repository, revision, directory)}")
+    if not weights:
+        return directory
+    hf.announced(directory)  # refuses a model that could not be used before it is downloaded
+    _check_space(name, directory)
+    return _download(name, repository, revision, (*SMALL, *WEIGHTS))
+
+
+def _download(name: str, repository: str, revision: str, patterns: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    options = {"revision": revision or None, "allow_patterns": list(patterns), "ignore_patterns": list(FOLDERS)}
+    try:
+        return Path(snapshot_download(repository, tqdm_class=_bars(), **options))
+    except Exception as error:  # the library's own, those of its HTTP library, and OSErrors
+        raise UserError(f"{name}: no such directory here, and {_reason(repository, error)}") from error
+
+
+def _bars():
+    """The library's progress bars; where nobody watches a terminal, a line now and then."""
+    from huggingface_hub.utils import tqdm
+
+    class Bars(tqdm):
+        """Bars that are drawn seldom."""
+
+        def __init__(self, *given, **options):
+            if not sys.stderr.isatty():
+                options |= {"mininterval": LINE_EVERY_S, "maxinterval": 2 * LINE_EVERY_S}
+            super().__init__(*given, **options)
+
+    return Bars
+
+
+def _reason(repository: str, error: Exception) -> str:
+    """What kept a model from being downloaded, and what to do."""
+    from huggingface_hub import constants
+
+    chain = list(_causes(error))
+    kinds = {kind.__name__ for cause in chain for kind in type(cause).__mro__}
+    statuses = [cause.response.status_code for cause in chain if getattr(cause, "response", None) is not None]
+    site = constants.ENDPOINT
+    if kinds.intersection(REFUSED) or 403 in statuses:
+        return (
+            f"{site} gives access to it on request only: ask for it on {site}/{repository}, then log in with "
+            "hf auth login, or set HF_TOKEN."
+        )
+    if kinds.intersection(UNKNOWN) or {401, 404} & {*statuses}:
+        return (
+            f"{site} has no model of that name that you may read. Check the name; for a private one log in with "
+            "hf auth login, or set HF_TOKEN."
+        )
+    elsewhere = f"Or download it elsewhere (hf download {repository} --local-dir=DIR) and give that directory."
+    if kinds.intersection(OFFLINE) or constants.HF_HUB_OFFLINE:
+        cache = constants.HF_HUB_CACHE
+        return f"HF_HUB_OFFLINE is set and {cache} does not hold all of it. Unset HF_HUB_OFFLINE. {elsewhere}"
+    if any(isinstance(cause, OSError) and cause.errno == 28 for cause in chain):
+        return f"the disk of {constants.HF_HUB_CACHE} is full. Make space, or set HF_HOME; what is there is kept."
+    if statuses:
+        return f"{site} answers with status {statuses[0]}. Try again later: what is there is kept. {elsewhere}"
+    last = str(chain[-1]).strip().splitlines() or [type(chain[-1]).__name__]
+    return f"{site} cannot be reached ({last[0][:150]}). Check the connection and try again. {elsewhere}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _what_else(repository: str, revision: str, directory: Path) -> str:
+    """What a repository without a config.json is."""
+    from huggingface_hub import HfApi
+
+    try:
+        names = HfApi().list_repo_files(repository, revision=revision or None)
+    except Exception:  # no connection: what is in the cache will do
+        names = os.listdir(directory) if directory.is_dir() else []
+    adapter = directory / formats.ADAPTER
+    said = formats.describe(sorted(names), safetensors.read_json(adapter) if adapter.is_file() else {})
+    return said or f"no {formats.CONFIG} in it. Give the id of a language model in the format of transformers."
+
+
+def _check_space(name: str, directory: Path) -> None:
+    """Raises UserError where the cache's disk is too small for the weights that the index announces."""
+    index = directory / safetensors.INDEX
+    metadata = safetensors.read_json(index).get("metadata") if index.is_file() else None
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if not isinstance(total, int):
+        return
+    blobs = directory.parent.parent / "blobs"
+    there = sum(file.stat().st_size for file in blobs.iterdir()) if blobs.is_dir() else 0
+    free, needed = shutil.disk_usage(directory).free, total - there + SPARE_BYTES
+    if needed > free:
+        raise UserError(
+            f"{name}: {needed / 1e9:,.1f} GB to download, {free / 1e9:,.1f} GB free on the disk of {directory}. "
+            "Make space, or set HF_HOME to a larger disk."
+        )
