@@ -309,7 +309,7 @@ def test_the_verbs_work_on_a_run(model, tmp_path, capsys):
 
     assert generate.main([*words, "--max-tokens=1000", "--temperature=0"]) == 0
     assert "stopped after 32 tokens" in capsys.readouterr().err
-    with pytest.raises(UserError, match="a prompt of 32 tokens"):
+    with pytest.raises(UserError, match="the prompt has 32 tokens"):
         generate.main([f"--workdir={tmp_path}", f"--prompt={'x' * 32}"])
 
     assert inspect.main([f"--workdir={tmp_path}"]) == 0
