@@ -19,6 +19,7 @@ from deepseek_jax.errors import UserError
 
 SEQ_LEN = 2048  # tokens of a training sequence, if the model is meant for as many
 RATE = 1e-5
+FOREVER = 1_000_000_000  # steps at the peak rate, which so is the only rate to set
 PREDICTION = 0.1  # lambda of multi-token prediction, its last value in pre-training (V3 section 4.2)
 BALANCE = {"v3": 1e-4, "v2": 1e-3, "moe": 1e-3}  # alpha of the sequence-wise balance loss, as in pre-training
 # What two tokenizers must read as the same ids to be taken for the same.
@@ -75,8 +76,8 @@ def fine_tuning(origin: str, config: ConfigDict) -> ConfigDict:
     train.mtp_weight = train.mtp_weight_final = PREDICTION if source.model.get("mtp_depth") else 0.0
     train.balance_rate, train.balance_loss = 0.0, BALANCE.get(source.family, 0.0)
     optimizer = config.optimizer
-    optimizer.warmup_steps, optimizer.peak_rate = 20, RATE
-    optimizer.tail_rate = optimizer.final_rate = RATE
+    optimizer.warmup_steps, optimizer.constant_steps = 20, FOREVER
+    optimizer.peak_rate = optimizer.tail_rate = optimizer.final_rate = RATE
     return config
 
 

@@ -201,21 +201,23 @@ class Loop:
         self.checkpoints.report()
 
     def evaluate(self, state: State, step: int) -> float | None:
-        """Bits per byte of the main model on held-out text."""
+        """Bits per byte of the main model on held-out text; what is recorded besides is its loss per target."""
         if self.held_out is None:
             return None
         with self.metrics.paused():
-            nats, n_bytes, size = 0.0, 0.0, self.ramp.final
+            sums, size = np.zeros(3), self.ramp.final
             for first in range(0, min(size * self.config.eval_batches, self.held_out.n_samples), size):
                 start, count = local_rows(first, size)
                 rows = self.held_out.rows(start, count)
                 is_new_B = np.arange(start, start + count) < self.held_out.n_samples  # past the end it begins anew
                 rows = rows._replace(weights_BT=rows.weights_BT * is_new_B[:, None])
-                found = self._evaluate(state, global_batch(rows, self.trainer.mesh))
-                nats, n_bytes = nats + float(found.nats), n_bytes + float(found.n_bytes)
-            bits = nats / (n_bytes * math.log(2))
-            self.metrics.evaluation(step, {"bits_per_byte": bits})
-        return bits
+                sums += [float(part) for part in self._evaluate(state, global_batch(rows, self.trainer.mesh))]
+            nats, n_bytes, weight = sums.tolist()
+            figures = {"main": nats / weight}
+            if n_bytes:  # answers that are nothing but their end marks have none
+                figures["bits_per_byte"] = nats / (n_bytes * math.log(2))
+            self.metrics.evaluation(step, figures)
+        return figures.get("bits_per_byte")
 
     def save(self, step: int, state: State) -> None:
         """Hands the state to the checkpointer, which writes while training goes on."""

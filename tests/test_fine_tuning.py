@@ -1,0 +1,84 @@
+"""From a downloaded directory and a file of conversations to a directory that answers: three commands."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import deepseek_jax as dsj
+from deepseek_jax.data import chat
+from deepseek_jax.data.conversations import Encoder, unflatten
+from deepseek_jax.launch import _options, export, train
+
+TEMPLATE = "{# is_last_user #}<｜User｜><｜Assistant｜>"  # what tells V3's from the others
+NANO = str(Path(__file__).parent / "train" / "nano_v3.py")
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """The folder of all: `published` as downloaded, the run, and `out` as exported."""
+    folder = tmp_path_factory.mktemp("tuned")
+    config = _options.load(NANO)
+    config.data.seq_len = 64
+    dsj.save_pretrained(dsj.build(config, seed=0), folder / "published", dtype="fp32")
+    (folder / "published" / "chat_template.jinja").write_text(TEMPLATE)
+    dice = random.Random(0)
+    rows = []
+    for _ in range(80):
+        messages = []
+        for _ in range(dice.randrange(1, 3)):
+            word = "".join(dice.choices("abcdefgh", k=dice.randrange(2, 9)))
+            messages += [{"role": "user", "content": word}, {"role": "assistant", "content": "yes, yes"}]
+        rows.append({"messages": messages})
+    (folder / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"--config={folder}/published", f"--workdir={folder}/run", f"--config.data.source={folder}/talks.jsonl"]
+    words += ["--config.data.holdout_rate=0.2", "--config.data.seq_len=64", f"--config.data.cache_dir={folder}/cache"]
+    words += ["--config.train.steps=40", "--config.train.eval_every=20", "--config.train.log_every=10"]
+    words += ["--config.optimizer.peak_rate=1e-2", "--config.optimizer.warmup_steps=5"]
+    words += ["--config.mesh.data=1", "--no-sample"]
+    assert train.main(words) == 0
+    assert export.main([f"--workdir={folder}/run", f"--to={folder}/out", "--dtype=fp32"]) == 0
+    return folder
+
+
+def examples(folder: Path, tokenizer) -> list:
+    """What is learnt of the first two conversations."""
+    lines = (folder / "talks.jsonl").read_text().splitlines()[:2]
+    encoder = Encoder(tokenizer, chat.template_for(folder / "published"), "answers")
+    return [example for array in encoder.encode_batch(lines) for example in unflatten(array)]
+
+
+def loss(logits_TV: np.ndarray, example) -> float:
+    """Mean over what is learnt of -log p."""
+    logits_TV = np.float64(logits_TV[:-1])
+    log_p = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
+    return -log_p[np.arange(len(log_p)), example.ids[1:]][example.is_learnt[1:]].mean()
+
+
+@pytest.mark.slow
+def test_a_fine_tuned_directory_answers(tuned):
+    """The loss on held-out answers falls, prompts are not learnt, and the export says what it was taught."""
+    lines = [json.loads(line) for line in (tuned / "run" / "metrics.jsonl").read_text().splitlines()]
+    held_out = [line["main"] for line in lines if line["split"] == "held_out"]
+    assert held_out[0] > 5 and held_out[-1] < 0.3
+    model = dsj.load(tuned / "out")
+    prompt = chat.to_ids(chat.template("v3").parts([{"role": "user", "content": "hgfe"}]), model.tokenizer)
+    assert model.tokenizer.decode(model.generate(prompt, 20)) == "yes, yes"
+    for name, bounds in (("published", (5, 7)), ("out", (0, 0.3))):
+        model = dsj.load(tuned / name)
+        losses = [loss(model([example.ids.tolist()])[0], example) for example in examples(tuned, model.tokenizer)]
+        assert bounds[0] < np.mean(losses) < bounds[1]
+
+
+@pytest.mark.slow
+def test_transformers_opens_what_was_fine_tuned(tuned):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tuned / "out", dtype=torch.float32)
+    ours = dsj.load(tuned / "out")
+    for example in examples(tuned, ours.tokenizer):
+        with torch.no_grad():
+            logits = theirs(torch.tensor(example.ids[None].astype(np.int64))).logits[0].numpy()
+        assert loss(logits, example) == pytest.approx(loss(ours([example.ids.tolist()])[0], example), abs=1e-4)
+        assert loss(logits, example) < 0.5
