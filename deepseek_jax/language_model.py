@@ -244,7 +244,7 @@ def save_pretrained(model: LanguageModel, directory: str | os.PathLike, dtype: s
     Args:
         model: of any family but those that nobody publishes.
         directory: made if need be; must hold no weights yet.
-        dtype: "bf16"; "fp8" or "fp8_ue8m0", E4M3 in blocks of 128 x 128 with float32 or power-of-two scales; "fp32"; or
+        dtype: "bf16"; "fp8", "fp8_ue8m0" or "fp8_e8m0", E4M3 in blocks of 128 x 128 (`hf.write`); "fp32"; or
             "keep" for the dtypes that the weights have.
 
     Raises:

@@ -1,8 +1,9 @@
 """What a published model says of itself besides its weights, so that exports of it and of its children say it again.
 
 `config.release` holds the numbers (longest sequence, marks of begin and end) and the folder in which the files stand:
-tokenizer, chat template, settings for generation, licence.  A run that begins with published weights inherits all of
-it and keeps copies of the files in its workdir.  A tokenizer of the user's own replaces the release's, and its marks.
+tokenizer, chat template, settings for generation, licence, and code where transformers has no class.  A run that begins
+with published weights inherits all of it and keeps copies of the files in its workdir.  A tokenizer of the user's own
+replaces the release's, and its marks.
 """
 
 import fnmatch
@@ -94,10 +95,10 @@ def kept_files(folder: str | os.PathLike, patterns: tuple[str, ...] = (*PATTERNS
 
 def files(config: ConfigDict) -> dict[str, Path | bytes]:
     """The files that belong beside the weights of a config's model: name -> where it is, or what is in it."""
-    folder = config.release.folder
+    folder, kept = config.release.folder, (*KEPT, *hf_config.code(config.family))
     if folder and has_own_tokenizer(config):
-        return kept_files(folder)
-    return (kept_files(folder, KEPT) if folder else {}) | files_of(config.data.tokenizer)
+        return kept_files(folder, (*PATTERNS, *kept))
+    return (kept_files(folder, kept) if folder else {}) | files_of(config.data.tokenizer)
 
 
 def files_to_keep(config: ConfigDict) -> dict[str, Path | bytes]:

@@ -4,8 +4,12 @@
     deepseek-jax export --workdir=runs/v3 --to=out --dtype=fp8        # blocks of 128 x 128, as V3 is published
 
 --dtype=bf16 and fp32 are for all weights, keep for those of the checkpoint.  fp8 stores the matrices of all blocks but
-routers in 8 bits with float32 scales, fp8_ue8m0 with scales that are powers of two, and the rest in bf16.  The
-checkpoint is compared with its hashes first; then one tensor at a time goes from disk to disk.
+routers in 8 bits with float32 scales (V3), fp8_ue8m0 with float32 scales that are powers of two (V3.1), fp8_e8m0 with
+the same scales in 8 bits; the rest is bf16.  The checkpoint is compared with its hashes first; then one tensor at a
+time goes from disk to disk.
+
+DeepSeekMoE 16B has no class in transformers: others open it with the release's configuration_deepseek.py and
+modeling_deepseek.py only, which are copied from the directory that the weights came from where they stand there.
 """
 
 import math
@@ -17,7 +21,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
 from deepseek_jax.launch._progress import Progress, clock, peak_memory_bytes
 
-DTYPES = ("bf16", "fp32", "fp8", "fp8_ue8m0", "keep")
+DTYPES = ("bf16", "fp32", "fp8", "fp8_ue8m0", "fp8_e8m0", "keep")
 FLAGS = {
     "to": (Path, _options.REQUIRED, "directory to write, empty or not there yet"),
     "dtype": (str, "bf16", f"of the weights: {', '.join(DTYPES)}"),

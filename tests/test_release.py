@@ -48,6 +48,16 @@ def published(tmp_path):
     return make
 
 
+@pytest.fixture
+def published_moe(tmp_path):
+    """DeepSeekMoE 16B's layout, with the code that its release ships."""
+    folder = tmp_path / "published"
+    shutil.copytree(GOLDEN / "moe", folder)
+    for name in ("configuration_deepseek.py", "modeling_deepseek.py"):
+        (folder / name).write_text(f"# {name}\n")
+    return folder
+
+
 def said(folder: Path, name: str = "config.json") -> dict:
     return json.loads((folder / name).read_text())
 
@@ -153,3 +163,31 @@ def test_positions_are_those_of_the_release_or_of_training_if_more(published):
     for seq_len, positions in ((32, 512), (512, 512), (1024, 1024)):
         config.data.seq_len = seq_len
         assert release.n_positions(config) == positions
+
+
+@pytest.mark.parametrize("way", ["memory", "checkpoint"])
+def test_code_without_which_nobody_opens_an_export_comes_along(published_moe, way, capsys):
+    out = exported(published_moe, way)
+    for name in ("configuration_deepseek.py", "modeling_deepseek.py"):
+        assert (out / name).read_text() == f"# {name}\n"
+    assert said(out)["auto_map"] == {
+        "AutoConfig": "configuration_deepseek.DeepseekConfig",
+        "AutoModel": "modeling_deepseek.DeepseekModel",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekForCausalLM",
+    }
+    assert "nothing but deepseek_jax opens" not in capsys.readouterr().err
+
+
+def test_without_that_code_an_export_says_that_nobody_opens_it(published_moe, capsys):
+    (published_moe / "modeling_deepseek.py").unlink()
+    out = exported(published_moe, "memory")
+    assert "auto_map" not in said(out)
+    err = capsys.readouterr().err
+    assert "configuration_deepseek.py and modeling_deepseek.py" in err and "nothing but deepseek_jax opens" in err
+
+
+def test_models_that_transformers_has_a_class_for_bring_no_code(published):
+    folder = published(1)
+    (folder / "modeling_deepseek.py").write_text("")
+    out = exported(folder, "memory")
+    assert not list(out.glob("*.py")) and "auto_map" not in said(out)

@@ -272,8 +272,8 @@ def map_leaves(tree: dict, function: Callable[[names.Path, Any], Any], path: nam
 # ----------------------------------------------------------------------------------------------------------- writing
 
 TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-FORMATS = {"bf16": "BF16", "fp32": "F32", "fp8": "BF16", "fp8_ue8m0": "BF16", "keep": None}  # of what is not FP8
-SCALES = {"fp8": "fp32", "fp8_ue8m0": "ue8m0"}
+SCALES = {"fp8": ("fp32", "F32"), "fp8_ue8m0": ("ue8m0", "F32"), "fp8_e8m0": ("ue8m0", "F8_E8M0")}  # kind, stored as
+FORMATS = {"bf16": "BF16", "fp32": "F32", **dict.fromkeys(SCALES, "BF16"), "keep": None}  # of what is not FP8
 
 Get = Callable[[names.Path, names.Index], np.ndarray]
 
@@ -300,6 +300,7 @@ def write(
     files: Mapping[str, Path | bytes] = MappingProxyType({}),
     max_shard_bytes: int = safetensors.MAX_SHARD_BYTES,
     report: Callable[[int], None] | None = None,
+    warn: Warn = warn_on_stderr,
 ) -> None:
     """Writes a model as a Hugging Face directory; memory: a few times its largest tensor.
 
@@ -308,15 +309,16 @@ def write(
         family, numbers: `config.family` and `config.model`.
         abstract: {"params", "router_bias"} of anything with shape and dtype.
         get: `get(path, index)` gives a piece (see `Piece`); `from_tree` makes one.
-        dtype: "bf16", "fp32", "fp8" or "fp8_ue8m0" (blocks of 128 x 128 with float32 or power-of-two scales: the
-            matrices of all blocks but routers, as published; the rest is bfloat16), or "keep" (as it is).  Router
-            biases are float32 always.
+        dtype: "bf16", "fp32", 8 bits (the matrices of all blocks but routers, as published; the rest is bfloat16), or
+            "keep" (as it is).  Router biases are float32 always.  8 bits come in blocks of 128 x 128: "fp8" with any
+            scales (V3), "fp8_ue8m0" with powers of two stored in float32 (V3.1), "fp8_e8m0" with those in 8 bits.
         n_positions: longest sequence that the model is meant for.
         bos_id, eos_ids, pad_id: marks of begin, end and padding.
         generation: what generation_config.json is to say; by default the marks.
         files: to be written beside, such as tokenizer.json: name -> where it is, or what is in it.
         max_shard_bytes: of one file of weights.
         report: told how many bytes each published tensor had, for a progress bar.
+        warn: told what keeps others from opening the directory.
 
     Raises:
         UserError: an unknown dtype or family, a directory that holds weights or cannot be written.
@@ -329,13 +331,22 @@ def write(
     config = hf_config.to_hf(
         *(family, numbers),
         dtype=TORCH_DTYPES[FORMATS[dtype] or safetensors.DTYPE_NAMES[np.dtype(stored)]],
-        quantized=SCALES.get(dtype),
+        quantized=SCALES[dtype][0] if dtype in SCALES else None,
         n_positions=n_positions,
         bos_id=bos_id,
         eos_ids=eos_ids,
         pad_id=pad_id,
     )
     marks = {"_from_model_config": True, "bos_token_id": bos_id, "eos_token_id": hf_config.one_or_list(eos_ids)}
+    code = hf_config.code(family)
+    if code and set(code) <= set(files):
+        config["auto_map"] = hf_config.KINDS[config["model_type"]].auto_map
+    elif code:
+        warn(
+            f"{directory}: no class of transformers computes model_type={config['model_type']!r}: without "
+            f"{' and '.join(code)} of the release, nothing but deepseek_jax opens this directory. They are copied from "
+            "the directory that the weights came from where they stand there."
+        )
     safetensors.write_directory(directory, list(_entries(abstract, dtypes, get, dtype, report)), max_shard_bytes)
     copy_files(files, directory)
     for name, content in ((CONFIG, config), (GENERATION_CONFIG, marks if generation is None else generation)):
@@ -372,7 +383,7 @@ def _entries(abstract: dict, dtypes: dict, get: Get, dtype: str, report: Callabl
             kinds = [dtypes[path] for path, _ in tensor.places]
             kind = safetensors.DTYPE_NAMES[np.dtype(functools.reduce(jnp.promote_types, kinds))]
         if dtype in SCALES and names.QUANTIZED.search(tensor.name):
-            yield from _quantized(tensor, published, SCALES[dtype])
+            yield from _quantized(tensor, published, *SCALES[dtype])
             continue
         for name in (tensor.name, *copied.get(tensor.name, ())):
             make = functools.partial(_cast, published, tensor, safetensors.DTYPES[kind])
@@ -391,15 +402,17 @@ def _quantize(matrix: jax.Array, scale: str) -> tuple[jax.Array, jax.Array]:
     return quantize_blocks(matrix, scale=scale)
 
 
-def _quantized(tensor: names.Tensor, published: Callable, scale: str) -> Iterator[safetensors.Entry]:
-    """The codes of a matrix and, made together with them, its scales."""
+def _quantized(tensor: names.Tensor, published: Callable, scale: str, kind: str) -> Iterator[safetensors.Entry]:
+    """The codes of a matrix and, made together with them, its scales of type `kind`."""
     made = {}
 
     def codes() -> np.ndarray:
         q, made["scales"] = map(np.asarray, _quantize(published(tensor), scale))
         return q
 
+    def scales() -> np.ndarray:
+        return made.pop("scales").astype(safetensors.DTYPES[kind])
+
     blocks = tuple(math.ceil(n / b) for n, b in zip(tensor.shape, safetensors.BLOCK, strict=True))
-    kind = "F32" if scale == "fp32" else "F8_E8M0"
     yield safetensors.Entry(tensor.name, tensor.shape, "F8_E4M3", codes)
-    yield safetensors.Entry(tensor.name + safetensors.SCALE_SUFFIX, blocks, kind, lambda: made.pop("scales"))
+    yield safetensors.Entry(tensor.name + safetensors.SCALE_SUFFIX, blocks, kind, scales)

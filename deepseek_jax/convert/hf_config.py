@@ -54,6 +54,7 @@ class Kind:
         refused: likewise, but not written: they stand in some configs only.
         rope_types: context extensions that the family has.
         route_scale: routed_scaling_factor where a config does not say.
+        auto_map: classes in the release's own code, of a model_type for which transformers has none.
         head_width: head_dim where a config does not say; 0 for hidden_size / num_attention_heads.
     """
 
@@ -65,6 +66,7 @@ class Kind:
     rope_types: tuple[str, ...] = ()
     route_scale: float = 1.0
     head_width: int = 0
+    auto_map: dict[str, str] = field(default_factory=dict)
 
 
 MODEL = {
@@ -99,7 +101,18 @@ KINDS = {
     "llama": Kind("v1", "LlamaForCausalLM", MODEL, NO_BIAS, PLAIN, DENSE_ROPE),
     "qwen2": Kind("v1", "Qwen2ForCausalLM", MODEL, SILU, PLAIN, DENSE_ROPE),
     "qwen3": Kind("v1", "Qwen3ForCausalLM", MODEL, NO_BIAS, PLAIN, DENSE_ROPE, head_width=128),
-    "deepseek": Kind("moe", "DeepseekForCausalLM", MODEL | EXPERTS, SOFTMAX, PLAIN | {"topk_method": "greedy"}),
+    "deepseek": Kind(
+        "moe",
+        "DeepseekForCausalLM",
+        MODEL | EXPERTS,
+        SOFTMAX,
+        PLAIN | {"topk_method": "greedy"},
+        auto_map={
+            "AutoConfig": "configuration_deepseek.DeepseekConfig",
+            "AutoModel": "modeling_deepseek.DeepseekModel",
+            "AutoModelForCausalLM": "modeling_deepseek.DeepseekForCausalLM",
+        },
+    ),
     "deepseek_v2": Kind("v2", "DeepseekV2ForCausalLM", MODEL | LATENT | EXPERTS, SOFTMAX, PLAIN, ("yarn",)),
     "deepseek_v3": Kind(
         "v3",
@@ -471,6 +484,12 @@ def to_hf(
     hf |= {"max_position_embeddings": n_positions, "bos_token_id": bos_id}
     hf |= {"eos_token_id": one_or_list(eos_ids)} | ({} if pad_id is None else {"pad_token_id": pad_id})
     return hf | {"tie_word_embeddings": False, "torch_dtype": dtype, "use_cache": True}
+
+
+def code(family: str) -> tuple[str, ...]:
+    """Files of a release's own code without which transformers cannot open exports of a family; often none."""
+    maps = [kind.auto_map for kind in KINDS.values() if kind.family == family]
+    return tuple(sorted({f"{name.partition('.')[0]}.py" for auto_map in maps for name in auto_map.values()}))
 
 
 def _rope_scaling(numbers: Mapping[str, Any]) -> dict[str, Any] | None:

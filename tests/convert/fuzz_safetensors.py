@@ -117,7 +117,7 @@ def valid_configs() -> tuple[Files, ...]:
 def valid_models() -> tuple[Files, ...]:
     """Tiny published models: one file, shards, shards in 8 bits."""
     found = []
-    for name, dtype in (("llm", "bf16"), ("v2_lite", "fp32"), ("v3_mtp", "fp8"), ("v3_mtp", "fp8_ue8m0")):
+    for name, dtype in (("llm", "bf16"), ("v2_lite", "fp32"), ("v3_mtp", "fp8"), ("v3_mtp", "fp8_e8m0")):
         published, source = _open_model(GOLDEN / name)
         pieces = {(piece.path, piece.index): piece.array for piece in source.pieces()}
         with tempfile.TemporaryDirectory() as directory:

@@ -381,8 +381,11 @@ def test_bfloat16_round_trip_is_exact_and_router_biases_stay_wide(tmp_path):
     assert (generation["bos_token_id"], generation["eos_token_id"]) == (0, 1)
 
 
-@pytest.mark.parametrize(("dtype", "scale"), [("fp8", "fp32"), ("fp8_ue8m0", "ue8m0")])
-def test_eight_bit_export_is_quantise_dequantise(tmp_path, dtype, scale):
+EIGHT_BITS = [("fp8", "fp32", "F32"), ("fp8_ue8m0", "ue8m0", "F32"), ("fp8_e8m0", "ue8m0", "F8_E8M0")]
+
+
+@pytest.mark.parametrize(("dtype", "scale", "stored"), EIGHT_BITS)
+def test_eight_bit_export_is_quantise_dequantise(tmp_path, dtype, scale, stored):
     published, source, tree = written(tmp_path / "out", "v3_mtp", dtype)
     get, again = hf.from_tree(tree), hf.from_tree(host_tree(source))
     n_quantized = 0
@@ -396,6 +399,10 @@ def test_eight_bit_export_is_quantise_dequantise(tmp_path, dtype, scale):
         assert same_bits(tensor.to_theirs([again(*place) for place in tensor.places]), wanted), tensor.name
     assert n_quantized == 2 * 5 + 3 + 3 * 9 + 5 + 3 * 9  # attention, dense, experts; the prediction layer
     assert published.config["quantization_config"].get("scale_fmt") == ("ue8m0" if scale == "ue8m0" else None)
+    scales = [name for name in published.tensors.names() if name.endswith("_scale_inv")]
+    assert {published.tensors.info(name).dtype for name in scales} == {stored} and len(scales) == n_quantized
+    mantissas = {float(m) for name in scales for m in np.frexp(published.tensors.read(name).astype(np.float32))[0].flat}
+    assert (mantissas == {0.5}) == (scale == "ue8m0")
     assert published.tensors.info("model.layers.2.eh_proj.weight").dtype == "BF16"
 
 

@@ -8,12 +8,14 @@ is changed, and the files are written by us.
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+import deepseek_jax
 from deepseek_jax.convert import hf
 
 torch = pytest.importorskip("torch")
@@ -93,6 +95,67 @@ def test_transformers_loads_what_we_write(fresh, name, tmp_path, monkeypatch):
         logits = loaded.eval()(input_ids=torch.tensor(said["ids"], dtype=torch.long)).logits.numpy()
     assert compare.apart(logits, said["logits"]) <= 2e-5
     assert loaded.config.bos_token_id == facts.bos_id and loaded.config.eos_token_id == facts.eos_ids[0]
+
+
+# What a release of DeepSeekMoE ships, in short: Llama's attention, and experts one by one under the published names.
+CODE = {
+    "configuration_deepseek.py": """
+from transformers import LlamaConfig
+class DeepseekConfig(LlamaConfig):
+    model_type = "deepseek"
+""",
+    "modeling_deepseek.py": """
+import copy
+import torch
+from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
+from .configuration_deepseek import DeepseekConfig
+
+def mlp(config, width):
+    config = copy.deepcopy(config)
+    config.intermediate_size = width
+    return LlamaMLP(config)
+
+class MoE(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        width, self.top_k = config.moe_intermediate_size, config.num_experts_per_tok
+        self.gate = torch.nn.Linear(config.hidden_size, config.n_routed_experts, bias=False)
+        self.experts = torch.nn.ModuleList(mlp(config, width) for _ in range(config.n_routed_experts))
+        self.shared_experts = mlp(config, width * config.n_shared_experts)
+    def forward(self, x):
+        scores = self.gate(x).softmax(-1)
+        chosen = scores.topk(self.top_k, -1).indices
+        kept = torch.zeros_like(scores).scatter(-1, chosen, 1.0) * scores
+        return self.shared_experts(x) + sum(kept[..., i, None] * e(x) for i, e in enumerate(self.experts))
+
+class DeepseekForCausalLM(LlamaForCausalLM):
+    config_class = DeepseekConfig
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers[config.first_k_dense_replace :]:
+            layer.mlp = MoE(config)
+
+DeepseekModel = None
+""",
+}
+
+
+def test_the_code_of_a_release_opens_what_we_write(fresh, tmp_path, monkeypatch):
+    """DeepSeekMoE has no class in transformers: through auto_map and the files that came along."""
+    source, said = fresh("moe")
+    for name, text in CODE.items():
+        (source / name).write_text(text)
+    deepseek_jax.save_pretrained(deepseek_jax.load(source), tmp_path / "out", "fp32")
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, output_loading_info=True, trust_remote_code=True
+    )
+    assert type(loaded).__name__ == "DeepseekForCausalLM" and not any(info.values()), info
+    with torch.no_grad():
+        logits = loaded.eval()(input_ids=torch.tensor(said["ids"], dtype=torch.long)).logits.numpy()
+    assert compare.apart(logits, said["logits"]) <= 2e-5
 
 
 def test_transformers_reads_prediction_that_we_write(fresh, tmp_path, monkeypatch):
