@@ -21,6 +21,13 @@ usage: deepseek-jax VERB [--config=NAME|FILE.py] [--workdir=DIR] [--config.a.b=V
        deepseek-jax --version
 """
 
+# what people ask for by these names, and what there is instead
+NO_VERBS = {
+    "serve": "There is no server yet. To talk with a model on the terminal: deepseek-jax chat --from=DIR.",
+    "sample": "To continue a text: deepseek-jax generate --workdir=RUN --prompt=TEXT.",
+    "eval": "Training evaluates on held-out text by itself: see eval_every in configs/base.py.",
+}
+
 
 def verbs() -> dict[str, Path]:
     """Returns verb -> file, in alphabetical order, without importing any."""
@@ -67,6 +74,8 @@ def run(argv: list[str]) -> int:
     if verb not in found:
         if verb.startswith("-"):
             raise UserError(f"{verb}: the verb comes first, like deepseek-jax train {verb}. Verbs: {', '.join(found)}.")
+        if verb in NO_VERBS:
+            raise UserError(f"{verb}: no such verb. {NO_VERBS[verb]}")
         near = difflib.get_close_matches(verb, found, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"Verbs: {', '.join(found)}."
         raise UserError(f"{verb}: no such verb. {hint}")

@@ -141,6 +141,8 @@ class LanguageModel:
         Raises:
             UserError: prompt and new tokens exceed `n_positions`; an id out of range; an empty prompt.
         """
+        if not hasattr(ids, "__len__"):
+            raise UserError(f"generate({ids!r}): expected ids of one prompt, like [1, 2, 3], or a list of prompts.")
         is_batch = not isinstance(ids, str) and len(ids) > 0 and (isinstance(ids[0], str) or np.ndim(ids[0]) > 0)
         steps = self._steps(ids if is_batch else [ids], max_new_tokens, temperature, top_p, seed, stop_ids)
         rows = [[int(token) for token in row if token != ENDED] for row in np.stack(list(steps), axis=1)]
@@ -159,9 +161,16 @@ class LanguageModel:
         steps = self._steps([ids], max_new_tokens, temperature, top_p, seed, stop_ids)
         return (int(new_B[0]) for new_B in steps)
 
-    def complete(self, text: str, max_new_tokens: int = 64, **options) -> str:
-        """The text that `generate` goes on with; `options` as there."""
-        return self.tokenizer.decode(self.generate(self.prompt(text), max_new_tokens, **options))
+    def complete(self, text: str | Sequence[str], max_new_tokens: int = 64, **options) -> str | list[str]:
+        """Returns the continuation of a text, or a list of those of several; `options` as for `generate`."""
+        texts = [text] if isinstance(text, str) else list(text)
+        if not all(isinstance(one, str) for one in texts):
+            raise UserError(
+                f"complete({str(text)[:60]}): expected a text or a list of texts. For ids there is model.generate(ids)."
+            )
+        rows = self.generate([self.prompt(one) for one in texts], max_new_tokens, **options) if texts else []
+        completions = [self.tokenizer.decode(row) for row in rows]
+        return completions[0] if isinstance(text, str) else completions
 
     def prompt(self, text: str) -> list[int]:
         """The ids of a text to go on from, after a begin mark if the tokenizer's settings ask for one."""
@@ -171,7 +180,7 @@ class LanguageModel:
     def _steps(self, prompts, max_new_tokens, temperature, top_p, seed, stop_ids) -> Iterator[np.ndarray]:
         if any(isinstance(prompt, str) for prompt in prompts):
             raise UserError(
-                "a prompt is text: wanted ids. Use model.complete(text), or model.tokenizer.encode(text) first."
+                "a prompt is text: expected ids. Use model.complete(text), or model.tokenizer.encode(text) first."
             )
         return self._generator.stream(
             *(self.params, self.router_bias, prompts, row_keys(seed, len(prompts))),

@@ -85,11 +85,15 @@ def show(tokens, tokenizer) -> list[float]:
     return times_s
 
 
-def write(text: str) -> None:
-    """Prints a piece at once; to a terminal without control characters, which a byte model may well make."""
-    encoding = sys.stdout.encoding or "utf-8"
-    text = CONTROL.sub("\ufffd", text) if sys.stdout.isatty() else text
-    print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
+def write(text: str, to=None) -> None:
+    """Prints a piece at once, on standard output unless another stream is given.
+
+    A terminal gets no control characters, which a byte model may well make.
+    """
+    to = to or sys.stdout
+    encoding = to.encoding or "utf-8"
+    text = CONTROL.sub("\ufffd", text) if to.isatty() else text
+    print(text.encode(encoding, "replace").decode(encoding), end="", flush=True, file=to)
 
 
 def speed(begin_s: float, times_s: list[float]) -> str:

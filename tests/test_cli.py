@@ -1,6 +1,7 @@
 """The command line: what is listed, what is said of wrong words, and how options reach a config."""
 
 import json
+import re
 import subprocess
 import sys
 import types
@@ -54,6 +55,15 @@ def test_the_exit_code_is_the_verbs(verb):
     assert cli.main(["greet", "a", "b", "c"]) == 3
     verb.main = lambda argv: None
     assert cli.main(["greet"]) == 0
+
+
+@pytest.mark.parametrize("name", cli.NO_VERBS)
+def test_a_verb_that_people_expect_is_answered_with_what_there_is(name, capsys):
+    assert name not in cli.verbs()
+    assert cli.main([name]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"deepseek-jax: error: {name}: no such verb. ")
+    assert set(re.findall(r"deepseek-jax (\w+)", error)) <= cli.verbs().keys()
 
 
 def test_an_unknown_verb_is_one_line_with_the_nearest(verb, capsys):

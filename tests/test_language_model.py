@@ -92,7 +92,10 @@ def test_generate_stream_and_complete_say_the_same(model):
     ids = model.generate(PROMPT, max_new_tokens=10)
     assert ids == list(model.stream(PROMPT, max_new_tokens=10))
     assert ids == model.generate(np.array(PROMPT), max_new_tokens=10)
-    assert model.complete("\x01\x02\x03", max_new_tokens=10) == model.tokenizer.decode(ids)
+    text = model.complete("\x01\x02\x03", max_new_tokens=10)
+    assert text == model.tokenizer.decode(ids)
+    assert model.complete(["\x01\x02\x03"], max_new_tokens=10) == [text]
+    assert model.complete([]) == []
 
 
 def test_a_batch_gives_a_list_for_each_prompt_and_stops_at_stop_ids(model):
@@ -111,9 +114,19 @@ def test_the_limit_of_positions_is_told_and_may_be_raised(model):
         model.generate(PROMPT, max_new_tokens=30)
     with pytest.raises(UserError, match="a prompt is empty"):
         model.generate([])
+    with pytest.raises(UserError, match="a prompt of 40 tokens fills the 32 positions"):
+        model.complete("x" * 40)
+
+
+def test_text_and_ids_are_not_mixed_up(model):
     for text in ("def", ["def"]):
         with pytest.raises(UserError, match="a prompt is text"):
             model.generate(text)
+    for ids in (PROMPT, [PROMPT], ["def", 5], [None]):
+        with pytest.raises(UserError, match=r"expected a text or a list of texts. For ids there is model.generate"):
+            model.complete(ids)
+    with pytest.raises(UserError, match=r"generate\(5\): expected ids of one prompt"):
+        model.generate(5)
 
 
 def test_the_repr_is_short_and_tells_the_sizes(model):

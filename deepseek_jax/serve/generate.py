@@ -8,6 +8,7 @@ was cached of the padding is overwritten before it could be seen.  Prompts and c
 that few programs are compiled.
 """
 
+import operator
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -73,8 +74,10 @@ class Generator:
         Raises:
             UserError: an empty prompt, an unknown id, more tokens than positions, a number out of range.
         """
-        prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
-        self._check(prompts, max_new_tokens, n_positions, temperature, top_p)
+        prompts = [_as_ids(prompt) for prompt in prompts]
+        max_new_tokens = _count(max_new_tokens)
+        _check_drawing(temperature, top_p)
+        self._check(prompts, max_new_tokens, n_positions)
         drawing = (key_B, np.float32(temperature), np.float32(top_p))
         return self._steps((params, router_bias), prompts, drawing, max_new_tokens, n_positions, np.asarray(stop_ids))
 
@@ -111,13 +114,13 @@ class Generator:
             logits_BTV, cache = model.decode(ids_B[:, None], positions_B[:, None], cache)
         return _draw(logits_BTV[:, 0], positions_B + 1, *drawing), cache
 
-    def _check(self, prompts, max_new_tokens, n_positions, temperature, top_p) -> None:
+    def _check(self, prompts: list[np.ndarray], max_new_tokens: int, n_positions: int) -> None:
         if not prompts or not all(prompt.ndim == 1 and len(prompt) for prompt in prompts):
-            raise UserError("a prompt is empty: wanted one token or more, as a list of ids.")
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens={max_new_tokens}: wanted 1 or more.")
-        if not (temperature >= 0 and 0 <= top_p <= 1):
-            raise UserError(f"temperature={temperature}, top_p={top_p}: wanted 0 or more, and a number from 0 to 1.")
+            raise UserError("a prompt is empty: expected one token or more.")
+        for prompt in prompts:
+            if prompt.min() < 0 or prompt.max() >= self.vocab_size:
+                ids = f"ids from {prompt.min()} to {prompt.max()}"
+                raise UserError(f"a prompt with {ids}: expected 0 to {self.vocab_size - 1}.")
         longest = max(map(len, prompts))
         if longest >= n_positions:
             raise UserError(
@@ -129,9 +132,40 @@ class Generator:
                 f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the {n_positions} positions that "
                 f"the model was trained on. Ask for {n_positions - longest} or fewer, or raise n_positions."
             )
-        for prompt in prompts:
-            if prompt.min() < 0 or prompt.max() >= self.vocab_size:
-                raise UserError(f"a prompt with ids {prompt.min()}..{prompt.max()}: wanted 0..{self.vocab_size - 1}.")
+
+
+def _as_ids(prompt: Sequence[int]) -> np.ndarray:
+    """Returns a prompt as int32; fractions are refused, not cut off."""
+    try:
+        ids = np.asarray(prompt)
+    except ValueError:  # lists of different lengths inside
+        ids = np.zeros((0, 0))
+    if ids.size and not np.issubdtype(ids.dtype, np.integer):
+        raise UserError(f"a prompt is {str(prompt)[:60]}: expected a list of ids, which are whole numbers.")
+    if ids.size and (ids.min() < np.iinfo(np.int32).min or ids.max() > np.iinfo(np.int32).max):
+        raise UserError(f"a prompt with ids from {ids.min()} to {ids.max()}: expected ids of the vocabulary.")
+    return ids.astype(np.int32)
+
+
+def _count(max_new_tokens: int) -> int:
+    try:
+        count = operator.index(max_new_tokens)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise UserError(f"max_new_tokens={max_new_tokens!r}: expected a whole number, 1 or more.")
+    return count
+
+
+def _check_drawing(temperature: float, top_p: float) -> None:
+    try:
+        is_valid = 0 <= float(temperature) < np.inf and 0 <= float(top_p) <= 1
+    except (TypeError, ValueError):
+        is_valid = False
+    if not is_valid:
+        raise UserError(
+            f"temperature={temperature!r}, top_p={top_p!r}: expected 0 or more for the one, 0 to 1 for the other."
+        )
 
 
 def _draw(logits_BV: jax.Array, positions_B: jax.Array, key_B: jax.Array, temperature, top_p) -> jax.Array:

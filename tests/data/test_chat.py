@@ -391,7 +391,7 @@ def test_a_published_template_is_recognised(tmp_path, name):
         if name:
             assert template_for(tmp_path) == name
         else:
-            with pytest.raises(UserError, match="none of DeepSeek's that are known here.*name it with --template, one"):
+            with pytest.raises(UserError, match="none of DeepSeek's that are known here.*name it with --template: v1"):
                 template_for(tmp_path)
         assert template_for(tmp_path, "v3.1") == "v31"  # what the user says counts
     (tmp_path / "chat_template.jinja").write_text(JINJA["coder"])
@@ -399,8 +399,9 @@ def test_a_published_template_is_recognised(tmp_path, name):
 
 
 def test_a_model_without_a_template(tmp_path):
-    with pytest.raises(UserError, match="this looks like a base model, which continues text"):
-        template_for(tmp_path)
+    for folder in (tmp_path, None):
+        with pytest.raises(UserError, match="mine has no chat template .* continues text, deepseek-jax generate"):
+            template_for(folder, model="mine")
     with pytest.raises(UserError, match="no chat template 'v9'"):
         template_for(tmp_path, "v9")
     for text in ("[]", "{", '{"chat_template": [1]}', '{"chat_template": [{"name": "default"}]}'):

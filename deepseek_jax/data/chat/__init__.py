@@ -145,12 +145,14 @@ def template(name: str) -> Template:
     return TEMPLATES[OTHER_NAMES.get(name, name)]
 
 
-def template_for(folder: Path | str, name: str = "") -> str:
-    """Returns the name of the template that the model with this tokenizer was trained with.
+def template_for(folder: Path | str | None, name: str = "", model: str = "") -> str:
+    """Returns the name of the template that a model was trained with.
 
     Args:
-        folder: where the model's tokenizer.json is, with tokenizer_config.json or chat_template.jinja beside it.
+        folder: where the model's tokenizer.json is, with tokenizer_config.json or chat_template.jinja beside it; None
+            if its tokenizer has no folder.
         name: the template's name if the user has given one, which then decides.
+        model: what messages call the model; by default the folder.
 
     Raises:
         UserError: no such template; no template in the folder, as with a base model; or one that is none of ours.
@@ -158,18 +160,17 @@ def template_for(folder: Path | str, name: str = "") -> str:
     if name:
         template(name)
         return OTHER_NAMES.get(name, name)
-    text = published_template(Path(folder))
-    found = recognise(text)
-    names = ", ".join(TEMPLATES)
+    text = published_template(Path(folder)) if folder else ""
+    found, model, names = recognise(text), model or str(folder), ", ".join(TEMPLATES)
     if not text:
         raise UserError(
-            f"{folder} has no chat template, neither chat_template.jinja nor in tokenizer_config.json: "
-            "this looks like a base model, which continues text (deepseek-jax generate). If it was trained to chat, "
-            f"name the template with --template, one of: {names}."
+            f"{model} has no chat template (in chat_template.jinja or tokenizer_config.json), as a base model has "
+            f"none: that continues text, deepseek-jax generate --workdir={model}. If it was trained to chat, name its "
+            f"template with --template: {names}."
         )
     if not found:
         raise UserError(
-            f"the chat template in {folder} is none of DeepSeek's that are known here. If the model was trained with "
-            f"one of them all the same, name it with --template, one of: {names}."
+            f"the chat template of {model} is none of DeepSeek's that are known here. If the model was trained with "
+            f"one of them all the same, name it with --template: {names}."
         )
     return found

@@ -1,0 +1,144 @@
+"""A conversation with a model in its own chat format: what was said so far, and the next answer as it comes.
+
+    dialogue = Dialogue(chat.template("r1"), model.tokenizer, model.stream, model.n_positions)
+    for piece in dialogue.say("1+1=?", max_new_tokens=512):
+        print(piece.text, end="")               # piece.is_thought tells the thought from the answer
+    dialogue.messages                           # with the answer as a message
+
+The template decides what of earlier answers the model sees again: thoughts are dropped where it drops them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from deepseek_jax.data.chat import END_THINK, THINK, Part, Template, to_ids
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.errors import UserError
+from deepseek_jax.serve.text import TextStream
+
+
+class Piece(NamedTuple):
+    """Some text of an answer."""
+
+    text: str
+    is_thought: bool
+
+
+class Dialogue:
+    """A conversation with a model.
+
+    Args:
+        template: of the model.
+        tokenizer: of the model, with the marks of the template.
+        stream: (ids of a prompt, max_new_tokens=…, stop_ids=…) -> iterator of new ids, like `LanguageModel.stream`.
+        n_positions: tokens, prompt and answer, that the model takes.
+        stop_ids: ids that end an answer besides the template's own mark.
+        system: the system prompt, "" for none.
+        thinking: whether the prompt opens a thought; by default as the published template does.
+
+    Attributes:
+        messages: what was said, as `chat` reads it.
+        was_cut: whether the last answer did not end by a mark of its own.
+        is_full: whether it ended because the model takes no more tokens.
+
+    Raises:
+        UserError: the tokenizer has not the marks of the template; `thinking` with a template that has no thoughts.
+    """
+
+    def __init__(
+        self,
+        template: Template,
+        tokenizer: Tokenizer,
+        stream: Callable[..., Iterator[int]],
+        n_positions: int,
+        stop_ids: Sequence[int] = (),
+        system: str = "",
+        thinking: bool | None = None,
+    ):
+        self.template, self.tokenizer, self.n_positions = template, tokenizer, n_positions
+        self._stream, self._system = stream, system
+        self._thinking = template.opens_thought if thinking is None else thinking
+        self._stop_ids = tuple({*stop_ids, *to_ids([template.end], tokenizer).tolist()})
+        self.was_cut = self.is_full = False
+        self.reset()
+        self._prompt("?")  # what the tokenizer or the template refuses is refused before anything is said
+
+    def reset(self) -> None:
+        """Forgets all that was said but the system prompt."""
+        self.messages = [{"role": "system", "content": self._system}] if self._system else []
+
+    def say(self, text: str, max_new_tokens: int) -> Iterator[Piece]:
+        """Returns the answer to a message, piece by piece.
+
+        Both enter `messages` when the answer ends, be it because the iterator is closed; nothing does if there was no
+        token of an answer.
+
+        Raises:
+            UserError: the conversation with this message does not fit into the model's positions.
+        """
+        prompt = self._prompt(text)
+        room = self.n_positions - len(prompt)
+        if room < 1:
+            raise UserError(
+                f"the conversation has {len(prompt)} tokens with this message, the model takes {self.n_positions}. "
+                "Start a new one (/reset), or shorten the message."
+            )
+        return self._answer(text, prompt, min(max_new_tokens, room))
+
+    def _prompt(self, text: str) -> list[int]:
+        messages = [*self.messages, {"role": "user", "content": text}]
+        return to_ids(self.template.parts(messages, thinking=self._thinking), self.tokenizer).tolist()
+
+    def _answer(self, text: str, prompt: list[int], max_new_tokens: int) -> Iterator[Piece]:
+        ids: list[int] = []
+        splitter = _Splitter(self.tokenizer, self.template.thinks, self._thinking)
+        try:
+            for token in self._stream(prompt, max_new_tokens=max_new_tokens, stop_ids=self._stop_ids):
+                ids.append(token)
+                if token not in self._stop_ids:
+                    yield from splitter.push(token)
+            yield from splitter.finish()
+        finally:
+            if ids:
+                self.was_cut = ids[-1] not in self._stop_ids
+                self.is_full = len(prompt) + len(ids) >= self.n_positions
+                answer = [token for token in ids if token not in self._stop_ids]
+                message = self.template.parse(self.tokenizer.decode(answer, specials=True), self._thinking)
+                self.messages += [{"role": "user", "content": text}, message]
+
+
+class _Splitter:
+    """Tells the thought from the answer by the ids of ``<think>`` and ``</think>``, which are not shown themselves."""
+
+    def __init__(self, tokenizer: Tokenizer, thinks: bool, in_thought: bool):
+        marks = [_id(mark, tokenizer) if thinks else None for mark in (THINK, END_THINK)]
+        self._in_thought = dict(zip(marks, (True, False), strict=True))
+        self._is_thought, self._decode = in_thought, tokenizer.decode
+        self._start()
+
+    def _start(self) -> None:
+        self._text, self._is_blank = TextStream(self._decode), True
+
+    def push(self, token: int) -> list[Piece]:
+        """Returns the text that is certain now, without blanks at the start of a thought or an answer."""
+        if token not in self._in_thought:
+            return self._pieces(self._text.push(token))
+        rest = self.finish()
+        self._is_thought = self._in_thought[token]
+        self._start()
+        return rest
+
+    def finish(self) -> list[Piece]:
+        """Returns what was held back."""
+        return self._pieces(self._text.finish())
+
+    def _pieces(self, text: str) -> list[Piece]:
+        text = text.lstrip() if self._is_blank else text
+        self._is_blank = self._is_blank and not text
+        return [Piece(text, self._is_thought)] if text else []
+
+
+def _id(mark: Part, tokenizer: Tokenizer) -> int | None:
+    """Returns the id of a mark, None if the tokenizer has none."""
+    ids = tokenizer.encode(mark.text, specials=True)
+    return int(ids[0]) if len(ids) == 1 else None
