@@ -86,13 +86,12 @@ def open_dialogue(model, name: str, options) -> "Dialogue":
         draw = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
         return model.stream(ids, **limits, **draw)
 
-    eos_id = model.tokenizer.eos_id
     return Dialogue(
         chat.template(name),
         model.tokenizer,
         stream,
         model.n_positions,
-        stop_ids=() if eos_id is None else (eos_id,),
+        stop_ids=model.end_ids,
         system=options.system,
         thinking=options.thinking,
     )
@@ -171,10 +170,14 @@ class Terminal:
         while (line := self._line("> ")) is not None:
             if line.strip().startswith(QUOTES):
                 line = self._quoted(line.strip().removeprefix(QUOTES))
-            while self.is_interactive and _is_waiting():
-                line += "\n" + (self._line("") or "")
+            pasted: str | None = ""
+            while self.is_interactive and pasted is not None and _is_waiting():
+                pasted = self._line("")
+                line += "" if pasted is None else "\n" + pasted
             if line.strip():
-                yield line
+                yield line.strip("\n")
+            if pasted is None:
+                return
 
     def _quoted(self, first: str) -> str:
         """Returns the lines up to the one that ends in quotes."""
