@@ -56,7 +56,7 @@ FIGURES = {
 }
 LEGEND = {
     "main": "how badly the next token is predicted, in nats per token",
-    "mtp": "the same for the token after that, which multi-token prediction is trained on as well",
+    "mtp": "the same for the token after that, guessed by multi-token prediction with the next one given",
     "bits_per_byte": "the loss per byte of text, comparable between tokenizers; held-out: on text not trained on",
     "max_violation": "how far the busiest expert is above an even share: 0 is even, 1 is twice its share",
     "skipped": "steps left out since their loss or gradient was not finite: 0 is right",
