@@ -23,11 +23,13 @@ from ml_collections import ConfigDict, config_flags
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _beginning, _hints
+from deepseek_jax.paths import check_local
 from deepseek_jax.saved_config import from_json, to_json
 
 __all__ = ["REQUIRED", "from_json", "load", "names", "override", "parse", "to_json", "validate"]
 
 BEGINNING = "train.init_from"
+PATHS = (BEGINNING, "data.source", "data.tokenizer", "data.cache_dir", "release.folder")  # keys of files and folders
 REQUIRED = object()  # as the default of a verb's flag: must be given
 
 
@@ -88,6 +90,8 @@ def parse(
     if overrides and name is None:
         raise UserError(f"--config.{next(iter(overrides))} given, but no config. Give --config=NAME as well.")
     resolved = None if name is None else override(load(name, flag), overrides)
+    for key in PATHS if resolved is not None else ():
+        check_local(str(_get(resolved, key, "")), f"config.{key}")
     others = {key.replace("-", "_"): value for key, value in values.items()}
     return SimpleNamespace(config=resolved, overrides=overrides, **{"workdir": None, **others})
 
@@ -104,6 +108,7 @@ def load(name: str, flag: str = "--config") -> ConfigDict:
 
     ``config.name`` is filled in.  Messages call the name the value of ``flag``.
     """
+    check_local(name, flag)
     if flag.endswith(BEGINNING) or (name not in names() and _beginning.is_origin(name)):
         defaults = importlib.import_module("deepseek_jax.configs.base").get_config()
         return _beginning.fine_tuning(_beginning.directory(name, flag), defaults).lock()
@@ -209,6 +214,8 @@ def _convert(name: str, flag: Flag, text: str) -> Any:
         if text.lower() not in words:
             raise UserError(f"--{name}={text}: wanted true or false.")
         return words[text.lower()]
+    if flag.type in (Path, _directory):
+        check_local(text, f"--{name}")
     try:
         return flag.type(text)
     except (ValueError, TypeError) as error:
@@ -221,6 +228,13 @@ def _directory(text: str) -> Path:
     if not text:
         raise UserError("--workdir= is empty. Give the directory of the run, like --workdir=runs/first.")
     return Path(text).expanduser()
+
+
+def _get(config: ConfigDict, path: str, default: Any) -> Any:
+    """Returns what stands at ``a.b``, or the default where a config has no such key."""
+    for part in path.split("."):
+        config = config.get(part, default) if isinstance(config, ConfigDict) else default
+    return config
 
 
 def _lookup(config: ConfigDict, path: str) -> Any:

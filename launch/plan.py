@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options, inspect, train
+from deepseek_jax.paths import check_local
 from deepseek_jax.plan.published import RUNS, Run
 
 DEFAULT = "v3_671b"
@@ -66,6 +67,7 @@ def main(argv: list[str]) -> int:
     question = question_of(config, options, subject, job)
     sections = report.report(subject, job, question)
     if options.picture:
+        check_local(options.picture, "--picture")
         draw(job, report.memory_of(job, question), config.name, Path(options.picture).expanduser())
     if options.json:
         print(json.dumps(header(config, options, job) | figures.as_json(sections), indent=2))

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up.  A room imports itself and what stands on lower floors, never a neighbour on its own floor.
 FLOORS = (
     ("shapes", "errors"),
+    ("paths",),
     ("compat",),
     ("precision", "data"),
     ("parallel",),

@@ -11,6 +11,7 @@ from typing import Any
 
 from deepseek_jax.convert import safetensors
 from deepseek_jax.errors import UserError
+from deepseek_jax.paths import check_local
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 NEEDED = f"a directory with {CONFIG} and safetensors files"
@@ -57,6 +58,7 @@ FEW_BITS = {
 
 def check_path(path: str | os.PathLike) -> None:
     """Raises UserError if a path leads to something known that is no directory of published weights or of a run."""
+    check_local(path)
     path = Path(path)
     if path.is_file():
         known = _first([path.name])

@@ -38,6 +38,7 @@ import ml_dtypes
 import numpy as np
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.paths import check_local
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SCALE_SUFFIX = "_scale_inv"
@@ -501,6 +502,7 @@ def write_directory(
     The arrays made must have the shape and dtype announced.  Until all are on the disk files end in ``.partial``.
     Raises UserError where the directory holds weights already, or cannot be written, or the disk is full.
     """
+    check_local(directory)
     directory, entries = Path(directory), [Entry(*entry) for entry in entries]
     infos = {name: Info(_dtype_name(dtype), tuple(map(int, shape))) for name, shape, dtype, _ in entries}
     if len(infos) != len(entries) or "__metadata__" in infos:

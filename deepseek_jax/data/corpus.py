@@ -18,6 +18,7 @@ from deepseek_jax.data.compression import ENDINGS, content_type, damage, decompr
 from deepseek_jax.data.readers import PLAIN, READERS, STREAMED
 from deepseek_jax.data.rows import CONVERSATION, FORMATS, conversation_text, format_of, row_text
 from deepseek_jax.errors import UserError
+from deepseek_jax.paths import check_local
 
 # Tests repeat themselves, idlelib and lib2to3 hold fixtures, the others are not the library.
 NOT_LIBRARY = frozenset({"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"})
@@ -124,6 +125,7 @@ def _find(source: str, text_key: str) -> Corpus:
     """Returns the files of a corpus, whatever they hold."""
     if source == "stdlib":
         return Corpus(source, tuple(library_files(Path(sysconfig.get_path("stdlib")))), text_key)
+    check_local(source, "data.source")
     pattern = os.path.expanduser(source)
     if os.path.isdir(pattern):
         return _open_folder(source, Path(pattern), text_key)

@@ -27,6 +27,7 @@ from deepseek_jax.data.once import once
 from deepseek_jax.data.tokenise import id_type, tokenise
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.watch import Counter, Watch, unwatched
+from deepseek_jax.paths import check_local
 
 VERSION = 2  # raise it when the layout, or what a reader yields, changes
 LABEL = "tokenise"
@@ -101,6 +102,7 @@ def _is_usable(folder: Path, remove: bool = False) -> bool:
 def cache_folder(cache_dir: str) -> Path:
     """Returns ``cache_dir``, or the user's cache directory if it is empty."""
     if cache_dir:
+        check_local(cache_dir, "data.cache_dir")
         return Path(os.path.expanduser(cache_dir))
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "deepseek_jax")
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from deepseek_jax.data.fim import FimTokens
 from deepseek_jax.errors import UserError
+from deepseek_jax.paths import check_local
 
 
 class Tokenizer(Protocol):
@@ -260,6 +261,7 @@ def open_tokenizer(name: str) -> Tokenizer:
     """Returns the tokenizer that ``name`` names: ``bytes``, ``none``, ``deepseek``, a tokenizer.json, or its folder."""
     if name in BUILT_IN:
         return BUILT_IN[name]()
+    check_local(name, "data.tokenizer")
     path = deepseek_folder() if name == "deepseek" else Path(os.path.expanduser(name))
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():

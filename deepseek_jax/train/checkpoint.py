@@ -31,6 +31,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.paths import check_local
 from deepseek_jax.train import manifest as files
 from deepseek_jax.train import tree
 from deepseek_jax.train.manifest import Damage
@@ -60,8 +61,7 @@ class Checkpointer:
         read_only: bool = False,
         warn: Callable[[str], None] = print_warning,
     ):
-        if "://" in str(directory):
-            raise UserError(f"checkpoint directory {directory}: wanted a path of a mounted file system.")
+        check_local(directory)
         if keep < 1:
             raise UserError(f"checkpoint.keep is {keep}: wanted 1 or more.")
         self.directory = Path(os.path.abspath(directory))

@@ -1,0 +1,29 @@
+"""Paths that lead to another machine: told apart from files here, before a folder named ``gs:`` is made."""
+
+import os
+import re
+
+from deepseek_jax.errors import UserError
+
+# A scheme has two letters or more: C:/ is a disk.  pathlib makes gs:/b of gs://b.
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
+HUB = re.compile(r"(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
+MOUNTS = {"gs": "gcsfuse", "s3": "mountpoint-s3", "hdfs": "hadoop-hdfs-fuse", "abfs": "blobfuse2", "az": "blobfuse2"}
+
+
+def check_local(path: str | os.PathLike, given: str = "") -> None:
+    """Raises UserError for gs://, s3:// and the like; ``given`` is what the user calls the value, such as --workdir."""
+    found = SCHEME.match(os.fspath(path))
+    if not found:
+        return
+    scheme, rest = found[1].lower(), found[2]
+    shown = f"{given}={scheme}://{rest}" if given else f"{scheme}://{rest}"
+    if scheme == "file":
+        raise UserError(f"{shown}: a plain path is expected here. Give /{rest.lstrip('/')}.")
+    if scheme in ("hf", "http", "https") and (model := HUB.match(rest if scheme != "hf" else f"hf.co/{rest}")):
+        raise UserError(f"{shown}: models of the hub go by their ids where weights are read. Give {model[1]} there.")
+    mount = f", such as {MOUNTS[scheme]}" if scheme in MOUNTS else ""
+    raise UserError(
+        f"{shown}: nothing is read from or written to {scheme}:// as yet. Give a path here: of a mounted file system"
+        f"{mount}, or of a copy."
+    )
