@@ -145,11 +145,6 @@ def open_splits(
     *,
     source: str,
     text_key: str,
-    format: str,
-    chat_template: str,
-    train_on: str,
-    special_tokens: bool,
-    add_bos: bool,
     tokenizer: str | Tokenizer,
     seq_len: int,
     fim_rate: float,
@@ -158,6 +153,11 @@ def open_splits(
     workers: int,
     cache_dir: str,
     seed: int,
+    format: str = "auto",
+    chat_template: str = "",
+    train_on: str = "answers",
+    special_tokens: bool = False,
+    add_bos: bool = True,
     watch: Watch = unwatched,
 ) -> tuple[Split, Split | None]:
     """Returns the training and the held-out side of a corpus; the second is None if ``holdout_rate`` is 0.
@@ -168,7 +168,8 @@ def open_splits(
     them: there is no FIM, and they are always masked (see ``settled``).
 
     Args:
-      source, ...: the keys of ``config.data``; ``tokenizer`` may be one that is open already.
+      source, ...: the keys of ``config.data``; ``tokenizer`` may be one that is open already.  What is left out is as
+        in ``configs/base.py``.
       watch: shown how far the tokenising is.
 
     Raises:

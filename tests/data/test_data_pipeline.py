@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from deepseek_jax.data.pipeline import Batch, open_split
+from deepseek_jax.data.pipeline import Batch, open_split, open_splits
 from deepseek_jax.errors import UserError
 
 
@@ -226,3 +226,17 @@ def test_documents_begin_with_bos_where_the_tokenizer_says_so(settings, tmp_path
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true, "bos_token": "<s>"}')
     assert (begins() == 26).all()
     assert not (begins(add_bos=False) == 26).any()
+
+
+def test_what_may_be_left_out_is_as_in_the_config():
+    import inspect
+
+    from deepseek_jax.configs import base
+
+    data = base.get_config().data
+    parameters = inspect.signature(open_splits).parameters
+    assert set(data) == set(parameters) - {"seed", "watch"}
+    optional = {name: each.default for name, each in parameters.items() if each.default is not each.empty}
+    assert {name: data[name] for name in set(optional) - {"watch"}} == {
+        k: v for k, v in optional.items() if k != "watch"
+    }

@@ -33,11 +33,15 @@ def test_the_standard_library_keeps_the_recipe(tmp_path):
     assert "10." in lines and "M tokens an epoch" in lines and "held out to evaluate on: " in lines
 
 
-@pytest.mark.parametrize(("n_books", "documents"), [(1, "1 document"), (3, "3 documents")])
-def test_what_is_held_out_is_said(tmp_path, n_books, documents):
+@pytest.mark.parametrize(
+    ("n_books", "documents", "end"),
+    [(1, "1 document", "the end of the document"), (3, "3 documents", "the end of each long document")],
+)
+def test_what_is_held_out_and_how_often_the_text_is_read_is_said(tmp_path, n_books, documents, end):
     for number in range(n_books):
         (tmp_path / f"{number}.txt").write_text(TEXT * (500 + number))
     (tmp_path / "cover.png").write_bytes(b"\xff")
-    lines, _ = said(tmp_path / "elsewhere", tmp_path)
-    assert f"tokens an epoch, {documents}\nheld out to evaluate on: the end of each document, " in lines
+    lines, _ = said(tmp_path / "elsewhere", tmp_path, "--config.train.batch_size=8", "--config.train.steps=420")
+    times = 420 * 8 * 256 / (0.98 * sum(len(TEXT) * (500 + number) for number in range(n_books)))
+    assert f"tokens an epoch, {documents}, read {times:.0f} times\nheld out to evaluate on: {end}, " in lines
     assert "files passed over: 1 of other types (.png)" in lines
