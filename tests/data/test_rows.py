@@ -38,6 +38,7 @@ def test_a_conversation_is_written_in_one_way():
         ({"messages": [{"role": "bot", "content": "a"}]}, r"here: messages\[0\] has role 'bot'"),
         ({"messages": [*TALK, TALK[1]]}, r"here: messages\[2\] has role 'assistant' after assistant"),
         ({"messages": TALK[:1]}, "here has no message of the assistant, so there is nothing to learn"),
+        ({"messages": TALK, "thinking": "yes"}, "here has 'yes' as thinking. Give true or false"),
         ({"messages": []}, "here: the messages end after the start"),
     ],
 )
@@ -57,6 +58,9 @@ def test_the_first_row_tells_the_format(tmp_path):
     assert [json.loads(text)["messages"] for text in open_corpus(talks, "text").documents()] == [TALK]
     assert open_corpus(texts, "text").format == open_corpus("stdlib", "text").format == "text"
     assert open_corpus(talks, "text").fingerprint() != open_corpus(talks, "text", "text").fingerprint()
+    other = write(tmp_path / "d.jsonl", [{"conversations": [{"from": "human", "value": "a"}]}])
+    with pytest.raises(UserError, match='has "conversations". Rename it to "messages"'):
+        open_corpus(other, "text")
     both = write(tmp_path / "c.jsonl", [{"text": "a", "messages": TALK}])
     with pytest.raises(UserError, match="a text in 'text' and messages as well. Set data.format"):
         open_corpus(both, "text")
