@@ -34,8 +34,13 @@ PEAK_FLOPS = {
     "H100": 989e12,
     "H200": 989e12,
     "H800": 989e12,
+    "GB200": 2500e12,
     "B200": 2250e12,
     "A100": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "T4": 65e12,  # in float16: it has no bfloat16 units
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,

@@ -5,15 +5,16 @@ import dataclasses
 import pytest
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.plan.chips import CHIPS, chip
-from deepseek_jax.train.metrics import PEAK_FLOPS
+from deepseek_jax.plan.chips import ALIASES, CHIPS, chip, chips_of
+from deepseek_jax.train.metrics import peak_flops
 
-IN_LOGS = {"h800": "H800", "h100": "H100", "h200": "H200", "b200": "B200", "tpu_v5p": "TPU v5", "tpu_v6e": "TPU v6"}
+IN_LOGS = {name: name.upper() for name in ("h800", "h100", "h200", "b200", "a100", "l4", "t4", "gb200")}
+IN_LOGS |= {"a100_40": "A100", "tpu_v5e": "TPU v5 lite", "tpu_v5p": "TPU v5", "tpu_v6e": "TPU v6"}
 
 
 @pytest.mark.parametrize("name", CHIPS)
 def test_the_peaks_are_those_of_the_training_log(name):
-    assert CHIPS[name].bf16 * 1e12 == PEAK_FLOPS[IN_LOGS[name]]
+    assert CHIPS[name].bf16 * 1e12 == peak_flops(f"NVIDIA {IN_LOGS[name]}")
 
 
 @pytest.mark.parametrize("name", CHIPS)
@@ -40,3 +41,40 @@ def test_a_chip_of_ones_own():
 def test_a_chip_that_is_none_is_refused(text):
     with pytest.raises(UserError, match="--chip="):
         chip(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "count"),
+    [
+        ("h100", "h100", 0),
+        ("8xh100", "h100", 8),
+        ("8x H100", "h100", 8),
+        ("h100x8", "h100", 8),
+        ("gb200-72", "gb200", 72),
+        ("64xa100_40", "a100_40", 64),
+        ("8xl4", "l4", 8),
+        ("v5p", "tpu_v5p", 0),
+        ("v5p-512", "tpu_v5p", 256),  # TensorCores, two a chip
+        ("tpu_v5p-8", "tpu_v5p", 4),
+        ("256xv5p", "tpu_v5p", 256),  # chips
+        ("v5e-256", "tpu_v5e", 256),
+        ("v5litepod-16", "tpu_v5e", 16),
+        ("v6e-256", "tpu_v6e", 256),
+        ("mine:bf16=500", "mine", 0),
+        ("h100:memory=64", "h100", 0),
+    ],
+)
+def test_a_name_may_say_how_many(text, name, count):
+    found, number = chips_of(text)
+    assert (found.name, number) == (name, count)
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_an_alias_is_the_chip_itself(alias):
+    assert chip(alias) is CHIPS[ALIASES[alias]] and chip(f"{alias}:hbm=99").bf16 == CHIPS[ALIASES[alias]].bf16
+
+
+@pytest.mark.parametrize("text", ["v5p-511", "0xh100", "8xh900", "h900-8", "8xh100x8", "x8", "-8", "8x", "v5p-"])
+def test_a_number_of_chips_that_cannot_be_is_refused(text):
+    with pytest.raises(UserError, match="--chip="):
+        chips_of(text)
