@@ -4,6 +4,8 @@
     deepseek-jax plan --config=v3_671b --chip=h200 --devices=1024 --config.mesh.pipe=8 --schedule=dualpipev
     deepseek-jax plan --config=v2_236b                         # and how it compares with the 67B before it
     deepseek-jax plan --config=tiny_v3 --chip=h100 --devices=8 --config.mesh.expert=4
+    deepseek-jax plan --config=v3_671b --chip=h200 --devices=256 --suggest      # meshes that fit, the fastest first
+    deepseek-jax plan --config=v2_lite --chip=64xh100 --suggest                 # v5p-512, v6e-256: chips and how many
     deepseek-jax plan --chip=mine:bf16=989,fp8=1979,memory=80,hbm=3350,fast=450,reach=8,network=50 --step-time-s=19.926
     deepseek-jax plan --json > plan.json
     deepseek-jax plan --picture=memory.png                     # bars: the memory of a device, part by part
@@ -13,6 +15,9 @@ every number says what it is: derived, published, given, or fitted (it rests on 
 for the recipe).  What is not given is taken from the published run of that model where one is known: devices,
 config.mesh.pipe, config.mesh.expert, --schedule, --recipe, --tokens, --against.  For any other model: as many devices
 as its mesh says, 1F1B, recipe run.  A published step time joins the table if the plan is that of the published run.
+
+A plan opens with its verdict.  --suggest looks for meshes, sharding rules, micro-batches and recomputation that fit
+and says which of them deepseek-jax train can run today; a plan that does not fit ends with the same.
 
 Recipes: run is what deepseek-jax train does (float32 weights; config.precision, config.train.remat); bf16 keeps
 bfloat16 weights over float32 ones that are cut over the replicas; v3 is the report's FP8 training and recomputation.
@@ -25,14 +30,15 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _options, inspect, train
+from deepseek_jax.launch import _options, _suggest, inspect, train
 from deepseek_jax.paths import check_local
 from deepseek_jax.plan.published import RUNS, Run
 
 DEFAULT = "v3_671b"
 EXTRA = {
-    "chip": (str, "", "h800, h100, h200, b200, tpu_v5p, tpu_v6e, or NAME:KEY=NUMBER,… over these (default: h800)"),
-    "devices": (int, 0, "how many chips; 0: as published, else as many as config.mesh says"),
+    "chip": (str, "", "like h100, 8xh100, v5p-512, or NAME:KEY=NUMBER,… over a known one (default: h800)"),
+    "devices": (int, 0, "how many chips; 0: as --chip says or as published, else as many as config.mesh says"),
+    "suggest": (bool, False, "name meshes that fit, the fastest first, instead of planning the config's own"),
     "schedule": (str, "", "1f1b, zb1p, dualpipe or dualpipev; of the pipeline"),
     "recipe": (str, "", "run, bf16 or v3; what is kept in which format"),
     "efficiency": (float, 0.0, "what matmuls reach of their peak; 0: the number calibrated for the recipe"),
@@ -61,21 +67,46 @@ def main(argv: list[str]) -> int:
         if value != 0 and not least <= value <= most:
             raise UserError(f"--{name.replace('_', '-')}={value}: wanted a number from {least:g} to {most:g}, or 0.")
     from deepseek_jax.plan import figures, report
+    from deepseek_jax.plan.memory import capacity, fullest
+    from deepseek_jax.plan.verdict import verdict
 
+    name_chips(options)
     subject = subject_of(config, is_whole=not any(key.startswith("model.") for key in options.overrides))
+    if options.suggest:
+        return _suggest.only(config, options, subject)
     job = job_of(config, options, subject)
     question = question_of(config, options, subject, job)
-    sections = report.report(subject, job, question)
+    memory, known = fullest(job, question.kept, question.loss_chunk), (question.efficiency, question.efficiency_mark)
+    sections = [verdict(job, memory, *known, _suggest.hindrances(config, job)), *report.report(subject, job, question)]
+    instead = []
+    if memory > capacity(job):
+        instead = _suggest.sections(config, options, subject, job.layout.devices)
     if options.picture:
         check_local(options.picture, "--picture")
         draw(job, report.memory_of(job, question), config.name, Path(options.picture).expanduser())
     if options.json:
-        print(json.dumps(header(config, options, job) | figures.as_json(sections), indent=2))
+        print(json.dumps(header(config, options, job) | figures.as_json([*sections, *instead]), indent=2))
     else:
         show(title(config, options, job), sections, job.recipe.fitted_to)
+        for section in instead:
+            _suggest.show(section)
         if options.picture:
             print(f"\nmemory drawn: {options.picture}")
     return 0
+
+
+def name_chips(options) -> None:
+    """Splits a chip that says how many ("8xh100", "v5p-512") into `options.chip` and `options.devices`.
+
+    Raises UserError if --devices says another number.
+    """
+    from deepseek_jax.plan.chips import chips_of
+
+    found, count = chips_of(options.chip) if options.chip else (None, 0)
+    if count and options.devices not in (0, count):
+        raise UserError(f"--chip={options.chip} names {count} chips, --devices={options.devices}. Give one of them.")
+    if count:
+        options.chip, options.devices = found.name, count
 
 
 def subject_of(config: ConfigDict, *, is_whole: bool = True):

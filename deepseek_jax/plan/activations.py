@@ -15,7 +15,9 @@ recomputation there is a rule, from the report's sections 3.2.3 and 3.3.3:
 Norms, up-projections and SwiGLU's output are made again.  V3: 159 kB a token and layer.
 """
 
-from collections.abc import Mapping
+import contextlib
+import gc
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import ModuleType
 from typing import NamedTuple
@@ -28,7 +30,7 @@ from jax.sharding import AbstractMesh
 
 from deepseek_jax.layers.base import Execution, bind, logical_axes, run_stack, split
 from deepseek_jax.layers.decoder import whole_sequences
-from deepseek_jax.parallel.sharding import expert_axis, placements, unsharder
+from deepseek_jax.parallel.sharding import EXPERTS, expert_axis, placements, unsharder
 from deepseek_jax.plan.layout import Layout
 from deepseek_jax.plan.network import NORM_WIDTH, Network, abstract_model
 from deepseek_jax.plan.recipes import V3_POLICY, Recipe
@@ -57,11 +59,16 @@ def kept(
     if recipe.remat == V3_POLICY:
         return {name: _published(network, name, layout.seq_len) for name in network.stacks}
     mesh = AbstractMesh((layout.data, layout.expert), ("data", "expert"))
-    dtype = jnp.float32 if recipe.activations == FLOAT32 else jnp.bfloat16
-    axis, unshard = expert_axis(rules, mesh), unsharder(rules, mesh)
-    run = Execution(compute=dtype, remat=recipe.remat, expert_axis=axis, unshard=unshard)
+    run = execution(recipe, rules, mesh)
     model = abstract_model(family, sizes, run)
     return {name: traced(model, name, run, layout.seq_len, rules, mesh) for name in network.stacks}
+
+
+def execution(recipe: Recipe, rules: Mapping[str, str], mesh: AbstractMesh) -> Execution:
+    """How a layer runs under a recipe on a mesh."""
+    dtype = jnp.float32 if recipe.activations == FLOAT32 else jnp.bfloat16
+    axis, unshard = expert_axis(rules, mesh), unsharder(rules, mesh)
+    return Execution(compute=dtype, remat=recipe.remat, expert_axis=axis, unshard=unshard)
 
 
 def traced(
@@ -72,13 +79,23 @@ def traced(
     Its backward pass makes again what policy "none" would have kept, and gradients that are taken to be as large.
     """
 
-    def two_numbers(run: Execution) -> tuple[int, int]:
-        one, two = (residual_bytes(model, stack, run, (n, seq_len), rules, mesh) for n in (1, 2))
-        return two - one, 2 * one - two
+    mine = affine(model, stack, run, seq_len, rules, mesh)
+    if run.remat == "none":
+        return combined(mine, mine)
+    return combined(mine, affine(model, stack, replace(run, remat="none"), seq_len, rules, mesh))
 
-    mine = two_numbers(run)
-    everything = mine if run.remat == "none" else two_numbers(replace(run, remat="none"))
+
+def combined(mine: tuple[int, int], everything: tuple[int, int]) -> Kept:
+    """What a layer needs, from `affine` of its own policy and of policy "none"."""
     return Kept(*mine, 2 * everything[0] - mine[0], everything[1] - mine[1])
+
+
+def affine(
+    model: nnx.Module, stack: str, run: Execution, seq_len: int, rules: Mapping[str, str], mesh: AbstractMesh
+) -> tuple[int, int]:
+    """Bytes that a layer's backward pass needs: (of each sequence, once)."""
+    one, two = (residual_bytes(model, stack, run, (n, seq_len), rules, mesh) for n in (1, 2))
+    return two - one, 2 * one - two
 
 
 def residual_bytes(
@@ -108,9 +125,22 @@ def residual_bytes(
     x_BTD = jax.ShapeDtypeStruct((*shape_BT, model.config.d_model), run.compute)
     positions_BT = jax.ShapeDtypeStruct(shape_BT, jnp.int32)
     trace = jax.make_jaxpr(residuals, axis_env=list(mesh.shape.items()))
-    program = trace(params, router_bias, x_BTD, positions_BT).jaxpr
+    with _no_collection():
+        program = trace(params, router_bias, x_BTD, positions_BT).jaxpr
     made = {var: var.aval for var in program.outvars if isinstance(var, Var) and var not in program.invars}
     return sum(aval.size * aval.dtype.itemsize for aval in made.values())
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No search for cyclic garbage meanwhile: it takes a third of the time of a trace and finds none."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def v3_bytes(network: Network, stack: str) -> float:
@@ -152,3 +182,42 @@ def local_part(array: jax.ShapeDtypeStruct, spec: tuple, mesh: AbstractMesh) -> 
     axes = (*spec, *[None] * (len(array.shape) - len(spec)))
     shape = tuple(n // (mesh.shape[axis] if axis else 1) for n, axis in zip(array.shape, axes, strict=True))
     return jax.ShapeDtypeStruct(shape, array.dtype)
+
+
+class KeptOnce:
+    """`kept` of many jobs of one network: each derivative is made once, for a stack depends on few of a job's choices.
+
+    Policy "block" needs none: it keeps the input alone (and the rotary frequencies, some hundred bytes).
+    """
+
+    def __init__(self, family: ModuleType, sizes: object, network: Network):
+        self.family, self.sizes, self.network = family, sizes, network
+        self.known: dict[tuple, tuple[int, int]] = {}
+
+    def __call__(self, recipe: Recipe, layout: Layout, rules: Mapping[str, str]) -> dict[str, Kept]:
+        """What a layer of each stack keeps on one device."""
+        if recipe.remat == V3_POLICY:
+            return kept(self.family, self.sizes, self.network, layout, recipe, rules)
+        mine, everything = (
+            {name: self._bytes(name, replace(recipe, remat=remat), layout, rules) for name in self.network.stacks}
+            for remat in (recipe.remat, "none")
+        )
+        return {name: combined(mine[name], everything[name]) for name in self.network.stacks}
+
+    def _bytes(self, stack: str, recipe: Recipe, layout: Layout, rules: Mapping[str, str]) -> tuple[int, int]:
+        """`affine` of a stack; of the mesh alone the number of a device's experts changes it, not over how many devices
+        a weight that is gathered was stored."""
+        if recipe.remat == "block":
+            return int(layout.seq_len * self.network.d_model * recipe.activations), 0
+        mesh = AbstractMesh((layout.data, layout.expert), ("data", "expert"))
+        used = {logical for weight in self.network.of(stack) for logical in weight.axes}
+        split_over = sorted(
+            (name, axis) for name, axis in rules.items() if name in used and mesh.shape.get(axis, 1) > 1
+        )
+        n_shares = mesh.shape[rules[EXPERTS]] if rules.get(EXPERTS) and EXPERTS in used else 1
+        key = (stack, recipe.remat, recipe.activations, layout.seq_len, n_shares, *split_over)
+        if key not in self.known:
+            run = execution(recipe, rules, mesh)
+            model = abstract_model(self.family, self.sizes, run)
+            self.known[key] = affine(model, stack, run, layout.seq_len, rules, mesh)
+        return self.known[key]

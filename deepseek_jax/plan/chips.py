@@ -50,8 +50,8 @@ CHIPS = {
         # NVIDIA A100 data sheet, SXM: no FP8; NVLink 3, 600 GB/s both ways. DGX A100: 8 a host, a 200 Gb/s card each.
         Chip("a100", bf16=312, fp8=312, memory=80, hbm=2039, fast=300, reach=8, network=25),
         Chip("a100_40", bf16=312, fp8=312, memory=40, hbm=1555, fast=300, reach=8, network=25),
-        # NVIDIA L4 data sheet: 242 and 485 with sparsity; PCIe 4, 64 GB/s both ways. Google Cloud's g2-standard-96: 8 of
-        # them share 100 Gb/s.
+        # NVIDIA L4 data sheet: 242 and 485 with sparsity; PCIe 4, 64 GB/s both ways. Google Cloud's g2-standard-96:
+        # 8 of them share 100 Gb/s.
         Chip("l4", bf16=121, fp8=242.5, memory=24, hbm=300, fast=32, reach=8, network=1.5625),
         # NVIDIA T4 data sheet: 65 in float16 (it has no bfloat16 units: a run in bfloat16 is slower); PCIe 3, 32 GB/s
         # both ways. AWS's g4dn.metal: 8 of them share 100 Gb/s.
@@ -125,8 +125,9 @@ def chip(text: str) -> Chip:
         return CHIPS[_name(name)]
     if not colon or not name:
         raise UserError(
-            f"--chip={text}: no such chip. Choose one of {', '.join(CHIPS)}, with a number if you like (8xh100, v5p-512), "
-            "or give its numbers: --chip=mine:bf16=989,fp8=1979,memory=80,hbm=3350,fast=200,reach=8,network=50."
+            f"--chip={text}: no such chip. Choose one of {', '.join(CHIPS)}, with a number if you like "
+            "(8xh100, v5p-512), or give its numbers: "
+            "--chip=mine:bf16=989,fp8=1979,memory=80,hbm=3350,fast=200,reach=8,network=50."
         )
     given = {}
     for pair in numbers.split(","):

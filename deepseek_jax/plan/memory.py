@@ -34,6 +34,7 @@ PARTS = ("weights", "gradients", "pipeline_copy", "optimiser", "activations", "k
 PARTS += ("layer_at_work", "logits", "exchange_buffers", "router_biases")
 LOGITS = 8.0  # bytes: float32 and the same for its gradient
 BIAS = 4.0
+BARELY = 0.05  # of a chip's memory: what is not counted easily takes as much
 
 
 def rank_memory(job: Job, rank: int, kept: Mapping[str, Kept], loss_chunk: int) -> dict[str, float]:
@@ -61,6 +62,16 @@ def rank_memory(job: Job, rank: int, kept: Mapping[str, Kept], loss_chunk: int) 
         rows = layout.tokens * min(network.top_k, job.expert_devices) * recipe.padding
         found["exchange_buffers"] = rows * network.d_model * recipe.exchanged * (2 if job.schedule.overlaps else 1)
     return {name: n_bytes for name, n_bytes in found.items() if n_bytes}
+
+
+def fullest(job: Job, kept: Mapping[str, Kept], loss_chunk: int) -> float:
+    """Bytes on the fullest device."""
+    return max(sum(rank_memory(job, rank, kept, loss_chunk).values()) for rank in range(len(job.ranks)))
+
+
+def capacity(job: Job) -> float:
+    """Bytes of a device's memory."""
+    return job.chip.memory * 2**30
 
 
 def gradient_copies(job: Job) -> int:

@@ -12,14 +12,14 @@ from deepseek_jax.plan.counts import Counts
 from deepseek_jax.plan.figures import DERIVED, GIB, GIGA, GIVEN, PUBLISHED, Column, Figure, Row, Section
 from deepseek_jax.plan.job import Job
 from deepseek_jax.plan.layout import describe_layers
-from deepseek_jax.plan.memory import gradient_copies, rank_memory
+from deepseek_jax.plan.memory import BARELY, capacity, gradient_copies, rank_memory
 from deepseek_jax.plan.network import AHEAD, EMBEDDING, HEAD, Network
 from deepseek_jax.plan.published import Run
 from deepseek_jax.plan.schedules import SCHEDULES, schedule
 from deepseek_jax.plan.traffic import rank_traffic
+from deepseek_jax.plan.verdict import above
 
 GROWS_WITH_MICRO_BATCH = ("activations", "layer_at_work", "exchange_buffers")
-BARELY = 0.05  # of a chip's memory: what is not counted easily takes as much
 PUBLISHED_MFU = {"router": False, "ahead": False}  # what the published operations leave out
 
 
@@ -176,7 +176,7 @@ def memory(job: Job, ranks: Sequence[Mapping[str, float]]) -> Section:
     """What the fullest device holds, and whether that fits."""
     totals = [sum(parts.values()) for parts in ranks]
     fullest, emptiest = totals.index(max(totals)), totals.index(min(totals))
-    parts, total, capacity = ranks[fullest], totals[fullest], job.chip.memory * GIB
+    parts, total, available = ranks[fullest], totals[fullest], capacity(job)
     notes = _memory_notes(job)
     rows = [(name.replace("_", " "), figures.gib(name, n), notes.get(name, "")) for name, n in parts.items()]
     where = "every device" if len(set(totals)) == 1 else f"rank {fullest}: {_holds(job, fullest)}"
@@ -184,10 +184,10 @@ def memory(job: Job, ranks: Sequence[Mapping[str, float]]) -> Section:
     if len(ranks) > 1:
         rows.append(("on the emptiest", figures.gib("emptiest_total", totals[emptiest]), f"rank {emptiest}"))
     known = PUBLISHED if job.chip in CHIPS.values() else GIVEN
-    rows.append((f"memory of {job.chip.name}", figures.gib("chip_memory", capacity, known), ""))
+    rows.append((f"memory of {job.chip.name}", figures.gib("chip_memory", available, known), ""))
     largest = max(parts, key=parts.get)
-    fits, left = total <= capacity, capacity - total
-    answer = "NO" if not fits else "yes, barely" if left < BARELY * capacity else "yes"
+    fits, left = total <= available, available - total
+    answer = "NO" if not fits else "yes, barely" if left < BARELY * available else "yes"
     share = f"largest part: {largest.replace('_', ' ')}, {parts[largest] / total:.0%}"
     rows.append(("does it fit?", Figure("fits", fits, answer, DERIVED), share))
     grows = "config.train.micro_batches" if largest in GROWS_WITH_MICRO_BATCH else "devices, or a config.sharding rule"
@@ -277,8 +277,7 @@ def speed(subject: Subject, job: Job, question: Question) -> Section:
     speeds = [Speed(total, at.tokens_per_step, at.devices) for total in totals]
     causal, full = (flops.training(subject.network, at.seq_len, causal=c, **PUBLISHED_MFU) for c in (True, False))
     log = flops.training(subject.network, at.seq_len)
-    above = "; FP8 may exceed it" if job.recipe.fp8 and job.chip.fp8 > job.chip.bf16 else ""
-    peak = f"of {job.chip.bf16:,.0f} TFLOP/s in bfloat16{above}"
+    peak, is_given = f"of {job.chip.bf16:,.0f} TFLOP/s in bfloat16", question.step_s is not None
     overlap = "hidden under arithmetic if it can be" if job.schedule.overlaps else "not hidden by this schedule"
     slowest = "of the slowest device" + ("; float32 at bfloat16's rate" if job.recipe.activations == 4 else "")
     whole = row("step_s", "step", totals, figures.seconds)
@@ -292,18 +291,13 @@ def speed(subject: Subject, job: Job, question: Question) -> Section:
         row("reduce_s", "ZeRO-1 and FSDP", [s.reduce for s in steps], figures.seconds, "not hidden"),
         row("optimizer_s", "optimiser", [s.optimizer for s in steps], figures.seconds, "its state through the memory"),
         whole,
-        row(
-            "mfu_percent",
-            "MFU, attention in full",
-            [100 * s.mfu(full, job.chip) for s in speeds],
-            figures.percent,
-            peak,
-        ),
-        row("mfu_causal_percent", "MFU, causal", [100 * s.mfu(causal, job.chip) for s in speeds], figures.percent),
     ]
-    if log != causal:
-        with_all = [100 * s.mfu(log, job.chip) for s in speeds]
-        rows.append(row("mfu_log_percent", "MFU, as a training log", with_all, figures.percent, "causal, all included"))
+    counts = [("mfu_percent", "MFU, attention in full", full, peak), ("mfu_causal_percent", "MFU, causal", causal, "")]
+    counts += [("mfu_log_percent", "MFU, as a training log", log, "causal, all included")] if log != causal else []
+    for key, label, work, note in counts:
+        used = [100 * s.mfu(work, job.chip) for s in speeds]
+        note = (note + above(max(used), job, in_full=work == full, is_given=is_given)).removeprefix("; ")
+        rows.append(row(key, label, used, figures.percent, note))
     each = [s.flops_per_device(causal) / step_time.TERA for s in speeds]
     rows += [
         row("tflops_per_device", "a device does, causal", each, "{:,.1f} TFLOP/s".format),

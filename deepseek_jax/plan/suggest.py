@@ -1,0 +1,216 @@
+"""Meshes on which a network fits, fastest first: what may be chosen, and a search that traces as little as it can.
+
+    choices      pipe x data x expert = devices, rules that store weights in shards, micro-batches, remat, recipe
+    fits         memory of the fullest device <= (1 - BARELY) of the chip's
+    order        seconds of a step (`step_time.step` with the recipe's efficiency)
+
+More micro-batches need less memory and more time, so a line of choices differs in their number alone, and the line's
+first member that may fit bounds its time from below.  Best first: the fastest such member of all lines is taken, and
+what its layers keep (`Kept`: a derivative on shapes, seconds of work) looked up for it alone, unless a job of the same
+recomputation has shown already that there is no hope.  So what is found first is the fastest that fits.
+"""
+
+import heapq
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.parallel.mesh import DATA, EXPERT
+from deepseek_jax.parallel.sharding import EXPERTS
+from deepseek_jax.plan import step_time
+from deepseek_jax.plan.activations import Kept, matmul_outputs
+from deepseek_jax.plan.chips import Chip
+from deepseek_jax.plan.job import Job
+from deepseek_jax.plan.layout import Layout
+from deepseek_jax.plan.memory import BARELY, capacity, fullest
+from deepseek_jax.plan.network import Network
+from deepseek_jax.plan.recipes import V3_POLICY, Recipe
+from deepseek_jax.plan.schedules import SCHEDULES, schedule
+
+# Rules beside the config's own, each a way to store weights in shards that are gathered before use.
+STORED = ({}, {"embed": DATA}, {"heads": EXPERT, "embed": DATA}, {"vocab": EXPERT, "heads": EXPERT, "embed": DATA})
+PIPES = (1, 2, 4, 8, 16)
+NO_PIPELINE = "a pipeline axis in train"
+NO_BF16 = "bfloat16 weights over sharded float32 ones (recipe bf16)"
+NO_V3 = "FP8 matmuls and V3's recomputation (recipe v3)"
+MOST_DEVICES = 2**17
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is given, and what may be chosen.
+
+    Attributes:
+        network, chip, devices: what runs on what.
+        batch, batch_start, seq_len, loss_chunk: `config.train.batch_size`, `batch_size_start`, `config.data.seq_len`,
+            `config.train.loss_chunk`.
+        rules: `config.sharding`.
+        recipes: of which one is chosen; their `remat` and number formats differ.
+        kept: what a layer of each stack keeps, from recipe, layout and rules; asked for as rarely as possible.
+        efficiency: of the matmuls; 0: that of each recipe.
+    """
+
+    network: Network
+    chip: Chip
+    devices: int
+    batch: int
+    batch_start: int
+    seq_len: int
+    loss_chunk: int
+    rules: Mapping[str, str]
+    recipes: Sequence[Recipe]
+    kept: Callable[[Recipe, Layout, Mapping[str, str]], Mapping[str, Kept]]
+    efficiency: float = 0.0
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A job that fits.
+
+    Attributes:
+        job: it.
+        batch_start: `config.train.batch_size_start` with which it starts.
+        step_s: seconds of a step.
+        memory: bytes on the fullest device.
+    """
+
+    job: Job
+    batch_start: int
+    step_s: float
+    memory: float
+
+
+def missing(job: Job) -> list[str]:
+    """What `deepseek-jax train` still needs to run a job; nothing if it can today."""
+    found = [NO_PIPELINE] if job.layout.pipe > 1 else []
+    if job.recipe.remat == V3_POLICY:
+        return [*found, NO_V3]
+    return [*found, NO_BF16] if job.recipe.weights != 4 else found
+
+
+def search(space: Space) -> Iterator[Suggestion]:
+    """The suggestions, fastest first, one for each mesh and recipe."""
+    order = itertools.count()  # of equals the first
+    heap = [(step_of(space, job), next(order), job, rest) for job, *rest in lines(space)]
+    heapq.heapify(heap)
+    known: dict[tuple, Mapping[str, Kept]] = {}
+    found: set[tuple] = set()
+    while heap:
+        seconds, _, job, rest = heapq.heappop(heap)
+        at = job.layout
+        mesh = (at.pipe, at.data, at.expert, job.recipe.weights, job.recipe.fp8)
+        if mesh in found:
+            continue
+        guess = known.get(_alike(job))
+        if guess is None or _fits(space, job, guess):
+            known[_alike(job)] = kept = space.kept(job.recipe, at, job.rules)
+            if _fits(space, job, kept):
+                found.add(mesh)
+                yield Suggestion(job, start_of(space, job), seconds, fullest(job, kept, space.loss_chunk))
+                continue
+            guess = kept
+        rest = [other for other in rest if _fits(space, other, guess)]
+        if rest:
+            heapq.heappush(heap, (step_of(space, rest[0]), next(order), rest[0], rest[1:]))
+
+
+def smallest(space: Space) -> int:
+    """The least power of two above `space.devices` on which something fits; 0 if there is none up to MOST_DEVICES."""
+    least = [recipe for recipe in space.recipes if recipe.remat in ("block", V3_POLICY)] or space.recipes
+    for devices in itertools.takewhile(lambda n: n <= MOST_DEVICES, (2**k for k in itertools.count())):
+        if devices > space.devices and next(search(replace(space, devices=devices, recipes=least)), None):
+            return devices
+    return 0
+
+
+def step_of(space: Space, job: Job) -> float:
+    """Seconds of a step, by which suggestions are ordered."""
+    return step_time.step(job, space.efficiency or job.recipe.efficiency).total
+
+
+def start_of(space: Space, job: Job) -> int:
+    """`config.train.batch_size_start`, rounded up to what divides over the devices and their micro-batches."""
+    multiple = job.layout.devices // job.layout.pipe * job.layout.micro_batches
+    return min(ceil(space.batch_start / multiple) * multiple, job.layout.batch)
+
+
+def lines(space: Space) -> Iterator[list[Job]]:
+    """Jobs that divide and may fit; those of a line differ in their micro-batches alone, the fewest first."""
+    for pipe, expert, rules in _meshes(space):
+        shared: dict[bool, Job] = {}  # their stages and parts serve all jobs on this mesh
+        for recipe in space.recipes:
+            jobs = (_job(space, pipe, expert, rules, recipe, n) for n in _micro_batches(space, pipe))
+            line = [job for job in jobs if _divides(job, shared) and _fits(space, job, _least(job))]
+            if line:
+                yield line
+
+
+def _divides(job: Job, shared: dict[bool, Job]) -> bool:
+    """Whether the weights divide over a job's mesh; what that needs is taken from an equal job in `shared`."""
+    like = shared.setdefault(job.recipe.fp8, job)
+    try:
+        job.__dict__.update(stages=like.stages, parts=like.parts)
+    except UserError:
+        return False
+    return True
+
+
+def _least(job: Job) -> dict[str, Kept]:
+    """Less than a layer keeps under any policy: its input, and while it works the outputs of its matmuls."""
+    width, tokens = job.recipe.activations, job.layout.seq_len
+    return {
+        name: Kept(tokens * width * job.network.d_model, 0, tokens * width * matmul_outputs(job.network, name))
+        for name in job.network.stacks
+    }
+
+
+def _meshes(space: Space) -> Iterator[tuple[int, int, dict[str, str]]]:
+    """(pipe, expert, rules) that divide the devices; rules that come to the same are tried once."""
+    pipes = [n for n in PIPES if space.devices % n == 0 and n <= space.network.n_layers]
+    for pipe in pipes if any(missing_of(r) for r in space.recipes) else [1]:
+        replicas, n_experts = space.devices // pipe, space.network.n_experts
+        for expert in (n for n in range(1, n_experts + 1) if n_experts % n == 0 and replicas % n == 0):
+            sizes, seen = {DATA: replicas // expert, EXPERT: expert, "": 1}, set()
+            for stored in STORED if pipe == 1 else STORED[:1]:
+                rules = dict(space.rules) | {EXPERTS: EXPERT} | stored
+                active = tuple(sorted((name, axis) for name, axis in rules.items() if sizes.get(axis, 1) > 1))
+                if active not in seen:
+                    seen.add(active)
+                    yield pipe, expert, rules
+
+
+def missing_of(recipe: Recipe) -> bool:
+    """Whether `train` cannot run a recipe yet; pipelines are tried with these alone."""
+    return recipe.weights != 4
+
+
+def _micro_batches(space: Space, pipe: int) -> list[int]:
+    """Numbers of micro-batches that divide a device's share of the batch: in a pipeline one sequence each."""
+    share = ceil(space.batch / (space.devices // pipe))
+    return [share] if pipe > 1 else [n for n in range(1, share + 1) if share % n == 0]
+
+
+def _job(space: Space, pipe: int, expert: int, rules: dict, recipe: Recipe, micro_batches: int) -> Job:
+    replicas = space.devices // pipe
+    batch = ceil(space.batch / replicas) * replicas
+    layout = Layout(pipe, replicas // expert, expert, batch, micro_batches, space.seq_len)
+    both_ways = pipe > 1 and micro_batches >= 2 * pipe and 2 * pipe <= space.network.n_layers
+    name = "dualpipev" if both_ways else "1f1b"
+    return Job(space.network, layout, space.chip, schedule(name, pipe, micro_batches), recipe, rules)
+
+
+def _fits(space: Space, job: Job, kept: Mapping[str, Kept]) -> bool:
+    """Whether a job leaves what is not counted its share of the memory."""
+    return fullest(job, kept, space.loss_chunk) <= (1 - BARELY) * capacity(job)
+
+
+def _alike(job: Job) -> tuple:
+    """Jobs of which a layer keeps about the same."""
+    return job.recipe.remat, job.recipe.activations, job.expert_devices > 1
+
+
+def schedule_name(job: Job) -> str:
+    """The name of a job's schedule, as given to --schedule."""
+    return next(name for name, found in SCHEDULES.items() if found is job.schedule)

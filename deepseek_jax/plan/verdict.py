@@ -1,0 +1,124 @@
+"""What a plan comes to, in five lines; and the tables of meshes that are suggested instead."""
+
+from collections.abc import Sequence
+
+from deepseek_jax.plan import figures, flops, step_time
+from deepseek_jax.plan.cost import Speed
+from deepseek_jax.plan.figures import DERIVED, Column, Figure, Row, Section
+from deepseek_jax.plan.job import Job
+from deepseek_jax.plan.memory import capacity
+from deepseek_jax.plan.step_time import Step
+from deepseek_jax.plan.suggest import Suggestion
+from deepseek_jax.plan.traffic import rank_traffic
+
+PARTS = {
+    "compute": "arithmetic",
+    "exchange": "all-to-all",
+    "bubble": "pipeline bubble",
+    "reduce": "ZeRO-1 and FSDP",
+    "optimizer": "optimizer's memory traffic",
+}
+
+
+def verdict(job: Job, memory: float, efficiency: float, mark: str, hindrances: Sequence[str]) -> Section:
+    """Does it fit, memory, step time, MFU, what bounds it.
+
+    Args:
+        job: what is planned.
+        memory: bytes on the fullest device.
+        efficiency, mark: of the matmuls, and where that number is from (`figures`).
+        hindrances: why `train` cannot run it today.
+    """
+    fits, step, size = memory <= capacity(job), step_time.step(job, efficiency), figures.binary(capacity(job))
+    per_second, mfu = _speed(job, step.total)
+    runs = "deepseek-jax train runs it" if not hindrances else f"train cannot run it yet: {'; '.join(hindrances)}"
+    limit, advice = bottleneck(job, step) if fits else ("memory", "--suggest names meshes that fit")
+    counted = "causal, as a training log" + above(mfu, job)
+    rows = [
+        ("fits", Figure("fits", fits, "yes" if fits else "NO", DERIVED), runs),
+        ("bytes per device", figures.gib("memory", memory), f"of {size}, on the fullest"),
+        (
+            "step",
+            Figure("step_s", step.total, figures.seconds(step.total), mark),
+            f"{per_second:,.0f} tokens per second",
+        ),
+        ("MFU", Figure("mfu_log_percent", mfu, figures.percent(mfu), mark), counted),
+        ("bottleneck", Figure("bottleneck", limit, limit, mark), advice),
+    ]
+    return figures.column("verdict", "verdict", rows)
+
+
+def _speed(job: Job, step_s: float) -> tuple[float, float]:
+    """(tokens per second over all devices, MFU in percent as a training log counts it)."""
+    at = job.layout
+    speed = Speed(step_s, at.tokens_per_step, at.devices)
+    return at.tokens_per_step / step_s, 100 * speed.mfu(flops.training(job.network, at.seq_len), job.chip)
+
+
+def above(mfu_percent: float, job: Job, *, in_full: bool = False, is_given: bool = False) -> str:
+    """Why a utilization is above 100 %, as the end of a remark; nothing where it is not.
+
+    Args:
+        mfu_percent: the largest of a row.
+        job: what is planned.
+        in_full: whether the operations count attention to later tokens, which is not computed.
+        is_given: whether one of the steps was given rather than computed.
+    """
+    if mfu_percent <= 100:
+        return ""
+    reasons = []
+    if job.recipe.fp8 and job.chip.fp8 > job.chip.bf16:
+        reasons.append(
+            f"FP8 matmuls run at up to {job.chip.fp8 / job.chip.bf16:.3g} x the bfloat16 peak that is counted"
+        )
+    if in_full:
+        reasons.append("half of the attention that is counted is not computed")
+    if is_given:
+        reasons.append("a step that was given may be shorter than the chip can do")
+    return f"; above 100 %: {'; '.join(reasons)}"
+
+
+def bottleneck(job: Job, step: Step) -> tuple[str, str]:
+    """The longest part of a step, and what would make it shorter."""
+    part = max(PARTS, key=lambda name: getattr(step, name))
+    return PARTS[part], f"{getattr(step, part) / step.total:.0%} of the step; {_advice(job, part)}"
+
+
+def _advice(job: Job, part: str) -> str:
+    if part == "exchange":
+        if job.layout.expert > job.chip.reach:
+            return f"config.mesh.expert <= {job.chip.reach} stays on the fast link; a schedule that overlaps hides it"
+        return "a smaller config.mesh.expert, or a schedule that overlaps, hides it"
+    if part == "bubble":
+        return "more micro-batches, or fewer stages (config.mesh.pipe)"
+    if part == "reduce":
+        traffic = max((rank_traffic(job, rank) for rank in range(len(job.ranks))), key=lambda t: t.total)
+        if traffic.fsdp.seconds(job.chip) > traffic.zero.seconds(job.chip):
+            return "fewer config.train.micro_batches or config.sharding rules: each micro-batch gathers the weights"
+        return "more tokens per step: config.train.batch_size"
+    if part == "optimizer":
+        return "more tokens per step: config.train.batch_size"
+    again = step_time.recomputed_flops(job) > 0
+    return "more devices" + (", or less recomputation (config.train.remat) where memory allows" if again else "")
+
+
+def suggestions(key: str, title: str, found: Sequence[Suggestion], words: Sequence[str]) -> Section:
+    """A table of suggestions, the fastest first; `words`: what each one is called on the command line."""
+    rows = []
+    for number, (it, text) in enumerate(zip(found, words, strict=True), 1):
+        per_second, mfu = _speed(it.job, it.step_s)
+        cells = (
+            Figure(f"{number}_step_s", it.step_s, figures.seconds(it.step_s), DERIVED),
+            Figure(f"{number}_tokens_per_second", per_second, f"{per_second:,.0f}", DERIVED),
+            Figure(f"{number}_mfu_log_percent", mfu, figures.percent(mfu), DERIVED),
+            figures.gib(f"{number}_memory", it.memory),
+        )
+        rows.append(Row(f"{number}. {mesh_text(it.job)}", cells, text))
+    names = ("step", "tokens per second", "MFU", "memory")
+    return Section(key, title, tuple(rows), tuple(Column(name, DERIVED) for name in names))
+
+
+def mesh_text(job: Job) -> str:
+    """The mesh, in words."""
+    at = job.layout
+    return f"pipe {at.pipe} x data {at.data} x expert {at.expert}"
