@@ -6,9 +6,10 @@
 
 One tensor at a time goes from disk to disk, in the host's memory alone: no accelerator, and for any model no more
 than its largest tensor and 1 GiB besides (it is printed).  Stopped or killed, the same command goes on where it was.
-The checkpoint counts only when all of it is written and hashed.  Weights that are multiplied with scales (FP8) become
-bfloat16; --dtype=keep leaves all others as they are.  Tokenizer, chat template, settings for generation and licence
-are copied to the workdir, and exports contain them.
+The checkpoint counts only when all of it is written; every byte is hashed on its way to the disk, and what an earlier
+start has written is compared with its hashes.  Weights that are multiplied with scales (FP8) become bfloat16;
+--dtype=keep leaves all others as they are.  Tokenizer, chat template, settings for generation and licence are copied
+to the workdir, and exports contain them.
 """
 
 import hashlib
@@ -73,7 +74,7 @@ def convert(source: Path, workdir: Path, dtype: str) -> None:
     origin = describe(source, dtype)
     checkpoints = workdir / "checkpoints"
     if is_there(checkpoints, origin):
-        print(f"{workdir} holds this conversion already: nothing to do.")
+        print(f"{workdir} holds this conversion already, and it is intact: nothing to do.")
         return
     config = published_config(published, source.resolve())
     pieces = Source(published, abstract_weights(config))
@@ -88,7 +89,9 @@ def convert(source: Path, workdir: Path, dtype: str) -> None:
     plan = f"{n_bytes / 1e9:,.2f} GB to write, memory at most {gib(bound)}"
     print(f"{source}: family {config.family}, {plan}", flush=True)
 
-    with streamed.StreamedStep(checkpoints, STEP, arrays, origin) as step:
+    with streamed.StreamedStep(checkpoints, STEP, arrays, origin, watch=Progress) as step:
+        if step.n_damaged:
+            print(f"{step.n_damaged} pieces of an earlier start are damaged: they are written again", file=sys.stderr)
         if step.resumed:
             share = step.n_bytes_done / step.n_bytes
             print(f"going on with an earlier start: {share:.0%} of {workdir} is written already", flush=True)
@@ -109,9 +112,13 @@ def convert(source: Path, workdir: Path, dtype: str) -> None:
                 progress.advance(array.nbytes)
                 del piece, array
             step.flush()
-        with Progress("check", step.n_bytes) as checked:
-            step.commit({"config": to_json(config), "converted": origin}, checked.advance)
-    print(f"{step.path}: done in {clock(progress.seconds + checked.seconds)}, peak memory {gib(peak_memory_bytes())}")
+        if describe(source, dtype) != origin:
+            raise UserError(
+                f"{source}: files were replaced or changed while they were converted. Delete {step.path} and "
+                f"{step.path.name}.journal beside it, and start again with files at rest."
+            )
+        step.commit({"config": to_json(config), "converted": origin})
+    print(f"{step.path}: done in {clock(progress.seconds)}, peak memory {gib(peak_memory_bytes())}")
 
 
 def describe(source: Path, dtype: str) -> str:
@@ -127,16 +134,27 @@ def describe(source: Path, dtype: str) -> str:
 
 
 def is_there(checkpoints: Path, origin: str) -> bool:
-    """Whether this very conversion is finished; UserError where another checkpoint stands in its place."""
-    from deepseek_jax.train.checkpoint import Checkpointer
+    """Whether this very conversion is finished, and intact to the last byte.
 
-    with Checkpointer(checkpoints, read_only=True) as reader:
-        steps = reader.steps()
-        if steps == [STEP] and reader.read_meta(STEP)[1].get("converted") == origin:
-            return True
-    if steps:
-        raise UserError(f"{checkpoints} holds checkpoints of something else, steps {steps}. Give another --workdir.")
-    return False
+    Raises UserError where it is damaged, or where another checkpoint stands in its place.
+    """
+    from deepseek_jax.train import manifest
+
+    steps = manifest.committed_steps(checkpoints)
+    if not steps:
+        return False
+    path = manifest.step_dir(checkpoints, STEP)
+    if steps == [STEP]:
+        try:
+            manifest.verify(path, STEP, only=(manifest.META,))
+            if json.loads((path / manifest.META).read_bytes()).get("converted") == origin:
+                files = manifest.read_manifest(path, STEP)["files"]
+                with Progress("check", sum(file["size"] for file in files.values())) as progress:
+                    manifest.verify(path, STEP, report=progress.advance)
+                return True
+        except manifest.Damage as damage:
+            raise UserError(f"{path} is damaged: {damage}. Delete it and start the same command again.") from None
+    raise UserError(f"{checkpoints} holds checkpoints of something else, steps {steps}. Give another --workdir.")
 
 
 def check_room(checkpoints: Path, n_bytes: int) -> None:

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from deepseek_jax.convert import formats, hf_config, names, safetensors
+from deepseek_jax.convert import formats, hf_config, names, safetensors, safetensors_writer
 from deepseek_jax.convert.safetensors import Tensors
 from deepseek_jax.errors import UserError
 from deepseek_jax.precision.quantize import quantize_blocks
@@ -180,22 +180,35 @@ class Source:
                 dtype = self._dtype(stored)
                 dtypes[path] = np.dtype(jnp.promote_types(dtypes.get(path, dtype), dtype))
         self._dtypes = dtypes
-        self.n_bytes = sum(self._files.info(stored).nbytes for _, stored in self._tensors)
+        self.n_bytes = sum(self._files.info(stored).nbytes for stored in {stored for _, stored in self._tensors})
         self.abstract = map_leaves(shapes, lambda path, x: jax.ShapeDtypeStruct(x.shape, dtypes[path]))
 
     def pieces(self, skip: Callable[[names.Path, names.Index], bool] | None = None) -> Iterator[Piece]:
         """All pieces in their fixed order; a tensor is not read if `skip(path, index)` holds for all pieces of it."""
-        n_bytes_read = 0
-        for tensor, stored in self._tensors:
+        n_bytes_read, compared = 0, set()
+        for stored, tensors in self._by_stored().items():
             n_bytes_read += self._files.info(stored).nbytes
-            if skip and all(skip(path, index) for path, index in tensor.places):
+            wanted = [place for tensor in tensors for place in tensor.places if not (skip and skip(*place))]
+            if not wanted:
                 continue
-            parts = tensor.to_ours(self._files.read_dequantized(stored))
-            for (path, index), part in zip(tensor.places, parts, strict=True):
-                if not (skip and skip(path, index)):
-                    yield Piece(path, index, part.astype(self._dtypes[path], copy=False), n_bytes_read)
-            del parts, part
-        self._compare_copies()
+            array = self._files.read_dequantized(stored)
+            compared |= self._compare_copies(stored, array)
+            for tensor in tensors:
+                for (path, index), part in zip(tensor.places, tensor.to_ours(array), strict=True):
+                    if (path, index) in wanted:
+                        yield Piece(path, index, part.astype(self._dtypes[path], copy=False), n_bytes_read)
+                    del part
+            del array
+        for copy in self._copies.keys() - compared:
+            if copy in self._files and not self._files.is_same(copy, self._original(copy)):
+                self._warn_of(copy)
+
+    def _by_stored(self) -> dict[str, list[names.Tensor]]:
+        """The tensors in their order, with those that are read from the same one (a tied head) together."""
+        found: dict[str, list[names.Tensor]] = {}
+        for tensor, stored in self._tensors:
+            found.setdefault(stored, []).append(tensor)
+        return found
 
     def _checked(self, shapes: dict, is_tied: bool, left_out: tuple[str, ...]) -> list[tuple[names.Tensor, str]]:
         """(tensor, the name it is stored under) of all; raises UserError unless the files hold these and no others.
@@ -236,12 +249,25 @@ class Source:
             return np.dtype(ml_dtypes.bfloat16)
         return safetensors.DTYPES[self._files.info(stored).dtype]
 
-    def _compare_copies(self) -> None:
-        """Warns of copies of embedding and head that are none: here they are shared."""
-        for copy, original in self._copies.items():
-            original = original if original in self._files else EMBEDDING  # a tied head
-            if copy in self._files and not self._files.is_same(copy, original):
-                self._warn(f"{self._files.directory}: {copy} differs from {original}, which is used in its place.")
+    def _compare_copies(self, stored: str, array: np.ndarray) -> set[str]:
+        """Compares the copies of a tensor with it while it is in memory, and returns them; 8-bit ones are left.
+
+        Here embedding and head are shared, so that one which differs is warned of.
+        """
+        if self._files.is_quantized(stored):
+            return set()
+        copies = {copy for copy in self._copies if copy in self._files and self._original(copy) == stored}
+        for copy in sorted(copies):
+            if not self._files.holds(copy, array):
+                self._warn_of(copy)
+        return copies
+
+    def _original(self, copy: str) -> str:
+        """The stored name of what a tensor copies."""
+        return self._copies[copy] if self._copies[copy] in self._files else EMBEDDING  # a tied head
+
+    def _warn_of(self, copy: str) -> None:
+        self._warn(f"{self._files.directory}: {copy} differs from {self._original(copy)}, which is used in its place.")
 
 
 def _difference(missing: list[str], unexpected: list[str], wrong: list[str]) -> str:
@@ -298,7 +324,7 @@ def write(
     pad_id: int | None = None,
     generation: dict[str, Any] | None = None,
     files: Mapping[str, Path | bytes] = MappingProxyType({}),
-    max_shard_bytes: int = safetensors.MAX_SHARD_BYTES,
+    max_shard_bytes: int = safetensors_writer.MAX_SHARD_BYTES,
     report: Callable[[int], None] | None = None,
     warn: Warn = warn_on_stderr,
 ) -> None:
@@ -347,7 +373,7 @@ def write(
             f"{' and '.join(code)} of the release, nothing but deepseek_jax opens this directory. They are copied from "
             "the directory that the weights came from where they stand there."
         )
-    safetensors.write_directory(directory, list(_entries(abstract, dtypes, get, dtype, report)), max_shard_bytes)
+    safetensors_writer.write_directory(directory, list(_entries(abstract, dtypes, get, dtype, report)), max_shard_bytes)
     copy_files(files, directory)
     for name, content in ((CONFIG, config), (GENERATION_CONFIG, marks if generation is None else generation)):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -387,10 +413,10 @@ def _entries(abstract: dict, dtypes: dict, get: Get, dtype: str, report: Callabl
             continue
         for name in (tensor.name, *copied.get(tensor.name, ())):
             make = functools.partial(_cast, published, tensor, safetensors.DTYPES[kind])
-            yield safetensors.Entry(name, tensor.shape, kind, make)
+            yield safetensors_writer.Entry(name, tensor.shape, kind, make)
     kind = FORMATS[dtype] or safetensors.DTYPE_NAMES[np.dtype(dtypes[TABLE])]
     for name, shape in names.hollow(abstract).items():
-        yield safetensors.Entry(name, shape, kind, functools.partial(np.zeros, shape, safetensors.DTYPES[kind]))
+        yield safetensors_writer.Entry(name, shape, kind, functools.partial(np.zeros, shape, safetensors.DTYPES[kind]))
 
 
 def _cast(published: Callable, tensor: names.Tensor, dtype: np.dtype) -> np.ndarray:
@@ -402,7 +428,7 @@ def _quantize(matrix: jax.Array, scale: str) -> tuple[jax.Array, jax.Array]:
     return quantize_blocks(matrix, scale=scale)
 
 
-def _quantized(tensor: names.Tensor, published: Callable, scale: str, kind: str) -> Iterator[safetensors.Entry]:
+def _quantized(tensor: names.Tensor, published: Callable, scale: str, kind: str) -> Iterator[safetensors_writer.Entry]:
     """The codes of a matrix and, made together with them, its scales of type `kind`."""
     made = {}
 
@@ -414,5 +440,5 @@ def _quantized(tensor: names.Tensor, published: Callable, scale: str, kind: str)
         return made.pop("scales").astype(safetensors.DTYPES[kind])
 
     blocks = tuple(math.ceil(n / b) for n, b in zip(tensor.shape, safetensors.BLOCK, strict=True))
-    yield safetensors.Entry(tensor.name, tensor.shape, "F8_E4M3", codes)
-    yield safetensors.Entry(tensor.name + safetensors.SCALE_SUFFIX, blocks, kind, scales)
+    yield safetensors_writer.Entry(tensor.name, tensor.shape, "F8_E4M3", codes)
+    yield safetensors_writer.Entry(tensor.name + safetensors.SCALE_SUFFIX, blocks, kind, scales)

@@ -1,4 +1,4 @@
-"""Directories of safetensors files, read without trust and written in one pass.  Plain files and numpy, no JAX.
+"""Directories of safetensors files, read without trust.  Plain files and numpy, no JAX; `safetensors_writer` writes.
 
 A file is    u64 little-endian n | n bytes of JSON {name: {"dtype", "shape", "data_offsets": [begin, end]}} | data
 A directory is model.safetensors alone, or shards and model.safetensors.index.json {"weight_map": {name: shard}}.
@@ -14,22 +14,17 @@ with q and scale_inv taken to float32, multiplied there and rounded once.  A cod
 a table of 256 results and the rest is looking up: 0.7 to 0.9 GB of codes a second and core, five times what the
 plain expression takes in numpy.
 
-Writing.  `write_directory` knows all sizes beforehand, writes headers first and each tensor as it is made.  Files bear
-their names only once all are on the disk, the index comes last: what looks finished is.
-
 Format: https://github.com/huggingface/safetensors; the published libraries read bfloat16 but not float8 into numpy.
 """
 
-import contextlib
 import json
 import math
 import os
 import re
-import shutil
 import stat
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -38,12 +33,10 @@ import ml_dtypes
 import numpy as np
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.paths import check_local
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SCALE_SUFFIX = "_scale_inv"
 BLOCK = (128, 128)
-MAX_SHARD_BYTES = 5_000_000_000
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -74,7 +67,6 @@ MAX_SHARDS = 10_000
 MAX_RANK = 32
 ALIGNMENT = 64  # bytes; with it JAX can take an array on the CPU without a copy
 COMPARED_BYTES = 1 << 24  # of two tensors at a time
-COPIED_BYTES = 1 << 26  # of a transposed array that is written
 IO_BYTES = 1 << 30  # one system call moves at most 2 GiB
 OPEN_FILES = 32
 THREADS = min(8, os.cpu_count() or 1)
@@ -90,18 +82,6 @@ class Info(NamedTuple):
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
-
-
-class Entry(NamedTuple):
-    """A tensor to be written: ``make()`` is called when its turn comes, and its array dropped after."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: object  # a key of DTYPES, or a numpy dtype
-    make: Callable[[], np.ndarray]
-
-
-# -- reading ---------------------------------------------------------------------------------------------------------
 
 
 def open_directory(directory: str | os.PathLike) -> "Tensors":
@@ -121,9 +101,9 @@ def open_directory(directory: str | os.PathLike) -> "Tensors":
     if INDEX in found:
         return Tensors(directory, _by_shard(directory / INDEX))
     shards = [name for name in found if name.endswith((".safetensors", ".partial"))]
-    hint = f" It holds {_few(shards)}: an unfinished download or export?" if shards else ""
+    hint = f" It holds {few(shards)}: an unfinished download or export?" if shards else ""
     if pickled := [name for name in found if re.fullmatch(r"pytorch_model.*\.bin", name)]:
-        hint = f" It holds {_few(pickled)}: let transformers load it and save_pretrained it, which writes safetensors."
+        hint = f" It holds {few(pickled)}: let transformers load it and save_pretrained it, which writes safetensors."
     raise UserError(f"{directory}: no {SINGLE} and no {INDEX}.{hint}")
 
 
@@ -141,6 +121,7 @@ class Tensors:
     def __init__(self, directory: Path, shards: dict[str, set[str] | None]):
         self.directory = directory
         self._places: dict[str, _Place] = {}
+        self._states: dict[str, tuple[int, int]] = {}  # of the files whose headers were read
         self._files: dict[str, _File] = {}
         self._lock = threading.Lock()
         missing = [shard for shard in shards if not os.path.lexists(directory / shard)]
@@ -151,7 +132,7 @@ class Tensors:
             )
         for shard, names in shards.items():
             with _File(directory / shard) as file:
-                places = _read_header(file, shard)
+                places, self._states[shard] = _read_header(file, shard), file.state
             if names is not None:
                 _compare(directory, shard, names, places.keys())
             self._places |= places
@@ -187,6 +168,19 @@ class Tensors:
             for block, place in zip(blocks, (one, two), strict=True):
                 self._file(place.shard).read_into(block, place.offset + start)
             if not np.array_equal(*blocks):
+                return False
+        return True
+
+    def holds(self, name: str, array: np.ndarray) -> bool:
+        """Whether a tensor is stored with the dtype, the shape and every byte of an array."""
+        place = self._place(name)
+        if (DTYPES[place.info.dtype], place.info.shape) != (array.dtype, array.shape):
+            return False
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        for start in range(0, place.info.nbytes, COMPARED_BYTES):
+            block = np.empty(min(COMPARED_BYTES, place.info.nbytes - start), np.uint8)
+            self._file(place.shard).read_into(block, place.offset + start)
+            if not np.array_equal(block, data[start : start + block.size]):
                 return False
         return True
 
@@ -264,7 +258,7 @@ class Tensors:
             if shard not in self._files:
                 while len(self._files) >= OPEN_FILES:
                     del self._files[next(iter(self._files))]  # closed when its last reader lets go of it
-                self._files[shard] = _File(self.directory / shard)
+                self._files[shard] = _File(self.directory / shard, self._states[shard])
             return self._files[shard]
 
 
@@ -328,9 +322,9 @@ def _check_shard_name(path: Path, name: str, shard: object, seen: int) -> None:
 
 def _compare(directory: Path, shard: str, wanted: set[str], found: Iterable[str]) -> None:
     if lacking := sorted(wanted - set(found)):
-        raise UserError(f"{directory / shard}: {_few(lacking)} not in it, though {INDEX} says so.")
+        raise UserError(f"{directory / shard}: {few(lacking)} not in it, though {INDEX} says so.")
     if unexpected := sorted(set(found) - wanted):
-        raise UserError(f"{directory / shard}: {_few(unexpected)} in it, of which {INDEX} does not say so.")
+        raise UserError(f"{directory / shard}: {few(unexpected)} in it, of which {INDEX} does not say so.")
 
 
 def _read_header(file: "_File", shard: str) -> dict[str, _Place]:
@@ -446,15 +440,24 @@ def _shown(value: object) -> str:
     return text if len(text) <= 120 else text[:119] + "…"
 
 
-def _few(names: list[str]) -> str:
+def few(names: list[str]) -> str:
     shown = ", ".join(map(_shown, names[:3]))
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 class _File:
-    """A regular file open for reading at any place; closed with its last user."""
+    """A regular file open for reading at any place; closed with its last user.
 
-    def __init__(self, path: Path):
+    Args:
+        path: of the file.
+        state: what `state` was when it was opened before; UserError if it is not so any more.
+
+    Attributes:
+        size: in bytes.
+        state: (size, time of the last change in ns), by which a file that was replaced or rewritten is known.
+    """
+
+    def __init__(self, path: Path, state: tuple[int, int] | None = None):
         self.path = path
         try:  # without O_NONBLOCK a named pipe would wait for its writer
             self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -464,7 +467,9 @@ class _File:
         status = os.fstat(self._descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path}: not a regular file.")
-        self.size = status.st_size
+        self.size, self.state = status.st_size, (status.st_size, status.st_mtime_ns)
+        if state is not None and state != self.state:
+            raise self._changed()
 
     def read(self, offset: int, size: int) -> bytearray:
         buffer = bytearray(size)
@@ -480,138 +485,17 @@ class _File:
             except OSError as error:
                 raise UserError(f"{self.path}: cannot be read ({error.strerror}).") from None
             if not got:
-                raise UserError(f"{self.path}: has become shorter while it was read.")
+                raise self._changed()
             view, offset = view[got:], offset + got
+        status = os.fstat(self._descriptor)
+        if (status.st_size, status.st_mtime_ns) != self.state:
+            raise self._changed()
+
+    def _changed(self) -> UserError:
+        return UserError(f"{self.path}: was replaced or changed while it was in use. Start again, with files at rest.")
 
     def __enter__(self) -> "_File":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._close()
-
-
-# -- writing ---------------------------------------------------------------------------------------------------------
-
-
-def write_directory(
-    directory: str | os.PathLike, entries: Iterable[Entry], max_shard_bytes: int = MAX_SHARD_BYTES
-) -> None:
-    """Writes tensors in the order given, one at a time, as model.safetensors or as shards with an index.
-
-    A shard takes tensors in order until the next would pass ``max_shard_bytes`` (a single larger one is a shard).
-    The arrays made must have the shape and dtype announced.  Until all are on the disk files end in ``.partial``.
-    Raises UserError where the directory holds weights already, or cannot be written, or the disk is full.
-    """
-    check_local(directory)
-    directory, entries = Path(directory), [Entry(*entry) for entry in entries]
-    infos = {name: Info(_dtype_name(dtype), tuple(map(int, shape))) for name, shape, dtype, _ in entries}
-    if len(infos) != len(entries) or "__metadata__" in infos:
-        raise ValueError("tensor names must be unique and not __metadata__")
-    total = sum(info.nbytes for info in infos.values())
-    shards = list(_into_shards(entries, infos, max_shard_bytes))
-    count = len(shards)
-    names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    try:
-        _make_room(directory, total)
-        for name, shard in zip(names, shards, strict=True):
-            _write_file(directory / f"{name}.partial", shard, infos)
-        for name in names:
-            os.replace(directory / f"{name}.partial", directory / name)
-        _flush_folder(directory)
-        if count > 1:
-            weight_map = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
-            _write_index(directory, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    except OSError as error:
-        raise UserError(f"{error.filename or directory}: cannot be written ({error.strerror}).") from None
-    finally:
-        for name in names:
-            with contextlib.suppress(OSError):
-                (directory / f"{name}.partial").unlink()
-
-
-def _dtype_name(dtype: object) -> str:
-    return dtype if isinstance(dtype, str) and dtype in DTYPES else DTYPE_NAMES[np.dtype(dtype)]
-
-
-def _into_shards(entries: list[Entry], infos: dict[str, Info], max_bytes: int) -> Iterator[list[Entry]]:
-    shard, size = [], 0
-    for entry in entries:
-        nbytes = infos[entry.name].nbytes
-        if shard and size + nbytes > max_bytes:
-            yield shard
-            shard, size = [], 0
-        shard.append(entry)
-        size += nbytes
-    yield shard
-
-
-def _make_room(directory: Path, total: int) -> None:
-    """Makes the directory; UserError where weights stand in it already, or too little is free."""
-    directory.mkdir(parents=True, exist_ok=True)
-    old = sorted(name for name in os.listdir(directory) if name == INDEX or name.endswith(".safetensors"))
-    if old:
-        raise UserError(f"{directory}: holds {_few(old)} already. Choose another directory, or delete them first.")
-    for name in os.listdir(directory):  # what a killed run has left
-        if re.fullmatch(r"model[-.\w]*\.partial", name):
-            (directory / name).unlink()
-    free = shutil.disk_usage(directory).free
-    if total > free:
-        raise UserError(f"{directory}: {total / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free on that disk.")
-
-
-def _write_file(path: Path, entries: list[Entry], infos: dict[str, Info]) -> None:
-    """Writes one file, its widest dtypes in front whatever the order of writing: all tensors are aligned."""
-    header, offsets, end = {"__metadata__": {"format": "pt"}}, {}, 0
-    for entry in sorted(entries, key=lambda entry: -DTYPES[infos[entry.name].dtype].itemsize):
-        info = infos[entry.name]
-        offsets[entry.name], begin, end = end, end, end + info.nbytes
-        header[entry.name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [begin, end]}
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    with open(path, "wb", buffering=0) as file:
-        _write_at(file.fileno(), len(raw).to_bytes(8, "little") + raw, 0)
-        for entry in entries:
-            info, array = infos[entry.name], np.asarray(entry.make())
-            if array.shape != info.shape or array.dtype != DTYPES[info.dtype]:
-                raise ValueError(f"{entry.name}: {array.dtype}{array.shape} made, {info.dtype}{info.shape} announced")
-            offset = 8 + len(raw) + offsets[entry.name]
-            for block in _blocks_in_order(array):
-                _write_at(file.fileno(), block.reshape(-1).view(np.uint8), offset)
-                offset += block.nbytes
-            del array, block
-        os.fsync(file.fileno())
-
-
-def _blocks_in_order(array: np.ndarray) -> Iterator[np.ndarray]:
-    """An array as blocks of rows in C order; of a transposed one no second copy ever exists whole."""
-    if array.flags.c_contiguous:
-        yield array
-        return
-    n_rows = max(1, COPIED_BYTES // array[:1].nbytes)
-    for start in range(0, len(array), n_rows):
-        yield np.ascontiguousarray(array[start : start + n_rows])
-
-
-def _write_at(descriptor: int, data: bytes | np.ndarray, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(descriptor, view[:IO_BYTES], offset)
-        view, offset = view[done:], offset + done
-
-
-def _write_index(directory: Path, index: dict) -> None:
-    partial = directory / f"{INDEX}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(index, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, directory / INDEX)
-    _flush_folder(directory)
-
-
-def _flush_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

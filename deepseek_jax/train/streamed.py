@@ -16,8 +16,10 @@ of an evenly spaced block in C order, named by its place, ``3.17.0.0``.  Here a 
 of a large one, uncompressed: weights shrink by a quarter at best, and at a tenth of a disk's speed.
 
 A journal beside the step, ``step_00000000.journal``, lists the pieces that are on the disk (flushed, not merely handed
-to the system).  Its first line says what is being written from what, and only the same again may go on from there.
-The step has no COMMIT marker until all is written and hashed, so nobody takes it for a checkpoint.
+to the system) with a hash of each chunk, taken from memory as it was written.  Its first line says what is written from
+what, and only the same again may resume there.  Pieces of an earlier start count only if their files still have the
+hashes of the journal, so that a damaged one is written anew; nothing else is read back.  The step has no COMMIT marker
+until all is written, so nobody takes it for a checkpoint.
 """
 
 import contextlib
@@ -28,13 +30,14 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401 - numpy learns the names of bfloat16 and the float8s
 import numpy as np
 
+from deepseek_jax.data.watch import Watch, unwatched
 from deepseek_jax.errors import UserError
 from deepseek_jax.train import manifest as files
 
@@ -43,7 +46,7 @@ PENDING_BYTES = 256 * 2**20  # of pieces that are waiting to be written, at most
 THREADS = 4  # each copies a chunk and waits for the disk
 STRIP = 16  # columns of a transposed array copied at a time: twice as fast as all at once
 DICT_KEY = 2  # Orbax's number for the key of a dict
-JOURNAL_FORMAT = 1
+JOURNAL_FORMAT = 2
 
 Index = tuple[int, ...]
 
@@ -55,25 +58,34 @@ class StreamedStep:
         directory: of the checkpoints; made if need be, and locked against other writers.
         step: its number.
         arrays: name, as ``train.tree.flatten`` gives it, -> (shape, dtype).
-        source: a line that is the same for the same bytes; what was written from another one is not gone on from.
+        source: a line that is the same for the same bytes; what was written from another one is not resumed.
+        watch: shows how far the check of an earlier start's pieces is.
 
     Attributes:
         n_bytes: of all arrays.
         n_bytes_done: of those pieces that are written, now or before.
-        resumed: whether an earlier start left pieces to go on from.
+        resumed: whether an earlier start left pieces to resume from.
+        n_damaged: pieces of an earlier start that are not what was written, and so are to be written again.
 
     Raises:
         UserError: the step exists, or another source's unfinished one; no right to write; another writer.
     """
 
-    def __init__(self, directory: str | os.PathLike, step: int, arrays: Mapping[str, tuple], source: str):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        step: int,
+        arrays: Mapping[str, tuple],
+        source: str,
+        watch: Watch = unwatched,
+    ):
         self.directory, self.step = Path(os.path.abspath(directory)), step
         self.path = files.step_dir(self.directory, step)
         self._arrays = {name: (tuple(shape), np.dtype(dtype)) for name, (shape, dtype) in arrays.items()}
         self._lead: dict[str, int] = {}  # leading axes that an index names: one number an array
-        self._done: set[tuple[str, Index]] = set()
+        self._done: dict[tuple[str, Index], list[str]] = {}  # piece -> sha256 of its chunks
         self.n_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._arrays.values())
-        self.n_bytes_done = 0
+        self.n_bytes_done = self.n_damaged = 0
         self._journal = self._failure = None
         self._pending_bytes, self._changed = 0, threading.Condition()
         with self._telling():
@@ -81,7 +93,7 @@ class StreamedStep:
             self._lock = files.WriterLock(self.directory)
         try:
             with self._telling():
-                self._open(source)
+                self._open(source, watch)
         except BaseException:
             self._lock.release()
             raise
@@ -115,9 +127,9 @@ class StreamedStep:
             raise ValueError(f"{name}{list(index)}: wanted {self._lead[name]} indices inside {list(shape)}.")
         if self.is_done(name, index):
             return
-        self._mark(name, index)
         chunks = _chunk_files(shape, dtype, index)
-        job = _Job(json.dumps([name, index]), self._folder(name), piece.nbytes, len(chunks))
+        job = _Job(name, index, self._folder(name), piece.nbytes, len(chunks), [""] * len(chunks))
+        self._mark(name, index, job.digests)
         with self._telling():
             job.folder.mkdir(parents=True, exist_ok=True)
         with self._changed:
@@ -125,24 +137,21 @@ class StreamedStep:
         rows = _chunk_shape(shape, dtype, len(index))[len(index) :][:1]
         for number, (key, size) in enumerate(chunks):
             block = piece[number * rows[0] :][: rows[0]] if rows else piece
-            self._writers.submit(self._write_chunk, job, job.folder / _file_name(key), block, size)
+            self._writers.submit(self._write_chunk, job, number, job.folder / _file_name(key), block, size)
         self._wait(PENDING_BYTES)
 
     def flush(self) -> None:
         """Returns once all that was written is on the disk and in the journal."""
         self._wait(0)
 
-    def commit(self, meta: dict, report: Callable[[int], None] = lambda n_bytes: None) -> None:
-        """Hashes all files and makes the step a checkpoint; ``meta["config"]`` becomes ``config.json``.
-
-        ``report`` is told of bytes as they are hashed.
-        """
+    def commit(self, meta: dict) -> None:
+        """Makes the step a checkpoint; ``meta["config"]`` becomes ``config.json``."""
         missing = next(self._missing(), None)
         if missing is not None:
             raise ValueError(f"{self.path}: {missing} was never written.")
         self.flush()
         with self._telling():
-            self._commit(meta, report)
+            self._commit(meta)
 
     def close(self) -> None:
         """Flushes what was written and lets go of the directory; what is not committed can be gone on with."""
@@ -152,7 +161,7 @@ class StreamedStep:
 
     # ---- how
 
-    def _commit(self, meta: dict, report: Callable[[int], None]) -> None:
+    def _commit(self, meta: dict) -> None:
         for litter in (self.path / files.MANIFEST, *self.path.rglob("*.partial")):  # of a commit that was killed
             litter.unlink(missing_ok=True)
         for name, (shape, dtype) in self._arrays.items():
@@ -162,8 +171,22 @@ class StreamedStep:
         if "config" in meta:
             self._write(self.path / files.CONFIG, meta["config"])
         described = {name: {"shape": list(shape), "dtype": str(dtype)} for name, (shape, dtype) in self._arrays.items()}
-        files.commit(self.path, self.step, described, report)
+        try:
+            files.commit(self.path, self.step, described, self._known())
+        except files.Damage as damage:
+            raise UserError(
+                f"{self.path}: {damage}. Start the same command again: what is missing is written."
+            ) from None
         self._journal_path.unlink(missing_ok=True)
+
+    def _known(self) -> dict[str, dict]:
+        """Size and hash of every chunk, by its path in the step."""
+        found = {}
+        for (name, index), digests in self._done.items():
+            folder = self._folder(name).relative_to(self.path).as_posix()
+            for (key, size), digest in zip(_chunk_files(*self._arrays[name], index), digests, strict=True):
+                found[f"{folder}/{_file_name(key)}"] = {"size": size, "sha256": digest}
+        return found
 
     @property
     def _journal_path(self) -> Path:
@@ -172,7 +195,7 @@ class StreamedStep:
     def _folder(self, name: str) -> Path:
         return self.path / files.ARRAYS / name.replace("/", ".")
 
-    def _open(self, source: str) -> None:
+    def _open(self, source: str, watch: Watch) -> None:
         """Reads what an earlier start has left behind, or begins anew."""
         arrays = json.dumps({name: [shape, str(dtype)] for name, (shape, dtype) in sorted(self._arrays.items())})
         digest = hashlib.sha256(arrays.encode()).hexdigest()
@@ -182,8 +205,8 @@ class StreamedStep:
             raise UserError(f"{self.path} is a finished checkpoint. Choose another directory, or move it away.")
         lines = _whole_lines(self._journal_path)
         if lines and lines[0] != first:
-            was = lines[0].get("source") if isinstance(lines[0], dict) else "an unreadable journal"
-            what = "other arrays of the same source" if was == source else was
+            was = lines[0].get("source") if isinstance(lines[0], dict) else "what an unreadable journal does not say"
+            what = "another version of this program or other arrays" if was == source else was
             raise UserError(
                 f"{self.path} was begun with {what} and is not finished; now given: {source}. "
                 f"Delete it and {self._journal_path.name} to begin anew, or choose another directory."
@@ -191,9 +214,9 @@ class StreamedStep:
         if not lines and self.path.exists():  # what some other unfinished save has left
             files.remove(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        for line in lines[1:]:
-            self._recall(line)
-        text = "".join(f"{json.dumps(line)}\n" for line in [first, *([n, i] for n, i in sorted(self._done))])
+        self._recall([piece for line in lines[1:] if (piece := self._piece(line))], watch)
+        done = ([name, index, digests] for (name, index), digests in sorted(self._done.items()))
+        text = "".join(f"{json.dumps(line)}\n" for line in [first, *done])
         files.write_atomically(self._journal_path, text.encode())  # without what was torn or is not there any more
         self._journal = open(self._journal_path, "ab")
 
@@ -214,18 +237,18 @@ class StreamedStep:
             text = f"{self.path} could not be written ({error.strerror})"
             raise UserError(f"{text}. Mend that; the same command then goes on from here.") from error
 
-    def _write_chunk(self, job: "_Job", path: Path, block: np.ndarray, size: int) -> None:
+    def _write_chunk(self, job: "_Job", number: int, path: Path, block: np.ndarray, size: int) -> None:
         """Runs in a thread; the last chunk of a piece enters it into the journal, unless any has failed."""
         try:
             if self._failure is None:
-                _write_file(path, block, size)
+                job.digests[number] = _write_file(path, block, size)
             with self._changed:
                 job.n_left -= 1
                 if job.n_left:
                     return
                 if self._failure is None:
                     files.flush_folder(job.folder)
-                    self._journal.write(f"{job.line}\n".encode())
+                    self._journal.write(f"{json.dumps([job.name, job.index, job.digests])}\n".encode())
                     self._journal.flush()
                     os.fsync(self._journal.fileno())
                 self._pending_bytes -= job.n_bytes
@@ -235,24 +258,44 @@ class StreamedStep:
                 self._failure = error
                 self._changed.notify_all()
 
-    def _recall(self, line: object) -> None:
-        """Takes a piece as done if its files are there, of the right size (a later run may have cleaned up)."""
-        name, index = line[0], tuple(line[1])
-        shape, dtype = self._arrays[name]
-        folder = self._folder(name)
-        sizes = {folder / _file_name(key): size for key, size in _chunk_files(shape, dtype, index)}
+    def _piece(self, line: object) -> tuple[str, Index, list[str]] | None:
+        """The name, index and hashes in a line of the journal; None where a damaged disk has left something else."""
         try:
-            there = all(os.stat(file).st_size == size for file, size in sizes.items())
-        except FileNotFoundError:
-            there = False
-        if there and not self.is_done(name, index):
-            self._lead[name] = len(index)
-            self._mark(name, index)
+            name, index, digests = line
+            shape, dtype = self._arrays[name]
+            index, expected = tuple(index), _chunk_files(shape, dtype, tuple(index))
+            is_inside = len(index) <= len(shape) and all(0 <= i < n for i, n in zip(index, shape, strict=False))
+            return (name, index, digests) if is_inside and len(digests) == len(expected) else None
+        except (TypeError, ValueError, KeyError, IndexError):
+            return None
 
-    def _mark(self, name: str, index: Index) -> None:
+    def _recall(self, pieces: list[tuple[str, Index, list[str]]], watch: Watch) -> None:
+        """Takes those pieces as done whose files are there and have the hashes of the journal."""
+
+        def is_intact(piece: tuple[str, Index, list[str]]) -> bool:
+            name, index, digests = piece
+            for (key, size), sha256 in zip(_chunk_files(*self._arrays[name], index), digests, strict=True):
+                file = self._folder(name) / _file_name(key)
+                if not file.is_file() or files.digest(file) != {"size": size, "sha256": sha256}:
+                    return False
+            return True
+
+        total = sum(self._n_bytes(name, index) for name, index, _ in pieces)
+        with watch("check", total) as progress, ThreadPoolExecutor(files.HASH_THREADS) as pool:
+            for (name, index, digests), intact in zip(pieces, pool.map(is_intact, pieces), strict=True):
+                progress.advance(self._n_bytes(name, index))
+                if not intact:
+                    self.n_damaged += 1
+                elif not self.is_done(name, index) and len(index) == self._lead.setdefault(name, len(index)):
+                    self._mark(name, index, digests)
+
+    def _mark(self, name: str, index: Index, digests: list[str]) -> None:
+        self._done[name, index] = digests
+        self.n_bytes_done += self._n_bytes(name, index)
+
+    def _n_bytes(self, name: str, index: Index) -> int:
         shape, dtype = self._arrays[name]
-        self._done.add((name, index))
-        self.n_bytes_done += math.prod(shape[len(index) :]) * dtype.itemsize
+        return math.prod(shape[len(index) :]) * dtype.itemsize
 
     def _missing(self):
         """Yields the pieces not yet written."""
@@ -331,10 +374,12 @@ class StepReader:
 class _Job:
     """A piece that is being written."""
 
-    line: str  # of the journal
+    name: str
+    index: Index
     folder: Path
     n_bytes: int
     n_left: int  # chunks
+    digests: list[str]  # sha256 of each chunk, once it is written
 
 
 def _chunk_shape(shape: tuple[int, ...], dtype: np.dtype, lead: int) -> tuple[int, ...]:
@@ -360,14 +405,20 @@ def _file_name(key: Index) -> str:
     return ".".join(map(str, key)) or "0"
 
 
-def _write_file(path: Path, block: np.ndarray, size: int) -> None:
-    """Writes a chunk of ``size`` bytes, the last one of an array filled up with zeros, and flushes it to the disk."""
+def _write_file(path: Path, block: np.ndarray, size: int) -> str:
+    """Writes a chunk of ``size`` bytes, the last one of an array filled up with zeros, and flushes it to the disk.
+
+    Returns the sha256 of the file, from the bytes in memory.
+    """
     data = memoryview(_contiguous(block.view(f"u{block.itemsize}")).reshape(-1).view(np.uint8))
+    sha256 = hashlib.sha256(data)
+    sha256.update(bytes(size - len(data)))
     with open(path, "wb", buffering=0) as file:
         while data:
             data = data[file.write(data) :]
         file.truncate(size)
         os.fsync(file.fileno())
+    return sha256.hexdigest()
 
 
 def _contiguous(block: np.ndarray) -> np.ndarray:
@@ -381,18 +432,19 @@ def _contiguous(block: np.ndarray) -> np.ndarray:
 
 
 def _whole_lines(path: Path) -> list:
-    """The JSON lines of a journal, up to the first that a crash has torn."""
-    lines = []
+    """The JSON lines of a journal; a line that cannot be read is None, one that a crash has torn is left out."""
     try:
         text = path.read_bytes()
     except FileNotFoundError:
-        return lines
-    for line in text.split(b"\n")[:-1]:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines
+        return []
+    return [_parsed(line) for line in text.split(b"\n")[:-1]]
+
+
+def _parsed(line: bytes) -> object:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def _orbax_metadata(arrays: Mapping[str, tuple]) -> dict:

@@ -42,7 +42,8 @@ import safetensors as library
 
 from deepseek_jax.abstract_model import abstract_weights
 from deepseek_jax.convert import hf, hf_config
-from deepseek_jax.convert.safetensors import DTYPES, FINITE_CODES, INDEX, SINGLE, open_directory, write_directory
+from deepseek_jax.convert.safetensors import DTYPES, FINITE_CODES, INDEX, SINGLE, open_directory
+from deepseek_jax.convert.safetensors_writer import write_directory
 from deepseek_jax.errors import UserError
 from deepseek_jax.stored import published_config
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import itertools
 import json
 import os
 import shutil
@@ -18,10 +19,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import deepseek_jax
-from deepseek_jax.convert import safetensors
+from deepseek_jax.abstract_model import abstract_weights
+from deepseek_jax.convert import hf, safetensors, safetensors_writer
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _progress, convert, export
 from deepseek_jax.saved_config import to_json
+from deepseek_jax.stored import published_config
 from deepseek_jax.train import manifest, streamed
 from deepseek_jax.train.checkpoint import Checkpointer
 from deepseek_jax.train.tree import flatten, nest
@@ -226,7 +229,7 @@ def test_killed_it_goes_on_and_ends_the_same(fp8, tmp_path, monkeypatch, capsys)
 def test_the_same_again_does_nothing_and_anything_else_is_refused(fp8, converted, tmp_path, capsys):
     files = {file: file.stat().st_mtime_ns for file in converted.rglob("*")}
     assert convert.main([f"--from={fp8}", f"--workdir={converted}"]) == 0
-    assert "nothing to do" in capsys.readouterr().out
+    assert "it is intact: nothing to do" in capsys.readouterr().out
     for words in ([f"--from={GOLDEN / 'llm'}"], [f"--from={fp8}", "--dtype=fp32"]):
         with pytest.raises(UserError, match=r"holds checkpoints of something else, steps \[0\]"):
             convert.main([*words, f"--workdir={converted}"])
@@ -248,6 +251,90 @@ def test_a_source_that_has_changed_is_not_gone_on_with(fp8, tmp_path, monkeypatc
     os.utime(shard, ns=(1, 1))
     with pytest.raises(UserError, match="was begun with .* is not finished; now given: .*Delete it"):
         convert.main([f"--from={source}", f"--workdir={tmp_path / 'run'}"])
+
+
+def changed(shard: Path, how: str) -> None:
+    """Other bytes of the same number in place of a shard, as an upload or a sync would leave them."""
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    if how == "replaced":
+        (shard.parent / "new").write_bytes(content)
+        (shard.parent / "new").rename(shard)
+    else:
+        shard.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["replaced", "rewritten"])
+@pytest.mark.parametrize("number", [0, -1])
+def test_a_shard_that_changes_during_the_run_is_noticed(fp8, tmp_path, monkeypatch, how, number):
+    """Whether it has been read already (the first) or not (the last)."""
+    source, run = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(fp8, source)
+    shard, n_written, write = sorted(source.glob("*.safetensors"))[number], [], streamed.StreamedStep.write
+
+    def write_and_change(*given):
+        n_written.append(given[1])
+        if len(n_written) == 60:
+            changed(shard, how)
+        return write(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streamed.StreamedStep, "write", write_and_change)
+        with pytest.raises(UserError, match="replaced or changed while"):
+            convert.main([f"--from={source}", f"--workdir={run}"])
+    assert len(n_written) >= 60 and not manifest.committed_steps(run / "checkpoints")
+    with pytest.raises(UserError, match="Delete it and step_00000000.journal"):
+        convert.main([f"--from={source}", f"--workdir={run}"])
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("arrays/params.head.weight_DV/0.0", "arrays/params.head.weight_DV/0.0 has changed"),
+        ("meta.json", "meta.json has changed"),
+        ("MANIFEST.json", "do not belong together"),
+        ("config.json", "config.json has changed"),
+    ],
+)
+def test_the_same_again_over_a_damaged_result_says_so(fp8, converted, tmp_path, file, said):
+    shutil.copytree(converted, tmp_path / "run")
+    step = tmp_path / "run" / "checkpoints" / "step_00000000"
+    content = bytearray((step / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (step / file).write_bytes(content)
+    with pytest.raises(UserError, match=f"is damaged: .*{said}.*Delete it and start the same command again"):
+        convert.main([f"--from={fp8}", f"--workdir={tmp_path / 'run'}"])
+    shutil.rmtree(step)
+    convert.main([f"--from={fp8}", f"--workdir={tmp_path / 'run'}"])
+    manifest.verify(step, 0)
+
+
+@pytest.mark.parametrize("name", ["fp8", "tied"])
+def test_no_byte_is_read_twice(name, fp8, tmp_path, monkeypatch):
+    """Of a model whose embedding and head are copied into its prediction, and of one whose head is its embedding."""
+    source = fp8
+    if name == "tied":
+        source = shutil.copytree(GOLDEN / "llm", tmp_path / "tied")
+        tensors = safetensors.open_directory(source)
+        arrays = {name: tensors.read(name) for name in tensors.names() if name != "lm_head.weight"}
+        (source / "model.safetensors").unlink()
+        safetensors_writer.write_directory(source, [(n, a.shape, a.dtype, lambda a=a: a) for n, a in arrays.items()])
+        config = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": True}
+        (source / "config.json").write_text(json.dumps(config))
+    spans, read_into = [], safetensors._File.read_into
+
+    def counted(file, buffer, offset):
+        if file.path.suffix == ".safetensors":
+            spans.append((file.path.name, offset, offset + memoryview(buffer).nbytes))
+        read_into(file, buffer, offset)
+
+    published = hf.open_published(source)  # headers
+    monkeypatch.setattr(safetensors._File, "read_into", counted)
+    pieces = hf.Source(published, abstract_weights(published_config(published, source)))
+    read = {piece.path for piece in pieces.pieces()}
+    assert len(read) > 10 and spans
+    for (file, _, end), (after, begin, _) in itertools.pairwise(sorted(spans)):
+        assert file != after or end <= begin
 
 
 def test_a_disk_too_small_is_told_before_anything_is_written(fp8, tmp_path, monkeypatch):

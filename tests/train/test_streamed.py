@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,7 +152,7 @@ streamed.CHUNK_BYTES = 200
 moment = sys.argv[3]
 def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
 if moment == "hashing":
-    manifest._digest = die
+    manifest.digest = die
 elif moment in ("MANIFEST.json", "COMMIT"):
     write = manifest.write_atomically
     manifest.write_atomically = lambda path, text: die() if path.name == moment else write(path, text)
@@ -220,6 +221,84 @@ def test_a_journal_is_not_believed_over_the_files(tmp_path):
     assert_exact(restore(tmp_path))
 
 
+def chunks(directory: Path) -> list[Path]:
+    """The files of weights, in a fixed order."""
+    return sorted(f for f in (directory / "step_00000000/arrays").rglob("*") if f.is_file() and f.name[0].isdigit())
+
+
+def damage(file: Path, how: str) -> None:
+    content = bytearray(file.read_bytes())
+    if how == "gone":
+        return file.unlink()
+    if how == "flipped":
+        content[len(content) // 2] ^= 1
+    file.write_bytes({"cut": content[:-1], "longer": content + b"x", "zeros": bytes(len(content))}.get(how, content))
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "longer", "zeros", "gone"])
+def test_pieces_that_were_damaged_between_two_starts_are_written_again(written, tmp_path, how):
+    write_all(tmp_path / "run", 15)
+    files = [file for file in chunks(tmp_path / "run") if any(file.read_bytes())]
+    for number in (0, len(files) // 2, -1):
+        damage(files[number], how)
+    with StreamedStep(tmp_path / "run", 0, DESCRIBED, "test") as step:
+        assert step.n_damaged == 3
+    write_all(tmp_path / "run")
+    assert_exact(restore(tmp_path / "run"))
+    steps = [manifest.read_manifest(path / "step_00000000", 0) for path in (tmp_path / "run", written)]
+    assert steps[0] == steps[1]
+
+
+def test_a_damaged_journal_costs_time_at_most(tmp_path):
+    """Any byte of it changed: the step ends the same or its start is refused in words, and nothing is believed."""
+    write_all(tmp_path / "run", 15)
+    journal = "step_00000000.journal"
+    text = (tmp_path / "run" / journal).read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for position in sorted({*rng.integers(0, len(text), 60), 0, len(text) - 1}):
+        shutil.rmtree(tmp_path / "again", ignore_errors=True)
+        shutil.copytree(tmp_path / "run", tmp_path / "again")
+        changed = bytearray(text)
+        changed[position] ^= 1 << int(rng.integers(7))
+        (tmp_path / "again" / journal).write_bytes(changed)
+        try:
+            with StreamedStep(tmp_path / "again", 0, DESCRIBED, "test") as step:
+                for name, index, piece in pieces():
+                    if step.is_done(name, index):
+                        held = [f.read_bytes() for f in files_of(step, name, index)]
+                        assert b"".join(held)[: piece.nbytes] == np.ascontiguousarray(piece).tobytes()
+        except UserError as error:
+            refused += 1
+            assert "was begun with" in str(error) and position <= text.index(b"\n")
+    assert 0 < refused < 30
+
+
+def files_of(step: StreamedStep, name: str, index: tuple) -> list[Path]:
+    keys = streamed._chunk_files(*step._arrays[name], index)
+    return [step._folder(name) / streamed._file_name(key) for key, _ in keys]
+
+
+def test_what_is_written_is_not_read_again(tmp_path, monkeypatch):
+    read, digest = [], manifest.digest
+    monkeypatch.setattr(manifest, "digest", lambda path, flush=False: (read.append(path.name), digest(path, flush))[1])
+    write_all(tmp_path)
+    assert read and {name for name in read if name[0].isdigit()} == set()
+    manifest.verify(tmp_path / "step_00000000", 0)  # and the hashes are right
+
+
+def test_a_chunk_that_vanishes_before_the_end_is_missed(tmp_path):
+    with StreamedStep(tmp_path, 0, DESCRIBED, "test") as step:
+        for name, index, piece in pieces():
+            step.write(name, index, piece)
+        step.flush()
+        chunks(tmp_path)[3].unlink()
+        with pytest.raises(UserError, match="is missing or cut short since it was written. Start the same"):
+            step.commit({})
+    assert write_all(tmp_path) == 1
+    assert_exact(restore(tmp_path))
+
+
 def test_litter_of_a_save_is_cleared(tmp_path):
     (tmp_path / "step_00000000/arrays/foreign").mkdir(parents=True)
     write_all(tmp_path)
@@ -231,7 +310,7 @@ def test_what_others_began_or_finished_is_refused(tmp_path):
     write_all(tmp_path, 3)
     with pytest.raises(UserError, match="was begun with test and is not finished; now given: another"):
         StreamedStep(tmp_path, 0, DESCRIBED, "another")
-    with pytest.raises(UserError, match="other arrays of the same source"):
+    with pytest.raises(UserError, match="another version of this program or other arrays"):
         StreamedStep(tmp_path, 0, {**DESCRIBED, "params/scale": ((1,), "float32")}, "test")
     with StreamedStep(tmp_path, 0, DESCRIBED, "test"), pytest.raises(UserError, match="another run"):
         StreamedStep(tmp_path, 0, DESCRIBED, "test")

@@ -1,0 +1,156 @@
+"""Directories of safetensors files, written in one pass.  Plain files and numpy, no JAX; `safetensors` reads them.
+
+`write_directory` knows all sizes beforehand, writes headers first and each tensor as it is made.  Files get their
+names only once all are on the disk, and the index comes last: what looks finished is.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from deepseek_jax.convert.safetensors import DTYPE_NAMES, DTYPES, INDEX, IO_BYTES, SINGLE, Info, few
+from deepseek_jax.errors import UserError
+from deepseek_jax.paths import check_local
+
+MAX_SHARD_BYTES = 5_000_000_000
+COPIED_BYTES = 1 << 26  # of a transposed array that is written
+
+
+class Entry(NamedTuple):
+    """A tensor to be written: ``make()`` is called when its turn comes, and its array dropped after."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: object  # a key of DTYPES, or a numpy dtype
+    make: Callable[[], np.ndarray]
+
+
+def write_directory(
+    directory: str | os.PathLike, entries: Iterable[Entry], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes tensors in the order given, one at a time, as model.safetensors or as shards with an index.
+
+    A shard takes tensors in order until the next would pass ``max_shard_bytes`` (a single larger one is a shard).
+    The arrays made must have the shape and dtype announced.  Until all are on the disk files end in ``.partial``.
+    Raises UserError where the directory holds weights already, or cannot be written, or the disk is full.
+    """
+    check_local(directory)
+    directory, entries = Path(directory), [Entry(*entry) for entry in entries]
+    infos = {name: Info(_dtype_name(dtype), tuple(map(int, shape))) for name, shape, dtype, _ in entries}
+    if len(infos) != len(entries) or "__metadata__" in infos:
+        raise ValueError("tensor names must be unique and not __metadata__")
+    total = sum(info.nbytes for info in infos.values())
+    shards = list(_into_shards(entries, infos, max_shard_bytes))
+    count = len(shards)
+    names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    try:
+        _make_room(directory, total)
+        for name, shard in zip(names, shards, strict=True):
+            _write_file(directory / f"{name}.partial", shard, infos)
+        for name in names:
+            os.replace(directory / f"{name}.partial", directory / name)
+        _flush_folder(directory)
+        if count > 1:
+            weight_map = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+            _write_index(directory, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    except OSError as error:
+        raise UserError(f"{error.filename or directory}: cannot be written ({error.strerror}).") from None
+    finally:
+        for name in names:
+            with contextlib.suppress(OSError):
+                (directory / f"{name}.partial").unlink()
+
+
+def _dtype_name(dtype: object) -> str:
+    return dtype if isinstance(dtype, str) and dtype in DTYPES else DTYPE_NAMES[np.dtype(dtype)]
+
+
+def _into_shards(entries: list[Entry], infos: dict[str, Info], max_bytes: int) -> Iterator[list[Entry]]:
+    shard, size = [], 0
+    for entry in entries:
+        nbytes = infos[entry.name].nbytes
+        if shard and size + nbytes > max_bytes:
+            yield shard
+            shard, size = [], 0
+        shard.append(entry)
+        size += nbytes
+    yield shard
+
+
+def _make_room(directory: Path, total: int) -> None:
+    """Makes the directory; UserError where weights stand in it already, or too little is free."""
+    directory.mkdir(parents=True, exist_ok=True)
+    old = sorted(name for name in os.listdir(directory) if name == INDEX or name.endswith(".safetensors"))
+    if old:
+        raise UserError(f"{directory}: holds {few(old)} already. Choose another directory, or delete them first.")
+    for name in os.listdir(directory):  # what a killed run has left
+        if re.fullmatch(r"model[-.\w]*\.partial", name):
+            (directory / name).unlink()
+    free = shutil.disk_usage(directory).free
+    if total > free:
+        raise UserError(f"{directory}: {total / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free on that disk.")
+
+
+def _write_file(path: Path, entries: list[Entry], infos: dict[str, Info]) -> None:
+    """Writes one file, its widest dtypes in front whatever the order of writing: all tensors are aligned."""
+    header, offsets, end = {"__metadata__": {"format": "pt"}}, {}, 0
+    for entry in sorted(entries, key=lambda entry: -DTYPES[infos[entry.name].dtype].itemsize):
+        info = infos[entry.name]
+        offsets[entry.name], begin, end = end, end, end + info.nbytes
+        header[entry.name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [begin, end]}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with open(path, "wb", buffering=0) as file:
+        _write_at(file.fileno(), len(raw).to_bytes(8, "little") + raw, 0)
+        for entry in entries:
+            info, array = infos[entry.name], np.asarray(entry.make())
+            if array.shape != info.shape or array.dtype != DTYPES[info.dtype]:
+                raise ValueError(f"{entry.name}: {array.dtype}{array.shape} made, {info.dtype}{info.shape} announced")
+            offset = 8 + len(raw) + offsets[entry.name]
+            for block in _blocks_in_order(array):
+                _write_at(file.fileno(), block.reshape(-1).view(np.uint8), offset)
+                offset += block.nbytes
+            del array, block
+        os.fsync(file.fileno())
+
+
+def _blocks_in_order(array: np.ndarray) -> Iterator[np.ndarray]:
+    """An array as blocks of rows in C order; of a transposed one no second copy ever exists whole."""
+    if array.flags.c_contiguous:
+        yield array
+        return
+    n_rows = max(1, COPIED_BYTES // array[:1].nbytes)
+    for start in range(0, len(array), n_rows):
+        yield np.ascontiguousarray(array[start : start + n_rows])
+
+
+def _write_at(descriptor: int, data: bytes | np.ndarray, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(descriptor, view[:IO_BYTES], offset)
+        view, offset = view[done:], offset + done
+
+
+def _write_index(directory: Path, index: dict) -> None:
+    partial = directory / f"{INDEX}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(index, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, directory / INDEX)
+    _flush_folder(directory)
+
+
+def _flush_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
