@@ -85,8 +85,8 @@ class Published:
 def open_published(directory: str | PathLike, warn: Warn = warn_on_stderr) -> Published:
     """Reads config.json and the headers of the weights.
 
-    Multi-token prediction that the config promises and the files do not hold (as when transformers has saved them), or
-    that the files hold and the config does not name, is left out, with a warning.
+    Multi-token prediction that the config promises and the files do not hold (as when transformers has saved them) is
+    left out, with a warning.
 
     Raises:
         UserError: not such a directory, a model of no known family, or files that are damaged.
@@ -100,15 +100,10 @@ def open_published(directory: str | PathLike, warn: Warn = warn_on_stderr) -> Pu
     config = safetensors.read_json(directory / CONFIG)
     family, numbers = hf_config.from_hf(config)
     tensors = safetensors.open_directory(directory)
-    for remark in hf_config.remarks(config):
-        warn(f"{directory}: {CONFIG}: {remark}")
     first_ahead = f"model.layers.{numbers['n_layers']}."
     if numbers.get("mtp_depth") and not any(name.startswith(first_ahead) for name in tensors.names()):
         warn(f"{directory}: {CONFIG} promises multi-token prediction, but the files hold none: left out.")
         numbers["mtp_depth"] = 0
-    elif left := _left_out(tensors, numbers):
-        said = f"num_nextn_predict_layers={numbers['mtp_depth']} in {CONFIG}"
-        warn(f"{directory}: {', '.join(f'{at}*' for at in left)}: more multi-token prediction than {said}: left out.")
     return Published(family, numbers, hf_config.facts(config), tensors, config, _generation_eos_ids(directory))
 
 
@@ -159,7 +154,8 @@ class Source:
     Args:
         published: from `open_published`.
         shapes: {"params": tree, "router_bias": tree} of the model of its numbers, as `layers.base.split` gives them.
-        warn: told of copies that differ from what they copy.
+        warn: told of copies that differ from what they copy, of multi-token prediction that the files hold and the
+            config does not name, which is left out, and of settings that others read otherwise.
 
     Attributes:
         abstract: a tree like `shapes` of `jax.ShapeDtypeStruct`, with the dtypes that the pieces have.
@@ -173,7 +169,8 @@ class Source:
         self._files, self._warn = published.tensors, warn
         self._copies = names.copies(shapes)
         is_tied = published.facts.is_tied and HEAD not in published.tensors  # a head that is stored is the head
-        self._tensors = self._checked(shapes, is_tied, _left_out(published.tensors, published.numbers))
+        left_out = _left_out(published.tensors, published.numbers)
+        self._tensors = self._checked(shapes, is_tied, left_out)
         dtypes: dict[names.Path, np.dtype] = {}
         for tensor, stored in self._tensors:
             for path, _ in tensor.places:
@@ -182,6 +179,11 @@ class Source:
         self._dtypes = dtypes
         self.n_bytes = sum(self._files.info(stored).nbytes for stored in {stored for _, stored in self._tensors})
         self.abstract = map_leaves(shapes, lambda path, x: jax.ShapeDtypeStruct(x.shape, dtypes[path]))
+        where = f"{published.tensors.directory}: {CONFIG}"
+        for at in left_out:
+            warn(f"{where}: num_nextn_predict_layers={published.numbers['mtp_depth']}, so {at}* is left out.")
+        for remark in hf_config.remarks(published.config):
+            warn(f"{where}: {remark}")
 
     def pieces(self, skip: Callable[[names.Path, names.Index], bool] | None = None) -> Iterator[Piece]:
         """All pieces in their fixed order; a tensor is not read if `skip(path, index)` holds for all pieces of it."""
