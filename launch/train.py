@@ -86,25 +86,11 @@ def train(config: ConfigDict, workdir: Path, stop, again: str) -> bool:
     """Trains until the last step or until `stop` is asked for; returns whether the last state has been saved."""
     import jax
 
-    from deepseek_jax.data.pipeline import open_splits, settled
-    from deepseek_jax.data.tokenizer import open_tokenizer
-    from deepseek_jax.parallel.mesh import make_mesh
     from deepseek_jax.train.checkpoint import Checkpointer
     from deepseek_jax.train.loop import Loop
     from deepseek_jax.train.metrics import Metrics
 
-    if config.precision == "fp32":  # GPUs and TPUs would otherwise round the operands of a matmul
-        jax.config.update("jax_default_matmul_precision", "highest")
-    mesh = make_mesh(**config.mesh)
-    ramp = batch_ramp(config, mesh.size)
-    _beginning.check_sizes(config)
-    config.data.update(settled(config.data))
-    data = {**config.data, "tokenizer": open_tokenizer(config.data.tokenizer)}
-    check_vocabulary(config, data["tokenizer"])
-    trainer = build_trainer(config, mesh)
-    check_writable(workdir)
-    # what can fail early has been checked: this may take long
-    training, held_out = open_splits(seed=config.seed, watch=Progress, **data)
+    trainer, ramp, training, held_out = prepare(config, workdir)
     meta = {"config": _options.to_json(config), "text": training.fingerprint()}
     with Checkpointer(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
         start, state, changed = 0, None, []
@@ -124,7 +110,7 @@ def train(config: ConfigDict, workdir: Path, stop, again: str) -> bool:
             start_step=start,
             flops_per_token=trainer.flops_per_token(config.data.seq_len),
             device_kind=jax.devices()[0].device_kind,
-            n_devices=mesh.size,
+            n_devices=trainer.mesh.size,
             enabled=jax.process_index() == 0,
         )
         with metrics:
@@ -148,8 +134,32 @@ def train(config: ConfigDict, workdir: Path, stop, again: str) -> bool:
             return tell_end(int(state["step"]), config.train.steps, checkpoints, metrics, again)
 
 
+def prepare(config: ConfigDict, workdir: Path) -> tuple:
+    """The trainer, the batch ramp and both sides of the text; fills in the keys of `config` that the text decides.
+
+    The text comes last, for to tokenise it may take long: what is wrong elsewhere is reported before.
+    """
+    import jax
+
+    from deepseek_jax.data.pipeline import open_splits, settled
+    from deepseek_jax.data.tokenizer import open_tokenizer
+    from deepseek_jax.parallel.mesh import make_mesh
+
+    if config.precision == "fp32":  # GPUs and TPUs would otherwise round the operands of a matmul
+        jax.config.update("jax_default_matmul_precision", "highest")
+    mesh = make_mesh(**config.mesh)
+    ramp = batch_ramp(config, mesh.size)
+    _beginning.check_sizes(config)
+    config.data.update(settled(config.data))
+    data = {**config.data, "tokenizer": open_tokenizer(config.data.tokenizer)}
+    check_vocabulary(config, data["tokenizer"])
+    trainer = build_trainer(config, mesh)
+    check_writable(workdir)
+    return trainer, ramp, *open_splits(seed=config.seed, watch=Progress, **data)
+
+
 def check_vocabulary(config: ConfigDict, tokenizer) -> None:
-    """Raises UserError if the model has no room for an id of the tokenizer."""
+    """Raises UserError if the tokenizer has more ids than the model."""
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"config.model.vocab_size={config.model.vocab_size} is smaller than the {tokenizer.vocab_size} ids of "
