@@ -73,10 +73,9 @@ def convert(source: Path, workdir: Path, dtype: str) -> None:
         raise UserError(f"--workdir={workdir} is the published directory itself. Give another one.")
     origin = describe(source, dtype)
     checkpoints = workdir / "checkpoints"
-    if is_there(checkpoints, origin):
-        print(f"{workdir} holds this conversion already, and it is intact: nothing to do.")
-        return
     config = published_config(published, source.resolve())
+    if is_there(checkpoints, origin):
+        return check_others(release.files(config), workdir)
     pieces = Source(published, abstract_weights(config))
     wanted = DTYPES[dtype]
     arrays = {
@@ -155,6 +154,20 @@ def is_there(checkpoints: Path, origin: str) -> bool:
         except manifest.Damage as damage:
             raise UserError(f"{path} is damaged: {damage}. Delete it and start the same command again.") from None
     raise UserError(f"{checkpoints} holds checkpoints of something else, steps {steps}. Give another --workdir.")
+
+
+def check_others(files: dict[str, Path], workdir: Path) -> None:
+    """Says that a finished conversion is intact; small files beside it that are missing are copied again, and those
+    that differ from the source's, damaged or edited, are named."""
+    from deepseek_jax.convert.hf import copy_files
+
+    missing = {name: content for name, content in files.items() if not (workdir / name).is_file()}
+    copy_files(missing, workdir)
+    differing = [name for name, file in files.items() if (workdir / name).read_bytes() != file.read_bytes()]
+    if differing:
+        print(f"warning: other than in the source: {', '.join(differing)} in {workdir}", file=sys.stderr)
+    copied = f"{', '.join(missing)} copied again" if missing else "nothing to do"
+    print(f"{workdir} holds this conversion already, and its weights are intact: {copied}.")
 
 
 def check_room(checkpoints: Path, n_bytes: int) -> None:

@@ -229,7 +229,7 @@ def test_killed_it_goes_on_and_ends_the_same(fp8, tmp_path, monkeypatch, capsys)
 def test_the_same_again_does_nothing_and_anything_else_is_refused(fp8, converted, tmp_path, capsys):
     files = {file: file.stat().st_mtime_ns for file in converted.rglob("*")}
     assert convert.main([f"--from={fp8}", f"--workdir={converted}"]) == 0
-    assert "it is intact: nothing to do" in capsys.readouterr().out
+    assert "its weights are intact: nothing to do" in capsys.readouterr().out
     for words in ([f"--from={GOLDEN / 'llm'}"], [f"--from={fp8}", "--dtype=fp32"]):
         with pytest.raises(UserError, match=r"holds checkpoints of something else, steps \[0\]"):
             convert.main([*words, f"--workdir={converted}"])
@@ -307,6 +307,18 @@ def test_the_same_again_over_a_damaged_result_says_so(fp8, converted, tmp_path, 
     shutil.rmtree(step)
     convert.main([f"--from={fp8}", f"--workdir={tmp_path / 'run'}"])
     manifest.verify(step, 0)
+
+
+def test_small_files_that_are_gone_are_copied_again_and_changed_ones_named(fp8, converted, tmp_path, capsys):
+    run = shutil.copytree(converted, tmp_path / "run")
+    (run / "tokenizer.json").unlink()
+    (run / "generation_config.json").write_text('{"temperature": 1.0}')
+    convert.main([f"--from={fp8}", f"--workdir={run}"])
+    told = capsys.readouterr()
+    assert "weights are intact: tokenizer.json copied again." in told.out
+    assert "other than in the source: generation_config.json" in told.err
+    assert (run / "tokenizer.json").read_bytes() == (fp8 / "tokenizer.json").read_bytes()
+    assert json.loads((run / "generation_config.json").read_text()) == {"temperature": 1.0}
 
 
 @pytest.mark.parametrize("name", ["fp8", "tied"])

@@ -114,6 +114,7 @@ def test_what_cannot_be_had_is_told_in_a_line_with_what_to_do(hub, client):
     assert "model_type='bert'" in told["bert"] and "model.safetensors" not in hub.sent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
