@@ -417,4 +417,5 @@ CHECKS = (
     _known_moments,
     _rates,
     _ramp,
+    _beginning.release_keys,
 )

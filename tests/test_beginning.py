@@ -104,6 +104,14 @@ def test_the_user_may_say_otherwise(published):
     assert config.release.end_ids == (5,) and config.release.n_positions == 9 and config.release.bos_id == 0
 
 
+@pytest.mark.parametrize(
+    "word", ["bos_id=-1", "pad_id=half", "eos_ids=(1, -2)", "end_ids=(16777217,)", "n_positions=-1", "end_ids=(True,)"]
+)
+def test_marks_that_are_none_are_refused_by_their_key(word):
+    with pytest.raises(UserError, match=f"config.release.{word.partition('=')[0]}"):
+        _options.validate(parsed(f"--config.release.{word}").config, train.CHECKS)
+
+
 def test_a_converted_run_is_a_beginning_as_well(published, tmp_path):
     convert.main([f"--from={published}", f"--workdir={tmp_path / 'run'}"])
     config = resolved(f"--config={tmp_path / 'run'}")
