@@ -34,7 +34,16 @@ def module_at(path: Path):
 
 compare, make_golden = (module_at(GOLDEN / f"{name}.py") for name in ("compare", "make_golden"))
 ALL = make_golden.CONFIGS | make_golden.SHAPES
-LONG = ("moonlight", "no_shared", "dense_mtp", "v2_bare", "v2_all_dense", "moe_bare")  # the others show as much
+LONG = (
+    "qwen_yarn",
+    "yarn_mscales",
+    "moonlight",
+    "no_shared",
+    "dense_mtp",
+    "v2_bare",
+    "v2_all_dense",
+    "moe_bare",
+)  # the others show as much
 CASES = [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in ALL]
 HAVE_A_CLASS = [name for name, config in ALL.items() if config["model_type"] != "deepseek"]
 
