@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import deepseek_jax
+from deepseek_jax import streams
 from deepseek_jax.errors import UserError
 
 USAGE = """\
@@ -88,19 +89,28 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script: returns the exit code (2 for an error of the user's, 130 for Ctrl-C)."""
     debug = os.environ.get("DEEPSEEK_JAX_DEBUG", "0") not in ("", "0")
     argv = sys.argv[1:] if argv is None else argv
+    streams.open_standard()
     try:
         if not debug and argv and not argv[0].startswith("-"):
             quieten()
-        return run(argv)
+        code = run(argv)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         if debug:
             raise
-        print(f"deepseek-jax: error: {error}", file=sys.stderr)
+        streams.Forgiving(sys.stderr).write(f"deepseek-jax: error: {error}\n")
         return 2
     except KeyboardInterrupt:
         if debug:
             raise
         return 130
-    except BrokenPipeError:  # `deepseek-jax ... | head`: the reader has gone; keep the interpreter's last flush quiet
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `deepseek-jax ... | head`: the reader has gone
         return 1
+    except OSError as error:
+        if error.errno not in streams.PASSING or debug:
+            raise
+        streams.Forgiving(sys.stderr).write(f"deepseek-jax: error: {error}. Free some space there.\n")
+        return 1
+    finally:
+        streams.settle()  # keeps the interpreter's last flush quiet

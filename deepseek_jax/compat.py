@@ -1,17 +1,24 @@
 """What depends on the version of JAX or on where a run was started; everything else is the same on jax 0.10 to 0.12."""
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
 import os
 import pkgutil
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 
 from deepseek_jax.errors import UserError
+
+# Between processes: the project's own watch (parallel/peers.py) comes first and can say what it found; JAX's ends the
+# program without a word.
+HEARTBEAT_TIMEOUT_S = 60
+SHUTDOWN_TIMEOUT_S = 30
 
 
 def start_processes() -> None:
@@ -35,7 +42,14 @@ def start_processes() -> None:
     try:
         given = {"coordinator_address": address, "num_processes": number and int(number)}
         given |= {"process_id": index and int(index)}
-        jax.distributed.initialize(**{name: value for name, value in given.items() if value != ""})
+        # JAX's preemption service would take SIGTERM for itself, and nobody asks it: the run has a handler of its own.
+        jax.config.update("jax_enable_preemption_service", False)
+        with _plain_ctrl_c():
+            jax.distributed.initialize(
+                **{name: value for name, value in given.items() if value != ""},
+                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+                shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
+            )
     except (ValueError, RuntimeError, LookupError, OSError) as error:
         told = [name for name in names if name in os.environ] + _cluster_variables()
         shown, reason = ", ".join(f"{name}={os.environ[name]}" for name in told), (str(error).splitlines() or [""])[0]
@@ -44,6 +58,47 @@ def start_processes() -> None:
             "JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID in each process (SLURM: start "
             "them with srun), or JAX_NUM_PROCESSES=1 alone for a run of one."
         ) from error
+
+
+@contextlib.contextmanager
+def _plain_ctrl_c() -> Iterator[None]:
+    """Lets Ctrl-C end the process while it waits for the others in native code, where Python's handler is not run."""
+    try:
+        before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    except ValueError:  # not the main thread, which alone may set handlers
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class ProcessStore:
+    """Short texts by key that all processes of a run see; process 0 keeps them.  Calls may raise or wait."""
+
+    def __init__(self, client: object):
+        self._client = client
+
+    def set(self, key: str, value: str) -> None:
+        """Writes a text, over an older one."""
+        self._client.key_value_set(key, value, allow_overwrite=True)
+
+    def get(self, key: str) -> str:
+        """Returns a text, "" where there is none."""
+        try:
+            return self._client.key_value_try_get(key)
+        except jax.errors.JaxRuntimeError as error:
+            if "NOT_FOUND" in str(error):
+                return ""
+            raise
+
+
+def process_store() -> ProcessStore:
+    """Returns the store of a run of several processes, joined before."""
+    from jax._src import distributed  # has no public name
+
+    return ProcessStore(distributed.global_state.client)
 
 
 def _cluster_variables() -> list[str]:

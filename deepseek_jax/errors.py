@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+
+class LocalError(UserError):
+    """A UserError that one process of several may meet alone: the others have to be told."""

@@ -10,8 +10,13 @@ and context length come from it; the recipe is a constant rate of 1e-5 after 20 
 of 2,048 tokens at most, 200 steps; any key of it can be set.  --config.train.init_from=DIR alone does the same, and
 beside a --config of your own it takes only weights, tokenizer and marks from DIR.
 
-The workdir (runs/NAME by default) receives checkpoints/, metrics.jsonl and tensorboard/.  SIGTERM or Ctrl-C saves and
-ends; started again with the same words, the run goes on as if nothing had happened, on any mesh that fits.
+The workdir (runs/NAME by default) receives checkpoints/, metrics.jsonl and tensorboard/.  SIGTERM, SIGHUP or Ctrl-C
+saves and ends; started again with the same words, the run goes on as if nothing had happened, on any mesh that fits.
+
+A signal to any process of several stops all of them within the step in flight and 5 s, and the time of a save.  A
+process that is lost is noticed within 40 s; the others say so and end with exit code 75.  A second Ctrl-C ends without
+saving the present step.  Exit codes: 0 done, or saved after SIGTERM or SIGHUP; 130 saved after Ctrl-C, or broken off;
+1 not saved; 2 something to correct; 75 another process was lost; 128 + the signal's number: stopped before training.
 """
 
 import os
@@ -21,6 +26,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from deepseek_jax import streams
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _beginning, _options
 from deepseek_jax.launch._progress import Progress
@@ -66,23 +72,40 @@ def run(config: ConfigDict, workdir: Path, *, sample: bool, again: str) -> int:
         again: the command that goes on with this run, for messages.
     """
     from deepseek_jax.compat import keep_freed_memory, start_compilation_cache, start_processes
-    from deepseek_jax.train.loop import StopRequest
+    from deepseek_jax.parallel.peers import Peers
+    from deepseek_jax.train.stop import StopRequest
 
-    with StopRequest() as stop:
-        keep_freed_memory()
-        start_processes()
+    keep_freed_memory()
+    start_processes()
+    with streams.forgiving(), StopRequest() as stop:
         start_compilation_cache(config.train.compilation_cache)
-        is_saved = train(config, workdir, stop, again)
-    if not is_saved:
-        return 1
-    if stop.signal is not None:
-        return 130 if stop.signal == signal.SIGINT else 0
-    if sample:
-        show_sample(config, workdir)
+        try:
+            with Peers(lambda: advice(workdir, again)) as peers:
+                is_saved = train(config, workdir, stop, again, peers)
+        except KeyboardInterrupt:
+            reason = "broken off" if stop.is_running else "stopped before training began: nothing was to be saved"
+            streams.note(f"\n{reason}. {advice(workdir, again)}")
+            return 130 if stop.is_running else stop.exit_code
+        if not is_saved:
+            return 1
+        if stop.signal is not None:
+            return 130 if stop.signal == signal.SIGINT else 0
+        if sample:
+            show_sample(config, workdir)
     return 0
 
 
-def train(config: ConfigDict, workdir: Path, stop, again: str) -> bool:
+def advice(workdir: Path, again: str) -> str:
+    """Returns where the newest checkpoint is and how to go on, as this process alone sees it."""
+    from deepseek_jax.train.manifest import committed_steps
+
+    checkpoints = workdir / "checkpoints"
+    steps = committed_steps(checkpoints)
+    newest = f"The newest checkpoint is of step {steps[-1]}" if steps else "There is no checkpoint"
+    return f"{newest} in {checkpoints}. Start again with: {again}"
+
+
+def train(config: ConfigDict, workdir: Path, stop, again: str, peers) -> bool:
     """Trains until the last step or until `stop` is asked for; returns whether the last state has been saved."""
     import jax
 
@@ -92,7 +115,7 @@ def train(config: ConfigDict, workdir: Path, stop, again: str) -> bool:
 
     trainer, ramp, training, held_out = prepare(config, workdir)
     meta = {"config": _options.to_json(config), "text": training.fingerprint()}
-    with Checkpointer(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
+    with Checkpointer(workdir / "checkpoints", config.checkpoint.keep) as checkpoints, peers.guard(stop):
         start, state, changed = 0, None, []
         if checkpoints.latest() is not None:
             saved = checkpoints.read_meta()[1]

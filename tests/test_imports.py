@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up.  A room imports itself and what stands on lower floors, never a neighbour on its own floor.
 FLOORS = (
-    ("shapes", "errors"),
+    ("shapes", "errors", "streams"),
     ("paths",),
     ("compat",),
     ("precision", "data"),
@@ -34,6 +34,7 @@ SELF_CONTAINED = {
     "configs": ("ml_collections", "deepseek_jax.configs"),
     "shapes": (),
     "errors": (),
+    "streams": (),
 }
 
 # What belongs to a mesh stays in parallel/; the step may open the one shard_map of training.

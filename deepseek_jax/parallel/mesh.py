@@ -84,8 +84,9 @@ def global_batch(local: object, mesh: Mesh) -> object:
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), local)
 
 
-def agreed(flag: bool) -> bool:
-    """Whether `flag` holds on any process: what all of them then act on together."""
+def largest(*values: float) -> tuple[float, ...]:
+    """The largest that any process gives, value by value; the same on all of them."""
     if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+        return values
+    found = multihost_utils.process_allgather(np.asarray(values, np.float32))
+    return tuple(np.max(found.reshape(-1, len(values)), axis=0).tolist())

@@ -42,7 +42,7 @@ _SKIP, _WRITE, _REFUSE, _FAIL = range(4)  # process 0's verdict on a save, broad
 
 def print_warning(message: str) -> None:
     """Prints a message about checkpoints to stderr; a disk so full that this cannot be done stops nothing."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         print(f"checkpoint: {message}", file=sys.stderr, flush=True)
 
 

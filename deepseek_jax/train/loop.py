@@ -6,11 +6,9 @@ report only when the next one has been handed to the devices.
 """
 
 import math
-import os
-import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import FrameType
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +16,14 @@ import numpy as np
 
 from deepseek_jax.data.pipeline import Split
 from deepseek_jax.errors import UserError
-from deepseek_jax.parallel.mesh import agreed, global_batch
+from deepseek_jax.parallel.mesh import global_batch, largest
 from deepseek_jax.train.checkpoint import Checkpointer
 from deepseek_jax.train.metrics import Metrics, bits_per_byte
 from deepseek_jax.train.optim import BatchRamp
 from deepseek_jax.train.step import Report, State, Trainer
+from deepseek_jax.train.stop import StopRequest
 
-ASK_EVERY = 10  # steps
+ASK_EVERY_S = 5.0  # between the moments at which processes ask one another whether to stop
 
 
 @dataclass(frozen=True)
@@ -47,36 +46,35 @@ class LoopConfig:
     max_skipped: int
 
 
-class StopRequest:
-    """A context in which SIGTERM and the first Ctrl-C ask the loop to save and end, instead of ending it.
-
-    Attributes:
-        signal: the first signal that came, or None.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal is not None:
-            raise KeyboardInterrupt
-        if self.signal is None:
-            self.signal = number
-            os.write(2, b"\nstopping after this step (Ctrl-C breaks off at once)\n")
-
-
 def local_rows(first: int, count: int) -> tuple[int, int]:
     """The (start, count) of this process's rows of a global batch."""
     share = count // jax.process_count()
     return first + share * jax.process_index(), share
+
+
+class Asking:
+    """When the processes ask one another whether one has been asked to stop; asking makes them wait for a step.
+
+    They ask after a number of steps that takes about ``ASK_EVERY_S`` on the slowest of them, the same on all.
+    """
+
+    def __init__(self, stop: StopRequest, start: int):
+        self._stop, self._next = stop, start
+        self._last, self._last_s, self._step_s = start, time.monotonic(), math.inf
+
+    def agreed(self, step: int) -> bool:
+        """Whether the run ends after ``step``: the same answer on all processes."""
+        if jax.process_count() == 1:
+            return self._stop.signal is not None
+        if step < self._next:
+            return False
+        is_asked, step_s = largest(self._stop.signal is not None, self._step_s)
+        self._next = step + min(max(int(ASK_EVERY_S / max(step_s, 1e-3)), 1), 1000)
+        now, steps = time.monotonic(), step - self._last
+        if steps:  # from answer to answer, for an answer waits until the step has ended
+            self._step_s = (now - self._last_s) / steps
+        self._last, self._last_s = step, now
+        return bool(is_asked)
 
 
 class Loop:
@@ -120,7 +118,9 @@ class Loop:
             UserError: too many steps in a row were not finite.
         """
         start = int(state["step"])
-        if agreed(stop.signal is not None):
+        stop.begin()
+        asking = Asking(stop, start)
+        if asking.agreed(start):
             return state
         if start == 0:
             self.evaluate(state, 0)
@@ -133,7 +133,7 @@ class Loop:
                 if waiting:
                     self.look_at(*waiting)
                 waiting = (done, report)
-                stopping = self.asks(done) and agreed(stop.signal is not None)
+                stopping = asking.agreed(done)
                 if done == start + 1 or self.due(done, self.config.log_every):
                     self.log(done, report, state)
                 if self.due(done, self.config.eval_every):
@@ -147,10 +147,6 @@ class Loop:
         finally:
             batches.close()
         return state
-
-    def asks(self, step: int) -> bool:
-        """Whether the processes ask one another after `step` if one was told to stop; asking makes them wait."""
-        return jax.process_count() == 1 or step % ASK_EVERY == 0
 
     def due(self, step: int, every: int) -> bool:
         """Whether something done every so many steps is done after `step`."""

@@ -340,13 +340,9 @@ class Metrics:
         return f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}"
 
     def _say(self, line: str) -> None:
-        try:
+        with contextlib.suppress(OSError, ValueError):  # a full disk, a reader that has gone: the run matters more
             self.stream.write(line + "\n")
             self.stream.flush()
-        except BrokenPipeError:  # `| head`: the reader wants no more
-            raise
-        except OSError:  # redirected to a disk that is full
-            pass
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         """Draws the live view for the terminal's present width."""

@@ -21,11 +21,16 @@ CLUSTERS = ("JAX_", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB
 
 @pytest.fixture
 def joined(monkeypatch) -> list[dict]:
-    """A process outside any cluster; receives the arguments of each call of ``jax.distributed.initialize``."""
+    """A process outside any cluster; receives what ``jax.distributed.initialize`` is told."""
     for name in [name for name in os.environ if name.startswith(CLUSTERS)]:
         monkeypatch.delenv(name)
     calls: list[dict] = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
+
+    def record(heartbeat_timeout_seconds: int, shutdown_timeout_seconds: int, **given: object) -> None:
+        assert 30 < heartbeat_timeout_seconds <= 60  # the project's own watch comes first, and JAX's within a minute
+        calls.append(given)
+
+    monkeypatch.setattr(jax.distributed, "initialize", record)
     return calls
 
 

@@ -1,0 +1,195 @@
+"""What the processes of a run know of one another outside of collectives: who is alive, and why one has left.
+
+A step's state is spread over all processes, so without one of them the others can neither go on nor save.  A collective
+that waits for a process which is gone may wait for ever, and JAX's own remedy ends the program from native code
+without a word about the run.  Hence two threads beside the training:
+
+    talker   every BEAT_S: publishes a beat of this process, reads that of the next one (a ring) and the reason, if
+             any, for which a process has left; through the store of JAX's coordination service, kept by process 0
+    judge    every second: no news for LOST_S, or a reason to leave -> says so and ends the process with code LOST
+
+Nothing of a checkpoint is lost in this way: a save under way counts only with its COMMIT marker.
+"""
+
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+
+from deepseek_jax import compat, streams
+from deepseek_jax.errors import LocalError, UserError
+
+BEAT_S = 2.0
+LOST_S = 30.0  # without a beat a process counts as lost
+GRACE_S = 6.0  # for errors that all processes meet: each reports its own before it hears of the others'
+LOST = 75  # exit code of a process that has lost another one: start all of them again (EX_TEMPFAIL)
+FAILED, GOODBYE = "deepseek_jax/failed", "goodbye"
+
+
+class Stop(Protocol):
+    """What is known of requests to stop: `train.stop.StopRequest`."""
+
+    is_running: bool
+    exit_code: int
+
+
+class Peers:
+    """A context around a run; with one process it does nothing.
+
+    Args:
+        advice: returns the sentences about the newest checkpoint and what to do; called in any thread.
+        leave: ends the process at once with an exit code.
+    """
+
+    def __init__(self, advice: Callable[[], str], leave: Callable[[int], None] = os._exit):
+        self.advice, self._leave = advice, leave
+        self.index, self.count = jax.process_index(), jax.process_count()
+        self._store = compat.process_store() if self.count > 1 else None
+        self._over = threading.Event()
+        self._leaving = threading.Lock()
+        self._heard_s = self._answered_s = time.monotonic()
+        self._beat, self._parted = "", False
+        self._failed: tuple[float, str] | None = None  # when and why a process left
+
+    def __enter__(self) -> "Peers":
+        if self._store is not None:
+            for work in (self._talk, self._judge):
+                threading.Thread(target=work, name=f"peers{work.__name__}", daemon=True).start()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self._store is None:
+            return
+        if error is not None:
+            self._shortly(lambda: self._announce(error))
+        self._shortly(lambda: self._store.set(_key(self.index), GOODBYE))
+        self._over.set()
+
+    def guard(self, stop: Stop) -> "Guard":
+        """A context around what all processes do together; see ``Guard``."""
+        return Guard(self, stop)
+
+    def leave(self, code: int, reason: str) -> None:
+        """Says why, lets the others know, and ends this process; only the first call does anything."""
+        if not self._leaving.acquire(blocking=False):
+            return time.sleep(GRACE_S + 4 * BEAT_S)
+        streams.note(f"deepseek-jax: process {self.index}: {reason}")
+        self._shortly(lambda: self._store.set(FAILED, reason))
+        if self.index == 0:  # it keeps the store in which the others read the reason
+            time.sleep(GRACE_S + 2 * BEAT_S)
+        streams.settle()
+        self._leave(code)
+
+    def lost(self, what: str) -> None:
+        """Leaves because another process is gone."""
+        self.leave(LOST, f"{what} Its part of the state is gone, so this step cannot be saved. {self.advice()}")
+
+    def _talk(self) -> None:
+        following = (self.index + 1) % self.count
+        beat = 0
+        while not self._over.wait(BEAT_S if beat else 0):
+            beat += 1
+            try:
+                self._store.set(_key(self.index), str(beat))
+                seen, failed = self._store.get(_key(following)), self._store.get(FAILED)
+            except Exception:  # the coordinator does not answer: the judge counts the seconds
+                continue
+            now = time.monotonic()
+            self._answered_s = now
+            self._parted = seen == GOODBYE
+            if seen != self._beat:
+                self._beat, self._heard_s = seen, now
+            if failed and self._failed is None:
+                self._failed = (now, failed)
+
+    def _judge(self) -> None:
+        following = (self.index + 1) % self.count
+        while not self._over.wait(1.0):
+            now = time.monotonic()
+            if self._failed is not None and now - self._failed[0] > GRACE_S:
+                self.lost(f"another process of this run has left ({self._failed[1]}).")
+            elif now - self._answered_s > LOST_S:
+                self.lost(f"process 0, which all others rely on, has not answered for {LOST_S:.0f} s.")
+            elif now - self._heard_s > LOST_S and not self._parted:
+                self.lost(f"process {following} of this run has not been heard of for {LOST_S:.0f} s.")
+
+    def _announce(self, error: BaseException) -> None:
+        reason = "stopped by a signal" if isinstance(error, KeyboardInterrupt) else first_line(error)
+        self._store.set(FAILED, f"process {self.index}: {reason}")
+
+    def _shortly(self, call: Callable[[], None], within_s: float = 2.0) -> None:
+        """Makes a call that may fail or hang, because whom it asks may be gone."""
+
+        def run() -> None:
+            try:
+                call()
+            except Exception:
+                return
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(within_s)
+
+
+class Guard:
+    """A context that lets no error of this process alone leave it, for the way out would wait for the others.
+
+    An error that all processes meet (a UserError while the loop is running, such as steps that are not finite) passes;
+    before the loop nothing is to be saved, so any error ends the process here.
+    """
+
+    def __init__(self, peers: Peers, stop: Stop):
+        self.peers, self.stop = peers, stop
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error is None or self.peers.count == 1 or self._all_meet(error):
+            return
+        if isinstance(error, UserError):
+            self.peers.leave(2, f"error: {error}")
+        elif isinstance(error, KeyboardInterrupt):
+            code = 130 if self.stop.is_running else self.stop.exit_code
+            self.peers.leave(code, f"stopped by a signal without saving. {self.peers.advice()}")
+        elif is_transfer_failure(error):
+            self.peers.lost(
+                f"a transfer between processes failed; another one has probably ended ({first_line(error)})."
+            )
+        else:
+            streams.note("".join(traceback.format_exception(error)))
+            self.peers.leave(1, f"{first_line(error)}. {self.peers.advice()}")
+
+    def _all_meet(self, error: BaseException) -> bool:
+        return self.stop.is_running and isinstance(error, UserError) and not isinstance(error, LocalError)
+
+
+def is_transfer_failure(error: Exception) -> bool:
+    """Says whether an error of JAX's runtime is about other processes, and not about this one's memory or programs."""
+    words = (
+        "gloo",
+        "nccl",
+        "connection",
+        "peer",
+        "coordination",
+        "unavailable",
+        "aborted",
+        "deadline",
+        "socket",
+        "task",
+    )
+    text = str(error).lower()
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(word in text for word in words)
+
+
+def first_line(error: BaseException) -> str:
+    """Returns an error's type and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200].rstrip(": .")
+
+
+def _key(index: int) -> str:
+    return f"deepseek_jax/beat/{index}"
