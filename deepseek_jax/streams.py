@@ -80,7 +80,7 @@ class Forgiving:
             self._stream.write(text)
         except UnicodeEncodeError as error:
             self.write(text.encode(error.encoding, "replace").decode(error.encoding))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             self._lose(error)
         return len(text)
 
@@ -88,7 +88,7 @@ class Forgiving:
         """Hands on what can be handed on."""
         try:
             self._stream.flush()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             self._lose(error)
 
     def _lose(self, error: Exception) -> None:

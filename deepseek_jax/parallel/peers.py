@@ -23,7 +23,8 @@ import jax
 from deepseek_jax import compat, streams
 from deepseek_jax.errors import LocalError, UserError
 
-BEAT_S = 2.0
+BEAT_S, JUDGE_S = 2.0, 1.0
+ANNOUNCE_S = 2.0  # at most, for a word to those who may be gone
 LOST_S = 30.0  # without a beat a process counts as lost
 GRACE_S = 6.0  # for errors that all processes meet: each reports its own before it hears of the others'
 LOST = 75  # exit code of a process that has lost another one: start all of them again (EX_TEMPFAIL)
@@ -108,7 +109,7 @@ class Peers:
 
     def _judge(self) -> None:
         following = (self.index + 1) % self.count
-        while not self._over.wait(1.0):
+        while not self._over.wait(JUDGE_S):
             now = time.monotonic()
             if self._failed is not None and now - self._failed[0] > GRACE_S:
                 self.lost(f"another process of this run has left ({self._failed[1]}).")
@@ -121,7 +122,7 @@ class Peers:
         reason = "stopped by a signal" if isinstance(error, KeyboardInterrupt) else first_line(error)
         self._store.set(FAILED, f"process {self.index}: {reason}")
 
-    def _shortly(self, call: Callable[[], None], within_s: float = 2.0) -> None:
+    def _shortly(self, call: Callable[[], None]) -> None:
         """Makes a call that may fail or hang, because whom it asks may be gone."""
 
         def run() -> None:
@@ -132,7 +133,7 @@ class Peers:
 
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
-        thread.join(within_s)
+        thread.join(ANNOUNCE_S)
 
 
 class Guard:
