@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_jax.data.compression import ENDINGS, content_type, damage, decompressed
+from deepseek_jax.data.fingerprints import fingerprint
 from deepseek_jax.data.readers import PLAIN, READERS, STREAMED
 from deepseek_jax.data.rows import CONVERSATION, FORMATS, conversation_text, format_of, row_text
 from deepseek_jax.errors import UserError
@@ -23,9 +24,6 @@ from deepseek_jax.paths import check_local
 # Tests repeat themselves, idlelib and lib2to3 hold fixtures, the others are not the library.
 NOT_LIBRARY = frozenset({"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"})
 TYPES = f"{' '.join(READERS)} (text and JSON also with {' or '.join(ENDINGS)} behind)"
-
-WHOLE_FILE_BYTES = 64 << 20  # up to here a fingerprint reads all of a file, beyond it a sample of blocks
-SAMPLED_BLOCKS = 64
 
 
 @dataclass(frozen=True)
@@ -80,12 +78,15 @@ class Corpus:
         """Returns the bytes of all files, compressed where they are."""
         return sum(path.stat().st_size for path in self.files if path.is_file())
 
-    def fingerprint(self) -> str:
-        """Returns a hash of the contents and order of the files; where they lie does not matter."""
+    def fingerprint(self, known: Path | None = None) -> str:
+        """Returns a hash of the contents and order of the files; where they lie does not matter.
+
+        ``known`` is a folder that remembers the hashes of large files.
+        """
         digest = hashlib.blake2b(" ".join(self._columns()).encode(), digest_size=16)
         for path in self.files:
             with _naming(path):
-                digest.update(f"{content_type(path)} {file_fingerprint(path)}\n".encode())
+                digest.update(f"{content_type(path)} {fingerprint(path, known)}\n".encode())
         return digest.hexdigest()
 
 
@@ -171,21 +172,3 @@ def library_files(root: Path) -> Iterator[Path]:
         for name in sorted(names):
             if name.endswith(".py") and not name.startswith("_sysconfigdata"):
                 yield Path(folder, name)
-
-
-def file_fingerprint(path: Path) -> str:
-    """Returns a hash of a file.
-
-    The hash covers every byte of a file of up to 64 MiB.  Of a longer one it covers the size and 64 evenly spaced
-    blocks of 1 MiB, so that opening a corpus takes the same time whatever its size; a change between the blocks that
-    leaves the size alone goes unseen.
-    """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size <= WHOLE_FILE_BYTES:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-        digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-        for block in range(SAMPLED_BLOCKS):
-            file.seek((size - (1 << 20)) * block // (SAMPLED_BLOCKS - 1))
-            digest.update(file.read(1 << 20))
-        return digest.hexdigest()

@@ -1,12 +1,16 @@
-"""A corpus tokenised once: a flat array of ids and a table of documents, memory-mapped from the cache directory.
+"""A corpus tokenised once: a flat array of ids and a table of documents, read from the cache directory.
 
     <cache_dir>/tokens-<key>/tokens.uint16    ids of all documents, end to end
                              documents.npy    uint64 [documents, 3]: tokens, UTF-8 bytes, hash of the text
-                             meta.json        fingerprints of the other two
+                             *.hashes         of the blocks of these two
+                             meta.json        sizes, and hashes of the hashes
+                             damaged          there when a run has met a damaged block
 
 The key is a hash of the files' contents and of the tokenizer, so a changed file is another cache entry.  Of all the
 processes that want an entry one builds it and the others wait.  A folder is written under a temporary name and renamed:
-it is whole or absent.  An entry that does not agree with its fingerprints is built again.
+it is whole or absent.  Every byte is compared with its block's hash when it is first read (``blocks.py``): an entry
+found damaged as it is opened is built again; damage that is met later ends the run with its place, and the next start
+builds the entry again.
 """
 
 import contextlib
@@ -14,30 +18,32 @@ import hashlib
 import io
 import json
 import os
-import shutil
-import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from deepseek_jax.data.corpus import Corpus, file_fingerprint
+from deepseek_jax.data.blocks import Blocks, DamagedFile, Numbers, seal
+from deepseek_jax.data.corpus import Corpus
 from deepseek_jax.data.once import once
+from deepseek_jax.data.scratch import scratch
 from deepseek_jax.data.tokenise import id_type, tokenise
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.watch import Counter, Watch, unwatched
 from deepseek_jax.paths import check_local
 
-VERSION = 2  # raise it when the layout, or what a reader yields, changes
+VERSION = 3  # raise it when the layout, or what a reader yields, changes
 LABEL = "tokenise"
+WHOLE_FILE_BYTES = 64 << 20  # a shorter file is checked as it is opened
+DOCUMENTS, DAMAGED = "documents.npy", "damaged"
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Documents as ids.  Pickled by its folder if it has one, so that a reader process maps the same pages."""
+    """Documents as ids.  Pickled by its folder if it has one, so that a reader process opens the same files."""
 
-    tokens: np.ndarray  # ids of all documents, end to end
+    tokens: np.ndarray | Numbers  # ids of all documents, end to end
     lengths: np.ndarray  # int64: tokens of each document
     n_bytes: np.ndarray  # int64: bytes of UTF-8 of each document
     hashes: np.ndarray  # uint64: of the text of each document
@@ -47,12 +53,12 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def document(self, i: int) -> np.ndarray:
-        """Returns a view of the ids of document ``i``."""
+    def document(self, i: int) -> np.ndarray | Numbers:
+        """Returns a view of the ids of document ``i``; what becomes an array is read and checked."""
         return self.tokens[self.offsets[i] : self.offsets[i] + self.lengths[i]]
 
     def __reduce__(self):
-        return (_map_folder, (self.folder,)) if self.folder else (_assemble, (self.tokens, self._table(), None))
+        return (_open_folder, (self.folder,)) if self.folder else (_assemble, (self.tokens, self._table(), None))
 
     def _table(self) -> np.ndarray:
         return np.stack([self.lengths.astype(np.uint64), self.n_bytes.astype(np.uint64), self.hashes], axis=1)
@@ -63,10 +69,9 @@ def open_store(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str, watch: Watc
 
     ``watch`` is shown how far the tokenising is, here or in another process that does it.
     """
-    key = hashlib.blake2b(
-        f"{VERSION} {tokenizer.fingerprint} {corpus.fingerprint()}".encode(), digest_size=12
-    ).hexdigest()
-    folder = cache_folder(cache_dir) / f"tokens-{key}"
+    cache = cache_folder(cache_dir)
+    content = f"{VERSION} {tokenizer.fingerprint} {corpus.fingerprint(cache)}"
+    folder = cache / f"tokens-{hashlib.blake2b(content.encode(), digest_size=12).hexdigest()}"
     try:
         if not _is_usable(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +81,7 @@ def open_store(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str, watch: Watc
                 _build_folder(corpus, tokenizer, folder, counter)
 
             once(lock, LABEL, corpus.n_bytes(), lambda: _is_usable(folder, remove=True), build, watch)
-        return _map_folder(folder)
+        return _open_folder(folder)
     except OSError as error:
         warnings.warn(
             f"The cache {folder.parent} cannot be used ({error.strerror or error}): the corpus is tokenised in memory. "
@@ -114,44 +119,74 @@ def _build_in_memory(corpus: Corpus, tokenizer: Tokenizer, counter: Counter) -> 
 
 
 def _build_folder(corpus: Corpus, tokenizer: Tokenizer, folder: Path, counter: Counter) -> None:
-    built = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
+    with scratch(folder) as temporary:
+        built = temporary / "entry"
+        built.mkdir()
         with open(built / f"tokens.{id_type(tokenizer)}", "wb") as file:
             table = tokenise(corpus, tokenizer, file, counter)
-        np.save(built / "documents.npy", table)
-        files = {path.name: file_fingerprint(path) for path in sorted(built.iterdir())}
-        (built / "meta.json").write_text(json.dumps({"source": corpus.source, "files": files}, indent=1))
-        built.chmod(0o755)
+        np.save(built / DOCUMENTS, table)
+        _finish(built, corpus.source)
         try:
             built.rename(folder)
         except OSError:
             if not _is_sound(folder):  # otherwise another process was first, with the same content
                 raise
-    finally:
-        shutil.rmtree(built, ignore_errors=True)
+
+
+def _finish(built: Path, source: str) -> None:
+    """Seals the files of an entry, flushes them to the disk and writes meta.json."""
+    files = {path.name: seal(path) for path in sorted(built.iterdir())}
+    (built / "meta.json").write_text(json.dumps({"source": source, "files": files}, indent=1))
+    for path in built.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def _is_sound(folder: Path) -> bool:
-    """Says whether a cache entry is what was written."""
+    """Says whether a cache entry is what was written, as far as can be seen without reading all of a large one."""
     try:
-        files = json.loads((folder / "meta.json").read_text())["files"]
-        return len(files) == 2 and all(file_fingerprint(folder / name) == files[name] for name in files)
-    except (OSError, ValueError, KeyError, TypeError):
+        if (folder / DAMAGED).exists():
+            return False
+        for name, blocks in _sealed(folder).items():
+            if name == DOCUMENTS or blocks.size <= WHOLE_FILE_BYTES:
+                blocks.check()
+        return True
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, DamagedFile):
         return False
+
+
+def _sealed(folder: Path) -> dict[str, Blocks]:
+    """Returns the two files of an entry, open."""
+    files = json.loads((folder / "meta.json").read_text())["files"]
+    if len(files) != 2:
+        raise ValueError("an entry has two files")
+    return {name: _Watched(folder / name, sealed) for name, sealed in files.items()}
+
+
+class _Watched(Blocks):
+    """A file of an entry; when damage is met in the middle of a run the entry is marked, and built again at a start."""
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Returns bytes as ``Blocks`` does."""
+        try:
+            return super().read(start, stop)
+        except DamagedFile as error:
+            with contextlib.suppress(OSError):
+                (self.path.parent / DAMAGED).write_text(f"{error}\n")
+            raise DamagedFile(f"{error} Start again: the corpus is then tokenised anew.") from error
 
 
 def _remove(folder: Path) -> None:
     """Renames an entry away before it is deleted, so that nobody meets half of it."""
-    grave = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    with contextlib.suppress(FileNotFoundError):  # another process did it
+    with scratch(folder) as grave, contextlib.suppress(FileNotFoundError):  # another process did it
         folder.rename(grave / folder.name)
-    shutil.rmtree(grave, ignore_errors=True)
 
 
-def _map_folder(folder: Path) -> TokenStore:
-    path = next(folder.glob("tokens.*"))
-    tokens = np.memmap(path, dtype=path.suffix[1:], mode="r").view(np.ndarray)
-    return _assemble(tokens, np.load(folder / "documents.npy"), folder)
+def _open_folder(folder: Path) -> TokenStore:
+    files = _sealed(folder)
+    name = next(name for name in files if name != DOCUMENTS)
+    table = np.load(io.BytesIO(files[DOCUMENTS].read(0, files[DOCUMENTS].size)))
+    return _assemble(Numbers(files[name], name.split(".")[1]), table, folder)
 
 
 def _assemble(tokens: np.ndarray, table: np.ndarray, folder: Path | None) -> TokenStore:

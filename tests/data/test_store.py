@@ -34,7 +34,9 @@ def entry(cache):
 
 def test_hit_equals_fresh_and_reads_no_text(corpus, tmp_path, monkeypatch):
     fresh = open_store(corpus, ByteTokenizer(), str(tmp_path / "cache"))
-    assert [bytes(fresh.document(i).astype(np.uint8)).decode() for i in range(5)] == list(corpus.documents())
+    assert [bytes(np.asarray(fresh.document(i)).astype(np.uint8)).decode() for i in range(5)] == list(
+        corpus.documents()
+    )
     assert fresh.n_bytes.tolist() == [1, 6, 11, 16, 21]
     monkeypatch.setattr(store_module, "tokenise", None)
     hit = open_store(corpus, ByteTokenizer(), str(tmp_path / "cache"))
@@ -62,7 +64,7 @@ def test_changed_text_or_tokenizer_is_another_entry(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "meta"])
-def test_damage_is_noticed_and_mended(corpus, tmp_path, damage):
+def test_damage_is_noticed_and_the_entry_built_again(corpus, tmp_path, damage):
     cache = tmp_path / "cache"
     fresh = open_store(corpus, ByteTokenizer(), str(cache))
     victim = entry(cache) / ("meta.json" if damage == "meta" else "tokens.uint16")
