@@ -113,7 +113,7 @@ def test_generate_without_a_run_or_a_readable_prompt(refused, tmp_path, monkeypa
     [
         (["inspect", "--config.optimizer.moments_dtype=int7"], "config.optimizer.moments_dtype='int7'"),
         (["inspect", "--config=base"], "config base lacks the key 'n_layers'."),
-        (["inspect", "--config.model.n_groups=0"], "config.model.n_groups=0: wanted an integer, 1 or more."),
+        (["inspect", "--config.model.n_groups=0"], "config.model.n_groups=0: expected an integer, 1 or more."),
         (["bench", "train", "--turns=0"], "--turns=0: wanted 1 or more."),
         (["bench", "train", "--steps=-1"], "--steps=-1: wanted 1 or more."),
         (["bench", "train", "--config.train.batch_size=3"], "config.train.batch_size=3"),
@@ -133,11 +133,11 @@ def test_a_peer_that_does_not_start_is_named(python):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"d_model": 0}, "config.model.d_model=0: wanted an integer, 1 or more."),
-        ({"n_heads": 1.5}, "config.model.n_heads=1.5: wanted an integer, 1 or more."),
-        ({"n_shared_experts": 0}, "config.model.n_shared_experts=0: wanted an integer, 1 or more."),
-        ({"mtp_depth": -1}, "config.model.mtp_depth=-1: wanted an integer, 0 or more."),
-        ({"n_dense_layers": 4}, "config.model.n_dense_layers=4 of n_layers=4"),
+        ({"d_model": 0}, "config.model.d_model=0: expected an integer, 1 or more."),
+        ({"n_heads": 1.5}, "config.model.n_heads=1.5: expected an integer, 1 or more."),
+        ({"n_shared_experts": -1}, "config.model.n_shared_experts=-1: expected an integer, 0 or more."),
+        ({"mtp_depth": -1}, "config.model.mtp_depth=-1: expected an integer, 0 or more."),
+        ({"n_dense_layers": -1}, "config.model.n_dense_layers=-1: expected an integer, 0 or more."),
         ({"n_groups": 5}, "Choose groups that divide the experts"),
         ({"top_groups": 99}, "Choose groups that divide the experts"),
         ({"top_k": 99}, "config.model.top_k=99"),

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from deepseek_jax.data import chat
 from deepseek_jax.data.tokenizer import Tokenizer
@@ -107,8 +108,9 @@ def flatten(examples: Sequence[Example]) -> np.ndarray:
     return np.concatenate(arrays)
 
 
-def unflatten(stored: np.ndarray) -> list[Example]:
+def unflatten(stored: ArrayLike) -> list[Example]:
     """Returns the examples of ``flatten``."""
+    stored = np.asarray(stored)
     starts = np.flatnonzero(stored & STARTS)
     return [
         Example((part // FLAGS).astype(np.int32), (part & LEARNT).astype(bool)) for part in np.split(stored, starts[1:])
