@@ -70,19 +70,21 @@ def _download(name: str, repository: str, revision: str, patterns: tuple[str, ..
 
     options = {"revision": revision or None, "allow_patterns": list(patterns), "ignore_patterns": list(FOLDERS)}
     try:
-        return Path(snapshot_download(repository, tqdm_class=_bars(), **options))
+        return Path(snapshot_download(repository, tqdm_class=_bars(is_long=WEIGHTS[0] in patterns), **options))
     except Exception as error:  # the library's own, those of its HTTP library, and OSErrors
         raise UserError(f"{name}: no such directory here, and {_reason(repository, error)}") from error
 
 
-def _bars():
-    """The library's progress bars; where nobody watches a terminal, a line now and then."""
+def _bars(is_long: bool):
+    """The library's progress bars for what takes long; where nobody watches a terminal, a line now and then."""
     from huggingface_hub.utils import tqdm
 
     class Bars(tqdm):
         """Bars that are drawn seldom."""
 
         def __init__(self, *given, **options):
+            if not is_long:
+                options["disable"] = True
             if not sys.stderr.isatty():
                 options |= {"mininterval": LINE_EVERY_S, "maxinterval": 2 * LINE_EVERY_S}
             super().__init__(*given, **options)
