@@ -18,11 +18,13 @@ from deepseek_jax.data.compression import ENDINGS, content_type, damage, decompr
 from deepseek_jax.data.fingerprints import fingerprint
 from deepseek_jax.data.readers import PLAIN, READERS, STREAMED
 from deepseek_jax.data.rows import CONVERSATION, FORMATS, conversation_text, format_of, row_text
+from deepseek_jax.data.watch import Watch, unwatched
 from deepseek_jax.errors import UserError
 from deepseek_jax.paths import check_local
 
 # Tests repeat themselves, idlelib and lib2to3 hold fixtures, the others are not the library.
 NOT_LIBRARY = frozenset({"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"})
+LARGE_BYTES = 1 << 30  # a corpus whose bytes take seconds to read
 TYPES = f"{' '.join(READERS)} (text and JSON also with {' or '.join(ENDINGS)} behind)"
 
 
@@ -78,15 +80,18 @@ class Corpus:
         """Returns the bytes of all files, compressed where they are."""
         return sum(path.stat().st_size for path in self.files if path.is_file())
 
-    def fingerprint(self, known: Path | None = None) -> str:
+    def fingerprint(self, known: Path | None = None, watch: Watch = unwatched) -> str:
         """Returns a hash of the contents and order of the files; where they lie does not matter.
 
-        ``known`` is a folder that remembers the hashes of large files.
+        ``known`` is a folder that remembers the hashes of large files; ``watch`` is shown how far a large corpus is.
         """
         digest = hashlib.blake2b(" ".join(self._columns()).encode(), digest_size=16)
-        for path in self.files:
-            with _naming(path):
-                digest.update(f"{content_type(path)} {fingerprint(path, known)}\n".encode())
+        n_bytes = self.n_bytes()
+        with (watch if n_bytes >= LARGE_BYTES else unwatched)("read the corpus", n_bytes) as counter:
+            for path in self.files:
+                with _naming(path):
+                    digest.update(f"{content_type(path)} {fingerprint(path, known)}\n".encode())
+                    counter.advance(path.stat().st_size)
         return digest.hexdigest()
 
 

@@ -67,10 +67,10 @@ class TokenStore:
 def open_store(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str, watch: Watch = unwatched) -> TokenStore:
     """Returns the tokenised corpus, from the cache if it is there; without a usable cache it is kept in memory.
 
-    ``watch`` is shown how far the tokenising is, here or in another process that does it.
+    ``watch`` is shown how far the hashing of a large corpus is, and the tokenising, here or in another process.
     """
     cache = cache_folder(cache_dir)
-    content = f"{VERSION} {tokenizer.fingerprint} {corpus.fingerprint(cache)}"
+    content = f"{VERSION} {tokenizer.fingerprint} {corpus.fingerprint(cache, watch)}"
     folder = cache / f"tokens-{hashlib.blake2b(content.encode(), digest_size=12).hexdigest()}"
     try:
         if not _is_usable(folder):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from deepseek_jax.data import corpus as corpus_module
 from deepseek_jax.data import tokenise as module
 from deepseek_jax.data.corpus import open_corpus
 from deepseek_jax.data.store import open_store
@@ -122,17 +123,28 @@ def test_all_bytes_of_the_files_are_counted_bit_by_bit(tmp_path, monkeypatch, en
         data = json.dumps({"id": seed, "text": data}) if ending == "jsonl" else data
         data = gzip.compress(data.encode()) if ending == "txt.gz" else data.encode()
         (tmp_path / f"{seed}.{ending}").write_bytes(data)
-    corpus, seen = open_corpus(str(tmp_path / f"*.{ending}"), "text"), Seen()
-    store = open_store(corpus, open_tokenizer("bytes"), str(tmp_path / "cache"), seen)
+    files, seen = open_corpus(str(tmp_path / f"*.{ending}"), "text"), Seen()
+    store = open_store(files, open_tokenizer("bytes"), str(tmp_path / "cache"), seen)
     assert seen.labels == ["tokenise"]
-    assert sum(seen.counts) == seen.total == corpus.n_bytes()
+    assert sum(seen.counts) == seen.total == files.n_bytes()
     assert len(seen.counts) > 9  # a long document moves it more than once
     assert min(seen.counts) >= 0
     texts = [bytes(np.asarray(store.document(i)).astype(np.uint8)).decode() for i in range(3)]
-    assert texts == list(corpus.documents())
+    assert texts == list(files.documents())
     again = Seen()
-    open_store(corpus, open_tokenizer("bytes"), str(tmp_path / "cache"), again)
+    open_store(files, open_tokenizer("bytes"), str(tmp_path / "cache"), again)
     assert again.labels == []  # nothing is tokenised, nothing is shown
+
+
+def test_a_large_corpus_shows_how_much_of_it_has_been_hashed(tmp_path, monkeypatch):
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text("words " * (number + 1))
+    files, seen = open_corpus(str(tmp_path / "*.txt"), "text"), Seen()
+    quiet = files.fingerprint(None, seen)
+    assert seen.labels == []
+    monkeypatch.setattr(corpus_module, "LARGE_BYTES", 10)
+    assert files.fingerprint(None, seen) == quiet
+    assert seen.labels == ["read the corpus"] and seen.counts == [6, 12, 18] and seen.total == 36
 
 
 def test_parts_and_chunks_change_no_row_of_the_table(tmp_path, monkeypatch):
