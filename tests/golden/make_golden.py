@@ -37,8 +37,12 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
-from transformers.modeling_layers import MtpModel
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
+
+try:
+    from transformers.modeling_layers import MtpModel
+except ImportError:  # older than its multi-token prediction: see can_make
+    MtpModel = None
 
 HERE = Path(__file__).parent
 B, T, PROMPT = 2, 24, 8
@@ -171,7 +175,12 @@ FLOAT32 = "e_score_correction_bias"  # kept in float32 by every release
 # ------------------------------------------------------------------------------------------------------------ models
 
 
-def build(config: dict, seed: int) -> tuple[torch.nn.Module, MtpModel | None]:
+def can_make(config: dict) -> bool:
+    """Whether the installed transformers has all that a model of this config needs."""
+    return hasattr(MtpModel, "forward_layer") or not config.get("num_nextn_predict_layers")
+
+
+def build(config: dict, seed: int) -> tuple[torch.nn.Module, "MtpModel | None"]:
     """The model of a config and, if it has one, its multi-token prediction; every number random."""
     torch.manual_seed(seed)
     known = dict(config)
@@ -215,7 +224,7 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
                 weight.copy_(noise if "embed" in name else noise * max(weight.shape[-1], 1) ** -0.5)
 
 
-def published(model: torch.nn.Module, ahead: MtpModel | None, of=lambda weight: weight) -> dict[str, torch.Tensor]:
+def published(model: torch.nn.Module, ahead: "MtpModel | None", of=lambda weight: weight) -> dict[str, torch.Tensor]:
     """Weights under the names of the hub; `of` may take their gradients instead."""
     weights = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n.endswith(FLOAT32)}
     n_layers = len(model.model.layers)
@@ -283,7 +292,7 @@ def read_back(tensors: dict[str, torch.Tensor], block: int = 128) -> dict[str, t
     return out
 
 
-def assign(model: torch.nn.Module, ahead: MtpModel | None, tensors: dict[str, torch.Tensor]) -> None:
+def assign(model: torch.nn.Module, ahead: "MtpModel | None", tensors: dict[str, torch.Tensor]) -> None:
     """The inverse of `published`, into the models."""
     n_layers = len(model.model.layers)
     modules = [("", model)]
@@ -304,7 +313,7 @@ def assign(model: torch.nn.Module, ahead: MtpModel | None, tensors: dict[str, to
 # ------------------------------------------------------------------------------------------------------------ oracle
 
 
-def oracle(model: torch.nn.Module, ahead: MtpModel | None, ids: torch.Tensor) -> dict[str, np.ndarray]:
+def oracle(model: torch.nn.Module, ahead: "MtpModel | None", ids: torch.Tensor) -> dict[str, np.ndarray]:
     """What transformers says (see the head of this file), the gradient as a dict of names."""
     model.zero_grad()
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # after the final norm

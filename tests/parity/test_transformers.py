@@ -62,6 +62,8 @@ def fresh(tmp_path_factory):
     made = {}
 
     def make(name: str) -> tuple[Path, dict]:
+        if not make_golden.can_make(ALL[name]):
+            pytest.skip("this transformers has no MtpModel.forward_layer, which computes multi-token prediction")
         if name not in made:
             config, tensors, said = make_golden.made(name, SEED + list(ALL).index(name))
             directory = tmp_path_factory.mktemp(name)
@@ -169,8 +171,6 @@ def test_the_code_of_a_release_opens_what_we_write(fresh, tmp_path, monkeypatch)
 
 def test_transformers_reads_prediction_that_we_write(fresh, tmp_path, monkeypatch):
     """Its own reader of the layer of multi-token prediction, from our files."""
-    from transformers.modeling_layers import MtpModel
-
     directory, said = fresh("v3_mtp")
     model = compare.load(directory)
     published = model.published
@@ -180,7 +180,7 @@ def test_transformers_reads_prediction_that_we_write(fresh, tmp_path, monkeypatc
     family = transformers.DeepseekV3ForCausalLM
     monkeypatch.setattr(family, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.2\..*"])
     loaded = family.from_pretrained(tmp_path / "out", dtype=torch.float32, experts_implementation="eager").eval()
-    ahead = MtpModel.from_pretrained(loaded).eval()
+    ahead = make_golden.MtpModel.from_pretrained(loaded).eval()
     ids = torch.tensor(said["ids"], dtype=torch.long)
     with torch.no_grad():
         hidden = loaded.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
@@ -213,7 +213,9 @@ def test_golden_files_are_what_the_script_makes(tmp_path):
     make_golden.write(tmp_path, *make_golden.made(name, list(make_golden.CONFIGS).index(name)))
     kept = GOLDEN / name
     made, there = (json.loads((at / "config.json").read_text()) for at in (tmp_path, kept))
-    assert made | {"transformers_version": ""} == there | {"transformers_version": ""}
+    both = made.keys() & there.keys() - {"transformers_version"}  # versions differ in the defaults that they write
+    assert {key: made[key] for key in both} == {key: there[key] for key in both}
+    assert make_golden.CONFIGS[name].keys() - {"dtype"} <= both
     assert (tmp_path / "model.safetensors").read_bytes() == (kept / "model.safetensors").read_bytes()
     one, other = np.load(tmp_path / "oracle.npz"), np.load(kept / "oracle.npz")
     assert one.files == other.files
