@@ -30,17 +30,18 @@ if TYPE_CHECKING:
     from deepseek_jax.serve.dialogue import Dialogue, Piece
 
 FLAGS = {
-    "from": (str, "", "directory of published weights"),
+    "from": (str, "", "directory of published weights, or their id on the hub"),
     "template": (str, "", "chat template, where the model's own is not found beside its tokenizer"),
     "system": (str, "", "system prompt"),
     "thinking": (bool, None, "let the prompt open a thought (default: as the model's template does)"),
     "max_tokens": (int, 2048, "new tokens per answer at most"),
-    "temperature": (float, 0.6, "0 takes the likeliest token, 1 draws from the model's own probabilities"),
-    "top_p": (float, 0.95, "draw from the likeliest tokens that make up this share"),
+    "temperature": (float, None, "0 takes the likeliest token (default: as generation_config.json says, or 0.6)"),
+    "top_p": (float, None, "draw from the likeliest tokens that make up this share (default: likewise, or 0.95)"),
     "seed": (int, 0, "the same seed and messages draw the same answers"),
 }
 QUOTES = '"""'
 PASTE_S = 0.02  # lines that come faster than this one after the other were pasted
+DRAWING = {"temperature": 0.6, "top_p": 0.95}  # where neither the user nor the model's files say
 DIM, PLAIN = "\x1b[2m", "\x1b[22m"
 
 
@@ -73,9 +74,22 @@ def template_name(tokenizer: str, source: Path | str, given: str) -> str:
     from deepseek_jax.data import chat
     from deepseek_jax.data.tokenizer import BUILT_IN
 
+    if tokenizer == "none":
+        raise UserError(f"{source} came without a tokenizer.json, which a chat needs. Put it beside the weights.")
     path = Path(tokenizer).expanduser()
     folder = None if tokenizer in ("deepseek", *BUILT_IN) else path if path.is_dir() else path.parent
     return chat.template_for(folder, given, model=str(source))
+
+
+def drawing_of(config) -> dict[str, float]:
+    """Returns the temperature and top_p of a model's generation_config.json, or `DRAWING`'s where it has none."""
+    from deepseek_jax import release
+
+    said = release.generation_config(config)
+    if said.get("do_sample") is False:
+        return DRAWING | {"temperature": 0.0}
+    numbers = {key: said.get(key) for key in DRAWING}
+    return DRAWING | {key: float(n) for key, n in numbers.items() if isinstance(n, int | float)}
 
 
 def open_dialogue(model, name: str, options) -> "Dialogue":
@@ -83,9 +97,11 @@ def open_dialogue(model, name: str, options) -> "Dialogue":
     from deepseek_jax.data import chat
     from deepseek_jax.serve.dialogue import Dialogue
 
+    given = {"temperature": options.temperature, "top_p": options.top_p}
+    drawing = drawing_of(model.config) | {key: number for key, number in given.items() if number is not None}
+
     def stream(ids: list[int], **limits) -> Iterator[int]:
-        draw = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
-        return model.stream(ids, **limits, **draw)
+        return model.stream(ids, **limits, **drawing, seed=options.seed)
 
     return Dialogue(
         chat.template(name),

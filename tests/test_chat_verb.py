@@ -40,7 +40,8 @@ def scripted(monkeypatch):
             prompts.append(BYTES.decode(ids, specials=True))
             return iter(BYTES.encode(lines.pop(0), specials=True).tolist()[:max_new_tokens])
 
-        config = ConfigDict({"data": {"tokenizer": "bytes", **data}})
+        config = _options.load("tiny_v3")
+        config.data.update(data)
         model = types.SimpleNamespace(
             config=config, tokenizer=BYTES, stream=stream, n_positions=n_positions, end_ids=(257,)
         )
@@ -49,6 +50,24 @@ def scripted(monkeypatch):
         return prompts
 
     return say
+
+
+DRAWINGS = [
+    (None, {"temperature": 0.6, "top_p": 0.95}),
+    ({"temperature": 1.0, "top_p": 0.9, "do_sample": True}, {"temperature": 1.0, "top_p": 0.9}),
+    ({"top_p": 1}, {"temperature": 0.6, "top_p": 1.0}),
+    ({"do_sample": False, "temperature": 0.7}, {"temperature": 0.0, "top_p": 0.95}),
+    ({"temperature": "warm", "top_p": None}, {"temperature": 0.6, "top_p": 0.95}),
+]
+
+
+@pytest.mark.parametrize(("said", "drawing"), DRAWINGS)
+def test_a_model_draws_as_its_own_files_say(tmp_path, said, drawing):
+    if said is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    config = _options.load("tiny_v3")
+    config.release.folder = str(tmp_path)
+    assert chat.drawing_of(config) == drawing
 
 
 def piped(monkeypatch, text, *flags):
@@ -137,6 +156,8 @@ def test_a_model_without_a_template_is_asked_about(scripted, monkeypatch):
         UserError, match="mine has no chat template .* continues text, deepseek-jax generate --workdir=mine"
     ):
         chat.main(["--from=mine"])
+    with pytest.raises(UserError, match="mine came without a tokenizer.json"):
+        chat.template_name("none", "mine", "v3")
     with pytest.raises(UserError, match="'r2'. Choose one of v1"):
         chat.main(["--from=mine", "--template=r2"])
     for flags in ([], ["--from=a", "--workdir=b"]):
@@ -174,7 +195,9 @@ def stream(ids, max_new_tokens, stop_ids, **draw):
         time.sleep(0.5 if text == "count" else 0)
         yield token
 
-config = types.SimpleNamespace(data=types.SimpleNamespace(tokenizer="bytes"))
+from deepseek_jax.launch import _options
+
+config = _options.load("tiny_v3")
 model = types.SimpleNamespace(config=config, tokenizer=BYTES, stream=stream, n_positions=1000, end_ids=(257,))
 for name, offers in (("language_model", "load"), ("compat", "start_compilation_cache")):  # without jax: starts at once
     sys.modules["deepseek_jax." + name] = types.SimpleNamespace(**{offers: lambda argument: model})
