@@ -10,13 +10,14 @@ terminal).  The model's own chat template is found beside its tokenizer; --templ
     /reset       start a new conversation          /save FILE   write this one to FILE, one line of JSON
     /help        these lines                       /quit        leave (Ctrl-D as well)
     """          begins and ends a message of several lines; pasted lines are one message
-    Ctrl-C       stops an answer, which is kept as far as it came
+    Ctrl-C       stops an answer, which is kept as far as it came (twice: leaves)
 '''
 
 import contextlib
 import json
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -155,16 +156,16 @@ class Terminal:
 
     def show(self, dialogue: "Dialogue", text: str) -> None:
         """Shows the answer to a message as it comes; Ctrl-C ends it."""
-        with contextlib.closing(dialogue.say(text, self.max_tokens)) as pieces:
-            try:
-                self._paint(pieces)
-            except KeyboardInterrupt:
-                self.note("(stopped)")
-                return
-        if dialogue.is_full:
-            self.note(f"(the conversation has the {dialogue.n_positions} tokens that the model takes: /reset)")
-        elif dialogue.was_cut:
-            self.note(f"(stopped after {self.max_tokens} tokens: --max-tokens allows more)")
+        stopping = _stopping(dialogue) if self.is_interactive else contextlib.nullcontext()
+        with contextlib.closing(dialogue.say(text, self.max_tokens)) as pieces, stopping:
+            self._paint(pieces)
+        endings = {
+            "stopped": "(stopped)",
+            "max_new_tokens": f"(stopped after {self.max_tokens} tokens: --max-tokens allows more)",
+            "n_positions": f"(the conversation has the {dialogue.n_positions} tokens that the model takes: /reset)",
+        }
+        if dialogue.ending in endings:
+            self.note(endings[dialogue.ending])
 
     def _paint(self, pieces: "Iterator[Piece]") -> None:
         """Writes pieces of an answer, a thought dim and a blank line after it."""
@@ -225,7 +226,7 @@ class Terminal:
         print(text, file=sys.stderr, flush=True)
 
     def _help(self, dialogue: "Dialogue", argument: str) -> None:
-        self.note("\n".join(__doc__.splitlines()[-6:-1]))
+        self.note(__doc__.rstrip().rpartition("\n\n")[2])
 
     def _reset(self, dialogue: "Dialogue", argument: str) -> None:
         dialogue.reset()
@@ -244,6 +245,25 @@ class Terminal:
             raise UserError(f"{path} cannot be written ({error.strerror}). Give another name.") from None
         self._saved.add(path)
         self.note(f"(saved to {path})")
+
+
+@contextlib.contextmanager
+def _stopping(dialogue: "Dialogue") -> Iterator[None]:
+    """Ctrl-C stops the answer between two tokens, so that no compilation is torn apart; twice, it leaves at once."""
+    is_pressed = False
+
+    def press(signum, frame) -> None:
+        nonlocal is_pressed
+        if is_pressed:
+            raise KeyboardInterrupt
+        is_pressed = True
+        dialogue.stop()
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _style(code: str) -> None:

@@ -38,8 +38,7 @@ class Dialogue:
 
     Attributes:
         messages: what was said, as `chat` reads it.
-        was_cut: whether the last answer did not end by a mark of its own.
-        is_full: whether it ended because the model takes no more tokens.
+        ending: how the last answer ended: "mark", "max_new_tokens", "n_positions", "stopped", or "" if it did not.
 
     Raises:
         UserError: the tokenizer has not the marks of the template; `thinking` with a template that has no thoughts.
@@ -59,7 +58,7 @@ class Dialogue:
         self._stream, self._system = stream, system
         self._thinking = template.opens_thought if thinking is None else thinking
         self._stop_ids = tuple({*stop_ids, *to_ids([template.end], tokenizer).tolist()})
-        self.was_cut = self.is_full = False
+        self.ending, self._is_stopped = "", False
         self.reset()
         self._prompt("?")  # what the tokenizer or the template refuses is refused before anything is said
 
@@ -83,7 +82,12 @@ class Dialogue:
                 f"the conversation has {len(prompt)} tokens with this message, the model takes {self.n_positions}. "
                 "Start a new one (/reset), or shorten the message."
             )
+        self.ending, self._is_stopped = "", False
         return self._answer(text, prompt, min(max_new_tokens, room))
+
+    def stop(self) -> None:
+        """Ends the answer before its next token; safe to call from a signal handler, for no computation is torn."""
+        self._is_stopped = True
 
     def _prompt(self, text: str) -> list[int]:
         messages = [*self.messages, {"role": "user", "content": text}]
@@ -94,17 +98,25 @@ class Dialogue:
         splitter = _Splitter(self.tokenizer, self.template.thinks, self._thinking)
         try:
             for token in self._stream(prompt, max_new_tokens=max_new_tokens, stop_ids=self._stop_ids):
+                if self._is_stopped:
+                    break
                 ids.append(token)
                 if token not in self._stop_ids:
                     yield from splitter.push(token)
             yield from splitter.finish()
+            self.ending = self._ending(ids, len(prompt))
         finally:
             if ids:
-                self.was_cut = ids[-1] not in self._stop_ids
-                self.is_full = len(prompt) + len(ids) >= self.n_positions
                 answer = [token for token in ids if token not in self._stop_ids]
                 message = self.template.parse(self.tokenizer.decode(answer, specials=True), self._thinking)
                 self.messages += [{"role": "user", "content": text}, message]
+
+    def _ending(self, ids: list[int], n_prompt: int) -> str:
+        if self._is_stopped:
+            return "stopped"
+        if ids[-1] in self._stop_ids:
+            return "mark"
+        return "n_positions" if n_prompt + len(ids) >= self.n_positions else "max_new_tokens"
 
 
 class _Splitter:

@@ -42,7 +42,7 @@ def test_an_answer_and_the_next_prompt():
         "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hello<｜Assistant｜>",
         f"<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hello<｜Assistant｜>Hi!{END}<｜User｜>1+1=?<｜Assistant｜>",
     ]
-    assert not dialogue.was_cut
+    assert dialogue.ending == "mark"
     dialogue.reset()
     assert [message["content"] for message in dialogue.messages] == ["Be brief."]
 
@@ -92,6 +92,20 @@ def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came():
     assert len(dialogue.messages) == 2
 
 
+def test_a_stop_comes_between_two_tokens():
+    dialogue = Dialogue(TEMPLATES["v3"], BYTES, Script("Hi!" + END, "Two." + END, "So." + END), 200)
+    pieces = dialogue.say("Hello", 50)
+    assert next(pieces) == Piece("H", False)
+    dialogue.stop()
+    assert list(pieces) == []
+    assert (dialogue.ending, dialogue.messages[-1]["content"]) == ("stopped", "H")
+    pieces = dialogue.say("1+1=?", 50)  # while the prompt is read
+    dialogue.stop()
+    assert list(pieces) == []
+    assert (dialogue.ending, len(dialogue.messages)) == ("stopped", 2)
+    assert "".join(piece.text for piece in dialogue.say("So?", 50)) == "So."
+
+
 def test_an_interrupted_network_leaves_the_conversation_whole():
     def stream(ids, **_):
         yield from b"Hi"
@@ -106,9 +120,9 @@ def test_an_interrupted_network_leaves_the_conversation_whole():
 def test_limits():
     script = Script("x" * 90, "x" * 90, "x")
     dialogue, shown = talk("v3", script, "Hello", limit=5, n_positions=40)
-    assert (shown, dialogue.was_cut, dialogue.is_full) == (["xxxxx"], True, False)
+    assert (shown, dialogue.ending) == (["xxxxx"], "max_new_tokens")
     assert "".join(piece.text for piece in dialogue.say("And?", 500)) == "x" * 20
-    assert (dialogue.was_cut, dialogue.is_full) == (True, True)
+    assert dialogue.ending == "n_positions"
     with pytest.raises(UserError, match=r"44 tokens with this message, the model takes 40. Start a new one \(/reset\)"):
         dialogue.say("?", 5)
     assert len(dialogue.messages) == 4
