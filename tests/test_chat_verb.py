@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from deepseek_jax import cli
 from deepseek_jax.data.tokenizer import open_tokenizer
