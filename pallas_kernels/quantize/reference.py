@@ -1,0 +1,75 @@
+"""Quantisation of activations in 1 x 128 blocks, along both axes, in plain jax.numpy: the definition.
+
+    amax[b, m]  = max(max_{k in block b} |x[m, k]|, 1e-4)
+    scale[b, m] = amax / 448                           "fp32"
+                = 2^ceil(log2(amax / 448))             "ue8m0": a power of two, so that products with it are exact
+    q[m, k]     = E4M3(clip(x / scale, -448, 448))
+
+and the same for the transpose of x, which is what a weight gradient contracts: 8-bit tensor cores read both operands
+with the contraction last. Scales are float32, with the blocks first: the kernels copy runs of consecutive rows.
+Paper: V3 section 3.3.2; V3.1 for power-of-two scales.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 128
+LARGEST = 448.0
+AMAX_FLOOR = 1e-4
+
+
+class Quantized(NamedTuple):
+    """Both quantisations of a matrix x [M, K]."""
+
+    q: jax.Array  # E4M3 [M, K]
+    scale: jax.Array  # float32 [ceil(K / 128), M]
+    q_t: jax.Array  # E4M3 [K, M]: x transposed, its blocks along M
+    scale_t: jax.Array  # float32 [ceil(M / 128), K]
+
+
+def quantize(x: jax.Array, *, scale: str = "fp32") -> Quantized:
+    """Returns both quantisations of x [M, K]; see `pallas_kernels.quantize`."""
+    return Quantized(*quantize_rows(x, scale=scale), *quantize_rows(x.T, scale=scale))
+
+
+def quantize_rows(x: jax.Array, *, scale: str = "fp32") -> tuple[jax.Array, jax.Array]:
+    """Returns q [M, K] and scale [ceil(K / 128), M]: blocks of 128 along the last axis."""
+    rows, k = x.shape
+    count = -(-k // BLOCK)
+    blocks = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, count * BLOCK - k))).reshape(rows, count, BLOCK)
+    scales = block_scale(jnp.max(jnp.abs(blocks), axis=-1), scale)
+    codes = encode(blocks, scales[..., None]).reshape(rows, count * BLOCK)[:, :k]
+    return codes, scales.T
+
+
+def block_scale(amax: jax.Array, scale: str) -> jax.Array:
+    """The float32 scales of blocks whose largest magnitudes are `amax`."""
+    amax = jnp.maximum(amax, AMAX_FLOOR)
+    return {"fp32": lambda: divide(amax, LARGEST), "ue8m0": lambda: _power_of_two(amax)}[scale]()
+
+
+def encode(values: jax.Array, scales: jax.Array) -> jax.Array:
+    """E4M3 codes of values / scales; beyond 448 they saturate."""
+    return jnp.clip(divide(values, scales), -LARGEST, LARGEST).astype(jnp.float8_e4m3fn)
+
+
+def divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
+    """x / y, correctly rounded on every device.
+
+    XLA rewrites division by a constant or a broadcast value as multiplication by its reciprocal, which is off by an
+    ulp. Writing the divisor as 0 * x + y prevents the rewrite.
+    """
+    return x / (0.0 * x + y)
+
+
+def _power_of_two(amax: jax.Array) -> jax.Array:
+    """2^ceil(log2(amax / 448)), by integers, as a logarithm may round across a power of two.
+
+    448 = 1.75 * 2^8. So amax = m * 2^e with 1 <= m < 2 needs the exponent e - 8, and one more where m > 1.75.
+    """
+    bits = jax.lax.bitcast_convert_type(amax, jnp.uint32)
+    exponent = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000)
+    power = jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
+    return jnp.where(jnp.isfinite(amax), power, jnp.nan)
