@@ -3,6 +3,7 @@
     deepseek-jax bench train                                   # the 8M-parameter micro_v3 on this machine
     deepseek-jax bench train --peer-python=/path/to/python     # an interpreter that has torch and transformers
     deepseek-jax bench train --config=tiny_v3 --no-peer
+    deepseek-jax bench kernels                                 # FP8 kernels, on a Hopper GPU; --help lists its flags
 
 Both sides train the same sizes on fresh random tokens with AdamW, float32, in turns: a few steps of one, then a few of
 the other, after a warm-up.  Printed are the medians over the turns and their ratio; what else the machine does in the
@@ -22,7 +23,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _options, train
+from deepseek_jax.launch import _bench_kernels, _options, train
 
 EXTRA = {
     "turns": (int, 15, "times that each side is measured"),
@@ -35,9 +36,11 @@ EXTRA = {
 def main(argv: list[str]) -> int:
     """Runs the verb; returns the exit code."""
     subject = argv[0] if argv and not argv[0].startswith("--") else None
+    if subject == "kernels":
+        return _bench_kernels.main(argv[1:])
     options = _options.parse(argv[1:] if subject else argv, "micro_v3", EXTRA, workdir=False)
     if subject != "train":
-        raise UserError(f"bench {subject or ''}: no such bench. Give: deepseek-jax bench train")
+        raise UserError(f"bench {subject or ''}: no such bench. Give: deepseek-jax bench train, or bench kernels")
     for name in ("turns", "steps"):
         if vars(options)[name] < 1:
             raise UserError(f"--{name}={vars(options)[name]}: wanted 1 or more.")

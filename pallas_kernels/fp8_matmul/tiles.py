@@ -13,6 +13,9 @@ Measured on one H100 (2026-11-25, sustained load, TFLOP/s, every variant and tor
 
 import dataclasses
 
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
 BLOCK = 128
 
 
@@ -56,30 +59,31 @@ class Tiles:
         return {"": (1, 1), "rows": (2, 1), "columns": (1, 2)}[self.cluster]
 
 
-WIDE = Tiles(rows=64, columns=256, cluster="rows", stages=3, store_columns=256)
-WIDE_LONG = dataclasses.replace(WIDE, store_columns=64, store_slots=4, raster=16)
+WIDE = Tiles(rows=64, columns=256, cluster="rows", stages=3, store_columns=256, producer_registers=88)
 TALL = Tiles(
     rows=64, columns=128, warpgroups=3, cluster="rows", store_columns=128, minor=0, raster=4, producer_registers=32
 )
 SQUARE = Tiles(rows=64, columns=128, cluster="rows", stages=5, store_slots=2, producer_registers=40)
-BY_ROW = Tiles(rows=64, columns=128, cluster="rows", store_slots=2, producer_registers=40)
+FLOAT32 = Tiles(rows=64, columns=128, cluster="rows", stages=4, store_slots=2, producer_registers=40)
 FEW_ROWS = Tiles(rows=64, columns=64, stack="columns", stages=7, alternate=False, producer_registers=40)
-SOME_ROWS = Tiles(rows=64, columns=64, cluster="columns", stages=8, alternate=False, producer_registers=40)
+SOME_ROWS = Tiles(rows=64, columns=64, cluster="columns", stages=7, alternate=False, producer_registers=40)
 
 # Outputs per second of a CTA relative to WIDE, idle processors left out.
 SPEED = {WIDE: 1.0, TALL: 0.97, SQUARE: 0.85}
 
 
-def choose(m: int, n: int, k: int, w_block: tuple[int, int], n_processors: int = 132) -> Tiles:
+def choose(m: int, n: int, k: int, w_block: tuple[int, int], out_dtype: DTypeLike, n_processors: int = 132) -> Tiles:
     """Returns the tiles for x [m, k] and w [n, k] on a chip of `n_processors`."""
     if m <= 128:
         return _split(FEW_ROWS if m <= 64 else SOME_ROWS, m, n, k, n_processors)
-    if w_block == (1, BLOCK):
-        return dataclasses.replace(BY_ROW, minor=0 if n >= m else 1)
+    if w_block == (1, BLOCK) or jnp.dtype(out_dtype).itemsize > 2:  # more registers, more room for the output
+        return dataclasses.replace(FLOAT32, minor=0 if n >= m else 1)
     best = min(SPEED, key=lambda tiles: _waves(tiles, m, n, n_processors) * _area(tiles) / SPEED[tiles])
     if best is not WIDE:
         return best
-    return WIDE_LONG if k > 8192 else dataclasses.replace(WIDE, raster=4 if k <= 2048 else 8)
+    if k > 8192:
+        return dataclasses.replace(WIDE, store_columns=64, store_slots=4, raster=16)
+    return dataclasses.replace(WIDE, raster=4 if k <= 2048 else 8)
 
 
 def _split(tiles: Tiles, m: int, n: int, k: int, n_processors: int) -> Tiles:

@@ -39,14 +39,23 @@ def quantize_rows(x: jax.Array, *, scale: str = "fp32") -> tuple[jax.Array, jax.
     rows, k = x.shape
     count = -(-k // BLOCK)
     blocks = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, count * BLOCK - k))).reshape(rows, count, BLOCK)
-    scales = block_scale(jnp.max(jnp.abs(blocks), axis=-1), scale)
+    scales = block_scale(_largest_magnitude(blocks), scale)
     codes = encode(blocks, scales[..., None]).reshape(rows, count * BLOCK)[:, :k]
     return codes, scales.T
 
 
+def _largest_magnitude(blocks: jax.Array) -> jax.Array:
+    """max |x| along the last axis, NaN if one is NaN.
+
+    Compared as integers, magnitudes have the same order and a NaN is the largest; a maximum of floats may lose it.
+    """
+    bits = jax.lax.bitcast_convert_type(blocks, jnp.int32) & 0x7FFFFFFF
+    return jax.lax.bitcast_convert_type(jnp.max(bits, axis=-1), jnp.float32)
+
+
 def block_scale(amax: jax.Array, scale: str) -> jax.Array:
     """The float32 scales of blocks whose largest magnitudes are `amax`."""
-    amax = jnp.maximum(amax, AMAX_FLOOR)
+    amax = jnp.where(amax < AMAX_FLOOR, AMAX_FLOOR, amax)
     return {"fp32": lambda: divide(amax, LARGEST), "ue8m0": lambda: _power_of_two(amax)}[scale]()
 
 

@@ -2,20 +2,22 @@
 
     python tests/pallas_kernels/compile_for_hopper.py
 
-Needs the wheels of `pip install "deepseek_jax[gpu]"` and nvidia-cuda-nvdisasm, and no driver. One line of JSON per
-kernel: registers, bytes spilled, shared memory, FP8 tensor-core instructions. Run in a process of its own: the
-variables below count only before JAX starts.
+Needs the wheels jax-cuda13-plugin, nvidia-cuda-nvcc and nvidia-cuda-nvdisasm (the extra "gpu" brings the first two),
+and no driver. One line of JSON per kernel: its shape, bytes spilled, shared memory, FP8 tensor-core instructions. To be
+run in a process of its own: the variables below count only before JAX starts.
 """
 
-import glob
 import json
 import os
 import re
+import shutil
 import tempfile
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # there is no driver
-DUMP = os.environ["MOSAIC_GPU_DUMP_TO"] = tempfile.mkdtemp()
+DUMP = Path(tempfile.mkdtemp())
+os.environ["MOSAIC_GPU_DUMP_TO"] = str(DUMP)
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -23,9 +25,9 @@ import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
-from pallas_kernels.fp8_matmul import gpu, tiles  # noqa: E402
+from pallas_kernels.fp8_matmul import gpu  # noqa: E402
 
-# What the compiler must know of an H100 or H200; both are compute capability 9.0.
+# What the compiler must know of a chip of compute capability 9.0; the figures are an H100's.
 CHIP = """
 gpu_device_info {
   threads_per_block_limit: 1024  threads_per_warp: 32
@@ -40,3 +42,58 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 }
 device_description_str: "NVIDIA H100"
 """
+
+BF16, F32, BLOCKS, ROWS = jnp.bfloat16, jnp.float32, (128, 128), (1, 128)
+# V3's layers at 4,096 tokens, a decoding batch, and sizes that must be filled up.
+CALLS = [
+    (4096, 2112, 7168, BLOCKS, BF16),
+    (4096, 24576, 1536, BLOCKS, BF16),
+    (4096, 7168, 16384, BLOCKS, BF16),
+    (4096, 4096, 7168, BLOCKS, BF16),
+    (256, 7168, 2048, BLOCKS, BF16),
+    (128, 7168, 2048, BLOCKS, BF16),
+    (64, 2112, 7168, BLOCKS, BF16),
+    (1, 7, 200, BLOCKS, F32),
+    (4096, 7168, 2048, BLOCKS, F32),
+    (7168, 2048, 4096, ROWS, F32),
+    (100, 2112, 4096, ROWS, BF16),
+]
+
+
+def main() -> None:
+    """Compiles every call of the table."""
+    topology = topologies.get_topology_desc("h100", "cuda", target_config=CHIP, topology="1x1x1")
+    sharding = NamedSharding(Mesh(np.array(topology.devices), ("x",)), PartitionSpec())
+    for m, n, k, w_block, out_dtype in CALLS:
+        blocks = -(-k // 128)
+        w_scale = (blocks, n) if w_block == ROWS else (-(-n // 128), blocks)
+        operands = (((m, k), jnp.float8_e4m3fn), ((blocks, m), F32), ((n, k), jnp.float8_e4m3fn), (w_scale, F32))
+        arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in operands]
+
+        def call(*operands, w_block=w_block, out_dtype=out_dtype):
+            return gpu.fp8_matmul(*operands, w_block=w_block, out_dtype=out_dtype)
+
+        jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+        print(json.dumps({"call": [m, n, k, w_block[0], jnp.dtype(out_dtype).name], **found()}), flush=True)
+    shutil.rmtree(DUMP)
+
+
+def found() -> dict:
+    """What the compiler left behind for the kernel compiled last; empties the folder (its logs are large)."""
+    (report,) = DUMP.glob("*.ptxas")
+    resources, code = (report.with_suffix(suffix) for suffix in (".resources.txt", ".sass_ctrl"))
+    text = report.read_text()
+    shared = re.search(r"smem_scratch_bytes=(\d+)", resources.read_text()) if resources.exists() else None
+    facts = {
+        "spilled": int(re.search(r"(\d+) bytes spill stores", text).group(1)),
+        "shared": int(shared.group(1)) if shared else None,
+        "fp8_instructions": code.read_text().count("QGMMA."),
+        "serialised": "wgmma" in text and "serialized" in text,
+    }
+    for file in DUMP.iterdir():
+        file.unlink()
+    return facts
+
+
+if __name__ == "__main__":
+    main()

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.launch import _bench_kernels
 from deepseek_jax.precision.quantize import quantize_blocks
-from pallas_kernels.fp8_matmul import fp8_matmul
+from pallas_kernels import mosaic_gpu
+from pallas_kernels.fp8_matmul import fp8_matmul, gpu, tiles
 from pallas_kernels.quantize.reference import quantize_rows
 
 
@@ -79,3 +81,60 @@ def test_operands_that_do_not_fit_are_reported(change, message):
 def test_an_unknown_implementation_is_reported():
     with pytest.raises(ValueError, match="implementation='cuda': unknown. Choose one of reference, mosaic_gpu"):
         fp8_matmul(*operands(9, 136, 256), implementation="cuda")
+
+
+def test_a_device_that_is_no_hopper_gpu_is_reported():
+    with pytest.raises(ValueError, match="'mosaic_gpu' on cpu: needs a Hopper GPU.*implementation='reference'"):
+        fp8_matmul(*operands(9, 136, 256), implementation="mosaic_gpu")
+
+
+SMALL = {"rows": 64, "columns": 64, "stages": 2, "store_columns": 64}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not mosaic_gpu.can_interpret(), reason="needs JAX 0.11 to run Mosaic GPU kernels on a CPU")
+@pytest.mark.parametrize(
+    "shape, w_block, choice",
+    [
+        ((200, 192, 384), (128, 128), tiles.Tiles(**SMALL, cluster="rows")),
+        ((64, 320, 256), (128, 128), tiles.Tiles(64, 256, cluster="columns", stages=2, store_slots=2)),
+        ((72, 200, 384), (1, 128), tiles.Tiles(**SMALL, warpgroups=1, splits=2)),
+    ],
+)
+def test_the_kernel_is_the_reference(shape, w_block, choice):
+    """Tiles that reach beyond the matrix, both kinds of scales, clusters, many tiles per CTA, a split contraction."""
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    problem = operands(*shape, w_block)
+    mode = plgpu.InterpretGPUParams()
+    y = gpu.fp8_matmul(*problem, w_block=w_block, out_dtype=jnp.float32, tiles=choice, n_processors=4, interpret=mode)
+    assert relative_error(y, in_float64(*problem, w_block)) < 1e-6
+
+
+@pytest.mark.parametrize("n_processors", [114, 132])
+@pytest.mark.parametrize("out_dtype, w_block", [(jnp.bfloat16, (128, 128)), (jnp.float32, (1, 128))])
+@pytest.mark.parametrize(
+    "shape", [(1, 7, 16), (64, 2112, 7168), (128, 7168, 512), (300, 576, 7168), (4096, 4096, 16384)]
+)
+def test_the_chosen_tiles_cover_every_output_and_every_block_once(shape, out_dtype, w_block, n_processors):
+    m, n, k = shape
+    choice = tiles.choose(m, n, k, w_block, out_dtype, n_processors)
+    plan = gpu.Plan(m, n, -(-k // 128), choice, w_block[0] == 1, out_dtype, n_processors, on_chip=True)
+    for size, tile, ctas, count in zip((m, n), choice.cta, choice.cluster_shape, plan.grid, strict=True):
+        assert (count - 1) * tile * ctas < size <= count * tile * ctas
+    assert (plan.splits - 1) * plan.blocks_per_split < plan.blocks <= plan.splits * plan.blocks_per_split
+    assert len(plan.chunks) * 64 * plan.chunk_columns * choice.warpgroups == choice.cta[0] * choice.cta[1]
+    assert 1 <= plan.n_clusters * max(choice.cluster_shape) <= n_processors
+
+
+@pytest.mark.parametrize("rows, columns", [(32, 128), (64, 96), (64, 16)])
+def test_tiles_that_the_hardware_does_not_take_are_reported(rows, columns):
+    with pytest.raises(ValueError, match="expected a multiple of 64 by|no multiple of 128 bytes"):
+        tiles.Tiles(rows, columns)
+
+
+def test_the_bench_reads_shapes():
+    assert _bench_kernels.parsed("64x2112x7168,1x2x3", 3) == [(64, 2112, 7168), (1, 2, 3)]
+    for text in ("64x2112", "axbxc", "0x1x2"):
+        with pytest.raises(Exception, match="expected positive sizes such as 4096x7168x2048"):
+            _bench_kernels.parsed(text, 3)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.precision.quantize import quantize_blocks
-from pallas_kernels.quantize import quantize
+from pallas_kernels.quantize import gpu, quantize
 
 
 def bits(codes):
@@ -39,6 +39,22 @@ def test_what_is_not_finite_spoils_its_own_blocks_and_no_other(value):
     x = jnp.ones((2, 256)).at[1, 200].set(value)
     found = quantize(x, implementation="reference")
     assert np.isnan(found.q.astype(jnp.float32)).tolist() == [[False] * 256, [False] * 128 + [True] * 128]
+
+
+@pytest.mark.parametrize("scale", ["fp32", "ue8m0"])
+def test_the_kernel_is_the_reference(scale):
+    """Interpreted here, where XLA multiplies by a reciprocal: a code in ten thousand may round to its neighbour.
+
+    On a GPU `bench kernels` compares every bit. Sizes that must be filled up, and values that are not finite.
+    """
+    x = jax.random.normal(jax.random.key(0), (130, 140)).at[3, 5].set(jnp.nan).at[129, 7].set(jnp.inf)
+    found, expected = gpu.quantize(x, scale=scale, interpret=True), quantize(x, scale=scale, implementation="reference")
+    for codes, scales, reference, reference_scales in ((*found[:2], *expected[:2]), (*found[2:], *expected[2:])):
+        np.testing.assert_array_equal(scales, reference_scales)
+        assert np.isnan(scales).sum() == 2
+        good = ~np.isnan(np.repeat(scales.T, 128, axis=1)[:, : codes.shape[1]])
+        steps = np.abs(bits(codes).astype(int) - bits(reference))[good]
+        assert steps.max() <= 1 and (steps == 0).mean() > 0.999
 
 
 def test_arguments_are_checked():

@@ -1,0 +1,242 @@
+"""The speed of the kernels on this machine's GPU, in turns with torch where that is installed: `bench kernels`.
+
+Per shape a table row: TFLOP/s and microseconds of the fp8_matmul kernel, of torch's block-scaled `scaled_mm` (cuBLASLt;
+the same codes and scales) and of torch's bfloat16 matmul, the ratio to the first, and the relative error against
+float64 on rows drawn at random. Inputs are fresh in each run and more than the caches hold; every side walks through
+several sets of them, a few hundredths of a second at a time, in turns, so that heat and clocks touch all alike.
+"""
+
+import importlib.util
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.launch import _options
+
+FORWARD = "4096x2112x7168,4096x24576x1536,4096x32768x512,4096x7168x16384,4096x4096x7168,4096x7168x2048"
+SMALL = "64x2112x7168,128x7168x2048"
+EXTRA = {
+    "shapes": (str, f"{FORWARD},{SMALL}", "m x n x k of the products, separated by commas"),
+    "gradient_shapes": (str, "4096x7168x4096,7168x2048x4096", "of weight gradients: scales per 1 x 128 on both sides"),
+    "quantize_shapes": (str, "4096x7168,8192x7168", "m x k of matrices to quantise along both axes"),
+    "rounds": (int, 9, "times that each side is measured"),
+    "seconds": (float, 0.03, "length of one measurement"),
+    "peer": (bool, True, "measure torch as well, if it is installed"),
+    "json": (str, "", "file to which each row is appended as JSON"),
+}
+SET_BYTES = 3e9  # of all input and output sets of a shape
+
+
+def main(argv: list[str]) -> int:
+    """Runs the bench; returns the exit code."""
+    options = _options.parse(argv, extra=EXTRA, config=False, workdir=False)
+    if options.rounds < 1 or options.seconds <= 0:
+        raise UserError(f"--rounds={options.rounds}, --seconds={options.seconds}: expected positive numbers.")
+    shapes = [(shape, True) for shape in parsed(options.shapes, 3)]
+    shapes += [(shape, False) for shape in parsed(options.gradient_shapes, 3)]
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
+    import jax
+
+    if jax.default_backend() != "gpu":
+        raise UserError(f"bench kernels on {jax.devices()[0].device_kind}: needs a Hopper GPU (H100, H200).")
+    if options.peer and importlib.util.find_spec("torch") is None:
+        raise UserError('bench kernels compares with torch, which is not installed. Install "torch" or give --no-peer.')
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {options.rounds} rounds of {options.seconds} s")
+    for shape, forward in shapes:
+        report(matmul_row(*shape, forward, options), options.json)
+    for m, k in parsed(options.quantize_shapes, 2):
+        report(quantize_row(m, k, options), options.json)
+    return 0
+
+
+def parsed(text: str, n_sizes: int) -> list[tuple[int, ...]]:
+    """ "4096x7168x2048,64x2112x7168" as tuples."""
+    try:
+        shapes = [tuple(int(size) for size in shape.split("x")) for shape in text.split(",") if shape]
+    except ValueError:
+        shapes = [()]
+    if not all(len(shape) == n_sizes and min(shape) > 0 for shape in shapes):
+        form = "x".join(["4096", "7168", "2048"][:n_sizes])
+        raise UserError(f"shapes {text!r}: expected positive sizes such as {form}, separated by commas.")
+    return shapes
+
+
+def matmul_row(m: int, n: int, k: int, forward: bool, options) -> dict:
+    """Measures one product; `forward`: w has scales per 128 x 128, else per 1 x 128 and the result is float32."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.fp8_matmul import fp8_matmul
+
+    out_dtype, w_block = (jnp.bfloat16, (128, 128)) if forward else (jnp.float32, (1, 128))
+    n_sets = max(2, min(16, int(SET_BYTES // (m * k + n * k + m * n * jnp.dtype(out_dtype).itemsize))))
+    sets = operands(m, n, k, forward, n_sets)
+    product = jax.jit(lambda *x: fp8_matmul(*x, w_block=w_block, out_dtype=out_dtype, implementation="mosaic_gpu"))
+    ours = jax.jit(lambda sets: [product(*one) for one in sets])
+    error = relative_error(ours(sets)[0], sets[0], forward)
+    sides = {"ours": dispatched(ours, sets)}
+    if options.peer and forward:
+        sides |= torch_sides(sets)
+    microseconds = measured(sides, n_sets, options)
+    return {"op": "fp8_matmul", "shape": [m, n, k], "forward": forward, "work": 2 * m * n * k, "error": error} | {
+        "microseconds": microseconds
+    }
+
+
+def operands(m: int, n: int, k: int, forward: bool, n_sets: int) -> list[tuple]:
+    """Sets of codes and scales of normally distributed numbers, different in every run."""
+    import jax
+
+    from deepseek_jax.precision.quantize import quantize_blocks
+    from pallas_kernels.quantize.reference import quantize_rows
+
+    @jax.jit
+    def draw(key):
+        keys = jax.random.split(key)
+        w = jax.random.normal(keys[1], (n, k))
+        return *quantize_rows(jax.random.normal(keys[0], (m, k))), *(
+            quantize_blocks(w) if forward else quantize_rows(w)
+        )
+
+    key = jax.random.key(int.from_bytes(os.urandom(4), "little"))
+    return jax.block_until_ready([draw(jax.random.fold_in(key, i)) for i in range(n_sets)])
+
+
+def relative_error(y, operands: tuple, forward: bool, n_rows: int = 32) -> float:
+    """|y - expected| / |expected| on some rows, where `expected` comes from the same codes and scales in float64."""
+    import numpy as np
+
+    rows = np.random.default_rng().permutation(y.shape[0])[:n_rows]
+    x, x_scale, w, w_scale = operands
+    x, x_scale = np.asarray(x[rows].astype("float32"), np.float64), np.asarray(x_scale[:, rows], np.float64)
+    columns = (
+        np.asarray(w_scale, np.float64) if not forward else np.repeat(np.asarray(w_scale).T, 128, 1)[:, : w.shape[0]]
+    )
+    expected = np.zeros((len(rows), w.shape[0]))
+    for b in range(x_scale.shape[0]):
+        ks = slice(b * 128, (b + 1) * 128)
+        products = x[:, ks] @ np.asarray(w[:, ks].astype("float32"), np.float64).T
+        expected += products * x_scale[b][:, None] * columns[b][None, :]
+    found = np.asarray(y[rows].astype("float32"), np.float64)
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def torch_sides(sets: list[tuple]) -> dict[str, Callable]:
+    """torch's products of the same operands, each side one CUDA graph over all sets."""
+    import jax
+    import jax.numpy as jnp
+    import torch
+    from torch.nn import functional
+
+    def codes(array):
+        return torch.from_dlpack(jax.lax.bitcast_convert_type(array, jnp.uint8)).view(torch.float8_e4m3fn)
+
+    def block_scaled(x, x_scale, w, w_scale):
+        return functional.scaled_mm(
+            x, w.t(), x_scale.t(), functional.ScalingType.BlockWise1x128, w_scale.t(),
+            functional.ScalingType.BlockWise128x128, output_dtype=torch.bfloat16,
+        )  # fmt: skip
+
+    scaled, plain = [], []
+    for x, x_scale, w, w_scale in sets:
+        padded = functional.pad(torch.from_dlpack(w_scale), (0, -w_scale.shape[1] % 4))
+        scaled.append((codes(x), torch.from_dlpack(x_scale).clone(), codes(w), padded))
+        plain.append((scaled[-1][0].bfloat16(), scaled[-1][2].bfloat16()))
+    sides = {}
+    for name, function, arguments in (
+        ("torch block-scaled", block_scaled, scaled),
+        ("torch bf16", lambda x, w: x @ w.t(), plain),
+    ):
+        sides[name] = replayed(function, arguments)
+    return sides
+
+
+def replayed(function: Callable, arguments: list[tuple]) -> Callable:
+    """A CUDA graph of `function` over all of `arguments`, as a function that replays it several times and waits."""
+    import torch
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        function(*arguments[0])  # libraries set themselves up outside the graph
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [function(*one) for one in arguments]
+
+    def run(repeats: int, results=results) -> None:
+        for _ in range(repeats):
+            graph.replay()
+        torch.cuda.synchronize()
+
+    return run
+
+
+def dispatched(function: Callable, sets: list) -> Callable:
+    """A compiled function over all `sets`, as a function that runs it several times and waits for the last."""
+    import jax
+
+    def run(repeats: int) -> None:
+        for _ in range(repeats):
+            results = function(sets)
+        jax.block_until_ready(results)
+
+    return run
+
+
+def quantize_row(m: int, k: int, options) -> dict:
+    """Measures the quantisation along both axes, beside a copy of as many bytes (2 read and 2 written per value)."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.quantize import quantize
+
+    n_sets = max(2, min(16, int(SET_BYTES // (4 * m * k))))
+    key = jax.random.key(int.from_bytes(os.urandom(4), "little"))
+    sets = [jax.random.normal(jax.random.fold_in(key, i), (m, k), jnp.bfloat16) for i in range(n_sets)]
+    one = jax.jit(lambda x: quantize(x, implementation="triton_gpu"))
+    ours = jax.jit(lambda sets: [one(x) for x in sets])
+    expected = jax.jit(lambda x: quantize(x, implementation="reference"))(sets[0])
+    pairs = zip(ours(sets)[0], expected, strict=True)
+    wrong = sum(float(jnp.sum(a.astype(jnp.float32) != b.astype(jnp.float32))) for a, b in pairs)
+    sides = {"ours": dispatched(ours, sets)}
+    if options.peer:
+        import torch
+
+        copies = [torch.from_dlpack(x) for x in sets]
+        sides["torch copy"] = replayed(lambda x: x.clone(), [(x,) for x in copies])
+    microseconds = measured(sides, n_sets, options)
+    return {"op": "quantize", "shape": [m, k], "work": 4 * m * k, "error": wrong, "microseconds": microseconds}
+
+
+def measured(sides: dict[str, Callable], n_sets: int, options) -> dict[str, float]:
+    """Median microseconds per call of each side, the sides in turns."""
+    repeats, taken = {}, {name: [] for name in sides}
+    for name, run in sides.items():
+        run(1)
+        begin = time.perf_counter()
+        run(3)
+        repeats[name] = max(2, int(options.seconds * 3 / (time.perf_counter() - begin)))
+    for turn in range(options.rounds):
+        for name in list(sides) if turn % 2 else reversed(list(sides)):
+            begin = time.perf_counter()
+            sides[name](repeats[name])
+            taken[name].append((time.perf_counter() - begin) / repeats[name] / n_sets * 1e6)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def report(row: dict, file: str) -> None:
+    """Prints a row, and appends it to `file` if there is one."""
+    rate, unit = (1e-6, "TFLOP/s") if row["op"] == "fp8_matmul" else (1e-3, "GB/s")
+    times = row["microseconds"]
+    cells = [f"{name} {row['work'] / us * rate:7.0f} {unit} {us:8.1f} us" for name, us in times.items()]
+    peers = [us for name, us in times.items() if name != "ours"]
+    if peers:
+        cells.append(f"ratio {peers[0] / times['ours']:.2f}")
+    cells.append(f"error {row['error']:.2e}" if row["op"] == "fp8_matmul" else f"codes that differ {row['error']:.0f}")
+    kind = "" if row.get("forward", True) else " (gradient)"
+    print(f"{row['op']} {'x'.join(map(str, row['shape']))}{kind}: " + " | ".join(cells), flush=True)
+    if file:
+        with open(file, "a", encoding="utf-8") as out:
+            out.write(json.dumps(row) + "\n")
