@@ -43,7 +43,7 @@ MESH_NAMES = {
     *("psum", "pmean", "pmax", "pmin", "ppermute", "pshuffle", "all_gather", "all_to_all", "psum_scatter"),
     "ragged_all_to_all",
 }
-MESH_ROOMS = ("parallel", "compat")
+MESH_ROOMS = ("parallel", "compat", "pallas_kernels")  # axis_index in a kernel is of its own grid
 MESH_FILES = ("deepseek_jax/train/step.py",)
 
 # The resolved config is read at the border only.
