@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from deepseek_jax.data import chat
+from deepseek_jax.data.rows import counts
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
 
@@ -51,13 +52,13 @@ def answers(conversation: dict, template: chat.Template, train_on: str) -> list[
     Args:
       conversation: ``messages``, and ``tools`` and ``thinking`` where they apply.
       template: how they are written.
-      train_on: "answers" for all messages of the assistant, "last" for the last one.
+      train_on: "answers" for all messages of the assistant but those of weight 0, "last" for the last of these.
 
     Raises:
       UserError: the template has no place for something that the conversation holds.
     """
     messages, tools = conversation["messages"], conversation.get("tools", ())
-    places = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    places = [n for n, message in enumerate(messages) if counts(message, f"messages[{n}]")]
     found = []
     for n in places if train_on == "answers" else places[-1:]:
         message, is_spelled = _thought_apart(messages[n]) if template.thinks else (messages[n], False)

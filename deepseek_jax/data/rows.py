@@ -1,7 +1,8 @@
 """A row of a file as a document: its text, or the conversation it holds, written in one way.
 
 A row of a corpus of conversations is ``{"messages": [...]}`` as in DeepSeek's and OpenAI's APIs, with ``"tools"``, a
-list, and ``"thinking"``, true or false, where they apply.  A list may be written as JSON text, as tables keep it.
+list, and ``"thinking"``, true or false, where they apply.  A list may be written as JSON text, as tables keep it.  An
+answer with ``"weight": 0`` is read and not learnt.
 """
 
 import json
@@ -68,13 +69,21 @@ def conversation_text(row: Any, where: str) -> str:
         read(messages)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    if not any(message["role"] == "assistant" for message in messages):
-        raise UserError(f"{where} has no message of the assistant, so there is nothing to learn. Leave the row out.")
+    if not any(counts(message, f"{where}: messages[{n}]") for n, message in enumerate(messages)):
+        raise UserError(f"{where} has no message of the assistant to be learnt. Leave the row out.")
     if not isinstance(row.get("thinking"), bool | None):
         raise UserError(f"{where} has {row['thinking']!r} as thinking. Give true or false, or leave it out.")
     conversation = {"messages": messages, "tools": _list(row, "tools", where), "thinking": row.get("thinking")}
     given = {key: value for key, value in conversation.items() if value not in (None, [])}
     return json.dumps(given, ensure_ascii=False).encode("utf-8", "replace").decode()
+
+
+def counts(message: dict, where: str) -> bool:
+    """Returns whether a message is an answer to be learnt."""
+    weight = message.get("weight", 1)
+    if weight not in (0, 1):
+        raise UserError(f"{where} has weight {weight!r}. Give 1, or 0 for an answer that is not to be learnt.")
+    return message["role"] == "assistant" and weight == 1
 
 
 def _without_nulls(message: Any) -> Any:

@@ -259,6 +259,10 @@ def test_by_hand():
     (last,) = join(answers(row, TEMPLATES["v2"], "last"), tokenizer)
     np.testing.assert_array_equal(last.ids, example.ids)
     assert tokenizer.decode(last.ids[last.is_learnt], specials=True) == " yes<｜end▁of▁sentence｜>"
+    row["messages"][3]["weight"] = 0
+    for train_on in ("answers", "last"):
+        (first,) = join(answers(row, TEMPLATES["v2"], train_on), tokenizer)
+        assert tokenizer.decode(first.ids[first.is_learnt], specials=True) == " 2<｜end▁of▁sentence｜>"
 
 
 def test_a_thought_is_learnt_where_it_is_thought_and_absent_later(marked_bytes):
