@@ -11,7 +11,7 @@ from deepseek_jax.layers.mtp import MTP, shift_left
 class Marked(nnx.Module):
     """Stands for a Transformer block: adds one, and says that it was called."""
 
-    def __call__(self, x_BTD, attend):
+    def __call__(self, x_BTD, attend, real_BT):
         return x_BTD + 1, attend
 
 
