@@ -14,7 +14,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from deepseek_jax.data import conversation_packing, packing
+from deepseek_jax.data import conversation_packing, packing, reader_processes
 from deepseek_jax.data.conversation_packing import ConversationPacking
 from deepseek_jax.data.conversations import Encoder, template_name
 from deepseek_jax.data.corpus import open_corpus
@@ -106,23 +106,31 @@ class Split:
         """Yields ``rows(start, count)`` for each of finitely many ranges, made ahead of time.
 
         Threads of this process make them, or ``workers`` processes (which take seconds to start, and need the usual
-        ``if __name__ == "__main__"`` in a script).  The batches are the same either way.  Close the iterator, or let
-        it end, to stop the workers.
+        ``if __name__ == "__main__"`` in a script).  The batches are the same either way, and if a reader process dies.
+        Close the iterator, or let it end, to stop the workers.
         """
         bounds = np.array(list(ranges), np.int64).reshape(-1, 2)
+        if self._workers:
+            for batch in reader_processes.watched(lambda done: self._opened(bounds[done:]), len(bounds)):
+                yield Batch(*map(np.array, batch))  # a copy frees the shared memory
+            return
+        iterator = self._opened(bounds)
+        try:
+            yield from iterator
+        finally:
+            iterator.close()
+
+    def _opened(self, bounds: np.ndarray) -> grain.DatasetIterator:
+        """Returns an iterator over the batches of these ranges; its threads or processes start with the first one."""
         n_threads = 1 if self._workers else 2
         options = grain.ReadOptions(num_threads=n_threads, prefetch_buffer_size=READ_AHEAD)
         dataset = grain.MapDataset.source(bounds).map(self._samples.batch).to_iter_dataset(options)
         if self._workers:
             if not flags.FLAGS.is_parsed():  # grain reads a flag of its own, which fails outside absl.app
                 flags.FLAGS.mark_as_parsed()
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
-        iterator = iter(dataset)
-        try:
-            for batch in iterator:
-                yield Batch(*map(np.array, batch)) if self._workers else batch  # a copy frees the shared memory
-        finally:
-            iterator.close()
+            readers = grain.MultiprocessingOptions(num_workers=self._workers)
+            dataset = dataset.mp_prefetch(readers, worker_init_fn=reader_processes.init_of_readers())
+        return iter(dataset)
 
 
 def open_split(split: str, **settings) -> Split:

@@ -1,4 +1,4 @@
-"""A tokenizer of bytes with every mark of every chat template: what a text is, token for token, can be read off it."""
+"""A small corpus, and a tokenizer of bytes with every mark of every chat template: a text can be read off it."""
 
 from collections.abc import Sequence
 
@@ -30,3 +30,28 @@ class MarkedBytes:
 @pytest.fixture(scope="session")
 def marked_bytes() -> MarkedBytes:
     return MarkedBytes()
+
+
+@pytest.fixture
+def settings(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        letters = rng.integers(97, 123, rng.integers(20, 200)).astype(np.uint8)
+        (tmp_path / f"{i:02}.txt").write_bytes(bytes(letters))
+    return dict(
+        source=str(tmp_path / "*.txt"),
+        text_key="text",
+        format="auto",
+        chat_template="",
+        train_on="answers",
+        special_tokens=False,
+        add_bos=True,
+        tokenizer="bytes",
+        seq_len=32,
+        fim_rate=0.25,
+        mask_documents=False,
+        holdout_rate=0.1,
+        workers=0,
+        cache_dir=str(tmp_path / "cache"),
+        seed=3,
+    )

@@ -7,31 +7,6 @@ from deepseek_jax.data.pipeline import Batch, open_split, open_splits
 from deepseek_jax.errors import UserError
 
 
-@pytest.fixture
-def settings(tmp_path):
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        letters = rng.integers(97, 123, rng.integers(20, 200)).astype(np.uint8)
-        (tmp_path / f"{i:02}.txt").write_bytes(bytes(letters))
-    return dict(
-        source=str(tmp_path / "*.txt"),
-        text_key="text",
-        format="auto",
-        chat_template="",
-        train_on="answers",
-        special_tokens=False,
-        add_bos=True,
-        tokenizer="bytes",
-        seq_len=32,
-        fim_rate=0.25,
-        mask_documents=False,
-        holdout_rate=0.1,
-        workers=0,
-        cache_dir=str(tmp_path / "cache"),
-        seed=3,
-    )
-
-
 def assert_equal(a, b):
     for x, y, dtype in zip(a, b, [np.int32] * 4 + [np.float32], strict=True):
         assert x.dtype == dtype

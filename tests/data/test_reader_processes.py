@@ -1,0 +1,137 @@
+"""A reader that dies is replaced without a trace in the batches; readers end with the process that reads."""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from deepseek_jax.data import reader_processes
+from deepseek_jax.data.pipeline import open_split
+from deepseek_jax.data.reader_processes import NAME, watched
+from deepseek_jax.errors import UserError
+
+NOTICED_S = 30
+COUNT = 6  # batches of `Stuck`
+
+
+def kill_a_reader():
+    victim = next(p for p in multiprocessing.active_children() if p.name.startswith(NAME))
+    os.kill(victim.pid, signal.SIGKILL)
+
+
+def test_a_killed_reader_changes_no_batch(settings):
+    split = open_split("train", **{**settings, "workers": 2})
+    ranges = [(2 * i, 2) for i in range(40)]
+    found, started = split.batches(ranges), time.monotonic()
+    batches = list(itertools.islice(found, 3))
+    kill_a_reader()
+    with pytest.warns(UserWarning, match=r"a reader process ended unexpectedly \(exit code -9"):
+        batches += found
+    assert time.monotonic() - started < 2 * NOTICED_S
+    for (start, count), batch in zip(ranges, batches, strict=True):
+        for here, there in zip(batch, split.rows(start, count), strict=True):
+            np.testing.assert_array_equal(here, there)
+    assert not [p for p in multiprocessing.active_children() if p.name.startswith(NAME)]
+
+
+class Stuck:
+    """Batches of which the third never comes whole, as when its reader was killed while it handed it over."""
+
+    def __init__(self, start, stuck_at):
+        self.place, self.stuck_at, self.closed = start, stuck_at, False
+
+    def __next__(self):
+        if self.place == self.stuck_at:
+            time.sleep(3600)
+        if self.place == COUNT:
+            raise StopIteration
+        self.place += 1
+        return self.place - 1
+
+    def close(self):
+        self.closed = True
+
+
+class Dead:
+    """A process that was killed."""
+
+    name, exitcode = NAME, -9
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Looks often, and sees a dead reader."""
+    monkeypatch.setattr(reader_processes, "LOOK_S", 0.02)
+    monkeypatch.setattr(reader_processes, "GRACE_S", 0.1)
+    monkeypatch.setattr(reader_processes, "_running", lambda: [Dead()])
+
+
+def test_a_batch_that_never_comes_is_asked_for_again(quick):
+    places = iter([3, None])
+    opened = []
+
+    def open_at(start):
+        opened.append(Stuck(start, next(places)))
+        return opened[-1]
+
+    with pytest.warns(UserWarning, match="started anew"):
+        assert list(watched(open_at, COUNT)) == list(range(COUNT))
+    assert [iterator.closed for iterator in opened] == [True, True]
+
+
+def test_readers_that_always_die_end_the_run_in_words(quick):
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="lower data.workers, or set it to 0"):
+        list(watched(lambda start: Stuck(start, start), COUNT))
+
+
+def test_an_error_of_a_reader_is_the_readers_own():
+    class Failing(Stuck):
+        def __next__(self):
+            raise KeyError("tokens")
+
+    with pytest.raises(KeyError, match="tokens"):
+        list(watched(lambda start: Failing(start, None), 1))
+
+
+PARENT = """
+import multiprocessing, sys, time
+from deepseek_jax.data.pipeline import open_split
+
+if __name__ == "__main__":
+    split = open_split("train", **{settings!r})
+    batches = split.batches([(i, 1) for i in range(1000)])
+    next(batches)
+    print(*(p.pid for p in multiprocessing.active_children()), flush=True)
+    time.sleep(600)
+"""
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
+def test_no_reader_outlives_its_parent(settings, tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT.replace("{settings!r}", repr({**settings, "workers": 2})))
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    readers = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(readers) >= 2
+    assert all(map(is_running, readers))
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    end = time.monotonic() + NOTICED_S
+    while any(map(is_running, readers)) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert not any(map(is_running, readers))
