@@ -1,14 +1,19 @@
 """Which tiles the Hopper kernel uses for which shape.
 
-Measured on one H100 (2026-11-25, sustained load, TFLOP/s, every variant and torch in turns in one process):
+Measured on one H100 (2026-11-25, TFLOP/s, best raster of each, variants and torch's block-scaled matmul in turns in one
+process):
 
-    m, n, k               WIDE   TALL   torch     A chip at its 700 W limit runs at 1.4 to 1.5 GHz: there, what saves
-    4096,  2112,  7168     855   1112     967     energy is fast. WIDE reads the fewest bytes per product. TALL fits
-    4096, 24576,  1536    1086   1077     952     where WIDE leaves processors idle in its last wave. Spills inside the
-    4096, 32768,   512     938    912     649     loop over K cost up to 20 %, since local memory shares the pipe that
-    4096,  7168, 16384    1167   1062    1196     feeds the tensor cores: 56 registers for the producer leave none in
-    4096,  4096,  7168    1175   1019    1173     WIDE (with 40 there are 8 to 14 per step). Three stages with room for
-    4096,  7168,  2048    1085   1055    1029     a whole output tile beat four stages with a quarter of it.
+    m, n, k               WIDE   TALL   torch
+    4096,  2112,  7168     855   1112     967     TALL fits where WIDE leaves processors idle in its last wave.
+    4096, 24576,  1536    1086   1077     952     WIDE reads the fewest bytes per product.
+    4096, 32768,   512     938    912     649     Its three stages with room for a whole output tile beat four stages
+    4096,  7168, 16384    1167   1062    1196     with a quarter of it.
+    4096,  4096,  7168    1175   1019    1173
+    4096,  7168,  2048    1085   1055    1029
+
+Under such a load the chip runs at its limit of 700 W and 1.4 to 1.5 GHz, and medians of one variant differ by up to 8 %
+from run to run: smaller differences decide nothing. Registers of the loading warpgroup are chosen so that ptxas spills
+nothing (`tests/pallas_kernels/compile_for_hopper.py`).
 """
 
 import dataclasses
