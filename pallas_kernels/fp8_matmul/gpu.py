@@ -8,13 +8,14 @@ operand load half of it each, for both. The other warpgroups compute, each a par
 up to 128 columns: the tensor cores sum a chunk's 128 products per output (four wgmma of m64 n128 k32), then the CUDA
 cores multiply by the scales and add to the float32 sum that a thread keeps in registers ("promotion").
 
-Promotion takes a third as long as the tensor cores need for a chunk. It is hidden by taking turns: a warpgroup issues
-its four wgmma only when the one before has issued its own, so one promotes while another multiplies. (Without turns all
-may multiply at once, slower each, and then all promote while the tensor cores idle: measured, 0 to 18 % slower.)
+Promotion takes a third as long as the tensor cores need for a chunk. It is hidden behind the products of the other
+warpgroups. With `Tiles.alternate` these take turns: each issues its four wgmma only when the one before has issued its
+own. On an H100 turns made the kernel faster with some tiles and slower with others: the table of tiles decides.
 
 Tensor cores take 8-bit operands only with K last, so both operands have it last; see `pallas_kernels.quantize` for the
-transposed codes that the weight gradient needs. Within a block they keep some 13 bits below its largest product, so a
-float32 result is off by 1.3e-4 of its norm, whatever K is (measured on an H100; bfloat16 rounds 13 times as coarsely).
+transposed codes that the weight gradient needs. A float32 result is off by 1.3e-4 of its norm, whatever K is (measured
+on an H100): probably the tensor cores' own sums within a block, which keep fewer bits than float32. bfloat16 rounds 13
+times as coarsely. Run on hardware so far: M and N that are multiples of 64, K of 128.
 Paper: V3 section 3.3.2.
 """
 
@@ -57,9 +58,8 @@ def fp8_matmul(
     """
     (m, k), n = x.shape, w.shape[0]
     x, x_scale = _filled(x, 8, BLOCK), _filled(x_scale, 1, 8)
-    fill = (
-        64 if n > 64 else 128
-    )  # a copy drops the coordinate of an axis with one tile: what lies beyond would land on it
+    # A copy drops the coordinate of an axis with one swizzled tile: what lies beyond would land on that tile.
+    fill = 64 if n > 64 else 128
     w, w_scale = _filled(w, fill, BLOCK), _filled(w_scale, 1, fill if w_block[0] == 1 else 1)
     tiles = tiles or choose(m, n, k, w_block, out_dtype, n_processors)
     plan = Plan(

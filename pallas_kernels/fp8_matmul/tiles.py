@@ -1,7 +1,8 @@
 """Which tiles the Hopper kernel uses for which shape.
 
-Measured on one H100 (2026-11-25, TFLOP/s, best raster of each, variants and torch's block-scaled matmul in turns in one
-process):
+Measured on one H100 (2026-11-25, TFLOP/s) while the kernel was written, with fewer registers for the loading warpgroup
+than now, the best raster of each, and not all cells in one run. They are for comparing tiles with one another; how the
+kernel compares with torch is in BENCHMARKS.md:
 
     m, n, k               WIDE   TALL   torch
     4096,  2112,  7168     855   1112     967     TALL fits where WIDE leaves processors idle in its last wave.
@@ -11,8 +12,8 @@ process):
     4096,  4096,  7168    1175   1019    1173
     4096,  7168,  2048    1085   1055    1029
 
-Under such a load the chip runs at its limit of 700 W and 1.4 to 1.5 GHz, and medians of one variant differ by up to 8 %
-from run to run: smaller differences decide nothing. Registers of the loading warpgroup are chosen so that ptxas spills
+Under steady load the chip runs at its limit of 700 W and 1.4 to 1.5 GHz, and medians of one variant differ by 8 % from
+run to run: smaller differences decide nothing. Registers of the loading warpgroup are chosen so that ptxas spills
 nothing (`tests/pallas_kernels/compile_for_hopper.py`).
 """
 
