@@ -34,6 +34,7 @@ from deepseek_jax.data.tokenizer import Tokenizer, open_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import Tree, bind, split
 from deepseek_jax.precision.policy import policy
+from deepseek_jax.seeds import random_key
 from deepseek_jax.serve.generate import ENDED, Generator
 from deepseek_jax.serve.sampler import row_keys
 
@@ -132,14 +133,14 @@ class LanguageModel:
             max_new_tokens: at most so many.
             temperature: 0 takes the likeliest token each time.
             top_p: draws from the fewest likeliest tokens whose probabilities add up to it.
-            seed: same seed, same tokens.
+            seed: same seed, same tokens; 0 to 2^64 - 1.
             stop_ids: ids that end a sequence; `end_ids` by default, () for none.
 
         Returns:
             The new ids, with the stop id at the end if there was one: a list, or a list of lists for a batch.
 
         Raises:
-            UserError: prompt and new tokens exceed `n_positions`; an id out of range; an empty prompt.
+            UserError: prompt and new tokens exceed `n_positions`; an id or the seed out of range; an empty prompt.
         """
         if not hasattr(ids, "__len__"):
             raise UserError(f"generate({ids!r}): expected ids of one prompt, like [1, 2, 3], or a list of prompts.")
@@ -207,11 +208,12 @@ def build(config: str | ConfigDict, seed: int = 0) -> LanguageModel:
 
     Args:
         config: a name in `deepseek_jax.configs`, or a config.
-        seed: of the initialisers.
+        seed: of the initialisers, 0 to 2^64 - 1.
 
     Raises:
         UserError: no such config, or a model larger than this machine's memory.
     """
+    key = random_key(seed)
     config = _named_config(config) if isinstance(config, str) else config
     check_memory(config.name, abstract_weights(config))
 
@@ -219,7 +221,7 @@ def build(config: str | ConfigDict, seed: int = 0) -> LanguageModel:
         return split(module(config, key))[1:]
 
     # One program: run operation by operation, initialisers take many times longer.
-    params, router_bias = quick_compile(init)(jax.random.key(seed))
+    params, router_bias = quick_compile(init)(key)
     return LanguageModel(config, params, router_bias, source=f"fresh, seed {seed}")
 
 

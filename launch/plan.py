@@ -168,7 +168,7 @@ def question_of(config: ConfigDict, options, subject, job):
     from deepseek_jax.plan.activations import kept
     from deepseek_jax.plan.figures import DERIVED, FITTED, GIVEN, PUBLISHED
     from deepseek_jax.plan.report import Question
-    from deepseek_jax.train.optim import BatchRamp
+    from deepseek_jax.train.ramp import BatchRamp
 
     job.parts  # noqa: B018  what does not divide is refused before anything is traced
     run, module = subject.run or Run(""), family(config.family)

@@ -273,7 +273,7 @@ def build_trainer(config: ConfigDict, mesh):
 
 def batch_ramp(config: ConfigDict, n_devices: int):
     """How the batch grows. Raises UserError if it does not divide over the devices and micro-batches."""
-    from deepseek_jax.train.optim import BatchRamp
+    from deepseek_jax.train.ramp import BatchRamp
 
     train = config.train
     multiple = n_devices * train.micro_batches

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up.  A room imports itself and what stands on lower floors, never a neighbour on its own floor.
 FLOORS = (
     ("shapes", "errors", "streams"),
-    ("paths",),
-    ("compat",),
+    ("paths", "bounds"),
+    ("compat", "seeds"),
     ("precision", "data"),
     ("parallel",),
     ("layers",),

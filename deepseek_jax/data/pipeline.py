@@ -6,7 +6,7 @@ Every stage is a function of the index alone, so the whole state of the data pat
 resume is to ask for it.  Process p of n asks for its share of a batch with ``rows(start + p*count//n, count//n)``.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,7 +67,7 @@ class Samples:
         """Returns samples ``start`` to ``start + count``."""
         return self.dataset[int(start) : int(start) + int(count)].batch(int(count), batch_fn=_stack)[0]
 
-    def batch(self, bounds: np.ndarray) -> Batch:
+    def batch(self, bounds: tuple[int, int]) -> Batch:
         """Returns ``rows`` of a (start, count) pair."""
         return self.rows(*bounds)
 
@@ -103,13 +103,13 @@ class Split:
         return self._samples.rows(start, count)
 
     def batches(self, ranges: Iterable[tuple[int, int]]) -> Iterator[Batch]:
-        """Yields ``rows(start, count)`` for each of finitely many ranges, made ahead of time.
+        """Yields ``rows(start, count)`` for each range of a sequence, which is read as needed, made ahead of time.
 
         Threads of this process make them, or ``workers`` processes (which take seconds to start, and need the usual
         ``if __name__ == "__main__"`` in a script).  The batches are the same either way, and if a reader process dies.
         Close the iterator, or let it end, to stop the workers.
         """
-        bounds = np.array(list(ranges), np.int64).reshape(-1, 2)
+        bounds = ranges if isinstance(ranges, Sequence) else tuple(ranges)
         if self._workers:
             for batch in reader_processes.watched(lambda done: self._opened(bounds[done:]), len(bounds)):
                 yield Batch(*map(np.array, batch))  # a copy frees the shared memory
@@ -120,7 +120,7 @@ class Split:
         finally:
             iterator.close()
 
-    def _opened(self, bounds: np.ndarray) -> grain.DatasetIterator:
+    def _opened(self, bounds: Sequence[tuple[int, int]]) -> grain.DatasetIterator:
         """Returns an iterator over the batches of these ranges; its threads or processes start with the first one."""
         n_threads = 1 if self._workers else 2
         options = grain.ReadOptions(num_threads=n_threads, prefetch_buffer_size=READ_AHEAD)

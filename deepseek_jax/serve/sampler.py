@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from deepseek_jax.seeds import random_key
+
 
 def row_keys(seed: int, n_rows: int) -> jax.Array:
     """key_B: a key for each row, a function of the seed and the row's number alone."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(n_rows))
+    return jax.vmap(jax.random.fold_in, (None, 0))(random_key(seed), jnp.arange(n_rows))
 
 
 def sample(logits_BV: jax.Array, key_B: jax.Array, temperature: ArrayLike, top_p: ArrayLike) -> jax.Array:

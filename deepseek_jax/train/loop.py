@@ -19,7 +19,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.mesh import global_batch, largest
 from deepseek_jax.train.checkpoint import Checkpointer
 from deepseek_jax.train.metrics import Metrics, bits_per_byte
-from deepseek_jax.train.optim import BatchRamp
+from deepseek_jax.train.ramp import BatchRamp, Shares, share
 from deepseek_jax.train.step import Report, State, Trainer
 from deepseek_jax.train.stop import StopRequest
 
@@ -48,8 +48,7 @@ class LoopConfig:
 
 def local_rows(first: int, count: int) -> tuple[int, int]:
     """The (start, count) of this process's rows of a global batch."""
-    share = count // jax.process_count()
-    return first + share * jax.process_index(), share
+    return share(first, count, jax.process_index(), jax.process_count())
 
 
 class Asking:
@@ -155,17 +154,8 @@ class Loop:
     def batches(self, start: int) -> Iterator:
         """The global batches of the steps from `start` on, read ahead."""
         steps = range(start, self.config.steps)
-        ranges = (
-            local_rows(first, self.ramp.size(step)) for step, first in zip(steps, self._firsts(start), strict=True)
-        )
-        for rows in self.training.batches(ranges):
+        for rows in self.training.batches(Shares(self.ramp, steps, jax.process_index(), jax.process_count())):
             yield global_batch(rows, self.trainer.mesh)
-
-    def _firsts(self, start: int) -> Iterator[int]:
-        first = self.ramp.first(start)
-        for step in range(start, self.config.steps):
-            yield first
-            first += self.ramp.size(step)
 
     def look_at(self, step: int, report: Report) -> None:
         """Tells of a skipped step, and ends the run after too many in a row."""

@@ -1,18 +1,18 @@
-"""AdamW as V3 uses it, its learning-rate schedule, and the batch-size ramp.
+"""AdamW as V3 uses it, and its learning-rate schedule.
 
     rate:  0 -> peak (linear)  |  peak  |  peak -> tail (cosine)  |  tail  |  final
-    batch: grows linearly from `batch_size_start` to `batch_size`, then stays
 
 Weight decay shrinks matrices and tables; it spares gains and biases (`layers.base.vector`).  Paper: V3 section 4.2.
 """
 
-import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
+
+LAST = 2**31 - 1  # step that int32 counts to
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def learning_rate(c: OptimizerConfig) -> optax.Schedule:
     ]
     ends, end = [], 0
     for steps in (c.warmup_steps, c.constant_steps, c.cosine_steps, c.tail_steps):
-        end += steps
+        end = min(end + steps, LAST)
         ends.append(end)
     return optax.join_schedules(schedules, ends)
 
@@ -94,38 +94,3 @@ def _cast(tree: object, dtype: DTypeLike) -> object:
 
 def _kept(state: optax.ScaleByAdamState, dtype: DTypeLike) -> dict:
     return {"count": state.count, "mu": _cast(state.mu, dtype), "nu": _cast(state.nu, dtype)}
-
-
-LEVELS = 8
-
-
-@dataclass(frozen=True)
-class BatchRamp:
-    """How many sequences each step reads; the step number alone says which.
-
-    Attributes:
-        start: sequences of step 0.
-        final: sequences of each step after the ramp.
-        steps: length of the ramp; the batch grows in up to `LEVELS` jumps, each of which compiles the step anew.
-
-    Every size is a multiple of the greatest common divisor of the first and the last: it is the same on any mesh, and
-    divides over each mesh that the two divide over.
-    """
-
-    start: int
-    final: int
-    steps: int
-
-    def size(self, step: int) -> int:
-        """Sequences of `step`."""
-        if step >= self.steps:
-            return self.final
-        level = step * LEVELS // self.steps
-        grown = self.start + (self.final - self.start) * level // LEVELS
-        unit = math.gcd(self.start, self.final)
-        return grown // unit * unit
-
-    def first(self, step: int) -> int:
-        """Sequences read before `step`."""
-        ramp = min(step, self.steps)
-        return sum(map(self.size, range(ramp))) + (step - ramp) * self.final

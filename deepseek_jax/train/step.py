@@ -26,6 +26,7 @@ from deepseek_jax.layers.router import Balance, max_violation, updated_bias
 from deepseek_jax.parallel import zero
 from deepseek_jax.parallel.mesh import BATCH, REPLICATED, per_device, total
 from deepseek_jax.parallel.sharding import check_rules, expert_axis, placements, unsharder
+from deepseek_jax.seeds import random_key
 from deepseek_jax.train.loss import Losses, Totals, Weights, losses, totals
 from deepseek_jax.train.optim import OptimizerConfig, adamw_update, init_moments, learning_rate
 
@@ -155,7 +156,7 @@ class Trainer:
             expert_axis=expert_axis(rules, mesh),
             unshard=unsharder(rules, mesh),
         )
-        self._build = lambda seed: build(self.run, nnx.Rngs(seed))
+        self._build = lambda seed: build(self.run, nnx.Rngs(random_key(seed)))
         model = nnx.eval_shape(lambda: self._build(0))
         self.definition, params, router_bias = split(model)
         self.vocab_size = model.config.vocab_size

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from deepseek_jax.configs import v3_671b
-from deepseek_jax.train.optim import BatchRamp, OptimizerConfig, adamw_update, init_moments, learning_rate
+from deepseek_jax.train.optim import OptimizerConfig, adamw_update, init_moments, learning_rate
+from deepseek_jax.train.ramp import BatchRamp, Shares
 
 RECIPE = OptimizerConfig(
     peak_rate=1.0,
@@ -134,3 +135,34 @@ def test_the_published_recipe_adds_up_to_the_published_tokens():
     for step, published in steps.items():
         assert tokens(step) == pytest.approx(published, rel=1e-3)
     assert train.mtp_weight_switch == decay and train.balance_rate_stop == tail
+
+
+@pytest.mark.parametrize(("start", "final", "steps"), [(8, 64, 100), (8, 24, 5), (8, 40, 3), (16, 16, 0), (64, 8, 13)])
+def test_the_first_sample_of_a_step_is_the_sum_of_those_before(start, final, steps):
+    ramp = BatchRamp(start, final, steps)
+    assert [ramp.first(step) for step in range(120)] == [sum(map(ramp.size, range(step))) for step in range(120)]
+
+
+def test_the_processes_of_a_run_share_each_step():
+    ramp = BatchRamp(8, 24, 5)
+    sides = [Shares(ramp, range(2, 9), process, 2) for process in range(2)]
+    for step, (one, other) in enumerate(zip(*sides, strict=True), 2):
+        assert one == (ramp.first(step), ramp.size(step) // 2)
+        assert other == (sum(one), one[1])
+    assert list(sides[0][3:]) == list(sides[0])[3:]
+
+
+def test_a_run_of_a_thousand_million_steps_costs_no_memory():
+    """Nothing is listed: the last step of two thousand million is known at once."""
+    steps, ramp = 2 * 10**9, BatchRamp(8, 64, 10**9)
+    shares = Shares(ramp, range(steps))
+    assert len(shares) == steps
+    assert shares[steps - 1] == (ramp.first(steps - 1), 64)
+    assert shares[: 10**9][-1][0] + shares[10**9 - 1][1] == ramp.first(10**9)
+
+
+def test_schedules_as_long_as_they_may_be_do_not_overflow():
+    longest = 2 * 10**9
+    recipe = dataclasses.replace(RECIPE, constant_steps=longest, cosine_steps=longest, tail_steps=longest)
+    assert float(learning_rate(recipe)(jnp.int32(longest))) == 1.0
+    assert float(learning_rate(dataclasses.replace(recipe, warmup_steps=longest))(jnp.int32(10**9))) == 0.5
