@@ -1,12 +1,12 @@
-"""Errors that are the user's to mend."""
+"""Errors that are the user's to fix."""
 
 
 class UserError(Exception):
-    """A wrong input: the message says what was given, what was wanted and what to do, in one or two lines.
+    """A wrong input: the message says what was given, what was expected and what to do, in one or two lines.
 
     The command line prints the message without a traceback and exits with code 2.
     """
 
 
 class LocalError(UserError):
-    """A UserError that one process of several may meet alone: the others have to be told."""
+    """A UserError that one process of several may meet alone: it ends that process, and the others hear of it."""

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from deepseek_jax.errors import UserError
+from deepseek_jax.errors import LocalError
 
 LOOK_S = 1.0
 GRACE_S = 5.0  # in which the death of a reader may still come out as an error of its own
@@ -40,7 +40,7 @@ def watched(open_at: Open, count: int) -> Iterator[Any]:
       count: of batches.
 
     Raises:
-      UserError: readers die again and again.
+      LocalError: readers die again and again; those of other processes may be well.
     """
     done, deaths = 0, 0
     while done < count:
@@ -51,7 +51,7 @@ def watched(open_at: Open, count: int) -> Iterator[Any]:
         except ReaderDied as error:
             deaths += 1
             if deaths == MOST_DEATHS:
-                raise UserError(
+                raise LocalError(
                     f"reader processes end again and again before they have made a batch ({error}). They may need more "
                     "memory than there is: lower data.workers, or set it to 0 to read in threads."
                 ) from error

@@ -14,7 +14,7 @@ import pytest
 from deepseek_jax.data import reader_processes
 from deepseek_jax.data.pipeline import open_split
 from deepseek_jax.data.reader_processes import NAME, watched
-from deepseek_jax.errors import UserError
+from deepseek_jax.errors import LocalError
 
 NOTICED_S = 30
 COUNT = 6  # batches of `Stuck`
@@ -86,7 +86,7 @@ def test_a_batch_that_never_comes_is_asked_for_again(quick):
 
 
 def test_readers_that_always_die_end_the_run_in_words(quick):
-    with pytest.warns(UserWarning), pytest.raises(UserError, match="lower data.workers, or set it to 0"):
+    with pytest.warns(UserWarning), pytest.raises(LocalError, match="lower data.workers, or set it to 0"):
         list(watched(lambda start: Stuck(start, start), COUNT))
 
 
