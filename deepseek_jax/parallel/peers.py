@@ -47,7 +47,7 @@ class Peers:
     """
 
     def __init__(self, advice: Callable[[], str], leave: Callable[[int], None] = os._exit):
-        self.advice, self._leave = advice, leave
+        self._advise, self._leave = advice, leave
         self.index, self.count = jax.process_index(), jax.process_count()
         self._store = compat.process_store() if self.count > 1 else None
         self._over = threading.Event()
@@ -69,6 +69,12 @@ class Peers:
             self._shortly(lambda: self._announce(error))
         self._shortly(lambda: self._store.set(_key(self.index), GOODBYE))
         self._over.set()
+
+    def advice(self) -> str:
+        """Returns the advice, or "" where the checkpoints cannot be looked at: their disk may be gone as well."""
+        found: list[str] = []
+        self._shortly(lambda: found.append(self._advise()))
+        return "".join(found)
 
     def guard(self, stop: Stop) -> "Guard":
         """A context around what all processes do together; see ``Guard``."""

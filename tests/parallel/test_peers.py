@@ -89,6 +89,23 @@ def test_a_coordinator_that_is_gone_is_noticed(store, capfd, monkeypatch, answer
     assert "process 0, which all others rely on, has not answered" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("problem", [OSError("stale file handle"), None])
+def test_checkpoints_that_cannot_be_looked_at_do_not_keep_a_process(store, capfd, monkeypatch, problem):
+    def advice():
+        if problem is None:
+            never.wait(5)
+            return "too late"
+        raise problem
+
+    never, codes = threading.Event(), []
+    monkeypatch.setattr(peers_module, "ANNOUNCE_S", 0.1)
+    Peers(advice, leave=codes.append).lost("process 0 is gone.")
+    never.set()
+    assert codes == [LOST]
+    shown = capfd.readouterr().err
+    assert "process 0 is gone." in shown and "too late" not in shown
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
