@@ -26,7 +26,7 @@ class DamagedFile(LocalError):
 
 
 def seal(path: Path) -> dict:
-    """Writes the hashes of a file's blocks beside it; returns what ``Blocks`` is to be told."""
+    """Writes the hashes of a file's blocks beside it; returns what ``Blocks`` needs to check it."""
     digests, size = bytearray(), 0
     with open(path, "rb") as file:
         while block := file.read(BLOCK_BYTES):

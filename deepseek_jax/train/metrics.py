@@ -360,7 +360,7 @@ def _number(value: Any) -> int | float:
 
 
 def _finite(value: Any) -> Any:
-    """Replaces nan and inf, which JSON lacks, by their names; ``float`` reads them back."""
+    """Replaces nan and inf, which JSON does not have, by their names; ``float`` reads them back."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -124,7 +124,7 @@ class StreamedStep:
         if len(index) != self._lead.setdefault(name, len(index)) or any(
             not 0 <= i < n for i, n in zip(index, shape, strict=False)
         ):
-            raise ValueError(f"{name}{list(index)}: wanted {self._lead[name]} indices inside {list(shape)}.")
+            raise ValueError(f"{name}{list(index)}: expected {self._lead[name]} indices inside {list(shape)}.")
         if self.is_done(name, index):
             return
         chunks = _chunk_files(shape, dtype, index)
@@ -154,7 +154,7 @@ class StreamedStep:
             self._commit(meta)
 
     def close(self) -> None:
-        """Flushes what was written and lets go of the directory; what is not committed can be gone on with."""
+        """Flushes what was written and lets go of the directory; what is not committed can be resumed."""
         self._writers.shutdown()
         self._journal.close()
         self._lock.release()
@@ -235,7 +235,7 @@ class StreamedStep:
             yield
         except OSError as error:
             text = f"{self.path} could not be written ({error.strerror})"
-            raise UserError(f"{text}. Mend that; the same command then goes on from here.") from error
+            raise UserError(f"{text}. Fix that; the same command then resumes here.") from error
 
     def _write_chunk(self, job: "_Job", number: int, path: Path, block: np.ndarray, size: int) -> None:
         """Runs in a thread; the last chunk of a piece enters it into the journal, unless any has failed."""
