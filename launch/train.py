@@ -141,7 +141,7 @@ def train(config: ConfigDict, workdir: Path, stop, again: str, peers) -> bool:
             for change in changed:
                 metrics.message(f"changed since the checkpoint: config.{change}")
             if start >= config.train.steps:
-                metrics.message(f"This run has reached step {start}. To go on: --config.train.steps={2 * start}")
+                metrics.message(f"This run has reached step {start}. To continue: --config.train.steps={2 * start}")
                 return True
             loop = Loop(
                 trainer,
@@ -394,7 +394,7 @@ def _positive(*paths: str):
         for path in paths:
             group, key = path.split(".")
             if config[group][key] < 1:
-                return f"config.{path}={config[group][key]}: wanted 1 or more."
+                return f"config.{path}={config[group][key]}: expected 1 or more."
         return None
 
     return check
@@ -418,16 +418,16 @@ def _known_moments(config: ConfigDict) -> str | None:
 def _rates(config: ConfigDict) -> str | None:
     for key in ("peak_rate", "tail_rate", "final_rate", "clip_norm"):
         if not 0 < config.optimizer[key] < float("inf"):
-            return f"config.optimizer.{key}={config.optimizer[key]}: wanted a number above 0."
+            return f"config.optimizer.{key}={config.optimizer[key]}: expected a number above 0."
     for key in ("warmup_steps", "constant_steps", "cosine_steps", "tail_steps"):
         if config.optimizer[key] < 0:
-            return f"config.optimizer.{key}={config.optimizer[key]}: wanted 0 or more."
+            return f"config.optimizer.{key}={config.optimizer[key]}: expected 0 or more."
     return None
 
 
 def _ramp(config: ConfigDict) -> str | None:
     if config.train.batch_ramp_steps < 0:
-        return f"config.train.batch_ramp_steps={config.train.batch_ramp_steps}: wanted 0 or more."
+        return f"config.train.batch_ramp_steps={config.train.batch_ramp_steps}: expected 0 or more."
     return None
 
 

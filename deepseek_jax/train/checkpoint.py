@@ -63,7 +63,7 @@ class Checkpointer:
     ):
         check_local(directory)
         if keep < 1:
-            raise UserError(f"checkpoint.keep is {keep}: wanted 1 or more.")
+            raise UserError(f"checkpoint.keep is {keep}: expected 1 or more.")
         self.directory = Path(os.path.abspath(directory))
         self.keep = keep
         self._warn, self._messages, self._told = warn, deque(), set()
@@ -111,7 +111,7 @@ class Checkpointer:
         texts = _json_files(meta or {})
         step = int(step)
         if not 0 <= step < 2**31:
-            raise UserError(f"checkpoint step {step}: wanted 0 or more (and less than 2**31).")
+            raise UserError(f"checkpoint step {step}: expected 0 or more (and less than 2**31).")
         self.wait()
         if self._admit(step) != _WRITE:
             return
@@ -318,7 +318,7 @@ class Checkpointer:
         committed = self.steps()
         if not committed:
             litter = [f" (step {unfinished} is unfinished)" for unfinished in files.step_dirs(self.directory)]
-            raise UserError(f"no checkpoint in {self.directory}{''.join(litter[-1:])}: wanted one saved by a run.")
+            raise UserError(f"no checkpoint in {self.directory}{''.join(litter[-1:])}: expected one saved by a run.")
         if step is not None and step not in committed:
             raise UserError(f"no checkpoint of step {step} in {self.directory}: it holds steps {committed}.")
         for unfinished in set(files.step_dirs(self.directory)) - set(committed):

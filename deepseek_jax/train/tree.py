@@ -21,10 +21,10 @@ def flatten(tree: dict, leaf_types=jax.Array) -> dict[str, jax.Array]:
         if isinstance(node, dict):
             for key in node:
                 if not isinstance(key, str) or not key or set(key) & set("/."):
-                    raise UserError(f"checkpoint entry {key!r} under '{name}': wanted a name without '/' and '.'.")
+                    raise UserError(f"checkpoint entry {key!r} under '{name}': expected a name without '/' and '.'.")
                 walk(node[key], (*path, key))
         elif not isinstance(node, leaf_types) or not hasattr(node, "dtype"):
-            raise UserError(f"checkpoint leaf '{name}' is a {type(node).__name__}: wanted a jax array.")
+            raise UserError(f"checkpoint leaf '{name}' is a {type(node).__name__}: expected a jax array.")
         elif jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
             raise UserError(f"checkpoint leaf '{name}' is a random key: save jax.random.key_data of it.")
         else:
@@ -63,7 +63,7 @@ def compare(where: str, saved: dict[str, dict], wanted: dict) -> None:
     if differing:
         name, more = differing[0], f" ({len(differing) - 1} more leaves differ)" if len(differing) > 1 else ""
         raise UserError(
-            f"{where}: '{name}' is {have.get(name, 'absent')} there, wanted {want.get(name, 'no such leaf')}{more}."
+            f"{where}: '{name}' is {have.get(name, 'absent')} there, expected {want.get(name, 'no such leaf')}{more}."
             " Use the config that wrote the checkpoint."
         )
 

@@ -152,7 +152,7 @@ def test_a_part_of_the_tree_can_be_read(checkpoints):
     part = {key: state[key] for key in ("params", "router_bias")}
     _, restored, _ = checkpoints.restore(abstract_of(part, mesh_of(2)), keys=("params", "router_bias"))
     assert_same(part, restored)
-    with pytest.raises(UserError, match="'key' is uint32.2. there, wanted no such leaf"):
+    with pytest.raises(UserError, match="'key' is uint32.2. there, expected no such leaf"):
         checkpoints.restore(abstract_of(part))
 
 
@@ -171,10 +171,10 @@ def change(state, kind):
 @pytest.mark.parametrize(
     "kind, words",
     [
-        ("dtype", r"'params/head_DV' is float32\[16,8\] there, wanted bfloat16\[16,8\]"),
-        ("shape", r"'params/head_DV' is float32\[16,8\] there, wanted float32\[8,16\]"),
-        ("missing", r"'params/more/gate' is absent there, wanted float32\[3\]"),
-        ("extra", r"'params/head_DV' is float32\[16,8\] there, wanted no such leaf"),
+        ("dtype", r"'params/head_DV' is float32\[16,8\] there, expected bfloat16\[16,8\]"),
+        ("shape", r"'params/head_DV' is float32\[16,8\] there, expected float32\[8,16\]"),
+        ("missing", r"'params/more/gate' is absent there, expected float32\[3\]"),
+        ("extra", r"'params/head_DV' is float32\[16,8\] there, expected no such leaf"),
     ],
 )
 def test_a_state_that_differs_is_refused_by_leaf(checkpoints, kind, words):
