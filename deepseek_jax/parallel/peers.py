@@ -190,7 +190,9 @@ def is_transfer_failure(error: Exception) -> bool:
         "task",
     )
     text = str(error).lower()
-    return isinstance(error, jax.errors.JaxRuntimeError) and any(word in text for word in words)
+    if not isinstance(error, jax.errors.JaxRuntimeError) or text.startswith(("resource_exhausted", "invalid_argument")):
+        return False
+    return any(word in text for word in words)
 
 
 def first_line(error: BaseException) -> str:

@@ -110,7 +110,7 @@ def test_checkpoints_that_cannot_be_looked_at_do_not_keep_a_process(store, capfd
     ("error", "code"),
     [
         (jax.errors.JaxRuntimeError("UNKNOWN: Gloo ReduceScatter failed: Connection reset by peer"), LOST),
-        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), 1),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory for the peer buffers of NCCL"), 1),
         (LocalError("tokens.uint16 has changed"), 2),
         (KeyboardInterrupt(), 130),
         (ZeroDivisionError("division by zero"), 1),
