@@ -17,7 +17,7 @@ from deepseek_jax.errors import UserError
 
 # Between processes: the project's own watch (parallel/peers.py) comes first and can say what it found; JAX's ends the
 # program without a word.
-HEARTBEAT_TIMEOUT_S = 60
+HEARTBEAT_TIMEOUT_S = 90
 SHUTDOWN_TIMEOUT_S = 30
 
 

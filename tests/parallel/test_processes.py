@@ -13,6 +13,7 @@ import pytest
 
 from deepseek_jax import compat
 from deepseek_jax.errors import UserError
+from deepseek_jax.parallel.peers import GRACE_S, LOST_S
 from deepseek_jax.train.metrics import read_log
 
 CONFIG = str(Path(__file__).parent.parent / "train" / "nano_v3.py")
@@ -27,7 +28,7 @@ def joined(monkeypatch) -> list[dict]:
     calls: list[dict] = []
 
     def record(heartbeat_timeout_seconds: int, shutdown_timeout_seconds: int, **given: object) -> None:
-        assert 30 < heartbeat_timeout_seconds <= 60  # the project's own watch comes first, and JAX's within a minute
+        assert LOST_S + 2 * GRACE_S < heartbeat_timeout_seconds <= 90  # the project's own watch comes first
         calls.append(given)
 
     monkeypatch.setattr(jax.distributed, "initialize", record)
