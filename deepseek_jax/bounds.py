@@ -2,7 +2,7 @@
 
     "optimizer.beta2": number(0, 1, below=True),      "train.eval_batches": whole(1, STEPS),
 
-Keys of a run, of its model and the flags of the verbs have them.
+`launch/_bounds.py` has the keys of a run, `models/checks.py` those of its model, a verb its own flags.
 """
 
 import math
@@ -70,10 +70,10 @@ def switch() -> Bound:
     return Bound("True or False", lambda value: type(value) is bool)
 
 
-def text(least: int = 0) -> Bound:
-    """Text of `least` characters or more, without the character NUL."""
-    expected = "text that is not empty" if least else "text"
-    return Bound(expected, lambda value: isinstance(value, str) and len(value) >= least and "\0" not in value)
+def text(least: int = 0, most: int = 1000) -> Bound:
+    """Text of `least` to `most` characters, without the character NUL."""
+    expected = f"text of {least} to {most:,} characters"
+    return Bound(expected, lambda value: isinstance(value, str) and least <= len(value) <= most and "\0" not in value)
 
 
 def path(least: int = 0) -> Bound:
@@ -81,7 +81,7 @@ def path(least: int = 0) -> Bound:
 
     def holds(value: Any) -> bool:
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
-        if not text(least).holds(value):
+        if not text(least, PATH_BYTES).holds(value):
             return False
         try:
             raw = os.fsencode(Path(value).expanduser())

@@ -119,22 +119,6 @@ def inherit(config: ConfigDict, overrides: Mapping[str, str], workdir: Path) -> 
             config.release.update({"bos_id": None, "pad_id": None, "eos_ids": (), "end_ids": ()} | given)
 
 
-def release_keys(config: ConfigDict) -> str | None:
-    """What is wrong with the keys of `config.release`, if anything is."""
-    from deepseek_jax.convert.hf_config import LARGEST, MOST_POSITIONS
-
-    release = config.release
-    for key in ("bos_id", "pad_id", "eos_ids", "end_ids"):
-        ids = (
-            release[key] if isinstance(release[key], (tuple, list)) else () if release[key] is None else (release[key],)
-        )
-        if not all(type(i) is int and 0 <= i <= LARGEST for i in ids):
-            return f"config.release.{key}={release[key]}: expected token ids, integers from 0 to {LARGEST:,}."
-    if not 0 <= release.n_positions <= MOST_POSITIONS:
-        return f"config.release.n_positions={release.n_positions}: expected 0 to {MOST_POSITIONS:,} tokens."
-    return None
-
-
 def checked(named: str, own: str, origin: str) -> str:
     """Returns the tokenizer to use, of the one named by the user and the one that belongs to the weights."""
     from deepseek_jax.data.tokenizer import open_tokenizer

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 
+from deepseek_jax.bounds import number, path, whole
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
 
@@ -22,10 +23,10 @@ EXTRA = {
     "shapes": (str, f"{FORWARD},{SMALL}", "m x n x k of the products, separated by commas"),
     "gradient_shapes": (str, "4096x7168x4096,7168x2048x4096", "of weight gradients: scales per 1 x 128 on both sides"),
     "quantize_shapes": (str, "4096x7168,8192x7168", "m x k of matrices to quantise along both axes"),
-    "rounds": (int, 9, "times that each side is measured"),
-    "seconds": (float, 0.03, "length of one measurement"),
+    "rounds": (int, 9, "times that each side is measured", whole(1, 10**6)),
+    "seconds": (float, 0.03, "length of one measurement", number(1e-6, 3600)),
     "peer": (bool, True, "measure torch as well, if it is installed"),
-    "json": (str, "", "file to which each row is appended as JSON"),
+    "json": (str, "", "file to which each row is appended as JSON", path()),
 }
 SET_BYTES = 3e9  # of all input and output sets of a shape
 
@@ -33,8 +34,6 @@ SET_BYTES = 3e9  # of all input and output sets of a shape
 def main(argv: list[str]) -> int:
     """Runs the bench; returns the exit code."""
     options = _options.parse(argv, extra=EXTRA, config=False, workdir=False)
-    if options.rounds < 1 or options.seconds <= 0:
-        raise UserError(f"--rounds={options.rounds}, --seconds={options.seconds}: expected positive numbers.")
     shapes = [(shape, True) for shape in parsed(options.shapes, 3)]
     shapes += [(shape, False) for shape in parsed(options.gradient_shapes, 3)]
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too

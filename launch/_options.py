@@ -8,11 +8,13 @@ Every value may stand after ``=`` or as the next word.  Overrides are typed by t
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import importlib
 import importlib.util
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +23,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from deepseek_jax.bounds import Bound, in_line
+from deepseek_jax.bounds import path as path_bound
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _beginning, _hints
 from deepseek_jax.paths import check_local
@@ -30,6 +34,7 @@ __all__ = ["REQUIRED", "from_json", "load", "names", "override", "parse", "to_js
 
 BEGINNING = "train.init_from"
 PATHS = (BEGINNING, "data.source", "data.tokenizer", "data.cache_dir", "release.folder")  # keys of files and folders
+UNREADABLE = (flags.Error, ValueError, TypeError, SyntaxError, MemoryError, RecursionError)  # what text may raise
 REQUIRED = object()  # as the default of a verb's flag: must be given
 
 
@@ -40,12 +45,13 @@ class Flag:
     type: Callable[[str], Any]
     default: Any
     help: str
+    bound: Bound | None = None
 
 
 def parse(
     argv: list[str],
     default_config: str | None = None,
-    extra: Mapping[str, tuple[Callable[[str], Any], Any, str]] | None = None,
+    extra: Mapping[str, tuple] | None = None,
     *,
     config: bool = True,
     workdir: bool = True,
@@ -55,8 +61,9 @@ def parse(
     Args:
       argv: the words after the verb.
       default_config: the config taken without ``--config``; None: ``--config`` may be left out and gives config None.
-      extra: the verb's own flags, name -> (type, default, help); underscores become dashes on the command line,
-        ``bool`` makes a switch (``--name``, ``--no-name``, ``--name=true``), default ``REQUIRED`` asks for a value.
+      extra: the verb's own flags, name -> (type, default, help), and a `Bound` after those of a number; underscores
+        become dashes on the command line, ``bool`` makes a switch (``--name``, ``--no-name``, ``--name=true``), default
+        ``REQUIRED`` asks for a value.
       config: whether the verb takes ``--config`` and its overrides.
       workdir: whether it takes ``--workdir``.
 
@@ -119,13 +126,17 @@ def load(name: str, flag: str = "--config") -> ConfigDict:
     if not is_path and name not in (*names(), "base"):
         raise UserError(f"{flag}={name}: no such config. {_nearest(name, names(), 'Configs: ')}")
     try:
-        module = _execute(Path(name)) if is_path else importlib.import_module(f"deepseek_jax.configs.{name}")
-        config = module.get_config()
+        with contextlib.redirect_stdout(sys.stderr):  # what the file prints is no output of the verb
+            module = _execute(Path(name)) if is_path else importlib.import_module(f"deepseek_jax.configs.{name}")
+            config = module.get_config() if callable(getattr(module, "get_config", None)) else module
+        list(_paths(config) if isinstance(config, ConfigDict) else ())
     except UserError:
         raise
-    except Exception as error:  # whatever a file that the user wrote may raise
-        place = _place(error)
-        raise UserError(f"{flag}={name}: the file raised {type(error).__name__}: {error}{place}. Mend it.") from error
+    except (Exception, SystemExit) as error:  # whatever a file that the user wrote may raise
+        what = f"{type(error).__name__}: {error}".removesuffix(": ")
+        raise UserError(f"{flag}={name}: the file raised {in_line(what)}{_place(error)}. Fix it.") from error
+    if config is module:
+        raise UserError(f"{flag}={name}: the file has no function get_config(). Write one that returns a ConfigDict.")
     if not isinstance(config, ConfigDict):
         raise UserError(f"{flag}={name}: get_config() gave a {type(config).__name__}; it must return a ConfigDict.")
     if "name" in config and (is_path or not config.name):  # a file's parent has named itself already
@@ -148,8 +159,9 @@ def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
         try:
             config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["", argument])
             values(["", argument])
-        except (flags.Error, ValueError, TypeError, SyntaxError) as error:
-            raise UserError(f"config.{path}={text}: wanted {_article(type(old).__name__)}, like {old!r}.") from error
+        except UNREADABLE as error:
+            expected = _article(type(old).__name__)
+            raise UserError(f"config.{path}={in_line(text)}: expected {expected}, like {old!r}.") from error
     return config
 
 
@@ -212,21 +224,21 @@ def _convert(name: str, flag: Flag, text: str) -> Any:
     if flag.type is bool:
         words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
         if text.lower() not in words:
-            raise UserError(f"--{name}={text}: wanted true or false.")
+            raise UserError(f"--{name}={in_line(text)}: expected true or false.")
         return words[text.lower()]
     if flag.type in (Path, _directory):
         check_local(text, f"--{name}")
+        path_bound(1).check(f"--{name}", text)
     try:
-        return flag.type(text)
+        value = flag.type(text)
     except (ValueError, TypeError) as error:
-        wanted = _article(getattr(flag.type, "__name__", "value"))
-        raise UserError(f"--{name}={text}: wanted {wanted} ({flag.help}).") from error
+        expected = _article(getattr(flag.type, "__name__", "value"))
+        raise UserError(f"--{name}={in_line(text)}: expected {expected} ({flag.help}).") from error
+    return value if flag.bound is None else flag.bound.check(f"--{name}", value)
 
 
 def _directory(text: str) -> Path:
     """Reads a path, with ~ for the home directory."""
-    if not text:
-        raise UserError("--workdir= is empty. Give the directory of the run, like --workdir=runs/first.")
     return Path(text).expanduser()
 
 
@@ -268,7 +280,7 @@ def _set_untyped(config: ConfigDict, path: str, text: str) -> None:
         config = config[parent]
     try:
         config[key] = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except UNREADABLE:
         config[key] = text
 
 

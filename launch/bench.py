@@ -22,14 +22,15 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from deepseek_jax.bounds import path, whole
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _bench_kernels, _options, train
 
 EXTRA = {
-    "turns": (int, 15, "times that each side is measured"),
-    "steps": (int, 4, "training steps of one turn"),
+    "turns": (int, 15, "times that each side is measured", whole(1, 10**6)),
+    "steps": (int, 4, "training steps of one turn", whole(1, 10**6)),
     "peer": (bool, True, "measure transformers on torch as well"),
-    "peer_python": (str, sys.executable, "the interpreter that has torch and transformers"),
+    "peer_python": (str, sys.executable, "the interpreter that has torch and transformers", path(1)),
 }
 
 
@@ -41,9 +42,6 @@ def main(argv: list[str]) -> int:
     options = _options.parse(argv[1:] if subject else argv, "micro_v3", EXTRA, workdir=False)
     if subject != "train":
         raise UserError(f"bench {subject or ''}: no such bench. Give: deepseek-jax bench train, or bench kernels")
-    for name in ("turns", "steps"):
-        if vars(options)[name] < 1:
-            raise UserError(f"--{name}={vars(options)[name]}: wanted 1 or more.")
     config = _options.validate(options.config, train.CHECKS)
     with contextlib.ExitStack() as stack:
         sides = {"deepseek_jax": Ours(config)}

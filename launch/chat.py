@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deepseek_jax.bounds import SEED, STEPS, number, path, whole
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
 from deepseek_jax.launch.generate import write
@@ -31,14 +32,24 @@ if TYPE_CHECKING:
     from deepseek_jax.serve.dialogue import Dialogue, Piece
 
 FLAGS = {
-    "from": (str, "", "directory of published weights, or their id on the hub"),
+    "from": (str, "", "directory of published weights, or their id on the hub", path()),
     "template": (str, "", "chat template, where the model's own is not found beside its tokenizer"),
     "system": (str, "", "system prompt"),
     "thinking": (bool, None, "let the prompt open a thought (default: as the model's template does)"),
-    "max_tokens": (int, 2048, "new tokens per answer at most"),
-    "temperature": (float, None, "0 takes the likeliest token (default: as generation_config.json says, or 0.6)"),
-    "top_p": (float, None, "draw from the likeliest tokens that make up this share (default: likewise, or 0.95)"),
-    "seed": (int, 0, "the same seed and messages draw the same answers"),
+    "max_tokens": (int, 2048, "new tokens per answer at most", whole(1, STEPS)),
+    "temperature": (
+        float,
+        None,
+        "0 takes the likeliest token (default: as generation_config.json says, or 0.6)",
+        number(0, 1e6),
+    ),
+    "top_p": (
+        float,
+        None,
+        "draw from the likeliest tokens that make up this share (default: likewise, or 0.95)",
+        number(0, 1),
+    ),
+    "seed": (int, 0, "the same seed and messages draw the same answers", SEED),
 }
 QUOTES = '"""'
 PASTE_S = 0.02  # lines that come faster than this one after the other were pasted

@@ -12,16 +12,22 @@ import sys
 import time
 from pathlib import Path
 
+from deepseek_jax.bounds import SEED, STEPS, number, whole
 from deepseek_jax.convert import hub
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
 
 FLAGS = {
     "prompt": (str, "-", "text to go on from; - reads standard input"),
-    "max_tokens": (int, 200, "new tokens at most"),
-    "temperature": (float, 0.8, "0 takes the likeliest token, 1 draws from the model's own probabilities"),
-    "top_p": (float, 0.95, "draw from the likeliest tokens that make up this share"),
-    "seed": (int, 0, "the same seed draws the same text"),
+    "max_tokens": (int, 200, "new tokens at most", whole(1, STEPS)),
+    "temperature": (
+        float,
+        0.8,
+        "0 takes the likeliest token, 1 draws from the model's own probabilities",
+        number(0, 1e6),
+    ),
+    "top_p": (float, 0.95, "draw from the likeliest tokens that make up this share", number(0, 1)),
+    "seed": (int, 0, "the same seed draws the same text", SEED),
 }
 DEFAULT_WORKDIR = Path("runs") / "tiny_v3"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could upset a terminal

@@ -16,11 +16,13 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from deepseek_jax.bounds import whole
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options, train
 
 DEFAULT = "tiny_v3"
 HEADER = ("weight", "shape", "dtype", "logical axes", "split over", "weight/device", "optimiser/device")
+EXTRA = {"devices": (int, 0, "devices of the mesh; 0: as many as config.mesh says", whole(0, 10**9))}
 RIGHT = ("weight/device", "optimiser/device")
 
 
@@ -39,8 +41,7 @@ class Weight(NamedTuple):
 def main(argv: list[str]) -> int:
     """Runs the verb; returns the exit code."""
     of_a_run = any(word.startswith("--workdir") for word in argv)
-    extra = {"devices": (int, 0, "devices of the mesh; 0: as many as config.mesh says")}
-    options = _options.parse(argv, None if of_a_run else DEFAULT, extra)
+    options = _options.parse(argv, None if of_a_run else DEFAULT, EXTRA)
     if options.workdir and options.config:
         raise UserError("--workdir and --config given: a run has a config of its own. Give one of them.")
     if options.workdir:

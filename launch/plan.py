@@ -29,6 +29,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from deepseek_jax.bounds import besides, number, path, whole
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options, _suggest, inspect, train
 from deepseek_jax.paths import check_local
@@ -37,24 +38,32 @@ from deepseek_jax.plan.published import RUNS, Run
 DEFAULT = "v3_671b"
 EXTRA = {
     "chip": (str, "", "like h100, 8xh100, v5p-512, or NAME:KEY=NUMBER,… over a known one (default: h800)"),
-    "devices": (int, 0, "how many chips; 0: as --chip says or as published, else as many as config.mesh says"),
+    "devices": (
+        int,
+        0,
+        "how many chips; 0: as --chip says or as published, else as many as config.mesh says",
+        whole(0, 10**9),
+    ),
     "suggest": (bool, False, "name meshes that fit, the fastest first, instead of planning the config's own"),
     "schedule": (str, "", "1f1b, zb1p, dualpipe or dualpipev; of the pipeline"),
     "recipe": (str, "", "run, bf16 or v3; what is kept in which format"),
-    "efficiency": (float, 0.0, "what matmuls reach of their peak; 0: the number calibrated for the recipe"),
-    "step_time_s": (float, 0.0, "a measured step, in seconds"),
-    "tokens": (float, 0.0, "tokens of the whole run, like 14.8e12; 0: as published, else those of train.steps"),
-    "price": (float, 2.0, "dollars for an hour of one chip"),
+    "efficiency": (
+        float,
+        0.0,
+        "what matmuls reach of their peak; 0: the number calibrated for the recipe",
+        besides(number(1e-6, 1), 0),
+    ),
+    "step_time_s": (float, 0.0, "a measured step, in seconds", besides(number(1e-6, 1e9), 0)),
+    "tokens": (
+        float,
+        0.0,
+        "tokens of the whole run, like 14.8e12; 0: as published, else those of train.steps",
+        besides(number(1, 1e18), 0),
+    ),
+    "price": (float, 2.0, "dollars for an hour of one chip", besides(number(1e-6, 1e6), 0)),
     "against": (str, "", "another config to compare with"),
     "json": (bool, False, "print one JSON object"),
-    "picture": (str, "", "file for a bar chart of the memory, like memory.png"),
-}
-BOUNDS = {  # of numbers that are given; past these no figure means anything
-    "devices": (1, 1e9),
-    "efficiency": (1e-6, 1),
-    "step_time_s": (1e-6, 1e9),
-    "tokens": (1, 1e18),
-    "price": (1e-6, 1e6),
+    "picture": (str, "", "file for a bar chart of the memory, like memory.png", path()),
 }
 
 
@@ -62,10 +71,6 @@ def main(argv: list[str]) -> int:
     """Runs the verb; returns the exit code."""
     options = _options.parse(argv, DEFAULT, EXTRA, workdir=False)
     config = _options.validate(options.config, train.CHECKS)
-    for name, (least, most) in BOUNDS.items():
-        value = vars(options)[name]
-        if value != 0 and not least <= value <= most:
-            raise UserError(f"--{name.replace('_', '-')}={value}: wanted a number from {least:g} to {most:g}, or 0.")
     from deepseek_jax.plan import figures, report
     from deepseek_jax.plan.memory import capacity, fullest
     from deepseek_jax.plan.verdict import verdict

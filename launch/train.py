@@ -28,10 +28,11 @@ from ml_collections import ConfigDict
 
 from deepseek_jax import streams
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _beginning, _options
+from deepseek_jax.launch import _beginning, _bounds, _options
 from deepseek_jax.launch._progress import Progress
 
 DEFAULT = "tiny_v3"
+EXTRA = {"sample": (bool, True, "end with a generated sample")}
 # What may not change within a run: the network, and what decides the order of its samples.  The text itself is compared
 # by its fingerprint.
 FIXED = ("family", "model", "seed", "data.seq_len", "data.fim_rate", "data.mask_documents", "data.holdout_rate")
@@ -41,7 +42,7 @@ SAMPLE = "    def __init__(self"  # what the model goes on from when a run has e
 
 def main(argv: list[str]) -> int:
     """Runs the verb; returns the exit code."""
-    options = _options.parse(argv, DEFAULT, {"sample": (bool, True, "end with a generated sample")})
+    options = _options.parse(argv, DEFAULT, EXTRA)
     config = options.config
     workdir = options.workdir or Path("runs") / config.name
     leave_own_text(config, options.overrides)
@@ -389,56 +390,4 @@ def show_sample(config: ConfigDict, workdir: Path) -> None:
         print(f"no sample: {error}")
 
 
-def _positive(*paths: str):
-    def check(config: ConfigDict) -> str | None:
-        for path in paths:
-            group, key = path.split(".")
-            if config[group][key] < 1:
-                return f"config.{path}={config[group][key]}: expected 1 or more."
-        return None
-
-    return check
-
-
-def _known_remat(config: ConfigDict) -> str | None:
-    from deepseek_jax.layers.base import REMAT
-
-    if config.train.remat not in REMAT:
-        return f"config.train.remat={config.train.remat!r}: no such policy. Choose one of {', '.join(REMAT)}."
-    return None
-
-
-def _known_moments(config: ConfigDict) -> str | None:
-    kinds = ("float32", "bfloat16")
-    if config.optimizer.moments_dtype not in kinds:
-        return f"config.optimizer.moments_dtype={config.optimizer.moments_dtype!r}: choose {' or '.join(kinds)}."
-    return None
-
-
-def _rates(config: ConfigDict) -> str | None:
-    for key in ("peak_rate", "tail_rate", "final_rate", "clip_norm"):
-        if not 0 < config.optimizer[key] < float("inf"):
-            return f"config.optimizer.{key}={config.optimizer[key]}: expected a number above 0."
-    for key in ("warmup_steps", "constant_steps", "cosine_steps", "tail_steps"):
-        if config.optimizer[key] < 0:
-            return f"config.optimizer.{key}={config.optimizer[key]}: expected 0 or more."
-    return None
-
-
-def _ramp(config: ConfigDict) -> str | None:
-    if config.train.batch_ramp_steps < 0:
-        return f"config.train.batch_ramp_steps={config.train.batch_ramp_steps}: expected 0 or more."
-    return None
-
-
-CHECKS = (
-    _positive("train.steps", "train.batch_size", "train.batch_size_start", "train.micro_batches", "train.log_every"),
-    _positive(
-        "train.loss_chunk", "train.unroll", "data.seq_len", "checkpoint.every", "checkpoint.keep", "model.n_layers"
-    ),
-    _known_remat,
-    _known_moments,
-    _rates,
-    _ramp,
-    _beginning.release_keys,
-)
+CHECKS = (_bounds.check_keys, _bounds.check_model)

@@ -30,15 +30,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from deepseek_jax.bounds import LARGEST, MOST_LAYERS, MOST_POSITIONS
 from deepseek_jax.convert import formats
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.rope import Yarn
 
-LARGEST = 2**24  # of a width or a vocabulary
-MOST_LAYERS = 2000
 MOST_EXPERTS = 200_000  # in all layers together
 MOST_AHEAD = 4  # depths of multi-token prediction; every release has one
-MOST_POSITIONS = 2**40
 MOST_ENDS = 100
 
 

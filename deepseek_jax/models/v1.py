@@ -26,7 +26,6 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import AS_IT_IS, Execution
 from deepseek_jax.layers.decoder import Decoder, DenseBlock
 from deepseek_jax.layers.gqa import GQA, GQAConfig
-from deepseek_jax.layers.rope import Llama3
 from deepseek_jax.models import checks
 
 
@@ -58,9 +57,8 @@ class Config:
         m = checks.completed(m, ADDED)
         checks.check_keys(m, SIZES, OTHERS)
         checks.check_heads(m)
-        checks.check_group(m, "rope_llama3", tuple(Llama3.__dataclass_fields__), n_needed=4)
-        yarn = checks.read_yarn(m)
-        extensions = {f"rope_factor={m.rope_factor}": m.rope_factor != 1.0, "rope_llama3": m.rope_llama3, "yarn": yarn}
+        llama3, yarn = checks.read_llama3(m), checks.read_yarn(m)
+        extensions = {f"rope_factor={m.rope_factor}": m.rope_factor != 1.0, "rope_llama3": llama3, "yarn": yarn}
         given = [name for name, is_given in extensions.items() if is_given]
         if len(given) > 1:
             raise UserError(
@@ -80,7 +78,7 @@ class Config:
                 norm_eps=m.norm_eps,
                 rope_base=m.rope_base,
                 rope_factor=m.rope_factor,
-                rope_llama3=Llama3(**m.rope_llama3) if m.rope_llama3 else None,
+                rope_llama3=llama3,
                 yarn=yarn,
                 init_std=m.init_std,
             ),
