@@ -1,6 +1,7 @@
 """Before jax is imported: the CPU as eight devices, and a cache of compiled programs that makes reruns fast."""
 
 import os
+import signal
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,6 +19,11 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_use_fusion_emitters=false" if version("jax").startswith("0.10.") else "",
     ]
 ).strip()
+
+# Under nohup, or in the background of a script, these are ignored, here and in every process that a test starts.
+for _number in (signal.SIGHUP, signal.SIGTERM):
+    signal.signal(_number, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_home / "deepseek_jax" / "test_programs"))

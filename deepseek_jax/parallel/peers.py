@@ -88,7 +88,7 @@ class Peers:
         self._shortly(lambda: self._store.set(FAILED, reason))
         if self.index == 0:  # it keeps the store in which the others read the reason
             time.sleep(GRACE_S + 2 * BEAT_S)
-        streams.settle()
+        self._shortly(streams.settle)  # a pipe that nobody reads may hold it for ever
         self._leave(code)
 
     def lost(self, what: str) -> None:
