@@ -156,7 +156,7 @@ def _config_on_disk(directory: Path) -> ConfigDict:
     """`saved_config` from the files alone, in a process that may not yet ask jax for its devices."""
     for step in reversed(manifest.committed_steps(directory)):
         path = manifest.step_dir(directory, step)
-        with contextlib.suppress(manifest.Damage):
+        with contextlib.suppress(manifest.CheckpointDamaged):
             manifest.verify(path, step, only=(manifest.CONFIG,))
             if (path / manifest.CONFIG).is_file():
                 return config_in({"config": json.loads((path / manifest.CONFIG).read_bytes())}, directory.absolute())

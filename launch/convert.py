@@ -151,7 +151,7 @@ def is_there(checkpoints: Path, origin: str) -> bool:
                 with Progress("check", sum(file["size"] for file in files.values())) as progress:
                     manifest.verify(path, STEP, report=progress.advance)
                 return True
-        except manifest.Damage as damage:
+        except manifest.CheckpointDamaged as damage:
             raise UserError(f"{path} is damaged: {damage}. Delete it and start the same command again.") from None
     raise UserError(f"{checkpoints} holds checkpoints of something else, steps {steps}. Give another --workdir.")
 

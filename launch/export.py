@@ -98,7 +98,7 @@ def newest_intact(directory: Path) -> int:
             files = manifest.read_manifest(path, step)["files"]
             with Progress("check", sum(file["size"] for file in files.values())) as progress:
                 manifest.verify(path, step, report=progress.advance)
-        except manifest.Damage as damage:
+        except manifest.CheckpointDamaged as damage:
             refused = f"step {step} is damaged: {damage}"
             print(f"warning: {refused}", file=sys.stderr)
             continue

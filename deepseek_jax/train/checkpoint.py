@@ -34,7 +34,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.paths import check_local
 from deepseek_jax.train import manifest as files
 from deepseek_jax.train import tree
-from deepseek_jax.train.manifest import Damage
+from deepseek_jax.train.manifest import CheckpointDamaged
 
 SAVE_TIMEOUT_S = 3600
 _SKIP, _WRITE, _REFUSE, _FAIL = range(4)  # process 0's verdict on a save, broadcast to all
@@ -245,7 +245,7 @@ class Checkpointer:
     def _is_intact(self, step: int) -> bool:
         try:
             files.verify(files.step_dir(self.directory, step), step)
-        except Damage as damage:
+        except CheckpointDamaged as damage:
             self._say_once(f"step {step} is damaged: {damage}. It is written anew.")
             return False
         return True
@@ -328,7 +328,7 @@ class Checkpointer:
         for candidate in [step] if step is not None else reversed(committed):
             try:
                 files.verify(files.step_dir(self.directory, candidate), candidate, only)
-            except Damage as damage:
+            except CheckpointDamaged as damage:
                 refused.append(f"step {candidate}: {damage}")
                 continue
             for text in refused:

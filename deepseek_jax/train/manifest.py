@@ -28,6 +28,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 
+import ml_dtypes  # noqa: F401 - numpy learns the names of bfloat16 and the float8s
+import numpy as np
+
 from deepseek_jax.errors import UserError
 
 ARRAYS, CONFIG, META, MANIFEST, COMMIT = "arrays", "config.json", "meta.json", "MANIFEST.json", "COMMIT"
@@ -35,7 +38,7 @@ FORMAT = 1
 HASH_THREADS = 8
 
 
-class Damage(Exception):
+class CheckpointDamaged(Exception):
     """A committed step is not what was written; the message names the file and what is wrong with it."""
 
 
@@ -63,12 +66,12 @@ def commit(path: Path, step: int, arrays: dict[str, dict], known: Mapping[str, d
     """Hashes and flushes all files of a step, writes the manifest and, last of all, the COMMIT marker.
 
     ``known`` holds the size and sha256 of files that are on the disk already and were hashed when they were written;
-    they are not read again.  Raises Damage where one of those is missing or has another size.
+    they are not read again.  Raises CheckpointDamaged where one of those is missing or has another size.
     """
     found = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
     for name, written in known.items():
         if name not in found or found[name].stat().st_size != written["size"]:
-            raise Damage(f"{name} is missing or cut short since it was written")
+            raise CheckpointDamaged(f"{name} is missing or cut short since it was written")
     others = sorted(found.keys() - known.keys())
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         digests = dict(zip(others, pool.map(lambda name: digest(found[name], flush=True), others), strict=True))
@@ -83,24 +86,75 @@ def commit(path: Path, step: int, arrays: dict[str, dict], known: Mapping[str, d
 
 
 def read_manifest(path: Path, step: int) -> dict:
-    """Returns the manifest of a committed step after checking it against COMMIT; raises Damage."""
+    """Returns the manifest of a committed step after checking it against COMMIT; raises CheckpointDamaged."""
     raw, marker = read_checked(path / MANIFEST), read_checked(path / COMMIT)
     if marker != _marker(step, raw):
-        raise Damage(f"{COMMIT} and {MANIFEST} do not belong together: one of them has changed since it was written")
-    manifest = json.loads(raw)
-    if manifest["format"] != FORMAT:
-        raise Damage(f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}")
+        raise CheckpointDamaged(f"{COMMIT} and {MANIFEST} do not match: one of them has changed since it was written")
+    try:
+        manifest = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointDamaged(f"{MANIFEST} is not JSON ({error})") from None
+    _check(manifest, step)
     return manifest
+
+
+def _check(manifest: object, step: int) -> None:
+    """Raises CheckpointDamaged unless a manifest has everything that its readers use, of the right types."""
+    if not isinstance(manifest, dict):
+        raise CheckpointDamaged(f"{MANIFEST} holds a {type(manifest).__name__}, expected an object")
+    for key, expected in (("format", FORMAT), ("step", step)):
+        if type(found := manifest.get(key)) is not int or found != expected:
+            raise CheckpointDamaged(f"{MANIFEST} has {key} {found!r}, expected {expected}")
+    files, arrays = manifest.get("files"), manifest.get("arrays")
+    for key, entries in (("files", files), ("arrays", arrays)):
+        if not isinstance(entries, dict):
+            raise CheckpointDamaged(f"{MANIFEST} has no table of {key}: expected one entry for each")
+    for name, file in files.items():
+        if not _is_inside(name):
+            raise CheckpointDamaged(f"{MANIFEST} lists {name!r}: expected a path inside the step")
+        if not (isinstance(file, dict) and _is_count(file.get("size")) and isinstance(file.get("sha256"), str)):
+            raise CheckpointDamaged(f"{MANIFEST} lists {name!r} without a valid size and sha256")
+    for name, array in arrays.items():
+        if not (isinstance(array, dict) and _is_shape(array.get("shape")) and _is_dtype(array.get("dtype"))):
+            raise CheckpointDamaged(f"{MANIFEST} lists array {name!r} without a valid shape and dtype")
+    for needed in (META, *((f"{ARRAYS}/",) if arrays else ())):
+        if not any(name == needed or (needed.endswith("/") and name.startswith(needed)) for name in files):
+            raise CheckpointDamaged(f"{MANIFEST} lists no file {needed}: its content cannot be verified")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_count, value))
+
+
+def _is_dtype(value: object) -> bool:
+    try:
+        return isinstance(value, str) and np.dtype(value).name == value
+    except TypeError:
+        return False
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is a plain relative path: no part of it leads out of the directory or stands for nothing."""
+    return "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 
 def verify(
     path: Path, step: int, only: tuple[str, ...] | None = None, report: Callable[[int], None] = lambda n_bytes: None
 ) -> dict:
-    """Returns the manifest after comparing all files (or those named in ``only``) with it; raises Damage.
+    """Returns the manifest after comparing all files (or those named in ``only``) with it.
 
-    ``report`` is told the size of each file once it is compared.
+    ``report`` receives the size of each file once it is compared.  Raises CheckpointDamaged, also for a file that a
+    reader would use and the manifest does not list.
     """
     manifest = read_manifest(path, step)
+    readable = [path / CONFIG, *((path / ARRAYS).rglob("*") if only is None else ())]
+    for name in (file.relative_to(path).as_posix() for file in readable if file.is_file()):
+        if name not in manifest["files"]:
+            raise CheckpointDamaged(f"{name} is not listed in {MANIFEST}: it cannot be verified")
     names = [name for name in manifest["files"] if only is None or name in only]
 
     def complaint(name: str) -> str | None:
@@ -110,6 +164,8 @@ def verify(
             return f"{name} is missing"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
+        except ValueError:  # a lone surrogate
+            return f"{name!r} is not a file's name"
         if found["size"] != written["size"]:
             return f"{name} has {found['size']} bytes, {written['size']} were written"
         return None if found == written else f"{name} has changed since it was written (sha256 differs)"
@@ -121,7 +177,7 @@ def verify(
             report(manifest["files"][name]["size"])
     if complaints:
         more = f" (and {len(complaints) - 1} more files)" if len(complaints) > 1 else ""
-        raise Damage(complaints[0] + more)
+        raise CheckpointDamaged(complaints[0] + more)
     return manifest
 
 
@@ -158,13 +214,13 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def read_checked(path: Path) -> bytes:
-    """Returns a file's bytes; raises Damage where it cannot be read."""
+    """Returns a file's bytes; raises CheckpointDamaged where it cannot be read."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise Damage(f"{path.name} is missing") from None
+        raise CheckpointDamaged(f"{path.name} is missing") from None
     except OSError as error:
-        raise Damage(f"{path.name} cannot be read ({error.strerror})") from None
+        raise CheckpointDamaged(f"{path.name} cannot be read ({error.strerror})") from None
 
 
 def _marker(step: int, manifest: bytes) -> bytes:

@@ -173,7 +173,7 @@ class StreamedStep:
         described = {name: {"shape": list(shape), "dtype": str(dtype)} for name, (shape, dtype) in self._arrays.items()}
         try:
             files.commit(self.path, self.step, described, self._known())
-        except files.Damage as damage:
+        except files.CheckpointDamaged as damage:
             raise UserError(
                 f"{self.path}: {damage}. Start the same command again: what is missing is written."
             ) from None
