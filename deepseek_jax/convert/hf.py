@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from deepseek_jax.convert import formats, hf_config, names, safetensors, safetensors_writer
+from deepseek_jax.convert import formats, hf_config, names, safetensors
 from deepseek_jax.convert.safetensors import Tensors
 from deepseek_jax.errors import UserError
 from deepseek_jax.precision.quantize import quantize_blocks
@@ -326,7 +326,7 @@ def write(
     pad_id: int | None = None,
     generation: dict[str, Any] | None = None,
     files: Mapping[str, Path | bytes] = MappingProxyType({}),
-    max_shard_bytes: int = safetensors_writer.MAX_SHARD_BYTES,
+    max_shard_bytes: int = safetensors.MAX_SHARD_BYTES,
     report: Callable[[int], None] | None = None,
     warn: Warn = warn_on_stderr,
 ) -> None:
@@ -375,7 +375,7 @@ def write(
             f"{' and '.join(code)} of the release, nothing but deepseek_jax opens this directory. They are copied from "
             "the directory that the weights came from where they stand there."
         )
-    safetensors_writer.write_directory(directory, list(_entries(abstract, dtypes, get, dtype, report)), max_shard_bytes)
+    safetensors.write_directory(directory, list(_entries(abstract, dtypes, get, dtype, report)), max_shard_bytes)
     copy_files(files, directory)
     for name, content in ((CONFIG, config), (GENERATION_CONFIG, marks if generation is None else generation)):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -415,10 +415,10 @@ def _entries(abstract: dict, dtypes: dict, get: Get, dtype: str, report: Callabl
             continue
         for name in (tensor.name, *copied.get(tensor.name, ())):
             make = functools.partial(_cast, published, tensor, safetensors.DTYPES[kind])
-            yield safetensors_writer.Entry(name, tensor.shape, kind, make)
+            yield safetensors.Entry(name, tensor.shape, kind, make)
     kind = FORMATS[dtype] or safetensors.DTYPE_NAMES[np.dtype(dtypes[TABLE])]
     for name, shape in names.hollow(abstract).items():
-        yield safetensors_writer.Entry(name, shape, kind, functools.partial(np.zeros, shape, safetensors.DTYPES[kind]))
+        yield safetensors.Entry(name, shape, kind, functools.partial(np.zeros, shape, safetensors.DTYPES[kind]))
 
 
 def _cast(published: Callable, tensor: names.Tensor, dtype: np.dtype) -> np.ndarray:
@@ -430,7 +430,7 @@ def _quantize(matrix: jax.Array, scale: str) -> tuple[jax.Array, jax.Array]:
     return quantize_blocks(matrix, scale=scale)
 
 
-def _quantized(tensor: names.Tensor, published: Callable, scale: str, kind: str) -> Iterator[safetensors_writer.Entry]:
+def _quantized(tensor: names.Tensor, published: Callable, scale: str, kind: str) -> Iterator[safetensors.Entry]:
     """The codes of a matrix and, made together with them, its scales of type `kind`."""
     made = {}
 
@@ -442,5 +442,5 @@ def _quantized(tensor: names.Tensor, published: Callable, scale: str, kind: str)
         return made.pop("scales").astype(safetensors.DTYPES[kind])
 
     blocks = tuple(math.ceil(n / b) for n, b in zip(tensor.shape, safetensors.BLOCK, strict=True))
-    yield safetensors_writer.Entry(tensor.name, tensor.shape, "F8_E4M3", codes)
-    yield safetensors_writer.Entry(tensor.name + safetensors.SCALE_SUFFIX, blocks, kind, scales)
+    yield safetensors.Entry(tensor.name, tensor.shape, "F8_E4M3", codes)
+    yield safetensors.Entry(tensor.name + safetensors.SCALE_SUFFIX, blocks, kind, scales)

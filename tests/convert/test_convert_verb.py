@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 
 import deepseek_jax
 from deepseek_jax.abstract_model import abstract_weights
-from deepseek_jax.convert import hf, safetensors, safetensors_writer
+from deepseek_jax.convert import hf, safetensors
+from deepseek_jax.convert.safetensors.files import OpenFile
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _progress, convert, export
 from deepseek_jax.saved_config import to_json
@@ -330,10 +331,10 @@ def test_no_byte_is_read_twice(name, fp8, tmp_path, monkeypatch):
         tensors = safetensors.open_directory(source)
         arrays = {name: tensors.read(name) for name in tensors.names() if name != "lm_head.weight"}
         (source / "model.safetensors").unlink()
-        safetensors_writer.write_directory(source, [(n, a.shape, a.dtype, lambda a=a: a) for n, a in arrays.items()])
+        safetensors.write_directory(source, [(n, a.shape, a.dtype, lambda a=a: a) for n, a in arrays.items()])
         config = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": True}
         (source / "config.json").write_text(json.dumps(config))
-    spans, read_into = [], safetensors._File.read_into
+    spans, read_into = [], OpenFile.read_into
 
     def counted(file, buffer, offset):
         if file.path.suffix == ".safetensors":
@@ -341,7 +342,7 @@ def test_no_byte_is_read_twice(name, fp8, tmp_path, monkeypatch):
         read_into(file, buffer, offset)
 
     published = hf.open_published(source)  # headers
-    monkeypatch.setattr(safetensors._File, "read_into", counted)
+    monkeypatch.setattr(OpenFile, "read_into", counted)
     pieces = hf.Source(published, abstract_weights(published_config(published, source)))
     read = {piece.path for piece in pieces.pieces()}
     assert len(read) > 10 and spans

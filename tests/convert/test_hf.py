@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from deepseek_jax.convert import hf, names, safetensors, safetensors_writer
+from deepseek_jax.convert import hf, names, safetensors
 from deepseek_jax.convert.place import place
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import logical_axes, split
@@ -76,8 +76,8 @@ def copied(tmp_path):
         def save(self) -> Path:
             (self.path / "config.json").write_text(json.dumps(self.config))
             (self.path / "model.safetensors").unlink()
-            entries = [safetensors_writer.Entry(n, a.shape, a.dtype, lambda a=a: a) for n, a in self.tensors.items()]
-            safetensors_writer.write_directory(self.path, entries)
+            entries = [safetensors.Entry(n, a.shape, a.dtype, lambda a=a: a) for n, a in self.tensors.items()]
+            safetensors.write_directory(self.path, entries)
             return self.path
 
     return Copy

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from deepseek_jax.convert import safetensors, safetensors_writer
+from deepseek_jax.convert import safetensors
 from deepseek_jax.precision.quantize import AMAX_FLOOR, E4M3, E8M0, dequantize_blocks, quantize_blocks
 
 SHAPES = [((5, 7), (2, 3)), ((4, 6), (2, 3)), ((2, 3, 5, 4), (4, 4)), ((3, 9), (1, 4)), ((1, 1), (128, 128))]
@@ -59,7 +59,7 @@ def test_dequantising_here_and_while_reading_a_file_is_the_same(tmp_path, shape,
     q, scale_inv = quantize_blocks(w, block, "ue8m0" if scale == "ue8m0" else "fp32")
     scale_inv = scale_inv.astype(jnp.bfloat16) if scale == "bf16" else scale_inv
     arrays = {"w": np.asarray(q), "w_scale_inv": np.asarray(scale_inv)}
-    safetensors_writer.write_directory(tmp_path, [(k, v.shape, v.dtype, lambda v=v: v) for k, v in arrays.items()])
+    safetensors.write_directory(tmp_path, [(k, v.shape, v.dtype, lambda v=v: v) for k, v in arrays.items()])
     read = safetensors.open_directory(tmp_path).read_dequantized("w", dtype, block)
     here = jax.jit(dequantize_blocks, static_argnums=(2, 3))(q, scale_inv, dtype, block)
     assert read.dtype == here.dtype == dtype

@@ -1,7 +1,7 @@
-"""Directories of safetensors files, written in one pass.  Plain files and numpy, no JAX; `safetensors` reads them.
+"""Directories of safetensors files, written in one pass.
 
-`write_directory` knows all sizes beforehand, writes headers first and each tensor as it is made.  Files get their
-names only once all are on the disk, and the index comes last: what looks finished is.
+`write_directory` knows all sizes beforehand, so it writes headers first and each tensor as it is made. Files get their
+final names only once all of them are on disk, and the index comes last: a directory that looks complete is complete.
 """
 
 import contextlib
@@ -15,16 +15,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deepseek_jax.convert.safetensors import DTYPE_NAMES, DTYPES, INDEX, IO_BYTES, SINGLE, Info, few
+from deepseek_jax.convert.safetensors.format import DTYPE_NAMES, DTYPES, INDEX, IO_BYTES, SINGLE, Info, few
 from deepseek_jax.errors import UserError
 from deepseek_jax.paths import check_local
 
 MAX_SHARD_BYTES = 5_000_000_000
-COPIED_BYTES = 1 << 26  # of a transposed array that is written
+COPIED_BYTES = 1 << 26  # of a transposed array at a time
 
 
 class Entry(NamedTuple):
-    """A tensor to be written: ``make()`` is called when its turn comes, and its array dropped after."""
+    """A tensor to write: `make()` is called when its turn comes, and the array is dropped afterwards."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,11 +35,13 @@ class Entry(NamedTuple):
 def write_directory(
     directory: str | os.PathLike, entries: Iterable[Entry], max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Writes tensors in the order given, one at a time, as model.safetensors or as shards with an index.
+    """Writes tensors in the given order, one at a time, as model.safetensors or as shards with an index.
 
-    A shard takes tensors in order until the next would pass ``max_shard_bytes`` (a single larger one is a shard).
-    The arrays made must have the shape and dtype announced.  Until all are on the disk files end in ``.partial``.
-    Raises UserError where the directory holds weights already, or cannot be written, or the disk is full.
+    A shard takes tensors in order until the next one would exceed `max_shard_bytes` (a single larger one is a shard).
+    Each array must have the shape and dtype of its entry. File names end in `.partial` until all are on disk.
+
+    Raises:
+        UserError: the directory already holds weights, cannot be written, or the disk is full.
     """
     check_local(directory)
     directory, entries = Path(directory), [Entry(*entry) for entry in entries]
@@ -51,7 +53,7 @@ def write_directory(
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     try:
-        _make_room(directory, total)
+        _prepare(directory, total)
         for name, shard in zip(names, shards, strict=True):
             _write_file(directory / f"{name}.partial", shard, infos)
         for name in names:
@@ -84,22 +86,24 @@ def _into_shards(entries: list[Entry], infos: dict[str, Info], max_bytes: int) -
     yield shard
 
 
-def _make_room(directory: Path, total: int) -> None:
-    """Makes the directory; UserError where weights stand in it already, or too little is free."""
+def _prepare(directory: Path, total: int) -> None:
+    """Makes the directory. Raises UserError if it already holds weights, or if the disk has too little space."""
     directory.mkdir(parents=True, exist_ok=True)
     old = sorted(name for name in os.listdir(directory) if name == INDEX or name.endswith(".safetensors"))
     if old:
-        raise UserError(f"{directory}: holds {few(old)} already. Choose another directory, or delete them first.")
-    for name in os.listdir(directory):  # what a killed run has left
+        raise UserError(f"{directory}: already holds {few(old)}. Choose another directory, or delete them first.")
+    for name in os.listdir(directory):  # left by a killed run
         if re.fullmatch(r"model[-.\w]*\.partial", name):
             (directory / name).unlink()
     free = shutil.disk_usage(directory).free
     if total > free:
-        raise UserError(f"{directory}: {total / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free on that disk.")
+        raise UserError(
+            f"{directory}: {total / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free on its disk. Free some space."
+        )
 
 
 def _write_file(path: Path, entries: list[Entry], infos: dict[str, Info]) -> None:
-    """Writes one file, its widest dtypes in front whatever the order of writing: all tensors are aligned."""
+    """Writes one file. Its widest dtypes come first whatever the order of writing, so that all tensors are aligned."""
     header, offsets, end = {"__metadata__": {"format": "pt"}}, {}, 0
     for entry in sorted(entries, key=lambda entry: -DTYPES[infos[entry.name].dtype].itemsize):
         info = infos[entry.name]
@@ -112,7 +116,7 @@ def _write_file(path: Path, entries: list[Entry], infos: dict[str, Info]) -> Non
         for entry in entries:
             info, array = infos[entry.name], np.asarray(entry.make())
             if array.shape != info.shape or array.dtype != DTYPES[info.dtype]:
-                raise ValueError(f"{entry.name}: {array.dtype}{array.shape} made, {info.dtype}{info.shape} announced")
+                raise ValueError(f"{entry.name}: got {array.dtype}{array.shape}, expected {info.dtype}{info.shape}")
             offset = 8 + len(raw) + offsets[entry.name]
             for block in _blocks_in_order(array):
                 _write_at(file.fileno(), block.reshape(-1).view(np.uint8), offset)
@@ -122,7 +126,7 @@ def _write_file(path: Path, entries: list[Entry], infos: dict[str, Info]) -> Non
 
 
 def _blocks_in_order(array: np.ndarray) -> Iterator[np.ndarray]:
-    """An array as blocks of rows in C order; of a transposed one no second copy ever exists whole."""
+    """Yields an array as blocks of rows in C order, so that a transposed one is never copied as a whole."""
     if array.flags.c_contiguous:
         yield array
         return

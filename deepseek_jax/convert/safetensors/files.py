@@ -1,0 +1,75 @@
+"""A file that is read at any offset and notices when it changes meanwhile."""
+
+import os
+import stat
+import weakref
+from pathlib import Path
+
+import numpy as np
+
+from deepseek_jax.convert.safetensors.format import IO_BYTES
+from deepseek_jax.errors import UserError
+
+State = tuple[int, int]
+
+
+class OpenFile:
+    """A regular file open for reading at any offset; it is closed when its last user drops it.
+
+    Tensors are read by `preadv` into fresh memory: pages of a memory map would count as memory of this process.
+
+    Args:
+        path: path of the file.
+        state: `state` of the file when it was opened before, or None. Raises UserError if it has changed since.
+
+    Attributes:
+        size: size in bytes.
+        state: (size, time of the last change in ns), which identifies a file that was replaced or rewritten.
+    """
+
+    def __init__(self, path: Path, state: State | None = None):
+        self.path = path
+        try:  # without O_NONBLOCK a named pipe would wait for its writer
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+        self._close = weakref.finalize(self, os.close, self._descriptor)
+        status = os.fstat(self._descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path}: not a regular file.")
+        self.size, self.state = status.st_size, (status.st_size, status.st_mtime_ns)
+        if state is not None and state != self.state:
+            raise self._changed()
+
+    def read(self, offset: int, size: int) -> bytearray:
+        """Returns `size` bytes from `offset`."""
+        buffer = bytearray(size)
+        self.read_into(buffer, offset)
+        return buffer
+
+    def read_into(self, buffer: bytearray | np.ndarray, offset: int) -> None:
+        """Fills a contiguous buffer from `offset`. Raises UserError if the file has changed."""
+        view = memoryview(buffer)
+        while view:
+            try:
+                got = os.preadv(self._descriptor, [view[:IO_BYTES]], offset)
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be read ({error.strerror}).") from None
+            if not got:
+                raise self._changed()
+            view, offset = view[got:], offset + got
+        status = os.fstat(self._descriptor)
+        if (status.st_size, status.st_mtime_ns) != self.state:
+            raise self._changed()
+
+    def _changed(self) -> UserError:
+        return UserError(
+            f"{self.path}: was replaced or changed while it was being read. Wait until nothing writes to it, then "
+            "start again."
+        )
+
+    def __enter__(self) -> "OpenFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()

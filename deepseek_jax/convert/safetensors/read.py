@@ -1,0 +1,167 @@
+"""The tensors of a directory of safetensors files: headers are checked at once, data is read when asked for."""
+
+import os
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from deepseek_jax.convert.safetensors.dequantize import (
+    BLOCK,
+    FINITE_CODES,
+    aligned,
+    check_scale_info,
+    check_scales,
+    dequantize,
+)
+from deepseek_jax.convert.safetensors.files import OpenFile, State
+from deepseek_jax.convert.safetensors.format import DTYPES, INDEX, SCALE_SUFFIX, SINGLE, Info, few, shown
+from deepseek_jax.convert.safetensors.header import Place, by_shard, check_names, read_header
+from deepseek_jax.errors import UserError
+
+COMPARED_BYTES = 1 << 24  # read of each tensor at a time in a comparison
+OPEN_FILES = 32
+
+
+def open_directory(directory: str | os.PathLike) -> "Tensors":
+    """Returns the tensors of a directory after checking all headers; reads no data. Raises UserError."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        what = "is not a directory" if os.path.lexists(directory) else "does not exist"
+        raise UserError(f"{directory}: {what}. Give the directory that holds {SINGLE} or {INDEX}.")
+    try:
+        found = sorted(os.listdir(directory))
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be read ({error.strerror}).") from None
+    if SINGLE in found and INDEX in found:
+        raise UserError(f"{directory}: has both {SINGLE} and {INDEX}, which may differ. Delete one of the two.")
+    if SINGLE in found:
+        return Tensors(directory, {SINGLE: None})
+    if INDEX in found:
+        return Tensors(directory, by_shard(directory / INDEX))
+    shards = [name for name in found if name.endswith((".safetensors", ".partial"))]
+    hint = f" It holds {few(shards)}: an unfinished download or export?" if shards else ""
+    if pickled := [name for name in found if re.fullmatch(r"pytorch_model.*\.bin", name)]:
+        hint = f" It holds {few(pickled)}: let transformers load it and save_pretrained it, which writes safetensors."
+    raise UserError(f"{directory}: no {SINGLE} and no {INDEX}.{hint}")
+
+
+class Tensors:
+    """The tensors of a directory. Several threads may read at the same time."""
+
+    def __init__(self, directory: Path, shards: dict[str, set[str] | None]):
+        self.directory = directory
+        self._places: dict[str, Place] = {}
+        self._states: dict[str, State] = {}  # of the files whose headers were read
+        self._files: dict[str, OpenFile] = {}
+        self._lock = threading.Lock()
+        missing = [shard for shard in shards if not os.path.lexists(directory / shard)]
+        if missing:
+            raise UserError(
+                f"{directory / missing[0]}: missing ({len(missing)} of {len(shards)} files named in {INDEX} are). "
+                "Download or export again."
+            )
+        for shard, names in shards.items():
+            with OpenFile(directory / shard) as file:
+                places, self._states[shard] = read_header(file, shard), file.state
+            if names is not None:
+                check_names(directory, shard, names, places.keys())
+            self._places |= places
+
+    def names(self) -> list[str]:
+        """Returns all names, scales included, file by file in the order of the data."""
+        return list(self._places)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def info(self, name: str) -> Info:
+        """Returns the dtype and shape of a tensor as stored."""
+        return self._place(name).info
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns a tensor as stored, in fresh aligned memory. Raises UserError if the file has changed."""
+        place = self._place(name)
+        buffer = aligned(place.info.nbytes)
+        self._file(place.shard).read_into(buffer, place.offset)
+        if place.info.dtype == "BOOL" and buffer.size and buffer.max() > 1:
+            raise UserError(f"{self._where(name)}: a BOOL holds a byte other than 0 and 1. The file is damaged.")
+        return buffer.view(DTYPES[place.info.dtype]).reshape(place.info.shape)
+
+    def is_same(self, name: str, other: str) -> bool:
+        """Returns whether two tensors agree in dtype, shape and every byte; holds one block of each at a time."""
+        place = self._place(other)
+        return self.info(name) == place.info and self._agrees(name, lambda start, n: self._bytes(place, start, n))
+
+    def holds(self, name: str, array: np.ndarray) -> bool:
+        """Returns whether a tensor is stored with the dtype, the shape and every byte of an array."""
+        info = self.info(name)
+        if (DTYPES[info.dtype], info.shape) != (array.dtype, array.shape):
+            return False
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        return self._agrees(name, lambda start, n: data[start : start + n])
+
+    def is_quantized(self, name: str) -> bool:
+        """Returns whether a tensor holds 8-bit floats, which `read_dequantized` multiplies with their scales."""
+        return self.info(name).dtype in FINITE_CODES
+
+    def read_dequantized(self, name: str, dtype: object = None, block: tuple[int, int] = BLOCK) -> np.ndarray:
+        """Returns an 8-bit weight times its `NAME_scale_inv` in `dtype` (bfloat16), any other tensor as stored.
+
+        Raises:
+            UserError: scales that are missing, of a wrong shape, not finite, negative or too large for `dtype`; codes
+                that are NaN or infinite.
+        """
+        if not self.is_quantized(name):
+            return self.read(name)
+        place, dtype = self._place(name), np.dtype(dtype or ml_dtypes.bfloat16)
+        scales, file, columns = self._scales(name, dtype, block), self._file(place.shard), place.info.shape[-1]
+
+        def read_rows(row: int, codes: np.ndarray) -> None:
+            file.read_into(codes.reshape(-1), place.offset + row * columns)
+
+        return dequantize(read_rows, place.info, scales, dtype, block, self._where(name))
+
+    def _scales(self, name: str, dtype: np.dtype, block: tuple[int, int]) -> np.ndarray:
+        """Returns the scales of an 8-bit weight in float32, checked."""
+        scale_name, codes = name + SCALE_SUFFIX, self.info(name)
+        if scale_name not in self:
+            raise UserError(f"{self._where(name)}: 8-bit weights, but their scales {shown(scale_name)} are missing.")
+        check_scale_info(codes, self.info(scale_name), block, name, self._where(scale_name))
+        scales = self.read(scale_name).astype(np.float32)
+        check_scales(scales, codes, dtype, self._where(scale_name))
+        return scales
+
+    def _agrees(self, name: str, other: Callable[[int, int], np.ndarray]) -> bool:
+        """Returns whether a tensor's bytes equal those of `other(start, n_bytes)`, block by block."""
+        place = self._place(name)
+        starts = range(0, place.info.nbytes, COMPARED_BYTES)
+        sizes = (min(COMPARED_BYTES, place.info.nbytes - start) for start in starts)
+        return all(
+            np.array_equal(self._bytes(place, start, n), other(start, n))
+            for start, n in zip(starts, sizes, strict=True)
+        )
+
+    def _bytes(self, place: Place, start: int, n_bytes: int) -> np.ndarray:
+        block = np.empty(n_bytes, np.uint8)
+        self._file(place.shard).read_into(block, place.offset + start)
+        return block
+
+    def _place(self, name: str) -> Place:
+        if name not in self._places:
+            raise UserError(f"{self.directory}: no tensor {shown(name)}.")
+        return self._places[name]
+
+    def _where(self, name: str) -> str:
+        return f"{self.directory / self._place(name).shard}: {shown(name)}"
+
+    def _file(self, shard: str) -> OpenFile:
+        with self._lock:
+            if shard not in self._files:
+                while len(self._files) >= OPEN_FILES:
+                    del self._files[next(iter(self._files))]  # closed when its last reader drops it
+                self._files[shard] = OpenFile(self.directory / shard, self._states[shard])
+            return self._files[shard]
