@@ -243,7 +243,7 @@ def with_item(array: np.ndarray, value: float) -> np.ndarray:
         (lambda a: a.pop("w_scale_inv"), "'w': 8-bit weights, but their scales 'w_scale_inv' are missing"),
         (
             lambda a: a.update(w_scale_inv=a["w_scale_inv"].T),
-            r"\[2, 3\]: expected \[3, 2\], because 'w' has shape \[5, 4\]",
+            r"\[2, 3\]: expected \[3, 2\], .* \[5, 4\]",
         ),
         (lambda a: a.update(w=a["w"][0]), "expected two axes or more"),
         (lambda a: a.update(w_scale_inv=a["w_scale_inv"].astype(np.int32)), "dtype I32: expected scales in F32 or"),
@@ -252,7 +252,7 @@ def with_item(array: np.ndarray, value: float) -> np.ndarray:
         (lambda a: a.update(w_scale_inv=with_item(a["w_scale_inv"], -1)), r"-1.0 at \[2, 1\] is not a valid scale"),
         (
             lambda a: a.update(w_scale_inv=with_item(a["w_scale_inv"], 1e38)),
-            "1e38|e.37 at .* not a valid scale for bfloat16",
+            "1e38|e.37 at .* scale for bfloat16",
         ),
         (lambda a: a.update(w_scale_inv=with_item(a["w_scale_inv"].astype(E8M0), np.nan)), "nan at"),
         (lambda a: a.update(w=with_item(a["w"], np.nan)), "'w': NaN or infinity in row 4, column 3"),
@@ -361,7 +361,7 @@ SHARD_1, SHARD_2 = "model-00001-of-00002.safetensors", "model-00002-of-00002.saf
         (lambda i: i["weight_map"].update(a=f"{SHARD_1}\0"), "expected the plain name"),
         (lambda i: i["weight_map"].update(a=".."), "expected the plain name"),
         (lambda i: i["weight_map"].update(a=""), "expected the plain name"),
-        (lambda i: i["weight_map"].update(a="other.safetensors"), "other.safetensors: missing .1 of the 2"),
+        (lambda i: i["weight_map"].update(a="other.safetensors"), "other.safetensors: missing .1 of 2"),
         (lambda i: i["weight_map"].update(c=SHARD_1), f"{SHARD_1}: does not hold 'c'"),
         (lambda i: i["weight_map"].pop("b"), None),
         (lambda i: i["weight_map"].update(a=SHARD_2), f"{SHARD_2}: does not hold 'a'"),
