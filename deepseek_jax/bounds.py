@@ -2,7 +2,7 @@
 
     "optimizer.beta2": number(0, 1, below=True),      "train.eval_batches": whole(1, STEPS),
 
-`launch/_bounds.py` has the keys of a run, `models/checks.py` those of its model, a verb its own flags.
+`run_bounds.py` has the keys of a run, `models/checks.py` those of its model, a verb its own flags.
 """
 
 import math
@@ -131,6 +131,11 @@ def in_line(words: str) -> str:
     """Words of the user's, or of an error, as one line that is not too long."""
     words = " ".join(words.split())
     return words if len(words) <= SHOWN else f"{words[: SHOWN - 1]}…"
+
+
+def article(noun: str) -> str:
+    """A noun with its indefinite article."""
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
 def _written(value: int) -> str:

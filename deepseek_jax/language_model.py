@@ -14,9 +14,7 @@ The weights are plain nested dicts, `model.params` and `model.router_bias`: repl
 """
 
 import functools
-import importlib
 import os
-import pkgutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,7 +24,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
-from deepseek_jax import release, stored
+from deepseek_jax import release, run_config, stored
 from deepseek_jax.abstract_model import abstract_module, abstract_weights, check_memory, count_parameters, module
 from deepseek_jax.compat import quick_compile
 from deepseek_jax.convert import hf
@@ -207,14 +205,14 @@ def build(config: str | ConfigDict, seed: int = 0) -> LanguageModel:
     """A model with fresh weights, those that a run of this config and seed begins with.
 
     Args:
-        config: a name in `deepseek_jax.configs`, or a config.
+        config: a name in `deepseek_jax.configs`, a .py file with get_config(), or a config.
         seed: of the initialisers, 0 to 2^64 - 1.
 
     Raises:
         UserError: no such config, or a model larger than this machine's memory.
     """
     key = random_key(seed)
-    config = _named_config(config) if isinstance(config, str) else config
+    config = run_config.load(config) if isinstance(config, str) else config
     check_memory(config.name, abstract_weights(config))
 
     def init(key: jax.Array) -> tuple[Tree, Tree]:
@@ -263,15 +261,6 @@ def save_pretrained(model: LanguageModel, directory: str | os.PathLike, dtype: s
     """
     weights = {"params": model.params, "router_bias": model.router_bias}
     stored.export(model.config, directory, weights, hf.from_tree(weights), dtype)
-
-
-def _named_config(name: str) -> ConfigDict:
-    """The config of `deepseek_jax.configs.NAME`; that room stands above this one, so it is found by name only."""
-    folder = importlib.import_module("deepseek_jax.configs")
-    names = sorted({module.name for module in pkgutil.iter_modules(folder.__path__)} - {"base"})
-    if name not in names:
-        raise UserError(f"build({name!r}): no such config. Give a ConfigDict or one of: {', '.join(names)}.")
-    return importlib.import_module(f"deepseek_jax.configs.{name}").get_config().lock()
 
 
 def _millions(count: int) -> str:

@@ -1,7 +1,8 @@
-"""Paths that lead to another machine: told apart from files here, before a folder named ``gs:`` is made."""
+"""Checks of paths that the user gives: those of other machines, before ``gs:`` becomes a folder; folders to write."""
 
 import os
 import re
+from pathlib import Path
 
 from deepseek_jax.errors import UserError
 
@@ -27,3 +28,11 @@ def check_local(path: str | os.PathLike, given: str = "") -> None:
         f"{shown}: nothing is read from or written to {scheme}:// as yet. Give a path here: of a mounted file system"
         f"{mount}, or of a copy."
     )
+
+
+def check_writable(folder: Path, given: str) -> None:
+    """Raises UserError if a folder, or the nearest above it that exists, cannot be written; ``given`` as above."""
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        reason = "you may not write there" if nearest.is_dir() else "it is not a directory"
+        raise UserError(f"{given}={folder} cannot be used: {nearest}: {reason}. Choose another {given}.")

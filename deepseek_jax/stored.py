@@ -1,7 +1,6 @@
 """Models on the disk, a run's checkpoints or a directory of published weights: config, weights, export."""
 
 import contextlib
-import importlib
 import json
 import os
 from pathlib import Path
@@ -11,6 +10,7 @@ from ml_collections import ConfigDict
 
 from deepseek_jax import release
 from deepseek_jax.abstract_model import abstract_weights, check_memory
+from deepseek_jax.configs import base
 from deepseek_jax.convert import formats, hf, hub
 from deepseek_jax.convert.names import flatten
 from deepseek_jax.convert.place import place
@@ -105,7 +105,7 @@ def is_published(path: str | os.PathLike) -> bool:
 
 def published_config(published: hf.Published, directory: Path) -> ConfigDict:
     """The config of a published model: its numbers over the defaults of a run, the tokenizer that it brings or none."""
-    config = _defaults()
+    config = base.get_config()
     config.name, config.family = _name(directory), published.family
     config.model = ConfigDict(published.numbers)
     config.precision = "fp32" if published.is_wide else "bf16"
@@ -177,13 +177,8 @@ def config_in(meta: dict, directory: Path) -> ConfigDict:
     config = from_json(meta["config"])
     if "release" not in config:  # of a run that is older than that group of keys
         with config.unlocked():
-            config.release = _defaults().release
+            config.release = base.get_config().release
     return release.moved(config, directory.parent)
-
-
-def _defaults() -> ConfigDict:
-    """The defaults of a run; their package stands above this one, so it is found by name only."""
-    return importlib.import_module("deepseek_jax.configs.base").get_config()
 
 
 def check_shapes(path: str | os.PathLike, stored: Tree, wanted: Tree) -> None:

@@ -7,7 +7,7 @@ from itertools import islice
 from ml_collections import ConfigDict
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import inspect, train
+from deepseek_jax.launch._tables import print_table
 
 RUNS_TODAY, NOT_YET = 3, 2  # suggestions of each kind
 
@@ -42,7 +42,7 @@ def show(section) -> None:
         (row.label, *(figure.text for figure in row.figures), *([] if several else [row.note])) for row in section.rows
     ]
     print()
-    inspect.print_table((section.title, *names, *([] if several else [""])), rows, right=tuple(names))
+    print_table((section.title, *names, *([] if several else [""])), rows, right=tuple(names))
     for row in section.rows if several else ():
         print(f"  {row.label.partition(' ')[0]} {row.note}")
 
@@ -141,12 +141,13 @@ def kept_of(config: ConfigDict, subject):
 
 def hindrances(config: ConfigDict, job) -> list[str]:
     """Why `deepseek-jax train` cannot run a job today: what is not written yet, or the batch does not divide."""
+    from deepseek_jax import run
     from deepseek_jax.plan.suggest import missing
 
     found, at = missing(job), job.layout
     if not found:
         try:
-            train.batch_ramp(config, at.data * at.expert)
+            run.batch_ramp(config, at.data * at.expert)
         except UserError as error:
             found.append(str(error))
     return found

@@ -22,9 +22,10 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from deepseek_jax import run_config
 from deepseek_jax.bounds import path, whole
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _bench_kernels, _options, train
+from deepseek_jax.launch import _bench_kernels, _options
 
 EXTRA = {
     "turns": (int, 15, "times that each side is measured", whole(1, 10**6)),
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int:
     options = _options.parse(argv[1:] if subject else argv, "micro_v3", EXTRA, workdir=False)
     if subject != "train":
         raise UserError(f"bench {subject or ''}: no such bench. Give: deepseek-jax bench train, or bench kernels")
-    config = _options.validate(options.config, train.CHECKS)
+    config = run_config.validate(options.config)
     with contextlib.ExitStack() as stack:
         sides = {"deepseek_jax": Ours(config)}
         if options.peer:
@@ -67,6 +68,7 @@ class Ours:
         import jax
         import numpy as np
 
+        from deepseek_jax import run
         from deepseek_jax.parallel.mesh import make_mesh
 
         self.shape = (config.train.batch_size, config.data.seq_len)
@@ -74,8 +76,8 @@ class Ours:
         self.tokens = np.random.default_rng(1)
         begin = time.perf_counter()
         mesh = make_mesh(**config.mesh)
-        train.batch_ramp(config, mesh.size)  # checks that the batch divides over the devices
-        self.trainer = train.build_trainer(config, mesh)
+        run.batch_ramp(config, mesh.size)  # checks that the batch divides over the devices
+        self.trainer = run.trainer(config, mesh)
         self.state = self.trainer.init(config.seed)
         self.step = self.trainer.step.lower(self.state, self.batch()).compile()
         self.compile_seconds = time.perf_counter() - begin

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from deepseek_jax.bounds import SEED, STEPS, number, path, whole
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
-from deepseek_jax.launch.generate import write
+from deepseek_jax.launch._continuation import write
 
 if TYPE_CHECKING:
     from deepseek_jax.serve.dialogue import Dialogue, Piece

@@ -11,14 +11,15 @@ The mesh may be of any size: its devices need not be here.  Without --devices, -
 # deepseek_jax.launch.inspect, and no file of this folder is meant to be run by its path.
 
 import math
-import sys
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from deepseek_jax import run_config
 from deepseek_jax.bounds import whole
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _options, train
+from deepseek_jax.launch import _options
+from deepseek_jax.launch._tables import print_table
 
 DEFAULT = "tiny_v3"
 HEADER = ("weight", "shape", "dtype", "logical axes", "split over", "weight/device", "optimiser/device")
@@ -47,14 +48,14 @@ def main(argv: list[str]) -> int:
     if options.workdir:
         config, origin = config_of_run(options.workdir)
     else:
-        config, origin = _options.validate(options.config, (*train.CHECKS, no_pipeline)), options.config.name
+        config, origin = without_pipeline(run_config.validate(options.config)), options.config.name
     sizes = mesh_sizes(config.mesh.data, config.mesh.expert, options.devices)
     weights, totals = inspect(config, sizes)
     mesh = " x ".join(f"{axis} {n}" for axis, n in sizes.items())
     print(f"{origin}: family {config.family}, mesh {mesh} ({math.prod(sizes.values()):,} devices)\n")
     if options.workdir or config.train.init_from:
         print("\n".join([*numbers(config), ""]))
-    print_table(HEADER, [cells(weight) for weight in weights])
+    print_table(HEADER, [cells(weight) for weight in weights], right=RIGHT)
     print()
     print_table(("total", "parameters"), totals, right=("parameters",))
     weight_bytes, optimizer_bytes = (sum(w.weight_bytes for w in weights), sum(w.optimizer_bytes for w in weights))
@@ -68,11 +69,14 @@ def numbers(config: ConfigDict) -> list[str]:
     return [f"config.family = {config.family!r}", *model, f"config.data.tokenizer = {config.data.tokenizer!r}"]
 
 
-def no_pipeline(config: ConfigDict) -> str | None:
-    """What is wrong with a config that asks for pipeline stages, of which this table knows nothing."""
+def without_pipeline(config: ConfigDict) -> ConfigDict:
+    """Returns the config; raises UserError if it asks for pipeline stages, which this table does not support."""
     if config.mesh.pipe != 1:
-        return f"config.mesh.pipe={config.mesh.pipe}: inspect knows no pipeline; deepseek-jax plan does. Set it to 1."
-    return None
+        raise UserError(
+            f"config.mesh.pipe={config.mesh.pipe}: inspect does not support pipeline stages (deepseek-jax plan does). "
+            "Set --config.mesh.pipe=1."
+        )
+    return config
 
 
 def config_of_run(workdir) -> tuple[ConfigDict, str]:
@@ -155,27 +159,3 @@ def cells(weight: Weight) -> tuple[str, ...]:
     split_over = ",".join(axis or "-" for axis in weight.spec)
     sizes = (size_text(weight.weight_bytes), size_text(weight.optimizer_bytes))
     return (weight.name, shape, weight.dtype, ",".join(axis or "-" for axis in weight.axes), split_over, *sizes)
-
-
-def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]], right: tuple[str, ...] = RIGHT) -> None:
-    """Prints aligned columns, those in `right` to the right: drawn by rich on a terminal wide enough, else plain."""
-    if sys.stdout.isatty():
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-
-        console, table = Console(), Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for name in header:
-            table.add_column(name, justify="right" if name in right else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*row)
-        if console.measure(table, options=console.options.update(width=1000)).minimum <= console.width:
-            console.print(table)
-            return
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
-        padded = (
-            cell.rjust(width) if name in right else cell.ljust(width)
-            for cell, width, name in zip(row, widths, header, strict=True)
-        )
-        print("  ".join(padded).rstrip())

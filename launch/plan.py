@@ -29,9 +29,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from deepseek_jax import run_config
 from deepseek_jax.bounds import besides, number, path, whole
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _options, _suggest, inspect, train
+from deepseek_jax.launch import _options, _suggest
+from deepseek_jax.launch._tables import print_table
 from deepseek_jax.paths import check_local
 from deepseek_jax.plan.published import RUNS, Run
 
@@ -70,7 +72,7 @@ EXTRA = {
 def main(argv: list[str]) -> int:
     """Runs the verb; returns the exit code."""
     options = _options.parse(argv, DEFAULT, EXTRA, workdir=False)
-    config = _options.validate(options.config, train.CHECKS)
+    config = run_config.validate(options.config)
     from deepseek_jax.plan import figures, report
     from deepseek_jax.plan.memory import capacity, fullest
     from deepseek_jax.plan.verdict import verdict
@@ -237,7 +239,7 @@ def show(line: str, sections, fitted_to: str) -> None:
             marks = [row.figures[0].mark] if own_marks else []
             rows.append((row.label, *(figure.text for figure in row.figures), *marks, row.note))
         print()
-        inspect.print_table(head, rows, right=tuple(names))
+        print_table(head, rows, right=tuple(names))
     print(
         "\nderived: from shapes, stated formulas and the chip's data sheet; derived/published: and from a published\n"
         f"number.  published, given: copied.  fitted: rests on one efficiency, calibrated for this recipe with\n"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import deepseek_jax
+from deepseek_jax import run, run_config
 from deepseek_jax.convert import hub
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _beginning, _options, convert, export, inspect, train
@@ -55,8 +56,8 @@ def test_a_directory_is_a_config(name, word):
     assert config.release.n_positions == source.data.seq_len
     assert bool(config.train.mtp_weight) == (name == "v3_mtp")
     assert config.optimizer.peak_rate == config.optimizer.final_rate == 1e-5
-    assert _options.validate(config, train.CHECKS) is config
-    train.loop_config(config), train.batch_ramp(config, 8)
+    assert run_config.validate(config) is config
+    run.loop_config(config), run.batch_ramp(config, 8)
     assert config.name == f"{name}_tuned"  # and so its workdir is not the directory of the weights
 
 
@@ -109,7 +110,7 @@ def test_the_user_may_say_otherwise(published):
 )
 def test_marks_that_are_none_are_refused_by_their_key(word):
     with pytest.raises(UserError, match=f"config.release.{word.partition('=')[0]}"):
-        _options.validate(parsed(f"--config.release.{word}").config, train.CHECKS)
+        run_config.validate(parsed(f"--config.release.{word}").config)
 
 
 def test_a_converted_run_is_a_beginning_as_well(published, tmp_path):

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from deepseek_jax import cli
+from deepseek_jax import cli, run_bounds, run_config
 from deepseek_jax.bounds import besides, in_line, name, number, optional, path, several, shown, text, whole
 from deepseek_jax.data.conversations import TRAIN_ON
 from deepseek_jax.data.rows import FORMATS
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _bench_kernels, _bounds, _options, bench, chat, convert, export, generate, plan, train
+from deepseek_jax.launch import _bench_kernels, _options, bench, chat, convert, export, generate, plan, train
 from deepseek_jax.launch import inspect as inspect_verb
 from deepseek_jax.layers.base import REMAT
 from deepseek_jax.models import FAMILIES
@@ -76,22 +76,22 @@ def put(group: ConfigDict, key: str, value: object) -> bool:
 
 
 def config_of(named: str) -> ConfigDict:
-    config = _options.load(named)
+    config = run_config.load(named)
     config.unlock()
     return config
 
 
 def test_every_key_of_a_run_has_a_bound_that_its_default_keeps():
-    defaults = _bounds.default_values()
-    assert _bounds.BOUNDS.keys() == defaults.keys()
-    outside = {key for key, bound in _bounds.BOUNDS.items() if not bound.holds(defaults[key])}
+    defaults = run_bounds.default_values()
+    assert run_bounds.BOUNDS.keys() == defaults.keys()
+    outside = {key for key, bound in run_bounds.BOUNDS.items() if not bound.holds(defaults[key])}
     assert outside == {"name", "family"}  # which a config fills in
 
 
-@pytest.mark.parametrize("named", [*_options.names(), NANO])
+@pytest.mark.parametrize("named", [*run_config.names(), NANO])
 def test_every_config_is_within_its_bounds(named):
-    config = _options.load(named)
-    assert _options.validate(config, train.CHECKS) is config
+    config = run_config.load(named)
+    assert run_config.validate(config) is config
 
 
 @pytest.mark.parametrize(
@@ -106,11 +106,11 @@ def test_every_config_is_within_its_bounds(named):
     ],
 )
 def test_the_words_of_a_bound_are_those_that_there_are(key, words):
-    expected = _bounds.BOUNDS[key].expected
+    expected = run_bounds.BOUNDS[key].expected
     assert sorted(expected.removeprefix("one of ").replace("''", "").split(", ")) == sorted(words)
 
 
-@pytest.mark.parametrize("key", _bounds.BOUNDS)
+@pytest.mark.parametrize("key", run_bounds.BOUNDS)
 def test_no_value_of_a_key_is_a_traceback(key):
     config = config_of("tiny_v3")
     *groups, last = key.split(".")
@@ -118,7 +118,7 @@ def test_no_value_of_a_key_is_a_traceback(key):
     for value in (*NEVER, *MAYBE):
         if not put(group, last, value):
             continue
-        said = refusal(lambda: _options.validate(config, train.CHECKS))
+        said = refusal(lambda: run_config.validate(config))
         assert said is None or said.startswith(f"config.{key}") or "config.model" in said, said
         if any(value is one for one in NEVER):
             assert said is not None, f"config.{key}={shown(value)} was taken"
@@ -132,7 +132,7 @@ def test_no_value_of_a_models_key_is_a_traceback(named):
         for value in (*NEVER, *MAYBE):
             if not put(config.model, key, value):
                 continue
-            said = refusal(lambda: _options.validate(config, train.CHECKS))
+            said = refusal(lambda: run_config.validate(config))
             assert said is None or said.startswith("config.model"), said
             if any(value is one for one in NEVER):
                 assert said is not None, f"config.model.{key}={shown(value)} was taken"
@@ -146,7 +146,7 @@ def test_no_value_of_a_context_extension_is_a_traceback(named, group):
     for key in GROUPS[group]:
         for value in (*NEVER, *MAYBE):
             put(config.model, group, ConfigDict(values | {key: value}))
-            said = refusal(lambda: _options.validate(config, train.CHECKS))
+            said = refusal(lambda: run_config.validate(config))
             assert said is None or said.startswith("config.model"), said
             if any(value is one for one in NEVER):
                 assert said is not None, f"config.model.{group}.{key}={shown(value)} was taken"
@@ -156,7 +156,7 @@ def test_no_value_of_a_context_extension_is_a_traceback(named, group):
 def test_no_word_for_a_key_is_a_traceback(key):
     for word in WORDS:
         argv = [f"--config.{key}={word}"]
-        refusal(lambda argv=argv: _options.validate(_options.parse(argv, NANO).config, train.CHECKS))
+        refusal(lambda argv=argv: run_config.validate(_options.parse(argv, NANO).config))
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_no_word_for_a_key_is_a_traceback(key):
     ],
 )
 def test_a_message_says_what_was_given_and_what_is_expected(word, expected):
-    said = refusal(lambda: _options.validate(_options.parse([f"--config.{word}"], "tiny_v3").config, train.CHECKS))
+    said = refusal(lambda: run_config.validate(_options.parse([f"--config.{word}"], "tiny_v3").config))
     assert said.startswith(f"config.{word.partition('=')[0]}=") and f"expected {expected}" in said
 
 
@@ -232,7 +232,7 @@ def test_a_config_file_that_is_wrong_gets_a_line(tmp_path, capsys, line, message
 def test_what_a_config_file_prints_is_no_output_of_the_verb(tmp_path, capsys):
     file = tmp_path / "mine.py"
     file.write_text("import deepseek_jax.configs.tiny_v3 as t\nprint('hello')\nget_config = t.get_config\n")
-    _options.load(str(file))
+    run_config.load(str(file))
     assert capsys.readouterr() == ("", "hello\n")
 
 
@@ -248,5 +248,5 @@ def test_bounds_in_words_and_values():
 
 
 def test_base_is_no_run():
-    assert "has no config.model" in refusal(lambda: _options.validate(_options.load("base"), train.CHECKS))
+    assert "has no config.model" in refusal(lambda: run_config.validate(run_config.load("base")))
     assert importlib.import_module("deepseek_jax.configs.base").get_config().model == ConfigDict()

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax import cli
+from deepseek_jax import cli, run_config
 from deepseek_jax.data.tokenizer import open_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.language_model import LanguageModel, abstract_module, load, save_pretrained
-from deepseek_jax.launch import _options, chat
+from deepseek_jax.launch import chat
 from deepseek_jax.layers.base import split
 
 BYTES = open_tokenizer("bytes")
@@ -39,7 +39,7 @@ def scripted(monkeypatch):
             prompts.append(BYTES.decode(ids, specials=True))
             return iter(BYTES.encode(lines.pop(0), specials=True).tolist()[:max_new_tokens])
 
-        config = _options.load("tiny_v3")
+        config = run_config.load("tiny_v3")
         config.data.update(data)
         model = types.SimpleNamespace(
             config=config, tokenizer=BYTES, stream=stream, n_positions=n_positions, end_ids=(257,)
@@ -64,7 +64,7 @@ DRAWINGS = [
 def test_a_model_draws_as_its_own_files_say(tmp_path, said, drawing):
     if said is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(said))
-    config = _options.load("tiny_v3")
+    config = run_config.load("tiny_v3")
     config.release.folder = str(tmp_path)
     assert chat.drawing_of(config) == drawing
 
@@ -194,9 +194,9 @@ def stream(ids, max_new_tokens, stop_ids, **draw):
         time.sleep(0.5 if text == "count" else 0)
         yield token
 
-from deepseek_jax.launch import _options
+from deepseek_jax import run_config
 
-config = _options.load("tiny_v3")
+config = run_config.load("tiny_v3")
 model = types.SimpleNamespace(config=config, tokenizer=BYTES, stream=stream, n_positions=1000, end_ids=(257,))
 for name, offers in (("language_model", "load"), ("compat", "start_compilation_cache")):  # without jax: starts at once
     sys.modules["deepseek_jax." + name] = types.SimpleNamespace(**{offers: lambda argument: model})
@@ -271,7 +271,7 @@ def test_at_a_terminal(seat):
 
 def test_a_network_of_its_own(tmp_path, monkeypatch, capsys):
     """From a directory of published weights, with tokenizer and template beside them."""
-    config = _options.load("tiny_v1")
+    config = run_config.load("tiny_v1")
     config.model.update(n_layers=1, d_model=16, dense_width=16, n_heads=2, head_width=8, n_kv_heads=2, vocab_size=272)
     config.data.seq_len = 32
     _, *shapes = split(abstract_module(config))

@@ -11,9 +11,10 @@ import pytest
 from ml_collections import ConfigDict
 
 import deepseek_jax
-from deepseek_jax import cli
+from deepseek_jax import cli, run_config
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _hints, _options
+from deepseek_jax.saved_config import from_json, to_json
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_flags_before_the_verb_are_said_to_come_after(verb, capsys):
 
 
 def test_every_familiar_name_is_a_key_that_exists():
-    keys = _hints.key_names(_options.load("base"))
+    keys = _hints.key_names(run_config.load("base"))
     assert set(_hints.FAMILIAR.values()) <= set(keys)
 
 
@@ -159,19 +160,19 @@ def test_the_last_of_two_overrides_wins_and_the_config_is_named_and_locked(card)
 def test_a_file_is_named_after_itself_and_not_after_its_parent(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("from deepseek_jax.configs import tiny_v3\ndef get_config(): return tiny_v3.get_config()\n")
-    assert (_options.load(str(path)).name, _options.load("tiny_v3").name) == ("mine", "tiny_v3")
+    assert (run_config.load(str(path)).name, run_config.load("tiny_v3").name) == ("mine", "tiny_v3")
 
 
 def test_a_name_finds_a_config_of_the_package():
     assert _options.parse([], default_config="base").config.train.steps == 1000
-    assert "base" not in _options.names() and "__init__" not in _options.names()
+    assert "base" not in run_config.names() and "__init__" not in run_config.names()
 
 
-@pytest.mark.parametrize("name", _options.names())
+@pytest.mark.parametrize("name", run_config.names())
 def test_every_config_of_the_package_loads_and_survives_json(name):
-    config = _options.load(name)
+    config = run_config.load(name)
     assert config.name
-    assert _options.from_json(json.loads(json.dumps(_options.to_json(config)))) == config
+    assert from_json(json.loads(json.dumps(to_json(config)))) == config
 
 
 @pytest.mark.parametrize(
@@ -262,17 +263,10 @@ def test_help_lists_the_options(capsys):
         assert word in out
 
 
-def test_checks_across_fields_say_what_is_wrong():
-    config = ConfigDict({"a": 1})
-    assert _options.validate(config, [lambda c: None]) is config
-    with pytest.raises(UserError, match="too small"):
-        _options.validate(config, [lambda c: "a is too small" if c.a < 2 else None])
-
-
 def test_json_gives_back_the_same_config():
     tree = {"i": 1, "f": 1.0, "third": 1 / 3, "huge": 1e300, "t": (1, (2.0, None)), "l": [1, (2,)], "s": "é", "b": True,
             "n": None, "empty": {}, "sub": {"x": (), "y": -0.0}}  # fmt: skip
     config = ConfigDict(tree).lock()
-    back = _options.from_json(json.loads(json.dumps(_options.to_json(config))))
+    back = from_json(json.loads(json.dumps(to_json(config))))
     assert back == config
     assert repr(back.to_dict()) == repr(config.to_dict())

@@ -10,11 +10,12 @@ import pytest
 from absl import logging
 from ml_collections import ConfigDict
 
-from deepseek_jax import cli
+from deepseek_jax import cli, run_config
 from deepseek_jax.configs import tiny_v3
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _options, bench
+from deepseek_jax.launch import bench
 from deepseek_jax.models.v3 import Config
+from deepseek_jax.saved_config import to_json
 from deepseek_jax.train.checkpoint import Checkpointer
 
 NANO = str(Path(__file__).parent / "train" / "nano_v3.py")
@@ -90,7 +91,7 @@ def test_a_workdir_that_cannot_be_written(refused, training, tmp_path):
 
 def test_a_checkpoint_cut_short(refused, tmp_path):
     """The only checkpoint of a run is damaged: it is named, and left as it is."""
-    config = _options.to_json(_options.load(NANO))
+    config = to_json(run_config.load(NANO))
     with Checkpointer(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(7, {"params": {"weight": jnp.arange(8.0)}}, {"config": config})
     written = (file for file in (tmp_path / "checkpoints").rglob("arrays/**/*") if file.is_file())
@@ -127,7 +128,7 @@ def test_other_verbs_refuse(refused, words, message):
 @pytest.mark.parametrize("python", [shutil.which("false") or "false", "/no/such/python"])
 def test_a_peer_that_does_not_start_is_named(python):
     with pytest.raises(UserError, match="the peer ended: no message|cannot be run"):
-        bench.Peer(_options.load("micro_v3"), python)
+        bench.Peer(run_config.load("micro_v3"), python)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import deepseek_jax as dsj
+from deepseek_jax import run_config
 from deepseek_jax.data import chat
 from deepseek_jax.data.conversations import Encoder, unflatten
-from deepseek_jax.launch import _options, export, train
+from deepseek_jax.launch import export, train
 
 TEMPLATE = "{# is_last_user #}<｜User｜><｜Assistant｜>"  # what tells V3's from the others
 NANO = str(Path(__file__).parent / "train" / "nano_v3.py")
@@ -20,7 +21,7 @@ NANO = str(Path(__file__).parent / "train" / "nano_v3.py")
 def tuned(tmp_path_factory):
     """The folder of all: `published` as downloaded, the run, and `out` as exported."""
     folder = tmp_path_factory.mktemp("tuned")
-    config = _options.load(NANO)
+    config = run_config.load(NANO)
     config.data.seq_len = 64
     dsj.save_pretrained(dsj.build(config, seed=0), folder / "published", dtype="fp32")
     (folder / "published" / "chat_template.jinja").write_text(TEMPLATE)

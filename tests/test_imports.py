@@ -1,6 +1,7 @@
 """Who may import whom (ARCHITECTURE.md), read from the source: nothing is imported to find out."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up.  A room imports itself and what stands on lower floors, never a neighbour on its own floor.
 FLOORS = (
-    ("shapes", "errors", "streams"),
+    ("configs", "shapes", "errors", "streams"),
     ("paths", "bounds"),
     ("compat", "seeds"),
     ("precision", "data"),
@@ -19,11 +20,11 @@ FLOORS = (
     ("models",),
     ("train", "serve", "convert", "eval", "plan"),
     ("rl",),
-    ("saved_config", "abstract_model", "release"),
-    ("stored",),
-    ("language_model",),
-    ("configs",),
-    ("cli", "launch"),
+    ("saved_config", "abstract_model", "release", "run_bounds"),
+    ("stored", "run_config"),
+    ("language_model", "run"),
+    ("launch",),
+    ("cli",),
     ("__main__",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -56,7 +57,13 @@ CONFIG_DICT_ROOMS = (
     "release",
     "abstract_model",
     "saved_config",
+    "run",
+    "run_bounds",
+    "run_config",
 )
+
+
+PACKAGE = "deepseek_jax"  # itself fetches build and load when first asked for, which is no import
 
 
 def room_of(module: str) -> str | None:
@@ -89,7 +96,32 @@ def imported(tree: ast.AST, module: str, is_package: bool) -> list[str]:
                 base = ".".join([*parents, base] if base else parents)
             # `from deepseek_jax import layers` names the room in the alias
             found += [f"{base}.{alias.name}" if base == "deepseek_jax" else base for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and module != PACKAGE:
+            found += [name for name in [text_of(node.args[0])] if name]
     return found
+
+
+def text_of(node: ast.AST) -> str:
+    """Returns the text of a literal, of an f-string what comes before its first value; "" for anything else."""
+    if isinstance(node, ast.JoinedStr):
+        return text_of(node.values[0])
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def is_verb(module: str) -> bool:
+    """Whether a dotted name is that of a verb: a file of `launch` without a leading underscore."""
+    return re.fullmatch(r"deepseek_jax\.launch\.[a-z]\w*", module) is not None
+
+
+def imported_verbs(tree: ast.AST) -> list[str]:
+    """Returns the verbs that a file imports."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            found += [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+    return [name for name in found if is_verb(name)]
 
 
 def mesh_names(tree: ast.AST) -> list[str]:
@@ -127,6 +159,7 @@ def violations(path: str, source: str) -> list[str]:
             found.append(f"{path} imports ml_collections; only {', '.join(CONFIG_DICT_ROOMS)} read a ConfigDict")
         if package in ("configs", "launch", "tests"):
             found.append(f"{path} imports {name}; write deepseek_jax.{name}")
+    found += [f"{path} imports the verb {name}; what verbs share is in launch/_*.py" for name in imported_verbs(tree)]
     if room not in MESH_ROOMS and path not in MESH_FILES:
         found += [f"{path} uses jax's {name}; the mesh stays in parallel/" for name in mesh_names(tree)]
     return found
@@ -157,7 +190,14 @@ def test_every_room_has_a_floor():
         ("deepseek_jax/train/loop.py", "import deepseek_jax.serve.cache"),
         ("deepseek_jax/data/corpus.py", "from deepseek_jax.precision import matmul"),
         ("deepseek_jax/precision/matmul.py", "from deepseek_jax.parallel import mesh"),
-        ("deepseek_jax/models/v3.py", "from deepseek_jax.configs import base"),
+        ("deepseek_jax/models/v3.py", "from deepseek_jax.run_config import load"),
+        ("deepseek_jax/train/loop.py", "import importlib\nimportlib.import_module('deepseek_jax.language_model')"),
+        (
+            "deepseek_jax/train/loop.py",
+            "from importlib import import_module as f\nimportlib.import_module(f'deepseek_jax.launch.{f}')",
+        ),
+        ("launch/bench.py", "from deepseek_jax.launch import train"),
+        ("launch/bench.py", "from deepseek_jax.launch.train import prepare"),
         ("deepseek_jax/train/loop.py", "from deepseek_jax.launch import _options"),
         ("deepseek_jax/__init__.py", "from deepseek_jax.language_model import build"),
         ("deepseek_jax/train/loop.py", "from ml_collections import ConfigDict"),
@@ -186,6 +226,7 @@ def test_a_planted_violation_is_found(path, line):
         ("deepseek_jax/serve/engine.py", "from pallas_kernels.mla_decode import mla_decode"),
         ("configs/tiny_v3.py", "from ml_collections import ConfigDict\nfrom deepseek_jax.configs import base"),
         ("launch/train.py", "from deepseek_jax.train import loop\nimport jax"),
+        ("launch/train.py", "from deepseek_jax.launch import _options\nfrom deepseek_jax.launch._tables import x"),
         ("pallas_kernels/gemm/gpu.py", "import functools\nimport jax\nfrom pallas_kernels.gemm import tiles"),
     ],
 )

@@ -5,15 +5,16 @@ import math
 import jax
 import pytest
 
+from deepseek_jax import run_config
 from deepseek_jax.abstract_model import abstract_module, count_parameters
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _options, inspect
+from deepseek_jax.launch import inspect
 from deepseek_jax.layers.base import split
 
 
 @pytest.fixture(scope="module")
 def v3():
-    return _options.load("v3_671b")
+    return run_config.load("v3_671b")
 
 
 def test_the_counts_of_v3_are_the_published_ones(v3):
@@ -52,7 +53,7 @@ def test_an_expert_axis_that_does_not_divide_is_refused_by_name():
 
 
 def test_a_pipeline_is_refused_rather_than_left_out():
-    with pytest.raises(UserError, match="config.mesh.pipe=2: inspect knows no pipeline"):
+    with pytest.raises(UserError, match="config.mesh.pipe=2: inspect does not support pipeline"):
         inspect.main(["--config=tiny_v3", "--config.mesh.pipe=2"])
 
 

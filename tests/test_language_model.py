@@ -13,10 +13,12 @@ import pytest
 from flax import nnx
 
 import deepseek_jax
+from deepseek_jax import run_config
 from deepseek_jax.abstract_model import abstract_module, abstract_weights, count_parameters
 from deepseek_jax.errors import UserError
 from deepseek_jax.language_model import LanguageModel
-from deepseek_jax.launch import _options, generate, inspect
+from deepseek_jax.launch import generate, inspect
+from deepseek_jax.launch._continuation import write
 from deepseek_jax.layers.base import split
 from deepseek_jax.layers.router import Balance
 from deepseek_jax.models import family
@@ -32,7 +34,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture(scope="module")
 def config():
-    config = _options.load("tiny_v3")
+    config = run_config.load("tiny_v3")
     config.model.update(SIZES)
     config.data.seq_len = 32
     return config
@@ -290,9 +292,9 @@ def test_a_training_state_can_begin_with_weights_from_elsewhere(published, tmp_p
         path = tmp_path
         save(path / "checkpoints", published, 3)
     sizes = module.Config.from_config(published.config.model)
-    rules = dict.fromkeys(_options.load("tiny_v3").sharding, "") | {"experts": "expert", "embed": "data"}
+    rules = dict.fromkeys(run_config.load("tiny_v3").sharding, "") | {"experts": "expert", "embed": "data"}
     step = StepConfig(1, 64, False, 0.1, 0.1, 1, 1e-3, 1, Balance(1e-3))
-    optimizer = OptimizerConfig(**_options.load("tiny_v3").optimizer)
+    optimizer = OptimizerConfig(**run_config.load("tiny_v3").optimizer)
     trainer = Trainer(lambda run, rngs: module.Model(sizes, run, rngs=rngs), make_mesh(2, 4), rules, step, optimizer)
     target = {name: trainer.abstract[name] for name in WEIGHTS}
     config, weights = read_weights(path, target)
@@ -342,9 +344,9 @@ def test_a_prompt_is_asked_for(tmp_path, monkeypatch):
 
 
 def test_a_terminal_is_spared_control_characters(monkeypatch, capsys):
-    generate.write("a\x1b[2Jb\n\tc")
+    write("a\x1b[2Jb\n\tc")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    generate.write("a\x1b[2Jb\n\tc")
+    write("a\x1b[2Jb\n\tc")
     assert capsys.readouterr().out == "a\x1b[2Jb\n\tca\ufffd[2Jb\n\tc"
 
 

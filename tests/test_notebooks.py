@@ -57,5 +57,7 @@ def test_a_notebook_is_small_and_ends_in_a_check(file):
     assert title.cell_type == "markdown" and title.source.startswith("# ")
     assert last.cell_type == "code" and any(isinstance(node, ast.Assert) for node in ast.parse(last.source).body)
     assert file.stat().st_size < LARGEST_KB * 1024
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    assert "deepseek_jax.launch" not in code, "what a notebook needs is in the library"
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]

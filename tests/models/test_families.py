@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from deepseek_jax import run, run_config
 from deepseek_jax.abstract_model import abstract_module, count_parameters
 from deepseek_jax.convert import hf, names
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _options, plan
-from deepseek_jax.launch.train import batch_ramp, build_trainer
+from deepseek_jax.launch import plan
 from deepseek_jax.layers.base import bind, decayed, logical_axes, split
 from deepseek_jax.layers.router import Balance
 from deepseek_jax.models import FAMILIES, family
@@ -142,7 +142,7 @@ def test_every_weight_names_its_axes(model):
     assert ranks == [jax.tree.map(jnp.ndim, tree) for tree in (params, bias)]
 
 
-@pytest.mark.parametrize("name", _options.names())
+@pytest.mark.parametrize("name", run_config.names())
 def test_weight_decay_shrinks_what_is_published_as_a_matrix(name):
     """Gains and biases are published as vectors, whatever the number of their axes here."""
     module = abstract_module(config_of(name))
@@ -175,7 +175,7 @@ SHAPES = [
 def test_a_step_of_other_layers_keeps_its_state_and_reports_its_routers(twin, changed, routers):
     config = smaller(config_of(twin))
     config.model.update(changed)
-    trainer = build_trainer(config, make_mesh(1, 1, jax.devices()[:1]))
+    trainer = run.trainer(config, make_mesh(1, 1, jax.devices()[:1]))
     ids_BT, weights_BT = (jax.ShapeDtypeStruct((B, T), dtype) for dtype in (jnp.int32, jnp.float32))
     batch = Batch(ids_BT, ids_BT, ids_BT, ids_BT, weights_BT)
     state, report = jax.eval_shape(trainer.step, trainer.abstract, batch)
@@ -237,7 +237,7 @@ RECIPES = {
 def test_a_recipe_reads_the_published_tokens(name):
     config = config_of(name)
     tokens, shares = RECIPES[name]
-    ramp, schedule = batch_ramp(config, n_devices=1), config.optimizer
+    ramp, schedule = run.batch_ramp(config, n_devices=1), config.optimizer
     read = ramp.first(config.train.steps) * config.data.seq_len
     assert read == pytest.approx(tokens * 1e12, rel=1e-4)
     parts = (schedule.warmup_steps + schedule.constant_steps, schedule.cosine_steps, schedule.tail_steps)
@@ -249,7 +249,7 @@ def test_a_recipe_reads_the_published_tokens(name):
 @pytest.mark.parametrize(("name", "tokens"), [("v2_236b", 225e9), ("v3_671b", 469e9)])
 def test_the_batch_grows_over_the_published_tokens(name, tokens):
     config = config_of(name)
-    ramp = batch_ramp(config, n_devices=1)
+    ramp = run.batch_ramp(config, n_devices=1)
     assert ramp.first(ramp.steps) * config.data.seq_len == pytest.approx(tokens, rel=1e-4)
 
 

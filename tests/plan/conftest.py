@@ -9,11 +9,11 @@ import pytest
 @functools.cache
 def described(name: str) -> SimpleNamespace:
     """A config with its family's module, its sizes and its network."""
-    from deepseek_jax.launch import _options
+    from deepseek_jax import run_config
     from deepseek_jax.models import family
     from deepseek_jax.plan.network import describe
 
-    config = _options.load(name)
+    config = run_config.load(name)
     module = family(config.family)
     sizes = module.Config.from_config(config.model)
     return SimpleNamespace(config=config, module=module, sizes=sizes, network=describe(module, sizes))

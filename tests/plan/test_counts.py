@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from deepseek_jax.launch import _options
+from deepseek_jax import run_config
 from deepseek_jax.models import family
 from deepseek_jax.plan.counts import count
 from deepseek_jax.plan.network import cache_bytes_per_token, describe
@@ -12,13 +12,13 @@ from deepseek_jax.plan.network import cache_bytes_per_token, describe
 
 @functools.cache
 def network(name: str):
-    config = _options.load(name)
+    config = run_config.load(name)
     module = family(config.family)
     return describe(module, module.Config.from_config(config.model))
 
 
 def cache_bytes(name: str) -> int:
-    config = _options.load(name)
+    config = run_config.load(name)
     module = family(config.family)
     return cache_bytes_per_token(module, module.Config.from_config(config.model))
 
@@ -69,7 +69,7 @@ def test_bytes_of_the_cache_a_token(name, n_bytes):
 
 
 def changed(name: str, **model):
-    config = _options.load(name)
+    config = run_config.load(name)
     config.model.update(model)
     module = family(config.family)
     return describe(module, module.Config.from_config(config.model))

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from deepseek_jax.launch import _options, train
+from deepseek_jax import run, run_config
 from deepseek_jax.models import family
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan.flops import forward, keys_seen, training
@@ -11,7 +11,7 @@ from deepseek_jax.plan.network import describe
 
 
 def network(name: str, **model):
-    config = _options.load(name)
+    config = run_config.load(name)
     config.model.update(model)
     module = family(config.family)
     return describe(module, module.Config.from_config(config.model))
@@ -40,19 +40,19 @@ def test_v3_has_the_published_operations_a_token():
 @pytest.mark.parametrize("name", ["v3_671b", "tiny_v3", "micro_v3"])
 @pytest.mark.parametrize("seq_len", [256, 4096])
 def test_the_shapes_give_what_the_formula_says(name, seq_len):
-    assert training(network(name), seq_len) == written_out(_options.load(name).model, seq_len)
+    assert training(network(name), seq_len) == written_out(run_config.load(name).model, seq_len)
 
 
 @pytest.mark.parametrize("changed", [{"n_dense_layers": 0}, {"n_shared_experts": 0}, {"n_dense_layers": 4}], ids=str)
 def test_shapes_of_other_releases_give_what_the_formula_says(changed):
-    m = _options.load("tiny_v3").model
+    m = run_config.load("tiny_v3").model
     m.update(changed)
     assert training(network("tiny_v3", **changed), 256) == written_out(m, 256)
 
 
 def test_the_training_log_counts_causally_and_with_multi_token_prediction():
-    config = _options.load("tiny_v3")
-    trainer = train.build_trainer(config, make_mesh(devices=jax.devices()[:1]))
+    config = run_config.load("tiny_v3")
+    trainer = run.trainer(config, make_mesh(devices=jax.devices()[:1]))
     assert trainer.flops_per_token(256) == written_out(config.model, 256)
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from deepseek_jax import run_config
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _options
 from deepseek_jax.models import family
 from deepseek_jax.plan.layout import describe_layers, divide, make_layout, make_stages
 from deepseek_jax.plan.network import describe
@@ -13,7 +13,7 @@ SIZES = {"pipe": 16, "data": -1, "expert": 64, "devices": 2048, "batch": 15_360,
 
 @pytest.fixture(scope="module")
 def v3():
-    config = _options.load("v3_671b")
+    config = run_config.load("v3_671b")
     module = family(config.family)
     return describe(module, module.Config.from_config(config.model))
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from deepseek_jax import run_config
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options, inspect
 from deepseek_jax.plan.activations import Kept, v3_bytes
@@ -17,7 +18,7 @@ MESHES = [{"data": 1, "expert": 1}, {"data": 4, "expert": 1}, {"data": 1, "exper
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize(("name", "sharding"), [("tiny_v3", {}), ("v3_671b", {}), ("tiny_v1", {"embed": "data"})])
 def test_states_are_those_that_inspect_shows(job_of, name, sharding, mesh):
-    config = _options.load(name)
+    config = run_config.load(name)
     config.sharding.update(sharding)
     weights, _ = inspect.inspect(config, mesh)
     ours = rank_memory(job_of(name, sharding=sharding, **mesh), 0, NOTHING, CHUNK)
@@ -57,7 +58,7 @@ def test_policies_keep_less_and_less(job_of, kept_of):
 
 
 def test_dots_keep_outputs_of_matmuls(job_of, kept_of):
-    m = _options.load("tiny_v1").model
+    m = run_config.load("tiny_v1").model
     outputs = (m.n_heads + 2 * m.n_kv_heads) * m.head_width + m.d_model + 2 * m.dense_width  # q, k, v, out, gate, up
     kept = kept_of("tiny_v1", job_of("tiny_v1", remat="dots"))["blocks"].per_sequence
     assert kept == 4 * 256 * (m.d_model + outputs)  # and the input; the output of down is needed by nobody

@@ -6,8 +6,9 @@ from itertools import islice, pairwise
 
 import pytest
 
+from deepseek_jax import run, run_config
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _options, _suggest, inspect, plan, train
+from deepseek_jax.launch import _options, _suggest, inspect, plan
 from deepseek_jax.plan import suggest
 from deepseek_jax.plan.activations import Kept, KeptOnce, kept
 from deepseek_jax.plan.chips import chip
@@ -135,8 +136,8 @@ def test_a_suggestion_is_what_plan_train_and_inspect_make_of_its_words(suggested
         assert found["figures"]["suggested"][f"{number}_step_s"] == pytest.approx(it.step_s)
         of_the_config = [word for word in words if word.startswith("--config")]
         config = _options.parse([*of_the_config, *said], "tiny_v1", {}, workdir=False).config
-        _options.validate(config, train.CHECKS)
-        train.batch_ramp(config, 8)
+        run_config.validate(config)
+        run.batch_ramp(config, 8)
         inspect.inspect(config, inspect.mesh_sizes(config.mesh.data, config.mesh.expert, 8))
 
 

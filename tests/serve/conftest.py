@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax import run_config
 from deepseek_jax.abstract_model import abstract_module
-from deepseek_jax.launch import _options
 from deepseek_jax.layers.base import bind, split
 from deepseek_jax.serve.generate import Generator
 
@@ -44,6 +44,6 @@ class Network:
 
 @pytest.fixture(scope="session")
 def network():
-    config = _options.load("tiny_v3")
+    config = run_config.load("tiny_v3")
     config.model.update(SIZES)
     return Network(config)

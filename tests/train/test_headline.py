@@ -4,6 +4,7 @@ import pytest
 
 from deepseek_jax.data.pipeline import open_splits, settled
 from deepseek_jax.launch import _options, train
+from deepseek_jax.launch._headline import about_text
 
 TEXT = "words of a book, one after another, until the end\n"
 
@@ -15,7 +16,7 @@ def said(tmp_path, source, *overrides):
     train.leave_own_text(options.config, options.overrides)
     options.config.data.update(settled(options.config.data))
     sides = open_splits(seed=0, **options.config.data)
-    return "\n".join(train.about_text(options.config, *sides)), options.config.data.fim_rate
+    return "\n".join(about_text(options.config, *sides)), options.config.data.fim_rate
 
 
 def test_the_users_own_text_is_not_rearranged_unless_asked(tmp_path):

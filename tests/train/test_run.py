@@ -13,9 +13,11 @@ import jax
 import numpy as np
 import pytest
 
+from deepseek_jax import run
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options, train
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.saved_config import to_json
 from deepseek_jax.train.checkpoint import Checkpointer
 from deepseek_jax.train.metrics import read_log
 
@@ -34,7 +36,7 @@ def corpus(tmp_path_factory) -> str:
     return f"{folder}/*.txt"
 
 
-def run(workdir: Path, corpus: str, *overrides: str) -> int:
+def trained(workdir: Path, corpus: str, *overrides: str) -> int:
     """The train verb in this process."""
     words = [f"--config={CONFIG}", f"--workdir={workdir}", "--no-sample", f"--config.data.source={corpus}"]
     return train.main([*words, f"--config.data.cache_dir={workdir.parent}/cache", *overrides])
@@ -116,11 +118,11 @@ def test_sigterm_saves_and_exits_with_0(tmp_path, corpus):
 @pytest.mark.slow
 def test_a_run_moves_to_eight_devices_and_back(tmp_path, corpus):
     """Saved on one device, resumed on data 2 x expert 4, and back: the losses of an unmoved run to 1e-5."""
-    run(tmp_path / "still", corpus, "--config.train.steps=9", "--config.mesh.data=1")
+    trained(tmp_path / "still", corpus, "--config.train.steps=9", "--config.mesh.data=1")
     moving = tmp_path / "moving"
-    run(moving, corpus, "--config.train.steps=3", "--config.mesh.data=1")
-    run(moving, corpus, "--config.train.steps=6", "--config.mesh.data=2", "--config.mesh.expert=4")
-    run(moving, corpus, "--config.train.steps=9", "--config.mesh.data=1")
+    trained(moving, corpus, "--config.train.steps=3", "--config.mesh.data=1")
+    trained(moving, corpus, "--config.train.steps=6", "--config.mesh.data=2", "--config.mesh.expert=4")
+    trained(moving, corpus, "--config.train.steps=9", "--config.mesh.data=1")
     np.testing.assert_allclose(losses(moving), losses(tmp_path / "still"), rtol=1e-5)
     assert checksums(moving) == checksums(tmp_path / "still")
 
@@ -129,7 +131,7 @@ def test_a_run_moves_to_eight_devices_and_back(tmp_path, corpus):
 def test_resuming_changes_no_dtype_value_or_placement(tmp_path):
     """On data 2 x expert 4, with float32 weights and bfloat16 moments: each leaf comes back where and as it was."""
     config = _options.parse([f"--config={CONFIG}", "--config.optimizer.moments_dtype=bfloat16"]).config
-    trainer = train.build_trainer(config, make_mesh(2, 4))
+    trainer = run.trainer(config, make_mesh(2, 4))
     state = trainer.init(0)
     with Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(1, state, {"config": {}})
@@ -147,22 +149,22 @@ def test_steps_that_are_not_finite_stop_the_run(tmp_path, corpus, capsys):
     wild = ("--config.mesh.data=1", "--config.optimizer.peak_rate=1000", "--config.optimizer.weight_decay=1000")
     wild += ("--config.train.max_skipped=3", "--config.train.steps=60")  # weights grow a million times per step
     with pytest.raises(UserError, match="3 steps in a row were not finite .* Lower config.optimizer.peak_rate"):
-        run(tmp_path / "run", corpus, *wild, "--config.optimizer.warmup_steps=1")
+        trained(tmp_path / "run", corpus, *wild, "--config.optimizer.warmup_steps=1")
     assert "skipped: not finite" in capsys.readouterr().out
 
 
 def test_a_workdir_refuses_another_network_or_text(tmp_path):
     config = _options.parse([f"--config={CONFIG}"]).config
-    saved = json.loads(json.dumps({"config": _options.to_json(config), "text": "abc"}))
-    train.check_same_run(config, "abc", saved, tmp_path)
+    saved = json.loads(json.dumps({"config": to_json(config), "text": "abc"}))
+    run.check_same_run(config, "abc", saved, tmp_path)
     with pytest.raises(UserError, match="on other text"):
-        train.check_same_run(config, "abd", saved, tmp_path)
+        run.check_same_run(config, "abd", saved, tmp_path)
     other = _options.parse([f"--config={CONFIG}", "--config.model.d_model=64"]).config
     with pytest.raises(UserError, match=r"config.model.d_model: 32 -> 64.*another --workdir"):
-        train.check_same_run(other, "abc", saved, tmp_path)
+        run.check_same_run(other, "abc", saved, tmp_path)
 
 
 def test_what_changed_between_two_configs_is_named():
     config = _options.parse([f"--config={CONFIG}"]).config
     other = _options.parse([f"--config={CONFIG}", "--config.optimizer.peak_rate=0.5"]).config
-    assert train.differences(config, other) == ["optimizer.peak_rate: 0.003 -> 0.5"]
+    assert run.differences(config, other) == ["optimizer.peak_rate: 0.003 -> 0.5"]

@@ -5,7 +5,6 @@ devices, a tokenizer and the vocabulary) is checked where it meets.
 """
 
 import difflib
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +27,7 @@ from deepseek_jax.bounds import (
     text,
     whole,
 )
+from deepseek_jax.configs import base
 from deepseek_jax.errors import UserError
 
 DEVICES = 1_000_000_000
@@ -134,7 +134,7 @@ def check_keys(config: ConfigDict) -> None:
 
 def check_model(config: ConfigDict) -> None:
     """Raises UserError unless `config.model` makes a model of its family, and has no keys besides."""
-    from deepseek_jax.models import family
+    from deepseek_jax.models import family  # which imports jax: keys are checked without
     from deepseek_jax.models.checks import keys_of
 
     module = family(config.family)
@@ -158,4 +158,4 @@ def keys(config: Mapping, prefix: str = "") -> dict[str, Any]:
 
 def default_values() -> dict[str, Any]:
     """Returns dotted key -> value of `configs/base.py`."""
-    return keys(importlib.import_module("deepseek_jax.configs.base").get_config())
+    return keys(base.get_config())

@@ -1,0 +1,157 @@
+"""A run assembled from its config: trainer, batch ramp, first state; and which keys may not change within it.
+
+config = run_config.load("tiny_v3")
+trainer = run.trainer(config, make_mesh(**config.mesh))
+state = trainer.init(config.seed)
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from deepseek_jax import release
+from deepseek_jax.convert.hf import copy_files
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.errors import UserError
+from deepseek_jax.layers.router import Balance
+from deepseek_jax.models import family
+from deepseek_jax.plan import flops
+from deepseek_jax.plan.network import describe
+from deepseek_jax.precision.policy import policy
+from deepseek_jax.saved_config import from_json
+from deepseek_jax.stored import WEIGHTS, read_weights
+from deepseek_jax.train.loop import LoopConfig
+from deepseek_jax.train.optim import OptimizerConfig
+from deepseek_jax.train.ramp import BatchRamp
+from deepseek_jax.train.step import State, StepConfig, Trainer
+
+# What may not change within a run: the network, and what decides the order of its samples.  The text itself is compared
+# by its fingerprint.
+FIXED = ("family", "model", "seed", "data.seq_len", "data.fim_rate", "data.mask_documents", "data.holdout_rate")
+FIXED += ("train.batch_size", "train.batch_size_start", "train.batch_ramp_steps")
+
+
+def trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
+    """Returns the `Trainer` of a run."""
+    module, train = family(config.family), config.train
+    sizes = module.Config.from_config(config.model)
+    step_config = StepConfig(
+        micro_batches=train.micro_batches,
+        loss_chunk=train.loss_chunk,
+        mask_documents=config.data.mask_documents,
+        mtp_weight=train.mtp_weight,
+        mtp_weight_final=train.mtp_weight_final,
+        mtp_weight_switch=train.mtp_weight_switch,
+        balance_rate=train.balance_rate,
+        balance_rate_stop=train.balance_rate_stop,
+        balance_loss=Balance(train.balance_loss, train.device_balance_loss, train.communication_balance_loss),
+    )
+    return Trainer(
+        lambda run, rngs: module.Model(sizes, run, rngs=rngs),
+        mesh,
+        config.sharding.to_dict(),
+        step_config,
+        OptimizerConfig(**config.optimizer),
+        compute=policy(config.precision).compute,
+        remat=train.remat,
+        unroll=train.unroll,
+        flops_per_token=lambda seq_len: flops.training(describe(module, sizes), seq_len),
+    )
+
+
+def batch_ramp(config: ConfigDict, n_devices: int) -> BatchRamp:
+    """Returns how the batch grows. Raises UserError if it does not divide over the devices and micro-batches."""
+    train = config.train
+    multiple = n_devices * train.micro_batches
+    for key in ("batch_size", "batch_size_start"):
+        if train[key] % multiple:
+            raise UserError(
+                f"config.train.{key}={train[key]} does not divide over {n_devices} devices x {train.micro_batches} "
+                f"micro-batches. Choose a multiple of {multiple}."
+            )
+    ramp_steps = train.batch_ramp_steps if train.batch_size_start != train.batch_size else 0
+    return BatchRamp(train.batch_size_start, train.batch_size, ramp_steps)
+
+
+def loop_config(config: ConfigDict) -> LoopConfig:
+    """Returns when the loop does what."""
+    train = config.train
+    return LoopConfig(
+        steps=train.steps,
+        log_every=train.log_every,
+        eval_every=train.eval_every,
+        eval_batches=train.eval_batches,
+        checkpoint_every=config.checkpoint.every,
+        max_skipped=train.max_skipped,
+    )
+
+
+def first_state(config: ConfigDict, trainer: Trainer, workdir: Path, report: Callable[[str], None]) -> State:
+    """Returns the state before the first step.
+
+    With `train.init_from` its weights are those of another run or published ones, whose tokenizer and other small files
+    are copied to `workdir`; `report` is given lines that say so.
+    """
+    state = trainer.init(config.seed)
+    if not config.train.init_from:
+        return state
+    if jax.process_index() == 0:
+        copy_files(release.files_to_keep(config), workdir)
+    for name in WEIGHTS:
+        del state[name]  # makes room
+    source, weights = read_weights(config.train.init_from, {name: trainer.abstract[name] for name in WEIGHTS})
+    report(f"weights of {config.train.init_from}")
+    for change in differences(source.model, config.model):
+        report(f"other than there: config.model.{change}")
+    return state | weights
+
+
+def check_vocabulary(config: ConfigDict, tokenizer: Tokenizer) -> None:
+    """Raises UserError if the tokenizer has more ids than the model."""
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"config.model.vocab_size={config.model.vocab_size} is smaller than the {tokenizer.vocab_size} ids of "
+            f"tokenizer {config.data.tokenizer!r}. Set --config.model.vocab_size={tokenizer.vocab_size} or more."
+        )
+
+
+def check_same_run(config: ConfigDict, text: str, saved: dict, workdir: Path) -> None:
+    """Raises UserError unless `config` and the fingerprint `text` can continue the run whose checkpoint holds `saved`.
+
+    Args:
+        config: of the command that continues.
+        text: fingerprint of its training text.
+        saved: what is kept beside the state in a checkpoint.
+        workdir: of the run, for messages.
+    """
+    if "text" not in saved:
+        raise UserError(
+            f"{workdir} holds converted weights, not a run. Give the run a --workdir of its own and "
+            f"--config.train.init_from={workdir}."
+        )
+    for change in differences(from_json(saved["config"]), config):
+        if change.startswith(tuple(f"{path}{end}" for path in FIXED for end in (".", ":"))):
+            raise UserError(
+                f"{workdir} holds a run of other settings: config.{change}. "
+                "Give the same value to continue it, or another --workdir to start anew."
+            )
+    if saved["text"] != text:
+        raise UserError(
+            f"{workdir} holds a run on other text than config.data.source={config.data.source!r} is now (or on another "
+            "tokenizer's tokens).\nGive the same text to continue it, or another --workdir to start anew."
+        )
+
+
+def differences(old: ConfigDict, new: ConfigDict, path: str = "") -> list[str]:
+    """Returns the keys in which two configs differ, as "path.key: old -> new"."""
+    found = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, ConfigDict) and isinstance(after, ConfigDict):
+            found += differences(before, after, f"{path}{key}.")
+        elif before != after:
+            found.append(f"{path}{key}: {before!r} -> {after!r}")
+    return found

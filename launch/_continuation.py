@@ -1,0 +1,71 @@
+"""A model's continuation of a text, written while it is made."""
+
+import re
+import sys
+import time
+from pathlib import Path
+
+from deepseek_jax.errors import UserError
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could upset a terminal
+
+
+def continue_text(
+    workdir: Path, prompt: str, max_tokens: int, *, temperature: float, top_p: float = 0.95, seed: int = 0
+) -> None:
+    """Prints a prompt and what the model of `workdir` makes of it; how fast it was goes to standard error.
+
+    Raises UserError if there is no model, or if the prompt leaves no room for an answer.
+    """
+    from deepseek_jax.compat import start_compilation_cache
+    from deepseek_jax.language_model import load
+
+    start_compilation_cache("")
+    model = load(workdir)
+    ids = model.prompt(prompt)
+    room = model.n_positions - len(ids)
+    if room < 1:
+        raise UserError(
+            f"the prompt has {len(ids)} tokens, and the model was trained on {model.n_positions}, prompt and answer "
+            f"together. Give the end of the text alone (tail -c {model.n_positions // 2}), or train with a larger "
+            "--config.data.seq_len."
+        )
+    write(prompt)
+    begin = time.perf_counter()
+    tokens = model.stream(ids, min(max_tokens, room), temperature=temperature, top_p=top_p, seed=seed)
+    times_s = show(tokens, model.tokenizer)
+    write("\n")
+    print(speed(begin, times_s), file=sys.stderr)
+    if len(times_s) == room < max_tokens:
+        print(f"stopped after {model.n_positions} tokens, as long as those it was trained on", file=sys.stderr)
+
+
+def show(tokens, tokenizer) -> list[float]:
+    """Prints the tokens' text as they come; returns when each came."""
+    from deepseek_jax.serve.text import TextStream
+
+    text, times_s = TextStream(tokenizer.decode), []
+    for token in tokens:
+        times_s.append(time.perf_counter())
+        write(text.push(token))
+    write(text.finish())
+    return times_s
+
+
+def write(text: str, to=None) -> None:
+    """Prints a piece at once, on standard output unless another stream is given.
+
+    A terminal gets no control characters, which a byte model may well make.
+    """
+    to = to or sys.stdout
+    encoding = to.encoding or "utf-8"
+    text = CONTROL.sub("\ufffd", text) if to.isatty() else text
+    print(text.encode(encoding, "replace").decode(encoding), end="", flush=True, file=to)
+
+
+def speed(begin_s: float, times_s: list[float]) -> str:
+    """One line: how many tokens, how fast; the first two, which compile, are left out of the rate."""
+    line = f"{len(times_s)} tokens, the first after {times_s[0] - begin_s:.1f} s"
+    if len(times_s) < 4:
+        return line
+    return f"{line}, then {(len(times_s) - 2) / max(times_s[-1] - times_s[1], 1e-9):,.0f} tokens/s"

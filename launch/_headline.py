@@ -1,0 +1,46 @@
+"""The lines that a run prints before its first step."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def headline(config: ConfigDict, trainer, training, held_out, workdir: Path, start: int) -> str:
+    """The lines printed before the first step."""
+    import jax
+
+    mesh = " x ".join(f"{axis} {n}" for axis, n in trainer.mesh.shape.items())
+    begin = f"going on from step {start}" if start else "from the beginning"
+    return "\n".join(
+        [
+            f"{config.name}: {trainer.n_params / 1e6:,.1f}M parameters, {config.precision}, mesh {mesh} "
+            f"({jax.devices()[0].device_kind}), {begin} in {workdir}",
+            *about_text(config, training, held_out),
+            "the first step compiles for a while",
+        ]
+    )
+
+
+def about_text(config: ConfigDict, training, held_out) -> list[str]:
+    """The lines on the text: how much there is, what is held out, and of a user's own text what is done with it."""
+    data = config.data
+    size = f"{training.n_tokens / 1e6:,.1f}M" if training.n_tokens >= 1e5 else f"{training.n_tokens:,}"
+    lines = [f"text: {data.source}, {size} tokens an epoch, {training.summary}"]
+    n_epochs = config.train.steps * config.train.batch_size * data.seq_len / training.n_tokens
+    lines[0] += f", read {n_epochs:,.0f} times" if n_epochs >= 2 else ""
+    if held_out is not None:
+        end = "the end of the document" if held_out.n_documents == 1 else "the end of each long document"
+        which = held_out.summary if held_out.has_whole_documents else end
+        lines.append(f"held out to evaluate on: {which}, {held_out.n_tokens:,} tokens")
+    if data.source == "stdlib" or data.format == "conversations":
+        return lines
+    if training.passed_over:
+        names = ", ".join(sorted({path.suffix or path.name for path in training.passed_over})[:5])
+        lines.append(f"files passed over: {len(training.passed_over):,} of other types ({names})")
+    if data.fim_rate:
+        lines.append(
+            f"fill-in-the-middle: {data.fim_rate:.0%} of the documents (--config.data.fim_rate=0 turns it off)"
+        )
+    else:
+        lines.append("fill-in-the-middle: off (--config.data.fim_rate=0.1 trains a tenth of the documents that way)")
+    return lines
