@@ -157,7 +157,7 @@ def keep_freed_memory() -> bool:
         return False
     m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
     settings = ((m_arena_max, 1), (m_mmap_max, 0), (m_trim_threshold, 2**31 - 4097))
-    return all([mallopt(*setting) == 1 for setting in settings])
+    return all(mallopt(*setting) == 1 for setting in settings)
 
 
 @functools.cache

@@ -74,8 +74,11 @@ class LanguageModel:
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """The ids at which generation stops, ascending: the tokenizer's end mark and all that the published model names
-        in config.json and generation_config.json."""
+        """The ids at which generation stops, ascending.
+
+        They are the tokenizer's end token and all that the published model names in config.json and
+        generation_config.json.
+        """
         return release.marks(self.config, self.tokenizer).end_ids
 
     @property

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
 
 
 def parsed(text: str, n_sizes: int) -> list[tuple[int, ...]]:
-    """ "4096x7168x2048,64x2112x7168" as tuples."""
+    """Returns text like 4096x7168x2048,64x2112x7168 as tuples."""
     try:
         shapes = [tuple(int(size) for size in shape.split("x")) for shape in text.split(",") if shape]
     except ValueError:

@@ -61,7 +61,7 @@ def stray_word(word: str, flags: Iterable[str], configs: Sequence[str], defaults
     bare = word.lstrip("-")
     name = bare.partition("=")[0]
     keys = [] if defaults is None else key_names(defaults)
-    if name in flags or name.removeprefix("config.") in keys and name.startswith("config."):
+    if name in flags or (name.removeprefix("config.") in keys and name.startswith("config.")):
         return f"Did you mean --{bare}?"
     if defaults is not None and bare in configs:
         return f"Did you mean --config={bare}?"

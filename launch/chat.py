@@ -1,8 +1,8 @@
-'''Talk with a model on the terminal, in the chat format it was trained with.
+r'''Talk with a model on the terminal, in the chat format it was trained with.
 
     deepseek-jax chat --from=DeepSeek-R1-Distill-Qwen-1.5B          # a directory of published weights
     deepseek-jax chat --workdir=runs/sft                            # a run that was trained to chat
-    printf 'Hello!\\nAnd now?\\n' | deepseek-jax chat --from=DIR      # one message per line
+    printf 'Hello!\nAnd now?\n' | deepseek-jax chat --from=DIR      # one message per line
 
 The answer appears as it is made; a thought is shown dim before it (on standard error where standard output is no
 terminal).  The model's own chat template is found beside its tokenizer; --template names it where there is none.

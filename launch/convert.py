@@ -157,8 +157,10 @@ def is_there(checkpoints: Path, origin: str) -> bool:
 
 
 def check_others(files: dict[str, Path], workdir: Path) -> None:
-    """Says that a finished conversion is intact; small files beside it that are missing are copied again, and those
-    that differ from the source's, damaged or edited, are named."""
+    """Reports that a finished conversion is intact.
+
+    Missing small files beside it are copied again; those that differ from the source's are reported by name.
+    """
     from deepseek_jax.convert.hf import copy_files
 
     missing = {name: content for name, content in files.items() if not (workdir / name).is_file()}

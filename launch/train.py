@@ -144,8 +144,10 @@ def train(config: ConfigDict, workdir: Path, stop, again: str, peers) -> bool:
 
 
 def resumed(config: ConfigDict, trainer, checkpoints, text: str, workdir: Path) -> tuple[int, dict | None, list[str]]:
-    """Returns the step of the newest checkpoint, its state, and what the config has changed since; (0, None, [])
-    before there is one."""
+    """Returns the step of the latest checkpoint, its state, and what the config has changed since.
+
+    Without a checkpoint: (0, None, []).
+    """
     from deepseek_jax import run
     from deepseek_jax.saved_config import from_json
 

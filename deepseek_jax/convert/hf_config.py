@@ -383,9 +383,9 @@ def _check_quantization(hf: Mapping[str, Any]) -> None:
     if not isinstance(found, dict):
         raise _refusal(hf, "quantization_config", "an object or null")
     for key, value in FP8.items():
-        if key != "activation_scheme" and (key in found or key in ("quant_method", "weight_block_size")):
-            if found.get(key) != value:
-                raise _refusal(found, key, f"{value!r}, DeepSeek's FP8", "quantization_config.")
+        needed = key in found or key in ("quant_method", "weight_block_size")
+        if key != "activation_scheme" and needed and found.get(key) != value:
+            raise _refusal(found, key, f"{value!r}, DeepSeek's FP8", "quantization_config.")
     if found.get("scale_fmt") not in (None, "ue8m0", "float"):
         raise _refusal(found, "scale_fmt", "'ue8m0' or nothing", "quantization_config.")
 

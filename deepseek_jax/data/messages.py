@@ -63,8 +63,10 @@ FOLLOWS = {
 
 
 def read(messages: Sequence[dict], join_system: Callable[[list[str]], str] = "\n\n".join) -> Conversation:
-    """Returns messages as a conversation; ``join_system`` makes one system prompt of all, by default with a blank line
-    between two of them."""
+    """Returns messages as a conversation.
+
+    ``join_system`` makes one system prompt of all; the default puts a blank line between two of them.
+    """
     system, turns, before = [], [], "the start"
     ids: list = []  # of the latest calls
     outputs: list[str | None] = []  # of the latest calls, None where one is still to come

@@ -5,6 +5,7 @@ the ids of the whole.  One file of a gigabyte is then no slower, and needs no mo
 """
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
@@ -81,7 +82,7 @@ def _parts(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[Part]:
     for text, n_file_bytes in corpus.portions():
         inner = cut(text, tokenizer) if corpus.format == "text" else ()  # a conversation is read whole
         cuts = [0, *inner, len(text)]
-        for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+        for start, stop in itertools.pairwise(cuts):
             n_bytes = n_file_bytes * stop // len(text) - n_file_bytes * start // len(text)
             yield Part(text[start:stop], n_bytes, stop == len(text))
 

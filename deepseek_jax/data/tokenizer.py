@@ -37,8 +37,10 @@ class Tokenizer(Protocol):
     fingerprint: str  # equal for equal tokenizers
 
     def encode(self, text: str, specials: bool = False) -> np.ndarray:
-        """Returns int32 ids.  With ``specials``, marks spelled out in the text become their ids; text from outside
-        must not be given that power."""
+        """Returns int32 ids.
+
+        With ``specials``, special tokens spelled out in the text become their ids; never set it for untrusted text.
+        """
 
     def encode_batch(self, texts: Sequence[str], specials: bool = False) -> list[np.ndarray]:
         """Returns ``encode`` of each text."""
@@ -67,7 +69,8 @@ BYTE_SPECIALS = (
     "<｜Assistant｜>",
     "<think>",
     "</think>",
-) + tuple(f"<｜place▁holder▁no▁{i}｜>" for i in range(6))
+    *(f"<｜place▁holder▁no▁{i}｜>" for i in range(6)),
+)
 BYTE_HIDDEN = BYTE_SPECIALS[:3] + BYTE_SPECIALS[10:]  # those that decoding leaves out, as with DeepSeek's tokenizer
 
 
@@ -81,6 +84,7 @@ class ByteTokenizer:
     fingerprint = "bytes-272"
 
     def encode(self, text: str, specials: bool = False) -> np.ndarray:
+        """Returns int32 ids; see `Tokenizer.encode`."""
         if not specials:
             return np.frombuffer(text.encode(errors="replace"), np.uint8).astype(np.int32)
         parts = re.split("(" + "|".join(map(re.escape, BYTE_SPECIALS)) + ")", text)
@@ -88,14 +92,17 @@ class ByteTokenizer:
         return np.array([i for part in ids for i in part], np.int32)
 
     def encode_batch(self, texts: Sequence[str], specials: bool = False) -> list[np.ndarray]:
+        """Returns `encode` of each text."""
         return [self.encode(text, specials) for text in texts]
 
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
+        """Returns the text; see `Tokenizer.decode`."""
         marks = (mark if specials or mark not in BYTE_HIDDEN else "" for mark in BYTE_SPECIALS)
         table = [bytes([i]) for i in range(256)] + [mark.encode() for mark in marks]
         return b"".join(table[i] for i in ids if 0 <= i < len(table)).decode(errors="replace")
 
     def byte_lengths(self) -> np.ndarray:
+        """Returns int32 [vocab_size], the bytes per id; see `Tokenizer.byte_lengths`."""
         return (np.arange(self.vocab_size) < 256).astype(np.int32)
 
 
@@ -180,20 +187,24 @@ class FileTokenizer:
         return next((i for i in ids if i is not None), None)
 
     def encode(self, text: str, specials: bool = False) -> np.ndarray:
+        """Returns int32 ids; see `Tokenizer.encode`."""
         engine = self._engine_of_marks if specials else self._engine
         text = text.encode(errors="replace").decode()  # the Rust library refuses lone surrogates
         return np.array(engine.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str], specials: bool = False) -> list[np.ndarray]:
+        """Returns `encode` of each text."""
         engine = self._engine_of_marks if specials else self._engine
         encoded = engine.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(one.ids, np.int32) for one in encoded]
 
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
+        """Returns the text; see `Tokenizer.decode`."""
         shown = [int(i) for i in ids if 0 <= i < self.vocab_size and (specials or int(i) not in self._hidden)]
         return self._engine.decode(shown, skip_special_tokens=False)
 
     def byte_lengths(self) -> np.ndarray:
+        """Returns int32 [vocab_size], the bytes per id; see `Tokenizer.byte_lengths`."""
         added = self._engine.get_added_tokens_decoder()
         count = _byte_counter(self._json)
         lengths = np.zeros(self.vocab_size, np.int32)

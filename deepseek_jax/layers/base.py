@@ -160,7 +160,6 @@ def bind(definition: nnx.GraphDef, params: Tree, router_bias: Tree) -> nnx.Modul
 
 def logical_axes(module: nnx.Module) -> tuple[Tree, Tree]:
     """The logical axes of a module's trained weights and router biases, in trees like those of `split`."""
-
     return _metadata(module, nnx.Param, "axes"), _metadata(module, RouterBias, "axes")
 
 

@@ -78,7 +78,6 @@ def traced(
 
     Its backward pass makes again what policy "none" would have kept, and gradients that are taken to be as large.
     """
-
     mine = affine(model, stack, run, seq_len, rules, mesh)
     if run.remat == "none":
         return combined(mine, mine)
@@ -205,8 +204,10 @@ class KeptOnce:
         return {name: combined(mine[name], everything[name]) for name in self.network.stacks}
 
     def _bytes(self, stack: str, recipe: Recipe, layout: Layout, rules: Mapping[str, str]) -> tuple[int, int]:
-        """`affine` of a stack; of the mesh alone the number of a device's experts changes it, not over how many devices
-        a weight that is gathered was stored."""
+        """Returns `affine` of a stack.
+
+        Of the mesh, only the number of a device's experts changes it, not the number of shards of a gathered weight.
+        """
         if recipe.remat == "block":
             return int(layout.seq_len * self.network.d_model * recipe.activations), 0
         mesh = AbstractMesh((layout.data, layout.expert), ("data", "expert"))

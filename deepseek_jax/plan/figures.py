@@ -85,7 +85,7 @@ def as_json(sections: Sequence[Section]) -> dict:
 
 
 def metric(n: float, unit: str) -> str:
-    """A number with its unit, in thousands, millions, …"""
+    """A number with its unit, in thousands, millions and so on."""
     for power, letter in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if n >= 10**power:
             return f"{n / 10**power:,.1f} {letter}{unit}"

@@ -1,3 +1,1 @@
-"""Number formats: what a run computes in (`policy`), the matmul every weight goes through (`matmul`), 8-bit blocks
-(`quantize`).
-"""
+"""Number formats: the dtypes of a run (`policy`), its matmul (`matmul`), 8-bit blocks (`quantize`)."""

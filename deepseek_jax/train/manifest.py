@@ -109,6 +109,11 @@ def _check(manifest: object, step: int) -> None:
     for key, entries in (("files", files), ("arrays", arrays)):
         if not isinstance(entries, dict):
             raise CheckpointDamaged(f"{MANIFEST} has no table of {key}: expected one entry for each")
+    _check_entries(files, arrays)
+
+
+def _check_entries(files: dict, arrays: dict) -> None:
+    """Raises CheckpointDamaged unless every file and array is listed with what its readers use."""
     for name, file in files.items():
         if not _is_inside(name):
             raise CheckpointDamaged(f"{MANIFEST} lists {name!r}: expected a path inside the step")

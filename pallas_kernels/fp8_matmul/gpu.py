@@ -97,6 +97,7 @@ class Plan:
 
     @property
     def blocks_per_split(self) -> int:
+        """Blocks of the contraction in each of its parts."""
         return -(-self.blocks // self.tiles.splits)
 
     @property
@@ -106,10 +107,12 @@ class Plan:
 
     @property
     def stages(self) -> int:
+        """Buffers between the loading and the computing warpgroups."""
         return min(self.tiles.stages, self.blocks_per_split)
 
     @property
     def n_tiles(self) -> int:
+        """Tiles of all clusters and parts of the contraction."""
         return self.grid[0] * self.grid[1] * self.splits
 
     @property
@@ -127,6 +130,7 @@ class Plan:
 
     @property
     def chunk_columns(self) -> int:
+        """Columns of a chunk, those of one block at most."""
         return min(self.tiles.columns, BLOCK)
 
     @property

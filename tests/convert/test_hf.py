@@ -358,7 +358,7 @@ def written(directory: Path, name: str, dtype: str, **options) -> tuple[hf.Publi
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in GOLDEN.glob("*/config.json")))
 def test_stored_dtypes_come_back_bit_by_bit(tmp_path, name):
     """All but 8-bit files are written as they were; those come back as the bfloat16 that was read."""
-    published, _, tree = written(tmp_path / "out", name, "keep")
+    published, _, _ = written(tmp_path / "out", name, "keep")
     original = safetensors.open_directory(GOLDEN / name)
     again = published.tensors
     assert set(again.names()) == {n for n in original.names() if not n.endswith("_scale_inv")}

@@ -1,4 +1,6 @@
-"""8-bit weights and their scales.    w[i, j] = q[i, j] * scale_inv[i // 128, j // 128]
+"""8-bit weights and their scales.
+
+    w[i, j] = q[i, j] * scale_inv[i // 128, j // 128]
 
 Both factors are taken to float32, multiplied there and rounded once. A code has 256 values, so each block gets a table
 of 256 results and the rest is table look-up: 0.7 to 0.9 GB of codes per second and core, five times as fast as the

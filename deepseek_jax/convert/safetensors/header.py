@@ -141,7 +141,7 @@ def _are_sizes(values: object, most: int) -> bool:
     """Returns whether this is a list of at most `most` integers from 0 to 2^63 - 1; True and False do not count."""
     if not isinstance(values, list) or len(values) > most:
         return False
-    return all([type(value) is int and 0 <= value < 2**63 for value in values])
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 def _check_metadata(path: Path, metadata: object) -> None:

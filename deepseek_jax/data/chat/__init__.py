@@ -1,8 +1,8 @@
-"""Messages to the text that each generation of models was trained on, and a model's text back to a message.
+r"""Messages to the text that each generation of models was trained on, and a model's text back to a message.
 
     name        models                                       a turn
-    v1, v2      LLM chat, Math, MoE; V2 chat, Coder-V2       User: …\\n\\nAssistant: … EOS
-    coder       Coder instruct                               ### Instruction:\\n…\\n### Response:\\n…\\n EOT \\n
+    v1, v2      LLM chat, Math, MoE; V2 chat, Coder-V2       User: …\n\nAssistant: … EOS
+    coder       Coder instruct                               ### Instruction:\n…\n### Response:\n…\n EOT \n
     v2.5        V2.5                                         USER … ASSISTANT … EOS, and tools
     v3-1226     V3 as first published                        the same
     v3          V3-0324                                      the same, with tools in every round

@@ -1,8 +1,8 @@
-"""The first templates with tools, as they were published: V2.5, the first V3, the first R1 and R1's students.
+r"""The first templates with tools, as they were published: V2.5, the first V3, the first R1 and R1's students.
 
     v2.5, v3-1226, r1-distill   ASSISTANT CALLS CALL … END_CALL            one call
-                                … \\n CALL … END_CALL END_CALLS EOS         each further call
-    r1-0120                     ASSISTANT a CALLS CALL … END_CALL \\n CALL … END_CALL END_CALLS EOS
+                                … \n CALL … END_CALL END_CALLS EOS         each further call
+    r1-0120                     ASSISTANT a CALLS CALL … END_CALL \n CALL … END_CALL END_CALLS EOS
     all                         OUTPUTS OUTPUT o END_OUTPUT … END_OUTPUTS a EOS
 
 They remember for a whole conversation that a block was opened: a second round of calls begins with a line end in place

@@ -1,7 +1,7 @@
-"""Chats in which plain words tell who speaks: LLM, Math, MoE, V2 and Coder-V2; Coder.
+r"""Chats in which plain words tell who speaks: LLM, Math, MoE, V2 and Coder-V2; Coder.
 
-    v1, v2   BOS system \\n\\n ( User: u \\n\\n Assistant: a EOS )*
-    coder    BOS system ( ### Instruction:\\n u \\n### Response:\\n a \\n EOT \\n )*
+    v1, v2   BOS system \n\n ( User: u \n\n Assistant: a EOS )*
+    coder    BOS system ( ### Instruction:\n u \n### Response:\n a \n EOT \n )*
 
 Nothing keeps a user from typing these words.  There are neither tools nor thoughts.
 """

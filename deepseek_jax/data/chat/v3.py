@@ -1,8 +1,8 @@
-"""V3-0324, and R1-0528, which thinks before it answers.
+r"""V3-0324, and R1-0528, which thinks before it answers.
 
     BOS system ( USER u ASSISTANT a EOS )*, and for tools
-    ASSISTANT a CALLS CALL function SEP name \\n```json\\n arguments \\n``` END_CALL \\n CALL … END_CALLS EOS
-    OUTPUTS OUTPUT o END_OUTPUT \\n OUTPUT … END_OUTPUTS a EOS
+    ASSISTANT a CALLS CALL function SEP name \n```json\n arguments \n``` END_CALL \n CALL … END_CALLS EOS
+    OUTPUTS OUTPUT o END_OUTPUT \n OUTPUT … END_OUTPUTS a EOS
 
 so that after outputs the assistant continues without a mark.  Of earlier answers R1 keeps what follows the last
 ``</think>``.  No template describes the tools; V2.5's card does, as JSON in the system prompt.
@@ -128,7 +128,7 @@ def split_calls(text: str, read_call: Callable[[str], Call | None]) -> tuple[str
 
 
 def r1_reply(message: dict, thinking: bool = False) -> list[Part]:
-    """``<think>\\n`` (unless the prompt has it), the thought, ``\\n</think>\\n\\n``, the answer, its calls, EOS."""
+    r"""``<think>\n`` (unless the prompt has it), the thought, ``\n</think>\n\n``, the answer, its calls, EOS."""
     content, thought, calls = read_answer(message)
     opening: Pieces = [] if thinking else [THINK, "\n"]
     thoughts: Pieces = [*opening, thought, "\n", END_THINK, "\n\n"] if thought or thinking else []
