@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_jax import run_config
+from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +58,7 @@ def check(words: list[str], monkeypatch) -> None:
     if not arguments:  # a verb is mentioned
         assert (ROOT / "launch" / f"{verb}.py").exists(), verb
         return
-    known = (*_options.names(), "base")
+    known = (*run_config.names(), "base")
     for i, word in enumerate(arguments):
         if word.startswith("--config=") and word.partition("=")[2] not in known:
             arguments[i] = "--config=tiny_v3"
@@ -116,7 +118,7 @@ def test_commands_are_found_and_wrong_ones_are_errors(monkeypatch):
     assert of_a_document(text) == [*both, ["deepseek-jax", "plan"]]
     assert of_a_document("```python\nrun(deepseek-jax train)\n```\nSee `ls`.\n") == []
     for words in (["train", "--no-such-flag"], ["plan", "--config.model.no_such_key=1"]):
-        with pytest.raises(_options.UserError):
+        with pytest.raises(UserError):
             check(words, monkeypatch)
 
 
