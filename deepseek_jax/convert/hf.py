@@ -61,7 +61,7 @@ class Published:
 
     Attributes:
         family, numbers: see `hf_config.from_hf`.
-        facts: see `hf_config.Facts`.
+        facts: see `hf_config.ConfigFacts`.
         tensors: the files; None if only what is said of them was looked at.
         config: config.json as it stands.
         generation_eos_ids: marks of end that generation_config.json names.
@@ -69,7 +69,7 @@ class Published:
 
     family: str
     numbers: dict[str, Any]
-    facts: hf_config.Facts
+    facts: hf_config.ConfigFacts
     tensors: Tensors | None
     config: dict[str, Any]
     generation_eos_ids: tuple[int, ...]
@@ -417,7 +417,7 @@ def _entries(abstract: dict, dtypes: dict, get: Get, dtype: str, report: Callabl
             make = functools.partial(_cast, published, tensor, safetensors.DTYPES[kind])
             yield safetensors.Entry(name, tensor.shape, kind, make)
     kind = FORMATS[dtype] or safetensors.DTYPE_NAMES[np.dtype(dtypes[TABLE])]
-    for name, shape in names.hollow(abstract).items():
+    for name, shape in names.empty_tensors(abstract).items():
         yield safetensors.Entry(name, shape, kind, functools.partial(np.zeros, shape, safetensors.DTYPES[kind]))
 
 

@@ -1,43 +1,77 @@
 """Which published tensor becomes which of our weights: one table, read in both directions.
 
-A rule gives the axes of the published tensor; ours stand at the end of our name.  So
+A rule gives the axes of the published tensor; the axes of ours are the letters at the end of its name. So
 
-    Rule("self_attn.q_b_proj.weight", "(H Q) R", "attention.q_up_RHQ")
+    "self_attn.q_b_proj.weight", "(H Q) R", "attention.q_up_RHQ"
 
-says that the rows of q_b_proj run over heads, then over a head's width, and that our array has the axes R, H, Q.  Where
-one tensor holds two of our weights side by side, a bar separates the two on the axis along which they lie:
+says that the rows of q_b_proj run over heads, then over a head's width, and that our array has the axes R, H, Q. If
+one tensor holds two of our weights side by side, a bar separates the two on the axis along which they are joined:
 
-    Rule("self_attn.kv_b_proj.weight", "(H N|U) C", "attention.k_up_CHN", "attention.v_up_CHU")
+    "self_attn.kv_b_proj.weight", "(H N|U) C", "attention.k_up_CHN", "attention.v_up_CHU"
 
-An axis that only we have counts pieces: X the experts, published one by one.  The layers of a stack are counted too, on
-a leading axis which names do not show.  The letters are those of `deepseek_jax.shapes`.
+An axis that only our weight has numbers published tensors: X counts the experts, which are published one by one. The
+layers of a stack are numbered too, on a leading axis that names do not show. `deepseek_jax.shapes` explains the
+letters.
 
-No family is named here: a rule holds for the models that have the weights it makes.
+No family is named here: a rule applies to every model that has its weights.
 Source of the published names: the config and index files of the releases, and DeepSeek-V3's inference/convert.py.
 """
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from einops import rearrange
 
 Path = tuple[str, ...]  # where a weight is in a tree: ("params", "moe_blocks", "attention", "k_up_CHN")
-Index = tuple[int, ...]  # which piece of it: (), (layer,) or (layer, expert)
+Index = tuple[int, ...]  # position of a piece in it: (), (layer,) or (layer, expert)
 
 
 class Rule(NamedTuple):
-    """One line of the table; `ours` has two entries where `axes` has a bar."""
+    """One line of the table, with its axes parsed.
+
+    Attributes:
+        theirs: published name after the prefix of its layer; "{X}" in it numbers the experts.
+        ours: names of our weights in it: two if an axis holds both side by side.
+        dimensions: axes of each published dimension, such as (("H", "N|U"), ("C",)).
+        letters: axes of each of our weights, "X" included.
+        joint: the axis on which two weights are side by side, such as "N|U"; None for a single weight.
+    """
 
     theirs: str
-    axes: str
     ours: tuple[str, ...]
+    dimensions: tuple[tuple[str, ...], ...]
+    letters: tuple[tuple[str, ...], ...]
+    joint: str | None
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """Axes of our weights before they are cut apart, without "X"."""
+        letters = [letter for letter in self.letters[0] if letter != "X"]
+        return tuple(self.joint if self.joint and letter == self.joint[0] else letter for letter in letters)
+
+    def sizes(self, shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:
+        """Returns the size of each axis, given the shapes of our weights."""
+        sizes: dict[str, int] = {}
+        for letters, shape in zip(self.letters, shapes, strict=True):
+            sizes |= zip(letters, shape, strict=True)
+        return sizes | ({self.joint: sum(sizes[part] for part in self.joint.split("|"))} if self.joint else {})
 
 
 def _rule(theirs: str, axes: str, *ours: str) -> Rule:
-    return Rule(theirs, axes, ours)
+    """Returns a rule; `axes`: of the published tensor, as einops spells them, with "N|U" for two side by side."""
+    dimensions = tuple(tuple(text.strip("()").split()) for text in re.findall(r"\(.*?\)|\S+", axes))
+    flat = tuple(axis for dimension in dimensions for axis in dimension)
+    letters = tuple(tuple(letters_of(name)) or flat for name in ours)
+    return Rule(theirs, ours, dimensions, letters, next((axis for axis in flat if "|" in axis), None))
+
+
+def letters_of(name: str) -> str:
+    """Returns the axes of one of our weights, the capitals its name ends in; "" for a gain."""
+    suffix = name.rpartition("_")[2]
+    return suffix if suffix.isupper() else ""
 
 
 BEFORE = (_rule("model.embed_tokens.weight", "V D", "embedding.table_VD"),)
@@ -46,7 +80,7 @@ AFTER = (
     _rule("lm_head.weight", "V D", "head.weight_DV"),
 )
 
-# Of `model.layers.N.`; the stacks of a model follow each other in the order of STACKS.
+# Names after `model.layers.N.`; the stacks of a model follow each other in the order of STACKS.
 STACKS = ("blocks", "dense_blocks", "moe_blocks")
 BLOCK = (
     _rule("input_layernorm.weight", "D", "attention_norm.gain"),
@@ -59,7 +93,7 @@ BLOCK = (
     _rule("self_attn.v_proj.bias", "(Z U)", "attention.v_bias_ZU"),
     _rule("self_attn.q_norm.weight", "Q", "attention.q_head_norm.gain"),
     _rule("self_attn.k_norm.weight", "Q", "attention.k_head_norm.gain"),
-    # latent attention (V2, V3); V2-Lite and Moonlight have the q_proj above
+    # latent attention (V2, V3); V2-Lite and Moonlight use the q_proj above
     _rule("self_attn.q_a_proj.weight", "R D", "attention.q_down_DR"),
     _rule("self_attn.q_a_layernorm.weight", "R", "attention.q_norm.gain"),
     _rule("self_attn.q_b_proj.weight", "(H Q) R", "attention.q_up_RHQ"),
@@ -85,22 +119,22 @@ BLOCK = (
     _rule("mlp.experts.{X}.down_proj.weight", "D F", "experts.down_XFD"),
 )
 
-# Multi-token prediction: depth K is `model.layers.N.` with N = number of layers + K, and holds a block as well.
-AHEAD = (
+# Multi-token prediction: depth K is `model.layers.N.` with N = number of layers + K, and includes a block.
+MTP = (
     _rule("enorm.weight", "D", "embedding_norm.gain"),
     _rule("hnorm.weight", "D", "hidden_norm.gain"),
     _rule("eh_proj.weight", "D Y", "join_YD"),
     *(rule._replace(ours=tuple(f"block.{name}" for name in rule.ours)) for rule in BLOCK),
     _rule("shared_head.norm.weight", "D", "final_norm.gain"),
 )
-# What its layer repeats of the main model.
+# Copies of the main model's tensors in a layer of multi-token prediction.
 COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
 
-# Found in old files, no weights: they follow from the config.
+# Found in old files. These are not weights: they follow from the config.
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
-# What FP8 releases keep in FP8: the matrices of blocks, but for routers.  (Not: embedding, head, norms, eh_proj.)
+# What FP8 releases store in FP8: the matrices of blocks except routers (not embedding, head, norms and eh_proj).
 QUANTIZED = re.compile(r"\.(self_attn|mlp)\.(.*\.)?\w+_proj(_with_mqa)?\.weight$")
-ROUTER = ".gate.weight"  # what the name of a router ends in
+ROUTER = ".gate.weight"  # end of a router's name
 FLOAT32 = re.compile(r"\.e_score_correction_bias$")  # in float32 in every release
 
 
@@ -110,9 +144,9 @@ class Tensor(NamedTuple):
     Attributes:
         name, shape: as published.
         places: (path, index) of each of our weights in it.
-        theirs, ours: axes, as einops spells them; "N_U" is an axis on which N and U lie side by side.
-        sizes: of the axes that share a dimension.
-        cut: (axis, position) at which ours is cut in two; None if it is one weight.
+        theirs, ours: axes, as einops spells them; "N_U" is an axis on which N and U are side by side.
+        sizes: sizes of the axes that share a dimension.
+        cut: (axis, position) at which ours is split in two; None for a single weight.
     """
 
     name: str
@@ -124,21 +158,21 @@ class Tensor(NamedTuple):
     cut: tuple[int, int] | None
 
     def to_ours(self, array: np.ndarray) -> list[np.ndarray]:
-        """Our weights in a published tensor; views of it."""
+        """Returns our weights in a published tensor, as views of it."""
         whole = rearrange(array, f"{self.theirs} -> {self.ours}", **self.sizes)
         return np.split(whole, [self.cut[1]], self.cut[0]) if self.cut else [whole]
 
     def to_theirs(self, parts: list[np.ndarray]) -> np.ndarray:
-        """The inverse of `to_ours`."""
+        """Returns the published tensor: the inverse of `to_ours`."""
         whole = np.concatenate(parts, self.cut[0]) if self.cut else parts[0]
         return rearrange(whole, f"{self.ours} -> {self.theirs}")
 
 
 def tensors(shapes: dict) -> Iterator[Tensor]:
-    """Every published tensor of a model, layer by layer; copies are left out (see `copies`).
+    """Yields every published tensor of a model, layer by layer, without copies (see `copies`).
 
     Args:
-        shapes: {"params": tree, "router_bias": tree} of anything with a shape, as `layers.base.split` gives them.
+        shapes: {"params": tree, "router_bias": tree} of anything with a shape, as from `layers.base.split`.
     """
     flat = flatten(shapes)
     for rule in BEFORE:
@@ -149,8 +183,8 @@ def tensors(shapes: dict) -> Iterator[Tensor]:
             for rule in BLOCK:
                 yield from _apply(rule, flat, f"model.layers.{layer}.", (stack,), (index,))
             layer += 1
-    for module in ahead(shapes):
-        for rule in AHEAD:
+    for module in mtp_depths(shapes):
+        for rule in MTP:
             yield from _apply(rule, flat, f"model.layers.{layer}.", ("mtp", module))
         layer += 1
     for rule in AFTER:
@@ -158,56 +192,50 @@ def tensors(shapes: dict) -> Iterator[Tensor]:
 
 
 def _apply(rule: Rule, flat: dict[Path, tuple], prefix: str, ours: Path, index: Index = ()) -> Iterator[Tensor]:
-    """The tensors of a rule, one an expert where it counts those; none if the model lacks its weights."""
+    """Yields the tensors of a rule, one per expert if it numbers them; none if the model does not have its weights."""
     ends = [(*ours, *name.split(".")) for name in rule.ours]
     paths = [(root, *end) for end in ends for root in ("params", "router_bias") if (root, *end) in flat]
     if len(paths) < len(ends):
         return
-    groups = [group.strip("()").split() for group in re.findall(r"\(.*?\)|\S+", rule.axes)]  # [["H", "N|U"], ["C"]]
-    axes = [axis for group in groups for axis in group]
-    letters = [letters_of(name) or axes for name in rule.ours]
-    sizes: dict[str, int] = {}
-    for path, axes_of_path in zip(paths, letters, strict=True):
-        sizes |= zip(axes_of_path, flat[path][len(index) :], strict=True)
-    sizes |= {axis: sum(sizes[part] for part in axis.split("|")) for axis in axes}
-    joint = next((axis for axis in axes if "|" in axis), None)
-    here = [joint if joint and letter == joint[0] else letter for letter in letters[0] if letter != "X"]
-    tensor = Tensor(
-        name="",
-        shape=tuple(math.prod(sizes[axis] for axis in group) for group in groups),
-        places=(),
-        theirs=rule.axes.replace("|", "_"),
-        ours=" ".join(here).replace("|", "_"),
-        sizes={axis.replace("|", "_"): sizes[axis] for group in groups if len(group) > 1 for axis in group},
-        cut=(here.index(joint), sizes[joint[0]]) if joint else None,
-    )
+    sizes = rule.sizes([flat[path][len(index) :] for path in paths])
+    tensor = _tensor(rule, sizes)
     for piece in [(x,) for x in range(sizes["X"])] if "X" in sizes else [()]:
         name = prefix + rule.theirs.format(X=piece[0] if piece else "")
         yield tensor._replace(name=name, places=tuple((path, index + piece) for path in paths))
 
 
-def letters_of(name: str) -> str:
-    """The axes of a weight of ours, the capitals its name ends in; "" for a gain, which has the published axes."""
-    suffix = name.rpartition("_")[2]
-    return suffix if suffix.isupper() else ""
+def _tensor(rule: Rule, sizes: dict[str, int]) -> Tensor:
+    """Returns a rule's tensor with axes of these sizes, without its name and places."""
+    dimensions = [[axis.replace("|", "_") for axis in dimension] for dimension in rule.dimensions]
+    sizes = {axis.replace("|", "_"): size for axis, size in sizes.items()}
+    theirs = " ".join(axes[0] if len(axes) == 1 else f"({' '.join(axes)})" for axes in dimensions)
+    return Tensor(
+        name="",
+        shape=tuple(math.prod(sizes[axis] for axis in axes) for axes in dimensions),
+        places=(),
+        theirs=theirs,
+        ours=" ".join(rule.whole).replace("|", "_"),
+        sizes={axis: sizes[axis] for axes in dimensions if len(axes) > 1 for axis in axes},
+        cut=(rule.whole.index(rule.joint), sizes[rule.joint[0]]) if rule.joint else None,
+    )
 
 
-def ahead(shapes: dict) -> list[str]:
-    """Keys of the multi-token-prediction modules, in order."""
+def mtp_depths(shapes: dict) -> list[str]:
+    """Returns the keys of the multi-token-prediction modules, in order."""
     return sorted(shapes["params"].get("mtp", {}), key=int)
 
 
 def copies(shapes: dict) -> dict[str, str]:
-    """Published names of copies -> of what they copy."""
+    """Returns published names of copies -> names of their originals."""
     n_layers = sum(_depth(flatten(shapes), stack) for stack in STACKS)
-    layers = [f"model.layers.{n_layers + k}." for k in range(len(ahead(shapes)))]
+    layers = [f"model.layers.{n_layers + k}." for k in range(len(mtp_depths(shapes)))]
     return {layer + copy: original for layer in layers for copy, original in COPIES.items()}
 
 
-def hollow(shapes: dict) -> dict[str, tuple[int, int]]:
-    """Published name -> shape of tensors without numbers: shared experts where there are none, of width 0.
+def empty_tensors(shapes: dict) -> dict[str, tuple[int, int]]:
+    """Returns published name -> shape of empty tensors: shared experts of width 0, in a model without shared experts.
 
-    transformers makes, stores and expects these.
+    transformers creates, stores and expects them.
     """
     if any("shared" in path for path in flatten(shapes)):
         return {}
@@ -221,12 +249,12 @@ def hollow(shapes: dict) -> dict[str, tuple[int, int]]:
 
 
 def flatten(tree: dict, path: Path = ()) -> dict[Path, tuple[int, ...]]:
-    """{path: shape} of a tree of anything with a shape."""
+    """Returns {path: shape} of a tree of anything with a shape."""
     if not isinstance(tree, dict):
         return {path: tuple(tree.shape)}
     return {end: shape for key, sub in tree.items() for end, shape in flatten(sub, (*path, key)).items()}
 
 
 def _depth(flat: dict[Path, tuple], stack: str) -> int:
-    """Layers of a stack; 0 if the model has none of that name."""
+    """Returns the number of layers of a stack; 0 if the model has no stack of that name."""
     return next((shape[0] for path, shape in flat.items() if path[1] == stack), 0)

@@ -327,7 +327,7 @@ def test_what_is_read_otherwise_elsewhere_is_told_of():
 
 def test_biases_and_norms_of_queries_together_are_written_by_nobody():
     numbers = r1_0528_qwen3_8b.get_config().model.to_dict() | {"attention_bias": True}
-    with pytest.raises(UserError, match="attention_bias beside qk_norm"):
+    with pytest.raises(UserError, match="attention_bias and qk_norm are both set"):
         to_hf("v1", numbers)
 
 

@@ -1,5 +1,6 @@
 """The table of names: it covers every model, both directions are inverse, and two cases worked by hand."""
 
+import itertools
 import math
 
 import numpy as np
@@ -98,16 +99,16 @@ def test_an_expert_of_the_prediction_layer_by_hand():
 
 def test_shared_experts_of_no_width_are_hollow_tensors():
     config = tiny_v3.get_config()
-    assert names.hollow(shapes_of(config)) == {}
+    assert names.empty_tensors(shapes_of(config)) == {}
     config.model.n_shared_experts = 0
     d_model, at = config.model.d_model, "model.layers.{}.mlp.shared_experts.{}_proj.weight"
-    assert names.hollow(shapes_of(config)) == {
+    assert names.empty_tensors(shapes_of(config)) == {
         at.format(layer, kind): (d_model, 0) if kind == "down" else (0, d_model)
         for layer in range(1, config.model.n_layers + 1)
         for kind in ("gate", "up", "down")
     }
     config.model.n_dense_layers, config.model.mtp_depth = config.model.n_layers, 0
-    assert names.hollow(shapes_of(config)) == {}
+    assert names.empty_tensors(shapes_of(config)) == {}
 
 
 @pytest.mark.parametrize(
@@ -154,5 +155,6 @@ def test_what_is_published_in_8_bits(name, is_quantized):
 
 
 def test_letters_are_those_of_the_legend():
-    for rule in (*names.BEFORE, *names.AHEAD, *names.AFTER):
-        assert all(letter in LEGEND for letter in rule.axes if letter.isalpha()), rule
+    for rule in (*names.BEFORE, *names.MTP, *names.AFTER):
+        letters = "".join(itertools.chain(*rule.dimensions, *rule.letters)).replace("|", "")
+        assert letters and all(letter in LEGEND for letter in letters), rule

@@ -1,0 +1,164 @@
+"""Readers and writers of what each family's config.json has beyond sizes and rotary positions.
+
+A reader gets config.json, the numbers read so far and the context extension (`rope.read_rope`), and returns further
+numbers of `config.model`. A writer gets all numbers of `config.model` and returns the keys of config.json for them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from deepseek_jax.convert.hf_config.fields import boolean, integer, invalid, number
+from deepseek_jax.convert.hf_config.rope import OBJECTS
+
+MOST_EXPERTS = 200_000  # in all layers together
+MOST_MTP_DEPTHS = 4  # every release has one
+GREEDY, GROUPED = "greedy", "group_limited_greedy"  # topk_method of V2: without and with groups
+
+Json = Mapping[str, Any]
+Numbers = dict[str, Any]
+
+
+# Dense models (V1 and the students of R1).
+
+
+def read_dense(hf: Json, numbers: Numbers, rope: Numbers, default_width: int = 0) -> Numbers:
+    """Reads grouped-query attention (`default_width`: see `_read_heads`) and the context extension of a dense model."""
+    found = _read_heads(hf, numbers, default_width)
+    layer_types = hf.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        raise invalid(hf, "layer_types", "'full_attention' for every layer")
+    if not layer_types and _has_windows(hf):
+        raise invalid(hf, "use_sliding_window", "false, or max_window_layers >= num_hidden_layers")
+    llama3 = rope if "low_freq_factor" in rope else {}
+    yarn = rope if "beta_fast" in rope else {}
+    given = next((hf[key] for key in OBJECTS if hf.get(key)), {})
+    if yarn and not (given.get("mscale") and given.get("mscale_all_dim")):
+        yarn = yarn | {"mscale": 1.0, "mscale_all_dim": 0.0}
+    linear = 1.0 if llama3 or yarn else rope.get("factor", 1.0)
+    return found | {"rope_factor": linear, "rope_llama3": llama3, "yarn": yarn}
+
+
+def write_dense(numbers: Json) -> Numbers:
+    """Writes grouped-query attention."""
+    return {"num_key_value_heads": numbers["n_kv_heads"], "head_dim": numbers["head_width"]}
+
+
+def _read_heads(hf: Json, numbers: Numbers, default_width: int) -> Numbers:
+    """Reads the number of key-value heads and the head width.
+
+    Args:
+        hf: config.json.
+        numbers: as read so far.
+        default_width: head_dim if the config does not give it; 0: hidden_size / num_attention_heads.
+    """
+    n_heads, d_model = numbers["n_heads"], numbers["d_model"]
+    n_kv_heads = integer(hf, "num_key_value_heads", default=n_heads)
+    if n_heads % n_kv_heads:
+        raise invalid(hf, "num_key_value_heads", f"a divisor of num_attention_heads={n_heads}")
+    if hf.get("head_dim") is None and not default_width and d_model % n_heads:
+        raise invalid(hf, "head_dim", f"a width, because hidden_size={d_model} is not a multiple of {n_heads} heads")
+    head_width = integer(hf, "head_dim", default=default_width or d_model // n_heads or 1)
+    if head_width % 2:
+        raise invalid(hf, "head_dim", "an even width, for rotary pairs")
+    return {"n_kv_heads": n_kv_heads, "head_width": head_width}
+
+
+def _has_windows(hf: Json) -> bool:
+    """Returns whether some layer attends to a window only: in Qwen's models those from max_window_layers on."""
+    if not boolean(hf, "use_sliding_window", False) or hf.get("sliding_window", 4096) is None:
+        return False
+    return integer(hf, "max_window_layers", default=28, least=0) < hf["num_hidden_layers"]
+
+
+# DeepSeekMoE 16B.
+
+
+def read_moe(hf: Json, numbers: Numbers, rope: Numbers) -> Numbers:
+    """Reads plain attention, and experts without groups."""
+    return _read_heads(hf, numbers, default_width=0) | _read_experts(hf, numbers, default_scale=1.0)
+
+
+def write_moe(numbers: Json) -> Numbers:
+    """Writes plain attention, and experts without groups."""
+    return write_dense(numbers) | _write_scale(numbers)
+
+
+# DeepSeek-V2.
+
+
+def read_v2(hf: Json, numbers: Numbers, rope: Numbers) -> Numbers:
+    """Reads latent attention, and experts chosen by softmax, in groups or not."""
+    found = _read_latent(hf, rope) | _read_experts(hf, numbers, default_scale=1.0)
+    method = GREEDY if hf.get("topk_method") is None else hf["topk_method"]
+    if method not in (GREEDY, GROUPED):
+        raise invalid(hf, "topk_method", f"{GREEDY!r} or {GROUPED!r}")
+    groups = {"n_groups": "n_group", "top_groups": "topk_group"}
+    found |= {ours: integer(hf, theirs) if method == GROUPED else 1 for ours, theirs in groups.items()}
+    _check_groups(hf, numbers | found)
+    return found
+
+
+def write_v2(numbers: Json) -> Numbers:
+    """Writes latent attention, and experts chosen by softmax, in groups or not."""
+    groups = {"n_group": numbers["n_groups"], "topk_group": numbers["top_groups"]}
+    method = GROUPED if numbers["n_groups"] > 1 else GREEDY
+    return _write_latent(numbers) | _write_scale(numbers) | groups | {"topk_method": method}
+
+
+# DeepSeek-V3.
+
+
+def read_v3(hf: Json, numbers: Numbers, rope: Numbers) -> Numbers:
+    """Reads latent attention, experts chosen by sigmoid in groups, and multi-token prediction."""
+    found = _read_latent(hf, rope) | _read_experts(hf, numbers, default_scale=2.5)
+    found["mtp_depth"] = integer(hf, "num_nextn_predict_layers", default=0, least=0, most=MOST_MTP_DEPTHS)
+    _check_groups(hf, numbers)
+    return found
+
+
+def write_v3(numbers: Json) -> Numbers:
+    """Writes latent attention, the scale of the experts, and multi-token prediction."""
+    return _write_latent(numbers) | _write_scale(numbers) | {"num_nextn_predict_layers": numbers["mtp_depth"]}
+
+
+# Parts.
+
+
+def _read_latent(hf: Json, rope: Numbers) -> Numbers:
+    """Reads latent attention and its context extension."""
+    n_heads = hf["num_attention_heads"]
+    if hf.get("num_key_value_heads") not in (None, n_heads):
+        raise invalid(hf, "num_key_value_heads", f"num_attention_heads={n_heads}: latent attention has no groups")
+    if hf["qk_rope_head_dim"] % 2:
+        raise invalid(hf, "qk_rope_head_dim", "an even width, for rotary pairs")
+    if "q_lora_rank" not in hf:
+        raise invalid(hf, "q_lora_rank", "a width, or null for queries without a latent")
+    return {"q_rank": 0 if hf["q_lora_rank"] is None else integer(hf, "q_lora_rank"), "yarn": rope}
+
+
+def _write_latent(numbers: Json) -> Numbers:
+    return {"num_key_value_heads": numbers["n_heads"], "q_lora_rank": numbers["q_rank"] or None}
+
+
+def _read_experts(hf: Json, numbers: Numbers, default_scale: float) -> Numbers:
+    """Reads the factor of the routed experts, and checks their number."""
+    if numbers["n_layers"] * numbers["n_experts"] > MOST_EXPERTS:
+        raise invalid(hf, "n_routed_experts", f"at most {MOST_EXPERTS} in all layers together")
+    if numbers["top_k"] > numbers["n_experts"]:
+        raise invalid(hf, "num_experts_per_tok", f"at most n_routed_experts={numbers['n_experts']}")
+    return {"route_scale": number(hf, "routed_scaling_factor", default=default_scale)}
+
+
+def _write_scale(numbers: Json) -> Numbers:
+    return {"routed_scaling_factor": numbers["route_scale"]}
+
+
+def _check_groups(hf: Json, numbers: Numbers) -> None:
+    """Raises UserError unless the groups divide the experts and hold as many as a token chooses."""
+    n_experts, n_groups, top_groups = numbers["n_experts"], numbers["n_groups"], numbers["top_groups"]
+    if n_experts % n_groups:
+        raise invalid(hf, "n_group", f"a divisor of n_routed_experts={n_experts}")
+    if top_groups > n_groups:
+        raise invalid(hf, "topk_group", f"at most n_group={n_groups}")
+    if numbers["top_k"] > n_experts // n_groups * top_groups:
+        raise invalid(hf, "num_experts_per_tok", "no more than there are experts in topk_group groups")
