@@ -5,6 +5,7 @@ trainer = run.trainer(config, make_mesh(**config.mesh))
 state = trainer.init(config.seed)
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from deepseek_jax.precision.policy import policy
 from deepseek_jax.saved_config import from_json
 from deepseek_jax.stored import WEIGHTS, read_weights
 from deepseek_jax.train.loop import LoopConfig
-from deepseek_jax.train.optim import OptimizerConfig
+from deepseek_jax.train.optimizers import Schedule, adamw
 from deepseek_jax.train.ramp import BatchRamp
 from deepseek_jax.train.step import State, StepConfig, Trainer
 
@@ -36,9 +37,11 @@ FIXED += ("train.batch_size", "train.batch_size_start", "train.batch_ramp_steps"
 
 def trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
     """Returns the `Trainer` of a run."""
-    module, train = family(config.family), config.train
+    module, train, optimizer = family(config.family), config.train, config.optimizer
     sizes = module.Config.from_config(config.model)
     step_config = StepConfig(
+        rate=Schedule(**{field.name: optimizer[field.name] for field in dataclasses.fields(Schedule)}),
+        clip_norm=optimizer.clip_norm,
         micro_batches=train.micro_batches,
         loss_chunk=train.loss_chunk,
         mask_documents=config.data.mask_documents,
@@ -54,7 +57,7 @@ def trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
         mesh,
         config.sharding.to_dict(),
         step_config,
-        OptimizerConfig(**config.optimizer),
+        adamw(**{name: optimizer[name] for name in ("beta1", "beta2", "eps", "weight_decay", "moments_dtype")}),
         compute=policy(config.precision).compute,
         remat=train.remat,
         unroll=train.unroll,

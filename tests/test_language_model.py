@@ -284,7 +284,7 @@ def test_weights_that_come_without_a_tokenizer_take_ids_only(published, tmp_path
 def test_a_training_state_can_begin_with_weights_from_elsewhere(published, tmp_path, stored):
     """Read into float32 on a mesh, with the rules of a run."""
     from deepseek_jax.parallel.mesh import make_mesh
-    from deepseek_jax.train.optim import OptimizerConfig
+    from deepseek_jax.train.optimizers import adamw
     from deepseek_jax.train.step import StepConfig, Trainer
 
     module, path = family("v3"), GOLDEN / "v3_mtp"
@@ -293,8 +293,8 @@ def test_a_training_state_can_begin_with_weights_from_elsewhere(published, tmp_p
         save(path / "checkpoints", published, 3)
     sizes = module.Config.from_config(published.config.model)
     rules = dict.fromkeys(run_config.load("tiny_v3").sharding, "") | {"experts": "expert", "embed": "data"}
-    step = StepConfig(1, 64, False, 0.1, 0.1, 1, 1e-3, 1, Balance(1e-3))
-    optimizer = OptimizerConfig(**run_config.load("tiny_v3").optimizer)
+    step = StepConfig(lambda step: 1e-3, 1.0, 1, 64, False, 0.1, 0.1, 1, 1e-3, 1, Balance(1e-3))
+    optimizer = adamw(0.9, 0.95, 1e-8, 0.1, "float32")
     trainer = Trainer(lambda run, rngs: module.Model(sizes, run, rngs=rngs), make_mesh(2, 4), rules, step, optimizer)
     target = {name: trainer.abstract[name] for name in WEIGHTS}
     config, weights = read_weights(path, target)

@@ -4,7 +4,8 @@ A weight's logical axes are declared with it ("experts", "embed", "heads", …).
 axes.  "experts" is compute sharding: a device works with the experts it holds.  Every other rule is storage sharding
 (FSDP): the weight is gathered just before use, and its gradient comes back summed and scattered.
 
-The optimiser state is cut further (ZeRO-1), over all devices that would otherwise hold the same copy.
+The optimizer state is cut further (ZeRO-1), over all devices that would otherwise hold the same copy.  Stacked axes are
+cut first: an optimizer that works on whole matrices finds them whole wherever layers or experts can be shared out.
 """
 
 import math
@@ -21,6 +22,7 @@ from deepseek_jax.parallel.mesh import AXES, size
 
 EXPERTS = "experts"
 LAYERS = "layers"
+STACKED = (LAYERS, EXPERTS)  # logical axes along which a weight is a stack of matrices
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class Placement:
     Attributes:
         spec: of the weight.
         copies: mesh axes along which devices hold the same part; its gradient is summed over them.
-        zero_dim: dimension along which its optimiser state is cut over `copies`; None if no dimension divides.
-        optimizer_spec: of its optimiser state.
+        zero_dim: dimension along which its optimizer state is cut over `copies`; None if no dimension divides.
+        optimizer_spec: of its optimizer state.
     """
 
     spec: P
@@ -94,17 +96,45 @@ def _placement(name: str, logical: tuple, shape: tuple, rules: Mapping[str, str]
                 f'Set one of them to "" in config.sharding.'
             )
     copies = tuple(axis for axis in AXES if axis not in wanted and mesh.shape[axis] > 1)
-    zero_dim = _zero_dim(wanted, shape, size(mesh, copies)) if copies else None
+    zero_dim = _zero_dim(wanted, logical, shape, size(mesh, copies)) if copies else None
     cut = list(wanted)
     if zero_dim is not None:
         cut[zero_dim] = copies
     return Placement(P(*wanted), copies, zero_dim, P(*cut))
 
 
-def _zero_dim(wanted: list, shape: tuple, n_copies: int) -> int | None:
-    """The largest dimension that is still whole and divides by `n_copies`."""
+def _zero_dim(
+    wanted: list, logical: tuple, shape: tuple, n_copies: int, prefer: tuple[str, ...] = STACKED
+) -> int | None:
+    """The largest dimension that is still whole and divides by `n_copies`, one of `prefer` if any does."""
     free = [dim for dim, axis in enumerate(wanted) if axis is None and shape[dim] % n_copies == 0 and shape[dim]]
-    return max(free, key=lambda dim: shape[dim], default=None)
+    return max(free, key=lambda dim: (logical[dim] in prefer, shape[dim]), default=None)
+
+
+def state_specs(state: dict, params: dict, placements: dict) -> dict:
+    """Where an optimizer's state lives: what belongs to a weight like that weight's ZeRO-1 part, scalars everywhere.
+
+    Args:
+        state: a dict of trees of arrays or `jax.ShapeDtypeStruct`s.
+        params: the weights that it belongs to, likewise.
+        placements: of each weight.
+
+    Raises:
+        ValueError: an array is neither a scalar nor of the shape of the weight at its path.
+    """
+    weights = {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    places = dict(jax.tree_util.tree_leaves_with_path(placements))
+
+    def spec(path: tuple, leaf: jax.ShapeDtypeStruct) -> P:
+        weight = path[1:]  # the first key is the state's own
+        if weights.get(weight) == leaf.shape:
+            return places[weight].optimizer_spec
+        if leaf.ndim:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(f"optimizer state {name} {leaf.shape}: expected a scalar, or the shape of that weight.")
+        return P()
+
+    return jax.tree_util.tree_map_with_path(spec, state)
 
 
 def unsharder(rules: Mapping[str, str], mesh: Mesh) -> Callable[[nnx.Module], None] | None:

@@ -3,7 +3,7 @@
     for each micro-batch:  loss, gradients (accumulated in float32)
     gradients   summed over the devices that hold the same weights, and scattered (ZeRO-1)
     clip        by the global norm
-    AdamW       on this device's part; the new weights are gathered
+    optimizer   on this device's part; the new weights are gathered
     router bias b <- b + gamma * sign(mean load - load), from the loads of the whole step
 
 All of it is one program, run once per device (`parallel.mesh.per_device`).  A step whose loss or gradient is not finite
@@ -21,23 +21,25 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from deepseek_jax.compat import quick_compile
-from deepseek_jax.layers.base import Execution, bind, decayed, logical_axes, split
+from deepseek_jax.layers.base import Execution, bind, logical_axes, split
 from deepseek_jax.layers.router import Balance, max_violation, updated_bias
 from deepseek_jax.parallel import zero
 from deepseek_jax.parallel.mesh import BATCH, REPLICATED, per_device, total
-from deepseek_jax.parallel.sharding import check_rules, expert_axis, placements, unsharder
+from deepseek_jax.parallel.sharding import check_rules, expert_axis, placements, state_specs, unsharder
 from deepseek_jax.seeds import random_key
 from deepseek_jax.train.loss import Losses, Totals, Weights, losses, totals
-from deepseek_jax.train.optim import OptimizerConfig, adamw_update, init_moments, learning_rate
+from deepseek_jax.train.optimizers import OptimizerFor, Schedule
 
 State = dict  # {"params", "router_bias", "optimizer", "step", "skipped", "skipped_in_row"}
 
 
 @dataclass(frozen=True)
 class StepConfig:
-    """What a step does besides the optimiser.
+    """What a step does besides the optimizer's update.
 
     Attributes:
+        rate: the learning rate of each step.
+        clip_norm: largest global norm of the gradients (V3: 1.0).
         micro_batches: parts a device cuts its share of the batch into (gradient accumulation).
         loss_chunk: tokens whose logits exist at a time.
         mask_documents: whether attention stays inside a document.
@@ -46,6 +48,8 @@ class StepConfig:
         balance_loss: alpha of each balance loss.
     """
 
+    rate: Schedule
+    clip_norm: float
     micro_batches: int
     loss_chunk: int
     mask_documents: bool
@@ -112,14 +116,14 @@ class Evaluation(NamedTuple):
 
 
 class Trainer:
-    """A model, an optimiser and a mesh, as functions over a plain state.
+    """A model, an optimizer and a mesh, as functions over a plain state.
 
     Args:
         build: makes the model: `build(run: Execution, rngs: nnx.Rngs) -> nnx.Module`.
         mesh: from `parallel.mesh.make_mesh`.
         rules: logical axis -> mesh axis.
         step_config: the loss and its schedules.
-        optimizer: the recipe of AdamW.
+        optimizer: makes the optimizer for the model (`train.optimizers.adamw(...)`).
         compute: dtype of the activations.
         remat, unroll: see `Execution`.
         flops_per_token: operations to train on one token, as a function of the sequence length.
@@ -139,7 +143,7 @@ class Trainer:
         mesh: Mesh,
         rules: dict,
         step_config: StepConfig,
-        optimizer: OptimizerConfig,
+        optimizer: OptimizerFor,
         *,
         compute: DTypeLike = jnp.float32,
         remat: str = "none",
@@ -147,7 +151,7 @@ class Trainer:
         flops_per_token: Callable[[int], float] = lambda seq_len: 0.0,
     ):
         check_rules(rules)
-        self.mesh, self.config, self.optimizer = mesh, step_config, optimizer
+        self.mesh, self.config = mesh, step_config
         self.flops_per_token = flops_per_token
         self.run = Execution(
             compute=compute,
@@ -163,9 +167,9 @@ class Trainer:
         self.n_params = sum(x.size for x in jax.tree.leaves(params))
         axes, _ = logical_axes(model)
         self.placements = placements(axes, params, rules, mesh)
-        self.decayed = decayed(model)
-        self.specs = self._specs(router_bias)
+        self.optimizer = optimizer(model)
         shapes = jax.eval_shape(lambda: self._initial(0))
+        self.specs = self._specs(shapes)
         self.abstract = jax.tree.map(
             lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
             shapes,
@@ -173,15 +177,10 @@ class Trainer:
         )
         self.step = self._compile()
 
-    def _specs(self, router_bias: dict) -> State:
-        weights = jax.tree.map(lambda place: place.spec, self.placements)
-        moments = jax.tree.map(lambda place: place.optimizer_spec, self.placements)
-        counters = dict.fromkeys(("step", "skipped", "skipped_in_row"), REPLICATED)
-        return {
-            "params": weights,
-            "router_bias": jax.tree.map(lambda _: REPLICATED, router_bias),
-            "optimizer": {"count": REPLICATED, "mu": moments, "nu": moments},
-            **counters,
+    def _specs(self, state: State) -> State:
+        return jax.tree.map(lambda _: REPLICATED, state) | {
+            "params": jax.tree.map(lambda place: place.spec, self.placements),
+            "optimizer": state_specs(state["optimizer"], state["params"], self.placements),
         }
 
     def _initial(self, seed: int) -> State:
@@ -190,7 +189,7 @@ class Trainer:
         return {
             "params": params,
             "router_bias": router_bias,
-            "optimizer": init_moments(self.optimizer, params),
+            "optimizer": self.optimizer.init(params),
             "step": zero_count,
             "skipped": zero_count,
             "skipped_in_row": zero_count,
@@ -220,7 +219,7 @@ class Trainer:
         norm = zero.global_norm(gradients, self.placements)
         loss = found.weighted(Weights(self.config.mtp_weight_at(state["step"]), self.config.balance_loss))
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        rate = learning_rate(self.optimizer)(state["step"])
+        rate = self.config.rate(state["step"])
         new = self._updated(state, gradients, norm, rate, found.loads)
         new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, {key: state[key] for key in new})
         new["step"] = state["step"] + 1
@@ -268,15 +267,15 @@ class Trainer:
         return jax.lax.scan(add, zeros, parts)[0]
 
     def _updated(self, state: State, gradients: dict, norm: jax.Array, rate: jax.Array, loads: dict) -> State:
-        """The state after AdamW and the router-bias update."""
-        shrink = jnp.minimum(1.0, self.optimizer.clip_norm / (norm + 1e-6))
+        """The state after the optimizer's and the router-bias update."""
+        shrink = jnp.minimum(1.0, self.config.clip_norm / (norm + 1e-6))
         gradients = jax.tree.map(lambda g: g * shrink, gradients)
         parts = zero.scatter(state["params"], self.placements)
-        parts, moments = adamw_update(self.optimizer, gradients, state["optimizer"], parts, self.decayed, rate)
+        parts, optimizer = self.optimizer.update(gradients, state["optimizer"], parts, rate)
         gamma = self.config.balance_rate_at(state["step"])
         router_bias = moved_biases(state["router_bias"], loads, gamma)
         params = zero.gather(parts, self.placements)
-        return {"params": params, "router_bias": router_bias, "optimizer": moments}
+        return {"params": params, "router_bias": router_bias, "optimizer": optimizer}
 
     def evaluator(self, byte_lengths_V: jax.Array) -> Callable[[State, object], Evaluation]:
         """A compiled `evaluate(state, batch) -> Evaluation`, of the main model alone.

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import Execution, bind, normal, param, run_stack, split, stack
 from deepseek_jax.parallel.mesh import REPLICATED, make_mesh, per_device
-from deepseek_jax.parallel.sharding import bytes_per_device, expert_axis, placements, unsharder
+from deepseek_jax.parallel.sharding import bytes_per_device, expert_axis, placements, state_specs, unsharder
 
 AXES = {"gain": ("embed",), "experts": ("layers", "experts", "embed", "mlp"), "odd": (None,)}
 SHAPES = {"gain": (16,), "experts": (2, 8, 16, 6), "odd": (3,)}
@@ -25,11 +25,34 @@ def test_experts_are_shared_out_and_moments_cut_over_the_copies():
     place = places({"experts": "expert"})
     assert place["experts"].spec == P(None, "expert", None, None)
     assert place["experts"].copies == ("data",)
-    assert place["experts"].zero_dim == 2  # the widest of those that divide
-    assert place["experts"].optimizer_spec == P(None, "expert", ("data",), None)
+    assert place["experts"].zero_dim == 0  # stacked axes come first: matrices stay whole
+    assert place["experts"].optimizer_spec == P(("data",), "expert", None, None)
     assert place["gain"].spec == P(None)
     assert place["gain"].optimizer_spec == P(("data", "expert"))
     assert place["odd"].zero_dim is None and place["odd"].optimizer_spec == P(None)
+
+
+def test_stacked_axes_are_cut_before_matrices():
+    def zero_dim(**shapes: tuple) -> int | None:
+        return places({}, shapes=SHAPES | shapes)["experts"].zero_dim
+
+    assert zero_dim(experts=(8, 16, 64, 32)) == 1  # the larger of the stacks
+    assert zero_dim(experts=(8, 12, 64, 32)) == 0  # the one that divides by eight devices
+    assert zero_dim(experts=(5, 12, 32, 64)) == 3  # none does: the larger side of the matrices
+    assert zero_dim(experts=(5, 3, 7, 9)) is None
+
+
+def test_an_optimizer_s_state_lives_where_its_weights_do():
+    place = places({"experts": "expert"})
+    array = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAPES.items()}
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    state = {"count": scalar, "mu": array, "momentum": {"gain": array["gain"]}, "rows": {"odd": scalar}}
+    specs = state_specs(state, array, place)
+    assert specs["mu"] == {name: place[name].optimizer_spec for name in SHAPES}
+    assert specs["momentum"] == {"gain": place["gain"].optimizer_spec}
+    assert specs["count"] == specs["rows"]["odd"] == P()
+    with pytest.raises(ValueError, match=r"optimizer state rows.gain \(5,\): expected a scalar, or the shape of that"):
+        state_specs({"rows": {"gain": jax.ShapeDtypeStruct((5,), jnp.float32)}}, array, place)
 
 
 def test_fsdp_splits_storage_over_data():

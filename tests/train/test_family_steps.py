@@ -10,11 +10,12 @@ from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.layers.router import Balance
 from deepseek_jax.models import family
 from deepseek_jax.parallel.mesh import global_batch, make_mesh
-from deepseek_jax.train.optim import OptimizerConfig
+from deepseek_jax.train.optimizers import Schedule, adamw
 from deepseek_jax.train.step import StepConfig, Trainer
 
 B, T = 4, 16
 ALPHAS = Balance(0.1, 0.2, 0.3)
+RATE = Schedule(3e-3, 1, 100, 0, 3e-4, 0, 1e-4)
 
 
 def run(name: str, data: int, expert: int) -> tuple[list, dict, dict]:
@@ -26,14 +27,13 @@ def run(name: str, data: int, expert: int) -> tuple[list, dict, dict]:
         m.n_experts, m.expert_width, m.top_k = 8, 16, 2
     module = family(config.family)
     sizes = module.Config.from_config(m)
-    config.optimizer.warmup_steps = 1
     mesh = make_mesh(data, expert, jax.devices()[: data * expert])
     trainer = Trainer(
         lambda run, rngs: module.Model(sizes, run, rngs=rngs),
         mesh,
         config.sharding.to_dict(),
-        StepConfig(1, 64, False, 0.0, 0.0, 1, 0.0, 1, ALPHAS),
-        OptimizerConfig(**config.optimizer),
+        StepConfig(RATE, 1.0, 1, 64, False, 0.0, 0.0, 1, 0.0, 1, ALPHAS),
+        adamw(0.9, 0.95, 1e-8, 0.1, "float32"),
     )
     state = trainer.init(0)
     before = jax.device_get(state["params"])

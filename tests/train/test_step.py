@@ -16,12 +16,14 @@ from deepseek_jax.layers.base import RouterBias, bind, normal, param
 from deepseek_jax.layers.router import Balance
 from deepseek_jax.models import family
 from deepseek_jax.parallel.mesh import global_batch, make_mesh, place
-from deepseek_jax.train.optim import OptimizerConfig
+from deepseek_jax.train.optimizers import Schedule, adamw
 from deepseek_jax.train.step import Report, State, StepConfig, Trainer
 
 STEPS, B, T, V = 5, 16, 16, 64
-RECIPE = OptimizerConfig(1e-2, 2, 100, 2, 1e-3, 1, 1e-4, 0.9, 0.95, 1e-8, 0.1, 1.0, "float32")
+ADAMW = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "moments_dtype": "float32"}
 STEP = StepConfig(
+    rate=Schedule(1e-2, 2, 100, 2, 1e-3, 1, 1e-4),
+    clip_norm=1.0,
     micro_batches=1,
     loss_chunk=24,
     mask_documents=True,
@@ -71,7 +73,7 @@ def weights(sizes, filled) -> tuple:
 
 def trainer(sizes, data: int, expert: int, rules: dict, **options) -> Trainer:
     mesh = make_mesh(data, expert, jax.devices()[: data * expert])
-    options = {"step_config": STEP, "optimizer": RECIPE} | options
+    options = {"step_config": STEP, "optimizer": adamw(**ADAMW)} | options
     return Trainer(lambda run, rngs: family("v3").Model(sizes, run, rngs=rngs), mesh, rules, **options)
 
 
@@ -111,8 +113,8 @@ def fully_sharded(sizes, weights) -> Run:
 
 @pytest.fixture(scope="module")
 def narrow(sizes, weights) -> Run:
-    recipe = dataclasses.replace(RECIPE, moments_dtype="bfloat16")
-    return run(trainer(sizes, 1, 1, EXPERTS, optimizer=recipe, compute=jnp.bfloat16), weights)
+    optimizer = adamw(**ADAMW | {"moments_dtype": "bfloat16"})
+    return run(trainer(sizes, 1, 1, EXPERTS, optimizer=optimizer, compute=jnp.bfloat16), weights)
 
 
 def leaves(tree) -> list[tuple[str, np.ndarray]]:
@@ -189,7 +191,7 @@ def test_every_weight_is_trained(one_device):
 def test_the_first_moment_holds_the_clipped_gradient(one_device):
     squares = [np.sum(np.float64(x) ** 2) for _, x in leaves(one_device.states[1]["optimizer"]["mu"])]
     norm = one_device.reports[0].gradient_norm
-    assert np.sqrt(sum(squares)) / 0.1 == pytest.approx(min(norm, RECIPE.clip_norm), rel=1e-4)
+    assert np.sqrt(sum(squares)) / 0.1 == pytest.approx(min(norm, STEP.clip_norm), rel=1e-4)
 
 
 def test_the_router_bias_moves_by_gamma_towards_the_mean_load(one_device):
@@ -270,7 +272,7 @@ def test_the_state_given_is_donated(one_device, weights):
 
 
 def test_what_decays(one_device):
-    decayed = dict(leaves(one_device.trainer.decayed))
+    decayed = dict(leaves(one_device.trainer.optimizer.decayed))
     spared = {path for path, decays in decayed.items() if not decays}
     assert spared == {path for path in decayed if path.endswith("gain")} and spared
     assert decayed["moe_blocks.experts.router.centroids_DE"] and decayed["embedding.table_VD"]
@@ -315,7 +317,7 @@ class Toy(nnx.Module):
 def test_the_first_weights_depend_on_the_seed_alone():
     def first(data: int, expert: int, rules: dict, seed: int) -> State:
         mesh = make_mesh(data, expert, jax.devices()[: data * expert])
-        return Trainer(lambda run, rngs: Toy(rngs=rngs), mesh, rules, STEP, RECIPE).init(seed)
+        return Trainer(lambda run, rngs: Toy(rngs=rngs), mesh, rules, STEP, adamw(**ADAMW)).init(seed)
 
     state = first(1, 1, {}, 0)
     jax.tree.map(np.testing.assert_array_equal, state, first(2, 4, {"embed": "data"}, 0))
