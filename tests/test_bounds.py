@@ -17,7 +17,7 @@ from deepseek_jax.launch import inspect as inspect_verb
 from deepseek_jax.layers.base import REMAT
 from deepseek_jax.models import FAMILIES
 from deepseek_jax.models.checks import GROUPS
-from deepseek_jax.parallel.mesh import AXES
+from deepseek_jax.parallel.mesh import REPLICAS
 from deepseek_jax.precision.policy import POLICIES
 
 NANO = str(Path(__file__).parent / "train" / "nano_v3.py")
@@ -100,7 +100,7 @@ def test_every_config_is_within_its_bounds(named):
         ("precision", POLICIES),
         ("family", FAMILIES),
         ("train.remat", REMAT),
-        ("sharding.embed", ("", *AXES)),
+        ("sharding.embed", ("", *REPLICAS)),
         ("data.format", ("auto", *FORMATS)),
         ("data.train_on", TRAIN_ON),
     ],

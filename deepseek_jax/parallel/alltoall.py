@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.parallel.mesh import AXES
+from deepseek_jax.parallel.mesh import REPLICAS
 
 HEADROOM = (1.25, 2.0)  # buffer sizes tried first, in multiples of the size that perfect balance needs
 
@@ -64,7 +64,8 @@ def on_expert_devices(
     n_devices = jax.lax.axis_size(axis)
     n_tokens, top_k = experts_MK.shape
     goes_MW = jax.nn.one_hot(experts_MK // n_local, n_devices, dtype=jnp.bool_).any(axis=1)
-    fullest = jax.lax.pmax(jnp.max(jnp.sum(goes_MW, axis=0)), AXES)  # all take the same branch, and its collectives
+    # All devices take the same branch, and so meet in the same collectives.
+    fullest = jax.lax.pmax(jnp.max(jnp.sum(goes_MW, axis=0)), REPLICAS)
     balanced = -(-n_tokens * min(top_k, n_devices) // n_devices)
     capacities = sorted({min(int(balanced * room), n_tokens) for room in HEADROOM} | {n_tokens})
 

@@ -16,8 +16,9 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.errors import UserError
 
 DATA, EXPERT = "data", "expert"
-AXES = (DATA, EXPERT)
-BATCH = P(AXES)  # a leading axis split over all devices
+ALL = (DATA, EXPERT)  # all devices: what is summed once for the whole run
+REPLICAS = (DATA, EXPERT)  # devices that share out a batch, with the same layers
+BATCH = P(REPLICAS)  # a leading axis split over them
 REPLICATED = P()
 
 
@@ -52,7 +53,7 @@ def make_mesh(data: int = -1, expert: int = 1, devices: list | None = None, pipe
     if jax.process_count() > 1 and data * expert != len(devices):
         raise UserError(f"{given} must use all {len(devices)} devices of a run of several processes.")
     chosen = np.asarray(devices[: data * expert]).reshape(data, expert)
-    return Mesh(chosen, AXES, axis_types=(AxisType.Auto,) * 2)
+    return Mesh(chosen, ALL, axis_types=(AxisType.Auto,) * 2)
 
 
 def size(mesh: Mesh, axes: tuple[str, ...]) -> int:
@@ -68,7 +69,7 @@ def per_device(function: Callable, mesh: Mesh, in_specs: object, out_specs: obje
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def total(x: object, axes: tuple[str, ...] = AXES) -> object:
+def total(x: object, axes: tuple[str, ...] = ALL) -> object:
     """The sum over the devices along `axes` of every array in `x`; inside `per_device` only."""
     return jax.lax.psum(x, axes)
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.parallel.mesh import AXES, size
+from deepseek_jax.parallel.mesh import REPLICAS, size
 
 EXPERTS = "experts"
 LAYERS = "layers"
@@ -45,8 +45,10 @@ class Placement:
 def check_rules(rules: Mapping[str, str]) -> None:
     """Raises UserError for a rule that names no mesh axis."""
     for logical, axis in rules.items():
-        if axis and axis not in AXES:
-            raise UserError(f"config.sharding.{logical}={axis!r}: no such mesh axis. Choose one of {', '.join(AXES)}.")
+        if axis and axis not in REPLICAS:
+            raise UserError(
+                f"config.sharding.{logical}={axis!r}: no such mesh axis. Choose one of {', '.join(REPLICAS)}."
+            )
 
 
 def expert_axis(rules: Mapping[str, str], mesh: Mesh) -> str | None:
@@ -95,7 +97,7 @@ def _placement(name: str, logical: tuple, shape: tuple, rules: Mapping[str, str]
                 f"{name}: {logical[wanted.index(axis)]} and {logical[dim]} both want mesh axis {axis!r}. "
                 f'Set one of them to "" in config.sharding.'
             )
-    copies = tuple(axis for axis in AXES if axis not in wanted and mesh.shape[axis] > 1)
+    copies = tuple(axis for axis in REPLICAS if axis not in wanted and mesh.shape[axis] > 1)
     zero_dim = _zero_dim(wanted, logical, shape, size(mesh, copies)) if copies else None
     cut = list(wanted)
     if zero_dim is not None:

@@ -7,7 +7,7 @@ Paper: Rajbhandari et al. 2020; used by V3 (section 3.1).
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.parallel.mesh import AXES
+from deepseek_jax.parallel.mesh import ALL
 from deepseek_jax.parallel.sharding import Placement
 
 
@@ -56,4 +56,4 @@ def global_norm(parts: dict, placements: dict) -> jax.Array:
         return jnp.sum(jnp.square(part.astype(jnp.float32))) / n_equal
 
     local = jax.tree.leaves(jax.tree.map(squares, placements, parts))
-    return jnp.sqrt(jax.lax.psum(jnp.sum(jnp.stack(local)), AXES))
+    return jnp.sqrt(jax.lax.psum(jnp.sum(jnp.stack(local)), ALL))

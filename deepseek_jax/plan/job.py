@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from deepseek_jax.parallel.mesh import AXES
+from deepseek_jax.parallel.mesh import REPLICAS
 from deepseek_jax.parallel.sharding import Placement, bytes_per_device, expert_axis, placements
 from deepseek_jax.plan.chips import Chip
 from deepseek_jax.plan.layout import Layout, Stage, make_stages
@@ -53,7 +53,7 @@ class Job:
     @cached_property
     def mesh(self) -> AbstractMesh:
         """The mesh of one stage; its devices need not be here."""
-        return AbstractMesh((self.layout.data, self.layout.expert), AXES)
+        return AbstractMesh((self.layout.data, self.layout.expert), REPLICAS)
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:

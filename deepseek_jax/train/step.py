@@ -162,7 +162,7 @@ class Trainer:
         )
         self._build = lambda seed: build(self.run, nnx.Rngs(random_key(seed)))
         model = nnx.eval_shape(lambda: self._build(0))
-        self.definition, params, router_bias = split(model)
+        self.definition, params, _ = split(model)
         self.vocab_size = model.config.vocab_size
         self.n_params = sum(x.size for x in jax.tree.leaves(params))
         axes, _ = logical_axes(model)

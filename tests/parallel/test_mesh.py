@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.parallel.mesh import AXES, BATCH, REPLICATED, global_batch, make_mesh, per_device, place, size, total
+from deepseek_jax.parallel.mesh import ALL, BATCH, REPLICATED, global_batch, make_mesh, per_device, place, size, total
 
 
 def test_sizes():
     mesh = make_mesh(2, 4)
     assert dict(mesh.shape) == {"data": 2, "expert": 4}
-    assert size(mesh, AXES) == 8 and size(mesh, ()) == 1
+    assert size(mesh, ALL) == 8 and size(mesh, ()) == 1
     assert make_mesh(-1, 2).shape["data"] == len(jax.devices()) // 2
     assert make_mesh(1, 2).size == 2
 

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.parallel import zero
-from deepseek_jax.parallel.mesh import AXES, make_mesh, per_device
+from deepseek_jax.parallel.mesh import ALL, make_mesh, per_device
 from deepseek_jax.parallel.sharding import placements
 
 LOGICAL = {"whole": (None, "mlp"), "odd": (None,), "experts": ("experts", "mlp"), "stored": ("embed", None)}
@@ -25,7 +25,7 @@ def found() -> dict:
     parts = {name: p.optimizer_spec for name, p in place.items()}
 
     def on_device(weights):
-        gradients = jax.tree.map(lambda w: (1.0 + jax.lax.axis_index(AXES)) * w, weights)
+        gradients = jax.tree.map(lambda w: (1.0 + jax.lax.axis_index(ALL)) * w, weights)
         summed = zero.sum_and_scatter(gradients, place)
         cut = zero.scatter(weights, place)
         return {"summed": summed, "cut": cut, "again": zero.gather(cut, place)}, zero.global_norm(cut, place)
