@@ -70,9 +70,10 @@ def get_config() -> ConfigDict:
     train.mtp_weight_switch = 1_000_000_000  # step from which the final weight holds
     train.balance_rate = 1e-3  # gamma: step of the router-bias update (V3 section 2.1.2)
     train.balance_rate_stop = 1_000_000_000  # step from which gamma is 0
-    train.balance_loss = 1e-4  # alpha: weight of the sequence-wise balance loss (V2's alpha_1)
-    train.device_balance_loss = 0.0  # alpha_2: weight of the loss that balances groups of experts (V2 section 2.2.3)
-    train.communication_balance_loss = 0.0  # alpha_3: weight of the one that balances what groups are sent
+    auxiliary = train.auxiliary = ConfigDict()  # weight of each auxiliary loss that layers report, by its name
+    auxiliary.expert_balance = 1e-4  # alpha of the sequence-wise balance loss (V2's alpha_1)
+    auxiliary.device_balance = 0.0  # alpha_2: of the loss that balances groups of experts (V2 section 2.2.3)
+    auxiliary.communication_balance = 0.0  # alpha_3: of the one that balances what groups are sent
     train.max_skipped = 5  # non-finite steps in a row that stop the run
     train.eval_every = 250  # steps between evaluations on held-out text
     train.eval_batches = 8

@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
     train.batch_size_start = train.batch_size = 2304
     train.remat = "block"
     train.mtp_weight = train.mtp_weight_final = 0.0
-    train.balance_rate = train.balance_loss = 0.0
+    train.balance_rate = train.auxiliary.expert_balance = 0.0
 
     optimizer = config.optimizer
     optimizer.peak_rate = 4.2e-4

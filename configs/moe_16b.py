@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
     train = config.train
     train.steps = 106_449
     train.batch_size_start = train.batch_size = 4608
-    train.balance_loss = 1e-3
+    train.auxiliary.expert_balance = 1e-3
 
     optimizer = config.optimizer
     optimizer.constant_steps = 83_159  # to 80 %

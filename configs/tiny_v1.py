@@ -27,5 +27,5 @@ def get_config() -> ConfigDict:
     m.init_std = 0.02
 
     config.train.mtp_weight = config.train.mtp_weight_final = 0.0
-    config.train.balance_rate = config.train.balance_loss = 0.0
+    config.train.balance_rate = config.train.auxiliary.expert_balance = 0.0
     return config

@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
 
     config.train.mtp_weight = config.train.mtp_weight_final = 0.0
     config.train.balance_rate = 0.0
-    config.train.balance_loss = 0.003
-    config.train.device_balance_loss = 0.05
-    config.train.communication_balance_loss = 0.02
+    config.train.auxiliary.expert_balance = 0.003
+    config.train.auxiliary.device_balance = 0.05
+    config.train.auxiliary.communication_balance = 0.02
     return config

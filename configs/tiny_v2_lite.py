@@ -33,5 +33,5 @@ def get_config() -> ConfigDict:
 
     config.train.mtp_weight = config.train.mtp_weight_final = 0.0
     config.train.balance_rate = 0.0
-    config.train.balance_loss = 0.01
+    config.train.auxiliary.expert_balance = 0.01
     return config

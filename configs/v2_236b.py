@@ -56,9 +56,9 @@ def get_config() -> ConfigDict:
     train.remat = "block"
     train.mtp_weight = train.mtp_weight_final = 0.0
     train.balance_rate = 0.0
-    train.balance_loss = 0.003
-    train.device_balance_loss = 0.05
-    train.communication_balance_loss = 0.02
+    train.auxiliary.expert_balance = 0.003
+    train.auxiliary.device_balance = 0.05
+    train.auxiliary.communication_balance = 0.02
 
     optimizer = config.optimizer
     optimizer.peak_rate = 2.4e-4

@@ -32,8 +32,8 @@ def get_config() -> ConfigDict:
     train.steps = 301_998  # 5.7T tokens
     train.batch_size_start = train.batch_size = 4608
     train.batch_ramp_steps = 0
-    train.balance_loss = 0.001
-    train.device_balance_loss = train.communication_balance_loss = 0.0
+    train.auxiliary.expert_balance = 0.001
+    train.auxiliary.device_balance = train.auxiliary.communication_balance = 0.0
 
     optimizer = config.optimizer
     optimizer.peak_rate = 4.2e-4

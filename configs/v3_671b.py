@@ -60,7 +60,7 @@ def get_config() -> ConfigDict:
     train.mtp_weight_switch = 166_400  # 10T tokens
     train.balance_rate = 1e-3
     train.balance_rate_stop = 234_747  # 14.3T tokens
-    train.balance_loss = 1e-4
+    train.auxiliary.expert_balance = 1e-4
 
     optimizer = config.optimizer
     optimizer.peak_rate = 2.2e-4

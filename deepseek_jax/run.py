@@ -17,7 +17,6 @@ from deepseek_jax import release
 from deepseek_jax.convert.hf import copy_files
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
-from deepseek_jax.layers.router import Balance
 from deepseek_jax.models import family
 from deepseek_jax.plan import flops
 from deepseek_jax.plan.network import describe
@@ -50,7 +49,7 @@ def trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
         mtp_weight_switch=train.mtp_weight_switch,
         balance_rate=train.balance_rate,
         balance_rate_stop=train.balance_rate_stop,
-        balance_loss=Balance(train.balance_loss, train.device_balance_loss, train.communication_balance_loss),
+        auxiliary=train.auxiliary.to_dict(),
     )
     return Trainer(
         lambda run, rngs: module.Model(sizes, run, rngs=rngs),

@@ -87,9 +87,9 @@ BOUNDS: dict[str, Bound] = {
     "train.mtp_weight_switch": ANY_STEPS,
     "train.balance_rate": number(0, 1),
     "train.balance_rate_stop": ANY_STEPS,
-    "train.balance_loss": LOSS,
-    "train.device_balance_loss": LOSS,
-    "train.communication_balance_loss": LOSS,
+    "train.auxiliary.expert_balance": LOSS,
+    "train.auxiliary.device_balance": LOSS,
+    "train.auxiliary.communication_balance": LOSS,
     "train.max_skipped": SOME_STEPS,
     "train.eval_every": ANY_STEPS,
     "train.eval_batches": SOME_STEPS,
@@ -112,6 +112,8 @@ BOUNDS: dict[str, Bound] = {
     "checkpoint.keep": SOME_STEPS,
 }
 
+AUXILIARY = "train.auxiliary."  # weights of the losses that layers report: a config may have more than the defaults
+
 
 def check_keys(config: ConfigDict) -> None:
     """Raises UserError unless every key of a run is there with a value within its bounds, and no other key is."""
@@ -119,8 +121,9 @@ def check_keys(config: ConfigDict) -> None:
         raise UserError(f"config {config.get('name', '')} has no config.model. {WHOLE_RUN}")
     given = keys(config)
     known = {key: value for key, value in given.items() if not key.startswith("model.")}
+    bounds = BOUNDS | {key: LOSS for key in known if key.startswith(AUXILIARY)}
     for key in known:
-        if key not in BOUNDS:
+        if key not in bounds:
             near = difflib.get_close_matches(key, BOUNDS, n=1, cutoff=0.5)
             hint = f"Did you mean config.{near[0]}?" if near else "configs/base.py has all that there are."
             raise UserError(f"config.{key}: no such key. {hint}")
@@ -128,8 +131,8 @@ def check_keys(config: ConfigDict) -> None:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"config.{missing[0]}{more}: missing. {WHOLE_RUN}")
     defaults = default_values()
-    for key, bound in BOUNDS.items():
-        bound.check(f"config.{key}", known[key], like=defaults[key])
+    for key, bound in bounds.items():
+        bound.check(f"config.{key}", known[key], like=defaults.get(key, 0.0))
 
 
 def check_model(config: ConfigDict) -> None:

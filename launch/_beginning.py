@@ -74,7 +74,7 @@ def fine_tuning(origin: str, config: ConfigDict) -> ConfigDict:
     train.steps, train.eval_every, config.checkpoint.every = 200, 50, 100
     train.remat = "block"
     train.mtp_weight = train.mtp_weight_final = PREDICTION if source.model.get("mtp_depth") else 0.0
-    train.balance_rate, train.balance_loss = 0.0, BALANCE.get(source.family, 0.0)
+    train.balance_rate, train.auxiliary.expert_balance = 0.0, BALANCE.get(source.family, 0.0)
     optimizer = config.optimizer
     optimizer.warmup_steps, optimizer.constant_steps = 20, FOREVER
     optimizer.peak_rate = optimizer.tail_rate = optimizer.final_rate = RATE

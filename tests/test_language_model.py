@@ -20,7 +20,6 @@ from deepseek_jax.language_model import LanguageModel
 from deepseek_jax.launch import generate, inspect
 from deepseek_jax.launch._continuation import write
 from deepseek_jax.layers.base import split
-from deepseek_jax.layers.router import Balance
 from deepseek_jax.models import family
 from deepseek_jax.saved_config import to_json
 from deepseek_jax.stored import WEIGHTS, read_weights
@@ -293,7 +292,7 @@ def test_a_training_state_can_begin_with_weights_from_elsewhere(published, tmp_p
         save(path / "checkpoints", published, 3)
     sizes = module.Config.from_config(published.config.model)
     rules = dict.fromkeys(run_config.load("tiny_v3").sharding, "") | {"experts": "expert", "embed": "data"}
-    step = StepConfig(lambda step: 1e-3, 1.0, 1, 64, False, 0.1, 0.1, 1, 1e-3, 1, Balance(1e-3))
+    step = StepConfig(lambda step: 1e-3, 1.0, 1, 64, False, 0.1, 0.1, 1, 1e-3, 1, {"expert_balance": 1e-3})
     optimizer = adamw(0.9, 0.95, 1e-8, 0.1, "float32")
     trainer = Trainer(lambda run, rngs: module.Model(sizes, run, rngs=rngs), make_mesh(2, 4), rules, step, optimizer)
     target = {name: trainer.abstract[name] for name in WEIGHTS}

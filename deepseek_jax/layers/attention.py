@@ -62,8 +62,3 @@ def masked_softmax(scores: jax.Array, seen: jax.Array) -> jax.Array:
     A row where it holds nowhere comes out uniform: such rows mean nothing and are not to be used.
     """
     return jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1)
-
-
-def default_positions(x: jax.Array) -> jax.Array:
-    """positions_BT = 0..T-1 for an array whose first axes are B and T."""
-    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])

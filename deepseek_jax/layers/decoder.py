@@ -12,42 +12,22 @@ A family's `Model` derives from `Decoder` and says which blocks are stacked.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.layers.attention import default_positions
 from deepseek_jax.layers.base import Execution, run_stack, stack
+from deepseek_jax.layers.block import Attend, Block, Build, Entries, Losses, Statistics, over_themselves
 from deepseek_jax.layers.embed import Embedding, Head
-from deepseek_jax.layers.experts import Experts
 from deepseek_jax.layers.norm import RMSNorm
-from deepseek_jax.layers.router import Balance, Routing, expert_load
-from deepseek_jax.layers.swiglu import SwiGLU
+from deepseek_jax.layers.tokens import Tokens
 
-Entries = Any  # what an attention caches of its tokens: a NamedTuple of arrays, axes B and S first
 Cache = dict[str, Entries]  # by stack; arrays [L, B, S, ...]: slot s holds the token at position s
-Build = Callable[[nnx.Rngs], nnx.Module]
-
-# What a block does with its attention: training, prefill and decode differ in nothing else.
-Attend = Callable[[nnx.Module, jax.Array], tuple[jax.Array, Entries | None]]
 
 
-class Statistics(NamedTuple):
-    """What a MoE layer tells the training step.
-
-    Attributes:
-        load_E: tokens that chose each expert, float32.
-        balance: sums over the sequences of their balance losses, float32 scalars.
-    """
-
-    load_E: jax.Array
-    balance: Balance
-
-
-class Ahead(NamedTuple):
+class Depth(NamedTuple):
     """One depth of multi-token prediction: its hidden states, what they should predict, and its block's statistics."""
 
     h_BTD: jax.Array
@@ -55,78 +35,14 @@ class Ahead(NamedTuple):
     statistics: Statistics
 
 
-class DenseBlock(nnx.Module):
-    """x <- x + Attention(norm x);  x <- x + SwiGLU(norm x).
-
-    Args:
-        attention: makes the attention.
-        d_model: width of the residual stream.
-        width: hidden width of the feed-forward.
-        eps: of the norms.
-        std: standard deviation of the feed-forward's initial weights.
-    """
-
-    def __init__(self, attention: Build, d_model: int, width: int, eps: float, std: float, *, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)
-        self.attention = attention(rngs)
-        self.mlp_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)
-        self.mlp = SwiGLU(d_model, width, std, rngs=rngs)
-
-    def __call__(
-        self, x_BTD: jax.Array, attend: Attend, real_BT: jax.Array | None = None
-    ) -> tuple[jax.Array, tuple[Entries | None, None]]:
-        """Returns x_BTD and (what `attend` kept, None); padding is a token like any other here."""
-        u_BTD, kept = attend(self.attention, self.attention_norm(x_BTD))
-        x_BTD = x_BTD + u_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), (kept, None)
-
-
-class MoEBlock(nnx.Module):
-    """x <- x + Attention(norm x);  x <- x + Experts(norm x).
-
-    Args:
-        attention: makes the attention.
-        experts: makes the mixture of experts.
-        balance: the balance losses of each sequence, from a layer's routing.
-        d_model: width of the residual stream.
-        eps: of the norms.
-    """
-
-    def __init__(
-        self,
-        attention: Build,
-        experts: Callable[[nnx.Rngs], Experts],
-        balance: Callable[[Routing], Balance],
-        d_model: int,
-        eps: float,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        self.attention_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)
-        self.attention = attention(rngs)
-        self.experts_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)
-        self.experts = experts(rngs)
-        self.balance = balance
-
-    def __call__(
-        self, x_BTD: jax.Array, attend: Attend, real_BT: jax.Array | None = None
-    ) -> tuple[jax.Array, tuple[Entries | None, Statistics]]:
-        """Returns x_BTD and (what `attend` kept, the routing's statistics, which leave padding out)."""
-        u_BTD, kept = attend(self.attention, self.attention_norm(x_BTD))
-        x_BTD = x_BTD + u_BTD
-        y_BTD, routing = self.experts(self.experts_norm(x_BTD), real_BT)
-        load_E = expert_load(routing.experts_BTK, routing.scores_BTE.shape[-1])
-        return x_BTD + y_BTD, (kept, Statistics(load_E, jax.tree.map(jnp.sum, self.balance(routing))))
-
-
 class Decoder(nnx.Module):
     """What the families' models have in common.
 
-    A block is called as `block(x_BTD, attend, real_BT) -> (x_BTD, (kept, statistics or None))`.  An attention offers
+    A block is called as `layers.block.Block` is.  An attention offers
 
-        entries(x_BTD, positions_BT)                            what the cache keeps of these tokens
-        over_itself(x_BTD, positions_BT, entries, segments_BT)  u_BTD, attending causally to the tokens themselves
-        over_cache(x_BTD, positions_BT, cache, seen_BTS)        u_BTD, attending to the slots that are seen
+        entries(x_BTD, tokens)                      what the cache keeps of these tokens
+        over_itself(x_BTD, tokens, entries)         (u_BTD, auxiliary losses), attending causally to themselves
+        over_cache(x_BTD, tokens, cache, seen_BTS)  u_BTD, attending to the slots that are seen
 
     Args:
         vocab_size: V.
@@ -160,35 +76,21 @@ class Decoder(nnx.Module):
 
     def __call__(self, ids_BT: jax.Array, positions_BT=None, segments_BT=None) -> jax.Array:
         """float32 logits_BTV of the next token at every position."""
-        h_BTD, _ = self.hidden(ids_BT, positions_BT, segments_BT)
+        h_BTD, _ = self.hidden(Tokens.of(ids_BT, positions_BT, segments_BT))
         return self.head(h_BTD)
 
-    def hidden(
-        self, ids_BT: jax.Array, positions_BT=None, segments_BT=None, real_BT: jax.Array | None = None
-    ) -> tuple[jax.Array, dict[str, Statistics]]:
-        """The model up to its final norm.
-
-        Args:
-            ids_BT: token ids.
-            positions_BT: 0..T-1 by default.
-            segments_BT: documents that must not see one another; None lets every token see all before it.
-            real_BT: which tokens are text and not padding, bool; padding visits no expert. None: all are text.
-
-        Returns:
-            (h_BTD, statistics of each stack of MoE blocks, with a leading axis L).
-        """
-        if positions_BT is None:
-            positions_BT = default_positions(ids_BT)
-        x_BTD, _, statistics = self._blocks(ids_BT, whole_sequences(positions_BT, segments_BT), real_BT=real_BT)
+    def hidden(self, tokens: Tokens) -> tuple[jax.Array, dict[str, Statistics]]:
+        """The model up to its final norm: (h_BTD, statistics of each stack, with a leading axis L)."""
+        x_BTD, _, statistics = self._blocks(tokens, over_themselves)
         return self.final_norm(x_BTD), statistics
 
-    def ahead(self, h_BTD: jax.Array, targets_BT: jax.Array, positions_BT=None, segments_BT=None) -> list[Ahead]:
-        """Multi-token prediction, one entry a depth; none unless a family has it."""
+    def mtp_depths(self, h_BTD: jax.Array, targets_BT: jax.Array, tokens: Tokens) -> list[Depth]:
+        """Multi-token prediction, one entry per depth; none unless a family has it."""
         return []
 
-    def loads(self, statistics: dict[str, Statistics], depths: list[Ahead]) -> dict:
-        """Tokens per expert of every router; where routers have biases, a prefix of the tree of those."""
-        loads = {name: found.load_E for name, found in statistics.items()}
+    def loads(self, statistics: dict[str, Statistics], depths: list[Depth]) -> dict:
+        """Tokens per expert for every router: a prefix of the tree of router biases, where there are any."""
+        loads = {name: found.load_E for name, found in statistics.items() if found.load_E is not None}
         return loads | ({"mtp": {str(k): depth.statistics.load_E for k, depth in enumerate(depths)}} if depths else {})
 
     def prefill(self, ids_BT: jax.Array, n_slots: int) -> tuple[jax.Array, Cache]:
@@ -201,15 +103,15 @@ class Decoder(nnx.Module):
         Returns:
             (h_BTD after the final norm: give the head those whose logits are wanted, the cache).
         """
-        positions_BT = default_positions(ids_BT)
 
-        def attend(attention: nnx.Module, x_BTD: jax.Array) -> tuple[jax.Array, Entries]:
-            entries = attention.entries(x_BTD, positions_BT)
+        def attend(attention: nnx.Module, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Entries, Losses]:
+            entries = attention.entries(x_BTD, tokens)
             spare = n_slots - ids_BT.shape[1]
             cached = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, spare)] + [(0, 0)] * (x.ndim - 2)), entries)
-            return attention.over_itself(x_BTD, positions_BT, entries), cached
+            u_BTD, losses = attention.over_itself(x_BTD, tokens, entries)
+            return u_BTD, cached, losses
 
-        x_BTD, cache, _ = self._blocks(ids_BT, attend)
+        x_BTD, cache, _ = self._blocks(Tokens.of(ids_BT), attend)
         return self.final_norm(x_BTD), cache
 
     def decode(self, ids_BT: jax.Array, positions_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -227,34 +129,27 @@ class Decoder(nnx.Module):
         seen_BTS = jnp.arange(n_slots) <= positions_BT[..., None]
         rows = jnp.arange(ids_BT.shape[0])[:, None]
 
-        def attend(attention: nnx.Module, x_BTD: jax.Array, cached: Entries) -> tuple[jax.Array, Entries]:
-            new = attention.entries(x_BTD, positions_BT)
+        def attend(
+            attention: nnx.Module, x_BTD: jax.Array, tokens: Tokens, cached: Entries
+        ) -> tuple[jax.Array, Entries, Losses]:
+            new = attention.entries(x_BTD, tokens)
             cached = jax.tree.map(lambda old, n: old.at[rows, positions_BT].set(n), cached, new)
-            return attention.over_cache(x_BTD, positions_BT, cached, seen_BTS), cached
+            return attention.over_cache(x_BTD, tokens, cached, seen_BTS), cached, {}
 
-        x_BTD, cache, _ = self._blocks(ids_BT, attend, cache)
+        x_BTD, cache, _ = self._blocks(Tokens.of(ids_BT, positions_BT), attend, cache)
         return self.head(self.final_norm(x_BTD)), cache
 
-    def _blocks(self, ids_BT: jax.Array, attend: Callable, cache: Cache | None = None, real_BT=None):
+    def _blocks(
+        self, tokens: Tokens, attend: Attend, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache, dict[str, Statistics]]:
         """(x_BTD, what was kept, statistics) after all blocks; with a cache, `attend` gets each layer's slice of it."""
 
-        def call(block: nnx.Module, x_BTD: jax.Array, cached: Entries | None):
-            return block(x_BTD, attend if cached is None else functools.partial(attend, cached=cached), real_BT)
+        def call(block: Block, x_BTD: jax.Array, cached: Entries | None) -> tuple:
+            return block(x_BTD, tokens, attend if cached is None else functools.partial(attend, cached=cached))
 
-        x_BTD = self.embedding(ids_BT, self.run.compute)
+        x_BTD = self.embedding(tokens.ids_BT, self.run.compute)
         kept, statistics = {}, {}
         for name in self.stacks:
             cached = cache[name] if cache else None
-            x_BTD, (kept[name], found) = run_stack(getattr(self, name), x_BTD, self.run, call, cached)
-            if found is not None:
-                statistics[name] = found
+            x_BTD, (kept[name], statistics[name]) = run_stack(getattr(self, name), x_BTD, self.run, call, cached)
         return x_BTD, kept, statistics
-
-
-def whole_sequences(positions_BT: jax.Array, segments_BT: jax.Array | None) -> Attend:
-    """The attention of training: each token looks at its own sequence, and nothing is kept."""
-
-    def attend(attention: nnx.Module, x_BTD: jax.Array) -> tuple[jax.Array, None]:
-        return attention.over_itself(x_BTD, positions_BT, attention.entries(x_BTD, positions_BT), segments_BT), None
-
-    return attend

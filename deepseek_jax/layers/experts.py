@@ -9,14 +9,18 @@ Paper: V3 section 2.1.2; DeepSeekMoE, arXiv 2401.06066.
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.layers.base import normal, param
+from deepseek_jax.layers.block import Statistics
 from deepseek_jax.layers.grouped import grouped_swiglu
-from deepseek_jax.layers.router import Route, Router, Routing, without_padding
+from deepseek_jax.layers.router import Balance, Route, Router, Routing, expert_load, without_padding
 from deepseek_jax.layers.swiglu import SwiGLU
+from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.parallel.alltoall import on_expert_devices
 
 
@@ -45,6 +49,13 @@ class ExpertsConfig:
     init_std: float = 0.006
 
 
+class Routed(NamedTuple):
+    """Tokens on their way through a mixture of experts: vectors, and where they go."""
+
+    x_BTD: jax.Array
+    routing: Routing
+
+
 class Experts(nnx.Module):
     """A mixture-of-experts feed-forward.
 
@@ -52,6 +63,7 @@ class Experts(nnx.Module):
         c: sizes.
         d_model: width of the residual stream.
         route: how the router chooses: `route(logits_BTE, bias_E) -> Routing`, without `bias_E` if it has none.
+        balance: the balance losses of each sequence, by name, from its routing.
         biased: whether the router has a balancing bias.
         expert_axis: mesh axis over which the routed experts are shared out; None when all are on this device.
         rngs: initialisers' keys.
@@ -62,6 +74,7 @@ class Experts(nnx.Module):
         c: ExpertsConfig,
         d_model: int,
         route: Route,
+        balance: Balance,
         *,
         biased: bool = True,
         expert_axis: str | None = None,
@@ -73,13 +86,26 @@ class Experts(nnx.Module):
         self.gate_XDF = param(rngs, (c.n_experts, d_model, c.width), ("experts", "embed", "mlp"), init)
         self.up_XDF = param(rngs, (c.n_experts, d_model, c.width), ("experts", "embed", "mlp"), init)
         self.down_XFD = param(rngs, (c.n_experts, c.width, d_model), ("experts", "mlp", "embed"), init)
-        self.expert_axis = expert_axis
+        self.balance, self.expert_axis = balance, expert_axis
 
-    def __call__(self, x_BTD: jax.Array, real_BT: jax.Array | None = None) -> tuple[jax.Array, Routing]:
-        """Returns (y_BTD, the router's decision); padding, where `real_BT` is False, goes to no routed expert."""
-        routing = without_padding(self.router(x_BTD), real_BT)
-        y_BTD = self.routed(x_BTD, routing)
-        return (y_BTD if self.shared is None else self.shared(x_BTD) + y_BTD), routing
+    def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Statistics]:
+        """Returns (y_BTD, loads and balance losses); padding goes to no routed expert and counts nowhere."""
+        return self.combine(self.compute(self.dispatch(x_BTD, tokens)))
+
+    def dispatch(self, x_BTD: jax.Array, tokens: Tokens) -> Routed:
+        """Chooses each token's experts."""
+        return Routed(x_BTD, without_padding(self.router(x_BTD), tokens.real_BT))
+
+    def compute(self, routed: Routed) -> Routed:
+        """Runs the routed experts and the shared one: `x_BTD` becomes y_BTD."""
+        y_BTD = self.routed(*routed)
+        return routed._replace(x_BTD=y_BTD if self.shared is None else self.shared(routed.x_BTD) + y_BTD)
+
+    def combine(self, routed: Routed) -> tuple[jax.Array, Statistics]:
+        """Returns (y_BTD, tokens per expert and the balance losses summed over the sequences)."""
+        y_BTD, routing = routed
+        load_E = expert_load(routing.experts_BTK, routing.scores_BTE.shape[-1])
+        return y_BTD, Statistics(load_E, jax.tree.map(jnp.sum, self.balance(routing)))
 
     def routed(self, x_BTD: jax.Array, routing: Routing) -> jax.Array:
         """y_BTD: the routed experts' weighted sum alone."""

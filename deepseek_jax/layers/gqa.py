@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.layers.attention import causal_attention, default_positions, masked_softmax
+from deepseek_jax.layers.attention import causal_attention, masked_softmax
 from deepseek_jax.layers.base import normal, param, vector, zeros
+from deepseek_jax.layers.block import Losses
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.rope import Llama3, Yarn, frequencies, llama3, rotary_scale, rotate_halves
+from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.precision.matmul import einsum
 
 
@@ -87,9 +89,8 @@ class GQA(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array | None = None, segments_BT=None) -> jax.Array:
         """u_BTD: causal attention over whole sequences, at positions 0..T-1 by default."""
-        if positions_BT is None:
-            positions_BT = default_positions(x_BTD)
-        return self.over_itself(x_BTD, positions_BT, self.entries(x_BTD, positions_BT), segments_BT)
+        seen = Tokens.of(x_BTD[..., 0], positions_BT, segments_BT)
+        return self.over_itself(x_BTD, seen, self.entries(x_BTD, seen))[0]
 
     def queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """The heads' rotated queries q_BTHQ."""
@@ -100,7 +101,7 @@ class GQA(nnx.Module):
             q_BTHQ = self.q_head_norm(q_BTHQ)
         return self._rotate(q_BTHQ, positions_BT)
 
-    def entries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> KeyValues:
+    def entries(self, x_BTD: jax.Array, tokens: Tokens) -> KeyValues:
         """What the cache keeps of these tokens."""
         k_BTZQ = einsum("BTD,DZQ->BTZQ", x_BTD, self.k_DZQ[...])
         v_BTZU = einsum("BTD,DZU->BTZU", x_BTD, self.v_DZU[...])
@@ -109,29 +110,27 @@ class GQA(nnx.Module):
             v_BTZU = v_BTZU + self.v_bias_ZU[...].astype(x_BTD.dtype)
         if self.config.qk_norm:
             k_BTZQ = self.k_head_norm(k_BTZQ)
-        return KeyValues(self._rotate(k_BTZQ, positions_BT), v_BTZU)
+        return KeyValues(self._rotate(k_BTZQ, tokens.positions_BT), v_BTZU)
 
-    def over_itself(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, entries: KeyValues, segments_BT: jax.Array | None = None
-    ) -> jax.Array:
-        """u_BTD of tokens that attend causally to themselves, with the keys and values of `entries`."""
+    def over_itself(self, x_BTD: jax.Array, tokens: Tokens, entries: KeyValues) -> tuple[jax.Array, Losses]:
+        """(u_BTD of tokens that attend causally to themselves, with the keys and values of `entries`; no losses)."""
         sharing = self.config.n_heads // self.config.n_kv_heads
         k_BTHQ, v_BTHU = (jnp.repeat(x, sharing, axis=2) if sharing > 1 else x for x in entries)
-        q_BTHQ = self.queries(x_BTD, positions_BT)
-        o_BTHU = causal_attention(q_BTHQ, k_BTHQ, v_BTHU, scale=self.scale, segments_BT=segments_BT)
-        return einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...])
+        q_BTHQ = self.queries(x_BTD, tokens.positions_BT)
+        o_BTHU = causal_attention(q_BTHQ, k_BTHQ, v_BTHU, scale=self.scale, segments_BT=tokens.segments_BT)
+        return einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...]), {}
 
-    def over_cache(self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KeyValues, seen_BTS: jax.Array) -> jax.Array:
+    def over_cache(self, x_BTD: jax.Array, tokens: Tokens, cache: KeyValues, seen_BTS: jax.Array) -> jax.Array:
         """u_BTD of tokens that attend to a cache, which must already hold their own keys and values.
 
         Args:
             x_BTD: normed residual stream of the new tokens (T = 1 in plain decoding).
-            positions_BT: their positions.
+            tokens: where they stand.
             cache: keys and values of S slots.
             seen_BTS: which slots a token may look at.
         """
         c = self.config
-        q_BTHQ = self.queries(x_BTD, positions_BT)
+        q_BTHQ = self.queries(x_BTD, tokens.positions_BT)
         q_BTZJQ = q_BTHQ.reshape(*q_BTHQ.shape[:2], c.n_kv_heads, -1, c.head_width)
         scores_BZJTS = jnp.einsum("BTZJQ,BSZQ->BZJTS", q_BTZJQ, cache.k_BSZQ, preferred_element_type=jnp.float32)
         weights_BZJTS = masked_softmax(scores_BZJTS * self.scale, seen_BTS[:, None, None]).astype(x_BTD.dtype)

@@ -22,10 +22,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.layers.attention import causal_attention, default_positions, masked_softmax
+from deepseek_jax.layers.attention import causal_attention, masked_softmax
 from deepseek_jax.layers.base import normal, param
+from deepseek_jax.layers.block import Losses
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.rope import Yarn, frequencies, rotary_scale, rotate, softmax_scale
+from deepseek_jax.layers.tokens import Tokens, default_positions
 from deepseek_jax.precision.matmul import einsum
 
 LATENT_EPS = 1e-6  # of the latent norms; in the released code whatever the other norms have
@@ -156,8 +158,19 @@ class MLA(nnx.Module):
         o_BTHU = einsum("BTHC,CHU->BTHU", o_latent_BTHC, self.v_up_CHU[...])
         return einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...])
 
-    # The names under which a decoder knows them (`layers.decoder.Decoder`).
-    entries, over_itself, over_cache = latents, expanded, absorbed
+    # What a block asks of an attention (`layers.decoder.Decoder`).
+
+    def entries(self, x_BTD: jax.Array, tokens: Tokens) -> Latents:
+        """What the cache keeps of these tokens: `latents`."""
+        return self.latents(x_BTD, tokens.positions_BT)
+
+    def over_itself(self, x_BTD: jax.Array, tokens: Tokens, entries: Latents) -> tuple[jax.Array, Losses]:
+        """(u_BTD in the expanded form, no auxiliary losses)."""
+        return self.expanded(x_BTD, tokens.positions_BT, entries, tokens.segments_BT), {}
+
+    def over_cache(self, x_BTD: jax.Array, tokens: Tokens, cache: Latents, seen_BTS: jax.Array) -> jax.Array:
+        """u_BTD in the absorbed form."""
+        return self.absorbed(x_BTD, tokens.positions_BT, cache, seen_BTS)
 
     @property
     def scale(self) -> float:

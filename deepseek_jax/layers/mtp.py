@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.layers.base import normal, param
+from deepseek_jax.layers.block import Statistics
 from deepseek_jax.layers.norm import RMSNorm
+from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.precision.matmul import einsum
 
 
@@ -24,7 +26,7 @@ class MTP(nnx.Module):
     """One depth of multi-token prediction around a Transformer block.
 
     Args:
-        block: makes TRM_k from rngs; called as `block(x_BTD, attend, real_BT) -> (x_BTD, extras)`.
+        block: makes TRM_k from rngs, a `Block`.
         d_model: width of the residual stream.
         eps: of the norms.
         std: standard deviation of the initial M_k.
@@ -39,24 +41,21 @@ class MTP(nnx.Module):
         self.block = block(rngs)
         self.final_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)
 
-    def __call__(
-        self, h_BTD: jax.Array, embedded_BTD: jax.Array, attend: Callable, real_BT: jax.Array | None = None
-    ) -> tuple[jax.Array, object]:
-        """Goes one token further.
+    def __call__(self, h_BTD: jax.Array, embedded_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Statistics]:
+        """Runs one depth: from h^{k-1} to h^k.
 
         Args:
             h_BTD: the previous depth's hidden states h^{k-1}.
             embedded_BTD: embeddings of the tokens k places ahead, Emb(t_{i+k}).
-            attend: passed to the block.
-            real_BT: likewise: where there is a token k places ahead, bool; None: everywhere.
+            tokens: those tokens.
 
         Returns:
-            (h^k_BTD, ready for the shared head; the block's extras).
+            (h^k_BTD, ready for the shared head; what the block reports).
         """
         joined_BTY = jnp.concatenate([self.embedding_norm(embedded_BTD), self.hidden_norm(h_BTD)], axis=-1)
         x_BTD = einsum("BTY,YD->BTD", joined_BTY, self.join_YD[...])
-        x_BTD, extras = self.block(x_BTD, attend, real_BT)
-        return self.final_norm(x_BTD), extras
+        x_BTD, (_, statistics) = self.block(x_BTD, tokens)
+        return self.final_norm(x_BTD), statistics
 
 
 def shift_left(tokens_BT: jax.Array, fill: int) -> jax.Array:

@@ -137,36 +137,26 @@ def expert_load(experts_BTK: jax.Array, n_experts: int) -> jax.Array:
     return jnp.bincount(experts_BTK.reshape(-1), length=n_experts).astype(jnp.float32)
 
 
-class Balance(NamedTuple):
-    """Balance losses of each sequence, without their factors alpha; near 1 when a sequence is perfectly balanced.
-
-    They are those of its text: padding (`without_padding`) changes none of them, and a sequence of padding has 0.
-
-    Attributes:
-        expert: every expert equally busy.
-        device: every group of experts equally busy; 0 where a family has no such loss.
-        communication: every group sent equally many tokens; likewise.
-    """
-
-    expert: jax.Array | float
-    device: jax.Array | float = 0.0
-    communication: jax.Array | float = 0.0
+# Balance losses of each sequence by name, without their factors alpha; near 1 when a sequence is perfectly balanced.
+# They are those of its text: padding (`without_padding`) changes none of them, and a sequence of padding has 0.
+Balance = Callable[[Routing], dict[str, jax.Array]]
 
 
-def sequence_balance(routing: Routing) -> Balance:
+def sequence_balance(routing: Routing) -> dict[str, jax.Array]:
     """V3's only balance loss, of each sequence (eqs. 17-20); also DeepSeekMoE's and V2-Lite's."""
     f_BE, P_BE = _frequency_and_affinity(routing)
-    return Balance(expert=jnp.sum(f_BE * P_BE, axis=-1))
+    return {"expert_balance": jnp.sum(f_BE * P_BE, axis=-1)}
 
 
-def grouped_balance(routing: Routing, *, n_groups: int, top_groups: int) -> Balance:
-    """V2's three balance losses of each sequence.
+def grouped_balance(routing: Routing, *, n_groups: int, top_groups: int) -> dict[str, jax.Array]:
+    """V2's three balance losses of each sequence: every expert, and every group of experts, equally busy; every group
+    sent equally many tokens.
 
     With D groups (devices), of which a token visits M at most, and G_i the experts of group i:
 
-        expert         sum_i f_i P_i                                                    (V2 eqs. 23-25)
-        device         sum_i f'_i P'_i,    f'_i = mean of f over G_i,  P'_i = sum of P over G_i   (eqs. 26-28)
-        communication  sum_i f''_i P''_i,  f''_i = D / (M T) * tokens sent to group i,  P'' = P'  (eqs. 29-31)
+        expert_balance         sum_i f_i P_i                                                       (V2 eqs. 23-25)
+        device_balance         sum_i f'_i P'_i,    f'_i = mean of f over G_i,  P'_i = sum of P over G_i   (eqs. 26-28)
+        communication_balance  sum_i f''_i P''_i,  f''_i = D / (M T) * tokens sent to group i,  P'' = P'  (eqs. 29-31)
 
     Paper: V2 section 2.2.3.
     """
@@ -176,11 +166,11 @@ def grouped_balance(routing: Routing, *, n_groups: int, top_groups: int) -> Bala
     groups_BTK = routing.experts_BTK // f_BGX.shape[-1]
     sent_BG = jnp.sum(jax.nn.one_hot(groups_BTK, n_groups).max(axis=2), axis=1)
     sent_BG = sent_BG * (n_groups / (top_groups * _n_real(routing)))[:, None]
-    return Balance(
-        expert=jnp.sum(f_BE * P_BE, axis=-1),
-        device=jnp.sum(f_BGX.mean(-1) * P_BG, axis=-1),
-        communication=jnp.sum(sent_BG * P_BG, axis=-1),
-    )
+    return {
+        "expert_balance": jnp.sum(f_BE * P_BE, axis=-1),
+        "device_balance": jnp.sum(f_BGX.mean(-1) * P_BG, axis=-1),
+        "communication_balance": jnp.sum(sent_BG * P_BG, axis=-1),
+    }
 
 
 def _frequency_and_affinity(routing: Routing) -> tuple[jax.Array, jax.Array]:

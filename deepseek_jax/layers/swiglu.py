@@ -4,6 +4,8 @@ import jax
 from flax import nnx
 
 from deepseek_jax.layers.base import normal, param
+from deepseek_jax.layers.block import Statistics
+from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.precision.matmul import einsum
 
 
@@ -20,3 +22,17 @@ class SwiGLU(nnx.Module):
         hidden_BTF = jax.nn.silu(einsum("BTD,DF->BTF", x_BTD, self.gate_DF[...]))
         hidden_BTF = hidden_BTF * einsum("BTD,DF->BTF", x_BTD, self.up_DF[...])
         return einsum("BTF,FD->BTD", hidden_BTF, self.down_FD[...])
+
+    # As a block's feed-forward (`layers.block.Block`): nothing is routed, and nothing reported.
+
+    def dispatch(self, x_BTD: jax.Array, tokens: Tokens) -> jax.Array:
+        """Returns x_BTD."""
+        return x_BTD
+
+    def compute(self, x_BTD: jax.Array) -> jax.Array:
+        """Returns y_BTD."""
+        return self(x_BTD)
+
+    def combine(self, y_BTD: jax.Array) -> tuple[jax.Array, Statistics]:
+        """Returns (y_BTD, empty statistics)."""
+        return y_BTD, Statistics(None, {})

@@ -24,8 +24,10 @@ from ml_collections import ConfigDict
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import AS_IT_IS, Execution
-from deepseek_jax.layers.decoder import Decoder, DenseBlock
+from deepseek_jax.layers.block import Block
+from deepseek_jax.layers.decoder import Decoder
 from deepseek_jax.layers.gqa import GQA, GQAConfig
+from deepseek_jax.layers.swiglu import SwiGLU
 from deepseek_jax.models import checks
 
 
@@ -106,8 +108,11 @@ class Model(Decoder):
         def attention(rngs: nnx.Rngs) -> GQA:
             return GQA(c.attention, c.d_model, rngs=rngs)
 
-        def block(rngs: nnx.Rngs) -> DenseBlock:
-            return DenseBlock(attention, c.d_model, c.dense_width, c.norm_eps, c.init_std, rngs=rngs)
+        def mlp(rngs: nnx.Rngs) -> SwiGLU:
+            return SwiGLU(c.d_model, c.dense_width, c.init_std, rngs=rngs)
+
+        def block(rngs: nnx.Rngs) -> Block:
+            return Block(attention, mlp, "mlp", c.d_model, c.norm_eps, rngs=rngs)
 
         stacks = {"blocks": (block, c.n_layers)}
         super().__init__(c.vocab_size, c.d_model, c.norm_eps, c.init_std, run, stacks, rngs=rngs)

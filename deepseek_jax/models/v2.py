@@ -18,10 +18,12 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from deepseek_jax.layers.base import AS_IT_IS, Execution
-from deepseek_jax.layers.decoder import Decoder, DenseBlock, MoEBlock
+from deepseek_jax.layers.block import Block
+from deepseek_jax.layers.decoder import Decoder
 from deepseek_jax.layers.experts import Experts, ExpertsConfig
 from deepseek_jax.layers.mla import MLA, MLAConfig
 from deepseek_jax.layers.router import grouped_balance, softmax_topk
+from deepseek_jax.layers.swiglu import SwiGLU
 from deepseek_jax.models import checks
 
 
@@ -116,13 +118,16 @@ class Model(Decoder):
             return MLA(c.mla, c.d_model, rngs=rngs)
 
         def experts(rngs: nnx.Rngs) -> Experts:
-            return Experts(e, c.d_model, route, biased=False, expert_axis=run.expert_axis, rngs=rngs)
+            return Experts(e, c.d_model, route, balance, biased=False, expert_axis=run.expert_axis, rngs=rngs)
 
-        def dense_block(rngs: nnx.Rngs) -> DenseBlock:
-            return DenseBlock(attention, c.d_model, c.dense_width, c.norm_eps, c.init_std, rngs=rngs)
+        def mlp(rngs: nnx.Rngs) -> SwiGLU:
+            return SwiGLU(c.d_model, c.dense_width, c.init_std, rngs=rngs)
 
-        def moe_block(rngs: nnx.Rngs) -> MoEBlock:
-            return MoEBlock(attention, experts, balance, c.d_model, c.norm_eps, rngs=rngs)
+        def dense_block(rngs: nnx.Rngs) -> Block:
+            return Block(attention, mlp, "mlp", c.d_model, c.norm_eps, rngs=rngs)
+
+        def moe_block(rngs: nnx.Rngs) -> Block:
+            return Block(attention, experts, "experts", c.d_model, c.norm_eps, rngs=rngs)
 
         n_dense = min(c.n_dense_layers, c.n_layers)
         stacks = {"dense_blocks": (dense_block, n_dense), "moe_blocks": (moe_block, c.n_layers - n_dense)}

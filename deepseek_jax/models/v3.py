@@ -18,13 +18,15 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from deepseek_jax.layers.attention import default_positions
 from deepseek_jax.layers.base import AS_IT_IS, Execution, remat
-from deepseek_jax.layers.decoder import Ahead, Decoder, DenseBlock, MoEBlock, whole_sequences
+from deepseek_jax.layers.block import Block
+from deepseek_jax.layers.decoder import Decoder, Depth
 from deepseek_jax.layers.experts import Experts, ExpertsConfig
 from deepseek_jax.layers.mla import MLA, MLAConfig
 from deepseek_jax.layers.mtp import MTP, shift_left
 from deepseek_jax.layers.router import sequence_balance, sigmoid_biased_topk
+from deepseek_jax.layers.swiglu import SwiGLU
+from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.models import checks
 
 
@@ -121,13 +123,16 @@ class Model(Decoder):
             return MLA(c.mla, c.d_model, rngs=rngs)
 
         def experts(rngs: nnx.Rngs) -> Experts:
-            return Experts(e, c.d_model, route, biased=True, expert_axis=run.expert_axis, rngs=rngs)
+            return Experts(e, c.d_model, route, sequence_balance, biased=True, expert_axis=run.expert_axis, rngs=rngs)
 
-        def dense_block(rngs: nnx.Rngs) -> DenseBlock:
-            return DenseBlock(attention, c.d_model, c.dense_width, c.norm_eps, c.init_std, rngs=rngs)
+        def mlp(rngs: nnx.Rngs) -> SwiGLU:
+            return SwiGLU(c.d_model, c.dense_width, c.init_std, rngs=rngs)
 
-        def moe_block(rngs: nnx.Rngs) -> MoEBlock:
-            return MoEBlock(attention, experts, sequence_balance, c.d_model, c.norm_eps, rngs=rngs)
+        def dense_block(rngs: nnx.Rngs) -> Block:
+            return Block(attention, mlp, "mlp", c.d_model, c.norm_eps, rngs=rngs)
+
+        def moe_block(rngs: nnx.Rngs) -> Block:
+            return Block(attention, experts, "experts", c.d_model, c.norm_eps, rngs=rngs)
 
         n_dense = min(c.n_dense_layers, c.n_layers)
         stacks = {"dense_blocks": (dense_block, n_dense), "moe_blocks": (moe_block, c.n_layers - n_dense)}
@@ -136,25 +141,22 @@ class Model(Decoder):
         self.mtp = nnx.List(depths)
         self.config = c
 
-    def ahead(self, h_BTD: jax.Array, targets_BT: jax.Array, positions_BT=None, segments_BT=None) -> list[Ahead]:
-        """Multi-token prediction from the main model's `h_BTD`, one entry a depth.
+    def mtp_depths(self, h_BTD: jax.Array, targets_BT: jax.Array, tokens: Tokens) -> list[Depth]:
+        """Multi-token prediction from the main model's `h_BTD`, one entry per depth.
 
         Args:
             h_BTD: from `hidden`.
             targets_BT: the next token at each position, -1 where there is none; what is to be learnt of them is the
                 loss's business, for each depth reads them.
-            positions_BT, segments_BT: as for `hidden`.
+            tokens: as for `hidden`.
         """
-        if positions_BT is None:
-            positions_BT = default_positions(targets_BT)
-        attend = whole_sequences(positions_BT, segments_BT)
         depths = []
         for module in self.mtp:
-            depth = remat(functools.partial(module, attend=attend), self.run.remat)
-            real_BT = targets_BT >= 0
-            h_BTD, (_, statistics) = depth(h_BTD, self.embedding(targets_BT, self.run.compute), real_BT=real_BT)
+            depth = remat(module, self.run.remat)
+            tokens = tokens._replace(ids_BT=targets_BT, real_BT=targets_BT >= 0)
+            h_BTD, statistics = depth(h_BTD, self.embedding(targets_BT, self.run.compute), tokens)
             targets_BT = jnp.where(targets_BT < 0, -1, shift_left(targets_BT, fill=-1))  # nothing past a document's end
-            depths.append(Ahead(h_BTD, targets_BT, statistics))
+            depths.append(Depth(h_BTD, targets_BT, statistics))
         return depths
 
 

@@ -29,7 +29,7 @@ from jax.extend.core import Var
 from jax.sharding import AbstractMesh
 
 from deepseek_jax.layers.base import Execution, bind, logical_axes, run_stack, split
-from deepseek_jax.layers.decoder import whole_sequences
+from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.parallel.sharding import EXPERTS, expert_axis, placements, unsharder
 from deepseek_jax.plan.layout import Layout
 from deepseek_jax.plan.network import NORM_WIDTH, Network, abstract_model
@@ -114,10 +114,10 @@ def residual_bytes(
     router_bias = jax.tree.map(one_layer, router_bias)
 
     def residuals(params: dict, router_bias: dict, x_BTD: jax.Array, positions_BT: jax.Array) -> object:
-        attend = whole_sequences(positions_BT, None)
+        tokens = Tokens(positions_BT, positions_BT)  # any ids will do
 
         def run_layer(params: dict, x_BTD: jax.Array) -> object:
-            return run_stack(bind(definition, params, router_bias), x_BTD, run, lambda block, x, _: block(x, attend))
+            return run_stack(bind(definition, params, router_bias), x_BTD, run, lambda block, x, _: block(x, tokens))
 
         return jax.vjp(run_layer, params, x_BTD)[1]
 

@@ -21,22 +21,19 @@ import numpy as np
 
 FLUSH_S = 10.0  # between the moments at which events reach the disk
 
-# Figure -> tag; a figure that is not named here stands under other/.
+# Figure -> tag; any other figure is an auxiliary loss.
 TAGS = {
     "bits_per_byte": "loss/bits_per_byte",
     "main": "loss/next_token",
     "mtp": "loss/mtp",
     "loss": "loss/total",  # what is minimised: all of these with their weights
-    "balance": "routing/balance_loss",
-    "device_balance": "routing/device_balance_loss",
-    "communication_balance": "routing/communication_balance_loss",
     "gradient_norm": "optimizer/gradient_norm",
     "learning_rate": "optimizer/learning_rate",
     "skipped": "optimizer/skipped_steps",
     "max_violation": "routing/max_violation",
 }
 # These are 0 where a model has no such part, or nothing has happened: no chart of a line at 0.
-ABSENT_AT_0 = ("mtp", "balance", "device_balance", "communication_balance", "skipped")
+ABSENT_AT_0 = ("mtp", "skipped")
 UNCHARTED = ("checksum", "skipped_in_row")
 
 
@@ -68,7 +65,8 @@ class Board:
         Raises:
           OSError: they cannot be written.
         """
-        scalars = {TAGS.get(name, f"other/{name}"): value for name, value in figures.items() if is_charted(name, value)}
+        charted = {name: value for name, value in figures.items() if is_charted(name, value)}
+        scalars = {TAGS.get(name, f"auxiliary_loss/{name}"): value for name, value in charted.items()}
         scalars |= {f"speed/{name}": value for name, value in (speed or {}).items()}
         histograms = {}
         for name, values in (layers or {}).items():

@@ -23,6 +23,7 @@ from deepseek_jax.train.ramp import BatchRamp, Shares, share
 from deepseek_jax.train.step import Report, State, Trainer
 from deepseek_jax.train.stop import StopRequest
 
+NOT_LOGGED = ("auxiliary", "loads", "finite")  # fields of a report that are no figure of their own
 ASK_EVERY_S = 5.0  # between the moments at which processes ask one another whether to stop
 
 
@@ -173,7 +174,8 @@ class Loop:
     def log(self, step: int, report: Report, state: State) -> None:
         """Writes a step's figures."""
         report = jax.device_get(report)
-        scalars = {name: getattr(report, name).item() for name in Report._fields if name not in ("loads", "finite")}
+        scalars = {name: getattr(report, name).item() for name in Report._fields if name not in NOT_LOGGED}
+        scalars |= {name: loss.item() for name, loss in report.auxiliary.items()}
         scalars["bits_per_byte"] = bits_per_byte(scalars["main"], self.training.bytes_per_token)
         routers = {"expert_load": report.loads, "router_bias": jax.device_get(state["router_bias"])}
         layers = {name: _rows(tree) for name, tree in routers.items() if tree}

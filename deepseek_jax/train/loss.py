@@ -1,4 +1,4 @@
-"""What is minimised: L = CE + lambda / D * sum_k CE_k(MTP) + sum_layers alpha . balance.
+"""What is minimised: L = CE + lambda / D * sum_k CE_k(MTP) + sum_layers alpha . auxiliary losses.
 
     CE = sum_t w_t * -log p(target_t) / sum_t w_t        over the whole batch, whatever devices and micro-batches hold
 
@@ -11,13 +11,16 @@ Paper: V3 sections 2.1.2 (eqs. 17-20) and 2.2 (eqs. 24-25); V2 section 2.2.3 (th
 """
 
 import functools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.errors import UserError
+from deepseek_jax.layers.block import Statistics
 from deepseek_jax.layers.mtp import shift_left
-from deepseek_jax.layers.router import Balance
+from deepseek_jax.layers.tokens import Tokens
 
 if TYPE_CHECKING:
     from deepseek_jax.data.pipeline import Batch
@@ -106,7 +109,7 @@ class Weights(NamedTuple):
     """Factors of the loss parts at a step."""
 
     mtp: jax.Array | float  # lambda
-    balance: Balance  # alpha of each balance loss
+    auxiliary: Mapping[str, float]  # alpha of each auxiliary loss
 
 
 class Losses(NamedTuple):
@@ -115,19 +118,24 @@ class Losses(NamedTuple):
     Attributes:
         main: weighted cross-entropy of the main model divided by the sum of the batch's weights, nats per token.
         mtp: the same of multi-token prediction, mean over the depths; 0 without any.
-        balance: sums over the layers of the mean balance losses of a sequence (without alpha).
+        auxiliary: by name, sums over the layers of the mean auxiliary losses of a sequence (without alpha).
         loads: tokens per expert of every router; where routers have biases, a prefix of the tree of those.
     """
 
     main: jax.Array
     mtp: jax.Array
-    balance: Balance
+    auxiliary: dict[str, jax.Array]
     loads: dict
 
     def weighted(self, weights: Weights) -> jax.Array:
-        """The loss that is minimised."""
-        balance = sum(alpha * loss for alpha, loss in zip(weights.balance, self.balance, strict=True))
-        return self.main + weights.mtp * self.mtp + balance
+        """The loss that is minimised.  Raises UserError for an auxiliary loss without a weight."""
+        if missing := self.auxiliary.keys() - weights.auxiliary.keys():
+            raise UserError(
+                f"config.train.auxiliary.{min(missing)}: missing, though the model has a loss of this name. Set its "
+                "weight there; with 0.0 it is reported and not minimised."
+            )
+        by_name = sorted(self.auxiliary.items(), reverse=True)
+        return self.main + weights.mtp * self.mtp + sum(weights.auxiliary[name] * loss for name, loss in by_name)
 
 
 class Totals(NamedTuple):
@@ -152,7 +160,7 @@ def losses(model, batch: "Batch", over: Totals, weights: Weights, *, chunk: int,
     """The loss of a part of a batch.
 
     Args:
-        model: a bound family model (`hidden`, `ahead`, `head`).
+        model: a bound family model (`hidden`, `mtp_depths`, `head`).
         batch: this part.
         over: of the whole batch.
         weights: factors of the parts.
@@ -162,22 +170,30 @@ def losses(model, batch: "Batch", over: Totals, weights: Weights, *, chunk: int,
     Returns:
         (loss to differentiate, `Losses`).
     """
-    segments = batch.segments_BT if mask else None
+    tokens = Tokens(batch.ids_BT, batch.positions_BT, batch.segments_BT if mask else None, batch.segments_BT > 0)
     weight_DV = model.head.weight_DV[...]
 
     def nll(h_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
         h_MD, targets_M, weights_M = h_BTD.reshape(-1, h_BTD.shape[-1]), targets_BT.reshape(-1), weights_BT.reshape(-1)
         return cross_entropy(h_MD, weight_DV, targets_M, weights_M, chunk) / over.weight
 
-    h_BTD, statistics = model.hidden(batch.ids_BT, batch.positions_BT, segments, batch.segments_BT > 0)
-    depths = model.ahead(h_BTD, batch.targets_BT, batch.positions_BT, segments)
+    h_BTD, statistics = model.hidden(tokens)
+    depths = model.mtp_depths(h_BTD, batch.targets_BT, tokens)
     main, mtp = nll(h_BTD, batch.targets_BT, batch.weights_BT), 0.0
     weights_BT = batch.weights_BT
     for depth in depths:
         weights_BT = shift_left(weights_BT, fill=0)  # a weight stays with its target
         mtp += nll(depth.h_BTD, depth.targets_BT, weights_BT) / len(depths)
-    found = [*statistics.values(), *(depth.statistics for depth in depths)]
-    kinds = zip(Balance(0.0), *(layers.balance for layers in found), strict=True)
-    balance = Balance(*(sum(jnp.sum(layers) for layers in kind) / over.sequences for kind in kinds))
-    result = Losses(main, jnp.asarray(mtp, jnp.float32), balance, model.loads(statistics, depths))
+    auxiliary = summed([*statistics.values(), *(depth.statistics for depth in depths)])
+    auxiliary = {name: loss / over.sequences for name, loss in auxiliary.items()}
+    result = Losses(main, jnp.asarray(mtp, jnp.float32), auxiliary, model.loads(statistics, depths))
     return result.weighted(weights), result
+
+
+def summed(statistics: list[Statistics]) -> dict[str, jax.Array]:
+    """The auxiliary losses of all layers, each summed under its name."""
+    sums: dict[str, jax.Array] = {}
+    for layers in statistics:
+        for name, loss in layers.losses.items():
+            sums[name] = sums.get(name, 0.0) + jnp.sum(loss)
+    return sums

@@ -10,7 +10,7 @@ All of it is one program, run once per device (`parallel.mesh.per_device`).  A s
 leaves weights, moments and biases as they were; only the counters move.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 
 from deepseek_jax.compat import quick_compile
 from deepseek_jax.layers.base import Execution, bind, logical_axes, split
-from deepseek_jax.layers.router import Balance, max_violation, updated_bias
+from deepseek_jax.layers.router import max_violation, updated_bias
 from deepseek_jax.parallel import zero
 from deepseek_jax.parallel.mesh import BATCH, REPLICATED, per_device, total
 from deepseek_jax.parallel.sharding import check_rules, expert_axis, placements, state_specs, unsharder
@@ -45,7 +45,7 @@ class StepConfig:
         mask_documents: whether attention stays inside a document.
         mtp_weight, mtp_weight_final, mtp_weight_switch: lambda before and from the step of the switch.
         balance_rate, balance_rate_stop: gamma, 0 from the step of the stop.
-        balance_loss: alpha of each balance loss.
+        auxiliary: alpha of each auxiliary loss, by its name.
     """
 
     rate: Schedule
@@ -58,7 +58,7 @@ class StepConfig:
     mtp_weight_switch: int
     balance_rate: float
     balance_rate_stop: int
-    balance_loss: Balance
+    auxiliary: Mapping[str, float]
 
     def mtp_weight_at(self, step: jax.Array) -> jax.Array:
         """lambda of `step`."""
@@ -70,12 +70,11 @@ class StepConfig:
 
 
 class Report(NamedTuple):
-    """What a step tells the outside; float32 scalars but for the two trees.
+    """What a step reports; float32 scalars but for `auxiliary`, a dict of them, and `loads`.
 
     Attributes:
         loss: what was minimised.
-        main, mtp, balance: its parts, without their weights (`Losses`); of the balance losses that of the experts.
-        device_balance, communication_balance: the other two; 0 but in V2.
+        main, mtp, auxiliary: its parts, without their weights (`Losses`); auxiliary losses by name.
         gradient_norm: before clipping.
         learning_rate: of this step.
         max_violation: MaxVio, mean over the routers; 0 without any.
@@ -88,9 +87,7 @@ class Report(NamedTuple):
     loss: jax.Array
     main: jax.Array
     mtp: jax.Array
-    balance: jax.Array
-    device_balance: jax.Array
-    communication_balance: jax.Array
+    auxiliary: dict[str, jax.Array]
     gradient_norm: jax.Array
     learning_rate: jax.Array
     max_violation: jax.Array
@@ -217,7 +214,7 @@ class Trainer:
         found = total(found)
         gradients = zero.sum_and_scatter(gradients, self.placements)
         norm = zero.global_norm(gradients, self.placements)
-        loss = found.weighted(Weights(self.config.mtp_weight_at(state["step"]), self.config.balance_loss))
+        loss = found.weighted(Weights(self.config.mtp_weight_at(state["step"]), self.config.auxiliary))
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         rate = self.config.rate(state["step"])
         new = self._updated(state, gradients, norm, rate, found.loads)
@@ -230,9 +227,7 @@ class Trainer:
             loss=loss,
             main=found.main,
             mtp=found.mtp,
-            balance=found.balance.expert,
-            device_balance=found.balance.device,
-            communication_balance=found.balance.communication,
+            auxiliary=found.auxiliary,
             gradient_norm=norm,
             learning_rate=rate,
             max_violation=jnp.mean(jnp.concatenate(violations)) if violations else jnp.float32(0),
@@ -248,7 +243,7 @@ class Trainer:
         """Gradients and losses of this device's share of the batch, one micro-batch after the other."""
         c = self.config
         over = total(totals(batch))
-        weights = Weights(c.mtp_weight_at(state["step"]), c.balance_loss)
+        weights = Weights(c.mtp_weight_at(state["step"]), c.auxiliary)
 
         def loss(params: dict, part) -> tuple[jax.Array, Losses]:
             model = self.bind(params, state["router_bias"])
@@ -286,7 +281,7 @@ class Trainer:
 
         def on_device(params: dict, router_bias: dict, batch) -> Evaluation:
             model = self.bind(params, router_bias)
-            no_weights = Weights(0.0, Balance(0.0))
+            no_weights = Weights(0.0, dict.fromkeys(self.config.auxiliary, 0.0))
             chunk, mask = self.config.loss_chunk, self.config.mask_documents
             _, found = losses(model, batch, Totals(1.0, 1.0), no_weights, chunk=chunk, mask=mask)
             lengths = jnp.where(batch.targets_BT >= 0, byte_lengths_V[jnp.maximum(batch.targets_BT, 0)], 0)

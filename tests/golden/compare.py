@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from deepseek_jax.convert import hf, names
 from deepseek_jax.convert.place import place
 from deepseek_jax.layers.base import bind, split
+from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.models import family
 
 PROMPT = 8  # as in make_golden.py
@@ -62,11 +63,12 @@ def whole(model: Model, ids_BT: np.ndarray) -> dict[str, np.ndarray]:
     @functools.partial(jax.value_and_grad, has_aux=True)
     def run(params, bias, ids_BT):
         module = bind(model.definition, params, bias)
-        h_BTD, _ = module.hidden(ids_BT)
+        h_BTD, _ = module.hidden(Tokens.of(ids_BT))
         logits_BTV = module.head(h_BTD)
         loss, said = cross_entropy(logits_BTV[:, :-1], ids_BT[:, 1:]), {"logits": logits_BTV}
         if has_mtp:
-            (depth,) = module.ahead(h_BTD, jnp.pad(ids_BT[:, 1:], ((0, 0), (0, 1)), constant_values=-1))
+            targets_BT = jnp.pad(ids_BT[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+            (depth,) = module.mtp_depths(h_BTD, targets_BT, Tokens.of(ids_BT))
             said["mtp_logits"] = module.head(depth.h_BTD)[:, :-1]
             loss += MTP_WEIGHT * cross_entropy(said["mtp_logits"][:, :-1], ids_BT[:, 2:])
         return loss, said

@@ -4,11 +4,13 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 
 from deepseek_jax.layers.base import bind
 from deepseek_jax.layers.experts import Experts, ExpertsConfig
-from deepseek_jax.layers.router import sigmoid_biased_topk
+from deepseek_jax.layers.router import sequence_balance, sigmoid_biased_topk
+from deepseek_jax.layers.tokens import Tokens
 
 SIZES = ExpertsConfig(n_experts=4, n_shared=2, width=3, top_k=2, n_groups=2, top_groups=1, route_scale=2.5)
 ROUTE = functools.partial(sigmoid_biased_topk, top_k=2, n_groups=2, top_groups=1, scale=2.5)
@@ -19,9 +21,15 @@ def swiglu(x, gate, up, down):
 
 
 def test_shared_and_routed_experts_add_up(filled):
-    definition, params, bias = filled(lambda: Experts(SIZES, 5, ROUTE, rngs=nnx.Rngs(0)), std=0.5)
+    definition, params, bias = filled(lambda: Experts(SIZES, 5, ROUTE, sequence_balance, rngs=nnx.Rngs(0)), std=0.5)
     x_BTD = np.random.default_rng(1).normal(size=(2, 4, 5)).astype(np.float32)
-    y_BTD, routing = jax.jit(lambda p, b, x: bind(definition, p, b)(x))(params, bias, x_BTD)
+
+    @jax.jit
+    def run(params, bias, x_BTD):
+        experts = bind(definition, params, bias)
+        return experts(x_BTD, Tokens.of(x_BTD[..., 0])), experts.router(x_BTD)
+
+    (y_BTD, found), routing = run(params, bias, x_BTD)
     w = jax.tree.map(np.float64, params)
     assert w["shared"]["gate_DF"].shape == (5, 6)
     for b, t in np.ndindex(2, 4):
@@ -37,3 +45,6 @@ def test_shared_and_routed_experts_add_up(filled):
             )
         assert sorted(routing.experts_BTK[b, t].tolist()) == chosen
         np.testing.assert_allclose(y_BTD[b, t], wanted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(found.load_E, np.bincount(np.ravel(routing.experts_BTK), minlength=4))
+    balance = sequence_balance(routing)["expert_balance"]
+    assert found.losses == {"expert_balance": pytest.approx(float(balance.sum()), rel=1e-6)}

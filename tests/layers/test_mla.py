@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deepseek_jax.layers.attention import default_positions
+from deepseek_jax.layers.tokens import default_positions
 from deepseek_jax.layers.base import bind
 from deepseek_jax.layers.mla import MLA, Latents, MLAConfig
 from deepseek_jax.layers.rope import Yarn, frequencies, softmax_scale

@@ -9,10 +9,10 @@ from deepseek_jax.layers.mtp import MTP, shift_left
 
 
 class Marked(nnx.Module):
-    """Stands for a Transformer block: adds one, and says that it was called."""
+    """Stands for a Transformer block: adds one, and reports what it was called with."""
 
-    def __call__(self, x_BTD, attend, real_BT):
-        return x_BTD + 1, attend
+    def __call__(self, x_BTD, tokens):
+        return x_BTD + 1, (None, tokens)
 
 
 def test_the_embedding_comes_first(filled):
@@ -27,9 +27,9 @@ def test_the_embedding_comes_first(filled):
         [norm(embedded, params["embedding_norm"]["gain"]), norm(h, params["hidden_norm"]["gain"])], axis=-1
     )
     wanted = norm(joined @ params["join_YD"] + 1, params["final_norm"]["gain"])
-    got, extras = bind(definition, params, bias)(jnp.float32(h), jnp.float32(embedded), "attend")
+    got, reported = bind(definition, params, bias)(jnp.float32(h), jnp.float32(embedded), "tokens")
     np.testing.assert_allclose(got, wanted, rtol=1e-4)
-    assert extras == "attend"
+    assert reported == "tokens"
 
 
 def test_shift_left():

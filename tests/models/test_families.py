@@ -17,7 +17,6 @@ from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import plan
 from deepseek_jax.layers.base import bind, decayed, logical_axes, split
-from deepseek_jax.layers.router import Balance
 from deepseek_jax.models import FAMILIES, family
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train.loss import Totals, Weights, losses
@@ -119,7 +118,7 @@ def test_every_weight_learns_and_the_balance_losses_count(model, ids):
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     ones = np.ones_like(positions)
     batch = Batch(ids[:, :-1], ids[:, 1:], ones, positions, ones.astype(np.float32))
-    alphas = Balance(0.1, 0.2, 0.3)
+    alphas = {"expert_balance": 0.1, "device_balance": 0.2, "communication_balance": 0.3}
 
     def loss(params):
         m = bind(definition, params, bias)
@@ -131,7 +130,7 @@ def test_every_weight_learns_and_the_balance_losses_count(model, ids):
     assert bias == {} and (found.loads == {}) == ("moe_blocks" not in params)
     if "moe_blocks" in params:
         assert float(found.loads["moe_blocks"].sum()) == B * T * 2
-        assert float(found.balance.expert) > 0.9
+        assert float(found.auxiliary["expert_balance"]) > 0.9
 
 
 def test_every_weight_names_its_axes(model):

@@ -12,7 +12,7 @@ from flax import nnx
 from deepseek_jax.configs import v3_671b
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.layers.base import bind, logical_axes, split
-from deepseek_jax.layers.router import Balance
+from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.models import family
 from deepseek_jax.train.loss import Totals, Weights, losses
 
@@ -43,8 +43,8 @@ def forward(model):
     @jax.jit
     def run(params, ids_BT, targets_BT):
         m = bind(definition, params, bias)
-        h_BTD, _ = m.hidden(ids_BT)
-        depths = m.ahead(h_BTD, targets_BT)
+        h_BTD, _ = m.hidden(Tokens.of(ids_BT))
+        depths = m.mtp_depths(h_BTD, targets_BT, Tokens.of(ids_BT))
         return m.head(h_BTD), [m.head(d.h_BTD) for d in depths], [d.targets_BT for d in depths]
 
     return functools.partial(run, params)
@@ -143,7 +143,7 @@ def test_the_loss_is_the_full_cross_entropy_and_its_mtp_part_is_eq_24(model, for
 
     def parts(params):
         m = bind(definition, params, bias)
-        loss, found = losses(m, batch, Totals(B * T, B), Weights(0.3, Balance(0.1)), chunk=7, mask=False)
+        loss, found = losses(m, batch, Totals(B * T, B), Weights(0.3, {"expert_balance": 0.1}), chunk=7, mask=False)
         return found.mtp, (loss, found)
 
     d_params, (loss, found) = jax.jit(jax.grad(parts, has_aux=True))(params)
@@ -158,8 +158,9 @@ def test_the_loss_is_the_full_cross_entropy_and_its_mtp_part_is_eq_24(model, for
     assert float(found.main) > 3
     mtp = sum(nll(logits, wanted) for logits, wanted in zip(ahead, targets, strict=True)) / DEPTH / (B * T)
     assert float(found.mtp) == pytest.approx(mtp, rel=1e-5)
-    assert float(loss) == pytest.approx(float(found.main + 0.3 * found.mtp + 0.1 * found.balance.expert), rel=1e-6)
-    assert float(found.balance.expert) > 2 + DEPTH - 0.5  # about one for each MoE layer
+    balance = found.auxiliary["expert_balance"]
+    assert float(loss) == pytest.approx(float(found.main + 0.3 * found.mtp + 0.1 * balance), rel=1e-6)
+    assert float(balance) > 2 + DEPTH - 0.5  # about one for each MoE layer
     assert float(found.loads["moe_blocks"].sum()) == 2 * B * T * 2
     for path, gradient in jax.tree_util.tree_leaves_with_path(d_params):
         assert np.any(gradient), f"{jax.tree_util.keystr(path)} gets no gradient from multi-token prediction"
@@ -173,7 +174,7 @@ def test_other_depths_run(sizes, depth):
 
     def run(params, bias, batch):
         m = bind(definition, params, bias)
-        return losses(m, batch, Totals(B * T, B), Weights(0.3, Balance(0.1)), chunk=8, mask=True)
+        return losses(m, batch, Totals(B * T, B), Weights(0.3, {"expert_balance": 0.1}), chunk=8, mask=True)
 
     loss, found = jax.eval_shape(jax.grad(run, has_aux=True), params, bias, batch)
     assert set(loss) == set(params) and ("mtp" in params) == bool(depth) == ("mtp" in found.loads)

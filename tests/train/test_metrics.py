@@ -156,23 +156,23 @@ def tags(folder):
 
 def test_tensorboard_has_loss_first_and_held_out_text_in_the_same_chart(tmp_path):
     load_LE, names = np.array([[1.0, 2.0, 3.0], [2.0, 2.0, 2.0]]), ["layer_01", "mtp_0"]
-    figures = ALL | {"loss": 2.75, "balance": 0.1, "checksum": 7.0, "learning_rate": 1e-3, "gradient_norm": 1.0}
+    figures = ALL | {"loss": 2.75, "expert_balance": 0.1, "checksum": 7.0, "learning_rate": 1e-3, "gradient_norm": 1.0}
     with open_metrics(tmp_path) as metrics:
         for step in (1, 2):
             metrics.step(step, figures, {"expert_load": load_LE, "router_bias": load_LE}, rows=names)
         metrics.evaluation(2, {"bits_per_byte": 3.5})
     train, held_out = (tags(tmp_path / "tensorboard" / side) for side in ("train", "held_out"))
     losses = ["loss/bits_per_byte", "loss/mtp", "loss/next_token", "loss/total"]
-    assert sorted(train)[:4] == losses
+    assert sorted(train)[:5] == ["auxiliary_loss/expert_balance", *losses]
     assert held_out == {"loss/bits_per_byte": 3.5} and train["loss/bits_per_byte"] == 3.0
     groups = {tag.partition("/")[0] for tag in train}
-    assert groups == {"loss", "optimizer", "routing", "speed"}
+    assert groups == {"auxiliary_loss", "loss", "optimizer", "routing", "speed"}
     for name in ("expert_load", "router_bias", "max_violation"):
         assert {f"routing/{name}/layer_01", f"routing/{name}/mtp_0"} <= train.keys()
 
 
 def test_tensorboard_has_no_chart_of_a_line_at_0(tmp_path):
-    zeros = dict.fromkeys(("mtp", "balance", "device_balance", "communication_balance", "skipped", "skipped_in_row"), 0)
+    zeros = dict.fromkeys(("mtp", "skipped", "skipped_in_row"), 0)
     with open_metrics(tmp_path) as metrics:
         metrics.step(1, {"main": 2.0, "loss": 2.0, "learning_rate": 0.0} | zeros)
     found = tags(tmp_path / "tensorboard" / "train")
@@ -189,7 +189,7 @@ def test_tensorboard_has_no_chart_of_a_line_at_0(tmp_path):
 def test_every_figure_of_a_step_has_a_place(tmp_path):
     from deepseek_jax.train.step import Report
 
-    scalars = set(Report._fields) - {"loads", "finite"} | {"bits_per_byte"}
+    scalars = set(Report._fields) - {"auxiliary", "loads", "finite"} | {"bits_per_byte"}
     assert scalars == set(board.TAGS) | set(board.UNCHARTED)
 
 

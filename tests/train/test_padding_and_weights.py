@@ -12,7 +12,7 @@ from flax import nnx
 
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.layers.base import bind
-from deepseek_jax.layers.router import Balance
+from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.models import family
 from deepseek_jax.train.loss import Weights, losses, totals
 
@@ -65,7 +65,7 @@ def run(model):
     def call(batch, alpha):
         def loss(params):
             m = bind(definition, params, router_bias)
-            return losses(m, batch, totals(batch), Weights(0.3, Balance(alpha)), chunk=16, mask=True)
+            return losses(m, batch, totals(batch), Weights(0.3, {"expert_balance": alpha}), chunk=16, mask=True)
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -92,7 +92,7 @@ def test_rows_of_padding_change_no_mean(run):
     assert_close((loss, packed[:3]), (other_loss, twice[:3]))
     assert_close(gradients, other_gradients)
     jax.tree.map(lambda once, both: np.testing.assert_array_equal(2 * once, both), packed.loads, twice.loads)
-    assert float(packed.balance.expert) > 2
+    assert float(packed.auxiliary["expert_balance"]) > 2
 
 
 def test_loads_count_the_text_alone(run):
@@ -111,8 +111,9 @@ def test_a_weight_goes_with_its_target(model, run):
     @jax.jit
     def hidden(params):
         m = bind(definition, params, router_bias)
-        h, _ = m.hidden(batch.ids_BT, batch.positions_BT, batch.segments_BT)
-        return [h, *(depth.h_BTD for depth in m.ahead(h, batch.targets_BT, batch.positions_BT, batch.segments_BT))]
+        tokens = Tokens(batch.ids_BT, batch.positions_BT, batch.segments_BT)
+        h, _ = m.hidden(tokens)
+        return [h, *(depth.h_BTD for depth in m.mtp_depths(h, batch.targets_BT, tokens))]
 
     nats = []
     for ahead, h_BTD in enumerate(hidden(params), start=1):

@@ -13,7 +13,6 @@ from flax import nnx
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import RouterBias, bind, normal, param
-from deepseek_jax.layers.router import Balance
 from deepseek_jax.models import family
 from deepseek_jax.parallel.mesh import global_batch, make_mesh, place
 from deepseek_jax.train.optimizers import Schedule, adamw
@@ -32,7 +31,7 @@ STEP = StepConfig(
     mtp_weight_switch=3,
     balance_rate=1e-3,
     balance_rate_stop=4,
-    balance_loss=Balance(1e-2),
+    auxiliary={"expert_balance": 1e-2},
 )
 EXPERTS = {"experts": "expert"}
 
@@ -126,7 +125,7 @@ def test_every_mesh_trains_the_same_model(one_device, name, request):
     """Devices, remat, accumulation and ZeRO-1 change nothing: five steps, losses and weights."""
     other = request.getfixturevalue(name)
     for wanted, got in zip(one_device.reports, other.reports, strict=True):
-        for field in ("loss", "main", "mtp", "balance", "gradient_norm", "max_violation"):
+        for field in ("loss", "main", "mtp", "auxiliary", "gradient_norm", "max_violation"):
             assert getattr(got, field) == pytest.approx(getattr(wanted, field), rel=1e-5), field
         jax.tree.map(np.testing.assert_array_equal, got.loads, wanted.loads)
     for (path, wanted), (_, got) in zip(leaves(one_device.states[-1]), leaves(other.states[-1]), strict=True):
@@ -138,7 +137,7 @@ def test_four_micro_batches_are_one_batch(one_device, sizes, weights):
     """On one device: the parts' gradients, losses and loads add up, though they hold different numbers of targets."""
     four = run(trainer(sizes, 1, 1, EXPERTS, step_config=dataclasses.replace(STEP, micro_batches=4)), weights, steps=2)
     for wanted, got in zip(one_device.reports, four.reports, strict=False):
-        for field in ("loss", "main", "mtp", "balance", "gradient_norm", "max_violation"):
+        for field in ("loss", "main", "mtp", "auxiliary", "gradient_norm", "max_violation"):
             assert getattr(got, field) == pytest.approx(getattr(wanted, field), rel=1e-5), field
         jax.tree.map(np.testing.assert_array_equal, got.loads, wanted.loads)
     for (path, wanted), (_, got) in zip(leaves(one_device.states[2]), leaves(four.states[2]), strict=True):
@@ -164,9 +163,9 @@ def test_the_reported_loss_is_the_full_cross_entropy(one_device, weights):
 def test_the_parts_add_up_with_the_weights_of_the_step(one_device):
     for step, report in enumerate(one_device.reports):
         mtp_weight = 0.3 if step < 3 else 0.1
-        wanted = report.main + mtp_weight * report.mtp + 1e-2 * report.balance
+        wanted = report.main + mtp_weight * report.mtp + 1e-2 * report.auxiliary["expert_balance"]
         assert report.loss == pytest.approx(wanted, rel=1e-6)
-        assert report.mtp > 3 and report.balance > 2
+        assert report.mtp > 3 and report.auxiliary["expert_balance"] > 2
         assert report.finite == 1 and report.skipped == report.skipped_in_row == 0
     assert [report.learning_rate for report in one_device.reports[:4]] == pytest.approx([0, 0.005, 0.01, 0.01])
     assert [int(state["step"]) for state in one_device.states] == list(range(STEPS + 1))

@@ -1,0 +1,122 @@
+"""One Transformer block, whatever its attention, its feed-forward and its residual connection are.
+
+    x <- x + Attention(norm x);   x <- x + FeedForward(norm x)
+
+What the block is made of is given to it.  Each part reports what a training step needs to know, in one form
+(`Statistics`): the tokens that chose each expert, and auxiliary losses by name.  A new loss is written where it is
+computed, and weighted in the config; nothing between the two knows it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from deepseek_jax.layers.norm import RMSNorm
+from deepseek_jax.layers.tokens import Tokens
+
+Entries = Any  # what an attention caches of its tokens: a NamedTuple of arrays, axes B and S first
+Losses = dict[str, jax.Array]  # auxiliary losses, each summed over the sequences; float32 scalars
+Build = Callable[[nnx.Rngs], nnx.Module]
+
+# What a block does with its attention, which is all that training, prefill and decode differ in:
+# attend(attention, x_BTD, tokens) -> (u_BTD, what is kept of it, auxiliary losses).
+Attend = Callable[[nnx.Module, jax.Array, Tokens], tuple[jax.Array, Entries | None, Losses]]
+
+
+class Statistics(NamedTuple):
+    """What a block, or a part of one, reports to the training step.
+
+    Attributes:
+        load_E: tokens that chose each expert, float32; None where nothing is routed.
+        losses: auxiliary losses, without their weights.
+    """
+
+    load_E: jax.Array | None
+    losses: Losses
+
+
+@dataclass(frozen=True)
+class Add:
+    """The residual connection x <- x + f(x), without weights.
+
+    Others have this form: `read` gives the branch its input, and `write` adds the branch's output to the stream.
+    Between the two, `carry` holds what `write` needs of what `read` has computed.
+    """
+
+    def read(self, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
+        """Returns (the branch's input, carry)."""
+        return x_BTD, None
+
+    def write(self, x_BTD: jax.Array, u_BTD: jax.Array, carry: Any) -> jax.Array:
+        """Returns the stream after the branch has given `u_BTD`."""
+        return x_BTD + u_BTD
+
+
+def add(rngs: nnx.Rngs) -> Add:
+    """Makes the plain residual connection."""
+    return Add()
+
+
+class Block(nnx.Module):
+    """x <- x + Attention(norm x);  x <- x + FeedForward(norm x).
+
+    Args:
+        attention: makes the attention (its methods: `layers.decoder.Decoder`).
+        feed_forward: makes the feed-forward, which may route: dispatch(x_BTD, tokens), then compute(what that gave),
+            then combine(what that gave) -> (y_BTD, Statistics).
+        name: of the feed-forward among the block's weights: "mlp", "experts".
+        d_model: width of the residual stream.
+        eps: of the norms.
+        residual: makes a residual connection, like `Add`; there are two.
+        rngs: initialisers' keys.
+    """
+
+    def __init__(
+        self,
+        attention: Build,
+        feed_forward: Build,
+        name: str,
+        d_model: int,
+        eps: float,
+        *,
+        residual: Callable[[nnx.Rngs], Any] = add,
+        rngs: nnx.Rngs,
+    ):
+        self.attention_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)
+        self.attention = attention(rngs)
+        self.attention_residual = residual(rngs)
+        setattr(self, f"{name}_norm", RMSNorm(d_model, eps, axis="embed", rngs=rngs))
+        setattr(self, name, feed_forward(rngs))
+        setattr(self, f"{name}_residual", residual(rngs))
+        self.name = name
+
+    def __call__(
+        self, x_BTD: jax.Array, tokens: Tokens, attend: Attend | None = None
+    ) -> tuple[jax.Array, tuple[Entries | None, Statistics]]:
+        """Runs the block.
+
+        Args:
+            x_BTD: the residual stream.
+            tokens: what it is about.
+            attend: what to do with the attention; by default `over_themselves`.
+
+        Returns:
+            (x_BTD, (what `attend` kept, what attention and feed-forward report)).
+        """
+        u_BTD, carry = self.attention_residual.read(x_BTD)
+        u_BTD, kept, losses = (attend or over_themselves)(self.attention, self.attention_norm(u_BTD), tokens)
+        x_BTD = self.attention_residual.write(x_BTD, u_BTD, carry)
+
+        feed_forward, norm, residual = (getattr(self, self.name + end) for end in ("", "_norm", "_residual"))
+        u_BTD, carry = residual.read(x_BTD)
+        y_BTD, found = feed_forward.combine(feed_forward.compute(feed_forward.dispatch(norm(u_BTD), tokens)))
+        return residual.write(x_BTD, y_BTD, carry), (kept, found._replace(losses=losses | found.losses))
+
+
+def over_themselves(attention: nnx.Module, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, None, Losses]:
+    """The attention of training: the tokens look at themselves, and nothing is kept."""
+    u_BTD, losses = attention.over_itself(x_BTD, tokens, attention.entries(x_BTD, tokens))
+    return u_BTD, None, losses

@@ -1,0 +1,38 @@
+"""What is known of the tokens that run through a model, besides the vectors: one argument instead of four."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Tokens(NamedTuple):
+    """The tokens of a batch; every block is given them, and reads what it needs.
+
+    Attributes:
+        ids_BT: token ids, int32; -1 where there is none.
+        positions_BT: their positions in their documents, int32.
+        segments_BT: their documents, int32: attention stays inside one; None lets a token see all before it.
+        real_BT: which of them are text and not padding, bool: padding visits no expert; None: all are text.
+    """
+
+    ids_BT: jax.Array
+    positions_BT: jax.Array
+    segments_BT: jax.Array | None = None
+    real_BT: jax.Array | None = None
+
+    @classmethod
+    def of(
+        cls,
+        ids_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        real_BT: jax.Array | None = None,
+    ) -> "Tokens":
+        """Tokens whose positions are 0..T-1 by default."""
+        return cls(ids_BT, default_positions(ids_BT) if positions_BT is None else positions_BT, segments_BT, real_BT)
+
+
+def default_positions(x: jax.Array) -> jax.Array:
+    """positions_BT = 0..T-1 for an array whose first axes are B and T."""
+    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
