@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deepseek_jax.layers.tokens import default_positions
 from deepseek_jax.layers.base import bind
 from deepseek_jax.layers.mla import MLA, Latents, MLAConfig
 from deepseek_jax.layers.rope import Yarn, frequencies, softmax_scale
+from deepseek_jax.layers.tokens import default_positions
 
 SIZES = MLAConfig(n_heads=2, q_rank=6, kv_rank=5, nope_width=4, rope_width=4, value_width=3, yarn=Yarn(40, 16))
 D, T = 8, 9
