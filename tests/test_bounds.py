@@ -1,5 +1,6 @@
 """Every key of a config and every flag of a verb has bounds; what lies outside is refused in a line."""
 
+import functools
 import importlib
 import math
 from pathlib import Path
@@ -114,7 +115,7 @@ def test_the_words_of_a_bound_are_those_that_there_are(key, words):
 def test_no_value_of_a_key_is_a_traceback(key):
     config = config_of("tiny_v3")
     *groups, last = key.split(".")
-    group = config[groups[0]] if groups else config
+    group = functools.reduce(lambda inner, name: inner[name], groups, config)
     for value in (*NEVER, *MAYBE):
         if not put(group, last, value):
             continue
