@@ -149,9 +149,9 @@ def sequence_balance(routing: Routing) -> dict[str, jax.Array]:
 
 
 def grouped_balance(routing: Routing, *, n_groups: int, top_groups: int) -> dict[str, jax.Array]:
-    """V2's three balance losses of each sequence: every expert, and every group of experts, equally busy; every group
-    sent equally many tokens.
+    """V2's three balance losses of each sequence.
 
+    They ask for experts that are equally busy, for groups that are, and for groups that are sent equally many tokens.
     With D groups (devices), of which a token visits M at most, and G_i the experts of group i:
 
         expert_balance         sum_i f_i P_i                                                       (V2 eqs. 23-25)
