@@ -1,19 +1,19 @@
 """DeepSeek in JAX and Flax, from the papers.
 
-``build(config)`` and ``load(directory)`` give a language model in one line, ``save_pretrained(model, directory)`` makes
-it one that others read; behind them stand the rooms:
+``build(config)`` and ``load(directory)`` return a language model, and ``save_pretrained(model, directory)`` writes it in
+the published format.  The packages:
 
-    models      one file a family (V1, MoE, V2, V3), in the paper's order
-    layers      the parts: norm, rotary positions, latent attention, router, experts, multi-token prediction
+    models      one file per family (V1, MoE, V2, V3), in the report's order
+    layers      norm, rotary positions, latent attention, router, experts, multi-token prediction
     parallel    the mesh, which logical axis lives where, the exchange of tokens between experts
     precision   number formats and the matmuls that use them
     data        corpus, tokenizer, packing; the step number is the only state
-    train       loss, optimiser, step, loop, checkpoints, metrics
+    train       loss, optimizer, step, loop, checkpoints, metrics
     serve       prefill, decode, sampling
     convert     published weights in and out
     plan        what a run costs, from shapes
-    configs     one ``get_config()`` a run (the top-level folder ``configs/``)
-    launch      one file a verb of ``deepseek-jax VERB`` (the top-level folder ``launch/``)
+    configs     one ``get_config()`` per run (the top-level folder ``configs/``)
+    launch      one file per verb of ``deepseek-jax VERB`` (the top-level folder ``launch/``)
     shapes      the legend of the letters in which array names end
 
 Importing this package imports no jax.

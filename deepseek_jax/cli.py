@@ -7,9 +7,12 @@ from the source by ``ast``.  The environment variable ``DEEPSEEK_JAX_DEBUG=1`` s
 import ast
 import difflib
 import importlib
+import importlib.metadata
 import importlib.util
 import os
+import platform
 import sys
+from collections import Counter
 from pathlib import Path
 
 import deepseek_jax
@@ -52,6 +55,24 @@ def overview() -> str:
     return f"{USAGE}\n" + "\n".join(["verbs:", *lines])
 
 
+def version() -> str:
+    """Returns what ``deepseek-jax --version`` prints, all that a bug report needs: versions and devices."""
+    lines = [f"deepseek-jax {deepseek_jax.__version__}", f"python {platform.python_version()} ({platform.platform()})"]
+    for library in ("jax", "jaxlib", "flax"):
+        try:
+            lines.append(f"{library} {importlib.metadata.version(library)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{library} is not installed")
+    try:
+        import jax
+
+        kinds = Counter(f"{device.device_kind} ({device.platform})" for device in jax.devices())
+        lines += [f"{count} x {kind}" for kind, count in kinds.items()]
+    except (ImportError, RuntimeError) as error:  # a driver that is missing or busy
+        lines.append(f"no devices: {error}")
+    return "\n".join(lines)
+
+
 def quieten() -> None:
     """Silences the libraries' own chatter; our messages and jax's warnings remain."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's C++ log: errors only
@@ -68,7 +89,7 @@ def run(argv: list[str]) -> int:
         print(overview())
         return 0
     if argv[0] == "--version":
-        print(f"deepseek-jax {deepseek_jax.__version__}")
+        print(version())
         return 0
     verb, arguments = argv[0], argv[1:]
     found = verbs()

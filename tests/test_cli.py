@@ -112,7 +112,9 @@ def test_a_fault_of_ours_keeps_its_traceback(verb):
 
 def test_the_module_runs_as_a_program():
     done = subprocess.run([sys.executable, "-m", "deepseek_jax", "--version"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, f"deepseek-jax {deepseek_jax.__version__}\n")
+    first, *others = done.stdout.splitlines()
+    assert (done.returncode, first) == (0, f"deepseek-jax {deepseek_jax.__version__}")
+    assert [line.split()[0] for line in others[:4]] == ["python", "jax", "jaxlib", "flax"] and "(cpu)" in others[-1]
     done = subprocess.run([sys.executable, "-m", "deepseek_jax", "no-such-verb"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("deepseek-jax: error: no-such-verb") and done.stderr.count("\n") == 1

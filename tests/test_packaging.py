@@ -60,6 +60,37 @@ def test_the_installed_package_is_this_one():
     assert re.fullmatch(r"\d+\.\d+\.\d+", deepseek_jax.__version__)
 
 
+def test_the_version_is_said_the_same_everywhere():
+    versions = re.findall(
+        r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    assert versions[0] == deepseek_jax.__version__
+    cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert cited[1] == deepseek_jax.__version__
+
+
+def test_types_are_offered_to_those_who_check_theirs():
+    assert (
+        "deepseek_jax = py.typed" in (ROOT / "setup.cfg").read_text() and (ROOT / "deepseek_jax" / "py.typed").exists()
+    )
+
+
+def test_modules_that_are_not_type_checked_exist():
+    tables = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]["overrides"]
+    paths = [ROOT / module.replace(".", "/") for table in tables for module in table["module"]]
+    assert [
+        path for path in paths if not path.with_suffix(".py").exists() and not (path / "__init__.py").exists()
+    ] == []
+
+
+@pytest.mark.parametrize(
+    "file", [*sorted((ROOT / ".github").rglob("*.yml")), ROOT / ".pre-commit-config.yaml"], ids=str
+)
+def test_settings_of_other_tools_can_be_read(file):
+    yaml = pytest.importorskip("yaml")
+    assert yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
 def test_no_launch_file_bears_the_name_of_a_standard_module():
     assert not {file.stem for file in (ROOT / "launch").glob("[!_]*.py")} & sys.stdlib_module_names - {"inspect"}
 
