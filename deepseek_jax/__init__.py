@@ -1,6 +1,6 @@
 """DeepSeek in JAX and Flax, from the papers.
 
-``build(config)`` and ``load(directory)`` return a language model, and ``save_pretrained(model, directory)`` writes it in
+``build(config)`` and ``load(directory)`` return a language model; ``save_pretrained(model, directory)`` writes one in
 the published format.  The packages:
 
     models      one file per family (V1, MoE, V2, V3), in the report's order
