@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 DEVICES = 8
+# Files of long tests begin first, so that no process is left alone with one at the end.
+LONG = ("train/test_run.py", "parallel/test_processes.py", "test_notebooks.py", "faults/test_runs.py")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Processes that a test starts inherit the flags and may append another number of devices: the last one counts.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
@@ -29,6 +32,12 @@ _cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_home / "deepseek_jax" / "test_programs"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files of `LONG` first, in its order."""
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.as_posix().rpartition("/tests/")[2], len(LONG)))
 
 
 @pytest.fixture(scope="session")

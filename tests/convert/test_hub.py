@@ -66,9 +66,10 @@ def client(hub, tmp_path):
 
     def ask(*words: str, **environment: str) -> list:
         settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "JAX_PLATFORMS": "cpu"} | environment
+        own = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
         found = subprocess.run(
             [sys.executable, "-c", CLIENT, *words],
-            env={key: value for key, value in os.environ.items() if not key.startswith("HF_")} | settings,
+            env=own | settings,
             capture_output=True,
             text=True,
             timeout=120,

@@ -22,6 +22,7 @@ from deepseek_jax.train.checkpoint import Checkpointer
 from deepseek_jax.train.metrics import read_log
 
 CONFIG = str(Path(__file__).with_name("nano_v3.py"))
+STARTED: list[subprocess.Popen] = []
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,16 @@ def corpus(tmp_path_factory) -> str:
     return f"{folder}/*.txt"
 
 
+@pytest.fixture(autouse=True)
+def nothing_left_running():
+    """However a test ends, the processes that it started do as well."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        process.kill()
+        process.wait()
+
+
 def trained(workdir: Path, corpus: str, *overrides: str) -> int:
     """The train verb in this process."""
     words = [f"--config={CONFIG}", f"--workdir={workdir}", "--no-sample", f"--config.data.source={corpus}"]
@@ -46,10 +57,12 @@ def start(workdir: Path, corpus: str, *overrides: str) -> subprocess.Popen:
     """The train verb in a process of its own, on one device."""
     words = [f"--config={CONFIG}", f"--workdir={workdir}", "--no-sample", f"--config.data.source={corpus}"]
     words += [f"--config.data.cache_dir={workdir.parent}/cache", *overrides]
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""}
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
     command = [sys.executable, "-m", "deepseek_jax", "train", *words]
     with output(workdir).open("w") as file:
-        return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        own = {**os.environ, "XLA_FLAGS": flags}
+        STARTED.append(subprocess.Popen(command, env=own, stdout=file, stderr=subprocess.STDOUT))
+    return STARTED[-1]
 
 
 def output(workdir: Path) -> Path:
