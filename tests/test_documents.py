@@ -146,6 +146,20 @@ def test_numbers_on_the_front_page_were_measured():
             assert len(plain) < 3 or re.search(rf"(?<![\d.]){re.escape(plain)}(?!\d)", measured), f"{number}: {row}"
 
 
+def of_the_site(name: str) -> tuple[str, ...]:
+    """Returns a constant of docs/site.py, which needs mkdocs to be imported."""
+    body = ast.parse((ROOT / "docs" / "site.py").read_text(encoding="utf-8")).body
+    return next(
+        ast.literal_eval(node.value) for node in body if isinstance(node, ast.Assign) and node.targets[0].id == name
+    )
+
+
+def test_the_site_holds_every_document_and_every_package():
+    assert sorted(of_the_site("DOCUMENTS")) == DOCUMENTS
+    folders = {file.parent.name for file in (ROOT / "deepseek_jax").glob("*/__init__.py")}
+    assert set(of_the_site("SECTIONS")) == folders
+
+
 def drawing():
     spec = importlib.util.spec_from_file_location("draw_v3", ROOT / "docs" / "draw_v3.py")
     module = importlib.util.module_from_spec(spec)
