@@ -133,10 +133,10 @@ def recipe_of(config: ConfigDict, name: str, precision: str, remat: str):
 def kept_of(config: ConfigDict, subject):
     """A function that says what a layer of each stack keeps under a job, each derivative made once."""
     from deepseek_jax.models import family
-    from deepseek_jax.plan.activations import KeptOnce
+    from deepseek_jax.plan.activations import CachedActivations
 
     module = family(config.family)
-    return KeptOnce(module, module.Config.from_config(config.model), subject.network)
+    return CachedActivations(module, module.Config.from_config(config.model), subject.network)
 
 
 def hindrances(config: ConfigDict, job) -> list[str]:

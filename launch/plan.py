@@ -121,13 +121,13 @@ def subject_of(config: ConfigDict, *, is_whole: bool = True):
     from deepseek_jax.models import family
     from deepseek_jax.plan.counts import count
     from deepseek_jax.plan.network import cache_bytes_per_token, describe
-    from deepseek_jax.plan.report import Subject
+    from deepseek_jax.plan.report import PlannedModel
 
     module = family(config.family)
     sizes = module.Config.from_config(config.model)
     network = describe(module, sizes)
     run = RUNS.get(config.name) if is_whole else None
-    return Subject(config.name, network, count(network), cache_bytes_per_token(module, sizes), run)
+    return PlannedModel(config.name, network, count(network), cache_bytes_per_token(module, sizes), run)
 
 
 def job_of(config: ConfigDict, options, subject):
@@ -174,7 +174,7 @@ def question_of(config: ConfigDict, options, subject, job):
     from deepseek_jax.models import family
     from deepseek_jax.plan.activations import kept
     from deepseek_jax.plan.figures import DERIVED, FITTED, GIVEN, PUBLISHED
-    from deepseek_jax.plan.report import Question
+    from deepseek_jax.plan.report import PlanOptions
     from deepseek_jax.train.ramp import BatchRamp
 
     job.parts  # noqa: B018  what does not divide is refused before anything is traced
@@ -188,7 +188,7 @@ def question_of(config: ConfigDict, options, subject, job):
         ramp = BatchRamp(*(config.train[key] for key in ("batch_size_start", "batch_size", "batch_ramp_steps")))
         tokens, tokens_mark = ramp.first(config.train.steps) * job.layout.seq_len, GIVEN
     against = options.against or run.against
-    return Question(
+    return PlanOptions(
         kept=kept(module, sizes, job.network, job.layout, job.recipe, job.rules),
         loss_chunk=config.train.loss_chunk,
         efficiency=options.efficiency or job.recipe.efficiency,

@@ -1,18 +1,18 @@
-"""What one layer keeps for the backward pass, in bytes a sequence.
+"""What one layer keeps for the backward pass, in bytes per sequence.
 
-Two ways to know it.  For our own policies (none, dots, block) the layer is differentiated on shapes alone
-(`jax.make_jaxpr` of its `jax.vjp`): what the backward pass holds on to is then counted to the byte.  For V3's published
-recomputation there is a rule, from the report's sections 3.2.3 and 3.3.3:
+There are two ways to know it. For our own policies (none, dots, block) the layer is differentiated on shapes alone
+(`jax.make_jaxpr` of its `jax.vjp`), and what the backward pass keeps is counted to the byte. For V3's published
+recomputation there is a rule, from sections 3.2.3 and 3.3.3 of the report:
 
-| kept of a token | bytes |
+| kept per token | bytes |
 | --- | --- |
 | inputs of the block's norms | 2 D each |
-| what is projected from the residual stream inside attention (latents; q, k, v where there are none) | 2 a number |
+| projections of the residual stream inside attention (latents; q, k, v if there are none) | 2 per number |
 | attention's output, in E5M6, and its log-sum | 1.5 H U + 4 H |
-| inputs of the feed-forwards, in FP8 (of the routed experts one a chosen expert) | D |
-| outputs of gate and up, in FP8, likewise | 2 F |
+| inputs of the feed-forwards, in FP8 (one per chosen expert) | D |
+| outputs of gate and up, in FP8 (likewise) | 2 F |
 
-Norms, up-projections and SwiGLU's output are made again.  V3: 159 kB a token and layer.
+Norms, up-projections and SwiGLU's output are recomputed. V3: 159 kB per token and layer.
 """
 
 import contextlib
@@ -38,12 +38,12 @@ from deepseek_jax.plan.recipes import V3_POLICY, Recipe
 E5M6, FP8, BF16, FLOAT32 = 1.5, 1.0, 2.0, 4.0
 
 
-class Kept(NamedTuple):
-    """Bytes that one layer needs, of each sequence and once (its weights in the compute dtype, where those are kept).
+class ActivationBytes(NamedTuple):
+    """Bytes that one layer needs, per sequence and once (its weights in the compute dtype, if they are kept).
 
     Attributes:
-        per_sequence, per_layer: from its forward to its backward pass.
-        work_per_sequence, work_per_layer: besides, while its backward pass runs.
+        per_sequence, per_layer: kept from the forward to the backward pass.
+        work_per_sequence, work_per_layer: needed in addition while the backward pass runs.
     """
 
     per_sequence: float
@@ -54,8 +54,8 @@ class Kept(NamedTuple):
 
 def kept(
     family: ModuleType, sizes: object, network: Network, layout: Layout, recipe: Recipe, rules: Mapping[str, str]
-) -> dict[str, Kept]:
-    """What a layer of each stack keeps on one device."""
+) -> dict[str, ActivationBytes]:
+    """Returns what a layer of each stack keeps on one device."""
     if recipe.remat == V3_POLICY:
         return {name: _published(network, name, layout.seq_len) for name in network.stacks}
     mesh = AbstractMesh((layout.data, layout.expert), ("data", "expert"))
@@ -65,7 +65,7 @@ def kept(
 
 
 def execution(recipe: Recipe, rules: Mapping[str, str], mesh: AbstractMesh) -> Execution:
-    """How a layer runs under a recipe on a mesh."""
+    """Returns how a layer runs under a recipe on a mesh."""
     dtype = jnp.float32 if recipe.activations == FLOAT32 else jnp.bfloat16
     axis, unshard = expert_axis(rules, mesh), unsharder(rules, mesh)
     return Execution(compute=dtype, remat=recipe.remat, expert_axis=axis, unshard=unshard)
@@ -73,10 +73,10 @@ def execution(recipe: Recipe, rules: Mapping[str, str], mesh: AbstractMesh) -> E
 
 def traced(
     model: nnx.Module, stack: str, run: Execution, seq_len: int, rules: Mapping[str, str], mesh: AbstractMesh
-) -> Kept:
-    """What a layer of our own code keeps, from its derivative on shapes: one sequence and two tell the two numbers.
+) -> ActivationBytes:
+    """Returns what a layer of our own code keeps, from its derivative on shapes.
 
-    Its backward pass makes again what policy "none" would have kept, and gradients that are taken to be as large.
+    Its backward pass recomputes what policy "none" would have kept; the gradients are assumed to be as large.
     """
     mine = affine(model, stack, run, seq_len, rules, mesh)
     if run.remat == "none":
@@ -84,15 +84,15 @@ def traced(
     return combined(mine, affine(model, stack, replace(run, remat="none"), seq_len, rules, mesh))
 
 
-def combined(mine: tuple[int, int], everything: tuple[int, int]) -> Kept:
-    """What a layer needs, from `affine` of its own policy and of policy "none"."""
-    return Kept(*mine, 2 * everything[0] - mine[0], everything[1] - mine[1])
+def combined(mine: tuple[int, int], everything: tuple[int, int]) -> ActivationBytes:
+    """Returns what a layer needs, given `affine` of its own policy and of policy "none"."""
+    return ActivationBytes(*mine, 2 * everything[0] - mine[0], everything[1] - mine[1])
 
 
 def affine(
     model: nnx.Module, stack: str, run: Execution, seq_len: int, rules: Mapping[str, str], mesh: AbstractMesh
 ) -> tuple[int, int]:
-    """Bytes that a layer's backward pass needs: (of each sequence, once)."""
+    """Returns the bytes that a layer's backward pass needs: (per sequence, once)."""
     one, two = (residual_bytes(model, stack, run, (n, seq_len), rules, mesh) for n in (1, 2))
     return two - one, 2 * one - two
 
@@ -105,7 +105,7 @@ def residual_bytes(
     rules: Mapping[str, str],
     mesh: AbstractMesh,
 ) -> int:
-    """Bytes that the backward pass of one layer of `stack` needs besides its weights, on one device of `mesh`."""
+    """Returns the bytes that the backward pass of one layer of `stack` needs besides its weights, on one device."""
     blocks = getattr(model, stack)
     definition, params, router_bias = split(blocks)
     axes, _ = logical_axes(blocks)
@@ -132,7 +132,7 @@ def residual_bytes(
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """No search for cyclic garbage meanwhile: it takes a third of the time of a trace and finds none."""
+    """Disables the garbage collector, which takes a third of the time of a trace and finds nothing."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -143,7 +143,7 @@ def _no_collection() -> Iterator[None]:
 
 
 def v3_bytes(network: Network, stack: str) -> float:
-    """Bytes of a token that a layer of `stack` keeps under V3's published recomputation."""
+    """Returns the bytes per token that a layer of `stack` keeps under V3's published recomputation."""
     total = 0.0
     for weight in network.of(stack):
         n_in, n_out = weight.widths if weight.is_matrix else (0, 0)
@@ -161,40 +161,42 @@ def v3_bytes(network: Network, stack: str) -> float:
     return total
 
 
-def _published(network: Network, stack: str, seq_len: int) -> Kept:
-    """V3's rule; while a layer's backward pass runs, the outputs of its matmuls are there in bfloat16."""
-    return Kept(seq_len * v3_bytes(network, stack), 0.0, seq_len * BF16 * matmul_outputs(network, stack), 0.0)
+def _published(network: Network, stack: str, seq_len: int) -> ActivationBytes:
+    """Returns V3's rule; while a layer's backward pass runs, the outputs of its matmuls exist in bfloat16."""
+    return ActivationBytes(
+        seq_len * v3_bytes(network, stack), 0.0, seq_len * BF16 * matmul_outputs(network, stack), 0.0
+    )
 
 
 def matmul_outputs(network: Network, stack: str) -> int:
-    """Numbers that the matmuls of one layer of `stack` make of a token."""
+    """Returns how many numbers per token the matmuls of one layer of `stack` produce."""
     return sum(network.copies(w) * w.widths[1] for w in network.of(stack) if w.is_matrix)
 
 
 def one_layer(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """One layer of a stacked array."""
+    """Returns the shape of one layer of a stacked array."""
     return jax.ShapeDtypeStruct((1, *array.shape[1:]), array.dtype)
 
 
 def local_part(array: jax.ShapeDtypeStruct, spec: tuple, mesh: AbstractMesh) -> jax.ShapeDtypeStruct:
-    """One device's part of an array laid out as `spec`."""
+    """Returns the shape of one device's part of an array laid out as `spec`."""
     axes = (*spec, *[None] * (len(array.shape) - len(spec)))
     shape = tuple(n // (mesh.shape[axis] if axis else 1) for n, axis in zip(array.shape, axes, strict=True))
     return jax.ShapeDtypeStruct(shape, array.dtype)
 
 
-class KeptOnce:
-    """`kept` of many jobs of one network: each derivative is made once, for a stack depends on few of a job's choices.
+class CachedActivations:
+    """`kept` for many jobs of one network. Each derivative is computed once: a stack depends on few choices of a job.
 
-    Policy "block" needs none: it keeps the input alone (and the rotary frequencies, some hundred bytes).
+    Policy "block" needs no derivative: it keeps the input alone (and a few hundred bytes of rotary frequencies).
     """
 
     def __init__(self, family: ModuleType, sizes: object, network: Network):
         self.family, self.sizes, self.network = family, sizes, network
         self.known: dict[tuple, tuple[int, int]] = {}
 
-    def __call__(self, recipe: Recipe, layout: Layout, rules: Mapping[str, str]) -> dict[str, Kept]:
-        """What a layer of each stack keeps on one device."""
+    def __call__(self, recipe: Recipe, layout: Layout, rules: Mapping[str, str]) -> dict[str, ActivationBytes]:
+        """Returns what a layer of each stack keeps on one device."""
         if recipe.remat == V3_POLICY:
             return kept(self.family, self.sizes, self.network, layout, recipe, rules)
         mine, everything = (

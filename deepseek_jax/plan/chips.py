@@ -1,8 +1,8 @@
 """What one chip can do, as its maker states it.
 
-Rates are those of dense matmuls.  Links count one direction: what a chip can send while it receives as much.  "Fast" is
-what joins the chips of a host or a slice (NVLink, ICI), "network" what joins those (InfiniBand, DCN), per chip.
-No chip reaches these numbers; H800's links, for one, give about four fifths (arXiv 2505.09343, section 4).
+Rates are those of dense matmuls. Links count one direction: what a chip can send while it receives as much. The "fast"
+link connects the chips of a host or a slice (NVLink, ICI); the "network" connects those (InfiniBand, DCN); both are per
+chip. No chip reaches these numbers: H800's links, for example, reach about 80 % (arXiv 2505.09343, section 4).
 """
 
 import dataclasses
@@ -17,14 +17,14 @@ class Chip:
     """One chip.
 
     Attributes:
-        name: as given to --chip.
+        name: name, as given to --chip.
         bf16: TFLOP/s of dense bfloat16 matmuls.
-        fp8: of FP8 ones; `bf16` where it has no faster units for them.
-        memory: GiB.
+        fp8: TFLOP/s of dense FP8 matmuls; equal to `bf16` if the chip has no faster units for them.
+        memory: GiB of memory.
         hbm: GB/s to that memory.
-        fast: GB/s to the chips nearby.
-        reach: how many chips that link joins, this one included.
-        network: GB/s to all others.
+        fast: GB/s over the fast link.
+        reach: number of chips that the fast link connects, this one included.
+        network: GB/s to all other chips.
     """
 
     name: str
@@ -40,14 +40,14 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        # H100 (NVIDIA H100 SXM5 data sheet) with NVLink cut from 900 to 400 GB/s both ways together; 8 a host, each
-        # with a 400 Gb/s InfiniBand card (V3 section 3.1; arXiv 2505.09343 section 4).
+        # H100 (NVIDIA H100 SXM5 data sheet) with NVLink reduced from 900 to 400 GB/s, both directions together; 8 per
+        # host, each with a 400 Gb/s InfiniBand card (V3 section 3.1; arXiv 2505.09343 section 4).
         Chip("h800", bf16=989, fp8=1979, memory=80, hbm=3350, fast=200, reach=8, network=50),
         # NVIDIA H100 SXM5 data sheet: 1,979 and 3,958 with sparsity; NVLink 4, 900 GB/s both ways. DGX H100: 400 Gb/s.
         Chip("h100", bf16=989, fp8=1979, memory=80, hbm=3350, fast=450, reach=8, network=50),
         # NVIDIA H200 SXM data sheet: the same chip, 141 GB at 4.8 TB/s.
         Chip("h200", bf16=989, fp8=1979, memory=141, hbm=4800, fast=450, reach=8, network=50),
-        # NVIDIA A100 data sheet, SXM: no FP8; NVLink 3, 600 GB/s both ways. DGX A100: 8 a host, a 200 Gb/s card each.
+        # NVIDIA A100 data sheet, SXM: no FP8; NVLink 3, 600 GB/s both ways. DGX A100: 8 per host, a 200 Gb/s card each.
         Chip("a100", bf16=312, fp8=312, memory=80, hbm=2039, fast=300, reach=8, network=25),
         Chip("a100_40", bf16=312, fp8=312, memory=40, hbm=1555, fast=300, reach=8, network=25),
         # NVIDIA L4 data sheet: 242 and 485 with sparsity; PCIe 4, 64 GB/s both ways. Google Cloud's g2-standard-96:
@@ -61,37 +61,37 @@ CHIPS = {
         # A 72nd of NVIDIA's GB200 NVL72: 360 PFLOPS in bfloat16, 720 in FP8, both with sparsity; 13.4 TB at 576 TB/s;
         # NVLink 5, 130 TB/s both ways; a 400 Gb/s card each.
         Chip("gb200", bf16=2500, fp8=5000, memory=186, hbm=8000, fast=900, reach=72, network=50),
-        # Google Cloud, "TPU v5e": 197 (no FP8 figure), 16 GB at 819 GB/s, ICI 400 GB/s both ways, 256 chips a pod, DCN
-        # 6.4 Tb/s a pod.
+        # Google Cloud, "TPU v5e": 197 (no FP8 figure), 16 GB at 819 GB/s, ICI 400 GB/s both ways, 256 chips per pod,
+        # DCN 6.4 Tb/s per pod.
         Chip("tpu_v5e", bf16=197, fp8=197, memory=16, hbm=819, fast=200, reach=256, network=3.125),
-        # Google Cloud, "TPU v5p": 459 in both, 95 GiB at 2,765 GB/s, ICI 1,200 GB/s both ways, DCN 50 Gb/s a chip; the
-        # largest slice has 6,144 chips.
+        # Google Cloud, "TPU v5p": 459 in both, 95 GiB at 2,765 GB/s, ICI 1,200 GB/s both ways, DCN 50 Gb/s per chip;
+        # the largest slice has 6,144 chips.
         Chip("tpu_v5p", bf16=459, fp8=459, memory=95, hbm=2765, fast=600, reach=6144, network=6.25),
-        # Google Cloud, "TPU v6e": 918 (no FP8 figure), 32 GB at 1,638 GB/s, ICI 800 GB/s both ways, 256 chips a pod,
-        # DCN 25.6 Tb/s a pod.
+        # Google Cloud, "TPU v6e": 918 (no FP8 figure), 32 GB at 1,638 GB/s, ICI 800 GB/s both ways, 256 chips per
+        # pod, DCN 25.6 Tb/s per pod.
         Chip("tpu_v6e", bf16=918, fp8=918, memory=32, hbm=1638, fast=400, reach=256, network=12.5),
     )
 }
-# Other names of a chip, and how many of the units that a slice's name counts make one: "v5p-512" are 512 TensorCores.
+# Other names of chips, and how many of the units in a slice's name make one chip: "v5p-512" has 512 TensorCores.
 ALIASES = {"a100_80": "a100", "v5e": "tpu_v5e", "v5litepod": "tpu_v5e", "v5p": "tpu_v5p", "v6e": "tpu_v6e"}
 UNITS_PER_CHIP = {"tpu_v5p": 2}
 NUMBERS = tuple(field.name for field in dataclasses.fields(Chip) if field.name != "name")
-LEAST, MOST = 1e-3, 1e9  # of any of them
+LEAST, MOST = 1e-3, 1e9  # bounds of each of these numbers
 
 
 def chips_of(text: str) -> tuple[Chip, int]:
-    """The chip and how many of it `text` names, 0 where it names no number.
+    """Returns the chip and the number of chips that `text` names, 0 if it names no number.
 
     | text | chips |
     | --- | --- |
-    | h100 | not said |
+    | h100 | 0 |
     | 8xh100, h100x8, h100-8 | 8 |
     | v6e-256, v5litepod-16 | 256, 16: these slices count chips |
-    | v5p-512 | 256: these count TensorCores, of which a chip has two |
-    | mine:bf16=989,... | not said: see `chip` |
+    | v5p-512 | 256: these count TensorCores, two per chip |
+    | mine:bf16=989,... | 0; see `chip` |
 
     Raises:
-        UserError: no such chip, or a number of TensorCores that makes up no whole chips.
+        UserError: there is no such chip, or the number of TensorCores does not divide evenly into chips.
     """
     found = re.fullmatch(r"(?:(\d+) ?x ?)?([a-z0-9_]*?[a-z0-9])(?:( ?x ?|-)(\d+))?", text.lower())
     if ":" in text or _name(text) or not found or not (found[1] or found[4]) or (found[1] and found[4]):
@@ -107,18 +107,19 @@ def chips_of(text: str) -> tuple[Chip, int]:
 
 
 def _name(text: str) -> str:
-    """The name in `CHIPS` of a chip called `text`, "" if there is none."""
+    """Returns the name in `CHIPS` of a chip called `text`, "" if there is none."""
     name = ALIASES.get(text.lower(), text.lower())
     return name if name in CHIPS else ""
 
 
 def chip(text: str) -> Chip:
-    """The chip called `text`, or one given by its numbers: "mine:bf16=989,fp8=1979,memory=80,hbm=3350,…".
+    """Returns the chip called `text`, or one given by its numbers: "mine:bf16=989,fp8=1979,memory=80,hbm=3350,…".
 
-    Numbers that are left out are those of the chip called so ("h200:memory=96"), else H800's; `fp8` is twice `bf16`.
+    Missing numbers are taken from the chip of that name ("h200:memory=96"), else from H800; `fp8` defaults to twice
+    `bf16`.
 
     Raises:
-        UserError: no such chip, or a number that is none.
+        UserError: there is no such chip, or a number is invalid.
     """
     name, colon, numbers = text.partition(":")
     if not colon and _name(name):
@@ -137,8 +138,8 @@ def chip(text: str) -> Chip:
         except ValueError:
             given[key] = 0
         if key not in NUMBERS or not LEAST <= given[key] <= MOST:
-            wanted = f"KEY=NUMBER from {LEAST} to {MOST:g}, keys {', '.join(NUMBERS)}"
-            raise UserError(f"--chip={text}: {pair!r}: wanted {wanted}.")
+            expected = f"KEY=NUMBER from {LEAST} to {MOST:g}, with a KEY of {', '.join(NUMBERS)}"
+            raise UserError(f"--chip={text}: {pair!r}: expected {expected}.")
     if "bf16" in given and "fp8" not in given:
         given["fp8"] = 2 * given["bf16"]
     return dataclasses.replace(CHIPS.get(_name(name), CHIPS["h800"]), name=name, **given)

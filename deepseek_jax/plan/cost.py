@@ -1,8 +1,8 @@
-"""From the time of a step to utilisation, throughput, days and money.
+"""From the time of a step to utilization, throughput, days and cost.
 
-    MFU = training operations of a token * tokens a second / (devices * bfloat16 peak)
+    MFU = training operations per token * tokens per second / (devices * bfloat16 peak)
 
-The peak is the bfloat16 one whatever the matmuls run in, as published.
+The peak is the bfloat16 one whatever format the matmuls run in, as in the published numbers.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ HOUR, DAY, TRILLION = 3600.0, 86_400.0, 1e12
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a run is.
+    """Speed of a run.
 
     Attributes:
         step_s: seconds of a step.
-        tokens_per_step: over all devices.
-        devices: of the run.
+        tokens_per_step: tokens over all devices.
+        devices: number of devices.
     """
 
     step_s: float
@@ -29,31 +29,31 @@ class Speed:
 
     @property
     def tokens_per_day(self) -> float:
-        """Tokens trained on in 24 hours."""
+        """Returns the tokens trained on in 24 hours."""
         return self.tokens_per_step * DAY / self.step_s
 
     def hours(self, tokens: float = TRILLION) -> float:
-        """GPU hours for so many tokens."""
+        """Returns the GPU hours for a number of tokens."""
         return self.devices * self.step_s / HOUR * tokens / self.tokens_per_step
 
     def days(self, tokens: float = TRILLION) -> float:
-        """Days for so many tokens."""
+        """Returns the days for a number of tokens."""
         return tokens / self.tokens_per_day
 
     def flops_per_device(self, flops_per_token: float) -> float:
-        """Operations of a device in a second."""
+        """Returns the operations per device and second."""
         return flops_per_token * self.tokens_per_step / self.step_s / self.devices
 
     def mfu(self, flops_per_token: float, chip: Chip) -> float:
-        """Model FLOPs utilisation, of the bfloat16 peak."""
+        """Returns the model FLOPs utilization, as a fraction of the bfloat16 peak."""
         return self.flops_per_device(flops_per_token) / (chip.bf16 * TERA)
 
 
 def mfu_of_hours(hours_per_trillion: float, flops_per_token: float, chip: Chip) -> float:
-    """The utilisation that a run must have had whose GPU hours for 10^12 tokens are known."""
+    """Returns the utilization that the published GPU hours per 10^12 tokens imply."""
     return flops_per_token * TRILLION / (hours_per_trillion * HOUR) / (chip.bf16 * TERA)
 
 
 def saving(hours: float, hours_before: float) -> float:
-    """The change from `hours_before` to `hours`, as a fraction: -0.425 is 42.5 % less."""
+    """Returns the change from `hours_before` to `hours`, as a fraction: -0.425 is 42.5 % less."""
     return hours / hours_before - 1

@@ -1,11 +1,11 @@
-"""Tables of numbers that say what they are, for people and for programs.
+"""Tables of numbers with their origin, for people and for programs.
 
 | mark | meaning |
 | --- | --- |
 | derived | follows from shapes, stated formulas and the chip's data sheet |
-| published | somebody's measurement or statement, copied |
+| published | a measurement or statement of someone else, copied |
 | given | a number from the command line or the config |
-| fitted | rests on the recipe's efficiency, calibrated with one measurement (`recipes`) |
+| fitted | depends on the recipe's efficiency, calibrated on one measurement (`recipes`) |
 | derived/published, derived/given | computed from a published or given number |
 """
 
@@ -21,10 +21,10 @@ class Figure:
     """One number.
 
     Attributes:
-        key: its name in JSON, which ends in its unit.
-        value: as JSON holds it.
-        text: as people read it.
-        mark: see above.
+        key: name in JSON, which ends in the unit.
+        value: value in JSON.
+        text: value as people read it.
+        mark: origin of the number, see above.
     """
 
     key: str
@@ -35,7 +35,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Row:
-    """A label, a figure for each column of the section, and a remark."""
+    """A label, one figure per column of the section, and a remark."""
 
     label: str
     figures: tuple[Figure, ...]
@@ -47,9 +47,9 @@ class Column:
     """A column of figures.
 
     Attributes:
-        name: as people read it.
-        mark: of its figures; "" where each row has its own.
-        key: where JSON puts them inside their section; "": right there.
+        name: heading of the column.
+        mark: origin of its figures; "" if each row has its own.
+        key: name of the object that holds its figures in JSON; "" puts them directly into the section.
     """
 
     name: str
@@ -68,12 +68,12 @@ class Section:
 
 
 def column(key: str, title: str, rows: Sequence[tuple[str, Figure, str]]) -> Section:
-    """A table with one figure in each row: (label, figure, remark)."""
+    """Returns a table with one figure per row: (label, figure, remark)."""
     return Section(key, title, tuple(Row(label, (figure,), note) for label, figure, note in rows))
 
 
 def as_json(sections: Sequence[Section]) -> dict:
-    """The figures as nested dicts, numbers by keys that end in their unit, and their marks in the same shape."""
+    """Returns the figures as nested dicts with keys that end in the unit, and their marks in the same shape."""
     found: dict[str, dict] = {}
     for section in sections:
         for row in section.rows:
@@ -85,7 +85,7 @@ def as_json(sections: Sequence[Section]) -> dict:
 
 
 def metric(n: float, unit: str) -> str:
-    """A number with its unit, in thousands, millions and so on."""
+    """Returns a number with its unit, in thousands, millions and so on."""
     for power, letter in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if n >= 10**power:
             return f"{n / 10**power:,.1f} {letter}{unit}"
@@ -93,7 +93,7 @@ def metric(n: float, unit: str) -> str:
 
 
 def binary(n_bytes: float) -> str:
-    """Bytes in a unit that suits them."""
+    """Returns a number of bytes in a suitable unit."""
     for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
         if abs(n_bytes) >= 1024**power:
             return f"{n_bytes / 1024**power:,.2f} {unit}"
@@ -101,25 +101,25 @@ def binary(n_bytes: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """Seconds, or milliseconds where there are few."""
+    """Returns a duration in seconds, or in milliseconds below one second."""
     return f"{value:,.3f} s" if value >= 1 or not value else f"{1e3 * value:,.3g} ms"
 
 
 def percent(value: float) -> str:
-    """A percentage."""
+    """Returns a percentage as text."""
     return f"{value:.2f} %"
 
 
 def count(key: str, n: int) -> Figure:
-    """A number of parameters."""
+    """Returns a number of parameters as a figure."""
     return Figure(key, n, f"{n / GIGA:,.2f} B" if n >= 1e8 else f"{n / 1e6:,.2f} M", DERIVED)
 
 
 def plain(key: str, n: int, mark: str = DERIVED) -> Figure:
-    """A whole number to its last digit."""
+    """Returns an integer with all its digits as a figure."""
     return Figure(key, n, f"{n:,}", mark)
 
 
 def gib(name: str, n_bytes: float, mark: str = DERIVED) -> Figure:
-    """Bytes, in JSON as GiB."""
+    """Returns a number of bytes as a figure; in JSON it is in GiB."""
     return Figure(f"{name}_gib", n_bytes / GIB, binary(n_bytes), mark)

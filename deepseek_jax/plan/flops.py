@@ -1,61 +1,63 @@
 """Operations per token: the one definition that the planner, the training log and the bench use.
 
-    forward  = 2 * every number of every matrix that a token meets  +  flops_per_pair * layers * keys seen
-    training = 3 * forward                                             (the backward pass costs twice the forward)
+    forward  = 2 * active parameters in matrices  +  flops_per_pair * layers * keys seen
+    training = 3 * forward                           (the backward pass costs twice the forward pass)
 
-Keys seen: T where attention is counted in full (non-causal), T / 2 where only the past is (causal, the mean over the
-sequence).  Of the routed experts a token meets top_k.  The embedding is a look-up and costs nothing.  What a policy
-recomputes is no part of these numbers.
+Keys seen: T if attention is counted in full (non-causal), T / 2 if only earlier tokens count (causal, the mean over
+the sequence). Of the routed experts top_k are active per token. The embedding is a look-up and costs nothing. These
+numbers do not include what a policy recomputes.
 
-Multi-token prediction costs its own matrices, one more layer of attention and the head once more for each depth.
-The published MFU of V3 (arXiv 2505.09343, table 4) counts neither it nor the routers; a training log counts both.
+Multi-token prediction costs its own matrices, one more layer of attention per depth and the head once more per depth.
+The published MFU of V3 (arXiv 2505.09343, table 4) counts neither multi-token prediction nor the routers; the training
+log counts both.
 """
 
 from dataclasses import dataclass
 
-from deepseek_jax.plan.network import AHEAD, HEAD, Network
+from deepseek_jax.plan.network import HEAD, MTP, Network
 
 TRAINING = 3  # forward and backward, in forward passes
+PUBLISHED_MFU = {"router": False, "mtp": False}  # parts that the published operations leave out
 
 
 @dataclass(frozen=True)
 class Forward:
-    """Operations of one token's forward pass, by part.
+    """Operations of the forward pass per token, by part.
 
     Attributes:
-        blocks: matrices of the main model's blocks, but for the routers.
+        blocks: matrices of the main model's blocks, without the routers.
         head: the output head.
-        attention: queries with keys and values, all layers of the main model.
-        router: scores of the experts.
-        ahead: all of multi-token prediction but its routers.
-        ahead_router: those.
+        attention: queries with keys and values, in all layers of the main model.
+        router: scores of the experts, in the main model.
+        mtp: multi-token prediction without its routers.
+        mtp_router: routers of multi-token prediction.
     """
 
     blocks: float
     head: float
     attention: float
     router: float
-    ahead: float
-    ahead_router: float
+    mtp: float
+    mtp_router: float
 
-    def total(self, *, router: bool, ahead: bool) -> float:
-        """The sum, with or without the routers and multi-token prediction."""
+    def total(self, *, router: bool, mtp: bool) -> float:
+        """Returns the sum, with or without the routers and multi-token prediction."""
         return (
             self.blocks
             + self.head
             + self.attention
             + router * self.router
-            + ahead * (self.ahead + router * self.ahead_router)
+            + mtp * (self.mtp + router * self.mtp_router)
         )
 
 
 def keys_seen(seq_len: int, *, causal: bool) -> float:
-    """Keys that a token meets, mean over a sequence of `seq_len`."""
+    """Returns the number of keys that a token attends to, averaged over a sequence of `seq_len`."""
     return seq_len / 2 if causal else seq_len
 
 
 def forward(network: Network, seq_len: int, *, causal: bool) -> Forward:
-    """The forward pass of one token of a sequence of `seq_len`."""
+    """Returns the operations per token of the forward pass over a sequence of `seq_len`."""
 
     def matrices(*parts: str, router: bool) -> int:
         return sum(2 * network.active(w) for w in network.of(*parts) if w.is_matrix and w.is_router == router)
@@ -67,11 +69,11 @@ def forward(network: Network, seq_len: int, *, causal: bool) -> Forward:
         head=head,
         attention=pairs * network.n_layers,
         router=matrices(*network.stacks, router=True),
-        ahead=matrices(AHEAD, router=False) + network.n_ahead * (pairs + head),
-        ahead_router=matrices(AHEAD, router=True),
+        mtp=matrices(MTP, router=False) + network.mtp_depth * (pairs + head),
+        mtp_router=matrices(MTP, router=True),
     )
 
 
-def training(network: Network, seq_len: int, *, causal: bool = True, router: bool = True, ahead: bool = True) -> float:
-    """Operations to train on one token; by default all that is done, attention counted causally."""
-    return TRAINING * forward(network, seq_len, causal=causal).total(router=router, ahead=ahead)
+def training(network: Network, seq_len: int, *, causal: bool = True, router: bool = True, mtp: bool = True) -> float:
+    """Returns the training operations per token; by default everything, with attention counted causally."""
+    return TRAINING * forward(network, seq_len, causal=causal).total(router=router, mtp=mtp)

@@ -1,4 +1,4 @@
-"""What is planned: a network on chips, divided in some way; everything else in this room is a function of it."""
+"""What is planned: a network on chips, divided in some way. Everything else in this package is a function of it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from deepseek_jax.plan.chips import Chip
 from deepseek_jax.plan.layout import Layout, Stage, make_stages
 from deepseek_jax.plan.network import Network, Weight
 from deepseek_jax.plan.recipes import Recipe
-from deepseek_jax.plan.schedules import Held, Schedule, n_stages
+from deepseek_jax.plan.schedules import Schedule, StageShare, n_stages
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Part:
     """A stage's part of one weight, as one device holds it.
 
     Attributes:
-        weight: of the layers of this stage.
-        place: where it lives on the mesh of the stage.
-        numbers: of it on this device.
-        optimizer_numbers: those whose optimiser state is on this device.
+        weight: the weight, of the layers of this stage.
+        place: its placement on the mesh of the stage.
+        numbers: how many of its numbers this device holds.
+        optimizer_numbers: for how many of them this device holds the optimizer state.
     """
 
     weight: Weight
@@ -36,7 +36,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Job:
-    """A network, how it is divided, and on what it runs.
+    """A network, how it is divided, and the chips on which it runs.
 
     Attributes:
         network, layout, chip, schedule, recipe: see their modules.
@@ -52,34 +52,34 @@ class Job:
 
     @cached_property
     def mesh(self) -> AbstractMesh:
-        """The mesh of one stage; its devices need not be here."""
+        """The mesh of one stage; its devices need not exist on this machine."""
         return AbstractMesh((self.layout.data, self.layout.expert), REPLICAS)
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
-        """The stages of the pipeline. Raises UserError if there are more than layers."""
+        """The stages of the pipeline. Raises UserError if there are more stages than layers."""
         slow = self.chip.fp8 / self.chip.bf16 if self.recipe.fp8 else 1.0
         number, folded = n_stages(self.schedule, self.layout.pipe), self.schedule.stages_per_device > 1
         return make_stages(self.network, number, self.layout.seq_len, folded=folded, slow=slow)
 
     @cached_property
     def parts(self) -> tuple[tuple[Part, ...], ...]:
-        """The weights of each stage on one of its devices. Raises UserError if something does not divide."""
+        """The weights of each stage on one of its devices. Raises UserError if a weight does not divide."""
         return tuple(self._parts(stage) for stage in self.stages)
 
     @cached_property
-    def ranks(self) -> tuple[tuple[Held, ...], ...]:
+    def ranks(self) -> tuple[tuple[StageShare, ...], ...]:
         """The stages that each device along the pipeline holds."""
         return tuple(self.schedule.hold(rank, self.layout.pipe) for rank in range(self.layout.pipe))
 
     @property
     def expert_devices(self) -> int:
-        """Devices over which the routed experts are shared out."""
+        """The number of devices over which the routed experts are divided."""
         axis = expert_axis(self.rules, self.mesh) if self.network.n_experts > 1 else None
         return self.mesh.shape[axis] if axis else 1
 
-    def passes(self, hold: Held) -> float:
-        """Micro-batches that pass a stage on this device in a step."""
+    def passes(self, hold: StageShare) -> float:
+        """Returns the micro-batches that pass a stage on this device per step."""
         return hold.share * self.layout.micro_batches
 
     def _parts(self, stage: Stage) -> tuple[Part, ...]:

@@ -1,9 +1,9 @@
 """How devices, sequences and layers are divided: the mesh, the micro-batches, the pipeline's stages.
 
-The mesh is pipe x data x expert, expert innermost.  A step's sequences are shared out over data and expert; each share
-goes through the pipeline in micro-batches.  Consecutive layers make a stage; the embedding goes with the first stage,
-final norm, head and multi-token prediction with the last.  Layers need not divide (V3: 61 over 16): each goes to the
-device that has least to do, and no layer is split.
+The mesh is pipe x data x expert, with expert innermost. The sequences of a step are divided over data and expert; each
+share goes through the pipeline in micro-batches. Consecutive layers make a stage; the embedding belongs to the first
+stage; final norm, head and multi-token prediction belong to the last. Layers need not divide evenly (V3: 61 over 16):
+each goes to the device with the least work, and no layer is split.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.plan.flops import keys_seen
-from deepseek_jax.plan.network import AHEAD, EMBEDDING, HEAD, Network, Weight
+from deepseek_jax.plan.network import EMBEDDING, HEAD, MTP, Network, Weight
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Layout:
 
     Attributes:
         pipe, data, expert: devices along each axis.
-        batch: sequences of a step, over all devices.
-        micro_batches: parts into which each pipeline cuts its sequences.
-        seq_len: tokens of a sequence.
+        batch: sequences per step, over all devices.
+        micro_batches: parts into which each pipeline divides its sequences.
+        seq_len: tokens per sequence.
     """
 
     pipe: int
@@ -34,49 +34,50 @@ class Layout:
 
     @property
     def devices(self) -> int:
-        """All of them."""
+        """The number of devices."""
         return self.pipe * self.data * self.expert
 
     @property
     def sequences(self) -> int:
-        """Sequences of one micro-batch on one device."""
+        """The sequences per micro-batch and device."""
         return self.batch // (self.data * self.expert * self.micro_batches)
 
     @property
     def tokens(self) -> int:
-        """Tokens of those."""
+        """The tokens per micro-batch and device."""
         return self.sequences * self.seq_len
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of a step, over all devices."""
+        """The tokens per step, over all devices."""
         return self.batch * self.seq_len
 
 
 def make_layout(
     *, pipe: int, data: int, expert: int, devices: int, batch: int, micro_batches: int, seq_len: int
 ) -> Layout:
-    """The layout of a mesh and a batch.
+    """Returns the layout of a mesh and a batch.
 
     Args:
-        pipe, data, expert: mesh sizes; data -1 takes what is left.
-        devices: how many there are; 0: as many as the mesh says, data -1 then counts as 1.
-        batch: sequences of a step.
-        micro_batches: 1 means, in a pipeline, as many as there are sequences.
-        seq_len: tokens of a sequence.
+        pipe, data, expert: mesh sizes; data=-1 takes the remaining devices.
+        devices: number of devices; 0: as many as the mesh says, where data=-1 counts as 1.
+        batch: sequences per step.
+        micro_batches: parts of each pipeline's sequences; in a pipeline, 1 means one sequence per micro-batch.
+        seq_len: tokens per sequence.
 
     Raises:
-        UserError: something does not divide.
+        UserError: a size is invalid or does not divide.
     """
     given = f"config.mesh: pipe={pipe} x data={data} x expert={expert}"
     if min(pipe, expert) < 1 or (data < 1 and data != -1) or devices < 0:
-        raise UserError(f"{given}, --devices={devices}: sizes are 1 or more (data may be -1: all the rest).")
+        raise UserError(f"{given}, --devices={devices}: expected sizes >= 1 (data may be -1: all remaining devices).")
     if data == -1:
         data = max(devices // (pipe * expert), 1)
     if devices and pipe * data * expert != devices:
         divisor = pipe * expert * (data if "data=-1" not in given else 1)
         raise UserError(
-            f"{given} does not divide {devices} devices. Choose a multiple of {divisor} in --devices, or other sizes."
+            f"{given} does not divide {devices} devices. "
+            f"Set --devices to a multiple of {divisor}, or choose other sizes."
         )
     replicas = data * expert
     if batch % replicas:
@@ -96,59 +97,60 @@ def make_layout(
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the layers.
+    """Consecutive layers.
 
     Attributes:
-        weights: those of its layers, and of embedding, head and multi-token prediction if it has them.
-        layers: layers of each stack, (name, number).
-        n_ahead: depths of multi-token prediction.
-        has_embedding, has_head: whether tokens come in here, and whether the loss is computed here.
+        weights: weights of its layers, and of embedding, head and multi-token prediction if it has them.
+        layers: (name, number of layers) of each stack.
+        mtp_depth: depths of multi-token prediction.
+        has_embedding: whether tokens enter the model in this stage.
+        has_head: whether the loss is computed in this stage.
     """
 
     weights: tuple[Weight, ...]
     layers: tuple[tuple[str, int], ...]
-    n_ahead: int
+    mtp_depth: int
     has_embedding: bool
     has_head: bool
 
     @property
     def n_layers(self) -> int:
-        """Layers of the main model."""
+        """The number of layers of the main model."""
         return sum(n for _, n in self.layers)
 
     @property
     def n_attentions(self) -> int:
-        """Attentions that a token passes."""
-        return self.n_layers + self.n_ahead
+        """The number of attention layers, those of multi-token prediction included."""
+        return self.n_layers + self.mtp_depth
 
     def n_expert_layers(self, network: Network) -> int:
-        """Mixtures of experts that a token passes."""
+        """Returns the number of mixture-of-experts layers, those of multi-token prediction included."""
         with_experts = {w.part for w in network.blocks() if w.is_expert}
-        return sum(n for name, n in self.layers if name in with_experts) + (self.n_ahead if with_experts else 0)
+        return sum(n for name, n in self.layers if name in with_experts) + (self.mtp_depth if with_experts else 0)
 
 
 def make_stages(
     network: Network, n_stages: int, seq_len: int, *, folded: bool = False, slow: float = 1.0
 ) -> tuple[Stage, ...]:
-    """The stages of a pipeline.
+    """Returns the stages of a pipeline.
 
     Args:
-        network: what is divided.
-        n_stages: 1 or more.
-        seq_len: tokens of a sequence (attention's share of the operations grows with it).
-        folded: whether stage s and the s-th from the end are on one device.  Elsewhere multi-token prediction, on the
-            last stage, needs an embedding of its own.
-        slow: how much longer an operation of head or attention takes than one of the blocks' matrices.
+        network: network to divide.
+        n_stages: number of stages, >= 1.
+        seq_len: tokens per sequence (attention's share of the operations grows with it).
+        folded: whether stage s and the s-th from the end are on one device. If not, multi-token prediction in the last
+            stage needs an embedding of its own.
+        slow: time of an operation of head or attention, relative to one of the blocks' matrices.
 
     Raises:
         UserError: more stages than layers.
     """
     if n_stages > network.n_layers:
         raise UserError(
-            f"{n_stages} pipeline stages for {network.n_layers} layers: no layer can be split. "
-            "Choose a smaller config.mesh.pipe (with --schedule=dualpipev it makes two stages each)."
+            f"{n_stages} pipeline stages for {network.n_layers} layers: expected at most one stage per layer. "
+            "Choose a smaller config.mesh.pipe (with --schedule=dualpipev each device holds two stages)."
         )
-    order = [name for name in network.stacks for n in {w.n_layers for w in network.of(name)} for _ in range(n)]
+    order = [name for name in network.stacks for w in network.of(name)[:1] for _ in range(w.n_layers)]
     ends = network.of(*{w.part for w in network.weights} - {*network.stacks, EMBEDDING})
     stages, start = [], 0
     for number, n in enumerate(divide(network.n_layers, n_stages, _end_in_layers(network, seq_len, slow), folded)):
@@ -156,18 +158,19 @@ def make_stages(
         start += n
         layers = tuple((name, mine.count(name)) for name in network.stacks if name in mine)
         weights = [w.of_layers(k) for name, k in layers for w in network.of(name)]
-        if first or (last and network.n_ahead and not folded):
+        if first or (last and network.mtp_depth and not folded):
             weights += network.of(EMBEDDING)
         weights += ends if last else ()
-        stages.append(Stage(tuple(weights), layers, network.n_ahead if last else 0, first, last))
+        stages.append(Stage(tuple(weights), layers, network.mtp_depth if last else 0, first, last))
     return tuple(stages)
 
 
 def divide(n_layers: int, n_stages: int, end: float, folded: bool) -> tuple[int, ...]:
-    """How many layers each stage gets: one at a time, to the device that has least to do, the first of equals.
+    """Returns the number of layers per stage. Layers are given out one at a time to the device with the least work.
 
-    The last stage does as much as `end` layers besides, and may do with none; any other gets one or more.  On a device
-    with two stages (`folded`) they share its layers evenly, and what is odd, or would join the end, goes to the first.
+    Among equals the first device wins. The last stage does as much additional work as `end` layers and may have none;
+    every other stage gets at least one. On a device with two stages (`folded`) both get the same number of layers; an
+    odd layer, or one that would join the end, goes to the first of the two.
     """
     device = [min(s, n_stages - 1 - s) if folded else s for s in range(n_stages)]
     least = [1] * (n_stages - 1) + [0 if n_stages > 1 else 1]
@@ -181,25 +184,25 @@ def divide(n_layers: int, n_stages: int, end: float, folded: bool) -> tuple[int,
     if not folded:
         return tuple(layers)
     second = [0 if d == device[-1] and n_stages > 1 else layers[d] // 2 for d in range(len(layers))]
-    if n_stages % 2:  # the stage in the middle is alone on its device
+    if n_stages % 2:  # the middle stage is alone on its device
         second[-1] = 0
     first = [n - m for n, m in zip(layers, second, strict=True)]
     return (*first, *reversed(second[: n_stages - len(first)]))
 
 
 def _end_in_layers(network: Network, seq_len: int, slow: float) -> float:
-    """Operations of the head and of multi-token prediction, in those of a layer."""
+    """Returns the operations of the head and of multi-token prediction, relative to those of a layer."""
     pairs = slow * network.flops_per_pair * keys_seen(seq_len, causal=True)
 
     def cost(*parts: str) -> float:
         return sum(2 * network.active(w) * (slow if w.part == HEAD else 1) for w in network.of(*parts) if w.is_matrix)
 
     layer = cost(*network.stacks) / network.n_layers + pairs
-    return ((1 + network.n_ahead) * cost(HEAD) + cost(AHEAD) + network.n_ahead * pairs) / layer
+    return ((1 + network.mtp_depth) * cost(HEAD) + cost(MTP) + network.mtp_depth * pairs) / layer
 
 
 def describe_layers(stages: Sequence[Stage]) -> str:
-    """The layers of the stages in order, equal neighbours together: "15 x 4, 1"."""
+    """Returns the layers per stage as text, equal neighbours together: "15 x 4, 1"."""
     runs: list[list[int]] = []
     for stage in stages:
         if runs and runs[-1][1] == stage.n_layers:

@@ -1,21 +1,21 @@
-"""Bytes on each device along the pipeline, by part; the devices of one rank are alike.
+"""Bytes per device of each pipeline rank, by part. All devices of a rank hold the same.
 
 | part | bytes |
 | --- | --- |
-| weights, gradients | as the recipe says, cut as a run cuts them (`parallel.sharding.placements`) |
-| pipeline copy | the same of the second stage, where a schedule keeps two copies of the model |
-| optimiser | as the recipe says, cut further over all replicas (ZeRO-1), the second copy being one |
+| weights, gradients | per the recipe, divided as in a run (`parallel.sharding.placements`) |
+| pipeline copy | the same for the second stage, if a schedule keeps two copies of the model |
+| optimizer | per the recipe, further divided over all replicas (ZeRO-1), the second copy included |
 | activations | `activations.kept` of each layer, times sequences, times micro-batches in flight |
-| kept once | what it keeps whatever the batch: under policy none its weights in the compute dtype |
-| layer at work | what the backward pass of the widest layer makes again, and its gradients (`activations.Kept`) |
-| logits | 8 V a token of the chunk in which the loss is computed: float32, and their gradient |
-| exchange buffers | copies of the tokens on their way to experts and back; twice where passes overlap |
+| kept once | kept independently of the batch: under policy none a layer's weights in the compute dtype |
+| layer at work | recomputed in the backward pass of the widest layer, and its gradients (`ActivationBytes`) |
+| logits | 8 V per token of the chunk in which the loss is computed: float32, and their gradient |
+| exchange buffers | copies of the tokens on their way to experts and back; twice if passes overlap |
 
-Not counted: what the compiler and the communication library take for themselves, and fragmentation.
+Not counted: memory of the compiler and the communication library, and fragmentation.
 
-Against runs: V3's widths, 3 layers, 32 experts, recipe run on one H200, peak GiB as JAX tells it.
+Compared with runs: V3's widths, 3 layers, 32 experts, recipe run on one H200, peak GiB as JAX reports it.
 
-| policy, sequences | here | measured |
+| policy, sequences | computed | measured |
 | --- | --- | --- |
 | none, 1 | 78.1 | 73.5 |
 | block, 2 | 74.9 | 69.3 |
@@ -24,26 +24,26 @@ Against runs: V3's widths, 3 layers, 32 experts, recipe run on one H200, peak Gi
 
 from collections.abc import Mapping
 
-from deepseek_jax.plan.activations import Kept
+from deepseek_jax.plan.activations import ActivationBytes
 from deepseek_jax.plan.job import Job
 from deepseek_jax.plan.layout import Stage
 from deepseek_jax.plan.network import HEAD
 from deepseek_jax.plan.recipes import V3_POLICY
 
-PARTS = ("weights", "gradients", "pipeline_copy", "optimiser", "activations", "kept_once")
+PARTS = ("weights", "gradients", "pipeline_copy", "optimizer", "activations", "kept_once")
 PARTS += ("layer_at_work", "logits", "exchange_buffers", "router_biases")
 LOGITS = 8.0  # bytes: float32 and the same for its gradient
 BIAS = 4.0
-BARELY = 0.05  # of a chip's memory: what is not counted easily takes as much
+BARELY = 0.05  # of a chip's memory: what is not counted may take as much
 
 
-def rank_memory(job: Job, rank: int, kept: Mapping[str, Kept], loss_chunk: int) -> dict[str, float]:
-    """Bytes by part on a device of this rank of the pipeline.
+def rank_memory(job: Job, rank: int, kept: Mapping[str, ActivationBytes], loss_chunk: int) -> dict[str, float]:
+    """Returns bytes by part on a device of this pipeline rank.
 
     Args:
         job: what is planned.
-        rank: place along the pipeline.
-        kept: what a layer of each stack keeps.
+        rank: position along the pipeline.
+        kept: what a layer of each stack keeps for the backward pass.
         loss_chunk: tokens whose logits exist at a time.
     """
     network, layout, recipe = job.network, job.layout, job.recipe
@@ -64,18 +64,18 @@ def rank_memory(job: Job, rank: int, kept: Mapping[str, Kept], loss_chunk: int) 
     return {name: n_bytes for name, n_bytes in found.items() if n_bytes}
 
 
-def fullest(job: Job, kept: Mapping[str, Kept], loss_chunk: int) -> float:
-    """Bytes on the fullest device."""
+def fullest(job: Job, kept: Mapping[str, ActivationBytes], loss_chunk: int) -> float:
+    """Returns the bytes on the fullest device."""
     return max(sum(rank_memory(job, rank, kept, loss_chunk).values()) for rank in range(len(job.ranks)))
 
 
 def capacity(job: Job) -> float:
-    """Bytes of a device's memory."""
+    """Returns the bytes of a device's memory."""
     return job.chip.memory * 2**30
 
 
 def gradient_copies(job: Job) -> int:
-    """2 where sums over micro-batches stand beside the gradients of the present one, as in `train.step`.
+    """Returns 2 if sums over micro-batches exist beside the gradients of the current one, as in `train.step`, else 1.
 
     A pipeline adds in place.
     """
@@ -83,8 +83,8 @@ def gradient_copies(job: Job) -> int:
 
 
 def _states(job: Job, rank: int) -> dict[str, float]:
-    """Bytes of weights, gradients and the optimiser's state."""
-    recipe, found = job.recipe, dict.fromkeys(("weights", "gradients", "pipeline_copy", "optimiser"), 0.0)
+    """Returns the bytes of weights, gradients and optimizer state."""
+    recipe, found = job.recipe, dict.fromkeys(("weights", "gradients", "pipeline_copy", "optimizer"), 0.0)
     for number, hold in enumerate(job.ranks[rank]):
         is_copy = job.schedule.copies > 1 and number > 0
         for part in job.parts[hold.stage]:
@@ -93,14 +93,14 @@ def _states(job: Job, rank: int) -> dict[str, float]:
             gradients = part.numbers * recipe.gradients * gradient_copies(job)
             found["pipeline_copy" if is_copy else "weights"] += weights
             found["pipeline_copy" if is_copy else "gradients"] += gradients
-            found["optimiser"] += part.optimizer_numbers * recipe.optimizer / job.schedule.copies
+            found["optimizer"] += part.optimizer_numbers * recipe.optimizer / job.schedule.copies
     return found
 
 
-def _at_work(job: Job, number: int, kept: Mapping[str, Kept]) -> float:
-    """Bytes that the backward pass of a stage's widest layer needs besides what was kept.
+def _at_work(job: Job, number: int, kept: Mapping[str, ActivationBytes]) -> float:
+    """Returns the bytes that the backward pass of a stage's widest layer needs beyond what was kept.
 
-    Our own loop over stacked layers has a layer's gradients beside those of the stack; V3 adds them where they belong.
+    Our own loop over stacked layers holds a layer's gradients beside those of the stack; V3 adds them in place.
     """
     beside = 0.0 if job.recipe.remat == V3_POLICY else job.recipe.gradients
 
@@ -113,12 +113,12 @@ def _at_work(job: Job, number: int, kept: Mapping[str, Kept]) -> float:
 
 
 def layers_of(job: Job, stage: Stage) -> list[tuple[str, int]]:
-    """Layers of each stack in a stage, a depth of multi-token prediction counting as one of the last stack."""
-    return [*stage.layers, *([(job.network.stacks[-1], stage.n_ahead)] if stage.n_ahead else [])]
+    """Returns (stack, number of layers) in a stage; an MTP depth counts as a layer of the last stack."""
+    return [*stage.layers, *([(job.network.stacks[-1], stage.mtp_depth)] if stage.mtp_depth else [])]
 
 
-def stage_activations(job: Job, stage: Stage, kept: Mapping[str, Kept]) -> float:
-    """Bytes that a stage keeps of one sequence: its layers', and what the head and multi-token prediction read."""
+def stage_activations(job: Job, stage: Stage, kept: Mapping[str, ActivationBytes]) -> float:
+    """Returns the bytes that a stage keeps per sequence: of its layers, and the inputs of head and MTP."""
     layers = sum(n * kept[name].per_sequence for name, n in layers_of(job, stage))
-    streams = stage.has_head + 2 * stage.n_ahead
+    streams = stage.has_head + 2 * stage.mtp_depth
     return layers + streams * job.layout.seq_len * job.network.d_model * job.recipe.activations

@@ -1,6 +1,6 @@
 """A network as the planner sees it: shapes and logical axes of its weights, and a few numbers of its family.
 
-All comes from `nnx.eval_shape`: every family can be planned, and no array is ever made.
+Everything comes from `nnx.eval_shape`, so every family can be planned and no array is created.
 """
 
 import math
@@ -14,7 +14,7 @@ from flax import nnx
 from deepseek_jax.layers.base import Execution, bind, decayed, logical_axes, split
 from deepseek_jax.parallel.sharding import EXPERTS, LAYERS, is_axes
 
-EMBEDDING, HEAD, AHEAD = "embedding", "head", "mtp"  # top-level entries of a model; the others are blocks and a norm
+EMBEDDING, HEAD, MTP = "embedding", "head", "mtp"  # top-level entries of a model, besides blocks and a norm
 ROUTER, NORM_WIDTH = "router", "embed"
 LATENTS = ("q_latent", "kv_latent")
 
@@ -24,10 +24,10 @@ class Weight:
     """One weight.
 
     Attributes:
-        name: dotted, as in a checkpoint.
-        shape: with the leading axis of a stack.
+        name: dotted name, as in a checkpoint.
+        shape: shape, including the leading axis of a stack.
         axes: logical axes, likewise.
-        decays: whether weight decay shrinks it: neither a gain nor a bias.
+        decays: whether weight decay applies: not for gains and biases.
     """
 
     name: str
@@ -42,12 +42,12 @@ class Weight:
 
     @property
     def n_layers(self) -> int:
-        """Layers that are stacked in it; 1 for a weight that is not stacked."""
+        """The number of layers stacked in it; 1 for a weight that is not stacked."""
         return self.shape[0] if self.is_stacked else 1
 
     @property
     def size(self) -> int:
-        """Numbers in it, those of all layers."""
+        """How many numbers it has, over all layers."""
         return math.prod(self.shape)
 
     @property
@@ -67,26 +67,26 @@ class Weight:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether activations are multiplied by it: neither a gain nor a bias, and not the embedding, a table."""
+        """Whether activations are multiplied by it: not a gain, a bias or the embedding (a table)."""
         return self.decays and self.part != EMBEDDING
 
     @property
     def reads_latent(self) -> bool:
-        """Whether its input is a latent of attention, from which V3 recomputes what it makes (section 3.2.3)."""
+        """Whether its input is a latent of attention, from which V3 recomputes its output (section 3.2.3)."""
         return self.is_matrix and self._inner()[0][0] in LATENTS
 
     @property
     def widths(self) -> tuple[int, int]:
-        """(numbers that one row of its input has, numbers of its output), of one layer and one expert.
+        """(width of its input, width of its output), for one layer and one expert.
 
-        The output is the residual stream where the last axis is "embed", else all but the first axis.
+        The output is the residual stream if the last axis is "embed", otherwise all axes but the first.
         """
         inner = self._inner()
         cut = len(inner) - 1 if inner[-1][0] == NORM_WIDTH else 1
         return math.prod(n for _, n in inner[:cut]), math.prod(n for _, n in inner[cut:])
 
     def of_layers(self, n: int) -> "Weight":
-        """The same weight of `n` layers only; itself where it is not stacked."""
+        """Returns the same weight with `n` layers; itself if it is not stacked."""
         return replace(self, shape=(n, *self.shape[1:])) if self.is_stacked else self
 
     def _inner(self) -> list[tuple[str | None, int]]:
@@ -96,16 +96,16 @@ class Weight:
 
 @dataclass(frozen=True)
 class Network:
-    """What the planner knows of a model.
+    """What the planner knows about a model.
 
     Attributes:
-        weights: all that are trained.
-        router_biases: numbers that are not trained.
+        weights: all trained weights.
+        router_biases: how many router biases there are; they are not trained.
         stacks: stacks of blocks in the order in which they run.
         n_layers: blocks of the main model; each has one attention.
         d_model, vocab_size: widths.
-        n_experts, top_k, n_groups, top_groups: of the routed experts; 1 each where there are none.
-        flops_per_pair: operations of one token's queries with the keys and values of another, in one layer.
+        n_experts, top_k, n_groups, top_groups: numbers of the routed experts; 1 each if there are none.
+        flops_per_pair: operations of one token's queries with the keys and values of one other token, per layer.
     """
 
     weights: tuple[Weight, ...]
@@ -121,29 +121,29 @@ class Network:
     flops_per_pair: int
 
     @property
-    def n_ahead(self) -> int:
-        """Depths of multi-token prediction, one block each."""
-        return len({w.name.split(".")[1] for w in self.weights if w.part == AHEAD})
+    def mtp_depth(self) -> int:
+        """The number of depths of multi-token prediction, one block each."""
+        return len({w.name.split(".")[1] for w in self.weights if w.part == MTP})
 
     def of(self, *parts: str) -> tuple[Weight, ...]:
-        """The weights of these top-level entries."""
+        """Returns the weights of these top-level entries."""
         return tuple(w for w in self.weights if w.part in parts)
 
     def blocks(self) -> tuple[Weight, ...]:
-        """The weights of the main model's blocks."""
+        """Returns the weights of the main model's blocks."""
         return self.of(*self.stacks)
 
     def active(self, weight: Weight) -> int:
-        """Numbers of a weight that work on one token: top_k of n_experts of the routed experts, all of any other."""
+        """Returns the active parameters of a weight per token: top_k of n_experts for routed experts, otherwise all."""
         return weight.size * self.top_k // self.n_experts if weight.is_expert else weight.size
 
     def copies(self, weight: Weight) -> int:
-        """Rows that one token makes in a weight's matmul: top_k for the routed experts, 1 for any other."""
+        """Returns the rows per token in a weight's matmul: top_k for routed experts, otherwise 1."""
         return self.top_k if weight.is_expert else 1
 
 
 def describe(family: ModuleType, sizes: object) -> Network:
-    """The network of a family's module and its `Config`."""
+    """Returns the network of a family's module and its `Config`."""
     model = abstract_model(family, sizes)
     _, params, router_bias = split(model)
     axes, _ = logical_axes(model)
@@ -172,13 +172,13 @@ def describe(family: ModuleType, sizes: object) -> Network:
 
 
 def abstract_model(family: ModuleType, sizes: object, run: Execution | None = None) -> nnx.Module:
-    """The model with shapes in place of arrays; computes in bfloat16 unless `run` says otherwise."""
+    """Returns the model with shapes in place of arrays; it computes in bfloat16 unless `run` says otherwise."""
     run = run or Execution(compute=jnp.bfloat16)
     return nnx.eval_shape(lambda: family.Model(sizes, run, rngs=nnx.Rngs(0)))
 
 
 def cache_bytes_per_token(family: ModuleType, sizes: object) -> int:
-    """Bytes that prefill keeps of one token in the key-value cache, in bfloat16."""
+    """Returns the bytes per token that prefill keeps in the key-value cache, in bfloat16."""
     definition, params, router_bias = split(abstract_model(family, sizes))
     ids_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
 

@@ -1,4 +1,4 @@
-"""What was published about runs: measurements to start from and to compare with.  Nothing here is computed.
+"""What was published about runs: measurements to start from and to compare with. Nothing here is computed.
 
 Sources: V3 report, arXiv 2412.19437, table 1 and sections 3.1, 3.2, 4.2; "Insights into DeepSeek-V3", arXiv 2505.09343,
 table 4; V2 report, arXiv 2405.04434, section 3.1.3.
@@ -9,21 +9,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Run:
-    """A published run; what was not told is None, 0 or empty.
+    """A published run; fields that the source does not state are None, 0 or empty.
 
     Attributes:
-        chip, devices, pipe, expert: what it ran on, and how the devices were divided.
-        schedule, recipe: of the pipeline and of the number formats (`schedules.SCHEDULES`, `recipes.RECIPES`).
-        step_time_s: of a step of `batch` sequences of `seq_len`.
-        batch, seq_len: those.
-        phases_s: where the time of that step went, seconds of one pipeline rank.
-        mfu, mfu_causal: of the bfloat16 peak, attention counted in full and causally; neither routers nor MTP counted.
-        tokens: it was trained on.
+        source: where these numbers are published.
+        chip, devices, pipe, expert: chips, and how they were divided.
+        schedule, recipe: pipeline schedule and number formats (`schedules.SCHEDULES`, `recipes.NAMES`).
+        step_time_s: seconds of a step of `batch` sequences of `seq_len` tokens.
+        batch, seq_len: sequences per step, tokens per sequence.
+        phases_s: where the time of that step went, in seconds on one pipeline rank.
+        mfu, mfu_causal: fraction of the bfloat16 peak with full and with causal attention; routers and MTP not counted.
+        tokens: tokens trained on.
         hours: GPU hours by stage, pre-training first.
-        hours_per_trillion: GPU hours for 10^12 tokens.
-        dollars_per_hour: price assumed there.
+        hours_per_trillion: GPU hours per 10^12 tokens.
+        dollars_per_hour: price assumed in the source.
         against: config that it was compared with.
-        source: where that stands.
     """
 
     source: str
@@ -59,7 +59,7 @@ RUNS = {
         seq_len=4096,
         phases_s=(
             *(("forward alone", 1.13), ("bubble", 2.06), ("backward alone", 1.99), ("weight gradients", 0.48)),
-            *(("forward and backward overlapped", 13.95), ("optimiser", 0.29)),
+            *(("forward and backward overlapped", 13.95), ("optimizer", 0.29)),
         ),
         mfu=0.4373,
         mfu_causal=0.3894,

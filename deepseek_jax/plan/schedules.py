@@ -1,14 +1,14 @@
 """Pipeline schedules: what each device holds, how many micro-batches are in flight, how long devices wait.
 
-Of one stage and micro-batch let F be the time of the forward pass, B of the whole backward pass, W of the part of it
-that makes weight gradients, F&B of a forward and a backward pass overlapped; PP the number of stages.
+For one stage and micro-batch, F is the time of the forward pass, B of the whole backward pass, W of its part that
+computes weight gradients, and F&B of a forward and a backward pass overlapped. PP is the number of stages.
 
-| schedule | bubble | devices | stages a device | micro-batches in flight |
+| schedule | bubble | devices | stages per device | micro-batches in flight |
 | --- | --- | --- | --- | --- |
 | 1F1B | (PP - 1) (F + B) | PP | 1 | PP on the first, 1 on the last |
 | ZB1P | (PP - 1) (F + B - 2W) | PP | 1 | PP |
 | DualPipe | (PP/2 - 1) (F&B + B - 3W) | PP | 2, in opposite directions: two copies of the model | PP + 1 |
-| DualPipeV | (PP/2 - 1) (F&B + B - 3W) | PP/2 | 2, there and back | PP + 1 |
+| DualPipeV | (PP/2 - 1) (F&B + B - 3W) | PP/2 | 2, in a V | PP + 1 |
 
 Sources: V3 report, section 3.2.1 and table 2; the DualPipe repository's README; zero bubble: arXiv 2401.10241.
 """
@@ -20,13 +20,13 @@ from deepseek_jax.errors import UserError
 
 
 @dataclass(frozen=True)
-class Held:
+class StageShare:
     """A stage on a device.
 
     Attributes:
-        stage: which.
-        share: of a pipeline's micro-batches, those that pass it here.
-        in_flight: micro-batches of which it keeps activations at once, at most.
+        stage: number of the stage.
+        share: fraction of a pipeline's micro-batches that pass the stage on this device.
+        in_flight: largest number of micro-batches whose activations it keeps at once.
     """
 
     stage: int
@@ -36,7 +36,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one stage and micro-batch.
+    """Seconds per stage and micro-batch.
 
     Attributes:
         forward: F.
@@ -56,19 +56,19 @@ class Schedule:
     """A pipeline schedule.
 
     Attributes:
-        title, formula: for people.
-        bubble: seconds that a device waits in a step, from (PP, times).
-        hold: the stages on a device, from (rank, devices along the pipeline).
+        title, formula: name and formula as shown to people.
+        bubble: `bubble(PP, times)` returns the seconds that a device waits per step.
+        hold: `hold(rank, devices along the pipeline)` returns the stages on a device.
         stages_per_device: 1 or 2.
-        copies: of the model in one pipeline.
+        copies: copies of the model in one pipeline.
         overlaps: whether the forward pass of one micro-batch and the backward pass of another hide their exchanges.
-        even: whether the devices along the pipeline must be even in number.
+        even: whether the number of devices along the pipeline must be even.
     """
 
     title: str
     formula: str
     bubble: Callable[[int, Times], float]
-    hold: Callable[[int, int], tuple[Held, ...]]
+    hold: Callable[[int, int], tuple[StageShare, ...]]
     stages_per_device: int = 1
     copies: int = 1
     overlaps: bool = False
@@ -79,9 +79,9 @@ def _dual(n_stages: int, t: Times) -> float:
     return (n_stages / 2 - 1) * (t.both + t.backward - 3 * t.weights)
 
 
-def _there_and_back(n_stages: int, share: float) -> Callable[[int], tuple[Held, ...]]:
-    def hold(rank: int) -> tuple[Held, ...]:
-        return Held(rank, share, n_stages - rank), Held(n_stages - 1 - rank, share, rank + 1)
+def _there_and_back(n_stages: int, share: float) -> Callable[[int], tuple[StageShare, ...]]:
+    def hold(rank: int) -> tuple[StageShare, ...]:
+        return StageShare(rank, share, n_stages - rank), StageShare(n_stages - 1 - rank, share, rank + 1)
 
     return hold
 
@@ -91,13 +91,13 @@ SCHEDULES = {
         title="1F1B",
         formula="(PP-1)(F+B)",
         bubble=lambda n, t: (n - 1) * (t.forward + t.backward),
-        hold=lambda rank, n: (Held(rank, 1.0, n - rank),),
+        hold=lambda rank, n: (StageShare(rank, 1.0, n - rank),),
     ),
     "zb1p": Schedule(
         title="ZB1P",
         formula="(PP-1)(F+B-2W)",
         bubble=lambda n, t: (n - 1) * (t.forward + t.backward - 2 * t.weights),
-        hold=lambda rank, n: (Held(rank, 1.0, n),),
+        hold=lambda rank, n: (StageShare(rank, 1.0, n),),
     ),
     "dualpipe": Schedule(
         title="DualPipe",
@@ -121,29 +121,29 @@ SCHEDULES = {
 
 
 def schedule(name: str, n_devices: int, micro_batches: int) -> Schedule:
-    """The schedule called `name`, checked against the devices along the pipeline and the micro-batches of each.
+    """Returns the schedule called `name`, checked against the devices and micro-batches of a pipeline.
 
     Raises:
-        UserError: no such schedule, or one that these do not suit.
+        UserError: there is no such schedule, or it does not suit these numbers.
     """
     if name not in SCHEDULES:
         raise UserError(f"--schedule={name}: no such schedule. Choose one of {', '.join(SCHEDULES)}.")
     found = SCHEDULES[name]
     if found.even and n_devices % 2:
         raise UserError(
-            f"--schedule={name} runs both ways through an even number of devices; config.mesh.pipe={n_devices}. "
-            "Choose an even one, or --schedule=1f1b."
+            f"--schedule={name} with config.mesh.pipe={n_devices}: expected an even number of devices. "
+            "Choose an even config.mesh.pipe, or --schedule=1f1b."
         )
     least = 2 * n_devices if found.overlaps else 1
     if micro_batches < least or (found.even and micro_batches % 2):
-        wanted = f"an even number, {least} or more" if found.even else f"{least} or more"
+        expected = f"an even number >= {least}" if found.even else f"{least} or more"
         raise UserError(
-            f"--schedule={name} over {n_devices} devices with {micro_batches} micro-batches: wanted {wanted}. "
+            f"--schedule={name} over {n_devices} devices with {micro_batches} micro-batches: expected {expected}. "
             "Choose another config.train.micro_batches, or --schedule=1f1b."
         )
     return found
 
 
 def n_stages(found: Schedule, n_devices: int) -> int:
-    """Stages of the pipeline: PP."""
+    """Returns the number of stages of the pipeline: PP."""
     return n_devices * found.stages_per_device // found.copies

@@ -1,12 +1,13 @@
 """How long a step takes: a roofline, and the same with the recipe's calibrated efficiency.
 
-    a matmul     max(operations / rate, bytes / memory bandwidth);  rate FP8 or bfloat16, over the efficiency
-    W = the forward pass's matmuls again, B = W + input gradients + what is recomputed; attention's pairs 1 : 2
-    F&B          max(F + B, their exchanges) where the schedule overlaps them, else F + B + exchanges
-    step         micro-batches * F&B of the slowest device's stages + bubble + ZeRO-1 and FSDP + optimiser
+    matmul       max(operations / rate, bytes / memory bandwidth);  rate = efficiency * peak in FP8 or bfloat16
+    W            as long as the forward pass's matmuls
+    B            W + input gradients + recomputation; attention's pairs take twice as long as forward
+    F&B          max(F + B, their exchanges) if the schedule overlaps them, else F + B + exchanges
+    step         micro-batches * F&B of the slowest device's stages + bubble + ZeRO-1 and FSDP + optimizer
 
-The roofline has efficiency 1: a bound for this very plan.  The calibrated one is `Recipe.efficiency`, fitted to one
-measurement of each recipe (`recipes` says which).
+The roofline has efficiency 1: it is a bound for this plan. The calibrated efficiency is `Recipe.efficiency`, fitted to
+one measurement per recipe (`recipes` says which).
 """
 
 from dataclasses import dataclass
@@ -21,17 +22,17 @@ from deepseek_jax.plan.schedules import Times
 from deepseek_jax.plan.traffic import GIGA, exchange, rank_traffic
 
 TERA = 1e12
-PAIRS_BACKWARD = 2  # gradients of scores and values, in forward passes
+PAIRS_BACKWARD = 2  # time of the gradients of scores and values, in forward passes
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Seconds of one stage and micro-batch, arithmetic only.
+    """Seconds of arithmetic per stage and micro-batch.
 
     Attributes:
-        matmuls: forward pass of the matrices; their input gradients take as long, their weight gradients too.
-        pairs: forward pass of attention's scores and sums.
-        recomputed: what the backward pass does again.
+        matmuls: forward pass of the matrices; input gradients and weight gradients each take as long.
+        pairs: forward pass of attention's scores and weighted sums.
+        recomputed: what the backward pass recomputes.
     """
 
     matmuls: float
@@ -51,14 +52,14 @@ class Compute:
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of a step on the slowest device.
+    """Seconds per step on the slowest device.
 
     Attributes:
         compute: arithmetic of all micro-batches.
-        exchange: with experts, as far as arithmetic does not hide it.
+        exchange: all-to-all with the experts that arithmetic does not hide.
         bubble: waiting for other stages.
         reduce: gradients and weights between replicas, and FSDP.
-        optimizer: reading and writing its state.
+        optimizer: reading and writing the optimizer state.
     """
 
     compute: float
@@ -69,12 +70,12 @@ class Step:
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """The whole step."""
         return self.compute + self.exchange + self.bubble + self.reduce + self.optimizer
 
 
 def stage_compute(job: Job, number: int, efficiency: float) -> Compute:
-    """The arithmetic of one micro-batch in a stage."""
+    """Returns the arithmetic of one micro-batch in a stage."""
     stage, tokens = job.stages[number], job.layout.tokens
     pairs = stage.n_attentions * _pairs(job) * tokens / (job.chip.bf16 * TERA * efficiency)
     matmuls, recomputed = 0.0, pairs * recomputes_pairs(job)
@@ -87,16 +88,16 @@ def stage_compute(job: Job, number: int, efficiency: float) -> Compute:
 
 
 def recomputed_flops(job: Job) -> float:
-    """Operations of one token that the backward pass does again, all stages."""
+    """Returns the operations per token that the backward pass recomputes, over all stages."""
     again = sum(2 * job.network.active(w) for w in job.network.weights if w.is_matrix and recomputes(job, w))
-    return again + recomputes_pairs(job) * (job.network.n_layers + job.network.n_ahead) * _pairs(job)
+    return again + recomputes_pairs(job) * (job.network.n_layers + job.network.mtp_depth) * _pairs(job)
 
 
 def recomputes(job: Job, weight: Weight) -> bool:
-    """Whether the backward pass does a matrix's forward pass again.
+    """Returns whether the backward pass recomputes a matrix's forward pass.
 
-    "block": all layers.  "dots": the routed experts, whose loop is not kept; so it is whenever they are exchanged
-    (`parallel.alltoall`).  V3: what is made from latents.
+    "block": all layers. "dots": the routed experts, whose loop is not kept; the same holds under every policy if they
+    are exchanged (`parallel.alltoall`). V3: everything that is computed from latents.
     """
     if weight.part == HEAD:
         return False
@@ -106,14 +107,14 @@ def recomputes(job: Job, weight: Weight) -> bool:
 
 
 def recomputes_pairs(job: Job) -> bool:
-    """Whether attention's scores are made again: by a policy, or because sequences are long (`layers.attention`)."""
+    """Returns whether attention's scores are recomputed: by the policy, or because sequences are long."""
     return job.recipe.remat in ("block", "dots") or (
         job.recipe.remat == "none" and job.layout.seq_len > RECOMPUTED_FROM
     )
 
 
 def mean_times(job: Job, efficiency: float) -> Times:
-    """F, B, W and F&B, mean over the stages: what the bubbles' formulas speak of."""
+    """Returns F, B, W and F&B of the bubble formulas, averaged over the stages."""
     stages = range(len(job.stages))
     computes = [stage_compute(job, number, efficiency) for number in stages]
     forward, backward, weights, sent = (
@@ -132,17 +133,17 @@ def mean_times(job: Job, efficiency: float) -> Times:
 
 
 def bubble(job: Job, efficiency: float) -> float:
-    """Seconds that a device waits for other stages in a step."""
+    """Returns the seconds per step that a device waits for other stages."""
     return job.schedule.bubble(len(job.stages), mean_times(job, efficiency))
 
 
 def step(job: Job, efficiency: float = 1.0) -> Step:
-    """The step of the slowest device."""
+    """Returns the step of the slowest device."""
     return slowest(job, efficiency)[1]
 
 
 def slowest(job: Job, efficiency: float) -> tuple[int, Step]:
-    """The rank along the pipeline of the slowest device, and its step."""
+    """Returns the pipeline rank of the slowest device, and its step."""
     waiting = bubble(job, efficiency)
     steps = [_rank_step(job, rank, efficiency, waiting) for rank in range(len(job.ranks))]
     return max(enumerate(steps), key=lambda pair: pair[1].total)
@@ -165,23 +166,23 @@ def _rank_step(job: Job, rank: int, efficiency: float, waiting: float) -> Step:
 
 
 def _pairs(job: Job) -> float:
-    """Operations of one token's attention in one layer, forward."""
+    """Returns the forward operations of attention per token and layer."""
     return job.network.flops_per_pair * keys_seen(job.layout.seq_len, causal=True)
 
 
 def _times(stage: Stage, weight: Weight) -> int:
-    """How often a token meets a matrix: the head once more for each depth of multi-token prediction."""
-    return 1 + stage.n_ahead if weight.part == HEAD else 1
+    """Returns how often a token passes a matrix: the head once more per depth of multi-token prediction."""
+    return 1 + stage.mtp_depth if weight.part == HEAD else 1
 
 
 def _exchange_seconds(job: Job, number: int) -> float:
-    """One micro-batch to the experts of a stage and back, forward pass."""
+    """Returns the seconds of one micro-batch to the experts of a stage and back, in the forward pass."""
     tokens = job.layout.tokens * job.stages[number].n_expert_layers(job.network)
     return exchange(job).times(tokens).seconds(job.chip)
 
 
 def _matmul(job: Job, part: Part, efficiency: float) -> float:
-    """Seconds of the forward matmuls of a weight, all its layers in the stage, one micro-batch."""
+    """Returns the seconds of a weight's forward matmuls, over all its layers in the stage, per micro-batch."""
     weight, tokens = part.weight, job.layout.tokens
     low = job.recipe.fp8 and weight.part != HEAD and not weight.is_router
     rate = (job.chip.fp8 if low else job.chip.bf16) * TERA * efficiency

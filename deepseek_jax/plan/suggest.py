@@ -1,13 +1,13 @@
-"""Meshes on which a network fits, fastest first: what may be chosen, and a search that traces as little as it can.
+"""Meshes on which a network fits, fastest first: what may be chosen, and a search that traces as little as possible.
 
     choices      pipe x data x expert = devices, rules that store weights in shards, micro-batches, remat, recipe
     fits         memory of the fullest device <= (1 - BARELY) of the chip's
-    order        seconds of a step (`step_time.step` with the recipe's efficiency)
+    order        seconds per step (`step_time.step` with the recipe's efficiency)
 
-More micro-batches need less memory and more time, so a line of choices differs in their number alone, and the line's
-first member that may fit bounds its time from below.  Best first: the fastest such member of all lines is taken, and
-what its layers keep (`Kept`: a derivative on shapes, seconds of work) looked up for it alone, unless a job of the same
-recomputation has shown already that there is no hope.  So what is found first is the fastest that fits.
+More micro-batches need less memory and more time. So the jobs of a line differ in their micro-batches alone, and the
+first job of a line that may fit is its fastest. The search is best first: it takes the fastest such job of all lines
+and computes what its layers keep (`ActivationBytes`: a derivative on shapes, seconds of work) for that job only, unless
+a job with the same recomputation has already shown that it cannot fit. The first job found is the fastest that fits.
 """
 
 import heapq
@@ -20,7 +20,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.mesh import DATA, EXPERT
 from deepseek_jax.parallel.sharding import EXPERTS
 from deepseek_jax.plan import step_time
-from deepseek_jax.plan.activations import Kept, matmul_outputs
+from deepseek_jax.plan.activations import ActivationBytes, matmul_outputs
 from deepseek_jax.plan.chips import Chip
 from deepseek_jax.plan.job import Job
 from deepseek_jax.plan.layout import Layout
@@ -29,7 +29,7 @@ from deepseek_jax.plan.network import Network
 from deepseek_jax.plan.recipes import V3_POLICY, Recipe
 from deepseek_jax.plan.schedules import SCHEDULES, schedule
 
-# Rules beside the config's own, each a way to store weights in shards that are gathered before use.
+# Rules added to the config's own, each a way to store weights in shards that are gathered before use.
 STORED = ({}, {"embed": DATA}, {"heads": EXPERT, "embed": DATA}, {"vocab": EXPERT, "heads": EXPERT, "embed": DATA})
 PIPES = (1, 2, 4, 8, 16)
 NO_PIPELINE = "a pipeline axis in train"
@@ -43,13 +43,13 @@ class Space:
     """What is given, and what may be chosen.
 
     Attributes:
-        network, chip, devices: what runs on what.
+        network, chip, devices: the network, and the chips it is to run on.
         batch, batch_start, seq_len, loss_chunk: `config.train.batch_size`, `batch_size_start`, `config.data.seq_len`,
             `config.train.loss_chunk`.
         rules: `config.sharding`.
-        recipes: of which one is chosen; their `remat` and number formats differ.
-        kept: what a layer of each stack keeps, from recipe, layout and rules; asked for as rarely as possible.
-        efficiency: of the matmuls; 0: that of each recipe.
+        recipes: recipes to choose from; their `remat` and number formats differ.
+        kept: `kept(recipe, layout, rules)` returns what a layer of each stack keeps; called as rarely as possible.
+        efficiency: efficiency of the matmuls; 0: that of each recipe.
     """
 
     network: Network
@@ -61,7 +61,7 @@ class Space:
     loss_chunk: int
     rules: Mapping[str, str]
     recipes: Sequence[Recipe]
-    kept: Callable[[Recipe, Layout, Mapping[str, str]], Mapping[str, Kept]]
+    kept: Callable[[Recipe, Layout, Mapping[str, str]], Mapping[str, ActivationBytes]]
     efficiency: float = 0.0
 
 
@@ -70,9 +70,9 @@ class Suggestion:
     """A job that fits.
 
     Attributes:
-        job: it.
-        batch_start: `config.train.batch_size_start` with which it starts.
-        step_s: seconds of a step.
+        job: the job.
+        batch_start: its `config.train.batch_size_start`.
+        step_s: seconds per step.
         memory: bytes on the fullest device.
     """
 
@@ -83,7 +83,7 @@ class Suggestion:
 
 
 def missing(job: Job) -> list[str]:
-    """What `deepseek-jax train` still needs to run a job; nothing if it can today."""
+    """Returns what `deepseek-jax train` does not support yet but the job needs; empty if it can run the job."""
     found = [NO_PIPELINE] if job.layout.pipe > 1 else []
     if job.recipe.remat == V3_POLICY:
         return [*found, NO_V3]
@@ -91,11 +91,11 @@ def missing(job: Job) -> list[str]:
 
 
 def search(space: Space) -> Iterator[Suggestion]:
-    """The suggestions, fastest first, one for each mesh and recipe."""
-    order = itertools.count()  # of equals the first
+    """Yields the suggestions, fastest first, one per mesh and recipe."""
+    order = itertools.count()  # breaks ties
     heap = [(step_of(space, job), next(order), job, rest) for job, *rest in lines(space)]
     heapq.heapify(heap)
-    known: dict[tuple, Mapping[str, Kept]] = {}
+    known: dict[tuple, Mapping[str, ActivationBytes]] = {}
     found: set[tuple] = set()
     while heap:
         seconds, _, job, rest = heapq.heappop(heap)
@@ -117,7 +117,7 @@ def search(space: Space) -> Iterator[Suggestion]:
 
 
 def smallest(space: Space) -> int:
-    """The least power of two above `space.devices` on which something fits; 0 if there is none up to MOST_DEVICES."""
+    """Returns the least power of two above `space.devices` on which a job fits; 0 if none does up to MOST_DEVICES."""
     least = [recipe for recipe in space.recipes if recipe.remat in ("block", V3_POLICY)] or space.recipes
     for devices in itertools.takewhile(lambda n: n <= MOST_DEVICES, (2**k for k in itertools.count())):
         if devices > space.devices and next(search(replace(space, devices=devices, recipes=least)), None):
@@ -126,20 +126,20 @@ def smallest(space: Space) -> int:
 
 
 def step_of(space: Space, job: Job) -> float:
-    """Seconds of a step, by which suggestions are ordered."""
+    """Returns the seconds per step, by which suggestions are ordered."""
     return step_time.step(job, space.efficiency or job.recipe.efficiency).total
 
 
 def start_of(space: Space, job: Job) -> int:
-    """`config.train.batch_size_start`, rounded up to what divides over the devices and their micro-batches."""
+    """Returns `config.train.batch_size_start`, rounded up to a multiple of the devices times their micro-batches."""
     multiple = job.layout.devices // job.layout.pipe * job.layout.micro_batches
     return min(ceil(space.batch_start / multiple) * multiple, job.layout.batch)
 
 
 def lines(space: Space) -> Iterator[list[Job]]:
-    """Jobs that divide and may fit; those of a line differ in their micro-batches alone, the fewest first."""
+    """Yields lines of jobs that divide and may fit; the jobs of a line differ in their micro-batches, fewest first."""
     for pipe, expert, rules in _meshes(space):
-        shared: dict[bool, Job] = {}  # their stages and parts serve all jobs on this mesh
+        shared: dict[bool, Job] = {}  # their stages and parts are shared by all jobs on this mesh
         for recipe in space.recipes:
             jobs = (_job(space, pipe, expert, rules, recipe, n) for n in _micro_batches(space, pipe))
             line = [job for job in jobs if _divides(job, shared) and _fits(space, job, _least(job))]
@@ -148,7 +148,7 @@ def lines(space: Space) -> Iterator[list[Job]]:
 
 
 def _divides(job: Job, shared: dict[bool, Job]) -> bool:
-    """Whether the weights divide over a job's mesh; what that needs is taken from an equal job in `shared`."""
+    """Returns whether the weights divide over a job's mesh; takes stages and parts from an equal job in `shared`."""
     like = shared.setdefault(job.recipe.fp8, job)
     try:
         job.__dict__.update(stages=like.stages, parts=like.parts)
@@ -157,17 +157,19 @@ def _divides(job: Job, shared: dict[bool, Job]) -> bool:
     return True
 
 
-def _least(job: Job) -> dict[str, Kept]:
-    """Less than a layer keeps under any policy: its input, and while it works the outputs of its matmuls."""
+def _least(job: Job) -> dict[str, ActivationBytes]:
+    """Returns a lower bound for every policy: a layer's input, and at work the outputs of its matmuls."""
     width, tokens = job.recipe.activations, job.layout.seq_len
     return {
-        name: Kept(tokens * width * job.network.d_model, 0, tokens * width * matmul_outputs(job.network, name))
+        name: ActivationBytes(
+            tokens * width * job.network.d_model, 0, tokens * width * matmul_outputs(job.network, name)
+        )
         for name in job.network.stacks
     }
 
 
 def _meshes(space: Space) -> Iterator[tuple[int, int, dict[str, str]]]:
-    """(pipe, expert, rules) that divide the devices; rules that come to the same are tried once."""
+    """Yields (pipe, expert, rules) that divide the devices; equivalent rules are tried once."""
     pipes = [n for n in PIPES if space.devices % n == 0 and n <= space.network.n_layers]
     for pipe in pipes if any(missing_of(r) for r in space.recipes) else [1]:
         replicas, n_experts = space.devices // pipe, space.network.n_experts
@@ -182,12 +184,12 @@ def _meshes(space: Space) -> Iterator[tuple[int, int, dict[str, str]]]:
 
 
 def missing_of(recipe: Recipe) -> bool:
-    """Whether `train` cannot run a recipe yet; pipelines are tried with these alone."""
+    """Returns whether `train` cannot run a recipe yet; pipelines are tried with such recipes only."""
     return recipe.weights != 4
 
 
 def _micro_batches(space: Space, pipe: int) -> list[int]:
-    """Numbers of micro-batches that divide a device's share of the batch: in a pipeline one sequence each."""
+    """Returns the numbers of micro-batches that divide a device's share; in a pipeline one sequence each."""
     share = ceil(space.batch / (space.devices // pipe))
     return [share] if pipe > 1 else [n for n in range(1, share + 1) if share % n == 0]
 
@@ -201,16 +203,16 @@ def _job(space: Space, pipe: int, expert: int, rules: dict, recipe: Recipe, micr
     return Job(space.network, layout, space.chip, schedule(name, pipe, micro_batches), recipe, rules)
 
 
-def _fits(space: Space, job: Job, kept: Mapping[str, Kept]) -> bool:
-    """Whether a job leaves what is not counted its share of the memory."""
+def _fits(space: Space, job: Job, kept: Mapping[str, ActivationBytes]) -> bool:
+    """Returns whether a job fits and leaves memory for what is not counted."""
     return fullest(job, kept, space.loss_chunk) <= (1 - BARELY) * capacity(job)
 
 
 def _alike(job: Job) -> tuple:
-    """Jobs of which a layer keeps about the same."""
+    """Returns a key of jobs whose layers keep about the same."""
     return job.recipe.remat, job.recipe.activations, job.expert_devices > 1
 
 
 def schedule_name(job: Job) -> str:
-    """The name of a job's schedule, as given to --schedule."""
+    """Returns the name of a job's schedule, as given to --schedule."""
     return next(name for name, found in SCHEDULES.items() if found is job.schedule)

@@ -1,17 +1,17 @@
-"""Bytes that one device sends in a step, and how long its links need for them at the rate that the maker states.
+"""Bytes that one device sends per step, and how long its links need for them at the maker's stated rate.
 
 | what | bytes |
 | --- | --- |
-| exchange with experts, network | nodes * (N-1)/N * D * (dispatch + combine), a token and layer, there and back |
+| exchange with experts, network | nodes * (N-1)/N * D * (dispatch + combine), per token and layer, there and back |
 | the same, fast link | copies * (n-1)/n * D * (dispatch + combine) |
 | ZeRO-1 | (R-1)/R * (gradients scattered + weights gathered) over the R replicas of each weight |
-| FSDP | the same for each layer and micro-batch: gathered before use, gradients scattered |
-| pipeline | D a token, forward to the next stage and backward to the one before |
+| FSDP | the same per layer and micro-batch: gathered before use, gradients scattered |
+| pipeline | D per token, forward to the next stage and backward to the previous one |
 
-n devices share a fast link, N = expert axis / n nodes.  Copies: one a chosen expert, at most one a device; that several
-may share a device is not deducted.  Limited (V3 sections 2.1.2 and 3.2.2, V2 section 2.2.2): copies and nodes are at
-most the part of the devices and nodes that a token's groups of experts cover, and a token crosses the network once for
-each node, then spreads over the fast link.  Without it each of its copies crosses by itself.
+n devices share a fast link, and there are N = expert axis / n nodes. Copies: one per chosen expert, at most one per
+device; we do not correct for several of them sharing a device. Node-limited (V3 sections 2.1.2 and 3.2.2, V2 section
+2.2.2): copies and nodes are limited to the devices and nodes that a token's groups of experts cover, and a token
+crosses the network once per node, then spreads over the fast link. Otherwise each copy crosses on its own.
 """
 
 from collections.abc import Sequence
@@ -37,22 +37,22 @@ class Sent:
         return Sent(self.fast + other.fast, self.network + other.network)
 
     def times(self, factor: float) -> "Sent":
-        """`factor` times as much."""
+        """Returns `factor` times as much."""
         return Sent(self.fast * factor, self.network * factor)
 
     def seconds(self, chip: Chip) -> float:
-        """Time that the slower of the two links needs; they work at the same time."""
+        """Returns the time of the slower of the two links, which work at the same time."""
         return max(self.fast / chip.fast, self.network / chip.network) / GIGA
 
     @property
     def total(self) -> float:
-        """Both links together."""
+        """The bytes of both links together."""
         return self.fast + self.network
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a device sends in a step.
+    """What a device sends per step.
 
     Attributes:
         exchange: with the experts' devices, forward and backward.
@@ -68,12 +68,12 @@ class Traffic:
 
     @property
     def total(self) -> float:
-        """Bytes in all."""
+        """The bytes of all kinds together."""
         return self.exchange.total + self.zero.total + self.fsdp.total + self.pipeline.total
 
 
 def exchange(job: Job) -> Sent:
-    """To the experts of one layer and back, a token, forward pass."""
+    """Returns the bytes per token to the experts of one layer and back, in the forward pass."""
     network, recipe, devices = job.network, job.recipe, job.expert_devices
     if devices == 1:
         return Sent()
@@ -89,7 +89,7 @@ def exchange(job: Job) -> Sent:
 
 
 def rank_traffic(job: Job, rank: int) -> Traffic:
-    """What a device of this rank of the pipeline sends in a step."""
+    """Returns what a device of this pipeline rank sends per step."""
     experts, zero, fsdp, pipeline = Sent(), Sent(), Sent(), Sent()
     forward = exchange(job)
     for hold in job.ranks[rank]:
@@ -106,17 +106,17 @@ def rank_traffic(job: Job, rank: int) -> Traffic:
 
 
 def _over(job: Job, n_devices: int, sent: float) -> Sent:
-    """`sent` bytes between `n_devices` neighbours: over the fast link if that joins them all."""
+    """Returns `sent` bytes between `n_devices` neighbours: over the fast link if it connects all of them."""
     return Sent(fast=sent) if n_devices <= job.chip.reach else Sent(network=sent)
 
 
 def _span(job: Job, axes: Sequence[str]) -> int:
-    """Devices from the first to the last of a group along `axes`, the expert axis being the inner one."""
+    """Returns the devices from the first to the last of a group along `axes`; the expert axis is the inner one."""
     return job.layout.data * job.layout.expert if DATA in axes else job.layout.expert
 
 
 def _zero(job: Job, part: Part) -> Sent:
-    """Gradients of a weight summed and scattered, new weights gathered; copies of the model are replicas too."""
+    """Returns the bytes of scattered gradients and gathered weights; copies of the model are replicas too."""
     place, copies = part.place, job.schedule.copies
     replicas = size(job.mesh, place.copies) * copies
     span = _span(job, place.copies) * (job.layout.pipe if copies > 1 else 1)
@@ -126,7 +126,7 @@ def _zero(job: Job, part: Part) -> Sent:
 
 
 def _fsdp(job: Job, part: Part) -> Sent:
-    """A weight stored in shards: gathered for the forward pass, again if it is recomputed, gradients scattered."""
+    """Returns the bytes of a sharded weight: gathered forward, again for recomputation, gradients scattered."""
     gathers, sent = 1 + (job.recipe.remat != "none"), Sent()
     for logical, axis in zip(part.weight.axes, part.place.spec, strict=False):
         if axis and logical != EXPERTS:

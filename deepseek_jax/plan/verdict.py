@@ -1,4 +1,4 @@
-"""What a plan comes to, in five lines; and the tables of meshes that are suggested instead."""
+"""The summary of a plan in five lines, and the tables of suggested meshes."""
 
 from collections.abc import Sequence
 
@@ -21,19 +21,19 @@ PARTS = {
 
 
 def verdict(job: Job, memory: float, efficiency: float, mark: str, hindrances: Sequence[str]) -> Section:
-    """Does it fit, memory, step time, MFU, what bounds it.
+    """Returns whether the job fits, its memory, step time, MFU and bottleneck.
 
     Args:
         job: what is planned.
         memory: bytes on the fullest device.
-        efficiency, mark: of the matmuls, and where that number is from (`figures`).
-        hindrances: why `train` cannot run it today.
+        efficiency, mark: efficiency of the matmuls, and the origin of that number (`figures`).
+        hindrances: reasons why `train` cannot run the job today.
     """
     fits, step, size = memory <= capacity(job), step_time.step(job, efficiency), figures.binary(capacity(job))
     per_second, mfu = _speed(job, step.total)
     runs = "deepseek-jax train runs it" if not hindrances else f"train cannot run it yet: {'; '.join(hindrances)}"
     limit, advice = bottleneck(job, step) if fits else ("memory", "--suggest names meshes that fit")
-    counted = "causal, as a training log" + above(mfu, job)
+    counted = "causal, as in the training log" + above(mfu, job)
     rows = [
         ("fits", Figure("fits", fits, "yes" if fits else "NO", DERIVED), runs),
         ("bytes per device", figures.gib("memory", memory), f"of {size}, on the fullest"),
@@ -49,17 +49,17 @@ def verdict(job: Job, memory: float, efficiency: float, mark: str, hindrances: S
 
 
 def _speed(job: Job, step_s: float) -> tuple[float, float]:
-    """(tokens per second over all devices, MFU in percent as a training log counts it)."""
+    """Returns (tokens per second over all devices, MFU in percent as the training log counts it)."""
     at = job.layout
     speed = Speed(step_s, at.tokens_per_step, at.devices)
     return at.tokens_per_step / step_s, 100 * speed.mfu(flops.training(job.network, at.seq_len), job.chip)
 
 
 def above(mfu_percent: float, job: Job, *, in_full: bool = False, is_given: bool = False) -> str:
-    """Why a utilization is above 100 %, as the end of a remark; nothing where it is not.
+    """Returns the reasons why a utilization is above 100 %, as the end of a remark; "" if it is not.
 
     Args:
-        mfu_percent: the largest of a row.
+        mfu_percent: largest utilization of a row.
         job: what is planned.
         in_full: whether the operations count attention to later tokens, which is not computed.
         is_given: whether one of the steps was given rather than computed.
@@ -72,14 +72,14 @@ def above(mfu_percent: float, job: Job, *, in_full: bool = False, is_given: bool
             f"FP8 matmuls run at up to {job.chip.fp8 / job.chip.bf16:.3g} x the bfloat16 peak that is counted"
         )
     if in_full:
-        reasons.append("half of the attention that is counted is not computed")
+        reasons.append("half of the counted attention is not computed")
     if is_given:
-        reasons.append("a step that was given may be shorter than the chip can do")
+        reasons.append("the given step may be shorter than the chip allows")
     return f"; above 100 %: {'; '.join(reasons)}"
 
 
 def bottleneck(job: Job, step: Step) -> tuple[str, str]:
-    """The longest part of a step, and what would make it shorter."""
+    """Returns the longest part of a step, and what would shorten it."""
     part = max(PARTS, key=lambda name: getattr(step, name))
     return PARTS[part], f"{getattr(step, part) / step.total:.0%} of the step; {_advice(job, part)}"
 
@@ -103,7 +103,7 @@ def _advice(job: Job, part: str) -> str:
 
 
 def suggestions(key: str, title: str, found: Sequence[Suggestion], words: Sequence[str]) -> Section:
-    """A table of suggestions, the fastest first; `words`: what each one is called on the command line."""
+    """Returns a table of suggestions, fastest first; `words`: the command-line arguments of each."""
     rows = []
     for number, (it, text) in enumerate(zip(found, words, strict=True), 1):
         per_second, mfu = _speed(it.job, it.step_s)
@@ -119,6 +119,6 @@ def suggestions(key: str, title: str, found: Sequence[Suggestion], words: Sequen
 
 
 def mesh_text(job: Job) -> str:
-    """The mesh, in words."""
+    """Returns the mesh as text."""
     at = job.layout
     return f"pipe {at.pipe} x data {at.data} x expert {at.expert}"

@@ -1,4 +1,4 @@
-"""Jobs to plan: a config's network, divided as a test says."""
+"""Jobs to plan: a config's network, divided as a test asks."""
 
 import functools
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ def subject():
 
 @pytest.fixture(scope="session")
 def job_of():
-    """A function that makes a `Job`; mesh sizes are 1 but for those given."""
+    """A function that returns a `Job`; mesh sizes default to 1."""
     from deepseek_jax.plan.chips import CHIPS
     from deepseek_jax.plan.job import Job
     from deepseek_jax.plan.layout import make_layout
@@ -48,7 +48,7 @@ def job_of():
 
 @pytest.fixture(scope="session")
 def kept_of():
-    """A function that says what a layer of each stack keeps."""
+    """A function that returns what a layer of each stack keeps."""
     from deepseek_jax.plan.activations import kept
 
     def of(name, job):

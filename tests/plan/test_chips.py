@@ -1,4 +1,4 @@
-"""The table of chips: it agrees with the one that training logs use, and a chip of one's own is read."""
+"""The table of chips: it agrees with the table of the training log, and custom chips are read."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ def test_a_chip_of_ones_own():
     "text",
     ["h900", "", ":bf16=1", "mine:", "a:bf16", "a:bf16=x", "a:bf16=0", "a:hbm=1e-320", "a:speed=3", "a:reach=1.5"],
 )
-def test_a_chip_that_is_none_is_refused(text):
+def test_an_unknown_chip_is_refused(text):
     with pytest.raises(UserError, match="--chip="):
         chip(text)
 
@@ -54,7 +54,7 @@ def test_a_chip_that_is_none_is_refused(text):
         ("64xa100_40", "a100_40", 64),
         ("8xl4", "l4", 8),
         ("v5p", "tpu_v5p", 0),
-        ("v5p-512", "tpu_v5p", 256),  # TensorCores, two a chip
+        ("v5p-512", "tpu_v5p", 256),  # TensorCores, two per chip
         ("tpu_v5p-8", "tpu_v5p", 4),
         ("256xv5p", "tpu_v5p", 256),  # chips
         ("v5e-256", "tpu_v5e", 256),

@@ -23,7 +23,7 @@ def cache_bytes(name: str) -> int:
     return cache_bytes_per_token(module, module.Config.from_config(config.model))
 
 
-# Billions: in all, working on a token, working on a token without the embedding.
+# Billions: total, active per token, active per token without the embedding.
 PUBLISHED = {
     "llm_7b": (6.910, 6.910, 6.491),
     "llm_67b": (67.425, 67.425, 66.586),
@@ -36,7 +36,7 @@ PUBLISHED = {
     "v3_671b": (671.026, 37.552, 36.626),
     "r1_0528_qwen3_8b": (8.191, 8.191, 7.568),
 }
-# Sizes that differ from a config of ours, and the counts published of those models.
+# Sizes that differ from a config of ours, and the counts published for those models.
 MOONLIGHT = {"vocab_size": 163_840, "d_model": 2048, "n_layers": 27, "n_dense_layers": 1, "dense_width": 11_264}
 MOONLIGHT |= {"n_heads": 16, "q_rank": 0, "n_experts": 64, "n_shared_experts": 2, "expert_width": 1408, "top_k": 6}
 MOONLIGHT |= {"n_groups": 1, "top_groups": 1, "mtp_depth": 0}
@@ -53,18 +53,18 @@ def test_the_published_counts_come_out(name):
 
 def test_multi_token_prediction_of_v3_is_counted_apart():
     found = count(network("v3_671b"))
-    assert (found.ahead_total, found.ahead_active) == (11_610_067_968, 688_100_352)
-    with_shared_tables = found.ahead_active + found.embedding + found.head
+    assert (found.mtp_total, found.mtp_active) == (11_610_067_968, 688_100_352)
+    with_shared_tables = found.mtp_active + found.embedding + found.head
     assert round(with_shared_tables / 1e9, 3) == 2.541
     assert found.router_biases == (58 + 1) * 256
-    assert count(network("llm_7b")).ahead_total == 0
+    assert count(network("llm_7b")).mtp_total == 0
 
 
 @pytest.mark.parametrize(
     ("name", "n_bytes"),
     [("v3_671b", 70_272), ("v2_236b", 69_120), ("v2_lite", 31_104), ("llm_7b", 491_520), ("llm_67b", 389_120)],
 )
-def test_bytes_of_the_cache_a_token(name, n_bytes):
+def test_bytes_of_the_cache_per_token(name, n_bytes):
     assert cache_bytes(name) == n_bytes
 
 
@@ -96,12 +96,12 @@ def test_counts_of_any_network(name):
     found = count(network(name))
     assert 0 < found.active <= found.total
     assert found.embedding + found.head + found.experts < found.total
-    assert found.ahead_active <= found.ahead_total
+    assert found.mtp_active <= found.mtp_total
     if not found.experts:
         assert found.active == found.total
 
 
-def test_gains_biases_and_tables_are_no_matrices():
+def test_gains_biases_and_tables_are_not_matrices():
     kinds = {w.name.rpartition(".")[2] for w in network("r1_distill_qwen_1b5").weights if not w.is_matrix}
     assert kinds == {"table_VD", "gain", "q_bias_HQ", "k_bias_ZQ", "v_bias_ZU"}
 

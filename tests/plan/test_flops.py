@@ -18,7 +18,7 @@ def network(name: str, **model):
 
 
 def written_out(m, seq_len: float) -> float:
-    """V3's training operations of a token: causal attention, routers and multi-token prediction included."""
+    """V3's training operations per token: causal attention, routers and multi-token prediction included."""
     width = m.nope_width + m.rope_width
     attention = m.d_model * m.q_rank + m.q_rank * m.n_heads * width + m.d_model * (m.kv_rank + m.rope_width)
     attention += m.n_heads * (m.kv_rank * (m.nope_width + m.value_width) + m.value_width * m.d_model)
@@ -30,9 +30,9 @@ def written_out(m, seq_len: float) -> float:
     return 3 * 2 * (main + m.mtp_depth * (moe + 2 * m.d_model**2 + head))
 
 
-def test_v3_has_the_published_operations_a_token():
+def test_v3_has_the_published_operations_per_token():
     v3 = network("v3_671b")
-    published = {"router": False, "ahead": False}
+    published = {"router": False, "mtp": False}
     assert round(training(v3, 4096, causal=False, **published) / 1e9, 1) == 280.5
     assert round(training(v3, 4096, causal=True, **published) / 1e9, 1) == 249.8
 
@@ -58,9 +58,9 @@ def test_the_training_log_counts_causally_and_with_multi_token_prediction():
 
 def test_the_parts_add_up():
     found = forward(network("tiny_v3"), 256, causal=True)
-    everything = found.blocks + found.head + found.attention + found.router + found.ahead + found.ahead_router
-    assert found.total(router=True, ahead=True) == everything
-    assert found.total(router=False, ahead=False) == found.blocks + found.head + found.attention
+    everything = found.blocks + found.head + found.attention + found.router + found.mtp + found.mtp_router
+    assert found.total(router=True, mtp=True) == everything
+    assert found.total(router=False, mtp=False) == found.blocks + found.head + found.attention
 
 
 def test_a_dense_model_by_hand():
@@ -71,7 +71,7 @@ def test_a_dense_model_by_hand():
     assert found.blocks == 2 * 2 * (4 * 16 + 96)
     assert found.head == 2 * 40
     assert found.attention == 2 * (2 * 2 * (2 + 2)) * 3
-    assert (found.router, found.ahead) == (0, 0)
+    assert (found.router, found.mtp) == (0, 0)
 
 
 def test_attention_in_full_sees_twice_the_keys():

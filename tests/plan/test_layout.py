@@ -21,7 +21,7 @@ def v3():
 def test_the_published_layout():
     at = make_layout(**SIZES)
     assert (at.pipe, at.data, at.expert, at.devices) == (16, 2, 64, 2048)
-    assert (at.micro_batches, at.sequences, at.tokens) == (120, 1, 4096)  # one sequence a micro-batch
+    assert (at.micro_batches, at.sequences, at.tokens) == (120, 1, 4096)  # one sequence per micro-batch
     assert at.tokens_per_step == 62_914_560
 
 
@@ -34,10 +34,10 @@ def test_without_a_pipeline_micro_batches_are_those_of_the_config():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"devices": 2000}, "does not divide 2000 devices. Choose a multiple of 1024"),
-        ({"data": 3}, "does not divide 2048 devices. Choose a multiple of 3072"),
-        ({"expert": 0}, "sizes are 1 or more"),
-        ({"pipe": -1}, "sizes are 1 or more"),
+        ({"devices": 2000}, "does not divide 2000 devices. Set --devices to a multiple of 1024"),
+        ({"data": 3}, "does not divide 2048 devices. Set --devices to a multiple of 3072"),
+        ({"expert": 0}, "expected sizes >= 1"),
+        ({"pipe": -1}, "expected sizes >= 1"),
         ({"batch": 100}, "does not divide over data 2 x expert 64 = 128 devices. Choose a multiple of 128"),
         ({"micro_batches": 7}, "each of the 128 shares has 120 sequences. Choose a divisor of 120"),
     ],
@@ -56,7 +56,7 @@ def test_every_layer_is_in_one_stage(v3, n_stages, folded):
     assert sum(dict(stage.layers).get("dense_blocks", 0) for stage in stages) == 3
     assert [stage.has_embedding for stage in stages] == [True] + [False] * (n_stages - 1)
     assert [stage.has_head for stage in stages] == [False] * (n_stages - 1) + [True]
-    assert stages[-1].n_ahead == 1
+    assert stages[-1].mtp_depth == 1
     numbers = sum(w.size for stage in stages for w in stage.weights)
     second_embedding = 0 if folded or n_stages == 1 else 129_280 * 7168
     assert numbers == sum(w.size for w in v3.weights) + second_embedding

@@ -7,11 +7,11 @@ import pytest
 from deepseek_jax import run_config
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options, inspect
-from deepseek_jax.plan.activations import Kept, v3_bytes
+from deepseek_jax.plan.activations import ActivationBytes, v3_bytes
 from deepseek_jax.plan.memory import rank_memory
 
 CHUNK = 2048
-NOTHING = {name: Kept(0, 0) for name in ("blocks", "dense_blocks", "moe_blocks")}
+NOTHING = {name: ActivationBytes(0, 0) for name in ("blocks", "dense_blocks", "moe_blocks")}
 MESHES = [{"data": 1, "expert": 1}, {"data": 4, "expert": 1}, {"data": 1, "expert": 8}, {"data": 2, "expert": 4}]
 
 
@@ -23,7 +23,7 @@ def test_states_are_those_that_inspect_shows(job_of, name, sharding, mesh):
     weights, _ = inspect.inspect(config, mesh)
     ours = rank_memory(job_of(name, sharding=sharding, **mesh), 0, NOTHING, CHUNK)
     assert ours["weights"] + ours.get("router_biases", 0) == sum(w.weight_bytes for w in weights)
-    assert ours["optimiser"] == sum(w.optimizer_bytes for w in weights)
+    assert ours["optimizer"] == sum(w.optimizer_bytes for w in weights)
 
 
 @pytest.mark.parametrize("axis", ["data", "expert", "pipe"])
@@ -32,7 +32,7 @@ def test_a_larger_mesh_leaves_less_on_a_device(job_of, kept_of, axis, style):
     jobs = [job_of("tiny_v3", style=style, **{axis: n}) for n in (1, 4)]
     kept = kept_of("tiny_v3", job_of("tiny_v3", style="v3"))
     before, after = (rank_memory(job, 0, kept, CHUNK) for job in jobs)
-    assert after["optimiser"] < before["optimiser"]
+    assert after["optimizer"] < before["optimizer"]
     assert after["weights"] < before["weights"] or axis == "data"
     assert sum(after.values()) < sum(before.values())
 
@@ -42,7 +42,7 @@ def test_stages_together_hold_the_model_twice_in_dualpipe(job_of):
     job = job_of("tiny_v3", pipe=4, plan="dualpipe")
     ranks = [rank_memory(job, rank, NOTHING, CHUNK) for rank in range(4)]
     assert sum(r["weights"] + r["gradients"] + r["pipeline_copy"] for r in ranks) == 2 * 2 * whole["weights"]
-    assert sum(r["optimiser"] for r in ranks) == whole["optimiser"]
+    assert sum(r["optimizer"] for r in ranks) == whole["optimizer"]
 
 
 def test_micro_batches_keep_their_gradients_beside_the_sums(job_of):

@@ -7,7 +7,7 @@ from deepseek_jax.plan.schedules import SCHEDULES, Times, n_stages, schedule
 
 # One unit each for forward pass, input gradients and weight gradients: B is 2, F&B is 3.
 UNITS = Times(forward=1, backward=2, weights=1, both=3)
-# V3's own operations, in milliseconds, from its published phases: the formula gives 1.09 s a step.
+# V3's own operations, in milliseconds, from its published phases: the formula gives 1.09 s per step.
 V3 = Times(forward=49, backward=75 + 32, weights=32, both=143.8)
 
 
@@ -61,10 +61,10 @@ def test_one_device_waits_for_nobody():
     ("name", "n_devices", "micro_batches", "words"),
     [
         ("gpipe", 4, 8, "no such schedule. Choose one of 1f1b, zb1p, dualpipe, dualpipev"),
-        ("dualpipe", 3, 12, "an even number of devices; config.mesh.pipe=3"),
-        ("dualpipe", 4, 6, "wanted an even number, 8 or more"),
-        ("dualpipe", 4, 9, "wanted an even number, 8 or more"),
-        ("dualpipev", 4, 7, "wanted 8 or more"),
+        ("dualpipe", 3, 12, "config.mesh.pipe=3: expected an even number of devices"),
+        ("dualpipe", 4, 6, "expected an even number >= 8"),
+        ("dualpipe", 4, 9, "expected an even number >= 8"),
+        ("dualpipev", 4, 7, "expected 8 or more"),
     ],
 )
 def test_what_does_not_suit_is_refused(name, n_devices, micro_batches, words):

@@ -8,7 +8,7 @@ from deepseek_jax.plan.cost import Speed, mfu_of_hours, saving
 from deepseek_jax.plan.published import RUNS
 from deepseek_jax.plan.step_time import bubble, mean_times, recomputed_flops, slowest, step
 
-AS_PUBLISHED = {"router": False, "ahead": False}
+AS_PUBLISHED = {"router": False, "mtp": False}
 V3 = Speed(19.926, 15_360 * 4096, 2048)
 
 
@@ -17,7 +17,7 @@ def v3(job_of, **how):
 
 
 @pytest.mark.parametrize(("causal", "percent"), [(False, 43.73), (True, 38.94)])
-def test_v3_has_the_published_utilisation_at_the_published_step(subject, causal, percent):
+def test_v3_has_the_published_utilization_at_the_published_step(subject, causal, percent):
     work = flops.training(subject("v3_671b").network, 4096, causal=causal, **AS_PUBLISHED)
     assert round(100 * V3.mfu(work, CHIPS["h800"]), 2) == percent
 

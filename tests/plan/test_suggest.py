@@ -10,7 +10,7 @@ from deepseek_jax import run, run_config
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options, _suggest, inspect, plan
 from deepseek_jax.plan import suggest
-from deepseek_jax.plan.activations import Kept, KeptOnce, kept
+from deepseek_jax.plan.activations import ActivationBytes, CachedActivations, kept
 from deepseek_jax.plan.chips import chip
 from deepseek_jax.plan.memory import BARELY, capacity, fullest
 from deepseek_jax.plan.recipes import recipe
@@ -19,9 +19,9 @@ SMALL = "mine:bf16=1,memory={},hbm=100,fast=10,reach=4,network=1"
 
 
 def flat(found, layout, rules):
-    """As much for every layer, less for policies that keep less; in place of a derivative."""
+    """The same for every layer, less for policies that keep less; replaces a derivative."""
     n_bytes = {"none": 3e6, "dots": 2e6, "block": 1e6, "v3": 1e6}[found.remat]
-    return dict.fromkeys(("dense_blocks", "moe_blocks"), Kept(n_bytes, 0, 4e6 - n_bytes))
+    return dict.fromkeys(("dense_blocks", "moe_blocks"), ActivationBytes(n_bytes, 0, 4e6 - n_bytes))
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_the_smallest_number_of_devices_fits_and_half_of_it_does_not(space_of):
 @pytest.mark.slow
 def test_what_layers_keep_is_the_same_by_one_derivative_for_many_meshes(subject, job_of):
     it = subject("tiny_v3")
-    once = KeptOnce(it.module, it.sizes, it.network)
+    once = CachedActivations(it.module, it.sizes, it.network)
     for mesh in ({"data": 4, "expert": 2}, {"data": 2, "expert": 2}):
         job = job_of("tiny_v3", remat="block", sharding={"embed": "data", "heads": "expert"}, **mesh)
         exact = kept(it.module, it.sizes, job.network, job.layout, job.recipe, job.rules)

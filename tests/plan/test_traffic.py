@@ -9,7 +9,7 @@ def v3(job_of, **how):
     return job_of("v3_671b", **{"style": "v3", "plan": "dualpipe", "pipe": 16, "data": 2, "expert": 64} | how)
 
 
-def test_a_token_of_v3_crosses_the_network_once_a_node(job_of):
+def test_a_token_of_v3_crosses_the_network_once_per_node(job_of):
     sent = exchange(v3(job_of))
     copy = 7168 * (1 + 4 / 128) + 7168 * 2  # FP8 with a scale for 128 out, bfloat16 back: 21.7 kB
     assert round(copy / 1e3, 1) == 21.7

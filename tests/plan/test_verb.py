@@ -39,19 +39,19 @@ def line(text: str, label: str) -> str:
 @pytest.mark.parametrize(
     ("label", "figures"),
     [
-        ("in all  ", ["671.03 B", "derived"]),
-        ("work on a token", ["37.55 B", "derived"]),
-        ("the same without the embedding", ["36.63 B", "derived", "convention"]),
-        ("key-value cache a token", ["70,272 B"]),
-        ("MFU, attention in full", ["43.73 %"]),
+        ("total  ", ["671.03 B", "derived"]),
+        ("active per token", ["37.55 B", "derived"]),
+        ("active, without the embedding", ["36.63 B", "derived", "convention"]),
+        ("key-value cache per token", ["70,272 B"]),
+        ("MFU, full attention", ["43.73 %"]),
         ("MFU, causal", ["38.94 %"]),
         ("step  ", ["19.926 s", "published"]),
-        ("GPU hours for 1 T tokens", ["180,176 h"]),
-        ("days for 1 T tokens", ["3.67 d"]),
+        ("GPU hours per 1 T tokens", ["180,176 h"]),
+        ("days per 1 T tokens", ["3.67 d"]),
         ("pre-training", ["2,664,000 h", "published"]),
         ("context extension", ["119,000 h", "published"]),
         ("post-training", ["5,000 h", "published"]),
-        ("in all           ", ["2,788,000 h", "derived/published"]),
+        ("total           ", ["2,788,000 h", "derived/published"]),
         ("cost  ", ["5,576,000 $", "derived/published"]),
         ("does it fit?", ["yes, barely", "largest part: activations"]),
     ],
@@ -114,10 +114,10 @@ def test_a_step_that_was_measured(capsys):
 def test_a_plan_that_does_not_fit_says_so(capsys):
     assert plan.main(["--config=llm_67b", "--config.train.batch_size=1"]) == 0
     out = capsys.readouterr().out
-    assert "NO" in line(out, "does it fit?") and "largest part: optimiser" in line(out, "does it fit?")
-    assert "give more devices" in line(out, "  short of")
+    assert "NO" in line(out, "does it fit?") and "largest part: optimizer" in line(out, "does it fit?")
+    assert "give more devices" in line(out, "  short by")
     assert plan.main(["--config=llm_7b", "--devices=64"]) == 0
-    assert "give more config.train.micro_batches" in line(capsys.readouterr().out, "  short of")
+    assert "give more config.train.micro_batches" in line(capsys.readouterr().out, "  short by")
 
 
 def test_sums_over_micro_batches_are_named(capsys):

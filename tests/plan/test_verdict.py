@@ -1,4 +1,4 @@
-"""The five lines a plan opens with, and why a utilization may be above 100 %."""
+"""The five lines with which a plan starts, and why a utilization may be above 100 %."""
 
 import re
 
@@ -44,10 +44,10 @@ def test_the_verdict_follows_the_memory(job_of):
     "words, reasons",
     [
         (["--efficiency=1"], ["FP8 matmuls run at up to 2 x"]),
-        (["--chip=tpu_v5p", "--step-time-s=1"], ["a step that was given"]),
+        (["--chip=tpu_v5p", "--step-time-s=1"], ["the given step"]),
         (
             ["--config=tiny_v1", "--step-time-s=1e-6", "--recipe=run"],
-            ["half of the attention", "a step that was given"],
+            ["half of the counted attention", "the given step"],
         ),
     ],
 )

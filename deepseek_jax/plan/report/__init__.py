@@ -1,0 +1,27 @@
+"""Everything that is reported about a plan, one section per table, in reading order."""
+
+from deepseek_jax.plan.figures import Section
+from deepseek_jax.plan.job import Job
+from deepseek_jax.plan.report.division import layout, memory, traffic
+from deepseek_jax.plan.report.inputs import PlannedModel, PlanOptions, memory_of
+from deepseek_jax.plan.report.model import operations, parameters
+from deepseek_jax.plan.report.published import compared, published
+from deepseek_jax.plan.report.speed import schedules, speed
+
+__all__ = ["PlanOptions", "PlannedModel", "memory_of", "report"]
+
+
+def report(model: PlannedModel, job: Job, options: PlanOptions) -> list[Section]:
+    """Returns every section, in the order in which they are read."""
+    sections = [
+        parameters(model),
+        operations(model.network, job),
+        layout(job),
+        memory(job, memory_of(job, options)),
+        traffic(job),
+        *([schedules(job, options)] if job.layout.pipe > 1 else []),
+        speed(model, job, options),
+    ]
+    sections += [published(model, options)] if model.run else []
+    sections += [compared(model, job, options.against)] if options.against else []
+    return sections

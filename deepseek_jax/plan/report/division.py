@@ -1,0 +1,114 @@
+"""How a step is divided over the devices: layout, memory of a device, and the bytes that it sends."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from deepseek_jax.plan import figures
+from deepseek_jax.plan.chips import CHIPS
+from deepseek_jax.plan.figures import DERIVED, GIGA, GIVEN, PUBLISHED, Column, Figure, Row, Section
+from deepseek_jax.plan.job import Job
+from deepseek_jax.plan.layout import describe_layers
+from deepseek_jax.plan.memory import BARELY, capacity, gradient_copies
+from deepseek_jax.plan.report.inputs import contents
+from deepseek_jax.plan.traffic import Sent, rank_traffic
+from deepseek_jax.plan.verdict import mesh_text
+
+GROWS_WITH_MICRO_BATCH = ("activations", "layer_at_work", "exchange_buffers")
+TRAFFIC_LABELS = {"exchange": "all-to-all", "zero": "ZeRO-1: scatter, gather", "fsdp": "FSDP", "pipeline": "p2p"}
+
+
+def layout(job: Job) -> Section:
+    """Returns how devices, sequences and layers are divided."""
+    at, plain = job.layout, figures.plain
+    sequences = f"{at.batch:,} sequences of {at.seq_len:,}"
+    micro_batch = f"of {at.sequences} x {at.seq_len:,} tokens per device"
+    rows = [
+        ("devices", plain("devices_count", at.devices, mark=GIVEN), mesh_text(job)),
+        ("tokens per step", plain("tokens_per_step_count", at.tokens_per_step), sequences),
+        ("micro-batches per pipeline", plain("micro_batches_count", at.micro_batches), micro_batch),
+    ]
+    if len(job.stages) > 1:
+        layers = Figure("layers_per_stage", [s.n_layers for s in job.stages], describe_layers(job.stages), DERIVED)
+        rows.append(("layers per stage", layers, "each layer goes to the device with the least work"))
+        for rank in sorted({0, at.pipe - 1}):
+            text = contents(job, rank)
+            rows.append((f"  rank {rank}", Figure(f"rank_{rank}", text, "", DERIVED), text))
+    return figures.column("layout", "layout", rows)
+
+
+def memory(job: Job, ranks: Sequence[Mapping[str, float]]) -> Section:
+    """Returns what the fullest device holds, and whether it fits."""
+    totals = [sum(parts.values()) for parts in ranks]
+    fullest, emptiest = totals.index(max(totals)), totals.index(min(totals))
+    parts, total, notes = ranks[fullest], totals[fullest], _memory_notes(job)
+    rows = [(name.replace("_", " "), figures.gib(name, n), notes.get(name, "")) for name, n in parts.items()]
+    where = "every device" if len(set(totals)) == 1 else f"rank {fullest}: {contents(job, fullest)}"
+    rows.append(("total, fullest device", figures.gib("total", total), where))
+    if len(ranks) > 1:
+        rows.append(("emptiest device", figures.gib("emptiest_total", totals[emptiest]), f"rank {emptiest}"))
+    known = PUBLISHED if job.chip in CHIPS.values() else GIVEN
+    rows.append((f"memory of {job.chip.name}", figures.gib("chip_memory", capacity(job), known), ""))
+    return figures.column("memory", "memory per device", [*rows, *_whether_it_fits(job, parts, total)])
+
+
+def _whether_it_fits(job: Job, parts: Mapping[str, float], total: float) -> list[tuple[str, Figure, str]]:
+    """Returns the answer with the largest part, and what is left or short with what would help."""
+    available = capacity(job)
+    largest = max(parts, key=parts.get)
+    fits, left = total <= available, available - total
+    answer = "NO" if not fits else "yes, barely" if left < BARELY * available else "yes"
+    share = f"largest part: {largest.replace('_', ' ')}, {parts[largest] / total:.0%}"
+    grows = "config.train.micro_batches" if largest in GROWS_WITH_MICRO_BATCH else "devices, or a config.sharding rule"
+    note = "for compiler, runtime and communication: not counted here" if fits else f"give more {grows}"
+    difference = replace(figures.gib("left", left), text=figures.binary(abs(left)))
+    return [
+        ("does it fit?", Figure("fits", fits, answer, DERIVED), share),
+        ("  left" if fits else "  short by", difference, note),
+    ]
+
+
+def _memory_notes(job: Job) -> dict[str, str]:
+    """Returns a remark for each part of the memory."""
+    recipe, at = job.recipe, job.layout
+    low = f" and {recipe.low_precision_copy:.0f} B in FP8" if recipe.low_precision_copy else ""
+    summed = ", and their sums over micro-batches" if gradient_copies(job) > 1 else ""
+    flight = "+".join(str(min(share.in_flight, at.micro_batches)) for share in job.ranks[0])
+    return {
+        "weights": f"{recipe.weights:.0f} B per parameter{low}",
+        "gradients": f"{recipe.gradients:.0f} B per parameter{summed}",
+        "pipeline_copy": "weights and gradients of the second direction",
+        "optimizer": f"{recipe.optimizer:.0f} B per parameter, divided over the replicas (ZeRO-1)",
+        "activations": f"policy {recipe.remat}; rank 0 has {flight} micro-batches in flight",
+        "kept_once": "independent of the batch: weights in the compute dtype, masks",
+        "layer_at_work": "intermediates of the widest layer's backward pass",
+        "logits": "float32, of one chunk, and their gradient",
+        "exchange_buffers": "tokens on their way to experts and back",
+    }
+
+
+def traffic(job: Job) -> Section:
+    """Returns what the busiest device sends per step."""
+    found = max((rank_traffic(job, rank) for rank in range(len(job.ranks))), key=lambda t: t.total)
+    rows = [_traffic_row(job, name, sent) for name, sent in vars(found).items() if sent.total]
+    if not rows:
+        none = Figure("total_gb", 0.0, "none", DERIVED)
+        rows = [Row("sent", (none, none, replace(none, key="total_s")), "one device")]
+    links = (f"network, {job.chip.network:g} GB/s", f"fast link, {job.chip.fast:g} GB/s", "time")
+    columns = tuple(Column(name, DERIVED) for name in links)
+    return Section("traffic", "sent per device and step", tuple(rows), columns)
+
+
+def _traffic_row(job: Job, name: str, sent: Sent) -> Row:
+    notes = {
+        "exchange": f"{job.recipe.dispatch:.2f} B out, {job.recipe.combine:.2f} B back",
+        "zero": f"{job.recipe.gradients:.0f} B out, {job.recipe.gathered:.0f} B back",
+        "fsdp": "weights stored in shards",
+        "pipeline": f"{job.recipe.activations:.0f} B each way",
+    }
+    seconds = sent.seconds(job.chip)
+    cells = (
+        Figure(f"{name}_network_gb", sent.network / GIGA, figures.metric(sent.network, "B"), DERIVED),
+        Figure(f"{name}_fast_gb", sent.fast / GIGA, figures.metric(sent.fast, "B"), DERIVED),
+        Figure(f"{name}_s", seconds, figures.seconds(seconds), DERIVED),
+    )
+    return Row(TRAFFIC_LABELS[name], cells, notes[name])

@@ -1,0 +1,72 @@
+"""What a report is made from, besides the job: the model, and what the command line asks about it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from deepseek_jax.plan.activations import ActivationBytes
+from deepseek_jax.plan.counts import Counts
+from deepseek_jax.plan.job import Job
+from deepseek_jax.plan.memory import rank_memory
+from deepseek_jax.plan.network import EMBEDDING, HEAD, MTP, Network
+from deepseek_jax.plan.published import Run
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A network and what is known about it.
+
+    Attributes:
+        name: name of the config.
+        network: weights as shapes.
+        counts: numbers of parameters.
+        cache_bytes: size of the key-value cache per token.
+        run: the published run of this model, or None.
+    """
+
+    name: str
+    network: Network
+    counts: Counts
+    cache_bytes: int
+    run: Run | None
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Options of a report.
+
+    Attributes:
+        kept: what a layer keeps for the backward pass (`activations.kept`).
+        loss_chunk: tokens whose logits exist at a time.
+        efficiency, efficiency_mark: efficiency of the calibrated column, and whether it is fitted or given.
+        step_s, step_mark: a measured step and where it is from; None for no such column.
+        tokens, tokens_mark: tokens of the whole run, and where that number is from.
+        dollars: price per GPU hour.
+        against: a model to compare with, or None.
+    """
+
+    kept: Mapping[str, ActivationBytes]
+    loss_chunk: int
+    efficiency: float
+    efficiency_mark: str
+    step_s: float | None
+    step_mark: str
+    tokens: float
+    tokens_mark: str
+    dollars: float
+    against: PlannedModel | None
+
+
+def memory_of(job: Job, options: PlanOptions) -> list[dict[str, float]]:
+    """Returns bytes by part on a device of each pipeline rank."""
+    ranks = range(len(job.ranks))
+    return [rank_memory(job, rank, options.kept, options.loss_chunk) for rank in ranks]
+
+
+def contents(job: Job, rank: int) -> str:
+    """Returns a description of what a pipeline rank holds: "4 + 3 layers, head"."""
+    stages = [job.stages[share.stage] for share in job.ranks[rank]]
+    parts = {w.part for stage in stages for w in stage.weights}
+    names = ((EMBEDDING, "embedding"), (HEAD, "head"), (MTP, "multi-token prediction"))
+    ends = [name for part, name in names if part in parts]
+    layers = " + ".join(str(stage.n_layers) for stage in stages)
+    return f"{layers} layers" + (f", {', '.join(ends)}" if ends else "")
