@@ -126,6 +126,7 @@ def test_a_run_that_has_begun_needs_its_beginning_no_more(published, tmp_path):
     step = tmp_path / "run" / "checkpoints" / "step_00000003"
     step.mkdir(parents=True)
     (step / "config.json").write_text(json.dumps(to_json(config)))
+    (step / "meta.json").write_text("{}")
     commit(step, 3, {})
     shutil.copy(published / "tokenizer.json", tmp_path / "run")
     words = ["--config=tiny_v1", f"--config.train.init_from={published}"]

@@ -84,7 +84,7 @@ def test_training_refuses(refused, training, tmp_path, word, message):
 
 def test_a_workdir_that_cannot_be_written(refused, training, tmp_path):
     (tmp_path / "run").write_text("a file of the user's")
-    assert f"{tmp_path / 'run'}: it is no directory. Choose another --workdir." in refused(*training)
+    assert f"{tmp_path / 'run'}: it is not a directory. Choose another --workdir." in refused(*training)
     assert not (tmp_path / "cache").exists()  # said before the text is tokenised
     assert (tmp_path / "run").read_text() == "a file of the user's"
 

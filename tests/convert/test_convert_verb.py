@@ -293,7 +293,7 @@ def test_a_shard_that_changes_during_the_run_is_noticed(fp8, tmp_path, monkeypat
     [
         ("arrays/params.head.weight_DV/0.0", "arrays/params.head.weight_DV/0.0 has changed"),
         ("meta.json", "meta.json has changed"),
-        ("MANIFEST.json", "do not belong together"),
+        ("MANIFEST.json", "do not match"),
         ("config.json", "config.json has changed"),
     ],
 )
