@@ -116,7 +116,7 @@ class Block(nnx.Module):
         return residual.write(x_BTD, y_BTD, carry), (kept, found._replace(losses=losses | found.losses))
 
 
-def over_themselves(attention: nnx.Module, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, None, Losses]:
+def over_themselves(attention: Any, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, None, Losses]:
     """The attention of training: the tokens look at themselves, and nothing is kept."""
     u_BTD, losses = attention.over_itself(x_BTD, tokens, attention.entries(x_BTD, tokens))
     return u_BTD, None, losses

@@ -64,6 +64,6 @@ def _cast(tree: Tree, dtype: DTypeLike) -> Tree:
     return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
-def _like(tree: object, larger: object) -> object:
+def _like(tree: Tree, larger: Tree) -> Tree:
     """The part of `larger` that has the paths of `tree`."""
     return {key: _like(sub, larger[key]) for key, sub in tree.items()} if isinstance(tree, dict) else larger
