@@ -42,7 +42,7 @@ class Execution:
     unshard: Unshard | None = None
 
 
-AS_IT_IS = Execution()  # float32 on one device
+SINGLE_DEVICE = Execution()  # float32 on one device
 
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Callable) -> nnx.Param:
@@ -108,7 +108,14 @@ def stack(build: Callable[[nnx.Rngs], nnx.Module], n: int, rngs: nnx.Rngs) -> nn
     return module
 
 
-def run_stack(blocks: nnx.Module, x: jax.Array, run: Execution, call: Callable, extras: Tree | None = None):
+def run_stack(
+    blocks: nnx.Module,
+    x: jax.Array,
+    run: Execution,
+    call: Callable,
+    extras: Tree | None = None,
+    layers: slice | None = None,
+):
     """Runs stacked blocks one after the other: for each layer, `x, y = call(block, x, extra)`.
 
     Args:
@@ -116,12 +123,15 @@ def run_stack(blocks: nnx.Module, x: jax.Array, run: Execution, call: Callable, 
         x: what flows from block to block (any pytree).
         run: its `remat` and `unshard` apply to each block.
         call: what one block does; `extra` is the layer's slice of `extras`.
-        extras: arrays with a leading axis L, or None.
+        extras: arrays with a leading axis L (of the layers that run), or None.
+        layers: those that run; None: all.
 
     Returns:
         The last `x`, and the `y` of all layers stacked on a leading axis L.
     """
     definition, weights = nnx.split(blocks)
+    if layers is not None:
+        weights = jax.tree.map(lambda w: w[layers], weights)
 
     def body(x, layer):
         block_weights, extra = layer

@@ -7,7 +7,7 @@ What the block is made of is given to it.  Each part reports what a training ste
 computed, and weighted in the config; nothing between the two knows it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,25 +17,33 @@ from flax import nnx
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.tokens import Tokens
 
-Entries = Any  # what an attention caches of its tokens: a NamedTuple of arrays, axes B and S first
+Entries = Any  # what an attention keeps of its tokens: a NamedTuple of arrays, axes B and S first
 Losses = dict[str, jax.Array]  # auxiliary losses, each summed over the sequences; float32 scalars
 Build = Callable[[nnx.Rngs], nnx.Module]
 
 # What a block does with its attention, which is all that training, prefill and decode differ in:
-# attend(attention, x_BTD, tokens) -> (u_BTD, what is kept of it, auxiliary losses).
-Attend = Callable[[nnx.Module, jax.Array, Tokens], tuple[jax.Array, Entries | None, Losses]]
+# attend(attention, x_BTD, tokens, what was kept before or None) -> (u_BTD, what is kept now, auxiliary losses).
+Attend = Callable[[nnx.Module, jax.Array, Tokens, Any], tuple[jax.Array, Any, Losses]]
 
 
 class Statistics(NamedTuple):
     """What a block, or a part of one, reports to the training step.
 
     Attributes:
-        load_E: tokens that chose each expert, float32; None where nothing is routed.
+        load_E: tokens that chose each expert, float32; None where nothing is routed; of several blocks, a tree of them.
         losses: auxiliary losses, without their weights.
     """
 
-    load_E: jax.Array | None
+    load_E: jax.Array | dict | None
     losses: Losses
+
+
+def over_themselves(
+    attention: Any, x_BTD: jax.Array, tokens: Tokens, cached: None = None
+) -> tuple[jax.Array, None, Losses]:
+    """The attention of training: the tokens look at themselves, and nothing is kept."""
+    u_BTD, losses = attention.over_itself(x_BTD, tokens, attention.entries(x_BTD, tokens))
+    return u_BTD, None, losses
 
 
 @dataclass(frozen=True)
@@ -94,20 +102,21 @@ class Block(nnx.Module):
         self.name = name
 
     def __call__(
-        self, x_BTD: jax.Array, tokens: Tokens, attend: Attend | None = None
-    ) -> tuple[jax.Array, tuple[Entries | None, Statistics]]:
+        self, x_BTD: jax.Array, tokens: Tokens, attend: Attend = over_themselves, cached: Any = None
+    ) -> tuple[jax.Array, tuple[Any, Statistics]]:
         """Runs the block.
 
         Args:
             x_BTD: the residual stream.
             tokens: what it is about.
-            attend: what to do with the attention; by default `over_themselves`.
+            attend: what to do with the attention.
+            cached: what it kept of earlier tokens, or None.
 
         Returns:
             (x_BTD, (what `attend` kept, what attention and feed-forward report)).
         """
         u_BTD, carry = self.attention_residual.read(x_BTD)
-        u_BTD, kept, losses = (attend or over_themselves)(self.attention, self.attention_norm(u_BTD), tokens)
+        u_BTD, kept, losses = attend(self.attention, self.attention_norm(u_BTD), tokens, cached)
         x_BTD = self.attention_residual.write(x_BTD, u_BTD, carry)
 
         feed_forward, norm, residual = (getattr(self, self.name + end) for end in ("", "_norm", "_residual"))
@@ -116,7 +125,21 @@ class Block(nnx.Module):
         return residual.write(x_BTD, y_BTD, carry), (kept, found._replace(losses=losses | found.losses))
 
 
-def over_themselves(attention: Any, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, None, Losses]:
-    """The attention of training: the tokens look at themselves, and nothing is kept."""
-    u_BTD, losses = attention.over_itself(x_BTD, tokens, attention.entries(x_BTD, tokens))
-    return u_BTD, None, losses
+class Group(nnx.Module):
+    """Different blocks, one after the other, as one block: what a stack of alternating layers repeats."""
+
+    def __init__(self, builds: Sequence[Build], *, rngs: nnx.Rngs):
+        self.blocks = nnx.List(build(rngs) for build in builds)
+
+    def __call__(
+        self, x_BTD: jax.Array, tokens: Tokens, attend: Attend = over_themselves, cached: tuple | None = None
+    ) -> tuple[jax.Array, tuple[tuple, Statistics]]:
+        """Runs the blocks; as `Block`, with a tuple of what each keeps.  Losses of one name are summed."""
+        kept, loads, losses = [], {}, {}
+        for number, block in enumerate(self.blocks):
+            x_BTD, (mine, found) = block(x_BTD, tokens, attend, cached and cached[number])
+            kept.append(mine)
+            losses |= {name: losses.get(name, 0.0) + loss for name, loss in found.losses.items()}
+            if found.load_E is not None:
+                loads[str(number)] = found.load_E
+        return x_BTD, (tuple(kept), Statistics({"blocks": loads} if loads else None, losses))

@@ -12,19 +12,35 @@ A family's `Model` derives from `Decoder` and says which blocks are stacked.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.layers.base import Execution, run_stack, stack
-from deepseek_jax.layers.block import Attend, Block, Build, Entries, Losses, Statistics, over_themselves
+from deepseek_jax.layers.block import Attend, Build, Group, Statistics, over_themselves
+from deepseek_jax.layers.cache import first_pass, next_tokens
 from deepseek_jax.layers.embed import Embedding, Head
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.tokens import Tokens
 
-Cache = dict[str, Entries]  # by stack; arrays [L, B, S, ...]: slot s holds the token at position s
+Cache = dict[str, Any]  # by stack: what each attention's layout (`layers.cache`) made, with a leading axis L
+Part = Mapping[str, slice]  # a part of the blocks, such as a pipeline stage: stack -> its layers, in order of running
+
+
+class Stack(NamedTuple):
+    """Layers that are alike and run as one loop.
+
+    Attributes:
+        name: of the attribute that holds them, and so of their weights.
+        builds: make the blocks of one turn of the loop: one block, or several that alternate.
+        repeats: turns.
+    """
+
+    name: str
+    builds: tuple[Build, ...]
+    repeats: int
 
 
 class Depth(NamedTuple):
@@ -42,7 +58,8 @@ class Decoder(nnx.Module):
 
         entries(x_BTD, tokens)                      what the cache keeps of these tokens
         over_itself(x_BTD, tokens, entries)         (u_BTD, auxiliary losses), attending causally to themselves
-        over_cache(x_BTD, tokens, cache, seen_BTS)  u_BTD, attending to the slots that are seen
+        cache                                       where that goes: a `layers.cache.Layout`
+        over_cache(x_BTD, tokens, cached, seen_BTS) u_BTD, attending to the slots that are seen
 
     Args:
         vocab_size: V.
@@ -50,8 +67,7 @@ class Decoder(nnx.Module):
         eps: of the final norm.
         std: standard deviation of the initial embedding and head.
         run: how the model runs.
-        stacks: name of an attribute -> (what makes one block, how many are stacked there), in the order of running; a
-            stack of no blocks is left out.
+        stacks: the blocks, in the order of running; a stack of no blocks is left out.
         rngs: initialisers' keys.
     """
 
@@ -62,27 +78,68 @@ class Decoder(nnx.Module):
         eps: float,
         std: float,
         run: Execution,
-        stacks: dict[str, tuple[Build, int]],
+        stacks: Sequence[Stack],
         *,
         rngs: nnx.Rngs,
     ):
         self.embedding = Embedding(vocab_size, d_model, std, rngs=rngs)
-        stacks = {name: (block, n_layers) for name, (block, n_layers) in stacks.items() if n_layers}
-        for name, (block, n_layers) in stacks.items():
-            setattr(self, name, stack(block, n_layers, rngs))
+        stacks = [entry for entry in stacks if entry.repeats]
+        for name, builds, repeats in stacks:
+            build = builds[0] if len(builds) == 1 else functools.partial(_group, builds)
+            setattr(self, name, stack(build, repeats, rngs))
         self.final_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)
         self.head = Head(d_model, vocab_size, std, rngs=rngs)
-        self.stacks, self.run = tuple(stacks), run
+        self.stacks, self.run = tuple(name for name, _, _ in stacks), run
 
     def __call__(self, ids_BT: jax.Array, positions_BT=None, segments_BT=None) -> jax.Array:
         """float32 logits_BTV of the next token at every position."""
         h_BTD, _ = self.hidden(Tokens.of(ids_BT, positions_BT, segments_BT))
         return self.head(h_BTD)
 
+    def embed(self, tokens: Tokens) -> jax.Array:
+        """x_BTD before the first block, in the compute dtype."""
+        return self.embedding(tokens.ids_BT, self.run.compute)
+
+    def run_blocks(
+        self,
+        x_BTD: jax.Array,
+        tokens: Tokens,
+        attend: Attend = over_themselves,
+        cache: Cache | None = None,
+        part: Part | None = None,
+    ) -> tuple[jax.Array, Cache, dict[str, Statistics]]:
+        """Runs the blocks, or a part of them.
+
+        Args:
+            x_BTD: what goes into the first of them.
+            tokens: what it is about.
+            attend: what they do with their attention.
+            cache: what they kept of earlier tokens.
+            part: which of them; None: all.
+
+        Returns:
+            (x_BTD, what was kept, statistics), the last two of each stack, with a leading axis L.
+        """
+
+        def call(block: nnx.Module, x_BTD: jax.Array, cached: Any) -> tuple:
+            return block(x_BTD, tokens, attend, cached)
+
+        kept, statistics = {}, {}
+        for name in self.stacks if part is None else part:
+            cached, layers = cache and cache[name], part and part[name]
+            x_BTD, (kept[name], statistics[name]) = run_stack(
+                getattr(self, name), x_BTD, self.run, call, cached, layers
+            )
+        return x_BTD, kept, statistics
+
+    def finish(self, x_BTD: jax.Array) -> jax.Array:
+        """h_BTD: what the last block gave, normed for the head."""
+        return self.final_norm(x_BTD)
+
     def hidden(self, tokens: Tokens) -> tuple[jax.Array, dict[str, Statistics]]:
         """The model up to its final norm: (h_BTD, statistics of each stack, with a leading axis L)."""
-        x_BTD, _, statistics = self._blocks(tokens, over_themselves)
-        return self.final_norm(x_BTD), statistics
+        x_BTD, _, statistics = self.run_blocks(self.embed(tokens), tokens)
+        return self.finish(x_BTD), statistics
 
     def mtp_depths(self, h_BTD: jax.Array, targets_BT: jax.Array, tokens: Tokens) -> list[Depth]:
         """Multi-token prediction, one entry per depth; none unless a family has it."""
@@ -93,63 +150,36 @@ class Decoder(nnx.Module):
         loads = {name: found.load_E for name, found in statistics.items() if found.load_E is not None}
         return loads | ({"mtp": {str(k): depth.statistics.load_E for k, depth in enumerate(depths)}} if depths else {})
 
-    def prefill(self, ids_BT: jax.Array, n_slots: int) -> tuple[jax.Array, Cache]:
+    def prefill(self, ids_BT: jax.Array, n_positions: int, real_BT: jax.Array | None = None) -> tuple[jax.Array, Cache]:
         """Reads prompts.
 
         Args:
-            ids_BT: prompts from position 0, padded at the end (what is cached of the padding is overwritten later).
-            n_slots: S, size of the cache to make.
+            ids_BT: prompts from position 0, padded at the end.
+            n_positions: tokens that a sequence may have in the cache to be made.
+            real_BT: False for the padding, bool; None: an attention's cache takes it for tokens that are overwritten.
 
         Returns:
-            (h_BTD after the final norm: give the head those whose logits are wanted, the cache).
+            (h_BTD after the final norm: give the head those whose logits are needed, the cache).
         """
-
-        def attend(attention: nnx.Module, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Entries, Losses]:
-            entries = attention.entries(x_BTD, tokens)
-            spare = n_slots - ids_BT.shape[1]
-            cached = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, spare)] + [(0, 0)] * (x.ndim - 2)), entries)
-            u_BTD, losses = attention.over_itself(x_BTD, tokens, entries)
-            return u_BTD, cached, losses
-
-        x_BTD, cache, _ = self._blocks(Tokens.of(ids_BT), attend)
-        return self.final_norm(x_BTD), cache
+        tokens = Tokens.of(ids_BT, real_BT=real_BT)
+        x_BTD, cache, _ = self.run_blocks(self.embed(tokens), tokens, first_pass(n_positions))
+        return self.finish(x_BTD), cache
 
     def decode(self, ids_BT: jax.Array, positions_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Reads the next token(s) of each sequence over the cache.
 
         Args:
             ids_BT: the new tokens (T = 1 in plain decoding).
-            positions_BT: their positions, smaller than the cache's number of slots.
+            positions_BT: their positions, smaller than the cache's number of positions.
             cache: what came before.
 
         Returns:
             (logits_BTV, the cache with the new tokens in it).
         """
-        n_slots = jax.tree.leaves(cache)[0].shape[2]
-        seen_BTS = jnp.arange(n_slots) <= positions_BT[..., None]
-        rows = jnp.arange(ids_BT.shape[0])[:, None]
+        tokens = Tokens(ids_BT, positions_BT)
+        x_BTD, cache, _ = self.run_blocks(self.embed(tokens), tokens, next_tokens, cache)
+        return self.head(self.finish(x_BTD)), cache
 
-        def attend(
-            attention: nnx.Module, x_BTD: jax.Array, tokens: Tokens, cached: Entries
-        ) -> tuple[jax.Array, Entries, Losses]:
-            new = attention.entries(x_BTD, tokens)
-            cached = jax.tree.map(lambda old, n: old.at[rows, positions_BT].set(n), cached, new)
-            return attention.over_cache(x_BTD, tokens, cached, seen_BTS), cached, {}
 
-        x_BTD, cache, _ = self._blocks(Tokens.of(ids_BT, positions_BT), attend, cache)
-        return self.head(self.final_norm(x_BTD)), cache
-
-    def _blocks(
-        self, tokens: Tokens, attend: Attend, cache: Cache | None = None
-    ) -> tuple[jax.Array, Cache, dict[str, Statistics]]:
-        """(x_BTD, what was kept, statistics) after all blocks; with a cache, `attend` gets each layer's slice of it."""
-
-        def call(block: Block, x_BTD: jax.Array, cached: Entries | None) -> tuple:
-            return block(x_BTD, tokens, attend if cached is None else functools.partial(attend, cached=cached))
-
-        x_BTD = self.embedding(tokens.ids_BT, self.run.compute)
-        kept, statistics = {}, {}
-        for name in self.stacks:
-            cached = cache[name] if cache else None
-            x_BTD, (kept[name], statistics[name]) = run_stack(getattr(self, name), x_BTD, self.run, call, cached)
-        return x_BTD, kept, statistics
+def _group(builds: tuple[Build, ...], rngs: nnx.Rngs) -> Group:
+    return Group(builds, rngs=rngs)

@@ -19,6 +19,7 @@ from flax import nnx
 from deepseek_jax.layers.attention import causal_attention, masked_softmax
 from deepseek_jax.layers.base import normal, param, vector, zeros
 from deepseek_jax.layers.block import Losses
+from deepseek_jax.layers.cache import Full
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.rope import Llama3, Yarn, frequencies, llama3, rotary_scale, rotate_halves
 from deepseek_jax.layers.tokens import Tokens
@@ -85,7 +86,7 @@ class GQA(nnx.Module):
         if c.qk_norm:
             self.q_head_norm = RMSNorm(width, c.norm_eps, rngs=rngs)
             self.k_head_norm = RMSNorm(width, c.norm_eps, rngs=rngs)
-        self.config = c
+        self.config, self.cache = c, Full()
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array | None = None, segments_BT=None) -> jax.Array:
         """u_BTD: causal attention over whole sequences, at positions 0..T-1 by default."""

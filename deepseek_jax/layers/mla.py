@@ -25,6 +25,7 @@ from flax import nnx
 from deepseek_jax.layers.attention import causal_attention, masked_softmax
 from deepseek_jax.layers.base import normal, param
 from deepseek_jax.layers.block import Losses
+from deepseek_jax.layers.cache import Full
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.rope import Yarn, frequencies, rotary_scale, rotate, softmax_scale
 from deepseek_jax.layers.tokens import Tokens, default_positions
@@ -95,7 +96,7 @@ class MLA(nnx.Module):
         self.k_up_CHN = param(rngs, (c.kv_rank, heads, c.nope_width), ("kv_latent", "heads", None), init)
         self.v_up_CHU = param(rngs, (c.kv_rank, heads, c.value_width), ("kv_latent", "heads", None), init)
         self.out_HUD = param(rngs, (heads, c.value_width, d_model), ("heads", None, "embed"), init)
-        self.config = c
+        self.config, self.cache = c, Full()
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array | None = None, segments_BT=None) -> jax.Array:
         """Causal attention over whole sequences, expanded form.

@@ -23,9 +23,9 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.layers.base import AS_IT_IS, Execution
+from deepseek_jax.layers.base import SINGLE_DEVICE, Execution
 from deepseek_jax.layers.block import Block
-from deepseek_jax.layers.decoder import Decoder
+from deepseek_jax.layers.decoder import Decoder, Stack
 from deepseek_jax.layers.gqa import GQA, GQAConfig
 from deepseek_jax.layers.swiglu import SwiGLU
 from deepseek_jax.models import checks
@@ -104,7 +104,7 @@ class Model(Decoder):
         rngs: initialisers' keys.
     """
 
-    def __init__(self, c: Config, run: Execution = AS_IT_IS, *, rngs: nnx.Rngs):
+    def __init__(self, c: Config, run: Execution = SINGLE_DEVICE, *, rngs: nnx.Rngs):
         def attention(rngs: nnx.Rngs) -> GQA:
             return GQA(c.attention, c.d_model, rngs=rngs)
 
@@ -114,7 +114,7 @@ class Model(Decoder):
         def block(rngs: nnx.Rngs) -> Block:
             return Block(attention, mlp, "mlp", c.d_model, c.norm_eps, rngs=rngs)
 
-        stacks = {"blocks": (block, c.n_layers)}
+        stacks = (Stack("blocks", (block,), c.n_layers),)
         super().__init__(c.vocab_size, c.d_model, c.norm_eps, c.init_std, run, stacks, rngs=rngs)
         self.config = c
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from flax import nnx
 from ml_collections import ConfigDict
 
-from deepseek_jax.layers.base import AS_IT_IS, Execution
+from deepseek_jax.layers.base import SINGLE_DEVICE, Execution
 from deepseek_jax.layers.block import Block
-from deepseek_jax.layers.decoder import Decoder
+from deepseek_jax.layers.decoder import Decoder, Stack
 from deepseek_jax.layers.experts import Experts, ExpertsConfig
 from deepseek_jax.layers.mla import MLA, MLAConfig
 from deepseek_jax.layers.router import grouped_balance, softmax_topk
@@ -108,7 +108,7 @@ class Model(Decoder):
         rngs: initialisers' keys.
     """
 
-    def __init__(self, c: Config, run: Execution = AS_IT_IS, *, rngs: nnx.Rngs):
+    def __init__(self, c: Config, run: Execution = SINGLE_DEVICE, *, rngs: nnx.Rngs):
         e = c.experts
         groups = {"n_groups": e.n_groups, "top_groups": e.top_groups}
         route = functools.partial(softmax_topk, top_k=e.top_k, scale=e.route_scale, **groups)
@@ -130,7 +130,8 @@ class Model(Decoder):
             return Block(attention, experts, "experts", c.d_model, c.norm_eps, rngs=rngs)
 
         n_dense = min(c.n_dense_layers, c.n_layers)
-        stacks = {"dense_blocks": (dense_block, n_dense), "moe_blocks": (moe_block, c.n_layers - n_dense)}
+        dense = Stack("dense_blocks", (dense_block,), n_dense)
+        stacks = (dense, Stack("moe_blocks", (moe_block,), c.n_layers - n_dense))
         super().__init__(c.vocab_size, c.d_model, c.norm_eps, c.init_std, run, stacks, rngs=rngs)
         self.config = c
 

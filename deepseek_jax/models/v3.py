@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from deepseek_jax.layers.base import AS_IT_IS, Execution, remat
+from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, remat
 from deepseek_jax.layers.block import Block
-from deepseek_jax.layers.decoder import Decoder, Depth
+from deepseek_jax.layers.decoder import Decoder, Depth, Stack
 from deepseek_jax.layers.experts import Experts, ExpertsConfig
 from deepseek_jax.layers.mla import MLA, MLAConfig
 from deepseek_jax.layers.mtp import MTP, shift_left
@@ -114,7 +114,7 @@ class Model(Decoder):
         rngs: initialisers' keys.
     """
 
-    def __init__(self, c: Config, run: Execution = AS_IT_IS, *, rngs: nnx.Rngs):
+    def __init__(self, c: Config, run: Execution = SINGLE_DEVICE, *, rngs: nnx.Rngs):
         e = c.experts
         groups = {"n_groups": e.n_groups, "top_groups": e.top_groups}
         route = functools.partial(sigmoid_biased_topk, top_k=e.top_k, scale=e.route_scale, **groups)
@@ -135,7 +135,8 @@ class Model(Decoder):
             return Block(attention, experts, "experts", c.d_model, c.norm_eps, rngs=rngs)
 
         n_dense = min(c.n_dense_layers, c.n_layers)
-        stacks = {"dense_blocks": (dense_block, n_dense), "moe_blocks": (moe_block, c.n_layers - n_dense)}
+        dense = Stack("dense_blocks", (dense_block,), n_dense)
+        stacks = (dense, Stack("moe_blocks", (moe_block,), c.n_layers - n_dense))
         super().__init__(c.vocab_size, c.d_model, c.norm_eps, c.init_std, run, stacks, rngs=rngs)
         depths = (MTP(moe_block, c.d_model, c.norm_eps, c.init_std, rngs=rngs) for _ in range(c.mtp_depth))
         self.mtp = nnx.List(depths)

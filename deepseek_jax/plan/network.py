@@ -183,7 +183,7 @@ def cache_bytes_per_token(family: ModuleType, sizes: object) -> int:
     ids_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
     def prefill(params: dict, router_bias: dict, ids_BT: jax.Array) -> object:
-        return bind(definition, params, router_bias).prefill(ids_BT, n_slots=1)[1]
+        return bind(definition, params, router_bias).prefill(ids_BT, n_positions=1)[1]
 
     cache = jax.eval_shape(prefill, params, router_bias, ids_BT)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))

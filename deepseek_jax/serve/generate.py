@@ -103,7 +103,8 @@ class Generator:
     def _prefill_and_draw(self, weights, ids_BT, lengths_B, drawing, n_slots: int):
         with jax.default_matmul_precision(self.matmul_precision):
             model = bind(self.definition, *weights)
-            h_BTD, cache = model.prefill(ids_BT, n_slots)
+            real_BT = jnp.arange(ids_BT.shape[1]) < lengths_B[:, None]
+            h_BTD, cache = model.prefill(ids_BT, n_slots, real_BT)
             last_BTD = jnp.take_along_axis(h_BTD, (lengths_B - 1)[:, None, None], axis=1)
             logits_BV = model.head(last_BTD)[:, 0]
         return _draw(logits_BV, lengths_B, *drawing), cache
