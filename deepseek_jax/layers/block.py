@@ -135,7 +135,9 @@ class Group(nnx.Module):
         self, x_BTD: jax.Array, tokens: Tokens, attend: Attend = over_themselves, cached: tuple | None = None
     ) -> tuple[jax.Array, tuple[tuple, Statistics]]:
         """Runs the blocks; as `Block`, with a tuple of what each keeps.  Losses of one name are summed."""
-        kept, loads, losses = [], {}, {}
+        kept: list = []
+        loads: dict = {}
+        losses: Losses = {}
         for number, block in enumerate(self.blocks):
             x_BTD, (mine, found) = block(x_BTD, tokens, attend, cached and cached[number])
             kept.append(mine)
