@@ -55,44 +55,52 @@ def get_config() -> ConfigDict:
     data.workers = 0  # reader processes; 0 reads in threads
     data.cache_dir = ""  # tokenised corpora; "" is the user's cache directory
 
-    train = config.train = ConfigDict()
-    train.init_from = ""  # weights to begin with: a run's workdir or published weights, whose tokenizer is taken too
-    train.steps = 1000
-    train.batch_size = 8  # sequences per step over all devices, after the ramp
-    train.batch_size_start = 8  # sequences per step at step 0
-    train.batch_ramp_steps = 0  # steps over which the batch grows linearly
-    train.micro_batches = 1  # gradient accumulation: parts a device cuts its share of a batch into
-    train.remat = "none"  # none, block (keep block inputs only), or dots (keep matmul outputs)
-    train.unroll = 1  # layers that one turn of the loop over layers runs: more compile longer and copy less
-    train.loss_chunk = 2048  # tokens whose logits exist at a time
-    train.mtp_weight = 0.3  # lambda of the multi-token-prediction loss (V3 section 4.2)
-    train.mtp_weight_final = 0.1
-    train.mtp_weight_switch = 1_000_000_000  # step from which the final weight holds
-    train.balance_rate = 1e-3  # gamma: step of the router-bias update (V3 section 2.1.2)
-    train.balance_rate_stop = 1_000_000_000  # step from which gamma is 0
-    auxiliary = train.auxiliary = ConfigDict()  # weight of each auxiliary loss that layers report, by its name
+    loop = config.loop = ConfigDict()  # fields of `train.loop.LoopConfig`
+    loop.steps = 1000
+    loop.log_every = 10
+    loop.eval_every = 250  # steps between evaluations on held-out text
+    loop.eval_batches = 8
+    loop.max_skipped = 5  # non-finite steps in a row that stop the run
+
+    batch = config.batch = ConfigDict()  # `train.ramp.BatchRamp`
+    batch.size = 8  # sequences per step over all devices, after the ramp
+    batch.size_start = 8  # sequences per step at step 0
+    batch.ramp_steps = 0  # steps over which the batch grows linearly
+
+    loss = config.loss = ConfigDict()  # `train.step.StepConfig`
+    loss.chunk = 2048  # tokens whose logits exist at a time
+    loss.mtp_weight = 0.3  # lambda of the multi-token-prediction loss (V3 section 4.2)
+    loss.mtp_weight_final = 0.1
+    loss.mtp_weight_switch = 1_000_000_000  # step from which the final weight holds
+    loss.balance_rate = 1e-3  # gamma: step of the router-bias update (V3 section 2.1.2)
+    loss.balance_rate_stop = 1_000_000_000  # step from which gamma is 0
+    loss.clip_norm = 1.0  # largest global norm of the gradients
+    auxiliary = loss.auxiliary = ConfigDict()  # weight of each auxiliary loss that layers report, by its name
     auxiliary.expert_balance = 1e-4  # alpha of the sequence-wise balance loss (V2's alpha_1)
     auxiliary.device_balance = 0.0  # alpha_2: of the loss that balances groups of experts (V2 section 2.2.3)
     auxiliary.communication_balance = 0.0  # alpha_3: of the one that balances what groups are sent
-    train.max_skipped = 5  # non-finite steps in a row that stop the run
-    train.eval_every = 250  # steps between evaluations on held-out text
-    train.eval_batches = 8
-    train.log_every = 10
-    train.compilation_cache = ""  # directory of compiled programs; "" is the user's cache directory
+
+    run = config.run = ConfigDict()  # changes speed and memory, not what is computed; and what a run begins with
+    run.init_from = ""  # initial weights: a run's workdir or published weights, whose tokenizer is taken too
+    run.micro_batches = 1  # gradient accumulation: parts a device cuts its share of a batch into
+    run.remat = "none"  # none, block (keep block inputs only), or dots (keep matmul outputs)
+    run.unroll = 1  # layers that one turn of the loop over layers runs: more compile longer and copy less
+    run.compilation_cache = ""  # directory of compiled programs; "" is the user's cache directory
+
+    schedule = config.schedule = ConfigDict()  # of the learning rate
+    schedule.peak_rate = 3e-4  # after warm-up
+    schedule.warmup_steps = 100  # linear from 0
+    schedule.constant_steps = 0  # at peak_rate
+    schedule.cosine_steps = 0  # from peak_rate to tail_rate
+    schedule.tail_rate = 3e-5
+    schedule.tail_steps = 0  # at tail_rate; final_rate from there on
+    schedule.final_rate = 3e-5
 
     optimizer = config.optimizer = ConfigDict()
-    optimizer.peak_rate = 3e-4  # learning rate after warm-up
-    optimizer.warmup_steps = 100  # linear from 0
-    optimizer.constant_steps = 0  # at peak_rate
-    optimizer.cosine_steps = 0  # from peak_rate to tail_rate
-    optimizer.tail_rate = 3e-5
-    optimizer.tail_steps = 0  # at tail_rate; final_rate from there on
-    optimizer.final_rate = 3e-5
     optimizer.beta1 = 0.9
     optimizer.beta2 = 0.95
     optimizer.eps = 1e-8
     optimizer.weight_decay = 0.1
-    optimizer.clip_norm = 1.0
     optimizer.moments_dtype = "float32"  # V3 keeps bfloat16 (section 3.3.2)
 
     checkpoint = config.checkpoint = ConfigDict()

@@ -29,14 +29,13 @@ def get_config() -> ConfigDict:
 
     config.data.fim_rate = 0.5
 
-    train = config.train
-    train.steps = 476_837  # 2T tokens
-    train.batch_size_start = train.batch_size = 1024
+    config.loop.steps = 476_837  # 2T tokens
+    config.batch.size_start = config.batch.size = 1024
 
-    optimizer = config.optimizer
-    optimizer.peak_rate = 5.3e-4
-    optimizer.constant_steps = 379_470  # the paper does not say where the stages end; here 80 and 90 %
-    optimizer.tail_rate = 1.676e-4
-    optimizer.tail_steps = 47_684
-    optimizer.final_rate = 5.3e-5
+    schedule = config.schedule
+    schedule.peak_rate = 5.3e-4
+    schedule.constant_steps = 379_470  # the paper does not say where the stages end; here 80 and 90 %
+    schedule.tail_rate = 1.676e-4
+    schedule.tail_steps = 47_684
+    schedule.final_rate = 5.3e-5
     return config

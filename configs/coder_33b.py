@@ -22,14 +22,13 @@ def get_config() -> ConfigDict:
     m.n_heads = 56
     m.n_kv_heads = 8
 
-    train = config.train
-    train.steps = 127_157  # 2T tokens
-    train.batch_size_start = train.batch_size = 3840
+    config.loop.steps = 127_157  # 2T tokens
+    config.batch.size_start = config.batch.size = 3840
 
-    optimizer = config.optimizer
-    optimizer.peak_rate = 3.5e-4
-    optimizer.constant_steps = 99_726
-    optimizer.tail_rate = 1.107e-4
-    optimizer.tail_steps = 12_716
-    optimizer.final_rate = 3.5e-5
+    schedule = config.schedule
+    schedule.peak_rate = 3.5e-4
+    schedule.constant_steps = 99_726
+    schedule.tail_rate = 1.107e-4
+    schedule.tail_steps = 12_716
+    schedule.final_rate = 3.5e-5
     return config

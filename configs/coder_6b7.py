@@ -22,14 +22,13 @@ def get_config() -> ConfigDict:
     m.n_heads = 32
     m.n_kv_heads = 32
 
-    train = config.train
-    train.steps = 211_928  # 2T tokens
-    train.batch_size_start = train.batch_size = 2304
+    config.loop.steps = 211_928  # 2T tokens
+    config.batch.size_start = config.batch.size = 2304
 
-    optimizer = config.optimizer
-    optimizer.peak_rate = 4.2e-4
-    optimizer.constant_steps = 167_542
-    optimizer.tail_rate = 1.328e-4
-    optimizer.tail_steps = 21_193
-    optimizer.final_rate = 4.2e-5
+    schedule = config.schedule
+    schedule.peak_rate = 4.2e-4
+    schedule.constant_steps = 167_542
+    schedule.tail_rate = 1.328e-4
+    schedule.tail_steps = 21_193
+    schedule.final_rate = 4.2e-5
     return config

@@ -23,14 +23,13 @@ def get_config() -> ConfigDict:
     m.n_heads = 64
     m.n_kv_heads = 8
 
-    train = config.train
-    train.steps = 105_964  # 2T tokens
-    train.batch_size_start = train.batch_size = 4608
+    config.loop.steps = 105_964  # 2T tokens
+    config.batch.size_start = config.batch.size = 4608
 
-    optimizer = config.optimizer
-    optimizer.peak_rate = 3.2e-4
-    optimizer.constant_steps = 82_771  # to 80 %
-    optimizer.tail_rate = 1.011e-4  # 3.2e-4 * 0.316
-    optimizer.tail_steps = 10_596  # to 90 %
-    optimizer.final_rate = 3.2e-5
+    schedule = config.schedule
+    schedule.peak_rate = 3.2e-4
+    schedule.constant_steps = 82_771  # to 80 %
+    schedule.tail_rate = 1.011e-4  # 3.2e-4 * 0.316
+    schedule.tail_steps = 10_596  # to 90 %
+    schedule.final_rate = 3.2e-5
     return config

@@ -3,7 +3,7 @@
 Paper: arXiv 2401.02954, table 2 (sizes) and section 2.3 (recipe): 2T tokens, sequences of 4,096, batch 2,304, learning
 rate 4.2e-4 after 2,000 steps of warm-up, times 0.316 at 80 % and 0.1 at 90 % of the tokens.
 
-    deepseek-jax plan --config=llm_7b --devices=256 --config.sharding.embed=data --config.train.micro_batches=9
+    deepseek-jax plan --config=llm_7b --devices=256 --config.sharding.embed=data --config.run.micro_batches=9
 """
 
 from ml_collections import ConfigDict
@@ -41,19 +41,18 @@ def get_config() -> ConfigDict:
     data.seq_len = 4096
     data.fim_rate = 0.0
 
-    train = config.train
-    train.steps = 211_928  # 2T tokens
-    train.batch_size_start = train.batch_size = 2304
-    train.remat = "block"
-    train.mtp_weight = train.mtp_weight_final = 0.0
-    train.balance_rate = train.auxiliary.expert_balance = 0.0
+    config.loop.steps = 211_928  # 2T tokens
+    config.batch.size_start = config.batch.size = 2304
+    config.run.remat = "block"
+    config.loss.mtp_weight = config.loss.mtp_weight_final = 0.0
+    config.loss.balance_rate = config.loss.auxiliary.expert_balance = 0.0
 
-    optimizer = config.optimizer
-    optimizer.peak_rate = 4.2e-4
-    optimizer.warmup_steps = 2000
-    optimizer.constant_steps = 167_542  # to 80 %
-    optimizer.cosine_steps = 0
-    optimizer.tail_rate = 1.327e-4  # 4.2e-4 * 0.316
-    optimizer.tail_steps = 21_193  # to 90 %
-    optimizer.final_rate = 4.2e-5
+    schedule = config.schedule
+    schedule.peak_rate = 4.2e-4
+    schedule.warmup_steps = 2000
+    schedule.constant_steps = 167_542  # to 80 %
+    schedule.cosine_steps = 0
+    schedule.tail_rate = 1.327e-4  # 4.2e-4 * 0.316
+    schedule.tail_steps = 21_193  # to 90 %
+    schedule.final_rate = 4.2e-5
     return config

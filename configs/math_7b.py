@@ -15,11 +15,10 @@ def get_config() -> ConfigDict:
     config = llm_7b.get_config()
     config.name = "math_7b"
 
-    train = config.train
-    train.steps = 50_029  # 500B tokens
-    train.batch_size_start = train.batch_size = 2440  # 10M tokens
+    config.loop.steps = 50_029  # 500B tokens
+    config.batch.size_start = config.batch.size = 2440  # 10M tokens
 
-    optimizer = config.optimizer
-    optimizer.constant_steps = 38_023  # to 80 %
-    optimizer.tail_steps = 5_003  # to 90 %
+    schedule = config.schedule
+    schedule.constant_steps = 38_023  # to 80 %
+    schedule.tail_steps = 5_003  # to 90 %
     return config

@@ -35,12 +35,11 @@ def get_config() -> ConfigDict:
     m.norm_eps = 1e-6
     m.init_std = 0.006
 
-    train = config.train
-    train.steps = 106_449
-    train.batch_size_start = train.batch_size = 4608
-    train.auxiliary.expert_balance = 1e-3
+    config.loop.steps = 106_449
+    config.batch.size_start = config.batch.size = 4608
+    config.loss.auxiliary.expert_balance = 1e-3
 
-    optimizer = config.optimizer
-    optimizer.constant_steps = 83_159  # to 80 %
-    optimizer.tail_steps = 10_645  # to 90 %
+    schedule = config.schedule
+    schedule.constant_steps = 83_159  # to 80 %
+    schedule.tail_steps = 10_645  # to 90 %
     return config

@@ -22,6 +22,6 @@ def get_config() -> ConfigDict:
     m.dense_width = 28_672
     m.n_heads = 64
 
-    config.optimizer.peak_rate = 2e-5
-    config.optimizer.tail_rate = config.optimizer.final_rate = 2e-6
+    config.schedule.peak_rate = 2e-5
+    config.schedule.tail_rate = config.schedule.final_rate = 2e-6
     return config

@@ -32,6 +32,6 @@ def get_config() -> ConfigDict:
     m.rope_llama3.high_freq_factor = 4.0
     m.rope_llama3.original_length = 8192
 
-    config.optimizer.peak_rate = 5e-5
-    config.optimizer.tail_rate = config.optimizer.final_rate = 5e-6
+    config.schedule.peak_rate = 5e-5
+    config.schedule.tail_rate = config.schedule.final_rate = 5e-6
     return config

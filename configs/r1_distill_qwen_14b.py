@@ -26,6 +26,6 @@ def get_config() -> ConfigDict:
     m.rope_base = 1_000_000.0
     m.norm_eps = 1e-5
 
-    config.optimizer.peak_rate = 7e-5
-    config.optimizer.tail_rate = config.optimizer.final_rate = 7e-6
+    config.schedule.peak_rate = 7e-5
+    config.schedule.tail_rate = config.schedule.final_rate = 7e-6
     return config

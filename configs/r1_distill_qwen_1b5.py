@@ -27,15 +27,14 @@ def get_config() -> ConfigDict:
     m.init_std = 0.02
 
     config.data.seq_len = 32_768
-    train = config.train
-    train.batch_size_start = train.batch_size = 64
-    train.steps = 25_000  # two epochs
+    config.batch.size_start = config.batch.size = 64
+    config.loop.steps = 25_000  # two epochs
 
-    optimizer = config.optimizer
-    optimizer.warmup_steps = 0
-    optimizer.constant_steps = 0
-    optimizer.cosine_steps = train.steps
-    optimizer.tail_steps = 0
-    optimizer.peak_rate = 1e-4
-    optimizer.tail_rate = optimizer.final_rate = 1e-5
+    schedule = config.schedule
+    schedule.warmup_steps = 0
+    schedule.constant_steps = 0
+    schedule.cosine_steps = config.loop.steps
+    schedule.tail_steps = 0
+    schedule.peak_rate = 1e-4
+    schedule.tail_rate = schedule.final_rate = 1e-5
     return config

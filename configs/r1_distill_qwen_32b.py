@@ -20,6 +20,6 @@ def get_config() -> ConfigDict:
     m.n_layers = 64
     m.dense_width = 27_648
 
-    config.optimizer.peak_rate = 6e-5
-    config.optimizer.tail_rate = config.optimizer.final_rate = 6e-6
+    config.schedule.peak_rate = 6e-5
+    config.schedule.tail_rate = config.schedule.final_rate = 6e-6
     return config

@@ -24,6 +24,6 @@ def get_config() -> ConfigDict:
     m.n_heads = 28
     m.n_kv_heads = 4
 
-    config.optimizer.peak_rate = 8e-5
-    config.optimizer.tail_rate = config.optimizer.final_rate = 8e-6
+    config.schedule.peak_rate = 8e-5
+    config.schedule.tail_rate = config.schedule.final_rate = 8e-6
     return config

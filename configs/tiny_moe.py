@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     m.top_k = 4
     m.init_std = 0.02
 
-    config.train.mtp_weight = config.train.mtp_weight_final = 0.0
-    config.train.balance_rate = 0.0
-    config.train.auxiliary.expert_balance = 0.01
+    config.loss.mtp_weight = config.loss.mtp_weight_final = 0.0
+    config.loss.balance_rate = 0.0
+    config.loss.auxiliary.expert_balance = 0.01
     return config

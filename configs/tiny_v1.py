@@ -26,6 +26,6 @@ def get_config() -> ConfigDict:
     m.head_width = 32
     m.init_std = 0.02
 
-    config.train.mtp_weight = config.train.mtp_weight_final = 0.0
-    config.train.balance_rate = config.train.auxiliary.expert_balance = 0.0
+    config.loss.mtp_weight = config.loss.mtp_weight_final = 0.0
+    config.loss.balance_rate = config.loss.auxiliary.expert_balance = 0.0
     return config

@@ -35,9 +35,9 @@ def get_config() -> ConfigDict:
     m.route_scale = 2.0
     m.init_std = 0.02
 
-    config.train.mtp_weight = config.train.mtp_weight_final = 0.0
-    config.train.balance_rate = 0.0
-    config.train.auxiliary.expert_balance = 0.003
-    config.train.auxiliary.device_balance = 0.05
-    config.train.auxiliary.communication_balance = 0.02
+    config.loss.mtp_weight = config.loss.mtp_weight_final = 0.0
+    config.loss.balance_rate = 0.0
+    config.loss.auxiliary.expert_balance = 0.003
+    config.loss.auxiliary.device_balance = 0.05
+    config.loss.auxiliary.communication_balance = 0.02
     return config

@@ -40,26 +40,25 @@ def get_config() -> ConfigDict:
     data.tokenizer = "bytes"
     data.seq_len = 256
 
-    train = config.train
-    train.steps = 420  # 860,000 bytes
-    train.batch_size_start = train.batch_size = 8
-    train.batch_ramp_steps = 0
-    train.remat = "none"
-    train.unroll = 3
-    train.mtp_weight_switch = 300
-    train.balance_rate = 1e-2
-    train.balance_rate_stop = 400
-    train.eval_every = 100
+    config.loop.steps = 420  # 860,000 bytes
+    config.loop.eval_every = 100
+    config.batch.size_start = config.batch.size = 8
+    config.batch.ramp_steps = 0
+    config.loss.mtp_weight_switch = 300
+    config.loss.balance_rate = 1e-2
+    config.loss.balance_rate_stop = 400
+    config.run.remat = "none"
+    config.run.unroll = 3
 
-    optimizer = config.optimizer
-    optimizer.peak_rate = 3e-3
-    optimizer.warmup_steps = 50
-    optimizer.constant_steps = 200
-    optimizer.cosine_steps = 150
-    optimizer.tail_rate = 3e-4
-    optimizer.tail_steps = 20
-    optimizer.final_rate = 1e-4
-    optimizer.moments_dtype = "float32"
+    schedule = config.schedule
+    schedule.peak_rate = 3e-3
+    schedule.warmup_steps = 50
+    schedule.constant_steps = 200
+    schedule.cosine_steps = 150
+    schedule.tail_rate = 3e-4
+    schedule.tail_steps = 20
+    schedule.final_rate = 1e-4  # of longer runs
+    config.optimizer.moments_dtype = "float32"
 
     config.checkpoint.every = 100
     return config

@@ -48,24 +48,27 @@ def get_config() -> ConfigDict:
     data.seq_len = 4096
     data.fim_rate = 0.0
 
-    train = config.train
-    train.steps = 221_332  # 8.1T tokens
-    train.batch_size_start = 2304
-    train.batch_size = 9216
-    train.batch_ramp_steps = 12_716  # 225B tokens
-    train.remat = "block"
-    train.mtp_weight = train.mtp_weight_final = 0.0
-    train.balance_rate = 0.0
-    train.auxiliary.expert_balance = 0.003
-    train.auxiliary.device_balance = 0.05
-    train.auxiliary.communication_balance = 0.02
+    config.run.remat = "block"
+    config.loop.steps = 221_332  # 8.1T tokens
 
-    optimizer = config.optimizer
-    optimizer.peak_rate = 2.4e-4
-    optimizer.warmup_steps = 2000
-    optimizer.constant_steps = 133_502  # to 60 %
-    optimizer.cosine_steps = 0
-    optimizer.tail_rate = 7.584e-5
-    optimizer.tail_steps = 64_373  # to 90 %
-    optimizer.final_rate = 2.4e-5
+    batch = config.batch
+    batch.size_start = 2304
+    batch.size = 9216
+    batch.ramp_steps = 12_716  # 225B tokens
+
+    loss = config.loss
+    loss.mtp_weight = loss.mtp_weight_final = 0.0
+    loss.balance_rate = 0.0
+    loss.auxiliary.expert_balance = 0.003
+    loss.auxiliary.device_balance = 0.05
+    loss.auxiliary.communication_balance = 0.02
+
+    schedule = config.schedule
+    schedule.peak_rate = 2.4e-4
+    schedule.warmup_steps = 2000
+    schedule.constant_steps = 133_502  # to 60 %
+    schedule.cosine_steps = 0
+    schedule.tail_rate = 7.584e-5
+    schedule.tail_steps = 64_373  # to 90 %
+    schedule.final_rate = 2.4e-5
     return config

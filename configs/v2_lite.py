@@ -28,17 +28,16 @@ def get_config() -> ConfigDict:
     m.top_groups = 1
     m.route_scale = 1.0
 
-    train = config.train
-    train.steps = 301_998  # 5.7T tokens
-    train.batch_size_start = train.batch_size = 4608
-    train.batch_ramp_steps = 0
-    train.auxiliary.expert_balance = 0.001
-    train.auxiliary.device_balance = train.auxiliary.communication_balance = 0.0
+    config.loop.steps = 301_998  # 5.7T tokens
+    config.batch.size_start = config.batch.size = 4608
+    config.batch.ramp_steps = 0
+    config.loss.auxiliary.expert_balance = 0.001
+    config.loss.auxiliary.device_balance = config.loss.auxiliary.communication_balance = 0.0
 
-    optimizer = config.optimizer
-    optimizer.peak_rate = 4.2e-4
-    optimizer.constant_steps = 239_598  # to 80 %
-    optimizer.tail_rate = 1.327e-4
-    optimizer.tail_steps = 30_200  # to 90 %
-    optimizer.final_rate = 4.2e-5
+    schedule = config.schedule
+    schedule.peak_rate = 4.2e-4
+    schedule.constant_steps = 239_598  # to 80 %
+    schedule.tail_rate = 1.327e-4
+    schedule.tail_steps = 30_200  # to 90 %
+    schedule.final_rate = 4.2e-5
     return config

@@ -49,26 +49,29 @@ def get_config() -> ConfigDict:
     data.seq_len = 4096
     data.fim_rate = 0.1
 
-    train = config.train
-    train.steps = 242_694  # 14.8T tokens
-    train.batch_size_start = 3072
-    train.batch_size = 15_360
-    train.batch_ramp_steps = 14_909  # 469B tokens
-    train.remat = "block"
-    train.mtp_weight = 0.3
-    train.mtp_weight_final = 0.1
-    train.mtp_weight_switch = 166_400  # 10T tokens
-    train.balance_rate = 1e-3
-    train.balance_rate_stop = 234_747  # 14.3T tokens
-    train.auxiliary.expert_balance = 1e-4
+    config.run.remat = "block"
+    config.loop.steps = 242_694  # 14.8T tokens
 
-    optimizer = config.optimizer
-    optimizer.peak_rate = 2.2e-4
-    optimizer.warmup_steps = 2000
-    optimizer.constant_steps = 164_400  # to 10T tokens
-    optimizer.cosine_steps = 68_347  # 4.3T tokens
-    optimizer.tail_rate = 2.2e-5
-    optimizer.tail_steps = 5_293  # 333B tokens
-    optimizer.final_rate = 7.3e-6  # 167B tokens
-    optimizer.moments_dtype = "bfloat16"
+    batch = config.batch
+    batch.size_start = 3072
+    batch.size = 15_360
+    batch.ramp_steps = 14_909  # 469B tokens
+
+    loss = config.loss
+    loss.mtp_weight = 0.3
+    loss.mtp_weight_final = 0.1
+    loss.mtp_weight_switch = 166_400  # 10T tokens
+    loss.balance_rate = 1e-3
+    loss.balance_rate_stop = 234_747  # 14.3T tokens
+    loss.auxiliary.expert_balance = 1e-4
+
+    schedule = config.schedule
+    schedule.peak_rate = 2.2e-4
+    schedule.warmup_steps = 2000
+    schedule.constant_steps = 164_400  # to 10T tokens
+    schedule.cosine_steps = 68_347  # 4.3T tokens
+    schedule.tail_rate = 2.2e-5
+    schedule.tail_steps = 5_293  # 333B tokens
+    schedule.final_rate = 7.3e-6  # 167B tokens
+    config.optimizer.moments_dtype = "bfloat16"
     return config

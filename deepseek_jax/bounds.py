@@ -1,6 +1,6 @@
 """What values a number, a word or a path may have: one `Bound` for each, declared in tables beside what they bound.
 
-    "optimizer.beta2": number(0, 1, below=True),      "train.eval_batches": whole(1, STEPS),
+    "optimizer.beta2": number(0, 1, below=True),      "loop.eval_batches": whole(1, STEPS),
 
 `run_bounds.py` has the keys of a run, `models/checks.py` those of its model, a verb its own flags.
 """

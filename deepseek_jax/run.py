@@ -1,11 +1,12 @@
 """A run assembled from its config: trainer, batch ramp, first state; and which keys may not change within it.
 
-config = run_config.load("tiny_v3")
-trainer = run.trainer(config, make_mesh(**config.mesh))
-state = trainer.init(config.seed)
+    config = run_config.load("tiny_v3")
+    trainer = run.trainer(config, make_mesh(**config.mesh))
+    state = trainer.init(config.seed)
+
+Groups of a config are the arguments of what they describe: `Schedule(**config.schedule)`, `BatchRamp(**config.batch)`.
 """
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,82 +31,65 @@ from deepseek_jax.train.step import State, StepConfig, Trainer
 
 # What may not change within a run: the network, and what decides the order of its samples.  The text itself is compared
 # by its fingerprint.
-FIXED = ("family", "model", "seed", "data.seq_len", "data.fim_rate", "data.mask_documents", "data.holdout_rate")
-FIXED += ("train.batch_size", "train.batch_size_start", "train.batch_ramp_steps")
+FIXED = ("family", "model", "seed", "batch")
+FIXED += ("data.seq_len", "data.fim_rate", "data.mask_documents", "data.holdout_rate")
 
 
 def trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
     """Returns the `Trainer` of a run."""
-    module, train, optimizer = family(config.family), config.train, config.optimizer
+    module, run = family(config.family), config.run
     sizes = module.Config.from_config(config.model)
     step_config = StepConfig(
-        rate=Schedule(**{field.name: optimizer[field.name] for field in dataclasses.fields(Schedule)}),
-        clip_norm=optimizer.clip_norm,
-        micro_batches=train.micro_batches,
-        loss_chunk=train.loss_chunk,
+        rate=Schedule(**config.schedule),
+        micro_batches=run.micro_batches,
         mask_documents=config.data.mask_documents,
-        mtp_weight=train.mtp_weight,
-        mtp_weight_final=train.mtp_weight_final,
-        mtp_weight_switch=train.mtp_weight_switch,
-        balance_rate=train.balance_rate,
-        balance_rate_stop=train.balance_rate_stop,
-        auxiliary=train.auxiliary.to_dict(),
+        **config.loss.to_dict(),
     )
     return Trainer(
         lambda run, rngs: module.Model(sizes, run, rngs=rngs),
         mesh,
         config.sharding.to_dict(),
         step_config,
-        adamw(**{name: optimizer[name] for name in ("beta1", "beta2", "eps", "weight_decay", "moments_dtype")}),
+        adamw(**config.optimizer),
         compute=policy(config.precision).compute,
-        remat=train.remat,
-        unroll=train.unroll,
+        remat=run.remat,
+        unroll=run.unroll,
         flops_per_token=lambda seq_len: flops.training(describe(module, sizes), seq_len),
     )
 
 
 def batch_ramp(config: ConfigDict, n_devices: int) -> BatchRamp:
     """Returns how the batch grows. Raises UserError if it does not divide over the devices and micro-batches."""
-    train = config.train
-    multiple = n_devices * train.micro_batches
-    for key in ("batch_size", "batch_size_start"):
-        if train[key] % multiple:
+    multiple = n_devices * config.run.micro_batches
+    for key in ("size", "size_start"):
+        if config.batch[key] % multiple:
             raise UserError(
-                f"config.train.{key}={train[key]} does not divide over {n_devices} devices x {train.micro_batches} "
-                f"micro-batches. Choose a multiple of {multiple}."
+                f"config.batch.{key}={config.batch[key]} does not divide over {n_devices} devices x "
+                f"{config.run.micro_batches} micro-batches. Choose a multiple of {multiple}."
             )
-    ramp_steps = train.batch_ramp_steps if train.batch_size_start != train.batch_size else 0
-    return BatchRamp(train.batch_size_start, train.batch_size, ramp_steps)
+    return BatchRamp(**config.batch)
 
 
 def loop_config(config: ConfigDict) -> LoopConfig:
     """Returns when the loop does what."""
-    train = config.train
-    return LoopConfig(
-        steps=train.steps,
-        log_every=train.log_every,
-        eval_every=train.eval_every,
-        eval_batches=train.eval_batches,
-        checkpoint_every=config.checkpoint.every,
-        max_skipped=train.max_skipped,
-    )
+    return LoopConfig(**config.loop, checkpoint_every=config.checkpoint.every)
 
 
 def first_state(config: ConfigDict, trainer: Trainer, workdir: Path, report: Callable[[str], None]) -> State:
     """Returns the state before the first step.
 
-    With `train.init_from` its weights are those of another run or published ones, whose tokenizer and other small files
+    With `run.init_from` its weights are those of another run or published ones, whose tokenizer and other small files
     are copied to `workdir`; `report` is given lines that say so.
     """
     state = trainer.init(config.seed)
-    if not config.train.init_from:
+    if not config.run.init_from:
         return state
     if jax.process_index() == 0:
         copy_files(release.files_to_keep(config), workdir)
     for name in WEIGHTS:
         del state[name]  # makes room
-    source, weights = read_weights(config.train.init_from, {name: trainer.abstract[name] for name in WEIGHTS})
-    report(f"weights of {config.train.init_from}")
+    source, weights = read_weights(config.run.init_from, {name: trainer.abstract[name] for name in WEIGHTS})
+    report(f"weights of {config.run.init_from}")
     for change in differences(source.model, config.model):
         report(f"other than there: config.model.{change}")
     return state | weights
@@ -132,7 +116,7 @@ def check_same_run(config: ConfigDict, text: str, saved: dict, workdir: Path) ->
     if "text" not in saved:
         raise UserError(
             f"{workdir} holds converted weights, not a run. Give the run a --workdir of its own and "
-            f"--config.train.init_from={workdir}."
+            f"--config.run.init_from={workdir}."
         )
     for change in differences(from_json(saved["config"]), config):
         if change.startswith(tuple(f"{path}{end}" for path in FIXED for end in (".", ":"))):

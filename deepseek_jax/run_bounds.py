@@ -5,7 +5,6 @@ devices, a tokenizer and the vocabulary) is checked where it meets.
 """
 
 import difflib
-from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -29,6 +28,7 @@ from deepseek_jax.bounds import (
 )
 from deepseek_jax.configs import base
 from deepseek_jax.errors import UserError
+from deepseek_jax.saved_config import RENAMED, leaves
 
 DEVICES = 1_000_000_000
 TOKEN = whole(0, LARGEST)  # an id
@@ -36,6 +36,7 @@ ANY_STEPS, SOME_STEPS = whole(0, STEPS), whole(1, STEPS)
 RATE = number(0, 1000, above=True)  # of learning
 LOSS = number(0, 1000)  # weight of a part of the loss
 MESH_AXIS = one_of("", "data", "expert")
+AUXILIARY = "loss.auxiliary."  # a config adds the weight of any auxiliary loss that its layers report
 WHOLE_RUN = "Start from a config that holds a whole run, like tiny_v3."
 
 BOUNDS: dict[str, Bound] = {
@@ -73,58 +74,55 @@ BOUNDS: dict[str, Bound] = {
     "data.holdout_rate": number(0, 1, below=True),
     "data.workers": whole(0, 1024),
     "data.cache_dir": path(),
-    "train.init_from": path(),
-    "train.steps": SOME_STEPS,
-    "train.batch_size": whole(1, LARGEST),
-    "train.batch_size_start": whole(1, LARGEST),
-    "train.batch_ramp_steps": ANY_STEPS,
-    "train.micro_batches": whole(1, LARGEST),
-    "train.remat": one_of("none", "dots", "block"),
-    "train.unroll": whole(1, 1024),
-    "train.loss_chunk": whole(1, STEPS),
-    "train.mtp_weight": LOSS,
-    "train.mtp_weight_final": LOSS,
-    "train.mtp_weight_switch": ANY_STEPS,
-    "train.balance_rate": number(0, 1),
-    "train.balance_rate_stop": ANY_STEPS,
-    "train.auxiliary.expert_balance": LOSS,
-    "train.auxiliary.device_balance": LOSS,
-    "train.auxiliary.communication_balance": LOSS,
-    "train.max_skipped": SOME_STEPS,
-    "train.eval_every": ANY_STEPS,
-    "train.eval_batches": SOME_STEPS,
-    "train.log_every": SOME_STEPS,
-    "train.compilation_cache": path(),
-    "optimizer.peak_rate": RATE,
-    "optimizer.warmup_steps": ANY_STEPS,
-    "optimizer.constant_steps": ANY_STEPS,
-    "optimizer.cosine_steps": ANY_STEPS,
-    "optimizer.tail_rate": RATE,
-    "optimizer.tail_steps": ANY_STEPS,
-    "optimizer.final_rate": RATE,
+    "loop.steps": SOME_STEPS,
+    "loop.log_every": SOME_STEPS,
+    "loop.eval_every": ANY_STEPS,
+    "loop.eval_batches": SOME_STEPS,
+    "loop.max_skipped": SOME_STEPS,
+    "batch.size": whole(1, LARGEST),
+    "batch.size_start": whole(1, LARGEST),
+    "batch.ramp_steps": ANY_STEPS,
+    "loss.chunk": whole(1, STEPS),
+    "loss.mtp_weight": LOSS,
+    "loss.mtp_weight_final": LOSS,
+    "loss.mtp_weight_switch": ANY_STEPS,
+    "loss.balance_rate": number(0, 1),
+    "loss.balance_rate_stop": ANY_STEPS,
+    "loss.clip_norm": number(0, 1e9, above=True),
+    "loss.auxiliary.expert_balance": LOSS,
+    "loss.auxiliary.device_balance": LOSS,
+    "loss.auxiliary.communication_balance": LOSS,
+    "run.init_from": path(),
+    "run.micro_batches": whole(1, LARGEST),
+    "run.remat": one_of("none", "dots", "block"),
+    "run.unroll": whole(1, 1024),
+    "run.compilation_cache": path(),
+    "schedule.peak_rate": RATE,
+    "schedule.warmup_steps": ANY_STEPS,
+    "schedule.constant_steps": ANY_STEPS,
+    "schedule.cosine_steps": ANY_STEPS,
+    "schedule.tail_rate": RATE,
+    "schedule.tail_steps": ANY_STEPS,
+    "schedule.final_rate": RATE,
     "optimizer.beta1": number(0, 1, below=True),
     "optimizer.beta2": number(0, 1, below=True),
     "optimizer.eps": number(1e-30, 1),
     "optimizer.weight_decay": number(0, 1000),
-    "optimizer.clip_norm": number(0, 1e9, above=True),
     "optimizer.moments_dtype": one_of("float32", "bfloat16"),
     "checkpoint.every": SOME_STEPS,
     "checkpoint.keep": SOME_STEPS,
 }
-
-AUXILIARY = "train.auxiliary."  # weights of the losses that layers report: a config may have more than the defaults
 
 
 def check_keys(config: ConfigDict) -> None:
     """Raises UserError unless every key of a run is there with a value within its bounds, and no other key is."""
     if not isinstance(config.get("model"), ConfigDict) or not len(config.model):
         raise UserError(f"config {config.get('name', '')} has no config.model. {WHOLE_RUN}")
-    given = keys(config)
-    known = {key: value for key, value in given.items() if not key.startswith("model.")}
+    known = {key: value for key, value in leaves(config).items() if not key.startswith("model.")}
     bounds = BOUNDS | {key: LOSS for key in known if key.startswith(AUXILIARY)}
     for key in known:
         if key not in bounds:
-            near = difflib.get_close_matches(key, BOUNDS, n=1, cutoff=0.5)
+            near = [RENAMED[key]] if key in RENAMED else difflib.get_close_matches(key, BOUNDS, n=1, cutoff=0.5)
             hint = f"Did you mean config.{near[0]}?" if near else "configs/base.py has all that there are."
             raise UserError(f"config.{key}: no such key. {hint}")
     if missing := [key for key in BOUNDS if key not in known]:
@@ -150,15 +148,6 @@ def check_model(config: ConfigDict) -> None:
     module.Config.from_config(config.model)
 
 
-def keys(config: Mapping, prefix: str = "") -> dict[str, Any]:
-    """Returns dotted key -> value of a config; the groups themselves are not among them, empty ones neither."""
-    found = {}
-    for key, value in config.items():
-        inner = keys(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {f"{prefix}{key}": value}
-        found |= inner
-    return found
-
-
 def default_values() -> dict[str, Any]:
     """Returns dotted key -> value of `configs/base.py`."""
-    return keys(base.get_config())
+    return leaves(base.get_config())

@@ -1,7 +1,7 @@
 """Configs of runs: found by name or in a file, changed key by key, checked.
 
     config = load("tiny_v3")                        # or a .py file with get_config()
-    override(config, {"optimizer.peak_rate": "1e-3"})
+    override(config, {"schedule.peak_rate": "1e-3"})
     validate(config)
 
 Overrides are typed by the config itself (ml_collections ``config_flags``, with flags of our own rather than the
@@ -28,6 +28,7 @@ from deepseek_jax.bounds import article, in_line
 from deepseek_jax.errors import UserError
 from deepseek_jax.paths import check_local
 from deepseek_jax.run_bounds import check_keys, check_model
+from deepseek_jax.saved_config import RENAMED
 
 UNREADABLE = (flags.Error, ValueError, TypeError, SyntaxError, MemoryError, RecursionError)  # what text may raise
 
@@ -87,7 +88,7 @@ def lookup(config: ConfigDict, path: str) -> Any:
     node, parts = config, path.split(".")
     for depth, part in enumerate(parts):
         if not isinstance(node, ConfigDict) or part not in node:
-            near = difflib.get_close_matches(path, _paths(config), n=1, cutoff=0.5)
+            near = [RENAMED[path]] if path in RENAMED else difflib.get_close_matches(path, _paths(config), 1, 0.5)
             siblings = ", ".join(sorted(node)) if isinstance(node, ConfigDict) else "none, it is a value"
             where = ".".join(["config", *parts[:depth]])
             hint = f"Did you mean config.{near[0]}?" if near else f"Keys of {where}: {siblings}."

@@ -1,18 +1,103 @@
-"""The resolved config as JSON and back, exactly: what is kept beside the checkpoints of a run."""
+"""The resolved config as JSON and back, exactly: what is kept beside the checkpoints of a run.
 
+| format | keys |
+| --- | --- |
+| 1 | `train.…` and the learning rates under `optimizer.…`; the format itself is not stated |
+| 2 | `loop`, `batch`, `loss`, `run` and `schedule`, each the arguments of a dataclass |
+
+Format 1 is read as well: its keys are moved, and what it does not have yet gets its default.
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from deepseek_jax.configs import base
+from deepseek_jax.errors import UserError
+
+FORMAT = 2
+RENAMED = {  # keys of format 1, as format 2 has them
+    "train.steps": "loop.steps",
+    "train.log_every": "loop.log_every",
+    "train.eval_every": "loop.eval_every",
+    "train.eval_batches": "loop.eval_batches",
+    "train.max_skipped": "loop.max_skipped",
+    "train.batch_size": "batch.size",
+    "train.batch_size_start": "batch.size_start",
+    "train.batch_ramp_steps": "batch.ramp_steps",
+    "train.loss_chunk": "loss.chunk",
+    "train.mtp_weight": "loss.mtp_weight",
+    "train.mtp_weight_final": "loss.mtp_weight_final",
+    "train.mtp_weight_switch": "loss.mtp_weight_switch",
+    "train.balance_rate": "loss.balance_rate",
+    "train.balance_rate_stop": "loss.balance_rate_stop",
+    "train.balance_loss": "loss.auxiliary.expert_balance",
+    "train.device_balance_loss": "loss.auxiliary.device_balance",
+    "train.communication_balance_loss": "loss.auxiliary.communication_balance",
+    "train.init_from": "run.init_from",
+    "train.micro_batches": "run.micro_batches",
+    "train.remat": "run.remat",
+    "train.unroll": "run.unroll",
+    "train.compilation_cache": "run.compilation_cache",
+    "optimizer.peak_rate": "schedule.peak_rate",
+    "optimizer.warmup_steps": "schedule.warmup_steps",
+    "optimizer.constant_steps": "schedule.constant_steps",
+    "optimizer.cosine_steps": "schedule.cosine_steps",
+    "optimizer.tail_rate": "schedule.tail_rate",
+    "optimizer.tail_steps": "schedule.tail_steps",
+    "optimizer.final_rate": "schedule.final_rate",
+    "optimizer.clip_norm": "loss.clip_norm",
+}
+
 
 def to_json(config: ConfigDict) -> dict:
     """Returns a tree of what JSON knows; tuples are marked, so that ``from_json`` gives back the same config."""
-    return _encode(config)
+    return {"format": FORMAT, **_encode(config)}
 
 
 def from_json(tree: dict) -> ConfigDict:
-    """Inverse of ``to_json``, also after ``json.dumps`` and ``json.loads``; the keys come locked."""
-    return _decode(tree).lock()
+    """Inverse of ``to_json``, also after ``json.dumps`` and ``json.loads``; the keys come locked.
+
+    Raises UserError for a format that this version does not know.
+    """
+    found = tree.get("format", 1)
+    if found not in (1, FORMAT):
+        raise UserError(
+            f"a saved config has format {found!r}, this version of deepseek_jax reads 1 and {FORMAT}. "
+            "Install the version that wrote it, or a later one."
+        )
+    config = _decode({key: value for key, value in tree.items() if key != "format"})
+    return (converted(config) if found == 1 else config).lock()
+
+
+def converted(config: ConfigDict) -> ConfigDict:
+    """Returns the config that one of format 1 is in format 2."""
+    new = base.get_config()
+    new.model = config.get("model", ConfigDict())
+    for key, value in leaves(config).items():
+        if not key.startswith("model."):
+            _set(new, RENAMED.get(key, key), value)
+    return new
+
+
+def leaves(config: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Returns dotted key -> value of a config; the groups themselves are not among them, empty ones neither."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {f"{prefix}{key}": value}
+    return found
+
+
+def _set(config: ConfigDict, path: str, value: Any) -> None:
+    """Sets a dotted key, which need not be there yet."""
+    *groups, last = path.split(".")
+    for name in groups:
+        if name not in config:
+            config[name] = ConfigDict()
+        config = config[name]
+    with config.ignore_type():
+        config[last] = value
 
 
 def _encode(value: Any) -> Any:

@@ -174,11 +174,7 @@ def saved_config(checkpoints: Checkpointer) -> ConfigDict:
 
 def config_in(meta: dict, directory: Path) -> ConfigDict:
     """The config that the meta of a checkpoint in `directory` holds; see `release.moved` for a run that has moved."""
-    config = from_json(meta["config"])
-    if "release" not in config:  # of a run that is older than that group of keys
-        with config.unlocked():
-            config.release = base.get_config().release
-    return release.moved(config, directory.parent)
+    return release.moved(from_json(meta["config"]), directory.parent)
 
 
 def check_shapes(path: str | os.PathLike, stored: Tree, wanted: Tree) -> None:

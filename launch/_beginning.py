@@ -1,9 +1,9 @@
-"""Weights to begin with: what a run takes from the directory that ``train.init_from`` or ``--config`` names.
+"""Weights to begin with: what a run takes from the directory that ``run.init_from`` or ``--config`` names.
 
     deepseek-jax train --config=DIR                       # everything comes from DIR: see `fine_tuning`
     deepseek-jax train --config=deepseek-ai/deepseek-llm-7b-base          # likewise, from the hub
-    deepseek-jax train --config.train.init_from=DIR       # the same
-    deepseek-jax train --config=mine.py --config.train.init_from=DIR      # the recipe of mine.py, DIR's weights
+    deepseek-jax train --config.run.init_from=DIR       # the same
+    deepseek-jax train --config=mine.py --config.run.init_from=DIR      # the recipe of mine.py, DIR's weights
 
 In all three the tokenizer is the one beside the weights, and marks of end, context length, settings for generation and
 chat template are inherited, so that an export has them.
@@ -57,7 +57,7 @@ def fine_tuning(origin: str, config: ConfigDict) -> ConfigDict:
     keep their last weights.
 
     Args:
-        origin: the directory; it becomes `train.init_from`.
+        origin: the directory; it becomes `run.init_from`.
         config: the defaults of `configs/base.py`, which are filled in.
     """
     from deepseek_jax import stored
@@ -69,15 +69,14 @@ def fine_tuning(origin: str, config: ConfigDict) -> ConfigDict:
     config.data.seq_len = min(SEQ_LEN, source.data.seq_len)
     config.data.tokenizer = source.data.tokenizer
     config.data.fim_rate = 0.0
-    train = config.train
-    train.init_from = origin
-    train.steps, train.eval_every, config.checkpoint.every = 200, 50, 100
-    train.remat = "block"
-    train.mtp_weight = train.mtp_weight_final = PREDICTION if source.model.get("mtp_depth") else 0.0
-    train.balance_rate, train.auxiliary.expert_balance = 0.0, BALANCE.get(source.family, 0.0)
-    optimizer = config.optimizer
-    optimizer.warmup_steps, optimizer.constant_steps = 20, FOREVER
-    optimizer.peak_rate = optimizer.tail_rate = optimizer.final_rate = RATE
+    config.run.init_from = origin
+    config.loop.steps, config.loop.eval_every, config.checkpoint.every = 200, 50, 100
+    config.run.remat = "block"
+    config.loss.mtp_weight = config.loss.mtp_weight_final = PREDICTION if source.model.get("mtp_depth") else 0.0
+    config.loss.balance_rate, config.loss.auxiliary.expert_balance = 0.0, BALANCE.get(source.family, 0.0)
+    schedule = config.schedule
+    schedule.warmup_steps, schedule.constant_steps = 20, FOREVER
+    schedule.peak_rate = schedule.tail_rate = schedule.final_rate = RATE
     return config
 
 
@@ -90,13 +89,13 @@ def inherit(config: ConfigDict, overrides: Mapping[str, str], workdir: Path) -> 
     from deepseek_jax import stored
     from deepseek_jax.train.manifest import committed_steps
 
-    origin = config.train.init_from
+    origin = config.run.init_from
     if not origin:
         return
     if os.path.realpath(os.path.expanduser(origin)) == os.path.realpath(workdir):
         raise UserError(f"--workdir={workdir} holds the weights to begin with. Give the run a directory of its own.")
     try:
-        directory(origin, "config.train.init_from")
+        directory(origin, "config.run.init_from")
         own = stored.tokenizer_of(origin)
     except UserError:
         if not committed_steps(workdir / "checkpoints"):
@@ -141,7 +140,7 @@ def check_sizes(config: ConfigDict) -> None:
     from deepseek_jax.abstract_model import abstract_weights
     from deepseek_jax.convert import hub
 
-    if config.train.init_from:
-        hub.local(config.train.init_from)  # a download comes before all that takes long
-        source = stored.config_of(config.train.init_from)
-        stored.check_shapes(config.train.init_from, abstract_weights(source), abstract_weights(config))
+    if config.run.init_from:
+        hub.local(config.run.init_from)  # a download comes before all that takes long
+        source = stored.config_of(config.run.init_from)
+        stored.check_shapes(config.run.init_from, abstract_weights(source), abstract_weights(config))

@@ -26,7 +26,7 @@ def about_text(config: ConfigDict, training, held_out) -> list[str]:
     data = config.data
     size = f"{training.n_tokens / 1e6:,.1f}M" if training.n_tokens >= 1e5 else f"{training.n_tokens:,}"
     lines = [f"text: {data.source}, {size} tokens an epoch, {training.summary}"]
-    n_epochs = config.train.steps * config.train.batch_size * data.seq_len / training.n_tokens
+    n_epochs = config.loop.steps * config.batch.size * data.seq_len / training.n_tokens
     lines[0] += f", read {n_epochs:,.0f} times" if n_epochs >= 2 else ""
     if held_out is not None:
         end = "the end of the document" if held_out.n_documents == 1 else "the end of each long document"

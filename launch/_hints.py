@@ -6,28 +6,31 @@ from collections.abc import Iterable, Sequence
 
 from ml_collections import ConfigDict
 
-# What other trainers call a key of ours.
-FAMILIAR = {
-    "batch": "train.batch_size",
+from deepseek_jax.saved_config import RENAMED, leaves
+
+# What other trainers, and earlier versions of this one, call a key of ours.
+FAMILIAR = RENAMED | {old.rpartition(".")[2]: new for old, new in RENAMED.items()}
+FAMILIAR |= {
+    "batch": "batch.size",
     "block_size": "data.seq_len",
-    "compile_cache": "train.compilation_cache",
+    "compile_cache": "run.compilation_cache",
     "context_length": "data.seq_len",
     "data": "data.source",
     "dataset": "data.source",
-    "gradient_accumulation_steps": "train.micro_batches",
-    "iterations": "train.steps",
-    "learning_rate": "optimizer.peak_rate",
-    "lr": "optimizer.peak_rate",
-    "max_iters": "train.steps",
+    "gradient_accumulation_steps": "run.micro_batches",
+    "iterations": "loop.steps",
+    "learning_rate": "schedule.peak_rate",
+    "lr": "schedule.peak_rate",
+    "max_iters": "loop.steps",
     "max_length": "data.seq_len",
     "max_seq_len": "data.seq_len",
-    "max_steps": "train.steps",
-    "n_steps": "train.steps",
-    "num_train_steps": "train.steps",
+    "max_steps": "loop.steps",
+    "n_steps": "loop.steps",
+    "num_train_steps": "loop.steps",
     "save_every": "checkpoint.every",
     "save_steps": "checkpoint.every",
     "train_file": "data.source",
-    "warmup": "optimizer.warmup_steps",
+    "warmup": "schedule.warmup_steps",
 }
 DIRECTORY = {"dir", "out", "out_dir", "output", "output_dir", "run", "run_dir", "work_dir"}
 
@@ -42,7 +45,7 @@ def unknown_flag(word: str, flags: Iterable[str], defaults: ConfigDict | None) -
     """
     name, equals, value = word.partition("=")
     name, given = name.replace("-", "_"), f"{equals}{value}"
-    flags, keys = list(flags), [] if defaults is None else key_names(defaults)
+    flags, keys = list(flags), [] if defaults is None else list(leaves(defaults))
     if "workdir" in flags and name in DIRECTORY:
         return f"Did you mean --workdir{given}?"
     familiar = [FAMILIAR[name]] if keys and name in FAMILIAR else []
@@ -60,7 +63,7 @@ def stray_word(word: str, flags: Iterable[str], configs: Sequence[str], defaults
     """Returns what to do instead of a word without dashes; ``configs`` are the names that ``--config`` knows."""
     bare = word.lstrip("-")
     name = bare.partition("=")[0]
-    keys = [] if defaults is None else key_names(defaults)
+    keys = [] if defaults is None else list(leaves(defaults))
     if name in flags or (name.removeprefix("config.") in keys and name.startswith("config.")):
         return f"Did you mean --{bare}?"
     if defaults is not None and bare in configs:
@@ -71,15 +74,6 @@ def stray_word(word: str, flags: Iterable[str], configs: Sequence[str], defaults
         key = "config" if bare.endswith(".py") else "config.data.source"
         return f"Did you mean --{key}={bare}?"
     return "Values stand as --name=VALUE; see --help."
-
-
-def key_names(config: ConfigDict, prefix: str = "") -> list[str]:
-    """Returns the dotted name of every key that takes a value."""
-    found = []
-    for key in config:
-        inner = config[key]
-        found += key_names(inner, f"{prefix}{key}.") if isinstance(inner, ConfigDict) else [f"{prefix}{key}"]
-    return found
 
 
 def _last(key: str) -> str:

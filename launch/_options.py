@@ -22,7 +22,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _beginning, _hints
 from deepseek_jax.paths import check_local
 
-BEGINNING = "train.init_from"
+BEGINNING = "run.init_from"
 PATHS = (BEGINNING, "data.source", "data.tokenizer", "data.cache_dir", "release.folder")  # keys of files and folders
 REQUIRED = object()  # as the default of a verb's flag: must be given
 

@@ -100,10 +100,10 @@ def space_of(config: ConfigDict, options, subject, devices: int):
         network=subject.network,
         chip=chip(options.chip or "h800"),
         devices=devices,
-        batch=config.train.batch_size,
-        batch_start=config.train.batch_size_start,
+        batch=config.batch.size,
+        batch_start=config.batch.size_start,
         seq_len=config.data.seq_len,
-        loss_chunk=config.train.loss_chunk,
+        loss_chunk=config.loss.chunk,
         rules=config.sharding.to_dict(),
         recipes=[recipe_of(config, "run", p, r) for p in precisions(config) for r in ("none", "dots", "block")],
         kept=kept_of(config, subject),
@@ -159,12 +159,12 @@ def words(config: ConfigDict, space, suggestion) -> str:
 
     job = suggestion.job
     at, dtype = job.layout, "bf16" if job.recipe.activations == 2 else "fp32"
-    chosen = {"mesh.pipe": at.pipe, "mesh.expert": at.expert, "train.micro_batches": at.micro_batches}
+    chosen = {"mesh.pipe": at.pipe, "mesh.expert": at.expert, "run.micro_batches": at.micro_batches}
     chosen |= {"mesh.data": at.data} if config.mesh.data != -1 else {}
-    chosen |= {"train.batch_size": at.batch, "train.batch_size_start": suggestion.batch_start}
+    chosen |= {"batch.size": at.batch, "batch.size_start": suggestion.batch_start}
     chosen |= {f"sharding.{name}": axis for name, axis in job.rules.items()}
     if not missing(job):
-        chosen |= {"train.remat": job.recipe.remat, "precision": dtype}
+        chosen |= {"run.remat": job.recipe.remat, "precision": dtype}
     always = ("mesh.expert",) if space.network.n_experts > 1 else ()
     found = [
         f"--config.{key}={value}" for key, value in chosen.items() if key in always or value != value_of(config, key)

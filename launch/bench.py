@@ -71,7 +71,7 @@ class Ours:
         from deepseek_jax import run
         from deepseek_jax.parallel.mesh import make_mesh
 
-        self.shape = (config.train.batch_size, config.data.seq_len)
+        self.shape = (config.batch.size, config.data.seq_len)
         self.vocab_size = config.model.vocab_size
         self.tokens = np.random.default_rng(1)
         begin = time.perf_counter()
@@ -109,7 +109,7 @@ class Ours:
         taken = time.perf_counter() - begin
         self.loss = float(found.loss)
         if not bool(found.finite):
-            raise UserError("a step of the bench was not finite; its time means nothing. Lower optimizer.peak_rate.")
+            raise UserError("a step was not finite: its time means nothing. Set a lower --config.schedule.peak_rate.")
         return taken
 
 
@@ -120,11 +120,12 @@ class Peer:
         job = {
             "sizes": transformers_sizes(config),
             "optimizer": {
-                "rate": config.optimizer.peak_rate,
+                "rate": config.schedule.peak_rate,
                 "betas": (config.optimizer.beta1, config.optimizer.beta2),
-                **{key: config.optimizer[key] for key in ("eps", "weight_decay", "clip_norm")},
+                **{key: config.optimizer[key] for key in ("eps", "weight_decay")},
+                "clip_norm": config.loss.clip_norm,
             },
-            "batch": (config.train.batch_size, config.data.seq_len),
+            "batch": (config.batch.size, config.data.seq_len),
             "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         }
         command = [python, "-P", str(Path(__file__).with_name("_torch_peer.py")), json.dumps(job)]
@@ -209,10 +210,10 @@ def report(config: ConfigDict, sides: dict, seconds: dict, n_steps: int) -> None
     """Prints the medians and their ratio."""
     from deepseek_jax.train.metrics import peak_flops
 
-    tokens = config.train.batch_size * config.data.seq_len * n_steps
+    tokens = config.batch.size * config.data.seq_len * n_steps
     medians = {name: tokens / statistics.median(taken) for name, taken in seconds.items()}
     turns = len(next(iter(seconds.values())))
-    print(f"{config.name}: {config.train.batch_size} x {config.data.seq_len} tokens a step, {turns} turns of {n_steps}")
+    print(f"{config.name}: {config.batch.size} x {config.data.seq_len} tokens a step, {turns} turns of {n_steps}")
     for name, side in sides.items():
         spread = sorted(tokens / taken for taken in seconds[name])
         print(

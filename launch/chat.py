@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
 
     start_compilation_cache("")
     model = load(source)
-    given = options.template or model.config.data.get("chat_template", "")  # a run on conversations knows its own
+    given = options.template or model.config.data.chat_template  # a run on conversations knows its own
     name = template_name(model.config.data.tokenizer, source, given)
     dialogue = open_dialogue(model, name, options)
     terminal = Terminal(options.max_tokens)

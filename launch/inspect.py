@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     weights, totals = inspect(config, sizes)
     mesh = " x ".join(f"{axis} {n}" for axis, n in sizes.items())
     print(f"{origin}: family {config.family}, mesh {mesh} ({math.prod(sizes.values()):,} devices)\n")
-    if options.workdir or config.train.init_from:
+    if options.workdir or config.run.init_from:
         print("\n".join([*numbers(config), ""]))
     print_table(HEADER, [cells(weight) for weight in weights], right=RIGHT)
     print()

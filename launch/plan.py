@@ -19,9 +19,9 @@ as its mesh says, 1F1B, recipe run.  A published step time joins the table if th
 A plan opens with its verdict.  --suggest looks for meshes, sharding rules, micro-batches and recomputation that fit
 and says which of them deepseek-jax train can run today; a plan that does not fit ends with the same.
 
-Recipes: run is what deepseek-jax train does (float32 weights; config.precision, config.train.remat); bf16 keeps
+Recipes: run is what deepseek-jax train does (float32 weights; config.precision, config.run.remat); bf16 keeps
 bfloat16 weights over float32 ones that are cut over the replicas; v3 is the report's FP8 training and recomputation.
-Pipelines can be planned, not yet run.  In one, config.train.micro_batches=1 stands for one sequence a micro-batch.
+Pipelines can be planned, not yet run.  In one, config.run.micro_batches=1 stands for one sequence a micro-batch.
 """
 
 import json
@@ -59,7 +59,7 @@ EXTRA = {
     "tokens": (
         float,
         0.0,
-        "tokens of the whole run, like 14.8e12; 0: as published, else those of train.steps",
+        "tokens of the whole run, like 14.8e12; 0: as published, else those of config.loop.steps",
         besides(number(1, 1e18), 0),
     ),
     "price": (float, 2.0, "dollars for an hour of one chip", besides(number(1e-6, 1e6), 0)),
@@ -148,8 +148,8 @@ def job_of(config: ConfigDict, options, subject):
         data=mesh.data,
         expert=expert,
         devices=options.devices or (run.devices if mesh.data == -1 else 0),
-        batch=config.train.batch_size,
-        micro_batches=config.train.micro_batches,
+        batch=config.batch.size,
+        micro_batches=config.run.micro_batches,
         seq_len=config.data.seq_len,
     )
     options.recipe = options.recipe or run.recipe or "run"
@@ -163,7 +163,7 @@ def job_of(config: ConfigDict, options, subject):
             options.recipe,
             precision=config.precision,
             moments_dtype=config.optimizer.moments_dtype,
-            remat=config.train.remat,
+            remat=config.run.remat,
         ),
         rules=config.sharding.to_dict(),
     )
@@ -185,12 +185,12 @@ def question_of(config: ConfigDict, options, subject, job):
         step_s, step_mark = run.step_time_s, PUBLISHED
     tokens, tokens_mark = options.tokens or run.tokens, GIVEN if options.tokens else PUBLISHED
     if not tokens:
-        ramp = BatchRamp(*(config.train[key] for key in ("batch_size_start", "batch_size", "batch_ramp_steps")))
-        tokens, tokens_mark = ramp.first(config.train.steps) * job.layout.seq_len, GIVEN
+        ramp = BatchRamp(**config.batch)
+        tokens, tokens_mark = ramp.first(config.loop.steps) * job.layout.seq_len, GIVEN
     against = options.against or run.against
     return PlanOptions(
         kept=kept(module, sizes, job.network, job.layout, job.recipe, job.rules),
-        loss_chunk=config.train.loss_chunk,
+        loss_chunk=config.loss.chunk,
         efficiency=options.efficiency or job.recipe.efficiency,
         efficiency_mark=f"{DERIVED}/{GIVEN}" if options.efficiency else FITTED,
         step_s=step_s,

@@ -1,13 +1,13 @@
 """Train a model, or go on with a run that was stopped or killed.
 
     deepseek-jax train                                        # a small DeepSeek-V3 on Python's own library
-    deepseek-jax train --config=tiny_v3 --workdir=runs/a --config.train.steps=2000
+    deepseek-jax train --config=tiny_v3 --workdir=runs/a --config.loop.steps=2000
     deepseek-jax train --workdir=runs/a                       # goes on from the last checkpoint of runs/a
     deepseek-jax train --config=DIR --config.data.source='mine/*.txt'      # fine-tunes the model in DIR
 
 DIR holds published weights (config.json and safetensors files) or is the workdir of a run.  Family, sizes, tokenizer
 and context length come from it; the recipe is a constant rate of 1e-5 after 20 steps of warm-up, batches of 8 sequences
-of 2,048 tokens at most, 200 steps; any key of it can be set.  --config.train.init_from=DIR alone does the same, and
+of 2,048 tokens at most, 200 steps; any key of it can be set.  --config.run.init_from=DIR alone does the same, and
 beside a --config of your own it takes only weights, tokenizer and marks from DIR.
 
 The workdir (runs/NAME by default) receives checkpoints/, metrics.jsonl and tensorboard/.  SIGTERM, SIGHUP or Ctrl-C
@@ -79,7 +79,7 @@ def execute(config: ConfigDict, workdir: Path, *, sample: bool, again: str) -> i
     keep_freed_memory()
     start_processes()
     with streams.forgiving(), StopRequest() as stop:
-        start_compilation_cache(config.train.compilation_cache)
+        start_compilation_cache(config.run.compilation_cache)
         try:
             with Peers(lambda: advice(workdir, again)) as peers:
                 is_saved = train(config, workdir, stop, again, peers)
@@ -122,7 +122,7 @@ def train(config: ConfigDict, workdir: Path, stop, again: str, peers) -> bool:
         start, state, changed = resumed(config, trainer, checkpoints, meta["text"], workdir)
         metrics = Metrics(
             workdir,
-            config.train.steps,
+            config.loop.steps,
             start_step=start,
             flops_per_token=trainer.flops_per_token(config.data.seq_len),
             device_kind=jax.devices()[0].device_kind,
@@ -133,14 +133,14 @@ def train(config: ConfigDict, workdir: Path, stop, again: str, peers) -> bool:
             metrics.message(headline(config, trainer, training, held_out, workdir, start))
             for change in changed:
                 metrics.message(f"changed since the checkpoint: config.{change}")
-            if start >= config.train.steps:
-                metrics.message(f"This run has reached step {start}. To continue: --config.train.steps={2 * start}")
+            if start >= config.loop.steps:
+                metrics.message(f"This run has reached step {start}. To continue: --config.loop.steps={2 * start}")
                 return True
             text = {"training": training, "held_out": held_out}
             kept = {"checkpoints": checkpoints, "metrics": metrics, "meta": meta}
             loop = Loop(trainer, ramp, run.loop_config(config), **text, **kept)
             state = loop.run(state or run.first_state(config, trainer, workdir, metrics.message), stop)
-            return report_end(int(state["step"]), config.train.steps, checkpoints, metrics, again)
+            return report_end(int(state["step"]), config.loop.steps, checkpoints, metrics, again)
 
 
 def resumed(config: ConfigDict, trainer, checkpoints, text: str, workdir: Path) -> tuple[int, dict | None, list[str]]:

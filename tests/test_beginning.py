@@ -44,18 +44,18 @@ def resolved(*words, workdir="nowhere"):
     return options.config
 
 
-@pytest.mark.parametrize("word", ["--config={}", "--config.train.init_from={}"])
+@pytest.mark.parametrize("word", ["--config={}", "--config.run.init_from={}"])
 @pytest.mark.parametrize("name", ["llm", "r1_qwen", "moe", "v2", "v3_mtp"])
 def test_a_directory_is_a_config(name, word):
     """Family and sizes are the directory's; the rest is a recipe that every check of the verb passes."""
-    config = resolved(word.format(GOLDEN / name), "--config.train.steps=7", "--config.data.tokenizer=bytes")
+    config = resolved(word.format(GOLDEN / name), "--config.loop.steps=7", "--config.data.tokenizer=bytes")
     source = config_of(GOLDEN / name)
     assert (config.family, config.model, config.precision) == (source.family, source.model, source.precision)
-    assert config.train.init_from == str(GOLDEN / name) and config.train.steps == 7
+    assert config.run.init_from == str(GOLDEN / name) and config.loop.steps == 7
     assert config.data.seq_len == min(2048, source.data.seq_len)
     assert config.release.n_positions == source.data.seq_len
-    assert bool(config.train.mtp_weight) == (name == "v3_mtp")
-    assert config.optimizer.peak_rate == config.optimizer.final_rate == 1e-5
+    assert bool(config.loss.mtp_weight) == (name == "v3_mtp")
+    assert config.schedule.peak_rate == config.schedule.final_rate == 1e-5
     assert run_config.validate(config) is config
     run.loop_config(config), run.batch_ramp(config, 8)
     assert config.name == f"{name}_tuned"  # and so its workdir is not the directory of the weights
@@ -65,7 +65,7 @@ def test_the_tokenizer_beside_the_weights_is_taken_from_anywhere(published, tmp_
     own = str(published / "tokenizer.json")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    for words in (["--config=../pub"], ["--config=llm_7b", "--config.train.init_from=../pub"]):
+    for words in (["--config=../pub"], ["--config=llm_7b", "--config.run.init_from=../pub"]):
         config = resolved(*words)
         assert config.data.tokenizer == own
         assert f"tokenizer: {own}, which comes with" in capsys.readouterr().out
@@ -88,16 +88,16 @@ def test_a_tokenizer_of_other_words_is_refused_and_one_of_more_warned_of(publish
 
 
 def test_what_is_no_beginning_is_refused(published, tmp_path):
-    with pytest.raises(UserError, match="config.train.init_from=nowhere: no such directory"):
-        parsed("--config.train.init_from=nowhere")
+    with pytest.raises(UserError, match="config.run.init_from=nowhere: no such directory"):
+        parsed("--config.run.init_from=nowhere")
     with pytest.raises(UserError, match="init_from=nowhere: no such directory"):
-        resolved("--config=tiny_v1", "--config.train.init_from=nowhere", workdir="run")
+        resolved("--config=tiny_v1", "--config.run.init_from=nowhere", workdir="run")
     with pytest.raises(UserError, match="holds the weights to begin with"):
         resolved(f"--config={published}", workdir=published)
     with pytest.raises(UserError, match="brings no tokenizer.json"):
         resolved(f"--config={GOLDEN / 'llm'}")
     with pytest.raises(UserError, match=r"params/\S+ is .* there, .* in this run.*inspect --config="):
-        _beginning.check_sizes(resolved("--config=tiny_v1", f"--config.train.init_from={published}"))
+        _beginning.check_sizes(resolved("--config=tiny_v1", f"--config.run.init_from={published}"))
 
 
 def test_the_user_may_say_otherwise(published):
@@ -129,7 +129,7 @@ def test_a_run_that_has_begun_needs_its_beginning_no_more(published, tmp_path):
     (step / "meta.json").write_text("{}")
     commit(step, 3, {})
     shutil.copy(published / "tokenizer.json", tmp_path / "run")
-    words = ["--config=tiny_v1", f"--config.train.init_from={published}"]
+    words = ["--config=tiny_v1", f"--config.run.init_from={published}"]
     shutil.rmtree(published)
     assert resolved(*words, workdir=tmp_path / "run").data.tokenizer == str(tmp_path / "run" / "tokenizer.json")
     with pytest.raises(UserError, match="no such directory"):
@@ -150,7 +150,7 @@ def test_an_id_of_the_hub_is_a_beginning_of_which_only_what_is_said_is_fetched_f
     config = resolved("--config=some/llm")
     assert inspect.main(["--config=some/llm"]) == 0 and "family v1" in capsys.readouterr().out
     assert fetched == [("some/llm", hub.SMALL)]
-    assert config.train.init_from == "some/llm" and config.model == config_of(published).model
+    assert config.run.init_from == "some/llm" and config.model == config_of(published).model
     assert config.data.tokenizer == str(published / "tokenizer.json") and config.release.end_ids == (0, 1, 63)
     _beginning.check_sizes(config)
     assert [patterns for _, patterns in fetched[1:]] == [hub.SMALL, (*hub.SMALL, *hub.WEIGHTS)]
@@ -163,7 +163,7 @@ def test_fine_tuned_and_exported_it_says_what_the_source_says(published, tmp_pat
     for i in range(8):
         Path(f"{i}.txt").write_text(f"A FEW WORDS OF TEXT, NUMBER {i}, AND SOME MORE OF THEM " * 20)
     words = ["--config=pub", "--workdir=run", "--config.data.source=*.txt", "--config.data.seq_len=16", "--no-sample"]
-    words += ["--config.train.steps=2", "--config.data.holdout_rate=0", f"--config.data.cache_dir={tmp_path / 'cache'}"]
+    words += ["--config.loop.steps=2", "--config.data.holdout_rate=0", f"--config.data.cache_dir={tmp_path / 'cache'}"]
     assert train.main(words) == 0
     assert {"tokenizer.json", "generation_config.json", "chat_template.jinja"} <= {*os.listdir("run")}
     before, there = json.loads((published / "config.json").read_text()), deepseek_jax.load(published).end_ids

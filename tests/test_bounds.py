@@ -100,7 +100,7 @@ def test_every_config_is_within_its_bounds(named):
     [
         ("precision", POLICIES),
         ("family", FAMILIES),
-        ("train.remat", REMAT),
+        ("run.remat", REMAT),
         ("sharding.embed", ("", *REPLICAS)),
         ("data.format", ("auto", *FORMATS)),
         ("data.train_on", TRAIN_ON),
@@ -115,7 +115,7 @@ def test_the_words_of_a_bound_are_those_that_there_are(key, words):
 def test_no_value_of_a_key_is_a_traceback(key):
     config = config_of("tiny_v3")
     *groups, last = key.split(".")
-    group = functools.reduce(lambda inner, name: inner[name], groups, config)
+    group = functools.reduce(lambda node, name: node[name], groups, config)
     for value in (*NEVER, *MAYBE):
         if not put(group, last, value):
             continue
@@ -163,11 +163,11 @@ def test_no_word_for_a_key_is_a_traceback(key):
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        ("train.eval_batches=0", "a whole number from 1 to 2,000,000,000, like 8"),
+        ("loop.eval_batches=0", "a whole number from 1 to 2,000,000,000, like 8"),
         ("optimizer.beta2=2", "a number from 0 and below 1, like 0.95"),
         ("optimizer.eps=nan", "a number from 1e-30 to 1, like 1e-08"),
-        ("train.mtp_weight=-1", "a number from 0 to 1000, like 0.3"),
-        ("train.balance_rate=nan", "a number from 0 to 1, like 0.001"),
+        ("loss.mtp_weight=-1", "a number from 0 to 1000, like 0.3"),
+        ("loss.balance_rate=nan", "a number from 0 to 1, like 0.001"),
         ("seed=18446744073709551616", "a whole number from 0 to 2^64 - 1, like 0"),
         ("mesh.data=0", "a whole number from 1 to 1,000,000,000, or -1, like -1"),
         ("data.cache_dir=~nobody_of_this_name/x", "a path, with names of 255 bytes at most"),
@@ -203,15 +203,16 @@ def test_every_verb_is_in_the_table():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("config.train.stepz = 3", "config.train.stepz: no such key. Did you mean config.train.steps?"),
-        ("config.trane = config.train", "config.trane."),
+        ("config.loop.stepz = 3", "config.loop.stepz: no such key. Did you mean config.loop.steps?"),
+        ("config.lop = config.loop", "config.lop."),
         (
             "config.model.rope_bse = 1.0",
             "config.model.rope_bse: family v3 has no such key. Did you mean config.",
         ),
         ("config.model.qk_norm = True", "config.model.qk_norm: family v3 has no such key."),
-        ("del config.train.steps", "config.train.steps: missing. Start from a config that holds a whole run"),
-        ("del config['train']", "config.train.init_from and 21 more: missing."),
+        ("del config.loop.steps", "config.loop.steps: missing. Start from a config that holds a whole run"),
+        ("del config['loss']", "config.loss.chunk and 9 more: missing."),
+        ("config.loss.auxiliary.of_my_own = -1.0", "config.loss.auxiliary.of_my_own=-1.0: expected a number from 0"),
         ("config.model = type(config)()", "has no config.model. Start from"),
         ("config.itself = config", "the file raised RecursionError"),
         ("import sys; sys.exit(3)", "the file raised SystemExit: 3 (line 5 of "),

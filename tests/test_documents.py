@@ -62,7 +62,7 @@ def check(words: list[str], monkeypatch) -> None:
     for i, word in enumerate(arguments):
         if word.startswith("--config=") and word.partition("=")[2] not in known:
             arguments[i] = "--config=tiny_v3"
-    arguments = [word for word in arguments if not word.startswith("--config.train.init_from=")]
+    arguments = [word for word in arguments if not word.startswith("--config.run.init_from=")]
 
     class Understood(Exception):
         pass

@@ -63,9 +63,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("--config.train.stepz=3", "config.train.stepz: no such key. Did you mean config.train.steps?"),
-        ("--config.train.steps=many", "config.train.steps=many: expected an int, like 60."),
-        ("--config.train.init_from=nowhere", "config.train.init_from=nowhere: no such directory."),
+        ("--config.loop.stepz=3", "config.loop.stepz: no such key. Did you mean config.loop.steps?"),
+        ("--config.loop.steps=many", "config.loop.steps=many: expected an int, like 60."),
+        ("--config.run.init_from=nowhere", "config.run.init_from=nowhere: no such directory."),
         ("--config=tiny_v9", "--config=tiny_v9: no such config."),
         ("--config=base", "config base has no config.model."),
         ("--config.mesh.expert=3", "expert=3 does not divide the 8 devices."),
@@ -117,7 +117,7 @@ def test_generate_without_a_run_or_a_readable_prompt(refused, tmp_path, monkeypa
         (["inspect", "--config.model.n_groups=0"], "config.model.n_groups=0: expected a whole number from 1 to"),
         (["bench", "train", "--turns=0"], "--turns=0: expected a whole number from 1 to"),
         (["bench", "train", "--steps=-1"], "--steps=-1: expected a whole number from 1 to"),
-        (["bench", "train", "--config.train.batch_size=3"], "config.train.batch_size=3"),
+        (["bench", "train", "--config.batch.size=3"], "config.batch.size=3"),
         (["bench"], "Give: deepseek-jax bench train"),
     ],
 )

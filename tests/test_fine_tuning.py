@@ -36,8 +36,8 @@ def tuned(tmp_path_factory):
     (folder / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [f"--config={folder}/published", f"--workdir={folder}/run", f"--config.data.source={folder}/talks.jsonl"]
     words += ["--config.data.holdout_rate=0.2", "--config.data.seq_len=64", f"--config.data.cache_dir={folder}/cache"]
-    words += ["--config.train.steps=40", "--config.train.eval_every=20", "--config.train.log_every=10"]
-    words += ["--config.optimizer.peak_rate=1e-2", "--config.optimizer.warmup_steps=5"]
+    words += ["--config.loop.steps=40", "--config.loop.eval_every=20", "--config.loop.log_every=10"]
+    words += ["--config.schedule.peak_rate=1e-2", "--config.schedule.warmup_steps=5"]
     words += ["--config.mesh.data=1", "--no-sample"]
     assert train.main(words) == 0
     assert export.main([f"--workdir={folder}/run", f"--to={folder}/out", "--dtype=fp32"]) == 0

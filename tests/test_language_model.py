@@ -291,8 +291,10 @@ def test_a_training_state_can_begin_with_weights_from_elsewhere(published, tmp_p
         path = tmp_path
         save(path / "checkpoints", published, 3)
     sizes = module.Config.from_config(published.config.model)
-    rules = dict.fromkeys(run_config.load("tiny_v3").sharding, "") | {"experts": "expert", "embed": "data"}
-    step = StepConfig(lambda step: 1e-3, 1.0, 1, 64, False, 0.1, 0.1, 1, 1e-3, 1, {"expert_balance": 1e-3})
+    config = run_config.load("tiny_v3")
+    rules = dict.fromkeys(config.sharding, "") | {"experts": "expert", "embed": "data"}
+    auxiliary = config.loss.auxiliary.to_dict()
+    step = StepConfig(lambda step: 1e-3, 1.0, 1, 64, False, 0.1, 0.1, 1, 1e-3, 1, auxiliary)
     optimizer = adamw(0.9, 0.95, 1e-8, 0.1, "float32")
     trainer = Trainer(lambda run, rngs: module.Model(sizes, run, rngs=rngs), make_mesh(2, 4), rules, step, optimizer)
     target = {name: trainer.abstract[name] for name in WEIGHTS}

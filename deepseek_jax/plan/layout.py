@@ -82,14 +82,14 @@ def make_layout(
     replicas = data * expert
     if batch % replicas:
         raise UserError(
-            f"config.train.batch_size={batch} does not divide over data {data} x expert {expert} = {replicas} devices. "
+            f"config.batch.size={batch} does not divide over data {data} x expert {expert} = {replicas} devices. "
             f"Choose a multiple of {replicas}."
         )
     share = batch // replicas
     micro_batches = share if pipe > 1 and micro_batches == 1 else micro_batches
     if micro_batches < 1 or share % micro_batches:
         raise UserError(
-            f"config.train.micro_batches={micro_batches}: each of the {replicas} shares has {share} sequences. "
+            f"config.run.micro_batches={micro_batches}: each of the {replicas} shares has {share} sequences. "
             f"Choose a divisor of {share}."
         )
     return Layout(pipe, data, expert, batch, micro_batches, seq_len)

@@ -2,8 +2,8 @@
 
 | recipe | weights | gradients | optimizer, divided over replicas (ZeRO-1) | matmuls | recomputed |
 | --- | --- | --- | --- | --- | --- |
-| run | float32 | float32 | moments per config.optimizer | per config.precision | per config.train.remat |
-| bf16 | bfloat16 | float32 | float32 weights, moments per config.optimizer | bfloat16 | per config.train.remat |
+| run | float32 | float32 | moments per config.optimizer | per config.precision | per config.run.remat |
+| bf16 | bfloat16 | float32 | float32 weights, moments per config.optimizer | bfloat16 | per config.run.remat |
 | v3 | bfloat16, FP8 of blocks' matrices | float32 | float32 weights, bfloat16 moments | FP8 | norms, up-projections |
 
 `run` is what `deepseek-jax train` does. `v3` follows the report: sections 3.2.3 (recomputation), 3.3.2 (what stays in

@@ -139,7 +139,7 @@ def schedule(name: str, n_devices: int, micro_batches: int) -> Schedule:
         expected = f"an even number >= {least}" if found.even else f"{least} or more"
         raise UserError(
             f"--schedule={name} over {n_devices} devices with {micro_batches} micro-batches: expected {expected}. "
-            "Choose another config.train.micro_batches, or --schedule=1f1b."
+            "Choose another config.run.micro_batches, or --schedule=1f1b."
         )
     return found
 

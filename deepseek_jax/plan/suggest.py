@@ -44,8 +44,8 @@ class Space:
 
     Attributes:
         network, chip, devices: the network, and the chips it is to run on.
-        batch, batch_start, seq_len, loss_chunk: `config.train.batch_size`, `batch_size_start`, `config.data.seq_len`,
-            `config.train.loss_chunk`.
+        batch, batch_start, seq_len, loss_chunk: `config.batch.size`, `size_start`, `config.data.seq_len`,
+            `config.loss.chunk`.
         rules: `config.sharding`.
         recipes: recipes to choose from; their `remat` and number formats differ.
         kept: `kept(recipe, layout, rules)` returns what a layer of each stack keeps; called as rarely as possible.
@@ -71,7 +71,7 @@ class Suggestion:
 
     Attributes:
         job: the job.
-        batch_start: its `config.train.batch_size_start`.
+        batch_start: its `config.batch.size_start`.
         step_s: seconds per step.
         memory: bytes on the fullest device.
     """
@@ -131,7 +131,7 @@ def step_of(space: Space, job: Job) -> float:
 
 
 def start_of(space: Space, job: Job) -> int:
-    """Returns `config.train.batch_size_start`, rounded up to a multiple of the devices times their micro-batches."""
+    """Returns `config.batch.size_start`, rounded up to a multiple of the devices times their micro-batches."""
     multiple = job.layout.devices // job.layout.pipe * job.layout.micro_batches
     return min(ceil(space.batch_start / multiple) * multiple, job.layout.batch)
 

@@ -94,12 +94,12 @@ def _advice(job: Job, part: str) -> str:
     if part == "reduce":
         traffic = max((rank_traffic(job, rank) for rank in range(len(job.ranks))), key=lambda t: t.total)
         if traffic.fsdp.seconds(job.chip) > traffic.zero.seconds(job.chip):
-            return "fewer config.train.micro_batches or config.sharding rules: each micro-batch gathers the weights"
-        return "more tokens per step: config.train.batch_size"
+            return "fewer config.run.micro_batches or config.sharding rules: each micro-batch gathers the weights"
+        return "more tokens per step: config.batch.size"
     if part == "optimizer":
-        return "more tokens per step: config.train.batch_size"
+        return "more tokens per step: config.batch.size"
     again = step_time.recomputed_flops(job) > 0
-    return "more devices" + (", or less recomputation (config.train.remat) where memory allows" if again else "")
+    return "more devices" + (", or less recomputation (config.run.remat) where memory allows" if again else "")
 
 
 def suggestions(key: str, title: str, found: Sequence[Suggestion], words: Sequence[str]) -> Section:

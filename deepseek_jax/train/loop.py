@@ -168,7 +168,7 @@ class Loop:
         if in_row >= self.config.max_skipped:
             raise UserError(
                 f"{in_row} steps in a row were not finite (the last, step {step}: {what}). The weights of step "
-                f"{step - in_row} are intact. Lower config.optimizer.peak_rate or look at the text of these steps."
+                f"{step - in_row} are intact. Lower config.schedule.peak_rate or look at the text of these steps."
             )
 
     def log(self, step: int, report: Report, state: State) -> None:
@@ -193,7 +193,7 @@ class Loop:
         if self.held_out is None:
             return None
         with self.metrics.paused():
-            sums, size = np.zeros(3), self.ramp.final
+            sums, size = np.zeros(3), self.ramp.size
             for first in range(0, min(size * self.config.eval_batches, self.held_out.n_samples), size):
                 start, count = local_rows(first, size)
                 rows = self.held_out.rows(start, count)

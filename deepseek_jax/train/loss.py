@@ -131,7 +131,7 @@ class Losses(NamedTuple):
         """The loss that is minimised.  Raises UserError for an auxiliary loss without a weight."""
         if missing := self.auxiliary.keys() - weights.auxiliary.keys():
             raise UserError(
-                f"config.train.auxiliary.{min(missing)}: missing, though the model has a loss of this name. Set its "
+                f"config.loss.auxiliary.{min(missing)}: missing, though the model has a loss of this name. Set its "
                 "weight there; with 0.0 it is reported and not minimised."
             )
         by_name = sorted(self.auxiliary.items(), reverse=True)

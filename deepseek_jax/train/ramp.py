@@ -1,6 +1,6 @@
 """Which samples each step reads: the batch ramp, and the share of it of one process.  No jax: reader processes load it.
 
-    batch: grows from `batch_size_start` to `batch_size` in up to `LEVELS` jumps, then stays
+    batch: grows from `size_start` to `size` in up to `LEVELS` jumps, then stays
 
 A step's number alone says what it reads, so that a run is resumed by asking, and a run of any length costs no memory.
 """
@@ -19,36 +19,36 @@ class BatchRamp:
     """How many sequences each step reads; the step number alone says which.
 
     Attributes:
-        start: sequences of step 0.
-        final: sequences of each step after the ramp.
-        steps: length of the ramp; the batch grows in up to `LEVELS` jumps, each of which compiles the step anew.
+        size_start: sequences of step 0.
+        size: sequences of each step after the ramp.
+        ramp_steps: length of the ramp; the batch grows in up to `LEVELS` jumps, each of which compiles the step anew.
 
     Every size is a multiple of the greatest common divisor of the first and the last: it is the same on any mesh, and
     divides over each mesh that the two divide over.
     """
 
-    start: int
-    final: int
-    steps: int
+    size_start: int
+    size: int
+    ramp_steps: int
 
-    def size(self, step: int) -> int:
+    def size_at(self, step: int) -> int:
         """Sequences of `step`."""
-        if step >= self.steps:
-            return self.final
-        return self._of_level(step * LEVELS // self.steps)
+        if step >= self.ramp_steps:
+            return self.size
+        return self._of_level(step * LEVELS // self.ramp_steps)
 
     def _of_level(self, level: int) -> int:
-        grown = self.start + (self.final - self.start) * level // LEVELS
-        unit = math.gcd(self.start, self.final)
+        grown = self.size_start + (self.size - self.size_start) * level // LEVELS
+        unit = math.gcd(self.size_start, self.size)
         return grown // unit * unit
 
     def first(self, step: int) -> int:
         """Sequences read before `step`."""
-        ramp = min(step, self.steps)
-        begins = [-(-level * self.steps // LEVELS) for level in range(LEVELS + 1)]  # steps at which a level begins
+        ramp = min(step, self.ramp_steps)
+        begins = [-(-level * self.ramp_steps // LEVELS) for level in range(LEVELS + 1)]  # steps at which a level begins
         lengths = [max(min(end, ramp) - begin, 0) for begin, end in itertools.pairwise(begins)]
         grown = sum(length * self._of_level(level) for level, length in enumerate(lengths))
-        return grown + (step - ramp) * self.final
+        return grown + (step - ramp) * self.size
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Shares(Sequence):
         if isinstance(at, slice):
             return dataclasses.replace(self, steps=self.steps[at])
         step = self.steps[at]
-        return share(self.ramp.first(step), self.ramp.size(step), self.process, self.n_processes)
+        return share(self.ramp.first(step), self.ramp.size_at(step), self.process, self.n_processes)
 
 
 def share(first: int, count: int, process: int, n_processes: int) -> tuple[int, int]:

@@ -41,7 +41,7 @@ class StepConfig:
         rate: the learning rate of each step.
         clip_norm: largest global norm of the gradients (V3: 1.0).
         micro_batches: parts a device cuts its share of the batch into (gradient accumulation).
-        loss_chunk: tokens whose logits exist at a time.
+        chunk: tokens whose logits exist at a time.
         mask_documents: whether attention stays inside a document.
         mtp_weight, mtp_weight_final, mtp_weight_switch: lambda before and from the step of the switch.
         balance_rate, balance_rate_stop: gamma, 0 from the step of the stop.
@@ -51,7 +51,7 @@ class StepConfig:
     rate: Schedule
     clip_norm: float
     micro_batches: int
-    loss_chunk: int
+    chunk: int
     mask_documents: bool
     mtp_weight: float
     mtp_weight_final: float
@@ -247,7 +247,7 @@ class Trainer:
 
         def loss(params: dict, part) -> tuple[jax.Array, Losses]:
             model = self.bind(params, state["router_bias"])
-            return losses(model, part, over, weights, chunk=c.loss_chunk, mask=c.mask_documents)
+            return losses(model, part, over, weights, chunk=c.chunk, mask=c.mask_documents)
 
         gradient = jax.grad(loss, has_aux=True)
         if c.micro_batches == 1:
@@ -282,7 +282,7 @@ class Trainer:
         def on_device(params: dict, router_bias: dict, batch) -> Evaluation:
             model = self.bind(params, router_bias)
             no_weights = Weights(0.0, dict.fromkeys(self.config.auxiliary, 0.0))
-            chunk, mask = self.config.loss_chunk, self.config.mask_documents
+            chunk, mask = self.config.chunk, self.config.mask_documents
             _, found = losses(model, batch, Totals(1.0, 1.0), no_weights, chunk=chunk, mask=mask)
             lengths = jnp.where(batch.targets_BT >= 0, byte_lengths_V[jnp.maximum(batch.targets_BT, 0)], 0)
             n_bytes = jnp.sum(lengths * batch.weights_BT)

@@ -33,7 +33,7 @@ def words(workdir: Path, corpus: Path, *overrides: str) -> list[str]:
     """The command line of a run that would take for ever."""
     found = [sys.executable, "-m", "deepseek_jax", "train", f"--config={CONFIG}", f"--workdir={workdir}", "--no-sample"]
     found += [f"--config.data.source={corpus}/*.txt", f"--config.data.cache_dir={corpus.parent}/cache"]
-    return [*found, "--config.train.steps=1000000", "--config.train.eval_every=0", *overrides]
+    return [*found, "--config.loop.steps=1000000", "--config.loop.eval_every=0", *overrides]
 
 
 def environment() -> dict[str, str]:

@@ -236,8 +236,8 @@ RECIPES = {
 def test_a_recipe_reads_the_published_tokens(name):
     config = config_of(name)
     tokens, shares = RECIPES[name]
-    ramp, schedule = run.batch_ramp(config, n_devices=1), config.optimizer
-    read = ramp.first(config.train.steps) * config.data.seq_len
+    ramp, schedule = run.batch_ramp(config, n_devices=1), config.schedule
+    read = ramp.first(config.loop.steps) * config.data.seq_len
     assert read == pytest.approx(tokens * 1e12, rel=1e-4)
     parts = (schedule.warmup_steps + schedule.constant_steps, schedule.cosine_steps, schedule.tail_steps)
     changes = sorted({sum(parts[: n + 1]) for n in range(len(parts))})
@@ -249,7 +249,7 @@ def test_a_recipe_reads_the_published_tokens(name):
 def test_the_batch_grows_over_the_published_tokens(name, tokens):
     config = config_of(name)
     ramp = run.batch_ramp(config, n_devices=1)
-    assert ramp.first(ramp.steps) * config.data.seq_len == pytest.approx(tokens, rel=1e-4)
+    assert ramp.first(ramp.ramp_steps) * config.data.seq_len == pytest.approx(tokens, rel=1e-4)
 
 
 @pytest.mark.slow

@@ -104,7 +104,7 @@ def write_corpus(folder: Path) -> None:
 
 def start(workdir: Path, steps: int, n_processes: int, *overrides: str) -> list[subprocess.Popen]:
     """The train verb on four CPU devices in all, shared out over processes joined through the loopback."""
-    words = [f"--config={CONFIG}", f"--workdir={workdir}", "--no-sample", f"--config.train.steps={steps}"]
+    words = [f"--config={CONFIG}", f"--workdir={workdir}", "--no-sample", f"--config.loop.steps={steps}"]
     words += [f"--config.data.source={workdir.parent}/*.txt", f"--config.data.cache_dir={workdir.parent}/cache"]
     words += ["--config.mesh.data=2", "--config.mesh.expert=2", *overrides]
     flags = os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={4 // n_processes}"
@@ -170,7 +170,7 @@ def test_two_processes_train_as_one_does_through_a_signal_and_a_loss(tmp_path):
     """
     write_corpus(tmp_path)
     two, one = tmp_path / "two", tmp_path / "one"
-    endless = ("--config.train.eval_every=4", "--config.checkpoint.every=20")
+    endless = ("--config.loop.eval_every=4", "--config.checkpoint.every=20")
     processes = start(two, 1_000_000, 2, *endless)
     try:
         wait_for_steps(two, 5, processes)
@@ -192,7 +192,7 @@ def test_two_processes_train_as_one_does_through_a_signal_and_a_loss(tmp_path):
     assert "nano_v3" not in printed(two, 1) and "loss" not in printed(two, 1)  # the first speaks for all
 
     n_steps = len(figures(two, "loss"))
-    assert finish(one, start(one, n_steps, 1, "--config.train.eval_every=4")) == [0], printed(one, 0)
+    assert finish(one, start(one, n_steps, 1, "--config.loop.eval_every=4")) == [0], printed(one, 0)
     np.testing.assert_allclose(figures(two, "loss"), figures(one, "loss"), rtol=1e-5)
     n_evaluations = len(figures(two, "bits_per_byte"))
     np.testing.assert_allclose(figures(two, "bits_per_byte"), figures(one, "bits_per_byte")[:n_evaluations], rtol=1e-5)

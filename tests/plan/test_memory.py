@@ -121,7 +121,7 @@ def test_what_a_run_on_one_chip_took(policy, batch, peak_gib, step_s):
 
     sizes = {"vocab_size": 32_768, "n_layers": 3, "n_dense_layers": 1, "n_experts": 32, "mtp_depth": 0}
     words = [f"--config.model.{key}={value}" for key, value in sizes.items()]
-    words += [f"--config.train.batch_size={batch}", f"--config.train.remat={policy}", "--chip=h200"]
+    words += [f"--config.batch.size={batch}", f"--config.run.remat={policy}", "--chip=h200"]
     options = _options.parse(words, "v3_671b", plan.EXTRA, workdir=False)
     subject = plan.subject_of(options.config, is_whole=False)
     job = plan.job_of(options.config, options, subject)

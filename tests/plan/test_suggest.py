@@ -113,7 +113,7 @@ def suggested():
     import contextlib
     import io
 
-    words = ["--config=tiny_v1", "--config.train.batch_size=64", "--config.train.batch_size_start=32"]
+    words = ["--config=tiny_v1", "--config.batch.size=64", "--config.batch.size_start=32"]
     words += ["--chip=mine:bf16=1,memory=0.1,hbm=100,fast=10,reach=4,network=1", "--devices=8"]
     out = io.StringIO()
     with contextlib.redirect_stdout(out):

@@ -112,22 +112,22 @@ def test_a_step_that_was_measured(capsys):
 
 
 def test_a_plan_that_does_not_fit_says_so(capsys):
-    assert plan.main(["--config=llm_67b", "--config.train.batch_size=1"]) == 0
+    assert plan.main(["--config=llm_67b", "--config.batch.size=1"]) == 0
     out = capsys.readouterr().out
     assert "NO" in line(out, "does it fit?") and "largest part: optimizer" in line(out, "does it fit?")
     assert "give more devices" in line(out, "  short by")
     assert plan.main(["--config=llm_7b", "--devices=64"]) == 0
-    assert "give more config.train.micro_batches" in line(capsys.readouterr().out, "  short by")
+    assert "give more config.run.micro_batches" in line(capsys.readouterr().out, "  short by")
 
 
 def test_sums_over_micro_batches_are_named(capsys):
     for micro_batches, is_named in ((1, False), (4, True)):
-        assert plan.main(["--config=tiny_v1", f"--config.train.micro_batches={micro_batches}"]) == 0
+        assert plan.main(["--config=tiny_v1", f"--config.run.micro_batches={micro_batches}"]) == 0
         assert ("and their sums over micro-batches" in line(capsys.readouterr().out, "gradients")) == is_named
 
 
 def test_other_schedules_stand_beside_the_chosen_one(capsys):
-    found = planned(capsys, "--config=tiny_v1", "--config.mesh.pipe=3", "--config.train.batch_size=12")
+    found = planned(capsys, "--config=tiny_v1", "--config.mesh.pipe=3", "--config.batch.size=12")
     schedules = found["figures"]["schedules"]
     assert schedules["1f1b_bubble_roofline_s"] > schedules["zb1p_bubble_roofline_s"] > 0
     assert schedules["dualpipe_bubble_roofline_s"] is None  # three devices are an odd number
@@ -140,8 +140,8 @@ def test_other_schedules_stand_beside_the_chosen_one(capsys):
         (["--devices=2000"], "does not divide 2000 devices"),
         (["--devices=1536", "--config.mesh.expert=48"], "256 experts over mesh axis 'expert' of size 48"),
         (["--config.mesh.pipe=62", "--devices=7936", "--schedule=1f1b"], "62 pipeline stages for 61 layers"),
-        (["--config.train.batch_size=100"], "config.train.batch_size=100 does not divide"),
-        (["--config.train.micro_batches=7"], "Choose a divisor of 120"),
+        (["--config.batch.size=100"], "config.batch.size=100 does not divide"),
+        (["--config.run.micro_batches=7"], "Choose a divisor of 120"),
         (["--schedule=gpipe"], "no such schedule"),
         (["--recipe=fp4"], "no such recipe"),
         (["--price=-2"], "--price=-2.0: expected a number from"),
@@ -174,7 +174,7 @@ def test_a_picture_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
 
 
 def test_nothing_is_published_of_a_model_that_was_changed(capsys):
-    words = ["--config.model.n_layers=60", "--recipe=v3", "--config.train.batch_size=1", "--chip=h800:memory=99999"]
+    words = ["--config.model.n_layers=60", "--recipe=v3", "--config.batch.size=1", "--chip=h800:memory=99999"]
     found = planned(capsys, *words)
     assert "published" not in found["figures"] and "measured" not in found["figures"]["speed"]
     assert found["mesh"] == {"pipe": 1, "data": 1, "expert": 1}
@@ -188,8 +188,8 @@ def test_a_chip_that_differs_from_the_published_one_has_no_published_step(capsys
 
 
 def test_the_tokens_of_a_run_follow_its_batch_ramp(capsys):
-    words = ["--config=tiny_v1", "--config.train.steps=40", "--config.train.batch_size_start=4", "--step-time-s=1"]
-    flat, ramped = (planned(capsys, *words, f"--config.train.batch_ramp_steps={n}") for n in (0, 20))
+    words = ["--config=tiny_v1", "--config.loop.steps=40", "--config.batch.size_start=4", "--step-time-s=1"]
+    flat, ramped = (planned(capsys, *words, f"--config.batch.ramp_steps={n}") for n in (0, 20))
     hours = [found["figures"]["speed"]["measured"]["run_hours_h"] for found in (flat, ramped)]
     assert hours == pytest.approx([40 / 3600, 30 / 3600])  # 20 of the 40 steps read half a batch
 

@@ -22,18 +22,17 @@ def get_config() -> ConfigDict:
     config.data.seq_len = 32
     config.data.holdout_rate = 0.1
 
-    train = config.train
-    train.steps = 60
-    train.batch_size = train.batch_size_start = 8
-    train.log_every = 1
-    train.eval_every = 7
-    train.eval_batches = 2
+    config.loop.steps = 60
+    config.batch.size = config.batch.size_start = 8
+    config.loop.log_every = 1
+    config.loop.eval_every = 7
+    config.loop.eval_batches = 2
 
-    optimizer = config.optimizer
-    optimizer.warmup_steps = 10
-    optimizer.constant_steps = 30
-    optimizer.cosine_steps = 10
-    optimizer.tail_steps = 5
+    schedule = config.schedule
+    schedule.warmup_steps = 10
+    schedule.constant_steps = 30
+    schedule.cosine_steps = 10
+    schedule.tail_steps = 5
 
     config.checkpoint.every = 3
     return config

@@ -42,7 +42,7 @@ def test_what_is_held_out_and_how_often_the_text_is_read_is_said(tmp_path, n_boo
     for number in range(n_books):
         (tmp_path / f"{number}.txt").write_text(TEXT * (500 + number))
     (tmp_path / "cover.png").write_bytes(b"\xff")
-    lines, _ = said(tmp_path / "elsewhere", tmp_path, "--config.train.batch_size=8", "--config.train.steps=420")
+    lines, _ = said(tmp_path / "elsewhere", tmp_path, "--config.batch.size=8", "--config.loop.steps=420")
     times = 420 * 8 * 256 / (0.98 * sum(len(TEXT) * (500 + number) for number in range(n_books)))
     assert f"tokens an epoch, {documents}, read {times:.0f} times\nheld out to evaluate on: {end}, " in lines
     assert "files passed over: 1 of other types (.png)" in lines

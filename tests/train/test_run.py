@@ -91,19 +91,19 @@ def checksums(workdir: Path) -> list[int]:
 def test_killed_twenty_times_the_log_is_the_same_bit_for_bit(tmp_path, corpus):
     """SIGKILL at random moments, start-up and saving included; then the log equals that of an undisturbed run."""
     steps, whole, killed = 150, tmp_path / "whole", tmp_path / "killed"
-    process = start(whole, corpus, f"--config.train.steps={steps}")
+    process = start(whole, corpus, f"--config.loop.steps={steps}")
     assert process.wait(timeout=300) == 0, output(whole).read_text()
 
     choose = random.Random(os.environ.get("KILL_SEED", "0"))
     for _ in range(20):
         begun = len(read_log_of(killed))
-        process = start(killed, corpus, f"--config.train.steps={steps}")
+        process = start(killed, corpus, f"--config.loop.steps={steps}")
         wait_for_lines(process, killed, begun + choose.randint(0, 5))
         time.sleep(choose.uniform(0.0, 0.05))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, output(killed).read_text()  # it was running until then
     assert 0 < read_log_of(killed)[-1]["step"] < steps
-    process = start(killed, corpus, f"--config.train.steps={steps}")
+    process = start(killed, corpus, f"--config.loop.steps={steps}")
     assert process.wait(timeout=300) == 0, output(killed).read_text()
     assert curve(killed) == curve(whole)
     assert len(losses(whole)) == steps
@@ -118,7 +118,7 @@ def wait_for_lines(process: subprocess.Popen, workdir: Path, n_lines: int) -> No
 @pytest.mark.slow
 def test_sigterm_saves_and_exits_with_0(tmp_path, corpus):
     workdir = tmp_path / "run"
-    process = start(workdir, corpus, "--config.train.steps=100000", "--config.checkpoint.every=100000")
+    process = start(workdir, corpus, "--config.loop.steps=100000", "--config.checkpoint.every=100000")
     wait_for_lines(process, workdir, 4)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 0, output(workdir).read_text()
@@ -131,11 +131,11 @@ def test_sigterm_saves_and_exits_with_0(tmp_path, corpus):
 @pytest.mark.slow
 def test_a_run_moves_to_eight_devices_and_back(tmp_path, corpus):
     """Saved on one device, resumed on data 2 x expert 4, and back: the losses of an unmoved run to 1e-5."""
-    trained(tmp_path / "still", corpus, "--config.train.steps=9", "--config.mesh.data=1")
+    trained(tmp_path / "still", corpus, "--config.loop.steps=9", "--config.mesh.data=1")
     moving = tmp_path / "moving"
-    trained(moving, corpus, "--config.train.steps=3", "--config.mesh.data=1")
-    trained(moving, corpus, "--config.train.steps=6", "--config.mesh.data=2", "--config.mesh.expert=4")
-    trained(moving, corpus, "--config.train.steps=9", "--config.mesh.data=1")
+    trained(moving, corpus, "--config.loop.steps=3", "--config.mesh.data=1")
+    trained(moving, corpus, "--config.loop.steps=6", "--config.mesh.data=2", "--config.mesh.expert=4")
+    trained(moving, corpus, "--config.loop.steps=9", "--config.mesh.data=1")
     np.testing.assert_allclose(losses(moving), losses(tmp_path / "still"), rtol=1e-5)
     assert checksums(moving) == checksums(tmp_path / "still")
 
@@ -159,10 +159,10 @@ def test_resuming_changes_no_dtype_value_or_placement(tmp_path):
 
 @pytest.mark.slow
 def test_steps_that_are_not_finite_stop_the_run(tmp_path, corpus, capsys):
-    wild = ("--config.mesh.data=1", "--config.optimizer.peak_rate=1000", "--config.optimizer.weight_decay=1000")
-    wild += ("--config.train.max_skipped=3", "--config.train.steps=60")  # weights grow a million times per step
-    with pytest.raises(UserError, match="3 steps in a row were not finite .* Lower config.optimizer.peak_rate"):
-        trained(tmp_path / "run", corpus, *wild, "--config.optimizer.warmup_steps=1")
+    wild = ("--config.mesh.data=1", "--config.schedule.peak_rate=1000", "--config.optimizer.weight_decay=1000")
+    wild += ("--config.loop.max_skipped=3", "--config.loop.steps=60")  # weights grow a million times per step
+    with pytest.raises(UserError, match="3 steps in a row were not finite .* Lower config.schedule.peak_rate"):
+        trained(tmp_path / "run", corpus, *wild, "--config.schedule.warmup_steps=1")
     assert "skipped: not finite" in capsys.readouterr().out
 
 
@@ -179,5 +179,5 @@ def test_a_workdir_refuses_another_network_or_text(tmp_path):
 
 def test_what_changed_between_two_configs_is_named():
     config = _options.parse([f"--config={CONFIG}"]).config
-    other = _options.parse([f"--config={CONFIG}", "--config.optimizer.peak_rate=0.5"]).config
-    assert run.differences(config, other) == ["optimizer.peak_rate: 0.003 -> 0.5"]
+    other = _options.parse([f"--config={CONFIG}", "--config.schedule.peak_rate=0.5"]).config
+    assert run.differences(config, other) == ["schedule.peak_rate: 0.003 -> 0.5"]
