@@ -89,7 +89,7 @@ def block() -> list[str]:
     drawn = ['<path class="line" stroke-dasharray="4 5" d="M274 226L322 62M274 286L322 622"/>']
     drawn.append('<rect class="box" x="322" y="24" width="614" height="598" rx="12"/>')
     drawn.append(words(342, 52, "One MoE block", "text head"))
-    drawn.append(words(904, 52, "layers/decoder.py", "file", "end"))
+    drawn.append(words(904, 52, "layers/block.py", "file", "end"))
     for top, title, file, parts in (
         (66, "Multi-head latent attention", "layers/mla.py", attention),
         (338, "DeepSeekMoE, eq. 12", "layers/experts.py", experts),

@@ -46,6 +46,18 @@ class Batch(NamedTuple):
     positions_BT: np.ndarray
     weights_BT: np.ndarray
 
+    @classmethod
+    def of_windows(cls, windows: np.ndarray) -> "Batch":
+        """Returns whole windows as rows without padding, a document each.
+
+        Args:
+          windows: int [B, T + 1]; the last T tokens are the targets, each with weight 1.
+        """
+        ids_BT, targets_BT = windows[:, :-1].astype(np.int32), windows[:, 1:].astype(np.int32)
+        positions_BT = np.broadcast_to(np.arange(ids_BT.shape[1], dtype=np.int32), ids_BT.shape)
+        ones_BT = np.ones_like(ids_BT)
+        return cls(ids_BT, targets_BT, ones_BT, positions_BT, ones_BT.astype(np.float32))
+
 
 class Samples:
     """The endless sequence of samples of a split, as a grain dataset; what a reader process receives."""
