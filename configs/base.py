@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
     batch.size_start = 8  # sequences per step at step 0
     batch.ramp_steps = 0  # steps over which the batch grows linearly
 
-    loss = config.loss = ConfigDict()  # `train.step.StepConfig`
+    loss = config.loss = ConfigDict()  # `train.loss.PreTraining`, `train.step.StepConfig`
     loss.chunk = 2048  # tokens whose logits exist at a time
     loss.mtp_weight = 0.3  # lambda of the multi-token-prediction loss (V3 section 4.2)
     loss.mtp_weight_final = 0.1

@@ -25,6 +25,7 @@ from deepseek_jax.precision.policy import policy
 from deepseek_jax.saved_config import from_json
 from deepseek_jax.stored import WEIGHTS, read_weights
 from deepseek_jax.train.loop import LoopConfig
+from deepseek_jax.train.loss import PreTraining
 from deepseek_jax.train.optimizers import Schedule, adamw
 from deepseek_jax.train.ramp import BatchRamp
 from deepseek_jax.train.step import State, StepConfig, Trainer
@@ -39,18 +40,15 @@ def trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
     """Returns the `Trainer` of a run."""
     module, run = family(config.family), config.run
     sizes = module.Config.from_config(config.model)
-    step_config = StepConfig(
-        rate=Schedule(**config.schedule),
-        micro_batches=run.micro_batches,
-        mask_documents=config.data.mask_documents,
-        **config.loss.to_dict(),
-    )
+    loss = config.loss.to_dict()
+    step = {name: loss.pop(name) for name in ("clip_norm", "balance_rate", "balance_rate_stop")}
     return Trainer(
         lambda run, rngs: module.Model(sizes, run, rngs=rngs),
         mesh,
         config.sharding.to_dict(),
-        step_config,
+        PreTraining(mask_documents=config.data.mask_documents, **loss),
         adamw(**config.optimizer),
+        StepConfig(rate=Schedule(**config.schedule), micro_batches=run.micro_batches, **step),
         compute=policy(config.precision).compute,
         remat=run.remat,
         unroll=run.unroll,
@@ -81,18 +79,15 @@ def first_state(config: ConfigDict, trainer: Trainer, workdir: Path, report: Cal
     With `run.init_from` its weights are those of another run or published ones, whose tokenizer and other small files
     are copied to `workdir`; `report` is given lines that say so.
     """
-    state = trainer.init(config.seed)
     if not config.run.init_from:
-        return state
+        return trainer.init(config.seed)
     if jax.process_index() == 0:
         copy_files(release.files_to_keep(config), workdir)
-    for name in WEIGHTS:
-        del state[name]  # makes room
     source, weights = read_weights(config.run.init_from, {name: trainer.abstract[name] for name in WEIGHTS})
     report(f"weights of {config.run.init_from}")
     for change in differences(source.model, config.model):
         report(f"other than there: config.model.{change}")
-    return state | weights
+    return trainer.init(config.seed, **weights)
 
 
 def check_vocabulary(config: ConfigDict, tokenizer: Tokenizer) -> None:

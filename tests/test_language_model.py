@@ -20,7 +20,6 @@ from deepseek_jax.language_model import LanguageModel
 from deepseek_jax.launch import generate, inspect
 from deepseek_jax.launch._continuation import write
 from deepseek_jax.layers.base import split
-from deepseek_jax.models import family
 from deepseek_jax.saved_config import to_json
 from deepseek_jax.stored import WEIGHTS, read_weights
 from deepseek_jax.train.checkpoint import Checkpointer
@@ -282,21 +281,16 @@ def test_weights_that_come_without_a_tokenizer_take_ids_only(published, tmp_path
 @pytest.mark.parametrize("stored", [pytest.param("published", marks=pytest.mark.slow), "checkpoint"])
 def test_a_training_state_can_begin_with_weights_from_elsewhere(published, tmp_path, stored):
     """Read into float32 on a mesh, with the rules of a run."""
+    from deepseek_jax import run
     from deepseek_jax.parallel.mesh import make_mesh
-    from deepseek_jax.train.optimizers import adamw
-    from deepseek_jax.train.step import StepConfig, Trainer
 
-    module, path = family("v3"), GOLDEN / "v3_mtp"
+    path = GOLDEN / "v3_mtp"
     if stored == "checkpoint":
         path = tmp_path
         save(path / "checkpoints", published, 3)
-    sizes = module.Config.from_config(published.config.model)
     config = run_config.load("tiny_v3")
-    rules = dict.fromkeys(config.sharding, "") | {"experts": "expert", "embed": "data"}
-    auxiliary = config.loss.auxiliary.to_dict()
-    step = StepConfig(lambda step: 1e-3, 1.0, 1, 64, False, 0.1, 0.1, 1, 1e-3, 1, auxiliary)
-    optimizer = adamw(0.9, 0.95, 1e-8, 0.1, "float32")
-    trainer = Trainer(lambda run, rngs: module.Model(sizes, run, rngs=rngs), make_mesh(2, 4), rules, step, optimizer)
+    config.model, config.sharding.embed = published.config.model, "data"
+    trainer = run.trainer(config, make_mesh(2, 4))
     target = {name: trainer.abstract[name] for name in WEIGHTS}
     config, weights = read_weights(path, target)
     assert config.model == published.config.model

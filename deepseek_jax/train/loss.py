@@ -5,111 +5,27 @@
 A weight w goes with its target: 1 in pre-training; in fine-tuning 1 for the assistant's tokens and 0 for the others.
 Multi-token prediction reads every token and learns those with a weight.
 
-The cross-entropy never holds the logits of all tokens: it goes through them in chunks and, while a chunk's logits are
-there, computes its share of the gradients as well, so that nothing is kept and nothing is computed twice.
+`PreTraining` is the objective of pre-training and, with the weights of conversations, of fine-tuning.  What a `Trainer`
+minimises is an argument: any other `Objective` may take its place.
 Paper: V3 sections 2.1.2 (eqs. 17-20) and 2.2 (eqs. 24-25); V2 section 2.2.3 (three balance losses).
 """
 
-import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.block import Statistics
 from deepseek_jax.layers.mtp import shift_left
 from deepseek_jax.layers.tokens import Tokens
+from deepseek_jax.train.cross_entropy import IGNORE, cross_entropy
 
 if TYPE_CHECKING:
     from deepseek_jax.data.pipeline import Batch
-
-IGNORE = -1  # a target that is not there
-
-
-def _chunks(h_MD: jax.Array, targets_M: jax.Array, weights_M: jax.Array, chunk: int) -> tuple[jax.Array, ...]:
-    """The arrays cut to (chunks, chunk, …), filled up with ignored rows."""
-    chunk = min(chunk, targets_M.shape[0])
-    n_chunks = -(-targets_M.shape[0] // chunk)
-    spare = n_chunks * chunk - targets_M.shape[0]
-    h_MD = jnp.pad(h_MD, ((0, spare), (0, 0)))
-    targets_M = jnp.pad(targets_M, (0, spare), constant_values=IGNORE)
-    weights_M = jnp.pad(weights_M, (0, spare))
-    return h_MD.reshape(n_chunks, chunk, -1), targets_M.reshape(n_chunks, chunk), weights_M.reshape(n_chunks, chunk)
-
-
-def _chunk_loss(
-    h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, weights_M: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(summed loss, softmax probabilities_MV, weight of each row: 0 without a target) of one chunk."""
-    logits_MV = jnp.einsum("MD,DV->MV", h_MD, weight_DV, preferred_element_type=jnp.float32)
-    weights_M = jnp.where(targets_M != IGNORE, weights_M, 0.0)
-    highest_M = jnp.max(logits_MV, axis=-1)
-    shifted_MV = jnp.exp(logits_MV - highest_M[:, None])
-    total_M = jnp.sum(shifted_MV, axis=-1)
-    target_M = jnp.take_along_axis(logits_MV, jnp.maximum(targets_M, 0)[:, None], axis=-1)[:, 0]
-    loss_M = jnp.where(weights_M != 0, weights_M * (jnp.log(total_M) + highest_M - target_M), 0.0)
-    return jnp.sum(loss_M), shifted_MV / total_M[:, None], weights_M
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def cross_entropy(
-    h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, weights_M: jax.Array, chunk: int
-) -> jax.Array:
-    """Sum over the tokens of w * -log softmax(h W)[target], in nats.
-
-    Args:
-        h_MD: hidden states, in the compute dtype.
-        weight_DV: the output head (cast to the dtype of `h_MD`; products accumulated in float32).
-        targets_M: ids to predict; -1 is left out of the sum.
-        weights_M: w of each target, float32; a constant, to which no gradient flows.
-        chunk: tokens whose logits exist at a time.
-
-    Returns:
-        A float32 scalar.
-    """
-
-    def body(total: jax.Array, part: tuple) -> tuple[jax.Array, None]:
-        h, targets, weights = part
-        return total + _chunk_loss(h, weight_DV.astype(h.dtype), targets, weights)[0], None
-
-    return jax.lax.scan(body, jnp.float32(0), _chunks(h_MD, targets_M, weights_M, chunk))[0]
-
-
-def _forward(
-    h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, weights_M: jax.Array, chunk: int
-) -> tuple[jax.Array, tuple]:
-    weight = weight_DV.astype(h_MD.dtype)
-
-    def body(carry: tuple, part: tuple) -> tuple[tuple, jax.Array]:
-        (total, d_weight_DV), (h, targets, weights) = carry, part
-        loss, probabilities_MV, weights = _chunk_loss(h, weight, targets, weights)
-        is_target_MV = jnp.arange(weight.shape[1]) == targets[:, None]
-        d_logits_MV = ((probabilities_MV - is_target_MV) * weights[:, None]).astype(h.dtype)
-        d_h_MD = jnp.einsum("MV,DV->MD", d_logits_MV, weight)
-        d_weight_DV += jnp.einsum("MD,MV->DV", h, d_logits_MV, preferred_element_type=jnp.float32)
-        return (total + loss, d_weight_DV), d_h_MD
-
-    start = (jnp.float32(0), jnp.zeros(weight_DV.shape, jnp.float32))
-    (total, d_weight_DV), d_h = jax.lax.scan(body, start, _chunks(h_MD, targets_M, weights_M, chunk))
-    d_h_MD = d_h.reshape(-1, h_MD.shape[1])[: h_MD.shape[0]]
-    return total, (d_h_MD, d_weight_DV, jnp.zeros((0,), weight_DV.dtype))
-
-
-def _backward(chunk: int, saved: tuple, g: jax.Array) -> tuple:
-    d_h_MD, d_weight_DV, like = saved
-    return (d_h_MD * g).astype(d_h_MD.dtype), (d_weight_DV * g).astype(like.dtype), None, None
-
-
-cross_entropy.defvjp(_forward, _backward)
-
-
-class Weights(NamedTuple):
-    """Factors of the loss parts at a step."""
-
-    mtp: jax.Array | float  # lambda
-    auxiliary: Mapping[str, float]  # alpha of each auxiliary loss
 
 
 class Losses(NamedTuple):
@@ -127,15 +43,23 @@ class Losses(NamedTuple):
     auxiliary: dict[str, jax.Array]
     loads: dict
 
-    def weighted(self, weights: Weights) -> jax.Array:
-        """The loss that is minimised.  Raises UserError for an auxiliary loss without a weight."""
-        if missing := self.auxiliary.keys() - weights.auxiliary.keys():
+    def weighted(self, mtp: jax.Array | float, auxiliary: Mapping[str, float]) -> jax.Array:
+        """The loss that is minimised.
+
+        Args:
+            mtp: lambda.
+            auxiliary: alpha of each auxiliary loss, by name.
+
+        Raises:
+            UserError: an auxiliary loss has no weight.
+        """
+        if missing := self.auxiliary.keys() - auxiliary.keys():
             raise UserError(
                 f"config.loss.auxiliary.{min(missing)}: missing, though the model has a loss of this name. Set its "
                 "weight there; with 0.0 it is reported and not minimised."
             )
         by_name = sorted(self.auxiliary.items(), reverse=True)
-        return self.main + weights.mtp * self.mtp + sum(weights.auxiliary[name] * loss for name, loss in by_name)
+        return self.main + mtp * self.mtp + sum(auxiliary[name] * loss for name, loss in by_name)
 
 
 class Totals(NamedTuple):
@@ -156,19 +80,64 @@ def totals(batch: "Batch") -> Totals:
     return Totals(weight, jnp.sum(jnp.any(batch.segments_BT > 0, axis=1)).astype(jnp.float32))
 
 
-def losses(model, batch: "Batch", over: Totals, weights: Weights, *, chunk: int, mask: bool):
-    """The loss of a part of a batch.
+class Objective(Protocol):
+    """What a `Trainer` minimises."""
+
+    def __call__(self, model: nnx.Module, batch: "Batch", over: Totals, step: jax.Array) -> tuple[jax.Array, Losses]:
+        """The loss of a part of a batch.
+
+        Args:
+            model: bound (`Trainer.bind`), in its compute dtype.
+            batch: this part, one device's share of a micro-batch.
+            over: totals of the whole batch: what a mean over it divides by.
+            step: int32, for factors that follow a schedule.
+
+        Returns:
+            (loss to differentiate, what is reported of it): the sum over all parts is that of the step.
+        """
+
+    def nats(self, model: nnx.Module, batch: "Batch") -> jax.Array:
+        """Sum over the targets of w * -log p(target), main model alone: how held-out text is judged."""
+
+
+@dataclass(frozen=True)
+class PreTraining:
+    """The objective of the reports.
+
+    Attributes:
+        chunk: tokens whose logits exist at a time.
+        mask_documents: whether attention stays inside a document.
+        mtp_weight, mtp_weight_final, mtp_weight_switch: lambda before and from the step of the switch.
+        auxiliary: alpha of each auxiliary loss, by its name.
+    """
+
+    chunk: int
+    mask_documents: bool
+    mtp_weight: float
+    mtp_weight_final: float
+    mtp_weight_switch: int
+    auxiliary: Mapping[str, float]
+
+    def __call__(self, model: nnx.Module, batch: "Batch", over: Totals, step: jax.Array) -> tuple[jax.Array, Losses]:
+        """See `Objective`."""
+        mtp_weight = jnp.where(step < self.mtp_weight_switch, self.mtp_weight, self.mtp_weight_final)
+        found = losses(model, batch, over, chunk=self.chunk, mask=self.mask_documents)
+        return found.weighted(mtp_weight, self.auxiliary), found
+
+    def nats(self, model: nnx.Module, batch: "Batch") -> jax.Array:
+        """See `Objective`."""
+        return losses(model, batch, Totals(1.0, 1.0), chunk=self.chunk, mask=self.mask_documents).main
+
+
+def losses(model: nnx.Module, batch: "Batch", over: Totals, *, chunk: int, mask: bool) -> Losses:
+    """The losses of a part of a batch.
 
     Args:
         model: a bound family model (`hidden`, `mtp_depths`, `head`).
         batch: this part.
         over: of the whole batch.
-        weights: factors of the parts.
         chunk: tokens whose logits exist at a time.
         mask: whether attention stays inside documents.
-
-    Returns:
-        (loss to differentiate, `Losses`).
     """
     tokens = Tokens(batch.ids_BT, batch.positions_BT, batch.segments_BT if mask else None, batch.segments_BT > 0)
     weight_DV = model.head.weight_DV[...]
@@ -186,8 +155,7 @@ def losses(model, batch: "Batch", over: Totals, weights: Weights, *, chunk: int,
         mtp += nll(depth.h_BTD, depth.targets_BT, weights_BT) / len(depths)
     auxiliary = summed([*statistics.values(), *(depth.statistics for depth in depths)])
     auxiliary = {name: loss / over.sequences for name, loss in auxiliary.items()}
-    result = Losses(main, jnp.asarray(mtp, jnp.float32), auxiliary, model.loads(statistics, depths))
-    return result.weighted(weights), result
+    return Losses(main, jnp.asarray(mtp, jnp.float32), auxiliary, model.loads(statistics, depths))
 
 
 def summed(statistics: list[Statistics]) -> dict[str, jax.Array]:

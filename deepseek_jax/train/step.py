@@ -10,8 +10,9 @@ All of it is one program, run once per device (`parallel.mesh.per_device`).  A s
 leaves weights, moments and biases as they were; only the counters move.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -21,48 +22,37 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from deepseek_jax.compat import quick_compile
+from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.layers.base import Execution, bind, logical_axes, split
 from deepseek_jax.layers.router import max_violation, updated_bias
 from deepseek_jax.parallel import zero
-from deepseek_jax.parallel.mesh import BATCH, REPLICATED, per_device, total
+from deepseek_jax.parallel.mesh import BATCH, REPLICATED, per_device, place, total
 from deepseek_jax.parallel.sharding import check_rules, expert_axis, placements, state_specs, unsharder
 from deepseek_jax.seeds import random_key
-from deepseek_jax.train.loss import Losses, Totals, Weights, losses, totals
+from deepseek_jax.train.gradients import accumulated
+from deepseek_jax.train.loss import Losses, Objective, Totals, totals
 from deepseek_jax.train.optimizers import OptimizerFor, Schedule
+from deepseek_jax.train.trainable import Trainable, divide, everything, join
 
 State = dict  # {"params", "router_bias", "optimizer", "step", "skipped", "skipped_in_row"}
 
 
 @dataclass(frozen=True)
 class StepConfig:
-    """What a step does besides the optimizer's update.
+    """What a step does besides the objective's loss and the optimizer's update.
 
     Attributes:
         rate: the learning rate of each step.
         clip_norm: largest global norm of the gradients (V3: 1.0).
         micro_batches: parts a device cuts its share of the batch into (gradient accumulation).
-        chunk: tokens whose logits exist at a time.
-        mask_documents: whether attention stays inside a document.
-        mtp_weight, mtp_weight_final, mtp_weight_switch: lambda before and from the step of the switch.
         balance_rate, balance_rate_stop: gamma, 0 from the step of the stop.
-        auxiliary: alpha of each auxiliary loss, by its name.
     """
 
     rate: Schedule
     clip_norm: float
     micro_batches: int
-    chunk: int
-    mask_documents: bool
-    mtp_weight: float
-    mtp_weight_final: float
-    mtp_weight_switch: int
     balance_rate: float
     balance_rate_stop: int
-    auxiliary: Mapping[str, float]
-
-    def mtp_weight_at(self, step: jax.Array) -> jax.Array:
-        """lambda of `step`."""
-        return jnp.where(step < self.mtp_weight_switch, self.mtp_weight, self.mtp_weight_final)
 
     def balance_rate_at(self, step: jax.Array) -> jax.Array:
         """gamma of `step`."""
@@ -113,14 +103,16 @@ class Evaluation(NamedTuple):
 
 
 class Trainer:
-    """A model, an optimizer and a mesh, as functions over a plain state.
+    """A model, an objective, an optimizer and a mesh, as functions over a plain state.
 
     Args:
         build: makes the model: `build(run: Execution, rngs: nnx.Rngs) -> nnx.Module`.
         mesh: from `parallel.mesh.make_mesh`.
         rules: logical axis -> mesh axis.
-        step_config: the loss and its schedules.
+        objective: what is minimised (`train.loss.PreTraining(...)`).
         optimizer: makes the optimizer for the model (`train.optimizers.adamw(...)`).
+        config: the rest of a step.
+        trainable: which weights are trained, by their path; the others stay as they are.
         compute: dtype of the activations.
         remat, unroll: see `Execution`.
         flops_per_token: operations to train on one token, as a function of the sequence length.
@@ -139,16 +131,18 @@ class Trainer:
         build: Callable[[Execution, nnx.Rngs], nnx.Module],
         mesh: Mesh,
         rules: dict,
-        step_config: StepConfig,
+        objective: Objective,
         optimizer: OptimizerFor,
+        config: StepConfig,
         *,
+        trainable: Trainable = everything,
         compute: DTypeLike = jnp.float32,
         remat: str = "none",
         unroll: int = 1,
         flops_per_token: Callable[[int], float] = lambda seq_len: 0.0,
     ):
         check_rules(rules)
-        self.mesh, self.config = mesh, step_config
+        self.mesh, self.objective, self.config, self.trainable = mesh, objective, config, trainable
         self.flops_per_token = flops_per_token
         self.run = Execution(
             compute=compute,
@@ -164,6 +158,10 @@ class Trainer:
         self.n_params = sum(x.size for x in jax.tree.leaves(params))
         axes, _ = logical_axes(model)
         self.placements = placements(axes, params, rules, mesh)
+        self._trained_places, _ = divide(self.placements, trainable)
+        if not jax.tree.leaves(self._trained_places):
+            raise ValueError("trainable: no weight is trained. Expected True for the path of at least one.")
+        self._gradients = accumulated(self._loss, config.micro_batches)
         self.optimizer = optimizer(model)
         shapes = jax.eval_shape(lambda: self._initial(0))
         self.specs = self._specs(shapes)
@@ -180,22 +178,39 @@ class Trainer:
             "optimizer": state_specs(state["optimizer"], state["params"], self.placements),
         }
 
-    def _initial(self, seed: int) -> State:
+    def _initial(self, seed: int, given: State = MappingProxyType({})) -> State:
         _, params, router_bias = split(self._build(seed))
-        zero_count = jnp.zeros((), jnp.int32)
-        return {
-            "params": params,
-            "router_bias": router_bias,
-            "optimizer": self.optimizer.init(params),
-            "step": zero_count,
-            "skipped": zero_count,
-            "skipped_in_row": zero_count,
-        }
+        made = {"params": params, "router_bias": router_bias} | given
+        trained, _ = divide(made["params"], self.trainable)
+        counters = dict.fromkeys(("step", "skipped", "skipped_in_row"), jnp.zeros((), jnp.int32))
+        return made | {"optimizer": self.optimizer.init(trained)} | counters
 
-    def init(self, seed: int) -> State:
-        """The state before the first step; every device makes its own part."""
-        shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
-        return quick_compile(self._initial, out_shardings=shardings, static_argnums=0)(seed)
+    def init(self, seed: int, params: dict | None = None, router_bias: dict | None = None) -> State:
+        """The state before the first step; every device makes its own part.
+
+        Args:
+            seed: of the weights.
+            params, router_bias: take their place; host or device arrays of the shapes and dtypes of `abstract`.  Those
+                that lie on the right devices already are not copied: the first step reuses their memory.
+
+        Raises:
+            ValueError: given arrays are not those of this model.
+        """
+        given = {"params": params, "router_bias": router_bias}
+        given = {name: tree for name, tree in given.items() if tree is not None}
+        for name, tree in given.items():
+            _check_like(name, tree, self.abstract[name])
+        given = place(given, self.mesh, {name: self.specs[name] for name in given})
+        shardings = {name: tree for name, tree in self._shardings().items() if name not in given}
+
+        def rest(given: State) -> State:
+            made = self._initial(seed, given)
+            return {name: made[name] for name in shardings}
+
+        return given | quick_compile(rest, out_shardings=shardings)(given)
+
+    def _shardings(self) -> State:
+        return jax.tree.map(lambda x: x.sharding, self.abstract)
 
     def bind(self, params: dict, router_bias: dict) -> nnx.Module:
         """The model with these weights, those stored in shards made whole."""
@@ -209,15 +224,23 @@ class Trainer:
         run = per_device(self._on_device, self.mesh, specs, (self.specs, REPLICATED))
         return jax.jit(run, donate_argnums=0)
 
-    def _on_device(self, state: State, batch) -> tuple[State, Report]:
-        gradients, found = self._gradients(state, batch)
-        found = total(found)
-        gradients = zero.sum_and_scatter(gradients, self.placements)
-        norm = zero.global_norm(gradients, self.placements)
-        loss = found.weighted(Weights(self.config.mtp_weight_at(state["step"]), self.config.auxiliary))
+    def _loss(self, trained: dict, state: State, part: Batch, over: Totals) -> tuple[jax.Array, Losses]:
+        _, frozen = divide(state["params"], self.trainable)
+        model = self.bind(join(trained, frozen), state["router_bias"])
+        return self.objective(model, part, over, state["step"])
+
+    def _on_device(self, state: State, batch: Batch) -> tuple[State, Report]:
+        trained, frozen = divide(state["params"], self.trainable)
+        gradients, loss, found = self._gradients(trained, state, batch)
+        loss, found = total((loss, found))
+        gradients = zero.sum_and_scatter(gradients, self._trained_places)
+        norm = zero.global_norm(gradients, self._trained_places)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         rate = self.config.rate(state["step"])
-        new = self._updated(state, gradients, norm, rate, found.loads)
+        trained, optimizer = self._updated(trained, gradients, norm, rate, state["optimizer"])
+        gamma = self.config.balance_rate_at(state["step"])
+        router_bias = moved_biases(state["router_bias"], found.loads, gamma)
+        new = {"params": join(trained, frozen), "router_bias": router_bias, "optimizer": optimizer}
         new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, {key: state[key] for key in new})
         new["step"] = state["step"] + 1
         new["skipped"] = state["skipped"] + ~finite
@@ -239,58 +262,43 @@ class Trainer:
         )
         return new, report
 
-    def _gradients(self, state: State, batch) -> tuple[dict, Losses]:
-        """Gradients and losses of this device's share of the batch, one micro-batch after the other."""
-        c = self.config
-        over = total(totals(batch))
-        weights = Weights(c.mtp_weight_at(state["step"]), c.auxiliary)
-
-        def loss(params: dict, part) -> tuple[jax.Array, Losses]:
-            model = self.bind(params, state["router_bias"])
-            return losses(model, part, over, weights, chunk=c.chunk, mask=c.mask_documents)
-
-        gradient = jax.grad(loss, has_aux=True)
-        if c.micro_batches == 1:
-            return gradient(state["params"], batch)
-        parts = jax.tree.map(lambda x: x.reshape(c.micro_batches, -1, *x.shape[1:]), batch)
-
-        def add(sums: tuple, part) -> tuple[tuple, None]:
-            return jax.tree.map(jnp.add, sums, gradient(state["params"], part)), None
-
-        shapes = jax.eval_shape(gradient, state["params"], jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.scan(add, zeros, parts)[0]
-
-    def _updated(self, state: State, gradients: dict, norm: jax.Array, rate: jax.Array, loads: dict) -> State:
-        """The state after the optimizer's and the router-bias update."""
+    def _updated(self, trained: dict, gradients: dict, norm: jax.Array, rate: jax.Array, state: dict) -> tuple:
+        """The trained weights and the optimizer's state after its update of this device's part."""
         shrink = jnp.minimum(1.0, self.config.clip_norm / (norm + 1e-6))
         gradients = jax.tree.map(lambda g: g * shrink, gradients)
-        parts = zero.scatter(state["params"], self.placements)
-        parts, optimizer = self.optimizer.update(gradients, state["optimizer"], parts, rate)
-        gamma = self.config.balance_rate_at(state["step"])
-        router_bias = moved_biases(state["router_bias"], loads, gamma)
-        params = zero.gather(parts, self.placements)
-        return {"params": params, "router_bias": router_bias, "optimizer": optimizer}
+        parts = zero.scatter(trained, self._trained_places)
+        parts, state = self.optimizer.update(gradients, state, parts, rate)
+        return zero.gather(parts, self._trained_places), state
 
-    def evaluator(self, byte_lengths_V: jax.Array) -> Callable[[State, object], Evaluation]:
+    def evaluator(self, byte_lengths_V: jax.Array) -> Callable[[State, Batch], Evaluation]:
         """A compiled `evaluate(state, batch) -> Evaluation`, of the main model alone.
 
         Args:
             byte_lengths_V: UTF-8 bytes that each token id stands for, 0 for special tokens.
         """
 
-        def on_device(params: dict, router_bias: dict, batch) -> Evaluation:
-            model = self.bind(params, router_bias)
-            no_weights = Weights(0.0, dict.fromkeys(self.config.auxiliary, 0.0))
-            chunk, mask = self.config.chunk, self.config.mask_documents
-            _, found = losses(model, batch, Totals(1.0, 1.0), no_weights, chunk=chunk, mask=mask)
+        def on_device(params: dict, router_bias: dict, batch: Batch) -> Evaluation:
+            nats = self.objective.nats(self.bind(params, router_bias), batch)
             lengths = jnp.where(batch.targets_BT >= 0, byte_lengths_V[jnp.maximum(batch.targets_BT, 0)], 0)
             n_bytes = jnp.sum(lengths * batch.weights_BT)
-            return total(Evaluation(found.main, n_bytes, totals(batch).weight))
+            return total(Evaluation(nats, n_bytes, totals(batch).weight))
 
         specs = (self.specs["params"], self.specs["router_bias"], BATCH)
         run = jax.jit(per_device(on_device, self.mesh, specs, REPLICATED))
         return lambda state, batch: run(state["params"], state["router_bias"], batch)
+
+
+def _check_like(name: str, given: dict, expected: dict) -> None:
+    """Raises ValueError for the first array that is not of the shape and dtype expected at its path."""
+    found, known = (
+        {jax.tree_util.keystr(path, simple=True, separator="."): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in at}
+        for at in map(jax.tree_util.tree_leaves_with_path, (given, expected))
+    )
+    for path in sorted({*found, *known}):
+        if found.get(path) != known.get(path):
+            raise ValueError(
+                f"{name}.{path} is {found.get(path, 'missing')}: expected {known.get(path, 'no such weight')}."
+            )
 
 
 def moved_biases(router_bias: dict, loads: dict, gamma: jax.Array) -> dict:

@@ -19,7 +19,7 @@ from deepseek_jax.launch import plan
 from deepseek_jax.layers.base import bind, decayed, logical_axes, split
 from deepseek_jax.models import FAMILIES, family
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.train.loss import Totals, Weights, losses
+from deepseek_jax.train.loss import Totals, losses
 
 B, T, SLOTS = 2, 12, 14
 
@@ -122,7 +122,8 @@ def test_every_weight_learns_and_the_balance_losses_count(model, ids):
 
     def loss(params):
         m = bind(definition, params, bias)
-        return losses(m, batch, Totals(B * T, B), Weights(0.0, alphas), chunk=8, mask=True)
+        found = losses(m, batch, Totals(B * T, B), chunk=8, mask=True)
+        return found.weighted(0.0, alphas), found
 
     gradients, found = jax.jit(jax.grad(loss, has_aux=True))(params)
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):

@@ -14,7 +14,7 @@ from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.layers.base import bind, logical_axes, split
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.models import family
-from deepseek_jax.train.loss import Totals, Weights, losses
+from deepseek_jax.train.loss import Totals, losses
 
 B, T, SLOTS, DEPTH = 2, 12, 14, 2
 
@@ -143,7 +143,8 @@ def test_the_loss_is_the_full_cross_entropy_and_its_mtp_part_is_eq_24(model, for
 
     def parts(params):
         m = bind(definition, params, bias)
-        loss, found = losses(m, batch, Totals(B * T, B), Weights(0.3, {"expert_balance": 0.1}), chunk=7, mask=False)
+        found = losses(m, batch, Totals(B * T, B), chunk=7, mask=False)
+        loss = found.weighted(0.3, {"expert_balance": 0.1})
         return found.mtp, (loss, found)
 
     d_params, (loss, found) = jax.jit(jax.grad(parts, has_aux=True))(params)
@@ -174,7 +175,8 @@ def test_other_depths_run(sizes, depth):
 
     def run(params, bias, batch):
         m = bind(definition, params, bias)
-        return losses(m, batch, Totals(B * T, B), Weights(0.3, {"expert_balance": 0.1}), chunk=8, mask=True)
+        found = losses(m, batch, Totals(B * T, B), chunk=8, mask=True)
+        return found.weighted(0.3, {"expert_balance": 0.1}), found
 
     loss, found = jax.eval_shape(jax.grad(run, has_aux=True), params, bias, batch)
     assert set(loss) == set(params) and ("mtp" in params) == bool(depth) == ("mtp" in found.loads)

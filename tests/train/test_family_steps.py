@@ -9,6 +9,7 @@ import pytest
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.models import family
 from deepseek_jax.parallel.mesh import global_batch, make_mesh
+from deepseek_jax.train.loss import PreTraining
 from deepseek_jax.train.optimizers import Schedule, adamw
 from deepseek_jax.train.step import StepConfig, Trainer
 
@@ -31,8 +32,9 @@ def run(name: str, data: int, expert: int) -> tuple[list, dict, dict]:
         lambda run, rngs: module.Model(sizes, run, rngs=rngs),
         mesh,
         config.sharding.to_dict(),
-        StepConfig(RATE, 1.0, 1, 64, False, 0.0, 0.0, 1, 0.0, 1, ALPHAS),
+        PreTraining(64, False, 0.0, 0.0, 1, ALPHAS),
         adamw(0.9, 0.95, 1e-8, 0.1, "float32"),
+        StepConfig(RATE, 1.0, 1, 0.0, 1),
     )
     state = trainer.init(0)
     before = jax.device_get(state["params"])

@@ -14,7 +14,7 @@ from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.layers.base import bind
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.models import family
-from deepseek_jax.train.loss import Weights, losses, totals
+from deepseek_jax.train.loss import losses, totals
 
 V = 64
 LENGTHS = (7, 9, 5, 11)  # tokens of each document
@@ -65,7 +65,8 @@ def run(model):
     def call(batch, alpha):
         def loss(params):
             m = bind(definition, params, router_bias)
-            return losses(m, batch, totals(batch), Weights(0.3, {"expert_balance": alpha}), chunk=16, mask=True)
+            found = losses(m, batch, totals(batch), chunk=16, mask=True)
+            return found.weighted(0.3, {"expert_balance": alpha}), found
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 

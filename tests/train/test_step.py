@@ -15,6 +15,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import RouterBias, bind, normal, param
 from deepseek_jax.models import family
 from deepseek_jax.parallel.mesh import global_batch, make_mesh, place
+from deepseek_jax.train.loss import PreTraining
 from deepseek_jax.train.optimizers import Schedule, adamw
 from deepseek_jax.train.step import Report, State, StepConfig, Trainer
 
@@ -24,13 +25,15 @@ STEP = StepConfig(
     rate=Schedule(1e-2, 2, 100, 2, 1e-3, 1, 1e-4),
     clip_norm=1.0,
     micro_batches=1,
+    balance_rate=1e-3,
+    balance_rate_stop=4,
+)
+OBJECTIVE = PreTraining(
     chunk=24,
     mask_documents=True,
     mtp_weight=0.3,
     mtp_weight_final=0.1,
     mtp_weight_switch=3,
-    balance_rate=1e-3,
-    balance_rate_stop=4,
     auxiliary={"expert_balance": 1e-2},
 )
 EXPERTS = {"experts": "expert"}
@@ -72,15 +75,13 @@ def weights(sizes, filled) -> tuple:
 
 def trainer(sizes, data: int, expert: int, rules: dict, **options) -> Trainer:
     mesh = make_mesh(data, expert, jax.devices()[: data * expert])
-    options = {"step_config": STEP, "optimizer": adamw(**ADAMW)} | options
+    options = {"objective": OBJECTIVE, "optimizer": adamw(**ADAMW), "config": STEP} | options
     return Trainer(lambda run, rngs: family("v3").Model(sizes, run, rngs=rngs), mesh, rules, **options)
 
 
 def start(trainer: Trainer, weights: tuple) -> State:
     """The state before the first step, with these (params, router biases)."""
-    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), trainer.abstract)
-    params, router_bias = jax.tree.map(np.array, weights)
-    return place(state | {"params": params, "router_bias": router_bias}, trainer.mesh, trainer.specs)
+    return trainer.init(0, *jax.tree.map(np.array, weights))
 
 
 def run(trainer: Trainer, weights: tuple, steps: int = STEPS) -> Run:
@@ -107,7 +108,7 @@ def expert_parallel(sizes, weights) -> Run:
 def fully_sharded(sizes, weights) -> Run:
     """FSDP over four devices, experts over two, each share of the batch in two parts."""
     two_parts = dataclasses.replace(STEP, micro_batches=2)
-    return run(trainer(sizes, 4, 2, EXPERTS | {"embed": "data"}, step_config=two_parts, remat="dots"), weights)
+    return run(trainer(sizes, 4, 2, EXPERTS | {"embed": "data"}, config=two_parts, remat="dots"), weights)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def test_every_mesh_trains_the_same_model(one_device, name, request):
 @pytest.mark.slow
 def test_four_micro_batches_are_one_batch(one_device, sizes, weights):
     """On one device: the parts' gradients, losses and loads add up, though they hold different numbers of targets."""
-    four = run(trainer(sizes, 1, 1, EXPERTS, step_config=dataclasses.replace(STEP, micro_batches=4)), weights, steps=2)
+    four = run(trainer(sizes, 1, 1, EXPERTS, config=dataclasses.replace(STEP, micro_batches=4)), weights, steps=2)
     for wanted, got in zip(one_device.reports, four.reports, strict=False):
         for field in ("loss", "main", "mtp", "gradient_norm", "max_violation"):
             assert getattr(got, field) == pytest.approx(getattr(wanted, field), rel=1e-5), field
@@ -318,7 +319,7 @@ class Toy(nnx.Module):
 def test_the_first_weights_depend_on_the_seed_alone():
     def first(data: int, expert: int, rules: dict, seed: int) -> State:
         mesh = make_mesh(data, expert, jax.devices()[: data * expert])
-        return Trainer(lambda run, rngs: Toy(rngs=rngs), mesh, rules, STEP, adamw(**ADAMW)).init(seed)
+        return Trainer(lambda run, rngs: Toy(rngs=rngs), mesh, rules, OBJECTIVE, adamw(**ADAMW), STEP).init(seed)
 
     state = first(1, 1, {}, 0)
     jax.tree.map(np.testing.assert_array_equal, state, first(2, 4, {"embed": "data"}, 0))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.train.loss import cross_entropy
+from deepseek_jax.train.cross_entropy import cross_entropy, token_nll
 
 M, D, V = 11, 6, 9
 
@@ -70,3 +70,38 @@ def test_bfloat16_activations(inputs):
     assert gradients[0].dtype == jnp.bfloat16 and gradients[1].dtype == jnp.float32
     for got, here in zip(gradients, right, strict=True):
         assert np.linalg.norm(np.float32(got) - here) < 0.03 * np.linalg.norm(here)
+
+
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_any_function_of_the_tokens_losses(inputs, chunk):
+    """`token_nll` and its gradients under a function that is not linear in them."""
+    h, weight, targets, _ = inputs
+
+    def through(nll):
+        return lambda h, weight: jnp.sum(jnp.where(targets >= 0, jnp.tanh(nll(h, weight)) ** 2, 0.0))
+
+    def all_at_once(h, weight):
+        return -jnp.take_along_axis(jax.nn.log_softmax(h @ weight), jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
+
+    def chunked(h, weight):
+        return token_nll(h, weight, targets, chunk)
+
+    nll_M = jax.jit(chunked)(h, weight)
+    np.testing.assert_allclose(nll_M, np.where(targets >= 0, all_at_once(h, weight), 0), rtol=1e-5)
+    assert nll_M.dtype == jnp.float32 and nll_M[2] == nll_M[10] == 0
+    right = jax.jit(jax.grad(through(all_at_once), argnums=(0, 1)))(h, weight)
+    found = jax.jit(jax.grad(through(chunked), argnums=(0, 1)))(h, weight)
+    for got, expected in zip(found, right, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_weighted_sum_is_that_of_the_tokens_losses(inputs):
+
+    def summed(h, weight, targets, weights, chunk):
+        return jnp.sum(weights * token_nll(h, weight, targets, chunk))
+
+    (_, one), one_gradients = compiled(cross_entropy, 4)(*inputs)
+    (_, other), other_gradients = compiled(summed, 4)(*inputs)
+    assert float(one) == pytest.approx(float(other), rel=1e-6)
+    for got, expected in zip(other_gradients, one_gradients, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)

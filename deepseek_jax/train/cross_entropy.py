@@ -1,0 +1,127 @@
+"""Cross-entropy that never holds the logits of all tokens: it goes through them in chunks.
+
+    nll_m = -log softmax(h_m W)[target_m]
+
+`cross_entropy` sums w_m * nll_m with weights that are known in advance.  While a chunk's logits are there it computes
+its share of the gradients as well, so that nothing is kept and nothing is computed twice: three products with W.
+`token_nll` returns every nll_m, for a loss that is any function of them.  Its backward pass makes the logits again, for
+only then is the weight of each token known: four products.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+IGNORE = -1  # a target that is not there
+
+
+def _chunks(h_MD: jax.Array, targets_M: jax.Array, weights_M: jax.Array, chunk: int) -> tuple[jax.Array, ...]:
+    """The arrays cut to (chunks, chunk, …), filled up with ignored rows."""
+    chunk = min(chunk, targets_M.shape[0])
+    n_chunks = -(-targets_M.shape[0] // chunk)
+    spare = n_chunks * chunk - targets_M.shape[0]
+    h_MD = jnp.pad(h_MD, ((0, spare), (0, 0)))
+    targets_M = jnp.pad(targets_M, (0, spare), constant_values=IGNORE)
+    weights_M = jnp.pad(weights_M, (0, spare))
+    return h_MD.reshape(n_chunks, chunk, -1), targets_M.reshape(n_chunks, chunk), weights_M.reshape(n_chunks, chunk)
+
+
+def _nll(h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(nll_M, softmax probabilities_MV) of one chunk; the nll of an ignored row means nothing."""
+    logits_MV = jnp.einsum("MD,DV->MV", h_MD, weight_DV, preferred_element_type=jnp.float32)
+    highest_M = jnp.max(logits_MV, axis=-1)
+    shifted_MV = jnp.exp(logits_MV - highest_M[:, None])
+    total_M = jnp.sum(shifted_MV, axis=-1)
+    target_M = jnp.take_along_axis(logits_MV, jnp.maximum(targets_M, 0)[:, None], axis=-1)[:, 0]
+    return jnp.log(total_M) + highest_M - target_M, shifted_MV / total_M[:, None]
+
+
+def _chunk_loss(
+    h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, weights_M: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(summed loss, softmax probabilities_MV, weight of each row: 0 without a target) of one chunk."""
+    nll_M, probabilities_MV = _nll(h_MD, weight_DV, targets_M)
+    weights_M = jnp.where(targets_M != IGNORE, weights_M, 0.0)
+    return jnp.sum(jnp.where(weights_M != 0, weights_M * nll_M, 0.0)), probabilities_MV, weights_M
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy(
+    h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, weights_M: jax.Array, chunk: int
+) -> jax.Array:
+    """Sum over the tokens of w * -log softmax(h W)[target], in nats.
+
+    Args:
+        h_MD: hidden states, in the compute dtype.
+        weight_DV: the output head (cast to the dtype of `h_MD`; products accumulated in float32).
+        targets_M: ids to predict; -1 is left out of the sum.
+        weights_M: w of each target, float32; a constant, to which no gradient flows.
+        chunk: tokens whose logits exist at a time.
+
+    Returns:
+        A float32 scalar.
+    """
+
+    def body(total: jax.Array, part: tuple) -> tuple[jax.Array, None]:
+        h, targets, weights = part
+        return total + _chunk_loss(h, weight_DV.astype(h.dtype), targets, weights)[0], None
+
+    return jax.lax.scan(body, jnp.float32(0), _chunks(h_MD, targets_M, weights_M, chunk))[0]
+
+
+def _forward(
+    h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, weights_M: jax.Array, chunk: int
+) -> tuple[jax.Array, tuple]:
+    weight = weight_DV.astype(h_MD.dtype)
+
+    def body(carry: tuple, part: tuple) -> tuple[tuple, jax.Array]:
+        (total, d_weight_DV), (h, targets, weights) = carry, part
+        loss, probabilities_MV, weights = _chunk_loss(h, weight, targets, weights)
+        is_target_MV = jnp.arange(weight.shape[1]) == targets[:, None]
+        d_logits_MV = ((probabilities_MV - is_target_MV) * weights[:, None]).astype(h.dtype)
+        d_h_MD = jnp.einsum("MV,DV->MD", d_logits_MV, weight)
+        d_weight_DV += jnp.einsum("MD,MV->DV", h, d_logits_MV, preferred_element_type=jnp.float32)
+        return (total + loss, d_weight_DV), d_h_MD
+
+    start = (jnp.float32(0), jnp.zeros(weight_DV.shape, jnp.float32))
+    (total, d_weight_DV), d_h = jax.lax.scan(body, start, _chunks(h_MD, targets_M, weights_M, chunk))
+    d_h_MD = d_h.reshape(-1, h_MD.shape[1])[: h_MD.shape[0]]
+    return total, (d_h_MD, d_weight_DV, jnp.zeros((0,), weight_DV.dtype))
+
+
+def _backward(chunk: int, saved: tuple, g: jax.Array) -> tuple:
+    d_h_MD, d_weight_DV, like = saved
+    return (d_h_MD * g).astype(d_h_MD.dtype), (d_weight_DV * g).astype(like.dtype), None, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def token_nll(h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, chunk: int) -> jax.Array:
+    """nll_M, float32: -log softmax(h W)[target] of every token, in nats; 0 where the target is -1.
+
+    For a loss that is not a sum with constant weights (`cross_entropy` makes that faster).  Arguments as there.
+    """
+    weight, zeros_M = weight_DV.astype(h_MD.dtype), jnp.zeros(targets_M.shape, jnp.float32)
+
+    def body(_: None, part: tuple) -> tuple[None, jax.Array]:
+        h, targets, _ = part
+        return None, jnp.where(targets != IGNORE, _nll(h, weight, targets)[0], 0.0)
+
+    return jax.lax.scan(body, None, _chunks(h_MD, targets_M, zeros_M, chunk))[1].reshape(-1)[: targets_M.shape[0]]
+
+
+def _token_forward(h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, chunk: int) -> tuple[jax.Array, tuple]:
+    return token_nll(h_MD, weight_DV, targets_M, chunk), (h_MD, weight_DV, targets_M)
+
+
+def _token_backward(chunk: int, saved: tuple, g_M: jax.Array) -> tuple:
+    """By the chain rule that of `cross_entropy` with the weights g, which are known by now."""
+    h_MD, weight_DV, targets_M = saved
+    _, (d_h_MD, d_weight_DV, like) = _forward(h_MD, weight_DV, targets_M, g_M, chunk)
+    return d_h_MD, d_weight_DV.astype(like.dtype), None
+
+
+token_nll.defvjp(_token_forward, _token_backward)

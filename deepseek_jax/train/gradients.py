@@ -1,0 +1,41 @@
+"""Gradients of a step's loss: how a device works through its share of the batch.
+
+    gradients(params, state, batch) -> (gradient of each of params, loss, losses), sums over this device's share
+
+One micro-batch after the other, as here, is one way; stages of a pipeline will be another.  Runs on every device.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.data.pipeline import Batch
+from deepseek_jax.layers.base import Tree
+from deepseek_jax.parallel.mesh import total
+from deepseek_jax.train.loss import Losses, Totals, totals
+
+# loss(params, state, part, over) of the trained weights, the train state and a part of the batch: see `Objective`.
+Loss = Callable[[Tree, Tree, Batch, Totals], tuple[jax.Array, Losses]]
+Gradients = Callable[[Tree, Tree, Batch], tuple[Tree, jax.Array, Losses]]
+
+
+def accumulated(loss: Loss, micro_batches: int) -> Gradients:
+    """Gradients summed in float32 over `micro_batches` equal parts of a device's share."""
+    derivative = jax.value_and_grad(loss, has_aux=True)
+
+    def gradients(params: Tree, state: Tree, batch: Batch) -> tuple[Tree, jax.Array, Losses]:
+        over = total(totals(batch))
+
+        def of(part: Batch) -> tuple:
+            (value, losses), gradient = derivative(params, state, part, over)
+            return gradient, value, losses
+
+        if micro_batches == 1:
+            return of(batch)
+        parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
+        shapes = jax.eval_shape(of, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, of(part)), None), zeros, parts)[0]
+
+    return gradients

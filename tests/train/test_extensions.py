@@ -1,0 +1,148 @@
+"""What a trainer minimises, by which method, and which weights: each is an argument, made here and not in the package.
+
+One run on two devices has an objective, an optimizer and a mask of its own; numpy and one device repeat its first step.
+"""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deepseek_jax.data.pipeline import Batch
+from deepseek_jax.layers.base import normal, param
+from deepseek_jax.layers.embed import Embedding, Head
+from deepseek_jax.parallel.mesh import global_batch, make_mesh
+from deepseek_jax.train.cross_entropy import token_nll
+from deepseek_jax.train.loss import Losses
+from deepseek_jax.train.step import StepConfig, Trainer
+
+B, T, D, V = 4, 8, 6, 16
+RATE, FADE, ALPHA = 0.01, 0.9, 0.5
+
+
+class Toy(nnx.Module):
+    """h = tanh(E[t] A): enough of a model to be trained."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.embedding = Embedding(V, D, 1.0, rngs=rngs)
+        self.mix_DF = param(rngs, (D, D), (None, None), normal(1.0))
+        self.head = Head(D, V, 1.0, rngs=rngs)
+        self.config = SimpleNamespace(vocab_size=V)
+
+    def __call__(self, ids_BT):
+        return jnp.tanh(self.embedding(ids_BT, jnp.float32) @ self.mix_DF[...])
+
+
+class ExpectedHits:
+    """An objective: the share of targets that samples would miss, and how much they would surprise."""
+
+    def __call__(self, model, batch, over, step):
+        nll_M = token_nll(model(batch.ids_BT).reshape(-1, D), model.head.weight_DV[...], batch.targets_BT.ravel(), 5)
+        weights_M = batch.weights_BT.ravel() / over.weight
+        misses, surprise = jnp.sum(weights_M * (1 - jnp.exp(-nll_M))), jnp.sum(weights_M * nll_M)
+        return misses + ALPHA * surprise, Losses(misses, jnp.float32(0), {"surprise": surprise}, {})
+
+
+class SignMomentum:
+    """An optimizer: w <- w - rate * sign(m); its state is a tree like the weights, and a scalar."""
+
+    def init(self, params):
+        return {"trend": jax.tree.map(jnp.zeros_like, params), "calls": jnp.int32(0)}
+
+    def update(self, gradients, state, params, rate):
+        trend = jax.tree.map(lambda m, g: FADE * m + g, state["trend"], gradients)
+        params = jax.tree.map(lambda w, m: w - rate * jnp.sign(m), params, trend)
+        return params, {"trend": trend, "calls": state["calls"] + 1}
+
+
+def is_trained(path: tuple[str, ...]) -> bool:
+    """All but the embedding."""
+    return path[0] != "embedding"
+
+
+def batch() -> Batch:
+    rng = np.random.default_rng(0)
+    ids, targets = rng.integers(0, V, (2, B, T), np.int32)
+    ones = np.ones((B, T), np.int32)
+    return Batch(ids, targets, ones, ones, rng.choice([0.0, 0.5, 1.0], (B, T)).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Trainer:
+    step = StepConfig(lambda step: RATE, clip_norm=1e9, micro_batches=2, balance_rate=0.0, balance_rate_stop=0)
+    mesh = make_mesh(2, 1, jax.devices()[:2])
+    parts = ExpectedHits(), lambda model: SignMomentum(), step
+    return Trainer(lambda run, rngs: Toy(rngs=rngs), mesh, {}, *parts, trainable=is_trained)
+
+
+@pytest.fixture(scope="module")
+def run(trainer) -> tuple:
+    """(the weights before, the state after ten steps, the reports)."""
+    state = trainer.init(0)
+    before, reports = jax.device_get(state["params"]), []
+    for _ in range(10):
+        state, report = trainer.step(state, global_batch(batch(), trainer.mesh))
+        reports.append(jax.device_get(report))
+    return before, state, reports
+
+
+def by_hand(params: dict) -> tuple:
+    """(loss, (misses, surprise)) of the whole batch, with all logits at once."""
+    ids_BT, targets_BT, _, _, weights_BT = batch()
+    h_BTD = jnp.tanh(params["embedding"]["table_VD"][ids_BT] @ params["mix_DF"])
+    log_p = jax.nn.log_softmax(h_BTD @ params["head"]["weight_DV"])
+    log_p_BT = jnp.take_along_axis(log_p, targets_BT[..., None], axis=-1)[..., 0]
+    misses = jnp.sum(weights_BT * (1 - jnp.exp(log_p_BT))) / weights_BT.sum()
+    surprise = -jnp.sum(weights_BT * log_p_BT) / weights_BT.sum()
+    return misses + ALPHA * surprise, (misses, surprise)
+
+
+def test_the_objective_is_what_falls(run):
+    before, _, reports = run
+    loss, (misses, surprise) = by_hand(before)
+    assert reports[0].loss == pytest.approx(float(loss), rel=1e-5)
+    assert reports[0].main == pytest.approx(float(misses), rel=1e-5)
+    assert reports[0].auxiliary == {"surprise": pytest.approx(float(surprise), rel=1e-5)}
+    assert reports[-1].loss < 0.95 * reports[0].loss and reports[0].loads == {}
+
+
+def test_the_optimizer_moves_what_is_trained(run, trainer):
+    before, state, reports = run
+    gradients = jax.grad(lambda params: by_hand(params)[0])(before)
+    norm = np.sqrt(
+        sum(np.sum(gradients[name] ** 2) for name in ("mix_DF",)) + np.sum(gradients["head"]["weight_DV"] ** 2)
+    )
+    assert reports[0].gradient_norm == pytest.approx(norm, rel=1e-5), "that of the frozen weights is not in it"
+    once, _ = trainer.step(trainer.init(0), global_batch(batch(), trainer.mesh))
+    np.testing.assert_allclose(
+        once["params"]["mix_DF"], before["mix_DF"] - RATE * np.sign(gradients["mix_DF"]), rtol=1e-6
+    )
+    assert int(state["optimizer"]["calls"]) == 10
+
+
+def test_frozen_weights_stay_and_have_no_optimizer_state(run, trainer):
+    before, state, _ = run
+    np.testing.assert_array_equal(state["params"]["embedding"]["table_VD"], before["embedding"]["table_VD"])
+    assert state["params"].keys() == before.keys()
+    assert state["optimizer"]["trend"].keys() == {"mix_DF", "head"}
+    trend = state["optimizer"]["trend"]["head"]["weight_DV"]
+    assert trend.addressable_shards[0].data.size * 2 == trend.size, "cut over both devices, as ZeRO-1 cuts it"
+
+
+def test_a_trainer_needs_something_to_train():
+    with pytest.raises(ValueError, match="trainable: no weight is trained"):
+        Trainer(lambda run, rngs: Toy(rngs=rngs), make_mesh(1), {}, *[None] * 3, trainable=lambda path: False)
+
+
+def test_a_state_begins_with_given_weights(trainer):
+    other = jax.device_get(trainer.init(1))
+    state = trainer.init(0, params=other["params"])
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), other)
+    jax.tree.map(lambda x, like: x.sharding == like.sharding or pytest.fail(f"{x.sharding}"), state, trainer.abstract)
+    with pytest.raises(ValueError, match=r"params.mix_DF is missing: expected float32\[6, 6\]"):
+        trainer.init(0, params={name: other["params"][name] for name in ("embedding", "head")})
+    with pytest.raises(ValueError, match=r"params.mix_DF is float64\[6, 6\]: expected float32\[6, 6\]"):
+        trainer.init(0, params=other["params"] | {"mix_DF": np.eye(6)})
