@@ -152,7 +152,7 @@ def test_limits_are_said(scripted, monkeypatch, capsys):
 def test_a_model_without_a_template_is_asked_about(scripted, monkeypatch):
     scripted()
     with pytest.raises(
-        UserError, match="mine has no chat template .* continues text, deepseek-jax generate --workdir=mine"
+        UserError, match="mine has no chat template .*continues text: deepseek-jax generate --workdir=mine"
     ):
         chat.main(["--from=mine"])
     with pytest.raises(UserError, match="mine came without a tokenizer.json"):

@@ -1,1 +1,1 @@
-"""Published weights in and out: safetensors files, the names in them, Hugging Face directories."""
+"""Published weights, read and written: safetensors files, tensor names, Hugging Face directories."""

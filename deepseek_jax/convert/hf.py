@@ -1,18 +1,18 @@
-"""A Hugging Face directory as weights of ours, piece by piece, and back.
+"""A Hugging Face directory as our weights, piece by piece, and back.
 
     published = open_published("DeepSeek-V2-Lite")      config.json and headers, checked; no weight is read
-    published.family, published.numbers                 what `config.family` and `config.model` are to be
+    published.family, published.numbers                 values for `config.family` and `config.model`
     source = Source(published, shapes)                  shapes: {"params", "router_bias"} of that model
-    source.abstract                                     the tree that comes of it: shapes, and dtypes as stored
+    source.abstract                                     the resulting tree: shapes, and dtypes as stored
     place.place(source, target)                         that tree on devices; target: `source.abstract` with shardings
 
-Reading.  A piece is one tensor of the release, in our axes: a layer of a stack, an expert of a layer, or a whole
-weight.  Pieces come in a fixed order, each tensor is read once and let go before the next, so that host memory holds
-one tensor at a time whatever the size of the model.  FP8 becomes bfloat16, all else keeps its dtype.  A head that is
-tied to the embedding, and not stored, is read from it and becomes a weight of its own, which exports then hold as well.
+Reading. A piece is one published tensor in our axes: a layer of a stack, an expert of a layer, or a whole weight.
+Pieces come in a fixed order, and each tensor is read once and dropped before the next, so host memory holds one tensor
+at a time whatever the size of the model. FP8 becomes bfloat16; everything else keeps its dtype. A head that is tied to
+the embedding, and not stored, is read from the embedding and becomes a weight of its own, which exports then contain.
 
-Writing.  `write` asks for pieces, turns them to published tensors and streams those to the disk, in bfloat16, in
-float32, in FP8 with blocks of 128 x 128, or as they are.
+Writing. `write` asks for pieces, converts them to published tensors and streams those to disk, in bfloat16, in float32,
+in FP8 with blocks of 128 x 128, or as they are.
 """
 
 import functools
@@ -41,8 +41,8 @@ from deepseek_jax.precision.quantize import quantize_blocks
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 TABLE = ("params", "embedding", "table_VD")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-WEIGHT_DTYPES = ("F32", "F16", "BF16")  # besides 8-bit floats with scales
-SHOWN, LONGEST = 3, 150  # names in a message, and characters of one
+WEIGHT_DTYPES = ("F32", "F16", "BF16")  # in addition to 8-bit floats with scales
+SHOWN, LONGEST = 3, 150  # names in a message, and characters per name
 
 Warn = Callable[[str], None]
 
@@ -57,14 +57,14 @@ def warn_on_stderr(message: str) -> None:
 
 @dataclass(frozen=True)
 class Published:
-    """A directory of published weights, checked so far as can be without reading them.
+    """A directory of published weights, checked as far as possible without reading them.
 
     Attributes:
         family, numbers: see `hf_config.from_hf`.
         facts: see `hf_config.ConfigFacts`.
-        tensors: the files; None if only what is said of them was looked at.
-        config: config.json as it stands.
-        generation_eos_ids: marks of end that generation_config.json names.
+        tensors: the files; None if only config.json and the index were read.
+        config: content of config.json.
+        generation_eos_ids: end-of-sequence tokens in generation_config.json.
     """
 
     family: str
@@ -76,25 +76,25 @@ class Published:
 
     @property
     def is_wide(self) -> bool:
-        """Whether the weights are in float32: the embedding of those that were looked at, else as config.json says."""
+        """Whether the weights are in float32: that of the embedding if files were opened, else as in config.json."""
         if self.tensors is not None:
             return self.tensors.info(EMBEDDING).dtype == "F32"
         return "float32" in (self.config.get("torch_dtype"), self.config.get("dtype"))
 
 
 def open_published(directory: str | PathLike, warn: Warn = warn_on_stderr) -> Published:
-    """Reads config.json and the headers of the weights.
+    """Returns a directory of published weights after reading config.json and the headers.
 
-    Multi-token prediction that the config promises and the files do not hold (as when transformers has saved them) is
-    left out, with a warning.
+    Multi-token prediction that the config names and the files do not contain (transformers saves such files) is left
+    out, with a warning.
 
     Raises:
-        UserError: not such a directory, a model of no known family, or files that are damaged.
+        UserError: it is not such a directory, the model is of no known family, or files are damaged.
     """
     directory = Path(directory).expanduser()
     formats.check_path(directory)
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory. Give one with {CONFIG} and safetensors files.")
+        raise UserError(f"{directory}: no such directory. Give a directory with {CONFIG} and safetensors files.")
     if not (directory / CONFIG).is_file():
         raise UserError(f"{directory}: no {CONFIG}. Give a directory with {CONFIG} and safetensors files.")
     config = safetensors.read_json(directory / CONFIG)
@@ -102,13 +102,13 @@ def open_published(directory: str | PathLike, warn: Warn = warn_on_stderr) -> Pu
     tensors = safetensors.open_directory(directory)
     first_ahead = f"model.layers.{numbers['n_layers']}."
     if numbers.get("mtp_depth") and not any(name.startswith(first_ahead) for name in tensors.names()):
-        warn(f"{directory}: {CONFIG} promises multi-token prediction, but the files hold none: left out.")
+        warn(f"{directory}: {CONFIG} names multi-token prediction, but the files do not contain it: it is left out.")
         numbers["mtp_depth"] = 0
     return Published(family, numbers, hf_config.facts(config), tensors, config, _generation_eos_ids(directory))
 
 
 def announced(directory: Path) -> Published:
-    """What `open_published` says of a directory, from config.json and the index of the weights alone."""
+    """Returns what `open_published` does, from config.json and the index of the weights alone."""
     config = safetensors.read_json(directory / CONFIG)
     family, numbers = hf_config.from_hf(config)
     index = directory / safetensors.INDEX
@@ -125,7 +125,7 @@ def _generation_eos_ids(directory: Path) -> tuple[int, ...]:
 
 
 def _left_out(tensors: Tensors, numbers: dict[str, Any]) -> tuple[str, ...]:
-    """Prefixes of the layers of multi-token prediction that the files hold beyond those of config.json."""
+    """Returns prefixes of the layers of multi-token prediction that the files have and config.json does not name."""
     if "mtp_depth" not in numbers:
         return ()
     layers = map("model.layers.{}.".format, itertools.count(numbers["n_layers"] + numbers["mtp_depth"]))
@@ -136,10 +136,10 @@ class Piece(NamedTuple):
     """A part of one of our weights.
 
     Attributes:
-        path: where the weight is in the tree, such as ("params", "moe_blocks", "experts", "gate_XDF").
-        index: () for all of it, else the layer, or layer and expert, that this is.
-        array: its values; may be a transposed view.
-        n_bytes_read: of the files, up to and including this piece, whether read or passed over.
+        path: path of the weight in the tree, such as ("params", "moe_blocks", "experts", "gate_XDF").
+        index: () for the whole weight, else the layer, or layer and expert.
+        array: values, perhaps a transposed view.
+        n_bytes_read: bytes of the files up to and including this piece, whether read or skipped.
     """
 
     path: names.Path
@@ -149,26 +149,27 @@ class Piece(NamedTuple):
 
 
 class Source:
-    """The weights in a directory as pieces of ours.
+    """The weights in a directory as pieces of our weights.
 
     Args:
-        published: from `open_published`.
-        shapes: {"params": tree, "router_bias": tree} of the model of its numbers, as `layers.base.split` gives them.
-        warn: told of copies that differ from what they copy, of multi-token prediction that the files hold and the
-            config does not name, which is left out, and of settings that others read otherwise.
+        published: result of `open_published`.
+        shapes: {"params": tree, "router_bias": tree} of the model with its numbers, as from `layers.base.split`.
+        warn: called with a message about copies that differ from their original, about multi-token prediction that the
+            files contain and the config does not name (it is left out), and about settings that others read
+            differently.
 
     Attributes:
-        abstract: a tree like `shapes` of `jax.ShapeDtypeStruct`, with the dtypes that the pieces have.
-        n_bytes: of the tensors to be read.
+        abstract: a tree like `shapes` of `jax.ShapeDtypeStruct`, with the dtypes of the pieces.
+        n_bytes: bytes of the tensors to read.
 
     Raises:
-        UserError: tensors that are missing, unexpected, or of a wrong shape or dtype; the first few are named.
+        UserError: tensors are missing, unexpected, or of a wrong shape or dtype; the first few are named.
     """
 
     def __init__(self, published: Published, shapes: dict, warn: Warn = warn_on_stderr):
         self._files, self._warn = published.tensors, warn
         self._copies = names.copies(shapes)
-        is_tied = published.facts.is_tied and HEAD not in published.tensors  # a head that is stored is the head
+        is_tied = published.facts.is_tied and HEAD not in published.tensors  # a stored head is used as it is
         left_out = _left_out(published.tensors, published.numbers)
         self._tensors = self._checked(shapes, is_tied, left_out)
         dtypes: dict[names.Path, np.dtype] = {}
@@ -186,18 +187,18 @@ class Source:
             warn(f"{where}: {remark}")
 
     def pieces(self, skip: Callable[[names.Path, names.Index], bool] | None = None) -> Iterator[Piece]:
-        """All pieces in their fixed order; a tensor is not read if `skip(path, index)` holds for all pieces of it."""
+        """Yields all pieces in a fixed order; a tensor is not read if `skip(path, index)` holds for all its pieces."""
         n_bytes_read, compared = 0, set()
         for stored, tensors in self._by_stored().items():
             n_bytes_read += self._files.info(stored).nbytes
-            wanted = [place for tensor in tensors for place in tensor.places if not (skip and skip(*place))]
-            if not wanted:
+            needed = [place for tensor in tensors for place in tensor.places if not (skip and skip(*place))]
+            if not needed:
                 continue
             array = self._files.read_dequantized(stored)
             compared |= self._compare_copies(stored, array)
             for tensor in tensors:
                 for (path, index), part in zip(tensor.places, tensor.to_ours(array), strict=True):
-                    if (path, index) in wanted:
+                    if (path, index) in needed:
                         yield Piece(path, index, part.astype(self._dtypes[path], copy=False), n_bytes_read)
                     del part
             del array
@@ -206,16 +207,16 @@ class Source:
                 self._warn_of(copy)
 
     def _by_stored(self) -> dict[str, list[names.Tensor]]:
-        """The tensors in their order, with those that are read from the same one (a tied head) together."""
+        """Returns the tensors in their order; those read from the same stored one (a tied head) together."""
         found: dict[str, list[names.Tensor]] = {}
         for tensor, stored in self._tensors:
             found.setdefault(stored, []).append(tensor)
         return found
 
     def _checked(self, shapes: dict, is_tied: bool, left_out: tuple[str, ...]) -> list[tuple[names.Tensor, str]]:
-        """(tensor, the name it is stored under) of all; raises UserError unless the files hold these and no others.
+        """Returns (tensor, name in the files) of all. Raises UserError unless the files hold exactly these tensors.
 
-        Others may be without numbers, or begin with one of `left_out`.
+        Further tensors may be empty, or start with one of `left_out`.
         """
         found, missing, wrong = [], [], []
         expected = {copy for copy in self._copies if copy in self._files}
@@ -224,7 +225,7 @@ class Source:
             if stored not in self._files:
                 missing.append(stored)
                 if len(missing) > SHOWN:
-                    break  # not the rest of a hostile config's million layers
+                    break  # a hostile config may name a million layers
                 continue
             found.append((tensor, stored))
             expected.add(stored)
@@ -232,16 +233,16 @@ class Source:
             if self._files.is_quantized(stored):
                 expected.add(stored + safetensors.SCALE_SUFFIX)
             elif info.dtype not in WEIGHT_DTYPES:
-                wrong.append(f"{stored} is {info.dtype}, wanted {', '.join(WEIGHT_DTYPES)} or 8-bit floats")
+                wrong.append(f"{stored} is {info.dtype}, expected {', '.join(WEIGHT_DTYPES)} or 8-bit floats")
             if info.shape != tensor.shape:
-                wrong.append(f"{stored} has shape {list(info.shape)}, wanted {list(tensor.shape)}")
+                wrong.append(f"{stored} has shape {list(info.shape)}, expected {list(tensor.shape)}")
         others = (
             name
             for name in self._files.names()
             if not (name in expected or name.startswith(left_out) or names.IGNORED.search(name))
             and 0 not in self._files.info(name).shape
         )
-        unexpected = [] if len(missing) > SHOWN else list(others)  # not all that is expected was looked at
+        unexpected = [] if len(missing) > SHOWN else list(others)  # the expected names are incomplete then
         if missing or wrong or unexpected:
             raise UserError(f"{self._files.directory}: {_difference(missing, unexpected, wrong)}")
         return found
@@ -252,9 +253,9 @@ class Source:
         return safetensors.DTYPES[self._files.info(stored).dtype]
 
     def _compare_copies(self, stored: str, array: np.ndarray) -> set[str]:
-        """Compares the copies of a tensor with it while it is in memory, and returns them; 8-bit ones are left.
+        """Compares the copies of a tensor with it while it is in memory, and returns them; 8-bit ones are not compared.
 
-        Here embedding and head are shared, so that one which differs is warned of.
+        Embedding and head are shared here, so a copy that differs causes a warning.
         """
         if self._files.is_quantized(stored):
             return set()
@@ -265,32 +266,32 @@ class Source:
         return copies
 
     def _original(self, copy: str) -> str:
-        """The stored name of what a tensor copies."""
+        """Returns the stored name of a copy's original."""
         return self._copies[copy] if self._copies[copy] in self._files else EMBEDDING  # a tied head
 
     def _warn_of(self, copy: str) -> None:
-        self._warn(f"{self._files.directory}: {copy} differs from {self._original(copy)}, which is used in its place.")
+        self._warn(f"{self._files.directory}: {copy} differs from {self._original(copy)}, which is used instead.")
 
 
 def _difference(missing: list[str], unexpected: list[str], wrong: list[str]) -> str:
-    """What is wrong with the tensors of a directory, on one line or two."""
-    said = []
+    """Returns what is wrong with the tensors of a directory."""
+    parts = []
     for what, found in (("missing", missing), ("unexpected", unexpected), ("wrong", wrong)):
         if found:
-            count = "" if found is missing else f"{len(found) - SHOWN} "  # missing ones were not all looked for
+            count = "" if found is missing else f"{len(found) - SHOWN} "  # the search for missing ones stopped early
             more = f" and {count}more" if len(found) > SHOWN else ""
-            said.append(f"{what}: {', '.join(name[:LONGEST] for name in found[:SHOWN])}{more}")
-    return f"{'; '.join(said)}. The files do not hold the model of their {CONFIG}."
+            parts.append(f"{what}: {', '.join(name[:LONGEST] for name in found[:SHOWN])}{more}")
+    return f"{'; '.join(parts)}. The files do not match the model in {CONFIG}."
 
 
 def leaves(tree: dict, path: names.Path = ()) -> Iterator[tuple[names.Path, Any]]:
-    """The (path, leaf) pairs of a nested dict."""
+    """Yields the (path, leaf) pairs of a nested dict."""
     for key, sub in tree.items():
         yield from leaves(sub, (*path, key)) if isinstance(sub, dict) else [((*path, key), sub)]
 
 
 def map_leaves(tree: dict, function: Callable[[names.Path, Any], Any], path: names.Path = ()) -> dict:
-    """A tree like `tree` with `function(path, leaf)` for each leaf."""
+    """Returns a tree like `tree` with `function(path, leaf)` for each leaf."""
     return {
         key: map_leaves(sub, function, (*path, key)) if isinstance(sub, dict) else function((*path, key), sub)
         for key, sub in tree.items()
@@ -307,7 +308,7 @@ Get = Callable[[names.Path, names.Index], np.ndarray]
 
 
 def from_tree(tree: dict) -> Get:
-    """What `write` asks for, from {"params", "router_bias"} of arrays; one piece at a time comes to the host."""
+    """Returns the `get` of `write` for {"params", "router_bias"} of arrays; one piece at a time comes to the host."""
     arrays = dict(leaves(tree))
     return lambda path, index: np.asarray(arrays[path][index] if index else arrays[path])
 
@@ -330,29 +331,30 @@ def write(
     report: Callable[[int], None] | None = None,
     warn: Warn = warn_on_stderr,
 ) -> None:
-    """Writes a model as a Hugging Face directory; memory: a few times its largest tensor.
+    """Writes a model as a Hugging Face directory. Memory: a few times its largest tensor.
 
     Args:
-        directory: made if need be; must hold no weights yet.
+        directory: created if needed; must not hold weights yet.
         family, numbers: `config.family` and `config.model`.
         abstract: {"params", "router_bias"} of anything with shape and dtype.
-        get: `get(path, index)` gives a piece (see `Piece`); `from_tree` makes one.
-        dtype: "bf16", "fp32", 8 bits (the matrices of all blocks but routers, as published; the rest is bfloat16), or
-            "keep" (as it is).  Router biases are float32 always.  8 bits come in blocks of 128 x 128: "fp8" with any
-            scales (V3), "fp8_ue8m0" with powers of two stored in float32 (V3.1), "fp8_e8m0" with those in 8 bits.
+        get: `get(path, index)` returns a piece (see `Piece`); `from_tree` returns such a function.
+        dtype: "bf16", "fp32", an 8-bit format (for the matrices of all blocks except routers, as published; the rest
+            is bfloat16), or "keep" (unchanged). Router biases are always float32. 8-bit weights come in blocks of
+            128 x 128: "fp8" with arbitrary scales (V3), "fp8_ue8m0" with powers of two stored in float32 (V3.1),
+            "fp8_e8m0" with powers of two stored in 8 bits.
         n_positions: longest sequence that the model is meant for.
-        bos_id, eos_ids, pad_id: marks of begin, end and padding.
-        generation: what generation_config.json is to say; by default the marks.
-        files: to be written beside, such as tokenizer.json: name -> where it is, or what is in it.
-        max_shard_bytes: of one file of weights.
-        report: told how many bytes each published tensor had, for a progress bar.
-        warn: told what keeps others from opening the directory.
+        bos_id, eos_ids, pad_id: tokens of begin, end and padding.
+        generation: content of generation_config.json; by default these tokens.
+        files: further files, such as tokenizer.json: name -> its path or its content.
+        max_shard_bytes: limit for one file of weights.
+        report: called with the number of bytes of each published tensor, for a progress bar.
+        warn: called with a message about anything that keeps others from opening the directory.
 
     Raises:
-        UserError: an unknown dtype or family, a directory that holds weights or cannot be written.
+        UserError: the dtype or family is unknown, or the directory holds weights or cannot be written.
     """
     if dtype not in FORMATS:
-        raise UserError(f"dtype {dtype!r}: no such format. Choose one of {', '.join(FORMATS)}.")
+        raise UserError(f"dtype {dtype!r}: expected one of {', '.join(FORMATS)}.")
     directory = Path(directory).expanduser()
     dtypes = {path: leaf.dtype for path, leaf in leaves(abstract)}
     stored = dtypes[TABLE]
@@ -371,9 +373,9 @@ def write(
         config["auto_map"] = hf_config.KINDS[config["model_type"]].auto_map
     elif code:
         warn(
-            f"{directory}: no class of transformers computes model_type={config['model_type']!r}: without "
-            f"{' and '.join(code)} of the release, nothing but deepseek_jax opens this directory. They are copied from "
-            "the directory that the weights came from where they stand there."
+            f"{directory}: transformers has no class for model_type={config['model_type']!r}: without "
+            f"{' and '.join(code)} of the release, only deepseek_jax can open this directory. Put them into the "
+            "directory that the weights come from, and they are copied."
         )
     safetensors.write_directory(directory, list(_entries(abstract, dtypes, get, dtype, report)), max_shard_bytes)
     copy_files(files, directory)
@@ -382,7 +384,7 @@ def write(
 
 
 def copy_files(files: Mapping[str, Path | bytes], directory: Path) -> None:
-    """Writes small files, given by where they are or by what is in them; those that stand there already stay."""
+    """Writes small files, given by path or by content; a file that is already in place is kept."""
     for name, content in files.items():
         target = directory / name
         if isinstance(content, bytes):
@@ -392,7 +394,7 @@ def copy_files(files: Mapping[str, Path | bytes], directory: Path) -> None:
 
 
 def _entries(abstract: dict, dtypes: dict, get: Get, dtype: str, report: Callable | None) -> Iterator:
-    """What `write_directory` is to write, in the order of the layers; copies follow what they copy."""
+    """Yields the entries of `write_directory` in the order of the layers; copies follow their originals."""
     copied: dict[str, list[str]] = {}
     for copy, original in names.copies(abstract).items():
         copied.setdefault(original, []).append(copy)
@@ -431,7 +433,7 @@ def _quantize(matrix: jax.Array, scale: str) -> tuple[jax.Array, jax.Array]:
 
 
 def _quantized(tensor: names.Tensor, published: Callable, scale: str, kind: str) -> Iterator[safetensors.Entry]:
-    """The codes of a matrix and, made together with them, its scales of type `kind`."""
+    """Yields the codes of a matrix and its scales of type `kind`, which are computed together."""
     made = {}
 
     def codes() -> np.ndarray:

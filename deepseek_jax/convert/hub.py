@@ -1,12 +1,12 @@
 """A model of the Hugging Face hub as a directory: its id, owner/name, works wherever a directory does.
 
-    local("deepseek-ai/DeepSeek-V2-Lite")     the directory in the hub's cache, downloaded if need be
-    local("DeepSeek-V2-Lite")                 itself: only owner/name that is no path here is an id
+    local("deepseek-ai/DeepSeek-V2-Lite")     the directory in the hub's cache, downloaded if needed
+    local("DeepSeek-V2-Lite")                 the path itself: an id is owner/name, and not an existing path
 
-A revision may follow after @.  What is small comes first, so that a model of no known family is refused before its
-weights are fetched; of the weights only safetensors are.  Downloads show progress; a connection that breaks is resumed
-within a file, and a download that was killed keeps its whole files.  All of it is in the hub's cache (HF_HOME), and
-HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE hold here too.
+A revision may follow after @. Small files come first, so that a model of an unknown family is rejected before its
+weights are downloaded; of the weights, only safetensors files are. Downloads show progress; after a broken connection a
+file is resumed, and a download that was killed keeps its complete files. Everything is in the hub's cache (HF_HOME),
+and HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE apply here too.
 """
 
 import functools
@@ -24,7 +24,7 @@ ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,100
 SMALL = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "LICENSE*", "tokenization_*.py")
 WEIGHTS = ("*.safetensors",)
 FOLDERS = ("*/*",)  # other formats of the same weights
-LINE_EVERY_S = 30  # of progress, where that goes to a file
+LINE_EVERY_S = 30  # of progress, if it goes to a file
 SPARE_BYTES = 2**26
 REFUSED = ("GatedRepoError",)
 UNKNOWN = ("RepositoryNotFoundError", "RevisionNotFoundError", "HFValidationError")
@@ -32,26 +32,26 @@ OFFLINE = ("OfflineModeIsEnabled",)
 
 
 def is_id(name: str | os.PathLike) -> bool:
-    """Whether this names a model of the hub: owner/name, and no path that exists here."""
+    """Returns whether this names a model of the hub: owner/name, and not a path that exists here."""
     return bool(ID.fullmatch(os.fspath(name))) and not os.path.lexists(name)
 
 
 def local(name: str | os.PathLike, weights: bool = True) -> Path:
-    """The directory of a model: of a path itself, of an id its snapshot in the cache.
+    """Returns the directory of a model: a path itself, or the snapshot of an id in the cache.
 
     Args:
         name: a path, or owner/name.
-        weights: whether the weights are needed, too, or only what is said of them.
+        weights: whether the weights are needed too, or only the files that describe them.
 
     Raises:
-        UserError: no such model, no access to it, no connection, or no space for it, in one line or two.
+        UserError: there is no such model, no access to it, no connection, or no space for it.
     """
     return _snapshot(os.fspath(name), weights) if is_id(name) else Path(name).expanduser()
 
 
 @functools.cache
 def _snapshot(name: str, weights: bool) -> Path:
-    """Downloads what is not in the cache; once per process, so that a run sees one state of the model."""
+    """Downloads what is not in the cache, once per process, so that a run sees one state of the model."""
     from deepseek_jax.convert import hf
 
     repository, _, revision = name.partition("@")
@@ -60,7 +60,7 @@ def _snapshot(name: str, weights: bool) -> Path:
         raise UserError(f"{name} on the hub: {_what_else(repository, revision, directory)}")
     if not weights:
         return directory
-    hf.announced(directory)  # refuses a model that could not be used before it is downloaded
+    hf.announced(directory)  # rejects an unusable model before it is downloaded
     _check_space(name, directory)
     return _download(name, repository, revision, (*SMALL, *WEIGHTS))
 
@@ -76,11 +76,11 @@ def _download(name: str, repository: str, revision: str, patterns: tuple[str, ..
 
 
 def _bars(is_long: bool):
-    """The library's progress bars for what takes long; where nobody watches a terminal, a line now and then."""
+    """Returns the library's progress bars for long downloads; without a terminal they print a line now and then."""
     from huggingface_hub.utils import tqdm
 
     class Bars(tqdm):
-        """Bars that are drawn seldom."""
+        """Bars that are drawn rarely."""
 
         def __init__(self, *given, **options):
             if not is_long:
@@ -93,7 +93,7 @@ def _bars(is_long: bool):
 
 
 def _reason(repository: str, error: Exception) -> str:
-    """What kept a model from being downloaded, and what to do."""
+    """Returns why a model could not be downloaded, and what to do."""
     from huggingface_hub import constants
 
     chain = list(_causes(error))
@@ -102,7 +102,7 @@ def _reason(repository: str, error: Exception) -> str:
     site = constants.ENDPOINT
     if kinds.intersection(REFUSED) or 403 in statuses:
         return (
-            f"{site} gives access to it on request only: ask for it on {site}/{repository}, then log in with "
+            f"{site} gives access to it on request only: request access on {site}/{repository}, then log in with "
             "hf auth login, or set HF_TOKEN."
         )
     if kinds.intersection(UNKNOWN) or {401, 404} & {*statuses}:
@@ -113,11 +113,11 @@ def _reason(repository: str, error: Exception) -> str:
     elsewhere = f"Or download it elsewhere (hf download {repository} --local-dir=DIR) and give that directory."
     if kinds.intersection(OFFLINE) or constants.HF_HUB_OFFLINE:
         cache = constants.HF_HUB_CACHE
-        return f"HF_HUB_OFFLINE is set and {cache} does not hold all of it. Unset HF_HUB_OFFLINE. {elsewhere}"
+        return f"HF_HUB_OFFLINE is set and {cache} does not contain all of it. Unset HF_HUB_OFFLINE. {elsewhere}"
     if any(isinstance(cause, OSError) and cause.errno == 28 for cause in chain):
-        return f"the disk of {constants.HF_HUB_CACHE} is full. Make space, or set HF_HOME; what is there is kept."
+        return f"the disk of {constants.HF_HUB_CACHE} is full. Free some space or set HF_HOME; complete files stay."
     if statuses:
-        return f"{site} answers with status {statuses[0]}. Try again later: what is there is kept. {elsewhere}"
+        return f"{site} answers with status {statuses[0]}. Try again later: complete files are kept. {elsewhere}"
     last = str(chain[-1]).strip().splitlines() or [type(chain[-1]).__name__]
     return f"{site} cannot be reached ({last[0][:150]}). Check the connection and try again. {elsewhere}"
 
@@ -129,12 +129,12 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _what_else(repository: str, revision: str, directory: Path) -> str:
-    """What a repository without a config.json is."""
+    """Returns what a repository without a config.json contains."""
     from huggingface_hub import HfApi
 
     try:
         names = HfApi().list_repo_files(repository, revision=revision or None)
-    except Exception:  # no connection: what is in the cache will do
+    except Exception:  # no connection: use what is in the cache
         names = os.listdir(directory) if directory.is_dir() else []
     adapter = directory / formats.ADAPTER
     said = formats.describe(sorted(names), safetensors.read_json(adapter) if adapter.is_file() else {})
@@ -142,7 +142,7 @@ def _what_else(repository: str, revision: str, directory: Path) -> str:
 
 
 def _check_space(name: str, directory: Path) -> None:
-    """Raises UserError where the cache's disk is too small for the weights that the index announces."""
+    """Raises UserError if the cache's disk is too small for the weights listed in the index."""
     index = directory / safetensors.INDEX
     metadata = safetensors.read_json(index).get("metadata") if index.is_file() else None
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
@@ -154,5 +154,5 @@ def _check_space(name: str, directory: Path) -> None:
     if needed > free:
         raise UserError(
             f"{name}: {needed / 1e9:,.1f} GB to download, {free / 1e9:,.1f} GB free on the disk of {directory}. "
-            "Make space, or set HF_HOME to a larger disk."
+            "Free some space, or set HF_HOME to a larger disk."
         )

@@ -1,8 +1,8 @@
-"""Weights straight from files to the devices where they are to live.
+"""Weights straight from files to the devices that hold them.
 
-Every device's part of a weight is a buffer on that device, filled in place.  A tensor is read once, goes to all devices
-that need some of it, and is let go; it travels some rows at a time, as it lies in memory, and is transposed and cast on
-the device.  So the host holds one tensor and a few blocks, whatever the size of the model.
+Every device's part of a weight is a buffer on that device, filled in place. A tensor is read once, sent to all devices
+that need part of it, and dropped. It is sent some rows at a time in memory order, and transposed and cast on the
+device. So the host holds one tensor and a few blocks, whatever the size of the model.
 """
 
 import functools
@@ -16,24 +16,24 @@ import numpy as np
 from deepseek_jax.convert import names
 from deepseek_jax.convert.hf import Piece, Source, leaves, map_leaves
 
-BLOCK_BYTES = 2**26  # of a tensor that travel at a time
+BLOCK_BYTES = 2**26  # of a tensor, sent at a time
 
 Region = tuple[slice, ...]  # a device's part of a weight
 
 
 def place(source: Source, target: dict, report: Callable[[Piece], None] | None = None) -> dict:
-    """Reads weights onto devices; in a run of several processes each reads what its own devices need.
+    """Reads weights onto devices. In a run of several processes each reads what its own devices need.
 
     Args:
-        source: of the weights.
-        target: a tree like `source.abstract` whose leaves have a `sharding`; where their dtype differs, it is cast.
-        report: told of each piece when it is on its way, for a progress bar.
+        source: where the weights come from.
+        target: a tree like `source.abstract` whose leaves have a `sharding`; weights are cast to the leaves' dtype.
+        report: called with each piece after it is sent, for a progress bar.
 
     Returns:
         The tree of arrays.
 
     Raises:
-        UserError: files that are damaged.
+        UserError: files are damaged.
     """
     targets = dict(leaves(target))
     regions = {path: _regions(leaf) for path, leaf in targets.items()}
@@ -62,7 +62,7 @@ def place(source: Source, target: dict, report: Callable[[Piece], None] | None =
                 send(piece, device, region)
         if report:
             report(piece)
-        del piece  # before the next is read
+        del piece  # free it before the next is read
 
     def whole(path: names.Path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         parts = list(buffers.pop(path).values())
@@ -72,7 +72,7 @@ def place(source: Source, target: dict, report: Callable[[Piece], None] | None =
 
 
 def _regions(leaf: jax.ShapeDtypeStruct) -> dict[jax.Device, Region]:
-    """What each device of this process holds of a weight."""
+    """Returns the part of a weight that each device of this process holds."""
     held = leaf.sharding.addressable_devices_indices_map(leaf.shape)
     return {
         device: tuple(slice(*s.indices(n)[:2]) for s, n in zip(region, leaf.shape, strict=True))
@@ -85,25 +85,25 @@ def _shape(region: Region) -> tuple[int, ...]:
 
 
 def _holds(region: Region, index: names.Index) -> bool:
-    """Whether a device's region of a weight has something of the piece at `index`."""
+    """Returns whether a device's region of a weight overlaps the piece at `index`."""
     return all(s.start <= i < s.stop for i, s in zip(index, region, strict=False))
 
 
 def _blocks(part: np.ndarray) -> Iterator[tuple[np.ndarray, tuple[int, ...], tuple[int, ...]]]:
-    """A part in blocks contiguous in memory: (block, axes that turn it back to the part's, where it begins)."""
+    """Yields blocks of a part that are contiguous in memory: (block, axes that restore the part's order, start)."""
     order = tuple(sorted(range(part.ndim), key=lambda axis: -part.strides[axis]))
     axes = tuple(order.index(axis) for axis in range(part.ndim))
-    as_it_lies = part.transpose(order)
-    row_bytes = as_it_lies[:1].nbytes
+    in_memory_order = part.transpose(order)
+    row_bytes = in_memory_order[:1].nbytes
     n_rows = max(1, BLOCK_BYTES // max(row_bytes, 1))
-    for first in range(0, len(as_it_lies), n_rows):
+    for first in range(0, len(in_memory_order), n_rows):
         start = [0] * part.ndim
         start[order[0]] = first
-        yield np.ascontiguousarray(as_it_lies[first : first + n_rows]), axes, tuple(start)
+        yield np.ascontiguousarray(in_memory_order[first : first + n_rows]), axes, tuple(start)
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="axes")
 def _filled_in(buffer: jax.Array, rows: jax.Array, at: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """`buffer` with a block in its place; the axes of layer and expert, which the block lacks, lead."""
+    """Returns `buffer` with a block written at `at`; the axes of layer and expert, missing in the block, lead."""
     block = jnp.transpose(rows, axes).astype(buffer.dtype)
     return jax.lax.dynamic_update_slice(buffer, block[(None,) * (buffer.ndim - block.ndim)], tuple(at))

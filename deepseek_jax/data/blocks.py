@@ -1,12 +1,11 @@
-"""A file of numbers whose every byte is checked when it is first read: a hash for each block of 64 KiB.
+"""A file of numbers of which every byte is checked when it is first read: one hash per block of 64 KiB.
 
     tokens.uint16            the numbers
     tokens.uint16.hashes     blake2b of each block, 16 bytes each, in order
 
-A flipped bit in a token file trains on a wrong token in silence; hashing the whole of a file at every start costs hours
-at a terabyte.  So a block is hashed by the first read that touches it, once per process.  Files are read, not mapped:
-one that is cut short while it is in use gives a short read, which is an error in words, where a mapped page would end
-the process by SIGBUS.
+A flipped bit in a token file would silently train on a wrong token, and hashing a whole file of a terabyte at every
+start would take hours. So the first read of a block hashes it, once per process. Files are read, not mapped: if one is
+truncated while it is in use, a short read becomes an error message, but a mapped page would end the process by SIGBUS.
 """
 
 import hashlib
@@ -22,11 +21,11 @@ DIGEST_BYTES = 16
 
 
 class DamagedFile(LocalError):
-    """A file is not what was written; the message names it and the bytes."""
+    """A file is not what was written; the message names the file and the bytes."""
 
 
 def seal(path: Path) -> dict:
-    """Writes the hashes of a file's blocks beside it; returns what ``Blocks`` needs to check it."""
+    """Writes the hashes of a file's blocks beside it; returns what `Blocks` needs to check them."""
     digests, size = bytearray(), 0
     with open(path, "rb") as file:
         while block := file.read(BLOCK_BYTES):
@@ -37,15 +36,15 @@ def seal(path: Path) -> dict:
 
 
 def hashes_of(path: Path) -> Path:
-    """Returns the file that holds the hashes of another one's blocks."""
+    """Returns the path of the hashes of a file's blocks."""
     return path.with_name(f"{path.name}.hashes")
 
 
 class Blocks:
     """A sealed file, open for reading by any number of threads.
 
-    Raises DamagedFile, at once if size or hashes are not those that ``seal`` returned, else when a damaged block is
-    read for the first time.
+    Raises DamagedFile: immediately if size or hashes are not those returned by `seal`, otherwise at the first read of a
+    damaged block.
     """
 
     def __init__(self, path: Path, sealed: dict):
@@ -57,7 +56,7 @@ class Blocks:
         self._descriptor = os.open(path, os.O_RDONLY)
         self._is_good = bytearray(n_blocks)
         if (found := os.fstat(self._descriptor).st_size) != self.size:
-            raise DamagedFile(f"{path} has {found:,} bytes, {self.size:,} were written.")
+            raise DamagedFile(f"{path} has {found:,} bytes, expected {self.size:,}.")
 
     def __del__(self) -> None:
         if (descriptor := self.__dict__.pop("_descriptor", None)) is not None:
@@ -69,7 +68,7 @@ class Blocks:
             self.read(start, min(start + 64 * BLOCK_BYTES, self.size))
 
     def read(self, start: int, stop: int) -> bytes:
-        """Returns bytes ``start`` to ``stop``, all of them within the file."""
+        """Returns bytes `start` to `stop`, which must be within the file."""
         first, last = start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)
         if all(self._is_good[first:last]):
             return self._read(start, stop)
@@ -91,13 +90,13 @@ class Blocks:
             except OSError as error:
                 raise DamagedFile(f"{self.path} cannot be read ({error.strerror}).") from error
             if not part:
-                raise DamagedFile(f"{self.path} ends at byte {start + len(found):,}, {self.size:,} were written.")
+                raise DamagedFile(f"{self.path} ends at byte {start + len(found):,}, expected {self.size:,}.")
             found += part
         return bytes(found)
 
 
 class Numbers:
-    """A one-dimensional array within a sealed file; slices are cheap, and read when they become numpy arrays."""
+    """A one-dimensional array in a sealed file; slices are cheap, and read when they become numpy arrays."""
 
     def __init__(self, blocks: Blocks, dtype: str | np.dtype, start: int = 0, stop: int | None = None):
         self.blocks, self.dtype, self._start = blocks, np.dtype(dtype), start
@@ -109,7 +108,7 @@ class Numbers:
     def __getitem__(self, places: slice) -> "Numbers":
         start, stop, step = places.indices(len(self))
         if step != 1:
-            raise IndexError("numbers of a sealed file are read in order: take slices of step 1")
+            raise IndexError("numbers of a sealed file: expected a slice of step 1")
         return Numbers(self.blocks, self.dtype, self._start + start, self._start + max(start, stop))
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:

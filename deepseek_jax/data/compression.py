@@ -1,6 +1,6 @@
-"""Files as they are, or decompressed while they are read: ``.gz`` by the standard library, ``.zst`` by zstandard.
+"""Files as they are, or decompressed while they are read: `.gz` by the standard library, `.zst` by zstandard.
 
-A compressed file that was cut short ends in an error, never in less text.
+A truncated compressed file causes an error, never less text.
 """
 
 import gzip
@@ -16,17 +16,17 @@ BLOCK = 128 << 10  # compressed bytes read at a time
 
 
 def content_type(path: Path) -> str:
-    """Returns the ending that says what a file holds, in lower case: ``.jsonl`` for ``a.JSONL.gz``."""
+    """Returns the ending that gives a file's type, in lower case: `.jsonl` for `a.JSONL.gz`."""
     *_, inner, outer = ["", "", *(suffix.lower() for suffix in path.suffixes)]
     return inner if outer in ENDINGS else outer
 
 
 def decompressed(file: BinaryIO, path: Path) -> BinaryIO:
-    """Returns a reader of the text in ``file``, by the ending of ``path``.
+    """Returns a reader of the text in `file`, according to the ending of `path`.
 
     Raises:
-      UserError: the file is a ``.zst`` and the package zstandard is missing.  Reading from what is returned raises
-        an error of ``damage()`` if the file is damaged or cut short.
+        UserError: the file is a `.zst` and the package zstandard is missing. The returned reader raises an error of
+            `damage()` if the file is damaged or truncated.
     """
     if path.suffix.lower() == ".gz":
         return gzip.GzipFile(fileobj=file, mode="rb")
@@ -36,7 +36,7 @@ def decompressed(file: BinaryIO, path: Path) -> BinaryIO:
 
 
 class _Zstandard(io.RawIOBase):
-    """Frames of zstandard, one after another; the package's own reader takes a frame cut short for a whole one."""
+    """Consecutive frames of zstandard; the package's own reader accepts a truncated frame as complete."""
 
     def __init__(self, file: BinaryIO, path: Path):
         try:
@@ -52,7 +52,7 @@ class _Zstandard(io.RawIOBase):
         return True
 
     def readinto(self, buffer) -> int:
-        """Fills ``buffer`` as far as it can; 0 at the end of the file."""
+        """Fills `buffer` as far as possible and returns the number of bytes; 0 at the end of the file."""
         while not self._rest:
             block = self._file.read(BLOCK)
             if not block and self._frame is not None:
@@ -76,7 +76,7 @@ class _Zstandard(io.RawIOBase):
 
 
 def damage() -> tuple[type[Exception], ...]:
-    """Returns the errors by which a damaged compressed file shows itself."""
+    """Returns the errors that a damaged compressed file causes."""
     try:
         from zstandard import ZstdError
     except ImportError:

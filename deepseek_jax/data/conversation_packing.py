@@ -2,38 +2,60 @@
 
     window  =  | example 4 | example 17 | padding |      each a segment with positions from 0
 
-Windows are filled once, by best fit: the longest examples first, each into the fullest window that has room for it.
-What shares a window does not depend on the epoch; the order of the windows does.  Attention stays inside an example and
-the loss is a mean over all targets of a batch, so that neighbours do not matter.  An example longer than a window is
-cut at its end; one without any answer before the cut is left out.
+Windows are filled once, by best fit: the longest examples first, each into the fullest window with enough space. The
+contents of a window do not depend on the epoch; the order of the windows does. Attention stays inside an example and
+the loss is a mean over all targets of a batch, so neighbours do not matter. An example longer than a window is cut at
+its end; one without any answer before the cut is left out.
 """
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from deepseek_jax.data.conversations import Example, unflatten
+from deepseek_jax.data.conversations import FLAGS, LEARNT, STARTS, Example, unflatten
 from deepseek_jax.data.holdout import held_out
 from deepseek_jax.data.packing import IGNORED, Sample
 from deepseek_jax.data.store import TokenStore
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.watch import Watch, unwatched
 from deepseek_jax.errors import UserError
+
+CHUNK_TOKENS = 1 << 20  # measured at a time
+SHOWN_BYTES = 256 << 20  # of tokens: measuring fewer takes less than a second or two and is not shown
 
 
 class Table(NamedTuple):
-    """Of each example, int64: its document in the store and number in there, its targets, those learnt, their bytes."""
+    """One entry per example, all int64.
+
+    Attributes:
+        document: its document in the store.
+        start: its first token in that document.
+        n_targets: its targets, at most the length of a window.
+        n_learnt: how many of those are learnt.
+        n_bytes: bytes of text of the learnt ones.
+    """
 
     document: np.ndarray
-    number: np.ndarray
+    start: np.ndarray
     n_targets: np.ndarray
     n_learnt: np.ndarray
     n_bytes: np.ndarray
 
+    def rows(self, chosen: np.ndarray) -> "Table":
+        """Returns the chosen rows."""
+        return Table(*(column[chosen] for column in self))
+
 
 class Counts(NamedTuple):
-    """How many examples are longer than a window: those cut, and those with no answer before the cut, left out."""
+    """Examples that are longer than a window.
+
+    Attributes:
+        cut: how many were cut.
+        left_out: how many have no answer before the cut and were left out.
+    """
 
     cut: int
     left_out: int
@@ -41,18 +63,18 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ConversationPacking:
-    """The index of a split of conversations; made by ``sides``.
+    """The index of a split of conversations; created by `sides`.
 
     Attributes:
-      store: conversations as ``conversations.flatten`` writes them.
-      documents: places in ``store`` of those in this split.
-      seq_len: tokens of a window.
-      pad_id: what fills a window up.
-      seed, shuffle: of the order of the windows in an epoch.
-      table: the examples, window after window.
-      ends: where each window ends in the table.
-      counts: of examples too long for a window.
-      kind: fingerprint of what made tokens of the text.
+        store: conversations as `conversations.flatten` writes them.
+        documents: positions in `store` of the conversations of this split.
+        seq_len: tokens per window.
+        pad_id: id that fills a window up.
+        seed, shuffle: seed of the order of the windows in an epoch, and whether they are shuffled.
+        table: the examples, window by window.
+        ends: end of each window in the table.
+        counts: numbers of examples too long for a window.
+        kind: fingerprint of the encoder that turned the text into tokens.
     """
 
     store: TokenStore
@@ -68,50 +90,51 @@ class ConversationPacking:
 
     @property
     def n_samples(self) -> int:
-        """Windows of an epoch."""
+        """The windows per epoch."""
         return len(self.ends)
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that an epoch's windows hold, padding left out."""
+        """The tokens per epoch, without padding."""
         return int(self.table.n_targets.sum())
 
     @property
     def n_documents(self) -> int:
-        """Conversations."""
+        """The number of conversations."""
         return len(self.documents)
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of text that a token that is learnt stands for, on average."""
+        """The mean number of bytes of text per learnt token."""
         return float(self.table.n_bytes.sum() / max(self.table.n_learnt.sum(), 1))
 
     @property
     def has_whole_documents(self) -> bool:
-        """Whether none of them is a part."""
+        """Whether every conversation is whole."""
         return True
 
     @property
     def shortage(self) -> str:
-        """What to do where there is no sample."""
-        return f"no answer begins within data.seq_len = {self.seq_len} tokens. Give more, or raise data.seq_len."
+        """What to do if there is no sample."""
+        given = f"data.seq_len = {self.seq_len}"
+        return f"no answer begins within {given} tokens. Give more conversations, or raise data.seq_len."
 
     def fingerprint(self) -> str:
-        """Returns a hash of the conversations and of how they are written and cut."""
+        """Returns a hash of the conversations and of how they are encoded and cut."""
         table = (self.store.hashes[self.documents], self.store.lengths[self.documents])
         digest = hashlib.blake2b(np.stack(table).astype(np.uint64).tobytes(), digest_size=12)
         digest.update(self.kind.encode())
         return digest.hexdigest()
 
     def summary(self) -> str:
-        """Returns what the windows hold, in words."""
+        """Returns a description of what the windows hold."""
         share = self.table.n_learnt.sum() / max(self.n_tokens, 1)
-        said = f"{self.n_documents:,} conversations in {self.n_samples:,} windows, {share:.0%} of the tokens are learnt"
+        text = f"{self.n_documents:,} conversations in {self.n_samples:,} windows, {share:.0%} of the tokens are learnt"
         too_long = {"cut at data.seq_len": self.counts.cut, "with no answer before it left out": self.counts.left_out}
-        return ", ".join([said, *(f"{n:,} {what}" for what, n in too_long.items() if n)])
+        return ", ".join([text, *(f"{n:,} {what}" for what, n in too_long.items() if n)])
 
     def sample(self, epoch: int, n: int) -> Sample:
-        """Returns window ``n``, which is the same in every epoch."""
+        """Returns window `n`, which is the same in every epoch."""
         ids, targets, segments, positions = np.zeros((4, self.seq_len), np.int32)
         weights = np.zeros(self.seq_len, np.float32)
         ids[:], targets[:], filled = self.pad_id, IGNORED, 0
@@ -124,24 +147,35 @@ class ConversationPacking:
         return Sample(ids, targets, segments, positions, weights)
 
     def _example(self, row: int) -> Example:
-        """Returns the example of a row of the table, as long as a window has room for."""
-        example = unflatten(self.store.document(self.table.document[row]))[self.table.number[row]]
-        return Example(*(array[: self.table.n_targets[row] + 1] for array in example))
+        """Returns the example of a row of the table, cut to a window; reads those tokens only."""
+        start = self.table.start[row]
+        stored = self.store.document(self.table.document[row])[start : start + self.table.n_targets[row] + 1]
+        return unflatten(stored)[0]
 
 
 def sides(
-    store: TokenStore, tokenizer: Tokenizer, kind: str, holdout_rate: float, *, seq_len: int, seed: int
+    store: TokenStore,
+    tokenizer: Tokenizer,
+    kind: str,
+    holdout_rate: float,
+    *,
+    seq_len: int,
+    seed: int,
+    watch: Watch = unwatched,
 ) -> tuple[ConversationPacking, ConversationPacking | None]:
     """Returns the training and the held-out side of a corpus; the second is None if nothing is held out.
 
     Args:
-      store: conversations as ``conversations.flatten`` writes them.
-      tokenizer: of their text.
-      kind: fingerprint of what made tokens of it.
-      holdout_rate: share of the conversations to hold out, each whole; at least one unless it is 0.
+        store: conversations as `conversations.flatten` writes them.
+        tokenizer: tokenizer of their text.
+        kind: fingerprint of the encoder that turned them into tokens.
+        holdout_rate: share of the conversations to hold out, each whole; at least one unless it is 0.
+        seq_len: tokens per window.
+        seed: seed of the order of the windows.
+        watch: shows how much of a large corpus is measured.
 
     Raises:
-      UserError: no conversation is left to train on.
+        UserError: no conversation is left to train on.
     """
     by_hash = np.argsort(store.hashes, kind="stable")
     chosen = held_out(store.hashes, holdout_rate)[by_hash]
@@ -151,54 +185,100 @@ def sides(
             "ones count as one). Give more, or set data.holdout_rate to 0 to train without evaluation."
         )
     pad_id = next(i for i in (tokenizer.pad_id, tokenizer.eos_id, 0) if i is not None)
-    byte_lengths_V = tokenizer.byte_lengths()
+    measured = measure(store, seq_len, tokenizer.byte_lengths(), watch)
 
     def side(documents: np.ndarray, training: bool) -> ConversationPacking:
-        table, counts = measure(store, documents, seq_len, byte_lengths_V)
+        table, counts = select(*measured, documents)
         windows = best_fit(table.n_targets, seq_len)
-        order = np.argsort(windows, kind="stable")
-        table = Table(*(column[order] for column in table))
+        table = table.rows(np.argsort(windows, kind="stable"))
         ends = np.cumsum(np.bincount(windows)) if len(windows) else windows
         return ConversationPacking(store, documents, seq_len, pad_id, seed, training, table, ends, counts, kind)
 
     return side(by_hash[~chosen], True), side(by_hash[chosen], False) if holdout_rate else None
 
 
-def measure(store: TokenStore, documents: np.ndarray, seq_len: int, byte_lengths_V: np.ndarray) -> tuple[Table, Counts]:
-    """Returns the examples of the documents that have something to learn in a window, and how many are too long."""
-    rows, cut, left_out = [], 0, 0
-    for document in documents:
-        for number, (ids, is_learnt) in enumerate(unflatten(store.document(document))):
-            targets = ids[1 : seq_len + 1][is_learnt[1 : seq_len + 1]]
-            if len(targets):
-                n_targets = min(len(ids) - 1, seq_len)
-                rows.append((document, number, n_targets, len(targets), byte_lengths_V[targets].sum()))
-                cut += len(ids) - 1 > seq_len
-            else:
-                left_out += 1
-    return Table(*np.array(rows, np.int64).reshape(-1, 5).T), Counts(cut, left_out)
+def measure(
+    store: TokenStore, seq_len: int, byte_lengths_V: np.ndarray, watch: Watch = unwatched
+) -> tuple[Table, np.ndarray]:
+    """Returns every example of a store, in its order, and which of them are longer than a window (bool).
+
+    Reads the tokens once, in chunks of whole documents.
+    """
+    itemsize, parts = store.tokens.dtype.itemsize, []
+    n_bytes = len(store.tokens) * itemsize
+    with (watch if n_bytes >= SHOWN_BYTES else unwatched)("measure the conversations", n_bytes) as counter:
+        for start, stop in _chunks(store):
+            parts.append(_measured(np.asarray(store.tokens[start:stop]), start, store.offsets, seq_len, byte_lengths_V))
+            counter.advance((stop - start) * itemsize)
+    *columns, is_cut = np.concatenate(parts, axis=1)
+    return Table(*columns), is_cut.astype(bool)
+
+
+def _chunks(store: TokenStore) -> Iterator[tuple[int, int]]:
+    """Yields (first token, end) of chunks of whole documents, each about `CHUNK_TOKENS` or a single document."""
+    stops, first = store.offsets + store.lengths, 0
+    while first < len(stops):
+        last = max(first + 1, int(np.searchsorted(stops, store.offsets[first] + CHUNK_TOKENS, "right")))
+        yield int(store.offsets[first]), int(stops[last - 1])
+        first = last
+
+
+def _measured(
+    tokens: np.ndarray, base: int, offsets: np.ndarray, seq_len: int, byte_lengths_V: np.ndarray
+) -> np.ndarray:
+    """Returns the columns of `Table` and whether an example is cut, int64 [6, examples].
+
+    Args:
+        tokens: whole documents, as `conversations.flatten` writes them.
+        base: position of the first of them among all tokens.
+        offsets: start of each document among all tokens.
+        seq_len: tokens per window.
+        byte_lengths_V: bytes of text per id.
+    """
+    starts = np.flatnonzero(tokens & STARTS)
+    n_targets = np.diff(starts, append=len(tokens)) - 1
+    place = np.arange(len(tokens)) - np.repeat(starts, n_targets + 1)  # of a token in its example
+    is_learnt = (tokens & LEARNT).astype(bool) & (place >= 1) & (place <= seq_len)
+    n_bytes = np.where(is_learnt, byte_lengths_V[tokens // FLAGS], 0)
+    document = np.searchsorted(offsets, starts + base, "right") - 1
+    learnt, learnt_bytes = (np.add.reduceat(counted, starts, dtype=np.int64) for counted in (is_learnt, n_bytes))
+    within, is_cut = np.minimum(n_targets, seq_len), n_targets > seq_len
+    return np.stack([document, starts + base - offsets[document], within, learnt, learnt_bytes, is_cut])
+
+
+def select(table: Table, is_cut: np.ndarray, documents: np.ndarray) -> tuple[Table, Counts]:
+    """Returns the examples of some documents with something to learn, in the documents' order, and their counts."""
+    rank = np.full(max(table.document.max(), documents.max(initial=0)) + 1, -1)
+    rank[documents] = np.arange(len(documents))
+    rows = np.flatnonzero(rank[table.document] >= 0)
+    rows = rows[np.argsort(rank[table.document[rows]], kind="stable")]
+    has_answer = table.n_learnt[rows] > 0
+    counts = Counts(cut=int(is_cut[rows[has_answer]].sum()), left_out=int((~has_answer).sum()))
+    return table.rows(rows[has_answer]), counts
 
 
 def best_fit(lengths: np.ndarray, size: int) -> np.ndarray:
-    """Returns the window, int64, of each item: a window has room for ``size``, an item takes its length.
+    """Returns the window, int64, of each item; a window has space for `size`, an item takes its length.
 
-    Longest first, ties in their order; each into the fullest window that has room for it.
+    Longest first, ties in their order; each into the fullest window with enough space.
     """
     windows = np.zeros(len(lengths), np.int64)
-    with_room: list[list[int]] = [[] for _ in range(size + 1)]  # windows by the room left in them
-    rooms = 0  # bit r: some window has room r
+    with_space: list[list[int]] = [[] for _ in range(size + 1)]  # windows by the space left in them
+    spaces = 0  # bit n: some window has space for n
     n_windows = 0
     for item in np.argsort(-lengths, kind="stable"):
         length = int(lengths[item])
-        fitting = rooms >> length
+        fitting = spaces >> length
         if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            window = with_room[room].pop()
-            rooms ^= (not with_room[room]) << room
+            space = length + (fitting & -fitting).bit_length() - 1
+            window = with_space[space].pop()
+            spaces ^= (not with_space[space]) << space
         else:
-            room, window, n_windows = size, n_windows, n_windows + 1
+            space, window, n_windows = size, n_windows, n_windows + 1
         windows[item] = window
-        with_room[room - length].append(window)
-        rooms |= 1 << (room - length)
+        with_space[space - length].append(window)
+        spaces |= 1 << (space - length)
     _, first = np.unique(windows, return_index=True)
-    return np.argsort(np.argsort(first))[windows]  # numbered as items come, so that long and short ones are mixed
+    return np.argsort(np.argsort(first))[
+        windows
+    ]  # numbered in the order of the items, so that long and short ones are mixed

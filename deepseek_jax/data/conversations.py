@@ -1,16 +1,15 @@
-"""Conversations as tokens of which the assistant's answers alone are learnt: supervised fine-tuning.
+"""Conversations as tokens of which only the assistant's answers are learnt: supervised fine-tuning.
 
-A conversation becomes one or more examples, each a run of tokens some of which are learnt:
+A conversation becomes one or more examples, each a sequence of tokens of which some are learnt:
 
-    example  =  prompt answer rest answer …        only the answers are learnt, with their end marks
+    example  =  prompt answer rest answer …        only the answers are learnt, with their end tokens
 
-``answer`` is ``reply`` of ``data.chat``.  What precedes it is, token for token, the prompt of inference: ``parts`` of
-the messages before.  Where a template rewrites what was said (R1's leave out earlier thoughts), the prompt of a later
-answer does not continue the example so far: there a new one begins.  So every answer is learnt in the very context in
-which it will be asked for.
+`answer` is `reply` of `data.chat`. The tokens before it are exactly the prompt at inference: `parts` of the messages
+before. If a template rewrites earlier messages (R1's leave out earlier thoughts), the prompt of a later answer does not
+continue the example so far, and a new example starts. So every answer is learnt in the context it has at inference.
 
-An answer with a thought is asked for with ``thinking``, unless the row says otherwise.  A thought that is spelled out
-as ``<think>…</think>`` at the start of the content counts as one where the template has thoughts.
+The prompt of an answer with a thought has `thinking` set, unless the row says otherwise. If the template has thoughts,
+`<think>…</think>` at the start of the content counts as a thought.
 """
 
 import functools
@@ -28,19 +27,19 @@ from deepseek_jax.data.rows import counts
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
 
-VERSION = 1  # raise it when the tokens of a conversation change, so that cached ones are not used
+VERSION = 1  # increase it when the tokens of a conversation change, so that cached ones are not used
 TRAIN_ON = ("answers", "last")
 
 
 class Answer(NamedTuple):
-    """An answer to be learnt, and the prompt before it."""
+    """An answer to learn, and the prompt before it."""
 
     prompt: list[chat.Part]
     reply: list[chat.Part]
 
 
 class Example(NamedTuple):
-    """Tokens, int32, and which of them are learnt, bool."""
+    """Tokens (int32) and which of them are learnt (bool)."""
 
     ids: np.ndarray
     is_learnt: np.ndarray
@@ -50,12 +49,12 @@ def answers(conversation: dict, template: chat.Template, train_on: str) -> list[
     """Returns the answers that are learnt from a conversation.
 
     Args:
-      conversation: ``messages``, and ``tools`` and ``thinking`` where they apply.
-      template: how they are written.
-      train_on: "answers" for all messages of the assistant but those of weight 0, "last" for the last of these.
+        conversation: `messages`, and optionally `tools` and `thinking`.
+        template: chat template.
+        train_on: "answers" for all messages of the assistant except those of weight 0, "last" for the last of these.
 
     Raises:
-      UserError: the template has no place for something that the conversation holds.
+        UserError: the template cannot express something in the conversation.
     """
     messages, tools = conversation["messages"], conversation.get("tools", ())
     places = [n for n, message in enumerate(messages) if counts(message, f"messages[{n}]")]
@@ -66,15 +65,13 @@ def answers(conversation: dict, template: chat.Template, train_on: str) -> list[
         thinking = conversation.get("thinking", is_spelled or bool(thought)) and messages[n - 1]["role"] == "user"
         prompt, reply = template.parts(messages[:n], tools, thinking), template.reply(message, thinking)
         if thought not in chat.spell(reply):
-            raise UserError(
-                f"messages[{n}] has a thought, which the chat template does not write in that place. Leave it out."
-            )
+            raise UserError(f"messages[{n}] has a thought, which the chat template does not write there. Remove it.")
         found.append(Answer(prompt, reply))
     return found
 
 
 def _thought_apart(message: dict) -> tuple[dict, bool]:
-    """Returns an answer whose thought, if its content spells one out at its start, has a key of its own; whether so."""
+    """Returns an answer with the thought in its content moved to its own key, and whether there was one."""
     blank, opening, rest = (message.get("content") or "").partition(chat.THINK.text)
     thought, end, content = rest.partition(chat.END_THINK.text)
     if blank.strip() or not opening or not end or message.get("reasoning_content") or message.get("reasoning"):
@@ -84,7 +81,7 @@ def _thought_apart(message: dict) -> tuple[dict, bool]:
 
 
 def join(found: Iterable[Answer], tokenizer: Tokenizer) -> list[Example]:
-    """Returns answers as examples: one whose prompt continues the example before it, token for token, extends it."""
+    """Returns answers as examples; an answer whose prompt continues the previous example extends that example."""
     examples: list[Example] = []
     for prompt, reply in found:
         before, answer = chat.to_ids(prompt, tokenizer), chat.to_ids(reply, tokenizer)
@@ -97,7 +94,7 @@ def join(found: Iterable[Answer], tokenizer: Tokenizer) -> list[Example]:
     return examples
 
 
-# Stored, a token is: FLAGS * id + (STARTS if an example starts there) + (LEARNT if learnt).
+# A stored token is FLAGS * id + (STARTS if an example starts there) + (LEARNT if it is learnt).
 LEARNT, STARTS, FLAGS = 1, 2, 4
 
 
@@ -110,7 +107,7 @@ def flatten(examples: Sequence[Example]) -> np.ndarray:
 
 
 def unflatten(stored: ArrayLike) -> list[Example]:
-    """Returns the examples of ``flatten``."""
+    """Returns the examples of `flatten`."""
     stored = np.asarray(stored)
     starts = np.flatnonzero(stored & STARTS)
     return [
@@ -122,11 +119,11 @@ def template_name(name: str, tokenizer: str | Tokenizer) -> str:
     """Returns the name of a corpus's chat template.
 
     Args:
-      name: ``data.chat_template``; "" is the one in the tokenizer's folder.
-      tokenizer: ``data.tokenizer``, a tokenizer.json or its folder.
+        name: `data.chat_template`; "" means the one in the tokenizer's folder.
+        tokenizer: `data.tokenizer`, a tokenizer.json or its folder.
 
     Raises:
-      UserError: there is none there, or none that is known here.
+        UserError: there is none, or an unknown one.
     """
     if name:
         return chat.template_for(None, name)
@@ -135,7 +132,7 @@ def template_name(name: str, tokenizer: str | Tokenizer) -> str:
     found = is_file and chat.recognise(chat.published_template(path if path.is_dir() else path.parent))
     if not found:
         raise UserError(
-            "conversations need a chat template, and the files of data.tokenizer name none that is known here. "
+            "conversations need a chat template, and the files of data.tokenizer name no known one. "
             f"Set data.chat_template to one of {', '.join(chat.TEMPLATES)}."
         )
     return found
@@ -145,9 +142,9 @@ class Encoder:
     """Conversations as JSON to arrays for a `TokenStore`, which takes it in the place of a tokenizer.
 
     Args:
-      tokenizer: has all marks of the template.
-      template: name of a chat template.
-      train_on: which answers are learnt.
+        tokenizer: has all marks of the template.
+        template: name of a chat template.
+        train_on: which answers are learnt.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str, train_on: str):
@@ -160,7 +157,7 @@ class Encoder:
         self.fingerprint = hashlib.blake2b(kind.encode(), digest_size=16).hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Returns the ``flatten``-ed examples of each conversation."""
+        """Returns the `flatten`-ed examples of each conversation."""
         found = [self._answers(text) for text in texts]
         parts = [part for conversation in found for answer in conversation for side in answer for part in side]
         encoded = _Encoded(self._tokenizer, {part.text for part in parts if not part.is_mark})
@@ -170,11 +167,11 @@ class Encoder:
         try:
             return answers(json.loads(text), self._template, self._train_on)
         except UserError as error:
-            raise UserError(f"{error}\nThis is about the conversation that begins {text[:160]}") from error
+            raise UserError(f"{error}\nThe error is in the conversation that starts with {text[:160]}") from error
 
 
 class _Encoded:
-    """A tokenizer that has read all texts already: at once, and each of them once (those of prompts recur)."""
+    """A tokenizer that has encoded all texts in advance, each of them once (prompts repeat earlier texts)."""
 
     def __init__(self, tokenizer: Tokenizer, texts: Iterable[str]):
         texts = list(texts)
@@ -182,5 +179,5 @@ class _Encoded:
         self._mark: Callable[[str], np.ndarray] = functools.cache(lambda mark: tokenizer.encode(mark, specials=True))
 
     def encode(self, text: str, specials: bool = False) -> np.ndarray:
-        """Returns the ids of a text or, with ``specials``, of a mark."""
+        """Returns the ids of a text or, with `specials`, of a special token."""
         return self._mark(text) if specials else self._ids[text]

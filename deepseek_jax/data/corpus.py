@@ -1,7 +1,7 @@
-"""Which files a source names, in an order that is the same on every machine.
+"""The files that a source names, in an order that is the same on every machine.
 
-``stdlib`` is CPython's own library: about 600 files and 11 MB of real code, already on every machine that runs this.
-Anything else is a file, a folder, or a glob: ``book.txt``, ``books``, ``web-*.jsonl.gz``, ``shards/*.parquet``.
+`stdlib` is CPython's own library: about 600 files and 11 MB of real code, already on every machine that runs this.
+Everything else is a file, a folder, or a glob: `book.txt`, `books`, `web-*.jsonl.gz`, `shards/*.parquet`.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from deepseek_jax.data.watch import Watch, unwatched
 from deepseek_jax.errors import UserError
 from deepseek_jax.paths import check_local
 
-# Tests repeat themselves, idlelib and lib2to3 hold fixtures, the others are not the library.
+# Tests are repetitive, idlelib and lib2to3 contain fixtures, the others are not part of the library.
 NOT_LIBRARY = frozenset({"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"})
-LARGE_BYTES = 1 << 30  # a corpus whose bytes take seconds to read
-TYPES = f"{' '.join(READERS)} (text and JSON also with {' or '.join(ENDINGS)} behind)"
+LARGE_BYTES = 1 << 30  # a corpus that takes seconds to read
+TYPES = f"{' '.join(READERS)} (text and JSON also followed by {' or '.join(ENDINGS)})"
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Corpus:
     """Files that hold documents.
 
     Attributes:
-      source: as it was given.
-      files: in an order that is the same on every machine.
-      text_key: the field of a row that holds its text.
-      passed_over: files of a folder that are of no type that can be read.
-      format: whether the documents are texts, or conversations as JSON.
+        source: source as given.
+        files: files in an order that is the same on every machine.
+        text_key: field of a row that holds its text.
+        passed_over: files of a folder whose type cannot be read.
+        format: "text", or "conversations" as JSON.
     """
 
     source: str
@@ -51,12 +51,12 @@ class Corpus:
         return (text for text, _ in self.portions())
 
     def portions(self) -> Iterator[tuple[str, int]]:
-        """Yields each document that is not empty with the bytes of files read since the one before."""
+        """Yields each non-empty document and the bytes of its file read since the previous one."""
         for path in self.files:
             with _naming(path), open(path, "rb") as file:
                 before = 0
                 for row, where in READERS[content_type(path)](decompressed(file, path), self._columns(), str(path)):
-                    if text := self._document(row, where).removeprefix("\ufeff"):  # a byte-order mark is no text
+                    if text := self._document(row, where).removeprefix("\ufeff"):  # a byte-order mark is not text
                         here = max(before, file.tell())
                         yield text, here - before
                         before = here
@@ -68,7 +68,7 @@ class Corpus:
         return conversation_text(row, where) if self.format == "conversations" else row_text(row, self.text_key, where)
 
     def found_format(self) -> str:
-        """Returns the format of the first row of all files; that of files without rows is text."""
+        """Returns the format of the first row of all files; "text" without rows."""
         for path in self.files:
             if content_type(path) not in PLAIN:
                 with _naming(path), open(path, "rb") as file:
@@ -77,13 +77,13 @@ class Corpus:
         return "text"
 
     def n_bytes(self) -> int:
-        """Returns the bytes of all files, compressed where they are."""
+        """Returns the size of all files, as compressed."""
         return sum(path.stat().st_size for path in self.files if path.is_file())
 
     def fingerprint(self, known: Path | None = None, watch: Watch = unwatched) -> str:
-        """Returns a hash of the contents and order of the files; where they lie does not matter.
+        """Returns a hash of the contents and order of the files; their location does not matter.
 
-        ``known`` is a folder that remembers the hashes of large files; ``watch`` is shown how far a large corpus is.
+        `known` is a folder that caches the hashes of large files; `watch` shows the progress for a large corpus.
         """
         digest = hashlib.blake2b(" ".join(self._columns()).encode(), digest_size=16)
         n_bytes = self.n_bytes()
@@ -97,25 +97,25 @@ class Corpus:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Turns the errors of reading a file into one that names it."""
+    """Turns errors while reading a file into a UserError that names it."""
     try:
         yield
     except damage() as error:
-        raise UserError(f"{path} is damaged or cut short ({error}). Fetch it again or leave it out.") from error
+        raise UserError(f"{path} is damaged or truncated ({error}). Download it again or remove it.") from error
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror or error}). Fix that or leave the file out of data.source."
+            f"{path} cannot be read ({error.strerror or error}). Fix that, or remove the file from data.source."
         ) from error
 
 
 def open_corpus(source: str, text_key: str, format: str = "auto") -> Corpus:
-    """Returns the corpus that ``source`` names: ``stdlib``, a file, a folder with all below it, or a glob.
+    """Returns the corpus that `source` names: `stdlib`, a file, a folder with all below it, or a glob.
 
-    A path that exists is taken as it is, whatever characters it holds.  ``format`` is one of ``FORMATS``, or "auto" for
+    A path that exists is used as it is, even with characters of a glob. `format` is one of `FORMATS`, or "auto" for
     that of the first row.
 
     Raises:
-      UserError: nothing matches, or a file is of a type that no reader knows or cannot hold what is asked for.
+        UserError: nothing matches, or the type of a file is unknown or does not suit the format.
     """
     if format not in ("auto", *FORMATS):
         raise UserError(f"data.format = {format!r} does not exist. Choose one of auto, {', '.join(FORMATS)}.")
@@ -128,7 +128,7 @@ def open_corpus(source: str, text_key: str, format: str = "auto") -> Corpus:
 
 
 def _find(source: str, text_key: str) -> Corpus:
-    """Returns the files of a corpus, whatever they hold."""
+    """Returns the files of a corpus, whatever their format."""
     if source == "stdlib":
         return Corpus(source, tuple(library_files(Path(sysconfig.get_path("stdlib")))), text_key)
     check_local(source, "data.source")
@@ -144,7 +144,7 @@ def _find(source: str, text_key: str) -> Corpus:
     for path in files:
         if not content_type(path):
             raise UserError(
-                f"{path}: its name does not say what it holds. Rename it, for example to a.jsonl{path.suffix}."
+                f"{path}: the name does not say what the file contains. Rename it, for example to a.jsonl{path.suffix}."
             )
         if not _is_readable(path):
             raise UserError(f"{path} is not of a type that can be read. Narrow data.source to files of {TYPES}.")
@@ -152,11 +152,11 @@ def _find(source: str, text_key: str) -> Corpus:
 
 
 def _open_folder(source: str, folder: Path, text_key: str) -> Corpus:
-    """Returns all files below a folder that can be read; what is hidden (``.git``) does not count."""
+    """Returns all readable files below a folder, without hidden ones (`.git`)."""
     found = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_hidden(path, folder)]
     files = tuple(filter(_is_readable, found))
     if not files:
-        raise UserError(f"data.source = {source!r} is a folder without a file of {TYPES}. Name another or a glob.")
+        raise UserError(f"data.source = {source!r} is a folder without a file of {TYPES}. Give another one or a glob.")
     return Corpus(source, files, text_key, tuple(path for path in found if not _is_readable(path)))
 
 

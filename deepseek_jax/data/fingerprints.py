@@ -1,8 +1,8 @@
-"""A hash of every byte of a file, remembered for as long as the file stays as it is.
+"""A hash of every byte of a file, cached until the file changes.
 
-A large file is hashed once and then known again by its place, size, inode and times of change: the system sets the time
-of the last status change itself, so that nothing which rewrites a file leaves all of them alone.  A file that changed
-just now is not remembered, for a second change could fall within the same tick of the clock.
+A large file is hashed once and then recognised by its path, size, inode and times of change: the system itself sets the
+time of the last status change, so rewriting a file always changes one of them. The hash of a file that changed just now
+is not cached, since a second change could fall within the same tick of the clock.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ def fingerprint(path: Path, known: Path | None = None) -> str:
     """Returns a hash of all of a file's bytes.
 
     Args:
-        path: the file.
-        known: a folder that remembers large files; None remembers none.
+        path: path of the file.
+        known: folder that caches the hashes of large files; None for no cache.
 
     Raises:
-        UserError: the file changes as it is read.
-        OSError: it cannot be read.
+        UserError: the file changes while it is read.
+        OSError: the file cannot be read.
     """
     before = _identity(path)
     memo = known and before["size"] > REMEMBERED_BYTES and _memo(path, known)
@@ -65,7 +65,7 @@ def _recall(memo: Path, identity: dict[str, int]) -> str | None:
 
 def _remember(memo: Path, identity: dict[str, int], found: str) -> None:
     content = {"identity": identity, "hash": found}
-    with contextlib.suppress(OSError):  # it costs the next start some time
+    with contextlib.suppress(OSError):  # the next start takes longer then
         memo.parent.mkdir(parents=True, exist_ok=True)
         descriptor, partial = tempfile.mkstemp(prefix=f"{memo.name}.", dir=memo.parent)
         try:

@@ -1,9 +1,9 @@
-"""Which text is kept for evaluation: whole documents whose hash is small, or the ends of documents where few are long.
+"""The text held out for evaluation: whole documents with a small hash, or the ends of a few long documents.
 
-The choice depends on nothing but the texts, so it is the same on every machine, for every seed and any order of the
-files.  Of whole documents, two copies of one are never on different sides.  Where whole ones would hold out a share far
-from the rate (one text file, three books), each document is cut instead: its last tokens, ``rate`` of them, are held
-out, and the rest is trained on.
+The choice depends only on the texts, so it is the same on every machine, for every seed and any order of the files. Two
+copies of a whole document are never on different sides. If whole documents would hold out a share far from the rate
+(one text file, three books), each document is cut instead: the fraction `rate` of its tokens at the end is held out,
+and the rest is trained on.
 """
 
 from typing import NamedTuple
@@ -12,11 +12,11 @@ import numpy as np
 
 from deepseek_jax.errors import UserError
 
-FAR = 8  # how many times the odds of being held out may be those of the rate, or the reverse
+FAR = 8  # largest ratio between the odds of being held out and those of the rate, either way
 
 
 class Pieces(NamedTuple):
-    """Parts of documents: places of the documents in a store, and from which token to which each part goes; int64."""
+    """Parts of documents: positions of the documents in a store, first token and end of each part; int64."""
 
     documents: np.ndarray
     starts: np.ndarray
@@ -24,11 +24,11 @@ class Pieces(NamedTuple):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each part."""
+        """The tokens per part."""
         return self.stops - self.starts
 
     def are_whole(self, lengths: np.ndarray) -> bool:
-        """Returns whether each part is all of its document, where ``lengths`` are those of the store's documents."""
+        """Returns whether each part is a whole document; `lengths` are those of the store's documents."""
         return np.array_equal(self.lengths, lengths[self.documents])
 
 
@@ -42,11 +42,11 @@ def divide(hashes: np.ndarray, lengths: np.ndarray, n_bytes: np.ndarray, rate: f
     """Returns the (training, held-out) sides of a corpus, each in the order of the documents' hashes.
 
     Args:
-      hashes, lengths, n_bytes: of each document: uint64 of its text, its tokens, its bytes of UTF-8.
-      rate: share of the text to hold out.
+        hashes, lengths, n_bytes: hash of the text (uint64), tokens and bytes of UTF-8 of each document.
+        rate: share of the text to hold out.
 
     Raises:
-      UserError: there is too little text to hold any of it out.
+        UserError: there is too little text to hold out any.
     """
     by_hash = np.argsort(hashes, kind="stable")
     chosen = held_out(hashes, rate)
@@ -65,9 +65,9 @@ def divide(hashes: np.ndarray, lengths: np.ndarray, n_bytes: np.ndarray, rate: f
 
 
 def held_out(hashes: np.ndarray, rate: float) -> np.ndarray:
-    """Returns, for each document, whether it is kept for evaluation if whole ones are.
+    """Returns whether each document is held out, if whole documents are.
 
-    About ``rate`` of the documents are, and never fewer than one unless the rate is 0.
+    About the fraction `rate` of the documents is, and at least one unless the rate is 0.
     """
     if rate == 0:
         return np.zeros(len(hashes), bool)
@@ -76,6 +76,6 @@ def held_out(hashes: np.ndarray, rate: float) -> np.ndarray:
 
 
 def _is_near(share: float, rate: float) -> bool:
-    """Returns whether the odds ``share / (1 - share)`` are within a factor of those of the rate."""
+    """Returns whether the odds `share / (1 - share)` are within a factor of `FAR` of those of the rate."""
     found, expected = share * (1 - rate), rate * (1 - share)
     return expected <= FAR * found and found <= FAR * expected

@@ -1,8 +1,8 @@
-"""Text in which marks are spelled out: ``data.special_tokens``.
+"""Text in which special tokens are spelled out: `data.special_tokens`.
 
-By default a corpus is text and nothing else: ``<｜User｜>`` in it is a few letters, as it is when a user types it.  A
-corpus that holds the marks of its tokenizer in their places is read by this.  The packing adds its own <eos> (and
-<bos>) to each document all the same.
+By default a corpus is only text: `<｜User｜>` in it is a few letters, as if a user had typed it. This module reads a
+corpus in which the tokenizer's special tokens are spelled out. The packing still adds its own <eos> (and <bos>) to each
+document.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from deepseek_jax.data.tokenizer import Tokenizer
 
 
 class MarkReader:
-    """A tokenizer for a `TokenStore` that makes of each mark spelled out in a text its id."""
+    """A tokenizer for a `TokenStore` that encodes special tokens spelled out in a text as their ids."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer

@@ -1,12 +1,12 @@
-"""Messages of a conversation, checked and put in order; and an answer as a message again.
+"""Messages of a conversation as checked turns, and an answer as a message again.
 
-A message is a dict as in DeepSeek's and OpenAI's APIs: ``role`` (system, user, assistant, tool), ``content``, and where
-they apply ``reasoning_content`` (or ``reasoning``), ``tool_calls``, ``tool_call_id``.  The order is
+A message is a dict as in DeepSeek's and OpenAI's APIs: `role` (system, user, assistant, tool), `content`, and
+optionally `reasoning_content` (or `reasoning`), `tool_calls`, `tool_call_id`. The order is
 
     system*  ( user  ( assistant with tool_calls  tool+ )*  assistant )*
 
-and may break off after any turn; the tool messages that answer all calls of one message are one turn.  A message out of
-order is refused with its number, so that the templates of ``chat.py`` have nothing left to check.
+and may end after any turn; the tool messages that answer all calls of one message are one turn. A message out of order
+is rejected with its number, so the templates in `chat` need no further checks.
 """
 
 import json
@@ -38,13 +38,13 @@ class Assistant(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What the tools gave back for all calls of a turn, in the order of the calls."""
+    """Results of all tool calls of a turn, in the order of the calls."""
 
     contents: tuple[str, ...]
 
 
 class Conversation(NamedTuple):
-    """A system prompt, "" if there is none, and turns that follow one another as they may."""
+    """A system prompt, "" if there is none, and turns in a valid order."""
 
     system: str
     turns: list[User | Assistant | Outputs]
@@ -65,11 +65,11 @@ FOLLOWS = {
 def read(messages: Sequence[dict], join_system: Callable[[list[str]], str] = "\n\n".join) -> Conversation:
     """Returns messages as a conversation.
 
-    ``join_system`` makes one system prompt of all; the default puts a blank line between two of them.
+    `join_system` joins all system prompts; the default puts a blank line between them.
     """
     system, turns, before = [], [], "the start"
     ids: list = []  # of the latest calls
-    outputs: list[str | None] = []  # of the latest calls, None where one is still to come
+    outputs: list[str | None] = []  # of the latest calls, None if one is still missing
     for n, message in enumerate(messages):
         where = f"messages[{n}]"
         role = _role(message, before, where)
@@ -98,7 +98,7 @@ def read_answer(message: dict, where: str = "the message") -> Assistant:
     """Returns an assistant's message as a turn; its content may be None beside tool calls."""
     calls = message.get("tool_calls") or ()
     if not isinstance(calls, list | tuple):
-        raise UserError(f"{where} has tool_calls that are no list: {calls!r}.")
+        raise UserError(f"{where} has tool_calls of {calls!r}. Expected a list.")
     thought = "reasoning_content" if message.get("reasoning_content") is not None else "reasoning"
     return Assistant(
         content=_text(message, "content", where, optional=bool(calls)),
@@ -108,7 +108,7 @@ def read_answer(message: dict, where: str = "the message") -> Assistant:
 
 
 def _role(message: dict, before: str, where: str) -> str:
-    """Returns the role of a message, if it may follow what is before it."""
+    """Returns the role of a message after checking that it may follow `before`."""
     role = message.get("role") if isinstance(message, dict) else message
     if role not in ROLES:
         raise UserError(f"{where} has role {role!r}. Expected a dict whose role is one of {', '.join(ROLES)}.")
@@ -118,7 +118,7 @@ def _role(message: dict, before: str, where: str) -> str:
 
 
 def _text(message: dict, key: str, where: str, optional: bool = False) -> str:
-    """Returns the text under ``key``; "" if there is none and that is allowed."""
+    """Returns the text under `key`; "" if it is missing and optional."""
     text = message.get(key)
     if not isinstance(text, str) and not (optional and text is None):
         raise UserError(f"{where} has {type(text).__name__} as {key}. Expected text.")
@@ -126,7 +126,7 @@ def _text(message: dict, key: str, where: str, optional: bool = False) -> str:
 
 
 def _call_ids(message: dict, where: str) -> list:
-    """Returns the id of each call of a message, None where it has none; no two may be equal."""
+    """Returns the id of each call of a message, None for a call without one; no two may be equal."""
     ids = [call.get("id") for call in message.get("tool_calls") or ()]
     twice = next((i for i in ids if i is not None and ids.count(i) > 1), None)
     if twice is not None:
@@ -146,7 +146,7 @@ def _call(call: dict, where: str) -> Call:
 
 
 def _slot(call_id: str | None, ids: list, outputs: list, where: str) -> int:
-    """Returns which call a tool message answers: by its id, or else the first that has no answer yet."""
+    """Returns which call a tool message answers: by its id, otherwise the first without an answer."""
     if call_id is None or not any(ids):
         return outputs.index(None)
     if call_id not in ids or outputs[ids.index(call_id)] is not None:
@@ -156,14 +156,14 @@ def _slot(call_id: str | None, ids: list, outputs: list, where: str) -> int:
 
 
 def as_json(value, where: str, **layout) -> str:
-    """Returns a value as the published templates write JSON: keys in their order, every character as it is.
+    """Returns a value as JSON as the published templates write it: keys in order, every character unchanged.
 
-    ``where`` names the value in the error if it is no JSON, ``layout`` is as for ``json.dumps``.
+    `where` names the value in errors, `layout` is as for `json.dumps`.
     """
     try:
         return json.dumps(value, ensure_ascii=False, **layout)
     except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{where} is no JSON ({error}). Give text, numbers, lists and dicts.") from error
+        raise UserError(f"{where} cannot be written as JSON ({error}). Give text, numbers, lists and dicts.") from error
 
 
 def functions(tools: Sequence[dict]) -> list[dict]:
@@ -176,7 +176,7 @@ def functions(tools: Sequence[dict]) -> list[dict]:
 
 
 def as_message(content: str, thought: str = "", calls: Sequence[Call] = ()) -> dict:
-    """Returns an answer as a message, with those keys only that it has a value for."""
+    """Returns an answer as a message, without keys for missing values."""
     message: dict = {"role": "assistant", "content": content}
     if thought:
         message["reasoning_content"] = thought

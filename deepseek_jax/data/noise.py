@@ -1,21 +1,21 @@
-"""Random numbers that are a pure function of where they are used: no generator is carried along.
+"""Random numbers as a pure function of where they are used, without the state of a generator.
 
-Every choice the data path makes (order of documents, which become FIM, where they are cut) is
-``noise(*keys, at=counter)``, so that any sample can be made by any process in any order, and by any version of numpy.
+Every choice in the data path (order of documents, which become FIM, where they are cut) is `noise(*keys, at=counter)`,
+so any process can make any sample in any order, with any version of numpy.
 
-splitmix64 (Steele, Lea and Flood 2014): x ← mix(x + golden ratio), mix being two rounds of xor-shift and multiply.
+splitmix64 (Steele, Lea and Flood 2014): x ← mix(x + golden ratio), where mix is two rounds of xor-shift and multiply.
 """
 
 import numpy as np
 
-ORDER, CHOOSE, CUT, WINDOWS = range(4)  # the last key: what the numbers are for
+ORDER, CHOOSE, CUT, WINDOWS = range(4)  # the last key: purpose of the numbers
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MASK = (1 << 64) - 1
 
 
 def noise(*keys: int, at: np.ndarray) -> np.ndarray:
-    """Returns one uint64 for each counter in ``at``, independent for each tuple of integer keys."""
+    """Returns one uint64 per counter in `at`, independent for each tuple of integer keys."""
     state = np.zeros(1, np.uint64)
     for key in keys:
         state = _mix(state + _GOLDEN + np.uint64(int(key) & _MASK))

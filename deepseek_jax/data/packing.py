@@ -1,16 +1,16 @@
-"""Which tokens make sample n of an epoch: an index worked out from (seed, epoch), never a queue that is filled.
+"""Which tokens make sample n of an epoch: an index computed from (seed, epoch), without a queue.
 
-An epoch lays its documents end to end, each closed by <eos>, in an order of its own:
+An epoch concatenates its documents, each ended by <eos>, in its own order:
 
-    stream    =  d₁ <eos> d₂ <eos> d₃ …          (a document chosen for FIM takes its rearranged form; where the
-                                                  tokenizer's files ask for it, <bos> comes before each document)
+    stream    =  d₁ <eos> d₂ <eos> d₃ …          (a document chosen for FIM is rearranged; if the tokenizer's files
+                                                  ask for it, <bos> comes before each document)
     sample n  =  stream[nT : nT+T],  its targets  stream[nT+1 : nT+T+1]
 
-so every token but the first of the stream is a target once.  Training drops the tail that is shorter than a window:
-at most T-1 tokens, other ones in each epoch.  Evaluation pads it instead, so that all held-out text counts.
-Documents are cut where a window ends and not padded (V3 section 4.1 packs so; T is ``seq_len``).
+so every token except the first of the stream is a target once. Training drops the tail that is shorter than a window:
+at most T-1 tokens, different ones in each epoch. Evaluation pads it instead, so that all held-out text counts.
+Documents are cut where a window ends and not padded, as in V3 section 4.1; T is `seq_len`.
 
-The cost is O(documents) once an epoch and O(log documents + T) a sample.
+The cost is O(documents) per epoch and O(log documents + T) per sample.
 """
 
 import hashlib
@@ -26,18 +26,18 @@ from deepseek_jax.data.noise import ORDER, noise
 from deepseek_jax.data.store import TokenStore
 from deepseek_jax.data.tokenizer import Tokenizer
 
-IGNORED = -1  # target of a position where nothing is to be predicted
+IGNORED = -1  # target of a position without a prediction
 
 
 class Window(NamedTuple):
-    """T+1 tokens of a stream, and the number of each one's document within the window: 1, 2, …; 0 is padding."""
+    """T+1 tokens of a stream, and the number of their documents within the window: 1, 2, …; 0 is padding."""
 
     tokens: np.ndarray
     numbers: np.ndarray
 
 
 class Epoch(NamedTuple):
-    """An epoch's stream: its documents in order, where each one ends, and which of them are FIM."""
+    """An epoch's stream: its documents in order, their ends, and which of them are FIM."""
 
     order: np.ndarray
     ends: np.ndarray
@@ -48,9 +48,9 @@ class Epoch(NamedTuple):
 class Packing:
     """The index of a split.
 
-    ``pieces`` are the documents of ``store``, or parts of them, that this split holds; each counts as a document here.
-    ``shuffle`` gives each epoch its own order; ``pad_tail`` keeps the last, short window; ``marks`` may be None if
-    ``fim_rate`` is 0; ``bos_id`` is None where documents begin without a mark; ``mask_documents`` is as for ``sample``.
+    `pieces` are the documents of `store`, or parts of them, in this split; each counts as a document here. `shuffle`
+    gives each epoch its own order; `pad_tail` keeps the last, short window; `marks` may be None if `fim_rate` is 0;
+    `bos_id` is None if documents start without <bos>; `mask_documents` is as for `sample`.
     """
 
     store: TokenStore
@@ -68,30 +68,30 @@ class Packing:
 
     @property
     def n_tokens(self) -> int:
-        """Length of an epoch's stream, the same for every epoch."""
+        """The length of an epoch's stream, the same for every epoch."""
         text = int(self.pieces.lengths.sum() + self._has_bos.sum())
         n_fim = fim.n_chosen(self.n_documents, self.fim_rate)
         return text + self.n_documents + fim.EXTRA_TOKENS * n_fim
 
     @property
     def n_samples(self) -> int:
-        """Windows of an epoch."""
+        """The windows per epoch."""
         n_targets = max(self.n_tokens - 1, 0)
         return -(-n_targets // self.seq_len) if self.pad_tail else n_targets // self.seq_len
 
     @property
     def n_documents(self) -> int:
-        """Documents, a part of one counting as one."""
+        """The number of documents; a part counts as one."""
         return len(self.pieces.documents)
 
     @property
     def has_whole_documents(self) -> bool:
-        """Whether none of them is a part."""
+        """Whether every document is whole."""
         return self.pieces.are_whole(self.store.lengths)
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of text that a token stands for, on average."""
+        """The mean number of bytes of text per token."""
         of_documents = self.store.n_bytes[self.pieces.documents]
         n_bytes = of_documents * (self.pieces.lengths / self.store.lengths[self.pieces.documents])
         return float(n_bytes.sum() / self.n_tokens)
@@ -103,20 +103,20 @@ class Packing:
 
     @property
     def shortage(self) -> str:
-        """What to do where there is no sample."""
+        """What to do if there is no sample."""
         return f"a sample takes {self.seq_len + 1}. Give more text or lower data.seq_len."
 
     def summary(self) -> str:
-        """Returns what the windows hold, in words."""
+        """Returns a description of what the windows hold."""
         return f"{self.n_documents:,} document{'' if self.n_documents == 1 else 's'}"
 
     def sample(self, epoch: int, n: int) -> "Sample":
-        """Returns sample ``n`` of an epoch."""
+        """Returns sample `n` of an epoch."""
         return sample(self.window(epoch, n), self.mask_documents)
 
     @property
     def _has_bos(self) -> np.ndarray:
-        """Which pieces begin with <bos>: those that begin a document, if any do."""
+        """Which pieces start with <bos>: those at the start of a document, if documents have it."""
         return (self.pieces.starts == 0) & (self.bos_id is not None)
 
     def epoch(self, epoch: int) -> Epoch:
@@ -124,7 +124,7 @@ class Packing:
         return _lay_out(self, epoch)
 
     def _parts(self, epoch: int, place: int, is_fim: bool) -> list[np.ndarray]:
-        """Returns a document as it stands in the stream, in parts."""
+        """Returns a document as in the stream, in parts."""
         document, start, stop = (column[place] for column in self.pieces)
         tokens = self.store.document(document)[start:stop]
         parts = fim.rearrange(tokens, self.marks, self.seed, epoch, place) if is_fim else [tokens]
@@ -132,7 +132,7 @@ class Packing:
         return [*begin, *parts, np.array([self.eos_id])]
 
     def window(self, epoch: int, n: int) -> Window:
-        """Returns sample ``n`` of an epoch with the token that follows it."""
+        """Returns sample `n` of an epoch with the token that follows it."""
         order, ends, is_fim = self.epoch(epoch)
         start = n * self.seq_len
         stop = min(start + self.seq_len + 1, int(ends[-1]))
@@ -152,7 +152,7 @@ class Packing:
         return Window(tokens, numbers)
 
 
-@lru_cache(maxsize=4)  # two splits, and read-ahead on both sides of an epoch's end
+@lru_cache(maxsize=4)  # two splits, and prefetching on both sides of an epoch's end
 def _lay_out(packing: Packing, epoch: int) -> Epoch:
     places = np.arange(len(packing.pieces.documents))
     is_fim = fim.choose(len(places), packing.fim_rate, packing.seed, epoch)
@@ -164,7 +164,7 @@ def _lay_out(packing: Packing, epoch: int) -> Epoch:
 
 
 def _slice(parts: list[np.ndarray], start: int, stop: int) -> np.ndarray:
-    """Returns ``concatenate(parts)[start:stop]`` without building the whole of a long document."""
+    """Returns `concatenate(parts)[start:stop]` without building a long document as a whole."""
     pieces = []
     for part in parts:
         pieces.append(part[max(start, 0) : max(stop, 0)])
@@ -185,8 +185,8 @@ class Sample(NamedTuple):
 def sample(window: Window, mask_documents: bool) -> Sample:
     """Returns inputs and targets of a window.
 
-    Tokens see each other only within a segment; segment 0 is padding.  Without ``mask_documents`` the whole window is
-    segment 1 and positions run 0…T-1.  With it each document (or the part of it in this window) is a segment whose
+    Tokens attend to each other only within a segment; segment 0 is padding. Without `mask_documents` the whole window
+    is segment 1 and positions run 0…T-1. With it each document (or the part of it in this window) is a segment whose
     positions start at 0, and <eos> does not predict the next document's first token.
     """
     segments = window.numbers if mask_documents else np.minimum(window.numbers, 1)
@@ -212,8 +212,8 @@ def sides(
 ) -> tuple[Packing, Packing | None]:
     """Returns the training and the held-out side of a corpus of texts; the second is None if nothing is held out.
 
-    Only training text becomes FIM and comes in an order of its own each epoch.  With ``add_bos`` documents begin with
-    <bos> where the tokenizer's files ask for it.
+    Only training text becomes FIM and is shuffled in each epoch. With `add_bos` documents start with <bos> if the
+    tokenizer's files ask for it.
     """
 
     def side(pieces: Pieces, training: bool) -> Packing:

@@ -1,9 +1,9 @@
-"""Reader processes that are watched: one that dies is replaced, and none outlives the process that reads.
+"""Reader processes under supervision: one that dies is replaced, and none outlives the process that started it.
 
-A reader may be killed from outside, as when a machine runs out of memory, and in the middle of handing over a batch:
-then whoever waits for it waits for the other half for ever.  So a thread does the waiting, while the caller looks every
-second whether all readers are alive.  Batches are a function of their number: new readers start at the one that is due,
-and what is read is the same as if nothing had happened.
+A reader may be killed from outside, for example when a machine runs out of memory, and in the middle of handing over a
+batch: then the process that waits for the batch waits for ever. So a thread does the waiting, while the caller checks
+every second whether all readers are alive. Batches are a function of their number: new readers start at the next
+batch, and the samples are the same as if nothing had happened.
 """
 
 import contextlib
@@ -19,92 +19,111 @@ from typing import Any
 
 from deepseek_jax.errors import LocalError
 
-LOOK_S = 1.0
-GRACE_S = 5.0  # in which the death of a reader may still come out as an error of its own
+POLL_S = 1.0
+START_POLL_S = 0.02
+START_S = 60.0  # for the readers of an iterator to start
+GRACE_S = 5.0  # in which the death of a reader may still be reported as an error of its own
 CLOSE_S = 5.0  # for readers to end when asked; then they are killed
 MOST_DEATHS = 3  # in a row, without a batch between them
-NAME = "grain-process-prefetch"  # what grain calls its processes
+NAME = "grain-process-prefetch"  # start of the names that grain gives its processes
 
 Open = Callable[[int], Iterator[Any]]
+
+# Held while the readers of one iterator start, so that each iterator knows which readers are its own.
+_STARTING = threading.Lock()
 
 
 class ReaderDied(Exception):
     """A reader process ended before its last batch."""
 
 
-def watched(open_at: Open, count: int) -> Iterator[Any]:
-    """Yields batches 0 to ``count`` from reader processes, which are replaced when one dies.
+def watched(open_at: Open, count: int, n_readers: int) -> Iterator[Any]:
+    """Yields batches 0 to `count` from reader processes, which are replaced when one dies.
 
     Args:
-      open_at: returns an iterator with ``close`` over the batches from a given one on; starts its processes.
-      count: of batches.
+        open_at: `open_at(n)` returns an iterator with `close` over the batches from number n on; its processes start
+            with the first batch.
+        count: number of batches.
+        n_readers: number of processes that such an iterator starts.
 
     Raises:
-      LocalError: readers die again and again; those of other processes may be well.
+        LocalError: readers die repeatedly; those of other processes may be alive.
     """
     done, deaths = 0, 0
     while done < count:
         try:
-            for batch in _pulled(open_at, done):
+            for batch in _batches(open_at(done), n_readers):
                 deaths, done = 0, done + 1
                 yield batch
         except ReaderDied as error:
             deaths += 1
             if deaths == MOST_DEATHS:
                 raise LocalError(
-                    f"reader processes end again and again before they have made a batch ({error}). They may need more "
+                    f"reader processes end repeatedly before they have made a batch ({error}). They may need more "
                     "memory than there is: lower data.workers, or set it to 0 to read in threads."
                 ) from error
-            warnings.warn(f"{error}: started anew, with the same samples.", stacklevel=2)
+            warnings.warn(f"{error}: restarted, with the same samples.", stacklevel=2)
 
 
-def _pulled(open_at: Open, start: int) -> Iterator[Any]:
-    """Yields the batches from ``start`` on; raises ReaderDied within seconds of a reader's death."""
+def _batches(iterator: Any, n_readers: int) -> Iterator[Any]:
+    """Yields the batches of an iterator. Raises ReaderDied within seconds of a reader's death."""
     handed: queue.Queue = queue.Queue(maxsize=1)
-    iterator, known, is_over = open_at(start), set(), threading.Event()
-    threading.Thread(target=_pull, args=(iterator, handed, is_over), daemon=True).start()
-    dead_since = None
+    is_over, readers, dead_since = threading.Event(), set(), None
+    thread = threading.Thread(target=_pull, args=(iterator, handed, is_over), daemon=True)
     try:
+        readers = _start(thread, handed, n_readers)
         while True:
-            known.update(_running())  # a process that has ended is in no list of those that run
             try:
-                batch, error = handed.get(timeout=LOOK_S)
+                batch, error = handed.get(timeout=POLL_S)
             except queue.Empty:
-                dead_since = dead_since or (time.monotonic() if _dead(known) else None)
+                dead_since = dead_since or (time.monotonic() if _dead(readers) else None)
                 if dead_since and time.monotonic() - dead_since > GRACE_S:
-                    raise ReaderDied(_shown(known)) from None
+                    raise ReaderDied(_describe(readers)) from None
                 continue
             if isinstance(error, StopIteration):
                 return
             if error is not None:
-                raise ReaderDied(_shown(known)) if _dead(known) else error
+                raise ReaderDied(_describe(readers)) if _dead(readers) else error
             yield batch
     finally:
         is_over.set()
-        _close(iterator, known)
+        _close(iterator, readers)
+
+
+def _start(thread: threading.Thread, handed: queue.Queue, n_readers: int) -> set:
+    """Starts a thread that pulls batches, and returns the reader processes that it starts."""
+    with _STARTING:
+        others, begin = set(_running()), time.monotonic()
+        thread.start()
+        readers: set = set()
+        while True:
+            readers |= set(_running()) - others  # a process that has ended is no longer listed
+            if len(readers) >= n_readers or not handed.empty() or time.monotonic() - begin > START_S:
+                return readers
+            time.sleep(START_POLL_S)
 
 
 def _pull(iterator: Iterator[Any], handed: queue.Queue, is_over: threading.Event) -> None:
-    """Hands over what the iterator gives, (batch, None), and how it ends, (None, error), until nobody asks."""
+    """Hands over (batch, None) for each batch and (None, error) at the end, until `is_over`."""
     error = None
     while error is None and not is_over.is_set():
         batch = None
         try:
             batch = next(iterator)
-        except BaseException as found:  # handed on, whatever it is
+        except BaseException as found:  # handed over, whatever it is
             error = found
         while not is_over.is_set():
             with contextlib.suppress(queue.Full):
-                handed.put((batch, error), timeout=LOOK_S)
+                handed.put((batch, error), timeout=POLL_S)
                 break
 
 
-def _close(iterator: Any, known: set) -> None:
+def _close(iterator: Any, readers: set) -> None:
     """Asks the readers to end, and kills those that do not."""
     thread = threading.Thread(target=iterator.close, daemon=True)
     thread.start()
     thread.join(CLOSE_S)
-    for process in known:
+    for process in readers:
         if process.exitcode is None:
             process.kill()
             process.join(CLOSE_S)
@@ -114,25 +133,25 @@ def _running() -> list:
     return [process for process in multiprocessing.active_children() if process.name.startswith(NAME)]
 
 
-def _dead(known: set) -> list:
-    return [process for process in known if process.exitcode not in (None, 0)]
+def _dead(readers: set) -> list:
+    return [process for process in readers if process.exitcode not in (None, 0)]
 
 
-def _shown(known: set) -> str:
-    codes = ", ".join(str(process.exitcode) for process in _dead(known))
-    return f"a reader process ended unexpectedly (exit code {codes}; -9 is a kill)"
+def _describe(readers: set) -> str:
+    codes = ", ".join(str(process.exitcode) for process in _dead(readers))
+    return f"a reader process ended unexpectedly (exit code {codes}; -9 means killed)"
 
 
 def init_of_readers() -> Callable[[int, int], None]:
-    """Returns what each reader process calls first: it makes the reader end when this process does, even by SIGKILL."""
+    """Returns what each reader process calls first: it makes the reader end when this process ends, even by SIGKILL."""
     return functools.partial(_end_with, os.getpid())
 
 
 def _end_with(parent: int, index: int, count: int) -> None:
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
 
 
-def _watch(parent: int) -> None:
+def _exit_after(parent: int) -> None:
     while os.getppid() == parent:
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
     os._exit(1)

@@ -1,8 +1,8 @@
-"""One reader per file type: ``reader(file, columns, name)`` yields the rows of an open file, each with its place.
+"""One reader per file type: `reader(file, columns, name)` yields the rows of an open file, each with its place.
 
-A file of prose or code is one row, its text; the rows of the others are what JSON makes of them.  Of a table only the
-given ``columns`` are read, of which the first must be there; None reads all.  ``name`` is what messages call the file;
-a place is what they call a row.
+A file of prose or code is one row, its text; the rows of other files are JSON values. Only the given `columns` of a
+table are read, of which the first is required; None reads all. `name` is the file in messages; a place is a row in
+messages.
 """
 
 import codecs
@@ -15,7 +15,7 @@ from deepseek_jax.errors import UserError
 Columns = tuple[str, ...] | None
 Rows = Iterator[tuple[Any, str]]
 
-# The longer marks first: that of UTF-32 begins like that of UTF-16.
+# The longer marks come first: that of UTF-32 starts like that of UTF-16.
 FOREIGN_MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -25,12 +25,12 @@ FOREIGN_MARKS = {
 
 
 def read_plain(file: BinaryIO, columns: Columns, name: str) -> Rows:
-    """Yields the whole file, line ends untouched."""
+    """Yields the whole file, with its line breaks unchanged."""
     yield decode(file.read(), name), name
 
 
 def read_jsonl(file: BinaryIO, columns: Columns, name: str) -> Rows:
-    """Yields each line; blank lines are passed over."""
+    """Yields each line that is not blank."""
     for number, line in enumerate(file, start=1):
         where = f"{name}, line {number}"
         line = decode(line, where)
@@ -39,7 +39,7 @@ def read_jsonl(file: BinaryIO, columns: Columns, name: str) -> Rows:
 
 
 def read_json(file: BinaryIO, columns: Columns, name: str) -> Rows:
-    """Yields each element of a JSON array, or an object by itself; lines of objects are read as well."""
+    """Yields each element of a JSON array, or a single object; lines of objects are read as well."""
     data = file.read()
     try:
         rows = json.loads(decode(data, name))
@@ -47,7 +47,7 @@ def read_json(file: BinaryIO, columns: Columns, name: str) -> Rows:
         if data.lstrip(codecs.BOM_UTF8 + b" \r\n\t")[:1] == b"{" and str(error).startswith("Extra data"):
             yield from read_jsonl(data.splitlines(keepends=True), columns, name)
             return
-        raise UserError(f"{name} is not JSON ({error}). Fix the file or leave it out.") from error
+        raise UserError(f"{name} is not JSON ({error}). Fix or remove the file.") from error
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
         yield row, f"{name}, element {number}"
 
@@ -71,7 +71,7 @@ def read_parquet(file: BinaryIO, columns: Columns, name: str) -> Rows:
                 number += 1
                 yield row, f"{name}, row {number}"
     except pyarrow.ArrowException as error:
-        raise UserError(f"{name} is not a valid parquet file ({error}). Fix it or leave it out.") from error
+        raise UserError(f"{name} is not a valid parquet file ({error}). Fix or remove it.") from error
 
 
 def read_array_record(file: BinaryIO, columns: Columns, name: str) -> Rows:
@@ -82,7 +82,7 @@ def read_array_record(file: BinaryIO, columns: Columns, name: str) -> Rows:
         source = ArrayRecordDataSource(name)
         n_records = len(source)
     except Exception as error:  # the C++ reader raises errors of any class
-        raise UserError(f"{name} is not a valid ArrayRecord file ({error}). Fix it or leave it out.") from error
+        raise UserError(f"{name} is not a valid ArrayRecord file ({error}). Fix or remove it.") from error
     if not n_records:
         return
     rows_are_json = is_object(source[0])
@@ -92,7 +92,7 @@ def read_array_record(file: BinaryIO, columns: Columns, name: str) -> Rows:
         yield (parse(record, where) if rows_are_json else record), where
 
 
-# By what a file holds; those of PLAIN are text and nothing else, those of STREAMED may be compressed.
+# By file type; PLAIN files are nothing but text, STREAMED files may be compressed.
 READERS = {
     ".txt": read_plain,
     ".py": read_plain,
@@ -107,24 +107,24 @@ STREAMED = (*PLAIN, ".jsonl", ".json")
 
 
 def decode(data: bytes, where: str) -> str:
-    """Returns UTF-8 bytes as text, without the byte-order mark that they may begin with."""
+    """Returns UTF-8 bytes as text, without a byte-order mark at the start."""
     try:
         return data.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         for mark, encoding in FOREIGN_MARKS.items():
             if data.startswith(mark):
                 raise UserError(
-                    f"{where} is {encoding} text (it begins with that byte-order mark), not UTF-8. "
+                    f"{where} is {encoding} text (it starts with that byte-order mark), not UTF-8. "
                     f"Convert it: iconv -f {encoding} -t UTF-8 OLD > NEW"
                 ) from error
         raise UserError(
             f"{where} is not UTF-8 text (byte 0x{error.object[error.start]:02x} at offset {error.start}). "
-            "Convert it to UTF-8 (iconv -f LATIN1 -t UTF-8 OLD > NEW) or leave it out."
+            "Convert it to UTF-8 (iconv -f LATIN1 -t UTF-8 OLD > NEW) or remove it."
         ) from error
 
 
 def is_object(record: bytes) -> bool:
-    """Says whether a record is a JSON object."""
+    """Returns whether a record is a JSON object."""
     try:
         return isinstance(json.loads(record), dict)
     except ValueError:
@@ -132,8 +132,8 @@ def is_object(record: bytes) -> bool:
 
 
 def parse(text: str, where: str) -> Any:
-    """Returns the JSON value that ``text`` holds."""
+    """Returns the JSON value in `text`."""
     try:
         return json.loads(text)
     except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error}). Fix the line or leave the file out.") from error
+        raise UserError(f"{where} is not JSON ({error}). Fix the line or remove the file.") from error

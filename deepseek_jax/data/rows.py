@@ -1,8 +1,8 @@
-"""A row of a file as a document: its text, or the conversation it holds, written in one way.
+"""A row of a file as a document: its text, or its conversation in a canonical form.
 
-A row of a corpus of conversations is ``{"messages": [...]}`` as in DeepSeek's and OpenAI's APIs, with ``"tools"``, a
-list, and ``"thinking"``, true or false, where they apply.  A list may be written as JSON text, as tables keep it.  An
-answer with ``"weight": 0`` is read and not learnt.
+A row of a corpus of conversations is `{"messages": [...]}` as in DeepSeek's and OpenAI's APIs, optionally with
+`"tools"`, a list, and `"thinking"`, true or false. A list may be given as JSON text, as tables store it. An answer with
+`"weight": 0` is context only: the model does not learn it.
 """
 
 import json
@@ -12,14 +12,14 @@ from deepseek_jax.data.messages import read
 from deepseek_jax.errors import UserError
 
 FORMATS = ("text", "conversations")
-CONVERSATION = ("messages", "tools", "thinking")  # fields of a row; the first must be there
+CONVERSATION = ("messages", "tools", "thinking")  # fields of a row; the first is required
 
 
 def format_of(row: Any, text_key: str, where: str) -> str:
-    """Returns which of ``FORMATS`` a row is in.
+    """Returns which of `FORMATS` a row has.
 
     Raises:
-      UserError: it could be in either, or is a conversation in another spelling.
+        UserError: it could have either, or it is a conversation in another spelling.
     """
     if isinstance(row, dict) and "conversations" in row and not {"messages", text_key} & {*row}:
         raise UserError(
@@ -36,7 +36,7 @@ def format_of(row: Any, text_key: str, where: str) -> str:
 
 
 def row_text(row: Any, text_key: str, where: str) -> str:
-    """Returns the text of a row: of an object its field ``text_key``, of a string itself, of null nothing."""
+    """Returns the text of a row: the field `text_key` of an object, a string itself, "" for null."""
     if isinstance(row, dict):
         return field(row, text_key, where)
     if row is None or isinstance(row, str):
@@ -45,7 +45,7 @@ def row_text(row: Any, text_key: str, where: str) -> str:
 
 
 def field(row: dict, text_key: str, where: str) -> str:
-    """Returns the text of a row, empty for null; a lone surrogate, which no UTF-8 text can hold, becomes ``?``."""
+    """Returns the text of a row, "" for null; a lone surrogate, which UTF-8 text cannot contain, becomes `?`."""
     if text_key not in row:
         raise UserError(f"{where} has fields {', '.join(row) or 'none'} and no {text_key!r}. Set data.text_key.")
     text = "" if row[text_key] is None else row[text_key]
@@ -58,31 +58,30 @@ def conversation_text(row: Any, where: str) -> str:
     """Returns the conversation of a row as JSON, so that equal conversations are equal documents.
 
     Raises:
-      UserError: there are no messages, they do not follow one another as those of a conversation do, or none is the
-        assistant's.
+        UserError: there are no messages, their order is invalid, or none is the assistant's.
     """
     if not isinstance(row, dict) or "messages" not in row:
         has = f"fields {', '.join(row) or 'none'}" if isinstance(row, dict) else type(row).__name__
-        raise UserError(f"{where} has no messages ({has}). Fix the row or leave it out.")
+        raise UserError(f"{where} has no messages ({has}). Fix or remove the row.")
     messages = [_without_nulls(message) for message in _list(row, "messages", where)]
     try:
         read(messages)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     if not any(counts(message, f"{where}: messages[{n}]") for n, message in enumerate(messages)):
-        raise UserError(f"{where} has no message of the assistant to be learnt. Leave the row out.")
+        raise UserError(f"{where} has no answer of the assistant to learn. Remove the row.")
     if not isinstance(row.get("thinking"), bool | None):
-        raise UserError(f"{where} has {row['thinking']!r} as thinking. Give true or false, or leave it out.")
+        raise UserError(f"{where} has {row['thinking']!r} as thinking. Give true or false, or remove the key.")
     conversation = {"messages": messages, "tools": _list(row, "tools", where), "thinking": row.get("thinking")}
     given = {key: value for key, value in conversation.items() if value not in (None, [])}
     return json.dumps(given, ensure_ascii=False).encode("utf-8", "replace").decode()
 
 
 def counts(message: dict, where: str) -> bool:
-    """Returns whether a message is an answer to be learnt."""
+    """Returns whether a message is an answer to learn."""
     weight = message.get("weight", 1)
     if weight not in (0, 1):
-        raise UserError(f"{where} has weight {weight!r}. Give 1, or 0 for an answer that is not to be learnt.")
+        raise UserError(f"{where} has weight {weight!r}. Give 1, or 0 for an answer that is context only.")
     return message["role"] == "assistant" and weight == 1
 
 
@@ -97,7 +96,7 @@ def _list(row: dict, key: str, where: str) -> list:
     try:
         found = json.loads(value) if isinstance(value, str) and value else value or []
     except ValueError as error:
-        raise UserError(f"{where} has {key} that are not JSON ({error}). Fix the row or leave it out.") from error
+        raise UserError(f"{where} has {key} that are not JSON ({error}). Fix or remove the row.") from error
     if not isinstance(found, list):
         raise UserError(f"{where} has a {type(found).__name__} as {key}. Give a list.")
     return found

@@ -4,13 +4,13 @@
                              documents.npy    uint64 [documents, 3]: tokens, UTF-8 bytes, hash of the text
                              *.hashes         of the blocks of these two
                              meta.json        sizes, and hashes of the hashes
-                             damaged          there when a run has met a damaged block
+                             damaged          exists after a run has found a damaged block
 
-The key is a hash of the files' contents and of the tokenizer, so a changed file is another cache entry.  Of all the
-processes that want an entry one builds it and the others wait.  A folder is written under a temporary name and renamed:
-it is whole or absent.  Every byte is compared with its block's hash when it is first read (``blocks.py``): an entry
-found damaged as it is opened is built again; damage that is met later ends the run with its place, and the next start
-builds the entry again.
+The key is a hash of the files' contents and of the tokenizer, so a changed file gets another cache entry. One of the
+processes that need an entry builds it and the others wait. A folder is written under a temporary name and renamed, so
+it is complete or absent. Every byte is compared with its block's hash when it is first read (`blocks`): an entry found
+damaged while it is opened is rebuilt; damage found later ends the run with its position, and the next start rebuilds
+the entry.
 """
 
 import contextlib
@@ -33,28 +33,28 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.watch import Counter, Watch, unwatched
 from deepseek_jax.paths import check_local
 
-VERSION = 3  # raise it when the layout, or what a reader yields, changes
+VERSION = 3  # increase it when the layout, or what a reader yields, changes
 LABEL = "tokenise"
-WHOLE_FILE_BYTES = 64 << 20  # a shorter file is checked as it is opened
+WHOLE_FILE_BYTES = 64 << 20  # a shorter file is checked while it is opened
 DOCUMENTS, DAMAGED = "documents.npy", "damaged"
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Documents as ids.  Pickled by its folder if it has one, so that a reader process opens the same files."""
+    """Documents as ids. Pickled as its folder if it has one, so that a reader process opens the same files."""
 
     tokens: np.ndarray | Numbers  # ids of all documents, end to end
     lengths: np.ndarray  # int64: tokens of each document
     n_bytes: np.ndarray  # int64: bytes of UTF-8 of each document
     hashes: np.ndarray  # uint64: of the text of each document
-    offsets: np.ndarray  # int64: where each document starts in ``tokens``
+    offsets: np.ndarray  # int64: where each document starts in `tokens`
     folder: Path | None
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def document(self, i: int) -> np.ndarray | Numbers:
-        """Returns a view of the ids of document ``i``; what becomes an array is read and checked."""
+        """Returns a view of the ids of document `i`; they are read and checked when they become an array."""
         return self.tokens[self.offsets[i] : self.offsets[i] + self.lengths[i]]
 
     def __reduce__(self):
@@ -65,9 +65,9 @@ class TokenStore:
 
 
 def open_store(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str, watch: Watch = unwatched) -> TokenStore:
-    """Returns the tokenised corpus, from the cache if it is there; without a usable cache it is kept in memory.
+    """Returns the tokenised corpus, from the cache if possible; without a usable cache it is kept in memory.
 
-    ``watch`` is shown how far the hashing of a large corpus is, and the tokenising, here or in another process.
+    `watch` shows the progress of hashing a large corpus and of tokenising, in this process or another.
     """
     cache = cache_folder(cache_dir)
     content = f"{VERSION} {tokenizer.fingerprint} {corpus.fingerprint(cache, watch)}"
@@ -93,19 +93,19 @@ def open_store(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str, watch: Watc
 
 
 def _is_usable(folder: Path, remove: bool = False) -> bool:
-    """Returns whether an entry is there and whole; with ``remove``, one that is damaged goes."""
+    """Returns whether an entry exists and is complete; `remove` deletes a damaged one."""
     if not folder.is_dir():
         return False
-    if not _is_sound(folder):
+    if not _is_intact(folder):
         if remove:
-            warnings.warn(f"{folder} is damaged and is built again.", stacklevel=2)
+            warnings.warn(f"{folder} is damaged and is rebuilt.", stacklevel=2)
             _remove(folder)
         return False
     return True
 
 
 def cache_folder(cache_dir: str) -> Path:
-    """Returns ``cache_dir``, or the user's cache directory if it is empty."""
+    """Returns `cache_dir`, or the user's cache directory if it is empty."""
     if cache_dir:
         check_local(cache_dir, "data.cache_dir")
         return Path(os.path.expanduser(cache_dir))
@@ -129,12 +129,12 @@ def _build_folder(corpus: Corpus, tokenizer: Tokenizer, folder: Path, counter: C
         try:
             built.rename(folder)
         except OSError:
-            if not _is_sound(folder):  # otherwise another process was first, with the same content
+            if not _is_intact(folder):  # otherwise another process was first, with the same content
                 raise
 
 
 def _finish(built: Path, source: str) -> None:
-    """Seals the files of an entry, flushes them to the disk and writes meta.json."""
+    """Seals the files of an entry, writes meta.json and flushes everything to disk."""
     files = {path.name: seal(path) for path in sorted(built.iterdir())}
     (built / "meta.json").write_text(json.dumps({"source": source, "files": files}, indent=1))
     for path in built.iterdir():
@@ -142,8 +142,8 @@ def _finish(built: Path, source: str) -> None:
             os.fsync(file.fileno())
 
 
-def _is_sound(folder: Path) -> bool:
-    """Says whether a cache entry is what was written, as far as can be seen without reading all of a large one."""
+def _is_intact(folder: Path) -> bool:
+    """Returns whether a cache entry is what was written, as far as possible without reading all of a large one."""
     try:
         if (folder / DAMAGED).exists():
             return False
@@ -164,20 +164,20 @@ def _sealed(folder: Path) -> dict[str, Blocks]:
 
 
 class _Watched(Blocks):
-    """A file of an entry; when damage is met in the middle of a run the entry is marked, and built again at a start."""
+    """A file of an entry. Damage found during a run marks the entry, so that the next start rebuilds it."""
 
     def read(self, start: int, stop: int) -> bytes:
-        """Returns bytes as ``Blocks`` does."""
+        """Returns bytes as `Blocks` does; marks the entry if they are damaged."""
         try:
             return super().read(start, stop)
         except DamagedFile as error:
             with contextlib.suppress(OSError):
                 (self.path.parent / DAMAGED).write_text(f"{error}\n")
-            raise DamagedFile(f"{error} Start again: the corpus is then tokenised anew.") from error
+            raise DamagedFile(f"{error} Start again: the corpus is then tokenised again.") from error
 
 
 def _remove(folder: Path) -> None:
-    """Renames an entry away before it is deleted, so that nobody meets half of it."""
+    """Renames an entry before it is deleted, so that no process finds half of it."""
     with scratch(folder) as grave, contextlib.suppress(FileNotFoundError):  # another process did it
         folder.rename(grave / folder.name)
 

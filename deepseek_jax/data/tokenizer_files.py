@@ -1,7 +1,7 @@
-"""The files from which a tokenizer can be opened again, here and by others: what stands beside published weights.
+"""The files from which a tokenizer can be opened again, here and by others: they are written beside published weights.
 
-Bytes become a ``tokenizer.json`` as well: a BPE without merges over GPT-2's byte alphabet, in which byte b has id b,
-and the marks as added tokens behind them.
+Bytes become a `tokenizer.json` as well: a BPE without merges over GPT-2's byte alphabet, in which byte b has id b,
+followed by the special tokens as added tokens.
 """
 
 import json
@@ -18,12 +18,12 @@ PATTERNS += ("chat_template.json", "tokenizer.model", "vocab.json", "merges.txt"
 
 
 def is_path(name: str) -> bool:
-    """Whether the name of a tokenizer, as ``open_tokenizer`` takes it, is that of a file or folder."""
+    """Returns whether the name of a tokenizer, as for `open_tokenizer`, is that of a file or folder."""
     return name != "deepseek" and name not in BUILT_IN
 
 
 def files_of(name: str) -> dict[str, Path | bytes]:
-    """The files of a tokenizer that ``open_tokenizer`` takes: name -> where it is, or what is in it."""
+    """Returns the files of a tokenizer that `open_tokenizer` takes: name -> its path or its content."""
     if name == "none":
         return {}
     if name == "bytes":
@@ -35,7 +35,7 @@ def files_of(name: str) -> dict[str, Path | bytes]:
 
 
 def byte_tokenizer() -> dict[str, Any]:
-    """The ``tokenizer.json`` of `ByteTokenizer`: the same ids for the same text."""
+    """Returns the `tokenizer.json` of `ByteTokenizer`: the same ids for the same text."""
     added = [
         {"id": 256 + i, "content": mark, "special": mark in BYTE_HIDDEN, "normalized": False}
         | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
@@ -53,7 +53,7 @@ def byte_tokenizer() -> dict[str, Any]:
 
 
 def byte_settings() -> dict[str, Any]:
-    """The ``tokenizer_config.json`` of `ByteTokenizer`."""
+    """Returns the `tokenizer_config.json` of `ByteTokenizer`."""
     bytes_ = ByteTokenizer
     ids = {"bos_token": bytes_.bos_id, "eos_token": bytes_.eos_id, "pad_token": bytes_.pad_id}
     return {key: BYTE_SPECIALS[i - 256] for key, i in ids.items()} | {
@@ -64,7 +64,7 @@ def byte_settings() -> dict[str, Any]:
 
 
 def byte_alphabet() -> list[str]:
-    """GPT-2's letter for each byte: printable bytes as they are in Latin-1, the rest from U+0100 on."""
+    """Returns GPT-2's letter for each byte: printable bytes as in Latin-1, the rest from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]

@@ -1,7 +1,7 @@
-"""How far long work is, for whoever wants to show it: nothing here prints.
+"""Progress of long work, for callers that show it: nothing here prints.
 
-A ``Watch`` is called with what is done and the bytes of it in all, and gives a context in which ``advance(n_bytes)``
-counts.  The command line passes its progress bar.
+A `Watch` is called with the name of the work and its size in bytes, and returns a context whose `advance(n_bytes)`
+counts. The command line passes its progress bar.
 """
 
 from collections.abc import Callable
@@ -10,10 +10,10 @@ from typing import Protocol
 
 
 class Counter(Protocol):
-    """Counts bytes of work that is done."""
+    """Counts the bytes of finished work."""
 
     def advance(self, n_bytes: int) -> None:
-        """Counts what has been done since the last call."""
+        """Counts the bytes since the last call."""
 
 
 Watch = Callable[[str, int], AbstractContextManager[Counter]]
@@ -25,5 +25,5 @@ class _Unwatched:
 
 
 def unwatched(label: str, total: int) -> AbstractContextManager[Counter]:
-    """The ``Watch`` of those who do not want to see anything."""
+    """The `Watch` of callers that show nothing."""
     return nullcontext(_Unwatched())

@@ -1,1 +1,1 @@
-"""Running a trained model: sampling, generation over the latent cache, text as it comes."""
+"""Running a trained model: sampling, generation over the latent cache, incremental text."""

@@ -1,11 +1,11 @@
-"""A conversation with a model in its own chat format: what was said so far, and the next answer as it comes.
+"""A conversation with a model in its own chat format: the messages so far, and the next answer as it is generated.
 
     dialogue = Dialogue(chat.template("r1"), model.tokenizer, model.stream, model.n_positions)
     for piece in dialogue.say("1+1=?", max_new_tokens=512):
-        print(piece.text, end="")               # piece.is_thought tells the thought from the answer
+        print(piece.text, end="")               # piece.is_thought separates thought and answer
     dialogue.messages                           # with the answer as a message
 
-The template decides what of earlier answers the model sees again: thoughts are dropped where it drops them.
+The template decides what the model sees of earlier answers: thoughts are dropped if it drops them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ from deepseek_jax.serve.text import TextStream
 
 
 class Piece(NamedTuple):
-    """Some text of an answer."""
+    """Part of the text of an answer."""
 
     text: str
     is_thought: bool
@@ -28,20 +28,21 @@ class Dialogue:
     """A conversation with a model.
 
     Args:
-        template: of the model.
-        tokenizer: of the model, with the marks of the template.
-        stream: (ids of a prompt, max_new_tokens=…, stop_ids=…) -> iterator of new ids, like `LanguageModel.stream`.
-        n_positions: tokens, prompt and answer, that the model takes.
-        stop_ids: ids that end an answer besides the template's own mark.
-        system: the system prompt, "" for none.
-        thinking: whether the prompt opens a thought; by default as the published template does.
+        template: chat template of the model.
+        tokenizer: tokenizer of the model, with the special tokens of the template.
+        stream: `stream(ids of a prompt, max_new_tokens=…, stop_ids=…)` returns an iterator of new ids, like
+            `LanguageModel.stream`.
+        n_positions: largest number of tokens, prompt and answer together.
+        stop_ids: ids that end an answer in addition to the template's own.
+        system: system prompt, "" for none.
+        thinking: whether the prompt opens a thought; by default as in the published template.
 
     Attributes:
-        messages: what was said, as `chat` reads it.
-        ending: how the last answer ended: "mark", "max_new_tokens", "n_positions", "stopped", or "" if it did not.
+        messages: the messages so far, in the format of `chat`.
+        ending: how the last answer ended: "mark", "max_new_tokens", "n_positions", "stopped", or "" if it has not.
 
     Raises:
-        UserError: the tokenizer has not the marks of the template; `thinking` with a template that has no thoughts.
+        UserError: the tokenizer misses special tokens of the template; `thinking` with a template without thoughts.
     """
 
     def __init__(
@@ -60,33 +61,32 @@ class Dialogue:
         self._stop_ids = tuple({*stop_ids, *to_ids([template.end], tokenizer).tolist()})
         self.ending, self._is_stopped = "", False
         self.reset()
-        self._prompt("?")  # what the tokenizer or the template refuses is refused before anything is said
+        self._prompt("?")  # errors of tokenizer or template are raised before the first message
 
     def reset(self) -> None:
-        """Forgets all that was said but the system prompt."""
+        """Forgets all messages except the system prompt."""
         self.messages = [{"role": "system", "content": self._system}] if self._system else []
 
     def say(self, text: str, max_new_tokens: int) -> Iterator[Piece]:
-        """Returns the answer to a message, piece by piece.
+        """Yields the answer to a message, piece by piece.
 
-        Both enter `messages` when the answer ends, be it because the iterator is closed; nothing does if there was no
-        token of an answer.
+        Both are added to `messages` when the answer ends or the iterator is closed, unless no token was generated.
 
         Raises:
             UserError: the conversation with this message does not fit into the model's positions.
         """
         prompt = self._prompt(text)
-        room = self.n_positions - len(prompt)
-        if room < 1:
+        free = self.n_positions - len(prompt)
+        if free < 1:
             raise UserError(
-                f"the conversation has {len(prompt)} tokens with this message, the model takes {self.n_positions}. "
+                f"the conversation has {len(prompt)} tokens with this message: expected fewer than {self.n_positions}. "
                 "Start a new one (/reset), or shorten the message."
             )
         self.ending, self._is_stopped = "", False
-        return self._answer(text, prompt, min(max_new_tokens, room))
+        return self._answer(text, prompt, min(max_new_tokens, free))
 
     def stop(self) -> None:
-        """Ends the answer before its next token; safe to call from a signal handler, for no computation is torn."""
+        """Ends the answer before its next token; safe in a signal handler, since no computation is interrupted."""
         self._is_stopped = True
 
     def _prompt(self, text: str) -> list[int]:
@@ -120,7 +120,7 @@ class Dialogue:
 
 
 class _Splitter:
-    """Tells the thought from the answer by the ids of ``<think>`` and ``</think>``, which are not shown themselves."""
+    """Separates thought and answer by the ids of `<think>` and `</think>`, which are not shown."""
 
     def __init__(self, tokenizer: Tokenizer, thinks: bool, in_thought: bool):
         marks = [_id(mark, tokenizer) if thinks else None for mark in (THINK, END_THINK)]
@@ -132,7 +132,7 @@ class _Splitter:
         self._text, self._is_blank = TextStream(self._decode), True
 
     def push(self, token: int) -> list[Piece]:
-        """Returns the text that is certain now, without blanks at the start of a thought or an answer."""
+        """Returns the text that is final, without blanks at the start of a thought or an answer."""
         if token not in self._in_thought:
             return self._pieces(self._text.push(token))
         rest = self.finish()
@@ -141,7 +141,7 @@ class _Splitter:
         return rest
 
     def finish(self) -> list[Piece]:
-        """Returns what was held back."""
+        """Returns the remaining text."""
         return self._pieces(self._text.finish())
 
     def _pieces(self, text: str) -> list[Piece]:
@@ -151,6 +151,6 @@ class _Splitter:
 
 
 def _id(mark: Part, tokenizer: Tokenizer) -> int | None:
-    """Returns the id of a mark, None if the tokenizer has none."""
+    """Returns the id of a special token, None if the tokenizer does not have it."""
     ids = tokenizer.encode(mark.text, specials=True)
     return int(ids[0]) if len(ids) == 1 else None

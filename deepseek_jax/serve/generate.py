@@ -1,11 +1,11 @@
-"""Generation over the latent cache: read the prompts at once, then one token of each sequence a step.
+"""Generation over the latent cache: the prompts in one pass, then one token per sequence and step.
 
     prefill   prompts of a batch, padded at the end to one length, in the expanded form; fills the cache
-    decode    one token a sequence in the absorbed form; the cache is donated, so that it is updated in place
+    decode    one token per sequence in the absorbed form; the cache is donated, so that it is updated in place
 
-Sequences of different lengths stand side by side: each has positions of its own and sees the slots up to them, and what
-was cached of the padding is overwritten before it could be seen.  Prompts and caches are padded to powers of two, so
-that few programs are compiled.
+Sequences of different lengths share a batch: each has its own positions and attends to the slots up to them, and cached
+padding is overwritten before it can be attended to. Prompts and caches are padded to powers of two, so that few
+programs are compiled.
 """
 
 import operator
@@ -20,12 +20,12 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import Tree, bind
 from deepseek_jax.serve.sampler import sample
 
-ENDED = -1  # stands for the tokens of a sequence that has ended
+ENDED = -1  # in place of tokens after the end of a sequence
 SMALLEST = 32  # least length of prompts and caches
 
 
 def bucket(n_tokens: int, largest: int) -> int:
-    """`n_tokens` rounded up to a power of two, not below `SMALLEST` and not above `largest`."""
+    """Returns `n_tokens` rounded up to a power of two, at least `SMALLEST` and at most `largest`."""
     return min(max(SMALLEST, 1 << (n_tokens - 1).bit_length()), largest)
 
 
@@ -33,9 +33,10 @@ class Generator:
     """The compiled programs that generate with one model.
 
     Args:
-        definition: of a model with `prefill` and `decode` (`layers.base.split`).
-        vocab_size: ids of a prompt are smaller.
-        matmul_precision: of float32 matmuls, as `jax.default_matmul_precision` takes it; None for the device's own.
+        definition: definition of a model with `prefill` and `decode` (`layers.base.split`).
+        vocab_size: size of the vocabulary; ids of a prompt must be smaller.
+        matmul_precision: precision of float32 matmuls, as for `jax.default_matmul_precision`; None for the device's
+            default.
     """
 
     def __init__(self, definition: nnx.GraphDef, vocab_size: int, matmul_precision: str | None = None):
@@ -56,23 +57,24 @@ class Generator:
         top_p: float = 1.0,
         stop_ids: Sequence[int] = (),
     ) -> Iterator[np.ndarray]:
-        """Goes on from each prompt; the next step is under way while the caller looks at the last one's tokens.
+        """Continues each prompt; the next step already runs while the caller handles the last one's tokens.
 
         Args:
             params, router_bias: the model's weights.
             prompts: token ids, of any lengths.
-            key_B: a random key for each prompt (`sampler.row_keys`).
-            max_new_tokens: steps to take at most.
-            n_positions: tokens, old and new, that a sequence may have.
+            key_B: one random key per prompt (`sampler.row_keys`).
+            max_new_tokens: largest number of steps.
+            n_positions: largest number of tokens per sequence, prompt included.
             temperature, top_p: see `sampler.sample`.
             stop_ids: ids that end a sequence.
 
         Returns:
-            An iterator over the steps' new ids_B, int32; a sequence ends with its stop id and is `ENDED` from there on.
-            It stops when all sequences have ended.
+            An iterator over the new ids_B of each step, int32; a sequence ends with its stop id and is `ENDED` after
+            it. The iterator stops when all sequences have ended.
 
         Raises:
-            UserError: an empty prompt, an unknown id, more tokens than positions, a number out of range.
+            UserError: a prompt is empty, an id is unknown, there are more tokens than positions, or a number is out of
+                range.
         """
         prompts = [_as_ids(prompt) for prompt in prompts]
         max_new_tokens = _count(max_new_tokens)
@@ -89,11 +91,11 @@ class Generator:
             row[: len(prompt)] = prompt
         n_slots = bucket(longest + max_new_tokens, n_positions)
         drawn_B, cache = self._prefill(weights, ids_BT, lengths_B, drawing, n_slots=n_slots)
-        going_B = np.ones(len(prompts), bool)
+        running_B = np.ones(len(prompts), bool)
         for step in range(max_new_tokens):
-            new_B = np.where(going_B, np.asarray(drawn_B), ENDED)
-            going_B &= ~np.isin(new_B, stop_ids)
-            is_last = step + 1 == max_new_tokens or not going_B.any()
+            new_B = np.where(running_B, np.asarray(drawn_B), ENDED)
+            running_B &= ~np.isin(new_B, stop_ids)
+            is_last = step + 1 == max_new_tokens or not running_B.any()
             if not is_last:
                 drawn_B, cache = self._decode(weights, drawn_B, lengths_B + step, cache, drawing)
             yield new_B
@@ -136,7 +138,7 @@ class Generator:
 
 
 def _as_ids(prompt: Sequence[int]) -> np.ndarray:
-    """Returns a prompt as int32; fractions are refused, not cut off."""
+    """Returns a prompt as int32. Raises UserError for fractions, which are not truncated."""
     try:
         ids = np.asarray(prompt)
     except ValueError:  # lists of different lengths inside
@@ -165,10 +167,10 @@ def _check_drawing(temperature: float, top_p: float) -> None:
         is_valid = False
     if not is_valid:
         raise UserError(
-            f"temperature={temperature!r}, top_p={top_p!r}: expected 0 or more for the one, 0 to 1 for the other."
+            f"temperature={temperature!r}, top_p={top_p!r}: expected temperature >= 0 and top_p from 0 to 1."
         )
 
 
 def _draw(logits_BV: jax.Array, positions_B: jax.Array, key_B: jax.Array, temperature, top_p) -> jax.Array:
-    """The tokens for `positions_B`: a sequence's key and the position decide the draw."""
+    """Returns the tokens for `positions_B`: a sequence's key and the position determine the sample."""
     return sample(logits_BV, jax.vmap(jax.random.fold_in)(key_B, positions_B), temperature, top_p)

@@ -2,8 +2,8 @@
 
     p = softmax(logits / temperature);   nucleus = the fewest tokens, likeliest first, whose p add up to top_p
 
-Temperature 0 takes the likeliest token.  Every row draws with a key of its own, so that what a sequence says does not
-depend on its neighbours in the batch.  All in float32.  Paper: Holtzman et al., "The Curious Case of Neural Text
+Temperature 0 takes the likeliest token. Every row is sampled with its own key, so that a sequence does not depend on
+its neighbours in the batch. Everything is in float32. Paper: Holtzman et al., "The Curious Case of Neural Text
 Degeneration", arXiv 1904.09751.
 """
 
@@ -15,18 +15,18 @@ from deepseek_jax.seeds import random_key
 
 
 def row_keys(seed: int, n_rows: int) -> jax.Array:
-    """key_B: a key for each row, a function of the seed and the row's number alone."""
+    """Returns key_B: one key per row, a function of the seed and the row's number only."""
     return jax.vmap(jax.random.fold_in, (None, 0))(random_key(seed), jnp.arange(n_rows))
 
 
 def sample(logits_BV: jax.Array, key_B: jax.Array, temperature: ArrayLike, top_p: ArrayLike) -> jax.Array:
-    """Draws one token a row.
+    """Samples one token per row.
 
     Args:
-        logits_BV: of any float dtype.
-        key_B: a key for each row (`row_keys`).
-        temperature: of all rows, or one a row; 0 takes the argmax.
-        top_p: of all rows, or one a row; 1 keeps every token, 0 the likeliest alone.
+        logits_BV: logits in any float dtype.
+        key_B: one key per row (`row_keys`).
+        temperature: one for all rows, or one per row; 0 takes the argmax.
+        top_p: one for all rows, or one per row; 1 keeps every token, 0 only the likeliest.
 
     Returns:
         id_B, int32.
@@ -44,7 +44,7 @@ def sample(logits_BV: jax.Array, key_B: jax.Array, temperature: ArrayLike, top_p
 
 
 def keep_nucleus(sorted_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
-    """Logits sorted from the largest on, with -inf outside the nucleus; the first always stays."""
+    """Returns descending logits with -inf outside the nucleus; the first one is always kept."""
     p_BV = jax.nn.softmax(sorted_BV, axis=-1)
     before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
     kept_BV = (before_BV < top_p_B[:, None]) | (top_p_B[:, None] >= 1.0)

@@ -1,35 +1,35 @@
-"""Ids to text as they come, without halves of characters.
+"""Ids to text as they arrive, without parts of characters.
 
-A token may end in the middle of a character's UTF-8 bytes; decoded alone it gives U+FFFD.  So text is held back while
-it ends in U+FFFD, which may yet become a character, and is decoded together with what came just before, since some
+A token may end in the middle of a character's UTF-8 bytes; decoded alone it gives U+FFFD. So text is held back while
+it ends in U+FFFD, which may still become a character, and is decoded together with the preceding text, since some
 tokenizers drop the blank at the start of a text.
 """
 
 from collections.abc import Callable, Sequence
 
-HALF = "\ufffd"  # what decoders give for bytes that are no character (yet)
-PENDING_BYTES = 3  # of a character that lacks its last one; some decoders give one HALF for each
+HALF = "\ufffd"  # decoders return it for bytes that are not a character (yet)
+PENDING_BYTES = 3  # of a character without its last byte; some decoders return one HALF for each
 
 
 class TextStream:
-    """Turns ids into pieces of text that, joined, are the text of all ids.
+    """Converts ids to pieces of text that, joined, are the text of all ids.
 
     Args:
-        decode: the tokenizer's `decode`.
+        decode: `decode` of the tokenizer.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]):
         self._decode = decode
         self._context: list[int] = []  # ids of the last piece that ended with a whole character
-        self._new: list[int] = []  # ids since
-        self._shown = 0  # characters of both that have been given out
+        self._new: list[int] = []  # ids after those
+        self._shown = 0  # characters of both that were returned
 
     def push(self, token: int) -> str:
-        """Returns the text that is certain now and was not before; "" in the middle of a character."""
+        """Returns the text that has become final; "" in the middle of a character."""
         self._new.append(token)
         text = self._decode(self._context + self._new)
         n_halves = len(text) - len(text.rstrip(HALF))
-        if n_halves and len(self._new) <= PENDING_BYTES:  # some decoders give up whole characters before it, too
+        if n_halves and len(self._new) <= PENDING_BYTES:  # some decoders also give up whole characters before it
             return ""
         pending = min(n_halves, PENDING_BYTES)
         piece = text[self._shown : len(text) - pending]
@@ -40,5 +40,5 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """Returns what was held back."""
+        """Returns the remaining text."""
         return self._decode(self._context + self._new)[self._shown :]

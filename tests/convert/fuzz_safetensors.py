@@ -1,20 +1,20 @@
 """Malformed published directories by the thousand: each must give one clear line, quickly and in little memory.
 
     python tests/convert/fuzz_safetensors.py --cases=10000 --seed=0      about one minute
-    python tests/convert/fuzz_safetensors.py --only=whole:4711 --seed=0  one case again, with what was said
+    python tests/convert/fuzz_safetensors.py --only=whole:4711 --seed=0  one case again, with its message
 
-A case is a valid directory with one to three things broken: bytes of headers flipped, files cut off, shapes, dtypes and
-offsets that lie, hostile JSON, shards that are missing, swapped, pipes or links, path tricks in the index, scales that
-make no sense, settings in config.json that nobody meant.  Three targets share the cases:
+A case is a valid directory with one to three things broken: flipped bytes in headers, truncated files, wrong shapes,
+dtypes and offsets, hostile JSON, shards that are missing, swapped, pipes or links, path tricks in the index, senseless
+scales, unintended settings in config.json. Three targets share the cases:
 
     files    open_directory and every tensor in it, 8-bit ones multiplied with their scales
     config   read_json and from_hf
-    whole    all that load does with a directory, but for putting the weights on a device
+    whole    everything that load does with a directory, except putting the weights on a device
 
-What must come of it: a UserError of one line or two that names the directory, file, tensor or key; or, where what was
-broken did not matter or makes another valid directory, exactly what the published library reads from the same files
-(files), a config that says what its keys say (config), the weights unchanged (whole).  Never another exception, a
-warning, more than a second, or more than 200 MB above what the process had before.
+The result must be a UserError of one or two lines that names the directory, file, tensor or key; or, if the damage does
+not matter or makes another valid directory, exactly what the published library reads from the same files (files), a
+config that agrees with its keys (config), unchanged weights (whole). Never another exception, a warning, more than a
+second, or more than 200 MB above the memory of the process before.
 """
 
 import argparse
@@ -52,7 +52,7 @@ class Outcome:
 
 
 def resident(which: str) -> float:
-    """VmRSS, what the process holds now, or VmHWM, the most it held since `forget_peak`; in MB (Linux)."""
+    """Memory of the process in MB (Linux): VmRSS, now; VmHWM, the most since `forget_peak`."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) / 1000 for line in file if line.startswith(which))
 
@@ -63,7 +63,7 @@ def forget_peak() -> None:
 
 
 def run_case(target: str, seed: int, number: int, scratch: Path, limit_seconds: float = LIMIT_SECONDS) -> Outcome:
-    """Makes a case, lets the target at it and judges what came of it."""
+    """Makes a case, runs the target on it and judges the result."""
     valid, broken = make_case(target, seed, number)
     directory = scratch / f"{target}-{number}"
     write_files(directory, broken)
@@ -109,7 +109,7 @@ def run(seed: int, numbers: dict[str, range], scratch: Path, limit_seconds: floa
     """Runs cases; returns outcomes by target."""
     outcomes = {target: [] for target in numbers}
     for target, chosen in numbers.items():
-        for valid in VALID[target]():  # what is compiled and imported once does not count
+        for valid in VALID[target]():  # compiling and importing do not count
             directory = scratch / "valid"
             write_files(directory, valid)
             TRY[target](directory)
@@ -122,7 +122,7 @@ def run(seed: int, numbers: dict[str, range], scratch: Path, limit_seconds: floa
 
 
 def shares(cases: int) -> dict[str, range]:
-    """How many cases each target gets."""
+    """Returns the cases of each target."""
     return {target: range(round(cases * share / 100)) for target, share in TARGETS.items()}
 
 
@@ -130,7 +130,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=10_000, help="in all, shared by the targets")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="TARGET:NUMBER, one case, and what was said")
+    parser.add_argument("--only", default="", help="TARGET:NUMBER, one case and its message")
     options = parser.parse_args(argv)
     numbers = shares(options.cases)
     if options.only:

@@ -1,4 +1,4 @@
-"""A hub on loopback, as far as `huggingface_hub` asks: what is there, and files in parts."""
+"""A hub on loopback, with the requests that `huggingface_hub` makes: lists of files, and files in parts."""
 
 import hashlib
 import json
@@ -15,8 +15,8 @@ class Hub(ThreadingHTTPServer):
 
     Attributes:
         repositories: owner/name -> folder.
-        statuses: owner/name -> (HTTP status, X-Error-Code) with which it answers instead.
-        cut: name of a file -> how often its transfer breaks off half way.
+        statuses: owner/name -> (HTTP status, X-Error-Code) of the answer instead.
+        cut: name of a file -> how often its transfer ends half way.
         asked: (method, path, Range or "") of every request.
         sent: name of a file -> bytes of it that were sent.
     """
@@ -44,7 +44,7 @@ class Hub(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, *_) -> None:
-        """A client that goes away is no news."""
+        """Ignores clients that disconnect."""
 
 
 class _Handler(BaseHTTPRequestHandler):

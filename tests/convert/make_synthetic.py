@@ -3,9 +3,9 @@
     python tests/convert/make_synthetic.py DIR                        # V3's widths, 2 layers + MTP, 16 experts: 10 GB
     python tests/convert/make_synthetic.py DIR --experts=64 --layers=4
 
-Every tensor is a function of its name (``content``), so that a test can ask for one without the file.  FP8 bytes are
-all of E4M3 but its NaNs, scales and other weights of sensible sizes.  The MTP layer brings copies of embedding and
-head, as the published one does.  Written through 64 MiB at a time, with nothing but numpy.
+Every tensor is a function of its name (`content`), so that a test can ask for one without the file. FP8 bytes are
+all of E4M3 except its NaNs; scales and other weights have sensible sizes. The MTP layer has copies of embedding and
+head, as in the release. Written through 64 MiB at a time, with nothing but numpy.
 """
 
 import argparse
@@ -82,7 +82,7 @@ V3 = {
 
 
 def tensors(c: dict) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (dtype, shape) of everything that a V3 checkpoint of this config holds, in the published order."""
+    """Returns name -> (dtype, shape) of every tensor of a V3 checkpoint of this config, in the published order."""
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     d, heads = c["hidden_size"], c["num_attention_heads"]
 

@@ -1,4 +1,4 @@
-"""The verbs convert and export: what comes out is what went in, killed or not, from FP8 or from a trained run."""
+"""The verbs convert and export: the output equals the input, also after a kill, from FP8 or from a trained run."""
 
 import importlib.util
 import io
@@ -178,11 +178,11 @@ def test_a_converted_checkpoint_is_restored_on_a_mesh(fp8, converted):
 
     with Checkpointer(converted / "checkpoints", read_only=True) as checkpoints:
         shapes = checkpoints.shapes()[1]
-        wanted = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed(n, x.shape)) for n, x in shapes.items()}
-        state = flatten(checkpoints.restore(nest(wanted))[1])
+        expected = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed(n, x.shape)) for n, x in shapes.items()}
+        state = flatten(checkpoints.restore(nest(expected))[1])
     model = deepseek_jax.load(fp8)
     for name, array in flatten({"params": model.params, "router_bias": model.router_bias}).items():
-        assert same(state[name], array) and state[name].sharding == wanted[name].sharding
+        assert same(state[name], array) and state[name].sharding == expected[name].sharding
 
 
 KILLED = """
@@ -255,7 +255,7 @@ def test_a_source_that_has_changed_is_not_gone_on_with(fp8, tmp_path, monkeypatc
 
 
 def changed(shard: Path, how: str) -> None:
-    """Other bytes of the same number in place of a shard, as an upload or a sync would leave them."""
+    """Replaces a shard by as many other bytes, as an upload or a sync may do."""
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     if how == "replaced":
@@ -268,7 +268,7 @@ def changed(shard: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["replaced", "rewritten"])
 @pytest.mark.parametrize("number", [0, -1])
 def test_a_shard_that_changes_during_the_run_is_noticed(fp8, tmp_path, monkeypatch, how, number):
-    """Whether it has been read already (the first) or not (the last)."""
+    """The changed shard was already read (the first) or not yet (the last)."""
     source, run = tmp_path / "source", tmp_path / "run"
     shutil.copytree(fp8, source)
     shard, n_written, write = sorted(source.glob("*.safetensors"))[number], [], streamed.StreamedStep.write
@@ -315,9 +315,9 @@ def test_small_files_that_are_gone_are_copied_again_and_changed_ones_named(fp8, 
     (run / "tokenizer.json").unlink()
     (run / "generation_config.json").write_text('{"temperature": 1.0}')
     convert.main([f"--from={fp8}", f"--workdir={run}"])
-    told = capsys.readouterr()
-    assert "weights are intact: tokenizer.json copied again." in told.out
-    assert "other than in the source: generation_config.json" in told.err
+    shown = capsys.readouterr()
+    assert "weights are intact: tokenizer.json copied again." in shown.out
+    assert "other than in the source: generation_config.json" in shown.err
     assert (run / "tokenizer.json").read_bytes() == (fp8 / "tokenizer.json").read_bytes()
     assert json.loads((run / "generation_config.json").read_text()) == {"temperature": 1.0}
 
@@ -350,7 +350,7 @@ def test_no_byte_is_read_twice(name, fp8, tmp_path, monkeypatch):
         assert file != after or end <= begin
 
 
-def test_a_disk_too_small_is_told_before_anything_is_written(fp8, tmp_path, monkeypatch):
+def test_a_disk_too_small_is_reported_before_anything_is_written(fp8, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: usage._replace(free=10**6))
     with pytest.raises(UserError, match="GB to write, 0.0 GB free"):
@@ -358,7 +358,7 @@ def test_a_disk_too_small_is_told_before_anything_is_written(fp8, tmp_path, monk
     assert not (tmp_path / "run").exists()
 
 
-def test_wrong_words_are_told(fp8, converted, tmp_path):
+def test_invalid_arguments_are_reported(fp8, converted, tmp_path):
     for words, text in [
         ([f"--workdir={tmp_path}"], "--from is missing"),
         ([f"--from={fp8}"], "--workdir is missing"),

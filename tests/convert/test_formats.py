@@ -1,4 +1,4 @@
-"""What is no model in our format is named as what it is, with what to do, wherever it is given."""
+"""Models in other formats are named, with what to do, wherever they are given."""
 
 import json
 import shutil
@@ -17,9 +17,9 @@ LORA = {"peft_type": "LORA", "base_model_name_or_path": "deepseek-ai/deepseek-ll
 
 FOLDERS = [
     ({"adapter_config.json": LORA, "adapter_model.safetensors": ""}, r"an adapter \(LORA\) of deepseek-ai.*merge"),
-    ({"adapter_config.json": {}, "adapter_model.bin": ""}, r"an adapter \(LoRA\), which is no model by itself"),
+    ({"adapter_config.json": {}, "adapter_model.bin": ""}, r"an adapter \(LoRA\), not a model on its own"),
     ({"model-q4_k_m.gguf": "GGUF", "README.md": ""}, "model-q4_k_m.gguf is a GGUF file"),
-    ({"params.json": {}, "consolidated.00.pth": "", "tokenizer.model": ""}, "layout of its makers"),
+    ({"params.json": {}, "consolidated.00.pth": "", "tokenizer.model": ""}, "makers' own layout"),
     ({"pytorch_model-00001-of-00002.bin": "", "tokenizer.json": {}}, "pickled by PyTorch.*save_pretrained"),
     ({"model.pth": ""}, "pickled by PyTorch"),
     ({"checkpoint.pt": "", "notes.txt": ""}, "pickled by PyTorch"),
@@ -73,11 +73,11 @@ def test_a_file_is_named_as_what_it_is(tmp_path, name, said):
 @pytest.mark.parametrize(
     ("added", "said"),
     [
-        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "stored by AWQ in 4 bits"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 8}}, "stored by GPTQ in 8 bits"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "stored by bitsandbytes, which is not read here"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "AWQ weights in 4 bits"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 8}}, "GPTQ weights in 8 bits"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes weights, which are not supported"),
         ({"quantization_config": {"quant_method": "compressed-tensors"}}, "vLLM's"),
-        ({"quantization": {"group_size": 64, "bits": 4}}, "weights of MLX in 4 bits"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "MLX weights in 4 bits"),
         ({"quantization_config": {"quant_method": "unheard-of"}}, "quantization_config.quant_method='unheard-of'"),
     ],
 )

@@ -10,7 +10,7 @@ fuzz = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fuzz)
 
 SEED = 4
-NO_HURRY = 60.0  # seconds a case: the script alone measures time, this finds what hangs
+NO_HURRY = 60.0  # seconds per case: only the script measures time, this finds what hangs
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured on Linux only")
@@ -28,7 +28,7 @@ def test_cases_are_the_same_for_the_same_seed():
 
 
 def test_a_silent_wrong_load_would_be_noticed(tmp_path, monkeypatch):
-    """The judge is judged: a reader that gives other numbers than the file, or none of its errors a name."""
+    """The judge itself is tested: a reader that returns other numbers than the file, or errors that name no place."""
 
     def off_by_one(directory):
         return {name: (dtype, shape, raw, raw[:-1] + b"x") for name, (dtype, shape, raw, _) in read(directory).items()}
@@ -37,7 +37,7 @@ def test_a_silent_wrong_load_would_be_noticed(tmp_path, monkeypatch):
     monkeypatch.setitem(fuzz.TRY, "files", off_by_one)
     outcomes = fuzz.run(7, {"files": range(40)}, tmp_path, limit_seconds=NO_HURRY)["files"]
     assert {one.kind for one in outcomes} == {"refused", "wrong"}
-    with pytest.raises(fuzz.Wrong, match="names nothing"):
+    with pytest.raises(fuzz.Wrong, match="names no place"):
         fuzz.check_message("it is bad", tmp_path, {})
-    with pytest.raises(fuzz.Wrong, match="no clear line"):
+    with pytest.raises(fuzz.Wrong, match="not a clear line"):
         fuzz.check_message(f"{tmp_path}: 1\n2\n3", tmp_path, {})

@@ -1,7 +1,7 @@
 """Every family computes what transformers computes: logits, gradients, greedy text (see tests/golden/make_golden.py).
 
-Agreement is in float32; what differs is the order of sums.  MoE-16B, which has no class in transformers, is compared
-with Llama's attention and V2's mixture of experts put together.
+Agreement is in float32; only the order of sums differs. MoE-16B, which has no class in transformers, is compared
+with Llama's attention and V2's mixture of experts combined.
 """
 
 import importlib.util
@@ -38,7 +38,7 @@ def test_the_files_stay_small():
     assert sum(file.stat().st_size for file in GOLDEN.rglob("*") if file.suffix != ".py") < 1.6e6
 
 
-# the short round leaves out those whose mechanisms v2, v3_mtp and the rest show as well
+# slow: their mechanisms occur in v2, v3_mtp and the others as well
 LONG = ("moe", "v2_lite", "v3", "v3_yarn")
 CASES = [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else [], id=name) for name in NAMES]
 
@@ -58,7 +58,7 @@ def test_we_say_what_transformers_says(name):
 
 
 def test_softmax_scales_of_the_published_models():
-    """In closed form, apart from any oracle: 192^-0.5 (0.1 mscale ln 40 + 1)^2."""
+    """In closed form: 192^-0.5 (0.1 mscale ln 40 + 1)^2."""
     rope = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
     for mscale, scale in ((0.707, 0.114721), (1.0, 0.135234)):
         hf = compare.hf.safetensors.read_json(GOLDEN / "v3_yarn" / "config.json")

@@ -1,4 +1,4 @@
-"""Directories in and out: placed in shards as if whole, nothing read twice or kept, what is wrong is named."""
+"""Directories read and written: sharded as if whole, nothing read twice or kept, errors name their place."""
 
 import functools
 import gc
@@ -46,7 +46,7 @@ def source_at(directory: Path, warn=hf.warn_on_stderr) -> tuple[hf.Published, hf
 
 
 def host_tree(source: hf.Source) -> dict:
-    """The weights put together in numpy, in the plainest way."""
+    """The weights, assembled in numpy in the simplest way."""
     tree = jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), source.abstract)
     for path, index, array, _ in source.pieces():
         leaf = tree
@@ -63,7 +63,7 @@ def same_bits(one, other) -> bool:
 
 @pytest.fixture
 def copied(tmp_path):
-    """A golden directory to be spoilt: its path, its config, its tensors; `save` writes them back."""
+    """A golden directory to damage: its path, its config, its tensors; `save` writes them back."""
 
     class Copy:
         def __init__(self, name: str):
@@ -103,8 +103,8 @@ def test_eight_bit_weights_become_bfloat16():
     stored = published.tensors.read("model.layers.0.mlp.down_proj.weight").astype(np.float32)
     scale = published.tensors.read("model.layers.0.mlp.down_proj.weight_scale_inv")
     assert scale.shape == (1, 2)  # the width of 132 leaves a partial block
-    wanted = (stored * np.repeat(scale, 128, axis=1)[:, : stored.shape[1]]).astype(BF16)
-    assert same_bits(tree["params"]["dense_blocks"]["mlp"]["down_FD"][0], wanted.T)
+    expected = (stored * np.repeat(scale, 128, axis=1)[:, : stored.shape[1]]).astype(BF16)
+    assert same_bits(tree["params"]["dense_blocks"]["mlp"]["down_FD"][0], expected.T)
 
 
 RULES = {
@@ -134,9 +134,9 @@ def test_placed_on_eight_devices_is_placed_whole(rules):
     assert gate.addressable_shards[0].data.shape[1] == gate.shape[1] // 4
     double = jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree), donate_argnums=0, out_shardings=shardings)
     doubled = jax.tree.map(lambda x: 2 * x, host_tree(source))
-    assert all(jax.tree.leaves(jax.tree.map(same_bits, double(placed), doubled)))  # its buffers may be given away
+    assert all(jax.tree.leaves(jax.tree.map(same_bits, double(placed), doubled)))  # its buffers may be donated
     for given, was in zip(jax.tree.leaves(placed), jax.tree.leaves(host_tree(source)), strict=True):
-        assert given.is_deleted() or same_bits(given, was)  # jax 0.11 does not take every buffer that a CPU offers
+        assert given.is_deleted() or same_bits(given, was)  # jax 0.11 does not use every donated buffer on a CPU
 
 
 def test_placing_casts_where_asked():
@@ -144,8 +144,8 @@ def test_placing_casts_where_asked():
     here = jax.sharding.SingleDeviceSharding(jax.devices()[3])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=here), source.abstract)
     placed = place(source, target)
-    wanted = jax.tree.map(lambda x: x.astype(np.float32), host_tree(source))
-    assert all(jax.tree.leaves(jax.tree.map(same_bits, placed, wanted)))
+    expected = jax.tree.map(lambda x: x.astype(np.float32), host_tree(source))
+    assert all(jax.tree.leaves(jax.tree.map(same_bits, placed, expected)))
     assert {leaf.sharding for leaf in jax.tree.leaves(placed)} == {here}
 
 
@@ -169,7 +169,7 @@ def test_each_tensor_is_read_once_and_what_is_done_is_passed_over(monkeypatch):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory) -> Path:
-    """A model whose tensors are large beside what Python itself takes: 23 MB, the largest 1 MB."""
+    """A model whose tensors are large compared with Python's own memory: 23 MB, the largest 1 MB."""
     directory = tmp_path_factory.mktemp("wide")
     numbers = {
         **{"vocab_size": 1024, "d_model": 256, "n_layers": 4, "dense_width": 1024, "n_heads": 4, "n_kv_heads": 2},
@@ -195,7 +195,7 @@ def test_the_host_holds_one_tensor_at_a_time(wide, monkeypatch):
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: x.update(sharding=here), source.abstract)
     monkeypatch.setattr("deepseek_jax.convert.place.BLOCK_BYTES", largest // 4)
-    place(source, target)  # what Python and JAX learn on the way
+    place(source, target)  # imports and compilation
     gc.collect()
     tracemalloc.start()
     for piece in source.pieces():
@@ -245,14 +245,14 @@ def test_prediction_that_the_config_does_not_name_is_left_out_with_a_warning(cop
     spoilt.config["num_nextn_predict_layers"] = said_in_config
     published, source = source_at(spoilt.save(), said.append)
     assert published.numbers["mtp_depth"] == 0
-    main, wanted = host_tree(source)["params"], host_tree(whole)["params"]
-    del wanted["mtp"]
-    assert all(jax.tree.leaves(jax.tree.map(same_bits, main, wanted)))
+    main, expected = host_tree(source)["params"], host_tree(whole)["params"]
+    del expected["mtp"]
+    assert all(jax.tree.leaves(jax.tree.map(same_bits, main, expected)))
     assert len(said) == 1 and "model.layers.2.*" in said[0] and "num_nextn_predict_layers=0" in said[0]
 
 
 def test_a_layer_too_many_that_predicts_nothing_is_refused(copied):
-    """As when num_hidden_layers is wrong: no module of multi-token prediction."""
+    """For example if num_hidden_layers is wrong: not a module of multi-token prediction."""
     spoilt = copied("v3_mtp")
     spoilt.config["num_nextn_predict_layers"] = 0
     del spoilt.tensors["model.layers.2.eh_proj.weight"]
@@ -264,8 +264,8 @@ def test_tensors_without_numbers_are_passed_over(copied):
     spoilt = copied("v2")
     spoilt.tensors["model.layers.1.mlp.more_experts.gate_proj.weight"] = np.ones((0, 24), np.float32)
     _, source = source_at(spoilt.save())
-    _, wanted = source_at(GOLDEN / "v2")
-    assert all(jax.tree.leaves(jax.tree.map(same_bits, host_tree(source), host_tree(wanted))))
+    _, expected = source_at(GOLDEN / "v2")
+    assert all(jax.tree.leaves(jax.tree.map(same_bits, host_tree(source), host_tree(expected))))
 
 
 def test_a_factor_that_is_not_read_is_told_of():
@@ -321,8 +321,8 @@ def spoil_layers(c):
     [
         (spoil_missing, "missing: model.layers.1.mlp.experts.3.up_proj.weight"),
         (spoil_unexpected, "unexpected: model.layers.9.input_layernorm.weight"),
-        (spoil_shape, "model.norm.weight has shape [25], wanted [24]"),
-        (spoil_transposed, "q_a_proj.weight has shape [24, 20], wanted [20, 24]"),
+        (spoil_shape, "model.norm.weight has shape [25], expected [24]"),
+        (spoil_transposed, "q_a_proj.weight has shape [24, 20], expected [20, 24]"),
         (spoil_dtype, "model.norm.weight is I32"),
         (spoil_bias, "missing: model.layers.1.mlp.gate.e_score_correction_bias"),
         (spoil_layers, "missing: model.layers.3.input_layernorm.weight"),
@@ -357,7 +357,7 @@ def written(directory: Path, name: str, dtype: str, **options) -> tuple[hf.Publi
 
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in GOLDEN.glob("*/config.json")))
 def test_stored_dtypes_come_back_bit_by_bit(tmp_path, name):
-    """All but 8-bit files are written as they were; those come back as the bfloat16 that was read."""
+    """All except 8-bit files are written as they were; those come back as the bfloat16 that was read."""
     published, _, _ = written(tmp_path / "out", name, "keep")
     original = safetensors.open_directory(GOLDEN / name)
     again = published.tensors
@@ -391,13 +391,13 @@ def test_eight_bit_export_is_quantise_dequantise(tmp_path, dtype, scale, stored)
     get, again = hf.from_tree(tree), hf.from_tree(host_tree(source))
     n_quantized = 0
     for tensor in names.tensors(source.abstract):
-        wanted = tensor.to_theirs([get(*place) for place in tensor.places])
+        expected = tensor.to_theirs([get(*place) for place in tensor.places])
         is_quantized = published.tensors.is_quantized(tensor.name)
         assert is_quantized == bool(names.QUANTIZED.search(tensor.name))
         if is_quantized:
             n_quantized += 1
-            wanted = np.asarray(there_and_back(wanted, scale))
-        assert same_bits(tensor.to_theirs([again(*place) for place in tensor.places]), wanted), tensor.name
+            expected = np.asarray(there_and_back(expected, scale))
+        assert same_bits(tensor.to_theirs([again(*place) for place in tensor.places]), expected), tensor.name
     assert n_quantized == 2 * 5 + 3 + 3 * 9 + 5 + 3 * 9  # attention, dense, experts; the prediction layer
     assert published.config["quantization_config"].get("scale_fmt") == ("ue8m0" if scale == "ue8m0" else None)
     scales = [name for name in published.tensors.names() if name.endswith("_scale_inv")]
@@ -413,7 +413,7 @@ def test_partial_blocks_of_eight_bits(tmp_path):
 
 
 def test_an_eight_bit_file_read_and_written_is_the_same_function(tmp_path):
-    """Quantising what was dequantised moves no number by more than rounding to bfloat16 has."""
+    """Quantising dequantised numbers changes none by more than rounding to bfloat16 did."""
     _, source, tree = written(tmp_path / "out", "v3_yarn", "fp8")
     for one, other in zip(jax.tree.leaves(host_tree(source)), jax.tree.leaves(tree), strict=True):
         np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=2**-7)
@@ -431,8 +431,8 @@ def test_shards_tokenizer_files_and_progress(tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 3
     assert len(done) == len(published.tensors.names())
-    wanted = jax.tree.map(lambda x: x.astype(np.float32), tree)
-    assert all(jax.tree.leaves(jax.tree.map(same_bits, host_tree(source), wanted)))
+    expected = jax.tree.map(lambda x: x.astype(np.float32), tree)
+    assert all(jax.tree.leaves(jax.tree.map(same_bits, host_tree(source), expected)))
 
 
 def test_nothing_is_written_over_weights_or_as_an_unknown_dtype(tmp_path):

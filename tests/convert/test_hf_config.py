@@ -1,4 +1,4 @@
-"""config.json in both spellings: published ones give published numbers, the way back is exact, the rest is refused."""
+"""config.json in both spellings: published ones give published numbers, writing is exact, the rest is rejected."""
 
 import copy
 import json
@@ -158,7 +158,7 @@ PUBLISHED = {
         v3_671b,
     ),
 }
-# What a run of ours begins with and what a finished release says differ in these.
+# Our runs and finished releases differ in these.
 NOT_COMPARED = ("init_std", "yarn")
 
 
@@ -169,9 +169,9 @@ def test_published_configs_give_the_published_numbers(name):
     found, numbers = from_hf(hf)
     assert found == config.family
     assert numbers.keys() == set(config.model.keys())
-    wanted = config.model.to_dict()
+    expected = config.model.to_dict()
     assert {key: numbers[key] for key in numbers if key not in NOT_COMPARED} == {
-        key: wanted[key] for key in wanted if key not in NOT_COMPARED
+        key: expected[key] for key in expected if key not in NOT_COMPARED
     }
 
 
@@ -189,7 +189,7 @@ def test_what_we_write_of_a_published_config_says_the_same(name):
     apart = {key for key in written.keys() & hf.keys() if written[key] != hf[key]}
     # Coder's 100000 is an integer there; Qwen3's YaRN is written with all its numbers and without one that is not read
     assert apart <= {"rope_theta"} | ({"rope_scaling"} if "Qwen3" in name else set())
-    # Besides what only says how a release was trained or made, nothing is lost.
+    # Nothing is lost, except how a release was trained or made.
     made = {"auto_map", "aux_loss_alpha", "seq_aux", "ep_size", "pretraining_tp", "transformers_version", "use_mrope"}
     made |= {"attention_dropout", "sliding_window", "max_window_layers", "use_sliding_window", "mlp_bias"}
     made |= {"n_group", "topk_group", "topk_method"} if kind == "moe" else set()
@@ -207,7 +207,7 @@ def test_our_own_configs_come_back(ours):
 
 @pytest.mark.parametrize("name", [name for name, (hf, _) in PUBLISHED.items() if hf.get("rope_scaling")])
 def test_the_new_spelling_says_the_same(name):
-    """transformers 5: both inside rope_parameters, and the kind is called rope_type."""
+    """transformers 5: both inside rope_parameters, and the type is called rope_type."""
     hf, _ = PUBLISHED[name]
     new = {key: value for key, value in hf.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
     rope = dict(hf["rope_scaling"])
@@ -238,7 +238,7 @@ KIMI_K2 = (
 
 
 @pytest.mark.parametrize(
-    ("changed", "wanted"),
+    ("changed", "expected"),
     [
         (MOONLIGHT, {"q_rank": 0, "n_shared_experts": 2, "n_groups": 1, "route_scale": 2.446, "yarn": {}}),
         (KIMI_K2, {"q_rank": 1536, "n_experts": 384, "n_dense_layers": 1, "mtp_depth": 0, "rope_base": 50000.0}),
@@ -251,10 +251,10 @@ KIMI_K2 = (
     ],
     ids=str,
 )
-def test_v3_of_other_layers_is_read_and_written(changed, wanted):
+def test_v3_of_other_layers_is_read_and_written(changed, expected):
     hf = PUBLISHED["V3"][0] | changed
     kind, numbers = from_hf(hf)
-    assert kind == "v3" and numbers | wanted == numbers
+    assert kind == "v3" and numbers | expected == numbers
     written = to_hf(kind, numbers)
     assert written["model_type"] == "deepseek_v3"
     assert from_hf(written) == (kind, numbers)
@@ -262,7 +262,7 @@ def test_v3_of_other_layers_is_read_and_written(changed, wanted):
 
 
 @pytest.mark.parametrize(
-    ("rope", "wanted"),
+    ("rope", "expected"),
     [
         ({}, {"mscale": 1.0, "mscale_all_dim": 0.0}),
         ({"mscale": 0.7}, {"mscale": 1.0, "mscale_all_dim": 0.0}),
@@ -275,11 +275,11 @@ def test_v3_of_other_layers_is_read_and_written(changed, wanted):
     ids=str,
 )
 @pytest.mark.parametrize("name", ["LLM 7B", "R1-Distill-Qwen 7B", "R1-0528-Qwen3 8B"])
-def test_yarn_of_dense_models(name, rope, wanted):
+def test_yarn_of_dense_models(name, rope, expected):
     """Both temperatures count where both are given, else neither."""
     hf = PUBLISHED[name][0] | {"rope_scaling": YARN | rope}
     kind, numbers = from_hf(hf)
-    assert numbers["yarn"] | wanted == numbers["yarn"]
+    assert numbers["yarn"] | expected == numbers["yarn"]
     assert numbers["rope_factor"] == 1.0 and numbers["rope_llama3"] == {}
     assert from_hf(to_hf(kind, numbers)) == (kind, numbers)
 
@@ -438,7 +438,7 @@ def test_what_is_not_known_is_refused_by_its_key(hf, named):
     with pytest.raises(UserError, match=r"config\.json: ") as caught:
         from_hf(hf)
     assert named in str(caught.value)
-    assert hf == given  # nothing is written into what was read
+    assert hf == given  # the argument is not modified
 
 
 HOSTILE = (None, True, -1, 0, 1.5, 10**4000, float("nan"), float("inf"), "7168", "x" * 10**6, [], {}, [[]] * 1000)
@@ -446,7 +446,7 @@ HOSTILE = (None, True, -1, 0, 1.5, 10**4000, float("nan"), float("inf"), "7168",
 
 @pytest.mark.parametrize("value", HOSTILE, ids=[repr(value)[:12] for value in HOSTILE])
 def test_hostile_values_of_any_key(value):
-    """One line by its key, or a value that this key may have; never another error, and never late."""
+    """One line that names the key, or a valid value; never another error, and never slow."""
     start = time.process_time()
     for name in ("V3", "R1-Distill-Llama 8B", "R1-0528-Qwen3 8B", "V2-Lite"):
         hf = PUBLISHED[name][0]

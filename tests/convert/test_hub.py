@@ -20,7 +20,7 @@ _spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).with
 hub_server = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(hub_server)
 
-# Prints a JSON line per word: the files of what it names, or what the user is shown.
+# Prints a JSON line per argument: the files of that model, or the message for the user.
 CLIENT = """
 import json, os, sys
 from huggingface_hub import constants
@@ -62,7 +62,7 @@ def hub(tmp_path_factory):
 
 @pytest.fixture
 def client(hub, tmp_path):
-    """A function that asks for models in a process of its own, and gives a result per word."""
+    """A function that asks for models in its own process, and returns a result per argument."""
 
     def ask(*words: str, **environment: str) -> list:
         settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "JAX_PLATFORMS": "cpu"} | environment
@@ -101,29 +101,31 @@ def test_an_id_is_downloaded_once_resumed_and_then_there_without_a_connection(hu
     assert client("some/llm")[0] == WHOLE and hub.sent["config.json"] == SIZES["config.json"]
 
 
-def test_what_cannot_be_had_is_told_in_a_line_with_what_to_do(hub, client):
+def test_a_failed_download_is_reported_in_a_line_with_what_to_do(hub, client):
     hub.sent.clear()
     words = ("gated", "asked", "denied", "missing", "unheard-of", "down", "lora", "gguf", "bert")
-    told = dict(zip(words, client(*(f"some/{word}" for word in words)), strict=True))
-    assert all(isinstance(line, str) and "\n" not in line and len(line) < 420 for line in told.values()), told
+    lines = dict(zip(words, client(*(f"some/{word}" for word in words)), strict=True))
+    assert all(isinstance(line, str) and "\n" not in line and len(line) < 420 for line in lines.values()), lines
     for word in ("gated", "asked", "denied"):
-        assert f"on request only: ask for it on {hub.url}/some/{word}, then log in with hf auth login" in told[word]
+        assert (
+            f"on request only: request access on {hub.url}/some/{word}, then log in with hf auth login" in lines[word]
+        )
     for word in ("missing", "unheard-of"):
-        assert told[word].startswith(f"some/{word}: no such directory here, and {hub.url} has no model of that name")
-    assert "answers with status 503. Try again later" in told["down"]
-    assert "an adapter (LORA) of who/what" in told["lora"] and "model-q4.gguf is a GGUF file" in told["gguf"]
-    assert "model_type='bert'" in told["bert"] and "model.safetensors" not in hub.sent
+        assert lines[word].startswith(f"some/{word}: no such directory here, and {hub.url} has no model of that name")
+    assert "answers with status 503. Try again later" in lines["down"]
+    assert "an adapter (LORA) of who/what" in lines["lora"] and "model-q4.gguf is a GGUF file" in lines["gguf"]
+    assert "model_type='bert'" in lines["bert"] and "model.safetensors" not in hub.sent
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set and .* does not hold all of it"),
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set and .* does not contain all of it"),
         ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "http://127.0.0.1:9 cannot be reached .*refused.*Check the connection"),
     ],
 )
-def test_without_a_connection_it_is_told(client, settings, said):
+def test_a_missing_connection_is_reported(client, settings, said):
     (line,) = client("some/llm", **settings)
     assert re.search(said, line) and "hf download some/llm --local-dir=DIR" in line
 
@@ -151,7 +153,7 @@ def test_only_owner_and_name_that_are_no_path_are_an_id(tmp_path, monkeypatch):
     assert hubs.local("here/model") == Path("here/model")
 
 
-def test_a_disk_too_small_is_told_before_the_weights_are_fetched(tmp_path, monkeypatch):
+def test_a_disk_too_small_is_lines_before_the_weights_are_fetched(tmp_path, monkeypatch):
     directory = tmp_path / "models--a--b" / "snapshots" / "0"
     directory.mkdir(parents=True)
     index = {"metadata": {"total_size": 10**12}, "weight_map": {}}

@@ -123,7 +123,7 @@ def test_shared_experts_of_no_width_are_hollow_tensors():
     ],
 )
 def test_numbers_of_published_tensors(config, n_tensors, n_quantized):
-    """V2, for example: 60 (2 + 7) + 3 + 59 (1 + 3 + 3 x 160) + 3.  V3's index, with scales, has 91,991 names."""
+    """V2, for example: 60 (2 + 7) + 3 + 59 (1 + 3 + 3 x 160) + 3. V3's index, with scales, has 91,991 names."""
     shapes = shapes_of(config.get_config())
     found = [tensor.name for tensor in names.tensors(shapes)] + list(names.copies(shapes))
     assert len(found) == n_tensors

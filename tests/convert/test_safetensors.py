@@ -1,4 +1,4 @@
-"""Safetensors: what is written is read back, here and by the published library; what is doubtful is refused by name."""
+"""Safetensors: files are read back as written, here and by the published library; doubtful files are rejected."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def test_of_a_transposed_array_no_second_copy_exists_whole(tmp_path, monkeypatch
     monkeypatch.setattr("deepseek_jax.convert.safetensors.write.COPIED_BYTES", 100_000)
     array = np.random.default_rng(0).normal(size=(1000, 700)).astype(np.float32)
     views = {"a": array.T, "b": array[::2], "c": array.reshape(10, 100, 700).transpose(2, 0, 1)}
-    write_directory(tmp_path / "first", entries(views))  # what Python learns on the way
+    write_directory(tmp_path / "first", entries(views))  # imports
     tracemalloc.start()
     write_directory(tmp_path / "out", entries(views))
     peak = tracemalloc.get_traced_memory()[1]
@@ -112,7 +112,7 @@ def test_the_published_library_reads_what_is_written(tmp_path, max_shard_bytes):
         with library.safe_open(path, "numpy") as file:
             assert file.metadata() == {"format": "pt"}
             for name in file.keys():  # noqa: SIM118 - it is not a dict
-                if "F8" not in name:  # which the library cannot give to numpy
+                if "F8" not in name:  # the library cannot return it to numpy
                     assert equal(file.get_tensor(name), arrays[name])
     assert seen == set(arrays)
 
@@ -372,7 +372,7 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path, change, words):
     index = two_shards(tmp_path)
     change(index)
     (tmp_path / INDEX).write_text(json.dumps(index))
-    if words is None:  # a file of which the index says nothing is not looked at
+    if words is None:  # a file that the index does not name is not read
         assert open_directory(tmp_path).names() == ["a"]
         return
     with pytest.raises(UserError, match=words):
@@ -504,7 +504,7 @@ def test_a_killed_export_does_not_look_finished_and_can_be_begun_again(tmp_path)
 
 
 def test_hostile_headers_are_refused_quickly_and_in_little_memory(tmp_path):
-    """Time has a wide margin here; the fuzz script measures it."""
+    """The margin in time is wide here; the fuzz script measures it."""
     for text in (b'{"' + b"a" * 23_000_000 + b'\\ud83d\\ude00":1}', b'{"a":[' + b'{"a":1},' * 190_000 + b"1]}"):
         (tmp_path / SINGLE).write_bytes(raw_file(text))
         begin = time.monotonic()

@@ -1,4 +1,4 @@
-"""A small corpus, and a tokenizer of bytes with every mark of every chat template: a text can be read off it."""
+"""A small corpus, and a tokenizer of bytes with every special token of every chat template."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ MARKS = tuple(part.text for part in vars(chat).values() if isinstance(part, chat
 
 
 class MarkedBytes:
-    """Ids 0-255 are bytes, the others marks."""
+    """Ids 0-255 are bytes, the others special tokens."""
 
     vocab_size = 256 + len(MARKS)
     bos_id, eos_id, pad_id = (256 + MARKS.index(part.text) for part in (chat.BOS, chat.EOS, chat.FIM_HOLE))

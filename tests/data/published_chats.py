@@ -1,10 +1,10 @@
-"""Random conversations, and what the published Jinja templates make of them, as one digest per template.
+"""Random conversations, and their text in the published Jinja templates, as one digest per template.
 
     python tests/data/published_chats.py NAME DIR      the digest of the template in DIR, a model's folder
 
-renders them with Jinja as transformers does.  NAME is one of ours; "r1" is DeepSeek-R1-0528, "v3" DeepSeek-V3-0324, and
-so on as at the top of ``deepseek_jax/data/chat``.  The texts are full of what could go wrong: marks, fences, line ends,
-empty strings, other alphabets.
+renders them with Jinja as transformers does. NAME is one of ours; "r1" is DeepSeek-R1-0528, "v3" DeepSeek-V3-0324, and
+so on as at the top of `deepseek_jax/data/chat`. The texts are full of special cases: special tokens, fences, line
+breaks, empty strings, other alphabets.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ DIGESTS = {
 
 
 def conversations(name: str) -> list[list[dict]]:
-    """Returns the conversations for a template, half of them whole, half up to where the assistant is to speak."""
+    """Returns the conversations for a template, half of them whole, half up to the assistant's turn."""
     return [_conversation(random.Random(f"{name} {n}"), name) for n in range(N_CONVERSATIONS)]
 
 
@@ -58,7 +58,7 @@ def digest(renderings: list[str]) -> str:
 
 
 def render(template: str, messages: list[dict]) -> str:
-    """Returns what a Jinja template makes of messages, in the environment that transformers gives it."""
+    """Returns the text of messages in a Jinja template, in the environment that transformers provides."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)

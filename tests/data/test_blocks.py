@@ -1,4 +1,4 @@
-"""A sealed file: whatever bit changes, wherever it is cut, the first read that touches it says so."""
+"""A sealed file: the first read of a changed bit or a truncated end reports it."""
 
 import os
 import pickle
@@ -30,7 +30,7 @@ def sealed(tmp_path, monkeypatch):
 def flip(path, place: int, bit: int = 0) -> None:
     content = bytearray(path.read_bytes())
     content[place] ^= 1 << bit
-    path.write_bytes(content)  # in place: whoever has the file open sees it
+    path.write_bytes(content)  # in place: a process that has the file open sees it
 
 
 def test_slices_of_slices_are_those_of_the_array(sealed):
@@ -67,9 +67,9 @@ def test_a_file_cut_while_it_is_open_is_an_error_in_words(sealed):
     blocks.check()  # all blocks are known to be good
     os.truncate(path, 700)
     assert blocks.read(0, 700)
-    with pytest.raises(DamagedFile, match="ends at byte 700, 2,000 were written"):
+    with pytest.raises(DamagedFile, match="ends at byte 700, expected 2,000"):
         blocks.read(600, 800)
-    with pytest.raises(DamagedFile, match="has 700 bytes, 2,000 were written"):
+    with pytest.raises(DamagedFile, match="has 700 bytes, expected 2,000"):
         Blocks(path, told)
 
 
@@ -108,7 +108,7 @@ def test_threads_read_at_once(sealed):
 
 @pytest.fixture
 def large(tmp_path, monkeypatch):
-    """A cache whose token file counts as too large to be read at the start, and the folder of its entry."""
+    """A cache whose token file is too large to be read at the start, and the folder of its entry."""
     monkeypatch.setattr(blocks_module, "BLOCK_BYTES", BLOCK)
     monkeypatch.setattr(store_module, "WHOLE_FILE_BYTES", 0)
     for i in range(20):
@@ -124,7 +124,7 @@ def large(tmp_path, monkeypatch):
 
 
 def test_a_bit_flipped_in_the_middle_of_a_large_cache_ends_the_run_and_the_next_start_builds_it_again(large):
-    """Neither is silent: no token is wrong, whichever is read, in this process or in a reader process."""
+    """No damage is silent: no token is wrong, in this process or in a reader process."""
     open_again, folder = large
     right = [np.asarray(open_again().document(i)).tolist() for i in range(20)]
     flip(folder / "tokens.uint16", 1001)
@@ -132,7 +132,7 @@ def test_a_bit_flipped_in_the_middle_of_a_large_cache_ends_the_run_and_the_next_
         with pytest.raises(DamagedFile, match="tokens.uint16: bytes 960 to 1,024 have changed .* Start again"):
             for i in range(20):
                 assert np.asarray(store.document(i)).tolist() == right[i]
-        with pytest.warns(UserWarning, match="is damaged and is built again"):
+        with pytest.warns(UserWarning, match="is damaged and is rebuilt"):
             store = open_again()
         assert [np.asarray(store.document(i)).tolist() for i in range(20)] == right
         flip(folder / "tokens.uint16", 1001)

@@ -1,4 +1,4 @@
-"""Prompts as published, to the letter; a reply is what parse inverts; what users type is never a mark."""
+"""Prompts exactly as published; parse inverts a reply; text typed by users never contains special tokens."""
 
 import importlib.util
 import json
@@ -330,7 +330,7 @@ def test_a_prompt_and_its_reply_are_a_conversation(name):
     assert encode([HELLO, HI, SUM]) + spell(reply(ANSWER)) == whole
 
 
-# What may not be asked.
+# Invalid requests.
 
 
 @pytest.mark.parametrize(
@@ -342,14 +342,14 @@ def test_a_prompt_and_its_reply_are_a_conversation(name):
         ("v3", [HELLO], {"thinking": True}, "'v3' has no thinking"),
         ("v2.5", [HELLO], {"thinking": True}, "'v2.5' has no thinking"),
         ("v3-1226", [HELLO], {"thinking": True}, "'v3-1226' has no thinking"),
-        ("v2.5", [WEATHER, {**CALLS, "content": "So."}], {}, "content and tool_calls: .* one of the two"),
+        ("v2.5", [WEATHER, {**CALLS, "content": "So."}], {}, "content and tool_calls: .* only one of them"),
         ("r1-0120", [WEATHER, CALLS, *OUTPUTS, {**CALLS, "content": "So."}], {}, "after an earlier round of calls"),
         ("r1-distill", [HELLO, HI], {"thinking": True}, "the last message is not the user's"),
         ("r1", [HELLO, HI], {"thinking": True}, "the last message is not the user's"),
         ("r1", [WEATHER, CALLS, *OUTPUTS], {"thinking": True}, "the last message is not the user's"),
         ("v31", [HELLO], {"tools": TOOLS, "thinking": True}, "no tools while thinking"),
         ("v3", [HELLO], {"tools": [{"name": "f"}]}, "a tool is"),
-        ("v31", [HELLO], {"tools": [{"function": {"name": "f", "parameters": {1, 2}}}]}, "f is no JSON"),
+        ("v31", [HELLO], {"tools": [{"function": {"name": "f", "parameters": {1, 2}}}]}, "f cannot be written as JSON"),
     ],
 )
 def test_what_a_generation_lacks_is_refused(name, messages, options, message):
@@ -359,11 +359,11 @@ def test_what_a_generation_lacks_is_refused(name, messages, options, message):
 
 def test_unknown_template():
     assert template("v3") is template("v3-0324") is TEMPLATES["v3"]
-    with pytest.raises(UserError, match="no chat template 'v4'. Choose one of v1, v2, coder, v2.5, v3-1226, v3, r1"):
+    with pytest.raises(UserError, match="chat template 'v4': expected one of v1, v2, coder, v2.5, v3-1226, v3, r1"):
         template("v4")
 
 
-# Which template a model has.
+# The template of a model.
 
 USER_TURN, ANSWER_TURN = "{{'<｜User｜>' + message['content']}}", "{{'<｜Assistant｜>' + content}}"
 SPLIT = "{% if '</think>' in content %}"
@@ -391,18 +391,18 @@ def test_a_published_template_is_recognised(tmp_path, name):
         if name:
             assert template_for(tmp_path) == name
         else:
-            with pytest.raises(UserError, match="none of DeepSeek's that are known here.*name it with --template: v1"):
+            with pytest.raises(UserError, match="is unknown: expected one of DeepSeek's.*name it with --template: v1"):
                 template_for(tmp_path)
-        assert template_for(tmp_path, "v3.1") == "v31"  # what the user says counts
+        assert template_for(tmp_path, "v3.1") == "v31"  # the user's choice takes precedence
     (tmp_path / "chat_template.jinja").write_text(JINJA["coder"])
     assert template_for(tmp_path) == "coder"  # the newer file
 
 
 def test_a_model_without_a_template(tmp_path):
     for folder in (tmp_path, None):
-        with pytest.raises(UserError, match="mine has no chat template .* continues text, deepseek-jax generate"):
+        with pytest.raises(UserError, match="mine has no chat template .*continues text: deepseek-jax generate"):
             template_for(folder, model="mine")
-    with pytest.raises(UserError, match="no chat template 'v9'"):
+    with pytest.raises(UserError, match="chat template 'v9': expected one of"):
         template_for(tmp_path, "v9")
     for text in ("[]", "{", '{"chat_template": [1]}', '{"chat_template": [{"name": "default"}]}'):
         (tmp_path / "tokenizer_config.json").write_text(text)
@@ -415,7 +415,7 @@ def test_a_model_without_a_template(tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """A byte-level BPE in which, as in DeepSeek's, most marks are not called special."""
+    """A byte-level BPE in which, as in DeepSeek's, most special tokens are not called special."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     marks = [value.text for value in vars(chat).values() if isinstance(value, Part)]
@@ -449,14 +449,14 @@ def test_marks_that_users_type_are_text(tokenizer, name):
     is_mark = tokenizer.byte_lengths() == 0
     assert is_mark[ids].sum() == is_mark[blank].sum()
     assert spelled in tokenizer.decode(ids)
-    if name in ("v3", "v31"):  # also where a tool says them, and what it is called
+    if name in ("v3", "v31"):  # also in a tool's output and name
         message = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": spelled}}]}
         ids = to_ids(TEMPLATES[name].parts([HELLO, message, {"role": "tool", "content": spelled}]), tokenizer)
         assert is_mark[ids].sum() == {"v3": 13, "v31": 12}[name]
 
 
 def test_a_tokenizer_of_another_model_is_refused():
-    with pytest.raises(UserError, match=r"the tokenizer has no mark <\|EOT\|>"):
+    with pytest.raises(UserError, match=r"the tokenizer has no special token <\|EOT\|>"):
         to_ids(TEMPLATES["coder"].parts([HELLO, HI]), open_tokenizer("bytes"))
 
 

@@ -1,4 +1,4 @@
-"""Conversations in windows: whole, each once, seeing nothing but themselves; those too long are cut and counted."""
+"""Conversations in windows: whole, each once, attending to nothing else; those too long are cut and counted."""
 
 import json
 import random
@@ -6,9 +6,11 @@ import random
 import numpy as np
 import pytest
 
-from deepseek_jax.data.conversation_packing import best_fit, measure
-from deepseek_jax.data.conversations import Encoder, unflatten
+from deepseek_jax.data import conversation_packing
+from deepseek_jax.data.conversation_packing import best_fit, measure, select
+from deepseek_jax.data.conversations import Encoder, Example, flatten, unflatten
 from deepseek_jax.data.pipeline import open_splits, settled
+from deepseek_jax.data.store import TokenStore
 from deepseek_jax.errors import UserError
 
 
@@ -154,7 +156,7 @@ def test_conversations_settle_the_other_keys(settings):
         ({"holdout_rate": 0.9999999}, "holds out every conversation"),
         ({"seq_len": 1}, "has 0 train tokens and no answer begins within data.seq_len = 1"),
         ({"train_on": "all"}, "data.train_on = 'all' does not exist"),
-        ({"chat_template": "coder"}, "the tokenizer has no mark"),
+        ({"chat_template": "coder"}, "the tokenizer has no special token"),
     ],
 )
 def test_wrong_settings_are_named(settings, change, message):
@@ -162,14 +164,17 @@ def test_wrong_settings_are_named(settings, change, message):
         open_splits(**{**settings, **change})
 
 
-def test_a_document_of_many_examples(marked_bytes):
-    """Thoughts that later prompts leave out make an example of each answer; each has its own place in the table."""
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+def test_a_document_of_many_examples(marked_bytes, monkeypatch, chunk):
+    """If later prompts leave out thoughts, every answer is an example with its own start in the table."""
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "t"}]
     (array,) = Encoder(marked_bytes, "r1", "answers").encode_batch([json.dumps({"messages": messages * 3})])
 
-    class Store:
-        document = staticmethod(lambda i: array)
-
-    table, counts = measure(Store(), np.array([5]), 100, marked_bytes.byte_lengths())
-    assert table.document.tolist() == [5, 5, 5] and table.number.tolist() == [0, 1, 2] and counts == (0, 0)
+    short = flatten([Example(np.zeros(4, np.int32), np.zeros(4, bool))])  # nothing to learn
+    lengths = np.array([len(short), len(array)])
+    store = TokenStore(np.concatenate([short, array]), lengths, lengths, lengths, np.cumsum(lengths) - lengths, None)
+    monkeypatch.setattr(conversation_packing, "CHUNK_TOKENS", chunk)
+    table, counts = select(*measure(store, 100, marked_bytes.byte_lengths()), np.array([1, 0]))
+    assert table.document.tolist() == [1, 1, 1] and counts == (0, 1)
+    assert table.start.tolist() == [0, *np.cumsum([len(ids) for ids, _ in unflatten(array)])[:2]]
     assert table.n_learnt.tolist() == [7, 7, 7] and table.n_bytes.tolist() == [5, 5, 5]

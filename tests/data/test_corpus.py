@@ -1,4 +1,4 @@
-"""A source names files; each reader yields documents or says which line of which file is wrong."""
+"""A source names files; each reader yields documents or names the invalid line."""
 
 import gzip
 import json
@@ -95,10 +95,10 @@ def test_array_record_of_text_and_of_json(tmp_path):
         ("a.txt", b"ab\xff", r"a\.txt is not UTF-8 text \(byte 0xff at offset 2\)"),
         ("a.txt", "words".encode("utf-16"), r"a\.txt is UTF-16 text .*iconv -f UTF-16 -t UTF-8"),
         ("a.jsonl", '{"text": "x"}\n'.encode("utf-32"), r"a\.jsonl, line 1 is UTF-32 text"),
-        ("a.txt.gz", b"no gzip", r"a\.txt\.gz is damaged or cut short"),
+        ("a.txt.gz", b"no gzip", r"a\.txt\.gz is damaged or truncated"),
         ("a.csv", "x", r"a\.csv is not of a type"),
         ("a.parquet.gz", "x", r"a\.parquet\.gz is not of a type"),
-        ("a.gz", "x", r"a\.gz: its name does not say what it holds. Rename it, for example to a\.jsonl\.gz"),
+        ("a.gz", "x", r"a\.gz: the name does not say what the file contains. Rename it, for example to a\.jsonl\.gz"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path, name, data, message):
@@ -122,7 +122,7 @@ ROWS = b'{"text": "one"}\n{"text": null}\n{"text": ""}\n{"text": "two"}\n'
         ("a.jsonl", b'{"text": "one"}\n' + MARK + b'{"text": "\\ufefftwo"}', ["one", "two"]),  # two files joined
         ("a.json", b'[{"text": "one"}, null, {"text": null}, "two"]', ["one", "two"]),
         ("a.json", b'{"text": "one"}', ["one"]),
-        ("a.json", ROWS, ["one", "two"]),  # lines, whatever the name says
+        ("a.json", ROWS, ["one", "two"]),  # lines, in spite of the name
         ("a.txt", b"", []),
     ],
 )
@@ -135,7 +135,7 @@ def test_marks_nulls_and_compression_change_no_text(tmp_path, mark, name, data, 
 
 
 def packed(data, ending):
-    """The bytes in two frames, as compressors that use several cores write them."""
+    """The bytes in two frames, as compressors with several cores write them."""
     parts = data[: len(data) // 2], data[len(data) // 2 :]
     if ending == ".gz":
         return b"".join(map(gzip.compress, parts))
@@ -152,7 +152,7 @@ def test_a_compressed_file_cut_anywhere_is_no_shorter_text(tmp_path, ending, nam
     whole = gzip.compress(data) if ending == ".gz" else pytest.importorskip("zstandard").compress(data)
     assert len(documents(write(tmp_path / f"{name}{ending}", whole))) == 1
     for length in range(1, len(whole)):
-        with pytest.raises(UserError, match="is damaged or cut short"):
+        with pytest.raises(UserError, match="is damaged or truncated"):
             documents(write(tmp_path / f"{name}{ending}", whole[:length]))
 
 

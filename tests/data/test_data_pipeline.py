@@ -1,4 +1,4 @@
-"""A batch is a pure function of its number: for any split into processes, any workers, any order of asking."""
+"""A batch is a pure function of its number: for any split into processes, any workers, any order."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def assert_equal(a, b):
 
 
 def text_of(split):
-    """All text of one epoch's windows, as a set of pieces long enough to be unlike any other."""
+    """All text of one epoch's windows, as a set of pieces long enough to be unique."""
     ids = split.rows(0, split.n_samples).ids_BT
     return {bytes(row[i : i + 16].astype(np.uint8)) for row in ids for i in range(len(row) - 15) if row[i:].max() < 256}
 
@@ -95,7 +95,7 @@ def test_a_few_long_documents_are_on_both_sides(settings, tmp_path, n_documents)
     assert not holdout.has_whole_documents
     assert text_of(train)
     assert text_of(holdout)
-    assert n_documents > 1 or not text_of(train) & text_of(holdout)  # the others repeat themselves
+    assert n_documents > 1 or not text_of(train) & text_of(holdout)  # the others are repetitive
     assert holdout.n_tokens == pytest.approx(0.05 * (train.n_tokens + holdout.n_tokens), rel=0.1)
     assert train.fingerprint() != open_split("train", **{**settings, "holdout_rate": 0.2}).fingerprint()
 
@@ -106,7 +106,7 @@ def test_held_out_order_is_fixed_complete_and_plain(settings):
     assert_equal(first, split.rows(split.n_samples, split.n_samples))
     assert_equal(first, open_split("holdout", **{**settings, "seed": 99}).rows(0, split.n_samples))
     assert (first.targets_BT >= 0).sum() == split.n_tokens - 1
-    assert first.ids_BT.max() <= split.tokenizer.pad_id  # no FIM marks
+    assert first.ids_BT.max() <= split.tokenizer.pad_id  # no FIM tokens
 
 
 def test_order_of_files_does_not_matter(settings, tmp_path):
@@ -156,7 +156,7 @@ def test_wrong_settings_are_named(settings, change, message):
 def test_splits_that_do_not_exist(settings):
     with pytest.raises(UserError, match="'train' or 'holdout'"):
         open_split("test", **settings)
-    with pytest.raises(UserError, match="holdout_rate = 0 holds no text out"):
+    with pytest.raises(UserError, match="holdout_rate = 0 holds out no text"):
         open_split("holdout", **{**settings, "holdout_rate": 0.0})
 
 
@@ -166,10 +166,10 @@ def test_tokenizer_without_marks(settings, tmp_path):
     letters = {chr(c): c - 97 for c in range(97, 123)}
     Tokenizer(models.BPE(letters, [])).save(str(tmp_path / "tokenizer.json"))
     settings["tokenizer"] = str(tmp_path)
-    with pytest.raises(UserError, match="has no end-of-text mark"):
+    with pytest.raises(UserError, match="has no end-of-text token"):
         open_split("train", **settings)
     Tokenizer(models.BPE({**letters, "</s>": 26}, [])).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="has no fill-in-the-middle marks. Set data.fim_rate to 0"):
+    with pytest.raises(UserError, match="has no fill-in-the-middle tokens. Set data.fim_rate to 0"):
         open_split("train", **settings)
     assert open_split("train", **{**settings, "fim_rate": 0.0}).rows(0, 2).ids_BT.max() <= 26
 

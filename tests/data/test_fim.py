@@ -1,4 +1,4 @@
-"""FIM rearranges and loses nothing; its choices are fair and depend on (seed, epoch, document) alone."""
+"""FIM rearranges and loses nothing; its choices are uniform and depend on (seed, epoch, document) alone."""
 
 import numpy as np
 import pytest

@@ -11,7 +11,7 @@ from deepseek_jax.errors import UserError
 
 @pytest.fixture
 def large(tmp_path, monkeypatch):
-    """A file that counts as large, and as changed long ago; and a folder that remembers."""
+    """A file that counts as large and as changed long ago, and a folder for the cache."""
     monkeypatch.setattr(fingerprints, "REMEMBERED_BYTES", 100)
     monkeypatch.setattr(fingerprints, "SETTLED_S", -1.0)
     path = tmp_path / "a.txt"
@@ -33,7 +33,7 @@ def test_every_byte_counts_though_size_and_time_stay(large):
     times = os.stat(path).st_atime_ns, os.stat(path).st_mtime_ns
     for place in (0, 1, 1777, 4095):
         flip(path, place)
-        os.utime(path, ns=times)  # as a copy that keeps times would leave it
+        os.utime(path, ns=times)  # as after a copy that preserves times
         assert fingerprint(path, known) != first
         flip(path, place)
     os.utime(path, ns=times)

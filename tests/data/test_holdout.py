@@ -1,4 +1,4 @@
-"""Which documents are kept for evaluation depends on their text alone."""
+"""The choice of held-out documents depends on their text alone."""
 
 import numpy as np
 import pytest

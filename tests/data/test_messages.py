@@ -1,4 +1,4 @@
-"""Messages in order become turns; out of order they are refused with their number."""
+"""Messages in order become turns; out of order they are rejected with their number."""
 
 import json
 
@@ -114,11 +114,11 @@ CALLS = say("assistant", tool_calls=[call("f", id="1"), call("g", id="2")])
         ([say("user"), say("assistant", None)], r"messages\[1\] has NoneType as content"),
         ([say("user"), say("assistant", reasoning=5)], "has int as reasoning"),
         ([say("user"), say("assistant", tool_calls=[call("f", id="1")] * 2)], r"messages\[1\] has two .* the id '1'"),
-        ([say("user"), say("assistant", tool_calls=5)], "has tool_calls that are no list"),
+        ([say("user"), say("assistant", tool_calls=5)], "has tool_calls of .* Expected a list"),
         ([say("user"), say("assistant", tool_calls=["f"])], r"messages\[1\], tool_calls\[0\] is 'f'"),
         ([say("user"), say("assistant", tool_calls=[call("")])], r"tool_calls\[0\] is "),
         ([say("user"), say("assistant", tool_calls=[call(5)])], "has int as name"),
-        ([say("user"), say("assistant", tool_calls=[call("f", {1})])], r"tool_calls\[0\] is no JSON"),
+        ([say("user"), say("assistant", tool_calls=[call("f", {1})])], r"tool_calls\[0\] cannot be written as JSON"),
     ],
 )
 def test_what_is_out_of_order(messages, message):

@@ -105,7 +105,7 @@ def test_a_window_is_the_same_whenever_it_is_asked_for():
 
 
 def test_documents_begin_with_bos_where_it_is_asked_for():
-    """A document that is FIM too; the end of one that was cut does not begin."""
+    """A document that is FIM as well; the end of a cut one has no start."""
     packing = packing_of([3, 1, 4], seq_len=4, fim_rate=1.0, shuffle=False, pad_tail=True, bos_id=905)
     parts = [np.concatenate(packing._parts(0, place, True)) for place in range(3)]
     assert all(part[:2].tolist() == [905, MARKS.begin] and part[-1] == EOS for part in parts)

@@ -1,4 +1,4 @@
-"""A reader that dies is replaced without a trace in the batches; readers end with the process that reads."""
+"""A reader that dies is replaced without changing a batch; readers end with the process that started them."""
 
 import itertools
 import multiprocessing
@@ -41,7 +41,7 @@ def test_a_killed_reader_changes_no_batch(settings):
 
 
 class Stuck:
-    """Batches of which the third never comes whole, as when its reader was killed while it handed it over."""
+    """Batches of which one never arrives, as if its reader was killed while handing it over."""
 
     def __init__(self, start, stuck_at):
         self.place, self.stuck_at, self.closed = start, stuck_at, False
@@ -66,8 +66,8 @@ class Dead:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Looks often, and sees a dead reader."""
-    monkeypatch.setattr(reader_processes, "LOOK_S", 0.02)
+    """Polls often, and finds a dead reader."""
+    monkeypatch.setattr(reader_processes, "POLL_S", 0.02)
     monkeypatch.setattr(reader_processes, "GRACE_S", 0.1)
     monkeypatch.setattr(reader_processes, "_running", lambda: [Dead()])
 
@@ -80,14 +80,14 @@ def test_a_batch_that_never_comes_is_asked_for_again(quick):
         opened.append(Stuck(start, next(places)))
         return opened[-1]
 
-    with pytest.warns(UserWarning, match="started anew"):
-        assert list(watched(open_at, COUNT)) == list(range(COUNT))
+    with pytest.warns(UserWarning, match="restarted"):
+        assert list(watched(open_at, COUNT, 1)) == list(range(COUNT))
     assert [iterator.closed for iterator in opened] == [True, True]
 
 
 def test_readers_that_always_die_end_the_run_in_words(quick):
     with pytest.warns(UserWarning), pytest.raises(LocalError, match="lower data.workers, or set it to 0"):
-        list(watched(lambda start: Stuck(start, start), COUNT))
+        list(watched(lambda start: Stuck(start, start), COUNT, 1))
 
 
 def test_an_error_of_a_reader_is_the_readers_own():
@@ -96,7 +96,47 @@ def test_an_error_of_a_reader_is_the_readers_own():
             raise KeyError("tokens")
 
     with pytest.raises(KeyError, match="tokens"):
-        list(watched(lambda start: Failing(start, None), 1))
+        list(watched(lambda start: Failing(start, None), 1, 1))
+
+
+class Reader:
+    """A process that runs until it is killed."""
+
+    name, exitcode = NAME, None
+
+    def kill(self):
+        self.exitcode = -9
+
+    def join(self, timeout):
+        pass
+
+
+def test_iterators_do_not_take_each_others_readers(monkeypatch):
+    """Two that run at the same time: when one is closed, or loses a reader, the other is not disturbed."""
+    running: list[Reader] = []
+    monkeypatch.setattr(reader_processes, "_running", lambda: list(running))
+
+    class Endless(Stuck):
+        readers: tuple = ()
+
+        def __next__(self):
+            if not self.readers:
+                self.readers = (Reader(), Reader())
+                running.extend(self.readers)
+                time.sleep(0.1)  # a reader takes time to make its first batch
+            return super().__next__()
+
+    opened = []
+
+    def open_at(start):
+        opened.append(Endless(start, None))
+        return opened[-1]
+
+    one, two = (watched(open_at, COUNT, 2) for _ in range(2))
+    assert [next(one), next(two), next(one)] == [0, 0, 1]
+    one.close()
+    assert [reader.exitcode for iterator in opened for reader in iterator.readers] == [-9, -9, None, None]
+    assert list(two) == [1, 2, 3, 4, 5]
 
 
 PARENT = """

@@ -13,7 +13,7 @@ TOOL = {"type": "function", "function": {"name": "f"}}
 
 
 def test_a_conversation_is_written_in_one_way():
-    """Whatever else the row holds, and however tables keep its lists and what is not there."""
+    """With other fields in the row, and with lists and missing values as tables store them."""
     rows = [
         {"messages": TALK, "tools": [TOOL], "source": "web"},
         {"tools": json.dumps([TOOL]), "messages": [{**message, "tool_calls": None} for message in TALK]},
@@ -37,8 +37,8 @@ def test_a_conversation_is_written_in_one_way():
         ({"messages": TALK, "tools": "f"}, "here has tools that are not JSON"),
         ({"messages": [{"role": "bot", "content": "a"}]}, r"here: messages\[0\] has role 'bot'"),
         ({"messages": [*TALK, TALK[1]]}, r"here: messages\[2\] has role 'assistant' after assistant"),
-        ({"messages": TALK[:1]}, "here has no message of the assistant to be learnt"),
-        ({"messages": [TALK[0], {**TALK[1], "weight": 0}]}, "here has no message of the assistant to be learnt"),
+        ({"messages": TALK[:1]}, "here has no answer of the assistant to learn"),
+        ({"messages": [TALK[0], {**TALK[1], "weight": 0}]}, "here has no answer of the assistant to learn"),
         ({"messages": [TALK[0], {**TALK[1], "weight": 0.5}]}, r"here: messages\[1\] has weight 0.5. Give 1, or 0"),
         ({"messages": TALK, "thinking": "yes"}, "here has 'yes' as thinking. Give true or false"),
         ({"messages": []}, "here: the messages end after the start"),

@@ -1,4 +1,4 @@
-"""Temporary folders: those of the living stay, those of the dead go, by whatever signal they died."""
+"""Temporary folders: those of living processes stay, those of dead ones are removed, however they died."""
 
 import os
 import signal
@@ -27,10 +27,10 @@ def builder(place) -> tuple[subprocess.Popen, str]:
 
 def test_a_killed_builder_leaves_nothing_once_the_next_one_has_come(tmp_path):
     place = tmp_path / "tokens-1"
-    (tmp_path / "tokens-1.a-users").mkdir()  # no temporary name
+    (tmp_path / "tokens-1.a-users").mkdir()  # not a temporary name
     process, left = builder(place)
     with scratch(place):
-        assert os.path.isdir(left)  # its owner lives
+        assert os.path.isdir(left)  # its owner is alive
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
@@ -45,7 +45,7 @@ def test_a_folder_without_an_owner_goes_after_a_day(tmp_path, monkeypatch):
     left.mkdir()
     with scratch(place):
         assert left.is_dir()
-    day = time.time() - 1.1 * scratch_module.LEFT_BEHIND_S
+    day = time.time() - 1.1 * scratch_module.ABANDONED_S
     os.utime(left, (day, day))
     with scratch(place):
         assert not left.exists()

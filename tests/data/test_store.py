@@ -1,4 +1,4 @@
-"""The cache: what comes back is what was tokenised, damage is noticed, and no cache is no obstacle."""
+"""The cache: it returns what was tokenised, damage is noticed, and a run works without it."""
 
 import pickle
 import threading
@@ -73,7 +73,7 @@ def test_damage_is_noticed_and_the_entry_built_again(corpus, tmp_path, damage):
     victim.unlink()  # not written in place: `fresh` has it mapped
     if damage != "remove":
         victim.write_bytes({"flip": data, "truncate": data[:-2], "meta": b"[]"}[damage])
-    with pytest.warns(UserWarning, match="is damaged and is built again"):
+    with pytest.warns(UserWarning, match="is damaged and is rebuilt"):
         assert same(fresh, open_store(corpus, ByteTokenizer(), str(cache)))
     entry(cache)
     assert same(fresh, open_store(corpus, ByteTokenizer(), str(cache)))

@@ -1,4 +1,4 @@
-"""A long document in parts gives the ids of the whole, whatever the tokenizer; what is counted is all of the files."""
+"""A long document in parts has the ids of the whole, with any tokenizer; all bytes of the files are counted."""
 
 import importlib.util
 import io
@@ -29,7 +29,7 @@ def text_of(seed: int, n_words: int = 1500) -> str:
 
 
 def kinds() -> dict:
-    """Tokenizers that take texts apart in every way that published ones do."""
+    """Tokenizers that split texts in every way that published ones do."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     def train(pre_tokenizer, normalizer=None):
@@ -88,7 +88,7 @@ def test_parts_give_the_ids_of_the_whole(tokenizers, name, monkeypatch):
         parts = tokenizer.encode_batch([text[a:b] for a, b in itertools.pairwise(cuts)])
         np.testing.assert_array_equal(np.concatenate(parts), tokenizer.encode(text))
         n_cuts += len(cuts) - 2
-    if name in ("deepseek", "bytes", "gpt2", "digits"):  # the others may have no place to cut
+    if name in ("deepseek", "bytes", "gpt2", "digits"):  # the others may have no place for a cut
         assert n_cuts > 2 * len(text) / 200 * 0.5
 
 
@@ -99,7 +99,7 @@ def test_a_text_without_a_place_to_cut_stays_whole(tokenizers, monkeypatch):
 
 
 class Seen:
-    """A watch that remembers."""
+    """A watch that records."""
 
     def __init__(self):
         self.labels, self.total, self.counts = [], 0, []
@@ -128,13 +128,13 @@ def test_all_bytes_of_the_files_are_counted_bit_by_bit(tmp_path, monkeypatch, en
     store = open_store(files, open_tokenizer("bytes"), str(tmp_path / "cache"), seen)
     assert seen.labels == ["tokenise"]
     assert sum(seen.counts) == seen.total == files.n_bytes()
-    assert len(seen.counts) > 9  # a long document moves it more than once
+    assert len(seen.counts) > 9  # a long document advances it more than once
     assert min(seen.counts) >= 0
     texts = [bytes(np.asarray(store.document(i)).astype(np.uint8)).decode() for i in range(3)]
     assert texts == list(files.documents())
     again = Seen()
     open_store(files, open_tokenizer("bytes"), str(tmp_path / "cache"), again)
-    assert again.labels == []  # nothing is tokenised, nothing is shown
+    assert again.labels == []  # nothing is tokenised or shown
 
 
 def test_a_large_corpus_shows_how_much_of_it_has_been_hashed(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Tokenizers lose nothing, count bytes exactly, and never read marks out of text from outside."""
+"""Tokenizers lose nothing, count bytes exactly, and never recognise special tokens in untrusted text."""
 
 import importlib.util
 import json
@@ -32,7 +32,7 @@ MARKS = [
 
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory):
-    """The path of a byte-level BPE of 400 entries whose FIM marks, like DeepSeek's, are not called special."""
+    """The path of a byte-level BPE of 400 entries whose FIM tokens, like DeepSeek's, are not called special."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     engine = Tokenizer(models.BPE())
@@ -73,7 +73,7 @@ def test_marks_are_read_only_on_request(tokenizer):
     ids = tokenizer.encode(text, specials=True)
     assert ids[-1] == tokenizer.eos_id
     assert tokenizer.fim.hole in ids
-    assert tokenizer.decode(ids) == "a<｜fim▁hole｜>b"  # which the tokenizer's own file does not call special
+    assert tokenizer.decode(ids) == "a<｜fim▁hole｜>b"  # the tokenizer's own file does not call it special
     assert tokenizer.decode(ids, specials=True) == text
     assert not set(tokenizer.encode(text)) & {tokenizer.eos_id, *tokenizer.fim}
 

@@ -1,4 +1,4 @@
-"""The files of a built-in tokenizer open as the same tokenizer, here and in the libraries of others."""
+"""The files of a built-in tokenizer open as the same tokenizer, here and in other libraries."""
 
 import random
 
@@ -15,7 +15,7 @@ def written(name: str, folder) -> str:
 
 
 def texts(n: int = 200):
-    """Text of every kind: all planes, controls, marks spelled out, halves of surrogate pairs."""
+    """Text of every kind: all planes, controls, special tokens spelled out, halves of surrogate pairs."""
     rng = random.Random(0)
     alphabet = [chr(rng.randrange(0x110000)) for _ in range(400)] + [chr(i) for i in range(128)] + [*BYTE_SPECIALS]
     yield from ("", " ", "\x00", "a\r\n", "  two  ", "e\u0301", "\ufeff", "\ud800", "".join(BYTE_SPECIALS))

@@ -1,4 +1,4 @@
-"""A small V3 with random weights, made without initialisers, which would have to be compiled."""
+"""A small V3 with random weights, created without initialisers, which would need compiling."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ class Network:
         return self.generator.stream(*self.weights, prompts, key_B, **options)
 
     def last_logits(self, ids):
-        """Logits after `ids`, by a forward pass over the whole sequence (padded, which a causal model cannot see)."""
+        """Logits after `ids`, by a forward pass over the whole sequence (padded at its end)."""
         padded = np.zeros((1, 32), np.int32)
         padded[0, : len(ids)] = ids
         return np.asarray(self.forward(*self.weights, padded))[0, len(ids) - 1]

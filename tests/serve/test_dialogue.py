@@ -1,4 +1,4 @@
-"""A scripted model in place of a network: what it is shown of the conversation, and what becomes of what it says."""
+"""A scripted model in place of a network: its prompts, and what becomes of its answers."""
 
 import pytest
 
@@ -12,7 +12,7 @@ END = "<｜end▁of▁sentence｜>"
 
 
 class Script:
-    """Says its lines one after the other, and keeps what it was shown."""
+    """Returns its lines one after the other, and records its prompts."""
 
     def __init__(self, *lines):
         self.lines, self.prompts, self.stop_ids = list(lines), [], ()
@@ -24,7 +24,7 @@ class Script:
 
 
 def talk(name, script, *messages, n_positions=1000, limit=500, **options):
-    """Returns the dialogue and what it has shown, thoughts in brackets."""
+    """Returns the dialogue and its output, thoughts in brackets."""
     dialogue = Dialogue(TEMPLATES[name], BYTES, script, n_positions, **options)
     shown = []
     for message in messages:
@@ -47,20 +47,20 @@ def test_an_answer_and_the_next_prompt():
     assert [message["content"] for message in dialogue.messages] == ["Be brief."]
 
 
-THOUGHTS = [  # template, thinking, what the model says, what is shown
+THOUGHTS = [  # template, thinking, text of the model, output
     ("r1", None, "<think>\nHm. 1+1\n</think>\n\nTwo." + END, "[Hm. 1+1\n]Two."),
     ("r1", True, "Hm. 1+1\n</think>\n\nTwo." + END, "[Hm. 1+1\n]Two."),
     ("r1-distill", None, "Hm. 1+1\n</think>\n\nTwo." + END, "[Hm. 1+1\n]Two."),
     ("v31", True, "Hm. 1+1</think>Two." + END, "[Hm. 1+1]Two."),
     ("v31", None, "Two." + END, "Two."),
     ("r1", None, "Two." + END, "Two."),
-    ("v3", None, "<think>Two." + END, "<think>Two."),  # knows no thoughts
+    ("v3", None, "<think>Two." + END, "<think>Two."),  # has no thoughts
     ("v2", None, " Two." + END, "Two."),
 ]
 
 
 @pytest.mark.parametrize(("name", "thinking", "said", "shown"), THOUGHTS)
-def test_the_thought_is_told_from_the_answer_and_not_shown_to_the_model_again(name, thinking, said, shown):
+def test_thought_and_answer_are_separated_and_not_shown_to_the_model_again(name, thinking, said, shown):
     script = Script(said, "So." + END)
     dialogue, texts = talk(name, script, "1+1=?", "Sure?", thinking=thinking)
     assert texts[0] == shown
@@ -123,7 +123,9 @@ def test_limits():
     assert (shown, dialogue.ending) == (["xxxxx"], "max_new_tokens")
     assert "".join(piece.text for piece in dialogue.say("And?", 500)) == "x" * 20
     assert dialogue.ending == "n_positions"
-    with pytest.raises(UserError, match=r"44 tokens with this message, the model takes 40. Start a new one \(/reset\)"):
+    with pytest.raises(
+        UserError, match=r"44 tokens with this message: expected fewer than 40. Start a new one \(/reset\)"
+    ):
         dialogue.say("?", 5)
     assert len(dialogue.messages) == 4
 
@@ -135,7 +137,7 @@ def test_every_end_mark_stops():
 
 
 def test_what_cannot_be_said_is_refused_at_once():
-    with pytest.raises(UserError, match=r"the tokenizer has no mark <\|EOT\|>"):
+    with pytest.raises(UserError, match=r"the tokenizer has no special token <\|EOT\|>"):
         Dialogue(TEMPLATES["coder"], BYTES, Script(), 100)
     with pytest.raises(UserError, match="'v3' has no thinking"):
         Dialogue(TEMPLATES["v3"], BYTES, Script(), 100, thinking=True)

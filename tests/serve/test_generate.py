@@ -1,4 +1,4 @@
-"""Generation over the cache says what repeated full forward passes say, whatever else is in the batch."""
+"""Generation over the cache equals repeated full forward passes, whatever else is in the batch."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ PROMPTS = ([5, 9, 200], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11])
 
 
 def alone(network, i, **options):
-    """What prompt `i` goes on with when it is the whole batch."""
+    """The continuation of prompt `i` when it is the whole batch."""
     return [int(new_B[0]) for new_B in network.stream([PROMPTS[i]], row_keys(0, 3)[i : i + 1], **options)]
 
 

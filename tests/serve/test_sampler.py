@@ -1,4 +1,4 @@
-"""Sampling: its two limits are the argmax, and in between it draws from the distribution that it should."""
+"""Sampling: its two limits are the argmax, and in between it samples from the right distribution."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ draw = jax.jit(sample)
 
 
 def drawn(temperature, top_p, seed=0, logits_V=LOGITS_V, key_B=None):
-    """One draw a row, all rows having the same logits."""
+    """One sample per row; all rows have the same logits."""
     key_B = row_keys(seed, N_DRAWS) if key_B is None else key_B
     rows = (np.broadcast_to(np.asarray(number, np.float32), N_DRAWS) for number in (temperature, top_p))
     return np.asarray(draw(np.tile(logits_V, (N_DRAWS, 1)), key_B, *rows))

@@ -1,4 +1,4 @@
-"""Pieces of streamed text join to the whole, and none holds half a character."""
+"""Pieces of streamed text join to the whole, and none contains part of a character."""
 
 import pytest
 
@@ -39,7 +39,7 @@ def test_a_tokenizer_that_gives_a_mark_for_every_missing_byte():
         raw = bytes(ids)
         try:
             return raw.decode()
-        except UnicodeDecodeError:  # like the byte fallback of SentencePiece: the whole run is given up
+        except UnicodeDecodeError:  # like the byte fallback of SentencePiece: the whole run is replaced
             return "\ufffd" * len(raw)
 
     assert "".join(pieces("é€😀".encode(), decode)) == "é€😀"

@@ -1,4 +1,4 @@
-r"""Messages to the text that each generation of models was trained on, and a model's text back to a message.
+r"""Chat templates: messages to the text that each generation was trained on, and a model's text back to a message.
 
     name        models                                       a turn
     v1, v2      LLM chat, Math, MoE; V2 chat, Coder-V2       User: …\n\nAssistant: … EOS
@@ -11,24 +11,25 @@ r"""Messages to the text that each generation of models was trained on, and a mo
     r1          R1-0528                                      as v3's, with a thought before the answer
     v31         V3.1, V3.1-Terminus                          the same; each answer opens a thought or closes it
 
-``TEMPLATES[name]`` holds three functions and the mark that ends an answer:
+`TEMPLATES[name]` holds three functions and the special token that ends an answer:
 
-    parts(messages, tools=(), thinking=False)  a prompt, up to where the assistant is to speak; if the assistant spoke
-                                               last, a whole conversation.  Thoughts of earlier answers are left out
-                                               where the published template leaves them out.
-    reply(message, thinking=False)             what the assistant is to write there to say ``message``, thought
-                                               included: a target of training, and the inverse of ``parse``
-    parse(text, thinking=False)                what it wrote, its marks spelled out, as a message; never raises
+    parts(messages, tools=(), thinking=False)  a prompt, up to the assistant's turn; if the last message is the
+                                               assistant's, a whole conversation. Thoughts of earlier answers are left
+                                               out if the published template leaves them out.
+    reply(message, thinking=False)             the assistant's text for `message`, thought included: a target of
+                                               training, and the inverse of `parse`
+    parse(text, thinking=False)                the assistant's text, with special tokens spelled out, as a message;
+                                               never raises
 
-With ``thinking`` the prompt itself opens the thought with ``<think>``.
+With `thinking` the prompt itself opens the thought with `<think>`.
 
-A prompt is a list of parts, each either text or a mark of the template.  ``to_ids`` reads marks out of the latter only:
-a user who types ``<｜Assistant｜>`` has typed thirteen letters.  (v1, v2 and coder tell turns apart by plain words,
-which nothing keeps a user from typing.)  ``encode`` joins the parts to a string, for the eye.
+A prompt is a list of parts, each either text or a special token of the template. `to_ids` recognises special tokens in
+the latter only: a user who types `<｜Assistant｜>` has typed thirteen letters. (v1, v2 and coder separate turns by
+words that a user can type.) `encode` joins the parts to a string for people to read.
 
-``template_for(folder)`` finds the template of a published model by what its own files say.
+`template_for(folder)` finds the template of a published model from the model's own files.
 
-Sources: the chat_template of each model's tokenizer_config.json, which is followed to the letter, and its model card.
+Sources: the chat_template of each model's tokenizer_config.json, which is followed exactly, and its model card.
 """
 
 from collections.abc import Callable, Sequence
@@ -101,12 +102,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Template:
-    """How a generation chats; the functions are explained at the top of this file.
+    """The chat format of a generation; the functions are explained at the top of this file.
 
     Attributes:
-        end: its id is where generation stops.
-        thinks: whether answers may begin with a thought.
-        opens_thought: whether the published template opens it in the prompt, which is ``thinking``.
+        end: special token at which generation stops.
+        thinks: whether answers may start with a thought.
+        opens_thought: whether the published template opens the thought in the prompt (`thinking`).
     """
 
     parts: Callable[..., list[Part]]
@@ -117,7 +118,7 @@ class Template:
     opens_thought: bool = False
 
     def encode(self, messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False) -> str:
-        """Returns the prompt as a string.  For a model, take ``to_ids(parts(…), tokenizer)``."""
+        """Returns the prompt as a string. For a model, use `to_ids(parts(…), tokenizer)`."""
         return spell(self.parts(messages, tools, thinking))
 
 
@@ -141,7 +142,7 @@ OTHER_NAMES = {"v3-0324": "v3", "r1-0528": "r1", "v3.1": "v31", "v3.1-terminus":
 def template(name: str) -> Template:
     """Returns the template of that name."""
     if OTHER_NAMES.get(name, name) not in TEMPLATES:
-        raise UserError(f"there is no chat template {name!r}. Choose one of {', '.join(TEMPLATES)}.")
+        raise UserError(f"chat template {name!r}: expected one of {', '.join(TEMPLATES)}.")
     return TEMPLATES[OTHER_NAMES.get(name, name)]
 
 
@@ -149,13 +150,13 @@ def template_for(folder: Path | str | None, name: str = "", model: str = "") -> 
     """Returns the name of the template that a model was trained with.
 
     Args:
-        folder: where the model's tokenizer.json is, with tokenizer_config.json or chat_template.jinja beside it; None
+        folder: folder of the model's tokenizer.json, with tokenizer_config.json or chat_template.jinja beside it; None
             if its tokenizer has no folder.
-        name: the template's name if the user has given one, which then decides.
-        model: what messages call the model; by default the folder.
+        name: name of the template if the user has given one, which takes precedence.
+        model: name of the model in messages; by default the folder.
 
     Raises:
-        UserError: no such template; no template in the folder, as with a base model; or one that is none of ours.
+        UserError: there is no such template, no template in the folder (a base model), or an unknown one.
     """
     if name:
         template(name)
@@ -164,13 +165,13 @@ def template_for(folder: Path | str | None, name: str = "", model: str = "") -> 
     found, model, names = recognise(text), model or str(folder), ", ".join(TEMPLATES)
     if not text:
         raise UserError(
-            f"{model} has no chat template (in chat_template.jinja or tokenizer_config.json), as a base model has "
-            f"none: that continues text, deepseek-jax generate --workdir={model}. If it was trained to chat, name its "
-            f"template with --template: {names}."
+            f"{model} has no chat template (in chat_template.jinja or tokenizer_config.json): it is a base model and "
+            f"continues text: deepseek-jax generate --workdir={model}. If it was trained to chat, name its template "
+            f"with --template: {names}."
         )
     if not found:
         raise UserError(
-            f"the chat template of {model} is none of DeepSeek's that are known here. If the model was trained with "
-            f"one of them all the same, name it with --template: {names}."
+            f"the chat template of {model} is unknown: expected one of DeepSeek's. If the model was trained with "
+            f"one of them, name it with --template: {names}."
         )
     return found

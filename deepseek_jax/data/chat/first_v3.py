@@ -5,9 +5,9 @@ r"""The first templates with tools, as they were published: V2.5, the first V3, 
     r1-0120                     ASSISTANT a CALLS CALL … END_CALL \n CALL … END_CALL END_CALLS EOS
     all                         OUTPUTS OUTPUT o END_OUTPUT … END_OUTPUTS a EOS
 
-They remember for a whole conversation that a block was opened: a second round of calls begins with a line end in place
-of ``ASSISTANT CALLS``, and its outputs have no OUTPUTS.  The models' later templates (``v3.py``) close and open every
-block.  What these would leave out without a word, text beside calls, is refused.
+They remember for a whole conversation that a block was opened: a second round of calls starts with a line break instead
+of `ASSISTANT CALLS`, and its outputs have no OUTPUTS. The models' later templates (`v3.py`) close and open every block.
+Text beside calls, which these templates would silently omit, is rejected.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,13 +37,13 @@ from deepseek_jax.errors import UserError
 
 
 class Layout(NamedTuple):
-    """In what these templates differ.
+    """The differences between these templates.
 
     Attributes:
-        write_calls: (content, calls, whether there were calls before) -> pieces.
-        between_outputs: what stands before each output but the first.
-        join_system: several system prompts as one.
-        blanks: blanks before BOS for each system prompt.
+        write_calls: `write_calls(content, calls, whether there were calls before)` returns pieces.
+        between_outputs: text before each output except the first.
+        join_system: joins several system prompts.
+        blanks: blanks before BOS per system prompt.
     """
 
     write_calls: Callable[[str, Sequence[Call], bool], Pieces]
@@ -53,11 +53,11 @@ class Layout(NamedTuple):
 
 
 def _calls_alone(content: str, calls: Sequence[Call], is_later: bool) -> Pieces:
-    """V2.5's way: calls or content; all but the very first call end the block, and that one does not."""
+    """Returns V2.5's calls, without content. Every call ends the block, except the very first."""
     if content:
         raise UserError(
-            "a message has content and tool_calls: this chat template writes one of the two. Set content to None, or "
-            "take the template 'v3' or 'r1', which write both."
+            "a message has content and tool_calls: this chat template writes only one of them. Set content to None, or "
+            "use the template 'v3' or 'r1', which write both."
         )
     first, *others = [write_call(call) for call in calls]
     pieces: Pieces = ["\n", *first, END_CALLS, EOS] if is_later else [ASSISTANT, CALLS, *first]
@@ -65,11 +65,11 @@ def _calls_alone(content: str, calls: Sequence[Call], is_later: bool) -> Pieces:
 
 
 def _calls_after_content(content: str, calls: Sequence[Call], is_later: bool) -> Pieces:
-    """R1's way: content and calls in the first round, calls alone in later ones."""
+    """Returns R1's calls: with content in the first round, alone in later ones."""
     if content and is_later:
         raise UserError(
             "a message has content and tool_calls after an earlier round of calls: the chat template 'r1-0120' writes "
-            "the calls only. Set content to None, or take the template 'r1', which writes both."
+            "only the calls. Set content to None, or use the template 'r1', which writes both."
         )
     blocks = [piece for call in calls for piece in ("\n", *write_call(call))]
     return [*(blocks if is_later else [ASSISTANT, content, CALLS, *blocks[1:]]), END_CALLS, EOS]
@@ -86,29 +86,29 @@ R1_DISTILL = Layout(_calls_alone, join_system=_last)
 
 
 def v25_parts(messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False) -> list[Part]:
-    """V2.5's.  Its file writes eight blanks before BOS for each system prompt; of several the last one counts."""
+    """Returns V2.5's prompt: eight blanks before BOS per system prompt, as in its file; only the last one is used."""
     refuse("v2.5", thinking=thinking)
     return join(_pieces(messages, tools, V25, keep=str))
 
 
 def v3_1226_parts(messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False) -> list[Part]:
-    """That of V3 as first published."""
+    """Returns the prompt of V3 as first published."""
     refuse("v3-1226", thinking=thinking)
     return join(_pieces(messages, tools, V3_1226, keep=str))
 
 
 def r1_0120_parts(messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False) -> list[Part]:
-    """That of R1 as first published; its later revision opens the thought, which is ``thinking``."""
+    """Returns the prompt of R1 as first published; its later revision opens the thought (`thinking`)."""
     return join(_opened(messages, _pieces(messages, tools, R1_0120, keep=_after_thought), thinking))
 
 
 def r1_distill_parts(messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False) -> list[Part]:
-    """That of R1's students; of several system prompts the last one counts."""
+    """Returns the prompt of R1's students; of several system prompts the last one is used."""
     return join(_opened(messages, _pieces(messages, tools, R1_DISTILL, keep=_after_thought), thinking))
 
 
 def _pieces(messages: Sequence[dict], tools: Sequence[dict], layout: Layout, keep: Callable[[str], str]) -> Pieces:
-    """Returns a prompt; ``keep`` is what remains of an earlier answer, unless it follows outputs or has calls."""
+    """Returns a prompt; `keep` shortens an earlier answer, unless it follows outputs or has calls."""
     conversation = read(messages, layout.join_system)
     n_system = sum(message["role"] == "system" for message in messages)
     pieces: Pieces = [" " * (layout.blanks * n_system), BOS, system_and_tools(conversation.system, tools)]

@@ -1,4 +1,4 @@
-"""What a prompt is made of: text, and the marks of a template; both as one string, and as ids."""
+"""The parts of a prompt, text and special tokens of a template: as one string, and as ids."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from deepseek_jax.errors import UserError
 
 
 class Part(NamedTuple):
-    """A stretch of a prompt: a mark of the template, which is one id, or text, which is never read for marks."""
+    """A part of a prompt: a special token of the template, or text, in which no special tokens are recognised."""
 
     text: str
     is_mark: bool
@@ -35,7 +35,7 @@ Pieces = list[Part | str]  # a bare string is text
 
 
 def join(pieces: Pieces) -> list[Part]:
-    """Returns pieces as parts: neighbouring texts become one, as a tokenizer must see them; empty ones are dropped."""
+    """Returns pieces as parts: adjacent texts are joined, as a tokenizer must see them; empty ones are dropped."""
     parts: list[Part] = []
     for piece in pieces:
         part = piece if isinstance(piece, Part) else Part(piece, False)
@@ -52,27 +52,27 @@ def spell(parts: Iterable[Part]) -> str:
 
 
 def to_ids(parts: Iterable[Part], tokenizer: Tokenizer) -> np.ndarray:
-    """Returns int32 ids: a mark as its one id, text as text whatever it spells.
+    """Returns int32 ids: a special token as its id, text as text, whatever it spells.
 
     Raises:
-        UserError: the tokenizer has no such mark.
+        UserError: the tokenizer does not have a special token.
     """
     ids = [np.zeros(0, np.int32)]
     for text, is_mark in parts:
         ids.append(tokenizer.encode(text, specials=is_mark))
         if is_mark and len(ids[-1]) != 1:
             raise UserError(
-                f"the tokenizer has no mark {text}, which the chat template needs. "
-                "Take the template and the tokenizer of one model."
+                f"the tokenizer has no special token {text}, which the chat template needs. "
+                "Use the template and the tokenizer of the same model."
             )
     return np.concatenate(ids)
 
 
 def fim_parts(prefix: str, suffix: str) -> list[Part]:
-    """A base model's prompt to fill in the middle, which ends at EOS: Coder, Coder-V2-Lite, V2.5 and V3 share it."""
+    """Returns a base model's prompt to fill in the middle, ended by EOS; for Coder, Coder-V2-Lite, V2.5 and V3."""
     return join([BOS, FIM_BEGIN, prefix, FIM_HOLE, suffix, FIM_END])
 
 
 def before(mark: Part, text: str) -> str:
-    """Returns what precedes the first such mark in a text."""
+    """Returns the text before the first occurrence of a special token."""
     return text.partition(mark.text)[0]

@@ -1,9 +1,9 @@
-r"""Chats in which plain words tell who speaks: LLM, Math, MoE, V2 and Coder-V2; Coder.
+r"""Chats in which plain words mark the speaker: LLM, Math, MoE, V2 and Coder-V2; Coder.
 
     v1, v2   BOS system \n\n ( User: u \n\n Assistant: a EOS )*
     coder    BOS system ( ### Instruction:\n u \n### Response:\n a \n EOT \n )*
 
-Nothing keeps a user from typing these words.  There are neither tools nor thoughts.
+A user can type these words. There are no tools and no thoughts.
 """
 
 import functools
@@ -17,10 +17,10 @@ from deepseek_jax.data.messages import Assistant, Conversation, User, as_message
 def v2_parts(
     messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False, name: str = "v2"
 ) -> list[Part]:
-    """A prompt ends in ``Assistant:`` and no blank.
+    """Returns a prompt, which ends in `Assistant:` without a blank.
 
-    The cards of LLM and Math say that these models know no system prompt; their template writes one nevertheless, and
-    so does this function.
+    According to their cards, LLM and Math do not use a system prompt; their template writes one nevertheless, and so
+    does this function.
     """
     conversation = _plain(name, messages, tools, thinking)
     pieces: Pieces = [BOS, conversation.system, "\n\n" if _has_system(messages) else ""]
@@ -37,12 +37,12 @@ v1_parts = functools.partial(v2_parts, name="v1")
 
 
 def v2_reply(message: dict, thinking: bool = False) -> list[Part]:
-    """A blank, the answer, EOS."""
+    """Returns a blank, the answer, EOS."""
     return join([" ", read_answer(message).content, EOS])
 
 
 def v2_parse(text: str, thinking: bool = False) -> dict:
-    """What precedes EOS, without the blank at its start."""
+    """Returns the text before EOS, without the blank at its start."""
     return as_message(before(EOS, text).removeprefix(" "))
 
 
@@ -54,9 +54,9 @@ CODER_SYSTEM = (
 
 
 def coder_parts(messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False) -> list[Part]:
-    """Without a system prompt, the published sentence and a line end; after one's own there is no line end.
+    """Returns a prompt; without a system prompt it starts with the published sentence and a line break.
 
-    The model's README writes the sentence with "DeepSeek" and a full stop; this is what the template has.
+    The model's README writes the sentence with "DeepSeek" and a full stop; the template has it as here.
     """
     conversation = _plain("coder", messages, tools, thinking, join_system="".join)
     pieces: Pieces = [BOS, conversation.system if _has_system(messages) else CODER_SYSTEM]
@@ -70,17 +70,17 @@ def coder_parts(messages: Sequence[dict], tools: Sequence[dict] = (), thinking: 
 
 
 def coder_reply(message: dict, thinking: bool = False) -> list[Part]:
-    """The answer, a line end, EOT."""
+    """Returns the answer, a line break, EOT."""
     return join([read_answer(message).content, "\n", EOT])
 
 
 def coder_parse(text: str, thinking: bool = False) -> dict:
-    """What precedes EOT, without the line end before it."""
+    """Returns the text before EOT, without the line break at its end."""
     return as_message(before(EOT, text).removesuffix("\n"))
 
 
 def _has_system(messages: Sequence[dict]) -> bool:
-    """Whether there is a system prompt, be it an empty one, which the templates treat as any other."""
+    """Returns whether there is a system prompt, even an empty one, which the templates treat like any other."""
     return messages[0]["role"] == "system"
 
 

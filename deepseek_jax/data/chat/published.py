@@ -1,7 +1,7 @@
-"""Which of our templates a published Jinja template is, by what distinguishes them.
+"""Which of our templates a published Jinja template is, recognised by distinctive text.
 
-No template is run: each generation has something in its text that no other has.  A text with none of it is not
-recognised, rather than taken for the nearest.
+No template is executed: the template of each generation contains text that no other has. A template without any of it
+is not recognised.
 """
 
 import json
@@ -11,7 +11,7 @@ from deepseek_jax.errors import UserError
 
 _SPEAKERS = ("<｜User｜>", "<｜Assistant｜>")
 _SPLIT = "'</think>' in content"
-# (name, what its text has, what it has not); the first that fits is taken
+# (name, text it contains, text it does not contain); the first match is used
 TRAITS = (
     ("coder", ("### Instruction:", "### Response:", "<|EOT|>"), ()),
     ("v2", ("'User: '", "'Assistant: '", "'Assistant:'"), ("<｜",)),
@@ -26,7 +26,7 @@ TRAITS = (
 
 
 def recognise(text: str) -> str:
-    """Returns the name of our template for the text of a Jinja template; "" if it is none of ours."""
+    """Returns the name of our template for the text of a Jinja template; "" if it is unknown."""
     return next((name for name, has, hasnt in TRAITS if _all_in(has, text) and not _any_in(hasnt, text)), "")
 
 
@@ -39,10 +39,10 @@ def _any_in(words: tuple[str, ...], text: str) -> bool:
 
 
 def published_template(folder: Path) -> str:
-    """Returns the text of the Jinja template that a model's folder holds; "" if there is none.
+    """Returns the text of the Jinja template in a model's folder; "" if there is none.
 
-    ``chat_template.jinja`` counts before ``chat_template`` in tokenizer_config.json, of which a list names several and
-    "default" is taken.
+    `chat_template.jinja` takes precedence over `chat_template` in tokenizer_config.json; from a list of several the one
+    called "default" is used.
     """
     jinja, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     try:

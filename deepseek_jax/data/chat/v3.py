@@ -4,8 +4,8 @@ r"""V3-0324, and R1-0528, which thinks before it answers.
     ASSISTANT a CALLS CALL function SEP name \n```json\n arguments \n``` END_CALL \n CALL … END_CALLS EOS
     OUTPUTS OUTPUT o END_OUTPUT \n OUTPUT … END_OUTPUTS a EOS
 
-so that after outputs the assistant continues without a mark.  Of earlier answers R1 keeps what follows the last
-``</think>``.  No template describes the tools; V2.5's card does, as JSON in the system prompt.
+so after outputs the assistant continues without a special token. Of earlier answers R1 keeps the text after the last
+`</think>`. No template describes the tools; V2.5's card does, as JSON in the system prompt.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,13 +47,13 @@ from deepseek_jax.data.messages import (
 
 
 def v3_parts(messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False) -> list[Part]:
-    """V3-0324's prompt."""
+    """Returns V3-0324's prompt."""
     refuse("v3", thinking=thinking)
     return join(_pieces(read(messages), tools, keep=str))
 
 
 def r1_parts(messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False) -> list[Part]:
-    """R1-0528's prompt.  The model opens the thought itself; with ``thinking`` the prompt does, as R1's card has it."""
+    """Returns R1-0528's prompt. The model opens the thought, or with `thinking` the prompt, as in R1's card."""
     pieces = _pieces(read(messages), tools, keep=lambda content: content.rpartition(END_THINK.text)[2])
     if thinking:
         check_user_spoke(messages)
@@ -76,7 +76,7 @@ def _pieces(conversation: Conversation, tools: Sequence[dict], keep: Callable[[s
 
 
 def system_and_tools(system: str, tools: Sequence[dict]) -> str:
-    """Returns the system prompt, followed by the tools as V2.5's card describes them if there are any."""
+    """Returns the system prompt, followed by any tools as V2.5's card describes them."""
     if not tools:
         return system
     described = [f"- `{f['name']}`:\n```json\n{as_json(f, f['name'], indent=4)}\n```" for f in functions(tools)]
@@ -102,22 +102,22 @@ def _read_call(body: str) -> Call | None:
 
 
 def v3_reply(message: dict, thinking: bool = False) -> list[Part]:
-    """The answer, its calls, EOS."""
+    """Returns the answer, its calls, EOS."""
     content, _, calls = read_answer(message)
     return join([content, *_calls(calls), EOS])
 
 
 def v3_parse(text: str, thinking: bool = False) -> dict:
-    """What precedes EOS, and the calls at its end."""
+    """Returns the text before EOS and the calls at its end as a message."""
     content, calls = split_calls(before(EOS, text), _read_call)
     return as_message(content, calls=calls)
 
 
 def split_calls(text: str, read_call: Callable[[str], Call | None]) -> tuple[str, list[Call]]:
-    """Returns the content and the calls that end it.
+    """Returns the content and the calls at its end.
 
-    All or none: unless their block is whole and each of them reads well, they stay in the content, marks and all, so
-    that half a call is never run.  Arguments are handed on as written, be they JSON or not.
+    All or none: unless their block is complete and every call is valid, they stay in the content, special tokens
+    included, so that half a call is never run. Arguments are passed on as written, even if they are not JSON.
     """
     content, _, block = text.partition(CALLS.text)
     block, end, rest = block.partition(END_CALLS.text)
@@ -128,7 +128,7 @@ def split_calls(text: str, read_call: Callable[[str], Call | None]) -> tuple[str
 
 
 def r1_reply(message: dict, thinking: bool = False) -> list[Part]:
-    r"""``<think>\n`` (unless the prompt has it), the thought, ``\n</think>\n\n``, the answer, its calls, EOS."""
+    r"""Returns `<think>\n` (unless it is in the prompt), thought, `\n</think>\n\n`, answer, calls, EOS."""
     content, thought, calls = read_answer(message)
     opening: Pieces = [] if thinking else [THINK, "\n"]
     thoughts: Pieces = [*opening, thought, "\n", END_THINK, "\n\n"] if thought or thinking else []
@@ -136,12 +136,12 @@ def r1_reply(message: dict, thinking: bool = False) -> list[Part]:
 
 
 def r1_parse(text: str, thinking: bool = False) -> dict:
-    """As v3's, after the thought; a thought that never ends is all there is."""
+    """Returns the thought, then what `v3_parse` returns; a thought that never ends is the whole message."""
     text, thought = before(EOS, text), ""
     blank, mark, rest = text.partition(THINK.text)
     if mark and not blank.strip():
         text, thinking = rest.removeprefix("\n"), True
-    if thinking or END_THINK.text in text:  # the latter: the caller forgot that the prompt opened it
+    if thinking or END_THINK.text in text:  # in the second case the prompt opened it, although `thinking` is False
         thought, _, text = text.partition(END_THINK.text)
         text = text.removeprefix("\n\n")
     content, calls = split_calls(text, _read_call)

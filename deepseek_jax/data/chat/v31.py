@@ -4,7 +4,7 @@
     ASSISTANT </think> a CALLS CALL name SEP arguments END_CALL CALL … END_CALLS EOS
     OUTPUT o END_OUTPUT OUTPUT … a EOS
 
-Of an earlier answer what follows the first ``</think>`` is kept; all of it where it has calls or follows outputs.
+Of an earlier answer the text after the first `</think>` is kept; all of it if it has calls or follows outputs.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ from deepseek_jax.data.messages import (
 
 
 def v31_parts(messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False) -> list[Part]:
-    """With ``thinking`` the prompt ends in ``<think>``; tools and thinking exclude each other (the model's card)."""
+    """Returns V3.1's prompt; with `thinking` it ends in `<think>`, and tools are not allowed (the model's card)."""
     conversation = read(messages)
     if thinking:
         check_user_spoke(messages)
@@ -67,7 +67,7 @@ def v31_parts(messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bo
 
 
 def _tools(tools: Sequence[dict]) -> Pieces:
-    """The tools as the card describes them; the marks in the description are marks."""
+    """Returns the tools as the card describes them, including the special tokens in the description."""
     if not tools:
         return []
     described = ""
@@ -97,13 +97,13 @@ def _read_call(body: str) -> Call | None:
 
 
 def v31_reply(message: dict, thinking: bool = False) -> list[Part]:
-    """With ``thinking`` the thought and ``</think>``; the answer, its calls, EOS."""
+    """Returns the thought and `</think>` with `thinking`, then the answer, its calls, EOS."""
     content, thought, calls = read_answer(message)
     return join([*([thought, END_THINK] if thinking else []), content, *_calls(calls), EOS])
 
 
 def v31_parse(text: str, thinking: bool = False) -> dict:
-    """As v3's; with ``thinking`` after the thought, and a thought that never ends is all there is."""
+    """Returns what `v3_parse` does; with `thinking` also the thought, which is everything if it never ends."""
     text, thought = before(EOS, text), ""
     if thinking:
         thought, _, text = text.partition(END_THINK.text)

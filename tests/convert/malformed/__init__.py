@@ -1,1 +1,1 @@
-"""Malformed published directories: valid ones, ways to break them, what a reader must make of them."""
+"""Malformed published directories: valid ones, ways to break them, and what a reader must do with them."""

@@ -28,7 +28,7 @@ def break_header(files: Files, rng: random.Random) -> None:
 
 
 def break_tensor(files: Files, rng: random.Random) -> None:
-    """A header that stays JSON and lies about a tensor."""
+    """A header that is still JSON, with a wrong entry for a tensor."""
     name = _some_weights(files, rng)
     header, data = take_apart(files[name]) if name else (b"", b"")
     header = json.loads(header)
@@ -81,7 +81,7 @@ def break_data(files: Files, rng: random.Random) -> None:
 
 
 def break_length(files: Files, rng: random.Random) -> None:
-    """The eight bytes in front."""
+    """The eight bytes at the start."""
     if name := _some_weights(files, rng):
         length = int.from_bytes(files[name][:8], "little")
         near = [length + i for i in (-8, -1, 1, 8)] + [len(files[name]) - 8, len(files[name])]
@@ -90,7 +90,7 @@ def break_length(files: Files, rng: random.Random) -> None:
 
 
 def break_file(files: Files, rng: random.Random) -> None:
-    """Whole files: cut off, longer, missing, exchanged, or none at all."""
+    """Whole files: truncated, longer, missing, exchanged, or none at all."""
     name = rng.choice(list(files)) if files else SINGLE
     content = files.get(name)
     kind = rng.randrange(9)
@@ -114,7 +114,7 @@ def break_file(files: Files, rng: random.Random) -> None:
 
 
 def break_index(files: Files, rng: random.Random) -> None:
-    """The index: as text, or as a map that lies."""
+    """The index: as text, or as a wrong map."""
     if not isinstance(files.get(INDEX), bytes):
         return break_header(files, rng)
     index = json.loads(files[INDEX])
@@ -138,7 +138,7 @@ def break_index(files: Files, rng: random.Random) -> None:
 
 
 def break_hugely(files: Files, rng: random.Random) -> None:
-    """Headers and indices as large as they may be, and larger."""
+    """Headers and indices of the largest size allowed, and larger."""
     name = rng.choice([name for name in files if name.endswith((".json", ".safetensors"))] or [SINGLE])
     if name.endswith(".json"):
         files[name] = enormous_json(rng)
@@ -198,7 +198,7 @@ VALID = {"files": valid_directories, "config": valid_configs, "whole": valid_mod
 
 
 def make_case(target: str, seed: int, number: int) -> tuple[Files, Files]:
-    """(valid, broken): the same for the same numbers, whatever else is run."""
+    """Returns (valid, broken), a function of the arguments alone."""
     rng = random.Random(f"{target} {seed} {number}")
     valid = rng.choice(VALID[target]())
     broken = dict(valid)

@@ -61,7 +61,7 @@ TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|-?\d[\d.eE+-]*|true|false|null|\[|\{')
 
 
 def mangle_json(text: bytes, rng: random.Random) -> bytes:
-    """JSON with one value, key, bracket or stretch of bytes exchanged for something else."""
+    """Returns JSON with one value, key, bracket or range of bytes replaced."""
     tokens = list(TOKEN.finditer(text)) or [re.match(b"", text)]
     token = rng.choice(tokens)
     at, end = token.span()
@@ -83,7 +83,7 @@ def mangle_json(text: bytes, rng: random.Random) -> bytes:
         new = key.group() + b":" + rng.choice((b"1", b"{}", b"null", b'"x"')) + b","
     elif kind == 9:
         new = rng.choice(NESTED).encode()
-    elif kind == 10:  # bytes turned
+    elif kind == 10:  # bits flipped
         turned = bytearray(text)
         for _ in range(rng.randint(1, 4)):
             turned[rng.randrange(len(text))] ^= 1 << rng.randrange(8)
@@ -110,7 +110,7 @@ def mangle_json(text: bytes, rng: random.Random) -> bytes:
 
 
 def enormous_json(rng: random.Random) -> bytes:
-    """Text that is small on disk, and large or slow for who trusts it; up to what is read at all, and beyond."""
+    """Returns text that is small on disk and large or slow for a trusting reader; up to the limit, and beyond."""
     n = rng.choice((1_000_000, 5_000_000, 23_900_000, 24_000_001))
     unit = rng.choice((b"[],", b"{},", b'{"a":1},', b"1e9,", b"12345678901,", b'"abcdefgh",', b"[[1],[2]],"))
     return rng.choice(
@@ -134,7 +134,7 @@ def enormous_json(rng: random.Random) -> bytes:
 
 
 def enormous_header(rng: random.Random) -> bytes:
-    """As many lawful tensors as a header may have, and some more; only the last one is not there."""
+    """Returns as many valid tensors as a header may have, and more; only the last one has no data."""
     n = rng.choice((10_000, 31_000, 100_000))
     entry = b'"%06d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
     return b"{" + b"".join(entry % i + b"," for i in range(n)) + entry.replace(b"0]", b"1]") % n + b"}"

@@ -23,7 +23,7 @@ def read_files(directory: Path) -> Files:
 
 
 def write_files(directory: Path, files: Files) -> None:
-    """Makes a directory; links lead outside of it as well."""
+    """Creates a directory; some links lead outside of it."""
     directory.mkdir()
     for name, content in files.items():
         path = directory / name
@@ -50,7 +50,7 @@ def valid_directories() -> tuple[Files, ...]:
     arrays = {f"w.{name}": rng.integers(0, 2, (2, 3)).astype(dtype) for name, dtype in DTYPES.items()}
     arrays |= {"scalar": np.array(3, np.float32), "empty": np.zeros((0, 4), np.float16)}
     for name in FINITE_CODES:
-        del arrays[f"w.{name}"]  # which stand alone nowhere
+        del arrays[f"w.{name}"]  # they always come with scales
     for i, (shape, scales) in enumerate({(130, 3): "F32", (2, 5, 129): "F8_E8M0", (2, 2): "BF16"}.items()):
         codes = rng.integers(0, 0x7B, shape, np.uint8)
         name = "F8_E5M2" if i == 2 else "F8_E4M3"

@@ -1,4 +1,4 @@
-"""What a reader must make of a malformed directory: one clear error, or exactly what the files say."""
+"""The law for a malformed directory: one clear error, or exactly what the files say."""
 
 import json
 import tempfile
@@ -18,7 +18,7 @@ class Wrong(Exception):
 
 
 def try_files(directory: Path) -> dict[str, tuple]:
-    """Name -> dtype, shape and bytes, as stored and dequantised, of everything."""
+    """Returns name -> dtype, shape and bytes, as stored and dequantised, of every tensor."""
     tensors = open_directory(directory)
     found = {}
     for name in tensors.names():
@@ -64,7 +64,7 @@ def _by_the_library(files: Files) -> dict[str, tuple]:
     found = {}
     for shard in shards:
         header, data = take_apart(files[shard])
-        header = header.replace(b"-0", b" 0")  # which is 0 to Python and no integer to the library
+        header = header.replace(b"-0", b" 0")  # 0 for Python, not an integer for the library
         for name, tensor in library.deserialize(put_together(header, data)):
             if SINGLE not in files and where.get(name) != shard:
                 raise ValueError(f"{name!r} is not where the index says")
@@ -79,7 +79,7 @@ def try_config(directory: Path) -> tuple:
     return *hf_config.from_hf(hf_json), hf_config.facts(hf_json)
 
 
-# Nothing that is computed here hangs on these.
+# Nothing that we compute depends on these.
 IDLE_KEYS = {
     *("architectures", "attention_dropout", "aux_loss_alpha", "seq_aux", "ep_size", "pretraining_tp", "torch_dtype"),
     *("transformers_version", "use_cache", "dtype", "auto_map", "max_window_layers", "sliding_window", "_name_or_path"),
@@ -89,7 +89,7 @@ GROUPS = ("n_group", "topk_group")
 
 
 def check_config(directory: Path, found: tuple, valid: Files, broken: Files) -> str:
-    """Written out and read again it is the same; and no key has been read past."""
+    """Written and read again it is the same, and no changed key was ignored."""
     family, numbers, facts = found
     marks = {key: getattr(facts, key) for key in ("n_positions", "bos_id", "eos_ids", "pad_id")}
     written = json.loads(json.dumps(hf_config.to_hf(family, numbers, **marks)))
@@ -98,7 +98,7 @@ def check_config(directory: Path, found: tuple, valid: Files, broken: Files) -> 
     before, after = json.loads(valid[CONFIG]), json.loads(broken[CONFIG])
     changed = _changes(before, after)
     for key in ("head_dim",) * ("kv_lora_rank" in before) + GROUPS * (before.get("topk_method") == "greedy"):
-        changed.pop(key, None)  # latent attention has no such width, a choice without groups no such numbers
+        changed.pop(key, None)  # unused by latent attention, and without groups
     hf_before = (*hf_config.from_hf(before), hf_config.facts(before))
     if found != hf_before:
         return "valid, other content"
@@ -108,7 +108,7 @@ def check_config(directory: Path, found: tuple, valid: Files, broken: Files) -> 
 
 
 def _changes(before: dict, after: dict, where: str = "") -> dict[str, tuple]:
-    """Keys whose value is another, but for those on which nothing hangs and those left out, which have defaults."""
+    """Returns keys with another value, except idle ones and missing ones, which have defaults."""
     found = {}
     for key in before:
         old, new = before[key], after.get(key)
@@ -131,7 +131,7 @@ _pieces: dict[int, dict] = {}
 
 
 def check_whole(directory: Path, found: dict, valid: Files, broken: Files) -> str:
-    """The weights are those of the valid directory; a tensor of the same size in other words is beyond any check."""
+    """The weights are those of the valid directory, or what the changed files say."""
     if id(valid) not in _pieces:
         with tempfile.TemporaryDirectory() as scratch:
             write_files(Path(scratch) / "valid", valid)
@@ -143,7 +143,7 @@ def check_whole(directory: Path, found: dict, valid: Files, broken: Files) -> st
     same_names = _by_the_library(broken).keys() == _by_the_library(valid).keys()
     if any(valid[name] != broken.get(name) for name in weights):
         try_files(directory)
-        check_files(directory, try_files(directory), valid, broken)  # it is what the files say
+        check_files(directory, try_files(directory), valid, broken)  # they are what the files say
         return "valid, other content"
     raise Wrong(f"other weights from the same files (same names: {same_names})")
 
@@ -154,6 +154,6 @@ CHECK = {"files": check_files, "config": check_config, "whole": check_whole}
 
 def check_message(text: str, directory: Path, files: Files) -> None:
     if not 1 <= len(text.splitlines()) <= 2 or len(text) > 1000 or not text.replace("\n", "").isprintable():
-        raise Wrong(f"no clear line: {text[:300]!r}")
+        raise Wrong(f"not a clear line: {text[:300]!r}")
     if str(directory) not in text and CONFIG not in text:
-        raise Wrong(f"names nothing: {text[:300]!r}")
+        raise Wrong(f"names no place: {text[:300]!r}")
