@@ -10,11 +10,12 @@ from jax.sharding import AbstractMesh
 
 from deepseek_jax.parallel.mesh import REPLICAS
 from deepseek_jax.parallel.sharding import Placement, bytes_per_device, expert_axis, placements
+from deepseek_jax.parallel.stages import StageShare
 from deepseek_jax.plan.chips import Chip
 from deepseek_jax.plan.layout import Layout, Stage, make_stages
 from deepseek_jax.plan.network import Network, Weight
 from deepseek_jax.plan.recipes import Recipe
-from deepseek_jax.plan.schedules import Schedule, StageShare, n_stages
+from deepseek_jax.plan.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Job:
     def stages(self) -> tuple[Stage, ...]:
         """The stages of the pipeline. Raises UserError if there are more stages than layers."""
         slow = self.chip.fp8 / self.chip.bf16 if self.recipe.fp8 else 1.0
-        number, folded = n_stages(self.schedule, self.layout.pipe), self.schedule.stages_per_device > 1
+        arrangement = self.schedule.arrangement
+        number, folded = arrangement.n_stages(self.layout.pipe), arrangement.stages_per_device > 1
         return make_stages(self.network, number, self.layout.seq_len, folded=folded, slow=slow)
 
     @cached_property
@@ -70,7 +72,7 @@ class Job:
     @cached_property
     def ranks(self) -> tuple[tuple[StageShare, ...], ...]:
         """The stages that each device along the pipeline holds."""
-        return tuple(self.schedule.hold(rank, self.layout.pipe) for rank in range(self.layout.pipe))
+        return tuple(self.schedule.arrangement.hold(rank, self.layout.pipe) for rank in range(self.layout.pipe))
 
     @property
     def expert_devices(self) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.parallel.stages import divide, slices
 from deepseek_jax.plan.flops import keys_seen
 from deepseek_jax.plan.network import EMBEDDING, HEAD, MTP, Network, Weight
 
@@ -150,44 +151,19 @@ def make_stages(
             f"{n_stages} pipeline stages for {network.n_layers} layers: expected at most one stage per layer. "
             "Choose a smaller config.mesh.pipe (with --schedule=dualpipev each device holds two stages)."
         )
-    order = [name for name in network.stacks for w in network.of(name)[:1] for _ in range(w.n_layers)]
+    stacks = {name: network.of(name)[0].n_layers for name in network.stacks}
     ends = network.of(*{w.part for w in network.weights} - {*network.stacks, EMBEDDING})
-    stages, start = [], 0
-    for number, n in enumerate(divide(network.n_layers, n_stages, _end_in_layers(network, seq_len, slow), folded)):
-        mine, first, last = order[start : start + n], number == 0, number == n_stages - 1
-        start += n
-        layers = tuple((name, mine.count(name)) for name in network.stacks if name in mine)
+    stages = []
+    counts = divide(network.n_layers, n_stages, _end_in_layers(network, seq_len, slow), folded)
+    for number, mine in enumerate(slices(stacks, counts)):
+        first, last = number == 0, number == n_stages - 1
+        layers = tuple((name, part.stop - part.start) for name, part in mine.items())
         weights = [w.of_layers(k) for name, k in layers for w in network.of(name)]
         if first or (last and network.mtp_depth and not folded):
             weights += network.of(EMBEDDING)
         weights += ends if last else ()
         stages.append(Stage(tuple(weights), layers, network.mtp_depth if last else 0, first, last))
     return tuple(stages)
-
-
-def divide(n_layers: int, n_stages: int, end: float, folded: bool) -> tuple[int, ...]:
-    """Returns the number of layers per stage. Layers are given out one at a time to the device with the least work.
-
-    Among equals the first device wins. The last stage does as much additional work as `end` layers and may have none;
-    every other stage gets at least one. On a device with two stages (`folded`) both get the same number of layers; an
-    odd layer, or one that would join the end, goes to the first of the two.
-    """
-    device = [min(s, n_stages - 1 - s) if folded else s for s in range(n_stages)]
-    least = [1] * (n_stages - 1) + [0 if n_stages > 1 else 1]
-    load = [sum(n for n, d in zip(least, device, strict=True) if d == mine) for mine in range(max(device) + 1)]
-    layers = list(load)
-    load[device[-1]] += end
-    for _ in range(n_layers - sum(layers)):
-        idle = load.index(min(load))
-        load[idle] += 1
-        layers[idle] += 1
-    if not folded:
-        return tuple(layers)
-    second = [0 if d == device[-1] and n_stages > 1 else layers[d] // 2 for d in range(len(layers))]
-    if n_stages % 2:  # the middle stage is alone on its device
-        second[-1] = 0
-    first = [n - m for n, m in zip(layers, second, strict=True)]
-    return (*first, *reversed(second[: n_stages - len(first)]))
 
 
 def _end_in_layers(network: Network, seq_len: int, slow: float) -> float:

@@ -75,9 +75,9 @@ def capacity(job: Job) -> float:
 
 
 def gradient_copies(job: Job) -> int:
-    """Returns 2 if sums over micro-batches exist beside the gradients of the current one, as in `train.step`, else 1.
+    """Returns 2 if sums over micro-batches exist beside the gradients of the current one, else 1.
 
-    A pipeline adds in place.
+    They do in `train.gradients.accumulated`; a pipeline adds in place.
     """
     return 2 if job.layout.pipe == 1 and job.layout.micro_batches > 1 else 1
 
@@ -86,14 +86,14 @@ def _states(job: Job, rank: int) -> dict[str, float]:
     """Returns the bytes of weights, gradients and optimizer state."""
     recipe, found = job.recipe, dict.fromkeys(("weights", "gradients", "pipeline_copy", "optimizer"), 0.0)
     for number, hold in enumerate(job.ranks[rank]):
-        is_copy = job.schedule.copies > 1 and number > 0
+        is_copy = job.schedule.arrangement.copies > 1 and number > 0
         for part in job.parts[hold.stage]:
             low = part.weight.is_matrix and part.weight.part != HEAD and not part.weight.is_router
             weights = part.numbers * (recipe.weights + low * recipe.low_precision_copy)
             gradients = part.numbers * recipe.gradients * gradient_copies(job)
             found["pipeline_copy" if is_copy else "weights"] += weights
             found["pipeline_copy" if is_copy else "gradients"] += gradients
-            found["optimizer"] += part.optimizer_numbers * recipe.optimizer / job.schedule.copies
+            found["optimizer"] += part.optimizer_numbers * recipe.optimizer / job.schedule.arrangement.copies
     return found
 
 

@@ -100,7 +100,7 @@ def rank_traffic(job: Job, rank: int) -> Traffic:
         stream = tokens * job.network.d_model * job.recipe.activations
         pipeline += _over(job, job.layout.devices, neighbours * stream)
         for part in job.parts[hold.stage]:
-            zero += _zero(job, part).times(1 / job.schedule.copies)
+            zero += _zero(job, part).times(1 / job.schedule.arrangement.copies)
             fsdp += _fsdp(job, part).times(job.passes(hold))
     return Traffic(experts, zero, fsdp, pipeline)
 
@@ -117,7 +117,7 @@ def _span(job: Job, axes: Sequence[str]) -> int:
 
 def _zero(job: Job, part: Part) -> Sent:
     """Returns the bytes of scattered gradients and gathered weights; copies of the model are replicas too."""
-    place, copies = part.place, job.schedule.copies
+    place, copies = part.place, job.schedule.arrangement.copies
     replicas = size(job.mesh, place.copies) * copies
     span = _span(job, place.copies) * (job.layout.pipe if copies > 1 else 1)
     all_reduced = place.zero_dim is None and copies == 1  # no dimension divides: summed everywhere, nothing to gather

@@ -5,7 +5,7 @@ import pytest
 from deepseek_jax import run_config
 from deepseek_jax.errors import UserError
 from deepseek_jax.models import family
-from deepseek_jax.plan.layout import describe_layers, divide, make_layout, make_stages
+from deepseek_jax.plan.layout import describe_layers, make_layout, make_stages
 from deepseek_jax.plan.network import describe
 
 SIZES = {"pipe": 16, "data": -1, "expert": 64, "devices": 2048, "batch": 15_360, "micro_batches": 1, "seq_len": 4096}
@@ -61,14 +61,6 @@ def test_every_layer_is_in_one_stage(v3, n_stages, folded):
     second_embedding = 0 if folded or n_stages == 1 else 129_280 * 7168
     assert numbers == sum(w.size for w in v3.weights) + second_embedding
     assert min((stage.n_layers for stage in stages[:-1]), default=1) >= 1
-
-
-def test_layers_go_where_least_is_done():
-    assert divide(8, 4, 0.0, folded=False) == (2, 2, 2, 2)
-    assert divide(8, 4, 2.0, folded=False) == (3, 3, 2, 0)
-    assert divide(8, 4, 2.0, folded=True) == (3, 3, 2, 0)  # devices with stages 0 and 3, 1 and 2: 3 + 2 and 5
-    assert divide(61, 1, 5.0, folded=False) == (61,)
-    assert sum(divide(61, 5, 2.0, folded=True)) == 61
 
 
 def test_more_stages_than_layers_are_refused(v3):

@@ -1,9 +1,9 @@
-"""Schedules: the formulas of the bubbles on whole numbers, what each device holds, what is refused."""
+"""Schedules: the formulas of the bubbles on whole numbers, what is refused."""
 
 import pytest
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.plan.schedules import SCHEDULES, Times, n_stages, schedule
+from deepseek_jax.plan.schedules import SCHEDULES, Times, schedule
 
 # One unit each for forward pass, input gradients and weight gradients: B is 2, F&B is 3.
 UNITS = Times(forward=1, backward=2, weights=1, both=3)
@@ -31,30 +31,9 @@ def test_bubbles_by_hand():
     assert SCHEDULES["dualpipe"].bubble(16, V3) == pytest.approx(7 * (143.8 + 107 - 96))
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("n_devices", [2, 4, 16])
-def test_every_stage_is_held_as_often_as_there_are_copies(name, n_devices):
-    found = SCHEDULES[name]
-    held = [hold for rank in range(n_devices) for hold in found.hold(rank, n_devices)]
-    stages = n_stages(found, n_devices)
-    assert sorted(hold.stage for hold in held) == sorted([*range(stages)] * found.copies)
-    for stage in range(stages):  # each micro-batch passes each stage once
-        assert sum(hold.share for hold in held if hold.stage == stage) == 1
-
-
-def test_micro_batches_in_flight():
-    def in_flight(name: str) -> list[int]:
-        return [sum(hold.in_flight for hold in SCHEDULES[name].hold(rank, 8)) for rank in range(8)]
-
-    assert in_flight("1f1b") == [8, 7, 6, 5, 4, 3, 2, 1]
-    assert in_flight("zb1p") == [8] * 8
-    assert in_flight("dualpipe") == [8 + 1] * 8
-    assert in_flight("dualpipev") == [16 + 1] * 8
-
-
 def test_one_device_waits_for_nobody():
     for name in ("1f1b", "zb1p", "dualpipev"):
-        assert SCHEDULES[name].bubble(n_stages(SCHEDULES[name], 1), UNITS) == 0
+        assert SCHEDULES[name].bubble(SCHEDULES[name].arrangement.n_stages(1), UNITS) == 0
 
 
 @pytest.mark.parametrize(
