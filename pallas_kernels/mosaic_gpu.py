@@ -37,6 +37,40 @@ def named_barrier(instruction: str, index: jax.Array, n_threads: int) -> None:
     emit(index)
 
 
+def store_rows(values: jax.Array, ref, row: jax.Array, column: jax.Array, low: jax.Array, high: jax.Array) -> None:
+    """Writes `values` (in layout WGMMA) to ref[row:, column:], as far as low <= row < high and there are columns.
+
+    Straight from the registers of the threads that hold them, two neighbours of a row at a time.
+    """
+    splat = plgpu.Layout.WG_SPLAT(())
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), splat, splat, splat, splat))
+    def emit(_, values, ref, *numbers):
+        arith, llvm, ir = mgpu.arith, mgpu.llvm, mgpu.ir
+        row, column, low, high = (number.registers.item() for number in numbers)
+        n_columns = ir.MemRefType(ref.type).shape[1]
+        i32, i64, void = (ir.Type.parse(name) for name in ("i32", "i64", "!llvm.void"))
+        size = mgpu.bitwidth(values.mlir_dtype) // 8
+        base = llvm.ptrtoint(i64, mgpu.memref_ptr(ref))
+        bits, letter = (i32, "r") if size == 2 else (i64, "l")
+        store = f"@$0 st.global.b{16 * size} [$1], $2;"
+        for (r, c), pair in zip(values.layout.thread_idxs(values.shape), values.registers.flat, strict=True):
+            at_row, at_column = (
+                arith.addi(first, arith.index_cast(i32, index)) for first, index in ((row, r), (column, c))
+            )
+            inside = arith.cmpi(arith.CmpIPredicate.sge, at_row, low)
+            for left, right in ((at_row, high), (at_column, mgpu.c(n_columns, i32))):
+                inside = arith.andi(inside, arith.cmpi(arith.CmpIPredicate.slt, left, right))
+            element = arith.addi(
+                arith.muli(arith.extsi(i64, at_row), mgpu.c(n_columns, i64)), arith.extsi(i64, at_column)
+            )
+            address = arith.addi(base, arith.muli(element, mgpu.c(size, i64)))
+            operands = [inside, address, mgpu.bitcast(pair, bits)]
+            llvm.inline_asm(void, operands, store, f"b,l,{letter}", has_side_effects=True)
+
+    emit(values, ref, row, column, low, high)
+
+
 def check_hopper(name: str) -> int:
     """Returns the number of processors of the default device; raises ValueError unless it is a Hopper GPU."""
     device = jax.devices()[0]

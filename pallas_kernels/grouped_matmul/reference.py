@@ -1,0 +1,106 @@
+"""Grouped matmuls in plain jax.numpy: the definition that every kernel is tested against.
+
+    y[r]  = x[r] w[g]                          for the rows r of group g; 0 for rows of no group
+    dw[g] = sum_{r in group g}  x[r]^T dy[r]   0 for an empty group
+
+Each group costs a matmul over all rows here: this is for reading and for testing.
+In FP8 the products are those of `fp8_matmul`: E4M3 codes, scales per block, promoted to float32 every 128.
+Paper: V3 sections 2.1.2 (experts) and 3.3.2 (FP8).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from pallas_kernels.fp8_matmul import reference as fp8
+from pallas_kernels.grouped_matmul.layout import groups
+
+
+def grouped_matmul(
+    x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array, *, transposed: bool = False, align: int = 1
+) -> jax.Array:
+    """Returns y [A, F] in the dtype of x; with `transposed` each w[g] is [F, D]."""
+
+    def product(w):
+        w = w.T if transposed else w
+        return jnp.matmul(x_AD, w, precision="highest", preferred_element_type=jnp.float32).astype(x_AD.dtype)
+
+    return _by_rows(product, w_XDF, x_AD.shape[0], count_X, align)
+
+
+def grouped_fp8_matmul(
+    x: jax.Array,
+    x_scale: jax.Array,
+    w: jax.Array,
+    w_scale: jax.Array,
+    count_X: jax.Array,
+    *,
+    align: int = 1,
+    out_dtype: DTypeLike = jnp.bfloat16,
+) -> jax.Array:
+    """Returns y [A, N]; for shapes see `pallas_kernels.grouped_matmul.grouped_fp8_matmul`."""
+
+    def product(one):
+        return fp8.fp8_matmul(x, x_scale, *one, out_dtype=out_dtype)
+
+    return _by_rows(product, (w, w_scale), x.shape[0], count_X, align)
+
+
+def _by_rows(product, weights, n_rows: int, count_X: jax.Array, align: int) -> jax.Array:
+    """The rows of each group from `product` of its weights."""
+    row_A = jnp.arange(n_rows)
+
+    def add_group(y, group):
+        one, first, end = group
+        mine_A = (first <= row_A) & (row_A < end)
+        return jnp.where(mine_A[:, None], product(one), y), None
+
+    shape = jax.eval_shape(product, jax.tree.map(lambda w: w[0], weights))
+    y, _ = lax.scan(add_group, jnp.zeros(shape.shape, shape.dtype), (weights, *groups(count_X, align)))
+    return y
+
+
+def grouped_weight_gradient(
+    x_AD: jax.Array,
+    dy_AF: jax.Array,
+    count_X: jax.Array,
+    *,
+    align: int = 1,
+    out_dtype: DTypeLike = jnp.float32,
+) -> jax.Array:
+    """Returns dw [X, D, F], summed in float32."""
+    row_A = jnp.arange(x_AD.shape[0])
+
+    def of_group(group):
+        first, end = group
+        mine_A = ((first <= row_A) & (row_A < end))[:, None]
+        x, dy = jnp.where(mine_A, x_AD, 0), jnp.where(mine_A, dy_AF, 0)
+        return jnp.matmul(x.T, dy, precision="highest", preferred_element_type=jnp.float32).astype(out_dtype)
+
+    return lax.map(of_group, groups(count_X, align))
+
+
+def grouped_fp8_weight_gradient(
+    x_t: jax.Array,
+    x_t_scale: jax.Array,
+    dy_t: jax.Array,
+    dy_t_scale: jax.Array,
+    count_X: jax.Array,
+    *,
+    align: int = 128,
+    out_dtype: DTypeLike = jnp.float32,
+) -> jax.Array:
+    """Returns dw [X, D, F]; for shapes see `pallas_kernels.grouped_matmul.grouped_fp8_weight_gradient`."""
+    row_A = jnp.arange(x_t.shape[1])
+    block_B = jnp.arange(x_t_scale.shape[0])
+
+    def of_group(group):
+        first, end = group
+        mine_A = (first <= row_A) & (row_A < end)
+        mine_B = ((first // fp8.BLOCK <= block_B) & (block_B * fp8.BLOCK < end))[:, None]
+        x, dy = (jnp.where(mine_A, codes, 0) for codes in (x_t, dy_t))
+        x_scale, dy_scale = (jnp.where(mine_B, scale, 0) for scale in (x_t_scale, dy_t_scale))
+        return fp8.fp8_matmul(x, x_scale, dy, dy_scale, w_block=(1, fp8.BLOCK), out_dtype=out_dtype)
+
+    return lax.map(of_group, groups(count_X, align))

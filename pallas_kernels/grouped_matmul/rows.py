@@ -1,0 +1,171 @@
+"""The grouped matmul for Hopper whose result has the rows of x: forward and input gradient, bfloat16 and FP8.
+
+    y[r] = x[r] w[g]   for the rows r of group g, 0 for rows of no group
+
+Each job is a tile of rows of one group (`layout.row_tiles`) by a tile of columns; see `pipeline.py` for how it is
+computed. A tile's rows that belong to other groups are computed with the wrong weights and not written. Chunks of 64
+rows that belong to the group entirely, nearly all in a large group, leave through shared memory and TMA. The others,
+at the borders of groups, are written by the threads that hold them, row by row.
+"""
+
+import dataclasses
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
+
+from pallas_kernels import mosaic_gpu
+from pallas_kernels.grouped_matmul import pipeline
+from pallas_kernels.grouped_matmul.layout import UNIT, row_tiles
+from pallas_kernels.grouped_matmul.pipeline import CHUNK_COLUMNS, CHUNK_ROWS, Job, Plan, Refs
+from pallas_kernels.grouped_matmul.tiles import Tiles, choose
+
+
+def grouped_matmul(
+    x_AD: jax.Array,
+    w_XDF: jax.Array,
+    count_X: jax.Array,
+    *,
+    transposed: bool = False,
+    align: int = 1,
+    tiles: Tiles | None = None,
+    n_processors: int = 132,
+    interpret: object = None,
+) -> jax.Array:
+    """Returns y [A, F]; arguments as in `pallas_kernels.grouped_matmul.grouped_matmul`.
+
+    A that is no multiple of 8 is filled up first, which costs a copy.
+    """
+    if x_AD.dtype != jnp.bfloat16:
+        raise ValueError(
+            f"implementation='mosaic_gpu' of grouped_matmul: x is {x_AD.dtype}, expected bfloat16. Cast the operands "
+            "or use implementation='reference'."
+        )
+    k, n = w_XDF.shape[1:][::-1] if transposed else w_XDF.shape[1:]
+    pipeline.check_multiples("grouped_matmul", D=k, F=n)
+    return _run((x_AD, w_XDF), count_X, n, k, transposed, align, x_AD.dtype, tiles, n_processors, interpret)
+
+
+def grouped_fp8_matmul(
+    x: jax.Array,
+    x_scale: jax.Array,
+    w: jax.Array,
+    w_scale: jax.Array,
+    count_X: jax.Array,
+    *,
+    align: int = 1,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    tiles: Tiles | None = None,
+    n_processors: int = 132,
+    interpret: object = None,
+) -> jax.Array:
+    """Returns y [A, N]; arguments as in `pallas_kernels.grouped_matmul.grouped_fp8_matmul`.
+
+    A that is no multiple of 8 is filled up first, which costs a copy.
+    """
+    n, k = w.shape[1:]
+    pipeline.check_multiples("grouped_fp8_matmul", N=n, K=k)
+    operands = (x, w, x_scale, w_scale)
+    return _run(operands, count_X, n, k, True, align, out_dtype, tiles, n_processors, interpret)
+
+
+def _run(operands, count_X, n, k, transposed, align, out_dtype, tiles, n_processors, interpret) -> jax.Array:
+    x, w, *scales = operands
+    n_rows, extra = x.shape[0], -x.shape[0] % UNIT
+    if extra:
+        x = jnp.pad(x, ((0, extra), (0, 0)))
+        scales = [jnp.pad(scales[0], ((0, 0), (0, extra))), scales[1]] if scales else []
+    tiles = tiles or choose(x.dtype, out_dtype)
+    plan = RowsPlan(
+        w.shape[0], x.shape[0], n, x.dtype, out_dtype, tiles, n_processors, not interpret, k=k, transposed=transposed
+    )
+    table, n_tiles = row_tiles(count_X, x.shape[0], tiles.span[0], align)
+    table = jnp.concatenate([table.reshape(-1), n_tiles])
+    y = plan.call(interpret)(table, x, w, *scales)
+    return y[:n_rows] if extra else y
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsPlan(Plan):
+    k: int
+    transposed: bool  # w has the contraction last
+
+    @property
+    def out_shape(self) -> tuple[int, int]:
+        return self.m, self.n
+
+    @property
+    def operand_shapes(self) -> tuple:
+        rows, columns = self.tiles.cta
+        return (rows, self.depth), (columns, self.depth) if self.transposed else (self.depth, columns)
+
+    @property
+    def grid_columns(self) -> int:
+        return -(-self.n // self.tiles.span[1])
+
+    def _n_row_tiles(self, refs: Refs) -> jax.Array:
+        return refs.table[refs.table.shape[0] - 1]
+
+    def n_jobs(self, refs: Refs) -> jax.Array:
+        return self._n_row_tiles(refs) * self.grid_columns
+
+    def job(self, refs: Refs, linear: jax.Array) -> Job:
+        shape = (self._n_row_tiles(refs), self.grid_columns)
+        tile, column_tile = plgpu.planar_snake(linear, shape, self.tiles.minor, self.tiles.raster)
+        group, row, low, high, end = (refs.table[tile * 5 + i] for i in range(5))
+        offset, column = pipeline.first_of_cta(self, (0, column_tile))
+        n_steps = jnp.where(end > row, self.k // self.depth, 0)  # the same for both CTAs of a cluster
+        return Job(group, row + offset, column, n_steps, (low, high, end))
+
+    def copies(self, refs: Refs, job: Job, step: jax.Array) -> tuple:
+        rows, columns = self.tiles.cta
+        depth = pl.ds(step * self.depth, self.depth)
+        # TMA copies from rows that are multiples of 8; `layout` makes them so.
+        x = refs.x.at[pl.ds(pl.multiple_of(job.row, UNIT), rows), depth]
+        columns = pl.ds(job.column, columns)
+        w = refs.w.at[job.group, columns, depth] if self.transposed else refs.w.at[job.group, depth, columns]
+        return (x, w, refs.x_scale.at[step, pl.ds(job.row, rows)]) if self.scaled else (x, w)
+
+    def operands(self, refs: Refs, stage: jax.Array, own_row, own_column, columns: int) -> tuple:
+        rows = CHUNK_ROWS if self.scaled else self.tiles.rows
+        x = refs.x_stages.at[stage, pl.ds(own_row, rows)]
+        if self.transposed:
+            return x, mosaic_gpu.transpose(refs.w_stages.at[stage, pl.ds(own_column, columns)])
+        return x, refs.w_stages.at[stage, :, pl.ds(own_column, columns)]
+
+    def store(self, refs: Refs, job: Job, own_row, own_column, sums: list) -> None:
+        low, high, end = job.extra
+        per_row = self.tiles.columns // self.tiles.store_columns
+        for i, r in enumerate(range(0, self.tiles.rows, CHUNK_ROWS)):
+            row, column = pl.multiple_of(job.row + own_row + r, UNIT), job.column + own_column
+            whole = (low <= row) & (row + CHUNK_ROWS <= jnp.minimum(high, end))
+
+            def target(c, width, row=row, column=column):
+                return refs.y.at[pl.ds(row, CHUNK_ROWS), pl.ds(column + c, width)]
+
+            @pl.when(whole)
+            def _(i=i, r=r, target=target):
+                pipeline.store_staged(self, refs, i * per_row, r, sums, target)
+
+            @pl.when(jnp.logical_not(whole) & (low < row + CHUNK_ROWS) & (row < high))
+            def _(r=r, row=row, column=column):
+                for (chunk_row, c), total in zip(self.chunks, sums, strict=True):
+                    if chunk_row == r:
+                        self._store_border(refs, job, row, column + c, total)
+
+    def _store_border(self, refs: Refs, job: Job, row, column, total: jax.Array) -> None:
+        """Writes those rows of a chunk that belong to the job, 0 in those of no group."""
+        low, high, end = job.extra
+        row_of = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, total.shape, 0), plgpu.Layout.WGMMA)
+        values = jnp.where(row_of < end - row, total, 0.0).astype(self.out_dtype)
+        if self.on_chip:
+            mosaic_gpu.store_rows(values, refs.y, row, column, low, high)
+            return
+        for i in range(CHUNK_ROWS):
+
+            @pl.when((low <= row + i) & (row + i < high) & (column < self.n))
+            def _(i=i):
+                refs.y[row + i, pl.ds(column, CHUNK_COLUMNS)] = values[i]
