@@ -29,32 +29,35 @@ def groups(count_X: jax.Array, align: int = 1) -> Groups:
     return Groups(first_X, first_X + count_X)
 
 
-class RowTiles(NamedTuple):
-    """Tiles that cover every row exactly once.
+FIELDS = ("group", "row", "low", "high", "end", "n_tiles")
 
-    Attributes:
-        table_TF: int32, for each tile its group, first row (a multiple of 8), and of the rows that it writes the first
-            (`low`), the one after the last (`high`) and the one from which on they are 0 (`end`).
-        n_tiles: [1], how many entries of the table count.
+
+def row_tiles(count_X: jax.Array, n_rows: int, tile_rows: int, align: int = 1) -> jax.Array:
+    """Returns the tiles of `tile_rows` rows that cover a matrix of `n_rows` rows, each row exactly once.
+
+    A last group holds the rows after all groups. Sums are written as comparisons, which XLA makes few kernels of.
+
+    Returns:
+        int32 [T, 6]: for each tile its group, first row (a multiple of 8), and of the rows that it writes the first
+        (`low`), the one after the last (`high`) and the one from which on they are 0 (`end`); and how many tiles count.
     """
-
-    table_TF: jax.Array
-    n_tiles: jax.Array
-
-
-def row_tiles(count_X: jax.Array, n_rows: int, tile_rows: int, align: int = 1) -> RowTiles:
-    """Returns the tiles of `tile_rows` rows over a matrix of `n_rows`; a last group holds the rows after all groups."""
     n_groups = count_X.size
-    first_X, end_X = groups(count_X.astype(jnp.int32), align)
-    total = jnp.minimum(first_X[-1] + -(-count_X[-1] // align) * align, n_rows).astype(jnp.int32)
-    low_X = jnp.concatenate([jnp.minimum(first_X, n_rows), total[None]])
-    high_X = jnp.concatenate([low_X[1:], jnp.array([n_rows], jnp.int32)])
-    end_X = jnp.concatenate([end_X, total[None]])
-    begin_X = low_X // UNIT * UNIT
-    tiles_X = jnp.where(high_X > low_X, -(-(high_X - begin_X) // tile_rows), 0)
-    last_X = jnp.sum(jnp.where(jnp.arange(n_groups + 1) <= jnp.arange(n_groups + 1)[:, None], tiles_X, 0), axis=1)
-    tile_T = jnp.arange((n_rows + (n_groups + 1) * (tile_rows + UNIT - 2)) // tile_rows, dtype=jnp.int32)
-    group_T = jnp.minimum(jnp.sum(tile_T[:, None] >= last_X, axis=1), n_groups)
-    row_T = begin_X[group_T] + (tile_T - (last_X - tiles_X)[group_T]) * tile_rows
-    fields = (jnp.minimum(group_T, n_groups - 1), row_T, low_X[group_T], high_X[group_T], end_X[group_T])
-    return RowTiles(jnp.stack(fields, axis=1).astype(jnp.int32), last_X[-1:].astype(jnp.int32))
+    count_X = count_X.astype(jnp.int32)
+    room_X = -(-count_X // align) * align
+    index_Y = jnp.arange(n_groups + 1, dtype=jnp.int32)  # the groups and the rows after them
+    before_YX = index_Y[:n_groups] < index_Y[:, None]
+    low_Y = jnp.minimum(jnp.sum(jnp.where(before_YX, room_X, 0), axis=1), n_rows)
+    through_YX = index_Y[:n_groups] <= index_Y[:, None]
+    high_Y = jnp.minimum(jnp.sum(jnp.where(through_YX, room_X, 0), axis=1), n_rows)
+    high_Y = jnp.where(index_Y < n_groups, high_Y, n_rows)
+    end_Y = low_Y + jnp.where(index_Y < n_groups, count_X[jnp.minimum(index_Y, n_groups - 1)], 0)
+    begin_Y = low_Y // UNIT * UNIT
+    tiles_Y = jnp.where(high_Y > low_Y, -(-(high_Y - begin_Y) // tile_rows), 0)
+    last_Y = jnp.sum(jnp.where(index_Y <= index_Y[:, None], tiles_Y, 0), axis=1)
+    most = (n_rows + (n_groups + 1) * (tile_rows + UNIT - 2)) // tile_rows
+    tile_T = jnp.arange(most, dtype=jnp.int32)
+    group_T = jnp.minimum(jnp.sum(tile_T[:, None] >= last_Y, axis=1, dtype=jnp.int32), n_groups)
+    row_T = begin_Y[group_T] + (tile_T - (last_Y - tiles_Y)[group_T]) * tile_rows
+    n_tiles_T = jnp.broadcast_to(last_Y[-1], tile_T.shape)
+    fields = (jnp.minimum(group_T, n_groups - 1), row_T, low_Y[group_T], high_Y[group_T], end_Y[group_T], n_tiles_T)
+    return jnp.stack(fields, axis=1).astype(jnp.int32)

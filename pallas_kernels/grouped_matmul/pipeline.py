@@ -6,9 +6,8 @@ cluster that need the same operand load half of it each, for both. The other war
 output tile, in chunks of 64 rows by 128 columns.
 
 bfloat16: the tensor cores keep the sum. FP8: they sum a chunk's 128 products per output, then the CUDA cores multiply
-by the scales and add to the float32 sum that a thread keeps in registers ("promotion", V3 section 3.3.2). With
-`Tiles.alternate` the warpgroups take turns: each issues its products only when the one before has issued its own, so
-that promotion hides behind the products of the others.
+by the scales and add to the float32 sum that a thread keeps in registers ("promotion", V3 section 3.3.2). Promotion
+hides behind the products of the other warpgroups.
 
 How many blocks a job has is known only when the kernel runs; both roles read it from the same table in device memory.
 """
@@ -18,6 +17,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -33,7 +33,6 @@ CHUNK_ROWS = 64  # of one wgmma
 CHUNK_COLUMNS = 128
 STAGE_BYTES = 128  # of a row of an operand, per block of the contraction: what TMA can swizzle
 REGISTERS = 65536  # of a processor
-TURN = 8  # the first of the hardware's named barriers that Mosaic GPU leaves free
 
 
 def check_multiples(name: str, **sizes: int) -> None:
@@ -58,20 +57,20 @@ def tiled(columns: int, dtype: DTypeLike) -> tuple:
 class Refs:
     """Global memory, a CTA's shared memory, and its barriers."""
 
-    table: object  # of jobs, int32
-    x: object
-    w: object
-    x_scale: object
-    w_scale: object
-    y: object
-    x_stages: object
-    w_stages: object
-    x_scale_stages: object
-    w_scale_stages: object
-    staging: object
-    loaded: object  # per stage: its copies have arrived
-    free: object  # per stage: all warpgroups that read it, of both CTAs, are done
-    cleared: object  # foreign rows of a stage have been overwritten with zeros
+    table: Any  # of jobs, int32
+    x: Any
+    w: Any
+    x_scale: Any
+    w_scale: Any
+    y: Any
+    x_stages: Any
+    w_stages: Any
+    x_scale_stages: Any
+    w_scale_stages: Any
+    staging: Any
+    loaded: Any  # per stage: its copies have arrived
+    free: Any  # per stage: all warpgroups that read it, of both CTAs, are done
+    cleared: Any  # foreign rows of a stage have been overwritten with zeros
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +117,10 @@ class Plan(abc.ABC):
 
     # What a kernel defines.
 
-    by_row = False  # whether w has a scale per 1 x 128 as x does, not one per 128 x 128
+    @property
+    @abc.abstractmethod
+    def by_row(self) -> bool:
+        """Whether w has a scale per 1 x 128 as x does, not one per 128 x 128."""
 
     @property
     @abc.abstractmethod
@@ -150,6 +152,10 @@ class Plan(abc.ABC):
     def store(self, refs: Refs, job: "Job", own_row, own_column, sums: list) -> None:
         """Writes a warpgroup's part of the tile."""
 
+    def steps(self, job: "Job", own_row) -> int | jax.Array:
+        """How many steps of a job a warpgroup computes: none if none of its rows is written."""
+        return job.n_steps
+
     def add_borders(self, refs: Refs, job: "Job", stage: jax.Array, add: Callable) -> tuple:
         """Adds the first steps of a job if these need more than a product: `add(stage)` does the product.
 
@@ -160,6 +166,7 @@ class Plan(abc.ABC):
     def call(self, interpret: object) -> Callable:
         """The kernel as a function of table, x, w and, in FP8, x_scale, w_scale."""
         tiles = self.tiles
+        options: dict[str, Any] = {"interpret": interpret} if interpret else {}
         return plgpu.kernel(
             functools.partial(_kernel, self),
             out_type=jax.ShapeDtypeStruct(self.out_shape, self.out_dtype),
@@ -173,7 +180,7 @@ class Plan(abc.ABC):
             compiler_params=plgpu.CompilerParams(
                 approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
             ),
-            **({"interpret": interpret} if interpret else {}),
+            **options,
         )
 
     def scratch(self) -> list:
@@ -205,11 +212,11 @@ class Job:
 
 
 def _kernel(plan: Plan, *refs) -> None:
-    refs = _refs(plan, refs)
+    named = _refs(plan, refs)
     lax.cond(
         lax.axis_index("warpgroup") < plan.tiles.warpgroups,
-        functools.partial(_compute, plan, refs),
-        functools.partial(_load, plan, refs),
+        functools.partial(_compute, plan, named),
+        functools.partial(_load, plan, named),
     )
 
 
@@ -242,6 +249,7 @@ def first_of_cta(plan: Plan, indices: tuple) -> list:
 
 
 def next_stage(plan: Plan, stage: jax.Array) -> jax.Array:
+    """Returns the stage after this one in the ring."""
     return jnp.where(stage == plan.tiles.stages - 1, 0, stage + 1)
 
 
@@ -303,14 +311,13 @@ def _compute(plan: Plan, refs: Refs) -> None:
         plan.store(refs, job, own_row, own_column, sums)
         return stage
 
-    _first_turn(plan)
     lax.fori_loop(0, _my_jobs(plan, refs), compute_job, jnp.int32(0))
-    _last_turn(plan)
     plgpu.wait_smem_to_gmem(0)
 
 
 def _sums(plan: Plan, refs: Refs, job: Job, stage, own_row, own_column) -> tuple:
     """The sums of a job's chunks without scales; the tensor cores keep them all the while."""
+    n_steps = plan.steps(job, own_row)
 
     def multiply(products):
         def add_alone(stage):
@@ -328,13 +335,26 @@ def _sums(plan: Plan, refs: Refs, job: Job, stage, own_row, own_column) -> tuple
             pl.when(step > n_border)(lambda: plgpu.barrier_arrive(refs.free.at[previous]))
             return next_stage(plan, stage), stage
 
-        end, last = lax.fori_loop(n_border, job.n_steps, add, (begin, begin))
+        end, last = lax.fori_loop(n_border, n_steps, add, (begin, begin))
         plgpu.wgmma_wait(0)
-        pl.when(job.n_steps > n_border)(lambda: plgpu.barrier_arrive(refs.free.at[last]))
+        pl.when(n_steps > n_border)(lambda: plgpu.barrier_arrive(refs.free.at[last]))
         return products[...], end
 
     sums, end = pl.run_scoped(multiply, plgpu.ACC((plan.tiles.rows, plan.tiles.columns), jnp.float32))
+    end = _pass_by(plan, refs, n_steps, job, end)
     return end, [sums[r : r + CHUNK_ROWS, c : c + CHUNK_COLUMNS] for r, c in plan.chunks]
+
+
+def _pass_by(plan: Plan, refs: Refs, n_done, job: Job, stage) -> jax.Array:
+    """Gives back the stages of the other steps of a job, unread; returns the next stage."""
+
+    def give_back(_, stage):
+        plgpu.barrier_wait(refs.loaded.at[stage])
+        plgpu.commit_smem()  # so that no warp lags by a whole turn of the ring
+        plgpu.barrier_arrive(refs.free.at[stage])
+        return next_stage(plan, stage)
+
+    return lax.fori_loop(n_done, job.n_steps, give_back, stage)
 
 
 def _promoted_sums(plan: Plan, refs: Refs, job: Job, stage, own_row, own_column) -> tuple:
@@ -344,31 +364,31 @@ def _promoted_sums(plan: Plan, refs: Refs, job: Job, stage, own_row, own_column)
         stage, sums = state
         return next_stage(plan, stage), _add_block(plan, refs, job, step, stage, own_row, own_column, sums)
 
+    n_steps = plan.steps(job, own_row)
     if plan.waits_ahead:
-        pl.when(job.n_steps > 0)(lambda: plgpu.barrier_wait(refs.loaded.at[stage]))
+        pl.when(n_steps > 0)(lambda: plgpu.barrier_wait(refs.loaded.at[stage]))
     zero = plgpu.layout_cast(jnp.zeros((CHUNK_ROWS, CHUNK_COLUMNS), jnp.float32), plgpu.Layout.WGMMA)
-    return lax.fori_loop(0, job.n_steps, add, (stage, [zero] * len(plan.chunks)))
+    stage, sums = lax.fori_loop(0, n_steps, add, (stage, [zero] * len(plan.chunks)))
+    return _pass_by(plan, refs, n_steps, job, stage), sums
 
 
 def _add_block(plan: Plan, refs: Refs, job: Job, step, stage, own_row, own_column, sums: list) -> list:
     """Adds a block; with `waits_ahead`, scales are read and the next block is waited for during the products."""
     if not plan.waits_ahead:
         plgpu.barrier_wait(refs.loaded.at[stage])
-    added = []
+    added: list[jax.Array] = []
     for (r, c), total in zip(plan.chunks, sums, strict=True):
         read_scales = functools.partial(_scales, plan, refs, job, step, stage, own_row + r, own_column + c)
         scales = () if plan.waits_ahead else read_scales()
 
         def multiply(products, r=r, c=c, read_scales=read_scales, scales=scales):
             plgpu.wgmma(products, *plan.operands(refs, stage, own_row + r, own_column + c, CHUNK_COLUMNS))
-            _pass_turn(plan)
             if plan.waits_ahead:
                 scales = read_scales()
                 following = refs.loaded.at[next_stage(plan, stage)]
                 pl.when(step + 1 < job.n_steps)(lambda: plgpu.barrier_wait(following))
             return products[...], *scales  # waits for the tensor cores
 
-        _wait_turn(plan)
         products, *scales = pl.run_scoped(multiply, plgpu.ACC((CHUNK_ROWS, CHUNK_COLUMNS), jnp.float32))
         if len(added) == len(sums) - 1:  # One thread speaks for its warpgroup: a wgmma has all four warps in step.
             plgpu.barrier_arrive(refs.free.at[stage])
@@ -414,31 +434,3 @@ def store_staged(plan: Plan, refs: Refs, first_unit: int, r: int, sums: list, ta
                 buffer.at[:, pl.ds(low - c, high - low)][...] = values
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(buffer, target(c, tiles.store_columns))
-
-
-# Turns at the tensor cores. Warpgroup i waits on named barrier TURN + i, where the one before it arrives after issuing.
-# They order nothing that the results depend on.
-
-
-def _turn(plan: Plan, instruction: str, index: jax.Array) -> None:
-    if plan.tiles.alternate and plan.scaled and plan.on_chip:
-        mosaic_gpu.named_barrier(instruction, TURN + index, 2 * 128)
-
-
-def _wait_turn(plan: Plan) -> None:
-    _turn(plan, "bar.sync", lax.axis_index("warpgroup"))
-
-
-def _pass_turn(plan: Plan) -> None:
-    _turn(plan, "bar.arrive", lax.rem(lax.axis_index("warpgroup") + 1, plan.tiles.warpgroups))
-
-
-def _first_turn(plan: Plan) -> None:
-    """The last warpgroup lets the first begin."""
-    last = plan.tiles.warpgroups - 1
-    pl.when(lax.axis_index("warpgroup") == last)(lambda: _turn(plan, "bar.arrive", jnp.int32(0)))
-
-
-def _last_turn(plan: Plan) -> None:
-    """The first warpgroup takes the turn that the last one has passed on, so that every arrival is waited for."""
-    pl.when(lax.axis_index("warpgroup") == 0)(lambda: _turn(plan, "bar.sync", jnp.int32(0)))

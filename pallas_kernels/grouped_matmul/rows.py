@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.grouped_matmul import pipeline
-from pallas_kernels.grouped_matmul.layout import UNIT, row_tiles
+from pallas_kernels.grouped_matmul.layout import FIELDS, UNIT, row_tiles
 from pallas_kernels.grouped_matmul.pipeline import CHUNK_COLUMNS, CHUNK_ROWS, Job, Plan, Refs
 from pallas_kernels.grouped_matmul.tiles import Tiles, choose
 
@@ -78,58 +78,77 @@ def _run(operands, count_X, n, k, transposed, align, out_dtype, tiles, n_process
     if extra:
         x = jnp.pad(x, ((0, extra), (0, 0)))
         scales = [jnp.pad(scales[0], ((0, 0), (0, extra))), scales[1]] if scales else []
-    tiles = tiles or choose(x.dtype, out_dtype)
+    tiles = tiles or choose(x.dtype, out_dtype, x.shape[0] // w.shape[0])
     plan = RowsPlan(
         w.shape[0], x.shape[0], n, x.dtype, out_dtype, tiles, n_processors, not interpret, k=k, transposed=transposed
     )
-    table, n_tiles = row_tiles(count_X, x.shape[0], tiles.span[0], align)
-    table = jnp.concatenate([table.reshape(-1), n_tiles])
+    table = row_tiles(count_X, x.shape[0], tiles.span[0], align).reshape(-1)
     y = plan.call(interpret)(table, x, w, *scales)
     return y[:n_rows] if extra else y
 
 
 @dataclasses.dataclass(frozen=True)
 class RowsPlan(Plan):
+    """A grouped matmul whose result has the rows of x."""
+
     k: int
     transposed: bool  # w has the contraction last
 
     @property
+    def by_row(self) -> bool:
+        """See `Plan`."""
+        return False
+
+    @property
     def out_shape(self) -> tuple[int, int]:
+        """See `Plan`."""
         return self.m, self.n
 
     @property
     def operand_shapes(self) -> tuple:
+        """See `Plan`."""
         rows, columns = self.tiles.cta
         return (rows, self.depth), (columns, self.depth) if self.transposed else (self.depth, columns)
 
     @property
     def grid_columns(self) -> int:
+        """Tiles of a cluster along the columns."""
         return -(-self.n // self.tiles.span[1])
 
     def _n_row_tiles(self, refs: Refs) -> jax.Array:
-        return refs.table[refs.table.shape[0] - 1]
+        return refs.table[FIELDS.index("n_tiles")]
 
     def n_jobs(self, refs: Refs) -> jax.Array:
+        """See `Plan`."""
         return self._n_row_tiles(refs) * self.grid_columns
 
     def job(self, refs: Refs, linear: jax.Array) -> Job:
+        """See `Plan`; the job's `extra` is low, high, end of the table."""
         shape = (self._n_row_tiles(refs), self.grid_columns)
         tile, column_tile = plgpu.planar_snake(linear, shape, self.tiles.minor, self.tiles.raster)
-        group, row, low, high, end = (refs.table[tile * 5 + i] for i in range(5))
+        group, row, low, high, end = (refs.table[tile * len(FIELDS) + i] for i in range(5))
         offset, column = pipeline.first_of_cta(self, (0, column_tile))
         n_steps = jnp.where(end > row, self.k // self.depth, 0)  # the same for both CTAs of a cluster
         return Job(group, row + offset, column, n_steps, (low, high, end))
 
+    def steps(self, job: Job, own_row) -> jax.Array:
+        """See `Plan`."""
+        low, high, _ = job.extra
+        row = job.row + own_row
+        return jnp.where((low < row + self.tiles.rows) & (row < high), job.n_steps, 0)
+
     def copies(self, refs: Refs, job: Job, step: jax.Array) -> tuple:
+        """See `Plan`."""
         rows, columns = self.tiles.cta
         depth = pl.ds(step * self.depth, self.depth)
         # TMA copies from rows that are multiples of 8; `layout` makes them so.
         x = refs.x.at[pl.ds(pl.multiple_of(job.row, UNIT), rows), depth]
-        columns = pl.ds(job.column, columns)
-        w = refs.w.at[job.group, columns, depth] if self.transposed else refs.w.at[job.group, depth, columns]
+        across = pl.ds(job.column, columns)
+        w = refs.w.at[job.group, across, depth] if self.transposed else refs.w.at[job.group, depth, across]
         return (x, w, refs.x_scale.at[step, pl.ds(job.row, rows)]) if self.scaled else (x, w)
 
     def operands(self, refs: Refs, stage: jax.Array, own_row, own_column, columns: int) -> tuple:
+        """See `Plan`."""
         rows = CHUNK_ROWS if self.scaled else self.tiles.rows
         x = refs.x_stages.at[stage, pl.ds(own_row, rows)]
         if self.transposed:
@@ -137,6 +156,7 @@ class RowsPlan(Plan):
         return x, refs.w_stages.at[stage, :, pl.ds(own_column, columns)]
 
     def store(self, refs: Refs, job: Job, own_row, own_column, sums: list) -> None:
+        """See `Plan`."""
         low, high, end = job.extra
         per_row = self.tiles.columns // self.tiles.store_columns
         for i, r in enumerate(range(0, self.tiles.rows, CHUNK_ROWS)):

@@ -80,7 +80,7 @@ def grouped_fp8_weight_gradient(
 
 def _run(operands, count_X, d, f, align, out_dtype, tiles, n_processors, interpret) -> jax.Array:
     dtype = operands[0].dtype
-    tiles = tiles or choose(dtype, out_dtype)
+    tiles = tiles or choose(dtype, out_dtype, group_rows=0)
     plan = WeightsPlan(count_X.size, d, f, dtype, out_dtype, tiles, n_processors, not interpret)
     table = jnp.stack(groups(count_X, align), axis=1).reshape(-1).astype(jnp.int32)
     return plan.call(interpret)(table, *operands)
@@ -88,16 +88,21 @@ def _run(operands, count_X, d, f, align, out_dtype, tiles, n_processors, interpr
 
 @dataclasses.dataclass(frozen=True)
 class WeightsPlan(Plan):
+    """A grouped matmul whose result has one matrix per group."""
+
     @property
     def by_row(self) -> bool:
+        """See `Plan`."""
         return self.scaled
 
     @property
     def out_shape(self) -> tuple[int, int, int]:
+        """See `Plan`."""
         return self.n_groups, self.m, self.n
 
     @property
     def operand_shapes(self) -> tuple:
+        """See `Plan`."""
         rows, columns = self.tiles.cta
         if self.scaled:  # the contraction comes last
             return (rows, self.depth), (columns, self.depth)
@@ -105,12 +110,16 @@ class WeightsPlan(Plan):
 
     @property
     def grid(self) -> tuple[int, int]:
-        return tuple(-(-size // span) for size, span in zip((self.m, self.n), self.tiles.span, strict=True))
+        """Tiles of a cluster along rows and columns of a group's matrix."""
+        rows, columns = self.tiles.span
+        return -(-self.m // rows), -(-self.n // columns)
 
     def n_jobs(self, refs: Refs) -> int:
+        """See `Plan`."""
         return self.n_groups * self.grid[0] * self.grid[1]
 
     def job(self, refs: Refs, linear: jax.Array) -> Job:
+        """See `Plan`; the job's `extra` is first row and end of the group, and where its blocks begin."""
         per_group = self.grid[0] * self.grid[1]
         group = lax.div(linear, per_group)
         indices = plgpu.planar_snake(lax.rem(linear, per_group), self.grid, self.tiles.minor, self.tiles.raster)
@@ -150,6 +159,7 @@ class WeightsPlan(Plan):
         return begin + jnp.where(step < n_border, border, step - n_border + head) * self.depth
 
     def copies(self, refs: Refs, job: Job, step: jax.Array) -> tuple:
+        """See `Plan`."""
         rows, columns = (pl.ds(at, size) for at, size in zip((job.row, job.column), self.tiles.cta, strict=True))
         if self.scaled:
             first, *_ = job.extra
@@ -182,6 +192,7 @@ class WeightsPlan(Plan):
         part[...] = jnp.where((first <= row_of) & (row_of < end), values, jnp.zeros((), self.dtype))
 
     def operands(self, refs: Refs, stage: jax.Array, own_row, own_column, columns: int) -> tuple:
+        """See `Plan`."""
         if self.scaled:
             w = refs.w_stages.at[stage, pl.ds(own_column, columns)]
             return refs.x_stages.at[stage, pl.ds(own_row, CHUNK_ROWS)], mosaic_gpu.transpose(w)
@@ -189,6 +200,7 @@ class WeightsPlan(Plan):
         return mosaic_gpu.transpose(x), refs.w_stages.at[stage, :, pl.ds(own_column, columns)]
 
     def store(self, refs: Refs, job: Job, own_row, own_column, sums: list) -> None:
+        """See `Plan`."""
         per_row = self.tiles.columns // self.tiles.store_columns
         for i, r in enumerate(range(0, self.tiles.rows, CHUNK_ROWS)):
             rows, column = pl.ds(job.row + own_row + r, CHUNK_ROWS), job.column + own_column
