@@ -97,7 +97,7 @@ def files(config: ConfigDict) -> dict[str, Path | bytes]:
     """The files that belong beside the weights of a config's model: name -> where it is, or what is in it."""
     folder, kept = config.release.folder, (*KEPT, *hf_config.code(config.family))
     if folder and has_own_tokenizer(config):
-        return kept_files(folder, (*PATTERNS, *kept))
+        return {**kept_files(folder, (*PATTERNS, *kept))}
     return (kept_files(folder, kept) if folder else {}) | files_of(config.data.tokenizer)
 
 

@@ -119,7 +119,7 @@ def _executed(name: str, flag: str, is_path: bool) -> ConfigDict:
 def _execute(path: Path) -> Any:
     """Imports a config from a file anywhere, so that its own errors point into it."""
     spec = importlib.util.spec_from_file_location(f"config_{re.sub(r'[^0-9A-Za-z_]', '_', path.stem)}", path)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise UserError(f"--config={path}: not a Python file. Name a file that ends in .py.")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -102,7 +102,8 @@ def load(name: str, flag: str = "--config") -> ConfigDict:
 
 def _split(argv: list[str], table: Mapping[str, Flag]) -> tuple[dict[str, Any], dict[str, str]]:
     """Sorts the words into flag -> typed value and dotted config key -> text; the last of two wins."""
-    given, overrides = {}, {}
+    given: dict[str, Any] = {}
+    overrides: dict[str, str] = {}
     words = iter(enumerate(argv))
     for i, word in words:
         if not word.startswith("--") or word == "--":
@@ -132,7 +133,7 @@ def _split(argv: list[str], table: Mapping[str, Flag]) -> tuple[dict[str, Any], 
             overrides.pop(path, None)  # keeps the order of the last
             overrides[path] = text
         else:
-            given[name] = _convert(name, flag, text)
+            given[name] = _convert(name, table[name], text)
     return given, overrides
 
 

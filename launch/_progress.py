@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 LINE_EVERY_S = 5
 BRIEF_S = 1  # what takes less needs no line
@@ -25,7 +26,8 @@ class Progress:
         self.label, self.total, self.done = label, total, done
         self._start, self._start_done, self._told = time.monotonic(), done, time.monotonic()
         self.seconds = 0.0
-        self._bar = self._task = None
+        self._bar: Any = None
+        self._task: Any = None
 
     def __enter__(self) -> "Progress":
         if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("CI"):

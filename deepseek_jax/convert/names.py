@@ -232,7 +232,7 @@ def copies(shapes: dict) -> dict[str, str]:
     return {layer + copy: original for layer in layers for copy, original in COPIES.items()}
 
 
-def empty_tensors(shapes: dict) -> dict[str, tuple[int, int]]:
+def empty_tensors(shapes: dict) -> dict[str, tuple[int, ...]]:
     """Returns published name -> shape of empty tensors: shared experts of width 0, in a model without shared experts.
 
     transformers creates, stores and expects them.

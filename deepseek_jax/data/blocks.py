@@ -117,5 +117,5 @@ class Numbers:
         return found if dtype is None else found.astype(dtype, copy=False)
 
 
-def _digest(content: bytes) -> bytes:
+def _digest(content: bytes | bytearray) -> bytes:
     return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()

@@ -67,7 +67,9 @@ def read(messages: Sequence[dict], join_system: Callable[[list[str]], str] = "\n
 
     `join_system` joins all system prompts; the default puts a blank line between them.
     """
-    system, turns, before = [], [], "the start"
+    system: list[str] = []
+    turns: list[User | Assistant | Outputs] = []
+    before = "the start"
     ids: list = []  # of the latest calls
     outputs: list[str | None] = []  # of the latest calls, None if one is still missing
     for n, message in enumerate(messages):
@@ -88,7 +90,7 @@ def read(messages: Sequence[dict], join_system: Callable[[list[str]], str] = "\n
             if None in outputs:
                 before = "tool with other calls unanswered"
             else:
-                turns.append(Outputs(tuple(outputs)))
+                turns.append(Outputs(tuple(text for text in outputs if text is not None)))
     if not turns or before == "tool with other calls unanswered":
         raise UserError(f"the messages end after {before}. Add a message of {' or '.join(FOLLOWS[before])}.")
     return Conversation(join_system(system), turns)
@@ -168,10 +170,12 @@ def as_json(value, where: str, **layout) -> str:
 
 def functions(tools: Sequence[dict]) -> list[dict]:
     """Returns the functions of tools, each {"type": "function", "function": {"name", "description", "parameters"}}."""
-    found = [tool.get("function") if isinstance(tool, dict) else None for tool in tools]
-    for tool, function in zip(tools, found, strict=True):
+    found = []
+    for tool in tools:
+        function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise UserError(f'a tool is {tool!r}. Expected {{"type": "function", "function": {{"name": …, …}}}}.')
+        found.append(function)
     return found
 
 

@@ -7,7 +7,7 @@ messages.
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 from deepseek_jax.errors import UserError
@@ -29,13 +29,13 @@ def read_plain(file: BinaryIO, columns: Columns, name: str) -> Rows:
     yield decode(file.read(), name), name
 
 
-def read_jsonl(file: BinaryIO, columns: Columns, name: str) -> Rows:
+def read_jsonl(file: Iterable[bytes], columns: Columns, name: str) -> Rows:
     """Yields each line that is not blank."""
     for number, line in enumerate(file, start=1):
         where = f"{name}, line {number}"
-        line = decode(line, where)
-        if line.strip():
-            yield parse(line, where), where
+        text = decode(line, where)
+        if text.strip():
+            yield parse(text, where), where
 
 
 def read_json(file: BinaryIO, columns: Columns, name: str) -> Rows:

@@ -13,7 +13,7 @@ from deepseek_jax.data.tokenizer import BUILT_IN, BYTE_HIDDEN, BYTE_SPECIALS, By
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 # Patterns of names; the first is the tokenizer itself.
-PATTERNS = (TOKENIZER, CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+PATTERNS: tuple[str, ...] = (TOKENIZER, CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 PATTERNS += ("chat_template.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenization_*.py")
 
 
@@ -30,7 +30,9 @@ def files_of(name: str) -> dict[str, Path | bytes]:
         return {TOKENIZER: _text(byte_tokenizer()), CONFIG: _text(byte_settings())}
     path = Path(name).expanduser() if is_path(name) else deepseek_folder()
     file = path / TOKENIZER if path.is_dir() else path
-    beside = {found.name: found for pattern in PATTERNS for found in sorted(file.parent.glob(pattern))}
+    beside: dict[str, Path | bytes] = {
+        found.name: found for pattern in PATTERNS for found in sorted(file.parent.glob(pattern))
+    }
     return beside | {TOKENIZER: file}
 
 

@@ -99,7 +99,7 @@ def _placement(name: str, logical: tuple, shape: tuple, rules: Mapping[str, str]
             )
     copies = tuple(axis for axis in REPLICAS if axis not in wanted and mesh.shape[axis] > 1)
     zero_dim = _zero_dim(wanted, logical, shape, size(mesh, copies)) if copies else None
-    cut = list(wanted)
+    cut: list = list(wanted)
     if zero_dim is not None:
         cut[zero_dim] = copies
     return Placement(P(*wanted), copies, zero_dim, P(*cut))

@@ -30,7 +30,7 @@ from deepseek_jax.plan.layout import Stage
 from deepseek_jax.plan.network import HEAD
 from deepseek_jax.plan.recipes import V3_POLICY
 
-PARTS = ("weights", "gradients", "pipeline_copy", "optimizer", "activations", "kept_once")
+PARTS: tuple[str, ...] = ("weights", "gradients", "pipeline_copy", "optimizer", "activations", "kept_once")
 PARTS += ("layer_at_work", "logits", "exchange_buffers", "router_biases")
 LOGITS = 8.0  # bytes: float32 and the same for its gradient
 BIAS = 4.0

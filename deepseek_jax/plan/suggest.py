@@ -30,7 +30,12 @@ from deepseek_jax.plan.recipes import V3_POLICY, Recipe
 from deepseek_jax.plan.schedules import SCHEDULES, schedule
 
 # Rules added to the config's own, each a way to store weights in shards that are gathered before use.
-STORED = ({}, {"embed": DATA}, {"heads": EXPERT, "embed": DATA}, {"vocab": EXPERT, "heads": EXPERT, "embed": DATA})
+STORED: tuple[dict[str, str], ...] = (
+    {},
+    {"embed": DATA},
+    {"heads": EXPERT, "embed": DATA},
+    {"vocab": EXPERT, "heads": EXPERT, "embed": DATA},
+)
 PIPES = (1, 2, 4, 8, 16)
 NO_PIPELINE = "a pipeline axis in train"
 NO_BF16 = "bfloat16 weights over sharded float32 ones (recipe bf16)"

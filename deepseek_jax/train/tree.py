@@ -36,7 +36,7 @@ def flatten(tree: dict, leaf_types=jax.Array) -> dict[str, jax.Array]:
 
 def nest(leaves: dict) -> dict:
     """The inverse of ``flatten``, without empty dicts."""
-    tree = {}
+    tree: dict = {}
     for name, leaf in leaves.items():
         *path, last = name.split("/")
         node = tree

@@ -31,7 +31,7 @@ def read_dense(hf: Json, numbers: Numbers, rope: Numbers, default_width: int = 0
         raise invalid(hf, "use_sliding_window", "false, or max_window_layers >= num_hidden_layers")
     llama3 = rope if "low_freq_factor" in rope else {}
     yarn = rope if "beta_fast" in rope else {}
-    given = next((hf[key] for key in OBJECTS if hf.get(key)), {})
+    given: Mapping = next((hf[key] for key in OBJECTS if hf.get(key)), {})
     if yarn and not (given.get("mscale") and given.get("mscale_all_dim")):
         yarn = yarn | {"mscale": 1.0, "mscale_all_dim": 0.0}
     linear = 1.0 if llama3 or yarn else rope.get("factor", 1.0)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from deepseek_jax.bounds import LARGEST
 from deepseek_jax.errors import UserError
@@ -16,7 +17,7 @@ def integer(
     hf: Mapping, key: str, default: int | None = None, least: int = 1, most: int = LARGEST, where: str = ""
 ) -> int:
     """Returns an integer from `least` to `most`; a missing or null key gives the default, if there is one."""
-    value = hf.get(key)
+    value: Any = hf.get(key)
     if value is None and default is not None:
         return default
     if not is_integer(value, least, most):
@@ -26,7 +27,7 @@ def integer(
 
 def number(hf: Mapping, key: str, default: float | None = None, least: float | None = None, where: str = "") -> float:
     """Returns a finite number, above 0 or, with `least`, at least that; a missing or null key gives the default."""
-    value = hf.get(key)
+    value: Any = hf.get(key)
     if value is None and default is not None:
         return default
     valid = type(value) in (int, float) and abs(value) <= 1e15 and math.isfinite(value)

@@ -20,7 +20,7 @@ from deepseek_jax.convert.hf_config.fields import boolean, integer, invalid, num
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.rope import Yarn
 
-KEYS = ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "truncate")
+KEYS: tuple[str, ...] = ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "truncate")
 KEYS += ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 KEYS += ("attention_factor", "attn_factor", "partial_rotary_factor")
 OBJECTS = ("rope_parameters", "rope_scaling")  # the spelling of transformers 5, and the hub's

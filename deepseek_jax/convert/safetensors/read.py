@@ -3,7 +3,7 @@
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -52,7 +52,7 @@ def open_directory(directory: str | os.PathLike) -> "Tensors":
 class Tensors:
     """The tensors of a directory. Several threads may read at the same time."""
 
-    def __init__(self, directory: Path, shards: dict[str, set[str] | None]):
+    def __init__(self, directory: Path, shards: Mapping[str, set[str] | None]):
         self.directory = directory
         self._places: dict[str, Place] = {}
         self._states: dict[str, State] = {}  # of the files whose headers were read

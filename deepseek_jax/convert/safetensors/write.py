@@ -75,7 +75,8 @@ def _dtype_name(dtype: object) -> str:
 
 
 def _into_shards(entries: list[Entry], infos: dict[str, Info], max_bytes: int) -> Iterator[list[Entry]]:
-    shard, size = [], 0
+    shard: list[Entry] = []
+    size = 0
     for entry in entries:
         nbytes = infos[entry.name].nbytes
         if shard and size + nbytes > max_bytes:
@@ -104,7 +105,8 @@ def _prepare(directory: Path, total: int) -> None:
 
 def _write_file(path: Path, entries: list[Entry], infos: dict[str, Info]) -> None:
     """Writes one file. Its widest dtypes come first whatever the order of writing, so that all tensors are aligned."""
-    header, offsets, end = {"__metadata__": {"format": "pt"}}, {}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    offsets, end = {}, 0
     for entry in sorted(entries, key=lambda entry: -DTYPES[infos[entry.name].dtype].itemsize):
         info = infos[entry.name]
         offsets[entry.name], begin, end = end, end, end + info.nbytes
