@@ -1,6 +1,6 @@
 """Gathers the documentation site: the documents, the notebooks, the docstrings and the configs, where they are.
 
-mkdocs calls the functions whose names begin with on_ (mkdocs.yml: hooks).  Nothing is copied and nothing is imported.
+mkdocs calls the functions whose names begin with on_ (mkdocs.yml: hooks). Nothing is copied and nothing is imported.
 """
 
 import ast

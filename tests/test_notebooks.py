@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 LARGEST_KB = 150  # a notebook with its pictures
 
-# In a process of its own, whose sockets and event loop are no concern of pytest's.  Without folders of kernels, what
+# In a process of its own, whose sockets and event loop are no concern of pytest's. Without folders of kernels, what
 # remains is the kernel of this very interpreter, whatever the user has installed elsewhere.
 RUN = """
 import sys

@@ -40,7 +40,7 @@ def test_the_list_of_packages_is_the_tree():
 def test_every_folder_with_code_is_a_package():
     for folder in ("deepseek_jax", "configs", "launch", "pallas_kernels"):
         for file in (ROOT / folder).rglob("*.py"):
-            assert (file.parent / "__init__.py").exists(), f"{file.parent} lacks an __init__.py"
+            assert (file.parent / "__init__.py").exists(), f"{file.parent} has no __init__.py"
 
 
 def test_no_dependency_is_pinned():
