@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from deepseek_jax.convert import hf, hf_config, safetensors
+from deepseek_jax.data.chat import jinja, published_template, recognise
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.data.tokenizer_files import PATTERNS, TOKENIZER, files_of, is_path
+from deepseek_jax.data.tokenizer_files import CONFIG, PATTERNS, TOKENIZER, files_of, is_path
 from deepseek_jax.errors import UserError
 
 KEPT = (hf.GENERATION_CONFIG, "LICENSE*")  # besides the tokenizer's files
@@ -97,8 +98,20 @@ def files(config: ConfigDict) -> dict[str, Path | bytes]:
     """The files that belong beside the weights of a config's model: name -> where it is, or what is in it."""
     folder, kept = config.release.folder, (*KEPT, *hf_config.code(config.family))
     if folder and has_own_tokenizer(config):
-        return {**kept_files(folder, (*PATTERNS, *kept))}
-    return (kept_files(folder, kept) if folder else {}) | files_of(config.data.tokenizer)
+        found: dict[str, Path | bytes] = dict(kept_files(folder, (*PATTERNS, *kept)))
+    else:
+        found = {**(kept_files(folder, kept) if folder else {}), **files_of(config.data.tokenizer)}
+    return found | _template_file(config, found)
+
+
+def _template_file(config: ConfigDict, found: dict[str, Path | bytes]) -> dict[str, Path | bytes]:
+    """Returns chat_template.jinja for a model tuned with a named template that its other files do not hold."""
+    name = config.data.chat_template if config.data.format == "conversations" else ""
+    beside = [found[file] for file in (jinja.NAME, CONFIG) if file in found]
+    held = {recognise(published_template(path.parent)) for path in beside if isinstance(path, Path)}
+    if not name or jinja.TEXTS[name] in {jinja.TEXTS.get(other) for other in held}:
+        return {}
+    return {jinja.NAME: jinja.TEXTS[name].encode()}
 
 
 def files_to_keep(config: ConfigDict) -> dict[str, Path | bytes]:

@@ -142,7 +142,7 @@ def test_limits_are_said(scripted, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert (out, err) == ("xxxxx\n", "(stopped after 5 tokens: --max-tokens allows more)\n")
     scripted("x" * 90, n_positions=40)
-    with pytest.raises(UserError, match=r"the model takes 40. Start a new one \(/reset\)"):
+    with pytest.raises(UserError, match=r"expected fewer than 40. Start a new one \(/reset\)"):
         piped(monkeypatch, "Hello\nmore\n")
     out, err = capsys.readouterr()
     assert out == "x" * 32 + "\n"
@@ -157,7 +157,7 @@ def test_a_model_without_a_template_is_asked_about(scripted, monkeypatch):
         chat.main(["--from=mine"])
     with pytest.raises(UserError, match="mine came without a tokenizer.json"):
         chat.template_name("none", "mine", "v3")
-    with pytest.raises(UserError, match="'r2'. Choose one of v1"):
+    with pytest.raises(UserError, match="'r2': expected one of v1"):
         chat.main(["--from=mine", "--template=r2"])
     for flags in ([], ["--from=a", "--workdir=b"]):
         with pytest.raises(UserError, match="expected --from=DIR for published weights, or --workdir=RUN"):

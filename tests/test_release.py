@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import deepseek_jax
-from deepseek_jax import release
+from deepseek_jax import release, run_config
+from deepseek_jax.data.chat import jinja, recognise
 from deepseek_jax.data.tokenizer import open_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import convert, export
@@ -175,7 +176,7 @@ def test_code_without_which_nobody_opens_an_export_comes_along(published_moe, wa
         "AutoModel": "modeling_deepseek.DeepseekModel",
         "AutoModelForCausalLM": "modeling_deepseek.DeepseekForCausalLM",
     }
-    assert "nothing but deepseek_jax opens" not in capsys.readouterr().err
+    assert "only deepseek_jax can open" not in capsys.readouterr().err
 
 
 def test_without_that_code_an_export_says_that_nobody_opens_it(published_moe, capsys):
@@ -183,7 +184,7 @@ def test_without_that_code_an_export_says_that_nobody_opens_it(published_moe, ca
     out = exported(published_moe, "memory")
     assert "auto_map" not in said(out)
     err = capsys.readouterr().err
-    assert "configuration_deepseek.py and modeling_deepseek.py" in err and "nothing but deepseek_jax opens" in err
+    assert "configuration_deepseek.py and modeling_deepseek.py" in err and "only deepseek_jax can open" in err
 
 
 def test_models_that_transformers_has_a_class_for_bring_no_code(published):
@@ -191,3 +192,20 @@ def test_models_that_transformers_has_a_class_for_bring_no_code(published):
     (folder / "modeling_deepseek.py").write_text("")
     out = exported(folder, "memory")
     assert not list(out.glob("*.py")) and "auto_map" not in said(out)
+
+
+def test_a_model_tuned_with_a_named_template_brings_its_file(tmp_path):
+    """Also one whose files have another template; not if they have this one, and not for a corpus of text."""
+    config = run_config.load("tiny_v3")
+    config.data.update(format="conversations", chat_template="v31")
+    assert recognise(release.files(config)[jinja.NAME].decode()) == "v31"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(WORDS))
+    config.data.tokenizer = str(tmp_path / "tokenizer.json")
+    for text in ("", jinja.TEXTS["v3"]):
+        (tmp_path / jinja.NAME).write_text(text)
+        assert recognise(release.files(config)[jinja.NAME].decode()) == "v31"
+    (tmp_path / jinja.NAME).write_text(jinja.TEXTS["v31"])
+    assert release.files(config)[jinja.NAME] == tmp_path / jinja.NAME
+    (tmp_path / jinja.NAME).unlink()
+    config.data.format = "text"
+    assert jinja.NAME not in release.files(config)

@@ -57,13 +57,15 @@ def digest(renderings: list[str]) -> str:
     return hashlib.blake2b(json.dumps(renderings).encode(), digest_size=16).hexdigest()
 
 
-def render(template: str, messages: list[dict]) -> str:
+def render(template: str, messages: list[dict], **more) -> str:
     """Returns the text of messages in a Jinja template, in the environment that transformers provides."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     prompted = messages[-1]["role"] != "assistant"
-    return compiled.render(messages=messages, bos_token=BOS, eos_token=EOS, add_generation_prompt=prompted)
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    given = {"messages": messages, "bos_token": BOS, "eos_token": EOS, "add_generation_prompt": prompted}
+    return environment.from_string(template).render(**given, **more)
 
 
 def _conversation(dice: random.Random, name: str) -> list[dict]:

@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 
 from deepseek_jax.data import chat
-from deepseek_jax.data.chat import TEMPLATES, Part, fim_parts, join, recognise, spell, template, template_for, to_ids
+from deepseek_jax.data.chat import (
+    TEMPLATES,
+    Part,
+    fim_parts,
+    jinja,
+    join,
+    recognise,
+    spell,
+    template,
+    template_for,
+    to_ids,
+)
 from deepseek_jax.data.tokenizer import open_tokenizer
 from deepseek_jax.errors import UserError
 
@@ -244,6 +255,32 @@ def test_as_the_published_template_writes_it(name):
         thinking = TEMPLATES[name].opens_thought and messages[-1]["role"] == "user"
         ours.append(TEMPLATES[name].encode(messages, thinking=thinking))
     assert published_chats.digest(ours) == published_chats.DIGESTS[name]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_our_jinja_templates_write_the_published_prompts(name):
+    """What is written beside a tuned model is recognised as its template, and renders as the published one does."""
+    pytest.importorskip("jinja2")
+    text = jinja.TEXTS[name]
+    assert jinja.TEXTS[recognise(text)] == text
+    texts = [published_chats.render(text, messages) for messages in published_chats.conversations(name)]
+    assert published_chats.digest(texts) == published_chats.DIGESTS[name]
+
+
+@pytest.mark.parametrize("name", ["v2.5", "v3", "r1", "v31"])
+def test_our_jinja_templates_write_tools(name):
+    pytest.importorskip("jinja2")
+    for messages in ([SYSTEM, HELLO], [HELLO, HI, HELLO]):
+        found = published_chats.render(jinja.TEXTS[name], messages, tools=TOOLS)
+        assert found == TEMPLATES[name].encode(messages, TOOLS)
+
+
+@pytest.mark.parametrize("name", ["r1-0120", "r1", "v31"])
+def test_our_jinja_templates_open_thoughts(name):
+    pytest.importorskip("jinja2")
+    for thinking in (False, True):
+        found = published_chats.render(jinja.TEXTS[name], [HELLO], thinking=thinking)
+        assert found == TEMPLATES[name].encode([HELLO], thinking=thinking)
 
 
 def test_the_first_templates_open_a_block_once():
