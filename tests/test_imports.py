@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("configs", "shapes", "errors", "streams"),
     ("paths", "bounds"),
-    ("compat", "seeds", "saved_config"),
+    ("compat", "seeds", "kernels", "saved_config"),
     ("precision", "data"),
     ("parallel",),
     ("layers",),

@@ -56,6 +56,54 @@ def _attend(q_BTHQ: jax.Array, k_BSHQ: jax.Array, v_BSHU: jax.Array, seen: jax.A
     return jnp.swapaxes(jnp.einsum("BHTS,BHSU->BHTU", weights_BHTS.astype(v_BSHU.dtype), v_BHSU), 1, 2)
 
 
+def latent_decode(
+    q_latent_BTHC: jax.Array,
+    q_rope_BTHP: jax.Array,
+    c_BSC: jax.Array,
+    k_rope_BSP: jax.Array,
+    seen_BTS: jax.Array,
+    *,
+    scale: float,
+) -> jax.Array:
+    """Attention of new tokens to a cache of latents, which all heads read: score = q~ . c + q^R . k^R, o = P c.
+
+    Args:
+        q_latent_BTHC, q_rope_BTHP: queries, moved into the latent space, and their rotary parts.
+        c_BSC, k_rope_BSP: the cache.
+        seen_BTS: which slots a token looks at.
+        scale: factor of the scores.
+
+    Returns:
+        o_latent_BTHC in the dtype of the queries.
+    """
+    wide = {"preferred_element_type": jnp.float32}
+    scores_BHTS = jnp.einsum("BTHC,BSC->BHTS", q_latent_BTHC, c_BSC, **wide)
+    scores_BHTS += jnp.einsum("BTHP,BSP->BHTS", q_rope_BTHP, k_rope_BSP, **wide)
+    weights_BHTS = masked_softmax(scores_BHTS * scale, seen_BTS[:, None]).astype(q_latent_BTHC.dtype)
+    return jnp.einsum("BHTS,BSC->BTHC", weights_BHTS, c_BSC)
+
+
+def grouped_decode(
+    q_BTHQ: jax.Array, k_BSZQ: jax.Array, v_BSZU: jax.Array, seen_BTS: jax.Array, *, scale: float
+) -> jax.Array:
+    """Attention of new tokens to a cache of keys and values, each read by H / Z heads.
+
+    Args:
+        q_BTHQ: queries.
+        k_BSZQ, v_BSZU: the cache.
+        seen_BTS: which slots a token looks at.
+        scale: factor of the scores.
+
+    Returns:
+        o_BTHU in the dtype of the queries.
+    """
+    q_BTZJQ = q_BTHQ.reshape(*q_BTHQ.shape[:2], k_BSZQ.shape[2], -1, q_BTHQ.shape[-1])
+    scores_BZJTS = jnp.einsum("BTZJQ,BSZQ->BZJTS", q_BTZJQ, k_BSZQ, preferred_element_type=jnp.float32)
+    weights_BZJTS = masked_softmax(scores_BZJTS * scale, seen_BTS[:, None, None]).astype(q_BTHQ.dtype)
+    o_BTZJU = jnp.einsum("BZJTS,BSZU->BTZJU", weights_BZJTS, v_BSZU)
+    return o_BTZJU.reshape(*q_BTHQ.shape[:3], -1)
+
+
 def masked_softmax(scores: jax.Array, seen: jax.Array) -> jax.Array:
     """Softmax over the last axis of float32 `scores` where `seen` (broadcast against it) holds; 0 elsewhere.
 

@@ -15,6 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from deepseek_jax.kernels import XLA, Kernels
+from deepseek_jax.precision.matmul import PLAIN, Matmul
+
 Tree = dict  # a nested dict with arrays (or one value per array) as leaves
 Unshard = Callable[[nnx.Module], None]
 
@@ -25,12 +28,14 @@ class RouterBias(nnx.Variable):
 
 @dataclass(frozen=True)
 class Execution:
-    """How a model runs; none of it changes what the model computes.
+    """How a model runs; none of it changes what the model computes, but for rounding.
 
     Attributes:
         compute: dtype of the activations.
         remat: what is kept for the backward pass: "none" keeps all, "dots" the matmul outputs, "block" block inputs.
         unroll: stacked layers that one turn of the loop over layers runs; more compile longer and copy less.
+        matmul: multiplies activations with weights.
+        kernels: the implementation of each operation that has several.
         expert_axis: mesh axis over which the routed experts are shared out; None when all of them are here.
         unshard: gathers, in place, the weights of a module that are stored in shards (FSDP); None when all are whole.
     """
@@ -38,6 +43,8 @@ class Execution:
     compute: DTypeLike = jnp.float32
     remat: str = "none"
     unroll: int = 1
+    matmul: Matmul = PLAIN
+    kernels: Kernels = XLA
     expert_axis: str | None = None
     unshard: Unshard | None = None
 

@@ -116,7 +116,7 @@ class Block(nnx.Module):
             (x_BTD, (what `attend` kept, what attention and feed-forward report)).
         """
         u_BTD, carry = self.attention_residual.read(x_BTD)
-        u_BTD, kept, losses = attend(self.attention, self.attention_norm(u_BTD), tokens, cached)
+        u_BTD, kept, losses = attend(self.attention, self.attention.operand(self.attention_norm(u_BTD)), tokens, cached)
         x_BTD = self.attention_residual.write(x_BTD, u_BTD, carry)
 
         feed_forward, norm, residual = (getattr(self, self.name + end) for end in ("", "_norm", "_residual"))

@@ -56,6 +56,7 @@ class Decoder(nnx.Module):
 
     A block is called as `layers.block.Block` is.  An attention offers
 
+        operand(x_BTD)                              the normed stream, as the next three take it
         entries(x_BTD, tokens)                      what the cache keeps of these tokens
         over_itself(x_BTD, tokens, entries)         (u_BTD, auxiliary losses), attending causally to themselves
         cache                                       where that goes: a `layers.cache.Layout`

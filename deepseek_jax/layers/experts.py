@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.layers.base import normal, param
+from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, normal, param
 from deepseek_jax.layers.block import Statistics
 from deepseek_jax.layers.grouped import grouped_swiglu
 from deepseek_jax.layers.router import Balance, Route, Router, Routing, expert_load, without_padding
@@ -64,8 +64,8 @@ class Experts(nnx.Module):
         d_model: width of the residual stream.
         route: how the router chooses: `route(logits_BTE, bias_E) -> Routing`, without `bias_E` if it has none.
         balance: the balance losses of each sequence, by name, from its routing.
+        run: its `matmul` and `expert_axis` are used.
         biased: whether the router has a balancing bias.
-        expert_axis: mesh axis over which the routed experts are shared out; None when all are on this device.
         rngs: initialisers' keys.
     """
 
@@ -75,18 +75,18 @@ class Experts(nnx.Module):
         d_model: int,
         route: Route,
         balance: Balance,
+        run: Execution = SINGLE_DEVICE,
         *,
         biased: bool = True,
-        expert_axis: str | None = None,
         rngs: nnx.Rngs,
     ):
         init = normal(c.init_std)
         self.router = Router(d_model, c.n_experts, c.init_std, route, biased=biased, rngs=rngs)
-        self.shared = SwiGLU(d_model, c.n_shared * c.width, c.init_std, rngs=rngs) if c.n_shared else None
+        self.shared = SwiGLU(d_model, c.n_shared * c.width, c.init_std, run.matmul, rngs=rngs) if c.n_shared else None
         self.gate_XDF = param(rngs, (c.n_experts, d_model, c.width), ("experts", "embed", "mlp"), init)
         self.up_XDF = param(rngs, (c.n_experts, d_model, c.width), ("experts", "embed", "mlp"), init)
         self.down_XFD = param(rngs, (c.n_experts, c.width, d_model), ("experts", "mlp", "embed"), init)
-        self.balance, self.expert_axis = balance, expert_axis
+        self.balance, self.expert_axis, self.matmul = balance, run.expert_axis, run.matmul
 
     def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Statistics]:
         """Returns (y_BTD, loads and balance losses); padding goes to no routed expert and counts nowhere."""
@@ -112,9 +112,8 @@ class Experts(nnx.Module):
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
         top_k = routing.experts_BTK.shape[-1]
         experts_MK, weights_MK = (part.reshape(-1, top_k) for part in routing[:2])
-        compute = functools.partial(
-            grouped_swiglu, gate_XDF=self.gate_XDF[...], up_XDF=self.up_XDF[...], down_XFD=self.down_XFD[...]
-        )
+        weights = {"gate_XDF": self.gate_XDF[...], "up_XDF": self.up_XDF[...], "down_XFD": self.down_XFD[...]}
+        compute = functools.partial(grouped_swiglu, matmul=self.matmul, **weights)
         if self.expert_axis is None:
             y_MD = compute(x_MD, experts_MK, weights_MK)
         else:

@@ -16,14 +16,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.layers.attention import causal_attention, masked_softmax
-from deepseek_jax.layers.base import normal, param, vector, zeros
+from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, normal, param, vector, zeros
 from deepseek_jax.layers.block import Losses
 from deepseek_jax.layers.cache import Full
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.rope import Llama3, Yarn, frequencies, llama3, rotary_scale, rotate_halves
 from deepseek_jax.layers.tokens import Tokens
-from deepseek_jax.precision.matmul import einsum
+from deepseek_jax.precision.matmul import Operand
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,11 @@ class GQA(nnx.Module):
     Args:
         c: sizes.
         d_model: width of the residual stream.
+        run: its `matmul` and `kernels` are used.
         rngs: initialisers' keys.
     """
 
-    def __init__(self, c: GQAConfig, d_model: int, *, rngs: nnx.Rngs):
+    def __init__(self, c: GQAConfig, d_model: int, run: Execution = SINGLE_DEVICE, *, rngs: nnx.Rngs):
         init, width = normal(c.init_std), c.head_width
         self.q_DHQ = param(rngs, (d_model, c.n_heads, width), ("embed", "heads", None), init)
         self.k_DZQ = param(rngs, (d_model, c.n_kv_heads, width), ("embed", "heads", None), init)
@@ -87,15 +87,21 @@ class GQA(nnx.Module):
             self.q_head_norm = RMSNorm(width, c.norm_eps, rngs=rngs)
             self.k_head_norm = RMSNorm(width, c.norm_eps, rngs=rngs)
         self.config, self.cache = c, Full()
+        self.matmul, self.kernels = run.matmul, run.kernels
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array | None = None, segments_BT=None) -> jax.Array:
         """u_BTD: causal attention over whole sequences, at positions 0..T-1 by default."""
         seen = Tokens.of(x_BTD[..., 0], positions_BT, segments_BT)
-        return self.over_itself(x_BTD, seen, self.entries(x_BTD, seen))[0]
+        x = self.operand(x_BTD)
+        return self.over_itself(x, seen, self.entries(x, seen))[0]
+
+    def operand(self, x_BTD: jax.Array) -> Operand:
+        """x_BTD, ready for the products with the weights."""
+        return self.matmul.operand(x_BTD)
 
     def queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """The heads' rotated queries q_BTHQ."""
-        q_BTHQ = einsum("BTD,DHQ->BTHQ", x_BTD, self.q_DHQ[...])
+        q_BTHQ = self.matmul.einsum("BTD,DHQ->BTHQ", x_BTD, self.q_DHQ[...])
         if self.config.bias:
             q_BTHQ = q_BTHQ + self.q_bias_HQ[...].astype(x_BTD.dtype)
         if self.config.qk_norm:
@@ -104,8 +110,8 @@ class GQA(nnx.Module):
 
     def entries(self, x_BTD: jax.Array, tokens: Tokens) -> KeyValues:
         """What the cache keeps of these tokens."""
-        k_BTZQ = einsum("BTD,DZQ->BTZQ", x_BTD, self.k_DZQ[...])
-        v_BTZU = einsum("BTD,DZU->BTZU", x_BTD, self.v_DZU[...])
+        k_BTZQ = self.matmul.einsum("BTD,DZQ->BTZQ", x_BTD, self.k_DZQ[...])
+        v_BTZU = self.matmul.einsum("BTD,DZU->BTZU", x_BTD, self.v_DZU[...])
         if self.config.bias:
             k_BTZQ = k_BTZQ + self.k_bias_ZQ[...].astype(x_BTD.dtype)
             v_BTZU = v_BTZU + self.v_bias_ZU[...].astype(x_BTD.dtype)
@@ -118,8 +124,9 @@ class GQA(nnx.Module):
         sharing = self.config.n_heads // self.config.n_kv_heads
         k_BTHQ, v_BTHU = (jnp.repeat(x, sharing, axis=2) if sharing > 1 else x for x in entries)
         q_BTHQ = self.queries(x_BTD, tokens.positions_BT)
-        o_BTHU = causal_attention(q_BTHQ, k_BTHQ, v_BTHU, scale=self.scale, segments_BT=tokens.segments_BT)
-        return einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...]), {}
+        attention = self.kernels["attention"]
+        o_BTHU = attention(q_BTHQ, k_BTHQ, v_BTHU, scale=self.scale, segments_BT=tokens.segments_BT)
+        return self.matmul.einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...]), {}
 
     def over_cache(self, x_BTD: jax.Array, tokens: Tokens, cache: KeyValues, seen_BTS: jax.Array) -> jax.Array:
         """u_BTD of tokens that attend to a cache, which must already hold their own keys and values.
@@ -130,14 +137,9 @@ class GQA(nnx.Module):
             cache: keys and values of S slots.
             seen_BTS: which slots a token may look at.
         """
-        c = self.config
         q_BTHQ = self.queries(x_BTD, tokens.positions_BT)
-        q_BTZJQ = q_BTHQ.reshape(*q_BTHQ.shape[:2], c.n_kv_heads, -1, c.head_width)
-        scores_BZJTS = jnp.einsum("BTZJQ,BSZQ->BZJTS", q_BTZJQ, cache.k_BSZQ, preferred_element_type=jnp.float32)
-        weights_BZJTS = masked_softmax(scores_BZJTS * self.scale, seen_BTS[:, None, None]).astype(x_BTD.dtype)
-        o_BTZJU = jnp.einsum("BZJTS,BSZU->BTZJU", weights_BZJTS, cache.v_BSZU)
-        o_BTHU = o_BTZJU.reshape(*q_BTHQ.shape[:3], -1)
-        return einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...])
+        o_BTHU = self.kernels["grouped_decode"](q_BTHQ, *cache, seen_BTS, scale=self.scale)
+        return self.matmul.einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...])
 
     @property
     def scale(self) -> float:

@@ -22,14 +22,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.layers.attention import causal_attention, masked_softmax
-from deepseek_jax.layers.base import normal, param
+from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, normal, param
 from deepseek_jax.layers.block import Losses
 from deepseek_jax.layers.cache import Full
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.rope import Yarn, frequencies, rotary_scale, rotate, softmax_scale
 from deepseek_jax.layers.tokens import Tokens, default_positions
-from deepseek_jax.precision.matmul import einsum
+from deepseek_jax.precision.matmul import Operand
 
 LATENT_EPS = 1e-6  # of the latent norms; in the released code whatever the other norms have
 
@@ -79,10 +78,11 @@ class MLA(nnx.Module):
     Args:
         c: sizes.
         d_model: width of the residual stream.
+        run: its `matmul` and `kernels` are used.
         rngs: initialisers' keys.
     """
 
-    def __init__(self, c: MLAConfig, d_model: int, *, rngs: nnx.Rngs):
+    def __init__(self, c: MLAConfig, d_model: int, run: Execution = SINGLE_DEVICE, *, rngs: nnx.Rngs):
         init, heads = normal(c.init_std), c.n_heads
         if c.q_rank:
             self.q_down_DR = param(rngs, (d_model, c.q_rank), ("embed", "q_latent"), init)
@@ -97,6 +97,7 @@ class MLA(nnx.Module):
         self.v_up_CHU = param(rngs, (c.kv_rank, heads, c.value_width), ("kv_latent", "heads", None), init)
         self.out_HUD = param(rngs, (heads, c.value_width, d_model), ("heads", None, "embed"), init)
         self.config, self.cache = c, Full()
+        self.matmul, self.kernels = run.matmul, run.kernels
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array | None = None, segments_BT=None) -> jax.Array:
         """Causal attention over whole sequences, expanded form.
@@ -111,34 +112,36 @@ class MLA(nnx.Module):
         """
         if positions_BT is None:
             positions_BT = default_positions(x_BTD)
-        return self.expanded(x_BTD, positions_BT, self.latents(x_BTD, positions_BT), segments_BT)
+        x = self.operand(x_BTD)
+        return self.expanded(x, positions_BT, self.latents(x, positions_BT), segments_BT)
 
     def queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The heads' queries: (q_nope_BTHN, rotated q_rope_BTHP)."""
         c = self.config
         if c.q_rank:
-            q_latent_BTR = self.q_norm(einsum("BTD,DR->BTR", x_BTD, self.q_down_DR[...]))
-            q_BTHQ = einsum("BTR,RHQ->BTHQ", q_latent_BTR, self.q_up_RHQ[...])
+            q_latent_BTR = self.q_norm(self.matmul.einsum("BTD,DR->BTR", x_BTD, self.q_down_DR[...]))
+            q_BTHQ = self.matmul.einsum("BTR,RHQ->BTHQ", q_latent_BTR, self.q_up_RHQ[...])
         else:
-            q_BTHQ = einsum("BTD,DHQ->BTHQ", x_BTD, self.q_DHQ[...])
+            q_BTHQ = self.matmul.einsum("BTD,DHQ->BTHQ", x_BTD, self.q_DHQ[...])
         return q_BTHQ[..., : c.nope_width], self._rotate(q_BTHQ[..., c.nope_width :], positions_BT)
 
     def latents(self, x_BTD: jax.Array, positions_BT: jax.Array) -> Latents:
         """What the cache keeps of these tokens."""
-        c_BTC = self.kv_norm(einsum("BTD,DC->BTC", x_BTD, self.kv_down_DC[...]))
-        k_rope_BTP = einsum("BTD,DP->BTP", x_BTD, self.k_rope_DP[...])
+        c_BTC = self.kv_norm(self.matmul.einsum("BTD,DC->BTC", x_BTD, self.kv_down_DC[...]))
+        k_rope_BTP = self.matmul.einsum("BTD,DP->BTP", x_BTD, self.k_rope_DP[...])
         return Latents(c_BTC, self._rotate(k_rope_BTP, positions_BT))
 
     def expanded(self, x_BTD: jax.Array, positions_BT: jax.Array, latents: Latents, segments_BT=None) -> jax.Array:
         """u_BTD of tokens that attend causally to themselves, with k and v built from their own `latents`."""
         q_BTHQ = jnp.concatenate(self.queries(x_BTD, positions_BT), axis=-1)
         c_BTC, k_rope_BTP = latents
-        k_nope_BTHN = einsum("BTC,CHN->BTHN", c_BTC, self.k_up_CHN[...])
-        v_BTHU = einsum("BTC,CHU->BTHU", c_BTC, self.v_up_CHU[...])
+        k_nope_BTHN = self.matmul.einsum("BTC,CHN->BTHN", c_BTC, self.k_up_CHN[...])
+        v_BTHU = self.matmul.einsum("BTC,CHU->BTHU", c_BTC, self.v_up_CHU[...])
         k_rope_BTHP = jnp.broadcast_to(k_rope_BTP[:, :, None], (*k_nope_BTHN.shape[:-1], self.config.rope_width))
         k_BTHQ = jnp.concatenate([k_nope_BTHN, k_rope_BTHP], axis=-1)
-        o_BTHU = causal_attention(q_BTHQ, k_BTHQ, v_BTHU, scale=self.scale, segments_BT=segments_BT)
-        return einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...])
+        attention = self.kernels["attention"]
+        o_BTHU = attention(q_BTHQ, k_BTHQ, v_BTHU, scale=self.scale, segments_BT=segments_BT)
+        return self.matmul.einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...])
 
     def absorbed(self, x_BTD: jax.Array, positions_BT: jax.Array, cache: Latents, seen_BTS: jax.Array) -> jax.Array:
         """u_BTD of tokens that attend to a cache of latents, which must already hold their own.
@@ -150,16 +153,16 @@ class MLA(nnx.Module):
             seen_BTS: which slots a token may look at.
         """
         q_nope_BTHN, q_rope_BTHP = self.queries(x_BTD, positions_BT)
-        q_latent_BTHC = einsum("BTHN,CHN->BTHC", q_nope_BTHN, self.k_up_CHN[...])
-        wide = {"preferred_element_type": jnp.float32}
-        scores_BHTS = jnp.einsum("BTHC,BSC->BHTS", q_latent_BTHC, cache.c_BSC, **wide)
-        scores_BHTS += jnp.einsum("BTHP,BSP->BHTS", q_rope_BTHP, cache.k_rope_BSP, **wide)
-        weights_BHTS = masked_softmax(scores_BHTS * self.scale, seen_BTS[:, None]).astype(x_BTD.dtype)
-        o_latent_BTHC = jnp.einsum("BHTS,BSC->BTHC", weights_BHTS, cache.c_BSC)
-        o_BTHU = einsum("BTHC,CHU->BTHU", o_latent_BTHC, self.v_up_CHU[...])
-        return einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...])
+        q_latent_BTHC = self.matmul.einsum("BTHN,CHN->BTHC", q_nope_BTHN, self.k_up_CHN[...])
+        o_latent_BTHC = self.kernels["latent_decode"](q_latent_BTHC, q_rope_BTHP, *cache, seen_BTS, scale=self.scale)
+        o_BTHU = self.matmul.einsum("BTHC,CHU->BTHU", o_latent_BTHC, self.v_up_CHU[...])
+        return self.matmul.einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...])
 
     # What a block asks of an attention (`layers.decoder.Decoder`).
+
+    def operand(self, x_BTD: jax.Array) -> Operand:
+        """x_BTD, ready for the products with the weights."""
+        return self.matmul.operand(x_BTD)
 
     def entries(self, x_BTD: jax.Array, tokens: Tokens) -> Latents:
         """What the cache keeps of these tokens: `latents`."""

@@ -19,7 +19,7 @@ from deepseek_jax.layers.base import normal, param
 from deepseek_jax.layers.block import Statistics
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.tokens import Tokens
-from deepseek_jax.precision.matmul import einsum
+from deepseek_jax.precision.matmul import PLAIN, Matmul
 
 
 class MTP(nnx.Module):
@@ -30,16 +30,25 @@ class MTP(nnx.Module):
         d_model: width of the residual stream.
         eps: of the norms.
         std: standard deviation of the initial M_k.
+        matmul: multiplies activations with M_k.
     """
 
     def __init__(
-        self, block: Callable[[nnx.Rngs], nnx.Module], d_model: int, eps: float, std: float, *, rngs: nnx.Rngs
+        self,
+        block: Callable[[nnx.Rngs], nnx.Module],
+        d_model: int,
+        eps: float,
+        std: float,
+        matmul: Matmul = PLAIN,
+        *,
+        rngs: nnx.Rngs,
     ):
         self.embedding_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)
         self.hidden_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)
         self.join_YD = param(rngs, (2 * d_model, d_model), (None, "embed"), normal(std))
         self.block = block(rngs)
         self.final_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)
+        self.matmul = matmul
 
     def __call__(self, h_BTD: jax.Array, embedded_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Statistics]:
         """Runs one depth: from h^{k-1} to h^k.
@@ -53,7 +62,7 @@ class MTP(nnx.Module):
             (h^k_BTD, ready for the shared head; what the block reports).
         """
         joined_BTY = jnp.concatenate([self.embedding_norm(embedded_BTD), self.hidden_norm(h_BTD)], axis=-1)
-        x_BTD = einsum("BTY,YD->BTD", joined_BTY, self.join_YD[...])
+        x_BTD = self.matmul.einsum("BTY,YD->BTD", joined_BTY, self.join_YD[...])
         x_BTD, (_, statistics) = self.block(x_BTD, tokens)
         return self.final_norm(x_BTD), statistics
 

@@ -6,21 +6,23 @@ from flax import nnx
 from deepseek_jax.layers.base import normal, param
 from deepseek_jax.layers.block import Statistics
 from deepseek_jax.layers.tokens import Tokens
-from deepseek_jax.precision.matmul import einsum
+from deepseek_jax.precision.matmul import PLAIN, Matmul
 
 
 class SwiGLU(nnx.Module):
-    """A dense feed-forward of hidden width F."""
+    """A dense feed-forward of hidden width F; `matmul` multiplies activations with its weights."""
 
-    def __init__(self, d_model: int, width: int, std: float, *, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, width: int, std: float, matmul: Matmul = PLAIN, *, rngs: nnx.Rngs):
         self.gate_DF = param(rngs, (d_model, width), ("embed", "mlp"), normal(std))
         self.up_DF = param(rngs, (d_model, width), ("embed", "mlp"), normal(std))
         self.down_FD = param(rngs, (width, d_model), ("mlp", "embed"), normal(std))
+        self.matmul = matmul
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Returns y_BTD."""
-        hidden_BTF = jax.nn.silu(einsum("BTD,DF->BTF", x_BTD, self.gate_DF[...]))
-        hidden_BTF = hidden_BTF * einsum("BTD,DF->BTF", x_BTD, self.up_DF[...])
+        einsum, x = self.matmul.einsum, self.matmul.operand(x_BTD)
+        hidden_BTF = jax.nn.silu(einsum("BTD,DF->BTF", x, self.gate_DF[...]))
+        hidden_BTF = hidden_BTF * einsum("BTD,DF->BTF", x, self.up_DF[...])
         return einsum("BTF,FD->BTD", hidden_BTF, self.down_FD[...])
 
     # As a block's feed-forward (`layers.block.Block`): nothing is routed, and nothing reported.

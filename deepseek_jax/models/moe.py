@@ -106,13 +106,13 @@ class Model(Decoder):
         route = functools.partial(softmax_topk, top_k=e.top_k, n_groups=1, top_groups=1, scale=e.route_scale)
 
         def attention(rngs: nnx.Rngs) -> GQA:
-            return GQA(c.attention, c.d_model, rngs=rngs)
+            return GQA(c.attention, c.d_model, run, rngs=rngs)
 
         def experts(rngs: nnx.Rngs) -> Experts:
-            return Experts(e, c.d_model, route, sequence_balance, biased=False, expert_axis=run.expert_axis, rngs=rngs)
+            return Experts(e, c.d_model, route, sequence_balance, run, biased=False, rngs=rngs)
 
         def mlp(rngs: nnx.Rngs) -> SwiGLU:
-            return SwiGLU(c.d_model, c.dense_width, c.init_std, rngs=rngs)
+            return SwiGLU(c.d_model, c.dense_width, c.init_std, run.matmul, rngs=rngs)
 
         def dense_block(rngs: nnx.Rngs) -> Block:
             return Block(attention, mlp, "mlp", c.d_model, c.norm_eps, rngs=rngs)

@@ -106,10 +106,10 @@ class Model(Decoder):
 
     def __init__(self, c: Config, run: Execution = SINGLE_DEVICE, *, rngs: nnx.Rngs):
         def attention(rngs: nnx.Rngs) -> GQA:
-            return GQA(c.attention, c.d_model, rngs=rngs)
+            return GQA(c.attention, c.d_model, run, rngs=rngs)
 
         def mlp(rngs: nnx.Rngs) -> SwiGLU:
-            return SwiGLU(c.d_model, c.dense_width, c.init_std, rngs=rngs)
+            return SwiGLU(c.d_model, c.dense_width, c.init_std, run.matmul, rngs=rngs)
 
         def block(rngs: nnx.Rngs) -> Block:
             return Block(attention, mlp, "mlp", c.d_model, c.norm_eps, rngs=rngs)

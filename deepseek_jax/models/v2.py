@@ -115,13 +115,13 @@ class Model(Decoder):
         balance = functools.partial(grouped_balance, **groups)
 
         def attention(rngs: nnx.Rngs) -> MLA:
-            return MLA(c.mla, c.d_model, rngs=rngs)
+            return MLA(c.mla, c.d_model, run, rngs=rngs)
 
         def experts(rngs: nnx.Rngs) -> Experts:
-            return Experts(e, c.d_model, route, balance, biased=False, expert_axis=run.expert_axis, rngs=rngs)
+            return Experts(e, c.d_model, route, balance, run, biased=False, rngs=rngs)
 
         def mlp(rngs: nnx.Rngs) -> SwiGLU:
-            return SwiGLU(c.d_model, c.dense_width, c.init_std, rngs=rngs)
+            return SwiGLU(c.d_model, c.dense_width, c.init_std, run.matmul, rngs=rngs)
 
         def dense_block(rngs: nnx.Rngs) -> Block:
             return Block(attention, mlp, "mlp", c.d_model, c.norm_eps, rngs=rngs)

@@ -120,13 +120,13 @@ class Model(Decoder):
         route = functools.partial(sigmoid_biased_topk, top_k=e.top_k, scale=e.route_scale, **groups)
 
         def attention(rngs: nnx.Rngs) -> MLA:
-            return MLA(c.mla, c.d_model, rngs=rngs)
+            return MLA(c.mla, c.d_model, run, rngs=rngs)
 
         def experts(rngs: nnx.Rngs) -> Experts:
-            return Experts(e, c.d_model, route, sequence_balance, biased=True, expert_axis=run.expert_axis, rngs=rngs)
+            return Experts(e, c.d_model, route, sequence_balance, run, biased=True, rngs=rngs)
 
         def mlp(rngs: nnx.Rngs) -> SwiGLU:
-            return SwiGLU(c.d_model, c.dense_width, c.init_std, rngs=rngs)
+            return SwiGLU(c.d_model, c.dense_width, c.init_std, run.matmul, rngs=rngs)
 
         def dense_block(rngs: nnx.Rngs) -> Block:
             return Block(attention, mlp, "mlp", c.d_model, c.norm_eps, rngs=rngs)
@@ -138,7 +138,7 @@ class Model(Decoder):
         dense = Stack("dense_blocks", (dense_block,), n_dense)
         stacks = (dense, Stack("moe_blocks", (moe_block,), c.n_layers - n_dense))
         super().__init__(c.vocab_size, c.d_model, c.norm_eps, c.init_std, run, stacks, rngs=rngs)
-        depths = (MTP(moe_block, c.d_model, c.norm_eps, c.init_std, rngs=rngs) for _ in range(c.mtp_depth))
+        depths = (MTP(moe_block, c.d_model, c.norm_eps, c.init_std, run.matmul, rngs=rngs) for _ in range(c.mtp_depth))
         self.mtp = nnx.List(depths)
         self.config = c
 

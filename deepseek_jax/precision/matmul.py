@@ -1,15 +1,110 @@
-"""The one function through which activations meet weights: y = x W, in the activations' dtype.
+"""The products of activations with weights, as an object that every layer is given.
 
-Low-precision formats enter here and nowhere else: layers call `einsum` and stay as they are.
+    y = x W            forward
+    dx = g W^T         vjp_input: the first half of the backward pass, for which the layer before waits
+    dW = x^T g         vjp_weight: the second half, for which only the optimizer waits
+
+`product` composes the three; a pipeline that defers weight gradients calls the halves apart.  A low-precision format is
+another `Matmul`, and nothing else.  Attention scores, the router, the embedding, the head and the norms use none: they
+stay in high precision (V3 section 3.3.2).
 """
+
+import functools
+import re
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.kernels import XLA, Kernels
 
-def einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """`jnp.einsum(equation, x, w)` with the float32 master weight `w` cast to the dtype of the activations `x`.
+Operand = Any  # activations as a `Matmul` takes them; they have a dtype and a shape
 
-    The product is accumulated in float32 by every backend and returned in the dtype of `x`.
+
+class Matmul(Protocol):
+    """How a run multiplies activations with weights; static and hashable.
+
+    Weights are float32 master weights.  Results have the dtype of the activations.
     """
-    return jnp.einsum(equation, x, w.astype(x.dtype))
+
+    def operand(self, x: jax.Array) -> Operand:
+        """Returns activations ready for several products: what a format computes of them is computed once."""
+
+    def einsum(self, equation: str, x: Operand, w: jax.Array) -> jax.Array:
+        """Returns y of an einsum such as "BTD,DF->BTF"; no letter may occur in `w` alone."""
+
+    def grouped(self, x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array) -> jax.Array:
+        """Returns y_AF: rows sorted by expert, `count_X` of each, times the weights of their expert."""
+
+    def forward(self, equation: str, x: Operand, w: jax.Array) -> jax.Array:
+        """Returns y."""
+
+    def vjp_input(self, equation: str, g: jax.Array, w: jax.Array) -> jax.Array:
+        """Returns dx, where g = dy."""
+
+    def vjp_weight(self, equation: str, x: Operand, g: jax.Array) -> jax.Array:
+        """Returns dW, where g = dy."""
+
+
+@dataclass(frozen=True)
+class PlainMatmul:
+    """Products in the dtype of the activations, to which the weights are cast; every backend sums them in float32.
+
+    Attributes:
+        kernels: the implementation of `grouped`.
+    """
+
+    kernels: Kernels = XLA
+
+    def operand(self, x: jax.Array) -> jax.Array:
+        """See `Matmul`; here x itself."""
+        return x
+
+    def einsum(self, equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+        """See `Matmul`."""
+        return product(self, equation, x, w.astype(x.dtype))
+
+    def grouped(self, x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array) -> jax.Array:
+        """See `Matmul`."""
+        return self.kernels["grouped_matmul"](x_AD, w_XDF.astype(x_AD.dtype), count_X)
+
+    def forward(self, equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+        """See `Matmul`; w in the dtype of x."""
+        return jnp.einsum(equation, x, w)
+
+    def vjp_input(self, equation: str, g: jax.Array, w: jax.Array) -> jax.Array:
+        """See `Matmul`."""
+        of_x, of_w, of_y = letters(equation)
+        return jnp.einsum(f"{of_y},{of_w}->{of_x}", g, w)
+
+    def vjp_weight(self, equation: str, x: jax.Array, g: jax.Array) -> jax.Array:
+        """See `Matmul`."""
+        of_x, of_w, of_y = letters(equation)
+        return jnp.einsum(f"{of_y},{of_x}->{of_w}", g, x)
+
+
+PLAIN = PlainMatmul()
+
+
+def letters(equation: str) -> list[str]:
+    """Returns the axes of x, w and y of an einsum "x,w->y"."""
+    return re.split(",|->", equation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def product(matmul: Matmul, equation: str, x: Operand, w: jax.Array) -> jax.Array:
+    """Returns `matmul.forward(equation, x, w)`, whose derivatives are the two halves of `matmul`."""
+    return matmul.forward(equation, x, w)
+
+
+def _forward(matmul: Matmul, equation: str, x: Operand, w: jax.Array) -> tuple[jax.Array, tuple]:
+    return matmul.forward(equation, x, w), (x, w)
+
+
+def _backward(matmul: Matmul, equation: str, saved: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = saved
+    return matmul.vjp_input(equation, g, w), matmul.vjp_weight(equation, x, g)
+
+
+product.defvjp(_forward, _backward)

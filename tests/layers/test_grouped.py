@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from deepseek_jax.layers import grouped
-from deepseek_jax.layers.grouped import chunk_rows, grouped_swiglu, sort_by_expert
+from deepseek_jax.layers.grouped import grouped_swiglu, sort_by_expert
+from deepseek_jax.precision import grouped as grouped_matmuls
+from deepseek_jax.precision.grouped import chunk_rows
 
 M, K, X, D, F = 13, 2, 4, 5, 6
 
@@ -48,7 +50,7 @@ def compiled(chunk: int | None):
 
     def loss(x, weights, gate, up, down, experts):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(grouped, "chunk_rows", lambda n_rows, n_experts: min(chunk, n_rows))
+            patch.setattr(grouped_matmuls, "chunk_rows", lambda n_rows, n_experts: min(chunk, n_rows))
             y_MD = (grouped_swiglu if chunk else dense)(x, experts, weights, gate_XDF=gate, up_XDF=up, down_XFD=down)
         return jnp.sum(y_MD * jnp.cos(jnp.arange(y_MD.size)).reshape(y_MD.shape)), y_MD
 

@@ -1,11 +1,11 @@
-"""Number formats: the policies and the one matmul."""
+"""Number formats: the policies, and the matmul by default."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.precision.matmul import einsum
+from deepseek_jax.precision.matmul import PLAIN
 from deepseek_jax.precision.policy import policy
 
 
@@ -18,7 +18,7 @@ def test_policies():
 
 def test_the_activations_decide_the_dtype():
     x, w = np.ones((2, 3), np.float32), np.full((3, 4), 1 + 2**-10, np.float32)
-    np.testing.assert_allclose(einsum("BD,DF->BF", jnp.asarray(x), w), x @ w, rtol=1e-6)
-    narrow = einsum("BD,DF->BF", jnp.bfloat16(x), jnp.asarray(w))
+    np.testing.assert_allclose(PLAIN.einsum("BD,DF->BF", jnp.asarray(x), w), x @ w, rtol=1e-6)
+    narrow = PLAIN.einsum("BD,DF->BF", jnp.bfloat16(x), jnp.asarray(w))
     assert narrow.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.float32(narrow), 3.0)

@@ -1,0 +1,104 @@
+"""Grouped matmul: rows sorted by expert, each times the weights of its expert.
+
+    y_a = x_a W_expert(a),   dx_a = g_a W_expert(a)^T,   dW_e = sum of x_a^T g_a over the rows of e
+
+It is a loop over chunks of one expert's rows, which runs exactly as often as the routing needs (at most A / chunk + X
+times): nothing is dropped, nothing is padded in memory and nothing is recompiled.  Each turn is one plain matmul with
+one expert's weights.  A chunk that reaches past its expert's last row computes rows that the next chunk overwrites.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+class Chunks(NamedTuple):
+    """The loop's plan: expert, first row and end of the expert's rows of each chunk, and how many chunks there are."""
+
+    expert_I: jax.Array
+    row_I: jax.Array
+    end_I: jax.Array
+    n_chunks: jax.Array
+
+
+def _plan(count_X: jax.Array, n_rows: int, chunk: int) -> Chunks:
+    chunks_X = -(-count_X // chunk)
+    ends_X, last_row_X = jnp.cumsum(chunks_X), jnp.cumsum(count_X)
+    index_I = jnp.arange(n_rows // chunk + count_X.size)
+    expert_I = jnp.minimum(jnp.sum(index_I[:, None] >= ends_X, axis=1), count_X.size - 1)
+    row_I = (last_row_X - count_X)[expert_I] + (index_I - (ends_X - chunks_X)[expert_I]) * chunk
+    return Chunks(expert_I, row_I, last_row_X[expert_I], ends_X[-1])
+
+
+@jax.custom_vjp
+def grouped_matmul(x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array) -> jax.Array:
+    """y_AF: each row times the weights of its expert.
+
+    Args:
+        x_AD: rows sorted by expert.
+        w_XDF: the experts' weights, in the dtype of `x_AD`.
+        count_X: rows of each expert; rows past their sum give 0.
+    """
+    return _rows_times(x_AD, w_XDF, count_X, contract=0)
+
+
+def vjp_input(g_AF: jax.Array, w_XDF: jax.Array, count_X: jax.Array) -> jax.Array:
+    """d_x_AD from g = dy: the first half of the backward pass."""
+    return _rows_times(g_AF, w_XDF, count_X, contract=1)
+
+
+def _rows_times(x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array, *, contract: int) -> jax.Array:
+    n_rows, width = x_AD.shape
+    chunk = chunk_rows(n_rows, count_X.size)
+    plan = _plan(count_X, n_rows, chunk)
+    padded = jnp.pad(x_AD, ((0, chunk), (0, 0)))
+
+    def body(i: jax.Array, out: jax.Array) -> jax.Array:
+        rows = lax.dynamic_slice(padded, (plan.row_I[i], 0), (chunk, width))
+        weights = lax.dynamic_index_in_dim(w_XDF, plan.expert_I[i], 0, keepdims=False)
+        product = lax.dot_general(rows, weights, (((1,), (contract,)), ((), ())))
+        return lax.dynamic_update_slice(out, product, (plan.row_I[i], 0))
+
+    out = jnp.zeros((n_rows + chunk, w_XDF.shape[2 - contract]), x_AD.dtype)
+    out = lax.fori_loop(0, plan.n_chunks, body, out)[:n_rows]
+    return jnp.where((jnp.arange(n_rows) < jnp.sum(count_X))[:, None], out, 0)
+
+
+def vjp_weight(x_AD: jax.Array, g_AF: jax.Array, count_X: jax.Array) -> jax.Array:
+    """d_w_XDF from g = dy, summed over the chunks of an expert in float32: the second half of the backward pass."""
+    chunk = chunk_rows(x_AD.shape[0], count_X.size)
+    plan = _plan(count_X, x_AD.shape[0], chunk)
+    x_padded, g_padded = (jnp.pad(rows, ((0, chunk), (0, 0))) for rows in (x_AD, g_AF))
+
+    def body(i: jax.Array, d_w_XDF: jax.Array) -> jax.Array:
+        start = (plan.row_I[i], 0)
+        x = lax.dynamic_slice(x_padded, start, (chunk, x_AD.shape[1]))
+        g = lax.dynamic_slice(g_padded, start, (chunk, g_AF.shape[1]))
+        x = jnp.where((plan.row_I[i] + jnp.arange(chunk) < plan.end_I[i])[:, None], x, 0)
+        product = lax.dot_general(x, g, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        old = lax.dynamic_index_in_dim(d_w_XDF, plan.expert_I[i], 0, keepdims=False)
+        return lax.dynamic_update_index_in_dim(d_w_XDF, old + product, plan.expert_I[i], 0)
+
+    return lax.fori_loop(0, plan.n_chunks, body, jnp.zeros((count_X.size, x_AD.shape[1], g_AF.shape[1]), jnp.float32))
+
+
+def _forward(x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array) -> tuple[jax.Array, tuple]:
+    return grouped_matmul(x_AD, w_XDF, count_X), (x_AD, w_XDF, count_X)
+
+
+def _backward(saved: tuple, g_AF: jax.Array) -> tuple:
+    x_AD, w_XDF, count_X = saved
+    d_count_X = np.zeros(count_X.shape, jax.dtypes.float0)
+    return vjp_input(g_AF, w_XDF, count_X), vjp_weight(x_AD, g_AF, count_X).astype(w_XDF.dtype), d_count_X
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def chunk_rows(n_rows: int, n_experts: int) -> int:
+    """Rows of one matmul: a power of two near half of an expert's mean load, between 128 and 512."""
+    half = max(n_rows // n_experts // 2, 1)
+    return min(max(1 << (half.bit_length() - 1), 128), 512, n_rows)

@@ -1,0 +1,132 @@
+"""The object that multiplies activations with weights: its halves are the derivative, and every layer uses it."""
+
+import functools
+import re
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deepseek_jax import kernels
+from deepseek_jax.errors import UserError
+from deepseek_jax.kernels import Kernels
+from deepseek_jax.layers.attention import causal_attention
+from deepseek_jax.layers.base import SINGLE_DEVICE
+from deepseek_jax.layers.gqa import GQA, GQAConfig
+from deepseek_jax.layers.tokens import Tokens
+from deepseek_jax.models import family
+from deepseek_jax.precision.grouped import grouped_matmul, vjp_input, vjp_weight
+from deepseek_jax.precision.matmul import PLAIN, PlainMatmul
+
+LAYERS = Path(__file__).parents[2] / "deepseek_jax" / "layers"
+
+
+@pytest.mark.parametrize("equation", ["BTD,DF->BTF", "BTD,DHQ->BTHQ", "BTHU,HUD->BTD"])
+def test_the_two_halves_are_the_derivative(equation):
+    rng, sizes = np.random.default_rng(0), dict(B=2, T=3, D=4, F=5, H=2, Q=3, U=3)
+    x, w, y = (
+        rng.normal(size=[sizes[axis] for axis in axes]).astype(np.float32) for axes in re.split(",|->", equation)
+    )
+
+    @jax.jit
+    def derivatives(x, w, g):
+        plain, pull = jax.vjp(lambda x, w: jnp.einsum(equation, x, w), x, w)
+        ours, pull_ours = jax.vjp(functools.partial(PLAIN.einsum, equation), x, w)
+        halves = PLAIN.vjp_input(equation, g, w), PLAIN.vjp_weight(equation, x, g)
+        return (plain, *pull(g)), (ours, *pull_ours(g)), halves
+
+    wanted, got, halves = derivatives(x, w, y)
+    for right, one in zip(wanted, got, strict=True):
+        np.testing.assert_array_equal(one, right)
+    for right, one in zip(wanted[1:], halves, strict=True):
+        np.testing.assert_array_equal(one, right)
+
+
+def test_the_halves_of_the_grouped_matmul_are_its_derivative():
+    rng = np.random.default_rng(0)
+    x, w, g = (rng.normal(size=shape).astype(np.float32) for shape in ((7, 3), (2, 3, 4), (7, 4)))
+    counts = jnp.array([4, 2])  # the last row belongs to none
+
+    @jax.jit
+    def derivatives(x, w, g):
+        y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, counts), x, w)
+        return y, *pull(g), vjp_input(g, w, counts), vjp_weight(x, g, counts)
+
+    y, d_x, d_w, first, second = derivatives(x, w, g)
+    np.testing.assert_allclose(y, np.concatenate([x[:4] @ w[0], x[4:6] @ w[1], np.zeros((1, 4))]), rtol=1e-5)
+    np.testing.assert_array_equal(first, d_x)
+    np.testing.assert_array_equal(second, d_w)
+    np.testing.assert_allclose(d_w[1], x[4:6].T @ g[4:6], rtol=1e-5)
+
+
+@dataclass(frozen=True)
+class Counted(PlainMatmul):
+    """Remembers what it was asked for."""
+
+    asked: list = field(default_factory=list, hash=False, compare=False)
+
+    def einsum(self, equation, x, w):
+        self.asked.append(equation)
+        return super().einsum(equation, x, w)
+
+    def grouped(self, x_AD, w_XDF, count_X):
+        self.asked.append("grouped")
+        return super().grouped(x_AD, w_XDF, count_X)
+
+
+def test_every_product_with_a_weight_of_a_block_goes_through_the_matmul_of_the_run(tiny_sizes):
+    """A whole V3 on shapes: six products of attention, three of a feed-forward, two grouped, and M of each depth."""
+    sizes = family("v3").Config.from_config(tiny_sizes)
+    matmul = Counted()
+    ids_BT = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+
+    def run(ids_BT):
+        model = family("v3").Model(sizes, replace(SINGLE_DEVICE, matmul=matmul), rngs=nnx.Rngs(0))
+        h_BTD, _ = model.hidden(Tokens.of(ids_BT))
+        return [depth.h_BTD for depth in model.mtp_depths(h_BTD, ids_BT, Tokens.of(ids_BT))]
+
+    jax.eval_shape(run, ids_BT)
+    attention = ["BTD,DC->BTC", "BTD,DP->BTP", "BTD,DR->BTR", "BTR,RHQ->BTHQ", "BTC,CHN->BTHN", "BTC,CHU->BTHU"]
+    attention += ["BTHU,HUD->BTD"]
+    swiglu = ["BTD,DF->BTF", "BTD,DF->BTF", "BTF,FD->BTD"]
+    experts = ["grouped", "grouped", *swiglu]
+    block = attention + experts
+    assert matmul.asked == attention + swiglu + block + ["BTY,YD->BTD"] + block
+
+
+def test_only_scores_router_and_head_multiply_without_it():
+    found = {
+        path.name
+        for path in LAYERS.glob("*.py")
+        if re.search(r"jnp\.(einsum|dot|matmul)|dot_general", path.read_text())
+    }
+    assert found == {"attention.py", "embed.py", "router.py"}
+
+
+def doubled(*arguments, **options):
+    return 2 * causal_attention(*arguments, **options)
+
+
+def test_a_new_kernel_is_a_line_of_the_table(filled, monkeypatch):
+    module = ModuleType("planted_kernels")
+    module.doubled = doubled
+    monkeypatch.setitem(sys.modules, "planted_kernels", module)
+    monkeypatch.setitem(kernels.TABLE["attention"], "doubled", "planted_kernels:doubled")
+    attention = GQA(GQAConfig(2, 1, 4), 6, rngs=nnx.Rngs(0))
+    x_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 6)), jnp.float32)
+    plain = attention(x_BTD)
+    attention.kernels = Kernels(attention="doubled")
+    np.testing.assert_allclose(attention(x_BTD), 2 * plain, rtol=1e-5)
+
+
+def test_an_unknown_kernel_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(UserError, match="kernels.attention='fast': unknown. Choose one of xla"):
+        Kernels(attention="fast")
+    names = set(Kernels.__dataclass_fields__)
+    assert names == set(kernels.TABLE) and all(callable(Kernels()[name]) for name in names)
