@@ -2,6 +2,9 @@
 
     x <- x + Attention(norm x);   x <- x + FeedForward(norm x)
 
+It runs in four phases, which a pipeline may call apart: attend; dispatch, which sends tokens to the devices of their
+experts; compute; combine, which brings the results back.
+
 What the block is made of is given to it.  Each part reports what a training step needs to know, in one form
 (`Statistics`): the tokens that chose each expert, and auxiliary losses by name.  A new loss is written where it is
 computed, and weighted in the config; nothing between the two knows it.
@@ -73,8 +76,8 @@ class Block(nnx.Module):
 
     Args:
         attention: makes the attention (its methods: `layers.decoder.Decoder`).
-        feed_forward: makes the feed-forward, which may route: dispatch(x_BTD, tokens), then compute(what that gave),
-            then combine(what that gave) -> (y_BTD, Statistics).
+        feed_forward: makes the feed-forward, which may route: dispatch(x_BTD, tokens, capacity), then compute(what that
+            gave), then combine(what that gave) -> (y_BTD, Statistics).
         name: of the feed-forward among the block's weights: "mlp", "experts".
         d_model: width of the residual stream.
         eps: of the norms.
@@ -94,7 +97,7 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.attention_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)
-        self.attention = attention(rngs)
+        self.attention: Any = attention(rngs)
         self.attention_residual = residual(rngs)
         setattr(self, f"{name}_norm", RMSNorm(d_model, eps, axis="embed", rngs=rngs))
         setattr(self, name, feed_forward(rngs))
@@ -104,7 +107,7 @@ class Block(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, tokens: Tokens, attend: Attend = over_themselves, cached: Any = None
     ) -> tuple[jax.Array, tuple[Any, Statistics]]:
-        """Runs the block.
+        """Runs the block: its four phases in order.
 
         Args:
             x_BTD: the residual stream.
@@ -115,14 +118,37 @@ class Block(nnx.Module):
         Returns:
             (x_BTD, (what `attend` kept, what attention and feed-forward report)).
         """
+        x_BTD, kept, losses = self.attend(x_BTD, tokens, attend, cached)
+        x_BTD, found = self.combine(x_BTD, self.compute(self.dispatch(x_BTD, tokens)))
+        return x_BTD, (kept, found._replace(losses=losses | found.losses))
+
+    def attend(
+        self, x_BTD: jax.Array, tokens: Tokens, attend: Attend = over_themselves, cached: Any = None
+    ) -> tuple[jax.Array, Any, Losses]:
+        """The first phase: (x_BTD after the attention, what was kept, auxiliary losses)."""
         u_BTD, carry = self.attention_residual.read(x_BTD)
         u_BTD, kept, losses = attend(self.attention, self.attention.operand(self.attention_norm(u_BTD)), tokens, cached)
-        x_BTD = self.attention_residual.write(x_BTD, u_BTD, carry)
+        return self.attention_residual.write(x_BTD, u_BTD, carry), kept, losses
 
-        feed_forward, norm, residual = (getattr(self, self.name + end) for end in ("", "_norm", "_residual"))
-        u_BTD, carry = residual.read(x_BTD)
-        y_BTD, found = feed_forward.combine(feed_forward.compute(feed_forward.dispatch(norm(u_BTD), tokens)))
-        return residual.write(x_BTD, y_BTD, carry), (kept, found._replace(losses=losses | found.losses))
+    def dispatch(self, x_BTD: jax.Array, tokens: Tokens, capacity: int | None = None) -> tuple[Any, Any]:
+        """The second phase: (what goes to the experts, the residual connection's carry); `capacity`: see `Experts`."""
+        u_BTD, carry = self._part("residual").read(x_BTD)
+        return self._part().dispatch(self._part("norm")(u_BTD), tokens, capacity), carry
+
+    def compute(self, sent: tuple[Any, Any]) -> tuple[Any, Any]:
+        """The third phase: the feed-forward, of what has arrived."""
+        arrived, carry = sent
+        return self._part().compute(arrived), carry
+
+    def combine(self, x_BTD: jax.Array, computed: tuple[Any, Any]) -> tuple[jax.Array, Statistics]:
+        """The fourth phase: (x_BTD after the feed-forward, what that reports)."""
+        y, carry = computed
+        y_BTD, found = self._part().combine(y)
+        return self._part("residual").write(x_BTD, y_BTD, carry), found
+
+    def _part(self, end: str = "") -> Any:
+        """The feed-forward, its norm or its residual connection."""
+        return getattr(self, f"{self.name}_{end}" if end else self.name)
 
 
 class Group(nnx.Module):

@@ -21,7 +21,8 @@ from deepseek_jax.layers.grouped import grouped_swiglu
 from deepseek_jax.layers.router import Balance, Route, Router, Routing, expert_load, without_padding
 from deepseek_jax.layers.swiglu import SwiGLU
 from deepseek_jax.layers.tokens import Tokens
-from deepseek_jax.parallel.alltoall import on_expert_devices
+from deepseek_jax.parallel import alltoall
+from deepseek_jax.parallel.alltoall import Arrived
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,31 @@ class ExpertsConfig:
 
 
 class Routed(NamedTuple):
-    """Tokens on their way through a mixture of experts: vectors, and where they go."""
+    """Tokens on their way to the experts.
+
+    Attributes:
+        x_BTD: this device's own.
+        routing: where they go.
+        arrived: those that have come here; None where nothing has been sent.
+    """
 
     x_BTD: jax.Array
     routing: Routing
+    arrived: Arrived | None
+
+
+class Computed(NamedTuple):
+    """What the experts made of them.
+
+    Attributes:
+        y_AD: of the rows that arrived; of this device's own tokens where none has been sent.
+        shared_BTD: of the shared experts; None without any.
+        routed: what came in.
+    """
+
+    y_AD: jax.Array
+    shared_BTD: jax.Array | None
+    routed: Routed
 
 
 class Experts(nnx.Module):
@@ -92,32 +114,55 @@ class Experts(nnx.Module):
         """Returns (y_BTD, loads and balance losses); padding goes to no routed expert and counts nowhere."""
         return self.combine(self.compute(self.dispatch(x_BTD, tokens)))
 
-    def dispatch(self, x_BTD: jax.Array, tokens: Tokens) -> Routed:
-        """Chooses each token's experts."""
-        return Routed(x_BTD, without_padding(self.router(x_BTD), tokens.real_BT))
+    def dispatch(self, x_BTD: jax.Array, tokens: Tokens, capacity: int | None = None) -> Routed:
+        """Chooses each token's experts and, with a capacity, sends the tokens there.
 
-    def compute(self, routed: Routed) -> Routed:
-        """Runs the routed experts and the shared one: `x_BTD` becomes y_BTD."""
-        y_BTD = self.routed(*routed)
-        return routed._replace(x_BTD=y_BTD if self.shared is None else self.shared(routed.x_BTD) + y_BTD)
+        Args:
+            x_BTD: normed residual stream.
+            tokens: says which of them are padding.
+            capacity: rows of the exchange's buffers (`alltoall.capacities`); None: `compute` holds the whole exchange,
+                in buffers of the size that is needed.
+        """
+        routing = without_padding(self.router(x_BTD), tokens.real_BT)
+        if capacity is None or self.expert_axis is None:
+            return Routed(x_BTD, routing, None)
+        n_local = self.gate_XDF.shape[0]
+        x_MD, experts_MK, weights_MK = _flat(x_BTD, routing)
+        arrived = alltoall.dispatch(
+            x_MD, experts_MK, weights_MK, n_local=n_local, axis=self.expert_axis, capacity=capacity
+        )
+        return Routed(x_BTD, routing, arrived)
 
-    def combine(self, routed: Routed) -> tuple[jax.Array, Statistics]:
-        """Returns (y_BTD, tokens per expert and the balance losses summed over the sequences)."""
-        y_BTD, routing = routed
-        load_E = expert_load(routing.experts_BTK, routing.scores_BTE.shape[-1])
-        return y_BTD, Statistics(load_E, jax.tree.map(jnp.sum, self.balance(routing)))
-
-    def routed(self, x_BTD: jax.Array, routing: Routing) -> jax.Array:
-        """y_BTD: the routed experts' weighted sum alone."""
-        x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        top_k = routing.experts_BTK.shape[-1]
-        experts_MK, weights_MK = (part.reshape(-1, top_k) for part in routing[:2])
-        weights = {"gate_XDF": self.gate_XDF[...], "up_XDF": self.up_XDF[...], "down_XFD": self.down_XFD[...]}
-        compute = functools.partial(grouped_swiglu, matmul=self.matmul, **weights)
-        if self.expert_axis is None:
-            y_MD = compute(x_MD, experts_MK, weights_MK)
+    def compute(self, routed: Routed) -> Computed:
+        """Runs the experts of this device on the tokens that are here, and the shared ones on its own tokens."""
+        run = functools.partial(
+            grouped_swiglu,
+            gate_XDF=self.gate_XDF[...],
+            up_XDF=self.up_XDF[...],
+            down_XFD=self.down_XFD[...],
+            matmul=self.matmul,
+        )
+        if routed.arrived is not None:
+            y_AD = run(*routed.arrived[:3])
+        elif self.expert_axis is None:
+            y_AD = run(*_flat(routed.x_BTD, routed.routing))
         else:
-            y_MD = on_expert_devices(
-                compute, x_MD, experts_MK, weights_MK, n_local=self.gate_XDF.shape[0], axis=self.expert_axis
-            )
-        return y_MD.reshape(x_BTD.shape)
+            here = _flat(routed.x_BTD, routed.routing)
+            y_AD = alltoall.on_expert_devices(run, *here, n_local=self.gate_XDF.shape[0], axis=self.expert_axis)
+        return Computed(y_AD, None if self.shared is None else self.shared(routed.x_BTD), routed)
+
+    def combine(self, computed: Computed) -> tuple[jax.Array, Statistics]:
+        """Returns (y_BTD, tokens per expert and the balance losses summed over the sequences)."""
+        y_AD, shared_BTD, (x_BTD, routing, arrived) = computed
+        y_MD = alltoall.combine(y_AD, arrived, axis=self.expert_axis) if arrived and self.expert_axis else y_AD
+        y_BTD = y_MD.reshape(x_BTD.shape)
+        load_E = expert_load(routing.experts_BTK, routing.scores_BTE.shape[-1])
+        statistics = Statistics(load_E, jax.tree.map(jnp.sum, self.balance(routing)))
+        return (y_BTD if shared_BTD is None else shared_BTD + y_BTD), statistics
+
+
+def _flat(x_BTD: jax.Array, routing: Routing) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(x_MD, experts_MK, weights_MK): the tokens of all sequences in one row."""
+    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    experts_BTK, weights_BTK, _ = routing
+    return x_MD, experts_BTK.reshape(len(x_MD), -1), weights_BTK.reshape(len(x_MD), -1)

@@ -40,6 +40,70 @@ def fill_buffers(goes_MW: jax.Array, capacity: int) -> Buffers:
     return Buffers(token_A, row_MW)
 
 
+class Arrived(NamedTuple):
+    """The tokens that have come to the experts of this device, W x `capacity` rows, and the way back.
+
+    Attributes:
+        x_AD: the tokens; empty rows are 0.
+        experts_AK, weights_AK: their experts here, as indices of this device (`n_local` means none), and factors.
+        row_MW: row of each of this device's own tokens, for each device, in what comes back.
+    """
+
+    x_AD: jax.Array
+    experts_AK: jax.Array
+    weights_AK: jax.Array
+    row_MW: jax.Array
+
+
+def dispatch(
+    x_MD: jax.Array, experts_MK: jax.Array, weights_MK: jax.Array, *, n_local: int, axis: str, capacity: int
+) -> Arrived:
+    """Sends each token to the devices of its experts: the first half of the exchange.
+
+    Args:
+        x_MD: this device's tokens.
+        experts_MK, weights_MK: their experts (global indices) and factors.
+        n_local: experts per device.
+        axis: the mesh axis that the experts are shared out over.
+        capacity: rows of the buffer for each device; it must hold the tokens that go there (`choose`).
+    """
+    n_devices = jax.lax.axis_size(axis)
+    token_A, row_MW = fill_buffers(_destinations(experts_MK, n_local, n_devices), capacity)
+
+    def sent(of_tokens: jax.Array, empty: float) -> jax.Array:
+        return _send(jnp.take(of_tokens, token_A, axis=0, mode="fill", fill_value=empty), axis)
+
+    # Each device turns the global indices that reach it into its own; what belongs to others becomes "none".
+    theirs_AK = sent(experts_MK, n_local * n_devices) - jax.lax.axis_index(axis) * n_local
+    local_AK = jnp.where((theirs_AK >= 0) & (theirs_AK < n_local), theirs_AK, n_local)
+    # At most `n_local` of a token's K experts live here: keep those places and drop the others.
+    places_AK = jnp.argsort(local_AK, axis=1)[:, :n_local]
+    local_AK, weights_AK = (jnp.take_along_axis(part, places_AK, axis=1) for part in (local_AK, sent(weights_MK, 0)))
+    return Arrived(sent(x_MD, 0), local_AK, weights_AK, row_MW)
+
+
+def combine(y_AD: jax.Array, arrived: Arrived, *, axis: str) -> jax.Array:
+    """Sends the results back and sums those of each token, y_MD: the second half of the exchange."""
+    back_AD = _send(y_AD, axis)
+    return jnp.sum(jnp.take(back_AD, arrived.row_MW, axis=0, mode="fill", fill_value=0), axis=1)
+
+
+def capacities(n_tokens: int, top_k: int, n_devices: int) -> list[int]:
+    """The sizes that a buffer may have, in ascending order; the last one holds any load."""
+    balanced = -(-n_tokens * min(top_k, n_devices) // n_devices)
+    return sorted({min(int(balanced * room), n_tokens) for room in HEADROOM} | {n_tokens})
+
+
+def choose(experts_MK: jax.Array, sizes: list[int], *, n_local: int, axis: str) -> jax.Array:
+    """Index of the smallest of `sizes` that holds the fullest buffer; the same on all devices.
+
+    So all devices take the same branch, and meet in the same collectives.
+    """
+    goes_MW = _destinations(experts_MK, n_local, jax.lax.axis_size(axis))
+    fullest = jax.lax.pmax(jnp.max(jnp.sum(goes_MW, axis=0)), REPLICAS)
+    return jnp.sum(fullest > jnp.asarray(sizes[:-1], jnp.int32), dtype=jnp.int32)
+
+
 def on_expert_devices(
     compute: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     x_MD: jax.Array,
@@ -49,55 +113,33 @@ def on_expert_devices(
     n_local: int,
     axis: str,
 ) -> jax.Array:
-    """Weighted sum of each token's experts, where the experts are shared out over mesh axis `axis`.
+    """Weighted sum of each token's experts: `dispatch`, `compute`, `combine`, with buffers of the size that is needed.
 
     Args:
         compute: `compute(x_MD, experts_MK, weights_MK) -> y_MD` with this device's experts; index `n_local` means none.
-        x_MD: this device's tokens.
-        experts_MK, weights_MK: their experts (global indices) and factors.
-        n_local: experts per device.
-        axis: the mesh axis.
+        x_MD, experts_MK, weights_MK, n_local, axis: as for `dispatch`.
 
     Returns:
         y_MD.
     """
-    n_devices = jax.lax.axis_size(axis)
     n_tokens, top_k = experts_MK.shape
-    goes_MW = jax.nn.one_hot(experts_MK // n_local, n_devices, dtype=jnp.bool_).any(axis=1)
-    # All devices take the same branch, and so meet in the same collectives.
-    fullest = jax.lax.pmax(jnp.max(jnp.sum(goes_MW, axis=0)), REPLICAS)
-    balanced = -(-n_tokens * min(top_k, n_devices) // n_devices)
-    capacities = sorted({min(int(balanced * room), n_tokens) for room in HEADROOM} | {n_tokens})
+    sizes = capacities(n_tokens, top_k, jax.lax.axis_size(axis))
 
     def exchange(capacity: int) -> Callable:
-        def run(operands: tuple) -> jax.Array:
-            return _exchange(compute, *operands, n_local=n_local, axis=axis, capacity=capacity)
+        def run(*of_tokens: jax.Array) -> jax.Array:
+            arrived = dispatch(*of_tokens, n_local=n_local, axis=axis, capacity=capacity)
+            return combine(compute(*arrived[:3]), arrived, axis=axis)
 
         return jax.checkpoint(run)  # else the backward pass would keep the buffers of every branch, taken or not
 
-    choice = sum((fullest > capacity).astype(jnp.int32) for capacity in capacities[:-1]) if len(capacities) > 1 else 0
-    operands = (x_MD, experts_MK, weights_MK, goes_MW)
-    return jax.lax.switch(choice, [exchange(capacity) for capacity in capacities], operands)
+    choice = choose(experts_MK, sizes, n_local=n_local, axis=axis)
+    return jax.lax.switch(choice, [exchange(capacity) for capacity in sizes], x_MD, experts_MK, weights_MK)
 
 
-def _exchange(compute, x_MD, experts_MK, weights_MK, goes_MW, *, n_local: int, axis: str, capacity: int) -> jax.Array:
-    n_devices = goes_MW.shape[1]
-    token_A, row_MW = fill_buffers(goes_MW, capacity)
+def _destinations(experts_MK: jax.Array, n_local: int, n_devices: int) -> jax.Array:
+    """goes_MW: whether a token goes to a device."""
+    return jax.nn.one_hot(experts_MK // n_local, n_devices, dtype=jnp.bool_).any(axis=1)
 
-    def send(rows: jax.Array) -> jax.Array:
-        return jax.lax.all_to_all(rows, axis, split_axis=0, concat_axis=0, tiled=True)
 
-    def copies(of_tokens: jax.Array, empty: float) -> jax.Array:
-        return jnp.take(of_tokens, token_A, axis=0, mode="fill", fill_value=empty)
-
-    # Each device turns the global indices that reach it into its own; what belongs to others becomes "none".
-    theirs_AK = send(copies(experts_MK, n_local * n_devices)) - jax.lax.axis_index(axis) * n_local
-    local_AK = jnp.where((theirs_AK >= 0) & (theirs_AK < n_local), theirs_AK, n_local)
-    # At most `n_local` of a token's K experts live here: keep those places and drop the others.
-    places_AK = jnp.argsort(local_AK, axis=1)[:, :n_local]
-    local_AK, weights_AK = (
-        jnp.take_along_axis(part, places_AK, axis=1) for part in (local_AK, send(copies(weights_MK, 0)))
-    )
-    y_AD = compute(send(copies(x_MD, 0)), local_AK, weights_AK)
-    back_AD = send(y_AD)
-    return jnp.sum(jnp.take(back_AD, row_MW, axis=0, mode="fill", fill_value=0), axis=1)
+def _send(rows_AD: jax.Array, axis: str) -> jax.Array:
+    return jax.lax.all_to_all(rows_AD, axis, split_axis=0, concat_axis=0, tiled=True)

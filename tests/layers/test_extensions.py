@@ -16,6 +16,7 @@ from deepseek_jax.layers.decoder import Decoder, Stack
 from deepseek_jax.layers.gqa import GQA, GQAConfig
 from deepseek_jax.layers.swiglu import SwiGLU
 from deepseek_jax.layers.tokens import Tokens
+from deepseek_jax.models import family
 from deepseek_jax.train.loss import Totals, Weights, losses
 
 B, T, V, D, N_LAYERS = 2, 6, 11, 8, 4
@@ -205,3 +206,21 @@ def test_parts_of_the_layers_are_the_layers(filled):
         return model.finish(x_BTD), model.hidden(tokens)[0]
 
     np.testing.assert_allclose(*both(params), atol=1e-6)
+
+
+def test_a_block_is_its_four_phases(tiny_sizes, filled):
+    """Called apart, as a pipeline would: with experts, their loads and losses, and a capacity."""
+    sizes = family("v3").Config.from_config(tiny_sizes)
+    definition, params, bias = filled(lambda: family("v3").Model(sizes, rngs=nnx.Rngs(0)))
+
+    @jax.jit
+    def both(params, bias):
+        model, tokens = bind(definition, params, bias), Tokens.of(IDS)
+        block, x_BTD = model.mtp[0].block, model.embed(tokens)
+        attended_BTD, _, _ = block.attend(x_BTD, tokens)
+        sent = block.dispatch(attended_BTD, tokens, capacity=B * T)
+        y_BTD, found = block.combine(attended_BTD, block.compute(sent))
+        return block(x_BTD, tokens), (y_BTD, (None, found))
+
+    whole, apart = both(params, bias)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, apart)

@@ -74,6 +74,34 @@ def test_expert_parallel_is_dense_with_all_gradients(pair, top_k):
         np.testing.assert_allclose(here, right, rtol=1e-5, atol=1e-5 * max(1, np.abs(right).max()))
 
 
+@functools.cache
+def apart(capacity: int):
+    """(y with the two halves of the exchange called one by one; the index of the size that would be chosen)."""
+
+    def on_device(x_MD, weights_MK, gate_XDF, up_XDF, down_XFD, experts_MK):
+        arrived = alltoall.dispatch(x_MD, experts_MK, weights_MK, n_local=E // W, axis=EXPERT, capacity=capacity)
+        y_AD = grouped_swiglu(*arrived[:3], gate_XDF=gate_XDF, up_XDF=up_XDF, down_XFD=down_XFD)
+        chosen = alltoall.choose(experts_MK, [5, 8, M], n_local=E // W, axis=EXPERT)
+        return alltoall.combine(y_AD, arrived, axis=EXPERT), chosen[None]
+
+    specs = (BATCH, BATCH, EXPERTS, EXPERTS, EXPERTS, BATCH)
+    return jax.jit(per_device(on_device, make_mesh(2, W), specs, (BATCH, BATCH)))
+
+
+def test_the_halves_of_the_exchange_can_be_called_apart():
+    """With buffers for the worst case, or for what is known to be enough."""
+    rng = np.random.default_rng(1)
+    assert alltoall.capacities(M, 1, W) == [5, 8, M]
+    for kind, capacity, index in (("all to one device", M, 2), ("balanced", 5, 0)):
+        experts = np.concatenate([routing(kind, 1), routing(kind, 1)]).astype(np.int32)
+        shapes = ((len(experts), D), (len(experts), 1), (E, D, F), (E, D, F), (E, F, D))
+        inputs = (*(rng.normal(size=shape).astype(np.float32) for shape in shapes), experts)
+        specs = (BATCH, BATCH, EXPERTS, EXPERTS, EXPERTS, BATCH)
+        y, chosen = apart(capacity)(*place(inputs, make_mesh(2, W), specs))
+        np.testing.assert_allclose(y, compiled(1, False)(*inputs)[1], rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(chosen, index)
+
+
 def test_the_routings_above_need_every_buffer_size():
     """With one expert a token and 16 tokens a device, balance needs 4 rows; the sizes are 5, 8 and 16."""
     fullest = {}
