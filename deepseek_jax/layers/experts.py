@@ -1,6 +1,6 @@
 """DeepSeekMoE: a few shared experts that every token visits, and many small routed ones of which it visits k.
 
-    h'_t = sum_shared FFN_i(u_t) + sum_routed g_i,t FFN_i(u_t)      (eq. 12)
+    h'_t = u_t + sum_shared FFN_i(u_t) + sum_routed g_i,t FFN_i(u_t)      (eq. 12; the block adds u_t)
 
 Many fine-grained experts instead of few wide ones, so that the k chosen make up a more specific feed-forward for the
 same cost; shared experts hold what all tokens need.  No token is ever dropped.
@@ -81,6 +81,13 @@ class Computed(NamedTuple):
 class Experts(nnx.Module):
     """A mixture-of-experts feed-forward.
 
+    | ours | report | released name |
+    | --- | --- | --- |
+    | router.centroids_DE | e_i | mlp.gate.weight |
+    | router.bias_E | b_i | mlp.gate.e_score_correction_bias |
+    | shared | FFN^(s) | mlp.shared_experts |
+    | gate_XDF, up_XDF, down_XFD | FFN^(r)_i | mlp.experts.i.gate_proj, up_proj, down_proj |
+
     Args:
         c: sizes.
         d_model: width of the residual stream.
@@ -158,7 +165,7 @@ class Experts(nnx.Module):
         y_BTD = y_MD.reshape(x_BTD.shape)
         load_E = expert_load(routing.experts_BTK, routing.scores_BTE.shape[-1])
         statistics = Statistics(load_E, jax.tree.map(jnp.sum, self.balance(routing)))
-        return (y_BTD if shared_BTD is None else shared_BTD + y_BTD), statistics
+        return (y_BTD if shared_BTD is None else shared_BTD + y_BTD), statistics  # eq. 12
 
 
 def _flat(x_BTD: jax.Array, routing: Routing) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,11 +1,14 @@
 """Multi-head latent attention: keys and values of all heads are made from one small latent per token.
 
-    c^Q_t = norm(W^DQ h_t)            query latent                  (eq. 6)
-    q^C_t,i = W^UQ c^Q_t,  q^R_t,i = RoPE(W^QR c^Q_t)               (eqs. 7-8)
-    c^KV_t = norm(W^DKV h_t)          the latent that is cached     (eq. 1)
-    k^R_t = RoPE(W^KR h_t)            one rotary key for all heads  (eq. 3)
-    k^C_t,i = W^UK c^KV_t,  v_t,i = W^UV c^KV_t                     (eqs. 2, 5)
-    o_t,i = sum_j softmax_j([q^C; q^R]_t,i . [k^C_i; k^R]_j * scale) v_j,i,   u_t = W^O o_t   (eqs. 10-11)
+    c^KV_t = norm(W^DKV h_t)           the latent that is cached                        (eq. 1)
+    k^C_t,i = W^UK c^KV_t              keys without position                            (eq. 2)
+    k^R_t = RoPE(W^KR h_t)             one rotary key for all heads, cached as well     (eq. 3)
+    k_t,i = [k^C_t,i; k^R_t]                                                            (eq. 4)
+    v_t,i = W^UV c^KV_t                                                                 (eq. 5)
+    c^Q_t = norm(W^DQ h_t)             query latent                                     (eq. 6)
+    q^C_t,i = W^UQ c^Q_t,   q^R_t,i = RoPE(W^QR c^Q_t),   q_t,i = [q^C_t,i; q^R_t,i]    (eqs. 7-9)
+    o_t,i = sum_j softmax_j(scale * q_t,i . k_j,i) v_j,i                                (eq. 10)
+    u_t = W^O o_t                                                                       (eq. 11)
 
 Two forms of the same function.  *Expanded* builds k and v of every head: fewest operations when many queries meet many
 keys (training, prefill).  *Absorbed* moves W^UK into the query and W^UV behind the softmax, so that all heads read the
@@ -75,6 +78,17 @@ class Latents(NamedTuple):
 class MLA(nnx.Module):
     """Multi-head latent attention; call it for the expanded form over whole sequences.
 
+    | ours | report | released name |
+    | --- | --- | --- |
+    | kv_down_DC, k_rope_DP | W^DKV, W^KR | kv_a_proj_with_mqa |
+    | kv_norm | | kv_a_layernorm |
+    | k_up_CHN, v_up_CHU | W^UK, W^UV | kv_b_proj |
+    | q_down_DR | W^DQ | q_a_proj |
+    | q_norm | | q_a_layernorm |
+    | q_up_RHQ | W^UQ and W^QR | q_b_proj |
+    | q_DHQ | in place of the three, without a query latent | q_proj |
+    | out_HUD | W^O | o_proj |
+
     Args:
         c: sizes.
         d_model: width of the residual stream.
@@ -115,33 +129,33 @@ class MLA(nnx.Module):
         x = self.operand(x_BTD)
         return self.expanded(x, positions_BT, self.latents(x, positions_BT), segments_BT)
 
+    def latents(self, x_BTD: jax.Array, positions_BT: jax.Array) -> Latents:
+        """What the cache keeps of these tokens."""
+        c_BTC = self.kv_norm(self.matmul.einsum("BTD,DC->BTC", x_BTD, self.kv_down_DC[...]))  # eq. 1
+        k_rope_BTP = self.matmul.einsum("BTD,DP->BTP", x_BTD, self.k_rope_DP[...])
+        return Latents(c_BTC, self._rotate(k_rope_BTP, positions_BT))  # eq. 3
+
     def queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The heads' queries: (q_nope_BTHN, rotated q_rope_BTHP)."""
         c = self.config
         if c.q_rank:
-            q_latent_BTR = self.q_norm(self.matmul.einsum("BTD,DR->BTR", x_BTD, self.q_down_DR[...]))
-            q_BTHQ = self.matmul.einsum("BTR,RHQ->BTHQ", q_latent_BTR, self.q_up_RHQ[...])
+            q_latent_BTR = self.q_norm(self.matmul.einsum("BTD,DR->BTR", x_BTD, self.q_down_DR[...]))  # eq. 6
+            q_BTHQ = self.matmul.einsum("BTR,RHQ->BTHQ", q_latent_BTR, self.q_up_RHQ[...])  # eq. 7
         else:
             q_BTHQ = self.matmul.einsum("BTD,DHQ->BTHQ", x_BTD, self.q_DHQ[...])
-        return q_BTHQ[..., : c.nope_width], self._rotate(q_BTHQ[..., c.nope_width :], positions_BT)
-
-    def latents(self, x_BTD: jax.Array, positions_BT: jax.Array) -> Latents:
-        """What the cache keeps of these tokens."""
-        c_BTC = self.kv_norm(self.matmul.einsum("BTD,DC->BTC", x_BTD, self.kv_down_DC[...]))
-        k_rope_BTP = self.matmul.einsum("BTD,DP->BTP", x_BTD, self.k_rope_DP[...])
-        return Latents(c_BTC, self._rotate(k_rope_BTP, positions_BT))
+        return q_BTHQ[..., : c.nope_width], self._rotate(q_BTHQ[..., c.nope_width :], positions_BT)  # eq. 8
 
     def expanded(self, x_BTD: jax.Array, positions_BT: jax.Array, latents: Latents, segments_BT=None) -> jax.Array:
         """u_BTD of tokens that attend causally to themselves, with k and v built from their own `latents`."""
-        q_BTHQ = jnp.concatenate(self.queries(x_BTD, positions_BT), axis=-1)
+        q_BTHQ = jnp.concatenate(self.queries(x_BTD, positions_BT), axis=-1)  # eq. 9
         c_BTC, k_rope_BTP = latents
-        k_nope_BTHN = self.matmul.einsum("BTC,CHN->BTHN", c_BTC, self.k_up_CHN[...])
-        v_BTHU = self.matmul.einsum("BTC,CHU->BTHU", c_BTC, self.v_up_CHU[...])
+        k_nope_BTHN = self.matmul.einsum("BTC,CHN->BTHN", c_BTC, self.k_up_CHN[...])  # eq. 2
+        v_BTHU = self.matmul.einsum("BTC,CHU->BTHU", c_BTC, self.v_up_CHU[...])  # eq. 5
         k_rope_BTHP = jnp.broadcast_to(k_rope_BTP[:, :, None], (*k_nope_BTHN.shape[:-1], self.config.rope_width))
-        k_BTHQ = jnp.concatenate([k_nope_BTHN, k_rope_BTHP], axis=-1)
+        k_BTHQ = jnp.concatenate([k_nope_BTHN, k_rope_BTHP], axis=-1)  # eq. 4
         attention = self.kernels["attention"]
-        o_BTHU = attention(q_BTHQ, k_BTHQ, v_BTHU, scale=self.scale, segments_BT=segments_BT)
-        return self.matmul.einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...])
+        o_BTHU = attention(q_BTHQ, k_BTHQ, v_BTHU, scale=self.scale, segments_BT=segments_BT)  # eq. 10
+        return self.matmul.einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...])  # eq. 11
 
     def absorbed(self, x_BTD: jax.Array, positions_BT: jax.Array, cache: Latents, seen_BTS: jax.Array) -> jax.Array:
         """u_BTD of tokens that attend to a cache of latents, which must already hold their own.

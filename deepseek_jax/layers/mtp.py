@@ -1,11 +1,13 @@
 """Multi-token prediction: module k predicts token i+k+1 at position i, keeping the causal chain.
 
     h'^k_i = M_k [norm(Emb(t_i+k)); norm(h^k-1_i)]    (eq. 21)
-    h^k    = TRM_k(h'^k)                               (eq. 22)
-    p^k_i+k+1 = OutHead(norm(h^k_i))                   (eq. 23)
+    h^k    = norm(TRM_k(h'^k))                         (eq. 22; the norm is part of the report's OutHead)
+    p^k_i+k+1 = OutHead(h^k_i)                         (eq. 23)
 
 The report prints the hidden state first; the released weights take the embedding first, as here.
-h^0 is the main model's output after its final norm.  Embedding and head are the main model's, passed in by the caller.
+h^0 is the main model's output after its final norm, and h^k after the module's own, ready for the head.  The report
+leaves open whether a depth k >= 2 reads h^k-1 before or after that norm; one depth is released.
+Embedding and head are the main model's, passed in by the caller.
 Paper: V3 section 2.2.
 """
 
@@ -24,6 +26,13 @@ from deepseek_jax.precision.matmul import PLAIN, Matmul
 
 class MTP(nnx.Module):
     """One depth of multi-token prediction around a Transformer block.
+
+    | ours | report | released name |
+    | --- | --- | --- |
+    | embedding_norm, hidden_norm | RMSNorm | enorm, hnorm |
+    | join_YD | M_k | eh_proj |
+    | block | TRM_k | the other names of the layer |
+    | final_norm | in OutHead | shared_head.norm |
 
     Args:
         block: makes TRM_k from rngs, a `Block`.
@@ -62,9 +71,9 @@ class MTP(nnx.Module):
             (h^k_BTD, ready for the shared head; what the block reports).
         """
         joined_BTY = jnp.concatenate([self.embedding_norm(embedded_BTD), self.hidden_norm(h_BTD)], axis=-1)
-        x_BTD = self.matmul.einsum("BTY,YD->BTD", joined_BTY, self.join_YD[...])
-        x_BTD, (_, statistics) = self.block(x_BTD, tokens)
-        return self.final_norm(x_BTD), statistics
+        x_BTD = self.matmul.einsum("BTY,YD->BTD", joined_BTY, self.join_YD[...])  # eq. 21
+        x_BTD, (_, statistics) = self.block(x_BTD, tokens)  # eq. 22
+        return self.final_norm(x_BTD), statistics  # eq. 23, but for the head
 
 
 def shift_left(tokens_BT: jax.Array, fill: int) -> jax.Array:

@@ -2,7 +2,8 @@
 
     s_i,t = sigmoid(u_t . e_i)                                        (eq. 15)
     chosen: top-k of s + b within the best groups; b only chooses     (eq. 16 and section 2.1.2)
-    g_i,t = scale * s_i,t / sum of the chosen s                       (eq. 13)
+    g'_i,t = s_i,t of the chosen, 0 of all others                     (eq. 14)
+    g_i,t = scale * g'_i,t / sum_j g'_j,t                             (eq. 13; scale: the released code)
 
 A group's score is the sum of its two largest s + b (V3: 8 groups, one a node, 4 kept).
 After each step b_i rises by gamma if expert i had less than the mean load and falls if it had more.
@@ -91,11 +92,11 @@ def sigmoid_biased_topk(
         top_groups: groups a token may visit (4).
         scale: factor of the weights ("routed scaling factor", 2.5).
     """
-    scores_BTE = jax.nn.sigmoid(logits_BTE)
-    choice_BTE = keep_best_groups(jax.lax.stop_gradient(scores_BTE) + bias_E, n_groups, top_groups, n_best=2)
+    scores_BTE = jax.nn.sigmoid(logits_BTE)  # eq. 15
+    choice_BTE = keep_best_groups(jax.lax.stop_gradient(scores_BTE) + bias_E, n_groups, top_groups, n_best=2)  # eq. 16
     _, experts_BTK = jax.lax.top_k(choice_BTE, top_k)
-    chosen_BTK = jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1)
-    weights_BTK = scale * chosen_BTK / (jnp.sum(chosen_BTK, axis=-1, keepdims=True) + 1e-20)
+    chosen_BTK = jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1)  # eq. 14
+    weights_BTK = scale * chosen_BTK / (jnp.sum(chosen_BTK, axis=-1, keepdims=True) + 1e-20)  # eq. 13
     return Routing(experts_BTK, weights_BTK, scores_BTE)
 
 
@@ -145,7 +146,7 @@ Balance = Callable[[Routing], dict[str, jax.Array]]
 def sequence_balance(routing: Routing) -> dict[str, jax.Array]:
     """V3's only balance loss, of each sequence (eqs. 17-20); also DeepSeekMoE's and V2-Lite's."""
     f_BE, P_BE = _frequency_and_affinity(routing)
-    return {"expert_balance": jnp.sum(f_BE * P_BE, axis=-1)}
+    return {"expert_balance": jnp.sum(f_BE * P_BE, axis=-1)}  # eq. 17
 
 
 def grouped_balance(routing: Routing, *, n_groups: int, top_groups: int) -> dict[str, jax.Array]:
@@ -174,7 +175,7 @@ def grouped_balance(routing: Routing, *, n_groups: int, top_groups: int) -> dict
 
 
 def _frequency_and_affinity(routing: Routing) -> tuple[jax.Array, jax.Array]:
-    """f_i = E / (K T) * times expert i was chosen, and P_i = mean over the sequence of s_i / sum_j s_j.
+    """f_i = E / (K T) * times expert i was chosen, and P_i = mean over the sequence of s'_i = s_i / sum_j s_j.
 
     The V3 report counts in f_i the k best of s alone; here, as in the released code, the experts that were really
     chosen (by s + b, within the best groups).
@@ -182,9 +183,9 @@ def _frequency_and_affinity(routing: Routing) -> tuple[jax.Array, jax.Array]:
     scores_BTE, experts_BTK = routing.scores_BTE, routing.experts_BTK
     n_experts, n_real_B = scores_BTE.shape[-1], _n_real(routing)
     counts_BE = jax.vmap(lambda chosen: jnp.bincount(chosen.reshape(-1), length=n_experts))(experts_BTK)
-    f_BE = counts_BE * (n_experts / (n_real_B * experts_BTK.shape[2]))[:, None]
-    affinity_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True)
-    P_BE = jnp.sum(jnp.where(_is_real(routing)[..., None], affinity_BTE, 0), axis=1) / n_real_B[:, None]
+    f_BE = counts_BE * (n_experts / (n_real_B * experts_BTK.shape[2]))[:, None]  # eq. 18
+    affinity_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True)  # eq. 19
+    P_BE = jnp.sum(jnp.where(_is_real(routing)[..., None], affinity_BTE, 0), axis=1) / n_real_B[:, None]  # eq. 20
     return f_BE, P_BE
 
 

@@ -76,12 +76,14 @@ class PlainMatmul:
     def vjp_input(self, equation: str, g: jax.Array, w: jax.Array) -> jax.Array:
         """See `Matmul`."""
         of_x, of_w, of_y = letters(equation)
-        return jnp.einsum(f"{of_y},{of_w}->{of_x}", g, w)
+        x = jax.ShapeDtypeStruct(_shape(of_x, {of_y: g, of_w: w}), g.dtype)
+        return jax.linear_transpose(lambda x: self.forward(equation, x, w), x)(g)[0]
 
     def vjp_weight(self, equation: str, x: jax.Array, g: jax.Array) -> jax.Array:
         """See `Matmul`."""
         of_x, of_w, of_y = letters(equation)
-        return jnp.einsum(f"{of_y},{of_x}->{of_w}", g, x)
+        w = jax.ShapeDtypeStruct(_shape(of_w, {of_y: g, of_x: x}), x.dtype)
+        return jax.linear_transpose(lambda w: self.forward(equation, x, w), w)(g)[0]
 
 
 PLAIN = PlainMatmul()
@@ -90,6 +92,12 @@ PLAIN = PlainMatmul()
 def letters(equation: str) -> list[str]:
     """Returns the axes of x, w and y of an einsum "x,w->y"."""
     return re.split(",|->", equation)
+
+
+def _shape(axes: str, known: dict[str, jax.Array]) -> list[int]:
+    """Returns the sizes of `axes`, found in arrays with known axes."""
+    sizes = {axis: n for letters, x in known.items() for axis, n in zip(letters, x.shape, strict=True)}
+    return [sizes[axis] for axis in axes]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
