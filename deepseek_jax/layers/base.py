@@ -52,30 +52,37 @@ class Execution:
 SINGLE_DEVICE = Execution()  # float32 on one device
 
 
-def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Callable) -> nnx.Param:
-    """Declares a float32 matrix: activations are multiplied by it, or rows are read from it.  Weight decay shrinks it.
+# What a weight is for.  The planner, weight decay and number formats read this, never a part of a name.
+ROLES = (
+    *(
+        "attention_in",
+        "attention_out",
+    ),  # matrices of attention: to queries, keys, values and latents; back to the stream
+    *("gate", "up", "down"),  # matrices of feed-forwards
+    *("router", "join"),  # the matrix that scores experts; the one that joins the inputs of multi-token prediction
+    *("table", "head"),  # rows read by token id; the matrix that makes logits
+    *("gain", "bias"),  # one number per number of an activation
+)
+SPARED = ("gain", "bias")  # by weight decay
+
+
+def param(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Callable, *, role: str
+) -> nnx.Param:
+    """Declares a float32 weight.
 
     Args:
         rngs: source of the initialiser's key.
         shape: sizes, one per letter of the weight's suffix.
         axes: logical axis of each dimension ("embed", "heads", "experts", …); None for one that is never split.
         init: `init(key, shape, dtype)`.
+        role: one of `ROLES`.
     """
-    return _declared(rngs, shape, axes, init, decays=True)
-
-
-def vector(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Callable) -> nnx.Param:
-    """Declares a float32 gain or bias: one number per number of an activation, however many axes those have.
-
-    Weight decay spares it.  Arguments as `param`'s.
-    """
-    return _declared(rngs, shape, axes, init, decays=False)
-
-
-def _declared(rngs: nnx.Rngs, shape: tuple, axes: tuple, init: Callable, *, decays: bool) -> nnx.Param:
     if len(shape) != len(axes):
         raise ValueError(f"a weight of shape {shape} needs {len(shape)} logical axes, got {axes}")
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes, decays=decays)
+    if role not in ROLES:
+        raise ValueError(f"role={role!r}: unknown. Choose one of {', '.join(ROLES)}.")
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes, role=role)
 
 
 def normal(std: float) -> Callable:
@@ -180,9 +187,14 @@ def logical_axes(module: nnx.Module) -> tuple[Tree, Tree]:
     return _metadata(module, nnx.Param, "axes"), _metadata(module, RouterBias, "axes")
 
 
+def roles(module: nnx.Module) -> Tree:
+    """The role of each of a module's trained weights, as declared."""
+    return _metadata(module, nnx.Param, "role")
+
+
 def decayed(module: nnx.Module) -> Tree:
-    """Which of a module's trained weights weight decay shrinks, as they were declared: a tree of bools."""
-    return _metadata(module, nnx.Param, "decays")
+    """Which of a module's trained weights weight decay shrinks, by their roles: a tree of bools."""
+    return jax.tree.map(lambda role: role not in SPARED, roles(module))
 
 
 def _metadata(module: nnx.Module, kind: type, key: str) -> Tree:

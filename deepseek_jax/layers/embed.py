@@ -12,7 +12,7 @@ class Embedding(nnx.Module):
     """x_t = table[id_t]."""
 
     def __init__(self, vocab_size: int, d_model: int, std: float, *, rngs: nnx.Rngs):
-        self.table_VD = param(rngs, (vocab_size, d_model), ("vocab", "embed"), normal(std))
+        self.table_VD = param(rngs, (vocab_size, d_model), ("vocab", "embed"), normal(std), role="table")
 
     def __call__(self, ids_BT: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Returns x_BTD in `dtype`; ids below 0 (nothing there) read row 0."""
@@ -23,7 +23,7 @@ class Head(nnx.Module):
     """logits = h W, in float32.  Paper: V3 section 3.3.2 keeps the head in high precision."""
 
     def __init__(self, d_model: int, vocab_size: int, std: float, *, rngs: nnx.Rngs):
-        self.weight_DV = param(rngs, (d_model, vocab_size), ("embed", "vocab"), normal(std))
+        self.weight_DV = param(rngs, (d_model, vocab_size), ("embed", "vocab"), normal(std), role="head")
 
     def __call__(self, h_BTD: jax.Array) -> jax.Array:
         """Returns float32 logits_BTV; the operands are in the dtype of `h_BTD`."""

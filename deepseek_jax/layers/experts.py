@@ -112,9 +112,9 @@ class Experts(nnx.Module):
         init = normal(c.init_std)
         self.router = Router(d_model, c.n_experts, c.init_std, route, biased=biased, rngs=rngs)
         self.shared = SwiGLU(d_model, c.n_shared * c.width, c.init_std, run.matmul, rngs=rngs) if c.n_shared else None
-        self.gate_XDF = param(rngs, (c.n_experts, d_model, c.width), ("experts", "embed", "mlp"), init)
-        self.up_XDF = param(rngs, (c.n_experts, d_model, c.width), ("experts", "embed", "mlp"), init)
-        self.down_XFD = param(rngs, (c.n_experts, c.width, d_model), ("experts", "mlp", "embed"), init)
+        self.gate_XDF = param(rngs, (c.n_experts, d_model, c.width), ("experts", "embed", "mlp"), init, role="gate")
+        self.up_XDF = param(rngs, (c.n_experts, d_model, c.width), ("experts", "embed", "mlp"), init, role="up")
+        self.down_XFD = param(rngs, (c.n_experts, c.width, d_model), ("experts", "mlp", "embed"), init, role="down")
         self.balance, self.expert_axis, self.matmul = balance, run.expert_axis, run.matmul
 
     def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Statistics]:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, normal, param, vector, zeros
+from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, normal, param, zeros
 from deepseek_jax.layers.block import Losses
 from deepseek_jax.layers.cache import Full
 from deepseek_jax.layers.norm import RMSNorm
@@ -75,14 +75,14 @@ class GQA(nnx.Module):
 
     def __init__(self, c: GQAConfig, d_model: int, run: Execution = SINGLE_DEVICE, *, rngs: nnx.Rngs):
         init, width = normal(c.init_std), c.head_width
-        self.q_DHQ = param(rngs, (d_model, c.n_heads, width), ("embed", "heads", None), init)
-        self.k_DZQ = param(rngs, (d_model, c.n_kv_heads, width), ("embed", "heads", None), init)
-        self.v_DZU = param(rngs, (d_model, c.n_kv_heads, width), ("embed", "heads", None), init)
-        self.out_HUD = param(rngs, (c.n_heads, width, d_model), ("heads", None, "embed"), init)
+        self.q_DHQ = param(rngs, (d_model, c.n_heads, width), ("embed", "heads", None), init, role="attention_in")
+        self.k_DZQ = param(rngs, (d_model, c.n_kv_heads, width), ("embed", "heads", None), init, role="attention_in")
+        self.v_DZU = param(rngs, (d_model, c.n_kv_heads, width), ("embed", "heads", None), init, role="attention_in")
+        self.out_HUD = param(rngs, (c.n_heads, width, d_model), ("heads", None, "embed"), init, role="attention_out")
         if c.bias:
-            self.q_bias_HQ = vector(rngs, (c.n_heads, width), ("heads", None), zeros)
-            self.k_bias_ZQ = vector(rngs, (c.n_kv_heads, width), ("heads", None), zeros)
-            self.v_bias_ZU = vector(rngs, (c.n_kv_heads, width), ("heads", None), zeros)
+            self.q_bias_HQ = param(rngs, (c.n_heads, width), ("heads", None), zeros, role="bias")
+            self.k_bias_ZQ = param(rngs, (c.n_kv_heads, width), ("heads", None), zeros, role="bias")
+            self.v_bias_ZU = param(rngs, (c.n_kv_heads, width), ("heads", None), zeros, role="bias")
         if c.qk_norm:
             self.q_head_norm = RMSNorm(width, c.norm_eps, rngs=rngs)
             self.k_head_norm = RMSNorm(width, c.norm_eps, rngs=rngs)

@@ -99,17 +99,27 @@ class MLA(nnx.Module):
     def __init__(self, c: MLAConfig, d_model: int, run: Execution = SINGLE_DEVICE, *, rngs: nnx.Rngs):
         init, heads = normal(c.init_std), c.n_heads
         if c.q_rank:
-            self.q_down_DR = param(rngs, (d_model, c.q_rank), ("embed", "q_latent"), init)
+            self.q_down_DR = param(rngs, (d_model, c.q_rank), ("embed", "q_latent"), init, role="attention_in")
             self.q_norm = RMSNorm(c.q_rank, LATENT_EPS, rngs=rngs)
-            self.q_up_RHQ = param(rngs, (c.q_rank, heads, c.query_width), ("q_latent", "heads", None), init)
+            self.q_up_RHQ = param(
+                rngs, (c.q_rank, heads, c.query_width), ("q_latent", "heads", None), init, role="attention_in"
+            )
         else:
-            self.q_DHQ = param(rngs, (d_model, heads, c.query_width), ("embed", "heads", None), init)
-        self.kv_down_DC = param(rngs, (d_model, c.kv_rank), ("embed", "kv_latent"), init)
+            self.q_DHQ = param(
+                rngs, (d_model, heads, c.query_width), ("embed", "heads", None), init, role="attention_in"
+            )
+        self.kv_down_DC = param(rngs, (d_model, c.kv_rank), ("embed", "kv_latent"), init, role="attention_in")
         self.kv_norm = RMSNorm(c.kv_rank, LATENT_EPS, rngs=rngs)
-        self.k_rope_DP = param(rngs, (d_model, c.rope_width), ("embed", None), init)
-        self.k_up_CHN = param(rngs, (c.kv_rank, heads, c.nope_width), ("kv_latent", "heads", None), init)
-        self.v_up_CHU = param(rngs, (c.kv_rank, heads, c.value_width), ("kv_latent", "heads", None), init)
-        self.out_HUD = param(rngs, (heads, c.value_width, d_model), ("heads", None, "embed"), init)
+        self.k_rope_DP = param(rngs, (d_model, c.rope_width), ("embed", None), init, role="attention_in")
+        self.k_up_CHN = param(
+            rngs, (c.kv_rank, heads, c.nope_width), ("kv_latent", "heads", None), init, role="attention_in"
+        )
+        self.v_up_CHU = param(
+            rngs, (c.kv_rank, heads, c.value_width), ("kv_latent", "heads", None), init, role="attention_in"
+        )
+        self.out_HUD = param(
+            rngs, (heads, c.value_width, d_model), ("heads", None, "embed"), init, role="attention_out"
+        )
         self.config, self.cache = c, Full()
         self.matmul, self.kernels = run.matmul, run.kernels
 

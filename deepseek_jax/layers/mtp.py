@@ -54,7 +54,7 @@ class MTP(nnx.Module):
     ):
         self.embedding_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)
         self.hidden_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)
-        self.join_YD = param(rngs, (2 * d_model, d_model), (None, "embed"), normal(std))
+        self.join_YD = param(rngs, (2 * d_model, d_model), (None, "embed"), normal(std), role="join")
         self.block = block(rngs)
         self.final_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)
         self.matmul = matmul

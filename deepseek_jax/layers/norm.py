@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.layers.base import ones, vector
+from deepseek_jax.layers.base import ones, param
 
 
 class RMSNorm(nnx.Module):
@@ -21,7 +21,7 @@ class RMSNorm(nnx.Module):
     """
 
     def __init__(self, width: int, eps: float, *, axis: str | None = None, rngs: nnx.Rngs):
-        self.gain = vector(rngs, (width,), (axis,), ones)
+        self.gain = param(rngs, (width,), (axis,), ones, role="gain")
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:

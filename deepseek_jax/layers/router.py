@@ -66,7 +66,7 @@ class Router(nnx.Module):
     """
 
     def __init__(self, d_model: int, n_experts: int, std: float, route: Route, *, biased: bool = True, rngs: nnx.Rngs):
-        self.centroids_DE = param(rngs, (d_model, n_experts), ("embed", None), normal(std))
+        self.centroids_DE = param(rngs, (d_model, n_experts), ("embed", None), normal(std), role="router")
         self.bias_E = RouterBias(jnp.zeros((n_experts,), jnp.float32), axes=(None,)) if biased else None
         self.route = route
 

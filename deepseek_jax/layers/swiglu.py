@@ -13,9 +13,9 @@ class SwiGLU(nnx.Module):
     """A dense feed-forward of hidden width F; `matmul` multiplies activations with its weights."""
 
     def __init__(self, d_model: int, width: int, std: float, matmul: Matmul = PLAIN, *, rngs: nnx.Rngs):
-        self.gate_DF = param(rngs, (d_model, width), ("embed", "mlp"), normal(std))
-        self.up_DF = param(rngs, (d_model, width), ("embed", "mlp"), normal(std))
-        self.down_FD = param(rngs, (width, d_model), ("mlp", "embed"), normal(std))
+        self.gate_DF = param(rngs, (d_model, width), ("embed", "mlp"), normal(std), role="gate")
+        self.up_DF = param(rngs, (d_model, width), ("embed", "mlp"), normal(std), role="up")
+        self.down_FD = param(rngs, (width, d_model), ("mlp", "embed"), normal(std), role="down")
         self.matmul = matmul
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:

@@ -147,16 +147,15 @@ def v3_bytes(network: Network, stack: str) -> float:
     total = 0.0
     for weight in network.of(stack):
         n_in, n_out = weight.widths if weight.is_matrix else (0, 0)
-        last = weight.name.rpartition(".")[2]
-        if last == "gain" and weight.axes[-1] == NORM_WIDTH:
+        if weight.role == "gain" and weight.axes[-1] == NORM_WIDTH:
             total += BF16 * weight.shape[-1]
-        elif ".attention." in weight.name and weight.is_matrix and weight.axes[-1] == NORM_WIDTH:
+        elif weight.role == "attention_out":
             total += E5M6 * n_in + FLOAT32 * weight.shape[1]
-        elif ".attention." in weight.name and weight.is_matrix and not weight.reads_latent:
+        elif weight.role == "attention_in" and not weight.reads_latent:
             total += BF16 * n_out
-        elif last.startswith("gate_"):
+        elif weight.role == "gate":
             total += network.copies(weight) * FP8 * (n_in + n_out)
-        elif last.startswith("up_"):
+        elif weight.role == "up":
             total += network.copies(weight) * FP8 * n_out
     return total
 

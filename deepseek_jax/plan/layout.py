@@ -171,7 +171,7 @@ def _end_in_layers(network: Network, seq_len: int, slow: float) -> float:
     pairs = slow * network.flops_per_pair * keys_seen(seq_len, causal=True)
 
     def cost(*parts: str) -> float:
-        return sum(2 * network.active(w) * (slow if w.part == HEAD else 1) for w in network.of(*parts) if w.is_matrix)
+        return sum(2 * network.active(w) * (slow if w.role == "head" else 1) for w in network.of(*parts) if w.is_matrix)
 
     layer = cost(*network.stacks) / network.n_layers + pairs
     return ((1 + network.mtp_depth) * cost(HEAD) + cost(MTP) + network.mtp_depth * pairs) / layer

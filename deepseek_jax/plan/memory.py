@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from deepseek_jax.plan.activations import ActivationBytes
 from deepseek_jax.plan.job import Job
 from deepseek_jax.plan.layout import Stage
-from deepseek_jax.plan.network import HEAD
+from deepseek_jax.plan.network import HIGH_PRECISION
 from deepseek_jax.plan.recipes import V3_POLICY
 
 PARTS: tuple[str, ...] = ("weights", "gradients", "pipeline_copy", "optimizer", "activations", "kept_once")
@@ -88,7 +88,7 @@ def _states(job: Job, rank: int) -> dict[str, float]:
     for number, hold in enumerate(job.ranks[rank]):
         is_copy = job.schedule.arrangement.copies > 1 and number > 0
         for part in job.parts[hold.stage]:
-            low = part.weight.is_matrix and part.weight.part != HEAD and not part.weight.is_router
+            low = part.weight.is_matrix and part.weight.role not in HIGH_PRECISION
             weights = part.numbers * (recipe.weights + low * recipe.low_precision_copy)
             gradients = part.numbers * recipe.gradients * gradient_copies(job)
             found["pipeline_copy" if is_copy else "weights"] += weights

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.layers.base import Execution, bind, decayed, logical_axes, split
+from deepseek_jax.layers.base import SPARED, Execution, bind, logical_axes, roles, split
 from deepseek_jax.parallel.sharding import EXPERTS, LAYERS, is_axes
 
 EMBEDDING, HEAD, MTP = "embedding", "head", "mtp"  # top-level entries of a model, besides blocks and a norm
-ROUTER, NORM_WIDTH = "router", "embed"
+NORM_WIDTH = "embed"
+HIGH_PRECISION = ("head", "router")  # matrices that FP8 recipes keep in high precision (V3 section 3.3.2)
 LATENTS = ("q_latent", "kv_latent")
 
 
@@ -27,13 +28,13 @@ class Weight:
         name: dotted name, as in a checkpoint.
         shape: shape, including the leading axis of a stack.
         axes: logical axes, likewise.
-        decays: whether weight decay applies: not for gains and biases.
+        role: what it is for (`layers.base.ROLES`).
     """
 
     name: str
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    decays: bool
+    role: str
 
     @property
     def part(self) -> str:
@@ -63,12 +64,12 @@ class Weight:
     @property
     def is_router(self) -> bool:
         """Whether it scores experts."""
-        return ROUTER in self.name.split(".")
+        return self.role == "router"
 
     @property
     def is_matrix(self) -> bool:
         """Whether activations are multiplied by it: not a gain, a bias or the embedding (a table)."""
-        return self.decays and self.part != EMBEDDING
+        return self.role not in (*SPARED, "table")
 
     @property
     def reads_latent(self) -> bool:
@@ -148,12 +149,12 @@ def describe(family: ModuleType, sizes: object) -> Network:
     _, params, router_bias = split(model)
     axes, _ = logical_axes(model)
     weights = jax.tree_util.tree_map_with_path(
-        lambda path, logical, x, decays: Weight(
-            jax.tree_util.keystr(path, simple=True, separator="."), x.shape, logical, decays
+        lambda path, logical, x, role: Weight(
+            jax.tree_util.keystr(path, simple=True, separator="."), x.shape, logical, role
         ),
         axes,
         params,
-        decayed(model),
+        roles(model),
         is_leaf=is_axes,
     )
     weights = tuple(jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, Weight)))

@@ -16,7 +16,7 @@ from deepseek_jax.layers.attention import RECOMPUTED_FROM
 from deepseek_jax.plan.flops import keys_seen
 from deepseek_jax.plan.job import Job, Part
 from deepseek_jax.plan.layout import Stage
-from deepseek_jax.plan.network import HEAD, Weight
+from deepseek_jax.plan.network import HIGH_PRECISION, Weight
 from deepseek_jax.plan.recipes import V3_POLICY
 from deepseek_jax.plan.schedules import Times
 from deepseek_jax.plan.traffic import GIGA, exchange, rank_traffic
@@ -99,7 +99,7 @@ def recomputes(job: Job, weight: Weight) -> bool:
     "block": all layers. "dots": the routed experts, whose loop is not kept; the same holds under every policy if they
     are exchanged (`parallel.alltoall`). V3: everything that is computed from latents.
     """
-    if weight.part == HEAD:
+    if weight.role == "head":
         return False
     if job.recipe.remat == V3_POLICY:
         return weight.reads_latent
@@ -172,7 +172,7 @@ def _pairs(job: Job) -> float:
 
 def _times(stage: Stage, weight: Weight) -> int:
     """Returns how often a token passes a matrix: the head once more per depth of multi-token prediction."""
-    return 1 + stage.mtp_depth if weight.part == HEAD else 1
+    return 1 + stage.mtp_depth if weight.role == "head" else 1
 
 
 def _exchange_seconds(job: Job, number: int) -> float:
@@ -184,7 +184,7 @@ def _exchange_seconds(job: Job, number: int) -> float:
 def _matmul(job: Job, part: Part, efficiency: float) -> float:
     """Returns the seconds of a weight's forward matmuls, over all its layers in the stage, per micro-batch."""
     weight, tokens = part.weight, job.layout.tokens
-    low = job.recipe.fp8 and weight.part != HEAD and not weight.is_router
+    low = job.recipe.fp8 and weight.role not in HIGH_PRECISION
     rate = (job.chip.fp8 if low else job.chip.bf16) * TERA * efficiency
     rows = tokens * job.network.copies(weight) * weight.n_layers
     moved = (part.numbers + rows * sum(weight.widths)) * (1.0 if low else job.recipe.activations)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.errors import UserError
-from deepseek_jax.layers.base import SINGLE_DEVICE, bind, ones, vector
+from deepseek_jax.layers.base import SINGLE_DEVICE, bind, ones, param
 from deepseek_jax.layers.block import Add, Block
 from deepseek_jax.layers.decoder import Decoder, Stack
 from deepseek_jax.layers.gqa import GQA, GQAConfig
@@ -75,7 +75,7 @@ class Scaled(nnx.Module):
     """x <- x + gain * f(x)."""
 
     def __init__(self, *, rngs):
-        self.gain = vector(rngs, (D,), (None,), ones)
+        self.gain = param(rngs, (D,), (None,), ones, role="gain")
 
     def read(self, x_BTD):
         return x_BTD, self.gain[...]

@@ -23,7 +23,7 @@ from deepseek_jax.layers.base import (
 
 class Block(nnx.Module):
     def __init__(self, *, rngs: nnx.Rngs):
-        self.weight_DD = param(rngs, (3, 3), ("embed", None), normal(0.5))
+        self.weight_DD = param(rngs, (3, 3), ("embed", None), normal(0.5), role="up")
         self.bias = RouterBias(jnp.zeros(3), axes=(None,))
 
     def __call__(self, x):
@@ -101,4 +101,9 @@ def test_stacked_blocks_differ_from_one_another():
 
 def test_as_many_axes_as_dimensions():
     with pytest.raises(ValueError, match="needs 2 logical axes"):
-        param(nnx.Rngs(0), (2, 3), ("embed",), normal(1.0))
+        param(nnx.Rngs(0), (2, 3), ("embed",), normal(1.0), role="up")
+
+
+def test_a_role_is_one_that_is_known():
+    with pytest.raises(ValueError, match="role='weight': unknown. Choose one of attention_in, "):
+        param(nnx.Rngs(0), (2,), ("embed",), normal(1.0), role="weight")

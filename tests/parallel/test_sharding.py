@@ -103,7 +103,7 @@ def test_bytes_of_one_device():
 
 class Layer(nnx.Module):
     def __init__(self, *, rngs: nnx.Rngs):
-        self.weight_DD = param(rngs, (4, 4), ("embed", None), normal(0.5))
+        self.weight_DD = param(rngs, (4, 4), ("embed", None), normal(0.5), role="up")
 
     def __call__(self, x):
         return jnp.tanh(x @ self.weight_DD[...])

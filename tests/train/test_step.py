@@ -310,8 +310,8 @@ class Toy(nnx.Module):
     """Stands for a model where only its weights matter."""
 
     def __init__(self, *, rngs: nnx.Rngs):
-        self.weight_DF = param(rngs, (8, 16), ("embed", "mlp"), normal(0.02))
-        self.other_DF = param(rngs, (8, 16), ("embed", "mlp"), normal(0.02))
+        self.weight_DF = param(rngs, (8, 16), ("embed", "mlp"), normal(0.02), role="up")
+        self.other_DF = param(rngs, (8, 16), ("embed", "mlp"), normal(0.02), role="up")
         self.bias = RouterBias(jnp.zeros(3), axes=(None,))
         self.config = SimpleNamespace(vocab_size=3)
 
