@@ -152,7 +152,8 @@ def losses(model: nnx.Module, batch: "Batch", over: Totals, *, chunk: int, mask:
     weights_BT = batch.weights_BT
     for depth in depths:
         weights_BT = shift_left(weights_BT, fill=0)  # a weight stays with its target
-        mtp += nll(depth.h_BTD, depth.targets_BT, weights_BT) / len(depths)
+        nll_of_depth = nll(depth.h_BTD, depth.targets_BT, weights_BT)  # eq. 24
+        mtp += nll_of_depth / len(depths)  # eq. 25, but for lambda
     auxiliary = summed([*statistics.values(), *(depth.statistics for depth in depths)])
     auxiliary = {name: loss / over.sequences for name, loss in auxiliary.items()}
     return Losses(main, jnp.asarray(mtp, jnp.float32), auxiliary, model.loads(statistics, depths))
