@@ -8,6 +8,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.kernels import XLA
 from deepseek_jax.layers.base import Execution, Tree, split
 from deepseek_jax.models import family
 from deepseek_jax.precision.policy import policy
@@ -36,7 +37,8 @@ def count_parameters(params: Tree) -> tuple[int, int]:
 def module(config: ConfigDict, key: jax.Array) -> nnx.Module:
     """The network of a config with fresh weights."""
     maker = family(config.family)
-    run = Execution(compute=policy(config.precision).compute)
+    precision = policy(config.precision)
+    run = Execution(compute=precision.compute, matmul=precision.matmul(XLA), kernels=XLA)
     return maker.Model(maker.Config.from_config(config.model), run, rngs=nnx.Rngs(key))
 
 

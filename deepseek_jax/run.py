@@ -38,7 +38,7 @@ FIXED += ("data.seq_len", "data.fim_rate", "data.mask_documents", "data.holdout_
 
 def trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
     """Returns the `Trainer` of a run."""
-    module, run = family(config.family), config.run
+    module, run, precision = family(config.family), config.run, policy(config.precision)
     sizes = module.Config.from_config(config.model)
     loss = config.loss.to_dict()
     step = {name: loss.pop(name) for name in ("clip_norm", "balance_rate", "balance_rate_stop")}
@@ -49,7 +49,8 @@ def trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
         PreTraining(mask_documents=config.data.mask_documents, **loss),
         adamw(**config.optimizer),
         StepConfig(rate=Schedule(**config.schedule), micro_batches=run.micro_batches, **step),
-        compute=policy(config.precision).compute,
+        compute=precision.compute,
+        matmul=precision.matmul,
         remat=run.remat,
         unroll=run.unroll,
         flops_per_token=lambda seq_len: flops.training(describe(module, sizes), seq_len),

@@ -10,19 +10,28 @@ The activations carry the compute dtype from the embedding on; there is no autoc
 Paper: V3 section 3.3.2 (which operators stay in high precision).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.kernels import Kernels
+from deepseek_jax.precision.matmul import Matmul, PlainMatmul
 
 
 @dataclass(frozen=True)
 class Policy:
-    """The dtypes of a run."""
+    """The number formats of a run.
 
-    compute: DTypeLike  # activations, and weights at the moment of a matmul
+    Attributes:
+        compute: dtype of the activations.
+        matmul: makes what multiplies them with weights, from the kernels it may use.
+    """
+
+    compute: DTypeLike
+    matmul: Callable[[Kernels], Matmul] = PlainMatmul
 
 
 POLICIES = {"fp32": Policy(jnp.float32), "bf16": Policy(jnp.bfloat16)}

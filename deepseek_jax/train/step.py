@@ -23,11 +23,13 @@ from jax.typing import DTypeLike
 
 from deepseek_jax.compat import quick_compile
 from deepseek_jax.data.pipeline import Batch
+from deepseek_jax.kernels import XLA, Kernels
 from deepseek_jax.layers.base import Execution, bind, logical_axes, split
 from deepseek_jax.layers.router import max_violation, updated_bias
 from deepseek_jax.parallel import zero
 from deepseek_jax.parallel.mesh import BATCH, REPLICATED, per_device, place, total
 from deepseek_jax.parallel.sharding import check_rules, expert_axis, placements, state_specs, unsharder
+from deepseek_jax.precision.matmul import Matmul, PlainMatmul
 from deepseek_jax.seeds import random_key
 from deepseek_jax.train.gradients import accumulated
 from deepseek_jax.train.loss import Losses, Objective, Totals, totals
@@ -114,7 +116,8 @@ class Trainer:
         config: the rest of a step.
         trainable: which weights are trained, by their path; the others stay as they are.
         compute: dtype of the activations.
-        remat, unroll: see `Execution`.
+        matmul: makes the products with weights from the kernels (`precision.policy`).
+        kernels, remat, unroll: see `Execution`.
         flops_per_token: operations to train on one token, as a function of the sequence length.
 
     Attributes:
@@ -137,6 +140,8 @@ class Trainer:
         *,
         trainable: Trainable = everything,
         compute: DTypeLike = jnp.float32,
+        matmul: Callable[[Kernels], Matmul] = PlainMatmul,
+        kernels: Kernels = XLA,
         remat: str = "none",
         unroll: int = 1,
         flops_per_token: Callable[[int], float] = lambda seq_len: 0.0,
@@ -146,6 +151,8 @@ class Trainer:
         self.flops_per_token = flops_per_token
         self.run = Execution(
             compute=compute,
+            matmul=matmul(kernels),
+            kernels=kernels,
             remat=remat,
             unroll=unroll,
             expert_axis=expert_axis(rules, mesh),

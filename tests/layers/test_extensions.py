@@ -17,7 +17,7 @@ from deepseek_jax.layers.gqa import GQA, GQAConfig
 from deepseek_jax.layers.swiglu import SwiGLU
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.models import family
-from deepseek_jax.train.loss import Totals, Weights, losses
+from deepseek_jax.train.loss import PreTraining, Totals
 
 B, T, V, D, N_LAYERS = 2, 6, 11, 8, 4
 IDS = np.random.default_rng(0).integers(0, V, (B, T)).astype(np.int32)
@@ -57,15 +57,18 @@ def test_a_new_loss_goes_from_its_layer_to_the_log_under_its_name(filled):
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     batch = Batch(IDS, np.roll(IDS, -1, axis=1), ones_BT, positions, ones_BT.astype(np.float32))
 
-    def run(params, weights):
-        return losses(bind(definition, params, bias), batch, Totals(B * T, B), weights, chunk=8, mask=False)
+    def run(params, **auxiliary):
+        objective = PreTraining(
+            8, False, mtp_weight=0.0, mtp_weight_final=0.0, mtp_weight_switch=0, auxiliary=auxiliary
+        )
+        return objective(bind(definition, params, bias), batch, Totals(B * T, B), jnp.int32(0))
 
-    gradient = jax.jit(jax.grad(lambda p, alpha: run(p, Weights(0.0, {"small_keys": alpha})), has_aux=True))
+    gradient = jax.jit(jax.grad(lambda params, alpha: run(params, small_keys=alpha), has_aux=True))
     (without, found), (with_it, _) = gradient(params, 0.0), gradient(params, 1.0)
     assert found.auxiliary.keys() == {"small_keys"} and found.auxiliary["small_keys"] > 0
     assert np.any(without["blocks"]["attention"]["k_DZQ"] != with_it["blocks"]["attention"]["k_DZQ"])
     with pytest.raises(UserError, match=r"config\.\w+\.auxiliary\.small_keys: missing"):
-        jax.eval_shape(lambda p: run(p, Weights(0.0, {})), params)
+        jax.eval_shape(run, params)
 
 
 # A new residual connection, with weights of its own.
