@@ -120,7 +120,7 @@ class Block(nnx.Module):
         """
         x_BTD, kept, losses = self.attend(x_BTD, tokens, attend, cached)
         x_BTD, found = self.combine(x_BTD, self.compute(self.dispatch(x_BTD, tokens)))
-        return x_BTD, (kept, found._replace(losses=losses | found.losses))
+        return x_BTD, (kept, found._replace(losses=_sums(losses, found.losses)))
 
     def attend(
         self, x_BTD: jax.Array, tokens: Tokens, attend: Attend = over_themselves, cached: Any = None
@@ -167,7 +167,12 @@ class Group(nnx.Module):
         for number, block in enumerate(self.blocks):
             x_BTD, (mine, found) = block(x_BTD, tokens, attend, cached and cached[number])
             kept.append(mine)
-            losses |= {name: losses.get(name, 0.0) + loss for name, loss in found.losses.items()}
+            losses = _sums(losses, found.losses)
             if found.load_E is not None:
                 loads[str(number)] = found.load_E
         return x_BTD, (tuple(kept), Statistics({"blocks": loads} if loads else None, losses))
+
+
+def _sums(some: Losses, others: Losses) -> Losses:
+    """Both, those of one name summed."""
+    return some | {name: some[name] + loss if name in some else loss for name, loss in others.items()}
