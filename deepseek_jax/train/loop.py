@@ -24,7 +24,7 @@ from deepseek_jax.train.step import Report, State, Trainer
 from deepseek_jax.train.stop import StopRequest
 
 NOT_LOGGED = ("auxiliary", "loads", "finite")  # fields of a report that are no figure of their own
-ASK_EVERY_S = 5.0  # between the moments at which processes ask one another whether to stop
+POLL_EVERY_S = 5.0  # between the moments at which processes ask one another whether to stop
 
 
 @dataclass(frozen=True)
@@ -52,24 +52,24 @@ def local_rows(first: int, count: int) -> tuple[int, int]:
     return share(first, count, jax.process_index(), jax.process_count())
 
 
-class Asking:
-    """When the processes ask one another whether one has been asked to stop; asking makes them wait for a step.
+class StopPoll:
+    """Polls all processes for a request to stop; an answer makes them wait for the step in flight.
 
-    They ask after a number of steps that takes about ``ASK_EVERY_S`` on the slowest of them, the same on all.
+    They poll after a number of steps that takes about ``POLL_EVERY_S`` on the slowest of them, the same on all.
     """
 
     def __init__(self, stop: StopRequest, start: int):
         self._stop, self._next = stop, start
         self._last, self._last_s, self._step_s = start, time.monotonic(), math.inf
 
-    def agreed(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Whether the run ends after ``step``: the same answer on all processes."""
         if jax.process_count() == 1:
             return self._stop.signal is not None
         if step < self._next:
             return False
         is_asked, step_s = largest(self._stop.signal is not None, self._step_s)
-        self._next = step + min(max(int(ASK_EVERY_S / max(step_s, 1e-3)), 1), 1000)
+        self._next = step + min(max(int(POLL_EVERY_S / max(step_s, 1e-3)), 1), 1000)
         now, steps = time.monotonic(), step - self._last
         if steps:  # from answer to answer, for an answer waits until the step has ended
             self._step_s = (now - self._last_s) / steps
@@ -119,8 +119,8 @@ class Loop:
         """
         start = int(state["step"])
         stop.begin()
-        asking = Asking(stop, start)
-        if asking.agreed(start):
+        poll = StopPoll(stop, start)
+        if poll.should_stop(start):
             return state
         if start == 0:
             self.evaluate(state, 0)
@@ -131,25 +131,25 @@ class Loop:
             for done, batch in enumerate(batches, start + 1):
                 state, report = self.trainer.step(state, batch)
                 if waiting:
-                    self.look_at(*waiting)
+                    self.check_finite(*waiting)
                 waiting = (done, report)
-                stopping = asking.agreed(done)
-                if done == start + 1 or self.due(done, self.config.log_every):
+                stopping = poll.should_stop(done)
+                if done == start + 1 or self.is_due(done, self.config.log_every):
                     self.log(done, report, state)
-                if self.due(done, self.config.eval_every):
+                if self.is_due(done, self.config.eval_every):
                     self.evaluate(state, done)
-                if stopping or self.due(done, self.config.checkpoint_every):
+                if stopping or self.is_due(done, self.config.checkpoint_every):
                     self.save(done, state)
                 if stopping:
                     break
             if waiting:
-                self.look_at(*waiting)
+                self.check_finite(*waiting)
         finally:
             batches.close()
         return state
 
-    def due(self, step: int, every: int) -> bool:
-        """Whether something done every so many steps is done after `step`."""
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether something that is done `every` so many steps, and after the last one, is due after `step`."""
         return step == self.config.steps or (every > 0 and step % every == 0)
 
     def batches(self, start: int) -> Iterator:
@@ -158,8 +158,8 @@ class Loop:
         for rows in self.training.batches(Shares(self.ramp, steps, jax.process_index(), jax.process_count())):
             yield global_batch(rows, self.trainer.mesh)
 
-    def look_at(self, step: int, report: Report) -> None:
-        """Tells of a skipped step, and ends the run after too many in a row."""
+    def check_finite(self, step: int, report: Report) -> None:
+        """Reports a step that was skipped; raises UserError after too many in a row."""
         in_row = int(report.skipped_in_row)
         if not in_row:
             return
