@@ -1,8 +1,8 @@
 """Expert parallelism: send each token to the devices that hold its experts, and bring the results back.
 
-Nothing is dropped.  Every device sends every other a buffer of the same size; that size is the smallest of a few that
+Nothing is dropped. Every device sends every other a buffer of the same size; that size is the smallest of a few that
 holds the fullest buffer of the step, agreed on by all devices (the last one holds the worst case), so the padding
-follows the real load.  A token goes once to each device that it needs, however many of its experts live there.
+follows the real load. A token goes once to each device that it needs, however many of its experts live there.
 
 Paper: V3 section 3.2.2 describes the same exchange with NVSHMEM kernels; here it is XLA's padded all_to_all.
 """

@@ -1,6 +1,6 @@
 """The device mesh of a run, and the one way in which per-device code is run on it.
 
-Axes: `data` (replicas of the experts) and `expert` (the routed experts are shared out over it).  The batch is split
+Axes: `data` (replicas of the experts) and `expert` (the routed experts are shared out over it). The batch is split
 over both together: as in DeepSeek's layout, expert ranks hold different tokens.
 """
 

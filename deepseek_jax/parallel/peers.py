@@ -1,8 +1,8 @@
 """What the processes of a run know of one another outside of collectives: who is alive, and why one has left.
 
-A step's state is spread over all processes, so without one of them the others can neither go on nor save.  A collective
-that waits for a process which is gone may wait for ever, and JAX's own remedy ends the program from native code
-without a word about the run.  Hence two threads beside the training:
+A step's state is spread over all processes, so without one of them the others can neither continue nor save. A
+collective that waits for a process which is gone may wait for ever, and JAX's own remedy ends the program from native
+code and says nothing about the run. Hence two threads beside the training:
 
     talker   every BEAT_S: publishes a beat of this process, reads that of the next one (a ring) and the reason, if
              any, for which a process has left; through the store of JAX's coordination service, kept by process 0
@@ -77,7 +77,7 @@ class Peers:
         return "".join(found)
 
     def guard(self, stop: Stop) -> "Guard":
-        """A context around what all processes do together; see ``Guard``."""
+        """A context around what all processes do together; see `Guard`."""
         return Guard(self, stop)
 
     def leave(self, code: int, reason: str) -> None:

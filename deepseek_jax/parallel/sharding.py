@@ -1,10 +1,10 @@
 """Where each weight lives: logical axes -> mesh axes, ZeRO-1, FSDP.
 
-A weight's logical axes are declared with it ("experts", "embed", "heads", …).  A run's rules map some of them to mesh
-axes.  "experts" is compute sharding: a device works with the experts it holds.  Every other rule is storage sharding
+A weight's logical axes are declared with it ("experts", "embed", "heads", …). A run's rules map some of them to mesh
+axes.  "experts" is compute sharding: a device works with the experts it holds. Every other rule is storage sharding
 (FSDP): the weight is gathered just before use, and its gradient comes back summed and scattered.
 
-The optimizer state is cut further (ZeRO-1), over all devices that would otherwise hold the same copy.  Stacked axes are
+The optimizer state is cut further (ZeRO-1), over all devices that would otherwise hold the same copy. Stacked axes are
 cut first: an optimizer that works on whole matrices finds them whole wherever layers or experts can be shared out.
 """
 

@@ -25,7 +25,7 @@ def sum_and_scatter(gradients: dict, placements: dict) -> dict:
 
 
 def scatter(weights: dict, placements: dict) -> dict:
-    """This device's part of weights that it holds whole, cut like the optimiser state."""
+    """This device's part of weights that it holds whole, cut like the optimizer state."""
 
     def one(place: Placement, weight: jax.Array) -> jax.Array:
         if place.zero_dim is None:

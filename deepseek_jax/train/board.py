@@ -6,8 +6,8 @@
 
 TensorBoard lays the two folders over each other wherever they share a tag, and sorts groups and charts by name.
 
-The events are written by the caller's own thread.  tensorboardX's ``SummaryWriter`` has a thread for it, which a full
-disk kills; then its queue fills and the next figure waits for ever.  The price is an fsync every ten seconds.
+The events are written by the caller's own thread.  tensorboardX's `SummaryWriter` has a thread for it, which a full
+disk kills; then its queue fills and the next figure waits for ever. The price is an fsync every ten seconds.
 """
 
 import math
@@ -38,7 +38,7 @@ UNCHARTED = ("checksum", "skipped_in_row")
 
 
 class Board:
-    """The event files of a run in ``directory``; one resumed at ``start_step`` hides what lies after it."""
+    """The event files of a run in `directory`; one resumed at `start_step` hides what lies after it."""
 
     def __init__(self, directory: Path, start_step: int):
         self._files = {split: _EventFile(directory / split, start_step) for split in ("train", "held_out")}
@@ -56,8 +56,8 @@ class Board:
 
         Args:
           step: finished steps.
-          split: ``train`` or ``held_out``.
-          figures: by name, as in ``metrics.jsonl``.
+          split: `train` or `held_out`.
+          figures: by name, as in `metrics.jsonl`.
           layers: name -> array [rows] (charts) or [rows, experts] (distributions).
           rows: what the rows of those are called.
           speed: figures of the clock.
@@ -100,7 +100,7 @@ class _EventFile:
             self._write(start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def add(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, np.ndarray]) -> None:
-        """Adds figures and distributions; those that are not finite TensorBoard cannot draw.  May raise OSError."""
+        """Adds figures and distributions; those that are not finite TensorBoard cannot draw. May raise OSError."""
         from tensorboardX import summary
 
         for tag, value in scalars.items():

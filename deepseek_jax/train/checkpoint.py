@@ -1,16 +1,16 @@
-"""Checkpoints: Orbax writes the arrays, a manifest proves them, and a damaged step gives way to the one before it.
+"""Checkpoints: Orbax writes the arrays, a manifest verifies them; a corrupted step falls back to the previous one.
 
     with Checkpointer(workdir / "checkpoints", keep=3) as checkpoints:
         if checkpoints.latest() is not None:
             step, state, meta = checkpoints.restore(abstract_state)   # ShapeDtypeStructs with shardings, on any mesh
         checkpoints.save(step, state, {"config": config})             # returns at once; state may be donated
 
-Orbax alone restores wrong numbers after one flipped bit, casts dtypes in silence, reports a full disk late or never,
-and ignores a save to a step that exists.  Here every file is hashed and COMMIT comes last (``manifest.py``), so that a
-step either is bit for bit what was saved or is refused by name.  The price: a save is done only after a second pass
+Orbax alone restores wrong numbers after one flipped bit, silently casts dtypes, reports a full disk late or never,
+and ignores a save to a step that exists. Here every file is hashed and COMMIT comes last (`manifest.py`), so that a
+step either is bit for bit what was saved or is refused by name. The price: a save is done only after a second pass
 over its bytes (in the background), and a restore reads them twice.
 
-A failed save never stops the training: the reason goes to ``warn``, once, at the next call.
+A failed save never stops the training: the reason goes to `warn`, once, at the next call.
 """
 
 import atexit
@@ -47,10 +47,10 @@ def print_warning(message: str) -> None:
 
 
 class Checkpointer:
-    """The checkpoints of one directory, the newest ``keep`` of them; one writer, any number of readers.
+    """The checkpoints of one directory, the newest `keep` of them; one writer, any number of readers.
 
     All processes of a run construct it and call its methods together; process 0 alone hashes, commits and deletes, on a
-    file system that all of them share.  ``warn`` receives each message once, in the thread that calls.
+    file system that all of them share. `warn` receives each message once, in the thread that calls.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Checkpointer:
         self._warn, self._messages, self._told = warn, deque(), set()
         self._thread: threading.Thread | None = None
         self._last_save_good = True
-        self._restored: int | None = None  # the step this run went on from
+        self._restored: int | None = None  # the step this run resumed from
         self._own: set[int] = set()  # committed steps known to lie on this run's path
         self._lock = self._orbax = None
         _quieten_orbax()
@@ -100,10 +100,10 @@ class Checkpointer:
     def save(self, step: int, state: dict, meta: dict | None = None) -> None:
         """Starts to save a nested dict of jax arrays; waits only for the save before it and the copy to the host.
 
-        ``meta`` is anything JSON holds; ``meta["config"]`` becomes a readable ``config.json``.  Saving a committed step
-        again does nothing and says so.  After a restore of an earlier step, later steps of the abandoned path are
-        replaced, and deleted once a new one is committed.  Raises UserError for a state or a step that cannot be
-        saved; what goes wrong on the disk is told through ``warn`` instead, and leaves the older steps as they were.
+        `meta` is anything JSON holds; `meta["config"]` becomes a readable `config.json`. Saving a committed step
+        again does nothing and says so. After a restore of an earlier step, later steps of the abandoned path are
+        replaced, and deleted once a new one is committed. Raises UserError for a state or a step that cannot be
+        saved; what goes wrong on the disk is reported through `warn` instead, and leaves the older steps as they were.
         """
         if self._orbax is None:
             raise UserError(f"{self.directory} was opened to read only (or is closed): nothing can be saved there.")
@@ -128,7 +128,7 @@ class Checkpointer:
         self._thread.start()
 
     def report(self) -> None:
-        """Hands waiting messages (a save that failed, a step not deleted) to ``warn``; never blocks."""
+        """Hands waiting messages (a save that failed, a step not deleted) to `warn`; never blocks."""
         while self._messages:
             self._warn(self._messages.popleft())
 
@@ -142,9 +142,9 @@ class Checkpointer:
         return self._last_save_good
 
     def close(self) -> None:
-        """Waits, tells what is left to tell and lets go of the directory; may be called twice.
+        """Waits, reports what is left to report and releases the directory; may be called twice.
 
-        Needed (or ``with``): Python refuses new work to a save that is still going on when the program ends.
+        Needed (or `with`): Python refuses new work to a save that is still running when the program ends.
         """
         try:
             self.wait()
@@ -176,13 +176,13 @@ class Checkpointer:
         *,
         dtypes_as_saved: bool = False,
     ) -> tuple[int, dict, dict]:
-        """Returns (step, state, meta) of the newest intact step, or of ``step`` alone.
+        """Returns (step, state, meta) of the newest intact step, or of `step` alone.
 
-        ``abstract`` is the tree of ``jax.ShapeDtypeStruct`` with the shardings wanted (all of them, or none for the
-        default device).  Names, shapes and dtypes must equal the checkpoint's: nothing is cast or left out.  With
-        ``keys`` only these top-level entries are read, and ``abstract`` holds just them; with ``dtypes_as_saved`` its
-        dtypes do not matter (published weights are bfloat16 for the most part).  Each array comes back committed to its
-        sharding and may be donated.  Raises UserError that names the leaf, or the damaged files.
+        `abstract` is the tree of `jax.ShapeDtypeStruct` with the expected shardings (all of them, or none for the
+        default device). Names, shapes and dtypes must equal the checkpoint's: nothing is cast or left out. With
+        `keys` only these top-level entries are read, and `abstract` holds just them; with `dtypes_as_saved` its
+        dtypes do not matter (published weights are bfloat16 for the most part). Each array comes back committed to its
+        sharding and may be donated. Raises UserError that names the leaf, or the damaged files.
         """
         self.wait()
         wanted = tree.flatten(abstract, leaf_types=object)
@@ -202,7 +202,7 @@ class Checkpointer:
         return step, tree.refill(abstract, iter(leaves)), meta
 
     def read_meta(self, step: int | None = None) -> tuple[int, dict]:
-        """Returns (step, meta) of the newest step (or of ``step``) whose metadata is intact; opens no array file."""
+        """Returns (step, meta) of the newest step (or of `step`) whose metadata is intact; opens no array file."""
         step = self._choose(step, only=(files.META, files.CONFIG))
         return step, _read_meta(files.step_dir(self.directory, step))
 
@@ -215,7 +215,7 @@ class Checkpointer:
     # ---- how
 
     def _admit(self, step: int) -> int:
-        """Decides whether ``step`` may be written, and clears the ground for it; the same answer on all processes."""
+        """Decides whether `step` may be written, and clears the ground for it; the same answer on all processes."""
         verdict, reason = _WRITE, ""
         if jax.process_index() == 0:
             committed = self.steps()
@@ -251,7 +251,7 @@ class Checkpointer:
         return True
 
     def _clean(self, also: int) -> None:
-        """Deletes what unfinished saves left behind, and whatever stands in the place of step ``also``."""
+        """Deletes what unfinished saves left behind, and whatever stands in the place of step `also`."""
         committed = set(self.steps()) - {also}
         for step in files.step_dirs(self.directory):
             if step not in committed:
@@ -273,7 +273,7 @@ class Checkpointer:
                 for name, text in texts.items():
                     files.write_atomically(path / name, text)
                 files.commit(path, step, shapes)
-        except BaseException as error:  # nobody would see it in this thread: it is told at the next call
+        except BaseException as error:  # nobody would see it in this thread: it is reported at the next call
             self._give_up(step, error)
             return
         self._own.add(step)
@@ -290,10 +290,10 @@ class Checkpointer:
             self._delete(step)
         good = max(self.steps(), default=None)
         left = "there is no older checkpoint" if good is None else f"the newest good one is step {good}"
-        self._messages.append(f"step {step} was NOT saved: {_first_line(error)}. Training goes on; {left}.")
+        self._messages.append(f"step {step} was NOT saved: {_first_line(error)}. Training continues; {left}.")
 
     def _prune(self) -> None:
-        """Deletes abandoned steps and all but the newest ``keep``, now that a new one is committed."""
+        """Deletes abandoned steps and all but the newest `keep`, now that a new one is committed."""
         abandoned = [other for other in self.steps() if self._is_abandoned(other)]
         for other in abandoned:
             self._say_once(f"step {other} is deleted: the run went back to step {self._restored} and passed by anew.")
@@ -302,7 +302,7 @@ class Checkpointer:
             self._delete(other)
 
     def _choose(self, step: int | None, only: tuple[str, ...] | None) -> int:
-        """Returns the step to read, verified by process 0 (``only`` these files), the same on all processes."""
+        """Returns the step to read, verified by process 0 (`only` these files), the same on all processes."""
         found, reason = -1, UserError(f"process 0 found no intact checkpoint in {self.directory}.")
         if jax.process_index() == 0:
             try:
@@ -381,7 +381,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _quieten_orbax() -> None:
-    """Drops what Orbax alone would print (each failure is told here, once); everybody else's lines go their way."""
+    """Drops what Orbax alone would print (each failure is reported here, once); everybody else's lines go their way."""
     logging.getLogger("absl").addFilter(_not_from_orbax)  # a filter that is there already is not added twice
     logging.getLogger("asyncio").addFilter(_not_from_orbax)
     if getattr(sys.unraisablehook, "__name__", "") != "_pass_unraisable":

@@ -2,9 +2,9 @@
 
     nll_m = -log softmax(h_m W)[target_m]
 
-`cross_entropy` sums w_m * nll_m with weights that are known in advance.  While a chunk's logits are there it computes
+`cross_entropy` sums w_m * nll_m with weights that are known in advance. While a chunk's logits are there it computes
 its share of the gradients as well, so that nothing is kept and nothing is computed twice: three products with W.
-`token_nll` returns every nll_m, for a loss that is any function of them.  Its backward pass makes the logits again, for
+`token_nll` returns every nll_m, for a loss that is any function of them. Its backward pass makes the logits again, for
 only then is the weight of each token known: four products.
 """
 
@@ -102,7 +102,7 @@ cross_entropy.defvjp(_forward, _backward)
 def token_nll(h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, chunk: int) -> jax.Array:
     """nll_M, float32: -log softmax(h W)[target] of every token, in nats; 0 where the target is -1.
 
-    For a loss that is not a sum with constant weights (`cross_entropy` makes that faster).  Arguments as there.
+    For a loss that is not a sum with constant weights (`cross_entropy` makes that faster). Arguments as there.
     """
     weight, zeros_M = weight_DV.astype(h_MD.dtype), jnp.zeros(targets_M.shape, jnp.float32)
 

@@ -1,7 +1,7 @@
 """The training loop: read, step, and now and then log, evaluate, save.
 
-The step number is the only state of the data: a run that is killed at any moment goes on from its last checkpoint with
-the same samples and ends with the same weights, bit for bit.  One step is always in flight: the loop looks at a step's
+The step number is the only state of the data: a run that is killed at any moment resumes from its last checkpoint with
+the same samples and ends with the same weights, bit for bit. One step is always in flight: the loop looks at a step's
 report only when the next one has been handed to the devices.
 """
 
@@ -55,7 +55,7 @@ def local_rows(first: int, count: int) -> tuple[int, int]:
 class StopPoll:
     """Polls all processes for a request to stop; an answer makes them wait for the step in flight.
 
-    They poll after a number of steps that takes about ``POLL_EVERY_S`` on the slowest of them, the same on all.
+    They poll after a number of steps that takes about `POLL_EVERY_S` on the slowest of them, the same on all.
     """
 
     def __init__(self, stop: StopRequest, start: int):
@@ -63,7 +63,7 @@ class StopPoll:
         self._last, self._last_s, self._step_s = start, time.monotonic(), math.inf
 
     def should_stop(self, step: int) -> bool:
-        """Whether the run ends after ``step``: the same answer on all processes."""
+        """Whether the run ends after `step`: the same answer on all processes."""
         if jax.process_count() == 1:
             return self._stop.signal is not None
         if step < self._next:
@@ -208,7 +208,7 @@ class Loop:
         return figures.get("bits_per_byte")
 
     def save(self, step: int, state: State) -> None:
-        """Hands the state to the checkpointer, which writes while training goes on."""
+        """Hands the state to the checkpointer, which writes while training continues."""
         with self.metrics.paused():
             self.checkpoints.save(step, state, self.meta)
 

@@ -5,7 +5,7 @@
 A weight w goes with its target: 1 in pre-training; in fine-tuning 1 for the assistant's tokens and 0 for the others.
 Multi-token prediction reads every token and learns those with a weight.
 
-`PreTraining` is the objective of pre-training and, with the weights of conversations, of fine-tuning.  What a `Trainer`
+`PreTraining` is the objective of pre-training and, with the weights of conversations, of fine-tuning. What a `Trainer`
 minimises is an argument: any other `Objective` may take its place.
 Paper: V3 sections 2.1.2 (eqs. 17-20) and 2.2 (eqs. 24-25); V2 section 2.2.3 (three balance losses).
 """

@@ -1,4 +1,4 @@
-"""Which samples each step reads: the batch ramp, and the share of it of one process.  No jax: reader processes load it.
+"""Which samples each step reads: the batch ramp, and the share of it of one process. No jax: reader processes load it.
 
     batch: grows from `size_start` to `size` in up to `LEVELS` jumps, then stays
 

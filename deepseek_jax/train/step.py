@@ -6,7 +6,7 @@
     optimizer   on this device's part; the new weights are gathered
     router bias b <- b + gamma * sign(mean load - load), from the loads of the whole step
 
-All of it is one program, run once per device (`parallel.mesh.per_device`).  A step whose loss or gradient is not finite
+All of it is one program, run once per device (`parallel.mesh.per_device`). A step whose loss or gradient is not finite
 leaves weights, moments and biases as they were; only the counters move.
 """
 
@@ -197,7 +197,7 @@ class Trainer:
 
         Args:
             seed: of the weights.
-            params, router_bias: take their place; host or device arrays of the shapes and dtypes of `abstract`.  Those
+            params, router_bias: take their place; host or device arrays of the shapes and dtypes of `abstract`. Those
                 that lie on the right devices already are not copied: the first step reuses their memory.
 
         Raises:

@@ -1,6 +1,6 @@
 """A request to save and end, by signal: SIGTERM, SIGHUP (a terminal that closes) or Ctrl-C.
 
-While the run is prepared there is nothing to save: a signal raises KeyboardInterrupt at once.  While it trains:
+While the run is prepared there is nothing to save: a signal raises KeyboardInterrupt at once. While it trains:
 
     first signal     the step in flight ends, its state is saved, the run ends
     second Ctrl-C    KeyboardInterrupt: ends without the present step; a save under way is finished
@@ -21,7 +21,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP"
 
 
 class StopRequest:
-    """A context that receives these signals; SIGHUP stays ignored where ``nohup`` has asked for that.
+    """A context that receives these signals; SIGHUP stays ignored where `nohup` has asked for that.
 
     Attributes:
         signal: the first signal that came, or None.

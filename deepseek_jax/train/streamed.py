@@ -1,4 +1,4 @@
-"""A checkpoint written or read piece by piece, so that a model of any size passes through little memory.  No JAX.
+"""A checkpoint written or read piece by piece, so that a model of any size passes through little memory. No JAX.
 
     arrays = {"params/head/weight_DV": ((7168, 129280), "bfloat16"), …}
     with StreamedStep(workdir / "checkpoints", 0, arrays, source="what is being written") as step:
@@ -10,15 +10,15 @@
     read = StepReader(workdir / "checkpoints", 0)
     read("params/moe_blocks/experts/gate_XDF", (3, 17))   # one expert of one layer
 
-What ``train.checkpoint.Checkpointer`` restores, on any mesh, is an Orbax directory of zarr arrays (version 2).  In the
-plainest form of that format an array is a folder with a JSON header, ``.zarray``, and a file for each chunk: the bytes
-of an evenly spaced block in C order, named by its place, ``3.17.0.0``.  Here a chunk is one piece, or a block of rows
+What `train.checkpoint.Checkpointer` restores, on any mesh, is an Orbax directory of zarr arrays (version 2). In the
+plainest form of that format an array is a folder with a JSON header, `.zarray`, and a file for each chunk: the bytes
+of an evenly spaced block in C order, named by its place, `3.17.0.0`. Here a chunk is one piece, or a block of rows
 of a large one, uncompressed: weights shrink by a quarter at best, and at a tenth of a disk's speed.
 
-A journal beside the step, ``step_00000000.journal``, lists the pieces that are on the disk (flushed, not merely handed
-to the system) with a hash of each chunk, taken from memory as it was written.  Its first line says what is written from
-what, and only the same again may resume there.  Pieces of an earlier start count only if their files still have the
-hashes of the journal, so that a damaged one is written anew; nothing else is read back.  The step has no COMMIT marker
+A journal beside the step, `step_00000000.journal`, lists the pieces that are on the disk (flushed, not merely handed
+to the system) with a hash of each chunk, taken from memory as it was written. Its first line says what is written from
+what, and only the same again may resume there. Pieces of an earlier start count only if their files still have the
+hashes of the journal, so that a damaged one is written anew; nothing else is read back. The step has no COMMIT marker
 until all is written, so nobody takes it for a checkpoint.
 """
 
@@ -57,7 +57,7 @@ class StreamedStep:
     Args:
         directory: of the checkpoints; made if need be, and locked against other writers.
         step: its number.
-        arrays: name, as ``train.tree.flatten`` gives it, -> (shape, dtype).
+        arrays: name, as `train.tree.flatten` gives it, -> (shape, dtype).
         source: a line that is the same for the same bytes; what was written from another one is not resumed.
         watch: shows how far the check of an earlier start's pieces is.
 
@@ -111,16 +111,16 @@ class StreamedStep:
         return (name, tuple(index)) in self._done
 
     def write(self, name: str, index: Index, piece: np.ndarray) -> None:
-        """Writes ``array[index] = piece``; the indices of one array are all of the same length.
+        """Writes `array[index] = piece`; the indices of one array are all of the same length.
 
-        Threads do it: ``piece`` must not change any more.  Returns once no more than 256 MiB are waiting, so that
+        Threads do it: `piece` must not change any more. Returns once no more than 256 MiB are waiting, so that
         memory holds these, the copies of chunks that are being written (as much again) and the caller's next piece.
         """
         shape, dtype = self._arrays[name]
         index = tuple(int(i) for i in index)
         if piece.dtype != dtype or piece.shape != shape[len(index) :]:
             there = f"{piece.dtype}{list(piece.shape)}"
-            raise ValueError(f"{name}{list(index)}: {there} is no piece of an array {dtype}{list(shape)}.")
+            raise ValueError(f"{name}{list(index)}: {there} is not a piece of an array {dtype}{list(shape)}.")
         if len(index) != self._lead.setdefault(name, len(index)) or any(
             not 0 <= i < n for i, n in zip(index, shape, strict=False)
         ):
@@ -145,7 +145,7 @@ class StreamedStep:
         self._wait(0)
 
     def commit(self, meta: dict) -> None:
-        """Makes the step a checkpoint; ``meta["config"]`` becomes ``config.json``."""
+        """Makes the step a checkpoint; `meta["config"]` becomes `config.json`."""
         missing = next(self._missing(), None)
         if missing is not None:
             raise ValueError(f"{self.path}: {missing} was never written.")
@@ -221,7 +221,7 @@ class StreamedStep:
         self._journal = open(self._journal_path, "ab")
 
     def _wait(self, n_bytes: int) -> None:
-        """Waits until no more than so many bytes are left to be written; tells what went wrong with any."""
+        """Waits until no more than so many bytes are left to be written; raises what went wrong with any."""
         with self._changed:
             self._changed.wait_for(lambda: self._pending_bytes <= n_bytes or self._failure)
         if self._failure:
@@ -253,7 +253,7 @@ class StreamedStep:
                     os.fsync(self._journal.fileno())
                 self._pending_bytes -= job.n_bytes
                 self._changed.notify_all()
-        except BaseException as error:  # told at the next write
+        except BaseException as error:  # raised at the next write
             with self._changed:
                 self._failure = error
                 self._changed.notify_all()
@@ -327,12 +327,12 @@ class StreamedStep:
 
 
 class StepReader:
-    """Reads pieces of a committed step, whether Orbax or ``StreamedStep`` has written it.
+    """Reads pieces of a committed step, whether Orbax or `StreamedStep` has written it.
 
     Args:
         directory: of the checkpoints.
-        step: a committed one; its files are taken as they are (``manifest.verify`` proves them).
-        cache_bytes: decoded chunks to keep.  Orbax puts all layers of an array that one device held into one chunk,
+        step: a committed one; its files are taken as they are (`manifest.verify` proves them).
+        cache_bytes: decoded chunks to keep. Orbax puts all layers of an array that one device held into one chunk,
             which has to be decoded for each layer again unless it is kept.
 
     Attributes:
@@ -354,7 +354,7 @@ class StepReader:
         self._opened = {}
 
     def __call__(self, name: str, index: Index = ()) -> np.ndarray:
-        """Returns ``array[index]``, the only part of it that is kept in memory."""
+        """Returns `array[index]`, the only part of it that is kept in memory."""
         if name not in self._opened:
             self._opened[name] = self._open(name.replace("/", "."))
         return self._opened[name][tuple(index)].read().result()
@@ -406,7 +406,7 @@ def _file_name(key: Index) -> str:
 
 
 def _write_file(path: Path, block: np.ndarray, size: int) -> str:
-    """Writes a chunk of ``size`` bytes, the last one of an array filled up with zeros, and flushes it to the disk.
+    """Writes a chunk of `size` bytes, the last one of an array filled up with zeros, and flushes it to the disk.
 
     Returns the sha256 of the file, from the bytes in memory.
     """
@@ -422,7 +422,7 @@ def _write_file(path: Path, block: np.ndarray, size: int) -> str:
 
 
 def _contiguous(block: np.ndarray) -> np.ndarray:
-    """The array in C order; ``numpy.ascontiguousarray`` reads a transposed one with a cache miss for each number."""
+    """The array in C order; `numpy.ascontiguousarray` reads a transposed one with a cache miss for each number."""
     if block.flags.c_contiguous:
         return block
     copy = np.empty(block.shape, block.dtype)
@@ -448,7 +448,7 @@ def _parsed(line: bytes) -> object:
 
 
 def _orbax_metadata(arrays: Mapping[str, tuple]) -> dict:
-    """The ``_METADATA`` file by which Orbax knows the tree and the format."""
+    """The `_METADATA` file by which Orbax knows the tree and the format."""
 
     def leaf(name: str, shape: tuple[int, ...]) -> dict:
         keys = [{"key": key, "key_type": DICT_KEY} for key in name.split("/")]

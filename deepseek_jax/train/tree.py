@@ -1,6 +1,6 @@
 """A train state as names and leaves: what a checkpoint stores, compares and places.
 
-A state is a nested dict of jax arrays; a leaf's name is its path, ``params/blocks/q_up``.
+A state is a nested dict of jax arrays; a leaf's name is its path, `params/blocks/q_up`.
 """
 
 from pathlib import Path
@@ -35,7 +35,7 @@ def flatten(tree: dict, leaf_types=jax.Array) -> dict[str, jax.Array]:
 
 
 def nest(leaves: dict) -> dict:
-    """The inverse of ``flatten``, without empty dicts."""
+    """The inverse of `flatten`, without empty dicts."""
     tree: dict = {}
     for name, leaf in leaves.items():
         *path, last = name.split("/")
@@ -47,12 +47,12 @@ def nest(leaves: dict) -> dict:
 
 
 def refill(tree, leaves):
-    """Returns ``tree`` with its leaves replaced in the order in which ``flatten`` met them."""
+    """Returns `tree` with its leaves replaced in the order in which `flatten` met them."""
     return {key: refill(tree[key], leaves) for key in tree} if isinstance(tree, dict) else next(leaves)
 
 
 def compare(where: str, saved: dict[str, dict], wanted: dict) -> None:
-    """Raises UserError naming the first leaf in which the checkpoint and the wanted state differ."""
+    """Raises UserError naming the first leaf in which the checkpoint and the expected state differ."""
 
     def text(shape, dtype):
         return f"{jnp.dtype(dtype)}[{','.join(map(str, shape))}]"

@@ -186,7 +186,7 @@ def test_a_full_disk_costs_one_message_and_no_checkpoint(small_disk, capfd, capl
             assert not checkpoints.wait()
             checkpoints.report()
         assert told == [
-            f"step {step} was NOT saved: no space left on the disk. Training goes on; the newest good one is step 10."
+            f"step {step} was NOT saved: no space left on the disk. Training continues; the newest good one is step 10."
             for step in (20, 30)
         ]
         assert shutil.disk_usage(small_disk).free == free and checkpoints.steps() == [10]

@@ -5,7 +5,7 @@
     params, state = optimizer.update(gradients, state, params, rate)
 
 The training step cuts gradients, weights and state over the devices (ZeRO-1) and calls `update` with the parts of one
-device.  Stacked axes are cut first (`parallel.sharding`), so that matrices stay whole where they can.
+device. Stacked axes are cut first (`parallel.sharding`), so that matrices stay whole where they can.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """AdamW: m, v <- moments of g;  w <- w - rate * (m^ / (sqrt(v^) + eps) + weight_decay * w).
 
-Weight decay shrinks matrices and tables; it spares gains and biases (`layers.base.vector`).  Paper: V3 section 4.2.
+Weight decay shrinks matrices and tables; it spares gains and biases (`layers.base.vector`). Paper: V3 section 4.2.
 """
 
 from collections.abc import Callable
