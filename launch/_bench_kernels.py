@@ -15,14 +15,16 @@ from collections.abc import Callable
 
 from deepseek_jax.bounds import number, path, whole
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _options
+from deepseek_jax.launch import _bench_grouped, _options
 
 FORWARD = "4096x2112x7168,4096x24576x1536,4096x32768x512,4096x7168x16384,4096x4096x7168,4096x7168x2048"
 SMALL = "64x2112x7168,128x7168x2048"
+GROUPED = "4x8192x4096x7168,4x8192x7168x2048,32x256x4096x7168,32x256x7168x2048"
 EXTRA = {
     "shapes": (str, f"{FORWARD},{SMALL}", "m x n x k of the products, separated by commas"),
     "gradient_shapes": (str, "4096x7168x4096,7168x2048x4096", "of weight gradients: scales per 1 x 128 on both sides"),
     "quantize_shapes": (str, "4096x7168,8192x7168", "m x k of matrices to quantise along both axes"),
+    "grouped_shapes": (str, GROUPED, "groups x rows x n x k of grouped matmuls"),
     "rounds": (int, 9, "times that each side is measured", whole(1, 10**6)),
     "seconds": (float, 0.03, "length of one measurement", number(1e-6, 3600)),
     "peer": (bool, True, "measure torch as well, if it is installed"),
@@ -48,6 +50,9 @@ def main(argv: list[str]) -> int:
         report(matmul_row(*shape, forward, options), options.json)
     for m, k in parsed(options.quantize_shapes, 2):
         report(quantize_row(m, k, options), options.json)
+    for shape in parsed(options.grouped_shapes, 4):
+        for kind in _bench_grouped.KINDS:
+            report(_bench_grouped.grouped_row(*shape, kind, options), options.json)
     return 0
 
 
@@ -58,7 +63,7 @@ def parsed(text: str, n_sizes: int) -> list[tuple[int, ...]]:
     except ValueError:
         shapes = [()]
     if not all(len(shape) == n_sizes and min(shape) > 0 for shape in shapes):
-        form = "x".join(["4096", "7168", "2048"][:n_sizes])
+        form = "x".join(["4096", "7168", "2048", "512"][:n_sizes])
         raise UserError(f"shapes {text!r}: expected positive sizes such as {form}, separated by commas.")
     return shapes
 
@@ -227,13 +232,13 @@ def measured(sides: dict[str, Callable], n_sets: int, options) -> dict[str, floa
 
 def report(row: dict, file: str) -> None:
     """Prints a row, and appends it to `file` if there is one."""
-    rate, unit = (1e-6, "TFLOP/s") if row["op"] == "fp8_matmul" else (1e-3, "GB/s")
+    rate, unit = (1e-3, "GB/s") if row["op"] == "quantize" else (1e-6, "TFLOP/s")
     times = row["microseconds"]
     cells = [f"{name} {row['work'] / us * rate:7.0f} {unit} {us:8.1f} us" for name, us in times.items()]
     peers = [us for name, us in times.items() if name != "ours"]
     if peers:
         cells.append(f"ratio {peers[0] / times['ours']:.2f}")
-    cells.append(f"error {row['error']:.2e}" if row["op"] == "fp8_matmul" else f"codes that differ {row['error']:.0f}")
+    cells.append(f"codes that differ {row['error']:.0f}" if row["op"] == "quantize" else f"error {row['error']:.2e}")
     kind = "" if row.get("forward", True) else " (gradient)"
     print(f"{row['op']} {'x'.join(map(str, row['shape']))}{kind}: " + " | ".join(cells), flush=True)
     if file:

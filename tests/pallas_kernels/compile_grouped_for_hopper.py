@@ -48,7 +48,9 @@ def main() -> None:
             shapes = (*operands, ((sizes[0],), jnp.int32))
             arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
             jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
-            print(json.dumps({"call": [name, *sizes], **found()}), flush=True)
+            bf16_instructions = sum(code.read_text().count("HGMMA.") for code in DUMP.glob("*.sass_ctrl"))
+            facts = {"call": [name, *sizes], "bf16_instructions": bf16_instructions, **found()}
+            print(json.dumps(facts), flush=True)
     shutil.rmtree(DUMP)
 
 

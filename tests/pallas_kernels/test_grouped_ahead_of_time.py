@@ -1,0 +1,37 @@
+"""The grouped kernels, compiled for Hopper without a GPU: tensor cores used, nothing spilled, memory within bounds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_ahead_of_time import ROOT, SHARED_MEMORY, pytestmark  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    script = Path(__file__).with_name("compile_grouped_for_hopper.py")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_every_kernel_uses_its_tensor_cores(compiled):
+    assert len(compiled) == 21
+    for kernel in compiled:
+        fp8 = kernel["call"][0].startswith("fp8")
+        assert kernel["fp8_instructions" if fp8 else "bf16_instructions"] >= 4, kernel
+        assert not kernel["serialised"], kernel
+
+
+def test_no_kernel_spills(compiled):
+    for kernel in compiled:
+        assert kernel["spilled"] == 0, kernel
+
+
+def test_shared_memory_is_within_bounds(compiled):
+    for kernel in compiled:
+        assert kernel["shared"] is None or kernel["shared"] <= SHARED_MEMORY, kernel
