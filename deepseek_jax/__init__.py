@@ -20,12 +20,13 @@ Importing this package imports no jax.
 """
 
 import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "build", "load", "save_pretrained"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """Fetches the others of ``__all__`` when first asked for."""
     if name in ("build", "load", "save_pretrained"):
         return getattr(importlib.import_module("deepseek_jax.language_model"), name)

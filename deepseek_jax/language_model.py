@@ -163,7 +163,7 @@ class LanguageModel:
         steps = self._steps([ids], max_new_tokens, temperature, top_p, seed, stop_ids)
         return (int(new_B[0]) for new_B in steps)
 
-    def complete(self, text: str | Sequence[str], max_new_tokens: int = 64, **options) -> str | list[str]:
+    def complete(self, text: str | Sequence[str], max_new_tokens: int = 64, **options: Any) -> str | list[str]:
         """Returns the continuation of a text, or a list of those of several; `options` as for `generate`."""
         texts = [text] if isinstance(text, str) else list(text)
         if not all(isinstance(one, str) for one in texts):
@@ -179,7 +179,15 @@ class LanguageModel:
         begin = [self.tokenizer.bos_id] if self.tokenizer.add_bos else []
         return [*begin, *self.tokenizer.encode(text).tolist()]
 
-    def _steps(self, prompts, max_new_tokens, temperature, top_p, seed, stop_ids) -> Iterator[np.ndarray]:
+    def _steps(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        stop_ids: Sequence[int] | None,
+    ) -> Iterator[np.ndarray]:
         if any(isinstance(prompt, str) for prompt in prompts):
             raise UserError(
                 "a prompt is text: expected ids. Use model.complete(text), or model.tokenizer.encode(text) first."

@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from deepseek_jax.convert import formats, safetensors
 from deepseek_jax.errors import UserError
@@ -75,14 +76,14 @@ def _download(name: str, repository: str, revision: str, patterns: tuple[str, ..
         raise UserError(f"{name}: no such directory here, and {_reason(repository, error)}") from error
 
 
-def _bars(is_long: bool):
+def _bars(is_long: bool) -> type:
     """Returns the library's progress bars for long downloads; without a terminal they print a line now and then."""
     from huggingface_hub.utils import tqdm
 
     class Bars(tqdm):
         """Bars that are drawn rarely."""
 
-        def __init__(self, *given, **options):
+        def __init__(self, *given: Any, **options: Any) -> None:
             if not is_long:
                 options["disable"] = True
             if not sys.stderr.isatty():

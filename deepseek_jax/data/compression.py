@@ -7,7 +7,7 @@ import gzip
 import io
 import zlib
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from deepseek_jax.errors import UserError
 
@@ -51,7 +51,7 @@ class _Zstandard(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         """Fills `buffer` as far as possible and returns the number of bytes; 0 at the end of the file."""
         while not self._rest:
             block = self._file.read(BLOCK)

@@ -11,7 +11,7 @@ is rejected with its number, so the templates in `chat` need no further checks.
 
 import json
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from deepseek_jax.errors import UserError
 
@@ -157,7 +157,7 @@ def _slot(call_id: str | None, ids: list, outputs: list, where: str) -> int:
     return ids.index(call_id)
 
 
-def as_json(value, where: str, **layout) -> str:
+def as_json(value: object, where: str, **layout: Any) -> str:
     """Returns a value as JSON as the published templates write it: keys in order, every character unchanged.
 
     `where` names the value in errors, `layout` is as for `json.dumps`.

@@ -9,7 +9,7 @@ a run resumes by asking for that sample. Process p of n reads its share of a bat
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -150,7 +150,7 @@ class Split:
         return iter(dataset)
 
 
-def open_split(split: str, **settings) -> Split:
+def open_split(split: str, **settings: Any) -> Split:
     """Returns the `train` or the `holdout` side of a corpus; the settings are those of `open_splits`.
 
     Raises:

@@ -57,7 +57,7 @@ class TokenStore:
         """Returns a view of the ids of document `i`; they are read and checked when they become an array."""
         return self.tokens[self.offsets[i] : self.offsets[i] + self.lengths[i]]
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return (_open_folder, (self.folder,)) if self.folder else (_assemble, (self.tokens, self._table(), None))
 
     def _table(self) -> np.ndarray:

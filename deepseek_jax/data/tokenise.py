@@ -65,7 +65,7 @@ def id_type(tokenizer: Tokenizer) -> np.dtype:
 class _Document:
     """What is known about a document whose parts arrive one by one."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.n_tokens, self._n_bytes, self._digest = 0, 0, hashlib.blake2b(digest_size=8)
 
     def add(self, text: str, n_tokens: int) -> None:

@@ -13,10 +13,10 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
@@ -114,7 +114,7 @@ class NoTokenizer:
     add_bos = False
     fingerprint = "none"
 
-    def _refuse(self, *_, **__):
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise UserError(
             "these weights came without a tokenizer.json, so they take only ids. Give ids, or put that file "
             "beside the weights and load them again."
@@ -178,7 +178,7 @@ class FileTokenizer:
         self.fim = next((FimTokens(*ids) for ids in triples if None not in ids), None)
 
     @cached_property
-    def _engine_of_marks(self):
+    def _engine_of_marks(self) -> Any:
         """The same tokenizer, which recognises special tokens in text; created when needed, since it takes a second."""
         return type(self._engine).from_str(self._engine.to_str())
 
@@ -256,7 +256,7 @@ def _spelling(mark: str | dict | None) -> tuple[str, ...]:
     return (mark,) if mark else ()
 
 
-def _byte_counter(spec: dict):
+def _byte_counter(spec: dict) -> Callable[[str], int]:
     """Returns the function from a vocabulary entry to its bytes, by the way the file's tokenizer spells bytes."""
     spelling = json.dumps([spec.get("decoder"), spec.get("pre_tokenizer")])
     if '"ByteLevel"' in spelling:

@@ -62,7 +62,7 @@ class Peers:
                 threading.Thread(target=work, name=f"peers{work.__name__}", daemon=True).start()
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._store is None:
             return
         if error is not None:
@@ -155,7 +155,7 @@ class Guard:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None or self.peers.count == 1 or self._all_meet(error):
             return
         if isinstance(error, UserError):

@@ -23,6 +23,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -387,7 +388,7 @@ def _quieten_orbax() -> None:
     if getattr(sys.unraisablehook, "__name__", "") != "_pass_unraisable":
         following = sys.unraisablehook
 
-        def _pass_unraisable(report) -> None:
+        def _pass_unraisable(report: Any) -> None:
             # After a failed write TensorStore calls back into the event loop that Orbax has closed by then.
             if not (report.object is None and str(report.exc_value) == "Event loop is closed"):
                 following(report)

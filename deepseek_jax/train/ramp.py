@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 LEVELS = 8
 
@@ -69,7 +70,7 @@ class Shares(Sequence):
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __getitem__(self, at):
+    def __getitem__(self, at: Any) -> "tuple[int, int] | Shares":
         """The pair of a step, or the steps of a slice."""
         if isinstance(at, slice):
             return dataclasses.replace(self, steps=self.steps[at])

@@ -30,9 +30,10 @@ import json
 import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes  # noqa: F401 - numpy learns the names of bfloat16 and the float8s
 import numpy as np
@@ -229,7 +230,7 @@ class StreamedStep:
                 raise self._failure
 
     @contextlib.contextmanager
-    def _telling(self):
+    def _telling(self) -> Iterator[None]:
         """Turns what the disk refuses into a UserError."""
         try:
             yield
@@ -297,7 +298,7 @@ class StreamedStep:
         shape, dtype = self._arrays[name]
         return math.prod(shape[len(index) :]) * dtype.itemsize
 
-    def _missing(self):
+    def _missing(self) -> Iterator[Any]:
         """Yields the pieces not yet written."""
         for name, (shape, _) in self._arrays.items():
             if name not in self._lead:
@@ -359,7 +360,7 @@ class StepReader:
             self._opened[name] = self._open(name.replace("/", "."))
         return self._opened[name][tuple(index)].read().result()
 
-    def _open(self, key: str):
+    def _open(self, key: str) -> Any:
         import tensorstore
 
         if self._is_database:

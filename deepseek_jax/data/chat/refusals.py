@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from deepseek_jax.errors import UserError
 
 
-def refuse(name: str, **given) -> None:
+def refuse(name: str, **given: object) -> None:
     """Raises UserError if something is given that the template cannot express."""
     for what, value in given.items():
         if value:
