@@ -10,6 +10,11 @@ def can_interpret() -> bool:
     return hasattr(plgpu, "InterpretGPUParams")
 
 
+def can_exchange() -> bool:
+    """Whether a CTA can store into the shared memory of another one of its cluster (0.11 and later)."""
+    return hasattr(plgpu, "async_store_smem")
+
+
 def load(ref, layout):
     """Returns what `ref` holds in registers, in `layout`."""
     try:
@@ -21,20 +26,6 @@ def load(ref, layout):
 def transpose(ref):
     """Returns `ref` with its two axes exchanged; moves nothing."""
     return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
-
-
-def named_barrier(instruction: str, index: jax.Array, n_threads: int) -> None:
-    """`bar.sync` or `bar.arrive` on the hardware's barrier number `index`, in which `n_threads` threads take part.
-
-    Numbers below 8 belong to Mosaic GPU.
-    """
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT(()),))
-    def emit(_, number):
-        void, operands = mgpu.ir.Type.parse("!llvm.void"), [number.registers.item()]
-        mgpu.llvm.inline_asm(void, operands, f"{instruction} $0, {n_threads};", "r", has_side_effects=True)
-
-    emit(index)
 
 
 def store_rows(values: jax.Array, ref, row: jax.Array, column: jax.Array, low: jax.Array, high: jax.Array) -> None:

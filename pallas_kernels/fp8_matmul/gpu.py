@@ -8,15 +8,17 @@ operand load half of it each, for both. The other warpgroups compute, each a par
 up to 128 columns: the tensor cores sum a chunk's 128 products per output (four wgmma of m64 n128 k32), then the CUDA
 cores multiply by the scales and add to the float32 sum that a thread keeps in registers ("promotion").
 
-Promotion takes a third as long as the tensor cores need for a chunk. It is hidden behind the products of the other
-warpgroups. With `Tiles.alternate` these take turns: each issues its four wgmma only when the one before has issued its
-own. On an H100 turns made the kernel faster with some tiles and slower with others: the table of tiles decides.
+With few rows there are too few tiles to read w at the memory's speed. Then the CTAs of a cluster divide the contraction
+and the first of them adds the sums of the others, which arrive in its shared memory, always in the same order.
+
+What bounds it (ncu on an H200): the tensor cores are busy 70 to 80 % of the time. Without promotion they would be 88 %;
+two or three other warpgroups' products are in flight meanwhile, but both need the register file: a multiply-add takes
+2 to 5 cycles beside wgmma, not 1. Loads from memory and L2 do not bound it.
 
 Tensor cores take 8-bit operands only with K last, so both operands have it last; see `pallas_kernels.quantize` for the
-transposed codes that the weight gradient needs. A float32 result is off by 1.3e-4 of its norm, whatever K is (measured
-on an H100): probably the tensor cores' own sums within a block, which keep fewer bits than float32. bfloat16 rounds 13
-times as coarsely. Run on hardware so far: M and N that are multiples of 64, K of 128.
-Paper: V3 section 3.3.2.
+transposed codes that the weight gradient needs. A float32 result is off by 1.3e-4 of its norm, whatever K is (128 to
+16,384, H100 and H200): the tensor cores keep fewer bits than float32 in the sums within a block. bfloat16 rounds 13
+times as coarsely. Paper: V3 section 3.3.2.
 """
 
 import dataclasses
@@ -35,8 +37,7 @@ from pallas_kernels import mosaic_gpu
 from pallas_kernels.fp8_matmul.tiles import BLOCK, Tiles, choose
 
 CHUNK_ROWS = 64  # of one wgmma
-REGISTERS = 512  # of a processor, per thread of one warpgroup
-TURN = 8  # the first of the hardware's named barriers that Mosaic GPU leaves free
+REGISTERS = 65536  # of a processor
 
 
 def fp8_matmul(
@@ -62,11 +63,10 @@ def fp8_matmul(
     fill = 64 if n > 64 else 128
     w, w_scale = _filled(w, fill, BLOCK), _filled(w_scale, 1, fill if w_block[0] == 1 else 1)
     tiles = tiles or choose(m, n, k, w_block, out_dtype, n_processors)
-    plan = Plan(
-        x.shape[0], w.shape[0], x_scale.shape[0], tiles, w_block[0] == 1, out_dtype, n_processors, not interpret
-    )
-    parts = plan.call(interpret)(x, x_scale, w, w_scale)
-    y = parts[0] if len(parts) == 1 else jnp.sum(parts, axis=0).astype(out_dtype)
+    if not mosaic_gpu.can_exchange():
+        tiles = dataclasses.replace(tiles, splits=1)
+    plan = Plan(x.shape[0], w.shape[0], x_scale.shape[0], tiles, w_block[0] == 1, out_dtype, n_processors)
+    y = plan.call(interpret)(x, x_scale, w, w_scale)
     return y if y.shape == (m, n) else y[:m, :n]
 
 
@@ -87,7 +87,6 @@ class Plan:
     by_row: bool  # w has a scale per 1 x 128 block, not per 128 x 128
     out_dtype: DTypeLike
     n_processors: int
-    on_chip: bool  # interpreted otherwise: no named barriers, and none needed
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -102,7 +101,7 @@ class Plan:
 
     @property
     def splits(self) -> int:
-        """Parts of the contraction, none of them empty."""
+        """Parts of the contraction, none of them empty, each with a CTA of a cluster."""
         return -(-self.blocks // self.blocks_per_split)
 
     @property
@@ -112,14 +111,21 @@ class Plan:
 
     @property
     def n_tiles(self) -> int:
-        """Tiles of all clusters and parts of the contraction."""
-        return self.grid[0] * self.grid[1] * self.splits
+        """Output tiles of all clusters."""
+        return self.grid[0] * self.grid[1]
 
     @property
     def n_clusters(self) -> int:
         """That run at the same time, each over every n_clusters-th tile."""
-        rows, columns = self.tiles.cluster_shape
-        return min(self.n_processors // (rows * columns), self.n_tiles)
+        clusters = self.n_tiles if self.splits > 1 else self.n_processors // max(self.tiles.cluster_shape)
+        return min(clusters, self.n_tiles)
+
+    @property
+    def registers(self) -> int:
+        """Of a thread that computes. More than the loading warpgroup gives back would be waited for without end."""
+        warpgroups = self.tiles.warpgroups + 1
+        at_start = REGISTERS // (128 * warpgroups) // 8 * 8
+        return min((at_start * warpgroups - self.tiles.producer_registers) // self.tiles.warpgroups // 8 * 8, 240)
 
     @property
     def chunks(self) -> list[tuple[int, int]]:
@@ -134,20 +140,23 @@ class Plan:
         return min(self.tiles.columns, BLOCK)
 
     @property
-    def store_dtype(self) -> DTypeLike:
-        """Parts of a split contraction are added in float32."""
-        return self.out_dtype if self.splits == 1 else jnp.float32
+    def waits_ahead(self) -> bool:
+        """Whether a block is waited for while the one before is multiplied.
+
+        With several chunks ptxas would then clear their registers before each product, and spill.
+        """
+        return len(self.chunks) == 1
 
     def call(self, interpret: object) -> Callable:
-        """The kernel as a function of x, x_scale, w, w_scale to y [splits, M, N]."""
+        """The kernel as a function of x, x_scale, w, w_scale to y [M, N]."""
         tiles = self.tiles
         return plgpu.kernel(
             functools.partial(_kernel, self),
-            out_type=jax.ShapeDtypeStruct((self.splits, self.m, self.n), self.store_dtype),
+            out_type=jax.ShapeDtypeStruct((self.m, self.n), self.out_dtype),
             scratch_types=self.scratch(),
             grid=(self.n_clusters,),
             grid_names=("clusters",),
-            cluster=(max(tiles.cluster_shape),),
+            cluster=(max(*tiles.cluster_shape, self.splits),),
             cluster_names=("cta",),
             num_threads=tiles.warpgroups + 1,
             thread_name="warpgroup",
@@ -166,11 +175,26 @@ class Plan:
             plgpu.SMEM((stages, rows, BLOCK), jnp.float8_e4m3fn, transforms=codes),
             plgpu.SMEM((stages, rows), jnp.float32),
             plgpu.SMEM((stages, columns, BLOCK), jnp.float8_e4m3fn, transforms=codes),
-            plgpu.SMEM(staging, self.store_dtype, transforms=_tiled(tiles.store_columns, self.store_dtype)),
+            plgpu.SMEM(staging, self.out_dtype, transforms=_tiled(tiles.store_columns, self.out_dtype)),
             plgpu.Barrier(num_arrivals=3 + self.by_row, num_barriers=stages),
-            plgpu.ClusterBarrier(collective_axes=("cta",), num_arrivals=tiles.warpgroups, num_barriers=stages),
-            *([plgpu.SMEM((stages, columns), jnp.float32)] if self.by_row else []),
+            self.free_barrier(),
+            plgpu.SMEM((stages, columns), jnp.float32) if self.by_row else None,
+            *(self.exchange() if self.splits > 1 else (None, None)),
         ]
+
+    def free_barrier(self):
+        """Per stage; CTAs that share what they load wait for one another."""
+        arrivals = {"num_arrivals": self.tiles.warpgroups, "num_barriers": self.stages}
+        if self.splits > 1:
+            return plgpu.Barrier(**arrivals)
+        return plgpu.ClusterBarrier(collective_axes=("cta",), **arrivals)
+
+    def exchange(self) -> tuple:
+        """Where the first CTA of a cluster receives the sums of the others."""
+        tiles, n_sums = self.tiles, len(self.chunks)
+        shape = (self.splits - 1, tiles.warpgroups, n_sums, CHUNK_ROWS, self.chunk_columns)
+        sums = plgpu.SMEM(shape, jnp.float32, transforms=_tiled(self.chunk_columns, jnp.float32))
+        return sums, plgpu.Barrier(num_arrivals=(self.splits - 1) * n_sums, num_barriers=tiles.warpgroups)
 
 
 def _tiled(columns: int, dtype: DTypeLike) -> tuple:
@@ -195,7 +219,9 @@ class Refs:
     staging: object
     loaded: object  # per stage: its copies have arrived
     free: object  # per stage: all warpgroups that read it, of both CTAs, are done
-    w_scale_stages: object = None
+    w_scale_stages: object
+    received: object  # sums of the other parts of a split contraction
+    arrived: object  # per warpgroup: they are all there
 
 
 def _kernel(plan: Plan, *refs) -> None:
@@ -215,12 +241,9 @@ def _my_tiles(plan: Plan) -> jax.Array:
 def _tile(plan: Plan, i: jax.Array) -> tuple:
     """(part, first row, first column) of this CTA's i-th tile; `part` numbers the parts of the contraction."""
     linear = lax.axis_index("clusters") + i * plan.n_clusters
-    part = 0
-    if plan.splits > 1:
-        per_part = plan.grid[0] * plan.grid[1]
-        part, linear = lax.div(linear, per_part), lax.rem(linear, per_part)
     indices = plgpu.planar_snake(linear, plan.grid, plan.tiles.minor, plan.tiles.raster)
     cta = lax.axis_index("cta")
+    part = cta if plan.splits > 1 else 0
     first = [
         (index * ctas + (cta if ctas > 1 else 0)) * size
         for index, size, ctas in zip(indices, plan.tiles.cta, plan.tiles.cluster_shape, strict=True)
@@ -283,11 +306,9 @@ def _copy_stage(plan: Plan, refs: Refs, stage, block, row, column) -> None:
 def _compute(plan: Plan, refs: Refs) -> None:
     """A computing warpgroup: its part of each tile, then its part of the output."""
     tiles = plan.tiles
-    registers = (REGISTERS - tiles.producer_registers) // tiles.warpgroups // 8 * 8
-    plgpu.set_max_registers(min(registers, 240), action="increase")
+    plgpu.set_max_registers(plan.registers, action="increase")
     warpgroup = lax.axis_index("warpgroup")
-    own_row = warpgroup * tiles.rows if tiles.stack == "rows" else 0
-    own_column = warpgroup * tiles.columns if tiles.stack == "columns" else 0
+    own_row = warpgroup * tiles.rows
 
     def compute_tile(i, stage):
         part, row, column = _tile(plan, i)
@@ -295,54 +316,73 @@ def _compute(plan: Plan, refs: Refs) -> None:
 
         def add_block(b, state):
             stage, sums = state
-            sums = _add_block(plan, refs, stage, first_block + b, own_row, own_column, column, sums)
-            return _next(plan, stage), sums
+            upcoming = _next(plan, stage), b + 1 < n_blocks
+            at = Place(stage, first_block + b, own_row, column)
+            return upcoming[0], _add_block(plan, refs, at, upcoming, sums)
 
         zero = plgpu.layout_cast(jnp.zeros((CHUNK_ROWS, plan.chunk_columns), jnp.float32), plgpu.Layout.WGMMA)
-        stage, sums = lax.fori_loop(0, n_blocks, add_block, (stage, [zero] * len(plan.chunks)))
-        _store(plan, refs, part, row + own_row, column + own_column, sums)
+        sums = {chunk: zero for chunk in plan.chunks}
+        if plan.waits_ahead:
+            plgpu.barrier_wait(refs.loaded.at[stage])
+        stage, sums = lax.fori_loop(0, n_blocks, add_block, (stage, sums))
+        if plan.splits == 1:
+            _store(plan, refs, warpgroup, row + own_row, column, sums)
+        else:
+            _gather(plan, refs, warpgroup, part, row + own_row, column, sums)
         return stage
 
-    _first_turn(plan)
     lax.fori_loop(0, _my_tiles(plan), compute_tile, jnp.int32(0))
-    _last_turn(plan)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _add_block(plan: Plan, refs: Refs, stage, block, own_row, own_column, column, sums: list) -> list:
-    """Adds one block of K to the sums of a warpgroup's chunks."""
-    plgpu.barrier_wait(refs.loaded.at[stage])
-    row_scales = {
-        r: mosaic_gpu.load(refs.x_scale_stages.at[stage, pl.ds(own_row + r, CHUNK_ROWS)], plgpu.Layout.WGMMA.reduce(1))
-        for r, _ in plan.chunks
-    }
-    column_scales = {
-        c: _column_scale(plan, refs, stage, block, own_column + c, column + own_column + c) for _, c in plan.chunks
-    }
-    added = []
-    for (r, c), total in zip(plan.chunks, sums, strict=True):
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Which block of K a warpgroup adds, and where its operands and its part of the output are."""
 
-        def multiply(products, r=r, c=c):
-            w = refs.w_stages.at[stage, pl.ds(own_column + c, plan.chunk_columns)]
-            plgpu.wgmma(products, refs.x_stages.at[stage, pl.ds(own_row + r, CHUNK_ROWS)], mosaic_gpu.transpose(w))
-            _pass_turn(plan)
-            return products[...]  # waits for the tensor cores
+    stage: jax.Array
+    block: jax.Array
+    own_row: jax.Array  # of the tile
+    column: jax.Array  # of the output
 
-        _wait_turn(plan)
-        products = pl.run_scoped(multiply, plgpu.ACC((CHUNK_ROWS, plan.chunk_columns), jnp.float32))
-        if len(added) == len(sums) - 1:  # One thread speaks for its warpgroup: a wgmma has all four warps in step.
-            plgpu.barrier_arrive(refs.free.at[stage])
-        added.append(_promoted(plan, total, products, row_scales[r], column_scales[c]))
+
+def _add_block(plan: Plan, refs: Refs, at: Place, upcoming: tuple, sums: dict) -> dict:
+    """Adds one block of K, whose operands have arrived, to the sums of a warpgroup's chunks.
+
+    While the tensor cores work on a chunk, its scales are read, and the next block is waited for during the last one:
+    between two chunks of a warpgroup there is nothing but the promotion.
+    """
+    added, scales = {}, {}
+    if not plan.waits_ahead:
+        plgpu.barrier_wait(refs.loaded.at[at.stage])
+    for i, (r, c) in enumerate(plan.chunks):
+        first, last = i == 0, i == len(plan.chunks) - 1
+
+        def multiply(products, r=r, c=c, first=first):
+            w = refs.w_stages.at[at.stage, pl.ds(c, plan.chunk_columns)]
+            x = refs.x_stages.at[at.stage, pl.ds(at.own_row + r, CHUNK_ROWS)]
+            plgpu.wgmma(products, x, mosaic_gpu.transpose(w))
+            scales = {chunk: _scales(plan, refs, at, *chunk) for chunk in plan.chunks} if first else {}
+            if plan.waits_ahead:
+                pl.when(upcoming[1])(lambda: plgpu.barrier_wait(refs.loaded.at[upcoming[0]]))
+            return products[...], scales  # waits for the tensor cores
+
+        products, found = pl.run_scoped(multiply, plgpu.ACC((CHUNK_ROWS, plan.chunk_columns), jnp.float32))
+        scales |= found
+        if last:  # One thread speaks for its warpgroup: a wgmma has all four warps in step.
+            plgpu.barrier_arrive(refs.free.at[at.stage])
+        added[r, c] = _promoted(plan, sums[r, c], products, *scales[r, c])
     return added
 
 
-def _column_scale(plan: Plan, refs: Refs, stage, block, own_column, column) -> jax.Array:
-    """The scales of w for a chunk's columns: a vector, or one number that they share."""
+def _scales(plan: Plan, refs: Refs, at: Place, r: int, c: int) -> tuple[jax.Array, jax.Array]:
+    """The scales of x for a chunk's rows and those of w for its columns: a vector, or one number that they share."""
+    rows = refs.x_scale_stages.at[at.stage, pl.ds(at.own_row + r, CHUNK_ROWS)]
+    row_scale = mosaic_gpu.load(rows, plgpu.Layout.WGMMA.reduce(1))
     if plan.by_row:
-        columns = pl.ds(own_column, plan.chunk_columns)
-        return mosaic_gpu.load(refs.w_scale_stages.at[stage, columns], plgpu.Layout.WGMMA.reduce(0))
+        columns = refs.w_scale_stages.at[at.stage, pl.ds(c, plan.chunk_columns)]
+        return row_scale, mosaic_gpu.load(columns, plgpu.Layout.WGMMA.reduce(0))
     last = refs.w_scale.shape[0] - 1  # a tile may reach beyond the matrix
-    return refs.w_scale[jnp.minimum(lax.div(column, BLOCK), last), block]
+    return row_scale, refs.w_scale[jnp.minimum(lax.div(at.column + c, BLOCK), last), at.block]
 
 
 def _promoted(plan: Plan, total, products, row_scale, column_scale) -> jax.Array:
@@ -354,47 +394,38 @@ def _promoted(plan: Plan, total, products, row_scale, column_scale) -> jax.Array
     return total + products * lax.broadcast_in_dim(row_scale, products.shape, [0])
 
 
-def _store(plan: Plan, refs: Refs, part, row, column, sums: list) -> None:
+def _gather(plan: Plan, refs: Refs, warpgroup, part, row, column, sums: dict) -> None:
+    """The first CTA of a cluster adds the sums of the other parts of the contraction, in their order, and writes."""
+
+    def send():
+        for i, total in enumerate(sums.values()):
+            slot = refs.received.at[part - 1, warpgroup, i]
+            plgpu.async_store_smem(total, slot, refs.arrived.at[warpgroup], cluster_idx=0, cluster_dim="cta")
+
+    def receive():
+        plgpu.barrier_wait(refs.arrived.at[warpgroup])
+        added = dict(sums)
+        for other in range(plan.splits - 1):
+            for i, key in enumerate(sums):
+                added[key] += mosaic_gpu.load(refs.received.at[other, warpgroup, i], plgpu.Layout.WGMMA)
+        _store(plan, refs, warpgroup, row, column, added)
+
+    lax.cond(part == 0, receive, send)
+
+
+def _store(plan: Plan, refs: Refs, warpgroup, row, column, sums: dict) -> None:
     """Writes a warpgroup's part of the output, by way of staging buffers in shared memory."""
     tiles = plan.tiles
     units = itertools.product(range(0, tiles.rows, CHUNK_ROWS), range(0, tiles.columns, tiles.store_columns))
     for i, (r, c) in enumerate(units):
-        buffer = refs.staging.at[lax.axis_index("warpgroup"), i % tiles.store_slots]
+        buffer = refs.staging.at[warpgroup, i % tiles.store_slots]
         plgpu.wait_smem_to_gmem(tiles.store_slots - 1, wait_read_only=True)
-        for (chunk_row, chunk_column), total in zip(plan.chunks, sums, strict=True):
+        for (chunk_row, chunk_column), total in sums.items():
             low = max(c, chunk_column)
             high = min(c + tiles.store_columns, chunk_column + plan.chunk_columns)
             if chunk_row == r and low < high:
-                values = total[:, low - chunk_column : high - chunk_column].astype(plan.store_dtype)
+                values = total[:, low - chunk_column : high - chunk_column].astype(plan.out_dtype)
                 buffer.at[:, pl.ds(low - c, high - low)][...] = values
         plgpu.commit_smem()
-        target = refs.y.at[part, pl.ds(row + r, CHUNK_ROWS), pl.ds(column + c, tiles.store_columns)]
+        target = refs.y.at[pl.ds(row + r, CHUNK_ROWS), pl.ds(column + c, tiles.store_columns)]
         plgpu.copy_smem_to_gmem(buffer, target)
-
-
-# Turns at the tensor cores. Warpgroup i waits on named barrier TURN + i, where the one before it arrives after issuing.
-# They order nothing that the results depend on.
-
-
-def _turn(plan: Plan, instruction: str, index: jax.Array) -> None:
-    if plan.tiles.alternate and plan.on_chip:
-        mosaic_gpu.named_barrier(instruction, TURN + index, 2 * 128)
-
-
-def _wait_turn(plan: Plan) -> None:
-    _turn(plan, "bar.sync", lax.axis_index("warpgroup"))
-
-
-def _pass_turn(plan: Plan) -> None:
-    _turn(plan, "bar.arrive", lax.rem(lax.axis_index("warpgroup") + 1, plan.tiles.warpgroups))
-
-
-def _first_turn(plan: Plan) -> None:
-    """The last warpgroup lets the first begin."""
-    last = plan.tiles.warpgroups - 1
-    pl.when(lax.axis_index("warpgroup") == last)(lambda: _turn(plan, "bar.arrive", jnp.int32(0)))
-
-
-def _last_turn(plan: Plan) -> None:
-    """The first warpgroup takes the turn that the last one has passed on, so that every arrival is waited for."""
-    pl.when(lax.axis_index("warpgroup") == 0)(lambda: _turn(plan, "bar.sync", jnp.int32(0)))

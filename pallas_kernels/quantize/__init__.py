@@ -2,7 +2,7 @@
 
 quantize        the public function: checks its arguments, calls the implementation that is named
 reference.py    the definition, in plain jax.numpy
-gpu.py          NVIDIA GPUs: one pass over the matrix
+gpu.py          Hopper: one pass over the matrix, Pallas Mosaic GPU
 """
 
 from pallas_kernels.quantize.api import Quantized, quantize

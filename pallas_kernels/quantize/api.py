@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from pallas_kernels.quantize import reference
 from pallas_kernels.quantize.reference import Quantized
 
-IMPLEMENTATIONS = ("reference", "triton_gpu")
+IMPLEMENTATIONS = ("reference", "mosaic_gpu")
 SCALES = ("fp32", "ue8m0")
 
 
@@ -15,7 +15,7 @@ def quantize(x: jax.Array, *, implementation: str, scale: str = "fp32") -> Quant
 
     Args:
         x: bfloat16 or float32 [M, K].
-        implementation: "reference" (any device) or "triton_gpu" (NVIDIA GPUs, one pass over x). There is no fallback.
+        implementation: "reference" (any device) or "mosaic_gpu" (Hopper, one pass over x). There is no fallback.
         scale: "fp32", amax / 448, or "ue8m0", the next power of two.
 
     Raises:
@@ -27,8 +27,9 @@ def quantize(x: jax.Array, *, implementation: str, scale: str = "fp32") -> Quant
         raise ValueError(f"scale={scale!r}: unknown. Choose one of {', '.join(SCALES)}.")
     if implementation == "reference":
         return reference.quantize(x, scale=scale)
-    if implementation == "triton_gpu":
-        from pallas_kernels.quantize import gpu  # Pallas for GPUs is not part of every JAX build
+    if implementation == "mosaic_gpu":
+        from pallas_kernels import mosaic_gpu  # Mosaic GPU is not part of every JAX build
+        from pallas_kernels.quantize import gpu
 
-        return gpu.quantize(x, scale=scale)
+        return gpu.quantize(x, scale=scale, n_processors=mosaic_gpu.check_hopper(implementation))
     raise ValueError(f"implementation={implementation!r}: unknown. Choose one of {', '.join(IMPLEMENTATIONS)}.")

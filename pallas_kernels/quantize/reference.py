@@ -65,7 +65,7 @@ def encode(values: jax.Array, scales: jax.Array) -> jax.Array:
 
 
 def divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
-    """x / y, correctly rounded on every device.
+    """x / y, correctly rounded on a CPU; a GPU's division is off by up to two ulp.
 
     XLA rewrites division by a constant or a broadcast value as multiplication by its reciprocal, which is off by an
     ulp. Writing the divisor as 0 * x + y prevents the rewrite.

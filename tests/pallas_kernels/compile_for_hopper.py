@@ -7,6 +7,7 @@ and no driver. One line of JSON per kernel: its shape, bytes spilled, shared mem
 run in a process of its own: the variables below count only before JAX starts.
 """
 
+import functools
 import json
 import os
 import re
@@ -25,7 +26,8 @@ import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
-from pallas_kernels.fp8_matmul import gpu  # noqa: E402
+from pallas_kernels.fp8_matmul import gpu as matmul  # noqa: E402
+from pallas_kernels.quantize import gpu as quantise  # noqa: E402
 
 # What the compiler must know of a chip of compute capability 9.0; the figures are an H100's.
 CHIP = """
@@ -53,6 +55,8 @@ CALLS = [
     (256, 7168, 2048, BLOCKS, BF16),
     (128, 7168, 2048, BLOCKS, BF16),
     (64, 2112, 7168, BLOCKS, BF16),
+    (64, 1024, 7168, ROWS, F32),
+    (128, 576, 7168, ROWS, F32),
     (1, 7, 200, BLOCKS, F32),
     (4096, 7168, 2048, BLOCKS, F32),
     (7168, 2048, 4096, ROWS, F32),
@@ -60,21 +64,28 @@ CALLS = [
 ]
 
 
+QUANTISED = [(BF16, "fp32"), (BF16, "ue8m0"), (F32, "fp32")]
+
+
 def main() -> None:
-    """Compiles every call of the table."""
+    """Compiles every call of the tables."""
     topology = topologies.get_topology_desc("h100", "cuda", target_config=CHIP, topology="1x1x1")
     sharding = NamedSharding(Mesh(np.array(topology.devices), ("x",)), PartitionSpec())
+
+    def report(name, call, *operands):
+        arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in operands]
+        jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+        print(json.dumps({"call": name, **found()}), flush=True)
+
     for m, n, k, w_block, out_dtype in CALLS:
         blocks = -(-k // 128)
         w_scale = (blocks, n) if w_block == ROWS else (-(-n // 128), blocks)
         operands = (((m, k), jnp.float8_e4m3fn), ((blocks, m), F32), ((n, k), jnp.float8_e4m3fn), (w_scale, F32))
-        arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in operands]
-
-        def call(*operands, w_block=w_block, out_dtype=out_dtype):
-            return gpu.fp8_matmul(*operands, w_block=w_block, out_dtype=out_dtype)
-
-        jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
-        print(json.dumps({"call": [m, n, k, w_block[0], jnp.dtype(out_dtype).name], **found()}), flush=True)
+        call = functools.partial(matmul.fp8_matmul, w_block=w_block, out_dtype=out_dtype)
+        report(f"fp8_matmul {m}x{n}x{k} {w_block[0]} {jnp.dtype(out_dtype).name}", call, *operands)
+    for dtype, scale in QUANTISED:
+        call = functools.partial(quantise.quantize, scale=scale)
+        report(f"quantize {jnp.dtype(dtype).name} {scale}", call, ((4096, 7168), dtype))
     shutil.rmtree(DUMP)
 
 
@@ -88,6 +99,7 @@ def found() -> dict:
         "spilled": int(re.search(r"(\d+) bytes spill stores", text).group(1)),
         "shared": int(shared.group(1)) if shared else None,
         "fp8_instructions": code.read_text().count("QGMMA."),
+        "transposing_loads": len(re.findall(r"LDSM\.16\.MT88", code.read_text())),
         "serialised": "wgmma" in text and "serialized" in text,
     }
     for file in DUMP.iterdir():
