@@ -19,6 +19,7 @@ def fp8_matmul(
     implementation: str,
     w_block: tuple[int, int] = (BLOCK, BLOCK),
     out_dtype: DTypeLike = jnp.bfloat16,
+    add_to: jax.Array | None = None,
 ) -> jax.Array:
     """Returns y [M, N] = (x * its scales) (w * its scales)^T, promoted to float32 every 128 of the contraction.
 
@@ -36,19 +37,25 @@ def fp8_matmul(
         implementation: "reference" (any device) or "mosaic_gpu" (Hopper). There is no fallback from one to the other.
         w_block: the block that shares a scale in w, (128, 128) or (1, 128).
         out_dtype: bfloat16 or float32.
+        add_to: float32 [M, N] that y is added to, in place if its buffer is donated; out_dtype is float32 then. Weight
+            gradients of micro-batches are summed so.
 
     Raises:
         ValueError: arguments that do not fit together, or an implementation that does not run on this device.
     """
     _check(x, x_scale, w, w_scale, w_block, out_dtype)
+    _check_sum(add_to, (x.shape[0], w.shape[0]), out_dtype)
     if implementation == "reference":
-        return reference.fp8_matmul(x, x_scale, w, w_scale, w_block=w_block, out_dtype=out_dtype)
+        y = reference.fp8_matmul(x, x_scale, w, w_scale, w_block=w_block, out_dtype=out_dtype)
+        return y if add_to is None else add_to + y
     if implementation == "mosaic_gpu":
         from pallas_kernels import mosaic_gpu  # Mosaic GPU is not part of every JAX build
         from pallas_kernels.fp8_matmul import gpu
 
         processors = mosaic_gpu.check_hopper(implementation)
-        return gpu.fp8_matmul(x, x_scale, w, w_scale, w_block=w_block, out_dtype=out_dtype, n_processors=processors)
+        return gpu.fp8_matmul(
+            x, x_scale, w, w_scale, w_block=w_block, out_dtype=out_dtype, add_to=add_to, n_processors=processors
+        )
     raise ValueError(f"implementation={implementation!r}: unknown. Choose one of {', '.join(IMPLEMENTATIONS)}.")
 
 
@@ -72,3 +79,13 @@ def _check(x, x_scale, w, w_scale, w_block, out_dtype) -> None:
             )
     if jnp.dtype(out_dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
         raise ValueError(f"out_dtype={jnp.dtype(out_dtype).name}: expected bfloat16 or float32.")
+
+
+def _check_sum(add_to, shape, out_dtype) -> None:
+    if add_to is None:
+        return
+    if add_to.shape != shape or add_to.dtype != jnp.float32 or jnp.dtype(out_dtype) != jnp.float32:
+        raise ValueError(
+            f"add_to is {add_to.dtype} {add_to.shape}, out_dtype {jnp.dtype(out_dtype).name}: expected float32 {shape} "
+            "and out_dtype float32."
+        )

@@ -10,6 +10,7 @@ cores multiply by the scales and add to the float32 sum that a thread keeps in r
 
 With few rows there are too few tiles to read w at the memory's speed. Then the CTAs of a cluster divide the contraction
 and the first of them adds the sums of the others, which arrive in its shared memory, always in the same order.
+A sum over calls (`add_to`) is made by the copy of the output itself, which adds to what global memory holds.
 
 What bounds it (ncu on an H200): the tensor cores are busy 70 to 80 % of the time. Without promotion they would be 88 %;
 two or three other warpgroups' products are in flight meanwhile, but both need the register file: a multiply-add takes
@@ -48,6 +49,7 @@ def fp8_matmul(
     *,
     w_block: tuple[int, int] = (BLOCK, BLOCK),
     out_dtype: DTypeLike = jnp.bfloat16,
+    add_to: jax.Array | None = None,
     tiles: Tiles | None = None,
     n_processors: int = 132,
     interpret: object = None,
@@ -65,8 +67,14 @@ def fp8_matmul(
     tiles = tiles or choose(m, n, k, w_block, out_dtype, n_processors)
     if not mosaic_gpu.can_exchange():
         tiles = dataclasses.replace(tiles, splits=1)
-    plan = Plan(x.shape[0], w.shape[0], x_scale.shape[0], tiles, w_block[0] == 1, out_dtype, n_processors)
-    y = plan.call(interpret)(x, x_scale, w, w_scale)
+    sizes = x.shape[0], w.shape[0], x_scale.shape[0]
+    plan = Plan(*sizes, tiles, w_block[0] == 1, out_dtype, add_to is not None, n_processors)
+    if add_to is None:
+        y = plan.call(interpret)(x, x_scale, w, w_scale)
+    else:
+        total = jax.new_ref(_filled(add_to, 8, fill))
+        plan.call(interpret)(x, x_scale, w, w_scale, total)
+        y = jax.freeze(total)
     return y if y.shape == (m, n) else y[:m, :n]
 
 
@@ -86,6 +94,7 @@ class Plan:
     tiles: Tiles
     by_row: bool  # w has a scale per 1 x 128 block, not per 128 x 128
     out_dtype: DTypeLike
+    adds: bool  # to what the output holds
     n_processors: int
 
     @property
@@ -148,11 +157,11 @@ class Plan:
         return len(self.chunks) == 1
 
     def call(self, interpret: object) -> Callable:
-        """The kernel as a function of x, x_scale, w, w_scale to y [M, N]."""
+        """The kernel, a function of x, x_scale, w, w_scale to y [M, N]; of a reference to y as well if it adds to y."""
         tiles = self.tiles
         return plgpu.kernel(
             functools.partial(_kernel, self),
-            out_type=jax.ShapeDtypeStruct((self.m, self.n), self.out_dtype),
+            out_type=() if self.adds else jax.ShapeDtypeStruct((self.m, self.n), self.out_dtype),
             scratch_types=self.scratch(),
             grid=(self.n_clusters,),
             grid_names=("clusters",),
@@ -321,7 +330,7 @@ def _compute(plan: Plan, refs: Refs) -> None:
             return upcoming[0], _add_block(plan, refs, at, upcoming, sums)
 
         zero = plgpu.layout_cast(jnp.zeros((CHUNK_ROWS, plan.chunk_columns), jnp.float32), plgpu.Layout.WGMMA)
-        sums = {chunk: zero for chunk in plan.chunks}
+        sums = dict.fromkeys(plan.chunks, zero)
         if plan.waits_ahead:
             plgpu.barrier_wait(refs.loaded.at[stage])
         stage, sums = lax.fori_loop(0, n_blocks, add_block, (stage, sums))
@@ -428,4 +437,4 @@ def _store(plan: Plan, refs: Refs, warpgroup, row, column, sums: dict) -> None:
                 buffer.at[:, pl.ds(low - c, high - low)][...] = values
         plgpu.commit_smem()
         target = refs.y.at[pl.ds(row + r, CHUNK_ROWS), pl.ds(column + c, tiles.store_columns)]
-        plgpu.copy_smem_to_gmem(buffer, target)
+        plgpu.copy_smem_to_gmem(buffer, target, reduction_op="add" if plan.adds else None)

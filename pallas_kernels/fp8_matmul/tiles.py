@@ -11,6 +11,9 @@ block-scaled matmul (cuBLASLt). They are for comparing tiles; how the kernel com
      4096,  7168      1150   1026    1125
      7168,  2048      1067   1016     957
 
+Weight gradients (scales per 1 x 128 on both sides, float32), m, n, k of 4096, 7168, 4096: GRADIENT 844, FLOAT32 688;
+7168, 2048, 4096: 746 and 653.
+
 Tried and slower on that chip: turns at the tensor cores by named barriers (1 to 10 %), 64 x 192 outputs per warpgroup
 in one wgmma of n192 (between WIDE and TALL), x in registers instead of shared memory (4 to 10 %), four blocks of the
 loop unrolled (spills). Clusters gain 1 to 7 %. Under steady load the chip runs at its limit of 700 W and 1.45 to
@@ -72,6 +75,7 @@ TALL = Tiles(
 )
 SQUARE = Tiles(rows=64, columns=128, cluster="rows", stages=5, store_slots=2)
 FLOAT32 = Tiles(rows=64, columns=128, cluster="rows", stages=4, store_slots=2)
+GRADIENT = Tiles(rows=128, columns=128, cluster="columns", stages=3, producer_registers=24)
 FEW_ROWS = Tiles(rows=64, columns=64, warpgroups=1, stages=9)
 SOME_ROWS = Tiles(rows=64, columns=64, stages=6)
 
@@ -85,7 +89,9 @@ def choose(m: int, n: int, k: int, w_block: tuple[int, int], out_dtype: DTypeLik
     """Returns the tiles for x [m, k] and w [n, k] on a chip of `n_processors`."""
     if m <= 128:
         return _split(FEW_ROWS if m <= 64 else SOME_ROWS, m, n, k, n_processors)
-    if w_block == (1, BLOCK) or jnp.dtype(out_dtype).itemsize > 2:  # more registers, more room for the output
+    if w_block == (1, BLOCK):
+        return GRADIENT
+    if jnp.dtype(out_dtype).itemsize > 2:  # more room for the output
         return FLOAT32
     return min(SPEED, key=lambda tiles: _waves(tiles, m, n, n_processors) * _area(tiles) / SPEED[tiles])
 

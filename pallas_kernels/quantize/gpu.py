@@ -39,7 +39,8 @@ def quantize(x: jax.Array, *, scale: str = "fp32", n_processors: int = 132, inte
     """
     m, k = x.shape
     filled = jnp.pad(x, ((0, -m % BLOCK), (0, -k % BLOCK))) if m % BLOCK or k % BLOCK else x
-    q, scales, q_t, scales_t = _call(*filled.shape, x.dtype, scale, n_processors, interpret)(filled)
+    rows, columns = filled.shape
+    q, scales, q_t, scales_t = _call(rows, columns, x.dtype, scale, n_processors, interpret)(filled)
     if filled is x:
         return Quantized(q, scales, q_t, scales_t)
     return Quantized(q[:m, :k], scales[:, :m], q_t[:k, :m], scales_t[:, :k])

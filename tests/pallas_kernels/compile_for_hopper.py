@@ -60,10 +60,12 @@ CALLS = [
     (1, 7, 200, BLOCKS, F32),
     (4096, 7168, 2048, BLOCKS, F32),
     (7168, 2048, 4096, ROWS, F32),
+    (4096, 2112, 4096, ROWS, BF16),
     (100, 2112, 4096, ROWS, BF16),
 ]
 
 
+GRADIENT = (4096, 7168, 4096)
 QUANTISED = [(BF16, "fp32"), (BF16, "ue8m0"), (F32, "fp32")]
 
 
@@ -83,10 +85,19 @@ def main() -> None:
         operands = (((m, k), jnp.float8_e4m3fn), ((blocks, m), F32), ((n, k), jnp.float8_e4m3fn), (w_scale, F32))
         call = functools.partial(matmul.fp8_matmul, w_block=w_block, out_dtype=out_dtype)
         report(f"fp8_matmul {m}x{n}x{k} {w_block[0]} {jnp.dtype(out_dtype).name}", call, *operands)
+    (m, n, k), blocks = GRADIENT, GRADIENT[2] // 128
+    codes, scales = ((m, k), jnp.float8_e4m3fn), ((blocks, m), F32)
+    operands = (codes, scales, ((n, k), jnp.float8_e4m3fn), ((blocks, n), F32), ((m, n), F32))
+    report(f"fp8_matmul {m}x{n}x{k} 1 added to float32", add, *operands)
     for dtype, scale in QUANTISED:
         call = functools.partial(quantise.quantize, scale=scale)
         report(f"quantize {jnp.dtype(dtype).name} {scale}", call, ((4096, 7168), dtype))
     shutil.rmtree(DUMP)
+
+
+def add(x, x_scale, w, w_scale, total):
+    """A weight gradient that is added to those before it."""
+    return matmul.fp8_matmul(x, x_scale, w, w_scale, w_block=ROWS, out_dtype=F32, add_to=total)
 
 
 def found() -> dict:

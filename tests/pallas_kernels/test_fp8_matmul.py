@@ -64,6 +64,18 @@ def test_by_hand():
     assert y.tolist() == [[128.0 * 6 + 128.0 * 35]]
 
 
+def test_a_product_is_added_to_a_sum():
+    problem = operands(4, 16, 200)
+    y = fp8_matmul(*problem, out_dtype=jnp.float32, add_to=jnp.full((4, 16), 2.0), implementation="reference")
+    assert relative_error(y, in_float64(*problem) + 2.0) < 1e-6
+
+
+@pytest.mark.parametrize("shape, out_dtype", [((16, 4), jnp.float32), ((4, 16), jnp.bfloat16)])
+def test_a_sum_that_does_not_fit_is_reported(shape, out_dtype):
+    with pytest.raises(ValueError, match=r"expected float32 \(4, 16\) and out_dtype float32"):
+        fp8_matmul(*operands(4, 16, 128), out_dtype=out_dtype, add_to=jnp.zeros(shape), implementation="reference")
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -120,7 +132,7 @@ def test_the_kernel_is_the_reference(shape, w_block, choice):
 def test_the_chosen_tiles_cover_every_output_and_every_block_once(shape, out_dtype, w_block, n_processors):
     m, n, k = shape
     choice = tiles.choose(m, n, k, w_block, out_dtype, n_processors)
-    plan = gpu.Plan(m, n, -(-k // 128), choice, w_block[0] == 1, out_dtype, n_processors)
+    plan = gpu.Plan(m, n, -(-k // 128), choice, w_block[0] == 1, out_dtype, False, n_processors)
     for size, tile, ctas, count in zip((m, n), choice.cta, choice.cluster_shape, plan.grid, strict=True):
         assert (count - 1) * tile * ctas < size <= count * tile * ctas
     assert (plan.splits - 1) * plan.blocks_per_split < plan.blocks <= plan.splits * plan.blocks_per_split
