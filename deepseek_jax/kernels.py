@@ -1,7 +1,7 @@
 """Which function computes what: operations that have more than one implementation, by name.
 
-`TABLE` is the only registry.  Its values are "module:function", imported when a model asks for them.  All functions of
-an operation take the arguments of the first one, which defines it.  An unknown name is an error: nothing falls back.
+`TABLE` is the only registry. Its values are "module:function", imported when a model asks for them. All functions of
+an operation take the arguments of the first one, which defines it. An unknown name is an error: nothing falls back.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """How a part declares its weights, and how identical blocks are stacked and run.
 
 A weight is declared once, with its shape, its logical axes and its initialiser; sharding, checkpoint layout and counts
-follow from that.  Modules describe; what crosses `jax.jit` is a plain nested dict of arrays:
+follow from that. Modules describe; what crosses `jax.jit` is a plain nested dict of arrays:
 
     definition, params, router_bias = split(V3(config, rngs=nnx.Rngs(0)))
     model = bind(definition, params, router_bias)      # inside jit, grad, scan or shard_map
@@ -52,7 +52,7 @@ class Execution:
 SINGLE_DEVICE = Execution()  # float32 on one device
 
 
-# What a weight is for.  The planner, weight decay and number formats read this, never a part of a name.
+# What a weight is for. The planner, weight decay and number formats read this, never a part of a name.
 ROLES = (
     *(
         "attention_in",

@@ -5,8 +5,8 @@
 It runs in four phases, which a pipeline may call apart: attend; dispatch, which sends tokens to the devices of their
 experts; compute; combine, which brings the results back.
 
-What the block is made of is given to it.  Each part reports what a training step needs to know, in one form
-(`Statistics`): the tokens that chose each expert, and auxiliary losses by name.  A new loss is written where it is
+What the block is made of is given to it. Each part reports what a training step needs to know, in one form
+(`Statistics`): the tokens that chose each expert, and auxiliary losses by name. A new loss is written where it is
 computed, and weighted in the config; nothing between the two knows it.
 """
 
@@ -160,7 +160,7 @@ class Group(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, tokens: Tokens, attend: Attend = over_themselves, cached: tuple | None = None
     ) -> tuple[jax.Array, tuple[tuple, Statistics]]:
-        """Runs the blocks; as `Block`, with a tuple of what each keeps.  Losses of one name are summed."""
+        """Runs the blocks; as `Block`, with a tuple of what each keeps. Losses of one name are summed."""
         kept: list = []
         loads: dict = {}
         losses: Losses = {}

@@ -1,7 +1,7 @@
 """What generation keeps of earlier tokens, and how it lies in memory: the business of the attention that reads it.
 
 An attention says what it keeps of each token (`entries`: a NamedTuple of arrays with axes B and S first) and, by a
-layout, where that goes.  Nothing else knows an axis of a cache.  `Full` keeps every token; a ring buffer for a window
+layout, where that goes. Nothing else knows an axis of a cache. `Full` keeps every token; a ring buffer for a window
 of tokens, one entry for several tokens, or pages of memory are layouts of the same three methods.
 """
 

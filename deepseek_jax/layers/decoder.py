@@ -1,4 +1,4 @@
-"""A decoder-only Transformer, whatever its blocks are: embedding, stacks of blocks, final norm, head.
+"""A decoder-only Transformer, independent of its block type: embedding, stacks of blocks, final norm, head.
 
     x = Emb(t);   x <- block(x) for every block;   h = norm x;   logits = h W^O
 
@@ -54,7 +54,7 @@ class Depth(NamedTuple):
 class Decoder(nnx.Module):
     """What the families' models have in common.
 
-    A block is called as `layers.block.Block` is.  An attention offers
+    A block is called as `layers.block.Block` is. An attention offers
 
         operand(x_BTD)                              the normed stream, as the next three take it
         entries(x_BTD, tokens)                      what the cache keeps of these tokens

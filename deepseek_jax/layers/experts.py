@@ -3,7 +3,7 @@
     h'_t = u_t + sum_shared FFN_i(u_t) + sum_routed g_i,t FFN_i(u_t)      (eq. 12; the block adds u_t)
 
 Many fine-grained experts instead of few wide ones, so that the k chosen make up a more specific feed-forward for the
-same cost; shared experts hold what all tokens need.  No token is ever dropped.
+same cost; shared experts hold what all tokens need. No token is ever dropped.
 Paper: V3 section 2.1.2; DeepSeekMoE, arXiv 2401.06066.
 """
 

@@ -1,10 +1,10 @@
 """Grouped-query attention: J query heads share one key-value head, H = Z J; multi-head attention is Z = H.
 
     q_t,i = RoPE(norm(W^Q_i x_t + b^Q_i)),   k_t,z = RoPE(norm(W^K_z x_t + b^K_z)),   v_t,z = W^V_z x_t + b^V_z
-    o_t,i = sum_j softmax_j(q_t,i . k_j,z / sqrt(Q)) v_j,z     with z = floor(i / J)
+    o_t,i = sum_j softmax_j(q_t,i . k_j,z / sqrt(Q)) v_j,z     with z = i // J
     u_t = W^O o_t
 
-Caches 2 Z Q numbers a token and layer instead of 2 H Q.  Rotary pairs are Llama's halves (i, i + Q/2).
+Caches 2 Z Q numbers per token and layer instead of 2 H Q.  Rotary pairs are Llama's halves (i, i + Q/2).
 Only the Qwen2 students of DeepSeek-R1 have the biases b, only the Qwen3 student has the norms, one gain for all heads.
 Paper: Ainslie et al. 2023, arXiv 2305.13245; DeepSeek LLM, arXiv 2401.02954, section 2.2.
 """

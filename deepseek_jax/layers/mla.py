@@ -14,8 +14,8 @@ Two forms of the same function.  *Expanded* builds k and v of every head: fewest
 keys (training, prefill).  *Absorbed* moves W^UK into the query and W^UV behind the softmax, so that all heads read the
 cached latent itself (decode): q~ = q^C W^UK,  score = q~ . c^KV + q^R . k^R,  o = (P c^KV) W^UV.
 
-Replaces multi-head attention's cache of 2 H U numbers a token by C + P (V3: 576 instead of 32,768).
-The latent norms are in the released code; the report does not print them.  Paper: V3 section 2.1.1; V2 section 2.1.
+Replaces multi-head attention's cache of 2 H U numbers per token by C + P (V3: 576 instead of 32,768).
+The latent norms are in the released code; the report does not print them. Paper: V3 section 2.1.1; V2 section 2.1.
 """
 
 from dataclasses import dataclass

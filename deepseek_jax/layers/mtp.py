@@ -5,7 +5,7 @@
     p^k_i+k+1 = OutHead(h^k_i)                         (eq. 23)
 
 The report prints the hidden state first; the released weights take the embedding first, as here.
-h^0 is the main model's output after its final norm, and h^k after the module's own, ready for the head.  The report
+h^0 is the main model's output after its final norm, and h^k after the module's own, ready for the head. The report
 leaves open whether a depth k >= 2 reads h^k-1 before or after that norm; one depth is released.
 Embedding and head are the main model's, passed in by the caller.
 Paper: V3 section 2.2.

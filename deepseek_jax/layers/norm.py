@@ -1,6 +1,6 @@
 """RMSNorm: y = w * x / sqrt(mean(x^2) + eps), in float32 whatever the dtype of x.
 
-Replaces LayerNorm's mean and bias.  Paper: Zhang & Sennrich 2019; DeepSeek uses eps = 1e-6, some students of R1
+Replaces LayerNorm's mean and bias. Paper: Zhang & Sennrich 2019; DeepSeek uses eps = 1e-6, some students of R1
 have 1e-5.
 """
 

@@ -1,8 +1,8 @@
 """Rotary position embedding, and the ways of stretching it to longer contexts.
 
 RoPE rotates each pair i of numbers by the angle t * theta_i, theta_i = base^(-2i/P): the dot product of a rotated query
-and a rotated key depends on their distance only.  MLA pairs neighbours (x_2i, x_2i+1), Llama halves (x_i, x_i+P/2): a
-model's weights fit one of the two only.
+and a rotated key depends on their distance only. MLA pairs neighbours (x_2i, x_2i+1), Llama halves (x_i, x_i+P/2):
+the two layouts are not interchangeable for given weights.
 
 Longer contexts than a model was trained on are reached by slower angles:
     linear    all of them divided by a factor (DeepSeek-Coder: 4)

@@ -106,7 +106,7 @@ def softmax_topk(logits_BTE: jax.Array, *, top_k: int, n_groups: int, top_groups
     Args:
         logits_BTE: u . e.
         top_k: experts per token (6).
-        n_groups: groups of consecutive experts, one a device in V2 (8); 1 for none (V2-Lite, DeepSeekMoE).
+        n_groups: groups of consecutive experts, one per device in V2 (8); 1 for none (V2-Lite, DeepSeekMoE).
         top_groups: groups a token may visit (3).
         scale: factor of the weights (V2: 16.0, V2-Lite and DeepSeekMoE: 1.0).
 

@@ -1,4 +1,4 @@
-"""SwiGLU feed-forward: y = (silu(x W_gate) * (x W_up)) W_down, no biases.  Paper: Shazeer 2020; all DeepSeek models."""
+"""SwiGLU feed-forward: y = (silu(x W_gate) * (x W_up)) W_down, no biases. Paper: Shazeer 2020; all DeepSeek models."""
 
 import jax
 from flax import nnx

@@ -3,8 +3,8 @@
     y_a = x_a W_expert(a),   dx_a = g_a W_expert(a)^T,   dW_e = sum of x_a^T g_a over the rows of e
 
 It is a loop over chunks of one expert's rows, which runs exactly as often as the routing needs (at most A / chunk + X
-times): nothing is dropped, nothing is padded in memory and nothing is recompiled.  Each turn is one plain matmul with
-one expert's weights.  A chunk that reaches past its expert's last row computes rows that the next chunk overwrites.
+times): nothing is dropped, nothing is padded in memory and nothing is recompiled. Each turn is one plain matmul with
+one expert's weights. A chunk that reaches past its expert's last row computes rows that the next chunk overwrites.
 """
 
 from typing import NamedTuple

@@ -4,8 +4,8 @@
     dx = g W^T         vjp_input: the first half of the backward pass, for which the layer before waits
     dW = x^T g         vjp_weight: the second half, for which only the optimizer waits
 
-`product` composes the three; a pipeline that defers weight gradients calls the halves apart.  A low-precision format is
-another `Matmul`, and nothing else.  Attention scores, the router, the embedding, the head and the norms use none: they
+`product` composes the three; a pipeline that defers weight gradients calls the halves apart. A low-precision format is
+another `Matmul`, and nothing else. Attention scores, the router, the embedding, the head and the norms use none: they
 stay in high precision (V3 section 3.3.2).
 """
 
@@ -25,7 +25,7 @@ Operand = Any  # activations as a `Matmul` takes them; they have a dtype and a s
 class Matmul(Protocol):
     """How a run multiplies activations with weights; static and hashable.
 
-    Weights are float32 master weights.  Results have the dtype of the activations.
+    Weights are float32 master weights. Results have the dtype of the activations.
     """
 
     def operand(self, x: jax.Array) -> Operand:

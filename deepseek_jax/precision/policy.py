@@ -2,7 +2,7 @@
 
 | what | dtype |
 | --- | --- |
-| master weights, gradients that are summed, optimiser update | float32 |
+| master weights, gradients that are summed, optimizer update | float32 |
 | activations and matmul operands | `Policy.compute` |
 | norms, rotary angles, router scores, softmax, cross-entropy | float32, cast in place where they stand |
 

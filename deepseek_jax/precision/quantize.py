@@ -1,15 +1,16 @@
 """8-bit floats with one scale a block: what DeepSeek's FP8 weights are, and FP8 training computes in.
 
-    amax[b]  = max(max |w| over the block, 1e-4)             an empty or tiny block gets a lawful scale
+    amax[b]  = max(max |w| over the block, 1e-4)             keeps the scale valid for empty or tiny blocks
     scale[b] = amax / 448                                    "fp32":  V3, R1
              = 2^ceil(log2(amax / 448))                      "ue8m0": V3.1 and later; products with it are exact
     q        = E4M3(clip(w / scale, -448, 448))              448 is the largest E4M3; beyond 464 a cast gives NaN
     w'       = q * scale                                     in float32, rounded once
 
-Blocks tile the last two axes: (128, 128) for weights, (1, 128) for activations.  The last block of an axis may be
-partial and counts as filled up with zeros.  Scales are named `scale_inv` as in the published files: they multiply.
-A NaN or an infinity makes its whole block NaN.  The trade-off against one scale a tensor: 1/4096 more bytes (128 x 128,
-float32), and an outlier costs precision in its own block only.
+Blocks tile the last two axes: (128, 128) for weights, (1, 128) for activations. The last block of an axis may be
+partial and counts as filled up with zeros. Scales are named `scale_inv` as in the published files: they multiply.
+A NaN or an infinity makes its whole block NaN.  Compared with
+one scale per tensor this costs 1/4096 more bytes (128 x 128, float32), and an outlier loses precision only in its own
+block.
 Paper: V3 section 3.3.2; V3.1 for power-of-two scales.
 """
 
@@ -42,8 +43,8 @@ def dequantize_blocks(
 ) -> jax.Array:
     """Returns q * scale_inv in `dtype`; scales of float32, bfloat16 or E8M0.
 
-    The same to the last bit as the reader of published files (convert/safetensors.py), save that XLA on a CPU takes
-    what is smaller than 2^-126 for zero.
+    The same to the last bit as the reader of published files (convert/safetensors), except that XLA on a CPU flushes
+    what is smaller than 2^-126 to zero.
     """
     tiles = _tiles(jnp.asarray(q, jnp.float32), block) * _over_tiles(scale_inv)
     return _untiled(tiles.astype(dtype), q.shape)
@@ -68,8 +69,8 @@ def _power_of_two(amax: jax.Array) -> jax.Array:
 def _divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
     """x / y, correctly rounded and so the same on every device, compiled or not.
 
-    Of a division by a constant or by what is broadcast XLA makes a product with the reciprocal, which is off by an ulp;
-    0 * x + y is neither in its eyes.
+    XLA rewrites a division by a constant or a broadcast value as a product with its reciprocal, which is off by one ulp.
+    Writing the divisor as 0 * x + y prevents that.
     """
     return x / (0.0 * x + y)
 

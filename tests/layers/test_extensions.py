@@ -1,4 +1,4 @@
-"""What a new part needs: nothing but itself.  Each is defined here, outside the package, and run by it."""
+"""What a new part needs: nothing but itself. Each is defined here, outside the package, and run by it."""
 
 from dataclasses import dataclass
 
