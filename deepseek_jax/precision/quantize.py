@@ -8,9 +8,8 @@
 
 Blocks tile the last two axes: (128, 128) for weights, (1, 128) for activations. The last block of an axis may be
 partial and counts as filled up with zeros. Scales are named `scale_inv` as in the published files: they multiply.
-A NaN or an infinity makes its whole block NaN.  Compared with
-one scale per tensor this costs 1/4096 more bytes (128 x 128, float32), and an outlier loses precision only in its own
-block.
+A NaN or an infinity makes its whole block NaN. Compared with one scale per tensor this costs 1/4096 more bytes
+(128 x 128, float32), and an outlier loses precision only in its own block.
 Paper: V3 section 3.3.2; V3.1 for power-of-two scales.
 """
 
@@ -69,8 +68,8 @@ def _power_of_two(amax: jax.Array) -> jax.Array:
 def _divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
     """x / y, correctly rounded and so the same on every device, compiled or not.
 
-    XLA rewrites a division by a constant or a broadcast value as a product with its reciprocal, which is off by one ulp.
-    Writing the divisor as 0 * x + y prevents that.
+    XLA rewrites a division by a constant or a broadcast value as a product with its reciprocal, which is off by one
+    ulp. Writing the divisor as 0 * x + y prevents that.
     """
     return x / (0.0 * x + y)
 
