@@ -38,7 +38,7 @@ class Kernels:
     grouped_decode: str = "xla"
     grouped_matmul: str = "xla"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             name, known = getattr(self, field.name), TABLE[field.name]
             if name not in known:

@@ -9,6 +9,7 @@ follow from that. Modules describe; what crosses `jax.jit` is a plain nested dic
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +130,7 @@ def run_stack(
     call: Callable,
     extras: Tree | None = None,
     layers: slice | None = None,
-):
+) -> tuple[Any, Any]:
     """Runs stacked blocks one after the other: for each layer, `x, y = call(block, x, extra)`.
 
     Args:
@@ -147,7 +148,7 @@ def run_stack(
     if layers is not None:
         weights = jax.tree.map(lambda w: w[layers], weights)
 
-    def body(x, layer):
+    def body(x: Any, layer: tuple) -> tuple[Any, Any]:
         block_weights, extra = layer
         block = nnx.merge(definition, block_weights)
         if run.unshard:

@@ -92,7 +92,9 @@ class Decoder(nnx.Module):
         self.head = Head(d_model, vocab_size, std, rngs=rngs)
         self.stacks, self.run = tuple(name for name, _, _ in stacks), run
 
-    def __call__(self, ids_BT: jax.Array, positions_BT=None, segments_BT=None) -> jax.Array:
+    def __call__(
+        self, ids_BT: jax.Array, positions_BT: jax.Array | None = None, segments_BT: jax.Array | None = None
+    ) -> jax.Array:
         """float32 logits_BTV of the next token at every position."""
         h_BTD, _ = self.hidden(Tokens.of(ids_BT, positions_BT, segments_BT))
         return self.head(h_BTD)

@@ -89,7 +89,9 @@ class GQA(nnx.Module):
         self.config, self.cache = c, Full()
         self.matmul, self.kernels = run.matmul, run.kernels
 
-    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array | None = None, segments_BT=None) -> jax.Array:
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array | None = None, segments_BT: jax.Array | None = None
+    ) -> jax.Array:
         """u_BTD: causal attention over whole sequences, at positions 0..T-1 by default."""
         seen = Tokens.of(x_BTD[..., 0], positions_BT, segments_BT)
         x = self.operand(x_BTD)

@@ -123,7 +123,9 @@ class MLA(nnx.Module):
         self.config, self.cache = c, Full()
         self.matmul, self.kernels = run.matmul, run.kernels
 
-    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array | None = None, segments_BT=None) -> jax.Array:
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array | None = None, segments_BT: jax.Array | None = None
+    ) -> jax.Array:
         """Causal attention over whole sequences, expanded form.
 
         Args:
@@ -155,7 +157,9 @@ class MLA(nnx.Module):
             q_BTHQ = self.matmul.einsum("BTD,DHQ->BTHQ", x_BTD, self.q_DHQ[...])
         return q_BTHQ[..., : c.nope_width], self._rotate(q_BTHQ[..., c.nope_width :], positions_BT)  # eq. 8
 
-    def expanded(self, x_BTD: jax.Array, positions_BT: jax.Array, latents: Latents, segments_BT=None) -> jax.Array:
+    def expanded(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, latents: Latents, segments_BT: jax.Array | None = None
+    ) -> jax.Array:
         """u_BTD of tokens that attend causally to themselves, with k and v built from their own `latents`."""
         q_BTHQ = jnp.concatenate(self.queries(x_BTD, positions_BT), axis=-1)  # eq. 9
         c_BTC, k_rope_BTP = latents

@@ -23,6 +23,9 @@ from deepseek_jax.serve.sampler import sample
 ENDED = -1  # in place of tokens after the end of a sequence
 SMALLEST = 32  # least length of prompts and caches
 
+Weights = tuple[Tree, Tree]  # parameters and router biases
+Drawing = tuple[jax.Array, np.float32, np.float32]  # keys of the rows, temperature, top_p
+
 
 def bucket(n_tokens: int, largest: int) -> int:
     """Returns `n_tokens` rounded up to a power of two, at least `SMALLEST` and at most `largest`."""
@@ -83,7 +86,15 @@ class Generator:
         drawing = (key_B, np.float32(temperature), np.float32(top_p))
         return self._steps((params, router_bias), prompts, drawing, max_new_tokens, n_positions, np.asarray(stop_ids))
 
-    def _steps(self, weights, prompts, drawing, max_new_tokens, n_positions, stop_ids) -> Iterator[np.ndarray]:
+    def _steps(
+        self,
+        weights: Weights,
+        prompts: list[np.ndarray],
+        drawing: Drawing,
+        max_new_tokens: int,
+        n_positions: int,
+        stop_ids: np.ndarray,
+    ) -> Iterator[np.ndarray]:
         lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
         longest = int(lengths_B.max())
         ids_BT = np.zeros((len(prompts), bucket(longest, n_positions)), np.int32)
@@ -102,7 +113,9 @@ class Generator:
             if is_last:
                 return
 
-    def _prefill_and_draw(self, weights, ids_BT, lengths_B, drawing, n_slots: int):
+    def _prefill_and_draw(
+        self, weights: Weights, ids_BT: jax.Array, lengths_B: jax.Array, drawing: Drawing, n_slots: int
+    ) -> tuple[jax.Array, Tree]:
         with jax.default_matmul_precision(self.matmul_precision):
             model = bind(self.definition, *weights)
             real_BT = jnp.arange(ids_BT.shape[1]) < lengths_B[:, None]
@@ -111,7 +124,9 @@ class Generator:
             logits_BV = model.head(last_BTD)[:, 0]
         return _draw(logits_BV, lengths_B, *drawing), cache
 
-    def _decode_and_draw(self, weights, ids_B, positions_B, cache, drawing):
+    def _decode_and_draw(
+        self, weights: Weights, ids_B: jax.Array, positions_B: jax.Array, cache: Tree, drawing: Drawing
+    ) -> tuple[jax.Array, Tree]:
         with jax.default_matmul_precision(self.matmul_precision):
             model = bind(self.definition, *weights)
             logits_BTV, cache = model.decode(ids_B[:, None], positions_B[:, None], cache)
@@ -171,6 +186,8 @@ def _check_drawing(temperature: float, top_p: float) -> None:
         )
 
 
-def _draw(logits_BV: jax.Array, positions_B: jax.Array, key_B: jax.Array, temperature, top_p) -> jax.Array:
+def _draw(
+    logits_BV: jax.Array, positions_B: jax.Array, key_B: jax.Array, temperature: jax.Array, top_p: jax.Array
+) -> jax.Array:
     """Returns the tokens for `positions_B`: a sequence's key and the position determine the sample."""
     return sample(logits_BV, jax.vmap(jax.random.fold_in)(key_B, positions_B), temperature, top_p)
