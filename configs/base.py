@@ -87,6 +87,9 @@ def get_config() -> ConfigDict:
     run.unroll = 1  # layers that one turn of the loop over layers runs: more compile longer and copy less
     run.compilation_cache = ""  # directory of compiled programs; "" is the user's cache directory
 
+    kernels = config.kernels = ConfigDict()  # which implementation computes what: `deepseek_jax.kernels`
+    kernels.grouped_matmul = "xla"  # xla, or mosaic_gpu: on Hopper GPUs, bf16, widths that are multiples of 128
+
     schedule = config.schedule = ConfigDict()  # of the learning rate
     schedule.peak_rate = 3e-4  # after warm-up
     schedule.warmup_steps = 100  # linear from 0

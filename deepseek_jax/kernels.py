@@ -15,7 +15,10 @@ TABLE = {
     "attention": {"xla": "deepseek_jax.layers.attention:causal_attention"},
     "latent_decode": {"xla": "deepseek_jax.layers.attention:latent_decode"},
     "grouped_decode": {"xla": "deepseek_jax.layers.attention:grouped_decode"},
-    "grouped_matmul": {"xla": "deepseek_jax.precision.grouped:grouped_matmul"},
+    "grouped_matmul": {
+        "xla": "deepseek_jax.precision.grouped:grouped_matmul",
+        "mosaic_gpu": "deepseek_jax.precision.grouped:on_hopper",
+    },
 }
 
 

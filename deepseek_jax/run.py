@@ -18,6 +18,7 @@ from deepseek_jax import release
 from deepseek_jax.convert.hf import copy_files
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
+from deepseek_jax.kernels import Kernels
 from deepseek_jax.models import family
 from deepseek_jax.plan import flops
 from deepseek_jax.plan.network import describe
@@ -51,6 +52,7 @@ def trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
         StepConfig(rate=Schedule(**config.schedule), micro_batches=run.micro_batches, **step),
         compute=precision.compute,
         matmul=precision.matmul,
+        kernels=Kernels(**config.kernels),
         remat=run.remat,
         unroll=run.unroll,
         flops_per_token=lambda seq_len: flops.training(describe(module, sizes), seq_len),

@@ -28,6 +28,7 @@ from deepseek_jax.bounds import (
 )
 from deepseek_jax.configs import base
 from deepseek_jax.errors import UserError
+from deepseek_jax.kernels import TABLE
 from deepseek_jax.saved_config import RENAMED, leaves
 
 DEVICES = 1_000_000_000
@@ -97,6 +98,7 @@ BOUNDS: dict[str, Bound] = {
     "run.remat": one_of("none", "dots", "block"),
     "run.unroll": whole(1, 1024),
     "run.compilation_cache": path(),
+    "kernels.grouped_matmul": one_of(*TABLE["grouped_matmul"]),
     "schedule.peak_rate": RATE,
     "schedule.warmup_steps": ANY_STEPS,
     "schedule.constant_steps": ANY_STEPS,

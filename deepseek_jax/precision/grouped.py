@@ -14,6 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import pallas_kernels.grouped_matmul as kernels
+from deepseek_jax.errors import UserError
+
 
 class Chunks(NamedTuple):
     """The loop's plan: expert, first row and end of the expert's rows of each chunk, and how many chunks there are."""
@@ -102,3 +105,16 @@ def chunk_rows(n_rows: int, n_experts: int) -> int:
     """Rows of one matmul: a power of two near half of an expert's mean load, between 128 and 512."""
     half = max(n_rows // n_experts // 2, 1)
     return min(max(1 << (half.bit_length() - 1), 128), 512, n_rows)
+
+
+def on_hopper(x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array) -> jax.Array:
+    """As `grouped_matmul`, by the kernel for Hopper GPUs, for bfloat16 and widths that are multiples of 128.
+
+    Raises UserError on another device, and for another dtype or width.
+    """
+    try:
+        return kernels.grouped_matmul(x_AD, w_XDF, count_X, implementation="mosaic_gpu")
+    except ValueError as error:
+        raise UserError(
+            f"kernels.grouped_matmul='mosaic_gpu': {error} In a run, config.kernels.grouped_matmul=xla."
+        ) from error

@@ -23,6 +23,7 @@ from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.models import family
 from deepseek_jax.precision.grouped import grouped_matmul, vjp_input, vjp_weight
 from deepseek_jax.precision.matmul import PLAIN, PlainMatmul
+from pallas_kernels.grouped_matmul import grouped_matmul as pallas_grouped_matmul
 
 LAYERS = Path(__file__).parents[2] / "deepseek_jax" / "layers"
 
@@ -46,6 +47,27 @@ def test_the_two_halves_are_the_derivative(equation):
         np.testing.assert_array_equal(one, right)
     for right, one in zip(wanted[1:], halves, strict=True):
         np.testing.assert_array_equal(one, right)
+
+
+def test_the_loop_over_chunks_is_the_definition_that_the_kernel_is_tested_against():
+    rng = np.random.default_rng(0)
+    x, w, g = (rng.normal(size=shape).astype(np.float32) for shape in ((9, 3), (3, 3, 4), (9, 4)))
+    counts = jnp.array([4, 0, 3])
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def all_three(function, x, w, g):
+        y, pull = jax.vjp(lambda x, w: function(x, w, counts), x, w)
+        return y, *pull(g)
+
+    definition = functools.partial(pallas_grouped_matmul, implementation="reference")
+    for loop, other in zip(all_three(grouped_matmul, x, w, g), all_three(definition, x, w, g), strict=True):
+        np.testing.assert_allclose(loop, other, atol=1e-5)
+
+
+def test_the_kernel_for_hopper_says_what_it_needs():
+    kernel = Kernels(grouped_matmul="mosaic_gpu")["grouped_matmul"]
+    with pytest.raises(UserError, match="grouped_matmul='mosaic_gpu'.*needs a Hopper GPU.*grouped_matmul=xla"):
+        kernel(jnp.zeros((9, 3)), jnp.zeros((2, 3, 4)), jnp.array([4, 2]))
 
 
 def test_the_halves_of_the_grouped_matmul_are_its_derivative():
