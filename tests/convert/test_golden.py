@@ -13,6 +13,7 @@ import pytest
 
 from deepseek_jax.convert import names
 from deepseek_jax.convert.hf_config import from_hf
+from deepseek_jax.convert.safetensors import read_json
 from deepseek_jax.layers.rope import Yarn, softmax_scale
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -61,7 +62,7 @@ def test_softmax_scales_of_the_published_models():
     """In closed form: 192^-0.5 (0.1 mscale ln 40 + 1)^2."""
     rope = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
     for mscale, scale in ((0.707, 0.114721), (1.0, 0.135234)):
-        hf = compare.hf.safetensors.read_json(GOLDEN / "v3_yarn" / "config.json")
+        hf = read_json(GOLDEN / "v3_yarn" / "config.json")
         hf["rope_scaling"] = rope | {"mscale": mscale, "mscale_all_dim": mscale}
         yarn = Yarn(**from_hf(hf)[1]["yarn"])
         assert softmax_scale(192, yarn) == pytest.approx(scale, abs=5e-7)

@@ -48,11 +48,11 @@ def source_at(directory: Path, warn=hf.warn_on_stderr) -> tuple[hf.Published, hf
 def host_tree(source: hf.Source) -> dict:
     """The weights, assembled in numpy in the simplest way."""
     tree = jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), source.abstract)
-    for path, index, array, _ in source.pieces():
+    for piece in source.pieces():
         leaf = tree
-        for key in path:
+        for key in piece.path:
             leaf = leaf[key]
-        leaf[index] = array
+        leaf[piece.index] = piece.array
     return tree
 
 

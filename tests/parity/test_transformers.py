@@ -197,8 +197,8 @@ def test_our_bfloat16_export_is_what_was_published(fresh, tmp_path):
     source = hf.Source(published, compare.abstract(published.family, published.numbers)[1])
     weights = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), source.abstract)
     flat = dict(hf.leaves(weights))
-    for path, index, array, _ in source.pieces():
-        flat[path][index] = array
+    for piece in source.pieces():
+        flat[piece.path][piece.index] = piece.array
     hf.write(tmp_path / "out", published.family, published.numbers, weights, hf.from_tree(weights), "bf16")
     from safetensors.torch import load_file
 

@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import safetensors as library
 
-from deepseek_jax.convert import hf, hf_config
-from deepseek_jax.convert.safetensors import DTYPES, FINITE_CODES, INDEX, SINGLE, open_directory
+from deepseek_jax.convert import hf_config
+from deepseek_jax.convert.safetensors import DTYPES, FINITE_CODES, INDEX, SINGLE, open_directory, read_json
 from malformed.directories import CONFIG, Files, open_model, put_together, take_apart, write_files
 
 
@@ -75,7 +75,7 @@ def _by_the_library(files: Files) -> dict[str, tuple]:
 
 
 def try_config(directory: Path) -> tuple:
-    hf_json = hf.safetensors.read_json(directory / CONFIG)
+    hf_json = read_json(directory / CONFIG)
     return *hf_config.from_hf(hf_json), hf_config.facts(hf_json)
 
 

@@ -1,0 +1,169 @@
+"""Our weights as a Hugging Face directory, streamed to disk one published tensor at a time."""
+
+import functools
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.convert import hf_config, names, safetensors
+from deepseek_jax.convert.hf.published import CONFIG, GENERATION_CONFIG, Warn, warn_on_stderr
+from deepseek_jax.convert.hf.source import leaves
+from deepseek_jax.errors import UserError
+from deepseek_jax.precision.quantize import quantize_blocks
+
+TABLE = ("params", "embedding", "table_VD")
+TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+SCALES = {"fp8": ("fp32", "F32"), "fp8_ue8m0": ("ue8m0", "F32"), "fp8_e8m0": ("ue8m0", "F8_E8M0")}  # kind, stored as
+FORMATS = {"bf16": "BF16", "fp32": "F32", **dict.fromkeys(SCALES, "BF16"), "keep": None}  # of what is not FP8
+
+Get = Callable[[names.Path, names.Index], np.ndarray]
+
+
+def from_tree(tree: dict) -> Get:
+    """Returns the `get` of `write` for {"params", "router_bias"} of arrays; one piece at a time comes to the host."""
+    arrays = dict(leaves(tree))
+    return lambda path, index: np.asarray(arrays[path][index] if index else arrays[path])
+
+
+def write(
+    directory: str | PathLike,
+    family: str,
+    numbers: dict[str, Any],
+    abstract: dict,
+    get: Get,
+    dtype: str = "bf16",
+    *,
+    n_positions: int = 4096,
+    bos_id: int | None = None,
+    eos_ids: Sequence[int] = (),
+    pad_id: int | None = None,
+    generation: dict[str, Any] | None = None,
+    files: Mapping[str, Path | bytes] = MappingProxyType({}),
+    max_shard_bytes: int = safetensors.MAX_SHARD_BYTES,
+    report: Callable[[int], None] | None = None,
+    warn: Warn = warn_on_stderr,
+) -> None:
+    """Writes a model as a Hugging Face directory. Memory: a few times its largest tensor.
+
+    Args:
+        directory: created if needed; must not hold weights yet.
+        family, numbers: `config.family` and `config.model`.
+        abstract: {"params", "router_bias"} of anything with shape and dtype.
+        get: `get(path, index)` returns a piece (see `Piece`); `from_tree` returns such a function.
+        dtype: "bf16", "fp32", an 8-bit format (for the matrices of all blocks except routers, as published; the rest
+            is bfloat16), or "keep" (unchanged). Router biases are always float32. 8-bit weights come in blocks of
+            128 x 128: "fp8" with arbitrary scales (V3), "fp8_ue8m0" with powers of two stored in float32 (V3.1),
+            "fp8_e8m0" with powers of two stored in 8 bits.
+        n_positions: longest sequence that the model is meant for.
+        bos_id, eos_ids, pad_id: tokens of begin, end and padding.
+        generation: content of generation_config.json; by default these tokens.
+        files: further files, such as tokenizer.json: name -> its path or its content.
+        max_shard_bytes: limit for one file of weights.
+        report: called with the number of bytes of each published tensor, for a progress bar.
+        warn: called with a message about anything that keeps others from opening the directory.
+
+    Raises:
+        UserError: the dtype or family is unknown, or the directory holds weights or cannot be written.
+    """
+    if dtype not in FORMATS:
+        raise UserError(f"dtype {dtype!r}: expected one of {', '.join(FORMATS)}.")
+    directory = Path(directory).expanduser()
+    dtypes = {path: leaf.dtype for path, leaf in leaves(abstract)}
+    stored = dtypes[TABLE]
+    config = hf_config.to_hf(
+        *(family, numbers),
+        dtype=TORCH_DTYPES[FORMATS[dtype] or safetensors.DTYPE_NAMES[np.dtype(stored)]],
+        quantized=SCALES[dtype][0] if dtype in SCALES else None,
+        n_positions=n_positions,
+        bos_id=bos_id,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+    )
+    marks = {"_from_model_config": True, "bos_token_id": bos_id, "eos_token_id": hf_config.one_or_list(eos_ids)}
+    code = hf_config.code(family)
+    if code and set(code) <= set(files):
+        config["auto_map"] = hf_config.KINDS[config["model_type"]].auto_map
+    elif code:
+        warn(
+            f"{directory}: transformers has no class for model_type={config['model_type']!r}: without "
+            f"{' and '.join(code)} of the release, only deepseek_jax can open this directory. Put them into the "
+            "directory that the weights come from, and they are copied."
+        )
+    safetensors.write_directory(directory, list(_entries(abstract, dtypes, get, dtype, report)), max_shard_bytes)
+    copy_files(files, directory)
+    for name, content in ((CONFIG, config), (GENERATION_CONFIG, marks if generation is None else generation)):
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_files(files: Mapping[str, Path | bytes], directory: Path) -> None:
+    """Writes small files, given by path or by content; a file that is already in place is kept."""
+    for name, content in files.items():
+        target = directory / name
+        if isinstance(content, bytes):
+            target.write_bytes(content)
+        elif content.resolve() != target.resolve():
+            shutil.copyfile(content, target)
+
+
+def _entries(abstract: dict, dtypes: dict, get: Get, dtype: str, report: Callable | None) -> Iterator:
+    """Yields the entries of `write_directory` in the order of the layers; copies follow their originals."""
+    copied: dict[str, list[str]] = {}
+    for copy, original in names.copies(abstract).items():
+        copied.setdefault(original, []).append(copy)
+
+    def published(tensor: names.Tensor) -> np.ndarray:
+        array = tensor.to_theirs([get(path, index) for path, index in tensor.places])
+        if report:
+            report(array.nbytes)
+        return array
+
+    for tensor in names.tensors(abstract):
+        kind = FORMATS[dtype]
+        if names.FLOAT32.search(tensor.name):
+            kind = "F32"
+        elif kind is None:
+            kinds = [dtypes[path] for path, _ in tensor.places]
+            kind = safetensors.DTYPE_NAMES[np.dtype(functools.reduce(jnp.promote_types, kinds))]
+        if dtype in SCALES and names.QUANTIZED.search(tensor.name):
+            yield from _quantized(tensor, published, *SCALES[dtype])
+            continue
+        for name in (tensor.name, *copied.get(tensor.name, ())):
+            make = functools.partial(_cast, published, tensor, safetensors.DTYPES[kind])
+            yield safetensors.Entry(name, tensor.shape, kind, make)
+    kind = FORMATS[dtype] or safetensors.DTYPE_NAMES[np.dtype(dtypes[TABLE])]
+    for name, shape in names.empty_tensors(abstract).items():
+        yield safetensors.Entry(name, shape, kind, functools.partial(np.zeros, shape, safetensors.DTYPES[kind]))
+
+
+def _cast(published: Callable, tensor: names.Tensor, dtype: np.dtype) -> np.ndarray:
+    return published(tensor).astype(dtype, copy=False)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _quantize(matrix: jax.Array, scale: str) -> tuple[jax.Array, jax.Array]:
+    return quantize_blocks(matrix, scale=scale)
+
+
+def _quantized(tensor: names.Tensor, published: Callable, scale: str, kind: str) -> Iterator[safetensors.Entry]:
+    """Yields the codes of a matrix and its scales of type `kind`, which are computed together."""
+    made = {}
+
+    def codes() -> np.ndarray:
+        q, made["scales"] = map(np.asarray, _quantize(published(tensor), scale))
+        return q
+
+    def scales() -> np.ndarray:
+        return made.pop("scales").astype(safetensors.DTYPES[kind])
+
+    blocks = tuple(math.ceil(n / b) for n, b in zip(tensor.shape, safetensors.BLOCK, strict=True))
+    yield safetensors.Entry(tensor.name, tensor.shape, "F8_E4M3", codes)
+    yield safetensors.Entry(tensor.name + safetensors.SCALE_SUFFIX, blocks, kind, scales)
