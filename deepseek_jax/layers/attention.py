@@ -1,8 +1,9 @@
 """Causal softmax attention, in blocks of queries so that the score matrix never exists whole.
 
 P = softmax(scale * q k^T + causal mask), o = P v; scores and softmax in float32.
-A block of queries meets only the keys up to its own end, so the upper triangle is skipped except for the diagonal blocks,
-and the blocks of a long sequence are recomputed in the backward pass: memory grows with `block * S`, not `T * S`.
+A block of queries meets only the keys up to its own end, so the upper triangle is skipped except for the diagonal
+blocks, and the blocks of a long sequence are recomputed in the backward pass: memory grows with `block * S`, not
+`T * S`.
 """
 
 import functools
