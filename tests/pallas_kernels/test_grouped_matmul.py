@@ -288,3 +288,18 @@ def test_warpgroups_ask_for_no_more_registers_than_the_cta_starts_with(choice):
     n = choice.warpgroups + 1
     at_start = 65536 // (128 * n) // 8 * 8 * n
     assert pipeline.compute_registers(choice) * choice.warpgroups + choice.producer_registers <= at_start
+
+
+@pytest.mark.parametrize("group_rows", [1, 256, 8192])
+@pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
+def test_the_chosen_tiles_fit_into_shared_memory(dtype, out_dtype, group_rows):
+    choice = tiles.choose(dtype, out_dtype, group_rows)
+    gradient = tiles.choose(dtype, out_dtype, 0)
+    for plan in (
+        rows.RowsPlan(4, 64, 256, dtype, out_dtype, choice, 132, True, k=256, transposed=True),
+        weights.WeightsPlan(4, 256, 256, dtype, out_dtype, gradient, 132, True),
+    ):
+        buffers = [buffer for buffer in plan.scratch() if hasattr(buffer, "dtype")]
+        size = sum(np.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize for buffer in buffers)
+        assert 100_000 < size < 232_448 - 1024  # barriers take a few hundred bytes
