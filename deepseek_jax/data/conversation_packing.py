@@ -24,7 +24,7 @@ from deepseek_jax.data.watch import Watch, unwatched
 from deepseek_jax.errors import UserError
 
 CHUNK_TOKENS = 1 << 20  # measured at a time
-SHOWN_BYTES = 256 << 20  # of tokens: measuring fewer takes less than a second or two and is not shown
+SHOWN_BYTES = 32 << 20  # of tokens: measuring fewer takes about a second and is not shown
 
 
 class Table(NamedTuple):
