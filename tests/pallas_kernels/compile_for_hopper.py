@@ -2,9 +2,8 @@
 
     python tests/pallas_kernels/compile_for_hopper.py
 
-Needs the wheels jax-cuda13-plugin, nvidia-cuda-nvcc and nvidia-cuda-nvdisasm (the extra "gpu" brings the first two),
-and no driver. One line of JSON per kernel: its shape, bytes spilled, shared memory, FP8 tensor-core instructions. To be
-run in a process of its own: the variables below count only before JAX starts.
+Needs the wheels of .ci/ahead_of_time.txt, and no driver. One line of JSON per kernel: its shape, bytes spilled, shared
+memory, FP8 tensor-core instructions. To be run in a process of its own: the variables count only before JAX starts.
 """
 
 import functools
