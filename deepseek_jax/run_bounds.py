@@ -138,14 +138,12 @@ def check_keys(config: ConfigDict) -> None:
 def check_model(config: ConfigDict) -> None:
     """Raises UserError unless `config.model` makes a model of its family, and has no keys besides."""
     from deepseek_jax.models import family  # which imports jax: keys are checked without
-    from deepseek_jax.models.checks import keys_of
 
     module = family(config.family)
-    known = keys_of(module)
     for key in config.model:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"Did you mean config.model.{near[0]}?" if near else f"Its keys: {', '.join(known)}."
+        if key not in module.KEYS:
+            near = difflib.get_close_matches(str(key), module.KEYS, n=1, cutoff=0.5)
+            hint = f"Did you mean config.model.{near[0]}?" if near else f"Its keys: {', '.join(module.KEYS)}."
             raise UserError(f"config.model.{key}: family {config.family} has no such key. {hint}")
     module.Config.from_config(config.model)
 

@@ -49,6 +49,7 @@ RENAMED = {  # keys of format 1, as format 2 has them
     "optimizer.final_rate": "schedule.final_rate",
     "optimizer.clip_norm": "loss.clip_norm",
 }
+ADDED = {"v1": {"qk_norm": False, "yarn": {}}}  # keys of a family's model that its first runs do not have
 
 
 def to_json(config: ConfigDict) -> dict:
@@ -74,7 +75,7 @@ def from_json(tree: dict) -> ConfigDict:
 def converted(config: ConfigDict) -> ConfigDict:
     """Returns the config that one of format 1 is in format 2."""
     new = base.get_config()
-    new.model = config.get("model", ConfigDict())
+    new.model = ConfigDict({**ADDED.get(config.get("family", ""), {}), **config.get("model", {})})
     for key, value in leaves(config).items():
         if not key.startswith("model."):
             _set(new, RENAMED.get(key, key), value)

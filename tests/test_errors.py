@@ -160,5 +160,5 @@ def test_a_model_that_lacks_a_key():
     m = tiny_v3.get_config().model
     with m.unlocked():
         del m["kv_rank"], m["yarn"]
-    with pytest.raises(UserError, match="config.model lacks kv_rank, yarn"):
+    with pytest.raises(UserError, match="config.model needs kv_rank, yarn"):
         Config.from_config(m)

@@ -31,8 +31,8 @@ class ExpertsConfig:
 
     Attributes:
         n_experts: E, routed experts (256).
-        n_shared: experts that every token visits, run as one wider feed-forward (1); 0 for none.
-        width: F, hidden width of one expert (2048).
+        n_shared_experts: experts that every token visits, run as one wider feed-forward (1); 0 for none.
+        expert_width: F, hidden width of one expert (2048).
         top_k: K, routed experts a token visits (8).
         n_groups: groups that the routed experts are divided into (8).
         top_groups: groups that a token may visit (4).
@@ -41,8 +41,8 @@ class ExpertsConfig:
     """
 
     n_experts: int
-    n_shared: int
-    width: int
+    n_shared_experts: int
+    expert_width: int
     top_k: int
     n_groups: int = 1
     top_groups: int = 1
@@ -111,10 +111,15 @@ class Experts(nnx.Module):
     ):
         init = normal(c.init_std)
         self.router = Router(d_model, c.n_experts, c.init_std, route, biased=biased, rngs=rngs)
-        self.shared = SwiGLU(d_model, c.n_shared * c.width, c.init_std, run.matmul, rngs=rngs) if c.n_shared else None
-        self.gate_XDF = param(rngs, (c.n_experts, d_model, c.width), ("experts", "embed", "mlp"), init, role="gate")
-        self.up_XDF = param(rngs, (c.n_experts, d_model, c.width), ("experts", "embed", "mlp"), init, role="up")
-        self.down_XFD = param(rngs, (c.n_experts, c.width, d_model), ("experts", "mlp", "embed"), init, role="down")
+        shared_width = c.n_shared_experts * c.expert_width
+        self.shared = SwiGLU(d_model, shared_width, c.init_std, run.matmul, rngs=rngs) if shared_width else None
+        self.gate_XDF = param(
+            rngs, (c.n_experts, d_model, c.expert_width), ("experts", "embed", "mlp"), init, role="gate"
+        )
+        self.up_XDF = param(rngs, (c.n_experts, d_model, c.expert_width), ("experts", "embed", "mlp"), init, role="up")
+        self.down_XFD = param(
+            rngs, (c.n_experts, c.expert_width, d_model), ("experts", "mlp", "embed"), init, role="down"
+        )
         self.balance, self.expert_axis, self.matmul = balance, run.expert_axis, run.matmul
 
     def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Statistics]:

@@ -33,7 +33,7 @@ class GQAConfig:
         n_heads: H, query heads (64).
         n_kv_heads: Z, key-value heads (8); H for multi-head attention.
         head_width: Q, width of a head (128).
-        bias: whether queries, keys and values have one (no).
+        attention_bias: whether queries, keys and values have one (no).
         qk_norm: whether each head's queries and keys are normed before they are rotated (no).
         norm_eps: of those norms (1e-6).
         rope_base: base of the rotary frequencies (10,000).
@@ -46,7 +46,7 @@ class GQAConfig:
     n_heads: int
     n_kv_heads: int
     head_width: int
-    bias: bool = False
+    attention_bias: bool = False
     qk_norm: bool = False
     norm_eps: float = 1e-6
     rope_base: float = 10_000.0
@@ -79,7 +79,7 @@ class GQA(nnx.Module):
         self.k_DZQ = param(rngs, (d_model, c.n_kv_heads, width), ("embed", "heads", None), init, role="attention_in")
         self.v_DZU = param(rngs, (d_model, c.n_kv_heads, width), ("embed", "heads", None), init, role="attention_in")
         self.out_HUD = param(rngs, (c.n_heads, width, d_model), ("heads", None, "embed"), init, role="attention_out")
-        if c.bias:
+        if c.attention_bias:
             self.q_bias_HQ = param(rngs, (c.n_heads, width), ("heads", None), zeros, role="bias")
             self.k_bias_ZQ = param(rngs, (c.n_kv_heads, width), ("heads", None), zeros, role="bias")
             self.v_bias_ZU = param(rngs, (c.n_kv_heads, width), ("heads", None), zeros, role="bias")
@@ -104,7 +104,7 @@ class GQA(nnx.Module):
     def queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """The heads' rotated queries q_BTHQ."""
         q_BTHQ = self.matmul.einsum("BTD,DHQ->BTHQ", x_BTD, self.q_DHQ[...])
-        if self.config.bias:
+        if self.config.attention_bias:
             q_BTHQ = q_BTHQ + self.q_bias_HQ[...].astype(x_BTD.dtype)
         if self.config.qk_norm:
             q_BTHQ = self.q_head_norm(q_BTHQ)
@@ -114,7 +114,7 @@ class GQA(nnx.Module):
         """What the cache keeps of these tokens."""
         k_BTZQ = self.matmul.einsum("BTD,DZQ->BTZQ", x_BTD, self.k_DZQ[...])
         v_BTZU = self.matmul.einsum("BTD,DZU->BTZU", x_BTD, self.v_DZU[...])
-        if self.config.bias:
+        if self.config.attention_bias:
             k_BTZQ = k_BTZQ + self.k_bias_ZQ[...].astype(x_BTD.dtype)
             v_BTZU = v_BTZU + self.v_bias_ZU[...].astype(x_BTD.dtype)
         if self.config.qk_norm:

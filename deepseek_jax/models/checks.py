@@ -1,16 +1,21 @@
 """What the families check of `config.model` before they build on it; each failure names the key and what would do."""
 
-from types import ModuleType
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, get_args, get_type_hints
 
 from ml_collections import ConfigDict
 
 from deepseek_jax.bounds import LARGEST, MOST_LAYERS, MOST_POSITIONS, Bound, number, optional, shown, switch, whole
 from deepseek_jax.errors import UserError
-from deepseek_jax.layers.rope import Llama3, Yarn
 
 POSITIVE = number(0, 1e15, above=True)
-BOUNDS: dict[str, Bound] = {  # of keys that are no plain size or count
+SIZE, COUNT = whole(1, LARGEST), whole(0, LARGEST)
+BOUNDS: dict[str, Bound] = {  # of keys that are no plain size
     "n_layers": whole(1, MOST_LAYERS),
+    "n_dense_layers": COUNT,
+    "n_shared_experts": COUNT,
+    "q_rank": COUNT,
     "mtp_depth": whole(0, 16),
     "norm_eps": number(0, 1, above=True),
     "init_std": number(0, 1000),
@@ -40,31 +45,39 @@ GROUPS: dict[str, dict[str, Bound]] = {  # the keys of a group, those that it al
 }
 
 
-def check_keys(m: ConfigDict, sizes: tuple[str, ...], others: tuple[str, ...], counts: tuple[str, ...] = ()):
-    """Raises UserError unless all keys are there, within `BOUNDS`; other `sizes` are 1 or more, `counts` 0 or more."""
-    if missing := [key for key in (*sizes, *counts, *others) if key not in m]:
+def check_keys(m: ConfigDict, keys: tuple[str, ...]) -> None:
+    """Raises UserError unless all `keys` are there and within `BOUNDS`; keys without a bound are sizes >= 1."""
+    if missing := [key for key in keys if key not in m]:
         raise UserError(
-            f"config.model lacks {', '.join(missing)}. Start from a config that holds a whole model, like tiny_v3."
+            f"config.model needs {', '.join(missing)}. Start from a config that holds a whole model, like tiny_v3."
         )
-    bounds = dict.fromkeys(sizes, whole(1, LARGEST)) | dict.fromkeys(counts, whole(0, LARGEST)) | BOUNDS
-    for key in (*sizes, *counts, *others):
+    for key in keys:
         if key not in GROUPS:
-            bounds[key].check(f"config.model.{key}", m[key])
+            BOUNDS.get(key, SIZE).check(f"config.model.{key}", m[key])
 
 
-def keys_of(family: ModuleType) -> tuple[str, ...]:
-    """The keys of `config.model` that a family has."""
-    return (*family.SIZES, *getattr(family, "COUNTS", ()), *family.OTHERS)
+def take(cls: type, m: Mapping) -> Any:
+    """The dataclass `cls` of a config's keys: every field by the key of its name.
+
+    A field that is a dataclass is taken from the same keys; one that is a dataclass or None from the group of its name,
+    which may be empty.  Fields without a key keep their defaults.
+    """
+    kinds, found = get_type_hints(cls), {}
+    for name in (field.name for field in fields(cls)):
+        optional_group: list[Any] = [kind for kind in get_args(kinds[name]) if is_dataclass(kind)]
+        if is_dataclass(kinds[name]):
+            found[name] = take(kinds[name], m)
+        elif optional_group and name in m:
+            found[name] = read_group(optional_group[0], m, name)
+        elif name in m:
+            found[name] = m[name]
+    return cls(**found)
 
 
-def completed(m: ConfigDict, added: dict) -> ConfigDict:
-    """`m` with the keys of `added` that a run from before they were known does not have, at what it computes."""
-    return ConfigDict({**added, **m})
-
-
-def check_group(m: ConfigDict, key: str, n_needed: int) -> None:
-    """Raises UserError unless `m[key]` is empty or holds the first `n_needed` of its keys in `GROUPS` and no others."""
+def read_group(cls: type, m: Mapping, key: str) -> Any:
+    """`cls(**m[key])`, None if that is empty. Raises UserError for a missing, unknown or wrong key of it."""
     known, group = list(GROUPS[key]), m[key]
+    n_needed = sum(field.default is MISSING for field in fields(cls))
     if not isinstance(group, (ConfigDict, dict)):
         raise UserError(f"config.model.{key}={shown(group)}: expected a ConfigDict, empty or of {', '.join(known)}.")
     if group and not set(known[:n_needed]) <= set(group) <= set(known):
@@ -74,18 +87,7 @@ def check_group(m: ConfigDict, key: str, n_needed: int) -> None:
         )
     for name, value in group.items():
         GROUPS[key][name].check(f"config.model.{key}.{name}", value)
-
-
-def read_llama3(m: ConfigDict) -> Llama3 | None:
-    """The context extension of `m.rope_llama3`, None if that is empty."""
-    check_group(m, "rope_llama3", n_needed=4)
-    return Llama3(**m.rope_llama3) if m.rope_llama3 else None
-
-
-def read_yarn(m: ConfigDict) -> Yarn | None:
-    """The context extension of `m.yarn`, None if that is empty."""
-    check_group(m, "yarn", n_needed=2)
-    return Yarn(**m.yarn) if m.yarn else None
+    return cls(**group) if group else None
 
 
 def check_heads(m: ConfigDict) -> None:

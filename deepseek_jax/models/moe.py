@@ -55,41 +55,18 @@ class Config:
     @classmethod
     def from_config(cls, m: ConfigDict) -> "Config":
         """Reads the `model` part of a run's config. Raises UserError for sizes that make no model."""
-        checks.check_keys(m, SIZES, OTHERS, COUNTS)
+        checks.check_keys(m, KEYS)
         checks.check_heads(m)
         if m.top_k > m.n_experts:
             raise UserError(f"config.model.top_k={m.top_k} of n_experts={m.n_experts}: choose a smaller top_k.")
-        return cls(
-            vocab_size=m.vocab_size,
-            d_model=m.d_model,
-            n_layers=m.n_layers,
-            n_dense_layers=m.n_dense_layers,
-            dense_width=m.dense_width,
-            attention=GQAConfig(
-                n_heads=m.n_heads,
-                n_kv_heads=m.n_kv_heads,
-                head_width=m.head_width,
-                rope_base=m.rope_base,
-                init_std=m.init_std,
-            ),
-            experts=ExpertsConfig(
-                n_experts=m.n_experts,
-                n_shared=m.n_shared_experts,
-                width=m.expert_width,
-                top_k=m.top_k,
-                route_scale=m.route_scale,
-                init_std=m.init_std,
-            ),
-            norm_eps=m.norm_eps,
-            init_std=m.init_std,
-        )
+        return checks.take(cls, m)
 
 
-# Keys of `config.model`: those that are 1 or more, those that are 0 or more, and the rest.
-SIZES = ("vocab_size", "d_model", "n_layers", "dense_width", "n_heads", "n_kv_heads", "head_width")
-SIZES += ("n_experts", "expert_width", "top_k")
-COUNTS = ("n_dense_layers", "n_shared_experts")
-OTHERS = ("rope_base", "route_scale", "norm_eps", "init_std")
+# Keys of `config.model`, each a field of `Config` or of one of its parts.
+KEYS = ("vocab_size", "d_model", "n_layers", "n_dense_layers", "dense_width")
+KEYS += ("n_heads", "n_kv_heads", "head_width", "rope_base")
+KEYS += ("n_experts", "n_shared_experts", "expert_width", "top_k", "route_scale")
+KEYS += ("norm_eps", "init_std")
 
 
 class Model(Decoder):

@@ -56,43 +56,24 @@ class Config:
     @classmethod
     def from_config(cls, m: ConfigDict) -> "Config":
         """Reads the `model` part of a run's config. Raises UserError for sizes that make no model."""
-        m = checks.completed(m, ADDED)
-        checks.check_keys(m, SIZES, OTHERS)
+        checks.check_keys(m, KEYS)
         checks.check_heads(m)
-        llama3, yarn = checks.read_llama3(m), checks.read_yarn(m)
-        extensions = {f"rope_factor={m.rope_factor}": m.rope_factor != 1.0, "rope_llama3": llama3, "yarn": yarn}
+        c = checks.take(cls, m)
+        extensions = {f"rope_factor={m.rope_factor}": m.rope_factor != 1.0}
+        extensions |= {"rope_llama3": c.attention.rope_llama3, "yarn": c.attention.yarn}
         given = [name for name, is_given in extensions.items() if is_given]
         if len(given) > 1:
             raise UserError(
                 f"config.model.{' beside '.join(given)}: a model has one context extension. Set one of them."
             )
-        return cls(
-            vocab_size=m.vocab_size,
-            d_model=m.d_model,
-            n_layers=m.n_layers,
-            dense_width=m.dense_width,
-            attention=GQAConfig(
-                n_heads=m.n_heads,
-                n_kv_heads=m.n_kv_heads,
-                head_width=m.head_width,
-                bias=m.attention_bias,
-                qk_norm=m.qk_norm,
-                norm_eps=m.norm_eps,
-                rope_base=m.rope_base,
-                rope_factor=m.rope_factor,
-                rope_llama3=llama3,
-                yarn=yarn,
-                init_std=m.init_std,
-            ),
-            norm_eps=m.norm_eps,
-            init_std=m.init_std,
-        )
+        return c
 
 
-# Keys of `config.model`: those that are 1 or more, and the rest; what runs from before a key was known compute.
-SIZES = ("vocab_size", "d_model", "n_layers", "dense_width", "n_heads", "n_kv_heads", "head_width")
-OTHERS = ("attention_bias", "qk_norm", "rope_base", "rope_factor", "rope_llama3", "yarn", "norm_eps", "init_std")
-ADDED = {"qk_norm": False, "yarn": {}}
+# Keys of `config.model`, each a field of `Config` or of one of its parts.
+KEYS = ("vocab_size", "d_model", "n_layers", "dense_width")
+KEYS += ("n_heads", "n_kv_heads", "head_width", "attention_bias", "qk_norm")
+KEYS += ("rope_base", "rope_factor", "rope_llama3", "yarn")
+KEYS += ("norm_eps", "init_std")
 
 
 class Model(Decoder):

@@ -61,48 +61,17 @@ class Config:
     @classmethod
     def from_config(cls, m: ConfigDict) -> "Config":
         """Reads the `model` part of a run's config. Raises UserError for sizes that make no model."""
-        checks.check_keys(m, SIZES, OTHERS, COUNTS)
+        checks.check_keys(m, KEYS)
         checks.check_groups(m)
         checks.check_even(m, "rope_width")
-        return cls(
-            vocab_size=m.vocab_size,
-            d_model=m.d_model,
-            n_layers=m.n_layers,
-            n_dense_layers=m.n_dense_layers,
-            dense_width=m.dense_width,
-            mla=MLAConfig(
-                n_heads=m.n_heads,
-                q_rank=m.q_rank,
-                kv_rank=m.kv_rank,
-                nope_width=m.nope_width,
-                rope_width=m.rope_width,
-                value_width=m.value_width,
-                rope_base=m.rope_base,
-                yarn=checks.read_yarn(m),
-                init_std=m.init_std,
-            ),
-            experts=ExpertsConfig(
-                n_experts=m.n_experts,
-                n_shared=m.n_shared_experts,
-                width=m.expert_width,
-                top_k=m.top_k,
-                n_groups=m.n_groups,
-                top_groups=m.top_groups,
-                route_scale=m.route_scale,
-                init_std=m.init_std,
-            ),
-            mtp_depth=m.mtp_depth,
-            norm_eps=m.norm_eps,
-            init_std=m.init_std,
-        )
+        return checks.take(cls, m)
 
 
-# Keys of `config.model`: those that are 1 or more, those that are 0 or more, and the rest.
-SIZES = ("vocab_size", "d_model", "n_layers", "dense_width")
-SIZES += ("n_heads", "kv_rank", "nope_width", "rope_width", "value_width")
-SIZES += ("n_experts", "expert_width", "top_k", "n_groups", "top_groups")
-COUNTS = ("n_dense_layers", "n_shared_experts", "q_rank", "mtp_depth")
-OTHERS = ("rope_base", "yarn", "route_scale", "norm_eps", "init_std")
+# Keys of `config.model`, each a field of `Config` or of one of its parts.
+KEYS = ("vocab_size", "d_model", "n_layers", "n_dense_layers", "dense_width")
+KEYS += ("n_heads", "q_rank", "kv_rank", "nope_width", "rope_width", "value_width", "rope_base", "yarn")
+KEYS += ("n_experts", "n_shared_experts", "expert_width", "top_k", "n_groups", "top_groups", "route_scale")
+KEYS += ("mtp_depth", "norm_eps", "init_std")
 
 
 class Model(Decoder):

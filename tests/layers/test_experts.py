@@ -12,7 +12,9 @@ from deepseek_jax.layers.experts import Experts, ExpertsConfig
 from deepseek_jax.layers.router import sequence_balance, sigmoid_biased_topk
 from deepseek_jax.layers.tokens import Tokens
 
-SIZES = ExpertsConfig(n_experts=4, n_shared=2, width=3, top_k=2, n_groups=2, top_groups=1, route_scale=2.5)
+SIZES = ExpertsConfig(
+    n_experts=4, n_shared_experts=2, expert_width=3, top_k=2, n_groups=2, top_groups=1, route_scale=2.5
+)
 ROUTE = functools.partial(sigmoid_biased_topk, top_k=2, n_groups=2, top_groups=1, scale=2.5)
 
 

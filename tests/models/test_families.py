@@ -1,8 +1,10 @@
 """Laws that hold of every family, on its tiny twin made smaller; published counts; what each refuses."""
 
+import dataclasses
 import functools
 import importlib
 import re
+from typing import get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -262,12 +264,25 @@ def test_the_plan_in_a_docstring_is_one_that_fits(name, capsys):
     assert re.search(r"^does it fit\? +yes", capsys.readouterr().out, re.MULTILINE)
 
 
+def fields_of(cls) -> set[str]:
+    """The fields of a family's `Config` and of its parts."""
+    kinds = get_type_hints(cls)
+    parts = [kind for kind in kinds.values() if dataclasses.is_dataclass(kind)]
+    return set(kinds).union(*map(fields_of, parts))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_key_of_a_family_is_read(name):
+    module = family(name)
+    assert set(module.KEYS) <= fields_of(module.Config)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_says_what_is_missing(name):
     twin = {"v1": "tiny_v1", "moe": "tiny_moe", "v2": "tiny_v2", "v3": "tiny_v3"}[name]
     config = config_of(twin)
     del config.model["vocab_size"]
-    with pytest.raises(UserError, match="lacks vocab_size"):
+    with pytest.raises(UserError, match="needs vocab_size"):
         family(name).Config.from_config(config.model)
 
 
