@@ -1,12 +1,12 @@
 """A config's network with shapes in place of arrays: what it holds, and whether that fits."""
 
 import math
-import os
 
 import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
+from deepseek_jax.compat import memory_bytes
 from deepseek_jax.errors import UserError
 from deepseek_jax.kernels import XLA
 from deepseek_jax.layers.base import Execution, Tree, split
@@ -44,19 +44,9 @@ def module(config: ConfigDict, key: jax.Array) -> nnx.Module:
 
 def check_memory(name: str, weights: Tree) -> None:
     """Raises UserError for weights that cannot fit: asked for anyway, a host may kill the process without a word."""
-    needed, there = sum(w.size * w.dtype.itemsize for w in jax.tree.leaves(weights)), _memory_bytes()
+    needed, there = sum(w.size * w.dtype.itemsize for w in jax.tree.leaves(weights)), memory_bytes()
     if there and needed > there:
         raise UserError(
             f"the weights of {name} take {needed / 2**30:,.0f} GiB, this device has {there / 2**30:,.0f}. "
             "For shapes alone there is deepseek-jax inspect; to convert without loading, deepseek-jax convert."
         )
-
-
-def _memory_bytes() -> int | None:
-    """Memory of the first device, of the machine where that is a CPU; None where it is not told."""
-    device = jax.local_devices()[0]
-    if device.platform == "cpu":
-        names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
-        known = hasattr(os, "sysconf") and all(name in os.sysconf_names for name in names)
-        return math.prod(map(os.sysconf, names)) if known else None
-    return (device.memory_stats() or {}).get("bytes_limit")

@@ -4,8 +4,10 @@ import contextlib
 import ctypes
 import functools
 import importlib.util
+import math
 import os
 import pkgutil
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -199,3 +201,25 @@ def start_compilation_cache(directory: str) -> None:
     jax.config.update("jax_compilation_cache_dir", directory or str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def peak_memory_bytes() -> int | None:
+    """The most memory that this process has held so far (resident set size); None where it is not told."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # elsewhere the parent's may be counted as well
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory_bytes() -> int | None:
+    """The memory of the first device, or of the machine where that is a CPU; None where it is not told."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
+        known = hasattr(os, "sysconf") and all(name in os.sysconf_names for name in names)
+        return math.prod(map(os.sysconf, names)) if known else None
+    return (device.memory_stats() or {}).get("bytes_limit")

@@ -97,6 +97,18 @@ def lookup(config: ConfigDict, path: str) -> Any:
     return node
 
 
+def assignments(config: ConfigDict, prefix: str = "config") -> list[str]:
+    """Returns every key as the line of a config file that sets it: "config.data.seq_len = 256"."""
+    lines = []
+    for key, value in config.items():
+        name = f"{prefix}.{key}"
+        if not isinstance(value, ConfigDict):
+            lines.append(f"{name} = {value!r}")
+        else:
+            lines += assignments(value, name) if len(value) else [f"{name} = ConfigDict()"]
+    return lines
+
+
 def _executed(name: str, flag: str, is_path: bool) -> ConfigDict:
     """What get_config() of a file returns. Raises UserError for whatever a file that the user wrote may raise."""
     try:

@@ -5,11 +5,11 @@ with Progress("convert", total_bytes, done=bytes_of_an_earlier_start) as progres
 """
 
 import os
-import re
 import sys
 import time
-from pathlib import Path
 from typing import Any
+
+from deepseek_jax.units import duration
 
 LINE_EVERY_S = 5
 BRIEF_S = 1  # what takes less needs no line
@@ -60,24 +60,9 @@ class Progress:
     def line(self, seconds: float) -> str:
         """`convert  42%  3.40 of 8.10 GB  0.35 GB/s  0:00:13 left`; MB where the total is less than one GB."""
         rate = (self.done - self._start_done) / max(seconds, 1e-9)
-        left = f"{clock((self.total - self.done) / rate)} left" if self.done < self.total and rate else clock(seconds)
+        is_going = self.done < self.total and rate
+        left = f"{duration((self.total - self.done) / rate)} left" if is_going else duration(seconds)
         share = f"{self.done / max(self.total, 1):4.0%}"
         unit, size = ("GB", 1e9) if self.total >= 1e9 else ("MB", 1e6)
         done = f"{self.done / size:,.2f} of {self.total / size:,.2f} {unit}"
         return f"{self.label} {share}  {done}  {rate / size:.2f} {unit}/s  {left}"
-
-
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that this process has held so far (resident set size)."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # elsewhere the parent's may be counted as well
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

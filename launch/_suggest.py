@@ -1,6 +1,7 @@
 """deepseek-jax plan --suggest: meshes that fit a config's model, and the words that choose them."""
 
 import json
+import math
 from dataclasses import replace
 from itertools import islice
 
@@ -14,11 +15,12 @@ RUNS_TODAY, NOT_YET = 3, 2  # suggestions of each kind
 
 def only(config: ConfigDict, options, subject) -> int:
     """Prints suggestions in place of a plan; returns the exit code."""
+    from deepseek_jax.chips import chip
+    from deepseek_jax.parallel.mesh import sizes
     from deepseek_jax.plan import figures
-    from deepseek_jax.plan.chips import chip
 
     devices = options.devices or (subject.run.devices if subject.run else 0)
-    devices = devices or max(config.mesh.data, 1) * config.mesh.expert * config.mesh.pipe
+    devices = devices or math.prod(sizes(**config.mesh, n_devices=0).values())
     options.chip = options.chip or (subject.run.chip if subject.run else "h800")
     found = sections(config, options, subject, devices, is_opened=True)
     if options.json:
@@ -93,7 +95,7 @@ def none_fits(space, least: int):
 
 def space_of(config: ConfigDict, options, subject, devices: int):
     """What may be chosen on so many devices, of what `train` can run today."""
-    from deepseek_jax.plan.chips import chip
+    from deepseek_jax.chips import chip
     from deepseek_jax.plan.suggest import Space
 
     return Space(

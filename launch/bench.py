@@ -208,7 +208,7 @@ def transformers_sizes(config: ConfigDict) -> dict:
 
 def report(config: ConfigDict, sides: dict, seconds: dict, n_steps: int) -> None:
     """Prints the medians and their ratio."""
-    from deepseek_jax.train.metrics import peak_flops
+    from deepseek_jax.chips import peak_flops
 
     tokens = config.batch.size * config.data.seq_len * n_steps
     medians = {name: tokens / statistics.median(taken) for name, taken in seconds.items()}

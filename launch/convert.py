@@ -22,7 +22,8 @@ from pathlib import Path
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
-from deepseek_jax.launch._progress import Progress, clock, peak_memory_bytes
+from deepseek_jax.launch._progress import Progress
+from deepseek_jax.units import binary, duration
 
 DTYPES = {"keep": None, "bf16": "bfloat16", "fp32": "float32"}
 FLAGS = {
@@ -55,69 +56,93 @@ def main(argv: list[str]) -> int:
 
 
 def convert(source: Path, workdir: Path, dtype: str) -> None:
-    """Writes the weights of `source` as step 0 of `workdir`, going on with what an earlier start has left."""
+    """Writes the weights of `source` as step 0 of `workdir`, continuing what an earlier start has left."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes only; another process may be using the accelerator
-    import numpy as np
-
     from deepseek_jax import release
     from deepseek_jax.abstract_model import abstract_weights
+    from deepseek_jax.compat import peak_memory_bytes
     from deepseek_jax.convert import hub
     from deepseek_jax.convert.hf import Source, copy_files, open_published
     from deepseek_jax.saved_config import to_json
     from deepseek_jax.stored import published_config
-    from deepseek_jax.train import streamed, tree
+    from deepseek_jax.train.streamed import StreamedStep
 
     source = hub.local(source)
     published = open_published(source)
     if source.resolve() == workdir.resolve():
         raise UserError(f"--workdir={workdir} is the published directory itself. Give another one.")
-    origin = describe(source, dtype)
-    checkpoints = workdir / "checkpoints"
+    origin, checkpoints = describe(source, dtype), workdir / "checkpoints"
     config = published_config(published, source.resolve())
     if is_there(checkpoints, origin):
         return check_others(release.files(config), workdir)
     pieces = Source(published, abstract_weights(config))
-    wanted = DTYPES[dtype]
-    arrays = {
-        name: (leaf.shape, np.dtype(wanted if wanted and name.startswith("params/") else leaf.dtype))
-        for name, leaf in tree.flatten(pieces.abstract, leaf_types=object).items()
-    }
-    n_bytes = sum(math.prod(shape) * kind.itemsize for shape, kind in arrays.values())
-    check_room(checkpoints, n_bytes)
-    bound = memory_bound(published.tensors, wanted) + PROGRAM_BYTES + 2 * streamed.PENDING_BYTES
-    plan = f"{n_bytes / 1e9:,.2f} GB to write, memory at most {gib(bound)}"
+    arrays = arrays_to_write(pieces.abstract, DTYPES[dtype])
+    plan = planned(checkpoints, arrays, published.tensors, DTYPES[dtype])
     print(f"{source}: family {config.family}, {plan}", flush=True)
-
-    with streamed.StreamedStep(checkpoints, STEP, arrays, origin, watch=Progress) as step:
-        if step.n_damaged:
-            print(f"{step.n_damaged} pieces of an earlier start are damaged: they are written again", file=sys.stderr)
-        if step.resumed:
-            share = step.n_bytes_done / step.n_bytes
-            print(f"going on with an earlier start: {share:.0%} of {workdir} is written already", flush=True)
+    with StreamedStep(checkpoints, STEP, arrays, origin, watch=Progress) as step:
+        report_earlier_start(step, workdir)
         copy_files(release.files(config), workdir)
         config = release.moved(config, workdir)
         if config.data.tokenizer == "none":
             print("warning: no tokenizer.json beside the weights: they will take ids and no text.", file=sys.stderr)
         config.precision = config.precision if dtype == "keep" else dtype
-
-        def is_done(path: tuple[str, ...], index: tuple[int, ...]) -> bool:
-            return step.is_done("/".join(path), index)
-
-        with Progress("convert", step.n_bytes, step.n_bytes_done) as progress:
-            for piece in pieces.pieces(skip=is_done):
-                name = "/".join(piece.path)
-                array = piece.array.astype(arrays[name][1], copy=False)
-                step.write(name, piece.index, array)
-                progress.advance(array.nbytes)
-                del piece, array
-            step.flush()
+        took_s = write(pieces, step, arrays)
         if describe(source, dtype) != origin:
             raise UserError(
                 f"{source}: files were replaced or changed while they were converted. Delete {step.path} and "
                 f"{step.path.name}.journal beside it, and start again with files at rest."
             )
         step.commit({"config": to_json(config), "converted": origin})
-    print(f"{step.path}: done in {clock(progress.seconds)}, peak memory {gib(peak_memory_bytes())}")
+    print(f"{step.path}: done in {duration(took_s)}, peak memory {binary(peak_memory_bytes() or 0)}")
+
+
+def arrays_to_write(abstract: dict, dtype: str | None) -> dict[str, tuple]:
+    """Name -> (shape, dtype) of what is written: `dtype` for weights, or their own if that is None."""
+    import numpy as np
+
+    from deepseek_jax.train import tree
+
+    def kind(name: str, leaf) -> np.dtype:
+        return np.dtype(dtype if dtype and name.startswith("params/") else leaf.dtype)
+
+    leaves = tree.flatten(abstract, leaf_types=object)
+    return {name: (leaf.shape, kind(name, leaf)) for name, leaf in leaves.items()}
+
+
+def planned(checkpoints: Path, arrays: dict[str, tuple], tensors, dtype: str | None) -> str:
+    """What a conversion takes, in words. Raises UserError if the disk has no room for it."""
+    from deepseek_jax.train.streamed import PENDING_BYTES
+
+    n_bytes = sum(math.prod(shape) * kind.itemsize for shape, kind in arrays.values())
+    check_room(checkpoints, n_bytes)
+    bound = memory_bound(tensors, dtype) + PROGRAM_BYTES + 2 * PENDING_BYTES
+    return f"{n_bytes / 1e9:,.2f} GB to write, memory at most {binary(bound)}"
+
+
+def report_earlier_start(step, workdir: Path) -> None:
+    """Reports what an earlier start has written of a step, and what of it is damaged."""
+    if step.n_damaged:
+        print(f"{step.n_damaged} pieces of an earlier start are damaged: they are written again", file=sys.stderr)
+    if step.resumed:
+        share = step.n_bytes_done / step.n_bytes
+        print(f"going on with an earlier start: {share:.0%} of {workdir} is written already", flush=True)
+
+
+def write(pieces, step, arrays: dict[str, tuple]) -> float:
+    """Writes all pieces that a step does not have yet; returns the seconds that it took."""
+
+    def is_done(path: tuple[str, ...], index: tuple[int, ...]) -> bool:
+        return step.is_done("/".join(path), index)
+
+    with Progress("convert", step.n_bytes, step.n_bytes_done) as progress:
+        for piece in pieces.pieces(skip=is_done):
+            name = "/".join(piece.path)
+            array = piece.array.astype(arrays[name][1], copy=False)
+            step.write(name, piece.index, array)
+            progress.advance(array.nbytes)
+            del piece, array
+        step.flush()
+    return progress.seconds
 
 
 def describe(source: Path, dtype: str) -> str:
@@ -196,8 +221,3 @@ def memory_bound(tensors, wanted: str | None) -> int:
         return max(2 * count, info.nbytes) + (np.dtype(wanted).itemsize * count if wanted else 0)
 
     return max(map(needs, tensors.names()))
-
-
-def gib(n_bytes: int) -> str:
-    """A size of memory."""
-    return f"{n_bytes / 2**30:.2f} GiB"

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
-from deepseek_jax.launch._progress import Progress, clock, peak_memory_bytes
+from deepseek_jax.launch._progress import Progress
+from deepseek_jax.units import binary, duration
 
 DTYPES = ("bf16", "fp32", "fp8", "fp8_ue8m0", "fp8_e8m0", "keep")
 FLAGS = {
@@ -46,6 +47,7 @@ def export(workdir: Path, target: Path, dtype: str) -> None:
     import jax
 
     from deepseek_jax import stored
+    from deepseek_jax.compat import peak_memory_bytes
     from deepseek_jax.train import tree
     from deepseek_jax.train.checkpoint import Checkpointer
     from deepseek_jax.train.streamed import StepReader
@@ -69,10 +71,8 @@ def export(workdir: Path, target: Path, dtype: str) -> None:
 
     with Progress("export", published_bytes(abstract)) as progress:
         stored.export(config, target, abstract, get, dtype, report=progress.advance)
-    took, peak = clock(progress.seconds), peak_memory_bytes() / 2**30
-    print(
-        f"{target}: step {step} of {workdir} as {dtype}, {size(target) / 1e9:,.2f} GB in {took}, memory {peak:.2f} GiB"
-    )
+    took, peak = duration(progress.seconds), binary(peak_memory_bytes() or 0)
+    print(f"{target}: step {step} of {workdir} as {dtype}, {size(target) / 1e9:,.2f} GB in {took}, memory {peak}")
 
 
 def check_empty(target: Path) -> None:

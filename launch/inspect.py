@@ -3,6 +3,7 @@
     deepseek-jax inspect --config=v3_671b
     deepseek-jax inspect --config=v3_671b --config.mesh.expert=64 --devices=256
     deepseek-jax inspect --workdir=runs/tiny_v3             # a run or published weights: its numbers as well
+    deepseek-jax inspect --config=tiny_v2 --show-config     # every key of the resolved config
 
 The mesh may be of any size: its devices need not be here.  Without --devices, --config.mesh.data=-1 counts as 1.
 """
@@ -20,10 +21,14 @@ from deepseek_jax.bounds import whole
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
 from deepseek_jax.launch._tables import print_table
+from deepseek_jax.units import binary
 
 DEFAULT = "tiny_v3"
 HEADER = ("weight", "shape", "dtype", "logical axes", "split over", "weight/device", "optimiser/device")
-EXTRA = {"devices": (int, 0, "devices of the mesh; 0: as many as config.mesh says", whole(0, 10**9))}
+EXTRA = {
+    "devices": (int, 0, "devices of the mesh; 0: as many as config.mesh says", whole(0, 10**9)),
+    "show_config": (bool, False, "print every key of the resolved config instead, as a config file would set it"),
+}
 RIGHT = ("weight/device", "optimiser/device")
 
 
@@ -49,24 +54,29 @@ def main(argv: list[str]) -> int:
         config, origin = config_of_run(options.workdir)
     else:
         config, origin = without_pipeline(run_config.validate(options.config)), options.config.name
-    sizes = mesh_sizes(config.mesh.data, config.mesh.expert, options.devices)
-    weights, totals = inspect(config, sizes)
-    mesh = " x ".join(f"{axis} {n}" for axis, n in sizes.items())
-    print(f"{origin}: family {config.family}, mesh {mesh} ({math.prod(sizes.values()):,} devices)\n")
+    if options.show_config:
+        print("\n".join(run_config.assignments(config)))
+        return 0
+    from deepseek_jax.parallel.mesh import sizes
+
+    mesh = {axis: n for axis, n in sizes(**config.mesh, n_devices=options.devices).items() if axis != "pipe"}
+    weights, totals = inspect(config, mesh)
+    shown = " x ".join(f"{axis} {n}" for axis, n in mesh.items())
+    print(f"{origin}: family {config.family}, mesh {shown} ({math.prod(mesh.values()):,} devices)\n")
     if options.workdir or config.run.init_from:
         print("\n".join([*numbers(config), ""]))
     print_table(HEADER, [cells(weight) for weight in weights], right=RIGHT)
     print()
     print_table(("total", "parameters"), totals, right=("parameters",))
     weight_bytes, optimizer_bytes = (sum(w.weight_bytes for w in weights), sum(w.optimizer_bytes for w in weights))
-    print(f"\non each device: weights {size_text(weight_bytes)}, optimiser state {size_text(optimizer_bytes)}")
+    print(f"\non each device: weights {binary(weight_bytes)}, optimiser state {binary(optimizer_bytes)}")
     return 0
 
 
 def numbers(config: ConfigDict) -> list[str]:
     """The keys that make another config one of the same model, as they would be written in it."""
-    model = [f"config.model.{key} = {value!r}" for key, value in config.model.to_dict().items()]
-    return [f"config.family = {config.family!r}", *model, f"config.data.tokenizer = {config.data.tokenizer!r}"]
+    keys = ("config.family ", "config.model.", "config.data.tokenizer ")
+    return [line for line in run_config.assignments(config) if line.startswith(keys)]
 
 
 def without_pipeline(config: ConfigDict) -> ConfigDict:
@@ -85,18 +95,6 @@ def config_of_run(workdir) -> tuple[ConfigDict, str]:
 
     config = config_of(workdir)
     return config, f"{config.name} ({workdir})"
-
-
-def mesh_sizes(data: int, expert: int, n_devices: int) -> dict[str, int]:
-    """Devices along each axis; `data` -1 takes what `n_devices` leaves, 1 where that is 0 (not given)."""
-    given = f"config.mesh: data={data} x expert={expert}"
-    if expert < 1 or (data < 1 and data != -1) or n_devices < 0:
-        raise UserError(f"{given}, --devices={n_devices}: sizes are 1 or more (data may be -1: all the rest).")
-    if data == -1:
-        data = max(n_devices // expert, 1) if n_devices else 1
-    if n_devices and data * expert != n_devices:
-        raise UserError(f"{given} does not make up {n_devices} devices. Choose sizes whose product is --devices.")
-    return {"data": data, "expert": expert}
 
 
 def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], list[tuple[str, str]]]:
@@ -145,17 +143,9 @@ def millions(count: int) -> str:
     return f"{count:,} ({count / 1e6:,.{0 if count > 1e9 else 2}f}M)"
 
 
-def size_text(n_bytes: int) -> str:
-    """Bytes in a unit that suits them."""
-    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if n_bytes >= 1024**power:
-            return f"{n_bytes / 1024**power:,.2f} {unit}"
-    return f"{n_bytes} B"
-
-
 def cells(weight: Weight) -> tuple[str, ...]:
     """A row as text; axes and split stand in the same order as the shape."""
     shape = "x".join(map(str, weight.shape))
     split_over = ",".join(axis or "-" for axis in weight.spec)
-    sizes = (size_text(weight.weight_bytes), size_text(weight.optimizer_bytes))
+    sizes = (binary(weight.weight_bytes), binary(weight.optimizer_bytes))
     return (weight.name, shape, weight.dtype, ",".join(axis or "-" for axis in weight.axes), split_over, *sizes)

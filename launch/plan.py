@@ -107,7 +107,7 @@ def name_chips(options) -> None:
 
     Raises UserError if --devices says another number.
     """
-    from deepseek_jax.plan.chips import chips_of
+    from deepseek_jax.chips import chips_of
 
     found, count = chips_of(options.chip) if options.chip else (None, 0)
     if count and options.devices not in (0, count):
@@ -132,7 +132,7 @@ def subject_of(config: ConfigDict, *, is_whole: bool = True):
 
 def job_of(config: ConfigDict, options, subject):
     """The network, divided as the command line, the config and the published run say."""
-    from deepseek_jax.plan.chips import chip
+    from deepseek_jax.chips import chip
     from deepseek_jax.plan.job import Job
     from deepseek_jax.plan.layout import make_layout
     from deepseek_jax.plan.recipes import recipe
@@ -204,7 +204,7 @@ def question_of(config: ConfigDict, options, subject, job):
 
 def is_published(run: Run, job) -> bool:
     """Whether a job is divided as the published run was, on the same chips."""
-    from deepseek_jax.plan.chips import CHIPS
+    from deepseek_jax.chips import CHIPS
 
     at = job.layout
     ours = (job.chip, at.devices, at.pipe, at.expert, at.batch, at.seq_len)

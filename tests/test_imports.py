@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up.  A room imports itself and what stands on lower floors, never a neighbour on its own floor.
 FLOORS = (
-    ("configs", "shapes", "errors", "streams"),
-    ("paths", "bounds"),
+    ("configs", "shapes", "errors", "streams", "files", "units"),
+    ("paths", "bounds", "chips"),
     ("compat", "seeds", "kernels", "saved_config"),
     ("precision", "data"),
     ("parallel",),

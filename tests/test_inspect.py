@@ -4,11 +4,14 @@ import math
 
 import jax
 import pytest
+from ml_collections import ConfigDict
 
 from deepseek_jax import run_config
 from deepseek_jax.abstract_model import abstract_module, count_parameters
+from deepseek_jax.configs import base
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import inspect
+from deepseek_jax.launch._tables import print_table
 from deepseek_jax.layers.base import split
 
 
@@ -57,18 +60,16 @@ def test_a_pipeline_is_refused_rather_than_left_out():
         inspect.main(["--config=tiny_v3", "--config.mesh.pipe=2"])
 
 
-@pytest.mark.parametrize(
-    ("data", "expert", "n_devices", "expected"),
-    [(-1, 1, 0, (1, 1)), (-1, 64, 0, (1, 64)), (-1, 64, 256, (4, 64)), (2, 4, 0, (2, 4)), (2, 4, 8, (2, 4))],
-)
-def test_mesh_sizes(data, expert, n_devices, expected):
-    assert tuple(inspect.mesh_sizes(data, expert, n_devices).values()) == expected
-
-
-@pytest.mark.parametrize(("data", "expert", "n_devices"), [(-1, 48, 256), (2, 4, 16), (0, 1, 0), (1, 0, 0), (-1, 8, 4)])
-def test_a_mesh_that_cannot_be_is_refused(data, expert, n_devices):
-    with pytest.raises(UserError, match="config.mesh"):
-        inspect.mesh_sizes(data, expert, n_devices)
+def test_the_resolved_config_can_be_pasted_into_a_file(capsys):
+    overrides = ["--config.loop.steps=7", "--config.release.eos_ids=(1,)"]
+    assert inspect.main(["--config=tiny_v3", *overrides, "--show-config"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "config.loop.steps = 7" in lines and "config.model.yarn = ConfigDict()" in lines
+    config = base.get_config()
+    exec("\n".join(lines), {"config": config, "ConfigDict": ConfigDict})
+    expected = run_config.load("tiny_v3")
+    expected.loop.steps, expected.release.eos_ids = 7, (1,)
+    assert config == expected
 
 
 def test_the_verb_prints_aligned_text(capsys):
@@ -85,10 +86,5 @@ def test_the_verb_prints_aligned_text(capsys):
 def test_a_terminal_gets_a_drawn_table(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "80")
-    inspect.print_table(("weight", "weight/device"), [("head.weight_DV", "1.00 MiB")])
+    print_table(("weight", "weight/device"), [("head.weight_DV", "1.00 MiB")])
     assert "──" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("n_bytes", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (2**40, "1.00 TiB")])
-def test_sizes_in_words(n_bytes, text):
-    assert inspect.size_text(n_bytes) == text

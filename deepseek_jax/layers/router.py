@@ -205,6 +205,6 @@ def updated_bias(bias: jax.Array, load: jax.Array, rate: float | jax.Array) -> j
 
 
 def max_violation(load: jax.Array) -> jax.Array:
-    """MaxVio = (max load - mean load) / mean load over the last axis: 0 when balanced."""
+    """MaxVio = (max load - mean load) / mean load over the last axis: 0 when balanced, or when nothing was routed."""
     mean = jnp.mean(load, axis=-1)
-    return (jnp.max(load, axis=-1) - mean) / mean
+    return jnp.where(mean > 0, (jnp.max(load, axis=-1) - mean) / jnp.where(mean > 0, mean, 1), 0)

@@ -39,21 +39,35 @@ def make_mesh(data: int = -1, expert: int = 1, devices: list | None = None, pipe
         raise UserError(
             f"config.mesh.pipe={pipe}: a run has no pipeline axis yet, only deepseek-jax plan knows it. Set it to 1."
         )
-    if expert < 1 or (data < 1 and data != -1):
-        raise UserError(
-            f"config.mesh: data={data}, expert={expert}. Sizes are 1 or more (data may be -1: all the rest)."
-        )
     given = f"config.mesh: data={data} x expert={expert}"
-    if data == -1:
-        data, rest = divmod(len(devices), expert)
-        if rest or not data:
-            raise UserError(f"{given} does not divide the {len(devices)} devices. Choose an expert size that does.")
+    data = sizes(pipe, data, expert, len(devices) if data == -1 else 0)[DATA]
     if data * expert > len(devices):
         raise UserError(f"{given} needs {data * expert} devices, here are {len(devices)}. Make the mesh smaller.")
     if jax.process_count() > 1 and data * expert != len(devices):
         raise UserError(f"{given} must use all {len(devices)} devices of a run of several processes.")
     chosen = np.asarray(devices[: data * expert]).reshape(data, expert)
     return Mesh(chosen, ALL, axis_types=(AxisType.Auto,) * 2)
+
+
+def sizes(pipe: int, data: int, expert: int, n_devices: int) -> dict[str, int]:
+    """Devices along each axis of a mesh that need not be here.
+
+    Args:
+        pipe, data, expert: as in `config.mesh`; data=-1 takes what the others leave.
+        n_devices: of the mesh; 0: as many as the sizes say, where data=-1 counts as 1.
+
+    Raises:
+        UserError: a size is invalid, or they do not make up `n_devices`.
+    """
+    given = f"config.mesh: pipe={pipe} x data={data} x expert={expert}"
+    if min(pipe, expert) < 1 or (data < 1 and data != -1) or n_devices < 0:
+        raise UserError(f"{given} on {n_devices} devices: expected sizes >= 1 (data may be -1: all remaining devices).")
+    rest = pipe * expert * max(data, 1)
+    if n_devices % rest or (data != -1 and n_devices not in (0, rest)):
+        raise UserError(
+            f"{given} does not divide the {n_devices} devices. Choose other sizes, or a multiple of {rest} devices."
+        )
+    return {"pipe": pipe, DATA: data if data != -1 else max(n_devices // rest, 1), EXPERT: expert}
 
 
 def size(mesh: Mesh, axes: tuple[str, ...]) -> int:

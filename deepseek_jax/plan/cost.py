@@ -7,7 +7,7 @@ The peak is the bfloat16 one whatever format the matmuls run in, as in the publi
 
 from dataclasses import dataclass
 
-from deepseek_jax.plan.chips import Chip
+from deepseek_jax.chips import Chip
 from deepseek_jax.plan.step_time import TERA
 
 HOUR, DAY, TRILLION = 3600.0, 86_400.0, 1e12

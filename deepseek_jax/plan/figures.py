@@ -12,6 +12,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deepseek_jax import units
+
 DERIVED, PUBLISHED, GIVEN, FITTED = "derived", "published", "given", "fitted"
 GIB, GIGA = 2**30, 1e9
 
@@ -92,14 +94,6 @@ def metric(n: float, unit: str) -> str:
     return f"{n:,.0f} {unit}"
 
 
-def binary(n_bytes: float) -> str:
-    """Returns a number of bytes in a suitable unit."""
-    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if abs(n_bytes) >= 1024**power:
-            return f"{n_bytes / 1024**power:,.2f} {unit}"
-    return f"{n_bytes:,.0f} B"
-
-
 def seconds(value: float) -> str:
     """Returns a duration in seconds, or in milliseconds below one second."""
     return f"{value:,.3f} s" if value >= 1 or not value else f"{1e3 * value:,.3g} ms"
@@ -122,4 +116,4 @@ def plain(key: str, n: int, mark: str = DERIVED) -> Figure:
 
 def gib(name: str, n_bytes: float, mark: str = DERIVED) -> Figure:
     """Returns a number of bytes as a figure; in JSON it is in GiB."""
-    return Figure(f"{name}_gib", n_bytes / GIB, binary(n_bytes), mark)
+    return Figure(f"{name}_gib", n_bytes / GIB, units.binary(n_bytes), mark)

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
+from deepseek_jax.chips import Chip
 from deepseek_jax.parallel.mesh import REPLICAS
 from deepseek_jax.parallel.sharding import Placement, bytes_per_device, expert_axis, placements
 from deepseek_jax.parallel.stages import StageShare
-from deepseek_jax.plan.chips import Chip
 from deepseek_jax.plan.layout import Layout, Stage, make_stages
 from deepseek_jax.plan.network import Network, Weight
 from deepseek_jax.plan.recipes import Recipe

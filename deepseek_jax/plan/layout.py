@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.stages import divide, slices
+from deepseek_jax.parallel.mesh import sizes
 from deepseek_jax.plan.flops import keys_seen
 from deepseek_jax.plan.network import EMBEDDING, HEAD, MTP, Network, Weight
 
@@ -69,17 +70,7 @@ def make_layout(
     Raises:
         UserError: a size is invalid or does not divide.
     """
-    given = f"config.mesh: pipe={pipe} x data={data} x expert={expert}"
-    if min(pipe, expert) < 1 or (data < 1 and data != -1) or devices < 0:
-        raise UserError(f"{given}, --devices={devices}: expected sizes >= 1 (data may be -1: all remaining devices).")
-    if data == -1:
-        data = max(devices // (pipe * expert), 1)
-    if devices and pipe * data * expert != devices:
-        divisor = pipe * expert * (data if "data=-1" not in given else 1)
-        raise UserError(
-            f"{given} does not divide {devices} devices. "
-            f"Set --devices to a multiple of {divisor}, or choose other sizes."
-        )
+    data = sizes(pipe, data, expert, devices)["data"]
     replicas = data * expert
     if batch % replicas:
         raise UserError(

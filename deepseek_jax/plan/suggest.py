@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
+from deepseek_jax.chips import Chip
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.mesh import DATA, EXPERT
 from deepseek_jax.parallel.sharding import EXPERTS
 from deepseek_jax.plan import step_time
 from deepseek_jax.plan.activations import ActivationBytes, matmul_outputs
-from deepseek_jax.plan.chips import Chip
 from deepseek_jax.plan.job import Job
 from deepseek_jax.plan.layout import Layout
 from deepseek_jax.plan.memory import BARELY, capacity, fullest

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from deepseek_jax.chips import Chip
 from deepseek_jax.parallel.mesh import DATA, size
 from deepseek_jax.parallel.sharding import EXPERTS
-from deepseek_jax.plan.chips import Chip
 from deepseek_jax.plan.job import Job, Part
 
 GIGA = 1e9

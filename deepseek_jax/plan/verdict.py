@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from deepseek_jax import units
 from deepseek_jax.plan import figures, flops, step_time
 from deepseek_jax.plan.cost import Speed
 from deepseek_jax.plan.figures import DERIVED, Column, Figure, Row, Section
@@ -29,7 +30,7 @@ def verdict(job: Job, memory: float, efficiency: float, mark: str, hindrances: S
         efficiency, mark: efficiency of the matmuls, and the origin of that number (`figures`).
         hindrances: reasons why `train` cannot run the job today.
     """
-    fits, step, size = memory <= capacity(job), step_time.step(job, efficiency), figures.binary(capacity(job))
+    fits, step, size = memory <= capacity(job), step_time.step(job, efficiency), units.binary(capacity(job))
     per_second, mfu = _speed(job, step.total)
     runs = "deepseek-jax train runs it" if not hindrances else f"train cannot run it yet: {'; '.join(hindrances)}"
     limit, advice = bottleneck(job, step) if fits else ("memory", "--suggest names meshes that fit")

@@ -32,6 +32,7 @@ import ml_dtypes  # noqa: F401 - numpy learns the names of bfloat16 and the floa
 import numpy as np
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.files import flush_folder, write_atomically
 
 ARRAYS, CONFIG, META, MANIFEST, COMMIT = "arrays", "config.json", "meta.json", "MANIFEST.json", "COMMIT"
 FORMAT = 1
@@ -207,17 +208,6 @@ def remove(path: Path, tries: int = 5) -> None:
         time.sleep(0.1)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that after a crash is either whole or absent, and on the disk when this returns."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    flush_folder(path.parent)
-
-
 def read_checked(path: Path) -> bytes:
     """Returns a file's bytes; raises CheckpointDamaged where it cannot be read."""
     try:
@@ -240,15 +230,6 @@ def digest(path: Path, flush: bool = False) -> dict:
             os.fsync(file.fileno())
         found = hashlib.file_digest(file, "sha256").hexdigest()
         return {"size": file.tell(), "sha256": found}
-
-
-def flush_folder(path: Path) -> None:
-    """Puts a directory's entries on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class WriterLock:

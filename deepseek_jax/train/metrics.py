@@ -25,28 +25,13 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from deepseek_jax.chips import peak_flops
+from deepseek_jax.compat import peak_memory_bytes
 from deepseek_jax.errors import UserError
+from deepseek_jax.files import write_atomically
+from deepseek_jax.layers.router import max_violation
 from deepseek_jax.train.board import Board
-
-# Dense bfloat16 FLOP/s of one chip; the first entry that occurs in the device's kind holds.
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "H800": 989e12,
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "T4": 65e12,  # in float16: it has no bfloat16 units
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,  # v5p, which calls itself "TPU v5"
-    "TPU v6": 918e12,
-}
+from deepseek_jax.units import duration
 
 # Figure -> (label, format), in the order in which they are shown.  The loss that is shown is that of the next token,
 # which bits/byte is made of as well; the one that is minimised holds other losses too, with weights that change.
@@ -77,11 +62,6 @@ VIEW_WIDTH = 100  # columns; a view narrower than the window is not torn when th
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
-def peak_flops(device_kind: str) -> float | None:
-    """Returns a chip's dense bfloat16 FLOP/s, None where unknown (a CPU)."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name.lower() in device_kind.lower()), None)
-
-
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
     """Returns loss / (ln 2 * bytes per token): a loss in nats per token, made comparable between tokenizers.
 
@@ -90,25 +70,13 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
     return loss / (math.log(2) * bytes_per_token)
 
 
-def max_violation(load_LE: np.ndarray) -> np.ndarray:
-    """Returns MaxVio of each layer, (max load - mean load) / mean load; 0 where nothing was routed."""
-    mean_L = load_LE.mean(-1)
-    return np.divide(load_LE.max(-1) - mean_L, mean_L, out=np.zeros_like(mean_L), where=mean_L > 0)
-
-
 def memory_gib() -> float | None:
     """Returns the peak memory in GiB: of the first local device where it tells, else of this process on the host."""
     import jax
 
     stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"] / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    peak = stats["peak_bytes_in_use"] if stats and "peak_bytes_in_use" in stats else peak_memory_bytes()
+    return None if peak is None else peak / 2**30
 
 
 def read_log(path: str | Path) -> list[dict]:
@@ -203,7 +171,7 @@ class Metrics:
         layers = {name: np.asarray(value, np.float64) for name, value in (per_layer or {}).items()}
         figures = {name: _number(value) for name, value in scalars.items()}
         if "expert_load" in layers:
-            layers["max_violation"] = max_violation(layers["expert_load"])
+            layers["max_violation"] = np.asarray(max_violation(layers["expert_load"]))
             figures.setdefault("max_violation", float(layers["max_violation"].mean()))
         self._time(step, self.tokens_per_step * (step - self.now) if tokens is None else tokens)
         self.now, self.figures = step, {name: value for name, value in figures.items() if value != 0 or name != "mtp"}
@@ -278,9 +246,7 @@ class Metrics:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             kept = [record for record in read_log(path) if 0 < self._start_step >= record["step"]]
-            fresh = path.with_suffix(".jsonl.new")
-            fresh.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-            os.replace(fresh, path)
+            write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
             self._board = Board(workdir / "tensorboard", self._start_step)
             self._log = path.open("a", encoding="utf-8")
         except OSError as error:
@@ -347,12 +313,6 @@ class Metrics:
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         """Draws the live view for the terminal's present width."""
         yield _view(self, min(options.max_width, VIEW_WIDTH), ascii_only=options.ascii_only)
-
-
-def duration(seconds: float) -> str:
-    """Returns h:mm:ss."""
-    whole = int(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 def _number(value: Any) -> int | float:

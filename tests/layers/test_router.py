@@ -97,6 +97,7 @@ def test_load_and_violation():
     np.testing.assert_array_equal(load, [3, 1, 2, 0])
     assert float(max_violation(load)) == pytest.approx((3 - 1.5) / 1.5)
     assert float(max_violation(jnp.ones(5))) == 0
+    assert max_violation(jnp.array([[1.0, 2.0, 3.0], [4.0, 4.0, 4.0], [0.0, 0.0, 0.0]])).tolist() == [0.5, 0.0, 0.0]
 
 
 def test_balance_loss_is_one_when_balanced():

@@ -21,7 +21,12 @@ from deepseek_jax.launch import plan
 from deepseek_jax.layers.base import bind, decayed, logical_axes, split
 from deepseek_jax.models import FAMILIES, family
 from deepseek_jax.parallel.mesh import make_mesh
+<<<<<<< HEAD
 from deepseek_jax.train.loss import Totals, losses
+=======
+from deepseek_jax.parallel.sharding import is_axes
+from deepseek_jax.train.loss import Totals, Weights, losses
+>>>>>>> 1baca61 (Facts said once: chips, peak memory, MaxVio, sizes of a mesh, atomic writes, bytes and durations; inspect --show-config prints the resolved config)
 
 B, T, SLOTS = 2, 12, 14
 
@@ -139,7 +144,6 @@ def test_every_weight_learns_and_the_balance_losses_count(model, ids):
 def test_every_weight_names_its_axes(model):
     definition, params, bias = model
     module = nnx.eval_shape(lambda: bind(definition, params, bias))
-    is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
     ranks = [jax.tree.map(len, tree, is_leaf=is_axes) for tree in logical_axes(module)]
     assert ranks == [jax.tree.map(jnp.ndim, tree) for tree in (params, bias)]
 

@@ -14,7 +14,12 @@ from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.layers.base import bind, logical_axes, split
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.models import family
+<<<<<<< HEAD
 from deepseek_jax.train.loss import Totals, losses
+=======
+from deepseek_jax.parallel.sharding import is_axes
+from deepseek_jax.train.loss import Totals, Weights, losses
+>>>>>>> 1baca61 (Facts said once: chips, peak memory, MaxVio, sizes of a mesh, atomic writes, bytes and durations; inspect --show-config prints the resolved config)
 
 B, T, SLOTS, DEPTH = 2, 12, 14, 2
 
@@ -193,7 +198,6 @@ def test_loads_match_the_router_biases(model):
 def test_every_weight_names_its_axes(model, sizes):
     _, params, bias = model
     axes = logical_axes(nnx.eval_shape(lambda: family("v3").Model(sizes, rngs=nnx.Rngs(0))))
-    is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
     ranks = [jax.tree.map(len, tree, is_leaf=is_axes) for tree in axes]
     assert ranks == [jax.tree.map(jnp.ndim, tree) for tree in (params, bias)]
 

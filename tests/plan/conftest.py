@@ -27,7 +27,7 @@ def subject():
 @pytest.fixture(scope="session")
 def job_of():
     """A function that returns a `Job`; mesh sizes default to 1."""
-    from deepseek_jax.plan.chips import CHIPS
+    from deepseek_jax.chips import CHIPS
     from deepseek_jax.plan.job import Job
     from deepseek_jax.plan.layout import make_layout
     from deepseek_jax.plan.recipes import recipe

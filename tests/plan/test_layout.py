@@ -34,8 +34,8 @@ def test_without_a_pipeline_micro_batches_are_those_of_the_config():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"devices": 2000}, "does not divide 2000 devices. Set --devices to a multiple of 1024"),
-        ({"data": 3}, "does not divide 2048 devices. Set --devices to a multiple of 3072"),
+        ({"devices": 2000}, "does not divide the 2000 devices. Choose other sizes, or a multiple of 1024"),
+        ({"data": 3}, "does not divide the 2048 devices. Choose other sizes, or a multiple of 3072"),
         ({"expert": 0}, "expected sizes >= 1"),
         ({"pipe": -1}, "expected sizes >= 1"),
         ({"batch": 100}, "does not divide over data 2 x expert 64 = 128 devices. Choose a multiple of 128"),

@@ -2,8 +2,8 @@
 
 import pytest
 
+from deepseek_jax.chips import CHIPS
 from deepseek_jax.plan import flops
-from deepseek_jax.plan.chips import CHIPS
 from deepseek_jax.plan.cost import Speed, mfu_of_hours, saving
 from deepseek_jax.plan.published import RUNS
 from deepseek_jax.plan.step_time import bubble, mean_times, recomputed_flops, slowest, step

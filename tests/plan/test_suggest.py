@@ -7,11 +7,12 @@ from itertools import islice, pairwise
 import pytest
 
 from deepseek_jax import run, run_config
+from deepseek_jax.chips import chip
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options, _suggest, inspect, plan
+from deepseek_jax.parallel.mesh import sizes
 from deepseek_jax.plan import suggest
 from deepseek_jax.plan.activations import ActivationBytes, CachedActivations, kept
-from deepseek_jax.plan.chips import chip
 from deepseek_jax.plan.memory import BARELY, capacity, fullest
 from deepseek_jax.plan.recipes import recipe
 
@@ -138,7 +139,8 @@ def test_a_suggestion_is_what_plan_train_and_inspect_make_of_its_words(suggested
         config = _options.parse([*of_the_config, *said], "tiny_v1", {}, workdir=False).config
         run_config.validate(config)
         run.batch_ramp(config, 8)
-        inspect.inspect(config, inspect.mesh_sizes(config.mesh.data, config.mesh.expert, 8))
+        mesh = sizes(**config.mesh, n_devices=8)
+        inspect.inspect(config, {"data": mesh["data"], "expert": mesh["expert"]})
 
 
 def test_where_nothing_fits_plan_says_how_many_devices_would_do(capsys):

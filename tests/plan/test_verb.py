@@ -137,7 +137,7 @@ def test_other_schedules_stand_beside_the_chosen_one(capsys):
     ("words", "message"),
     [
         (["--chip=h900"], "--chip=h900: no such chip. Choose one of h800"),
-        (["--devices=2000"], "does not divide 2000 devices"),
+        (["--devices=2000"], "does not divide the 2000 devices"),
         (["--devices=1536", "--config.mesh.expert=48"], "256 experts over mesh axis 'expert' of size 48"),
         (["--config.mesh.pipe=62", "--devices=7936", "--schedule=1f1b"], "62 pipeline stages for 61 layers"),
         (["--config.batch.size=100"], "config.batch.size=100 does not divide"),

@@ -14,7 +14,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.train import board
 from deepseek_jax.train import metrics as metrics_module
 from deepseek_jax.train.loop import router_names
-from deepseek_jax.train.metrics import Metrics, bits_per_byte, duration, max_violation, peak_flops, read_log
+from deepseek_jax.train.metrics import Metrics, bits_per_byte, read_log
 
 
 def open_metrics(workdir, **options):
@@ -305,30 +305,6 @@ def test_the_live_view_draws_at_any_width_and_leaves_the_last_state_after_ctrl_c
     assert "loss" in last and "3" in last
 
 
-def test_imbalance_by_hand():
-    assert max_violation(np.array([[1.0, 2.0, 3.0], [4.0, 4.0, 4.0], [0.0, 0.0, 0.0]])).tolist() == [0.5, 0.0, 0.0]
-
-
 def test_a_byte_tokenizer_turns_nats_into_bits():
     assert bits_per_byte(math.log(256), 1.0) == pytest.approx(8.0)
     assert bits_per_byte(math.log(256), 4.0) == pytest.approx(2.0)
-
-
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H200", 989e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v5", 459e12),
-        ("TPU v6 lite", 918e12),
-        ("cpu", None),
-    ],
-)
-def test_the_peak_of_a_chip(kind, peak):
-    assert peak_flops(kind) == peak
-
-
-def test_durations():
-    assert [duration(0.9), duration(61), duration(36_000)] == ["0:00:00", "0:01:01", "10:00:00"]

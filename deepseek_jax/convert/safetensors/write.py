@@ -17,6 +17,7 @@ import numpy as np
 
 from deepseek_jax.convert.safetensors.format import DTYPE_NAMES, DTYPES, INDEX, IO_BYTES, SINGLE, Info, few
 from deepseek_jax.errors import UserError
+from deepseek_jax.files import flush_folder, write_atomically
 from deepseek_jax.paths import check_local
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -58,7 +59,7 @@ def write_directory(
             _write_file(directory / f"{name}.partial", shard, infos)
         for name in names:
             os.replace(directory / f"{name}.partial", directory / name)
-        _flush_folder(directory)
+        flush_folder(directory)
         if count > 1:
             weight_map = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
             _write_index(directory, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -145,18 +146,4 @@ def _write_at(descriptor: int, data: bytes | np.ndarray, offset: int) -> None:
 
 
 def _write_index(directory: Path, index: dict) -> None:
-    partial = directory / f"{INDEX}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(index, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, directory / INDEX)
-    _flush_folder(directory)
-
-
-def _flush_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_atomically(directory / INDEX, json.dumps(index, indent=2).encode())

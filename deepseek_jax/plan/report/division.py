@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from deepseek_jax import units
+from deepseek_jax.chips import CHIPS
 from deepseek_jax.plan import figures
-from deepseek_jax.plan.chips import CHIPS
 from deepseek_jax.plan.figures import DERIVED, GIGA, GIVEN, PUBLISHED, Column, Figure, Row, Section
 from deepseek_jax.plan.job import Job
 from deepseek_jax.plan.layout import describe_layers
@@ -60,7 +61,7 @@ def _whether_it_fits(job: Job, parts: Mapping[str, float], total: float) -> list
     share = f"largest part: {largest.replace('_', ' ')}, {parts[largest] / total:.0%}"
     grows = "config.run.micro_batches" if largest in GROWS_WITH_MICRO_BATCH else "devices, or a config.sharding rule"
     note = "for compiler, runtime and communication: not counted here" if fits else f"give more {grows}"
-    difference = replace(figures.gib("left", left), text=figures.binary(abs(left)))
+    difference = replace(figures.gib("left", left), text=units.binary(abs(left)))
     return [
         ("does it fit?", Figure("fits", fits, answer, DERIVED), share),
         ("  left" if fits else "  short by", difference, note),

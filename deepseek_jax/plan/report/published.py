@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from deepseek_jax.chips import CHIPS
 from deepseek_jax.plan import figures, flops
-from deepseek_jax.plan.chips import CHIPS
 from deepseek_jax.plan.cost import mfu_of_hours, saving
 from deepseek_jax.plan.figures import DERIVED, GIVEN, PUBLISHED, Figure, Section
 from deepseek_jax.plan.job import Job

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from deepseek_jax import units
 from deepseek_jax.errors import UserError
 from deepseek_jax.plan import figures, flops, step_time
 from deepseek_jax.plan.cost import Speed
@@ -147,7 +148,7 @@ def _schedule_row(job: Job, options: PlanOptions, name: str, found: Schedule) ->
         (calibrated.bubble, figures.seconds(calibrated.bubble), mark),
         (100 * calibrated.bubble / calibrated.total, f"{calibrated.bubble / calibrated.total:.1%}", mark),
         (calibrated.total, figures.seconds(calibrated.total), mark),
-        (largest / GIB, figures.binary(largest), DERIVED),
+        (largest / GIB, units.binary(largest), DERIVED),
     )
     cells = tuple(Figure(f"{name}_{key}", *value) for key, value in zip(SCHEDULE_KEYS, values, strict=True))
     mine = " (this plan)" if found is job.schedule else ""

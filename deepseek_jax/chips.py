@@ -72,6 +72,26 @@ CHIPS = {
         Chip("tpu_v6e", bf16=918, fp8=918, memory=32, hbm=1638, fast=400, reach=256, network=12.5),
     )
 }
+# Chips by the kind that JAX reports: the first entry that occurs in it holds.  A number is TFLOP/s of dense bfloat16
+# matmuls, by their makers' data sheets, of chips that the planner does not know.
+DEVICE_KINDS: dict[str, str | float] = {
+    "H100 PCIe": 756,
+    "H100": "h100",
+    "H200": "h200",
+    "H800": "h800",
+    "GB200": "gb200",
+    "B200": "b200",
+    "A100": "a100",
+    "L40S": 362,
+    "L40": 181,
+    "L4": "l4",
+    "T4": "t4",
+    "TPU v4": 275,
+    "TPU v5 lite": "tpu_v5e",
+    "TPU v5e": "tpu_v5e",
+    "TPU v5": "tpu_v5p",  # calls itself so
+    "TPU v6": "tpu_v6e",
+}
 # Other names of chips, and how many of the units in a slice's name make one chip: "v5p-512" has 512 TensorCores.
 ALIASES = {"a100_80": "a100", "v5e": "tpu_v5e", "v5litepod": "tpu_v5e", "v5p": "tpu_v5p", "v6e": "tpu_v6e"}
 UNITS_PER_CHIP = {"tpu_v5p": 2}
@@ -104,6 +124,14 @@ def chips_of(text: str) -> tuple[Chip, int]:
             f"Expected a multiple of {units}; or give the chips: --chip={named.name} --devices=N."
         )
     return named, count // units
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Returns the dense bfloat16 FLOP/s of a chip by the kind that JAX reports, None if it is unknown (a CPU)."""
+    for kind, known in DEVICE_KINDS.items():
+        if kind.lower() in device_kind.lower():
+            return 1e12 * (CHIPS[known].bf16 if isinstance(known, str) else known)
+    return None
 
 
 def _name(text: str) -> str:

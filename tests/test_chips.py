@@ -1,20 +1,31 @@
-"""The table of chips: it agrees with the table of the training log, and custom chips are read."""
+"""The table of chips, the kinds that JAX reports, and custom chips."""
 
 import dataclasses
 
 import pytest
 
+from deepseek_jax.chips import ALIASES, CHIPS, DEVICE_KINDS, chip, chips_of, peak_flops
 from deepseek_jax.errors import UserError
-from deepseek_jax.plan.chips import ALIASES, CHIPS, chip, chips_of
-from deepseek_jax.train.metrics import peak_flops
-
-IN_LOGS = {name: name.upper() for name in ("h800", "h100", "h200", "b200", "a100", "l4", "t4", "gb200")}
-IN_LOGS |= {"a100_40": "A100", "tpu_v5e": "TPU v5 lite", "tpu_v5p": "TPU v5", "tpu_v6e": "TPU v6"}
 
 
-@pytest.mark.parametrize("name", CHIPS)
-def test_the_peaks_are_those_of_the_training_log(name):
-    assert CHIPS[name].bf16 * 1e12 == peak_flops(f"NVIDIA {IN_LOGS[name]}")
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("cpu", None),
+    ],
+)
+def test_the_peak_of_a_chip_by_the_kind_that_jax_reports(kind, peak):
+    assert peak_flops(kind) == peak
+
+
+def test_every_kind_of_device_is_a_chip_or_a_number():
+    assert {known for known in DEVICE_KINDS.values() if isinstance(known, str)} <= CHIPS.keys()
 
 
 @pytest.mark.parametrize("name", CHIPS)
