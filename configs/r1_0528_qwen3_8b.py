@@ -8,15 +8,21 @@ students (`r1_distill_qwen_7b`).  Sizes from the released config.json.  8.19B pa
 
 from ml_collections import ConfigDict
 
-from deepseek_jax.configs import r1_distill_qwen_7b
+from deepseek_jax.configs import base, r1_distill_qwen_1b5
 
 
 def get_config() -> ConfigDict:
     """The published sizes; the recipe of a student of R1 with about as many parameters."""
-    config = r1_distill_qwen_7b.get_config()
+    config = base.get_config()
     config.name = "r1_0528_qwen3_8b"
+    config.family = "v1"
+    config.model = model()
+    return r1_distill_qwen_1b5.recipe(config, peak_rate=8e-5, last_rate=8e-6)
 
-    m = config.model
+
+def model() -> ConfigDict:
+    """Qwen3 8B."""
+    m = r1_distill_qwen_1b5.model()
     m.vocab_size = 151_936
     m.d_model = 4096
     m.n_layers = 36
@@ -29,4 +35,4 @@ def get_config() -> ConfigDict:
     m.yarn.factor = 4.0
     m.yarn.original_length = 32_768
     m.yarn.mscale_all_dim = 0.0  # the rotated values take all of the temperature
-    return config
+    return m

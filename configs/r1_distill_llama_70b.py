@@ -8,20 +8,23 @@ version in Nature.  Sizes from the released config.json.  70.55B parameters.
 
 from ml_collections import ConfigDict
 
-from deepseek_jax.configs import r1_distill_llama_8b
+from deepseek_jax.configs import base, r1_distill_llama_8b, r1_distill_qwen_1b5
 
 
 def get_config() -> ConfigDict:
-    """The published sizes; the recipe's rate, from which it falls to a tenth along a cosine."""
-    config = r1_distill_llama_8b.get_config()
+    """The published sizes and recipe."""
+    config = base.get_config()
     config.name = "r1_distill_llama_70b"
+    config.family = "v1"
+    config.model = model()
+    return r1_distill_qwen_1b5.recipe(config, peak_rate=2e-5, last_rate=2e-6)
 
-    m = config.model
+
+def model() -> ConfigDict:
+    """Llama 3.3 70B."""
+    m = r1_distill_llama_8b.model()
     m.d_model = 8192
     m.n_layers = 80
     m.dense_width = 28_672
     m.n_heads = 64
-
-    config.schedule.peak_rate = 2e-5
-    config.schedule.tail_rate = config.schedule.final_rate = 2e-6
-    return config
+    return m

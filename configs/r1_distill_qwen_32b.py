@@ -8,18 +8,21 @@ version in Nature.  Sizes from the released config.json.  32.76B parameters.
 
 from ml_collections import ConfigDict
 
-from deepseek_jax.configs import r1_distill_qwen_14b
+from deepseek_jax.configs import base, r1_distill_qwen_1b5, r1_distill_qwen_14b
 
 
 def get_config() -> ConfigDict:
-    """The published sizes; the recipe's rate, from which it falls to a tenth along a cosine."""
-    config = r1_distill_qwen_14b.get_config()
+    """The published sizes and recipe."""
+    config = base.get_config()
     config.name = "r1_distill_qwen_32b"
+    config.family = "v1"
+    config.model = model()
+    return r1_distill_qwen_1b5.recipe(config, peak_rate=6e-5, last_rate=6e-6)
 
-    m = config.model
+
+def model() -> ConfigDict:
+    """Qwen2.5 32B."""
+    m = r1_distill_qwen_14b.model()
     m.n_layers = 64
     m.dense_width = 27_648
-
-    config.schedule.peak_rate = 6e-5
-    config.schedule.tail_rate = config.schedule.final_rate = 6e-6
-    return config
+    return m

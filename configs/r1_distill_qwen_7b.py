@@ -8,22 +8,25 @@ version in Nature.  Sizes from the released config.json.  7.62B parameters.
 
 from ml_collections import ConfigDict
 
-from deepseek_jax.configs import r1_distill_qwen_1b5
+from deepseek_jax.configs import base, r1_distill_qwen_1b5
 
 
 def get_config() -> ConfigDict:
-    """The published sizes; the recipe's rate, from which it falls to a tenth along a cosine."""
-    config = r1_distill_qwen_1b5.get_config()
+    """The published sizes and recipe."""
+    config = base.get_config()
     config.name = "r1_distill_qwen_7b"
+    config.family = "v1"
+    config.model = model()
+    return r1_distill_qwen_1b5.recipe(config, peak_rate=8e-5, last_rate=8e-6)
 
-    m = config.model
+
+def model() -> ConfigDict:
+    """Qwen2.5-Math 7B."""
+    m = r1_distill_qwen_1b5.model()
     m.vocab_size = 152_064
     m.d_model = 3584
     m.n_layers = 28
     m.dense_width = 18_944
     m.n_heads = 28
     m.n_kv_heads = 4
-
-    config.schedule.peak_rate = 8e-5
-    config.schedule.tail_rate = config.schedule.final_rate = 8e-6
-    return config
+    return m

@@ -1,6 +1,6 @@
 """A DeepSeekMoE small enough for two CPU cores: 16 experts of which 4 work on a token, balanced by a loss.
 
-Learns CPython's standard library byte by byte, with the text, steps and learning rates of `tiny_v3`.
+Learns CPython's standard library byte by byte, as `tiny_v3` does: 420 steps end at 2.63 bits per byte of held-out text.
 
     deepseek-jax train --config=tiny_moe
 """
@@ -12,11 +12,10 @@ from deepseek_jax.configs import moe_16b, tiny_v3
 
 def get_config() -> ConfigDict:
     """Returns the laptop twin of `moe_16b`."""
-    config = tiny_v3.get_config()
+    config = moe_16b.get_config()
     config.name = "tiny_moe"
-    config.family = moe_16b.get_config().family
 
-    m = config.model = moe_16b.get_config().model
+    m = config.model
     m.vocab_size = 272  # 256 bytes and the special tokens
     m.d_model = 128
     m.n_layers = 4
@@ -29,7 +28,5 @@ def get_config() -> ConfigDict:
     m.top_k = 4
     m.init_std = 0.02
 
-    config.loss.mtp_weight = config.loss.mtp_weight_final = 0.0
-    config.loss.balance_rate = 0.0
     config.loss.auxiliary.expert_balance = 0.01
-    return config
+    return tiny_v3.recipe(config)

