@@ -1,7 +1,5 @@
 """A config's network with shapes in place of arrays: what it holds, and whether that fits."""
 
-import math
-
 import jax
 from flax import nnx
 from ml_collections import ConfigDict
@@ -12,6 +10,7 @@ from deepseek_jax.kernels import XLA
 from deepseek_jax.layers.base import Execution, Tree, split
 from deepseek_jax.models import family
 from deepseek_jax.precision.policy import policy
+from deepseek_jax.tree import size
 
 AHEAD = "mtp"  # top-level entry of the multi-token-prediction modules, which published counts leave out
 
@@ -29,7 +28,7 @@ def abstract_module(config: ConfigDict) -> nnx.Module:
 
 def count_parameters(params: Tree) -> tuple[int, int]:
     """(of the main model, of its multi-token-prediction modules), embedding and head counted once, with the former."""
-    sizes = {name: sum(math.prod(w.shape) for w in jax.tree.leaves(part)) for name, part in params.items()}
+    sizes = {name: size(part) for name, part in params.items()}
     ahead = sizes.pop(AHEAD, 0)
     return sum(sizes.values()), ahead
 

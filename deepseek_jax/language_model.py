@@ -24,7 +24,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
-from deepseek_jax import release, run_config, stored
+from deepseek_jax import release, run_config
 from deepseek_jax.abstract_model import abstract_module, abstract_weights, check_memory, count_parameters, module
 from deepseek_jax.compat import quick_compile
 from deepseek_jax.convert import hf
@@ -35,6 +35,7 @@ from deepseek_jax.precision.policy import policy
 from deepseek_jax.seeds import random_key
 from deepseek_jax.serve.generate import ENDED, Generator
 from deepseek_jax.serve.sampler import row_keys
+from deepseek_jax.weights import export, open_weights
 
 
 class LanguageModel:
@@ -248,11 +249,12 @@ def load(path: str | os.PathLike, precision: str | None = None) -> LanguageModel
         UserError: no such directory, no intact checkpoint in it, a published model of no known family, or weights that
             do not fit the memory.
     """
-    config, state, source = stored.load_published(path) if stored.is_published(path) else stored.load_checkpoint(path)
+    loaded = open_weights(path).load()
+    config, state = loaded.config, loaded.state
     if precision:
         policy(precision)  # refuses an unknown one
         config.precision = precision
-    return LanguageModel(config, state["params"], state["router_bias"], source)
+    return LanguageModel(config, state["params"], state["router_bias"], loaded.source)
 
 
 def save_pretrained(model: LanguageModel, directory: str | os.PathLike, dtype: str = "bf16") -> None:
@@ -271,7 +273,7 @@ def save_pretrained(model: LanguageModel, directory: str | os.PathLike, dtype: s
         UserError: an unknown dtype, or a directory that holds weights already or cannot be written.
     """
     weights = {"params": model.params, "router_bias": model.router_bias}
-    stored.export(model.config, directory, weights, hf.from_tree(weights), dtype)
+    export(model.config, directory, weights, hf.from_tree(weights), dtype)
 
 
 def _millions(count: int) -> str:

@@ -24,12 +24,12 @@ from deepseek_jax.plan import flops
 from deepseek_jax.plan.network import describe
 from deepseek_jax.precision.policy import policy
 from deepseek_jax.saved_config import from_json
-from deepseek_jax.stored import WEIGHTS, read_weights
 from deepseek_jax.train.loop import LoopConfig
 from deepseek_jax.train.loss import PreTraining
 from deepseek_jax.train.optimizers import Schedule, adamw
 from deepseek_jax.train.ramp import BatchRamp
 from deepseek_jax.train.step import State, StepConfig, Trainer
+from deepseek_jax.weights import WEIGHTS, open_weights
 
 # What may not change within a run: the network, and what decides the order of its samples.  The text itself is compared
 # by its fingerprint.
@@ -86,9 +86,10 @@ def first_state(config: ConfigDict, trainer: Trainer, workdir: Path, report: Cal
         return trainer.init(config.seed)
     if jax.process_index() == 0:
         copy_files(release.files_to_keep(config), workdir)
-    source, weights = read_weights(config.run.init_from, {name: trainer.abstract[name] for name in WEIGHTS})
+    source = open_weights(config.run.init_from)
+    weights = source.read({name: trainer.abstract[name] for name in WEIGHTS})
     report(f"weights of {config.run.init_from}")
-    for change in differences(source.model, config.model):
+    for change in differences(source.config.model, config.model):
         report(f"other than there: config.model.{change}")
     return trainer.init(config.seed, **weights)
 

@@ -60,9 +60,9 @@ def fine_tuning(origin: str, config: ConfigDict) -> ConfigDict:
         origin: the directory; it becomes `run.init_from`.
         config: the defaults of `configs/base.py`, which are filled in.
     """
-    from deepseek_jax import stored
+    from deepseek_jax.weights import open_weights
 
-    source = stored.config_of(origin)
+    source = open_weights(origin).config
     config.name = f"{source.name}_tuned"
     for key in ("family", "precision", "model", "release"):
         config[key] = source[key]
@@ -86,8 +86,8 @@ def inherit(config: ConfigDict, overrides: Mapping[str, str], workdir: Path) -> 
     Raises UserError if there are no such weights, or if the tokenizer that the command line names reads text as other
     ids than theirs.  Where a run has begun already, its own copies will do.
     """
-    from deepseek_jax import stored
     from deepseek_jax.train.manifest import committed_steps
+    from deepseek_jax.weights import open_weights
 
     origin = config.run.init_from
     if not origin:
@@ -96,11 +96,11 @@ def inherit(config: ConfigDict, overrides: Mapping[str, str], workdir: Path) -> 
         raise UserError(f"--workdir={workdir} holds the weights to begin with. Give the run a directory of its own.")
     try:
         directory(origin, "config.run.init_from")
-        own = stored.tokenizer_of(origin)
+        own = open_weights(origin).tokenizer
     except UserError:
         if not committed_steps(workdir / "checkpoints"):
             raise
-        origin, own = str(workdir), stored.tokenizer_of(workdir)
+        origin, own = str(workdir), open_weights(workdir).tokenizer
     named = config.data.tokenizer
     if own == "none" and named == "none":
         raise UserError(
@@ -113,7 +113,7 @@ def inherit(config: ConfigDict, overrides: Mapping[str, str], workdir: Path) -> 
         print(f"tokenizer: {config.data.tokenizer}{'' if is_named else f', which comes with {origin}'}", flush=True)
     given = {key: config.release[key] for key in config.release if f"release.{key}" in overrides}
     with config.unlocked():
-        config.release = ConfigDict({**stored.config_of(origin).release, **given})
+        config.release = ConfigDict({**open_weights(origin).config.release, **given})
         if config.data.tokenizer != own and own != "none":  # its marks are other ones, or are its own to name
             config.release.update({"bos_id": None, "pad_id": None, "eos_ids": (), "end_ids": ()} | given)
 
@@ -136,11 +136,11 @@ def checked(named: str, own: str, origin: str) -> str:
 
 def check_sizes(config: ConfigDict) -> None:
     """Raises UserError unless the weights to begin with are those of the config's model; reads headers only."""
-    from deepseek_jax import stored
     from deepseek_jax.abstract_model import abstract_weights
     from deepseek_jax.convert import hub
+    from deepseek_jax.weights import check_shapes, open_weights
 
     if config.run.init_from:
         hub.local(config.run.init_from)  # a download comes before all that takes long
-        source = stored.config_of(config.run.init_from)
-        stored.check_shapes(config.run.init_from, abstract_weights(source), abstract_weights(config))
+        source = open_weights(config.run.init_from).config
+        check_shapes(config.run.init_from, abstract_weights(source), abstract_weights(config))

@@ -64,8 +64,8 @@ def convert(source: Path, workdir: Path, dtype: str) -> None:
     from deepseek_jax.convert import hub
     from deepseek_jax.convert.hf import Source, copy_files, open_published
     from deepseek_jax.saved_config import to_json
-    from deepseek_jax.stored import published_config
     from deepseek_jax.train.streamed import StreamedStep
+    from deepseek_jax.weights import published_config
 
     source = hub.local(source)
     published = open_published(source)

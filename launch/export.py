@@ -46,31 +46,31 @@ def export(workdir: Path, target: Path, dtype: str) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # another process may be using the accelerator
     import jax
 
-    from deepseek_jax import stored
+    from deepseek_jax import weights
     from deepseek_jax.compat import peak_memory_bytes
     from deepseek_jax.train import tree
     from deepseek_jax.train.checkpoint import Checkpointer
     from deepseek_jax.train.streamed import StepReader
 
-    directory = stored.checkpoint_directory(workdir)
+    directory = weights.checkpoint_directory(workdir)
     step = newest_intact(directory)
     with Checkpointer(directory, read_only=True) as checkpoints:
         meta = checkpoints.read_meta(step)[1]
     if "config" not in meta:
         raise UserError(f"step {step} of {directory} holds no config: deepseek-jax did not save it.")
-    config, reader = stored.config_in(meta, directory.absolute()), StepReader(directory, step)
-    weights = {
+    config, reader = weights.config_in(meta, directory.absolute()), StepReader(directory, step)
+    saved = {
         name: jax.ShapeDtypeStruct(*described)
         for name, described in reader.arrays.items()
-        if name.split("/")[0] in stored.WEIGHTS
+        if name.split("/")[0] in weights.WEIGHTS
     }
-    abstract = {"params": {}, "router_bias": {}} | tree.nest(weights)
+    abstract = {"params": {}, "router_bias": {}} | tree.nest(saved)
 
     def get(path: tuple[str, ...], index: tuple[int, ...]):
         return reader("/".join(path), index)
 
     with Progress("export", published_bytes(abstract)) as progress:
-        stored.export(config, target, abstract, get, dtype, report=progress.advance)
+        weights.export(config, target, abstract, get, dtype, report=progress.advance)
     took, peak = duration(progress.seconds), binary(peak_memory_bytes() or 0)
     print(f"{target}: step {step} of {workdir} as {dtype}, {size(target) / 1e9:,.2f} GB in {took}, memory {peak}")
 

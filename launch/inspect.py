@@ -91,9 +91,9 @@ def without_pipeline(config: ConfigDict) -> ConfigDict:
 
 def config_of_run(workdir) -> tuple[ConfigDict, str]:
     """The config kept beside a run's newest checkpoint, or that of published weights, and a name for it."""
-    from deepseek_jax.stored import config_of
+    from deepseek_jax.weights import open_weights
 
-    config = config_of(workdir)
+    config = open_weights(workdir).config
     return config, f"{config.name} ({workdir})"
 
 
@@ -105,6 +105,7 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
     from deepseek_jax.abstract_model import AHEAD, abstract_module, count_parameters
     from deepseek_jax.layers.base import logical_axes, split
     from deepseek_jax.parallel.sharding import bytes_per_device, placements
+    from deepseek_jax.tree import dotted, size
 
     module = abstract_module(config)
     _, params, router_bias = split(module)
@@ -114,7 +115,7 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
     moments_dtype = config.optimizer.moments_dtype
 
     def weight(path: tuple, array: jax.ShapeDtypeStruct, logical: tuple, place) -> Weight:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        name = dotted(path)
         moment = jax.ShapeDtypeStruct(array.shape, moments_dtype)
         return Weight(
             *(name, array.shape, str(array.dtype), logical, tuple(place.spec)),
@@ -123,7 +124,7 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
         )
 
     def bias(path: tuple, array: jax.ShapeDtypeStruct, logical: tuple) -> Weight:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        name = dotted(path)
         whole = (None,) * len(array.shape)
         return Weight(name, array.shape, str(array.dtype), logical, whole, array.size * array.dtype.itemsize, 0)
 
@@ -131,10 +132,10 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
     biases = jax.tree_util.tree_map_with_path(bias, router_bias, bias_axes)
     rows = [row for tree in (trees, biases) for row in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Weight))]
     main_count, ahead_count = count_parameters(params)
-    parts = [(name, sum(x.size for x in jax.tree.leaves(part))) for name, part in params.items() if name != AHEAD]
+    parts = [(name, size(part)) for name, part in params.items() if name != AHEAD]
     totals = [(f"  {name}", f"{count:,}") for name, count in parts]
     totals += [("main model", millions(main_count)), ("multi-token prediction", millions(ahead_count))]
-    totals += [("router biases", f"{sum(x.size for x in jax.tree.leaves(router_bias)):,}")]
+    totals += [("router biases", f"{size(router_bias):,}")]
     return rows, totals
 
 

@@ -13,8 +13,8 @@ from deepseek_jax.convert import hub
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _beginning, _options, convert, export, inspect, train
 from deepseek_jax.saved_config import to_json
-from deepseek_jax.stored import config_of, tokenizer_of
 from deepseek_jax.train.manifest import commit
+from deepseek_jax.weights import open_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 LETTERS = {chr(i): i - 32 for i in range(33, 90)} | {"</s>": 0, "?": 60}
@@ -49,7 +49,7 @@ def resolved(*words, workdir="nowhere"):
 def test_a_directory_is_a_config(name, word):
     """Family and sizes are the directory's; the rest is a recipe that every check of the verb passes."""
     config = resolved(word.format(GOLDEN / name), "--config.loop.steps=7", "--config.data.tokenizer=bytes")
-    source = config_of(GOLDEN / name)
+    source = open_weights(GOLDEN / name).config
     assert (config.family, config.model, config.precision) == (source.family, source.model, source.precision)
     assert config.run.init_from == str(GOLDEN / name) and config.loop.steps == 7
     assert config.data.seq_len == min(2048, source.data.seq_len)
@@ -116,8 +116,8 @@ def test_marks_that_are_none_are_refused_by_their_key(word):
 def test_a_converted_run_is_a_beginning_as_well(published, tmp_path):
     convert.main([f"--from={published}", f"--workdir={tmp_path / 'run'}"])
     config = resolved(f"--config={tmp_path / 'run'}")
-    assert config.data.tokenizer == str(tmp_path / "run" / "tokenizer.json") == tokenizer_of(tmp_path / "run")
-    assert config.model == config_of(published).model and config.release.end_ids == (0, 1, 63)
+    assert config.data.tokenizer == str(tmp_path / "run" / "tokenizer.json") == open_weights(tmp_path / "run").tokenizer
+    assert config.model == open_weights(published).config.model and config.release.end_ids == (0, 1, 63)
     _beginning.check_sizes(config)
 
 
@@ -150,7 +150,7 @@ def test_an_id_of_the_hub_is_a_beginning_of_which_only_what_is_said_is_fetched_f
     config = resolved("--config=some/llm")
     assert inspect.main(["--config=some/llm"]) == 0 and "family v1" in capsys.readouterr().out
     assert fetched == [("some/llm", hub.SMALL)]
-    assert config.run.init_from == "some/llm" and config.model == config_of(published).model
+    assert config.run.init_from == "some/llm" and config.model == open_weights(published).config.model
     assert config.data.tokenizer == str(published / "tokenizer.json") and config.release.end_ids == (0, 1, 63)
     _beginning.check_sizes(config)
     assert [patterns for _, patterns in fetched[1:]] == [hub.SMALL, (*hub.SMALL, *hub.WEIGHTS)]

@@ -21,8 +21,8 @@ from deepseek_jax.launch import generate, inspect
 from deepseek_jax.launch._continuation import write
 from deepseek_jax.layers.base import split
 from deepseek_jax.saved_config import to_json
-from deepseek_jax.stored import WEIGHTS, read_weights
 from deepseek_jax.train.checkpoint import Checkpointer
+from deepseek_jax.weights import WEIGHTS, open_weights
 
 SIZES = {"d_model": 16, "n_layers": 3, "dense_width": 24, "n_heads": 2, "q_rank": 12, "kv_rank": 8, "nope_width": 8}
 SIZES |= {"rope_width": 4, "value_width": 8, "n_experts": 8, "expert_width": 8, "top_k": 2, "mtp_depth": 0}
@@ -242,7 +242,7 @@ def test_weights_of_other_sizes_are_no_beginning(model, name):
     target = abstract_weights(model.config)
     told = rf"{name}: params/dense_blocks/\S+ is \[1, .*\] there, \[1, .*\] in this run .*weights differ.*inspect"
     with pytest.raises(UserError, match=told):
-        read_weights(GOLDEN / name, target)
+        open_weights(GOLDEN / name).read(target)
 
 
 WORDS = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}
@@ -292,8 +292,9 @@ def test_a_training_state_can_begin_with_weights_from_elsewhere(published, tmp_p
     config.model, config.sharding.embed = published.config.model, "data"
     trainer = run.trainer(config, make_mesh(2, 4))
     target = {name: trainer.abstract[name] for name in WEIGHTS}
-    config, weights = read_weights(path, target)
-    assert config.model == published.config.model
+    source = open_weights(path)
+    weights = source.read(target)
+    assert source.config.model == published.config.model
     wanted = {"params": published.params, "router_bias": published.router_bias}
     for got, want, like in zip(*map(jax.tree.leaves, (weights, wanted, target)), strict=True):
         assert got.dtype == like.dtype and got.sharding == like.sharding

@@ -12,7 +12,7 @@ from deepseek_jax.data.chat import jinja, recognise
 from deepseek_jax.data.tokenizer import open_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import convert, export
-from deepseek_jax.stored import config_of
+from deepseek_jax.weights import open_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 WORDS = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 2}}}
@@ -90,7 +90,7 @@ ENDS = [
 
 @pytest.mark.parametrize(("eos", "generation", "tokenizer", "ends"), ENDS)
 def test_generation_ends_at_every_mark_that_any_file_names(published, eos, generation, tokenizer, ends):
-    config = config_of(published(eos, generation, tokenizer))
+    config = open_weights(published(eos, generation, tokenizer)).config
     assert release.marks(config, open_tokenizer(config.data.tokenizer)).end_ids == ends
 
 
@@ -156,11 +156,11 @@ def test_a_source_that_is_gone_is_named(published, tmp_path):
 @pytest.mark.parametrize("eos", [-1, "1", {"a": 1}, [1] * 101, 1.5])
 def test_an_end_that_is_none_is_refused_by_its_file(published, eos):
     with pytest.raises(UserError, match="generation_config.json: eos_token_id"):
-        config_of(published(1, eos))
+        assert open_weights(published(1, eos)).config
 
 
 def test_positions_are_those_of_the_release_or_of_training_if_more(published):
-    config = config_of(published(1, max_position_embeddings=512)).unlock()
+    config = open_weights(published(1, max_position_embeddings=512)).config.unlock()
     for seq_len, positions in ((32, 512), (512, 512), (1024, 1024)):
         config.data.seq_len = seq_len
         assert release.n_positions(config) == positions

@@ -20,6 +20,8 @@ FACTS = {
         r"lambda \w+: isinstance\(\w+, tuple\)|def is_axes",
         "deepseek_jax/parallel/sharding.py",
     ),
+    "a path of jax's as a name": (r"keystr\(", "deepseek_jax/tree.py"),
+    "counting elements": (r"sum\(\w\.size for \w in jax|prod\(\w+\.shape\) for", "deepseek_jax/tree.py"),
     "configs by name": (r"deepseek_jax\.configs\.\{", "deepseek_jax/run_config.py"),
 }
 

@@ -14,8 +14,8 @@ from deepseek_jax import run_config
 from deepseek_jax.errors import UserError
 from deepseek_jax.run_bounds import BOUNDS
 from deepseek_jax.saved_config import FORMAT, RENAMED, from_json, leaves, to_json
-from deepseek_jax.stored import config_of
 from deepseek_jax.train.checkpoint import Checkpointer
+from deepseek_jax.weights import open_weights
 
 TRAIN = Path(__file__).parent / "train"
 FORMAT_1 = json.loads((TRAIN / "saved_config_format_1.json").read_text())
@@ -52,7 +52,7 @@ def test_what_a_run_of_format_1_did_not_have_gets_its_default():
 def test_a_checkpoint_with_a_config_of_format_1_is_opened(tmp_path):
     with Checkpointer(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(7, {"params": {"weight": jnp.arange(8.0)}}, {"config": FORMAT_1})
-    assert config_of(tmp_path).loop.steps == FORMAT_1["train"]["steps"]
+    assert open_weights(tmp_path).config.loop.steps == FORMAT_1["train"]["steps"]
 
 
 def test_a_format_to_come_is_refused():

@@ -25,6 +25,8 @@ from typing import NamedTuple
 import numpy as np
 from einops import rearrange
 
+from deepseek_jax.tree import paths
+
 Path = tuple[str, ...]  # where a weight is in a tree: ("params", "moe_blocks", "attention", "k_up_CHN")
 Index = tuple[int, ...]  # position of a piece in it: (), (layer,) or (layer, expert)
 
@@ -248,11 +250,9 @@ def empty_tensors(shapes: dict) -> dict[str, tuple[int, ...]]:
     }
 
 
-def flatten(tree: dict, path: Path = ()) -> dict[Path, tuple[int, ...]]:
+def flatten(tree: dict) -> dict[Path, tuple[int, ...]]:
     """Returns {path: shape} of a tree of anything with a shape."""
-    if not isinstance(tree, dict):
-        return {path: tuple(tree.shape)}
-    return {end: shape for key, sub in tree.items() for end, shape in flatten(sub, (*path, key)).items()}
+    return {path: tuple(leaf.shape) for path, leaf in paths(tree).items()}
 
 
 def _depth(flat: dict[Path, tuple], stack: str) -> int:

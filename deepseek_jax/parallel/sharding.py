@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.mesh import REPLICAS, size
+from deepseek_jax.tree import dotted
 
 EXPERTS = "experts"
 LAYERS = "layers"
@@ -77,7 +78,7 @@ def placements(axes: dict, shapes: dict, rules: Mapping[str, str], mesh: Mesh) -
     check_rules(rules)
 
     def placement(path: tuple, logical: tuple, array: jax.ShapeDtypeStruct) -> Placement:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        name = dotted(path)
         return _placement(name, logical, array.shape, rules, mesh)
 
     return jax.tree_util.tree_map_with_path(placement, axes, shapes, is_leaf=is_axes)
@@ -132,7 +133,7 @@ def state_specs(state: dict, params: dict, placements: dict) -> dict:
         if weights.get(weight) == leaf.shape:
             return places[weight].optimizer_spec
         if leaf.ndim:
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            name = dotted(path)
             raise ValueError(f"optimizer state {name} {leaf.shape}: expected a scalar, or the shape of that weight.")
         return P()
 

@@ -13,6 +13,7 @@ from flax import nnx
 
 from deepseek_jax.layers.base import SPARED, Execution, bind, logical_axes, roles, split
 from deepseek_jax.parallel.sharding import EXPERTS, LAYERS, is_axes
+from deepseek_jax.tree import dotted, size
 
 EMBEDDING, HEAD, MTP = "embedding", "head", "mtp"  # top-level entries of a model, besides blocks and a norm
 NORM_WIDTH = "embed"
@@ -149,9 +150,7 @@ def describe(family: ModuleType, sizes: object) -> Network:
     _, params, router_bias = split(model)
     axes, _ = logical_axes(model)
     weights = jax.tree_util.tree_map_with_path(
-        lambda path, logical, x, role: Weight(
-            jax.tree_util.keystr(path, simple=True, separator="."), x.shape, logical, role
-        ),
+        lambda path, logical, x, role: Weight(dotted(path), x.shape, logical, role),
         axes,
         params,
         roles(model),
@@ -162,7 +161,7 @@ def describe(family: ModuleType, sizes: object) -> Network:
     groups = {key: getattr(experts, key, 1) for key in ("n_experts", "top_k", "n_groups", "top_groups")}
     return Network(
         weights=weights,
-        router_biases=sum(x.size for x in jax.tree.leaves(router_bias)),
+        router_biases=size(router_bias),
         stacks=tuple(model.stacks),
         n_layers=sizes.n_layers,
         d_model=sizes.d_model,

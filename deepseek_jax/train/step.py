@@ -35,6 +35,7 @@ from deepseek_jax.train.gradients import accumulated
 from deepseek_jax.train.loss import Losses, Objective, Totals, totals
 from deepseek_jax.train.optimizers import OptimizerFor, Schedule
 from deepseek_jax.train.trainable import Trainable, divide, everything, join
+from deepseek_jax.tree import size
 
 State = dict  # {"params", "router_bias", "optimizer", "step", "skipped", "skipped_in_row"}
 
@@ -162,7 +163,7 @@ class Trainer:
         model = nnx.eval_shape(lambda: self._build(0))
         self.definition, params, _ = split(model)
         self.vocab_size = model.config.vocab_size
-        self.n_params = sum(x.size for x in jax.tree.leaves(params))
+        self.n_params = size(params)
         axes, _ = logical_axes(model)
         self.placements = placements(axes, params, rules, mesh)
         self._trained_places, _ = divide(self.placements, trainable)

@@ -10,27 +10,23 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.tree import paths
 
 
 def flatten(tree: dict, leaf_types=jax.Array) -> dict[str, jax.Array]:
     """Returns {"params/blocks/q_up": leaf}; UserError for anything but nested dicts with plain names."""
     leaves = {}
-
-    def walk(node, path):
+    for path, leaf in paths(tree).items():
+        for depth, key in enumerate(path):
+            if not isinstance(key, str) or not key or set(key) & set("/."):
+                where = "/".join(path[:depth])
+                raise UserError(f"checkpoint entry {key!r} under '{where}': expected a name without '/' and '.'.")
         name = "/".join(path)
-        if isinstance(node, dict):
-            for key in node:
-                if not isinstance(key, str) or not key or set(key) & set("/."):
-                    raise UserError(f"checkpoint entry {key!r} under '{name}': expected a name without '/' and '.'.")
-                walk(node[key], (*path, key))
-        elif not isinstance(node, leaf_types) or not hasattr(node, "dtype"):
-            raise UserError(f"checkpoint leaf '{name}' is a {type(node).__name__}: expected a jax array.")
-        elif jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
+        if not isinstance(leaf, leaf_types) or not hasattr(leaf, "dtype"):
+            raise UserError(f"checkpoint leaf '{name}' is a {type(leaf).__name__}: expected a jax array.")
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise UserError(f"checkpoint leaf '{name}' is a random key: save jax.random.key_data of it.")
-        else:
-            leaves[name] = node
-
-    walk(tree, ())
+        leaves[name] = leaf
     return leaves
 
 

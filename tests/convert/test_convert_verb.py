@@ -25,10 +25,10 @@ from deepseek_jax.convert.safetensors.files import OpenFile
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _progress, convert, export
 from deepseek_jax.saved_config import to_json
-from deepseek_jax.stored import published_config
 from deepseek_jax.train import manifest, streamed
 from deepseek_jax.train.checkpoint import Checkpointer
 from deepseek_jax.train.tree import flatten, nest
+from deepseek_jax.weights import published_config
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 _spec = importlib.util.spec_from_file_location("make_synthetic", Path(__file__).with_name("make_synthetic.py"))

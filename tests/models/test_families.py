@@ -21,12 +21,8 @@ from deepseek_jax.launch import plan
 from deepseek_jax.layers.base import bind, decayed, logical_axes, split
 from deepseek_jax.models import FAMILIES, family
 from deepseek_jax.parallel.mesh import make_mesh
-<<<<<<< HEAD
-from deepseek_jax.train.loss import Totals, losses
-=======
 from deepseek_jax.parallel.sharding import is_axes
-from deepseek_jax.train.loss import Totals, Weights, losses
->>>>>>> 1baca61 (Facts said once: chips, peak memory, MaxVio, sizes of a mesh, atomic writes, bytes and durations; inspect --show-config prints the resolved config)
+from deepseek_jax.train.loss import Totals, losses
 
 B, T, SLOTS = 2, 12, 14
 

@@ -10,7 +10,7 @@ import numpy as np
 from deepseek_jax.abstract_model import abstract_weights
 from deepseek_jax.convert import hf
 from deepseek_jax.convert.safetensors import DTYPES, FINITE_CODES, write_directory
-from deepseek_jax.stored import published_config
+from deepseek_jax.weights import published_config
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CONFIG = "config.json"

@@ -1,8 +1,16 @@
-"""Models on the disk, a run's checkpoints or a directory of published weights: config, weights, export."""
+"""Weights on the disk, those of a run or published ones, opened in the same way; and their export.
+
+weights = open_weights("runs/tiny_v3")     # or a directory with config.json and safetensors files, or a hub id
+weights.config, weights.tokenizer          # without reading a weight
+weights.load()                             # onto the first device
+weights.read(target)                       # into the shardings of a training state
+"""
 
 import contextlib
+import functools
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -24,77 +32,114 @@ from deepseek_jax.train.checkpoint import Checkpointer
 WEIGHTS = ("params", "router_bias")  # what a checkpoint holds of a model
 
 
-def load_checkpoint(path: str | os.PathLike) -> tuple[ConfigDict, Tree, str]:
-    """The config of a run, the weights of its newest intact checkpoint on the first device, and where they are from."""
-    with Checkpointer(checkpoint_directory(path), read_only=True) as checkpoints:
-        config = saved_config(checkpoints)
-        saved = {name: array for name, array in checkpoints.shapes()[1].items() if name.split("/")[0] in WEIGHTS}
-        check_memory(config.name, saved)
-        wanted = abstract_weights(config)
-        step, state, meta = checkpoints.restore(wanted, keys=WEIGHTS, dtypes_as_saved=True)
-    return config_in(meta, checkpoints.directory), state, f"step {step} of {os.fspath(path)}"
+@dataclass(frozen=True)
+class Loaded:
+    """A model's weights on the first device.
+
+    Attributes:
+        config: the config that they belong to.
+        state: {"params", "router_bias"}.
+        source: where they are from, for people.
+    """
+
+    config: ConfigDict
+    state: Tree
+    source: str
 
 
-def _open_published(path: str | os.PathLike) -> tuple[ConfigDict, hf.Source]:
-    """The config of published weights and where to read them from; of the files only headers are read."""
-    directory = hub.local(path)
-    published = hf.open_published(directory)
-    config = published_config(published, directory.resolve())
-    return config, hf.Source(published, abstract_weights(config))
-
-
-def load_published(path: str | os.PathLike) -> tuple[ConfigDict, Tree, str]:
-    """The config of published weights, the weights on the first device, and where they are from."""
-    config, source = _open_published(path)
-    check_memory(config.name, source.abstract)
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    state = place(source, jax.tree.map(lambda x: x.update(sharding=here), source.abstract))
-    return config, state, os.fspath(path)
-
-
-def read_weights(path: str | os.PathLike, target: Tree) -> tuple[ConfigDict, Tree]:
-    """The weights in a directory that `load` opens, in the shardings and dtypes of a training state.
+def open_weights(path: str | os.PathLike) -> "RunWeights | PublishedWeights":
+    """The weights of a run or of a published model; nothing is read yet.
 
     Args:
-        path: as for `load`.
-        target: {"params", "router_bias"} of `jax.ShapeDtypeStruct` with shardings.
-
-    Returns:
-        (the config of the source, the weights).
-
-    Raises:
-        UserError: as `load`, and for weights that are not those of `target`'s model.
+        path: the workdir of a run, its directory of checkpoints, a directory with config.json and safetensors files, or
+            the id of such a model on the Hugging Face hub (owner/name), which is downloaded when it is asked for.
     """
-    if is_published(path):
-        config, source = _open_published(path)
-        check_shapes(path, source.abstract, target)
-        return config, place(source, target)
-    with Checkpointer(checkpoint_directory(path), read_only=True) as checkpoints:
-        config = saved_config(checkpoints)
-        _, stored, _ = checkpoints.restore(target, keys=WEIGHTS, dtypes_as_saved=True)
-    shardings = jax.tree.map(lambda x: x.sharding, target)
-    wide = jax.jit(
-        lambda tree: jax.tree.map(lambda x, like: x.astype(like.dtype), tree, target), out_shardings=shardings
-    )
-    return config, wide(stored)
+    return PublishedWeights(path) if is_published(path) else RunWeights(path)
 
 
-def config_of(path: str | os.PathLike) -> ConfigDict:
-    """The config of what `load` would open; of the weights only names and shapes are read."""
-    if hub.is_id(path):
-        directory = hub.local(path, weights=False)
-        return published_config(hf.announced(directory), directory)
-    if is_published(path):
-        directory = Path(path).expanduser()
+class RunWeights:
+    """The weights of a run's newest intact checkpoint.  Raises UserError where there is none, when asked for."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = path
+
+    @functools.cached_property
+    def config(self) -> ConfigDict:
+        """The config of the run; of the weights only names and shapes are read."""
+        return _config_on_disk(checkpoint_directory(self.path))
+
+    @property
+    def tokenizer(self) -> str:
+        """The tokenizer, as `config.data.tokenizer` names it."""
+        return self.config.data.tokenizer
+
+    def load(self) -> Loaded:
+        """The weights on the first device, in the dtypes in which they are stored."""
+        with Checkpointer(checkpoint_directory(self.path), read_only=True) as checkpoints:
+            config = saved_config(checkpoints)
+            saved = {name: array for name, array in checkpoints.shapes()[1].items() if name.split("/")[0] in WEIGHTS}
+            check_memory(config.name, saved)
+            expected = abstract_weights(config)
+            step, state, meta = checkpoints.restore(expected, keys=WEIGHTS, dtypes_as_saved=True)
+        return Loaded(config_in(meta, checkpoints.directory), state, f"step {step} of {os.fspath(self.path)}")
+
+    def read(self, target: Tree) -> Tree:
+        """The weights in the shardings and dtypes of a training state.
+
+        Args:
+            target: {"params", "router_bias"} of `jax.ShapeDtypeStruct` with shardings.
+
+        Raises:
+            UserError: they are not those of `target`'s model.
+        """
+        with Checkpointer(checkpoint_directory(self.path), read_only=True) as checkpoints:
+            _, stored, _ = checkpoints.restore(target, keys=WEIGHTS, dtypes_as_saved=True)
+        shardings = jax.tree.map(lambda x: x.sharding, target)
+        cast = jax.jit(
+            lambda tree: jax.tree.map(lambda x, like: x.astype(like.dtype), tree, target), out_shardings=shardings
+        )
+        return cast(stored)
+
+
+class PublishedWeights:
+    """The weights of a Hugging Face directory, or of a model on the hub; only headers are read until one is needed."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = path
+
+    @functools.cached_property
+    def config(self) -> ConfigDict:
+        """The model's numbers over the defaults of a run; of a model on the hub no weights are downloaded for it."""
+        if hub.is_id(self.path):
+            directory = hub.local(self.path, weights=False)
+            return published_config(hf.announced(directory), directory)
+        directory = Path(self.path).expanduser()
         return published_config(hf.open_published(directory), directory.resolve())
-    return _config_on_disk(checkpoint_directory(path))
 
+    @property
+    def tokenizer(self) -> str:
+        """The tokenizer that comes with the weights, as `config.data.tokenizer` names it; "none" if there is none."""
+        return release.kept_tokenizer(hub.local(self.path, weights=False)) or "none"
 
-def tokenizer_of(path: str | os.PathLike) -> str:
-    """The tokenizer of what `load` would open, as `config.data.tokenizer` names it; "none" if there is none."""
-    if is_published(path):
-        return release.kept_tokenizer(hub.local(path, weights=False)) or "none"
-    return config_of(path).data.tokenizer
+    def load(self) -> Loaded:
+        """The weights on the first device, in the dtypes in which they are stored; 8-bit ones become bfloat16."""
+        config, source = self._open()
+        check_memory(config.name, source.abstract)
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        state = place(source, jax.tree.map(lambda x: x.update(sharding=here), source.abstract))
+        return Loaded(config, state, os.fspath(self.path))
+
+    def read(self, target: Tree) -> Tree:
+        """The weights in the shardings and dtypes of a training state; as `RunWeights.read`."""
+        _, source = self._open()
+        check_shapes(self.path, source.abstract, target)
+        return place(source, target)
+
+    def _open(self) -> tuple[ConfigDict, hf.Source]:
+        directory = hub.local(self.path)
+        published = hf.open_published(directory)
+        config = published_config(published, directory.resolve())
+        return config, hf.Source(published, abstract_weights(config))
 
 
 def is_published(path: str | os.PathLike) -> bool:
