@@ -5,8 +5,11 @@ import sys
 import time
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from deepseek_jax.errors import UserError
 
+SAMPLE = "    def __init__(self"  # what the model goes on from when a run has ended
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could upset a terminal
 
 
@@ -38,6 +41,23 @@ def continue_text(
     print(speed(begin, times_s), file=sys.stderr)
     if len(times_s) == room < max_tokens:
         print(f"stopped after {model.n_positions} tokens, as long as those it was trained on", file=sys.stderr)
+
+
+def show_sample(config: ConfigDict, workdir: Path) -> None:
+    """Prints how to sample from the model, and one sample; that there is none does not fail the run."""
+    import jax
+
+    if jax.process_count() > 1:
+        return
+    if config.data.format == "conversations":
+        print(f"talk with it: deepseek-jax chat --workdir={workdir}", flush=True)
+        return
+    print(f"speak with it: deepseek-jax generate --workdir={workdir} --prompt='def '\n", flush=True)
+    prompt = SAMPLE[: config.data.seq_len // 2] or " "
+    try:
+        continue_text(workdir, prompt, max_tokens=220, temperature=0.8)
+    except UserError as error:
+        print(f"no sample: {error}")
 
 
 def show(tokens, tokenizer) -> list[float]:

@@ -28,16 +28,14 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from deepseek_jax import run_config, streams
-from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _beginning, _options
-from deepseek_jax.launch._continuation import continue_text
+from deepseek_jax.launch._continuation import show_sample
 from deepseek_jax.launch._headline import headline
 from deepseek_jax.launch._progress import Progress
 from deepseek_jax.paths import check_writable
 
 DEFAULT = "tiny_v3"
 EXTRA = {"sample": (bool, True, "end with a generated sample")}
-SAMPLE = "    def __init__(self"  # what the model goes on from when a run has ended
 
 
 def main(argv: list[str]) -> int:
@@ -196,20 +194,3 @@ def report_end(done: int, steps: int, checkpoints, metrics, again: str) -> bool:
     if done < steps:
         metrics.message(f"stopped on request; go on with: {again}")
     return is_saved or not done
-
-
-def show_sample(config: ConfigDict, workdir: Path) -> None:
-    """Prints how to sample from the model, and one sample; that there is none does not fail the run."""
-    import jax
-
-    if jax.process_count() > 1:
-        return
-    if config.data.format == "conversations":
-        print(f"talk with it: deepseek-jax chat --workdir={workdir}", flush=True)
-        return
-    print(f"speak with it: deepseek-jax generate --workdir={workdir} --prompt='def '\n", flush=True)
-    prompt = SAMPLE[: config.data.seq_len // 2] or " "
-    try:
-        continue_text(workdir, prompt, max_tokens=220, temperature=0.8)
-    except UserError as error:
-        print(f"no sample: {error}")

@@ -35,7 +35,7 @@ from deepseek_jax.train.gradients import accumulated
 from deepseek_jax.train.loss import Losses, Objective, Totals, totals
 from deepseek_jax.train.optimizers import OptimizerFor, Schedule
 from deepseek_jax.train.trainable import Trainable, divide, everything, join
-from deepseek_jax.tree import size
+from deepseek_jax.tree import dotted, size
 
 State = dict  # {"params", "router_bias", "optimizer", "step", "skipped", "skipped_in_row"}
 
@@ -299,7 +299,7 @@ class Trainer:
 def _check_like(name: str, given: dict, expected: dict) -> None:
     """Raises ValueError for the first array that is not of the shape and dtype expected at its path."""
     found, known = (
-        {jax.tree_util.keystr(path, simple=True, separator="."): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in at}
+        {dotted(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in at}
         for at in map(jax.tree_util.tree_leaves_with_path, (given, expected))
     )
     for path in sorted({*found, *known}):
