@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Returns the defaults shared by all runs; the config that starts here fills in ``family`` and ``model``."""
+    """Returns the defaults shared by all runs; the config that starts here fills in `family` and `model`."""
     config = ConfigDict()
     config.name = ""
     config.family = ""
@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.precision = "fp32"  # fp32, or bf16: compute in bf16 over fp32 master weights
     config.model = ConfigDict()
 
-    # What the published model that a run begins with says of itself; exports say it again.  Filled in by train.
+    # What the published model that a run begins with says of itself; exports say it again. Filled in by train.
     release = config.release = ConfigDict()
     release.folder = ""  # where its tokenizer, chat template and settings for generation are; "": no published model
     release.n_positions = 0  # tokens of the longest sequence it is meant for, if more than data.seq_len

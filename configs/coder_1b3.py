@@ -1,7 +1,7 @@
 """DeepSeek-Coder 1.3B: rotary base 100,000 and angles divided by 4, for contexts of 16K; half the documents FIM.
 
 Paper: arXiv 2401.14196, table 2 and section 3: 2T tokens, batch 1,024, learning rate 5.3e-4 in three stages, each
-sqrt(1/10) of the one before; sizes from the released config.json.  The rotary numbers are the released ones, those of
+sqrt(1/10) of the one before; sizes from the released config.json. The rotary numbers are the released ones, those of
 the extension to 16K (1,000 more steps); sequences have the 4,096 tokens of the training before it.
 
     deepseek-jax inspect --config=coder_1b3

@@ -9,7 +9,7 @@ from deepseek_jax.configs import tiny_v3
 
 
 def get_config() -> ConfigDict:
-    """Vocabulary 4,096, width 256, 4 layers of which 1 dense, 16 experts top-4; 4 sequences of 256 tokens a step."""
+    """Vocabulary 4,096, width 256, 4 layers of which 1 dense, 16 experts top-4; 4 sequences of 256 tokens per step."""
     config = tiny_v3.get_config()
     config.name = "micro_v3"
 

@@ -1,4 +1,4 @@
-"""DeepSeekMoE 16B: 16.4B parameters of which 2.8B work on a token.
+"""DeepSeekMoE 16B: 16.4B parameters, of which 2.8B are active per token.
 
 Paper: arXiv 2401.06066, section 5.1: 2T tokens, batch 4,608, learning rate 4.2e-4, balance
 factor 0.001, no token dropped.

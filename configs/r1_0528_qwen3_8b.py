@@ -1,7 +1,7 @@
 """DeepSeek-R1-0528-Qwen3 8B: a Qwen3 8B Base, with norms of queries and keys, and YaRN from 32K to 128K tokens.
 
 Supervised on what R1-0528 wrote; neither its data nor its recipe is published, so the recipe here is that of R1's first
-students (`r1_distill_qwen_7b`).  Sizes from the released config.json.  8.19B parameters.
+students (`r1_distill_qwen_7b`). Sizes from the released config.json.  8.19B parameters.
 
     deepseek-jax inspect --config=r1_0528_qwen3_8b
 """

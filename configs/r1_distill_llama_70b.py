@@ -1,7 +1,7 @@
 """R1-Distill-Llama 70B: a Llama 3.3 70B.
 
 Paper: DeepSeek-R1, arXiv 2501.12948, section 2.4: supervised on 800K samples of R1; learning rates in table 6 of the
-version in Nature.  Sizes from the released config.json.  70.55B parameters.
+version in Nature. Sizes from the released config.json.  70.55B parameters.
 
     deepseek-jax inspect --config=r1_distill_llama_70b
 """

@@ -1,7 +1,7 @@
 """R1-Distill-Qwen 1.5B: a Qwen2.5-Math 1.5B, with biases in its attention.
 
 Paper: DeepSeek-R1, arXiv 2501.12948, section 2.4: supervised on 800K samples of R1; learning rates in table 6 of the
-version in Nature.  Sizes from the released config.json.  1.78B parameters.
+version in Nature. Sizes from the released config.json.  1.78B parameters.
 
     deepseek-jax inspect --config=r1_distill_qwen_1b5
 """

@@ -1,7 +1,7 @@
 """R1-Distill-Qwen 7B: a Qwen2.5-Math 7B.
 
 Paper: DeepSeek-R1, arXiv 2501.12948, section 2.4: supervised on 800K samples of R1; learning rates in table 6 of the
-version in Nature.  Sizes from the released config.json.  7.62B parameters.
+version in Nature. Sizes from the released config.json.  7.62B parameters.
 
     deepseek-jax inspect --config=r1_distill_qwen_7b
 """

@@ -1,4 +1,4 @@
-"""A DeepSeekMoE small enough for two CPU cores: 16 experts of which 4 work on a token, balanced by a loss.
+"""A DeepSeekMoE small enough for two CPU cores: 16 experts, 4 active per token, balanced by a loss.
 
 Learns CPython's standard library byte by byte, as `tiny_v3` does: 420 steps end at 2.63 bits per byte of held-out text.
 

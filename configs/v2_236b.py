@@ -1,4 +1,4 @@
-"""DeepSeek-V2, 236B parameters of which 21B work on a token; V2.5 and Coder-V2 share these sizes.
+"""DeepSeek-V2, 236B parameters, of which 21B are active per token; V2.5 and Coder-V2 share these sizes.
 
 Paper: arXiv 2405.04434, section 3.1.2: 8.1T tokens, batch 2,304 -> 9,216 over the first 225B tokens, learning rate
 2.4e-4, times 0.316 at 60 % and again at 90 %; three balance losses.  172.8K H800 hours per trillion tokens.

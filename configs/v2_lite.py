@@ -1,6 +1,6 @@
-"""DeepSeek-V2-Lite, 15.7B parameters of which 2.4B work on a token; Coder-V2-Lite shares these sizes.
+"""DeepSeek-V2-Lite, 15.7B parameters, of which 2.4B are active per token; Coder-V2-Lite shares these sizes.
 
-Paper: arXiv 2405.04434, appendix B: 5.7T tokens, batch 4,608, learning rate 4.2e-4, balance factor 0.001.  Queries
+Paper: arXiv 2405.04434, appendix B: 5.7T tokens, batch 4,608, learning rate 4.2e-4, balance factor 0.001. Queries
 without a latent, no groups.
 
     deepseek-jax inspect --config=v2_lite

@@ -1,7 +1,7 @@
-"""DeepSeek-V3, 671B parameters of which 37B work on a token.
+"""DeepSeek-V3, 671B parameters, of which 37B are active per token.
 
 Paper: arXiv 2412.19437, section 4.2.  14.8T tokens of 4,096-token sequences, batch 3,072 -> 15,360 over the first 469B
-tokens, 2,664K H800 hours on 2,048 chips (PP16 x EP64).  R1 and V3.1 share these sizes.
+tokens, 2,664K H800 hours on 2,048 chips (PP16 x EP64). R1 and V3.1 share these sizes.
 
     deepseek-jax inspect --config=v3_671b
 """

@@ -1,4 +1,4 @@
-"""``python -m deepseek_jax`` is ``deepseek-jax``."""
+"""`python -m deepseek_jax` is `deepseek-jax`."""
 
 import sys
 

@@ -42,7 +42,7 @@ def module(config: ConfigDict, key: jax.Array) -> nnx.Module:
 
 
 def check_memory(name: str, weights: Tree) -> None:
-    """Raises UserError for weights that cannot fit: asked for anyway, a host may kill the process without a word."""
+    """Raises UserError for weights that do not fit; allocating them anyway may get the process killed silently."""
     needed, there = sum(w.size * w.dtype.itemsize for w in jax.tree.leaves(weights)), memory_bytes()
     if there and needed > there:
         raise UserError(

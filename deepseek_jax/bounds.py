@@ -27,7 +27,7 @@ class Bound:
     """The values that something may have.
 
     Attributes:
-        expected: these values in words, as in "expected a whole number from 0 to 9".
+        expected: these values as text, as in "expected a whole number from 0 to 9".
         holds: whether a value is one of them; takes a value of any type.
     """
 

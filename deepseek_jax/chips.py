@@ -72,7 +72,7 @@ CHIPS = {
         Chip("tpu_v6e", bf16=918, fp8=918, memory=32, hbm=1638, fast=400, reach=256, network=12.5),
     )
 }
-# Chips by the kind that JAX reports: the first entry that occurs in it holds.  A number is TFLOP/s of dense bfloat16
+# Chips by the kind that JAX reports: the first entry that occurs in it holds. A number is TFLOP/s of dense bfloat16
 # matmuls, by their makers' data sheets, of chips that the planner does not know.
 DEVICE_KINDS: dict[str, str | float] = {
     "H100 PCIe": 756,

@@ -1,7 +1,7 @@
-"""``deepseek-jax VERB ...``: a verb is a file of ``launch/``, and nothing heavy is imported before the verb is known.
+"""`deepseek-jax VERB ...`: a verb is a file of `launch/`, and nothing heavy is imported before the verb is known.
 
-``launch/VERB.py`` offers ``main(argv) -> int | None``; the first line of its docstring is what ``--help`` lists, read
-from the source by ``ast``.  The environment variable ``DEEPSEEK_JAX_DEBUG=1`` shows tracebacks and the libraries' logs.
+`launch/VERB.py` offers `main(argv) -> int | None`; the first line of its docstring is what `--help` lists, read
+from the source by `ast`. The environment variable `DEEPSEEK_JAX_DEBUG=1` shows tracebacks and the libraries' logs.
 """
 
 import ast
@@ -48,7 +48,7 @@ def docstring(file: Path) -> str:
 
 
 def overview() -> str:
-    """Returns what ``deepseek-jax --help`` prints: a line a verb."""
+    """Returns what `deepseek-jax --help` prints: a line a verb."""
     found = verbs()
     width = max(map(len, found), default=0)
     lines = [f"  {verb:<{width}}  {(docstring(file).splitlines() or [''])[0]}" for verb, file in found.items()]
@@ -56,7 +56,7 @@ def overview() -> str:
 
 
 def version() -> str:
-    """Returns what ``deepseek-jax --version`` prints, all that a bug report needs: versions and devices."""
+    """Returns what `deepseek-jax --version` prints, all that a bug report needs: versions and devices."""
     lines = [f"deepseek-jax {deepseek_jax.__version__}", f"python {platform.python_version()} ({platform.platform()})"]
     for library in ("jax", "jaxlib", "flax"):
         try:

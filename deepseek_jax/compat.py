@@ -18,7 +18,7 @@ import jax
 from deepseek_jax.errors import UserError
 
 # Between processes: the project's own watch (parallel/peers.py) comes first and can say what it found; JAX's ends the
-# program without a word.
+# program silently.
 HEARTBEAT_TIMEOUT_S = 90
 SHUTDOWN_TIMEOUT_S = 30
 
@@ -27,9 +27,9 @@ def start_processes() -> None:
     """Joins the other processes of a run; to be called before any array or device is asked for.
 
     JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID say it outright; what is left out JAX looks
-    up on a cluster that it knows.  Without them a process joins the others of its SLURM step, of its Open MPI run, of
-    its TPU slice or slices (where TPU_WORKER_HOSTNAMES, TPU_PROCESS_ADDRESSES or MEGASCALE_NUM_SLICES tell of them; on
-    other TPU pods set JAX_NUM_PROCESSES) or of its indexed Kubernetes Job (this needs the package kubernetes).  A
+    up on a cluster that it knows. Without them a process joins the others of its SLURM step, of its Open MPI run, of
+    its TPU slice or slices (where TPU_WORKER_HOSTNAMES, TPU_PROCESS_ADDRESSES or MEGASCALE_NUM_SLICES name them; on
+    other TPU pods set JAX_NUM_PROCESSES) or of its indexed Kubernetes Job (this needs the package kubernetes). A
     process started alone stays alone, as does one with JAX_NUM_PROCESSES=1 and no coordinator.
 
     Raises:
@@ -77,7 +77,7 @@ def _plain_ctrl_c() -> Iterator[None]:
 
 
 class ProcessStore:
-    """Short texts by key that all processes of a run see; process 0 keeps them.  Calls may raise or wait."""
+    """Short texts by key that all processes of a run see; process 0 keeps them. Calls may raise or wait."""
 
     def __init__(self, client: object):
         self._client = client
@@ -104,7 +104,7 @@ def process_store() -> ProcessStore:
 
 
 def _cluster_variables() -> list[str]:
-    """Those variables of the surroundings that tell of several processes (of a Job in Kubernetes: of any number)."""
+    """The environment variables that indicate several processes (of a Job in Kubernetes: of any number)."""
     numbers = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
     told = [name for name in numbers if os.environ.get(name, "1") not in ("", "0", "1")]
     told += [name for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES") if "," in os.environ.get(name, "")]
@@ -149,7 +149,7 @@ def keep_freed_memory() -> bool:
     """Where the CPU computes, keeps the memory of one step's temporaries for the next instead of giving it back.
 
     XLA allocates its temporaries anew each step; glibc maps and unmaps such blocks, and the page faults of that are a
-    third of a step's CPU time.  To be called before JAX starts its threads (before any array or device is asked for).
+    third of a step's CPU time. To be called before JAX starts its threads (before any array or device is asked for).
     Where an accelerator computes (`computes_on_cpu`), or elsewhere than on Linux with glibc, this does nothing.
 
     Returns whether the memory is kept.
@@ -167,8 +167,8 @@ def quieten_compilation() -> None:
     """While XLA compiles on a CPU, lets through its fatal messages only.
 
     After two minutes XLA logs "Very slow compile? If you want to file a bug", as an error and with no option to turn
-    it off; on a slow machine nothing is wrong.  What does go wrong in a compilation is raised as an exception as well.
-    Errors at any other time are logged as before.  Does nothing if TF_CPP_MIN_LOG_LEVEL asks for more than errors.
+    it off; on a slow machine nothing is wrong. What does go wrong in a compilation is raised as an exception as well.
+    Errors at any other time are logged as before. Does nothing if TF_CPP_MIN_LOG_LEVEL asks for more than errors.
     """
     errors, fatal = 2, 3
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL") != str(errors):
@@ -204,7 +204,7 @@ def start_compilation_cache(directory: str) -> None:
 
 
 def peak_memory_bytes() -> int | None:
-    """The most memory that this process has held so far (resident set size); None where it is not told."""
+    """The most memory that this process has held so far (resident set size); None where it is unknown."""
     status = Path("/proc/self/status")
     if status.is_file():  # elsewhere the parent's may be counted as well
         return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
@@ -216,7 +216,7 @@ def peak_memory_bytes() -> int | None:
 
 
 def memory_bytes() -> int | None:
-    """The memory of the first device, or of the machine where that is a CPU; None where it is not told."""
+    """The memory of the first device, or of the machine where that is a CPU; None where it is unknown."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")

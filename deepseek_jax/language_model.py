@@ -1,4 +1,4 @@
-"""A language model in one line: call it, generate with it, look inside.  No mesh, no ceremony.
+"""A language model in one line: call it, generate with it, look inside. No mesh, no ceremony.
 
     import deepseek_jax as dsj
 
@@ -49,7 +49,7 @@ class LanguageModel:
 
     Attributes:
         n_positions: tokens, prompt and new ones, that a generated sequence may have: those that a published model is
-            meant for, or the length of the training sequences if that is more.  Rotary positions know no bound, so it
+            meant for, or the length of the training sequences if that is more. Rotary positions know no bound, so it
             may be raised; what comes of it is another matter.
     """
 
@@ -91,7 +91,7 @@ class LanguageModel:
     def module(self) -> nnx.Module:
         """The network as a Flax module that holds the present weights.
 
-        Blocks of one kind are stacked: their weights have a leading axis, one entry a layer.  To take out layer 2:
+        Blocks of one kind are stacked: their weights have a leading axis, one entry a layer. To take out layer 2:
 
             definition, weights = nnx.split(model.module.moe_blocks)
             block = nnx.merge(definition, jax.tree.map(lambda w: w[2], weights))
@@ -103,7 +103,7 @@ class LanguageModel:
         """float32 logits of the next token at every position.
 
         Args:
-            ids: token ids, a batch (B, T) or one sequence (T,); lists and numpy arrays are fine.  A new shape compiles.
+            ids: token ids, a batch (B, T) or one sequence (T,); lists and numpy arrays are fine. A new shape compiles.
 
         Returns:
             logits_BTV for a batch, (T, V) for one sequence.
@@ -111,11 +111,11 @@ class LanguageModel:
         try:
             ids = np.asarray(ids)
         except ValueError:
-            raise UserError("sequences of different lengths: wanted ids of shape (B, T). Pad at the end.") from None
+            raise UserError("sequences of different lengths: expected ids of shape (B, T). Pad at the end.") from None
         if ids.ndim not in (1, 2) or not ids.size or not np.issubdtype(ids.dtype, np.integer):
-            raise UserError(f"ids of shape {ids.shape} and dtype {ids.dtype}: wanted integers, (B, T) or (T,).")
+            raise UserError(f"ids of shape {ids.shape} and dtype {ids.dtype}: expected integers, (B, T) or (T,).")
         if ids.min() < 0 or ids.max() >= self.config.model.vocab_size:
-            raise UserError(f"ids from {ids.min()} to {ids.max()}: wanted 0 to {self.config.model.vocab_size - 1}.")
+            raise UserError(f"ids from {ids.min()} to {ids.max()}: expected 0 to {self.config.model.vocab_size - 1}.")
         logits_BTV = self._forward(self.params, self.router_bias, np.atleast_2d(ids).astype(np.int32))
         return logits_BTV if ids.ndim == 2 else logits_BTV[0]
 
@@ -128,7 +128,7 @@ class LanguageModel:
         seed: int = 0,
         stop_ids: Sequence[int] | None = None,
     ) -> list[int] | list[list[int]]:
-        """Goes on from one prompt or from a batch of prompts of any lengths.
+        """Continues one prompt or a batch of prompts of any lengths.
 
         Args:
             ids: token ids of a prompt, or a list of those.
@@ -176,7 +176,7 @@ class LanguageModel:
         return completions[0] if isinstance(text, str) else completions
 
     def prompt(self, text: str) -> list[int]:
-        """The ids of a text to go on from, after a begin mark if the tokenizer's settings ask for one."""
+        """The ids of a text to continue, after a begin mark if the tokenizer's settings ask for one."""
         begin = [self.tokenizer.bos_id] if self.tokenizer.add_bos else []
         return [*begin, *self.tokenizer.encode(text).tolist()]
 

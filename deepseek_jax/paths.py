@@ -1,4 +1,4 @@
-"""Checks of paths that the user gives: those of other machines, before ``gs:`` becomes a folder; folders to write."""
+"""Checks of paths that the user gives: those of other machines, before `gs:` becomes a folder; folders to write."""
 
 import os
 import re
@@ -13,7 +13,7 @@ MOUNTS = {"gs": "gcsfuse", "s3": "mountpoint-s3", "hdfs": "hadoop-hdfs-fuse", "a
 
 
 def check_local(path: str | os.PathLike, given: str = "") -> None:
-    """Raises UserError for gs://, s3:// and the like; ``given`` is what the user calls the value, such as --workdir."""
+    """Raises UserError for gs://, s3:// and the like; `given` is what the user calls the value, such as --workdir."""
     found = SCHEME.match(os.fspath(path))
     if not found:
         return
@@ -31,7 +31,7 @@ def check_local(path: str | os.PathLike, given: str = "") -> None:
 
 
 def check_writable(folder: Path, given: str) -> None:
-    """Raises UserError if a folder, or the nearest above it that exists, cannot be written; ``given`` as above."""
+    """Raises UserError if a folder, or the nearest above it that exists, cannot be written; `given` as above."""
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         reason = "you may not write there" if nearest.is_dir() else "it is not a directory"

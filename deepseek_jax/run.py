@@ -31,7 +31,7 @@ from deepseek_jax.train.ramp import BatchRamp
 from deepseek_jax.train.step import State, StepConfig, Trainer
 from deepseek_jax.weights import WEIGHTS, open_weights
 
-# What may not change within a run: the network, and what decides the order of its samples.  The text itself is compared
+# What may not change within a run: the network, and what decides the order of its samples. The text itself is compared
 # by its fingerprint.
 FIXED: tuple[str, ...] = ("family", "model", "seed", "batch")
 FIXED += ("data.seq_len", "data.fim_rate", "data.mask_documents", "data.holdout_rate")

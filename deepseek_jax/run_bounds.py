@@ -1,6 +1,6 @@
 """The bounds of every key of a run: what `configs/base.py` gives a default, this gives its limits.
 
-The keys of ``config.model`` are bounded by its family (`models/checks.py`), and what hangs together (a batch and the
+The keys of `config.model` are bounded by its family (`models/checks.py`), and what hangs together (a batch and the
 devices, a tokenizer and the vocabulary) is checked where it meets.
 """
 

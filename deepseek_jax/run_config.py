@@ -4,8 +4,8 @@
     override(config, {"schedule.peak_rate": "1e-3"})
     validate(config)
 
-Overrides are typed by the config itself (ml_collections ``config_flags``, with flags of our own rather than the
-process's).  Whatever is wrong comes out as a ``UserError``.
+Overrides are typed by the config itself (ml_collections `config_flags`, with flags of our own rather than the
+process's). Whatever is wrong comes out as a `UserError`.
 """
 
 import ast
@@ -34,14 +34,14 @@ UNREADABLE = (flags.Error, ValueError, TypeError, SyntaxError, MemoryError, Recu
 
 
 def names() -> list[str]:
-    """Returns the configs of ``deepseek_jax.configs``, without importing them."""
+    """Returns the configs of `deepseek_jax.configs`, without importing them."""
     return sorted({module.name for module in pkgutil.iter_modules(configs.__path__)} - {"base"})
 
 
 def load(name: str, flag: str = "config") -> ConfigDict:
-    """Returns the config of a name in ``deepseek_jax.configs`` or of a ``.py`` file, its keys locked.
+    """Returns the config of a name in `deepseek_jax.configs` or of a `.py` file, its keys locked.
 
-    ``config.name`` is filled in.  Messages call the name the value of ``flag``.
+    `config.name` is filled in. Messages call the name the value of `flag`.
     """
     check_local(name, flag)
     is_path = name.endswith(".py") or "/" in name or "\\" in name
@@ -56,7 +56,7 @@ def load(name: str, flag: str = "config") -> ConfigDict:
 
 
 def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
-    """Sets ``a.b`` to a value written as text, typed by the present value; returns the same config."""
+    """Sets `a.b` to a value written as text, typed by the present value; returns the same config."""
     for path, text in overrides.items():
         old = lookup(config, path)
         if isinstance(old, ConfigDict):
@@ -84,7 +84,7 @@ def validate(config: ConfigDict) -> ConfigDict:
 
 
 def lookup(config: ConfigDict, path: str) -> Any:
-    """Returns the value of ``a.b``; a misspelt key raises UserError with the nearest one."""
+    """Returns the value of `a.b`; a misspelt key raises UserError with the nearest one."""
     node, parts = config, path.split(".")
     for depth, part in enumerate(parts):
         if not isinstance(node, ConfigDict) or part not in node:
@@ -112,7 +112,7 @@ def assignments(config: ConfigDict, prefix: str = "config") -> list[str]:
 def _executed(name: str, flag: str, is_path: bool) -> ConfigDict:
     """What get_config() of a file returns. Raises UserError for whatever a file that the user wrote may raise."""
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # what the file prints is no output of ours
+        with contextlib.redirect_stdout(sys.stderr):  # keeps what the file prints out of our output
             module = _execute(Path(name)) if is_path else importlib.import_module(f"deepseek_jax.configs.{name}")
             config = module.get_config() if callable(getattr(module, "get_config", None)) else module
         list(_paths(config) if isinstance(config, ConfigDict) else ())

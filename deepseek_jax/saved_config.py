@@ -53,12 +53,12 @@ ADDED = {"v1": {"qk_norm": False, "yarn": {}}}  # keys of a family's model that 
 
 
 def to_json(config: ConfigDict) -> dict:
-    """Returns a tree of what JSON knows; tuples are marked, so that ``from_json`` gives back the same config."""
+    """Returns a tree of what JSON knows; tuples are marked, so that `from_json` gives back the same config."""
     return {"format": FORMAT, **_encode(config)}
 
 
 def from_json(tree: dict) -> ConfigDict:
-    """Inverse of ``to_json``, also after ``json.dumps`` and ``json.loads``; the keys come locked.
+    """Inverse of `to_json`, also after `json.dumps` and `json.loads`; the keys come locked.
 
     Raises UserError for a format that this version does not know.
     """
@@ -74,12 +74,21 @@ def from_json(tree: dict) -> ConfigDict:
 
 def converted(config: ConfigDict) -> ConfigDict:
     """Returns the config that one of format 1 is in format 2."""
-    new = base.get_config()
-    new.model = ConfigDict({**ADDED.get(config.get("family", ""), {}), **config.get("model", {})})
+    new = ConfigDict({"model": {**ADDED.get(config.get("family", ""), {}), **config.get("model", {})}})
     for key, value in leaves(config).items():
         if not key.startswith("model."):
             _set(new, RENAMED.get(key, key), value)
-    return new
+    return completed(new)
+
+
+def completed(config: ConfigDict) -> ConfigDict:
+    """Returns the config of a run with the defaults of keys that it does not have, for they are newer than the run."""
+    new = base.get_config()
+    new.model = config.get("model", ConfigDict())
+    for key, value in leaves(config).items():
+        if not key.startswith("model."):
+            _set(new, key, value)
+    return new.lock()
 
 
 def leaves(config: Mapping, prefix: str = "") -> dict[str, Any]:

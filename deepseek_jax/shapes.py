@@ -1,7 +1,7 @@
 """The legend of shape suffixes: an array's name ends in its dimensions, one capital letter each.
 
-``q_BTHQ`` has axes batch, token, head, query-key width.  The einsum strings use the same letters, so a formula
-can be checked by eye (and is, by ``tests/test_suffixes.py``).
+`q_BTHQ` has axes batch, token, head, query-key width. The einsum strings use the same letters, so a formula
+can be checked by eye (and is, by `tests/test_suffixes.py`).
 """
 
 LEGEND = {

@@ -1,7 +1,7 @@
-"""Standard output and error that may break while a run goes on: a reader that has gone, a full disk, a closed terminal.
+"""Standard output and error that may break during a run: a reader that has gone, a full disk, a closed terminal.
 
-A note about a run never decides whether the run is saved.  ``forgiving`` makes writing to both streams a matter of
-goodwill: what cannot be written is dropped.  A closed descriptor is opened on the null device at the start, for the
+A note about a run never decides whether the run is saved. `forgiving` makes writing to both streams a matter of
+goodwill: what cannot be written is dropped. A closed descriptor is opened on the null device at the start, for the
 next file that the program opens would take its number and receive whatever native code prints.
 """
 
@@ -30,7 +30,7 @@ def open_standard() -> None:
 
 @contextlib.contextmanager
 def forgiving() -> Iterator[None]:
-    """Within it ``sys.stdout`` and ``sys.stderr`` never raise; at its end neither holds text that cannot be written."""
+    """Within it `sys.stdout` and `sys.stderr` never raise; at its end neither holds text that cannot be written."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(Forgiving, before)
     try:
@@ -66,7 +66,7 @@ def to_null_device(stream: Any) -> None:
 
 
 class Forgiving:
-    """A text stream whose ``write`` and ``flush`` never raise; everything else is the stream's own."""
+    """A text stream whose `write` and `flush` never raise; everything else is the stream's own."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream

@@ -12,6 +12,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -25,7 +26,7 @@ from deepseek_jax.convert.place import place
 from deepseek_jax.data.tokenizer import open_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import Tree
-from deepseek_jax.saved_config import from_json
+from deepseek_jax.saved_config import completed, from_json
 from deepseek_jax.train import manifest
 from deepseek_jax.train.checkpoint import Checkpointer
 
@@ -58,7 +59,7 @@ def open_weights(path: str | os.PathLike) -> "RunWeights | PublishedWeights":
 
 
 class RunWeights:
-    """The weights of a run's newest intact checkpoint.  Raises UserError where there is none, when asked for."""
+    """The weights of a run's newest intact checkpoint. Raises UserError where there is none, when asked for."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = path
@@ -166,7 +167,9 @@ def _name(directory: Path) -> str:
     return directory.parent.parent.name.split("--")[-1] if is_cached else directory.name
 
 
-def export(config: ConfigDict, directory: str | os.PathLike, abstract: Tree, get: hf.Get, dtype: str, **options):
+def export(
+    config: ConfigDict, directory: str | os.PathLike, abstract: Tree, get: hf.Get, dtype: str, **options: Any
+) -> None:
     """`hf.write` for the model of a config: `abstract`, `get` and `options` as there, the rest from its release."""
     marks = release.marks(config, open_tokenizer(config.data.tokenizer))
     hf.write(
@@ -219,7 +222,7 @@ def saved_config(checkpoints: Checkpointer) -> ConfigDict:
 
 def config_in(meta: dict, directory: Path) -> ConfigDict:
     """The config that the meta of a checkpoint in `directory` holds; see `release.moved` for a run that has moved."""
-    return release.moved(from_json(meta["config"]), directory.parent)
+    return release.moved(completed(from_json(meta["config"])), directory.parent)
 
 
 def check_shapes(path: str | os.PathLike, stored: Tree, wanted: Tree) -> None:

@@ -1,1 +1,1 @@
-"""One file a verb: ``deepseek-jax train`` runs ``main(argv)`` of ``train.py``; a leading _ marks what is no verb."""
+"""One file per verb: `deepseek-jax train` runs `main(argv)` of `train.py`; files with a leading _ are not verbs."""

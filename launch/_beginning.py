@@ -1,4 +1,4 @@
-"""Weights to begin with: what a run takes from the directory that ``run.init_from`` or ``--config`` names.
+"""Weights to begin with: what a run takes from the directory that `run.init_from` or `--config` names.
 
     deepseek-jax train --config=DIR                       # everything comes from DIR: see `fine_tuning`
     deepseek-jax train --config=deepseek-ai/deepseek-llm-7b-base          # likewise, from the hub
@@ -50,9 +50,9 @@ def fine_tuning(origin: str, config: ConfigDict) -> ConfigDict:
     """Returns the config of a run that begins with a directory of weights, a published one or a run's.
 
     From the directory come the family, the sizes, the tokenizer, the precision and the context length; sequences are
-    of 2,048 tokens, or of the model's own length if that is less.  The recipe is one for fine-tuning: AdamW at a
+    of 2,048 tokens, or of the model's own length if that is less. The recipe is one for fine-tuning: AdamW at a
     constant 1e-5 after 20 steps of warm-up (the rate of DeepSeek LLM's supervised fine-tuning, section 4.1; V3 ends at
-    1e-6), batches of 8 sequences, 200 steps.  The rate stays constant so that any number of steps is a whole run.
+    1e-6), batches of 8 sequences, 200 steps. The rate stays constant so that any number of steps is a whole run.
     Router biases rest, as at the end of V3's pre-training; the balance loss and the loss of multi-token prediction
     keep their last weights.
 
@@ -84,7 +84,7 @@ def inherit(config: ConfigDict, overrides: Mapping[str, str], workdir: Path) -> 
     """Takes the tokenizer of the weights to begin with, and what their release says, into `config`.
 
     Raises UserError if there are no such weights, or if the tokenizer that the command line names reads text as other
-    ids than theirs.  Where a run has begun already, its own copies will do.
+    ids than theirs. Where a run has begun already, its own copies will do.
     """
     from deepseek_jax.train.manifest import committed_steps
     from deepseek_jax.weights import open_weights

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from deepseek_jax.errors import UserError
 
-SAMPLE = "    def __init__(self"  # what the model goes on from when a run has ended
+SAMPLE = "    def __init__(self"  # what the model continues when a run has ended
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could upset a terminal
 
 
@@ -18,7 +18,7 @@ def continue_text(
 ) -> None:
     """Prints a prompt and what the model of `workdir` makes of it; how fast it was goes to standard error.
 
-    Raises UserError if there is no model, or if the prompt leaves no room for an answer.
+    Raises UserError if there is no model, or if the prompt is too long for an answer.
     """
     from deepseek_jax.compat import start_compilation_cache
     from deepseek_jax.language_model import load
@@ -26,8 +26,8 @@ def continue_text(
     start_compilation_cache("")
     model = load(workdir)
     ids = model.prompt(prompt)
-    room = model.n_positions - len(ids)
-    if room < 1:
+    left = model.n_positions - len(ids)
+    if left < 1:
         raise UserError(
             f"the prompt has {len(ids)} tokens, and the model was trained on {model.n_positions}, prompt and answer "
             f"together. Give the end of the text alone (tail -c {model.n_positions // 2}), or train with a larger "
@@ -35,11 +35,11 @@ def continue_text(
         )
     write(prompt)
     begin = time.perf_counter()
-    tokens = model.stream(ids, min(max_tokens, room), temperature=temperature, top_p=top_p, seed=seed)
+    tokens = model.stream(ids, min(max_tokens, left), temperature=temperature, top_p=top_p, seed=seed)
     times_s = show(tokens, model.tokenizer)
     write("\n")
     print(speed(begin, times_s), file=sys.stderr)
-    if len(times_s) == room < max_tokens:
+    if len(times_s) == left < max_tokens:
         print(f"stopped after {model.n_positions} tokens, as long as those it was trained on", file=sys.stderr)
 
 
@@ -52,7 +52,7 @@ def show_sample(config: ConfigDict, workdir: Path) -> None:
     if config.data.format == "conversations":
         print(f"talk with it: deepseek-jax chat --workdir={workdir}", flush=True)
         return
-    print(f"speak with it: deepseek-jax generate --workdir={workdir} --prompt='def '\n", flush=True)
+    print(f"try it: deepseek-jax generate --workdir={workdir} --prompt='def '\n", flush=True)
     prompt = SAMPLE[: config.data.seq_len // 2] or " "
     try:
         continue_text(workdir, prompt, max_tokens=220, temperature=0.8)

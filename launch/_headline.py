@@ -10,7 +10,7 @@ def headline(config: ConfigDict, trainer, training, held_out, workdir: Path, sta
     import jax
 
     mesh = " x ".join(f"{axis} {n}" for axis, n in trainer.mesh.shape.items())
-    begin = f"going on from step {start}" if start else "from the beginning"
+    begin = f"resuming from step {start}" if start else "from the beginning"
     return "\n".join(
         [
             f"{config.name}: {trainer.n_params / 1e6:,.1f}M parameters, {config.precision}, mesh {mesh} "
@@ -25,7 +25,7 @@ def about_text(config: ConfigDict, training, held_out) -> list[str]:
     """The lines on the text: how much there is, what is held out, and of a user's own text what is done with it."""
     data = config.data
     size = f"{training.n_tokens / 1e6:,.1f}M" if training.n_tokens >= 1e5 else f"{training.n_tokens:,}"
-    lines = [f"text: {data.source}, {size} tokens an epoch, {training.summary}"]
+    lines = [f"text: {data.source}, {size} tokens per epoch, {training.summary}"]
     n_epochs = config.loop.steps * config.batch.size * data.seq_len / training.n_tokens
     lines[0] += f", read {n_epochs:,.0f} times" if n_epochs >= 2 else ""
     if held_out is not None:

@@ -1,4 +1,4 @@
-"""What a user may have meant by a word that is none of ours: the nearest flag, the config key of that name, a file."""
+"""What a user may have meant by an unknown argument: the nearest flag, the config key of that name, a file."""
 
 import difflib
 import os
@@ -36,7 +36,7 @@ DIRECTORY = {"dir", "out", "out_dir", "output", "output_dir", "run", "run_dir", 
 
 
 def unknown_flag(word: str, flags: Iterable[str], defaults: ConfigDict | None) -> str:
-    """Returns what to do instead of ``--word``, which may have a value behind ``=``.
+    """Returns what to do instead of `--word`, which may have a value behind `=`.
 
     Args:
       word: as given, without its dashes.
@@ -59,8 +59,8 @@ def unknown_flag(word: str, flags: Iterable[str], defaults: ConfigDict | None) -
     return f"Flags: {_list(known, keys)}."
 
 
-def stray_word(word: str, flags: Iterable[str], configs: Sequence[str], defaults: ConfigDict | None) -> str:
-    """Returns what to do instead of a word without dashes; ``configs`` are the names that ``--config`` knows."""
+def unexpected_argument(word: str, flags: Iterable[str], configs: Sequence[str], defaults: ConfigDict | None) -> str:
+    """Returns what to do instead of a word without dashes; `configs` are the names that `--config` knows."""
     bare = word.lstrip("-")
     name = bare.partition("=")[0]
     keys = [] if defaults is None else list(leaves(defaults))
@@ -73,7 +73,7 @@ def stray_word(word: str, flags: Iterable[str], configs: Sequence[str], defaults
     if defaults is not None and os.path.exists(bare):
         key = "config" if bare.endswith(".py") else "config.data.source"
         return f"Did you mean --{key}={bare}?"
-    return "Values stand as --name=VALUE; see --help."
+    return "Write values as --name=VALUE; see --help."
 
 
 def _last(key: str) -> str:

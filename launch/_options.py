@@ -1,9 +1,9 @@
-"""What the verbs share on the command line: ``--config``, ``--workdir``, ``--config.a.b=value`` and a verb's own flags.
+"""What the verbs share on the command line: `--config`, `--workdir`, `--config.a.b=value` and a verb's own flags.
 
-    options = parse(argv, default_config="tiny_v3", extra={"prompt": (str, "", "text to go on from")})
+    options = parse(argv, default_config="tiny_v3", extra={"prompt": (str, "", "text to continue")})
     options.config, options.workdir, options.prompt
 
-Every value may stand after ``=`` or as the next word.  Whatever is wrong comes out as a ``UserError``.
+Every value may stand after `=` or as the next word. Whatever is wrong comes out as a `UserError`.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ REQUIRED = object()  # as the default of a verb's flag: must be given
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """One ``--name=VALUE``."""
+    """One `--name=VALUE`."""
 
     type: Callable[[str], Any]
     default: Any
@@ -49,19 +49,19 @@ def parse(
 
     Args:
       argv: the words after the verb.
-      default_config: the config taken without ``--config``; None: ``--config`` may be left out and gives config None.
+      default_config: the config taken without `--config`; None: `--config` may be left out and gives config None.
       extra: the verb's own flags, name -> (type, default, help), and a `Bound` after those of a number; underscores
-        become dashes on the command line, ``bool`` makes a switch (``--name``, ``--no-name``, ``--name=true``), default
-        ``REQUIRED`` asks for a value.
-      config: whether the verb takes ``--config`` and its overrides.
-      workdir: whether it takes ``--workdir``.
+        become dashes on the command line, `bool` makes a switch (`--name`, `--no-name`, `--name=true`), default
+        `REQUIRED` asks for a value.
+      config: whether the verb takes `--config` and its overrides.
+      workdir: whether it takes `--workdir`.
 
     Returns:
       config (ConfigDict with locked keys, or None), workdir (Path or None), overrides (dotted key -> text as given) and
       the verb's own flags by name.
 
     Raises:
-      UserError: unknown flag or key, unreadable value or config; SystemExit(0) after ``--help``.
+      UserError: unknown flag or key, unreadable value or config; SystemExit(0) after `--help`.
     """
     table = {}
     if config:
@@ -93,7 +93,7 @@ def parse(
 
 
 def load(name: str, flag: str = "--config") -> ConfigDict:
-    """Returns the config of a name, a ``.py`` file (`run_config.load`), or a folder of weights to fine-tune."""
+    """Returns the config of a name, a `.py` file (`run_config.load`), or a folder of weights to fine-tune."""
     if flag.endswith(BEGINNING) or (name not in run_config.names() and _beginning.is_origin(name)):
         check_local(name, flag)
         return _beginning.fine_tuning(_beginning.directory(name, flag), base.get_config()).lock()
@@ -107,8 +107,8 @@ def _split(argv: list[str], table: Mapping[str, Flag]) -> tuple[dict[str, Any], 
     words = iter(enumerate(argv))
     for i, word in words:
         if not word.startswith("--") or word == "--":
-            hint = _hints.stray_word(word, table, run_config.names(), _defaults(table))
-            raise UserError(f"{word}: a stray word. {hint}")
+            hint = _hints.unexpected_argument(word, table, run_config.names(), _defaults(table))
+            raise UserError(f"{word}: unexpected argument. {hint}")
         name, equals, text = word[2:].partition("=")
         following = argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("--") else None
         is_key = name.startswith("config.") and "config" in table
@@ -125,7 +125,7 @@ def _split(argv: list[str], table: Mapping[str, Flag]) -> tuple[dict[str, Any], 
             continue
         if not equals:
             if following is None:
-                raise UserError(f"--{name} lacks its value. Write --{name}=VALUE.")
+                raise UserError(f"--{name} needs a value. Write --{name}=VALUE.")
             text = following
             next(words)
         if is_key:
@@ -166,7 +166,7 @@ def _directory(text: str) -> Path:
 
 
 def _get(config: ConfigDict, path: str, default: Any) -> Any:
-    """Returns what stands at ``a.b``, or the default where a config has no such key."""
+    """Returns what stands at `a.b`, or the default where a config has no such key."""
     for part in path.split("."):
         config = config.get(part, default) if isinstance(config, ConfigDict) else default
     return config

@@ -1,4 +1,4 @@
-"""How far a long copy is: a bar on a terminal, a line every few seconds elsewhere, both on standard error.
+"""Progress of a long copy: a bar on a terminal, a line every few seconds elsewhere, both on standard error.
 
 with Progress("convert", total_bytes, done=bytes_of_an_earlier_start) as progress:
     progress.advance(n_bytes)

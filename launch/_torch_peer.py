@@ -3,7 +3,7 @@
     python _torch_peer.py '{"sizes": {...}, "optimizer": {...}, "batch": [4, 256], "threads": 2}'
 
 Prints one JSON line when ready; then, for each line "N" that it reads, runs N training steps on fresh random tokens and
-prints a JSON line with their wall seconds.  It needs torch and transformers, and nothing of this package.
+prints a JSON line with their wall seconds. It needs torch and transformers, and nothing of this package.
 """
 
 import json

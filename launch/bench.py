@@ -6,8 +6,8 @@
     deepseek-jax bench kernels                                 # FP8 kernels, on a Hopper GPU; --help lists its flags
 
 Both sides train the same sizes on fresh random tokens with AdamW, float32, in turns: a few steps of one, then a few of
-the other, after a warm-up.  Printed are the medians over the turns and their ratio; what else the machine does in the
-meantime touches both alike.  The peer comes with: pip install "deepseek_jax[parity]"
+the other, after a warm-up. Printed are the medians over the turns and their ratio; what else the machine does in the
+meantime touches both alike. The peer comes with: pip install "deepseek_jax[parity]"
 """
 
 import contextlib
@@ -153,7 +153,7 @@ class Peer:
 
     def run(self, n_steps: int) -> float:
         """Seconds of `n_steps` training steps."""
-        with contextlib.suppress(BrokenPipeError):  # it has ended: what it said last is told below
+        with contextlib.suppress(BrokenPipeError):  # it has ended: its last message is reported below
             self.process.stdin.write(f"{n_steps}\n")
             self.process.stdin.flush()
         return self._answer("the peer")["seconds"]
@@ -213,7 +213,7 @@ def report(config: ConfigDict, sides: dict, seconds: dict, n_steps: int) -> None
     tokens = config.batch.size * config.data.seq_len * n_steps
     medians = {name: tokens / statistics.median(taken) for name, taken in seconds.items()}
     turns = len(next(iter(seconds.values())))
-    print(f"{config.name}: {config.batch.size} x {config.data.seq_len} tokens a step, {turns} turns of {n_steps}")
+    print(f"{config.name}: {config.batch.size} x {config.data.seq_len} tokens per step, {turns} turns of {n_steps}")
     for name, side in sides.items():
         spread = sorted(tokens / taken for taken in seconds[name])
         print(

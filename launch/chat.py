@@ -5,7 +5,7 @@ r'''Talk with a model on the terminal, in the chat format it was trained with.
     printf 'Hello!\nAnd now?\n' | deepseek-jax chat --from=DIR      # one message per line
 
 The answer appears as it is made; a thought is shown dim before it (on standard error where standard output is no
-terminal).  The model's own chat template is found beside its tokenizer; --template names it where there is none.
+terminal). The model's own chat template is found beside its tokenizer; --template names it where there is none.
 
     /reset       start a new conversation          /save FILE   write this one to FILE, one line of JSON
     /help        these lines                       /quit        leave (Ctrl-D as well)
@@ -148,7 +148,7 @@ class Terminal:
         self._commands: dict[str, Callable] = {"/help": self._help, "/reset": self._reset, "/save": self._save}
 
     def run(self, dialogue: "Dialogue") -> None:
-        """Talks until there are no more messages.  Away from a terminal an error ends it, at one it is told."""
+        """Talks until there are no more messages. Away from a terminal an error ends it; at one it is printed."""
         for text in self.messages():
             command, _, argument = text.partition(" ")
             if command == "/quit":
@@ -233,7 +233,7 @@ class Terminal:
                 raise UserError(f"a message is not {error.encoding} text. Convert it first.") from None
 
     def note(self, text: str) -> None:
-        """Prints a line that is no part of the conversation."""
+        """Prints a line outside the conversation."""
         print(text, file=sys.stderr, flush=True)
 
     def _help(self, dialogue: "Dialogue", argument: str) -> None:

@@ -5,10 +5,10 @@
     deepseek-jax convert --from=DeepSeek-V3 --workdir=runs/v3          # FP8 weights become bfloat16: 1.3 TB of disk
 
 One tensor at a time goes from disk to disk, in the host's memory alone: no accelerator, and for any model no more
-than its largest tensor and 1 GiB besides (it is printed).  Stopped or killed, the same command goes on where it was.
+than its largest tensor and 1 GiB besides (it is printed). After a stop or a kill, the same command resumes.
 The checkpoint counts only when all of it is written; every byte is hashed on its way to the disk, and what an earlier
-start has written is compared with its hashes.  Weights that are multiplied with scales (FP8) become bfloat16;
---dtype=keep leaves all others as they are.  Tokenizer, chat template, settings for generation and licence are copied
+start has written is compared with its hashes. Weights that are multiplied with scales (FP8) become bfloat16;
+--dtype=keep leaves all others as they are. Tokenizer, chat template, settings for generation and licence are copied
 to the workdir, and exports contain them.
 """
 
@@ -46,11 +46,11 @@ def main(argv: list[str]) -> int:
     if workdir is None:
         raise UserError("--workdir is missing. Give the directory for the checkpoint, like --workdir=runs/v2_lite.")
     if options.dtype not in DTYPES:
-        raise UserError(f"--dtype={options.dtype}: wanted one of {', '.join(DTYPES)}.")
+        raise UserError(f"--dtype={options.dtype}: expected one of {', '.join(DTYPES)}.")
     try:
         convert(source, workdir, options.dtype)
     except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from here", file=sys.stderr)
+        print("\nstopped: the same command resumes from here", file=sys.stderr)
         raise
     return 0
 
@@ -97,7 +97,7 @@ def convert(source: Path, workdir: Path, dtype: str) -> None:
 
 
 def arrays_to_write(abstract: dict, dtype: str | None) -> dict[str, tuple]:
-    """Name -> (shape, dtype) of what is written: `dtype` for weights, or their own if that is None."""
+    """Name -> (shape, dtype) of what is written: `dtype` for weights, or their own for None."""
     import numpy as np
 
     from deepseek_jax.train import tree
@@ -110,11 +110,11 @@ def arrays_to_write(abstract: dict, dtype: str | None) -> dict[str, tuple]:
 
 
 def planned(checkpoints: Path, arrays: dict[str, tuple], tensors, dtype: str | None) -> str:
-    """What a conversion takes, in words. Raises UserError if the disk has no room for it."""
+    """Returns what a conversion takes, as text. Raises UserError if the disk has too little space."""
     from deepseek_jax.train.streamed import PENDING_BYTES
 
     n_bytes = sum(math.prod(shape) * kind.itemsize for shape, kind in arrays.values())
-    check_room(checkpoints, n_bytes)
+    check_space(checkpoints, n_bytes)
     bound = memory_bound(tensors, dtype) + PROGRAM_BYTES + 2 * PENDING_BYTES
     return f"{n_bytes / 1e9:,.2f} GB to write, memory at most {binary(bound)}"
 
@@ -125,7 +125,7 @@ def report_earlier_start(step, workdir: Path) -> None:
         print(f"{step.n_damaged} pieces of an earlier start are damaged: they are written again", file=sys.stderr)
     if step.resumed:
         share = step.n_bytes_done / step.n_bytes
-        print(f"going on with an earlier start: {share:.0%} of {workdir} is written already", flush=True)
+        print(f"resuming an earlier start: {share:.0%} of {workdir} is written already", flush=True)
 
 
 def write(pieces, step, arrays: dict[str, tuple]) -> float:
@@ -197,8 +197,8 @@ def check_others(files: dict[str, Path], workdir: Path) -> None:
     print(f"{workdir} holds this conversion already, and its weights are intact: {copied}.")
 
 
-def check_room(checkpoints: Path, n_bytes: int) -> None:
-    """Raises UserError unless the disk has room for what is not there yet."""
+def check_space(checkpoints: Path, n_bytes: int) -> None:
+    """Raises UserError unless the disk has space for what is not there yet."""
     from deepseek_jax.train.manifest import step_dir
 
     there = sum(file.stat().st_size for file in step_dir(checkpoints, STEP).rglob("*") if file.is_file())
@@ -207,17 +207,17 @@ def check_room(checkpoints: Path, n_bytes: int) -> None:
     if free < needed:
         raise UserError(
             f"{checkpoints}: {needed / 1e9:,.1f} GB to write, {free / 1e9:,.1f} GB free on that disk. "
-            "Make room, or give another --workdir."
+            "Free some space, or give another --workdir."
         )
 
 
-def memory_bound(tensors, wanted: str | None) -> int:
+def memory_bound(tensors, dtype: str | None) -> int:
     """Bytes that the largest tensor takes as it is converted: read, and once more if it is cast."""
     import numpy as np
 
     def needs(name: str) -> int:
         info = tensors.info(name)
         count = math.prod(info.shape)
-        return max(2 * count, info.nbytes) + (np.dtype(wanted).itemsize * count if wanted else 0)
+        return max(2 * count, info.nbytes) + (np.dtype(dtype).itemsize * count if dtype else 0)
 
     return max(map(needs, tensors.names()))

@@ -5,7 +5,7 @@
 
 --dtype=bf16 and fp32 are for all weights, keep for those of the checkpoint.  fp8 stores the matrices of all blocks but
 routers in 8 bits with float32 scales (V3), fp8_ue8m0 with float32 scales that are powers of two (V3.1), fp8_e8m0 with
-the same scales in 8 bits; the rest is bf16.  The checkpoint is compared with its hashes first; then one tensor at a
+the same scales in 8 bits; the rest is bf16. The checkpoint is compared with its hashes first; then one tensor at a
 time goes from disk to disk.
 
 DeepSeekMoE 16B has no class in transformers: others open it with the release's configuration_deepseek.py and
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     if options.workdir is None:
         raise UserError("--workdir is missing. Give the directory of a run, like --workdir=runs/tiny_v3.")
     if options.dtype not in DTYPES:
-        raise UserError(f"--dtype={options.dtype}: wanted one of {', '.join(DTYPES)}.")
+        raise UserError(f"--dtype={options.dtype}: expected one of {', '.join(DTYPES)}.")
     export(options.workdir, options.to.expanduser(), options.dtype)
     return 0
 
@@ -86,7 +86,7 @@ def check_empty(target: Path) -> None:
 
 
 def newest_intact(directory: Path) -> int:
-    """The newest checkpoint that equals its hashes; a damaged one gives way to the one before, with a warning."""
+    """The newest checkpoint that equals its hashes; falls back from a damaged one to the one before, with a warning."""
     from deepseek_jax.train import manifest
 
     steps, refused = manifest.committed_steps(directory), ""

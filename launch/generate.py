@@ -1,9 +1,9 @@
-"""Let a trained model go on with a text.
+"""Continue a text with a trained model.
 
     deepseek-jax generate --workdir=runs/tiny_v3 --prompt="def main("
     echo "def main(" | deepseek-jax generate --max-tokens=100 --temperature=0      # a prompt from standard input
 
-The text appears as it is made; how fast it was goes to standard error.  --temperature=0 takes the likeliest token each
+The text appears as it is made; how fast it was goes to standard error. --temperature=0 takes the likeliest token each
 time, and the same --seed draws the same text.
 """
 
@@ -17,7 +17,7 @@ from deepseek_jax.launch import _options
 from deepseek_jax.launch._continuation import continue_text
 
 FLAGS = {
-    "prompt": (str, "-", "text to go on from; - reads standard input"),
+    "prompt": (str, "-", "text to continue; - reads standard input"),
     "max_tokens": (int, 200, "new tokens at most", whole(1, STEPS)),
     "temperature": (
         float,

@@ -1,14 +1,14 @@
-"""Show every weight of a model: shape, logical axes, where it is split, bytes on each device.  No array is made.
+"""Show every weight of a model: shape, logical axes, where it is split, bytes on each device. No array is made.
 
     deepseek-jax inspect --config=v3_671b
     deepseek-jax inspect --config=v3_671b --config.mesh.expert=64 --devices=256
     deepseek-jax inspect --workdir=runs/tiny_v3             # a run or published weights: its numbers as well
     deepseek-jax inspect --config=tiny_v2 --show-config     # every key of the resolved config
 
-The mesh may be of any size: its devices need not be here.  Without --devices, --config.mesh.data=-1 counts as 1.
+The mesh may be of any size: its devices need not be here. Without --devices, --config.mesh.data=-1 counts as 1.
 """
 
-# The file bears a standard module's name because the verb does.  That does no harm: it is only ever imported as
+# The file bears a standard module's name because the verb does. That does no harm: it is only ever imported as
 # deepseek_jax.launch.inspect, and no file of this folder is meant to be run by its path.
 
 import math
@@ -24,12 +24,12 @@ from deepseek_jax.launch._tables import print_table
 from deepseek_jax.units import binary
 
 DEFAULT = "tiny_v3"
-HEADER = ("weight", "shape", "dtype", "logical axes", "split over", "weight/device", "optimiser/device")
+HEADER = ("weight", "shape", "dtype", "logical axes", "split over", "weight/device", "optimizer/device")
 EXTRA = {
     "devices": (int, 0, "devices of the mesh; 0: as many as config.mesh says", whole(0, 10**9)),
     "show_config": (bool, False, "print every key of the resolved config instead, as a config file would set it"),
 }
-RIGHT = ("weight/device", "optimiser/device")
+RIGHT = ("weight/device", "optimizer/device")
 
 
 class Weight(NamedTuple):
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     print()
     print_table(("total", "parameters"), totals, right=("parameters",))
     weight_bytes, optimizer_bytes = (sum(w.weight_bytes for w in weights), sum(w.optimizer_bytes for w in weights))
-    print(f"\non each device: weights {binary(weight_bytes)}, optimiser state {binary(optimizer_bytes)}")
+    print(f"\non each device: weights {binary(weight_bytes)}, optimizer state {binary(optimizer_bytes)}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Plan a run before anything is bought: parameters, operations, memory, traffic, time, cost.  Needs no device.
+"""Plan a run before anything is bought: parameters, operations, memory, traffic, time, cost. Needs no device.
 
     deepseek-jax plan                                          # the published run: V3 on 2,048 H800
     deepseek-jax plan --config=v3_671b --chip=h200 --devices=1024 --config.mesh.pipe=8 --schedule=dualpipev
@@ -12,16 +12,16 @@
 
 Everything follows from the shapes of the weights and stated formulas (the modules of deepseek_jax.plan say which), and
 every number says what it is: derived, published, given, or fitted (it rests on the one efficiency that was calibrated
-for the recipe).  What is not given is taken from the published run of that model where one is known: devices,
-config.mesh.pipe, config.mesh.expert, --schedule, --recipe, --tokens, --against.  For any other model: as many devices
-as its mesh says, 1F1B, recipe run.  A published step time joins the table if the plan is that of the published run.
+for the recipe). What is not given is taken from the published run of that model where one is known: devices,
+config.mesh.pipe, config.mesh.expert, --schedule, --recipe, --tokens, --against. For any other model: as many devices
+as its mesh says, 1F1B, recipe run. A published step time joins the table if the plan is that of the published run.
 
-A plan opens with its verdict.  --suggest looks for meshes, sharding rules, micro-batches and recomputation that fit
+A plan opens with its verdict. --suggest looks for meshes, sharding rules, micro-batches and recomputation that fit
 and says which of them deepseek-jax train can run today; a plan that does not fit ends with the same.
 
 Recipes: run is what deepseek-jax train does (float32 weights; config.precision, config.run.remat); bf16 keeps
 bfloat16 weights over float32 ones that are cut over the replicas; v3 is the report's FP8 training and recomputation.
-Pipelines can be planned, not yet run.  In one, config.run.micro_batches=1 stands for one sequence a micro-batch.
+Pipelines can be planned, not yet run. In one, config.run.micro_batches=1 stands for one sequence a micro-batch.
 """
 
 import json
@@ -254,7 +254,7 @@ def draw(job, ranks: list[dict[str, float]], name: str, path: Path) -> None:
     except ImportError:
         raise UserError('--picture needs matplotlib. Install it: pip install "deepseek_jax[notebooks]"') from None
     if not path.suffix:  # one would be added, and the file stand elsewhere than said
-        raise UserError(f"--picture={path}: wanted a file that ends in .png, .svg or .pdf.")
+        raise UserError(f"--picture={path}: expected a file that ends in .png, .svg or .pdf.")
     from deepseek_jax.plan.figures import GIB
 
     figure = Figure(figsize=(max(5.0, 2.5 + 0.45 * len(ranks)), 4.5), layout="constrained")

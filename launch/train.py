@@ -1,21 +1,21 @@
-"""Train a model, or go on with a run that was stopped or killed.
+"""Train a model, or resume a run that was stopped or killed.
 
     deepseek-jax train                                        # a small DeepSeek-V3 on Python's own library
     deepseek-jax train --config=tiny_v3 --workdir=runs/a --config.loop.steps=2000
-    deepseek-jax train --workdir=runs/a                       # goes on from the last checkpoint of runs/a
+    deepseek-jax train --workdir=runs/a                       # resumes from the last checkpoint of runs/a
     deepseek-jax train --config=DIR --config.data.source='mine/*.txt'      # fine-tunes the model in DIR
 
-DIR holds published weights (config.json and safetensors files) or is the workdir of a run.  Family, sizes, tokenizer
+DIR holds published weights (config.json and safetensors files) or is the workdir of a run. Family, sizes, tokenizer
 and context length come from it; the recipe is a constant rate of 1e-5 after 20 steps of warm-up, batches of 8 sequences
-of 2,048 tokens at most, 200 steps; any key of it can be set.  --config.run.init_from=DIR alone does the same, and
+of 2,048 tokens at most, 200 steps; any key of it can be set. --config.run.init_from=DIR alone does the same, and
 beside a --config of your own it takes only weights, tokenizer and marks from DIR.
 
 The workdir (runs/NAME by default) receives checkpoints/, metrics.jsonl and tensorboard/.  SIGTERM, SIGHUP or Ctrl-C
-saves and ends; started again with the same words, the run goes on as if nothing had happened, on any mesh that fits.
+saves and ends; the same command resumes the run as if nothing had happened, on any mesh that fits.
 
-A signal to any process of several stops all of them within the step in flight and 5 s, and the time of a save.  A
+A signal to any process of several stops all of them within the step in flight and 5 s, and the time of a save. A
 process that is lost is noticed within 45 s; the others say so and end with exit code 75 (if it is process 0, JAX may
-end them first, within a second and in its own words).  A second Ctrl-C ends without saving the present step.  Exit
+end them first, within a second and in its own words). A second Ctrl-C ends without saving the present step. Exit
 codes: 0 done, or saved after SIGTERM or SIGHUP; 130 saved after Ctrl-C, or broken off; 1 not saved; 2 something to
 correct; 75 another process was lost; 128 + the signal's number: stopped before training.
 """
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
 def leave_own_text(config: ConfigDict, overrides: dict[str, str]) -> None:
     """Turns fill-in-the-middle off for text that the user names: a recipe's share is for the recipe's own text.
 
-    Whoever wants it gives the share as well.  `headline` says which it is.
+    A share given as well turns it on. `headline` says which it is.
     """
     if "data.source" in overrides and overrides["data.source"] != "stdlib" and "data.fim_rate" not in overrides:
         config.data.fim_rate = 0.0
@@ -68,7 +68,7 @@ def execute(config: ConfigDict, workdir: Path, *, sample: bool, again: str) -> i
         config: the resolved config.
         workdir: where the run is kept.
         sample: whether to end with a generated sample.
-        again: the command that goes on with this run, for messages.
+        again: the command that resumes this run, for messages.
     """
     from deepseek_jax.compat import keep_freed_memory, start_compilation_cache, start_processes
     from deepseek_jax.parallel.peers import Peers
@@ -95,7 +95,7 @@ def execute(config: ConfigDict, workdir: Path, *, sample: bool, again: str) -> i
 
 
 def advice(workdir: Path, again: str) -> str:
-    """Returns where the newest checkpoint is and how to go on, as this process alone sees it."""
+    """Returns where the newest checkpoint is and how to resume, as this process alone sees it."""
     from deepseek_jax.train.manifest import committed_steps
 
     checkpoints = workdir / "checkpoints"
@@ -192,5 +192,5 @@ def report_end(done: int, steps: int, checkpoints, metrics, again: str) -> bool:
         there = "there is no checkpoint" if newest is None else f"the newest checkpoint is of step {newest}"
         metrics.message(f"step {done} could not be saved; {there} in {checkpoints.directory}")
     if done < steps:
-        metrics.message(f"stopped on request; go on with: {again}")
+        metrics.message(f"stopped on request; resume with: {again}")
     return is_saved or not done

@@ -121,6 +121,7 @@ def test_the_module_runs_as_a_program():
 
 # Options.
 
+HERE = str(Path(__file__).parent)
 CARD = '''
 """A card."""
 from ml_collections import ConfigDict
@@ -188,17 +189,20 @@ def test_every_config_of_the_package_loads_and_survives_json(name):
         (["--config.rate=fast"], "config.rate=fast: expected a float"),
         (["--config.mask=perhaps"], "config.mask=perhaps: expected a bool"),
         (["--config.loop=1"], "config.loop is a group of keys"),
-        (["--config.seed"], "--config.seed lacks its value."),
+        (["--config.seed"], "--config.seed needs a value."),
         (["--workdr=x"], "--workdr: no such flag. Did you mean --workdir=x? Flags: "),
         (["--workdir="], "--workdir='': expected a path, not empty"),
-        (["workdir=x"], "workdir=x: a stray word. Did you mean --workdir=x?"),
-        (["-workdir=x"], "-workdir=x: a stray word. Did you mean --workdir=x?"),
-        (["config.loop.steps=5"], "config.loop.steps=5: a stray word. Did you mean --config.loop.steps=5?"),
-        (["steps=5"], "steps=5: a stray word. Did you mean --config.loop.steps=5?"),
-        (["tiny_v3"], "tiny_v3: a stray word. Did you mean --config=tiny_v3?"),
-        ([__file__], f"{__file__}: a stray word. Did you mean --config={__file__}?"),
-        ([str(Path(__file__).parent)], f"{Path(__file__).parent}: a stray word. Did you mean --config.data.source="),
-        (["what"], "what: a stray word. Values stand as --name=VALUE; see --help."),
+        (["workdir=x"], "workdir=x: unexpected argument. Did you mean --workdir=x?"),
+        (["-workdir=x"], "-workdir=x: unexpected argument. Did you mean --workdir=x?"),
+        (["config.loop.steps=5"], "config.loop.steps=5: unexpected argument. Did you mean --config.loop.steps=5?"),
+        (["steps=5"], "steps=5: unexpected argument. Did you mean --config.loop.steps=5?"),
+        (["tiny_v3"], "tiny_v3: unexpected argument. Did you mean --config=tiny_v3?"),
+        ([__file__], f"{__file__}: unexpected argument. Did you mean --config={__file__}?"),
+        (
+            [str(Path(__file__).parent)],
+            f"{Path(__file__).parent}: unexpected argument. Did you mean --config.data.source=",
+        ),
+        (["what"], "what: unexpected argument. Write values as --name=VALUE; see --help."),
         (["--steps=100"], "--steps: no such flag. Did you mean --config.loop.steps=100?"),
         (["--train.steps=100"], "--train.steps: no such flag. Did you mean --config.loop.steps=100?"),
         (["--batch-size", "8"], "--batch-size: no such flag. Did you mean --config.batch.size?"),

@@ -80,7 +80,7 @@ def test_the_verb_prints_aligned_text(capsys):
     table = lines[2 : lines.index("", 3)]
     assert len({len(line) for line in table}) == 1  # the last column ends flush right
     assert any(line.startswith("main model ") and line.endswith("1,682,944 (1.68M)") for line in lines)
-    assert "on each device: weights 8.34 MiB, optimiser state 16.69 MiB" in lines
+    assert "on each device: weights 8.34 MiB, optimizer state 16.69 MiB" in lines
 
 
 def test_a_terminal_gets_a_drawn_table(capsys, monkeypatch):

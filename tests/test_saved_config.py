@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from deepseek_jax import run_config
 from deepseek_jax.errors import UserError
 from deepseek_jax.run_bounds import BOUNDS
-from deepseek_jax.saved_config import FORMAT, RENAMED, from_json, leaves, to_json
+from deepseek_jax.saved_config import FORMAT, RENAMED, completed, from_json, leaves, to_json
 from deepseek_jax.train.checkpoint import Checkpointer
 from deepseek_jax.weights import open_weights
 
@@ -47,6 +47,12 @@ def test_every_key_of_format_1_has_its_place():
 def test_what_a_run_of_format_1_did_not_have_gets_its_default():
     older = {key: value for key, value in FORMAT_1.items() if key != "release"}
     assert from_json(older).release == run_config.load("base").release
+
+
+def test_a_run_of_today_without_a_key_of_tomorrow_gets_its_default():
+    config = run_config.load("tiny_v3")
+    older = {key: value for key, value in to_json(config).items() if key != "sharding"}
+    assert completed(from_json(older)) == config
 
 
 def test_a_checkpoint_with_a_config_of_format_1_is_opened(tmp_path):

@@ -60,7 +60,7 @@ def take(cls: type, m: Mapping) -> Any:
     """The dataclass `cls` of a config's keys: every field by the key of its name.
 
     A field that is a dataclass is taken from the same keys; one that is a dataclass or None from the group of its name,
-    which may be empty.  Fields without a key keep their defaults.
+    which may be empty. Fields without a key keep their defaults.
     """
     kinds, found = get_type_hints(cls), {}
     for name in (field.name for field in fields(cls)):

@@ -63,7 +63,7 @@ class Config:
 
 
 # Keys of `config.model`, each a field of `Config` or of one of its parts.
-KEYS = ("vocab_size", "d_model", "n_layers", "n_dense_layers", "dense_width")
+KEYS: tuple[str, ...] = ("vocab_size", "d_model", "n_layers", "n_dense_layers", "dense_width")
 KEYS += ("n_heads", "n_kv_heads", "head_width", "rope_base")
 KEYS += ("n_experts", "n_shared_experts", "expert_width", "top_k", "route_scale")
 KEYS += ("norm_eps", "init_std")

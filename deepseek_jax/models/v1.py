@@ -70,7 +70,7 @@ class Config:
 
 
 # Keys of `config.model`, each a field of `Config` or of one of its parts.
-KEYS = ("vocab_size", "d_model", "n_layers", "dense_width")
+KEYS: tuple[str, ...] = ("vocab_size", "d_model", "n_layers", "dense_width")
 KEYS += ("n_heads", "n_kv_heads", "head_width", "attention_bias", "qk_norm")
 KEYS += ("rope_base", "rope_factor", "rope_llama3", "yarn")
 KEYS += ("norm_eps", "init_std")

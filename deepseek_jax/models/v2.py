@@ -63,7 +63,7 @@ class Config:
 
 
 # Keys of `config.model`, each a field of `Config` or of one of its parts.
-KEYS = ("vocab_size", "d_model", "n_layers", "n_dense_layers", "dense_width")
+KEYS: tuple[str, ...] = ("vocab_size", "d_model", "n_layers", "n_dense_layers", "dense_width")
 KEYS += ("n_heads", "q_rank", "kv_rank", "nope_width", "rope_width", "value_width", "rope_base", "yarn")
 KEYS += ("n_experts", "n_shared_experts", "expert_width", "top_k", "n_groups", "top_groups", "route_scale")
 KEYS += ("norm_eps", "init_std")

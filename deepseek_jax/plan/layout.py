@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.parallel.stages import divide, slices
 from deepseek_jax.parallel.mesh import sizes
+from deepseek_jax.parallel.stages import divide, slices
 from deepseek_jax.plan.flops import keys_seen
 from deepseek_jax.plan.network import EMBEDDING, HEAD, MTP, Network, Weight
 

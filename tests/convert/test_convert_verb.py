@@ -219,7 +219,7 @@ def test_killed_it_goes_on_and_ends_the_same(fp8, tmp_path, monkeypatch, capsys)
     capsys.readouterr()
     convert.main(words)
     assert len(written) == total - 20 - 37
-    assert "going on with an earlier start" in capsys.readouterr().out
+    assert "resuming an earlier start" in capsys.readouterr().out
     step = "checkpoints/step_00000000"
     before, after = (manifest.read_manifest(tmp_path / name / step, 0) for name in ("undisturbed", "killed"))
     for found in (before, after):
@@ -362,7 +362,7 @@ def test_invalid_arguments_are_reported(fp8, converted, tmp_path):
     for words, text in [
         ([f"--workdir={tmp_path}"], "--from is missing"),
         ([f"--from={fp8}"], "--workdir is missing"),
-        ([f"--from={fp8}", f"--workdir={tmp_path}", "--dtype=int4"], "wanted one of keep, bf16, fp32"),
+        ([f"--from={fp8}", f"--workdir={tmp_path}", "--dtype=int4"], "expected one of keep, bf16, fp32"),
         ([f"--from={fp8}", f"--workdir={fp8}"], "is the published directory itself"),
         ([f"--from={tmp_path}", f"--workdir={tmp_path / 'run'}"], "no config.json"),
     ]:
@@ -375,7 +375,7 @@ def test_invalid_arguments_are_reported(fp8, converted, tmp_path):
         ([f"--to={tmp_path / 'out'}"], "--workdir is missing"),
         ([f"--workdir={converted}", f"--to={tmp_path / 'full'}"], r"not empty \(notes.txt\)"),
         ([f"--workdir={converted}", f"--to={tmp_path / 'full' / 'notes.txt'}"], "a file"),
-        ([f"--workdir={converted}", f"--to={tmp_path / 'out'}", "--dtype=int4"], "wanted one of bf16"),
+        ([f"--workdir={converted}", f"--to={tmp_path / 'out'}", "--dtype=int4"], "expected one of bf16"),
         ([f"--workdir={tmp_path / 'full'}", f"--to={tmp_path / 'out'}"], "no checkpoint in"),
     ]:
         with pytest.raises(UserError, match=text):

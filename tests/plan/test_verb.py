@@ -151,7 +151,7 @@ def test_other_schedules_stand_beside_the_chosen_one(capsys):
         (["--config.precision=fp8"], "config.precision='fp8': expected one of fp32, bf16"),
         (["--step-time-s=nan"], "--step-time-s=nan: expected a number from"),
         (["--picture=nowhere/at/all.png"], "--picture=nowhere/at/all.png: cannot be written"),
-        (["--picture=/"], "--picture=/: wanted a file that ends in"),
+        (["--picture=/"], "--picture=/: expected a file that ends in"),
     ],
 )
 def test_what_cannot_be_is_refused(words, message):

@@ -6,7 +6,7 @@ from deepseek_jax.configs import tiny_v3
 
 
 def get_config() -> ConfigDict:
-    """Two layers of width 32, eight experts, 8 sequences of 32 tokens a step."""
+    """Two layers of width 32, eight experts, 8 sequences of 32 tokens per step."""
     config = tiny_v3.get_config()
     m = config.model
     m.d_model = 32

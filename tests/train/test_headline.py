@@ -31,7 +31,7 @@ def test_the_users_own_text_is_not_rearranged_unless_asked(tmp_path):
 def test_the_standard_library_keeps_the_recipe(tmp_path):
     lines, rate = said(tmp_path, "stdlib")
     assert rate == 0.1 and "fill-in-the-middle" not in lines
-    assert "10." in lines and "M tokens an epoch" in lines and "held out to evaluate on: " in lines
+    assert "10." in lines and "M tokens per epoch" in lines and "held out to evaluate on: " in lines
 
 
 @pytest.mark.parametrize(
@@ -44,5 +44,5 @@ def test_what_is_held_out_and_how_often_the_text_is_read_is_said(tmp_path, n_boo
     (tmp_path / "cover.png").write_bytes(b"\xff")
     lines, _ = said(tmp_path / "elsewhere", tmp_path, "--config.batch.size=8", "--config.loop.steps=420")
     times = 420 * 8 * 256 / (0.98 * sum(len(TEXT) * (500 + number) for number in range(n_books)))
-    assert f"tokens an epoch, {documents}, read {times:.0f} times\nheld out to evaluate on: {end}, " in lines
+    assert f"tokens per epoch, {documents}, read {times:.0f} times\nheld out to evaluate on: {end}, " in lines
     assert "files passed over: 1 of other types (.png)" in lines

@@ -125,7 +125,7 @@ def test_sigterm_saves_and_exits_with_0(tmp_path, corpus):
     printed = output(workdir).read_text()
     saved = int(printed.split("checkpoint of step ")[1].split(":")[0])
     assert saved == read_log_of(workdir)[-1]["step"]
-    assert "stopped on request; go on with: deepseek-jax train" in printed
+    assert "stopped on request; resume with: deepseek-jax train" in printed
 
 
 @pytest.mark.slow
