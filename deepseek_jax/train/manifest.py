@@ -1,6 +1,6 @@
-"""What makes a checkpoint trustworthy: a hash of every file, and a COMMIT marker written last.  Plain files, no JAX.
+"""What makes a checkpoint trustworthy: a hash of every file, and a COMMIT marker written last. Plain files, no JAX.
 
-A step is one directory, and its states can be told apart after a crash at any instant:
+A step is one directory, and its states are distinguishable after a crash at any instant:
 
     step_00000100/arrays/…         written by Orbax
     step_00000100/config.json      the resolved config
@@ -44,7 +44,7 @@ class CheckpointDamaged(Exception):
 
 
 def step_dir(root: Path, step: int) -> Path:
-    """Returns the directory of a step: ``step_00000100``, sorted by name as by number."""
+    """Returns the directory of a step: `step_00000100`, sorted by name as by number."""
     return root / f"step_{step:08d}"
 
 
@@ -66,8 +66,8 @@ def committed_steps(root: Path) -> list[int]:
 def commit(path: Path, step: int, arrays: dict[str, dict], known: Mapping[str, dict] = MappingProxyType({})) -> None:
     """Hashes and flushes all files of a step, writes the manifest and, last of all, the COMMIT marker.
 
-    ``known`` holds the size and sha256 of files that are on the disk already and were hashed when they were written;
-    they are not read again.  Raises CheckpointDamaged where one of those is missing or has another size.
+    `known` holds the size and sha256 of files that are on the disk already and were hashed when they were written;
+    they are not read again. Raises CheckpointDamaged where one of those is missing or has another size.
     """
     found = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
     for name, written in known.items():
@@ -151,9 +151,9 @@ def _is_inside(name: str) -> bool:
 def verify(
     path: Path, step: int, only: tuple[str, ...] | None = None, report: Callable[[int], None] = lambda n_bytes: None
 ) -> dict:
-    """Returns the manifest after comparing all files (or those named in ``only``) with it.
+    """Returns the manifest after comparing all files (or those named in `only`) with it.
 
-    ``report`` receives the size of each file once it is compared.  Raises CheckpointDamaged, also for a file that a
+    `report` receives the size of each file once it is compared. Raises CheckpointDamaged, also for a file that a
     reader would use and the manifest does not list.
     """
     manifest = read_manifest(path, step)
@@ -233,7 +233,7 @@ def digest(path: Path, flush: bool = False) -> dict:
 
 
 class WriterLock:
-    """One writer a directory: an flock on ``.writer``, which the kernel drops when the process dies, in any way."""
+    """One writer a directory: an flock on `.writer`, which the kernel drops when the process dies, in any way."""
 
     def __init__(self, root: Path):
         self._file = open(root / ".writer", "ab+", buffering=0)

@@ -226,7 +226,7 @@ def test_a_full_disk_ends_the_log_not_the_run(tmp_path):
             metrics.step(step, {"main": 1.0})
         metrics.evaluation(3, {"main": 1.0})
     told = [line for line in metrics.stream.getvalue().splitlines() if "loss" not in line]
-    assert told == ["metrics.jsonl ends at step 2: No space left on device. Training goes on."]
+    assert told == ["metrics.jsonl ends at step 2: No space left on device. Training continues."]
     assert [record["step"] for record in decided(tmp_path)] == [1]
 
 
@@ -242,7 +242,7 @@ def test_a_full_disk_ends_the_charts_not_the_run(tmp_path, monkeypatch, flush_s)
             metrics.step(step, {"loss": 1.0}, {"expert_load": np.ones((4, 8))})
             metrics.evaluation(step, figures)
     told = [line for line in metrics.stream.getvalue().splitlines() if "tensorboard" in line]
-    assert len(told) == 1 and "No space left on device. Training goes on." in told[0]
+    assert len(told) == 1 and "No space left on device. Training continues." in told[0]
     assert len(decided(tmp_path)) == 12
 
 

@@ -1,0 +1,38 @@
+"""What the figures of a run are called when they are shown, how they are written, and what they mean."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# Figure -> (label, format), in the order in which they are shown. The loss that is shown is that of the next token,
+# which bits/byte is made of as well; the one that is minimised holds other losses too, with weights that change.
+FIGURES = {
+    "main": ("loss", ".4f"),
+    "mtp": ("mtp", ".4f"),
+    "bits_per_byte": ("bits/byte", ".4f"),
+    "learning_rate": ("lr", ".2e"),
+    "gradient_norm": ("grad_norm", ".3f"),
+    "max_violation": ("maxvio", ".3f"),
+    "skipped": ("skipped", "d"),
+}
+LEGEND = {
+    "main": "how badly the next token is predicted, in nats per token",
+    "mtp": "the same for the token after that, guessed by multi-token prediction with the next one given",
+    "bits_per_byte": "the loss per byte of text, comparable between tokenizers; held-out: on text not trained on",
+    "max_violation": "load of the busiest expert above an even share: 0 is even, 1 is twice its share",
+    "skipped": "steps left out since their loss or gradient was not finite: 0 is right",
+}
+LOG_ONLY = ("checksum", "skipped_in_row", "loss")  # written, never shown
+SPEED = {
+    "tokens_per_second": ("tokens/s", ".0f"),
+    "mfu": ("mfu", ".1%"),
+    "memory_gib": ("memory_gib", ".2f"),
+}
+
+
+def columns(figures: Mapping[str, Any], table: Mapping[str, tuple[str, str]]) -> list[str]:
+    """Returns label=value of those figures that the table names, in its order."""
+    return [f"{label}={_show(figures[name], form)}" for name, (label, form) in table.items() if name in figures]
+
+
+def _show(value: int | float, form: str) -> str:
+    return format(value, form if form != "d" or isinstance(value, int) else ".0f")
