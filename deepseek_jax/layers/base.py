@@ -55,14 +55,17 @@ SINGLE_DEVICE = Execution()  # float32 on one device
 
 # What a weight is for. The planner, weight decay and number formats read this, never a part of a name.
 ROLES = (
-    *(
-        "attention_in",
-        "attention_out",
-    ),  # matrices of attention: to queries, keys, values and latents; back to the stream
-    *("gate", "up", "down"),  # matrices of feed-forwards
-    *("router", "join"),  # the matrix that scores experts; the one that joins the inputs of multi-token prediction
-    *("table", "head"),  # rows read by token id; the matrix that makes logits
-    *("gain", "bias"),  # one number per number of an activation
+    "attention_in",  # matrices of attention to queries, keys, values and latents
+    "attention_out",  # and back to the stream
+    "gate",  # matrices of feed-forwards
+    "up",
+    "down",
+    "router",  # scores experts
+    "join",  # joins the inputs of multi-token prediction
+    "table",  # rows read by token id
+    "head",  # makes logits
+    "gain",  # one number per number of an activation
+    "bias",
 )
 SPARED = ("gain", "bias")  # by weight decay
 

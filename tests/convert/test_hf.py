@@ -174,7 +174,7 @@ def wide(tmp_path_factory) -> Path:
     numbers = {
         **{"vocab_size": 1024, "d_model": 256, "n_layers": 4, "dense_width": 1024, "n_heads": 4, "n_kv_heads": 2},
         **{"head_width": 64, "attention_bias": False, "rope_base": 1e4, "rope_factor": 1.0, "rope_llama3": {}},
-        **{"norm_eps": 1e-6, "init_std": 0.02},
+        **{"norm_eps": 1e-6, "init_std": 0.02, "qk_norm": False, "yarn": {}},
     }
     _, params, bias = split(module_of("v1", numbers))
     shapes = {"params": params, "router_bias": bias}

@@ -28,7 +28,7 @@ class Toy(nnx.Module):
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.embedding = Embedding(V, D, 1.0, rngs=rngs)
-        self.mix_DF = param(rngs, (D, D), (None, None), normal(1.0))
+        self.mix_DF = param(rngs, (D, D), (None, None), normal(1.0), role="up")
         self.head = Head(D, V, 1.0, rngs=rngs)
         self.config = SimpleNamespace(vocab_size=V)
 
