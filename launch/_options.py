@@ -7,6 +7,7 @@ Every value may stand after `=` or as the next word. Whatever is wrong comes out
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from deepseek_jax.configs import base
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _beginning, _hints
 from deepseek_jax.paths import check_local
+from deepseek_jax.saved_config import RENAMED
 
 BEGINNING = "run.init_from"
 PATHS = (BEGINNING, "data.source", "data.tokenizer", "data.cache_dir", "release.folder")  # keys of files and folders
@@ -129,12 +131,20 @@ def _split(argv: list[str], table: Mapping[str, Flag]) -> tuple[dict[str, Any], 
             text = following
             next(words)
         if is_key:
-            path = name.removeprefix("config.")
+            path = _present(name.removeprefix("config."))
             overrides.pop(path, None)  # keeps the order of the last
             overrides[path] = text
         else:
             given[name] = _convert(name, table[name], text)
     return given, overrides
+
+
+def _present(path: str) -> str:
+    """Returns the name of a config key, reporting on stderr when an earlier one was given."""
+    if path not in RENAMED:
+        return path
+    print(f"note: config.{path} is now called config.{RENAMED[path]}", file=sys.stderr)
+    return RENAMED[path]
 
 
 def _defaults(table: Mapping[str, Flag]) -> ConfigDict | None:

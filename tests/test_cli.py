@@ -159,6 +159,12 @@ def test_the_last_of_two_overrides_wins_and_the_config_is_named_and_locked(card)
         config.sede = 1
 
 
+def test_a_key_under_its_earlier_name_is_taken_and_its_present_name_reported(card, capsys):
+    options = _options.parse([f"--config={card}", "--config.train.steps=7"])
+    assert (options.config.loop.steps, options.overrides) == (7, {"loop.steps": "7"})
+    assert capsys.readouterr().err == "note: config.train.steps is now called config.loop.steps\n"
+
+
 def test_a_file_is_named_after_itself_and_not_after_its_parent(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("from deepseek_jax.configs import tiny_v3\ndef get_config(): return tiny_v3.get_config()\n")
@@ -181,7 +187,7 @@ def test_every_config_of_the_package_loads_and_survives_json(name):
     ("words", "message"),
     [
         (["--config.loop.stepz=1"], "config.loop.stepz: no such key. Did you mean config.loop.steps?"),
-        (["--config.train.log_every=1"], "config.train.log_every: no such key. Did you mean config.loop.log_every?"),
+        (["--config.train.log_evry=1"], "config.train.log_evry: no such key. "),
         (["--config.zzzzzz=1"], "config.zzzzzz: no such key. Keys of config: "),
         (["--config.seed.x=1"], "config.seed.x: no such key."),
         (["--config.loop.steps=abc"], "config.loop.steps=abc: expected an int, like 10."),
