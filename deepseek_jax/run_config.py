@@ -13,9 +13,11 @@ import contextlib
 import difflib
 import importlib
 import importlib.util
+import os
 import pkgutil
 import re
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -120,7 +122,9 @@ def _executed(name: str, flag: str, is_path: bool) -> ConfigDict:
         raise
     except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {error}".removesuffix(": ")
-        raise UserError(f"{flag}={name}: the file raised {in_line(what)}{_place(error)}. Fix it.") from error
+        raise UserError(
+            f"{flag}={name}: the file raised {in_line(what)}{_place(error, name)}. {_advice(error)}"
+        ) from error
     if config is module:
         raise UserError(f"{flag}={name}: the file has no function get_config(). Write one that returns a ConfigDict.")
     if not isinstance(config, ConfigDict):
@@ -138,12 +142,20 @@ def _execute(path: Path) -> Any:
     return module
 
 
-def _place(error: BaseException) -> str:
-    """Returns " (line N of FILE)" for the innermost frame of an error, "" without one."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    return "" if frame is None else f" (line {frame.tb_lineno} of {frame.tb_frame.f_code.co_filename})"
+def _place(error: BaseException, file: str) -> str:
+    """Returns " (line N of FILE)" for the innermost frame in the file, or the innermost of all; "" without one."""
+    places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    own = [place for place in places if os.path.realpath(place[0]) == os.path.realpath(file)]
+    found = (own or places)[-1:]
+    return f" (line {found[0][1]} of {found[0][0]})" if found else ""
+
+
+def _advice(error: BaseException) -> str:
+    """Returns what to do about an error of a config file, which may use a group of keys that has been divided."""
+    group = str(error).strip("\"'") if isinstance(error, AttributeError) else ""
+    if places := sorted({new.partition(".")[0] for old, new in RENAMED.items() if old.startswith(f"{group}.")}):
+        return f"The keys of config.{group} are now in {', '.join(f'config.{place}' for place in places)}: rename them."
+    return "Fix it."
 
 
 def _paths(config: ConfigDict, prefix: str = "") -> list[str]:

@@ -234,6 +234,11 @@ def test_a_wrong_word_is_named_with_what_was_wanted(card, words, message):
     [
         ("def get_config(): return 1 / 0", "the file raised ZeroDivisionError: division by zero (line 1 of "),
         ("def get_config(: pass", "the file raised SyntaxError"),
+        (
+            "from deepseek_jax.configs import tiny_v3\ndef get_config():\n    tiny_v3.get_config().train.steps = 1",
+            "(line 3 of FILE). The keys of config.train are now in config.batch, config.loop, config.loss, config.run: "
+            "rename them.",
+        ),
         ("x = 1", "the file has no function get_config()."),
         ("def get_config(): return {}", "get_config() gave a dict"),
     ],
@@ -243,7 +248,7 @@ def test_a_config_file_that_fails_is_the_users_error(tmp_path, source, message):
     path.write_text(source)
     with pytest.raises(UserError, match="wrong.py") as error:
         _options.parse([f"--config={path}"])
-    assert message in str(error.value)
+    assert message.replace("FILE", str(path)) in str(error.value)
 
 
 def test_a_config_that_is_not_there():
