@@ -51,7 +51,7 @@ class Peers:
         self.index, self.count = jax.process_index(), jax.process_count()
         self._store = compat.process_store() if self.count > 1 else None
         self._over = threading.Event()
-        self._leaving = threading.Lock()
+        self._leaving, self._publishing = threading.Lock(), threading.Lock()
         self._heard_s = self._answered_s = time.monotonic()
         self._beat, self._parted = "", False
         self._failed: tuple[float, str] | None = None  # when and why a process left
@@ -67,8 +67,8 @@ class Peers:
             return
         if error is not None:
             self._shortly(lambda: self._announce(error))
-        self._shortly(lambda: self._store.set(_key(self.index), GOODBYE))
         self._over.set()
+        self._shortly(lambda: self._publish(GOODBYE))
 
     def advice(self) -> str:
         """Returns the advice, or "" where the checkpoints cannot be looked at: their disk may be gone as well."""
@@ -101,7 +101,7 @@ class Peers:
         while not self._over.wait(BEAT_S if beat else 0):
             beat += 1
             try:
-                self._store.set(_key(self.index), str(beat))
+                self._publish(str(beat))
                 seen, failed = self._store.get(_key(following)), self._store.get(FAILED)
             except Exception:  # the coordinator does not answer: the judge counts the seconds
                 continue
@@ -112,6 +112,12 @@ class Peers:
                 self._beat, self._heard_s = seen, now
             if failed and self._failed is None:
                 self._failed = (now, failed)
+
+    def _publish(self, text: str) -> None:
+        """Tells the others a beat or the goodbye, which no beat that was under way may overwrite."""
+        with self._publishing:
+            if text == GOODBYE or not self._over.is_set():
+                self._store.set(_key(self.index), text)
 
     def _judge(self) -> None:
         following = (self.index + 1) % self.count

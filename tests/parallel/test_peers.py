@@ -62,6 +62,17 @@ def test_a_process_that_beats_is_alive(store, capfd):
     assert store.texts["deepseek_jax/beat/1"] == GOODBYE
 
 
+def test_a_beat_under_way_does_not_undo_the_goodbye(store, monkeypatch):
+    def slow(key: str, value: str) -> None:
+        time.sleep(0 if value == GOODBYE else 0.1)
+        store.texts[key] = value
+
+    monkeypatch.setattr(store, "set", slow)
+    assert watch(0.2, lambda beat: store.texts.update({"deepseek_jax/beat/0": str(beat)})) == []
+    time.sleep(0.2)
+    assert store.texts["deepseek_jax/beat/1"] == GOODBYE
+
+
 def test_a_process_that_stops_beating_is_lost(store, capfd):
     store.texts["deepseek_jax/beat/0"] = "5"
     assert watch(3) == [LOST]
