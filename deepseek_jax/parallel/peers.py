@@ -114,7 +114,7 @@ class Peers:
                 self._failed = (now, failed)
 
     def _publish(self, text: str) -> None:
-        """Tells the others a beat or the goodbye, which no beat that was under way may overwrite."""
+        """Stores a beat or the goodbye for the others; no beat that was under way may overwrite the goodbye."""
         with self._publishing:
             if text == GOODBYE or not self._over.is_set():
                 self._store.set(_key(self.index), text)
