@@ -89,19 +89,25 @@ def write(
         pad_id=pad_id,
     )
     marks = {"_from_model_config": True, "bos_token_id": bos_id, "eos_token_id": hf_config.one_or_list(eos_ids)}
-    code = hf_config.code(family)
-    if code and set(code) <= set(files):
-        config["auto_map"] = hf_config.KINDS[config["model_type"]].auto_map
-    elif code:
-        warn(
-            f"{directory}: transformers has no class for model_type={config['model_type']!r}: without "
-            f"{' and '.join(code)} of the release, only deepseek_jax can open this directory. Put them into the "
-            "directory that the weights come from, and they are copied."
-        )
+    config |= _auto_map(family, config["model_type"], files, lambda message: warn(f"{directory}: {message}"))
     safetensors.write_directory(directory, list(_entries(abstract, dtypes, get, dtype, report)), max_shard_bytes)
     copy_files(files, directory)
     for name, content in ((CONFIG, config), (GENERATION_CONFIG, marks if generation is None else generation)):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _auto_map(family: str, model_type: str, files: Mapping[str, Path | bytes], warn: Warn) -> dict[str, Any]:
+    """The entry of config.json that names the release's own classes, where transformers has none for the family."""
+    code = hf_config.code(family)
+    if code and set(code) <= set(files):
+        return {"auto_map": hf_config.KINDS[model_type].auto_map}
+    if code:
+        warn(
+            f"transformers has no class for model_type={model_type!r}: without {' and '.join(code)} of the release, "
+            "only deepseek_jax can open this directory. Put them into the directory that the weights come from, and "
+            "they are copied."
+        )
+    return {}
 
 
 def copy_files(files: Mapping[str, Path | bytes], directory: Path) -> None:
