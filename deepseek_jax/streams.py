@@ -49,6 +49,11 @@ def settle() -> None:
             to_null_device(stream)
 
 
+def is_terminal(stream: TextIO) -> bool:
+    """Whether somebody watches a stream on a terminal that can redraw lines."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("CI")
+
+
 def note(text: str) -> None:
     """Writes a line to standard error by the shortest way: from a signal handler, or before the process is left."""
     with contextlib.suppress(OSError):

@@ -27,8 +27,8 @@ from deepseek_jax.data.tokenizer import open_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import Tree
 from deepseek_jax.saved_config import completed, from_json
-from deepseek_jax.train import manifest
-from deepseek_jax.train.checkpoint import Checkpointer
+from deepseek_jax.train.checkpoint import manifest
+from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 
 WEIGHTS = ("params", "router_bias")  # what a checkpoint holds of a model
 

@@ -86,7 +86,7 @@ def inherit(config: ConfigDict, overrides: Mapping[str, str], workdir: Path) -> 
     Raises UserError if there are no such weights, or if the tokenizer that the command line names reads text as other
     ids than theirs. Where a run has begun already, its own copies will do.
     """
-    from deepseek_jax.train.manifest import committed_steps
+    from deepseek_jax.train.checkpoint.manifest import committed_steps
     from deepseek_jax.weights import open_weights
 
     origin = config.run.init_from

@@ -4,11 +4,11 @@ with Progress("convert", total_bytes, done=bytes_of_an_earlier_start) as progres
     progress.advance(n_bytes)
 """
 
-import os
 import sys
 import time
 from typing import Any
 
+from deepseek_jax.streams import is_terminal
 from deepseek_jax.units import duration
 
 LINE_EVERY_S = 5
@@ -30,7 +30,7 @@ class Progress:
         self._task: Any = None
 
     def __enter__(self) -> "Progress":
-        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("CI"):
+        if is_terminal(sys.stderr):
             from rich import progress
             from rich.console import Console
 

@@ -64,7 +64,7 @@ def convert(source: Path, workdir: Path, dtype: str) -> None:
     from deepseek_jax.convert import hub
     from deepseek_jax.convert.hf import Source, copy_files, open_published
     from deepseek_jax.saved_config import to_json
-    from deepseek_jax.train.streamed import StreamedStep
+    from deepseek_jax.train.checkpoint.streamed import StreamedStep
     from deepseek_jax.weights import published_config
 
     source = hub.local(source)
@@ -100,7 +100,7 @@ def arrays_to_write(abstract: dict, dtype: str | None) -> dict[str, tuple]:
     """Name -> (shape, dtype) of what is written: `dtype` for weights, or their own for None."""
     import numpy as np
 
-    from deepseek_jax.train import tree
+    from deepseek_jax.train.checkpoint import tree
 
     def kind(name: str, leaf) -> np.dtype:
         return np.dtype(dtype if dtype and name.startswith("params/") else leaf.dtype)
@@ -111,7 +111,7 @@ def arrays_to_write(abstract: dict, dtype: str | None) -> dict[str, tuple]:
 
 def planned(checkpoints: Path, arrays: dict[str, tuple], tensors, dtype: str | None) -> str:
     """Returns what a conversion takes, as text. Raises UserError if the disk has too little space."""
-    from deepseek_jax.train.streamed import PENDING_BYTES
+    from deepseek_jax.train.checkpoint.streamed import PENDING_BYTES
 
     n_bytes = sum(math.prod(shape) * kind.itemsize for shape, kind in arrays.values())
     check_space(checkpoints, n_bytes)
@@ -162,7 +162,7 @@ def is_there(checkpoints: Path, origin: str) -> bool:
 
     Raises UserError where it is damaged, or where another checkpoint stands in its place.
     """
-    from deepseek_jax.train import manifest
+    from deepseek_jax.train.checkpoint import manifest
 
     steps = manifest.committed_steps(checkpoints)
     if not steps:
@@ -199,7 +199,7 @@ def check_others(files: dict[str, Path], workdir: Path) -> None:
 
 def check_space(checkpoints: Path, n_bytes: int) -> None:
     """Raises UserError unless the disk has space for what is not there yet."""
-    from deepseek_jax.train.manifest import step_dir
+    from deepseek_jax.train.checkpoint.manifest import step_dir
 
     there = sum(file.stat().st_size for file in step_dir(checkpoints, STEP).rglob("*") if file.is_file())
     parent = next(folder for folder in (checkpoints, *checkpoints.absolute().parents) if folder.is_dir())

@@ -45,12 +45,12 @@ def export(workdir: Path, target: Path, dtype: str) -> None:
     check_empty(target)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # another process may be using the accelerator
     import jax
+    from flax.traverse_util import unflatten_dict
 
     from deepseek_jax import weights
     from deepseek_jax.compat import peak_memory_bytes
-    from deepseek_jax.train import tree
-    from deepseek_jax.train.checkpoint import Checkpointer
-    from deepseek_jax.train.streamed import StepReader
+    from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
+    from deepseek_jax.train.checkpoint.streamed import StepReader
 
     directory = weights.checkpoint_directory(workdir)
     step = newest_intact(directory)
@@ -64,7 +64,7 @@ def export(workdir: Path, target: Path, dtype: str) -> None:
         for name, described in reader.arrays.items()
         if name.split("/")[0] in weights.WEIGHTS
     }
-    abstract = {"params": {}, "router_bias": {}} | tree.nest(saved)
+    abstract = {"params": {}, "router_bias": {}} | unflatten_dict(saved, sep="/")
 
     def get(path: tuple[str, ...], index: tuple[int, ...]):
         return reader("/".join(path), index)
@@ -87,7 +87,7 @@ def check_empty(target: Path) -> None:
 
 def newest_intact(directory: Path) -> int:
     """The newest checkpoint that equals its hashes; falls back from a damaged one to the one before, with a warning."""
-    from deepseek_jax.train import manifest
+    from deepseek_jax.train.checkpoint import manifest
 
     steps, refused = manifest.committed_steps(directory), ""
     if not steps:

@@ -96,7 +96,7 @@ def execute(config: ConfigDict, workdir: Path, *, sample: bool, again: str) -> i
 
 def advice(workdir: Path, again: str) -> str:
     """Returns where the newest checkpoint is and how to resume, as this process alone sees it."""
-    from deepseek_jax.train.manifest import committed_steps
+    from deepseek_jax.train.checkpoint.manifest import committed_steps
 
     checkpoints = workdir / "checkpoints"
     steps = committed_steps(checkpoints)
@@ -110,7 +110,7 @@ def train(config: ConfigDict, workdir: Path, stop, again: str, peers) -> bool:
 
     from deepseek_jax import run
     from deepseek_jax.saved_config import to_json
-    from deepseek_jax.train.checkpoint import Checkpointer
+    from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
     from deepseek_jax.train.loop import Loop
     from deepseek_jax.train.metrics import Metrics
 

@@ -13,7 +13,7 @@ from deepseek_jax.convert import hub
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _beginning, _options, convert, export, inspect, train
 from deepseek_jax.saved_config import to_json
-from deepseek_jax.train.manifest import commit
+from deepseek_jax.train.checkpoint.manifest import commit
 from deepseek_jax.weights import open_weights
 
 GOLDEN = Path(__file__).parent / "golden"

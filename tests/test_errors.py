@@ -16,7 +16,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.launch import bench
 from deepseek_jax.models.v3 import Config
 from deepseek_jax.saved_config import to_json
-from deepseek_jax.train.checkpoint import Checkpointer
+from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 
 NANO = str(Path(__file__).parent / "train" / "nano_v3.py")
 

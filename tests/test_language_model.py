@@ -21,7 +21,7 @@ from deepseek_jax.launch import generate, inspect
 from deepseek_jax.launch._continuation import write
 from deepseek_jax.layers.base import split
 from deepseek_jax.saved_config import to_json
-from deepseek_jax.train.checkpoint import Checkpointer
+from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 from deepseek_jax.weights import WEIGHTS, open_weights
 
 SIZES = {"d_model": 16, "n_layers": 3, "dense_width": 24, "n_heads": 2, "q_rank": 12, "kv_rank": 8, "nope_width": 8}

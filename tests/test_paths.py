@@ -10,7 +10,7 @@ from deepseek_jax.data.corpus import open_corpus
 from deepseek_jax.data.tokenizer import open_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.paths import check_local
-from deepseek_jax.train.checkpoint import Checkpointer
+from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 
 SOMEWHERE = ("gs://bucket/x", "s3://bucket/x", "hdfs://host:9000/x", "abfs://c@a/x", "https://example.com/x")
 WORDS = [

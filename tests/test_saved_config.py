@@ -14,7 +14,7 @@ from deepseek_jax import run_config
 from deepseek_jax.errors import UserError
 from deepseek_jax.run_bounds import BOUNDS
 from deepseek_jax.saved_config import FORMAT, RENAMED, completed, from_json, leaves, to_json
-from deepseek_jax.train.checkpoint import Checkpointer
+from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 from deepseek_jax.weights import open_weights
 
 TRAIN = Path(__file__).parent / "train"

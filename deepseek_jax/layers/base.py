@@ -5,6 +5,9 @@ follow from that. Modules describe; what crosses `jax.jit` is a plain nested dic
 
     definition, params, router_bias = split(V3(config, rngs=nnx.Rngs(0)))
     model = bind(definition, params, router_bias)      # inside jit, grad, scan or shard_map
+
+All layers are made from their sizes (`d_model` is D, the width of the residual stream; `std` the standard deviation of
+initial weights), what they are composed of, `run` or its `matmul`, and `rngs`, the source of the initialisers' keys.
 """
 
 from collections.abc import Callable, Iterator
@@ -87,21 +90,6 @@ def param(
     if role not in ROLES:
         raise ValueError(f"role={role!r}: unknown. Choose one of {', '.join(ROLES)}.")
     return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes, role=role)
-
-
-def normal(std: float) -> Callable:
-    """Normal initialiser with mean 0 and standard deviation `std`."""
-    return jax.nn.initializers.normal(std)
-
-
-def zeros(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-    """Initialiser of biases."""
-    return jnp.zeros(shape, dtype)
-
-
-def ones(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-    """Initialiser of norm gains."""
-    return jnp.ones(shape, dtype)
 
 
 def variables(module: nnx.Module) -> Iterator[tuple[tuple, nnx.Variable]]:

@@ -19,6 +19,7 @@ from flax import nnx
 
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.tokens import Tokens
+from deepseek_jax.precision.matmul import Matmul, Operand
 
 Entries = Any  # what an attention keeps of its tokens: a NamedTuple of arrays, axes B and S first
 Losses = dict[str, jax.Array]  # auxiliary losses, each summed over the sequences; float32 scalars
@@ -39,6 +40,34 @@ class Statistics(NamedTuple):
 
     load_E: jax.Array | dict | None
     losses: Losses
+
+
+class Attention(nnx.Module):
+    """What the attentions have in common; each one adds the rest.
+
+    entries(x_BTD, tokens)                      what the cache keeps of these tokens
+    over_itself(x_BTD, tokens, entries)         (u_BTD, auxiliary losses), attending causally to themselves
+    cache                                       where the entries go: a `layers.cache.Layout`
+    over_cache(x_BTD, tokens, cached, seen_BTS) u_BTD, attending to the slots that are seen
+    """
+
+    matmul: Matmul
+    cache: Any
+    entries: Any
+    over_itself: Any
+    over_cache: Any
+
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array | None = None, segments_BT: jax.Array | None = None
+    ) -> jax.Array:
+        """u_BTD: causal attention over whole sequences, at positions 0..T-1 by default."""
+        tokens = Tokens.of(x_BTD[..., 0], positions_BT, segments_BT)
+        x = self.operand(x_BTD)
+        return self.over_itself(x, tokens, self.entries(x, tokens))[0]
+
+    def operand(self, x_BTD: jax.Array) -> Operand:
+        """The normed stream x_BTD, as the other methods take it."""
+        return self.matmul.operand(x_BTD)
 
 
 def over_themselves(
@@ -66,23 +95,15 @@ class Add:
         return x_BTD + u_BTD
 
 
-def add(rngs: nnx.Rngs) -> Add:
-    """Makes the plain residual connection."""
-    return Add()
-
-
 class Block(nnx.Module):
     """x <- x + Attention(norm x);  x <- x + FeedForward(norm x).
 
     Args:
-        attention: makes the attention (its methods: `layers.decoder.Decoder`).
+        attention: makes the `Attention`.
         feed_forward: makes the feed-forward, which may route: dispatch(x_BTD, tokens, capacity), then compute(what that
             gave), then combine(what that gave) -> (y_BTD, Statistics).
         name: of the feed-forward among the block's weights: "mlp", "experts".
-        d_model: width of the residual stream.
-        eps: of the norms.
         residual: makes a residual connection, like `Add`; there are two.
-        rngs: initialisers' keys.
     """
 
     def __init__(
@@ -93,7 +114,7 @@ class Block(nnx.Module):
         d_model: int,
         eps: float,
         *,
-        residual: Callable[[nnx.Rngs], Any] = add,
+        residual: Callable[[nnx.Rngs], Any] = lambda rngs: Add(),
         rngs: nnx.Rngs,
     ):
         self.attention_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)
@@ -107,16 +128,9 @@ class Block(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, tokens: Tokens, attend: Attend = over_themselves, cached: Any = None
     ) -> tuple[jax.Array, tuple[Any, Statistics]]:
-        """Runs the block: its four phases in order.
+        """Runs the four phases in order, with what the attention kept of earlier tokens in `cached`.
 
-        Args:
-            x_BTD: the residual stream.
-            tokens: what it is about.
-            attend: what to do with the attention.
-            cached: what it kept of earlier tokens, or None.
-
-        Returns:
-            (x_BTD, (what `attend` kept, what attention and feed-forward report)).
+        Returns (x_BTD, (what `attend` kept, what attention and feed-forward report)).
         """
         x_BTD, kept, losses = self.attend(x_BTD, tokens, attend, cached)
         x_BTD, found = self.combine(x_BTD, self.compute(self.dispatch(x_BTD, tokens)))
@@ -154,7 +168,7 @@ class Block(nnx.Module):
 class Group(nnx.Module):
     """Different blocks, one after the other, as one block: what a stack of alternating layers repeats."""
 
-    def __init__(self, builds: Sequence[Build], *, rngs: nnx.Rngs):
+    def __init__(self, builds: Sequence[Build], rngs: nnx.Rngs):
         self.blocks = nnx.List(build(rngs) for build in builds)
 
     def __call__(

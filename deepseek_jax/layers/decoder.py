@@ -52,24 +52,12 @@ class Depth(NamedTuple):
 
 
 class Decoder(nnx.Module):
-    """What the families' models have in common.
-
-    A block is called as `layers.block.Block` is. An attention offers
-
-        operand(x_BTD)                              the normed stream, as the next three take it
-        entries(x_BTD, tokens)                      what the cache keeps of these tokens
-        over_itself(x_BTD, tokens, entries)         (u_BTD, auxiliary losses), attending causally to themselves
-        cache                                       where that goes: a `layers.cache.Layout`
-        over_cache(x_BTD, tokens, cached, seen_BTS) u_BTD, attending to the slots that are seen
+    """What the families' models have in common; a block is called as `layers.block.Block` is.
 
     Args:
         vocab_size: V.
-        d_model: D, width of the residual stream.
         eps: of the final norm.
-        std: standard deviation of the initial embedding and head.
-        run: how the model runs.
         stacks: the blocks, in the order of running; a stack of no blocks is left out.
-        rngs: initialisers' keys.
     """
 
     def __init__(
@@ -86,7 +74,7 @@ class Decoder(nnx.Module):
         self.embedding = Embedding(vocab_size, d_model, std, rngs=rngs)
         stacks = [entry for entry in stacks if entry.repeats]
         for name, builds, repeats in stacks:
-            build = builds[0] if len(builds) == 1 else functools.partial(_group, builds)
+            build = builds[0] if len(builds) == 1 else functools.partial(Group, builds)
             setattr(self, name, stack(build, repeats, rngs))
         self.final_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)
         self.head = Head(d_model, vocab_size, std, rngs=rngs)
@@ -111,17 +99,9 @@ class Decoder(nnx.Module):
         cache: Cache | None = None,
         part: Part | None = None,
     ) -> tuple[jax.Array, Cache, dict[str, Statistics]]:
-        """Runs the blocks, or a part of them.
+        """Runs the blocks, or a `part` of them, each with what it kept of earlier tokens in `cache`.
 
-        Args:
-            x_BTD: what goes into the first of them.
-            tokens: what it is about.
-            attend: what they do with their attention.
-            cache: what they kept of earlier tokens.
-            part: which of them; None: all.
-
-        Returns:
-            (x_BTD, what was kept, statistics), the last two of each stack, with a leading axis L.
+        Returns (x_BTD, what was kept, statistics), the last two of each stack, with a leading axis L.
         """
 
         def call(block: nnx.Module, x_BTD: jax.Array, cached: Any) -> tuple:
@@ -182,7 +162,3 @@ class Decoder(nnx.Module):
         tokens = Tokens(ids_BT, positions_BT)
         x_BTD, cache, _ = self.run_blocks(self.embed(tokens), tokens, next_tokens, cache)
         return self.head(self.finish(x_BTD)), cache
-
-
-def _group(builds: tuple[Build, ...], rngs: nnx.Rngs) -> Group:
-    return Group(builds, rngs=rngs)

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 
-from deepseek_jax.layers.base import normal, param
+from deepseek_jax.layers.base import param
 
 
 class Embedding(nnx.Module):

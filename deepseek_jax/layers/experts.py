@@ -14,8 +14,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.nn.initializers import normal
 
-from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, normal, param
+from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, param
 from deepseek_jax.layers.block import Statistics
 from deepseek_jax.layers.grouped import grouped_swiglu
 from deepseek_jax.layers.router import Balance, Route, Router, Routing, expert_load, without_padding
@@ -89,13 +90,10 @@ class Experts(nnx.Module):
     | gate_XDF, up_XDF, down_XFD | FFN^(r)_i | mlp.experts.i.gate_proj, up_proj, down_proj |
 
     Args:
-        c: sizes.
-        d_model: width of the residual stream.
         route: how the router chooses: `route(logits_BTE, bias_E) -> Routing`, without `bias_E` if it has none.
         balance: the balance losses of each sequence, by name, from its routing.
         run: its `matmul` and `expert_axis` are used.
         biased: whether the router has a balancing bias.
-        rngs: initialisers' keys.
     """
 
     def __init__(
@@ -113,13 +111,11 @@ class Experts(nnx.Module):
         self.router = Router(d_model, c.n_experts, c.init_std, route, biased=biased, rngs=rngs)
         shared_width = c.n_shared_experts * c.expert_width
         self.shared = SwiGLU(d_model, shared_width, c.init_std, run.matmul, rngs=rngs) if shared_width else None
-        self.gate_XDF = param(
-            rngs, (c.n_experts, d_model, c.expert_width), ("experts", "embed", "mlp"), init, role="gate"
-        )
-        self.up_XDF = param(rngs, (c.n_experts, d_model, c.expert_width), ("experts", "embed", "mlp"), init, role="up")
-        self.down_XFD = param(
-            rngs, (c.n_experts, c.expert_width, d_model), ("experts", "mlp", "embed"), init, role="down"
-        )
+        wide, axes = (c.n_experts, d_model, c.expert_width), ("experts", "embed", "mlp")
+        self.gate_XDF = param(rngs, wide, axes, init, role="gate")
+        self.up_XDF = param(rngs, wide, axes, init, role="up")
+        narrow, axes = (c.n_experts, c.expert_width, d_model), ("experts", "mlp", "embed")
+        self.down_XFD = param(rngs, narrow, axes, init, role="down")
         self.balance, self.expert_axis, self.matmul = balance, run.expert_axis, run.matmul
 
     def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Statistics]:
@@ -129,20 +125,14 @@ class Experts(nnx.Module):
     def dispatch(self, x_BTD: jax.Array, tokens: Tokens, capacity: int | None = None) -> Routed:
         """Chooses each token's experts and, with a capacity, sends the tokens there.
 
-        Args:
-            x_BTD: normed residual stream.
-            tokens: says which of them are padding.
-            capacity: rows of the exchange's buffers (`alltoall.capacities`); None: `compute` holds the whole exchange,
-                in buffers of the size that is needed.
+        `capacity` is the rows of the exchange's buffers (`alltoall.capacities`); None: `compute` holds the whole
+        exchange, in buffers of the size that is needed.
         """
         routing = without_padding(self.router(x_BTD), tokens.real_BT)
         if capacity is None or self.expert_axis is None:
             return Routed(x_BTD, routing, None)
-        n_local = self.gate_XDF.shape[0]
-        x_MD, experts_MK, weights_MK = _flat(x_BTD, routing)
-        arrived = alltoall.dispatch(
-            x_MD, experts_MK, weights_MK, n_local=n_local, axis=self.expert_axis, capacity=capacity
-        )
+        n_local, axis = self.gate_XDF.shape[0], self.expert_axis
+        arrived = alltoall.dispatch(*_flat(x_BTD, routing), n_local=n_local, axis=axis, capacity=capacity)
         return Routed(x_BTD, routing, arrived)
 
     def compute(self, routed: Routed) -> Computed:
@@ -154,12 +144,10 @@ class Experts(nnx.Module):
             down_XFD=self.down_XFD[...],
             matmul=self.matmul,
         )
-        if routed.arrived is not None:
-            y_AD = run(*routed.arrived[:3])
-        elif self.expert_axis is None:
-            y_AD = run(*_flat(routed.x_BTD, routed.routing))
+        here = routed.arrived[:3] if routed.arrived is not None else _flat(routed.x_BTD, routed.routing)
+        if routed.arrived is not None or self.expert_axis is None:
+            y_AD = run(*here)
         else:
-            here = _flat(routed.x_BTD, routed.routing)
             y_AD = alltoall.on_expert_devices(run, *here, n_local=self.gate_XDF.shape[0], axis=self.expert_axis)
         return Computed(y_AD, None if self.shared is None else self.shared(routed.x_BTD), routed)
 

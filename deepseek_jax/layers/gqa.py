@@ -15,14 +15,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.nn.initializers import normal, zeros
 
-from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, normal, param, zeros
-from deepseek_jax.layers.block import Losses
+from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, param
+from deepseek_jax.layers.block import Attention, Losses
 from deepseek_jax.layers.cache import Full
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.rope import Llama3, Yarn, frequencies, llama3, rotary_scale, rotate_halves
 from deepseek_jax.layers.tokens import Tokens
-from deepseek_jax.precision.matmul import Operand
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,8 @@ class KeyValues(NamedTuple):
     v_BSZU: jax.Array
 
 
-class GQA(nnx.Module):
-    """Grouped-query attention.
-
-    Args:
-        c: sizes.
-        d_model: width of the residual stream.
-        run: its `matmul` and `kernels` are used.
-        rngs: initialisers' keys.
-    """
+class GQA(Attention):
+    """Grouped-query attention; of `run` its `matmul` and `kernels` are used."""
 
     def __init__(self, c: GQAConfig, d_model: int, run: Execution = SINGLE_DEVICE, *, rngs: nnx.Rngs):
         init, width = normal(c.init_std), c.head_width
@@ -88,18 +81,6 @@ class GQA(nnx.Module):
             self.k_head_norm = RMSNorm(width, c.norm_eps, rngs=rngs)
         self.config, self.cache = c, Full()
         self.matmul, self.kernels = run.matmul, run.kernels
-
-    def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array | None = None, segments_BT: jax.Array | None = None
-    ) -> jax.Array:
-        """u_BTD: causal attention over whole sequences, at positions 0..T-1 by default."""
-        seen = Tokens.of(x_BTD[..., 0], positions_BT, segments_BT)
-        x = self.operand(x_BTD)
-        return self.over_itself(x, seen, self.entries(x, seen))[0]
-
-    def operand(self, x_BTD: jax.Array) -> Operand:
-        """x_BTD, ready for the products with the weights."""
-        return self.matmul.operand(x_BTD)
 
     def queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """The heads' rotated queries q_BTHQ."""
@@ -131,14 +112,7 @@ class GQA(nnx.Module):
         return self.matmul.einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...]), {}
 
     def over_cache(self, x_BTD: jax.Array, tokens: Tokens, cache: KeyValues, seen_BTS: jax.Array) -> jax.Array:
-        """u_BTD of tokens that attend to a cache, which must already hold their own keys and values.
-
-        Args:
-            x_BTD: normed residual stream of the new tokens (T = 1 in plain decoding).
-            tokens: where they stand.
-            cache: keys and values of S slots.
-            seen_BTS: which slots a token may look at.
-        """
+        """u_BTD of tokens that attend to the cache's slots in `seen_BTS`, which already hold their own."""
         q_BTHQ = self.queries(x_BTD, tokens.positions_BT)
         o_BTHU = self.kernels["grouped_decode"](q_BTHQ, *cache, seen_BTS, scale=self.scale)
         return self.matmul.einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...])

@@ -24,16 +24,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.nn.initializers import normal
 
-from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, normal, param
-from deepseek_jax.layers.block import Losses
+from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, param
+from deepseek_jax.layers.block import Attention, Losses
 from deepseek_jax.layers.cache import Full
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.rope import Yarn, frequencies, rotary_scale, rotate, softmax_scale
-from deepseek_jax.layers.tokens import Tokens, default_positions
-from deepseek_jax.precision.matmul import Operand
+from deepseek_jax.layers.tokens import Tokens
 
 LATENT_EPS = 1e-6  # of the latent norms; in the released code whatever the other norms have
+IN, OUT = "attention_in", "attention_out"  # roles of the weights
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ class Latents(NamedTuple):
     k_rope_BSP: jax.Array
 
 
-class MLA(nnx.Module):
-    """Multi-head latent attention; call it for the expanded form over whole sequences.
+class MLA(Attention):
+    """Multi-head latent attention; of `run` its `matmul` and `kernels` are used.
 
     | ours | report | released name |
     | --- | --- | --- |
@@ -88,64 +89,30 @@ class MLA(nnx.Module):
     | q_up_RHQ | W^UQ and W^QR | q_b_proj |
     | q_DHQ | in place of the three, without a query latent | q_proj |
     | out_HUD | W^O | o_proj |
-
-    Args:
-        c: sizes.
-        d_model: width of the residual stream.
-        run: its `matmul` and `kernels` are used.
-        rngs: initialisers' keys.
     """
 
     def __init__(self, c: MLAConfig, d_model: int, run: Execution = SINGLE_DEVICE, *, rngs: nnx.Rngs):
         init, heads = normal(c.init_std), c.n_heads
         if c.q_rank:
-            self.q_down_DR = param(rngs, (d_model, c.q_rank), ("embed", "q_latent"), init, role="attention_in")
+            self.q_down_DR = param(rngs, (d_model, c.q_rank), ("embed", "q_latent"), init, role=IN)
             self.q_norm = RMSNorm(c.q_rank, LATENT_EPS, rngs=rngs)
-            self.q_up_RHQ = param(
-                rngs, (c.q_rank, heads, c.query_width), ("q_latent", "heads", None), init, role="attention_in"
-            )
+            self.q_up_RHQ = param(rngs, (c.q_rank, heads, c.query_width), ("q_latent", "heads", None), init, role=IN)
         else:
-            self.q_DHQ = param(
-                rngs, (d_model, heads, c.query_width), ("embed", "heads", None), init, role="attention_in"
-            )
-        self.kv_down_DC = param(rngs, (d_model, c.kv_rank), ("embed", "kv_latent"), init, role="attention_in")
+            self.q_DHQ = param(rngs, (d_model, heads, c.query_width), ("embed", "heads", None), init, role=IN)
+        self.kv_down_DC = param(rngs, (d_model, c.kv_rank), ("embed", "kv_latent"), init, role=IN)
         self.kv_norm = RMSNorm(c.kv_rank, LATENT_EPS, rngs=rngs)
-        self.k_rope_DP = param(rngs, (d_model, c.rope_width), ("embed", None), init, role="attention_in")
-        self.k_up_CHN = param(
-            rngs, (c.kv_rank, heads, c.nope_width), ("kv_latent", "heads", None), init, role="attention_in"
-        )
-        self.v_up_CHU = param(
-            rngs, (c.kv_rank, heads, c.value_width), ("kv_latent", "heads", None), init, role="attention_in"
-        )
-        self.out_HUD = param(
-            rngs, (heads, c.value_width, d_model), ("heads", None, "embed"), init, role="attention_out"
-        )
+        self.k_rope_DP = param(rngs, (d_model, c.rope_width), ("embed", None), init, role=IN)
+        self.k_up_CHN = param(rngs, (c.kv_rank, heads, c.nope_width), ("kv_latent", "heads", None), init, role=IN)
+        self.v_up_CHU = param(rngs, (c.kv_rank, heads, c.value_width), ("kv_latent", "heads", None), init, role=IN)
+        self.out_HUD = param(rngs, (heads, c.value_width, d_model), ("heads", None, "embed"), init, role=OUT)
         self.config, self.cache = c, Full()
         self.matmul, self.kernels = run.matmul, run.kernels
 
-    def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array | None = None, segments_BT: jax.Array | None = None
-    ) -> jax.Array:
-        """Causal attention over whole sequences, expanded form.
-
-        Args:
-            x_BTD: normed residual stream.
-            positions_BT: positions of the tokens; 0..T-1 by default.
-            segments_BT: documents that must not see one another, or None.
-
-        Returns:
-            u_BTD.
-        """
-        if positions_BT is None:
-            positions_BT = default_positions(x_BTD)
-        x = self.operand(x_BTD)
-        return self.expanded(x, positions_BT, self.latents(x, positions_BT), segments_BT)
-
-    def latents(self, x_BTD: jax.Array, positions_BT: jax.Array) -> Latents:
+    def entries(self, x_BTD: jax.Array, tokens: Tokens) -> Latents:
         """What the cache keeps of these tokens."""
         c_BTC = self.kv_norm(self.matmul.einsum("BTD,DC->BTC", x_BTD, self.kv_down_DC[...]))  # eq. 1
         k_rope_BTP = self.matmul.einsum("BTD,DP->BTP", x_BTD, self.k_rope_DP[...])
-        return Latents(c_BTC, self._rotate(k_rope_BTP, positions_BT))  # eq. 3
+        return Latents(c_BTC, self._rotate(k_rope_BTP, tokens.positions_BT))  # eq. 3
 
     def queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The heads' queries: (q_nope_BTHN, rotated q_rope_BTHP)."""
@@ -157,52 +124,25 @@ class MLA(nnx.Module):
             q_BTHQ = self.matmul.einsum("BTD,DHQ->BTHQ", x_BTD, self.q_DHQ[...])
         return q_BTHQ[..., : c.nope_width], self._rotate(q_BTHQ[..., c.nope_width :], positions_BT)  # eq. 8
 
-    def expanded(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, latents: Latents, segments_BT: jax.Array | None = None
-    ) -> jax.Array:
-        """u_BTD of tokens that attend causally to themselves, with k and v built from their own `latents`."""
-        q_BTHQ = jnp.concatenate(self.queries(x_BTD, positions_BT), axis=-1)  # eq. 9
-        c_BTC, k_rope_BTP = latents
+    def over_itself(self, x_BTD: jax.Array, tokens: Tokens, entries: Latents) -> tuple[jax.Array, Losses]:
+        """The expanded form: (u_BTD of tokens that attend causally to themselves; no auxiliary losses)."""
+        q_BTHQ = jnp.concatenate(self.queries(x_BTD, tokens.positions_BT), axis=-1)  # eq. 9
+        c_BTC, k_rope_BTP = entries
         k_nope_BTHN = self.matmul.einsum("BTC,CHN->BTHN", c_BTC, self.k_up_CHN[...])  # eq. 2
         v_BTHU = self.matmul.einsum("BTC,CHU->BTHU", c_BTC, self.v_up_CHU[...])  # eq. 5
         k_rope_BTHP = jnp.broadcast_to(k_rope_BTP[:, :, None], (*k_nope_BTHN.shape[:-1], self.config.rope_width))
         k_BTHQ = jnp.concatenate([k_nope_BTHN, k_rope_BTHP], axis=-1)  # eq. 4
         attention = self.kernels["attention"]
-        o_BTHU = attention(q_BTHQ, k_BTHQ, v_BTHU, scale=self.scale, segments_BT=segments_BT)  # eq. 10
-        return self.matmul.einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...])  # eq. 11
+        o_BTHU = attention(q_BTHQ, k_BTHQ, v_BTHU, scale=self.scale, segments_BT=tokens.segments_BT)  # eq. 10
+        return self.matmul.einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...]), {}  # eq. 11
 
-    def absorbed(self, x_BTD: jax.Array, positions_BT: jax.Array, cache: Latents, seen_BTS: jax.Array) -> jax.Array:
-        """u_BTD of tokens that attend to a cache of latents, which must already hold their own.
-
-        Args:
-            x_BTD: normed residual stream of the new tokens (T = 1 in plain decoding).
-            positions_BT: their positions.
-            cache: latents of S slots.
-            seen_BTS: which slots a token may look at.
-        """
-        q_nope_BTHN, q_rope_BTHP = self.queries(x_BTD, positions_BT)
+    def over_cache(self, x_BTD: jax.Array, tokens: Tokens, cache: Latents, seen_BTS: jax.Array) -> jax.Array:
+        """The absorbed form: u_BTD of tokens that attend to the cache's slots in `seen_BTS`, which hold their own."""
+        q_nope_BTHN, q_rope_BTHP = self.queries(x_BTD, tokens.positions_BT)
         q_latent_BTHC = self.matmul.einsum("BTHN,CHN->BTHC", q_nope_BTHN, self.k_up_CHN[...])
         o_latent_BTHC = self.kernels["latent_decode"](q_latent_BTHC, q_rope_BTHP, *cache, seen_BTS, scale=self.scale)
         o_BTHU = self.matmul.einsum("BTHC,CHU->BTHU", o_latent_BTHC, self.v_up_CHU[...])
         return self.matmul.einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...])
-
-    # What a block asks of an attention (`layers.decoder.Decoder`).
-
-    def operand(self, x_BTD: jax.Array) -> Operand:
-        """x_BTD, ready for the products with the weights."""
-        return self.matmul.operand(x_BTD)
-
-    def entries(self, x_BTD: jax.Array, tokens: Tokens) -> Latents:
-        """What the cache keeps of these tokens: `latents`."""
-        return self.latents(x_BTD, tokens.positions_BT)
-
-    def over_itself(self, x_BTD: jax.Array, tokens: Tokens, entries: Latents) -> tuple[jax.Array, Losses]:
-        """(u_BTD in the expanded form, no auxiliary losses)."""
-        return self.expanded(x_BTD, tokens.positions_BT, entries, tokens.segments_BT), {}
-
-    def over_cache(self, x_BTD: jax.Array, tokens: Tokens, cache: Latents, seen_BTS: jax.Array) -> jax.Array:
-        """u_BTD in the absorbed form."""
-        return self.absorbed(x_BTD, tokens.positions_BT, cache, seen_BTS)
 
     @property
     def scale(self) -> float:

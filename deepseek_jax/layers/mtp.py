@@ -16,8 +16,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.nn.initializers import normal
 
-from deepseek_jax.layers.base import normal, param
+from deepseek_jax.layers.base import param
 from deepseek_jax.layers.block import Statistics
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.tokens import Tokens
@@ -34,12 +35,7 @@ class MTP(nnx.Module):
     | block | TRM_k | the other names of the layer |
     | final_norm | in OutHead | shared_head.norm |
 
-    Args:
-        block: makes TRM_k from rngs, a `Block`.
-        d_model: width of the residual stream.
-        eps: of the norms.
-        std: standard deviation of the initial M_k.
-        matmul: multiplies activations with M_k.
+    `block` makes TRM_k from rngs, a `Block`; `eps` is that of the norms.
     """
 
     def __init__(
@@ -62,13 +58,8 @@ class MTP(nnx.Module):
     def __call__(self, h_BTD: jax.Array, embedded_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Statistics]:
         """Runs one depth: from h^{k-1} to h^k.
 
-        Args:
-            h_BTD: the previous depth's hidden states h^{k-1}.
-            embedded_BTD: embeddings of the tokens k places ahead, Emb(t_{i+k}).
-            tokens: those tokens.
-
-        Returns:
-            (h^k_BTD, ready for the shared head; what the block reports).
+        `embedded_BTD` are the embeddings of `tokens`, which are k places ahead: Emb(t_{i+k}). Returns (h^k_BTD, ready
+        for the shared head; what the block reports).
         """
         joined_BTY = jnp.concatenate([self.embedding_norm(embedded_BTD), self.hidden_norm(h_BTD)], axis=-1)
         x_BTD = self.matmul.einsum("BTY,YD->BTD", joined_BTY, self.join_YD[...])  # eq. 21

@@ -7,18 +7,13 @@ have 1e-5.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.nn.initializers import ones
 
-from deepseek_jax.layers.base import ones, param
+from deepseek_jax.layers.base import param
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm over the last axis, with a gain.
-
-    Args:
-        width: size of the last axis.
-        eps: added to the mean square.
-        axis: logical axis of the gain.
-    """
+    """Root-mean-square norm over the last axis, with a gain whose logical axis is `axis`."""
 
     def __init__(self, width: int, eps: float, *, axis: str | None = None, rngs: nnx.Rngs):
         self.gain = param(rngs, (width,), (axis,), ones, role="gain")

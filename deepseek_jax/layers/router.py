@@ -20,8 +20,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.nn.initializers import normal
 
-from deepseek_jax.layers.base import RouterBias, normal, param
+from deepseek_jax.layers.base import RouterBias, param
 
 
 class Routing(NamedTuple):
@@ -42,12 +43,7 @@ Route = Callable[..., Routing]
 
 
 def without_padding(routing: Routing, real_BT: jax.Array | None) -> Routing:
-    """Returns the routing with padding sent to no expert, so that it costs nothing and counts nowhere.
-
-    Args:
-        routing: the router's decision for every token.
-        real_BT: which tokens are text and not padding, bool; None: all of them.
-    """
+    """Returns the routing with padding (tokens not in `real_BT`) sent to no expert: it costs and counts nothing."""
     if real_BT is None:
         return routing
     none = routing.scores_BTE.shape[-1]
@@ -55,15 +51,7 @@ def without_padding(routing: Routing, real_BT: jax.Array | None) -> Routing:
 
 
 class Router(nnx.Module):
-    """Scores every expert and lets `route` choose.
-
-    Args:
-        d_model: width of the residual stream.
-        n_experts: E.
-        std: standard deviation of the initial centroids.
-        route: `route(logits_BTE, bias_E) -> Routing`, or without a bias `route(logits_BTE) -> Routing`.
-        biased: whether there is a balancing bias.
-    """
+    """Scores every expert and lets `route` choose: `route(logits_BTE, bias_E)`, without `bias_E` if not `biased`."""
 
     def __init__(self, d_model: int, n_experts: int, std: float, route: Route, *, biased: bool = True, rngs: nnx.Rngs):
         self.centroids_DE = param(rngs, (d_model, n_experts), ("embed", None), normal(std), role="router")
@@ -84,13 +72,7 @@ def sigmoid_biased_topk(
 ) -> Routing:
     """V3's choice: sigmoid scores, bias for the choice only, groups by their two best, weights renormalised.
 
-    Args:
-        logits_BTE: u . e.
-        bias_E: b.
-        top_k: experts per token (8).
-        n_groups: groups of consecutive experts (8); 1 for none.
-        top_groups: groups a token may visit (4).
-        scale: factor of the weights ("routed scaling factor", 2.5).
+    The sizes are those of `layers.experts.ExpertsConfig`; groups are of consecutive experts, 1 for none.
     """
     scores_BTE = jax.nn.sigmoid(logits_BTE)  # eq. 15
     choice_BTE = keep_best_groups(jax.lax.stop_gradient(scores_BTE) + bias_E, n_groups, top_groups, n_best=2)  # eq. 16
@@ -103,13 +85,7 @@ def sigmoid_biased_topk(
 def softmax_topk(logits_BTE: jax.Array, *, top_k: int, n_groups: int, top_groups: int, scale: float) -> Routing:
     """V2's choice: softmax scores, groups by their single best, weights as they are (not renormalised).
 
-    Args:
-        logits_BTE: u . e.
-        top_k: experts per token (6).
-        n_groups: groups of consecutive experts, one per device in V2 (8); 1 for none (V2-Lite, DeepSeekMoE).
-        top_groups: groups a token may visit (3).
-        scale: factor of the weights (V2: 16.0, V2-Lite and DeepSeekMoE: 1.0).
-
+    Arguments as for `sigmoid_biased_topk`; a group is a device in V2, V2-Lite and DeepSeekMoE have none.
     Paper: V2 section 2.2.1, eqs. 20-22, and 2.2.2; DeepSeekMoE eqs. 9-11.
     """
     scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)

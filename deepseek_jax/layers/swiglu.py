@@ -2,8 +2,9 @@
 
 import jax
 from flax import nnx
+from jax.nn.initializers import normal
 
-from deepseek_jax.layers.base import normal, param
+from deepseek_jax.layers.base import param
 from deepseek_jax.layers.block import Statistics
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.precision.matmul import PLAIN, Matmul

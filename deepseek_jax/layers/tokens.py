@@ -30,9 +30,6 @@ class Tokens(NamedTuple):
         real_BT: jax.Array | None = None,
     ) -> "Tokens":
         """Tokens whose positions are 0..T-1 by default."""
-        return cls(ids_BT, default_positions(ids_BT) if positions_BT is None else positions_BT, segments_BT, real_BT)
-
-
-def default_positions(x: jax.Array) -> jax.Array:
-    """positions_BT = 0..T-1 for an array whose first axes are B and T."""
-    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1], dtype=jnp.int32), ids_BT.shape)
+        return cls(ids_BT, positions_BT, segments_BT, real_BT)

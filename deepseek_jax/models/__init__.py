@@ -1,7 +1,8 @@
 """The families, one file each; `FAMILIES` is the only registry.
 
-A family's module holds `Config` (a frozen dataclass with `from_config`) and `Model` (an nnx.Module); the values below
-are module names, imported when a run asks for them.
+A family's module holds `Config` (a frozen dataclass with `from_config`), `KEYS` (those of `config.model`, each a field
+of `Config` or of one of its parts) and `Model(c, run, *, rngs)`, an nnx.Module; the values below are module names,
+imported when a run asks for them.
 """
 
 import importlib

@@ -56,6 +56,13 @@ def check_keys(m: ConfigDict, keys: tuple[str, ...]) -> None:
             BOUNDS.get(key, SIZE).check(f"config.model.{key}", m[key])
 
 
+def keys(cls: type) -> tuple[str, ...]:
+    """The keys of a config that `take` reads into the dataclass `cls`: its fields, and those of its parts."""
+    kinds: dict[str, Any] = get_type_hints(cls)
+    parts = [keys(kind) if is_dataclass(kind) else (name,) for name, kind in kinds.items()]
+    return tuple(dict.fromkeys(key for part in parts for key in part))
+
+
 def take(cls: type, m: Mapping) -> Any:
     """The dataclass `cls` of a config's keys: every field by the key of its name.
 

@@ -64,19 +64,12 @@ class Config:
 
 # Keys of `config.model`, each a field of `Config` or of one of its parts.
 KEYS: tuple[str, ...] = ("vocab_size", "d_model", "n_layers", "n_dense_layers", "dense_width")
-KEYS += ("n_heads", "n_kv_heads", "head_width", "rope_base")
+KEYS += ("n_heads", "n_kv_heads", "head_width", "rope_base", "norm_eps", "init_std")
 KEYS += ("n_experts", "n_shared_experts", "expert_width", "top_k", "route_scale")
-KEYS += ("norm_eps", "init_std")
 
 
 class Model(Decoder):
-    """The network.
-
-    Args:
-        c: sizes.
-        run: how it runs (dtype, rematerialisation, expert axis); changes nothing of what it computes.
-        rngs: initialisers' keys.
-    """
+    """The network."""
 
     def __init__(self, c: Config, run: Execution = SINGLE_DEVICE, *, rngs: nnx.Rngs):
         e = c.experts

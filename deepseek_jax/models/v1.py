@@ -69,21 +69,11 @@ class Config:
         return c
 
 
-# Keys of `config.model`, each a field of `Config` or of one of its parts.
-KEYS: tuple[str, ...] = ("vocab_size", "d_model", "n_layers", "dense_width")
-KEYS += ("n_heads", "n_kv_heads", "head_width", "attention_bias", "qk_norm")
-KEYS += ("rope_base", "rope_factor", "rope_llama3", "yarn")
-KEYS += ("norm_eps", "init_std")
+KEYS = checks.keys(Config)
 
 
 class Model(Decoder):
-    """The network.
-
-    Args:
-        c: sizes.
-        run: how it runs (dtype, rematerialisation); changes nothing of what it computes.
-        rngs: initialisers' keys.
-    """
+    """The network."""
 
     def __init__(self, c: Config, run: Execution = SINGLE_DEVICE, *, rngs: nnx.Rngs):
         def attention(rngs: nnx.Rngs) -> GQA:

@@ -62,21 +62,11 @@ class Config:
         return checks.take(cls, m)
 
 
-# Keys of `config.model`, each a field of `Config` or of one of its parts.
-KEYS: tuple[str, ...] = ("vocab_size", "d_model", "n_layers", "n_dense_layers", "dense_width")
-KEYS += ("n_heads", "q_rank", "kv_rank", "nope_width", "rope_width", "value_width", "rope_base", "yarn")
-KEYS += ("n_experts", "n_shared_experts", "expert_width", "top_k", "n_groups", "top_groups", "route_scale")
-KEYS += ("norm_eps", "init_std")
+KEYS = checks.keys(Config)
 
 
 class Model(Decoder):
-    """The network.
-
-    Args:
-        c: sizes.
-        run: how it runs (dtype, rematerialisation, expert axis); changes nothing of what it computes.
-        rngs: initialisers' keys.
-    """
+    """The network."""
 
     def __init__(self, c: Config, run: Execution = SINGLE_DEVICE, *, rngs: nnx.Rngs):
         e = c.experts

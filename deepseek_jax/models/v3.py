@@ -67,21 +67,11 @@ class Config:
         return checks.take(cls, m)
 
 
-# Keys of `config.model`, each a field of `Config` or of one of its parts.
-KEYS: tuple[str, ...] = ("vocab_size", "d_model", "n_layers", "n_dense_layers", "dense_width")
-KEYS += ("n_heads", "q_rank", "kv_rank", "nope_width", "rope_width", "value_width", "rope_base", "yarn")
-KEYS += ("n_experts", "n_shared_experts", "expert_width", "top_k", "n_groups", "top_groups", "route_scale")
-KEYS += ("mtp_depth", "norm_eps", "init_std")
+KEYS = checks.keys(Config)
 
 
 class Model(Decoder):
-    """The network.
-
-    Args:
-        c: sizes.
-        run: how it runs (dtype, rematerialisation, expert axis); changes nothing of what it computes.
-        rngs: initialisers' keys.
-    """
+    """The network."""
 
     def __init__(self, c: Config, run: Execution = SINGLE_DEVICE, *, rngs: nnx.Rngs):
         e = c.experts
@@ -114,11 +104,8 @@ class Model(Decoder):
     def mtp_depths(self, h_BTD: jax.Array, targets_BT: jax.Array, tokens: Tokens) -> list[Depth]:
         """Multi-token prediction from the main model's `h_BTD`, one entry per depth.
 
-        Args:
-            h_BTD: from `hidden`.
-            targets_BT: the next token at each position, -1 where there is none; what is to be learnt of them is the
-                loss's business, for each depth reads them.
-            tokens: as for `hidden`.
+        `targets_BT` is the next token at each position, -1 where there is none. Each depth reads all of them; which
+        are to be learnt is decided by the loss.
         """
         depths = []
         for module in self.mtp:

@@ -33,7 +33,7 @@ TAGS = {
     "max_violation": "routing/max_violation",
 }
 # These are 0 where a model has no such part, or nothing has happened: no chart of a line at 0.
-ABSENT_AT_0 = ("mtp", "skipped")
+ABSENT_AT_0 = ("loss/mtp", "optimizer/skipped_steps")
 UNCHARTED = ("checksum", "skipped_in_row")
 
 
@@ -52,21 +52,13 @@ class Board:
         rows: Sequence[str] = (),
         speed: Mapping[str, float] | None = None,
     ) -> None:
-        """Adds the figures of a step.
+        """Adds the figures of a step of `split`, `train` or `held_out`. Raises OSError if they cannot be written.
 
-        Args:
-          step: finished steps.
-          split: `train` or `held_out`.
-          figures: by name, as in `metrics.jsonl`.
-          layers: name -> array [rows] (charts) or [rows, experts] (distributions).
-          rows: what the rows of those are called.
-          speed: figures of the clock.
-
-        Raises:
-          OSError: they cannot be written.
+        `layers` is name -> array [rows] (charts) or [rows, experts] (distributions), `rows` what the rows are called,
+        and `speed` the figures of the clock.
         """
-        charted = {name: value for name, value in figures.items() if is_charted(name, value)}
-        scalars = {TAGS.get(name, f"auxiliary_loss/{name}"): value for name, value in charted.items()}
+        scalars = {TAGS.get(name, f"auxiliary_loss/{name}"): x for name, x in figures.items() if name not in UNCHARTED}
+        scalars = {tag: value for tag, value in scalars.items() if value != 0 or tag not in ABSENT_AT_0}
         scalars |= {f"speed/{name}": value for name, value in (speed or {}).items()}
         histograms = {}
         for name, values in (layers or {}).items():
@@ -80,11 +72,6 @@ class Board:
             self._files["train"].close()
         finally:
             self._files["held_out"].close()
-
-
-def is_charted(name: str, value: float) -> bool:
-    """Returns whether a figure of this value gets a point."""
-    return name not in UNCHARTED and not (value == 0 and name in ABSENT_AT_0)
 
 
 class _EventFile:

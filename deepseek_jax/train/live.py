@@ -1,62 +1,34 @@
 """The live view of a run in a terminal: a bar, the figures, the loss as a line of blocks; drawn by rich."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any
 
 from deepseek_jax.train.figures import FIGURES, LOG_ONLY, SPEED, columns
 from deepseek_jax.units import duration
+
+if TYPE_CHECKING:
+    from deepseek_jax.train.metrics import Metrics
 
 REDRAWS_PER_SECOND = 4
 VIEW_WIDTH = 100  # columns; a view narrower than the window is not torn when the window shrinks a little
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
-class Progress(Protocol):
-    """What is drawn: see `train.metrics.Metrics`."""
-
-    stream: TextIO
-    now: int
-    total_steps: int
-    figures: Mapping[str, Any]
-    speed: Mapping[str, float]
-    held_out: Mapping[str, Any]
-    losses: Sequence[float]
-
-    @property
-    def seconds_left(self) -> float | None:
-        """Estimated time to the last step."""
-
-    def heading(self, step: int) -> str:
-        """How a step is called."""
-
-
-def open_live(metrics: Progress) -> Any:
+def open_live(metrics: "Metrics") -> Any:
     """Starts rich's live display: its own thread redraws, what others print goes above it."""
     from rich.console import Console
     from rich.live import Live
 
-    live = Live(
-        _Drawing(metrics),
-        console=Console(file=metrics.stream, force_terminal=True),
-        refresh_per_second=REDRAWS_PER_SECOND,
-        transient=False,
-        vertical_overflow="ellipsis",
-    )
+    console = Console(file=metrics.stream, force_terminal=True)
+
+    def draw() -> Any:  # for the terminal's present width
+        return view(metrics, min(console.width, VIEW_WIDTH), ascii_only=console.options.ascii_only)
+
+    live = Live(get_renderable=draw, console=console, refresh_per_second=REDRAWS_PER_SECOND)
     live.start()
     return live
 
 
-class _Drawing:
-    """The present state, drawn anew for the terminal's present width each time that rich asks for it."""
-
-    def __init__(self, metrics: Progress):
-        self._metrics = metrics
-
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        yield view(self._metrics, min(options.max_width, VIEW_WIDTH), ascii_only=options.ascii_only)
-
-
-def view(metrics: Progress, width: int, ascii_only: bool) -> Any:
+def view(metrics: "Metrics", width: int, ascii_only: bool) -> Any:
     """Returns the present state: bar, figures, sparkline of the loss."""
     from rich.columns import Columns
     from rich.console import Group
@@ -77,18 +49,12 @@ def view(metrics: Progress, width: int, ascii_only: bool) -> Any:
     others = {name: (name, ".4g") for name in metrics.figures if name not in FIGURES and name not in LOG_ONLY}
     figures = columns(metrics.figures, FIGURES | others) + columns(metrics.speed, SPEED)
     held_out = [f"held-out {column}" for column in columns(metrics.held_out, FIGURES)]
-    cells = [_styled(*column.split("=")) for column in figures + held_out]
+    labelled = (column.split("=") for column in figures + held_out)
+    cells = [Text.assemble((f"{label} ", "dim"), value, no_wrap=True) for label, value in labelled]
     parts: list[Any] = [bar, Columns(cells, padding=(0, 3), equal=True)]
     if len(metrics.losses) > 1 and not ascii_only:
         parts.append(Text(f"loss {_sparkline(list(metrics.losses))}", no_wrap=True, overflow="crop"))
     return Panel(Group(*parts), title="deepseek-jax train", title_align="left", width=width)
-
-
-def _styled(label: str, value: str) -> Any:
-    """Returns a figure of the live view, its label dimmed."""
-    from rich.text import Text
-
-    return Text.assemble((f"{label} ", "dim"), value, no_wrap=True)
 
 
 def _sparkline(values: list[float]) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from deepseek_jax.data.pipeline import Split
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.mesh import global_batch, largest
-from deepseek_jax.train.checkpoint import Checkpointer
+from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 from deepseek_jax.train.metrics import Metrics, bits_per_byte
 from deepseek_jax.train.ramp import BatchRamp, Shares, share
 from deepseek_jax.train.step import Report, State, Trainer
@@ -47,11 +47,6 @@ class LoopConfig:
     max_skipped: int
 
 
-def local_rows(first: int, count: int) -> tuple[int, int]:
-    """The (start, count) of this process's rows of a global batch."""
-    return share(first, count, jax.process_index(), jax.process_count())
-
-
 class StopPoll:
     """Polls all processes for a request to stop; an answer makes them wait for the step in flight.
 
@@ -78,18 +73,7 @@ class StopPoll:
 
 
 class Loop:
-    """A run from its checkpoint (or the beginning) to its last step.
-
-    Args:
-        trainer: the compiled step and the state's layout.
-        ramp: sequences of each step.
-        config: when to log, evaluate and save.
-        training: the training text.
-        held_out: text to evaluate on, or None.
-        checkpoints: where the state is kept.
-        metrics: where figures go.
-        meta: kept beside each checkpoint: the resolved config.
-    """
+    """A run from its checkpoint (or the beginning) to its last step; `meta` is kept beside each checkpoint."""
 
     def __init__(
         self,
@@ -114,8 +98,7 @@ class Loop:
     def run(self, state: State, stop: StopRequest) -> State:
         """Trains from `state` to the last step, or until `stop` is asked for; the state it ends with has been saved.
 
-        Raises:
-            UserError: too many steps in a row were not finite.
+        Raises UserError if too many steps in a row were not finite.
         """
         start = int(state["step"])
         stop.begin()
@@ -178,8 +161,9 @@ class Loop:
         scalars |= {name: loss.item() for name, loss in report.auxiliary.items()}
         scalars["bits_per_byte"] = bits_per_byte(scalars["main"], self.training.bytes_per_token)
         routers = {"expert_load": report.loads, "router_bias": jax.device_get(state["router_bias"])}
-        layers = {name: _rows(tree) for name, tree in routers.items() if tree}
-        names = router_names(report.loads, _n_dense(state["params"]))
+        layers = {name: rows_of(tree) for name, tree in routers.items() if tree}
+        n_dense = next((len(leaf) for leaf in jax.tree.leaves(state["params"].get("dense_blocks", {}))), 0)
+        names = router_names(report.loads, n_dense)
         if not report.loads:
             del scalars["max_violation"]
         last = step - 1 if self._logged is None else self._logged
@@ -195,7 +179,7 @@ class Loop:
         with self.metrics.paused():
             sums, size = np.zeros(3), self.ramp.size
             for first in range(0, min(size * self.config.eval_batches, self.held_out.n_samples), size):
-                start, count = local_rows(first, size)
+                start, count = share(first, size, jax.process_index(), jax.process_count())
                 rows = self.held_out.rows(start, count)
                 is_new_B = np.arange(start, start + count) < self.held_out.n_samples  # past the end it begins anew
                 rows = rows._replace(weights_BT=rows.weights_BT * is_new_B[:, None])
@@ -213,7 +197,7 @@ class Loop:
             self.checkpoints.save(step, state, self.meta)
 
 
-def _rows(tree: dict) -> np.ndarray:
+def rows_of(tree: dict) -> np.ndarray:
     """The arrays of all routers as one [layers, experts]."""
     return np.concatenate([np.atleast_2d(leaf) for leaf in jax.tree.leaves(tree)])
 
@@ -228,8 +212,3 @@ def router_names(loads: dict, n_dense: int) -> list[str]:
             names += [f"layer_{number:02d}" for number in range(layer, layer + len(leaf))]
             layer += len(leaf)
     return names
-
-
-def _n_dense(params: dict) -> int:
-    """The dense blocks, which come before those with experts."""
-    return next((len(leaf) for leaf in jax.tree.leaves(params.get("dense_blocks", {}))), 0)

@@ -44,15 +44,7 @@ class Losses(NamedTuple):
     loads: dict
 
     def weighted(self, mtp: jax.Array | float, auxiliary: Mapping[str, float]) -> jax.Array:
-        """The loss that is minimised.
-
-        Args:
-            mtp: lambda.
-            auxiliary: alpha of each auxiliary loss, by name.
-
-        Raises:
-            UserError: an auxiliary loss has no weight.
-        """
+        """The loss that is minimised: lambda is `mtp`, and alpha of each auxiliary loss, by name, in `auxiliary`."""
         if missing := self.auxiliary.keys() - auxiliary.keys():
             raise UserError(
                 f"config.loss.auxiliary.{min(missing)}: missing, though the model has a loss of this name. Set its "
@@ -130,15 +122,7 @@ class PreTraining:
 
 
 def losses(model: nnx.Module, batch: "Batch", over: Totals, *, chunk: int, mask: bool) -> Losses:
-    """The losses of a part of a batch.
-
-    Args:
-        model: a bound family model (`hidden`, `mtp_depths`, `head`).
-        batch: this part.
-        over: of the whole batch.
-        chunk: tokens whose logits exist at a time.
-        mask: whether attention stays inside documents.
-    """
+    """The losses of a part of a batch; arguments as for `Objective` and `PreTraining`."""
     tokens = Tokens(batch.ids_BT, batch.positions_BT, batch.segments_BT if mask else None, batch.segments_BT > 0)
     weight_DV = model.head.weight_DV[...]
 

@@ -1,12 +1,8 @@
 """Progress of a run: a live view or plain lines, TensorBoard, and `metrics.jsonl` for exact comparison.
 
-`metrics.jsonl` holds one object a line. What the mathematics decides stands at the top of the object, in full
-precision (Python's `repr` of a float is exact), what the clock decides under `"speed"`: two runs are the same
-when their lines agree without `"speed"`. A resumed run first drops the lines later than the checkpoint.
-
-A disk that is full stops no run: it is reported once, and the file that could not be written is given up.
-
-A new run explains its figures once, when the first are shown.
+`metrics.jsonl` holds one object per line: deterministic figures as top-level keys, in full precision, and timing under
+`"speed"`. Two runs are the same when their lines agree without `"speed"`. A resumed run first drops the lines later
+than the checkpoint. A full disk stops no run: it is reported once, and the file that could not be written is given up.
 
 Expert imbalance is MaxVio = (max_e load_e - mean load) / mean load per layer, averaged over the layers.
 Paper: "Auxiliary-Loss-Free Load Balancing", section 4.1.
@@ -16,7 +12,6 @@ import collections
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +25,7 @@ from deepseek_jax.compat import peak_memory_bytes
 from deepseek_jax.errors import UserError
 from deepseek_jax.files import write_atomically
 from deepseek_jax.layers.router import max_violation
+from deepseek_jax.streams import is_terminal
 from deepseek_jax.train.board import Board
 from deepseek_jax.train.figures import FIGURES, LEGEND, SPEED, columns
 from deepseek_jax.train.live import open_live
@@ -37,10 +33,7 @@ from deepseek_jax.units import duration
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """Returns loss / (ln 2 * bytes per token): a loss in nats per token, made comparable between tokenizers.
-
-    Summed nats over summed bytes give the same.
-    """
+    """Returns loss / (ln 2 * bytes per token): a loss in nats per token, made comparable between tokenizers."""
     return loss / (math.log(2) * bytes_per_token)
 
 
@@ -112,7 +105,7 @@ class Metrics:
         self._is_explained = False
         if enabled:
             self._open(Path(workdir))
-            if _is_terminal(self.stream) if live is None else live:
+            if is_terminal(self.stream) if live is None else live:
                 self._live = open_live(self)
 
     def __enter__(self) -> "Metrics":
@@ -129,9 +122,7 @@ class Metrics:
         tokens: int | None = None,
         rows: Sequence[str] | None = None,
     ) -> None:
-        """Records training step `step` (the number of finished steps).
-
-        Log the first step of a process by itself: its time, which holds the compilation, is not counted.
+        """Records a training step. The time of the first record of a process, which compiles, is not counted.
 
         Args:
           step: finished steps.
@@ -297,7 +288,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _is_terminal(stream: TextIO) -> bool:
-    return stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("CI")

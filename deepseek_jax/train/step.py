@@ -172,19 +172,17 @@ class Trainer:
         self._gradients = accumulated(self._loss, config.micro_batches)
         self.optimizer = optimizer(model)
         shapes = jax.eval_shape(lambda: self._initial(0))
-        self.specs = self._specs(shapes)
+        self.specs: State = jax.tree.map(lambda _: REPLICATED, shapes) | {
+            "params": jax.tree.map(lambda place: place.spec, self.placements),
+            "optimizer": state_specs(shapes["optimizer"], shapes["params"], self.placements),
+        }
         self.abstract = jax.tree.map(
             lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
             shapes,
             self.specs,
         )
-        self.step = self._compile()
-
-    def _specs(self, state: State) -> State:
-        return jax.tree.map(lambda _: REPLICATED, state) | {
-            "params": jax.tree.map(lambda place: place.spec, self.placements),
-            "optimizer": state_specs(state["optimizer"], state["params"], self.placements),
-        }
+        run = per_device(self._on_device, mesh, (self.specs, BATCH), (self.specs, REPLICATED))
+        self.step = jax.jit(run, donate_argnums=0)
 
     def _initial(self, seed: int, given: State = MappingProxyType({})) -> State:
         _, params, router_bias = split(self._build(seed))
@@ -209,7 +207,7 @@ class Trainer:
         for name, tree in given.items():
             _check_like(name, tree, self.abstract[name])
         given = place(given, self.mesh, {name: self.specs[name] for name in given})
-        shardings = {name: tree for name, tree in self._shardings().items() if name not in given}
+        shardings = jax.tree.map(lambda x: x.sharding, {k: x for k, x in self.abstract.items() if k not in given})
 
         def rest(given: State) -> State:
             made = self._initial(seed, given)
@@ -217,20 +215,12 @@ class Trainer:
 
         return given | quick_compile(rest, out_shardings=shardings)(given)
 
-    def _shardings(self) -> State:
-        return jax.tree.map(lambda x: x.sharding, self.abstract)
-
     def bind(self, params: dict, router_bias: dict) -> nnx.Module:
         """The model with these weights, those stored in shards made whole."""
         model = bind(self.definition, params, router_bias)
         if self.run.unshard:
             self.run.unshard(model)
         return model
-
-    def _compile(self) -> Callable:
-        specs = (self.specs, BATCH)
-        run = per_device(self._on_device, self.mesh, specs, (self.specs, REPLICATED))
-        return jax.jit(run, donate_argnums=0)
 
     def _loss(self, trained: dict, state: State, part: Batch, over: Totals) -> tuple[jax.Array, Losses]:
         _, frozen = divide(state["params"], self.trainable)
@@ -281,8 +271,7 @@ class Trainer:
     def evaluator(self, byte_lengths_V: jax.Array) -> Callable[[State, Batch], Evaluation]:
         """A compiled `evaluate(state, batch) -> Evaluation`, of the main model alone.
 
-        Args:
-            byte_lengths_V: UTF-8 bytes that each token id stands for, 0 for special tokens.
+        `byte_lengths_V` are the UTF-8 bytes that each token id stands for, 0 for special tokens.
         """
 
         def on_device(params: dict, router_bias: dict, batch: Batch) -> Evaluation:

@@ -15,6 +15,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -25,9 +26,9 @@ from deepseek_jax.convert.safetensors.files import OpenFile
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _progress, convert, export
 from deepseek_jax.saved_config import to_json
-from deepseek_jax.train import manifest, streamed
-from deepseek_jax.train.checkpoint import Checkpointer
-from deepseek_jax.train.tree import flatten, nest
+from deepseek_jax.train.checkpoint import manifest, streamed
+from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
+from deepseek_jax.train.checkpoint.tree import flatten
 from deepseek_jax.weights import published_config
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -179,7 +180,7 @@ def test_a_converted_checkpoint_is_restored_on_a_mesh(fp8, converted):
     with Checkpointer(converted / "checkpoints", read_only=True) as checkpoints:
         shapes = checkpoints.shapes()[1]
         expected = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed(n, x.shape)) for n, x in shapes.items()}
-        state = flatten(checkpoints.restore(nest(expected))[1])
+        state = flatten(checkpoints.restore(unflatten_dict(expected, sep="/"))[1])
     model = deepseek_jax.load(fp8)
     for name, array in flatten({"params": model.params, "router_bias": model.router_bias}).items():
         assert same(state[name], array) and state[name].sharding == expected[name].sharding
@@ -188,7 +189,7 @@ def test_a_converted_checkpoint_is_restored_on_a_mesh(fp8, converted):
 KILLED = """
 import os, signal, sys
 from deepseek_jax.launch import convert
-from deepseek_jax.train import streamed
+from deepseek_jax.train.checkpoint import streamed
 streamed.CHUNK_BYTES = 4096
 write, left = streamed.StreamedStep.write, [int(sys.argv[1])]
 def write_until(step, *given):

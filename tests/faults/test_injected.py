@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 
 from deepseek_jax.data import blocks, store
 from deepseek_jax.data.blocks import DamagedFile
@@ -27,11 +28,11 @@ from deepseek_jax.data.tokenizer import ByteTokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.streams import Forgiving
 from deepseek_jax.train import stop as stop_module
-from deepseek_jax.train import streamed
-from deepseek_jax.train.checkpoint import Checkpointer
+from deepseek_jax.train.checkpoint import streamed
+from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
+from deepseek_jax.train.checkpoint.streamed import StreamedStep
+from deepseek_jax.train.checkpoint.tree import flatten
 from deepseek_jax.train.stop import StopRequest
-from deepseek_jax.train.streamed import StreamedStep
-from deepseek_jax.train.tree import flatten, nest
 
 pytestmark = pytest.mark.slow
 
@@ -188,7 +189,7 @@ def test_a_conversion(tmp_path, monkeypatch, seed):
         assert str(tmp_path) in str(error)
         shutil.rmtree(tmp_path)  # what the message asks for, or another workdir
         convert(tmp_path)
-    wanted = nest({name: jax.ShapeDtypeStruct(*described) for name, described in ARRAYS.items()})
+    wanted = unflatten_dict({name: jax.ShapeDtypeStruct(*described) for name, described in ARRAYS.items()}, sep="/")
     with Checkpointer(tmp_path, read_only=True) as checkpoints:
         _, state, _ = checkpoints.restore(wanted)
     for name, array in flatten(state).items():

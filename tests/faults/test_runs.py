@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_jax.train import manifest
+from deepseek_jax.train.checkpoint import manifest
 from deepseek_jax.train.metrics import read_log
 
 pytestmark = pytest.mark.slow

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.nn.initializers import ones
 
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.errors import UserError
-from deepseek_jax.layers.base import SINGLE_DEVICE, bind, ones, param
+from deepseek_jax.layers.base import SINGLE_DEVICE, bind, param
 from deepseek_jax.layers.block import Add, Block
 from deepseek_jax.layers.decoder import Decoder, Stack
 from deepseek_jax.layers.gqa import GQA, GQAConfig

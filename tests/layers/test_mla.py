@@ -11,7 +11,7 @@ from flax import nnx
 from deepseek_jax.layers.base import bind
 from deepseek_jax.layers.mla import MLA, Latents, MLAConfig
 from deepseek_jax.layers.rope import Yarn, frequencies, softmax_scale
-from deepseek_jax.layers.tokens import default_positions
+from deepseek_jax.layers.tokens import Tokens
 
 SIZES = MLAConfig(n_heads=2, q_rank=6, kv_rank=5, nope_width=4, rope_width=4, value_width=3, yarn=Yarn(40, 16))
 D, T = 8, 9
@@ -29,10 +29,10 @@ def x_BTD() -> np.ndarray:
 
 def in_cache(mla: MLA, x_BTD: jax.Array, spare: int = 3) -> jax.Array:
     """Absorbed attention of all tokens to a cache of T + `spare` slots."""
-    positions_BT = default_positions(x_BTD)
-    cache = Latents(*(jnp.pad(part, ((0, 0), (0, spare), (0, 0))) for part in mla.latents(x_BTD, positions_BT)))
-    seen_BTS = jnp.arange(T + spare) <= positions_BT[..., None]
-    return mla.absorbed(x_BTD, positions_BT, cache, seen_BTS)
+    tokens = Tokens.of(x_BTD[..., 0])
+    cache = Latents(*(jnp.pad(part, ((0, 0), (0, spare), (0, 0))) for part in mla.entries(x_BTD, tokens)))
+    seen_BTS = jnp.arange(T + spare) <= tokens.positions_BT[..., None]
+    return mla.over_cache(x_BTD, tokens, cache, seen_BTS)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.nn.initializers import normal
 
 from deepseek_jax.layers.base import (
     REMAT,
@@ -12,7 +13,6 @@ from deepseek_jax.layers.base import (
     RouterBias,
     bind,
     logical_axes,
-    normal,
     param,
     remat,
     run_stack,

@@ -16,7 +16,7 @@ import pytest
 from deepseek_jax import compat
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.peers import GRACE_S, LOST, LOST_S
-from deepseek_jax.train import manifest
+from deepseek_jax.train.checkpoint import manifest
 from deepseek_jax.train.metrics import read_log
 
 CONFIG = str(Path(__file__).parent.parent / "train" / "nano_v3.py")
@@ -202,7 +202,7 @@ def test_two_processes_train_as_one_does_through_a_signal_and_a_loss(tmp_path):
 @pytest.mark.slow
 def test_a_directory_that_is_taken_stops_all_processes(tmp_path):
     """Only the first process sees the lock; the others must not wait for it in vain."""
-    from deepseek_jax.train.checkpoint import Checkpointer
+    from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 
     write_corpus(tmp_path)
     with Checkpointer(tmp_path / "run" / "checkpoints"):

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.nn.initializers import normal
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.layers.base import Execution, bind, normal, param, run_stack, split, stack
+from deepseek_jax.layers.base import Execution, bind, param, run_stack, split, stack
 from deepseek_jax.parallel.mesh import REPLICATED, make_mesh, per_device
 from deepseek_jax.parallel.sharding import bytes_per_device, expert_axis, placements, state_specs, unsharder
 

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.train.checkpoint import Checkpointer
+from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 
 
 def mesh_of(*shape):

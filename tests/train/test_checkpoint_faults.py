@@ -16,8 +16,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.train import manifest
-from deepseek_jax.train.checkpoint import Checkpointer
+from deepseek_jax.train.checkpoint import manifest
+from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 
 RNG = np.random.default_rng(0)
 
@@ -268,8 +268,8 @@ import os, shutil, signal, sys, threading
 from pathlib import Path
 import jax, numpy as np
 import orbax.checkpoint as ocp
-from deepseek_jax.train import manifest
-from deepseek_jax.train.checkpoint import Checkpointer
+from deepseek_jax.train.checkpoint import manifest
+from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 from test_checkpoint_faults import make_state
 
 def die(*_, **__):

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.nn.initializers import normal
 
 from deepseek_jax.data.pipeline import Batch
-from deepseek_jax.layers.base import normal, param
+from deepseek_jax.layers.base import param
 from deepseek_jax.layers.embed import Embedding, Head
 from deepseek_jax.parallel.mesh import global_batch, make_mesh
 from deepseek_jax.train.cross_entropy import token_nll

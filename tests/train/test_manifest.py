@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.train import manifest
-from deepseek_jax.train.checkpoint import Checkpointer
-from deepseek_jax.train.streamed import StreamedStep
+from deepseek_jax.train.checkpoint import manifest
+from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
+from deepseek_jax.train.checkpoint.streamed import StreamedStep
 
 ARRAYS = {"params/w": ((4,), "float32"), "step": ((), "int32")}
 ABSTRACT = {"params": {"w": jax.ShapeDtypeStruct((4,), jnp.float32)}, "step": jax.ShapeDtypeStruct((), jnp.int32)}

@@ -18,7 +18,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options, train
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.saved_config import to_json
-from deepseek_jax.train.checkpoint import Checkpointer
+from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 from deepseek_jax.train.metrics import read_log
 
 CONFIG = str(Path(__file__).with_name("nano_v3.py"))

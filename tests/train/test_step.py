@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.nn.initializers import normal
 
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.errors import UserError
-from deepseek_jax.layers.base import RouterBias, bind, normal, param
+from deepseek_jax.layers.base import RouterBias, bind, param
 from deepseek_jax.models import family
 from deepseek_jax.parallel.mesh import global_batch, make_mesh, place
 from deepseek_jax.train.loss import PreTraining

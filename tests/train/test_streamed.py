@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.train import manifest, streamed
-from deepseek_jax.train.checkpoint import Checkpointer
-from deepseek_jax.train.streamed import StepReader, StreamedStep
-from deepseek_jax.train.tree import flatten, nest
+from deepseek_jax.train.checkpoint import manifest, streamed
+from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
+from deepseek_jax.train.checkpoint.streamed import StepReader, StreamedStep
+from deepseek_jax.train.checkpoint.tree import flatten
 
 # (shape, dtype, axes that an index names); blocks of 200 bytes cut the embedding unevenly.
 ARRAYS = {
@@ -82,7 +83,7 @@ def restore(directory: Path, placed=lambda name: None) -> dict[str, jax.Array]:
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed(name)) for name, (shape, dtype) in DESCRIBED.items()
     }
     with Checkpointer(directory, read_only=True) as checkpoints:
-        step, state, meta = checkpoints.restore(nest(wanted))
+        step, state, meta = checkpoints.restore(unflatten_dict(wanted, sep="/"))
     assert (step, meta) == (0, {"config": {"n": 1}, "note": "two"})
     return flatten(state)
 
@@ -112,7 +113,7 @@ def test_restored_on_a_mesh_is_what_was_written(written):
 
 
 def test_a_reader_takes_pieces_from_our_files_and_from_orbax(written, tmp_path):
-    state = nest({name: jnp.asarray(content(name)) for name in ARRAYS})
+    state = unflatten_dict({name: jnp.asarray(content(name)) for name in ARRAYS}, sep="/")
     with Checkpointer(tmp_path / "orbax") as checkpoints:
         checkpoints.save(0, state)
     for directory in (written, tmp_path / "orbax"):
@@ -147,7 +148,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from deepseek_jax.train import manifest, streamed
+from deepseek_jax.train.checkpoint import manifest, streamed
 streamed.CHUNK_BYTES = 200
 moment = sys.argv[3]
 def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)

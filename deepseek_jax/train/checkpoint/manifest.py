@@ -43,6 +43,28 @@ class CheckpointDamaged(Exception):
     """A committed step is not what was written; the message names the file and what is wrong with it."""
 
 
+def as_json(content: object) -> bytes:
+    """Returns a small file's text, indented for people."""
+    return f"{json.dumps(content, indent=2)}\n".encode()
+
+
+def of_meta(meta: dict) -> dict[str, bytes]:
+    """Returns the files that hold a step's metadata, by name. Raises UserError for what JSON cannot hold."""
+    rest = {key: value for key, value in meta.items() if key != "config"}
+    try:
+        return {META: as_json(rest)} | ({CONFIG: as_json(meta["config"])} if "config" in meta else {})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"checkpoint metadata must be what JSON can hold: {error}.") from None
+
+
+def read_meta(path: Path) -> dict:
+    """Returns the metadata of a step: the inverse of `of_meta`."""
+    meta = json.loads((path / META).read_bytes())
+    if (path / CONFIG).exists():
+        meta["config"] = json.loads((path / CONFIG).read_bytes())
+    return meta
+
+
 def step_dir(root: Path, step: int) -> Path:
     """Returns the directory of a step: `step_00000100`, sorted by name as by number."""
     return root / f"step_{step:08d}"
@@ -116,12 +138,13 @@ def _check(manifest: object, step: int) -> None:
 def _check_entries(files: dict, arrays: dict) -> None:
     """Raises CheckpointDamaged unless every file and array is listed with what its readers use."""
     for name, file in files.items():
-        if not _is_inside(name):
+        if "\0" in name or {"", ".", ".."} & set(name.split("/")):  # leads out of the directory, or stands for nothing
             raise CheckpointDamaged(f"{MANIFEST} lists {name!r}: expected a path inside the step")
         if not (isinstance(file, dict) and _is_count(file.get("size")) and isinstance(file.get("sha256"), str)):
             raise CheckpointDamaged(f"{MANIFEST} lists {name!r} without a valid size and sha256")
     for name, array in arrays.items():
-        if not (isinstance(array, dict) and _is_shape(array.get("shape")) and _is_dtype(array.get("dtype"))):
+        shape, dtype = (array.get("shape"), array.get("dtype")) if isinstance(array, dict) else (None, None)
+        if not (isinstance(shape, list) and all(map(_is_count, shape)) and _is_dtype(dtype)):
             raise CheckpointDamaged(f"{MANIFEST} lists array {name!r} without a valid shape and dtype")
     for needed in (META, *((f"{ARRAYS}/",) if arrays else ())):
         if not any(name == needed or (needed.endswith("/") and name.startswith(needed)) for name in files):
@@ -132,20 +155,11 @@ def _is_count(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
-def _is_shape(value: object) -> bool:
-    return isinstance(value, list) and all(map(_is_count, value))
-
-
 def _is_dtype(value: object) -> bool:
     try:
         return isinstance(value, str) and np.dtype(value).name == value
     except TypeError:
         return False
-
-
-def _is_inside(name: str) -> bool:
-    """Whether a name is a plain relative path: no part of it leads out of the directory or stands for nothing."""
-    return "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 
 def verify(

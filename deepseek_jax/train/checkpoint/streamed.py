@@ -10,7 +10,7 @@
     read = StepReader(workdir / "checkpoints", 0)
     read("params/moe_blocks/experts/gate_XDF", (3, 17))   # one expert of one layer
 
-What `train.checkpoint.Checkpointer` restores, on any mesh, is an Orbax directory of zarr arrays (version 2). In the
+What `Checkpointer` restores, on any mesh, is an Orbax directory of zarr arrays (version 2). In the
 plainest form of that format an array is a folder with a JSON header, `.zarray`, and a file for each chunk: the bytes
 of an evenly spaced block in C order, named by its place, `3.17.0.0`. Here a chunk is one piece, or a block of rows
 of a large one, uncompressed: weights shrink by a quarter at best, and at a tenth of a disk's speed.
@@ -40,7 +40,7 @@ import numpy as np
 
 from deepseek_jax.data.watch import Watch, unwatched
 from deepseek_jax.errors import UserError
-from deepseek_jax.train import manifest as files
+from deepseek_jax.train.checkpoint import manifest as files
 
 CHUNK_BYTES = 64 * 2**20  # a larger piece is cut into blocks of rows
 PENDING_BYTES = 256 * 2**20  # of pieces that are waiting to be written, at most
@@ -58,7 +58,7 @@ class StreamedStep:
     Args:
         directory: of the checkpoints; made if need be, and locked against other writers.
         step: its number.
-        arrays: name, as `train.tree.flatten` gives it, -> (shape, dtype).
+        arrays: name, as `tree.flatten` gives it, -> (shape, dtype).
         source: a line that is the same for the same bytes; what was written from another one is not resumed.
         watch: shows how far the check of an earlier start's pieces is.
 
@@ -166,17 +166,17 @@ class StreamedStep:
         for litter in (self.path / files.MANIFEST, *self.path.rglob("*.partial")):  # of a commit that was killed
             litter.unlink(missing_ok=True)
         for name, (shape, dtype) in self._arrays.items():
-            self._write_header(name, shape, dtype)
-        self._write(self.path / files.ARRAYS / "_METADATA", _orbax_metadata(self._arrays))
-        self._write(self.path / files.META, {key: value for key, value in meta.items() if key != "config"})
-        if "config" in meta:
-            self._write(self.path / files.CONFIG, meta["config"])
+            header = _zarr_header(shape, dtype, _chunk_shape(shape, dtype, self._lead[name]))
+            files.write_atomically(self._folder(name) / ".zarray", files.as_json(header))
+        files.write_atomically(self.path / files.ARRAYS / "_METADATA", files.as_json(_orbax_metadata(self._arrays)))
+        for name, content in files.of_meta(meta).items():
+            files.write_atomically(self.path / name, content)
         described = {name: {"shape": list(shape), "dtype": str(dtype)} for name, (shape, dtype) in self._arrays.items()}
         try:
             files.commit(self.path, self.step, described, self._known())
         except files.CheckpointDamaged as damage:
             raise UserError(
-                f"{self.path}: {damage}. Start the same command again: what is missing is written."
+                f"{self.path}: {damage}. Start the same command again: it writes what is missing."
             ) from None
         self._journal_path.unlink(missing_ok=True)
 
@@ -308,24 +308,6 @@ class StreamedStep:
                 if not self.is_done(name, index):
                     yield f"{name}{list(index)}"
 
-    def _write_header(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
-        header = {
-            "zarr_format": 2,
-            "shape": shape,
-            "chunks": _chunk_shape(shape, dtype, self._lead[name]),
-            "dtype": dtype.str if dtype.isbuiltin == 1 else dtype.name,
-            "compressor": None,
-            "filters": None,
-            "fill_value": None,
-            "order": "C",
-            "dimension_separator": ".",
-        }
-        self._write(self._folder(name) / ".zarray", header)
-
-    def _write(self, path: Path, content: dict) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomically(path, f"{json.dumps(content, indent=2)}\n".encode())
-
 
 class StepReader:
     """Reads pieces of a committed step, whether Orbax or `StreamedStep` has written it.
@@ -438,14 +420,22 @@ def _whole_lines(path: Path) -> list:
         text = path.read_bytes()
     except FileNotFoundError:
         return []
-    return [_parsed(line) for line in text.split(b"\n")[:-1]]
+
+    def parsed(line: bytes) -> object:
+        try:
+            return json.loads(line)
+        except ValueError:
+            return None
+
+    return [parsed(line) for line in text.split(b"\n")[:-1]]
 
 
-def _parsed(line: bytes) -> object:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
+def _zarr_header(shape: tuple[int, ...], dtype: np.dtype, chunks: tuple[int, ...]) -> dict:
+    kind = dtype.str if dtype.isbuiltin == 1 else dtype.name
+    settings = {"zarr_format": 2, "order": "C", "dimension_separator": "."}
+    return {"shape": shape, "chunks": chunks, "dtype": kind, **settings} | dict.fromkeys(
+        ("compressor", "filters", "fill_value")
+    )
 
 
 def _orbax_metadata(arrays: Mapping[str, tuple]) -> dict:
@@ -457,10 +447,5 @@ def _orbax_metadata(arrays: Mapping[str, tuple]) -> dict:
         return {"key_metadata": keys, "value_metadata": value}
 
     tree = {str(tuple(name.split("/"))): leaf(name, shape) for name, (shape, _) in arrays.items()}
-    return {
-        "tree_metadata": tree,
-        "use_ocdbt": False,
-        "use_zarr3": False,
-        "store_array_data_equal_to_fill_value": True,
-        "custom_metadata": None,
-    }
+    settings = {"use_ocdbt": False, "use_zarr3": False, "store_array_data_equal_to_fill_value": True}
+    return {"tree_metadata": tree, **settings, "custom_metadata": None}

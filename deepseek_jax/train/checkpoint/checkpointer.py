@@ -15,7 +15,6 @@ A failed save never stops the training: the reason goes to `warn`, once, at the 
 
 import atexit
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -29,13 +28,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.paths import check_local
-from deepseek_jax.train import manifest as files
-from deepseek_jax.train import tree
-from deepseek_jax.train.manifest import CheckpointDamaged
+from deepseek_jax.train.checkpoint import manifest as files
+from deepseek_jax.train.checkpoint import tree
+from deepseek_jax.train.checkpoint.manifest import CheckpointDamaged
 
 SAVE_TIMEOUT_S = 3600
 _SKIP, _WRITE, _REFUSE, _FAIL = range(4)  # process 0's verdict on a save, broadcast to all
@@ -109,7 +109,7 @@ class Checkpointer:
         if self._orbax is None:
             raise UserError(f"{self.directory} was opened to read only (or is closed): nothing can be saved there.")
         arrays = tree.flatten(state)
-        texts = _json_files(meta or {})
+        texts = files.of_meta(meta or {})
         step = int(step)
         if not 0 <= step < 2**31:
             raise UserError(f"checkpoint step {step}: expected 0 or more (and less than 2**31).")
@@ -119,7 +119,7 @@ class Checkpointer:
         path = files.step_dir(self.directory, step)
         failure = None
         try:
-            self._orbax.save(path / files.ARRAYS, args=ocp.args.PyTreeSave(tree.nest(arrays)))
+            self._orbax.save(path / files.ARRAYS, args=ocp.args.PyTreeSave(unflatten_dict(arrays, sep="/")))
         except Exception as error:
             failure = error
         shapes = {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in arrays.items()}
@@ -186,26 +186,24 @@ class Checkpointer:
         sharding and may be donated. Raises UserError that names the leaf, or the damaged files.
         """
         self.wait()
-        wanted = tree.flatten(abstract, leaf_types=object)
+        expected = tree.flatten(abstract, leaf_types=object)
         step = self._choose(step, only=None)
         path = files.step_dir(self.directory, step)
-        manifest, meta = files.read_manifest(path, step), _read_meta(path)
+        manifest, meta = files.read_manifest(path, step), files.read_meta(path)
         saved = {name: a for name, a in manifest["arrays"].items() if keys is None or name.split("/")[0] in keys}
         if dtypes_as_saved:
-            stored = {name: leaf.update(dtype=saved[name]["dtype"]) for name, leaf in wanted.items() if name in saved}
-            wanted |= stored
-        tree.compare(f"step {step} of {self.directory}", saved, wanted)
-        arrays = tree.read_arrays(path / files.ARRAYS, tree.with_shardings(wanted)) if wanted else {}
+            expected |= {name: x.update(dtype=saved[name]["dtype"]) for name, x in expected.items() if name in saved}
+        tree.compare(f"step {step} of {self.directory}", saved, expected)
+        arrays = tree.read_arrays(path / files.ARRAYS, tree.with_shardings(expected)) if expected else {}
         if keys is None:
             self._restored = step
             self._own = {own for own in self._own if own < step} | {step}
-        leaves = [arrays[name] for name in wanted]
-        return step, tree.refill(abstract, iter(leaves)), meta
+        return step, tree.refill(abstract, (arrays[name] for name in expected)), meta
 
     def read_meta(self, step: int | None = None) -> tuple[int, dict]:
         """Returns (step, meta) of the newest step (or of `step`) whose metadata is intact; opens no array file."""
         step = self._choose(step, only=(files.META, files.CONFIG))
-        return step, _read_meta(files.step_dir(self.directory, step))
+        return step, files.read_meta(files.step_dir(self.directory, step))
 
     def shapes(self, step: int | None = None) -> tuple[int, dict[str, jax.ShapeDtypeStruct]]:
         """Returns (step, {"params/…": shape and dtype}) from the manifest alone."""
@@ -345,24 +343,6 @@ class Checkpointer:
         if message not in self._told:
             self._told.add(message)
             self._messages.append(message)
-
-
-def _json_files(meta: dict) -> dict[str, bytes]:
-    rest = {key: value for key, value in meta.items() if key != "config"}
-    try:
-        texts = {files.META: json.dumps(rest, indent=2)}
-        if "config" in meta:
-            texts[files.CONFIG] = json.dumps(meta["config"], indent=2)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"checkpoint metadata must be what JSON can hold: {error}.") from None
-    return {name: f"{text}\n".encode() for name, text in texts.items()}
-
-
-def _read_meta(path: Path) -> dict:
-    meta = json.loads((path / files.META).read_bytes())
-    if (path / files.CONFIG).exists():
-        meta["config"] = json.loads((path / files.CONFIG).read_bytes())
-    return meta
 
 
 def _agree(value: int) -> int:

@@ -3,17 +3,21 @@
 A state is a nested dict of jax arrays; a leaf's name is its path, `params/blocks/q_up`.
 """
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from flax.traverse_util import unflatten_dict
+from jax.typing import DTypeLike
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.tree import paths
 
 
-def flatten(tree: dict, leaf_types=jax.Array) -> dict[str, jax.Array]:
+def flatten(tree: dict, leaf_types: type = jax.Array) -> dict[str, Any]:
     """Returns {"params/blocks/q_up": leaf}; UserError for anything but nested dicts with plain names."""
     leaves = {}
     for path, leaf in paths(tree).items():
@@ -30,31 +34,19 @@ def flatten(tree: dict, leaf_types=jax.Array) -> dict[str, jax.Array]:
     return leaves
 
 
-def nest(leaves: dict) -> dict:
-    """The inverse of `flatten`, without empty dicts."""
-    tree: dict = {}
-    for name, leaf in leaves.items():
-        *path, last = name.split("/")
-        node = tree
-        for key in path:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    return tree
-
-
-def refill(tree, leaves):
+def refill(tree: Any, leaves: Iterator) -> Any:
     """Returns `tree` with its leaves replaced in the order in which `flatten` met them."""
     return {key: refill(tree[key], leaves) for key in tree} if isinstance(tree, dict) else next(leaves)
 
 
-def compare(where: str, saved: dict[str, dict], wanted: dict) -> None:
+def compare(where: str, saved: dict[str, dict], expected: dict) -> None:
     """Raises UserError naming the first leaf in which the checkpoint and the expected state differ."""
 
-    def text(shape, dtype):
+    def text(shape: Sequence[int], dtype: DTypeLike) -> str:
         return f"{jnp.dtype(dtype)}[{','.join(map(str, shape))}]"
 
     have = {name: text(array["shape"], array["dtype"]) for name, array in saved.items()}
-    want = {name: text(leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
+    want = {name: text(leaf.shape, leaf.dtype) for name, leaf in expected.items()}
     differing = [name for name in sorted({*have, *want}) if have.get(name) != want.get(name)]
     if differing:
         name, more = differing[0], f" ({len(differing) - 1} more leaves differ)" if len(differing) > 1 else ""
@@ -64,21 +56,21 @@ def compare(where: str, saved: dict[str, dict], wanted: dict) -> None:
         )
 
 
-def with_shardings(wanted: dict) -> dict[str, jax.ShapeDtypeStruct]:
+def with_shardings(expected: dict) -> dict[str, jax.ShapeDtypeStruct]:
     """Fills in the default device where no leaf says where it lives; UserError when only some do."""
-    bare = [name for name, leaf in wanted.items() if getattr(leaf, "sharding", None) is None]
-    if bare and len(bare) < len(wanted):
+    bare = [name for name, leaf in expected.items() if getattr(leaf, "sharding", None) is None]
+    if bare and len(bare) < len(expected):
         raise UserError(f"leaf '{bare[0]}' has no sharding while others have: give each leaf its own.")
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=default if bare else leaf.sharding)
-        for name, leaf in wanted.items()
+        for name, leaf in expected.items()
     }
 
 
-def read_arrays(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def read_arrays(path: Path, expected: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Reads the named arrays of an Orbax directory, each placed exactly as asked and free to be donated."""
-    abstract = nest(wanted)
+    abstract = unflatten_dict(expected, sep="/")
     args = ocp.args.PyTreeRestore(
         abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
     )
@@ -86,12 +78,12 @@ def read_arrays(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str
         arrays = flatten(reader.restore(path, args=args))
     # Some restored buffers belong to the reader and could not be donated: XLA gets its own, in place where it can.
     by_devices: dict[frozenset, list[str]] = {}
-    for name in wanted:
-        by_devices.setdefault(frozenset(wanted[name].sharding.device_set), []).append(name)
+    for name in expected:
+        by_devices.setdefault(frozenset(expected[name].sharding.device_set), []).append(name)
     for names in by_devices.values():
         own = jax.jit(
             lambda leaves: [jnp.copy(leaf) for leaf in leaves],
-            out_shardings=[wanted[name].sharding for name in names],
+            out_shardings=[expected[name].sharding for name in names],
             donate_argnums=0,
         )
         arrays.update(zip(names, own([arrays[name] for name in names]), strict=True))
