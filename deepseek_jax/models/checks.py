@@ -59,7 +59,7 @@ def check_keys(m: ConfigDict, keys: tuple[str, ...]) -> None:
 def keys(cls: type) -> tuple[str, ...]:
     """The keys of a config that `take` reads into the dataclass `cls`: its fields, and those of its parts."""
     kinds: dict[str, Any] = get_type_hints(cls)
-    parts = [keys(kind) if is_dataclass(kind) else (name,) for name, kind in kinds.items()]
+    parts = [keys(kind) if isinstance(kind, type) and is_dataclass(kind) else (name,) for name, kind in kinds.items()]
     return tuple(dict.fromkeys(key for part in parts for key in part))
 
 

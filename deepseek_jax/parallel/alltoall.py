@@ -60,12 +60,8 @@ def dispatch(
 ) -> Arrived:
     """Sends each token to the devices of its experts: the first half of the exchange.
 
-    Args:
-        x_MD: this device's tokens.
-        experts_MK, weights_MK: their experts (global indices) and factors.
-        n_local: experts per device.
-        axis: the mesh axis that the experts are shared out over.
-        capacity: rows of the buffer for each device; it must hold the tokens that go there (`choose`).
+    `experts_MK` are indices of all experts, which are shared out over the mesh axis `axis`, `n_local` per device. The
+    buffer for each device has `capacity` rows; it must hold the tokens that go there (`choose`).
     """
     n_devices = jax.lax.axis_size(axis)
     token_A, row_MW = fill_buffers(_destinations(experts_MK, n_local, n_devices), capacity)
@@ -115,12 +111,8 @@ def on_expert_devices(
 ) -> jax.Array:
     """Weighted sum of each token's experts: `dispatch`, `compute`, `combine`, with buffers of the size that is needed.
 
-    Args:
-        compute: `compute(x_MD, experts_MK, weights_MK) -> y_MD` with this device's experts; index `n_local` means none.
-        x_MD, experts_MK, weights_MK, n_local, axis: as for `dispatch`.
-
-    Returns:
-        y_MD.
+    `compute(x_MD, experts_MK, weights_MK)` gives y_MD of this device's experts, where index `n_local` means none; other
+    arguments as for `dispatch`.
     """
     n_tokens, top_k = experts_MK.shape
     sizes = capacities(n_tokens, top_k, jax.lax.axis_size(axis))

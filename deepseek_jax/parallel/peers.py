@@ -11,6 +11,7 @@ code and says nothing about the run. Hence two threads beside the training:
 Nothing of a checkpoint is lost in this way: a save under way counts only with its COMMIT marker.
 """
 
+import contextlib
 import os
 import threading
 import time
@@ -41,9 +42,8 @@ class Stop(Protocol):
 class Peers:
     """A context around a run; with one process it does nothing.
 
-    Args:
-        advice: returns the sentences about the newest checkpoint and what to do; called in any thread.
-        leave: ends the process at once with an exit code.
+    `advice` returns the sentences about the newest checkpoint and what to do, in any thread; `leave` ends the process
+    at once with an exit code.
     """
 
     def __init__(self, advice: Callable[[], str], leave: Callable[[int], None] = os._exit):
@@ -66,7 +66,8 @@ class Peers:
         if self._store is None:
             return
         if error is not None:
-            self._shortly(lambda: self._announce(error))
+            reason = "stopped by a signal" if isinstance(error, KeyboardInterrupt) else first_line(error)
+            self._shortly(lambda: self._store.set(FAILED, f"process {self.index}: {reason}"))
         self._over.set()
         self._shortly(lambda: self._publish(GOODBYE))
 
@@ -130,18 +131,12 @@ class Peers:
             elif now - self._heard_s > LOST_S and not self._parted:
                 self.lost(f"process {following} of this run has not been heard of for {LOST_S:.0f} s.")
 
-    def _announce(self, error: BaseException) -> None:
-        reason = "stopped by a signal" if isinstance(error, KeyboardInterrupt) else first_line(error)
-        self._store.set(FAILED, f"process {self.index}: {reason}")
-
     def _shortly(self, call: Callable[[], None]) -> None:
         """Makes a call that may fail or hang, because whom it asks may be gone."""
 
         def run() -> None:
-            try:
+            with contextlib.suppress(Exception):
                 call()
-            except Exception:
-                return
 
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
@@ -162,7 +157,8 @@ class Guard:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None or self.peers.count == 1 or self._all_meet(error):
+        all_meet = self.stop.is_running and isinstance(error, UserError) and not isinstance(error, LocalError)
+        if error is None or self.peers.count == 1 or all_meet:
             return
         if isinstance(error, UserError):
             self.peers.leave(2, f"error: {error}")
@@ -177,28 +173,14 @@ class Guard:
             streams.note("".join(traceback.format_exception(error)))
             self.peers.leave(1, f"{first_line(error)}. {self.peers.advice()}")
 
-    def _all_meet(self, error: BaseException) -> bool:
-        return self.stop.is_running and isinstance(error, UserError) and not isinstance(error, LocalError)
-
 
 def is_transfer_failure(error: Exception) -> bool:
     """Says whether an error of JAX's runtime is about other processes, and not about this one's memory or programs."""
-    words = (
-        "gloo",
-        "nccl",
-        "connection",
-        "peer",
-        "coordination",
-        "unavailable",
-        "aborted",
-        "deadline",
-        "socket",
-        "task",
-    )
     text = str(error).lower()
     if not isinstance(error, jax.errors.JaxRuntimeError) or text.startswith(("resource_exhausted", "invalid_argument")):
         return False
-    return any(word in text for word in words)
+    words = "gloo nccl connection peer coordination unavailable aborted deadline socket task"
+    return any(word in text for word in words.split())
 
 
 def first_line(error: BaseException) -> str:

@@ -66,64 +66,52 @@ def is_axes(leaf: object) -> bool:
 def placements(axes: dict, shapes: dict, rules: Mapping[str, str], mesh: Mesh) -> dict:
     """The `Placement` of every weight.
 
-    Args:
-        axes: tree of logical axes, one tuple per weight.
-        shapes: tree like it of arrays or `jax.ShapeDtypeStruct`s.
-        rules: logical axis -> mesh axis; "" or absent keeps a dimension whole.
-        mesh: the run's.
+    `axes` is a tree of logical axes, one tuple per weight, `shapes` one like it of arrays or `jax.ShapeDtypeStruct`s;
+    a logical axis that is absent from `rules` or "" there keeps a dimension whole.
 
     Raises:
-        UserError: a dimension does not divide by its mesh axis, or two dimensions of a weight want the same one.
+        UserError: a dimension does not divide by its mesh axis, or two dimensions of a weight are split over the same.
     """
     check_rules(rules)
 
     def placement(path: tuple, logical: tuple, array: jax.ShapeDtypeStruct) -> Placement:
-        name = dotted(path)
-        return _placement(name, logical, array.shape, rules, mesh)
+        return _placement(dotted(path), logical, array.shape, rules, mesh)
 
     return jax.tree_util.tree_map_with_path(placement, axes, shapes, is_leaf=is_axes)
 
 
 def _placement(name: str, logical: tuple, shape: tuple, rules: Mapping[str, str], mesh: Mesh) -> Placement:
-    wanted = [rules.get(axis) or None if axis else None for axis in logical]
-    wanted = [axis if axis and mesh.shape[axis] > 1 else None for axis in wanted]
-    for dim, axis in enumerate(wanted):
+    split = [rules.get(axis) or None if axis else None for axis in logical]
+    split = [axis if axis and mesh.shape[axis] > 1 else None for axis in split]
+    for dim, axis in enumerate(split):
         if axis and shape[dim] % mesh.shape[axis]:
             raise UserError(
                 f"{name}: {shape[dim]} {logical[dim]} over mesh axis {axis!r} of size {mesh.shape[axis]}: not "
                 f"divisible. Choose a divisor of {shape[dim]} in config.mesh.{axis}."
             )
-        if axis and wanted.index(axis) != dim:
+        if axis and split.index(axis) != dim:
             raise UserError(
-                f"{name}: {logical[wanted.index(axis)]} and {logical[dim]} both want mesh axis {axis!r}. "
+                f"{name}: {logical[split.index(axis)]} and {logical[dim]} both want mesh axis {axis!r}. "
                 f'Set one of them to "" in config.sharding.'
             )
-    copies = tuple(axis for axis in REPLICAS if axis not in wanted and mesh.shape[axis] > 1)
-    zero_dim = _zero_dim(wanted, logical, shape, size(mesh, copies)) if copies else None
-    cut: list = list(wanted)
+    copies = tuple(axis for axis in REPLICAS if axis not in split and mesh.shape[axis] > 1)
+    zero_dim = _zero_dim(split, logical, shape, size(mesh, copies)) if copies else None
+    cut: list = list(split)
     if zero_dim is not None:
         cut[zero_dim] = copies
-    return Placement(P(*wanted), copies, zero_dim, P(*cut))
+    return Placement(P(*split), copies, zero_dim, P(*cut))
 
 
-def _zero_dim(
-    wanted: list, logical: tuple, shape: tuple, n_copies: int, prefer: tuple[str, ...] = STACKED
-) -> int | None:
-    """The largest dimension that is still whole and divides by `n_copies`, one of `prefer` if any does."""
-    free = [dim for dim, axis in enumerate(wanted) if axis is None and shape[dim] % n_copies == 0 and shape[dim]]
-    return max(free, key=lambda dim: (logical[dim] in prefer, shape[dim]), default=None)
+def _zero_dim(split: list, logical: tuple, shape: tuple, n_copies: int) -> int | None:
+    """The largest dimension that is still whole and divides by `n_copies`, a stacked one if any does."""
+    free = [dim for dim, axis in enumerate(split) if axis is None and shape[dim] % n_copies == 0 and shape[dim]]
+    return max(free, key=lambda dim: (logical[dim] in STACKED, shape[dim]), default=None)
 
 
 def state_specs(state: dict, params: dict, placements: dict) -> dict:
     """Where an optimizer's state lives: what belongs to a weight like that weight's ZeRO-1 part, scalars everywhere.
 
-    Args:
-        state: a dict of trees of arrays or `jax.ShapeDtypeStruct`s.
-        params: the weights that it belongs to, likewise.
-        placements: of each weight.
-
-    Raises:
-        ValueError: an array is neither a scalar nor of the shape of the weight at its path.
+    Raises ValueError for an array that is neither a scalar nor of the shape of the weight at its path.
     """
     weights = {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     places = dict(jax.tree_util.tree_leaves_with_path(placements))
@@ -133,8 +121,8 @@ def state_specs(state: dict, params: dict, placements: dict) -> dict:
         if weights.get(weight) == leaf.shape:
             return places[weight].optimizer_spec
         if leaf.ndim:
-            name = dotted(path)
-            raise ValueError(f"optimizer state {name} {leaf.shape}: expected a scalar, or the shape of that weight.")
+            shown = f"{dotted(path)} {leaf.shape}"
+            raise ValueError(f"optimizer state {shown}: expected a scalar, or the shape of that weight.")
         return P()
 
     return jax.tree_util.tree_map_with_path(spec, state)

@@ -95,11 +95,9 @@ def divide(n_layers: int, n_stages: int, end: float, folded: bool) -> tuple[int,
 
 
 def slices(stacks: Mapping[str, int], layers_per_stage: Sequence[int]) -> tuple[dict[str, slice], ...]:
-    """Returns the layers of each stack that each stage holds; a stack of which it holds none is left out.
+    """Returns the layers of each stack (name -> how many, in the order of running) that each stage holds.
 
-    Args:
-        stacks: name -> number of layers, in the order of running.
-        layers_per_stage: from `divide`; they add up to all layers.
+    `layers_per_stage` is from `divide`. A stack of which a stage holds none is left out there.
     """
     ends = list(itertools.accumulate(layers_per_stage))
     firsts = dict(zip(stacks, itertools.accumulate(stacks.values(), initial=0), strict=False))  # of all layers

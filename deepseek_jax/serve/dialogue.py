@@ -126,9 +126,6 @@ class _Splitter:
         marks = [_id(mark, tokenizer) if thinks else None for mark in (THINK, END_THINK)]
         self._in_thought = dict(zip(marks, (True, False), strict=True))
         self._is_thought, self._decode = in_thought, tokenizer.decode
-        self._start()
-
-    def _start(self) -> None:
         self._text, self._is_blank = TextStream(self._decode), True
 
     def push(self, token: int) -> list[Piece]:
@@ -137,7 +134,7 @@ class _Splitter:
             return self._pieces(self._text.push(token))
         rest = self.finish()
         self._is_thought = self._in_thought[token]
-        self._start()
+        self._text, self._is_blank = TextStream(self._decode), True
         return rest
 
     def finish(self) -> list[Piece]:

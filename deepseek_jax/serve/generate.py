@@ -35,11 +35,8 @@ def bucket(n_tokens: int, largest: int) -> int:
 class Generator:
     """The compiled programs that generate with one model.
 
-    Args:
-        definition: definition of a model with `prefill` and `decode` (`layers.base.split`).
-        vocab_size: size of the vocabulary; ids of a prompt must be smaller.
-        matmul_precision: precision of float32 matmuls, as for `jax.default_matmul_precision`; None for the device's
-            default.
+    `definition` is that of a model with `prefill` and `decode` (`layers.base.split`); `matmul_precision` is that of
+    float32 matmuls, as for `jax.default_matmul_precision`, None for the device's default.
     """
 
     def __init__(self, definition: nnx.GraphDef, vocab_size: int, matmul_precision: str | None = None):

@@ -12,11 +12,7 @@ PENDING_BYTES = 3  # of a character without its last byte; some decoders return 
 
 
 class TextStream:
-    """Converts ids to pieces of text that, joined, are the text of all ids.
-
-    Args:
-        decode: `decode` of the tokenizer.
-    """
+    """Converts ids to pieces of text that, joined, are the text of all ids; `decode` is the tokenizer's."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str]):
         self._decode = decode
