@@ -17,24 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.parallel.simulate import Times
 from deepseek_jax.parallel.stages import ARRANGEMENTS, Arrangement
-
-
-@dataclass(frozen=True)
-class Times:
-    """Seconds per stage and micro-batch.
-
-    Attributes:
-        forward: F.
-        backward: B, input and weight gradients.
-        weights: W.
-        both: F&B.
-    """
-
-    forward: float
-    backward: float
-    weights: float
-    both: float
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ one measurement per recipe (`recipes` says which).
 from dataclasses import dataclass
 
 from deepseek_jax.layers.attention import RECOMPUTED_FROM
+from deepseek_jax.parallel.simulate import Times
 from deepseek_jax.plan.flops import keys_seen
 from deepseek_jax.plan.job import Job, Part
 from deepseek_jax.plan.layout import Stage
 from deepseek_jax.plan.network import HIGH_PRECISION, Weight
 from deepseek_jax.plan.recipes import V3_POLICY
-from deepseek_jax.plan.schedules import Times
 from deepseek_jax.plan.traffic import GIGA, exchange, rank_traffic
 
 TERA = 1e12

@@ -3,7 +3,8 @@
 import pytest
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.plan.schedules import SCHEDULES, Times, schedule
+from deepseek_jax.parallel.simulate import Times
+from deepseek_jax.plan.schedules import SCHEDULES, schedule
 
 # One unit each for forward pass, input gradients and weight gradients: B is 2, F&B is 3.
 UNITS = Times(forward=1, backward=2, weights=1, both=3)
