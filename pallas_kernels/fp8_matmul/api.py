@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.fp8_matmul import reference
 
 BLOCK = 128
-IMPLEMENTATIONS = ("reference", "mosaic_gpu")
+IMPLEMENTATIONS = ("reference", "mosaic_gpu", "mosaic_tpu")
 
 
 def fp8_matmul(
@@ -34,7 +34,8 @@ def fp8_matmul(
         x_scale: float32 [ceil(K / 128), M], blocks first: row m of block b is multiplied by x_scale[b, m].
         w: E4M3 [N, K].
         w_scale: float32 [ceil(N / 128), ceil(K / 128)], or [ceil(K / 128), N] if w_block is (1, 128).
-        implementation: "reference" (any device) or "mosaic_gpu" (Hopper). There is no fallback from one to the other.
+        implementation: "reference" (any device), "mosaic_gpu" (Hopper) or "mosaic_tpu" (K a multiple of 128). There is
+            no fallback from one to another.
         w_block: the block that shares a scale in w, (128, 128) or (1, 128).
         out_dtype: bfloat16 or float32.
         add_to: float32 [M, N] that y is added to, in place if its buffer is donated; out_dtype is float32 then. Weight
@@ -55,6 +56,14 @@ def fp8_matmul(
         processors = mosaic_gpu.check_hopper(implementation)
         return gpu.fp8_matmul(
             x, x_scale, w, w_scale, w_block=w_block, out_dtype=out_dtype, add_to=add_to, n_processors=processors
+        )
+    if implementation == "mosaic_tpu":
+        from pallas_kernels import mosaic_tpu
+        from pallas_kernels.fp8_matmul import tpu
+
+        native = mosaic_tpu.check_tpu(implementation)
+        return tpu.fp8_matmul(
+            x, x_scale, w, w_scale, w_block=w_block, out_dtype=out_dtype, add_to=add_to, native=native
         )
     raise ValueError(f"implementation={implementation!r}: unknown. Choose one of {', '.join(IMPLEMENTATIONS)}.")
 
