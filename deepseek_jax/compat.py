@@ -223,3 +223,14 @@ def memory_bytes() -> int | None:
         known = hasattr(os, "sysconf") and all(name in os.sysconf_names for name in names)
         return math.prod(map(os.sysconf, names)) if known else None
     return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def scan_inputs(params: dict) -> tuple[int, int]:
+    """Returns how many of the inputs of a traced `scan` are constants and how many its carry; the rest are rows.
+
+    `params` are those of the equation (`jax.extend.core.JaxprEqn`).
+    """
+    if "num_consts" in params:  # jax 0.10
+        return params["num_consts"], params["num_carry"]
+    constants, carry, _ = params["ft_in"].unpack()
+    return len(constants), len(carry)

@@ -15,6 +15,7 @@ from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import RouterBias, bind, param
 from deepseek_jax.models import family
+from deepseek_jax.parallel.lint import check_collectives
 from deepseek_jax.parallel.mesh import global_batch, make_mesh, place
 from deepseek_jax.train.loss import PreTraining
 from deepseek_jax.train.optimizers import Schedule, adamw
@@ -329,3 +330,13 @@ def test_the_first_weights_depend_on_the_seed_alone():
     assert not np.allclose(weight, first(1, 1, {}, 1)["params"]["weight_DF"])
     assert float(jnp.std(weight)) == pytest.approx(0.02, rel=0.3)
     assert not any(np.any(x) for name, part in state.items() if name != "params" for x in jax.tree.leaves(part))
+
+
+def test_all_devices_reach_every_collective_of_the_step(sizes):
+    """Experts and weights split, micro-batches, recomputation: the exchange sits in a switch of buffer sizes."""
+    config = dataclasses.replace(STEP, micro_batches=2)
+    subject = trainer(sizes, 2, 4, EXPERTS | {"embed": "data"}, config=config, remat="block")
+    arguments = subject.abstract, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch(0))
+    program = jax.make_jaxpr(subject.step)(*arguments)
+    assert str(program).count("all_to_all") > 2
+    check_collectives(program)

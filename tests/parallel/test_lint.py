@@ -1,0 +1,97 @@
+"""Collectives in branches and loops that devices enter differently: planted ones are found, ours pass."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from deepseek_jax.parallel.lint import check_collectives
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((4, 2), ("pipe", "expert"), axis_types=(AxisType.Auto,) * 2)
+
+
+def traced(body, mesh):
+    run = jax.shard_map(body, mesh=mesh, in_specs=(P("expert"),), out_specs=P("expert"), check_vma=False)
+    return jax.make_jaxpr(jax.jit(run))(jnp.ones((8, 8)))
+
+
+def send(x):
+    return lax.ppermute(x, "pipe", [(0, 1)])
+
+
+def exchange(x):
+    return lax.all_to_all(x, "expert", 0, 0, tiled=True)
+
+
+def same(x):
+    return x
+
+
+def along(axis):
+    return lax.axis_index(axis) % 2
+
+
+HANGS = {
+    "a sum in one branch": (
+        lambda x: lax.cond(along("pipe") == 0, lambda x: lax.psum(x, "pipe"), same, x),
+        "psum over 'pipe' in branch 1 of 2 of a switch, which differs along 'pipe'",
+    ),
+    "the same transfer in both branches": (
+        lambda x: lax.switch(along("pipe"), [send, send], x),
+        "ppermute over 'pipe' in branch 0 of 2",
+    ),
+    "an exchange among devices that went apart": (
+        lambda x: lax.switch(along("expert"), [same, exchange], x),
+        "all_to_all over 'expert' in branch 1 of 2",
+    ),
+    "a predicate from data that differs": (
+        lambda x: lax.cond(x.sum() > 0, exchange, same, x),
+        "all_to_all over 'expert' in branch 1 of 2",
+    ),
+    "a predicate that went through a loop": (
+        lambda x: lax.cond(lax.fori_loop(0, 3, lambda _, s: s + along("expert"), 0) > 2, exchange, same, x),
+        "all_to_all over 'expert'",
+    ),
+    "a loop of different lengths": (
+        lambda x: lax.fori_loop(0, along("pipe"), lambda _, x: lax.psum(x, "pipe"), x),
+        "psum over 'pipe' in a while loop, whose number of turns, which differs along 'pipe'",
+    ),
+    "a branch inside a scan, a jit and a checkpoint": (
+        lambda x: lax.scan(
+            jax.jit(jax.checkpoint(lambda x, _: (lax.switch(along("pipe"), [same, send], x), None))), x, None, length=2
+        )[0],
+        "ppermute over 'pipe'",
+    ),
+    "an inner branch that agrees in an outer one that does not": (
+        lambda x: lax.cond(
+            along("pipe") == 0, lambda x: lax.cond(jnp.bool_(True), lambda x: lax.pmax(x, "pipe"), same, x), same, x
+        ),
+        "pmax over 'pipe' in branch 1 of 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HANGS)
+def test_planted_hangs_are_found(case, mesh):
+    body, words = HANGS[case]
+    with pytest.raises(ValueError, match=words):
+        check_collectives(traced(body, mesh))
+
+
+FINE = {
+    "an exchange in branches that differ along another axis": lambda x: lax.switch(along("pipe"), [same, exchange], x),
+    "a predicate that all devices agree on": lambda x: lax.cond(lax.pmax(x.sum(), "expert") > 0, exchange, same, x),
+    "a transfer after the branches": lambda x: send(lax.switch(along("pipe"), [same, lambda x: 2 * x], x)),
+    "a loop of a fixed length": lambda x: lax.fori_loop(0, 3, lambda _, x: send(x), x),
+    "a predicate gathered from all": lambda x: lax.cond(lax.all_gather(x, "expert").sum() > 0, exchange, same, x),
+}
+
+
+@pytest.mark.parametrize("case", FINE)
+def test_sound_programs_pass(case, mesh):
+    check_collectives(traced(FINE[case], mesh))
