@@ -24,15 +24,10 @@ PATH_BYTES, NAME_BYTES = 4095, 255  # what file systems take of a path, and of a
 
 @dataclass(frozen=True)
 class Bound:
-    """The values that something may have.
+    """The values that something may have."""
 
-    Attributes:
-        expected: these values as text, as in "expected a whole number from 0 to 9".
-        holds: whether a value is one of them; takes a value of any type.
-    """
-
-    expected: str
-    holds: Callable[[Any], bool]
+    expected: str  # these values as text, as in "expected a whole number from 0 to 9"
+    holds: Callable[[Any], bool]  # whether a value is one of them; takes a value of any type
 
     def check(self, name: str, value: Any, like: Any = None) -> Any:
         """Returns `value`; raises UserError for a wrong one, with `like` as an example of a right one."""

@@ -14,27 +14,16 @@ from deepseek_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip.
+    """One chip."""
 
-    Attributes:
-        name: name, as given to --chip.
-        bf16: TFLOP/s of dense bfloat16 matmuls.
-        fp8: TFLOP/s of dense FP8 matmuls; equal to `bf16` if the chip has no faster units for them.
-        memory: GiB of memory.
-        hbm: GB/s to that memory.
-        fast: GB/s over the fast link.
-        reach: number of chips that the fast link connects, this one included.
-        network: GB/s to all other chips.
-    """
-
-    name: str
-    bf16: float
-    fp8: float
-    memory: float
-    hbm: float
-    fast: float
-    reach: int
-    network: float
+    name: str  # name, as given to --chip
+    bf16: float  # TFLOP/s of dense bfloat16 matmuls
+    fp8: float  # TFLOP/s of dense FP8 matmuls; equal to `bf16` if the chip has no faster units for them
+    memory: float  # GiB of memory
+    hbm: float  # GB/s to that memory
+    fast: float  # GB/s over the fast link
+    reach: int  # number of chips that the fast link connects, this one included
+    network: float  # GB/s to all other chips
 
 
 CHIPS = {

@@ -26,20 +26,14 @@ TABLE = {
 class Kernels:
     """The name of the implementation of each operation; `kernels[operation]` is the function itself.
 
-    Attributes:
-        attention: of tokens that look at themselves.
-        latent_decode: of new tokens over a cache of latents.
-        grouped_decode: of new tokens over a cache of keys and values.
-        grouped_matmul: of rows with the weights of their experts.
-
     Raises:
         UserError: an unknown name.
     """
 
-    attention: str = "xla"
-    latent_decode: str = "xla"
-    grouped_decode: str = "xla"
-    grouped_matmul: str = "xla"
+    attention: str = "xla"  # of tokens that look at themselves
+    latent_decode: str = "xla"  # of new tokens over a cache of latents
+    grouped_decode: str = "xla"  # of new tokens over a cache of keys and values
+    grouped_matmul: str = "xla"  # of rows with the weights of their experts
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

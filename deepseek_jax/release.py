@@ -23,18 +23,13 @@ KEPT = (hf.GENERATION_CONFIG, "LICENSE*")  # besides the tokenizer's files
 
 
 class Marks(NamedTuple):
-    """Ids with a meaning.
+    """Ids with a meaning."""
 
-    Attributes:
-        bos_id, pad_id: begin of a text and padding, None where there is none.
-        eos_ids: what config.json names as the end.
-        end_ids: all at which generation stops, ascending.
-    """
-
+    # bos_id, pad_id: begin of a text and padding, None where there is none
     bos_id: int | None
     pad_id: int | None
-    eos_ids: tuple[int, ...]
-    end_ids: tuple[int, ...]
+    eos_ids: tuple[int, ...]  # what config.json names as the end
+    end_ids: tuple[int, ...]  # all at which generation stops, ascending
 
 
 def of_published(published: hf.Published, folder: Path) -> dict[str, Any]:

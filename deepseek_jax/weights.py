@@ -35,17 +35,11 @@ WEIGHTS = ("params", "router_bias")  # what a checkpoint holds of a model
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model's weights on the first device.
+    """A model's weights on the first device."""
 
-    Attributes:
-        config: the config that they belong to.
-        state: {"params", "router_bias"}.
-        source: where they are from, for people.
-    """
-
-    config: ConfigDict
-    state: Tree
-    source: str
+    config: ConfigDict  # the config that they belong to
+    state: Tree  # {"params", "router_bias"}
+    source: str  # where they are from, for people
 
 
 def open_weights(path: str | os.PathLike) -> "RunWeights | PublishedWeights":

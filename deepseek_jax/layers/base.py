@@ -32,24 +32,17 @@ class RouterBias(nnx.Variable):
 
 @dataclass(frozen=True)
 class Execution:
-    """How a model runs; none of it changes what the model computes, but for rounding.
+    """How a model runs; none of it changes what the model computes, but for rounding."""
 
-    Attributes:
-        compute: dtype of the activations.
-        remat: what is kept for the backward pass: "none" keeps all, "dots" the matmul outputs, "block" block inputs.
-        unroll: stacked layers that one turn of the loop over layers runs; more compile longer and copy less.
-        matmul: multiplies activations with weights.
-        kernels: the implementation of each operation that has several.
-        expert_axis: mesh axis over which the routed experts are shared out; None when all of them are here.
-        unshard: gathers, in place, the weights of a module that are stored in shards (FSDP); None when all are whole.
-    """
-
-    compute: DTypeLike = jnp.float32
+    compute: DTypeLike = jnp.float32  # dtype of the activations
+    # what is kept for the backward pass: "none" keeps all, "dots" the matmul outputs, "block" block inputs
     remat: str = "none"
-    unroll: int = 1
-    matmul: Matmul = PLAIN
-    kernels: Kernels = XLA
+    unroll: int = 1  # stacked layers that one turn of the loop over layers runs; more compile longer and copy less
+    matmul: Matmul = PLAIN  # multiplies activations with weights
+    kernels: Kernels = XLA  # the implementation of each operation that has several
+    # mesh axis over which the routed experts are shared out; None when all of them are here
     expert_axis: str | None = None
+    # gathers, in place, the weights of a module that are stored in shards (FSDP); None when all are whole
     unshard: Unshard | None = None
 
 

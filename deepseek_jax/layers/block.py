@@ -31,15 +31,11 @@ Attend = Callable[[nnx.Module, jax.Array, Tokens, Any], tuple[jax.Array, Any, Lo
 
 
 class Statistics(NamedTuple):
-    """What a block, or a part of one, reports to the training step.
+    """What a block, or a part of one, reports to the training step."""
 
-    Attributes:
-        load_E: tokens that chose each expert, float32; None where nothing is routed; of several blocks, a tree of them.
-        losses: auxiliary losses, without their weights.
-    """
-
+    # tokens that chose each expert, float32; None where nothing is routed; of several blocks, a tree of them
     load_E: jax.Array | dict | None
-    losses: Losses
+    losses: Losses  # auxiliary losses, without their weights
 
 
 class Attention(nnx.Module):

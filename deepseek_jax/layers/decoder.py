@@ -30,17 +30,11 @@ Part = Mapping[str, slice]  # a part of the blocks, such as a pipeline stage: st
 
 
 class Stack(NamedTuple):
-    """Layers that are alike and run as one loop.
+    """Layers that are alike and run as one loop."""
 
-    Attributes:
-        name: of the attribute that holds them, and so of their weights.
-        builds: make the blocks of one turn of the loop: one block, or several that alternate.
-        repeats: turns.
-    """
-
-    name: str
-    builds: tuple[Build, ...]
-    repeats: int
+    name: str  # of the attribute that holds them, and so of their weights
+    builds: tuple[Build, ...]  # make the blocks of one turn of the loop: one block, or several that alternate
+    repeats: int  # turns
 
 
 class Depth(NamedTuple):

@@ -28,55 +28,32 @@ from deepseek_jax.parallel.alltoall import Arrived
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """Sizes of a mixture of experts (V3's in brackets).
+    """Sizes of a mixture of experts (V3's in brackets)."""
 
-    Attributes:
-        n_experts: E, routed experts (256).
-        n_shared_experts: experts that every token visits, run as one wider feed-forward (1); 0 for none.
-        expert_width: F, hidden width of one expert (2048).
-        top_k: K, routed experts a token visits (8).
-        n_groups: groups that the routed experts are divided into (8).
-        top_groups: groups that a token may visit (4).
-        route_scale: factor of the routed experts' weights (2.5).
-        init_std: standard deviation of the initial weights (0.006).
-    """
-
-    n_experts: int
-    n_shared_experts: int
-    expert_width: int
-    top_k: int
-    n_groups: int = 1
-    top_groups: int = 1
-    route_scale: float = 1.0
-    init_std: float = 0.006
+    n_experts: int  # E, routed experts (256)
+    n_shared_experts: int  # experts that every token visits, run as one wider feed-forward (1); 0 for none
+    expert_width: int  # F, hidden width of one expert (2048)
+    top_k: int  # K, routed experts a token visits (8)
+    n_groups: int = 1  # groups that the routed experts are divided into (8)
+    top_groups: int = 1  # groups that a token may visit (4)
+    route_scale: float = 1.0  # factor of the routed experts' weights (2.5)
+    init_std: float = 0.006  # standard deviation of the initial weights (0.006)
 
 
 class Routed(NamedTuple):
-    """Tokens on their way to the experts.
+    """Tokens on their way to the experts."""
 
-    Attributes:
-        x_BTD: this device's own.
-        routing: where they go.
-        arrived: those that have come here; None where nothing has been sent.
-    """
-
-    x_BTD: jax.Array
-    routing: Routing
-    arrived: Arrived | None
+    x_BTD: jax.Array  # this device's own
+    routing: Routing  # where they go
+    arrived: Arrived | None  # those that have come here; None where nothing has been sent
 
 
 class Computed(NamedTuple):
-    """What the experts made of them.
+    """What the experts made of them."""
 
-    Attributes:
-        y_AD: of the rows that arrived; of this device's own tokens where none has been sent.
-        shared_BTD: of the shared experts; None without any.
-        routed: what came in.
-    """
-
-    y_AD: jax.Array
-    shared_BTD: jax.Array | None
-    routed: Routed
+    y_AD: jax.Array  # of the rows that arrived; of this device's own tokens where none has been sent
+    shared_BTD: jax.Array | None  # of the shared experts; None without any
+    routed: Routed  # what came in
 
 
 class Experts(nnx.Module):

@@ -27,33 +27,19 @@ from deepseek_jax.layers.tokens import Tokens
 
 @dataclass(frozen=True)
 class GQAConfig:
-    """Sizes of grouped-query attention (DeepSeek-LLM 67B's in brackets).
+    """Sizes of grouped-query attention (DeepSeek-LLM 67B's in brackets)."""
 
-    Attributes:
-        n_heads: H, query heads (64).
-        n_kv_heads: Z, key-value heads (8); H for multi-head attention.
-        head_width: Q, width of a head (128).
-        attention_bias: whether queries, keys and values have one (no).
-        qk_norm: whether each head's queries and keys are normed before they are rotated (no).
-        norm_eps: of those norms (1e-6).
-        rope_base: base of the rotary frequencies (10,000).
-        rope_factor: every angle is divided by it (1; DeepSeek-Coder: 4).
-        rope_llama3: Llama 3.1's context extension, or None.
-        yarn: YaRN's context extension, or None.
-        init_std: standard deviation of the initial weights (0.006).
-    """
-
-    n_heads: int
-    n_kv_heads: int
-    head_width: int
-    attention_bias: bool = False
-    qk_norm: bool = False
-    norm_eps: float = 1e-6
-    rope_base: float = 10_000.0
-    rope_factor: float = 1.0
-    rope_llama3: Llama3 | None = None
-    yarn: Yarn | None = None
-    init_std: float = 0.006
+    n_heads: int  # H, query heads (64)
+    n_kv_heads: int  # Z, key-value heads (8); H for multi-head attention
+    head_width: int  # Q, width of a head (128)
+    attention_bias: bool = False  # whether queries, keys and values have one (no)
+    qk_norm: bool = False  # whether each head's queries and keys are normed before they are rotated (no)
+    norm_eps: float = 1e-6  # of those norms (1e-6)
+    rope_base: float = 10_000.0  # base of the rotary frequencies (10,000)
+    rope_factor: float = 1.0  # every angle is divided by it (1; DeepSeek-Coder: 4)
+    rope_llama3: Llama3 | None = None  # Llama 3.1's context extension, or None
+    yarn: Yarn | None = None  # YaRN's context extension, or None
+    init_std: float = 0.006  # standard deviation of the initial weights (0.006)
 
 
 class KeyValues(NamedTuple):

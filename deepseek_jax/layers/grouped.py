@@ -15,17 +15,11 @@ LARGEST_KEY = 2**31  # sort keys are int32
 
 
 class Order(NamedTuple):
-    """Assignments (token, chosen expert) sorted by expert.
+    """Assignments (token, chosen expert) sorted by expert."""
 
-    Attributes:
-        assignment_A: assignment in each sorted row.
-        row_MK: sorted row of each assignment.
-        count_X: rows of each expert; those after the last (assigned to no expert) are never touched.
-    """
-
-    assignment_A: jax.Array
-    row_MK: jax.Array
-    count_X: jax.Array
+    assignment_A: jax.Array  # assignment in each sorted row
+    row_MK: jax.Array  # sorted row of each assignment
+    count_X: jax.Array  # rows of each expert; those after the last (assigned to no expert) are never touched
 
 
 def sort_by_expert(experts_MK: jax.Array, n_experts: int) -> Order:

@@ -39,29 +39,17 @@ IN, OUT = "attention_in", "attention_out"  # roles of the weights
 
 @dataclass(frozen=True)
 class MLAConfig:
-    """Sizes of multi-head latent attention (V3's in brackets).
+    """Sizes of multi-head latent attention (V3's in brackets)."""
 
-    Attributes:
-        n_heads: H, heads (128).
-        q_rank: R, width of the query latent (1536); 0 for queries straight from the stream (V2-Lite, Moonlight).
-        kv_rank: C, width of the cached key-value latent (512).
-        nope_width: N, part of a query or key head without position (128).
-        rope_width: P, rotary part (64).
-        value_width: U, width of a value head (128).
-        rope_base: base of the rotary frequencies (10,000).
-        yarn: context extension, or None (pre-training).
-        init_std: standard deviation of the initial weights (0.006).
-    """
-
-    n_heads: int
-    q_rank: int
-    kv_rank: int
-    nope_width: int
-    rope_width: int
-    value_width: int
-    rope_base: float = 10_000.0
-    yarn: Yarn | None = None
-    init_std: float = 0.006
+    n_heads: int  # H, heads (128)
+    q_rank: int  # R, width of the query latent (1536); 0 for queries straight from the stream (V2-Lite, Moonlight)
+    kv_rank: int  # C, width of the cached key-value latent (512)
+    nope_width: int  # N, part of a query or key head without position (128)
+    rope_width: int  # P, rotary part (64)
+    value_width: int  # U, width of a value head (128)
+    rope_base: float = 10_000.0  # base of the rotary frequencies (10,000)
+    yarn: Yarn | None = None  # context extension, or None (pre-training)
+    init_std: float = 0.006  # standard deviation of the initial weights (0.006)
 
     @property
     def query_width(self) -> int:

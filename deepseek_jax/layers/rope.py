@@ -21,45 +21,29 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Yarn:
-    """Context extension.
+    """Context extension."""
 
-    Attributes:
-        factor: how many times the original context (s in the paper; V3: 40).
-        original_length: tokens of the context before extension (V3: 4096).
-        beta_fast: rotations over the original context above which a frequency is kept.
-        beta_slow: rotations below which a frequency is divided by `factor`.
-        mscale: temperature of the rotated values (in the numerator of their scale).
-        mscale_all_dim: temperature in the denominator of that scale; latent attention multiplies all logits by its
-            square, (0.1 mscale_all_dim ln(factor) + 1)^2.
-        attention_factor: scale of the rotated values in place of that ratio of temperatures; None for the ratio.
-        truncate: whether the band between kept and divided frequencies begins and ends at a whole pair.
-    """
-
-    factor: float
-    original_length: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
+    factor: float  # how many times the original context (s in the paper; V3: 40)
+    original_length: int  # tokens of the context before extension (V3: 4096)
+    beta_fast: float = 32.0  # rotations over the original context above which a frequency is kept
+    beta_slow: float = 1.0  # rotations below which a frequency is divided by `factor`
+    mscale: float = 1.0  # temperature of the rotated values (in the numerator of their scale)
+    # temperature in the denominator of that scale; latent attention multiplies all logits by its square, (0.1
+    # mscale_all_dim ln(factor) + 1)^2
     mscale_all_dim: float = 1.0
+    # scale of the rotated values in place of that ratio of temperatures; None for the ratio
     attention_factor: float | None = None
-    truncate: bool = True
+    truncate: bool = True  # whether the band between kept and divided frequencies begins and ends at a whole pair
 
 
 @dataclass(frozen=True)
 class Llama3:
-    """Context extension of Llama 3.1.
+    """Context extension of Llama 3.1."""
 
-    Attributes:
-        factor: what low frequencies are divided by (8).
-        low_freq_factor: turns over the original context below which a frequency is low (1).
-        high_freq_factor: turns above which it is kept (4).
-        original_length: tokens of the context before extension (8192).
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_length: int
+    factor: float  # what low frequencies are divided by (8)
+    low_freq_factor: float  # turns over the original context below which a frequency is low (1)
+    high_freq_factor: float  # turns above which it is kept (4)
+    original_length: int  # tokens of the context before extension (8192)
 
 
 def temperature(factor: float, mscale: float) -> float:

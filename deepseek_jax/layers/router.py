@@ -26,17 +26,11 @@ from deepseek_jax.layers.base import RouterBias, param
 
 
 class Routing(NamedTuple):
-    """The router's decision for each token.
+    """The router's decision for each token."""
 
-    Attributes:
-        experts_BTK: indices of the chosen experts, int32; E (one past the last) where a token visits none.
-        weights_BTK: g, the factor of each chosen expert's output.
-        scores_BTE: s, the affinities.
-    """
-
-    experts_BTK: jax.Array
-    weights_BTK: jax.Array
-    scores_BTE: jax.Array
+    experts_BTK: jax.Array  # indices of the chosen experts, int32; E (one past the last) where a token visits none
+    weights_BTK: jax.Array  # g, the factor of each chosen expert's output
+    scores_BTE: jax.Array  # s, the affinities
 
 
 Route = Callable[..., Routing]

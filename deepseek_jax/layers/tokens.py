@@ -7,18 +7,13 @@ import jax.numpy as jnp
 
 
 class Tokens(NamedTuple):
-    """The tokens of a batch; every block is given them, and reads what it needs.
+    """The tokens of a batch; every block is given them, and reads what it needs."""
 
-    Attributes:
-        ids_BT: token ids, int32; -1 where there is none.
-        positions_BT: their positions in their documents, int32.
-        segments_BT: their documents, int32: attention stays inside one; None lets a token see all before it.
-        real_BT: which of them are text and not padding, bool: padding visits no expert; None: all are text.
-    """
-
-    ids_BT: jax.Array
-    positions_BT: jax.Array
+    ids_BT: jax.Array  # token ids, int32; -1 where there is none
+    positions_BT: jax.Array  # their positions in their documents, int32
+    # their documents, int32: attention stays inside one; None lets a token see all before it
     segments_BT: jax.Array | None = None
+    # which of them are text and not padding, bool: padding visits no expert; None: all are text
     real_BT: jax.Array | None = None
 
     @classmethod

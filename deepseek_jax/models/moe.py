@@ -28,29 +28,17 @@ from deepseek_jax.models import checks
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a DeepSeekMoE (the 16B model's in brackets).
+    """Sizes of a DeepSeekMoE (the 16B model's in brackets)."""
 
-    Attributes:
-        vocab_size: V (102,400).
-        d_model: D, width of the residual stream (2048).
-        n_layers: dense and MoE (28).
-        n_dense_layers: leading layers with a dense feed-forward (1); all of them if there are not more.
-        dense_width: hidden width of those (10,944).
-        attention: multi-head attention (16 heads of 128).
-        experts: the MoE layers' feed-forward (64 routed of width 1408, 6 a token, 2 shared).
-        norm_eps: of every RMSNorm (1e-6).
-        init_std: standard deviation of the initial weights (0.006).
-    """
-
-    vocab_size: int
-    d_model: int
-    n_layers: int
-    n_dense_layers: int
-    dense_width: int
-    attention: GQAConfig
-    experts: ExpertsConfig
-    norm_eps: float
-    init_std: float
+    vocab_size: int  # V (102,400)
+    d_model: int  # D, width of the residual stream (2048)
+    n_layers: int  # dense and MoE (28)
+    n_dense_layers: int  # leading layers with a dense feed-forward (1); all of them if there are not more
+    dense_width: int  # hidden width of those (10,944)
+    attention: GQAConfig  # multi-head attention (16 heads of 128)
+    experts: ExpertsConfig  # the MoE layers' feed-forward (64 routed of width 1408, 6 a token, 2 shared)
+    norm_eps: float  # of every RMSNorm (1e-6)
+    init_std: float  # standard deviation of the initial weights (0.006)
 
     @classmethod
     def from_config(cls, m: ConfigDict) -> "Config":

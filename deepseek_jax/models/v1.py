@@ -33,25 +33,15 @@ from deepseek_jax.models import checks
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a dense model (DeepSeek LLM 67B's in brackets).
+    """Sizes of a dense model (DeepSeek LLM 67B's in brackets)."""
 
-    Attributes:
-        vocab_size: V (102,400).
-        d_model: D, width of the residual stream (8192).
-        n_layers: blocks (95).
-        dense_width: hidden width of the feed-forwards (22,016).
-        attention: grouped-query attention.
-        norm_eps: of every RMSNorm (1e-6).
-        init_std: standard deviation of the initial weights (0.006).
-    """
-
-    vocab_size: int
-    d_model: int
-    n_layers: int
-    dense_width: int
-    attention: GQAConfig
-    norm_eps: float
-    init_std: float
+    vocab_size: int  # V (102,400)
+    d_model: int  # D, width of the residual stream (8192)
+    n_layers: int  # blocks (95)
+    dense_width: int  # hidden width of the feed-forwards (22,016)
+    attention: GQAConfig  # grouped-query attention
+    norm_eps: float  # of every RMSNorm (1e-6)
+    init_std: float  # standard deviation of the initial weights (0.006)
 
     @classmethod
     def from_config(cls, m: ConfigDict) -> "Config":

@@ -29,29 +29,17 @@ from deepseek_jax.models import checks
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a V2 (the 236B model's in brackets).
+    """Sizes of a V2 (the 236B model's in brackets)."""
 
-    Attributes:
-        vocab_size: V (102,400).
-        d_model: D, width of the residual stream (5120).
-        n_layers: dense and MoE (60).
-        n_dense_layers: leading layers with a dense feed-forward (1); all of them if there are not more.
-        dense_width: hidden width of those (12,288).
-        mla: multi-head latent attention.
-        experts: the MoE layers' feed-forward (160 routed of width 1536, 6 a token, 2 shared).
-        norm_eps: of every RMSNorm but the latents' (1e-6).
-        init_std: standard deviation of the initial weights (0.006).
-    """
-
-    vocab_size: int
-    d_model: int
-    n_layers: int
-    n_dense_layers: int
-    dense_width: int
-    mla: MLAConfig
-    experts: ExpertsConfig
-    norm_eps: float
-    init_std: float
+    vocab_size: int  # V (102,400)
+    d_model: int  # D, width of the residual stream (5120)
+    n_layers: int  # dense and MoE (60)
+    n_dense_layers: int  # leading layers with a dense feed-forward (1); all of them if there are not more
+    dense_width: int  # hidden width of those (12,288)
+    mla: MLAConfig  # multi-head latent attention
+    experts: ExpertsConfig  # the MoE layers' feed-forward (160 routed of width 1536, 6 a token, 2 shared)
+    norm_eps: float  # of every RMSNorm but the latents' (1e-6)
+    init_std: float  # standard deviation of the initial weights (0.006)
 
     @classmethod
     def from_config(cls, m: ConfigDict) -> "Config":

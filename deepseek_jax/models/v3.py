@@ -32,31 +32,18 @@ from deepseek_jax.models import checks
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a V3 (the released model's in brackets).
+    """Sizes of a V3 (the released model's in brackets)."""
 
-    Attributes:
-        vocab_size: V (129,280).
-        d_model: D, width of the residual stream (7168).
-        n_layers: of the main model, dense and MoE (61).
-        n_dense_layers: leading layers with a dense feed-forward (3); all of them if there are not more.
-        dense_width: hidden width of those (18,432).
-        mla: multi-head latent attention.
-        experts: the MoE layers' feed-forward.
-        mtp_depth: multi-token-prediction modules (1).
-        norm_eps: of every RMSNorm but the latents' (1e-6).
-        init_std: standard deviation of the initial weights (0.006).
-    """
-
-    vocab_size: int
-    d_model: int
-    n_layers: int
-    n_dense_layers: int
-    dense_width: int
-    mla: MLAConfig
-    experts: ExpertsConfig
-    mtp_depth: int
-    norm_eps: float
-    init_std: float
+    vocab_size: int  # V (129,280)
+    d_model: int  # D, width of the residual stream (7168)
+    n_layers: int  # of the main model, dense and MoE (61)
+    n_dense_layers: int  # leading layers with a dense feed-forward (3); all of them if there are not more
+    dense_width: int  # hidden width of those (18,432)
+    mla: MLAConfig  # multi-head latent attention
+    experts: ExpertsConfig  # the MoE layers' feed-forward
+    mtp_depth: int  # multi-token-prediction modules (1)
+    norm_eps: float  # of every RMSNorm but the latents' (1e-6)
+    init_std: float  # standard deviation of the initial weights (0.006)
 
     @classmethod
     def from_config(cls, m: ConfigDict) -> "Config":

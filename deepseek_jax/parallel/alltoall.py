@@ -19,15 +19,10 @@ HEADROOM = (1.25, 2.0)  # buffer sizes tried first, in multiples of the size tha
 
 
 class Buffers(NamedTuple):
-    """Which token stands in which row of the buffers that this device sends, W devices x `capacity` rows.
+    """Which token stands in which row of the buffers that this device sends, W devices x `capacity` rows."""
 
-    Attributes:
-        token_A: token of each row; M (one past the last) where the row is empty.
-        row_MW: row of each token's copy for each device; W * capacity where the token does not go there.
-    """
-
-    token_A: jax.Array
-    row_MW: jax.Array
+    token_A: jax.Array  # token of each row; M (one past the last) where the row is empty
+    row_MW: jax.Array  # row of each token's copy for each device; W * capacity where the token does not go there
 
 
 def fill_buffers(goes_MW: jax.Array, capacity: int) -> Buffers:
@@ -41,18 +36,13 @@ def fill_buffers(goes_MW: jax.Array, capacity: int) -> Buffers:
 
 
 class Arrived(NamedTuple):
-    """The tokens that have come to the experts of this device, W x `capacity` rows, and the way back.
+    """The tokens that have come to the experts of this device, W x `capacity` rows, and the way back."""
 
-    Attributes:
-        x_AD: the tokens; empty rows are 0.
-        experts_AK, weights_AK: their experts here, as indices of this device (`n_local` means none), and factors.
-        row_MW: row of each of this device's own tokens, for each device, in what comes back.
-    """
-
-    x_AD: jax.Array
+    x_AD: jax.Array  # the tokens; empty rows are 0
+    # experts_AK, weights_AK: their experts here, as indices of this device (`n_local` means none), and factors
     experts_AK: jax.Array
     weights_AK: jax.Array
-    row_MW: jax.Array
+    row_MW: jax.Array  # row of each of this device's own tokens, for each device, in what comes back
 
 
 def dispatch(

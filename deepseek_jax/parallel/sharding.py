@@ -28,19 +28,13 @@ STACKED = (LAYERS, EXPERTS)  # logical axes along which a weight is a stack of m
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one weight and what belongs to it live.
+    """Where one weight and what belongs to it live."""
 
-    Attributes:
-        spec: of the weight.
-        copies: mesh axes along which devices hold the same part; its gradient is summed over them.
-        zero_dim: dimension along which its optimizer state is cut over `copies`; None if no dimension divides.
-        optimizer_spec: of its optimizer state.
-    """
-
-    spec: P
-    copies: tuple[str, ...]
+    spec: P  # of the weight
+    copies: tuple[str, ...]  # mesh axes along which devices hold the same part; its gradient is summed over them
+    # dimension along which its optimizer state is cut over `copies`; None if no dimension divides
     zero_dim: int | None
-    optimizer_spec: P
+    optimizer_spec: P  # of its optimizer state
 
 
 def check_rules(rules: Mapping[str, str]) -> None:

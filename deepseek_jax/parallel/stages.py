@@ -20,34 +20,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StageShare:
-    """A stage on a device.
+    """A stage on a device."""
 
-    Attributes:
-        stage: number of the stage.
-        share: fraction of a pipeline's micro-batches that pass the stage on this device.
-        in_flight: largest number of micro-batches whose activations it keeps at once.
-    """
-
-    stage: int
-    share: float
-    in_flight: int
+    stage: int  # number of the stage
+    share: float  # fraction of a pipeline's micro-batches that pass the stage on this device
+    in_flight: int  # largest number of micro-batches whose activations it keeps at once
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """How the stages of a pipeline lie on its devices.
+    """How the stages of a pipeline lie on its devices."""
 
-    Attributes:
-        hold: `hold(rank, devices along the pipeline)` returns the stages on a device.
-        stages_per_device: 1 or 2.
-        copies: copies of the model in one pipeline.
-        even: whether the number of devices along the pipeline must be even.
-    """
-
+    # `hold(rank, devices along the pipeline)` returns the stages on a device
     hold: Callable[[int, int], tuple[StageShare, ...]]
-    stages_per_device: int = 1
-    copies: int = 1
-    even: bool = False
+    stages_per_device: int = 1  # 1 or 2
+    copies: int = 1  # copies of the model in one pipeline
+    even: bool = False  # whether the number of devices along the pipeline must be even
 
     def n_stages(self, n_devices: int) -> int:
         """Returns the number of stages of a pipeline over so many devices: PP."""

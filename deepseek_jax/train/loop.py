@@ -29,22 +29,15 @@ POLL_EVERY_S = 5.0  # between the moments at which processes ask one another whe
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """When the loop does what besides stepping; all in steps.
+    """When the loop does what besides stepping; all in steps."""
 
-    Attributes:
-        steps: length of the run.
-        log_every: between log lines.
-        eval_every, eval_batches: between evaluations, and batches of each (of the final batch size).
-        checkpoint_every: between checkpoints; the last step is always saved.
-        max_skipped: non-finite steps in a row that stop the run.
-    """
-
-    steps: int
-    log_every: int
+    steps: int  # length of the run
+    log_every: int  # between log lines
+    # eval_every, eval_batches: between evaluations, and batches of each (of the final batch size)
     eval_every: int
     eval_batches: int
-    checkpoint_every: int
-    max_skipped: int
+    checkpoint_every: int  # between checkpoints; the last step is always saved
+    max_skipped: int  # non-finite steps in a row that stop the run
 
 
 class StopPoll:

@@ -29,19 +29,14 @@ if TYPE_CHECKING:
 
 
 class Losses(NamedTuple):
-    """Sums over this device's share of the batch, ready to be added up over devices and micro-batches.
+    """Sums over this device's share of the batch, ready to be added up over devices and micro-batches."""
 
-    Attributes:
-        main: weighted cross-entropy of the main model divided by the sum of the batch's weights, nats per token.
-        mtp: the same of multi-token prediction, mean over the depths; 0 without any.
-        auxiliary: by name, sums over the layers of the mean auxiliary losses of a sequence (without alpha).
-        loads: tokens per expert of every router; where routers have biases, a prefix of the tree of those.
-    """
-
+    # weighted cross-entropy of the main model divided by the sum of the batch's weights, nats per token
     main: jax.Array
-    mtp: jax.Array
+    mtp: jax.Array  # the same of multi-token prediction, mean over the depths; 0 without any
+    # by name, sums over the layers of the mean auxiliary losses of a sequence (without alpha)
     auxiliary: dict[str, jax.Array]
-    loads: dict
+    loads: dict  # tokens per expert of every router; where routers have biases, a prefix of the tree of those
 
     def weighted(self, mtp: jax.Array | float, auxiliary: Mapping[str, float]) -> jax.Array:
         """The loss that is minimised: lambda is `mtp`, and alpha of each auxiliary loss, by name, in `auxiliary`."""
@@ -55,15 +50,10 @@ class Losses(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """What the losses of a part are divided by, so that those of all parts add up to means over the whole batch.
+    """What the losses of a part are divided by, so that those of all parts add up to means over the whole batch."""
 
-    Attributes:
-        weight: sum of the weights of all targets, over all devices and micro-batches; float32.
-        sequences: sequences that hold any text, likewise.
-    """
-
-    weight: jax.Array | float
-    sequences: jax.Array | float
+    weight: jax.Array | float  # sum of the weights of all targets, over all devices and micro-batches; float32
+    sequences: jax.Array | float  # sequences that hold any text, likewise
 
 
 def totals(batch: "Batch") -> Totals:
@@ -94,21 +84,15 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class PreTraining:
-    """The objective of the reports.
+    """The objective of the reports."""
 
-    Attributes:
-        chunk: tokens whose logits exist at a time.
-        mask_documents: whether attention stays inside a document.
-        mtp_weight, mtp_weight_final, mtp_weight_switch: lambda before and from the step of the switch.
-        auxiliary: alpha of each auxiliary loss, by its name.
-    """
-
-    chunk: int
-    mask_documents: bool
+    chunk: int  # tokens whose logits exist at a time
+    mask_documents: bool  # whether attention stays inside a document
+    # mtp_weight, mtp_weight_final, mtp_weight_switch: lambda before and from the step of the switch
     mtp_weight: float
     mtp_weight_final: float
     mtp_weight_switch: int
-    auxiliary: Mapping[str, float]
+    auxiliary: Mapping[str, float]  # alpha of each auxiliary loss, by its name
 
     def __call__(self, model: nnx.Module, batch: "Batch", over: Totals, step: jax.Array) -> tuple[jax.Array, Losses]:
         """See `Objective`."""

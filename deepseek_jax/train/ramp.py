@@ -19,17 +19,13 @@ LEVELS = 8
 class BatchRamp:
     """How many sequences each step reads; the step number alone says which.
 
-    Attributes:
-        size_start: sequences of step 0.
-        size: sequences of each step after the ramp.
-        ramp_steps: length of the ramp; the batch grows in up to `LEVELS` jumps, each of which compiles the step anew.
-
     Every size is a multiple of the greatest common divisor of the first and the last: it is the same on any mesh, and
     divides over each mesh that the two divide over.
     """
 
-    size_start: int
-    size: int
+    size_start: int  # sequences of step 0
+    size: int  # sequences of each step after the ramp
+    # length of the ramp; the batch grows in up to `LEVELS` jumps, each of which compiles the step anew
     ramp_steps: int
 
     def size_at(self, step: int) -> int:
@@ -54,16 +50,11 @@ class BatchRamp:
 
 @dataclass(frozen=True)
 class Shares(Sequence):
-    """The (start, count) of one process's samples of each of some steps: a sequence that is worked out, not kept.
+    """The (start, count) of one process's samples of each of some steps: a sequence that is worked out, not kept."""
 
-    Attributes:
-        ramp: samples of each step over all processes.
-        steps: their numbers.
-        process, n_processes: this process of all.
-    """
-
-    ramp: BatchRamp
-    steps: range
+    ramp: BatchRamp  # samples of each step over all processes
+    steps: range  # their numbers
+    # process, n_processes: this process of all
     process: int = 0
     n_processes: int = 1
 

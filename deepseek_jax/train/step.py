@@ -42,18 +42,12 @@ State = dict  # {"params", "router_bias", "optimizer", "step", "skipped", "skipp
 
 @dataclass(frozen=True)
 class StepConfig:
-    """What a step does besides the objective's loss and the optimizer's update.
+    """What a step does besides the objective's loss and the optimizer's update."""
 
-    Attributes:
-        rate: the learning rate of each step.
-        clip_norm: largest global norm of the gradients (V3: 1.0).
-        micro_batches: parts a device cuts its share of the batch into (gradient accumulation).
-        balance_rate, balance_rate_stop: gamma, 0 from the step of the stop.
-    """
-
-    rate: Schedule
-    clip_norm: float
-    micro_batches: int
+    rate: Schedule  # the learning rate of each step
+    clip_norm: float  # largest global norm of the gradients (V3: 1.0)
+    micro_batches: int  # parts a device cuts its share of the batch into (gradient accumulation)
+    # balance_rate, balance_rate_stop: gamma, 0 from the step of the stop
     balance_rate: float
     balance_rate_stop: int
 
@@ -63,46 +57,31 @@ class StepConfig:
 
 
 class Report(NamedTuple):
-    """What a step reports; float32 scalars but for `auxiliary`, a dict of them, and `loads`.
+    """What a step reports; float32 scalars but for `auxiliary`, a dict of them, and `loads`."""
 
-    Attributes:
-        loss: what was minimised.
-        main, mtp, auxiliary: its parts, without their weights (`Losses`); auxiliary losses by name.
-        gradient_norm: before clipping.
-        learning_rate: of this step.
-        max_violation: MaxVio, mean over the routers; 0 without any.
-        finite: 1 if the step was taken, 0 if it was skipped.
-        skipped, skipped_in_row: the counters after the step.
-        checksum: of the batch's tokens, the same on any mesh: runs whose logs agree on it have read the same text.
-        loads: tokens per expert of every router, over the whole batch.
-    """
-
-    loss: jax.Array
+    loss: jax.Array  # what was minimised
+    # main, mtp, auxiliary: its parts, without their weights (`Losses`); auxiliary losses by name
     main: jax.Array
     mtp: jax.Array
     auxiliary: dict[str, jax.Array]
-    gradient_norm: jax.Array
-    learning_rate: jax.Array
-    max_violation: jax.Array
-    finite: jax.Array
+    gradient_norm: jax.Array  # before clipping
+    learning_rate: jax.Array  # of this step
+    max_violation: jax.Array  # MaxVio, mean over the routers; 0 without any
+    finite: jax.Array  # 1 if the step was taken, 0 if it was skipped
+    # skipped, skipped_in_row: the counters after the step
     skipped: jax.Array
     skipped_in_row: jax.Array
+    # of the batch's tokens, the same on any mesh: runs whose logs agree on it have read the same text
     checksum: jax.Array
-    loads: dict
+    loads: dict  # tokens per expert of every router, over the whole batch
 
 
 class Evaluation(NamedTuple):
-    """Sums over a batch, each target with its weight; float32 scalars.
+    """Sums over a batch, each target with its weight; float32 scalars."""
 
-    Attributes:
-        nats: cross-entropy.
-        n_bytes: UTF-8 bytes that the targets stand for.
-        weight: of the targets.
-    """
-
-    nats: jax.Array
-    n_bytes: jax.Array
-    weight: jax.Array
+    nats: jax.Array  # cross-entropy
+    n_bytes: jax.Array  # UTF-8 bytes that the targets stand for
+    weight: jax.Array  # of the targets
 
 
 class Trainer:

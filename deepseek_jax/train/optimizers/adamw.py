@@ -17,21 +17,15 @@ from deepseek_jax.layers.base import Tree, decayed
 
 @dataclass(frozen=True)
 class AdamW:
-    """An `Optimizer`; its state is {"count", "mu", "nu"}: a counter, and both moments, like the weights.
+    """An `Optimizer`; its state is {"count", "mu", "nu"}: a counter, and both moments, like the weights."""
 
-    Attributes:
-        decayed: tree of bools like the weights (it may have more): those that decay.
-        beta1, beta2, eps: Adam's.
-        weight_decay: decoupled, times the learning rate (V3: 0.1).
-        moments_dtype: dtype in which both moments are kept (bfloat16).
-    """
-
-    decayed: Tree
+    decayed: Tree  # tree of bools like the weights (it may have more): those that decay
+    # beta1, beta2, eps: Adam's
     beta1: float
     beta2: float
     eps: float
-    weight_decay: float
-    moments_dtype: DTypeLike
+    weight_decay: float  # decoupled, times the learning rate (V3: 0.1)
+    moments_dtype: DTypeLike  # dtype in which both moments are kept (bfloat16)
 
     def init(self, params: Tree) -> dict[str, Tree]:
         """The state before the first step."""

@@ -15,24 +15,16 @@ LAST = 2**31 - 1  # step that int32 counts to
 
 @dataclass(frozen=True)
 class Schedule:
-    """A learning rate as a function of the training step.
+    """A learning rate as a function of the training step."""
 
-    Attributes:
-        peak_rate: after warm-up (V3: 2.2e-4).
-        warmup_steps: linear from 0 (2,000).
-        constant_steps: at `peak_rate` (to 10T tokens).
-        cosine_steps: from `peak_rate` to `tail_rate` (over 4.3T tokens).
-        tail_rate, tail_steps: first constant tail (2.2e-5 for 333B tokens).
-        final_rate: from there on (7.3e-6 for 167B tokens).
-    """
-
-    peak_rate: float
-    warmup_steps: int
-    constant_steps: int
-    cosine_steps: int
+    peak_rate: float  # after warm-up (V3: 2.2e-4)
+    warmup_steps: int  # linear from 0 (2,000)
+    constant_steps: int  # at `peak_rate` (to 10T tokens)
+    cosine_steps: int  # from `peak_rate` to `tail_rate` (over 4.3T tokens)
+    # tail_rate, tail_steps: first constant tail (2.2e-5 for 333B tokens)
     tail_rate: float
     tail_steps: int
-    final_rate: float
+    final_rate: float  # from there on (7.3e-6 for 167B tokens)
 
     def __call__(self, step: jax.Array | int) -> jax.Array:
         """The learning rate of `step`, a float32 scalar."""
