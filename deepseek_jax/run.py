@@ -24,7 +24,6 @@ from deepseek_jax.plan import flops
 from deepseek_jax.plan.network import describe
 from deepseek_jax.precision.policy import policy
 from deepseek_jax.saved_config import from_json
-from deepseek_jax.train.loop import LoopConfig
 from deepseek_jax.train.loss import PreTraining
 from deepseek_jax.train.optimizers import Schedule, adamw
 from deepseek_jax.train.ramp import BatchRamp
@@ -71,11 +70,6 @@ def batch_ramp(config: ConfigDict, n_devices: int) -> BatchRamp:
     return BatchRamp(**config.batch)
 
 
-def loop_config(config: ConfigDict) -> LoopConfig:
-    """Returns when the loop does what."""
-    return LoopConfig(**config.loop, checkpoint_every=config.checkpoint.every)
-
-
 def first_state(config: ConfigDict, trainer: Trainer, workdir: Path, report: Callable[[str], None]) -> State:
     """Returns the state before the first step.
 
@@ -104,13 +98,9 @@ def check_vocabulary(config: ConfigDict, tokenizer: Tokenizer) -> None:
 
 
 def check_same_run(config: ConfigDict, text: str, saved: dict, workdir: Path) -> None:
-    """Raises UserError unless `config` and the fingerprint `text` can continue the run whose checkpoint holds `saved`.
+    """Raises UserError unless `config` and the fingerprint `text` can continue the run in `workdir`.
 
-    Args:
-        config: of the command that continues.
-        text: fingerprint of its training text.
-        saved: what is kept beside the state in a checkpoint.
-        workdir: of the run, for messages.
+    `saved` is what is kept beside the state in its checkpoint.
     """
     if "text" not in saved:
         raise UserError(

@@ -9,51 +9,36 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from deepseek_jax.bounds import (
-    LARGEST,
-    MOST_POSITIONS,
-    SEED,
-    STEPS,
-    Bound,
-    besides,
-    name,
-    number,
-    one_of,
-    optional,
-    path,
-    several,
-    switch,
-    text,
-    whole,
-)
+from deepseek_jax import bounds
+from deepseek_jax.bounds import LARGEST, MOST_POSITIONS, SEED, STEPS, Bound
 from deepseek_jax.configs import base
 from deepseek_jax.errors import UserError
 from deepseek_jax.kernels import TABLE
 from deepseek_jax.saved_config import RENAMED, leaves
 
 DEVICES = 1_000_000_000
-TOKEN = whole(0, LARGEST)  # an id
-ANY_STEPS, SOME_STEPS = whole(0, STEPS), whole(1, STEPS)
-RATE = number(0, 1000, above=True)  # of learning
-LOSS = number(0, 1000)  # weight of a part of the loss
-MESH_AXIS = one_of("", "data", "expert")
+TOKEN = bounds.whole(0, LARGEST)  # an id
+ANY_STEPS, SOME_STEPS = bounds.whole(0, STEPS), bounds.whole(1, STEPS)
+RATE = bounds.number(0, 1000, above=True)  # of learning
+LOSS = bounds.number(0, 1000)  # weight of a part of the loss
+MESH_AXIS = bounds.one_of("", "data", "expert")
 AUXILIARY = "loss.auxiliary."  # a config adds the weight of any auxiliary loss that its layers report
 WHOLE_RUN = "Start from a config that holds a whole run, like tiny_v3."
 
 BOUNDS: dict[str, Bound] = {
-    "name": name(),
-    "family": one_of("v1", "moe", "v2", "v3"),
+    "name": bounds.name(),
+    "family": bounds.one_of("v1", "moe", "v2", "v3"),
     "seed": SEED,
-    "precision": one_of("fp32", "bf16"),
-    "release.folder": path(),
-    "release.n_positions": whole(0, MOST_POSITIONS),
-    "release.bos_id": optional(TOKEN),
-    "release.pad_id": optional(TOKEN),
-    "release.eos_ids": several(TOKEN),
-    "release.end_ids": several(TOKEN),
-    "mesh.pipe": whole(1, DEVICES),
-    "mesh.data": besides(whole(1, DEVICES), -1),
-    "mesh.expert": whole(1, DEVICES),
+    "precision": bounds.one_of("fp32", "bf16"),
+    "release.folder": bounds.path(),
+    "release.n_positions": bounds.whole(0, MOST_POSITIONS),
+    "release.bos_id": bounds.optional(TOKEN),
+    "release.pad_id": bounds.optional(TOKEN),
+    "release.eos_ids": bounds.several(TOKEN),
+    "release.end_ids": bounds.several(TOKEN),
+    "mesh.pipe": bounds.whole(1, DEVICES),
+    "mesh.data": bounds.besides(bounds.whole(1, DEVICES), -1),
+    "mesh.expert": bounds.whole(1, DEVICES),
     "sharding.experts": MESH_AXIS,
     "sharding.embed": MESH_AXIS,
     "sharding.vocab": MESH_AXIS,
@@ -61,44 +46,44 @@ BOUNDS: dict[str, Bound] = {
     "sharding.mlp": MESH_AXIS,
     "sharding.q_latent": MESH_AXIS,
     "sharding.kv_latent": MESH_AXIS,
-    "data.source": path(1),
-    "data.text_key": text(1),
-    "data.format": one_of("auto", "text", "conversations"),
-    "data.chat_template": text(),
-    "data.train_on": one_of("answers", "last"),
-    "data.special_tokens": switch(),
-    "data.add_bos": switch(),
-    "data.tokenizer": path(1),
-    "data.seq_len": whole(1, LARGEST),
-    "data.fim_rate": number(0, 1),
-    "data.mask_documents": switch(),
-    "data.holdout_rate": number(0, 1, below=True),
-    "data.workers": whole(0, 1024),
-    "data.cache_dir": path(),
+    "data.source": bounds.path(1),
+    "data.text_key": bounds.text(1),
+    "data.format": bounds.one_of("auto", "text", "conversations"),
+    "data.chat_template": bounds.text(),
+    "data.train_on": bounds.one_of("answers", "last"),
+    "data.special_tokens": bounds.switch(),
+    "data.add_bos": bounds.switch(),
+    "data.tokenizer": bounds.path(1),
+    "data.seq_len": bounds.whole(1, LARGEST),
+    "data.fim_rate": bounds.number(0, 1),
+    "data.mask_documents": bounds.switch(),
+    "data.holdout_rate": bounds.number(0, 1, below=True),
+    "data.workers": bounds.whole(0, 1024),
+    "data.cache_dir": bounds.path(),
     "loop.steps": SOME_STEPS,
     "loop.log_every": SOME_STEPS,
     "loop.eval_every": ANY_STEPS,
     "loop.eval_batches": SOME_STEPS,
     "loop.max_skipped": SOME_STEPS,
-    "batch.size": whole(1, LARGEST),
-    "batch.size_start": whole(1, LARGEST),
+    "batch.size": bounds.whole(1, LARGEST),
+    "batch.size_start": bounds.whole(1, LARGEST),
     "batch.ramp_steps": ANY_STEPS,
-    "loss.chunk": whole(1, STEPS),
+    "loss.chunk": bounds.whole(1, STEPS),
     "loss.mtp_weight": LOSS,
     "loss.mtp_weight_final": LOSS,
     "loss.mtp_weight_switch": ANY_STEPS,
-    "loss.balance_rate": number(0, 1),
+    "loss.balance_rate": bounds.number(0, 1),
     "loss.balance_rate_stop": ANY_STEPS,
-    "loss.clip_norm": number(0, 1e9, above=True),
+    "loss.clip_norm": bounds.number(0, 1e9, above=True),
     "loss.auxiliary.expert_balance": LOSS,
     "loss.auxiliary.device_balance": LOSS,
     "loss.auxiliary.communication_balance": LOSS,
-    "run.init_from": path(),
-    "run.micro_batches": whole(1, LARGEST),
-    "run.remat": one_of("none", "dots", "block"),
-    "run.unroll": whole(1, 1024),
-    "run.compilation_cache": path(),
-    "kernels.grouped_matmul": one_of(*TABLE["grouped_matmul"]),
+    "run.init_from": bounds.path(),
+    "run.micro_batches": bounds.whole(1, LARGEST),
+    "run.remat": bounds.one_of("none", "dots", "block"),
+    "run.unroll": bounds.whole(1, 1024),
+    "run.compilation_cache": bounds.path(),
+    "kernels.grouped_matmul": bounds.one_of(*TABLE["grouped_matmul"]),
     "schedule.peak_rate": RATE,
     "schedule.warmup_steps": ANY_STEPS,
     "schedule.constant_steps": ANY_STEPS,
@@ -106,11 +91,11 @@ BOUNDS: dict[str, Bound] = {
     "schedule.tail_rate": RATE,
     "schedule.tail_steps": ANY_STEPS,
     "schedule.final_rate": RATE,
-    "optimizer.beta1": number(0, 1, below=True),
-    "optimizer.beta2": number(0, 1, below=True),
-    "optimizer.eps": number(1e-30, 1),
-    "optimizer.weight_decay": number(0, 1000),
-    "optimizer.moments_dtype": one_of("float32", "bfloat16"),
+    "optimizer.beta1": bounds.number(0, 1, below=True),
+    "optimizer.beta2": bounds.number(0, 1, below=True),
+    "optimizer.eps": bounds.number(1e-30, 1),
+    "optimizer.weight_decay": bounds.number(0, 1000),
+    "optimizer.moments_dtype": bounds.one_of("float32", "bfloat16"),
     "checkpoint.every": SOME_STEPS,
     "checkpoint.keep": SOME_STEPS,
 }
@@ -121,9 +106,9 @@ def check_keys(config: ConfigDict) -> None:
     if not isinstance(config.get("model"), ConfigDict) or not len(config.model):
         raise UserError(f"config {config.get('name', '')} has no config.model. {WHOLE_RUN}")
     known = {key: value for key, value in leaves(config).items() if not key.startswith("model.")}
-    bounds = BOUNDS | {key: LOSS for key in known if key.startswith(AUXILIARY)}
+    limits = BOUNDS | {key: LOSS for key in known if key.startswith(AUXILIARY)}
     for key in known:
-        if key not in bounds:
+        if key not in limits:
             near = [RENAMED[key]] if key in RENAMED else difflib.get_close_matches(key, BOUNDS, n=1, cutoff=0.5)
             hint = f"Did you mean config.{near[0]}?" if near else "configs/base.py has all that there are."
             raise UserError(f"config.{key}: no such key. {hint}")
@@ -131,7 +116,7 @@ def check_keys(config: ConfigDict) -> None:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"config.{missing[0]}{more}: missing. {WHOLE_RUN}")
     defaults = default_values()
-    for key, bound in bounds.items():
+    for key, bound in limits.items():
         bound.check(f"config.{key}", known[key], like=defaults.get(key, 0.0))
 
 

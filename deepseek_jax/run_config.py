@@ -50,7 +50,9 @@ def load(name: str, flag: str = "config") -> ConfigDict:
     if is_path and not Path(name).is_file():
         raise UserError(f"{flag}={name}: no such file. Give a path that exists or one of: {', '.join(names())}.")
     if not is_path and name not in (*names(), "base"):
-        raise UserError(f"{flag}={name}: no such config. {_nearest(name)}")
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise UserError(f"{flag}={name}: no such config. {hint}Configs: {', '.join(names())}.")
     config = _executed(name, flag, is_path)
     if "name" in config and (is_path or not config.name):  # a file's parent has named itself already
         config.name = Path(name).stem if is_path else name
@@ -177,9 +179,3 @@ def _set_untyped(config: ConfigDict, path: str, text: str) -> None:
         config[key] = ast.literal_eval(text)
     except UNREADABLE:
         config[key] = text
-
-
-def _nearest(name: str) -> str:
-    near = difflib.get_close_matches(name, names(), n=1)
-    listing = f"Configs: {', '.join(names())}."
-    return f"Did you mean {near[0]}? {listing}" if near else listing

@@ -17,36 +17,22 @@ from deepseek_jax.configs import base
 from deepseek_jax.errors import UserError
 
 FORMAT = 2
-RENAMED = {  # keys of format 1, as format 2 has them
-    "train.steps": "loop.steps",
-    "train.log_every": "loop.log_every",
-    "train.eval_every": "loop.eval_every",
-    "train.eval_batches": "loop.eval_batches",
-    "train.max_skipped": "loop.max_skipped",
+MOVED = {  # keys of `train` in format 1: the group in which format 2 has them
+    "loop": ("steps", "log_every", "eval_every", "eval_batches", "max_skipped"),
+    "loss": ("mtp_weight", "mtp_weight_final", "mtp_weight_switch", "balance_rate", "balance_rate_stop"),
+    "run": ("init_from", "micro_batches", "remat", "unroll", "compilation_cache"),
+}
+RATES = ("peak_rate", "warmup_steps", "constant_steps", "cosine_steps", "tail_rate", "tail_steps", "final_rate")
+RENAMED = {f"train.{key}": f"{group}.{key}" for group, keys in MOVED.items() for key in keys}
+RENAMED |= {f"optimizer.{key}": f"schedule.{key}" for key in RATES}
+RENAMED |= {
     "train.batch_size": "batch.size",
     "train.batch_size_start": "batch.size_start",
     "train.batch_ramp_steps": "batch.ramp_steps",
     "train.loss_chunk": "loss.chunk",
-    "train.mtp_weight": "loss.mtp_weight",
-    "train.mtp_weight_final": "loss.mtp_weight_final",
-    "train.mtp_weight_switch": "loss.mtp_weight_switch",
-    "train.balance_rate": "loss.balance_rate",
-    "train.balance_rate_stop": "loss.balance_rate_stop",
     "train.balance_loss": "loss.auxiliary.expert_balance",
     "train.device_balance_loss": "loss.auxiliary.device_balance",
     "train.communication_balance_loss": "loss.auxiliary.communication_balance",
-    "train.init_from": "run.init_from",
-    "train.micro_batches": "run.micro_batches",
-    "train.remat": "run.remat",
-    "train.unroll": "run.unroll",
-    "train.compilation_cache": "run.compilation_cache",
-    "optimizer.peak_rate": "schedule.peak_rate",
-    "optimizer.warmup_steps": "schedule.warmup_steps",
-    "optimizer.constant_steps": "schedule.constant_steps",
-    "optimizer.cosine_steps": "schedule.cosine_steps",
-    "optimizer.tail_rate": "schedule.tail_rate",
-    "optimizer.tail_steps": "schedule.tail_steps",
-    "optimizer.final_rate": "schedule.final_rate",
     "optimizer.clip_norm": "loss.clip_norm",
 }
 ADDED = {"v1": {"qk_norm": False, "yarn": {}}}  # keys of a family's model that its first runs do not have

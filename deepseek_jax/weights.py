@@ -43,12 +43,7 @@ class Loaded:
 
 
 def open_weights(path: str | os.PathLike) -> "RunWeights | PublishedWeights":
-    """The weights of a run or of a published model; nothing is read yet.
-
-    Args:
-        path: the workdir of a run, its directory of checkpoints, a directory with config.json and safetensors files, or
-            the id of such a model on the Hugging Face hub (owner/name), which is downloaded when it is asked for.
-    """
+    """The weights of a run or of a published model (`path` as for `language_model.load`); reads nothing yet."""
     return PublishedWeights(path) if is_published(path) else RunWeights(path)
 
 
@@ -79,13 +74,9 @@ class RunWeights:
         return Loaded(config_in(meta, checkpoints.directory), state, f"step {step} of {os.fspath(self.path)}")
 
     def read(self, target: Tree) -> Tree:
-        """The weights in the shardings and dtypes of a training state.
+        """The weights in the shardings and dtypes of `target`, the {"params", "router_bias"} of a training state.
 
-        Args:
-            target: {"params", "router_bias"} of `jax.ShapeDtypeStruct` with shardings.
-
-        Raises:
-            UserError: they are not those of `target`'s model.
+        Raises UserError if they are not those of its model.
         """
         with Checkpointer(checkpoint_directory(self.path), read_only=True) as checkpoints:
             _, stored, _ = checkpoints.restore(target, keys=WEIGHTS, dtypes_as_saved=True)
@@ -219,15 +210,14 @@ def config_in(meta: dict, directory: Path) -> ConfigDict:
     return release.moved(completed(from_json(meta["config"])), directory.parent)
 
 
-def check_shapes(path: str | os.PathLike, stored: Tree, wanted: Tree) -> None:
+def check_shapes(path: str | os.PathLike, stored: Tree, expected: Tree) -> None:
     """Raises UserError unless two trees have the same shapes under the same names."""
-    there, here = flatten(stored), flatten(wanted)
+    there, here = flatten(stored), flatten(expected)
     differing = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
     if differing:
         found, needed = (list(shapes[differing[0]]) if differing[0] in shapes else "absent" for shapes in (there, here))
         raise UserError(
-            f"{path}: {'/'.join(differing[0])} is {found} there, {needed} in this run "
-            f"({len(differing)} weights differ). "
-            f"Leave --config out, or give config.family and config.model what deepseek-jax inspect --config={path} "
-            "shows."
+            f"{path}: {'/'.join(differing[0])} is {found} there, {needed} in this run ({len(differing)} weights"
+            f" differ). Leave --config out, or give config.family and config.model what deepseek-jax inspect "
+            f"--config={path} shows."
         )

@@ -56,9 +56,7 @@ def fine_tuning(origin: str, config: ConfigDict) -> ConfigDict:
     Router biases rest, as at the end of V3's pre-training; the balance loss and the loss of multi-token prediction
     keep their last weights.
 
-    Args:
-        origin: the directory; it becomes `run.init_from`.
-        config: the defaults of `configs/base.py`, which are filled in.
+    The directory becomes `run.init_from`; `config` holds the defaults of `configs/base.py`, which are filled in.
     """
     from deepseek_jax.weights import open_weights
 

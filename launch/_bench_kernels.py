@@ -153,13 +153,10 @@ def torch_sides(sets: list[tuple]) -> dict[str, Callable]:
         padded = functional.pad(torch.from_dlpack(w_scale), (0, -w_scale.shape[1] % 4))
         scaled.append((codes(x), torch.from_dlpack(x_scale).clone(), codes(w), padded))
         plain.append((scaled[-1][0].bfloat16(), scaled[-1][2].bfloat16()))
-    sides = {}
-    for name, function, arguments in (
-        ("torch block-scaled", block_scaled, scaled),
-        ("torch bf16", lambda x, w: x @ w.t(), plain),
-    ):
-        sides[name] = replayed(function, arguments)
-    return sides
+    return {
+        "torch block-scaled": replayed(block_scaled, scaled),
+        "torch bf16": replayed(lambda x, w: x @ w.t(), plain),
+    }
 
 
 def replayed(function: Callable, arguments: list[tuple]) -> Callable:

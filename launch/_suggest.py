@@ -7,6 +7,7 @@ from itertools import islice
 
 from ml_collections import ConfigDict
 
+from deepseek_jax import run_config
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch._tables import print_table
 
@@ -63,11 +64,8 @@ def sections(config: ConfigDict, options, subject, devices: int, *, is_opened: b
     later = list(islice(suggest.search(replace(space, recipes=later_recipes(config, space.chip))), NOT_YET))
     found = []
     if today and is_opened:
-        best = today[0]
-        known = (
-            options.efficiency or best.job.recipe.efficiency,
-            f"{DERIVED}/{GIVEN}" if options.efficiency else FITTED,
-        )
+        best, given = today[0], options.efficiency
+        known = (given or best.job.recipe.efficiency, f"{DERIVED}/{GIVEN}" if given else FITTED)
         found.append(verdict(best.job, best.memory, *known, suggest.missing(best.job)))
     if today:
         text = [words(config, space, it) for it in today]
@@ -98,6 +96,7 @@ def space_of(config: ConfigDict, options, subject, devices: int):
     from deepseek_jax.chips import chip
     from deepseek_jax.plan.suggest import Space
 
+    precisions = dict.fromkeys((config.precision, "bf16"))
     return Space(
         network=subject.network,
         chip=chip(options.chip or "h800"),
@@ -107,15 +106,10 @@ def space_of(config: ConfigDict, options, subject, devices: int):
         seq_len=config.data.seq_len,
         loss_chunk=config.loss.chunk,
         rules=config.sharding.to_dict(),
-        recipes=[recipe_of(config, "run", p, r) for p in precisions(config) for r in ("none", "dots", "block")],
+        recipes=[recipe_of(config, "run", p, r) for p in precisions for r in ("none", "dots", "block")],
         kept=kept_of(config, subject),
         efficiency=options.efficiency,
     )
-
-
-def precisions(config: ConfigDict) -> list[str]:
-    """The config's own precision and bf16."""
-    return list(dict.fromkeys((config.precision, "bf16")))
 
 
 def later_recipes(config: ConfigDict, chip) -> list:
@@ -168,17 +162,9 @@ def words(config: ConfigDict, space, suggestion) -> str:
     if not missing(job):
         chosen |= {"run.remat": job.recipe.remat, "precision": dtype}
     always = ("mesh.expert",) if space.network.n_experts > 1 else ()
-    found = [
-        f"--config.{key}={value}" for key, value in chosen.items() if key in always or value != value_of(config, key)
-    ]
+    same = {key for key, value in chosen.items() if value == run_config.lookup(config, key)}
+    found = [f"--config.{key}={value}" for key, value in chosen.items() if key in always or key not in same]
     if at.pipe > 1:
         found.append(f"--schedule={schedule_name(job)}")
     needs = "; ".join(missing(job))
     return " ".join(found) + (f"   (missing: {needs})" if needs else "")
-
-
-def value_of(config: ConfigDict, path: str) -> object:
-    """The value of a dotted key."""
-    for name in path.split("."):
-        config = config[name]
-    return config

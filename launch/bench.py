@@ -173,37 +173,13 @@ class Peer:
 
 def transformers_sizes(config: ConfigDict) -> dict:
     """The `DeepseekV3Config` of a config's model."""
-    m = config.model
-    if config.family != "v3" or m.mtp_depth:
+    if config.family != "v3" or config.model.mtp_depth:
         raise UserError(
             f"{config.name}: the peer trains a V3 without MTP. Set --config.model.mtp_depth=0 or --no-peer."
         )
-    return {
-        "vocab_size": m.vocab_size,
-        "hidden_size": m.d_model,
-        "intermediate_size": m.dense_width,
-        "moe_intermediate_size": m.expert_width,
-        "num_hidden_layers": m.n_layers,
-        "first_k_dense_replace": m.n_dense_layers,
-        "num_attention_heads": m.n_heads,
-        "num_key_value_heads": m.n_heads,
-        "q_lora_rank": m.q_rank,
-        "kv_lora_rank": m.kv_rank,
-        "qk_nope_head_dim": m.nope_width,
-        "qk_rope_head_dim": m.rope_width,
-        "v_head_dim": m.value_width,
-        "n_routed_experts": m.n_experts,
-        "n_shared_experts": m.n_shared_experts,
-        "num_experts_per_tok": m.top_k,
-        "n_group": m.n_groups,
-        "topk_group": m.top_groups,
-        "routed_scaling_factor": m.route_scale,
-        "rms_norm_eps": m.norm_eps,
-        "initializer_range": m.init_std,
-        "rope_scaling": None,
-        "tie_word_embeddings": False,
-        "use_cache": False,
-    }
+    from deepseek_jax.convert.hf_config import to_hf
+
+    return to_hf(config.family, config.model.to_dict(), dtype="float32") | {"use_cache": False}
 
 
 def report(config: ConfigDict, sides: dict, seconds: dict, n_steps: int) -> None:

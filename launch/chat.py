@@ -37,18 +37,8 @@ FLAGS = {
     "system": (str, "", "system prompt"),
     "thinking": (bool, None, "let the prompt open a thought (default: as the model's template does)"),
     "max_tokens": (int, 2048, "new tokens per answer at most", whole(1, STEPS)),
-    "temperature": (
-        float,
-        None,
-        "0 takes the likeliest token (default: as generation_config.json says, or 0.6)",
-        number(0, 1e6),
-    ),
-    "top_p": (
-        float,
-        None,
-        "draw from the likeliest tokens that make up this share (default: likewise, or 0.95)",
-        number(0, 1),
-    ),
+    "temperature": (float, None, "0 takes the likeliest token (default: the model's own, or 0.6)", number(0, 1e6)),
+    "top_p": (float, None, "draw from the likeliest tokens of this share (default: likewise, or 0.95)", number(0, 1)),
     "seed": (int, 0, "the same seed and messages draw the same answers", SEED),
 }
 QUOTES = '"""'
@@ -63,7 +53,7 @@ def main(argv: list[str]) -> int:
     source = getattr(options, "from") or options.workdir
     if not source or (getattr(options, "from") and options.workdir):
         raise UserError(
-            "expected --from=DIR for published weights, or --workdir=RUN for a run of your own: one of them."
+            "expected --from=DIR for published weights or --workdir=RUN for a run of your own: one of them."
         )
 
     from deepseek_jax.compat import start_compilation_cache
@@ -129,11 +119,7 @@ def open_dialogue(model, name: str, options) -> "Dialogue":
 class Terminal:
     """Reads messages from standard input and shows answers on standard output.
 
-    Args:
-        max_tokens: new tokens per answer at most.
-
-    Attributes:
-        is_interactive: whether somebody sits at standard input.
+    `max_tokens` are new tokens per answer at most; `is_interactive` says whether somebody sits at standard input.
     """
 
     def __init__(self, max_tokens: int):

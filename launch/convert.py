@@ -20,6 +20,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from deepseek_jax.bounds import one_of
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
 from deepseek_jax.launch._progress import Progress
@@ -27,12 +28,8 @@ from deepseek_jax.units import binary, duration
 
 DTYPES = {"keep": None, "bf16": "bfloat16", "fp32": "float32"}
 FLAGS = {
-    "from": (
-        Path,
-        _options.REQUIRED,
-        "directory of published weights, or its id on the hub, like deepseek-ai/DeepSeek-V2-Lite",
-    ),
-    "dtype": (str, "keep", "of the weights: keep, bf16 or fp32; router biases are kept always"),
+    "from": (Path, _options.REQUIRED, "directory of published weights, or its id on the hub"),
+    "dtype": (str, "keep", "of the weights; router biases are kept always", one_of(*DTYPES)),
 }
 STEP = 0
 PROGRAM_BYTES = 2**29  # of memory: the interpreter and its libraries
@@ -45,8 +42,6 @@ def main(argv: list[str]) -> int:
     source, workdir = getattr(options, "from").expanduser(), options.workdir
     if workdir is None:
         raise UserError("--workdir is missing. Give the directory for the checkpoint, like --workdir=runs/v2_lite.")
-    if options.dtype not in DTYPES:
-        raise UserError(f"--dtype={options.dtype}: expected one of {', '.join(DTYPES)}.")
     try:
         convert(source, workdir, options.dtype)
     except KeyboardInterrupt:

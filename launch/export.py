@@ -17,6 +17,7 @@ import os
 import sys
 from pathlib import Path
 
+from deepseek_jax.bounds import one_of
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
 from deepseek_jax.launch._progress import Progress
@@ -25,7 +26,7 @@ from deepseek_jax.units import binary, duration
 DTYPES = ("bf16", "fp32", "fp8", "fp8_ue8m0", "fp8_e8m0", "keep")
 FLAGS = {
     "to": (Path, _options.REQUIRED, "directory to write, empty or not there yet"),
-    "dtype": (str, "bf16", f"of the weights: {', '.join(DTYPES)}"),
+    "dtype": (str, "bf16", f"of the weights: {', '.join(DTYPES)}", one_of(*DTYPES)),
 }
 
 
@@ -34,8 +35,6 @@ def main(argv: list[str]) -> int:
     options = _options.parse(argv, extra=FLAGS, config=False)
     if options.workdir is None:
         raise UserError("--workdir is missing. Give the directory of a run, like --workdir=runs/tiny_v3.")
-    if options.dtype not in DTYPES:
-        raise UserError(f"--dtype={options.dtype}: expected one of {', '.join(DTYPES)}.")
     export(options.workdir, options.to.expanduser(), options.dtype)
     return 0
 

@@ -19,12 +19,7 @@ from deepseek_jax.launch._continuation import continue_text
 FLAGS = {
     "prompt": (str, "-", "text to continue; - reads standard input"),
     "max_tokens": (int, 200, "new tokens at most", whole(1, STEPS)),
-    "temperature": (
-        float,
-        0.8,
-        "0 takes the likeliest token, 1 draws from the model's own probabilities",
-        number(0, 1e6),
-    ),
+    "temperature": (float, 0.8, "0 takes the likeliest token, 1 draws from the model's own share", number(0, 1e6)),
     "top_p": (float, 0.95, "draw from the likeliest tokens that make up this share", number(0, 1)),
     "seed": (int, 0, "the same seed draws the same text", SEED),
 }

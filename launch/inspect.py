@@ -51,9 +51,18 @@ def main(argv: list[str]) -> int:
     if options.workdir and options.config:
         raise UserError("--workdir and --config given: a run has a config of its own. Give one of them.")
     if options.workdir:
-        config, origin = config_of_run(options.workdir)
+        from deepseek_jax.weights import open_weights
+
+        config = open_weights(options.workdir).config
+        origin = f"{config.name} ({options.workdir})"
     else:
-        config, origin = without_pipeline(run_config.validate(options.config)), options.config.name
+        config = run_config.validate(options.config)
+        origin = config.name
+        if config.mesh.pipe != 1:
+            raise UserError(
+                f"config.mesh.pipe={config.mesh.pipe}: inspect does not support pipeline stages (deepseek-jax plan "
+                "does). Set --config.mesh.pipe=1."
+            )
     if options.show_config:
         print("\n".join(run_config.assignments(config)))
         return 0
@@ -79,24 +88,6 @@ def numbers(config: ConfigDict) -> list[str]:
     return [line for line in run_config.assignments(config) if line.startswith(keys)]
 
 
-def without_pipeline(config: ConfigDict) -> ConfigDict:
-    """Returns the config; raises UserError if it asks for pipeline stages, which this table does not support."""
-    if config.mesh.pipe != 1:
-        raise UserError(
-            f"config.mesh.pipe={config.mesh.pipe}: inspect does not support pipeline stages (deepseek-jax plan does). "
-            "Set --config.mesh.pipe=1."
-        )
-    return config
-
-
-def config_of_run(workdir) -> tuple[ConfigDict, str]:
-    """The config kept beside a run's newest checkpoint, or that of published weights, and a name for it."""
-    from deepseek_jax.weights import open_weights
-
-    config = open_weights(workdir).config
-    return config, f"{config.name} ({workdir})"
-
-
 def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], list[tuple[str, str]]]:
     """The weights of a config's model on a mesh of these sizes, and the rows of the totals, from shapes alone."""
     import jax
@@ -115,18 +106,16 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
     moments_dtype = config.optimizer.moments_dtype
 
     def weight(path: tuple, array: jax.ShapeDtypeStruct, logical: tuple, place) -> Weight:
-        name = dotted(path)
         moment = jax.ShapeDtypeStruct(array.shape, moments_dtype)
         return Weight(
-            *(name, array.shape, str(array.dtype), logical, tuple(place.spec)),
+            *(dotted(path), array.shape, str(array.dtype), logical, tuple(place.spec)),
             weight_bytes=bytes_per_device(array, place.spec, mesh),
             optimizer_bytes=2 * bytes_per_device(moment, place.optimizer_spec, mesh),
         )
 
     def bias(path: tuple, array: jax.ShapeDtypeStruct, logical: tuple) -> Weight:
-        name = dotted(path)
-        whole = (None,) * len(array.shape)
-        return Weight(name, array.shape, str(array.dtype), logical, whole, array.size * array.dtype.itemsize, 0)
+        whole, n_bytes = (None,) * len(array.shape), array.size * array.dtype.itemsize
+        return Weight(dotted(path), array.shape, str(array.dtype), logical, whole, n_bytes, 0)
 
     trees = jax.tree_util.tree_map_with_path(weight, params, axes, places)
     biases = jax.tree_util.tree_map_with_path(bias, router_bias, bias_axes)

@@ -40,26 +40,21 @@ from deepseek_jax.plan.published import RUNS, Run
 DEFAULT = "v3_671b"
 EXTRA = {
     "chip": (str, "", "like h100, 8xh100, v5p-512, or NAME:KEY=NUMBER,… over a known one (default: h800)"),
-    "devices": (
-        int,
-        0,
-        "how many chips; 0: as --chip says or as published, else as many as config.mesh says",
-        whole(0, 10**9),
-    ),
+    "devices": (int, 0, "how many chips; 0: as --chip says, as published, or as config.mesh says", whole(0, 10**9)),
     "suggest": (bool, False, "name meshes that fit, the fastest first, instead of planning the config's own"),
     "schedule": (str, "", "1f1b, zb1p, dualpipe or dualpipev; of the pipeline"),
     "recipe": (str, "", "run, bf16 or v3; what is kept in which format"),
     "efficiency": (
         float,
         0.0,
-        "what matmuls reach of their peak; 0: the number calibrated for the recipe",
+        "of matmuls, of their peak; 0: as calibrated for the recipe",
         besides(number(1e-6, 1), 0),
     ),
     "step_time_s": (float, 0.0, "a measured step, in seconds", besides(number(1e-6, 1e9), 0)),
     "tokens": (
         float,
         0.0,
-        "tokens of the whole run, like 14.8e12; 0: as published, else those of config.loop.steps",
+        "of the whole run; 0: as published, or as config.loop.steps says",
         besides(number(1, 1e18), 0),
     ),
     "price": (float, 2.0, "dollars for an hour of one chip", besides(number(1e-6, 1e6), 0)),

@@ -64,11 +64,7 @@ def leave_own_text(config: ConfigDict, overrides: dict[str, str]) -> None:
 def execute(config: ConfigDict, workdir: Path, *, sample: bool, again: str) -> int:
     """Trains `config` in `workdir`; returns the exit code.
 
-    Args:
-        config: the resolved config.
-        workdir: where the run is kept.
-        sample: whether to end with a generated sample.
-        again: the command that resumes this run, for messages.
+    `sample` ends it with a generated sample; `again` is the command that resumes this run, for messages.
     """
     from deepseek_jax.compat import keep_freed_memory, start_compilation_cache, start_processes
     from deepseek_jax.parallel.peers import Peers
@@ -111,7 +107,7 @@ def train(config: ConfigDict, workdir: Path, stop, again: str, peers) -> bool:
     from deepseek_jax import run
     from deepseek_jax.saved_config import to_json
     from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
-    from deepseek_jax.train.loop import Loop
+    from deepseek_jax.train.loop import Loop, LoopConfig
     from deepseek_jax.train.metrics import Metrics
 
     trainer, ramp, training, held_out = prepare(config, workdir)
@@ -136,7 +132,8 @@ def train(config: ConfigDict, workdir: Path, stop, again: str, peers) -> bool:
                 return True
             text = {"training": training, "held_out": held_out}
             kept = {"checkpoints": checkpoints, "metrics": metrics, "meta": meta}
-            loop = Loop(trainer, ramp, run.loop_config(config), **text, **kept)
+            when = LoopConfig(**config.loop, checkpoint_every=config.checkpoint.every)
+            loop = Loop(trainer, ramp, when, **text, **kept)
             state = loop.run(state or run.first_state(config, trainer, workdir, metrics.message), stop)
             return report_end(int(state["step"]), config.loop.steps, checkpoints, metrics, again)
 
