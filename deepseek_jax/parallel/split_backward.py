@@ -1,0 +1,207 @@
+"""A stage of a pipeline as three programs: F, B for its input and W for its weights, none of which does work twice.
+
+    F   x -> y, report, saved                 forward pass
+    B   dy, saved -> dx, stash                backward pass for the input, for which the stage before waits
+    W   saved, stash -> gradient of weights   backward pass for the weights, for which only the optimizer waits
+
+The derivative of the whole stage is traced once, as one program, and its equations are divided: F are those that y and
+the report need; B those that dx needs and F has not computed or not saved; W the rest. `saved` is what B and W read of
+F, `stash` what W reads of B. What follows from weights, `rest` and constants alone is computed wherever it is read.
+
+What is not saveable is recomputed by B (`jax.checkpoint` inside a stage would hide its equations, and a loop over
+layers is one equation: a stage runs its layers one after the other instead).
+Paper: zero bubble, arXiv 2401.10241; V3 section 3.2.1.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+Tree = Any
+Saveable = Callable[[core.JaxprEqn], bool]
+INLINED = ("jit", "pjit", "closed_call", "core_call")  # calls whose equations are divided like all others
+
+
+def everything(equation: core.JaxprEqn) -> bool:
+    """Whether results of an equation may be saved: always."""
+    return True
+
+
+def matmuls(equation: core.JaxprEqn) -> bool:
+    """Whether results of an equation may be saved: those of matmuls, loops and kernels, not of cheap operations."""
+    return equation.primitive.name in ("dot_general", "while", "scan", "pallas_call", "all_to_all")
+
+
+def nothing(equation: core.JaxprEqn) -> bool:
+    """Whether results of an equation may be saved: never; B runs the forward pass again, from the stage's input."""
+    return False
+
+
+@dataclass(frozen=True)
+class Split:
+    """The three programs of a stage; `saved` and `stash` are lists of arrays.
+
+    Attributes:
+        forward: (weights, x, rest) -> (y, report, saved).
+        backward: (weights, rest, dy, saved) -> (dx, stash).
+        weights: (weights, rest, saved, stash) -> gradient of the weights.
+    """
+
+    forward: Callable[[Tree, Tree, Tree], tuple[Tree, Tree, list[jax.Array]]]
+    backward: Callable[[Tree, Tree, Tree, list[jax.Array]], tuple[Tree, list[jax.Array]]]
+    weights: Callable[[Tree, Tree, list[jax.Array], list[jax.Array]], Tree]
+
+
+def split(stage: Callable, weights: Tree, x: Tree, rest: Tree, saveable: Saveable = everything) -> Split:
+    """Divides the derivative of a stage.
+
+    Args:
+        stage: `stage(weights, x, rest) -> (y, loss, report)`: y goes to the next stage; `loss` is a scalar, what the
+            stage adds to the loss that is differentiated; `report` is handed on.
+        weights, x, rest: arrays or `jax.ShapeDtypeStruct`s; `x` and y are alike, `rest` needs no gradient.
+        saveable: which results of F may be saved.
+    """
+
+    def derivative(weights: Tree, x: Tree, rest: Tree, dy: Tree) -> tuple:
+        results: Any = jax.vjp(lambda w, x: _with_aux(stage(w, x, rest)), weights, x, has_aux=True)
+        (y, loss), pull, report = results
+        d_weights, dx = pull((dy, jnp.ones_like(loss)))
+        return (y, report), dx, d_weights
+
+    y, _, _ = jax.eval_shape(stage, weights, x, rest)
+    traced, shapes = jax.make_jaxpr(derivative, return_shape=True)(weights, x, rest, y)
+    traced = jax.make_jaxpr(lambda *arrays: _inlined(traced.jaxpr, traced.consts, arrays))(*traced.in_avals)
+    return _Divided(traced, [weights, x, rest, y], shapes, saveable).programs()
+
+
+def _with_aux(results: tuple) -> tuple:
+    y, loss, report = results
+    return (y, loss), report
+
+
+def _inlined(jaxpr: core.Jaxpr, constants: Iterable, arrays: Iterable) -> list:
+    """Evaluates a program with the equations of inner calls in its own place."""
+    values = dict(zip(jaxpr.constvars, constants, strict=True)) | dict(zip(jaxpr.invars, arrays, strict=True))
+    for equation in jaxpr.eqns:
+        given = [_read(values, v) for v in equation.invars]
+        if equation.primitive.name in INLINED:
+            inner: core.ClosedJaxpr = equation.params["jaxpr" if "jaxpr" in equation.params else "call_jaxpr"]
+            results = _inlined(inner.jaxpr, inner.consts, given)
+        else:
+            results = _bind(equation, given)
+        values |= dict(zip(equation.outvars, results, strict=True))
+    return [_read(values, v) for v in jaxpr.outvars]
+
+
+def _read(values: dict, variable: Any) -> Any:
+    return variable.val if isinstance(variable, core.Literal) else values[variable]
+
+
+def _bind(equation: core.JaxprEqn, given: list) -> list:
+    found = equation.primitive.bind(*given, **equation.primitive.get_bind_params(equation.params))
+    return list(found) if equation.primitive.multiple_results else [found]
+
+
+class _Divided:
+    """The equations of a derivative, divided into F, B and W."""
+
+    def __init__(self, traced: core.ClosedJaxpr, arguments: list[Tree], shapes: tuple, saveable: Saveable):
+        jaxpr = traced.jaxpr
+        self.constants = dict(zip(jaxpr.constvars, traced.consts, strict=True))
+        sizes = [len(jax.tree.leaves(tree)) for tree in (*shapes, *arguments)]
+        self.structures = [jax.tree.structure(tree) for tree in shapes]
+        (self.y, self.dx, self.d_weights), (self.w, self.x, self.rest, self.dy) = (
+            _cut(variables, sizes) for variables, sizes in ((jaxpr.outvars, sizes[:3]), (jaxpr.invars, sizes[3:]))
+        )
+        self.maker = {v: equation for equation in jaxpr.eqns for v in equation.outvars}
+        self.free = self._follows_from({*self.constants, *self.w, *self.rest}, jaxpr.eqns)
+        forward = self._needed(self.y, set())
+        kept = {v for e in forward if saveable(e) for v in e.outvars} | set(self.x)
+        backward = self._needed(self.dx, kept)
+        made = {v for e in backward for v in e.outvars} | set(self.dy)
+        late = self._needed(self.d_weights, kept | made)
+        read_late = _reads(late, self.d_weights)
+        read_back = _reads(backward, self.dx)
+        self.saved = [v for v in self._order(forward, self.x) if v in kept and v in read_back | read_late]
+        self.stash = [v for v in self._order(backward, self.dy) if v in read_late and v not in self.saved]
+
+    def _follows_from(self, known: set, equations: list) -> set:
+        """Returns `known`, and all that equations compute of nothing else."""
+        for equation in equations:
+            if all(isinstance(v, core.Literal) or v in known for v in equation.invars) and not equation.effects:
+                known |= set(equation.outvars)
+        return known
+
+    def _needed(self, targets: list, given: set) -> list:
+        """Returns the equations that compute `targets` of `given`, free ones left out, in order."""
+        known, found, left = given | self.free, {}, [v for v in targets if not isinstance(v, core.Literal)]
+        while left:
+            variable = left.pop()
+            if variable in known or variable not in self.maker or id(self.maker[variable]) in found:
+                continue
+            equation = self.maker[variable]
+            found[id(equation)] = equation
+            left += [v for v in equation.invars if not isinstance(v, core.Literal)]
+        order = {id(equation): i for i, equation in enumerate(self.maker.values())}
+        return sorted(found.values(), key=lambda equation: order[id(equation)])
+
+    def _order(self, equations: list, first: list) -> list:
+        return list(dict.fromkeys([*first, *itertools.chain.from_iterable(e.outvars for e in equations)]))
+
+    def _run(self, targets: list, given: dict) -> list:
+        """Returns the values of `targets`, from `given` and what is free."""
+        values = self.constants | given
+
+        def value(variable: Any) -> Any:
+            if isinstance(variable, core.Literal):
+                return variable.val
+            if variable not in values:
+                equation = self.maker[variable]
+                values.update(zip(equation.outvars, _bind(equation, [value(v) for v in equation.invars]), strict=True))
+            return values[variable]
+
+        for equation in self._needed(targets, set(given)):
+            value(equation.outvars[0])
+        return [value(v) for v in targets]
+
+    def programs(self) -> Split:
+        """Returns the three programs."""
+        (of_y, of_dx, of_weights), n_y = self.structures, len(self.y)
+
+        def named(*pairs: tuple) -> dict:
+            return {
+                v: array for variables, tree in pairs for v, array in zip(variables, jax.tree.leaves(tree), strict=True)
+            }
+
+        def forward(weights: Tree, x: Tree, rest: Tree) -> tuple:
+            given = named((self.w, weights), (self.x, x), (self.rest, rest))
+            found = self._run([*self.y, *self.saved], given)
+            y, report = jax.tree.unflatten(of_y, found[:n_y])
+            return y, report, found[n_y:]
+
+        def backward(weights: Tree, rest: Tree, dy: Tree, saved: list) -> tuple:
+            given = named((self.w, weights), (self.rest, rest), (self.dy, dy), (self.saved, saved))
+            found = self._run([*self.dx, *self.stash], given)
+            return jax.tree.unflatten(of_dx, found[: len(self.dx)]), found[len(self.dx) :]
+
+        def gradient(weights: Tree, rest: Tree, saved: list, stash: list) -> Tree:
+            given = named((self.w, weights), (self.rest, rest), (self.saved, saved), (self.stash, stash))
+            return jax.tree.unflatten(of_weights, self._run(self.d_weights, given))
+
+        return Split(forward, backward, gradient)
+
+
+def _cut(variables: list, sizes: list[int]) -> list[list]:
+    ends = list(itertools.accumulate(sizes, initial=0))
+    return [list(variables[a:b]) for a, b in itertools.pairwise(ends)]
+
+
+def _reads(equations: list, results: list) -> set:
+    """Returns what equations read, and the results themselves."""
+    read = itertools.chain(results, *(equation.invars for equation in equations))
+    return {v for v in read if not isinstance(v, core.Literal)}

@@ -1,0 +1,76 @@
+"""A stage in three programs: together they are its derivative, and no matmul runs twice."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from deepseek_jax.parallel.split_backward import everything, matmuls, nothing, split
+
+N, D = 3, 8  # layers of two matmuls each
+RANDOM = jax.random.split(jax.random.key(0), 6)
+WEIGHTS = {
+    "up": jax.random.normal(RANDOM[0], (N, D, 2 * D)),
+    "down": jax.random.normal(RANDOM[1], (N, 2 * D, D)),
+    "gain": jax.random.normal(RANDOM[2], (N, D)),
+}
+X, DY = (jax.random.normal(key, (4, D)) for key in RANDOM[3:5])
+REST = {"mask": jnp.array([1.0, 0.0, 1.0, 1.0]), "scale": jnp.float32(0.5)}
+
+
+def stage(weights, x, rest):
+    """Norms, matmuls in a jit and a loop, a side loss, and a mask made of `rest` alone."""
+    loss = 0.0
+    mask = (rest["mask"] * rest["scale"])[:, None]
+    for up, down, gain in zip(*(weights[name] for name in ("up", "down", "gain")), strict=True):
+        normed = gain * x * lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+        hidden = jax.nn.silu(jax.jit(jnp.dot)(normed, up))
+        x = x + mask * lax.fori_loop(0, 2, lambda _, h: h * 0.9, hidden) @ down
+        loss += jnp.mean(x**2)
+    return x, loss, {"mean": jnp.mean(x)}
+
+
+def reference(weights, x, rest, dy):
+    def of(weights, x):
+        y, loss, report = stage(weights, x, rest)
+        return (y, loss), report
+
+    (y, _), pull, report = jax.vjp(of, weights, x, has_aux=True)
+    return y, report, *pull((dy, jnp.float32(1)))
+
+
+def count(program, *arguments) -> int:
+    return str(jax.make_jaxpr(program)(*arguments)).count("dot_general")
+
+
+@pytest.fixture(scope="module", params=[everything, matmuls, nothing], ids=lambda f: f.__name__)
+def case(request):
+    return request.param, split(stage, WEIGHTS, X, REST, request.param)
+
+
+def test_the_three_programs_are_the_derivative(case):
+    _, parts = case
+    y, report, saved = jax.jit(parts.forward)(WEIGHTS, X, REST)
+    dx, stash = jax.jit(parts.backward)(WEIGHTS, REST, DY, saved)
+    d_weights = jax.jit(parts.weights)(WEIGHTS, REST, saved, stash)
+    expected = reference(WEIGHTS, X, REST, DY)
+    for found, known in zip(jax.tree.leaves((y, report, d_weights, dx)), jax.tree.leaves(expected), strict=True):
+        assert jnp.allclose(found, known, rtol=1e-5, atol=1e-6)
+
+
+def test_no_matmul_runs_twice(case):
+    saveable, parts = case
+    _, _, saved = jax.eval_shape(parts.forward, WEIGHTS, X, REST)
+    _, stash = jax.eval_shape(parts.backward, WEIGHTS, REST, DY, saved)
+    recomputed = 2 * N if saveable is nothing else 0
+    assert count(parts.forward, WEIGHTS, X, REST) == 2 * N
+    assert count(parts.backward, WEIGHTS, REST, DY, saved) == 2 * N + recomputed
+    assert count(parts.weights, WEIGHTS, REST, saved, stash) == 2 * N
+
+
+def test_what_may_not_be_saved_is_not():
+    sizes = {}
+    for saveable in (everything, matmuls, nothing):
+        parts = split(stage, WEIGHTS, X, REST, saveable)
+        sizes[saveable] = sum(array.size for array in jax.eval_shape(parts.forward, WEIGHTS, X, REST)[2])
+    assert sizes[nothing] == X.size < sizes[matmuls] < sizes[everything]
