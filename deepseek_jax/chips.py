@@ -16,10 +16,10 @@ from deepseek_jax.errors import UserError
 class Chip:
     """One chip."""
 
-    name: str  # name, as given to --chip
+    name: str  # as given to --chip
     bf16: float  # TFLOP/s of dense bfloat16 matmuls
     fp8: float  # TFLOP/s of dense FP8 matmuls; equal to `bf16` if the chip has no faster units for them
-    memory: float  # GiB of memory
+    memory: float  # GiB
     hbm: float  # GB/s to that memory
     fast: float  # GB/s over the fast link
     reach: int  # number of chips that the fast link connects, this one included

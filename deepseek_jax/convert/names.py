@@ -32,21 +32,13 @@ Index = tuple[int, ...]  # position of a piece in it: (), (layer,) or (layer, ex
 
 
 class Rule(NamedTuple):
-    """One line of the table, with its axes parsed.
+    """One line of the table, with its axes parsed."""
 
-    Attributes:
-        theirs: published name after the prefix of its layer; "{X}" in it numbers the experts.
-        ours: names of our weights in it: two if an axis holds both side by side.
-        dimensions: axes of each published dimension, such as (("H", "N|U"), ("C",)).
-        letters: axes of each of our weights, "X" included.
-        joint: the axis on which two weights are side by side, such as "N|U"; None for a single weight.
-    """
-
-    theirs: str
-    ours: tuple[str, ...]
-    dimensions: tuple[tuple[str, ...], ...]
-    letters: tuple[tuple[str, ...], ...]
-    joint: str | None
+    theirs: str  # published name after the prefix of its layer; "{X}" in it numbers the experts
+    ours: tuple[str, ...]  # names of our weights in it: two if an axis holds both side by side
+    dimensions: tuple[tuple[str, ...], ...]  # axes of each published dimension, such as (("H", "N|U"), ("C",))
+    letters: tuple[tuple[str, ...], ...]  # axes of each of our weights, "X" included
+    joint: str | None  # the axis on which two weights are side by side, such as "N|U"; None for a single weight
 
     @property
     def whole(self) -> tuple[str, ...]:
@@ -141,23 +133,17 @@ FLOAT32 = re.compile(r"\.e_score_correction_bias$")  # in float32 in every relea
 
 
 class Tensor(NamedTuple):
-    """A published tensor and where its parts go.
+    """A published tensor and where its parts go."""
 
-    Attributes:
-        name, shape: as published.
-        places: (path, index) of each of our weights in it.
-        theirs, ours: axes, as einops spells them; "N_U" is an axis on which N and U are side by side.
-        sizes: sizes of the axes that share a dimension.
-        cut: (axis, position) at which ours is split in two; None for a single weight.
-    """
-
+    # name, shape: as published
     name: str
     shape: tuple[int, ...]
-    places: tuple[tuple[Path, Index], ...]
+    places: tuple[tuple[Path, Index], ...]  # (path, index) of each of our weights in it
+    # theirs, ours: axes, as einops spells them; "N_U" is an axis on which N and U are side by side
     theirs: str
     ours: str
-    sizes: dict[str, int]
-    cut: tuple[int, int] | None
+    sizes: dict[str, int]  # sizes of the axes that share a dimension
+    cut: tuple[int, int] | None  # (axis, position) at which ours is split in two; None for a single weight
 
     def to_ours(self, array: np.ndarray) -> list[np.ndarray]:
         """Returns our weights in a published tensor, as views of it."""

@@ -28,21 +28,13 @@ SHOWN_BYTES = 32 << 20  # of tokens: measuring fewer takes about a second and is
 
 
 class Table(NamedTuple):
-    """One entry per example, all int64.
+    """One entry per example, all int64."""
 
-    Attributes:
-        document: its document in the store.
-        start: its first token in that document.
-        n_targets: its targets, at most the length of a window.
-        n_learnt: how many of those are learnt.
-        n_bytes: bytes of text of the learnt ones.
-    """
-
-    document: np.ndarray
-    start: np.ndarray
-    n_targets: np.ndarray
-    n_learnt: np.ndarray
-    n_bytes: np.ndarray
+    document: np.ndarray  # its document in the store
+    start: np.ndarray  # its first token in that document
+    n_targets: np.ndarray  # its targets, at most the length of a window
+    n_learnt: np.ndarray  # how many of those are learnt
+    n_bytes: np.ndarray  # bytes of text of the learnt ones
 
     def rows(self, chosen: np.ndarray) -> "Table":
         """Returns the chosen rows."""
@@ -50,43 +42,27 @@ class Table(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Examples that are longer than a window.
-
-    Attributes:
-        cut: how many were cut.
-        left_out: how many have no answer before the cut and were left out.
-    """
+    """Examples that are longer than a window."""
 
     cut: int
-    left_out: int
+    left_out: int  # because they have no answer before the cut
 
 
 @dataclass(frozen=True, eq=False)
 class ConversationPacking:
-    """The index of a split of conversations; created by `sides`.
+    """The index of a split of conversations; created by `sides`."""
 
-    Attributes:
-        store: conversations as `conversations.flatten` writes them.
-        documents: positions in `store` of the conversations of this split.
-        seq_len: tokens per window.
-        pad_id: id that fills a window up.
-        seed, shuffle: seed of the order of the windows in an epoch, and whether they are shuffled.
-        table: the examples, window by window.
-        ends: end of each window in the table.
-        counts: numbers of examples too long for a window.
-        kind: fingerprint of the encoder that turned the text into tokens.
-    """
-
-    store: TokenStore
-    documents: np.ndarray
-    seq_len: int
-    pad_id: int
+    store: TokenStore  # conversations as `conversations.flatten` writes them
+    documents: np.ndarray  # positions in `store` of the conversations of this split
+    seq_len: int  # tokens per window
+    pad_id: int  # id that fills a window up
+    # seed, shuffle: seed of the order of the windows in an epoch, and whether they are shuffled
     seed: int
     shuffle: bool
-    table: Table
-    ends: np.ndarray
-    counts: Counts
-    kind: str
+    table: Table  # the examples, window by window
+    ends: np.ndarray  # end of each window in the table
+    counts: Counts  # numbers of examples too long for a window
+    kind: str  # fingerprint of the encoder that turned the text into tokens
 
     @property
     def n_samples(self) -> int:

@@ -30,21 +30,13 @@ TYPES = f"{' '.join(READERS)} (text and JSON also followed by {' or '.join(ENDIN
 
 @dataclass(frozen=True)
 class Corpus:
-    """Files that hold documents.
+    """Files that hold documents."""
 
-    Attributes:
-        source: source as given.
-        files: files in an order that is the same on every machine.
-        text_key: field of a row that holds its text.
-        passed_over: files of a folder whose type cannot be read.
-        format: "text", or "conversations" as JSON.
-    """
-
-    source: str
-    files: tuple[Path, ...]
-    text_key: str
-    passed_over: tuple[Path, ...] = ()
-    format: str = "text"
+    source: str  # as given
+    files: tuple[Path, ...]  # in an order that is the same on every machine
+    text_key: str  # field of a row that holds its text
+    passed_over: tuple[Path, ...] = ()  # files of a folder whose type cannot be read
+    format: str = "text"  # "text", or "conversations" as JSON
 
     def documents(self) -> Iterator[str]:
         """Yields the documents that are not empty, file by file."""

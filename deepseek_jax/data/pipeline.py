@@ -31,20 +31,13 @@ READ_AHEAD = 4  # batches made in advance
 
 
 class Batch(NamedTuple):
-    """Rows of tokens and their targets; int32 arrays, and float32 weights.
+    """Rows of tokens and their targets; int32 arrays, and float32 weights."""
 
-    Attributes:
-        ids_BT: tokens.
-        targets_BT: next tokens; -1 if there is none.
-        segments_BT: tokens attend to each other within a segment; segment 0 is padding.
-        positions_BT: positions for the rotary angles.
-        weights_BT: weight of each target in the loss: 1 in pre-training; 0 for context only, and without a target.
-    """
-
-    ids_BT: np.ndarray
-    targets_BT: np.ndarray
-    segments_BT: np.ndarray
-    positions_BT: np.ndarray
+    ids_BT: np.ndarray  # tokens
+    targets_BT: np.ndarray  # next tokens; -1 if there is none
+    segments_BT: np.ndarray  # tokens attend to each other within a segment; segment 0 is padding
+    positions_BT: np.ndarray  # positions for the rotary angles
+    # weight of each target in the loss: 1 in pre-training; 0 for context only, and without a target
     weights_BT: np.ndarray
 
     @classmethod

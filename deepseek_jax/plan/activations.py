@@ -39,15 +39,12 @@ E5M6, FP8, BF16, FLOAT32 = 1.5, 1.0, 2.0, 4.0
 
 
 class ActivationBytes(NamedTuple):
-    """Bytes that one layer needs, per sequence and once (its weights in the compute dtype, if they are kept).
+    """Bytes that one layer needs, per sequence and once (its weights in the compute dtype, if they are kept)."""
 
-    Attributes:
-        per_sequence, per_layer: kept from the forward to the backward pass.
-        work_per_sequence, work_per_layer: needed in addition while the backward pass runs.
-    """
-
+    # per_sequence, per_layer: kept from the forward to the backward pass
     per_sequence: float
     per_layer: float
+    # work_per_sequence, work_per_layer: needed in addition while the backward pass runs
     work_per_sequence: float = 0.0
     work_per_layer: float = 0.0
 

@@ -15,16 +15,10 @@ HOUR, DAY, TRILLION = 3600.0, 86_400.0, 1e12
 
 @dataclass(frozen=True)
 class Speed:
-    """Speed of a run.
-
-    Attributes:
-        step_s: seconds of a step.
-        tokens_per_step: tokens over all devices.
-        devices: number of devices.
-    """
+    """Speed of a run."""
 
     step_s: float
-    tokens_per_step: int
+    tokens_per_step: int  # tokens over all devices
     devices: int
 
     @property

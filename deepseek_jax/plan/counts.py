@@ -12,24 +12,19 @@ from deepseek_jax.plan.network import EMBEDDING, HEAD, MTP, Network
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters of a network.
+    """Parameters of a network."""
 
-    Attributes:
-        total, active: of the main model, embedding and head included.
-        embedding, head: those two tables alone.
-        experts: routed experts.
-        mtp_total, mtp_active: of multi-token prediction, without the embedding and the head that it shares.
-        router_biases: the routers' balancing biases, which no gradient trains.
-    """
-
+    # total, active: of the main model, embedding and head included
     total: int
     active: int
+    # embedding, head: those two tables alone
     embedding: int
     head: int
-    experts: int
+    experts: int  # routed experts
+    # mtp_total, mtp_active: of multi-token prediction, without the embedding and the head that it shares
     mtp_total: int
     mtp_active: int
-    router_biases: int
+    router_biases: int  # the routers' balancing biases, which no gradient trains
 
     @property
     def active_without_embedding(self) -> int:

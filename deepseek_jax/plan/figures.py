@@ -20,19 +20,12 @@ GIB, GIGA = 2**30, 1e9
 
 @dataclass(frozen=True)
 class Figure:
-    """One number.
+    """One number."""
 
-    Attributes:
-        key: name in JSON, which ends in the unit.
-        value: value in JSON.
-        text: value as people read it.
-        mark: origin of the number, see above.
-    """
-
-    key: str
-    value: float | int | str | bool | None
-    text: str
-    mark: str
+    key: str  # name in JSON, which ends in the unit
+    value: float | int | str | bool | None  # in JSON
+    text: str  # as people read it
+    mark: str  # its origin, see above
 
 
 @dataclass(frozen=True)
@@ -46,17 +39,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of figures.
+    """A column of figures."""
 
-    Attributes:
-        name: heading of the column.
-        mark: origin of its figures; "" if each row has its own.
-        key: name of the object that holds its figures in JSON; "" puts them directly into the section.
-    """
-
-    name: str
-    mark: str = ""
-    key: str = ""
+    name: str  # its heading
+    mark: str = ""  # origin of its figures; "" if each row has its own
+    key: str = ""  # name of the object that holds its figures in JSON; "" puts them directly into the section
 
 
 @dataclass(frozen=True)

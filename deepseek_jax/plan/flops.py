@@ -22,23 +22,14 @@ PUBLISHED_MFU = {"router": False, "mtp": False}  # parts that the published oper
 
 @dataclass(frozen=True)
 class Forward:
-    """Operations of the forward pass per token, by part.
+    """Operations of the forward pass per token, by part."""
 
-    Attributes:
-        blocks: matrices of the main model's blocks, without the routers.
-        head: the output head.
-        attention: queries with keys and values, in all layers of the main model.
-        router: scores of the experts, in the main model.
-        mtp: multi-token prediction without its routers.
-        mtp_router: routers of multi-token prediction.
-    """
-
-    blocks: float
+    blocks: float  # matrices of the main model's blocks, without the routers
     head: float
-    attention: float
-    router: float
-    mtp: float
-    mtp_router: float
+    attention: float  # queries with keys and values, in all layers of the main model
+    router: float  # scores of the experts, in the main model
+    mtp: float  # multi-token prediction without its routers
+    mtp_router: float  # routers of multi-token prediction
 
     def total(self, *, router: bool, mtp: bool) -> float:
         """Returns the sum, with or without the routers and multi-token prediction."""

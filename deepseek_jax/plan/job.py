@@ -20,36 +20,25 @@ from deepseek_jax.plan.schedules import Schedule
 
 @dataclass(frozen=True)
 class Part:
-    """A stage's part of one weight, as one device holds it.
+    """A stage's part of one weight, as one device holds it."""
 
-    Attributes:
-        weight: the weight, of the layers of this stage.
-        place: its placement on the mesh of the stage.
-        numbers: how many of its numbers this device holds.
-        optimizer_numbers: for how many of them this device holds the optimizer state.
-    """
-
-    weight: Weight
-    place: Placement
-    numbers: int
-    optimizer_numbers: int
+    weight: Weight  # of the layers of this stage
+    place: Placement  # on the mesh of the stage
+    numbers: int  # how many of its numbers this device holds
+    optimizer_numbers: int  # for how many of them this device holds the optimizer state
 
 
 @dataclass(frozen=True)
 class Job:
-    """A network, how it is divided, and the chips on which it runs.
+    """A network, how it is divided, and the chips on which it runs."""
 
-    Attributes:
-        network, layout, chip, schedule, recipe: see their modules.
-        rules: logical axis -> mesh axis (`config.sharding`).
-    """
-
+    # network, layout, chip, schedule, recipe: see their modules
     network: Network
     layout: Layout
     chip: Chip
     schedule: Schedule
     recipe: Recipe
-    rules: Mapping[str, str]
+    rules: Mapping[str, str]  # logical axis -> mesh axis (`config.sharding`)
 
     @cached_property
     def mesh(self) -> AbstractMesh:

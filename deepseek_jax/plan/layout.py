@@ -18,21 +18,15 @@ from deepseek_jax.plan.network import EMBEDDING, HEAD, MTP, Network, Weight
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of a step.
+    """Sizes of a step."""
 
-    Attributes:
-        pipe, data, expert: devices along each axis.
-        batch: sequences per step, over all devices.
-        micro_batches: parts into which each pipeline divides its sequences.
-        seq_len: tokens per sequence.
-    """
-
+    # pipe, data, expert: devices along each axis
     pipe: int
     data: int
     expert: int
-    batch: int
-    micro_batches: int
-    seq_len: int
+    batch: int  # sequences per step, over all devices
+    micro_batches: int  # parts into which each pipeline divides its sequences
+    seq_len: int  # tokens per sequence
 
     @property
     def devices(self) -> int:
@@ -89,21 +83,14 @@ def make_layout(
 
 @dataclass(frozen=True)
 class Stage:
-    """Consecutive layers.
+    """Consecutive layers."""
 
-    Attributes:
-        weights: weights of its layers, and of embedding, head and multi-token prediction if it has them.
-        layers: (name, number of layers) of each stack.
-        mtp_depth: depths of multi-token prediction.
-        has_embedding: whether tokens enter the model in this stage.
-        has_head: whether the loss is computed in this stage.
-    """
-
+    # weights of its layers, and of embedding, head and multi-token prediction if it has them
     weights: tuple[Weight, ...]
-    layers: tuple[tuple[str, int], ...]
-    mtp_depth: int
-    has_embedding: bool
-    has_head: bool
+    layers: tuple[tuple[str, int], ...]  # (name, number of layers) of each stack
+    mtp_depth: int  # depths of multi-token prediction
+    has_embedding: bool  # whether tokens enter the model in this stage
+    has_head: bool  # whether the loss is computed in this stage
 
     @property
     def n_layers(self) -> int:

@@ -23,19 +23,12 @@ LATENTS = ("q_latent", "kv_latent")
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight.
+    """One weight."""
 
-    Attributes:
-        name: dotted name, as in a checkpoint.
-        shape: shape, including the leading axis of a stack.
-        axes: logical axes, likewise.
-        role: what it is for (`layers.base.ROLES`).
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
-    role: str
+    name: str  # dotted, as in a checkpoint
+    shape: tuple[int, ...]  # including the leading axis of a stack
+    axes: tuple[str | None, ...]  # logical ones, likewise
+    role: str  # what it is for (`layers.base.ROLES`)
 
     @property
     def part(self) -> str:
@@ -98,29 +91,21 @@ class Weight:
 
 @dataclass(frozen=True)
 class Network:
-    """What the planner knows about a model.
+    """What the planner knows about a model."""
 
-    Attributes:
-        weights: all trained weights.
-        router_biases: how many router biases there are; they are not trained.
-        stacks: stacks of blocks in the order in which they run.
-        n_layers: blocks of the main model; each has one attention.
-        d_model, vocab_size: widths.
-        n_experts, top_k, n_groups, top_groups: numbers of the routed experts; 1 each if there are none.
-        flops_per_pair: operations of one token's queries with the keys and values of one other token, per layer.
-    """
-
-    weights: tuple[Weight, ...]
-    router_biases: int
-    stacks: tuple[str, ...]
-    n_layers: int
+    weights: tuple[Weight, ...]  # all trained weights
+    router_biases: int  # how many router biases there are; they are not trained
+    stacks: tuple[str, ...]  # stacks of blocks in the order in which they run
+    n_layers: int  # blocks of the main model; each has one attention
+    # d_model, vocab_size: widths
     d_model: int
     vocab_size: int
+    # n_experts, top_k, n_groups, top_groups: numbers of the routed experts; 1 each if there are none
     n_experts: int
     top_k: int
     n_groups: int
     top_groups: int
-    flops_per_pair: int
+    flops_per_pair: int  # operations of one token's queries with the keys and values of one other token, per layer
 
     @property
     def mtp_depth(self) -> int:

@@ -9,41 +9,30 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Run:
-    """A published run; fields that the source does not state are None, 0 or empty.
+    """A published run; fields that the source does not state are None, 0 or empty."""
 
-    Attributes:
-        source: where these numbers are published.
-        chip, devices, pipe, expert: chips, and how they were divided.
-        schedule, recipe: pipeline schedule and number formats (`schedules.SCHEDULES`, `recipes.NAMES`).
-        step_time_s: seconds of a step of `batch` sequences of `seq_len` tokens.
-        batch, seq_len: sequences per step, tokens per sequence.
-        phases_s: where the time of that step went, in seconds on one pipeline rank.
-        mfu, mfu_causal: fraction of the bfloat16 peak with full and with causal attention; routers and MTP not counted.
-        tokens: tokens trained on.
-        hours: GPU hours by stage, pre-training first.
-        hours_per_trillion: GPU hours per 10^12 tokens.
-        dollars_per_hour: price assumed in the source.
-        against: config that it was compared with.
-    """
-
-    source: str
+    source: str  # where these numbers are published
+    # chip, devices, pipe, expert: chips, and how they were divided
     chip: str = "h800"
     devices: int = 0
     pipe: int = 0
     expert: int = 0
+    # schedule, recipe: pipeline schedule and number formats (`schedules.SCHEDULES`, `recipes.NAMES`)
     schedule: str = ""
     recipe: str = ""
-    step_time_s: float | None = None
+    step_time_s: float | None = None  # seconds of a step of `batch` sequences of `seq_len` tokens
+    # batch, seq_len: sequences per step, tokens per sequence
     batch: int = 0
     seq_len: int = 0
-    phases_s: tuple[tuple[str, float], ...] = ()
+    phases_s: tuple[tuple[str, float], ...] = ()  # where the time of that step went, in seconds on one pipeline rank
+    # mfu, mfu_causal: fraction of the bfloat16 peak with full and with causal attention; routers and MTP not counted
     mfu: float | None = None
     mfu_causal: float | None = None
-    tokens: float | None = None
-    hours: tuple[tuple[str, float], ...] = ()
-    hours_per_trillion: float | None = None
-    dollars_per_hour: float | None = None
-    against: str = ""
+    tokens: float | None = None  # tokens trained on
+    hours: tuple[tuple[str, float], ...] = ()  # GPU hours by stage, pre-training first
+    hours_per_trillion: float | None = None  # GPU hours per 10^12 tokens
+    dollars_per_hour: float | None = None  # price assumed in the source
+    against: str = ""  # config that it was compared with
 
 
 RUNS = {

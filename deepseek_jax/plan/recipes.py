@@ -41,41 +41,27 @@ V3_POLICY = "v3"
 
 @dataclass(frozen=True)
 class Recipe:
-    """Bytes per number, and choices.
+    """Bytes per number, and choices."""
 
-    Attributes:
-        weights: bytes per number of the weights on a device.
-        gradients: bytes per number of the summed gradients.
-        optimizer: bytes per number of everything that the optimizer keeps, divided over the replicas.
-        gathered: bytes per number of the weights that are gathered after an update.
-        activations: bytes per number of the residual stream.
-        remat: what is kept for the backward pass: none, dots or block (see `layers.base.Execution`), or v3.
-        dispatch, combine: bytes per number sent to an expert and back.
-        low_precision_copy: bytes per number of a second copy of the blocks' matrices.
-        fp8: whether the blocks' matmuls run in FP8; head, routers and attention never do.
-        sent_beside: bytes sent with a token for each chosen expert.
-        padding: size of the exchange buffers relative to a balanced load.
-        node_limited: whether a token crosses the network once per node, and spreads over the fast link there.
-        backward_exchanges: exchanges of a layer's backward pass, relative to its forward pass.
-        efficiency, fitted_to: fraction of the peak that matmuls reach, and the measurement it was fitted to.
-    """
-
-    weights: float
-    gradients: float
-    optimizer: float
-    gathered: float
-    activations: float
-    remat: str
+    weights: float  # bytes per number of the weights on a device
+    gradients: float  # bytes per number of the summed gradients
+    optimizer: float  # bytes per number of everything that the optimizer keeps, divided over the replicas
+    gathered: float  # bytes per number of the weights that are gathered after an update
+    activations: float  # bytes per number of the residual stream
+    remat: str  # what is kept for the backward pass: none, dots or block (see `layers.base.Execution`), or v3
+    # dispatch, combine: bytes per number sent to an expert and back
     dispatch: float
     combine: float
+    # efficiency, fitted_to: fraction of the peak that matmuls reach, and the measurement it was fitted to
     efficiency: float
     fitted_to: str
-    low_precision_copy: float = 0.0
-    fp8: bool = False
-    sent_beside: int = 0
-    padding: float = 1.0
+    low_precision_copy: float = 0.0  # bytes per number of a second copy of the blocks' matrices
+    fp8: bool = False  # whether the blocks' matmuls run in FP8; head, routers and attention never do
+    sent_beside: int = 0  # bytes sent with a token for each chosen expert
+    padding: float = 1.0  # size of the exchange buffers relative to a balanced load
+    # whether a token crosses the network once per node, and spreads over the fast link there
     node_limited: bool = False
-    backward_exchanges: int = 1
+    backward_exchanges: int = 1  # exchanges of a layer's backward pass, relative to its forward pass
 
     @property
     def exchanged(self) -> float:

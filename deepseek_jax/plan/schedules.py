@@ -23,19 +23,14 @@ from deepseek_jax.parallel.stages import ARRANGEMENTS, Arrangement
 
 @dataclass(frozen=True)
 class Schedule:
-    """A pipeline schedule.
+    """A pipeline schedule."""
 
-    Attributes:
-        title, formula: name and formula as shown to people.
-        bubble: `bubble(PP, times)` returns the seconds that a device waits per step.
-        arrangement: which stages each device holds.
-        overlaps: whether the forward pass of one micro-batch and the backward pass of another hide their exchanges.
-    """
-
+    # title, formula: name and formula as shown to people
     title: str
     formula: str
-    bubble: Callable[[int, Times], float]
-    arrangement: Arrangement
+    bubble: Callable[[int, Times], float]  # `bubble(PP, times)` returns the seconds that a device waits per step
+    arrangement: Arrangement  # which stages each device holds
+    # whether the forward pass of one micro-batch and the backward pass of another hide their exchanges
     overlaps: bool = False
 
 

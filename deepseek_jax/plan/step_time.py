@@ -27,17 +27,11 @@ PAIRS_BACKWARD = 2  # time of the gradients of scores and values, in forward pas
 
 @dataclass(frozen=True)
 class Compute:
-    """Seconds of arithmetic per stage and micro-batch.
+    """Seconds of arithmetic per stage and micro-batch."""
 
-    Attributes:
-        matmuls: forward pass of the matrices; input gradients and weight gradients each take as long.
-        pairs: forward pass of attention's scores and weighted sums.
-        recomputed: what the backward pass recomputes.
-    """
-
-    matmuls: float
-    pairs: float
-    recomputed: float
+    matmuls: float  # forward pass of the matrices; input gradients and weight gradients each take as long
+    pairs: float  # forward pass of attention's scores and weighted sums
+    recomputed: float  # what the backward pass recomputes
 
     @property
     def forward(self) -> float:
@@ -52,21 +46,13 @@ class Compute:
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds per step on the slowest device.
+    """Seconds per step on the slowest device."""
 
-    Attributes:
-        compute: arithmetic of all micro-batches.
-        exchange: all-to-all with the experts that arithmetic does not hide.
-        bubble: waiting for other stages.
-        reduce: gradients and weights between replicas, and FSDP.
-        optimizer: reading and writing the optimizer state.
-    """
-
-    compute: float
-    exchange: float
-    bubble: float
-    reduce: float
-    optimizer: float
+    compute: float  # arithmetic of all micro-batches
+    exchange: float  # all-to-all with the experts that arithmetic does not hide
+    bubble: float  # waiting for other stages
+    reduce: float  # gradients and weights between replicas, and FSDP
+    optimizer: float  # reading and writing the optimizer state
 
     @property
     def total(self) -> float:

@@ -45,46 +45,33 @@ MOST_DEVICES = 2**17
 
 @dataclass(frozen=True)
 class Space:
-    """What is given, and what may be chosen.
+    """What is given, and what may be chosen."""
 
-    Attributes:
-        network, chip, devices: the network, and the chips it is to run on.
-        batch, batch_start, seq_len, loss_chunk: `config.batch.size`, `size_start`, `config.data.seq_len`,
-            `config.loss.chunk`.
-        rules: `config.sharding`.
-        recipes: recipes to choose from; their `remat` and number formats differ.
-        kept: `kept(recipe, layout, rules)` returns what a layer of each stack keeps; called as rarely as possible.
-        efficiency: efficiency of the matmuls; 0: that of each recipe.
-    """
-
+    # network, chip, devices: the network, and the chips it is to run on
     network: Network
     chip: Chip
     devices: int
+    # batch, batch_start, seq_len, loss_chunk: `config.batch.size`, `size_start`, `config.data.seq_len`,
+    # `config.loss.chunk`
     batch: int
     batch_start: int
     seq_len: int
     loss_chunk: int
-    rules: Mapping[str, str]
-    recipes: Sequence[Recipe]
+    rules: Mapping[str, str]  # `config.sharding`
+    recipes: Sequence[Recipe]  # recipes to choose from; their `remat` and number formats differ
+    # `kept(recipe, layout, rules)` returns what a layer of each stack keeps; called as rarely as possible
     kept: Callable[[Recipe, Layout, Mapping[str, str]], Mapping[str, ActivationBytes]]
-    efficiency: float = 0.0
+    efficiency: float = 0.0  # efficiency of the matmuls; 0: that of each recipe
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A job that fits.
-
-    Attributes:
-        job: the job.
-        batch_start: its `config.batch.size_start`.
-        step_s: seconds per step.
-        memory: bytes on the fullest device.
-    """
+    """A job that fits."""
 
     job: Job
-    batch_start: int
+    batch_start: int  # its `config.batch.size_start`
     step_s: float
-    memory: float
+    memory: float  # bytes on the fullest device
 
 
 def missing(job: Job) -> list[str]:

@@ -52,19 +52,12 @@ class Sent:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a device sends per step.
+    """What a device sends per step."""
 
-    Attributes:
-        exchange: with the experts' devices, forward and backward.
-        zero: gradients and weights between replicas.
-        fsdp: weights that are stored in shards.
-        pipeline: activations and their gradients between stages.
-    """
-
-    exchange: Sent
-    zero: Sent
-    fsdp: Sent
-    pipeline: Sent
+    exchange: Sent  # with the experts' devices, forward and backward
+    zero: Sent  # gradients and weights between replicas
+    fsdp: Sent  # weights that are stored in shards
+    pipeline: Sent  # activations and their gradients between stages
 
     @property
     def total(self) -> float:

@@ -24,22 +24,15 @@ def warn_on_stderr(message: str) -> None:
 
 @dataclass(frozen=True)
 class Published:
-    """A directory of published weights, checked as far as possible without reading them.
+    """A directory of published weights, checked as far as possible without reading them."""
 
-    Attributes:
-        family, numbers: see `hf_config.from_hf`.
-        facts: see `hf_config.ConfigFacts`.
-        tensors: the files; None if only config.json and the index were read.
-        config: content of config.json.
-        generation_eos_ids: end-of-sequence tokens in generation_config.json.
-    """
-
+    # family, numbers: see `hf_config.from_hf`
     family: str
     numbers: dict[str, Any]
     facts: hf_config.ConfigFacts
-    tensors: Tensors | None
-    config: dict[str, Any]
-    generation_eos_ids: tuple[int, ...]
+    tensors: Tensors | None  # the files; None if only config.json and the index were read
+    config: dict[str, Any]  # content of config.json
+    generation_eos_ids: tuple[int, ...]  # end-of-sequence tokens in generation_config.json
 
     @property
     def is_wide(self) -> bool:

@@ -30,19 +30,12 @@ def _left_out(tensors: Tensors, numbers: dict[str, Any]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of one of our weights.
+    """A part of one of our weights."""
 
-    Attributes:
-        path: path of the weight in the tree, such as ("params", "moe_blocks", "experts", "gate_XDF").
-        index: () for the whole weight, else the layer, or layer and expert.
-        array: values, perhaps a transposed view.
-        n_bytes_read: bytes of the files up to and including this piece, whether read or skipped.
-    """
-
-    path: names.Path
-    index: names.Index
-    array: np.ndarray
-    n_bytes_read: int
+    path: names.Path  # of the weight in the tree, such as ("params", "moe_blocks", "experts", "gate_XDF")
+    index: names.Index  # () for the whole weight, else the layer, or layer and expert
+    array: np.ndarray  # values, perhaps a transposed view
+    n_bytes_read: int  # bytes of the files up to and including this piece, whether read or skipped
 
 
 class Source:

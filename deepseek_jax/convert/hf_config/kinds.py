@@ -21,30 +21,22 @@ from deepseek_jax.convert.hf_config import families
 
 @dataclass(frozen=True)
 class Kind:
-    """How a model_type is read and written.
+    """How a model_type is read and written."""
 
-    Attributes:
-        family: name in `deepseek_jax.models`.
-        architecture: class in transformers, or in the release's own code.
-        sizes: key of config.json -> key of `config.model`; all are integers >= 1 (`COUNTS`: >= 0).
-        read_extra: `read_extra(hf, numbers, rope)` returns the family's other numbers (see `families`).
-        write_extra: `write_extra(numbers)` returns the keys of config.json for those.
-        implied: numbers of `config.model` that the model_type itself implies.
-        fixed: keys with a single known value, which is also assumed if they are missing; they are written.
-        refused: likewise, but not written, since only some configs have them.
-        rope_types: context extensions that the family supports.
-        auto_map: classes in the release's own code, for a model_type that transformers does not have.
-    """
-
-    family: str
-    architecture: str
-    sizes: dict[str, str]
+    family: str  # name in `deepseek_jax.models`
+    architecture: str  # class in transformers, or in the release's own code
+    sizes: dict[str, str]  # key of config.json -> key of `config.model`; all are integers >= 1 (`COUNTS`: >= 0)
+    # `read_extra(hf, numbers, rope)` returns the family's other numbers (see `families`)
     read_extra: Callable[[Mapping[str, Any], dict, dict], dict]
-    write_extra: Callable[[Mapping[str, Any]], dict]
+    write_extra: Callable[[Mapping[str, Any]], dict]  # `write_extra(numbers)` returns the keys of config.json for those
+    # numbers of `config.model` that the model_type itself implies
     implied: dict[str, Any] = field(default_factory=dict)
+    # keys with a single known value, which is also assumed if they are missing; they are written
     fixed: dict[str, Any] = field(default_factory=dict)
+    # likewise, but not written, since only some configs have them
     refused: dict[str, Any] = field(default_factory=dict)
-    rope_types: tuple[str, ...] = ()
+    rope_types: tuple[str, ...] = ()  # context extensions that the family supports
+    # classes in the release's own code, for a model_type that transformers does not have
     auto_map: dict[str, str] = field(default_factory=dict)
 
 

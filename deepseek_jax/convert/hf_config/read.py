@@ -15,21 +15,13 @@ FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "we
 
 
 class ConfigFacts(NamedTuple):
-    """What a config.json says besides the numbers of the model.
+    """What a config.json says besides the numbers of the model."""
 
-    Attributes:
-        n_positions: longest sequence that the release is meant for.
-        bos_id: begin-of-sequence token; None if it is not given.
-        eos_ids: end-of-sequence tokens; empty if none is given.
-        is_tied: whether the head is the transposed embedding and not stored.
-        pad_id: padding token; None if it is not given.
-    """
-
-    n_positions: int
-    bos_id: int | None
-    eos_ids: tuple[int, ...]
-    is_tied: bool
-    pad_id: int | None = None
+    n_positions: int  # longest sequence that the release is meant for
+    bos_id: int | None  # begin-of-sequence token; None if it is not given
+    eos_ids: tuple[int, ...]  # end-of-sequence tokens; empty if none is given
+    is_tied: bool  # whether the head is the transposed embedding and not stored
+    pad_id: int | None = None  # padding token; None if it is not given
 
 
 def from_hf(hf: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -28,17 +28,11 @@ NOT_SAFETENSORS = "The file is damaged or not a safetensors file."
 
 
 class Place(NamedTuple):
-    """Where a tensor is stored.
+    """Where a tensor is stored."""
 
-    Attributes:
-        shard: name of the file.
-        offset: bytes from the start of the file.
-        info: dtype and shape.
-    """
-
-    shard: str
-    offset: int
-    info: Info
+    shard: str  # name of the file
+    offset: int  # bytes from the start of the file
+    info: Info  # dtype and shape
 
 
 def read_json(path: str | os.PathLike) -> dict:

@@ -102,20 +102,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Template:
-    """The chat format of a generation; the functions are explained at the top of this file.
-
-    Attributes:
-        end: special token at which generation stops.
-        thinks: whether answers may start with a thought.
-        opens_thought: whether the published template opens the thought in the prompt (`thinking`).
-    """
+    """The chat format of a generation; the functions are explained at the top of this file."""
 
     parts: Callable[..., list[Part]]
     reply: Callable[..., list[Part]]
     parse: Callable[..., dict]
-    end: Part = EOS
-    thinks: bool = False
-    opens_thought: bool = False
+    end: Part = EOS  # special token at which generation stops
+    thinks: bool = False  # whether answers may start with a thought
+    opens_thought: bool = False  # whether the published template opens the thought in the prompt (`thinking`)
 
     def encode(self, messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False) -> str:
         """Returns the prompt as a string. For a model, use `to_ids(parts(…), tokenizer)`."""

@@ -37,19 +37,13 @@ from deepseek_jax.errors import UserError
 
 
 class Layout(NamedTuple):
-    """The differences between these templates.
+    """The differences between these templates."""
 
-    Attributes:
-        write_calls: `write_calls(content, calls, whether there were calls before)` returns pieces.
-        between_outputs: text before each output except the first.
-        join_system: joins several system prompts.
-        blanks: blanks before BOS per system prompt.
-    """
-
+    # `write_calls(content, calls, whether there were calls before)` returns pieces
     write_calls: Callable[[str, Sequence[Call], bool], Pieces]
-    between_outputs: str = "\n"
-    join_system: Callable[[list[str]], str] = "\n\n".join
-    blanks: int = 0
+    between_outputs: str = "\n"  # text before each output except the first
+    join_system: Callable[[list[str]], str] = "\n\n".join  # joins several system prompts
+    blanks: int = 0  # blanks before BOS per system prompt
 
 
 def _calls_alone(content: str, calls: Sequence[Call], is_later: bool) -> Pieces:

@@ -13,47 +13,32 @@ from deepseek_jax.plan.published import Run
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A network and what is known about it.
+    """A network and what is known about it."""
 
-    Attributes:
-        name: name of the config.
-        network: weights as shapes.
-        counts: numbers of parameters.
-        cache_bytes: size of the key-value cache per token.
-        run: the published run of this model, or None.
-    """
-
-    name: str
+    name: str  # of the config
     network: Network
     counts: Counts
-    cache_bytes: int
-    run: Run | None
+    cache_bytes: int  # of the key-value cache, per token
+    run: Run | None  # the published run of this model, or None
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Options of a report.
+    """Options of a report."""
 
-    Attributes:
-        kept: what a layer keeps for the backward pass (`activations.kept`).
-        loss_chunk: tokens whose logits exist at a time.
-        efficiency, efficiency_mark: efficiency of the calibrated column, and whether it is fitted or given.
-        step_s, step_mark: a measured step and where it is from; None for no such column.
-        tokens, tokens_mark: tokens of the whole run, and where that number is from.
-        dollars: price per GPU hour.
-        against: a model to compare with, or None.
-    """
-
-    kept: Mapping[str, ActivationBytes]
-    loss_chunk: int
+    kept: Mapping[str, ActivationBytes]  # what a layer keeps for the backward pass (`activations.kept`)
+    loss_chunk: int  # tokens whose logits exist at a time
+    # efficiency, efficiency_mark: efficiency of the calibrated column, and whether it is fitted or given
     efficiency: float
     efficiency_mark: str
+    # step_s, step_mark: a measured step and where it is from; None for no such column
     step_s: float | None
     step_mark: str
+    # tokens, tokens_mark: tokens of the whole run, and where that number is from
     tokens: float
     tokens_mark: str
-    dollars: float
-    against: PlannedModel | None
+    dollars: float  # price per GPU hour
+    against: PlannedModel | None  # a model to compare with, or None
 
 
 def memory_of(job: Job, options: PlanOptions) -> list[dict[str, float]]:

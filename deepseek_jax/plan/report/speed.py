@@ -18,15 +18,10 @@ SCHEDULE_KEYS = ("bubble_roofline_s", "bubble_calibrated_s", "bubble_percent", "
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose columns are different steps of one job.
+    """A table whose columns are different steps of one job."""
 
-    Attributes:
-        columns: roofline, calibrated, and measured if a step was measured.
-        speeds: the speed in each column.
-    """
-
-    columns: tuple[Column, ...]
-    speeds: tuple[Speed, ...]
+    columns: tuple[Column, ...]  # roofline, calibrated, and measured if a step was measured
+    speeds: tuple[Speed, ...]  # the speed in each column
 
     def row(self, key: str, label: str, values: Sequence[float], text: Callable[[float], str], note: str = "") -> Row:
         """Returns a row of one value per column; columns beyond the last value stay empty."""
