@@ -99,8 +99,7 @@ def chips_of(text: str) -> tuple[Chip, int]:
     | v5p-512 | 256: these count TensorCores, two per chip |
     | mine:bf16=989,... | 0; see `chip` |
 
-    Raises:
-        UserError: there is no such chip, or the number of TensorCores does not divide evenly into chips.
+    Raises UserError if there is no such chip, or the number of TensorCores does not divide evenly into chips.
     """
     found = re.fullmatch(r"(?:(\d+) ?x ?)?([a-z0-9_]*?[a-z0-9])(?:( ?x ?|-)(\d+))?", text.lower())
     if ":" in text or _name(text) or not found or not (found[1] or found[4]) or (found[1] and found[4]):
@@ -133,10 +132,7 @@ def chip(text: str) -> Chip:
     """Returns the chip called `text`, or one given by its numbers: "mine:bf16=989,fp8=1979,memory=80,hbm=3350,…".
 
     Missing numbers are taken from the chip of that name ("h200:memory=96"), else from H800; `fp8` defaults to twice
-    `bf16`.
-
-    Raises:
-        UserError: there is no such chip, or a number is invalid.
+    `bf16`. Raises UserError if there is no such chip, or a number is invalid.
     """
     name, colon, numbers = text.partition(":")
     if not colon and _name(name):

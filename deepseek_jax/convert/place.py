@@ -24,6 +24,8 @@ Region = tuple[slice, ...]  # a device's part of a weight
 def place(source: Source, target: dict, report: Callable[[Piece], None] | None = None) -> dict:
     """Reads weights onto devices. In a run of several processes each reads what its own devices need.
 
+    Raises UserError if files are damaged.
+
     Args:
         source: where the weights come from.
         target: a tree like `source.abstract` whose leaves have a `sharding`; weights are cast to the leaves' dtype.
@@ -31,9 +33,6 @@ def place(source: Source, target: dict, report: Callable[[Piece], None] | None =
 
     Returns:
         The tree of arrays.
-
-    Raises:
-        UserError: files are damaged.
     """
     targets = dict(leaves(target))
     regions = {path: _regions(leaf) for path, leaf in targets.items()}

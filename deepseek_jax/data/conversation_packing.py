@@ -141,6 +141,8 @@ def sides(
 ) -> tuple[ConversationPacking, ConversationPacking | None]:
     """Returns the training and the held-out side of a corpus; the second is None if nothing is held out.
 
+    Raises UserError if no conversation is left to train on.
+
     Args:
         store: conversations as `conversations.flatten` writes them.
         tokenizer: tokenizer of their text.
@@ -149,9 +151,6 @@ def sides(
         seq_len: tokens per window.
         seed: seed of the order of the windows.
         watch: shows how much of a large corpus is measured.
-
-    Raises:
-        UserError: no conversation is left to train on.
     """
     by_hash = np.argsort(store.hashes, kind="stable")
     chosen = held_out(store.hashes, holdout_rate)[by_hash]

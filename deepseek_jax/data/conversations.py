@@ -48,13 +48,12 @@ class Example(NamedTuple):
 def answers(conversation: dict, template: chat.Template, train_on: str) -> list[Answer]:
     """Returns the answers that are learnt from a conversation.
 
+    Raises UserError if the template cannot express something in the conversation.
+
     Args:
         conversation: `messages`, and optionally `tools` and `thinking`.
         template: chat template.
         train_on: "answers" for all messages of the assistant except those of weight 0, "last" for the last of these.
-
-    Raises:
-        UserError: the template cannot express something in the conversation.
     """
     messages, tools = conversation["messages"], conversation.get("tools", ())
     places = [n for n, message in enumerate(messages) if counts(message, f"messages[{n}]")]
@@ -116,14 +115,11 @@ def unflatten(stored: ArrayLike) -> list[Example]:
 
 
 def template_name(name: str, tokenizer: str | Tokenizer) -> str:
-    """Returns the name of a corpus's chat template.
+    """Returns the name of a corpus's chat template. Raises UserError if there is none, or an unknown one.
 
     Args:
         name: `data.chat_template`; "" means the one in the tokenizer's folder.
         tokenizer: `data.tokenizer`, a tokenizer.json or its folder.
-
-    Raises:
-        UserError: there is none, or an unknown one.
     """
     if name:
         return chat.template_for(None, name)

@@ -104,10 +104,8 @@ def open_corpus(source: str, text_key: str, format: str = "auto") -> Corpus:
     """Returns the corpus that `source` names: `stdlib`, a file, a folder with all below it, or a glob.
 
     A path that exists is used as it is, even with characters of a glob. `format` is one of `FORMATS`, or "auto" for
-    that of the first row.
-
-    Raises:
-        UserError: nothing matches, or the type of a file is unknown or does not suit the format.
+    that of the first row. Raises UserError if nothing matches, or the type of a file is unknown or does not suit the
+    format.
     """
     if format not in ("auto", *FORMATS):
         raise UserError(f"data.format = {format!r} does not exist. Choose one of auto, {', '.join(FORMATS)}.")

@@ -26,6 +26,8 @@ def once(
 ) -> None:
     """Calls `work` unless `is_done()`; among processes with the same lock, one at a time does so.
 
+    Raises UserError if the process that holds the lock has made no progress for `STALL_S`.
+
     Args:
         lock: path of the lock file, which is removed at the end.
         label: name of the work, for `watch`.
@@ -33,9 +35,6 @@ def once(
         is_done: returns whether the result exists; called while the lock is held.
         work: creates the result; it is given the counter of its bytes.
         watch: shows the progress, made in this process or another.
-
-    Raises:
-        UserError: the process that holds the lock has made no progress for `STALL_S`.
     """
     with _held(lock, label, total, watch) as file:
         if not is_done():

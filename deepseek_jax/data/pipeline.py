@@ -146,8 +146,7 @@ class Split:
 def open_split(split: str, **settings: Any) -> Split:
     """Returns the `train` or the `holdout` side of a corpus; the settings are those of `open_splits`.
 
-    Raises:
-        UserError: as `open_splits`; the side does not exist or holds no text.
+    Raises UserError as that does, or if the side does not exist or holds no text.
     """
     if split not in ("train", "holdout"):
         raise UserError(f"split {split!r}: expected 'train' or 'holdout'.")
@@ -183,14 +182,12 @@ def open_splits(
     Training text is shuffled in each epoch and partly FIM. Held-out text is unchanged and its last window is padded, so
     `n_samples` rows are all of it; its order is fixed and mixes documents, so the first few rows are a fair sample.
     Conversations are whole, and `fim_rate` and `mask_documents` do not apply to them: there is no FIM, and they are
-    always masked (see `settled`).
+    always masked (see `settled`). Raises UserError if an argument is invalid, files are unreadable, or there is too
+    little text.
 
     Args:
         source, ...: keys of `config.data`; `tokenizer` may be an open tokenizer. Defaults are as in `configs/base.py`.
         watch: shows the progress of tokenising.
-
-    Raises:
-        UserError: an argument is invalid, files are unreadable, or there is too little text.
     """
     _check(seq_len, fim_rate, holdout_rate, workers)
     opened = open_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
@@ -216,8 +213,7 @@ def open_splits(
 def settled(data: Mapping) -> dict:
     """Returns the keys of `config.data` that the corpus determines: its format, and what follows from it.
 
-    Raises:
-        UserError: there is no file, or no chat template for conversations.
+    Raises UserError if there is no file, or no chat template for conversations.
     """
     corpus = open_corpus(data["source"], data["text_key"], data["format"])
     if corpus.format != "conversations":

@@ -18,8 +18,7 @@ CONVERSATION = ("messages", "tools", "thinking")  # fields of a row; the first i
 def format_of(row: Any, text_key: str, where: str) -> str:
     """Returns which of `FORMATS` a row has.
 
-    Raises:
-        UserError: it could have either, or it is a conversation in another spelling.
+    Raises UserError if it could have either, or it is a conversation in another spelling.
     """
     if isinstance(row, dict) and "conversations" in row and not {"messages", text_key} & {*row}:
         raise UserError(
@@ -57,8 +56,7 @@ def field(row: dict, text_key: str, where: str) -> str:
 def conversation_text(row: Any, where: str) -> str:
     """Returns the conversation of a row as JSON, so that equal conversations are equal documents.
 
-    Raises:
-        UserError: there are no messages, their order is invalid, or none is the assistant's.
+    Raises UserError if there are no messages, their order is invalid, or none is the assistant's.
     """
     if not isinstance(row, dict) or "messages" not in row:
         has = f"fields {', '.join(row) or 'none'}" if isinstance(row, dict) else type(row).__name__

@@ -30,6 +30,7 @@ from jax.sharding import AbstractMesh
 
 from deepseek_jax.layers.base import Execution, bind, logical_axes, run_stack, split
 from deepseek_jax.layers.tokens import Tokens
+from deepseek_jax.parallel.mesh import REPLICAS
 from deepseek_jax.parallel.sharding import EXPERTS, expert_axis, placements, unsharder
 from deepseek_jax.plan.layout import Layout
 from deepseek_jax.plan.network import NORM_WIDTH, Network, abstract_model
@@ -53,45 +54,55 @@ def kept(
     family: ModuleType, sizes: object, network: Network, layout: Layout, recipe: Recipe, rules: Mapping[str, str]
 ) -> dict[str, ActivationBytes]:
     """Returns what a layer of each stack keeps on one device."""
-    if recipe.remat == V3_POLICY:
-        return {name: _published(network, name, layout.seq_len) for name in network.stacks}
-    mesh = AbstractMesh((layout.data, layout.expert), ("data", "expert"))
-    run = execution(recipe, rules, mesh)
-    model = abstract_model(family, sizes, run)
-    return {name: traced(model, name, run, layout.seq_len, rules, mesh) for name in network.stacks}
+    return CachedActivations(family, sizes, network)(recipe, layout, rules)
 
 
-def execution(recipe: Recipe, rules: Mapping[str, str], mesh: AbstractMesh) -> Execution:
-    """Returns how a layer runs under a recipe on a mesh."""
-    dtype = jnp.float32 if recipe.activations == FLOAT32 else jnp.bfloat16
-    axis, unshard = expert_axis(rules, mesh), unsharder(rules, mesh)
-    return Execution(compute=dtype, remat=recipe.remat, expert_axis=axis, unshard=unshard)
+class CachedActivations:
+    """`kept` for many jobs of one network. Each derivative is computed once: a stack depends on few choices of a job.
 
-
-def traced(
-    model: nnx.Module, stack: str, run: Execution, seq_len: int, rules: Mapping[str, str], mesh: AbstractMesh
-) -> ActivationBytes:
-    """Returns what a layer of our own code keeps, from its derivative on shapes.
-
-    Its backward pass recomputes what policy "none" would have kept; the gradients are assumed to be as large.
+    Policy "block" needs no derivative: it keeps the input alone (and a few hundred bytes of rotary frequencies).
     """
-    mine = affine(model, stack, run, seq_len, rules, mesh)
-    if run.remat == "none":
-        return combined(mine, mine)
-    return combined(mine, affine(model, stack, replace(run, remat="none"), seq_len, rules, mesh))
 
+    def __init__(self, family: ModuleType, sizes: object, network: Network):
+        self.family, self.sizes, self.network = family, sizes, network
+        self.known: dict[tuple, tuple[int, int]] = {}
 
-def combined(mine: tuple[int, int], everything: tuple[int, int]) -> ActivationBytes:
-    """Returns what a layer needs, given `affine` of its own policy and of policy "none"."""
-    return ActivationBytes(*mine, 2 * everything[0] - mine[0], everything[1] - mine[1])
+    def __call__(self, recipe: Recipe, layout: Layout, rules: Mapping[str, str]) -> dict[str, ActivationBytes]:
+        """Returns what a layer of each stack keeps on one device.
 
+        The backward pass recomputes what policy "none" would have kept; the gradients are assumed to be as large.
+        """
+        if recipe.remat == V3_POLICY:
+            return {name: _published(self.network, name, layout.seq_len) for name in self.network.stacks}
+        found = {}
+        for name in self.network.stacks:
+            each, once = self._bytes(name, recipe, layout, rules)
+            all_each, all_once = self._bytes(name, replace(recipe, remat="none"), layout, rules)
+            found[name] = ActivationBytes(each, once, 2 * all_each - each, all_once - once)
+        return found
 
-def affine(
-    model: nnx.Module, stack: str, run: Execution, seq_len: int, rules: Mapping[str, str], mesh: AbstractMesh
-) -> tuple[int, int]:
-    """Returns the bytes that a layer's backward pass needs: (per sequence, once)."""
-    one, two = (residual_bytes(model, stack, run, (n, seq_len), rules, mesh) for n in (1, 2))
-    return two - one, 2 * one - two
+    def _bytes(self, stack: str, recipe: Recipe, layout: Layout, rules: Mapping[str, str]) -> tuple[int, int]:
+        """Returns the bytes that the backward pass of one layer of a stack needs: (per sequence, once).
+
+        Of the mesh, only the number of a device's experts changes it, not the number of shards of a gathered weight.
+        """
+        if recipe.remat == "block":
+            return int(layout.seq_len * self.network.d_model * recipe.activations), 0
+        mesh = AbstractMesh((layout.data, layout.expert), REPLICAS)
+        used = {logical for weight in self.network.of(stack) for logical in weight.axes}
+        split_over = sorted(
+            (name, axis) for name, axis in rules.items() if name in used and mesh.shape.get(axis, 1) > 1
+        )
+        n_shares = mesh.shape[rules[EXPERTS]] if rules.get(EXPERTS) and EXPERTS in used else 1
+        key = (stack, recipe.remat, recipe.activations, layout.seq_len, n_shares, *split_over)
+        if key not in self.known:
+            dtype = jnp.float32 if recipe.activations == FLOAT32 else jnp.bfloat16
+            axis, unshard = expert_axis(rules, mesh), unsharder(rules, mesh)
+            run = Execution(compute=dtype, remat=recipe.remat, expert_axis=axis, unshard=unshard)
+            model = abstract_model(self.family, self.sizes, run)
+            one, two = (residual_bytes(model, stack, run, (n, layout.seq_len), rules, mesh) for n in (1, 2))
+            self.known[key] = (two - one, 2 * one - two)
+        return self.known[key]
 
 
 def residual_bytes(
@@ -159,9 +170,7 @@ def v3_bytes(network: Network, stack: str) -> float:
 
 def _published(network: Network, stack: str, seq_len: int) -> ActivationBytes:
     """Returns V3's rule; while a layer's backward pass runs, the outputs of its matmuls exist in bfloat16."""
-    return ActivationBytes(
-        seq_len * v3_bytes(network, stack), 0.0, seq_len * BF16 * matmul_outputs(network, stack), 0.0
-    )
+    return ActivationBytes(seq_len * v3_bytes(network, stack), 0, seq_len * BF16 * matmul_outputs(network, stack), 0)
 
 
 def matmul_outputs(network: Network, stack: str) -> int:
@@ -179,44 +188,3 @@ def local_part(array: jax.ShapeDtypeStruct, spec: tuple, mesh: AbstractMesh) -> 
     axes = (*spec, *[None] * (len(array.shape) - len(spec)))
     shape = tuple(n // (mesh.shape[axis] if axis else 1) for n, axis in zip(array.shape, axes, strict=True))
     return jax.ShapeDtypeStruct(shape, array.dtype)
-
-
-class CachedActivations:
-    """`kept` for many jobs of one network. Each derivative is computed once: a stack depends on few choices of a job.
-
-    Policy "block" needs no derivative: it keeps the input alone (and a few hundred bytes of rotary frequencies).
-    """
-
-    def __init__(self, family: ModuleType, sizes: object, network: Network):
-        self.family, self.sizes, self.network = family, sizes, network
-        self.known: dict[tuple, tuple[int, int]] = {}
-
-    def __call__(self, recipe: Recipe, layout: Layout, rules: Mapping[str, str]) -> dict[str, ActivationBytes]:
-        """Returns what a layer of each stack keeps on one device."""
-        if recipe.remat == V3_POLICY:
-            return kept(self.family, self.sizes, self.network, layout, recipe, rules)
-        mine, everything = (
-            {name: self._bytes(name, replace(recipe, remat=remat), layout, rules) for name in self.network.stacks}
-            for remat in (recipe.remat, "none")
-        )
-        return {name: combined(mine[name], everything[name]) for name in self.network.stacks}
-
-    def _bytes(self, stack: str, recipe: Recipe, layout: Layout, rules: Mapping[str, str]) -> tuple[int, int]:
-        """Returns `affine` of a stack.
-
-        Of the mesh, only the number of a device's experts changes it, not the number of shards of a gathered weight.
-        """
-        if recipe.remat == "block":
-            return int(layout.seq_len * self.network.d_model * recipe.activations), 0
-        mesh = AbstractMesh((layout.data, layout.expert), ("data", "expert"))
-        used = {logical for weight in self.network.of(stack) for logical in weight.axes}
-        split_over = sorted(
-            (name, axis) for name, axis in rules.items() if name in used and mesh.shape.get(axis, 1) > 1
-        )
-        n_shares = mesh.shape[rules[EXPERTS]] if rules.get(EXPERTS) and EXPERTS in used else 1
-        key = (stack, recipe.remat, recipe.activations, layout.seq_len, n_shares, *split_over)
-        if key not in self.known:
-            run = execution(recipe, rules, mesh)
-            model = abstract_model(self.family, self.sizes, run)
-            self.known[key] = affine(model, stack, run, layout.seq_len, rules, mesh)
-        return self.known[key]

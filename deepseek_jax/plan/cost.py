@@ -46,8 +46,3 @@ class Speed:
 def mfu_of_hours(hours_per_trillion: float, flops_per_token: float, chip: Chip) -> float:
     """Returns the utilization that the published GPU hours per 10^12 tokens imply."""
     return flops_per_token * TRILLION / (hours_per_trillion * HOUR) / (chip.bf16 * TERA)
-
-
-def saving(hours: float, hours_before: float) -> float:
-    """Returns the change from `hours_before` to `hours`, as a fraction: -0.425 is 42.5 % less."""
-    return hours / hours_before - 1

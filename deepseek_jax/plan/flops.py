@@ -33,13 +33,8 @@ class Forward:
 
     def total(self, *, router: bool, mtp: bool) -> float:
         """Returns the sum, with or without the routers and multi-token prediction."""
-        return (
-            self.blocks
-            + self.head
-            + self.attention
-            + router * self.router
-            + mtp * (self.mtp + router * self.mtp_router)
-        )
+        main = self.blocks + self.head + self.attention + router * self.router
+        return main + mtp * (self.mtp + router * self.mtp_router)
 
 
 def keys_seen(seq_len: int, *, causal: bool) -> float:

@@ -52,7 +52,7 @@ class Layout:
 def make_layout(
     *, pipe: int, data: int, expert: int, devices: int, batch: int, micro_batches: int, seq_len: int
 ) -> Layout:
-    """Returns the layout of a mesh and a batch.
+    """Returns the layout of a mesh and a batch. Raises UserError if a size is invalid or does not divide.
 
     Args:
         pipe, data, expert: mesh sizes; data=-1 takes the remaining devices.
@@ -60,9 +60,6 @@ def make_layout(
         batch: sequences per step.
         micro_batches: parts of each pipeline's sequences; in a pipeline, 1 means one sequence per micro-batch.
         seq_len: tokens per sequence.
-
-    Raises:
-        UserError: a size is invalid or does not divide.
     """
     data = sizes(pipe, data, expert, devices)["data"]
     replicas = data * expert
@@ -111,7 +108,7 @@ class Stage:
 def make_stages(
     network: Network, n_stages: int, seq_len: int, *, folded: bool = False, slow: float = 1.0
 ) -> tuple[Stage, ...]:
-    """Returns the stages of a pipeline.
+    """Returns the stages of a pipeline. Raises UserError if there are more stages than layers.
 
     Args:
         network: network to divide.
@@ -120,9 +117,6 @@ def make_stages(
         folded: whether stage s and the s-th from the end are on one device. If not, multi-token prediction in the last
             stage needs an embedding of its own.
         slow: time of an operation of head or attention, relative to one of the blocks' matrices.
-
-    Raises:
-        UserError: more stages than layers.
     """
     if n_stages > network.n_layers:
         raise UserError(

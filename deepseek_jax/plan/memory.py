@@ -40,11 +40,7 @@ BARELY = 0.05  # of a chip's memory: what is not counted may take as much
 def rank_memory(job: Job, rank: int, kept: Mapping[str, ActivationBytes], loss_chunk: int) -> dict[str, float]:
     """Returns bytes by part on a device of this pipeline rank.
 
-    Args:
-        job: what is planned.
-        rank: position along the pipeline.
-        kept: what a layer of each stack keeps for the backward pass.
-        loss_chunk: tokens whose logits exist at a time.
+    `kept`: what a layer of each stack keeps for the backward pass. `loss_chunk`: tokens whose logits exist at a time.
     """
     network, layout, recipe = job.network, job.layout, job.recipe
     held = job.ranks[rank]
@@ -64,9 +60,14 @@ def rank_memory(job: Job, rank: int, kept: Mapping[str, ActivationBytes], loss_c
     return {name: n_bytes for name, n_bytes in found.items() if n_bytes}
 
 
+def by_rank(job: Job, kept: Mapping[str, ActivationBytes], loss_chunk: int) -> list[dict[str, float]]:
+    """Returns `rank_memory` of each pipeline rank."""
+    return [rank_memory(job, rank, kept, loss_chunk) for rank in range(len(job.ranks))]
+
+
 def fullest(job: Job, kept: Mapping[str, ActivationBytes], loss_chunk: int) -> float:
     """Returns the bytes on the fullest device."""
-    return max(sum(rank_memory(job, rank, kept, loss_chunk).values()) for rank in range(len(job.ranks)))
+    return max(sum(parts.values()) for parts in by_rank(job, kept, loss_chunk))
 
 
 def capacity(job: Job) -> float:

@@ -43,10 +43,8 @@ V3_POLICY = "v3"
 class Recipe:
     """Bytes per number, and choices."""
 
-    weights: float  # bytes per number of the weights on a device
-    gradients: float  # bytes per number of the summed gradients
+    weights: float  # bytes per number of the weights on a device, and as gathered after an update
     optimizer: float  # bytes per number of everything that the optimizer keeps, divided over the replicas
-    gathered: float  # bytes per number of the weights that are gathered after an update
     activations: float  # bytes per number of the residual stream
     remat: str  # what is kept for the backward pass: none, dots or block (see `layers.base.Execution`), or v3
     # dispatch, combine: bytes per number sent to an expert and back
@@ -55,6 +53,7 @@ class Recipe:
     # efficiency, fitted_to: fraction of the peak that matmuls reach, and the measurement it was fitted to
     efficiency: float
     fitted_to: str
+    gradients: float = 4.0  # bytes per number of the summed gradients
     low_precision_copy: float = 0.0  # bytes per number of a second copy of the blocks' matrices
     fp8: bool = False  # whether the blocks' matmuls run in FP8; head, routers and attention never do
     sent_beside: int = 0  # bytes sent with a token for each chosen expert
@@ -77,9 +76,7 @@ def recipe(name: str, *, precision: str, moments_dtype: str, remat: str) -> Reci
     moments, width = 2.0 * jnp.dtype(moments_dtype).itemsize, float(jnp.dtype(policy(precision).compute).itemsize)
     bf16 = Recipe(
         weights=2.0,
-        gradients=4.0,
         optimizer=4.0 + moments,
-        gathered=2.0,
         activations=2.0,
         remat=remat,
         dispatch=2.0,
@@ -92,9 +89,7 @@ def recipe(name: str, *, precision: str, moments_dtype: str, remat: str) -> Reci
         case "run":
             return Recipe(
                 weights=4.0,
-                gradients=4.0,
                 optimizer=moments,
-                gathered=4.0,
                 activations=width,
                 remat=remat,
                 dispatch=width,

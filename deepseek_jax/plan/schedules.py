@@ -34,45 +34,30 @@ class Schedule:
     overlaps: bool = False
 
 
+def _one_way(n_stages: int, t: Times) -> float:
+    return (n_stages - 1) * (t.forward + t.backward)
+
+
+def _zero_bubble(n_stages: int, t: Times) -> float:
+    return (n_stages - 1) * (t.forward + t.backward - 2 * t.weights)
+
+
 def _dual(n_stages: int, t: Times) -> float:
     return (n_stages / 2 - 1) * (t.both + t.backward - 3 * t.weights)
 
 
 SCHEDULES = {
-    "1f1b": Schedule(
-        title="1F1B",
-        formula="(PP-1)(F+B)",
-        bubble=lambda n, t: (n - 1) * (t.forward + t.backward),
-        arrangement=ARRANGEMENTS["1f1b"],
-    ),
-    "zb1p": Schedule(
-        title="ZB1P",
-        formula="(PP-1)(F+B-2W)",
-        bubble=lambda n, t: (n - 1) * (t.forward + t.backward - 2 * t.weights),
-        arrangement=ARRANGEMENTS["zb1p"],
-    ),
-    "dualpipe": Schedule(
-        title="DualPipe",
-        formula="(PP/2-1)(F&B+B-3W)",
-        bubble=_dual,
-        arrangement=ARRANGEMENTS["dualpipe"],
-        overlaps=True,
-    ),
-    "dualpipev": Schedule(
-        title="DualPipeV",
-        formula="(PP/2-1)(F&B+B-3W)",
-        bubble=_dual,
-        arrangement=ARRANGEMENTS["dualpipev"],
-        overlaps=True,
-    ),
+    "1f1b": Schedule("1F1B", "(PP-1)(F+B)", _one_way, ARRANGEMENTS["1f1b"]),
+    "zb1p": Schedule("ZB1P", "(PP-1)(F+B-2W)", _zero_bubble, ARRANGEMENTS["zb1p"]),
+    "dualpipe": Schedule("DualPipe", "(PP/2-1)(F&B+B-3W)", _dual, ARRANGEMENTS["dualpipe"], overlaps=True),
+    "dualpipev": Schedule("DualPipeV", "(PP/2-1)(F&B+B-3W)", _dual, ARRANGEMENTS["dualpipev"], overlaps=True),
 }
 
 
 def schedule(name: str, n_devices: int, micro_batches: int) -> Schedule:
     """Returns the schedule called `name`, checked against the devices and micro-batches of a pipeline.
 
-    Raises:
-        UserError: there is no such schedule, or it does not suit these numbers.
+    Raises UserError if there is no such schedule, or it does not suit these numbers.
     """
     if name not in SCHEDULES:
         raise UserError(f"--schedule={name}: no such schedule. Choose one of {', '.join(SCHEDULES)}.")

@@ -16,7 +16,6 @@ from deepseek_jax.layers.attention import RECOMPUTED_FROM
 from deepseek_jax.parallel.simulate import Times
 from deepseek_jax.plan.flops import keys_seen
 from deepseek_jax.plan.job import Job, Part
-from deepseek_jax.plan.layout import Stage
 from deepseek_jax.plan.network import HIGH_PRECISION, Weight
 from deepseek_jax.plan.recipes import V3_POLICY
 from deepseek_jax.plan.traffic import GIGA, exchange, rank_traffic
@@ -67,7 +66,8 @@ def stage_compute(job: Job, number: int, efficiency: float) -> Compute:
     matmuls, recomputed = 0.0, pairs * recomputes_pairs(job)
     for part in job.parts[number]:
         if part.weight.is_matrix:
-            seconds = _matmul(job, part, efficiency) * _times(stage, part.weight)
+            passes = 1 + stage.mtp_depth if part.weight.role == "head" else 1  # each depth makes logits too
+            seconds = _matmul(job, part, efficiency) * passes
             matmuls += seconds
             recomputed += seconds * recomputes(job, part.weight)
     return Compute(matmuls, pairs, recomputed)
@@ -94,33 +94,20 @@ def recomputes(job: Job, weight: Weight) -> bool:
 
 def recomputes_pairs(job: Job) -> bool:
     """Returns whether attention's scores are recomputed: by the policy, or because sequences are long."""
-    return job.recipe.remat in ("block", "dots") or (
-        job.recipe.remat == "none" and job.layout.seq_len > RECOMPUTED_FROM
-    )
+    remat = job.recipe.remat
+    return remat in ("block", "dots") or (remat == "none" and job.layout.seq_len > RECOMPUTED_FROM)
 
 
 def mean_times(job: Job, efficiency: float) -> Times:
     """Returns F, B, W and F&B of the bubble formulas, averaged over the stages."""
-    stages = range(len(job.stages))
-    computes = [stage_compute(job, number, efficiency) for number in stages]
-    forward, backward, weights, sent = (
-        sum(values) / len(stages)
-        for values in (
-            [c.forward for c in computes],
-            [c.backward for c in computes],
-            [c.matmuls for c in computes],
-            [_exchange_seconds(job, number) for number in stages],
-        )
-    )
-    again = job.recipe.backward_exchanges
-    both = forward + backward
+    seconds = []
+    for number in range(len(job.stages)):
+        c = stage_compute(job, number, efficiency)
+        seconds.append((c.forward, c.backward, c.matmuls, _exchange_seconds(job, number)))
+    forward, backward, weights, sent = (sum(column) / len(seconds) for column in zip(*seconds, strict=True))
+    again, both = job.recipe.backward_exchanges, forward + backward
     both = max(both, (1 + again) * sent) if job.schedule.overlaps else both + (1 + again) * sent
     return Times(forward + sent, backward + again * sent, weights, both)
-
-
-def bubble(job: Job, efficiency: float) -> float:
-    """Returns the seconds per step that a device waits for other stages."""
-    return job.schedule.bubble(len(job.stages), mean_times(job, efficiency))
 
 
 def step(job: Job, efficiency: float = 1.0) -> Step:
@@ -130,7 +117,7 @@ def step(job: Job, efficiency: float = 1.0) -> Step:
 
 def slowest(job: Job, efficiency: float) -> tuple[int, Step]:
     """Returns the pipeline rank of the slowest device, and its step."""
-    waiting = bubble(job, efficiency)
+    waiting = job.schedule.bubble(len(job.stages), mean_times(job, efficiency))
     steps = [_rank_step(job, rank, efficiency, waiting) for rank in range(len(job.ranks))]
     return max(enumerate(steps), key=lambda pair: pair[1].total)
 
@@ -145,7 +132,7 @@ def _rank_step(job: Job, rank: int, efficiency: float, waiting: float) -> Step:
         compute += job.passes(hold) * seconds
         exposed += job.passes(hold) * (max(sent - seconds, 0.0) if job.schedule.overlaps else sent)
         states = sum(part.optimizer_numbers for part in job.parts[hold.stage]) / job.schedule.arrangement.copies
-        optimizer += states * (recipe.gradients + 2 * recipe.optimizer + recipe.gathered) / (job.chip.hbm * GIGA)
+        optimizer += states * (recipe.gradients + 2 * recipe.optimizer + recipe.weights) / (job.chip.hbm * GIGA)
     traffic = rank_traffic(job, rank)
     reduce = traffic.zero.seconds(job.chip) + traffic.fsdp.seconds(job.chip)
     return Step(compute, exposed, waiting, reduce, optimizer)
@@ -154,11 +141,6 @@ def _rank_step(job: Job, rank: int, efficiency: float, waiting: float) -> Step:
 def _pairs(job: Job) -> float:
     """Returns the forward operations of attention per token and layer."""
     return job.network.flops_per_pair * keys_seen(job.layout.seq_len, causal=True)
-
-
-def _times(stage: Stage, weight: Weight) -> int:
-    """Returns how often a token passes a matrix: the head once more per depth of multi-token prediction."""
-    return 1 + stage.mtp_depth if weight.role == "head" else 1
 
 
 def _exchange_seconds(job: Job, number: int) -> float:

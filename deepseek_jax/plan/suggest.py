@@ -152,12 +152,9 @@ def _divides(job: Job, shared: dict[bool, Job]) -> bool:
 def _least(job: Job) -> dict[str, ActivationBytes]:
     """Returns a lower bound for every policy: a layer's input, and at work the outputs of its matmuls."""
     width, tokens = job.recipe.activations, job.layout.seq_len
-    return {
-        name: ActivationBytes(
-            tokens * width * job.network.d_model, 0, tokens * width * matmul_outputs(job.network, name)
-        )
-        for name in job.network.stacks
-    }
+    outputs = {name: matmul_outputs(job.network, name) for name in job.network.stacks}
+    stream = tokens * width * job.network.d_model
+    return {name: ActivationBytes(stream, 0, tokens * width * made) for name, made in outputs.items()}
 
 
 def _meshes(space: Space) -> Iterator[tuple[int, int, dict[str, str]]]:

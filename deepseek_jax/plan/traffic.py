@@ -114,7 +114,7 @@ def _zero(job: Job, part: Part) -> Sent:
     replicas = size(job.mesh, place.copies) * copies
     span = _span(job, place.copies) * (job.layout.pipe if copies > 1 else 1)
     all_reduced = place.zero_dim is None and copies == 1  # no dimension divides: summed everywhere, nothing to gather
-    rounds = 2 * job.recipe.gradients if all_reduced else job.recipe.gradients + job.recipe.gathered
+    rounds = 2 * job.recipe.gradients if all_reduced else job.recipe.gradients + job.recipe.weights
     return _over(job, span, part.numbers * (replicas - 1) / replicas * rounds)
 
 

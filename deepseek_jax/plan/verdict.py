@@ -24,25 +24,18 @@ PARTS = {
 def verdict(job: Job, memory: float, efficiency: float, mark: str, hindrances: Sequence[str]) -> Section:
     """Returns whether the job fits, its memory, step time, MFU and bottleneck.
 
-    Args:
-        job: what is planned.
-        memory: bytes on the fullest device.
-        efficiency, mark: efficiency of the matmuls, and the origin of that number (`figures`).
-        hindrances: reasons why `train` cannot run the job today.
+    `memory`: bytes on the fullest device. `efficiency`: of the matmuls, with the origin `mark`. `hindrances`: reasons why
+    `train` cannot run the job today.
     """
     fits, step, size = memory <= capacity(job), step_time.step(job, efficiency), units.binary(capacity(job))
     per_second, mfu = _speed(job, step.total)
     runs = "deepseek-jax train runs it" if not hindrances else f"train cannot run it yet: {'; '.join(hindrances)}"
     limit, advice = bottleneck(job, step) if fits else ("memory", "--suggest names meshes that fit")
-    counted = "causal, as in the training log" + above(mfu, job)
+    rate, counted = f"{per_second:,.0f} tokens per second", "causal, as in the training log" + above(mfu, job)
     rows = [
         ("fits", Figure("fits", fits, "yes" if fits else "NO", DERIVED), runs),
         ("bytes per device", figures.gib("memory", memory), f"of {size}, on the fullest"),
-        (
-            "step",
-            Figure("step_s", step.total, figures.seconds(step.total), mark),
-            f"{per_second:,.0f} tokens per second",
-        ),
+        ("step", Figure("step_s", step.total, figures.seconds(step.total), mark), rate),
         ("MFU", Figure("mfu_log_percent", mfu, figures.percent(mfu), mark), counted),
         ("bottleneck", Figure("bottleneck", limit, limit, mark), advice),
     ]
@@ -59,19 +52,15 @@ def _speed(job: Job, step_s: float) -> tuple[float, float]:
 def above(mfu_percent: float, job: Job, *, in_full: bool = False, is_given: bool = False) -> str:
     """Returns the reasons why a utilization is above 100 %, as the end of a remark; "" if it is not.
 
-    Args:
-        mfu_percent: largest utilization of a row.
-        job: what is planned.
-        in_full: whether the operations count attention to later tokens, which is not computed.
-        is_given: whether one of the steps was given rather than computed.
+    `in_full`: whether the operations count attention to later tokens, which is not computed. `is_given`: whether one of
+    the steps was given rather than computed.
     """
     if mfu_percent <= 100:
         return ""
     reasons = []
     if job.recipe.fp8 and job.chip.fp8 > job.chip.bf16:
-        reasons.append(
-            f"FP8 matmuls run at up to {job.chip.fp8 / job.chip.bf16:.3g} x the bfloat16 peak that is counted"
-        )
+        ratio = job.chip.fp8 / job.chip.bf16
+        reasons.append(f"FP8 matmuls run at up to {ratio:.3g} x the bfloat16 peak that is counted")
     if in_full:
         reasons.append("half of the counted attention is not computed")
     if is_given:

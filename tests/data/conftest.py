@@ -5,16 +5,16 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from deepseek_jax.data import chat
+from deepseek_jax.data.chat import marks
 
-MARKS = tuple(part.text for part in vars(chat).values() if isinstance(part, chat.Part))
+MARKS = tuple(part.text for part in vars(marks).values() if isinstance(part, marks.Part))
 
 
 class MarkedBytes:
     """Ids 0-255 are bytes, the others special tokens."""
 
     vocab_size = 256 + len(MARKS)
-    bos_id, eos_id, pad_id = (256 + MARKS.index(part.text) for part in (chat.BOS, chat.EOS, chat.FIM_HOLE))
+    bos_id, eos_id, pad_id = (256 + MARKS.index(part.text) for part in (marks.BOS, marks.EOS, marks.FIM_HOLE))
     add_bos, fim, fingerprint = False, None, "marked bytes"
 
     def encode(self, text: str, specials: bool = False) -> np.ndarray:

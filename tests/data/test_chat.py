@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepseek_jax.data import chat
 from deepseek_jax.data.chat import (
     TEMPLATES,
     Part,
     fim_parts,
     jinja,
     join,
+    marks,
     recognise,
     spell,
     template,
@@ -233,17 +233,17 @@ def test_a_thought_without_an_end_is_all_thought():
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name not in ("v1", "v2", "coder")])
 def test_calls_are_taken_whole_or_not_at_all(name):
-    whole = spell(TEMPLATES[name].reply(CALLS)).removesuffix(chat.EOS.text)
+    whole = spell(TEMPLATES[name].reply(CALLS)).removesuffix(marks.EOS.text)
     assert TEMPLATES[name].parse(whole) == CALLS
     for length in range(len(whole)):
         assert TEMPLATES[name].parse(whole[:length]) == {"role": "assistant", "content": whole[:length]}
     for odd in (
-        whole.replace(chat.SEP.text, "", 1),
+        whole.replace(marks.SEP.text, "", 1),
         whole.replace("weather", "", 1),
-        whole.replace(chat.END_CALL.text, "", 1),
-        whole.replace(chat.CALL.text, "and", 1),
+        whole.replace(marks.END_CALL.text, "", 1),
+        whole.replace(marks.CALL.text, "and", 1),
         whole + "and more",
-        chat.CALLS.text + chat.END_CALLS.text,
+        marks.CALLS.text + marks.END_CALLS.text,
     ):
         assert TEMPLATES[name].parse(odd) == {"role": "assistant", "content": odd}
 
@@ -311,7 +311,7 @@ def test_v31_keeps_a_thought_that_follows_outputs():
     assert text.count("</think>Sun and snow.") == 2
 
 
-FRAGMENTS = [value.text for value in vars(chat).values() if isinstance(value, Part)] + [
+FRAGMENTS = [value.text for value in vars(marks).values() if isinstance(value, Part)] + [
     *(
         "",
         " ",
@@ -455,16 +455,16 @@ def tokenizer(tmp_path_factory):
     """A byte-level BPE in which, as in DeepSeek's, most special tokens are not called special."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    marks = [value.text for value in vars(chat).values() if isinstance(value, Part)]
+    spelled = [value.text for value in vars(marks).values() if isinstance(value, Part)]
     engine = Tokenizer(models.BPE())
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     engine.train_from_iterator(
         ["the User: and the Assistant: are the ones to speak"] * 9,
-        trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, special_tokens=marks[:2], show_progress=False),
+        trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, special_tokens=spelled[:2], show_progress=False),
     )
-    engine.add_tokens([AddedToken(mark, special=False) for mark in marks[2:]])
+    engine.add_tokens([AddedToken(mark, special=False) for mark in spelled[2:]])
     path = tmp_path_factory.mktemp("chat") / "tokenizer.json"
     engine.save(str(path))
     return open_tokenizer(str(path))
@@ -480,7 +480,7 @@ def test_ids_are_those_of_the_whole_string(tokenizer, name, messages, prompt):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_marks_that_users_type_are_text(tokenizer, name):
-    spelled = "".join(value.text for value in vars(chat).values() if isinstance(value, Part))
+    spelled = "".join(value.text for value in vars(marks).values() if isinstance(value, Part))
     ids = to_ids(TEMPLATES[name].parts([{"role": "user", "content": spelled}]), tokenizer)
     blank = to_ids(TEMPLATES[name].parts([{"role": "user", "content": "x"}]), tokenizer)
     is_mark = tokenizer.byte_lengths() == 0
@@ -498,10 +498,10 @@ def test_a_tokenizer_of_another_model_is_refused():
 
 
 def test_join():
-    assert join(["", "a", "b", chat.EOS, "", chat.EOS, "c"]) == [
+    assert join(["", "a", "b", marks.EOS, "", marks.EOS, "c"]) == [
         Part("ab", False),
-        chat.EOS,
-        chat.EOS,
+        marks.EOS,
+        marks.EOS,
         Part("c", False),
     ]
     assert to_ids([], open_tokenizer("bytes")).tolist() == []

@@ -3,12 +3,16 @@
 from dataclasses import replace
 
 import pytest
+from jax.sharding import AbstractMesh
 
 from deepseek_jax import run_config
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options, inspect
-from deepseek_jax.plan.activations import ActivationBytes, v3_bytes
+from deepseek_jax.layers.base import Execution
+from deepseek_jax.parallel.mesh import REPLICAS
+from deepseek_jax.plan.activations import ActivationBytes, residual_bytes, v3_bytes
 from deepseek_jax.plan.memory import rank_memory
+from deepseek_jax.plan.network import abstract_model
 
 CHUNK = 2048
 NOTHING = {name: ActivationBytes(0, 0) for name in ("blocks", "dense_blocks", "moe_blocks")}
@@ -55,6 +59,14 @@ def test_policies_keep_less_and_less(job_of, kept_of):
     none, dots, block = (kept_of("tiny_v1", job)["blocks"].per_sequence for job in jobs)
     assert block == 4 * 256 * jobs[0].network.d_model  # the input of the layer, float32
     assert block < dots < none
+
+
+def test_the_rule_for_policy_block_is_what_a_derivative_counts(subject, job_of, kept_of):
+    it, run, mesh = subject("tiny_v1"), Execution(remat="block"), AbstractMesh((1, 1), REPLICAS)
+    model = abstract_model(it.module, it.sizes, run)
+    one, two = (residual_bytes(model, "blocks", run, (n, 256), {}, mesh) for n in (1, 2))
+    assert two - one == kept_of("tiny_v1", job_of("tiny_v1", remat="block"))["blocks"].per_sequence
+    assert 0 <= 2 * one - two < 1024  # rotary frequencies
 
 
 def test_dots_keep_outputs_of_matmuls(job_of, kept_of):

@@ -26,21 +26,3 @@ from deepseek_jax.convert.hf.published import (
 )
 from deepseek_jax.convert.hf.source import Piece, Source, leaves, map_leaves
 from deepseek_jax.convert.hf.write import Get, copy_files, from_tree, write
-
-__all__ = [
-    "CONFIG",
-    "GENERATION_CONFIG",
-    "Get",
-    "Piece",
-    "Published",
-    "Source",
-    "Warn",
-    "announced",
-    "copy_files",
-    "from_tree",
-    "leaves",
-    "map_leaves",
-    "open_published",
-    "warn_on_stderr",
-    "write",
-]

@@ -46,10 +46,8 @@ def open_published(directory: str | PathLike, warn: Warn = warn_on_stderr) -> Pu
     """Returns a directory of published weights after reading config.json and the headers.
 
     Multi-token prediction that the config names and the files do not contain (transformers saves such files) is left
-    out, with a warning.
-
-    Raises:
-        UserError: it is not such a directory, the model is of no known family, or files are damaged.
+    out, with a warning. Raises UserError if it is not such a directory, the model is of no known family, or files are
+    damaged.
     """
     directory = Path(directory).expanduser()
     formats.check_path(directory)

@@ -41,6 +41,8 @@ class Piece:
 class Source:
     """The weights in a directory as pieces of our weights.
 
+    Raises UserError if tensors are missing, unexpected, or of a wrong shape or dtype; the first few are named.
+
     Args:
         published: result of `open_published`.
         shapes: {"params": tree, "router_bias": tree} of the model with its numbers, as from `layers.base.split`.
@@ -51,9 +53,6 @@ class Source:
     Attributes:
         abstract: a tree like `shapes` of `jax.ShapeDtypeStruct`, with the dtypes of the pieces.
         n_bytes: bytes of the tensors to read.
-
-    Raises:
-        UserError: tensors are missing, unexpected, or of a wrong shape or dtype; the first few are named.
     """
 
     def __init__(self, published: Published, shapes: dict, warn: Warn = warn_on_stderr):

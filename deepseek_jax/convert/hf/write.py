@@ -54,6 +54,8 @@ def write(
 ) -> None:
     """Writes a model as a Hugging Face directory. Memory: a few times its largest tensor.
 
+    Raises UserError if the dtype or family is unknown, or the directory holds weights or cannot be written.
+
     Args:
         directory: created if needed; must not hold weights yet.
         family, numbers: `config.family` and `config.model`.
@@ -70,9 +72,6 @@ def write(
         max_shard_bytes: limit for one file of weights.
         report: called with the number of bytes of each published tensor, for a progress bar.
         warn: called with a message about anything that keeps others from opening the directory.
-
-    Raises:
-        UserError: the dtype or family is unknown, or the directory holds weights or cannot be written.
     """
     if dtype not in FORMATS:
         raise UserError(f"dtype {dtype!r}: expected one of {', '.join(FORMATS)}.")

@@ -8,5 +8,3 @@ from deepseek_jax.convert.hf_config.kinds import KINDS
 from deepseek_jax.convert.hf_config.read import ConfigFacts, eos_ids, facts, from_hf, one_or_list
 from deepseek_jax.convert.hf_config.rope import remarks
 from deepseek_jax.convert.hf_config.write import code, to_hf
-
-__all__ = ["KINDS", "ConfigFacts", "code", "eos_ids", "facts", "from_hf", "one_or_list", "remarks", "to_hf"]

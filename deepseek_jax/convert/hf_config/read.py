@@ -27,8 +27,7 @@ class ConfigFacts(NamedTuple):
 def from_hf(hf: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Returns the family of a config.json and its numbers: all keys of `config.model`, groups of them as plain dicts.
 
-    Raises:
-        UserError: names the key that is missing, of a wrong type, out of range, or has an unknown value.
+    Raises UserError, naming the key, if one is missing, of a wrong type, out of range, or has an unknown value.
     """
     kind = _kind(hf)
     for key, value in (kind.fixed | kind.refused).items():

@@ -20,7 +20,7 @@ def to_hf(
     eos_ids: Sequence[int] = (),
     pad_id: int | None = None,
 ) -> dict[str, Any]:
-    """Returns the config.json of a model, as the hub spells it.
+    """Returns the config.json of a model, as the hub spells it. Raises UserError if no model_type has these numbers.
 
     Args:
         family: `config.family`.
@@ -29,9 +29,6 @@ def to_hf(
         quantized: "fp32" or "ue8m0" for weights in FP8 with scales of that kind; None for other weights.
         n_positions: longest sequence that the model is meant for.
         bos_id, eos_ids, pad_id: tokens of begin, end and padding; the last is written only if there is one.
-
-    Raises:
-        UserError: no model_type has these numbers.
     """
     model_type = _model_type(family, numbers)
     kind = KINDS[model_type]

@@ -11,20 +11,3 @@ from deepseek_jax.convert.safetensors.format import DTYPE_NAMES, DTYPES, INDEX, 
 from deepseek_jax.convert.safetensors.header import read_json
 from deepseek_jax.convert.safetensors.read import Tensors, open_directory
 from deepseek_jax.convert.safetensors.write import MAX_SHARD_BYTES, Entry, write_directory
-
-__all__ = [
-    "BLOCK",
-    "DTYPES",
-    "DTYPE_NAMES",
-    "FINITE_CODES",
-    "INDEX",
-    "MAX_SHARD_BYTES",
-    "SCALE_SUFFIX",
-    "SINGLE",
-    "Entry",
-    "Info",
-    "Tensors",
-    "open_directory",
-    "read_json",
-    "write_directory",
-]

@@ -37,7 +37,7 @@ def dequantize(
 ) -> np.ndarray:
     """Returns 8-bit codes times their scales, `round(float32(q) * float32(scale_inv))`.
 
-    Memory: the result and a few MB for each of `THREADS` threads.
+    Memory: the result and a few MB for each of `THREADS` threads. Raises UserError if a code is NaN or infinite.
 
     Args:
         read_rows: `read_rows(row, codes)` fills an array of uint8 with the rows from `row` on, all matrices in a row.
@@ -46,9 +46,6 @@ def dequantize(
         dtype: dtype of the result.
         block: rows and columns of a block.
         where: name of the tensor in messages.
-
-    Raises:
-        UserError: a code is NaN or infinite.
     """
     *leading, rows, columns = info.shape
     matrices, limit = math.prod(leading), FINITE_CODES[info.dtype]

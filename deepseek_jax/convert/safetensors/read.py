@@ -111,9 +111,8 @@ class Tensors:
     def read_dequantized(self, name: str, dtype: object = None, block: tuple[int, int] = BLOCK) -> np.ndarray:
         """Returns an 8-bit weight times its `NAME_scale_inv` in `dtype` (bfloat16), any other tensor as stored.
 
-        Raises:
-            UserError: scales that are missing, of a wrong shape, not finite, negative or too large for `dtype`; codes
-                that are NaN or infinite.
+        Raises UserError for scales that are missing, of a wrong shape, not finite, negative or too large for `dtype`;
+        codes that are NaN or infinite.
         """
         if not self.is_quantized(name):
             return self.read(name)

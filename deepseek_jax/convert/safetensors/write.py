@@ -39,10 +39,8 @@ def write_directory(
     """Writes tensors in the given order, one at a time, as model.safetensors or as shards with an index.
 
     A shard takes tensors in order until the next one would exceed `max_shard_bytes` (a single larger one is a shard).
-    Each array must have the shape and dtype of its entry. File names end in `.partial` until all are on disk.
-
-    Raises:
-        UserError: the directory already holds weights, cannot be written, or the disk is full.
+    Each array must have the shape and dtype of its entry. File names end in `.partial` until all are on disk. Raises
+    UserError if the directory already holds weights, cannot be written, or the disk is full.
     """
     check_local(directory)
     directory, entries = Path(directory), [Entry(*entry) for entry in entries]

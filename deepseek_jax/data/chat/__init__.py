@@ -34,70 +34,14 @@ Sources: the chat_template of each model's tokenizer_config.json, which is follo
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from deepseek_jax.data.chat import first_v3, plain, v3, v31
-from deepseek_jax.data.chat.parts import (
-    ASSISTANT,
-    BOS,
-    CALL,
-    CALLS,
-    END_CALL,
-    END_CALLS,
-    END_OUTPUT,
-    END_OUTPUTS,
-    END_THINK,
-    EOS,
-    EOT,
-    FIM_BEGIN,
-    FIM_END,
-    FIM_HOLE,
-    OUTPUT,
-    OUTPUTS,
-    SEP,
-    THINK,
-    USER,
-    Part,
-    fim_parts,
-    join,
-    spell,
-    to_ids,
-)
+from deepseek_jax.data.chat.marks import END_THINK, EOS, EOT, THINK, Part
+from deepseek_jax.data.chat.parts import fim_parts, join, spell, to_ids
 from deepseek_jax.data.chat.published import published_template, recognise
 from deepseek_jax.errors import UserError
-
-__all__ = [
-    "ASSISTANT",
-    "BOS",
-    "CALL",
-    "CALLS",
-    "END_CALL",
-    "END_CALLS",
-    "END_OUTPUT",
-    "END_OUTPUTS",
-    "END_THINK",
-    "EOS",
-    "EOT",
-    "FIM_BEGIN",
-    "FIM_END",
-    "FIM_HOLE",
-    "OUTPUT",
-    "OUTPUTS",
-    "SEP",
-    "TEMPLATES",
-    "THINK",
-    "USER",
-    "Part",
-    "Template",
-    "fim_parts",
-    "join",
-    "published_template",
-    "recognise",
-    "spell",
-    "template",
-    "template_for",
-    "to_ids",
-]
 
 
 @dataclass(frozen=True)
@@ -122,11 +66,11 @@ TEMPLATES = {
     "v1": Template(plain.v1_parts, plain.v2_reply, plain.v2_parse),
     "v2": Template(plain.v2_parts, plain.v2_reply, plain.v2_parse),
     "coder": Template(plain.coder_parts, plain.coder_reply, plain.coder_parse, end=EOT),
-    "v2.5": Template(first_v3.v25_parts, v3.v3_reply, v3.v3_parse),
-    "v3-1226": Template(first_v3.v3_1226_parts, v3.v3_reply, v3.v3_parse),
+    "v2.5": Template(partial(first_v3.parts, first_v3.V25), v3.v3_reply, v3.v3_parse),
+    "v3-1226": Template(partial(first_v3.parts, first_v3.V3_1226), v3.v3_reply, v3.v3_parse),
     "v3": Template(v3.v3_parts, v3.v3_reply, v3.v3_parse),
-    "r1-0120": Template(first_v3.r1_0120_parts, *_R1, thinks=True, opens_thought=True),
-    "r1-distill": Template(first_v3.r1_distill_parts, *_R1, thinks=True, opens_thought=True),
+    "r1-0120": Template(partial(first_v3.parts, first_v3.R1_0120), *_R1, thinks=True, opens_thought=True),
+    "r1-distill": Template(partial(first_v3.parts, first_v3.R1_DISTILL), *_R1, thinks=True, opens_thought=True),
     "r1": Template(v3.r1_parts, *_R1, thinks=True),
     "v31": Template(v31.v31_parts, v31.v31_reply, v31.v31_parse, thinks=True),
 }
@@ -143,14 +87,13 @@ def template(name: str) -> Template:
 def template_for(folder: Path | str | None, name: str = "", model: str = "") -> str:
     """Returns the name of the template that a model was trained with.
 
+    Raises UserError if there is no such template, no template in the folder (a base model), or an unknown one.
+
     Args:
         folder: folder of the model's tokenizer.json, with tokenizer_config.json or chat_template.jinja beside it; None
             if its tokenizer has no folder.
         name: name of the template if the user has given one, which takes precedence.
         model: name of the model in messages; by default the folder.
-
-    Raises:
-        UserError: there is no such template, no template in the folder (a base model), or an unknown one.
     """
     if name:
         template(name)

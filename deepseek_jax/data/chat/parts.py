@@ -1,35 +1,13 @@
 """The parts of a prompt, text and special tokens of a template: as one string, and as ids."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import numpy as np
 
-from deepseek_jax.data.tokenizer import FIM, Tokenizer
+from deepseek_jax.data.chat import marks
+from deepseek_jax.data.chat.marks import Part
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
-
-
-class Part(NamedTuple):
-    """A part of a prompt: a special token of the template, or text, in which no special tokens are recognised."""
-
-    text: str
-    is_mark: bool
-
-
-def _mark(spelling: str) -> Part:
-    return Part(spelling, True)
-
-
-BOS, EOS = _mark("<｜begin▁of▁sentence｜>"), _mark("<｜end▁of▁sentence｜>")
-EOT = _mark("<|EOT|>")
-USER, ASSISTANT = _mark("<｜User｜>"), _mark("<｜Assistant｜>")
-THINK, END_THINK = _mark("<think>"), _mark("</think>")
-CALLS, END_CALLS = _mark("<｜tool▁calls▁begin｜>"), _mark("<｜tool▁calls▁end｜>")
-CALL, END_CALL = _mark("<｜tool▁call▁begin｜>"), _mark("<｜tool▁call▁end｜>")
-SEP = _mark("<｜tool▁sep｜>")
-OUTPUTS, END_OUTPUTS = _mark("<｜tool▁outputs▁begin｜>"), _mark("<｜tool▁outputs▁end｜>")
-OUTPUT, END_OUTPUT = _mark("<｜tool▁output▁begin｜>"), _mark("<｜tool▁output▁end｜>")
-FIM_BEGIN, FIM_HOLE, FIM_END = map(_mark, FIM[0])
 
 Pieces = list[Part | str]  # a bare string is text
 
@@ -54,8 +32,7 @@ def spell(parts: Iterable[Part]) -> str:
 def to_ids(parts: Iterable[Part], tokenizer: Tokenizer) -> np.ndarray:
     """Returns int32 ids: a special token as its id, text as text, whatever it spells.
 
-    Raises:
-        UserError: the tokenizer does not have a special token.
+    Raises UserError if the tokenizer does not have a special token.
     """
     ids = [np.zeros(0, np.int32)]
     for text, is_mark in parts:
@@ -70,7 +47,7 @@ def to_ids(parts: Iterable[Part], tokenizer: Tokenizer) -> np.ndarray:
 
 def fim_parts(prefix: str, suffix: str) -> list[Part]:
     """Returns a base model's prompt to fill in the middle, ended by EOS; for Coder, Coder-V2-Lite, V2.5 and V3."""
-    return join([BOS, FIM_BEGIN, prefix, FIM_HOLE, suffix, FIM_END])
+    return join([marks.BOS, marks.FIM_BEGIN, prefix, marks.FIM_HOLE, suffix, marks.FIM_END])
 
 
 def before(mark: Part, text: str) -> str:

@@ -9,7 +9,9 @@ A user can type these words. There are no tools and no thoughts.
 import functools
 from collections.abc import Callable, Sequence
 
-from deepseek_jax.data.chat.parts import BOS, EOS, EOT, Part, Pieces, before, join
+from deepseek_jax.data.chat import marks
+from deepseek_jax.data.chat.marks import Part
+from deepseek_jax.data.chat.parts import Pieces, before, join
 from deepseek_jax.data.chat.refusals import refuse
 from deepseek_jax.data.messages import Assistant, Conversation, User, as_message, read, read_answer
 
@@ -23,13 +25,13 @@ def v2_parts(
     does this function.
     """
     conversation = _plain(name, messages, tools, thinking)
-    pieces: Pieces = [BOS, conversation.system, "\n\n" if _has_system(messages) else ""]
+    pieces: Pieces = [marks.BOS, conversation.system, "\n\n" if _has_system(messages) else ""]
     for turn in conversation.turns:
         match turn:
             case User(content):
                 pieces += ["User: ", content, "\n\nAssistant:"]
             case Assistant(content):
-                pieces += [" ", content, EOS]
+                pieces += [" ", content, marks.EOS]
     return join(pieces)
 
 
@@ -38,12 +40,12 @@ v1_parts = functools.partial(v2_parts, name="v1")
 
 def v2_reply(message: dict, thinking: bool = False) -> list[Part]:
     """Returns a blank, the answer, EOS."""
-    return join([" ", read_answer(message).content, EOS])
+    return join([" ", read_answer(message).content, marks.EOS])
 
 
 def v2_parse(text: str, thinking: bool = False) -> dict:
     """Returns the text before EOS, without the blank at its start."""
-    return as_message(before(EOS, text).removeprefix(" "))
+    return as_message(before(marks.EOS, text).removeprefix(" "))
 
 
 CODER_SYSTEM = (
@@ -59,24 +61,24 @@ def coder_parts(messages: Sequence[dict], tools: Sequence[dict] = (), thinking: 
     The model's README writes the sentence with "DeepSeek" and a full stop; the template has it as here.
     """
     conversation = _plain("coder", messages, tools, thinking, join_system="".join)
-    pieces: Pieces = [BOS, conversation.system if _has_system(messages) else CODER_SYSTEM]
+    pieces: Pieces = [marks.BOS, conversation.system if _has_system(messages) else CODER_SYSTEM]
     for turn in conversation.turns:
         match turn:
             case User(content):
                 pieces += ["### Instruction:\n", content, "\n### Response:\n"]
             case Assistant(content):
-                pieces += [content, "\n", EOT, "\n"]
+                pieces += [content, "\n", marks.EOT, "\n"]
     return join(pieces)
 
 
 def coder_reply(message: dict, thinking: bool = False) -> list[Part]:
     """Returns the answer, a line break, EOT."""
-    return join([read_answer(message).content, "\n", EOT])
+    return join([read_answer(message).content, "\n", marks.EOT])
 
 
 def coder_parse(text: str, thinking: bool = False) -> dict:
     """Returns the text before EOT, without the line break at its end."""
-    return as_message(before(EOT, text).removesuffix("\n"))
+    return as_message(before(marks.EOT, text).removesuffix("\n"))
 
 
 def _has_system(messages: Sequence[dict]) -> bool:

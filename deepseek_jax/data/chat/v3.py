@@ -10,27 +10,9 @@ so after outputs the assistant continues without a special token. Of earlier ans
 
 from collections.abc import Callable, Sequence
 
-from deepseek_jax.data.chat.parts import (
-    ASSISTANT,
-    BOS,
-    CALL,
-    CALLS,
-    END_CALL,
-    END_CALLS,
-    END_OUTPUT,
-    END_OUTPUTS,
-    END_THINK,
-    EOS,
-    OUTPUT,
-    OUTPUTS,
-    SEP,
-    THINK,
-    USER,
-    Part,
-    Pieces,
-    before,
-    join,
-)
+from deepseek_jax.data.chat import marks
+from deepseek_jax.data.chat.marks import Part
+from deepseek_jax.data.chat.parts import Pieces, before, join
 from deepseek_jax.data.chat.refusals import check_user_spoke, refuse
 from deepseek_jax.data.messages import (
     Assistant,
@@ -54,24 +36,32 @@ def v3_parts(messages: Sequence[dict], tools: Sequence[dict] = (), thinking: boo
 
 def r1_parts(messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False) -> list[Part]:
     """Returns R1-0528's prompt. The model opens the thought, or with `thinking` the prompt, as in R1's card."""
-    pieces = _pieces(read(messages), tools, keep=lambda content: content.rpartition(END_THINK.text)[2])
+    return join(_pieces(read(messages), tools, keep=after_thought) + opening(messages, thinking))
+
+
+def after_thought(content: str) -> str:
+    """Returns the part of an answer after its thought."""
+    return content.rpartition(marks.END_THINK.text)[2]
+
+
+def opening(messages: Sequence[dict], thinking: bool) -> Pieces:
+    """Returns the end of a prompt that opens the thought, if it does."""
     if thinking:
         check_user_spoke(messages)
-        pieces += [THINK, "\n"]
-    return join(pieces)
+    return [marks.THINK, "\n"] if thinking else []
 
 
 def _pieces(conversation: Conversation, tools: Sequence[dict], keep: Callable[[str], str]) -> Pieces:
-    pieces: Pieces = [BOS, system_and_tools(conversation.system, tools)]
+    pieces: Pieces = [marks.BOS, system_and_tools(conversation.system, tools)]
     for turn in conversation.turns:
         match turn:
             case User(content):
-                pieces += [USER, content, ASSISTANT]
+                pieces += [marks.USER, content, marks.ASSISTANT]
             case Assistant(content, _, calls):
-                pieces += [keep(content), *_calls(calls), EOS]
+                pieces += [keep(content), *_calls(calls), marks.EOS]
             case Outputs(contents):
-                blocks = [piece for content in contents for piece in ("\n", OUTPUT, content, END_OUTPUT)]
-                pieces += [OUTPUTS, *blocks[1:], END_OUTPUTS]
+                blocks = [piece for content in contents for piece in ("\n", marks.OUTPUT, content, marks.END_OUTPUT)]
+                pieces += [marks.OUTPUTS, *blocks[1:], marks.END_OUTPUTS]
     return pieces
 
 
@@ -86,16 +76,16 @@ def system_and_tools(system: str, tools: Sequence[dict]) -> str:
 
 def write_call(call: Call) -> Pieces:
     """Returns CALL function SEP name arguments END_CALL."""
-    return [CALL, "function", SEP, f"{call.name}\n```json\n{call.arguments}\n```", END_CALL]
+    return [marks.CALL, "function", marks.SEP, f"{call.name}\n```json\n{call.arguments}\n```", marks.END_CALL]
 
 
 def _calls(calls: Sequence[Call]) -> Pieces:
     blocks = [piece for call in calls for piece in ("\n", *write_call(call))]
-    return [CALLS, *blocks[1:], END_CALLS] if calls else []
+    return [marks.CALLS, *blocks[1:], marks.END_CALLS] if calls else []
 
 
 def _read_call(body: str) -> Call | None:
-    kind, _, call = body.partition(SEP.text)
+    kind, _, call = body.partition(marks.SEP.text)
     name, fence, arguments = call.partition("\n```json\n")
     is_whole = kind == "function" and name.strip() and fence and arguments.endswith("\n```")
     return Call(name, arguments.removesuffix("\n```")) if is_whole else None
@@ -104,12 +94,12 @@ def _read_call(body: str) -> Call | None:
 def v3_reply(message: dict, thinking: bool = False) -> list[Part]:
     """Returns the answer, its calls, EOS."""
     content, _, calls = read_answer(message)
-    return join([content, *_calls(calls), EOS])
+    return join([content, *_calls(calls), marks.EOS])
 
 
 def v3_parse(text: str, thinking: bool = False) -> dict:
     """Returns the text before EOS and the calls at its end as a message."""
-    content, calls = split_calls(before(EOS, text), _read_call)
+    content, calls = split_calls(before(marks.EOS, text), _read_call)
     return as_message(content, calls=calls)
 
 
@@ -119,10 +109,10 @@ def split_calls(text: str, read_call: Callable[[str], Call | None]) -> tuple[str
     All or none: unless their block is complete and every call is valid, they stay in the content, special tokens
     included, so that half a call is never run. Arguments are passed on as written, even if they are not JSON.
     """
-    content, _, block = text.partition(CALLS.text)
-    block, end, rest = block.partition(END_CALLS.text)
-    blank, *bodies = (body.strip() for body in block.split(CALL.text))
-    calls = [read_call(body.removesuffix(END_CALL.text)) for body in bodies if body.endswith(END_CALL.text)]
+    content, _, block = text.partition(marks.CALLS.text)
+    block, end, rest = block.partition(marks.END_CALLS.text)
+    blank, *bodies = (body.strip() for body in block.split(marks.CALL.text))
+    calls = [read_call(body.removesuffix(marks.END_CALL.text)) for body in bodies if body.endswith(marks.END_CALL.text)]
     whole = end and bodies and not blank and not rest.strip() and len(calls) == len(bodies) and None not in calls
     return (content, calls) if whole else (text, [])
 
@@ -130,19 +120,21 @@ def split_calls(text: str, read_call: Callable[[str], Call | None]) -> tuple[str
 def r1_reply(message: dict, thinking: bool = False) -> list[Part]:
     r"""Returns `<think>\n` (unless it is in the prompt), thought, `\n</think>\n\n`, answer, calls, EOS."""
     content, thought, calls = read_answer(message)
-    opening: Pieces = [] if thinking else [THINK, "\n"]
-    thoughts: Pieces = [*opening, thought, "\n", END_THINK, "\n\n"] if thought or thinking else []
-    return join([*thoughts, content, *_calls(calls), EOS])
+    mark: Pieces = [] if thinking else [marks.THINK, "\n"]
+    thoughts: Pieces = [*mark, thought, "\n", marks.END_THINK, "\n\n"] if thought or thinking else []
+    return join([*thoughts, content, *_calls(calls), marks.EOS])
 
 
 def r1_parse(text: str, thinking: bool = False) -> dict:
     """Returns the thought, then what `v3_parse` returns; a thought that never ends is the whole message."""
-    text, thought = before(EOS, text), ""
-    blank, mark, rest = text.partition(THINK.text)
+    text, thought = before(marks.EOS, text), ""
+    blank, mark, rest = text.partition(marks.THINK.text)
     if mark and not blank.strip():
         text, thinking = rest.removeprefix("\n"), True
-    if thinking or END_THINK.text in text:  # in the second case the prompt opened it, although `thinking` is False
-        thought, _, text = text.partition(END_THINK.text)
+    if (
+        thinking or marks.END_THINK.text in text
+    ):  # in the second case the prompt opened it, although `thinking` is False
+        thought, _, text = text.partition(marks.END_THINK.text)
         text = text.removeprefix("\n\n")
     content, calls = split_calls(text, _read_call)
     return as_message(content, thought.removesuffix("\n"), calls)

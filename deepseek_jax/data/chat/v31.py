@@ -9,25 +9,9 @@ Of an earlier answer the text after the first `</think>` is kept; all of it if i
 
 from collections.abc import Sequence
 
-from deepseek_jax.data.chat.parts import (
-    ASSISTANT,
-    BOS,
-    CALL,
-    CALLS,
-    END_CALL,
-    END_CALLS,
-    END_OUTPUT,
-    END_THINK,
-    EOS,
-    OUTPUT,
-    SEP,
-    THINK,
-    USER,
-    Part,
-    Pieces,
-    before,
-    join,
-)
+from deepseek_jax.data.chat import marks
+from deepseek_jax.data.chat.marks import Part
+from deepseek_jax.data.chat.parts import Pieces, before, join
 from deepseek_jax.data.chat.refusals import check_user_spoke, refuse
 from deepseek_jax.data.chat.v3 import split_calls
 from deepseek_jax.data.messages import (
@@ -49,21 +33,21 @@ def v31_parts(messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bo
     if thinking:
         check_user_spoke(messages)
         refuse("v31", tools_while_thinking=tools)
-    pieces: Pieces = [BOS, conversation.system, *_tools(tools)]
+    pieces: Pieces = [marks.BOS, conversation.system, *_tools(tools)]
     last = None
     for turn in conversation.turns:
         match turn:
             case User(content):
-                pieces += [USER, content, ASSISTANT, END_THINK]
+                pieces += [marks.USER, content, marks.ASSISTANT, marks.END_THINK]
             case Assistant(content, _, calls) if calls or isinstance(last, Outputs):
-                pieces += [content, *_calls(calls), EOS]
+                pieces += [content, *_calls(calls), marks.EOS]
             case Assistant(content):
-                thought, end, answer = content.partition(END_THINK.text)
-                pieces += [answer if end else thought, EOS]
+                thought, end, answer = content.partition(marks.END_THINK.text)
+                pieces += [answer if end else thought, marks.EOS]
             case Outputs(contents):
-                pieces += [piece for content in contents for piece in (OUTPUT, content, END_OUTPUT)]
+                pieces += [piece for content in contents for piece in (marks.OUTPUT, content, marks.END_OUTPUT)]
         last = turn
-    return join([*pieces[:-1], THINK] if thinking else pieces)
+    return join([*pieces[:-1], marks.THINK] if thinking else pieces)
 
 
 def _tools(tools: Sequence[dict]) -> Pieces:
@@ -78,7 +62,8 @@ def _tools(tools: Sequence[dict]) -> Pieces:
         "\n\n## Tools\nYou have access to the following tools:\n\n",
         described,
         "IMPORTANT: ALWAYS adhere to this exact format for tool use:\n",
-        *(CALLS, CALL, "tool_call_name", SEP, "tool_call_arguments", END_CALL, "{additional_tool_calls}", END_CALLS),
+        *(marks.CALLS, marks.CALL, "tool_call_name", marks.SEP, "tool_call_arguments", marks.END_CALL),
+        *("{additional_tool_calls}", marks.END_CALLS),
         "\n\nWhere:\n"
         "- `tool_call_name` must be an exact match to one of the available tools\n"
         "- `tool_call_arguments` must be valid JSON that strictly follows the tool's Parameters Schema\n"
@@ -87,25 +72,25 @@ def _tools(tools: Sequence[dict]) -> Pieces:
 
 
 def _calls(calls: Sequence[Call]) -> Pieces:
-    blocks = [piece for name, arguments in calls for piece in (CALL, name, SEP, arguments, END_CALL)]
-    return [CALLS, *blocks, END_CALLS] if calls else []
+    blocks = [piece for name, arguments in calls for piece in (marks.CALL, name, marks.SEP, arguments, marks.END_CALL)]
+    return [marks.CALLS, *blocks, marks.END_CALLS] if calls else []
 
 
 def _read_call(body: str) -> Call | None:
-    name, sep, arguments = body.partition(SEP.text)
+    name, sep, arguments = body.partition(marks.SEP.text)
     return Call(name, arguments) if name.strip() and sep else None
 
 
 def v31_reply(message: dict, thinking: bool = False) -> list[Part]:
     """Returns the thought and `</think>` with `thinking`, then the answer, its calls, EOS."""
     content, thought, calls = read_answer(message)
-    return join([*([thought, END_THINK] if thinking else []), content, *_calls(calls), EOS])
+    return join([*([thought, marks.END_THINK] if thinking else []), content, *_calls(calls), marks.EOS])
 
 
 def v31_parse(text: str, thinking: bool = False) -> dict:
     """Returns what `v3_parse` does; with `thinking` also the thought, which is everything if it never ends."""
-    text, thought = before(EOS, text), ""
+    text, thought = before(marks.EOS, text), ""
     if thinking:
-        thought, _, text = text.partition(END_THINK.text)
+        thought, _, text = text.partition(marks.END_THINK.text)
     content, calls = split_calls(text, _read_call)
     return as_message(content, thought, calls)

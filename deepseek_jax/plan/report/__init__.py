@@ -8,8 +8,6 @@ from deepseek_jax.plan.report.model import operations, parameters
 from deepseek_jax.plan.report.published import compared, published
 from deepseek_jax.plan.report.speed import schedules, speed
 
-__all__ = ["PlanOptions", "PlannedModel", "memory_of", "report"]
-
 
 def report(model: PlannedModel, job: Job, options: PlanOptions) -> list[Section]:
     """Returns every section, in the order in which they are read."""

@@ -102,7 +102,7 @@ def traffic(job: Job) -> Section:
 def _traffic_row(job: Job, name: str, sent: Sent) -> Row:
     notes = {
         "exchange": f"{job.recipe.dispatch:.2f} B out, {job.recipe.combine:.2f} B back",
-        "zero": f"{job.recipe.gradients:.0f} B out, {job.recipe.gathered:.0f} B back",
+        "zero": f"{job.recipe.gradients:.0f} B out, {job.recipe.weights:.0f} B back",
         "fsdp": "weights stored in shards",
         "pipeline": f"{job.recipe.activations:.0f} B each way",
     }

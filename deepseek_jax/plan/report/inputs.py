@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from deepseek_jax.plan.activations import ActivationBytes
 from deepseek_jax.plan.counts import Counts
 from deepseek_jax.plan.job import Job
-from deepseek_jax.plan.memory import rank_memory
+from deepseek_jax.plan.memory import by_rank
 from deepseek_jax.plan.network import EMBEDDING, HEAD, MTP, Network
 from deepseek_jax.plan.published import Run
 
@@ -43,8 +43,7 @@ class PlanOptions:
 
 def memory_of(job: Job, options: PlanOptions) -> list[dict[str, float]]:
     """Returns bytes by part on a device of each pipeline rank."""
-    ranks = range(len(job.ranks))
-    return [rank_memory(job, rank, options.kept, options.loss_chunk) for rank in ranks]
+    return by_rank(job, options.kept, options.loss_chunk)
 
 
 def contents(job: Job, rank: int) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from deepseek_jax.chips import CHIPS
 from deepseek_jax.plan import figures, flops
-from deepseek_jax.plan.cost import mfu_of_hours, saving
+from deepseek_jax.plan.cost import mfu_of_hours
 from deepseek_jax.plan.figures import DERIVED, GIVEN, PUBLISHED, Figure, Section
 from deepseek_jax.plan.job import Job
 from deepseek_jax.plan.published import Run
@@ -75,16 +75,11 @@ def compared(model: PlannedModel, job: Job, other: PlannedModel) -> Section:
     """Returns the changes from another model to this one: by formula, and as measured if both were."""
     pair = (model, other)
     work = [flops.training(m.network, job.layout.seq_len, **flops.PUBLISHED_MFU) for m in pair]
-    active = [m.counts.active_without_embedding for m in pair]
+    active, cache = [m.counts.active_without_embedding for m in pair], [m.cache_bytes for m in pair]
     rows = [
         _change("parameters", "parameters", [m.counts.total for m in pair], "{:,.0f} against {:,.0f}"),
         _change("active_parameters", "active per token", active, "{:,.0f} against {:,.0f}, without the embedding"),
-        _change(
-            "kv_cache",
-            "key-value cache per token",
-            [m.cache_bytes for m in pair],
-            "{:,} B against {:,} B, both in bfloat16",
-        ),
+        _change("kv_cache", "key-value cache per token", cache, "{:,} B against {:,} B, both in bfloat16"),
         _change("training_operations", "training operations per token", work, "{:.3e} against {:.3e}, causal"),
     ]
     hours = [m.run.hours_per_trillion if m.run else None for m in pair]
@@ -100,5 +95,5 @@ def compared(model: PlannedModel, job: Job, other: PlannedModel) -> Section:
 
 def _change(key: str, label: str, pair: Sequence[float], note: str, mark: str = DERIVED) -> Cells:
     """Returns the change from the second number of a pair to the first, in percent."""
-    value = 100 * saving(*pair)
+    value = 100 * (pair[0] / pair[1] - 1)
     return label, Figure(f"{key}_change_percent", value, f"{value:+.1f} %", mark), note.format(*pair)

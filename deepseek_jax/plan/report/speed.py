@@ -9,7 +9,8 @@ from deepseek_jax.plan import figures, flops, step_time
 from deepseek_jax.plan.cost import Speed
 from deepseek_jax.plan.figures import DERIVED, GIB, GIGA, Column, Figure, Row, Section
 from deepseek_jax.plan.job import Job
-from deepseek_jax.plan.report.inputs import PlannedModel, PlanOptions, contents, memory_of
+from deepseek_jax.plan.memory import fullest
+from deepseek_jax.plan.report.inputs import PlannedModel, PlanOptions, contents
 from deepseek_jax.plan.schedules import SCHEDULES, Schedule, schedule
 from deepseek_jax.plan.verdict import above
 
@@ -137,7 +138,7 @@ def _schedule_row(job: Job, options: PlanOptions, name: str, found: Schedule) ->
         empty = tuple(Figure(f"{name}_{key}", None, "-", DERIVED) for key in SCHEDULE_KEYS)
         return Row(found.title, empty, str(error).partition(". ")[0].removeprefix(f"--schedule={name} "))
     roofline, (rank, calibrated) = step_time.step(other), step_time.slowest(other, options.efficiency)
-    largest, mark = max(sum(parts.values()) for parts in memory_of(other, options)), options.efficiency_mark
+    largest, mark = fullest(other, options.kept, options.loss_chunk), options.efficiency_mark
     values = (
         (roofline.bubble, figures.seconds(roofline.bubble), DERIVED),
         (calibrated.bubble, figures.seconds(calibrated.bubble), mark),
