@@ -5,7 +5,7 @@ Only file names are examined, and the small JSON files that describe an adapter 
 
 import fnmatch
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,9 @@ PICKLED = (
 FORMATS = (
     (ADAPTER, ""),
     ("*.gguf", f"a GGUF file, the format of llama.cpp, which stores weights in other blocks. {ORIGINAL}"),
-    (
-        "params.json",
-        f"a model in its makers' own layout (params.json). Convert it to {NEEDED}.",
-    ),
+    ("params.json", f"a model in its makers' own layout (params.json). Convert it to {NEEDED}."),
     ("model_index.json", "an image pipeline of diffusers. This project runs language models."),
-    ("pytorch_model*.bin", f"weights pickled by PyTorch. {PICKLED}"),
-    ("*.pth", f"weights pickled by PyTorch. {PICKLED}"),
-    ("*.pt", f"weights pickled by PyTorch. {PICKLED}"),
-    ("*.ckpt", f"weights pickled by PyTorch. {PICKLED}"),
+    *((name, f"weights pickled by PyTorch. {PICKLED}") for name in ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt")),
     ("*.bin", f"weights pickled by PyTorch, or in an unknown format. {PICKLED}"),
     ("*.onnx", f"an ONNX graph. {ORIGINAL}"),
     ("*.h5", f"weights of TensorFlow. {ORIGINAL}"),
@@ -70,22 +64,18 @@ def check_path(path: str | os.PathLike) -> None:
         found = sorted(os.listdir(path / "snapshots"))
         hint = f"Give {path / 'snapshots' / found[-1]}." if found else "It is still empty."
         raise UserError(f"{path}: a folder of the hub's cache, whose models are in snapshots/. {hint}")
-    adapter = path / ADAPTER
-    names = sorted(os.listdir(path))
-    if text := describe(names, safetensors.read_json(adapter) if adapter.is_file() else {}):
+    if text := describe(sorted(os.listdir(path)), path):
         raise UserError(f"{path}: {text}")
 
 
-def describe(names: Iterable[str], adapter: Mapping[str, Any]) -> str:
+def describe(names: list[str], folder: Path) -> str:
     """Returns what files with these names are, if there is no config.json; "" if that is not known.
 
-    Args:
-        names: names of the files.
-        adapter: content of adapter_config.json, {} if there is none.
+    Of an adapter the file that describes it is read, if `folder` has it.
     """
-    names = list(names)
     if ADAPTER not in names:
         return _first(names)
+    adapter = safetensors.read_json(folder / ADAPTER) if (folder / ADAPTER).is_file() else {}
     kind, base = adapter.get("peft_type") or "LoRA", adapter.get("base_model_name_or_path")
     base = f" of {base}" if isinstance(base, str) and base else ""
     return (

@@ -136,8 +136,7 @@ def _what_else(repository: str, revision: str, directory: Path) -> str:
         names = HfApi().list_repo_files(repository, revision=revision or None)
     except Exception:  # no connection: use what is in the cache
         names = os.listdir(directory) if directory.is_dir() else []
-    adapter = directory / formats.ADAPTER
-    said = formats.describe(sorted(names), safetensors.read_json(adapter) if adapter.is_file() else {})
+    said = formats.describe(sorted(names), directory)
     return said or f"no {formats.CONFIG} in it. Give the id of a language model in the format of transformers."
 
 

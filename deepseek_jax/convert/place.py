@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from deepseek_jax.convert import names
-from deepseek_jax.convert.hf import Piece, Source, leaves, map_leaves
+from deepseek_jax.convert.hf import Piece, Source, map_leaves
+from deepseek_jax.tree import paths
 
 BLOCK_BYTES = 2**26  # of a tensor, sent at a time
 
@@ -22,7 +24,7 @@ Region = tuple[slice, ...]  # a device's part of a weight
 
 
 def place(source: Source, target: dict, report: Callable[[Piece], None] | None = None) -> dict:
-    """Reads weights onto devices. In a run of several processes each reads what its own devices need.
+    """Returns the weights of a source on devices. In a run of several processes each reads what its own devices need.
 
     Raises UserError if files are damaged.
 
@@ -30,15 +32,11 @@ def place(source: Source, target: dict, report: Callable[[Piece], None] | None =
         source: where the weights come from.
         target: a tree like `source.abstract` whose leaves have a `sharding`; weights are cast to the leaves' dtype.
         report: called with each piece after it is sent, for a progress bar.
-
-    Returns:
-        The tree of arrays.
     """
-    targets = dict(leaves(target))
+    targets = paths(target)
     regions = {path: _regions(leaf) for path, leaf in targets.items()}
     buffers = {
-        path: {device: jnp.zeros(_shape(region), targets[path].dtype, device=device) for device, region in here.items()}
-        for path, here in regions.items()
+        path: {at: _empty(region, targets[path].dtype, at) for at, region in regions[path].items()} for path in targets
     }
     under_way: deque[jax.Array] = deque()
 
@@ -79,8 +77,8 @@ def _regions(leaf: jax.ShapeDtypeStruct) -> dict[jax.Device, Region]:
     }
 
 
-def _shape(region: Region) -> tuple[int, ...]:
-    return tuple(s.stop - s.start for s in region)
+def _empty(region: Region, dtype: DTypeLike, device: jax.Device) -> jax.Array:
+    return jnp.zeros(tuple(s.stop - s.start for s in region), dtype, device=device)
 
 
 def _holds(region: Region, index: names.Index) -> bool:

@@ -77,8 +77,9 @@ class _Zstandard(io.RawIOBase):
 
 def damage() -> tuple[type[Exception], ...]:
     """Returns the errors that a damaged compressed file causes."""
+    known = (EOFError, zlib.error, gzip.BadGzipFile)
     try:
         from zstandard import ZstdError
     except ImportError:
-        return (EOFError, zlib.error, gzip.BadGzipFile)
-    return (EOFError, zlib.error, gzip.BadGzipFile, ZstdError)
+        return known
+    return (*known, ZstdError)

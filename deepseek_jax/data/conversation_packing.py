@@ -144,12 +144,9 @@ def sides(
     Raises UserError if no conversation is left to train on.
 
     Args:
-        store: conversations as `conversations.flatten` writes them.
+        store, kind, seq_len, seed: see `ConversationPacking`.
         tokenizer: tokenizer of their text.
-        kind: fingerprint of the encoder that turned them into tokens.
         holdout_rate: share of the conversations to hold out, each whole; at least one unless it is 0.
-        seq_len: tokens per window.
-        seed: seed of the order of the windows.
         watch: shows how much of a large corpus is measured.
     """
     by_hash = np.argsort(store.hashes, kind="stable")
@@ -205,10 +202,8 @@ def _measured(
 
     Args:
         tokens: whole documents, as `conversations.flatten` writes them.
-        base: position of the first of them among all tokens.
-        offsets: start of each document among all tokens.
-        seq_len: tokens per window.
-        byte_lengths_V: bytes of text per id.
+        base, offsets: position of the first of them, and start of each document, among all tokens.
+        seq_len, byte_lengths_V: tokens per window; bytes of text per id.
     """
     starts = np.flatnonzero(tokens & STARTS)
     n_targets = np.diff(starts, append=len(tokens)) - 1
@@ -254,6 +249,4 @@ def best_fit(lengths: np.ndarray, size: int) -> np.ndarray:
         with_space[space - length].append(window)
         spaces |= 1 << (space - length)
     _, first = np.unique(windows, return_index=True)
-    return np.argsort(np.argsort(first))[
-        windows
-    ]  # numbered in the order of the items, so that long and short ones are mixed
+    return np.argsort(np.argsort(first))[windows]  # numbered in the items' order, which mixes long and short ones

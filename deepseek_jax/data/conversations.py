@@ -109,17 +109,14 @@ def unflatten(stored: ArrayLike) -> list[Example]:
     """Returns the examples of `flatten`."""
     stored = np.asarray(stored)
     starts = np.flatnonzero(stored & STARTS)
-    return [
-        Example((part // FLAGS).astype(np.int32), (part & LEARNT).astype(bool)) for part in np.split(stored, starts[1:])
-    ]
+    parts = np.split(stored, starts[1:])
+    return [Example((part // FLAGS).astype(np.int32), (part & LEARNT).astype(bool)) for part in parts]
 
 
 def template_name(name: str, tokenizer: str | Tokenizer) -> str:
     """Returns the name of a corpus's chat template. Raises UserError if there is none, or an unknown one.
 
-    Args:
-        name: `data.chat_template`; "" means the one in the tokenizer's folder.
-        tokenizer: `data.tokenizer`, a tokenizer.json or its folder.
+    `name` is `data.chat_template`; "" means the one in the folder of `data.tokenizer`.
     """
     if name:
         return chat.template_for(None, name)
@@ -137,10 +134,7 @@ def template_name(name: str, tokenizer: str | Tokenizer) -> str:
 class Encoder:
     """Conversations as JSON to arrays for a `TokenStore`, which takes it in the place of a tokenizer.
 
-    Args:
-        tokenizer: has all marks of the template.
-        template: name of a chat template.
-        train_on: which answers are learnt.
+    `template` is the name of a chat template, all of whose marks the tokenizer has; `train_on`: see `answers`.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str, train_on: str):

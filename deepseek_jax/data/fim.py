@@ -43,11 +43,5 @@ def rearrange(tokens: np.ndarray, marks: FimTokens, seed: int, epoch: int, docum
     """
     cuts = noise(seed, epoch, CUT, document, at=np.arange(2)) % np.uint64(len(tokens) + 1)
     low, high = sorted(int(cut) for cut in cuts)
-    return [
-        np.array([marks.begin]),
-        tokens[:low],
-        np.array([marks.hole]),
-        tokens[high:],
-        np.array([marks.end]),
-        tokens[low:high],
-    ]
+    begin, hole, end = (np.array([mark]) for mark in marks)
+    return [begin, tokens[:low], hole, tokens[high:], end, tokens[low:high]]

@@ -9,26 +9,20 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import time
 from pathlib import Path
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.files import write_atomically
 
 REMEMBERED_BYTES = 64 << 20  # shorter files are hashed each time
 SETTLED_S = 2.0
 
 
 def fingerprint(path: Path, known: Path | None = None) -> str:
-    """Returns a hash of all of a file's bytes.
+    """Returns a hash of all of a file's bytes; `known` is a folder that caches the hashes of large files.
 
-    Args:
-        path: path of the file.
-        known: folder that caches the hashes of large files; None for no cache.
-
-    Raises:
-        UserError: the file changes while it is read.
-        OSError: the file cannot be read.
+    Raises UserError if the file changes while it is read, OSError if it cannot be read.
     """
     before = _identity(path)
     memo = known and before["size"] > REMEMBERED_BYTES and _memo(path, known)
@@ -67,13 +61,7 @@ def _remember(memo: Path, identity: dict[str, int], found: str) -> None:
     content = {"identity": identity, "hash": found}
     with contextlib.suppress(OSError):  # the next start takes longer then
         memo.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(prefix=f"{memo.name}.", dir=memo.parent)
-        try:
-            with open(descriptor, "w") as file:
-                json.dump(content | {"check": _check(content)}, file)
-            os.replace(partial, memo)
-        finally:
-            Path(partial).unlink(missing_ok=True)
+        write_atomically(memo, json.dumps(content | {"check": _check(content)}).encode())
 
 
 def _check(content: dict) -> str:

@@ -27,10 +27,6 @@ class Pieces(NamedTuple):
         """The tokens per part."""
         return self.stops - self.starts
 
-    def are_whole(self, lengths: np.ndarray) -> bool:
-        """Returns whether each part is a whole document; `lengths` are those of the store's documents."""
-        return np.array_equal(self.lengths, lengths[self.documents])
-
 
 def whole(documents: np.ndarray, lengths: np.ndarray) -> Pieces:
     """Returns whole documents as pieces."""

@@ -87,7 +87,7 @@ class Packing:
     @property
     def has_whole_documents(self) -> bool:
         """Whether every document is whole."""
-        return self.pieces.are_whole(self.store.lengths)
+        return np.array_equal(self.pieces.lengths, self.store.lengths[self.pieces.documents])
 
     @property
     def bytes_per_token(self) -> float:
@@ -119,10 +119,6 @@ class Packing:
         """Which pieces start with <bos>: those at the start of a document, if documents have it."""
         return (self.pieces.starts == 0) & (self.bos_id is not None)
 
-    def epoch(self, epoch: int) -> Epoch:
-        """Returns the stream of an epoch."""
-        return _lay_out(self, epoch)
-
     def _parts(self, epoch: int, place: int, is_fim: bool) -> list[np.ndarray]:
         """Returns a document as in the stream, in parts."""
         document, start, stop = (column[place] for column in self.pieces)
@@ -133,7 +129,7 @@ class Packing:
 
     def window(self, epoch: int, n: int) -> Window:
         """Returns sample `n` of an epoch with the token that follows it."""
-        order, ends, is_fim = self.epoch(epoch)
+        order, ends, is_fim = lay_out(self, epoch)
         start = n * self.seq_len
         stop = min(start + self.seq_len + 1, int(ends[-1]))
         tokens = np.full(self.seq_len + 1, self.pad_id, np.int32)
@@ -153,7 +149,8 @@ class Packing:
 
 
 @lru_cache(maxsize=4)  # two splits, and prefetching on both sides of an epoch's end
-def _lay_out(packing: Packing, epoch: int) -> Epoch:
+def lay_out(packing: Packing, epoch: int) -> Epoch:
+    """Returns the stream of an epoch."""
     places = np.arange(len(packing.pieces.documents))
     is_fim = fim.choose(len(places), packing.fim_rate, packing.seed, epoch)
     order = places

@@ -15,6 +15,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from deepseek_jax.bounds import LARGEST, number, whole
 from deepseek_jax.data import conversation_packing, packing, reader_processes
 from deepseek_jax.data.conversation_packing import ConversationPacking
 from deepseek_jax.data.conversations import Encoder, template_name
@@ -28,6 +29,12 @@ from deepseek_jax.data.watch import Watch, unwatched
 from deepseek_jax.errors import UserError
 
 READ_AHEAD = 4  # batches made in advance
+BOUNDS = {
+    "seq_len": whole(1, LARGEST),
+    "fim_rate": number(0, 1),
+    "holdout_rate": number(0, 1, below=True),
+    "workers": whole(0, 1024),
+}
 
 
 class Batch(NamedTuple):
@@ -42,11 +49,7 @@ class Batch(NamedTuple):
 
     @classmethod
     def of_windows(cls, windows: np.ndarray) -> "Batch":
-        """Returns whole windows as rows without padding, a document each.
-
-        Args:
-          windows: int [B, T + 1]; the last T tokens are the targets, each with weight 1.
-        """
+        """Returns windows, int [B, T + 1], as rows without padding, a document each; every target has weight 1."""
         ids_BT, targets_BT = windows[:, :-1].astype(np.int32), windows[:, 1:].astype(np.int32)
         positions_BT = np.broadcast_to(np.arange(ids_BT.shape[1], dtype=np.int32), ids_BT.shape)
         ones_BT = np.ones_like(ids_BT)
@@ -189,15 +192,20 @@ def open_splits(
         source, ...: keys of `config.data`; `tokenizer` may be an open tokenizer. Defaults are as in `configs/base.py`.
         watch: shows the progress of tokenising.
     """
-    _check(seq_len, fim_rate, holdout_rate, workers)
+    for name, value in (
+        ("seq_len", seq_len),
+        ("fim_rate", fim_rate),
+        ("holdout_rate", holdout_rate),
+        ("workers", workers),
+    ):
+        BOUNDS[name].check(f"data.{name}", value)
     opened = open_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     corpus = open_corpus(source, text_key, format)
     if corpus.format == "conversations":
         encoder = Encoder(opened, template_name(chat_template, tokenizer), train_on)
         store = open_store(corpus, encoder, cache_dir, watch)
-        sides = conversation_packing.sides(
-            store, opened, encoder.fingerprint, holdout_rate, seq_len=seq_len, seed=seed, watch=watch
-        )
+        options = {"seq_len": seq_len, "seed": seed, "watch": watch}
+        sides = conversation_packing.sides(store, opened, encoder.fingerprint, holdout_rate, **options)
     else:
         check_marks(opened, fim_rate)
         store = open_store(corpus, MarkReader(opened) if special_tokens else opened, cache_dir, watch)
@@ -228,16 +236,3 @@ def check_marks(tokenizer: Tokenizer, fim_rate: float) -> None:
         raise UserError("data.tokenizer has no end-of-text token. Name it in the tokenizer_config.json beside it.")
     if fim_rate > 0 and tokenizer.fim is None:
         raise UserError("data.tokenizer has no fill-in-the-middle tokens. Set data.fim_rate to 0.")
-
-
-def _check(seq_len: int, fim_rate: float, holdout_rate: float, workers: int) -> None:
-    if seq_len < 1:
-        raise UserError(f"data.seq_len = {seq_len}: expected 1 or more.")
-    if not 0 <= fim_rate <= 1:
-        raise UserError(f"data.fim_rate = {fim_rate}: expected a share of the documents, from 0 to 1.")
-    if not 0 <= holdout_rate < 1:
-        raise UserError(
-            f"data.holdout_rate = {holdout_rate}: expected a share of the documents, from 0 to less than 1."
-        )
-    if workers < 0:
-        raise UserError(f"data.workers = {workers}: expected 0 for threads, or a number of processes.")

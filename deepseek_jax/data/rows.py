@@ -35,16 +35,13 @@ def format_of(row: Any, text_key: str, where: str) -> str:
 
 
 def row_text(row: Any, text_key: str, where: str) -> str:
-    """Returns the text of a row: the field `text_key` of an object, a string itself, "" for null."""
-    if isinstance(row, dict):
-        return field(row, text_key, where)
-    if row is None or isinstance(row, str):
-        return field({text_key: row}, text_key, where)
-    raise UserError(f"{where} is a JSON {type(row).__name__}, not an object with a field that holds the text.")
+    """Returns the text of a row: the field `text_key` of an object, a string itself, "" for null.
 
-
-def field(row: dict, text_key: str, where: str) -> str:
-    """Returns the text of a row, "" for null; a lone surrogate, which UTF-8 text cannot contain, becomes `?`."""
+    A lone surrogate, which UTF-8 text cannot contain, becomes `?`.
+    """
+    row = {text_key: row} if row is None or isinstance(row, str) else row
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is a JSON {type(row).__name__}, not an object with a field that holds the text.")
     if text_key not in row:
         raise UserError(f"{where} has fields {', '.join(row) or 'none'} and no {text_key!r}. Set data.text_key.")
     text = "" if row[text_key] is None else row[text_key]

@@ -88,8 +88,10 @@ def open_store(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str, watch: Watc
             "Set data.cache_dir to a writable folder.",
             stacklevel=2,
         )
+        out = io.BytesIO()
         with watch(LABEL, corpus.n_bytes()) as counter:
-            return _build_in_memory(corpus, tokenizer, counter)
+            table = tokenise(corpus, tokenizer, out, counter)
+        return _assemble(np.frombuffer(out.getbuffer(), id_type(tokenizer)), table, None)
 
 
 def _is_usable(folder: Path, remove: bool = False) -> bool:
@@ -110,12 +112,6 @@ def cache_folder(cache_dir: str) -> Path:
         check_local(cache_dir, "data.cache_dir")
         return Path(os.path.expanduser(cache_dir))
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "deepseek_jax")
-
-
-def _build_in_memory(corpus: Corpus, tokenizer: Tokenizer, counter: Counter) -> TokenStore:
-    out = io.BytesIO()
-    table = tokenise(corpus, tokenizer, out, counter)
-    return _assemble(np.frombuffer(out.getbuffer(), id_type(tokenizer)), table, None)
 
 
 def _build_folder(corpus: Corpus, tokenizer: Tokenizer, folder: Path, counter: Counter) -> None:

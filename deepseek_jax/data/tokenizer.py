@@ -229,7 +229,7 @@ def _settings(folder: Path) -> dict:
     return settings | {key: mark for key, mark in older.items() if settings.get(key) is None}
 
 
-NAMED = (*(f"{role}_token" for role in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")),)
+NAMED = tuple(f"{role}_token" for role in ("bos", "eos", "pad", "unk", "sep", "cls", "mask"))
 LISTED = ("additional_special_tokens", "extra_special_tokens")
 
 

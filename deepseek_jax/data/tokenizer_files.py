@@ -30,10 +30,8 @@ def files_of(name: str) -> dict[str, Path | bytes]:
         return {TOKENIZER: _text(byte_tokenizer()), CONFIG: _text(byte_settings())}
     path = Path(name).expanduser() if is_path(name) else deepseek_folder()
     file = path / TOKENIZER if path.is_dir() else path
-    beside: dict[str, Path | bytes] = {
-        found.name: found for pattern in PATTERNS for found in sorted(file.parent.glob(pattern))
-    }
-    return beside | {TOKENIZER: file}
+    found = [path for pattern in PATTERNS for path in sorted(file.parent.glob(pattern))]
+    return {path.name: path for path in found} | {TOKENIZER: file}
 
 
 def byte_tokenizer() -> dict[str, Any]:
@@ -45,13 +43,9 @@ def byte_tokenizer() -> dict[str, Any]:
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     model = {"type": "BPE", "vocab": {letter: i for i, letter in enumerate(byte_alphabet())}, "merges": []}
-    return {
-        "version": "1.0",
-        "added_tokens": added,
-        "pre_tokenizer": byte_level,
-        "decoder": byte_level,
-        "model": model,
-    }
+    return {"version": "1.0", "added_tokens": added, "model": model} | dict.fromkeys(
+        ("pre_tokenizer", "decoder"), byte_level
+    )
 
 
 def byte_settings() -> dict[str, Any]:

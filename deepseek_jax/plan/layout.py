@@ -6,6 +6,7 @@ stage; final norm, head and multi-token prediction belong to the last. Layers ne
 each goes to the device with the least work, and no layer is split.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -151,10 +152,5 @@ def _end_in_layers(network: Network, seq_len: int, slow: float) -> float:
 
 def describe_layers(stages: Sequence[Stage]) -> str:
     """Returns the layers per stage as text, equal neighbours together: "15 x 4, 1"."""
-    runs: list[list[int]] = []
-    for stage in stages:
-        if runs and runs[-1][1] == stage.n_layers:
-            runs[-1][0] += 1
-        else:
-            runs.append([1, stage.n_layers])
+    runs = [(len(list(same)), n) for n, same in itertools.groupby(stage.n_layers for stage in stages)]
     return ", ".join(f"{k} x {n}" if k > 1 else f"{n}" for k, n in runs)

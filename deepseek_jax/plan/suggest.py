@@ -160,7 +160,8 @@ def _least(job: Job) -> dict[str, ActivationBytes]:
 def _meshes(space: Space) -> Iterator[tuple[int, int, dict[str, str]]]:
     """Yields (pipe, expert, rules) that divide the devices; equivalent rules are tried once."""
     pipes = [n for n in PIPES if space.devices % n == 0 and n <= space.network.n_layers]
-    for pipe in pipes if any(missing_of(r) for r in space.recipes) else [1]:
+    runs_today = all(recipe.weights == 4 for recipe in space.recipes)  # `train` has no pipelines yet
+    for pipe in [1] if runs_today else pipes:
         replicas, n_experts = space.devices // pipe, space.network.n_experts
         for expert in (n for n in range(1, n_experts + 1) if n_experts % n == 0 and replicas % n == 0):
             sizes, seen = {DATA: replicas // expert, EXPERT: expert, "": 1}, set()
@@ -170,11 +171,6 @@ def _meshes(space: Space) -> Iterator[tuple[int, int, dict[str, str]]]:
                 if active not in seen:
                     seen.add(active)
                     yield pipe, expert, rules
-
-
-def missing_of(recipe: Recipe) -> bool:
-    """Returns whether `train` cannot run a recipe yet; pipelines are tried with such recipes only."""
-    return recipe.weights != 4
 
 
 def _micro_batches(space: Space, pipe: int) -> list[int]:

@@ -24,8 +24,8 @@ PARTS = {
 def verdict(job: Job, memory: float, efficiency: float, mark: str, hindrances: Sequence[str]) -> Section:
     """Returns whether the job fits, its memory, step time, MFU and bottleneck.
 
-    `memory`: bytes on the fullest device. `efficiency`: of the matmuls, with the origin `mark`. `hindrances`: reasons why
-    `train` cannot run the job today.
+    `memory`: bytes on the fullest device. `efficiency`: of the matmuls, with the origin `mark`. `hindrances`: reasons
+    why `train` cannot run the job today.
     """
     fits, step, size = memory <= capacity(job), step_time.step(job, efficiency), units.binary(capacity(job))
     per_second, mfu = _speed(job, step.total)

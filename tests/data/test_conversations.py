@@ -9,8 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from deepseek_jax.data import chat
-from deepseek_jax.data.chat import TEMPLATES, to_ids
+from deepseek_jax.data.chat import TEMPLATES, marks, to_ids
 from deepseek_jax.data.conversations import Encoder, answers, flatten, join, template_name, unflatten
 from deepseek_jax.data.rows import conversation_text
 from deepseek_jax.data.tokenizer import open_tokenizer
@@ -75,7 +74,7 @@ class Oracle:
         """Adds texts and, written @NAME, special tokens."""
         for piece in pieces:
             is_mark = piece.startswith("@")
-            text = getattr(chat, piece[1:]).text if is_mark else piece
+            text = getattr(marks, piece[1:]).text if is_mark else piece
             ids = self.tokenizer.encode(text, specials=is_mark).tolist()
             (self.said if to is None else to).extend(ids)
 
@@ -277,7 +276,7 @@ def test_a_thought_is_learnt_where_it_is_thought_and_absent_later(marked_bytes):
     tokenizer = marked_bytes
     first, second = join(answers(row, TEMPLATES["v31"], "answers"), tokenizer)
     mark = {
-        name: tokenizer.encode(getattr(chat, name).text, specials=True)[0] for name in ("THINK", "END_THINK", "EOS")
+        name: tokenizer.encode(getattr(marks, name).text, specials=True)[0] for name in ("THINK", "END_THINK", "EOS")
     }
     learnt = [*b"hm", mark["END_THINK"], *b"b", mark["EOS"]]
     assert first.ids[first.is_learnt].tolist() == learnt and first.ids[-6] == mark["THINK"]

@@ -142,10 +142,10 @@ def test_the_standard_library_trains(tmp_path, settings):
     ("change", "message"),
     [
         ({"seq_len": 100_000}, "train tokens and a sample takes 100001"),
-        ({"seq_len": 0}, "data.seq_len = 0"),
-        ({"fim_rate": 1.5}, "data.fim_rate = 1.5"),
-        ({"holdout_rate": 1.0}, "data.holdout_rate = 1.0"),
-        ({"workers": -1}, "data.workers = -1"),
+        ({"seq_len": 0}, "data.seq_len=0: expected"),
+        ({"fim_rate": 1.5}, "data.fim_rate=1.5: expected"),
+        ({"holdout_rate": 1.0}, "data.holdout_rate=1.0: expected"),
+        ({"workers": -1}, "data.workers=-1: expected"),
     ],
 )
 def test_wrong_settings_are_named(settings, change, message):

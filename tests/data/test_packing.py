@@ -7,7 +7,7 @@ import pytest
 
 from deepseek_jax.data.fim import FimTokens
 from deepseek_jax.data.holdout import Pieces, whole
-from deepseek_jax.data.packing import Packing, Window, sample
+from deepseek_jax.data.packing import Packing, Window, lay_out, sample
 from deepseek_jax.data.store import TokenStore
 
 EOS, PAD, MARKS = 900, 901, FimTokens(902, 903, 904)
@@ -71,7 +71,7 @@ def test_windows_cover_the_stream_once(seq_len, fim_rate):
     dropped = packing.n_tokens - len(tokens)
     assert 0 <= dropped < seq_len
     # The stream built naively from the epoch's order.
-    order, ends, is_fim = packing.epoch(3)
+    order, ends, is_fim = lay_out(packing, 3)
     naive = np.concatenate([np.concatenate(packing._parts(3, place, is_fim[place])) for place in order])
     assert len(naive) == packing.n_tokens == ends[-1]
     np.testing.assert_array_equal(tokens, naive[: len(tokens)])

@@ -14,7 +14,7 @@ from flax import nnx
 
 from deepseek_jax import run, run_config, saved_config
 from deepseek_jax.abstract_model import abstract_module, count_parameters
-from deepseek_jax.convert import hf, names
+from deepseek_jax.convert import names
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import plan
@@ -23,6 +23,7 @@ from deepseek_jax.models import FAMILIES, family
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.sharding import is_axes
 from deepseek_jax.train.loss import Totals, losses
+from deepseek_jax.tree import paths
 
 B, T, SLOTS = 2, 12, 14
 
@@ -148,7 +149,7 @@ def test_every_weight_names_its_axes(model):
 def test_weight_decay_shrinks_what_is_published_as_a_matrix(name):
     """Gains and biases are published as vectors, whatever the number of their axes here."""
     module = abstract_module(config_of(name))
-    decays = dict(hf.leaves(decayed(module), ("params",)))
+    decays = paths(decayed(module), ("params",))
     _, params, _ = split(module)
     found = {path: len(t.shape) == 2 for t in names.tensors({"params": params}) for path, _ in t.places}
     assert decays == found
@@ -186,7 +187,7 @@ def test_a_step_of_other_layers_keeps_its_state_and_reports_its_routers(twin, ch
 
 
 def test_biases_do_not_decay():
-    decays = dict(hf.leaves(decayed(abstract_module(qwen()))))
+    decays = paths(decayed(abstract_module(qwen())))
     assert {path[-1] for path, shrinks in decays.items() if not shrinks} == {
         *("gain", "q_bias_HQ", "k_bias_ZQ", "v_bias_ZU")
     }

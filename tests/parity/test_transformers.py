@@ -17,6 +17,7 @@ import pytest
 
 import deepseek_jax
 from deepseek_jax.convert import hf
+from deepseek_jax.tree import paths
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -196,7 +197,7 @@ def test_our_bfloat16_export_is_what_was_published(fresh, tmp_path):
     published = hf.open_published(directory)
     source = hf.Source(published, compare.abstract(published.family, published.numbers)[1])
     weights = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), source.abstract)
-    flat = dict(hf.leaves(weights))
+    flat = paths(weights)
     for piece in source.pieces():
         flat[piece.path][piece.index] = piece.array
     hf.write(tmp_path / "out", published.family, published.numbers, weights, hf.from_tree(weights), "bf16")

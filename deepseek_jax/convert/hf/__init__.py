@@ -24,5 +24,5 @@ from deepseek_jax.convert.hf.published import (
     open_published,
     warn_on_stderr,
 )
-from deepseek_jax.convert.hf.source import Piece, Source, leaves, map_leaves
+from deepseek_jax.convert.hf.source import Piece, Source, map_leaves
 from deepseek_jax.convert.hf.write import Get, copy_files, from_tree, write

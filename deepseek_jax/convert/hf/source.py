@@ -175,12 +175,6 @@ def _difference(missing: list[str], unexpected: list[str], wrong: list[str]) -> 
     return f"{'; '.join(parts)}. The files do not match the model in {CONFIG}."
 
 
-def leaves(tree: dict, path: names.Path = ()) -> Iterator[tuple[names.Path, Any]]:
-    """Yields the (path, leaf) pairs of a nested dict."""
-    for key, sub in tree.items():
-        yield from leaves(sub, (*path, key)) if isinstance(sub, dict) else [((*path, key), sub)]
-
-
 def map_leaves(tree: dict, function: Callable[[names.Path, Any], Any], path: names.Path = ()) -> dict:
     """Returns a tree like `tree` with `function(path, leaf)` for each leaf."""
     return {

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
@@ -16,9 +15,9 @@ import numpy as np
 
 from deepseek_jax.convert import hf_config, names, safetensors
 from deepseek_jax.convert.hf.published import CONFIG, GENERATION_CONFIG, Warn, warn_on_stderr
-from deepseek_jax.convert.hf.source import leaves
 from deepseek_jax.errors import UserError
 from deepseek_jax.precision.quantize import quantize_blocks
+from deepseek_jax.tree import paths
 
 TABLE = ("params", "embedding", "table_VD")
 TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -30,7 +29,7 @@ Get = Callable[[names.Path, names.Index], np.ndarray]
 
 def from_tree(tree: dict) -> Get:
     """Returns the `get` of `write` for {"params", "router_bias"} of arrays; one piece at a time comes to the host."""
-    arrays = dict(leaves(tree))
+    arrays = paths(tree)
     return lambda path, index: np.asarray(arrays[path][index] if index else arrays[path])
 
 
@@ -76,7 +75,7 @@ def write(
     if dtype not in FORMATS:
         raise UserError(f"dtype {dtype!r}: expected one of {', '.join(FORMATS)}.")
     directory = Path(directory).expanduser()
-    dtypes = {path: leaf.dtype for path, leaf in leaves(abstract)}
+    dtypes = {path: leaf.dtype for path, leaf in paths(abstract).items()}
     stored = dtypes[TABLE]
     config = hf_config.to_hf(
         *(family, numbers),
@@ -153,9 +152,7 @@ def _cast(published: Callable, tensor: names.Tensor, dtype: np.dtype) -> np.ndar
     return published(tensor).astype(dtype, copy=False)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _quantize(matrix: jax.Array, scale: str) -> tuple[jax.Array, jax.Array]:
-    return quantize_blocks(matrix, scale=scale)
+_quantize = jax.jit(quantize_blocks, static_argnames="scale")
 
 
 def _quantized(tensor: names.Tensor, published: Callable, scale: str, kind: str) -> Iterator[safetensors.Entry]:
@@ -163,12 +160,12 @@ def _quantized(tensor: names.Tensor, published: Callable, scale: str, kind: str)
     made = {}
 
     def codes() -> np.ndarray:
-        q, made["scales"] = map(np.asarray, _quantize(published(tensor), scale))
+        q, made["scales"] = map(np.asarray, _quantize(published(tensor), scale=scale))
         return q
 
     def scales() -> np.ndarray:
         return made.pop("scales").astype(safetensors.DTYPES[kind])
 
-    blocks = tuple(math.ceil(n / b) for n, b in zip(tensor.shape, safetensors.BLOCK, strict=True))
+    blocks = safetensors.blocks_of(tensor.shape, safetensors.BLOCK)
     yield safetensors.Entry(tensor.name, tensor.shape, "F8_E4M3", codes)
     yield safetensors.Entry(tensor.name + safetensors.SCALE_SUFFIX, blocks, kind, scales)

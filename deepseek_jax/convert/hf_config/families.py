@@ -18,11 +18,8 @@ Json = Mapping[str, Any]
 Numbers = dict[str, Any]
 
 
-# Dense models (V1 and the students of R1).
-
-
 def read_dense(hf: Json, numbers: Numbers, rope: Numbers, default_width: int = 0) -> Numbers:
-    """Reads grouped-query attention (`default_width`: see `_read_heads`) and the context extension of a dense model."""
+    """Reads grouped-query attention (`default_width`: see `_read_heads`) and the context extension of v1's models."""
     found = _read_heads(hf, numbers, default_width)
     layer_types = hf.get("layer_types") or []
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
@@ -44,13 +41,7 @@ def write_dense(numbers: Json) -> Numbers:
 
 
 def _read_heads(hf: Json, numbers: Numbers, default_width: int) -> Numbers:
-    """Reads the number of key-value heads and the head width.
-
-    Args:
-        hf: config.json.
-        numbers: as read so far.
-        default_width: head_dim if the config does not give it; 0: hidden_size / num_attention_heads.
-    """
+    """Reads key-value heads and the head width: by default `default_width`; if that is 0, hidden_size / heads."""
     n_heads, d_model = numbers["n_heads"], numbers["d_model"]
     n_kv_heads = integer(hf, "num_key_value_heads", default=n_heads)
     if n_heads % n_kv_heads:
@@ -70,9 +61,6 @@ def _has_windows(hf: Json) -> bool:
     return integer(hf, "max_window_layers", default=28, least=0) < hf["num_hidden_layers"]
 
 
-# DeepSeekMoE 16B.
-
-
 def read_moe(hf: Json, numbers: Numbers, rope: Numbers) -> Numbers:
     """Reads plain attention, and experts without groups."""
     return _read_heads(hf, numbers, default_width=0) | _read_experts(hf, numbers, default_scale=1.0)
@@ -81,9 +69,6 @@ def read_moe(hf: Json, numbers: Numbers, rope: Numbers) -> Numbers:
 def write_moe(numbers: Json) -> Numbers:
     """Writes plain attention, and experts without groups."""
     return write_dense(numbers) | _write_scale(numbers)
-
-
-# DeepSeek-V2.
 
 
 def read_v2(hf: Json, numbers: Numbers, rope: Numbers) -> Numbers:
@@ -105,9 +90,6 @@ def write_v2(numbers: Json) -> Numbers:
     return _write_latent(numbers) | _write_scale(numbers) | groups | {"topk_method": method}
 
 
-# DeepSeek-V3.
-
-
 def read_v3(hf: Json, numbers: Numbers, rope: Numbers) -> Numbers:
     """Reads latent attention, experts chosen by sigmoid in groups, and multi-token prediction."""
     found = _read_latent(hf, rope) | _read_experts(hf, numbers, default_scale=2.5)
@@ -119,9 +101,6 @@ def read_v3(hf: Json, numbers: Numbers, rope: Numbers) -> Numbers:
 def write_v3(numbers: Json) -> Numbers:
     """Writes latent attention, the scale of the experts, and multi-token prediction."""
     return _write_latent(numbers) | _write_scale(numbers) | {"num_nextn_predict_layers": numbers["mtp_depth"]}
-
-
-# Parts.
 
 
 def _read_latent(hf: Json, rope: Numbers) -> Numbers:

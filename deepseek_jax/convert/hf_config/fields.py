@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepseek_jax.bounds import LARGEST
+from deepseek_jax.convert.safetensors.format import shown
 from deepseek_jax.errors import UserError
 
 
@@ -55,13 +56,3 @@ def invalid(hf: Mapping, key: str, expected: str, where: str = "") -> UserError:
     """
     given = f"{where}{key}={shown(hf[key])}" if key in hf else f"{where}{key} is missing"
     return UserError(f"config.json: {given}: expected {expected}.")
-
-
-def shown(value: object) -> str:
-    """Returns a value on one short line, however large it is."""
-    if isinstance(value, (dict, list)):
-        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
-    if isinstance(value, int) and not -(10**30) < value < 10**30:
-        return "a huge integer"
-    text = repr(value[:60] if isinstance(value, str) else value)
-    return text if len(text) <= 60 else text[:59] + "…"

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 from deepseek_jax.bounds import LARGEST, MOST_LAYERS, MOST_POSITIONS
 from deepseek_jax.convert import formats
-from deepseek_jax.convert.hf_config.fields import boolean, integer, invalid, is_integer, number, shown
+from deepseek_jax.convert.hf_config.fields import boolean, integer, invalid, is_integer, number
 from deepseek_jax.convert.hf_config.kinds import COUNTS, KINDS, Kind
 from deepseek_jax.convert.hf_config.rope import read_rope
+from deepseek_jax.convert.safetensors.format import shown
 from deepseek_jax.errors import UserError
 
 MOST_END_TOKENS = 100
@@ -51,7 +52,10 @@ def facts(hf: Mapping[str, Any]) -> ConfigFacts:
     pad = hf.get("pad_token_id")
     pad = pad if is_integer(pad, 0, LARGEST) else None  # some releases have -1, which means none
     tied = boolean(hf, "tie_word_embeddings", False)
-    return ConfigFacts(n_positions, _bos_id(hf), eos_ids(hf), tied, pad)
+    bos = hf.get("bos_token_id")
+    if bos is not None and not is_integer(bos, 0, LARGEST):
+        raise invalid(hf, "bos_token_id", "a token id or null")
+    return ConfigFacts(n_positions, bos, eos_ids(hf), tied, pad)
 
 
 def eos_ids(hf: Mapping[str, Any], where: str = "config.json") -> tuple[int, ...]:
@@ -66,13 +70,6 @@ def eos_ids(hf: Mapping[str, Any], where: str = "config.json") -> tuple[int, ...
 def one_or_list(ids: Sequence[int]) -> int | list[int] | None:
     """Returns ids as these files spell them: a single one as a number, several as a list, none as null."""
     return ids[0] if len(ids) == 1 else list(ids) or None
-
-
-def _bos_id(hf: Mapping[str, Any]) -> int | None:
-    bos = hf.get("bos_token_id")
-    if bos is not None and not is_integer(bos, 0, LARGEST):
-        raise invalid(hf, "bos_token_id", "a token id or null")
-    return bos
 
 
 def _kind(hf: Mapping[str, Any]) -> Kind:

@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from deepseek_jax.bounds import MOST_POSITIONS
-from deepseek_jax.convert.hf_config.fields import boolean, integer, invalid, number, shown
+from deepseek_jax.convert.hf_config.fields import boolean, integer, invalid, number
+from deepseek_jax.convert.safetensors.format import shown
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.rope import Yarn
 
@@ -29,19 +30,14 @@ OBJECTS = ("rope_parameters", "rope_scaling")  # the spelling of transformers 5,
 def read_rope(hf: Mapping[str, Any], known: tuple[str, ...]) -> tuple[float, dict]:
     """Returns (base, numbers of the context extension), from either spelling.
 
-    Args:
-        hf: config.json.
-        known: context extensions that the family supports besides "default".
-
-    Returns:
-        The numbers are those of `Yarn`, those of `Llama3`, a factor, or none.
+    The numbers are those of `Yarn`, those of `Llama3`, a factor, or none. `known`: context extensions that the family
+    supports besides "default".
     """
     given = {key: hf[key] for key in OBJECTS if hf.get(key) is not None}
     if wrong := [key for key, value in given.items() if not isinstance(value, dict)]:
         raise invalid(hf, wrong[0], "an object or null")
-    found = [_read_object(hf, rope, f"{key}.", known) for key, rope in given.items()] or [
-        _read_object(hf, {}, "", known)
-    ]
+    objects = [(rope, f"{key}.") for key, rope in given.items()] or [({}, "")]
+    found = [_read_object(hf, rope, where, known) for rope, where in objects]
     if found[0] != found[-1]:
         raise invalid(hf, "rope_scaling", "the same as in rope_parameters, or only one of the two")
     return found[0]

@@ -6,7 +6,7 @@ A directory is model.safetensors alone, or shards and model.safetensors.index.js
 Format: https://github.com/huggingface/safetensors; the published libraries read bfloat16 but not float8 into numpy.
 """
 
-from deepseek_jax.convert.safetensors.dequantize import BLOCK, FINITE_CODES
+from deepseek_jax.convert.safetensors.dequantize import BLOCK, FINITE_CODES, blocks_of
 from deepseek_jax.convert.safetensors.format import DTYPE_NAMES, DTYPES, INDEX, SCALE_SUFFIX, SINGLE, Info
 from deepseek_jax.convert.safetensors.header import read_json
 from deepseek_jax.convert.safetensors.read import Tensors, open_directory

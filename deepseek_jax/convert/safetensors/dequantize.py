@@ -43,9 +43,7 @@ def dequantize(
         read_rows: `read_rows(row, codes)` fills an array of uint8 with the rows from `row` on, all matrices in a row.
         info: dtype and shape of the codes; the blocks divide the last two axes, and the last blocks may be partial.
         scales: float32, `blocks_of(shape, block)`.
-        dtype: dtype of the result.
-        block: rows and columns of a block.
-        where: name of the tensor in messages.
+        dtype, block, where: dtype of the result; rows and columns of a block; name of the tensor in messages.
     """
     *leading, rows, columns = info.shape
     matrices, limit = math.prod(leading), FINITE_CODES[info.dtype]

@@ -111,8 +111,8 @@ class Tensors:
     def read_dequantized(self, name: str, dtype: object = None, block: tuple[int, int] = BLOCK) -> np.ndarray:
         """Returns an 8-bit weight times its `NAME_scale_inv` in `dtype` (bfloat16), any other tensor as stored.
 
-        Raises UserError for scales that are missing, of a wrong shape, not finite, negative or too large for `dtype`;
-        codes that are NaN or infinite.
+        Raises UserError for scales that are missing, of a wrong shape, not finite, negative or too large for `dtype`,
+        and for codes that are NaN or infinite.
         """
         if not self.is_quantized(name):
             return self.read(name)
@@ -138,11 +138,8 @@ class Tensors:
         """Returns whether a tensor's bytes equal those of `other(start, n_bytes)`, block by block."""
         place = self._place(name)
         starts = range(0, place.info.nbytes, COMPARED_BYTES)
-        sizes = (min(COMPARED_BYTES, place.info.nbytes - start) for start in starts)
-        return all(
-            np.array_equal(self._bytes(place, start, n), other(start, n))
-            for start, n in zip(starts, sizes, strict=True)
-        )
+        blocks = ((start, min(COMPARED_BYTES, place.info.nbytes - start)) for start in starts)
+        return all(np.array_equal(self._bytes(place, *block), other(*block)) for block in blocks)
 
     def _bytes(self, place: Place, start: int, n_bytes: int) -> np.ndarray:
         block = np.empty(n_bytes, np.uint8)

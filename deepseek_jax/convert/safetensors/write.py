@@ -60,7 +60,8 @@ def write_directory(
         flush_folder(directory)
         if count > 1:
             weight_map = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
-            _write_index(directory, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_atomically(directory / INDEX, json.dumps(index, indent=2).encode())
     except OSError as error:
         raise UserError(f"{error.filename or directory}: cannot be written ({error.strerror}).") from None
     finally:
@@ -97,9 +98,8 @@ def _prepare(directory: Path, total: int) -> None:
             (directory / name).unlink()
     free = shutil.disk_usage(directory).free
     if total > free:
-        raise UserError(
-            f"{directory}: {total / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free on its disk. Free some space."
-        )
+        numbers = f"{total / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free on its disk"
+        raise UserError(f"{directory}: {numbers}. Free some space.")
 
 
 def _write_file(path: Path, entries: list[Entry], infos: dict[str, Info]) -> None:
@@ -141,7 +141,3 @@ def _write_at(descriptor: int, data: bytes | np.ndarray, offset: int) -> None:
     while view:
         done = os.pwrite(descriptor, view[:IO_BYTES], offset)
         view, offset = view[done:], offset + done
-
-
-def _write_index(directory: Path, index: dict) -> None:
-    write_atomically(directory / INDEX, json.dumps(index, indent=2).encode())

@@ -27,15 +27,10 @@ TRAITS = (
 
 def recognise(text: str) -> str:
     """Returns the name of our template for the text of a Jinja template; "" if it is unknown."""
-    return next((name for name, has, hasnt in TRAITS if _all_in(has, text) and not _any_in(hasnt, text)), "")
-
-
-def _all_in(words: tuple[str, ...], text: str) -> bool:
-    return all(word in text for word in words)
-
-
-def _any_in(words: tuple[str, ...], text: str) -> bool:
-    return any(word in text for word in words)
+    for name, has, hasnt in TRAITS:
+        if all(words in text for words in has) and not any(words in text for words in hasnt):
+            return name
+    return ""
 
 
 def published_template(folder: Path) -> str:
