@@ -31,7 +31,7 @@ def files_of(name: str) -> dict[str, Path | bytes]:
     path = Path(name).expanduser() if is_path(name) else deepseek_folder()
     file = path / TOKENIZER if path.is_dir() else path
     found = [path for pattern in PATTERNS for path in sorted(file.parent.glob(pattern))]
-    return {path.name: path for path in found} | {TOKENIZER: file}
+    return {**{path.name: path for path in found}, TOKENIZER: file}
 
 
 def byte_tokenizer() -> dict[str, Any]:
