@@ -1,10 +1,12 @@
-"""Quantisation of activations to E4M3, along both axes at once.
+"""Quantisation of activations to E4M3, along both axes at once; also of a SwiGLU's output, which is then never stored.
 
-quantize        the public function: checks its arguments, calls the implementation that is named
+quantize, quantize_swiglu   the public functions: check their arguments, call the implementation that is named
+
+api.py          where they are
 reference.py    the definition, in plain jax.numpy
 gpu.py          Hopper: one pass over the matrix, Pallas Mosaic GPU
 """
 
-from pallas_kernels.quantize.api import Quantized, quantize
+from pallas_kernels.quantize.api import Quantized, quantize, quantize_swiglu
 
-__all__ = ["Quantized", "quantize"]
+__all__ = ["Quantized", "quantize", "quantize_swiglu"]

@@ -1,35 +1,93 @@
-"""The public function: arguments are checked once, then the named implementation runs."""
+"""The public functions: arguments are checked once, then the named implementation runs."""
+
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.quantize import reference
-from pallas_kernels.quantize.reference import Quantized
+from pallas_kernels.quantize.reference import AMAX_FLOOR, Quantized
 
 IMPLEMENTATIONS = ("reference", "mosaic_gpu")
 SCALES = ("fp32", "ue8m0")
+SMALLEST_FLOOR = 1e-30  # with which scales and their reciprocals are normal numbers
 
 
-def quantize(x: jax.Array, *, implementation: str, scale: str = "fp32") -> Quantized:
+def quantize(x: jax.Array, *, implementation: str, scale: str = "fp32", floor: float = AMAX_FLOOR) -> Quantized:
     """Returns the E4M3 codes and scales of x and of its transpose, in 1 x 128 blocks of each.
 
     Args:
         x: bfloat16 or float32 [M, K].
         implementation: "reference" (any device) or "mosaic_gpu" (Hopper, one pass over x). There is no fallback.
         scale: "fp32", amax / 448, or "ue8m0", the next power of two.
+        floor: of amax: blocks whose values are all smaller are scaled as if they held it.
 
     Raises:
         ValueError: arguments that are invalid, or that the implementation does not support.
     """
+    _check_matrix("x", x)
+    _check_scale(scale, floor)
+    if implementation == "reference":
+        return reference.quantize(x, scale=scale, floor=floor)
+    gpu, n_processors = _gpu(implementation)
+    return gpu.quantize(x, scale=scale, floor=floor, n_processors=n_processors)
+
+
+def quantize_swiglu(
+    gate: jax.Array,
+    up: jax.Array | None = None,
+    factor: jax.Array | None = None,
+    *,
+    implementation: str,
+    scale: str = "fp32",
+    floor: float = AMAX_FLOOR,
+) -> Quantized:
+    """Returns both quantisations of y = silu(gate) * up * factor, as `quantize` of it; y itself is never stored.
+
+    y is float32, where two steps would round it to the dtype of the inputs first.
+
+    Args:
+        gate: bfloat16 or float32 [M, F], or gate and up side by side [M, 2 F].
+        up: [M, F] in the dtype of gate; None if gate holds both.
+        factor: of each row, [M]; None for 1. The routing weights of experts' rows.
+        implementation: "reference" (any device) or "mosaic_gpu" (Hopper, one pass over gate and up). No fallback.
+        scale: "fp32", amax / 448, or "ue8m0", the next power of two.
+        floor: of amax.
+
+    Raises:
+        ValueError: arguments that are invalid, or that the implementation does not support.
+    """
+    _check_matrix("gate", gate)
+    if up is None and gate.shape[1] % 2:
+        raise ValueError(f"gate is {gate.shape} without up: expected gate and up side by side, [M, 2 F].")
+    if up is not None and (up.shape != gate.shape or up.dtype != gate.dtype):
+        raise ValueError(f"up is {up.dtype} {up.shape}: expected {gate.dtype} {gate.shape}, as gate.")
+    if factor is not None and factor.shape != gate.shape[:1]:
+        raise ValueError(f"factor is {factor.shape}: expected {gate.shape[:1]}, one number per row.")
+    _check_scale(scale, floor)
+    if implementation == "reference":
+        return reference.quantize_swiglu(gate, up, factor, scale=scale, floor=floor)
+    gpu, n_processors = _gpu(implementation)
+    return gpu.quantize_swiglu(gate, up, factor, scale=scale, floor=floor, n_processors=n_processors)
+
+
+def _gpu(implementation: str) -> tuple[ModuleType, int]:
+    """The module of the Hopper kernel, and the processors of the device."""
+    if implementation != "mosaic_gpu":
+        raise ValueError(f"implementation={implementation!r}: unknown. Choose one of {', '.join(IMPLEMENTATIONS)}.")
+    from pallas_kernels import mosaic_gpu  # Mosaic GPU is not part of every JAX build
+    from pallas_kernels.quantize import gpu
+
+    return gpu, mosaic_gpu.check_hopper(implementation)
+
+
+def _check_matrix(name: str, x: jax.Array) -> None:
     if x.ndim != 2 or x.dtype not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
-        raise ValueError(f"x is {x.dtype} {x.shape}: expected a matrix of bfloat16 or float32.")
+        raise ValueError(f"{name} is {x.dtype} {x.shape}: expected a matrix of bfloat16 or float32.")
+
+
+def _check_scale(scale: str, floor: float) -> None:
     if scale not in SCALES:
         raise ValueError(f"scale={scale!r}: unknown. Choose one of {', '.join(SCALES)}.")
-    if implementation == "reference":
-        return reference.quantize(x, scale=scale)
-    if implementation == "mosaic_gpu":
-        from pallas_kernels import mosaic_gpu  # Mosaic GPU is not part of every JAX build
-        from pallas_kernels.quantize import gpu
-
-        return gpu.quantize(x, scale=scale, n_processors=mosaic_gpu.check_hopper(implementation))
-    raise ValueError(f"implementation={implementation!r}: unknown. Choose one of {', '.join(IMPLEMENTATIONS)}.")
+    if not SMALLEST_FLOOR <= floor < float("inf"):
+        raise ValueError(f"floor={floor}: expected a finite number of at least {SMALLEST_FLOOR}.")

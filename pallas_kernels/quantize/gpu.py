@@ -1,20 +1,24 @@
-"""Both quantisations of a matrix in one pass over it, for Hopper in Pallas Mosaic GPU.
+"""Both quantisations of a matrix in one pass, for Hopper in Pallas Mosaic GPU; the matrix may be a SwiGLU's output.
 
 A CTA walks over tiles of 128 x 128 and copies each once into shared memory (TMA). One warpgroup reads the tile as it
 lies and writes codes and scales by row; another reads it transposed (`ldmatrix` does that for 16-bit values), after
 which columns are rows and the same code applies. Per value 2 bytes are read and 2 written (bfloat16), so the bound is
-the memory's bandwidth.
+the memory's bandwidth. Of a SwiGLU both warpgroups read the tiles of gate and up, and both compute it: 4 bytes are read
+and 2 written, where two kernels would move 10.
 
-Codes and scales are those of the reference on a CPU, where divisions are correctly rounded. A GPU's fast division is
-not (`div.full`, 2 ulp), and its exact one takes ten instructions. With r = 1 / s, rounded correctly, this takes three:
+Codes and scales of a matrix are those of the reference on a CPU, where divisions are correctly rounded. A GPU's fast
+division is not (`div.full`, 2 ulp), and its exact one takes ten instructions. With r = 1 / s, rounded correctly, this
+takes three:
 
     q0 = x r,    q = q0 + r (x - q0 s)        each bracket fused into one operation, without rounding in between
 
 and q is x / s, correctly rounded (Markstein 1990). The same step corrects r = 1 / s and s = amax / 448 themselves.
+A SwiGLU's exponential is the chip's approximate one (2 ulp): a code in some ten thousand differs by a step.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,139 +26,283 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.quantize.reference import AMAX_FLOOR, BLOCK, LARGEST, Quantized
 
 ROWS = 64  # that a warpgroup holds in registers at a time
-STAGES = 2  # tiles of x in shared memory
 CODE = jnp.float8_e4m3fn
 
 
-def quantize(x: jax.Array, *, scale: str = "fp32", n_processors: int = 132, interpret: object = None) -> Quantized:
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How a call uses a processor.
+
+    Attributes:
+        stages: tiles of each input in shared memory.
+        halves: warpgroups that divide the rows of a tile, in each of the two directions: 1 or 2.
+        ctas: per processor.
+    """
+
+    stages: int
+    halves: int
+    ctas: int
+
+
+def choose(n_inputs: int, dtype: DTypeLike) -> Tuning:
+    """Returns the tuning for a matrix, or for the two inputs of a SwiGLU.
+
+    That of a matrix was measured on an H200. For a SwiGLU four warpgroups hide twice as much latency as two, and 128
+    registers per thread suffice for them; not yet measured.
+    """
+    wide = jnp.dtype(dtype).itemsize > 2
+    if n_inputs == 1:
+        return Tuning(stages=2, halves=1, ctas=1 if wide else 2)
+    return Tuning(stages=1 if wide else 2, halves=2, ctas=1)
+
+
+def quantize(
+    x: jax.Array,
+    *,
+    scale: str = "fp32",
+    floor: float = AMAX_FLOOR,
+    n_processors: int = 132,
+    tuning: Tuning | None = None,
+    interpret: object = None,
+) -> Quantized:
     """Returns both quantisations of x [M, K]; see `pallas_kernels.quantize`.
 
-    M and K that are no multiples of 128 are filled up first, which costs a copy. `interpret` runs the kernel on a CPU
-    (JAX 0.11 and later).
+    M and K that are no multiples of 128 are filled up first, which costs a copy. `tuning` is chosen unless given.
+    `interpret` runs the kernel on a CPU (JAX 0.11 and later).
     """
     m, k = x.shape
-    filled = jnp.pad(x, ((0, -m % BLOCK), (0, -k % BLOCK))) if m % BLOCK or k % BLOCK else x
+    filled = _filled(x)
+    tuning = tuning or choose(1, x.dtype)
     rows, columns = filled.shape
-    q, scales, q_t, scales_t = _call(rows, columns, x.dtype, scale, n_processors, interpret)(filled)
-    if filled is x:
-        return Quantized(q, scales, q_t, scales_t)
-    return Quantized(q[:m, :k], scales[:, :m], q_t[:k, :m], scales_t[:, :k])
+    plan = Plan(rows, columns, x.dtype, (0,), False, scale, floor, n_processors, tuning)
+    return _cropped(plan.call(interpret)(filled), m, k)
 
 
-def _call(rows: int, columns: int, dtype, scale: str, n_processors: int, interpret: object):
-    """The kernel as a function of x [M, K], both multiples of 128."""
-    tiles, number = (rows // BLOCK, columns // BLOCK), jnp.float32
-    n_ctas = min(n_processors * (4 // jnp.dtype(dtype).itemsize), tiles[0] * tiles[1])  # two fit with bfloat16
-    size = jnp.dtype(dtype).itemsize
-    x_layout = (plgpu.TilingTransform((8, 128 // size)), plgpu.SwizzleTransform(128))
-    code_layout = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
-    mode: dict[str, Any] = {"interpret": interpret} if interpret else {}
-    return plgpu.kernel(
-        functools.partial(_kernel, tiles, scale, n_ctas),
-        out_type=[
-            jax.ShapeDtypeStruct((rows, columns), CODE),
-            jax.ShapeDtypeStruct((columns // BLOCK, rows), number),
-            jax.ShapeDtypeStruct((columns, rows), CODE),
-            jax.ShapeDtypeStruct((rows // BLOCK, columns), number),
-        ],
-        scratch_types=[
-            plgpu.SMEM((STAGES, BLOCK, BLOCK), dtype, transforms=x_layout),
+def quantize_swiglu(
+    gate: jax.Array,
+    up: jax.Array | None = None,
+    factor: jax.Array | None = None,
+    *,
+    scale: str = "fp32",
+    floor: float = AMAX_FLOOR,
+    n_processors: int = 132,
+    tuning: Tuning | None = None,
+    interpret: object = None,
+) -> Quantized:
+    """Returns both quantisations of silu(gate) * up * factor [M, F]; see `pallas_kernels.quantize_swiglu`.
+
+    As `quantize`. Gate and up that lie side by side in one matrix are read from there if F is a multiple of 128.
+    """
+    m, f = gate.shape[0], gate.shape[1] // (2 if up is None else 1)
+    if up is None and f % BLOCK:
+        gate, up = gate[:, :f], gate[:, f:]
+    inputs = (_filled(gate),) * 2 if up is None else (_filled(gate), _filled(up))
+    columns = (0, f) if up is None else (0, 0)
+    rows, width = inputs[0].shape[0], -(-f // BLOCK) * BLOCK
+    tuning = tuning or choose(2, gate.dtype)
+    plan = Plan(rows, width, gate.dtype, columns, factor is not None, scale, floor, n_processors, tuning)
+    factors = () if factor is None else (jnp.pad(factor.astype(jnp.float32), (0, rows - m)),)
+    return _cropped(plan.call(interpret)(*inputs, *factors), m, f)
+
+
+def _filled(x: jax.Array) -> jax.Array:
+    """`x` with zeros appended until its sizes are multiples of 128."""
+    extra = tuple(-size % BLOCK for size in x.shape)
+    return jnp.pad(x, [(0, n) for n in extra]) if any(extra) else x
+
+
+def _cropped(outputs: Sequence[jax.Array], m: int, k: int) -> Quantized:
+    """What belongs to a matrix [m, k] of the quantisations of a filled one."""
+    found = Quantized(*outputs)
+    if found.q.shape == (m, k):
+        return found
+    return Quantized(found.q[:m, :k], found.scale[:, :m], found.q_t[:k, :m], found.scale_t[:, :k])
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is known of a call before it runs.
+
+    Attributes:
+        rows, columns: of the matrix that is quantised, multiples of 128.
+        dtype: of the inputs.
+        first_columns: of the part of each input: one for a matrix, those of gate and up for a SwiGLU.
+        scaled: there is a factor per row.
+    """
+
+    rows: int
+    columns: int
+    dtype: DTypeLike
+    first_columns: tuple[int, ...]
+    scaled: bool
+    scale: str
+    floor: float
+    n_processors: int
+    tuning: Tuning
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Tiles along rows and columns."""
+        return self.rows // BLOCK, self.columns // BLOCK
+
+    @property
+    def n_ctas(self) -> int:
+        """Each walks over every n_ctas-th tile."""
+        return min(self.n_processors * self.tuning.ctas, self.tiles[0] * self.tiles[1])
+
+    def call(self, interpret: object) -> Callable:
+        """The kernel, a function of the inputs and the factors of their rows, if there are any."""
+        number = jnp.float32
+        mode: dict[str, Any] = {"interpret": interpret} if interpret else {}
+        return plgpu.kernel(
+            functools.partial(_kernel, self),
+            out_type=[
+                jax.ShapeDtypeStruct((self.rows, self.columns), CODE),
+                jax.ShapeDtypeStruct((self.columns // BLOCK, self.rows), number),
+                jax.ShapeDtypeStruct((self.columns, self.rows), CODE),
+                jax.ShapeDtypeStruct((self.rows // BLOCK, self.columns), number),
+            ],
+            scratch_types=self.scratch(),
+            grid=(self.n_ctas,),
+            grid_names=("ctas",),
+            num_threads=2 * self.tuning.halves,
+            thread_name="warpgroup",
+            compiler_params=plgpu.CompilerParams(
+                approx_math=len(self.first_columns) > 1, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+            ),
+            **mode,
+        )
+
+    def scratch(self) -> list:
+        """Shared memory and barriers of a CTA, in the order of `Refs`."""
+        size, n_inputs = jnp.dtype(self.dtype).itemsize, len(self.first_columns)
+        x_layout = (plgpu.TilingTransform((8, 128 // size)), plgpu.SwizzleTransform(128))
+        code_layout = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
+        return [
+            [plgpu.SMEM((self.tuning.stages, BLOCK, BLOCK), self.dtype, transforms=x_layout)] * n_inputs,
             plgpu.SMEM((2, BLOCK, BLOCK), CODE, transforms=code_layout),
-            plgpu.SMEM((2, BLOCK), number),
-            plgpu.Barrier(num_arrivals=1, num_barriers=STAGES),
-            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-        ],
-        grid=(n_ctas,),
-        grid_names=("ctas",),
-        num_threads=2,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        **mode,
-    )
+            plgpu.SMEM((2, BLOCK), jnp.float32),
+            plgpu.Barrier(num_arrivals=n_inputs + self.scaled, num_barriers=self.tuning.stages),
+            plgpu.Barrier(num_arrivals=2 * self.tuning.halves, num_barriers=self.tuning.stages),
+            plgpu.SMEM((self.tuning.stages, BLOCK), jnp.float32) if self.scaled else None,
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Refs:
-    """Global memory, a CTA's shared memory, and its barriers."""
+    """A CTA's shared memory and its barriers."""
 
-    x: Any
-    q: Any
-    scales: Any
-    q_t: Any
-    scales_t: Any
-    x_stages: Any
-    codes: Any  # of both warpgroups, on their way out
+    stages: Any  # of each input
+    codes: Any  # in both directions, on their way out
     numbers: Any  # scales, likewise
     loaded: Any  # per stage: the tile has arrived
-    free: Any  # per stage: both warpgroups have read it
+    free: Any  # per stage: all warpgroups have read it
+    factors: Any  # of a stage's rows
 
 
-def _kernel(tiles: tuple[int, int], scale: str, n_ctas: int, *arguments) -> None:
-    refs = Refs(*arguments)
+@dataclasses.dataclass(frozen=True)
+class Direction:
+    """One of the two quantisations of a tile: `slot` 0 by row, 1 by column, where columns count as rows."""
+
+    slot: int
+    q: Any
+    scales: Any
+    row: Any
+    column: Any
+
+
+def _kernel(plan: Plan, *arguments) -> None:
+    n_inputs = len(plan.first_columns)
+    inputs, rest = arguments[:n_inputs], arguments[n_inputs:]
+    factors, rest = (rest[0], rest[1:]) if plan.scaled else (None, rest)
+    (q, scales, q_t, scales_t), refs = rest[:4], Refs(*rest[4:])
     cta, warpgroup = lax.axis_index("ctas"), lax.axis_index("warpgroup")
-    n_mine = lax.div(tiles[0] * tiles[1] - cta + n_ctas - 1, n_ctas)
+    n_mine = lax.div(plan.tiles[0] * plan.tiles[1] - cta + plan.n_ctas - 1, plan.n_ctas)
 
     def tile(i):
-        linear = cta + i * n_ctas
-        return lax.div(linear, tiles[1]) * BLOCK, lax.rem(linear, tiles[1]) * BLOCK
+        linear = cta + i * plan.n_ctas
+        return lax.div(linear, plan.tiles[1]) * BLOCK, lax.rem(linear, plan.tiles[1]) * BLOCK
 
     def load(i, stage):
         row, column = tile(i)
-        source = refs.x.at[pl.ds(row, BLOCK), pl.ds(column, BLOCK)]
-        plgpu.copy_gmem_to_smem(source, refs.x_stages.at[stage], refs.loaded.at[stage])
+        for source, first, stages in zip(inputs, plan.first_columns, refs.stages, strict=True):
+            part = source.at[pl.ds(row, BLOCK), pl.ds(column + first, BLOCK)]
+            plgpu.copy_gmem_to_smem(part, stages.at[stage], refs.loaded.at[stage])
+        if plan.scaled:
+            plgpu.copy_gmem_to_smem(factors.at[pl.ds(row, BLOCK)], refs.factors.at[stage], refs.loaded.at[stage])
 
     @pl.when(warpgroup == 0)
     def _():
-        for stage in range(STAGES):
+        for stage in range(plan.tuning.stages):
             pl.when(stage < n_mine)(functools.partial(load, stage, stage))
 
     def quantize_tile(i, _):
-        stage = lax.rem(i, STAGES)
+        stage = lax.rem(i, plan.tuning.stages)
         row, column = tile(i)
         plgpu.barrier_wait(refs.loaded.at[stage])
         lax.cond(
-            warpgroup == 0,
-            lambda: _by_row(refs, refs.x_stages.at[stage], 0, refs.q, refs.scales, row, column, stage, scale),
-            lambda: _by_row(
-                refs,
-                mosaic_gpu.transpose(refs.x_stages.at[stage]),
-                1,
-                refs.q_t,
-                refs.scales_t,
-                column,
-                row,
-                stage,
-                scale,
-            ),
+            warpgroup < plan.tuning.halves,
+            lambda: _quantize_tile(plan, refs, stage, warpgroup, Direction(0, q, scales, row, column)),
+            lambda: _quantize_tile(plan, refs, stage, warpgroup, Direction(1, q_t, scales_t, column, row)),
         )
 
-        @pl.when((warpgroup == 0) & (i + STAGES < n_mine))
+        @pl.when((warpgroup == 0) & (i + plan.tuning.stages < n_mine))
         def _():
             plgpu.barrier_wait(refs.free.at[stage])
-            load(i + STAGES, stage)
+            load(i + plan.tuning.stages, stage)
 
     lax.fori_loop(0, n_mine, quantize_tile, None)
+
+    @pl.when(warpgroup == 0)
+    def _():  # a barrier is waited for as often as it completes
+        for stage in range(plan.tuning.stages):
+            pl.when(stage < n_mine)(functools.partial(plgpu.barrier_wait, refs.free.at[stage]))
+
     plgpu.wait_smem_to_gmem(0)
 
 
-def _by_row(refs: Refs, x, slot: int, q, scales, row, column, stage, scale: str) -> None:
-    """Codes and scales of the rows of a tile in shared memory, whose place in q is (row, column)."""
+def _quantize_tile(plan: Plan, refs: Refs, stage, warpgroup, to: Direction) -> None:
+    """Codes and scales of a tile in one direction, or of this warpgroup's half of its rows."""
+    n_rows = BLOCK // plan.tuning.halves
+    own = lax.rem(warpgroup, plan.tuning.halves) * n_rows if plan.tuning.halves > 1 else 0
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the tile before left in the buffers
-    for first in range(0, BLOCK, ROWS):
-        values = mosaic_gpu.load(x.at[pl.ds(first, ROWS)], plgpu.Layout.WGMMA).astype(jnp.float32)
-        if first == BLOCK - ROWS:
+    for first in range(0, n_rows, ROWS):
+        rows = pl.ds(own + first, ROWS)
+        values = _values(plan, refs, stage, rows, to.slot)
+        if first == n_rows - ROWS:
             plgpu.barrier_arrive(refs.free.at[stage])
-        row_scales = _block_scale(_largest_magnitude(values), scale)
-        refs.numbers.at[slot, pl.ds(first, ROWS)][...] = row_scales
-        refs.codes.at[slot, pl.ds(first, ROWS)][...] = _encode(values, row_scales)
+        row_scales = _block_scale(_largest_magnitude(values), plan.scale, plan.floor)
+        refs.numbers.at[to.slot, rows][...] = row_scales
+        refs.codes.at[to.slot, rows][...] = _encode(values, row_scales)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(refs.codes.at[slot], q.at[pl.ds(row, BLOCK), pl.ds(column, BLOCK)])
-    plgpu.copy_smem_to_gmem(refs.numbers.at[slot], scales.at[lax.div(column, BLOCK), pl.ds(row, BLOCK)])
+    own_rows, target = pl.ds(own, n_rows), pl.ds(to.row + own, n_rows)
+    plgpu.copy_smem_to_gmem(refs.codes.at[to.slot, own_rows], to.q.at[target, pl.ds(to.column, BLOCK)])
+    plgpu.copy_smem_to_gmem(refs.numbers.at[to.slot, own_rows], to.scales.at[lax.div(to.column, BLOCK), target])
+
+
+def _values(plan: Plan, refs: Refs, stage, rows, slot: int) -> jax.Array:
+    """What is quantised, in float32: 64 rows of the tile, or columns if `slot` is 1."""
+
+    def read(stages):
+        ref = mosaic_gpu.transpose(stages.at[stage]) if slot else stages.at[stage]
+        return mosaic_gpu.load(ref.at[rows], plgpu.Layout.WGMMA).astype(jnp.float32)
+
+    values = _swiglu(*map(read, refs.stages)) if len(refs.stages) > 1 else read(refs.stages[0])
+    if plan.scaled:
+        own = refs.factors.at[stage] if slot else refs.factors.at[stage, rows]
+        factors = mosaic_gpu.load(own, plgpu.Layout.WGMMA.reduce(0 if slot else 1))
+        values *= lax.broadcast_in_dim(factors, values.shape, [1 if slot else 0])
+    return values
+
+
+def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return gate / (1.0 + jnp.exp(-gate)) * up
 
 
 def _largest_magnitude(values: jax.Array) -> jax.Array:
@@ -163,9 +311,9 @@ def _largest_magnitude(values: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(jnp.max(bits, axis=1), jnp.float32)
 
 
-def _block_scale(amax: jax.Array, scale: str) -> jax.Array:
+def _block_scale(amax: jax.Array, scale: str, floor: float) -> jax.Array:
     """Scales of blocks with these largest magnitudes; NaN where one is not finite."""
-    amax = jnp.where(amax < AMAX_FLOOR, AMAX_FLOOR, amax)
+    amax = jnp.where(amax < floor, floor, amax)
     if scale == "ue8m0":  # 2^ceil(log2(amax / 448)), as in the reference
         bits = lax.bitcast_convert_type(amax, jnp.int32)
         exponent = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).astype(jnp.int32)

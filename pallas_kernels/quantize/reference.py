@@ -7,7 +7,10 @@
 
 and the same for the transpose of x, which is what a weight gradient contracts: 8-bit tensor cores read both operands
 with the contraction last. Scales are float32, with the blocks first: the kernels copy runs of consecutive rows.
-Paper: V3 section 3.3.2; V3.1 for power-of-two scales.
+The floor of amax, 1e-4 above, is an argument: gradients of a mean over many tokens may all be smaller than that.
+
+`quantize_swiglu` does the same for x = silu(gate) * up * factor, which is float32 and kept in no other form.
+Paper: V3 sections 3.3.2 and 3.3.3 (outputs of SwiGLU are computed again); V3.1 for power-of-two scales.
 """
 
 from typing import NamedTuple
@@ -29,17 +32,34 @@ class Quantized(NamedTuple):
     scale_t: jax.Array  # float32 [ceil(M / 128), K]
 
 
-def quantize(x: jax.Array, *, scale: str = "fp32") -> Quantized:
+def quantize(x: jax.Array, *, scale: str = "fp32", floor: float = AMAX_FLOOR) -> Quantized:
     """Returns both quantisations of x [M, K]; see `pallas_kernels.quantize`."""
-    return Quantized(*quantize_rows(x, scale=scale), *quantize_rows(x.T, scale=scale))
+    return Quantized(*quantize_rows(x, scale=scale, floor=floor), *quantize_rows(x.T, scale=scale, floor=floor))
 
 
-def quantize_rows(x: jax.Array, *, scale: str = "fp32") -> tuple[jax.Array, jax.Array]:
+def quantize_swiglu(
+    gate: jax.Array,
+    up: jax.Array | None = None,
+    factor: jax.Array | None = None,
+    *,
+    scale: str = "fp32",
+    floor: float = AMAX_FLOOR,
+) -> Quantized:
+    """Returns both quantisations of silu(gate) * up * factor [M, F]; see `pallas_kernels.quantize_swiglu`."""
+    gate, up = jnp.split(gate, 2, axis=1) if up is None else (gate, up)
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    x = gate / (1 + jnp.exp(-gate)) * up
+    if factor is not None:
+        x *= factor.astype(jnp.float32)[:, None]
+    return quantize(x, scale=scale, floor=floor)
+
+
+def quantize_rows(x: jax.Array, *, scale: str = "fp32", floor: float = AMAX_FLOOR) -> tuple[jax.Array, jax.Array]:
     """Returns q [M, K] and scale [ceil(K / 128), M]: blocks of 128 along the last axis."""
     rows, k = x.shape
     count = -(-k // BLOCK)
     blocks = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, count * BLOCK - k))).reshape(rows, count, BLOCK)
-    scales = block_scale(_largest_magnitude(blocks), scale)
+    scales = block_scale(_largest_magnitude(blocks), scale, floor)
     codes = encode(blocks, scales[..., None]).reshape(rows, count * BLOCK)[:, :k]
     return codes, scales.T
 
@@ -53,9 +73,9 @@ def _largest_magnitude(blocks: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jnp.max(bits, axis=-1), jnp.float32)
 
 
-def block_scale(amax: jax.Array, scale: str) -> jax.Array:
+def block_scale(amax: jax.Array, scale: str, floor: float = AMAX_FLOOR) -> jax.Array:
     """The float32 scales of blocks whose largest magnitudes are `amax`."""
-    amax = jnp.where(amax < AMAX_FLOOR, AMAX_FLOOR, amax)
+    amax = jnp.where(amax < floor, floor, amax)
     return {"fp32": lambda: divide(amax, LARGEST), "ue8m0": lambda: _power_of_two(amax)}[scale]()
 
 

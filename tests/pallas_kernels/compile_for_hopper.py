@@ -66,6 +66,7 @@ CALLS = [
 
 GRADIENT = (4096, 7168, 4096)
 QUANTISED = [(BF16, "fp32"), (BF16, "ue8m0"), (F32, "fp32")]
+SWIGLUS = [(BF16, "fp32", False), (BF16, "ue8m0", True), (F32, "fp32", True)]  # the last: a factor per row
 
 
 def main() -> None:
@@ -91,12 +92,22 @@ def main() -> None:
     for dtype, scale in QUANTISED:
         call = functools.partial(quantise.quantize, scale=scale)
         report(f"quantize {jnp.dtype(dtype).name} {scale}", call, ((4096, 7168), dtype))
+    for dtype, scale, with_factor in SWIGLUS:
+        both = ((4096, 2 * 2048), dtype)
+        call = functools.partial(swiglu, scale)
+        factors = (((4096,), F32),) if with_factor else ()
+        report(f"quantize_swiglu {jnp.dtype(dtype).name} {scale}", call, both, *factors)
     shutil.rmtree(DUMP)
 
 
 def add(x, x_scale, w, w_scale, total):
     """A weight gradient that is added to those before it."""
     return matmul.fp8_matmul(x, x_scale, w, w_scale, w_block=ROWS, out_dtype=F32, add_to=total)
+
+
+def swiglu(scale, both, factor=None):
+    """Gate and up of an expert, side by side."""
+    return quantise.quantize_swiglu(both, None, factor, scale=scale)
 
 
 def found() -> dict:
