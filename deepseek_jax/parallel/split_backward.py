@@ -1,12 +1,13 @@
 """A stage of a pipeline as three programs: F, B for its input and W for its weights, none of which does work twice.
 
-    F   x -> y, report, saved                 forward pass
-    B   dy, saved -> dx, stash                backward pass for the input, for which the stage before waits
-    W   saved, stash -> gradient of weights   backward pass for the weights, for which only the optimizer waits
+    F   x -> y, report, early, late           forward pass
+    B   dy, early, late -> dx, stash          backward pass for the input, for which the stage before waits
+    W   late, stash -> gradient of weights    backward pass for the weights, for which only the optimizer waits
 
 The derivative of the whole stage is traced once, as one program, and its equations are divided: F are those that y and
-the report need; B those that dx needs and F has not computed or not saved; W the rest. `saved` is what B and W read of
-F, `stash` what W reads of B. What follows from weights, `rest` and constants alone is computed wherever it is read.
+the report need; B those that dx needs and F has not computed or not saved; W the rest. `early` is what B alone reads of
+F, `late` what W reads of it, `stash` what W reads of B. What follows from weights, `rest` and constants alone is
+computed wherever it is read.
 
 What is not saveable is recomputed by B (`jax.checkpoint` inside a stage would hide its equations, and a loop over
 layers is one equation: a stage runs its layers one after the other instead).
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 Tree = Any
+Arrays = list[jax.Array]
 Saveable = Callable[[core.JaxprEqn], bool]
 INLINED = ("jit", "pjit", "closed_call", "core_call")  # calls whose equations are divided like all others
 
@@ -44,17 +46,17 @@ def nothing(equation: core.JaxprEqn) -> bool:
 
 @dataclass(frozen=True)
 class Split:
-    """The three programs of a stage; `saved` and `stash` are lists of arrays.
+    """The three programs of a stage; `early`, `late` and `stash` are lists of arrays.
 
     Attributes:
-        forward: (weights, x, rest) -> (y, report, saved).
-        backward: (weights, rest, dy, saved) -> (dx, stash).
-        weights: (weights, rest, saved, stash) -> gradient of the weights.
+        forward: (weights, x, rest) -> (y, report, early, late).
+        backward: (weights, rest, dy, early, late) -> (dx, stash).
+        weights: (weights, rest, late, stash) -> gradient of the weights.
     """
 
-    forward: Callable[[Tree, Tree, Tree], tuple[Tree, Tree, list[jax.Array]]]
-    backward: Callable[[Tree, Tree, Tree, list[jax.Array]], tuple[Tree, list[jax.Array]]]
-    weights: Callable[[Tree, Tree, list[jax.Array], list[jax.Array]], Tree]
+    forward: Callable[[Tree, Tree, Tree], tuple[Tree, Tree, Arrays, Arrays]]
+    backward: Callable[[Tree, Tree, Tree, Arrays, Arrays], tuple[Tree, Arrays]]
+    weights: Callable[[Tree, Tree, Arrays, Arrays], Tree]
 
 
 def split(stage: Callable, weights: Tree, x: Tree, rest: Tree, saveable: Saveable = everything) -> Split:
@@ -127,8 +129,10 @@ class _Divided:
         late = self._needed(self.d_weights, kept | made)
         read_late = _reads(late, self.d_weights)
         read_back = _reads(backward, self.dx)
-        self.saved = [v for v in self._order(forward, self.x) if v in kept and v in read_back | read_late]
-        self.stash = [v for v in self._order(backward, self.dy) if v in read_late and v not in self.saved]
+        saved = [v for v in self._order(forward, self.x) if v in kept]
+        self.late = [v for v in saved if v in read_late]
+        self.early = [v for v in saved if v in read_back and v not in read_late]
+        self.stash = [v for v in self._order(backward, self.dy) if v in read_late and v not in self.late]
 
     def _follows_from(self, known: set, equations: list) -> set:
         """Returns `known`, and all that equations compute of nothing else."""
@@ -171,7 +175,7 @@ class _Divided:
 
     def programs(self) -> Split:
         """Returns the three programs."""
-        (of_y, of_dx, of_weights), n_y = self.structures, len(self.y)
+        of_y, of_dx, of_weights = self.structures
 
         def named(*pairs: tuple) -> dict:
             return {
@@ -180,17 +184,20 @@ class _Divided:
 
         def forward(weights: Tree, x: Tree, rest: Tree) -> tuple:
             given = named((self.w, weights), (self.x, x), (self.rest, rest))
-            found = self._run([*self.y, *self.saved], given)
-            y, report = jax.tree.unflatten(of_y, found[:n_y])
-            return y, report, found[n_y:]
+            found = self._run([*self.y, *self.early, *self.late], given)
+            y, early, late = _cut(found, [len(self.y), len(self.early), len(self.late)])
+            return *jax.tree.unflatten(of_y, y), early, late
 
-        def backward(weights: Tree, rest: Tree, dy: Tree, saved: list) -> tuple:
-            given = named((self.w, weights), (self.rest, rest), (self.dy, dy), (self.saved, saved))
-            found = self._run([*self.dx, *self.stash], given)
-            return jax.tree.unflatten(of_dx, found[: len(self.dx)]), found[len(self.dx) :]
+        def backward(weights: Tree, rest: Tree, dy: Tree, early: Arrays, late: Arrays) -> tuple:
+            saved = (self.early, early), (self.late, late)
+            found = self._run(
+                [*self.dx, *self.stash], named((self.w, weights), (self.rest, rest), (self.dy, dy), *saved)
+            )
+            dx, stash = _cut(found, [len(self.dx), len(self.stash)])
+            return jax.tree.unflatten(of_dx, dx), stash
 
-        def gradient(weights: Tree, rest: Tree, saved: list, stash: list) -> Tree:
-            given = named((self.w, weights), (self.rest, rest), (self.saved, saved), (self.stash, stash))
+        def gradient(weights: Tree, rest: Tree, late: Arrays, stash: Arrays) -> Tree:
+            given = named((self.w, weights), (self.rest, rest), (self.late, late), (self.stash, stash))
             return jax.tree.unflatten(of_weights, self._run(self.d_weights, given))
 
         return Split(forward, backward, gradient)

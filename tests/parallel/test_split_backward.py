@@ -50,9 +50,9 @@ def case(request):
 
 def test_the_three_programs_are_the_derivative(case):
     _, parts = case
-    y, report, saved = jax.jit(parts.forward)(WEIGHTS, X, REST)
-    dx, stash = jax.jit(parts.backward)(WEIGHTS, REST, DY, saved)
-    d_weights = jax.jit(parts.weights)(WEIGHTS, REST, saved, stash)
+    y, report, early, late = jax.jit(parts.forward)(WEIGHTS, X, REST)
+    dx, stash = jax.jit(parts.backward)(WEIGHTS, REST, DY, early, late)
+    d_weights = jax.jit(parts.weights)(WEIGHTS, REST, late, stash)
     expected = reference(WEIGHTS, X, REST, DY)
     for found, known in zip(jax.tree.leaves((y, report, d_weights, dx)), jax.tree.leaves(expected), strict=True):
         assert jnp.allclose(found, known, rtol=1e-5, atol=1e-6)
@@ -60,17 +60,19 @@ def test_the_three_programs_are_the_derivative(case):
 
 def test_no_matmul_runs_twice(case):
     saveable, parts = case
-    _, _, saved = jax.eval_shape(parts.forward, WEIGHTS, X, REST)
-    _, stash = jax.eval_shape(parts.backward, WEIGHTS, REST, DY, saved)
+    *_, early, late = jax.eval_shape(parts.forward, WEIGHTS, X, REST)
+    _, stash = jax.eval_shape(parts.backward, WEIGHTS, REST, DY, early, late)
     recomputed = 2 * N if saveable is nothing else 0
     assert count(parts.forward, WEIGHTS, X, REST) == 2 * N
-    assert count(parts.backward, WEIGHTS, REST, DY, saved) == 2 * N + recomputed
-    assert count(parts.weights, WEIGHTS, REST, saved, stash) == 2 * N
+    assert count(parts.backward, WEIGHTS, REST, DY, early, late) == 2 * N + recomputed
+    assert count(parts.weights, WEIGHTS, REST, late, stash) == 2 * N
 
 
 def test_what_may_not_be_saved_is_not():
     sizes = {}
     for saveable in (everything, matmuls, nothing):
         parts = split(stage, WEIGHTS, X, REST, saveable)
-        sizes[saveable] = sum(array.size for array in jax.eval_shape(parts.forward, WEIGHTS, X, REST)[2])
+        sizes[saveable] = sum(
+            array.size for array in jax.tree.leaves(jax.eval_shape(parts.forward, WEIGHTS, X, REST)[2:])
+        )
     assert sizes[nothing] == X.size < sizes[matmuls] < sizes[everything]

@@ -1,0 +1,160 @@
+"""A pipeline schedule as the table that a run reads: per tick and rank the op, its micro-batches and its buffer slots.
+
+All ranks run one program. In every tick a rank runs one op, then all ranks exchange results with their neighbours:
+what it makes in tick t can be read from tick t + 1 on. Buffers are pools of slots that both chunks of a rank share; a
+slot is free again as soon as its last reader has run. One more slot after the last takes what nobody reads.
+
+| pool | written | read by |
+| --- | --- | --- |
+| x | when the stage before has sent it | F |
+| dy | when the stage after has sent it | B |
+| early | by F | B |
+| late | by F | W |
+| stash | by B, where W runs in a later op | W |
+
+Pure Python and numpy; no devices.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from deepseek_jax.parallel.schedule import Part, Place, Schedule
+from deepseek_jax.parallel.simulate import ticks
+
+POOLS = ("x", "dy", "early", "late", "stash")
+SOURCES = {"left": -1, "right": 1, "self": 0}  # where what arrives comes from: the rank at this distance
+Branch = tuple[tuple[str, int, int], ...]  # what an op runs: (kind of part, chunk, kind of stage) of each part
+
+
+@dataclass(frozen=True)
+class TickTable:
+    """The table of a schedule; arrays are int32, ticks by ranks.
+
+    Attributes:
+        branches: what there is to run; the first one is nothing.
+        branch: index of what a rank runs.
+        micro_batch: by kind of part, index among all micro-batches of all lanes.
+        chunk: by kind of part.
+        read: by pool, the slot that the op reads.
+        write: by pool, the slot that the op fills ("early", "late", "stash").
+        arrive: by pool ("x", "dy") and source, the slot for what arrives from there after the tick.
+        slots: by pool, how many there are; the slot of this number takes what nobody reads.
+    """
+
+    branches: tuple[Branch, ...]
+    branch: np.ndarray
+    micro_batch: dict[str, np.ndarray]
+    chunk: dict[str, np.ndarray]
+    read: dict[str, np.ndarray]
+    write: dict[str, np.ndarray]
+    arrive: dict[str, dict[str, np.ndarray]]
+    slots: dict[str, int]
+
+
+Key = tuple[int, int, int]  # rank, chunk, micro-batch
+Life = tuple[int, int]  # written after this tick, read in that one
+
+
+def make_table(schedule: Schedule, stage_kind: Callable[[Place], int]) -> TickTable:
+    """Returns the table of a schedule whose stages run different programs: `stage_kind(place)` numbers them."""
+    rows = ticks(schedule)
+    when = {
+        (part.kind, rank, part.chunk, part.micro_batch): tick
+        for tick, row in enumerate(rows)
+        for rank, op in enumerate(row)
+        for part in op or ()
+    }
+    before, after = schedule.neighbours()
+    slots, counts = {}, {}
+    for pool, lives in _lives(when, before, after).items():
+        slots[pool], counts[pool] = _assign(lives)
+    branches: dict[Branch, int] = {(): 0}
+    table = _Writer(len(rows), len(schedule.orders), slots, counts)
+    lane_of = {place: number for number, lane in enumerate(schedule.lanes) for place in lane}
+    for tick, row in enumerate(rows):
+        for rank, op in enumerate(row):
+            if op:
+                branch = tuple((part.kind, part.chunk, stage_kind((rank, part.chunk))) for part in op)
+                table.branch[tick, rank] = branches.setdefault(branch, len(branches))
+                for part in op:
+                    table.part(tick, rank, part, lane_of[rank, part.chunk] * schedule.micro_batches)
+                    table.sent(tick, rank, part, after if part.kind == "F" else before)
+    return table.finished(tuple(branches))
+
+
+def _lives(when: dict, before: dict, after: dict) -> dict[str, dict[Key, Life]]:
+    """Returns, by pool, when the slot of each place and micro-batch is written and read."""
+    lives: dict[str, dict[Key, Life]] = {pool: {} for pool in POOLS}
+    for (kind, rank, chunk, m), tick in when.items():
+        key, place = (rank, chunk, m), (rank, chunk)
+        back, late = when["B", rank, chunk, m], when["W", rank, chunk, m]
+        if kind == "F":
+            lives["early"][key], lives["late"][key] = (tick, back), (tick, late)
+            if place in before:
+                lives["x"][key] = when["F", *before[place], m], tick
+        elif kind == "B":
+            if place in after:
+                lives["dy"][key] = when["B", *after[place], m], tick
+            if late > tick:
+                lives["stash"][key] = tick, late
+    return lives
+
+
+def _assign(lives: dict[Key, Life]) -> tuple[dict[Key, int], int]:
+    """Returns a slot for each, and how many slots the fullest rank needs: the first that is free when it is written."""
+    slots: dict[Key, int] = {}
+    n_slots = 0
+    in_order = sorted(lives.items(), key=lambda item: (item[0][0], item[1]))
+    for _, of_rank in itertools.groupby(in_order, key=lambda item: item[0][0]):
+        free_from: list[int] = []
+        for key, (written, read) in of_rank:
+            slot = next((i for i, end in enumerate(free_from) if end <= written), len(free_from))
+            free_from[slot : slot + 1] = [read]
+            slots[key] = slot
+        n_slots = max(n_slots, len(free_from))
+    return slots, n_slots
+
+
+class _Writer:
+    """Fills the arrays of a table; what nobody reads goes to the slot after the last."""
+
+    def __init__(self, n_ticks: int, n_ranks: int, slots: dict[str, dict[Key, int]], counts: dict[str, int]):
+        def filled(value: int = 0) -> np.ndarray:
+            return np.full((n_ticks, n_ranks), value, np.int32)
+
+        self.slots, self.counts, self.branch = slots, counts, filled()
+        self.micro_batch, self.chunk = ({kind: filled() for kind in "FBW"} for _ in range(2))
+        self.read = {pool: filled(counts[pool]) for pool in POOLS}
+        self.write = {pool: filled(counts[pool]) for pool in ("early", "late", "stash")}
+        self.arrive = {pool: {source: filled(counts[pool]) for source in SOURCES} for pool in ("x", "dy")}
+
+    def part(self, tick: int, rank: int, part: Part, first: int) -> None:
+        """Notes what a part reads and writes; `first` is the number of its lane's first micro-batch."""
+        kind, chunk, m = part
+        self.micro_batch[kind][tick, rank], self.chunk[kind][tick, rank] = first + m, chunk
+        reads, writes = {
+            "F": (("x",), ("early", "late")),
+            "B": (("dy", "early", "late"), ("stash",)),
+            "W": (("late", "stash"), ()),
+        }[kind]
+        for pools, array in ((reads, self.read), (writes, self.write)):
+            for pool in pools:
+                array[pool][tick, rank] = self.slots[pool].get((rank, chunk, m), self.counts[pool])
+
+    def sent(self, tick: int, rank: int, part: Part, towards: dict[Place, Place]) -> None:
+        """Notes where the result of a part arrives."""
+        kind, chunk, m = part
+        if kind == "W" or (rank, chunk) not in towards:
+            return
+        there, its_chunk = towards[rank, chunk]
+        pool, source = {"F": "x", "B": "dy"}[kind], {there + d: name for name, d in SOURCES.items()}[rank]
+        self.arrive[pool][source][tick, there] = self.slots[pool][there, its_chunk, m]
+
+    def finished(self, branches: tuple[Branch, ...]) -> TickTable:
+        """Returns the table."""
+        return TickTable(
+            branches, self.branch, self.micro_batch, self.chunk, self.read, self.write, self.arrive, self.counts
+        )
