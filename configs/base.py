@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     config.name = ""
     config.family = ""
     config.seed = 0
-    config.precision = "fp32"  # fp32, or bf16: compute in bf16 over fp32 master weights
+    config.precision = "fp32"  # fp32; bf16: compute in bf16 over fp32 master weights; fp8: V3's recipe over bf16
     config.model = ConfigDict()
 
     # What the published model that a run begins with says of itself; exports say it again. Filled in by train.
@@ -89,6 +89,15 @@ def get_config() -> ConfigDict:
 
     kernels = config.kernels = ConfigDict()  # which implementation computes what: `deepseek_jax.kernels`
     kernels.grouped_matmul = "xla"  # xla, or mosaic_gpu: on Hopper GPUs, bf16, widths that are multiples of 128
+
+    kernels.quantize = "xla"  # these four are for precision fp8: xla, or mosaic_gpu as above
+    kernels.fp8_matmul = "xla"
+    kernels.grouped_fp8_matmul = "xla"
+    kernels.grouped_fp8_weight_gradient = "xla"
+
+    fp8 = config.fp8 = ConfigDict()  # fields of `precision.fp8.BlockMatmul`, for precision fp8
+    fp8.scale = "fp32"  # fp32, or ue8m0: powers of two (V3.1)
+    fp8.gradient_block = "1x128"  # of activation gradients; 128x128 is the choice that V3 found to diverge
 
     schedule = config.schedule = ConfigDict()  # of the learning rate
     schedule.peak_rate = 3e-4  # after warm-up

@@ -19,6 +19,22 @@ TABLE = {
         "xla": "deepseek_jax.precision.grouped:grouped_matmul",
         "mosaic_gpu": "deepseek_jax.precision.grouped:on_hopper",
     },
+    "quantize": {
+        "xla": "deepseek_jax.precision.fp8_kernels:quantize",
+        "mosaic_gpu": "deepseek_jax.precision.fp8_kernels:quantize_on_hopper",
+    },
+    "fp8_matmul": {
+        "xla": "deepseek_jax.precision.fp8_kernels:fp8_matmul",
+        "mosaic_gpu": "deepseek_jax.precision.fp8_kernels:fp8_matmul_on_hopper",
+    },
+    "grouped_fp8_matmul": {
+        "xla": "deepseek_jax.precision.fp8_kernels:grouped_fp8_matmul",
+        "mosaic_gpu": "deepseek_jax.precision.fp8_kernels:grouped_fp8_matmul_on_hopper",
+    },
+    "grouped_fp8_weight_gradient": {
+        "xla": "deepseek_jax.precision.fp8_kernels:grouped_fp8_weight_gradient",
+        "mosaic_gpu": "deepseek_jax.precision.fp8_kernels:grouped_fp8_weight_gradient_on_hopper",
+    },
 }
 
 
@@ -34,6 +50,10 @@ class Kernels:
     latent_decode: str = "xla"  # of new tokens over a cache of latents
     grouped_decode: str = "xla"  # of new tokens over a cache of keys and values
     grouped_matmul: str = "xla"  # of rows with the weights of their experts
+    quantize: str = "xla"  # of activations in blocks, along both axes (precision fp8)
+    fp8_matmul: str = "xla"  # of such codes
+    grouped_fp8_matmul: str = "xla"  # of rows of codes with those of their experts' weights
+    grouped_fp8_weight_gradient: str = "xla"  # of experts' weights, from codes
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

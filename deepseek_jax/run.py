@@ -38,7 +38,7 @@ FIXED += ("data.seq_len", "data.fim_rate", "data.mask_documents", "data.holdout_
 
 def trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
     """Returns the `Trainer` of a run."""
-    module, run, precision = family(config.family), config.run, policy(config.precision)
+    module, run, precision = family(config.family), config.run, policy(config.precision, config.fp8)
     sizes = module.Config.from_config(config.model)
     loss = config.loss.to_dict()
     step = {name: loss.pop(name) for name in ("clip_norm", "balance_rate", "balance_rate_stop")}

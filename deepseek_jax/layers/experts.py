@@ -108,8 +108,9 @@ class Experts(nnx.Module):
         routing = without_padding(self.router(x_BTD), tokens.real_BT)
         if capacity is None or self.expert_axis is None:
             return Routed(x_BTD, routing, None)
-        n_local, axis = self.gate_XDF.shape[0], self.expert_axis
-        arrived = alltoall.dispatch(*_flat(x_BTD, routing), n_local=n_local, axis=axis, capacity=capacity)
+        n_local, axis, wire = self.gate_XDF.shape[0], self.expert_axis, self.matmul.wire
+        here = _flat(x_BTD, routing)
+        arrived = alltoall.dispatch(*here, n_local=n_local, axis=axis, capacity=capacity, wire=wire)
         return Routed(x_BTD, routing, arrived)
 
     def compute(self, routed: Routed) -> Computed:
@@ -122,16 +123,21 @@ class Experts(nnx.Module):
             matmul=self.matmul,
         )
         here = routed.arrived[:3] if routed.arrived is not None else _flat(routed.x_BTD, routed.routing)
-        if routed.arrived is not None or self.expert_axis is None:
+        n_local, axis, wire = self.gate_XDF.shape[0], self.expert_axis, self.matmul.wire
+        if routed.arrived is not None:
             y_AD = run(*here)
+        elif axis is None:
+            y_AD = alltoall.on_this_device(run, *here, wire=wire)
         else:
-            y_AD = alltoall.on_expert_devices(run, *here, n_local=self.gate_XDF.shape[0], axis=self.expert_axis)
+            y_AD = alltoall.on_expert_devices(run, *here, n_local=n_local, axis=axis, wire=wire)
         return Computed(y_AD, None if self.shared is None else self.shared(routed.x_BTD), routed)
 
     def combine(self, computed: Computed) -> tuple[jax.Array, Statistics]:
         """Returns (y_BTD, tokens per expert and the balance losses summed over the sequences)."""
         y_AD, shared_BTD, (x_BTD, routing, arrived) = computed
-        y_MD = alltoall.combine(y_AD, arrived, axis=self.expert_axis) if arrived and self.expert_axis else y_AD
+        y_MD = y_AD
+        if arrived and self.expert_axis:
+            y_MD = alltoall.combine(y_AD, arrived, axis=self.expert_axis, wire=self.matmul.wire)
         y_BTD = y_MD.reshape(x_BTD.shape)
         load_E = expert_load(routing.experts_BTK, routing.scores_BTE.shape[-1])
         statistics = Statistics(load_E, jax.tree.map(jnp.sum, self.balance(routing)))

@@ -17,13 +17,16 @@ LARGEST_KEY = 2**31  # sort keys are int32
 class Order(NamedTuple):
     """Assignments (token, chosen expert) sorted by expert."""
 
-    assignment_A: jax.Array  # assignment in each sorted row
+    assignment_A: jax.Array  # assignment in each sorted row; M * K, one past the last, in rows that only fill up
     row_MK: jax.Array  # sorted row of each assignment
     count_X: jax.Array  # rows of each expert; those after the last (assigned to no expert) are never touched
 
 
-def sort_by_expert(experts_MK: jax.Array, n_experts: int) -> Order:
-    """Sorts the assignments by expert, stably; expert `n_experts` means none and comes last."""
+def sort_by_expert(experts_MK: jax.Array, n_experts: int, align: int = 1) -> Order:
+    """Sorts the assignments by expert, stably; expert `n_experts` means none and comes last.
+
+    Each expert's rows begin at a multiple of `align`.
+    """
     expert_A = experts_MK.reshape(-1)
     rows = jnp.arange(expert_A.size, dtype=jnp.int32)
     if (n_experts + 1) * expert_A.size < LARGEST_KEY:  # one integer a row sorts quicker than argsort's pairs
@@ -32,7 +35,18 @@ def sort_by_expert(experts_MK: jax.Array, n_experts: int) -> Order:
         assignment_A = jnp.argsort(expert_A, stable=True)
     row_A = jnp.zeros_like(rows).at[assignment_A].set(rows, unique_indices=True)
     count_X = jnp.sum(expert_A[:, None] == jnp.arange(n_experts), axis=0, dtype=jnp.int32)
+    if align > 1:
+        assignment_A, row_A = _aligned(row_A, expert_A, count_X, align)
     return Order(assignment_A, row_A.reshape(experts_MK.shape), count_X)
+
+
+def _aligned(row_A: jax.Array, expert_A: jax.Array, count_X: jax.Array, align: int) -> tuple[jax.Array, jax.Array]:
+    """(assignment in each row, row of each assignment) once empty rows fill up each expert's to a multiple."""
+    filled_X = jnp.cumsum(-count_X % align)
+    row_A = row_A + jnp.concatenate([jnp.zeros_like(filled_X[:1]), filled_X])[expert_A]
+    n_rows = -(-(row_A.size + count_X.size * (align - 1)) // align) * align
+    assignment_A = jnp.full((n_rows,), row_A.size, jnp.int32)
+    return assignment_A.at[row_A].set(jnp.arange(row_A.size, dtype=jnp.int32), unique_indices=True), row_A
 
 
 def _no_gradient(tree: object) -> object:
@@ -41,8 +55,8 @@ def _no_gradient(tree: object) -> object:
 
 @jax.custom_vjp
 def to_rows(x_MD: jax.Array, order: Order) -> jax.Array:
-    """x_AD: the token of each sorted row."""
-    return x_MD[order.assignment_A // order.row_MK.shape[1]]
+    """x_AD: the token of each sorted row; zeros in rows that only fill up."""
+    return _rows(x_MD, order.assignment_A // order.row_MK.shape[1], order)
 
 
 @jax.custom_vjp
@@ -54,7 +68,14 @@ def to_tokens(y_AD: jax.Array, order: Order) -> jax.Array:
 @jax.custom_vjp
 def sort_weights(weights_MK: jax.Array, order: Order) -> jax.Array:
     """weights_A: the factor of each sorted row."""
-    return weights_MK.reshape(-1)[order.assignment_A]
+    return _rows(weights_MK.reshape(-1), order.assignment_A, order)
+
+
+def _rows(source: jax.Array, index_A: jax.Array, order: Order) -> jax.Array:
+    """source[index], 0 past its end, where the rows that only fill up point."""
+    if order.assignment_A.size == order.row_MK.size:  # there are none
+        return source[index_A]
+    return jnp.take(source, index_A, axis=0, mode="fill", fill_value=0)
 
 
 to_rows.defvjp(lambda x, order: (to_rows(x, order), order), lambda order, g: (to_tokens(g, order), _no_gradient(order)))
@@ -88,9 +109,8 @@ def grouped_swiglu(
     Returns:
         y_MD in the dtype of `x_MD`.
     """
-    order = sort_by_expert(experts_MK, gate_XDF.shape[0])
+    order = sort_by_expert(experts_MK, gate_XDF.shape[0], matmul.align)
     gate_and_up_XDF = jnp.concatenate([gate_XDF, up_XDF], axis=-1)  # one loop instead of two
     gate_AF, up_AF = jnp.split(matmul.grouped(to_rows(x_MD, order), gate_and_up_XDF, order.count_X), 2, axis=-1)
-    hidden_AF = jax.nn.silu(gate_AF) * up_AF
-    hidden_AF = hidden_AF * sort_weights(weights_MK, order)[:, None].astype(hidden_AF.dtype)
+    hidden_AF = matmul.swiglu(gate_AF, up_AF, sort_weights(weights_MK, order))
     return to_tokens(matmul.grouped(hidden_AF, down_XFD, order.count_X), order)

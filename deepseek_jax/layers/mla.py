@@ -115,7 +115,7 @@ class MLA(Attention):
     def over_itself(self, x_BTD: jax.Array, tokens: Tokens, entries: Latents) -> tuple[jax.Array, Losses]:
         """The expanded form: (u_BTD of tokens that attend causally to themselves; no auxiliary losses)."""
         q_BTHQ = jnp.concatenate(self.queries(x_BTD, tokens.positions_BT), axis=-1)  # eq. 9
-        c_BTC, k_rope_BTP = entries
+        c_BTC, k_rope_BTP = self.operand(entries.c_BSC), entries.k_rope_BSP
         k_nope_BTHN = self.matmul.einsum("BTC,CHN->BTHN", c_BTC, self.k_up_CHN[...])  # eq. 2
         v_BTHU = self.matmul.einsum("BTC,CHU->BTHU", c_BTC, self.v_up_CHU[...])  # eq. 5
         k_rope_BTHP = jnp.broadcast_to(k_rope_BTP[:, :, None], (*k_nope_BTHN.shape[:-1], self.config.rope_width))

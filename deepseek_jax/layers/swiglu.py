@@ -22,8 +22,9 @@ class SwiGLU(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Returns y_BTD."""
         einsum, x = self.matmul.einsum, self.matmul.operand(x_BTD)
-        hidden_BTF = jax.nn.silu(einsum("BTD,DF->BTF", x, self.gate_DF[...]))
-        hidden_BTF = hidden_BTF * einsum("BTD,DF->BTF", x, self.up_DF[...])
+        gate_BTF = einsum("BTD,DF->BTF", x, self.gate_DF[...])
+        up_BTF = einsum("BTD,DF->BTF", x, self.up_DF[...])
+        hidden_BTF = self.matmul.swiglu(gate_BTF, up_BTF)
         return einsum("BTF,FD->BTD", hidden_BTF, self.down_FD[...])
 
     # As a block's feed-forward (`layers.block.Block`): nothing is routed, and nothing reported.

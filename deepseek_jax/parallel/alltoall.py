@@ -7,6 +7,7 @@ follows the real load. A token goes once to each device that it needs, however m
 Paper: V3 section 3.2.2 describes the same exchange with NVSHMEM kernels; here it is XLA's padded all_to_all.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.parallel.mesh import REPLICAS
+from deepseek_jax.precision.wire import AS_IS, Wire, carried
 
 HEADROOM = (1.25, 2.0)  # buffer sizes tried first, in multiples of the size that perfect balance needs
 
@@ -46,18 +48,29 @@ class Arrived(NamedTuple):
 
 
 def dispatch(
-    x_MD: jax.Array, experts_MK: jax.Array, weights_MK: jax.Array, *, n_local: int, axis: str, capacity: int
+    x_MD: jax.Array,
+    experts_MK: jax.Array,
+    weights_MK: jax.Array,
+    *,
+    n_local: int,
+    axis: str,
+    capacity: int,
+    wire: Wire = AS_IS,
 ) -> Arrived:
     """Sends each token to the devices of its experts: the first half of the exchange.
 
     `experts_MK` are indices of all experts, which are shared out over the mesh axis `axis`, `n_local` per device. The
-    buffer for each device has `capacity` rows; it must hold the tokens that go there (`choose`).
+    buffer for each device has `capacity` rows; it must hold the tokens that go there (`choose`). Tokens travel in the
+    format of `wire`, and their gradients come back as they are.
     """
     n_devices = jax.lax.axis_size(axis)
     token_A, row_MW = fill_buffers(_destinations(experts_MK, n_local, n_devices), capacity)
 
+    def buffered(of_tokens: jax.Array, empty: float) -> jax.Array:
+        return jnp.take(of_tokens, token_A, axis=0, mode="fill", fill_value=empty)
+
     def sent(of_tokens: jax.Array, empty: float) -> jax.Array:
-        return _send(jnp.take(of_tokens, token_A, axis=0, mode="fill", fill_value=empty), axis)
+        return _send(axis, buffered(of_tokens, empty))
 
     # Each device turns the global indices that reach it into its own; what belongs to others becomes "none".
     theirs_AK = sent(experts_MK, n_local * n_devices) - jax.lax.axis_index(axis) * n_local
@@ -65,12 +78,16 @@ def dispatch(
     # At most `n_local` of a token's K experts live here: keep those places and drop the others.
     places_AK = jnp.argsort(local_AK, axis=1)[:, :n_local]
     local_AK, weights_AK = (jnp.take_along_axis(part, places_AK, axis=1) for part in (local_AK, sent(weights_MK, 0)))
-    return Arrived(sent(x_MD, 0), local_AK, weights_AK, row_MW)
+    x_AD = carried(buffered(x_MD, 0), wire, AS_IS, functools.partial(_send, axis))
+    return Arrived(x_AD, local_AK, weights_AK, row_MW)
 
 
-def combine(y_AD: jax.Array, arrived: Arrived, *, axis: str) -> jax.Array:
-    """Sends the results back and sums those of each token, y_MD: the second half of the exchange."""
-    back_AD = _send(y_AD, axis)
+def combine(y_AD: jax.Array, arrived: Arrived, *, axis: str, wire: Wire = AS_IS) -> jax.Array:
+    """Sends the results back and sums those of each token, y_MD: the second half of the exchange.
+
+    Results travel as they are, their gradients in the format of `wire`.
+    """
+    back_AD = carried(y_AD, AS_IS, wire, functools.partial(_send, axis))
     return jnp.sum(jnp.take(back_AD, arrived.row_MW, axis=0, mode="fill", fill_value=0), axis=1)
 
 
@@ -98,6 +115,7 @@ def on_expert_devices(
     *,
     n_local: int,
     axis: str,
+    wire: Wire = AS_IS,
 ) -> jax.Array:
     """Weighted sum of each token's experts: `dispatch`, `compute`, `combine`, with buffers of the size that is needed.
 
@@ -109,8 +127,8 @@ def on_expert_devices(
 
     def exchange(capacity: int) -> Callable:
         def run(*of_tokens: jax.Array) -> jax.Array:
-            arrived = dispatch(*of_tokens, n_local=n_local, axis=axis, capacity=capacity)
-            return combine(compute(*arrived[:3]), arrived, axis=axis)
+            arrived = dispatch(*of_tokens, n_local=n_local, axis=axis, capacity=capacity, wire=wire)
+            return combine(compute(*arrived[:3]), arrived, axis=axis, wire=wire)
 
         return jax.checkpoint(run)  # else the backward pass would keep the buffers of every branch, taken or not
 
@@ -118,10 +136,27 @@ def on_expert_devices(
     return jax.lax.switch(choice, [exchange(capacity) for capacity in sizes], x_MD, experts_MK, weights_MK)
 
 
+def on_this_device(
+    compute: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    x_MD: jax.Array,
+    experts_MK: jax.Array,
+    weights_MK: jax.Array,
+    *,
+    wire: Wire = AS_IS,
+) -> jax.Array:
+    """As `on_expert_devices` where all experts are here: nothing is sent, but rounded as if it were."""
+    y_MD = compute(carried(x_MD, wire, AS_IS, _stay), experts_MK, weights_MK)
+    return carried(y_MD, AS_IS, wire, _stay)
+
+
+def _stay(rows_AD: jax.Array) -> jax.Array:
+    return rows_AD
+
+
 def _destinations(experts_MK: jax.Array, n_local: int, n_devices: int) -> jax.Array:
     """goes_MW: whether a token goes to a device."""
     return jax.nn.one_hot(experts_MK // n_local, n_devices, dtype=jnp.bool_).any(axis=1)
 
 
-def _send(rows_AD: jax.Array, axis: str) -> jax.Array:
+def _send(axis: str, rows_AD: jax.Array) -> jax.Array:
     return jax.lax.all_to_all(rows_AD, axis, split_axis=0, concat_axis=0, tiled=True)

@@ -12,12 +12,13 @@ stay in high precision (V3 section 3.3.2).
 import functools
 import re
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from deepseek_jax.kernels import XLA, Kernels
+from deepseek_jax.precision.wire import AS_IS, Wire
 
 Operand = Any  # activations as a `Matmul` takes them; they have a dtype and a shape
 
@@ -26,7 +27,19 @@ class Matmul(Protocol):
     """How a run multiplies activations with weights; static and hashable.
 
     Weights are float32 master weights. Results have the dtype of the activations.
+
+    Attributes:
+        align: rows to a multiple of which each expert's begin in `grouped`.
+        wire: how rows travel to the experts of other devices.
     """
+
+    @property
+    def align(self) -> int:
+        """See above."""
+
+    @property
+    def wire(self) -> Wire:
+        """See above."""
 
     def operand(self, x: jax.Array) -> Operand:
         """Returns activations ready for several products: what a format computes of them is computed once."""
@@ -34,8 +47,14 @@ class Matmul(Protocol):
     def einsum(self, equation: str, x: Operand, w: jax.Array) -> jax.Array:
         """Returns y of an einsum such as "BTD,DF->BTF"; no letter may occur in `w` alone."""
 
-    def grouped(self, x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array) -> jax.Array:
-        """Returns y_AF: rows sorted by expert, `count_X` of each, times the weights of their expert."""
+    def swiglu(self, gate: jax.Array, up: jax.Array, factor: jax.Array | None = None) -> Operand:
+        """Returns silu(gate) * up, each row times its factor if there are any, ready for one product."""
+
+    def grouped(self, x_AD: Operand, w_XDF: jax.Array, count_X: jax.Array) -> jax.Array:
+        """Returns y_AF: rows sorted by expert, `count_X` of each, times the weights of their expert.
+
+        Each expert's rows begin at a multiple of `align`; the rows that fill up those before are zeros.
+        """
 
     def forward(self, equation: str, x: Operand, w: jax.Array) -> jax.Array:
         """Returns y."""
@@ -57,9 +76,16 @@ class PlainMatmul:
 
     kernels: Kernels = XLA
 
+    align: ClassVar[int] = 1
+    wire: ClassVar[Wire] = AS_IS
+
     def operand(self, x: jax.Array) -> jax.Array:
         """See `Matmul`; here x itself."""
         return x
+
+    def swiglu(self, gate: jax.Array, up: jax.Array, factor: jax.Array | None = None) -> jax.Array:
+        """See `Matmul`."""
+        return swiglu(gate, up, factor)
 
     def einsum(self, equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
         """See `Matmul`."""
@@ -87,6 +113,12 @@ class PlainMatmul:
 
 
 PLAIN = PlainMatmul()
+
+
+def swiglu(gate: jax.Array, up: jax.Array, factor: jax.Array | None = None) -> jax.Array:
+    """Returns silu(gate) * up, each row times its factor if there are any; in their dtype."""
+    hidden = jax.nn.silu(gate) * up
+    return hidden if factor is None else hidden * factor[:, None].astype(hidden.dtype)
 
 
 def letters(equation: str) -> list[str]:

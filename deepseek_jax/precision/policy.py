@@ -5,19 +5,24 @@
 | master weights, gradients that are summed, optimizer update | float32 |
 | activations and matmul operands | `Policy.compute` |
 | norms, rotary angles, router scores, softmax, cross-entropy | float32, cast in place where they stand |
+| products with the weights of blocks, under "fp8" | E4M3 in blocks (`precision.fp8`) |
 
 The activations carry the compute dtype from the embedding on; there is no autocast.
 Paper: V3 section 3.3.2 (which operators stay in high precision).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.kernels import Kernels
+from deepseek_jax.precision.fp8 import BlockMatmul
 from deepseek_jax.precision.matmul import Matmul, PlainMatmul
 
 
@@ -34,11 +39,16 @@ class Policy:
     matmul: Callable[[Kernels], Matmul] = PlainMatmul
 
 
-POLICIES = {"fp32": Policy(jnp.float32), "bf16": Policy(jnp.bfloat16)}
+POLICIES = {
+    "fp32": Policy(jnp.float32),
+    "bf16": Policy(jnp.bfloat16),
+    "fp8": Policy(jnp.bfloat16, BlockMatmul),
+}
 
 
-def policy(name: str) -> Policy:
-    """The policy called `name`. Raises UserError for an unknown one."""
+def policy(name: str, fp8: Mapping[str, Any] = MappingProxyType({})) -> Policy:
+    """The policy called `name`, "fp8" with these options of `BlockMatmul`. Raises UserError for an unknown one."""
     if name not in POLICIES:
-        raise UserError(f"config.precision={name!r}: no such precision. Choose {' or '.join(POLICIES)}.")
-    return POLICIES[name]
+        raise UserError(f"config.precision={name!r}: no such precision. Choose one of {', '.join(POLICIES)}.")
+    found = POLICIES[name]
+    return replace(found, matmul=functools.partial(BlockMatmul, **fp8)) if name == "fp8" else found

@@ -12,7 +12,7 @@ from deepseek_jax.precision.policy import policy
 def test_policies():
     assert policy("fp32").compute == jnp.float32
     assert policy("bf16").compute == jnp.bfloat16
-    with pytest.raises(UserError, match="config.precision='fp17': no such precision. Choose fp32 or bf16"):
+    with pytest.raises(UserError, match="config.precision='fp17': no such precision. Choose one of fp32, bf16, fp8"):
         policy("fp17")
 
 

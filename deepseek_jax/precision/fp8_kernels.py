@@ -1,0 +1,110 @@
+"""Quantiser and products of E4M3 codes, by name: XLA on any device, or the kernels for Hopper GPUs.
+
+The definitions, and what the arguments mean, are in `pallas_kernels` (`quantize`, `fp8_matmul`, `grouped_matmul`).
+With XLA codes times scales are float32 matrices and their product is one float32 matmul: the same numbers as the
+definition but for the order in which float32 sums are made, at a fraction of its time on a CPU. Nothing is gained in
+speed over bfloat16: this is the recipe for tests and small machines.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.precision import grouped
+from pallas_kernels import fp8_matmul as fp8_matmul_kernel
+from pallas_kernels import grouped_matmul as grouped_kernels
+from pallas_kernels import quantize as quantize_kernel
+from pallas_kernels.quantize import Quantized
+
+BLOCK = 128
+
+
+def quantize(x: jax.Array, *, scale: str = "fp32") -> Quantized:
+    """Codes and scales of x [M, K] and of its transpose, in 1 x 128 blocks of each."""
+    return quantize_kernel.quantize(x, implementation="reference", scale=scale)
+
+
+def fp8_matmul(
+    x: jax.Array,
+    x_scale: jax.Array,
+    w: jax.Array,
+    w_scale: jax.Array,
+    *,
+    w_block: tuple[int, int] = (BLOCK, BLOCK),
+    out_dtype: DTypeLike = jnp.bfloat16,
+) -> jax.Array:
+    """Returns y [M, N] of codes x [M, K] and w [N, K]."""
+    wide_w = _wide(w, w_scale.T) if w_block[0] == 1 else _wide(w, jnp.repeat(w_scale, BLOCK, axis=0)[: len(w)])
+    product = lax.dot_general(_wide(x, x_scale.T), wide_w, (((1,), (1,)), ((), ())), precision="highest")
+    return product.astype(out_dtype)
+
+
+def grouped_fp8_matmul(
+    x: jax.Array,
+    x_scale: jax.Array,
+    w: jax.Array,
+    w_scale: jax.Array,
+    count_X: jax.Array,
+    *,
+    align: int = 1,
+    out_dtype: DTypeLike = jnp.bfloat16,
+) -> jax.Array:
+    """Returns y [A, N] of codes x [A, K], rows by group, and w [X, N, K]; the rows that fill groups up are codes 0."""
+    wide_w = _wide(w, jnp.repeat(w_scale, BLOCK, axis=1)[:, : w.shape[1]])
+    with jax.default_matmul_precision("highest"):
+        return grouped.vjp_input(_wide(x, x_scale.T), wide_w, _rooms(count_X, align)).astype(out_dtype)
+
+
+def grouped_fp8_weight_gradient(
+    x_t: jax.Array,
+    x_t_scale: jax.Array,
+    dy_t: jax.Array,
+    dy_t_scale: jax.Array,
+    count_X: jax.Array,
+    *,
+    align: int = BLOCK,
+    out_dtype: DTypeLike = jnp.float32,
+) -> jax.Array:
+    """Returns dw [X, D, F] of codes x_t [D, A] and dy_t [F, A]; the rows that fill groups up are codes 0."""
+    x, dy = _wide(x_t, x_t_scale.T).T, _wide(dy_t, dy_t_scale.T).T
+    with jax.default_matmul_precision("highest"):
+        return grouped.vjp_weight(x, dy, _rooms(count_X, align)).astype(out_dtype)
+
+
+def _wide(codes: jax.Array, scale: jax.Array) -> jax.Array:
+    """Codes [..., rows, K] times scales [..., rows, ceil(K / 128)], float32."""
+    return codes.astype(jnp.float32) * jnp.repeat(scale, BLOCK, axis=-1)[..., : codes.shape[-1]]
+
+
+def _rooms(count_X: jax.Array, align: int) -> jax.Array:
+    """The rows of each group, with those that fill it up."""
+    return -(-count_X // align) * align
+
+
+def _hopper(operation: str, kernel: Callable) -> Callable:
+    """`kernel` by its implementation for Hopper; what it does not support is an error of the user's."""
+
+    @functools.wraps(kernel)
+    def call(*operands: Any, **options: Any) -> Any:
+        try:
+            return kernel(*operands, implementation="mosaic_gpu", **options)
+        except ValueError as error:
+            raise UserError(
+                f"kernels.{operation}='mosaic_gpu': {error} In a run, config.kernels.{operation}=xla."
+            ) from error
+
+    return call
+
+
+quantize_on_hopper = _hopper("quantize", quantize_kernel.quantize)
+fp8_matmul_on_hopper = _hopper("fp8_matmul", fp8_matmul_kernel.fp8_matmul)
+grouped_fp8_matmul_on_hopper = _hopper("grouped_fp8_matmul", grouped_kernels.grouped_fp8_matmul)
+grouped_fp8_weight_gradient_on_hopper = _hopper(
+    "grouped_fp8_weight_gradient", grouped_kernels.grouped_fp8_weight_gradient
+)

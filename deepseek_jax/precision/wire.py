@@ -1,0 +1,91 @@
+"""In which format activations travel to the experts of other devices, and their gradients back.
+
+    tokens on their way to the experts                          `Wire` of the run's matmul
+    results on their way back                                   as they are
+    gradients of the results, on their way to the experts       `Wire` again
+    gradients of the tokens, on their way back                  as they are
+
+With FP8 a token is D codes of one byte and D / 128 scales, powers of two, of one byte each: half of bfloat16. A code
+times a power of two is exact in bfloat16, and quantising the result again, with power-of-two scales, gives the same
+numbers: what arrives is what would have been computed with had the token stayed. Where nothing travels the rounding
+takes place all the same, so that a model does not depend on its mesh.
+Paper: V3 section 3.3.3, "Low-Precision Communication".
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from deepseek_jax.precision.quantize import E4M3, E8M0, dequantize_blocks, quantize_blocks
+
+BLOCK = (1, 128)
+
+
+class Wire(Protocol):
+    """A format of rows that travel; static and hashable."""
+
+    def encode(self, x_AD: jax.Array) -> jax.Array:
+        """Returns what is sent for these rows, an array with the same first axis."""
+
+    def decode(self, sent: jax.Array, dtype: DTypeLike, width: int) -> jax.Array:
+        """Returns the rows of `width` numbers that were sent."""
+
+
+@dataclass(frozen=True)
+class AsIs:
+    """Rows travel in their own dtype."""
+
+    def encode(self, x_AD: jax.Array) -> jax.Array:
+        """See `Wire`."""
+        return x_AD
+
+    def decode(self, sent: jax.Array, dtype: DTypeLike, width: int) -> jax.Array:
+        """See `Wire`."""
+        return sent
+
+
+@dataclass(frozen=True)
+class Codes:
+    """E4M3 codes and power-of-two scales, as bytes: first the codes of a row, then its scales."""
+
+    def encode(self, x_AD: jax.Array) -> jax.Array:
+        """See `Wire`."""
+        parts = quantize_blocks(x_AD, BLOCK, "ue8m0")
+        return jnp.concatenate([jax.lax.bitcast_convert_type(part, jnp.uint8) for part in parts], axis=1)
+
+    def decode(self, sent: jax.Array, dtype: DTypeLike, width: int) -> jax.Array:
+        """See `Wire`."""
+        codes, scales = jnp.split(sent, [width], axis=1)
+        codes, scales = jax.lax.bitcast_convert_type(codes, E4M3), jax.lax.bitcast_convert_type(scales, E8M0)
+        return dequantize_blocks(codes, scales, dtype, BLOCK)
+
+
+AS_IS = AsIs()
+
+
+def carried(x_AD: jax.Array, there: Wire, back: Wire, carry: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The rows after `carry`, which moves what `there` makes of them; their gradient comes through `back`.
+
+    Args:
+        x_AD: rows.
+        there: format of the rows.
+        back: format of the gradient.
+        carry: moves rows of any dtype and is its own transpose, such as a tiled all-to-all.
+    """
+    return carry(x_AD) if there == back == AS_IS else _carried(there, back, carry, x_AD)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _carried(there: Wire, back: Wire, carry: Callable, x_AD: jax.Array) -> jax.Array:
+    return there.decode(carry(there.encode(x_AD)), x_AD.dtype, x_AD.shape[1])
+
+
+_carried.defvjp(
+    lambda there, back, carry, x_AD: (_carried(there, back, carry, x_AD), None),
+    lambda there, back, carry, _, g_AD: (_carried(back, there, carry, g_AD),),
+)
