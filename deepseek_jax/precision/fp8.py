@@ -49,7 +49,7 @@ from jax.typing import DTypeLike
 from deepseek_jax.kernels import XLA, Kernels
 from deepseek_jax.precision.matmul import PLAIN, Operand, letters, swiglu
 from deepseek_jax.precision.quantize import dequantize_blocks, quantize_blocks
-from deepseek_jax.precision.wire import Codes
+from deepseek_jax.precision.wire import Codes, Wire
 from pallas_kernels.quantize import Quantized
 
 BLOCK = 128
@@ -174,7 +174,7 @@ class BlockMatmul:
     gradient_block: str = "1x128"  # that shares a scale in activation gradients; or "128x128", which V3 rejects
 
     align: ClassVar[int] = BLOCK  # a block along tokens has one scale, so it holds rows of one expert
-    wire: ClassVar[Codes] = Codes()
+    wire: ClassVar[Wire] = Codes()
 
     def operand(self, x: jax.Array | Coded | Gated) -> Coded | Gated:
         """See `Matmul`; x [..., K] is quantised along K and along tokens, unless it has been."""

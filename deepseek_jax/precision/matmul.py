@@ -27,19 +27,10 @@ class Matmul(Protocol):
     """How a run multiplies activations with weights; static and hashable.
 
     Weights are float32 master weights. Results have the dtype of the activations.
-
-    Attributes:
-        align: rows to a multiple of which each expert's begin in `grouped`.
-        wire: how rows travel to the experts of other devices.
     """
 
-    @property
-    def align(self) -> int:
-        """See above."""
-
-    @property
-    def wire(self) -> Wire:
-        """See above."""
+    align: ClassVar[int]  # rows to a multiple of which each expert's begin in `grouped`
+    wire: ClassVar[Wire]  # how rows travel to the experts of other devices
 
     def operand(self, x: jax.Array) -> Operand:
         """Returns activations ready for several products: what a format computes of them is computed once."""
