@@ -20,7 +20,7 @@ SwiGLU is computed again in the backward pass, from its two inputs in E4M3: its 
 | --- | --- | --- |
 | embedding, head, router, norms, attention scores | bfloat16 or float32, no `Matmul` | the same |
 | input of the projection after attention | E4M3, both directions quantised from bfloat16 | E5M6, turned later |
-| floor of amax | 1e-4; of gradients 1e-4 / 2^64 | not said; 1e-4 in released kernels |
+| least amax | 1e-4; of gradients 1e-4 / 2^64 | not said; 1e-4 in released kernels |
 | rows sent to experts, and gradients of their results | E4M3, power-of-two scales (`precision.wire`) | the same |
 | operands of experts | power-of-two scales, so that nothing is rounded twice | the same for what is sent |
 
@@ -28,7 +28,7 @@ There is no 12-bit format in XLA, so E5M6 would take 16 bits here. V3 needs it b
 reads the same stored array, and because turning its blocks from channels to tokens must not round twice; here
 attention keeps what it needs in bfloat16, and both sets of codes are made from bfloat16 at the same time.
 
-A mean over n tokens has gradients of the size 1 / n: with amax floored at 1e-4, those of a large batch would become
+A mean over n tokens has gradients of the size 1 / n: with an amax of at least 1e-4, those of a large batch would become
 zeros. They are multiplied by 2^64 before quantisation and their scales divided by it, both exact.
 
 `gradient_block="128x128"` gives activation gradients one scale per 128 tokens as well. V3 reports that a 16B model
