@@ -8,6 +8,7 @@ chip. No chip reaches these numbers: H800's links, for example, reach about 80 %
 import dataclasses
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from deepseek_jax.errors import UserError
 
@@ -143,7 +144,7 @@ def chip(text: str) -> Chip:
             "(8xh100, v5p-512), or give its numbers: "
             "--chip=mine:bf16=989,fp8=1979,memory=80,hbm=3350,fast=200,reach=8,network=50."
         )
-    given = {}
+    given: dict[str, Any] = {}
     for pair in numbers.split(","):
         key, _, number = pair.partition("=")
         try:

@@ -91,9 +91,9 @@ def check_bits(config: Mapping[str, Any]) -> None:
         raise UserError(f"{CONFIG}: quantization: MLX weights in {bits} bits, which are not supported. {ORIGINAL}")
     found = config.get("quantization_config")
     method = found.get("quant_method") if isinstance(found, dict) else None
-    if isinstance(method, str) and method in FEW_BITS:
-        bits = found.get("bits") or found.get("w_bit")
-        bits = f" in {bits} bits" if isinstance(bits, int) else ""
+    if isinstance(found, dict) and isinstance(method, str) and method in FEW_BITS:
+        n_bits = found.get("bits") or found.get("w_bit")
+        bits = f" in {n_bits} bits" if isinstance(n_bits, int) else ""
         given = f"quantization_config.quant_method={method!r}: {FEW_BITS[method]} weights{bits}"
         raise UserError(f"{CONFIG}: {given}, which are not supported. {ORIGINAL}")
 

@@ -68,7 +68,11 @@ def _snapshot(name: str, weights: bool) -> Path:
 def _download(name: str, repository: str, revision: str, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
 
-    options = {"revision": revision or None, "allow_patterns": list(patterns), "ignore_patterns": list(FOLDERS)}
+    options: dict[str, Any] = {
+        "revision": revision or None,
+        "allow_patterns": list(patterns),
+        "ignore_patterns": list(FOLDERS),
+    }
     try:
         return Path(snapshot_download(repository, tqdm_class=_bars(is_long=WEIGHTS[0] in patterns), **options))
     except Exception as error:  # the library's own, those of its HTTP library, and OSErrors
@@ -98,7 +102,8 @@ def _reason(repository: str, error: Exception) -> str:
 
     chain = list(_causes(error))
     kinds = {kind.__name__ for cause in chain for kind in type(cause).__mro__}
-    statuses = [cause.response.status_code for cause in chain if getattr(cause, "response", None) is not None]
+    responses = [getattr(cause, "response", None) for cause in chain]
+    statuses = [response.status_code for response in responses if response is not None]
     site = constants.ENDPOINT
     if kinds.intersection(REFUSED) or 403 in statuses:
         return (

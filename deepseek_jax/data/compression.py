@@ -7,7 +7,7 @@ import gzip
 import io
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from deepseek_jax.errors import UserError
 
@@ -21,7 +21,7 @@ def content_type(path: Path) -> str:
     return inner if outer in ENDINGS else outer
 
 
-def decompressed(file: BinaryIO, path: Path) -> BinaryIO:
+def decompressed(file: io.BufferedIOBase, path: Path) -> io.BufferedIOBase:
     """Returns a reader of the text in `file`, according to the ending of `path`.
 
     Raises:
@@ -38,7 +38,7 @@ def decompressed(file: BinaryIO, path: Path) -> BinaryIO:
 class _Zstandard(io.RawIOBase):
     """Consecutive frames of zstandard; the package's own reader accepts a truncated frame as complete."""
 
-    def __init__(self, file: BinaryIO, path: Path):
+    def __init__(self, file: io.BufferedIOBase, path: Path):
         try:
             import zstandard
         except ImportError as error:
@@ -46,7 +46,8 @@ class _Zstandard(io.RawIOBase):
                 f"{path} is compressed with zstandard, and the package is not installed. Run: pip install zstandard"
             ) from error
         self._file, self._new_frame = file, zstandard.ZstdDecompressor().decompressobj
-        self._frame, self._rest = None, b""
+        self._frame: Any = None
+        self._rest = b""
 
     def readable(self) -> bool:
         return True

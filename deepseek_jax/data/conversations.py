@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike
 
 from deepseek_jax.data import chat
 from deepseek_jax.data.rows import counts
-from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.tokenizer import MarkEncoder, Tokenizer
 from deepseek_jax.errors import UserError
 
 VERSION = 1  # increase it when the tokens of a conversation change, so that cached ones are not used
@@ -79,7 +79,7 @@ def _thought_apart(message: dict) -> tuple[dict, bool]:
     return {**message, "content": content.removeprefix("\n\n"), "reasoning_content": thought}, True
 
 
-def join(found: Iterable[Answer], tokenizer: Tokenizer) -> list[Example]:
+def join(found: Iterable[Answer], tokenizer: MarkEncoder) -> list[Example]:
     """Returns answers as examples; an answer whose prompt continues the previous example extends that example."""
     examples: list[Example] = []
     for prompt, reply in found:
@@ -120,15 +120,15 @@ def template_name(name: str, tokenizer: str | Tokenizer) -> str:
     """
     if name:
         return chat.template_for(None, name)
-    path = Path(tokenizer).expanduser() if isinstance(tokenizer, str) else None
-    is_file = path is not None and path.exists()
-    found = is_file and chat.recognise(chat.published_template(path if path.is_dir() else path.parent))
-    if not found:
-        raise UserError(
-            "conversations need a chat template, and the files of data.tokenizer name no known one. "
-            f"Set data.chat_template to one of {', '.join(chat.TEMPLATES)}."
-        )
-    return found
+    path = Path(tokenizer).expanduser() if isinstance(tokenizer, str) else Path()
+    folder = path if path.is_dir() else path.parent
+    found = isinstance(tokenizer, str) and path.exists() and chat.recognise(chat.published_template(folder))
+    if found:
+        return found
+    raise UserError(
+        "conversations need a chat template, and the files of data.tokenizer name no known one. "
+        f"Set data.chat_template to one of {', '.join(chat.TEMPLATES)}."
+    )
 
 
 class Encoder:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from deepseek_jax.data.blocks import Numbers
 from deepseek_jax.data.noise import CHOOSE, CUT, noise
 
 EXTRA_TOKENS = 3  # tokens that FIM adds to a document
@@ -36,7 +37,9 @@ def choose(n_documents: int, rate: float, seed: int, epoch: int) -> np.ndarray:
     return chosen
 
 
-def rearrange(tokens: np.ndarray, marks: FimTokens, seed: int, epoch: int, document: int) -> list[np.ndarray]:
+def rearrange(
+    tokens: np.ndarray | Numbers, marks: FimTokens, seed: int, epoch: int, document: int
+) -> list[np.ndarray | Numbers]:
     """Returns the parts of a FIM document in order; the parts of the text are views, nothing is copied.
 
     Both cuts are uniform over the `len(tokens) + 1` places, so any of the three parts may be empty.

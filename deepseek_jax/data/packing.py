@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from deepseek_jax.data import fim
+from deepseek_jax.data.blocks import Numbers
 from deepseek_jax.data.holdout import Pieces, divide
 from deepseek_jax.data.noise import ORDER, noise
 from deepseek_jax.data.store import TokenStore
@@ -119,11 +120,15 @@ class Packing:
         """Which pieces start with <bos>: those at the start of a document, if documents have it."""
         return (self.pieces.starts == 0) & (self.bos_id is not None)
 
-    def _parts(self, epoch: int, place: int, is_fim: bool) -> list[np.ndarray]:
+    def _parts(self, epoch: int, place: int, is_fim: bool) -> list[np.ndarray | Numbers]:
         """Returns a document as in the stream, in parts."""
         document, start, stop = (column[place] for column in self.pieces)
         tokens = self.store.document(document)[start:stop]
-        parts = fim.rearrange(tokens, self.marks, self.seed, epoch, place) if is_fim else [tokens]
+        parts = [tokens]
+        if is_fim:
+            if self.marks is None:
+                raise ValueError("fim_rate above 0: expected marks")
+            parts = fim.rearrange(tokens, self.marks, self.seed, epoch, place)
         begin = [np.array([self.bos_id])] if start == 0 and self.bos_id is not None else []
         return [*begin, *parts, np.array([self.eos_id])]
 
@@ -160,7 +165,7 @@ def lay_out(packing: Packing, epoch: int) -> Epoch:
     return Epoch(order, np.cumsum(lengths[order]), is_fim)
 
 
-def _slice(parts: list[np.ndarray], start: int, stop: int) -> np.ndarray:
+def _slice(parts: list[np.ndarray | Numbers], start: int, stop: int) -> np.ndarray:
     """Returns `concatenate(parts)[start:stop]` without building a long document as a whole."""
     pieces = []
     for part in parts:
@@ -192,13 +197,15 @@ def sample(window: Window, mask_documents: bool) -> Sample:
     positions = places - np.maximum.accumulate(np.where(starts, places, 0))
     predicts = (segments[1:] == segments[:-1]) & (segments[1:] > 0)
     targets = np.where(predicts, window.tokens[1:], IGNORED)
-    numbers = (x.astype(np.int32) for x in (window.tokens[:-1], targets, segments[:-1], positions[:-1]))
-    return Sample(*numbers, predicts.astype(np.float32))
+    numbers = (window.tokens[:-1], targets, segments[:-1], positions[:-1])
+    ids, targets, segments, positions = (x.astype(np.int32) for x in numbers)
+    return Sample(ids, targets, segments, positions, predicts.astype(np.float32))
 
 
 def sides(
     store: TokenStore,
     tokenizer: Tokenizer,
+    eos_id: int,
     holdout_rate: float,
     *,
     seq_len: int,
@@ -219,8 +226,8 @@ def sides(
             pieces=pieces,
             seq_len=seq_len,
             bos_id=tokenizer.bos_id if add_bos and tokenizer.add_bos else None,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id,
+            eos_id=eos_id,
+            pad_id=eos_id if tokenizer.pad_id is None else tokenizer.pad_id,
             marks=tokenizer.fim,
             fim_rate=fim_rate if training else 0.0,
             seed=seed,

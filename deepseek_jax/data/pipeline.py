@@ -37,6 +37,9 @@ BOUNDS = {
 }
 
 
+Side = Packing | ConversationPacking  # training or held-out
+
+
 class Batch(NamedTuple):
     """Rows of tokens and their targets; int32 arrays, and float32 weights."""
 
@@ -59,7 +62,7 @@ class Batch(NamedTuple):
 class Samples:
     """The endless sequence of samples of a split, as a grain dataset; it is sent to reader processes."""
 
-    def __init__(self, packing: Packing | ConversationPacking):
+    def __init__(self, packing: Side):
         self.packing = packing
         self.n_samples = packing.n_samples
         # The windows are shuffled too: a batch mixes documents and is not one section of the stream.
@@ -201,21 +204,26 @@ def open_splits(
         BOUNDS[name].check(f"data.{name}", value)
     opened = open_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     corpus = open_corpus(source, text_key, format)
+    sides: tuple[Side, Side | None]
     if corpus.format == "conversations":
         encoder = Encoder(opened, template_name(chat_template, tokenizer), train_on)
         store = open_store(corpus, encoder, cache_dir, watch)
-        options = {"seq_len": seq_len, "seed": seed, "watch": watch}
+        options: dict[str, Any] = {"seq_len": seq_len, "seed": seed, "watch": watch}
         sides = conversation_packing.sides(store, opened, encoder.fingerprint, holdout_rate, **options)
     else:
-        check_marks(opened, fim_rate)
+        eos_id = check_marks(opened, fim_rate)
         store = open_store(corpus, MarkReader(opened) if special_tokens else opened, cache_dir, watch)
         options = {"fim_rate": fim_rate, "mask_documents": mask_documents, "add_bos": add_bos}
-        sides = packing.sides(store, opened, holdout_rate, seq_len=seq_len, seed=seed, **options)
+        sides = packing.sides(store, opened, eos_id, holdout_rate, seq_len=seq_len, seed=seed, **options)
     for name, side in zip(("train", "holdout"), sides, strict=True):
         if side is not None and side.n_samples == 0:
             raise UserError(f"data.source = {source!r} has {side.n_tokens} {name} tokens and {side.shortage}")
-    training, held_out = (side and Split(Samples(side), opened, workers, corpus.passed_over) for side in sides)
-    return training, held_out
+
+    def split(side: Side) -> Split:
+        return Split(Samples(side), opened, workers, corpus.passed_over)
+
+    training, held_out = sides
+    return split(training), None if held_out is None else split(held_out)
 
 
 def settled(data: Mapping) -> dict:
@@ -230,9 +238,10 @@ def settled(data: Mapping) -> dict:
     return {"format": corpus.format, "chat_template": template, "mask_documents": True, "fim_rate": 0.0}
 
 
-def check_marks(tokenizer: Tokenizer, fim_rate: float) -> None:
-    """Raises UserError if a corpus of texts needs a special token that the tokenizer does not have."""
+def check_marks(tokenizer: Tokenizer, fim_rate: float) -> int:
+    """Returns the id of <eos>. Raises UserError if a corpus of texts needs special tokens that the tokenizer misses."""
     if tokenizer.eos_id is None:
         raise UserError("data.tokenizer has no end-of-text token. Name it in the tokenizer_config.json beside it.")
     if fim_rate > 0 and tokenizer.fim is None:
         raise UserError("data.tokenizer has no fill-in-the-middle tokens. Set data.fim_rate to 0.")
+    return tokenizer.eos_id

@@ -6,9 +6,10 @@ messages.
 """
 
 import codecs
+import io
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 from deepseek_jax.errors import UserError
 
@@ -24,7 +25,7 @@ FOREIGN_MARKS = {
 }
 
 
-def read_plain(file: BinaryIO, columns: Columns, name: str) -> Rows:
+def read_plain(file: io.BufferedIOBase, columns: Columns, name: str) -> Rows:
     """Yields the whole file, with its line breaks unchanged."""
     yield decode(file.read(), name), name
 
@@ -38,7 +39,7 @@ def read_jsonl(file: Iterable[bytes], columns: Columns, name: str) -> Rows:
             yield parse(text, where), where
 
 
-def read_json(file: BinaryIO, columns: Columns, name: str) -> Rows:
+def read_json(file: io.BufferedIOBase, columns: Columns, name: str) -> Rows:
     """Yields each element of a JSON array, or a single object; lines of objects are read as well."""
     data = file.read()
     try:
@@ -52,7 +53,7 @@ def read_json(file: BinaryIO, columns: Columns, name: str) -> Rows:
         yield row, f"{name}, element {number}"
 
 
-def read_parquet(file: BinaryIO, columns: Columns, name: str) -> Rows:
+def read_parquet(file: io.BufferedIOBase, columns: Columns, name: str) -> Rows:
     """Yields the rows of a table as dicts."""
     try:
         import pyarrow
@@ -74,7 +75,7 @@ def read_parquet(file: BinaryIO, columns: Columns, name: str) -> Rows:
         raise UserError(f"{name} is not a valid parquet file ({error}). Fix or remove it.") from error
 
 
-def read_array_record(file: BinaryIO, columns: Columns, name: str) -> Rows:
+def read_array_record(file: io.BufferedIOBase, columns: Columns, name: str) -> Rows:
     """Yields each record: UTF-8 text, or a JSON object if the first record is one."""
     from grain.sources import ArrayRecordDataSource
 

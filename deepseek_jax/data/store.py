@@ -29,7 +29,7 @@ from deepseek_jax.data.corpus import Corpus
 from deepseek_jax.data.once import once
 from deepseek_jax.data.scratch import scratch
 from deepseek_jax.data.tokenise import id_type, tokenise
-from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.tokenizer import Encoder
 from deepseek_jax.data.watch import Counter, Watch, unwatched
 from deepseek_jax.paths import check_local
 
@@ -64,7 +64,7 @@ class TokenStore:
         return np.stack([self.lengths.astype(np.uint64), self.n_bytes.astype(np.uint64), self.hashes], axis=1)
 
 
-def open_store(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str, watch: Watch = unwatched) -> TokenStore:
+def open_store(corpus: Corpus, tokenizer: Encoder, cache_dir: str, watch: Watch = unwatched) -> TokenStore:
     """Returns the tokenised corpus, from the cache if possible; without a usable cache it is kept in memory.
 
     `watch` shows the progress of hashing a large corpus and of tokenising, in this process or another.
@@ -114,7 +114,7 @@ def cache_folder(cache_dir: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "deepseek_jax")
 
 
-def _build_folder(corpus: Corpus, tokenizer: Tokenizer, folder: Path, counter: Counter) -> None:
+def _build_folder(corpus: Corpus, tokenizer: Encoder, folder: Path, counter: Counter) -> None:
     with scratch(folder) as temporary:
         built = temporary / "entry"
         built.mkdir()
@@ -185,6 +185,6 @@ def _open_folder(folder: Path) -> TokenStore:
     return _assemble(Numbers(files[name], name.split(".")[1]), table, folder)
 
 
-def _assemble(tokens: np.ndarray, table: np.ndarray, folder: Path | None) -> TokenStore:
+def _assemble(tokens: np.ndarray | Numbers, table: np.ndarray, folder: Path | None) -> TokenStore:
     lengths, n_bytes = table[:, 0].astype(np.int64), table[:, 1].astype(np.int64)
     return TokenStore(tokens, lengths, n_bytes, table[:, 2].copy(), np.cumsum(lengths) - lengths, folder)

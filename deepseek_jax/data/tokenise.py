@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from deepseek_jax.data.corpus import Corpus
-from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.tokenizer import Encoder
 from deepseek_jax.data.watch import Counter
 from deepseek_jax.errors import UserError
 
@@ -32,7 +32,7 @@ class Part(NamedTuple):
     is_last: bool
 
 
-def tokenise(corpus: Corpus, tokenizer: Tokenizer, out: BinaryIO, counter: Counter) -> np.ndarray:
+def tokenise(corpus: Corpus, tokenizer: Encoder, out: BinaryIO, counter: Counter) -> np.ndarray:
     """Writes the ids of all documents to `out`, in the smallest type that can hold them; counts the files' bytes.
 
     Raises UserError if the corpus holds no text.
@@ -56,7 +56,7 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, out: BinaryIO, counter: Count
     return np.array(table, np.uint64)
 
 
-def id_type(tokenizer: Tokenizer) -> np.dtype:
+def id_type(tokenizer: Encoder) -> np.dtype:
     """Returns the smallest unsigned type that can hold every id."""
     return np.min_scalar_type(tokenizer.vocab_size - 1)
 
@@ -76,7 +76,7 @@ class _Document:
         return self.n_tokens, self._n_bytes, int.from_bytes(self._digest.digest(), "little")
 
 
-def _parts(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[Part]:
+def _parts(corpus: Corpus, tokenizer: Encoder) -> Iterator[Part]:
     """Yields the documents, long ones in parts."""
     for text, n_file_bytes in corpus.portions():
         inner = cut(text, tokenizer) if corpus.format == "text" else ()  # a conversation is read whole
@@ -86,7 +86,7 @@ def _parts(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[Part]:
             yield Part(text[start:stop], n_bytes, stop == len(text))
 
 
-def cut(text: str, tokenizer: Tokenizer) -> Iterator[int]:
+def cut(text: str, tokenizer: Encoder) -> Iterator[int]:
     """Yields the places at which a text is cut; none if it is short or cannot be cut."""
     last = 0
     while len(text) - last > PART_CHARACTERS:
@@ -96,7 +96,7 @@ def cut(text: str, tokenizer: Tokenizer) -> Iterator[int]:
         last = found or last + PART_CHARACTERS
 
 
-def _cut_near(text: str, place: int, tokenizer: Tokenizer) -> int | None:
+def _cut_near(text: str, place: int, tokenizer: Encoder) -> int | None:
     """Returns the first place for a cut at or after `place`, None if none of the next few is suitable."""
     for _, match in zip(range(TRIALS), PLACES.finditer(text, place, len(text) - 1), strict=False):
         i = match.start()

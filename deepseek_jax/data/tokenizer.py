@@ -25,22 +25,34 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.paths import check_local
 
 
-class Tokenizer(Protocol):
-    """The interface of a tokenizer. Missing special ids are None."""
+class Encoder(Protocol):
+    """What turns the documents of a corpus into ids."""
 
     vocab_size: int
-    bos_id: int | None
-    eos_id: int | None
-    pad_id: int | None
-    add_bos: bool  # whether published models of this vocabulary expect bos before a plain text
-    fim: FimTokens | None
-    fingerprint: str  # equal for equal tokenizers
+    fingerprint: str  # equal for equal encoders
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the int32 ids of each text."""
+
+
+class MarkEncoder(Protocol):
+    """What turns a text, or a special token, into ids."""
 
     def encode(self, text: str, specials: bool = False) -> np.ndarray:
         """Returns int32 ids.
 
         With `specials`, special tokens spelled out in the text become their ids; never set it for untrusted text.
         """
+
+
+class Tokenizer(Encoder, MarkEncoder, Protocol):
+    """The interface of a tokenizer. Missing special ids are None."""
+
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    add_bos: bool  # whether published models of this vocabulary expect bos before a plain text
+    fim: FimTokens | None
 
     def encode_batch(self, texts: Sequence[str], specials: bool = False) -> list[np.ndarray]:
         """Returns `encode` of each text."""
@@ -78,9 +90,11 @@ class ByteTokenizer:
     """Ids 0-255 are the bytes of UTF-8; 256-271 are ten special tokens and six spare ones, 272 = 16 · 17 in total."""
 
     vocab_size = 256 + len(BYTE_SPECIALS)
-    bos_id, eos_id, pad_id = 256, 257, 258
+    bos_id: int | None = 256
+    eos_id: int | None = 257
+    pad_id: int | None = 258
     add_bos = False
-    fim = FimTokens(begin=259, hole=260, end=261)
+    fim: FimTokens | None = FimTokens(begin=259, hole=260, end=261)
     fingerprint = "bytes-272"
 
     def encode(self, text: str, specials: bool = False) -> np.ndarray:
@@ -110,8 +124,11 @@ class NoTokenizer:
     """Stands for the tokenizer of published weights that came without one: they take ids, not text."""
 
     vocab_size = 0
-    bos_id = eos_id = pad_id = fim = None
+    bos_id: int | None = None
+    eos_id: int | None = None
+    pad_id: int | None = None
     add_bos = False
+    fim: FimTokens | None = None
     fingerprint = "none"
 
     def _refuse(self, *_: object, **__: object) -> NoReturn:
@@ -168,14 +185,15 @@ class FileTokenizer:
             ) from error
         self._engine.encode_special_tokens = True
         self.fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-        self.vocab_size = max(self._engine.get_vocab().values()) + 1
+        self._vocab = self._engine.get_vocab()
+        self.vocab_size = max(self._vocab.values()) + 1
         self.bos_id = self._first(named["bos_token"] + BOS)
         self.eos_id = self._first(named["eos_token"] + EOS)
         self.pad_id = self._first(named["pad_token"] + PAD)
         # as in transformers, which ignores the setting if no bos token is named
         self.add_bos = bool(settings.get("add_bos_token")) and self._first(named["bos_token"]) is not None
-        triples = (tuple(map(self._engine.token_to_id, triple)) for triple in FIM)
-        self.fim = next((FimTokens(*ids) for ids in triples if None not in ids), None)
+        whole = (triple for triple in FIM if all(mark in self._vocab for mark in triple))
+        self.fim = next((FimTokens(*(self._vocab[mark] for mark in triple)) for triple in whole), None)
 
     @cached_property
     def _engine_of_marks(self) -> Any:
@@ -183,8 +201,7 @@ class FileTokenizer:
         return type(self._engine).from_str(self._engine.to_str())
 
     def _first(self, spellings: tuple[str, ...]) -> int | None:
-        ids = map(self._engine.token_to_id, spellings)
-        return next((i for i in ids if i is not None), None)
+        return next((self._vocab[mark] for mark in spellings if mark in self._vocab), None)
 
     def encode(self, text: str, specials: bool = False) -> np.ndarray:
         """Returns int32 ids; see `Tokenizer.encode`."""
@@ -208,7 +225,7 @@ class FileTokenizer:
         added = self._engine.get_added_tokens_decoder()
         count = _byte_counter(self._json)
         lengths = np.zeros(self.vocab_size, np.int32)
-        for token, i in self._engine.get_vocab().items():
+        for token, i in self._vocab.items():
             if i not in added:
                 lengths[i] = count(token)
             elif not added[i].special:
@@ -265,7 +282,7 @@ def _byte_counter(spec: dict) -> Callable[[str], int]:
     return lambda token: 1 if byte.fullmatch(token) else len(token.replace("▁", " ").encode())
 
 
-BUILT_IN = {"bytes": ByteTokenizer, "none": NoTokenizer}
+BUILT_IN: dict[str, type[Tokenizer]] = {"bytes": ByteTokenizer, "none": NoTokenizer}
 
 
 def open_tokenizer(name: str) -> Tokenizer:

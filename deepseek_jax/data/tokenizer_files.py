@@ -50,11 +50,9 @@ def byte_tokenizer() -> dict[str, Any]:
 
 def byte_settings() -> dict[str, Any]:
     """Returns the `tokenizer_config.json` of `ByteTokenizer`."""
-    bytes_ = ByteTokenizer
-    ids = {"bos_token": bytes_.bos_id, "eos_token": bytes_.eos_id, "pad_token": bytes_.pad_id}
-    return {key: BYTE_SPECIALS[i - 256] for key, i in ids.items()} | {
+    return dict(zip(("bos_token", "eos_token", "pad_token"), BYTE_SPECIALS, strict=False)) | {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": bytes_.add_bos,
+        "add_bos_token": ByteTokenizer.add_bos,
         "clean_up_tokenization_spaces": False,
     }
 

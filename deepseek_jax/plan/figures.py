@@ -23,7 +23,7 @@ class Figure:
     """One number."""
 
     key: str  # name in JSON, which ends in the unit
-    value: float | int | str | bool | None  # in JSON
+    value: float | int | str | bool | list[int] | None  # in JSON
     text: str  # as people read it
     mark: str  # its origin, see above
 

@@ -34,7 +34,7 @@ def from_hf(hf: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     for key, value in (kind.fixed | kind.refused).items():
         if hf.get(key) is not None and (hf[key] != value or isinstance(hf[key], bool) != isinstance(value, bool)):
             raise invalid(hf, key, f"{value!r}, the only value supported for model_type {hf['model_type']!r}")
-    numbers = {ours: _size(hf, theirs) for theirs, ours in kind.sizes.items()}
+    numbers: dict[str, Any] = {ours: _size(hf, theirs) for theirs, ours in kind.sizes.items()}
     if numbers["n_layers"] > MOST_LAYERS:
         raise invalid(hf, "num_hidden_layers", f"at most {MOST_LAYERS}")
     numbers["norm_eps"] = number(hf, "rms_norm_eps", default=1e-6)

@@ -5,8 +5,6 @@ import stat
 import weakref
 from pathlib import Path
 
-import numpy as np
-
 from deepseek_jax.convert.safetensors.format import IO_BYTES
 from deepseek_jax.errors import UserError
 
@@ -44,12 +42,11 @@ class OpenFile:
     def read(self, offset: int, size: int) -> bytearray:
         """Returns `size` bytes from `offset`."""
         buffer = bytearray(size)
-        self.read_into(buffer, offset)
+        self.read_into(memoryview(buffer), offset)
         return buffer
 
-    def read_into(self, buffer: bytearray | np.ndarray, offset: int) -> None:
+    def read_into(self, view: memoryview, offset: int) -> None:
         """Fills a contiguous buffer from `offset`. Raises UserError if the file has changed."""
-        view = memoryview(buffer)
         while view:
             try:
                 got = os.preadv(self._descriptor, [view[:IO_BYTES]], offset)

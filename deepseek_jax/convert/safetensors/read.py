@@ -8,6 +8,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from deepseek_jax.convert.safetensors.dequantize import (
     BLOCK,
@@ -86,7 +87,7 @@ class Tensors:
         """Returns a tensor as stored, in fresh aligned memory. Raises UserError if the file has changed."""
         place = self._place(name)
         buffer = aligned(place.info.nbytes)
-        self._file(place.shard).read_into(buffer, place.offset)
+        self._file(place.shard).read_into(buffer.data, place.offset)
         if place.info.dtype == "BOOL" and buffer.size and buffer.max() > 1:
             raise UserError(f"{self._where(name)}: a BOOL holds a byte other than 0 and 1. The file is damaged.")
         return buffer.view(DTYPES[place.info.dtype]).reshape(place.info.shape)
@@ -108,7 +109,7 @@ class Tensors:
         """Returns whether a tensor holds 8-bit floats, which `read_dequantized` multiplies with their scales."""
         return self.info(name).dtype in FINITE_CODES
 
-    def read_dequantized(self, name: str, dtype: object = None, block: tuple[int, int] = BLOCK) -> np.ndarray:
+    def read_dequantized(self, name: str, dtype: DTypeLike | None = None, block: tuple[int, int] = BLOCK) -> np.ndarray:
         """Returns an 8-bit weight times its `NAME_scale_inv` in `dtype` (bfloat16), any other tensor as stored.
 
         Raises UserError for scales that are missing, of a wrong shape, not finite, negative or too large for `dtype`,
@@ -116,13 +117,13 @@ class Tensors:
         """
         if not self.is_quantized(name):
             return self.read(name)
-        place, dtype = self._place(name), np.dtype(dtype or ml_dtypes.bfloat16)
-        scales, file, columns = self._scales(name, dtype, block), self._file(place.shard), place.info.shape[-1]
+        place, kind = self._place(name), np.dtype(dtype or ml_dtypes.bfloat16)
+        scales, file, columns = self._scales(name, kind, block), self._file(place.shard), place.info.shape[-1]
 
         def read_rows(row: int, codes: np.ndarray) -> None:
-            file.read_into(codes.reshape(-1), place.offset + row * columns)
+            file.read_into(codes.reshape(-1).data, place.offset + row * columns)
 
-        return dequantize(read_rows, place.info, scales, dtype, block, self._where(name))
+        return dequantize(read_rows, place.info, scales, kind, block, self._where(name))
 
     def _scales(self, name: str, dtype: np.dtype, block: tuple[int, int]) -> np.ndarray:
         """Returns the scales of an 8-bit weight in float32, checked."""
@@ -143,7 +144,7 @@ class Tensors:
 
     def _bytes(self, place: Place, start: int, n_bytes: int) -> np.ndarray:
         block = np.empty(n_bytes, np.uint8)
-        self._file(place.shard).read_into(block, place.offset + start)
+        self._file(place.shard).read_into(block.data, place.offset + start)
         return block
 
     def _place(self, name: str) -> Place:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from deepseek_jax.convert.safetensors.format import DTYPE_NAMES, DTYPES, INDEX, IO_BYTES, SINGLE, Info, few
 from deepseek_jax.errors import UserError
@@ -29,7 +30,7 @@ class Entry(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    dtype: object  # a key of DTYPES, or a numpy dtype
+    dtype: DTypeLike  # a key of DTYPES, or a numpy dtype
     make: Callable[[], np.ndarray]
 
 
@@ -70,7 +71,7 @@ def write_directory(
                 (directory / f"{name}.partial").unlink()
 
 
-def _dtype_name(dtype: object) -> str:
+def _dtype_name(dtype: DTypeLike) -> str:
     return dtype if isinstance(dtype, str) and dtype in DTYPES else DTYPE_NAMES[np.dtype(dtype)]
 
 
@@ -113,14 +114,14 @@ def _write_file(path: Path, entries: list[Entry], infos: dict[str, Info]) -> Non
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     with open(path, "wb", buffering=0) as file:
-        _write_at(file.fileno(), len(raw).to_bytes(8, "little") + raw, 0)
+        _write_at(file.fileno(), memoryview(len(raw).to_bytes(8, "little") + raw), 0)
         for entry in entries:
             info, array = infos[entry.name], np.asarray(entry.make())
             if array.shape != info.shape or array.dtype != DTYPES[info.dtype]:
                 raise ValueError(f"{entry.name}: got {array.dtype}{array.shape}, expected {info.dtype}{info.shape}")
             offset = 8 + len(raw) + offsets[entry.name]
             for block in _blocks_in_order(array):
-                _write_at(file.fileno(), block.reshape(-1).view(np.uint8), offset)
+                _write_at(file.fileno(), block.reshape(-1).view(np.uint8).data, offset)
                 offset += block.nbytes
             del array, block
         os.fsync(file.fileno())
@@ -136,8 +137,7 @@ def _blocks_in_order(array: np.ndarray) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(array[start : start + n_rows])
 
 
-def _write_at(descriptor: int, data: bytes | np.ndarray, offset: int) -> None:
-    view = memoryview(data)
+def _write_at(descriptor: int, view: memoryview, offset: int) -> None:
     while view:
         done = os.pwrite(descriptor, view[:IO_BYTES], offset)
         view, offset = view[done:], offset + done

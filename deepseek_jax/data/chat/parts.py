@@ -6,7 +6,7 @@ import numpy as np
 
 from deepseek_jax.data.chat import marks
 from deepseek_jax.data.chat.marks import Part
-from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.tokenizer import MarkEncoder
 from deepseek_jax.errors import UserError
 
 Pieces = list[Part | str]  # a bare string is text
@@ -29,7 +29,7 @@ def spell(parts: Iterable[Part]) -> str:
     return "".join(part.text for part in parts)
 
 
-def to_ids(parts: Iterable[Part], tokenizer: Tokenizer) -> np.ndarray:
+def to_ids(parts: Iterable[Part], tokenizer: MarkEncoder) -> np.ndarray:
     """Returns int32 ids: a special token as its id, text as text, whatever it spells.
 
     Raises UserError if the tokenizer does not have a special token.

@@ -112,8 +112,9 @@ def split_calls(text: str, read_call: Callable[[str], Call | None]) -> tuple[str
     content, _, block = text.partition(marks.CALLS.text)
     block, end, rest = block.partition(marks.END_CALLS.text)
     blank, *bodies = (body.strip() for body in block.split(marks.CALL.text))
-    calls = [read_call(body.removesuffix(marks.END_CALL.text)) for body in bodies if body.endswith(marks.END_CALL.text)]
-    whole = end and bodies and not blank and not rest.strip() and len(calls) == len(bodies) and None not in calls
+    found = [read_call(body.removesuffix(marks.END_CALL.text)) for body in bodies if body.endswith(marks.END_CALL.text)]
+    calls = [call for call in found if call]
+    whole = end and bodies and not blank and not rest.strip() and len(calls) == len(bodies)
     return (content, calls) if whole else (text, [])
 
 

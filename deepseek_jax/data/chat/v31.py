@@ -72,7 +72,9 @@ def _tools(tools: Sequence[dict]) -> Pieces:
 
 
 def _calls(calls: Sequence[Call]) -> Pieces:
-    blocks = [piece for name, arguments in calls for piece in (marks.CALL, name, marks.SEP, arguments, marks.END_CALL)]
+    blocks: Pieces = [
+        piece for name, arguments in calls for piece in (marks.CALL, name, marks.SEP, arguments, marks.END_CALL)
+    ]
     return [marks.CALLS, *blocks, marks.END_CALLS] if calls else []
 
 
@@ -84,7 +86,8 @@ def _read_call(body: str) -> Call | None:
 def v31_reply(message: dict, thinking: bool = False) -> list[Part]:
     """Returns the thought and `</think>` with `thinking`, then the answer, its calls, EOS."""
     content, thought, calls = read_answer(message)
-    return join([*([thought, marks.END_THINK] if thinking else []), content, *_calls(calls), marks.EOS])
+    thoughts: Pieces = [thought, marks.END_THINK] if thinking else []
+    return join([*thoughts, content, *_calls(calls), marks.EOS])
 
 
 def v31_parse(text: str, thinking: bool = False) -> dict:

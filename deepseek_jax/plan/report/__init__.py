@@ -20,6 +20,6 @@ def report(model: PlannedModel, job: Job, options: PlanOptions) -> list[Section]
         *([schedules(job, options)] if job.layout.pipe > 1 else []),
         speed(model, job, options),
     ]
-    sections += [published(model, options)] if model.run else []
+    sections += [published(model, model.run, options)] if model.run else []
     sections += [compared(model, job, options.against)] if options.against else []
     return sections

@@ -55,7 +55,7 @@ def memory(job: Job, ranks: Sequence[Mapping[str, float]]) -> Section:
 def _whether_it_fits(job: Job, parts: Mapping[str, float], total: float) -> list[tuple[str, Figure, str]]:
     """Returns the answer with the largest part, and what is left or short with what would help."""
     available = capacity(job)
-    largest = max(parts, key=parts.get)
+    largest = max(parts, key=lambda name: parts[name])
     fits, left = total <= available, available - total
     answer = "NO" if not fits else "yes, barely" if left < BARELY * available else "yes"
     share = f"largest part: {largest.replace('_', ' ')}, {parts[largest] / total:.0%}"

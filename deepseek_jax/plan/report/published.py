@@ -14,9 +14,8 @@ COMPUTED = f"{DERIVED}/{PUBLISHED}"
 Cells = tuple[str, Figure, str]
 
 
-def published(model: PlannedModel, options: PlanOptions) -> Section:
+def published(model: PlannedModel, run: Run, options: PlanOptions) -> Section:
     """Returns what was published about the real run, and sums of it."""
-    run = model.run
     source = ("source", Figure("source", run.source, "", PUBLISHED), run.source)
     rows = [*_step(run), *_efficiency(model, run), *_hours(run, options), source]
     return figures.column("published", "published", rows)
@@ -41,7 +40,7 @@ def _step(run: Run) -> list[Cells]:
 def _efficiency(model: PlannedModel, run: Run) -> list[Cells]:
     """Returns the published MFU, or the one that published GPU hours imply."""
     rows = []
-    if run.mfu:
+    if run.mfu and run.mfu_causal:
         rows.append(_cells("mfu_percent", "MFU, full attention", 100 * run.mfu, figures.percent(100 * run.mfu)))
         causal = 100 * run.mfu_causal
         rows.append(_cells("mfu_causal_percent", "MFU, causal", causal, figures.percent(causal)))
@@ -82,11 +81,12 @@ def compared(model: PlannedModel, job: Job, other: PlannedModel) -> Section:
         _change("kv_cache", "key-value cache per token", cache, "{:,} B against {:,} B, both in bfloat16"),
         _change("training_operations", "training operations per token", work, "{:.3e} against {:.3e}, causal"),
     ]
-    hours = [m.run.hours_per_trillion if m.run else None for m in pair]
-    if all(hours):
+    runs = [m.run for m in pair if m.run]
+    hours = [run.hours_per_trillion for run in runs if run.hours_per_trillion]
+    if len(hours) == len(pair):
         note = "{:,.0f} h against {:,.0f} h per 1 T tokens, two published measurements"
         rows.append(_change("training_hours", "training cost: GPU hours", hours, note, COMPUTED))
-        chips = [CHIPS[m.run.chip] for m in pair]
+        chips = [CHIPS[run.chip] for run in runs]
         used = [100 * mfu_of_hours(*known) for known in zip(hours, work, chips, strict=True)]
         note = "{:.1f} % against {:.1f} %: hours per operation, which is why hours fell by less than operations"
         rows.append(_change("implied_mfu", "MFU implied by those hours", used, note, COMPUTED))

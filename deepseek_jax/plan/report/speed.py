@@ -1,5 +1,6 @@
 """Time: a step by roofline, calibrated and as measured; utilization, throughput and cost; the pipeline schedules."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,10 +27,9 @@ class Table:
 
     def row(self, key: str, label: str, values: Sequence[float], text: Callable[[float], str], note: str = "") -> Row:
         """Returns a row of one value per column; columns beyond the last value stay empty."""
-        values = [*values, *[None] * (len(self.columns) - len(values))]
-        texts = ["-" if value is None else text(value) for value in values]
-        cells = zip(values, texts, self.columns, strict=True)
-        return Row(label, tuple(Figure(key, value, shown, column.mark) for value, shown, column in cells), note)
+        cells = itertools.zip_longest(self.columns, values)
+        figures = (Figure(key, v, "-" if v is None else text(v), column.mark) for column, v in cells)
+        return Row(label, tuple(figures), note)
 
 
 def speed(model: PlannedModel, job: Job, options: PlanOptions) -> Section:
