@@ -1,4 +1,7 @@
-"""A config's network with shapes in place of arrays: what it holds, and whether that fits."""
+"""Networks with shapes in place of arrays; of a config's, what it holds and whether that fits."""
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 from flax import nnx
@@ -12,7 +15,13 @@ from deepseek_jax.models import family
 from deepseek_jax.precision.policy import policy
 from deepseek_jax.tree import size
 
+Module = TypeVar("Module", bound=nnx.Module)
 AHEAD = "mtp"  # top-level entry of the multi-token-prediction modules, which published counts leave out
+
+
+def abstract(build: Callable[[nnx.Rngs], Module]) -> Module:
+    """The module that `build` makes, with shapes in place of arrays."""
+    return nnx.eval_shape(lambda: build(nnx.Rngs(0)))
 
 
 def abstract_weights(config: ConfigDict) -> Tree:
@@ -23,7 +32,7 @@ def abstract_weights(config: ConfigDict) -> Tree:
 
 def abstract_module(config: ConfigDict) -> nnx.Module:
     """The network of a config with shapes in place of arrays."""
-    return nnx.eval_shape(lambda: module(config, jax.random.key(0)))
+    return abstract(lambda rngs: module(config, rngs.params()))
 
 
 def count_parameters(params: Tree) -> tuple[int, int]:

@@ -10,8 +10,8 @@ one tensor holds two of our weights side by side, a bar separates the two on the
     "self_attn.kv_b_proj.weight", "(H N|U) C", "attention.k_up_CHN", "attention.v_up_CHU"
 
 An axis that only our weight has numbers published tensors: X counts the experts, which are published one by one. The
-layers of a stack are numbered too, on a leading axis that names do not show. `deepseek_jax.shapes` explains the
-letters.
+layers of a stack are numbered too, on a leading axis that names do not show; where a stack repeats a group of different
+blocks, its axis counts the repeats, and each layer is a block of the group. `deepseek_jax.shapes` explains the letters.
 
 No family is named here: a rule applies to every model that has its weights.
 Source of the published names: the config and index files of the releases, and DeepSeek-V3's inference/convert.py.
@@ -163,20 +163,26 @@ def tensors(shapes: dict) -> Iterator[Tensor]:
         shapes: {"params": tree, "router_bias": tree} of anything with a shape, as from `layers.base.split`.
     """
     flat = flatten(shapes)
+    depths: list[tuple[Path, Index]] = [(("mtp", module), ()) for module in mtp_depths(shapes)]
     for rule in BEFORE:
         yield from _apply(rule, flat, "", ())
-    layer = 0
-    for stack in STACKS:
-        for index in range(_depth(flat, stack)):
-            for rule in BLOCK:
-                yield from _apply(rule, flat, f"model.layers.{layer}.", (stack,), (index,))
-            layer += 1
-    for module in mtp_depths(shapes):
-        for rule in MTP:
-            yield from _apply(rule, flat, f"model.layers.{layer}.", ("mtp", module))
-        layer += 1
+    for number, (block, index) in enumerate([*layers(flat), *depths]):
+        for rule in BLOCK if index else MTP:
+            yield from _apply(rule, flat, f"model.layers.{number}.", block, index)
     for rule in AFTER:
         yield from _apply(rule, flat, "", ())
+
+
+def layers(flat: dict[Path, tuple[int, ...]]) -> Iterator[tuple[Path, Index]]:
+    """Yields the main model's layers in the order of running: (path of a block below its root, index in its weights).
+
+    The blocks of a group (`layers.block.Group`) run one after the other, once per repeat of their stack.
+    """
+    for stack in STACKS:
+        repeats = next((shape[0] for path, shape in flat.items() if path[1] == stack), 0)
+        group = {path[1:4] for path in flat if path[1:3] == (stack, "blocks")}
+        blocks = sorted(group, key=lambda path: int(path[2])) or [(stack,)]
+        yield from ((block, (index,)) for index in range(repeats) for block in blocks)
 
 
 def _apply(rule: Rule, flat: dict[Path, tuple], prefix: str, ours: Path, index: Index = ()) -> Iterator[Tensor]:
@@ -215,9 +221,9 @@ def mtp_depths(shapes: dict) -> list[str]:
 
 def copies(shapes: dict) -> dict[str, str]:
     """Returns published names of copies -> names of their originals."""
-    n_layers = sum(_depth(flatten(shapes), stack) for stack in STACKS)
-    layers = [f"model.layers.{n_layers + k}." for k in range(len(mtp_depths(shapes)))]
-    return {layer + copy: original for layer in layers for copy, original in COPIES.items()}
+    n_layers = len(list(layers(flatten(shapes))))
+    prefixes = [f"model.layers.{n_layers + k}." for k in range(len(mtp_depths(shapes)))]
+    return {prefix + copy: original for prefix in prefixes for copy, original in COPIES.items()}
 
 
 def empty_tensors(shapes: dict) -> dict[str, tuple[int, ...]]:
@@ -239,8 +245,3 @@ def empty_tensors(shapes: dict) -> dict[str, tuple[int, ...]]:
 def flatten(tree: dict) -> dict[Path, tuple[int, ...]]:
     """Returns {path: shape} of a tree of anything with a shape."""
     return {path: tuple(leaf.shape) for path, leaf in paths(tree).items()}
-
-
-def _depth(flat: dict[Path, tuple], stack: str) -> int:
-    """Returns the number of layers of a stack; 0 if the model has no stack of that name."""
-    return next((shape[0] for path, shape in flat.items() if path[1] == stack), 0)

@@ -1,4 +1,4 @@
-"""What one layer keeps for the backward pass, in bytes per sequence.
+"""What one layer, or a repeated group of them, keeps for the backward pass, in bytes per sequence.
 
 There are two ways to know it. For our own policies (none, dots, block) the layer is differentiated on shapes alone
 (`jax.make_jaxpr` of its `jax.vjp`), and what the backward pass keeps is counted to the byte. For V3's published
@@ -20,20 +20,19 @@ import gc
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import Var
-from jax.sharding import AbstractMesh
+from jax.sharding import Mesh
 
 from deepseek_jax.layers.base import Execution, bind, logical_axes, run_stack, split
 from deepseek_jax.layers.tokens import Tokens
-from deepseek_jax.parallel.mesh import REPLICAS
 from deepseek_jax.parallel.sharding import EXPERTS, expert_axis, placements, unsharder
 from deepseek_jax.plan.layout import Layout
-from deepseek_jax.plan.network import NORM_WIDTH, Network, abstract_model
+from deepseek_jax.plan.network import NORM_WIDTH, Network, Sizes, abstract_model
 from deepseek_jax.plan.recipes import V3_POLICY, Recipe
 
 E5M6, FP8, BF16, FLOAT32 = 1.5, 1.0, 2.0, 4.0
@@ -51,7 +50,7 @@ class ActivationBytes(NamedTuple):
 
 
 def kept(
-    family: ModuleType, sizes: object, network: Network, layout: Layout, recipe: Recipe, rules: Mapping[str, str]
+    family: ModuleType, sizes: Sizes, network: Network, layout: Layout, recipe: Recipe, rules: Mapping[str, str]
 ) -> dict[str, ActivationBytes]:
     """Returns what a layer of each stack keeps on one device."""
     return CachedActivations(family, sizes, network)(recipe, layout, rules)
@@ -63,7 +62,7 @@ class CachedActivations:
     Policy "block" needs no derivative: it keeps the input alone (and a few hundred bytes of rotary frequencies).
     """
 
-    def __init__(self, family: ModuleType, sizes: object, network: Network):
+    def __init__(self, family: ModuleType, sizes: Sizes, network: Network):
         self.family, self.sizes, self.network = family, sizes, network
         self.known: dict[tuple, tuple[int, int]] = {}
 
@@ -88,7 +87,7 @@ class CachedActivations:
         """
         if recipe.remat == "block":
             return int(layout.seq_len * self.network.d_model * recipe.activations), 0
-        mesh = AbstractMesh((layout.data, layout.expert), REPLICAS)
+        mesh = layout.mesh
         used = {logical for weight in self.network.of(stack) for logical in weight.axes}
         split_over = sorted(
             (name, axis) for name, axis in rules.items() if name in used and mesh.shape.get(axis, 1) > 1
@@ -99,22 +98,17 @@ class CachedActivations:
             dtype = jnp.float32 if recipe.activations == FLOAT32 else jnp.bfloat16
             axis, unshard = expert_axis(rules, mesh), unsharder(rules, mesh)
             run = Execution(compute=dtype, remat=recipe.remat, expert_axis=axis, unshard=unshard)
-            model = abstract_model(self.family, self.sizes, run)
-            one, two = (residual_bytes(model, stack, run, (n, layout.seq_len), rules, mesh) for n in (1, 2))
+            blocks = getattr(abstract_model(self.family, self.sizes, run), stack)
+            shapes = ((n, layout.seq_len, self.network.d_model) for n in (1, 2))
+            one, two = (residual_bytes(blocks, run, shape, rules, mesh) for shape in shapes)
             self.known[key] = (two - one, 2 * one - two)
         return self.known[key]
 
 
 def residual_bytes(
-    model: nnx.Module,
-    stack: str,
-    run: Execution,
-    shape_BT: tuple[int, int],
-    rules: Mapping[str, str],
-    mesh: AbstractMesh,
+    blocks: nnx.Module, run: Execution, shape_BTD: tuple[int, int, int], rules: Mapping[str, str], mesh: Mesh
 ) -> int:
-    """Returns the bytes that the backward pass of one layer of `stack` needs besides its weights, on one device."""
-    blocks = getattr(model, stack)
+    """Returns the bytes that the backward pass of one layer of a stack needs besides its weights, on one device."""
     definition, params, router_bias = split(blocks)
     axes, _ = logical_axes(blocks)
     places = placements(axes, params, rules, mesh)
@@ -129,12 +123,14 @@ def residual_bytes(
 
         return jax.vjp(run_layer, params, x_BTD)[1]
 
-    x_BTD = jax.ShapeDtypeStruct((*shape_BT, model.config.d_model), run.compute)
-    positions_BT = jax.ShapeDtypeStruct(shape_BT, jnp.int32)
+    x_BTD = jax.ShapeDtypeStruct(shape_BTD, run.compute)
+    positions_BT = jax.ShapeDtypeStruct(shape_BTD[:2], jnp.int32)
     trace = jax.make_jaxpr(residuals, axis_env=list(mesh.shape.items()))
     with _no_collection():
         program = trace(params, router_bias, x_BTD, positions_BT).jaxpr
-    made = {var: var.aval for var in program.outvars if isinstance(var, Var) and var not in program.invars}
+    made: dict[Var, Any] = {
+        var: var.aval for var in program.outvars if isinstance(var, Var) and var not in program.invars
+    }
     return sum(aval.size * aval.dtype.itemsize for aval in made.values())
 
 
@@ -183,7 +179,7 @@ def one_layer(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, *array.shape[1:]), array.dtype)
 
 
-def local_part(array: jax.ShapeDtypeStruct, spec: tuple, mesh: AbstractMesh) -> jax.ShapeDtypeStruct:
+def local_part(array: jax.ShapeDtypeStruct, spec: tuple, mesh: Mesh) -> jax.ShapeDtypeStruct:
     """Returns the shape of one device's part of an array laid out as `spec`."""
     axes = (*spec, *[None] * (len(array.shape) - len(spec)))
     shape = tuple(n // (mesh.shape[axis] if axis else 1) for n, axis in zip(array.shape, axes, strict=True))

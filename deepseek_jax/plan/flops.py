@@ -46,7 +46,7 @@ def forward(network: Network, seq_len: int, *, causal: bool) -> Forward:
     """Returns the operations per token of the forward pass over a sequence of `seq_len`."""
 
     def matrices(*parts: str, router: bool) -> int:
-        return sum(2 * network.active(w) for w in network.of(*parts) if w.is_matrix and w.is_router == router)
+        return sum(2 * network.active(w) for w in network.of(*parts) if w.is_matrix and (w.role == "router") == router)
 
     pairs = network.flops_per_pair * keys_seen(seq_len, causal=causal)
     head = matrices(HEAD, router=False)

@@ -6,10 +6,8 @@ from functools import cached_property
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
 
 from deepseek_jax.chips import Chip
-from deepseek_jax.parallel.mesh import REPLICAS
 from deepseek_jax.parallel.sharding import Placement, bytes_per_device, expert_axis, placements
 from deepseek_jax.parallel.stages import StageShare
 from deepseek_jax.plan.layout import Layout, Stage, make_stages
@@ -41,11 +39,6 @@ class Job:
     rules: Mapping[str, str]  # logical axis -> mesh axis (`config.sharding`)
 
     @cached_property
-    def mesh(self) -> AbstractMesh:
-        """The mesh of one stage; its devices need not exist on this machine."""
-        return AbstractMesh((self.layout.data, self.layout.expert), REPLICAS)
-
-    @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """The stages of the pipeline. Raises UserError if there are more stages than layers."""
         slow = self.chip.fp8 / self.chip.bf16 if self.recipe.fp8 else 1.0
@@ -66,8 +59,8 @@ class Job:
     @property
     def expert_devices(self) -> int:
         """The number of devices over which the routed experts are divided."""
-        axis = expert_axis(self.rules, self.mesh) if self.network.n_experts > 1 else None
-        return self.mesh.shape[axis] if axis else 1
+        axis = expert_axis(self.rules, self.layout.mesh) if self.network.n_experts > 1 else None
+        return self.layout.mesh.shape[axis] if axis else 1
 
     def passes(self, hold: StageShare) -> float:
         """Returns the micro-batches that pass a stage on this device per step."""
@@ -75,11 +68,11 @@ class Job:
 
     def _parts(self, stage: Stage) -> tuple[Part, ...]:
         shapes = {w.name: jax.ShapeDtypeStruct(w.shape, jnp.int8) for w in stage.weights}
-        places = placements({w.name: w.axes for w in stage.weights}, shapes, self.rules, self.mesh)
+        places = placements({w.name: w.axes for w in stage.weights}, shapes, self.rules, self.layout.mesh)
 
         def part(weight: Weight) -> Part:
             place, shape = places[weight.name], shapes[weight.name]
             specs = (place.spec, place.optimizer_spec)
-            return Part(weight, place, *(bytes_per_device(shape, spec, self.mesh) for spec in specs))
+            return Part(weight, place, *(bytes_per_device(shape, spec, self.layout.mesh) for spec in specs))
 
         return tuple(map(part, stage.weights))

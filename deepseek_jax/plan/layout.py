@@ -9,9 +9,12 @@ each goes to the device with the least work, and no layer is split.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
+
+from jax.sharding import AbstractMesh, Mesh
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.parallel.mesh import sizes
+from deepseek_jax.parallel.mesh import REPLICAS, sizes
 from deepseek_jax.parallel.stages import divide, slices
 from deepseek_jax.plan.flops import keys_seen
 from deepseek_jax.plan.network import EMBEDDING, HEAD, MTP, Network, Weight
@@ -33,6 +36,11 @@ class Layout:
     def devices(self) -> int:
         """The number of devices."""
         return self.pipe * self.data * self.expert
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh of one stage; its devices need not exist on this machine, since only its sizes are read."""
+        return cast(Mesh, AbstractMesh((self.data, self.expert), REPLICAS))
 
     @property
     def sequences(self) -> int:
@@ -85,25 +93,17 @@ class Stage:
 
     # weights of its layers, and of embedding, head and multi-token prediction if it has them
     weights: tuple[Weight, ...]
-    layers: tuple[tuple[str, int], ...]  # (name, number of layers) of each stack
+    repeats: tuple[tuple[str, int], ...]  # (name, how often it is repeated here) of each stack
+    n_layers: int  # of the main model
+    n_expert_layers: int  # mixtures of experts, those of multi-token prediction included
     mtp_depth: int  # depths of multi-token prediction
     has_embedding: bool  # whether tokens enter the model in this stage
     has_head: bool  # whether the loss is computed in this stage
 
     @property
-    def n_layers(self) -> int:
-        """The number of layers of the main model."""
-        return sum(n for _, n in self.layers)
-
-    @property
     def n_attentions(self) -> int:
         """The number of attention layers, those of multi-token prediction included."""
         return self.n_layers + self.mtp_depth
-
-    def n_expert_layers(self, network: Network) -> int:
-        """Returns the number of mixture-of-experts layers, those of multi-token prediction included."""
-        with_experts = {w.part for w in network.blocks() if w.is_expert}
-        return sum(n for name, n in self.layers if name in with_experts) + (self.mtp_depth if with_experts else 0)
 
 
 def make_stages(
@@ -119,35 +119,40 @@ def make_stages(
             stage needs an embedding of its own.
         slow: time of an operation of head or attention, relative to one of the blocks' matrices.
     """
-    if n_stages > network.n_layers:
+    stacks, parts = network.repeats, sum(network.repeats.values())
+    if n_stages > parts:
+        what = "layer" if parts == network.n_layers else "group of layers"
         raise UserError(
-            f"{n_stages} pipeline stages for {network.n_layers} layers: expected at most one stage per layer. "
+            f"{n_stages} pipeline stages for {network.n_layers} layers: expected at most one stage per {what}. "
             "Choose a smaller config.mesh.pipe (with --schedule=dualpipev each device holds two stages)."
         )
-    stacks = {name: network.of(name)[0].n_layers for name in network.stacks}
     ends = network.of(*{w.part for w in network.weights} - {*network.stacks, EMBEDDING})
+    has_experts = any(map(network.expert_blocks, stacks))
     stages = []
-    counts = divide(network.n_layers, n_stages, _end_in_layers(network, seq_len, slow), folded)
+    counts = divide(parts, n_stages, _end_in_layers(network, seq_len, slow), folded)
     for number, mine in enumerate(slices(stacks, counts)):
         first, last = number == 0, number == n_stages - 1
-        layers = tuple((name, part.stop - part.start) for name, part in mine.items())
-        weights = [w.of_layers(k) for name, k in layers for w in network.of(name)]
+        repeats = tuple((name, part.stop - part.start) for name, part in mine.items())
+        weights = [w.repeated(n) for name, n in repeats for w in network.of(name)]
         if first or (last and network.mtp_depth and not folded):
             weights += network.of(EMBEDDING)
         weights += ends if last else ()
-        stages.append(Stage(tuple(weights), layers, network.mtp_depth if last else 0, first, last))
+        depth = network.mtp_depth if last else 0
+        n_layers = sum(n * network.groups[name] for name, n in repeats)
+        n_expert_layers = sum(n * network.expert_blocks(name) for name, n in repeats) + (depth if has_experts else 0)
+        stages.append(Stage(tuple(weights), repeats, n_layers, n_expert_layers, depth, first, last))
     return tuple(stages)
 
 
 def _end_in_layers(network: Network, seq_len: int, slow: float) -> float:
-    """Returns the operations of the head and of multi-token prediction, relative to those of a layer."""
+    """Returns the operations of the head and of multi-token prediction, relative to those of a stack's repeat."""
     pairs = slow * network.flops_per_pair * keys_seen(seq_len, causal=True)
 
     def cost(*parts: str) -> float:
         return sum(2 * network.active(w) * (slow if w.role == "head" else 1) for w in network.of(*parts) if w.is_matrix)
 
-    layer = cost(*network.stacks) / network.n_layers + pairs
-    return ((1 + network.mtp_depth) * cost(HEAD) + cost(MTP) + network.mtp_depth * pairs) / layer
+    repeat = (cost(*network.stacks) + network.n_layers * pairs) / sum(network.repeats.values())
+    return ((1 + network.mtp_depth) * cost(HEAD) + cost(MTP) + network.mtp_depth * pairs) / repeat
 
 
 def describe_layers(stages: Sequence[Stage]) -> str:

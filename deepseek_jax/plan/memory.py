@@ -106,16 +106,17 @@ def _at_work(job: Job, number: int, kept: Mapping[str, ActivationBytes]) -> floa
     beside = 0.0 if job.recipe.remat == V3_POLICY else job.recipe.gradients
 
     def bytes_of(name: str) -> float:
-        layer = sum(p.numbers / p.weight.n_layers for p in job.parts[number] if p.weight.part == name)
+        layer = sum(p.numbers / p.weight.repeats for p in job.parts[number] if p.weight.part == name)
         made = job.layout.sequences * kept[name].work_per_sequence + kept[name].work_per_layer
         return made + beside * layer
 
     return max((bytes_of(name) for name, _ in layers_of(job, job.stages[number])), default=0.0)
 
 
-def layers_of(job: Job, stage: Stage) -> list[tuple[str, int]]:
-    """Returns (stack, number of layers) in a stage; an MTP depth counts as a layer of the last stack."""
-    return [*stage.layers, *([(job.network.stacks[-1], stage.mtp_depth)] if stage.mtp_depth else [])]
+def layers_of(job: Job, stage: Stage) -> list[tuple[str, float]]:
+    """Returns (stack, how often it is repeated) in a stage; an MTP depth counts as a layer of the last stack."""
+    last = job.network.stacks[-1]
+    return [*stage.repeats, *([(last, stage.mtp_depth / job.network.groups[last])] if stage.mtp_depth else [])]
 
 
 def stage_activations(job: Job, stage: Stage, kept: Mapping[str, ActivationBytes]) -> float:

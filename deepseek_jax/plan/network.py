@@ -1,17 +1,21 @@
 """A network as the planner sees it: shapes and logical axes of its weights, and a few numbers of its family.
 
-Everything comes from `nnx.eval_shape`, so every family can be planned and no array is created.
+Everything comes from the abstract model, so every family can be planned and no array is created.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from deepseek_jax.abstract_model import abstract
 from deepseek_jax.layers.base import SPARED, Execution, bind, logical_axes, roles, split
+from deepseek_jax.layers.block import Group
+from deepseek_jax.layers.decoder import Decoder
 from deepseek_jax.parallel.sharding import EXPERTS, LAYERS, is_axes
 from deepseek_jax.tree import dotted, size
 
@@ -19,6 +23,14 @@ EMBEDDING, HEAD, MTP = "embedding", "head", "mtp"  # top-level entries of a mode
 NORM_WIDTH = "embed"
 HIGH_PRECISION = ("head", "router")  # matrices that FP8 recipes keep in high precision (V3 section 3.3.2)
 LATENTS = ("q_latent", "kv_latent")
+BF16 = Execution(compute=jnp.bfloat16)
+
+
+class Sizes(Protocol):
+    """A family's `Config`, as far as the planner reads it; its routed experts, if any, are in `experts`."""
+
+    d_model: int
+    vocab_size: int
 
 
 @dataclass(frozen=True)
@@ -36,13 +48,13 @@ class Weight:
         return self.name.partition(".")[0]
 
     @property
-    def n_layers(self) -> int:
-        """The number of layers stacked in it; 1 for a weight that is not stacked."""
+    def repeats(self) -> int:
+        """How often it is stacked; 1 for a weight that is not stacked."""
         return self.shape[0] if self.is_stacked else 1
 
     @property
     def size(self) -> int:
-        """How many numbers it has, over all layers."""
+        """How many numbers it has, over all repeats."""
         return math.prod(self.shape)
 
     @property
@@ -54,11 +66,6 @@ class Weight:
     def is_expert(self) -> bool:
         """Whether it belongs to the routed experts."""
         return EXPERTS in self.axes
-
-    @property
-    def is_router(self) -> bool:
-        """Whether it scores experts."""
-        return self.role == "router"
 
     @property
     def is_matrix(self) -> bool:
@@ -80,8 +87,8 @@ class Weight:
         cut = len(inner) - 1 if inner[-1][0] == NORM_WIDTH else 1
         return math.prod(n for _, n in inner[:cut]), math.prod(n for _, n in inner[cut:])
 
-    def of_layers(self, n: int) -> "Weight":
-        """Returns the same weight with `n` layers; itself if it is not stacked."""
+    def repeated(self, n: int) -> "Weight":
+        """Returns the same weight, stacked `n` times; itself if it is not stacked."""
         return replace(self, shape=(n, *self.shape[1:])) if self.is_stacked else self
 
     def _inner(self) -> list[tuple[str | None, int]]:
@@ -95,8 +102,8 @@ class Network:
 
     weights: tuple[Weight, ...]  # all trained weights
     router_biases: int  # how many router biases there are; they are not trained
-    stacks: tuple[str, ...]  # stacks of blocks in the order in which they run
-    n_layers: int  # blocks of the main model; each has one attention
+    # stacks in the order in which they run -> blocks, each with one attention, in one of its repeats (1 but in a group)
+    groups: Mapping[str, int]
     # d_model, vocab_size: widths
     d_model: int
     vocab_size: int
@@ -108,6 +115,25 @@ class Network:
     flops_per_pair: int  # operations of one token's queries with the keys and values of one other token, per layer
 
     @property
+    def stacks(self) -> tuple[str, ...]:
+        """The stacks of blocks, in the order in which they run."""
+        return tuple(self.groups)
+
+    @property
+    def repeats(self) -> dict[str, int]:
+        """How often each stack repeats its blocks: the smallest parts that a pipeline divides it into."""
+        return {name: self.of(name)[0].repeats for name in self.groups}
+
+    @property
+    def n_layers(self) -> int:
+        """The number of blocks of the main model."""
+        return sum(n * self.groups[name] for name, n in self.repeats.items())
+
+    def expert_blocks(self, stack: str) -> int:
+        """Returns how many blocks in one repeat of a stack are mixtures of experts."""
+        return len({w.name.rpartition(".")[0] for w in self.of(stack) if w.is_expert})
+
+    @property
     def mtp_depth(self) -> int:
         """The number of depths of multi-token prediction, one block each."""
         return len({w.name.split(".")[1] for w in self.weights if w.part == MTP})
@@ -115,10 +141,6 @@ class Network:
     def of(self, *parts: str) -> tuple[Weight, ...]:
         """Returns the weights of these top-level entries."""
         return tuple(w for w in self.weights if w.part in parts)
-
-    def blocks(self) -> tuple[Weight, ...]:
-        """Returns the weights of the main model's blocks."""
-        return self.of(*self.stacks)
 
     def active(self, weight: Weight) -> int:
         """Returns the active parameters of a weight per token: top_k of n_experts for routed experts, otherwise all."""
@@ -129,7 +151,7 @@ class Network:
         return self.top_k if weight.is_expert else 1
 
 
-def describe(family: ModuleType, sizes: object) -> Network:
+def describe(family: ModuleType, sizes: Sizes) -> Network:
     """Returns the network of a family's module and its `Config`."""
     model = abstract_model(family, sizes)
     _, params, router_bias = split(model)
@@ -144,11 +166,11 @@ def describe(family: ModuleType, sizes: object) -> Network:
     weights = tuple(jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, Weight)))
     experts = getattr(sizes, EXPERTS, None) if any(w.is_expert for w in weights) else None
     groups = {key: getattr(experts, key, 1) for key in ("n_experts", "top_k", "n_groups", "top_groups")}
+    stacks = {name: getattr(model, name) for name in model.stacks}
     return Network(
         weights=weights,
         router_biases=size(router_bias),
-        stacks=tuple(model.stacks),
-        n_layers=sizes.n_layers,
+        groups={name: len(stack.blocks) if isinstance(stack, Group) else 1 for name, stack in stacks.items()},
         d_model=sizes.d_model,
         vocab_size=sizes.vocab_size,
         **groups,
@@ -156,19 +178,19 @@ def describe(family: ModuleType, sizes: object) -> Network:
     )
 
 
-def abstract_model(family: ModuleType, sizes: object, run: Execution | None = None) -> nnx.Module:
-    """Returns the model with shapes in place of arrays; it computes in bfloat16 unless `run` says otherwise."""
-    run = run or Execution(compute=jnp.bfloat16)
-    return nnx.eval_shape(lambda: family.Model(sizes, run, rngs=nnx.Rngs(0)))
+def abstract_model(family: ModuleType, sizes: Sizes, run: Execution = BF16) -> Decoder:
+    """Returns the model with shapes in place of arrays."""
+    return abstract(lambda rngs: family.Model(sizes, run, rngs=rngs))
 
 
-def cache_bytes_per_token(family: ModuleType, sizes: object) -> int:
+def cache_bytes_per_token(family: ModuleType, sizes: Sizes) -> int:
     """Returns the bytes per token that prefill keeps in the key-value cache, in bfloat16."""
     definition, params, router_bias = split(abstract_model(family, sizes))
     ids_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
     def prefill(params: dict, router_bias: dict, ids_BT: jax.Array) -> object:
-        return bind(definition, params, router_bias).prefill(ids_BT, n_positions=1)[1]
+        model: Any = bind(definition, params, router_bias)
+        return model.prefill(ids_BT, n_positions=1)[1]
 
     cache = jax.eval_shape(prefill, params, router_bias, ids_BT)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))

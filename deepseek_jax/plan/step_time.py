@@ -145,7 +145,7 @@ def _pairs(job: Job) -> float:
 
 def _exchange_seconds(job: Job, number: int) -> float:
     """Returns the seconds of one micro-batch to the experts of a stage and back, in the forward pass."""
-    tokens = job.layout.tokens * job.stages[number].n_expert_layers(job.network)
+    tokens = job.layout.tokens * job.stages[number].n_expert_layers
     return exchange(job).times(tokens).seconds(job.chip)
 
 
@@ -154,6 +154,6 @@ def _matmul(job: Job, part: Part, efficiency: float) -> float:
     weight, tokens = part.weight, job.layout.tokens
     low = job.recipe.fp8 and weight.role not in HIGH_PRECISION
     rate = (job.chip.fp8 if low else job.chip.bf16) * TERA * efficiency
-    rows = tokens * job.network.copies(weight) * weight.n_layers
+    rows = tokens * job.network.copies(weight) * weight.repeats
     moved = (part.numbers + rows * sum(weight.widths)) * (1.0 if low else job.recipe.activations)
     return max(2 * job.network.active(weight) * tokens / rate, moved / (job.chip.hbm * GIGA))

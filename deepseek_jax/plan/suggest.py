@@ -159,7 +159,7 @@ def _least(job: Job) -> dict[str, ActivationBytes]:
 
 def _meshes(space: Space) -> Iterator[tuple[int, int, dict[str, str]]]:
     """Yields (pipe, expert, rules) that divide the devices; equivalent rules are tried once."""
-    pipes = [n for n in PIPES if space.devices % n == 0 and n <= space.network.n_layers]
+    pipes = [n for n in PIPES if space.devices % n == 0 and n <= sum(space.network.repeats.values())]
     runs_today = all(recipe.weights == 4 for recipe in space.recipes)  # `train` has no pipelines yet
     for pipe in [1] if runs_today else pipes:
         replicas, n_experts = space.devices // pipe, space.network.n_experts
@@ -183,7 +183,7 @@ def _job(space: Space, pipe: int, expert: int, rules: dict, recipe: Recipe, micr
     replicas = space.devices // pipe
     batch = ceil(space.batch / replicas) * replicas
     layout = Layout(pipe, replicas // expert, expert, batch, micro_batches, space.seq_len)
-    both_ways = pipe > 1 and micro_batches >= 2 * pipe and 2 * pipe <= space.network.n_layers
+    both_ways = pipe > 1 and micro_batches >= 2 * pipe and 2 * pipe <= sum(space.network.repeats.values())
     name = "dualpipev" if both_ways else "1f1b"
     return Job(space.network, layout, space.chip, schedule(name, pipe, micro_batches), recipe, rules)
 

@@ -87,7 +87,7 @@ def rank_traffic(job: Job, rank: int) -> Traffic:
     forward = exchange(job)
     for hold in job.ranks[rank]:
         stage, tokens = job.stages[hold.stage], job.passes(hold) * job.layout.tokens
-        exchanges = stage.n_expert_layers(job.network) * (1 + job.recipe.backward_exchanges)
+        exchanges = stage.n_expert_layers * (1 + job.recipe.backward_exchanges)
         experts += forward.times(tokens * exchanges)
         neighbours = (hold.stage > 0) + (hold.stage + 1 < len(job.stages))
         stream = tokens * job.network.d_model * job.recipe.activations
@@ -111,7 +111,7 @@ def _span(job: Job, axes: Sequence[str]) -> int:
 def _zero(job: Job, part: Part) -> Sent:
     """Returns the bytes of scattered gradients and gathered weights; copies of the model are replicas too."""
     place, copies = part.place, job.schedule.arrangement.copies
-    replicas = size(job.mesh, place.copies) * copies
+    replicas = size(job.layout.mesh, place.copies) * copies
     span = _span(job, place.copies) * (job.layout.pipe if copies > 1 else 1)
     all_reduced = place.zero_dim is None and copies == 1  # no dimension divides: summed everywhere, nothing to gather
     rounds = 2 * job.recipe.gradients if all_reduced else job.recipe.gradients + job.recipe.weights
@@ -123,6 +123,6 @@ def _fsdp(job: Job, part: Part) -> Sent:
     gathers, sent = 1 + (job.recipe.remat != "none"), Sent()
     for logical, axis in zip(part.weight.axes, part.place.spec, strict=False):
         if axis and logical != EXPERTS:
-            others = part.numbers * (job.mesh.shape[axis] - 1)
+            others = part.numbers * (job.layout.mesh.shape[axis] - 1)
             sent += _over(job, _span(job, (axis,)), others * (gathers * job.recipe.weights + job.recipe.gradients))
     return sent

@@ -21,6 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
+from deepseek_jax.abstract_model import abstract
 from deepseek_jax.compat import quick_compile
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.kernels import XLA, Kernels
@@ -139,7 +140,7 @@ class Trainer:
             unshard=unsharder(rules, mesh),
         )
         self._build = lambda seed: build(self.run, nnx.Rngs(random_key(seed)))
-        model = nnx.eval_shape(lambda: self._build(0))
+        model = abstract(lambda rngs: build(self.run, rngs))
         self.definition, params, _ = split(model)
         self.vocab_size = model.config.vocab_size
         self.n_params = size(params)

@@ -53,7 +53,7 @@ def test_every_layer_is_in_one_stage(v3, n_stages, folded):
     stages = make_stages(v3, n_stages, 4096, folded=folded)
     assert len(stages) == n_stages
     assert sum(stage.n_layers for stage in stages) == 61
-    assert sum(dict(stage.layers).get("dense_blocks", 0) for stage in stages) == 3
+    assert sum(dict(stage.repeats).get("dense_blocks", 0) for stage in stages) == 3
     assert [stage.has_embedding for stage in stages] == [True] + [False] * (n_stages - 1)
     assert [stage.has_head for stage in stages] == [False] * (n_stages - 1) + [True]
     assert stages[-1].mtp_depth == 1

@@ -64,7 +64,7 @@ def test_policies_keep_less_and_less(job_of, kept_of):
 def test_the_rule_for_policy_block_is_what_a_derivative_counts(subject, job_of, kept_of):
     it, run, mesh = subject("tiny_v1"), Execution(remat="block"), AbstractMesh((1, 1), REPLICAS)
     model = abstract_model(it.module, it.sizes, run)
-    one, two = (residual_bytes(model, "blocks", run, (n, 256), {}, mesh) for n in (1, 2))
+    one, two = (residual_bytes(model.blocks, run, (n, 256, it.sizes.d_model), {}, mesh) for n in (1, 2))
     assert two - one == kept_of("tiny_v1", job_of("tiny_v1", remat="block"))["blocks"].per_sequence
     assert 0 <= 2 * one - two < 1024  # rotary frequencies
 
@@ -85,7 +85,7 @@ def test_experts_elsewhere_are_recomputed_not_kept(job_of, kept_of):
 def test_policy_none_keeps_weights_in_the_compute_dtype(job_of, kept_of):
     job = job_of("v3_671b", remat="none", batch=1)
     layer = kept_of("v3_671b", job)["moe_blocks"].per_layer
-    matrices = sum(w.size for w in job.network.of("moe_blocks") if w.is_matrix and not w.is_router) / 58
+    matrices = sum(w.size for w in job.network.of("moe_blocks") if w.is_matrix and w.role != "router") / 58
     assert 2 * matrices <= layer < 2.01 * matrices
 
 
