@@ -5,6 +5,8 @@ The meaning of each model number stands in the family's dataclass; here stand th
 
 from ml_collections import ConfigDict
 
+from deepseek_jax.kernels import TABLE
+
 
 def get_config() -> ConfigDict:
     """Returns the defaults shared by all runs; the config that starts here fills in `family` and `model`."""
@@ -64,7 +66,7 @@ def get_config() -> ConfigDict:
 
     batch = config.batch = ConfigDict()  # `train.ramp.BatchRamp`
     batch.size = 8  # sequences per step over all devices, after the ramp
-    batch.size_start = 8  # sequences per step at step 0
+    batch.size_start = 0  # sequences per step at step 0; 0, or more than size: as many as size
     batch.ramp_steps = 0  # steps over which the batch grows linearly
 
     loss = config.loss = ConfigDict()  # `train.loss.PreTraining`, `train.step.StepConfig`
@@ -87,13 +89,8 @@ def get_config() -> ConfigDict:
     run.unroll = 1  # layers that one turn of the loop over layers runs: more compile longer and copy less
     run.compilation_cache = ""  # directory of compiled programs; "" is the user's cache directory
 
-    kernels = config.kernels = ConfigDict()  # which implementation computes what: `deepseek_jax.kernels`
-    kernels.grouped_matmul = "xla"  # xla, or mosaic_gpu: on Hopper GPUs, bf16, widths that are multiples of 128
-
-    kernels.quantize = "xla"  # these four are for precision fp8: xla, or mosaic_gpu as above
-    kernels.fp8_matmul = "xla"
-    kernels.grouped_fp8_matmul = "xla"
-    kernels.grouped_fp8_weight_gradient = "xla"
+    # Which implementation computes each operation of `deepseek_jax.kernels.TABLE`.
+    config.kernels = ConfigDict(dict.fromkeys(TABLE, "xla"))
 
     fp8 = config.fp8 = ConfigDict()  # fields of `precision.fp8.BlockMatmul`, for precision fp8
     fp8.scale = "fp32"  # fp32, or ue8m0: powers of two (V3.1)

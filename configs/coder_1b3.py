@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     config.data.fim_rate = 0.5
 
     config.loop.steps = 476_837  # 2T tokens
-    config.batch.size_start = config.batch.size = 1024
+    config.batch.size = 1024
 
     schedule = config.schedule
     schedule.peak_rate = 5.3e-4

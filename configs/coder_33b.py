@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     m.n_kv_heads = 8
 
     config.loop.steps = 127_157  # 2T tokens
-    config.batch.size_start = config.batch.size = 3840
+    config.batch.size = 3840
 
     schedule = config.schedule
     schedule.peak_rate = 3.5e-4

@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     m.n_kv_heads = 32
 
     config.loop.steps = 211_928  # 2T tokens
-    config.batch.size_start = config.batch.size = 2304
+    config.batch.size = 2304
 
     schedule = config.schedule
     schedule.peak_rate = 4.2e-4

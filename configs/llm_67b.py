@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     m.n_kv_heads = 8
 
     config.loop.steps = 105_964  # 2T tokens
-    config.batch.size_start = config.batch.size = 4608
+    config.batch.size = 4608
 
     schedule = config.schedule
     schedule.peak_rate = 3.2e-4

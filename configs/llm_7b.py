@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
     data.fim_rate = 0.0
 
     config.loop.steps = 211_928  # 2T tokens
-    config.batch.size_start = config.batch.size = 2304
+    config.batch.size = 2304
     config.run.remat = "block"
     config.loss.mtp_weight = config.loss.mtp_weight_final = 0.0
     config.loss.balance_rate = config.loss.auxiliary.expert_balance = 0.0

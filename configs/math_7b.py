@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.name = "math_7b"
 
     config.loop.steps = 50_029  # 500B tokens
-    config.batch.size_start = config.batch.size = 2440  # 10M tokens
+    config.batch.size = 2440  # 10M tokens
 
     schedule = config.schedule
     schedule.constant_steps = 38_023  # to 80 %

@@ -25,5 +25,5 @@ def get_config() -> ConfigDict:
     m.mtp_depth = 0
 
     config.data.seq_len = 256
-    config.batch.size_start = config.batch.size = 4
+    config.batch.size = 4
     return config

@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     m.init_std = 0.006
 
     config.loop.steps = 106_449
-    config.batch.size_start = config.batch.size = 4608
+    config.batch.size = 4608
     config.loss.auxiliary.expert_balance = 1e-3
 
     schedule = config.schedule

@@ -52,7 +52,7 @@ def recipe(config: ConfigDict, peak_rate: float, last_rate: float) -> ConfigDict
     config.data.seq_len = 32_768
 
     config.loop.steps = 25_000  # two epochs
-    config.batch.size_start = config.batch.size = 64
+    config.batch.size = 64
     config.loss.mtp_weight = config.loss.mtp_weight_final = 0.0
     config.loss.balance_rate = config.loss.auxiliary.expert_balance = 0.0
     config.run.remat = "block"

@@ -35,7 +35,9 @@ def get_config() -> ConfigDict:
     m.top_groups = 2
     m.init_std = 0.02
 
+    config.loss.mtp_weight_switch = 300
     config.loss.balance_rate = 1e-2
+    config.loss.balance_rate_stop = 400
     return recipe(config)
 
 
@@ -50,10 +52,8 @@ def recipe(config: ConfigDict) -> ConfigDict:
     config.loop.steps = 420  # 860,000 bytes
     config.loop.eval_every = 100
     config.checkpoint.every = 100
-    config.batch.size_start = config.batch.size = 8
+    config.batch.size = 8
     config.batch.ramp_steps = 0
-    config.loss.mtp_weight_switch = 300
-    config.loss.balance_rate_stop = 400
     config.run.remat = "none"
     config.run.unroll = 3
 

@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     m.route_scale = 1.0
 
     config.loop.steps = 301_998  # 5.7T tokens
-    config.batch.size_start = config.batch.size = 4608
+    config.batch.size = 4608
     config.batch.ramp_steps = 0
     config.loss.auxiliary.expert_balance = 0.001
     config.loss.auxiliary.device_balance = config.loss.auxiliary.communication_balance = 0.0

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from deepseek_jax.compat import memory_bytes
 from deepseek_jax.errors import UserError
-from deepseek_jax.kernels import XLA
+from deepseek_jax.kernels import Kernels
 from deepseek_jax.layers.base import Execution, Tree, split
 from deepseek_jax.models import family
 from deepseek_jax.precision.policy import policy
@@ -30,9 +30,9 @@ def abstract_weights(config: ConfigDict) -> Tree:
     return {"params": params, "router_bias": router_bias}
 
 
-def abstract_module(config: ConfigDict) -> nnx.Module:
-    """The network of a config with shapes in place of arrays."""
-    return abstract(lambda rngs: module(config, rngs.params()))
+def abstract_module(config: ConfigDict, kernels: Kernels | None = None) -> nnx.Module:
+    """The network of a config with shapes in place of arrays; arguments as for `module`."""
+    return abstract(lambda rngs: module(config, rngs.params(), kernels))
 
 
 def count_parameters(params: Tree) -> tuple[int, int]:
@@ -42,11 +42,11 @@ def count_parameters(params: Tree) -> tuple[int, int]:
     return sum(sizes.values()), ahead
 
 
-def module(config: ConfigDict, key: jax.Array) -> nnx.Module:
-    """The network of a config with fresh weights."""
+def module(config: ConfigDict, key: jax.Array, kernels: Kernels | None = None) -> nnx.Module:
+    """The network of a config with fresh weights, computed by these kernels; None: by those of the config."""
     maker = family(config.family)
-    precision = policy(config.precision)
-    run = Execution(compute=precision.compute, matmul=precision.matmul(XLA), kernels=XLA)
+    precision, kernels = policy(config.precision), kernels or Kernels(**config.kernels)
+    run = Execution(compute=precision.compute, matmul=precision.matmul(kernels), kernels=kernels)
     return maker.Model(maker.Config.from_config(config.model), run, rngs=nnx.Rngs(key))
 
 

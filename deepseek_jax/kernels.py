@@ -4,9 +4,8 @@
 an operation take the arguments of the first one, which defines it. An unknown name is an error: nothing falls back.
 """
 
-import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from deepseek_jax.errors import UserError
@@ -17,9 +16,9 @@ TABLE = {
     "grouped_decode": {"xla": "deepseek_jax.layers.attention:grouped_decode"},
     "grouped_matmul": {
         "xla": "deepseek_jax.precision.grouped:grouped_matmul",
-        "mosaic_gpu": "deepseek_jax.precision.grouped:on_hopper",
+        "mosaic_gpu": "deepseek_jax.precision.grouped:on_hopper",  # Hopper, bf16, widths that are multiples of 128
     },
-    "quantize": {
+    "quantize": {  # of activations in blocks, along both axes; this and the next three: precision fp8, Hopper as above
         "xla": "deepseek_jax.precision.fp8_kernels:quantize",
         "mosaic_gpu": "deepseek_jax.precision.fp8_kernels:quantize_on_hopper",
     },
@@ -35,34 +34,32 @@ TABLE = {
         "xla": "deepseek_jax.precision.fp8_kernels:grouped_fp8_weight_gradient",
         "mosaic_gpu": "deepseek_jax.precision.fp8_kernels:grouped_fp8_weight_gradient_on_hopper",
     },
+    "cross_entropy": {"xla": "deepseek_jax.train.cross_entropy:cross_entropy"},
 }
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The name of the implementation of each operation; `kernels[operation]` is the function itself.
+    """The implementation of each operation: `Kernels(grouped_matmul="mosaic_gpu")["grouped_matmul"]` is a function.
 
-    Raises:
-        UserError: an unknown name.
+    Operations that are not named are computed by XLA. Raises UserError for an unknown operation or implementation.
     """
 
-    attention: str = "xla"  # of tokens that look at themselves
-    latent_decode: str = "xla"  # of new tokens over a cache of latents
-    grouped_decode: str = "xla"  # of new tokens over a cache of keys and values
-    grouped_matmul: str = "xla"  # of rows with the weights of their experts
-    quantize: str = "xla"  # of activations in blocks, along both axes (precision fp8)
-    fp8_matmul: str = "xla"  # of such codes
-    grouped_fp8_matmul: str = "xla"  # of rows of codes with those of their experts' weights
-    grouped_fp8_weight_gradient: str = "xla"  # of experts' weights, from codes
+    chosen: Mapping[str, str]
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            name, known = getattr(self, field.name), TABLE[field.name]
-            if name not in known:
-                raise UserError(f"kernels.{field.name}={name!r}: unknown. Choose one of {', '.join(known)}.")
+    def __init__(self, **chosen: str):
+        for operation, name in chosen.items():
+            if operation not in TABLE:
+                raise UserError(f"kernels.{operation}: no such operation. Choose one of {', '.join(TABLE)}.")
+            if name not in TABLE[operation]:
+                raise UserError(f"kernels.{operation}={name!r}: unknown. Choose one of {', '.join(TABLE[operation])}.")
+        object.__setattr__(self, "chosen", dict.fromkeys(TABLE, "xla") | chosen)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.chosen.items()))
 
     def __getitem__(self, operation: str) -> Callable:
-        module, _, function = TABLE[operation][getattr(self, operation)].partition(":")
+        module, _, function = TABLE[operation][self.chosen[operation]].partition(":")
         return getattr(importlib.import_module(module), function)
 
 

@@ -30,6 +30,7 @@ from deepseek_jax.compat import quick_compile
 from deepseek_jax.convert import hf
 from deepseek_jax.data.tokenizer import Tokenizer, open_tokenizer
 from deepseek_jax.errors import UserError
+from deepseek_jax.kernels import XLA
 from deepseek_jax.layers.base import Tree, bind, split
 from deepseek_jax.precision.policy import policy
 from deepseek_jax.seeds import random_key
@@ -56,7 +57,7 @@ class LanguageModel:
     def __init__(self, config: ConfigDict, params: Tree, router_bias: Tree, source: str = ""):
         self.config, self.params, self.router_bias, self.source = config, params, router_bias, source
         self.n_positions: int = release.n_positions(config)
-        self._definition, _, _ = split(abstract_module(config))
+        self._definition, _, _ = split(abstract_module(config, XLA))  # runs anywhere, also where a run did not
         # GPUs and TPUs would otherwise round the operands of a matmul in float32
         matmul_precision = "highest" if config.precision == "fp32" else None
         self._generator = Generator(self._definition, config.model.vocab_size, matmul_precision)

@@ -15,15 +15,18 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from deepseek_jax import release
+from deepseek_jax.abstract_model import AHEAD
 from deepseek_jax.convert.hf import copy_files
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.kernels import Kernels
 from deepseek_jax.models import family
+from deepseek_jax.parallel.sharding import EXPERTS, is_axes
 from deepseek_jax.plan import flops
 from deepseek_jax.plan.network import describe
 from deepseek_jax.precision.policy import policy
-from deepseek_jax.saved_config import from_json
+from deepseek_jax.run_bounds import default_values
+from deepseek_jax.saved_config import from_json, leaves
 from deepseek_jax.train.loss import PreTraining
 from deepseek_jax.train.optimizers import Schedule, adamw
 from deepseek_jax.train.ramp import BatchRamp
@@ -37,12 +40,12 @@ FIXED += ("data.seq_len", "data.fim_rate", "data.mask_documents", "data.holdout_
 
 
 def trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
-    """Returns the `Trainer` of a run."""
+    """Returns the `Trainer` of a run. Raises UserError for a key that was set and has no effect on its model."""
     module, run, precision = family(config.family), config.run, policy(config.precision, config.fp8)
     sizes = module.Config.from_config(config.model)
     loss = config.loss.to_dict()
     step = {name: loss.pop(name) for name in ("clip_norm", "balance_rate", "balance_rate_stop")}
-    return Trainer(
+    made = Trainer(
         lambda run, rngs: module.Model(sizes, run, rngs=rngs),
         mesh,
         config.sharding.to_dict(),
@@ -56,18 +59,43 @@ def trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
         unroll=run.unroll,
         flops_per_token=lambda seq_len: flops.training(describe(module, sizes), seq_len),
     )
+    check_effects(config, made)
+    return made
+
+
+def check_effects(config: ConfigDict, trainer: Trainer) -> None:
+    """Raises UserError for a key that was set, though the model has nothing that it is about.
+
+    The weights of auxiliary losses are not looked at here, but where the losses are summed (`train.loss`).
+    """
+    axes = {axis for leaf in jax.tree.leaves(trainer.axes, is_leaf=is_axes) for axis in leaf}
+    absent = {f"sharding.{axis}": f"weight with the axis {axis}" for axis in config.sharding if axis not in axes}
+    if EXPERTS not in axes:
+        absent["kernels.grouped_matmul"] = "routed experts"
+    if not jax.tree.leaves(trainer.abstract["params"].get(AHEAD)):
+        keys = ("mtp_weight", "mtp_weight_final", "mtp_weight_switch")
+        absent |= {f"loss.{key}": "multi-token prediction" for key in keys}
+    if not jax.tree.leaves(trainer.abstract["router_bias"]):
+        absent |= {f"loss.{key}": "router biases" for key in ("balance_rate", "balance_rate_stop")}
+    values, defaults = leaves(config), default_values()
+    for key, what in absent.items():
+        if values[key] and values[key] != defaults[key]:
+            raise UserError(
+                f"config.{key}={values[key]!r} has no effect: the model of {config.name} has no {what}. "
+                f"Leave it out, or set it to {defaults[key]!r}."
+            )
 
 
 def batch_ramp(config: ConfigDict, n_devices: int) -> BatchRamp:
     """Returns how the batch grows. Raises UserError if it does not divide over the devices and micro-batches."""
-    multiple = n_devices * config.run.micro_batches
-    for key in ("size", "size_start"):
-        if config.batch[key] % multiple:
+    ramp, multiple = BatchRamp(**config.batch), n_devices * config.run.micro_batches
+    for key, size in (("size", ramp.size), ("size_start", ramp.start)):
+        if size % multiple:
             raise UserError(
-                f"config.batch.{key}={config.batch[key]} does not divide over {n_devices} devices x "
+                f"config.batch.{key}={size} does not divide over {n_devices} devices x "
                 f"{config.run.micro_batches} micro-batches. Choose a multiple of {multiple}."
             )
-    return BatchRamp(**config.batch)
+    return ramp
 
 
 def first_state(config: ConfigDict, trainer: Trainer, workdir: Path, report: Callable[[str], None]) -> State:
@@ -107,7 +135,7 @@ def check_same_run(config: ConfigDict, text: str, saved: dict, workdir: Path) ->
             f"{workdir} holds converted weights, not a run. Give the run a --workdir of its own and "
             f"--config.run.init_from={workdir}."
         )
-    for change in differences(from_json(saved["config"]), config):
+    for change in differences(*map(with_plain_batch, (from_json(saved["config"]), config))):
         if change.startswith(tuple(f"{path}{end}" for path in FIXED for end in (".", ":"))):
             raise UserError(
                 f"{workdir} holds a run of other settings: config.{change}. "
@@ -118,6 +146,13 @@ def check_same_run(config: ConfigDict, text: str, saved: dict, workdir: Path) ->
             f"{workdir} holds a run on other text than config.data.source={config.data.source!r} is now (or on another "
             "tokenizer's tokens).\nGive the same text to continue it, or another --workdir to start anew."
         )
+
+
+def with_plain_batch(config: ConfigDict) -> ConfigDict:
+    """Returns a copy in which the first batch is stated in one way of the several that mean the same."""
+    config, ramp = config.copy_and_resolve_references(), BatchRamp(**config.batch)
+    config.batch.size_start = ramp.start if ramp.ramp_steps else ramp.size
+    return config
 
 
 def differences(old: ConfigDict, new: ConfigDict, path: str = "") -> list[str]:

@@ -8,6 +8,7 @@ Every value may stand after `=` or as the next word. Whatever is wrong comes out
 
 import dataclasses
 import sys
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from deepseek_jax.configs import base
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _beginning, _hints
 from deepseek_jax.paths import check_local
-from deepseek_jax.saved_config import RENAMED
+from deepseek_jax.saved_config import RENAMED, leaves
 
 BEGINNING = "run.init_from"
 PATHS = (BEGINNING, "data.source", "data.tokenizer", "data.cache_dir", "release.folder")  # keys of files and folders
@@ -65,33 +66,44 @@ def parse(
     Raises:
       UserError: unknown flag or key, unreadable value or config; SystemExit(0) after `--help`.
     """
-    table = {}
-    if config:
-        table["config"] = Flag(
-            str, default_config, "name of a config, .py file with get_config(), or directory of weights to fine-tune"
-        )
-    if workdir:
-        table["workdir"] = Flag(_directory, None, "directory of the run: config, checkpoints, metrics")
-    table |= {name.replace("_", "-"): Flag(*flag) for name, flag in (extra or {}).items()}
+    table = _table(default_config, extra or {}, config=config, workdir=workdir)
     if "--help" in argv or "-h" in argv:
         print(_help(table))
         raise SystemExit(0)
-
     given, overrides = _split(argv, table)
     values = {name: given.get(name, flag.default) for name, flag in table.items()}
     for name, value in values.items():
         if value is REQUIRED:
             raise UserError(f"--{name} is missing. Give --{name}=VALUE: {table[name].help}.")
-    name, flag = values.pop("config", None), "--config"
-    if "config" in table and "config" not in given and overrides.get(BEGINNING):
-        name, flag = overrides[BEGINNING], f"config.{BEGINNING}"  # family, sizes and recipe come from there
-    if overrides and name is None:
-        raise UserError(f"--config.{next(iter(overrides))} given, but no config. Give --config=NAME as well.")
-    resolved = None if name is None else run_config.override(load(name, flag), overrides)
-    for key in PATHS if resolved is not None else ():
-        check_local(str(_get(resolved, key, "")), f"config.{key}")
+    name = values.pop("config", None)
+    resolved = _config(name, overrides, is_named="config" in given) if config else None
     others = {key.replace("-", "_"): value for key, value in values.items()}
     return SimpleNamespace(config=resolved, overrides=overrides, **{"workdir": None, **others})
+
+
+def _table(default_config: str | None, extra: Mapping[str, tuple], *, config: bool, workdir: bool) -> dict[str, Flag]:
+    """Returns the flags of a verb, as they are written."""
+    of_config = "name of a config, .py file with get_config(), or directory of weights to fine-tune"
+    table = {"config": Flag(str, default_config, of_config)} if config else {}
+    if workdir:
+        table["workdir"] = Flag(_directory, None, "directory of the run: config, checkpoints, metrics")
+    return table | {name.replace("_", "-"): Flag(*flag) for name, flag in extra.items()}
+
+
+def _config(name: str | None, overrides: Mapping[str, str], *, is_named: bool) -> ConfigDict | None:
+    """Returns the config that the command line names or implies, with its overrides; None without any."""
+    flag = "--config"
+    if not is_named and overrides.get(BEGINNING):  # family, sizes and recipe come from there
+        name, flag = overrides[BEGINNING], f"config.{BEGINNING}"
+    if name is None and overrides:
+        raise UserError(f"--config.{next(iter(overrides))} given, but no config. Give --config=NAME as well.")
+    if name is None:
+        return None
+    config = run_config.override(load(name, flag), overrides)
+    values = leaves(config)
+    for key in PATHS:
+        check_local(str(values.get(key, "")), f"config.{key}")
+    return config
 
 
 def load(name: str, flag: str = "--config") -> ConfigDict:
@@ -106,37 +118,37 @@ def _split(argv: list[str], table: Mapping[str, Flag]) -> tuple[dict[str, Any], 
     """Sorts the words into flag -> typed value and dotted config key -> text; the last of two wins."""
     given: dict[str, Any] = {}
     overrides: dict[str, str] = {}
-    words = iter(enumerate(argv))
-    for i, word in words:
+    words = deque(argv)
+    while words:
+        word = words.popleft()
         if not word.startswith("--") or word == "--":
             hint = _hints.unexpected_argument(word, table, run_config.names(), _defaults(table))
             raise UserError(f"{word}: unexpected argument. {hint}")
         name, equals, text = word[2:].partition("=")
-        following = argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("--") else None
-        is_key = name.startswith("config.") and "config" in table
-        flag = None if is_key else table.get(name)
-        if flag is None and not is_key:
-            switch = table.get(name.removeprefix("no-"))
-            if equals or switch is None or switch.type is not bool:
-                hint = _hints.unknown_flag(word[2:], table, _defaults(table))
-                raise UserError(f"--{name}: no such flag. {hint}")
-            given[name.removeprefix("no-")] = False
-            continue
-        if not equals and flag is not None and flag.type is bool:
-            given[name] = True
-            continue
-        if not equals:
-            if following is None:
-                raise UserError(f"--{name} needs a value. Write --{name}=VALUE.")
-            text = following
-            next(words)
-        if is_key:
+        if name.startswith("config.") and "config" in table:
             path = _present(name.removeprefix("config."))
             overrides.pop(path, None)  # keeps the order of the last
-            overrides[path] = text
+            overrides[path] = text if equals else _next_word(name, words)
+        elif not equals and _is_switch(table, name):
+            given[name] = True
+        elif name in table:
+            given[name] = _convert(name, table[name], text if equals else _next_word(name, words))
+        elif not equals and _is_switch(table, name.removeprefix("no-")):
+            given[name.removeprefix("no-")] = False
         else:
-            given[name] = _convert(name, table[name], text)
+            raise UserError(f"--{name}: no such flag. {_hints.unknown_flag(word[2:], table, _defaults(table))}")
     return given, overrides
+
+
+def _next_word(name: str, words: deque[str]) -> str:
+    """Takes the value of a flag that was written without `=`."""
+    if not words or words[0].startswith("--"):
+        raise UserError(f"--{name} needs a value. Write --{name}=VALUE.")
+    return words.popleft()
+
+
+def _is_switch(table: Mapping[str, Flag], name: str) -> bool:
+    return name in table and table[name].type is bool
 
 
 def _present(path: str) -> str:
@@ -173,13 +185,6 @@ def _convert(name: str, flag: Flag, text: str) -> Any:
 def _directory(text: str) -> Path:
     """Reads a path, with ~ for the home directory."""
     return Path(text).expanduser()
-
-
-def _get(config: ConfigDict, path: str, default: Any) -> Any:
-    """Returns what stands at `a.b`, or the default where a config has no such key."""
-    for part in path.split("."):
-        config = config.get(part, default) if isinstance(config, ConfigDict) else default
-    return config
 
 
 def _help(table: Mapping[str, Flag]) -> str:

@@ -95,6 +95,7 @@ def space_of(config: ConfigDict, options, subject, devices: int):
     """What may be chosen on so many devices, of what `train` can run today."""
     from deepseek_jax.chips import chip
     from deepseek_jax.plan.suggest import Space
+    from deepseek_jax.train.ramp import BatchRamp
 
     precisions = dict.fromkeys((config.precision, "bf16"))
     return Space(
@@ -102,7 +103,7 @@ def space_of(config: ConfigDict, options, subject, devices: int):
         chip=chip(options.chip or "h800"),
         devices=devices,
         batch=config.batch.size,
-        batch_start=config.batch.size_start,
+        batch_start=BatchRamp(**config.batch).start,
         seq_len=config.data.seq_len,
         loss_chunk=config.loss.chunk,
         rules=config.sharding.to_dict(),
@@ -157,7 +158,8 @@ def words(config: ConfigDict, space, suggestion) -> str:
     at, dtype = job.layout, "bf16" if job.recipe.activations == 2 else "fp32"
     chosen = {"mesh.pipe": at.pipe, "mesh.expert": at.expert, "run.micro_batches": at.micro_batches}
     chosen |= {"mesh.data": at.data} if config.mesh.data != -1 else {}
-    chosen |= {"batch.size": at.batch, "batch.size_start": suggestion.batch_start}
+    is_constant = suggestion.batch_start == at.batch and not config.batch.size_start
+    chosen |= {"batch.size": at.batch, "batch.size_start": 0 if is_constant else suggestion.batch_start}
     chosen |= {f"sharding.{name}": axis for name, axis in job.rules.items()}
     if not missing(job):
         chosen |= {"run.remat": job.recipe.remat, "precision": dtype}

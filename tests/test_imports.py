@@ -11,9 +11,10 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up.  A room imports itself and what stands on lower floors, never a neighbour on its own floor.
 FLOORS = (
-    ("configs", "shapes", "errors", "streams", "files", "units"),
-    ("paths", "bounds", "chips"),
-    ("compat", "seeds", "kernels", "saved_config", "tree"),
+    ("shapes", "errors", "streams", "files", "units"),
+    ("kernels",),
+    ("configs", "paths", "bounds", "chips"),
+    ("compat", "seeds", "saved_config", "tree"),
     ("precision", "data"),
     ("parallel",),
     ("layers",),
@@ -33,7 +34,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that may import these and the standard library only, besides what is said of them here.
 SELF_CONTAINED = {
     "pallas_kernels": ("jax", "pallas_kernels"),
-    "configs": ("ml_collections", "deepseek_jax.configs"),
+    "configs": ("ml_collections", "deepseek_jax.configs", "deepseek_jax.kernels"),
     "shapes": (),
     "errors": (),
     "streams": (),

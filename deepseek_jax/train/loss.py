@@ -22,7 +22,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.layers.block import Statistics
 from deepseek_jax.layers.mtp import shift_left
 from deepseek_jax.layers.tokens import Tokens
-from deepseek_jax.train.cross_entropy import IGNORE, cross_entropy
+from deepseek_jax.train.cross_entropy import IGNORE
 
 if TYPE_CHECKING:
     from deepseek_jax.data.pipeline import Batch
@@ -40,6 +40,12 @@ class Losses(NamedTuple):
 
     def weighted(self, mtp: jax.Array | float, auxiliary: Mapping[str, float]) -> jax.Array:
         """The loss that is minimised: lambda is `mtp`, and alpha of each auxiliary loss, by name, in `auxiliary`."""
+        if idle := [name for name in auxiliary.keys() - self.auxiliary.keys() if auxiliary[name]]:
+            names = ", ".join(sorted(self.auxiliary)) or "none"
+            raise UserError(
+                f"config.loss.auxiliary.{min(idle)}={auxiliary[min(idle)]}: no layer of this model reports a loss of "
+                f"this name. Its losses: {names}. Set the weight to 0.0."
+            )
         if missing := self.auxiliary.keys() - auxiliary.keys():
             raise UserError(
                 f"config.loss.auxiliary.{min(missing)}: missing, though the model has a loss of this name. Set its "
@@ -108,7 +114,7 @@ class PreTraining:
 def losses(model: nnx.Module, batch: "Batch", over: Totals, *, chunk: int, mask: bool) -> Losses:
     """The losses of a part of a batch; arguments as for `Objective` and `PreTraining`."""
     tokens = Tokens(batch.ids_BT, batch.positions_BT, batch.segments_BT if mask else None, batch.segments_BT > 0)
-    weight_DV = model.head.weight_DV[...]
+    weight_DV, cross_entropy = model.head.weight_DV[...], model.run.kernels["cross_entropy"]
 
     def nll(h_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
         h_MD, targets_M, weights_M = h_BTD.reshape(-1, h_BTD.shape[-1]), targets_BT.reshape(-1), weights_BT.reshape(-1)

@@ -23,10 +23,15 @@ class BatchRamp:
     divides over each mesh that the two divide over.
     """
 
-    size_start: int  # sequences of step 0
+    size_start: int  # sequences of step 0; 0, or more than `size`: as many as `size`
     size: int  # sequences of each step after the ramp
     # length of the ramp; the batch grows in up to `LEVELS` jumps, each of which compiles the step anew
     ramp_steps: int
+
+    @property
+    def start(self) -> int:
+        """Sequences of step 0."""
+        return min(self.size_start or self.size, self.size)
 
     def size_at(self, step: int) -> int:
         """Sequences of `step`."""
@@ -35,8 +40,8 @@ class BatchRamp:
         return self._of_level(step * LEVELS // self.ramp_steps)
 
     def _of_level(self, level: int) -> int:
-        grown = self.size_start + (self.size - self.size_start) * level // LEVELS
-        unit = math.gcd(self.size_start, self.size)
+        grown = self.start + (self.size - self.start) * level // LEVELS
+        unit = math.gcd(self.start, self.size)
         return grown // unit * unit
 
     def first(self, step: int) -> int:

@@ -32,7 +32,7 @@ from deepseek_jax.parallel.mesh import BATCH, REPLICATED, per_device, place, tot
 from deepseek_jax.parallel.sharding import check_rules, expert_axis, placements, state_specs, unsharder
 from deepseek_jax.precision.matmul import Matmul, PlainMatmul
 from deepseek_jax.seeds import random_key
-from deepseek_jax.train.gradients import accumulated
+from deepseek_jax.train.gradients import Gradients, Loss, accumulated
 from deepseek_jax.train.loss import Losses, Objective, Totals, totals
 from deepseek_jax.train.optimizers import OptimizerFor, Schedule
 from deepseek_jax.train.trainable import Trainable, divide, everything, join
@@ -95,6 +95,7 @@ class Trainer:
         objective: what is minimised (`train.loss.PreTraining(...)`).
         optimizer: makes the optimizer for the model (`train.optimizers.adamw(...)`).
         config: the rest of a step.
+        gradients: from the loss of a part and the number of parts to the gradients of a step (`train.gradients`).
         trainable: which weights are trained, by their path; the others stay as they are.
         compute: dtype of the activations.
         matmul: makes the products with weights from the kernels (`precision.policy`).
@@ -104,7 +105,7 @@ class Trainer:
     Attributes:
         definition: the model without its weights, as it runs here (`layers.base.bind`).
         abstract: shapes, dtypes and shardings of the state.
-        placements: where each weight lives.
+        axes, placements: the logical axes of each weight, and where it lives.
         vocab_size: rows of the embedding.
         n_params: trained weights, with those of multi-token prediction.
         step: the compiled `step(state, batch) -> (state, Report)`; the state given is donated.
@@ -119,6 +120,7 @@ class Trainer:
         optimizer: OptimizerFor,
         config: StepConfig,
         *,
+        gradients: Callable[[Loss, int], Gradients] = accumulated,
         trainable: Trainable = everything,
         compute: DTypeLike = jnp.float32,
         matmul: Callable[[Kernels], Matmul] = PlainMatmul,
@@ -144,12 +146,12 @@ class Trainer:
         self.definition, params, _ = split(model)
         self.vocab_size = model.config.vocab_size
         self.n_params = size(params)
-        axes, _ = logical_axes(model)
-        self.placements = placements(axes, params, rules, mesh)
+        self.axes, _ = logical_axes(model)
+        self.placements = placements(self.axes, params, rules, mesh)
         self._trained_places, _ = divide(self.placements, trainable)
         if not jax.tree.leaves(self._trained_places):
             raise ValueError("trainable: no weight is trained. Expected True for the path of at least one.")
-        self._gradients = accumulated(self._loss, config.micro_batches)
+        self._gradients = gradients(self._loss, config.micro_batches)
         self.optimizer = optimizer(model)
         shapes = jax.eval_shape(lambda: self._initial(0))
         self.specs: State = jax.tree.map(lambda _: REPLICATED, shapes) | {

@@ -70,6 +70,8 @@ def test_a_new_loss_goes_from_its_layer_to_the_log_under_its_name(filled):
     assert np.any(without["blocks"]["attention"]["k_DZQ"] != with_it["blocks"]["attention"]["k_DZQ"])
     with pytest.raises(UserError, match=r"config\.\w+\.auxiliary\.small_keys: missing"):
         jax.eval_shape(run, params)
+    with pytest.raises(UserError, match=r"auxiliary\.large_keys=0.5: no layer .* Its losses: small_keys\."):
+        jax.eval_shape(lambda params: run(params, small_keys=1.0, large_keys=0.5, other=0.0), params)
 
 
 # A new residual connection, with weights of its own.

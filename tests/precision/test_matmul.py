@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 from deepseek_jax import kernels
+from deepseek_jax.configs import base
 from deepseek_jax.errors import UserError
 from deepseek_jax.kernels import Kernels
 from deepseek_jax.layers.attention import causal_attention
@@ -150,5 +151,11 @@ def test_a_new_kernel_is_a_line_of_the_table(filled, monkeypatch):
 def test_an_unknown_kernel_is_an_error_that_lists_the_known_ones():
     with pytest.raises(UserError, match="kernels.attention='fast': unknown. Choose one of xla"):
         Kernels(attention="fast")
-    names = set(Kernels.__dataclass_fields__)
-    assert names == set(kernels.TABLE) and all(callable(Kernels()[name]) for name in names)
+    with pytest.raises(UserError, match=r"kernels\.attentoin: no such operation. Choose one of attention, "):
+        Kernels(attentoin="xla")
+
+
+def test_every_operation_is_a_key_of_the_config_and_computed_by_xla_unless_it_says_otherwise():
+    assert base.get_config().kernels.to_dict() == dict.fromkeys(kernels.TABLE, "xla") == Kernels().chosen
+    assert all(callable(Kernels()[name]) for name in kernels.TABLE)
+    assert Kernels(attention="xla") == Kernels() and hash(Kernels()) == hash(Kernels(attention="xla"))

@@ -15,9 +15,9 @@ from jax.nn.initializers import normal
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.layers.base import param
 from deepseek_jax.layers.embed import Embedding, Head
-from deepseek_jax.parallel.mesh import global_batch, make_mesh
+from deepseek_jax.parallel.mesh import global_batch, make_mesh, total
 from deepseek_jax.train.cross_entropy import token_nll
-from deepseek_jax.train.loss import Losses
+from deepseek_jax.train.loss import Losses, totals
 from deepseek_jax.train.step import StepConfig, Trainer
 
 B, T, D, V = 4, 8, 6, 16
@@ -71,12 +71,30 @@ def batch() -> Batch:
     return Batch(ids, targets, ones, ones, rng.choice([0.0, 0.5, 1.0], (B, T)).astype(np.float32))
 
 
-@pytest.fixture(scope="module")
-def trainer() -> Trainer:
+def last_part_first(loss, n_parts):
+    """Gradients summed over the parts of a batch from the last to the first, without a loop that is compiled."""
+
+    def gradients(params, state, batch):
+        over, found = total(totals(batch)), []
+        for part in reversed(range(n_parts)):
+            rows = jax.tree.map(lambda x, part=part: jnp.split(x, n_parts)[part], batch)
+            (value, losses), gradient = jax.value_and_grad(loss, has_aux=True)(params, state, rows, over)
+            found.append((gradient, value, losses))
+        return jax.tree.map(lambda *parts: sum(parts), *found)
+
+    return gradients
+
+
+def make_trainer(**options) -> Trainer:
     step = StepConfig(lambda step: RATE, clip_norm=1e9, micro_batches=2, balance_rate=0.0, balance_rate_stop=0)
     mesh = make_mesh(2, 1, jax.devices()[:2])
     parts = ExpectedHits(), lambda model: SignMomentum(), step
-    return Trainer(lambda run, rngs: Toy(rngs=rngs), mesh, {}, *parts, trainable=is_trained)
+    return Trainer(lambda run, rngs: Toy(rngs=rngs), mesh, {}, *parts, trainable=is_trained, **options)
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Trainer:
+    return make_trainer()
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +165,13 @@ def test_a_state_begins_with_given_weights(trainer):
         trainer.init(0, params={name: other["params"][name] for name in ("embedding", "head")})
     with pytest.raises(ValueError, match=r"params.mix_DF is float64\[6, 6\]: expected float32\[6, 6\]"):
         trainer.init(0, params=other["params"] | {"mix_DF": np.eye(6)})
+
+
+def test_gradients_of_parts_may_be_summed_in_another_order(trainer):
+    other = make_trainer(gradients=last_part_first)
+    states, reports = zip(
+        *(made.step(made.init(0), global_batch(batch(), made.mesh)) for made in (trainer, other)), strict=True
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *(s["optimizer"] for s in states))
+    assert reports[1].gradient_norm == pytest.approx(float(reports[0].gradient_norm), rel=1e-5)
+    assert reports[1].loss == pytest.approx(float(reports[0].loss), rel=1e-6)

@@ -32,7 +32,7 @@ def run(name: str, data: int, expert: int) -> tuple[list, dict, dict]:
         lambda run, rngs: module.Model(sizes, run, rngs=rngs),
         mesh,
         config.sharding.to_dict(),
-        PreTraining(64, False, 0.0, 0.0, 1, ALPHAS),
+        PreTraining(64, False, 0.0, 0.0, 1, ALPHAS if name != "tiny_v1" else {}),
         adamw(0.9, 0.95, 1e-8, 0.1, "float32"),
         StepConfig(RATE, 1.0, 1, 0.0, 1),
     )
