@@ -7,11 +7,11 @@ import importlib.util
 import math
 import os
 import pkgutil
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -42,8 +42,8 @@ def start_processes() -> None:
     if not address and (number == "1" or not (number or _cluster_variables())):
         return
     try:
-        given = {"coordinator_address": address, "num_processes": number and int(number)}
-        given |= {"process_id": index and int(index)}
+        given: dict[str, Any] = {"coordinator_address": address, "num_processes": number and int(number)}
+        given["process_id"] = index and int(index)
         # JAX's preemption service would take SIGTERM for itself, and nobody asks it: the run has a handler of its own.
         jax.config.update("jax_enable_preemption_service", False)
         with _plain_ctrl_c():
@@ -79,7 +79,7 @@ def _plain_ctrl_c() -> Iterator[None]:
 class ProcessStore:
     """Short texts by key that all processes of a run see; process 0 keeps them. Calls may raise or wait."""
 
-    def __init__(self, client: object):
+    def __init__(self, client: Any):
         self._client = client
 
     def set(self, key: str, value: str) -> None:
@@ -127,8 +127,8 @@ def computes_on_cpu() -> bool:
     A host may have accelerators that a process does not use: JAX_PLATFORMS=cpu, CUDA_VISIBLE_DEVICES= or a plain `jax`
     without its plugin leave the work to the CPU.
     """
-    if jax.config.jax_platforms:
-        return jax.config.jax_platforms.partition(",")[0] == "cpu"
+    if platforms := jax.config.read("jax_platforms"):
+        return platforms.partition(",")[0] == "cpu"
     installed = _jax_plugins()
     return not any(
         any(map(os.path.exists, files))
@@ -179,7 +179,7 @@ def quieten_compilation() -> None:
         if event == "/jax/compilation_cache/compile_requests_use_cache":
             utils.absl_set_min_log_level(fatal)
 
-    def ends(event: str, duration_s: float, **_: object) -> None:
+    def ends(event: str, duration_secs: float, **_: object) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             utils.absl_set_min_log_level(errors)
 
@@ -187,7 +187,7 @@ def quieten_compilation() -> None:
     jax.monitoring.register_event_duration_secs_listener(ends)
 
 
-def quick_compile(function: Callable, **options: object) -> Callable:
+def quick_compile(function: Callable, **options: Any) -> Callable:
     """`jax.jit` for a program that runs once, such as an initialiser: compiled in a third of the time, runs slower."""
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 1}, **options)
 
@@ -207,7 +207,7 @@ def peak_memory_bytes() -> int | None:
     """The most memory that this process has held so far (resident set size); None where it is unknown."""
     status = Path("/proc/self/status")
     if status.is_file():  # elsewhere the parent's may be counted as well
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
+        return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
     try:
         import resource
     except ImportError:  # Windows

@@ -148,7 +148,8 @@ class LanguageModel:
         if not hasattr(ids, "__len__"):
             raise UserError(f"generate({ids!r}): expected ids of one prompt, like [1, 2, 3], or a list of prompts.")
         is_batch = not isinstance(ids, str) and len(ids) > 0 and (isinstance(ids[0], str) or np.ndim(ids[0]) > 0)
-        steps = self._steps(ids if is_batch else [ids], max_new_tokens, temperature, top_p, seed, stop_ids)
+        prompts: Any = ids if is_batch else [ids]
+        steps = self._steps(prompts, max_new_tokens, temperature, top_p, seed, stop_ids)
         rows = [[int(token) for token in row if token != ENDED] for row in np.stack(list(steps), axis=1)]
         return rows if is_batch else rows[0]
 
@@ -172,7 +173,7 @@ class LanguageModel:
             raise UserError(
                 f"complete({str(text)[:60]}): expected a text or a list of texts. For ids there is model.generate(ids)."
             )
-        rows = self.generate([self.prompt(one) for one in texts], max_new_tokens, **options) if texts else []
+        rows: Any = self.generate([self.prompt(one) for one in texts], max_new_tokens, **options) if texts else []
         completions = [self.tokenizer.decode(row) for row in rows]
         return completions[0] if isinstance(text, str) else completions
 

@@ -6,11 +6,14 @@ The list of row tiles that XLA computes before a kernel is part of the time.
 
 import functools
 import os
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 KINDS = ("bf16", "bf16 gradient", "fp8", "fp8 gradient")
 
 
-def grouped_row(groups: int, rows: int, n: int, k: int, kind: str, options) -> dict:
+def grouped_row(groups: int, rows: int, n: int, k: int, kind: str, options: SimpleNamespace) -> dict:
     """Measures `groups` groups of `rows` rows of k values, to n values each."""
     import jax
 
@@ -32,18 +35,19 @@ def grouped_row(groups: int, rows: int, n: int, k: int, kind: str, options) -> d
     }
 
 
-def function(kind: str):
+def function(kind: str) -> Callable:
     """The public function that computes a kind of product."""
     import jax.numpy as jnp
 
     from pallas_kernels import grouped_matmul as kernels
 
-    return {
+    functions: dict[str, Callable] = {
         "bf16": kernels.grouped_matmul,
         "bf16 gradient": functools.partial(kernels.grouped_weight_gradient, out_dtype=jnp.bfloat16),
         "fp8": kernels.grouped_fp8_matmul,
         "fp8 gradient": kernels.grouped_fp8_weight_gradient,
-    }[kind]
+    }
+    return functions[kind]
 
 
 def operands(groups: int, rows: int, n: int, k: int, kind: str, n_sets: int) -> list[tuple]:
@@ -58,7 +62,7 @@ def operands(groups: int, rows: int, n: int, k: int, kind: str, n_sets: int) -> 
     right = (groups * rows, n) if "gradient" in kind else (groups, n, k)
 
     @jax.jit
-    def draw(key):
+    def draw(key: Any) -> Any:
         x, w = (
             jax.random.normal(key, shape, jnp.bfloat16)
             for key, shape in zip(jax.random.split(key), ((groups * rows, k), right), strict=True)
@@ -74,7 +78,7 @@ def operands(groups: int, rows: int, n: int, k: int, kind: str, n_sets: int) -> 
     return jax.block_until_ready([draw(jax.random.fold_in(key, i)) for i in range(n_sets)])
 
 
-def relative_error(y, operands: tuple, kind: str) -> float:
+def relative_error(y: Any, operands: tuple, kind: str) -> float:
     """|y - expected| / |expected| for the first group, in float32, where `expected` comes from the same operands."""
     import jax
     import jax.numpy as jnp
@@ -82,11 +86,11 @@ def relative_error(y, operands: tuple, kind: str) -> float:
     *arrays, count = operands
     rows, f32 = int(count[0]), jnp.float32
 
-    def decoded(codes, scale):
+    def decoded(codes: Any, scale: Any) -> Any:
         return codes.astype(f32) * jnp.repeat(scale.T, 128, axis=1)
 
     @jax.jit
-    def expected():
+    def expected() -> tuple:
         if kind == "bf16":
             return arrays[0][:rows].astype(f32), arrays[1][0].astype(f32)
         if kind == "bf16 gradient":
@@ -103,7 +107,7 @@ def relative_error(y, operands: tuple, kind: str) -> float:
     return float(jnp.linalg.norm(found - product) / jnp.linalg.norm(product))
 
 
-def torch_side(groups: int, rows: int, n: int, k: int, gradient: bool, n_sets: int):
+def torch_side(groups: int, rows: int, n: int, k: int, gradient: bool, n_sets: int) -> Callable:
     """torch's grouped matmul of bfloat16 operands of the same shapes, as a CUDA graph over all sets."""
     import torch
 
@@ -111,10 +115,10 @@ def torch_side(groups: int, rows: int, n: int, k: int, gradient: bool, n_sets: i
 
     ends = torch.arange(1, groups + 1, device="cuda", dtype=torch.int32) * rows
 
-    def draw(*shape):
+    def draw(*shape: int) -> Any:
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
-    def product(x, w):
+    def product(x: Any, w: Any) -> Any:
         pair = (x.t(), w) if gradient else (x, w.transpose(-2, -1))
         return torch._grouped_mm(*pair, offs=ends, out_dtype=torch.bfloat16)
 

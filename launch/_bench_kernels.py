@@ -14,6 +14,8 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 from deepseek_jax.bounds import number, path, whole
 from deepseek_jax.errors import UserError
@@ -48,13 +50,13 @@ def main(argv: list[str]) -> int:
     if options.peer and importlib.util.find_spec("torch") is None:
         raise UserError('bench kernels compares with torch, which is not installed. Install "torch" or give --no-peer.')
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {options.rounds} rounds of {options.seconds} s")
-    for shape, forward in shapes:
-        report(matmul_row(*shape, forward, options), options.json)
+    for (m, n, k), forward in shapes:
+        report(matmul_row(m, n, k, forward, options), options.json)
     for m, k in parsed(options.quantize_shapes, 2):
         report(quantize_row(m, k, options), options.json)
-    for shape in parsed(options.grouped_shapes, 4):
+    for groups, rows, n, k in parsed(options.grouped_shapes, 4):
         for kind in _bench_grouped.KINDS:
-            report(_bench_grouped.grouped_row(*shape, kind, options), options.json)
+            report(_bench_grouped.grouped_row(groups, rows, n, k, kind, options), options.json)
     return 0
 
 
@@ -70,7 +72,7 @@ def parsed(text: str, n_sizes: int) -> list[tuple[int, ...]]:
     return shapes
 
 
-def matmul_row(m: int, n: int, k: int, forward: bool, options) -> dict:
+def matmul_row(m: int, n: int, k: int, forward: bool, options: SimpleNamespace) -> dict:
     """Measures one product; `forward`: w has scales per 128 x 128, else per 1 x 128 and the result is float32."""
     import jax
     import jax.numpy as jnp
@@ -102,7 +104,7 @@ def operands(m: int, n: int, k: int, forward: bool, n_sets: int) -> list[tuple]:
     from pallas_kernels.quantize.reference import quantize_rows
 
     @jax.jit
-    def draw(key):
+    def draw(key: Any) -> Any:
         keys = jax.random.split(key)
         w = jax.random.normal(keys[1], (n, k))
         return *quantize_rows(jax.random.normal(keys[0], (m, k))), *(
@@ -113,7 +115,7 @@ def operands(m: int, n: int, k: int, forward: bool, n_sets: int) -> list[tuple]:
     return jax.block_until_ready([draw(jax.random.fold_in(key, i)) for i in range(n_sets)])
 
 
-def relative_error(y, operands: tuple, forward: bool, n_rows: int = 32) -> float:
+def relative_error(y: Any, operands: tuple, forward: bool, n_rows: int = 32) -> float:
     """|y - expected| / |expected| on some rows, where `expected` comes from the same codes and scales in float64."""
     import numpy as np
 
@@ -139,10 +141,10 @@ def torch_sides(sets: list[tuple]) -> dict[str, Callable]:
     import torch
     from torch.nn import functional
 
-    def codes(array):
+    def codes(array: Any) -> Any:
         return torch.from_dlpack(jax.lax.bitcast_convert_type(array, jnp.uint8)).view(torch.float8_e4m3fn)
 
-    def block_scaled(x, x_scale, w, w_scale):
+    def block_scaled(x: Any, x_scale: Any, w: Any, w_scale: Any) -> Any:
         return functional.scaled_mm(
             x, w.t(), x_scale.t(), functional.ScalingType.BlockWise1x128, w_scale.t(),
             functional.ScalingType.BlockWise128x128, output_dtype=torch.bfloat16,
@@ -170,7 +172,7 @@ def replayed(function: Callable, arguments: list[tuple]) -> Callable:
     with torch.cuda.graph(graph):
         results = [function(*one) for one in arguments]
 
-    def run(repeats: int, results=results) -> None:
+    def run(repeats: int, results: list = results) -> None:
         for _ in range(repeats):
             graph.replay()
         torch.cuda.synchronize()
@@ -190,7 +192,7 @@ def dispatched(function: Callable, sets: list) -> Callable:
     return run
 
 
-def quantize_row(m: int, k: int, options) -> dict:
+def quantize_row(m: int, k: int, options: SimpleNamespace) -> dict:
     """Measures the quantisation along both axes, beside a copy of as many bytes (2 read and 2 written per value)."""
     import jax
     import jax.numpy as jnp
@@ -217,9 +219,10 @@ def quantize_row(m: int, k: int, options) -> dict:
     return {"op": "quantize", "shape": [m, k], "work": 4 * m * k, "error": wrong, "microseconds": microseconds}
 
 
-def measured(sides: dict[str, Callable], n_sets: int, options) -> dict[str, float]:
+def measured(sides: dict[str, Callable], n_sets: int, options: SimpleNamespace) -> dict[str, float]:
     """Median microseconds per call of each side, the sides in turns."""
-    repeats, taken = {}, {name: [] for name in sides}
+    repeats: dict[str, int] = {}
+    taken: dict[str, list[float]] = {name: [] for name in sides}
     for run in sides.values():  # the clocks rise
         begin = time.perf_counter()
         while time.perf_counter() - begin < 3 * options.seconds:
@@ -240,7 +243,8 @@ def alone(function: Callable, sets: list, repeats: int = 5) -> float:
     """Median microseconds per set of the kernels that `function` runs, without their dispatch."""
     from jax.experimental.mosaic.gpu import profiler
 
-    times = [sum(ms for _, ms in profiler.measure(function, aggregate=False)(sets)[1]) for _ in range(repeats)]
+    measure: Any = profiler.measure(function, aggregate=False)
+    times = [sum(ms for _, ms in measure(sets)[1]) for _ in range(repeats)]
     return statistics.median(times) * 1e3 / len(sets)
 
 

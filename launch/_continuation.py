@@ -3,11 +3,16 @@
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 from ml_collections import ConfigDict
 
 from deepseek_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from deepseek_jax.data.tokenizer import Tokenizer
 
 SAMPLE = "    def __init__(self"  # what the model continues when a run has ended
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could upset a terminal
@@ -60,7 +65,7 @@ def show_sample(config: ConfigDict, workdir: Path) -> None:
         print(f"no sample: {error}")
 
 
-def show(tokens, tokenizer) -> list[float]:
+def show(tokens: Iterator[int], tokenizer: "Tokenizer") -> list[float]:
     """Prints the tokens' text as they come; returns when each came."""
     from deepseek_jax.serve.text import TextStream
 
@@ -72,7 +77,7 @@ def show(tokens, tokenizer) -> list[float]:
     return times_s
 
 
-def write(text: str, to=None) -> None:
+def write(text: str, to: TextIO | None = None) -> None:
     """Prints a piece at once, on standard output unless another stream is given.
 
     A terminal gets no control characters, which a byte model may well make.

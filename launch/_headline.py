@@ -1,11 +1,18 @@
 """The lines that a run prints before its first step."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
+if TYPE_CHECKING:
+    from deepseek_jax.data.pipeline import Split
+    from deepseek_jax.train.step import Trainer
 
-def headline(config: ConfigDict, trainer, training, held_out, workdir: Path, start: int) -> str:
+
+def headline(
+    config: ConfigDict, trainer: "Trainer", training: "Split", held_out: "Split | None", workdir: Path, start: int
+) -> str:
     """The lines printed before the first step."""
     import jax
 
@@ -21,7 +28,7 @@ def headline(config: ConfigDict, trainer, training, held_out, workdir: Path, sta
     )
 
 
-def about_text(config: ConfigDict, training, held_out) -> list[str]:
+def about_text(config: ConfigDict, training: "Split", held_out: "Split | None") -> list[str]:
     """The lines on the text: how much there is, what is held out, and of a user's own text what is done with it."""
     data = config.data
     size = f"{training.n_tokens / 1e6:,.1f}M" if training.n_tokens >= 1e5 else f"{training.n_tokens:,}"

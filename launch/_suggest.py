@@ -4,6 +4,8 @@ import json
 import math
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
@@ -11,10 +13,19 @@ from deepseek_jax import run_config
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch._tables import print_table
 
+if TYPE_CHECKING:
+    from deepseek_jax.chips import Chip
+    from deepseek_jax.plan.activations import CachedActivations
+    from deepseek_jax.plan.figures import Section
+    from deepseek_jax.plan.job import Job
+    from deepseek_jax.plan.recipes import Recipe
+    from deepseek_jax.plan.report import PlannedModel
+    from deepseek_jax.plan.suggest import Space, Suggestion
+
 RUNS_TODAY, NOT_YET = 3, 2  # suggestions of each kind
 
 
-def only(config: ConfigDict, options, subject) -> int:
+def only(config: ConfigDict, options: SimpleNamespace, subject: "PlannedModel") -> int:
     """Prints suggestions in place of a plan; returns the exit code."""
     from deepseek_jax.chips import chip
     from deepseek_jax.parallel.mesh import sizes
@@ -38,7 +49,7 @@ def only(config: ConfigDict, options, subject) -> int:
     return 0
 
 
-def show(section) -> None:
+def show(section: "Section") -> None:
     """Prints a section as a table; where there are several figures in a row, the notes stand under it."""
     names, several = [column.name for column in section.columns], len(section.columns) > 1
     rows = [
@@ -50,7 +61,9 @@ def show(section) -> None:
         print(f"  {row.label.partition(' ')[0]} {row.note}")
 
 
-def sections(config: ConfigDict, options, subject, devices: int, *, is_opened: bool = False) -> list:
+def sections(
+    config: ConfigDict, options: SimpleNamespace, subject: "PlannedModel", devices: int, *, is_opened: bool = False
+) -> list:
     """What train can run today, and what would be faster; where nothing fits, on how many devices something would.
 
     `is_opened`: whether the verdict of the fastest that runs today comes first.
@@ -78,7 +91,7 @@ def sections(config: ConfigDict, options, subject, devices: int, *, is_opened: b
     return found
 
 
-def none_fits(space, least: int):
+def none_fits(space: "Space", least: int) -> "Section":
     """What is said where nothing that `train` can run fits: on how many devices something would."""
     from deepseek_jax.plan import figures
     from deepseek_jax.plan.suggest import MOST_DEVICES
@@ -91,7 +104,7 @@ def none_fits(space, least: int):
     return figures.column("suggested", f"no mesh that train runs today fits on {space.devices:,}", [row])
 
 
-def space_of(config: ConfigDict, options, subject, devices: int):
+def space_of(config: ConfigDict, options: SimpleNamespace, subject: "PlannedModel", devices: int) -> "Space":
     """What may be chosen on so many devices, of what `train` can run today."""
     from deepseek_jax.chips import chip
     from deepseek_jax.plan.suggest import Space
@@ -113,21 +126,21 @@ def space_of(config: ConfigDict, options, subject, devices: int):
     )
 
 
-def later_recipes(config: ConfigDict, chip) -> list:
+def later_recipes(config: ConfigDict, chip: "Chip") -> list:
     """The recipe to plan with beyond what runs today: V3's where the chip computes faster in FP8."""
     if chip.fp8 > chip.bf16:
         return [recipe_of(config, "v3", "bf16", "block")]
     return [recipe_of(config, "bf16", "bf16", remat) for remat in ("none", "block")]
 
 
-def recipe_of(config: ConfigDict, name: str, precision: str, remat: str):
+def recipe_of(config: ConfigDict, name: str, precision: str, remat: str) -> "Recipe":
     """A recipe with the config's moments."""
     from deepseek_jax.plan.recipes import recipe
 
     return recipe(name, precision=precision, moments_dtype=config.optimizer.moments_dtype, remat=remat)
 
 
-def kept_of(config: ConfigDict, subject):
+def kept_of(config: ConfigDict, subject: "PlannedModel") -> "CachedActivations":
     """A function that says what a layer of each stack keeps under a job, each derivative made once."""
     from deepseek_jax.models import family
     from deepseek_jax.plan.activations import CachedActivations
@@ -136,7 +149,7 @@ def kept_of(config: ConfigDict, subject):
     return CachedActivations(module, module.Config.from_config(config.model), subject.network)
 
 
-def hindrances(config: ConfigDict, job) -> list[str]:
+def hindrances(config: ConfigDict, job: "Job") -> list[str]:
     """Why `deepseek-jax train` cannot run a job today: what is not written yet, or the batch does not divide."""
     from deepseek_jax import run
     from deepseek_jax.plan.suggest import missing
@@ -150,13 +163,13 @@ def hindrances(config: ConfigDict, job) -> list[str]:
     return found
 
 
-def words(config: ConfigDict, space, suggestion) -> str:
+def words(config: ConfigDict, space: "Space", suggestion: "Suggestion") -> str:
     """What is said on the command line to get a suggestion: the keys that differ from the config."""
     from deepseek_jax.plan.suggest import missing, schedule_name
 
     job = suggestion.job
     at, dtype = job.layout, "bf16" if job.recipe.activations == 2 else "fp32"
-    chosen = {"mesh.pipe": at.pipe, "mesh.expert": at.expert, "run.micro_batches": at.micro_batches}
+    chosen: dict[str, Any] = {"mesh.pipe": at.pipe, "mesh.expert": at.expert, "run.micro_batches": at.micro_batches}
     chosen |= {"mesh.data": at.data} if config.mesh.data != -1 else {}
     is_constant = suggestion.batch_start == at.batch and not config.batch.size_start
     chosen |= {"batch.size": at.batch, "batch.size_start": 0 if is_constant else suggestion.batch_start}

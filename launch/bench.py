@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
@@ -26,6 +27,9 @@ from deepseek_jax import run_config
 from deepseek_jax.bounds import path, whole
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _bench_kernels, _options
+
+if TYPE_CHECKING:
+    from deepseek_jax.data.pipeline import Batch
 
 EXTRA = {
     "turns": (int, 15, "times that each side is measured", whole(1, 10**6)),
@@ -45,10 +49,10 @@ def main(argv: list[str]) -> int:
         raise UserError(f"bench {subject or ''}: no such bench. Give: deepseek-jax bench train, or bench kernels")
     config = run_config.validate(options.config)
     with contextlib.ExitStack() as stack:
-        sides = {"deepseek_jax": Ours(config)}
+        sides: dict[str, Any] = {"deepseek_jax": Ours(config)}
         if options.peer:
             sides["transformers"] = stack.enter_context(Peer(config, options.peer_python))
-        seconds = {name: [] for name in sides}
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
         for turn in range(options.turns + 1):
             for name, side in sides.items():
                 taken = side.run(options.steps)
@@ -85,7 +89,7 @@ class Ours:
         self.device = jax.devices()[0].device_kind
         self.title = f"deepseek_jax, jax {jax.__version__}, {self.device}; compiled in {self.compile_seconds:.1f} s"
 
-    def batch(self):
+    def batch(self) -> "Batch":
         """A batch of random tokens on the mesh."""
         import numpy as np
 
@@ -132,7 +136,7 @@ class Peer:
         pipe = subprocess.PIPE
         self.complaints = tempfile.TemporaryFile("w+", errors="replace")  # a pipe that nobody reads may fill up
         try:
-            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.complaints, text=True)
+            self.process: Any = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.complaints, text=True)
         except OSError as error:
             self.complaints.close()
             raise UserError(f"--peer-python={python}: cannot be run ({error.strerror}). Give a Python.") from error

@@ -21,7 +21,10 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from ml_collections import ConfigDict
 
 from deepseek_jax.bounds import SEED, STEPS, number, path, whole
 from deepseek_jax.errors import UserError
@@ -29,6 +32,7 @@ from deepseek_jax.launch import _options
 from deepseek_jax.launch._continuation import write
 
 if TYPE_CHECKING:
+    from deepseek_jax.language_model import LanguageModel
     from deepseek_jax.serve.dialogue import Dialogue, Piece
 
 FLAGS = {
@@ -52,9 +56,7 @@ def main(argv: list[str]) -> int:
     options = _options.parse(argv, extra=FLAGS, config=False)
     source = getattr(options, "from") or options.workdir
     if not source or (getattr(options, "from") and options.workdir):
-        raise UserError(
-            "expected --from=DIR for published weights or --workdir=RUN for a run of your own: one of them."
-        )
+        raise UserError("expected --from=DIR for published weights, or --workdir=RUN for a run of yours: one of them.")
 
     from deepseek_jax.compat import start_compilation_cache
     from deepseek_jax.language_model import load
@@ -83,7 +85,7 @@ def template_name(tokenizer: str, source: Path | str, given: str) -> str:
     return chat.template_for(folder, given, model=str(source))
 
 
-def drawing_of(config) -> dict[str, float]:
+def drawing_of(config: ConfigDict) -> dict[str, float]:
     """Returns the temperature and top_p of a model's generation_config.json, or `DRAWING`'s where it has none."""
     from deepseek_jax import release
 
@@ -94,7 +96,7 @@ def drawing_of(config) -> dict[str, float]:
     return DRAWING | {key: float(n) for key, n in numbers.items() if isinstance(n, int | float)}
 
 
-def open_dialogue(model, name: str, options) -> "Dialogue":
+def open_dialogue(model: "LanguageModel", name: str, options: SimpleNamespace) -> "Dialogue":
     """Returns a `Dialogue` with a model, drawing as the options say."""
     from deepseek_jax.data import chat
     from deepseek_jax.serve.dialogue import Dialogue
@@ -102,7 +104,7 @@ def open_dialogue(model, name: str, options) -> "Dialogue":
     given = {"temperature": options.temperature, "top_p": options.top_p}
     drawing = drawing_of(model.config) | {key: number for key, number in given.items() if number is not None}
 
-    def stream(ids: list[int], **limits) -> Iterator[int]:
+    def stream(ids: list[int], **limits: Any) -> Iterator[int]:
         return model.stream(ids, **limits, **drawing, seed=options.seed)
 
     return Dialogue(
@@ -249,7 +251,7 @@ def _stopping(dialogue: "Dialogue") -> Iterator[None]:
     """Ctrl-C stops the answer between two tokens, so that no compilation is torn apart; twice, it leaves at once."""
     is_pressed = False
 
-    def press(signum, frame) -> None:
+    def press(signum: int, frame: FrameType | None) -> None:
         nonlocal is_pressed
         if is_pressed:
             raise KeyboardInterrupt

@@ -19,12 +19,20 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from deepseek_jax.bounds import one_of
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
 from deepseek_jax.launch._progress import Progress
 from deepseek_jax.units import binary, duration
+
+if TYPE_CHECKING:
+    import jax
+
+    from deepseek_jax.convert.hf import Source
+    from deepseek_jax.convert.safetensors.read import Tensors
+    from deepseek_jax.train.checkpoint.streamed import StreamedStep
 
 DTYPES = {"keep": None, "bf16": "bfloat16", "fp32": "float32"}
 FLAGS = {
@@ -72,6 +80,7 @@ def convert(source: Path, workdir: Path, dtype: str) -> None:
         return check_others(release.files(config), workdir)
     pieces = Source(published, abstract_weights(config))
     arrays = arrays_to_write(pieces.abstract, DTYPES[dtype])
+    assert published.tensors is not None  # else `Source` has raised
     plan = planned(checkpoints, arrays, published.tensors, DTYPES[dtype])
     print(f"{source}: family {config.family}, {plan}", flush=True)
     with StreamedStep(checkpoints, STEP, arrays, origin, watch=Progress) as step:
@@ -97,14 +106,14 @@ def arrays_to_write(abstract: dict, dtype: str | None) -> dict[str, tuple]:
 
     from deepseek_jax.train.checkpoint import tree
 
-    def kind(name: str, leaf) -> np.dtype:
+    def kind(name: str, leaf: "jax.ShapeDtypeStruct") -> np.dtype:
         return np.dtype(dtype if dtype and name.startswith("params/") else leaf.dtype)
 
     leaves = tree.flatten(abstract, leaf_types=object)
     return {name: (leaf.shape, kind(name, leaf)) for name, leaf in leaves.items()}
 
 
-def planned(checkpoints: Path, arrays: dict[str, tuple], tensors, dtype: str | None) -> str:
+def planned(checkpoints: Path, arrays: dict[str, tuple], tensors: "Tensors", dtype: str | None) -> str:
     """Returns what a conversion takes, as text. Raises UserError if the disk has too little space."""
     from deepseek_jax.train.checkpoint.streamed import PENDING_BYTES
 
@@ -114,7 +123,7 @@ def planned(checkpoints: Path, arrays: dict[str, tuple], tensors, dtype: str | N
     return f"{n_bytes / 1e9:,.2f} GB to write, memory at most {binary(bound)}"
 
 
-def report_earlier_start(step, workdir: Path) -> None:
+def report_earlier_start(step: "StreamedStep", workdir: Path) -> None:
     """Reports what an earlier start has written of a step, and what of it is damaged."""
     if step.n_damaged:
         print(f"{step.n_damaged} pieces of an earlier start are damaged: they are written again", file=sys.stderr)
@@ -123,7 +132,7 @@ def report_earlier_start(step, workdir: Path) -> None:
         print(f"resuming an earlier start: {share:.0%} of {workdir} is written already", flush=True)
 
 
-def write(pieces, step, arrays: dict[str, tuple]) -> float:
+def write(pieces: "Source", step: "StreamedStep", arrays: dict[str, tuple]) -> float:
     """Writes all pieces that a step does not have yet; returns the seconds that it took."""
 
     def is_done(path: tuple[str, ...], index: tuple[int, ...]) -> bool:
@@ -144,7 +153,7 @@ def describe(source: Path, dtype: str) -> str:
     """A line that is the same for the same conversion: where from, as what, and a hash of names, sizes and times."""
     import deepseek_jax
 
-    parts = [dtype, deepseek_jax.__version__]
+    parts: list[Any] = [dtype, deepseek_jax.__version__]
     for file in sorted(source.iterdir()):
         if file.suffix in (".json", ".safetensors") and file.is_file():
             status = file.stat()
@@ -176,7 +185,7 @@ def is_there(checkpoints: Path, origin: str) -> bool:
     raise UserError(f"{checkpoints} holds checkpoints of something else, steps {steps}. Give another --workdir.")
 
 
-def check_others(files: dict[str, Path], workdir: Path) -> None:
+def check_others(files: dict[str, Path | bytes], workdir: Path) -> None:
     """Reports that a finished conversion is intact.
 
     Missing small files beside it are copied again; those that differ from the source's are reported by name.
@@ -185,7 +194,8 @@ def check_others(files: dict[str, Path], workdir: Path) -> None:
 
     missing = {name: content for name, content in files.items() if not (workdir / name).is_file()}
     copy_files(missing, workdir)
-    differing = [name for name, file in files.items() if (workdir / name).read_bytes() != file.read_bytes()]
+    contents = {name: file.read_bytes() if isinstance(file, Path) else file for name, file in files.items()}
+    differing = [name for name, content in contents.items() if (workdir / name).read_bytes() != content]
     if differing:
         print(f"warning: other than in the source: {', '.join(differing)} in {workdir}", file=sys.stderr)
     copied = f"{', '.join(missing)} copied again" if missing else "nothing to do"
@@ -206,7 +216,7 @@ def check_space(checkpoints: Path, n_bytes: int) -> None:
         )
 
 
-def memory_bound(tensors, dtype: str | None) -> int:
+def memory_bound(tensors: "Tensors", dtype: str | None) -> int:
     """Bytes that the largest tensor takes as it is converted: read, and once more if it is cast."""
     import numpy as np
 

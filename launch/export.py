@@ -16,12 +16,16 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from deepseek_jax.bounds import one_of
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
 from deepseek_jax.launch._progress import Progress
 from deepseek_jax.units import binary, duration
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DTYPES = ("bf16", "fp32", "fp8", "fp8_ue8m0", "fp8_e8m0", "keep")
 FLAGS = {
@@ -65,7 +69,7 @@ def export(workdir: Path, target: Path, dtype: str) -> None:
     }
     abstract = {"params": {}, "router_bias": {}} | unflatten_dict(saved, sep="/")
 
-    def get(path: tuple[str, ...], index: tuple[int, ...]):
+    def get(path: tuple[str, ...], index: tuple[int, ...]) -> "np.ndarray":
         return reader("/".join(path), index)
 
     with Progress("export", published_bytes(abstract)) as progress:
@@ -111,7 +115,7 @@ def published_bytes(abstract: dict) -> int:
 
     sizes = {}
     for tensor in names.tensors(abstract):
-        leaf = abstract
+        leaf: Any = abstract
         for key in tensor.places[0][0]:
             leaf = leaf[key]
         sizes[tensor.name] = math.prod(tensor.shape) * leaf.dtype.itemsize

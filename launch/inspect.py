@@ -12,7 +12,7 @@ The mesh may be of any size: its devices need not be here. Without --devices, --
 # deepseek_jax.launch.inspect, and no file of this folder is meant to be run by its path.
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -22,6 +22,9 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
 from deepseek_jax.launch._tables import print_table
 from deepseek_jax.units import binary
+
+if TYPE_CHECKING:
+    from deepseek_jax.parallel.sharding import Placement
 
 DEFAULT = "tiny_v3"
 HEADER = ("weight", "shape", "dtype", "logical axes", "split over", "weight/device", "optimizer/device")
@@ -105,7 +108,7 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
     places = placements(axes, params, config.sharding.to_dict(), mesh)
     moments_dtype = config.optimizer.moments_dtype
 
-    def weight(path: tuple, array: jax.ShapeDtypeStruct, logical: tuple, place) -> Weight:
+    def weight(path: tuple, array: jax.ShapeDtypeStruct, logical: tuple, place: "Placement") -> Weight:
         moment = jax.ShapeDtypeStruct(array.shape, moments_dtype)
         return Weight(
             *(dotted(path), array.shape, str(array.dtype), logical, tuple(place.spec)),

@@ -25,7 +25,10 @@ Pipelines can be planned, not yet run. In one, config.run.micro_batches=1 stands
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
@@ -36,6 +39,11 @@ from deepseek_jax.launch import _options, _suggest
 from deepseek_jax.launch._tables import print_table
 from deepseek_jax.paths import check_local
 from deepseek_jax.plan.published import RUNS, Run
+
+if TYPE_CHECKING:
+    from deepseek_jax.plan.figures import Section
+    from deepseek_jax.plan.job import Job
+    from deepseek_jax.plan.report import PlannedModel, PlanOptions
 
 DEFAULT = "v3_671b"
 EXTRA = {
@@ -97,21 +105,23 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def name_chips(options) -> None:
+def name_chips(options: SimpleNamespace) -> None:
     """Splits a chip that says how many ("8xh100", "v5p-512") into `options.chip` and `options.devices`.
 
     Raises UserError if --devices says another number.
     """
     from deepseek_jax.chips import chips_of
 
-    found, count = chips_of(options.chip) if options.chip else (None, 0)
+    if not options.chip:
+        return
+    found, count = chips_of(options.chip)
     if count and options.devices not in (0, count):
         raise UserError(f"--chip={options.chip} names {count} chips, --devices={options.devices}. Give one of them.")
     if count:
         options.chip, options.devices = found.name, count
 
 
-def subject_of(config: ConfigDict, *, is_whole: bool = True):
+def subject_of(config: ConfigDict, *, is_whole: bool = True) -> "PlannedModel":
     """The network of a config and what is known of it; nothing was published of one whose model was changed."""
     from deepseek_jax.models import family
     from deepseek_jax.plan.counts import count
@@ -125,7 +135,7 @@ def subject_of(config: ConfigDict, *, is_whole: bool = True):
     return PlannedModel(config.name, network, count(network), cache_bytes_per_token(module, sizes), run)
 
 
-def job_of(config: ConfigDict, options, subject):
+def job_of(config: ConfigDict, options: SimpleNamespace, subject: "PlannedModel") -> "Job":
     """The network, divided as the command line, the config and the published run say."""
     from deepseek_jax.chips import chip
     from deepseek_jax.plan.job import Job
@@ -164,7 +174,7 @@ def job_of(config: ConfigDict, options, subject):
     )
 
 
-def question_of(config: ConfigDict, options, subject, job):
+def question_of(config: ConfigDict, options: SimpleNamespace, subject: "PlannedModel", job: "Job") -> "PlanOptions":
     """What is asked about the job."""
     from deepseek_jax.models import family
     from deepseek_jax.plan.activations import kept
@@ -197,7 +207,7 @@ def question_of(config: ConfigDict, options, subject, job):
     )
 
 
-def is_published(run: Run, job) -> bool:
+def is_published(run: Run, job: "Job") -> bool:
     """Whether a job is divided as the published run was, on the same chips."""
     from deepseek_jax.chips import CHIPS
 
@@ -206,7 +216,7 @@ def is_published(run: Run, job) -> bool:
     return ours == (CHIPS[run.chip], run.devices, run.pipe, run.expert, run.batch, run.seq_len)
 
 
-def title(config: ConfigDict, options, job) -> str:
+def title(config: ConfigDict, options: SimpleNamespace, job: "Job") -> str:
     """The line above the tables."""
     at = job.layout
     mesh = f"pipe {at.pipe} x data {at.data} x expert {at.expert}"
@@ -214,7 +224,7 @@ def title(config: ConfigDict, options, job) -> str:
     return f"{config.name} on {at.devices:,} {job.chip.name}: {mesh}{pipeline}, recipe {options.recipe}"
 
 
-def header(config: ConfigDict, options, job) -> dict:
+def header(config: ConfigDict, options: SimpleNamespace, job: "Job") -> dict:
     """What was planned, for JSON."""
     at = job.layout
     mesh = {"pipe": at.pipe, "data": at.data, "expert": at.expert}
@@ -222,7 +232,7 @@ def header(config: ConfigDict, options, job) -> dict:
     return {"config": config.name, "family": config.family, "chip": job.chip.name, "mesh": mesh, **chosen}
 
 
-def show(line: str, sections, fitted_to: str) -> None:
+def show(line: str, sections: "Sequence[Section]", fitted_to: str) -> None:
     """Prints the sections as tables, marks in a column or under the heads of several, and what the marks mean."""
     print(line)
     for section in sections:
@@ -242,7 +252,7 @@ def show(line: str, sections, fitted_to: str) -> None:
     )
 
 
-def draw(job, ranks: list[dict[str, float]], name: str, path: Path) -> None:
+def draw(job: "Job", ranks: list[dict[str, float]], name: str, path: Path) -> None:
     """A bar for each device along the pipeline, part on part, and the chip's memory as a line."""
     try:
         from matplotlib.figure import Figure

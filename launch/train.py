@@ -24,6 +24,7 @@ import os
 import shlex
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
@@ -33,6 +34,13 @@ from deepseek_jax.launch._continuation import show_sample
 from deepseek_jax.launch._headline import headline
 from deepseek_jax.launch._progress import Progress
 from deepseek_jax.paths import check_writable
+
+if TYPE_CHECKING:
+    from deepseek_jax.parallel.peers import Peers
+    from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
+    from deepseek_jax.train.metrics import Metrics
+    from deepseek_jax.train.step import Trainer
+    from deepseek_jax.train.stop import StopRequest
 
 DEFAULT = "tiny_v3"
 EXTRA = {"sample": (bool, True, "end with a generated sample")}
@@ -100,7 +108,7 @@ def advice(workdir: Path, again: str) -> str:
     return f"{newest} in {checkpoints}. Start again with: {again}"
 
 
-def train(config: ConfigDict, workdir: Path, stop, again: str, peers) -> bool:
+def train(config: ConfigDict, workdir: Path, stop: "StopRequest", again: str, peers: "Peers") -> bool:
     """Trains until the last step or until `stop` is asked for; returns whether the last state has been saved."""
     import jax
 
@@ -130,15 +138,16 @@ def train(config: ConfigDict, workdir: Path, stop, again: str, peers) -> bool:
             if start >= config.loop.steps:
                 metrics.message(f"This run has reached step {start}. To continue: --config.loop.steps={2 * start}")
                 return True
-            text = {"training": training, "held_out": held_out}
-            kept = {"checkpoints": checkpoints, "metrics": metrics, "meta": meta}
             when = LoopConfig(**config.loop, checkpoint_every=config.checkpoint.every)
-            loop = Loop(trainer, ramp, when, **text, **kept)
+            kept: dict[str, Any] = {"checkpoints": checkpoints, "metrics": metrics, "meta": meta}
+            loop = Loop(trainer, ramp, when, training=training, held_out=held_out, **kept)
             state = loop.run(state or run.first_state(config, trainer, workdir, metrics.message), stop)
             return report_end(int(state["step"]), config.loop.steps, checkpoints, metrics, again)
 
 
-def resumed(config: ConfigDict, trainer, checkpoints, text: str, workdir: Path) -> tuple[int, dict | None, list[str]]:
+def resumed(
+    config: ConfigDict, trainer: "Trainer", checkpoints: "Checkpointer", text: str, workdir: Path
+) -> tuple[int, dict | None, list[str]]:
     """Returns the step of the latest checkpoint, its state, and what the config has changed since.
 
     Without a checkpoint: (0, None, []).
@@ -179,7 +188,7 @@ def prepare(config: ConfigDict, workdir: Path) -> tuple:
     return trainer, ramp, *open_splits(seed=config.seed, watch=Progress, **data)
 
 
-def report_end(done: int, steps: int, checkpoints, metrics, again: str) -> bool:
+def report_end(done: int, steps: int, checkpoints: "Checkpointer", metrics: "Metrics", again: str) -> bool:
     """Reports where the checkpoint is and how to resume; returns whether the last step has been saved."""
     is_saved = checkpoints.wait() and checkpoints.latest() == done
     if is_saved:

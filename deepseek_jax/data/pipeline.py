@@ -37,18 +37,19 @@ BOUNDS = {
 }
 
 
+Array = Any  # of numpy on the host, of jax on the devices
 Side = Packing | ConversationPacking  # training or held-out
 
 
 class Batch(NamedTuple):
     """Rows of tokens and their targets; int32 arrays, and float32 weights."""
 
-    ids_BT: np.ndarray  # tokens
-    targets_BT: np.ndarray  # next tokens; -1 if there is none
-    segments_BT: np.ndarray  # tokens attend to each other within a segment; segment 0 is padding
-    positions_BT: np.ndarray  # positions for the rotary angles
+    ids_BT: Array  # tokens
+    targets_BT: Array  # next tokens; -1 if there is none
+    segments_BT: Array  # tokens attend to each other within a segment; segment 0 is padding
+    positions_BT: Array  # positions for the rotary angles
     # weight of each target in the loss: 1 in pre-training; 0 for context only, and without a target
-    weights_BT: np.ndarray
+    weights_BT: Array
 
     @classmethod
     def of_windows(cls, windows: np.ndarray) -> "Batch":

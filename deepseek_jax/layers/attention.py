@@ -7,6 +7,7 @@ blocks, and the blocks of a long sequence are recomputed in the backward pass: m
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def causal_attention(
     """
     n_tokens = q_BTHQ.shape[1]
     block = block or min(max(n_tokens // 8, 128), 512)
-    attend = functools.partial(_attend, scale=scale)
+    attend: Callable[..., jax.Array] = functools.partial(_attend, scale=scale)
     if n_tokens > RECOMPUTED_FROM:
         attend = jax.checkpoint(attend)
     outputs = []

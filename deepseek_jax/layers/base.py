@@ -97,7 +97,7 @@ def stack(build: Callable[[nnx.Rngs], nnx.Module], n: int, rngs: nnx.Rngs) -> nn
     """
 
     @nnx.split_rngs(splits=n)
-    @nnx.vmap(in_axes=(nnx.StateAxes({...: 0}),), out_axes=0)
+    @nnx.vmap(in_axes=(nnx.StateAxes({...: 0}),), out_axes=0)  # type: ignore[arg-type]  # its own documented form
     def create(layer_rngs: nnx.Rngs) -> nnx.Module:
         return build(layer_rngs)
 
@@ -158,7 +158,7 @@ def remat(body: Callable, policy: str) -> Callable:
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
     """A module as (definition, trained weights, router biases), the last two plain nested dicts with string keys."""
-    definition, params, router_bias = nnx.split(module, nnx.Param, RouterBias)
+    definition, params, router_bias = nnx.split(module, nnx.Param, RouterBias)  # type: ignore[misc]  # three parts
     return definition, _named(nnx.to_pure_dict(params)), _named(nnx.to_pure_dict(router_bias))
 
 

@@ -103,7 +103,7 @@ class Decoder(nnx.Module):
 
         kept, statistics = {}, {}
         for name in self.stacks if part is None else part:
-            cached, layers = cache and cache[name], part and part[name]
+            cached, layers = cache and cache[name], None if part is None else part[name]
             x_BTD, (kept[name], statistics[name]) = run_stack(
                 getattr(self, name), x_BTD, self.run, call, cached, layers
             )

@@ -3,6 +3,7 @@
 Gathers are paired with their inverse, so that the backward pass gathers too and never scatters.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -62,7 +63,7 @@ def to_rows(x_MD: jax.Array, order: Order) -> jax.Array:
 @jax.custom_vjp
 def to_tokens(y_AD: jax.Array, order: Order) -> jax.Array:
     """y_MD: the sum of each token's rows."""
-    return sum(y_AD[order.row_MK[:, k]] for k in range(order.row_MK.shape[1]))
+    return functools.reduce(jnp.add, (y_AD[order.row_MK[:, k]] for k in range(order.row_MK.shape[1])))
 
 
 @jax.custom_vjp

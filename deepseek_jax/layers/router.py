@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import normal
+from jax.typing import ArrayLike
 
 from deepseek_jax.layers.base import RouterBias, param
 
@@ -174,7 +175,8 @@ def updated_bias(bias: jax.Array, load: jax.Array, rate: float | jax.Array) -> j
     return bias + rate * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
 
 
-def max_violation(load: jax.Array) -> jax.Array:
+def max_violation(load: ArrayLike) -> jax.Array:
     """MaxVio = (max load - mean load) / mean load over the last axis: 0 when balanced, or when nothing was routed."""
+    load = jnp.asarray(load)
     mean = jnp.mean(load, axis=-1)
     return jnp.where(mean > 0, (jnp.max(load, axis=-1) - mean) / jnp.where(mean > 0, mean, 1), 0)

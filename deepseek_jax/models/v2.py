@@ -13,6 +13,7 @@ Paper: DeepSeek-V2, arXiv 2405.04434, section 2; V2-Lite: appendix B; Coder-V2, 
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 from flax import nnx
 from ml_collections import ConfigDict
@@ -58,7 +59,7 @@ class Model(Decoder):
 
     def __init__(self, c: Config, run: Execution = SINGLE_DEVICE, *, rngs: nnx.Rngs):
         e = c.experts
-        groups = {"n_groups": e.n_groups, "top_groups": e.top_groups}
+        groups: dict[str, Any] = {"n_groups": e.n_groups, "top_groups": e.top_groups}
         route = functools.partial(softmax_topk, top_k=e.top_k, scale=e.route_scale, **groups)
         balance = functools.partial(grouped_balance, **groups)
 

@@ -62,8 +62,9 @@ class Model(Decoder):
 
     def __init__(self, c: Config, run: Execution = SINGLE_DEVICE, *, rngs: nnx.Rngs):
         e = c.experts
-        groups = {"n_groups": e.n_groups, "top_groups": e.top_groups}
-        route = functools.partial(sigmoid_biased_topk, top_k=e.top_k, scale=e.route_scale, **groups)
+        route = functools.partial(
+            sigmoid_biased_topk, top_k=e.top_k, n_groups=e.n_groups, top_groups=e.top_groups, scale=e.route_scale
+        )
 
         def attention(rngs: nnx.Rngs) -> MLA:
             return MLA(c.mla, c.d_model, run, rngs=rngs)

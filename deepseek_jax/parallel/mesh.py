@@ -6,11 +6,12 @@ over both together: as in DeepSeek's layout, expert ranks hold different tokens.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.errors import UserError
@@ -20,6 +21,7 @@ ALL = (DATA, EXPERT)  # all devices: what is summed once for the whole run
 REPLICAS = (DATA, EXPERT)  # devices that share out a batch, with the same layers
 BATCH = P(REPLICAS)  # a leading axis split over them
 REPLICATED = P()
+AnyMesh = Mesh | AbstractMesh  # where only sizes matter
 
 
 def make_mesh(data: int = -1, expert: int = 1, devices: list | None = None, pipe: int = 1) -> Mesh:
@@ -70,7 +72,7 @@ def sizes(pipe: int, data: int, expert: int, n_devices: int) -> dict[str, int]:
     return {"pipe": pipe, DATA: data if data != -1 else max(n_devices // rest, 1), EXPERT: expert}
 
 
-def size(mesh: Mesh, axes: tuple[str, ...]) -> int:
+def size(mesh: AnyMesh, axes: tuple[str, ...]) -> int:
     """Number of devices along `axes` together."""
     return math.prod(mesh.shape[axis] for axis in axes)
 
@@ -83,17 +85,17 @@ def per_device(function: Callable, mesh: Mesh, in_specs: object, out_specs: obje
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def total(x: object, axes: tuple[str, ...] = ALL) -> object:
+def total(x: Any, axes: tuple[str, ...] = ALL) -> Any:
     """The sum over the devices along `axes` of every array in `x`; inside `per_device` only."""
     return jax.lax.psum(x, axes)
 
 
-def place(tree: object, mesh: Mesh, specs: object) -> object:
+def place(tree: Any, mesh: Mesh, specs: Any) -> Any:
     """The host or device arrays of `tree` laid out on `mesh` as `specs` (a tree like it) says."""
     return jax.device_put(tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
 
 
-def global_batch(local: object, mesh: Mesh) -> object:
+def global_batch(local: Any, mesh: Mesh) -> Any:
     """One global array per host array of `local`, the rows of all processes in order, split over all devices."""
     sharding = NamedSharding(mesh, BATCH)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), local)

@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 
@@ -36,7 +36,10 @@ class Stop(Protocol):
     """What is known of requests to stop: `train.stop.StopRequest`."""
 
     is_running: bool
-    exit_code: int
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell shows for a program that the signal has ended."""
 
 
 class Peers:
@@ -49,7 +52,7 @@ class Peers:
     def __init__(self, advice: Callable[[], str], leave: Callable[[int], None] = os._exit):
         self._advise, self._leave = advice, leave
         self.index, self.count = jax.process_index(), jax.process_count()
-        self._store = compat.process_store() if self.count > 1 else None
+        self._store: Any = compat.process_store() if self.count > 1 else None
         self._over = threading.Event()
         self._leaving, self._publishing = threading.Lock(), threading.Lock()
         self._heard_s = self._answered_s = time.monotonic()
@@ -174,7 +177,7 @@ class Guard:
             self.peers.leave(1, f"{first_line(error)}. {self.peers.advice()}")
 
 
-def is_transfer_failure(error: Exception) -> bool:
+def is_transfer_failure(error: BaseException) -> bool:
     """Says whether an error of JAX's runtime is about other processes, and not about this one's memory or programs."""
     text = str(error).lower()
     if not isinstance(error, jax.errors.JaxRuntimeError) or text.startswith(("resource_exhausted", "invalid_argument")):

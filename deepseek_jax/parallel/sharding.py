@@ -14,11 +14,10 @@ from dataclasses import dataclass
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.parallel.mesh import REPLICAS, size
+from deepseek_jax.parallel.mesh import REPLICAS, AnyMesh, size
 from deepseek_jax.tree import dotted
 
 EXPERTS = "experts"
@@ -46,7 +45,7 @@ def check_rules(rules: Mapping[str, str]) -> None:
             )
 
 
-def expert_axis(rules: Mapping[str, str], mesh: Mesh) -> str | None:
+def expert_axis(rules: Mapping[str, str], mesh: AnyMesh) -> str | None:
     """The mesh axis over which the routed experts are shared out; None when every device holds them all."""
     axis = rules.get(EXPERTS)
     return axis if axis and mesh.shape[axis] > 1 else None
@@ -57,7 +56,7 @@ def is_axes(leaf: object) -> bool:
     return isinstance(leaf, tuple)
 
 
-def placements(axes: dict, shapes: dict, rules: Mapping[str, str], mesh: Mesh) -> dict:
+def placements(axes: dict, shapes: dict, rules: Mapping[str, str], mesh: AnyMesh) -> dict:
     """The `Placement` of every weight.
 
     `axes` is a tree of logical axes, one tuple per weight, `shapes` one like it of arrays or `jax.ShapeDtypeStruct`s;
@@ -74,7 +73,7 @@ def placements(axes: dict, shapes: dict, rules: Mapping[str, str], mesh: Mesh) -
     return jax.tree_util.tree_map_with_path(placement, axes, shapes, is_leaf=is_axes)
 
 
-def _placement(name: str, logical: tuple, shape: tuple, rules: Mapping[str, str], mesh: Mesh) -> Placement:
+def _placement(name: str, logical: tuple, shape: tuple, rules: Mapping[str, str], mesh: AnyMesh) -> Placement:
     split = [rules.get(axis) or None if axis else None for axis in logical]
     split = [axis if axis and mesh.shape[axis] > 1 else None for axis in split]
     for dim, axis in enumerate(split):
@@ -122,7 +121,7 @@ def state_specs(state: dict, params: dict, placements: dict) -> dict:
     return jax.tree_util.tree_map_with_path(spec, state)
 
 
-def unsharder(rules: Mapping[str, str], mesh: Mesh) -> Callable[[nnx.Module], None] | None:
+def unsharder(rules: Mapping[str, str], mesh: AnyMesh) -> Callable[[nnx.Module], None] | None:
     """A function that makes whole, in place, a module's weights that FSDP stores in shards; None if there are none.
 
     Called on a model it leaves stacked blocks alone; called on one layer of a stack it gathers that layer.
@@ -148,7 +147,7 @@ def unsharder(rules: Mapping[str, str], mesh: Mesh) -> Callable[[nnx.Module], No
     return unshard
 
 
-def bytes_per_device(array: jax.ShapeDtypeStruct, spec: P, mesh: Mesh) -> int:
+def bytes_per_device(array: jax.ShapeDtypeStruct, spec: P, mesh: AnyMesh) -> int:
     """Bytes of one device's part of an array laid out as `spec`."""
     parts = math.prod(size(mesh, axis if isinstance(axis, tuple) else (axis,)) for axis in spec if axis)
     return array.size * array.dtype.itemsize // parts

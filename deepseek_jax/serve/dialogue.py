@@ -8,7 +8,7 @@
 The template decides what the model sees of earlier answers: thoughts are dropped if it drops them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
 
 from deepseek_jax.data.chat import END_THINK, THINK, Part, Template, to_ids
@@ -67,7 +67,7 @@ class Dialogue:
         """Forgets all messages except the system prompt."""
         self.messages = [{"role": "system", "content": self._system}] if self._system else []
 
-    def say(self, text: str, max_new_tokens: int) -> Iterator[Piece]:
+    def say(self, text: str, max_new_tokens: int) -> Generator[Piece]:
         """Yields the answer to a message, piece by piece.
 
         Both are added to `messages` when the answer ends or the iterator is closed, unless no token was generated.
@@ -93,7 +93,7 @@ class Dialogue:
         messages = [*self.messages, {"role": "user", "content": text}]
         return to_ids(self.template.parts(messages, thinking=self._thinking), self.tokenizer).tolist()
 
-    def _answer(self, text: str, prompt: list[int], max_new_tokens: int) -> Iterator[Piece]:
+    def _answer(self, text: str, prompt: list[int], max_new_tokens: int) -> Generator[Piece]:
         ids: list[int] = []
         splitter = _Splitter(self.tokenizer, self.template.thinks, self._thinking)
         try:

@@ -10,11 +10,13 @@ programs are compiled.
 
 import operator
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import Tree, bind
@@ -24,7 +26,7 @@ ENDED = -1  # in place of tokens after the end of a sequence
 SMALLEST = 32  # least length of prompts and caches
 
 Weights = tuple[Tree, Tree]  # parameters and router biases
-Drawing = tuple[jax.Array, np.float32, np.float32]  # keys of the rows, temperature, top_p
+Drawing = tuple[jax.Array, ArrayLike, ArrayLike]  # keys of the rows, temperature, top_p
 
 
 def bucket(n_tokens: int, largest: int) -> int:
@@ -76,12 +78,12 @@ class Generator:
             UserError: a prompt is empty, an id is unknown, there are more tokens than positions, or a number is out of
                 range.
         """
-        prompts = [_as_ids(prompt) for prompt in prompts]
+        rows = [_as_ids(prompt) for prompt in prompts]
         max_new_tokens = _count(max_new_tokens)
         _check_drawing(temperature, top_p)
-        self._check(prompts, max_new_tokens, n_positions)
+        self._check(rows, max_new_tokens, n_positions)
         drawing = (key_B, np.float32(temperature), np.float32(top_p))
-        return self._steps((params, router_bias), prompts, drawing, max_new_tokens, n_positions, np.asarray(stop_ids))
+        return self._steps((params, router_bias), rows, drawing, max_new_tokens, n_positions, np.asarray(stop_ids))
 
     def _steps(
         self,
@@ -114,7 +116,7 @@ class Generator:
         self, weights: Weights, ids_BT: jax.Array, lengths_B: jax.Array, drawing: Drawing, n_slots: int
     ) -> tuple[jax.Array, Tree]:
         with jax.default_matmul_precision(self.matmul_precision):
-            model = bind(self.definition, *weights)
+            model: Any = bind(self.definition, *weights)
             real_BT = jnp.arange(ids_BT.shape[1]) < lengths_B[:, None]
             h_BTD, cache = model.prefill(ids_BT, n_slots, real_BT)
             last_BTD = jnp.take_along_axis(h_BTD, (lengths_B - 1)[:, None, None], axis=1)
@@ -125,7 +127,7 @@ class Generator:
         self, weights: Weights, ids_B: jax.Array, positions_B: jax.Array, cache: Tree, drawing: Drawing
     ) -> tuple[jax.Array, Tree]:
         with jax.default_matmul_precision(self.matmul_precision):
-            model = bind(self.definition, *weights)
+            model: Any = bind(self.definition, *weights)
             logits_BTV, cache = model.decode(ids_B[:, None], positions_B[:, None], cache)
         return _draw(logits_BTV[:, 0], positions_B + 1, *drawing), cache
 
@@ -184,7 +186,7 @@ def _check_drawing(temperature: float, top_p: float) -> None:
 
 
 def _draw(
-    logits_BV: jax.Array, positions_B: jax.Array, key_B: jax.Array, temperature: jax.Array, top_p: jax.Array
+    logits_BV: jax.Array, positions_B: jax.Array, key_B: jax.Array, temperature: ArrayLike, top_p: ArrayLike
 ) -> jax.Array:
     """Returns the tokens for `positions_B`: a sequence's key and the position determine the sample."""
     return sample(logits_BV, jax.vmap(jax.random.fold_in)(key_B, positions_B), temperature, top_p)

@@ -60,7 +60,7 @@ class Board:
         scalars = {TAGS.get(name, f"auxiliary_loss/{name}"): x for name, x in figures.items() if name not in UNCHARTED}
         scalars = {tag: value for tag, value in scalars.items() if value != 0 or tag not in ABSENT_AT_0}
         scalars |= {f"speed/{name}": value for name, value in (speed or {}).items()}
-        histograms = {}
+        histograms: dict[str, np.ndarray] = {}
         for name, values in (layers or {}).items():
             into = scalars if values.ndim == 1 else histograms
             into |= {f"routing/{name}/{row}": value for row, value in zip(rows, values, strict=True)}

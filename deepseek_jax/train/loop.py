@@ -7,14 +7,14 @@ report only when the next one has been handed to the devices.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.data.pipeline import Split
+from deepseek_jax.data.pipeline import Batch, Split
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.mesh import global_batch, largest
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
@@ -128,7 +128,7 @@ class Loop:
         """Whether something that is done `every` so many steps, and after the last one, is due after `step`."""
         return step == self.config.steps or (every > 0 and step % every == 0)
 
-    def batches(self, start: int) -> Iterator:
+    def batches(self, start: int) -> Generator[Batch]:
         """The global batches of the steps from `start` on, read ahead."""
         steps = range(start, self.config.steps)
         for rows in self.training.batches(Shares(self.ramp, steps, jax.process_index(), jax.process_count())):

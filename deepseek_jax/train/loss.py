@@ -12,11 +12,10 @@ Paper: V3 sections 2.1.2 (eqs. 17-20) and 2.2 (eqs. 24-25); V2 section 2.2.3 (th
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.block import Statistics
@@ -71,7 +70,7 @@ def totals(batch: "Batch") -> Totals:
 class Objective(Protocol):
     """What a `Trainer` minimises."""
 
-    def __call__(self, model: nnx.Module, batch: "Batch", over: Totals, step: jax.Array) -> tuple[jax.Array, Losses]:
+    def __call__(self, model: Any, batch: "Batch", over: Totals, step: jax.Array) -> tuple[jax.Array, Losses]:
         """The loss of a part of a batch.
 
         Args:
@@ -84,7 +83,7 @@ class Objective(Protocol):
             (loss to differentiate, what is reported of it): the sum over all parts is that of the step.
         """
 
-    def nats(self, model: nnx.Module, batch: "Batch") -> jax.Array:
+    def nats(self, model: Any, batch: "Batch") -> jax.Array:
         """Sum over the targets of w * -log p(target), main model alone: how held-out text is judged."""
 
 
@@ -100,18 +99,18 @@ class PreTraining:
     mtp_weight_switch: int
     auxiliary: Mapping[str, float]  # alpha of each auxiliary loss, by its name
 
-    def __call__(self, model: nnx.Module, batch: "Batch", over: Totals, step: jax.Array) -> tuple[jax.Array, Losses]:
+    def __call__(self, model: Any, batch: "Batch", over: Totals, step: jax.Array) -> tuple[jax.Array, Losses]:
         """See `Objective`."""
         mtp_weight = jnp.where(step < self.mtp_weight_switch, self.mtp_weight, self.mtp_weight_final)
         found = losses(model, batch, over, chunk=self.chunk, mask=self.mask_documents)
         return found.weighted(mtp_weight, self.auxiliary), found
 
-    def nats(self, model: nnx.Module, batch: "Batch") -> jax.Array:
+    def nats(self, model: Any, batch: "Batch") -> jax.Array:
         """See `Objective`."""
         return losses(model, batch, Totals(1.0, 1.0), chunk=self.chunk, mask=self.mask_documents).main
 
 
-def losses(model: nnx.Module, batch: "Batch", over: Totals, *, chunk: int, mask: bool) -> Losses:
+def losses(model: Any, batch: "Batch", over: Totals, *, chunk: int, mask: bool) -> Losses:
     """The losses of a part of a batch; arguments as for `Objective` and `PreTraining`."""
     tokens = Tokens(batch.ids_BT, batch.positions_BT, batch.segments_BT if mask else None, batch.segments_BT > 0)
     weight_DV, cross_entropy = model.head.weight_DV[...], model.run.kernels["cross_entropy"]
@@ -122,7 +121,7 @@ def losses(model: nnx.Module, batch: "Batch", over: Totals, *, chunk: int, mask:
 
     h_BTD, statistics = model.hidden(tokens)
     depths = model.mtp_depths(h_BTD, batch.targets_BT, tokens)
-    main, mtp = nll(h_BTD, batch.targets_BT, batch.weights_BT), 0.0
+    main, mtp = nll(h_BTD, batch.targets_BT, batch.weights_BT), jnp.float32(0)
     weights_BT = batch.weights_BT
     for depth in depths:
         weights_BT = shift_left(weights_BT, fill=0)  # a weight stays with its target
@@ -130,7 +129,7 @@ def losses(model: nnx.Module, batch: "Batch", over: Totals, *, chunk: int, mask:
         mtp += nll_of_depth / len(depths)  # eq. 25, but for lambda
     auxiliary = summed([*statistics.values(), *(depth.statistics for depth in depths)])
     auxiliary = {name: loss / over.sequences for name, loss in auxiliary.items()}
-    return Losses(main, jnp.asarray(mtp, jnp.float32), auxiliary, model.loads(statistics, depths))
+    return Losses(main, mtp, auxiliary, model.loads(statistics, depths))
 
 
 def summed(statistics: list[Statistics]) -> dict[str, jax.Array]:

@@ -101,7 +101,9 @@ class Metrics:
         self.losses: collections.deque[float] = collections.deque(maxlen=48)
         self._start_step, self._tokens, self._paused_s = start_step, 0, 0.0
         self._window: collections.deque[tuple] = collections.deque(maxlen=20)  # (seconds, step, tokens so far)
-        self._log = self._board = self._live = None
+        self._log: TextIO | None = None
+        self._board: Board | None = None
+        self._live: Any = None
         self._is_explained = False
         if enabled:
             self._open(Path(workdir))
@@ -240,7 +242,8 @@ class Metrics:
             self._log.write(json.dumps(_finite(record), allow_nan=False) + "\n")
             self._log.flush()
         except OSError as error:
-            self._log = self._give_up(self._log, "metrics.jsonl", error)
+            self._give_up(self._log, "metrics.jsonl", error)
+            self._log = None
 
     def _chart(self, *figures: Any) -> None:
         """Hands the arguments of `Board.add` to TensorBoard."""
@@ -249,7 +252,8 @@ class Metrics:
         try:
             self._board.add(*figures)
         except OSError as error:
-            self._board = self._give_up(self._board, "tensorboard", error)
+            self._give_up(self._board, "tensorboard", error)
+            self._board = None
 
     def _explain(self) -> None:
         """Says what the figures of a new run mean, before the first are shown."""

@@ -10,10 +10,10 @@ All of it is one program, run once per device (`parallel.mesh.per_device`). A st
 leaves weights, moments and biases as they were; only the counters move.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +142,7 @@ class Trainer:
             unshard=unsharder(rules, mesh),
         )
         self._build = lambda seed: build(self.run, nnx.Rngs(random_key(seed)))
-        model = abstract(lambda rngs: build(self.run, rngs))
+        model: Any = abstract(lambda rngs: build(self.run, rngs))
         self.definition, params, _ = split(model)
         self.vocab_size = model.config.vocab_size
         self.n_params = size(params)
@@ -166,9 +166,9 @@ class Trainer:
         run = per_device(self._on_device, mesh, (self.specs, BATCH), (self.specs, REPLICATED))
         self.step = jax.jit(run, donate_argnums=0)
 
-    def _initial(self, seed: int, given: State = MappingProxyType({})) -> State:
+    def _initial(self, seed: int, given: Mapping = MappingProxyType({})) -> State:
         _, params, router_bias = split(self._build(seed))
-        made = {"params": params, "router_bias": router_bias} | given
+        made = {"params": params, "router_bias": router_bias, **given}
         trained, _ = divide(made["params"], self.trainable)
         counters = dict.fromkeys(("step", "skipped", "skipped_in_row"), jnp.zeros((), jnp.int32))
         return made | {"optimizer": self.optimizer.init(trained)} | counters
@@ -184,8 +184,8 @@ class Trainer:
         Raises:
             ValueError: given arrays are not those of this model.
         """
-        given = {"params": params, "router_bias": router_bias}
-        given = {name: tree for name, tree in given.items() if tree is not None}
+        pairs = (("params", params), ("router_bias", router_bias))
+        given: State = {name: tree for name, tree in pairs if tree is not None}
         for name, tree in given.items():
             _check_like(name, tree, self.abstract[name])
         given = place(given, self.mesh, {name: self.specs[name] for name in given})
@@ -260,7 +260,7 @@ class Trainer:
             nats = self.objective.nats(self.bind(params, router_bias), batch)
             lengths = jnp.where(batch.targets_BT >= 0, byte_lengths_V[jnp.maximum(batch.targets_BT, 0)], 0)
             n_bytes = jnp.sum(lengths * batch.weights_BT)
-            return total(Evaluation(nats, n_bytes, totals(batch).weight))
+            return total(Evaluation(nats, n_bytes, jnp.asarray(totals(batch).weight)))
 
         specs = (self.specs["params"], self.specs["router_bias"], BATCH)
         run = jax.jit(per_device(on_device, self.mesh, specs, REPLICATED))

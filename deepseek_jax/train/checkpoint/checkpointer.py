@@ -67,12 +67,15 @@ class Checkpointer:
             raise UserError(f"checkpoint.keep is {keep}: expected 1 or more.")
         self.directory = Path(os.path.abspath(directory))
         self.keep = keep
-        self._warn, self._messages, self._told = warn, deque(), set()
+        self._warn = warn
+        self._messages: deque[str] = deque()
+        self._told: set[str] = set()
         self._thread: threading.Thread | None = None
         self._last_save_good = True
         self._restored: int | None = None  # the step this run resumed from
         self._own: set[int] = set()  # committed steps known to lie on this run's path
-        self._lock = self._orbax = None
+        self._lock: files.WriterLock | None = None
+        self._orbax: Any = None
         _quieten_orbax()
         if read_only:
             return

@@ -128,11 +128,10 @@ def _check(manifest: object, step: int) -> None:
     for key, expected in (("format", FORMAT), ("step", step)):
         if type(found := manifest.get(key)) is not int or found != expected:
             raise CheckpointDamaged(f"{MANIFEST} has {key} {found!r}, expected {expected}")
-    files, arrays = manifest.get("files"), manifest.get("arrays")
-    for key, entries in (("files", files), ("arrays", arrays)):
-        if not isinstance(entries, dict):
+    for key in ("files", "arrays"):
+        if not isinstance(manifest.get(key), dict):
             raise CheckpointDamaged(f"{MANIFEST} has no table of {key}: expected one entry for each")
-    _check_entries(files, arrays)
+    _check_entries(manifest["files"], manifest["arrays"])
 
 
 def _check_entries(files: dict, arrays: dict) -> None:

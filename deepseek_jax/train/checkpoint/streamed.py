@@ -33,7 +33,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes  # noqa: F401 - numpy learns the names of bfloat16 and the float8s
 import numpy as np
@@ -87,7 +87,8 @@ class StreamedStep:
         self._done: dict[tuple[str, Index], list[str]] = {}  # piece -> sha256 of its chunks
         self.n_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._arrays.values())
         self.n_bytes_done = self.n_damaged = 0
-        self._journal = self._failure = None
+        self._journal: BinaryIO
+        self._failure: BaseException | None = None
         self._pending_bytes, self._changed = 0, threading.Condition()
         with self._telling():
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -259,7 +260,7 @@ class StreamedStep:
                 self._failure = error
                 self._changed.notify_all()
 
-    def _piece(self, line: object) -> tuple[str, Index, list[str]] | None:
+    def _piece(self, line: Any) -> tuple[str, Index, list[str]] | None:
         """The name, index and hashes in a line of the journal; None where a damaged disk has left something else."""
         try:
             name, index, digests = line
@@ -334,7 +335,7 @@ class StepReader:
         cache = {"total_bytes_limit": cache_bytes if self._is_database else 0}
         limits = {"cache_pool": cache, "file_io_concurrency": few, "data_copy_concurrency": few}
         self._context = tensorstore.Context(limits)
-        self._opened = {}
+        self._opened: dict[str, Any] = {}
 
     def __call__(self, name: str, index: Index = ()) -> np.ndarray:
         """Returns `array[index]`, the only part of it that is kept in memory."""
@@ -393,7 +394,7 @@ def _write_file(path: Path, block: np.ndarray, size: int) -> str:
 
     Returns the sha256 of the file, from the bytes in memory.
     """
-    data = memoryview(_contiguous(block.view(f"u{block.itemsize}")).reshape(-1).view(np.uint8))
+    data = _contiguous(block.view(f"u{block.itemsize}")).reshape(-1).view(np.uint8).data
     sha256 = hashlib.sha256(data)
     sha256.update(bytes(size - len(data)))
     with open(path, "wb", buffering=0) as file:
