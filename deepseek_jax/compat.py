@@ -127,7 +127,8 @@ def computes_on_cpu() -> bool:
     A host may have accelerators that a process does not use: JAX_PLATFORMS=cpu, CUDA_VISIBLE_DEVICES= or a plain `jax`
     without its plugin leave the work to the CPU.
     """
-    if platforms := jax.config.read("jax_platforms"):
+    platforms: str | None = jax.config.jax_platforms  # type: ignore[attr-defined]  # made at run time
+    if platforms:
         return platforms.partition(",")[0] == "cpu"
     installed = _jax_plugins()
     return not any(

@@ -1,8 +1,8 @@
 """What a published model says of itself besides its weights, so that exports of it and of its children say it again.
 
 `config.release` holds the numbers (longest sequence, marks of begin and end) and the folder in which the files stand:
-tokenizer, chat template, settings for generation, licence, and code where transformers has no class.  A run that begins
-with published weights inherits all of it and keeps copies of the files in its workdir.  A tokenizer of the user's own
+tokenizer, chat template, settings for generation, licence, and code where transformers has no class. A run that begins
+with published weights inherits all of it and keeps copies of the files in its workdir. A tokenizer of the user's own
 replaces the release's, and its marks.
 """
 

@@ -12,7 +12,7 @@ def random_key(seed: int) -> jax.Array:
 
     jax makes a key of 32 bits where it computes with 32: seeds that differ in the upper bits alone would draw the same.
 
-    Raises UserError for what is no integer from 0 to 2^64 - 1.
+    Raises UserError for anything but an integer from 0 to 2^64 - 1.
     """
     high, low = divmod(SEED.check("seed", int(seed) if _is_integer(seed) else seed), 1 << WORD_BITS)
     key = jax.random.key(jax.numpy.uint32(low))

@@ -1,1 +1,1 @@
-"""Kernels: a folder an operation, with a readable reference that defines it.  Imports jax only."""
+"""Kernels: a folder an operation, with a readable reference that defines it. Imports jax only."""

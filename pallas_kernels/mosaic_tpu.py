@@ -21,7 +21,7 @@ def step(size: int, most: int) -> int:
 
 
 def tile(size: int, most: int) -> int:
-    """Returns `most`, or half of it where less of the last tile lies outside, or `size` if it is no larger."""
+    """Returns `most`, or half of it where less of the last tile lies outside, or `size` if it is not larger."""
     if size <= most:
         return size
     return min((most, most // 2), key=lambda length: -(-size // length) * length)

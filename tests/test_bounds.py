@@ -56,7 +56,7 @@ VERBS = {
 
 
 def refusal(run) -> str | None:
-    """What a user is told, None if all is well; anything but a UserError is a fault of ours."""
+    """The message for the user, None if all is well; anything but a UserError is a fault of ours."""
     try:
         run()
     except UserError as error:

@@ -18,7 +18,7 @@ from deepseek_jax.saved_config import from_json, leaves, to_json
 
 @pytest.fixture
 def verb(tmp_path, monkeypatch):
-    """A folder of verbs with ``greet``, whose ``main`` a test may replace."""
+    """A folder of verbs with `greet`, whose `main` a test may replace."""
     (tmp_path / "greet.py").write_text('"""Says hello.\n\nAt length."""\nraise RuntimeError("imported")\n')
     (tmp_path / "farewell.py").write_text('"""Says goodbye."""\n')
     (tmp_path / "_private.py").write_text('"""No verb."""\n')

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# From the bottom up.  A room imports itself and what stands on lower floors, never a neighbour on its own floor.
-FLOORS = (
+# From the bottom up. A package or module imports itself and what stands on lower levels, no neighbour on its own.
+LEVELS = (
     ("shapes", "errors", "streams", "files", "units"),
     ("kernels",),
     ("configs", "paths", "bounds", "chips"),
@@ -29,9 +29,9 @@ FLOORS = (
     ("cli",),
     ("__main__",),
 )
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
 
-# Rooms that may import these and the standard library only, besides what is said of them here.
+# Packages that may import these and the standard library only, besides what is said of them here.
 SELF_CONTAINED = {
     "pallas_kernels": ("jax", "pallas_kernels"),
     "configs": ("ml_collections", "deepseek_jax.configs", "deepseek_jax.kernels"),
@@ -46,11 +46,11 @@ MESH_NAMES = {
     *("psum", "pmean", "pmax", "pmin", "ppermute", "pshuffle", "all_gather", "all_to_all", "psum_scatter"),
     "ragged_all_to_all",
 }
-MESH_ROOMS = ("parallel", "compat", "pallas_kernels")  # axis_index in a kernel is of its own grid
+MESH_PARTS = ("parallel", "compat", "pallas_kernels")  # axis_index in a kernel is of its own grid
 MESH_FILES = ("deepseek_jax/train/step.py",)
 
 # The resolved config is read at the border only.
-CONFIG_DICT_ROOMS = (
+CONFIG_DICT_PARTS = (
     "launch",
     "configs",
     "models",
@@ -65,11 +65,11 @@ CONFIG_DICT_ROOMS = (
 )
 
 
-PACKAGE = "deepseek_jax"  # itself fetches build and load when first asked for, which is no import
+PACKAGE = "deepseek_jax"  # itself fetches build and load when first asked for, which is not an import
 
 
-def room_of(module: str) -> str | None:
-    """Returns the room of a dotted name; "" is the package itself, None is foreign."""
+def part_of(module: str) -> str | None:
+    """Returns the part of a dotted name; "" is the package itself, None is foreign."""
     first, _, rest = module.partition(".")
     if first == "pallas_kernels":
         return first
@@ -96,7 +96,7 @@ def imported(tree: ast.AST, module: str, is_package: bool) -> list[str]:
                 parents = module.split(".") if is_package else module.split(".")[:-1]
                 parents = parents[: len(parents) - node.level + 1]
                 base = ".".join([*parents, base] if base else parents)
-            # `from deepseek_jax import layers` names the room in the alias
+            # `from deepseek_jax import layers` names the part in the alias
             found += [f"{base}.{alias.name}" if base == "deepseek_jax" else base for alias in node.names]
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and module != PACKAGE:
             found += [name for name in [text_of(node.args[0])] if name]
@@ -144,25 +144,25 @@ def mesh_names(tree: ast.AST) -> list[str]:
 def violations(path: str, source: str) -> list[str]:
     """Returns a sentence for each import of a file that the rule forbids."""
     module = module_of(ROOT / path)
-    room, tree = room_of(module), ast.parse(source)
+    part, tree = part_of(module), ast.parse(source)
     found = []
     for name in imported(tree, module, path.endswith("__init__.py")):
-        other, package = room_of(name), name.partition(".")[0]
-        if room in SELF_CONTAINED:
-            allowed = SELF_CONTAINED[room]
+        other, package = part_of(name), name.partition(".")[0]
+        if part in SELF_CONTAINED:
+            allowed = SELF_CONTAINED[part]
             if package not in sys.stdlib_module_names and not name.startswith(allowed):
-                found.append(f"{path} imports {name}; {room} imports {', '.join(allowed) or 'nothing'} only")
-        elif other in FLOOR:
-            if other != room and FLOOR.get(room, -1) <= FLOOR[other]:
-                found.append(f"{path} imports {name}: {room or 'the package'} stands beside or below {other}")
+                found.append(f"{path} imports {name}; {part} imports {', '.join(allowed) or 'nothing'} only")
+        elif other in LEVEL:
+            if other != part and LEVEL.get(part, -1) <= LEVEL[other]:
+                found.append(f"{path} imports {name}: {part or 'the package'} stands beside or below {other}")
         elif other not in (None, "", "pallas_kernels", "__version__"):
-            found.append(f"{path} imports {name}, a room that FLOORS lacks")
-        if package == "ml_collections" and room not in CONFIG_DICT_ROOMS:
-            found.append(f"{path} imports ml_collections; only {', '.join(CONFIG_DICT_ROOMS)} read a ConfigDict")
+            found.append(f"{path} imports {name}, which is missing in LEVELS")
+        if package == "ml_collections" and part not in CONFIG_DICT_PARTS:
+            found.append(f"{path} imports ml_collections; only {', '.join(CONFIG_DICT_PARTS)} read a ConfigDict")
         if package in ("configs", "launch", "tests"):
             found.append(f"{path} imports {name}; write deepseek_jax.{name}")
     found += [f"{path} imports the verb {name}; what verbs share is in launch/_*.py" for name in imported_verbs(tree)]
-    if room not in MESH_ROOMS and path not in MESH_FILES:
+    if part not in MESH_PARTS and path not in MESH_FILES:
         found += [f"{path} uses jax's {name}; the mesh stays in parallel/" for name in mesh_names(tree)]
     return found
 
@@ -177,9 +177,9 @@ def test_a_file_imports_only_what_stands_below_it(path):
     assert violations(path, (ROOT / path).read_text(encoding="utf-8")) == []
 
 
-def test_every_room_has_a_floor():
-    rooms = {room_of(module_of(ROOT / path)) for path in sources()} - {"", "pallas_kernels"}
-    assert rooms <= FLOOR.keys()
+def test_every_package_has_a_level():
+    parts = {part_of(module_of(ROOT / path)) for path in sources()} - {"", "pallas_kernels"}
+    assert parts <= LEVEL.keys()
 
 
 @pytest.mark.parametrize(

@@ -295,8 +295,8 @@ def test_a_training_state_can_begin_with_weights_from_elsewhere(published, tmp_p
     source = open_weights(path)
     weights = source.read(target)
     assert source.config.model == published.config.model
-    wanted = {"params": published.params, "router_bias": published.router_bias}
-    for got, want, like in zip(*map(jax.tree.leaves, (weights, wanted, target)), strict=True):
+    expected = {"params": published.params, "router_bias": published.router_bias}
+    for got, want, like in zip(*map(jax.tree.leaves, (weights, expected, target)), strict=True):
         assert got.dtype == like.dtype and got.sharding == like.sharding
         np.testing.assert_array_equal(got, np.asarray(want, np.float32))
 

@@ -1,4 +1,4 @@
-"""Paths of other machines are told in one line wherever a path may be given, and no folder is named after them."""
+"""Paths of other machines are reported in one line wherever a path may be given, and no folder is named after them."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Einsum strings and shape suffixes agree: ``y_BTF = einsum("BTD,DF->BTF", x_BTD, self.w_DF[...])``."""
+"""Einsum strings and shape suffixes agree: `y_BTF = einsum("BTD,DF->BTF", x_BTD, self.w_DF[...])`."""
 
 import ast
 import re
@@ -68,7 +68,7 @@ def violations(source: str) -> list[str]:
             name = node.arg if isinstance(node, ast.arg) else node.id
             match = SUFFIX.match(name)
             if match and set(match.group(1)) - LEGEND.keys():
-                found.append(f"line {node.lineno}: {name} ends in a letter that the legend lacks")
+                found.append(f"line {node.lineno}: {name} ends in a letter that is missing in the legend")
     return list(dict.fromkeys(found))  # a call under .astype is met twice
 
 

@@ -6,7 +6,7 @@
     h = norm x;   logits = h W^O
 
 A token's experts lie on at most 3 of 8 devices; softmax scores, weights not renormalised but scaled by 16.
-V2-Lite makes its queries without a latent and has no groups.  The training run also dropped tokens over a device's
+V2-Lite makes its queries without a latent and has no groups. The training run also dropped tokens over a device's
 capacity (section 2.2.4); here, as in the released code, none is dropped.
 Paper: DeepSeek-V2, arXiv 2405.04434, section 2; V2-Lite: appendix B; Coder-V2, arXiv 2406.11931.
 """

@@ -56,7 +56,7 @@ def fp8_matmul(
 ) -> jax.Array:
     """Returns y [M, N]; arguments as in `pallas_kernels.fp8_matmul`.
 
-    M that is no multiple of 8, N of 64 (128 if smaller) and K of 128 are filled up first, which costs a copy.
+    M that is not a multiple of 8, N of 64 (128 if smaller) and K of 128 are filled up first, which costs a copy.
     `tiles` are chosen from the shape unless given. `interpret` runs the kernel on a CPU (JAX 0.11 and later).
     """
     (m, k), n = x.shape, w.shape[0]

@@ -91,7 +91,7 @@ def choose(m: int, n: int, k: int, w_block: tuple[int, int], out_dtype: DTypeLik
         return _split(FEW_ROWS if m <= 64 else SOME_ROWS, m, n, k, n_processors)
     if w_block == (1, BLOCK):
         return GRADIENT
-    if jnp.dtype(out_dtype).itemsize > 2:  # more room for the output
+    if jnp.dtype(out_dtype).itemsize > 2:  # more space for the output
         return FLOAT32
     return min(SPEED, key=lambda tiles: _waves(tiles, m, n, n_processors) * _area(tiles) / SPEED[tiles])
 

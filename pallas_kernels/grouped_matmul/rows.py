@@ -37,7 +37,7 @@ def grouped_matmul(
 ) -> jax.Array:
     """Returns y [A, F]; arguments as in `pallas_kernels.grouped_matmul.grouped_matmul`.
 
-    A that is no multiple of 8 is filled up first, which costs a copy.
+    A that is not a multiple of 8 is filled up first, which costs a copy.
     """
     if x_AD.dtype != jnp.bfloat16:
         raise ValueError(
@@ -64,7 +64,7 @@ def grouped_fp8_matmul(
 ) -> jax.Array:
     """Returns y [A, N]; arguments as in `pallas_kernels.grouped_matmul.grouped_fp8_matmul`.
 
-    A that is no multiple of 8 is filled up first, which costs a copy.
+    A that is not a multiple of 8 is filled up first, which costs a copy.
     """
     n, k = w.shape[1:]
     pipeline.check_multiples("grouped_fp8_matmul", N=n, K=k)

@@ -43,7 +43,7 @@ def grouped_weight_gradient(
 ) -> jax.Array:
     """Returns dw [X, D, F]; arguments as in `pallas_kernels.grouped_matmul.grouped_weight_gradient`.
 
-    A that is no multiple of 8 is filled up first, which costs a copy.
+    A that is not a multiple of 8 is filled up first, which costs a copy.
     """
     if x_AD.dtype != jnp.bfloat16 or jnp.dtype(out_dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
         raise ValueError(

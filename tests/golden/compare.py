@@ -1,4 +1,4 @@
-"""How far a model of ours is from what transformers says of it: shared by the golden tests and the live ones.
+"""The distance of a model of ours to what transformers says of it: shared by the golden tests and the live ones.
 
 Loaded by path (tests are no package):  compare = module_at(Path("tests/golden/compare.py")).
 """

@@ -12,14 +12,14 @@ Each folder holds what is published of a model, config.json and model.safetensor
                 mtp_logits  (2, 23, V) where there is multi-token prediction: position i predicts token i + 2
 
 Nothing is left at its initial value: norms, biases and router biases are random too, so that a lost one shows; for the
-same reason three models have an rms_norm_eps that is felt (norms of latents have 1e-6 whatever the config says).  Some
-configs are spelled as on the hub, others as transformers 5 writes them.  Weights are stored in various dtypes, one
+same reason three models have an rms_norm_eps that is felt (norms of latents have 1e-6 whatever the config says). Some
+configs are spelled as on the hub, others as transformers 5 writes them. Weights are stored in various dtypes, one
 model in blocks of FP8; what the oracle computes with is what the file holds.
 
 Settings that hide a difference, and so are not used here (transformers 5.23 against the released code):
   - V2 ignores norm_topk_prob; released configs say false.
   - YaRN with mscale but no mscale_all_dim: transformers scales the rotary values by 0.1 ln(factor) + 1, whatever
-    mscale says.  Every released config gives both, and equal.
+    mscale says. Every released config gives both, and equal.
   - V2's gate masks groups by 0 and not by -inf; softmax scores are positive, so it makes no difference.
   - MoE-16B has no class in transformers: it is made here of Llama's attention and V2's greedy mixture of experts.
 """

@@ -46,8 +46,8 @@ def test_blocks_change_nothing(qkv, masked):
     gradients, blocked = both(5, masked)(*qkv)
     np.testing.assert_allclose(whole, formula(*qkv, segments), atol=1e-5)
     np.testing.assert_allclose(blocked, whole, atol=1e-5)
-    for got, wanted in zip(gradients, whole_gradients, strict=True):
-        np.testing.assert_allclose(got, wanted, atol=1e-5)
+    for got, expected in zip(gradients, whole_gradients, strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_a_masked_document_is_as_if_alone(qkv):

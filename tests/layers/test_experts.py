@@ -40,13 +40,13 @@ def test_shared_and_routed_experts_add_up(filled):
         choice = s + bias["router"]["bias_E"]
         group = int(choice[2:].sum() > choice[:2].sum())
         chosen = [2 * group, 2 * group + 1]
-        wanted = swiglu(x, *(w["shared"][name] for name in ("gate_DF", "up_DF", "down_FD")))
+        expected = swiglu(x, *(w["shared"][name] for name in ("gate_DF", "up_DF", "down_FD")))
         for i in chosen:
-            wanted = wanted + 2.5 * s[i] / s[chosen].sum() * swiglu(
+            expected = expected + 2.5 * s[i] / s[chosen].sum() * swiglu(
                 x, *(w[name][i] for name in ("gate_XDF", "up_XDF", "down_XFD"))
             )
         assert sorted(routing.experts_BTK[b, t].tolist()) == chosen
-        np.testing.assert_allclose(y_BTD[b, t], wanted, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(y_BTD[b, t], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(found.load_E, np.bincount(np.ravel(routing.experts_BTK), minlength=4))
     balance = sequence_balance(routing)["expert_balance"]
     assert found.losses == {"expert_balance": pytest.approx(float(balance.sum()), rel=1e-6)}

@@ -100,10 +100,10 @@ def test_a_new_residual_connection_is_an_argument_of_a_block(filled):
         params["blocks"][name]["gain"] = jnp.ones((N_LAYERS, D))
         assert name not in plain_params["blocks"]
     same = {key: params["blocks"][key] for key in plain_params["blocks"]}
-    wanted = run(plain, params | {"blocks": same})
-    np.testing.assert_allclose(run(definition, params), wanted, rtol=1e-5)
+    expected = run(plain, params | {"blocks": same})
+    np.testing.assert_allclose(run(definition, params), expected, rtol=1e-5)
     params["blocks"]["attention_residual"]["gain"] = jnp.full((N_LAYERS, D), 0.5)
-    assert np.abs(run(definition, params) - wanted).max() > 1e-3
+    assert np.abs(run(definition, params) - expected).max() > 1e-3
 
 
 # A new cache layout: a window of tokens in a ring buffer.
@@ -159,12 +159,12 @@ def test_a_new_cache_layout_belongs_to_its_attention(filled):
         return bind(definition, params, bias).prefill(IDS[:, :4], T, np.arange(4) < lengths[:, None])
 
     decode = jax.jit(lambda params, *args: bind(definition, params, bias).decode(*args))
-    wanted, (_, cache) = whole(params), prefill(params)
+    expected, (_, cache) = whole(params), prefill(params)
     assert cache["blocks"].k_BSZQ.shape == (N_LAYERS, B, 3, 1, 4)
     for step in range(2):
         at = (lengths + step)[:, None]
         logits, cache = decode(params, np.take_along_axis(IDS, at, 1), at, cache)
-        np.testing.assert_allclose(logits[:, 0], np.take_along_axis(wanted, at[..., None], 1)[:, 0], atol=1e-5)
+        np.testing.assert_allclose(logits[:, 0], np.take_along_axis(expected, at[..., None], 1)[:, 0], atol=1e-5)
 
 
 # Layers that alternate, and a part of the layers.

@@ -60,9 +60,9 @@ def compiled(chunk: int | None):
 @pytest.mark.parametrize("chunk", [3, 128])
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_grouped_is_dense_with_all_gradients(inputs, name, chunk):
-    wanted_gradients, wanted = compiled(None)(*inputs, ROUTINGS[name])
+    wanted_gradients, expected = compiled(None)(*inputs, ROUTINGS[name])
     gradients, y_MD = compiled(chunk)(*inputs, ROUTINGS[name])
-    np.testing.assert_allclose(y_MD, wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(y_MD, expected, rtol=1e-5, atol=1e-5)
     for got, right in zip(gradients, wanted_gradients, strict=True):
         np.testing.assert_allclose(got, right, rtol=1e-5, atol=1e-5 * max(1, np.abs(right).max()))
 
@@ -76,10 +76,10 @@ def test_experts_without_tokens_have_no_gradient(inputs):
 def test_bfloat16_is_close(inputs):
     narrow = (jnp.bfloat16(inputs[0]), *inputs[1:])
     gradients, y_MD = compiled(3)(*narrow, ROUTINGS["skewed"])
-    wanted_gradients, wanted = compiled(None)(*inputs, ROUTINGS["skewed"])
+    wanted_gradients, expected = compiled(None)(*inputs, ROUTINGS["skewed"])
     assert y_MD.dtype == jnp.bfloat16
     assert [g.dtype for g in gradients] == [jnp.bfloat16] + [jnp.float32] * 4
-    for got, right in zip((y_MD, *gradients), (wanted, *wanted_gradients), strict=True):
+    for got, right in zip((y_MD, *gradients), (expected, *wanted_gradients), strict=True):
         got = np.float32(got)
         assert np.linalg.norm(got - right) < 0.03 * np.linalg.norm(right)
 
@@ -111,7 +111,7 @@ def test_so_many_rows_that_a_sort_key_would_overflow_are_sorted_by_pairs():
 
 
 @pytest.mark.parametrize(
-    ("n_rows", "n_experts", "wanted"), [(26, 4, 26), (4096, 16, 128), (8192, 16, 256), (10**6, 8, 512)]
+    ("n_rows", "n_experts", "expected"), [(26, 4, 26), (4096, 16, 128), (8192, 16, 256), (10**6, 8, 512)]
 )
-def test_rows_of_a_chunk(n_rows, n_experts, wanted):
-    assert chunk_rows(n_rows, n_experts) == wanted
+def test_rows_of_a_chunk(n_rows, n_experts, expected):
+    assert chunk_rows(n_rows, n_experts) == expected

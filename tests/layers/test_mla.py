@@ -49,9 +49,9 @@ def test_absorbed_is_expanded(parts, x_BTD):
     d_expanded, expanded = gradients(MLA.__call__)(params, x_BTD, definition)
     d_absorbed, absorbed = gradients(in_cache)(params, x_BTD, definition)
     np.testing.assert_allclose(absorbed, expanded, atol=1e-5)
-    for got, wanted in zip(jax.tree.leaves(d_absorbed), jax.tree.leaves(d_expanded), strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
-        assert np.any(wanted)
+    for got, expected in zip(jax.tree.leaves(d_absorbed), jax.tree.leaves(d_expanded), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+        assert np.any(expected)
 
 
 def test_expanded_is_the_papers_formula(parts, x_BTD):
@@ -71,9 +71,9 @@ def test_expanded_is_the_papers_formula(parts, x_BTD):
     k, v = (np.einsum("btc,chn->bhtn", c, w[name]) for name in ("k_up_CHN", "v_up_CHU"))
     scores = q[..., :4] @ k.swapaxes(-1, -2) + rope(q[..., 4:]) @ rope(x @ w["k_rope_DP"])[:, None].swapaxes(-1, -2)
     p = np.exp(np.where(np.tri(T, dtype=bool), scores * softmax_scale(8, SIZES.yarn), -np.inf))
-    wanted = np.einsum("bhtu,hud->btd", p / p.sum(-1, keepdims=True) @ v, w["out_HUD"])
+    expected = np.einsum("bhtu,hud->btd", p / p.sum(-1, keepdims=True) @ v, w["out_HUD"])
     _, expanded = gradients(MLA.__call__)(params, x_BTD, definition)
-    np.testing.assert_allclose(expanded, wanted, atol=2e-5)
+    np.testing.assert_allclose(expanded, expected, atol=2e-5)
 
 
 def test_documents_with_their_own_positions_are_as_if_alone(parts, x_BTD):

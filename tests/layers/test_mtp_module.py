@@ -26,9 +26,9 @@ def test_the_embedding_comes_first(filled):
     joined = np.concatenate(
         [norm(embedded, params["embedding_norm"]["gain"]), norm(h, params["hidden_norm"]["gain"])], axis=-1
     )
-    wanted = norm(joined @ params["join_YD"] + 1, params["final_norm"]["gain"])
+    expected = norm(joined @ params["join_YD"] + 1, params["final_norm"]["gain"])
     got, reported = bind(definition, params, bias)(jnp.float32(h), jnp.float32(embedded), "tokens")
-    np.testing.assert_allclose(got, wanted, rtol=1e-4)
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
     assert reported == "tokens"
 
 

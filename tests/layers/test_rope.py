@@ -20,10 +20,10 @@ def test_rotation_multiplies_neighbouring_pairs_by_a_phase():
     x, positions = np.random.default_rng(0).normal(size=(2, 5, 8)), np.array([[0, 1, 2, 7, 50], [3, 3, 9, 0, 1]])
     theta = frequencies(8, 1e4)
     np.testing.assert_allclose(theta, [1, 1e-1, 1e-2, 1e-3])
-    wanted = turned(x, positions, theta)
-    np.testing.assert_allclose(rotate(jnp.float32(x), positions, theta), wanted, atol=1e-5)
+    expected = turned(x, positions, theta)
+    np.testing.assert_allclose(rotate(jnp.float32(x), positions, theta), expected, atol=1e-5)
     heads = rotate(jnp.float32(np.stack([x, 2 * x], axis=2)), positions, theta)
-    np.testing.assert_allclose(heads, np.stack([wanted, 2 * wanted], axis=2), atol=2e-5)
+    np.testing.assert_allclose(heads, np.stack([expected, 2 * expected], axis=2), atol=2e-5)
 
 
 def test_scores_depend_on_distance_only():

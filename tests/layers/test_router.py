@@ -111,14 +111,14 @@ def test_balance_loss_is_equations_17_to_20():
     B, T, E, K = 3, 7, 6, 2
     scores = rng.uniform(0.1, 0.9, (B, T, E))
     experts = np.stack([[rng.permutation(E)[:K] for _ in range(T)] for _ in range(B)])
-    wanted = np.zeros(B)
+    expected = np.zeros(B)
     for b in range(B):
         for i in range(E):
             f = E / (K * T) * sum(i in experts[b, t] for t in range(T))
             P = sum(scores[b, t, i] / scores[b, t].sum() for t in range(T)) / T
-            wanted[b] += f * P
+            expected[b] += f * P
     got = sequence_balance(Routing(jnp.array(experts), jnp.ones((B, T, K)), jnp.float32(scores)))
-    np.testing.assert_allclose(got["expert_balance"], wanted, rtol=1e-5)
+    np.testing.assert_allclose(got["expert_balance"], expected, rtol=1e-5)
 
 
 def test_softmax_choice_by_hand():
@@ -135,19 +135,19 @@ def test_grouped_balance_is_equations_23_to_31():
     B, T, E, K, D, M = 3, 7, 6, 2, 3, 2
     scores = rng.dirichlet(np.ones(E), (B, T))
     experts = np.stack([[rng.permutation(E)[:K] for _ in range(T)] for _ in range(B)])
-    wanted = np.zeros((3, B))
+    expected = np.zeros((3, B))
     for b in range(B):
         f = [E / (K * T) * sum(i in experts[b, t] for t in range(T)) for i in range(E)]
         P = scores[b].mean(0)
-        wanted[0, b] = np.dot(f, P)
+        expected[0, b] = np.dot(f, P)
         for group in np.arange(E).reshape(D, -1):
             sent = D / (M * T) * sum(any(i in experts[b, t] for i in group) for t in range(T))
-            wanted[1, b] += np.mean([f[i] for i in group]) * P[group].sum()
-            wanted[2, b] += sent * P[group].sum()
+            expected[1, b] += np.mean([f[i] for i in group]) * P[group].sum()
+            expected[2, b] += sent * P[group].sum()
     routing = Routing(jnp.array(experts), jnp.ones((B, T, K)), jnp.float32(scores))
     got = grouped_balance(routing, n_groups=D, top_groups=M)
     assert list(got) == ["expert_balance", "device_balance", "communication_balance"]
-    for loss, want in zip(got.values(), wanted, strict=True):
+    for loss, want in zip(got.values(), expected, strict=True):
         np.testing.assert_allclose(loss, want, rtol=1e-5)
     np.testing.assert_allclose(got["expert_balance"], sequence_balance(routing)["expert_balance"], rtol=1e-5)
 
@@ -161,7 +161,7 @@ def test_padding_is_routed_nowhere_and_balances_nothing():
     text = jax.tree.map(lambda x: x[:1, :7], whole)
     np.testing.assert_array_equal(padded.experts_BTK[0, 7:], 8)
     np.testing.assert_array_equal(expert_load(padded.experts_BTK, 8), expert_load(text.experts_BTK, 8))
-    wanted = grouped_balance(text, n_groups=4, top_groups=2)
+    expected = grouped_balance(text, n_groups=4, top_groups=2)
     for name, got in grouped_balance(padded, n_groups=4, top_groups=2).items():
-        np.testing.assert_allclose(got, [float(wanted[name][0]), 0.0], rtol=1e-6)
+        np.testing.assert_allclose(got, [float(expected[name][0]), 0.0], rtol=1e-6)
     assert without_padding(whole, None) is whole

@@ -56,19 +56,19 @@ def gradient(pair: tuple, policy: str):
 def test_a_stack_is_a_loop(pair):
     _, params, bias = pair
     _, (x, kept) = gradient(pair, "none")
-    wanted, sums = np.array([[1, -1, 0.5]]), []
+    expected, sums = np.array([[1, -1, 0.5]]), []
     for i in range(4):
-        sums.append(wanted.sum())
-        pre = wanted @ np.float64(params["blocks"]["weight_DD"][i]) + bias["blocks"]["bias"][i]
-        wanted = wanted + np.tanh(pre) + i
-    np.testing.assert_allclose(x, wanted, rtol=1e-5)
+        sums.append(expected.sum())
+        pre = expected @ np.float64(params["blocks"]["weight_DD"][i]) + bias["blocks"]["bias"][i]
+        expected = expected + np.tanh(pre) + i
+    np.testing.assert_allclose(x, expected, rtol=1e-5)
     np.testing.assert_allclose(kept, sums, rtol=1e-5)
 
 
 @pytest.mark.parametrize("policy", REMAT[1:])
 def test_rematerialisation_changes_no_gradient(pair, policy):
-    wanted, got = (jax.tree.leaves(gradient(pair, name)[0]) for name in ("none", policy))
-    for right, here in zip(wanted, got, strict=True):
+    expected, got = (jax.tree.leaves(gradient(pair, name)[0]) for name in ("none", policy))
+    for right, here in zip(expected, got, strict=True):
         np.testing.assert_allclose(here, right, rtol=1e-6, atol=1e-6)
 
 

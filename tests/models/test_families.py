@@ -97,16 +97,16 @@ def test_prefill_and_decode_are_the_full_forward(model, forward, ids):
         return m.head(h_BTD), cache
 
     decode = jax.jit(lambda params, *args: bind(definition, params, bias).decode(*args))
-    wanted = forward(ids[:, :T])
-    assert float(jnp.std(wanted)) > 0.1
+    expected = forward(ids[:, :T])
+    assert float(jnp.std(expected)) > 0.1
     got, cache = prefill(params, ids[:, :T])
-    np.testing.assert_allclose(got, wanted, atol=1e-5)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
     start = 8
     cache = jax.tree.map(lambda x: x.at[:, :, start:].set(50.0), cache)  # must be overwritten before it is seen
     for at in range(start, T):
         positions_BT = np.full((B, 1), at, np.int32)
         got, cache = decode(params, ids[:, at : at + 1], positions_BT, cache)
-        np.testing.assert_allclose(got[:, 0], wanted[:, at], atol=1e-5)
+        np.testing.assert_allclose(got[:, 0], expected[:, at], atol=1e-5)
 
 
 def test_no_logit_depends_on_a_later_token(forward, ids):

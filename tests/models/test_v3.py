@@ -126,12 +126,12 @@ def test_depth_k_predicts_k_tokens_further(forward, ids):
     targets = ids[:, 1:].copy()
     targets[0, 4] = -1  # a document ends: nothing is known past it
     _, _, (first, second) = forward(ids[:, :-1], targets)
-    wanted = np.concatenate([targets[:, 1:], np.full((B, 1), -1)], axis=1)
-    wanted[0, 4] = -1
-    np.testing.assert_array_equal(first, wanted)
-    wanted = np.concatenate([wanted[:, 1:], np.full((B, 1), -1)], axis=1)
-    wanted[0, 4] = -1
-    np.testing.assert_array_equal(second[:, :-2], wanted[:, :-2])
+    expected = np.concatenate([targets[:, 1:], np.full((B, 1), -1)], axis=1)
+    expected[0, 4] = -1
+    np.testing.assert_array_equal(first, expected)
+    expected = np.concatenate([expected[:, 1:], np.full((B, 1), -1)], axis=1)
+    expected[0, 4] = -1
+    np.testing.assert_array_equal(second[:, :-2], expected[:, :-2])
     assert (np.asarray(second)[0, 2:5] == -1).all() and (np.asarray(second)[:, -2:] == -1).all()
 
 
@@ -158,7 +158,7 @@ def test_the_loss_is_the_full_cross_entropy_and_its_mtp_part_is_eq_24(model, for
 
     assert float(found.main) == pytest.approx(nll(main, ids[:, 1:]) / (B * T), rel=1e-5)
     assert float(found.main) > 3
-    mtp = sum(nll(logits, wanted) for logits, wanted in zip(ahead, targets, strict=True)) / DEPTH / (B * T)
+    mtp = sum(nll(logits, expected) for logits, expected in zip(ahead, targets, strict=True)) / DEPTH / (B * T)
     assert float(found.mtp) == pytest.approx(mtp, rel=1e-5)
     balance = found.auxiliary["expert_balance"]
     assert float(loss) == pytest.approx(float(found.main + 0.3 * found.mtp + 0.1 * balance), rel=1e-6)

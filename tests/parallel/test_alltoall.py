@@ -67,10 +67,10 @@ def test_expert_parallel_is_dense_with_all_gradients(pair, top_k):
     shapes = ((n_tokens, D), (n_tokens, top_k), (E, D, F), (E, D, F), (E, F, D))
     inputs = (*(rng.normal(size=shape).astype(np.float32) for shape in shapes), experts)
     specs = (BATCH, BATCH, EXPERTS, EXPERTS, EXPERTS, BATCH)
-    wanted, y_wanted = compiled(top_k, False)(*inputs)
+    expected, y_expected = compiled(top_k, False)(*inputs)
     got, y = compiled(top_k, True)(*place(inputs, make_mesh(2, W), specs))
-    np.testing.assert_allclose(y, y_wanted, rtol=1e-5, atol=1e-5)
-    for here, right in zip(got, wanted, strict=True):
+    np.testing.assert_allclose(y, y_expected, rtol=1e-5, atol=1e-5)
+    for here, right in zip(got, expected, strict=True):
         np.testing.assert_allclose(here, right, rtol=1e-5, atol=1e-5 * max(1, np.abs(right).max()))
 
 
@@ -103,7 +103,7 @@ def test_the_halves_of_the_exchange_can_be_called_apart():
 
 
 def test_the_routings_above_need_every_buffer_size():
-    """With one expert a token and 16 tokens a device, balance needs 4 rows; the sizes are 5, 8 and 16."""
+    """With one expert per token and 16 tokens per device, balance needs 4 rows; the sizes are 5, 8 and 16."""
     fullest = {}
     for kind in KINDS:
         device = (routing(kind, 1)[:, 0] // (E // W)).reshape(W, M)

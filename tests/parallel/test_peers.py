@@ -1,4 +1,4 @@
-"""What processes know of one another: who is lost is named, the others leave with a reason, a good end is no loss."""
+"""What processes know of one another: a lost one is named, the others leave with a reason, a good end is not a loss."""
 
 import threading
 import time

@@ -27,7 +27,7 @@ CLUSTERS = ("JAX_", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB
 
 @pytest.fixture
 def joined(monkeypatch) -> list[dict]:
-    """A process outside any cluster; receives what ``jax.distributed.initialize`` is told."""
+    """A process outside any cluster; receives the arguments of `jax.distributed.initialize`."""
     for name in [name for name in os.environ if name.startswith(CLUSTERS)]:
         monkeypatch.delenv(name)
     calls: list[dict] = []
@@ -135,7 +135,7 @@ def finish(workdir: Path, processes: list[subprocess.Popen]) -> list[int]:
 
 
 def output(workdir: Path, index: int) -> Path:
-    """Where process ``index`` prints."""
+    """Where process `index` prints."""
     return workdir.with_suffix(f".{index}.out")
 
 

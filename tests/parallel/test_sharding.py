@@ -135,9 +135,9 @@ def test_weights_stored_in_shards_are_gathered_layer_by_layer(filled):
 
     specs = {"blocks": {"weight_DD": P(None, "data", None)}, "end": {"weight_DD": P("data", None)}}
     sharded = per_device(lambda p, x: jax.grad(loss)(p, x, run), mesh, (specs, REPLICATED), specs)
-    wanted = jax.jit(lambda p, x: jax.grad(loss)(p, x, Execution()))(params, x)
+    expected = jax.jit(lambda p, x: jax.grad(loss)(p, x, Execution()))(params, x)
     got = jax.jit(sharded)(params, x)
-    for right, here in zip(jax.tree.leaves(wanted), jax.tree.leaves(got), strict=True):
+    for right, here in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(here, 2 * right, rtol=1e-5, atol=1e-6)  # both devices had the same input
 
 

@@ -58,6 +58,6 @@ def test_gradients_are_summed_over_the_copies(found):
 
 
 def test_the_norm_counts_every_weight_once(found):
-    wanted = np.sqrt(sum(np.sum(np.float64(w) ** 2) for w in found["weights"].values()))
-    assert float(found["norm"]) == pytest.approx(wanted, rel=1e-6)
+    expected = np.sqrt(sum(np.sum(np.float64(w) ** 2) for w in found["weights"].values()))
+    assert float(found["norm"]) == pytest.approx(expected, rel=1e-6)
     assert jnp.ndim(found["norm"]) == 0

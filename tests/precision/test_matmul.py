@@ -43,10 +43,10 @@ def test_the_two_halves_are_the_derivative(equation):
         halves = PLAIN.vjp_input(equation, g, w), PLAIN.vjp_weight(equation, x, g)
         return (plain, *pull(g)), (ours, *pull_ours(g)), halves
 
-    wanted, got, halves = derivatives(x, w, y)
-    for right, one in zip(wanted, got, strict=True):
+    expected, got, halves = derivatives(x, w, y)
+    for right, one in zip(expected, got, strict=True):
         np.testing.assert_array_equal(one, right)
-    for right, one in zip(wanted[1:], halves, strict=True):
+    for right, one in zip(expected[1:], halves, strict=True):
         np.testing.assert_array_equal(one, right)
 
 

@@ -1,4 +1,4 @@
-"""Laws of checkpoints: what comes back is bit for bit what was saved, on any mesh, or the reader is told why not."""
+"""Laws of checkpoints: what comes back is bit for bit what was saved, on any mesh, or the reader learns why not."""
 
 import json
 import os

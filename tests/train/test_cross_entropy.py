@@ -40,10 +40,10 @@ def compiled(function, chunk: int):
 
 @pytest.mark.parametrize("chunk", [1, 4, 11, 64])
 def test_value_and_gradients(inputs, chunk):
-    (_, wanted), right = compiled(naive, 0)(*inputs)
+    (_, expected), right = compiled(naive, 0)(*inputs)
     (_, loss), gradients = compiled(cross_entropy, chunk)(*inputs)
-    assert float(loss) == pytest.approx(float(wanted), rel=1e-6)
-    assert float(jax.jit(cross_entropy, static_argnums=4)(*inputs, chunk)) == pytest.approx(float(wanted), rel=1e-6)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    assert float(jax.jit(cross_entropy, static_argnums=4)(*inputs, chunk)) == pytest.approx(float(expected), rel=1e-6)
     for got, here in zip(gradients, right, strict=True):
         np.testing.assert_allclose(got, here, rtol=1e-5, atol=1e-5)
     assert not np.any(gradients[0][2]) and not np.any(gradients[0][10])
@@ -65,8 +65,8 @@ def test_nothing_to_predict_costs_nothing(inputs):
 def test_bfloat16_activations(inputs):
     h, *others = inputs
     (_, loss), gradients = compiled(cross_entropy, 4)(jnp.bfloat16(h), *others)
-    (_, wanted), right = compiled(naive, 0)(*inputs)
-    assert loss.dtype == jnp.float32 and float(loss) == pytest.approx(float(wanted), rel=0.02)
+    (_, expected), right = compiled(naive, 0)(*inputs)
+    assert loss.dtype == jnp.float32 and float(loss) == pytest.approx(float(expected), rel=0.02)
     assert gradients[0].dtype == jnp.bfloat16 and gradients[1].dtype == jnp.float32
     for got, here in zip(gradients, right, strict=True):
         assert np.linalg.norm(np.float32(got) - here) < 0.03 * np.linalg.norm(here)

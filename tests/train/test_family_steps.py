@@ -53,11 +53,11 @@ def run(name: str, data: int, expert: int) -> tuple[list, dict, dict]:
 @pytest.mark.parametrize("name", ["tiny_v1", "tiny_v2"])
 def test_four_devices_are_one(name):
     one, four = run(name, 1, 1), run(name, 2, 2)
-    for wanted, got in zip(one[0], four[0], strict=True):
+    for expected, got in zip(one[0], four[0], strict=True):
         for field in ("loss", "main", "gradient_norm"):
-            np.testing.assert_allclose(getattr(got, field), getattr(wanted, field), rtol=2e-5, err_msg=field)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), got.auxiliary, wanted.auxiliary)
-        jax.tree.map(np.testing.assert_array_equal, got.loads, wanted.loads)
+            np.testing.assert_allclose(getattr(got, field), getattr(expected, field), rtol=2e-5, err_msg=field)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), got.auxiliary, expected.auxiliary)
+        jax.tree.map(np.testing.assert_array_equal, got.loads, expected.loads)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), four[2], one[2])
     assert all(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, one[1:]), strict=True))
 

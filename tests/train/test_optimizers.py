@@ -27,7 +27,7 @@ def adamw(decayed: dict, moments_dtype: str = "float32") -> AdamW:
 
 
 @pytest.mark.parametrize(
-    ("step", "wanted"),
+    ("step", "expected"),
     [
         (0, 0.0),
         (1, 0.25),
@@ -43,8 +43,8 @@ def adamw(decayed: dict, moments_dtype: str = "float32") -> AdamW:
         (10**6, 0.03),
     ],
 )
-def test_learning_rate_at_its_corners(step, wanted):
-    assert float(RATE(jnp.int32(step))) == pytest.approx(wanted, abs=1e-6)
+def test_learning_rate_at_its_corners(step, expected):
+    assert float(RATE(jnp.int32(step))) == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_schedule_without_some_of_its_parts():

@@ -127,26 +127,26 @@ def leaves(tree) -> list[tuple[str, np.ndarray]]:
 def test_every_mesh_trains_the_same_model(one_device, name, request):
     """Devices, remat, accumulation and ZeRO-1 change nothing: five steps, losses and weights."""
     other = request.getfixturevalue(name)
-    for wanted, got in zip(one_device.reports, other.reports, strict=True):
+    for expected, got in zip(one_device.reports, other.reports, strict=True):
         for field in ("loss", "main", "mtp", "gradient_norm", "max_violation"):
-            assert getattr(got, field) == pytest.approx(getattr(wanted, field), rel=1e-5), field
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got.auxiliary, wanted.auxiliary)
-        jax.tree.map(np.testing.assert_array_equal, got.loads, wanted.loads)
-    for (path, wanted), (_, got) in zip(leaves(one_device.states[-1]), leaves(other.states[-1]), strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4, err_msg=path)
+            assert getattr(got, field) == pytest.approx(getattr(expected, field), rel=1e-5), field
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got.auxiliary, expected.auxiliary)
+        jax.tree.map(np.testing.assert_array_equal, got.loads, expected.loads)
+    for (path, expected), (_, got) in zip(leaves(one_device.states[-1]), leaves(other.states[-1]), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4, err_msg=path)
 
 
 @pytest.mark.slow
 def test_four_micro_batches_are_one_batch(one_device, sizes, weights):
     """On one device: the parts' gradients, losses and loads add up, though they hold different numbers of targets."""
     four = run(trainer(sizes, 1, 1, EXPERTS, config=dataclasses.replace(STEP, micro_batches=4)), weights, steps=2)
-    for wanted, got in zip(one_device.reports, four.reports, strict=False):
+    for expected, got in zip(one_device.reports, four.reports, strict=False):
         for field in ("loss", "main", "mtp", "gradient_norm", "max_violation"):
-            assert getattr(got, field) == pytest.approx(getattr(wanted, field), rel=1e-5), field
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got.auxiliary, wanted.auxiliary)
-        jax.tree.map(np.testing.assert_array_equal, got.loads, wanted.loads)
-    for (path, wanted), (_, got) in zip(leaves(one_device.states[2]), leaves(four.states[2]), strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4, err_msg=path)
+            assert getattr(got, field) == pytest.approx(getattr(expected, field), rel=1e-5), field
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got.auxiliary, expected.auxiliary)
+        jax.tree.map(np.testing.assert_array_equal, got.loads, expected.loads)
+    for (path, expected), (_, got) in zip(leaves(one_device.states[2]), leaves(four.states[2]), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4, err_msg=path)
 
 
 def test_the_loss_falls(one_device):
@@ -160,16 +160,16 @@ def test_the_reported_loss_is_the_full_cross_entropy(one_device, weights):
     logits = np.float64(call(*weights))
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     picked = np.take_along_axis(log_p, np.maximum(first.targets_BT, 0)[..., None], -1)[..., 0]
-    wanted = -np.average(picked, weights=first.weights_BT)
-    assert one_device.reports[0].main == pytest.approx(wanted, rel=1e-5)
-    assert wanted > 3
+    expected = -np.average(picked, weights=first.weights_BT)
+    assert one_device.reports[0].main == pytest.approx(expected, rel=1e-5)
+    assert expected > 3
 
 
 def test_the_parts_add_up_with_the_weights_of_the_step(one_device):
     for step, report in enumerate(one_device.reports):
         mtp_weight = 0.3 if step < 3 else 0.1
-        wanted = report.main + mtp_weight * report.mtp + 1e-2 * report.auxiliary["expert_balance"]
-        assert report.loss == pytest.approx(wanted, rel=1e-6)
+        expected = report.main + mtp_weight * report.mtp + 1e-2 * report.auxiliary["expert_balance"]
+        assert report.loss == pytest.approx(expected, rel=1e-6)
         assert report.mtp > 3 and report.auxiliary["expert_balance"] > 2
         assert report.finite == 1 and report.skipped == report.skipped_in_row == 0
     assert [report.learning_rate for report in one_device.reports[:4]] == pytest.approx([0, 0.005, 0.01, 0.01])
@@ -224,9 +224,9 @@ def test_optimizer_state_is_cut_over_the_devices(expert_parallel):
     assert whole[gate] * 4 == state["params"]["moe_blocks"]["experts"]["gate_XDF"].size
     assert cut[gate] * 2 == whole[gate]
     assert sum(cut.values()) < 0.3 * sum(whole.values())
-    for (path, x), (_, wanted) in zip(leaves(state), leaves(trainer.abstract), strict=True):
-        assert x.sharding.is_equivalent_to(wanted.sharding, x.ndim), path
-        assert (x.shape, x.dtype) == (wanted.shape, wanted.dtype), path
+    for (path, x), (_, expected) in zip(leaves(state), leaves(trainer.abstract), strict=True):
+        assert x.sharding.is_equivalent_to(expected.sharding, x.ndim), path
+        assert (x.shape, x.dtype) == (expected.shape, expected.dtype), path
 
 
 @pytest.mark.slow
@@ -237,10 +237,10 @@ def test_fsdp_stores_weights_in_shards(fully_sharded):
 
 @pytest.mark.slow
 def test_bfloat16_is_close_and_masters_stay_float32(one_device, narrow):
-    for wanted, got in zip(one_device.reports, narrow.reports, strict=True):
+    for expected, got in zip(one_device.reports, narrow.reports, strict=True):
         assert got.finite == 1
-        assert got.main == pytest.approx(wanted.main, rel=0.03)
-        assert got.gradient_norm == pytest.approx(wanted.gradient_norm, rel=0.1)
+        assert got.main == pytest.approx(expected.main, rel=0.03)
+        assert got.gradient_norm == pytest.approx(expected.gradient_norm, rel=0.1)
     state = narrow.states[-1]
     assert {x.dtype for x in jax.tree.leaves((state["params"], state["router_bias"]))} == {np.dtype(np.float32)}
     moments = (state["optimizer"]["mu"], state["optimizer"]["nu"])

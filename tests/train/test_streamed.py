@@ -1,4 +1,4 @@
-"""Written in pieces, killed at any instant, gone on with: what is restored is what was given, or nothing is."""
+"""Written in pieces, killed at any instant, resumed: what is restored is what was given, or nothing is."""
 
 import errno
 import os
@@ -52,7 +52,7 @@ def pieces():
 
 
 def write_all(directory: Path, stop_after: int | None = None) -> int:
-    """Writes what is not done, ``stop_after`` pieces at most; returns how many it wrote."""
+    """Writes what is not done, `stop_after` pieces at most; returns how many it wrote."""
     written = 0
     with StreamedStep(directory, 0, DESCRIBED, "test") as step:
         for name, index, piece in pieces():
@@ -79,11 +79,11 @@ def written(tmp_path):
 
 
 def restore(directory: Path, placed=lambda name: None) -> dict[str, jax.Array]:
-    wanted = {
+    expected = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed(name)) for name, (shape, dtype) in DESCRIBED.items()
     }
     with Checkpointer(directory, read_only=True) as checkpoints:
-        step, state, meta = checkpoints.restore(unflatten_dict(wanted, sep="/"))
+        step, state, meta = checkpoints.restore(unflatten_dict(expected, sep="/"))
     assert (step, meta) == (0, {"config": {"n": 1}, "note": "two"})
     return flatten(state)
 
@@ -251,7 +251,7 @@ def test_pieces_that_were_damaged_between_two_starts_are_written_again(written, 
 
 
 def test_a_damaged_journal_costs_time_at_most(tmp_path):
-    """Any byte of it changed: the step ends the same or its start is refused in words, and nothing is believed."""
+    """Any byte of it changed: the step ends the same, or its start is refused with a message."""
     write_all(tmp_path / "run", 15)
     journal = "step_00000000.journal"
     text = (tmp_path / "run" / journal).read_bytes()
