@@ -45,7 +45,7 @@ def count_parameters(params: Tree) -> tuple[int, int]:
 def module(config: ConfigDict, key: jax.Array, kernels: Kernels | None = None) -> nnx.Module:
     """The network of a config with fresh weights, computed by these kernels; None: by those of the config."""
     maker = family(config.family)
-    precision, kernels = policy(config.precision), kernels or Kernels(**config.kernels)
+    precision, kernels = policy(config.precision, config.fp8), kernels or Kernels(**config.kernels)
     run = Execution(compute=precision.compute, matmul=precision.matmul(kernels), kernels=kernels)
     return maker.Model(maker.Config.from_config(config.model), run, rngs=nnx.Rngs(key))
 

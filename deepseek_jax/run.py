@@ -77,6 +77,8 @@ def check_effects(config: ConfigDict, trainer: Trainer) -> None:
         absent |= {f"loss.{key}": "multi-token prediction" for key in keys}
     if not jax.tree.leaves(trainer.abstract["router_bias"]):
         absent |= {f"loss.{key}": "router biases" for key in ("balance_rate", "balance_rate_stop")}
+    if config.precision != "fp8":
+        absent |= {f"fp8.{key}": "products in FP8 (config.precision=fp8)" for key in config.fp8}
     values, defaults = leaves(config), default_values()
     for key, what in absent.items():
         if values[key] and values[key] != defaults[key]:

@@ -26,7 +26,7 @@ SHEET = {
     r"lack(s|ed|ing)?": "missing, has no",
     r"stray": "unexpected",
     r"(un)?lawful(ly)?|no sound": "valid, invalid",
-    r"house|rooms?|floors?": "package, layer, module; space for free memory",
+    r"house|rooms?|(its own|the same|lower|higher) floors?": "package, layer, module; space for free memory",
     r"goes on|go on|going on|went on|gone on": "continue, resume",
     r"give(s|n)? way|gave way": "fall back",
     r"told|tells? (of|how|which|what|where|the|apart)": "report, say, separate",

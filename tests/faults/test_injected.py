@@ -1,7 +1,7 @@
-"""At least 200 faults at random places: each ends in the right numbers or in words, never in wrong numbers or silence.
+"""At least 200 faults at random places: each ends in the right numbers or a message, never in wrong numbers or silence.
 
 Files are flipped, cut, lengthened, overwritten and removed; signals come in every order; streams fail in every way.
-The seed is part of each test's name.  `DEEPSEEK_JAX_FAULTS=10 pytest tests/faults` injects ten times as many.
+The seed is part of each test's name. `DEEPSEEK_JAX_FAULTS=10 pytest tests/faults` injects ten times as many.
 """
 
 import errno
@@ -160,7 +160,7 @@ def content(name: str) -> np.ndarray:
 
 
 def convert(directory: Path, stop_after: int | None = None) -> None:
-    """Writes what is not there yet; with ``stop_after``, so many pieces, as when it is killed."""
+    """Writes what is not there yet; with `stop_after`, so many pieces, as when it is killed."""
     written = 0
     with StreamedStep(directory, 0, ARRAYS, "test") as step:
         for name in ARRAYS:
