@@ -22,6 +22,10 @@ TABLE = {
         "xla": "deepseek_jax.precision.fp8_kernels:quantize",
         "mosaic_gpu": "deepseek_jax.precision.fp8_kernels:quantize_on_hopper",
     },
+    "quantize_swiglu": {
+        "xla": "deepseek_jax.precision.fp8_kernels:quantize_swiglu",
+        "mosaic_gpu": "deepseek_jax.precision.fp8_kernels:quantize_swiglu_on_hopper",
+    },
     "fp8_matmul": {
         "xla": "deepseek_jax.precision.fp8_kernels:fp8_matmul",
         "mosaic_gpu": "deepseek_jax.precision.fp8_kernels:fp8_matmul_on_hopper",

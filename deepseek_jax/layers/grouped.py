@@ -112,6 +112,6 @@ def grouped_swiglu(
     """
     order = sort_by_expert(experts_MK, gate_XDF.shape[0], matmul.align)
     gate_and_up_XDF = jnp.concatenate([gate_XDF, up_XDF], axis=-1)  # one loop instead of two
-    gate_AF, up_AF = jnp.split(matmul.grouped(to_rows(x_MD, order), gate_and_up_XDF, order.count_X), 2, axis=-1)
-    hidden_AF = matmul.swiglu(gate_AF, up_AF, sort_weights(weights_MK, order))
+    gate_and_up_AF = matmul.grouped(to_rows(x_MD, order), gate_and_up_XDF, order.count_X)
+    hidden_AF = matmul.swiglu(gate_and_up_AF, None, sort_weights(weights_MK, order))
     return to_tokens(matmul.grouped(hidden_AF, down_XFD, order.count_X), order)

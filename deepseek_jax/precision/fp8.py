@@ -29,7 +29,7 @@ reads the same stored array, and because turning its blocks from channels to tok
 attention keeps what it needs in bfloat16, and both sets of codes are made from bfloat16 at the same time.
 
 A mean over n tokens has gradients of the size 1 / n: with an amax of at least 1e-4, those of a large batch would become
-zeros. They are multiplied by 2^64 before quantisation and their scales divided by it, both exact.
+zeros. Their amax is floored 2^64 times lower.
 
 `gradient_block="128x128"` gives activation gradients one scale per 128 tokens as well. V3 reports that a 16B model
 diverges with it (appendix B.2); it is here to show the effect.
@@ -48,14 +48,14 @@ from jax.typing import DTypeLike
 
 from deepseek_jax.kernels import XLA, Kernels
 from deepseek_jax.precision.matmul import PLAIN, Operand, letters, swiglu
-from deepseek_jax.precision.quantize import dequantize_blocks, quantize_blocks
+from deepseek_jax.precision.quantize import AMAX_FLOOR, dequantize_blocks, quantize_blocks
 from deepseek_jax.precision.wire import Codes, Wire
 from pallas_kernels.quantize import Quantized
 
 BLOCK = 128
 SQUARE, ROW = (BLOCK, BLOCK), (1, BLOCK)
 POWERS_OF_TWO = "ue8m0"
-LIFT = 2.0**64  # of gradients before they are quantised
+GRADIENT_FLOOR = AMAX_FLOOR / 2**64  # of the largest magnitude of a block
 
 
 @jax.tree_util.register_dataclass
@@ -86,8 +86,8 @@ class Coded:
 class Gated:
     """The inputs of a SwiGLU, whose output is an operand: silu(gate) * up * factor, one factor per row."""
 
-    gate: jax.Array
-    up: jax.Array
+    gate: jax.Array  # both, side by side, if `up` is None
+    up: jax.Array | None
     factor: jax.Array | None
 
     @property
@@ -97,11 +97,14 @@ class Gated:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the activations."""
-        return self.gate.shape
+        """Of the output."""
+        *leading, width = self.gate.shape
+        return (*leading, width // 2 if self.up is None else width)
 
     def matrix(self, width: int) -> "Gated":
         """As rows of K = `width`."""
+        if self.up is None:
+            return Gated(self.gate.reshape(-1, 2 * width), None, self.factor)
         return Gated(self.gate.reshape(-1, width), self.up.reshape(-1, width), self.factor)
 
 
@@ -127,18 +130,19 @@ class KeptInputs(NamedTuple):
     """What it needs of a SwiGLU: codes and scales of both inputs, row by row, from which the output is made again."""
 
     gate: tuple[jax.Array, jax.Array]
-    up: tuple[jax.Array, jax.Array]
+    up: tuple[jax.Array, jax.Array] | None
     factor: jax.Array | None
 
     @classmethod
     def of(cls, x: Gated) -> "KeptInputs":
         """Quantises the inputs; scales of one byte."""
-        gate, up = (quantize_blocks(part, ROW, POWERS_OF_TWO) for part in (x.gate, x.up))
-        return cls(gate, up, x.factor)
+        up = None if x.up is None else quantize_blocks(x.up, ROW, POWERS_OF_TWO)
+        return cls(quantize_blocks(x.gate, ROW, POWERS_OF_TWO), up, x.factor)
 
-    def inputs(self, dtype: DTypeLike) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """(gate, up, factor), as far as the codes hold them."""
-        return dequantize_blocks(*self.gate, dtype, ROW), dequantize_blocks(*self.up, dtype, ROW), self.factor
+    def inputs(self, dtype: DTypeLike) -> Gated:
+        """What the codes hold of the inputs."""
+        up = None if self.up is None else dequantize_blocks(*self.up, dtype, ROW)
+        return Gated(dequantize_blocks(*self.gate, dtype, ROW), up, self.factor)
 
 
 class Axes(NamedTuple):
@@ -158,10 +162,11 @@ def _axes(equation: str) -> Axes | None:
     return None
 
 
-def _in_squares(x: jax.Array, *, scale: str) -> Quantized:
+def _in_squares(x: jax.Array, *, scale: str, floor: float = AMAX_FLOOR) -> Quantized:
     """As `quantize`, with one scale per 128 x 128 block for both directions."""
-    q, scales = quantize_blocks(x, SQUARE, scale)
-    by_row, by_column = (jnp.repeat(s.astype(jnp.float32), BLOCK, axis=1) for s in (scales.T, scales))
+    lift = AMAX_FLOOR / floor  # a power of two
+    q, scales = quantize_blocks(x * lift, SQUARE, scale)
+    by_row, by_column = (jnp.repeat(s.astype(jnp.float32) / lift, BLOCK, axis=1) for s in (scales.T, scales))
     return Quantized(q, by_row[:, : x.shape[0]], q.T, by_column[:, : x.shape[1]])
 
 
@@ -180,7 +185,7 @@ class BlockMatmul:
         """See `Matmul`; x [..., K] is quantised along K and along tokens, unless it has been."""
         return x if isinstance(x, (Coded, Gated)) else self._coded(x, self.scale)
 
-    def swiglu(self, gate: jax.Array, up: jax.Array, factor: jax.Array | None = None) -> Gated:
+    def swiglu(self, gate: jax.Array, up: jax.Array | None, factor: jax.Array | None = None) -> Gated:
         """See `Matmul`."""
         return Gated(gate, up, factor)
 
@@ -229,10 +234,10 @@ class BlockMatmul:
         return Coded(x, self.kernels["quantize"](constant.reshape(-1, x.shape[-1]), scale=scale))
 
     def _codes(self, x: Coded | Gated, scale: str) -> Quantized:
-        """The codes of an operand. SwiGLU is computed here: a kernel that fuses it with its quantisation goes here."""
+        """The codes of an operand; those of a SwiGLU are made here, and its output is not kept."""
         if isinstance(x, Coded):
             return x.codes
-        return self.kernels["quantize"](swiglu(x.gate, x.up, x.factor), scale=scale)
+        return self.kernels["quantize_swiglu"](x.gate, x.up, x.factor, scale=scale)
 
     def _weight(self, w: jax.Array) -> Weight:
         """The codes of a float32 weight."""
@@ -242,8 +247,7 @@ class BlockMatmul:
     def _gradient(self, g: jax.Array, scale: str) -> Quantized:
         """The codes of an activation gradient [M, N]."""
         quantize = self.kernels["quantize"] if self.gradient_block == "1x128" else _in_squares
-        codes = quantize(g * LIFT, scale=scale)
-        return codes._replace(scale=codes.scale / LIFT, scale_t=codes.scale_t / LIFT)
+        return quantize(g, scale=scale, floor=GRADIENT_FLOOR)
 
     def _times(
         self, q: jax.Array, scale: jax.Array, w: Weight, count_X: jax.Array | None, dtype: DTypeLike
@@ -284,9 +288,9 @@ def _backward(matmul: BlockMatmul, saved: tuple, dy: jax.Array) -> tuple:
         d_x: Coded | Gated = Coded(d_rows, None)  # type: ignore[arg-type]  # None is a zero cotangent
     else:
         inputs = kept.inputs(dy.dtype)
-        _, pull = jax.vjp(swiglu, *inputs)
+        _, pull = jax.vjp(swiglu, inputs.gate, inputs.up, inputs.factor)
         d_x = Gated(*pull(d_rows))
-        codes = matmul._codes(Gated(*inputs), scale)
+        codes = matmul._codes(inputs, scale)
         kept = Kept(codes.q_t, codes.scale_t)
     return d_x, matmul._over_tokens(kept, g, count_X), None
 

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.precision import grouped
+from deepseek_jax.precision.quantize import AMAX_FLOOR
 from pallas_kernels import fp8_matmul as fp8_matmul_kernel
 from pallas_kernels import grouped_matmul as grouped_kernels
 from pallas_kernels import quantize as quantize_kernel
@@ -25,9 +26,16 @@ from pallas_kernels.quantize import Quantized
 BLOCK = 128
 
 
-def quantize(x: jax.Array, *, scale: str = "fp32") -> Quantized:
+def quantize(x: jax.Array, *, scale: str = "fp32", floor: float = AMAX_FLOOR) -> Quantized:
     """Codes and scales of x [M, K] and of its transpose, in 1 x 128 blocks of each."""
-    return quantize_kernel.quantize(x, implementation="reference", scale=scale)
+    return quantize_kernel.quantize(x, implementation="reference", scale=scale, floor=floor)
+
+
+def quantize_swiglu(
+    gate: jax.Array, up: jax.Array | None, factor: jax.Array | None, *, scale: str = "fp32"
+) -> Quantized:
+    """The same of silu(gate) * up * factor, in float32; with `up` None `gate` is [M, 2 K] and holds both."""
+    return quantize_kernel.quantize_swiglu(gate, up, factor, implementation="reference", scale=scale)
 
 
 def fp8_matmul(
@@ -103,6 +111,7 @@ def _hopper(operation: str, kernel: Callable) -> Callable:
 
 
 quantize_on_hopper = _hopper("quantize", quantize_kernel.quantize)
+quantize_swiglu_on_hopper = _hopper("quantize_swiglu", quantize_kernel.quantize_swiglu)
 fp8_matmul_on_hopper = _hopper("fp8_matmul", fp8_matmul_kernel.fp8_matmul)
 grouped_fp8_matmul_on_hopper = _hopper("grouped_fp8_matmul", grouped_kernels.grouped_fp8_matmul)
 grouped_fp8_weight_gradient_on_hopper = _hopper(

@@ -38,8 +38,11 @@ class Matmul(Protocol):
     def einsum(self, equation: str, x: Operand, w: jax.Array) -> jax.Array:
         """Returns y of an einsum such as "BTD,DF->BTF"; no letter may occur in `w` alone."""
 
-    def swiglu(self, gate: jax.Array, up: jax.Array, factor: jax.Array | None = None) -> Operand:
-        """Returns silu(gate) * up, each row times its factor if there are any, ready for one product."""
+    def swiglu(self, gate: jax.Array, up: jax.Array | None, factor: jax.Array | None = None) -> Operand:
+        """Returns silu(gate) * up, each row times its factor if there are any, ready for one product.
+
+        `up` None: `gate` holds both, side by side in its last axis.
+        """
 
     def grouped(self, x_AD: Operand, w_XDF: jax.Array, count_X: jax.Array) -> jax.Array:
         """Returns y_AF: rows sorted by expert, `count_X` of each, times the weights of their expert.
@@ -74,7 +77,7 @@ class PlainMatmul:
         """See `Matmul`; here x itself."""
         return x
 
-    def swiglu(self, gate: jax.Array, up: jax.Array, factor: jax.Array | None = None) -> jax.Array:
+    def swiglu(self, gate: jax.Array, up: jax.Array | None, factor: jax.Array | None = None) -> jax.Array:
         """See `Matmul`."""
         return swiglu(gate, up, factor)
 
@@ -106,8 +109,9 @@ class PlainMatmul:
 PLAIN = PlainMatmul()
 
 
-def swiglu(gate: jax.Array, up: jax.Array, factor: jax.Array | None = None) -> jax.Array:
-    """Returns silu(gate) * up, each row times its factor if there are any; in their dtype."""
+def swiglu(gate: jax.Array, up: jax.Array | None, factor: jax.Array | None = None) -> jax.Array:
+    """Returns silu(gate) * up, each row times its factor if there are any; in their dtype. See `Matmul.swiglu`."""
+    gate, up = jnp.split(gate, 2, axis=-1) if up is None else (gate, up)
     hidden = jax.nn.silu(gate) * up
     return hidden if factor is None else hidden * factor[:, None].astype(hidden.dtype)
 

@@ -248,11 +248,14 @@ def fits(matrix: tuple, weight: tuple) -> bool:
     return any(np.prod(weight[n:]) == np.prod(stacked) * size for n in (0, 1) for size in sizes)
 
 
-@pytest.mark.parametrize("operation", ["quantize", "fp8_matmul", "grouped_fp8_matmul", "grouped_fp8_weight_gradient"])
+@pytest.mark.parametrize(
+    "operation", ["quantize", "quantize_swiglu", "fp8_matmul", "grouped_fp8_matmul", "grouped_fp8_weight_gradient"]
+)
 def test_the_kernels_for_hopper_say_what_they_need(operation):
     q, scale = jnp.zeros((128, 128), jnp.float8_e4m3fn), jnp.ones((1, 128))
     operands = {
         "quantize": (jnp.zeros((128, 128)),),
+        "quantize_swiglu": (jnp.zeros((128, 256)),),
         "fp8_matmul": (q, scale, q, jnp.ones((1, 1))),
         "grouped_fp8_matmul": (q, scale, q[None], jnp.ones((1, 1, 1)), jnp.array([3])),
         "grouped_fp8_weight_gradient": (q, scale, q, scale, jnp.array([3])),
