@@ -235,3 +235,13 @@ def scan_inputs(params: dict) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     constants, carry, _ = params["ft_in"].unpack()
     return len(constants), len(carry)
+
+
+def cudnn_causal_attention(q_BTHQ: jax.Array, k_BTHQ: jax.Array, v_BTHU: jax.Array, scale: float) -> jax.Array:
+    """Causal attention by cuDNN: o_BTHU. `jax.nn.dot_product_attention` wants values as wide as queries.
+
+    Raises RuntimeError, NotImplementedError or ValueError for what cuDNN does not support.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    return cudnn.dot_product_attention(q_BTHQ, k_BTHQ, v_BTHU, scale=scale, mask_type=cudnn.MaskType.CAUSAL)

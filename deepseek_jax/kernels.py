@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from deepseek_jax.errors import UserError
 
 TABLE = {
-    "attention": {"xla": "deepseek_jax.layers.attention:causal_attention"},
+    "attention": {
+        "xla": "deepseek_jax.layers.attention:causal_attention",
+        "cudnn": "deepseek_jax.layers.cudnn_attention:causal_attention",
+    },
     "latent_decode": {"xla": "deepseek_jax.layers.attention:latent_decode"},
     "grouped_decode": {"xla": "deepseek_jax.layers.attention:grouped_decode"},
     "grouped_matmul": {

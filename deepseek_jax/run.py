@@ -54,6 +54,7 @@ def trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
         StepConfig(rate=Schedule(**config.schedule), micro_batches=run.micro_batches, **step),
         compute=precision.compute,
         matmul=precision.matmul,
+        weights=precision.weights,
         kernels=Kernels(**config.kernels),
         remat=run.remat,
         unroll=run.unroll,

@@ -3,11 +3,15 @@
     deepseek-jax bench train                                   # the 8M-parameter micro_v3 on this machine
     deepseek-jax bench train --peer-python=/path/to/python     # an interpreter that has torch and transformers
     deepseek-jax bench train --config=tiny_v3 --no-peer
+    deepseek-jax bench train --config=v3_slice                         # V3's widths, for a GPU: see the config
+    deepseek-jax bench train --config=v3_slice --no-peer --profile=DIR                       # where the time goes
     deepseek-jax bench kernels                                 # FP8 kernels, on a Hopper GPU; --help lists its flags
 
-Both sides train the same sizes on fresh random tokens with AdamW, float32, in turns: a few steps of one, then a few of
-the other, after a warm-up. Printed are the medians over the turns and their ratio; what else the machine does in the
-meantime touches both alike. The peer comes with: pip install "deepseek_jax[parity]"
+Both sides train the same sizes on fresh random tokens with AdamW, in turns: a few steps of one, then a few of the
+other, after a warm-up. Printed are the medians over the turns and their ratio; what else the machine does in the
+meantime touches both alike. Ours computes in config.precision over float32 master weights, with moments of
+config.optimizer.moments_dtype. The peer's weights, gradients and moments are all bfloat16, or float32 if the precision
+is fp32. Operations count causal attention as half. The peer comes with: pip install "deepseek_jax[parity]"
 """
 
 import contextlib
@@ -26,7 +30,8 @@ from ml_collections import ConfigDict
 from deepseek_jax import run_config
 from deepseek_jax.bounds import path, whole
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _bench_kernels, _options
+from deepseek_jax.launch import _bench_kernels, _options, _profile
+from deepseek_jax.units import binary
 
 if TYPE_CHECKING:
     from deepseek_jax.data.pipeline import Batch
@@ -36,6 +41,7 @@ EXTRA = {
     "steps": (int, 4, "training steps of one turn", whole(1, 10**6)),
     "peer": (bool, True, "measure transformers on torch as well"),
     "peer_python": (str, sys.executable, "the interpreter that has torch and transformers", path(1)),
+    "profile": (str, "", "directory for a trace of our steps, of which a table is printed", path(0)),
 }
 
 
@@ -48,6 +54,8 @@ def main(argv: list[str]) -> int:
     if subject != "train":
         raise UserError(f"bench {subject or ''}: no such bench. Give: deepseek-jax bench train, or bench kernels")
     config = run_config.validate(options.config)
+    if options.peer:  # both sides share a GPU's memory, of which JAX would take three quarters at once
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with contextlib.ExitStack() as stack:
         sides: dict[str, Any] = {"deepseek_jax": Ours(config)}
         if options.peer:
@@ -59,6 +67,8 @@ def main(argv: list[str]) -> int:
                 if turn:  # the first turn warms up
                     seconds[name].append(taken)
         report(config, sides, seconds, options.steps)
+        if options.profile:
+            _profile.report(options.profile, sides["deepseek_jax"], options.steps)
     return 0
 
 
@@ -116,6 +126,13 @@ class Ours:
             raise UserError("a step was not finite: its time means nothing. Set a lower --config.schedule.peak_rate.")
         return taken
 
+    @property
+    def peak_memory_bytes(self) -> int | None:
+        """The most memory in use so far, on a GPU; None on a CPU, where compiling takes the most."""
+        import jax
+
+        return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
 
 class Peer:
     """transformers' DeepseekV3ForCausalLM of the same sizes, in a process of its own."""
@@ -130,6 +147,7 @@ class Peer:
                 "clip_norm": config.loss.clip_norm,
             },
             "batch": (config.batch.size, config.data.seq_len),
+            "dtype": "float32" if config.precision == "fp32" else "bfloat16",
             "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         }
         command = [python, "-P", str(Path(__file__).with_name("_torch_peer.py")), json.dumps(job)]
@@ -146,6 +164,7 @@ class Peer:
             self.__exit__()
             raise
         self.title, self.n_params = ready["name"], ready["n_params"]
+        self.peak_memory_bytes: int | None = None
 
     def __enter__(self) -> "Peer":
         return self
@@ -160,7 +179,9 @@ class Peer:
         with contextlib.suppress(BrokenPipeError):  # it has ended: its last message is reported below
             self.process.stdin.write(f"{n_steps}\n")
             self.process.stdin.flush()
-        return self._answer("the peer")["seconds"]
+        answer = self._answer("the peer")
+        self.loss, self.peak_memory_bytes = answer["loss"], answer["peak_memory_bytes"]
+        return answer["seconds"]
 
     def _answer(self, who: str) -> dict:
         line = self.process.stdout.readline()
@@ -188,8 +209,6 @@ def transformers_sizes(config: ConfigDict) -> dict:
 
 def report(config: ConfigDict, sides: dict, seconds: dict, n_steps: int) -> None:
     """Prints the medians and their ratio."""
-    from deepseek_jax.chips import peak_flops
-
     tokens = config.batch.size * config.data.seq_len * n_steps
     medians = {name: tokens / statistics.median(taken) for name, taken in seconds.items()}
     turns = len(next(iter(seconds.values())))
@@ -200,10 +219,23 @@ def report(config: ConfigDict, sides: dict, seconds: dict, n_steps: int) -> None
             f"  {name:<13} {medians[name]:9,.0f} tokens/s  (slowest {spread[0]:,.0f}, fastest {spread[-1]:,.0f})  "
             f"{side.n_params / 1e6:.2f}M parameters  {side.title}"
         )
-    ours = sides["deepseek_jax"]
-    rate = medians["deepseek_jax"] * ours.trainer.flops_per_token(config.data.seq_len)
-    peak = (peak_flops(ours.device) or 0.0) * ours.trainer.mesh.size
-    mfu = f", MFU {rate / peak:.1%} of {peak / 1e12:,.0f} (causal attention)" if peak else ""
-    print(f"  deepseek_jax: {rate / 1e12:.3f} TFLOP/s{mfu}; last loss {ours.loss:.4f}")
+    for name, side in sides.items():
+        print(f"  {name}: {_rates(config, sides['deepseek_jax'], medians[name])}; {_memory_and_loss(side)}")
     if len(medians) == 2:
         print(f"  ratio of the medians: {medians['deepseek_jax'] / medians['transformers']:.2f}")
+
+
+def _rates(config: ConfigDict, ours: Ours, tokens_per_second: float) -> str:
+    """Returns TFLOP/s, and MFU on a chip whose peak is known; operations are the same on both sides."""
+    from deepseek_jax.chips import peak_flops
+
+    rate = tokens_per_second * ours.trainer.flops_per_token(config.data.seq_len)
+    peak = (peak_flops(ours.device) or 0.0) * ours.trainer.mesh.size
+    mfu = f", MFU {rate / peak:.1%} of {peak / 1e12:,.0f} (causal attention)" if peak else ""
+    return f"{rate / 1e12:.3f} TFLOP/s{mfu}"
+
+
+def _memory_and_loss(side: Ours | Peer) -> str:
+    """Returns the peak memory, where it is known, and the last loss."""
+    memory = f"peak memory {binary(side.peak_memory_bytes)}; " if side.peak_memory_bytes else ""
+    return f"{memory}last loss {side.loss:.4f}"

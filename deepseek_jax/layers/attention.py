@@ -16,6 +16,7 @@ RECOMPUTED_FROM = 1024  # tokens of a sequence above which scores are not kept f
 MASKED = -1e30  # a score that softmax turns into 0 without making a NaN of an all-masked row
 
 
+@jax.named_scope("attention")
 def causal_attention(
     q_BTHQ: jax.Array,
     k_BTHQ: jax.Array,

@@ -63,6 +63,7 @@ ROLES = (
     "gain",  # one number per number of an activation
     "bias",
 )
+MULTIPLIED = ("attention_in", "attention_out", "gate", "up", "down", "join")  # by a `Matmul`; no other code reads them
 SPARED = ("gain", "bias")  # by weight decay
 
 

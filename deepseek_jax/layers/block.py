@@ -132,6 +132,7 @@ class Block(nnx.Module):
         x_BTD, found = self.combine(x_BTD, self.compute(self.dispatch(x_BTD, tokens)))
         return x_BTD, (kept, found._replace(losses=_sums(losses, found.losses)))
 
+    @jax.named_scope("projections")
     def attend(
         self, x_BTD: jax.Array, tokens: Tokens, attend: Attend = over_themselves, cached: Any = None
     ) -> tuple[jax.Array, Any, Losses]:

@@ -15,6 +15,7 @@ class Embedding(nnx.Module):
     def __init__(self, vocab_size: int, d_model: int, std: float, *, rngs: nnx.Rngs):
         self.table_VD = param(rngs, (vocab_size, d_model), ("vocab", "embed"), normal(std), role="table")
 
+    @jax.named_scope("embedding")
     def __call__(self, ids_BT: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Returns x_BTD in `dtype`; ids below 0 (nothing there) read row 0."""
         return jnp.take(self.table_VD[...], jnp.maximum(ids_BT, 0), axis=0).astype(dtype)

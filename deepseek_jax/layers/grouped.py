@@ -88,6 +88,7 @@ sort_weights.defvjp(
 )
 
 
+@jax.named_scope("experts")
 def grouped_swiglu(
     x_MD: jax.Array,
     experts_MK: jax.Array,

@@ -53,6 +53,7 @@ class Router(nnx.Module):
         self.bias_E = RouterBias(jnp.zeros((n_experts,), jnp.float32), axes=(None,)) if biased else None
         self.route = route
 
+    @jax.named_scope("router")
     def __call__(self, x_BTD: jax.Array) -> Routing:
         """Routes each token; computed in float32 from `x_BTD` of any dtype."""
         x_BTD = x_BTD.astype(jnp.float32)

@@ -19,6 +19,7 @@ class SwiGLU(nnx.Module):
         self.down_FD = param(rngs, (width, d_model), ("mlp", "embed"), normal(std), role="down")
         self.matmul = matmul
 
+    @jax.named_scope("feed_forward")
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Returns y_BTD."""
         einsum, x = self.matmul.einsum, self.matmul.operand(x_BTD)

@@ -12,11 +12,12 @@ from deepseek_jax.parallel.sharding import Placement
 
 
 def sum_and_scatter(gradients: dict, placements: dict) -> dict:
-    """This device's part of the gradients summed over all devices."""
+    """This device's part of the gradients summed over all devices, in float32."""
 
     def one(place: Placement, gradient: jax.Array) -> jax.Array:
         if not place.copies:
             return gradient
+        gradient = gradient.astype(jnp.float32)
         if place.zero_dim is None:
             return jax.lax.psum(gradient, place.copies)
         return jax.lax.psum_scatter(gradient, place.copies, scatter_dimension=place.zero_dim, tiled=True)
@@ -48,6 +49,7 @@ def gather(parts: dict, placements: dict) -> dict:
     return jax.tree.map(one, placements, parts)
 
 
+@jax.named_scope("gradient_norm")
 def global_norm(parts: dict, placements: dict) -> jax.Array:
     """sqrt of the sum of squares over all weights of all devices, each weight counted once."""
 

@@ -4,6 +4,7 @@
 | --- | --- |
 | master weights, gradients that are summed, optimizer update | float32 |
 | activations and matmul operands | `Policy.compute` |
+| weights as products read them, cast once per step, and the gradients of one micro-batch | `Policy.weights` |
 | norms, rotary angles, router scores, softmax, cross-entropy | float32, cast in place where they stand |
 | products with the weights of blocks, under "fp8" | E4M3 in blocks (`precision.fp8`) |
 
@@ -33,15 +34,17 @@ class Policy:
     Attributes:
         compute: dtype of the activations.
         matmul: makes what multiplies them with weights, from the kernels it may use.
+        weights: dtype of the weights that `matmul` is given.
     """
 
     compute: DTypeLike
     matmul: Callable[[Kernels], Matmul] = PlainMatmul
+    weights: DTypeLike = jnp.float32
 
 
 POLICIES = {
     "fp32": Policy(jnp.float32),
-    "bf16": Policy(jnp.bfloat16),
+    "bf16": Policy(jnp.bfloat16, weights=jnp.bfloat16),
     "fp8": Policy(jnp.bfloat16, BlockMatmul),
 }
 

@@ -22,7 +22,7 @@ Gradients = Callable[[Tree, Tree, Batch], tuple[Tree, jax.Array, Losses]]
 
 
 def accumulated(loss: Loss, micro_batches: int) -> Gradients:
-    """Gradients summed in float32 over `micro_batches` equal parts of a device's share."""
+    """Gradients summed in float32 over `micro_batches` equal parts of a device's share; of one part, as they come."""
     derivative = jax.value_and_grad(loss, has_aux=True)
 
     def gradients(params: Tree, state: Tree, batch: Batch) -> tuple[Tree, jax.Array, Losses]:
@@ -36,7 +36,7 @@ def accumulated(loss: Loss, micro_batches: int) -> Gradients:
             return of(batch)
         parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
         shapes = jax.eval_shape(of, jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes)
         return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, of(part)), None), zeros, parts)[0]
 
     return gradients

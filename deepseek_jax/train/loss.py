@@ -115,6 +115,7 @@ def losses(model: Any, batch: "Batch", over: Totals, *, chunk: int, mask: bool) 
     tokens = Tokens(batch.ids_BT, batch.positions_BT, batch.segments_BT if mask else None, batch.segments_BT > 0)
     weight_DV, cross_entropy = model.head.weight_DV[...], model.run.kernels["cross_entropy"]
 
+    @jax.named_scope("loss")
     def nll(h_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
         h_MD, targets_M, weights_M = h_BTD.reshape(-1, h_BTD.shape[-1]), targets_BT.reshape(-1), weights_BT.reshape(-1)
         return cross_entropy(h_MD, weight_DV, targets_M, weights_M, chunk) / over.weight

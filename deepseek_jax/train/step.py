@@ -1,5 +1,6 @@
 """One training step: what every device does with its share of the batch, and what they then agree on.
 
+    weights     cast once to the dtype that products read
     for each micro-batch:  loss, gradients (accumulated in float32)
     gradients   summed over the devices that hold the same weights, and scattered (ZeRO-1)
     clip        by the global norm
@@ -25,7 +26,7 @@ from deepseek_jax.abstract_model import abstract
 from deepseek_jax.compat import quick_compile
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.kernels import XLA, Kernels
-from deepseek_jax.layers.base import Execution, bind, logical_axes, split
+from deepseek_jax.layers.base import MULTIPLIED, Execution, bind, logical_axes, roles, split
 from deepseek_jax.layers.router import max_violation, updated_bias
 from deepseek_jax.parallel import zero
 from deepseek_jax.parallel.mesh import BATCH, REPLICATED, per_device, place, total
@@ -99,6 +100,9 @@ class Trainer:
         trainable: which weights are trained, by their path; the others stay as they are.
         compute: dtype of the activations.
         matmul: makes the products with weights from the kernels (`precision.policy`).
+        weights: dtype to which the weights that `matmul` reads are cast, once per step; their gradients have it too.
+            Weights that FSDP stores in shards are cast where they are gathered, so that their gradients are summed over
+            the devices in float32.
         kernels, remat, unroll: see `Execution`.
         flops_per_token: operations to train on one token, as a function of the sequence length.
 
@@ -124,6 +128,7 @@ class Trainer:
         trainable: Trainable = everything,
         compute: DTypeLike = jnp.float32,
         matmul: Callable[[Kernels], Matmul] = PlainMatmul,
+        weights: DTypeLike = jnp.float32,
         kernels: Kernels = XLA,
         remat: str = "none",
         unroll: int = 1,
@@ -152,6 +157,8 @@ class Trainer:
         if not jax.tree.leaves(self._trained_places):
             raise ValueError("trainable: no weight is trained. Expected True for the path of at least one.")
         self._gradients = gradients(self._loss, config.micro_batches)
+        self._cast_to = weights if self.run.unshard is None else jnp.float32
+        self._trained_roles, _ = divide(roles(model), trainable)
         self.optimizer = optimizer(model)
         shapes = jax.eval_shape(lambda: self._initial(0))
         self.specs: State = jax.tree.map(lambda _: REPLICATED, shapes) | {
@@ -211,7 +218,7 @@ class Trainer:
 
     def _on_device(self, state: State, batch: Batch) -> tuple[State, Report]:
         trained, frozen = divide(state["params"], self.trainable)
-        gradients, loss, found = self._gradients(trained, state, batch)
+        gradients, loss, found = self._gradients(self._as_read(trained), state, batch)
         loss, found = total((loss, found))
         gradients = zero.sum_and_scatter(gradients, self._trained_places)
         norm = zero.global_norm(gradients, self._trained_places)
@@ -221,7 +228,8 @@ class Trainer:
         gamma = self.config.balance_rate_at(state["step"])
         router_bias = moved_biases(state["router_bias"], found.loads, gamma)
         new = {"params": join(trained, frozen), "router_bias": router_bias, "optimizer": optimizer}
-        new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, {key: state[key] for key in new})
+        with jax.named_scope("optimizer"):
+            new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, {key: state[key] for key in new})
         new["step"] = state["step"] + 1
         new["skipped"] = state["skipped"] + ~finite
         new["skipped_in_row"] = jnp.where(finite, 0, state["skipped_in_row"] + 1)
@@ -242,6 +250,14 @@ class Trainer:
         )
         return new, report
 
+    @jax.named_scope("cast_weights")
+    def _as_read(self, trained: dict) -> dict:
+        """The trained weights, those that products read in their dtype."""
+        return jax.tree.map(
+            lambda w, role: w.astype(self._cast_to) if role in MULTIPLIED else w, trained, self._trained_roles
+        )
+
+    @jax.named_scope("optimizer")
     def _updated(self, trained: dict, gradients: dict, norm: jax.Array, rate: jax.Array, state: dict) -> tuple:
         """The trained weights and the optimizer's state after its update of this device's part."""
         shrink = jnp.minimum(1.0, self.config.clip_norm / (norm + 1e-6))
