@@ -54,6 +54,8 @@ def main(argv: list[str]) -> int:
     if subject != "train":
         raise UserError(f"bench {subject or ''}: no such bench. Give: deepseek-jax bench train, or bench kernels")
     config = run_config.validate(options.config)
+    if options.profile:  # operations in a CUDA graph are traced without their names
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
     if options.peer:  # both sides share a GPU's memory, of which JAX would take three quarters at once
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with contextlib.ExitStack() as stack:

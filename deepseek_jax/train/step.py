@@ -222,6 +222,7 @@ class Trainer:
         loss, found = total((loss, found))
         gradients = zero.sum_and_scatter(gradients, self._trained_places)
         norm = zero.global_norm(gradients, self._trained_places)
+        norm, gradients = jax.lax.optimization_barrier((norm, gradients))  # else XLA makes them again for each moment
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         rate = self.config.rate(state["step"])
         trained, optimizer = self._updated(trained, gradients, norm, rate, state["optimizer"])
