@@ -238,7 +238,7 @@ def scan_inputs(params: dict) -> tuple[int, int]:
 
 
 def cudnn_causal_attention(q_BTHQ: jax.Array, k_BTHQ: jax.Array, v_BTHU: jax.Array, scale: float) -> jax.Array:
-    """Causal attention by cuDNN: o_BTHU. `jax.nn.dot_product_attention` wants values as wide as queries.
+    """Causal attention by cuDNN: o_BTHU. `jax.nn.dot_product_attention` needs values as wide as queries.
 
     Raises RuntimeError, NotImplementedError or ValueError for what cuDNN does not support.
     """

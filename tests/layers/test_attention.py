@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.errors import UserError
+from deepseek_jax.kernels import Kernels
 from deepseek_jax.layers.attention import causal_attention, masked_softmax
 
 SCALE = 0.4
@@ -58,3 +60,17 @@ def test_a_masked_document_is_as_if_alone(qkv):
 
 def test_a_row_that_sees_nothing_is_finite():
     assert np.isfinite(masked_softmax(jnp.ones((2, 3)), jnp.zeros((2, 3), bool))).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"segments_BT": jnp.zeros((1, 4), jnp.int32)}, "does not keep documents apart"),
+        ({"dtype": jnp.float32}, "float32 activations, expected bfloat16"),
+        ({}, "on cpu: needs an NVIDIA GPU"),
+    ],
+)
+def test_cudnn_says_what_it_needs(options, message):
+    x = jnp.zeros((1, 4, 2, 8), options.pop("dtype", jnp.bfloat16))
+    with pytest.raises(UserError, match=message):
+        Kernels(attention="cudnn")["attention"](x, x, x, scale=1.0, **options)

@@ -116,7 +116,7 @@ def fully_sharded(sizes, weights) -> Run:
 @pytest.fixture(scope="module")
 def narrow(sizes, weights) -> Run:
     optimizer = adamw(**ADAMW | {"moments_dtype": "bfloat16"})
-    return run(trainer(sizes, 1, 1, EXPERTS, optimizer=optimizer, compute=jnp.bfloat16), weights)
+    return run(trainer(sizes, 1, 1, EXPERTS, optimizer=optimizer, compute=jnp.bfloat16, weights=jnp.bfloat16), weights)
 
 
 def leaves(tree) -> list[tuple[str, np.ndarray]]:
