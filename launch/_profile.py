@@ -95,7 +95,7 @@ def device_events(trace: dict) -> list[Event]:
 
 def own_times(events: Iterable[Event]) -> dict[str, float]:
     """Returns the microseconds of each operation, without those of operations inside it (the body of a loop)."""
-    times: dict[str, float] = collections.Counter()
+    times: collections.defaultdict[str, float] = collections.defaultdict(float)
     running: dict[tuple, list[Event]] = collections.defaultdict(list)
     for event in events:
         stack = running[event.line]
@@ -195,7 +195,7 @@ def table(events: list[Event], program: str, n_steps: int) -> list[str]:
 
 def _summed(times: dict[str, float], of: Callable[[str], str]) -> list[tuple[str, float]]:
     """Returns the times of operations summed by what `of` says of their names, the largest first."""
-    sums: dict[str, float] = collections.Counter()
+    sums: collections.defaultdict[str, float] = collections.defaultdict(float)
     for name, taken in times.items():
         sums[of(name)] += taken
     return sorted(sums.items(), key=lambda item: -item[1])

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 import warnings
+from typing import Any
 
 
 def main(job: dict) -> None:
@@ -64,7 +65,7 @@ def main(job: dict) -> None:
         say({"seconds": seconds, "loss": float(loss), "peak_memory_bytes": memory})
 
 
-def build(job: dict, device: str) -> object:
+def build(job: dict, device: str) -> Any:
     """Returns the model with fresh weights on the device; a GPU initialises it much faster than a CPU."""
     import torch
     import transformers
