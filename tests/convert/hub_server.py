@@ -73,8 +73,8 @@ class _Handler(BaseHTTPRequestHandler):
         if rest.startswith("tree/"):
             return self._answer(200, json.dumps([self._entry(folder, file) for file in self._files(folder)]).encode())
         siblings = [{"rfilename": str(file.relative_to(folder))} for file in self._files(folder)]
-        told = {"id": name, "modelId": name, "sha": COMMIT, "siblings": siblings, "private": False, "gated": False}
-        return self._answer(200, json.dumps(told | {"tags": [], "downloads": 0, "likes": 0}).encode())
+        answer = {"id": name, "modelId": name, "sha": COMMIT, "siblings": siblings, "private": False, "gated": False}
+        return self._answer(200, json.dumps(answer | {"tags": [], "downloads": 0, "likes": 0}).encode())
 
     def _files(self, folder: Path) -> list[Path]:
         return sorted(file for file in folder.rglob("*") if file.is_file())

@@ -169,13 +169,13 @@ def write(directory: Path, c: dict, shard_bytes: int = 2_600_000_000) -> None:
     (directory / "config.json").write_text(json.dumps(c, indent=2))
     described = tensors(c)
     sizes = {name: math.prod(shape) * WIDTH[dtype] for name, (dtype, shape) in described.items()}
-    shards, room = [], 0
+    shards, space = [], 0
     for name, size in sizes.items():
-        if size > room or not shards:
+        if size > space or not shards:
             shards.append([])
-            room = shard_bytes
+            space = shard_bytes
         shards[-1].append(name)
-        room -= size
+        space -= size
     weight_map = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):06}.safetensors"

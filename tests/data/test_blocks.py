@@ -45,12 +45,12 @@ def test_slices_of_slices_are_those_of_the_array(sealed):
 
 
 def test_each_flipped_bit_is_met_by_the_read_that_touches_it_and_by_no_other(sealed):
-    path, told = sealed
+    path, sealing = sealed
     choose = random.Random(1)
     for _ in range(100):
         place, bit = choose.randrange(2000), choose.randrange(8)
         flip(path, place, bit)
-        blocks, damaged = Blocks(path, told), place // BLOCK
+        blocks, damaged = Blocks(path, sealing), place // BLOCK
         for block in range(-(-2000 // BLOCK)):
             start, stop = block * BLOCK, min((block + 1) * BLOCK, 2000)
             if block != damaged:
@@ -62,15 +62,15 @@ def test_each_flipped_bit_is_met_by_the_read_that_touches_it_and_by_no_other(sea
 
 
 def test_a_file_cut_while_it_is_open_is_an_error_in_words(sealed):
-    path, told = sealed
-    blocks = Blocks(path, told)
+    path, sealing = sealed
+    blocks = Blocks(path, sealing)
     blocks.check()  # all blocks are known to be good
     os.truncate(path, 700)
     assert blocks.read(0, 700)
     with pytest.raises(DamagedFile, match="ends at byte 700, expected 2,000"):
         blocks.read(600, 800)
     with pytest.raises(DamagedFile, match="has 700 bytes, expected 2,000"):
-        Blocks(path, told)
+        Blocks(path, sealing)
 
 
 @pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1])
@@ -82,10 +82,10 @@ def test_any_size(tmp_path, monkeypatch, size):
 
 
 def test_damaged_hashes_are_noticed_at_once(sealed):
-    path, told = sealed
+    path, sealing = sealed
     flip(hashes_of(path), 17)
     with pytest.raises(DamagedFile, match="hashes has changed"):
-        Blocks(path, told)
+        Blocks(path, sealing)
 
 
 def test_threads_read_at_once(sealed):

@@ -290,16 +290,17 @@ def test_the_first_templates_open_a_block_once():
     )
     one = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "weather"}}]}
     sun = {"role": "tool", "content": "sun"}
-    told = "<｜tool▁output▁begin｜>sun<｜tool▁output▁end｜>"
+    output = "<｜tool▁output▁begin｜>sun<｜tool▁output▁end｜>"
     talk = [WEATHER, one, sun, one, sun, ANSWER]
     text = "<｜begin▁of▁sentence｜><｜User｜>Weather in Rome and Oslo?<｜Assistant｜><｜tool▁calls▁begin｜>" + calls
     last = f"<｜tool▁outputs▁end｜>Sun and snow.{end}"
     close = f"<｜tool▁calls▁end｜>{end}"
     assert TEMPLATES["v3-1226"].encode(talk) == (
-        f"{text}<｜tool▁outputs▁begin｜>{told}\n{calls}{close}\n{told}{last}"  # the first block is left open
+        f"{text}<｜tool▁outputs▁begin｜>{output}\n{calls}{close}\n{output}{last}"  # the first block is left open
     )
     assert (
-        TEMPLATES["r1-0120"].encode(talk) == f"{text}{close}<｜tool▁outputs▁begin｜>{told}\n{calls}{close}{told}{last}"
+        TEMPLATES["r1-0120"].encode(talk)
+        == f"{text}{close}<｜tool▁outputs▁begin｜>{output}\n{calls}{close}{output}{last}"
     )
     assert TEMPLATES["v2.5"].encode([SYSTEM, HELLO]) == " " * 8 + TEMPLATES["v3"].encode([SYSTEM, HELLO])
 

@@ -127,8 +127,8 @@ def test_bytes_per_token_are_those_that_are_learnt(settings):
     training, _ = open_splits(**settings)
     batch = training.rows(0, training.n_samples)
     lengths = training.tokenizer.byte_lengths()[np.maximum(batch.targets_BT, 0)]
-    wanted = (lengths * batch.weights_BT).sum() / batch.weights_BT.sum()
-    assert training.bytes_per_token == pytest.approx(wanted)
+    expected = (lengths * batch.weights_BT).sum() / batch.weights_BT.sum()
+    assert training.bytes_per_token == pytest.approx(expected)
 
 
 def test_a_run_is_known_by_what_decides_its_tokens(settings):

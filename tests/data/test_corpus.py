@@ -112,7 +112,7 @@ ROWS = b'{"text": "one"}\n{"text": null}\n{"text": ""}\n{"text": "two"}\n'
 
 @pytest.mark.parametrize("mark", [b"", MARK])
 @pytest.mark.parametrize(
-    ("name", "data", "wanted"),
+    ("name", "data", "expected"),
     [
         ("a.txt", "zwölf".encode(), ["zwölf"]),
         ("a.TXT", b"one", ["one"]),
@@ -127,11 +127,11 @@ ROWS = b'{"text": "one"}\n{"text": null}\n{"text": ""}\n{"text": "two"}\n'
     ],
 )
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
-def test_marks_nulls_and_compression_change_no_text(tmp_path, mark, name, data, wanted, ending):
+def test_marks_nulls_and_compression_change_no_text(tmp_path, mark, name, data, expected, ending):
     path = write(tmp_path / f"{name}{ending}", packed(mark + data, ending))
-    assert documents(path) == wanted
+    assert documents(path) == expected
     corpus = open_corpus(str(path), "text")
-    assert sum(n_bytes for _, n_bytes in corpus.portions()) == (corpus.n_bytes() if wanted else 0)
+    assert sum(n_bytes for _, n_bytes in corpus.portions()) == (corpus.n_bytes() if expected else 0)
 
 
 def packed(data, ending):

@@ -41,10 +41,10 @@ def test_by_hand():
         Window([3, EOS, 4, 5, 6], [1, 1, 2, 2, 2]),
         Window([6, 7, EOS, PAD, PAD], [1, 1, 1, 0, 0]),
     ]
-    for n, wanted in enumerate(expected):
+    for n, window in enumerate(expected):
         tokens, numbers = packing.window(0, n)
-        np.testing.assert_array_equal(tokens, wanted.tokens)
-        np.testing.assert_array_equal(numbers, wanted.numbers)
+        np.testing.assert_array_equal(tokens, window.tokens)
+        np.testing.assert_array_equal(numbers, window.numbers)
 
 
 def test_segments_and_positions_by_hand():

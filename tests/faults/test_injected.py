@@ -134,8 +134,8 @@ def test_a_checkpoint(two_steps, tmp_path, seed):
     complaints = []
     with Checkpointer(copy, read_only=True, warn=complaints.append) as checkpoints:
         try:
-            wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state_of(0))
-            step, state, meta = checkpoints.restore(wanted)
+            expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state_of(0))
+            step, state, meta = checkpoints.restore(expected)
         except UserError as error:
             assert is_hopeless and "step" in str(error)
             return
@@ -189,9 +189,9 @@ def test_a_conversion(tmp_path, monkeypatch, seed):
         assert str(tmp_path) in str(error)
         shutil.rmtree(tmp_path)  # what the message asks for, or another workdir
         convert(tmp_path)
-    wanted = unflatten_dict({name: jax.ShapeDtypeStruct(*described) for name, described in ARRAYS.items()}, sep="/")
+    expected = unflatten_dict({name: jax.ShapeDtypeStruct(*described) for name, described in ARRAYS.items()}, sep="/")
     with Checkpointer(tmp_path, read_only=True) as checkpoints:
-        _, state, _ = checkpoints.restore(wanted)
+        _, state, _ = checkpoints.restore(expected)
     for name, array in flatten(state).items():
         assert np.asarray(array).tobytes() == content(name).tobytes()
 
