@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     batch.ramp_steps = 0
 
     config.loss.chunk = 4096
+    config.loss.mtp_weight_switch = 1_000_000_000  # there is no multi-token prediction
     config.schedule.warmup_steps = 1
     config.run.remat = "none"
     config.run.unroll = 2  # no loop over layers, and so no copies of its stacks

@@ -13,7 +13,7 @@ from deepseek_jax.errors import UserError
 TABLE = {
     "attention": {
         "xla": "deepseek_jax.layers.attention:causal_attention",
-        "cudnn": "deepseek_jax.layers.cudnn_attention:causal_attention",
+        "cudnn": "deepseek_jax.layers.cudnn_attention:causal_attention",  # NVIDIA GPUs, bf16, documents not masked
     },
     "latent_decode": {"xla": "deepseek_jax.layers.attention:latent_decode"},
     "grouped_decode": {"xla": "deepseek_jax.layers.attention:grouped_decode"},
