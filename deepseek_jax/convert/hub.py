@@ -40,11 +40,8 @@ def is_id(name: str | os.PathLike) -> bool:
 def local(name: str | os.PathLike, weights: bool = True) -> Path:
     """Returns the directory of a model: a path itself, or the snapshot of an id in the cache.
 
-    Raises UserError if there is no such model, no access to it, no connection, or no space for it.
-
-    Args:
-        name: a path, or owner/name.
-        weights: whether the weights are needed too, or only the files that describe them.
+    `weights`: whether they are needed too, or only the files that describe them. Raises UserError if there is no such
+    model, no access to it, no connection, or no space for it.
     """
     return _snapshot(os.fspath(name), weights) if is_id(name) else Path(name).expanduser()
 

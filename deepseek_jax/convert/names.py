@@ -159,8 +159,7 @@ class Tensor(NamedTuple):
 def tensors(shapes: dict) -> Iterator[Tensor]:
     """Yields every published tensor of a model, layer by layer, without copies (see `copies`).
 
-    Args:
-        shapes: {"params": tree, "router_bias": tree} of anything with a shape, as from `layers.base.split`.
+    `shapes`: {"params": tree, "router_bias": tree} of anything with a shape, as from `layers.base.split`.
     """
     flat = flatten(shapes)
     depths: list[tuple[Path, Index]] = [(("mtp", module), ()) for module in mtp_depths(shapes)]

@@ -11,7 +11,7 @@ its end; one without any answer before the cut is left out.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -63,6 +63,7 @@ class ConversationPacking:
     ends: np.ndarray  # end of each window in the table
     counts: Counts  # numbers of examples too long for a window
     kind: str  # fingerprint of the encoder that turned the text into tokens
+    has_whole_documents: ClassVar[bool] = True
 
     @property
     def n_samples(self) -> int:
@@ -83,11 +84,6 @@ class ConversationPacking:
     def bytes_per_token(self) -> float:
         """The mean number of bytes of text per learnt token."""
         return float(self.table.n_bytes.sum() / max(self.table.n_learnt.sum(), 1))
-
-    @property
-    def has_whole_documents(self) -> bool:
-        """Whether every conversation is whole."""
-        return True
 
     @property
     def shortage(self) -> str:
@@ -141,13 +137,8 @@ def sides(
 ) -> tuple[ConversationPacking, ConversationPacking | None]:
     """Returns the training and the held-out side of a corpus; the second is None if nothing is held out.
 
-    Raises UserError if no conversation is left to train on.
-
-    Args:
-        store, kind, seq_len, seed: see `ConversationPacking`.
-        tokenizer: tokenizer of their text.
-        holdout_rate: share of the conversations to hold out, each whole; at least one unless it is 0.
-        watch: shows how much of a large corpus is measured.
+    `holdout_rate` is the share of the conversations to hold out, each whole; at least one unless it is 0. `watch` shows
+    how much of a large corpus is measured. Raises UserError if no conversation is left to train on.
     """
     by_hash = np.argsort(store.hashes, kind="stable")
     chosen = held_out(store.hashes, holdout_rate)[by_hash]

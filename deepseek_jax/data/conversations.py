@@ -48,12 +48,9 @@ class Example(NamedTuple):
 def answers(conversation: dict, template: chat.Template, train_on: str) -> list[Answer]:
     """Returns the answers that are learnt from a conversation.
 
-    Raises UserError if the template cannot express something in the conversation.
-
-    Args:
-        conversation: `messages`, and optionally `tools` and `thinking`.
-        template: chat template.
-        train_on: "answers" for all messages of the assistant except those of weight 0, "last" for the last of these.
+    `conversation` has `messages`, and optionally `tools` and `thinking`; `train_on` is "answers" for all messages of
+    the assistant except those of weight 0, "last" for the last of these. Raises UserError if the template cannot
+    express something in the conversation.
     """
     messages, tools = conversation["messages"], conversation.get("tools", ())
     places = [n for n, message in enumerate(messages) if counts(message, f"messages[{n}]")]

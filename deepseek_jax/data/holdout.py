@@ -37,11 +37,8 @@ def whole(documents: np.ndarray, lengths: np.ndarray) -> Pieces:
 def divide(hashes: np.ndarray, lengths: np.ndarray, n_bytes: np.ndarray, rate: float) -> tuple[Pieces, Pieces]:
     """Returns the (training, held-out) sides of a corpus, each in the order of the documents' hashes.
 
-    Raises UserError if there is too little text to hold out any.
-
-    Args:
-        hashes, lengths, n_bytes: hash of the text (uint64), tokens and bytes of UTF-8 of each document.
-        rate: share of the text to hold out.
+    `hashes` (uint64), `lengths` and `n_bytes` are the hash of the text, tokens and bytes of UTF-8 of each document;
+    `rate` is the share of the text to hold out. Raises UserError if there is too little text to hold out any.
     """
     by_hash = np.argsort(hashes, kind="stable")
     chosen = held_out(hashes, rate)

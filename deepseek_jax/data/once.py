@@ -30,8 +30,7 @@ def once(
 
     Args:
         lock: path of the lock file, which is removed at the end.
-        label: name of the work, for `watch`.
-        total: its size in bytes, for `watch`.
+        label, total: name of the work and its size in bytes, for `watch`.
         is_done: returns whether the result exists; called while the lock is held.
         work: creates the result; it is given the counter of its bytes.
         watch: shows the progress, made in this process or another.

@@ -40,13 +40,8 @@ class ReaderDied(Exception):
 def watched(open_at: Open, count: int, n_readers: int) -> Iterator[Any]:
     """Yields batches 0 to `count` from reader processes, which are replaced when one dies.
 
-    Raises LocalError if readers die repeatedly; those of other processes may be alive.
-
-    Args:
-        open_at: `open_at(n)` returns an iterator with `close` over the batches from number n on; its processes start
-            with the first batch.
-        count: number of batches.
-        n_readers: number of processes that such an iterator starts.
+    `open_at(n)` returns an iterator with `close` over the batches from number n on, whose `n_readers` processes start
+    with the first one. Raises LocalError if readers die repeatedly; those of other processes may be alive.
     """
     done, deaths = 0, 0
     while done < count:

@@ -29,7 +29,7 @@ def format_of(row: Any, text_key: str, where: str) -> str:
         return "text"
     if text_key in row:
         raise UserError(
-            f"{where} has a text in {text_key!r} and messages as well. Set data.format to 'text' or 'conversations'."
+            f"{where} has a text in {text_key!r} and messages too. Set data.format to text or conversations."
         )
     return "conversations"
 

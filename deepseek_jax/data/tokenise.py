@@ -35,10 +35,7 @@ class Part(NamedTuple):
 def tokenise(corpus: Corpus, tokenizer: Encoder, out: BinaryIO, counter: Counter) -> np.ndarray:
     """Writes the ids of all documents to `out`, in the smallest type that can hold them; counts the files' bytes.
 
-    Raises UserError if the corpus holds no text.
-
-    Returns:
-        uint64 [documents, 3]: tokens, bytes of UTF-8, hash of the text.
+    Returns uint64 [documents, 3]: tokens, bytes of UTF-8, hash of the text. Raises UserError if there is no text.
     """
     table, document, left = [], _Document(), corpus.n_bytes()
     for parts in _chunks(_parts(corpus, tokenizer)):

@@ -89,9 +89,7 @@ class CachedActivations:
             return int(layout.seq_len * self.network.d_model * recipe.activations), 0
         mesh = layout.mesh
         used = {logical for weight in self.network.of(stack) for logical in weight.axes}
-        split_over = sorted(
-            (name, axis) for name, axis in rules.items() if name in used and mesh.shape.get(axis, 1) > 1
-        )
+        split_over = sorted((name, at) for name, at in rules.items() if name in used and mesh.shape.get(at, 1) > 1)
         n_shares = mesh.shape[rules[EXPERTS]] if rules.get(EXPERTS) and EXPERTS in used else 1
         key = (stack, recipe.remat, recipe.activations, layout.seq_len, n_shares, *split_over)
         if key not in self.known:
@@ -128,9 +126,8 @@ def residual_bytes(
     trace = jax.make_jaxpr(residuals, axis_env=list(mesh.shape.items()))
     with _no_collection():
         program = trace(params, router_bias, x_BTD, positions_BT).jaxpr
-    made: dict[Var, Any] = {
-        var: var.aval for var in program.outvars if isinstance(var, Var) and var not in program.invars
-    }
+    given = set(program.invars)
+    made: dict[Var, Any] = {var: var.aval for var in program.outvars if isinstance(var, Var) and var not in given}
     return sum(aval.size * aval.dtype.itemsize for aval in made.values())
 
 

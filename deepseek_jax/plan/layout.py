@@ -66,9 +66,8 @@ def make_layout(
     Args:
         pipe, data, expert: mesh sizes; data=-1 takes the remaining devices.
         devices: number of devices; 0: as many as the mesh says, where data=-1 counts as 1.
-        batch: sequences per step.
+        batch, seq_len: sequences per step, tokens per sequence.
         micro_batches: parts of each pipeline's sequences; in a pipeline, 1 means one sequence per micro-batch.
-        seq_len: tokens per sequence.
     """
     data = sizes(pipe, data, expert, devices)["data"]
     replicas = data * expert
@@ -112,8 +111,7 @@ def make_stages(
     """Returns the stages of a pipeline. Raises UserError if there are more stages than layers.
 
     Args:
-        network: network to divide.
-        n_stages: number of stages, >= 1.
+        network, n_stages: what to divide, and into how many stages.
         seq_len: tokens per sequence (attention's share of the operations grows with it).
         folded: whether stage s and the s-th from the end are on one device. If not, multi-token prediction in the last
             stage needs an embedding of its own.

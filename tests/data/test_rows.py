@@ -64,7 +64,7 @@ def test_the_first_row_tells_the_format(tmp_path):
     with pytest.raises(UserError, match='has "conversations". Rename it to "messages"'):
         open_corpus(other, "text")
     both = write(tmp_path / "c.jsonl", [{"text": "a", "messages": TALK}])
-    with pytest.raises(UserError, match="a text in 'text' and messages as well. Set data.format"):
+    with pytest.raises(UserError, match="a text in 'text' and messages too. Set data.format"):
         open_corpus(both, "text")
     assert list(open_corpus(both, "text", "text").documents()) == ["a"]
     assert open_corpus(both, "text", "conversations").format == open_corpus(both, "body").format == "conversations"

@@ -64,8 +64,7 @@ def write(
             is bfloat16), or "keep" (unchanged). Router biases are always float32. 8-bit weights come in blocks of
             128 x 128: "fp8" with arbitrary scales (V3), "fp8_ue8m0" with powers of two stored in float32 (V3.1),
             "fp8_e8m0" with powers of two stored in 8 bits.
-        n_positions: longest sequence that the model is meant for.
-        bos_id, eos_ids, pad_id: tokens of begin, end and padding.
+        n_positions, bos_id, eos_ids, pad_id: see `hf_config.to_hf`.
         generation: content of generation_config.json; by default these tokens.
         files: further files, such as tokenizer.json: name -> its path or its content.
         max_shard_bytes: limit for one file of weights.

@@ -46,13 +46,6 @@ def boolean(hf: Mapping, key: str, default: bool, where: str = "") -> bool:
 
 
 def invalid(hf: Mapping, key: str, expected: str, where: str = "") -> UserError:
-    """Returns the error for a key whose value is missing, out of range or unknown.
-
-    Args:
-        hf: the object that holds the key, or should.
-        key: name of the key.
-        expected: description of the values that are accepted.
-        where: path of the object in config.json, such as "rope_scaling.".
-    """
+    """Returns the error for a missing key or a wrong value; `where` is the object, such as "rope_scaling."."""
     given = f"{where}{key}={shown(hf[key])}" if key in hf else f"{where}{key} is missing"
     return UserError(f"config.json: {given}: expected {expected}.")

@@ -69,14 +69,7 @@ SIGMOID = NO_BIAS | {"scoring_func": "sigmoid", "norm_topk_prob": True, "moe_lay
 PLAIN = {"mlp_bias": False, "partial_rotary_factor": 1.0}
 
 
-def _dense(
-    architecture: str,
-    fixed: dict[str, Any],
-    *,
-    attention_bias: bool = False,
-    qk_norm: bool = False,
-    head_width: int = 0,
-) -> Kind:
+def _dense(architecture: str, fixed: dict[str, Any], *, head_width: int = 0, **implied: bool) -> Kind:
     """Returns a dense model of the family v1; `head_width` is head_dim if a config does not give it."""
     return Kind(
         family="v1",
@@ -84,7 +77,7 @@ def _dense(
         sizes=MODEL,
         read_extra=functools.partial(families.read_dense, default_width=head_width),
         write_extra=families.write_dense,
-        implied={"attention_bias": attention_bias, "qk_norm": qk_norm},
+        implied={"attention_bias": False, "qk_norm": False} | implied,
         fixed=fixed,
         refused=PLAIN,
         rope_types=("linear", "llama3", "yarn"),

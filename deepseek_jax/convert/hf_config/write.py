@@ -23,8 +23,7 @@ def to_hf(
     """Returns the config.json of a model, as the hub spells it. Raises UserError if no model_type has these numbers.
 
     Args:
-        family: `config.family`.
-        numbers: `config.model`.
+        family, numbers: `config.family` and `config.model`.
         dtype: dtype of the weights, as torch names it.
         quantized: "fp32" or "ue8m0" for weights in FP8 with scales of that kind; None for other weights.
         n_positions: longest sequence that the model is meant for.

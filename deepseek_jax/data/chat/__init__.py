@@ -87,13 +87,9 @@ def template(name: str) -> Template:
 def template_for(folder: Path | str | None, name: str = "", model: str = "") -> str:
     """Returns the name of the template that a model was trained with.
 
-    Raises UserError if there is no such template, no template in the folder (a base model), or an unknown one.
-
-    Args:
-        folder: folder of the model's tokenizer.json, with tokenizer_config.json or chat_template.jinja beside it; None
-            if its tokenizer has no folder.
-        name: name of the template if the user has given one, which takes precedence.
-        model: name of the model in messages; by default the folder.
+    It is found in `folder`, that of its tokenizer.json, if there is one; the `name` of a template takes precedence.
+    `model` is named in messages, by default the folder. Raises UserError if there is no such template, none in the
+    folder (a base model), or an unknown one.
     """
     if name:
         template(name)
