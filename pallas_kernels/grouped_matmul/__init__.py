@@ -9,6 +9,7 @@ layout.py       which rows belong to which group, and the list of row tiles that
 pipeline.py     Hopper, Pallas Mosaic GPU: the ring of stages and the sums that both kernels share
 rows.py         the kernel whose result has the rows of x
 weights.py      the kernel whose result has one matrix per group
+tpu.py          both kernels for TPUs, Pallas Mosaic TPU
 tiles.py        which tiles the kernels use
 """
 

@@ -6,6 +6,7 @@ otherwise each begins at a multiple of `align` (`layout.groups`). Rows of no gro
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.grouped_matmul import reference
 
 BLOCK = 128
-IMPLEMENTATIONS = ("reference", "mosaic_gpu")
+IMPLEMENTATIONS = ("reference", "mosaic_gpu", "mosaic_tpu")
 
 
 def grouped_matmul(
@@ -35,8 +36,8 @@ def grouped_matmul(
         x_AD: [A, D].
         w_XDF: [X, D, F] in the dtype of x; [X, F, D] if `transposed`.
         count_X: int32 [X], rows of each group.
-        implementation: "reference" (any device, any dtype) or "mosaic_gpu" (Hopper; bfloat16, D and F multiples of
-            128). There is no fallback from one to the other.
+        implementation: "reference" (any device, any dtype), "mosaic_gpu" (Hopper) or "mosaic_tpu"; both of these take
+            bfloat16, D and F multiples of 128. There is no fallback from one to another.
         transposed: each group multiplies by the transpose of its weights.
         align: rows to a multiple of which each group begins.
 
@@ -59,8 +60,8 @@ def grouped_matmul(
 def _matmul(x_AD, w_XDF, count_X, implementation: str, transposed: bool, align: int) -> jax.Array:
     if implementation == "reference":
         return reference.grouped_matmul(x_AD, w_XDF, count_X, transposed=transposed, align=align)
-    rows, processors = _gpu("rows", implementation)
-    return rows.grouped_matmul(x_AD, w_XDF, count_X, transposed=transposed, align=align, n_processors=processors)
+    kernel = _kernel("grouped_matmul", implementation)
+    return kernel(x_AD, w_XDF, count_X, transposed=transposed, align=align)
 
 
 def _matmul_forward(x_AD, w_XDF, count_X, implementation, transposed, align):
@@ -93,9 +94,10 @@ def grouped_weight_gradient(
         x_AD: [A, D].
         dy_AF: [A, F] in the dtype of x.
         count_X: int32 [X], rows of each group.
-        implementation: "reference" or "mosaic_gpu" (Hopper; bfloat16, D and F multiples of 128). No fallback.
+        implementation: "reference", "mosaic_gpu" (Hopper) or "mosaic_tpu"; both of these take bfloat16, D and F
+            multiples of 128. No fallback.
         align: rows to a multiple of which each group begins.
-        out_dtype: of the result; sums are float32. "mosaic_gpu" takes bfloat16 and float32.
+        out_dtype: of the result; sums are float32. The kernels take bfloat16 and float32.
 
     Raises:
         ValueError: arguments that do not fit together, or that the implementation does not support.
@@ -109,10 +111,8 @@ def grouped_weight_gradient(
     _check_implementation(implementation)
     if implementation == "reference":
         return reference.grouped_weight_gradient(x_AD, dy_AF, count_X, align=align, out_dtype=out_dtype)
-    weights, processors = _gpu("weights", implementation)
-    return weights.grouped_weight_gradient(
-        x_AD, dy_AF, count_X, align=align, out_dtype=out_dtype, n_processors=processors
-    )
+    kernel = _kernel("grouped_weight_gradient", implementation)
+    return kernel(x_AD, dy_AF, count_X, align=align, out_dtype=out_dtype)
 
 
 def grouped_fp8_matmul(
@@ -139,7 +139,8 @@ def grouped_fp8_matmul(
         w: E4M3 [X, N, K].
         w_scale: float32 [X, ceil(N / 128), ceil(K / 128)].
         count_X: int32 [X], rows of each group.
-        implementation: "reference" or "mosaic_gpu" (Hopper; N and K multiples of 128). No fallback.
+        implementation: "reference", "mosaic_gpu" (Hopper) or "mosaic_tpu"; both of these take multiples of 128 for N
+            and K. No fallback.
         align: rows to a multiple of which each group begins.
         out_dtype: bfloat16 or float32.
 
@@ -156,10 +157,8 @@ def grouped_fp8_matmul(
     _check_implementation(implementation)
     if implementation == "reference":
         return reference.grouped_fp8_matmul(x, x_scale, w, w_scale, count_X, align=align, out_dtype=out_dtype)
-    rows, processors = _gpu("rows", implementation)
-    return rows.grouped_fp8_matmul(
-        x, x_scale, w, w_scale, count_X, align=align, out_dtype=out_dtype, n_processors=processors
-    )
+    kernel = _kernel("grouped_fp8_matmul", implementation)
+    return kernel(x, x_scale, w, w_scale, count_X, align=align, out_dtype=out_dtype)
 
 
 def grouped_fp8_weight_gradient(
@@ -186,7 +185,8 @@ def grouped_fp8_weight_gradient(
         dy_t: E4M3 [F, A].
         dy_t_scale: float32 [A / 128, F].
         count_X: int32 [X], rows of each group.
-        implementation: "reference" or "mosaic_gpu" (Hopper; D and F multiples of 128). No fallback.
+        implementation: "reference", "mosaic_gpu" (Hopper) or "mosaic_tpu"; both of these take multiples of 128 for D
+            and F. No fallback.
         align: a multiple of 128.
         out_dtype: bfloat16 or float32.
 
@@ -205,22 +205,25 @@ def grouped_fp8_weight_gradient(
     operands = (x_t, x_t_scale, dy_t, dy_t_scale, count_X)
     if implementation == "reference":
         return reference.grouped_fp8_weight_gradient(*operands, align=align, out_dtype=out_dtype)
-    weights, processors = _gpu("weights", implementation)
-    return weights.grouped_fp8_weight_gradient(*operands, align=align, out_dtype=out_dtype, n_processors=processors)
+    kernel = _kernel("grouped_fp8_weight_gradient", implementation)
+    return kernel(*operands, align=align, out_dtype=out_dtype)
 
 
-def _gpu(kernel: str, implementation: str):
-    """The module of a Hopper kernel, and the processors of the device."""
+def _kernel(function: str, implementation: str) -> Callable:
+    """The kernel called `function` for the default device."""
+    if implementation == "mosaic_tpu":
+        from pallas_kernels import mosaic_tpu
+        from pallas_kernels.grouped_matmul import tpu
+
+        native = mosaic_tpu.check_tpu(implementation)
+        return functools.partial(getattr(tpu, function), **({"native": native} if "fp8" in function else {}))
     from pallas_kernels import mosaic_gpu  # Mosaic GPU is not part of every JAX build
 
     processors = mosaic_gpu.check_hopper(implementation)
-    if kernel == "rows":
-        from pallas_kernels.grouped_matmul import rows
+    from pallas_kernels.grouped_matmul import rows, weights
 
-        return rows, processors
-    from pallas_kernels.grouped_matmul import weights
-
-    return weights, processors
+    module = weights if function.endswith("gradient") else rows
+    return functools.partial(getattr(module, function), n_processors=processors)
 
 
 def _check_implementation(implementation: str) -> None:

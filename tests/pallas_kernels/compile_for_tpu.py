@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import mosaic_tpu
 from pallas_kernels.fp8_matmul import tpu as matmul
+from pallas_kernels.grouped_matmul import tpu as grouped
 
 SLICES = ("v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 BF16, F32, E4M3, BLOCKS, ROWS = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn, (128, 128), (1, 128)
@@ -37,6 +38,7 @@ MATMULS = [
     (600, 520, 1408, ROWS, BF16),
     (7168, 2048, 4096, ROWS, F32),
 ]
+GROUPED = [(32, 8192, 7168, 2048), (3, 896, 128, 384)]  # groups, rows, D, F
 
 
 def calls(native: bool) -> dict:
@@ -49,7 +51,24 @@ def calls(native: bool) -> dict:
         call = functools.partial(matmul.fp8_matmul, w_block=w_block, out_dtype=out_dtype, native=native)
         found[f"fp8_matmul {m}x{n}x{k} {w_block[0]} {jnp.dtype(out_dtype).name}"] = call, operands
     found["fp8_matmul added to float32"] = functools.partial(add, native), (*operands, ((m, n), F32))
-    return found
+    return found | {
+        f"{name} {sizes}": call for sizes in GROUPED for name, call in grouped_calls(native, *sizes).items()
+    }
+
+
+def grouped_calls(native: bool, x: int, a: int, d: int, f: int) -> dict:
+    """Every grouped kernel, as above, for `x` groups of `a` rows together."""
+    blocks, columns, count = d // 128, f // 128, ((x,), jnp.int32)
+    fp8 = (((a, d), E4M3), ((blocks, a), F32), ((x, f, d), E4M3), ((x, columns, blocks), F32), count)
+    by_rows = (((d, a), E4M3), ((a // 128, d), F32), ((f, a), E4M3), ((a // 128, f), F32), count)
+    weights, both = ((x, d, f), BF16), (((a, d), BF16), ((a, f), BF16))
+    return {
+        "grouped_matmul": (grouped.grouped_matmul, (both[0], weights, count)),
+        "transposed": (functools.partial(grouped.grouped_matmul, transposed=True), (both[1], weights, count)),
+        "gradient": (grouped.grouped_weight_gradient, (*both, count)),
+        "fp8": (functools.partial(grouped.grouped_fp8_matmul, native=native), fp8),
+        "fp8 gradient": (functools.partial(grouped.grouped_fp8_weight_gradient, native=native), by_rows),
+    }
 
 
 def add(native: bool, x, x_scale, w, w_scale, total):
