@@ -20,8 +20,9 @@ TABLE = {
     "grouped_matmul": {
         "xla": "deepseek_jax.precision.grouped:grouped_matmul",
         "mosaic_gpu": "deepseek_jax.precision.grouped:on_hopper",  # Hopper, bf16, widths that are multiples of 128
+        "mosaic_tpu": "deepseek_jax.precision.grouped:on_tpu",  # the same on TPUs
     },
-    "quantize": {  # of activations in blocks, along both axes; this and the next three: precision fp8, Hopper as above
+    "quantize": {  # of activations in blocks, along both axes; this and the next four: precision fp8, Hopper as above
         "xla": "deepseek_jax.precision.fp8_kernels:quantize",
         "mosaic_gpu": "deepseek_jax.precision.fp8_kernels:quantize_on_hopper",
     },
@@ -32,14 +33,17 @@ TABLE = {
     "fp8_matmul": {
         "xla": "deepseek_jax.precision.fp8_kernels:fp8_matmul",
         "mosaic_gpu": "deepseek_jax.precision.fp8_kernels:fp8_matmul_on_hopper",
+        "mosaic_tpu": "deepseek_jax.precision.fp8_kernels:fp8_matmul_on_tpu",
     },
     "grouped_fp8_matmul": {
         "xla": "deepseek_jax.precision.fp8_kernels:grouped_fp8_matmul",
         "mosaic_gpu": "deepseek_jax.precision.fp8_kernels:grouped_fp8_matmul_on_hopper",
+        "mosaic_tpu": "deepseek_jax.precision.fp8_kernels:grouped_fp8_matmul_on_tpu",
     },
     "grouped_fp8_weight_gradient": {
         "xla": "deepseek_jax.precision.fp8_kernels:grouped_fp8_weight_gradient",
         "mosaic_gpu": "deepseek_jax.precision.fp8_kernels:grouped_fp8_weight_gradient_on_hopper",
+        "mosaic_tpu": "deepseek_jax.precision.fp8_kernels:grouped_fp8_weight_gradient_on_tpu",
     },
     "cross_entropy": {"xla": "deepseek_jax.train.cross_entropy:cross_entropy"},
 }

@@ -1,4 +1,4 @@
-"""Quantiser and products of E4M3 codes, by name: XLA on any device, or the kernels for Hopper GPUs.
+"""Quantiser and products of E4M3 codes, by name: XLA on any device, or the kernels for Hopper GPUs and TPUs.
 
 The definitions, and what the arguments mean, are in `pallas_kernels` (`quantize`, `fp8_matmul`, `grouped_matmul`).
 With XLA codes times scales are float32 matrices and their product is one float32 matmul: the same numbers as the
@@ -95,21 +95,22 @@ def _rooms(count_X: jax.Array, align: int) -> jax.Array:
     return -(-count_X // align) * align
 
 
-def _hopper(operation: str, kernel: Callable) -> Callable:
-    """`kernel` by its implementation for Hopper; what it does not support is an error of the user's."""
+def _by(implementation: str, operation: str, kernel: Callable) -> Callable:
+    """`kernel` by this implementation; what it does not support is an error of the user's."""
 
     @functools.wraps(kernel)
     def call(*operands: Any, **options: Any) -> Any:
         try:
-            return kernel(*operands, implementation="mosaic_gpu", **options)
+            return kernel(*operands, implementation=implementation, **options)
         except ValueError as error:
             raise UserError(
-                f"kernels.{operation}='mosaic_gpu': {error} In a run, config.kernels.{operation}=xla."
+                f"kernels.{operation}={implementation!r}: {error} In a run, config.kernels.{operation}=xla."
             ) from error
 
     return call
 
 
+_hopper, _tpu = (functools.partial(_by, implementation) for implementation in ("mosaic_gpu", "mosaic_tpu"))
 quantize_on_hopper = _hopper("quantize", quantize_kernel.quantize)
 quantize_swiglu_on_hopper = _hopper("quantize_swiglu", quantize_kernel.quantize_swiglu)
 fp8_matmul_on_hopper = _hopper("fp8_matmul", fp8_matmul_kernel.fp8_matmul)
@@ -117,3 +118,6 @@ grouped_fp8_matmul_on_hopper = _hopper("grouped_fp8_matmul", grouped_kernels.gro
 grouped_fp8_weight_gradient_on_hopper = _hopper(
     "grouped_fp8_weight_gradient", grouped_kernels.grouped_fp8_weight_gradient
 )
+fp8_matmul_on_tpu = _tpu("fp8_matmul", fp8_matmul_kernel.fp8_matmul)
+grouped_fp8_matmul_on_tpu = _tpu("grouped_fp8_matmul", grouped_kernels.grouped_fp8_matmul)
+grouped_fp8_weight_gradient_on_tpu = _tpu("grouped_fp8_weight_gradient", grouped_kernels.grouped_fp8_weight_gradient)

@@ -112,9 +112,18 @@ def on_hopper(x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array) -> jax.Arra
 
     Raises UserError on another device, and for another dtype or width.
     """
+    return _by_kernel("mosaic_gpu", x_AD, w_XDF, count_X)
+
+
+def on_tpu(x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array) -> jax.Array:
+    """As `on_hopper`, by the kernel for TPUs."""
+    return _by_kernel("mosaic_tpu", x_AD, w_XDF, count_X)
+
+
+def _by_kernel(implementation: str, x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array) -> jax.Array:
     try:
-        return kernels.grouped_matmul(x_AD, w_XDF, count_X, implementation="mosaic_gpu")
+        return kernels.grouped_matmul(x_AD, w_XDF, count_X, implementation=implementation)
     except ValueError as error:
         raise UserError(
-            f"kernels.grouped_matmul='mosaic_gpu': {error} In a run, config.kernels.grouped_matmul=xla."
+            f"kernels.grouped_matmul={implementation!r}: {error} In a run, config.kernels.grouped_matmul=xla."
         ) from error

@@ -12,7 +12,7 @@ from flax import nnx
 
 from deepseek_jax import run, run_config
 from deepseek_jax.errors import UserError
-from deepseek_jax.kernels import XLA, Kernels
+from deepseek_jax.kernels import TABLE, XLA, Kernels
 from deepseek_jax.layers.base import SINGLE_DEVICE, roles, split
 from deepseek_jax.layers.grouped import grouped_swiglu, sort_by_expert
 from deepseek_jax.layers.mla import MLA, MLAConfig
@@ -248,10 +248,17 @@ def fits(matrix: tuple, weight: tuple) -> bool:
     return any(np.prod(weight[n:]) == np.prod(stacked) * size for n in (0, 1) for size in sizes)
 
 
-@pytest.mark.parametrize(
-    "operation", ["quantize", "quantize_swiglu", "fp8_matmul", "grouped_fp8_matmul", "grouped_fp8_weight_gradient"]
-)
-def test_the_kernels_for_hopper_say_what_they_need(operation):
+FP8_KERNELS = [
+    (operation, name)
+    for operation, implementations in TABLE.items()
+    if "quantize" in operation or "fp8" in operation
+    for name in implementations
+    if name != "xla"
+]
+
+
+@pytest.mark.parametrize("operation, name", FP8_KERNELS)
+def test_kernels_say_which_device_they_need(operation, name):
     q, scale = jnp.zeros((128, 128), jnp.float8_e4m3fn), jnp.ones((1, 128))
     operands = {
         "quantize": (jnp.zeros((128, 128)),),
@@ -260,10 +267,11 @@ def test_the_kernels_for_hopper_say_what_they_need(operation):
         "grouped_fp8_matmul": (q, scale, q[None], jnp.ones((1, 1, 1)), jnp.array([3])),
         "grouped_fp8_weight_gradient": (q, scale, q, scale, jnp.array([3])),
     }
+    device = {"mosaic_gpu": "a Hopper GPU", "mosaic_tpu": "a TPU"}[name]
     with pytest.raises(
-        UserError, match=f"kernels.{operation}='mosaic_gpu'.*Hopper GPU.*config.kernels.{operation}=xla"
+        UserError, match=f"kernels.{operation}='{name}'.*needs {device}.*config.kernels.{operation}=xla"
     ):
-        Kernels(**{operation: "mosaic_gpu"})[operation](*operands[operation])
+        Kernels(**{operation: name})[operation](*operands[operation])
 
 
 def test_what_travels_is_half_of_bfloat16_and_arrives_as_what_is_computed_with():

@@ -65,9 +65,10 @@ def test_the_loop_over_chunks_is_the_definition_that_the_kernel_is_tested_agains
         np.testing.assert_allclose(loop, other, atol=1e-5)
 
 
-def test_the_kernel_for_hopper_says_what_it_needs():
-    kernel = Kernels(grouped_matmul="mosaic_gpu")["grouped_matmul"]
-    with pytest.raises(UserError, match="grouped_matmul='mosaic_gpu'.*needs a Hopper GPU.*grouped_matmul=xla"):
+@pytest.mark.parametrize("name, device", [("mosaic_gpu", "a Hopper GPU"), ("mosaic_tpu", "a TPU")])
+def test_a_kernel_says_which_device_it_needs(name, device):
+    kernel = Kernels(grouped_matmul=name)["grouped_matmul"]
+    with pytest.raises(UserError, match=f"grouped_matmul='{name}'.*needs {device}.*grouped_matmul=xla"):
         kernel(jnp.zeros((9, 3)), jnp.zeros((2, 3, 4)), jnp.array([4, 2]))
 
 
