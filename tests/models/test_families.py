@@ -127,7 +127,7 @@ def test_every_weight_learns_and_the_balance_losses_count(model, ids):
     def loss(params):
         m = bind(definition, params, bias)
         found = losses(m, batch, Totals(B * T, B), chunk=8, mask=True)
-        return found.weighted(0.0, alphas), found
+        return found.weighted(0.0, {name: alphas[name] for name in found.auxiliary}), found
 
     gradients, found = jax.jit(jax.grad(loss, has_aux=True))(params)
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
