@@ -10,15 +10,19 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.launch import _bench_kernels
+from deepseek_jax.precision.quantize import quantize_blocks
+from pallas_kernels import grouped_matmul as kernels
+from pallas_kernels.quantize.reference import quantize_rows
+
 KINDS = ("bf16", "bf16 gradient", "fp8", "fp8 gradient")
 
 
 def grouped_row(groups: int, rows: int, n: int, k: int, kind: str, options: SimpleNamespace) -> dict:
     """Measures `groups` groups of `rows` rows of k values, to n values each."""
-    import jax
-
-    from deepseek_jax.launch import _bench_kernels
-
     n_rows = groups * rows
     n_sets = max(2, min(8, int(_bench_kernels.SET_BYTES // (2 * (n_rows * k + groups * n * k + n_rows * n)))))
     one = jax.jit(functools.partial(function(kind), implementation="mosaic_gpu"))
@@ -37,10 +41,6 @@ def grouped_row(groups: int, rows: int, n: int, k: int, kind: str, options: Simp
 
 def function(kind: str) -> Callable:
     """The public function that computes a kind of product."""
-    import jax.numpy as jnp
-
-    from pallas_kernels import grouped_matmul as kernels
-
     functions: dict[str, Callable] = {
         "bf16": kernels.grouped_matmul,
         "bf16 gradient": functools.partial(kernels.grouped_weight_gradient, out_dtype=jnp.bfloat16),
@@ -52,12 +52,6 @@ def function(kind: str) -> Callable:
 
 def operands(groups: int, rows: int, n: int, k: int, kind: str, n_sets: int) -> list[tuple]:
     """Sets of operands of normally distributed numbers, different in every run."""
-    import jax
-    import jax.numpy as jnp
-
-    from deepseek_jax.precision.quantize import quantize_blocks
-    from pallas_kernels.quantize.reference import quantize_rows
-
     count = jnp.full(groups, rows, jnp.int32)
     right = (groups * rows, n) if "gradient" in kind else (groups, n, k)
 
@@ -80,9 +74,6 @@ def operands(groups: int, rows: int, n: int, k: int, kind: str, n_sets: int) -> 
 
 def relative_error(y: Any, operands: tuple, kind: str) -> float:
     """|y - expected| / |expected| for the first group, in float32, where `expected` comes from the same operands."""
-    import jax
-    import jax.numpy as jnp
-
     *arrays, count = operands
     rows, f32 = int(count[0]), jnp.float32
 
@@ -110,8 +101,6 @@ def relative_error(y: Any, operands: tuple, kind: str) -> float:
 def torch_side(groups: int, rows: int, n: int, k: int, gradient: bool, n_sets: int) -> Callable:
     """torch's grouped matmul of bfloat16 operands of the same shapes, as a CUDA graph over all sets."""
     import torch
-
-    from deepseek_jax.launch import _bench_kernels
 
     ends = torch.arange(1, groups + 1, device="cuda", dtype=torch.int32) * rows
 

@@ -17,9 +17,17 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from deepseek_jax.bounds import number, path, whole
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _bench_grouped, _options
+from deepseek_jax.precision.quantize import quantize_blocks
+from pallas_kernels.fp8_matmul import fp8_matmul
+from pallas_kernels.quantize import quantize
+from pallas_kernels.quantize.reference import quantize_rows
 
 FORWARD = "4096x2112x7168,4096x24576x1536,4096x32768x512,4096x7168x16384,4096x4096x7168,4096x7168x2048"
 SMALL = "64x2112x7168,128x7168x2048"
@@ -43,8 +51,6 @@ def main(argv: list[str]) -> int:
     shapes = [(shape, True) for shape in parsed(options.shapes, 3)]
     shapes += [(shape, False) for shape in parsed(options.gradient_shapes, 3)]
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
-    import jax
-
     if jax.default_backend() != "gpu":
         raise UserError(f"bench kernels on {jax.devices()[0].device_kind}: needs a Hopper GPU (H100, H200).")
     if options.peer and importlib.util.find_spec("torch") is None:
@@ -74,11 +80,6 @@ def parsed(text: str, n_sizes: int) -> list[tuple[int, ...]]:
 
 def matmul_row(m: int, n: int, k: int, forward: bool, options: SimpleNamespace) -> dict:
     """Measures one product; `forward`: w has scales per 128 x 128, else per 1 x 128 and the result is float32."""
-    import jax
-    import jax.numpy as jnp
-
-    from pallas_kernels.fp8_matmul import fp8_matmul
-
     out_dtype, w_block = (jnp.bfloat16, (128, 128)) if forward else (jnp.float32, (1, 128))
     n_sets = max(2, min(16, int(SET_BYTES // (m * k + n * k + m * n * jnp.dtype(out_dtype).itemsize))))
     sets = operands(m, n, k, forward, n_sets)
@@ -98,10 +99,6 @@ def matmul_row(m: int, n: int, k: int, forward: bool, options: SimpleNamespace) 
 
 def operands(m: int, n: int, k: int, forward: bool, n_sets: int) -> list[tuple]:
     """Sets of codes and scales of normally distributed numbers, different in every run."""
-    import jax
-
-    from deepseek_jax.precision.quantize import quantize_blocks
-    from pallas_kernels.quantize.reference import quantize_rows
 
     @jax.jit
     def draw(key: Any) -> Any:
@@ -117,8 +114,6 @@ def operands(m: int, n: int, k: int, forward: bool, n_sets: int) -> list[tuple]:
 
 def relative_error(y: Any, operands: tuple, forward: bool, n_rows: int = 32) -> float:
     """|y - expected| / |expected| on some rows, where `expected` comes from the same codes and scales in float64."""
-    import numpy as np
-
     rows = np.random.default_rng().permutation(y.shape[0])[:n_rows]
     x, x_scale, w, w_scale = operands
     x, x_scale = np.asarray(x[rows].astype("float32"), np.float64), np.asarray(x_scale[:, rows], np.float64)
@@ -136,8 +131,6 @@ def relative_error(y: Any, operands: tuple, forward: bool, n_rows: int = 32) -> 
 
 def torch_sides(sets: list[tuple]) -> dict[str, Callable]:
     """torch's products of the same operands, each side one CUDA graph over all sets."""
-    import jax
-    import jax.numpy as jnp
     import torch
     from torch.nn import functional
 
@@ -182,7 +175,6 @@ def replayed(function: Callable, arguments: list[tuple]) -> Callable:
 
 def dispatched(function: Callable, sets: list) -> Callable:
     """A compiled function over all `sets`, as a function that runs it several times and waits for the last."""
-    import jax
 
     def run(repeats: int) -> None:
         for _ in range(repeats):
@@ -194,12 +186,6 @@ def dispatched(function: Callable, sets: list) -> Callable:
 
 def quantize_row(m: int, k: int, options: SimpleNamespace) -> dict:
     """Measures the quantisation along both axes, beside a copy of as many bytes (2 read and 2 written per value)."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from pallas_kernels.quantize import quantize
-
     n_sets = max(2, min(16, int(SET_BYTES // (4 * m * k))))
     key = jax.random.key(int.from_bytes(os.urandom(4), "little"))
     sets = [jax.random.normal(jax.random.fold_in(key, i), (m, k), jnp.bfloat16) for i in range(n_sets)]

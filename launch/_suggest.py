@@ -5,32 +5,31 @@ import math
 from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from deepseek_jax import run_config
+from deepseek_jax import run, run_config
+from deepseek_jax.chips import Chip, chip
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch._tables import print_table
-
-if TYPE_CHECKING:
-    from deepseek_jax.chips import Chip
-    from deepseek_jax.plan.activations import CachedActivations
-    from deepseek_jax.plan.figures import Section
-    from deepseek_jax.plan.job import Job
-    from deepseek_jax.plan.recipes import Recipe
-    from deepseek_jax.plan.report import PlannedModel
-    from deepseek_jax.plan.suggest import Space, Suggestion
+from deepseek_jax.models import family
+from deepseek_jax.parallel.mesh import sizes
+from deepseek_jax.plan import figures, suggest
+from deepseek_jax.plan.activations import CachedActivations
+from deepseek_jax.plan.figures import DERIVED, FITTED, GIVEN, Section
+from deepseek_jax.plan.job import Job
+from deepseek_jax.plan.recipes import Recipe, recipe
+from deepseek_jax.plan.report import PlannedModel
+from deepseek_jax.plan.suggest import MOST_DEVICES, Space, Suggestion, missing, schedule_name
+from deepseek_jax.plan.verdict import suggestions, verdict
+from deepseek_jax.train.ramp import BatchRamp
 
 RUNS_TODAY, NOT_YET = 3, 2  # suggestions of each kind
 
 
-def only(config: ConfigDict, options: SimpleNamespace, subject: "PlannedModel") -> int:
+def only(config: ConfigDict, options: SimpleNamespace, subject: PlannedModel) -> int:
     """Prints suggestions in place of a plan; returns the exit code."""
-    from deepseek_jax.chips import chip
-    from deepseek_jax.parallel.mesh import sizes
-    from deepseek_jax.plan import figures
-
     devices = options.devices or (subject.run.devices if subject.run else 0)
     devices = devices or math.prod(sizes(**config.mesh, n_devices=0).values())
     options.chip = options.chip or (subject.run.chip if subject.run else "h800")
@@ -49,7 +48,7 @@ def only(config: ConfigDict, options: SimpleNamespace, subject: "PlannedModel") 
     return 0
 
 
-def show(section: "Section") -> None:
+def show(section: Section) -> None:
     """Prints a section as a table; where there are several figures in a row, the notes stand under it."""
     names, several = [column.name for column in section.columns], len(section.columns) > 1
     rows = [
@@ -62,16 +61,12 @@ def show(section: "Section") -> None:
 
 
 def sections(
-    config: ConfigDict, options: SimpleNamespace, subject: "PlannedModel", devices: int, *, is_opened: bool = False
+    config: ConfigDict, options: SimpleNamespace, subject: PlannedModel, devices: int, *, is_opened: bool = False
 ) -> list:
     """What train can run today, and what would be faster; where nothing fits, on how many devices something would.
 
     `is_opened`: whether the verdict of the fastest that runs today comes first.
     """
-    from deepseek_jax.plan import suggest
-    from deepseek_jax.plan.figures import DERIVED, FITTED, GIVEN
-    from deepseek_jax.plan.verdict import suggestions, verdict
-
     space = space_of(config, options, subject, devices)
     today = list(islice(suggest.search(space), RUNS_TODAY))
     later = list(islice(suggest.search(replace(space, recipes=later_recipes(config, space.chip))), NOT_YET))
@@ -91,11 +86,8 @@ def sections(
     return found
 
 
-def none_fits(space: "Space", least: int) -> "Section":
+def none_fits(space: Space, least: int) -> Section:
     """What is said where nothing that `train` can run fits: on how many devices something would."""
-    from deepseek_jax.plan import figures
-    from deepseek_jax.plan.suggest import MOST_DEVICES
-
     note = "the smallest power of two on which deepseek-jax train could run it"
     if not least:
         note = f"nothing fits up to {MOST_DEVICES:,}: more memory per chip, or a shorter config.data.seq_len"
@@ -104,12 +96,8 @@ def none_fits(space: "Space", least: int) -> "Section":
     return figures.column("suggested", f"no mesh that train runs today fits on {space.devices:,}", [row])
 
 
-def space_of(config: ConfigDict, options: SimpleNamespace, subject: "PlannedModel", devices: int) -> "Space":
+def space_of(config: ConfigDict, options: SimpleNamespace, subject: PlannedModel, devices: int) -> Space:
     """What may be chosen on so many devices, of what `train` can run today."""
-    from deepseek_jax.chips import chip
-    from deepseek_jax.plan.suggest import Space
-    from deepseek_jax.train.ramp import BatchRamp
-
     precisions = dict.fromkeys((config.precision, "bf16"))
     return Space(
         network=subject.network,
@@ -126,34 +114,26 @@ def space_of(config: ConfigDict, options: SimpleNamespace, subject: "PlannedMode
     )
 
 
-def later_recipes(config: ConfigDict, chip: "Chip") -> list:
+def later_recipes(config: ConfigDict, chip: Chip) -> list:
     """The recipe to plan with beyond what runs today: V3's where the chip computes faster in FP8."""
     if chip.fp8 > chip.bf16:
         return [recipe_of(config, "v3", "bf16", "block")]
     return [recipe_of(config, "bf16", "bf16", remat) for remat in ("none", "block")]
 
 
-def recipe_of(config: ConfigDict, name: str, precision: str, remat: str) -> "Recipe":
+def recipe_of(config: ConfigDict, name: str, precision: str, remat: str) -> Recipe:
     """A recipe with the config's moments."""
-    from deepseek_jax.plan.recipes import recipe
-
     return recipe(name, precision=precision, moments_dtype=config.optimizer.moments_dtype, remat=remat)
 
 
-def kept_of(config: ConfigDict, subject: "PlannedModel") -> "CachedActivations":
+def kept_of(config: ConfigDict, subject: PlannedModel) -> CachedActivations:
     """A function that says what a layer of each stack keeps under a job, each derivative made once."""
-    from deepseek_jax.models import family
-    from deepseek_jax.plan.activations import CachedActivations
-
     module = family(config.family)
     return CachedActivations(module, module.Config.from_config(config.model), subject.network)
 
 
-def hindrances(config: ConfigDict, job: "Job") -> list[str]:
+def hindrances(config: ConfigDict, job: Job) -> list[str]:
     """Why `deepseek-jax train` cannot run a job today: what is not written yet, or the batch does not divide."""
-    from deepseek_jax import run
-    from deepseek_jax.plan.suggest import missing
-
     found, at = missing(job), job.layout
     if not found:
         try:
@@ -163,10 +143,8 @@ def hindrances(config: ConfigDict, job: "Job") -> list[str]:
     return found
 
 
-def words(config: ConfigDict, space: "Space", suggestion: "Suggestion") -> str:
+def words(config: ConfigDict, space: Space, suggestion: Suggestion) -> str:
     """What is said on the command line to get a suggestion: the keys that differ from the config."""
-    from deepseek_jax.plan.suggest import missing, schedule_name
-
     job = suggestion.job
     at, dtype = job.layout, "bf16" if job.recipe.activations == 2 else "fp32"
     chosen: dict[str, Any] = {"mesh.pipe": at.pipe, "mesh.expert": at.expert, "run.micro_batches": at.micro_batches}

@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 from deepseek_jax import run_config
 from deepseek_jax.bounds import path, whole
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _bench_kernels, _options, _profile
+from deepseek_jax.launch import _options, _profile
 from deepseek_jax.units import binary
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def main(argv: list[str]) -> int:
     """Runs the verb; returns the exit code."""
     subject = argv[0] if argv and not argv[0].startswith("--") else None
     if subject == "kernels":
+        from deepseek_jax.launch import _bench_kernels  # which imports jax
+
         return _bench_kernels.main(argv[1:])
     options = _options.parse(argv[1:] if subject else argv, "micro_v3", EXTRA, workdir=False)
     if subject != "train":

@@ -24,7 +24,7 @@ from deepseek_jax.abstract_model import abstract_weights
 from deepseek_jax.convert import hf, safetensors
 from deepseek_jax.convert.safetensors.files import OpenFile
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _progress, convert, export
+from deepseek_jax.launch import _conversion, _progress, convert, export
 from deepseek_jax.saved_config import to_json
 from deepseek_jax.train.checkpoint import manifest, streamed
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
@@ -353,7 +353,7 @@ def test_no_byte_is_read_twice(name, fp8, tmp_path, monkeypatch):
 
 def test_a_disk_too_small_is_reported_before_anything_is_written(fp8, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: usage._replace(free=10**6))
+    monkeypatch.setattr(_conversion.shutil, "disk_usage", lambda _: usage._replace(free=10**6))
     with pytest.raises(UserError, match="GB to write, 0.0 GB free"):
         convert.main([f"--from={fp8}", f"--workdir={tmp_path / 'run'}"])
     assert not (tmp_path / "run").exists()

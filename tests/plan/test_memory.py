@@ -128,16 +128,16 @@ def test_an_expert_axis_that_does_not_divide_is_refused_by_name(job_of):
 )
 def test_what_a_run_on_one_chip_took(policy, batch, peak_gib, step_s):
     """Measured on an H200 (jax 0.11.2): peak_bytes_in_use and time of a step of `bench train` with these sizes."""
-    from deepseek_jax.launch import plan
+    from deepseek_jax.launch import _plan, plan
     from deepseek_jax.plan.step_time import step
 
     sizes = {"vocab_size": 32_768, "n_layers": 3, "n_dense_layers": 1, "n_experts": 32, "mtp_depth": 0}
     words = [f"--config.model.{key}={value}" for key, value in sizes.items()]
     words += [f"--config.batch.size={batch}", f"--config.run.remat={policy}", "--chip=h200"]
     options = _options.parse(words, "v3_671b", plan.EXTRA, workdir=False)
-    subject = plan.subject_of(options.config, is_whole=False)
-    job = plan.job_of(options.config, options, subject)
-    question = plan.question_of(options.config, options, subject, job)
+    subject = _plan.subject_of(options.config, is_whole=False)
+    job = _plan.job_of(options.config, options, subject)
+    question = _plan.question_of(options.config, options, subject, job)
     found = rank_memory(job, 0, question.kept, question.loss_chunk)
     assert sum(found.values()) / 2**30 == pytest.approx(peak_gib, rel=0.1)
     assert step(job, question.efficiency).total == pytest.approx(step_s, rel=0.15)

@@ -9,7 +9,7 @@ import pytest
 from deepseek_jax import run, run_config
 from deepseek_jax.chips import chip
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _options, _suggest, inspect, plan
+from deepseek_jax.launch import _options, _plan, _suggest, inspect, plan
 from deepseek_jax.parallel.mesh import sizes
 from deepseek_jax.plan import suggest
 from deepseek_jax.plan.activations import ActivationBytes, CachedActivations, kept
@@ -125,7 +125,7 @@ def suggested():
 def test_a_suggestion_is_what_plan_train_and_inspect_make_of_its_words(suggested, capsys):
     words, found = suggested
     options = _options.parse(words, "tiny_v1", plan.EXTRA, workdir=False)
-    subject = plan.subject_of(options.config)
+    subject = _plan.subject_of(options.config)
     space = _suggest.space_of(options.config, options, subject, 8)
     for number, it in enumerate(islice(suggest.search(space), _suggest.RUNS_TODAY), 1):
         said = _suggest.words(options.config, space, it).split()

@@ -1,0 +1,207 @@
+"""`deepseek-jax plan`, once its command line has been read: the job, its report, and the picture of its memory."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+from ml_collections import ConfigDict
+
+from deepseek_jax.chips import CHIPS, chip, chips_of
+from deepseek_jax.errors import UserError
+from deepseek_jax.launch import _options, _suggest
+from deepseek_jax.launch._tables import print_table
+from deepseek_jax.models import family
+from deepseek_jax.paths import check_local
+from deepseek_jax.plan import figures, report
+from deepseek_jax.plan.activations import kept
+from deepseek_jax.plan.counts import count
+from deepseek_jax.plan.figures import DERIVED, FITTED, GIB, GIVEN, PUBLISHED, Section
+from deepseek_jax.plan.job import Job
+from deepseek_jax.plan.layout import make_layout
+from deepseek_jax.plan.memory import capacity, fullest
+from deepseek_jax.plan.network import cache_bytes_per_token, describe
+from deepseek_jax.plan.published import RUNS, Run
+from deepseek_jax.plan.recipes import recipe
+from deepseek_jax.plan.report import PlannedModel, PlanOptions
+from deepseek_jax.plan.schedules import schedule
+from deepseek_jax.plan.verdict import verdict
+from deepseek_jax.train.ramp import BatchRamp
+
+
+def run(config: ConfigDict, options: SimpleNamespace) -> int:
+    """Plans, or suggests, and prints; returns the exit code."""
+    name_chips(options)
+    subject = subject_of(config, is_whole=not any(key.startswith("model.") for key in options.overrides))
+    if options.suggest:
+        return _suggest.only(config, options, subject)
+    job = job_of(config, options, subject)
+    question = question_of(config, options, subject, job)
+    memory, known = fullest(job, question.kept, question.loss_chunk), (question.efficiency, question.efficiency_mark)
+    sections = [verdict(job, memory, *known, _suggest.hindrances(config, job)), *report.report(subject, job, question)]
+    instead = []
+    if memory > capacity(job):
+        instead = _suggest.sections(config, options, subject, job.layout.devices)
+    if options.picture:
+        check_local(options.picture, "--picture")
+        draw(job, report.memory_of(job, question), config.name, Path(options.picture).expanduser())
+    if options.json:
+        print(json.dumps(header(config, options, job) | figures.as_json([*sections, *instead]), indent=2))
+    else:
+        show(title(config, options, job), sections, job.recipe.fitted_to)
+        for section in instead:
+            _suggest.show(section)
+        if options.picture:
+            print(f"\nmemory drawn: {options.picture}")
+    return 0
+
+
+def name_chips(options: SimpleNamespace) -> None:
+    """Splits a chip that says how many ("8xh100", "v5p-512") into `options.chip` and `options.devices`.
+
+    Raises UserError if --devices says another number.
+    """
+    if not options.chip:
+        return
+    found, count = chips_of(options.chip)
+    if count and options.devices not in (0, count):
+        raise UserError(f"--chip={options.chip} names {count} chips, --devices={options.devices}. Give one of them.")
+    if count:
+        options.chip, options.devices = found.name, count
+
+
+def subject_of(config: ConfigDict, *, is_whole: bool = True) -> PlannedModel:
+    """The network of a config and what is known of it; nothing was published of one whose model was changed."""
+    module = family(config.family)
+    sizes = module.Config.from_config(config.model)
+    network = describe(module, sizes)
+    run = RUNS.get(config.name) if is_whole else None
+    return PlannedModel(config.name, network, count(network), cache_bytes_per_token(module, sizes), run)
+
+
+def job_of(config: ConfigDict, options: SimpleNamespace, subject: PlannedModel) -> Job:
+    """The network, divided as the command line, the config and the published run say."""
+    run, mesh = subject.run or Run(""), config.mesh
+    pipe, expert = (
+        run_size if run_size and f"mesh.{key}" not in options.overrides else mesh[key]
+        for key, run_size in (("pipe", run.pipe), ("expert", run.expert))
+    )
+    layout = make_layout(
+        pipe=pipe,
+        data=mesh.data,
+        expert=expert,
+        devices=options.devices or (run.devices if mesh.data == -1 else 0),
+        batch=config.batch.size,
+        micro_batches=config.run.micro_batches,
+        seq_len=config.data.seq_len,
+    )
+    options.recipe = options.recipe or run.recipe or "run"
+    options.schedule = options.schedule or (run.schedule if pipe > 1 else "") or "1f1b"
+    return Job(
+        network=subject.network,
+        layout=layout,
+        chip=chip(options.chip or run.chip),
+        schedule=schedule(options.schedule, layout.pipe, layout.micro_batches),
+        recipe=recipe(
+            options.recipe,
+            precision=config.precision,
+            moments_dtype=config.optimizer.moments_dtype,
+            remat=config.run.remat,
+        ),
+        rules=config.sharding.to_dict(),
+    )
+
+
+def question_of(config: ConfigDict, options: SimpleNamespace, subject: PlannedModel, job: Job) -> PlanOptions:
+    """What is asked about the job."""
+    job.parts  # noqa: B018  what does not divide is refused before anything is traced
+    run, module = subject.run or Run(""), family(config.family)
+    sizes = module.Config.from_config(config.model)
+    step_s, step_mark = options.step_time_s or None, GIVEN
+    if step_s is None and is_published(run, job):
+        step_s, step_mark = run.step_time_s, PUBLISHED
+    tokens, tokens_mark = options.tokens or run.tokens, GIVEN if options.tokens else PUBLISHED
+    if not tokens:
+        ramp = BatchRamp(**config.batch)
+        tokens, tokens_mark = ramp.first(config.loop.steps) * job.layout.seq_len, GIVEN
+    against = options.against or run.against
+    return PlanOptions(
+        kept=kept(module, sizes, job.network, job.layout, job.recipe, job.rules),
+        loss_chunk=config.loss.chunk,
+        efficiency=options.efficiency or job.recipe.efficiency,
+        efficiency_mark=f"{DERIVED}/{GIVEN}" if options.efficiency else FITTED,
+        step_s=step_s,
+        step_mark=step_mark,
+        tokens=tokens,
+        tokens_mark=tokens_mark,
+        dollars=options.price,
+        against=subject_of(_options.load(against, flag="--against")) if against else None,
+    )
+
+
+def is_published(run: Run, job: Job) -> bool:
+    """Whether a job is divided as the published run was, on the same chips."""
+    at = job.layout
+    ours = (job.chip, at.devices, at.pipe, at.expert, at.batch, at.seq_len)
+    return ours == (CHIPS[run.chip], run.devices, run.pipe, run.expert, run.batch, run.seq_len)
+
+
+def title(config: ConfigDict, options: SimpleNamespace, job: Job) -> str:
+    """The line above the tables."""
+    at = job.layout
+    mesh = f"pipe {at.pipe} x data {at.data} x expert {at.expert}"
+    pipeline = f", {job.schedule.title}" if at.pipe > 1 else ""
+    return f"{config.name} on {at.devices:,} {job.chip.name}: {mesh}{pipeline}, recipe {options.recipe}"
+
+
+def header(config: ConfigDict, options: SimpleNamespace, job: Job) -> dict:
+    """What was planned, for JSON."""
+    at = job.layout
+    mesh = {"pipe": at.pipe, "data": at.data, "expert": at.expert}
+    chosen = {"schedule": options.schedule, "recipe": options.recipe}
+    return {"config": config.name, "family": config.family, "chip": job.chip.name, "mesh": mesh, **chosen}
+
+
+def show(line: str, sections: Sequence[Section], fitted_to: str) -> None:
+    """Prints the sections as tables, marks in a column or under the heads of several, and what the marks mean."""
+    print(line)
+    for section in sections:
+        own_marks = not section.columns[0].mark
+        names = [column.name for column in section.columns]
+        head = (section.title, *names, *(["what it is"] if own_marks else []), "")
+        rows = [] if own_marks else [("", *(column.mark for column in section.columns), "")]
+        for row in section.rows:
+            marks = [row.figures[0].mark] if own_marks else []
+            rows.append((row.label, *(figure.text for figure in row.figures), *marks, row.note))
+        print()
+        print_table(head, rows, right=tuple(names))
+    print(
+        "\nderived: from shapes, stated formulas and the chip's data sheet; derived/published: and from a published\n"
+        f"number.  published, given: copied.  fitted: rests on one efficiency, calibrated for this recipe with\n"
+        f"{fitted_to} and carried over, unverified, to all else."
+    )
+
+
+def draw(job: Job, ranks: list[dict[str, float]], name: str, path: Path) -> None:
+    """A bar for each device along the pipeline, part on part, and the chip's memory as a line."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError('--picture needs matplotlib. Install it: pip install "deepseek_jax[notebooks]"') from None
+    if not path.suffix:  # one would be added, and the file stand elsewhere than said
+        raise UserError(f"--picture={path}: expected a file that ends in .png, .svg or .pdf.")
+    figure = Figure(figsize=(max(5.0, 2.5 + 0.45 * len(ranks)), 4.5), layout="constrained")
+    axes = figure.subplots()
+    labels, height = [str(rank) for rank in range(len(ranks))], [0.0] * len(ranks)
+    for part in dict.fromkeys(part for parts in ranks for part in parts):
+        sizes = [parts.get(part, 0.0) / GIB for parts in ranks]
+        axes.bar(labels, sizes, bottom=height, label=part.replace("_", " "), width=0.8)
+        height = [low + size for low, size in zip(height, sizes, strict=True)]
+    axes.axhline(job.chip.memory, color="black", linestyle="--", linewidth=1)
+    axes.text(0, job.chip.memory, f" {job.chip.name}", va="bottom", ha="left", fontsize=8)
+    axes.set(xlabel="device along the pipeline", ylabel="GiB", title=f"{name}: memory of a device")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--picture={path}: cannot be written ({error}). Give a .png, .svg or .pdf.") from None
