@@ -74,10 +74,9 @@ def check_effects(config: ConfigDict, trainer: Trainer) -> None:
     if EXPERTS not in axes:
         absent["kernels.grouped_matmul"] = "routed experts"
     if not jax.tree.leaves(trainer.abstract["params"].get(AHEAD)):
-        keys = ("mtp_weight", "mtp_weight_final", "mtp_weight_switch")
-        absent |= {f"loss.{key}": "multi-token prediction" for key in keys}
+        absent |= {f"loss.{key}": "multi-token prediction" for key in ("mtp_weight", "mtp_weight_final")}
     if not jax.tree.leaves(trainer.abstract["router_bias"]):
-        absent |= {f"loss.{key}": "router biases" for key in ("balance_rate", "balance_rate_stop")}
+        absent["loss.balance_rate"] = "router biases"
     if config.precision != "fp8":
         absent |= {f"fp8.{key}": "products in FP8 (config.precision=fp8)" for key in config.fp8}
     values, defaults = leaves(config), default_values()
@@ -85,7 +84,7 @@ def check_effects(config: ConfigDict, trainer: Trainer) -> None:
         if values[key] and values[key] != defaults[key]:
             raise UserError(
                 f"config.{key}={values[key]!r} has no effect: the model of {config.name} has no {what}. "
-                f"Leave it out, or set it to {defaults[key]!r}."
+                f"Set it to {defaults[key] if isinstance(values[key], str) else 0!r}."
             )
 
 

@@ -17,15 +17,20 @@ from deepseek_jax.saved_config import to_json
         ("tiny_v1", "sharding.q_latent", "data", "weight with the axis q_latent"),
         ("tiny_v1", "kernels.grouped_matmul", "mosaic_gpu", "routed experts"),
         ("tiny_v1", "fp8.scale", "ue8m0", r"products in FP8 \(config\.precision=fp8\)"),
-        ("tiny_v2", "loss.balance_rate_stop", 7, "router biases"),
+        ("tiny_v2", "loss.balance_rate", 0.5, "router biases"),
     ],
 )
 def test_a_key_that_was_set_and_has_no_effect_on_the_model_is_an_error(name, key, value, what):
     config, mesh = run_config.load(name), make_mesh(1, 1, jax.devices()[:1])
     run.trainer(config, mesh)
     run_config.override(config, {key: str(value)})
-    with pytest.raises(UserError, match=rf"config\.{key}={value!r} has no effect: .* no {what}\. Leave it out"):
+    with pytest.raises(UserError, match=rf"config\.{key}={value!r} has no effect: .* no {what}\. Set it to "):
         run.trainer(config, mesh)
+
+
+def test_multi_token_prediction_is_left_out_by_its_depth_alone():
+    config = run_config.override(run_config.load("tiny_v3"), {"model.mtp_depth": "0"})
+    assert "mtp" not in run.trainer(config, make_mesh(1, 1, jax.devices()[:1])).abstract["params"]
 
 
 def test_a_batch_is_constant_unless_it_has_a_first_size():
