@@ -21,9 +21,9 @@ Each recipe has one efficiency, the fraction of the peak that its matmuls reach,
 (V2 with every layer recomputed; ours with V3's widths, 3 layers, 32 experts, under policies none, block and dots with
 1, 2 and 4 sequences.) An efficiency stands for everything between a peak rate and a real matmul: quantization, routing,
 memory-bound operators, multiprocessors used for communication, imbalance. It predicts nothing about the run it was
-fitted to, and is extrapolated, unverified, to everything else. One check: for the 67B model on 512 H800 in 8 stages
-(its own layout is not published) bf16 predicts 20 % more hours than the published 300.6 K without recomputation, and
-50 % more with full recomputation.
+fitted to, and is extrapolated, unverified, to everything else, that of run also to precision fp8. One check: for the
+67B model on 512 H800 in 8 stages (its own layout is not published) bf16 predicts 20 % more hours than the published
+300.6 K without recomputation, and 50 % more with full recomputation.
 """
 
 from dataclasses import dataclass, replace
@@ -35,6 +35,7 @@ from deepseek_jax.parallel.alltoall import HEADROOM
 from deepseek_jax.precision.policy import policy
 
 FP8 = 1 + 4 / 128  # a number in tiles of 128 with a float32 scale
+SENT = 1 + 1 / 128  # the same with a scale of one byte (`precision.wire`)
 INDEX = 8  # bytes of an expert's index and its weight, sent with a token for each chosen expert
 V3_POLICY = "v3"
 
@@ -92,8 +93,9 @@ def recipe(name: str, *, precision: str, moments_dtype: str, remat: str) -> Reci
                 optimizer=moments,
                 activations=width,
                 remat=remat,
-                dispatch=width,
+                dispatch=SENT if precision == "fp8" else width,
                 combine=width,
+                fp8=precision == "fp8",
                 efficiency=0.22,
                 fitted_to="our own step on one H200",
                 sent_beside=INDEX,
