@@ -32,8 +32,7 @@ def start_processes() -> None:
     other TPU pods set JAX_NUM_PROCESSES) or of its indexed Kubernetes Job (this needs the package kubernetes). A
     process started alone stays alone, as does one with JAX_NUM_PROCESSES=1 and no coordinator.
 
-    Raises:
-        UserError: the others cannot be found or reached.
+    Raises UserError: the others cannot be found or reached.
     """
     if jax.distributed.is_initialized():
         return

@@ -106,8 +106,7 @@ class LanguageModel:
         Args:
             ids: token ids, a batch (B, T) or one sequence (T,); lists and numpy arrays are fine. A new shape compiles.
 
-        Returns:
-            logits_BTV for a batch, (T, V) for one sequence.
+        Returns logits_BTV for a batch, (T, V) for one sequence.
         """
         try:
             ids = np.asarray(ids)
@@ -139,11 +138,9 @@ class LanguageModel:
             seed: same seed, same tokens; 0 to 2^64 - 1.
             stop_ids: ids that end a sequence; `end_ids` by default, () for none.
 
-        Returns:
-            The new ids, with the stop id at the end if there was one: a list, or a list of lists for a batch.
+        Returns the new ids, with the stop id at the end if there was one: a list, or a list of lists for a batch.
 
-        Raises:
-            UserError: prompt and new tokens exceed `n_positions`; an id or the seed out of range; an empty prompt.
+        Raises UserError: prompt and new tokens exceed `n_positions`; an id or the seed out of range; an empty prompt.
         """
         if not hasattr(ids, "__len__"):
             raise UserError(f"generate({ids!r}): expected ids of one prompt, like [1, 2, 3], or a list of prompts.")
@@ -222,8 +219,7 @@ def build(config: str | ConfigDict, seed: int = 0) -> LanguageModel:
         config: a name in `deepseek_jax.configs`, a .py file with get_config(), or a config.
         seed: of the initialisers, 0 to 2^64 - 1.
 
-    Raises:
-        UserError: no such config, or a model larger than this machine's memory.
+    Raises UserError: no such config, or a model larger than this machine's memory.
     """
     key = random_key(seed)
     config = run_config.load(config) if isinstance(config, str) else config
@@ -247,9 +243,8 @@ def load(path: str | os.PathLike, precision: str | None = None) -> LanguageModel
             the id of such a model on the Hugging Face hub (owner/name), which is downloaded to the hub's cache.
         precision: what to compute in, "fp32" or "bf16"; by default that of the run, or of most published weights.
 
-    Raises:
-        UserError: no such directory, no intact checkpoint in it, a published model of no known family, or weights that
-            do not fit the memory.
+    Raises UserError: no such directory, no intact checkpoint in it, a published model of no known family, or weights
+    that do not fit the memory.
     """
     loaded = open_weights(path).load()
     config, state = loaded.config, loaded.state
@@ -271,8 +266,7 @@ def save_pretrained(model: LanguageModel, directory: str | os.PathLike, dtype: s
         dtype: "bf16"; "fp8", "fp8_ue8m0" or "fp8_e8m0", E4M3 in blocks of 128 x 128 (`hf.write`); "fp32"; or
             "keep" for the dtypes that the weights have.
 
-    Raises:
-        UserError: an unknown dtype, or a directory that holds weights already or cannot be written.
+    Raises UserError: an unknown dtype, or a directory that holds weights already or cannot be written.
     """
     weights = {"params": model.params, "router_bias": model.router_bias}
     export(model.config, directory, weights, hf.from_tree(weights), dtype)

@@ -74,8 +74,9 @@ def export(workdir: Path, target: Path, dtype: str) -> None:
 
     with Progress("export", published_bytes(abstract)) as progress:
         weights.export(config, target, abstract, get, dtype, report=progress.advance)
-    took, peak = duration(progress.seconds), binary(peak_memory_bytes() or 0)
-    print(f"{target}: step {step} of {workdir} as {dtype}, {size(target) / 1e9:,.2f} GB in {took}, memory {peak}")
+    n_bytes, took = sum(file.stat().st_size for file in target.iterdir()), duration(progress.seconds)
+    peak = binary(peak_memory_bytes() or 0)
+    print(f"{target}: step {step} of {workdir} as {dtype}, {n_bytes / 1e9:,.2f} GB in {took}, memory {peak}")
 
 
 def check_empty(target: Path) -> None:
@@ -120,8 +121,3 @@ def published_bytes(abstract: dict) -> int:
             leaf = leaf[key]
         sizes[tensor.name] = math.prod(tensor.shape) * leaf.dtype.itemsize
     return sum(sizes.values()) + sum(sizes.get(original, 0) for original in names.copies(abstract).values())
-
-
-def size(directory: Path) -> int:
-    """Bytes of the files in a directory."""
-    return sum(file.stat().st_size for file in directory.iterdir())

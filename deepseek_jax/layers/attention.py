@@ -34,8 +34,7 @@ def causal_attention(
         segments_BT: documents; where given, a token sees only its own document.
         block: queries handled at a time; by default an eighth of the tokens, between 128 and 512.
 
-    Returns:
-        o_BTHU in the dtype of `v_BTHU`.
+    Returns o_BTHU in the dtype of `v_BTHU`.
     """
     n_tokens = q_BTHQ.shape[1]
     block = block or min(max(n_tokens // 8, 128), 512)
@@ -76,8 +75,7 @@ def latent_decode(
         seen_BTS: which slots a token looks at.
         scale: factor of the scores.
 
-    Returns:
-        o_latent_BTHC in the dtype of the queries.
+    Returns o_latent_BTHC in the dtype of the queries.
     """
     wide = {"preferred_element_type": jnp.float32}
     scores_BHTS = jnp.einsum("BTHC,BSC->BHTS", q_latent_BTHC, c_BSC, **wide)
@@ -97,8 +95,7 @@ def grouped_decode(
         seen_BTS: which slots a token looks at.
         scale: factor of the scores.
 
-    Returns:
-        o_BTHU in the dtype of the queries.
+    Returns o_BTHU in the dtype of the queries.
     """
     q_BTZJQ = q_BTHQ.reshape(*q_BTHQ.shape[:2], k_BSZQ.shape[2], -1, q_BTHQ.shape[-1])
     scores_BZJTS = jnp.einsum("BTZJQ,BSZQ->BZJTS", q_BTZJQ, k_BSZQ, preferred_element_type=jnp.float32)

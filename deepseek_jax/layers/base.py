@@ -126,8 +126,7 @@ def run_stack(
         extras: arrays with a leading axis L (of the layers that run), or None.
         layers: those that run; None: all.
 
-    Returns:
-        The last `x`, and the `y` of all layers stacked on a leading axis L.
+    Returns the last `x`, and the `y` of all layers stacked on a leading axis L.
     """
     definition, weights = nnx.split(blocks)
     if layers is not None:

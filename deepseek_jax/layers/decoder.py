@@ -135,8 +135,7 @@ class Decoder(nnx.Module):
             n_positions: tokens that a sequence may have in the cache to be made.
             real_BT: False for the padding, bool; None: an attention's cache takes it for tokens that are overwritten.
 
-        Returns:
-            (h_BTD after the final norm: give the head those whose logits are needed, the cache).
+        Returns (h_BTD after the final norm: give the head those whose logits are needed, the cache).
         """
         tokens = Tokens.of(ids_BT, real_BT=real_BT)
         x_BTD, cache, _ = self.run_blocks(self.embed(tokens), tokens, first_pass(n_positions))
@@ -150,8 +149,7 @@ class Decoder(nnx.Module):
             positions_BT: their positions, smaller than the cache's number of positions.
             cache: what came before.
 
-        Returns:
-            (logits_BTV, the cache with the new tokens in it).
+        Returns (logits_BTV, the cache with the new tokens in it).
         """
         tokens = Tokens(ids_BT, positions_BT)
         x_BTD, cache, _ = self.run_blocks(self.embed(tokens), tokens, next_tokens, cache)

@@ -108,8 +108,7 @@ def grouped_swiglu(
         gate_XDF, up_XDF, down_XFD: the experts' weights.
         matmul: multiplies rows with them.
 
-    Returns:
-        y_MD in the dtype of `x_MD`.
+    Returns y_MD in the dtype of `x_MD`.
     """
     order = sort_by_expert(experts_MK, gate_XDF.shape[0], matmul.align)
     gate_and_up_XDF = jnp.concatenate([gate_XDF, up_XDF], axis=-1)  # one loop instead of two

@@ -108,8 +108,7 @@ def rotate(x: jax.Array, positions: jax.Array, theta: np.ndarray, scale: float =
         theta: angles per token of the P/2 pairs.
         scale: factor of the result (`rotary_scale`).
 
-    Returns:
-        An array like `x`, in its dtype.
+    Returns an array like `x`, in its dtype.
     """
     cos, sin = (part * scale for part in _cos_sin(x, positions, theta))
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)

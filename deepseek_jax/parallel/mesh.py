@@ -33,8 +33,7 @@ def make_mesh(data: int = -1, expert: int = 1, devices: list | None = None, pipe
         devices: those to use; all of this run's by default.
         pipe: pipeline stages; 1, for they are planned with only (`deepseek-jax plan`).
 
-    Raises:
-        UserError: the product is not the number of devices, or there is more than one stage.
+    Raises UserError: the product is not the number of devices, or there is more than one stage.
     """
     devices = jax.devices() if devices is None else devices
     if pipe != 1:
@@ -58,8 +57,7 @@ def sizes(pipe: int, data: int, expert: int, n_devices: int) -> dict[str, int]:
         pipe, data, expert: as in `config.mesh`; data=-1 takes what the others leave.
         n_devices: of the mesh; 0: as many as the sizes say, where data=-1 counts as 1.
 
-    Raises:
-        UserError: a size is invalid, or they do not make up `n_devices`.
+    Raises UserError: a size is invalid, or they do not make up `n_devices`.
     """
     given = f"config.mesh: pipe={pipe} x data={data} x expert={expert}"
     if min(pipe, expert) < 1 or (data < 1 and data != -1) or n_devices < 0:

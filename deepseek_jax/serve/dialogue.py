@@ -41,8 +41,7 @@ class Dialogue:
         messages: the messages so far, in the format of `chat`.
         ending: how the last answer ended: "mark", "max_new_tokens", "n_positions", "stopped", or "" if it has not.
 
-    Raises:
-        UserError: the tokenizer misses special tokens of the template; `thinking` with a template without thoughts.
+    Raises UserError: the tokenizer misses special tokens of the template; `thinking` with a template without thoughts.
     """
 
     def __init__(
@@ -72,8 +71,7 @@ class Dialogue:
 
         Both are added to `messages` when the answer ends or the iterator is closed, unless no token was generated.
 
-        Raises:
-            UserError: the conversation with this message does not fit into the model's positions.
+        Raises UserError: the conversation with this message does not fit into the model's positions.
         """
         prompt = self._prompt(text)
         free = self.n_positions - len(prompt)

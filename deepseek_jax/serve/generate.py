@@ -70,13 +70,11 @@ class Generator:
             temperature, top_p: see `sampler.sample`.
             stop_ids: ids that end a sequence.
 
-        Returns:
-            An iterator over the new ids_B of each step, int32; a sequence ends with its stop id and is `ENDED` after
-            it. The iterator stops when all sequences have ended.
+        Returns an iterator over the new ids_B of each step, int32; a sequence ends with its stop id and is `ENDED`
+        after it. The iterator stops when all sequences have ended.
 
-        Raises:
-            UserError: a prompt is empty, an id is unknown, there are more tokens than positions, or a number is out of
-                range.
+        Raises UserError: a prompt is empty, an id is unknown, there are more tokens than positions, or a number is out
+        of range.
         """
         rows = [_as_ids(prompt) for prompt in prompts]
         max_new_tokens = _count(max_new_tokens)

@@ -28,8 +28,7 @@ def sample(logits_BV: jax.Array, key_B: jax.Array, temperature: ArrayLike, top_p
         temperature: one for all rows, or one per row; 0 takes the argmax.
         top_p: one for all rows, or one per row; 1 keeps every token, 0 only the likeliest.
 
-    Returns:
-        id_B, int32.
+    Returns id_B, int32.
     """
     logits_BV = logits_BV.astype(jnp.float32)
     temperature_B, top_p_B = (

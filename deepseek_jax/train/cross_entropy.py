@@ -59,8 +59,7 @@ def cross_entropy(
         weights_M: w of each target, float32; a constant, to which no gradient flows.
         chunk: tokens whose logits exist at a time.
 
-    Returns:
-        A float32 scalar.
+    Returns a float32 scalar.
     """
 
     def body(total: jax.Array, part: tuple) -> tuple[jax.Array, None]:

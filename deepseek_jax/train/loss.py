@@ -79,8 +79,7 @@ class Objective(Protocol):
             over: totals of the whole batch: what a mean over it divides by.
             step: int32, for factors that follow a schedule.
 
-        Returns:
-            (loss to differentiate, what is reported of it): the sum over all parts is that of the step.
+        Returns (loss to differentiate, what is reported of it): the sum over all parts is that of the step.
         """
 
     def nats(self, model: Any, batch: "Batch") -> jax.Array:

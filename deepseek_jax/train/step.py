@@ -188,8 +188,7 @@ class Trainer:
             params, router_bias: take their place; host or device arrays of the shapes and dtypes of `abstract`. Those
                 that lie on the right devices already are not copied: the first step reuses their memory.
 
-        Raises:
-            ValueError: given arrays are not those of this model.
+        Raises ValueError: given arrays are not those of this model.
         """
         pairs = (("params", params), ("router_bias", router_bias))
         given: State = {name: tree for name, tree in pairs if tree is not None}

@@ -68,8 +68,7 @@ class StreamedStep:
         resumed: whether an earlier start left pieces to resume from.
         n_damaged: pieces of an earlier start that are not what was written, and so are to be written again.
 
-    Raises:
-        UserError: the step exists, or another source's unfinished one; no right to write; another writer.
+    Raises UserError: the step exists, or another source's unfinished one; no right to write; another writer.
     """
 
     def __init__(

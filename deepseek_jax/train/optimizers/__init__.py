@@ -39,8 +39,7 @@ class Optimizer(Protocol):
             params: float32 weights, or one device's parts of them.
             rate: learning rate of this step, a float32 scalar.
 
-        Returns:
-            (new params, new state).
+        Returns (new params, new state).
         """
 
 
