@@ -20,7 +20,7 @@ SwiGLU is computed again in the backward pass, from its two inputs in E4M3: its 
 | --- | --- | --- |
 | embedding, head, router, norms, attention scores | bfloat16 or float32, no `Matmul` | the same |
 | input of the projection after attention | E4M3, both directions quantised from bfloat16 | E5M6, turned later |
-| least amax | 1e-4; of gradients 1e-4 / 2^64 | not said; 1e-4 in released kernels |
+| smallest amax | 1e-24 (weights: 1e-4) | not said; 1e-4 in released kernels |
 | rows sent to experts, and gradients of their results | E4M3, power-of-two scales (`precision.wire`) | the same |
 | operands of experts | power-of-two scales, so that nothing is rounded twice | the same for what is sent |
 
@@ -28,8 +28,7 @@ There is no 12-bit format in XLA, so E5M6 would take 16 bits here. V3 needs it b
 reads the same stored array, and because turning its blocks from channels to tokens must not round twice; here
 attention keeps what it needs in bfloat16, and both sets of codes are made from bfloat16 at the same time.
 
-A mean over n tokens has gradients of the size 1 / n: with an amax of at least 1e-4, those of a large batch would become
-zeros. Their amax is floored 2^64 times lower.
+A mean over n tokens has gradients of the size 1 / n: were amax at least 1e-4, those of a large batch would be zeros.
 
 `gradient_block="128x128"` gives activation gradients one scale per 128 tokens as well. V3 reports that a 16B model
 diverges with it (appendix B.2); it is here to show the effect.
@@ -48,14 +47,13 @@ from jax.typing import DTypeLike
 
 from deepseek_jax.kernels import XLA, Kernels
 from deepseek_jax.precision.matmul import PLAIN, Operand, letters, swiglu
-from deepseek_jax.precision.quantize import AMAX_FLOOR, dequantize_blocks, quantize_blocks
-from deepseek_jax.precision.wire import Codes, Wire
+from deepseek_jax.precision.quantize import dequantize_blocks, quantize_blocks
+from deepseek_jax.precision.wire import SMALLEST_AMAX, Codes, Wire
 from pallas_kernels.quantize import Quantized
 
 BLOCK = 128
 SQUARE, ROW = (BLOCK, BLOCK), (1, BLOCK)
 POWERS_OF_TWO = "ue8m0"
-GRADIENT_FLOOR = AMAX_FLOOR / 2**64  # of the largest magnitude of a block
 
 
 @jax.tree_util.register_dataclass
@@ -136,8 +134,8 @@ class KeptInputs(NamedTuple):
     @classmethod
     def of(cls, x: Gated) -> "KeptInputs":
         """Quantises the inputs; scales of one byte."""
-        up = None if x.up is None else quantize_blocks(x.up, ROW, POWERS_OF_TWO)
-        return cls(quantize_blocks(x.gate, ROW, POWERS_OF_TWO), up, x.factor)
+        up = None if x.up is None else quantize_blocks(x.up, ROW, POWERS_OF_TWO, SMALLEST_AMAX)
+        return cls(quantize_blocks(x.gate, ROW, POWERS_OF_TWO, SMALLEST_AMAX), up, x.factor)
 
     def inputs(self, dtype: DTypeLike) -> Gated:
         """What the codes hold of the inputs."""
@@ -162,11 +160,10 @@ def _axes(equation: str) -> Axes | None:
     return None
 
 
-def _in_squares(x: jax.Array, *, scale: str, floor: float = AMAX_FLOOR) -> Quantized:
+def _in_squares(x: jax.Array, *, scale: str, floor: float) -> Quantized:
     """As `quantize`, with one scale per 128 x 128 block for both directions."""
-    lift = AMAX_FLOOR / floor  # a power of two
-    q, scales = quantize_blocks(x * lift, SQUARE, scale)
-    by_row, by_column = (jnp.repeat(s.astype(jnp.float32) / lift, BLOCK, axis=1) for s in (scales.T, scales))
+    q, scales = quantize_blocks(x, SQUARE, scale, floor)
+    by_row, by_column = (jnp.repeat(s.astype(jnp.float32), BLOCK, axis=1) for s in (scales.T, scales))
     return Quantized(q, by_row[:, : x.shape[0]], q.T, by_column[:, : x.shape[1]])
 
 
@@ -174,7 +171,7 @@ def _in_squares(x: jax.Array, *, scale: str, floor: float = AMAX_FLOOR) -> Quant
 class BlockMatmul:
     """A `Matmul` in block-scaled FP8."""
 
-    kernels: Kernels = XLA  # of `quantize`, `fp8_matmul`, `grouped_fp8_matmul`, `grouped_fp8_weight_gradient`
+    kernels: Kernels = XLA  # of `quantize` and what follows it there
     scale: str = "fp32"  # amax / 448; or "ue8m0", the next power of two (V3.1)
     gradient_block: str = "1x128"  # that shares a scale in activation gradients; or "128x128", which V3 rejects
 
@@ -231,13 +228,13 @@ class BlockMatmul:
     def _coded(self, x: jax.Array, scale: str) -> Coded:
         """x with its codes, through which no gradient flows."""
         constant = lax.stop_gradient(x)
-        return Coded(x, self.kernels["quantize"](constant.reshape(-1, x.shape[-1]), scale=scale))
+        return Coded(x, self.kernels["quantize"](constant.reshape(-1, x.shape[-1]), scale=scale, floor=SMALLEST_AMAX))
 
     def _codes(self, x: Coded | Gated, scale: str) -> Quantized:
-        """The codes of an operand; those of a SwiGLU are made here, and its output is not kept."""
+        """The codes of an operand; a SwiGLU is computed on the way."""
         if isinstance(x, Coded):
             return x.codes
-        return self.kernels["quantize_swiglu"](x.gate, x.up, x.factor, scale=scale)
+        return self.kernels["quantize_swiglu"](x.gate, x.up, x.factor, scale=scale, floor=SMALLEST_AMAX)
 
     def _weight(self, w: jax.Array) -> Weight:
         """The codes of a float32 weight."""
@@ -247,7 +244,7 @@ class BlockMatmul:
     def _gradient(self, g: jax.Array, scale: str) -> Quantized:
         """The codes of an activation gradient [M, N]."""
         quantize = self.kernels["quantize"] if self.gradient_block == "1x128" else _in_squares
-        return quantize(g, scale=scale, floor=GRADIENT_FLOOR)
+        return quantize(g, scale=scale, floor=SMALLEST_AMAX)
 
     def _times(
         self, q: jax.Array, scale: jax.Array, w: Weight, count_X: jax.Array | None, dtype: DTypeLike

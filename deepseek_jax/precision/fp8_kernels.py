@@ -7,6 +7,7 @@ speed over bfloat16: this is the recipe for tests and small machines.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -17,25 +18,15 @@ from jax.typing import DTypeLike
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.precision import grouped
-from deepseek_jax.precision.quantize import AMAX_FLOOR
 from pallas_kernels import fp8_matmul as fp8_matmul_kernel
 from pallas_kernels import grouped_matmul as grouped_kernels
 from pallas_kernels import quantize as quantize_kernel
-from pallas_kernels.quantize import Quantized
 
 BLOCK = 128
 
 
-def quantize(x: jax.Array, *, scale: str = "fp32", floor: float = AMAX_FLOOR) -> Quantized:
-    """Codes and scales of x [M, K] and of its transpose, in 1 x 128 blocks of each."""
-    return quantize_kernel.quantize(x, implementation="reference", scale=scale, floor=floor)
-
-
-def quantize_swiglu(
-    gate: jax.Array, up: jax.Array | None, factor: jax.Array | None, *, scale: str = "fp32"
-) -> Quantized:
-    """The same of silu(gate) * up * factor, in float32; with `up` None `gate` is [M, 2 K] and holds both."""
-    return quantize_kernel.quantize_swiglu(gate, up, factor, implementation="reference", scale=scale)
+quantize = functools.partial(quantize_kernel.quantize, implementation="reference")
+quantize_swiglu = functools.partial(quantize_kernel.quantize_swiglu, implementation="reference")
 
 
 def fp8_matmul(
@@ -95,13 +86,21 @@ def _rooms(count_X: jax.Array, align: int) -> jax.Array:
     return -(-count_X // align) * align
 
 
+OPTIONS = ("scale", "floor", "w_block", "align", "out_dtype")
+
+
 def _by(implementation: str, operation: str, kernel: Callable) -> Callable:
-    """`kernel` by this implementation; what it does not support is an error of the user's."""
+    """`kernel` by this implementation; what it does not support is an error of the user's.
+
+    A function of its own to the compiler, so that the many calls of a model with the same shapes are lowered once.
+    """
+    static = [name for name in OPTIONS if name in inspect.signature(kernel).parameters]
+    kernel_here = jax.jit(functools.partial(kernel, implementation=implementation), static_argnames=static)
 
     @functools.wraps(kernel)
     def call(*operands: Any, **options: Any) -> Any:
         try:
-            return kernel(*operands, implementation=implementation, **options)
+            return kernel_here(*operands, **options)
         except ValueError as error:
             raise UserError(
                 f"kernels.{operation}={implementation!r}: {error} In a run, config.kernels.{operation}=xla."

@@ -23,7 +23,7 @@ AMAX_FLOOR = 1e-4
 
 
 def quantize_blocks(
-    w: jax.Array, block: tuple[int, int] = (128, 128), scale: str = "fp32"
+    w: jax.Array, block: tuple[int, int] = (128, 128), scale: str = "fp32", floor: float = AMAX_FLOOR
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (q, scale_inv): E4M3 codes, and one scale a block in float32 ("fp32") or E8M0 ("ue8m0").
 
@@ -31,7 +31,7 @@ def quantize_blocks(
     ceil(columns / block[1])].
     """
     tiles = _tiles(jnp.asarray(w, jnp.float32), block)
-    amax = jnp.maximum(jnp.max(jnp.abs(tiles), axis=(-3, -1)), AMAX_FLOOR)
+    amax = jnp.maximum(jnp.max(jnp.abs(tiles), axis=(-3, -1)), floor)
     scale_inv = {"fp32": _exact_scale, "ue8m0": _power_of_two}[scale](amax)
     q = jnp.clip(_divide(tiles, _over_tiles(scale_inv)), -LARGEST, LARGEST).astype(E4M3)
     return _untiled(q, w.shape), scale_inv

@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 from deepseek_jax.precision.quantize import E4M3, E8M0, dequantize_blocks, quantize_blocks
 
 BLOCK = (1, 128)
+SMALLEST_AMAX = 1e-24  # of activations and gradients; that of published weights would turn small gradients to zeros
 
 
 class Wire(Protocol):
@@ -55,7 +56,7 @@ class Codes:
 
     def encode(self, x_AD: jax.Array) -> jax.Array:
         """See `Wire`."""
-        parts = quantize_blocks(x_AD, BLOCK, "ue8m0")
+        parts = quantize_blocks(x_AD, BLOCK, "ue8m0", SMALLEST_AMAX)
         return jnp.concatenate([jax.lax.bitcast_convert_type(part, jnp.uint8) for part in parts], axis=1)
 
     def decode(self, sent: jax.Array, dtype: DTypeLike, width: int) -> jax.Array:
