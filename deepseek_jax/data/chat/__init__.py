@@ -63,9 +63,9 @@ class Template:
 _R1 = (v3.r1_reply, v3.r1_parse)
 
 TEMPLATES = {
-    "v1": Template(plain.v1_parts, plain.v2_reply, plain.v2_parse),
-    "v2": Template(plain.v2_parts, plain.v2_reply, plain.v2_parse),
-    "coder": Template(plain.coder_parts, plain.coder_reply, plain.coder_parse, end=EOT),
+    "v1": Template(partial(plain.parts, plain.V1), plain.v2_reply, plain.v2_parse),
+    "v2": Template(partial(plain.parts, plain.V2), plain.v2_reply, plain.v2_parse),
+    "coder": Template(partial(plain.parts, plain.CODER), plain.coder_reply, plain.coder_parse, end=EOT),
     "v2.5": Template(partial(first_v3.parts, first_v3.V25), v3.v3_reply, v3.v3_parse),
     "v3-1226": Template(partial(first_v3.parts, first_v3.V3_1226), v3.v3_reply, v3.v3_parse),
     "v3": Template(v3.v3_parts, v3.v3_reply, v3.v3_parse),

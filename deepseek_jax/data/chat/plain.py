@@ -6,36 +6,60 @@ r"""Chats in which plain words mark the speaker: LLM, Math, MoE, V2 and Coder-V2
 A user can type these words. There are no tools and no thoughts.
 """
 
-import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from deepseek_jax.data.chat import marks
 from deepseek_jax.data.chat.marks import Part
 from deepseek_jax.data.chat.parts import Pieces, before, join
 from deepseek_jax.data.chat.refusals import refuse
-from deepseek_jax.data.messages import Assistant, Conversation, User, as_message, read, read_answer
+from deepseek_jax.data.messages import Assistant, User, as_message, read, read_answer
 
 
-def v2_parts(
-    messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False, name: str = "v2"
-) -> list[Part]:
-    """Returns a prompt, which ends in `Assistant:` without a blank.
+class Words(NamedTuple):
+    """The differences between these templates."""
 
-    According to their cards, LLM and Math do not use a system prompt; their template writes one nevertheless, and so
-    does this function.
-    """
-    conversation = _plain(name, messages, tools, thinking)
-    pieces: Pieces = [marks.BOS, conversation.system, "\n\n" if _has_system(messages) else ""]
+    name: str
+    user: tuple[str, str]  # before and after what the user says
+    answer: tuple[Pieces, Pieces]  # before and after the answer
+    after_system: str = ""
+    default_system: str = ""
+    join_system: Callable[[list[str]], str] = "\n\n".join  # joins several system prompts
+
+
+# Without a system prompt; the model's README writes the sentence with "DeepSeek" and a full stop, the template as here.
+CODER_SYSTEM = (
+    "You are an AI programming assistant, utilizing the Deepseek Coder model, developed by Deepseek Company, and you "
+    "only answer questions related to computer science. For politically sensitive questions, security and privacy "
+    "issues, and other non-computer science questions, you will refuse to answer\n"
+)
+# According to their cards, LLM and Math do not use a system prompt; their template writes one nevertheless.
+V1 = Words("v1", ("User: ", "\n\nAssistant:"), ([" "], [marks.EOS]), after_system="\n\n")
+V2 = V1._replace(name="v2")
+CODER = Words(
+    "coder",
+    ("### Instruction:\n", "\n### Response:\n"),
+    ([], ["\n", marks.EOT, "\n"]),
+    default_system=CODER_SYSTEM,
+    join_system="".join,
+)
+
+
+def parts(words: Words, messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False) -> list[Part]:
+    """Returns a prompt; V1's and V2's end in `Assistant:` without a blank."""
+    conversation = read(messages, words.join_system)
+    called = any(isinstance(turn, Assistant) and turn.calls for turn in conversation.turns)
+    refuse(words.name, tools=tools, tool_calls=called, thinking=thinking)
+    has_system = messages[0]["role"] == "system"  # an empty one counts too, as in the templates
+    system = [conversation.system, words.after_system] if has_system else [words.default_system]
+    pieces: Pieces = [marks.BOS, *system]
     for turn in conversation.turns:
         match turn:
             case User(content):
-                pieces += ["User: ", content, "\n\nAssistant:"]
+                pieces += [words.user[0], content, words.user[1]]
             case Assistant(content):
-                pieces += [" ", content, marks.EOS]
+                pieces += [*words.answer[0], content, *words.answer[1]]
     return join(pieces)
-
-
-v1_parts = functools.partial(v2_parts, name="v1")
 
 
 def v2_reply(message: dict, thinking: bool = False) -> list[Part]:
@@ -48,29 +72,6 @@ def v2_parse(text: str, thinking: bool = False) -> dict:
     return as_message(before(marks.EOS, text).removeprefix(" "))
 
 
-CODER_SYSTEM = (
-    "You are an AI programming assistant, utilizing the Deepseek Coder model, developed by Deepseek Company, and you "
-    "only answer questions related to computer science. For politically sensitive questions, security and privacy "
-    "issues, and other non-computer science questions, you will refuse to answer\n"
-)
-
-
-def coder_parts(messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False) -> list[Part]:
-    """Returns a prompt; without a system prompt it starts with the published sentence and a line break.
-
-    The model's README writes the sentence with "DeepSeek" and a full stop; the template has it as here.
-    """
-    conversation = _plain("coder", messages, tools, thinking, join_system="".join)
-    pieces: Pieces = [marks.BOS, conversation.system if _has_system(messages) else CODER_SYSTEM]
-    for turn in conversation.turns:
-        match turn:
-            case User(content):
-                pieces += ["### Instruction:\n", content, "\n### Response:\n"]
-            case Assistant(content):
-                pieces += [content, "\n", marks.EOT, "\n"]
-    return join(pieces)
-
-
 def coder_reply(message: dict, thinking: bool = False) -> list[Part]:
     """Returns the answer, a line break, EOT."""
     return join([read_answer(message).content, "\n", marks.EOT])
@@ -79,22 +80,3 @@ def coder_reply(message: dict, thinking: bool = False) -> list[Part]:
 def coder_parse(text: str, thinking: bool = False) -> dict:
     """Returns the text before EOT, without the line break at its end."""
     return as_message(before(marks.EOT, text).removesuffix("\n"))
-
-
-def _has_system(messages: Sequence[dict]) -> bool:
-    """Returns whether there is a system prompt, even an empty one, which the templates treat like any other."""
-    return messages[0]["role"] == "system"
-
-
-def _plain(
-    name: str,
-    messages: Sequence[dict],
-    tools: Sequence[dict],
-    thinking: bool,
-    join_system: Callable[[list[str]], str] = "\n\n".join,
-) -> Conversation:
-    """Returns messages as a conversation without tools and thoughts."""
-    conversation = read(messages, join_system)
-    called = any(isinstance(turn, Assistant) and turn.calls for turn in conversation.turns)
-    refuse(name, tools=tools, tool_calls=called, thinking=thinking)
-    return conversation
