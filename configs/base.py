@@ -92,7 +92,8 @@ def get_config() -> ConfigDict:
     # Which implementation computes each operation of `deepseek_jax.kernels.TABLE`.
     config.kernels = ConfigDict(dict.fromkeys(TABLE, "xla"))
 
-    fp8 = config.fp8 = ConfigDict()  # fields of `precision.fp8.BlockMatmul`, for precision fp8
+    fp8 = config.fp8 = ConfigDict()  # `precision.policy`, for precision fp8
+    fp8.weights = "float32"  # that are quantised, and their gradients (V3); bfloat16: half the memory traffic
     fp8.scale = "fp32"  # fp32, or ue8m0: powers of two (V3.1)
     fp8.gradient_block = "1x128"  # of activation gradients; 128x128 is the choice that V3 found to diverge
 

@@ -84,6 +84,7 @@ BOUNDS: dict[str, Bound] = {
     "run.unroll": bounds.whole(1, 1024),
     "run.compilation_cache": bounds.path(),
     **{f"kernels.{operation}": bounds.one_of(*known) for operation, known in TABLE.items()},
+    "fp8.weights": bounds.one_of("float32", "bfloat16"),
     "fp8.scale": bounds.one_of("fp32", "ue8m0"),
     "fp8.gradient_block": bounds.one_of("1x128", "128x128"),
     "schedule.peak_rate": RATE,

@@ -8,7 +8,8 @@ A product y = x W with weights is three matmuls, and all three run on 8-bit tens
 
 Every format is E4M3. E5M2 is not needed for gradients: a scale per block of 128 covers their range, and the mantissa
 bit counts for more. Scales are computed online, amax / 448 of the block at hand, not from earlier steps. Partial sums
-are promoted to float32 every 128 products, the tensor cores keep too few bits. y and dx are bfloat16, dW is float32.
+are promoted to float32 every 128 products, the tensor cores keep too few bits. y and dx are bfloat16. dW has the dtype
+of W: float32 in V3; bfloat16 (config.fp8.weights) halves what is read and written between product and optimizer.
 
 An activation therefore is quantised twice, along channels and along tokens. That happens once, in one pass
 (`operand`), for all products that read it. The backward pass keeps the codes along tokens, one byte per number, and
@@ -191,13 +192,13 @@ class BlockMatmul:
         if not (axes := _axes(equation)):
             return PLAIN.einsum(equation, x, w)
         k = prod(w.shape[: axes.contracted])
-        y = _product(self, self._rows(x, k), w.reshape(k, -1), None)
+        y = _product(self, w.dtype, self._rows(x, k), w.reshape(k, -1), None)
         return y.reshape(*x.shape[: axes.leading], *w.shape[axes.contracted :])
 
     def grouped(self, x_AD: Operand, w_XDF: jax.Array, count_X: jax.Array) -> jax.Array:
         """See `Matmul`."""
         rows = self._coded(x_AD, POWERS_OF_TWO) if isinstance(x_AD, jax.Array) else x_AD
-        return _product(self, rows, w_XDF, count_X)
+        return _product(self, w_XDF.dtype, rows, w_XDF, count_X)
 
     def forward(self, equation: str, x: Operand, w: jax.Array) -> jax.Array:
         """See `Matmul`."""
@@ -254,21 +255,25 @@ class BlockMatmul:
             return self.kernels["fp8_matmul"](q, scale, *w, out_dtype=dtype)
         return self.kernels["grouped_fp8_matmul"](q, scale, *w, count_X, align=self.align, out_dtype=dtype)
 
-    def _over_tokens(self, x: Kept, g: Quantized, count_X: jax.Array | None) -> jax.Array:
-        """dW, float32: x^T dy, of each expert's rows where there are counts."""
+    def _over_tokens(
+        self, x: Kept, g: Quantized, count_X: jax.Array | None, dtype: DTypeLike = jnp.float32
+    ) -> jax.Array:
+        """dW: x^T dy, of each expert's rows where there are counts."""
         operands = (*x, g.q_t, g.scale_t)
         if count_X is None:
-            return self.kernels["fp8_matmul"](*operands, w_block=ROW, out_dtype=jnp.float32)
-        return self.kernels["grouped_fp8_weight_gradient"](*operands, count_X, align=self.align)
+            return self.kernels["fp8_matmul"](*operands, w_block=ROW, out_dtype=dtype)
+        return self.kernels["grouped_fp8_weight_gradient"](*operands, count_X, align=self.align, out_dtype=dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(matmul: BlockMatmul, x: Coded | Gated, w: jax.Array, count_X: jax.Array | None) -> jax.Array:
-    """y [M, N] of rows and a weight [K, N], or of rows by expert and weights [X, K, N]."""
-    return _forward(matmul, x, w, count_X)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(
+    matmul: BlockMatmul, of_w: DTypeLike, x: Coded | Gated, w: jax.Array, count_X: jax.Array | None
+) -> jax.Array:
+    """y [M, N] of rows and a weight [K, N] of dtype `of_w`, or of rows by expert and weights [X, K, N]."""
+    return _forward(matmul, of_w, x, w, count_X)[0]
 
 
-def _forward(matmul: BlockMatmul, x: Coded | Gated, w: jax.Array, count_X: jax.Array | None) -> tuple:
+def _forward(matmul: BlockMatmul, of_w: DTypeLike, x: Coded | Gated, w: jax.Array, count_X: jax.Array | None) -> tuple:
     codes = matmul._codes(x, _scale(matmul, count_X))
     weight = matmul._weight(w)
     y = matmul._times(codes.q, codes.scale, weight.transposed(), count_X, x.dtype)
@@ -276,7 +281,7 @@ def _forward(matmul: BlockMatmul, x: Coded | Gated, w: jax.Array, count_X: jax.A
     return y, (kept, weight, count_X)
 
 
-def _backward(matmul: BlockMatmul, saved: tuple, dy: jax.Array) -> tuple:
+def _backward(matmul: BlockMatmul, of_w: DTypeLike, saved: tuple, dy: jax.Array) -> tuple:
     kept, weight, count_X = saved
     scale = _scale(matmul, count_X)
     g = matmul._gradient(dy, scale)
@@ -289,7 +294,7 @@ def _backward(matmul: BlockMatmul, saved: tuple, dy: jax.Array) -> tuple:
         d_x = Gated(*pull(d_rows))
         codes = matmul._codes(inputs, scale)
         kept = Kept(codes.q_t, codes.scale_t)
-    return d_x, matmul._over_tokens(kept, g, count_X), None
+    return d_x, matmul._over_tokens(kept, g, count_X, of_w), None
 
 
 _product.defvjp(_forward, _backward)

@@ -50,8 +50,14 @@ POLICIES = {
 
 
 def policy(name: str, fp8: Mapping[str, Any] = MappingProxyType({})) -> Policy:
-    """The policy called `name`, "fp8" with these options of `BlockMatmul`. Raises UserError for an unknown one."""
+    """Returns the policy called `name`; raises UserError for an unknown one.
+
+    "fp8" takes the options of `config.fp8`: `Policy.weights`, and the others of `BlockMatmul`.
+    """
     if name not in POLICIES:
         raise UserError(f"config.precision={name!r}: no such precision. Choose one of {', '.join(POLICIES)}.")
-    found = POLICIES[name]
-    return replace(found, matmul=functools.partial(BlockMatmul, **fp8)) if name == "fp8" else found
+    if name != "fp8" or not fp8:
+        return POLICIES[name]
+    options = dict(fp8)
+    weights = jnp.dtype(options.pop("weights"))
+    return replace(POLICIES[name], matmul=functools.partial(BlockMatmul, **options), weights=weights)
