@@ -22,6 +22,7 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.precision import fp8
 from deepseek_jax.precision.fp8 import BlockMatmul
 from deepseek_jax.precision.matmul import PLAIN
+from deepseek_jax.precision.policy import policy
 from deepseek_jax.precision.quantize import dequantize_blocks, quantize_blocks
 from deepseek_jax.precision.wire import AS_IS, Codes, carried
 from pallas_kernels import fp8_matmul, grouped_matmul
@@ -159,7 +160,11 @@ def test_experts_in_fp8_are_close_to_experts_and_each_weight_has_its_rows():
     found, exact = both(FP8, x, factors, weights), both(PLAIN, x, factors, weights)
     jax.tree.map(lambda one, right: np.testing.assert_array_less(error(one, right), 0.1), found, exact)
     for gradient in found[1][2].values():
+        assert gradient.dtype == jnp.float32
         assert not gradient[2].any() and all(gradient[e].any() for e in (0, 1, 3))
+    narrow = both(FP8, x, factors, jax.tree.map(jnp.bfloat16, weights))
+    jax.tree.map(lambda one, right: np.testing.assert_array_less(error(one, right), 0.1), narrow, exact)
+    assert {gradient.dtype for gradient in narrow[1][2].values()} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_aligned_rows_hold_every_assignment_once():
@@ -298,9 +303,10 @@ def test_gradients_of_results_travel_as_codes_and_those_of_tokens_as_they_are():
 def test_a_run_takes_its_options_from_the_config():
     config = run_config.load("tiny_v3")
     run_config.override(config, {"precision": "fp8", "fp8.scale": "ue8m0", "fp8.gradient_block": "128x128"})
+    run_config.override(config, {"fp8.weights": "bfloat16"})
     run_config.validate(config)
     trainer = run.trainer(config, make_mesh(1, 1, jax.devices()[:1]))
     assert trainer.run.matmul == BlockMatmul(scale="ue8m0", gradient_block="128x128")
-    assert trainer.run.compute == jnp.bfloat16
+    assert trainer.run.compute == policy("fp8", config.fp8).weights == jnp.bfloat16
     with pytest.raises(UserError, match="config.fp8.gradient_block='64x64': expected one of 1x128, 128x128"):
         run_config.validate(run_config.override(config, {"fp8.gradient_block": "64x64"}))
