@@ -12,8 +12,11 @@ import importlib.util
 import json
 import os
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,9 +26,11 @@ import numpy as np
 
 from deepseek_jax.bounds import number, path, whole
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _bench_grouped, _options
+from deepseek_jax.launch import _bench_grouped, _options, _tune_kernels
 from deepseek_jax.precision.quantize import quantize_blocks
-from pallas_kernels.fp8_matmul import fp8_matmul
+from pallas_kernels import tile_table
+from pallas_kernels.fp8_matmul import fp8_matmul, tiles
+from pallas_kernels.grouped_matmul import tiles as grouped_tiles
 from pallas_kernels.quantize import quantize
 from pallas_kernels.quantize.reference import quantize_rows
 
@@ -41,6 +46,10 @@ EXTRA = {
     "seconds": (float, 0.03, "length of one measurement", number(1e-6, 3600)),
     "peer": (bool, True, "measure torch as well, if it is installed"),
     "json": (str, "", "file to which each row is appended as JSON", path()),
+    "tune": (bool, False, "measure every tiles that the kernels may choose, and write this GPU's table of them"),
+    "table": (str, "", "file of that table; empty: the one in the package that the kernels read", path()),
+    "jobs": (int, 6, "processes that prepare measurements for the table at a time", whole(1, 1000)),
+    "timeout": (float, 300.0, "seconds after which such a process is stopped", number(1, 86400)),
 }
 SET_BYTES = 3e9  # of all input and output sets of a shape
 
@@ -53,8 +62,11 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
     if jax.default_backend() != "gpu":
         raise UserError(f"bench kernels on {jax.devices()[0].device_kind}: needs a Hopper GPU (H100, H200).")
-    if options.peer and importlib.util.find_spec("torch") is None:
+    if options.peer and not options.tune and importlib.util.find_spec("torch") is None:
         raise UserError('bench kernels compares with torch, which is not installed. Install "torch" or give --no-peer.')
+    if options.tune:
+        _tune(options)
+        return 0
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {options.rounds} rounds of {options.seconds} s")
     for (m, n, k), forward in shapes:
         report(matmul_row(m, n, k, forward, options), options.json)
@@ -64,6 +76,21 @@ def main(argv: list[str]) -> int:
         for kind in _bench_grouped.KINDS:
             report(_bench_grouped.grouped_row(groups, rows, n, k, kind, options), options.json)
     return 0
+
+
+def _tune(options: SimpleNamespace) -> None:
+    """Measures the tiles for the shapes of the options and writes the table of this machine's GPU."""
+    device = jax.devices()[0]
+    shapes = {
+        tiles.FORWARD: [shape for shape in parsed(options.shapes, 3) if shape[0] > tiles.FEW],
+        tiles.WEIGHT_GRADIENT: parsed(options.gradient_shapes, 3),
+        grouped_tiles.FP8: parsed(options.grouped_shapes, 4),
+    }
+    file = Path(options.table) if options.table else tile_table.file_of(device.device_kind)
+    with tempfile.NamedTemporaryFile() as lock:
+        command = [sys.executable, "-m", _tune_kernels.__name__, lock.name, str(options.seconds)]
+        measure = _tune_kernels.in_a_process(command, options.timeout)
+        _tune_kernels.tune(shapes, file, device.device_kind, device.core_count, measure, options.jobs)
 
 
 def parsed(text: str, n_sizes: int) -> list[tuple[int, ...]]:

@@ -25,6 +25,7 @@ times as coarsely. Paper: V3 section 3.3.2.
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable
 
 import jax
@@ -96,12 +97,24 @@ class Plan:
     out_dtype: DTypeLike
     adds: bool  # to what the output holds
     n_processors: int
+    first_column: int = 0  # of the output, where `n` columns are meant
+    clusters: int = 0  # that run, if not as many as this part has tiles
+
+    @property
+    def parts(self) -> list["Plan"]:
+        """The columns that fill whole rounds of all processors, and the others in narrower tiles, if tiles say so."""
+        tiles = self.tiles
+        if not tiles.tail or self.splits > 1:
+            return [self]
+        columns = tiles.whole_columns(self.m, self.n, self.n_processors)
+        narrow = dataclasses.replace(tiles, columns=tiles.tail, store_columns=tiles.tail, tail=0)
+        part = dataclasses.replace(self, tiles=dataclasses.replace(tiles, tail=0), n=columns, clusters=self.n_clusters)
+        return [part, dataclasses.replace(part, tiles=narrow, n=self.n - columns, first_column=columns)]
 
     @property
     def grid(self) -> tuple[int, int]:
         """Tiles of a cluster along M and N."""
-        spans = (cta * ctas for cta, ctas in zip(self.tiles.cta, self.tiles.cluster_shape, strict=True))
-        return tuple(-(-size // span) for size, span in zip((self.m, self.n), spans, strict=True))
+        return self.tiles.grid(self.m, self.n)
 
     @property
     def blocks_per_split(self) -> int:
@@ -127,7 +140,7 @@ class Plan:
     def n_clusters(self) -> int:
         """That run at the same time, each over every n_clusters-th tile."""
         clusters = self.n_tiles if self.splits > 1 else self.n_processors // max(self.tiles.cluster_shape)
-        return min(clusters, self.n_tiles)
+        return self.clusters or min(clusters, self.n_tiles)
 
     @property
     def registers(self) -> int:
@@ -139,14 +152,23 @@ class Plan:
     @property
     def chunks(self) -> list[tuple[int, int]]:
         """First row and column of each chunk of a warpgroup's part of the tile."""
-        return list(
-            itertools.product(range(0, self.tiles.rows, CHUNK_ROWS), range(0, self.tiles.columns, self.chunk_columns))
-        )
+        rows, columns = range(0, self.tiles.rows, CHUNK_ROWS), range(0, self.tiles.columns, self.chunk_columns)
+        return list(itertools.product(rows, columns))
 
     @property
     def chunk_columns(self) -> int:
-        """Columns of a chunk, those of one block at most."""
-        return min(self.tiles.columns, BLOCK)
+        """Columns of a chunk."""
+        return min(self.tiles.columns, self.tiles.chunk_columns)
+
+    @property
+    def scale_columns(self) -> int:
+        """Columns of a tile that certainly lie in one block of w: a tile may begin in the middle of one."""
+        return math.gcd(self.tiles.columns, BLOCK)
+
+    @property
+    def together(self) -> int:
+        """Blocks of K that are added in one turn of the loop."""
+        return self.tiles.together if self.splits == 1 else 1
 
     @property
     def waits_ahead(self) -> bool:
@@ -154,7 +176,7 @@ class Plan:
 
         With several chunks ptxas would then clear their registers before each product, and spill.
         """
-        return len(self.chunks) == 1
+        return len(self.chunks) == 1 and self.tiles.in_flight == 1
 
     def call(self, interpret: object) -> Callable:
         """The kernel, a function of x, x_scale, w, w_scale to y [M, N]; of a reference to y as well if it adds to y."""
@@ -178,13 +200,14 @@ class Plan:
     def scratch(self) -> list:
         """Shared memory and barriers of a CTA, in the order in which `_kernel` takes them."""
         tiles, stages, (rows, columns) = self.tiles, self.stages, self.tiles.cta
-        staging = (tiles.warpgroups, tiles.store_slots, CHUNK_ROWS, tiles.store_columns)
+        width = math.gcd(tiles.store_columns, tiles.tail)
+        staging = (tiles.warpgroups, tiles.store_slots, tiles.store_columns // width, CHUNK_ROWS, width)
         codes = _tiled(BLOCK, jnp.float8_e4m3fn)
         return [
             plgpu.SMEM((stages, rows, BLOCK), jnp.float8_e4m3fn, transforms=codes),
             plgpu.SMEM((stages, rows), jnp.float32),
             plgpu.SMEM((stages, columns, BLOCK), jnp.float8_e4m3fn, transforms=codes),
-            plgpu.SMEM(staging, self.out_dtype, transforms=_tiled(tiles.store_columns, self.out_dtype)),
+            plgpu.SMEM(staging, self.out_dtype, transforms=_tiled(width, self.out_dtype)),
             plgpu.Barrier(num_arrivals=3 + self.by_row, num_barriers=stages),
             self.free_barrier(),
             plgpu.SMEM((stages, columns), jnp.float32) if self.by_row else None,
@@ -257,7 +280,7 @@ def _tile(plan: Plan, i: jax.Array) -> tuple:
         (index * ctas + (cta if ctas > 1 else 0)) * size
         for index, size, ctas in zip(indices, plan.tiles.cta, plan.tiles.cluster_shape, strict=True)
     ]
-    return part, *first
+    return part, first[0], first[1] + plan.first_column
 
 
 def _blocks_of(plan: Plan, part: int | jax.Array) -> tuple:
@@ -276,7 +299,7 @@ def _load(plan: Plan, refs: Refs) -> None:
     """The loading warpgroup: fills stage after stage, each as soon as it is free."""
     plgpu.set_max_registers(plan.tiles.producer_registers, action="decrease")
 
-    def load_tile(i, state):
+    def load_tile(plan, i, state):
         part, row, column = _tile(plan, i)
         first_block, n_blocks = _blocks_of(plan, part)
 
@@ -288,7 +311,10 @@ def _load(plan: Plan, refs: Refs) -> None:
 
         return lax.fori_loop(0, n_blocks, load_block, state)
 
-    stage, n_loaded = lax.fori_loop(0, _my_tiles(plan), load_tile, (jnp.int32(0), jnp.int32(0)))
+    state = jnp.int32(0), jnp.int32(0)
+    for part in plan.parts:
+        state = lax.fori_loop(0, _my_tiles(part), functools.partial(load_tile, part), state)
+    stage, n_loaded = state
 
     # The other CTA of the cluster may still read or signal: leave only when every stage has come back.
     def wait(_, stage):
@@ -306,101 +332,142 @@ def _copy_stage(plan: Plan, refs: Refs, stage, block, row, column) -> None:
     shared = {"rows": (None, "cta"), "columns": ("cta", None), "": (None, None)}[plan.tiles.cluster]
     loaded = refs.loaded.at[stage]
     plgpu.copy_gmem_to_smem(refs.x.at[rows, ks], refs.x_stages.at[stage], loaded, collective_axes=shared[0])
-    plgpu.copy_gmem_to_smem(refs.w.at[columns, ks], refs.w_stages.at[stage], loaded, collective_axes=shared[1])
+    w_stage = refs.w_stages.at[stage, pl.ds(0, n_columns)]
+    plgpu.copy_gmem_to_smem(refs.w.at[columns, ks], w_stage, loaded, collective_axes=shared[1])
     plgpu.copy_gmem_to_smem(refs.x_scale.at[block, rows], refs.x_scale_stages.at[stage], loaded)
     if plan.by_row:
-        plgpu.copy_gmem_to_smem(refs.w_scale.at[block, columns], refs.w_scale_stages.at[stage], loaded)
+        w_scale_stage = refs.w_scale_stages.at[stage, pl.ds(0, n_columns)]
+        plgpu.copy_gmem_to_smem(refs.w_scale.at[block, columns], w_scale_stage, loaded)
 
 
 def _compute(plan: Plan, refs: Refs) -> None:
     """A computing warpgroup: its part of each tile, then its part of the output."""
-    tiles = plan.tiles
     plgpu.set_max_registers(plan.registers, action="increase")
-    warpgroup = lax.axis_index("warpgroup")
-    own_row = warpgroup * tiles.rows
-
-    def compute_tile(i, stage):
-        part, row, column = _tile(plan, i)
-        first_block, n_blocks = _blocks_of(plan, part)
-
-        def add_block(b, state):
-            stage, sums = state
-            upcoming = _next(plan, stage), b + 1 < n_blocks
-            at = Place(stage, first_block + b, own_row, column)
-            return upcoming[0], _add_block(plan, refs, at, upcoming, sums)
-
-        zero = plgpu.layout_cast(jnp.zeros((CHUNK_ROWS, plan.chunk_columns), jnp.float32), plgpu.Layout.WGMMA)
-        sums = dict.fromkeys(plan.chunks, zero)
-        if plan.waits_ahead:
-            plgpu.barrier_wait(refs.loaded.at[stage])
-        stage, sums = lax.fori_loop(0, n_blocks, add_block, (stage, sums))
-        if plan.splits == 1:
-            _store(plan, refs, warpgroup, row + own_row, column, sums)
-        else:
-            _gather(plan, refs, warpgroup, part, row + own_row, column, sums)
-        return stage
-
-    lax.fori_loop(0, _my_tiles(plan), compute_tile, jnp.int32(0))
+    stage = jnp.int32(0)
+    for part in plan.parts:
+        stage = lax.fori_loop(0, _my_tiles(part), functools.partial(_compute_tile, part, refs), stage)
     plgpu.wait_smem_to_gmem(0)
+
+
+def _compute_tile(plan: Plan, refs: Refs, i: jax.Array, stage: jax.Array) -> jax.Array:
+    """This warpgroup's part of the i-th tile; returns the stage after the tile's last."""
+    warpgroup = lax.axis_index("warpgroup")
+    own_row = warpgroup * plan.tiles.rows
+    part, row, column = _tile(plan, i)
+    first_block, n_blocks = _blocks_of(plan, part)
+
+    def add_blocks(n, b, state):
+        stages = [state[0]]
+        for _ in range(n):
+            stages.append(_next(plan, stages[-1]))
+        upcoming = stages.pop(), b * n + n < n_blocks
+        at = Place(stages, first_block + b * n, own_row, column)
+        return upcoming[0], _add_blocks(plan, refs, at, upcoming, state[1])
+
+    zero = plgpu.layout_cast(jnp.zeros((CHUNK_ROWS, plan.chunk_columns), jnp.float32), plgpu.Layout.WGMMA)
+    if plan.waits_ahead:
+        plgpu.barrier_wait(refs.loaded.at[stage])
+    turns, rest = (n_blocks, 0) if plan.together == 1 else divmod(n_blocks, plan.together)
+    state = stage, dict.fromkeys(plan.chunks, zero)
+    state = lax.fori_loop(0, turns, functools.partial(add_blocks, plan.together), state)
+    for b in range(rest):
+        state = add_blocks(1, turns * plan.together + b, state)
+    if plan.splits == 1:
+        _store(plan, refs, warpgroup, row + own_row, column, state[1])
+    else:
+        _gather(plan, refs, warpgroup, part, row + own_row, column, state[1])
+    return state[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Which block of K a warpgroup adds, and where its operands and its part of the output are."""
 
-    stage: jax.Array
+    stages: list
     block: jax.Array
     own_row: jax.Array  # of the tile
     column: jax.Array  # of the output
 
 
-def _add_block(plan: Plan, refs: Refs, at: Place, upcoming: tuple, sums: dict) -> dict:
-    """Adds one block of K, whose operands have arrived, to the sums of a warpgroup's chunks.
+def _add_blocks(plan: Plan, refs: Refs, at: Place, upcoming: tuple, sums: dict) -> dict:
+    """Adds blocks of K, whose operands have arrived, to the sums of a warpgroup's chunks.
 
     While the tensor cores work on a chunk, its scales are read, and the next block is waited for during the last one:
     between two chunks of a warpgroup there is nothing but the promotion.
     """
-    added, scales = {}, {}
     if not plan.waits_ahead:
-        plgpu.barrier_wait(refs.loaded.at[at.stage])
-    for i, (r, c) in enumerate(plan.chunks):
-        first, last = i == 0, i == len(plan.chunks) - 1
+        for stage in at.stages:
+            plgpu.barrier_wait(refs.loaded.at[stage])
+    products = list(itertools.product(range(len(at.stages)), plan.chunks))
+    scales: dict = {}
 
-        def multiply(products, r=r, c=c, first=first):
-            w = refs.w_stages.at[at.stage, pl.ds(c, plan.chunk_columns)]
-            x = refs.x_stages.at[at.stage, pl.ds(at.own_row + r, CHUNK_ROWS)]
-            plgpu.wgmma(products, x, mosaic_gpu.transpose(w))
-            scales = {chunk: _scales(plan, refs, at, *chunk) for chunk in plan.chunks} if first else {}
+    def begin(accumulator, i: int) -> None:
+        block, (r, c) = products[i]
+        w = refs.w_stages.at[at.stages[block], pl.ds(c, plan.chunk_columns)]
+        x = refs.x_stages.at[at.stages[block], pl.ds(at.own_row + r, CHUNK_ROWS)]
+        plgpu.wgmma(accumulator, x, mosaic_gpu.transpose(w))
+        if (r, c) == plan.chunks[0]:
+            scales[block] = _scales(plan, refs, at, block)
+
+    def finish(accumulator, i: int, in_flight: int, sums: dict) -> dict:
+        block, chunk = products[i]
+        found = plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight)
+        if chunk == plan.chunks[-1]:  # One thread speaks for its warpgroup: a wgmma has all four warps in step.
+            plgpu.barrier_arrive(refs.free.at[at.stages[block]])
+        return sums | {chunk: _promoted(plan, sums[chunk], found, *chunk, *scales[block])}
+
+    def chain(i: int, before, sums: dict) -> dict:
+        """Product i and those after it, while product i - 1 may be in flight."""
+
+        def multiply(accumulator):
+            added, last = sums, i == len(products) - 1
+            begin(accumulator, i)
+            if before is not None:
+                added = finish(before, i - 1, 1, added)
+                if not last:
+                    added = lax.optimization_barrier(added)
             if plan.waits_ahead:
                 pl.when(upcoming[1])(lambda: plgpu.barrier_wait(refs.loaded.at[upcoming[0]]))
-            return products[...], scales  # waits for the tensor cores
+            if plan.tiles.in_flight == 1 or last:
+                added = finish(accumulator, i, 0, added)
+            if last:
+                return added
+            return chain(i + 1, accumulator if plan.tiles.in_flight > 1 else None, added)
 
-        products, found = pl.run_scoped(multiply, plgpu.ACC((CHUNK_ROWS, plan.chunk_columns), jnp.float32))
-        scales |= found
-        if last:  # One thread speaks for its warpgroup: a wgmma has all four warps in step.
-            plgpu.barrier_arrive(refs.free.at[at.stage])
-        added[r, c] = _promoted(plan, sums[r, c], products, *scales[r, c])
-    return added
+        return pl.run_scoped(multiply, plgpu.ACC((CHUNK_ROWS, plan.chunk_columns), jnp.float32))
+
+    return chain(0, None, sums)
 
 
-def _scales(plan: Plan, refs: Refs, at: Place, r: int, c: int) -> tuple[jax.Array, jax.Array]:
-    """The scales of x for a chunk's rows and those of w for its columns: a vector, or one number that they share."""
-    rows = refs.x_scale_stages.at[at.stage, pl.ds(at.own_row + r, CHUNK_ROWS)]
-    row_scale = mosaic_gpu.load(rows, plgpu.Layout.WGMMA.reduce(1))
+def _scales(plan: Plan, refs: Refs, at: Place, i: int) -> tuple[dict, dict]:
+    """The scales of x by first row of a chunk, and those of w by first column of a chunk or of a part of one."""
+    stage, tiles = at.stages[i], plan.tiles
+    rows, columns = {}, {}
+    for r in range(0, tiles.rows, CHUNK_ROWS):
+        ref = refs.x_scale_stages.at[stage, pl.ds(at.own_row + r, CHUNK_ROWS)]
+        rows[r] = mosaic_gpu.load(ref, plgpu.Layout.WGMMA.reduce(1))
     if plan.by_row:
-        columns = refs.w_scale_stages.at[at.stage, pl.ds(c, plan.chunk_columns)]
-        return row_scale, mosaic_gpu.load(columns, plgpu.Layout.WGMMA.reduce(0))
+        for c in range(0, tiles.columns, plan.chunk_columns):
+            ref = refs.w_scale_stages.at[stage, pl.ds(c, plan.chunk_columns)]
+            columns[c] = mosaic_gpu.load(ref, plgpu.Layout.WGMMA.reduce(0))
+        return rows, columns
     last = refs.w_scale.shape[0] - 1  # a tile may reach beyond the matrix
-    return row_scale, refs.w_scale[jnp.minimum(lax.div(at.column + c, BLOCK), last), at.block]
+    for c in range(0, tiles.columns, plan.scale_columns):
+        columns[c] = refs.w_scale[jnp.minimum(lax.div(at.column + c, BLOCK), last), at.block + i]
+    return rows, columns
 
 
-def _promoted(plan: Plan, total, products, row_scale, column_scale) -> jax.Array:
+def _promoted(plan: Plan, total, products, r: int, c: int, rows: dict, columns: dict) -> jax.Array:
     """total + products * scales, in float32."""
     if plan.by_row:
-        products = products * lax.broadcast_in_dim(column_scale, products.shape, [1])
-    else:
-        row_scale = row_scale * column_scale
-    return total + products * lax.broadcast_in_dim(row_scale, products.shape, [0])
+        products = products * lax.broadcast_in_dim(columns[c], products.shape, [1])
+        return total + products * lax.broadcast_in_dim(rows[r], products.shape, [0])
+    parts, end = [], c + plan.chunk_columns
+    for first in range(c // plan.scale_columns * plan.scale_columns, end, plan.scale_columns):
+        part = slice(max(first, c) - c, min(first + plan.scale_columns, end) - c)
+        scale = lax.broadcast_in_dim(rows[r] * columns[first], products[:, part].shape, [0])
+        parts.append(total[:, part] + products[:, part] * scale)
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
 def _gather(plan: Plan, refs: Refs, warpgroup, part, row, column, sums: dict) -> None:
@@ -424,17 +491,25 @@ def _gather(plan: Plan, refs: Refs, warpgroup, part, row, column, sums: dict) ->
 
 def _store(plan: Plan, refs: Refs, warpgroup, row, column, sums: dict) -> None:
     """Writes a warpgroup's part of the output, by way of staging buffers in shared memory."""
-    tiles = plan.tiles
+    tiles, width = plan.tiles, refs.staging.shape[-1]
     units = itertools.product(range(0, tiles.rows, CHUNK_ROWS), range(0, tiles.columns, tiles.store_columns))
     for i, (r, c) in enumerate(units):
-        buffer = refs.staging.at[warpgroup, i % tiles.store_slots]
-        plgpu.wait_smem_to_gmem(tiles.store_slots - 1, wait_read_only=True)
-        for (chunk_row, chunk_column), total in sums.items():
-            low = max(c, chunk_column)
-            high = min(c + tiles.store_columns, chunk_column + plan.chunk_columns)
-            if chunk_row == r and low < high:
-                values = total[:, low - chunk_column : high - chunk_column].astype(plan.out_dtype)
-                buffer.at[:, pl.ds(low - c, high - low)][...] = values
+        buffers = refs.staging.at[warpgroup, i % tiles.store_slots]
+        pieces = range(c, c + tiles.store_columns, width)
+        plgpu.wait_smem_to_gmem((tiles.store_slots - 1) * len(pieces), wait_read_only=True)
+        for j, first in enumerate(pieces):
+            _stage_piece(plan, buffers.at[j], r, first, sums)
         plgpu.commit_smem()
-        target = refs.y.at[pl.ds(row + r, CHUNK_ROWS), pl.ds(column + c, tiles.store_columns)]
-        plgpu.copy_smem_to_gmem(buffer, target, reduction_op="add" if plan.adds else None)
+        for j, first in enumerate(pieces):
+            target = refs.y.at[pl.ds(row + r, CHUNK_ROWS), pl.ds(column + first, width)]
+            plgpu.copy_smem_to_gmem(buffers.at[j], target, reduction_op="add" if plan.adds else None)
+
+
+def _stage_piece(plan: Plan, buffer, r: int, first: int, sums: dict) -> None:
+    """Writes 64 rows from `r` on and the columns from `first` on of a warpgroup's part to a staging buffer."""
+    width = buffer.shape[-1]
+    for (chunk_row, chunk_column), total in sums.items():
+        low, high = max(first, chunk_column), min(first + width, chunk_column + plan.chunk_columns)
+        if chunk_row == r and low < high:
+            values = total[:, low - chunk_column : high - chunk_column].astype(plan.out_dtype)
+            buffer.at[:, pl.ds(low - first, high - low)][...] = values

@@ -1,33 +1,33 @@
-"""Which tiles the Hopper kernel uses for which shape.
+"""Which tiles the Hopper kernel uses for which shape: the fastest in the chip's table (`pallas_kernels.tile_table`).
 
-Measured on one H200 (2026-11-28, TFLOP/s, m 4,096), all cells of a row in one process in alternation with torch's
-block-scaled matmul (cuBLASLt). They are for comparing tiles; how the kernel compares with torch is in BENCHMARKS.md:
+A shape that is not in the table gets the tiles for which the table lets expect the least time: rounds of all processors
+times the time of a round, which is that of the shapes in the table (the median, per output and block of K).
 
-    n, k              WIDE   TALL   torch
-     2112,  7168       808   1173     908     TALL fits where WIDE leaves processors idle in its last wave.
-    24576,  1536      1019   1064     940
-    32768,   512       906    873     623
-     7168, 16384      1151   1109    1136
-     4096,  7168      1150   1026    1125
-     7168,  2048      1067   1016     957
+What the tiles are for, as measured on one H200 (2026-11-28, m 4,096): WIDE loads the fewest bytes. With TALL a third
+warpgroup keeps the tensor cores busy while one promotes and another waits, which makes it the fastest per round. SQUARE
+and GRADIENT have two products of a warpgroup in flight, so that it promotes one while the tensor cores work on the
+other: a gain of 17 to 22 % for weight gradients, whose promotion takes two operations instead of one. Narrower last
+tiles (`Tiles.tail`) share among all processors what fills no whole round.
 
-Weight gradients (scales per 1 x 128 on both sides, float32), m, n, k of 4096, 7168, 4096: GRADIENT 844, FLOAT32 688;
-7168, 2048, 4096: 746 and 653.
-
-Tried and slower on that chip: turns at the tensor cores by named barriers (1 to 10 %), 64 x 192 outputs per warpgroup
-in one wgmma of n192 (between WIDE and TALL), x in registers instead of shared memory (4 to 10 %), four blocks of the
-loop unrolled (spills). Clusters gain 1 to 7 %. Under steady load the chip runs at its limit of 700 W and 1.45 to
-1.6 GHz, and medians of one variant differ by 5 % from run to run: smaller differences decide nothing.
-Registers of the loading warpgroup are chosen so that ptxas spills nothing, or 4 bytes
-(`tests/pallas_kernels/compile_for_hopper.py`).
+Tried and slower on that chip: turns at the tensor cores by named barriers (1 to 10 %); 64 x 192 outputs per warpgroup
+in one wgmma of n192 (between WIDE and TALL) or in two of n96 in flight; two products of n64 in flight in WIDE (7 to
+17 %) and four blocks at once in SQUARE (18 to 37 %), which spill; x in registers instead of shared memory (4 to 10 %).
+Clusters gain 1 to 7 %. Under steady load the chip runs at its limit of 700 W and 1.45 to 1.6 GHz, and medians of one
+variant differ by 5 % from run to run: smaller differences decide nothing. Registers of the loading warpgroup are chosen
+so that ptxas spills next to nothing (`tests/pallas_kernels/compile_for_hopper.py`).
 """
 
 import dataclasses
+import statistics
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from pallas_kernels import tile_table
+
 BLOCK = 128
+FEW = 128  # rows: with no more of them the contraction may be split
+TAILS = {32: 0.45, 64: 0.6, 96: 0.8}  # columns of a narrow tile: its time relative to 128 columns, estimated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Tiles:
     """How the kernel divides its work; for the names see `gpu.py`."""
 
     rows: int  # of the output, per warpgroup: a multiple of 64
-    columns: int  # likewise: a divisor or a multiple of 128
+    columns: int  # likewise: a divisor or a multiple of 128, or 96
     warpgroups: int = 2  # that compute, one below the other
     cluster: str = ""  # along which two CTAs lie that share what they load; "" for CTAs on their own
     stages: int = 4  # blocks of K in shared memory
@@ -44,19 +44,28 @@ class Tiles:
     minor: int = 1  # the output axis along which consecutive tiles lie: 0 rows, 1 columns
     raster: int = 8  # how many tiles of that axis are walked before the other axis advances
     splits: int = 1  # parts of the contraction, each summed by a CTA of a cluster
+    chunk_columns: int = BLOCK  # of one product, with 64 rows: 128 at most
+    in_flight: int = 1  # products of a warpgroup at the tensor cores: while one is promoted, the next is there already
+    together: int = 1  # blocks of K in one turn of the loop
+    tail: int = 0  # columns of the last tiles of a CTA, those that fill no whole round of all processors
     producer_registers: int = 40
 
     def __post_init__(self) -> None:
-        if self.rows % 64 or (BLOCK % self.columns and self.columns % BLOCK) or self.columns % self.store_columns:
+        if self.rows % 64 or (BLOCK % self.columns and self.columns % BLOCK and self.columns not in TAILS):
             raise ValueError(
-                f"{self.rows} x {self.columns} outputs per warpgroup, stored {self.store_columns} columns at a time: "
-                f"expected a multiple of 64 by a divisor or a multiple of {BLOCK}, and a divisor of that."
+                f"{self.rows} x {self.columns} outputs per warpgroup: expected a multiple of 64 by a divisor or a "
+                f"multiple of {BLOCK}, or 96."
             )
+        if self.columns % self.store_columns:
+            raise ValueError(f"store_columns={self.store_columns}: expected a divisor of {self.columns} columns.")
         # Each copy fills a block of its own in shared memory, which has to start at a multiple of 128 bytes.
         if (4 * self.cta[0]) % 128 or (4 * self.cta[1]) % 128:
             raise ValueError(f"CTA tile {self.cta}: the scales of a step are no multiple of 128 bytes.")
-        if self.splits > 1 and self.cluster:
-            raise ValueError(f"splits={self.splits}, cluster={self.cluster!r}: a cluster can do one of the two.")
+        if self.splits > 1 and (self.cluster or self.tail):
+            raise ValueError(
+                f"splits={self.splits}, cluster={self.cluster!r}, tail={self.tail}: expected no cluster and no tail "
+                "where the contraction is split."
+            )
 
     @property
     def cta(self) -> tuple[int, int]:
@@ -68,54 +77,105 @@ class Tiles:
         """CTAs of a cluster along rows and columns."""
         return {"": (1, 1), "rows": (2, 1), "columns": (1, 2)}[self.cluster]
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """Rows and columns of the output per cluster."""
+        return self.cta[0] * self.cluster_shape[0], self.cta[1] * self.cluster_shape[1]
+
+    def grid(self, m: int, n: int) -> tuple[int, int]:
+        """Returns how many tiles of a cluster cover m x n outputs, along rows and columns."""
+        return -(-m // self.span[0]), -(-n // self.span[1])
+
+    def whole_columns(self, m: int, n: int, n_processors: int) -> int:
+        """Returns the columns of the output whose tiles fill whole rounds of all processors."""
+        (rows, columns), clusters = self.grid(m, n), n_processors // max(self.cluster_shape)
+        return rows * columns // clusters * clusters // rows * self.span[1]
+
+    def rounds(self, m: int, n: int, n_processors: int) -> float:
+        """Returns how many times the processors compute a tile each, the tail's tiles by their relative time."""
+        clusters = n_processors // max(self.cluster_shape)
+        whole = self.whole_columns(m, n, n_processors) if self.tail else n
+        (rows, columns), rest = self.grid(m, whole), n - whole
+        narrow = rows * -(-rest // (self.tail * self.cluster_shape[1])) if self.tail else 0
+        relative = TAILS[self.tail] * BLOCK / self.columns if self.tail else 0.0
+        return -(-rows * columns // clusters) + -(-narrow // clusters) * relative
+
 
 WIDE = Tiles(rows=64, columns=256, cluster="rows", stages=3, store_columns=256, producer_registers=88)
 TALL = Tiles(
     rows=64, columns=128, warpgroups=3, cluster="rows", store_columns=128, minor=0, raster=4, producer_registers=32
 )
-SQUARE = Tiles(rows=64, columns=128, cluster="rows", stages=5, store_slots=2)
+SQUARE = Tiles(rows=64, columns=128, cluster="rows", stages=5, store_columns=128, in_flight=2, together=2)
 FLOAT32 = Tiles(rows=64, columns=128, cluster="rows", stages=4, store_slots=2)
-GRADIENT = Tiles(rows=128, columns=128, cluster="columns", stages=3, producer_registers=24)
+GRADIENT = Tiles(
+    rows=128, columns=128, cluster="columns", stages=3, chunk_columns=64, in_flight=2, producer_registers=24
+)
 FEW_ROWS = Tiles(rows=64, columns=64, warpgroups=1, stages=9)
 SOME_ROWS = Tiles(rows=64, columns=64, stages=6)
 
-# Outputs per second of a CTA relative to WIDE, idle processors left out.
-SPEED = {WIDE: 1.0, TALL: 1.005, SQUARE: 0.85}
+# By operation, the tiles that `bench kernels --tune` measures; those that walk down the rows first are named so.
+FORWARD, WEIGHT_GRADIENT = "fp8_matmul", "fp8_matmul gradient"
+VARIANTS = {
+    FORWARD: {"WIDE": WIDE, "WIDE_DOWN": dataclasses.replace(WIDE, minor=0), "TALL": TALL, "SQUARE": SQUARE},
+    WEIGHT_GRADIENT: {"GRADIENT": GRADIENT, "GRADIENT_DOWN": dataclasses.replace(GRADIENT, minor=0)},
+}
 MOST_SPLITS = {FEW_ROWS: 4, SOME_ROWS: 2}  # with which the sums of the other parts fit into shared memory
 CLUSTER_ROOM = 16  # processors that a cluster may be placed in, at least; a chip has several such groups
 
 
 def choose(m: int, n: int, k: int, w_block: tuple[int, int], out_dtype: DTypeLike, n_processors: int = 132) -> Tiles:
     """Returns the tiles for x [m, k] and w [n, k] on a chip of `n_processors`."""
-    if m <= 128:
+    if m <= FEW:
         return _split(FEW_ROWS if m <= 64 else SOME_ROWS, m, n, k, n_processors)
-    if w_block == (1, BLOCK):
-        return GRADIENT
-    if jnp.dtype(out_dtype).itemsize > 2:  # more space for the output
+    if w_block == (BLOCK, BLOCK) and jnp.dtype(out_dtype).itemsize > 2:  # more space for the output
         return FLOAT32
-    return min(SPEED, key=lambda tiles: _waves(tiles, m, n, n_processors) * _area(tiles) / SPEED[tiles])
+    operation = FORWARD if w_block == (BLOCK, BLOCK) else WEIGHT_GRADIENT
+    return fastest(operation, m, n, k, tile_table.current(), n_processors)
+
+
+def fastest(operation: str, m: int, n: int, k: int, table: tile_table.Table, n_processors: int) -> Tiles:
+    """Returns the tiles of an operation that took the least time by `table`, or are expected to."""
+    variants, measured = VARIANTS[operation], table.microseconds[operation]
+    fitted = {name: with_tail(tiles, m, n, n_processors) for name, tiles in variants.items()}
+    times = {name: us for name, us in measured.get((m, n, k), {}).items() if name in variants}
+    if not times or n_processors != table.processors:
+        times = {}
+        for name in variants:
+            rates = [
+                by_name[name] / (_work(name, operation, *shape, table.processors))
+                for shape, by_name in measured.items()
+                if name in by_name
+            ]
+            if rates:
+                times[name] = statistics.median(rates) * _work(name, operation, m, n, k, n_processors)
+    return fitted[min(times, key=lambda name: times[name])]
+
+
+def _work(name: str, operation: str, m: int, n: int, k: int, n_processors: int) -> float:
+    """Outputs that a processor computes, times the contraction."""
+    tiles = with_tail(VARIANTS[operation][name], m, n, n_processors)
+    return tiles.rounds(m, n, n_processors) * tiles.cta[0] * tiles.cta[1] * k
+
+
+def with_tail(tiles: Tiles, m: int, n: int, n_processors: int) -> Tiles:
+    """Returns `tiles` with the narrow last tiles that save most, if that is 2 % at least."""
+    found = tiles
+    for columns in TAILS:
+        if tiles.columns != BLOCK or columns % min(columns, tiles.chunk_columns):
+            continue
+        candidate = dataclasses.replace(tiles, tail=columns)
+        if candidate.rounds(m, n, n_processors) < 0.98 * found.rounds(m, n, n_processors):
+            found = candidate
+    return found
 
 
 def _split(tiles: Tiles, m: int, n: int, k: int, n_processors: int) -> Tiles:
     """Splits the contraction while all clusters can run at once, but leaves each CTA at least four blocks of it."""
-    groups, count, blocks = n_processors // CLUSTER_ROOM, _count(tiles, m, n), -(-k // BLOCK)
+    rows, columns = tiles.grid(m, n)
+    groups, blocks = n_processors // CLUSTER_ROOM, -(-k // BLOCK)
     fitting = [
         parts
         for parts in range(2, MOST_SPLITS[tiles] + 1)
-        if groups * (CLUSTER_ROOM // parts) >= count and blocks // parts >= 4
+        if groups * (CLUSTER_ROOM // parts) >= rows * columns and blocks // parts >= 4
     ]
     return dataclasses.replace(tiles, splits=max(fitting, default=1))
-
-
-def _waves(tiles: Tiles, m: int, n: int, n_processors: int) -> int:
-    return -(-_count(tiles, m, n) // n_processors)
-
-
-def _count(tiles: Tiles, m: int, n: int) -> int:
-    """CTA tiles that cover the output, whole clusters counted."""
-    rows, columns = (size * ctas for size, ctas in zip(tiles.cta, tiles.cluster_shape, strict=True))
-    return -(-m // rows) * -(-n // columns) * tiles.cluster_shape[0] * tiles.cluster_shape[1]
-
-
-def _area(tiles: Tiles) -> int:
-    return tiles.cta[0] * tiles.cta[1]

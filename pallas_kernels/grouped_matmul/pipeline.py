@@ -3,7 +3,7 @@
 A CTA stays on its processor and walks over output tiles ("jobs"). One warpgroup loads (TMA): for each block of 128
 bytes along the contraction, a tile of either operand and the scales, into the next of a ring of stages; two CTAs of a
 cluster that need the same operand load half of it each, for both. The other warpgroups compute, each a part of the
-output tile, in chunks of 64 rows by 128 columns.
+output tile, in chunks of 64 rows by up to 128 columns.
 
 bfloat16: the tensor cores keep the sum. FP8: they sum a chunk's 128 products per output, then the CUDA cores multiply
 by the scales and add to the float32 sum that a thread keeps in registers ("promotion", V3 section 3.3.2). Promotion
@@ -30,7 +30,6 @@ from pallas_kernels import mosaic_gpu
 from pallas_kernels.grouped_matmul.tiles import BLOCK, Tiles
 
 CHUNK_ROWS = 64  # of one wgmma
-CHUNK_COLUMNS = 128
 STAGE_BYTES = 128  # of a row of an operand, per block of the contraction: what TMA can swizzle
 REGISTERS = 65536  # of a processor
 
@@ -104,7 +103,7 @@ class Plan(abc.ABC):
     @property
     def chunks(self) -> list[tuple[int, int]]:
         """First row and column of each chunk of a warpgroup's part of the tile."""
-        rows, columns = range(0, self.tiles.rows, CHUNK_ROWS), range(0, self.tiles.columns, CHUNK_COLUMNS)
+        rows, columns = range(0, self.tiles.rows, CHUNK_ROWS), range(0, self.tiles.columns, self.tiles.chunk_columns)
         return list(itertools.product(rows, columns))
 
     @property
@@ -113,7 +112,7 @@ class Plan(abc.ABC):
 
         With several chunks ptxas would then clear their registers before each product, and spill.
         """
-        return self.tiles.ahead and len(self.chunks) == 1
+        return self.tiles.ahead and len(self.chunks) == 1 and self.tiles.in_flight == 1
 
     # What a kernel defines.
 
@@ -149,7 +148,7 @@ class Plan(abc.ABC):
         """The operands of a product in shared memory, [rows, depth] and [depth, columns]."""
 
     @abc.abstractmethod
-    def store(self, refs: Refs, job: "Job", own_row, own_column, sums: list) -> None:
+    def store(self, refs: Refs, job: "Job", own_row, own_column, sums: dict) -> None:
         """Writes a warpgroup's part of the tile."""
 
     def steps(self, job: "Job", own_row) -> int | jax.Array:
@@ -342,7 +341,7 @@ def _sums(plan: Plan, refs: Refs, job: Job, stage, own_row, own_column) -> tuple
 
     sums, end = pl.run_scoped(multiply, plgpu.ACC((plan.tiles.rows, plan.tiles.columns), jnp.float32))
     end = _pass_by(plan, refs, n_steps, job, end)
-    return end, [sums[r : r + CHUNK_ROWS, c : c + CHUNK_COLUMNS] for r, c in plan.chunks]
+    return end, {(r, c): sums[r : r + CHUNK_ROWS, c : c + plan.tiles.chunk_columns] for r, c in plan.chunks}
 
 
 def _pass_by(plan: Plan, refs: Refs, n_done, job: Job, stage) -> jax.Array:
@@ -367,68 +366,93 @@ def _promoted_sums(plan: Plan, refs: Refs, job: Job, stage, own_row, own_column)
     n_steps = plan.steps(job, own_row)
     if plan.waits_ahead:
         pl.when(n_steps > 0)(lambda: plgpu.barrier_wait(refs.loaded.at[stage]))
-    zero = plgpu.layout_cast(jnp.zeros((CHUNK_ROWS, CHUNK_COLUMNS), jnp.float32), plgpu.Layout.WGMMA)
-    stage, sums = lax.fori_loop(0, n_steps, add, (stage, [zero] * len(plan.chunks)))
+    zero = plgpu.layout_cast(jnp.zeros((CHUNK_ROWS, plan.tiles.chunk_columns), jnp.float32), plgpu.Layout.WGMMA)
+    stage, sums = lax.fori_loop(0, n_steps, add, (stage, dict.fromkeys(plan.chunks, zero)))
     return _pass_by(plan, refs, n_steps, job, stage), sums
 
 
-def _add_block(plan: Plan, refs: Refs, job: Job, step, stage, own_row, own_column, sums: list) -> list:
-    """Adds a block; with `waits_ahead`, scales are read and the next block is waited for during the products."""
+def _add_block(plan: Plan, refs: Refs, job: Job, step, stage, own_row, own_column, sums: dict) -> dict:
+    """Adds a block of the contraction to the sums of a warpgroup's chunks.
+
+    While the tensor cores work on a chunk, scales are read, and the next block is waited for with `waits_ahead`; with
+    two products in flight they also work on the next chunk while this one is promoted.
+    """
     if not plan.waits_ahead:
         plgpu.barrier_wait(refs.loaded.at[stage])
-    added: list[jax.Array] = []
-    for (r, c), total in zip(plan.chunks, sums, strict=True):
-        read_scales = functools.partial(_scales, plan, refs, job, step, stage, own_row + r, own_column + c)
-        scales = () if plan.waits_ahead else read_scales()
+    scales: list = []
 
-        def multiply(products, r=r, c=c, read_scales=read_scales, scales=scales):
-            plgpu.wgmma(products, *plan.operands(refs, stage, own_row + r, own_column + c, CHUNK_COLUMNS))
+    def begin(accumulator, i: int) -> None:
+        r, c = plan.chunks[i]
+        plgpu.wgmma(accumulator, *plan.operands(refs, stage, own_row + r, own_column + c, plan.tiles.chunk_columns))
+        if i == 0:
+            scales.append(_scales(plan, refs, job, step, stage, own_row, own_column))
+
+    def finish(accumulator, i: int, in_flight: int, sums: dict) -> dict:
+        chunk = plan.chunks[i]
+        products = plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight)
+        if i == len(sums) - 1:  # One thread speaks for its warpgroup: a wgmma has all four warps in step.
+            plgpu.barrier_arrive(refs.free.at[stage])
+        return sums | {chunk: _promoted(plan, sums[chunk], products, *chunk, *scales[0])}
+
+    def chain(i: int, before, sums: dict) -> dict:
+        """Product i and those after it, while product i - 1 may be in flight."""
+
+        def multiply(accumulator):
+            begin(accumulator, i)
+            added, last = sums, i == len(sums) - 1
+            if before is not None:
+                added = finish(before, i - 1, 1, added)
             if plan.waits_ahead:
-                scales = read_scales()
                 following = refs.loaded.at[next_stage(plan, stage)]
                 pl.when(step + 1 < job.n_steps)(lambda: plgpu.barrier_wait(following))
-            return products[...], *scales  # waits for the tensor cores
+            if plan.tiles.in_flight == 1 or last:
+                added = finish(accumulator, i, 0, added)
+            return added if last else chain(i + 1, accumulator if plan.tiles.in_flight > 1 else None, added)
 
-        products, *scales = pl.run_scoped(multiply, plgpu.ACC((CHUNK_ROWS, CHUNK_COLUMNS), jnp.float32))
-        if len(added) == len(sums) - 1:  # One thread speaks for its warpgroup: a wgmma has all four warps in step.
-            plgpu.barrier_arrive(refs.free.at[stage])
-        added.append(_promoted(plan, total, products, *scales))
-    return added
+        return pl.run_scoped(multiply, plgpu.ACC((CHUNK_ROWS, plan.tiles.chunk_columns), jnp.float32))
+
+    return chain(0, None, sums)
 
 
-def _scales(plan: Plan, refs: Refs, job: Job, step, stage, own_row, own_column) -> tuple:
-    """The scales of a chunk's rows, and those of its columns."""
-    rows = refs.x_scale_stages.at[stage, pl.ds(own_row, CHUNK_ROWS)]
-    row_scale = mosaic_gpu.load(rows, plgpu.Layout.WGMMA.reduce(1))
-    return row_scale, _column_scale(plan, refs, job, step, stage, own_column)
+def _scales(plan: Plan, refs: Refs, job: Job, step, stage, own_row, own_column) -> tuple[dict, dict]:
+    """The scales of x by first row of a chunk, and those of w by first column of a chunk."""
+    rows = {
+        r: mosaic_gpu.load(refs.x_scale_stages.at[stage, pl.ds(own_row + r, CHUNK_ROWS)], plgpu.Layout.WGMMA.reduce(1))
+        for r in range(0, plan.tiles.rows, CHUNK_ROWS)
+    }
+    unit = plan.tiles.chunk_columns if plan.by_row else BLOCK
+    columns = {
+        c: _column_scale(plan, refs, job, step, stage, own_column + c) for c in range(0, plan.tiles.columns, unit)
+    }
+    return rows, columns
 
 
 def _column_scale(plan: Plan, refs: Refs, job: Job, step, stage, own_column) -> jax.Array:
-    """The scales of w for a chunk's columns: a vector, or one number that they share."""
+    """The scales of w for a chunk's columns: a vector, or one number that a block of 128 shares."""
     if plan.by_row:
-        columns = pl.ds(own_column, CHUNK_COLUMNS)
+        columns = pl.ds(own_column, plan.tiles.chunk_columns)
         return mosaic_gpu.load(refs.w_scale_stages.at[stage, columns], plgpu.Layout.WGMMA.reduce(0))
     last = refs.w_scale.shape[1] - 1  # a tile may reach beyond the matrix
     return refs.w_scale[job.group, jnp.minimum(lax.div(job.column + own_column, BLOCK), last), step]
 
 
-def _promoted(plan: Plan, total, products, row_scale, column_scale) -> jax.Array:
+def _promoted(plan: Plan, total, products, r: int, c: int, rows: dict, columns: dict) -> jax.Array:
     """total + products * scales, in float32."""
     if plan.by_row:
-        products = products * lax.broadcast_in_dim(column_scale, products.shape, [1])
+        row_scale, products = rows[r], products * lax.broadcast_in_dim(columns[c], products.shape, [1])
     else:
-        row_scale = row_scale * column_scale
+        row_scale = rows[r] * columns[c // BLOCK * BLOCK]
     return total + products * lax.broadcast_in_dim(row_scale, products.shape, [0])
 
 
-def store_staged(plan: Plan, refs: Refs, first_unit: int, r: int, sums: list, target: Callable) -> None:
+def store_staged(plan: Plan, refs: Refs, first_unit: int, r: int, sums: dict, target: Callable) -> None:
     """Copies 64 rows of a warpgroup's part to `target(first column, columns)`, by way of shared memory."""
     tiles = plan.tiles
     for i, c in enumerate(range(0, tiles.columns, tiles.store_columns), first_unit):
         buffer = refs.staging.at[lax.axis_index("warpgroup"), i % tiles.store_slots]
         plgpu.wait_smem_to_gmem(tiles.store_slots - 1, wait_read_only=True)
-        for (chunk_row, chunk_column), total in zip(plan.chunks, sums, strict=True):
-            low, high = max(c, chunk_column), min(c + tiles.store_columns, chunk_column + CHUNK_COLUMNS)
+        for (chunk_row, chunk_column), total in sums.items():
+            low, high = max(c, chunk_column), min(c + tiles.store_columns, chunk_column + tiles.chunk_columns)
             if chunk_row == r and low < high:
                 values = total[:, low - chunk_column : high - chunk_column].astype(plan.out_dtype)
                 buffer.at[:, pl.ds(low - c, high - low)][...] = values

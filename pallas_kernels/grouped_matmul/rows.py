@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.grouped_matmul import pipeline
 from pallas_kernels.grouped_matmul.layout import FIELDS, UNIT, row_tiles
-from pallas_kernels.grouped_matmul.pipeline import CHUNK_COLUMNS, CHUNK_ROWS, Job, Plan, Refs
+from pallas_kernels.grouped_matmul.pipeline import CHUNK_ROWS, Job, Plan, Refs
 from pallas_kernels.grouped_matmul.tiles import Tiles, choose
 
 
@@ -78,7 +78,7 @@ def _run(operands, count_X, n, k, transposed, align, out_dtype, tiles, n_process
     if extra:
         x = jnp.pad(x, ((0, extra), (0, 0)))
         scales = [jnp.pad(scales[0], ((0, 0), (0, extra))), scales[1]] if scales else []
-    tiles = tiles or choose(x.dtype, out_dtype, x.shape[0] // w.shape[0])
+    tiles = tiles or choose(x.dtype, out_dtype, w.shape[0], x.shape[0], n, k)
     plan = RowsPlan(
         w.shape[0], x.shape[0], n, x.dtype, out_dtype, tiles, n_processors, not interpret, k=k, transposed=transposed
     )
@@ -155,7 +155,7 @@ class RowsPlan(Plan):
             return x, mosaic_gpu.transpose(refs.w_stages.at[stage, pl.ds(own_column, columns)])
         return x, refs.w_stages.at[stage, :, pl.ds(own_column, columns)]
 
-    def store(self, refs: Refs, job: Job, own_row, own_column, sums: list) -> None:
+    def store(self, refs: Refs, job: Job, own_row, own_column, sums: dict) -> None:
         """See `Plan`."""
         low, high, end = job.extra
         per_row = self.tiles.columns // self.tiles.store_columns
@@ -172,7 +172,7 @@ class RowsPlan(Plan):
 
             @pl.when(jnp.logical_not(whole) & (low < row + CHUNK_ROWS) & (row < high))
             def _(r=r, row=row, column=column):
-                for (chunk_row, c), total in zip(self.chunks, sums, strict=True):
+                for (chunk_row, c), total in sums.items():
                     if chunk_row == r:
                         self._store_border(refs, job, row, column + c, total)
 
@@ -188,4 +188,4 @@ class RowsPlan(Plan):
 
             @pl.when((low <= row + i) & (row + i < high) & (column < self.n))
             def _(i=i):
-                refs.y[row + i, pl.ds(column, CHUNK_COLUMNS)] = values[i]
+                refs.y[row + i, pl.ds(column, total.shape[1])] = values[i]

@@ -16,9 +16,12 @@ warpgroup promotes and another waits. Registers of the loading warpgroup are cho
 """
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+
+from pallas_kernels import tile_table
 
 BLOCK = 128
 
@@ -37,6 +40,8 @@ class Tiles:
     store_slots: int = 1  # staging buffers per warpgroup
     minor: int = 1  # the output axis along which consecutive tiles lie: 0 rows, 1 columns
     raster: int = 8  # how many tiles of that axis are walked before the other axis advances
+    chunk_columns: int = BLOCK  # of one FP8 product, with 64 rows
+    in_flight: int = 1  # FP8 products of a warpgroup at the tensor cores: one is promoted, the next is there already
     ahead: bool = True  # wait for a block while the one before is multiplied
     producer_registers: int = 56
 
@@ -69,14 +74,42 @@ THREE = Tiles(rows=64, columns=128, warpgroups=3, cluster="columns", store_colum
 SQUARE = Tiles(rows=64, columns=128, cluster="rows", stages=5, store_columns=128, minor=0, producer_registers=40)
 SQUARE_FLOAT32 = dataclasses.replace(SQUARE, stages=4, store_columns=64, store_slots=2)
 
-LARGE_GROUP = 512  # rows; in smaller groups THREE's tiles of 192 rows leave too many empty
+GRADIENT = Tiles(
+    rows=128, columns=128, cluster="columns", stages=3, chunk_columns=64, in_flight=2, producer_registers=24
+)
+
+# By operation, the tiles that `bench kernels --tune` measures.
+FP8 = "grouped_fp8_matmul"
+VARIANTS = {FP8: {"WIDE": WIDE, "THREE": THREE, "SQUARE": SQUARE}}
 
 
-def choose(dtype: DTypeLike, out_dtype: DTypeLike, group_rows: int) -> Tiles:
-    """Returns the tiles for operands of `dtype` in groups that have `group_rows` rows on average."""
+def choose(dtype: DTypeLike, out_dtype: DTypeLike, groups: int, rows: int, n: int, k: int) -> Tiles:
+    """Returns the tiles for x [rows, k] of `dtype` and w [groups, n, k]."""
     wide = jnp.dtype(out_dtype).itemsize > 2
     if jnp.dtype(dtype).itemsize > 1:
         return WIDE_FLOAT32 if wide else WIDE
-    if wide:
-        return SQUARE_FLOAT32
-    return THREE if group_rows >= LARGE_GROUP else SQUARE
+    return SQUARE_FLOAT32 if wide else fastest(tile_table.current(), (groups, rows // groups, n, k))
+
+
+def fastest(table: tile_table.Table, shape: tile_table.Shape) -> Tiles:
+    """Returns the FP8 tiles that took the least time by `table` for the shape most like `shape`.
+
+    A shape is (groups, rows per group, n, k); alike are shapes whose groups have the same number of rows, then those
+    with the same n and k, each by the ratio of the two.
+    """
+    measured = {known: times for known, times in table.microseconds[FP8].items() if VARIANTS[FP8].keys() & times}
+
+    def unlikeness(known: tile_table.Shape) -> tuple[float, float]:
+        _, rows, n, k = (abs(math.log(max(a, 1) / max(b, 1))) for a, b in zip(known, shape, strict=True))
+        return rows, n + k
+
+    times = measured[min(measured, key=unlikeness)]
+    return VARIANTS[FP8][min(VARIANTS[FP8].keys() & times, key=lambda name: times[name])]
+
+
+def choose_for_weights(dtype: DTypeLike, out_dtype: DTypeLike) -> Tiles:
+    """Returns the tiles for a weight gradient from operands of `dtype`."""
+    wide = jnp.dtype(out_dtype).itemsize > 2
+    if jnp.dtype(dtype).itemsize > 1:
+        return WIDE_FLOAT32 if wide else WIDE
+    return GRADIENT

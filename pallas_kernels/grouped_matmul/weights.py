@@ -25,7 +25,7 @@ from pallas_kernels import mosaic_gpu
 from pallas_kernels.grouped_matmul import pipeline
 from pallas_kernels.grouped_matmul.layout import UNIT, groups
 from pallas_kernels.grouped_matmul.pipeline import CHUNK_ROWS, Job, Plan, Refs
-from pallas_kernels.grouped_matmul.tiles import Tiles, choose
+from pallas_kernels.grouped_matmul.tiles import Tiles, choose_for_weights
 
 PIECE = 64  # columns that are cleared at once
 
@@ -80,7 +80,7 @@ def grouped_fp8_weight_gradient(
 
 def _run(operands, count_X, d, f, align, out_dtype, tiles, n_processors, interpret) -> jax.Array:
     dtype = operands[0].dtype
-    tiles = tiles or choose(dtype, out_dtype, group_rows=0)
+    tiles = tiles or choose_for_weights(dtype, out_dtype)
     plan = WeightsPlan(count_X.size, d, f, dtype, out_dtype, tiles, n_processors, not interpret)
     table = jnp.stack(groups(count_X, align), axis=1).reshape(-1).astype(jnp.int32)
     return plan.call(interpret)(table, *operands)
@@ -199,7 +199,7 @@ class WeightsPlan(Plan):
         x = refs.x_stages.at[stage, :, pl.ds(own_row, self.tiles.rows)]
         return mosaic_gpu.transpose(x), refs.w_stages.at[stage, :, pl.ds(own_column, columns)]
 
-    def store(self, refs: Refs, job: Job, own_row, own_column, sums: list) -> None:
+    def store(self, refs: Refs, job: Job, own_row, own_column, sums: dict) -> None:
         """See `Plan`."""
         per_row = self.tiles.columns // self.tiles.store_columns
         for i, r in enumerate(range(0, self.tiles.rows, CHUNK_ROWS)):

@@ -1,9 +1,10 @@
 """Compiles the GPU kernels for a Hopper chip on a machine that has none, and prints what ptxas says of each.
 
-    python tests/pallas_kernels/compile_for_hopper.py
+    python tests/pallas_kernels/compile_for_hopper.py [part]
 
-Needs the wheels of .ci/ahead_of_time.txt, and no driver. One line of JSON per kernel: its shape, bytes spilled, shared
-memory, FP8 tensor-core instructions. To be run in a process of its own: the variables count only before JAX starts.
+Needs the wheels of .ci/ahead_of_time.txt, and no driver. One line of JSON per kernel: its name, bytes spilled, shared
+memory, tensor-core instructions. The parts are the names in PARTS, all of them unless one is given. To be run in a
+process of its own: the variables count only before JAX starts.
 """
 
 import functools
@@ -11,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -26,6 +28,9 @@ from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from pallas_kernels.fp8_matmul import gpu as matmul  # noqa: E402
+from pallas_kernels.fp8_matmul import tiles  # noqa: E402
+from pallas_kernels.grouped_matmul import rows, weights  # noqa: E402
+from pallas_kernels.grouped_matmul import tiles as grouped_tiles  # noqa: E402
 from pallas_kernels.quantize import gpu as quantise  # noqa: E402
 
 # What the compiler must know of a chip of compute capability 9.0; the figures are an H100's.
@@ -44,13 +49,10 @@ dnn_version_info { major: 9 minor: 10 }
 device_description_str: "NVIDIA H100"
 """
 
-BF16, F32, BLOCKS, ROWS = jnp.bfloat16, jnp.float32, (128, 128), (1, 128)
+BF16, F32, E4M3, BLOCKS, ROWS = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn, (128, 128), (1, 128)
 # V3's layers at 4,096 tokens, a decoding batch, and sizes that must be filled up.
-CALLS = [
-    (4096, 2112, 7168, BLOCKS, BF16),
-    (4096, 24576, 1536, BLOCKS, BF16),
-    (4096, 7168, 16384, BLOCKS, BF16),
-    (4096, 4096, 7168, BLOCKS, BF16),
+PRODUCTS = [
+    (4096, 32768, 512, BLOCKS, BF16),
     (256, 7168, 2048, BLOCKS, BF16),
     (128, 7168, 2048, BLOCKS, BF16),
     (64, 2112, 7168, BLOCKS, BF16),
@@ -58,46 +60,22 @@ CALLS = [
     (128, 576, 7168, ROWS, F32),
     (1, 7, 200, BLOCKS, F32),
     (4096, 7168, 2048, BLOCKS, F32),
-    (7168, 2048, 4096, ROWS, F32),
     (4096, 2112, 4096, ROWS, BF16),
     (100, 2112, 4096, ROWS, BF16),
 ]
-
-
+FITTED = (4096, 2112, 7168), (7168, 2048, 4096)  # with narrow last tiles, by operation
 GRADIENT = (4096, 7168, 4096)
 QUANTISED = [(BF16, "fp32"), (BF16, "ue8m0"), (F32, "fp32")]
 SWIGLUS = [(BF16, "fp32", False), (BF16, "ue8m0", True), (F32, "fp32", True)]  # the last: a factor per row
+GROUPED = ((32, 8192, 2048, 7168), (3, 1003, 128, 384))  # groups, rows, D, F
 
 
-def main() -> None:
-    """Compiles every call of the tables."""
-    topology = topologies.get_topology_desc("h100", "cuda", target_config=CHIP, topology="1x1x1")
-    sharding = NamedSharding(Mesh(np.array(topology.devices), ("x",)), PartitionSpec())
-
-    def report(name, call, *operands):
-        arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in operands]
-        jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
-        print(json.dumps({"call": name, **found()}), flush=True)
-
-    for m, n, k, w_block, out_dtype in CALLS:
-        blocks = -(-k // 128)
-        w_scale = (blocks, n) if w_block == ROWS else (-(-n // 128), blocks)
-        operands = (((m, k), jnp.float8_e4m3fn), ((blocks, m), F32), ((n, k), jnp.float8_e4m3fn), (w_scale, F32))
-        call = functools.partial(matmul.fp8_matmul, w_block=w_block, out_dtype=out_dtype)
-        report(f"fp8_matmul {m}x{n}x{k} {w_block[0]} {jnp.dtype(out_dtype).name}", call, *operands)
-    (m, n, k), blocks = GRADIENT, GRADIENT[2] // 128
-    codes, scales = ((m, k), jnp.float8_e4m3fn), ((blocks, m), F32)
-    operands = (codes, scales, ((n, k), jnp.float8_e4m3fn), ((blocks, n), F32), ((m, n), F32))
-    report(f"fp8_matmul {m}x{n}x{k} 1 added to float32", add, *operands)
-    for dtype, scale in QUANTISED:
-        call = functools.partial(quantise.quantize, scale=scale)
-        report(f"quantize {jnp.dtype(dtype).name} {scale}", call, ((4096, 7168), dtype))
-    for dtype, scale, with_factor in SWIGLUS:
-        both = ((4096, 2 * 2048), dtype)
-        call = functools.partial(swiglu, scale)
-        factors = (((4096,), F32),) if with_factor else ()
-        report(f"quantize_swiglu {jnp.dtype(dtype).name} {scale}", call, both, *factors)
-    shutil.rmtree(DUMP)
+def product(m, n, k, w_block, out_dtype, choice=None):
+    """A call of fp8_matmul with the shapes and dtypes of its operands."""
+    blocks = -(-k // 128)
+    w_scale = (blocks, n) if w_block == ROWS else (-(-n // 128), blocks)
+    operands = (((m, k), E4M3), ((blocks, m), F32), ((n, k), E4M3), (w_scale, F32))
+    return functools.partial(matmul.fp8_matmul, w_block=w_block, out_dtype=out_dtype, tiles=choice), operands
 
 
 def add(x, x_scale, w, w_scale, total):
@@ -110,17 +88,78 @@ def swiglu(scale, both, factor=None):
     return quantise.quantize_swiglu(both, None, factor, scale=scale)
 
 
+def dense() -> dict:
+    """fp8_matmul, with every tiles that it may choose, and quantisation."""
+    calls = {}
+    for m, n, k, w_block, out_dtype in PRODUCTS:
+        calls[f"fp8_matmul {m}x{n}x{k} {w_block[0]} {jnp.dtype(out_dtype).name}"] = product(m, n, k, w_block, out_dtype)
+    for (operation, variants), shape in zip(tiles.VARIANTS.items(), FITTED, strict=True):
+        options = (BLOCKS, BF16) if operation == tiles.FORWARD else (ROWS, F32)
+        for name, choice in variants.items():
+            fitted = tiles.with_tail(choice, *shape[:2], 132)
+            calls[f"{operation} {name}"] = product(*shape, *options, fitted)
+    m, n, _ = GRADIENT
+    calls["fp8_matmul added to float32"] = add, (*product(*GRADIENT, ROWS, F32)[1], ((m, n), F32))
+    for dtype, scale in QUANTISED:
+        call = functools.partial(quantise.quantize, scale=scale)
+        calls[f"quantize {jnp.dtype(dtype).name} {scale}"] = call, (((4096, 7168), dtype),)
+    for dtype, scale, with_factor in SWIGLUS:
+        factors = (((4096,), F32),) if with_factor else ()
+        call = functools.partial(swiglu, scale)
+        calls[f"quantize_swiglu {jnp.dtype(dtype).name} {scale}"] = call, (((4096, 2 * 2048), dtype), *factors)
+    return calls
+
+
+def grouped() -> dict:
+    """The grouped kernels."""
+    calls = {}
+    for x, a, d, f in GROUPED:
+        blocks, columns, padded = d // 128, f // 128, -(-a // 128) * 128
+        fp8 = (((a, d), E4M3), ((blocks, a), F32), ((x, f, d), E4M3), ((x, columns, blocks), F32))
+        by_rows = (((d, padded), E4M3), ((padded // 128, d), F32), ((f, padded), E4M3), ((padded // 128, f), F32))
+        both = ((a, d), BF16), ((a, f), BF16)
+        found = {
+            "bf16": (rows.grouped_matmul, (both[0], ((x, d, f), BF16))),
+            "bf16 transposed": (functools.partial(rows.grouped_matmul, transposed=True), (both[1], ((x, d, f), BF16))),
+            "bf16 gradient": (functools.partial(weights.grouped_weight_gradient, out_dtype=BF16), both),
+            "bf16 gradient in float32": (weights.grouped_weight_gradient, both),
+            "fp8 to float32": (functools.partial(rows.grouped_fp8_matmul, out_dtype=F32), fp8),
+            "fp8 gradient": (weights.grouped_fp8_weight_gradient, by_rows),
+        }
+        for name, choice in grouped_tiles.VARIANTS[grouped_tiles.FP8].items():
+            found[f"fp8 {name}"] = functools.partial(rows.grouped_fp8_matmul, tiles=choice), fp8
+        for name, (call, operands) in found.items():
+            calls[f"grouped {name} {x}x{a}x{d}x{f}"] = call, (*operands, ((x,), jnp.int32))
+    return calls
+
+
+PARTS = {"dense": dense, "grouped": grouped}
+
+
+def main(parts: list[str]) -> None:
+    """Compiles every call of the parts."""
+    topology = topologies.get_topology_desc("h100", "cuda", target_config=CHIP, topology="1x1x1")
+    sharding = NamedSharding(Mesh(np.array(topology.devices), ("x",)), PartitionSpec())
+    for part in parts or PARTS:
+        for name, (call, operands) in PARTS[part]().items():
+            arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in operands]
+            jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+            print(json.dumps({"call": name, **found()}), flush=True)
+    shutil.rmtree(DUMP)
+
+
 def found() -> dict:
     """What the compiler left behind for the kernel compiled last; empties the folder (its logs are large)."""
     (report,) = DUMP.glob("*.ptxas")
     resources, code = (report.with_suffix(suffix) for suffix in (".resources.txt", ".sass_ctrl"))
-    text = report.read_text()
+    text, instructions = report.read_text(), code.read_text()
     shared = re.search(r"smem_scratch_bytes=(\d+)", resources.read_text()) if resources.exists() else None
     facts = {
         "spilled": int(re.search(r"(\d+) bytes spill stores", text).group(1)),
         "shared": int(shared.group(1)) if shared else None,
-        "fp8_instructions": code.read_text().count("QGMMA."),
-        "transposing_loads": len(re.findall(r"LDSM\.16\.MT88", code.read_text())),
+        "fp8_instructions": instructions.count("QGMMA."),
+        "bf16_instructions": instructions.count("HGMMA."),
+        "transposing_loads": len(re.findall(r"LDSM\.16\.MT88", instructions)),
         "serialised": "wgmma" in text and "serialized" in text,
     }
     for file in DUMP.iterdir():
@@ -129,4 +168,4 @@ def found() -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
