@@ -5,8 +5,8 @@ the GPU for its process, and one that hangs ends with it. A process first compar
 results, failures and those that take too long are printed and left out. Several processes prepare at a time (importing
 and compiling keep a CPU busy), but only one of them uses the GPU.
 
-What was measured is kept in a file beside the table, a JSON line each, so that an interrupted run goes on where it
-stopped. When everything has been measured the table is written, and that file removed.
+What was measured is kept in a file beside the table, one JSON line per measurement: an interrupted run resumes there.
+When everything has been measured the table is written and that file removed.
 """
 
 import concurrent.futures

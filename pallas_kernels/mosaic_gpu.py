@@ -1,5 +1,7 @@
 """What differs between JAX 0.10, 0.11 and 0.12 in Pallas Mosaic GPU, and what it can only do by inlining PTX."""
 
+from typing import Any
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax.experimental.mosaic.gpu import utils as mgpu
@@ -15,20 +17,28 @@ def can_exchange() -> bool:
     return hasattr(plgpu, "async_store_smem")
 
 
-def load(ref, layout):
+def load(ref: Any, layout: Any) -> jax.Array:
     """Returns what `ref` holds in registers, in `layout`."""
+    read: Any = plgpu.load
     try:
-        return plgpu.load(ref, layout=layout, optimized=False)
+        return read(ref, layout=layout, optimized=False)
     except TypeError:  # JAX 0.10 takes an index as well
-        return plgpu.load(ref, (), layout=layout, optimized=False)
+        return read(ref, (), layout=layout, optimized=False)
 
 
-def transpose(ref):
+def transpose(ref: Any) -> Any:
     """Returns `ref` with its two axes exchanged; moves nothing."""
     return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
 
 
-def store_rows(values: jax.Array, ref, row: jax.Array, column: jax.Array, low: jax.Array, high: jax.Array) -> None:
+def store_rows(
+    values: jax.Array,
+    ref: Any,
+    row: int | jax.Array,
+    column: int | jax.Array,
+    low: int | jax.Array,
+    high: int | jax.Array,
+) -> None:
     """Writes `values` (in layout WGMMA) to ref[row:, column:], as far as low <= row < high and there are columns.
 
     Straight from the registers of the threads that hold them, two neighbours of a row at a time.
@@ -36,7 +46,7 @@ def store_rows(values: jax.Array, ref, row: jax.Array, column: jax.Array, low: j
     splat = plgpu.Layout.WG_SPLAT(())
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), splat, splat, splat, splat))
-    def emit(_, values, ref, *numbers):
+    def emit(_: Any, values: Any, ref: Any, *numbers: Any) -> None:
         arith, llvm, ir = mgpu.arith, mgpu.llvm, mgpu.ir
         row, column, low, high = (number.registers.item() for number in numbers)
         n_columns = ir.MemRefType(ref.type).shape[1]

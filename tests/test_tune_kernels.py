@@ -1,4 +1,4 @@
-"""`bench kernels --tune` with a clock that is made up: every candidate once, failures left out, interruptions resumed."""
+"""`bench kernels --tune` with a made-up clock: every candidate once, failures left out, interruptions resumed."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ SHAPES = {tiles.FORWARD: [(4096, 7168, 2048), (300, 640, 512)], grouped_tiles.FP
 
 
 class Clock:
-    """Takes len(name) microseconds; fails where told."""
+    """Takes len(name) microseconds; fails for the tiles that it is given."""
 
     def __init__(self, *failing):
         self.failing, self.measured = failing, []

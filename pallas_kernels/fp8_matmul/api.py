@@ -68,7 +68,9 @@ def fp8_matmul(
     raise ValueError(f"implementation={implementation!r}: unknown. Choose one of {', '.join(IMPLEMENTATIONS)}.")
 
 
-def _check(x, x_scale, w, w_scale, w_block, out_dtype) -> None:
+def _check(
+    x: jax.Array, x_scale: jax.Array, w: jax.Array, w_scale: jax.Array, w_block: tuple[int, int], out_dtype: DTypeLike
+) -> None:
     if w_block not in ((BLOCK, BLOCK), (1, BLOCK)):
         raise ValueError(f"w_block={w_block}: expected (128, 128) or (1, 128).")
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
@@ -90,7 +92,7 @@ def _check(x, x_scale, w, w_scale, w_block, out_dtype) -> None:
         raise ValueError(f"out_dtype={jnp.dtype(out_dtype).name}: expected bfloat16 or float32.")
 
 
-def _check_sum(add_to, shape, out_dtype) -> None:
+def _check_sum(add_to: jax.Array | None, shape: tuple[int, int], out_dtype: DTypeLike) -> None:
     if add_to is None:
         return
     if add_to.shape != shape or add_to.dtype != jnp.float32 or jnp.dtype(out_dtype) != jnp.float32:

@@ -27,6 +27,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -37,6 +38,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.fp8_matmul.tiles import BLOCK, Tiles, choose
+from pallas_kernels.in_flight import one_after_another
 
 CHUNK_ROWS = 64  # of one wgmma
 REGISTERS = 65536  # of a processor
@@ -140,7 +142,7 @@ class Plan:
     def n_clusters(self) -> int:
         """That run at the same time, each over every n_clusters-th tile."""
         clusters = self.n_tiles if self.splits > 1 else self.n_processors // max(self.tiles.cluster_shape)
-        return self.clusters or min(clusters, self.n_tiles)
+        return self.clusters or (clusters if self.tiles.tail else min(clusters, self.n_tiles))
 
     @property
     def registers(self) -> int:
@@ -181,6 +183,7 @@ class Plan:
     def call(self, interpret: object) -> Callable:
         """The kernel, a function of x, x_scale, w, w_scale to y [M, N]; of a reference to y as well if it adds to y."""
         tiles = self.tiles
+        options: dict[str, Any] = {"interpret": interpret} if interpret else {}
         return plgpu.kernel(
             functools.partial(_kernel, self),
             out_type=() if self.adds else jax.ShapeDtypeStruct((self.m, self.n), self.out_dtype),
@@ -194,7 +197,7 @@ class Plan:
             compiler_params=plgpu.CompilerParams(
                 approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
             ),
-            **({"interpret": interpret} if interpret else {}),
+            **options,
         )
 
     def scratch(self) -> list:
@@ -214,12 +217,12 @@ class Plan:
             *(self.exchange() if self.splits > 1 else (None, None)),
         ]
 
-    def free_barrier(self):
+    def free_barrier(self) -> Any:
         """Per stage; CTAs that share what they load wait for one another."""
-        arrivals = {"num_arrivals": self.tiles.warpgroups, "num_barriers": self.stages}
+        arrivals, barriers = self.tiles.warpgroups, self.stages
         if self.splits > 1:
-            return plgpu.Barrier(**arrivals)
-        return plgpu.ClusterBarrier(collective_axes=("cta",), **arrivals)
+            return plgpu.Barrier(num_arrivals=arrivals, num_barriers=barriers)
+        return plgpu.ClusterBarrier(collective_axes=("cta",), num_arrivals=arrivals, num_barriers=barriers)
 
     def exchange(self) -> tuple:
         """Where the first CTA of a cluster receives the sums of the others."""
@@ -240,28 +243,28 @@ def _tiled(columns: int, dtype: DTypeLike) -> tuple:
 class Refs:
     """Global memory, a CTA's shared memory, and its barriers."""
 
-    x: object
-    x_scale: object
-    w: object
-    w_scale: object
-    y: object
-    x_stages: object
-    x_scale_stages: object
-    w_stages: object
-    staging: object
-    loaded: object  # per stage: its copies have arrived
-    free: object  # per stage: all warpgroups that read it, of both CTAs, are done
-    w_scale_stages: object
-    received: object  # sums of the other parts of a split contraction
-    arrived: object  # per warpgroup: they are all there
+    x: Any
+    x_scale: Any
+    w: Any
+    w_scale: Any
+    y: Any
+    x_stages: Any
+    x_scale_stages: Any
+    w_stages: Any
+    staging: Any
+    loaded: Any  # per stage: its copies have arrived
+    free: Any  # per stage: all warpgroups that read it, of both CTAs, are done
+    w_scale_stages: Any
+    received: Any  # sums of the other parts of a split contraction
+    arrived: Any  # per warpgroup: they are all there
 
 
-def _kernel(plan: Plan, *refs) -> None:
-    refs = Refs(*refs)
+def _kernel(plan: Plan, *refs: Any) -> None:
+    named = Refs(*refs)
     lax.cond(
         lax.axis_index("warpgroup") < plan.tiles.warpgroups,
-        functools.partial(_compute, plan, refs),
-        functools.partial(_load, plan, refs),
+        functools.partial(_compute, plan, named),
+        functools.partial(_load, plan, named),
     )
 
 
@@ -299,11 +302,11 @@ def _load(plan: Plan, refs: Refs) -> None:
     """The loading warpgroup: fills stage after stage, each as soon as it is free."""
     plgpu.set_max_registers(plan.tiles.producer_registers, action="decrease")
 
-    def load_tile(plan, i, state):
+    def load_tile(plan: Plan, i: jax.Array, state: tuple) -> tuple:
         part, row, column = _tile(plan, i)
         first_block, n_blocks = _blocks_of(plan, part)
 
-        def load_block(b, state):
+        def load_block(b: jax.Array, state: tuple) -> tuple:
             stage, n_loaded = state
             pl.when(n_loaded >= plan.stages)(lambda: plgpu.barrier_wait(refs.free.at[stage]))
             _copy_stage(plan, refs, stage, first_block + b, row, column)
@@ -317,7 +320,7 @@ def _load(plan: Plan, refs: Refs) -> None:
     stage, n_loaded = state
 
     # The other CTA of the cluster may still read or signal: leave only when every stage has come back.
-    def wait(_, stage):
+    def wait(_, stage: jax.Array) -> jax.Array:
         plgpu.barrier_wait(refs.free.at[stage])
         return _next(plan, stage)
 
@@ -325,7 +328,14 @@ def _load(plan: Plan, refs: Refs) -> None:
     lax.fori_loop(0, jnp.minimum(n_loaded, plan.stages), wait, oldest)
 
 
-def _copy_stage(plan: Plan, refs: Refs, stage, block, row, column) -> None:
+def _copy_stage(
+    plan: Plan,
+    refs: Refs,
+    stage: jax.Array,
+    block: int | jax.Array,
+    row: int | jax.Array,
+    column: int | jax.Array,
+) -> None:
     """Starts the copies of one block of K; what both CTAs of a cluster need is loaded once."""
     n_rows, n_columns = plan.tiles.cta
     rows, columns, ks = pl.ds(row, n_rows), pl.ds(column, n_columns), pl.ds(block * BLOCK, BLOCK)
@@ -356,7 +366,7 @@ def _compute_tile(plan: Plan, refs: Refs, i: jax.Array, stage: jax.Array) -> jax
     part, row, column = _tile(plan, i)
     first_block, n_blocks = _blocks_of(plan, part)
 
-    def add_blocks(n, b, state):
+    def add_blocks(n: int, b: jax.Array, state: tuple) -> tuple:
         stages = [state[0]]
         for _ in range(n):
             stages.append(_next(plan, stages[-1]))
@@ -401,7 +411,7 @@ def _add_blocks(plan: Plan, refs: Refs, at: Place, upcoming: tuple, sums: dict) 
     products = list(itertools.product(range(len(at.stages)), plan.chunks))
     scales: dict = {}
 
-    def begin(accumulator, i: int) -> None:
+    def begin(accumulator: Any, i: int) -> None:
         block, (r, c) = products[i]
         w = refs.w_stages.at[at.stages[block], pl.ds(c, plan.chunk_columns)]
         x = refs.x_stages.at[at.stages[block], pl.ds(at.own_row + r, CHUNK_ROWS)]
@@ -409,34 +419,18 @@ def _add_blocks(plan: Plan, refs: Refs, at: Place, upcoming: tuple, sums: dict) 
         if (r, c) == plan.chunks[0]:
             scales[block] = _scales(plan, refs, at, block)
 
-    def finish(accumulator, i: int, in_flight: int, sums: dict) -> dict:
+    def finish(found: jax.Array, i: int, sums: dict) -> dict:
         block, chunk = products[i]
-        found = plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight)
         if chunk == plan.chunks[-1]:  # One thread speaks for its warpgroup: a wgmma has all four warps in step.
             plgpu.barrier_arrive(refs.free.at[at.stages[block]])
         return sums | {chunk: _promoted(plan, sums[chunk], found, *chunk, *scales[block])}
 
-    def chain(i: int, before, sums: dict) -> dict:
-        """Product i and those after it, while product i - 1 may be in flight."""
+    def wait_ahead() -> None:
+        if plan.waits_ahead:
+            pl.when(upcoming[1])(lambda: plgpu.barrier_wait(refs.loaded.at[upcoming[0]]))
 
-        def multiply(accumulator):
-            added, last = sums, i == len(products) - 1
-            begin(accumulator, i)
-            if before is not None:
-                added = finish(before, i - 1, 1, added)
-                if not last:
-                    added = lax.optimization_barrier(added)
-            if plan.waits_ahead:
-                pl.when(upcoming[1])(lambda: plgpu.barrier_wait(refs.loaded.at[upcoming[0]]))
-            if plan.tiles.in_flight == 1 or last:
-                added = finish(accumulator, i, 0, added)
-            if last:
-                return added
-            return chain(i + 1, accumulator if plan.tiles.in_flight > 1 else None, added)
-
-        return pl.run_scoped(multiply, plgpu.ACC((CHUNK_ROWS, plan.chunk_columns), jnp.float32))
-
-    return chain(0, None, sums)
+    shape = CHUNK_ROWS, plan.chunk_columns
+    return one_after_another(len(products), plan.tiles.in_flight, shape, begin, finish, wait_ahead, sums)
 
 
 def _scales(plan: Plan, refs: Refs, at: Place, i: int) -> tuple[dict, dict]:
@@ -457,7 +451,7 @@ def _scales(plan: Plan, refs: Refs, at: Place, i: int) -> tuple[dict, dict]:
     return rows, columns
 
 
-def _promoted(plan: Plan, total, products, r: int, c: int, rows: dict, columns: dict) -> jax.Array:
+def _promoted(plan: Plan, total: jax.Array, products: Any, r: int, c: int, rows: dict, columns: dict) -> jax.Array:
     """total + products * scales, in float32."""
     if plan.by_row:
         products = products * lax.broadcast_in_dim(columns[c], products.shape, [1])
@@ -470,15 +464,24 @@ def _promoted(plan: Plan, total, products, r: int, c: int, rows: dict, columns: 
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
-def _gather(plan: Plan, refs: Refs, warpgroup, part, row, column, sums: dict) -> None:
+def _gather(
+    plan: Plan,
+    refs: Refs,
+    warpgroup: jax.Array,
+    part: int | jax.Array,
+    row: int | jax.Array,
+    column: int | jax.Array,
+    sums: dict,
+) -> None:
     """The first CTA of a cluster adds the sums of the other parts of the contraction, in their order, and writes."""
 
-    def send():
+    def send() -> None:
         for i, total in enumerate(sums.values()):
             slot = refs.received.at[part - 1, warpgroup, i]
-            plgpu.async_store_smem(total, slot, refs.arrived.at[warpgroup], cluster_idx=0, cluster_dim="cta")
+            first: Any = 0
+            plgpu.async_store_smem(total, slot, refs.arrived.at[warpgroup], cluster_idx=first, cluster_dim="cta")
 
-    def receive():
+    def receive() -> None:
         plgpu.barrier_wait(refs.arrived.at[warpgroup])
         added = dict(sums)
         for other in range(plan.splits - 1):
@@ -489,7 +492,9 @@ def _gather(plan: Plan, refs: Refs, warpgroup, part, row, column, sums: dict) ->
     lax.cond(part == 0, receive, send)
 
 
-def _store(plan: Plan, refs: Refs, warpgroup, row, column, sums: dict) -> None:
+def _store(
+    plan: Plan, refs: Refs, warpgroup: jax.Array, row: int | jax.Array, column: int | jax.Array, sums: dict
+) -> None:
     """Writes a warpgroup's part of the output, by way of staging buffers in shared memory."""
     tiles, width = plan.tiles, refs.staging.shape[-1]
     units = itertools.product(range(0, tiles.rows, CHUNK_ROWS), range(0, tiles.columns, tiles.store_columns))
@@ -505,7 +510,7 @@ def _store(plan: Plan, refs: Refs, warpgroup, row, column, sums: dict) -> None:
             plgpu.copy_smem_to_gmem(buffers.at[j], target, reduction_op="add" if plan.adds else None)
 
 
-def _stage_piece(plan: Plan, buffer, r: int, first: int, sums: dict) -> None:
+def _stage_piece(plan: Plan, buffer: Any, r: int, first: int, sums: dict) -> None:
     """Writes 64 rows from `r` on and the columns from `first` on of a warpgroup's part to a staging buffer."""
     width = buffer.shape[-1]
     for (chunk_row, chunk_column), total in sums.items():

@@ -28,7 +28,7 @@ def fp8_matmul(
     """Returns y [M, N]; for shapes see `pallas_kernels.fp8_matmul`."""
     columns = w_scale if w_block == (1, BLOCK) else jnp.repeat(w_scale.T, BLOCK, axis=1)[:, : w.shape[0]]
 
-    def add_block(y, operands):
+    def add_block(y: jax.Array, operands: tuple) -> tuple:
         x_block, w_block, row_scale, column_scale = operands
         products = lax.dot_general(
             x_block.astype(jnp.float32), w_block.astype(jnp.float32), (((1,), (1,)), ((), ())), precision="highest"

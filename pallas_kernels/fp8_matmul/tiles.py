@@ -18,6 +18,7 @@ so that ptxas spills next to nothing (`tests/pallas_kernels/compile_for_hopper.p
 """
 
 import dataclasses
+import math
 import statistics
 
 import jax.numpy as jnp
@@ -139,20 +140,20 @@ def fastest(operation: str, m: int, n: int, k: int, table: tile_table.Table, n_p
     fitted = {name: with_tail(tiles, m, n, n_processors) for name, tiles in variants.items()}
     times = {name: us for name, us in measured.get((m, n, k), {}).items() if name in variants}
     if not times or n_processors != table.processors:
-        times = {}
-        for name in variants:
-            rates = [
-                by_name[name] / (_work(name, operation, *shape, table.processors))
-                for shape, by_name in measured.items()
-                if name in by_name
-            ]
-            if rates:
-                times[name] = statistics.median(rates) * _work(name, operation, m, n, k, n_processors)
+        times = {name: _expected(name, operation, (m, n, k), table, n_processors) for name in variants}
     return fitted[min(times, key=lambda name: times[name])]
 
 
-def _work(name: str, operation: str, m: int, n: int, k: int, n_processors: int) -> float:
+def _expected(name: str, operation: str, shape: tuple, table: tile_table.Table, n_processors: int) -> float:
+    """Time by the work of a processor, of which the shapes in the table say how long it takes."""
+    known = [(of, by_name[name]) for of, by_name in table.microseconds[operation].items() if name in by_name]
+    rates = [us / _work(name, operation, of, table.processors) for of, us in known]
+    return statistics.median(rates) * _work(name, operation, shape, n_processors) if rates else math.inf
+
+
+def _work(name: str, operation: str, shape: tuple, n_processors: int) -> float:
     """Outputs that a processor computes, times the contraction."""
+    m, n, k = shape
     tiles = with_tail(VARIANTS[operation][name], m, n, n_processors)
     return tiles.rounds(m, n, n_processors) * tiles.cta[0] * tiles.cta[1] * k
 

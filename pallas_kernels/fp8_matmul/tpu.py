@@ -97,23 +97,23 @@ def by_step(scale: jax.Array, step: int) -> jax.Array:
     return scale.reshape(*scale.shape[:-2], scale.shape[-2] // blocks, blocks, scale.shape[-1])
 
 
-def _kernel(adds: bool, native: bool, x, x_scale, w, w_scale, *rest) -> None:
+def _kernel(adds: bool, native: bool, x: Any, x_scale: Any, w: Any, w_scale: Any, *rest: Any) -> None:
     add_to, y, total = rest if adds else (None, *rest)
     step = pl.program_id(2)
 
     @pl.when(step == 0)
-    def _():
+    def _() -> None:
         total[...] = add_to[...] if adds else jnp.zeros_like(total)
 
     for b in range(x_scale.shape[1]):
         total[...] += scaled_products(x, x_scale.at[0], w, w_scale.at[0], b, native)
 
     @pl.when(step == pl.num_programs(2) - 1)
-    def _():
+    def _() -> None:
         y[...] = total[...].astype(y.dtype)
 
 
-def scaled_products(x, x_scale, w, w_scale, b: int, native: bool) -> jax.Array:
+def scaled_products(x: Any, x_scale: Any, w: Any, w_scale: Any, b: int, native: bool) -> jax.Array:
     """The products of block b of a step, times their scales: float32 [rows of x, rows of w]."""
     ks = pl.ds(b * BLOCK, BLOCK)
     operands = (x[:, ks], w[:, ks]) if native else (x[:, ks].astype(jnp.bfloat16), w[:, ks].astype(jnp.bfloat16))

@@ -57,22 +57,28 @@ def grouped_matmul(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _matmul(x_AD, w_XDF, count_X, implementation: str, transposed: bool, align: int) -> jax.Array:
+def _matmul(
+    x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array, implementation: str, transposed: bool, align: int
+) -> jax.Array:
     if implementation == "reference":
         return reference.grouped_matmul(x_AD, w_XDF, count_X, transposed=transposed, align=align)
     kernel = _kernel("grouped_matmul", implementation)
     return kernel(x_AD, w_XDF, count_X, transposed=transposed, align=align)
 
 
-def _matmul_forward(x_AD, w_XDF, count_X, implementation, transposed, align):
+def _matmul_forward(
+    x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array, implementation: str, transposed: bool, align: int
+) -> tuple:
     return _matmul(x_AD, w_XDF, count_X, implementation, transposed, align), (x_AD, w_XDF, count_X)
 
 
-def _matmul_backward(implementation, transposed, align, saved, dy_AF):
+def _matmul_backward(implementation: str, transposed: bool, align: int, saved: tuple, dy_AF: jax.Array) -> tuple:
     x_AD, w_XDF, count_X = saved
     dx_AD = _matmul(dy_AF, w_XDF, count_X, implementation, not transposed, align)
-    pair = (dy_AF, x_AD) if transposed else (x_AD, dy_AF)
-    dw_XDF = grouped_weight_gradient(*pair, count_X, implementation=implementation, align=align, out_dtype=w_XDF.dtype)
+    left, right = (dy_AF, x_AD) if transposed else (x_AD, dy_AF)
+    dw_XDF = grouped_weight_gradient(
+        left, right, count_X, implementation=implementation, align=align, out_dtype=w_XDF.dtype
+    )
     return dx_AD, dw_XDF, None
 
 
@@ -231,7 +237,7 @@ def _check_implementation(implementation: str) -> None:
         raise ValueError(f"implementation={implementation!r}: unknown. Choose one of {', '.join(IMPLEMENTATIONS)}.")
 
 
-def _check_groups(count_X, n_groups: int, align: int, unit: int) -> None:
+def _check_groups(count_X: jax.Array, n_groups: int, align: int, unit: int) -> None:
     if count_X.shape != (n_groups,) or n_groups == 0 or count_X.dtype != jnp.int32:
         raise ValueError(f"count is {count_X.dtype} {count_X.shape}: expected int32 ({max(n_groups, 1)},).")
     if align < 1 or align % unit:
@@ -248,6 +254,6 @@ def _check_codes(operands: dict) -> None:
             )
 
 
-def _check_out(out_dtype) -> None:
+def _check_out(out_dtype: DTypeLike) -> None:
     if jnp.dtype(out_dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
         raise ValueError(f"out_dtype={jnp.dtype(out_dtype).name}: expected bfloat16 or float32.")

@@ -28,6 +28,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.grouped_matmul.tiles import BLOCK, Tiles
+from pallas_kernels.in_flight import one_after_another
 
 CHUNK_ROWS = 64  # of one wgmma
 STAGE_BYTES = 128  # of a row of an operand, per block of the contraction: what TMA can swizzle
@@ -144,14 +145,16 @@ class Plan(abc.ABC):
         """What step number `step` of a job loads: slices of x, w, and of the scales that are copied."""
 
     @abc.abstractmethod
-    def operands(self, refs: Refs, stage: jax.Array, own_row, own_column, columns: int) -> tuple:
+    def operands(
+        self, refs: Refs, stage: jax.Array, own_row: int | jax.Array, own_column: int | jax.Array, columns: int
+    ) -> tuple:
         """The operands of a product in shared memory, [rows, depth] and [depth, columns]."""
 
     @abc.abstractmethod
-    def store(self, refs: Refs, job: "Job", own_row, own_column, sums: dict) -> None:
+    def store(self, refs: Refs, job: "Job", own_row: int | jax.Array, own_column: int | jax.Array, sums: dict) -> None:
         """Writes a warpgroup's part of the tile."""
 
-    def steps(self, job: "Job", own_row) -> int | jax.Array:
+    def steps(self, job: "Job", own_row: int | jax.Array) -> int | jax.Array:
         """How many steps of a job a warpgroup computes: none if none of its rows is written."""
         return job.n_steps
 
@@ -210,7 +213,7 @@ class Job:
     extra: tuple = ()  # what else its kernel needs
 
 
-def _kernel(plan: Plan, *refs) -> None:
+def _kernel(plan: Plan, *refs: Any) -> None:
     named = _refs(plan, refs)
     lax.cond(
         lax.axis_index("warpgroup") < plan.tiles.warpgroups,
@@ -256,10 +259,10 @@ def _load(plan: Plan, refs: Refs) -> None:
     """The loading warpgroup: fills stage after stage, each as soon as it is free."""
     plgpu.set_max_registers(plan.tiles.producer_registers, action="decrease")
 
-    def load_job(i, state):
+    def load_job(i: jax.Array, state: tuple) -> tuple:
         job = _job(plan, refs, i)
 
-        def load_step(step, state):
+        def load_step(step: jax.Array, state: tuple) -> tuple:
             stage, n_loaded = state
             pl.when(n_loaded >= plan.tiles.stages)(lambda: plgpu.barrier_wait(refs.free.at[stage]))
             _copy_stage(plan, refs, stage, plan.copies(refs, job, step))
@@ -270,7 +273,7 @@ def _load(plan: Plan, refs: Refs) -> None:
     stage, n_loaded = lax.fori_loop(0, _my_jobs(plan, refs), load_job, (jnp.int32(0), jnp.int32(0)))
 
     # The other CTA of the cluster may still read or signal: leave only when every stage has come back.
-    def wait(_, stage):
+    def wait(_, stage: jax.Array) -> jax.Array:
         plgpu.barrier_wait(refs.free.at[stage])
         return next_stage(plan, stage)
 
@@ -278,7 +281,7 @@ def _load(plan: Plan, refs: Refs) -> None:
     lax.fori_loop(0, jnp.minimum(n_loaded, plan.tiles.stages), wait, oldest)
 
 
-def _copy_stage(plan: Plan, refs: Refs, stage, sources: tuple) -> None:
+def _copy_stage(plan: Plan, refs: Refs, stage: jax.Array, sources: tuple) -> None:
     """Starts the copies of one step; what both CTAs of a cluster need is loaded once."""
     shared = {"rows": (None, "cta"), "columns": ("cta", None), "": (None, None)}[plan.tiles.cluster]
     targets = (refs.x_stages, refs.w_stages, refs.x_scale_stages, refs.w_scale_stages)
@@ -304,7 +307,7 @@ def _compute(plan: Plan, refs: Refs) -> None:
     own_column = warpgroup * tiles.columns if tiles.stack == "columns" else 0
     sum_up = _promoted_sums if plan.scaled else _sums
 
-    def compute_job(i, stage):
+    def compute_job(i: jax.Array, stage: jax.Array) -> jax.Array:
         job = _job(plan, refs, i)
         stage, sums = sum_up(plan, refs, job, stage, own_row, own_column)
         plan.store(refs, job, own_row, own_column, sums)
@@ -314,19 +317,21 @@ def _compute(plan: Plan, refs: Refs) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _sums(plan: Plan, refs: Refs, job: Job, stage, own_row, own_column) -> tuple:
+def _sums(
+    plan: Plan, refs: Refs, job: Job, stage: jax.Array, own_row: int | jax.Array, own_column: int | jax.Array
+) -> tuple:
     """The sums of a job's chunks without scales; the tensor cores keep them all the while."""
     n_steps = plan.steps(job, own_row)
 
-    def multiply(products):
-        def add_alone(stage):
+    def multiply(products: Any) -> Any:
+        def add_alone(stage: jax.Array) -> None:
             plgpu.wgmma(products, *plan.operands(refs, stage, own_row, own_column, plan.tiles.columns))
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(refs.free.at[stage])
 
         n_border, begin = plan.add_borders(refs, job, stage, add_alone)
 
-        def add(step, state):
+        def add(step: jax.Array, state: tuple) -> tuple:
             stage, previous = state
             plgpu.barrier_wait(refs.loaded.at[stage])
             plgpu.wgmma(products, *plan.operands(refs, stage, own_row, own_column, plan.tiles.columns))
@@ -344,10 +349,10 @@ def _sums(plan: Plan, refs: Refs, job: Job, stage, own_row, own_column) -> tuple
     return end, {(r, c): sums[r : r + CHUNK_ROWS, c : c + plan.tiles.chunk_columns] for r, c in plan.chunks}
 
 
-def _pass_by(plan: Plan, refs: Refs, n_done, job: Job, stage) -> jax.Array:
+def _pass_by(plan: Plan, refs: Refs, n_done: int | jax.Array, job: Job, stage: jax.Array) -> jax.Array:
     """Gives back the stages of the other steps of a job, unread; returns the next stage."""
 
-    def give_back(_, stage):
+    def give_back(_, stage: jax.Array) -> jax.Array:
         plgpu.barrier_wait(refs.loaded.at[stage])
         plgpu.commit_smem()  # so that no warp lags by a whole turn of the ring
         plgpu.barrier_arrive(refs.free.at[stage])
@@ -356,10 +361,12 @@ def _pass_by(plan: Plan, refs: Refs, n_done, job: Job, stage) -> jax.Array:
     return lax.fori_loop(n_done, job.n_steps, give_back, stage)
 
 
-def _promoted_sums(plan: Plan, refs: Refs, job: Job, stage, own_row, own_column) -> tuple:
+def _promoted_sums(
+    plan: Plan, refs: Refs, job: Job, stage: jax.Array, own_row: int | jax.Array, own_column: int | jax.Array
+) -> tuple:
     """The sums of a job's chunks, scaled and added up in float32 after each block."""
 
-    def add(step, state):
+    def add(step: jax.Array, state: tuple) -> tuple:
         stage, sums = state
         return next_stage(plan, stage), _add_block(plan, refs, job, step, stage, own_row, own_column, sums)
 
@@ -371,7 +378,16 @@ def _promoted_sums(plan: Plan, refs: Refs, job: Job, stage, own_row, own_column)
     return _pass_by(plan, refs, n_steps, job, stage), sums
 
 
-def _add_block(plan: Plan, refs: Refs, job: Job, step, stage, own_row, own_column, sums: dict) -> dict:
+def _add_block(
+    plan: Plan,
+    refs: Refs,
+    job: Job,
+    step: jax.Array,
+    stage: jax.Array,
+    own_row: int | jax.Array,
+    own_column: int | jax.Array,
+    sums: dict,
+) -> dict:
     """Adds a block of the contraction to the sums of a warpgroup's chunks.
 
     While the tensor cores work on a chunk, scales are read, and the next block is waited for with `waits_ahead`; with
@@ -381,40 +397,36 @@ def _add_block(plan: Plan, refs: Refs, job: Job, step, stage, own_row, own_colum
         plgpu.barrier_wait(refs.loaded.at[stage])
     scales: list = []
 
-    def begin(accumulator, i: int) -> None:
+    def begin(accumulator: Any, i: int) -> None:
         r, c = plan.chunks[i]
         plgpu.wgmma(accumulator, *plan.operands(refs, stage, own_row + r, own_column + c, plan.tiles.chunk_columns))
         if i == 0:
             scales.append(_scales(plan, refs, job, step, stage, own_row, own_column))
 
-    def finish(accumulator, i: int, in_flight: int, sums: dict) -> dict:
+    def finish(products: jax.Array, i: int, sums: dict) -> dict:
         chunk = plan.chunks[i]
-        products = plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight)
         if i == len(sums) - 1:  # One thread speaks for its warpgroup: a wgmma has all four warps in step.
             plgpu.barrier_arrive(refs.free.at[stage])
         return sums | {chunk: _promoted(plan, sums[chunk], products, *chunk, *scales[0])}
 
-    def chain(i: int, before, sums: dict) -> dict:
-        """Product i and those after it, while product i - 1 may be in flight."""
+    def wait_ahead() -> None:
+        if plan.waits_ahead:
+            following = refs.loaded.at[next_stage(plan, stage)]
+            pl.when(step + 1 < job.n_steps)(lambda: plgpu.barrier_wait(following))
 
-        def multiply(accumulator):
-            begin(accumulator, i)
-            added, last = sums, i == len(sums) - 1
-            if before is not None:
-                added = finish(before, i - 1, 1, added)
-            if plan.waits_ahead:
-                following = refs.loaded.at[next_stage(plan, stage)]
-                pl.when(step + 1 < job.n_steps)(lambda: plgpu.barrier_wait(following))
-            if plan.tiles.in_flight == 1 or last:
-                added = finish(accumulator, i, 0, added)
-            return added if last else chain(i + 1, accumulator if plan.tiles.in_flight > 1 else None, added)
-
-        return pl.run_scoped(multiply, plgpu.ACC((CHUNK_ROWS, plan.tiles.chunk_columns), jnp.float32))
-
-    return chain(0, None, sums)
+    shape = CHUNK_ROWS, plan.tiles.chunk_columns
+    return one_after_another(len(sums), plan.tiles.in_flight, shape, begin, finish, wait_ahead, sums)
 
 
-def _scales(plan: Plan, refs: Refs, job: Job, step, stage, own_row, own_column) -> tuple[dict, dict]:
+def _scales(
+    plan: Plan,
+    refs: Refs,
+    job: Job,
+    step: jax.Array,
+    stage: jax.Array,
+    own_row: int | jax.Array,
+    own_column: int | jax.Array,
+) -> tuple[dict, dict]:
     """The scales of x by first row of a chunk, and those of w by first column of a chunk."""
     rows = {
         r: mosaic_gpu.load(refs.x_scale_stages.at[stage, pl.ds(own_row + r, CHUNK_ROWS)], plgpu.Layout.WGMMA.reduce(1))
@@ -427,7 +439,9 @@ def _scales(plan: Plan, refs: Refs, job: Job, step, stage, own_row, own_column) 
     return rows, columns
 
 
-def _column_scale(plan: Plan, refs: Refs, job: Job, step, stage, own_column) -> jax.Array:
+def _column_scale(
+    plan: Plan, refs: Refs, job: Job, step: jax.Array, stage: jax.Array, own_column: int | jax.Array
+) -> jax.Array:
     """The scales of w for a chunk's columns: a vector, or one number that a block of 128 shares."""
     if plan.by_row:
         columns = pl.ds(own_column, plan.tiles.chunk_columns)
@@ -436,7 +450,7 @@ def _column_scale(plan: Plan, refs: Refs, job: Job, step, stage, own_column) -> 
     return refs.w_scale[job.group, jnp.minimum(lax.div(job.column + own_column, BLOCK), last), step]
 
 
-def _promoted(plan: Plan, total, products, r: int, c: int, rows: dict, columns: dict) -> jax.Array:
+def _promoted(plan: Plan, total: jax.Array, products: Any, r: int, c: int, rows: dict, columns: dict) -> jax.Array:
     """total + products * scales, in float32."""
     if plan.by_row:
         row_scale, products = rows[r], products * lax.broadcast_in_dim(columns[c], products.shape, [1])

@@ -8,6 +8,9 @@ In FP8 the products are those of `fp8_matmul`: E4M3 codes, scales per block, pro
 Paper: V3 sections 2.1.2 (experts) and 3.3.2 (FP8).
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -22,7 +25,7 @@ def grouped_matmul(
 ) -> jax.Array:
     """Returns y [A, F] in the dtype of x; with `transposed` each w[g] is [F, D]."""
 
-    def product(w):
+    def product(w: jax.Array) -> jax.Array:
         w = w.T if transposed else w
         return jnp.matmul(x_AD, w, precision="highest", preferred_element_type=jnp.float32).astype(x_AD.dtype)
 
@@ -41,17 +44,17 @@ def grouped_fp8_matmul(
 ) -> jax.Array:
     """Returns y [A, N]; for shapes see `pallas_kernels.grouped_matmul.grouped_fp8_matmul`."""
 
-    def product(one):
+    def product(one: Any) -> jax.Array:
         return fp8.fp8_matmul(x, x_scale, *one, out_dtype=out_dtype)
 
     return _by_rows(product, (w, w_scale), x.shape[0], count_X, align)
 
 
-def _by_rows(product, weights, n_rows: int, count_X: jax.Array, align: int) -> jax.Array:
+def _by_rows(product: Callable, weights: Any, n_rows: int, count_X: jax.Array, align: int) -> jax.Array:
     """The rows of each group from `product` of its weights."""
     row_A = jnp.arange(n_rows)
 
-    def add_group(y, group):
+    def add_group(y: jax.Array, group: tuple) -> tuple:
         one, first, end = group
         mine_A = (first <= row_A) & (row_A < end)
         return jnp.where(mine_A[:, None], product(one), y), None
@@ -72,7 +75,7 @@ def grouped_weight_gradient(
     """Returns dw [X, D, F], summed in float32."""
     row_A = jnp.arange(x_AD.shape[0])
 
-    def of_group(group):
+    def of_group(group: tuple) -> jax.Array:
         first, end = group
         mine_A = ((first <= row_A) & (row_A < end))[:, None]
         x, dy = jnp.where(mine_A, x_AD, 0), jnp.where(mine_A, dy_AF, 0)
@@ -95,7 +98,7 @@ def grouped_fp8_weight_gradient(
     row_A = jnp.arange(x_t.shape[1])
     block_B = jnp.arange(x_t_scale.shape[0])
 
-    def of_group(group):
+    def of_group(group: tuple) -> jax.Array:
         first, end = group
         mine_A = (first <= row_A) & (row_A < end)
         mine_B = ((first // fp8.BLOCK <= block_B) & (block_B * fp8.BLOCK < end))[:, None]

@@ -9,6 +9,8 @@ at the borders of groups, are written by the threads that hold them, row by row.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -72,7 +74,18 @@ def grouped_fp8_matmul(
     return _run(operands, count_X, n, k, True, align, out_dtype, tiles, n_processors, interpret)
 
 
-def _run(operands, count_X, n, k, transposed, align, out_dtype, tiles, n_processors, interpret) -> jax.Array:
+def _run(
+    operands: tuple,
+    count_X: jax.Array,
+    n: int,
+    k: int,
+    transposed: bool,
+    align: int,
+    out_dtype: DTypeLike,
+    tiles: Tiles | None,
+    n_processors: int,
+    interpret: object,
+) -> jax.Array:
     x, w, *scales = operands
     n_rows, extra = x.shape[0], -x.shape[0] % UNIT
     if extra:
@@ -131,7 +144,7 @@ class RowsPlan(Plan):
         n_steps = jnp.where(end > row, self.k // self.depth, 0)  # the same for both CTAs of a cluster
         return Job(group, row + offset, column, n_steps, (low, high, end))
 
-    def steps(self, job: Job, own_row) -> jax.Array:
+    def steps(self, job: Job, own_row: int | jax.Array) -> jax.Array:
         """See `Plan`."""
         low, high, _ = job.extra
         row = job.row + own_row
@@ -147,7 +160,9 @@ class RowsPlan(Plan):
         w = refs.w.at[job.group, across, depth] if self.transposed else refs.w.at[job.group, depth, across]
         return (x, w, refs.x_scale.at[step, pl.ds(job.row, rows)]) if self.scaled else (x, w)
 
-    def operands(self, refs: Refs, stage: jax.Array, own_row, own_column, columns: int) -> tuple:
+    def operands(
+        self, refs: Refs, stage: jax.Array, own_row: int | jax.Array, own_column: int | jax.Array, columns: int
+    ) -> tuple:
         """See `Plan`."""
         rows = CHUNK_ROWS if self.scaled else self.tiles.rows
         x = refs.x_stages.at[stage, pl.ds(own_row, rows)]
@@ -155,7 +170,7 @@ class RowsPlan(Plan):
             return x, mosaic_gpu.transpose(refs.w_stages.at[stage, pl.ds(own_column, columns)])
         return x, refs.w_stages.at[stage, :, pl.ds(own_column, columns)]
 
-    def store(self, refs: Refs, job: Job, own_row, own_column, sums: dict) -> None:
+    def store(self, refs: Refs, job: Job, own_row: int | jax.Array, own_column: int | jax.Array, sums: dict) -> None:
         """See `Plan`."""
         low, high, end = job.extra
         per_row = self.tiles.columns // self.tiles.store_columns
@@ -163,20 +178,22 @@ class RowsPlan(Plan):
             row, column = pl.multiple_of(job.row + own_row + r, UNIT), job.column + own_column
             whole = (low <= row) & (row + CHUNK_ROWS <= jnp.minimum(high, end))
 
-            def target(c, width, row=row, column=column):
+            def target(c: int, width: int, row: int | jax.Array = row, column: int | jax.Array = column) -> Any:
                 return refs.y.at[pl.ds(row, CHUNK_ROWS), pl.ds(column + c, width)]
 
             @pl.when(whole)
-            def _(i=i, r=r, target=target):
+            def _(i: int = i, r: int = r, target: Callable = target) -> None:
                 pipeline.store_staged(self, refs, i * per_row, r, sums, target)
 
             @pl.when(jnp.logical_not(whole) & (low < row + CHUNK_ROWS) & (row < high))
-            def _(r=r, row=row, column=column):
+            def _(r: int = r, row: int | jax.Array = row, column: int | jax.Array = column) -> None:
                 for (chunk_row, c), total in sums.items():
                     if chunk_row == r:
                         self._store_border(refs, job, row, column + c, total)
 
-    def _store_border(self, refs: Refs, job: Job, row, column, total: jax.Array) -> None:
+    def _store_border(
+        self, refs: Refs, job: Job, row: int | jax.Array, column: int | jax.Array, total: jax.Array
+    ) -> None:
         """Writes those rows of a chunk that belong to the job, 0 in those of no group."""
         low, high, end = job.extra
         row_of = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, total.shape, 0), plgpu.Layout.WGMMA)
@@ -187,5 +204,5 @@ class RowsPlan(Plan):
         for i in range(CHUNK_ROWS):
 
             @pl.when((low <= row + i) & (row + i < high) & (column < self.n))
-            def _(i=i):
+            def _(i: int = i) -> None:
                 refs.y[row + i, pl.ds(column, total.shape[1])] = values[i]

@@ -85,7 +85,7 @@ def grouped_matmul(
     else:
         w_spec = Operand((None, step, columns), lambda g, t, j, s: (g, s, j))
 
-    def add(x, w, total):
+    def add(x: Any, w: Any, total: Any) -> None:
         contracted = (((1,), (1 if transposed else 0,)), ((), ()))
         total[...] += lax.dot_general(x[...], w[...], contracted, preferred_element_type=jnp.float32)
 
@@ -114,7 +114,7 @@ def grouped_fp8_matmul(
     step, tile, columns = mosaic_tpu.step(k, most[2]), mosaic_tpu.tile(a, most[0]), mosaic_tpu.tile(n, most[1])
     blocks = step // BLOCK
 
-    def add(x, x_scale, w, w_scale, total):
+    def add(x: Any, x_scale: Any, w: Any, w_scale: Any, total: Any) -> None:
         for b in range(blocks):
             total[...] += scaled_products(x, x_scale, w, w_scale, b, native)
 
@@ -152,8 +152,8 @@ class Rows(NamedTuple):
         """Returns y."""
         plan, n_groups = _visits_of_rows(count_X, self.n_rows, self.tile, align), count_X.size
 
-        def spec(operand):
-            def at(j, v, s, range_V, tile_V, *_):
+        def spec(operand: Any) -> Any:
+            def at(j: jax.Array, v: jax.Array, s: Any, range_V: jax.Array, tile_V: jax.Array, *_) -> tuple:
                 group = jnp.minimum(range_V[v], n_groups - 1)  # the rows after all groups are multiplied by any
                 return operand.at(group, tile_V[v], j, s)
 
@@ -174,18 +174,26 @@ class Rows(NamedTuple):
         )(*plan[:5], *operands)
 
 
-def _rows_kernel(add: Callable, range_V, tile_V, low_Y, high_Y, end_Y, *refs) -> None:
+def _rows_kernel(
+    add: Callable,
+    range_V: jax.Array,
+    tile_V: jax.Array,
+    low_Y: jax.Array,
+    high_Y: jax.Array,
+    end_Y: jax.Array,
+    *refs: Any,
+) -> None:
     *operands, y, total = refs
     visit, step = pl.program_id(1), pl.program_id(2)
 
     @pl.when(step == 0)
-    def _():
+    def _() -> None:
         total[...] = jnp.zeros_like(total)
 
     add(*operands, total)
 
     @pl.when(step == pl.num_programs(2) - 1)
-    def _():
+    def _() -> None:
         own, row = range_V[visit], _rows_of(tile_V[visit], y.shape)
         values = jnp.where(row < end_Y[own], total[...], 0.0)
         mine = (low_Y[own] <= row) & (row < high_Y[own])
@@ -212,9 +220,9 @@ def grouped_weight_gradient(
     check_sizes(x_AD.dtype, jnp.dtype(jnp.bfloat16), D=d, F=f)
     tile, rows, columns = mosaic_tpu.tile(a, most[2]), mosaic_tpu.tile(d, most[0]), mosaic_tpu.tile(f, most[1])
 
-    def add(low, end, at, x, dy, total):
-        own = [jnp.where(_mine(low, end, at, ref.shape), ref[...], 0) for ref in (x, dy)]
-        total[...] += lax.dot_general(*own, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    def add(low: jax.Array, end: jax.Array, at: jax.Array, x: Any, dy: Any, total: Any) -> None:
+        own_x, own_dy = (jnp.where(_mine(low, end, at, ref.shape), ref[...], 0) for ref in (x, dy))
+        total[...] += lax.dot_general(own_x, own_dy, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
     specs = [
         Operand((tile, rows), lambda g, t, i, j: (t, i)),
@@ -248,12 +256,14 @@ def grouped_fp8_weight_gradient(
     tile, rows, columns = mosaic_tpu.step(a, most[2]), mosaic_tpu.tile(d, most[0]), mosaic_tpu.tile(f, most[1])
     blocks = tile // BLOCK
 
-    def add(low, end, at, x, x_scale, dy, dy_scale, total):
+    def add(
+        low: jax.Array, end: jax.Array, at: jax.Array, x: Any, x_scale: Any, dy: Any, dy_scale: Any, total: Any
+    ) -> None:
         for b in range(blocks):
             row = at * tile + b * BLOCK
 
             @pl.when((low <= row) & (row < end))  # a block has rows of one group only
-            def _(b=b):
+            def _(b: int = b) -> None:
                 total[...] += scaled_products(x, x_scale, dy, dy_scale, b, native)
 
     specs = [
@@ -283,7 +293,7 @@ class Weights(NamedTuple):
         first_X, end_X = groups(count_X, align)
         plan = visits(first_X, end_X, end_X, self.n_rows, self.tile, least=1)  # an empty group is written too
 
-        def spec(operand):
+        def spec(operand: Any) -> Any:
             return pl.BlockSpec(operand.shape, lambda i, j, v, group, tile, *_: operand.at(group[v], tile[v], i, j))
 
         _, d, f = self.shape
@@ -302,13 +312,15 @@ class Weights(NamedTuple):
         )(*plan[:4], *operands)
 
 
-def _weights_kernel(add: Callable, group_V, tile_V, first_X, end_X, *refs) -> None:
+def _weights_kernel(
+    add: Callable, group_V: jax.Array, tile_V: jax.Array, first_X: jax.Array, end_X: jax.Array, *refs: Any
+) -> None:
     *operands, dw, total = refs
     visit = pl.program_id(2)
     group = group_V[visit]
 
     @pl.when((visit == 0) | (group_V[jnp.maximum(visit - 1, 0)] != group))
-    def _():
+    def _() -> None:
         total[...] = jnp.zeros_like(total)
 
     add(first_X[group], end_X[group], tile_V[visit], *operands, total)

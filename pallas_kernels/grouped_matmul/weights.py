@@ -13,6 +13,7 @@ product with zero would keep a NaN. FP8: every group begins at a multiple of 128
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -78,7 +79,17 @@ def grouped_fp8_weight_gradient(
     return _run(operands, count_X, d, f, align, out_dtype, tiles, n_processors, interpret)
 
 
-def _run(operands, count_X, d, f, align, out_dtype, tiles, n_processors, interpret) -> jax.Array:
+def _run(
+    operands: tuple,
+    count_X: jax.Array,
+    d: int,
+    f: int,
+    align: int,
+    out_dtype: DTypeLike,
+    tiles: Tiles | None,
+    n_processors: int,
+    interpret: object,
+) -> jax.Array:
     dtype = operands[0].dtype
     tiles = tiles or choose_for_weights(dtype, out_dtype)
     plan = WeightsPlan(count_X.size, d, f, dtype, out_dtype, tiles, n_processors, not interpret)
@@ -141,7 +152,7 @@ class WeightsPlan(Plan):
     def add_borders(self, refs: Refs, job: Job, stage: jax.Array, add: Callable) -> tuple:
         """Adds the blocks with foreign rows, after these have been overwritten with zeros."""
 
-        def add_border(step, stage):
+        def add_border(step: jax.Array, stage: jax.Array) -> jax.Array:
             plgpu.barrier_wait(refs.loaded.at[stage])
             self._clear(refs, job, step, stage)
             add(stage)
@@ -183,7 +194,14 @@ class WeightsPlan(Plan):
         plgpu.barrier_arrive(refs.cleared)
         plgpu.barrier_wait(refs.cleared)
 
-    def _clear_piece(self, block, column, row, first, end) -> None:
+    def _clear_piece(
+        self,
+        block: Any,
+        column: int | jax.Array,
+        row: int | jax.Array,
+        first: int | jax.Array,
+        end: int | jax.Array,
+    ) -> None:
         """Zeros in the rows of some columns of a block, which begins at `row`, that are not in first ... end - 1."""
         part = block.at[:, pl.ds(column, PIECE)]
         row_of = lax.broadcasted_iota(jnp.int32, (self.depth, PIECE), 0)
@@ -191,7 +209,9 @@ class WeightsPlan(Plan):
         values = mosaic_gpu.load(part, plgpu.Layout.WGMMA)
         part[...] = jnp.where((first <= row_of) & (row_of < end), values, jnp.zeros((), self.dtype))
 
-    def operands(self, refs: Refs, stage: jax.Array, own_row, own_column, columns: int) -> tuple:
+    def operands(
+        self, refs: Refs, stage: jax.Array, own_row: int | jax.Array, own_column: int | jax.Array, columns: int
+    ) -> tuple:
         """See `Plan`."""
         if self.scaled:
             w = refs.w_stages.at[stage, pl.ds(own_column, columns)]
@@ -199,13 +219,13 @@ class WeightsPlan(Plan):
         x = refs.x_stages.at[stage, :, pl.ds(own_row, self.tiles.rows)]
         return mosaic_gpu.transpose(x), refs.w_stages.at[stage, :, pl.ds(own_column, columns)]
 
-    def store(self, refs: Refs, job: Job, own_row, own_column, sums: dict) -> None:
+    def store(self, refs: Refs, job: Job, own_row: int | jax.Array, own_column: int | jax.Array, sums: dict) -> None:
         """See `Plan`."""
         per_row = self.tiles.columns // self.tiles.store_columns
         for i, r in enumerate(range(0, self.tiles.rows, CHUNK_ROWS)):
             rows, column = pl.ds(job.row + own_row + r, CHUNK_ROWS), job.column + own_column
 
-            def target(c, width, rows=rows, column=column):
+            def target(c: int, width: int, rows: Any = rows, column: int | jax.Array = column) -> Any:
                 return refs.y.at[job.group, rows, pl.ds(column + c, width)]
 
             pipeline.store_staged(self, refs, i * per_row, r, sums, target)

@@ -217,7 +217,7 @@ class Direction:
     column: Any
 
 
-def _kernel(plan: Plan, *arguments) -> None:
+def _kernel(plan: Plan, *arguments: Any) -> None:
     n_inputs = len(plan.first_columns)
     inputs, rest = arguments[:n_inputs], arguments[n_inputs:]
     factors, rest = (rest[0], rest[1:]) if plan.scaled else (None, rest)
@@ -225,24 +225,24 @@ def _kernel(plan: Plan, *arguments) -> None:
     cta, warpgroup = lax.axis_index("ctas"), lax.axis_index("warpgroup")
     n_mine = lax.div(plan.tiles[0] * plan.tiles[1] - cta + plan.n_ctas - 1, plan.n_ctas)
 
-    def tile(i):
+    def tile(i: int | jax.Array) -> tuple:
         linear = cta + i * plan.n_ctas
         return lax.div(linear, plan.tiles[1]) * BLOCK, lax.rem(linear, plan.tiles[1]) * BLOCK
 
-    def load(i, stage):
+    def load(i: int | jax.Array, stage: int | jax.Array) -> None:
         row, column = tile(i)
         for source, first, stages in zip(inputs, plan.first_columns, refs.stages, strict=True):
             part = source.at[pl.ds(row, BLOCK), pl.ds(column + first, BLOCK)]
             plgpu.copy_gmem_to_smem(part, stages.at[stage], refs.loaded.at[stage])
-        if plan.scaled:
+        if factors is not None:
             plgpu.copy_gmem_to_smem(factors.at[pl.ds(row, BLOCK)], refs.factors.at[stage], refs.loaded.at[stage])
 
     @pl.when(warpgroup == 0)
-    def _():
+    def _begin() -> None:
         for stage in range(plan.tuning.stages):
             pl.when(stage < n_mine)(functools.partial(load, stage, stage))
 
-    def quantize_tile(i, _):
+    def quantize_tile(i: jax.Array, _: None) -> None:
         stage = lax.rem(i, plan.tuning.stages)
         row, column = tile(i)
         plgpu.barrier_wait(refs.loaded.at[stage])
@@ -253,21 +253,21 @@ def _kernel(plan: Plan, *arguments) -> None:
         )
 
         @pl.when((warpgroup == 0) & (i + plan.tuning.stages < n_mine))
-        def _():
+        def _load_next() -> None:
             plgpu.barrier_wait(refs.free.at[stage])
             load(i + plan.tuning.stages, stage)
 
     lax.fori_loop(0, n_mine, quantize_tile, None)
 
     @pl.when(warpgroup == 0)
-    def _():  # a barrier is waited for as often as it completes
+    def _end() -> None:  # a barrier is waited for as often as it completes
         for stage in range(plan.tuning.stages):
             pl.when(stage < n_mine)(functools.partial(plgpu.barrier_wait, refs.free.at[stage]))
 
     plgpu.wait_smem_to_gmem(0)
 
 
-def _quantize_tile(plan: Plan, refs: Refs, stage, warpgroup, to: Direction) -> None:
+def _quantize_tile(plan: Plan, refs: Refs, stage: jax.Array, warpgroup: jax.Array, to: Direction) -> None:
     """Codes and scales of a tile in one direction, or of this warpgroup's half of its rows."""
     n_rows = BLOCK // plan.tuning.halves
     own = lax.rem(warpgroup, plan.tuning.halves) * n_rows if plan.tuning.halves > 1 else 0
@@ -286,10 +286,10 @@ def _quantize_tile(plan: Plan, refs: Refs, stage, warpgroup, to: Direction) -> N
     plgpu.copy_smem_to_gmem(refs.numbers.at[to.slot, own_rows], to.scales.at[lax.div(to.column, BLOCK), target])
 
 
-def _values(plan: Plan, refs: Refs, stage, rows, slot: int) -> jax.Array:
+def _values(plan: Plan, refs: Refs, stage: jax.Array, rows: Any, slot: int) -> jax.Array:
     """What is quantised, in float32: 64 rows of the tile, or columns if `slot` is 1."""
 
-    def read(stages):
+    def read(stages: Any) -> jax.Array:
         ref = mosaic_gpu.transpose(stages.at[stage]) if slot else stages.at[stage]
         return mosaic_gpu.load(ref.at[rows], plgpu.Layout.WGMMA).astype(jnp.float32)
 

@@ -7,7 +7,7 @@ import pytest
 
 from deepseek_jax.launch import _bench_kernels
 from deepseek_jax.precision.quantize import quantize_blocks
-from pallas_kernels import mosaic_gpu
+from pallas_kernels import mosaic_gpu, tile_table
 from pallas_kernels.fp8_matmul import fp8_matmul, gpu, tiles
 from pallas_kernels.quantize.reference import quantize_rows
 
@@ -101,6 +101,7 @@ def test_a_device_that_is_no_hopper_gpu_is_reported():
 
 
 SMALL = {"rows": 64, "columns": 64, "stages": 2}
+WIDE = {"stages": 4, "store_columns": 128}
 
 
 @pytest.mark.slow
@@ -112,10 +113,12 @@ SMALL = {"rows": 64, "columns": 64, "stages": 2}
         ((64, 320, 256), (128, 128), tiles.Tiles(64, 256, cluster="columns", stages=2, store_slots=2)),
         ((300, 320, 384), (1, 128), tiles.Tiles(128, 128, cluster="rows", stages=2)),
         ((72, 200, 384), (1, 128), tiles.Tiles(**SMALL, warpgroups=1, splits=2)),
+        ((64, 1000, 640), (128, 128), tiles.Tiles(64, 128, warpgroups=1, in_flight=2, together=2, tail=96, **WIDE)),
+        ((192, 640, 384), (1, 128), tiles.Tiles(128, 128, stages=2, chunk_columns=64, in_flight=2, tail=64)),
     ],
 )
 def test_the_kernel_is_the_reference(shape, w_block, choice):
-    """Tiles that reach beyond the matrix, both kinds of scales, clusters, many tiles per CTA, a split contraction."""
+    """Tiles beyond the matrix, both kinds of scales, clusters, many tiles per CTA, split contraction, narrow tiles."""
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
     problem = operands(*shape, w_block)
@@ -133,8 +136,13 @@ def test_the_chosen_tiles_cover_every_output_and_every_block_once(shape, out_dty
     m, n, k = shape
     choice = tiles.choose(m, n, k, w_block, out_dtype, n_processors)
     plan = gpu.Plan(m, n, -(-k // 128), choice, w_block[0] == 1, out_dtype, False, n_processors)
-    for size, tile, ctas, count in zip((m, n), choice.cta, choice.cluster_shape, plan.grid, strict=True):
-        assert (count - 1) * tile * ctas < size <= count * tile * ctas
+    first = 0
+    for part in plan.parts:
+        assert part.first_column == first and part.n_clusters == plan.n_clusters
+        for size, tile, ctas, count in zip((m, part.n), part.tiles.cta, choice.cluster_shape, part.grid, strict=True):
+            assert (count - 1) * tile * ctas < size <= count * tile * ctas
+        first += part.n
+    assert first == n
     assert (plan.splits - 1) * plan.blocks_per_split < plan.blocks <= plan.splits * plan.blocks_per_split
     assert len(plan.chunks) * 64 * plan.chunk_columns * choice.warpgroups == choice.cta[0] * choice.cta[1]
     assert 1 <= plan.n_clusters * max(*choice.cluster_shape, plan.splits) <= n_processors
@@ -147,6 +155,7 @@ def test_the_chosen_tiles_cover_every_output_and_every_block_once(shape, out_dty
     "sizes",
     [
         {"rows": 32, "columns": 128},
+        {"rows": 64, "columns": 80},
         {"rows": 64, "columns": 96},
         {"rows": 64, "columns": 16, "store_columns": 16},
         {"rows": 64, "columns": 128, "store_columns": 256},
@@ -154,8 +163,52 @@ def test_the_chosen_tiles_cover_every_output_and_every_block_once(shape, out_dty
     ],
 )
 def test_tiles_that_the_hardware_does_not_take_are_reported(sizes):
-    with pytest.raises(ValueError, match="expected a multiple of 64 by|no multiple of 128 bytes|one of the two"):
+    expected = (
+        "expected a multiple of 64 by|expected a divisor|no multiple of 128 bytes|expected no cluster and no tail"
+    )
+    with pytest.raises(ValueError, match=expected):
         tiles.Tiles(**sizes)
+
+
+def table(**microseconds):
+    """A table of two shapes."""
+    times = {(4096, 7168, 2048): microseconds, (4096, 24576, 1536): {name: 3 * us for name, us in microseconds.items()}}
+    return tile_table.Table("a chip", 132, "0.11.2", "2026-11-28", {tiles.FORWARD: times})
+
+
+def test_the_fastest_tiles_of_the_table_are_chosen():
+    for name in tiles.VARIANTS[tiles.FORWARD]:
+        times = table(**{other: 100.0 + (other != name) for other in tiles.VARIANTS[tiles.FORWARD]})
+        choice = tiles.fastest(tiles.FORWARD, 4096, 7168, 2048, times, 132)
+        assert choice == tiles.with_tail(tiles.VARIANTS[tiles.FORWARD][name], 4096, 7168, 132)
+
+
+def test_a_shape_that_is_not_in_the_table_gets_tiles_that_leave_few_processors_idle():
+    """4,096 x 4,096 outputs are 3.9 rounds of WIDE and 5.3 of TALL, the last of which is as long as a whole one."""
+    times = table(WIDE=110.0, TALL=110.0)
+    assert tiles.fastest(tiles.FORWARD, 4096, 4096, 7168, times, 132) == tiles.WIDE
+    slow = table(WIDE=220.0, TALL=110.0)
+    assert tiles.fastest(tiles.FORWARD, 4096, 4096, 7168, slow, 132).warpgroups == 3
+
+
+@pytest.mark.parametrize("m, n", [(4096, 2112), (4096, 4096), (7168, 2048), (300, 640), (5, 128)])
+@pytest.mark.parametrize("name", ["TALL", "SQUARE"])
+def test_narrow_last_tiles_are_taken_where_they_save_a_part_of_a_round(m, n, name):
+    plain = tiles.VARIANTS[tiles.FORWARD][name]
+    choice = tiles.with_tail(plain, m, n, 132)
+    assert choice.rounds(m, n, 132) <= (0.98 if choice.tail else 1) * plain.rounds(m, n, 132)
+    assert choice.whole_columns(m, n, 132) <= n
+    if (m, n, name) == (4096, 2112, "TALL"):  # 2.75 rounds of 128 columns: two of them, then 576 columns in one round
+        assert (choice.tail, choice.whole_columns(m, n, 132)) == (96, 1536)
+
+
+def test_the_committed_table_has_a_row_per_shape_of_the_bench():
+    known = tile_table.load(tile_table.file_of("NVIDIA H200"))
+    shapes = [shape for shape in _bench_kernels.parsed(_bench_kernels.FORWARD, 3) if shape[0] > tiles.FEW]
+    assert list(known.microseconds[tiles.FORWARD]) == shapes
+    for operation, variants in tiles.VARIANTS.items():
+        for times in known.microseconds[operation].values():
+            assert set(times) == set(variants)
 
 
 def test_the_bench_reads_shapes():

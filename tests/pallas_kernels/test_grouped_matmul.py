@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.precision.quantize import quantize_blocks
-from pallas_kernels import mosaic_gpu
+from pallas_kernels import mosaic_gpu, tile_table
 from pallas_kernels.grouped_matmul import (
     grouped_fp8_matmul,
     grouped_fp8_weight_gradient,
@@ -243,7 +243,14 @@ def test_the_kernels_are_the_reference(counts, align, choice):
 
 @pytest.mark.slow
 @interpreted
-@pytest.mark.parametrize("choice", [SMALL, tiles.Tiles(64, 256, cluster="columns", stages=2, store_columns=128)])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        SMALL,
+        tiles.Tiles(64, 256, cluster="columns", stages=2, store_columns=128),
+        tiles.Tiles(128, 128, warpgroups=1, stages=2, chunk_columns=64, in_flight=2),
+    ],
+)
 def test_the_fp8_kernels_are_the_reference(choice):
     counts, options = [70, 0, 3, 58], {"tiles": choice, "out_dtype": jnp.float32, **interpreter()}
     (x, x_scale), w, _, _ = fp8_problem(200, 256, 384, 4)
@@ -265,7 +272,7 @@ def test_tiles_that_the_hardware_does_not_take_are_reported(rows, columns):
         tiles.Tiles(rows, columns)
 
 
-CHOICES = [tiles.WIDE, tiles.WIDE_FLOAT32, tiles.THREE, tiles.SQUARE, tiles.SQUARE_FLOAT32]
+CHOICES = [tiles.WIDE, tiles.WIDE_FLOAT32, tiles.THREE, tiles.SQUARE, tiles.SQUARE_FLOAT32, tiles.GRADIENT]
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -295,8 +302,8 @@ def test_warpgroups_ask_for_no_more_registers_than_the_cta_starts_with(choice):
 @pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
 def test_the_chosen_tiles_fit_into_shared_memory(dtype, out_dtype, group_rows):
-    choice = tiles.choose(dtype, out_dtype, group_rows)
-    gradient = tiles.choose(dtype, out_dtype, 0)
+    choice = tiles.choose(dtype, out_dtype, 4, 4 * group_rows, 640, 512)
+    gradient = tiles.choose_for_weights(dtype, out_dtype)
     for plan in (
         rows.RowsPlan(4, 64, 256, dtype, out_dtype, choice, 132, True, k=256, transposed=True),
         weights.WeightsPlan(4, 256, 256, dtype, out_dtype, gradient, 132, True),
@@ -304,3 +311,10 @@ def test_the_chosen_tiles_fit_into_shared_memory(dtype, out_dtype, group_rows):
         buffers = [buffer for buffer in plan.scratch() if hasattr(buffer, "dtype")]
         size = sum(np.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize for buffer in buffers)
         assert 100_000 < size < 232_448 - 1024  # barriers take a few hundred bytes
+
+
+def test_groups_of_a_size_get_the_tiles_that_were_the_fastest_for_groups_most_like_it():
+    times = {(4, 8192, 640, 512): {"THREE": 1.0, "SQUARE": 2.0}, (32, 256, 640, 512): {"THREE": 2.0, "SQUARE": 1.0}}
+    table = tile_table.Table("a chip", 132, "0.11.2", "2026-11-28", {tiles.FP8: times})
+    assert tiles.fastest(table, (8, 5000, 640, 512)) == tiles.THREE
+    assert tiles.fastest(table, (8, 300, 640, 512)) == tiles.fastest(table, (8, 0, 640, 512)) == tiles.SQUARE
