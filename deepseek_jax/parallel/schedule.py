@@ -37,17 +37,11 @@ Place = tuple[int, int]  # rank, chunk
 
 @dataclass(frozen=True)
 class Schedule:
-    """What every rank does.
+    """What every rank does."""
 
-    Attributes:
-        orders: the ops of each rank, in order.
-        lanes: the places that a micro-batch passes, in the order of the stages.
-        micro_batches: of each lane.
-    """
-
-    orders: tuple[tuple[Op, ...], ...]
-    lanes: tuple[tuple[Place, ...], ...]
-    micro_batches: int
+    orders: tuple[tuple[Op, ...], ...]  # the ops of each rank, in order
+    lanes: tuple[tuple[Place, ...], ...]  # the places that a micro-batch passes, in the order of the stages
+    micro_batches: int  # of each lane
 
     def neighbours(self) -> tuple[dict[Place, Place], dict[Place, Place]]:
         """Returns the place before and the place after each place; the ends of a lane have none."""

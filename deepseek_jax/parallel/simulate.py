@@ -14,19 +14,12 @@ from deepseek_jax.parallel.schedule import Op, Part, Schedule
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds per stage and micro-batch.
+    """Seconds per stage and micro-batch."""
 
-    Attributes:
-        forward: F.
-        backward: B and W together.
-        weights: W.
-        both: F, B and W as one op.
-    """
-
-    forward: float
-    backward: float
-    weights: float
-    both: float
+    forward: float  # F
+    backward: float  # B and W together
+    weights: float  # W
+    both: float  # F, B and W as one op
 
     def seconds(self, op: Op) -> float:
         """Returns the time of an op; raises KeyError for an op that no schedule has."""

@@ -46,17 +46,13 @@ def nothing(equation: core.JaxprEqn) -> bool:
 
 @dataclass(frozen=True)
 class Split:
-    """The three programs of a stage; `early`, `late` and `stash` are lists of arrays.
+    """The three programs of a stage; `early`, `late` and `stash` are lists of arrays."""
 
-    Attributes:
-        forward: (weights, x, rest) -> (y, report, early, late).
-        backward: (weights, rest, dy, early, late) -> (dx, stash).
-        weights: (weights, rest, late, stash) -> gradient of the weights.
-    """
-
+    # (weights, x, rest) -> (y, report, early, late)
     forward: Callable[[Tree, Tree, Tree], tuple[Tree, Tree, Arrays, Arrays]]
+    # (weights, rest, dy, early, late) -> (dx, stash)
     backward: Callable[[Tree, Tree, Tree, Arrays, Arrays], tuple[Tree, Arrays]]
-    weights: Callable[[Tree, Tree, Arrays, Arrays], Tree]
+    weights: Callable[[Tree, Tree, Arrays, Arrays], Tree]  # (weights, rest, late, stash) -> gradient of the weights
 
 
 def split(stage: Callable, weights: Tree, x: Tree, rest: Tree, saveable: Saveable = everything) -> Split:

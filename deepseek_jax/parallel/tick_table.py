@@ -31,27 +31,17 @@ Branch = tuple[tuple[str, int, int], ...]  # what an op runs: (kind of part, chu
 
 @dataclass(frozen=True)
 class TickTable:
-    """The table of a schedule; arrays are int32, ticks by ranks.
+    """The table of a schedule; arrays are int32, ticks by ranks."""
 
-    Attributes:
-        branches: what there is to run; the first one is nothing.
-        branch: index of what a rank runs.
-        micro_batch: by kind of part, index among all micro-batches of all lanes.
-        chunk: by kind of part.
-        read: by pool, the slot that the op reads.
-        write: by pool, the slot that the op fills ("early", "late", "stash").
-        arrive: by pool ("x", "dy") and source, the slot for what arrives from there after the tick.
-        slots: by pool, how many there are; the slot of this number takes what nobody reads.
-    """
-
-    branches: tuple[Branch, ...]
-    branch: np.ndarray
-    micro_batch: dict[str, np.ndarray]
-    chunk: dict[str, np.ndarray]
-    read: dict[str, np.ndarray]
-    write: dict[str, np.ndarray]
+    branches: tuple[Branch, ...]  # what there is to run; the first one is nothing
+    branch: np.ndarray  # index of what a rank runs
+    micro_batch: dict[str, np.ndarray]  # by kind of part, index among all micro-batches of all lanes
+    chunk: dict[str, np.ndarray]  # by kind of part
+    read: dict[str, np.ndarray]  # by pool, the slot that the op reads
+    write: dict[str, np.ndarray]  # by pool, the slot that the op fills ("early", "late", "stash")
+    # by pool ("x", "dy") and source, the slot for what arrives from there after the tick
     arrive: dict[str, dict[str, np.ndarray]]
-    slots: dict[str, int]
+    slots: dict[str, int]  # by pool, how many there are; the slot of this number takes what nobody reads
 
 
 Key = tuple[int, int, int]  # rank, chunk, micro-batch

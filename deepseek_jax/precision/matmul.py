@@ -62,13 +62,9 @@ class Matmul(Protocol):
 
 @dataclass(frozen=True)
 class PlainMatmul:
-    """Products in the dtype of the activations, to which the weights are cast; every backend sums them in float32.
+    """Products in the dtype of the activations, to which the weights are cast; every backend sums them in float32."""
 
-    Attributes:
-        kernels: the implementation of `grouped`.
-    """
-
-    kernels: Kernels = XLA
+    kernels: Kernels = XLA  # the implementation of `grouped`
 
     align: ClassVar[int] = 1
     wire: ClassVar[Wire] = AS_IS

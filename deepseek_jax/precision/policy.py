@@ -29,17 +29,12 @@ from deepseek_jax.precision.matmul import Matmul, PlainMatmul
 
 @dataclass(frozen=True)
 class Policy:
-    """The number formats of a run.
+    """The number formats of a run."""
 
-    Attributes:
-        compute: dtype of the activations.
-        matmul: makes what multiplies them with weights, from the kernels it may use.
-        weights: dtype of the weights that `matmul` is given.
-    """
-
-    compute: DTypeLike
+    compute: DTypeLike  # dtype of the activations
+    # makes what multiplies them with weights, from the kernels it may use
     matmul: Callable[[Kernels], Matmul] = PlainMatmul
-    weights: DTypeLike = jnp.float32
+    weights: DTypeLike = jnp.float32  # dtype of the weights that `matmul` is given
 
 
 POLICIES = {
