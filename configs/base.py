@@ -27,9 +27,12 @@ def get_config() -> ConfigDict:
     release.end_ids = ()  # ids at which generation stops, besides those and the tokenizer's
 
     mesh = config.mesh = ConfigDict()
-    mesh.pipe = 1  # pipeline stages; more than one is for the planner as yet
+    mesh.pipe = 1  # devices along the pipeline
     mesh.data = -1  # devices along the data axis; -1 takes all that are left
     mesh.expert = 1  # devices that share out the routed experts
+
+    pipeline = config.pipeline = ConfigDict()  # where mesh.pipe > 1; run.micro_batches go through it
+    pipeline.schedule = "1f1b"  # gpipe, 1f1b, zb1p, dualpipe or dualpipev (V3 section 3.2.1)
 
     # Logical axis of a weight -> mesh axis it is split over ("" keeps it whole). embed="data" gives FSDP.
     sharding = config.sharding = ConfigDict()

@@ -23,12 +23,14 @@ from deepseek_jax.kernels import Kernels
 from deepseek_jax.models import family
 from deepseek_jax.parallel.sharding import EXPERTS, is_axes
 from deepseek_jax.plan import flops
-from deepseek_jax.plan.network import describe
+from deepseek_jax.plan.layout import end_in_layers
+from deepseek_jax.plan.network import Network, describe
 from deepseek_jax.precision.policy import policy
 from deepseek_jax.run_bounds import default_values
 from deepseek_jax.saved_config import from_json, leaves
 from deepseek_jax.train.loss import PreTraining
 from deepseek_jax.train.optimizers import Schedule, adamw
+from deepseek_jax.train.pipelined import Pipeline
 from deepseek_jax.train.ramp import BatchRamp
 from deepseek_jax.train.step import State, StepConfig, Trainer
 from deepseek_jax.weights import WEIGHTS, open_weights
@@ -45,6 +47,7 @@ def trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
     sizes = module.Config.from_config(config.model)
     loss = config.loss.to_dict()
     step = {name: loss.pop(name) for name in ("clip_norm", "balance_rate", "balance_rate_stop")}
+    network = describe(module, sizes)
     made = Trainer(
         lambda run, rngs: module.Model(sizes, run, rngs=rngs),
         mesh,
@@ -52,16 +55,22 @@ def trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
         PreTraining(mask_documents=config.data.mask_documents, **loss),
         adamw(**config.optimizer),
         StepConfig(rate=Schedule(**config.schedule), micro_batches=run.micro_batches, **step),
+        pipeline=pipeline(config, network),
         compute=precision.compute,
         matmul=precision.matmul,
         weights=precision.weights,
         kernels=Kernels(**config.kernels),
         remat=run.remat,
         unroll=run.unroll,
-        flops_per_token=lambda seq_len: flops.training(describe(module, sizes), seq_len),
+        flops_per_token=lambda seq_len: flops.training(network, seq_len),
     )
     check_effects(config, made)
     return made
+
+
+def pipeline(config: ConfigDict, network: Network) -> Pipeline:
+    """Returns how a run divides its layers along the pipeline, if its mesh has one: as `deepseek-jax plan` does."""
+    return Pipeline(config.pipeline.schedule, end_in_layers(network, config.data.seq_len, slow=1.0))
 
 
 def check_effects(config: ConfigDict, trainer: Trainer) -> None:
@@ -88,13 +97,16 @@ def check_effects(config: ConfigDict, trainer: Trainer) -> None:
             )
 
 
-def batch_ramp(config: ConfigDict, n_devices: int) -> BatchRamp:
-    """Returns how the batch grows. Raises UserError if it does not divide over the devices and micro-batches."""
-    ramp, multiple = BatchRamp(**config.batch), n_devices * config.run.micro_batches
+def batch_ramp(config: ConfigDict, n_replicas: int) -> BatchRamp:
+    """Returns how the batch grows. Raises UserError if it does not divide over the devices and micro-batches.
+
+    `n_replicas` are the devices among which a batch is split: all but those along the pipeline (`mesh.REPLICAS`).
+    """
+    ramp, multiple = BatchRamp(**config.batch), n_replicas * config.run.micro_batches
     for key, size in (("size", ramp.size), ("size_start", ramp.start)):
         if size % multiple:
             raise UserError(
-                f"config.batch.{key}={size} does not divide over {n_devices} devices x "
+                f"config.batch.{key}={size} does not divide over {n_replicas} devices x "
                 f"{config.run.micro_batches} micro-batches. Choose a multiple of {multiple}."
             )
     return ramp
@@ -111,7 +123,7 @@ def first_state(config: ConfigDict, trainer: Trainer, workdir: Path, report: Cal
     if jax.process_index() == 0:
         copy_files(release.files_to_keep(config), workdir)
     source = open_weights(config.run.init_from)
-    weights = source.read({name: trainer.abstract[name] for name in WEIGHTS})
+    weights = source.read({name: trainer.stored[name] for name in WEIGHTS})
     report(f"weights of {config.run.init_from}")
     for change in differences(source.config.model, config.model):
         report(f"other than there: config.model.{change}")

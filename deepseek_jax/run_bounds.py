@@ -14,6 +14,7 @@ from deepseek_jax.bounds import LARGEST, MOST_POSITIONS, SEED, STEPS, Bound
 from deepseek_jax.configs import base
 from deepseek_jax.errors import UserError
 from deepseek_jax.kernels import TABLE
+from deepseek_jax.parallel.schedule import SCHEDULES
 from deepseek_jax.saved_config import RENAMED, leaves
 
 DEVICES = 1_000_000_000
@@ -39,6 +40,7 @@ BOUNDS: dict[str, Bound] = {
     "mesh.pipe": bounds.whole(1, DEVICES),
     "mesh.data": bounds.besides(bounds.whole(1, DEVICES), -1),
     "mesh.expert": bounds.whole(1, DEVICES),
+    "pipeline.schedule": bounds.one_of(*SCHEDULES),
     "sharding.experts": MESH_AXIS,
     "sharding.embed": MESH_AXIS,
     "sharding.vocab": MESH_AXIS,

@@ -87,14 +87,14 @@ class Ours:
         import numpy as np
 
         from deepseek_jax import run
-        from deepseek_jax.parallel.mesh import make_mesh
+        from deepseek_jax.parallel.mesh import REPLICAS, make_mesh, size
 
         self.shape = (config.batch.size, config.data.seq_len)
         self.vocab_size = config.model.vocab_size
         self.tokens = np.random.default_rng(1)
         begin = time.perf_counter()
         mesh = make_mesh(**config.mesh)
-        run.batch_ramp(config, mesh.size)  # checks that the batch divides over the devices
+        run.batch_ramp(config, size(mesh, REPLICAS))  # checks that the batch divides over the devices
         self.trainer = run.trainer(config, mesh)
         self.state = self.trainer.init(config.seed)
         self.step = self.trainer.step.lower(self.state, self.batch()).compile()

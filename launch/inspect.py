@@ -12,7 +12,7 @@ The mesh may be of any size: its devices need not be here. Without --devices, --
 # deepseek_jax.launch.inspect, and no file of this folder is meant to be run by its path.
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -61,19 +61,14 @@ def main(argv: list[str]) -> int:
     else:
         config = run_config.validate(options.config)
         origin = config.name
-        if config.mesh.pipe != 1:
-            raise UserError(
-                f"config.mesh.pipe={config.mesh.pipe}: inspect does not support pipeline stages (deepseek-jax plan "
-                "does). Set --config.mesh.pipe=1."
-            )
     if options.show_config:
         print("\n".join(run_config.assignments(config)))
         return 0
     from deepseek_jax.parallel.mesh import sizes
 
-    mesh = {axis: n for axis, n in sizes(**config.mesh, n_devices=options.devices).items() if axis != "pipe"}
+    mesh = sizes(**config.mesh, n_devices=options.devices)
     weights, totals = inspect(config, mesh)
-    shown = " x ".join(f"{axis} {n}" for axis, n in mesh.items())
+    shown = " x ".join(f"{axis} {n}" for axis, n in mesh.items() if axis != "pipe" or n > 1)
     print(f"{origin}: family {config.family}, mesh {shown} ({math.prod(mesh.values()):,} devices)\n")
     if options.workdir or config.run.init_from:
         print("\n".join([*numbers(config), ""]))
@@ -98,14 +93,26 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
 
     from deepseek_jax.abstract_model import AHEAD, abstract_module, count_parameters
     from deepseek_jax.layers.base import logical_axes, split
+    from deepseek_jax.models import family
     from deepseek_jax.parallel.sharding import bytes_per_device, placements
+    from deepseek_jax.plan.network import describe
+    from deepseek_jax.run import pipeline
     from deepseek_jax.tree import dotted, size
 
-    module = abstract_module(config)
+    module: Any = abstract_module(config)
     _, params, router_bias = split(module)
     axes, bias_axes = logical_axes(module)
+    sizes = {"pipe": 1, **sizes}
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    main_count, ahead_count = count_parameters(params)
+    parts = [(name, size(part)) for name, part in params.items() if name != AHEAD]
+    biases_count = size(router_bias)
+    if sizes["pipe"] > 1:
+        network = describe(family(config.family), module.config)
+        layout = pipeline(config, network).layout(module, sizes["pipe"], config.run.micro_batches)
+        params, router_bias = (jax.eval_shape(layout.staged, tree) for tree in (params, router_bias))
     places = placements(axes, params, config.sharding.to_dict(), mesh)
+    bias_places = placements(bias_axes, router_bias, {}, mesh)
     moments_dtype = config.optimizer.moments_dtype
 
     def weight(path: tuple, array: jax.ShapeDtypeStruct, logical: tuple, place: "Placement") -> Weight:
@@ -116,18 +123,16 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
             optimizer_bytes=2 * bytes_per_device(moment, place.optimizer_spec, mesh),
         )
 
-    def bias(path: tuple, array: jax.ShapeDtypeStruct, logical: tuple) -> Weight:
-        whole, n_bytes = (None,) * len(array.shape), array.size * array.dtype.itemsize
-        return Weight(dotted(path), array.shape, str(array.dtype), logical, whole, n_bytes, 0)
+    def bias(path: tuple, array: jax.ShapeDtypeStruct, logical: tuple, place: "Placement") -> Weight:
+        n_bytes = bytes_per_device(array, place.spec, mesh)
+        return Weight(dotted(path), array.shape, str(array.dtype), logical, tuple(place.spec), n_bytes, 0)
 
     trees = jax.tree_util.tree_map_with_path(weight, params, axes, places)
-    biases = jax.tree_util.tree_map_with_path(bias, router_bias, bias_axes)
+    biases = jax.tree_util.tree_map_with_path(bias, router_bias, bias_axes, bias_places)
     rows = [row for tree in (trees, biases) for row in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Weight))]
-    main_count, ahead_count = count_parameters(params)
-    parts = [(name, size(part)) for name, part in params.items() if name != AHEAD]
     totals = [(f"  {name}", f"{count:,}") for name, count in parts]
     totals += [("main model", millions(main_count)), ("multi-token prediction", millions(ahead_count))]
-    totals += [("router biases", f"{size(router_bias):,}")]
+    totals += [("router biases", f"{biases_count:,}")]
     return rows, totals
 
 

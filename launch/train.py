@@ -159,8 +159,8 @@ def resumed(
         return 0, None, []
     saved = checkpoints.read_meta()[1]
     run.check_same_run(config, text, saved, workdir)
-    start, state, _ = checkpoints.restore(trainer.abstract)
-    return start, state, run.differences(from_json(saved["config"]), config)
+    start, stored, _ = checkpoints.restore(trainer.stored)
+    return start, trainer.load(stored), run.differences(from_json(saved["config"]), config)
 
 
 def prepare(config: ConfigDict, workdir: Path) -> tuple:
@@ -173,12 +173,12 @@ def prepare(config: ConfigDict, workdir: Path) -> tuple:
     from deepseek_jax import run
     from deepseek_jax.data.pipeline import open_splits, settled
     from deepseek_jax.data.tokenizer import open_tokenizer
-    from deepseek_jax.parallel.mesh import make_mesh
+    from deepseek_jax.parallel.mesh import REPLICAS, make_mesh, size
 
     if config.precision == "fp32":  # GPUs and TPUs would otherwise round the operands of a matmul
         jax.config.update("jax_default_matmul_precision", "highest")
     mesh = make_mesh(**config.mesh)
-    ramp = run.batch_ramp(config, mesh.size)
+    ramp = run.batch_ramp(config, size(mesh, REPLICAS))
     _beginning.check_sizes(config)
     config.data.update(settled(config.data))
     data = {**config.data, "tokenizer": open_tokenizer(config.data.tokenizer)}

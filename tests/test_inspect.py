@@ -55,9 +55,22 @@ def test_an_expert_axis_that_does_not_divide_is_refused_by_name():
     assert "config.mesh.expert" in str(error.value)
 
 
-def test_a_pipeline_is_refused_rather_than_left_out():
-    with pytest.raises(UserError, match="config.mesh.pipe=2: inspect does not support pipeline"):
-        inspect.main(["--config=tiny_v3", "--config.mesh.pipe=2"])
+def test_layers_are_split_along_a_pipeline(capsys):
+    """Each rank holds as many layers as the fullest stage; parameters are counted once."""
+    assert inspect.main(["--config=tiny_v3"]) == 0
+    whole = capsys.readouterr().out
+    assert inspect.main(["--config=tiny_v3", "--config.mesh.pipe=2"]) == 0
+    out = capsys.readouterr().out
+    assert "mesh pipe 2 x data 1 x expert 1 (2 devices)" in out
+    (row,) = [line for line in out.splitlines() if line.startswith("moe_blocks.experts.router.centroids_DE")]
+    assert "pipe" in row
+    totals = [text[text.index("main model") :].splitlines()[:3] for text in (whole, out)]
+    assert totals[0] == totals[1]
+
+
+def test_more_stages_than_layers_are_refused():
+    with pytest.raises(UserError, match="16 stages for .* layers. Choose a config.mesh.pipe of at most"):
+        inspect.main(["--config=tiny_v3", "--config.mesh.pipe=16"])
 
 
 def test_the_resolved_config_can_be_pasted_into_a_file(capsys):

@@ -24,6 +24,7 @@ from deepseek_jax.precision.matmul import PLAIN, Matmul
 
 Tree = dict  # a nested dict with arrays (or one value per array) as leaves
 Unshard = Callable[[nnx.Module], None]
+Fetch = tuple[int, Callable[[Any, jax.Array], Any]]  # L; (this rank's weights, number of the layer) -> its weights
 
 
 class RouterBias(nnx.Variable):
@@ -37,13 +38,19 @@ class Execution:
     compute: DTypeLike = jnp.float32  # dtype of the activations
     # what is kept for the backward pass: "none" keeps all, "dots" the matmul outputs, "block" block inputs
     remat: str = "none"
-    unroll: int = 1  # stacked layers that one turn of the loop over layers runs; more compile longer and copy less
+    # stacked layers that one turn of the loop over layers runs; more compile longer and copy less; 0: no loop at all,
+    # so that a pipeline can divide the backward pass of each layer
+    unroll: int = 1
     matmul: Matmul = PLAIN  # multiplies activations with weights
     kernels: Kernels = XLA  # the implementation of each operation that has several
     # mesh axis over which the routed experts are shared out; None when all of them are here
     expert_axis: str | None = None
     # gathers, in place, the weights of a module that are stored in shards (FSDP); None when all are whole
     unshard: Unshard | None = None
+    # of a stack whose layers the ranks of a pipeline share out: (number of layers, function that gathers one of them)
+    fetch: Callable[[str], Fetch] | None = None
+    # rows of the buffers in which so many tokens are sent to their experts' devices; None: as many as a step needs
+    buffer_rows: Callable[[int], int] | None = None
 
 
 SINGLE_DEVICE = Execution()  # float32 on one device
@@ -115,6 +122,7 @@ def run_stack(
     call: Callable,
     extras: Tree | None = None,
     layers: slice | None = None,
+    fetch: Fetch | None = None,
 ) -> tuple[Any, Any]:
     """Runs stacked blocks one after the other: for each layer, `x, y = call(block, x, extra)`.
 
@@ -125,6 +133,7 @@ def run_stack(
         call: what one block does; `extra` is the layer's slice of `extras`.
         extras: arrays with a leading axis L (of the layers that run), or None.
         layers: those that run; None: all.
+        fetch: where the weights of the stack come from if other devices hold some; see `Execution`.
 
     Returns the last `x`, and the `y` of all layers stacked on a leading axis L.
     """
@@ -133,13 +142,20 @@ def run_stack(
         weights = jax.tree.map(lambda w: w[layers], weights)
 
     def body(x: Any, layer: tuple) -> tuple[Any, Any]:
-        block_weights, extra = layer
-        block = nnx.merge(definition, block_weights)
+        own, extra = layer
+        block = nnx.merge(definition, fetch[1](weights, own) if fetch else own)
         if run.unshard:
             run.unshard(block)
         return call(block, x, extra)
 
-    return jax.lax.scan(remat(body, run.remat), x, (weights, extras), unroll=run.unroll)
+    rows = jnp.arange(fetch[0]) if fetch else weights
+    if run.unroll:
+        return jax.lax.scan(remat(body, run.remat), x, (rows, extras), unroll=run.unroll)
+    found = []
+    for i in range(len(jax.tree.leaves(rows)[0])):
+        x, y = body(x, jax.tree.map(lambda a, i=i: a[i], (rows, extras)))
+        found.append(y)
+    return x, jax.tree.map(lambda *ys: jnp.stack(ys), *found)
 
 
 REMAT = ("none", "dots", "block")

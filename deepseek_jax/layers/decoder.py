@@ -104,8 +104,9 @@ class Decoder(nnx.Module):
         kept, statistics = {}, {}
         for name in self.stacks if part is None else part:
             cached, layers = cache and cache[name], None if part is None else part[name]
+            fetch = self.run.fetch and self.run.fetch(name)
             x_BTD, (kept[name], statistics[name]) = run_stack(
-                getattr(self, name), x_BTD, self.run, call, cached, layers
+                getattr(self, name), x_BTD, self.run, call, cached, layers, fetch
             )
         return x_BTD, kept, statistics
 

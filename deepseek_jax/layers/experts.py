@@ -94,6 +94,7 @@ class Experts(nnx.Module):
         narrow, axes = (c.n_experts, c.expert_width, d_model), ("experts", "mlp", "embed")
         self.down_XFD = param(rngs, narrow, axes, init, role="down")
         self.balance, self.expert_axis, self.matmul = balance, run.expert_axis, run.matmul
+        self.buffer_rows = run.buffer_rows
 
     def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Statistics]:
         """Returns (y_BTD, loads and balance losses); padding goes to no routed expert and counts nowhere."""
@@ -102,10 +103,12 @@ class Experts(nnx.Module):
     def dispatch(self, x_BTD: jax.Array, tokens: Tokens, capacity: int | None = None) -> Routed:
         """Chooses each token's experts and, with a capacity, sends the tokens there.
 
-        `capacity` is the rows of the exchange's buffers (`alltoall.capacities`); None: `compute` holds the whole
-        exchange, in buffers of the size that is needed.
+        `capacity` is the rows of the exchange's buffers (`alltoall.capacities`); None: as `run.buffer_rows` says, or
+        else `compute` holds the whole exchange, in buffers of the size that is needed.
         """
         routing = without_padding(self.router(x_BTD), tokens.real_BT)
+        if capacity is None and self.buffer_rows is not None:
+            capacity = self.buffer_rows(x_BTD[..., 0].size)
         if capacity is None or self.expert_axis is None:
             return Routed(x_BTD, routing, None)
         n_local, axis, wire = self.gate_XDF.shape[0], self.expert_axis, self.matmul.wire

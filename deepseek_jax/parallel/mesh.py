@@ -1,7 +1,7 @@
 """The device mesh of a run, and the one way in which per-device code is run on it.
 
-Axes: `data` (replicas of the experts) and `expert` (the routed experts are shared out over it). The batch is split
-over both together: as in DeepSeek's layout, expert ranks hold different tokens.
+Axes: `pipe` (stages of a pipeline), `data` (replicas of the experts) and `expert` (the routed experts are shared out
+over it). The batch is split over the last two together: as in DeepSeek's layout, expert ranks hold different tokens.
 """
 
 import math
@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.errors import UserError
 
-DATA, EXPERT = "data", "expert"
-ALL = (DATA, EXPERT)  # all devices: what is summed once for the whole run
+PIPE, DATA, EXPERT = "pipe", "data", "expert"
+ALL = (PIPE, DATA, EXPERT)  # all devices: what is summed once for the whole run
 REPLICAS = (DATA, EXPERT)  # devices that share out a batch, with the same layers
 BATCH = P(REPLICAS)  # a leading axis split over them
 REPLICATED = P()
@@ -25,29 +25,31 @@ AnyMesh = Mesh | AbstractMesh  # where only sizes matter
 
 
 def make_mesh(data: int = -1, expert: int = 1, devices: list | None = None, pipe: int = 1) -> Mesh:
-    """A mesh of `data` x `expert` devices, axes of type Auto.
+    """A mesh of `pipe` x `data` x `expert` devices, axes of type Auto.
 
     Args:
         data: devices along `data`; -1 takes all that are left.
         expert: devices along `expert`.
         devices: those to use; all of this run's by default.
-        pipe: pipeline stages; 1, for they are planned with only (`deepseek-jax plan`).
+        pipe: devices along `pipe`.
 
-    Raises UserError: the product is not the number of devices, or there is more than one stage.
+    Raises UserError: the product is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    if pipe != 1:
-        raise UserError(
-            f"config.mesh.pipe={pipe}: a run has no pipeline axis yet, only deepseek-jax plan knows it. Set it to 1."
-        )
-    given = f"config.mesh: data={data} x expert={expert}"
-    data = sizes(pipe, data, expert, len(devices) if data == -1 else 0)[DATA]
-    if data * expert > len(devices):
-        raise UserError(f"{given} needs {data * expert} devices, here are {len(devices)}. Make the mesh smaller.")
-    if jax.process_count() > 1 and data * expert != len(devices):
+    given = f"config.mesh: pipe={pipe} x data={data} x expert={expert}"
+    shape = tuple(sizes(pipe, data, expert, len(devices) if data == -1 else 0).values())
+    needed = math.prod(shape)
+    if needed > len(devices):
+        raise UserError(f"{given} needs {needed} devices, here are {len(devices)}. Make the mesh smaller.")
+    if jax.process_count() > 1 and needed != len(devices):
         raise UserError(f"{given} must use all {len(devices)} devices of a run of several processes.")
-    chosen = np.asarray(devices[: data * expert]).reshape(data, expert)
-    return Mesh(chosen, ALL, axis_types=(AxisType.Auto,) * 2)
+    n_here, n_replicas = needed // jax.process_count(), shape[1] * shape[2]
+    if pipe > 1 and n_here % n_replicas and n_replicas % n_here:
+        raise UserError(
+            f"{given} with {n_here} devices per process: a process must hold whole ranks of the pipeline, or a rank "
+            "whole processes. Choose sizes so that one of data x expert and the devices of a process divides the other."
+        )
+    return Mesh(np.asarray(devices[:needed]).reshape(shape), ALL, axis_types=(AxisType.Auto,) * 3)
 
 
 def sizes(pipe: int, data: int, expert: int, n_devices: int) -> dict[str, int]:
@@ -67,7 +69,7 @@ def sizes(pipe: int, data: int, expert: int, n_devices: int) -> dict[str, int]:
         raise UserError(
             f"{given} does not divide the {n_devices} devices. Choose other sizes, or a multiple of {rest} devices."
         )
-    return {"pipe": pipe, DATA: data if data != -1 else max(n_devices // rest, 1), EXPERT: expert}
+    return {PIPE: pipe, DATA: data if data != -1 else max(n_devices // rest, 1), EXPERT: expert}
 
 
 def size(mesh: AnyMesh, axes: tuple[str, ...]) -> int:
@@ -97,6 +99,16 @@ def global_batch(local: Any, mesh: Mesh) -> Any:
     """One global array per host array of `local`, the rows of all processes in order, split over all devices."""
     sharding = NamedSharding(mesh, BATCH)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), local)
+
+
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """(number of this process's share of a batch, number of shares); ranks of a pipeline read the same samples.
+
+    Devices are in the order of the processes, and `pipe` is the outermost axis.
+    """
+    n_replicas, n_here = size(mesh, REPLICAS), mesh.size // jax.process_count()
+    n_shares = max(n_replicas // n_here, 1)
+    return jax.process_index() % n_shares, n_shares
 
 
 def largest(*values: float) -> tuple[float, ...]:

@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.parallel.mesh import PIPE
 from deepseek_jax.parallel.split_backward import Arrays, Split, Tree
 from deepseek_jax.parallel.tick_table import POOLS, SOURCES, Branch, TickTable
-
-PIPE = "pipe"
 
 
 class Made(NamedTuple):
@@ -47,7 +46,7 @@ class Pools(NamedTuple):
 
 
 def run_pipeline(
-    table: TickTable, stages: Sequence[Split], weights: Sequence[Tree], rest: Tree, x: Tree
+    table: TickTable, stages: Sequence[Split], weights: Sequence[Tree], fixed: Sequence[Tree], rest: Tree, x: Tree
 ) -> tuple[Sequence[Tree], Sequence[Tree]]:
     """Runs all micro-batches through all stages, forward and backward; inside `per_device` only.
 
@@ -55,17 +54,20 @@ def run_pipeline(
         table: the schedule.
         stages: the programs of each kind of stage, all with weights, x, report alike.
         weights: of this rank's stage of each chunk.
-        rest: what stages read of a micro-batch, with a leading axis of all micro-batches.
+        fixed: what the stage of each chunk reads besides, without a gradient.
+        rest: what stages read of a micro-batch, with a leading axis of all micro-batches; a stage is given
+            (fixed, rest of the micro-batch) as its `rest`.
         x: shapes of what flows from stage to stage.
 
     Returns:
-        (gradients of the weights, reports), of each chunk, summed over the micro-batches.
+        (gradients of the weights, reports), of each chunk, summed over the micro-batches in float32.
     """
-    shapes = _shapes(stages, weights[0], jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rest), x)
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rest)
+    shapes = _shapes(stages, weights[0], (fixed[0], one), x)
     nothing = jax.tree.map(_zeros, shapes)
     pools = Pools(*(_pool(getattr(shapes, pool), table.slots[pool] + 1) for pool in POOLS))
-    sums = jax.tree.map(lambda a: jnp.zeros((len(weights), *a.shape), a.dtype), (shapes.gradient, shapes.report))
-    branches = [_branch(branch, stages, weights, rest, nothing) for branch in table.branches]
+    sums = jax.tree.map(lambda a: _zero_sums(a, len(weights)), (shapes.gradient, shapes.report))
+    branches = [_branch(branch, stages, weights, fixed, rest, nothing) for branch in table.branches]
     rank = jax.lax.axis_index(PIPE)
 
     def tick(carry: tuple, row: dict) -> tuple[tuple, None]:
@@ -134,6 +136,10 @@ def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.zeros(shape.shape, shape.dtype)
 
 
+def _zero_sums(shape: jax.ShapeDtypeStruct, n_chunks: int) -> jax.Array:
+    return jnp.zeros((n_chunks, *shape.shape), jnp.promote_types(shape.dtype, jnp.float32))
+
+
 def _pool(shapes: Tree, n_slots: int) -> Tree:
     return jax.tree.map(lambda a: jnp.zeros((n_slots, *a.shape), a.dtype), shapes)
 
@@ -147,7 +153,7 @@ def _put(pool: Tree, values: Tree, slot: jax.Array) -> Tree:
 
 
 def _add(sums: Tree, values: Tree, index: jax.Array) -> Tree:
-    return jax.tree.map(lambda a, v: a.at[index].add(v), sums, values)
+    return jax.tree.map(lambda a, v: a.at[index].add(v.astype(a.dtype)), sums, values)
 
 
 def _arrived(pool: Tree, sent: Tree, slots: dict[str, jax.Array], plan: dict[str, np.ndarray]) -> Tree:
@@ -164,7 +170,7 @@ def _arrived(pool: Tree, sent: Tree, slots: dict[str, jax.Array], plan: dict[str
 
 
 def _branch(
-    branch: Branch, stages: Sequence[Split], weights: Sequence[Tree], rest: Tree, nothing: Made
+    branch: Branch, stages: Sequence[Split], weights: Sequence[Tree], fixed: Sequence[Tree], rest: Tree, nothing: Made
 ) -> Callable[[Pools, dict], Made]:
     """Returns the program of an op: it reads buffers, and returns what it makes."""
 
@@ -177,7 +183,8 @@ def _branch(
     def run(pools: Pools, row: dict) -> Made:
         made, own_stash = nothing, None
         for kind, chunk, number in branch:
-            stage, mine, of_batch = stages[number], weights[chunk], _at(rest, row["micro_batch"][kind])
+            stage, mine = stages[number], weights[chunk]
+            of_batch = fixed[chunk], _at(rest, row["micro_batch"][kind])
 
             def read(pool: str, like: Arrays) -> Arrays:
                 places = _places(getattr(nothing, pool), like)

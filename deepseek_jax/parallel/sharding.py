@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.parallel.mesh import REPLICAS, AnyMesh, size
+from deepseek_jax.parallel.mesh import ALL, PIPE, REPLICAS, AnyMesh, size
 from deepseek_jax.tree import dotted
 
 EXPERTS = "experts"
@@ -74,7 +74,7 @@ def placements(axes: dict, shapes: dict, rules: Mapping[str, str], mesh: AnyMesh
 
 
 def _placement(name: str, logical: tuple, shape: tuple, rules: Mapping[str, str], mesh: AnyMesh) -> Placement:
-    split = [rules.get(axis) or None if axis else None for axis in logical]
+    split = [PIPE if axis == LAYERS else rules.get(axis) or None if axis else None for axis in logical]
     split = [axis if axis and mesh.shape[axis] > 1 else None for axis in split]
     for dim, axis in enumerate(split):
         if axis and shape[dim] % mesh.shape[axis]:
@@ -87,7 +87,7 @@ def _placement(name: str, logical: tuple, shape: tuple, rules: Mapping[str, str]
                 f"{name}: {logical[split.index(axis)]} and {logical[dim]} both want mesh axis {axis!r}. "
                 f'Set one of them to "" in config.sharding.'
             )
-    copies = tuple(axis for axis in REPLICAS if axis not in split and mesh.shape[axis] > 1)
+    copies = tuple(axis for axis in ALL if axis not in split and mesh.shape[axis] > 1)
     zero_dim = _zero_dim(split, logical, shape, size(mesh, copies)) if copies else None
     cut: list = list(split)
     if zero_dim is not None:
@@ -99,6 +99,19 @@ def _zero_dim(split: list, logical: tuple, shape: tuple, n_copies: int) -> int |
     """The largest dimension that is still whole and divides by `n_copies`, a stacked one if any does."""
     free = [dim for dim, axis in enumerate(split) if axis is None and shape[dim] % n_copies == 0 and shape[dim]]
     return max(free, key=lambda dim: (logical[dim] in STACKED, shape[dim]), default=None)
+
+
+def without_layers(spec: P, shape: tuple[int, ...], mesh: AnyMesh) -> P:
+    """A spec that splits over the pipeline as well, but not the layers: the largest dimension that divides, if any."""
+    entries = [*spec, *[None] * (len(shape) - len(spec))]
+    if not entries or entries[0] != PIPE:
+        return spec
+    entries[0] = None
+    n_ranks = mesh.shape[PIPE]
+    free = [dim for dim, axis in enumerate(entries) if dim and axis is None and shape[dim] % n_ranks == 0]
+    if free:
+        entries[max(free, key=lambda dim: shape[dim])] = PIPE
+    return P(*entries)
 
 
 def state_specs(state: dict, params: dict, placements: dict) -> dict:

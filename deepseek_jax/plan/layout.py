@@ -14,7 +14,7 @@ from typing import cast
 from jax.sharding import AbstractMesh, Mesh
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.parallel.mesh import REPLICAS, sizes
+from deepseek_jax.parallel.mesh import ALL, sizes
 from deepseek_jax.parallel.stages import divide, slices
 from deepseek_jax.plan.flops import keys_seen
 from deepseek_jax.plan.network import EMBEDDING, HEAD, MTP, Network, Weight
@@ -40,7 +40,7 @@ class Layout:
     @property
     def mesh(self) -> Mesh:
         """The mesh of one stage; its devices need not exist on this machine, since only its sizes are read."""
-        return cast(Mesh, AbstractMesh((self.data, self.expert), REPLICAS))
+        return cast(Mesh, AbstractMesh((1, self.data, self.expert), ALL))
 
     @property
     def sequences(self) -> int:
@@ -127,7 +127,7 @@ def make_stages(
     ends = network.of(*{w.part for w in network.weights} - {*network.stacks, EMBEDDING})
     has_experts = any(map(network.expert_blocks, stacks))
     stages = []
-    counts = divide(parts, n_stages, _end_in_layers(network, seq_len, slow), folded)
+    counts = divide(parts, n_stages, end_in_layers(network, seq_len, slow), folded)
     for number, mine in enumerate(slices(stacks, counts)):
         first, last = number == 0, number == n_stages - 1
         repeats = tuple((name, part.stop - part.start) for name, part in mine.items())
@@ -142,7 +142,7 @@ def make_stages(
     return tuple(stages)
 
 
-def _end_in_layers(network: Network, seq_len: int, slow: float) -> float:
+def end_in_layers(network: Network, seq_len: int, slow: float) -> float:
     """Returns the operations of the head and of multi-token prediction, relative to those of a stack's repeat."""
     pairs = slow * network.flops_per_pair * keys_seen(seq_len, causal=True)
 

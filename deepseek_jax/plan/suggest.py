@@ -37,7 +37,7 @@ STORED: tuple[dict[str, str], ...] = (
     {"vocab": EXPERT, "heads": EXPERT, "embed": DATA},
 )
 PIPES = (1, 2, 4, 8, 16)
-NO_PIPELINE = "a pipeline axis in train"
+NO_PIPELINE = "a train that keeps embedding, head and multi-token prediction at the ends of its pipeline alone"
 NO_BF16 = "bfloat16 weights over sharded float32 ones (recipe bf16)"
 NO_V3 = "FP8 matmuls and V3's recomputation (recipe v3)"
 MOST_DEVICES = 2**17

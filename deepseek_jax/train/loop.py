@@ -16,7 +16,7 @@ import numpy as np
 
 from deepseek_jax.data.pipeline import Batch, Split
 from deepseek_jax.errors import UserError
-from deepseek_jax.parallel.mesh import global_batch, largest
+from deepseek_jax.parallel.mesh import batch_share, global_batch, largest
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 from deepseek_jax.train.metrics import Metrics, bits_per_byte
 from deepseek_jax.train.ramp import BatchRamp, Shares, share
@@ -131,7 +131,7 @@ class Loop:
     def batches(self, start: int) -> Generator[Batch]:
         """The global batches of the steps from `start` on, read ahead."""
         steps = range(start, self.config.steps)
-        for rows in self.training.batches(Shares(self.ramp, steps, jax.process_index(), jax.process_count())):
+        for rows in self.training.batches(Shares(self.ramp, steps, *batch_share(self.trainer.mesh))):
             yield global_batch(rows, self.trainer.mesh)
 
     def check_finite(self, step: int, report: Report) -> None:
@@ -153,9 +153,11 @@ class Loop:
         scalars = {name: getattr(report, name).item() for name in Report._fields if name not in NOT_LOGGED}
         scalars |= {name: loss.item() for name, loss in report.auxiliary.items()}
         scalars["bits_per_byte"] = bits_per_byte(scalars["main"], self.training.bytes_per_token)
-        routers = {"expert_load": report.loads, "router_bias": jax.device_get(state["router_bias"])}
+        biases = self.trainer.store({"router_bias": state["router_bias"]})["router_bias"]
+        routers = {"expert_load": report.loads, "router_bias": jax.device_get(biases)}
         layers = {name: rows_of(tree) for name, tree in routers.items() if tree}
-        n_dense = next((len(leaf) for leaf in jax.tree.leaves(state["params"].get("dense_blocks", {}))), 0)
+        dense = jax.tree.leaves(self.trainer.stored["params"].get("dense_blocks", {}))
+        n_dense = len(dense[0]) if dense else 0
         names = router_names(report.loads, n_dense)
         if not report.loads:
             del scalars["max_violation"]
@@ -172,7 +174,7 @@ class Loop:
         with self.metrics.paused():
             sums, size = np.zeros(3), self.ramp.size
             for first in range(0, min(size * self.config.eval_batches, self.held_out.n_samples), size):
-                start, count = share(first, size, jax.process_index(), jax.process_count())
+                start, count = share(first, size, *batch_share(self.trainer.mesh))
                 rows = self.held_out.rows(start, count)
                 is_new_B = np.arange(start, start + count) < self.held_out.n_samples  # past the end it begins anew
                 rows = rows._replace(weights_BT=rows.weights_BT * is_new_B[:, None])
@@ -187,7 +189,7 @@ class Loop:
     def save(self, step: int, state: State) -> None:
         """Hands the state to the checkpointer, which writes while training continues."""
         with self.metrics.paused():
-            self.checkpoints.save(step, state, self.meta)
+            self.checkpoints.save(step, self.trainer.store(state), self.meta)
 
 
 def rows_of(tree: dict) -> np.ndarray:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.block import Statistics
+from deepseek_jax.layers.decoder import Depth, Part
 from deepseek_jax.layers.mtp import shift_left
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.train.cross_entropy import IGNORE
@@ -67,6 +68,17 @@ def totals(batch: "Batch") -> Totals:
     return Totals(weight, jnp.sum(jnp.any(batch.segments_BT > 0, axis=1)).astype(jnp.float32))
 
 
+class Stage(NamedTuple):
+    """What runs of a model in one stage of a pipeline."""
+
+    embeds: bool  # whether it begins with the embedding
+    ends: bool  # whether it ends with the head, multi-token prediction and their losses
+    part: Part | None  # its layers; None: all
+
+
+WHOLE = Stage(True, True, None)
+
+
 class Objective(Protocol):
     """What a `Trainer` minimises."""
 
@@ -80,6 +92,21 @@ class Objective(Protocol):
             step: int32, for factors that follow a schedule.
 
         Returns (loss to differentiate, what is reported of it): the sum over all parts is that of the step.
+        """
+
+    def stage(
+        self,
+        model: Any,
+        batch: "Batch",
+        over: Totals,
+        step: jax.Array,
+        stage: Stage,
+        x_BTD: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, Losses]:
+        """What one stage of a pipeline adds to `__call__`.
+
+        `x_BTD` comes from the stage before. Returns (x_BTD for the stage after, loss, what is reported of it): the sums
+        over the stages are those of `__call__`.
         """
 
     def nats(self, model: Any, batch: "Batch") -> jax.Array:
@@ -100,9 +127,22 @@ class PreTraining:
 
     def __call__(self, model: Any, batch: "Batch", over: Totals, step: jax.Array) -> tuple[jax.Array, Losses]:
         """See `Objective`."""
+        _, loss, found = self.stage(model, batch, over, step, WHOLE)
+        return loss, found
+
+    def stage(
+        self,
+        model: Any,
+        batch: "Batch",
+        over: Totals,
+        step: jax.Array,
+        stage: Stage,
+        x_BTD: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, Losses]:
+        """See `Objective`."""
         mtp_weight = jnp.where(step < self.mtp_weight_switch, self.mtp_weight, self.mtp_weight_final)
-        found = losses(model, batch, over, chunk=self.chunk, mask=self.mask_documents)
-        return found.weighted(mtp_weight, self.auxiliary), found
+        x_BTD, found = stage_losses(model, batch, over, stage, x_BTD, chunk=self.chunk, mask=self.mask_documents)
+        return x_BTD, found.weighted(mtp_weight, self.auxiliary), found
 
     def nats(self, model: Any, batch: "Batch") -> jax.Array:
         """See `Objective`."""
@@ -111,7 +151,29 @@ class PreTraining:
 
 def losses(model: Any, batch: "Batch", over: Totals, *, chunk: int, mask: bool) -> Losses:
     """The losses of a part of a batch; arguments as for `Objective` and `PreTraining`."""
+    return stage_losses(model, batch, over, WHOLE, None, chunk=chunk, mask=mask)[1]
+
+
+def stage_losses(
+    model: Any, batch: "Batch", over: Totals, stage: Stage, x_BTD: jax.Array | None, *, chunk: int, mask: bool
+) -> tuple[jax.Array, Losses]:
+    """(x_BTD after the last block, the losses of a part of a batch), of a stage; arguments as for `Objective`."""
     tokens = Tokens(batch.ids_BT, batch.positions_BT, batch.segments_BT if mask else None, batch.segments_BT > 0)
+    x_BTD = model.embed(tokens) if stage.embeds or x_BTD is None else x_BTD
+    x_BTD, _, statistics = model.run_blocks(x_BTD, tokens, part=stage.part)
+    depths: list[Depth] = []
+    main, mtp = jnp.float32(0), jnp.float32(0)
+    if stage.ends:
+        main, mtp, depths = predicted(model, model.finish(x_BTD), batch, tokens, over, chunk)
+    auxiliary = summed([*statistics.values(), *(depth.statistics for depth in depths)])
+    auxiliary = {name: loss / over.sequences for name, loss in auxiliary.items()}
+    return x_BTD, Losses(main, mtp, auxiliary, model.loads(statistics, depths))
+
+
+def predicted(
+    model: Any, h_BTD: jax.Array, batch: "Batch", tokens: Tokens, over: Totals, chunk: int
+) -> tuple[jax.Array, jax.Array, list[Depth]]:
+    """Returns the cross-entropy of the main model, that of multi-token prediction, and its depths."""
     weight_DV, cross_entropy = model.head.weight_DV[...], model.run.kernels["cross_entropy"]
 
     @jax.named_scope("loss")
@@ -119,7 +181,6 @@ def losses(model: Any, batch: "Batch", over: Totals, *, chunk: int, mask: bool) 
         h_MD, targets_M, weights_M = h_BTD.reshape(-1, h_BTD.shape[-1]), targets_BT.reshape(-1), weights_BT.reshape(-1)
         return cross_entropy(h_MD, weight_DV, targets_M, weights_M, chunk) / over.weight
 
-    h_BTD, statistics = model.hidden(tokens)
     depths = model.mtp_depths(h_BTD, batch.targets_BT, tokens)
     main, mtp = nll(h_BTD, batch.targets_BT, batch.weights_BT), jnp.float32(0)
     weights_BT = batch.weights_BT
@@ -127,9 +188,7 @@ def losses(model: Any, batch: "Batch", over: Totals, *, chunk: int, mask: bool) 
         weights_BT = shift_left(weights_BT, fill=0)  # a weight stays with its target
         nll_of_depth = nll(depth.h_BTD, depth.targets_BT, weights_BT)  # eq. 24
         mtp += nll_of_depth / len(depths)  # eq. 25, but for lambda
-    auxiliary = summed([*statistics.values(), *(depth.statistics for depth in depths)])
-    auxiliary = {name: loss / over.sequences for name, loss in auxiliary.items()}
-    return Losses(main, mtp, auxiliary, model.loads(statistics, depths))
+    return main, mtp, depths
 
 
 def summed(statistics: list[Statistics]) -> dict[str, jax.Array]:

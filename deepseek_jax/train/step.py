@@ -11,8 +11,9 @@ All of it is one program, run once per device (`parallel.mesh.per_device`). A st
 leaves weights, moments and biases as they were; only the counters move.
 """
 
+import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -29,13 +30,22 @@ from deepseek_jax.kernels import XLA, Kernels
 from deepseek_jax.layers.base import MULTIPLIED, Execution, bind, logical_axes, roles, split
 from deepseek_jax.layers.router import max_violation, updated_bias
 from deepseek_jax.parallel import zero
-from deepseek_jax.parallel.mesh import BATCH, REPLICATED, per_device, place, total
-from deepseek_jax.parallel.sharding import check_rules, expert_axis, placements, state_specs, unsharder
+from deepseek_jax.parallel.mesh import BATCH, PIPE, REPLICAS, REPLICATED, per_device, place, total
+from deepseek_jax.parallel.sharding import (
+    check_rules,
+    expert_axis,
+    placements,
+    state_specs,
+    unsharder,
+    without_layers,
+)
+from deepseek_jax.parallel.stage_layout import StageLayout
 from deepseek_jax.precision.matmul import Matmul, PlainMatmul
 from deepseek_jax.seeds import random_key
 from deepseek_jax.train.gradients import Gradients, Loss, accumulated
-from deepseek_jax.train.loss import Losses, Objective, Totals, totals
+from deepseek_jax.train.loss import Losses, Objective, Stage, Totals, totals
 from deepseek_jax.train.optimizers import OptimizerFor, Schedule
+from deepseek_jax.train.pipelined import ONE_WAY, Pipeline, StageLoss, pipelined
 from deepseek_jax.train.trainable import Trainable, divide, everything, join
 from deepseek_jax.tree import dotted, size
 
@@ -97,6 +107,8 @@ class Trainer:
         optimizer: makes the optimizer for the model (`train.optimizers.adamw(...)`).
         config: the rest of a step.
         gradients: from the loss of a part and the number of parts to the gradients of a step (`train.gradients`).
+        pipeline: the schedule and the division of the layers, where the mesh has a pipeline; its stages take the
+            place of `gradients`.
         trainable: which weights are trained, by their path; the others stay as they are.
         compute: dtype of the activations.
         matmul: makes the products with weights from the kernels (`precision.policy`).
@@ -109,6 +121,8 @@ class Trainer:
     Attributes:
         definition: the model without its weights, as it runs here (`layers.base.bind`).
         abstract: shapes, dtypes and shardings of the state.
+        layout: which layers lie where along a pipeline; None without one.
+        stored: `abstract` as a checkpoint holds it, stacks in the order of their layers (`store`, `load`).
         axes, placements: the logical axes of each weight, and where it lives.
         vocab_size: rows of the embedding.
         n_params: trained weights, with those of multi-token prediction.
@@ -125,6 +139,7 @@ class Trainer:
         config: StepConfig,
         *,
         gradients: Callable[[Loss, int], Gradients] = accumulated,
+        pipeline: Pipeline = ONE_WAY,
         trainable: Trainable = everything,
         compute: DTypeLike = jnp.float32,
         matmul: Callable[[Kernels], Matmul] = PlainMatmul,
@@ -146,23 +161,35 @@ class Trainer:
             expert_axis=expert_axis(rules, mesh),
             unshard=unsharder(rules, mesh),
         )
-        self._build = lambda seed: build(self.run, nnx.Rngs(random_key(seed)))
         model: Any = abstract(lambda rngs: build(self.run, rngs))
-        self.definition, params, _ = split(model)
+        n_ranks = mesh.shape[PIPE]
+        self.layout = pipeline.layout(model, n_ranks, config.micro_batches) if n_ranks > 1 else None
+        if self.layout:
+            self.run = replace(self.run, fetch=self.layout.fetch)
+            model = abstract(lambda rngs: build(self.run, rngs))
+        self._build = lambda seed: build(self.run, nnx.Rngs(random_key(seed)))
+        self.definition, params, router_bias = split(model)
         self.vocab_size = model.config.vocab_size
         self.n_params = size(params)
-        self.axes, _ = logical_axes(model)
-        self.placements = placements(self.axes, params, rules, mesh)
+        self.axes, bias_axes = logical_axes(model)
+        staged = jax.eval_shape(lambda tree: self._staged(tree), {"params": params, "router_bias": router_bias})
+        self.placements = placements(self.axes, staged["params"], rules, mesh)
         self._trained_places, _ = divide(self.placements, trainable)
         if not jax.tree.leaves(self._trained_places):
             raise ValueError("trainable: no weight is trained. Expected True for the path of at least one.")
-        self._gradients = gradients(self._loss, config.micro_batches)
         self._cast_to = weights if self.run.unshard is None else jnp.float32
         self._trained_roles, _ = divide(roles(model), trainable)
+        if self.layout:
+            stage_run = replace(self.run, fetch=None, unroll=0, remat="none", buffer_rows=lambda n_tokens: n_tokens)
+            stages, _, _ = split(abstract(lambda rngs: build(stage_run, rngs)))
+            self._gradients = pipelined(self._stage_gradients(stages), self.layout, remat)
+        else:
+            self._gradients = gradients(self._loss, config.micro_batches)
         self.optimizer = optimizer(model)
         shapes = jax.eval_shape(lambda: self._initial(0))
         self.specs: State = jax.tree.map(lambda _: REPLICATED, shapes) | {
             "params": jax.tree.map(lambda place: place.spec, self.placements),
+            "router_bias": jax.tree.map(lambda p: p.spec, placements(bias_axes, staged["router_bias"], {}, mesh)),
             "optimizer": state_specs(shapes["optimizer"], shapes["params"], self.placements),
         }
         self.abstract = jax.tree.map(
@@ -170,12 +197,13 @@ class Trainer:
             shapes,
             self.specs,
         )
+        self.stored = _in_order(self.abstract, self.layout, mesh) if self.layout else self.abstract
         run = per_device(self._on_device, mesh, (self.specs, BATCH), (self.specs, REPLICATED))
         self.step = jax.jit(run, donate_argnums=0)
 
     def _initial(self, seed: int, given: Mapping = MappingProxyType({})) -> State:
         _, params, router_bias = split(self._build(seed))
-        made = {"params": params, "router_bias": router_bias, **given}
+        made = {**self._staged({"params": params, "router_bias": router_bias}), **given}
         trained, _ = divide(made["params"], self.trainable)
         counters = dict.fromkeys(("step", "skipped", "skipped_in_row"), jnp.zeros((), jnp.int32))
         return made | {"optimizer": self.optimizer.init(trained)} | counters
@@ -185,7 +213,7 @@ class Trainer:
 
         Args:
             seed: of the weights.
-            params, router_bias: take their place; host or device arrays of the shapes and dtypes of `abstract`. Those
+            params, router_bias: take their place; host or device arrays of the shapes and dtypes of `stored`. Those
                 that lie on the right devices already are not copied: the first step reuses their memory.
 
         Raises ValueError: given arrays are not those of this model.
@@ -193,8 +221,8 @@ class Trainer:
         pairs = (("params", params), ("router_bias", router_bias))
         given: State = {name: tree for name, tree in pairs if tree is not None}
         for name, tree in given.items():
-            _check_like(name, tree, self.abstract[name])
-        given = place(given, self.mesh, {name: self.specs[name] for name in given})
+            _check_like(name, tree, self.stored[name])
+        given = place(self.load(given), self.mesh, {name: self.specs[name] for name in given})
         shardings = jax.tree.map(lambda x: x.sharding, {k: x for k, x in self.abstract.items() if k not in given})
 
         def rest(given: State) -> State:
@@ -203,21 +231,50 @@ class Trainer:
 
         return given | quick_compile(rest, out_shardings=shardings)(given)
 
+    def _staged(self, state: State) -> State:
+        """The weights, biases and moments of a state, their stacks laid out along the pipeline if there is one."""
+        return map_weights(self.layout.staged, state) if self.layout else state
+
+    def load(self, stored: State) -> State:
+        """A state, or some entries of one, as it runs, from what a checkpoint holds (see `stored`)."""
+        if not self.layout:
+            return stored
+        shardings = jax.tree.map(lambda x: x.sharding, {name: self.abstract[name] for name in stored})
+        return jax.jit(self._staged, out_shardings=shardings)(stored)
+
+    def store(self, state: State) -> State:
+        """A state as a checkpoint holds it: the inverse of `load`; the order of layers does not depend on the mesh."""
+        if not self.layout:
+            return state
+        shardings = jax.tree.map(lambda x: x.sharding, {name: self.stored[name] for name in state})
+        return jax.jit(functools.partial(map_weights, self.layout.unstaged), out_shardings=shardings)(state)
+
     def bind(self, params: dict, router_bias: dict) -> nnx.Module:
         """The model with these weights, those stored in shards made whole."""
-        model = bind(self.definition, params, router_bias)
+        return self._bound(self.definition, params, router_bias)
+
+    def _bound(self, definition: nnx.GraphDef, params: dict, router_bias: dict) -> nnx.Module:
+        model = bind(definition, params, router_bias)
         if self.run.unshard:
             self.run.unshard(model)
         return model
 
+    def _stage_gradients(self, definition: nnx.GraphDef) -> StageLoss:
+        """What one stage adds to the loss, from its own layers."""
+
+        def loss(trained: dict, state: State, part: Batch, over: Totals, stage: Stage, x_BTD: Any) -> tuple:
+            model = self._bound(definition, join(trained, state["frozen"]), state["router_bias"])
+            return self.objective.stage(model, part, over, state["step"], stage, x_BTD)
+
+        return loss
+
     def _loss(self, trained: dict, state: State, part: Batch, over: Totals) -> tuple[jax.Array, Losses]:
-        _, frozen = divide(state["params"], self.trainable)
-        model = self.bind(join(trained, frozen), state["router_bias"])
+        model = self.bind(join(trained, state["frozen"]), state["router_bias"])
         return self.objective(model, part, over, state["step"])
 
     def _on_device(self, state: State, batch: Batch) -> tuple[State, Report]:
         trained, frozen = divide(state["params"], self.trainable)
-        gradients, loss, found = self._gradients(self._as_read(trained), state, batch)
+        gradients, loss, found = self._gradients(self._as_read(trained), state | {"frozen": frozen}, batch)
         loss, found = total((loss, found))
         gradients = zero.sum_and_scatter(gradients, self._trained_places)
         norm = zero.global_norm(gradients, self._trained_places)
@@ -226,7 +283,8 @@ class Trainer:
         rate = self.config.rate(state["step"])
         trained, optimizer = self._updated(trained, gradients, norm, rate, state["optimizer"])
         gamma = self.config.balance_rate_at(state["step"])
-        router_bias = moved_biases(state["router_bias"], found.loads, gamma)
+        loads = self.layout.own_layers(found.loads) if self.layout else found.loads
+        router_bias = moved_biases(state["router_bias"], loads, gamma)
         new = {"params": join(trained, frozen), "router_bias": router_bias, "optimizer": optimizer}
         with jax.named_scope("optimizer"):
             new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, {key: state[key] for key in new})
@@ -276,7 +334,7 @@ class Trainer:
             nats = self.objective.nats(self.bind(params, router_bias), batch)
             lengths = jnp.where(batch.targets_BT >= 0, byte_lengths_V[jnp.maximum(batch.targets_BT, 0)], 0)
             n_bytes = jnp.sum(lengths * batch.weights_BT)
-            return total(Evaluation(nats, n_bytes, jnp.asarray(totals(batch).weight)))
+            return total(Evaluation(nats, n_bytes, jnp.asarray(totals(batch).weight)), REPLICAS)
 
         specs = (self.specs["params"], self.specs["router_bias"], BATCH)
         run = jax.jit(per_device(on_device, self.mesh, specs, REPLICATED))
@@ -296,6 +354,30 @@ def _check_like(name: str, given: dict, expected: dict) -> None:
             )
 
 
+def map_weights(change: Callable[[dict], dict], state: State) -> State:
+    """A state with `change` made to every tree in the form of its weights."""
+
+    def changed(name: str, tree: Any) -> Any:
+        if name in ("params", "router_bias"):
+            return change(tree)
+        if name == "optimizer":
+            return {key: change(sub) if isinstance(sub, dict) else sub for key, sub in tree.items()}
+        return tree
+
+    return {name: changed(name, tree) for name, tree in state.items()}
+
+
+def _in_order(abstract: State, layout: StageLayout, mesh: Mesh) -> State:
+    """`abstract` with stacks in the order of their layers; what was split along the pipeline is split elsewhere."""
+    shapes = jax.eval_shape(functools.partial(map_weights, layout.unstaged), abstract)
+
+    def one(shape: jax.ShapeDtypeStruct, staged: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, without_layers(staged.sharding.spec, shape.shape, mesh))
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    return jax.tree.map(one, shapes, abstract)
+
+
 def moved_biases(router_bias: dict, loads: dict, gamma: jax.Array) -> dict:
     """The router biases after a step's `loads`, a prefix of their tree; a family without biases has none to move."""
     if not router_bias:
@@ -308,4 +390,4 @@ def moved_biases(router_bias: dict, loads: dict, gamma: jax.Array) -> dict:
 def _checksum(ids_BT: jax.Array) -> jax.Array:
     """uint32 sum over all devices of id * (2 position + 1), the order of the sequences left out."""
     odd_T = 2 * jnp.arange(ids_BT.shape[1], dtype=jnp.uint32) + 1
-    return total(jnp.sum(ids_BT.astype(jnp.uint32) * odd_T))
+    return total(jnp.sum(ids_BT.astype(jnp.uint32) * odd_T), REPLICAS)

@@ -243,7 +243,7 @@ RECIPES = {
 def test_a_recipe_reads_the_published_tokens(name):
     config = config_of(name)
     tokens, shares = RECIPES[name]
-    ramp, schedule = run.batch_ramp(config, n_devices=1), config.schedule
+    ramp, schedule = run.batch_ramp(config, n_replicas=1), config.schedule
     read = ramp.first(config.loop.steps) * config.data.seq_len
     assert read == pytest.approx(tokens * 1e12, rel=1e-4)
     parts = (schedule.warmup_steps + schedule.constant_steps, schedule.cosine_steps, schedule.tail_steps)
@@ -255,7 +255,7 @@ def test_a_recipe_reads_the_published_tokens(name):
 @pytest.mark.parametrize(("name", "tokens"), [("v2_236b", 225e9), ("v3_671b", 469e9)])
 def test_the_batch_grows_over_the_published_tokens(name, tokens):
     config = config_of(name)
-    ramp = run.batch_ramp(config, n_devices=1)
+    ramp = run.batch_ramp(config, n_replicas=1)
     assert ramp.first(ramp.ramp_steps) * config.data.seq_len == pytest.approx(tokens, rel=1e-4)
 
 

@@ -21,7 +21,7 @@ from deepseek_jax.parallel.mesh import (
 
 def test_sizes():
     mesh = make_mesh(2, 4)
-    assert dict(mesh.shape) == {"data": 2, "expert": 4}
+    assert dict(mesh.shape) == {"pipe": 1, "data": 2, "expert": 4}
     assert size(mesh, ALL) == 8 and size(mesh, ()) == 1
     assert make_mesh(-1, 2).shape["data"] == len(jax.devices()) // 2
     assert make_mesh(1, 2).size == 2

@@ -27,9 +27,10 @@ def layer(weights, x):
 
 
 def stage_of(number, n_stages):
-    """The first stage embeds, the last one has the loss; all report their mean."""
+    """The first stage embeds, the last one has the loss; all report their loss."""
 
-    def stage(weights, x, rest):
+    def stage(weights, x, fixed_and_rest):
+        _, rest = fixed_and_rest
         if number == 0:
             x = weights["table"][rest["ids"]]
         x = layer(weights, x)
@@ -69,7 +70,7 @@ def reference(n_stages):
             x = jnp.zeros((T, D))
             for number in range(n_stages):
                 own = jax.tree.map(lambda a, number=number: a[number], weights)
-                x, part, _ = stage_of(number, n_stages)(own, x, jax.tree.map(lambda a, m=m: a[m, 0], rest))
+                x, part, _ = stage_of(number, n_stages)(own, x, ({}, jax.tree.map(lambda a, m=m: a[m, 0], rest)))
                 total += part
         return total
 
@@ -110,8 +111,8 @@ def test_gradients_are_those_without_a_pipeline(name, saveable, references):
         rest = jax.tree.map(lambda a: a[:, 0], rest)
         x = jax.ShapeDtypeStruct((T, D), jnp.float32)
         one = jax.tree.map(lambda a: a[0], rest)
-        stages = [split(stage_of(kind, n_stages), mine[0], x, one, saveable) for kind in kinds]
-        gradients, reports = run_pipeline(table, stages, mine, rest, x)
+        stages = [split(stage_of(kind, n_stages), mine[0], x, ({}, one), saveable) for kind in kinds]
+        gradients, reports = run_pipeline(table, stages, mine, [{}] * len(mine), rest, x)
         loss = lax.psum(sum(report["loss"] for report in reports), "pipe")
         return jax.tree.map(lambda *a: jnp.stack(a)[None, None], *gradients), loss[None]
 

@@ -9,7 +9,7 @@ from deepseek_jax import run_config
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options, inspect
 from deepseek_jax.layers.base import Execution
-from deepseek_jax.parallel.mesh import REPLICAS
+from deepseek_jax.parallel.mesh import ALL
 from deepseek_jax.plan.activations import ActivationBytes, residual_bytes, v3_bytes
 from deepseek_jax.plan.memory import rank_memory
 from deepseek_jax.plan.network import abstract_model
@@ -62,7 +62,7 @@ def test_policies_keep_less_and_less(job_of, kept_of):
 
 
 def test_the_rule_for_policy_block_is_what_a_derivative_counts(subject, job_of, kept_of):
-    it, run, mesh = subject("tiny_v1"), Execution(remat="block"), AbstractMesh((1, 1), REPLICAS)
+    it, run, mesh = subject("tiny_v1"), Execution(remat="block"), AbstractMesh((1, 1, 1), ALL)
     model = abstract_model(it.module, it.sizes, run)
     one, two = (residual_bytes(model.blocks, run, (n, 256, it.sizes.d_model), {}, mesh) for n in (1, 2))
     assert two - one == kept_of("tiny_v1", job_of("tiny_v1", remat="block"))["blocks"].per_sequence

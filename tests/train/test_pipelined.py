@@ -1,0 +1,122 @@
+"""A whole V3 in a pipeline trains as on one device: steps, loads, biases, evaluation, checkpoints, in any schedule."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deepseek_jax.models import family
+from deepseek_jax.parallel.lint import check_collectives
+from deepseek_jax.parallel.mesh import global_batch, make_mesh
+from deepseek_jax.train.optimizers import adamw
+from deepseek_jax.train.pipelined import Pipeline
+from deepseek_jax.train.step import Trainer
+from tests.train.test_step import ADAMW, EXPERTS, OBJECTIVE, STEP, B, V, batch, leaves
+
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def sizes(tiny_sizes):
+    """One dense layer and four with experts, which three, four or eight stages do not divide evenly."""
+    numbers = tiny_sizes.copy_and_resolve_references()
+    numbers.update(n_layers=5)
+    return family("v3").Config.from_config(numbers)
+
+
+@pytest.fixture(scope="module")
+def weights(sizes, filled) -> tuple:
+    return jax.tree.map(np.asarray, filled(lambda: family("v3").Model(sizes, rngs=nnx.Rngs(0)), std=0.1)[1:])
+
+
+def trainer(sizes, pipe: int, data: int, expert: int, schedule: str = "1f1b", n_micro: int = 1, **options) -> Trainer:
+    mesh = make_mesh(data, expert, jax.devices()[: pipe * data * expert], pipe)
+    return Trainer(
+        lambda run, rngs: family("v3").Model(sizes, run, rngs=rngs),
+        mesh,
+        EXPERTS | options.pop("rules", {}),
+        OBJECTIVE,
+        adamw(**ADAMW),
+        dataclasses.replace(STEP, micro_batches=n_micro),
+        pipeline=Pipeline(schedule),
+        **options,
+    )
+
+
+def run(trainer: Trainer, weights: tuple) -> tuple:
+    """(states as stored, reports) of the first steps, and an evaluation after them."""
+    state = trainer.init(0, *weights)
+    states, reports = [jax.device_get(trainer.store(state))], []
+    for step in range(STEPS):
+        state, report = trainer.step(state, global_batch(batch(step), trainer.mesh))
+        states.append(jax.device_get(trainer.store(state)))
+        reports.append(jax.device_get(report))
+    evaluation = trainer.evaluator(jnp.arange(V) % 3)(state, global_batch(batch(9), trainer.mesh))
+    return states, reports, jax.device_get(evaluation)
+
+
+@pytest.fixture(scope="module")
+def one_device(sizes, weights) -> tuple:
+    return run(trainer(sizes, 1, 1, 1), weights)
+
+
+CASES = [
+    pytest.param(2, 1, 2, "1f1b", 4, {}, id="1f1b, pipe 2 x expert 2"),
+    pytest.param(2, 2, 2, "zb1p", 4, {"remat": "dots"}, id="zb1p, pipe 2 x data 2 x expert 2", marks=pytest.mark.slow),
+    pytest.param(4, 1, 2, "dualpipe", 8, {}, id="dualpipe, pipe 4 x expert 2", marks=pytest.mark.slow),
+    pytest.param(
+        2,
+        2,
+        2,
+        "dualpipev",
+        4,
+        {"remat": "block", "rules": {"embed": "data"}},
+        id="dualpipev, FSDP",
+        marks=pytest.mark.slow,
+    ),
+]
+
+
+@pytest.mark.parametrize(("pipe", "data", "expert", "schedule", "n_micro", "options"), CASES)
+def test_a_pipeline_trains_the_same_model(one_device, sizes, weights, pipe, data, expert, schedule, n_micro, options):
+    subject = trainer(sizes, pipe, data, expert, schedule, n_micro, **options)
+    states, reports, evaluation = run(subject, weights)
+    known_states, known_reports, known_evaluation = one_device
+    jax.tree.map(np.testing.assert_array_equal, states[0], known_states[0])
+    for known, found in zip(known_reports, reports, strict=True):
+        for field in ("loss", "main", "mtp", "gradient_norm", "max_violation"):
+            assert getattr(found, field) == pytest.approx(getattr(known, field), rel=1e-5), field
+        assert found.checksum == known.checksum
+        jax.tree.map(np.testing.assert_array_equal, found.loads, known.loads)
+    for (path, known), (_, found) in zip(leaves(known_states[-1]), leaves(states[-1]), strict=True):
+        np.testing.assert_allclose(found, known, rtol=1e-3, atol=1e-4, err_msg=path)
+    np.testing.assert_allclose(evaluation, known_evaluation, rtol=1e-5)
+
+
+def test_gradients_of_every_weight(one_device, sizes, weights):
+    """After one step the first moment holds the clipped gradient: equal to one device's in the 5th digit."""
+    first = run(trainer(sizes, 2, 1, 2, "1f1b", 4), weights)[0][1]["optimizer"]["mu"]
+    for (path, known), (_, found) in zip(leaves(one_device[0][1]["optimizer"]["mu"]), leaves(first), strict=True):
+        assert np.abs(found - known).max() <= 1e-5 * np.abs(known).max() + 1e-10, path
+
+
+def test_all_devices_reach_every_collective(sizes):
+    subject = trainer(sizes, 2, 1, 2, "1f1b", 4)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch(0))
+    check_collectives(jax.make_jaxpr(subject.step)(subject.abstract, shapes))
+
+
+def test_weights_of_a_stage_lie_on_its_rank_alone(sizes):
+    subject = trainer(sizes, 2, 1, 2, "1f1b", 4)
+    state = subject.init(0)
+    gate = state["params"]["moe_blocks"]["experts"]["gate_XDF"]
+    assert gate.shape[0] == 2 * max(2, 4 - 2) and gate.addressable_shards[0].data.shape[0] == gate.shape[0] // 2
+    stored = subject.store(state)
+    assert stored["params"]["moe_blocks"]["experts"]["gate_XDF"].shape[0] == 4
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.device_get(subject.load(stored)["params"]), jax.device_get(state["params"])
+    )
+    assert B % 4 == 0
