@@ -21,7 +21,7 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.kernels import Kernels
 from deepseek_jax.models import family
-from deepseek_jax.parallel.sharding import EXPERTS, is_axes
+from deepseek_jax.parallel.sharding import is_axes
 from deepseek_jax.plan import flops
 from deepseek_jax.plan.layout import end_in_layers
 from deepseek_jax.plan.network import Network, describe
@@ -76,12 +76,11 @@ def pipeline(config: ConfigDict, network: Network) -> Pipeline:
 def check_effects(config: ConfigDict, trainer: Trainer) -> None:
     """Raises UserError for a key that was set, though the model has nothing that it is about.
 
-    The weights of auxiliary losses are not looked at here, but where the losses are summed (`train.loss`).
+    The weights of auxiliary losses are not looked at here, but where the losses are summed (`train.loss`). Kernels are
+    chosen for the operations that occur, whichever these are.
     """
     axes = {axis for leaf in jax.tree.leaves(trainer.axes, is_leaf=is_axes) for axis in leaf}
     absent = {f"sharding.{axis}": f"weight with the axis {axis}" for axis in config.sharding if axis not in axes}
-    if EXPERTS not in axes:
-        absent["kernels.grouped_matmul"] = "routed experts"
     if not jax.tree.leaves(trainer.abstract["params"].get(AHEAD)):
         absent |= {f"loss.{key}": "multi-token prediction" for key in ("mtp_weight", "mtp_weight_final")}
     if not jax.tree.leaves(trainer.abstract["router_bias"]):
