@@ -1,22 +1,20 @@
-"""`deepseek-jax plan`, once its command line has been read: the job, its report, and the picture of its memory."""
+"""`deepseek-jax plan`, once its command line has been read: the job and its report."""
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from types import SimpleNamespace
 
 from ml_collections import ConfigDict
 
 from deepseek_jax.chips import CHIPS, chip, chips_of
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _options, _suggest
+from deepseek_jax.launch import _options, _pictures, _suggest
 from deepseek_jax.launch._tables import print_table
 from deepseek_jax.models import family
-from deepseek_jax.paths import check_local
 from deepseek_jax.plan import figures, report
 from deepseek_jax.plan.activations import kept
 from deepseek_jax.plan.counts import count
-from deepseek_jax.plan.figures import DERIVED, FITTED, GIB, GIVEN, PUBLISHED, Section
+from deepseek_jax.plan.figures import DERIVED, FITTED, GIVEN, PUBLISHED, Section
 from deepseek_jax.plan.job import Job
 from deepseek_jax.plan.layout import make_layout
 from deepseek_jax.plan.memory import capacity, fullest
@@ -43,8 +41,9 @@ def run(config: ConfigDict, options: SimpleNamespace) -> int:
     if memory > capacity(job):
         instead = _suggest.sections(config, options, subject, job.layout.devices)
     if options.picture:
-        check_local(options.picture, "--picture")
-        draw(job, report.memory_of(job, question), config.name, Path(options.picture).expanduser())
+        _pictures.memory(job, report.memory_of(job, question), config.name, options.picture)
+    if options.draw:
+        _pictures.schedule(job, options.schedule, question.efficiency, options.draw)
     if options.json:
         print(json.dumps(header(config, options, job) | figures.as_json([*sections, *instead]), indent=2))
     else:
@@ -53,6 +52,8 @@ def run(config: ConfigDict, options: SimpleNamespace) -> int:
             _suggest.show(section)
         if options.picture:
             print(f"\nmemory drawn: {options.picture}")
+        if options.draw:
+            print(f"\nschedule drawn: {options.draw}")
     return 0
 
 
@@ -96,7 +97,9 @@ def job_of(config: ConfigDict, options: SimpleNamespace, subject: PlannedModel) 
         seq_len=config.data.seq_len,
     )
     options.recipe = options.recipe or run.recipe or "run"
-    options.schedule = options.schedule or (run.schedule if pipe > 1 else "") or "1f1b"
+    is_chosen = "pipeline.schedule" in options.overrides
+    published = run.schedule if pipe > 1 and not is_chosen else ""
+    options.schedule = options.schedule or published or config.pipeline.schedule
     return Job(
         network=subject.network,
         layout=layout,
@@ -180,28 +183,3 @@ def show(line: str, sections: Sequence[Section], fitted_to: str) -> None:
         f"number.  published, given: copied.  fitted: rests on one efficiency, calibrated for this recipe with\n"
         f"{fitted_to} and carried over, unverified, to all else."
     )
-
-
-def draw(job: Job, ranks: list[dict[str, float]], name: str, path: Path) -> None:
-    """A bar for each device along the pipeline, part on part, and the chip's memory as a line."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError('--picture needs matplotlib. Install it: pip install "deepseek_jax[notebooks]"') from None
-    if not path.suffix:  # one would be added, and the file stand elsewhere than said
-        raise UserError(f"--picture={path}: expected a file that ends in .png, .svg or .pdf.")
-    figure = Figure(figsize=(max(5.0, 2.5 + 0.45 * len(ranks)), 4.5), layout="constrained")
-    axes = figure.subplots()
-    labels, height = [str(rank) for rank in range(len(ranks))], [0.0] * len(ranks)
-    for part in dict.fromkeys(part for parts in ranks for part in parts):
-        sizes = [parts.get(part, 0.0) / GIB for parts in ranks]
-        axes.bar(labels, sizes, bottom=height, label=part.replace("_", " "), width=0.8)
-        height = [low + size for low, size in zip(height, sizes, strict=True)]
-    axes.axhline(job.chip.memory, color="black", linestyle="--", linewidth=1)
-    axes.text(0, job.chip.memory, f" {job.chip.name}", va="bottom", ha="left", fontsize=8)
-    axes.set(xlabel="device along the pipeline", ylabel="GiB", title=f"{name}: memory of a device")
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--picture={path}: cannot be written ({error}). Give a .png, .svg or .pdf.") from None

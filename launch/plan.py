@@ -9,6 +9,7 @@
     deepseek-jax plan --chip=mine:bf16=989,fp8=1979,memory=80,hbm=3350,fast=450,reach=8,network=50 --step-time-s=19.926
     deepseek-jax plan --json > plan.json
     deepseek-jax plan --picture=memory.png                     # bars: the memory of a device, part by part
+    deepseek-jax plan --draw=schedule.svg                      # what each device along the pipeline runs, over time
 
 Everything follows from the shapes of the weights and stated formulas (the modules of deepseek_jax.plan say which), and
 every number says what it is: derived, published, given, or fitted (it rests on the one efficiency that was calibrated
@@ -58,6 +59,7 @@ EXTRA = {
     "against": (str, "", "another config to compare with"),
     "json": (bool, False, "print one JSON object"),
     "picture": (str, "", "file for a bar chart of the memory, like memory.png", path()),
+    "draw": (str, "", "file for a drawing of the pipeline's schedule, like schedule.svg", path()),
 }
 
 

@@ -167,6 +167,26 @@ def test_a_picture_of_the_memory(tmp_path, capsys):
     assert "memory drawn" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["1f1b", "dualpipe", "dualpipev"])
+def test_a_drawing_of_the_schedule(name, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "schedule.svg"
+    words = [
+        f"--draw={file}",
+        f"--schedule={name}",
+        "--config=tiny_v3",
+        "--config.mesh.pipe=2",
+        "--config.run.micro_batches=4",
+    ]
+    assert plan.main(words) == 0
+    assert file.read_text().startswith("<?xml") and "schedule drawn" in capsys.readouterr().out
+
+
+def test_there_is_no_schedule_without_a_pipeline(tmp_path):
+    with pytest.raises(UserError, match="there is no pipeline to draw. Set --config.mesh.pipe=2"):
+        plan.main(["--config=tiny_v3", f"--draw={tmp_path / 'schedule.svg'}"])
+
+
 def test_a_picture_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r"pip install \"deepseek_jax\[notebooks\]\""):
