@@ -253,11 +253,11 @@ def dense_problem(candidate: Candidate) -> Problem:
 
 def grouped_problem(candidate: Candidate) -> Problem:
     """Groups of equal sizes, which the kernel does not know."""
-    from pallas_kernels.grouped_matmul import rows  # Mosaic GPU is not part of every JAX build
+    from pallas_kernels.grouped_matmul import pipeline, rows  # Mosaic GPU is not part of every JAX build
 
     groups, per_group, n, k = candidate.shape
     choice = grouped_tiles.VARIANTS[candidate.operation][candidate.tiles]
-    processors = jax.devices()[0].core_count
+    run = pipeline.Run(tiles=choice, n_processors=jax.devices()[0].core_count)
 
     def draw(key: jax.Array) -> tuple:
         keys = jax.random.split(key)
@@ -266,7 +266,7 @@ def grouped_problem(candidate: Candidate) -> Problem:
         return *quantize_rows(x), *jax.vmap(quantize_blocks)(w), jnp.full(groups, per_group, jnp.int32)
 
     def product(*operands: jax.Array) -> jax.Array:
-        return rows.grouped_fp8_matmul(*operands, tiles=choice, n_processors=processors)
+        return rows.grouped_fp8_matmul(*operands, run=run)
 
     def error(y: jax.Array, operands: tuple) -> jax.Array:
         x, x_scale, w, w_scale, _ = operands

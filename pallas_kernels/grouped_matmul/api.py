@@ -226,10 +226,10 @@ def _kernel(function: str, implementation: str) -> Callable:
     from pallas_kernels import mosaic_gpu  # Mosaic GPU is not part of every JAX build
 
     processors = mosaic_gpu.check_hopper(implementation)
-    from pallas_kernels.grouped_matmul import rows, weights
+    from pallas_kernels.grouped_matmul import pipeline, rows, weights
 
     module = weights if function.endswith("gradient") else rows
-    return functools.partial(getattr(module, function), n_processors=processors)
+    return functools.partial(getattr(module, function), run=pipeline.Run(n_processors=processors))
 
 
 def _check_implementation(implementation: str) -> None:

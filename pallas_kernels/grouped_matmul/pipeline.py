@@ -35,6 +35,18 @@ STAGE_BYTES = 128  # of a row of an operand, per block of the contraction: what 
 REGISTERS = 65536  # of a processor
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """How a kernel is run."""
+
+    tiles: Tiles | None = None  # chosen by dtypes and sizes unless given
+    n_processors: int = 132
+    interpret: object = None  # parameters with which it runs on a CPU (JAX 0.11 and later)
+
+
+RUN = Run()
+
+
 def check_multiples(name: str, **sizes: int) -> None:
     """Raises ValueError unless every size is a multiple of 128."""
     wrong = {size_name: size for size_name, size in sizes.items() if size % BLOCK or not size}

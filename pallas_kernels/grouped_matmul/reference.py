@@ -52,16 +52,20 @@ def grouped_fp8_matmul(
 
 def _by_rows(product: Callable, weights: Any, n_rows: int, count_X: jax.Array, align: int) -> jax.Array:
     """The rows of each group from `product` of its weights."""
-    row_A = jnp.arange(n_rows)
 
     def add_group(y: jax.Array, group: tuple) -> tuple:
         one, first, end = group
-        mine_A = (first <= row_A) & (row_A < end)
-        return jnp.where(mine_A[:, None], product(one), y), None
+        return jnp.where(_mine(first, end, n_rows)[:, None], product(one), y), None
 
     shape = jax.eval_shape(product, jax.tree.map(lambda w: w[0], weights))
     y, _ = lax.scan(add_group, jnp.zeros(shape.shape, shape.dtype), (weights, *groups(count_X, align)))
     return y
+
+
+def _mine(first: jax.Array, end: jax.Array, n: int, size: int = 1) -> jax.Array:
+    """Which of `n` rows, or of `n` blocks of `size` rows, a group has rows in."""
+    row = jnp.arange(n) * size
+    return (first // size * size <= row) & (row < end)
 
 
 def grouped_weight_gradient(
@@ -73,12 +77,11 @@ def grouped_weight_gradient(
     out_dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
     """Returns dw [X, D, F], summed in float32."""
-    row_A = jnp.arange(x_AD.shape[0])
 
     def of_group(group: tuple) -> jax.Array:
         first, end = group
-        mine_A = ((first <= row_A) & (row_A < end))[:, None]
-        x, dy = jnp.where(mine_A, x_AD, 0), jnp.where(mine_A, dy_AF, 0)
+        mine = _mine(first, end, x_AD.shape[0])[:, None]
+        x, dy = jnp.where(mine, x_AD, 0), jnp.where(mine, dy_AF, 0)
         return jnp.matmul(x.T, dy, precision="highest", preferred_element_type=jnp.float32).astype(out_dtype)
 
     return lax.map(of_group, groups(count_X, align))
@@ -95,15 +98,12 @@ def grouped_fp8_weight_gradient(
     out_dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
     """Returns dw [X, D, F]; for shapes see `pallas_kernels.grouped_matmul.grouped_fp8_weight_gradient`."""
-    row_A = jnp.arange(x_t.shape[1])
-    block_B = jnp.arange(x_t_scale.shape[0])
 
     def of_group(group: tuple) -> jax.Array:
         first, end = group
-        mine_A = (first <= row_A) & (row_A < end)
-        mine_B = ((first // fp8.BLOCK <= block_B) & (block_B * fp8.BLOCK < end))[:, None]
-        x, dy = (jnp.where(mine_A, codes, 0) for codes in (x_t, dy_t))
-        x_scale, dy_scale = (jnp.where(mine_B, scale, 0) for scale in (x_t_scale, dy_t_scale))
+        codes, blocks = _mine(first, end, x_t.shape[1]), _mine(first, end, x_t_scale.shape[0], fp8.BLOCK)[:, None]
+        x, dy = jnp.where(codes, x_t, 0), jnp.where(codes, dy_t, 0)
+        x_scale, dy_scale = jnp.where(blocks, x_t_scale, 0), jnp.where(blocks, dy_t_scale, 0)
         return fp8.fp8_matmul(x, x_scale, dy, dy_scale, w_block=(1, fp8.BLOCK), out_dtype=out_dtype)
 
     return lax.map(of_group, groups(count_X, align))

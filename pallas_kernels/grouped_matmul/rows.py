@@ -22,8 +22,8 @@ from jax.typing import DTypeLike
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.grouped_matmul import pipeline
 from pallas_kernels.grouped_matmul.layout import FIELDS, UNIT, row_tiles
-from pallas_kernels.grouped_matmul.pipeline import CHUNK_ROWS, Job, Plan, Refs
-from pallas_kernels.grouped_matmul.tiles import Tiles, choose
+from pallas_kernels.grouped_matmul.pipeline import CHUNK_ROWS, RUN, Job, Plan, Refs, Run
+from pallas_kernels.grouped_matmul.tiles import choose
 
 
 def grouped_matmul(
@@ -33,9 +33,7 @@ def grouped_matmul(
     *,
     transposed: bool = False,
     align: int = 1,
-    tiles: Tiles | None = None,
-    n_processors: int = 132,
-    interpret: object = None,
+    run: Run = RUN,
 ) -> jax.Array:
     """Returns y [A, F]; arguments as in `pallas_kernels.grouped_matmul.grouped_matmul`.
 
@@ -48,7 +46,7 @@ def grouped_matmul(
         )
     k, n = w_XDF.shape[1:][::-1] if transposed else w_XDF.shape[1:]
     pipeline.check_multiples("grouped_matmul", D=k, F=n)
-    return _run((x_AD, w_XDF), count_X, n, k, transposed, align, x_AD.dtype, tiles, n_processors, interpret)
+    return _run((x_AD, w_XDF), count_X, n, k, transposed, align, x_AD.dtype, run)
 
 
 def grouped_fp8_matmul(
@@ -60,9 +58,7 @@ def grouped_fp8_matmul(
     *,
     align: int = 1,
     out_dtype: DTypeLike = jnp.bfloat16,
-    tiles: Tiles | None = None,
-    n_processors: int = 132,
-    interpret: object = None,
+    run: Run = RUN,
 ) -> jax.Array:
     """Returns y [A, N]; arguments as in `pallas_kernels.grouped_matmul.grouped_fp8_matmul`.
 
@@ -71,7 +67,7 @@ def grouped_fp8_matmul(
     n, k = w.shape[1:]
     pipeline.check_multiples("grouped_fp8_matmul", N=n, K=k)
     operands = (x, w, x_scale, w_scale)
-    return _run(operands, count_X, n, k, True, align, out_dtype, tiles, n_processors, interpret)
+    return _run(operands, count_X, n, k, True, align, out_dtype, run)
 
 
 def _run(
@@ -82,21 +78,28 @@ def _run(
     transposed: bool,
     align: int,
     out_dtype: DTypeLike,
-    tiles: Tiles | None,
-    n_processors: int,
-    interpret: object,
+    run: Run,
 ) -> jax.Array:
     x, w, *scales = operands
     n_rows, extra = x.shape[0], -x.shape[0] % UNIT
     if extra:
         x = jnp.pad(x, ((0, extra), (0, 0)))
         scales = [jnp.pad(scales[0], ((0, 0), (0, extra))), scales[1]] if scales else []
-    tiles = tiles or choose(x.dtype, out_dtype, w.shape[0], x.shape[0], n, k)
+    tiles = run.tiles or choose(x.dtype, out_dtype, w.shape[0], x.shape[0], n, k)
     plan = RowsPlan(
-        w.shape[0], x.shape[0], n, x.dtype, out_dtype, tiles, n_processors, not interpret, k=k, transposed=transposed
+        w.shape[0],
+        x.shape[0],
+        n,
+        x.dtype,
+        out_dtype,
+        tiles,
+        run.n_processors,
+        not run.interpret,
+        k=k,
+        transposed=transposed,
     )
     table = row_tiles(count_X, x.shape[0], tiles.span[0], align).reshape(-1)
-    y = plan.call(interpret)(table, x, w, *scales)
+    y = plan.call(run.interpret)(table, x, w, *scales)
     return y[:n_rows] if extra else y
 
 

@@ -25,8 +25,8 @@ from jax.typing import DTypeLike
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.grouped_matmul import pipeline
 from pallas_kernels.grouped_matmul.layout import UNIT, groups
-from pallas_kernels.grouped_matmul.pipeline import CHUNK_ROWS, Job, Plan, Refs
-from pallas_kernels.grouped_matmul.tiles import Tiles, choose_for_weights
+from pallas_kernels.grouped_matmul.pipeline import CHUNK_ROWS, RUN, Job, Plan, Refs, Run
+from pallas_kernels.grouped_matmul.tiles import choose_for_weights
 
 PIECE = 64  # columns that are cleared at once
 
@@ -38,9 +38,7 @@ def grouped_weight_gradient(
     *,
     align: int = 1,
     out_dtype: DTypeLike = jnp.float32,
-    tiles: Tiles | None = None,
-    n_processors: int = 132,
-    interpret: object = None,
+    run: Run = RUN,
 ) -> jax.Array:
     """Returns dw [X, D, F]; arguments as in `pallas_kernels.grouped_matmul.grouped_weight_gradient`.
 
@@ -56,7 +54,7 @@ def grouped_weight_gradient(
     extra = -x_AD.shape[0] % UNIT
     if extra:
         x_AD, dy_AF = (jnp.pad(rows, ((0, extra), (0, 0))) for rows in (x_AD, dy_AF))
-    return _run((x_AD, dy_AF), count_X, d, f, align, out_dtype, tiles, n_processors, interpret)
+    return _run((x_AD, dy_AF), count_X, d, f, align, out_dtype, run)
 
 
 def grouped_fp8_weight_gradient(
@@ -68,15 +66,13 @@ def grouped_fp8_weight_gradient(
     *,
     align: int = 128,
     out_dtype: DTypeLike = jnp.float32,
-    tiles: Tiles | None = None,
-    n_processors: int = 132,
-    interpret: object = None,
+    run: Run = RUN,
 ) -> jax.Array:
     """Returns dw [X, D, F]; arguments as in `pallas_kernels.grouped_matmul.grouped_fp8_weight_gradient`."""
     d, f = x_t.shape[0], dy_t.shape[0]
     pipeline.check_multiples("grouped_fp8_weight_gradient", D=d, F=f)
     operands = (x_t, dy_t, x_t_scale, dy_t_scale)
-    return _run(operands, count_X, d, f, align, out_dtype, tiles, n_processors, interpret)
+    return _run(operands, count_X, d, f, align, out_dtype, run)
 
 
 def _run(
@@ -86,15 +82,13 @@ def _run(
     f: int,
     align: int,
     out_dtype: DTypeLike,
-    tiles: Tiles | None,
-    n_processors: int,
-    interpret: object,
+    run: Run,
 ) -> jax.Array:
     dtype = operands[0].dtype
-    tiles = tiles or choose_for_weights(dtype, out_dtype)
-    plan = WeightsPlan(count_X.size, d, f, dtype, out_dtype, tiles, n_processors, not interpret)
+    tiles = run.tiles or choose_for_weights(dtype, out_dtype)
+    plan = WeightsPlan(count_X.size, d, f, dtype, out_dtype, tiles, run.n_processors, not run.interpret)
     table = jnp.stack(groups(count_X, align), axis=1).reshape(-1).astype(jnp.int32)
-    return plan.call(interpret)(table, *operands)
+    return plan.call(run.interpret)(table, *operands)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from pallas_kernels.fp8_matmul import gpu as matmul  # noqa: E402
 from pallas_kernels.fp8_matmul import tiles  # noqa: E402
-from pallas_kernels.grouped_matmul import rows, weights  # noqa: E402
+from pallas_kernels.grouped_matmul import pipeline, rows, weights  # noqa: E402
 from pallas_kernels.grouped_matmul import tiles as grouped_tiles  # noqa: E402
 from pallas_kernels.quantize import gpu as quantise  # noqa: E402
 
@@ -127,7 +127,7 @@ def grouped() -> dict:
             "fp8 gradient": (weights.grouped_fp8_weight_gradient, by_rows),
         }
         for name, choice in grouped_tiles.VARIANTS[grouped_tiles.FP8].items():
-            found[f"fp8 {name}"] = functools.partial(rows.grouped_fp8_matmul, tiles=choice), fp8
+            found[f"fp8 {name}"] = functools.partial(rows.grouped_fp8_matmul, run=pipeline.Run(tiles=choice)), fp8
         for name, (call, operands) in found.items():
             calls[f"grouped {name} {x}x{a}x{d}x{f}"] = call, (*operands, ((x,), jnp.int32))
     return calls

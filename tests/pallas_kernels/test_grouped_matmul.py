@@ -212,11 +212,11 @@ interpreted = pytest.mark.skipif(
 SMALL = tiles.Tiles(64, 128, warpgroups=1, stages=2)
 
 
-def interpreter():
+def interpreted_run(choice):
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
     # Each warpgroup of each processor is a thread: with a dozen of them a machine of two cores waits for ever.
-    return {"interpret": plgpu.InterpretGPUParams(), "n_processors": 2}
+    return {"run": pipeline.Run(choice, n_processors=2, interpret=plgpu.InterpretGPUParams())}
 
 
 @pytest.mark.slow
@@ -233,7 +233,7 @@ def test_the_kernels_are_the_reference(counts, align, choice):
     """Groups that begin and end anywhere, in bfloat16 and FP8, forward, transposed and weight gradient."""
     n_rows = 512 if align > 1 else 200
     x, w = draw(n_rows, 256, 384, 4, jnp.bfloat16)
-    x, count, options = poisoned(x, counts, align), count_of(counts), {"align": align, "tiles": choice, **interpreter()}
+    x, count, options = poisoned(x, counts, align), count_of(counts), {"align": align, **interpreted_run(choice)}
     assert_near(rows.grouped_matmul(x, w, count, **options), products(x, w, counts, align), 2e-3)
     y = rows.grouped_matmul(x, w.swapaxes(1, 2), count, transposed=True, **options)
     assert_near(y, products(x, w, counts, align), 2e-3)
@@ -252,7 +252,7 @@ def test_the_kernels_are_the_reference(counts, align, choice):
     ],
 )
 def test_the_fp8_kernels_are_the_reference(choice):
-    counts, options = [70, 0, 3, 58], {"tiles": choice, "out_dtype": jnp.float32, **interpreter()}
+    counts, options = [70, 0, 3, 58], {"out_dtype": jnp.float32, **interpreted_run(choice)}
     (x, x_scale), w, _, _ = fp8_problem(200, 256, 384, 4)
     x_scale = poisoned(x_scale.T, counts).T
     expected = grouped_fp8_matmul(x, x_scale, *w, count_of(counts), out_dtype=jnp.float32, **REFERENCE)
