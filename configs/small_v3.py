@@ -1,4 +1,4 @@
-"""A V3 of 124M parameters whose widths are multiples of 128, so that one Hopper GPU trains it with the FP8 kernels.
+"""A V3 of 128M parameters whose widths are multiples of 128, so that one Hopper GPU trains it with the FP8 kernels.
 
 What the recipe of V3 section 3.3 costs in loss, as its appendix B.1 asks: the same weights and batches in bfloat16 and
 in FP8, 2,000 steps of 8,192 bytes of CPython's standard library. Minutes on one H200. BENCHMARKS.md has the curves.

@@ -1,7 +1,6 @@
 """Training in FP8: the same on every mesh and in parts, resumed exactly, and close to bfloat16 (the CPU twin)."""
 
 import copy
-import dataclasses
 import functools
 
 import jax
