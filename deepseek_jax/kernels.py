@@ -25,10 +25,12 @@ TABLE = {
     "quantize": {  # of activations in blocks, along both axes; this and the next four: precision fp8, Hopper as above
         "xla": "deepseek_jax.precision.fp8_kernels:quantize",
         "mosaic_gpu": "deepseek_jax.precision.fp8_kernels:quantize_on_hopper",
+        "mosaic_tpu": "deepseek_jax.precision.fp8_kernels:quantize_on_tpu",
     },
     "quantize_swiglu": {
         "xla": "deepseek_jax.precision.fp8_kernels:quantize_swiglu",
         "mosaic_gpu": "deepseek_jax.precision.fp8_kernels:quantize_swiglu_on_hopper",
+        "mosaic_tpu": "deepseek_jax.precision.fp8_kernels:quantize_swiglu_on_tpu",
     },
     "fp8_matmul": {
         "xla": "deepseek_jax.precision.fp8_kernels:fp8_matmul",

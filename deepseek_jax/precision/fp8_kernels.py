@@ -117,6 +117,8 @@ grouped_fp8_matmul_on_hopper = _hopper("grouped_fp8_matmul", grouped_kernels.gro
 grouped_fp8_weight_gradient_on_hopper = _hopper(
     "grouped_fp8_weight_gradient", grouped_kernels.grouped_fp8_weight_gradient
 )
+quantize_on_tpu = _tpu("quantize", quantize_kernel.quantize)
+quantize_swiglu_on_tpu = _tpu("quantize_swiglu", quantize_kernel.quantize_swiglu)
 fp8_matmul_on_tpu = _tpu("fp8_matmul", fp8_matmul_kernel.fp8_matmul)
 grouped_fp8_matmul_on_tpu = _tpu("grouped_fp8_matmul", grouped_kernels.grouped_fp8_matmul)
 grouped_fp8_weight_gradient_on_tpu = _tpu("grouped_fp8_weight_gradient", grouped_kernels.grouped_fp8_weight_gradient)

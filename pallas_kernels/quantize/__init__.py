@@ -5,6 +5,8 @@ quantize, quantize_swiglu   the public functions: check their arguments, call th
 api.py          where they are
 reference.py    the definition, in plain jax.numpy
 gpu.py          Hopper: one pass over the matrix, Pallas Mosaic GPU
+tpu.py          TPUs: the same, Pallas Mosaic TPU
+whole_blocks.py matrices filled up to whole blocks, for both
 """
 
 from pallas_kernels.quantize.api import Quantized, quantize, quantize_swiglu

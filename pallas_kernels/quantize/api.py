@@ -1,6 +1,7 @@
 """The public functions: arguments are checked once, then the named implementation runs."""
 
-from types import ModuleType
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels.quantize import reference
 from pallas_kernels.quantize.reference import AMAX_FLOOR, Quantized
 
-IMPLEMENTATIONS = ("reference", "mosaic_gpu")
+IMPLEMENTATIONS = ("reference", "mosaic_gpu", "mosaic_tpu")
 SCALES = ("fp32", "ue8m0")
 SMALLEST_FLOOR = 1e-30  # with which scales and their reciprocals are normal numbers
 
@@ -18,7 +19,8 @@ def quantize(x: jax.Array, *, implementation: str, scale: str = "fp32", floor: f
 
     Args:
         x: bfloat16 or float32 [M, K].
-        implementation: "reference" (any device) or "mosaic_gpu" (Hopper, one pass over x). There is no fallback.
+        implementation: "reference" (any device), "mosaic_gpu" (Hopper) or "mosaic_tpu", which pass over x once. No
+            fallback.
         scale: "fp32", amax / 448, or "ue8m0", the next power of two.
         floor: of amax: blocks whose values are all smaller are scaled as if they held it.
 
@@ -29,8 +31,7 @@ def quantize(x: jax.Array, *, implementation: str, scale: str = "fp32", floor: f
     _check_scale(scale, floor)
     if implementation == "reference":
         return reference.quantize(x, scale=scale, floor=floor)
-    gpu, n_processors = _gpu(implementation)
-    return gpu.quantize(x, scale=scale, floor=floor, n_processors=n_processors)
+    return _kernel("quantize", implementation)(x, scale=scale, floor=floor)
 
 
 def quantize_swiglu(
@@ -50,7 +51,8 @@ def quantize_swiglu(
         gate: bfloat16 or float32 [M, F], or gate and up side by side [M, 2 F].
         up: [M, F] in the dtype of gate; None if gate holds both.
         factor: of each row, [M]; None for 1. The routing weights of experts' rows.
-        implementation: "reference" (any device) or "mosaic_gpu" (Hopper, one pass over gate and up). No fallback.
+        implementation: "reference" (any device), "mosaic_gpu" (Hopper) or "mosaic_tpu", which pass over gate and up
+            once. No fallback.
         scale: "fp32", amax / 448, or "ue8m0", the next power of two.
         floor: of amax.
 
@@ -67,18 +69,25 @@ def quantize_swiglu(
     _check_scale(scale, floor)
     if implementation == "reference":
         return reference.quantize_swiglu(gate, up, factor, scale=scale, floor=floor)
-    gpu, n_processors = _gpu(implementation)
-    return gpu.quantize_swiglu(gate, up, factor, scale=scale, floor=floor, n_processors=n_processors)
+    return _kernel("quantize_swiglu", implementation)(gate, up, factor, scale=scale, floor=floor)
 
 
-def _gpu(implementation: str) -> tuple[ModuleType, int]:
-    """The module of the Hopper kernel, and the processors of the device."""
-    if implementation != "mosaic_gpu":
-        raise ValueError(f"implementation={implementation!r}: unknown. Choose one of {', '.join(IMPLEMENTATIONS)}.")
-    from pallas_kernels import mosaic_gpu  # Mosaic GPU is not part of every JAX build
-    from pallas_kernels.quantize import gpu
+def _kernel(function: str, implementation: str) -> Callable:
+    """The kernel called `function` for the default device."""
+    if implementation == "mosaic_tpu":
+        from pallas_kernels import mosaic_tpu
+        from pallas_kernels.quantize import tpu
 
-    return gpu, mosaic_gpu.check_hopper(implementation)
+        mosaic_tpu.check_tpu(implementation)
+        return getattr(tpu, function)
+    if implementation == "mosaic_gpu":
+        from pallas_kernels import mosaic_gpu  # Mosaic GPU is not part of every JAX build
+
+        n_processors = mosaic_gpu.check_hopper(implementation)
+        from pallas_kernels.quantize import gpu
+
+        return functools.partial(getattr(gpu, function), n_processors=n_processors)
+    raise ValueError(f"implementation={implementation!r}: unknown. Choose one of {', '.join(IMPLEMENTATIONS)}.")
 
 
 def _check_matrix(name: str, x: jax.Array) -> None:

@@ -18,7 +18,7 @@ A SwiGLU's exponential is the chip's approximate one (2 ulp): a code in some ten
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.quantize.reference import AMAX_FLOOR, BLOCK, LARGEST, Quantized
+from pallas_kernels.quantize.whole_blocks import cropped, filled, inputs_of_swiglu
 
 ROWS = 64  # that a warpgroup holds in registers at a time
 CODE = jnp.float8_e4m3fn
@@ -77,11 +78,11 @@ def quantize(
     `interpret` runs the kernel on a CPU (JAX 0.11 and later).
     """
     m, k = x.shape
-    filled = _filled(x)
+    whole = filled(x)
     tuning = tuning or choose(1, x.dtype)
-    rows, columns = filled.shape
+    rows, columns = whole.shape
     plan = Plan(rows, columns, x.dtype, (0,), False, scale, floor, n_processors, tuning)
-    return _cropped(plan.call(interpret)(filled), m, k)
+    return cropped(plan.call(interpret)(whole), m, k)
 
 
 def quantize_swiglu(
@@ -97,32 +98,15 @@ def quantize_swiglu(
 ) -> Quantized:
     """Returns both quantisations of silu(gate) * up * factor [M, F]; see `pallas_kernels.quantize_swiglu`.
 
-    As `quantize`. Gate and up that lie side by side in one matrix are read from there if F is a multiple of 128.
+    As `quantize`.
     """
-    m, f = gate.shape[0], gate.shape[1] // (2 if up is None else 1)
-    if up is None and f % BLOCK:
-        gate, up = gate[:, :f], gate[:, f:]
-    inputs = (_filled(gate),) * 2 if up is None else (_filled(gate), _filled(up))
-    columns = (0, f) if up is None else (0, 0)
+    inputs, first, f = inputs_of_swiglu(gate, up)
+    m, columns = gate.shape[0], (0, first)
     rows, width = inputs[0].shape[0], -(-f // BLOCK) * BLOCK
     tuning = tuning or choose(2, gate.dtype)
     plan = Plan(rows, width, gate.dtype, columns, factor is not None, scale, floor, n_processors, tuning)
     factors = () if factor is None else (jnp.pad(factor.astype(jnp.float32), (0, rows - m)),)
-    return _cropped(plan.call(interpret)(*inputs, *factors), m, f)
-
-
-def _filled(x: jax.Array) -> jax.Array:
-    """`x` with zeros appended until its sizes are multiples of 128."""
-    extra = tuple(-size % BLOCK for size in x.shape)
-    return jnp.pad(x, [(0, n) for n in extra]) if any(extra) else x
-
-
-def _cropped(outputs: Sequence[jax.Array], m: int, k: int) -> Quantized:
-    """What belongs to a matrix [m, k] of the quantisations of a filled one."""
-    found = Quantized(*outputs)
-    if found.q.shape == (m, k):
-        return found
-    return Quantized(found.q[:m, :k], found.scale[:, :m], found.q_t[:k, :m], found.scale_t[:, :k])
+    return cropped(plan.call(interpret)(*inputs, *factors), m, f)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pallas_kernels import mosaic_tpu
 from pallas_kernels.fp8_matmul import tpu as matmul
 from pallas_kernels.grouped_matmul import tpu as grouped
+from pallas_kernels.quantize import tpu as quantiser
 
 SLICES = ("v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 BF16, F32, E4M3, BLOCKS, ROWS = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn, (128, 128), (1, 128)
@@ -51,6 +52,11 @@ def calls(native: bool) -> dict:
         call = functools.partial(matmul.fp8_matmul, w_block=w_block, out_dtype=out_dtype, native=native)
         found[f"fp8_matmul {m}x{n}x{k} {w_block[0]} {jnp.dtype(out_dtype).name}"] = call, operands
     found["fp8_matmul added to float32"] = functools.partial(add, native), (*operands, ((m, n), F32))
+    for dtype, scale in ((BF16, "fp32"), (BF16, "ue8m0"), (F32, "fp32")):
+        form, options = f"{jnp.dtype(dtype).name} {scale}", {"scale": scale}
+        found[f"quantize {form}"] = functools.partial(quantiser.quantize, **options), (((4096, 7168), dtype),)
+        both, factor = ((4096, 2 * 2048), dtype), ((4096,), F32)
+        found[f"quantize_swiglu {form}"] = functools.partial(swiglu, **options), (both, factor)
     return found | {
         f"{name} {sizes}": call for sizes in GROUPED for name, call in grouped_calls(native, *sizes).items()
     }
@@ -69,6 +75,11 @@ def grouped_calls(native: bool, x: int, a: int, d: int, f: int) -> dict:
         "fp8": (functools.partial(grouped.grouped_fp8_matmul, native=native), fp8),
         "fp8 gradient": (functools.partial(grouped.grouped_fp8_weight_gradient, native=native), by_rows),
     }
+
+
+def swiglu(gate_and_up, factor, scale):
+    """Of an expert's gate and up, side by side."""
+    return quantiser.quantize_swiglu(gate_and_up, None, factor, scale=scale)
 
 
 def add(native: bool, x, x_scale, w, w_scale, total):

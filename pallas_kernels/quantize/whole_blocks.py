@@ -1,0 +1,35 @@
+"""Matrices filled up to whole blocks of 128 x 128, which the kernels take, and what of the result belongs to them."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.quantize.reference import BLOCK, Quantized
+
+
+def filled(x: jax.Array) -> jax.Array:
+    """Returns `x` with zeros appended until its sizes are multiples of 128."""
+    extra = tuple(-size % BLOCK for size in x.shape)
+    return jnp.pad(x, [(0, n) for n in extra]) if any(extra) else x
+
+
+def inputs_of_swiglu(gate: jax.Array, up: jax.Array | None) -> tuple[tuple[jax.Array, jax.Array], int, int]:
+    """Returns the matrices that hold gate and up, filled up; the first column of up in its own; and F.
+
+    Gate and up that lie side by side in one matrix are read from there if F is a multiple of 128.
+    """
+    f = gate.shape[1] // (2 if up is None else 1)
+    if up is not None:
+        return (filled(gate), filled(up)), 0, f
+    if f % BLOCK:
+        return (filled(gate[:, :f]), filled(gate[:, f:])), 0, f
+    return (filled(gate),) * 2, f, f
+
+
+def cropped(outputs: Sequence[jax.Array], m: int, k: int) -> Quantized:
+    """Returns what belongs to a matrix [m, k] of the quantisations of a filled one."""
+    found = Quantized(*outputs)
+    if found.q.shape == (m, k):
+        return found
+    return Quantized(found.q[:m, :k], found.scale[:, :m], found.q_t[:k, :m], found.scale_t[:, :k])
