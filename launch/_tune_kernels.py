@@ -230,7 +230,7 @@ def dense_problem(candidate: Candidate) -> Problem:
     (m, n, k), forward = candidate.shape, candidate.operation == tiles.FORWARD
     options = {"w_block": (128, 128) if forward else (1, 128), "out_dtype": jnp.bfloat16 if forward else jnp.float32}
     processors = jax.devices()[0].core_count
-    choice = tiles.with_tail(tiles.VARIANTS[candidate.operation][candidate.tiles], m, n, processors)
+    choice = tiles.VARIANTS[candidate.operation][candidate.tiles]
 
     def draw(key: jax.Array) -> tuple:
         keys = jax.random.split(key)

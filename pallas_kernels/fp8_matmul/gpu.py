@@ -25,7 +25,6 @@ times as coarsely. Paper: V3 section 3.3.2.
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -99,19 +98,6 @@ class Plan:
     out_dtype: DTypeLike
     adds: bool  # to what the output holds
     n_processors: int
-    first_column: int = 0  # of the output, where `n` columns are meant
-    clusters: int = 0  # that run, if not as many as this part has tiles
-
-    @property
-    def parts(self) -> list["Plan"]:
-        """The columns that fill whole rounds of all processors, and the others in narrower tiles, if tiles say so."""
-        tiles = self.tiles
-        if not tiles.tail or self.splits > 1:
-            return [self]
-        columns = tiles.whole_columns(self.m, self.n, self.n_processors)
-        narrow = dataclasses.replace(tiles, columns=tiles.tail, store_columns=tiles.tail, tail=0)
-        part = dataclasses.replace(self, tiles=dataclasses.replace(tiles, tail=0), n=columns, clusters=self.n_clusters)
-        return [part, dataclasses.replace(part, tiles=narrow, n=self.n - columns, first_column=columns)]
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -142,7 +128,7 @@ class Plan:
     def n_clusters(self) -> int:
         """That run at the same time, each over every n_clusters-th tile."""
         clusters = self.n_tiles if self.splits > 1 else self.n_processors // max(self.tiles.cluster_shape)
-        return self.clusters or (clusters if self.tiles.tail else min(clusters, self.n_tiles))
+        return min(clusters, self.n_tiles)
 
     @property
     def registers(self) -> int:
@@ -161,11 +147,6 @@ class Plan:
     def chunk_columns(self) -> int:
         """Columns of a chunk."""
         return min(self.tiles.columns, self.tiles.chunk_columns)
-
-    @property
-    def scale_columns(self) -> int:
-        """Columns of a tile that certainly lie in one block of w: a tile may begin in the middle of one."""
-        return math.gcd(self.tiles.columns, BLOCK)
 
     @property
     def together(self) -> int:
@@ -203,14 +184,13 @@ class Plan:
     def scratch(self) -> list:
         """Shared memory and barriers of a CTA, in the order in which `_kernel` takes them."""
         tiles, stages, (rows, columns) = self.tiles, self.stages, self.tiles.cta
-        width = math.gcd(tiles.store_columns, tiles.tail)
-        staging = (tiles.warpgroups, tiles.store_slots, tiles.store_columns // width, CHUNK_ROWS, width)
+        staging = (tiles.warpgroups, tiles.store_slots, CHUNK_ROWS, tiles.store_columns)
         codes = _tiled(BLOCK, jnp.float8_e4m3fn)
         return [
             plgpu.SMEM((stages, rows, BLOCK), jnp.float8_e4m3fn, transforms=codes),
             plgpu.SMEM((stages, rows), jnp.float32),
             plgpu.SMEM((stages, columns, BLOCK), jnp.float8_e4m3fn, transforms=codes),
-            plgpu.SMEM(staging, self.out_dtype, transforms=_tiled(width, self.out_dtype)),
+            plgpu.SMEM(staging, self.out_dtype, transforms=_tiled(tiles.store_columns, self.out_dtype)),
             plgpu.Barrier(num_arrivals=3 + self.by_row, num_barriers=stages),
             self.free_barrier(),
             plgpu.SMEM((stages, columns), jnp.float32) if self.by_row else None,
@@ -283,7 +263,7 @@ def _tile(plan: Plan, i: jax.Array) -> tuple:
         (index * ctas + (cta if ctas > 1 else 0)) * size
         for index, size, ctas in zip(indices, plan.tiles.cta, plan.tiles.cluster_shape, strict=True)
     ]
-    return part, first[0], first[1] + plan.first_column
+    return part, *first
 
 
 def _blocks_of(plan: Plan, part: int | jax.Array) -> tuple:
@@ -302,7 +282,7 @@ def _load(plan: Plan, refs: Refs) -> None:
     """The loading warpgroup: fills stage after stage, each as soon as it is free."""
     plgpu.set_max_registers(plan.tiles.producer_registers, action="decrease")
 
-    def load_tile(plan: Plan, i: jax.Array, state: tuple) -> tuple:
+    def load_tile(i: jax.Array, state: tuple) -> tuple:
         part, row, column = _tile(plan, i)
         first_block, n_blocks = _blocks_of(plan, part)
 
@@ -314,10 +294,7 @@ def _load(plan: Plan, refs: Refs) -> None:
 
         return lax.fori_loop(0, n_blocks, load_block, state)
 
-    state = jnp.int32(0), jnp.int32(0)
-    for part in plan.parts:
-        state = lax.fori_loop(0, _my_tiles(part), functools.partial(load_tile, part), state)
-    stage, n_loaded = state
+    stage, n_loaded = lax.fori_loop(0, _my_tiles(plan), load_tile, (jnp.int32(0), jnp.int32(0)))
 
     # The other CTA of the cluster may still read or signal: leave only when every stage has come back.
     def wait(_, stage: jax.Array) -> jax.Array:
@@ -342,20 +319,16 @@ def _copy_stage(
     shared = {"rows": (None, "cta"), "columns": ("cta", None), "": (None, None)}[plan.tiles.cluster]
     loaded = refs.loaded.at[stage]
     plgpu.copy_gmem_to_smem(refs.x.at[rows, ks], refs.x_stages.at[stage], loaded, collective_axes=shared[0])
-    w_stage = refs.w_stages.at[stage, pl.ds(0, n_columns)]
-    plgpu.copy_gmem_to_smem(refs.w.at[columns, ks], w_stage, loaded, collective_axes=shared[1])
+    plgpu.copy_gmem_to_smem(refs.w.at[columns, ks], refs.w_stages.at[stage], loaded, collective_axes=shared[1])
     plgpu.copy_gmem_to_smem(refs.x_scale.at[block, rows], refs.x_scale_stages.at[stage], loaded)
     if plan.by_row:
-        w_scale_stage = refs.w_scale_stages.at[stage, pl.ds(0, n_columns)]
-        plgpu.copy_gmem_to_smem(refs.w_scale.at[block, columns], w_scale_stage, loaded)
+        plgpu.copy_gmem_to_smem(refs.w_scale.at[block, columns], refs.w_scale_stages.at[stage], loaded)
 
 
 def _compute(plan: Plan, refs: Refs) -> None:
     """A computing warpgroup: its part of each tile, then its part of the output."""
     plgpu.set_max_registers(plan.registers, action="increase")
-    stage = jnp.int32(0)
-    for part in plan.parts:
-        stage = lax.fori_loop(0, _my_tiles(part), functools.partial(_compute_tile, part, refs), stage)
+    lax.fori_loop(0, _my_tiles(plan), functools.partial(_compute_tile, plan, refs), jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -434,7 +407,7 @@ def _add_blocks(plan: Plan, refs: Refs, at: Place, upcoming: tuple, sums: dict) 
 
 
 def _scales(plan: Plan, refs: Refs, at: Place, i: int) -> tuple[dict, dict]:
-    """The scales of x by first row of a chunk, and those of w by first column of a chunk or of a part of one."""
+    """The scales of x by first row of a chunk, and those of w by first column of a chunk or a block."""
     stage, tiles = at.stages[i], plan.tiles
     rows, columns = {}, {}
     for r in range(0, tiles.rows, CHUNK_ROWS):
@@ -446,7 +419,7 @@ def _scales(plan: Plan, refs: Refs, at: Place, i: int) -> tuple[dict, dict]:
             columns[c] = mosaic_gpu.load(ref, plgpu.Layout.WGMMA.reduce(0))
         return rows, columns
     last = refs.w_scale.shape[0] - 1  # a tile may reach beyond the matrix
-    for c in range(0, tiles.columns, plan.scale_columns):
+    for c in range(0, tiles.columns, BLOCK):
         columns[c] = refs.w_scale[jnp.minimum(lax.div(at.column + c, BLOCK), last), at.block + i]
     return rows, columns
 
@@ -454,14 +427,10 @@ def _scales(plan: Plan, refs: Refs, at: Place, i: int) -> tuple[dict, dict]:
 def _promoted(plan: Plan, total: jax.Array, products: Any, r: int, c: int, rows: dict, columns: dict) -> jax.Array:
     """total + products * scales, in float32."""
     if plan.by_row:
-        products = products * lax.broadcast_in_dim(columns[c], products.shape, [1])
-        return total + products * lax.broadcast_in_dim(rows[r], products.shape, [0])
-    parts, end = [], c + plan.chunk_columns
-    for first in range(c // plan.scale_columns * plan.scale_columns, end, plan.scale_columns):
-        part = slice(max(first, c) - c, min(first + plan.scale_columns, end) - c)
-        scale = lax.broadcast_in_dim(rows[r] * columns[first], products[:, part].shape, [0])
-        parts.append(total[:, part] + products[:, part] * scale)
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+        row_scale, products = rows[r], products * lax.broadcast_in_dim(columns[c], products.shape, [1])
+    else:
+        row_scale = rows[r] * columns[c // BLOCK * BLOCK]
+    return total + products * lax.broadcast_in_dim(row_scale, products.shape, [0])
 
 
 def _gather(
@@ -496,25 +465,17 @@ def _store(
     plan: Plan, refs: Refs, warpgroup: jax.Array, row: int | jax.Array, column: int | jax.Array, sums: dict
 ) -> None:
     """Writes a warpgroup's part of the output, by way of staging buffers in shared memory."""
-    tiles, width = plan.tiles, refs.staging.shape[-1]
+    tiles = plan.tiles
     units = itertools.product(range(0, tiles.rows, CHUNK_ROWS), range(0, tiles.columns, tiles.store_columns))
     for i, (r, c) in enumerate(units):
-        buffers = refs.staging.at[warpgroup, i % tiles.store_slots]
-        pieces = range(c, c + tiles.store_columns, width)
-        plgpu.wait_smem_to_gmem((tiles.store_slots - 1) * len(pieces), wait_read_only=True)
-        for j, first in enumerate(pieces):
-            _stage_piece(plan, buffers.at[j], r, first, sums)
+        buffer = refs.staging.at[warpgroup, i % tiles.store_slots]
+        plgpu.wait_smem_to_gmem(tiles.store_slots - 1, wait_read_only=True)
+        for (chunk_row, chunk_column), total in sums.items():
+            low = max(c, chunk_column)
+            high = min(c + tiles.store_columns, chunk_column + plan.chunk_columns)
+            if chunk_row == r and low < high:
+                values = total[:, low - chunk_column : high - chunk_column].astype(plan.out_dtype)
+                buffer.at[:, pl.ds(low - c, high - low)][...] = values
         plgpu.commit_smem()
-        for j, first in enumerate(pieces):
-            target = refs.y.at[pl.ds(row + r, CHUNK_ROWS), pl.ds(column + first, width)]
-            plgpu.copy_smem_to_gmem(buffers.at[j], target, reduction_op="add" if plan.adds else None)
-
-
-def _stage_piece(plan: Plan, buffer: Any, r: int, first: int, sums: dict) -> None:
-    """Writes 64 rows from `r` on and the columns from `first` on of a warpgroup's part to a staging buffer."""
-    width = buffer.shape[-1]
-    for (chunk_row, chunk_column), total in sums.items():
-        low, high = max(first, chunk_column), min(first + width, chunk_column + plan.chunk_columns)
-        if chunk_row == r and low < high:
-            values = total[:, low - chunk_column : high - chunk_column].astype(plan.out_dtype)
-            buffer.at[:, pl.ds(low - first, high - low)][...] = values
+        target = refs.y.at[pl.ds(row + r, CHUNK_ROWS), pl.ds(column + c, tiles.store_columns)]
+        plgpu.copy_smem_to_gmem(buffer, target, reduction_op="add" if plan.adds else None)

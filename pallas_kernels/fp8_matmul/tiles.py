@@ -4,17 +4,18 @@ A shape that is not in the table gets the tiles for which the table lets expect 
 times the time of a round, which is that of the shapes in the table (the median, per output and block of K).
 
 What the tiles are for, as measured on one H200 (2026-11-28, m 4,096): WIDE loads the fewest bytes. With TALL a third
-warpgroup keeps the tensor cores busy while one promotes and another waits, which makes it the fastest per round. SQUARE
-and GRADIENT have two products of a warpgroup in flight, so that it promotes one while the tensor cores work on the
-other: a gain of 17 to 22 % for weight gradients, whose promotion takes two operations instead of one. Narrower last
-tiles (`Tiles.tail`) share among all processors what fills no whole round.
+warpgroup keeps the tensor cores busy while one promotes and another waits. SQUARE and GRADIENT have two products of a
+warpgroup in flight, so that it promotes one while the tensor cores work on the other: a gain of 17 to 22 % for weight
+gradients, whose promotion takes two operations instead of one.
 
-Tried and slower on that chip: turns at the tensor cores by named barriers (1 to 10 %); 64 x 192 outputs per warpgroup
-in one wgmma of n192 (between WIDE and TALL) or in two of n96 in flight; two products of n64 in flight in WIDE (7 to
-17 %) and four blocks at once in SQUARE (18 to 37 %), which spill; x in registers instead of shared memory (4 to 10 %).
-Clusters gain 1 to 7 %. Under steady load the chip runs at its limit of 700 W and 1.45 to 1.6 GHz, and medians of one
-variant differ by 5 % from run to run: smaller differences decide nothing. Registers of the loading warpgroup are chosen
-so that ptxas spills next to nothing (`tests/pallas_kernels/compile_for_hopper.py`).
+Tried and no faster on that chip: turns at the tensor cores by named barriers (1 to 10 % slower); 64 x 192 outputs per
+warpgroup in one wgmma of n192 (between WIDE and TALL) or in two of n96 in flight; two products of n64 in flight in WIDE
+(1 to 17 % slower) and four blocks at once in SQUARE (18 to 37 %); x in registers instead of shared memory (4 to 10 %);
+narrower last tiles that share among all processors what fills no whole round (0 to 5 %: at the limit of power the busy
+processors are the faster, the more are idle). Clusters gain 1 to 7 %. Under steady load the chip runs at its limit of
+700 W and 1.45 to 1.6 GHz, and medians of one variant differ by 5 % from run to run, in processes of their own by 10 %:
+smaller differences decide nothing. Registers of the loading warpgroup are chosen so that ptxas spills next to nothing
+(`tests/pallas_kernels/compile_for_hopper.py`).
 """
 
 import dataclasses
@@ -28,7 +29,6 @@ from pallas_kernels import tile_table
 
 BLOCK = 128
 FEW = 128  # rows: with no more of them the contraction may be split
-TAILS = {32: 0.45, 64: 0.6, 96: 0.8}  # columns of a narrow tile: its time relative to 128 columns, estimated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Tiles:
     """How the kernel divides its work; for the names see `gpu.py`."""
 
     rows: int  # of the output, per warpgroup: a multiple of 64
-    columns: int  # likewise: a divisor or a multiple of 128, or 96
+    columns: int  # likewise: a divisor or a multiple of 128
     warpgroups: int = 2  # that compute, one below the other
     cluster: str = ""  # along which two CTAs lie that share what they load; "" for CTAs on their own
     stages: int = 4  # blocks of K in shared memory
@@ -48,25 +48,21 @@ class Tiles:
     chunk_columns: int = BLOCK  # of one product, with 64 rows: 128 at most
     in_flight: int = 1  # products of a warpgroup at the tensor cores: while one is promoted, the next is there already
     together: int = 1  # blocks of K in one turn of the loop
-    tail: int = 0  # columns of the last tiles of a CTA, those that fill no whole round of all processors
     producer_registers: int = 40
 
     def __post_init__(self) -> None:
-        if self.rows % 64 or (BLOCK % self.columns and self.columns % BLOCK and self.columns not in TAILS):
+        if self.rows % 64 or (BLOCK % self.columns and self.columns % BLOCK):
             raise ValueError(
                 f"{self.rows} x {self.columns} outputs per warpgroup: expected a multiple of 64 by a divisor or a "
-                f"multiple of {BLOCK}, or 96."
+                f"multiple of {BLOCK}."
             )
         if self.columns % self.store_columns:
             raise ValueError(f"store_columns={self.store_columns}: expected a divisor of {self.columns} columns.")
         # Each copy fills a block of its own in shared memory, which has to start at a multiple of 128 bytes.
         if (4 * self.cta[0]) % 128 or (4 * self.cta[1]) % 128:
             raise ValueError(f"CTA tile {self.cta}: the scales of a step are no multiple of 128 bytes.")
-        if self.splits > 1 and (self.cluster or self.tail):
-            raise ValueError(
-                f"splits={self.splits}, cluster={self.cluster!r}, tail={self.tail}: expected no cluster and no tail "
-                "where the contraction is split."
-            )
+        if self.splits > 1 and self.cluster:
+            raise ValueError(f"splits={self.splits}, cluster={self.cluster!r}: a cluster can do one of the two.")
 
     @property
     def cta(self) -> tuple[int, int]:
@@ -87,19 +83,10 @@ class Tiles:
         """Returns how many tiles of a cluster cover m x n outputs, along rows and columns."""
         return -(-m // self.span[0]), -(-n // self.span[1])
 
-    def whole_columns(self, m: int, n: int, n_processors: int) -> int:
-        """Returns the columns of the output whose tiles fill whole rounds of all processors."""
-        (rows, columns), clusters = self.grid(m, n), n_processors // max(self.cluster_shape)
-        return rows * columns // clusters * clusters // rows * self.span[1]
-
-    def rounds(self, m: int, n: int, n_processors: int) -> float:
-        """Returns how many times the processors compute a tile each, the tail's tiles by their relative time."""
-        clusters = n_processors // max(self.cluster_shape)
-        whole = self.whole_columns(m, n, n_processors) if self.tail else n
-        (rows, columns), rest = self.grid(m, whole), n - whole
-        narrow = rows * -(-rest // (self.tail * self.cluster_shape[1])) if self.tail else 0
-        relative = TAILS[self.tail] * BLOCK / self.columns if self.tail else 0.0
-        return -(-rows * columns // clusters) + -(-narrow // clusters) * relative
+    def rounds(self, m: int, n: int, n_processors: int) -> int:
+        """Returns how many times the processors compute a tile each."""
+        rows, columns = self.grid(m, n)
+        return -(-rows * columns // (n_processors // max(self.cluster_shape)))
 
 
 WIDE = Tiles(rows=64, columns=256, cluster="rows", stages=3, store_columns=256, producer_registers=88)
@@ -137,11 +124,10 @@ def choose(m: int, n: int, k: int, w_block: tuple[int, int], out_dtype: DTypeLik
 def fastest(operation: str, m: int, n: int, k: int, table: tile_table.Table, n_processors: int) -> Tiles:
     """Returns the tiles of an operation that took the least time by `table`, or are expected to."""
     variants, measured = VARIANTS[operation], table.microseconds[operation]
-    fitted = {name: with_tail(tiles, m, n, n_processors) for name, tiles in variants.items()}
     times = {name: us for name, us in measured.get((m, n, k), {}).items() if name in variants}
     if not times or n_processors != table.processors:
         times = {name: _expected(name, operation, (m, n, k), table, n_processors) for name in variants}
-    return fitted[min(times, key=lambda name: times[name])]
+    return variants[min(times, key=lambda name: times[name])]
 
 
 def _expected(name: str, operation: str, shape: tuple, table: tile_table.Table, n_processors: int) -> float:
@@ -154,20 +140,8 @@ def _expected(name: str, operation: str, shape: tuple, table: tile_table.Table, 
 def _work(name: str, operation: str, shape: tuple, n_processors: int) -> float:
     """Outputs that a processor computes, times the contraction."""
     m, n, k = shape
-    tiles = with_tail(VARIANTS[operation][name], m, n, n_processors)
+    tiles = VARIANTS[operation][name]
     return tiles.rounds(m, n, n_processors) * tiles.cta[0] * tiles.cta[1] * k
-
-
-def with_tail(tiles: Tiles, m: int, n: int, n_processors: int) -> Tiles:
-    """Returns `tiles` with the narrow last tiles that save most, if that is 2 % at least."""
-    found = tiles
-    for columns in TAILS:
-        if tiles.columns != BLOCK or columns % min(columns, tiles.chunk_columns):
-            continue
-        candidate = dataclasses.replace(tiles, tail=columns)
-        if candidate.rounds(m, n, n_processors) < 0.98 * found.rounds(m, n, n_processors):
-            found = candidate
-    return found
 
 
 def _split(tiles: Tiles, m: int, n: int, k: int, n_processors: int) -> Tiles:

@@ -63,7 +63,7 @@ PRODUCTS = [
     (4096, 2112, 4096, ROWS, BF16),
     (100, 2112, 4096, ROWS, BF16),
 ]
-FITTED = (4096, 2112, 7168), (7168, 2048, 4096)  # with narrow last tiles, by operation
+TILED = (4096, 2112, 7168), (7168, 2048, 4096)  # with each of the tiles, by operation
 GRADIENT = (4096, 7168, 4096)
 QUANTISED = [(BF16, "fp32"), (BF16, "ue8m0"), (F32, "fp32")]
 SWIGLUS = [(BF16, "fp32", False), (BF16, "ue8m0", True), (F32, "fp32", True)]  # the last: a factor per row
@@ -93,11 +93,10 @@ def dense() -> dict:
     calls = {}
     for m, n, k, w_block, out_dtype in PRODUCTS:
         calls[f"fp8_matmul {m}x{n}x{k} {w_block[0]} {jnp.dtype(out_dtype).name}"] = product(m, n, k, w_block, out_dtype)
-    for (operation, variants), shape in zip(tiles.VARIANTS.items(), FITTED, strict=True):
+    for (operation, variants), shape in zip(tiles.VARIANTS.items(), TILED, strict=True):
         options = (BLOCKS, BF16) if operation == tiles.FORWARD else (ROWS, F32)
         for name, choice in variants.items():
-            fitted = tiles.with_tail(choice, *shape[:2], 132)
-            calls[f"{operation} {name}"] = product(*shape, *options, fitted)
+            calls[f"{operation} {name}"] = product(*shape, *options, choice)
     m, n, _ = GRADIENT
     calls["fp8_matmul added to float32"] = add, (*product(*GRADIENT, ROWS, F32)[1], ((m, n), F32))
     for dtype, scale in QUANTISED:

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = 232_448  # bytes that a CTA may have on Hopper
-FEW = 16  # bytes of registers that may be spilled, all of them outside the loops
+FEW = 8  # bytes of registers that may be spilled, all of them outside the loops
 
 pytestmark = [
     pytest.mark.slow,

@@ -112,12 +112,12 @@ WIDE = {"stages": 4, "store_columns": 128}
         ((200, 192, 384), (128, 128), tiles.Tiles(**SMALL, cluster="rows")),
         ((64, 320, 256), (128, 128), tiles.Tiles(64, 256, cluster="columns", stages=2, store_slots=2)),
         ((300, 320, 384), (1, 128), tiles.Tiles(128, 128, cluster="rows", stages=2)),
-        ((64, 1000, 640), (128, 128), tiles.Tiles(64, 128, warpgroups=1, in_flight=2, together=2, tail=96, **WIDE)),
-        ((192, 640, 384), (1, 128), tiles.Tiles(128, 128, stages=2, chunk_columns=64, in_flight=2, tail=64)),
+        ((64, 1000, 640), (128, 128), tiles.Tiles(64, 128, warpgroups=1, in_flight=2, together=2, **WIDE)),
+        ((192, 640, 384), (1, 128), tiles.Tiles(128, 128, stages=2, chunk_columns=64, in_flight=2)),
     ],
 )
 def test_the_kernel_is_the_reference(shape, w_block, choice):
-    """Tiles beyond the matrix, both kinds of scales, clusters, many tiles per CTA, narrow tiles.
+    """Tiles beyond the matrix, both kinds of scales, clusters, many tiles per CTA, products in flight.
 
     Not a split contraction: what its CTAs send one another (`async_store_smem`) cannot be interpreted.
     """
@@ -138,13 +138,8 @@ def test_the_chosen_tiles_cover_every_output_and_every_block_once(shape, out_dty
     m, n, k = shape
     choice = tiles.choose(m, n, k, w_block, out_dtype, n_processors)
     plan = gpu.Plan(m, n, -(-k // 128), choice, w_block[0] == 1, out_dtype, False, n_processors)
-    first = 0
-    for part in plan.parts:
-        assert part.first_column == first and part.n_clusters == plan.n_clusters
-        for size, tile, ctas, count in zip((m, part.n), part.tiles.cta, choice.cluster_shape, part.grid, strict=True):
-            assert (count - 1) * tile * ctas < size <= count * tile * ctas
-        first += part.n
-    assert first == n
+    for size, tile, ctas, count in zip((m, n), choice.cta, choice.cluster_shape, plan.grid, strict=True):
+        assert (count - 1) * tile * ctas < size <= count * tile * ctas
     assert (plan.splits - 1) * plan.blocks_per_split < plan.blocks <= plan.splits * plan.blocks_per_split
     assert len(plan.chunks) * 64 * plan.chunk_columns * choice.warpgroups == choice.cta[0] * choice.cta[1]
     assert 1 <= plan.n_clusters * max(*choice.cluster_shape, plan.splits) <= n_processors
@@ -165,9 +160,7 @@ def test_the_chosen_tiles_cover_every_output_and_every_block_once(shape, out_dty
     ],
 )
 def test_tiles_that_the_hardware_does_not_take_are_reported(sizes):
-    expected = (
-        "expected a multiple of 64 by|expected a divisor|no multiple of 128 bytes|expected no cluster and no tail"
-    )
+    expected = "expected a multiple of 64 by|expected a divisor|no multiple of 128 bytes|one of the two"
     with pytest.raises(ValueError, match=expected):
         tiles.Tiles(**sizes)
 
@@ -181,8 +174,7 @@ def table(**microseconds):
 def test_the_fastest_tiles_of_the_table_are_chosen():
     for name in tiles.VARIANTS[tiles.FORWARD]:
         times = table(**{other: 100.0 + (other != name) for other in tiles.VARIANTS[tiles.FORWARD]})
-        choice = tiles.fastest(tiles.FORWARD, 4096, 7168, 2048, times, 132)
-        assert choice == tiles.with_tail(tiles.VARIANTS[tiles.FORWARD][name], 4096, 7168, 132)
+        assert tiles.fastest(tiles.FORWARD, 4096, 7168, 2048, times, 132) == tiles.VARIANTS[tiles.FORWARD][name]
 
 
 def test_a_shape_that_is_not_in_the_table_gets_tiles_that_leave_few_processors_idle():
@@ -191,17 +183,6 @@ def test_a_shape_that_is_not_in_the_table_gets_tiles_that_leave_few_processors_i
     assert tiles.fastest(tiles.FORWARD, 4096, 4096, 7168, times, 132) == tiles.WIDE
     slow = table(WIDE=220.0, TALL=110.0)
     assert tiles.fastest(tiles.FORWARD, 4096, 4096, 7168, slow, 132).warpgroups == 3
-
-
-@pytest.mark.parametrize("m, n", [(4096, 2112), (4096, 4096), (7168, 2048), (300, 640), (5, 128)])
-@pytest.mark.parametrize("name", ["TALL", "SQUARE"])
-def test_narrow_last_tiles_are_taken_where_they_save_a_part_of_a_round(m, n, name):
-    plain = tiles.VARIANTS[tiles.FORWARD][name]
-    choice = tiles.with_tail(plain, m, n, 132)
-    assert choice.rounds(m, n, 132) <= (0.98 if choice.tail else 1) * plain.rounds(m, n, 132)
-    assert choice.whole_columns(m, n, 132) <= n
-    if (m, n, name) == (4096, 2112, "TALL"):  # 2.75 rounds of 128 columns: two of them, then 576 columns in one round
-        assert (choice.tail, choice.whole_columns(m, n, 132)) == (96, 1536)
 
 
 def test_the_committed_table_has_a_row_per_shape_of_the_bench():
