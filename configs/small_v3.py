@@ -3,11 +3,8 @@
 What the recipe of V3 section 3.3 costs in loss, as its appendix B.1 asks: the same weights and batches in bfloat16 and
 in FP8, 2,000 steps of 8,192 bytes of CPython's standard library. Minutes on one H200. BENCHMARKS.md has the curves.
 
-    kernels="--config.kernels.grouped_matmul=mosaic_gpu --config.kernels.quantize=mosaic_gpu
-        --config.kernels.quantize_swiglu=mosaic_gpu --config.kernels.fp8_matmul=mosaic_gpu
-        --config.kernels.grouped_fp8_matmul=mosaic_gpu --config.kernels.grouped_fp8_weight_gradient=mosaic_gpu"
-    deepseek-jax train --config=small_v3 --workdir=runs/bf16 $kernels --config.precision=bf16
-    deepseek-jax train --config=small_v3 --workdir=runs/fp8 $kernels
+    deepseek-jax train --config=small_v3 --workdir=runs/fp8
+    deepseek-jax train --config=small_v3 --workdir=runs/bf16 --config.precision=bf16
 """
 
 from ml_collections import ConfigDict
@@ -20,6 +17,12 @@ def get_config() -> ConfigDict:
     config = v3_671b.get_config()
     config.name = "small_v3"
     config.precision = "fp8"
+    config.kernels.grouped_matmul = "mosaic_gpu"
+    config.kernels.quantize = "mosaic_gpu"
+    config.kernels.quantize_swiglu = "mosaic_gpu"
+    config.kernels.fp8_matmul = "mosaic_gpu"
+    config.kernels.grouped_fp8_matmul = "mosaic_gpu"
+    config.kernels.grouped_fp8_weight_gradient = "mosaic_gpu"
 
     m = config.model
     m.vocab_size = 272  # 256 bytes and the special tokens
