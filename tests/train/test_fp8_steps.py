@@ -128,7 +128,7 @@ class DoubledScales(BlockMatmul):
 
 @pytest.fixture(scope="module")
 def twin(sizes, weights):
-    """A function of a matmul: mean loss of the second half of 60 steps, and how far that is below the first loss."""
+    """A function of a matmul: mean loss of the second half of 60 steps, and by how much it is below the first."""
 
     def train(matmul) -> tuple[float, float]:
         _, losses, _ = steps(trainer(sizes, matmul), weights, 60)
