@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     mesh = config.mesh = ConfigDict()
     mesh.pipe = 1  # devices along the pipeline
     mesh.data = -1  # devices along the data axis; -1 takes all that are left
-    mesh.expert = 1  # devices that share out the routed experts
+    mesh.expert = 1  # devices over which the routed experts are split
 
     pipeline = config.pipeline = ConfigDict()  # where mesh.pipe > 1; run.micro_batches go through it
     pipeline.schedule = "1f1b"  # gpipe, 1f1b, zb1p, dualpipe or dualpipev (V3 section 3.2.1)
@@ -87,7 +87,7 @@ def get_config() -> ConfigDict:
 
     run = config.run = ConfigDict()  # changes speed and memory, not what is computed; and what a run begins with
     run.init_from = ""  # initial weights: a run's workdir or published weights, whose tokenizer is taken too
-    run.micro_batches = 1  # gradient accumulation: parts a device cuts its share of a batch into
+    run.micro_batches = 1  # parts into which a device splits its share of a batch, one after the other or in a pipeline
     run.remat = "none"  # none, block (keep block inputs only), or dots (keep matmul outputs)
     run.unroll = 1  # layers that one turn of the loop over layers runs: more compile longer and copy less
     run.compilation_cache = ""  # directory of compiled programs; "" is the user's cache directory
@@ -114,7 +114,7 @@ def get_config() -> ConfigDict:
     optimizer.beta2 = 0.95
     optimizer.eps = 1e-8
     optimizer.weight_decay = 0.1
-    optimizer.moments_dtype = "float32"  # V3 keeps bfloat16 (section 3.3.2)
+    optimizer.moments_dtype = "float32"  # V3 keeps bfloat16 (section 3.3.3)
 
     checkpoint = config.checkpoint = ConfigDict()
     checkpoint.every = 250  # steps; the last step is always saved

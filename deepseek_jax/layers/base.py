@@ -43,11 +43,11 @@ class Execution:
     unroll: int = 1
     matmul: Matmul = PLAIN  # multiplies activations with weights
     kernels: Kernels = XLA  # the implementation of each operation that has several
-    # mesh axis over which the routed experts are shared out; None when all of them are here
+    # mesh axis over which the routed experts are split; None when all of them are here
     expert_axis: str | None = None
     # gathers, in place, the weights of a module that are stored in shards (FSDP); None when all are whole
     unshard: Unshard | None = None
-    # of a stack whose layers the ranks of a pipeline share out: (number of layers, function that gathers one of them)
+    # of a stack whose layers are split over a pipeline's ranks: (number of layers, function that gathers one of them)
     fetch: Callable[[str], Fetch] | None = None
     # rows of the buffers in which so many tokens are sent to their experts' devices; None: as many as a step needs
     buffer_rows: Callable[[int], int] | None = None

@@ -22,7 +22,7 @@ class Embedding(nnx.Module):
 
 
 class Head(nnx.Module):
-    """logits = h W, in float32.  Paper: V3 section 3.3.2 keeps the head in high precision."""
+    """logits = h W, in float32.  Paper: V3 section 3.3.1 keeps the head in high precision."""
 
     def __init__(self, d_model: int, vocab_size: int, std: float, *, rngs: nnx.Rngs):
         self.weight_DV = param(rngs, (d_model, vocab_size), ("embed", "vocab"), normal(std), role="head")

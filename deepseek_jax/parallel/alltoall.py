@@ -1,8 +1,9 @@
 """Expert parallelism: send each token to the devices that hold its experts, and bring the results back.
 
-Nothing is dropped. Every device sends every other a buffer of the same size; that size is the smallest of a few that
-holds the fullest buffer of the step, agreed on by all devices (the last one holds the worst case), so the padding
-follows the real load. A token goes once to each device that it needs, however many of its experts live there.
+Nothing is dropped. Every device sends every other a buffer of the same size: of a few sizes the smallest that holds the
+fullest buffer of this exchange, on which all devices agree, so that the padding follows the load. The largest of them
+holds any load; a step of a pipeline always uses it. A token goes once to each device that it needs, however many of its
+experts are there.
 
 Paper: V3 section 3.2.2 describes the same exchange with NVSHMEM kernels; here it is XLA's padded all_to_all.
 """
@@ -59,7 +60,7 @@ def dispatch(
 ) -> Arrived:
     """Sends each token to the devices of its experts: the first half of the exchange.
 
-    `experts_MK` are indices of all experts, which are shared out over the mesh axis `axis`, `n_local` per device. The
+    `experts_MK` are indices of all experts, which are split over the mesh axis `axis`, `n_local` per device. The
     buffer for each device has `capacity` rows; it must hold the tokens that go there (`choose`). Tokens travel in the
     format of `wire`, and their gradients come back as they are.
     """
@@ -75,7 +76,7 @@ def dispatch(
     # Each device turns the global indices that reach it into its own; what belongs to others becomes "none".
     theirs_AK = sent(experts_MK, n_local * n_devices) - jax.lax.axis_index(axis) * n_local
     local_AK = jnp.where((theirs_AK >= 0) & (theirs_AK < n_local), theirs_AK, n_local)
-    # At most `n_local` of a token's K experts live here: keep those places and drop the others.
+    # At most `n_local` of a token's K experts are here: keep those places and drop the others.
     places_AK = jnp.argsort(local_AK, axis=1)[:, :n_local]
     local_AK, weights_AK = (jnp.take_along_axis(part, places_AK, axis=1) for part in (local_AK, sent(weights_MK, 0)))
     x_AD = carried(buffered(x_MD, 0), wire, AS_IS, functools.partial(_send, axis))

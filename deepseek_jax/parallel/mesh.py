@@ -1,6 +1,6 @@
 """The device mesh of a run, and the one way in which per-device code is run on it.
 
-Axes: `pipe` (stages of a pipeline), `data` (replicas of the experts) and `expert` (the routed experts are shared out
+Axes: `pipe` (stages of a pipeline), `data` (replicas of the experts) and `expert` (the routed experts are split
 over it). The batch is split over the last two together: as in DeepSeek's layout, expert ranks hold different tokens.
 """
 
@@ -18,7 +18,7 @@ from deepseek_jax.errors import UserError
 
 PIPE, DATA, EXPERT = "pipe", "data", "expert"
 ALL = (PIPE, DATA, EXPERT)  # all devices: what is summed once for the whole run
-REPLICAS = (DATA, EXPERT)  # devices that share out a batch, with the same layers
+REPLICAS = (DATA, EXPERT)  # devices over which a batch is split; they have the same layers
 BATCH = P(REPLICAS)  # a leading axis split over them
 REPLICATED = P()
 AnyMesh = Mesh | AbstractMesh  # where only sizes matter

@@ -4,9 +4,10 @@
                    its results go to their slots    outside the switch: a buffer that a branch changes would be copied
                    neighbours exchange y and dx     outside the switch: all ranks meet in the same collectives
 
-A forward and a backward pass of DualPipe's main phase are one branch and share no data, so that the compiler may run
-one's exchange of tokens under the other's matmuls. A stage's own collectives (over `expert`) may stand in a branch,
-since ranks that share experts run the same op; `parallel.lint` checks that none is over the pipeline's axis.
+An op of DualPipe's main phase, a forward and a backward pass, is one branch. The two share no data, so the compiler may
+overlap one's exchange of tokens with the other's matmuls. A stage's own collectives (over `expert`, and with FSDP over
+`data`) may stand in a branch, since all devices along these axes run the same op; `parallel.lint` finds any over the
+pipeline's axis.
 
 Paper: V3 section 3.2.1. The schedules: `parallel.schedule`; the split of a stage: `parallel.split_backward`.
 """

@@ -6,12 +6,14 @@ A part is one piece of work on one stage and one micro-batch:
     B   backward pass for the inputs, for which the stage before waits
     W   backward pass for the weights, for which only the optimizer waits
 
-An op is what a rank runs as one: (F), (B), (W), a whole backward pass (B, W), or a forward and a backward pass of two
-micro-batches (F, B, W), whose exchanges hide behind each other's matmuls ("F&B" in the report).
+An op is what a rank runs in one tick: (F), (B), (W), a whole backward pass (B, W), or the forward pass of one
+micro-batch and the backward pass of another (F, B, W), each of whose exchanges of tokens can hide behind the other's
+matmuls ("F&B" in the report).
 
-A lane is the way of a micro-batch through the pipeline: (rank, chunk) of each stage in order, where chunk 0 or 1 is
-one of the stages that a rank holds. DualPipe has two lanes in opposite directions, DualPipeV one that turns at the last
-rank. How long a schedule takes is in `parallel.simulate`. Pure Python without devices.
+A lane is the path of a micro-batch through the pipeline: the (rank, chunk) of each stage in order. A rank holds one
+stage per chunk: chunk 0, and with DualPipe and DualPipeV also chunk 1. DualPipe has two lanes in opposite directions,
+DualPipeV one that turns at the last rank. `parallel.simulate` says how long a schedule takes. Pure Python without
+devices.
 
 Sources: V3 report, section 3.2.1 and figure 5; the DualPipe repository; GPipe: arXiv 1811.06965; 1F1B: arXiv
 1806.03377; zero bubble: arXiv 2401.10241.

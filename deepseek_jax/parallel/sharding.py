@@ -5,7 +5,7 @@ axes.  "experts" is compute sharding: a device works with the experts it holds. 
 (FSDP): the weight is gathered just before use, and its gradient comes back summed and scattered.
 
 The optimizer state is cut further (ZeRO-1), over all devices that would otherwise hold the same copy. Stacked axes are
-cut first: an optimizer that works on whole matrices finds them whole wherever layers or experts can be shared out.
+cut first: an optimizer that works on whole matrices finds them whole wherever layers or experts can be split.
 """
 
 import math
@@ -31,7 +31,7 @@ class Placement:
 
     spec: P  # of the weight
     copies: tuple[str, ...]  # mesh axes along which devices hold the same part; its gradient is summed over them
-    # dimension along which its optimizer state is cut over `copies`; None if no dimension divides
+    # dimension along which its optimizer state is split over `copies`; None if no dimension divides
     zero_dim: int | None
     optimizer_spec: P  # of its optimizer state
 
@@ -46,7 +46,7 @@ def check_rules(rules: Mapping[str, str]) -> None:
 
 
 def expert_axis(rules: Mapping[str, str], mesh: AnyMesh) -> str | None:
-    """The mesh axis over which the routed experts are shared out; None when every device holds them all."""
+    """The mesh axis over which the routed experts are split; None when every device holds them all."""
     axis = rules.get(EXPERTS)
     return axis if axis and mesh.shape[axis] > 1 else None
 

@@ -1,16 +1,17 @@
-"""A stage of a pipeline as three programs: F, B for its input and W for its weights, none of which does work twice.
+"""A stage of a pipeline as three programs: the forward pass F, and the backward pass as B and W.
 
     F   x -> y, report, early, late           forward pass
     B   dy, early, late -> dx, stash          backward pass for the input, for which the stage before waits
     W   late, stash -> gradient of weights    backward pass for the weights, for which only the optimizer waits
 
-The derivative of the whole stage is traced once, as one program, and its equations are divided: F are those that y and
-the report need; B those that dx needs and F has not computed or not saved; W the rest. `early` is what B alone reads of
-F, `late` what W reads of it, `stash` what W reads of B. What follows from weights, `rest` and constants alone is
-computed wherever it is read.
+The derivative of the whole stage is traced once, and the equations of its jaxpr are divided: F are those that y and the
+report need; B those that dx needs and F has not computed or not saved; W the rest. `early` is what B alone reads of F,
+`late` what W reads of it, `stash` what W reads of B; `rest` is what the stage reads besides weights and x.
 
-What is not saveable is recomputed by B (`jax.checkpoint` inside a stage would hide its equations, and a loop over
-layers is one equation: a stage runs its layers one after the other instead).
+If everything is saved, nothing is computed twice, except what follows from weights, `rest` and constants alone: that is
+computed wherever it is read. What is not saveable is recomputed, by B if B needs it. `jax.checkpoint` inside a stage
+would hide its equations, and a loop over layers is one equation; so a stage has neither, and runs its layers one after
+the other.
 Paper: zero bubble, arXiv 2401.10241; V3 section 3.2.1.
 """
 

@@ -1,8 +1,9 @@
 """Which layers lie where along the pipeline, and stacked weights laid out so that each rank holds its stages' layers.
 
 A stack of L layers is `[L, ...]` in a checkpoint and on one device. In a pipeline it is `[ranks x chunks x slots,
-...]`, split over the ranks: each stage has as many slots as the fullest one needs of the stack, and a slot that is left
-over repeats some layer and is never run. DualPipe stores each stage once, on the rank of its first copy.
+...]`, split over the ranks: each stage has as many slots as the stage with most layers of that stack needs; a slot that
+is left over repeats some layer and is never run. A rank holds one stage per chunk (`parallel.schedule`). DualPipe runs
+each stage on two ranks but stores it on one: in every step the weights go to the opposite rank and gradients come back.
 """
 
 import functools

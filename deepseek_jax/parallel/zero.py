@@ -1,7 +1,7 @@
 """ZeRO-1: gradients are summed and scattered, each device updates its part, the new weights are gathered.
 
 Each function works inside `per_device` on trees of arrays and of `Placement`s.
-Paper: Rajbhandari et al. 2020; used by V3 (section 3.1).
+Paper: Rajbhandari et al. 2020; used by V3 (section 3.2).
 """
 
 import jax

@@ -6,7 +6,7 @@
 | bf16 | bfloat16 | float32 | float32 weights, moments per config.optimizer | bfloat16 | per config.run.remat |
 | v3 | bfloat16, FP8 of blocks' matrices | float32 | float32 weights, bfloat16 moments | FP8 | norms, up-projections |
 
-`run` is what `deepseek-jax train` does. `v3` follows the report: sections 3.2.3 (recomputation), 3.3.2 (what stays in
+`run` is what `deepseek-jax train` does. `v3` follows the report: sections 3.2.3 (recomputation), 3.3.1 (what stays in
 higher precision) and 3.3.3 (formats of what is kept and sent). We assume that the FP8 weights are kept beside the
 bfloat16 ones; the report does not say.
 

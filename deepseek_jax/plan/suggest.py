@@ -160,7 +160,7 @@ def _least(job: Job) -> dict[str, ActivationBytes]:
 def _meshes(space: Space) -> Iterator[tuple[int, int, dict[str, str]]]:
     """Yields (pipe, expert, rules) that divide the devices; equivalent rules are tried once."""
     pipes = [n for n in PIPES if space.devices % n == 0 and n <= sum(space.network.repeats.values())]
-    runs_today = all(recipe.weights == 4 for recipe in space.recipes)  # `train` has no pipelines yet
+    runs_today = all(recipe.weights == 4 for recipe in space.recipes)  # see `NO_PIPELINE`
     for pipe in [1] if runs_today else pipes:
         replicas, n_experts = space.devices // pipe, space.network.n_experts
         for expert in (n for n in range(1, n_experts + 1) if n_experts % n == 0 and replicas % n == 0):

@@ -8,30 +8,33 @@ A product y = x W with weights is three matmuls, and all three run on 8-bit tens
 
 Every format is E4M3. E5M2 is not needed for gradients: a scale per block of 128 covers their range, and the mantissa
 bit counts for more. Scales are computed online, amax / 448 of the block at hand, not from earlier steps. Partial sums
-are promoted to float32 every 128 products, the tensor cores keep too few bits. y and dx are bfloat16. dW has the dtype
-of W: float32 in V3; bfloat16 (config.fp8.weights) halves what is read and written between product and optimizer.
+are promoted to float32 every 128 products, because the tensor cores keep too few bits. y and dx are bfloat16. dW has
+the dtype of W: float32 in V3; bfloat16 (config.fp8.weights) halves what is read and written between product and
+optimizer.
 
-An activation therefore is quantised twice, along channels and along tokens. That happens once, in one pass
-(`operand`), for all products that read it. The backward pass keeps the codes along tokens, one byte per number, and
-not x; of the weights it keeps the codes.
+An activation is quantised along channels and along tokens, both in one pass (`operand`), once for all products that
+read it. The backward pass keeps the codes along tokens, one byte per number, and not x; of the weights it keeps the
+codes.
 
-SwiGLU is computed again in the backward pass, from its two inputs in E4M3: its output is kept in no form.
+SwiGLU is computed again in the backward pass, from its two inputs in E4M3; its output is not kept.
 
 | what | here | V3 |
 | --- | --- | --- |
 | embedding, head, router, norms, attention scores | bfloat16 or float32, no `Matmul` | the same |
-| input of the projection after attention | E4M3, both directions quantised from bfloat16 | E5M6, turned later |
+| input of the projection after attention | E4M3, both directions quantised from bfloat16 | E5M6, transposed later |
 | smallest amax | 1e-24 (weights: 1e-4) | not said; 1e-4 in released kernels |
 | rows sent to experts, and gradients of their results | E4M3, power-of-two scales (`precision.wire`) | the same |
 | operands of experts | power-of-two scales, so that nothing is rounded twice | the same for what is sent |
 
 There is no 12-bit format in XLA, so E5M6 would take 16 bits here. V3 needs it because attention's own backward pass
-reads the same stored array, and because turning its blocks from channels to tokens must not round twice; here
-attention keeps what it needs in bfloat16, and both sets of codes are made from bfloat16 at the same time.
+reads the same stored array, and because requantising it from blocks along channels to blocks along tokens must not
+round twice; here attention keeps what it needs in bfloat16, and both sets of codes are made from bfloat16 at the same
+time.
 
-A mean over n tokens has gradients of the size 1 / n: were amax at least 1e-4, those of a large batch would be zeros.
+The smallest amax: a mean over n tokens has gradients of the size 1 / n, and with 1e-4 those of a large batch would
+become zeros.
 
-`gradient_block="128x128"` gives activation gradients one scale per 128 tokens as well. V3 reports that a 16B model
+`gradient_block="128x128"` gives activation gradients one scale per block of 128 x 128. V3 reports that a 16B model
 diverges with it (appendix B.2); it is here to show the effect.
 Paper: V3 section 3.3 and appendix B.
 """

@@ -1,12 +1,12 @@
-"""The products of activations with weights, as an object that every layer is given.
+"""The products of activations with weights, as an object that layers are given.
 
     y = x W            forward
     dx = g W^T         vjp_input: the first half of the backward pass, for which the layer before waits
     dW = x^T g         vjp_weight: the second half, for which only the optimizer waits
 
-`product` composes the three; a pipeline that defers weight gradients calls the halves apart. A low-precision format is
-another `Matmul`, and nothing else. Attention scores, the router, the embedding, the head and the norms use none: they
-stay in high precision (V3 section 3.3.2).
+`product` composes the three. A pipeline may run the second half later than the first (`parallel.split_backward`). A
+low-precision format is another `Matmul`, and nothing else. Attention scores, the router, the embedding, the head and
+the norms do not use one: they stay in high precision (V3 section 3.3.1).
 """
 
 import functools
@@ -26,7 +26,8 @@ Operand = Any  # activations as a `Matmul` takes them; they have a dtype and a s
 class Matmul(Protocol):
     """How a run multiplies activations with weights; static and hashable.
 
-    Weights are float32 master weights. Results have the dtype of the activations.
+    Weights come in float32 or in the dtype that `precision.policy` casts them to. Results have the dtype of the
+    activations.
     """
 
     align: ClassVar[int]  # rows to a multiple of which each expert's begin in `grouped`

@@ -5,11 +5,11 @@
 | master weights, gradients that are summed, optimizer update | float32 |
 | activations and matmul operands | `Policy.compute` |
 | weights as products read them, cast once per step, and the gradients of one micro-batch | `Policy.weights` |
-| norms, rotary angles, router scores, softmax, cross-entropy | float32, cast in place where they stand |
+| norms, rotary angles, router scores, softmax, cross-entropy | float32, cast where they are computed |
 | products with the weights of blocks, under "fp8" | E4M3 in blocks (`precision.fp8`) |
 
 The activations carry the compute dtype from the embedding on; there is no autocast.
-Paper: V3 section 3.3.2 (which operators stay in high precision).
+Paper: V3 section 3.3.1 (which operators stay in high precision).
 """
 
 import functools

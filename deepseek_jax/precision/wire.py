@@ -1,4 +1,4 @@
-"""In which format activations travel to the experts of other devices, and their gradients back.
+"""The formats in which activations travel to the experts of other devices and back, and their gradients.
 
     tokens on their way to the experts                          `Wire` of the run's matmul
     results on their way back                                   as they are
@@ -7,8 +7,8 @@
 
 With FP8 a token is D codes of one byte and D / 128 scales, powers of two, of one byte each: half of bfloat16. A code
 times a power of two is exact in bfloat16, and quantising the result again, with power-of-two scales, gives the same
-numbers: what arrives is what would have been computed with had the token stayed. Where nothing travels the rounding
-takes place all the same, so that a model does not depend on its mesh.
+numbers: experts compute with exactly what was sent. Where nothing travels the same rounding takes place, so that a
+model does not depend on its mesh.
 Paper: V3 section 3.3.3, "Low-Precision Communication".
 """
 

@@ -2,8 +2,8 @@
 
     gradients(params, state, batch) -> (gradient of each of params, loss, losses), sums over this device's share
 
-One micro-batch after the other, as here, is one way; stages of a pipeline are another, given to `Trainer` as its
-`gradients`. Runs on every device.
+One micro-batch after the other, as here, is one way; `Trainer` takes others as its `gradients`. In a pipeline
+`train.pipelined` takes their place. Runs on every device.
 """
 
 from collections.abc import Callable

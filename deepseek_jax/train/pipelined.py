@@ -1,10 +1,13 @@
-"""Gradients of a step's loss over the stages of a pipeline; another way than `train.gradients.accumulated`.
+"""Gradients of a step's loss over the stages of a pipeline; without one, `train.gradients.accumulated` computes them.
 
-The weights are laid out in stages (`parallel.stage_layout`). Each rank makes the programs of every kind of stage that
-there is, and runs those of its own at the ticks of the schedule. Gradients come back in the layout of the weights,
-losses and loads as this rank's share of the sums over all devices. Runs on every device.
+The weights are laid out in stages (`parallel.stage_layout`). The kind of a stage (whether it embeds, whether it ends in
+the head, how many layers of each stack it has) decides which programs it runs. The step is one program on all ranks, so
+it holds the programs of every kind; a rank runs those of its own stages at the ticks of the schedule. Gradients come
+back in the layout of the weights, losses and loads as this rank's share of the sums over all devices. Runs on every
+device.
 
-What a stage saves for its backward pass follows from `remat`: "none" all, "dots" matmul outputs, "block" its input.
+What a stage saves for its backward pass follows from `remat`: "none" saves everything, "dots" the outputs of matmuls,
+"block" only the stage's input.
 """
 
 import functools

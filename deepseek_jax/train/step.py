@@ -1,14 +1,14 @@
 """One training step: what every device does with its share of the batch, and what they then agree on.
 
     weights     cast once to the dtype that products read
-    for each micro-batch:  loss, gradients (accumulated in float32)
+    for each micro-batch:  loss, gradients (accumulated in float32); in a pipeline by its schedule (`train.pipelined`)
     gradients   summed over the devices that hold the same weights, and scattered (ZeRO-1)
     clip        by the global norm
     optimizer   on this device's part; the new weights are gathered
     router bias b <- b + gamma * sign(mean load - load), from the loads of the whole step
 
-All of it is one program, run once per device (`parallel.mesh.per_device`). A step whose loss or gradient is not finite
-leaves weights, moments and biases as they were; only the counters move.
+All of it is one program, which runs on every device (`parallel.mesh.per_device`). A step whose loss or gradient is not
+finite leaves weights, moments and biases as they were; only the counters move.
 """
 
 import functools
@@ -58,7 +58,7 @@ class StepConfig:
 
     rate: Schedule  # the learning rate of each step
     clip_norm: float  # largest global norm of the gradients (V3: 1.0)
-    micro_batches: int  # parts a device cuts its share of the batch into (gradient accumulation)
+    micro_batches: int  # parts into which a device splits its share of the batch (gradient accumulation, or a pipeline)
     # balance_rate, balance_rate_stop: gamma, 0 from the step of the stop
     balance_rate: float
     balance_rate_stop: int
