@@ -9,7 +9,8 @@ import pytest
 
 DEVICES = 8
 # Files of long tests begin first, so that no process is left alone with one at the end.
-LONG = ("train/test_run.py", "parallel/test_processes.py", "test_notebooks.py", "faults/test_runs.py")
+LONG = ("train/test_run.py", "train/test_pipelined.py", "parallel/test_processes.py", "test_notebooks.py")
+LONG += ("faults/test_runs.py", "train/test_fp8_steps.py", "train/test_step.py")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Processes that a test starts inherit the flags and may append another number of devices: the last one counts.

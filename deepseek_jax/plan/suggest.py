@@ -39,7 +39,7 @@ STORED: tuple[dict[str, str], ...] = (
 PIPES = (1, 2, 4, 8, 16)
 NO_PIPELINE = "a train that keeps embedding, head and multi-token prediction at the ends of its pipeline alone"
 NO_BF16 = "bfloat16 weights over sharded float32 ones (recipe bf16)"
-NO_V3 = "FP8 matmuls and V3's recomputation (recipe v3)"
+NO_V3 = "V3's recomputation and sharded masters (recipe v3)"
 MOST_DEVICES = 2**17
 
 
