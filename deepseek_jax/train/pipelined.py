@@ -28,6 +28,7 @@ from deepseek_jax.parallel.stage_layout import StageLayout, make_layout
 from deepseek_jax.parallel.tick_table import make_table
 from deepseek_jax.train.gradients import Gradients
 from deepseek_jax.train.loss import Losses, Stage, Totals, totals
+from deepseek_jax.tree import size
 
 SAVEABLE: dict[str, Saveable] = {"none": everything, "dots": matmuls, "block": nothing}
 Kind = tuple[bool, bool, tuple[tuple[str, int], ...]]  # of a stage: `StageLayout.kind`
@@ -109,7 +110,7 @@ def _filled(found: Losses, each: Sequence[Losses]) -> Losses:
 
 
 def _largest(trees: list[Tree]) -> Tree:
-    return max(trees, key=lambda tree: sum(a.size for a in jax.tree.leaves(tree)))
+    return max(trees, key=size)
 
 
 def _none(form: Tree) -> Tree:

@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config.data.holdout_rate = 0.1
 
     config.loop.steps = 60
-    config.batch.size = 8
+    config.batch.size = config.batch.size_start = 8
     config.loop.log_every = 1
     config.loop.eval_every = 7
     config.loop.eval_batches = 2
