@@ -1,9 +1,10 @@
 """Tables on standard output."""
 
 import sys
+from collections.abc import Sequence
 
 
-def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]], right: tuple[str, ...] = ()) -> None:
+def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: tuple[str, ...] = ()) -> None:
     """Prints aligned columns, those in `right` to the right: drawn by rich on a terminal wide enough, else plain."""
     if sys.stdout.isatty():
         from rich import box
