@@ -12,8 +12,9 @@ pipeline's axis.
 Paper: V3 section 3.2.1. The schedules: `parallel.schedule`; the split of a stage: `parallel.split_backward`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,15 +96,11 @@ def _rows(table: TickTable) -> dict:
 
 def _shapes(stages: Sequence[Split], weights: Tree, rest: Tree, x: Tree) -> Made:
     """Returns the shapes of what an op makes, where lists hold what any kind of stage needs."""
-    early: Arrays = []
-    late: Arrays = []
-    stash: Arrays = []
-    for stage in stages:
-        _, report, mine_early, mine_late = jax.eval_shape(stage.forward, weights, x, rest)
-        _, mine_stash = jax.eval_shape(stage.backward, weights, rest, x, mine_early, mine_late)
-        early, late, stash = _covering(early, mine_early), _covering(late, mine_late), _covering(stash, mine_stash)
-        gradient = jax.eval_shape(stage.weights, weights, rest, mine_late, mine_stash)
-    return Made(x, x, early, late, stash, report, gradient)
+    of_first = stages[0].shapes
+    report = jax.eval_shape(stages[0].forward, weights, x, rest)[1]
+    gradient = jax.eval_shape(stages[0].weights, weights, rest, of_first["late"], of_first["stash"])
+    lists = {name: functools.reduce(_covering, [stage.shapes[name] for stage in stages]) for name in of_first}
+    return Made(x, x, **lists, report=report, gradient=gradient)
 
 
 def _kind(array: jax.Array) -> tuple:
@@ -187,27 +184,20 @@ def _branch(
             stage, mine = stages[number], weights[chunk]
             of_batch = fixed[chunk], _at(rest, row["micro_batch"][kind])
 
-            def read(pool: str, like: Arrays) -> Arrays:
-                places = _places(getattr(nothing, pool), like)
+            def read(pool: str, like: dict[str, Arrays] = stage.shapes) -> Arrays:
+                places = _places(getattr(nothing, pool), like[pool])
                 return [_at(getattr(pools, pool)[place], row["read"][pool]) for place in places]
 
-            shapes = _saved_shapes(stage, mine, of_batch, nothing.x)
             if kind == "F":
                 y, report, early, late = stage.forward(mine, _at(pools.x, row["read"]["x"]), of_batch)
                 made = made._replace(x=y, report=report, early=held("early", early), late=held("late", late))
             elif kind == "B":
                 dy = _at(pools.dy, row["read"]["dy"])
-                dx, own_stash = stage.backward(mine, of_batch, dy, read("early", shapes[0]), read("late", shapes[1]))
+                dx, own_stash = stage.backward(mine, of_batch, dy, read("early"), read("late"))
                 made = made._replace(dy=dx, stash=held("stash", own_stash))
             else:
-                stash = read("stash", shapes[2]) if own_stash is None else own_stash
-                made = made._replace(gradient=stage.weights(mine, of_batch, read("late", shapes[1]), stash))
+                stash = read("stash") if own_stash is None else own_stash
+                made = made._replace(gradient=stage.weights(mine, of_batch, read("late"), stash))
         return made
 
     return run
-
-
-def _saved_shapes(stage: Split, weights: Tree, rest: Tree, x: Tree) -> tuple[Any, Any, Any]:
-    _, _, early, late = jax.eval_shape(stage.forward, weights, x, rest)
-    _, stash = jax.eval_shape(stage.backward, weights, rest, x, early, late)
-    return early, late, stash

@@ -54,6 +54,7 @@ class Split:
     # (weights, rest, dy, early, late) -> (dx, stash)
     backward: Callable[[Tree, Tree, Tree, Arrays, Arrays], tuple[Tree, Arrays]]
     weights: Callable[[Tree, Tree, Arrays, Arrays], Tree]  # (weights, rest, late, stash) -> gradient of the weights
+    shapes: dict[str, Arrays]  # by name, of "early", "late" and "stash": `jax.ShapeDtypeStruct`s
 
 
 def split(stage: Callable, weights: Tree, x: Tree, rest: Tree, saveable: Saveable = everything) -> Split:
@@ -197,7 +198,9 @@ class _Divided:
             given = named((self.w, weights), (self.rest, rest), (self.late, late), (self.stash, stash))
             return jax.tree.unflatten(of_weights, self._run(self.d_weights, given))
 
-        return Split(forward, backward, gradient)
+        kept = {"early": self.early, "late": self.late, "stash": self.stash}
+        shapes: dict[str, list] = {name: [_shape(v.aval) for v in variables] for name, variables in kept.items()}
+        return Split(forward, backward, gradient, shapes)
 
 
 def _cut(variables: list, sizes: list[int]) -> list[list]:
@@ -209,3 +212,7 @@ def _reads(equations: list, results: list) -> set:
     """Returns what equations read, and the results themselves."""
     read = itertools.chain(results, *(equation.invars for equation in equations))
     return {v for v in read if not isinstance(v, core.Literal)}
+
+
+def _shape(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
