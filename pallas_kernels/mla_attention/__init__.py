@@ -1,0 +1,10 @@
+"""Causal attention for training and prefill, forward and backward, with the sizes of latent attention.
+
+attention       the public function: checks its arguments, calls the implementation that is named
+reference.py    the definition, in plain jax.numpy
+chunked.py      by blocks of queries and keys, in plain jax: any device, memory linear in the tokens
+"""
+
+from pallas_kernels.mla_attention.api import SAVED, attention
+
+__all__ = ["SAVED", "attention"]
