@@ -1,19 +1,21 @@
 """Whole runs of the train verb: killed, stopped, moved to another mesh, gone wrong."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from deepseek_jax import run
+from deepseek_jax import cli, run
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options, train
 from deepseek_jax.parallel.mesh import make_mesh
@@ -23,6 +25,8 @@ from deepseek_jax.train.metrics import read_log
 
 CONFIG = str(Path(__file__).with_name("nano_v3.py"))
 STARTED: list[subprocess.Popen] = []
+# Forks of a process that has imported everything: many starts of a run without the seconds that imports take.
+FORKS = multiprocessing.get_context("forkserver")
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +57,41 @@ def trained(workdir: Path, corpus: str, *overrides: str) -> int:
     return train.main([*words, f"--config.data.cache_dir={workdir.parent}/cache", *overrides])
 
 
+def verb(workdir: Path, corpus: str, *overrides: str) -> list[str]:
+    """The train verb and its options."""
+    words = ["train", f"--config={CONFIG}", f"--workdir={workdir}", "--no-sample", f"--config.data.source={corpus}"]
+    return [*words, f"--config.data.cache_dir={workdir.parent}/cache", *overrides]
+
+
+def one_device() -> dict[str, str]:
+    """The environment of a process that has one device."""
+    return {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"}
+
+
 def start(workdir: Path, corpus: str, *overrides: str) -> subprocess.Popen:
     """The train verb in a process of its own, on one device."""
-    words = [f"--config={CONFIG}", f"--workdir={workdir}", "--no-sample", f"--config.data.source={corpus}"]
-    words += [f"--config.data.cache_dir={workdir.parent}/cache", *overrides]
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
-    command = [sys.executable, "-m", "deepseek_jax", "train", *words]
+    command = [sys.executable, "-m", "deepseek_jax", *verb(workdir, corpus, *overrides)]
     with output(workdir).open("w") as file:
-        own = {**os.environ, "XLA_FLAGS": flags}
-        STARTED.append(subprocess.Popen(command, env=own, stdout=file, stderr=subprocess.STDOUT))
+        STARTED.append(subprocess.Popen(command, env=one_device(), stdout=file, stderr=subprocess.STDOUT))
     return STARTED[-1]
+
+
+def fork(workdir: Path, corpus: str, *overrides: str) -> multiprocessing.Process:
+    """The same without the imports. The first call starts the process that is forked."""
+    FORKS.set_forkserver_preload(["deepseek_jax.run", "deepseek_jax.launch.train", "deepseek_jax.train.loop"])
+    words = verb(workdir, corpus, *overrides)
+    process = FORKS.Process(target=forked, args=(words, output(workdir), one_device()), daemon=True)
+    process.start()
+    return process
+
+
+def forked(words: list[str], printed: Path, environment: dict[str, str]) -> None:
+    """What a fork runs."""
+    with printed.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    sys.exit(cli.main(words))
 
 
 def output(workdir: Path) -> Path:
@@ -91,27 +120,30 @@ def checksums(workdir: Path) -> list[int]:
 def test_killed_twenty_times_the_log_is_the_same_bit_for_bit(tmp_path, corpus):
     """SIGKILL at random moments, start-up and saving included; then the log equals that of an undisturbed run."""
     steps, whole, killed = 150, tmp_path / "whole", tmp_path / "killed"
-    process = start(whole, corpus, f"--config.loop.steps={steps}")
-    assert process.wait(timeout=300) == 0, output(whole).read_text()
+    process = fork(whole, corpus, f"--config.loop.steps={steps}")
+    process.join(timeout=300)
+    assert process.exitcode == 0, output(whole).read_text()
 
     choose = random.Random(os.environ.get("KILL_SEED", "0"))
     for _ in range(20):
         begun = len(read_log_of(killed))
-        process = start(killed, corpus, f"--config.loop.steps={steps}")
-        wait_for_lines(process, killed, begun + choose.randint(0, 5))
+        process = fork(killed, corpus, f"--config.loop.steps={steps}")
+        wait_for_lines(process.is_alive, killed, begun + choose.randint(0, 5))
         time.sleep(choose.uniform(0.0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, output(killed).read_text()  # it was running until then
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, output(killed).read_text()  # it was running until then
     assert 0 < read_log_of(killed)[-1]["step"] < steps
-    process = start(killed, corpus, f"--config.loop.steps={steps}")
-    assert process.wait(timeout=300) == 0, output(killed).read_text()
+    process = fork(killed, corpus, f"--config.loop.steps={steps}")
+    process.join(timeout=300)
+    assert process.exitcode == 0, output(killed).read_text()
     assert curve(killed) == curve(whole)
     assert len(losses(whole)) == steps
 
 
-def wait_for_lines(process: subprocess.Popen, workdir: Path, n_lines: int) -> None:
+def wait_for_lines(runs: Callable[[], bool], workdir: Path, n_lines: int) -> None:
     """Returns when the run has logged this many lines, or has ended."""
-    while process.poll() is None and len(read_log_of(workdir)) < n_lines:
+    while runs() and len(read_log_of(workdir)) < n_lines:
         time.sleep(0.02)
 
 
@@ -119,7 +151,7 @@ def wait_for_lines(process: subprocess.Popen, workdir: Path, n_lines: int) -> No
 def test_sigterm_saves_and_exits_with_0(tmp_path, corpus):
     workdir = tmp_path / "run"
     process = start(workdir, corpus, "--config.loop.steps=100000", "--config.checkpoint.every=100000")
-    wait_for_lines(process, workdir, 4)
+    wait_for_lines(lambda: process.poll() is None, workdir, 4)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 0, output(workdir).read_text()
     printed = output(workdir).read_text()
