@@ -31,7 +31,10 @@ def get_config() -> ConfigDict:
     mesh.data = -1  # devices along the data axis; -1 takes all that are left
     mesh.expert = 1  # devices over which the routed experts are split
 
-    pipeline = config.pipeline = ConfigDict()  # where mesh.pipe > 1; run.micro_batches go through it
+    pipeline = config.pipeline = ConfigDict()
+    # parts into which a device splits its share of a batch; they go through the pipeline, and without one (mesh.pipe=1)
+    # one after the other: gradient accumulation
+    pipeline.micro_batches = 1
     pipeline.schedule = "1f1b"  # gpipe, 1f1b, zb1p, dualpipe or dualpipev (V3 section 3.2.1)
 
     # Logical axis of a weight -> mesh axis it is split over ("" keeps it whole). embed="data" gives FSDP.
@@ -87,7 +90,6 @@ def get_config() -> ConfigDict:
 
     run = config.run = ConfigDict()  # changes speed and memory, not what is computed; and what a run begins with
     run.init_from = ""  # initial weights: a run's workdir or published weights, whose tokenizer is taken too
-    run.micro_batches = 1  # parts into which a device splits its share of a batch, one after the other or in a pipeline
     run.remat = "none"  # none, block (keep block inputs only), or dots (keep matmul outputs)
     run.unroll = 1  # layers that one turn of the loop over layers runs: more compile longer and copy less
     run.compilation_cache = ""  # directory of compiled programs; "" is the user's cache directory

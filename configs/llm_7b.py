@@ -3,7 +3,7 @@
 Paper: arXiv 2401.02954, table 2 (sizes) and section 2.3 (recipe): 2T tokens, sequences of 4,096, batch 2,304, learning
 rate 4.2e-4 after 2,000 steps of warm-up, times 0.316 at 80 % and 0.1 at 90 % of the tokens.
 
-    deepseek-jax plan --config=llm_7b --devices=256 --config.sharding.embed=data --config.run.micro_batches=9
+    deepseek-jax plan --config=llm_7b --devices=256 --config.sharding.embed=data --config.pipeline.micro_batches=9
 """
 
 from ml_collections import ConfigDict

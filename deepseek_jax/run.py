@@ -54,7 +54,7 @@ def trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
         config.sharding.to_dict(),
         PreTraining(mask_documents=config.data.mask_documents, **loss),
         adamw(**config.optimizer),
-        StepConfig(rate=Schedule(**config.schedule), micro_batches=run.micro_batches, **step),
+        StepConfig(rate=Schedule(**config.schedule), micro_batches=config.pipeline.micro_batches, **step),
         pipeline=pipeline(config, network),
         compute=precision.compute,
         matmul=precision.matmul,
@@ -101,12 +101,12 @@ def batch_ramp(config: ConfigDict, n_replicas: int) -> BatchRamp:
 
     `n_replicas` are the devices among which a batch is split: all but those along the pipeline (`mesh.REPLICAS`).
     """
-    ramp, multiple = BatchRamp(**config.batch), n_replicas * config.run.micro_batches
+    ramp, multiple = BatchRamp(**config.batch), n_replicas * config.pipeline.micro_batches
     for key, size in (("size", ramp.size), ("size_start", ramp.start)):
         if size % multiple:
             raise UserError(
                 f"config.batch.{key}={size} does not divide over {n_replicas} devices x "
-                f"{config.run.micro_batches} micro-batches. Choose a multiple of {multiple}."
+                f"{config.pipeline.micro_batches} micro-batches. Choose a multiple of {multiple}."
             )
     return ramp
 

@@ -4,8 +4,9 @@
 | --- | --- |
 | 1 | `train.…` and the learning rates under `optimizer.…`; the format itself is not stated |
 | 2 | `loop`, `batch`, `loss`, `run` and `schedule`, each the arguments of a dataclass |
+| 3 | `run.micro_batches` is `pipeline.micro_batches` |
 
-Format 1 is read as well: its keys are moved, and what it does not have yet gets its default.
+Formats 1 and 2 are read as well: their keys are moved, and what they do not have yet gets its default.
 """
 
 from collections.abc import Mapping
@@ -16,16 +17,18 @@ from ml_collections import ConfigDict
 from deepseek_jax.configs import base
 from deepseek_jax.errors import UserError
 
-FORMAT = 2
-MOVED = {  # keys of `train` in format 1: the group in which format 2 has them
+FORMAT = 3
+MOVED = {  # keys of `train` in format 1: the group in which they are now
     "loop": ("steps", "log_every", "eval_every", "eval_batches", "max_skipped"),
     "loss": ("mtp_weight", "mtp_weight_final", "mtp_weight_switch", "balance_rate", "balance_rate_stop"),
-    "run": ("init_from", "micro_batches", "remat", "unroll", "compilation_cache"),
+    "run": ("init_from", "remat", "unroll", "compilation_cache"),
+    "pipeline": ("micro_batches",),
 }
 RATES = ("peak_rate", "warmup_steps", "constant_steps", "cosine_steps", "tail_rate", "tail_steps", "final_rate")
 RENAMED = {f"train.{key}": f"{group}.{key}" for group, keys in MOVED.items() for key in keys}
 RENAMED |= {f"optimizer.{key}": f"schedule.{key}" for key in RATES}
 RENAMED |= {
+    "run.micro_batches": "pipeline.micro_batches",
     "train.batch_size": "batch.size",
     "train.batch_size_start": "batch.size_start",
     "train.batch_ramp_steps": "batch.ramp_steps",
@@ -49,17 +52,17 @@ def from_json(tree: dict) -> ConfigDict:
     Raises UserError for a format that this version does not know.
     """
     found = tree.get("format", 1)
-    if found not in (1, FORMAT):
+    if found not in range(1, FORMAT + 1):
         raise UserError(
-            f"a saved config has format {found!r}, this version of deepseek_jax reads 1 and {FORMAT}. "
+            f"a saved config has format {found!r}, this version of deepseek_jax reads 1 to {FORMAT}. "
             "Install the version that wrote it, or a later one."
         )
     config = _decode({key: value for key, value in tree.items() if key != "format"})
-    return (converted(config) if found == 1 else config).lock()
+    return (converted(config) if found < FORMAT else config).lock()
 
 
 def converted(config: ConfigDict) -> ConfigDict:
-    """Returns the config that one of format 1 is in format 2."""
+    """Returns the config that one of an earlier format is in this one."""
     new = ConfigDict({"model": {**ADDED.get(config.get("family", ""), {}), **config.get("model", {})}})
     for key, value in leaves(config).items():
         if not key.startswith("model."):

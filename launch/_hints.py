@@ -17,7 +17,7 @@ FAMILIAR |= {
     "context_length": "data.seq_len",
     "data": "data.source",
     "dataset": "data.source",
-    "gradient_accumulation_steps": "run.micro_batches",
+    "gradient_accumulation_steps": "pipeline.micro_batches",
     "iterations": "loop.steps",
     "learning_rate": "schedule.peak_rate",
     "lr": "schedule.peak_rate",

@@ -93,7 +93,7 @@ def job_of(config: ConfigDict, options: SimpleNamespace, subject: PlannedModel) 
         expert=expert,
         devices=options.devices or (run.devices if mesh.data == -1 else 0),
         batch=config.batch.size,
-        micro_batches=config.run.micro_batches,
+        micro_batches=config.pipeline.micro_batches,
         seq_len=config.data.seq_len,
     )
     options.recipe = options.recipe or run.recipe or "run"

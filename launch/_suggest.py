@@ -147,7 +147,8 @@ def words(config: ConfigDict, space: Space, suggestion: Suggestion) -> str:
     """What is said on the command line to get a suggestion: the keys that differ from the config."""
     job = suggestion.job
     at, dtype = job.layout, "fp8" if job.recipe.fp8 else "bf16" if job.recipe.activations == 2 else "fp32"
-    chosen: dict[str, Any] = {"mesh.pipe": at.pipe, "mesh.expert": at.expert, "run.micro_batches": at.micro_batches}
+    chosen: dict[str, Any] = {"mesh.pipe": at.pipe, "mesh.expert": at.expert}
+    chosen["pipeline.micro_batches"] = at.micro_batches
     chosen |= {"mesh.data": at.data} if config.mesh.data != -1 else {}
     is_constant = suggestion.batch_start == at.batch and not config.batch.size_start
     chosen |= {"batch.size": at.batch, "batch.size_start": 0 if is_constant else suggestion.batch_start}

@@ -109,7 +109,7 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
     biases_count = size(router_bias)
     if sizes["pipe"] > 1:
         network = describe(family(config.family), module.config)
-        layout = pipeline(config, network).layout(module, sizes["pipe"], config.run.micro_batches)
+        layout = pipeline(config, network).layout(module, sizes["pipe"], config.pipeline.micro_batches)
         params, router_bias = (jax.eval_shape(layout.staged, tree) for tree in (params, router_bias))
     places = placements(axes, params, config.sharding.to_dict(), mesh)
     bias_places = placements(bias_axes, router_bias, {}, mesh)

@@ -236,7 +236,8 @@ def test_a_wrong_word_is_named_with_what_was_wanted(card, words, message):
         ("def get_config(: pass", "the file raised SyntaxError"),
         (
             "from deepseek_jax.configs import tiny_v3\ndef get_config():\n    tiny_v3.get_config().train.steps = 1",
-            "(line 3 of FILE). The keys of config.train are now in config.batch, config.loop, config.loss, config.run: "
+            "(line 3 of FILE). The keys of config.train are now in config.batch, config.loop, config.loss, "
+            "config.pipeline, config.run: "
             "rename them.",
         ),
         ("x = 1", "the file has no function get_config()."),

@@ -80,7 +80,7 @@ def make_layout(
     micro_batches = share if pipe > 1 and micro_batches == 1 else micro_batches
     if micro_batches < 1 or share % micro_batches:
         raise UserError(
-            f"config.run.micro_batches={micro_batches}: each of the {replicas} shares has {share} sequences. "
+            f"config.pipeline.micro_batches={micro_batches}: each of the {replicas} shares has {share} sequences. "
             f"Choose a divisor of {share}."
         )
     return Layout(pipe, data, expert, batch, micro_batches, seq_len)

@@ -72,6 +72,6 @@ def schedule(name: str, n_devices: int, micro_batches: int) -> Schedule:
         expected = f"an even number >= {least}" if found.arrangement.even else f"{least} or more"
         raise UserError(
             f"--schedule={name} over {n_devices} devices with {micro_batches} micro-batches: expected {expected}. "
-            "Choose another config.run.micro_batches, or --schedule=1f1b."
+            "Choose another config.pipeline.micro_batches, or --schedule=1f1b."
         )
     return found

@@ -84,7 +84,7 @@ def _advice(job: Job, part: str) -> str:
     if part == "reduce":
         traffic = max((rank_traffic(job, rank) for rank in range(len(job.ranks))), key=lambda t: t.total)
         if traffic.fsdp.seconds(job.chip) > traffic.zero.seconds(job.chip):
-            return "fewer config.run.micro_batches or config.sharding rules: each micro-batch gathers the weights"
+            return "fewer config.pipeline.micro_batches or config.sharding rules: each micro-batch gathers the weights"
         return "more tokens per step: config.batch.size"
     if part == "optimizer":
         return "more tokens per step: config.batch.size"

@@ -117,12 +117,12 @@ def test_a_plan_that_does_not_fit_says_so(capsys):
     assert "NO" in line(out, "does it fit?") and "largest part: optimizer" in line(out, "does it fit?")
     assert "give more devices" in line(out, "  short by")
     assert plan.main(["--config=llm_7b", "--devices=64"]) == 0
-    assert "give more config.run.micro_batches" in line(capsys.readouterr().out, "  short by")
+    assert "give more config.pipeline.micro_batches" in line(capsys.readouterr().out, "  short by")
 
 
 def test_sums_over_micro_batches_are_named(capsys):
     for micro_batches, is_named in ((1, False), (4, True)):
-        assert plan.main(["--config=tiny_v1", f"--config.run.micro_batches={micro_batches}"]) == 0
+        assert plan.main(["--config=tiny_v1", f"--config.pipeline.micro_batches={micro_batches}"]) == 0
         assert ("and their sums over micro-batches" in line(capsys.readouterr().out, "gradients")) == is_named
 
 
@@ -141,7 +141,7 @@ def test_other_schedules_stand_beside_the_chosen_one(capsys):
         (["--devices=1536", "--config.mesh.expert=48"], "256 experts over mesh axis 'expert' of size 48"),
         (["--config.mesh.pipe=62", "--devices=7936", "--schedule=1f1b"], "62 pipeline stages for 61 layers"),
         (["--config.batch.size=100"], "config.batch.size=100 does not divide"),
-        (["--config.run.micro_batches=7"], "Choose a divisor of 120"),
+        (["--config.pipeline.micro_batches=7"], "Choose a divisor of 120"),
         (["--schedule=gpipe"], "no such schedule"),
         (["--recipe=fp4"], "no such recipe"),
         (["--price=-2"], "--price=-2.0: expected a number from"),
@@ -175,7 +175,7 @@ def test_a_drawing_of_the_schedule(tmp_path, capsys):
         "--schedule=dualpipe",
         "--config=tiny_v3",
         "--config.mesh.pipe=2",
-        "--config.run.micro_batches=4",
+        "--config.pipeline.micro_batches=4",
     ]
     assert plan.main(words) == 0
     assert file.read_text().startswith("<?xml") and "schedule drawn" in capsys.readouterr().out

@@ -59,7 +59,9 @@ def _whether_it_fits(job: Job, parts: Mapping[str, float], total: float) -> list
     fits, left = total <= available, available - total
     answer = "NO" if not fits else "yes, barely" if left < BARELY * available else "yes"
     share = f"largest part: {largest.replace('_', ' ')}, {parts[largest] / total:.0%}"
-    grows = "config.run.micro_batches" if largest in GROWS_WITH_MICRO_BATCH else "devices, or a config.sharding rule"
+    grows = (
+        "config.pipeline.micro_batches" if largest in GROWS_WITH_MICRO_BATCH else "devices, or a config.sharding rule"
+    )
     note = "for compiler, runtime and communication: not counted here" if fits else f"give more {grows}"
     difference = replace(figures.gib("left", left), text=units.binary(abs(left)))
     return [
