@@ -5,7 +5,9 @@
                    neighbours exchange y and dx     outside the switch: all ranks meet in the same collectives
 
 An op of DualPipe's main phase, a forward and a backward pass, is one branch. The two share no data, so the compiler may
-overlap one's exchange of tokens with the other's matmuls. A stage's own collectives (over `expert`, and with FSDP over
+overlap one's exchange of tokens with the other's matmuls. Where nothing overlaps (on a CPU), three switches follow one
+another instead, for F, for B and for W: the programs of a stage then stand in the program once, not in every op that
+has them, and compiling takes a fraction of the time. A stage's own collectives (over `expert`, and with FSDP over
 `data`) may stand in a branch, since all devices along these axes run the same op; `parallel.lint` finds any over the
 pipeline's axis.
 
@@ -14,7 +16,7 @@ Paper: V3 section 3.2.1. The schedules: `parallel.schedule`; the split of a stag
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +49,25 @@ class Pools(NamedTuple):
     stash: Arrays
 
 
+MAKES = {"F": ("x", "early", "late", "report"), "B": ("dy", "stash"), "W": ("gradient",)}  # of `Made`, by kind of part
+
+
+class Switch(NamedTuple):
+    """A choice that each rank makes in each tick."""
+
+    kinds: str  # of the parts that its branches may have
+    branches: tuple[Branch, ...]
+    column: np.ndarray  # of the branch, int32, ticks by ranks
+
+
 def run_pipeline(
-    table: TickTable, stages: Sequence[Split], weights: Sequence[Tree], fixed: Sequence[Tree], rest: Tree, x: Tree
+    table: TickTable,
+    stages: Sequence[Split],
+    weights: Sequence[Tree],
+    fixed: Sequence[Tree],
+    rest: Tree,
+    x: Tree,
+    overlap: bool = True,
 ) -> tuple[Sequence[Tree], Sequence[Tree]]:
     """Runs all micro-batches through all stages, forward and backward; inside `per_device` only.
 
@@ -60,6 +79,7 @@ def run_pipeline(
         rest: what stages read of a micro-batch, with a leading axis of all micro-batches; a stage is given
             (fixed, rest of the micro-batch) as its `rest`.
         x: shapes of what flows from stage to stage.
+        overlap: whether all parts of an op are one branch.
 
     Returns:
         (gradients of the weights, reports), of each chunk, summed over the micro-batches in float32.
@@ -69,13 +89,20 @@ def run_pipeline(
     nothing = jax.tree.map(_zeros, shapes)
     pools = Pools(*(_pool(getattr(shapes, pool), table.slots[pool] + 1) for pool in POOLS))
     sums = jax.tree.map(lambda a: _zero_sums(a, len(weights)), (shapes.gradient, shapes.report))
-    branches = [_branch(branch, stages, weights, fixed, rest, nothing) for branch in table.branches]
+    switches = _switches(table, overlap)
+    programs = [
+        [_branch(branch, switch.kinds, stages, weights, fixed, rest, nothing) for branch in switch.branches]
+        for switch in switches
+    ]
     rank = jax.lax.axis_index(PIPE)
 
     def tick(carry: tuple, row: dict) -> tuple[tuple, None]:
         pools, (gradients, reports) = carry
         mine = jax.tree.map(lambda column: column[rank], row)
-        made = jax.lax.switch(mine["branch"], branches, pools, mine)
+        parts: dict[str, Any] = {}
+        for index, branches in zip(mine["branch"], programs, strict=True):
+            parts |= jax.lax.switch(index, branches, pools, mine, parts)
+        made = Made(**parts)
         gradients = _add(gradients, made.gradient, mine["chunk"]["W"])
         reports = _add(reports, made.report, mine["chunk"]["F"])
         kept = {pool: _put(getattr(pools, pool), getattr(made, pool), slot) for pool, slot in mine["write"].items()}
@@ -83,15 +110,31 @@ def run_pipeline(
             kept[pool] = _arrived(getattr(pools, pool), getattr(made, pool), arrivals, table.arrive[pool])
         return (pools._replace(**kept), (gradients, reports)), None
 
-    (_, (gradients, reports)), _ = jax.lax.scan(tick, (pools, sums), _rows(table))
+    (_, (gradients, reports)), _ = jax.lax.scan(tick, (pools, sums), _rows(table, switches))
     of_chunks = [jax.tree.map(lambda a, c=c: a[c], (gradients, reports)) for c in range(len(weights))]
     return [gradient for gradient, _ in of_chunks], [report for _, report in of_chunks]
 
 
-def _rows(table: TickTable) -> dict:
-    """Returns the table as arrays to scan over."""
-    names = ("branch", "micro_batch", "chunk", "read", "write", "arrive")
-    return jax.tree.map(jnp.asarray, {name: getattr(table, name) for name in names})
+def _switches(table: TickTable, overlap: bool) -> list[Switch]:
+    """Returns the switches of a tick, in the order in which they run."""
+    if overlap:
+        return [Switch("FBW", table.branches, table.branch)]
+
+    def of(kind: str) -> Switch:
+        own = [tuple(part for part in branch if part[0] == kind) for branch in table.branches]
+        branches = tuple(dict.fromkeys(((), *own)))
+        return Switch(kind, branches, np.array([branches.index(parts) for parts in own], np.int32)[table.branch])
+
+    return [of(kind) for kind in "FBW"]
+
+
+def _rows(table: TickTable, switches: Sequence[Switch]) -> dict:
+    """Returns the table as arrays to scan over; `own_stash` is whether W runs in the op of its B."""
+    kinds = [[kind for kind, _, _ in branch] for branch in table.branches]
+    own_stash = np.array(["B" in names and "W" in names for names in kinds])[table.branch]
+    rows = {name: getattr(table, name) for name in ("micro_batch", "chunk", "read", "write", "arrive")}
+    rows |= {"branch": [switch.column for switch in switches], "own_stash": own_stash}
+    return jax.tree.map(jnp.asarray, rows)
 
 
 def _shapes(stages: Sequence[Split], weights: Tree, rest: Tree, x: Tree) -> Made:
@@ -143,15 +186,22 @@ def _pool(shapes: Tree, n_slots: int) -> Tree:
 
 
 def _at(tree: Tree, index: jax.Array) -> Tree:
-    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), tree)
+    return jax.tree.map(lambda a: _one(a, index), tree)
+
+
+def _one(pool: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(pool, index, keepdims=False, allow_negative_indices=False)
 
 
 def _put(pool: Tree, values: Tree, slot: jax.Array) -> Tree:
-    return jax.tree.map(lambda a, v: jax.lax.dynamic_update_index_in_dim(a, v, slot, 0), pool, values)
+    def put(a: jax.Array, v: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(a, v, slot, 0, allow_negative_indices=False)
+
+    return jax.tree.map(put, pool, values)
 
 
 def _add(sums: Tree, values: Tree, index: jax.Array) -> Tree:
-    return jax.tree.map(lambda a, v: a.at[index].add(v.astype(a.dtype)), sums, values)
+    return _put(sums, jax.tree.map(lambda a, v: _one(a, index) + v.astype(a.dtype), sums, values), index)
 
 
 def _arrived(pool: Tree, sent: Tree, slots: dict[str, jax.Array], plan: dict[str, np.ndarray]) -> Tree:
@@ -168,9 +218,18 @@ def _arrived(pool: Tree, sent: Tree, slots: dict[str, jax.Array], plan: dict[str
 
 
 def _branch(
-    branch: Branch, stages: Sequence[Split], weights: Sequence[Tree], fixed: Sequence[Tree], rest: Tree, nothing: Made
-) -> Callable[[Pools, dict], Made]:
-    """Returns the program of an op: it reads buffers, and returns what it makes."""
+    branch: Branch,
+    kinds: str,
+    stages: Sequence[Split],
+    weights: Sequence[Tree],
+    fixed: Sequence[Tree],
+    rest: Tree,
+    nothing: Made,
+) -> Callable[[Pools, dict, dict], dict]:
+    """Returns the program of a branch: it reads buffers, and returns what parts of `kinds` make.
+
+    Its last argument is what the switches before it in the same tick have made.
+    """
 
     def held(pool: str, arrays: Arrays) -> Arrays:
         filled = list(getattr(nothing, pool))
@@ -178,26 +237,31 @@ def _branch(
             filled[place] = array
         return filled
 
-    def run(pools: Pools, row: dict) -> Made:
-        made, own_stash = nothing, None
+    def run(pools: Pools, row: dict, before: dict) -> dict:
+        made: dict[str, Any] = {name: getattr(nothing, name) for kind in kinds for name in MAKES[kind]}
+        stash = None
         for kind, chunk, number in branch:
             stage, mine = stages[number], weights[chunk]
             of_batch = fixed[chunk], _at(rest, row["micro_batch"][kind])
 
             def read(pool: str, like: dict[str, Arrays] = stage.shapes) -> Arrays:
                 places = _places(getattr(nothing, pool), like[pool])
-                return [_at(getattr(pools, pool)[place], row["read"][pool]) for place in places]
+                return [_one(getattr(pools, pool)[place], row["read"][pool]) for place in places]
 
             if kind == "F":
                 y, report, early, late = stage.forward(mine, _at(pools.x, row["read"]["x"]), of_batch)
-                made = made._replace(x=y, report=report, early=held("early", early), late=held("late", late))
+                made |= {"x": y, "report": report, "early": held("early", early), "late": held("late", late)}
             elif kind == "B":
                 dy = _at(pools.dy, row["read"]["dy"])
-                dx, own_stash = stage.backward(mine, of_batch, dy, read("early"), read("late"))
-                made = made._replace(dy=dx, stash=held("stash", own_stash))
+                dx, stash = stage.backward(mine, of_batch, dy, read("early"), read("late"))
+                made |= {"dy": dx, "stash": held("stash", stash)}
             else:
-                stash = read("stash") if own_stash is None else own_stash
-                made = made._replace(gradient=stage.weights(mine, of_batch, read("late"), stash))
+                if stash is None:
+                    stash = read("stash")
+                if "stash" in before:  # made by the switch before this one, if it ran this op's B
+                    fresh = (before["stash"][place] for place in _places(nothing.stash, stage.shapes["stash"]))
+                    stash = [jnp.where(row["own_stash"], a, b) for a, b in zip(fresh, stash, strict=True)]
+                made |= {"gradient": stage.weights(mine, of_batch, read("late"), stash)}
         return made
 
     return run

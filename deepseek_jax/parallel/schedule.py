@@ -11,9 +11,9 @@ micro-batch and the backward pass of another (F, B, W), each of whose exchanges 
 matmuls ("F&B" in the report).
 
 A lane is the path of a micro-batch through the pipeline: the (rank, chunk) of each stage in order. A rank holds one
-stage per chunk: chunk 0, and with DualPipe and DualPipeV also chunk 1. DualPipe has two lanes in opposite directions,
-DualPipeV one that turns at the last rank. `parallel.simulate` says how long a schedule takes. Pure Python without
-devices.
+stage per chunk: chunk 0, and with DualPipe and DualPipeV also chunk 1, the one nearer to the head. DualPipe has two
+lanes in opposite directions, DualPipeV one that turns at the last rank. `parallel.simulate` says how long a schedule
+takes. Pure Python without devices.
 
 Sources: V3 report, section 3.2.1 and figure 5; the DualPipe repository; GPipe: arXiv 1811.06965; 1F1B: arXiv
 1806.03377; zero bubble: arXiv 2401.10241.
@@ -118,22 +118,20 @@ def zero_bubble(n_ranks: int, micro_batches: int) -> Schedule:
 class _Rank:
     """Writes down the order of one rank of DualPipe: counts micro-batches, and keeps the W that are put off."""
 
-    def __init__(self, flipped: bool):
-        self.flipped = flipped  # in the second half of the ranks the two directions change places
+    def __init__(self) -> None:
         self.order: list[Op] = []
         self.n = {kind: [0, 0] for kind in "FB"}
         self.put_off: list[Part] = []
 
-    def _next(self, kind: str, direction: int) -> Part:
-        chunk = direction ^ self.flipped
+    def _next(self, kind: str, chunk: int) -> Part:
         self.n[kind][chunk] += 1
         return Part(kind, chunk, self.n[kind][chunk] - 1)
 
-    def forward(self, direction: int) -> None:
-        self.order.append((self._next("F", direction),))
+    def forward(self, chunk: int) -> None:
+        self.order.append((self._next("F", chunk),))
 
-    def backward(self, direction: int, *, put_off: bool = False) -> None:
-        b = self._next("B", direction)
+    def backward(self, chunk: int, *, put_off: bool = False) -> None:
+        b = self._next("B", chunk)
         w = b._replace(kind="W")
         self.order.append((b,) if put_off else (b, w))
         if put_off:
@@ -142,24 +140,24 @@ class _Rank:
     def weights(self) -> None:
         self.order.append((self.put_off.pop(0),))
 
-    def both(self, direction: int) -> None:
-        """F in one direction and B in the other, as one op."""
-        f, b = self._next("F", direction), self._next("B", 1 - direction)
+    def both(self, chunk: int) -> None:
+        """F of one chunk and B of the other, as one op."""
+        f, b = self._next("F", chunk), self._next("B", 1 - chunk)
         self.order.append((f, b, b._replace(kind="W")))
 
 
-def _eight_steps(rank: _Rank, after: int, depth: int, n_main: int) -> tuple[Op, ...]:
+def _eight_steps(after: int, depth: int, n_main: int) -> tuple[Op, ...]:
     """The eight steps of DualPipe on one rank.
 
     Args:
-        rank: the rank to write.
         after: ranks between this one and the middle (in a V: the turn).
         depth: ranks between the end of the pipeline and this one.
         n_main: repetitions of step 4.
     """
+    rank = _Rank()
     for _ in range(2 * after):  # 1: fill the pipeline
         rank.forward(0)
-    for _ in range(depth + 1):  # 2: both directions forward
+    for _ in range(depth + 1):  # 2: both chunks forward
         rank.forward(0)
         rank.forward(1)
     for _ in range(after):  # 3: the first backward passes; W in the gap, since nothing else can run
@@ -173,7 +171,7 @@ def _eight_steps(rank: _Rank, after: int, depth: int, n_main: int) -> tuple[Op, 
         else:
             rank.both(0)
         rank.both(1)
-    for _ in range(after):  # 5: no forward passes are left in the first direction
+    for _ in range(after):  # 5: no forward passes of chunk 0 are left
         rank.backward(1)
         rank.both(1)
     for i in range(2 * (depth + 1)):  # 6: backward passes; in the second half W is put off
@@ -195,10 +193,10 @@ def dualpipe(n_ranks: int, micro_batches: int) -> Schedule:
 
     def order(rank: int) -> tuple[Op, ...]:
         depth = min(rank, n_ranks - 1 - rank)
-        return _eight_steps(_Rank(rank >= half), half - 1 - depth, depth, per_lane - n_ranks + depth + 1)
+        return _eight_steps(half - 1 - depth, depth, per_lane - n_ranks + depth + 1)
 
-    there = tuple((rank, 0) for rank in range(n_ranks))
-    back = tuple((rank, 1) for rank in reversed(range(n_ranks)))
+    there = tuple((rank, int(rank >= half)) for rank in range(n_ranks))
+    back = tuple((rank, int(rank < half)) for rank in reversed(range(n_ranks)))
     return Schedule(tuple(map(order, range(n_ranks))), (there, back), per_lane)
 
 
@@ -206,7 +204,7 @@ def dualpipe_v(n_ranks: int, micro_batches: int) -> Schedule:
     """DualPipeV: one copy of the model; stages lie on the ranks in a V. Needs 2 micro-batches per rank."""
 
     def order(rank: int) -> tuple[Op, ...]:
-        return _eight_steps(_Rank(False), n_ranks - 1 - rank, rank, micro_batches - 2 * n_ranks + rank + 1)
+        return _eight_steps(n_ranks - 1 - rank, rank, micro_batches - 2 * n_ranks + rank + 1)
 
     lane = (*((rank, 0) for rank in range(n_ranks)), *((rank, 1) for rank in reversed(range(n_ranks))))
     return Schedule(tuple(map(order, range(n_ranks))), (lane,), micro_batches)

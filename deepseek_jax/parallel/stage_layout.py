@@ -52,6 +52,12 @@ class StageLayout:
         """Stages of a rank whose weights it stores."""
         return self.n_chunks // self.copies
 
+    @functools.cached_property
+    def stored_chunks(self) -> np.ndarray:
+        """The chunks whose weights a rank stores, [ranks, stored]; of two copies of a stage, the first lane's."""
+        first = sorted(self.schedule.lanes[0])
+        return np.array([chunk for _, chunk in first]).reshape(self.n_ranks, self.stored)
+
     def kind(self, place: Place) -> tuple[bool, bool, tuple[tuple[str, int], ...]]:
         """What a stage runs: (whether it embeds, whether it ends in the head, layers of each stack)."""
         number = self.number[place]
@@ -70,15 +76,19 @@ class StageLayout:
             found[rank, chunk, : part.stop - part.start] = range(part.start, part.stop)
         return found
 
+    def stored_layers(self, stack: str) -> np.ndarray:
+        """Number of the layer in each slot of the stages that a rank stores, [ranks, stored, slots], int32; or -1."""
+        return np.take_along_axis(self.layers(stack), self.stored_chunks[:, :, None], axis=1)
+
     def staged(self, tree: Tree) -> Tree:
         """Weights `[L, ...]` of stacks as `[ranks x chunks x slots, ...]`; all others as they are."""
-        return self._stacks(tree, lambda name: np.maximum(self.layers(name)[:, : self.stored], 0).ravel())
+        return self._stacks(tree, lambda name: np.maximum(self.stored_layers(name), 0).ravel())
 
     def unstaged(self, tree: Tree) -> Tree:
         """The inverse of `staged`."""
 
         def slot_of_layer(name: str) -> np.ndarray:
-            layers = self.layers(name)[:, : self.stored].ravel()
+            layers = self.stored_layers(name).ravel()
             return np.argsort(np.where(layers < 0, layers.size, layers), kind="stable")[: self.n_layers(name)]
 
         return self._stacks(tree, slot_of_layer)
@@ -88,7 +98,7 @@ class StageLayout:
         rank = jax.lax.axis_index(PIPE)
 
         def index(name: str) -> jax.Array:
-            numbers = np.maximum(self.layers(name)[:, : self.stored], 0).reshape(self.n_ranks, -1)
+            numbers = np.maximum(self.stored_layers(name), 0).reshape(self.n_ranks, -1)
             return jnp.asarray(numbers)[rank]
 
         return self._stacks(tree, index)
@@ -99,7 +109,7 @@ class StageLayout:
         The function takes this rank's weights of the stack and the number of a layer, and returns that layer's weights,
         which the rank that holds them sends to all others; inside `per_device` only.
         """
-        slots = self.layers(stack)[:, : self.stored].reshape(self.n_ranks, -1)
+        slots = self.stored_layers(stack).reshape(self.n_ranks, -1)
         n_layers = self.n_layers(stack)
         ranks, places = np.array([np.argwhere(slots == layer)[0] for layer in range(n_layers)]).T
 
@@ -115,33 +125,37 @@ class StageLayout:
         """The pairs of ranks that hold each other's stages, where there are two copies of the model."""
         return [(rank, self.n_ranks - 1 - rank) for rank in range(self.n_ranks)]
 
+    def _stores(self, chunk: int) -> jax.Array:
+        """Whether this rank stores the weights of a chunk, where it stores one of two; inside `per_device` only."""
+        return jnp.asarray(self.stored_chunks[:, 0] == chunk)[jax.lax.axis_index(PIPE)]
+
     def chunks(self, tree: Tree) -> list[Tree]:
         """The weights of each stage of this rank, from those that it stores; inside `per_device` only.
 
         Those of DualPipe's second copy come from the opposite rank.
         """
 
-        def own(chunk: int, a: jax.Array) -> jax.Array:
-            if chunk >= self.stored:
-                return jax.lax.ppermute(a, PIPE, self._mirror)
-            slots = a.shape[0] // self.stored
-            return a[chunk * slots : (chunk + 1) * slots]
+        def divided(a: jax.Array) -> list[jax.Array]:
+            if self.copies == 1:
+                return jnp.split(a, self.n_chunks)
+            opposite = jax.lax.ppermute(a, PIPE, self._mirror)
+            return [jnp.where(self._stores(chunk), a, opposite) for chunk in range(self.n_chunks)]
 
-        return [
-            {
-                name: jax.tree.map(functools.partial(own, chunk), sub) if self._is_stack(name) else sub
-                for name, sub in tree.items()
-            }
-            for chunk in range(self.n_chunks)
-        ]
+        def of(chunk: int, name: str) -> Any:
+            is_divided = self._is_stack(name)
+            return jax.tree.map(lambda a: a[chunk], parts[name], is_leaf=_is_list) if is_divided else tree[name]
+
+        parts = {name: jax.tree.map(divided, sub) for name, sub in tree.items() if self._is_stack(name)}
+        return [{name: of(chunk, name) for name in tree} for chunk in range(self.n_chunks)]
 
     def joined(self, chunks: Sequence[Tree]) -> Tree:
         """Gradients in the layout of the weights: the transpose of `chunks`; inside `per_device` only."""
 
         def joined(*parts: jax.Array) -> jax.Array:
-            if self.stored == self.n_chunks:
+            if self.copies == 1:
                 return jnp.concatenate(parts)
-            return parts[0] + jax.lax.ppermute(parts[1], PIPE, self._mirror)
+            own, other = (jnp.where(self._stores(chunk), *parts) for chunk in range(self.n_chunks))
+            return own + jax.lax.ppermute(other, PIPE, self._mirror)
 
         return {
             name: jax.tree.map(joined if self._is_stack(name) else _summed, *(chunk[name] for chunk in chunks))
@@ -185,6 +199,10 @@ class StageLayout:
         }
 
 
+def _is_list(x: object) -> bool:
+    return isinstance(x, list)
+
+
 def _summed(*parts: jax.Array) -> jax.Array:
     return sum(parts[1:], parts[0])
 
@@ -225,6 +243,6 @@ def check_schedule(name: str, n_ranks: int, micro_batches: int) -> None:
     if micro_batches < least or (even and micro_batches % 2):
         expected = f"an even number >= {least}" if even else f"{least} or more"
         raise UserError(
-            f"{given} and config.run.micro_batches={micro_batches}: expected {expected} micro-batches. "
+            f"{given} and config.pipeline.micro_batches={micro_batches}: expected {expected} micro-batches. "
             "Choose another number, or config.pipeline.schedule=1f1b."
         )

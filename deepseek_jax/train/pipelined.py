@@ -44,6 +44,9 @@ class Pipeline:
 
     schedule: str = "1f1b"  # one of `parallel.schedule.SCHEDULES`
     end: float = 0.0  # work of the last stage besides its layers (head, multi-token prediction), in layers
+    # whether what one op runs is one branch, in which exchanges can hide behind matmuls; None: yes, but on CPUs, which
+    # hide nothing and compile three switches in a fraction of the time (`parallel.pipeline`)
+    overlap: bool | None = None
 
     def layout(self, model: Any, n_ranks: int, micro_batches: int) -> StageLayout:
         """Returns where the layers of a model lie."""
@@ -51,12 +54,16 @@ class Pipeline:
         stacks = {name: len(jax.tree.leaves(params[name])[0]) for name in model.stacks}
         return make_layout(self.schedule, n_ranks, micro_batches, stacks, self.end)
 
+    def overlaps(self, platform: str) -> bool:
+        """Whether what one op runs is one branch on devices of a platform."""
+        return platform != "cpu" if self.overlap is None else self.overlap
+
 
 ONE_WAY = Pipeline()
 
 
-def pipelined(stage_loss: StageLoss, layout: StageLayout, remat: str) -> Gradients:
-    """Returns gradients over the stages of `layout`.
+def pipelined(stage_loss: StageLoss, layout: StageLayout, remat: str, overlap: bool = True) -> Gradients:
+    """Returns gradients over the stages of `layout`; `overlap` is for `run_pipeline`.
 
     The model of a stage runs its layers without a loop and without recomputation, with exchanges of a fixed size
     (`Execution`); what a stage saves follows from `remat`.
@@ -87,7 +94,7 @@ def pipelined(stage_loss: StageLoss, layout: StageLayout, remat: str) -> Gradien
             return y, loss, (loss, _filled(found, each))
 
         run = [split(functools.partial(reporting, kind), weights[0], x, one, SAVEABLE[remat]) for kind in kinds]
-        found, reports = run_pipeline(table, run, weights, fixed, micro, x)
+        found, reports = run_pipeline(table, run, weights, fixed, micro, x, overlap)
         loads = layout.of_all_layers([losses.loads for _, losses in reports])
         sums = [(loss, losses._replace(loads={})) for loss, losses in reports]
         loss, losses = jax.tree.map(lambda *a: sum(a), *sums)

@@ -182,7 +182,8 @@ class Trainer:
         if self.layout:
             stage_run = replace(self.run, fetch=None, unroll=0, remat="none", buffer_rows=lambda n_tokens: n_tokens)
             stages, _, _ = split(abstract(lambda rngs: build(stage_run, rngs)))
-            self._gradients = pipelined(self._stage_gradients(stages), self.layout, remat)
+            overlap = pipeline.overlaps(mesh.devices.flat[0].platform)
+            self._gradients = pipelined(self._stage_gradients(stages), self.layout, remat, overlap)
         else:
             self._gradients = gradients(self._loss, config.micro_batches)
         self.optimizer = optimizer(model)

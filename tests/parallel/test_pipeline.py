@@ -89,11 +89,13 @@ def references():
     return {n: reference(n) for n in (RANKS, 2 * RANKS)}
 
 
-CASES = [*((name, everything) for name in SCHEDULES), ("zb1p", nothing), ("dualpipe", nothing)]
+CASES = [(name, everything, True) for name in SCHEDULES]
+CASES += [("zb1p", nothing, False), ("dualpipe", nothing, True), ("dualpipe", everything, False)]
+IDS = [f"{name}, {kept.__name__} saved, {'one switch' if overlap else 'three'}" for name, kept, overlap in CASES]
 
 
-@pytest.mark.parametrize(("name", "saveable"), CASES, ids=[f"{name}, {f.__name__} saved" for name, f in CASES])
-def test_gradients_are_those_without_a_pipeline(name, saveable, references):
+@pytest.mark.parametrize(("name", "saveable", "overlap"), CASES, ids=IDS)
+def test_gradients_are_those_without_a_pipeline(name, saveable, overlap, references):
     schedule = SCHEDULES[name](RANKS, MICRO)
     lanes = schedule.lanes
     n_stages = len(lanes[0])
@@ -112,7 +114,7 @@ def test_gradients_are_those_without_a_pipeline(name, saveable, references):
         x = jax.ShapeDtypeStruct((T, D), jnp.float32)
         one = jax.tree.map(lambda a: a[0], rest)
         stages = [split(stage_of(kind, n_stages), mine[0], x, ({}, one), saveable) for kind in kinds]
-        gradients, reports = run_pipeline(table, stages, mine, [{}] * len(mine), rest, x)
+        gradients, reports = run_pipeline(table, stages, mine, [{}] * len(mine), rest, x, overlap)
         loss = lax.psum(sum(report["loss"] for report in reports), "pipe")
         return jax.tree.map(lambda *a: jnp.stack(a)[None, None], *gradients), loss[None]
 

@@ -39,7 +39,7 @@ def trainer(sizes, pipe: int, data: int, expert: int, schedule: str = "1f1b", n_
         mesh,
         EXPERTS | options.pop("rules", {}),
         OBJECTIVE,
-        adamw(**ADAMW),
+        adamw(**ADAMW | {"moments_dtype": options.pop("moments_dtype", "float32")}),
         dataclasses.replace(STEP, micro_batches=n_micro),
         pipeline=Pipeline(schedule),
         **options,
