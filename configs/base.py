@@ -118,6 +118,10 @@ def get_config() -> ConfigDict:
     optimizer.weight_decay = 0.1
     optimizer.moments_dtype = "float32"  # V3 keeps bfloat16 (section 3.3.3)
 
+    ema = config.ema = ConfigDict()  # moving average of the weights in the hosts' memory (V3 section 3.2.3)
+    ema.decay = 0.0  # per step, such as 0.999; 0.0 keeps none
+    ema.evaluate = False  # True: held-out text is judged with the average in place of the weights
+
     checkpoint = config.checkpoint = ConfigDict()
     checkpoint.every = 250  # steps; the last step is always saved
     checkpoint.keep = 3

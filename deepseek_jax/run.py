@@ -20,6 +20,7 @@ from deepseek_jax.convert.hf import copy_files
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.kernels import Kernels
+from deepseek_jax.layers.base import Tree
 from deepseek_jax.models import family
 from deepseek_jax.parallel.sharding import is_axes
 from deepseek_jax.plan import flops
@@ -28,6 +29,7 @@ from deepseek_jax.plan.network import Network, describe
 from deepseek_jax.precision.policy import policy
 from deepseek_jax.run_bounds import default_values
 from deepseek_jax.saved_config import from_json, leaves
+from deepseek_jax.train.average import MovingAverage
 from deepseek_jax.train.loss import PreTraining
 from deepseek_jax.train.optimizers import Schedule, adamw
 from deepseek_jax.train.pipelined import Pipeline
@@ -85,6 +87,8 @@ def check_effects(config: ConfigDict, trainer: Trainer) -> None:
         absent |= {f"loss.{key}": "multi-token prediction" for key in ("mtp_weight", "mtp_weight_final")}
     if not jax.tree.leaves(trainer.abstract["router_bias"]):
         absent["loss.balance_rate"] = "router biases"
+    if not config.ema.decay:
+        absent["ema.evaluate"] = "average of its weights (config.ema.decay)"
     if config.precision != "fp8":
         absent |= {f"fp8.{key}": "products in FP8 (config.precision=fp8)" for key in config.fp8}
     values, defaults = leaves(config), default_values()
@@ -127,6 +131,17 @@ def first_state(config: ConfigDict, trainer: Trainer, workdir: Path, report: Cal
     for change in differences(source.config.model, config.model):
         report(f"other than there: config.model.{change}")
     return trainer.init(config.seed, **weights)
+
+
+def average(config: ConfigDict, trainer: Trainer, state: State, stored: Tree | None) -> MovingAverage | None:
+    """Returns the moving average of the weights, as `config.ema` says; None without one.
+
+    It continues `stored`, that of the checkpoint that `state` is from, or begins with the weights of `state`.
+    """
+    if not config.ema.decay:
+        return None
+    params = state["params"] if stored is None else trainer.load({"params": stored})["params"]
+    return MovingAverage(config.ema.decay, params)
 
 
 def check_vocabulary(config: ConfigDict, tokenizer: Tokenizer) -> None:

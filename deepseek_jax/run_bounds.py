@@ -101,6 +101,8 @@ BOUNDS: dict[str, Bound] = {
     "optimizer.eps": bounds.number(1e-30, 1),
     "optimizer.weight_decay": bounds.number(0, 1000),
     "optimizer.moments_dtype": bounds.one_of("float32", "bfloat16"),
+    "ema.decay": bounds.number(0, 1, below=True),
+    "ema.evaluate": bounds.switch(),
     "checkpoint.every": SOME_STEPS,
     "checkpoint.keep": SOME_STEPS,
 }

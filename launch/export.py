@@ -2,6 +2,7 @@
 
     deepseek-jax export --workdir=runs/v2_lite --to=out
     deepseek-jax export --workdir=runs/v3 --to=out --dtype=fp8        # blocks of 128 x 128, as V3 is published
+    deepseek-jax export --workdir=runs/v3 --to=out --ema              # the moving average (config.ema.decay)
 
 --dtype=bf16 and fp32 are for all weights, keep for those of the checkpoint.  fp8 stores the matrices of all blocks but
 routers in 8 bits with float32 scales (V3), fp8_ue8m0 with float32 scales that are powers of two (V3.1), fp8_e8m0 with
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 DTYPES = ("bf16", "fp32", "fp8", "fp8_ue8m0", "fp8_e8m0", "keep")
 FLAGS = {
     "to": (Path, _options.REQUIRED, "directory to write, empty or not there yet"),
+    "ema": (bool, False, "the moving average of the weights in place of the weights"),
     "dtype": (str, "bf16", f"of the weights: {', '.join(DTYPES)}", one_of(*DTYPES)),
 }
 
@@ -39,12 +41,15 @@ def main(argv: list[str]) -> int:
     options = _options.parse(argv, extra=FLAGS, config=False)
     if options.workdir is None:
         raise UserError("--workdir is missing. Give the directory of a run, like --workdir=runs/tiny_v3.")
-    export(options.workdir, options.to.expanduser(), options.dtype)
+    export(options.workdir, options.to.expanduser(), options.dtype, is_average=options.ema)
     return 0
 
 
-def export(workdir: Path, target: Path, dtype: str) -> None:
-    """Writes the newest intact checkpoint of `workdir` to the directory `target`."""
+def export(workdir: Path, target: Path, dtype: str, *, is_average: bool = False) -> None:
+    """Writes the newest intact checkpoint of `workdir`, or the moving average that it keeps, to the directory `target`.
+
+    Raises UserError for a checkpoint without an average.
+    """
     check_empty(target)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # another process may be using the accelerator
     import jax
@@ -54,6 +59,7 @@ def export(workdir: Path, target: Path, dtype: str) -> None:
     from deepseek_jax.compat import peak_memory_bytes
     from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
     from deepseek_jax.train.checkpoint.streamed import StepReader
+    from deepseek_jax.train.loop import EMA
 
     directory = weights.checkpoint_directory(workdir)
     step = newest_intact(directory)
@@ -62,15 +68,22 @@ def export(workdir: Path, target: Path, dtype: str) -> None:
     if "config" not in meta:
         raise UserError(f"step {step} of {directory} holds no config: deepseek-jax did not save it.")
     config, reader = weights.config_in(meta, directory.absolute()), StepReader(directory, step)
+    stored = {"params": EMA if is_average else "params", "router_bias": "router_bias"}  # entry -> where it stands
+    if is_average and not any(name.startswith(f"{EMA}/") for name in reader.arrays):
+        raise UserError(
+            f"--ema: step {step} of {directory} keeps no moving average of the weights. Train with "
+            "--config.ema.decay=0.999 (or another decay), or leave --ema out."
+        )
     saved = {
-        name: jax.ShapeDtypeStruct(*described)
+        f"{entry}{name.removeprefix(place)}": jax.ShapeDtypeStruct(*described)
+        for entry, place in stored.items()
         for name, described in reader.arrays.items()
-        if name.split("/")[0] in weights.WEIGHTS
+        if name.startswith(f"{place}/")
     }
     abstract = {"params": {}, "router_bias": {}} | unflatten_dict(saved, sep="/")
 
     def get(path: tuple[str, ...], index: tuple[int, ...]) -> "np.ndarray":
-        return reader("/".join(path), index)
+        return reader("/".join((stored[path[0]], *path[1:])), index)
 
     with Progress("export", published_bytes(abstract)) as progress:
         weights.export(config, target, abstract, get, dtype, report=progress.advance)

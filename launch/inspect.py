@@ -27,16 +27,16 @@ if TYPE_CHECKING:
     from deepseek_jax.parallel.sharding import Placement
 
 DEFAULT = "tiny_v3"
-HEADER = ("weight", "shape", "dtype", "logical axes", "split over", "weight/device", "optimizer/device")
+RIGHT = ("weight/device", "master/device", "optimizer/device")
+HEADER = ("weight", "shape", "dtype", "logical axes", "split over", *RIGHT)
 EXTRA = {
     "devices": (int, 0, "devices of the mesh; 0: as many as config.mesh says", whole(0, 10**9)),
     "show_config": (bool, False, "print every key of the resolved config instead, as a config file would set it"),
 }
-RIGHT = ("weight/device", "optimizer/device")
 
 
 class Weight(NamedTuple):
-    """One row of the table; bytes are those on one device."""
+    """One row of the table; bytes are those on one device, dtype is that in which a step reads the weight."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,6 +44,7 @@ class Weight(NamedTuple):
     axes: tuple[str | None, ...]
     spec: tuple
     weight_bytes: int
+    master_bytes: int  # of the float32 weight; 0 where a step reads just that
     optimizer_bytes: int
 
 
@@ -75,9 +76,15 @@ def main(argv: list[str]) -> int:
     print_table(HEADER, [cells(weight) for weight in weights], right=RIGHT)
     print()
     print_table(("total", "parameters"), totals, right=("parameters",))
-    weight_bytes, optimizer_bytes = (sum(w.weight_bytes for w in weights), sum(w.optimizer_bytes for w in weights))
-    print(f"\non each device: weights {binary(weight_bytes)}, optimizer state {binary(optimizer_bytes)}")
+    print(f"\non each device: {on_each_device(weights)}")
     return 0
+
+
+def on_each_device(weights: list[Weight]) -> str:
+    """The sums of the bytes; the float32 weights are named only where a step reads others."""
+    parts = {"weights": "weight_bytes", "their float32 masters": "master_bytes", "optimizer state": "optimizer_bytes"}
+    sums = {name: sum(getattr(weight, field) for weight in weights) for name, field in parts.items()}
+    return ", ".join(f"{name} {binary(n_bytes)}" for name, n_bytes in sums.items() if n_bytes)
 
 
 def numbers(config: ConfigDict) -> list[str]:
@@ -92,10 +99,11 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
     from jax.sharding import AbstractMesh
 
     from deepseek_jax.abstract_model import AHEAD, abstract_module, count_parameters
-    from deepseek_jax.layers.base import logical_axes, split
+    from deepseek_jax.layers.base import dtype_read, logical_axes, roles, split
     from deepseek_jax.models import family
     from deepseek_jax.parallel.sharding import bytes_per_device, placements
     from deepseek_jax.plan.network import describe
+    from deepseek_jax.precision.policy import policy
     from deepseek_jax.run import pipeline
     from deepseek_jax.tree import dotted, size
 
@@ -113,21 +121,24 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
         params, router_bias = (jax.eval_shape(layout.staged, tree) for tree in (params, router_bias))
     places = placements(axes, params, config.sharding.to_dict(), mesh)
     bias_places = placements(bias_axes, router_bias, {}, mesh)
-    moments_dtype = config.optimizer.moments_dtype
+    precision = policy(config.precision, config.fp8)
 
-    def weight(path: tuple, array: jax.ShapeDtypeStruct, logical: tuple, place: "Placement") -> Weight:
-        moment = jax.ShapeDtypeStruct(array.shape, moments_dtype)
+    def weight(path: tuple, array: jax.ShapeDtypeStruct, logical: tuple, place: "Placement", role: str) -> Weight:
+        dtype = dtype_read(role, precision.weights, precision.compute)
+        read = array if place.is_sharded else array.update(dtype=dtype)
+        moment = array.update(dtype=config.optimizer.moments_dtype)
         return Weight(
-            *(dotted(path), array.shape, str(array.dtype), logical, tuple(place.spec)),
-            weight_bytes=bytes_per_device(array, place.spec, mesh),
-            optimizer_bytes=2 * bytes_per_device(moment, place.optimizer_spec, mesh),
+            *(dotted(path), array.shape, str(read.dtype), logical, tuple(place.spec)),
+            weight_bytes=bytes_per_device(read, place.spec, mesh),
+            master_bytes=0 if place.reads_master(dtype) else bytes_per_device(array, place.state_spec, mesh),
+            optimizer_bytes=2 * bytes_per_device(moment, place.state_spec, mesh),
         )
 
     def bias(path: tuple, array: jax.ShapeDtypeStruct, logical: tuple, place: "Placement") -> Weight:
         n_bytes = bytes_per_device(array, place.spec, mesh)
-        return Weight(dotted(path), array.shape, str(array.dtype), logical, tuple(place.spec), n_bytes, 0)
+        return Weight(dotted(path), array.shape, str(array.dtype), logical, tuple(place.spec), n_bytes, 0, 0)
 
-    trees = jax.tree_util.tree_map_with_path(weight, params, axes, places)
+    trees = jax.tree_util.tree_map_with_path(weight, params, axes, places, roles(module))
     biases = jax.tree_util.tree_map_with_path(bias, router_bias, bias_axes, bias_places)
     rows = [row for tree in (trees, biases) for row in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Weight))]
     totals = [(f"  {name}", f"{count:,}") for name, count in parts]
@@ -145,5 +156,5 @@ def cells(weight: Weight) -> tuple[str, ...]:
     """A row as text; axes and split stand in the same order as the shape."""
     shape = "x".join(map(str, weight.shape))
     split_over = ",".join(axis or "-" for axis in weight.spec)
-    sizes = (binary(weight.weight_bytes), binary(weight.optimizer_bytes))
+    sizes = (binary(n) if n else "-" for n in (weight.weight_bytes, weight.master_bytes, weight.optimizer_bytes))
     return (weight.name, shape, weight.dtype, ",".join(axis or "-" for axis in weight.axes), split_over, *sizes)

@@ -121,7 +121,7 @@ def train(config: ConfigDict, workdir: Path, stop: "StopRequest", again: str, pe
     trainer, ramp, training, held_out = prepare(config, workdir)
     meta = {"config": to_json(config), "text": training.fingerprint()}
     with Checkpointer(workdir / "checkpoints", config.checkpoint.keep) as checkpoints, peers.guard(stop):
-        start, state, changed = resumed(config, trainer, checkpoints, meta["text"], workdir)
+        start, state, average, changed = resumed(config, trainer, checkpoints, meta["text"], workdir)
         metrics = Metrics(
             workdir,
             config.loop.steps,
@@ -140,27 +140,32 @@ def train(config: ConfigDict, workdir: Path, stop: "StopRequest", again: str, pe
                 return True
             when = LoopConfig(**config.loop, checkpoint_every=config.checkpoint.every)
             kept: dict[str, Any] = {"checkpoints": checkpoints, "metrics": metrics, "meta": meta}
+            state = state or run.first_state(config, trainer, workdir, metrics.message)
+            kept |= {"average": run.average(config, trainer, state, average), "judge_average": config.ema.evaluate}
             loop = Loop(trainer, ramp, when, training=training, held_out=held_out, **kept)
-            state = loop.run(state or run.first_state(config, trainer, workdir, metrics.message), stop)
+            state = loop.run(state, stop)
             return report_end(int(state["step"]), config.loop.steps, checkpoints, metrics, again)
 
 
 def resumed(
     config: ConfigDict, trainer: "Trainer", checkpoints: "Checkpointer", text: str, workdir: Path
-) -> tuple[int, dict | None, list[str]]:
-    """Returns the step of the latest checkpoint, its state, and what the config has changed since.
+) -> tuple[int, dict | None, dict | None, list[str]]:
+    """Returns the step of the latest checkpoint, its state, its moving average, what the config has changed since.
 
-    Without a checkpoint: (0, None, []).
+    The average is None where the checkpoint has none, or the run keeps none. Without a checkpoint: (0, None, None, []).
     """
     from deepseek_jax import run
     from deepseek_jax.saved_config import from_json
+    from deepseek_jax.train.loop import EMA
 
     if checkpoints.latest() is None:
-        return 0, None, []
+        return 0, None, None, []
     saved = checkpoints.read_meta()[1]
     run.check_same_run(config, text, saved, workdir)
-    start, stored, _ = checkpoints.restore(trainer.stored)
-    return start, trainer.load(stored), run.differences(from_json(saved["config"]), config)
+    expected = trainer.stored | ({EMA: trainer.stored["params"]} if config.ema.decay else {})
+    start, stored, _ = checkpoints.restore(expected, optional=(EMA,))
+    average = stored.pop(EMA, None)
+    return start, trainer.load(stored), average, run.differences(from_json(saved["config"]), config)
 
 
 def prepare(config: ConfigDict, workdir: Path) -> tuple:

@@ -6,13 +6,14 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from deepseek_jax import run_config
+from deepseek_jax import run, run_config
 from deepseek_jax.abstract_model import abstract_module, count_parameters
 from deepseek_jax.configs import base
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import inspect
 from deepseek_jax.launch._tables import print_table
 from deepseek_jax.layers.base import split
+from deepseek_jax.parallel.mesh import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,11 @@ def test_bytes_on_a_device_follow_the_mesh(v3):
     one, totals = inspect.inspect(v3, {"data": 1, "expert": 1})
     weights = {weight.name: weight for weight in one}
     bias_bytes = 4 * (58 + 1) * 256
-    assert sum(weight.weight_bytes for weight in one) == 4 * (671_026_404_352 + 11_610_067_968) + bias_bytes
+    masters = sum(weight.master_bytes or weight.weight_bytes for weight in one)
+    assert masters == 4 * (671_026_404_352 + 11_610_067_968) + bias_bytes
+    narrow = [weight for weight in one if weight.dtype == "bfloat16"]  # what a step reads of them
+    assert sum(weight.weight_bytes for weight in narrow) * 2 == sum(weight.master_bytes for weight in one)
+    assert sum(weight.weight_bytes for weight in narrow) > 0.999 * 2 * 682_636_472_320
     assert sum(weight.optimizer_bytes for weight in one) == 2 * 2 * (671_026_404_352 + 11_610_067_968)  # bfloat16
     assert ("multi-token prediction", "11,610,067,968 (11,610M)") in totals
 
@@ -43,9 +48,31 @@ def test_bytes_on_a_device_follow_the_mesh(v3):
         assert weight.optimizer_bytes * 256 == whole.optimizer_bytes
     gate = next(weight for weight in many if weight.name == "moe_blocks.experts.gate_XDF")
     assert inspect.cells(gate)[:5] == (
-        *("moe_blocks.experts.gate_XDF", "58x256x7168x2048", "float32"),
+        *("moe_blocks.experts.gate_XDF", "58x256x7168x2048", "bfloat16"),
         *("layers,experts,embed,mlp", "-,expert,-,-"),
     )
+
+
+@pytest.mark.parametrize(
+    ("precision", "mesh"),
+    [("fp32", (1, 1, 1)), ("fp32", (1, 2, 4)), ("bf16", (1, 2, 4)), ("bf16", (2, 2, 2))],
+)
+def test_a_trainer_keeps_the_bytes_that_are_shown(precision, mesh):
+    """What lies on a device between steps: masters, which a step may read as they are, moments, biases; no copies."""
+    pipe, data, expert = mesh
+    config = run_config.load("tiny_v3")
+    config.precision, config.run.micro_batches = precision, 4
+    config.sharding.mlp = "data" if pipe > 1 else ""  # FSDP
+    trainer = run.trainer(config, make_mesh(data, expert, jax.devices()[: math.prod(mesh)], pipe))
+
+    def kept(name: str) -> int:
+        leaves = [x for x in jax.tree.leaves(trainer.abstract[name]) if x.ndim]
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+    weights, _ = inspect.inspect(config, {"pipe": pipe, "data": data, "expert": expert})
+    masters = sum(weight.master_bytes or weight.weight_bytes for weight in weights)
+    assert masters == kept("params") + kept("router_bias")
+    assert sum(weight.optimizer_bytes for weight in weights) == kept("optimizer")
 
 
 def test_an_expert_axis_that_does_not_divide_is_refused_by_name():

@@ -71,6 +71,7 @@ ROLES = (
     "bias",
 )
 MULTIPLIED = ("attention_in", "attention_out", "gate", "up", "down", "join")  # by a `Matmul`; no other code reads them
+CONVERTED = ("table", "head")  # to the dtype of the activations, where they are read
 SPARED = ("gain", "bias")  # by weight decay
 
 
@@ -191,6 +192,15 @@ def logical_axes(module: nnx.Module) -> tuple[Tree, Tree]:
 def roles(module: nnx.Module) -> Tree:
     """The role of each of a module's trained weights, as declared."""
     return _metadata(module, nnx.Param, "role")
+
+
+def dtype_read(role: str, weights: DTypeLike, compute: DTypeLike) -> DTypeLike:
+    """The dtype in which a step reads a weight.
+
+    That is `weights` for what a `Matmul` multiplies, `compute` (the activations' dtype) for table and head, and float32
+    for all others.
+    """
+    return weights if role in MULTIPLIED else compute if role in CONVERTED else jnp.float32
 
 
 def decayed(module: nnx.Module) -> Tree:

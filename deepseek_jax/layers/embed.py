@@ -18,7 +18,26 @@ class Embedding(nnx.Module):
     @jax.named_scope("embedding")
     def __call__(self, ids_BT: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Returns x_BTD in `dtype`; ids below 0 (nothing there) read row 0."""
-        return jnp.take(self.table_VD[...], jnp.maximum(ids_BT, 0), axis=0).astype(dtype)
+        return _rows(self.table_VD[...], jnp.maximum(ids_BT, 0)).astype(dtype)
+
+
+@jax.custom_vjp
+def _rows(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    """Rows of a table. The gradient of a row that is read many times is summed in float32."""
+    return jnp.take(table_VD, ids_BT, axis=0)
+
+
+def _rows_forward(table_VD: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array, tuple]:
+    return _rows(table_VD, ids_BT), (ids_BT, jnp.zeros((len(table_VD), 0), table_VD.dtype))
+
+
+def _rows_backward(saved: tuple, g_BTD: jax.Array) -> tuple[jax.Array, None]:
+    ids_BT, like = saved
+    d_table_VD = jnp.zeros((len(like), g_BTD.shape[-1]), jnp.promote_types(like.dtype, jnp.float32))
+    return d_table_VD.at[ids_BT].add(g_BTD.astype(d_table_VD.dtype)).astype(like.dtype), None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
 
 
 class Head(nnx.Module):

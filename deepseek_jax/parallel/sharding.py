@@ -4,17 +4,22 @@ A weight's logical axes are declared with it ("experts", "embed", "heads", …).
 axes.  "experts" is compute sharding: a device works with the experts it holds. Every other rule is storage sharding
 (FSDP): the weight is gathered just before use, and its gradient comes back summed and scattered.
 
-The optimizer state is cut further (ZeRO-1), over all devices that would otherwise hold the same copy. Stacked axes are
-cut first: an optimizer that works on whole matrices finds them whole wherever layers or experts can be split.
+What is kept between steps, the float32 master of a weight and its optimizer state, is cut further (ZeRO-1), over all
+devices that would otherwise hold the same copy; a step begins by gathering the weights in the dtype that it reads.
+Stacked axes are cut first: an optimizer that works on whole matrices finds them whole wherever layers or experts can be
+split.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.mesh import ALL, PIPE, REPLICAS, AnyMesh, size
@@ -29,11 +34,16 @@ STACKED = (LAYERS, EXPERTS)  # logical axes along which a weight is a stack of m
 class Placement:
     """Where one weight and what belongs to it live."""
 
-    spec: P  # of the weight
+    spec: P  # of the weight as a step reads it
     copies: tuple[str, ...]  # mesh axes along which devices hold the same part; its gradient is summed over them
-    # dimension along which its optimizer state is split over `copies`; None if no dimension divides
+    # dimension along which master and optimizer state are split over `copies`; None if no dimension divides
     zero_dim: int | None
-    optimizer_spec: P  # of its optimizer state
+    state_spec: P  # of its float32 master and its optimizer state
+    is_sharded: bool  # whether it is gathered where it is used (FSDP), and its gradient scattered
+
+    def reads_master(self, dtype: DTypeLike) -> bool:
+        """Whether a step that reads this weight in `dtype` reads the master itself, and makes no copy of it."""
+        return self.zero_dim is None and (self.is_sharded or dtype == jnp.float32)
 
 
 def check_rules(rules: Mapping[str, str]) -> None:
@@ -92,7 +102,8 @@ def _placement(name: str, logical: tuple, shape: tuple, rules: Mapping[str, str]
     cut: list = list(split)
     if zero_dim is not None:
         cut[zero_dim] = copies
-    return Placement(P(*split), copies, zero_dim, P(*cut))
+    stored = [name for name, axis in zip(logical, split, strict=True) if axis and name not in (EXPERTS, LAYERS)]
+    return Placement(P(*split), copies, zero_dim, P(*cut), bool(stored))
 
 
 def _zero_dim(split: list, logical: tuple, shape: tuple, n_copies: int) -> int | None:
@@ -125,7 +136,7 @@ def state_specs(state: dict, params: dict, placements: dict) -> dict:
     def spec(path: tuple, leaf: jax.ShapeDtypeStruct) -> P:
         weight = path[1:]  # the first key is the state's own
         if weights.get(weight) == leaf.shape:
-            return places[weight].optimizer_spec
+            return places[weight].state_spec
         if leaf.ndim:
             shown = f"{dotted(path)} {leaf.shape}"
             raise ValueError(f"optimizer state {shown}: expected a scalar, or the shape of that weight.")
@@ -134,10 +145,13 @@ def state_specs(state: dict, params: dict, placements: dict) -> dict:
     return jax.tree_util.tree_map_with_path(spec, state)
 
 
-def unsharder(rules: Mapping[str, str], mesh: AnyMesh) -> Callable[[nnx.Module], None] | None:
+def unsharder(
+    rules: Mapping[str, str], mesh: AnyMesh, read: Callable[[str], DTypeLike]
+) -> Callable[[nnx.Module], None] | None:
     """A function that makes whole, in place, a module's weights that FSDP stores in shards; None if there are none.
 
-    Called on a model it leaves stacked blocks alone; called on one layer of a stack it gathers that layer.
+    Called on a model it leaves stacked blocks alone; called on one layer of a stack it gathers that layer. What is
+    gathered is in the dtype `read(role)`.
     """
     stored = {name: axis for name, axis in rules.items() if name != EXPERTS and axis and mesh.shape[axis] > 1}
     if not stored:
@@ -154,10 +168,27 @@ def unsharder(rules: Mapping[str, str], mesh: AnyMesh) -> Callable[[nnx.Module],
                 logical = logical[1:]
             for dim, name in enumerate(logical):
                 if name in stored:
-                    value = jax.lax.all_gather(value, stored[name], axis=dim, tiled=True)
+                    value = _gathered(stored[name], dim, read(variable.get_metadata("role")), value)
             variable.set_value(value)
 
     return unshard
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gathered(axis: str, dim: int, dtype: DTypeLike, shard: jax.Array) -> jax.Array:
+    """The whole weight in `dtype`. Its gradient is summed over the devices in the dtype of the shard."""
+    return jax.lax.all_gather(shard.astype(dtype), axis, axis=dim, tiled=True)
+
+
+def _gathered_forward(axis: str, dim: int, dtype: DTypeLike, shard: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _gathered(axis, dim, dtype, shard), jnp.zeros((0,), shard.dtype)
+
+
+def _gathered_backward(axis: str, dim: int, dtype: DTypeLike, like: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.psum_scatter(g.astype(like.dtype), axis, scatter_dimension=dim, tiled=True),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def bytes_per_device(array: jax.ShapeDtypeStruct, spec: P, mesh: AnyMesh) -> int:

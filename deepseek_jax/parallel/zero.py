@@ -1,6 +1,6 @@
-"""ZeRO-1: gradients are summed and scattered, each device updates its part, the new weights are gathered.
+"""ZeRO-1: weights are gathered, their gradients summed and scattered, and each device updates its part.
 
-Each function works inside `per_device` on trees of arrays and of `Placement`s.
+All functions work inside `per_device`.
 Paper: Rajbhandari et al. 2020; used by V3 (section 3.2).
 """
 
@@ -25,28 +25,11 @@ def sum_and_scatter(gradients: dict, placements: dict) -> dict:
     return jax.tree.map(one, placements, gradients)
 
 
-def scatter(weights: dict, placements: dict) -> dict:
-    """This device's part of weights that it holds whole, cut like the optimizer state."""
-
-    def one(place: Placement, weight: jax.Array) -> jax.Array:
-        if place.zero_dim is None:
-            return weight
-        width = weight.shape[place.zero_dim] // jax.lax.axis_size(place.copies)
-        start = jax.lax.axis_index(place.copies) * width
-        return jax.lax.dynamic_slice_in_dim(weight, start, width, axis=place.zero_dim)
-
-    return jax.tree.map(one, placements, weights)
-
-
-def gather(parts: dict, placements: dict) -> dict:
-    """The whole weights from the parts of all devices: the inverse of `scatter`."""
-
-    def one(place: Placement, part: jax.Array) -> jax.Array:
-        if place.zero_dim is None:
-            return part
-        return jax.lax.all_gather(part, place.copies, axis=place.zero_dim, tiled=True)
-
-    return jax.tree.map(one, placements, parts)
+def gather(part: jax.Array, place: Placement) -> jax.Array:
+    """The whole weight, as `Placement.spec` says, from the parts of all devices."""
+    if place.zero_dim is None:
+        return part
+    return jax.lax.all_gather(part, place.copies, axis=place.zero_dim, tiled=True)
 
 
 @jax.named_scope("gradient_norm")

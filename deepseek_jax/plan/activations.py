@@ -16,6 +16,7 @@ Norms, up-projections and SwiGLU's output are recomputed. V3: 159 kB per token a
 """
 
 import contextlib
+import functools
 import gc
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -28,9 +29,9 @@ from flax import nnx
 from jax.extend.core import Var
 from jax.sharding import Mesh
 
-from deepseek_jax.layers.base import Execution, bind, logical_axes, run_stack, split
+from deepseek_jax.layers.base import Execution, bind, dtype_read, logical_axes, roles, run_stack, split
 from deepseek_jax.layers.tokens import Tokens
-from deepseek_jax.parallel.sharding import EXPERTS, expert_axis, placements, unsharder
+from deepseek_jax.parallel.sharding import EXPERTS, Placement, expert_axis, placements, unsharder
 from deepseek_jax.plan.layout import Layout
 from deepseek_jax.plan.network import NORM_WIDTH, Network, Sizes, abstract_model
 from deepseek_jax.plan.recipes import V3_POLICY, Recipe
@@ -39,7 +40,7 @@ E5M6, FP8, BF16, FLOAT32 = 1.5, 1.0, 2.0, 4.0
 
 
 class ActivationBytes(NamedTuple):
-    """Bytes that one layer needs, per sequence and once (its weights in the compute dtype, if they are kept)."""
+    """Bytes that one layer needs, per sequence and once (what it makes of its weights, if that is kept)."""
 
     # per_sequence, per_layer: kept from the forward to the backward pass
     per_sequence: float
@@ -94,7 +95,8 @@ class CachedActivations:
         key = (stack, recipe.remat, recipe.activations, layout.seq_len, n_shares, *split_over)
         if key not in self.known:
             dtype = jnp.float32 if recipe.activations == FLOAT32 else jnp.bfloat16
-            axis, unshard = expert_axis(rules, mesh), unsharder(rules, mesh)
+            read = functools.partial(dtype_read, weights=dtype, compute=dtype)
+            axis, unshard = expert_axis(rules, mesh), unsharder(rules, mesh, read)
             run = Execution(compute=dtype, remat=recipe.remat, expert_axis=axis, unshard=unshard)
             blocks = getattr(abstract_model(self.family, self.sizes, run), stack)
             shapes = ((n, layout.seq_len, self.network.d_model) for n in (1, 2))
@@ -110,7 +112,12 @@ def residual_bytes(
     definition, params, router_bias = split(blocks)
     axes, _ = logical_axes(blocks)
     places = placements(axes, params, rules, mesh)
-    params = jax.tree.map(lambda x, place: local_part(one_layer(x), place.spec, mesh), params, places)
+
+    def read(x: jax.ShapeDtypeStruct, place: Placement, role: str) -> jax.ShapeDtypeStruct:
+        dtype = x.dtype if place.is_sharded else dtype_read(role, run.compute, run.compute)
+        return local_part(one_layer(x), tuple(place.spec), mesh).update(dtype=dtype)
+
+    params = jax.tree.map(read, params, places, roles(blocks))
     router_bias = jax.tree.map(one_layer, router_bias)
 
     def residuals(params: dict, router_bias: dict, x_BTD: jax.Array, positions_BT: jax.Array) -> object:

@@ -12,7 +12,7 @@ from deepseek_jax.parallel.sharding import Placement, bytes_per_device, expert_a
 from deepseek_jax.parallel.stages import StageShare
 from deepseek_jax.plan.layout import Layout, Stage, make_stages
 from deepseek_jax.plan.network import Network, Weight
-from deepseek_jax.plan.recipes import Recipe
+from deepseek_jax.plan.recipes import MASTER, Recipe
 from deepseek_jax.plan.schedules import Schedule
 
 
@@ -23,7 +23,7 @@ class Part:
     weight: Weight  # of the layers of this stage
     place: Placement  # on the mesh of the stage
     numbers: int  # how many of its numbers this device holds
-    optimizer_numbers: int  # for how many of them this device holds the optimizer state
+    optimizer_numbers: int  # for how many of them this device holds the float32 weight and the optimizer state
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,15 @@ class Job:
         axis = expert_axis(self.rules, self.layout.mesh) if self.network.n_experts > 1 else None
         return self.layout.mesh.shape[axis] if axis else 1
 
+    def held(self, part: Part) -> tuple[float, float]:
+        """Returns the bytes of a weight as a step reads it, and of the float32 weight; the latter 0 if it is the same.
+
+        What is stored in shards and gathered where it is used is float32 until there.
+        """
+        read = MASTER if part.place.is_sharded else self.recipe.read(part.weight.role)
+        is_master = part.place.zero_dim is None and read == MASTER
+        return part.numbers * read, 0.0 if is_master else part.optimizer_numbers * MASTER
+
     def passes(self, hold: StageShare) -> float:
         """Returns the micro-batches that pass a stage on this device per step."""
         return hold.share * self.layout.micro_batches
@@ -72,7 +81,7 @@ class Job:
 
         def part(weight: Weight) -> Part:
             place, shape = places[weight.name], shapes[weight.name]
-            specs = (place.spec, place.optimizer_spec)
+            specs = (place.spec, place.state_spec)
             return Part(weight, place, *(bytes_per_device(shape, spec, self.layout.mesh) for spec in specs))
 
         return tuple(map(part, stage.weights))

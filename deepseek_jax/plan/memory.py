@@ -2,11 +2,12 @@
 
 | part | bytes |
 | --- | --- |
-| weights, gradients | per the recipe, divided as in a run (`parallel.sharding.placements`) |
+| weights, gradients | as a step reads them, per the recipe, divided as in a run (`parallel.sharding.placements`) |
 | pipeline copy | the same for the second stage, if a schedule keeps two copies of the model |
-| optimizer | per the recipe, further divided over all replicas (ZeRO-1), the second copy included |
+| masters | the float32 weights, unless a step reads just these; divided like the optimizer state |
+| optimizer | both moments, further divided over all replicas (ZeRO-1), the second copy included |
 | activations | `activations.kept` of each layer, times sequences, times micro-batches in flight |
-| kept once | kept independently of the batch: under policy none a layer's weights in the compute dtype |
+| kept once | kept independently of the batch: under policy none gate and up of the experts side by side |
 | layer at work | recomputed in the backward pass of the widest layer, and its gradients (`ActivationBytes`) |
 | logits | 8 V per token of the chunk in which the loss is computed: float32, and their gradient |
 | exchange buffers | copies of the tokens on their way to experts and back; twice if passes overlap |
@@ -17,21 +18,21 @@ Compared with runs: V3's widths, 3 layers, 32 experts, recipe run on one H200, p
 
 | policy, sequences | computed | measured |
 | --- | --- | --- |
-| none, 1 | 78.1 | 73.5 |
-| block, 2 | 74.9 | 69.3 |
-| dots, 4 | 98.0 | 98.8 |
+| none, 1 | 74.4 | 73.5 |
+| block, 2 | 73.6 | 69.3 |
+| dots, 4 | 96.7 | 98.8 |
 """
 
 from collections.abc import Mapping
 
 from deepseek_jax.plan.activations import ActivationBytes
-from deepseek_jax.plan.job import Job
+from deepseek_jax.plan.job import Job, Part
 from deepseek_jax.plan.layout import Stage
 from deepseek_jax.plan.network import HIGH_PRECISION
 from deepseek_jax.plan.recipes import V3_POLICY
 
-PARTS: tuple[str, ...] = ("weights", "gradients", "pipeline_copy", "optimizer", "activations", "kept_once")
-PARTS += ("layer_at_work", "logits", "exchange_buffers", "router_biases")
+PARTS: tuple[str, ...] = ("weights", "gradients", "pipeline_copy", "masters", "optimizer", "activations")
+PARTS += ("kept_once", "layer_at_work", "logits", "exchange_buffers", "router_biases")
 LOGITS = 8.0  # bytes: float32 and the same for its gradient
 BIAS = 4.0
 BARELY = 0.05  # of a chip's memory: what is not counted may take as much
@@ -75,26 +76,37 @@ def capacity(job: Job) -> float:
     return job.chip.memory * 2**30
 
 
-def gradient_copies(job: Job) -> int:
-    """Returns 2 if sums over micro-batches exist beside the gradients of the current one, else 1.
+def has_sums(job: Job) -> bool:
+    """Returns whether sums over micro-batches exist beside the gradients of the current one.
 
     They do in `train.gradients.accumulated`; a pipeline adds in place.
     """
-    return 2 if job.layout.pipe == 1 and job.layout.micro_batches > 1 else 1
+    return job.layout.pipe == 1 and job.layout.micro_batches > 1
+
+
+def _gradients(job: Job, part: Part) -> float:
+    """Returns the bytes of a weight's gradients."""
+    recipe = job.recipe
+    is_alike = recipe.alike and not part.place.is_sharded
+    made = recipe.read(part.weight.role) if is_alike else recipe.gradients
+    each = recipe.gradients if job.layout.pipe > 1 else made + recipe.gradients * has_sums(job)
+    return part.numbers * each
 
 
 def _states(job: Job, rank: int) -> dict[str, float]:
     """Returns the bytes of weights, gradients and optimizer state."""
-    recipe, found = job.recipe, dict.fromkeys(("weights", "gradients", "pipeline_copy", "optimizer"), 0.0)
+    recipe, copies = job.recipe, job.schedule.arrangement.copies
+    found = dict.fromkeys(("weights", "gradients", "pipeline_copy", "masters", "optimizer"), 0.0)
     for number, hold in enumerate(job.ranks[rank]):
-        is_copy = job.schedule.arrangement.copies > 1 and number > 0
+        is_copy = copies > 1 and number > 0
         for part in job.parts[hold.stage]:
             low = part.weight.is_matrix and part.weight.role not in HIGH_PRECISION
-            weights = part.numbers * (recipe.weights + low * recipe.low_precision_copy)
-            gradients = part.numbers * recipe.gradients * gradient_copies(job)
+            weights, master = job.held(part)
+            weights += part.numbers * low * recipe.low_precision_copy
             found["pipeline_copy" if is_copy else "weights"] += weights
-            found["pipeline_copy" if is_copy else "gradients"] += gradients
-            found["optimizer"] += part.optimizer_numbers * recipe.optimizer / job.schedule.arrangement.copies
+            found["pipeline_copy" if is_copy else "gradients"] += _gradients(job, part)
+            found["masters"] += master / copies
+            found["optimizer"] += part.optimizer_numbers * recipe.moments / copies
     return found
 
 

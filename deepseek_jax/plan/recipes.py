@@ -1,14 +1,16 @@
 """Number formats while training, and what is recomputed.
 
-| recipe | weights | gradients | optimizer, divided over replicas (ZeRO-1) | matmuls | recomputed |
+| recipe | weights | gradients | moments | matmuls | recomputed |
 | --- | --- | --- | --- | --- | --- |
-| run | float32 | float32 | moments per config.optimizer | per config.precision | per config.run.remat |
-| bf16 | bfloat16 | float32 | float32 weights, moments per config.optimizer | bfloat16 | per config.run.remat |
-| v3 | bfloat16, FP8 of blocks' matrices | float32 | float32 weights, bfloat16 moments | FP8 | norms, up-projections |
+| run | per config.precision | float32 | per config.optimizer | per config.precision | per config.run.remat |
+| bf16 | bfloat16 | float32 | per config.optimizer | bfloat16 | per config.run.remat |
+| v3 | bfloat16, FP8 of blocks' matrices | float32 | bfloat16 | FP8 | norms, up-projections |
 
-`run` is what `deepseek-jax train` does. `v3` follows the report: sections 3.2.3 (recomputation), 3.3.1 (what stays in
-higher precision) and 3.3.3 (formats of what is kept and sent). We assume that the FP8 weights are kept beside the
-bfloat16 ones; the report does not say.
+All keep float32 weights as well; these and the moments are divided over the replicas (ZeRO-1). `run` is what
+`deepseek-jax train` does: norms and routers read the float32 weights, and so does everything in precision fp32; the
+gradients of one micro-batch have the dtype of the weights. `v3` follows the report: sections 3.2.3 (recomputation),
+3.3.1 (what stays in higher precision) and 3.3.3 (formats of what is kept and sent). We assume that the FP8 weights are
+kept beside the bfloat16 ones; the report does not say.
 
 Each recipe has one efficiency, the fraction of the peak that its matmuls reach, fitted to one measurement:
 
@@ -31,11 +33,13 @@ from dataclasses import dataclass, replace
 import jax.numpy as jnp
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.layers.base import CONVERTED, MULTIPLIED
 from deepseek_jax.parallel.alltoall import HEADROOM
 from deepseek_jax.precision.policy import policy
 
 FP8 = 1 + 4 / 128  # a number in tiles of 128 with a float32 scale
 SENT = 1 + 1 / 128  # the same with a scale of one byte (`precision.wire`)
+MASTER = 4.0  # bytes of a float32 weight
 INDEX = 8  # bytes of an expert's index and its weight, sent with a token for each chosen expert
 V3_POLICY = "v3"
 
@@ -44,8 +48,12 @@ V3_POLICY = "v3"
 class Recipe:
     """Bytes per number, and choices."""
 
-    weights: float  # bytes per number of the weights on a device, and as gathered after an update
-    optimizer: float  # bytes per number of everything that the optimizer keeps, divided over the replicas
+    # weights, ends, others: bytes per number, as a step reads it, of what matmuls multiply, of embedding and head, and
+    # of gains, biases and routers
+    weights: float
+    ends: float
+    others: float
+    moments: float  # bytes per number of both moments; kept beside the float32 weights, divided over the replicas
     activations: float  # bytes per number of the residual stream
     remat: str  # what is kept for the backward pass: none, dots or block (see `layers.base.Execution`), or v3
     # dispatch, combine: bytes per number sent to an expert and back
@@ -55,6 +63,7 @@ class Recipe:
     efficiency: float
     fitted_to: str
     gradients: float = 4.0  # bytes per number of the summed gradients
+    alike: bool = False  # whether the gradients of one micro-batch have the dtype of the weights
     low_precision_copy: float = 0.0  # bytes per number of a second copy of the blocks' matrices
     fp8: bool = False  # whether the blocks' matmuls run in FP8; head, routers and attention never do
     sent_beside: int = 0  # bytes sent with a token for each chosen expert
@@ -62,6 +71,15 @@ class Recipe:
     # whether a token crosses the network once per node, and spreads over the fast link there
     node_limited: bool = False
     backward_exchanges: int = 1  # exchanges of a layer's backward pass, relative to its forward pass
+
+    @property
+    def optimizer(self) -> float:
+        """The bytes per number of everything that an update reads and writes besides the gradient."""
+        return MASTER + self.moments
+
+    def read(self, role: str) -> float:
+        """Returns the bytes per number of a weight as a step reads it."""
+        return self.weights if role in MULTIPLIED else self.ends if role in CONVERTED else self.others
 
     @property
     def exchanged(self) -> float:
@@ -77,7 +95,9 @@ def recipe(name: str, *, precision: str, moments_dtype: str, remat: str) -> Reci
     moments, width = 2.0 * jnp.dtype(moments_dtype).itemsize, float(jnp.dtype(policy(precision).compute).itemsize)
     bf16 = Recipe(
         weights=2.0,
-        optimizer=4.0 + moments,
+        ends=2.0,
+        others=2.0,
+        moments=moments,
         activations=2.0,
         remat=remat,
         dispatch=2.0,
@@ -89,8 +109,11 @@ def recipe(name: str, *, precision: str, moments_dtype: str, remat: str) -> Reci
     match name:
         case "run":
             return Recipe(
-                weights=4.0,
-                optimizer=moments,
+                weights=float(jnp.dtype(policy(precision).weights).itemsize),
+                ends=width,
+                others=MASTER,
+                moments=moments,
+                alike=True,
                 activations=width,
                 remat=remat,
                 dispatch=SENT if precision == "fp8" else width,
@@ -108,7 +131,7 @@ def recipe(name: str, *, precision: str, moments_dtype: str, remat: str) -> Reci
             return replace(
                 bf16,
                 low_precision_copy=1.0,
-                optimizer=4.0 + 2 * 2.0,
+                moments=2 * 2.0,
                 remat=V3_POLICY,
                 dispatch=FP8,
                 fp8=True,

@@ -38,8 +38,8 @@ STORED: tuple[dict[str, str], ...] = (
 )
 PIPES = (1, 2, 4, 8, 16)
 NO_PIPELINE = "a train that keeps embedding, head and multi-token prediction at the ends of its pipeline alone"
-NO_BF16 = "bfloat16 weights over sharded float32 ones (recipe bf16)"
-NO_V3 = "V3's recomputation and sharded masters (recipe v3)"
+NO_BF16 = "gradients summed in place, tokens sent once to each node (recipe bf16)"
+NO_V3 = "V3's recomputation (recipe v3)"
 MOST_DEVICES = 2**17
 
 
@@ -79,7 +79,7 @@ def missing(job: Job) -> list[str]:
     found = [NO_PIPELINE] if job.layout.pipe > 1 else []
     if job.recipe.remat == V3_POLICY:
         return [*found, NO_V3]
-    return [*found, NO_BF16] if job.recipe.weights != 4 else found
+    return found if job.recipe.alike else [*found, NO_BF16]
 
 
 def search(space: Space) -> Iterator[Suggestion]:
@@ -92,7 +92,7 @@ def search(space: Space) -> Iterator[Suggestion]:
     while heap:
         seconds, _, job, rest = heapq.heappop(heap)
         at = job.layout
-        mesh = (at.pipe, at.data, at.expert, job.recipe.weights, job.recipe.fp8)
+        mesh = (at.pipe, at.data, at.expert, job.recipe.activations, job.recipe.fp8)
         if mesh in found:
             continue
         guess = known.get(_alike(job))
@@ -160,7 +160,7 @@ def _least(job: Job) -> dict[str, ActivationBytes]:
 def _meshes(space: Space) -> Iterator[tuple[int, int, dict[str, str]]]:
     """Yields (pipe, expert, rules) that divide the devices; equivalent rules are tried once."""
     pipes = [n for n in PIPES if space.devices % n == 0 and n <= sum(space.network.repeats.values())]
-    runs_today = all(recipe.weights == 4 for recipe in space.recipes)  # see `NO_PIPELINE`
+    runs_today = all(recipe.alike for recipe in space.recipes)  # see `NO_PIPELINE`
     for pipe in [1] if runs_today else pipes:
         replicas, n_experts = space.devices // pipe, space.network.n_experts
         for expert in (n for n in range(1, n_experts + 1) if n_experts % n == 0 and replicas % n == 0):

@@ -114,7 +114,8 @@ def _zero(job: Job, part: Part) -> Sent:
     replicas = size(job.layout.mesh, place.copies) * copies
     span = _span(job, place.copies) * (job.layout.pipe if copies > 1 else 1)
     all_reduced = place.zero_dim is None and copies == 1  # no dimension divides: summed everywhere, nothing to gather
-    rounds = 2 * job.recipe.gradients if all_reduced else job.recipe.gradients + job.recipe.weights
+    gradients, read = job.recipe.gradients, job.recipe.read(part.weight.role)
+    rounds = 2 * gradients if all_reduced else gradients + read
     return _over(job, span, part.numbers * (replicas - 1) / replicas * rounds)
 
 
@@ -124,5 +125,6 @@ def _fsdp(job: Job, part: Part) -> Sent:
     for logical, axis in zip(part.weight.axes, part.place.spec, strict=False):
         if axis and logical != EXPERTS:
             others = part.numbers * (job.layout.mesh.shape[axis] - 1)
-            sent += _over(job, _span(job, (axis,)), others * (gathers * job.recipe.weights + job.recipe.gradients))
+            rounds = gathers * job.recipe.read(part.weight.role) + job.recipe.gradients
+            sent += _over(job, _span(job, (axis,)), others * rounds)
     return sent

@@ -17,6 +17,7 @@ import numpy as np
 from deepseek_jax.data.pipeline import Batch, Split
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.mesh import batch_share, global_batch, largest
+from deepseek_jax.train.average import MovingAverage
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 from deepseek_jax.train.metrics import Metrics, bits_per_byte
 from deepseek_jax.train.ramp import BatchRamp, Shares, share
@@ -24,6 +25,7 @@ from deepseek_jax.train.step import Report, State, Trainer
 from deepseek_jax.train.stop import StopRequest
 
 NOT_LOGGED = ("auxiliary", "loads", "finite")  # fields of a report that are no figure of their own
+EMA = "ema"  # entry of a checkpoint: the moving average of its params
 POLL_EVERY_S = 5.0  # between the moments at which processes ask one another whether to stop
 
 
@@ -66,7 +68,10 @@ class StopPoll:
 
 
 class Loop:
-    """A run from its checkpoint (or the beginning) to its last step; `meta` is kept beside each checkpoint."""
+    """A run from its checkpoint (or the beginning) to its last step.
+
+    `meta` is kept beside each checkpoint. `average` is saved as "ema"; `judge_average`: evaluations take it.
+    """
 
     def __init__(
         self,
@@ -79,10 +84,13 @@ class Loop:
         checkpoints: Checkpointer,
         metrics: Metrics,
         meta: dict,
+        average: MovingAverage | None = None,
+        judge_average: bool = False,
     ):
         self.trainer, self.ramp, self.config = trainer, ramp, config
         self.training, self.held_out = training, held_out
         self.checkpoints, self.metrics, self.meta = checkpoints, metrics, meta
+        self.average, self.judge_average = average, judge_average
         self._logged: int | None = None
         byte_lengths_V = jnp.zeros((trainer.vocab_size,), jnp.int32)
         byte_lengths_V = byte_lengths_V.at[: training.vocab_size].set(training.tokenizer.byte_lengths())
@@ -106,6 +114,8 @@ class Loop:
         try:
             for done, batch in enumerate(batches, start + 1):
                 state, report = self.trainer.step(state, batch)
+                if self.average:
+                    self.average.add(state["params"], report.finite)
                 if waiting:
                     self.check_finite(*waiting)
                 waiting = (done, report)
@@ -172,6 +182,8 @@ class Loop:
         if self.held_out is None:
             return None
         with self.metrics.paused():
+            if self.average and self.judge_average:
+                state = state | {"params": self.average.params()}
             sums, size = np.zeros(3), self.ramp.size
             for first in range(0, min(size * self.config.eval_batches, self.held_out.n_samples), size):
                 start, count = share(first, size, *batch_share(self.trainer.mesh))
@@ -189,7 +201,10 @@ class Loop:
     def save(self, step: int, state: State) -> None:
         """Hands the state to the checkpointer, which writes while training continues."""
         with self.metrics.paused():
-            self.checkpoints.save(step, self.trainer.store(state), self.meta)
+            stored = self.trainer.store(state)
+            if self.average:
+                stored[EMA] = self.trainer.store({"params": self.average.params()})["params"]
+            self.checkpoints.save(step, stored, self.meta)
 
 
 def rows_of(tree: dict) -> np.ndarray:

@@ -1,14 +1,15 @@
 """One training step: what every device does with its share of the batch, and what they then agree on.
 
-    weights     cast once to the dtype that products read
+    weights     cast to the dtype that products read, and gathered from the devices that keep parts of them (ZeRO-1)
     for each micro-batch:  loss, gradients (accumulated in float32); in a pipeline by its schedule (`train.pipelined`)
-    gradients   summed over the devices that hold the same weights, and scattered (ZeRO-1)
+    gradients   summed over the devices that read the same weights, and scattered
     clip        by the global norm
-    optimizer   on this device's part; the new weights are gathered
+    optimizer   on this device's part of the float32 weights
     router bias b <- b + gamma * sign(mean load - load), from the loads of the whole step
 
-All of it is one program, which runs on every device (`parallel.mesh.per_device`). A step whose loss or gradient is not
-finite leaves weights, moments and biases as they were; only the counters move.
+All of it is one program, which runs on every device (`parallel.mesh.per_device`). Between steps each device keeps its
+part of the float32 weights and of the moments, and nothing twice. A step whose loss or gradient is not finite leaves
+weights, moments and biases as they were; only the counters move.
 """
 
 import functools
@@ -27,11 +28,12 @@ from deepseek_jax.abstract_model import abstract
 from deepseek_jax.compat import quick_compile
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.kernels import XLA, Kernels
-from deepseek_jax.layers.base import MULTIPLIED, Execution, bind, logical_axes, roles, split
+from deepseek_jax.layers.base import Execution, bind, dtype_read, logical_axes, roles, split
 from deepseek_jax.layers.router import max_violation, updated_bias
 from deepseek_jax.parallel import zero
 from deepseek_jax.parallel.mesh import BATCH, PIPE, REPLICAS, REPLICATED, per_device, place, total
 from deepseek_jax.parallel.sharding import (
+    Placement,
     check_rules,
     expert_axis,
     placements,
@@ -112,9 +114,9 @@ class Trainer:
         trainable: which weights are trained, by their path; the others stay as they are.
         compute: dtype of the activations.
         matmul: makes the products with weights from the kernels (`precision.policy`).
-        weights: dtype to which the weights that `matmul` reads are cast, once per step; their gradients have it too.
-            Weights that FSDP stores in shards are cast where they are gathered, so that their gradients are summed over
-            the devices in float32.
+        weights: dtype to which the weights that `matmul` reads are cast, once per step (`layers.base.dtype_read`);
+            their gradients have it too. Weights that FSDP stores in shards are cast where they are gathered, so that
+            their gradients are summed over the devices in float32.
         kernels, remat, unroll: see `Execution`.
         flops_per_token: operations to train on one token, as a function of the sequence length.
 
@@ -152,6 +154,7 @@ class Trainer:
         check_rules(rules)
         self.mesh, self.objective, self.config, self.trainable = mesh, objective, config, trainable
         self.flops_per_token = flops_per_token
+        read = functools.partial(dtype_read, weights=weights, compute=compute)
         self.run = Execution(
             compute=compute,
             matmul=matmul(kernels),
@@ -159,7 +162,7 @@ class Trainer:
             remat=remat,
             unroll=unroll,
             expert_axis=expert_axis(rules, mesh),
-            unshard=unsharder(rules, mesh),
+            unshard=unsharder(rules, mesh, read),
         )
         model: Any = abstract(lambda rngs: build(self.run, rngs))
         n_ranks = mesh.shape[PIPE]
@@ -177,8 +180,7 @@ class Trainer:
         self._trained_places, _ = divide(self.placements, trainable)
         if not jax.tree.leaves(self._trained_places):
             raise ValueError("trainable: no weight is trained. Expected True for the path of at least one.")
-        self._cast_to = weights if self.run.unshard is None else jnp.float32
-        self._trained_roles, _ = divide(roles(model), trainable)
+        self._read = jax.tree.map(read, roles(model))
         if self.layout:
             stage_run = replace(self.run, fetch=None, unroll=0, remat="none", buffer_rows=lambda n_tokens: n_tokens)
             stages, _, _ = split(abstract(lambda rngs: build(stage_run, rngs)))
@@ -189,7 +191,7 @@ class Trainer:
         self.optimizer = optimizer(model)
         shapes = jax.eval_shape(lambda: self._initial(0))
         self.specs: State = jax.tree.map(lambda _: REPLICATED, shapes) | {
-            "params": jax.tree.map(lambda place: place.spec, self.placements),
+            "params": jax.tree.map(lambda place: place.state_spec, self.placements),
             "router_bias": jax.tree.map(lambda p: p.spec, placements(bias_axes, staged["router_bias"], {}, mesh)),
             "optimizer": state_specs(shapes["optimizer"], shapes["params"], self.placements),
         }
@@ -251,7 +253,7 @@ class Trainer:
         return jax.jit(functools.partial(map_weights, self.layout.unstaged), out_shardings=shardings)(state)
 
     def bind(self, params: dict, router_bias: dict) -> nnx.Module:
-        """The model with these weights, those stored in shards made whole."""
+        """The model with these weights, as a step reads them; those stored in shards are made whole."""
         return self._bound(self.definition, params, router_bias)
 
     def _bound(self, definition: nnx.GraphDef, params: dict, router_bias: dict) -> nnx.Module:
@@ -274,14 +276,15 @@ class Trainer:
         return self.objective(model, part, over, state["step"])
 
     def _on_device(self, state: State, batch: Batch) -> tuple[State, Report]:
-        trained, frozen = divide(state["params"], self.trainable)
-        gradients, loss, found = self._gradients(self._as_read(trained), state | {"frozen": frozen}, batch)
+        read, frozen = divide(self._whole(state["params"]), self.trainable)
+        gradients, loss, found = self._gradients(read, state | {"frozen": frozen}, batch)
         loss, found = total((loss, found))
         gradients = zero.sum_and_scatter(gradients, self._trained_places)
         norm = zero.global_norm(gradients, self._trained_places)
         norm, gradients = jax.lax.optimization_barrier((norm, gradients))  # else XLA makes them again for each moment
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         rate = self.config.rate(state["step"])
+        trained, frozen = divide(state["params"], self.trainable)
         trained, optimizer = self._updated(trained, gradients, norm, rate, state["optimizer"])
         gamma = self.config.balance_rate_at(state["step"])
         loads = self.layout.own_layers(found.loads) if self.layout else found.loads
@@ -309,21 +312,27 @@ class Trainer:
         )
         return new, report
 
-    @jax.named_scope("cast_weights")
-    def _as_read(self, trained: dict) -> dict:
-        """The trained weights, those that products read in their dtype."""
-        return jax.tree.map(
-            lambda w, role: w.astype(self._cast_to) if role in MULTIPLIED else w, trained, self._trained_roles
-        )
+    @jax.named_scope("gather_weights")
+    def _whole(self, params: dict) -> dict:
+        """The weights as a step reads them, from this device's parts of the float32 ones.
+
+        Those that are gathered again where they are used are float32 until then, with the values of their dtype.
+        """
+
+        def one(place: Placement, part: jax.Array, dtype: DTypeLike) -> jax.Array:
+            if place.reads_master(dtype):
+                return part
+            whole = zero.gather(part.astype(dtype), place)
+            return whole.astype(part.dtype) if place.is_sharded else whole
+
+        return jax.tree.map(one, self.placements, params, self._read)
 
     @jax.named_scope("optimizer")
     def _updated(self, trained: dict, gradients: dict, norm: jax.Array, rate: jax.Array, state: dict) -> tuple:
-        """The trained weights and the optimizer's state after its update of this device's part."""
+        """This device's parts of the trained weights and of the optimizer's state after its update."""
         shrink = jnp.minimum(1.0, self.config.clip_norm / (norm + 1e-6))
         gradients = jax.tree.map(lambda g: g * shrink, gradients)
-        parts = zero.scatter(trained, self._trained_places)
-        parts, state = self.optimizer.update(gradients, state, parts, rate)
-        return zero.gather(parts, self._trained_places), state
+        return self.optimizer.update(gradients, state, trained, rate)
 
     def evaluator(self, byte_lengths_V: jax.Array) -> Callable[[State, Batch], Evaluation]:
         """A compiled `evaluate(state, batch) -> Evaluation`, of the main model alone.
@@ -332,7 +341,7 @@ class Trainer:
         """
 
         def on_device(params: dict, router_bias: dict, batch: Batch) -> Evaluation:
-            nats = self.objective.nats(self.bind(params, router_bias), batch)
+            nats = self.objective.nats(self.bind(self._whole(params), router_bias), batch)
             lengths = jnp.where(batch.targets_BT >= 0, byte_lengths_V[jnp.maximum(batch.targets_BT, 0)], 0)
             n_bytes = jnp.sum(lengths * batch.weights_BT)
             return total(Evaluation(nats, n_bytes, jnp.asarray(totals(batch).weight)), REPLICAS)

@@ -27,10 +27,10 @@ def test_experts_are_shared_out_and_moments_cut_over_the_copies():
     assert place["experts"].spec == P(None, "expert", None, None)
     assert place["experts"].copies == ("data",)
     assert place["experts"].zero_dim == 0  # stacked axes come first: matrices stay whole
-    assert place["experts"].optimizer_spec == P(("data",), "expert", None, None)
+    assert place["experts"].state_spec == P(("data",), "expert", None, None)
     assert place["gain"].spec == P(None)
-    assert place["gain"].optimizer_spec == P(("data", "expert"))
-    assert place["odd"].zero_dim is None and place["odd"].optimizer_spec == P(None)
+    assert place["gain"].state_spec == P(("data", "expert"))
+    assert place["odd"].zero_dim is None and place["odd"].state_spec == P(None)
 
 
 def test_stacked_axes_are_cut_before_matrices():
@@ -49,8 +49,8 @@ def test_an_optimizer_s_state_lives_where_its_weights_do():
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     state = {"count": scalar, "mu": array, "momentum": {"gain": array["gain"]}, "rows": {"odd": scalar}}
     specs = state_specs(state, array, place)
-    assert specs["mu"] == {name: place[name].optimizer_spec for name in SHAPES}
-    assert specs["momentum"] == {"gain": place["gain"].optimizer_spec}
+    assert specs["mu"] == {name: place[name].state_spec for name in SHAPES}
+    assert specs["momentum"] == {"gain": place["gain"].state_spec}
     assert specs["count"] == specs["rows"]["odd"] == P()
     with pytest.raises(ValueError, match=r"optimizer state rows.gain \(5,\): expected a scalar, or the shape of that"):
         state_specs({"rows": {"gain": jax.ShapeDtypeStruct((5,), jnp.float32)}}, array, place)
@@ -102,6 +102,10 @@ def test_bytes_of_one_device():
     assert bytes_per_device(array, P(), mesh) == 8 * 16 * 6 * 2
 
 
+def read(role: str) -> type:
+    return jnp.float32
+
+
 class Layer(nnx.Module):
     def __init__(self, *, rngs: nnx.Rngs):
         self.weight_DD = param(rngs, (4, 4), ("embed", None), normal(0.5), role="up")
@@ -124,7 +128,7 @@ def test_weights_stored_in_shards_are_gathered_layer_by_layer(filled):
     """FSDP: the same output, and each device's gradient of its shard is the sum over the devices."""
     mesh, rules = make_mesh(2, 1, jax.devices()[:2]), {"embed": "data"}
     definition, params, _ = filled(lambda: Net(rngs=nnx.Rngs(0)), std=0.5)
-    run = Execution(unshard=unsharder(rules, mesh))
+    run = Execution(unshard=unsharder(rules, mesh, read))
     x = np.random.default_rng(1).normal(size=(2, 4)).astype(np.float32)
 
     def loss(params, x, run):
@@ -142,6 +146,6 @@ def test_weights_stored_in_shards_are_gathered_layer_by_layer(filled):
 
 
 def test_nothing_to_gather():
-    assert unsharder({"experts": "expert"}, make_mesh(2, 4)) is None
-    assert unsharder({"embed": "data"}, make_mesh(1, 2)) is None
+    assert unsharder({"experts": "expert"}, make_mesh(2, 4), read) is None
+    assert unsharder({"embed": "data"}, make_mesh(1, 2), read) is None
     assert split(nnx.eval_shape(lambda: Net(rngs=nnx.Rngs(0))))[1]["blocks"]["weight_DD"].shape == (3, 4, 4)

@@ -47,13 +47,13 @@ def test_v2_saves_what_was_published_and_more_operations_than_that(subject):
     assert hours[0] / hours[1] == pytest.approx(work[0] / work[1] * used[1] / used[0])
 
 
-def test_fp8_in_a_run_computes_faster_and_sends_less(job_of):
+def test_fp8_in_a_run_computes_faster_and_sends_less_to_experts(job_of):
     job = job_of("v3_671b", data=2, expert=64, batch=256)
     options = {"moments_dtype": "bfloat16", "remat": "none"}
     bf16, fp8 = (replace(job, recipe=recipe("run", precision=name, **options)) for name in ("bf16", "fp8"))
     assert 1 < step(bf16).compute / step(fp8).compute < 2  # attention and head do not run in FP8
     assert rank_traffic(bf16, 0).exchange.total > rank_traffic(fp8, 0).exchange.total
-    assert rank_traffic(bf16, 0).zero.total == rank_traffic(fp8, 0).zero.total
+    assert rank_traffic(bf16, 0).zero.total < rank_traffic(fp8, 0).zero.total  # it quantises gathered float32 weights
 
 
 def test_the_efficiency_of_recipe_v3_is_fitted_to_one_step(job_of):

@@ -214,16 +214,15 @@ def test_the_router_bias_moves_by_gamma_towards_the_mean_load(one_device):
         assert report.max_violation == pytest.approx(np.mean(load.max(axis=1) / load.mean(axis=1) - 1), rel=1e-5)
 
 
-def test_optimizer_state_is_cut_over_the_devices(expert_parallel):
-    """ZeRO-1: a weight that eight devices hold whole has its moments in eighths."""
+def test_what_is_kept_between_steps_is_cut_over_the_devices(expert_parallel):
+    """ZeRO-1: of a weight that eight devices read whole each keeps an eighth, and so of its moments."""
     trainer, state = expert_parallel.trainer, expert_parallel.last
-    whole = {path: x.addressable_shards[0].data.size for path, x in leaves(state["params"])}
+    whole = {path: x.size for path, x in leaves(state["params"])}
     cut = {path: x.addressable_shards[0].data.size for path, x in leaves(state["optimizer"]["nu"])}
-    assert cut["embedding.table_VD"] * 8 == whole["embedding.table_VD"] == V * 32
-    gate = "moe_blocks.experts.gate_XDF"
-    assert whole[gate] * 4 == state["params"]["moe_blocks"]["experts"]["gate_XDF"].size
-    assert cut[gate] * 2 == whole[gate]
-    assert sum(cut.values()) < 0.3 * sum(whole.values())
+    assert cut == {path: x.addressable_shards[0].data.size for path, x in leaves(state["params"])}
+    assert cut["embedding.table_VD"] * 8 == V * 32
+    assert cut["moe_blocks.experts.gate_XDF"] * 8 == whole["moe_blocks.experts.gate_XDF"]
+    assert sum(cut.values()) < 0.15 * sum(whole.values())
     for (path, x), (_, expected) in zip(leaves(state), leaves(trainer.abstract), strict=True):
         assert x.sharding.is_equivalent_to(expected.sharding, x.ndim), path
         assert (x.shape, x.dtype) == (expected.shape, expected.dtype), path

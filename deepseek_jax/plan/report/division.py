@@ -9,7 +9,7 @@ from deepseek_jax.plan import figures
 from deepseek_jax.plan.figures import DERIVED, GIGA, GIVEN, PUBLISHED, Column, Figure, Row, Section
 from deepseek_jax.plan.job import Job
 from deepseek_jax.plan.layout import describe_layers
-from deepseek_jax.plan.memory import BARELY, capacity, gradient_copies
+from deepseek_jax.plan.memory import BARELY, capacity, has_sums
 from deepseek_jax.plan.report.inputs import contents
 from deepseek_jax.plan.traffic import Sent, rank_traffic
 from deepseek_jax.plan.verdict import mesh_text
@@ -74,15 +74,17 @@ def _memory_notes(job: Job) -> dict[str, str]:
     """Returns a remark for each part of the memory."""
     recipe, at = job.recipe, job.layout
     low = f" and {recipe.low_precision_copy:.0f} B in FP8" if recipe.low_precision_copy else ""
-    summed = ", and their sums over micro-batches" if gradient_copies(job) > 1 else ""
+    made = f"{recipe.weights if recipe.alike else recipe.gradients:.0f} B per parameter"
+    each = f"{made}, and their sums over micro-batches" if has_sums(job) else made
     flight = "+".join(str(min(share.in_flight, at.micro_batches)) for share in job.ranks[0])
     return {
-        "weights": f"{recipe.weights:.0f} B per parameter{low}",
-        "gradients": f"{recipe.gradients:.0f} B per parameter{summed}",
+        "weights": f"as a step reads them: {recipe.weights:.0f} B per parameter of matrices{low}",
+        "gradients": f"{recipe.gradients:.0f} B per parameter" if at.pipe > 1 else each,
         "pipeline_copy": "weights and gradients of the second direction",
-        "optimizer": f"{recipe.optimizer:.0f} B per parameter, divided over the replicas (ZeRO-1)",
+        "masters": "float32 weights, divided over the replicas (ZeRO-1)",
+        "optimizer": f"{recipe.moments:.0f} B per parameter, likewise",
         "activations": f"policy {recipe.remat}; rank 0 has {flight} micro-batches in flight",
-        "kept_once": "independent of the batch: weights in the compute dtype, masks",
+        "kept_once": "independent of the batch: gate and up of experts side by side, masks",
         "layer_at_work": "intermediates of the widest layer's backward pass",
         "logits": "float32, of one chunk, and their gradient",
         "exchange_buffers": "tokens on their way to experts and back",

@@ -178,22 +178,28 @@ class Checkpointer:
         step: int | None = None,
         keys: tuple[str, ...] | None = None,
         *,
+        optional: tuple[str, ...] = (),
         dtypes_as_saved: bool = False,
     ) -> tuple[int, dict, dict]:
         """Returns (step, state, meta) of the newest intact step, or of `step` alone.
 
         `abstract` is the tree of `jax.ShapeDtypeStruct` with the expected shardings (all of them, or none for the
         default device). Names, shapes and dtypes must equal the checkpoint's: nothing is cast or left out. With
-        `keys` only these top-level entries are read, and `abstract` holds just them; with `dtypes_as_saved` its
-        dtypes do not matter (published weights are bfloat16 for the most part). Each array comes back committed to its
-        sharding and may be donated. Raises UserError that names the leaf, or the damaged files.
+        `keys` only these top-level entries are read, and `abstract` holds just them; those that are `optional` are read
+        where both the checkpoint and `abstract` have them. With `dtypes_as_saved` the dtypes of `abstract` do not
+        matter (published weights are bfloat16 for the most part). Each array comes back committed to its sharding and
+        may be donated. Raises UserError that names the leaf, or the damaged files.
         """
         self.wait()
-        expected = tree.flatten(abstract, leaf_types=object)
         step = self._choose(step, only=None)
         path = files.step_dir(self.directory, step)
         manifest, meta = files.read_manifest(path, step), files.read_meta(path)
-        saved = {name: a for name, a in manifest["arrays"].items() if keys is None or name.split("/")[0] in keys}
+        entries = {name.split("/")[0] for name in manifest["arrays"]}
+        abstract = {key: sub for key, sub in abstract.items() if key not in optional or key in entries}
+        entries -= {*optional} - {*abstract}
+        entries = entries if keys is None else {*keys}
+        saved = {name: a for name, a in manifest["arrays"].items() if name.split("/")[0] in entries}
+        expected = tree.flatten(abstract, leaf_types=object)
         if dtypes_as_saved:
             expected |= {name: x.update(dtype=saved[name]["dtype"]) for name, x in expected.items() if name in saved}
         tree.compare(f"step {step} of {self.directory}", saved, expected)
