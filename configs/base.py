@@ -37,6 +37,9 @@ def get_config() -> ConfigDict:
     pipeline.micro_batches = 1
     pipeline.schedule = "1f1b"  # gpipe, 1f1b, zb1p, dualpipe or dualpipev (V3 section 3.2.1)
 
+    exchange = config.exchange = ConfigDict()  # of tokens with the devices of their experts; where mesh.expert > 1
+    exchange.groups = 1  # of devices, to each of which a token goes once and is sent on from there (nodes); 1: directly
+
     # Logical axis of a weight -> mesh axis it is split over ("" keeps it whole). embed="data" gives FSDP.
     sharding = config.sharding = ConfigDict()
     sharding.experts = "expert"

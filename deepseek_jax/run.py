@@ -64,6 +64,7 @@ def trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
         kernels=Kernels(**config.kernels),
         remat=run.remat,
         unroll=run.unroll,
+        exchange_groups=config.exchange.groups,
         flops_per_token=lambda seq_len: flops.training(network, seq_len),
     )
     check_effects(config, made)

@@ -54,7 +54,7 @@ def report(directory: str, ours: Any, n_steps: int) -> None:
     """Traces `n_steps` steps of the side of ours into `directory` and prints where their time goes."""
     trace(directory, lambda: ours.run(n_steps))
     events = device_events(newest_trace(Path(directory)))
-    print("\n".join(table(events, ours.step.as_text(), n_steps)))
+    print("\n".join(table(events, ours.program(), n_steps)))
 
 
 def trace(directory: str, function: Callable[[], object]) -> None:

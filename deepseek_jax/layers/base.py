@@ -20,6 +20,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from deepseek_jax.kernels import XLA, Kernels
+from deepseek_jax.parallel.alltoall import Exchange
 from deepseek_jax.precision.matmul import PLAIN, Matmul
 
 Tree = dict  # a nested dict with arrays (or one value per array) as leaves
@@ -43,14 +44,12 @@ class Execution:
     unroll: int = 1
     matmul: Matmul = PLAIN  # multiplies activations with weights
     kernels: Kernels = XLA  # the implementation of each operation that has several
-    # mesh axis over which the routed experts are split; None when all of them are here
-    expert_axis: str | None = None
+    # how tokens reach the devices of their experts (`parallel.alltoall`); None when all experts are here
+    exchange: Exchange | None = None
     # gathers, in place, the weights of a module that are stored in shards (FSDP); None when all are whole
     unshard: Unshard | None = None
     # of a stack whose layers are split over a pipeline's ranks: (number of layers, function that gathers one of them)
     fetch: Callable[[str], Fetch] | None = None
-    # rows of the buffers in which so many tokens are sent to their experts' devices; None: as many as a step needs
-    buffer_rows: Callable[[int], int] | None = None
 
 
 SINGLE_DEVICE = Execution()  # float32 on one device

@@ -19,6 +19,7 @@ from flax import nnx
 
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.tokens import Tokens
+from deepseek_jax.parallel.alltoall import Sent, added
 from deepseek_jax.precision.matmul import Matmul, Operand
 
 Entries = Any  # what an attention keeps of its tokens: a NamedTuple of arrays, axes B and S first
@@ -36,6 +37,7 @@ class Statistics(NamedTuple):
     # tokens that chose each expert, float32; None where nothing is routed; of several blocks, a tree of them
     load_E: jax.Array | dict | None
     losses: Losses  # auxiliary losses, without their weights
+    sent: Sent | None = None  # of the exchange with experts on other devices; None where there is none
 
 
 class Attention(nnx.Module):
@@ -96,8 +98,8 @@ class Block(nnx.Module):
 
     Args:
         attention: makes the `Attention`.
-        feed_forward: makes the feed-forward, which may route: dispatch(x_BTD, tokens, capacity), then compute(what that
-            gave), then combine(what that gave) -> (y_BTD, Statistics).
+        feed_forward: makes the feed-forward, which may route: dispatch(x_BTD, tokens), then compute(what that gave),
+            then combine(what that gave) -> (y_BTD, Statistics).
         name: of the feed-forward among the block's weights: "mlp", "experts".
         residual: makes a residual connection, like `Add`; there are two.
     """
@@ -141,10 +143,10 @@ class Block(nnx.Module):
         u_BTD, kept, losses = attend(self.attention, self.attention.operand(self.attention_norm(u_BTD)), tokens, cached)
         return self.attention_residual.write(x_BTD, u_BTD, carry), kept, losses
 
-    def dispatch(self, x_BTD: jax.Array, tokens: Tokens, capacity: int | None = None) -> tuple[Any, Any]:
-        """The second phase: (what goes to the experts, the residual connection's carry); `capacity`: see `Experts`."""
+    def dispatch(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[Any, Any]:
+        """The second phase: (what goes to the experts, the residual connection's carry)."""
         u_BTD, carry = self._part("residual").read(x_BTD)
-        return self._part().dispatch(self._part("norm")(u_BTD), tokens, capacity), carry
+        return self._part().dispatch(self._part("norm")(u_BTD), tokens), carry
 
     def compute(self, sent: tuple[Any, Any]) -> tuple[Any, Any]:
         """The third phase: the feed-forward, of what has arrived."""
@@ -175,13 +177,16 @@ class Group(nnx.Module):
         kept: list = []
         loads: dict = {}
         losses: Losses = {}
+        sent: list[Sent] = []
         for number, block in enumerate(self.blocks):
             x_BTD, (mine, found) = block(x_BTD, tokens, attend, cached and cached[number])
             kept.append(mine)
             losses = _sums(losses, found.losses)
             if found.load_E is not None:
                 loads[str(number)] = found.load_E
-        return x_BTD, (tuple(kept), Statistics({"blocks": loads} if loads else None, losses))
+            sent += [found.sent] if found.sent else []
+        statistics = Statistics({"blocks": loads} if loads else None, losses, added(sent) if sent else None)
+        return x_BTD, (tuple(kept), statistics)
 
 
 def _sums(some: Losses, others: Losses) -> Losses:

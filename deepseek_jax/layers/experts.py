@@ -23,7 +23,7 @@ from deepseek_jax.layers.router import Balance, Route, Router, Routing, expert_l
 from deepseek_jax.layers.swiglu import SwiGLU
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.parallel import alltoall
-from deepseek_jax.parallel.alltoall import Arrived
+from deepseek_jax.parallel.alltoall import Arrived, Plan, Sent
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,10 @@ class Routed(NamedTuple):
 
     x_BTD: jax.Array  # this device's own
     routing: Routing  # where they go
-    arrived: Arrived | None  # those that have come here; None where nothing has been sent
+    # plan, sent: the exchange with the experts' devices, and what it reports; None where all experts are here
+    plan: Plan | None = None
+    sent: Sent | None = None
+    arrived: Arrived | None = None  # those that have come here; None where nothing has been sent yet
 
 
 class Computed(NamedTuple):
@@ -69,7 +72,7 @@ class Experts(nnx.Module):
     Args:
         route: how the router chooses: `route(logits_BTE, bias_E) -> Routing`, without `bias_E` if it has none.
         balance: the balance losses of each sequence, by name, from its routing.
-        run: its `matmul` and `expert_axis` are used.
+        run: its `matmul` and `exchange` are used.
         biased: whether the router has a balancing bias.
     """
 
@@ -93,28 +96,28 @@ class Experts(nnx.Module):
         self.up_XDF = param(rngs, wide, axes, init, role="up")
         narrow, axes = (c.n_experts, c.expert_width, d_model), ("experts", "mlp", "embed")
         self.down_XFD = param(rngs, narrow, axes, init, role="down")
-        self.balance, self.expert_axis, self.matmul = balance, run.expert_axis, run.matmul
-        self.buffer_rows = run.buffer_rows
+        self.balance, self.exchange, self.matmul = balance, run.exchange, run.matmul
+        self.limit = c.top_groups / c.n_groups
 
     def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Statistics]:
         """Returns (y_BTD, loads and balance losses); padding goes to no routed expert and counts nowhere."""
         return self.combine(self.compute(self.dispatch(x_BTD, tokens)))
 
-    def dispatch(self, x_BTD: jax.Array, tokens: Tokens, capacity: int | None = None) -> Routed:
-        """Chooses each token's experts and, with a capacity, sends the tokens there.
+    def dispatch(self, x_BTD: jax.Array, tokens: Tokens) -> Routed:
+        """Chooses each token's experts and, if the exchange has buffers of a given size, sends the tokens there.
 
-        `capacity` is the rows of the exchange's buffers (`alltoall.capacities`); None: as `run.buffer_rows` says, or
-        else `compute` holds the whole exchange, in buffers of the size that is needed.
+        Otherwise `compute` holds the whole exchange, in buffers of the size that is needed.
         """
         routing = without_padding(self.router(x_BTD), tokens.real_BT)
-        if capacity is None and self.buffer_rows is not None:
-            capacity = self.buffer_rows(x_BTD[..., 0].size)
-        if capacity is None or self.expert_axis is None:
-            return Routed(x_BTD, routing, None)
-        n_local, axis, wire = self.gate_XDF.shape[0], self.expert_axis, self.matmul.wire
-        here = _flat(x_BTD, routing)
-        arrived = alltoall.dispatch(*here, n_local=n_local, axis=axis, capacity=capacity, wire=wire)
-        return Routed(x_BTD, routing, arrived)
+        if self.exchange is None:
+            return Routed(x_BTD, routing)
+        here, wire = _flat(x_BTD, routing), self.matmul.wire
+        n_tokens, top_k = here[1].shape
+        plan = self.exchange.plan(n_tokens, top_k, self.gate_XDF.shape[0], self.limit)
+        sent, arrived = plan.report(*here, wire), None
+        if plan.given:
+            arrived = alltoall.dispatch(*here, hops=plan.hops, sizes=plan.given, wire=wire)
+        return Routed(x_BTD, routing, plan, sent, arrived)
 
     def compute(self, routed: Routed) -> Computed:
         """Runs the experts of this device on the tokens that are here, and the shared ones on its own tokens."""
@@ -125,25 +128,24 @@ class Experts(nnx.Module):
             down_XFD=self.down_XFD[...],
             matmul=self.matmul,
         )
-        here = routed.arrived[:3] if routed.arrived is not None else _flat(routed.x_BTD, routed.routing)
-        n_local, axis, wire = self.gate_XDF.shape[0], self.expert_axis, self.matmul.wire
-        if routed.arrived is not None:
-            y_AD = run(*here)
-        elif axis is None:
+        here, plan, wire = _flat(routed.x_BTD, routed.routing), routed.plan, self.matmul.wire
+        if plan is None or routed.sent is None:
             y_AD = alltoall.on_this_device(run, *here, wire=wire)
+        elif routed.arrived is None or plan.given is None:
+            y_AD = alltoall.on_expert_devices(run, *here, plan, routed.sent, wire)
         else:
-            y_AD = alltoall.on_expert_devices(run, *here, n_local=n_local, axis=axis, wire=wire)
+            y_AD = run(*routed.arrived[:3], plan.given.computed)
         return Computed(y_AD, None if self.shared is None else self.shared(routed.x_BTD), routed)
 
     def combine(self, computed: Computed) -> tuple[jax.Array, Statistics]:
         """Returns (y_BTD, tokens per expert and the balance losses summed over the sequences)."""
-        y_AD, shared_BTD, (x_BTD, routing, arrived) = computed
+        y_AD, shared_BTD, (x_BTD, routing, plan, sent, arrived) = computed
         y_MD = y_AD
-        if arrived and self.expert_axis:
-            y_MD = alltoall.combine(y_AD, arrived, axis=self.expert_axis, wire=self.matmul.wire)
+        if plan and arrived:
+            y_MD = alltoall.combine(y_AD, arrived, hops=plan.hops, wire=self.matmul.wire)
         y_BTD = y_MD.reshape(x_BTD.shape)
         load_E = expert_load(routing.experts_BTK, routing.scores_BTE.shape[-1])
-        statistics = Statistics(load_E, jax.tree.map(jnp.sum, self.balance(routing)))
+        statistics = Statistics(load_E, jax.tree.map(jnp.sum, self.balance(routing)), sent)
         return (y_BTD if shared_BTD is None else shared_BTD + y_BTD), statistics  # eq. 12
 
 

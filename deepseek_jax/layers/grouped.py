@@ -19,14 +19,14 @@ class Order(NamedTuple):
     """Assignments (token, chosen expert) sorted by expert."""
 
     assignment_A: jax.Array  # assignment in each sorted row; M * K, one past the last, in rows that only fill up
-    row_MK: jax.Array  # sorted row of each assignment
+    row_MK: jax.Array  # sorted row of each assignment; past the last row for some that are assigned to no expert
     count_X: jax.Array  # rows of each expert; those after the last (assigned to no expert) are never touched
 
 
-def sort_by_expert(experts_MK: jax.Array, n_experts: int, align: int = 1) -> Order:
+def sort_by_expert(experts_MK: jax.Array, n_experts: int, align: int = 1, n_rows: int | None = None) -> Order:
     """Sorts the assignments by expert, stably; expert `n_experts` means none and comes last.
 
-    Each expert's rows begin at a multiple of `align`.
+    Each expert's rows begin at a multiple of `align`. At most `n_rows` assignments are to an expert; None: all may be.
     """
     expert_A = experts_MK.reshape(-1)
     rows = jnp.arange(expert_A.size, dtype=jnp.int32)
@@ -37,15 +37,19 @@ def sort_by_expert(experts_MK: jax.Array, n_experts: int, align: int = 1) -> Ord
     row_A = jnp.zeros_like(rows).at[assignment_A].set(rows, unique_indices=True)
     count_X = jnp.sum(expert_A[:, None] == jnp.arange(n_experts), axis=0, dtype=jnp.int32)
     if align > 1:
-        assignment_A, row_A = _aligned(row_A, expert_A, count_X, align)
+        assignment_A, row_A = _aligned(row_A, expert_A, count_X, align, n_rows)
+    elif n_rows is not None:
+        assignment_A = assignment_A[:n_rows]
     return Order(assignment_A, row_A.reshape(experts_MK.shape), count_X)
 
 
-def _aligned(row_A: jax.Array, expert_A: jax.Array, count_X: jax.Array, align: int) -> tuple[jax.Array, jax.Array]:
+def _aligned(
+    row_A: jax.Array, expert_A: jax.Array, count_X: jax.Array, align: int, n_rows: int | None
+) -> tuple[jax.Array, jax.Array]:
     """(assignment in each row, row of each assignment) once empty rows fill up each expert's to a multiple."""
     filled_X = jnp.cumsum(-count_X % align)
     row_A = row_A + jnp.concatenate([jnp.zeros_like(filled_X[:1]), filled_X])[expert_A]
-    n_rows = -(-(row_A.size + count_X.size * (align - 1)) // align) * align
+    n_rows = -(-((n_rows or row_A.size) + count_X.size * (align - 1)) // align) * align
     assignment_A = jnp.full((n_rows,), row_A.size, jnp.int32)
     return assignment_A.at[row_A].set(jnp.arange(row_A.size, dtype=jnp.int32), unique_indices=True), row_A
 
@@ -63,7 +67,7 @@ def to_rows(x_MD: jax.Array, order: Order) -> jax.Array:
 @jax.custom_vjp
 def to_tokens(y_AD: jax.Array, order: Order) -> jax.Array:
     """y_MD: the sum of each token's rows."""
-    return functools.reduce(jnp.add, (y_AD[order.row_MK[:, k]] for k in range(order.row_MK.shape[1])))
+    return functools.reduce(jnp.add, (_of_assignments(y_AD, k, order) for k in range(order.row_MK.shape[1])))
 
 
 @jax.custom_vjp
@@ -79,12 +83,21 @@ def _rows(source: jax.Array, index_A: jax.Array, order: Order) -> jax.Array:
     return jnp.take(source, index_A, axis=0, mode="fill", fill_value=0)
 
 
+def _of_assignments(rows: jax.Array, choice: int | slice, order: Order) -> jax.Array:
+    """The rows of each token's assignments, all of them or the k-th, 0 for those that have no row."""
+    index = order.row_MK[:, choice]
+    if order.assignment_A.size >= order.row_MK.size:  # all have one
+        return rows[index]
+    return jnp.take(rows, index, axis=0, mode="fill", fill_value=0)
+
+
 to_rows.defvjp(lambda x, order: (to_rows(x, order), order), lambda order, g: (to_tokens(g, order), _no_gradient(order)))
 to_tokens.defvjp(
     lambda y, order: (to_tokens(y, order), order), lambda order, g: (to_rows(g, order), _no_gradient(order))
 )
 sort_weights.defvjp(
-    lambda w, order: (sort_weights(w, order), order), lambda order, g: (g[order.row_MK], _no_gradient(order))
+    lambda w, order: (sort_weights(w, order), order),
+    lambda order, g: (_of_assignments(g, slice(None), order), _no_gradient(order)),
 )
 
 
@@ -93,6 +106,7 @@ def grouped_swiglu(
     x_MD: jax.Array,
     experts_MK: jax.Array,
     weights_MK: jax.Array,
+    n_rows: int | None = None,
     *,
     gate_XDF: jax.Array,
     up_XDF: jax.Array,
@@ -105,12 +119,13 @@ def grouped_swiglu(
         x_MD: tokens.
         experts_MK: experts of each token, 0..X-1; X means none.
         weights_MK: factor of each expert's output.
+        n_rows: most pairs of a token and an expert that is not none; None: all may be.
         gate_XDF, up_XDF, down_XFD: the experts' weights.
         matmul: multiplies rows with them.
 
     Returns y_MD in the dtype of `x_MD`.
     """
-    order = sort_by_expert(experts_MK, gate_XDF.shape[0], matmul.align)
+    order = sort_by_expert(experts_MK, gate_XDF.shape[0], matmul.align, n_rows)
     gate_and_up_XDF = jnp.concatenate([gate_XDF, up_XDF], axis=-1)  # one loop instead of two
     gate_and_up_AF = matmul.grouped(to_rows(x_MD, order), gate_and_up_XDF, order.count_X)
     hidden_AF = matmul.swiglu(gate_and_up_AF, None, sort_weights(weights_MK, order))

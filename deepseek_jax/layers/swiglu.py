@@ -30,7 +30,7 @@ class SwiGLU(nnx.Module):
 
     # As a block's feed-forward (`layers.block.Block`): nothing is routed, and nothing reported.
 
-    def dispatch(self, x_BTD: jax.Array, tokens: Tokens, capacity: int | None = None) -> jax.Array:
+    def dispatch(self, x_BTD: jax.Array, tokens: Tokens) -> jax.Array:
         """Returns x_BTD."""
         return x_BTD
 

@@ -31,7 +31,8 @@ from jax.sharding import Mesh
 
 from deepseek_jax.layers.base import Execution, bind, dtype_read, logical_axes, roles, run_stack, split
 from deepseek_jax.layers.tokens import Tokens
-from deepseek_jax.parallel.sharding import EXPERTS, Placement, expert_axis, placements, unsharder
+from deepseek_jax.parallel.alltoall import make_exchange
+from deepseek_jax.parallel.sharding import EXPERTS, Placement, placements, unsharder
 from deepseek_jax.plan.layout import Layout
 from deepseek_jax.plan.network import NORM_WIDTH, Network, Sizes, abstract_model
 from deepseek_jax.plan.recipes import V3_POLICY, Recipe
@@ -96,8 +97,8 @@ class CachedActivations:
         if key not in self.known:
             dtype = jnp.float32 if recipe.activations == FLOAT32 else jnp.bfloat16
             read = functools.partial(dtype_read, weights=dtype, compute=dtype)
-            axis, unshard = expert_axis(rules, mesh), unsharder(rules, mesh, read)
-            run = Execution(compute=dtype, remat=recipe.remat, expert_axis=axis, unshard=unshard)
+            exchange, unshard = make_exchange(rules, mesh), unsharder(rules, mesh, read)
+            run = Execution(compute=dtype, remat=recipe.remat, exchange=exchange, unshard=unshard)
             blocks = getattr(abstract_model(self.family, self.sizes, run), stack)
             shapes = ((n, layout.seq_len, self.network.d_model) for n in (1, 2))
             one, two = (residual_bytes(blocks, run, shape, rules, mesh) for shape in shapes)

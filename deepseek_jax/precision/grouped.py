@@ -71,9 +71,10 @@ def _rows_times(x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array, *, contra
 
 
 def vjp_weight(x_AD: jax.Array, g_AF: jax.Array, count_X: jax.Array) -> jax.Array:
-    """d_w_XDF from g = dy, summed over the chunks of an expert in float32: the second half of the backward pass."""
+    """d_w_XDF from g = dy, an expert's chunks summed in float32 or wider: the second half of the backward pass."""
     chunk = chunk_rows(x_AD.shape[0], count_X.size)
     plan = _plan(count_X, x_AD.shape[0], chunk)
+    summed = jnp.promote_types(x_AD.dtype, jnp.float32)
     x_padded, g_padded = (jnp.pad(rows, ((0, chunk), (0, 0))) for rows in (x_AD, g_AF))
 
     def body(i: jax.Array, d_w_XDF: jax.Array) -> jax.Array:
@@ -81,11 +82,11 @@ def vjp_weight(x_AD: jax.Array, g_AF: jax.Array, count_X: jax.Array) -> jax.Arra
         x = lax.dynamic_slice(x_padded, start, (chunk, x_AD.shape[1]))
         g = lax.dynamic_slice(g_padded, start, (chunk, g_AF.shape[1]))
         x = jnp.where((plan.row_I[i] + jnp.arange(chunk) < plan.end_I[i])[:, None], x, 0)
-        product = lax.dot_general(x, g, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        product = lax.dot_general(x, g, (((0,), (0,)), ((), ())), preferred_element_type=summed)
         old = lax.dynamic_index_in_dim(d_w_XDF, plan.expert_I[i], 0, keepdims=False)
         return lax.dynamic_update_index_in_dim(d_w_XDF, old + product, plan.expert_I[i], 0)
 
-    return lax.fori_loop(0, plan.n_chunks, body, jnp.zeros((count_X.size, x_AD.shape[1], g_AF.shape[1]), jnp.float32))
+    return lax.fori_loop(0, plan.n_chunks, body, jnp.zeros((count_X.size, x_AD.shape[1], g_AF.shape[1]), summed))
 
 
 def _forward(x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array) -> tuple[jax.Array, tuple]:

@@ -20,12 +20,21 @@ LEGEND = {
     "bits_per_byte": "the loss per byte of text, comparable between tokenizers; held-out: on text not trained on",
     "max_violation": "load of the busiest expert above an even share: 0 is even, 1 is twice its share",
     "skipped": "steps left out since their loss or gradient was not finite: 0 is right",
+    "imbalance": "load of the experts of the busiest device above an even share",
+    "sent_gib": "what a device sends to the experts of others in the forward pass of a step, empty rows included",
+    "crossing_gib": "the part of it that leaves the group of the device",
+    "repeated": "attempts at a step given up so far, since the buffers of an exchange with experts were too small",
 }
 LOG_ONLY = ("checksum", "skipped_in_row", "loss")  # written, never shown
 SPEED = {
     "tokens_per_second": ("tokens/s", ".0f"),
     "mfu": ("mfu", ".1%"),
     "memory_gib": ("memory_gib", ".2f"),
+    # of the exchange of tokens, which like the others depend on the mesh and change no result
+    "imbalance": ("imbalance", ".3f"),
+    "sent_gib": ("sent_gib", ".3g"),
+    "crossing_gib": ("crossing_gib", ".3g"),
+    "repeated": ("repeated", "d"),
 }
 
 

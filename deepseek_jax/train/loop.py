@@ -16,7 +16,9 @@ import numpy as np
 
 from deepseek_jax.data.pipeline import Batch, Split
 from deepseek_jax.errors import UserError
+from deepseek_jax.layers.router import max_violation
 from deepseek_jax.parallel.mesh import batch_share, global_batch, largest
+from deepseek_jax.train.attempts import Attempts
 from deepseek_jax.train.average import MovingAverage
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 from deepseek_jax.train.metrics import Metrics, bits_per_byte
@@ -24,7 +26,7 @@ from deepseek_jax.train.ramp import BatchRamp, Shares, share
 from deepseek_jax.train.step import Report, State, Trainer
 from deepseek_jax.train.stop import StopRequest
 
-NOT_LOGGED = ("auxiliary", "loads", "finite")  # fields of a report that are no figure of their own
+NOT_LOGGED = ("auxiliary", "loads", "finite", "sent")  # fields of a report that are no figure of their own
 EMA = "ema"  # entry of a checkpoint: the moving average of its params
 POLL_EVERY_S = 5.0  # between the moments at which processes ask one another whether to stop
 
@@ -174,7 +176,8 @@ class Loop:
         last = step - 1 if self._logged is None else self._logged
         tokens = (self.ramp.first(step) - self.ramp.first(last)) * self.training.seq_len
         self._logged = step
-        self.metrics.step(step, scalars, layers, tokens=tokens, rows=names)
+        exchange = exchange_figures(self.trainer, report)
+        self.metrics.step(step, scalars, layers, tokens=tokens, rows=names, exchange=exchange)
         self.checkpoints.report()
 
     def evaluate(self, state: State, step: int) -> float | None:
@@ -210,6 +213,19 @@ class Loop:
 def rows_of(tree: dict) -> np.ndarray:
     """The arrays of all routers as one [layers, experts]."""
     return np.concatenate([np.atleast_2d(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def exchange_figures(trainer: Trainer, report: Report) -> dict[str, float]:
+    """How the exchange of tokens went, in the terms of `figures.LEGEND`; nothing where no expert is elsewhere."""
+    exchange = trainer.run.exchange
+    if exchange is None:
+        return {}
+    loads = rows_of(report.loads)
+    imbalance = max_violation(loads.reshape(len(loads), exchange.n_devices, -1).sum(axis=-1))
+    within, across = (float(part) / trainer.mesh.size / 2**30 for part in report.sent[:2])
+    found = {"imbalance": float(np.mean(imbalance)), "sent_gib": within + across}
+    found |= {"crossing_gib": across} if exchange.groups > 1 else {}
+    return found | ({"repeated": trainer.step.repeated} if isinstance(trainer.step, Attempts) else {})
 
 
 def router_names(loads: dict, n_dense: int) -> list[str]:

@@ -22,6 +22,7 @@ from deepseek_jax.layers.block import Statistics
 from deepseek_jax.layers.decoder import Depth, Part
 from deepseek_jax.layers.mtp import shift_left
 from deepseek_jax.layers.tokens import Tokens
+from deepseek_jax.parallel.alltoall import Sent, added, nothing_sent
 from deepseek_jax.train.cross_entropy import IGNORE
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ class Losses(NamedTuple):
     # by name, sums over the layers of the mean auxiliary losses of a sequence (without alpha)
     auxiliary: dict[str, jax.Array]
     loads: dict  # tokens per expert of every router; where routers have biases, a prefix of the tree of those
+    # what the exchanges with experts on other devices report (`alltoall.nothing_sent` without any): a pipeline reads
+    # from it whether the step has to be run again
+    sent: Sent
 
     def weighted(self, mtp: jax.Array | float, auxiliary: Mapping[str, float]) -> jax.Array:
         """The loss that is minimised: lambda is `mtp`, and alpha of each auxiliary loss, by name, in `auxiliary`."""
@@ -165,9 +169,9 @@ def stage_losses(
     main, mtp = jnp.float32(0), jnp.float32(0)
     if stage.ends:
         main, mtp, depths = predicted(model, model.finish(x_BTD), batch, tokens, over, chunk)
-    auxiliary = summed([*statistics.values(), *(depth.statistics for depth in depths)])
-    auxiliary = {name: loss / over.sequences for name, loss in auxiliary.items()}
-    return x_BTD, Losses(main, mtp, auxiliary, model.loads(statistics, depths))
+    found = [*statistics.values(), *(depth.statistics for depth in depths)]
+    auxiliary = {name: loss / over.sequences for name, loss in summed(found).items()}
+    return x_BTD, Losses(main, mtp, auxiliary, model.loads(statistics, depths), exchanged(found))
 
 
 def predicted(
@@ -198,3 +202,12 @@ def summed(statistics: list[Statistics]) -> dict[str, jax.Array]:
         for name, loss in layers.losses.items():
             sums[name] = sums.get(name, 0.0) + jnp.sum(loss)
     return sums
+
+
+def exchanged(statistics: list[Statistics]) -> Sent:
+    """What the exchanges of all layers report."""
+
+    def of_all(stacked: jax.Array, one: jax.Array) -> jax.Array:
+        return jnp.sum(stacked.reshape(-1, *one.shape), axis=0)
+
+    return added([jax.tree.map(of_all, found.sent, nothing_sent()) for found in statistics if found.sent])

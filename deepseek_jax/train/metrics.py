@@ -1,8 +1,9 @@
 """Progress of a run: a live view or plain lines, TensorBoard, and `metrics.jsonl` for exact comparison.
 
-`metrics.jsonl` holds one object per line: deterministic figures as top-level keys, in full precision, and timing under
-`"speed"`. Two runs are the same when their lines agree without `"speed"`. A resumed run first drops the lines later
-than the checkpoint. A full disk stops no run: it is reported once, and the file that could not be written is given up.
+`metrics.jsonl` holds one object per line: deterministic figures as top-level keys, in full precision, and under
+`"speed"` what depends on the machine and the mesh. Two runs are the same when their lines agree without `"speed"`. A
+resumed run first drops the lines later than the checkpoint. A full disk stops no run: it is reported once, and the file
+that could not be written is given up.
 
 Expert imbalance is MaxVio = (max_e load_e - mean load) / mean load per layer, averaged over the layers.
 Paper: "Auxiliary-Loss-Free Load Balancing", section 4.1.
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO
 
 import numpy as np
@@ -123,6 +125,7 @@ class Metrics:
         per_layer: Mapping[str, Any] | None = None,
         tokens: int | None = None,
         rows: Sequence[str] | None = None,
+        exchange: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         """Records a training step. The time of the first record of a process, which compiles, is not counted.
 
@@ -132,6 +135,7 @@ class Metrics:
           per_layer: name -> array [layers] or [layers, experts]; `expert_load` gives MaxVio.
           tokens: tokens since the last call; by default `tokens_per_step` for each step.
           rows: what the layers are called; by default layer_00, layer_01, ...
+          exchange: figures of the exchange of tokens between devices; written under "speed".
         """
         if not self.enabled:
             return
@@ -141,6 +145,7 @@ class Metrics:
             layers["max_violation"] = np.asarray(max_violation(layers["expert_load"]))
             figures.setdefault("max_violation", float(layers["max_violation"].mean()))
         self._time(step, self.tokens_per_step * (step - self.now) if tokens is None else tokens)
+        self.speed |= {name: _number(value) for name, value in exchange.items()}
         self.now, self.figures = step, {name: value for name, value in figures.items() if value != 0 or name != "mtp"}
         if math.isfinite(figures.get("main", math.nan)):
             self.losses.append(figures["main"])
@@ -260,10 +265,11 @@ class Metrics:
         if self._start_step or self._is_explained:
             return
         self._is_explained = True
-        known = [name for name in LEGEND if name in self.figures]
-        width = max((len(FIGURES[name][0]) for name in known), default=0)
+        labels = {name: label for name, (label, _) in (FIGURES | SPEED).items()}
+        known = [name for name in LEGEND if name in self.figures or name in self.speed]
+        width = max((len(labels[name]) for name in known), default=0)
         if known:
-            self.message("\n".join(f"  {FIGURES[name][0]:<{width}}  {LEGEND[name]}" for name in known))
+            self.message("\n".join(f"  {labels[name]:<{width}}  {LEGEND[name]}" for name in known))
 
     def _give_up(self, file: Any, name: str, error: OSError) -> None:
         """Tells that a file of the run cannot be written any more, and closes it."""

@@ -31,11 +31,11 @@ from deepseek_jax.kernels import XLA, Kernels
 from deepseek_jax.layers.base import Execution, bind, dtype_read, logical_axes, roles, split
 from deepseek_jax.layers.router import max_violation, updated_bias
 from deepseek_jax.parallel import zero
+from deepseek_jax.parallel.alltoall import Sent, make_exchange
 from deepseek_jax.parallel.mesh import BATCH, PIPE, REPLICAS, REPLICATED, per_device, place, total
 from deepseek_jax.parallel.sharding import (
     Placement,
     check_rules,
-    expert_axis,
     placements,
     state_specs,
     unsharder,
@@ -44,6 +44,7 @@ from deepseek_jax.parallel.sharding import (
 from deepseek_jax.parallel.stage_layout import StageLayout
 from deepseek_jax.precision.matmul import Matmul, PlainMatmul
 from deepseek_jax.seeds import random_key
+from deepseek_jax.train.attempts import Attempts
 from deepseek_jax.train.gradients import Gradients, Loss, accumulated
 from deepseek_jax.train.loss import Losses, Objective, Stage, Totals, totals
 from deepseek_jax.train.optimizers import OptimizerFor, Schedule
@@ -51,6 +52,7 @@ from deepseek_jax.train.pipelined import ONE_WAY, Pipeline, StageLoss, pipelined
 from deepseek_jax.train.trainable import Trainable, divide, everything, join
 from deepseek_jax.tree import dotted, size
 
+Build = Callable[[Execution, nnx.Rngs], nnx.Module]
 State = dict  # {"params", "router_bias", "optimizer", "step", "skipped", "skipped_in_row"}
 
 
@@ -88,6 +90,7 @@ class Report(NamedTuple):
     # of the batch's tokens, the same on any mesh: runs whose logs agree on it have read the same text
     checksum: jax.Array
     loads: dict  # tokens per expert of every router, over the whole batch
+    sent: Sent  # what exchanges with experts on other devices report, summed over all devices
 
 
 class Evaluation(NamedTuple):
@@ -118,6 +121,7 @@ class Trainer:
             their gradients have it too. Weights that FSDP stores in shards are cast where they are gathered, so that
             their gradients are summed over the devices in float32.
         kernels, remat, unroll: see `Execution`.
+        exchange_groups: groups of devices to each of which a token on its way to experts goes once (`Exchange`).
         flops_per_token: operations to train on one token, as a function of the sequence length.
 
     Attributes:
@@ -128,12 +132,13 @@ class Trainer:
         axes, placements: the logical axes of each weight, and where it lives.
         vocab_size: rows of the embedding.
         n_params: trained weights, with those of multi-token prediction.
-        step: the compiled `step(state, batch) -> (state, Report)`; the state given is donated.
+        step: the compiled `step(state, batch) -> (state, Report)`; the state given is donated. In a pipeline that
+            exchanges tokens it is an `Attempts`.
     """
 
     def __init__(
         self,
-        build: Callable[[Execution, nnx.Rngs], nnx.Module],
+        build: Build,
         mesh: Mesh,
         rules: dict,
         objective: Objective,
@@ -149,6 +154,7 @@ class Trainer:
         kernels: Kernels = XLA,
         remat: str = "none",
         unroll: int = 1,
+        exchange_groups: int = 1,
         flops_per_token: Callable[[int], float] = lambda seq_len: 0.0,
     ):
         check_rules(rules)
@@ -161,7 +167,7 @@ class Trainer:
             kernels=kernels,
             remat=remat,
             unroll=unroll,
-            expert_axis=expert_axis(rules, mesh),
+            exchange=make_exchange(rules, mesh, exchange_groups),
             unshard=unsharder(rules, mesh, read),
         )
         model: Any = abstract(lambda rngs: build(self.run, rngs))
@@ -181,13 +187,6 @@ class Trainer:
         if not jax.tree.leaves(self._trained_places):
             raise ValueError("trainable: no weight is trained. Expected True for the path of at least one.")
         self._read = jax.tree.map(read, roles(model))
-        if self.layout:
-            stage_run = replace(self.run, fetch=None, unroll=0, remat="none", buffer_rows=lambda n_tokens: n_tokens)
-            stages, _, _ = split(abstract(lambda rngs: build(stage_run, rngs)))
-            overlap = pipeline.overlaps(mesh.devices.flat[0].platform)
-            self._gradients = pipelined(self._stage_gradients(stages), self.layout, remat, overlap)
-        else:
-            self._gradients = gradients(self._loss, config.micro_batches)
         self.optimizer = optimizer(model)
         shapes = jax.eval_shape(lambda: self._initial(0))
         self.specs: State = jax.tree.map(lambda _: REPLICATED, shapes) | {
@@ -201,8 +200,27 @@ class Trainer:
             self.specs,
         )
         self.stored = _in_order(self.abstract, self.layout, mesh) if self.layout else self.abstract
-        run = per_device(self._on_device, mesh, (self.specs, BATCH), (self.specs, REPLICATED))
-        self.step = jax.jit(run, donate_argnums=0)
+        if not self.layout:
+            self.step: Any = self._compiled(gradients(self._loss, config.micro_batches))
+        elif self.run.exchange:
+            self.step = Attempts(lambda level: self._compiled(self._over_stages(build, remat, pipeline, level), level))
+        else:
+            self.step = self._compiled(self._over_stages(build, remat, pipeline))
+
+    def _compiled(self, gradients: Gradients, level: int | None = None) -> Any:
+        """The step with gradients from `gradients`, whose exchange has buffers of this `level`; None: of any size."""
+        on_device = functools.partial(self._on_device, gradients, level)
+        run = per_device(on_device, self.mesh, (self.specs, BATCH), (self.specs, REPLICATED))
+        return jax.jit(run, donate_argnums=0)
+
+    def _over_stages(self, build: Build, remat: str, pipeline: Pipeline, level: int = 0) -> Gradients:
+        """The gradients over the stages of the pipeline, with buffers of this `level` (`Exchange`)."""
+        assert self.layout is not None
+        exchange = self.run.exchange and replace(self.run.exchange, level=level)
+        run = replace(self.run, fetch=None, unroll=0, remat="none", exchange=exchange)
+        stages, _, _ = split(abstract(lambda rngs: build(run, rngs)))
+        overlap = pipeline.overlaps(self.mesh.devices.flat[0].platform)
+        return pipelined(self._stage_gradients(stages), self.layout, remat, overlap)
 
     def _initial(self, seed: int, given: Mapping = MappingProxyType({})) -> State:
         _, params, router_bias = split(self._build(seed))
@@ -275,14 +293,15 @@ class Trainer:
         model = self.bind(join(trained, state["frozen"]), state["router_bias"])
         return self.objective(model, part, over, state["step"])
 
-    def _on_device(self, state: State, batch: Batch) -> tuple[State, Report]:
+    def _on_device(self, gradients_of: Gradients, level: int | None, state: State, batch: Batch) -> tuple:
         read, frozen = divide(self._whole(state["params"]), self.trainable)
-        gradients, loss, found = self._gradients(read, state | {"frozen": frozen}, batch)
+        gradients, loss, found = gradients_of(read, state | {"frozen": frozen}, batch)
         loss, found = total((loss, found))
         gradients = zero.sum_and_scatter(gradients, self._trained_places)
         norm = zero.global_norm(gradients, self._trained_places)
         norm, gradients = jax.lax.optimization_barrier((norm, gradients))  # else XLA makes them again for each moment
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        enough = jnp.append(found.sent.too_small, 0)[-1 if level is None else level] == 0
         rate = self.config.rate(state["step"])
         trained, frozen = divide(state["params"], self.trainable)
         trained, optimizer = self._updated(trained, gradients, norm, rate, state["optimizer"])
@@ -291,10 +310,11 @@ class Trainer:
         router_bias = moved_biases(state["router_bias"], loads, gamma)
         new = {"params": join(trained, frozen), "router_bias": router_bias, "optimizer": optimizer}
         with jax.named_scope("optimizer"):
-            new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, {key: state[key] for key in new})
-        new["step"] = state["step"] + 1
-        new["skipped"] = state["skipped"] + ~finite
-        new["skipped_in_row"] = jnp.where(finite, 0, state["skipped_in_row"] + 1)
+            new = jax.tree.map(lambda n, o: jnp.where(finite & enough, n, o), new, {key: state[key] for key in new})
+        new["step"] = state["step"] + enough
+        new["skipped"] = state["skipped"] + (enough & ~finite)
+        in_row = jnp.where(finite, 0, state["skipped_in_row"] + 1)
+        new["skipped_in_row"] = jnp.where(enough, in_row, state["skipped_in_row"])
         violations = [max_violation(load).ravel() for load in jax.tree.leaves(found.loads)]
         report = Report(
             loss=loss,
@@ -309,6 +329,7 @@ class Trainer:
             skipped_in_row=new["skipped_in_row"],
             checksum=_checksum(batch.ids_BT),
             loads=found.loads,
+            sent=found.sent,
         )
         return new, report
 

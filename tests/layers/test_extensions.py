@@ -215,7 +215,7 @@ def test_parts_of_the_layers_are_the_layers(filled):
 
 
 def test_a_block_is_its_four_phases(tiny_sizes, filled):
-    """Called apart, as a pipeline would: with experts, their loads and losses, and a capacity."""
+    """Called apart, as a pipeline would: with experts, their loads and losses."""
     sizes = family("v3").Config.from_config(tiny_sizes)
     definition, params, bias = filled(lambda: family("v3").Model(sizes, rngs=nnx.Rngs(0)))
 
@@ -224,7 +224,7 @@ def test_a_block_is_its_four_phases(tiny_sizes, filled):
         model, tokens = bind(definition, params, bias), Tokens.of(IDS)
         block, x_BTD = model.mtp[0].block, model.embed(tokens)
         attended_BTD, _, _ = block.attend(x_BTD, tokens)
-        sent = block.dispatch(attended_BTD, tokens, capacity=B * T)
+        sent = block.dispatch(attended_BTD, tokens)
         y_BTD, found = block.combine(attended_BTD, block.compute(sent))
         return block(x_BTD, tokens), (y_BTD, (None, found))
 

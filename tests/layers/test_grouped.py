@@ -91,6 +91,20 @@ def test_sorting_by_hand():
     np.testing.assert_array_equal(order.count_X, [2, 1, 2])
 
 
+@pytest.mark.parametrize(("align", "n_rows", "n_sorted"), [(1, 5, 5), (4, 5, 16), (4, None, 16)])
+def test_rows_for_no_more_assignments_than_there_are(align, n_rows, n_sorted):
+    """Five assignments of six are to an expert: the sixth has no row, or one after the others, which none computes."""
+    order = sort_by_expert(jnp.array([[2, 0], [1, 3], [0, 2]]), 3, align, n_rows)
+    rows_of_middle = 1 if n_sorted == 5 else 2
+    assert order.assignment_A.size == n_sorted
+    x_MD = jnp.arange(6.0).reshape(3, 2) + 1
+    rows, back = jax.vjp(lambda x_MD: grouped.to_rows(x_MD, order), x_MD)
+    for found in (grouped.to_tokens(rows, order), back(rows)[0]):
+        np.testing.assert_array_equal(found, x_MD * jnp.array([[2], [rows_of_middle], [2]]))
+    weights, back = jax.vjp(lambda weights_MK: grouped.sort_weights(weights_MK, order), x_MD)
+    np.testing.assert_array_equal(back(weights)[0], [[1, 2], [3, 4 * (rows_of_middle - 1)], [5, 6]])
+
+
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_both_ways_of_sorting_agree(name, monkeypatch):
     by_key = sort_by_expert(jnp.asarray(ROUTINGS[name]), X)

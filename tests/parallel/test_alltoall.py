@@ -1,4 +1,4 @@
-"""Expert parallelism over four devices against all experts on one, however lopsided the routing."""
+"""Expert parallelism over four devices against all experts on one, however lopsided the routing, in one hop or two."""
 
 import functools
 
@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from deepseek_jax.errors import UserError
 from deepseek_jax.layers.grouped import grouped_swiglu
 from deepseek_jax.parallel import alltoall
-from deepseek_jax.parallel.alltoall import fill_buffers, on_expert_devices
+from deepseek_jax.parallel.alltoall import Exchange, fill_buffers, make_exchange
+from deepseek_jax.parallel.lint import check_collectives
 from deepseek_jax.parallel.mesh import BATCH, EXPERT, make_mesh, per_device, place
+from deepseek_jax.precision.wire import AS_IS, Codes
 
 M, D, F, E, W = 16, 4, 3, 8, 4  # tokens of a device, widths, experts, devices along `expert`
 EXPERTS = P(EXPERT)
+LAST = len(alltoall.HEADROOM) - 1
+SPECS = (BATCH, BATCH, EXPERTS, EXPERTS, EXPERTS, BATCH)
 
 
 def routing(kind: str, top_k: int) -> np.ndarray:
@@ -33,73 +38,123 @@ def routing(kind: str, top_k: int) -> np.ndarray:
 KINDS = ("balanced", "a little full", "all to one device", "all to one expert, from one device", "random")
 
 
-@functools.cache
-def compiled(top_k: int, parallel: bool):
-    """(gradients of tokens, factors and experts; y) of a loss summed over the tokens."""
+def inputs(pair: tuple[str, str], top_k: int, dtype: type = np.float64) -> tuple:
+    rng = np.random.default_rng(1)
+    experts = np.concatenate([routing(kind, top_k) for kind in pair]).astype(np.int32)
+    shapes = ((len(experts), D), (len(experts), top_k), (E, D, F), (E, D, F), (E, F, D))
+    return (*(rng.normal(size=shape).astype(dtype) for shape in shapes), experts)
 
-    def one(x_MD, weights_MK, gate_XDF, up_XDF, down_XFD, experts_MK):
-        compute = functools.partial(grouped_swiglu, gate_XDF=gate_XDF, up_XDF=up_XDF, down_XFD=down_XFD)
-        if parallel:
-            y_MD = on_expert_devices(compute, x_MD, experts_MK, weights_MK, n_local=E // W, axis=EXPERT)
-        else:
-            y_MD = compute(x_MD, experts_MK, weights_MK)
-        return jnp.sum(jnp.sin(y_MD + 0.5)), y_MD
+
+def layer(exchange: Exchange | None, wire, x_MD, weights_MK, gate_XDF, up_XDF, down_XFD, experts_MK):
+    """(y_MD, report) of the experts, as `layers.experts` uses the exchange."""
+    compute = functools.partial(grouped_swiglu, gate_XDF=gate_XDF, up_XDF=up_XDF, down_XFD=down_XFD)
+    here = x_MD, experts_MK, weights_MK
+    if exchange is None:
+        return alltoall.on_this_device(compute, *here, wire=wire), alltoall.nothing_sent()
+    plan = exchange.plan(*experts_MK.shape, E // W)
+    sent = plan.report(*here, wire)
+    if plan.given is None:
+        return alltoall.on_expert_devices(compute, *here, plan, sent, wire), sent
+    arrived = alltoall.dispatch(*here, hops=plan.hops, sizes=plan.given, wire=wire)
+    return alltoall.combine(compute(*arrived[:3], plan.given.computed), arrived, hops=plan.hops, wire=wire), sent
+
+
+@functools.cache
+def program(exchange: Exchange | None, wire=AS_IS):
+    """A function for (gradients of tokens, factors and experts; (y, report)) of a loss summed over the tokens."""
+
+    def one(*arrays):
+        y_MD, sent = layer(exchange, wire, *arrays)
+        return jnp.sum(jnp.sin(y_MD + 0.5)), (y_MD, sent)
 
     run = jax.grad(one, argnums=(0, 1, 2, 3, 4), has_aux=True)
-    if not parallel:
+    if exchange is None:
         return jax.jit(run)
 
     def on_device(*arrays):
-        (d_x, d_weights, *d_experts), y = run(*arrays)
-        return (d_x, d_weights, *jax.lax.psum(d_experts, "data")), y
+        (d_x, d_weights, *d_experts), (y, sent) = run(*arrays)
+        gathered = jax.tree.map(lambda a: a[None], sent)
+        return (d_x, d_weights, *jax.lax.psum(d_experts, "data")), (y, gathered)
 
-    specs = (BATCH, BATCH, EXPERTS, EXPERTS, EXPERTS, BATCH)
-    return jax.jit(per_device(on_device, make_mesh(2, W), specs, ((BATCH, BATCH, EXPERTS, EXPERTS, EXPERTS), BATCH)))
+    out_specs = ((BATCH, BATCH, EXPERTS, EXPERTS, EXPERTS), (BATCH, BATCH))
+    return jax.jit(per_device(on_device, make_mesh(2, W), SPECS, out_specs))
 
 
-@pytest.mark.parametrize("top_k", [1, 3])
-@pytest.mark.parametrize("pair", [(0, 2), (2, 1), (3, 4), (1, 1)], ids=str)
-def test_expert_parallel_is_dense_with_all_gradients(pair, top_k):
+def check_same(found: tuple, expected: tuple, tolerance: float) -> None:
+    (got, (y, _)), (known, (y_known, _)) = found, expected
+    for here, right in zip((y, *got), (y_known, *known), strict=True):
+        np.testing.assert_allclose(here, right, rtol=tolerance, atol=tolerance * max(1, np.abs(right).max()))
+
+
+def run(exchange: Exchange | None, arrays: tuple, wire=AS_IS) -> tuple:
+    if exchange is not None:
+        arrays = place(arrays, make_mesh(2, W), SPECS)
+    return jax.device_get(program(exchange, wire)(*arrays))
+
+
+CASES = [
+    (groups, top_k, pair) for groups, top_k in ((1, 1), (1, 3), (2, 3)) for pair in [(0, 2), (2, 1), (3, 4), (1, 1)]
+]
+
+
+@pytest.mark.parametrize(("groups", "top_k", "pair"), CASES, ids=str)
+def test_expert_parallel_is_dense_with_all_gradients(groups, top_k, pair):
     """The two rows of the mesh route differently, so that they take different branches at the same time."""
-    rng = np.random.default_rng(1)
-    experts = np.concatenate([routing(KINDS[i], top_k) for i in pair]).astype(np.int32)
-    n_tokens = experts.shape[0]
-    shapes = ((n_tokens, D), (n_tokens, top_k), (E, D, F), (E, D, F), (E, F, D))
-    inputs = (*(rng.normal(size=shape).astype(np.float32) for shape in shapes), experts)
-    specs = (BATCH, BATCH, EXPERTS, EXPERTS, EXPERTS, BATCH)
-    expected, y_expected = compiled(top_k, False)(*inputs)
-    got, y = compiled(top_k, True)(*place(inputs, make_mesh(2, W), specs))
-    np.testing.assert_allclose(y, y_expected, rtol=1e-5, atol=1e-5)
-    for here, right in zip(got, expected, strict=True):
-        np.testing.assert_allclose(here, right, rtol=1e-5, atol=1e-5 * max(1, np.abs(right).max()))
+    with jax.enable_x64(True):
+        arrays = inputs(tuple(KINDS[i] for i in pair), top_k)
+        check_same(run(Exchange(EXPERT, W, groups), arrays), run(None, arrays), 1e-12)
 
 
-@functools.cache
-def apart(capacity: int):
-    """(y with the two halves of the exchange called one by one; the index of the size that would be chosen)."""
-
-    def on_device(x_MD, weights_MK, gate_XDF, up_XDF, down_XFD, experts_MK):
-        arrived = alltoall.dispatch(x_MD, experts_MK, weights_MK, n_local=E // W, axis=EXPERT, capacity=capacity)
-        y_AD = grouped_swiglu(*arrived[:3], gate_XDF=gate_XDF, up_XDF=up_XDF, down_XFD=down_XFD)
-        chosen = alltoall.choose(experts_MK, [5, 8, M], n_local=E // W, axis=EXPERT)
-        return alltoall.combine(y_AD, arrived, axis=EXPERT), chosen[None]
-
-    specs = (BATCH, BATCH, EXPERTS, EXPERTS, EXPERTS, BATCH)
-    return jax.jit(per_device(on_device, make_mesh(2, W), specs, (BATCH, BATCH)))
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_given_size_that_is_enough_changes_nothing(groups):
+    """As in a pipeline: bit for bit what buffers for any load give; and what is too small says so."""
+    with jax.enable_x64(True):
+        arrays = inputs(("balanced", "balanced"), 1)
+        found, known = (run(Exchange(EXPERT, W, groups, level), arrays) for level in (0, LAST))
+        assert not found[1][1].too_small.any() and not known[1][1].too_small.any()
+        jax.tree.map(np.testing.assert_array_equal, (found[0], found[1][0]), (known[0], known[1][0]))
+        full = run(Exchange(EXPERT, W, groups, 0), inputs(("balanced", "all to one device"), 1))[1][1].too_small
+        np.testing.assert_array_equal(full > 0, [[False] * LAST] * W + [[True] * LAST] * W)
 
 
-def test_the_halves_of_the_exchange_can_be_called_apart():
-    """With buffers for the worst case, or for what is known to be enough."""
-    rng = np.random.default_rng(1)
-    assert alltoall.capacities(M, 1, W) == [5, 8, M]
-    for kind, capacity, index in (("all to one device", M, 2), ("balanced", 5, 0)):
-        experts = np.concatenate([routing(kind, 1), routing(kind, 1)]).astype(np.int32)
-        shapes = ((len(experts), D), (len(experts), 1), (E, D, F), (E, D, F), (E, F, D))
-        inputs = (*(rng.normal(size=shape).astype(np.float32) for shape in shapes), experts)
-        specs = (BATCH, BATCH, EXPERTS, EXPERTS, EXPERTS, BATCH)
-        y, chosen = apart(capacity)(*place(inputs, make_mesh(2, W), specs))
-        np.testing.assert_allclose(y, compiled(1, False)(*inputs)[1], rtol=1e-5, atol=1e-5)
-        np.testing.assert_array_equal(chosen, index)
+def test_two_hops_send_fewer_bytes_to_other_groups():
+    """Counted in the program of a forward and backward pass: one row for a group instead of one for each device."""
+    direct, grouped = (between_groups(Exchange(EXPERT, W, groups, 0)) for groups in (1, 2))
+    plans = [Exchange(EXPERT, W, groups, 0).plan(M, 3, E // W).sizes[0].buffers for groups in (1, 2)]
+    assert plans == [(15,), (M, 30)]
+    assert grouped / direct == pytest.approx(M / (2 * 15))
+
+
+def between_groups(exchange: Exchange) -> float:
+    """Bytes that the program of a forward and backward pass sends from one half of the devices to the other."""
+    shapes = jax.eval_shape(lambda: tuple(map(jnp.asarray, inputs(("balanced", "balanced"), 3, np.float32))))
+    text = jax.make_jaxpr(program(exchange))(*shapes)
+    check_collectives(text)
+    return sum(map(crossing_bytes, all_to_alls(text.jaxpr)))
+
+
+def all_to_alls(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "all_to_all":
+            yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from all_to_alls(inner)
+
+
+def crossing_bytes(equation) -> float:
+    groups = equation.params["axis_index_groups"] or [list(range(W))]
+    peers = next(group for group in groups if 0 in group)
+    far = sum(peer >= W // 2 for peer in peers)
+    operand = equation.invars[0].aval
+    return operand.size * operand.dtype.itemsize * far / len(peers)
+
+
+def test_fp8_on_the_wire_is_rounded_once():
+    """Quantising again in the second hop what the first has quantised changes nothing: as on one device."""
+    arrays = inputs(("random", "a little full"), 3, np.float32)
+    check_same(run(Exchange(EXPERT, W, 2, LAST), arrays, Codes()), run(None, arrays, Codes()), 1e-5)
 
 
 def test_the_routings_above_need_every_buffer_size():
@@ -108,8 +163,35 @@ def test_the_routings_above_need_every_buffer_size():
     for kind in KINDS:
         device = (routing(kind, 1)[:, 0] // (E // W)).reshape(W, M)
         fullest[kind] = max(np.bincount(row, minlength=W).max() for row in device)
-    assert alltoall.HEADROOM == (1.25, 2.0)
+    sizes = Exchange(EXPERT, W).plan(M, 1, E // W).sizes
+    assert [size.buffers for size in sizes] == [(5,), (8,), (M,)]
     assert fullest["balanced"] <= 5 < fullest["a little full"] <= 8 < fullest["all to one device"] == 16
+
+
+def test_sizes_of_v3_on_eight_nodes():
+    """4,096 tokens of a device, 8 experts each, on 4 of 8 nodes of 8 devices; 4 experts a device."""
+    plan = Exchange(EXPERT, 64, 8).plan(4096, 8, 4, limit=0.5)
+    balanced, _, any_load = plan.sizes
+    assert balanced.buffers == (1.25 * 4096 * 4 / 8, 1.25 * 4096 * 8 / 8)
+    assert any_load.buffers == (4096, 8 * 4096)
+    assert balanced.computed == 1.25 * 4096 * 8 and any_load.computed == 64 * 4096 * 4
+
+
+def test_what_is_reported_as_sent():
+    """float32 rows of D numbers there and back, and 3 indices and factors there; nothing for the device itself."""
+    arrays = inputs(("balanced", "balanced"), 3, np.float32)
+    for groups, (within, across) in ((1, (3 * 15, 0)), (2, (30, M))):
+        sent = run(Exchange(EXPERT, W, groups, 0), arrays)[1][1]
+        row = 4 * (D + D) + 3 * (4 + 4)
+        np.testing.assert_array_equal(sent.within, within * row)
+        np.testing.assert_array_equal(sent.across, across * row)
+
+
+def test_groups_that_do_not_divide_the_devices_are_refused():
+    for mesh, groups in ((make_mesh(2, W), 3), (make_mesh(8, 1), 2)):
+        with pytest.raises(UserError, match=rf"config\.exchange\.groups={groups}: .* split over {mesh.shape[EXPERT]}"):
+            make_exchange({"experts": EXPERT}, mesh, groups)
+    assert make_exchange({"experts": EXPERT}, make_mesh(8, 1), 1) is None
 
 
 def test_buffers_by_hand():
@@ -117,3 +199,9 @@ def test_buffers_by_hand():
     buffers = fill_buffers(goes_MW, 3)
     np.testing.assert_array_equal(buffers.token_A, [0, 1, 3, 1, 2, 3])  # 3: empty
     np.testing.assert_array_equal(buffers.row_MW, [[0, 6], [1, 3], [6, 4]])  # 6: does not go there
+
+
+def test_a_full_buffer_keeps_what_it_holds():
+    buffers = fill_buffers(jnp.array([[True, True], [True, False]]), 1)
+    np.testing.assert_array_equal(buffers.token_A, [0, 0])
+    np.testing.assert_array_equal(buffers.row_MW, [[0, 1], [2, 2]])

@@ -15,6 +15,7 @@ from jax.nn.initializers import normal
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.layers.base import param
 from deepseek_jax.layers.embed import Embedding, Head
+from deepseek_jax.parallel.alltoall import nothing_sent
 from deepseek_jax.parallel.mesh import global_batch, make_mesh, total
 from deepseek_jax.train.cross_entropy import token_nll
 from deepseek_jax.train.loss import Losses, totals
@@ -44,7 +45,7 @@ class ExpectedHits:
         nll_M = token_nll(model(batch.ids_BT).reshape(-1, D), model.head.weight_DV[...], batch.targets_BT.ravel(), 5)
         weights_M = batch.weights_BT.ravel() / over.weight
         misses, surprise = jnp.sum(weights_M * (1 - jnp.exp(-nll_M))), jnp.sum(weights_M * nll_M)
-        return misses + ALPHA * surprise, Losses(misses, jnp.float32(0), {"surprise": surprise}, {})
+        return misses + ALPHA * surprise, Losses(misses, jnp.float32(0), {"surprise": surprise}, {}, nothing_sent())
 
 
 class SignMomentum:

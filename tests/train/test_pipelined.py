@@ -1,6 +1,7 @@
 """A whole V3 in a pipeline trains as on one device: steps, loads, biases, evaluation, checkpoints, in any schedule."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from flax import nnx
 
 from deepseek_jax.models import family
+from deepseek_jax.parallel import alltoall
 from deepseek_jax.parallel.lint import check_collectives
 from deepseek_jax.parallel.mesh import global_batch, make_mesh
 from deepseek_jax.train.optimizers import adamw
@@ -115,7 +117,26 @@ def test_gradients_of_every_weight(one_device, two_stages):
 def test_all_devices_reach_every_collective(two_stages):
     subject, _ = two_stages
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch(0))
-    check_collectives(jax.make_jaxpr(subject.step)(subject.abstract, shapes))
+    check_collectives(jax.make_jaxpr(subject.step.program)(subject.abstract, shapes))
+
+
+def test_a_step_whose_buffers_are_too_small_is_run_again(tiny_sizes, filled, monkeypatch):
+    """With the result, bit for bit, of buffers for any load; the next step begins with those that were enough."""
+    monkeypatch.setattr(alltoall, "HEADROOM", (0.25, math.inf))
+    numbers = tiny_sizes.copy_and_resolve_references()
+    numbers.update(n_layers=2, n_dense_layers=0, mtp_depth=0)
+    small = family("v3").Config.from_config(numbers)
+    weights = jax.tree.map(np.asarray, filled(lambda: family("v3").Model(small, rngs=nnx.Rngs(0)), std=0.1)[1:])
+    subject = trainer(small, 2, 1, 2)
+    tried, refused = subject.step.program(subject.init(0, *weights), global_batch(batch(0), subject.mesh))
+    for name, given in subject.init(0, *weights).items():
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(tried[name]), jax.device_get(given))
+    assert refused.sent.too_small > 0
+    found = run(subject, weights, evaluated=False)
+    assert (subject.step.level, subject.step.repeated) == (1, 1)
+    known = run(subject, weights, evaluated=False)
+    assert (subject.step.level, subject.step.repeated) == (1, 1)
+    jax.tree.map(np.testing.assert_array_equal, found, known)
 
 
 def test_weights_of_a_stage_lie_on_its_rank_alone(two_stages):
