@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ import tensorboardX.record_writer
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.parallel.alltoall import Exchange, Sent
 from deepseek_jax.train import board
 from deepseek_jax.train import metrics as metrics_module
-from deepseek_jax.train.loop import router_names
+from deepseek_jax.train.attempts import Attempts
+from deepseek_jax.train.loop import exchange_figures, router_names
 from deepseek_jax.train.metrics import Metrics, bits_per_byte, read_log
 
 
@@ -189,7 +192,7 @@ def test_tensorboard_has_no_chart_of_a_line_at_0(tmp_path):
 def test_every_figure_of_a_step_has_a_place(tmp_path):
     from deepseek_jax.train.step import Report
 
-    scalars = set(Report._fields) - {"auxiliary", "loads", "finite"} | {"bits_per_byte"}
+    scalars = set(Report._fields) - {"auxiliary", "loads", "finite", "sent"} | {"bits_per_byte"}
     assert scalars == set(board.TAGS) | set(board.UNCHARTED)
 
 
@@ -308,3 +311,22 @@ def test_the_live_view_draws_at_any_width_and_leaves_the_last_state_after_ctrl_c
 def test_a_byte_tokenizer_turns_nats_into_bits():
     assert bits_per_byte(math.log(256), 1.0) == pytest.approx(8.0)
     assert bits_per_byte(math.log(256), 4.0) == pytest.approx(2.0)
+
+
+def test_figures_of_an_exchange_by_hand(tmp_path):
+    """Four experts on four devices, then on two; written beside the speed, for they depend on the mesh; explained."""
+    sent = Sent(2.0**30, 2.0**31, np.zeros(2))
+    report = SimpleNamespace(sent=sent, loads={"moe_blocks": np.array([[3.0, 5.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]])})
+    exchange = Exchange("expert", 4, 2)
+    trainer = SimpleNamespace(run=SimpleNamespace(exchange=exchange), mesh=SimpleNamespace(size=8), step=None)
+    figures = exchange_figures(trainer, report)
+    assert figures == {"imbalance": 0.5, "sent_gib": 0.375, "crossing_gib": 0.25}
+    trainer.run.exchange, trainer.step = Exchange("expert", 2), Attempts(lambda level: None)
+    assert exchange_figures(trainer, report) == pytest.approx({"imbalance": 0.3, "sent_gib": 0.375, "repeated": 0})
+    trainer.run.exchange = None
+    assert exchange_figures(trainer, report) == {}
+    stream = io.StringIO()
+    with open_metrics(tmp_path, stream=stream) as metrics:
+        metrics.step(1, {"loss": 1.0}, exchange=figures)
+    assert "imbalance  " in stream.getvalue() and "crossing_gib=0.25" in stream.getvalue()
+    assert read_log(tmp_path / "metrics.jsonl")[0]["speed"]["sent_gib"] == 0.375

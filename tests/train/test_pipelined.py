@@ -120,6 +120,7 @@ def test_all_devices_reach_every_collective(two_stages):
     check_collectives(jax.make_jaxpr(subject.step.program)(subject.abstract, shapes))
 
 
+@pytest.mark.slow
 def test_a_step_whose_buffers_are_too_small_is_run_again(tiny_sizes, filled, monkeypatch):
     """With the result, bit for bit, of buffers for any load; the next step begins with those that were enough."""
     monkeypatch.setattr(alltoall, "HEADROOM", (0.25, math.inf))
