@@ -6,6 +6,7 @@
     deepseek-jax bench train --config=v3_slice                         # V3's widths, for a GPU: see the config
     deepseek-jax bench train --config=v3_slice --no-peer --profile=DIR                       # where the time goes
     deepseek-jax bench kernels                                 # FP8 kernels, on a Hopper GPU; --help lists its flags
+    deepseek-jax bench scaling                                 # layouts of this machine's devices beside one of them
 
 Both sides train the same sizes on fresh random tokens with AdamW, in turns: a few steps of one, then a few of the
 other, after a warm-up. Printed are the medians over the turns and their ratio; what else the machine does in the
@@ -21,9 +22,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -31,10 +31,8 @@ from deepseek_jax import run_config
 from deepseek_jax.bounds import path, whole
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options, _profile
+from deepseek_jax.launch._bench_step import Ours
 from deepseek_jax.units import binary
-
-if TYPE_CHECKING:
-    from deepseek_jax.data.pipeline import Batch
 
 EXTRA = {
     "turns": (int, 15, "times that each side is measured", whole(1, 10**6)),
@@ -52,9 +50,15 @@ def main(argv: list[str]) -> int:
         from deepseek_jax.launch import _bench_kernels  # which imports jax
 
         return _bench_kernels.main(argv[1:])
+    if subject == "scaling":
+        from deepseek_jax.launch import _scaling
+
+        return _scaling.main(argv[1:])
     options = _options.parse(argv[1:] if subject else argv, "micro_v3", EXTRA, workdir=False)
     if subject != "train":
-        raise UserError(f"bench {subject or ''}: no such bench. Give: deepseek-jax bench train, or bench kernels")
+        raise UserError(
+            f"bench {subject or ''}: no such bench. Give: deepseek-jax bench train, bench kernels or bench scaling"
+        )
     config = run_config.validate(options.config)
     if options.profile:  # operations in a CUDA graph are traced without their names
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
@@ -74,78 +78,6 @@ def main(argv: list[str]) -> int:
         if options.profile:
             _profile.report(options.profile, sides["deepseek_jax"], options.steps)
     return 0
-
-
-class Ours:
-    """Our training step, compiled; the host makes each batch while the last step is being waited for, as in a run."""
-
-    def __init__(self, config: ConfigDict):
-        from deepseek_jax.compat import keep_freed_memory
-
-        keep_freed_memory()
-        import jax
-        import numpy as np
-
-        from deepseek_jax import run
-        from deepseek_jax.parallel.mesh import REPLICAS, make_mesh, size
-        from deepseek_jax.train.attempts import Attempts
-
-        self.shape = (config.batch.size, config.data.seq_len)
-        self.vocab_size = config.model.vocab_size
-        self.tokens = np.random.default_rng(1)
-        begin = time.perf_counter()
-        mesh = make_mesh(**config.mesh)
-        run.batch_ramp(config, size(mesh, REPLICAS))  # checks that the batch divides over the devices
-        self.trainer = run.trainer(config, mesh)
-        self.state = self.trainer.init(config.seed)
-        step = self.trainer.step
-        is_chosen = isinstance(step, Attempts)  # which program runs is found out in the first turn, which warms up
-        self.step = step if is_chosen else step.lower(self.state, self.batch()).compile()
-        self.compile_seconds = time.perf_counter() - begin
-        self.n_params = self.trainer.n_params
-        self.device = jax.devices()[0].device_kind
-        self.title = f"deepseek_jax, jax {jax.__version__}, {self.device}; compiled in {self.compile_seconds:.1f} s"
-
-    def batch(self) -> "Batch":
-        """A batch of random tokens on the mesh."""
-        import numpy as np
-
-        from deepseek_jax.data.pipeline import Batch
-        from deepseek_jax.parallel.mesh import global_batch
-
-        ids = self.tokens.integers(0, self.vocab_size, (self.shape[0], self.shape[1] + 1), dtype=np.int32)
-        positions = np.broadcast_to(np.arange(self.shape[1], dtype=np.int32), self.shape)
-        ones = np.ones(self.shape, np.int32)
-        rows = Batch(ids[:, :-1], ids[:, 1:], ones, positions, ones.astype(np.float32))
-        return global_batch(rows, self.trainer.mesh)
-
-    def run(self, n_steps: int) -> float:
-        """Seconds of `n_steps` training steps."""
-        import jax
-
-        begin = time.perf_counter()
-        for _ in range(n_steps):
-            self.state, found = self.step(self.state, self.batch())
-        jax.block_until_ready(self.state)
-        taken = time.perf_counter() - begin
-        self.loss = float(found.loss)
-        if not bool(found.finite):
-            raise UserError("a step was not finite: its time means nothing. Set a lower --config.schedule.peak_rate.")
-        return taken
-
-    def program(self) -> str:
-        """The compiled program of a step, as text."""
-        from deepseek_jax.train.attempts import Attempts
-
-        step = self.step
-        return (step.lower(self.state, self.batch()).compile() if isinstance(step, Attempts) else step).as_text()
-
-    @property
-    def peak_memory_bytes(self) -> int | None:
-        """The most memory in use so far, on a GPU; None on a CPU, where compiling takes the most."""
-        import jax
-
-        return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 class Peer:

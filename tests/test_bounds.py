@@ -13,7 +13,7 @@ from deepseek_jax.bounds import besides, in_line, name, number, optional, path, 
 from deepseek_jax.data.conversations import TRAIN_ON
 from deepseek_jax.data.rows import FORMATS
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _bench_kernels, _options, bench, chat, convert, export, generate, plan, train
+from deepseek_jax.launch import _bench_kernels, _options, _scaling, bench, chat, convert, export, generate, plan, train
 from deepseek_jax.launch import inspect as inspect_verb
 from deepseek_jax.layers.base import REMAT
 from deepseek_jax.models import FAMILIES
@@ -48,6 +48,7 @@ VERBS = {
     "chat": (chat.FLAGS, {"config": False}),
     "bench": (bench.EXTRA, {"workdir": False}),
     "kernels": (_bench_kernels.EXTRA, {"config": False, "workdir": False}),
+    "scaling": (_scaling.EXTRA, {"workdir": False}),
     "plan": (plan.EXTRA, {"workdir": False}),
     "inspect": (inspect_verb.EXTRA, {}),
     "convert": (convert.FLAGS, {"config": False}),
@@ -197,7 +198,7 @@ def test_no_word_for_a_flag_is_a_traceback(verb):
 
 
 def test_every_verb_is_in_the_table():
-    assert VERBS.keys() - {"kernels"} == cli.verbs().keys()
+    assert VERBS.keys() - {"kernels", "scaling"} == cli.verbs().keys()
 
 
 @pytest.mark.parametrize(

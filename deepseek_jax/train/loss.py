@@ -42,8 +42,13 @@ class Losses(NamedTuple):
     # from it whether the step has to be run again
     sent: Sent
 
-    def weighted(self, mtp: jax.Array | float, auxiliary: Mapping[str, float]) -> jax.Array:
-        """The loss that is minimised: lambda is `mtp`, and alpha of each auxiliary loss, by name, in `auxiliary`."""
+    def weighted(self, mtp: jax.Array | float, auxiliary: Mapping[str, float], *, is_part: bool = False) -> jax.Array:
+        """The loss that is minimised: lambda is `mtp`, and alpha of each auxiliary loss, by name, in `auxiliary`.
+
+        A part of a model, such as a pipeline's stage, need not have all of these losses.
+        """
+        if is_part:
+            auxiliary = {name: weight for name, weight in auxiliary.items() if name in self.auxiliary}
         if idle := [name for name in auxiliary.keys() - self.auxiliary.keys() if auxiliary[name]]:
             names = ", ".join(sorted(self.auxiliary)) or "none"
             raise UserError(
@@ -146,7 +151,7 @@ class PreTraining:
         """See `Objective`."""
         mtp_weight = jnp.where(step < self.mtp_weight_switch, self.mtp_weight, self.mtp_weight_final)
         x_BTD, found = stage_losses(model, batch, over, stage, x_BTD, chunk=self.chunk, mask=self.mask_documents)
-        return x_BTD, found.weighted(mtp_weight, self.auxiliary), found
+        return x_BTD, found.weighted(mtp_weight, self.auxiliary, is_part=stage is not WHOLE), found
 
     def nats(self, model: Any, batch: "Batch") -> jax.Array:
         """See `Objective`."""

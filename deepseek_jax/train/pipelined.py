@@ -25,7 +25,7 @@ from deepseek_jax.parallel.mesh import REPLICAS, total
 from deepseek_jax.parallel.pipeline import run_pipeline
 from deepseek_jax.parallel.split_backward import Saveable, everything, matmuls, nothing, split
 from deepseek_jax.parallel.stage_layout import StageLayout, make_layout
-from deepseek_jax.parallel.tick_table import make_table
+from deepseek_jax.parallel.tick_table import TickTable, make_table
 from deepseek_jax.train.gradients import Gradients
 from deepseek_jax.train.loss import Losses, Stage, Totals, totals
 from deepseek_jax.tree import size
@@ -68,8 +68,7 @@ def pipelined(stage_loss: StageLoss, layout: StageLayout, remat: str, overlap: b
     The model of a stage runs its layers without a loop and without recomputation, with exchanges of a fixed size
     (`Execution`); what a stage saves follows from `remat`.
     """
-    kinds = sorted({layout.kind(place) for place in layout.number})
-    table = make_table(layout.schedule, lambda place: kinds.index(layout.kind(place)))
+    kinds, table = stage_table(layout)
     n_micro = layout.schedule.micro_batches * layout.copies
 
     def gradients(params: Tree, state: Tree, batch: Batch) -> tuple[Tree, jax.Array, Losses]:
@@ -101,6 +100,12 @@ def pipelined(stage_loss: StageLoss, layout: StageLayout, remat: str, overlap: b
         return layout.joined(found), loss, losses._replace(loads=loads)
 
     return gradients
+
+
+def stage_table(layout: StageLayout) -> tuple[list[Kind], TickTable]:
+    """Returns the kinds of stages of a layout, and the table of its schedule, whose branches number them."""
+    kinds = sorted({layout.kind(place) for place in layout.number})
+    return kinds, make_table(layout.schedule, lambda place: kinds.index(layout.kind(place)))
 
 
 def _filled(found: Losses, each: Sequence[Losses]) -> Losses:

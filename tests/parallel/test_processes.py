@@ -102,11 +102,17 @@ def write_corpus(folder: Path) -> None:
         (folder / f"{number}.txt").write_text(" ".join(words))
 
 
-def start(workdir: Path, steps: int, n_processes: int, *overrides: str) -> list[subprocess.Popen]:
+TWO_BY_TWO = ("mesh.data=2", "mesh.expert=2")
+PIPELINE = ("mesh.pipe=2", "mesh.expert=2", "pipeline.micro_batches=4")  # each process is one rank
+
+
+def start(
+    workdir: Path, steps: int, n_processes: int, *overrides: str, mesh: tuple[str, ...] = TWO_BY_TWO
+) -> list[subprocess.Popen]:
     """The train verb on four CPU devices in all, shared out over processes joined through the loopback."""
     words = [f"--config={CONFIG}", f"--workdir={workdir}", "--no-sample", f"--config.loop.steps={steps}"]
     words += [f"--config.data.source={workdir.parent}/*.txt", f"--config.data.cache_dir={workdir.parent}/cache"]
-    words += ["--config.mesh.data=2", "--config.mesh.expert=2", *overrides]
+    words += [*(f"--config.{size}" for size in mesh), *overrides]
     flags = os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={4 // n_processes}"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(CLUSTERS[1:])}
     environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_NUM_PROCESSES": str(n_processes)}
@@ -164,7 +170,7 @@ def committed(workdir: Path) -> int:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_does_through_a_signal_and_a_loss(tmp_path):
-    """SIGTERM to the second saves on both; resumed, the second is killed and the first ends by itself.
+    """SIGTERM to the second saves on both; resumed as a pipeline, the second is killed and the first ends by itself.
 
     The losses of all of it, on 2 x 2 devices, are those of one process with 4 devices to 1e-5.
     """
@@ -179,7 +185,7 @@ def test_two_processes_train_as_one_does_through_a_signal_and_a_loss(tmp_path):
         stopped_at = len(figures(two, "loss"))
         assert committed(two) == stopped_at
 
-        processes = start(two, 1_000_000, 2, *endless)
+        processes = start(two, 1_000_000, 2, *endless, mesh=PIPELINE)
         wait_for_steps(two, stopped_at + 3, processes)
         processes[1].kill()
         processes[0].send_signal(signal.SIGTERM)

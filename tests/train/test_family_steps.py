@@ -1,5 +1,6 @@
-"""Training of the families without router biases: four devices are one, every weight moves, the losses are reported."""
+"""Training of the families without router biases: four devices are one, in a pipeline as well, and all weights move."""
 
+import functools
 import importlib
 
 import jax
@@ -18,8 +19,8 @@ ALPHAS = {"expert_balance": 0.1, "device_balance": 0.2, "communication_balance":
 RATE = Schedule(3e-3, 1, 100, 0, 3e-4, 0, 1e-4)
 
 
-def run(name: str, data: int, expert: int) -> tuple[list, dict, dict]:
-    """Two steps of a tiny twin made smaller: (reports, weights before, weights after)."""
+def run(name: str, pipe: int, data: int, expert: int) -> tuple[list, dict, dict]:
+    """Two steps of a tiny twin made smaller: (reports, weights before, weights after), as stored."""
     config = importlib.import_module(f"deepseek_jax.configs.{name}").get_config()
     m = config.model
     m.d_model, m.n_layers, m.dense_width = 32, 2, 48
@@ -27,17 +28,17 @@ def run(name: str, data: int, expert: int) -> tuple[list, dict, dict]:
         m.n_experts, m.expert_width, m.top_k = 8, 16, 2
     module = family(config.family)
     sizes = module.Config.from_config(m)
-    mesh = make_mesh(data, expert, jax.devices()[: data * expert])
+    mesh = make_mesh(data, expert, jax.devices()[: pipe * data * expert], pipe)
     trainer = Trainer(
         lambda run, rngs: module.Model(sizes, run, rngs=rngs),
         mesh,
         config.sharding.to_dict(),
         PreTraining(64, False, 0.0, 0.0, 1, ALPHAS if name != "tiny_v1" else {}),
         adamw(0.9, 0.95, 1e-8, 0.1, "float32"),
-        StepConfig(RATE, 1.0, 1, 0.0, 1),
+        StepConfig(RATE, 1.0, pipe, 0.0, 1),
     )
     state = trainer.init(0)
-    before = jax.device_get(state["params"])
+    before = jax.device_get(trainer.store(state)["params"])
     ids = np.random.default_rng(0).integers(0, 256, (B, T + 1)).astype(np.int32)
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     ones = np.ones_like(positions)
@@ -46,13 +47,21 @@ def run(name: str, data: int, expert: int) -> tuple[list, dict, dict]:
     for _ in range(2):
         state, report = trainer.step(state, batch)
         reports.append(jax.device_get(report))
-    return reports, before, jax.device_get(state["params"])
+    return reports, before, jax.device_get(trainer.store(state)["params"])
+
+
+MESHES = [("tiny_v1", (1, 2, 2)), ("tiny_v2", (1, 2, 2)), ("tiny_v2", (2, 1, 2)), ("tiny_moe", (2, 1, 2))]
+
+
+@functools.cache
+def one_device(name: str) -> tuple[list, dict, dict]:
+    return run(name, 1, 1, 1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny_v1", "tiny_v2"])
-def test_four_devices_are_one(name):
-    one, four = run(name, 1, 1), run(name, 2, 2)
+@pytest.mark.parametrize(("name", "mesh"), MESHES)
+def test_four_devices_are_one(name, mesh):
+    one, four = one_device(name), run(name, *mesh)
     for expected, got in zip(one[0], four[0], strict=True):
         for field in ("loss", "main", "gradient_norm"):
             np.testing.assert_allclose(getattr(got, field), getattr(expected, field), rtol=2e-5, err_msg=field)

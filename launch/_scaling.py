@@ -1,0 +1,337 @@
+"""How training scales over the devices of this machine: `deepseek-jax bench scaling`.
+
+    deepseek-jax bench scaling                                  # v3_scaling on all devices, in every layout
+    deepseek-jax bench scaling --layouts=one,data2-fsdp,expert2,pipe2-dualpipev
+    XLA_FLAGS=--xla_force_host_platform_device_count=4 deepseek-jax bench scaling --config=tiny_v3        # emulated
+
+A layout is a split of the devices over pipe x data x expert: `data2-expert2`, with FSDP `data4-fsdp`, with a pipeline
+`pipe2-expert2-dualpipe`; `one` is a single device. All of them train the same batches, --sequences per device, from
+the same weights; a micro-batch is --micro-sequences on a device, in a pipeline or one after the other. So losses must
+agree with those of one device: to 1e-4 in fp32, to 5e-3 in bf16 and fp8.
+
+Each layout runs in a process of its own, one after the other, and is kept in --out when it is done: an interrupted run
+resumes there, and runs with other --devices add their rows. Change a flag that matters, and the layout is measured
+again. --out holds scaling.json with all that was measured, and scaling.md, a table for BENCHMARKS.md:
+
+    waiting   share of a step in which a device waits for other stages, from a profile (GPUs); beside it what the
+              schedule's formula gives if F&B takes as long as F, B and W, and with ranks that wait for neighbours
+              after every tick
+    hidden    share of the time of the experts' all-to-all under which matmuls ran, in the whole step and in the ops
+              that run a forward and a backward pass at once, from the same profile
+    planned   tokens per second by the planner, whose one efficiency is fitted to the row of one device, and its error
+
+Operations keep their names in a profile only if XLA does not gather them into command buffers, so these are off.
+"""
+
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from deepseek_jax import run_config
+from deepseek_jax.bounds import path, text, whole
+from deepseek_jax.errors import UserError
+from deepseek_jax.launch import _options
+from deepseek_jax.launch._tables import print_table
+from deepseek_jax.saved_config import to_json
+from deepseek_jax.units import binary
+
+EXTRA = {
+    "devices": (int, 0, "how many of this machine's; 0: all", whole(0, 4096)),
+    "schedules": (str, "1f1b,zb1p,dualpipev,dualpipe", "of layouts with a pipeline", text(1, 200)),
+    "layouts": (str, "", "only these, by name; all by default", text(0, 10_000)),
+    "sequences": (int, 4, "of a step, per device", whole(1, 10**6)),
+    "micro_sequences": (int, 1, "of a micro-batch, on a device", whole(1, 10**6)),
+    "losses": (int, 4, "steps whose losses are compared", whole(1, 10**4)),
+    "turns": (int, 3, "times that each layout is measured", whole(1, 10**6)),
+    "steps": (int, 2, "training steps of one turn", whole(1, 10**6)),
+    "limit_s": (int, 1800, "seconds after which a layout is given up", whole(1, 10**6)),
+    "chip": (str, "", "for the planner; the devices' own by default", text(0, 500)),
+    "out": (str, "scaling", "directory of the results", path(1)),
+}
+TOLERANCE = {"fp32": 1e-4}  # relative difference of the losses, by config.precision
+LOW_PRECISION = 5e-3
+LEAST_EFFICIENCY, MOST_EFFICIENCY = 1e-9, 10.0  # of the peak: emulated devices are far below it
+COLUMNS: tuple[str, ...] = ("layout", "tokens/s", "of one", "step", "losses off by")
+COLUMNS += ("waiting", "formula", "in ticks", "hidden", "planned")
+MACHINE = "import jax, json; d = jax.devices(); print(json.dumps([len(d), d[0].device_kind, jax.__version__]))"
+
+
+Plan = Callable[[dict], float | None]  # from a saved config to the seconds of a step; None: no such schedule to plan
+
+
+class Split(NamedTuple):
+    """A layout."""
+
+    pipe: int
+    data: int
+    expert: int
+    schedule: str = ""
+    fsdp: bool = False
+
+    @property
+    def name(self) -> str:
+        """What it is called in --layouts."""
+        sizes = {"pipe": self.pipe, "data": self.data, "expert": self.expert}
+        axes = [f"{axis}{n}" for axis, n in sizes.items() if n > 1]
+        return "-".join([*axes, *([self.schedule] if self.schedule else []), *(["fsdp"] if self.fsdp else [])]) or "one"
+
+    @property
+    def devices(self) -> int:
+        """How many it takes."""
+        return self.pipe * self.data * self.expert
+
+
+def splits(n_devices: int, schedules: list[str]) -> list[Split]:
+    """Returns one device, and every split of `n_devices` over pipe x data x expert, those without a pipeline first."""
+    found = [Split(1, 1, 1)]
+    sizes = [n for n in range(1, n_devices + 1) if n_devices % n == 0]
+    for pipe, expert in itertools.product(sizes, sizes):
+        data, rest = divmod(n_devices, pipe * expert)
+        if rest or n_devices == 1:
+            continue
+        plain = Split(pipe, data, expert)
+        if pipe > 1:
+            found += [plain._replace(schedule=schedule) for schedule in schedules]
+        else:
+            found += [plain, *([plain._replace(fsdp=True)] if data > 1 else [])]
+    return found
+
+
+def main(argv: list[str]) -> int:
+    """Runs the bench; returns 0 if all layouts were measured and their losses agree."""
+    options = _options.parse(argv, "v3_scaling", EXTRA, workdir=False)
+    config = run_config.validate(options.config)
+    environment = dict(os.environ)
+    environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer=".strip()
+    environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # JAX takes three quarters of a GPU by itself
+    os.environ["JAX_PLATFORMS"] = "cpu"  # this process plans; the devices belong to those that it starts
+    if options.sequences % options.micro_sequences or options.sequences < 2 * options.micro_sequences:
+        raise UserError(
+            f"--sequences={options.sequences} --micro-sequences={options.micro_sequences}: expected a multiple, of at "
+            "least two micro-batches per device, which DualPipe needs."
+        )
+    there, kind, jax_version = machine(environment)
+    n_devices = options.devices or there
+    if n_devices > there:
+        raise UserError(f"--devices={n_devices}: this machine has {there}. Give at most so many.")
+    folder = Path(options.out).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"{config.name} on {n_devices} of {there} x {kind}, jax {jax_version}; results in {folder}", flush=True)
+    for split in chosen(splits(n_devices, known_schedules(options.schedules)), options.layouts):
+        run(split, config, options, n_devices, folder, environment)
+    rows = kept(folder, kind, options.chip)
+    write(folder, rows, {"device": kind, "jax": jax_version, "xla_flags": environment["XLA_FLAGS"]})
+    show(rows)
+    return 0 if all(row.get("agrees", "refused" in row) for row in rows) else 1
+
+
+def known_schedules(names: str) -> list[str]:
+    """Returns the schedules named in --schedules."""
+    from deepseek_jax.parallel.schedule import SCHEDULES
+
+    if unknown := [name for name in names.split(",") if name not in SCHEDULES]:
+        raise UserError(f"--schedules={names}: no schedule {unknown[0]!r}. Choose from {', '.join(SCHEDULES)}.")
+    return names.split(",")
+
+
+def machine(environment: dict[str, str]) -> tuple[int, str, str]:
+    """Returns (number of devices, their kind, jax's version) as a process sees them that may use them."""
+    done = subprocess.run([sys.executable, "-c", MACHINE], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"jax finds no devices: {(done.stderr.strip().splitlines() or ['no message'])[-1]}. Fix that.")
+    return tuple(json.loads(done.stdout.splitlines()[-1]))
+
+
+def chosen(found: list[Split], names: str) -> list[Split]:
+    """Returns the layouts named in --layouts, in the order of `found`; all if none are named."""
+    asked = [name for name in names.split(",") if name]
+    if unknown := [name for name in asked if name not in {split.name for split in found}]:
+        known = ", ".join(split.name for split in found)
+        raise UserError(f"--layouts={names}: no layout {unknown[0]} here. Choose from {known}.")
+    return [split for split in found if not asked or split.name in asked]
+
+
+def config_of(split: Split, config: ConfigDict, options: SimpleNamespace, n_devices: int) -> ConfigDict:
+    """Returns the config of a layout: the same batches as on all others."""
+    config = config.copy_and_resolve_references()
+    config.mesh.update(pipe=split.pipe, data=split.data, expert=split.expert)
+    batch = options.sequences * n_devices
+    config.batch.update(size=batch, size_start=batch, ramp_steps=0)
+    config.pipeline.micro_batches = batch // (split.data * split.expert * options.micro_sequences)
+    config.pipeline.schedule = split.schedule or config.pipeline.schedule
+    config.sharding.embed = "data" if split.fsdp else config.sharding.embed
+    return config
+
+
+def run(
+    split: Split, config: ConfigDict, options: SimpleNamespace, n_devices: int, folder: Path, environment: dict
+) -> None:
+    """Measures a layout unless the same was measured before, and prints what came of it."""
+    file = folder / f"{n_devices}-{split.name}.json"
+    job = {key: getattr(options, key) for key in ("losses", "turns", "steps")}
+    job |= {"split": list(split), "xla_flags": environment["XLA_FLAGS"]}
+    job["config"] = to_json(config_of(split, config, options, n_devices))
+    if file.is_file() and json.loads(file.read_text())["job"] == json.loads(json.dumps(job)):
+        print(f"{file.stem}: measured before", flush=True)
+        return
+    file.unlink(missing_ok=True)
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        command = [sys.executable, "-m", "deepseek_jax.launch._scaling_run", json.dumps(job), str(file)]
+        process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+        try:
+            process.wait(options.limit_s)
+            failure = f"ended with code {process.returncode}"
+        except subprocess.TimeoutExpired:
+            failure = f"took more than {options.limit_s} s"
+        finally:
+            process.kill()
+            process.wait()
+        said.seek(0)
+        last = (said.read().strip().splitlines() or ["no message"])[-1]
+    if not file.is_file():
+        file.write_text(json.dumps({"job": job | {"failed": True}, "found": {"failed": f"{failure}: {last}"}}))
+    found = json.loads(file.read_text())["found"]
+    result = f"{1e3 * statistics.median(found['seconds']):,.1f} ms per step" if "seconds" in found else found
+    print(f"{file.stem}: {result}", flush=True)
+
+
+def kept(folder: Path, kind: str, chip: str) -> list[dict[str, Any]]:
+    """Returns a row for every layout in the folder, compared with one device of the same run."""
+    entries = [(file.stem, json.loads(file.read_text())) for file in folder.glob("[0-9]*-*.json")]
+    groups: dict[int, list] = {}
+    for name, entry in sorted(entries, key=lambda item: item[1]["job"]["split"]):
+        groups.setdefault(int(name.partition("-")[0]), []).append((name, entry))
+    rows = []
+    for _, group in sorted(groups.items()):
+        one = next((entry for name, entry in group if name.endswith("-one") and "seconds" in entry["found"]), None)
+        plan = planner(one, kind, chip) if one else None
+        rows += [row(name, entry, one, plan) for name, entry in group]
+    return rows
+
+
+def row(name: str, entry: dict, one: dict | None, plan: Plan | None) -> dict[str, Any]:
+    """Returns what is known of a layout: what was measured, and what follows from it."""
+    job, found = entry["job"], entry["found"]
+    split = Split(*job["split"])
+    if "seconds" not in found:
+        return {"layout": name, **found}
+    tokens = job["config"]["batch"]["size"] * job["config"]["data"]["seq_len"]
+    seconds = statistics.median(found["seconds"])
+    made: dict[str, Any] = {"layout": name, "split": split._asdict(), **found, "turns": found["seconds"]}
+    made |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
+    made |= waits(split, job["config"]["pipeline"]["micro_batches"])
+    if one:
+        alone = one["found"]
+        made["of_one"] = statistics.median(alone["seconds"]) / seconds
+        made["losses_off"] = max(abs(a / b - 1) for a, b in zip(found["losses"], alone["losses"], strict=True))
+        made["agrees"] = made["losses_off"] <= TOLERANCE.get(job["config"]["precision"], LOW_PRECISION)
+    if plan and (planned := plan(job["config"])):
+        made |= {"planned_tokens_per_second": tokens / planned, "planned_error": seconds / planned - 1}
+    return made
+
+
+def waits(split: Split, micro_batches: int) -> dict[str, float]:
+    """Returns the shares of a step that a rank waits: by the schedule alone, and waiting for neighbours every tick."""
+    if split.pipe == 1:
+        return {}
+    from deepseek_jax.parallel.schedule import SCHEDULES
+    from deepseek_jax.parallel.simulate import Times, bubble, coupled_seconds, simulate, ticks
+
+    unit = Times(forward=1, backward=2, weights=1, both=3).seconds
+    schedule = SCHEDULES[split.schedule](split.pipe, micro_batches)
+    spans = simulate(schedule, unit)
+    total = max(span.end for span in spans)
+    busy = total - bubble(spans)
+    return {"bubble_by_formula": 1 - busy / total, "bubble_in_ticks": 1 - busy / coupled_seconds(ticks(schedule), unit)}
+
+
+def planner(one: dict, kind: str, chip: str) -> Plan | None:
+    """Returns what plans steps, None for an unknown chip.
+
+    Its efficiency is the one with which the planner gives the measured step of `one` device.
+    """
+    from deepseek_jax.chips import DEVICE_KINDS
+    from deepseek_jax.launch import _plan
+    from deepseek_jax.plan import schedules
+    from deepseek_jax.plan.job import Job
+    from deepseek_jax.plan.step_time import step
+    from deepseek_jax.saved_config import from_json
+
+    known = [name for part, name in DEVICE_KINDS.items() if part.lower() in kind.lower() and isinstance(name, str)]
+    chip = chip or (known or [""])[0]
+    if not chip:
+        return None
+
+    def job(saved: dict) -> Job:
+        config = from_json(saved)
+        options = SimpleNamespace(devices=0, chip=chip, recipe="run", schedule="", overrides={})
+        return _plan.job_of(config, options, _plan.subject_of(config, is_whole=False))
+
+    alone, seconds = job(one["job"]["config"]), statistics.median(one["found"]["seconds"])
+    low, high = LEAST_EFFICIENCY, MOST_EFFICIENCY
+    while high > low * 1.0001:
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if step(alone, middle).total > seconds else (low, middle)
+
+    def seconds_of(saved: dict) -> float | None:
+        is_known = saved["mesh"]["pipe"] == 1 or saved["pipeline"]["schedule"] in schedules.SCHEDULES
+        return step(job(saved), low).total if is_known else None
+
+    return seconds_of
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """Returns a row of the table."""
+    if "seconds" not in row:
+        return (row["layout"], *([""] * (len(COLUMNS) - 2)), f"{next(iter(row.keys() - {'layout'}))}")
+
+    def share(key: str) -> str:
+        return f"{row[key]:.1%}" if key in row else ""
+
+    profile = row["profile"]
+    hidden = [
+        f"{profile[f'{part}_hidden'] / profile[part]:.0%}" if profile.get(part) else "-"
+        for part in ("exchange", "main_exchange")
+    ]
+    plan = f"{row['planned_tokens_per_second']:,.0f} ({row['planned_error']:+.1%})" if "planned_error" in row else ""
+    return (
+        row["layout"],
+        f"{row['tokens_per_second']:,.0f}",
+        f"{row['of_one']:.2f}" if "of_one" in row else "",
+        f"{1e3 * row['seconds']:,.1f} ms",
+        f"{row['losses_off']:.1e}{'' if row['agrees'] else ' TOO MUCH'}" if "agrees" in row else "",
+        f"{profile['waiting'] / profile['step']:.1%}" if profile else "",
+        share("bubble_by_formula"),
+        share("bubble_in_ticks"),
+        f"{hidden[0]}, main {hidden[1]}" if profile else "",
+        plan,
+    )
+
+
+def write(folder: Path, rows: list[dict], about: dict[str, str]) -> None:
+    """Writes scaling.json and scaling.md."""
+    (folder / "scaling.json").write_text(json.dumps(about | {"rows": rows}, indent=1))
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *map(cells, rows)]
+    (folder / "scaling.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+
+
+def show(rows: list[dict]) -> None:
+    """Prints the table, and what stands in no column."""
+    print()
+    print_table(COLUMNS, [cells(row) for row in rows], right=COLUMNS[1:4])
+    for row in rows:
+        if "seconds" not in row:
+            print(f"{row['layout']}: {row.get('refused') or row.get('failed')}")
+        elif row["peak_memory_bytes"]:
+            compiled = f"compiled in {row['compile_seconds']:.0f} s"
+            print(f"{row['layout']}: {binary(row['peak_memory_bytes'])} at most, {compiled}")

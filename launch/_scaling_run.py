@@ -1,0 +1,89 @@
+"""One layout of `deepseek-jax bench scaling`, in a process of its own.
+
+It is given a JSON object (config, losses, turns, steps) and the file to which it writes what it has measured.
+"""
+
+import json
+import os
+import re
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.launch import _overlap, _profile
+from deepseek_jax.launch._bench_step import Ours
+from deepseek_jax.saved_config import from_json
+
+POLL_S = 2
+
+
+def main(argv: list[str]) -> int:
+    """Measures, and writes the file whole or not at all; returns the exit code."""
+    job, file = json.loads(argv[0]), Path(argv[1])
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    try:
+        found = measured(job)
+    except UserError as error:
+        found = {"refused": str(error)}
+    partial = file.with_suffix(".part")
+    partial.write_text(json.dumps({"job": job, "found": found}, indent=1))
+    partial.replace(file)
+    return 0
+
+
+def measured(job: dict) -> dict[str, Any]:
+    """Returns losses of the first steps, seconds of a step in each turn, and what a profile of one step says."""
+    import jax
+
+    ours = Ours(from_json(job["config"]))
+    losses = []
+    for _ in range(job["losses"]):
+        ours.run(1)
+        losses.append(ours.loss)
+    return {
+        "losses": losses,
+        "seconds": [ours.run(job["steps"]) / job["steps"] for _ in range(job["turns"])],
+        "compile_seconds": ours.compile_seconds,
+        "peak_memory_bytes": ours.peak_memory_bytes,
+        "n_params": ours.n_params,
+        "profile": profiled(ours) if jax.default_backend() == "gpu" else {},  # emulated devices share their threads
+    }
+
+
+def profiled(ours: Ours) -> dict[str, float]:
+    """Returns `_overlap.summary` of one step."""
+    with tempfile.TemporaryDirectory() as folder:
+        _profile.trace(folder, lambda: ours.run(1))
+        events = _profile.device_events(_profile.newest_trace(Path(folder)))
+    known, main_branches = _profile.operations(ours.program()), both_passes(ours)
+
+    def is_main(name: str) -> bool:
+        branch = re.search(r"branch_(\d+)_fun", known[name].scope) if name in known else None
+        return branch is not None and int(branch[1]) in main_branches
+
+    return _overlap.summary(events, is_main)
+
+
+def both_passes(ours: Ours) -> set[int]:
+    """Returns the branches of a pipeline's switch that run a forward and a backward pass at once."""
+    from deepseek_jax.train.pipelined import stage_table
+
+    if not ours.trainer.layout:
+        return set()
+    _, table = stage_table(ours.trainer.layout)
+    return {number for number, branch in enumerate(table.branches) if len(branch) > 2}
+
+
+def _end_with_parent(parent: int) -> None:
+    """Ends this process when its parent has ended, so that nobody computes for nobody."""
+    while os.getppid() == parent:
+        time.sleep(POLL_S)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
