@@ -11,7 +11,8 @@ agree with those of one device: to 1e-4 in fp32, to 5e-3 in bf16 and fp8.
 
 Each layout runs in a process of its own, one after the other, and is kept in --out when it is done: an interrupted run
 resumes there, and runs with other --devices add their rows. Change a flag that matters, and the layout is measured
-again. --out holds scaling.json with all that was measured, and scaling.md, a table for BENCHMARKS.md:
+again. --out holds scaling.json, with all that was measured and the rows of the table, and scaling.md, the table for
+BENCHMARKS.md:
 
     waiting   share of a step in which a device waits for other stages, from a profile (GPUs); beside it what the
               schedule's formula gives if F&B takes as long as F, B and W, and with ranks that wait for neighbours
@@ -126,11 +127,20 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--devices={n_devices}: this machine has {there}. Give at most so many.")
     folder = Path(options.out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"{config.name} on {n_devices} of {there} x {kind}, jax {jax_version}; results in {folder}", flush=True)
+    file = folder / "scaling.json"
+    entries = read(file)
+    print(f"{config.name} on {n_devices} of {there} x {kind}, jax {jax_version}; results in {file}", flush=True)
+    about = {"device": kind, "jax": jax_version}
     for split in chosen(splits(n_devices, known_schedules(options.schedules)), options.layouts):
-        run(split, config, options, n_devices, folder, environment)
-    rows = kept(folder, kind, options.chip)
-    write(folder, rows, {"device": kind, "jax": jax_version, "xla_flags": environment["XLA_FLAGS"]})
+        job = about | {key: getattr(options, key) for key in ("losses", "turns", "steps")}
+        job |= {"split": split, "xla_flags": environment["XLA_FLAGS"]}
+        job["config"] = to_json(config_of(split, config, options, n_devices))
+        run(f"{n_devices}-{split.name}", job, options.limit_s, entries, environment)
+        write(file, {"entries": entries})
+    rows = compared(entries, kind, options.chip)
+    write(file, {"rows": rows, "entries": entries})
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *map(cells, rows)]
+    (folder / "scaling.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
     show(rows)
     return 0 if all(row.get("agrees", "refused" in row) for row in rows) else 1
 
@@ -173,43 +183,48 @@ def config_of(split: Split, config: ConfigDict, options: SimpleNamespace, n_devi
     return config
 
 
-def run(
-    split: Split, config: ConfigDict, options: SimpleNamespace, n_devices: int, folder: Path, environment: dict
-) -> None:
+def run(name: str, job: dict[str, Any], limit_s: int, entries: dict[str, dict], environment: dict[str, str]) -> None:
     """Measures a layout unless the same was measured before, and prints what came of it."""
-    file = folder / f"{n_devices}-{split.name}.json"
-    job = {key: getattr(options, key) for key in ("losses", "turns", "steps")}
-    job |= {"split": list(split), "xla_flags": environment["XLA_FLAGS"]}
-    job["config"] = to_json(config_of(split, config, options, n_devices))
-    if file.is_file() and json.loads(file.read_text())["job"] == json.loads(json.dumps(job)):
-        print(f"{file.stem}: measured before", flush=True)
+    job = json.loads(json.dumps(job))
+    if name in entries and entries[name]["job"] == job and "failed" not in entries[name]["found"]:
+        print(f"{name}: measured before", flush=True)
         return
-    file.unlink(missing_ok=True)
-    with tempfile.TemporaryFile("w+", errors="replace") as said:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+", errors="replace") as said:
+        file = Path(folder) / "found.json"
         command = [sys.executable, "-m", "deepseek_jax.launch._scaling_run", json.dumps(job), str(file)]
         process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
         try:
-            process.wait(options.limit_s)
+            process.wait(limit_s)
             failure = f"ended with code {process.returncode}"
         except subprocess.TimeoutExpired:
-            failure = f"took more than {options.limit_s} s"
+            failure = f"took more than {limit_s} s"
         finally:
             process.kill()
             process.wait()
         said.seek(0)
         last = (said.read().strip().splitlines() or ["no message"])[-1]
-    if not file.is_file():
-        file.write_text(json.dumps({"job": job | {"failed": True}, "found": {"failed": f"{failure}: {last}"}}))
-    found = json.loads(file.read_text())["found"]
+        found = json.loads(file.read_text()) if file.is_file() else {"failed": f"{failure}: {last}"}
+    entries[name] = {"job": job, "found": found}
     result = f"{1e3 * statistics.median(found['seconds']):,.1f} ms per step" if "seconds" in found else found
-    print(f"{file.stem}: {result}", flush=True)
+    print(f"{name}: {result}", flush=True)
 
 
-def kept(folder: Path, kind: str, chip: str) -> list[dict[str, Any]]:
-    """Returns a row for every layout in the folder, compared with one device of the same run."""
-    entries = [(file.stem, json.loads(file.read_text())) for file in folder.glob("[0-9]*-*.json")]
+def read(file: Path) -> dict[str, dict]:
+    """Returns what earlier runs have measured, by number of devices and layout: {"job": ..., "found": ...}."""
+    return json.loads(file.read_text())["entries"] if file.is_file() else {}
+
+
+def write(file: Path, content: dict[str, Any]) -> None:
+    """Writes a file of results, whole or not at all."""
+    partial = file.with_suffix(".part")
+    partial.write_text(json.dumps(content, indent=1))
+    partial.replace(file)
+
+
+def compared(entries: dict[str, dict], kind: str, chip: str) -> list[dict[str, Any]]:
+    """Returns a row for every layout, compared with one device of the same run."""
     groups: dict[int, list] = {}
-    for name, entry in sorted(entries, key=lambda item: item[1]["job"]["split"]):
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["job"]["split"]):
         groups.setdefault(int(name.partition("-")[0]), []).append((name, entry))
     rows = []
     for _, group in sorted(groups.items()):
@@ -230,14 +245,20 @@ def row(name: str, entry: dict, one: dict | None, plan: Plan | None) -> dict[str
     made: dict[str, Any] = {"layout": name, "split": split._asdict(), **found, "turns": found["seconds"]}
     made |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
     made |= waits(split, job["config"]["pipeline"]["micro_batches"])
-    if one:
+    if one and shared(one["job"]) == shared(job):
         alone = one["found"]
         made["of_one"] = statistics.median(alone["seconds"]) / seconds
         made["losses_off"] = max(abs(a / b - 1) for a, b in zip(found["losses"], alone["losses"], strict=True))
         made["agrees"] = made["losses_off"] <= TOLERANCE.get(job["config"]["precision"], LOW_PRECISION)
-    if plan and (planned := plan(job["config"])):
+    if "of_one" in made and plan and (planned := plan(job["config"])):
         made |= {"planned_tokens_per_second": tokens / planned, "planned_error": seconds / planned - 1}
     return made
+
+
+def shared(job: dict[str, Any]) -> dict[str, Any]:
+    """Returns what must be equal of two jobs for them to be compared: all but the layout."""
+    config = {key: value for key, value in job["config"].items() if key not in ("mesh", "pipeline", "sharding")}
+    return job | {"split": None, "config": config}
 
 
 def waits(split: Split, micro_batches: int) -> dict[str, float]:
@@ -316,13 +337,6 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{hidden[0]}, main {hidden[1]}" if profile else "",
         plan,
     )
-
-
-def write(folder: Path, rows: list[dict], about: dict[str, str]) -> None:
-    """Writes scaling.json and scaling.md."""
-    (folder / "scaling.json").write_text(json.dumps(about | {"rows": rows}, indent=1))
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *map(cells, rows)]
-    (folder / "scaling.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
 
 
 def show(rows: list[dict]) -> None:

@@ -22,16 +22,14 @@ POLL_S = 2
 
 
 def main(argv: list[str]) -> int:
-    """Measures, and writes the file whole or not at all; returns the exit code."""
+    """Measures and writes the file; returns the exit code."""
     job, file = json.loads(argv[0]), Path(argv[1])
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         found = measured(job)
     except UserError as error:
         found = {"refused": str(error)}
-    partial = file.with_suffix(".part")
-    partial.write_text(json.dumps({"job": job, "found": found}, indent=1))
-    partial.replace(file)
+    file.write_text(json.dumps(found))
     return 0
 
 

@@ -67,11 +67,12 @@ class Process:
 
     def __init__(self, command, stdout, **_):
         job, file = json.loads(command[-2]), Path(command[-1])
-        self.measured.append(file.stem)
+        self.measured.append(Split(*job["split"]).name)
         if self.fails:
             stdout.write("RESOURCE_EXHAUSTED: out of memory\n")
         else:
-            file.write_text(json.dumps({"job": job, "found": {"seconds": [0.5], "losses": [4.0]}}))
+            nothing_more = {"profile": {}, "peak_memory_bytes": None}
+            file.write_text(json.dumps({"seconds": [0.5], "losses": [4.0]} | nothing_more))
 
     def wait(self, timeout=None):
         return 1
@@ -82,24 +83,26 @@ class Process:
 
 def test_what_was_measured_is_kept_and_the_rest_measured_again(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(_scaling.subprocess, "Popen", Process)
+    monkeypatch.setattr(_scaling, "machine", lambda environment: (2, "cpu", "0"))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     Process.measured = []
 
-    def run(name: str, **changed) -> None:
-        split = next(split for split in _scaling.splits(2, SCHEDULES) if split.name == name)
-        _scaling.run(split, config, options(**changed), 2, tmp_path, {"XLA_FLAGS": ""})
+    def bench(layouts: str, *more: str) -> int:
+        return _scaling.main([f"--config={CONFIG}", f"--out={tmp_path}", f"--layouts={layouts}", *more])
 
-    for _ in range(2):
-        run("one")
-    run("one", steps=7)
-    assert Process.measured == ["2-one"] * 2
+    assert [bench("one"), bench("one"), bench("one,expert2", "--steps=7")] == [0, 0, 0]
+    assert Process.measured == ["one", "one", "expert2"]
     monkeypatch.setattr(Process, "fails", True)
-    for _ in range(2):
-        run("data2")
-    assert Process.measured == ["2-one", "2-one", "2-data2", "2-data2"]
-    assert "measured before" in capsys.readouterr().out
-    failed, one = sorted(_scaling.kept(tmp_path, "unknown", ""), key=lambda row: row["layout"])
-    assert failed["failed"] == "ended with code 1: RESOURCE_EXHAUSTED: out of memory"
-    assert one["of_one"] == 1 and one["agrees"]
+    assert [bench("data2", "--steps=7"), bench("data2", "--steps=7")] == [1, 1]
+    assert Process.measured[3:] == ["data2", "data2"]
+    monkeypatch.setattr(Process, "fails", False)
+    assert bench("data2") == 1, "with other steps than the row of one device"
+    out = capsys.readouterr().out
+    assert "2-one: measured before" in out
+    assert "2-data2: ended with code 1: RESOURCE_EXHAUSTED: out of memory" in out
+    one, expert, other = json.loads((tmp_path / "scaling.json").read_text())["rows"]
+    assert one["of_one"] == expert["of_one"] == 1 and one["agrees"] and "of_one" not in other
+    assert (tmp_path / "scaling.md").read_text().count("\n") == 5
 
 
 def entry(config, split: Split, seconds: list[float], losses: list[float], profile: dict | None = None) -> dict:

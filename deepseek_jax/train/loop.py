@@ -165,8 +165,7 @@ class Loop:
         scalars = {name: getattr(report, name).item() for name in Report._fields if name not in NOT_LOGGED}
         scalars |= {name: loss.item() for name, loss in report.auxiliary.items()}
         scalars["bits_per_byte"] = bits_per_byte(scalars["main"], self.training.bytes_per_token)
-        biases = self.trainer.store({"router_bias": state["router_bias"]})["router_bias"]
-        routers = {"expert_load": report.loads, "router_bias": jax.device_get(biases)}
+        routers = {"expert_load": report.loads, "router_bias": self.trainer.router_biases(state)}
         layers = {name: rows_of(tree) for name, tree in routers.items() if tree}
         dense = jax.tree.leaves(self.trainer.stored["params"].get("dense_blocks", {}))
         n_dense = len(dense[0]) if dense else 0

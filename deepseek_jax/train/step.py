@@ -200,6 +200,7 @@ class Trainer:
             self.specs,
         )
         self.stored = _in_order(self.abstract, self.layout, mesh) if self.layout else self.abstract
+        self._whole_biases = jax.jit(self._unstaged, out_shardings=NamedSharding(mesh, REPLICATED))
         if not self.layout:
             self.step: Any = self._compiled(gradients(self._loss, config.micro_batches))
         elif self.run.exchange:
@@ -268,7 +269,16 @@ class Trainer:
         if not self.layout:
             return state
         shardings = jax.tree.map(lambda x: x.sharding, {name: self.stored[name] for name in state})
-        return jax.jit(functools.partial(map_weights, self.layout.unstaged), out_shardings=shardings)(state)
+        return jax.jit(self._unstaged, out_shardings=shardings)(state)
+
+    def _unstaged(self, state: State) -> State:
+        """The inverse of `_staged`."""
+        return map_weights(self.layout.unstaged, state) if self.layout else state
+
+    def router_biases(self, state: State) -> dict:
+        """The router biases in the order of their layers, on the host; all processes of a run call it together."""
+        biases = {"router_bias": state["router_bias"]}
+        return jax.device_get(self._whole_biases(biases) if self.layout else biases)["router_bias"]
 
     def bind(self, params: dict, router_bias: dict) -> nnx.Module:
         """The model with these weights, as a step reads them; those stored in shards are made whole."""
