@@ -24,7 +24,7 @@ PARTS = {
     "experts": "routed experts",
     "feed_forward": "dense feed-forwards and shared experts",
     "loss": "head and loss",
-    "cast_weights": "casts of weights",
+    "gather_weights": "weights gathered and cast",
     "gradient_norm": "norm of the gradients",
     "optimizer": "optimizer",
 }
