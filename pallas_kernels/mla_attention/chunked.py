@@ -1,26 +1,31 @@
 """Causal attention by blocks of queries and keys, in plain jax: on any device, in memory linear in T and S.
 
-The visible pairs (block of queries, block of keys) are listed when the program is traced, and one loop goes through the
-list: a block above the diagonal costs nothing. Forward, each pair updates its queries' running maximum m, sum l and
-output o (online softmax):
+Forward, a block of queries meets one block of keys after the other, which update its running maximum m, sum l and output
+o (online softmax):
 
     m' = max(m, max_j s_ij),    l' = e^(m - m') l + sum_j e^(s_ij - m'),    o' = e^(m - m') o + sum_j e^(s_ij - m') v_j
 
-lse = m + log l, and o / l is the result. Backward, each pair computes its weights from lse again, adds to dq, dk, dv.
+lse = m + log l, and o / l is the result. Backward, each pair of blocks computes its weights from lse again, and adds to
+dq, dk and dv. One loop visits the pairs; those above the diagonal are left out when the program is traced.
 Paper: Dao et al. 2022, arXiv 2205.14135, algorithms 1 and 4.
 """
 
+import itertools
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from pallas_kernels.mla_attention.reference import MASKED, Segments, same_document, visible
 
-BLOCK = 256  # queries, and keys, of a block
-Mask = Callable[[Any, Any], jax.Array]  # (block of queries, block of keys) -> seen, which broadcasts to BZJTS
+BLOCK = 512  # tokens of a block, at most
+Span = tuple[int | jax.Array, int]  # a block: its first token and the number of its tokens
+Add = Callable[[tuple, Span, Span], tuple]  # (sums, queries, keys) -> sums
 
 
 def forward(
@@ -33,30 +38,30 @@ def forward(
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (o_BTHU, lse_BHT); see `pallas_kernels.mla_attention.api`."""
-    t, s, z = q_BTHQ.shape[1], *k_BSZQ.shape[1:3]
+    pairs = _Pairs(q_BTHQ.shape[1], k_BSZQ.shape[1], segments, q_offset)
     wide = jnp.promote_types(q_BTHQ.dtype, jnp.float32)
-    q_IBZJTQ, k_IBZSQ, v_IBZSU = _query_blocks(q_BTHQ, z), _key_blocks(k_BSZQ), _key_blocks(v_BSZU)
-    mask = _mask(t, s, segments, q_offset)
+    q_BZJTQ, k_BZSQ, v_BZSU = pairs.queries(q_BTHQ, k_BSZQ.shape[2]), pairs.keys(k_BSZQ), pairs.keys(v_BSZU)
 
-    def add(sums: tuple, i: jax.Array, j: jax.Array) -> tuple:
-        o_BZJTU, top_BZJT, sum_BZJT = (a[i] for a in sums)
-        scores_BZJTS = _scores(q_IBZJTQ[i], k_IBZSQ[j], scale, mask(i, j), wide)
+    def add(sums: tuple, i: Span, j: Span) -> tuple:
+        o_BZJTU, top_BZJT, sum_BZJT = (_part(x, i) for x in sums)
+        scores_BZJTS = scale * _product("BZJTQ,BZSQ->BZJTS", _part(q_BZJTQ, i), _part(k_BZSQ, j, 2), wide)
+        scores_BZJTS = jnp.where(pairs.seen(i, j), scores_BZJTS, MASKED)
         new_BZJT = jnp.maximum(top_BZJT, scores_BZJTS.max(axis=-1))
         weights_BZJTS = jnp.exp(scores_BZJTS - new_BZJT[..., None])
         fade_BZJT = jnp.exp(top_BZJT - new_BZJT)
         sum_BZJT = fade_BZJT * sum_BZJT + weights_BZJTS.sum(axis=-1)
-        added_BZJTU = _product("BZJTS,BZSU->BZJTU", weights_BZJTS.astype(v_BSZU.dtype), v_IBZSU[j], wide)
+        added_BZJTU = _product("BZJTS,BZSU->BZJTU", weights_BZJTS.astype(v_BSZU.dtype), _part(v_BZSU, j, 2), wide)
         found = fade_BZJT[..., None] * o_BZJTU + added_BZJTU, new_BZJT, sum_BZJT
-        return tuple(a.at[i].set(b) for a, b in zip(sums, found, strict=True))
+        return tuple(_put(x, y, i) for x, y in zip(sums, found, strict=True))
 
-    rows = q_IBZJTQ.shape[:-1]
-    o = jnp.zeros_like(q_IBZJTQ, wide, shape=(*rows, v_BSZU.shape[-1]))
-    nothing = jnp.zeros_like(q_IBZJTQ, wide, shape=rows)
-    o, top, total = _over_pairs(add, (o, nothing + MASKED, nothing), t, s, q_offset)
-    sees = top > MASKED / 2  # what a query that sees nothing has summed means nothing
-    o = jnp.where(sees[..., None], o / total[..., None], 0).astype(v_BSZU.dtype)
-    lse = jnp.where(sees, top + jnp.log(total), -jnp.inf)
-    return _joined(o, t), jnp.swapaxes(_joined(lse[..., None], t)[..., 0], 1, 2)
+    rows = q_BZJTQ.shape[:-1]
+    nothing_BZJT = jnp.zeros_like(q_BZJTQ, wide, shape=rows)
+    o_BZJTU = jnp.zeros_like(q_BZJTQ, wide, shape=(*rows, v_BSZU.shape[-1]))
+    o_BZJTU, top_BZJT, sum_BZJT = pairs.visit(add, (o_BZJTU, nothing_BZJT + MASKED, nothing_BZJT))
+    sees_BZJT = top_BZJT > MASKED / 2  # what a query that sees nothing has summed means nothing
+    o_BZJTU = jnp.where(sees_BZJT[..., None], o_BZJTU / sum_BZJT[..., None], 0).astype(v_BSZU.dtype)
+    lse_BZJT = jnp.where(sees_BZJT, top_BZJT + jnp.log(sum_BZJT), -jnp.inf)
+    return _joined(o_BZJTU, pairs.t), _joined(lse_BZJT[..., None], pairs.t)[..., 0].swapaxes(1, 2)
 
 
 def backward(
@@ -72,93 +77,105 @@ def backward(
     scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns (dq_BTHQ, dk_BSZQ, dv_BSZU); see `pallas_kernels.mla_attention.api`."""
-    (t, s, z), dtype = (q_BTHQ.shape[1], *k_BSZQ.shape[1:3]), q_BTHQ.dtype
-    wide = jnp.promote_types(dtype, jnp.float32)
+    pairs, z = _Pairs(q_BTHQ.shape[1], k_BSZQ.shape[1], segments, q_offset), k_BSZQ.shape[2]
+    dtype, wide = q_BTHQ.dtype, jnp.promote_types(q_BTHQ.dtype, jnp.float32)
+    q_BZJTQ, do_BZJTU = pairs.queries(q_BTHQ, z), pairs.queries(do_BTHU, z)
+    k_BZSQ, v_BZSU = pairs.keys(k_BSZQ), pairs.keys(v_BSZU)
     lse_BHT = jnp.where(lse_BHT == -jnp.inf, 0, lse_BHT)  # all scores of such a query are masked
-    q_IBZJTQ, do_IBZJTU = _query_blocks(q_BTHQ, z), _query_blocks(do_BTHU, z)
-    k_IBZSQ, v_IBZSU = _key_blocks(k_BSZQ), _key_blocks(v_BSZU)
-    lse_IBZJT, delta_IBZJT = (_query_blocks(jnp.swapaxes(x, 1, 2)[..., None], z)[..., 0] for x in (lse_BHT, delta_BHT))
-    mask = _mask(t, s, segments, q_offset)
+    lse_BZJT, delta_BZJT = (pairs.queries(x.swapaxes(1, 2)[..., None], z)[..., 0] for x in (lse_BHT, delta_BHT))
 
-    def add(sums: tuple, i: jax.Array, j: jax.Array) -> tuple:
-        dq, dk, dv = sums
-        scores_BZJTS = _scores(q_IBZJTQ[i], k_IBZSQ[j], scale, mask(i, j), wide)
-        weights_BZJTS = jnp.exp(scores_BZJTS - lse_IBZJT[i][..., None])
-        dweights_BZJTS = _product("BZJTU,BZSU->BZJTS", do_IBZJTU[i], v_IBZSU[j], wide)
-        dscores_BZJTS = (scale * weights_BZJTS * (dweights_BZJTS - delta_IBZJT[i][..., None])).astype(dtype)
-        dq = dq.at[i].add(_product("BZJTS,BZSQ->BZJTQ", dscores_BZJTS, k_IBZSQ[j], wide))
-        dk = dk.at[j].add(_product("BZJTS,BZJTQ->BZSQ", dscores_BZJTS, q_IBZJTQ[i], wide))
-        dv = dv.at[j].add(_product("BZJTS,BZJTU->BZSU", weights_BZJTS.astype(dtype), do_IBZJTU[i], wide))
-        return dq, dk, dv
+    def add(sums: tuple, i: Span, j: Span) -> tuple:
+        dq_BZJTQ, dk_BZQS, dv_BZUS = sums
+        q, do, k, v = _part(q_BZJTQ, i), _part(do_BZJTU, i), _part(k_BZSQ, j, 2), _part(v_BZSU, j, 2)
+        scores_BZJTS = scale * _product("BZJTQ,BZSQ->BZJTS", q, k, wide)
+        scores_BZJTS = jnp.where(pairs.seen(i, j), scores_BZJTS, MASKED)
+        weights_BZJTS = jnp.exp(scores_BZJTS - _part(lse_BZJT, i)[..., None])
+        dweights_BZJTS = _product("BZJTU,BZSU->BZJTS", do, v, wide)
+        dscores = scale * weights_BZJTS * (dweights_BZJTS - _part(delta_BZJT, i)[..., None])
+        dscores_BZJTS, weights_BZJTS = dscores.astype(dtype), weights_BZJTS.astype(dtype)
+        dq = _part(dq_BZJTQ, i) + _product("BZJTS,BZSQ->BZJTQ", dscores_BZJTS, k, wide)
+        dk = _part(dk_BZQS, j) + _product("BZJTQ,BZJTS->BZQS", q, dscores_BZJTS, wide)
+        dv = _part(dv_BZUS, j) + _product("BZJTU,BZJTS->BZUS", do, weights_BZJTS, wide)
+        return _put(dq_BZJTQ, dq, i), _put(dk_BZQS, dk, j), _put(dv_BZUS, dv, j)
 
-    zeros = tuple(jnp.zeros_like(x, wide) for x in (q_IBZJTQ, k_IBZSQ, v_IBZSU))
-    dq, dk, dv = _over_pairs(add, zeros, t, s, q_offset)
-    dk, dv = (_joined(x[:, :, :, None], s).astype(dtype) for x in (dk, dv))
-    return _joined(dq, t).astype(dtype), dk, dv
-
-
-def _over_pairs(add: Callable, sums: tuple, t: int, s: int, q_offset: int | jax.Array) -> tuple:
-    """Returns the sums after `add(sums, i, j)` for every pair of blocks that has a visible key."""
-    n_queries, n_keys = -(-t // BLOCK), -(-s // BLOCK)
-    last = q_offset if isinstance(q_offset, int) else s  # of an offset known only later: no pair is left out
-    pairs = [(i, j) for i in range(n_queries) for j in range(n_keys) if j * BLOCK < min((i + 1) * BLOCK, t) + last]
-    if not pairs:
-        return sums
-    if len(pairs) == 1:
-        return add(sums, *pairs[0])
-
-    def step(sums: tuple, pair: tuple[jax.Array, jax.Array]) -> tuple[tuple, None]:
-        i, j = pair
-        if isinstance(q_offset, int):
-            return add(sums, i, j), None
-        seen = j * BLOCK < jnp.minimum((i + 1) * BLOCK, t) + q_offset
-        return lax.cond(seen, lambda sums: add(sums, i, j), lambda sums: sums, sums), None
-
-    return lax.scan(step, sums, tuple(jnp.array(pairs, jnp.int32).T))[0]
+    # Tokens last in dk and dv: so no product needs the weights, which are the largest array, transposed.
+    zeros = (jnp.zeros_like(x, wide) for x in (q_BZJTQ, k_BZSQ.swapaxes(2, 3), v_BZSU.swapaxes(2, 3)))
+    dq_BZJTQ, dk_BZQS, dv_BZUS = pairs.visit(add, tuple(zeros))
+    dk_BZSQ, dv_BZSU = (x.astype(dtype).swapaxes(2, 3) for x in (dk_BZQS, dv_BZUS))
+    return _joined(dq_BZJTQ.astype(dtype), pairs.t), *(_joined(x[:, :, None], pairs.s) for x in (dk_BZSQ, dv_BZSU))
 
 
-def _mask(t: int, s: int, segments: Segments | None, q_offset: int | jax.Array) -> Mask:
-    """Returns which keys of a block its queries see; never the zeros that fill up the last block of keys."""
-    rows = jnp.arange(BLOCK)
-    documents = segments and (_blocks(segments[0]), _blocks(segments[1]))
+@dataclass(frozen=True)
+class _Pairs:
+    """The pairs of blocks that have something to do with each other, for T queries and S keys."""
 
-    def mask(i: Any, j: Any) -> jax.Array:
-        seen = visible(i * BLOCK + rows + q_offset, j * BLOCK + rows)
-        seen = seen & (j * BLOCK + rows < s) if s % BLOCK else seen
-        return seen & same_document(documents[0][i], documents[1][j])[:, None, None] if documents else seen
+    t: int
+    s: int
+    segments: Segments | None
+    q_offset: int | jax.Array
 
-    return mask
+    def visit(self, add: Add, sums: tuple) -> tuple:
+        """Returns the sums after `add(sums, queries, keys)` for all pairs."""
+        n_queries, n_keys = _block(self.t), _block(self.s)
+        known = isinstance(self.q_offset, int)
+        seen = self.q_offset if known else self.s  # of an offset known only later: no pair is left out
+        starts = itertools.product(range(0, self.t, n_queries), range(0, self.s, n_keys))
+        pairs = [(i, j) for i, j in starts if j < min(i + n_queries, self.t) + seen]
+
+        def step(sums: tuple, pair: Any) -> tuple[tuple, None]:
+            i, j = pair
+            if known:
+                return add(sums, (i, n_queries), (j, n_keys)), None
+            meet = j < jnp.minimum(i + n_queries, self.t) + self.q_offset
+            return lax.cond(meet, lambda sums: add(sums, (i, n_queries), (j, n_keys)), lambda sums: sums, sums), None
+
+        if len(pairs) < 2:
+            return step(sums, pairs[0])[0] if pairs else sums
+        return lax.scan(step, sums, jnp.array(pairs, jnp.int32))[0]
+
+    def seen(self, i: Span, j: Span) -> jax.Array:
+        """Returns which keys of a block its queries see, broadcastable to BZJTS; no key that only fills up a block."""
+        (q_start, n_queries), (k_start, n_keys) = i, j
+        k_position = k_start + jnp.arange(n_keys)
+        seen = visible(q_start + jnp.arange(n_queries) + self.q_offset, k_position) & (k_position < self.s)
+        if self.segments is None:
+            return seen
+        of_queries, of_keys = (self._filled(x) for x in self.segments)
+        return seen & same_document(_part(of_queries, i, 1), _part(of_keys, j, 1))[:, None, None]
+
+    def queries(self, x_BTHQ: jax.Array, z: int) -> jax.Array:
+        """[B, T, Z * J, Q] -> [B, Z, J, T, Q], filled up to whole blocks."""
+        x_BHTQ = self._filled(x_BTHQ).swapaxes(1, 2)
+        b, h, t, q = x_BHTQ.shape
+        return x_BHTQ.reshape(b, z, h // z, t, q)
+
+    def keys(self, x_BSZQ: jax.Array) -> jax.Array:
+        """[B, S, Z, Q] -> [B, Z, S, Q], filled up to whole blocks."""
+        return self._filled(x_BSZQ).swapaxes(1, 2)
+
+    def _filled(self, x: jax.Array) -> jax.Array:
+        n = x.shape[1]
+        return jnp.pad(x, [(0, 0), (0, -n % _block(n)), *[(0, 0)] * (x.ndim - 2)])
 
 
-def _scores(q_BZJTQ: jax.Array, k_BZSQ: jax.Array, scale: float, seen: jax.Array, wide: Any) -> jax.Array:
-    return jnp.where(seen, scale * _product("BZJTQ,BZSQ->BZJTS", q_BZJTQ, k_BZSQ, wide), MASKED)
+def _block(n: int) -> int:
+    """Returns how many tokens the blocks of n tokens have: the same number each, so that little is filled up."""
+    return math.ceil(n / math.ceil(n / BLOCK))
 
 
-def _product(equation: str, x: jax.Array, y: jax.Array, wide: Any) -> jax.Array:
+def _joined(x_BZJTQ: jax.Array, t: int) -> jax.Array:
+    """[B, Z, J, T or more, Q] -> [B, T, Z * J, Q]."""
+    b, z, j, n, q = x_BZJTQ.shape
+    return x_BZJTQ.reshape(b, z * j, n, q)[:, :, :t].swapaxes(1, 2)
+
+
+def _part(x: jax.Array, span: Span, axis: int = 3) -> jax.Array:
+    return lax.dynamic_slice_in_dim(x, *span, axis)
+
+
+def _put(x: jax.Array, part: jax.Array, span: Span) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(x, part, span[0], 3)
+
+
+def _product(equation: str, x: jax.Array, y: jax.Array, wide: DTypeLike) -> jax.Array:
     return jnp.einsum(equation, x, y, preferred_element_type=wide)
-
-
-def _blocks(x: jax.Array) -> jax.Array:
-    """[B, T, ...] -> [blocks, B, BLOCK, ...], filled up with zeros."""
-    b, t = x.shape[:2]
-    n = -(-t // BLOCK)
-    x = jnp.pad(x, [(0, 0), (0, n * BLOCK - t), *[(0, 0)] * (x.ndim - 2)])
-    return jnp.moveaxis(x.reshape(b, n, BLOCK, *x.shape[2:]), 1, 0)
-
-
-def _key_blocks(x_BSZQ: jax.Array) -> jax.Array:
-    """[B, S, Z, Q] -> [blocks, B, Z, BLOCK, Q]."""
-    return jnp.swapaxes(_blocks(x_BSZQ), 2, 3)
-
-
-def _query_blocks(x_BTHQ: jax.Array, z: int) -> jax.Array:
-    """[B, T, Z * J, Q] -> [blocks, B, Z, J, BLOCK, Q]."""
-    x_IBHTQ = jnp.swapaxes(_blocks(x_BTHQ), 2, 3)
-    i, b, h, t, q = x_IBHTQ.shape
-    return x_IBHTQ.reshape(i, b, z, h // z, t, q)
-
-
-def _joined(x_IBZJTQ: jax.Array, t: int) -> jax.Array:
-    """The inverse of `_query_blocks`: [B, t, Z * J, Q]."""
-    i, b, z, j, n, q = x_IBZJTQ.shape
-    return jnp.transpose(x_IBZJTQ, (1, 0, 4, 2, 3, 5)).reshape(b, i * n, z * j, q)[:, :t]
