@@ -13,6 +13,8 @@ from deepseek_jax.errors import UserError
 TABLE = {
     "attention": {
         "xla": "deepseek_jax.layers.attention:causal_attention",
+        "chunked": "deepseek_jax.layers.attention:chunked",  # any device; memory grows with T, not with its square
+        "reference": "deepseek_jax.layers.attention:reference",  # any device; stores all scores
         "cudnn": "deepseek_jax.layers.cudnn_attention:causal_attention",  # NVIDIA GPUs, bf16, documents not masked
     },
     "latent_decode": {"xla": "deepseek_jax.layers.attention:latent_decode"},

@@ -16,12 +16,15 @@ def headline(
     """The lines printed before the first step."""
     import jax
 
+    from deepseek_jax.layers.attention import computed_by
+
     mesh = " x ".join(f"{axis} {n}" for axis, n in trainer.mesh.shape.items())
     begin = f"resuming from step {start}" if start else "from the beginning"
     return "\n".join(
         [
             f"{config.name}: {trainer.n_params / 1e6:,.1f}M parameters, {config.precision}, mesh {mesh} "
             f"({jax.devices()[0].device_kind}), {begin} in {workdir}",
+            f"attention: {computed_by(config.kernels.attention, config.data.seq_len)}",
             *about_text(config, training, held_out),
             "the first step compiles for a while",
         ]

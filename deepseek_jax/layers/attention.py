@@ -1,54 +1,97 @@
-"""Causal softmax attention, in blocks of queries so that the score matrix never exists whole.
+"""Causal softmax attention for training and prefill, and over the caches of generation.
 
-P = softmax(scale * q k^T + causal mask), o = P v; scores and softmax in float32.
-A block of queries meets only the keys up to its own end, so the upper triangle is skipped except for the diagonal
-blocks, and the blocks of a long sequence are recomputed in the backward pass: memory grows with `block * S`, not
-`T * S`.
+    P = softmax(scale * q k^T + causal mask),    o = P v
+
+with scores and softmax in float32. What computes the first kind is chosen by `config.kernels.attention`:
+
+    xla         short sequences in blocks of queries that meet the keys up to their own end, weights P kept for the
+                backward pass; long ones as `chunked`. Which is faster on CPUs decides (`RECOMPUTED_FROM`)
+    chunked     blocks of queries and keys; memory grows with T, not with T * S: `pallas_kernels.mla_attention`
+    reference   the definition, all scores at once
+    cudnn       `layers.cudnn_attention`
+
+All take the arguments of `causal_attention`.
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-RECOMPUTED_FROM = 1024  # tokens of a sequence above which scores are not kept for the backward pass
+from deepseek_jax.errors import UserError
+from pallas_kernels import mla_attention
+
+RECOMPUTED_FROM = 1024  # tokens of a sequence above which weights are not kept for the backward pass
 MASKED = -1e30  # a score that softmax turns into 0 without making a NaN of an all-masked row
 
 
 @jax.named_scope("attention")
 def causal_attention(
     q_BTHQ: jax.Array,
-    k_BTHQ: jax.Array,
-    v_BTHU: jax.Array,
+    k_BSZQ: jax.Array,
+    v_BSZU: jax.Array,
     *,
     scale: float,
     segments_BT: jax.Array | None = None,
-    block: int | None = None,
+    q_offset: int | jax.Array = 0,
 ) -> jax.Array:
     """Attention of each token to itself and the tokens before it.
 
     Args:
-        q_BTHQ, k_BTHQ, v_BTHU: queries, keys and values; the value width U may differ from Q.
+        q_BTHQ: queries, of the positions from `q_offset` on.
+        k_BSZQ, v_BSZU: keys and values of the positions from 0 on; H is a multiple of Z, U may differ from Q.
         scale: factor of the scores.
-        segments_BT: documents; where given, a token sees only its own document.
-        block: queries handled at a time; by default an eighth of the tokens, between 128 and 512.
+        segments_BT: documents, if queries and keys are of the same tokens; a token sees only its own document.
+        q_offset: how many keys come before the first query's.
 
-    Returns o_BTHU in the dtype of `v_BTHU`.
+    Returns o_BTHU in the dtype of `v_BSZU`.
     """
-    n_tokens = q_BTHQ.shape[1]
-    block = block or min(max(n_tokens // 8, 128), 512)
-    attend: Callable[..., jax.Array] = functools.partial(_attend, scale=scale)
-    if n_tokens > RECOMPUTED_FROM:
-        attend = jax.checkpoint(attend)
-    outputs = []
-    for start in range(0, n_tokens, block):
-        end = min(start + block, n_tokens)
+    (_, t, h, _), (_, s, z, _) = q_BTHQ.shape, k_BSZQ.shape
+    if t > RECOMPUTED_FROM or s != t or not isinstance(q_offset, int) or q_offset:
+        return chunked(q_BTHQ, k_BSZQ, v_BSZU, scale=scale, segments_BT=segments_BT, q_offset=q_offset)
+    k_BTHQ, v_BTHU = (jnp.repeat(x, h // z, axis=2) if h > z else x for x in (k_BSZQ, v_BSZU))
+    outputs, block = [], min(max(t // 8, 128), 512)
+    for start in range(0, t, block):
+        end = min(start + block, t)
         seen_TS = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
         if segments_BT is not None:
             seen_TS = seen_TS & (segments_BT[:, start:end, None] == segments_BT[:, None, :end])
-        outputs.append(attend(q_BTHQ[:, start:end], k_BTHQ[:, :end], v_BTHU[:, :end], seen_TS))
+        outputs.append(_attend(q_BTHQ[:, start:end], k_BTHQ[:, :end], v_BTHU[:, :end], seen_TS, scale=scale))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+
+
+@jax.named_scope("attention")
+def _by_name(
+    implementation: str,
+    q_BTHQ: jax.Array,
+    k_BSZQ: jax.Array,
+    v_BSZU: jax.Array,
+    *,
+    scale: float,
+    segments_BT: jax.Array | None = None,
+    q_offset: int | jax.Array = 0,
+) -> jax.Array:
+    """As `causal_attention`, by an implementation of `pallas_kernels.mla_attention`; UserError if it does not run."""
+    segments = None if segments_BT is None else (segments_BT, segments_BT)
+    attend = functools.partial(mla_attention.attention, implementation=implementation, scale=scale)
+    try:
+        return attend(q_BTHQ, k_BSZQ, v_BSZU, segments=segments, q_offset=q_offset)[0]
+    except ValueError as error:
+        raise UserError(
+            f"kernels.attention={implementation!r}: {error} In a run, config.kernels.attention=xla."
+        ) from error
+
+
+chunked = functools.partial(_by_name, "chunked")
+reference = functools.partial(_by_name, "reference")
+
+
+def computed_by(name: str, seq_len: int) -> str:
+    """Returns what computes the attention of training, as text for the log."""
+    if name != "xla":
+        return name
+    limit = f"{RECOMPUTED_FROM:,} tokens"
+    return f"xla, chunked (above {limit})" if seq_len > RECOMPUTED_FROM else f"xla, weights kept (up to {limit})"
 
 
 def _attend(q_BTHQ: jax.Array, k_BSHQ: jax.Array, v_BSHU: jax.Array, seen: jax.Array, *, scale: float) -> jax.Array:

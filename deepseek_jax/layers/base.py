@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from deepseek_jax.kernels import XLA, Kernels
 from deepseek_jax.parallel.alltoall import Exchange
 from deepseek_jax.precision.matmul import PLAIN, Matmul
+from pallas_kernels.mla_attention import SAVED
 
 Tree = dict  # a nested dict with arrays (or one value per array) as leaves
 Unshard = Callable[[nnx.Module], None]
@@ -159,6 +160,10 @@ def run_stack(
 
 
 REMAT = ("none", "dots", "block")
+# of "dots": results of matmuls with weights, and of attention that computes its scores again by itself
+KEPT_DOTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(*SAVED)
+)
 
 
 def remat(body: Callable, policy: str) -> Callable:
@@ -166,7 +171,7 @@ def remat(body: Callable, policy: str) -> Callable:
     if policy == "none":
         return body
     if policy == "dots":
-        return jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        return jax.checkpoint(body, policy=KEPT_DOTS)
     if policy == "block":
         return jax.checkpoint(body)
     raise ValueError(f"remat={policy!r}: no such policy. Choose one of {', '.join(REMAT)}.")

@@ -44,7 +44,8 @@ class Attention(nnx.Module):
     """What the attentions have in common; each one adds the rest.
 
     entries(x_BTD, tokens)                      what the cache keeps of these tokens
-    over_itself(x_BTD, tokens, entries)         (u_BTD, auxiliary losses), attending causally to themselves
+    over_itself(x_BTD, tokens, entries)         (u_BTD, auxiliary losses), attending causally to themselves; with
+                                                `q_offset`, to that many tokens before them as well
     cache                                       where the entries go: a `layers.cache.Layout`
     over_cache(x_BTD, tokens, cached, seen_BTS) u_BTD, attending to the slots that are seen
     """

@@ -2,10 +2,11 @@
 
     x = Emb(t);   x <- block(x) for every block;   h = norm x;   logits = h W^O
 
-and its three ways of running, which differ in nothing but what a block does with its attention:
+and its ways of running, which differ in nothing but what a block does with its attention:
 
     hidden    whole sequences, nothing kept                              (training)
     prefill   whole prompts; what the cache needs of each token is kept  (the first pass of generation)
+    extend    the next part of prompts that are read in parts            (its form is prefill's, its cache decode's)
     decode    the next token(s) of each sequence, over the cache
 
 A family's `Model` derives from `Decoder` and says which blocks are stacked.
@@ -16,11 +17,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.layers.base import Execution, run_stack, stack
 from deepseek_jax.layers.block import Attend, Build, Group, Statistics, over_themselves
-from deepseek_jax.layers.cache import first_pass, next_tokens
+from deepseek_jax.layers.cache import first_pass, next_chunk, next_tokens
 from deepseek_jax.layers.embed import Embedding, Head
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.tokens import Tokens
@@ -140,6 +142,23 @@ class Decoder(nnx.Module):
         """
         tokens = Tokens.of(ids_BT, real_BT=real_BT)
         x_BTD, cache, _ = self.run_blocks(self.embed(tokens), tokens, first_pass(n_positions))
+        return self.finish(x_BTD), cache
+
+    def extend(
+        self, ids_BT: jax.Array, start: int | jax.Array, cache: Cache, real_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """Reads the next part of prompts whose parts before are in the cache, as `prefill` would read them whole.
+
+        Args:
+            ids_BT: tokens from position `start` on, padded at the end; `real_BT` is False for the padding.
+            start: where they begin; an integer that may be known only when the program runs.
+            cache: what came before, with memory for these.
+
+        Returns (h_BTD after the final norm, the cache with these tokens in it).
+        """
+        positions_BT = jnp.broadcast_to(start + jnp.arange(ids_BT.shape[1], dtype=jnp.int32), ids_BT.shape)
+        tokens = Tokens.of(ids_BT, positions_BT, real_BT=real_BT)
+        x_BTD, cache, _ = self.run_blocks(self.embed(tokens), tokens, next_chunk(start), cache)
         return self.finish(x_BTD), cache
 
     def decode(self, ids_BT: jax.Array, positions_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import normal, zeros
 
@@ -88,13 +87,16 @@ class GQA(Attention):
             k_BTZQ = self.k_head_norm(k_BTZQ)
         return KeyValues(self._rotate(k_BTZQ, tokens.positions_BT), v_BTZU)
 
-    def over_itself(self, x_BTD: jax.Array, tokens: Tokens, entries: KeyValues) -> tuple[jax.Array, Losses]:
-        """(u_BTD of tokens that attend causally to themselves, with the keys and values of `entries`; no losses)."""
-        sharing = self.config.n_heads // self.config.n_kv_heads
-        k_BTHQ, v_BTHU = (jnp.repeat(x, sharing, axis=2) if sharing > 1 else x for x in entries)
+    def over_itself(
+        self, x_BTD: jax.Array, tokens: Tokens, entries: KeyValues, q_offset: int | jax.Array = 0
+    ) -> tuple[jax.Array, Losses]:
+        """(u_BTD of tokens that attend causally to themselves, with the keys and values of `entries`; no losses).
+
+        `entries` may hold more tokens than these, from position 0 on; `q_offset` of them come before these.
+        """
         q_BTHQ = self.queries(x_BTD, tokens.positions_BT)
-        attention = self.kernels["attention"]
-        o_BTHU = attention(q_BTHQ, k_BTHQ, v_BTHU, scale=self.scale, segments_BT=tokens.segments_BT)
+        options = {"scale": self.scale, "segments_BT": tokens.segments_BT, "q_offset": q_offset}
+        o_BTHU = self.kernels["attention"](q_BTHQ, *entries, **options)
         return self.matmul.einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...]), {}
 
     def over_cache(self, x_BTD: jax.Array, tokens: Tokens, cache: KeyValues, seen_BTS: jax.Array) -> jax.Array:

@@ -112,16 +112,21 @@ class MLA(Attention):
             q_BTHQ = self.matmul.einsum("BTD,DHQ->BTHQ", x_BTD, self.q_DHQ[...])
         return q_BTHQ[..., : c.nope_width], self._rotate(q_BTHQ[..., c.nope_width :], positions_BT)  # eq. 8
 
-    def over_itself(self, x_BTD: jax.Array, tokens: Tokens, entries: Latents) -> tuple[jax.Array, Losses]:
-        """The expanded form: (u_BTD of tokens that attend causally to themselves; no auxiliary losses)."""
+    def over_itself(
+        self, x_BTD: jax.Array, tokens: Tokens, entries: Latents, q_offset: int | jax.Array = 0
+    ) -> tuple[jax.Array, Losses]:
+        """The expanded form: (u_BTD of tokens that attend causally to themselves; no auxiliary losses).
+
+        `entries` may hold more tokens than these, from position 0 on; `q_offset` of them come before these.
+        """
         q_BTHQ = jnp.concatenate(self.queries(x_BTD, tokens.positions_BT), axis=-1)  # eq. 9
-        c_BTC, k_rope_BTP = self.operand(entries.c_BSC), entries.k_rope_BSP
-        k_nope_BTHN = self.matmul.einsum("BTC,CHN->BTHN", c_BTC, self.k_up_CHN[...])  # eq. 2
-        v_BTHU = self.matmul.einsum("BTC,CHU->BTHU", c_BTC, self.v_up_CHU[...])  # eq. 5
-        k_rope_BTHP = jnp.broadcast_to(k_rope_BTP[:, :, None], (*k_nope_BTHN.shape[:-1], self.config.rope_width))
-        k_BTHQ = jnp.concatenate([k_nope_BTHN, k_rope_BTHP], axis=-1)  # eq. 4
-        attention = self.kernels["attention"]
-        o_BTHU = attention(q_BTHQ, k_BTHQ, v_BTHU, scale=self.scale, segments_BT=tokens.segments_BT)  # eq. 10
+        c_BSC, k_rope_BSP = self.operand(entries.c_BSC), entries.k_rope_BSP
+        k_nope_BSHN = self.matmul.einsum("BSC,CHN->BSHN", c_BSC, self.k_up_CHN[...])  # eq. 2
+        v_BSHU = self.matmul.einsum("BSC,CHU->BSHU", c_BSC, self.v_up_CHU[...])  # eq. 5
+        k_rope_BSHP = jnp.broadcast_to(k_rope_BSP[:, :, None], (*k_nope_BSHN.shape[:-1], self.config.rope_width))
+        k_BSHQ = jnp.concatenate([k_nope_BSHN, k_rope_BSHP], axis=-1)  # eq. 4
+        options = {"scale": self.scale, "segments_BT": tokens.segments_BT, "q_offset": q_offset}
+        o_BTHU = self.kernels["attention"](q_BTHQ, k_BSHQ, v_BSHU, **options)  # eq. 10
         return self.matmul.einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...]), {}  # eq. 11
 
     def over_cache(self, x_BTD: jax.Array, tokens: Tokens, cache: Latents, seen_BTS: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Causal attention by blocks of queries and keys, in plain jax: on any device, in memory linear in T and S.
 
-Forward, a block of queries meets one block of keys after the other, which update its running maximum m, sum l and output
-o (online softmax):
+Forward, a block of queries meets one block of keys after the other; each updates the running maximum m, sum l and
+output o of the queries (online softmax):
 
     m' = max(m, max_j s_ij),    l' = e^(m - m') l + sum_j e^(s_ij - m'),    o' = e^(m - m') o + sum_j e^(s_ij - m') v_j
 
@@ -101,8 +101,8 @@ def backward(
     # Tokens last in dk and dv: so no product needs the weights, which are the largest array, transposed.
     zeros = (jnp.zeros_like(x, wide) for x in (q_BZJTQ, k_BZSQ.swapaxes(2, 3), v_BZSU.swapaxes(2, 3)))
     dq_BZJTQ, dk_BZQS, dv_BZUS = pairs.visit(add, tuple(zeros))
-    dk_BZSQ, dv_BZSU = (x.astype(dtype).swapaxes(2, 3) for x in (dk_BZQS, dv_BZUS))
-    return _joined(dq_BZJTQ.astype(dtype), pairs.t), *(_joined(x[:, :, None], pairs.s) for x in (dk_BZSQ, dv_BZSU))
+    dk_BSZQ, dv_BSZU = (_joined(x.astype(dtype).swapaxes(2, 3)[:, :, None], pairs.s) for x in (dk_BZQS, dv_BZUS))
+    return _joined(dq_BZJTQ.astype(dtype), pairs.t), dk_BSZQ, dv_BSZU
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Causal attention: the formula in float64, blocks or none, documents apart."""
+"""Causal attention: the formula in float64, documents apart, prompts read whole or in parts."""
 
 import functools
 
@@ -6,23 +6,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.kernels import Kernels
-from deepseek_jax.layers.attention import causal_attention, masked_softmax
+from deepseek_jax.layers import attention, cache
+from deepseek_jax.layers.attention import masked_softmax
+from deepseek_jax.layers.gqa import GQA, GQAConfig
+from deepseek_jax.layers.mla import MLA, MLAConfig
+from deepseek_jax.layers.tokens import Tokens
 
 SCALE = 0.4
-SEGMENTS = np.array([[1] * 6 + [2] * 7, [1] * 13])
+LENGTH = 150  # two blocks of queries
+SEGMENTS = np.array([[1] * 61 + [2] * 89, [1] * LENGTH])
 
 
 @pytest.fixture(scope="module")
 def qkv() -> tuple:
     rng = np.random.default_rng(0)
-    return tuple(rng.normal(size=(2, 13, 2, width)).astype(np.float32) for width in (6, 6, 4))
+    sizes = (4, 6), (2, 6), (2, 4)  # heads, width
+    return tuple(rng.normal(size=(2, LENGTH, *size)).astype(np.float32) for size in sizes)
 
 
 def formula(q, k, v, segments) -> np.ndarray:
-    q, k, v = (np.float64(x) for x in (q, k, v))
+    q, k, v = np.float64(q), *(np.float64(x).repeat(2, axis=2) for x in (k, v))
     scores = np.einsum("bthq,bshq->bhts", q, k) * SCALE
     seen = np.tril(np.ones(scores.shape[-2:], bool)) & (segments[:, None, :, None] == segments[:, None, None, :])
     p = np.exp(np.where(seen, scores, -np.inf))
@@ -30,32 +37,48 @@ def formula(q, k, v, segments) -> np.ndarray:
 
 
 @functools.cache
-def both(block: int, masked: bool):
-    """Compiled (output, gradients) of attention in blocks."""
+def both(name: str, masked: bool):
+    """Compiled (output, gradients) of an implementation."""
 
     def loss(q, k, v):
         segments = jnp.asarray(SEGMENTS) if masked else None
-        o = causal_attention(q, k, v, scale=SCALE, segments_BT=segments, block=block)
+        o = Kernels(attention=name)["attention"](q, k, v, scale=SCALE, segments_BT=segments)
         return jnp.sum(o * jnp.cos(jnp.arange(o.size)).reshape(o.shape)), o
 
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_blocks_change_nothing(qkv, masked):
-    segments = SEGMENTS if masked else np.ones_like(SEGMENTS)
-    whole_gradients, whole = both(64, masked)(*qkv)
-    gradients, blocked = both(5, masked)(*qkv)
-    np.testing.assert_allclose(whole, formula(*qkv, segments), atol=1e-5)
-    np.testing.assert_allclose(blocked, whole, atol=1e-5)
-    for got, expected in zip(gradients, whole_gradients, strict=True):
-        np.testing.assert_allclose(got, expected, atol=1e-5)
+def test_all_implementations_are_the_formula(qkv, masked):
+    expected_gradients, expected = both("reference", masked)(*qkv)
+    np.testing.assert_allclose(expected, formula(*qkv, SEGMENTS if masked else np.ones_like(SEGMENTS)), atol=1e-5)
+    for name in ("xla", "chunked"):
+        gradients, o = both(name, masked)(*qkv)
+        np.testing.assert_allclose(o, expected, atol=1e-5)
+        for got, right in zip(gradients, expected_gradients, strict=True):
+            np.testing.assert_allclose(got, right, atol=2e-5)
 
 
 def test_a_masked_document_is_as_if_alone(qkv):
-    _, together = both(64, True)(*qkv)
-    alone = formula(*(x[:1, 6:] for x in qkv), np.ones((1, 7)))
-    np.testing.assert_allclose(together[:1, 6:], alone, atol=1e-5)
+    _, together = both("xla", True)(*qkv)
+    alone = formula(*(x[:1, 61:] for x in qkv), np.ones((1, 89)))
+    np.testing.assert_allclose(together[:1, 61:], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"RECOMPUTED_FROM": LENGTH - 1}, {}])
+def test_the_length_chooses_whether_weights_are_kept(qkv, monkeypatch, change):
+    for name, value in change.items():
+        monkeypatch.setattr(attention, name, value)
+    traced = str(jax.make_jaxpr(functools.partial(attention.causal_attention, scale=SCALE))(*qkv))
+    said = attention.computed_by("xla", LENGTH)
+    assert ("custom_vjp" in traced, "chunked" in said) == (bool(change), bool(change))
+    assert attention.computed_by("cudnn", LENGTH) == "cudnn"
+
+
+def test_what_does_not_fit_is_a_user_error(qkv):
+    q, k, v = qkv
+    with pytest.raises(UserError, match=r"kernels.attention='chunked': q .*expected .* config.kernels.attention=xla"):
+        attention.chunked(q[:, :, :3], k, v, scale=SCALE)
 
 
 def test_a_row_that_sees_nothing_is_finite():
@@ -74,3 +97,33 @@ def test_cudnn_says_what_it_needs(options, message):
     x = jnp.zeros((1, 4, 2, 8), options.pop("dtype", jnp.bfloat16))
     with pytest.raises(UserError, match=message):
         Kernels(attention="cudnn")["attention"](x, x, x, scale=1.0, **options)
+
+
+LATENT = MLAConfig(n_heads=2, q_rank=6, kv_rank=5, nope_width=4, rope_width=4, value_width=3, init_std=0.5)
+LAYERS = {
+    "latent": lambda: MLA(LATENT, 8, rngs=nnx.Rngs(0)),
+    "grouped": lambda: GQA(GQAConfig(n_heads=4, n_kv_heads=2, head_width=4, init_std=0.5), 8, rngs=nnx.Rngs(0)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_prompt_read_in_parts_is_read_whole(name):
+    layer, x = LAYERS[name](), jax.random.normal(jax.random.key(0), (2, 9, 8))
+    positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
+
+    @jax.jit
+    def whole(x):
+        return cache.first_pass(11)(layer, x, Tokens.of(x[..., 0]), None)[:2]
+
+    @jax.jit
+    def part(x, start, kept):
+        at = jax.lax.dynamic_slice_in_dim(positions, start, 3, axis=1)
+        return cache.next_chunk(start)(layer, x, Tokens(x[..., 0], at), kept)[:2]
+
+    expected, filled = whole(x)
+    kept, found = jax.tree.map(jnp.zeros_like, filled), []
+    for start in (0, 3, 6):
+        u, kept = part(x[:, start : start + 3], start, kept)
+        found.append(u)
+    np.testing.assert_allclose(np.concatenate(found, axis=1), expected, atol=1e-5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), kept, filled)

@@ -95,6 +95,23 @@ def test_decode_is_the_full_forward(prefilled, decode, logits, ids, at_once):
     )
 
 
+def test_a_prompt_read_in_parts_is_the_full_forward(model, prefilled, logits, ids):
+    definition, params, bias = model
+
+    @jax.jit
+    def extend(params, ids_BT, start, cache):
+        m = bind(definition, params, bias)
+        h_BTD, cache = m.extend(ids_BT, start, cache)
+        return m.head(h_BTD), cache
+
+    start, cache = T // 2, jax.tree.map(lambda x: x.at[:, :, T // 2 :].set(50.0), prefilled[1])
+    got, cache = extend(params, ids[:, start:T], start, cache)
+    np.testing.assert_allclose(got, logits[:, start:], atol=1e-5)
+    np.testing.assert_allclose(
+        cache["moe_blocks"].c_BSC[:, :, :T], prefilled[1]["moe_blocks"].c_BSC[:, :, :T], atol=1e-5
+    )
+
+
 def test_sequences_decode_at_positions_of_their_own(prefilled, decode, logits, ids):
     at = np.array([[4], [9]])
     got, _ = decode(np.take_along_axis(ids, at, axis=1), at, prefilled[1])

@@ -129,7 +129,11 @@ def test_an_expert_axis_that_does_not_divide_is_refused_by_name(job_of):
     [("none", 1, 73.5, 0.32), ("block", 2, 69.3, 0.63), ("dots", 4, 98.8, 1.14)],
 )
 def test_what_a_run_on_one_chip_took(policy, batch, peak_gib, step_s):
-    """Measured on an H200 (jax 0.11.2): peak_bytes_in_use and time of a step of `bench train` with these sizes."""
+    """Measured on an H200 (jax 0.11.2): peak_bytes_in_use and time of a step of `bench train` with these sizes.
+
+    Attention over long sequences then kept a copy of its keys and values for each block of queries, which it no longer
+    does; so the plan may now expect up to 12 % less.
+    """
     from deepseek_jax.launch import _plan, plan
     from deepseek_jax.plan.step_time import step
 
@@ -141,5 +145,5 @@ def test_what_a_run_on_one_chip_took(policy, batch, peak_gib, step_s):
     job = _plan.job_of(options.config, options, subject)
     question = _plan.question_of(options.config, options, subject, job)
     found = rank_memory(job, 0, question.kept, question.loss_chunk)
-    assert sum(found.values()) / 2**30 == pytest.approx(peak_gib, rel=0.1)
+    assert 0.88 * peak_gib <= sum(found.values()) / 2**30 <= 1.1 * peak_gib
     assert step(job, question.efficiency).total == pytest.approx(step_s, rel=0.15)

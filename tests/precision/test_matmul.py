@@ -116,7 +116,7 @@ def test_every_product_with_a_weight_of_a_block_goes_through_the_matmul_of_the_r
         return [depth.h_BTD for depth in model.mtp_depths(h_BTD, ids_BT, Tokens.of(ids_BT))]
 
     jax.eval_shape(run, ids_BT)
-    attention = ["BTD,DC->BTC", "BTD,DP->BTP", "BTD,DR->BTR", "BTR,RHQ->BTHQ", "BTC,CHN->BTHN", "BTC,CHU->BTHU"]
+    attention = ["BTD,DC->BTC", "BTD,DP->BTP", "BTD,DR->BTR", "BTR,RHQ->BTHQ", "BSC,CHN->BSHN", "BSC,CHU->BSHU"]
     attention += ["BTHU,HUD->BTD"]
     swiglu = ["BTD,DF->BTF", "BTD,DF->BTF", "BTF,FD->BTD"]
     experts = ["grouped", "grouped", *swiglu]
