@@ -95,7 +95,7 @@ def test_two_stages_train_the_same_model(one_device, two_stages):
 
 
 CASES = [
-    pytest.param(2, 1, 2, "dualpipe", 4, {"overlap": True}, id="dualpipe, pipe 2 x expert 2, as on a GPU"),
+    pytest.param(2, 2, 1, "dualpipe", 4, {"overlap": True}, id="dualpipe, as on a GPU"),
     # the work of the end leaves the first stage the dense layer alone, which reports no balance loss
     pytest.param(2, 2, 1, "dualpipev", 4, {"rules": {"embed": "data"}, "end": 2.0}, id="dualpipev, FSDP"),
 ]
