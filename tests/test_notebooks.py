@@ -36,7 +36,15 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
-SLOW = ("00_tour", "01_mla", "02_moe_routing", "03_mtp", "06_fp8", "11_parallelism")  # they compile much
+SLOW = (
+    "00_tour",
+    "01_mla",
+    "02_moe_routing",
+    "03_mtp",
+    "06_fp8",
+    "07_latent_attention",
+    "11_parallelism",
+)  # they compile much
 RUNS = [pytest.param(file, marks=[pytest.mark.slow] if file.stem in SLOW else [], id=file.stem) for file in NOTEBOOKS]
 
 
