@@ -112,6 +112,7 @@ def job_of(config: ConfigDict, options: SimpleNamespace, subject: PlannedModel) 
             remat=config.run.remat,
         ),
         rules=config.sharding.to_dict(),
+        groups=config.exchange.groups,
     )
 
 

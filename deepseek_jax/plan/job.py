@@ -1,13 +1,16 @@
 """What is planned: a network on chips, divided in some way. Everything else in this package is a function of it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
+from math import ceil
 
 import jax
 import jax.numpy as jnp
 
 from deepseek_jax.chips import Chip
+from deepseek_jax.parallel.alltoall import Hop, make_exchange
 from deepseek_jax.parallel.sharding import Placement, bytes_per_device, expert_axis, placements
 from deepseek_jax.parallel.stages import StageShare
 from deepseek_jax.plan.layout import Layout, Stage, make_stages
@@ -37,6 +40,7 @@ class Job:
     schedule: Schedule
     recipe: Recipe
     rules: Mapping[str, str]  # logical axis -> mesh axis (`config.sharding`)
+    groups: int = 1  # of expert devices, to each of which a token goes once (`config.exchange`)
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
@@ -70,6 +74,30 @@ class Job:
         read = MASTER if part.place.is_sharded else self.recipe.read(part.weight.role)
         is_master = part.place.zero_dim is None and read == MASTER
         return part.numbers * read, 0.0 if is_master else part.optimizer_numbers * MASTER
+
+    @property
+    def backward_exchanges(self) -> int:
+        """Exchanges of a layer's backward pass, relative to its forward pass; none is repeated where all is kept."""
+        keeps_all = self.layout.pipe > 1 and self.recipe.remat == "none"
+        return 1 if keeps_all else self.recipe.backward_exchanges
+
+    @cached_property
+    def hops(self) -> tuple[tuple[int, Hop], ...]:
+        """The hops of a token on its way to experts: (copies of it that arrive, the devices that exchange).
+
+        Raises UserError if the groups do not divide the devices.
+        """
+        exchange = make_exchange(self.rules, self.layout.mesh, self.groups)
+        if self.expert_devices == 1 or exchange is None:
+            return ()
+        if self.recipe.node_limited:
+            nodes = ceil(exchange.n_devices / min(exchange.n_devices, self.chip.reach))
+            exchange = replace(exchange, groups=next(n for n in count(nodes) if exchange.n_devices % n == 0))
+        limit, reached, found = self.network.top_groups / self.network.n_groups, 1, []
+        for hop in exchange.hops(1):
+            reached *= hop.n
+            found.append((min(self.network.top_k, ceil(reached * limit)), hop))
+        return tuple(found)
 
     def passes(self, hold: StageShare) -> float:
         """Returns the micro-batches that pass a stage on this device per step."""

@@ -56,7 +56,8 @@ def rank_memory(job: Job, rank: int, kept: Mapping[str, ActivationBytes], loss_c
     found["router_biases"] = BIAS * network.router_biases
     found["layer_at_work"] = max(_at_work(job, hold.stage, kept) for hold in held)
     if job.expert_devices > 1:
-        rows = layout.tokens * min(network.top_k, job.expert_devices) * recipe.padding
+        hops = job.hops[-1:] if recipe.node_limited else job.hops  # published runs buffer nothing in between
+        rows = layout.tokens * sum(copies for copies, _ in hops) * recipe.padding
         found["exchange_buffers"] = rows * network.d_model * recipe.exchanged * (2 if job.schedule.overlaps else 1)
     return {name: n_bytes for name, n_bytes in found.items() if n_bytes}
 

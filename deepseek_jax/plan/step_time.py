@@ -105,7 +105,7 @@ def mean_times(job: Job, efficiency: float) -> Times:
         c = stage_compute(job, number, efficiency)
         seconds.append((c.forward, c.backward, c.matmuls, _exchange_seconds(job, number)))
     forward, backward, weights, sent = (sum(column) / len(seconds) for column in zip(*seconds, strict=True))
-    again, both = job.recipe.backward_exchanges, forward + backward
+    again, both = job.backward_exchanges, forward + backward
     both = max(both, (1 + again) * sent) if job.schedule.overlaps else both + (1 + again) * sent
     return Times(forward + sent, backward + again * sent, weights, both)
 
@@ -128,7 +128,7 @@ def _rank_step(job: Job, rank: int, efficiency: float, waiting: float) -> Step:
     for hold in job.ranks[rank]:
         arithmetic = stage_compute(job, hold.stage, efficiency)
         seconds = arithmetic.forward + arithmetic.backward
-        sent = _exchange_seconds(job, hold.stage) * (1 + recipe.backward_exchanges)
+        sent = _exchange_seconds(job, hold.stage) * (1 + job.backward_exchanges)
         compute += job.passes(hold) * seconds
         exposed += job.passes(hold) * (max(sent - seconds, 0.0) if job.schedule.overlaps else sent)
         states = sum(part.optimizer_numbers for part in job.parts[hold.stage]) / job.schedule.arrangement.copies

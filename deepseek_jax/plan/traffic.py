@@ -2,23 +2,24 @@
 
 | what | bytes |
 | --- | --- |
-| exchange with experts, network | nodes * (N-1)/N * D * (dispatch + combine), per token and layer, there and back |
-| the same, fast link | copies * (n-1)/n * D * (dispatch + combine) |
+| exchange with experts | copies * D * (dispatch + combine) of each hop, per token and layer, there and back |
 | ZeRO-1 | (R-1)/R * (gradients scattered + weights gathered) over the R replicas of each weight |
 | FSDP | the same per layer and micro-batch: gathered before use, gradients scattered |
 | pipeline | D per token, forward to the next stage and backward to the previous one |
 
-n devices share a fast link, and there are N = expert axis / n nodes. Copies: one per chosen expert, at most one per
-device; we do not correct for several of them sharing a device. Node-limited (V3 sections 2.1.2 and 3.2.2, V2 section
-2.2.2): copies and nodes are limited to the devices and nodes that a token's groups of experts cover, and a token
-crosses the network once per node, then spreads over the fast link. Otherwise each copy crosses on its own.
+A hop is between n devices (`parallel.alltoall`): (near-1)/n of its bytes go over the fast link, to those that it
+reaches, (n-near)/n over the network. Copies: one for each device or group that a token goes to, which is at most one per chosen
+expert, and at most as many as its groups of experts cover (V3 section 2.1.2, V2 section 2.2.2); we do not correct for
+several chosen experts that share a device. Recipes of published runs go in two hops, with the nodes as groups (V3
+section 3.2.2): a token crosses the network once per node, then spreads over the fast link. A run does with
+`config.exchange.groups`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
 
 from deepseek_jax.chips import Chip
+from deepseek_jax.parallel.alltoall import Hop
 from deepseek_jax.parallel.mesh import DATA, size
 from deepseek_jax.parallel.sharding import EXPERTS
 from deepseek_jax.plan.job import Job, Part
@@ -67,18 +68,15 @@ class Traffic:
 
 def exchange(job: Job) -> Sent:
     """Returns the bytes per token to the experts of one layer and back, in the forward pass."""
-    network, recipe, devices = job.network, job.recipe, job.expert_devices
-    if devices == 1:
-        return Sent()
-    here = min(devices, job.chip.reach)
-    nodes, copies = ceil(devices / here), min(network.top_k, devices)
-    width = network.d_model * recipe.exchanged
-    if recipe.node_limited:
-        covered = network.top_groups / network.n_groups
-        copies, visited = min(copies, ceil(devices * covered)), min(copies, nodes, ceil(nodes * covered))
-        return Sent(copies * width * (here - 1) / here, visited * width * (nodes - 1) / nodes)
-    sent = copies * (width + recipe.sent_beside * network.top_k) * recipe.padding
-    return Sent(sent * (here - 1) / devices, sent * (devices - here) / devices)
+    recipe = job.recipe
+    row = job.network.d_model * recipe.exchanged + recipe.sent_beside * job.network.top_k
+    return sum((_hop(job, hop, copies * row * recipe.padding) for copies, hop in job.hops), Sent())
+
+
+def _hop(job: Job, hop: Hop, sent: float) -> Sent:
+    """Returns `sent` bytes to all devices of a hop, by link: over the fast one to those that it reaches."""
+    near = min(max(job.chip.reach // hop.stride, 1), hop.n)
+    return Sent(sent * (near - 1) / hop.n, sent * (hop.n - near) / hop.n)
 
 
 def rank_traffic(job: Job, rank: int) -> Traffic:
@@ -87,7 +85,7 @@ def rank_traffic(job: Job, rank: int) -> Traffic:
     forward = exchange(job)
     for hold in job.ranks[rank]:
         stage, tokens = job.stages[hold.stage], job.passes(hold) * job.layout.tokens
-        exchanges = stage.n_expert_layers * (1 + job.recipe.backward_exchanges)
+        exchanges = stage.n_expert_layers * (1 + job.backward_exchanges)
         experts += forward.times(tokens * exchanges)
         neighbours = (hold.stage > 0) + (hold.stage + 1 < len(job.stages))
         stream = tokens * job.network.d_model * job.recipe.activations

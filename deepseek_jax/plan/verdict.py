@@ -77,7 +77,11 @@ def bottleneck(job: Job, step: Step) -> tuple[str, str]:
 def _advice(job: Job, part: str) -> str:
     if part == "exchange":
         if job.layout.expert > job.chip.reach:
-            return f"config.mesh.expert <= {job.chip.reach} stays on the fast link; a schedule that overlaps hides it"
+            nodes, rest = divmod(job.layout.expert, job.chip.reach)
+            grouped = job.recipe.node_limited or job.groups > 1 or rest
+            once = "" if grouped else f"config.exchange.groups={nodes} sends a token to each node once; "
+            stays = f"config.mesh.expert <= {job.chip.reach} stays on the fast link"
+            return f"{once}{stays}; a schedule that overlaps hides it"
         return "a smaller config.mesh.expert, or a schedule that overlaps, hides it"
     if part == "bubble":
         return "more micro-batches, or fewer stages (config.mesh.pipe)"

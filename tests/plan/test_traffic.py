@@ -1,7 +1,10 @@
 """Traffic: V3's exchange and reductions by hand, and laws."""
 
+from dataclasses import replace
+
 import pytest
 
+from deepseek_jax.errors import UserError
 from deepseek_jax.plan.traffic import Sent, exchange, rank_traffic
 
 
@@ -20,6 +23,23 @@ def test_a_token_of_v3_crosses_the_network_once_per_node(job_of):
 def test_without_the_limit_each_copy_crosses_by_itself(job_of):
     limited, plain = (exchange(v3(job_of, style=style)) for style in ("bf16", "run"))
     assert plain.network > 1.5 * limited.network
+
+
+def test_a_run_in_two_hops_sends_less_over_the_network(job_of):
+    """Rows of float32 there and back with 8 experts and factors beside, padded; 8 nodes of 8 devices."""
+    direct, grouped = (replace(v3(job_of, style="run"), groups=groups) for groups in (1, 8))
+    row = (7168 * (direct.recipe.dispatch + direct.recipe.combine) + 8 * 8) * 1.25
+    assert exchange(direct) == Sent(8 * 7 / 64 * row, 8 * 56 / 64 * row)
+    assert exchange(grouped) == Sent(8 * 7 / 8 * row, 4 * 7 / 8 * row)
+    over_both = exchange(replace(direct, groups=4))  # of 16 devices on two nodes
+    assert over_both == Sent(8 * 7 / 16 * row, (2 * 3 / 4 + 8 * 8 / 16) * row)
+    with pytest.raises(UserError, match="exchange.groups=3"):
+        exchange(replace(direct, groups=3))
+
+
+def test_a_pipeline_that_keeps_everything_repeats_no_exchange(job_of):
+    kept, again = (v3(job_of, style="run", remat=remat) for remat in ("none", "block"))
+    assert rank_traffic(again, 8).exchange.total == pytest.approx(1.5 * rank_traffic(kept, 8).exchange.total)
 
 
 def test_v2_sends_a_token_to_three_devices_at_most(job_of):
