@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from deepseek_jax.chips import CHIPS, chip, chips_of
@@ -24,6 +26,7 @@ from deepseek_jax.plan.recipes import recipe
 from deepseek_jax.plan.report import PlannedModel, PlanOptions
 from deepseek_jax.plan.schedules import schedule
 from deepseek_jax.plan.verdict import verdict
+from deepseek_jax.train.metrics import EXPERT_LOADS
 from deepseek_jax.train.ramp import BatchRamp
 
 
@@ -139,8 +142,31 @@ def question_of(config: ConfigDict, options: SimpleNamespace, subject: PlannedMo
         tokens=tokens,
         tokens_mark=tokens_mark,
         dollars=options.price,
+        load_LE=loads_of(options.loads, job) if options.loads else None,
         against=subject_of(_options.load(against, flag="--against")) if against else None,
     )
+
+
+def loads_of(workdir: str, job: Job) -> np.ndarray:
+    """The tokens of each expert in each layer that a run has logged last.
+
+    Raises UserError if there are none for this network, or its experts are not split.
+    """
+    try:
+        load_LE = np.asarray(json.loads((Path(workdir) / EXPERT_LOADS).read_bytes())["tokens"], np.float64)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--loads={workdir}: no {EXPERT_LOADS} to be read there ({error}). Give the workdir of a run of a model "
+            "with experts."
+        ) from error
+    if load_LE.ndim != 2 or load_LE.shape[1] != job.network.n_experts:
+        raise UserError(
+            f"--loads={workdir} has loads of shape {load_LE.shape}, expected [layers, {job.network.n_experts}]. Give a "
+            "run of this network."
+        )
+    if job.expert_devices == 1:
+        raise UserError("--loads: the experts are all on one device. Split them with --config.mesh.expert.")
+    return load_LE
 
 
 def is_published(run: Run, job: Job) -> bool:

@@ -7,6 +7,7 @@
     deepseek-jax plan --config=v3_671b --chip=h200 --devices=256 --suggest      # meshes that fit, the fastest first
     deepseek-jax plan --config=v2_lite --chip=64xh100 --suggest                 # v5p-512, v6e-256: chips and how many
     deepseek-jax plan --chip=mine:bf16=989,fp8=1979,memory=80,hbm=3350,fast=450,reach=8,network=50 --step-time-s=19.926
+    deepseek-jax plan --config=tiny_v3 --config.mesh.expert=4 --loads=runs/tiny_v3      # what redundant experts gain
     deepseek-jax plan --json > plan.json
     deepseek-jax plan --picture=memory.png                     # bars: the memory of a device, part by part
     deepseek-jax plan --draw=schedule.svg                      # what each device along the pipeline runs, over time
@@ -57,6 +58,12 @@ EXTRA = {
     ),
     "price": (float, 2.0, "dollars for an hour of one chip", besides(number(1e-6, 1e6), 0)),
     "against": (str, "", "another config to compare with"),
+    "loads": (
+        str,
+        "",
+        "workdir of a run: its experts' loads, the imbalance of devices, redundant experts",
+        path(),
+    ),
     "json": (bool, False, "print one JSON object"),
     "picture": (str, "", "file for a bar chart of the memory, like memory.png", path()),
     "draw": (str, "", "file for a drawing of the pipeline's schedule, like schedule.svg", path()),

@@ -8,10 +8,10 @@
 | pipeline | D per token, forward to the next stage and backward to the previous one |
 
 A hop is between n devices (`parallel.alltoall`): (near-1)/n of its bytes go over the fast link, to those that it
-reaches, (n-near)/n over the network. Copies: one for each device or group that a token goes to, which is at most one per chosen
-expert, and at most as many as its groups of experts cover (V3 section 2.1.2, V2 section 2.2.2); we do not correct for
-several chosen experts that share a device. Recipes of published runs go in two hops, with the nodes as groups (V3
-section 3.2.2): a token crosses the network once per node, then spreads over the fast link. A run does with
+reaches, (n-near)/n over the network. Copies: one for each device or group that a token goes to, which is at most one
+per chosen expert, and at most as many as its groups of experts cover (V3 section 2.1.2, V2 section 2.2.2); we do not
+correct for several chosen experts that share a device. Recipes of published runs go in two hops, with the nodes as
+groups (V3 section 3.2.2): a token crosses the network once per node, then spreads over the fast link. A run does with
 `config.exchange.groups`.
 """
 

@@ -1,5 +1,7 @@
 """Progress of a run: a live view or plain lines, TensorBoard, and `metrics.jsonl` for exact comparison.
 
+The loads of the experts at the step logged last are in `expert_load.json`, for `deepseek-jax plan --loads`.
+
 `metrics.jsonl` holds one object per line: deterministic figures as top-level keys, in full precision, and under
 `"speed"` what depends on the machine and the mesh. Two runs are the same when their lines agree without `"speed"`. A
 resumed run first drops the lines later than the checkpoint. A full disk stops no run: it is reported once, and the file
@@ -32,6 +34,8 @@ from deepseek_jax.train.board import Board
 from deepseek_jax.train.figures import FIGURES, LEGEND, SPEED, columns
 from deepseek_jax.train.live import open_live
 from deepseek_jax.units import duration
+
+EXPERT_LOADS = "expert_load.json"  # in a workdir: tokens of each expert in each layer, of the step logged last
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
@@ -105,6 +109,7 @@ class Metrics:
         self._window: collections.deque[tuple] = collections.deque(maxlen=20)  # (seconds, step, tokens so far)
         self._log: TextIO | None = None
         self._board: Board | None = None
+        self._loads: Path | None = None
         self._live: Any = None
         self._is_explained = False
         if enabled:
@@ -153,7 +158,10 @@ class Metrics:
         lists = {name: value.tolist() for name, value in layers.items() if value.ndim == 1}
         self._write({"step": step, "split": "train", **figures, "layers": lists, "speed": self.speed})
         n_rows = max((len(value) for value in layers.values()), default=0)
-        self._chart(step, "train", figures, layers, rows or [f"layer_{row:02d}" for row in range(n_rows)], self.speed)
+        names = list(rows or [f"layer_{row:02d}" for row in range(n_rows)])
+        self._chart(step, "train", figures, layers, names, self.speed)
+        if "expert_load" in layers:
+            self._write_loads(json.dumps({"step": step, "layers": names, "tokens": layers["expert_load"].tolist()}))
         self._explain()
         if self._live is None:
             eta = [] if self.seconds_left is None else [f"eta={duration(self.seconds_left)}"]
@@ -221,6 +229,7 @@ class Metrics:
             write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
             self._board = Board(workdir / "tensorboard", self._start_step)
             self._log = path.open("a", encoding="utf-8")
+            self._loads = workdir / EXPERT_LOADS
         except OSError as error:
             raise UserError(f"{workdir}: cannot write there ({error.strerror}). Choose another --workdir.") from error
 
@@ -249,6 +258,18 @@ class Metrics:
         except OSError as error:
             self._give_up(self._log, "metrics.jsonl", error)
             self._log = None
+
+    def _write_loads(self, text: str) -> None:
+        """Replaces the file of the loads."""
+        if self._loads is None:
+            return
+        partial = self._loads.with_suffix(".partial")
+        try:
+            partial.write_text(text)
+            partial.replace(self._loads)
+        except OSError as error:
+            self.message(f"{EXPERT_LOADS} stays as it is: {error.strerror}. Training continues.")
+            self._loads = None
 
     def _chart(self, *figures: Any) -> None:
         """Hands the arguments of `Board.add` to TensorBoard."""

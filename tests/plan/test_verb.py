@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from deepseek_jax.errors import UserError
@@ -224,3 +225,25 @@ def test_another_price_is_marked(capsys):
     found = planned(capsys, "--price=3")
     assert found["figures"]["published"]["total_cost_dollars"] == 3 * 2_788_000
     assert found["marks"]["published"]["total_cost_dollars"] == "derived/given"
+
+
+def test_measured_loads_say_what_redundant_experts_gain(capsys, tmp_path):
+    rng = np.random.default_rng(0)
+    loads = rng.lognormal(size=(3, 16))
+    file = tmp_path / "expert_load.json"
+    file.write_text(json.dumps({"tokens": loads.tolist()}))
+    words = ["--config=tiny_v3", "--devices=4", f"--loads={tmp_path}"]
+    found = planned(capsys, *words, "--config.mesh.expert=4")["figures"]["balance"]
+    devices = loads.reshape(3, 4, 4).sum(axis=-1)
+    assert found["in_order_mean"] == pytest.approx((devices.max(axis=1) / devices.mean(axis=1) - 1).mean(), rel=1e-5)
+    assert (
+        max(found["redundant_1_mean"], found["redundant_2_mean"]) < found["redundant_0_mean"] < found["in_order_mean"]
+    )
+    with pytest.raises(UserError, match=r"--loads: the experts are all on one device"):
+        plan.main(words)
+    file.write_text("[]")
+    with pytest.raises(UserError, match=rf"--loads={tmp_path}: no expert_load.json to be read there"):
+        plan.main(words)
+    file.write_text(json.dumps({"tokens": [[1.0, 2.0]]}))
+    with pytest.raises(UserError, match=r"shape \(1, 2\), expected \[layers, 16\]"):
+        plan.main(words)

@@ -17,7 +17,7 @@ from deepseek_jax.train import board
 from deepseek_jax.train import metrics as metrics_module
 from deepseek_jax.train.attempts import Attempts
 from deepseek_jax.train.loop import exchange_figures, router_names
-from deepseek_jax.train.metrics import Metrics, bits_per_byte, read_log
+from deepseek_jax.train.metrics import EXPERT_LOADS, Metrics, bits_per_byte, read_log
 
 
 def open_metrics(workdir, **options):
@@ -311,6 +311,14 @@ def test_the_live_view_draws_at_any_width_and_leaves_the_last_state_after_ctrl_c
 def test_a_byte_tokenizer_turns_nats_into_bits():
     assert bits_per_byte(math.log(256), 1.0) == pytest.approx(8.0)
     assert bits_per_byte(math.log(256), 4.0) == pytest.approx(2.0)
+
+
+def test_the_loads_of_the_last_logged_step_are_kept(tmp_path):
+    with open_metrics(tmp_path) as metrics:
+        for step in (1, 2):
+            metrics.step(step, {"loss": 1.0}, {"expert_load": np.full((1, 2), step)}, rows=["layer_03"])
+    kept = json.loads((tmp_path / EXPERT_LOADS).read_text())
+    assert kept == {"step": 2, "layers": ["layer_03"], "tokens": [[2.0, 2.0]]}
 
 
 def test_figures_of_an_exchange_by_hand(tmp_path):

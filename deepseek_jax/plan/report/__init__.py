@@ -2,6 +2,7 @@
 
 from deepseek_jax.plan.figures import Section
 from deepseek_jax.plan.job import Job
+from deepseek_jax.plan.report.balance import balance
 from deepseek_jax.plan.report.division import layout, memory, traffic
 from deepseek_jax.plan.report.inputs import PlannedModel, PlanOptions, memory_of
 from deepseek_jax.plan.report.model import operations, parameters
@@ -19,6 +20,7 @@ def report(model: PlannedModel, job: Job, options: PlanOptions) -> list[Section]
         traffic(job),
         *([schedules(job, options)] if job.layout.pipe > 1 else []),
         speed(model, job, options),
+        *([balance(job, options.load_LE)] if options.load_LE is not None else []),
     ]
     sections += [published(model, model.run, options)] if model.run else []
     sections += [compared(model, job, options.against)] if options.against else []

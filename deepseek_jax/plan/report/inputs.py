@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from deepseek_jax.plan.activations import ActivationBytes
 from deepseek_jax.plan.counts import Counts
 from deepseek_jax.plan.job import Job
@@ -39,6 +41,7 @@ class PlanOptions:
     tokens_mark: str
     dollars: float  # price per GPU hour
     against: PlannedModel | None  # a model to compare with, or None
+    load_LE: np.ndarray | None = None  # measured tokens of each expert in each layer, or None
 
 
 def memory_of(job: Job, options: PlanOptions) -> list[dict[str, float]]:
