@@ -48,9 +48,13 @@ class Attempts:
                 return state, report
             self.repeated, self.level, self._calm = self.repeated + 1, enough, 0
 
+    def trace(self, *arguments: Any) -> Any:
+        """The traced `program` for these arguments, as of `jax.jit`."""
+        return self.program.trace(*arguments)
+
     def lower(self, *arguments: Any) -> Any:
         """The lowered `program` for these arguments, as of `jax.jit`."""
-        return self.program.lower(*arguments)
+        return self.trace(*arguments).lower()
 
     def _remember(self, enough: int) -> None:
         """Goes down to the next smaller buffers once they have long been enough."""
