@@ -36,8 +36,11 @@ def everything(equation: core.JaxprEqn) -> bool:
 
 
 def matmuls(equation: core.JaxprEqn) -> bool:
-    """Whether results of an equation may be saved: those of matmuls, loops and kernels, not of cheap operations."""
-    return equation.primitive.name in ("dot_general", "while", "scan", "pallas_call", "all_to_all")
+    """Whether results of an equation may be saved: those of matmuls, loops and kernels, not of cheap operations.
+
+    A Mosaic GPU kernel is a custom_vmap_call when it is traced.
+    """
+    return equation.primitive.name in ("dot_general", "while", "scan", "pallas_call", "custom_vmap_call", "all_to_all")
 
 
 def nothing(equation: core.JaxprEqn) -> bool:

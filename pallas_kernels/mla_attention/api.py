@@ -15,7 +15,6 @@ that is known when the program runs. The backward pass computes the weights P = 
 P is 0 where lse is -inf. The reference is one plain function, which jax differentiates.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,8 +87,7 @@ class _How:
         return {"chunked": chunked}[self.implementation]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attention(
+def _computed(
     q_BTHQ: jax.Array,
     k_BSZQ: jax.Array,
     v_BSZU: jax.Array,
@@ -101,6 +99,9 @@ def _attention(
     return how.module().forward(q_BTHQ, k_BSZQ, v_BSZU, segments, q_offset, scale=how.scale)
 
 
+_attention = jax.custom_vjp(_computed, nondiff_argnums=(5,))
+
+
 def _forward(
     q_BTHQ: jax.Array,
     k_BSZQ: jax.Array,
@@ -109,7 +110,7 @@ def _forward(
     offset: jax.Array | None,
     how: _How,
 ) -> tuple:
-    results = _attention(q_BTHQ, k_BSZQ, v_BSZU, segments, offset, how)
+    results = _computed(q_BTHQ, k_BSZQ, v_BSZU, segments, offset, how)
     o_BTHU, lse_BHT = (checkpoint_name(x, name) for x, name in zip(results, SAVED, strict=True))
     return (o_BTHU, lse_BHT), (q_BTHQ, k_BSZQ, v_BSZU, segments, offset, o_BTHU, lse_BHT)
 
@@ -118,6 +119,7 @@ def _backward(how: _How, saved: tuple, gradients: tuple[jax.Array, jax.Array]) -
     *inputs, offset, o_BTHU, lse_BHT = saved
     do_BTHU, dlse_BHT = gradients
     delta_BHT = jnp.einsum("BTHU,BTHU->BHT", do_BTHU.astype(lse_BHT.dtype), o_BTHU.astype(lse_BHT.dtype)) - dlse_BHT
+    delta_BHT = jnp.where(lse_BHT == -jnp.inf, 0, delta_BHT)  # dlse may be anything there
     q_offset = offset if how.q_offset is None else how.q_offset
     found = how.module().backward(*inputs, q_offset, lse_BHT, do_BTHU, delta_BHT, scale=how.scale)
     return *found, None, None

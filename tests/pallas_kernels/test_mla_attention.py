@@ -116,7 +116,7 @@ def test_queries_that_see_nothing_move_nothing():
 
     def total(q, k, v):
         o, lse = attention(q, k, v, implementation="chunked", scale=SCALE, segments=segments)
-        return jnp.sum(o) + jnp.sum(jnp.exp(lse))
+        return jnp.sum(o) + jnp.sum(jnp.where(lse > -jnp.inf, lse * lse, 0))  # its gradient at -inf is 0 * -inf
 
     value, (dq, dk, dv) = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
     assert np.isfinite(value) and not dq[:, 4].any()

@@ -1,11 +1,16 @@
 """A stage in three programs: together they are its derivative, and no matmul runs twice."""
 
+import functools
+
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import pytest
 from jax import lax
 
 from deepseek_jax.parallel.split_backward import everything, matmuls, nothing, split
+from pallas_kernels import mla_attention
+from pallas_kernels.mla_attention import chunked
 
 N, D = 3, 8  # layers of two matmuls each
 RANDOM = jax.random.split(jax.random.key(0), 6)
@@ -76,3 +81,26 @@ def test_what_may_not_be_saved_is_not():
             array.size for array in jax.tree.leaves(jax.eval_shape(parts.forward, WEIGHTS, X, REST)[2:])
         )
     assert sizes[nothing] == X.size < sizes[matmuls] < sizes[everything]
+
+
+def test_the_results_of_a_kernel_may_be_saved():
+    kernel = plgpu.kernel(lambda x, y: None, out_type=jax.ShapeDtypeStruct((128,), jnp.float32))
+    assert [matmuls(equation) for equation in jax.make_jaxpr(kernel)(jnp.ones(128)).eqns] == [True]
+
+
+@pytest.mark.parametrize(("saveable", "loops"), [(matmuls, 1), (nothing, 2)])
+def test_attention_in_blocks_is_one_loop_forward_and_one_backward(monkeypatch, saveable, loops):
+    """Unless nothing is saved: then the backward pass repeats the forward loop."""
+    monkeypatch.setattr(chunked, "BLOCK", 4)
+    attend = functools.partial(mla_attention.attention, implementation="chunked", scale=1.0)
+
+    def attention(weights, x, rest):
+        q = (x @ weights)[:, :, None]
+        y = x + attend(q, x[:, :, None], x[:, :, None])[0][:, :, 0]
+        return y, jnp.mean(y), {}
+
+    weights, x = jnp.eye(D), jnp.ones((1, 8, D))
+    parts = split(attention, weights, x, {}, saveable)
+    _, _, early, late = jax.eval_shape(parts.forward, weights, x, {})
+    traced = jax.make_jaxpr(parts.backward)(weights, {}, x, early, late)
+    assert sum(equation.primitive.name == "scan" for equation in traced.jaxpr.eqns) == loops
