@@ -244,3 +244,41 @@ def cudnn_causal_attention(q_BTHQ: jax.Array, k_BTHQ: jax.Array, v_BTHU: jax.Arr
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     return cudnn.dot_product_attention(q_BTHQ, k_BTHQ, v_BTHU, scale=scale, mask_type=cudnn.MaskType.CAUSAL)
+
+
+def has_plugin(name: str) -> bool:
+    """Whether a plugin of jax is installed whose name begins so: "xla_cuda" (GPUs), "libtpu" (TPUs)."""
+    return any(module.startswith(name) for module in _jax_plugins())
+
+
+# What the compiler must know of a GPU of compute capability 9.0.
+HOPPER = """
+gpu_device_info {{
+  threads_per_block_limit: 1024  threads_per_warp: 32
+  shared_memory_per_block: 49152  shared_memory_per_core: 233472  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  memory_bandwidth: 3350000000000  l2_cache_size: 52428800  clock_rate_ghz: 1.98  device_memory_size: {memory}
+  cuda_compute_capability {{ major: 9 minor: 0 }}
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "NVIDIA {name}"
+"""
+
+
+def gpu_topology(name: str, memory_gb: int, shape: tuple[int, int, int]) -> list[jax.Device]:
+    """Returns Hopper GPUs to compile for, none of which need be here: slices x hosts x GPUs per host."""
+    from jax.experimental import topologies
+
+    known = HOPPER.format(memory=memory_gb * 10**9, name=name.upper())
+    description = topologies.get_topology_desc(name, "cuda", target_config=known, topology="x".join(map(str, shape)))
+    return list(description.devices)
+
+
+def tpu_topology(name: str) -> list[jax.Device]:
+    """Returns the chips of a TPU slice to compile for, such as "v5p:2x2x2", none of which need be here."""
+    from jax.experimental import topologies
+
+    return list(topologies.get_topology_desc(name, platform="tpu").devices)

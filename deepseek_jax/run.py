@@ -11,17 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from deepseek_jax import release
 from deepseek_jax.abstract_model import AHEAD
 from deepseek_jax.convert.hf import copy_files
+from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.kernels import Kernels
 from deepseek_jax.layers.base import Tree
 from deepseek_jax.models import family
+from deepseek_jax.parallel.mesh import batch_shape
 from deepseek_jax.parallel.sharding import is_axes
 from deepseek_jax.plan import flops
 from deepseek_jax.plan.layout import end_in_layers
@@ -114,6 +117,13 @@ def batch_ramp(config: ConfigDict, n_replicas: int) -> BatchRamp:
                 f"{config.pipeline.micro_batches} micro-batches. Choose a multiple of {multiple}."
             )
     return ramp
+
+
+def abstract_batch(config: ConfigDict, mesh: Mesh) -> Batch:
+    """Returns the samples of a step after the ramp as shapes, laid out on a mesh."""
+    shape = config.batch.size, config.data.seq_len
+    ids = batch_shape(shape, jnp.int32, mesh)
+    return Batch(ids, ids, ids, ids, batch_shape(shape, jnp.float32, mesh))
 
 
 def first_state(config: ConfigDict, trainer: Trainer, workdir: Path, report: Callable[[str], None]) -> State:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from deepseek_jax.chips import CHIPS, chip, chips_of
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _options, _pictures, _suggest
+from deepseek_jax.launch import _compile, _options, _pictures, _suggest
 from deepseek_jax.launch._tables import print_table
 from deepseek_jax.models import family
 from deepseek_jax.plan import figures, report
@@ -34,13 +34,21 @@ def run(config: ConfigDict, options: SimpleNamespace) -> int:
     """Plans, or suggests, and prints; returns the exit code."""
     name_chips(options)
     subject = subject_of(config, is_whole=not any(key.startswith("model.") for key in options.overrides))
+    if options.compile and options.recipe not in ("", "run"):
+        raise UserError(f"--compile with --recipe={options.recipe}: train runs recipe run. Leave --recipe out.")
+    options.recipe = "run" if options.compile else options.recipe
     if options.suggest:
         return _suggest.only(config, options, subject)
     job = job_of(config, options, subject)
+    if options.compile:
+        _compile.check(options, job.layout.devices)
     question = question_of(config, options, subject, job)
     memory, known = fullest(job, question.kept, question.loss_chunk), (question.efficiency, question.efficiency_mark)
     sections = [verdict(job, memory, *known, _suggest.hindrances(config, job)), *report.report(subject, job, question)]
     instead = []
+    if options.compile:
+        step = _compile.compiled_step(config, job, options)
+        sections += report.compiled(job, step, report.memory_of(job, question))
     if memory > capacity(job):
         instead = _suggest.sections(config, options, subject, job.layout.devices)
     if options.picture:

@@ -11,6 +11,7 @@
     deepseek-jax plan --json > plan.json
     deepseek-jax plan --picture=memory.png                     # bars: the memory of a device, part by part
     deepseek-jax plan --draw=schedule.svg                      # what each device along the pipeline runs, over time
+    deepseek-jax plan --compile                                # compiles the step for 2,048 devices that need not exist
 
 Everything follows from the shapes of the weights and stated formulas (the modules of deepseek_jax.plan say which), and
 every number says what it is: derived, published, given, or fitted (it rests on the one efficiency that was calibrated
@@ -20,6 +21,12 @@ as its mesh says, 1F1B, recipe run. A published step time joins the table if the
 
 A plan opens with its verdict. --suggest looks for meshes, sharding rules, micro-batches and recomputation that fit
 and says which of them deepseek-jax train can run today; a plan that does not fit ends with the same.
+
+--compile traces, lowers and compiles the step that deepseek-jax train would run in this layout, in a process of its
+own and without allocating any weight, for emulated CPU devices or for --target: h100, h200 and h800 (with the CUDA
+plugin of jax installed) or a TPU slice by its shape, v5p:8x16x16 (with libtpu). It reports the memory of a device
+beside the plan's, every kind of collective with its axes, count and bytes, and what compiling took. It stops when
+the process takes more than --memory. The recipe is run; the batch is the one after the ramp.
 
 Recipes: run is what deepseek-jax train does (float32 weights; config.precision, config.run.remat); bf16 keeps
 bfloat16 weights over float32 ones that are split over the replicas; v3 is the report's FP8 training and recomputation.
@@ -64,6 +71,9 @@ EXTRA = {
         "workdir of a run: its experts' loads, the imbalance of devices, redundant experts",
         path(),
     ),
+    "compile": (bool, False, "compile the training step, and compare its memory with the plan's"),
+    "target": (str, "cpu", "what --compile compiles for: cpu, h100, h200, h800, or a TPU slice like v5p:8x16x16"),
+    "memory": (float, 8.0, "GiB that compiling may take before it is stopped", number(0.1, 1e4)),
     "json": (bool, False, "print one JSON object"),
     "picture": (str, "", "file for a bar chart of the memory, like memory.png", path()),
     "draw": (str, "", "file for a drawing of the pipeline's schedule, like schedule.svg", path()),

@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from deepseek_jax.errors import UserError
 
@@ -99,6 +100,11 @@ def global_batch(local: Any, mesh: Mesh) -> Any:
     """One global array per host array of `local`, the rows of all processes in order, split over all devices."""
     sharding = NamedSharding(mesh, BATCH)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), local)
+
+
+def batch_shape(shape: tuple[int, ...], dtype: DTypeLike, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """An array of a batch as shapes, split over all devices as `global_batch` splits it."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, BATCH))
 
 
 def batch_share(mesh: Mesh) -> tuple[int, int]:

@@ -89,7 +89,7 @@ def run_pipeline(
     nothing = jax.tree.map(_zeros, shapes)
     pools = Pools(*(_pool(getattr(shapes, pool), table.slots[pool] + 1) for pool in POOLS))
     sums = jax.tree.map(lambda a: _zero_sums(a, len(weights)), (shapes.gradient, shapes.report))
-    switches = _switches(table, overlap)
+    switches = switches_of(table, overlap)
     programs = [
         [_branch(branch, switch.kinds, stages, weights, fixed, rest, nothing) for branch in switch.branches]
         for switch in switches
@@ -115,7 +115,7 @@ def run_pipeline(
     return [gradient for gradient, _ in of_chunks], [report for _, report in of_chunks]
 
 
-def _switches(table: TickTable, overlap: bool) -> list[Switch]:
+def switches_of(table: TickTable, overlap: bool) -> list[Switch]:
     """Returns the switches of a tick, in the order in which they run."""
     if overlap:
         return [Switch("FBW", table.branches, table.branch)]
@@ -126,6 +126,12 @@ def _switches(table: TickTable, overlap: bool) -> list[Switch]:
         return Switch(kind, branches, np.array([branches.index(parts) for parts in own], np.int32)[table.branch])
 
     return [of(kind) for kind in "FBW"]
+
+
+def branch_runs(table: TickTable, overlap: bool, rank: int) -> list[list[int]]:
+    """Returns how often a rank runs each branch of each switch in the loop over ticks, in the order of the switches."""
+    switches = switches_of(table, overlap)
+    return [np.bincount(it.column[:, rank], minlength=len(it.branches)).tolist() for it in switches]
 
 
 def _rows(table: TickTable, switches: Sequence[Switch]) -> dict:

@@ -6,6 +6,7 @@
 | published | a measurement or statement of someone else, copied |
 | given | a number from the command line or the config |
 | fitted | depends on the recipe's efficiency, calibrated on one measurement (`recipes`) |
+| compiled | read from the traced or compiled training step, which did not run |
 | derived/published, derived/given | computed from a published or given number |
 """
 
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 from deepseek_jax import units
 
-DERIVED, PUBLISHED, GIVEN, FITTED = "derived", "published", "given", "fitted"
+DERIVED, PUBLISHED, GIVEN, FITTED, COMPILED = "derived", "published", "given", "fitted", "compiled"
 GIB, GIGA = 2**30, 1e9
 
 

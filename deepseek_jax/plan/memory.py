@@ -29,7 +29,7 @@ from deepseek_jax.plan.activations import ActivationBytes
 from deepseek_jax.plan.job import Job, Part
 from deepseek_jax.plan.layout import Stage
 from deepseek_jax.plan.network import HIGH_PRECISION
-from deepseek_jax.plan.recipes import V3_POLICY
+from deepseek_jax.plan.recipes import MASTER, V3_POLICY
 
 PARTS: tuple[str, ...] = ("weights", "gradients", "pipeline_copy", "masters", "optimizer", "activations")
 PARTS += ("kept_once", "layer_at_work", "logits", "exchange_buffers", "router_biases")
@@ -70,6 +70,13 @@ def by_rank(job: Job, kept: Mapping[str, ActivationBytes], loss_chunk: int) -> l
 def fullest(job: Job, kept: Mapping[str, ActivationBytes], loss_chunk: int) -> float:
     """Returns the bytes on the fullest device."""
     return max(sum(parts.values()) for parts in by_rank(job, kept, loss_chunk))
+
+
+def between_steps(job: Job, rank: int) -> float:
+    """Returns the bytes that a device keeps between steps: its parts of the float32 weights, moments, router biases."""
+    numbers = sum(part.optimizer_numbers for hold in job.ranks[rank] for part in job.parts[hold.stage])
+    each = (MASTER + job.recipe.moments) / job.schedule.arrangement.copies
+    return numbers * each + BIAS * job.network.router_biases
 
 
 def capacity(job: Job) -> float:

@@ -3,6 +3,7 @@
 from deepseek_jax.plan.figures import Section
 from deepseek_jax.plan.job import Job
 from deepseek_jax.plan.report.balance import balance
+from deepseek_jax.plan.report.compiled import compiled as compiled
 from deepseek_jax.plan.report.division import layout, memory, traffic
 from deepseek_jax.plan.report.inputs import PlannedModel, PlanOptions, memory_of
 from deepseek_jax.plan.report.model import operations, parameters

@@ -1,0 +1,85 @@
+"""A compiled step beside the plan: memory per device, collectives, and what compiling took."""
+
+from collections.abc import Mapping, Sequence
+
+from deepseek_jax import units
+from deepseek_jax.plan import figures
+from deepseek_jax.plan.compiled import IN_HLO, CompiledStep
+from deepseek_jax.plan.figures import COMPILED, DERIVED, Column, Figure, Row, Section
+from deepseek_jax.plan.job import Job
+from deepseek_jax.plan.memory import between_steps
+
+AGREES = 0.15  # part of the compiled bytes by which a plan may differ
+
+
+def compiled(job: Job, step: CompiledStep, ranks: Sequence[Mapping[str, float]]) -> list[Section]:
+    """Returns the memory beside that of the plan's fullest device, the collectives, and the time."""
+    return [memory(job, step, ranks), sent(step), compiling(step)]
+
+
+def memory(job: Job, step: CompiledStep, ranks: Sequence[Mapping[str, float]]) -> Section:
+    """Returns the memory of a device: planned for the fullest one, compiled, and where they differ."""
+    totals = [sum(parts.values()) for parts in ranks]
+    kept, total = between_steps(job, totals.index(max(totals))), max(totals)
+    batch = 5 * 4.0 * job.layout.tokens * job.layout.micro_batches  # ids, targets, segments, positions, weights
+    state = step.arguments - step.batch
+    pairs = [
+        ("state", "weights and optimizer, between steps", kept, state, "arguments, donated"),
+        ("batch", "batch", batch, step.batch, "arguments"),
+        ("temporaries", "while a step runs", total - kept, step.temporaries + step.outputs, _note(step)),
+        ("total", "total", total + batch, step.total, ""),
+    ]
+    columns = [Column("planned", DERIVED, "planned"), Column("compiled", COMPILED, "compiled")]
+    columns.append(Column("planned - compiled", f"{DERIVED}/{COMPILED}", "difference"))
+    return Section("compiled_memory", "memory, compiled", tuple(_row(*pair) for pair in pairs), tuple(columns))
+
+
+def _note(step: CompiledStep) -> str:
+    """Returns a remark about the temporaries."""
+    found = f"{units.binary(step.carried)} of them from turn to turn of the loop"
+    return found + ("; products of bfloat16 are float32 on a CPU" if step.target == "cpu" else "")
+
+
+def _row(key: str, label: str, planned: float, found: float, note: str) -> Row:
+    """Returns a row, which says so if the numbers do not agree."""
+    share = (planned - found) / found if found else 0.0
+    differs = "" if abs(share) <= AGREES else f"differs by more than {AGREES:.0%}"
+    difference = Figure(f"{key}_percent", 100 * share, f"{share:+.1%}", f"{DERIVED}/{COMPILED}")
+    cells = (figures.gib(key, planned), figures.gib(key, found, COMPILED), difference)
+    return Row(label, cells, "; ".join(filter(None, (differs, note))))
+
+
+def sent(step: CompiledStep) -> Section:
+    """Returns the collectives by kind and axes, of the pipeline rank that sends most."""
+    rows = []
+    for it in step.sent:
+        key = f"{it.kind}_{'_'.join(it.axes)}"
+        cells = (
+            figures.plain(f"{key}_count", it.in_program, COMPILED),
+            Figure(f"{key}_count", it.per_step, f"{it.per_step:,.0f}", COMPILED),
+            Figure(f"{key}_gb", it.n_bytes / figures.GIGA, figures.metric(it.n_bytes, "B"), COMPILED),
+        )
+        rows.append(Row(f"{it.kind} over {', '.join(it.axes)}", cells))
+    keys = {"in the program": "in_program", "per step": "per_step", "bytes sent per step": "sent"}
+    columns = tuple(Column(name, COMPILED, key) for name, key in keys.items())
+    return Section("compiled_collectives", "collectives of a device", tuple(rows), columns)
+
+
+def compiling(step: CompiledStep) -> Section:
+    """Returns what compiling took, and what XLA made of the collectives."""
+    rows = [
+        (name, Figure(f"{name}_s", seconds, figures.seconds(seconds), COMPILED), "")
+        for name, seconds in step.seconds.items()
+    ]
+    total = sum(step.seconds.values())
+    rows.append(
+        ("total", Figure("total_s", total, figures.seconds(total), COMPILED), f"for {step.n_devices:,} devices")
+    )
+    rows.append(("peak memory", figures.gib("peak_memory", step.peak_bytes, COMPILED), "of the process that compiled"))
+    traced = dict.fromkeys(step.in_hlo, 0)
+    for it in step.sent:
+        name = IN_HLO.get(it.kind, it.kind.replace("_", "-"))
+        traced[name] = traced.get(name, 0) + it.in_program
+    made = ", ".join(f"{step.in_hlo.get(name, 0)} {name} of {n}" for name, n in traced.items())
+    rows.append(("instructions", figures.plain("instructions_count", step.n_instructions, COMPILED), made))
+    return figures.column("compiling", "compiling", rows)
