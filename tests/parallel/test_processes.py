@@ -103,7 +103,7 @@ def write_corpus(folder: Path) -> None:
 
 
 TWO_BY_TWO = ("mesh.data=2", "mesh.expert=2")
-PIPELINE = ("mesh.pipe=2", "mesh.expert=2", "pipeline.micro_batches=4")  # each process is one rank
+PIPELINE = ("mesh.pipe=2", "mesh.data=2", "pipeline.micro_batches=4")  # each process is one rank
 
 
 def start(
