@@ -109,6 +109,16 @@ def test_bfloat16_is_as_exact_as_its_roundings(name):
     assert [relative(*pair) <= bound for *pair, bound in zip(found, expected, (3e-3, 3e-3, *(1e-2,) * 3), strict=True)]
 
 
+def test_one_visible_key_is_copied():
+    """However large the scores, and in the middle of a block."""
+    q, k, v = numbers(1, 40, 40, 2, 2, jnp.bfloat16, INPUTS["large logits"])
+    alone = jnp.arange(40, dtype=jnp.int32)[None]
+    o, lse, *_ = results(q, k, v, (alone, alone), implementation="chunked")
+    np.testing.assert_array_equal(o, v)
+    scores = SCALE * np.einsum("bthq,bthq->bht", *(np.asarray(x, np.float64) for x in (q, k)))
+    np.testing.assert_allclose(lse, scores, rtol=1e-5, atol=1e-4)
+
+
 def test_queries_that_see_nothing_move_nothing():
     """Neither by themselves, nor where their results have gradients that are not finite."""
     q, k, v = numbers(1, 20, 20, 2, 2, np.float32)
