@@ -3,6 +3,8 @@
 attention       the public function: checks its arguments, calls the implementation that is named
 reference.py    the definition, in plain jax.numpy
 chunked.py      by blocks of queries and keys, in plain jax: any device, memory linear in the tokens
+gpu.py          Hopper: Pallas Mosaic GPU; gpu_forward.py and gpu_backward.py are its kernels
+visits.py       which blocks of the other sequence a tile visits, and which processor computes which tiles
 """
 
 from pallas_kernels.mla_attention.api import SAVED, attention

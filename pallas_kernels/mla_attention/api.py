@@ -26,7 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.mla_attention import chunked, reference
 from pallas_kernels.mla_attention.reference import Segments
 
-IMPLEMENTATIONS = ("reference", "chunked")
+IMPLEMENTATIONS = ("reference", "chunked", "mosaic_gpu")
 SAVED = ("attention_out", "attention_lse")  # names, for `jax.checkpoint`, of what the forward pass saves besides inputs
 
 
@@ -50,8 +50,9 @@ def attention(
         q_BTHQ: queries; query i stands at position i + q_offset.
         k_BSZQ, v_BSZU: keys and values, key j at position j, in the dtype of q. H is a multiple of Z; the width U of
             values may differ from Q. Keys that no query sees must be finite as well.
-        implementation: "reference" (any device, stores all scores) or "chunked" (any device, memory linear in T and
-            S). There is no fallback from one to another.
+        implementation: "reference" (any device, stores all scores), "chunked" (any device, memory linear in T and S)
+            or "mosaic_gpu" (Hopper, 16 bits, widths that are multiples of 64). There is no fallback from one to
+            another.
         scale: factor of the scores.
         segments: documents of the queries [B, T] and of the keys [B, S], integers; a query sees only keys of its own
             document. None: all are of one.
@@ -84,6 +85,10 @@ class _How:
 
     def module(self) -> Any:
         """The implementation."""
+        if self.implementation == "mosaic_gpu":
+            from pallas_kernels.mla_attention import gpu  # Mosaic GPU is not part of every JAX build
+
+            return gpu
         return {"chunked": chunked}[self.implementation]
 
 

@@ -31,6 +31,7 @@ from pallas_kernels.fp8_matmul import gpu as matmul  # noqa: E402
 from pallas_kernels.fp8_matmul import tiles  # noqa: E402
 from pallas_kernels.grouped_matmul import pipeline, rows, weights  # noqa: E402
 from pallas_kernels.grouped_matmul import tiles as grouped_tiles  # noqa: E402
+from pallas_kernels.mla_attention import gpu_backward, gpu_forward  # noqa: E402
 from pallas_kernels.quantize import gpu as quantise  # noqa: E402
 
 # What the compiler must know of a chip of compute capability 9.0; the figures are an H100's.
@@ -67,6 +68,8 @@ TILED = (4096, 2112, 7168), (7168, 2048, 4096)  # with each of the tiles, by ope
 GRADIENT = (4096, 7168, 4096)
 QUANTISED = [(BF16, "fp32"), (BF16, "ue8m0"), (F32, "fp32")]
 SWIGLUS = [(BF16, "fp32", False), (BF16, "ue8m0", True), (F32, "fp32", True)]  # the last: a factor per row
+# Tokens, heads of queries and of keys, their width, that of values; V3's, V1's 67B model, a tiny one.
+ATTENDED = [(4096, 128, 128, 192, 128), (4096, 64, 8, 128, 128), (1000, 2, 1, 64, 64)]
 GROUPED = ((32, 8192, 2048, 7168), (3, 1003, 128, 384))  # groups, rows, D, F
 
 
@@ -132,7 +135,31 @@ def grouped() -> dict:
     return calls
 
 
-PARTS = {"dense": dense, "grouped": grouped}
+def attend(call, q, k, v, *rest):
+    """An attention kernel; documents come last."""
+    n = 0 if call is gpu_forward.forward else 3
+    return call(q, k, v, rest[n:] or None, 0, *rest[:n], scale=0.07)
+
+
+def attention() -> dict:
+    """Attention, forward and backward, without and with documents."""
+    calls = {}
+    for t, h, z, width, v_width in ATTENDED:
+        ids = (((1, t), jnp.int32),) * 2
+        inputs = (((1, t, h, width), BF16), ((1, t, z, width), BF16), ((1, t, z, v_width), BF16))
+        numbers = ((1, h, t), F32)
+        later = (numbers, ((1, t, h, v_width), BF16), numbers)
+        size = f"{t}x{h}x{z}x{width}x{v_width}"
+        for documents, more in (("", ()), (" documents", ids)):
+            name = f"{size}{documents}"
+            calls[f"attention {name}"] = functools.partial(attend, gpu_forward.forward), (*inputs, *more)
+            for of_keys in (False, True):
+                call = functools.partial(attend, functools.partial(gpu_backward.backward, of_keys=of_keys))
+                calls[f"attention of {'keys' if of_keys else 'queries'} {name}"] = call, (*inputs, *later, *more)
+    return calls
+
+
+PARTS = {"dense": dense, "grouped": grouped, "attention": attention}
 
 
 def main(parts: list[str]) -> None:

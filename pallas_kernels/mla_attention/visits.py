@@ -1,0 +1,103 @@
+"""Which blocks of keys a tile of queries has to visit, or which blocks of queries a tile of keys.
+
+A block is skipped if no pair of it is visible, and needs no mask if all of them are. Of the blocks along a tile these
+are runs:
+
+    first ...... whole_from ......... whole_to ...... end
+          masked            unmasked          masked
+
+Causality alone gives them exactly. Documents are compared by the smallest and the largest id of a tile, which is exact
+for packed documents, whose ids ascend, and visits too many blocks otherwise, never too few.
+"""
+
+import heapq
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.mla_attention.reference import Segments
+
+
+def visits_of_queries(
+    sizes: tuple[int, int], tiles: tuple[int, int], segments: Segments | None, q_offset: int | jax.Array
+) -> jax.Array:
+    """Returns int32 [B or 1, tiles of queries, 4]: the blocks of keys (first, whole_from, whole_to, end) of each.
+
+    There is always at least one block, so that a kernel needs no case for none. `sizes` and `tiles` are lengths and
+    tile lengths along (queries, keys).
+    """
+    some, whole = _visible(sizes, tiles, segments, q_offset)
+    return _runs(some, whole)
+
+
+def visits_of_keys(
+    sizes: tuple[int, int], tiles: tuple[int, int], segments: Segments | None, q_offset: int | jax.Array
+) -> jax.Array:
+    """Returns int32 [B or 1, tiles of keys, 4]: the blocks of queries of each; else as `visits_of_queries`."""
+    some, whole = _visible(sizes, tiles, segments, q_offset)
+    return _runs(some.swapaxes(1, 2), whole.swapaxes(1, 2))
+
+
+def _visible(sizes: tuple, tiles: tuple, segments: Segments | None, q_offset: int | jax.Array) -> tuple:
+    """Whether some pair, and whether every pair of a tile of queries and one of keys is visible: [B or 1, .., ..]."""
+    (t, s), (rows, keys) = sizes, tiles
+    row = jnp.arange(-(-t // rows))[:, None] * rows
+    key = jnp.arange(-(-s // keys))[None, :] * keys
+    some = key <= jnp.minimum(row + rows, t) - 1 + q_offset
+    whole = (key + keys - 1 <= row + q_offset) & (key + keys <= s)
+    if segments is None:
+        return some[None], whole[None]
+    (q_low, q_high), (k_low, k_high) = (_extremes(ids, tile) for ids, tile in zip(segments, tiles, strict=True))
+    near = (k_low[:, None] <= q_high[:, :, None]) & (k_high[:, None] >= q_low[:, :, None])
+    alike = (q_low == q_high)[:, :, None] & (k_low == k_high)[:, None] & (q_low[:, :, None] == k_low[:, None])
+    return some & near, whole & alike
+
+
+def _extremes(ids: jax.Array, tile: int) -> tuple:
+    """Smallest and largest id of each tile, [B, tiles]."""
+    filled = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % tile)), mode="edge").reshape(ids.shape[0], -1, tile)
+    return filled.min(axis=2), filled.max(axis=2)
+
+
+def _runs(some: jax.Array, whole: jax.Array) -> jax.Array:
+    """The runs along the last axis."""
+    n = some.shape[-1]
+    block = jnp.arange(n)
+    first = jnp.min(jnp.where(some, block, n - 1), axis=-1)
+    end = jnp.maximum(jnp.max(jnp.where(some, block + 1, 0), axis=-1), first + 1)
+    whole_from = jnp.min(jnp.where(whole, block, n), axis=-1)
+    whole_from = jnp.where(whole_from < n, whole_from, first)
+    broken = ~whole & (block >= whole_from[..., None])
+    whole_to = jnp.min(jnp.where(broken, block, n), axis=-1)
+    return jnp.stack([first, whole_from, whole_to, end], axis=-1).astype(jnp.int32)
+
+
+def jobs(costs: np.ndarray, n_groups: int, n_workers: int) -> np.ndarray:
+    """Divides jobs among workers ahead of time, as if each took the next one when done: int32 [workers, 1 + most].
+
+    Job j of group g is number g * len(costs) + j. Those of a group follow one another, because they find their operands
+    in the cache, the longest first. The last groups are mixed, the longest of all first, so that no long job begins
+    when others are nearly done. A worker's row is how many jobs it has, then their numbers.
+
+    Args:
+        costs: of the jobs of a group.
+        n_groups: how many times these jobs are there.
+        n_workers: how many work at the same time.
+    """
+    n_workers = min(n_workers, n_groups * len(costs))
+    mixed = min(n_groups, math.ceil(n_workers * costs.max() / costs.sum()))
+    in_group = np.argsort(-costs, kind="stable")
+    one_by_one = np.arange(n_groups - mixed)[:, None] * len(costs) + in_group
+    at_last = in_group[:, None] + np.arange(n_groups - mixed, n_groups) * len(costs)
+    mine: list[list[int]] = [[] for _ in range(n_workers)]
+    free = [(0.0, worker) for worker in range(n_workers)]
+    for number in np.concatenate([one_by_one.ravel(), at_last.ravel()]).tolist():
+        busy, worker = free[0]
+        heapq.heapreplace(free, (busy + float(costs[number % len(costs)]), worker))
+        mine[worker].append(number)
+    table = np.zeros((n_workers, 1 + max(map(len, mine))), np.int32)
+    for row, numbers in zip(table, mine, strict=True):
+        row[: 1 + len(numbers)] = [len(numbers), *numbers]
+    return table
