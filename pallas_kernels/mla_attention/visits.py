@@ -87,7 +87,7 @@ def jobs(costs: np.ndarray, n_groups: int, n_workers: int) -> np.ndarray:
         n_workers: how many work at the same time.
     """
     n_workers = min(n_workers, n_groups * len(costs))
-    mixed = min(n_groups, math.ceil(n_workers * costs.max() / costs.sum()))
+    mixed = min(n_groups, math.ceil(3 * n_workers * costs.max() / costs.sum()))  # three times what the longest takes
     in_group = np.argsort(-costs, kind="stable")
     one_by_one = np.arange(n_groups - mixed)[:, None] * len(costs) + in_group
     at_last = in_group[:, None] + np.arange(n_groups - mixed, n_groups) * len(costs)
