@@ -26,7 +26,7 @@ import numpy as np
 
 from deepseek_jax.bounds import number, path, whole
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _bench_grouped, _options, _tune_kernels
+from deepseek_jax.launch import _bench_attention, _bench_grouped, _options, _tune_kernels
 from deepseek_jax.precision.quantize import quantize_blocks
 from pallas_kernels import tile_table
 from pallas_kernels.fp8_matmul import fp8_matmul, tiles
@@ -37,11 +37,13 @@ from pallas_kernels.quantize.reference import quantize_rows
 FORWARD = "4096x2112x7168,4096x24576x1536,4096x32768x512,4096x7168x16384,4096x4096x7168,4096x7168x2048"
 SMALL = "64x2112x7168,128x7168x2048"
 GROUPED = "4x8192x4096x7168,4x8192x7168x2048,32x256x4096x7168,32x256x7168x2048"
+ATTENTION = "1x4096x128x128x192x128,1x16384x128x128x192x128"
 EXTRA = {
     "shapes": (str, f"{FORWARD},{SMALL}", "m x n x k of the products, separated by commas"),
     "gradient_shapes": (str, "4096x7168x4096,7168x2048x4096", "of weight gradients: scales per 1 x 128 on both sides"),
     "quantize_shapes": (str, "4096x7168,8192x7168", "m x k of matrices to quantise along both axes"),
     "grouped_shapes": (str, GROUPED, "groups x rows x n x k of grouped matmuls"),
+    "attention_shapes": (str, ATTENTION, "batch x tokens x heads of queries x of keys x their width x values' width"),
     "rounds": (int, 9, "times that each side is measured", whole(1, 10**6)),
     "seconds": (float, 0.03, "length of one measurement", number(1e-6, 3600)),
     "peer": (bool, True, "measure torch as well, if it is installed"),
@@ -75,6 +77,9 @@ def main(argv: list[str]) -> int:
     for groups, rows, n, k in parsed(options.grouped_shapes, 4):
         for kind in _bench_grouped.KINDS:
             report(_bench_grouped.grouped_row(groups, rows, n, k, kind, options), options.json)
+    for shape in parsed(options.attention_shapes, 6):
+        for kind in _bench_attention.KINDS:
+            report(_bench_attention.attention_row(shape, kind, options), options.json)
     return 0
 
 
@@ -100,7 +105,7 @@ def parsed(text: str, n_sizes: int) -> list[tuple[int, ...]]:
     except ValueError:
         shapes = [()]
     if not all(len(shape) == n_sizes and min(shape) > 0 for shape in shapes):
-        form = "x".join(["4096", "7168", "2048", "512"][:n_sizes])
+        form = "x".join(["4096", "7168", "2048", "512", "192", "128"][:n_sizes])
         raise UserError(f"shapes {text!r}: expected positive sizes such as {form}, separated by commas.")
     return shapes
 
