@@ -28,7 +28,6 @@ from typing import Any
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
@@ -106,7 +105,7 @@ def backward(
     matrices = q_BTHQ, do_BTHU.astype(v_BSZU.dtype), k_BSZQ, v_BSZU
     starts = jnp.where(lse_BHT == -jnp.inf, UNSEEN, lse_BHT / scale)
     numbers = padded(starts, plan.q_tile, UNSEEN), padded(delta_BHT, plan.q_tile, 0.0)
-    jobs = jnp.asarray(plan.jobs(q_offset if isinstance(q_offset, int) else s - t))
+    jobs = plan.jobs(q_offset if isinstance(q_offset, int) else s - t)
     offset, ranges = jnp.full((1,), q_offset, jnp.int32), plan.ranges(segments, q_offset)
     ids = () if segments is None else (padded(segments[0], plan.q_tile), padded(segments[1], plan.k_tile))
     return plan.call(interpret)(*matrices, *numbers, jobs, ranges, offset, *ids)
@@ -174,14 +173,14 @@ class Plan:
         find = visits.visits_of_keys if self.of_keys else visits.visits_of_queries
         return find((self.t, self.s), (self.q_tile, self.k_tile), segments, q_offset)
 
-    def jobs(self, q_offset: int) -> np.ndarray:
+    def jobs(self, q_offset: int) -> jax.Array:
         """Which CTA computes which tiles."""
-        begin = np.arange(self.n_tiles) * self.tuning.rows
+        begins = range(0, self.n_tiles * self.tuning.rows, self.tuning.rows)
         if self.of_keys:
-            blocks = self.passes * np.clip(self.t + q_offset - begin, 1, self.t) / self.tuning.block
+            rows = [self.passes * min(max(self.t + q_offset - begin, 1), self.t) for begin in begins]
         else:
-            blocks = np.clip(begin + self.tuning.rows + q_offset, 1, self.s) / self.tuning.block
-        return visits.jobs(blocks + 2, self.groups, self.n_processors)
+            rows = [min(max(begin + self.tuning.rows + q_offset, 1), self.s) for begin in begins]
+        return visits.jobs([n / self.tuning.block + 2 for n in rows], self.groups, self.n_processors)
 
     def call(self, interpret: object) -> Callable:
         """The kernel, a function of q, do, k, v, lse, delta, jobs, ranges, offset and, with documents, their ids."""

@@ -28,7 +28,6 @@ from typing import Any
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
@@ -101,7 +100,7 @@ def forward(
     ranges = plan.ranges(segments, q_offset)
     ids = () if segments is None else (padded(segments[0], tuning.rows), padded(segments[1], tuning.keys))
     offset = jnp.full((1,), q_offset, jnp.int32)
-    jobs = jnp.asarray(plan.jobs(q_offset if isinstance(q_offset, int) else s - t))
+    jobs = plan.jobs(q_offset if isinstance(q_offset, int) else s - t)
     o_BTHU, lse_BHT = plan.call(interpret)(q_BTHQ, k_BSZQ, v_BSZU, jobs, ranges, offset, *ids)
     return o_BTHU, lse_BHT[:, :, :t]
 
@@ -150,12 +149,11 @@ class Plan:
         together = jnp.stack(jnp.broadcast_arrays(first, pairs[..., 1], pairs[..., 2], end), axis=-1)
         return together.reshape(found.shape[0], -1, 4)
 
-    def jobs(self, q_offset: int) -> np.ndarray:
+    def jobs(self, q_offset: int) -> jax.Array:
         """Which cluster computes which tiles."""
-        tuning = self.tuning
-        last = np.arange(1, self.n_tiles + 1) * tuning.rows * tuning.cluster + q_offset
-        blocks = np.clip(last, 1, self.s) / tuning.keys
-        return visits.jobs(blocks + 1, self.b * self.h, self.n_processors // tuning.cluster)
+        rows, keys = self.tuning.rows * self.tuning.cluster, self.tuning.keys
+        ends = [min(max(rows * (i + 1) + q_offset, 1), self.s) for i in range(self.n_tiles)]
+        return visits.jobs([end / keys + 1 for end in ends], self.b * self.h, self.n_processors // self.tuning.cluster)
 
     def call(self, interpret: object) -> Callable:
         """The kernel, a function of q, k, v, jobs, ranges, offset and, with documents, their ids."""

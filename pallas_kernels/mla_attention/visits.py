@@ -12,10 +12,10 @@ for packed documents, whose ids ascend, and visits too many blocks otherwise, ne
 
 import heapq
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.mla_attention.reference import Segments
 
@@ -74,7 +74,7 @@ def _runs(some: jax.Array, whole: jax.Array) -> jax.Array:
     return jnp.stack([first, whole_from, whole_to, end], axis=-1).astype(jnp.int32)
 
 
-def jobs(costs: np.ndarray, n_groups: int, n_workers: int) -> np.ndarray:
+def jobs(costs: Sequence[float], n_groups: int, n_workers: int) -> jax.Array:
     """Divides jobs among workers ahead of time, as if each took the next one when done: int32 [workers, 1 + most].
 
     Job j of group g is number g * len(costs) + j. Those of a group follow one another, because they find their operands
@@ -86,18 +86,16 @@ def jobs(costs: np.ndarray, n_groups: int, n_workers: int) -> np.ndarray:
         n_groups: how many times these jobs are there.
         n_workers: how many work at the same time.
     """
-    n_workers = min(n_workers, n_groups * len(costs))
-    mixed = min(n_groups, math.ceil(3 * n_workers * costs.max() / costs.sum()))  # three times what the longest takes
-    in_group = np.argsort(-costs, kind="stable")
-    one_by_one = np.arange(n_groups - mixed)[:, None] * len(costs) + in_group
-    at_last = in_group[:, None] + np.arange(n_groups - mixed, n_groups) * len(costs)
-    mine: list[list[int]] = [[] for _ in range(n_workers)]
-    free = [(0.0, worker) for worker in range(n_workers)]
-    for number in np.concatenate([one_by_one.ravel(), at_last.ravel()]).tolist():
+    n = len(costs)
+    mixed = min(n_groups, math.ceil(3 * n_workers * max(costs) / sum(costs)))  # three times what the longest takes
+    in_group = sorted(range(n), key=lambda j: -costs[j])
+    numbers = [g * n + j for g in range(n_groups - mixed) for j in in_group]
+    numbers += [g * n + j for j in in_group for g in range(n_groups - mixed, n_groups)]
+    mine: list[list[int]] = [[] for _ in range(min(n_workers, len(numbers)))]
+    free = [(0.0, worker) for worker in range(len(mine))]
+    for number in numbers:
         busy, worker = free[0]
-        heapq.heapreplace(free, (busy + float(costs[number % len(costs)]), worker))
+        heapq.heapreplace(free, (busy + costs[number % n], worker))
         mine[worker].append(number)
-    table = np.zeros((n_workers, 1 + max(map(len, mine))), np.int32)
-    for row, numbers in zip(table, mine, strict=True):
-        row[: 1 + len(numbers)] = [len(numbers), *numbers]
-    return table
+    most = max(map(len, mine))
+    return jnp.array([[len(own), *own, *[0] * (most - len(own))] for own in mine], jnp.int32)

@@ -45,7 +45,7 @@ def test_every_visible_block_is_visited_and_no_hidden_pair_goes_unmasked(q_offse
 
 def test_jobs_are_divided_evenly_and_completely():
     costs = np.arange(32) + 2.0
-    table = visits.jobs(costs, 128, 132)
+    table = np.asarray(visits.jobs(costs.tolist(), 128, 132))
     mine = [row[1 : 1 + row[0]] for row in table]
     assert sorted(np.concatenate(mine)) == list(range(32 * 128))
     loads = [costs[numbers % 32].sum() for numbers in mine]
