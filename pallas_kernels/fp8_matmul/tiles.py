@@ -91,7 +91,7 @@ class Tiles:
 
 WIDE = Tiles(rows=64, columns=256, cluster="rows", stages=3, store_columns=256, producer_registers=88)
 TALL = Tiles(
-    rows=64, columns=128, warpgroups=3, cluster="rows", store_columns=128, minor=0, raster=4, producer_registers=32
+    rows=64, columns=128, warpgroups=3, cluster="columns", store_columns=128, minor=0, raster=4, producer_registers=32
 )
 SQUARE = Tiles(rows=64, columns=128, cluster="rows", stages=5, store_columns=128, in_flight=2, together=2)
 FLOAT32 = Tiles(rows=64, columns=128, cluster="rows", stages=4, store_slots=2)

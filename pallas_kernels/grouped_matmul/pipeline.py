@@ -268,8 +268,13 @@ def next_stage(plan: Plan, stage: jax.Array) -> jax.Array:
 
 
 def _load(plan: Plan, refs: Refs) -> None:
-    """The loading warpgroup: fills stage after stage, each as soon as it is free."""
+    """The loading warpgroup, of which one warp works: the others would take issue slots from those that compute."""
     plgpu.set_max_registers(plan.tiles.producer_registers, action="decrease")
+    plgpu.warp_map(lambda warp: pl.when(warp == 0)(functools.partial(_load_jobs, plan, refs)))
+
+
+def _load_jobs(plan: Plan, refs: Refs) -> None:
+    """Fills stage after stage, each as soon as it is free."""
 
     def load_job(i: jax.Array, state: tuple) -> tuple:
         job = _job(plan, refs, i)
@@ -379,14 +384,16 @@ def _promoted_sums(
     """The sums of a job's chunks, scaled and added up in float32 after each block."""
 
     def add(step: jax.Array, state: tuple) -> tuple:
-        stage, sums = state
-        return next_stage(plan, stage), _add_block(plan, refs, job, step, stage, own_row, own_column, sums)
+        stage, block_scales, sums = state
+        added = _add_block(plan, refs, job, step, stage, own_row, own_column, block_scales, sums)
+        return next_stage(plan, stage), *added
 
     n_steps = plan.steps(job, own_row)
     if plan.waits_ahead:
         pl.when(n_steps > 0)(lambda: plgpu.barrier_wait(refs.loaded.at[stage]))
     zero = plgpu.layout_cast(jnp.zeros((CHUNK_ROWS, plan.tiles.chunk_columns), jnp.float32), plgpu.Layout.WGMMA)
-    stage, sums = lax.fori_loop(0, n_steps, add, (stage, dict.fromkeys(plan.chunks, zero)))
+    state = stage, _block_scales(plan, refs, job, jnp.int32(0), own_column), dict.fromkeys(plan.chunks, zero)
+    stage, _, sums = lax.fori_loop(0, n_steps, add, state)
     return _pass_by(plan, refs, n_steps, job, stage), sums
 
 
@@ -398,9 +405,10 @@ def _add_block(
     stage: jax.Array,
     own_row: int | jax.Array,
     own_column: int | jax.Array,
+    block_scales: dict,
     sums: dict,
-) -> dict:
-    """Adds a block of the contraction to the sums of a warpgroup's chunks.
+) -> tuple[dict, dict]:
+    """Adds a block of the contraction to the sums of a warpgroup's chunks; returns the scales for the next as well.
 
     While the tensor cores work on a chunk, scales are read, and the next block is waited for with `waits_ahead`; with
     two products in flight they also work on the next chunk while this one is promoted.
@@ -408,12 +416,13 @@ def _add_block(
     if not plan.waits_ahead:
         plgpu.barrier_wait(refs.loaded.at[stage])
     scales: list = []
+    upcoming = _block_scales(plan, refs, job, step + 1, own_column)
 
     def begin(accumulator: Any, i: int) -> None:
         r, c = plan.chunks[i]
         plgpu.wgmma(accumulator, *plan.operands(refs, stage, own_row + r, own_column + c, plan.tiles.chunk_columns))
         if i == 0:
-            scales.append(_scales(plan, refs, job, step, stage, own_row, own_column))
+            scales.append(_scales(plan, refs, stage, own_row, own_column, block_scales))
 
     def finish(products: jax.Array, i: int, sums: dict) -> dict:
         chunk = plan.chunks[i]
@@ -427,39 +436,44 @@ def _add_block(
             pl.when(step + 1 < job.n_steps)(lambda: plgpu.barrier_wait(following))
 
     shape = CHUNK_ROWS, plan.tiles.chunk_columns
-    return one_after_another(len(sums), plan.tiles.in_flight, shape, begin, finish, wait_ahead, sums)
+    sums = one_after_another(len(sums), plan.tiles.in_flight, shape, begin, finish, wait_ahead, sums)
+    return upcoming, sums
+
+
+def _block_scales(plan: Plan, refs: Refs, job: Job, step: jax.Array, own_column: int | jax.Array) -> dict:
+    """The scales of w per 128 x 128 by first column; none if w has a scale per 1 x 128.
+
+    They come from global memory, which takes longer than a chunk at the tensor cores, so they are read a step ahead.
+    """
+    if plan.by_row:
+        return {}
+    _, last_row, last_step = (size - 1 for size in refs.w_scale.shape)  # a tile may reach beyond the matrix
+    step = jnp.minimum(step, last_step)
+    rows = {
+        c: jnp.minimum(lax.div(job.column + own_column + c, BLOCK), last_row)
+        for c in range(0, plan.tiles.columns, BLOCK)
+    }
+    return {c: refs.w_scale[job.group, row, step] for c, row in rows.items()}
 
 
 def _scales(
     plan: Plan,
     refs: Refs,
-    job: Job,
-    step: jax.Array,
     stage: jax.Array,
     own_row: int | jax.Array,
     own_column: int | jax.Array,
+    block_scales: dict,
 ) -> tuple[dict, dict]:
     """The scales of x by first row of a chunk, and those of w by first column of a chunk."""
     rows = {
         r: mosaic_gpu.load(refs.x_scale_stages.at[stage, pl.ds(own_row + r, CHUNK_ROWS)], plgpu.Layout.WGMMA.reduce(1))
         for r in range(0, plan.tiles.rows, CHUNK_ROWS)
     }
-    unit = plan.tiles.chunk_columns if plan.by_row else BLOCK
-    columns = {
-        c: _column_scale(plan, refs, job, step, stage, own_column + c) for c in range(0, plan.tiles.columns, unit)
-    }
-    return rows, columns
-
-
-def _column_scale(
-    plan: Plan, refs: Refs, job: Job, step: jax.Array, stage: jax.Array, own_column: int | jax.Array
-) -> jax.Array:
-    """The scales of w for a chunk's columns: a vector, or one number that a block of 128 shares."""
-    if plan.by_row:
-        columns = pl.ds(own_column, plan.tiles.chunk_columns)
-        return mosaic_gpu.load(refs.w_scale_stages.at[stage, columns], plgpu.Layout.WGMMA.reduce(0))
-    last = refs.w_scale.shape[1] - 1  # a tile may reach beyond the matrix
-    return refs.w_scale[job.group, jnp.minimum(lax.div(job.column + own_column, BLOCK), last), step]
+    if not plan.by_row:
+        return rows, block_scales
+    unit = plan.tiles.chunk_columns
+    at = {c: refs.w_scale_stages.at[stage, pl.ds(own_column + c, unit)] for c in range(0, plan.tiles.columns, unit)}
+    return rows, {c: mosaic_gpu.load(ref, plgpu.Layout.WGMMA.reduce(0)) for c, ref in at.items()}
 
 
 def _promoted(plan: Plan, total: jax.Array, products: Any, r: int, c: int, rows: dict, columns: dict) -> jax.Array:

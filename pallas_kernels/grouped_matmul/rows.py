@@ -157,8 +157,8 @@ class RowsPlan(Plan):
         """See `Plan`."""
         rows, columns = self.tiles.cta
         depth = pl.ds(step * self.depth, self.depth)
-        # TMA copies from rows that are multiples of 8; `layout` makes them so.
-        x = refs.x.at[pl.ds(pl.multiple_of(job.row, UNIT), rows), depth]
+        # TMA copies from rows that are multiples of 8; `layout` makes them so, and this says so to the compiler.
+        x = refs.x.at[pl.ds(lax.div(job.row, UNIT) * UNIT, rows), depth]
         across = pl.ds(job.column, columns)
         w = refs.w.at[job.group, across, depth] if self.transposed else refs.w.at[job.group, depth, across]
         return (x, w, refs.x_scale.at[step, pl.ds(job.row, rows)]) if self.scaled else (x, w)

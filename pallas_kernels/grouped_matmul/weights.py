@@ -172,7 +172,8 @@ class WeightsPlan(Plan):
             depth = pl.ds(block * self.depth, self.depth)
             scales = refs.x_scale.at[block, rows], refs.w_scale.at[block, columns]
             return refs.x.at[rows, depth], refs.w.at[columns, depth], *scales
-        depth = pl.ds(pl.multiple_of(self._first_row(job, step), UNIT), self.depth)
+        row = lax.div(self._first_row(job, step), UNIT) * UNIT  # as `begin` is; this says so to the compiler
+        depth = pl.ds(row, self.depth)
         return refs.x.at[depth, rows], refs.w.at[depth, columns]
 
     def _clear(self, refs: Refs, job: Job, step: jax.Array, stage: jax.Array) -> None:
