@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from deepseek_jax.launch import _bench_kernels
 from deepseek_jax.precision.quantize import quantize_blocks
 from pallas_kernels import grouped_matmul as kernels
+from pallas_kernels.grouped_matmul import Groups, Scaled
 from pallas_kernels.quantize.reference import quantize_rows
 
 KINDS = ("bf16", "bf16 gradient", "fp8", "fp8 gradient")
@@ -52,8 +53,9 @@ def function(kind: str) -> Callable:
 
 def operands(groups: int, rows: int, n: int, k: int, kind: str, n_sets: int) -> list[tuple]:
     """Sets of operands of normally distributed numbers, different in every run."""
-    count = jnp.full(groups, rows, jnp.int32)
-    right = (groups * rows, n) if "gradient" in kind else (groups, n, k)
+    gradient = "gradient" in kind
+    sizes = Groups(jnp.full(groups, rows, jnp.int32), align=128 if kind == "fp8 gradient" else 1)
+    right = (groups * rows, n) if gradient else (groups, n, k)
 
     @jax.jit
     def draw(key: Any) -> Any:
@@ -62,11 +64,11 @@ def operands(groups: int, rows: int, n: int, k: int, kind: str, n_sets: int) -> 
             for key, shape in zip(jax.random.split(key), ((groups * rows, k), right), strict=True)
         )
         if kind == "bf16":
-            return x, w.swapaxes(1, 2), count
+            return x, w.swapaxes(1, 2), sizes
         if kind == "bf16 gradient":
-            return x, w, count
-        quantised_w = quantize_rows(w.T) if "gradient" in kind else jax.vmap(quantize_blocks)(w)
-        return *quantize_rows(x.T if "gradient" in kind else x), *quantised_w, count
+            return x, w, sizes
+        quantised_w = quantize_rows(w.T) if gradient else jax.vmap(quantize_blocks)(w)
+        return Scaled(*quantize_rows(x.T if gradient else x)), Scaled(*quantised_w), sizes
 
     key = jax.random.key(int.from_bytes(os.urandom(4), "little"))
     return jax.block_until_ready([draw(jax.random.fold_in(key, i)) for i in range(n_sets)])
@@ -74,8 +76,8 @@ def operands(groups: int, rows: int, n: int, k: int, kind: str, n_sets: int) -> 
 
 def relative_error(y: Any, operands: tuple, kind: str) -> float:
     """|y - expected| / |expected| for the first group, in float32, where `expected` comes from the same operands."""
-    *arrays, count = operands
-    rows, f32 = int(count[0]), jnp.float32
+    x, w, sizes = operands
+    rows, f32 = int(sizes.count_X[0]), jnp.float32
 
     def decoded(codes: Any, scale: Any) -> Any:
         return codes.astype(f32) * jnp.repeat(scale.T, 128, axis=1)
@@ -83,15 +85,14 @@ def relative_error(y: Any, operands: tuple, kind: str) -> float:
     @jax.jit
     def expected() -> tuple:
         if kind == "bf16":
-            return arrays[0][:rows].astype(f32), arrays[1][0].astype(f32)
+            return x[:rows].astype(f32), w[0].astype(f32)
         if kind == "bf16 gradient":
-            return arrays[0][:rows].astype(f32).T, arrays[1][:rows].astype(f32)
-        x, x_scale, w, w_scale = arrays
+            return x[:rows].astype(f32).T, w[:rows].astype(f32)
         if kind == "fp8":
-            scales = jnp.repeat(jnp.repeat(w_scale[0], 128, 0), 128, 1)
-            return decoded(x[:rows], x_scale[:, :rows]), (w[0].astype(f32) * scales).T
-        blocks = rows // 128
-        return decoded(x[:, :rows], x_scale[:blocks]), decoded(w[:, :rows], w_scale[:blocks]).T
+            scales = jnp.repeat(jnp.repeat(w.scale[0], 128, 0), 128, 1)
+            return decoded(x.codes[:rows], x.scale[:, :rows]), (w.codes[0].astype(f32) * scales).T
+        x_rows, w_rows = (decoded(a.codes[:, :rows], a.scale[: rows // 128]) for a in (x, w))
+        return x_rows, w_rows.T
 
     product = jnp.matmul(*expected(), precision="highest")
     found = (y[0] if "gradient" in kind else y[:rows]).astype(f32)

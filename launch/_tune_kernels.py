@@ -31,6 +31,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.precision.quantize import quantize_blocks
 from pallas_kernels import tile_table
 from pallas_kernels.fp8_matmul import reference, tiles
+from pallas_kernels.grouped_matmul import Groups, Scaled
 from pallas_kernels.grouped_matmul import tiles as grouped_tiles
 from pallas_kernels.quantize.reference import quantize_rows
 from pallas_kernels.tile_table import Shape
@@ -263,15 +264,17 @@ def grouped_problem(candidate: Candidate) -> Problem:
         keys = jax.random.split(key)
         w = jax.random.normal(keys[1], (groups, n, k), jnp.bfloat16)
         x = jax.random.normal(keys[0], (groups * per_group, k), jnp.bfloat16)
-        return *quantize_rows(x), *jax.vmap(quantize_blocks)(w), jnp.full(groups, per_group, jnp.int32)
+        sizes = Groups(jnp.full(groups, per_group, jnp.int32))
+        return Scaled(*quantize_rows(x)), Scaled(*jax.vmap(quantize_blocks)(w)), sizes
 
-    def product(*operands: jax.Array) -> jax.Array:
-        return rows.grouped_fp8_matmul(*operands, run=run)
+    def product(x: Scaled, w: Scaled, sizes: Groups) -> jax.Array:
+        return rows.grouped_fp8_matmul(x, w, sizes, run=run)
 
     def error(y: jax.Array, operands: tuple) -> jax.Array:
-        x, x_scale, w, w_scale, _ = operands
+        x, w, _ = operands
         last = slice(-min(ROWS, per_group), None)  # of the last group
-        expected = reference.fp8_matmul(x[last], x_scale[:, last], w[-1], w_scale[-1], out_dtype=jnp.float32)
+        operands = x.codes[last], x.scale[:, last], w.codes[-1], w.scale[-1]
+        expected = reference.fp8_matmul(*operands, out_dtype=jnp.float32)
         return _relative(y[last], expected)
 
     return Problem(draw, product, error, groups * (per_group * k + n * k + 2 * per_group * n))

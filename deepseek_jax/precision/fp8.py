@@ -53,6 +53,7 @@ from deepseek_jax.kernels import XLA, Kernels
 from deepseek_jax.precision.matmul import PLAIN, Operand, letters, swiglu
 from deepseek_jax.precision.quantize import dequantize_blocks, quantize_blocks
 from deepseek_jax.precision.wire import SMALLEST_AMAX, Codes, Wire
+from pallas_kernels.grouped_matmul import Groups, Scaled
 from pallas_kernels.quantize import Quantized
 
 BLOCK = 128
@@ -256,16 +257,18 @@ class BlockMatmul:
         """Rows times weights that have the contraction last: those of their expert where there are counts."""
         if count_X is None:
             return self.kernels["fp8_matmul"](q, scale, *w, out_dtype=dtype)
-        return self.kernels["grouped_fp8_matmul"](q, scale, *w, count_X, align=self.align, out_dtype=dtype)
+        operands = Scaled(q, scale), Scaled(*w), Groups(count_X, self.align)
+        return self.kernels["grouped_fp8_matmul"](*operands, out_dtype=dtype)
 
     def _over_tokens(
         self, x: Kept, g: Quantized, count_X: jax.Array | None, dtype: DTypeLike = jnp.float32
     ) -> jax.Array:
         """dW: x^T dy, of each expert's rows where there are counts."""
-        operands = (*x, g.q_t, g.scale_t)
+        operands = (Scaled(*x), Scaled(g.q_t, g.scale_t))
         if count_X is None:
-            return self.kernels["fp8_matmul"](*operands, w_block=ROW, out_dtype=dtype)
-        return self.kernels["grouped_fp8_weight_gradient"](*operands, count_X, align=self.align, out_dtype=dtype)
+            return self.kernels["fp8_matmul"](*operands[0], *operands[1], w_block=ROW, out_dtype=dtype)
+        groups = Groups(count_X, self.align)
+        return self.kernels["grouped_fp8_weight_gradient"](*operands, groups, out_dtype=dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -21,6 +21,7 @@ from deepseek_jax.precision import grouped
 from pallas_kernels import fp8_matmul as fp8_matmul_kernel
 from pallas_kernels import grouped_matmul as grouped_kernels
 from pallas_kernels import quantize as quantize_kernel
+from pallas_kernels.grouped_matmul import Groups, Scaled
 
 BLOCK = 128
 
@@ -44,36 +45,20 @@ def fp8_matmul(
     return product.astype(out_dtype)
 
 
-def grouped_fp8_matmul(
-    x: jax.Array,
-    x_scale: jax.Array,
-    w: jax.Array,
-    w_scale: jax.Array,
-    count_X: jax.Array,
-    *,
-    align: int = 1,
-    out_dtype: DTypeLike = jnp.bfloat16,
-) -> jax.Array:
+def grouped_fp8_matmul(x: Scaled, w: Scaled, groups: Groups, *, out_dtype: DTypeLike = jnp.bfloat16) -> jax.Array:
     """Returns y [A, N] of codes x [A, K], rows by group, and w [X, N, K]; the rows that fill groups up are codes 0."""
-    wide_w = _wide(w, jnp.repeat(w_scale, BLOCK, axis=1)[:, : w.shape[1]])
+    wide_w = _wide(w.codes, jnp.repeat(w.scale, BLOCK, axis=1)[:, : w.codes.shape[1]])
     with jax.default_matmul_precision("highest"):
-        return grouped.vjp_input(_wide(x, x_scale.T), wide_w, _rooms(count_X, align)).astype(out_dtype)
+        return grouped.vjp_input(_wide(x.codes, x.scale.T), wide_w, groups.room_X).astype(out_dtype)
 
 
 def grouped_fp8_weight_gradient(
-    x_t: jax.Array,
-    x_t_scale: jax.Array,
-    dy_t: jax.Array,
-    dy_t_scale: jax.Array,
-    count_X: jax.Array,
-    *,
-    align: int = BLOCK,
-    out_dtype: DTypeLike = jnp.float32,
+    x_t: Scaled, dy_t: Scaled, groups: Groups, *, out_dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
     """Returns dw [X, D, F] of codes x_t [D, A] and dy_t [F, A]; the rows that fill groups up are codes 0."""
-    x, dy = _wide(x_t, x_t_scale.T).T, _wide(dy_t, dy_t_scale.T).T
+    x, dy = (_wide(a.codes, a.scale.T).T for a in (x_t, dy_t))
     with jax.default_matmul_precision("highest"):
-        return grouped.vjp_weight(x, dy, _rooms(count_X, align)).astype(out_dtype)
+        return grouped.vjp_weight(x, dy, groups.room_X).astype(out_dtype)
 
 
 def _wide(codes: jax.Array, scale: jax.Array) -> jax.Array:
@@ -81,12 +66,7 @@ def _wide(codes: jax.Array, scale: jax.Array) -> jax.Array:
     return codes.astype(jnp.float32) * jnp.repeat(scale, BLOCK, axis=-1)[..., : codes.shape[-1]]
 
 
-def _rooms(count_X: jax.Array, align: int) -> jax.Array:
-    """The rows of each group, with those that fill it up."""
-    return -(-count_X // align) * align
-
-
-OPTIONS = ("scale", "floor", "w_block", "align", "out_dtype")
+OPTIONS = ("scale", "floor", "w_block", "out_dtype")
 
 
 def _by(implementation: str, operation: str, kernel: Callable) -> Callable:

@@ -123,7 +123,7 @@ def on_tpu(x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array) -> jax.Array:
 
 def _by_kernel(implementation: str, x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array) -> jax.Array:
     try:
-        return kernels.grouped_matmul(x_AD, w_XDF, count_X, implementation=implementation)
+        return kernels.grouped_matmul(x_AD, w_XDF, kernels.Groups(count_X), implementation=implementation)
     except ValueError as error:
         raise UserError(
             f"kernels.grouped_matmul={implementation!r}: {error} In a run, config.kernels.grouped_matmul=xla."

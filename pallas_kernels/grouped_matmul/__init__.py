@@ -2,6 +2,7 @@
 
 grouped_matmul, grouped_weight_gradient             bfloat16; the first is differentiable
 grouped_fp8_matmul, grouped_fp8_weight_gradient     E4M3 codes with block scales
+Groups, Scaled                                      what they take: rows per group; codes and scales
 
 api.py          the public functions: check their arguments, call the implementation that is named
 reference.py    the definition, in plain jax.numpy
@@ -19,5 +20,13 @@ from pallas_kernels.grouped_matmul.api import (
     grouped_matmul,
     grouped_weight_gradient,
 )
+from pallas_kernels.grouped_matmul.layout import Groups, Scaled
 
-__all__ = ["grouped_fp8_matmul", "grouped_fp8_weight_gradient", "grouped_matmul", "grouped_weight_gradient"]
+__all__ = [
+    "Groups",
+    "Scaled",
+    "grouped_fp8_matmul",
+    "grouped_fp8_weight_gradient",
+    "grouped_matmul",
+    "grouped_weight_gradient",
+]

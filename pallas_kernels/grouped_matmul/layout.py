@@ -7,6 +7,7 @@ A tile begins at a multiple of 8 rows, because TMA copies swizzled rows in units
 begin up to 7 rows before the group.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -15,24 +16,47 @@ import jax.numpy as jnp
 UNIT = 8
 
 
-class Groups(NamedTuple):
-    """First row of each group, and the row after its last."""
+class Scaled(NamedTuple):
+    """Matrices as E4M3 codes, with the float32 scales of their blocks."""
 
-    first_X: jax.Array
-    end_X: jax.Array
+    codes: jax.Array
+    scale: jax.Array
 
 
-def groups(count_X: jax.Array, align: int = 1) -> Groups:
-    """Returns where the groups of `count_X` rows lie."""
-    room_X = -(-count_X // align) * align
-    first_X = jnp.cumsum(room_X) - room_X
-    return Groups(first_X, first_X + count_X)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """How many rows each group has, which may be known only when a program runs.
+
+    Attributes:
+        count_X: int32 [X]: any numbers, 0 included.
+        align: rows to a multiple of which each group begins.
+    """
+
+    count_X: jax.Array
+    align: int = dataclasses.field(default=1, metadata={"static": True})
+
+    @property
+    def n(self) -> int:
+        """How many groups there are."""
+        return self.count_X.size
+
+    @property
+    def room_X(self) -> jax.Array:
+        """Rows from the first of a group to the first of the next."""
+        return -(-self.count_X // self.align) * self.align
+
+    def bounds(self) -> tuple[jax.Array, jax.Array]:
+        """Returns the first row of each group, and the row after its last."""
+        room_X = self.room_X
+        first_X = jnp.cumsum(room_X) - room_X
+        return first_X, first_X + self.count_X
 
 
 FIELDS = ("group", "row", "low", "high", "end", "n_tiles")
 
 
-def row_tiles(count_X: jax.Array, n_rows: int, tile_rows: int, align: int = 1) -> jax.Array:
+def row_tiles(groups: Groups, n_rows: int, tile_rows: int) -> jax.Array:
     """Returns the tiles of `tile_rows` rows that cover a matrix of `n_rows` rows, each row exactly once.
 
     A last group holds the rows after all groups. Sums are written as comparisons, which XLA makes few kernels of.
@@ -41,9 +65,7 @@ def row_tiles(count_X: jax.Array, n_rows: int, tile_rows: int, align: int = 1) -
         int32 [T, 6]: for each tile its group, first row (a multiple of 8), and of the rows that it writes the first
         (`low`), the one after the last (`high`) and the one from which on they are 0 (`end`); and how many tiles count.
     """
-    n_groups = count_X.size
-    count_X = count_X.astype(jnp.int32)
-    room_X = -(-count_X // align) * align
+    n_groups, count_X, room_X = groups.n, groups.count_X, groups.room_X
     index_Y = jnp.arange(n_groups + 1, dtype=jnp.int32)  # the groups and the rows after them
     before_YX = index_Y[:n_groups] < index_Y[:, None]
     low_Y = jnp.minimum(jnp.sum(jnp.where(before_YX, room_X, 0), axis=1), n_rows)

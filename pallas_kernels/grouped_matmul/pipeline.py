@@ -443,7 +443,7 @@ def _add_block(
 def _block_scales(plan: Plan, refs: Refs, job: Job, step: jax.Array, own_column: int | jax.Array) -> dict:
     """The scales of w per 128 x 128 by first column; none if w has a scale per 1 x 128.
 
-    They come from global memory, which takes longer than a chunk at the tensor cores, so they are read a step ahead.
+    They come from global memory, which may take longer than a chunk at the tensor cores: they are read a step ahead.
     """
     if plan.by_row:
         return {}

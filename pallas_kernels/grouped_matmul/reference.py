@@ -17,40 +17,29 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from pallas_kernels.fp8_matmul import reference as fp8
-from pallas_kernels.grouped_matmul.layout import groups
+from pallas_kernels.grouped_matmul.layout import Groups, Scaled
 
 
-def grouped_matmul(
-    x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array, *, transposed: bool = False, align: int = 1
-) -> jax.Array:
+def grouped_matmul(x_AD: jax.Array, w_XDF: jax.Array, groups: Groups, *, transposed: bool = False) -> jax.Array:
     """Returns y [A, F] in the dtype of x; with `transposed` each w[g] is [F, D]."""
 
     def product(w: jax.Array) -> jax.Array:
         w = w.T if transposed else w
         return jnp.matmul(x_AD, w, precision="highest", preferred_element_type=jnp.float32).astype(x_AD.dtype)
 
-    return _by_rows(product, w_XDF, x_AD.shape[0], count_X, align)
+    return _by_rows(product, w_XDF, x_AD.shape[0], groups)
 
 
-def grouped_fp8_matmul(
-    x: jax.Array,
-    x_scale: jax.Array,
-    w: jax.Array,
-    w_scale: jax.Array,
-    count_X: jax.Array,
-    *,
-    align: int = 1,
-    out_dtype: DTypeLike = jnp.bfloat16,
-) -> jax.Array:
+def grouped_fp8_matmul(x: Scaled, w: Scaled, groups: Groups, *, out_dtype: DTypeLike = jnp.bfloat16) -> jax.Array:
     """Returns y [A, N]; for shapes see `pallas_kernels.grouped_matmul.grouped_fp8_matmul`."""
 
     def product(one: Any) -> jax.Array:
-        return fp8.fp8_matmul(x, x_scale, *one, out_dtype=out_dtype)
+        return fp8.fp8_matmul(*x, *one, out_dtype=out_dtype)
 
-    return _by_rows(product, (w, w_scale), x.shape[0], count_X, align)
+    return _by_rows(product, w, x.codes.shape[0], groups)
 
 
-def _by_rows(product: Callable, weights: Any, n_rows: int, count_X: jax.Array, align: int) -> jax.Array:
+def _by_rows(product: Callable, weights: Any, n_rows: int, groups: Groups) -> jax.Array:
     """The rows of each group from `product` of its weights."""
 
     def add_group(y: jax.Array, group: tuple) -> tuple:
@@ -58,7 +47,7 @@ def _by_rows(product: Callable, weights: Any, n_rows: int, count_X: jax.Array, a
         return jnp.where(_mine(first, end, n_rows)[:, None], product(one), y), None
 
     shape = jax.eval_shape(product, jax.tree.map(lambda w: w[0], weights))
-    y, _ = lax.scan(add_group, jnp.zeros(shape.shape, shape.dtype), (weights, *groups(count_X, align)))
+    y, _ = lax.scan(add_group, jnp.zeros(shape.shape, shape.dtype), (weights, *groups.bounds()))
     return y
 
 
@@ -71,9 +60,8 @@ def _mine(first: jax.Array, end: jax.Array, n: int, size: int = 1) -> jax.Array:
 def grouped_weight_gradient(
     x_AD: jax.Array,
     dy_AF: jax.Array,
-    count_X: jax.Array,
+    groups: Groups,
     *,
-    align: int = 1,
     out_dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
     """Returns dw [X, D, F], summed in float32."""
@@ -84,26 +72,19 @@ def grouped_weight_gradient(
         x, dy = jnp.where(mine, x_AD, 0), jnp.where(mine, dy_AF, 0)
         return jnp.matmul(x.T, dy, precision="highest", preferred_element_type=jnp.float32).astype(out_dtype)
 
-    return lax.map(of_group, groups(count_X, align))
+    return lax.map(of_group, groups.bounds())
 
 
 def grouped_fp8_weight_gradient(
-    x_t: jax.Array,
-    x_t_scale: jax.Array,
-    dy_t: jax.Array,
-    dy_t_scale: jax.Array,
-    count_X: jax.Array,
-    *,
-    align: int = 128,
-    out_dtype: DTypeLike = jnp.float32,
+    x_t: Scaled, dy_t: Scaled, groups: Groups, *, out_dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
     """Returns dw [X, D, F]; for shapes see `pallas_kernels.grouped_matmul.grouped_fp8_weight_gradient`."""
 
     def of_group(group: tuple) -> jax.Array:
         first, end = group
-        codes, blocks = _mine(first, end, x_t.shape[1]), _mine(first, end, x_t_scale.shape[0], fp8.BLOCK)[:, None]
-        x, dy = jnp.where(codes, x_t, 0), jnp.where(codes, dy_t, 0)
-        x_scale, dy_scale = jnp.where(blocks, x_t_scale, 0), jnp.where(blocks, dy_t_scale, 0)
-        return fp8.fp8_matmul(x, x_scale, dy, dy_scale, w_block=(1, fp8.BLOCK), out_dtype=out_dtype)
+        (n_rows,), blocks = x_t.codes.shape[1:], x_t.scale.shape[0]
+        rows, row_blocks = _mine(first, end, n_rows), _mine(first, end, blocks, fp8.BLOCK)[:, None]
+        x, dy = (Scaled(jnp.where(rows, a.codes, 0), jnp.where(row_blocks, a.scale, 0)) for a in (x_t, dy_t))
+        return fp8.fp8_matmul(*x, *dy, w_block=(1, fp8.BLOCK), out_dtype=out_dtype)
 
-    return lax.map(of_group, groups(count_X, align))
+    return lax.map(of_group, groups.bounds())

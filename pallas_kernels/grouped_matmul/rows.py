@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.grouped_matmul import pipeline
-from pallas_kernels.grouped_matmul.layout import FIELDS, UNIT, row_tiles
+from pallas_kernels.grouped_matmul.layout import FIELDS, UNIT, Groups, Scaled, row_tiles
 from pallas_kernels.grouped_matmul.pipeline import CHUNK_ROWS, RUN, Job, Plan, Refs, Run
 from pallas_kernels.grouped_matmul.tiles import choose
 
@@ -29,10 +29,9 @@ from pallas_kernels.grouped_matmul.tiles import choose
 def grouped_matmul(
     x_AD: jax.Array,
     w_XDF: jax.Array,
-    count_X: jax.Array,
+    groups: Groups,
     *,
     transposed: bool = False,
-    align: int = 1,
     run: Run = RUN,
 ) -> jax.Array:
     """Returns y [A, F]; arguments as in `pallas_kernels.grouped_matmul.grouped_matmul`.
@@ -46,48 +45,32 @@ def grouped_matmul(
         )
     k, n = w_XDF.shape[1:][::-1] if transposed else w_XDF.shape[1:]
     pipeline.check_multiples("grouped_matmul", D=k, F=n)
-    return _run((x_AD, w_XDF), count_X, n, k, transposed, align, x_AD.dtype, run)
+    return _run((x_AD, w_XDF), groups, n, k, transposed, x_AD.dtype, run)
 
 
 def grouped_fp8_matmul(
-    x: jax.Array,
-    x_scale: jax.Array,
-    w: jax.Array,
-    w_scale: jax.Array,
-    count_X: jax.Array,
-    *,
-    align: int = 1,
-    out_dtype: DTypeLike = jnp.bfloat16,
-    run: Run = RUN,
+    x: Scaled, w: Scaled, groups: Groups, *, out_dtype: DTypeLike = jnp.bfloat16, run: Run = RUN
 ) -> jax.Array:
     """Returns y [A, N]; arguments as in `pallas_kernels.grouped_matmul.grouped_fp8_matmul`.
 
     A that is not a multiple of 8 is filled up first, which costs a copy.
     """
-    n, k = w.shape[1:]
+    n, k = w.codes.shape[1:]
     pipeline.check_multiples("grouped_fp8_matmul", N=n, K=k)
-    operands = (x, w, x_scale, w_scale)
-    return _run(operands, count_X, n, k, True, align, out_dtype, run)
+    return _run((x.codes, w.codes, x.scale, w.scale), groups, n, k, True, out_dtype, run)
 
 
 def _run(
-    operands: tuple,
-    count_X: jax.Array,
-    n: int,
-    k: int,
-    transposed: bool,
-    align: int,
-    out_dtype: DTypeLike,
-    run: Run,
+    operands: tuple, groups: Groups, n: int, k: int, transposed: bool, out_dtype: DTypeLike, run: Run
 ) -> jax.Array:
     x, w, *scales = operands
     n_rows, extra = x.shape[0], -x.shape[0] % UNIT
     if extra:
         x = jnp.pad(x, ((0, extra), (0, 0)))
         scales = [jnp.pad(scales[0], ((0, 0), (0, extra))), scales[1]] if scales else []
-    tiles = run.tiles or choose(x.dtype, out_dtype, w.shape[0], x.shape[0], n, k)
+    tiles = run.tiles or choose(x.dtype, out_dtype, groups.n, x.shape[0], n, k)
     plan = RowsPlan(
-        w.shape[0],
+        groups.n,
         x.shape[0],
         n,
         x.dtype,
@@ -98,7 +81,7 @@ def _run(
         k=k,
         transposed=transposed,
     )
-    table = row_tiles(count_X, x.shape[0], tiles.span[0], align).reshape(-1)
+    table = row_tiles(groups, x.shape[0], tiles.span[0]).reshape(-1)
     y = plan.call(run.interpret)(table, x, w, *scales)
     return y[:n_rows] if extra else y
 

@@ -1,18 +1,18 @@
 """Which tiles the Hopper kernels use.
 
-Measured on one H200 (2026-11-28, TFLOP/s) while the kernels were written, FP8 forward:
+Measured on one H200 (2026-11-29, TFLOP/s), in turns in one process, FP8 forward:
 
     groups x rows, n, k            THREE   SQUARE   WIDE
-     4 x 8192, 4096, 7168           1188     1098    979
-     4 x 8192, 7168, 2048           1178     1097    986
-    32 x 256, 4096, 7168             735      935    912     192 rows do not divide 256
-    32 x 256, 7168, 2048             678      889    813
-    32 x about 1024, 4096, 7168     1012      912            sizes drawn at random
+     4 x 8192, 4096, 7168           1203     1051    992
+     4 x 8192, 7168, 2048           1167      986    891
+    32 x 256, 4096, 7168             749      874   1004     192 rows do not divide 256
+    32 x 256, 7168, 2048             802      827    922
 
 The chip runs at its limit of 700 W and about 1.5 GHz; medians of one variant differ by 5 to 8 % from run to run. In
 bfloat16 WIDE was the fastest or as fast as the others. With three warpgroups the tensor cores are busy while one
-warpgroup promotes and another waits. Registers of the loading warpgroup are chosen so that ptxas spills nothing
-(`tests/pallas_kernels/compile_grouped_for_hopper.py`).
+warpgroup promotes and another waits. One loading warp instead of four and scales read a step ahead made WIDE and SQUARE
+5 to 19 % faster. Registers of the loading warpgroup are chosen so that ptxas spills nothing
+(`tests/pallas_kernels/compile_for_hopper.py`).
 """
 
 import dataclasses

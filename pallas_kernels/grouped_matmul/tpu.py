@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import mosaic_tpu
 from pallas_kernels.fp8_matmul.tpu import by_step, repeated, scaled_products
-from pallas_kernels.grouped_matmul.layout import groups
+from pallas_kernels.grouped_matmul.layout import Groups, Scaled
 
 BLOCK = 128
 MOST = (512, 512, 1024)  # of a tile: rows, columns of the result, contraction
@@ -54,10 +54,10 @@ def visits(low_Y: jax.Array, high_Y: jax.Array, end_Y: jax.Array, n_rows: int, t
     return Visits(range_V, jnp.clip(tile_V, 0, n_tiles - 1), low_Y, high_Y, end_Y, through_Y[-1])
 
 
-def _visits_of_rows(count_X: jax.Array, n_rows: int, tile: int, align: int) -> Visits:
+def _visits_of_rows(groups: Groups, n_rows: int, tile: int) -> Visits:
     """Visits that cover every row once: each group with what fills it up, and last the rows after all groups."""
-    first_X, end_X = groups(count_X, align)
-    after = first_X[-1:] + -(-count_X[-1:] // align) * align
+    first_X, end_X = groups.bounds()
+    after = first_X[-1:] + groups.room_X[-1:]
     low_Y = jnp.minimum(jnp.concatenate([first_X, after]), n_rows)
     high_Y = jnp.concatenate([low_Y[1:], jnp.array([n_rows], jnp.int32)])
     return visits(low_Y, high_Y, jnp.concatenate([end_X, after]), n_rows, tile, least=0)
@@ -66,10 +66,9 @@ def _visits_of_rows(count_X: jax.Array, n_rows: int, tile: int, align: int) -> V
 def grouped_matmul(
     x_AD: jax.Array,
     w_XDF: jax.Array,
-    count_X: jax.Array,
+    groups: Groups,
     *,
     transposed: bool = False,
-    align: int = 1,
     most: tuple[int, int, int] = MOST,
     interpret: Any = False,
 ) -> jax.Array:
@@ -92,25 +91,22 @@ def grouped_matmul(
     tile = mosaic_tpu.tile(a, most[0])
     specs = [Operand((tile, step), lambda g, t, j, s: (t, s)), w_spec]
     plan = Rows(add, specs, a, f, tile, columns, d // step, x_AD.dtype, interpret)
-    return plan.call(count_X, align, x_AD, w_XDF)
+    return plan.call(groups, x_AD, w_XDF)
 
 
 def grouped_fp8_matmul(
-    x: jax.Array,
-    x_scale: jax.Array,
-    w: jax.Array,
-    w_scale: jax.Array,
-    count_X: jax.Array,
+    x: Scaled,
+    w: Scaled,
+    groups: Groups,
     *,
-    align: int = 1,
     out_dtype: DTypeLike = jnp.bfloat16,
     native: bool = False,
     most: tuple[int, int, int] = MOST,
     interpret: Any = False,
 ) -> jax.Array:
     """Returns y [A, N]; see `pallas_kernels.grouped_matmul.grouped_fp8_matmul`. `native`: the chip multiplies E4M3."""
-    (a, k), n = x.shape, w.shape[1]
-    check_sizes(x.dtype, jnp.dtype(jnp.float8_e4m3fn), K=k, N=n)
+    (a, k), n = x.codes.shape, w.codes.shape[1]
+    check_sizes(x.codes.dtype, jnp.dtype(jnp.float8_e4m3fn), K=k, N=n)
     step, tile, columns = mosaic_tpu.step(k, most[2]), mosaic_tpu.tile(a, most[0]), mosaic_tpu.tile(n, most[1])
     blocks = step // BLOCK
 
@@ -125,7 +121,8 @@ def grouped_fp8_matmul(
         Operand((None, None, blocks, columns), lambda g, t, j, s: (g, s, 0, j)),
     ]
     plan = Rows(add, specs, a, n, tile, columns, k // step, out_dtype, interpret)
-    return plan.call(count_X, align, x, by_step(x_scale, step), w, by_step(repeated(w_scale, n), step))
+    operands = x.codes, by_step(x.scale, step), w.codes, by_step(repeated(w.scale, n), step)
+    return plan.call(groups, *operands)
 
 
 class Operand(NamedTuple):
@@ -148,13 +145,13 @@ class Rows(NamedTuple):
     out_dtype: DTypeLike
     interpret: Any
 
-    def call(self, count_X: jax.Array, align: int, *operands: jax.Array) -> jax.Array:
+    def call(self, groups: Groups, *operands: jax.Array) -> jax.Array:
         """Returns y."""
-        plan, n_groups = _visits_of_rows(count_X, self.n_rows, self.tile, align), count_X.size
+        plan = _visits_of_rows(groups, self.n_rows, self.tile)
 
         def spec(operand: Any) -> Any:
             def at(j: jax.Array, v: jax.Array, s: Any, range_V: jax.Array, tile_V: jax.Array, *_) -> tuple:
-                group = jnp.minimum(range_V[v], n_groups - 1)  # the rows after all groups are multiplied by any
+                group = jnp.minimum(range_V[v], groups.n - 1)  # the rows after all groups are multiplied by any
                 return operand.at(group, tile_V[v], j, s)
 
             return pl.BlockSpec(operand.shape, at)
@@ -208,9 +205,8 @@ def _rows_of(tile: jax.Array, shape: tuple[int, int]) -> jax.Array:
 def grouped_weight_gradient(
     x_AD: jax.Array,
     dy_AF: jax.Array,
-    count_X: jax.Array,
+    groups: Groups,
     *,
-    align: int = 1,
     out_dtype: DTypeLike = jnp.float32,
     most: tuple[int, int, int] = MOST,
     interpret: Any = False,
@@ -228,8 +224,8 @@ def grouped_weight_gradient(
         Operand((tile, rows), lambda g, t, i, j: (t, i)),
         Operand((tile, columns), lambda g, t, i, j: (t, j)),
     ]
-    plan = Weights(add, specs, a, (count_X.size, d, f), tile, (rows, columns), out_dtype, interpret)
-    return plan.call(count_X, align, x_AD, dy_AF)
+    plan = Weights(add, specs, a, (groups.n, d, f), tile, (rows, columns), out_dtype, interpret)
+    return plan.call(groups, x_AD, dy_AF)
 
 
 def _mine(low: jax.Array, end: jax.Array, tile: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -238,21 +234,18 @@ def _mine(low: jax.Array, end: jax.Array, tile: jax.Array, shape: tuple[int, int
 
 
 def grouped_fp8_weight_gradient(
-    x_t: jax.Array,
-    x_t_scale: jax.Array,
-    dy_t: jax.Array,
-    dy_t_scale: jax.Array,
-    count_X: jax.Array,
+    x_t: Scaled,
+    dy_t: Scaled,
+    groups: Groups,
     *,
-    align: int = BLOCK,
     out_dtype: DTypeLike = jnp.float32,
     native: bool = False,
     most: tuple[int, int, int] = MOST,
     interpret: Any = False,
 ) -> jax.Array:
     """Returns dw [X, D, F]; see `pallas_kernels.grouped_matmul.grouped_fp8_weight_gradient`."""
-    (d, a), f = x_t.shape, dy_t.shape[0]
-    check_sizes(x_t.dtype, jnp.dtype(jnp.float8_e4m3fn), D=d, F=f)
+    (d, a), f = x_t.codes.shape, dy_t.codes.shape[0]
+    check_sizes(x_t.codes.dtype, jnp.dtype(jnp.float8_e4m3fn), D=d, F=f)
     tile, rows, columns = mosaic_tpu.step(a, most[2]), mosaic_tpu.tile(d, most[0]), mosaic_tpu.tile(f, most[1])
     blocks = tile // BLOCK
 
@@ -272,8 +265,8 @@ def grouped_fp8_weight_gradient(
         Operand((columns, tile), lambda g, t, i, j: (j, t)),
         Operand((None, blocks, columns), lambda g, t, i, j: (t, 0, j)),
     ]
-    plan = Weights(add, specs, a, (count_X.size, d, f), tile, (rows, columns), out_dtype, interpret)
-    return plan.call(count_X, align, x_t, by_step(x_t_scale, tile), dy_t, by_step(dy_t_scale, tile))
+    plan = Weights(add, specs, a, (groups.n, d, f), tile, (rows, columns), out_dtype, interpret)
+    return plan.call(groups, x_t.codes, by_step(x_t.scale, tile), dy_t.codes, by_step(dy_t.scale, tile))
 
 
 class Weights(NamedTuple):
@@ -288,9 +281,9 @@ class Weights(NamedTuple):
     out_dtype: DTypeLike
     interpret: Any
 
-    def call(self, count_X: jax.Array, align: int, *operands: jax.Array) -> jax.Array:
+    def call(self, groups: Groups, *operands: jax.Array) -> jax.Array:
         """Returns dw."""
-        first_X, end_X = groups(count_X, align)
+        first_X, end_X = groups.bounds()
         plan = visits(first_X, end_X, end_X, self.n_rows, self.tile, least=1)  # an empty group is written too
 
         def spec(operand: Any) -> Any:

@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.grouped_matmul import pipeline
-from pallas_kernels.grouped_matmul.layout import UNIT, groups
+from pallas_kernels.grouped_matmul.layout import UNIT, Groups, Scaled
 from pallas_kernels.grouped_matmul.pipeline import CHUNK_ROWS, RUN, Job, Plan, Refs, Run
 from pallas_kernels.grouped_matmul.tiles import choose_for_weights
 
@@ -34,9 +34,8 @@ PIECE = 64  # columns that are cleared at once
 def grouped_weight_gradient(
     x_AD: jax.Array,
     dy_AF: jax.Array,
-    count_X: jax.Array,
+    groups: Groups,
     *,
-    align: int = 1,
     out_dtype: DTypeLike = jnp.float32,
     run: Run = RUN,
 ) -> jax.Array:
@@ -54,40 +53,23 @@ def grouped_weight_gradient(
     extra = -x_AD.shape[0] % UNIT
     if extra:
         x_AD, dy_AF = (jnp.pad(rows, ((0, extra), (0, 0))) for rows in (x_AD, dy_AF))
-    return _run((x_AD, dy_AF), count_X, d, f, align, out_dtype, run)
+    return _run((x_AD, dy_AF), groups, d, f, out_dtype, run)
 
 
 def grouped_fp8_weight_gradient(
-    x_t: jax.Array,
-    x_t_scale: jax.Array,
-    dy_t: jax.Array,
-    dy_t_scale: jax.Array,
-    count_X: jax.Array,
-    *,
-    align: int = 128,
-    out_dtype: DTypeLike = jnp.float32,
-    run: Run = RUN,
+    x_t: Scaled, dy_t: Scaled, groups: Groups, *, out_dtype: DTypeLike = jnp.float32, run: Run = RUN
 ) -> jax.Array:
     """Returns dw [X, D, F]; arguments as in `pallas_kernels.grouped_matmul.grouped_fp8_weight_gradient`."""
-    d, f = x_t.shape[0], dy_t.shape[0]
+    d, f = x_t.codes.shape[0], dy_t.codes.shape[0]
     pipeline.check_multiples("grouped_fp8_weight_gradient", D=d, F=f)
-    operands = (x_t, dy_t, x_t_scale, dy_t_scale)
-    return _run(operands, count_X, d, f, align, out_dtype, run)
+    return _run((x_t.codes, dy_t.codes, x_t.scale, dy_t.scale), groups, d, f, out_dtype, run)
 
 
-def _run(
-    operands: tuple,
-    count_X: jax.Array,
-    d: int,
-    f: int,
-    align: int,
-    out_dtype: DTypeLike,
-    run: Run,
-) -> jax.Array:
+def _run(operands: tuple, groups: Groups, d: int, f: int, out_dtype: DTypeLike, run: Run) -> jax.Array:
     dtype = operands[0].dtype
     tiles = run.tiles or choose_for_weights(dtype, out_dtype)
-    plan = WeightsPlan(count_X.size, d, f, dtype, out_dtype, tiles, run.n_processors, not run.interpret)
-    table = jnp.stack(groups(count_X, align), axis=1).reshape(-1).astype(jnp.int32)
+    plan = WeightsPlan(groups.n, d, f, dtype, out_dtype, tiles, run.n_processors, not run.interpret)
+    table = jnp.stack(groups.bounds(), axis=1).reshape(-1).astype(jnp.int32)
     return plan.call(run.interpret)(table, *operands)
 
 

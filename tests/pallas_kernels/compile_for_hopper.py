@@ -29,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from pallas_kernels.fp8_matmul import gpu as matmul  # noqa: E402
 from pallas_kernels.fp8_matmul import tiles  # noqa: E402
-from pallas_kernels.grouped_matmul import pipeline, rows, weights  # noqa: E402
+from pallas_kernels.grouped_matmul import Groups, Scaled, pipeline, rows, weights  # noqa: E402
 from pallas_kernels.grouped_matmul import tiles as grouped_tiles  # noqa: E402
 from pallas_kernels.mla_attention import gpu_backward, gpu_forward  # noqa: E402
 from pallas_kernels.quantize import gpu as quantise  # noqa: E402
@@ -112,6 +112,18 @@ def dense() -> dict:
     return calls
 
 
+def of_arrays(call):
+    """`call` of a grouped kernel as a function of its arrays: in FP8 these are codes and scales of both operands."""
+
+    def of(*arrays):
+        *operands, count = arrays
+        if len(operands) == 2:
+            return call(*operands, Groups(count))
+        return call(Scaled(*operands[:2]), Scaled(*operands[2:]), Groups(count, align=128))
+
+    return of
+
+
 def grouped() -> dict:
     """The grouped kernels."""
     calls = {}
@@ -131,7 +143,7 @@ def grouped() -> dict:
         for name, choice in grouped_tiles.VARIANTS[grouped_tiles.FP8].items():
             found[f"fp8 {name}"] = functools.partial(rows.grouped_fp8_matmul, run=pipeline.Run(tiles=choice)), fp8
         for name, (call, operands) in found.items():
-            calls[f"grouped {name} {x}x{a}x{d}x{f}"] = call, (*operands, ((x,), jnp.int32))
+            calls[f"grouped {name} {x}x{a}x{d}x{f}"] = of_arrays(call), (*operands, ((x,), jnp.int32))
     return calls
 
 

@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import mosaic_tpu
 from pallas_kernels.fp8_matmul import tpu as matmul
+from pallas_kernels.grouped_matmul import Groups, Scaled
 from pallas_kernels.grouped_matmul import tpu as grouped
 from pallas_kernels.quantize import tpu as quantiser
 
@@ -67,13 +68,26 @@ def grouped_calls(native: bool, x: int, a: int, d: int, f: int) -> dict:
     fp8 = (((a, d), E4M3), ((blocks, a), F32), ((x, f, d), E4M3), ((x, columns, blocks), F32), count)
     by_rows = (((d, a), E4M3), ((a // 128, d), F32), ((f, a), E4M3), ((a // 128, f), F32), count)
     weights, both = ((x, d, f), BF16), (((a, d), BF16), ((a, f), BF16))
-    return {
+    found = {
         "grouped_matmul": (grouped.grouped_matmul, (both[0], weights, count)),
         "transposed": (functools.partial(grouped.grouped_matmul, transposed=True), (both[1], weights, count)),
         "gradient": (grouped.grouped_weight_gradient, (*both, count)),
         "fp8": (functools.partial(grouped.grouped_fp8_matmul, native=native), fp8),
         "fp8 gradient": (functools.partial(grouped.grouped_fp8_weight_gradient, native=native), by_rows),
     }
+    return {name: (of_arrays(call), operands) for name, (call, operands) in found.items()}
+
+
+def of_arrays(call):
+    """`call` of a grouped kernel as a function of its arrays: in FP8 these are codes and scales of both operands."""
+
+    def of(*arrays):
+        *operands, count = arrays
+        if len(operands) == 2:
+            return call(*operands, Groups(count))
+        return call(Scaled(*operands[:2]), Scaled(*operands[2:]), Groups(count, align=128))
+
+    return of
 
 
 def swiglu(gate_and_up, factor, scale):

@@ -10,6 +10,8 @@ import pytest
 from deepseek_jax.precision.quantize import quantize_blocks
 from pallas_kernels import mosaic_gpu, tile_table
 from pallas_kernels.grouped_matmul import (
+    Groups,
+    Scaled,
     grouped_fp8_matmul,
     grouped_fp8_weight_gradient,
     grouped_matmul,
@@ -26,8 +28,8 @@ COUNTS = [[5, 0, 9, 1], [0, 0, 0, 24], [0, 0, 0, 0], [24, 0, 0, 0], [8, 8, 8, 0]
 REFERENCE = {"implementation": "reference"}
 
 
-def count_of(counts):
-    return jnp.array(counts, jnp.int32)
+def groups_of(counts, align=1):
+    return Groups(jnp.array(counts, jnp.int32), align)
 
 
 def rows_of(counts, align=1):
@@ -78,12 +80,12 @@ def assert_near(found, expected, tolerance):
 def test_the_reference_is_a_loop_over_the_groups(counts, align):
     """Rows of no group hold NaN, and give 0."""
     x, w = draw(40, 6, 7, 4)
-    x = poisoned(x, counts, align)
-    y = grouped_matmul(x, w, count_of(counts), align=align, **REFERENCE)
+    x, groups = poisoned(x, counts, align), groups_of(counts, align)
+    y = grouped_matmul(x, w, groups, **REFERENCE)
     assert_near(y, products(x, w, counts, align), 1e-6)
-    y = grouped_matmul(x, w.swapaxes(1, 2), count_of(counts), transposed=True, align=align, **REFERENCE)
+    y = grouped_matmul(x, w.swapaxes(1, 2), groups, transposed=True, **REFERENCE)
     assert_near(y, products(x, w, counts, align), 1e-6)
-    dw = grouped_weight_gradient(x, x[:, :5], count_of(counts), align=align, **REFERENCE)
+    dw = grouped_weight_gradient(x, x[:, :5], groups, **REFERENCE)
     assert_near(dw, gradients(x, x[:, :5], counts, align), 1e-6)
 
 
@@ -92,7 +94,7 @@ def fp8_problem(n_rows, d, f, n_groups):
     x, w = draw(n_rows, d, f, n_groups)
     dy = jax.random.normal(jax.random.key(5), (n_rows, f))
     w = jax.vmap(quantize_blocks)(w.swapaxes(1, 2))
-    return quantize_rows(x), w, quantize_rows(x.T), quantize_rows(dy.T)
+    return [Scaled(*one) for one in (quantize_rows(x), w, quantize_rows(x.T), quantize_rows(dy.T))]
 
 
 def decoded(codes, scale, block=None):
@@ -106,10 +108,10 @@ def decoded(codes, scale, block=None):
 @pytest.mark.parametrize("counts", [[100, 0, 29], [0, 129, 0], [0, 0, 0]])
 def test_the_fp8_reference_is_a_loop_over_the_groups(counts):
     x, w, x_t, dy_t = fp8_problem(384, 256, 136, 3)
-    y = grouped_fp8_matmul(*x, *w, count_of(counts), out_dtype=jnp.float32, **REFERENCE)
+    y = grouped_fp8_matmul(x, w, groups_of(counts), out_dtype=jnp.float32, **REFERENCE)
     decoded_w = jnp.stack([decoded(*one, block=128) for one in zip(*w, strict=True)]).swapaxes(1, 2)
     assert_near(y, products(decoded(*x), decoded_w, counts), 1e-6)
-    dw = grouped_fp8_weight_gradient(*x_t, *dy_t, count_of(counts), **REFERENCE)
+    dw = grouped_fp8_weight_gradient(x_t, dy_t, groups_of(counts, 128), **REFERENCE)
     assert_near(dw, gradients(decoded(*x_t).T, decoded(*dy_t).T, counts, 128), 1e-6)
 
 
@@ -128,7 +130,7 @@ def test_the_gradients_are_those_of_the_definition(transposed):
     def loss(function, x, w):
         return jnp.sum(jnp.sin(function(x, w)))
 
-    ours = functools.partial(grouped_matmul, count_X=count_of(counts), transposed=transposed, **REFERENCE)
+    ours = functools.partial(grouped_matmul, groups=groups_of(counts), transposed=transposed, **REFERENCE)
     found = jax.grad(functools.partial(loss, ours), (0, 1))(x, w)
     expected = jax.grad(functools.partial(loss, by_rows), (0, 1))(x, w)
     for a, b in zip(found, expected, strict=True):
@@ -140,10 +142,10 @@ def test_permuted_groups_give_permuted_rows_and_gradients():
     x, w = draw(24, 6, 7, 4)
     pieces = [jnp.arange(first, end) for first, end in rows_of(counts)]
     moved = jnp.concatenate([pieces[g] for g in order])
-    permuted = count_of([counts[g] for g in order])
-    y = grouped_matmul(x, w, count_of(counts), **REFERENCE)
+    groups, permuted = groups_of(counts), groups_of([counts[g] for g in order])
+    y = grouped_matmul(x, w, groups, **REFERENCE)
     np.testing.assert_array_equal(grouped_matmul(x[moved], w[jnp.array(order)], permuted, **REFERENCE), y[moved])
-    dw = grouped_weight_gradient(x, x, count_of(counts), **REFERENCE)
+    dw = grouped_weight_gradient(x, x, groups, **REFERENCE)
     np.testing.assert_allclose(
         grouped_weight_gradient(x[moved], x[moved], permuted, **REFERENCE), dw[jnp.array(order)], atol=1e-5
     )
@@ -154,7 +156,7 @@ def test_permuted_groups_give_permuted_rows_and_gradients():
 @pytest.mark.parametrize("counts", [[0] * 5, [1] * 5, [0, 64, 0, 7, 513], [200, 56, 100, 0, 0], [640, 0, 0, 0, 0]])
 def test_row_tiles_cover_every_row_once(counts, align, tile_rows):
     n_rows = 1280 if align > 1 else 640
-    table = np.asarray(layout.row_tiles(count_of(counts), n_rows, tile_rows, align))
+    table = np.asarray(layout.row_tiles(groups_of(counts, align), n_rows, tile_rows))
     n_tiles = table[0, -1]
     assert n_tiles <= len(table)
     owner = np.full(n_rows, -1)
@@ -178,30 +180,33 @@ def test_row_tiles_cover_every_row_once(counts, align, tile_rows):
     [
         (lambda x, w, n: grouped_matmul(x[:, :3], w, n, **REFERENCE), r"expected \[A, D\] and \[X, D, F\]"),
         (lambda x, w, n: grouped_matmul(x, w, n, transposed=True, **REFERENCE), r"expected \[A, D\] and \[X, F, D\]"),
-        (lambda x, w, n: grouped_matmul(x, w, n[:3], **REFERENCE), r"count is int32 \(3,\): expected int32 \(4,\)"),
-        (lambda x, w, n: grouped_matmul(x, w, n, align=0, **REFERENCE), "align=0: expected a positive multiple of 1"),
+        (lambda x, w, _: grouped_matmul(x, w, groups_of([9] * 3), **REFERENCE), r"int32 \(3,\): expected int32 \(4,\)"),
+        (lambda x, w, _: grouped_matmul(x, w, groups_of([6] * 4, 0), **REFERENCE), "align=0: expected a positive mul"),
         (lambda x, w, n: grouped_matmul(x, w, n, implementation="cuda"), "Choose one of reference, mosaic_gpu"),
         (lambda x, w, n: grouped_matmul(x, w, n, implementation="mosaic_gpu"), "needs a Hopper GPU"),
         (lambda x, w, n: rows.grouped_matmul(x, w, n), "x is float32, expected bfloat16"),
         (lambda x, w, n: rows.grouped_matmul(x.astype("bfloat16"), w, n), "D=6, F=7, expected positive multiples"),
         (lambda x, w, n: grouped_weight_gradient(x, x[:3], n, **REFERENCE), "with the same A"),
         (
-            lambda x, w, n: grouped_fp8_matmul(x, x, w.swapaxes(1, 2), w, n, **REFERENCE),
+            lambda x, w, n: grouped_fp8_matmul(Scaled(x, x), Scaled(w.swapaxes(1, 2), w), n, **REFERENCE),
             "x is float32: expected",
         ),
-        (lambda x, w, n: grouped_fp8_weight_gradient(x, x, x, x, n, **REFERENCE), "same A, a multiple of 128"),
+        (
+            lambda x, w, n: grouped_fp8_weight_gradient(Scaled(x, x), Scaled(x, x), n, **REFERENCE),
+            "same A, a multiple of 128",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit_are_reported(call, message):
     x, w = draw(24, 6, 7, 4)
     with pytest.raises(ValueError, match=message):
-        call(x, w, count_of([1, 2, 3, 4]))
+        call(x, w, groups_of([1, 2, 3, 4]))
 
 
 def test_an_fp8_weight_gradient_needs_groups_that_begin_with_a_block():
     _, _, x_t, dy_t = fp8_problem(128, 128, 128, 3)
     with pytest.raises(ValueError, match="align=64: expected a positive multiple of 128"):
-        grouped_fp8_weight_gradient(*x_t, *dy_t, count_of([1, 2, 3]), align=64, **REFERENCE)
+        grouped_fp8_weight_gradient(x_t, dy_t, groups_of([1, 2, 3], 64), **REFERENCE)
 
 
 # The kernels, interpreted on the CPU. NaN in rows of no group must stay there.
@@ -233,12 +238,12 @@ def test_the_kernels_are_the_reference(counts, align, choice):
     """Groups that begin and end anywhere, in bfloat16 and FP8, forward, transposed and weight gradient."""
     n_rows = 512 if align > 1 else 200
     x, w = draw(n_rows, 256, 384, 4, jnp.bfloat16)
-    x, count, options = poisoned(x, counts, align), count_of(counts), {"align": align, **interpreted_run(choice)}
-    assert_near(rows.grouped_matmul(x, w, count, **options), products(x, w, counts, align), 2e-3)
-    y = rows.grouped_matmul(x, w.swapaxes(1, 2), count, transposed=True, **options)
+    x, groups, options = poisoned(x, counts, align), groups_of(counts, align), interpreted_run(choice)
+    assert_near(rows.grouped_matmul(x, w, groups, **options), products(x, w, counts, align), 2e-3)
+    y = rows.grouped_matmul(x, w.swapaxes(1, 2), groups, transposed=True, **options)
     assert_near(y, products(x, w, counts, align), 2e-3)
     dy = poisoned(draw(n_rows, 128, 1, 1, jnp.bfloat16)[0], counts, align)
-    assert_near(weights.grouped_weight_gradient(x, dy, count, **options), gradients(x, dy, counts, align), 1e-6)
+    assert_near(weights.grouped_weight_gradient(x, dy, groups, **options), gradients(x, dy, counts, align), 1e-6)
 
 
 @pytest.mark.slow
@@ -253,15 +258,15 @@ def test_the_kernels_are_the_reference(counts, align, choice):
 )
 def test_the_fp8_kernels_are_the_reference(choice):
     counts, options = [70, 0, 3, 58], {"out_dtype": jnp.float32, **interpreted_run(choice)}
-    (x, x_scale), w, _, _ = fp8_problem(200, 256, 384, 4)
-    x_scale = poisoned(x_scale.T, counts).T
-    expected = grouped_fp8_matmul(x, x_scale, *w, count_of(counts), out_dtype=jnp.float32, **REFERENCE)
-    assert_near(rows.grouped_fp8_matmul(x, x_scale, *w, count_of(counts), **options), np.asarray(expected), 1e-6)
+    x, w, _, _ = fp8_problem(200, 256, 384, 4)
+    operands = Scaled(x.codes, poisoned(x.scale.T, counts).T), w, groups_of(counts)
+    expected = grouped_fp8_matmul(*operands, out_dtype=jnp.float32, **REFERENCE)
+    assert_near(rows.grouped_fp8_matmul(*operands, **options), np.asarray(expected), 1e-6)
     mine = np.zeros(640, bool)
     for first, end in rows_of([70, 0, 3, 158], 128):
         mine[first:end] = True
     x, dy = (jnp.where(mine[:, None], draw(640, width, 1, 1)[0], 0.0) for width in (256, 128))
-    operands = *quantize_rows(x.T), *quantize_rows(dy.T), count_of([70, 0, 3, 158])
+    operands = *(Scaled(*quantize_rows(one.T)) for one in (x, dy)), groups_of([70, 0, 3, 158], 128)
     expected = grouped_fp8_weight_gradient(*operands, **REFERENCE)
     assert_near(weights.grouped_fp8_weight_gradient(*operands, **options), np.asarray(expected), 1e-6)
 

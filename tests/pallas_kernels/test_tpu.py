@@ -11,6 +11,8 @@ from pallas_kernels import mosaic_tpu
 from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.fp8_matmul import tpu as matmul
 from pallas_kernels.grouped_matmul import (
+    Groups,
+    Scaled,
     grouped_fp8_matmul,
     grouped_fp8_weight_gradient,
     grouped_matmul,
@@ -92,30 +94,30 @@ def test_rows_are_multiplied_by_the_weights_of_their_group(counts, align):
         poisoned(normal(0, 200, 256), counts, align).astype(jnp.bfloat16),
         normal(1, 4, 256, 128).astype(jnp.bfloat16),
     )
-    count = jnp.array(counts, jnp.int32)
-    expected = grouped_matmul(x, w, count, align=align, **REFERENCE)
-    assert_near(grouped.grouped_matmul(x, w, count, align=align, **SMALL), expected, 1e-3)
-    assert_near(grouped.grouped_matmul(x, w.mT, count, align=align, transposed=True, **SMALL), expected, 1e-3)
+    groups = Groups(jnp.array(counts, jnp.int32), align)
+    expected = grouped_matmul(x, w, groups, **REFERENCE)
+    assert_near(grouped.grouped_matmul(x, w, groups, **SMALL), expected, 1e-3)
+    assert_near(grouped.grouped_matmul(x, w.mT, groups, transposed=True, **SMALL), expected, 1e-3)
 
 
 @pytest.mark.parametrize("counts", [COUNTS[0], COUNTS[2]])
 def test_weight_gradients_are_those_of_each_group(counts):
-    count = jnp.array(counts, jnp.int32)
+    groups = Groups(jnp.array(counts, jnp.int32))
     x, dy = (poisoned(normal(seed, 200, width), counts).astype(jnp.bfloat16) for seed, width in ((0, 128), (1, 256)))
-    found = grouped.grouped_weight_gradient(x, dy, count, **SMALL)
-    assert_near(found, grouped_weight_gradient(x, dy, count, **REFERENCE))
+    found = grouped.grouped_weight_gradient(x, dy, groups, **SMALL)
+    assert_near(found, grouped_weight_gradient(x, dy, groups, **REFERENCE))
 
 
 def test_the_same_in_fp8():
     counts, options = [70, 0, 3, 50], {"out_dtype": jnp.float32}
-    count = jnp.array(counts, jnp.int32)
-    x = quantize_rows(normal(0, 200, 256))
-    w = jax.vmap(quantize_blocks)(normal(1, 4, 128, 256))
-    found = grouped.grouped_fp8_matmul(*x, *w, count, native=True, **options, **SMALL)
-    assert_near(found, grouped_fp8_matmul(*x, *w, count, **options, **REFERENCE))
+    groups = Groups(jnp.array(counts, jnp.int32))
+    x = Scaled(*quantize_rows(normal(0, 200, 256)))
+    w = Scaled(*jax.vmap(quantize_blocks)(normal(1, 4, 128, 256)))
+    found = grouped.grouped_fp8_matmul(x, w, groups, native=True, **options, **SMALL)
+    assert_near(found, grouped_fp8_matmul(x, w, groups, **options, **REFERENCE))
     mine = poisoned(jnp.ones((640, 1)), [70, 0, 3, 150], 128)
     rows = [jnp.nan_to_num(normal(seed, 640, width) * mine) for seed, width in ((2, 128), (3, 256))]
-    operands = *quantize_rows(rows[0].T), *quantize_rows(rows[1].T), jnp.array([70, 0, 3, 150], jnp.int32)
+    operands = *(Scaled(*quantize_rows(one.T)) for one in rows), Groups(jnp.array([70, 0, 3, 150], jnp.int32), 128)
     found = grouped.grouped_fp8_weight_gradient(*operands, **{**SMALL, "most": (64, 128, 256)})
     assert_near(found, grouped_fp8_weight_gradient(*operands, **REFERENCE))
 
@@ -123,7 +125,7 @@ def test_the_same_in_fp8():
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("align", [1, 8])
 def test_visits_cover_every_row_once(counts, align):
-    plan = grouped._visits_of_rows(jnp.array(counts, jnp.int32), 200, 64, align)
+    plan = grouped._visits_of_rows(Groups(jnp.array(counts, jnp.int32), align), 200, 64)
     seen = np.zeros(256, int)
     assert int(plan.n_visits) <= len(plan.range_V)
     for own, tile in np.stack([plan.range_V, plan.tile_V], 1)[: int(plan.n_visits)]:
@@ -135,13 +137,13 @@ def test_visits_cover_every_row_once(counts, align):
 
 
 def test_shapes_that_the_grouped_kernels_do_not_take_are_reported():
-    x, count = jnp.zeros((8, 256), jnp.bfloat16), jnp.array([8], jnp.int32)
+    x, groups = jnp.zeros((8, 256), jnp.bfloat16), Groups(jnp.array([8], jnp.int32))
     with pytest.raises(ValueError, match="D=256, F=100: the TPU kernel expects positive multiples of 128. Fill"):
-        grouped.grouped_matmul(x, jnp.zeros((1, 256, 100), jnp.bfloat16), count)
+        grouped.grouped_matmul(x, jnp.zeros((1, 256, 100), jnp.bfloat16), groups)
     with pytest.raises(ValueError, match="x is float32: the TPU kernel expects bfloat16"):
-        grouped.grouped_weight_gradient(x.astype(jnp.float32), x, count)
+        grouped.grouped_weight_gradient(x.astype(jnp.float32), x, groups)
     with pytest.raises(ValueError, match="'mosaic_tpu' on cpu: needs a TPU"):
-        grouped_matmul(x, jnp.zeros((1, 256, 128), jnp.bfloat16), count, implementation="mosaic_tpu")
+        grouped_matmul(x, jnp.zeros((1, 256, 128), jnp.bfloat16), groups, implementation="mosaic_tpu")
 
 
 def assert_quantised(found, expected, scale):

@@ -26,6 +26,7 @@ from deepseek_jax.precision.policy import policy
 from deepseek_jax.precision.quantize import dequantize_blocks, quantize_blocks
 from deepseek_jax.precision.wire import AS_IS, Codes, carried
 from pallas_kernels import fp8_matmul, grouped_matmul
+from pallas_kernels.grouped_matmul import Groups, Scaled
 from pallas_kernels.quantize import quantize
 
 FP8 = BlockMatmul()
@@ -89,13 +90,14 @@ def test_the_grouped_products_are_those_of_the_definition():
     @jax.jit
     def both(x, g, q, scale):
         results = []
-        rows, columns = (x.q, x.scale, q.mT, scale.mT), (x.q_t, x.scale_t, g.q_t, g.scale_t)
+        groups = Groups(count_X, align=128)
+        rows = Scaled(x.q, x.scale), Scaled(q.mT, scale.mT), groups
+        columns = Scaled(x.q_t, x.scale_t), Scaled(g.q_t, g.scale_t), groups
         for matmul, gradient in [
             (XLA["grouped_fp8_matmul"], XLA["grouped_fp8_weight_gradient"]),
             (definition(grouped_matmul.grouped_fp8_matmul), definition(grouped_matmul.grouped_fp8_weight_gradient)),
         ]:
-            y = matmul(*rows, count_X, align=128, out_dtype=jnp.float32)
-            results.append((y, gradient(*columns, count_X, align=128)))
+            results.append((matmul(*rows, out_dtype=jnp.float32), gradient(*columns)))
         return results
 
     (y, dw), (y_defined, dw_defined) = both(x, g, q, scale)
@@ -265,12 +267,13 @@ FP8_KERNELS = [
 @pytest.mark.parametrize("operation, name", FP8_KERNELS)
 def test_kernels_say_which_device_they_need(operation, name):
     q, scale = jnp.zeros((128, 128), jnp.float8_e4m3fn), jnp.ones((1, 128))
+    groups = Groups(jnp.array([3]), align=128)
     operands = {
         "quantize": (jnp.zeros((128, 128)),),
         "quantize_swiglu": (jnp.zeros((128, 256)),),
         "fp8_matmul": (q, scale, q, jnp.ones((1, 1))),
-        "grouped_fp8_matmul": (q, scale, q[None], jnp.ones((1, 1, 1)), jnp.array([3])),
-        "grouped_fp8_weight_gradient": (q, scale, q, scale, jnp.array([3])),
+        "grouped_fp8_matmul": (Scaled(q, scale), Scaled(q[None], jnp.ones((1, 1, 1))), groups),
+        "grouped_fp8_weight_gradient": (Scaled(q, scale), Scaled(q, scale), groups),
     }
     device = {"mosaic_gpu": "a Hopper GPU", "mosaic_tpu": "a TPU"}[name]
     with pytest.raises(
