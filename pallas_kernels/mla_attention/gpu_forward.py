@@ -63,6 +63,10 @@ class Tuning:
     turns: bool = True
     loader_registers: int = 24
 
+    def __post_init__(self) -> None:
+        if self.stages < 2:
+            raise ValueError(f"stages={self.stages}: expected at least 2: a block is read while the next is loaded.")
+
     @property
     def rows(self) -> int:
         """Queries of a CTA's tile."""

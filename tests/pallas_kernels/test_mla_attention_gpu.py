@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import mosaic_gpu
-from pallas_kernels.mla_attention import gpu, gpu_backward, gpu_forward, reference, visits
+from pallas_kernels.mla_attention import attention, gpu, gpu_backward, gpu_forward, reference, visits
 
 needs_interpreter = pytest.mark.skipif(not mosaic_gpu.can_interpret(), reason="needs JAX 0.11.2 or later")
 
@@ -138,3 +138,15 @@ def test_what_the_kernels_do_not_take_is_refused(dtype, widths, scale, message):
     q, v = (jax.ShapeDtypeStruct((1, 8, 1, width), dtype) for width in widths)
     with pytest.raises(ValueError, match=message):
         gpu.check(q, v, scale)
+
+
+def test_a_machine_without_hopper_is_refused():
+    q, k, v, _ = inputs(1, 8, 8, 1, 1, 64, 64)
+    with pytest.raises(ValueError, match="needs a Hopper GPU"):
+        attention(q, k, v, implementation="mosaic_gpu", scale=0.1)
+
+
+@pytest.mark.parametrize("kernel", [gpu_forward, gpu_backward])
+def test_one_stage_is_refused(kernel):
+    with pytest.raises(ValueError, match="stages=1: expected at least 2"):
+        kernel.Tuning(stages=1)
