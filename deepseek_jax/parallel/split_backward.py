@@ -48,6 +48,9 @@ def nothing(equation: core.JaxprEqn) -> bool:
     return False
 
 
+SAVEABLE: dict[str, Saveable] = {"none": everything, "dots": matmuls, "block": nothing}  # by config.run.remat
+
+
 @dataclass(frozen=True)
 class Split:
     """The three programs of a stage; `early`, `late` and `stash` are lists of arrays."""

@@ -15,10 +15,8 @@ recomputation there is a rule, from sections 3.2.3 and 3.3.3 of the report:
 Norms, up-projections and SwiGLU's output are recomputed. V3: 159 kB per token and layer.
 """
 
-import contextlib
 import functools
-import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -29,13 +27,16 @@ from flax import nnx
 from jax.extend.core import Var
 from jax.sharding import Mesh
 
-from deepseek_jax.layers.base import Execution, bind, dtype_read, logical_axes, roles, run_stack, split
+from deepseek_jax.layers.base import Execution, bind, dtype_read, run_stack
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.parallel.alltoall import make_exchange
-from deepseek_jax.parallel.sharding import EXPERTS, Placement, placements, unsharder
+from deepseek_jax.parallel.sharding import EXPERTS, unsharder
+from deepseek_jax.parallel.split_backward import SAVEABLE
 from deepseek_jax.plan.layout import Layout
 from deepseek_jax.plan.network import NORM_WIDTH, Network, Sizes, abstract_model
+from deepseek_jax.plan.read_layers import layers_read, no_collection
 from deepseek_jax.plan.recipes import V3_POLICY, Recipe
+from deepseek_jax.plan.stage_buffers import Growth, growth
 
 E5M6, FP8, BF16, FLOAT32 = 1.5, 1.0, 2.0, 4.0
 
@@ -49,6 +50,7 @@ class ActivationBytes(NamedTuple):
     # work_per_sequence, work_per_layer: needed in addition while the backward pass runs
     work_per_sequence: float = 0.0
     work_per_layer: float = 0.0
+    pools: Growth | None = None  # of a run's pipeline: the arrays that a layer adds to its buffers
 
 
 def kept(
@@ -67,6 +69,7 @@ class CachedActivations:
     def __init__(self, family: ModuleType, sizes: Sizes, network: Network):
         self.family, self.sizes, self.network = family, sizes, network
         self.known: dict[tuple, tuple[int, int]] = {}
+        self.grown: dict[tuple, Growth] = {}
 
     def __call__(self, recipe: Recipe, layout: Layout, rules: Mapping[str, str]) -> dict[str, ActivationBytes]:
         """Returns what a layer of each stack keeps on one device.
@@ -80,7 +83,21 @@ class CachedActivations:
             each, once = self._bytes(name, recipe, layout, rules)
             all_each, all_once = self._bytes(name, replace(recipe, remat="none"), layout, rules)
             found[name] = ActivationBytes(each, once, 2 * all_each - each, all_once - once)
+            if recipe.alike and layout.pipe > 1:
+                found[name] = found[name]._replace(pools=self._pools(name, recipe, layout, rules))
         return found
+
+    def _pools(self, stack: str, recipe: Recipe, layout: Layout, rules: Mapping[str, str]) -> Growth:
+        """Returns the arrays that a layer of a stack adds to the buffers of a run's pipeline."""
+        key = (stack, recipe.remat, recipe.activations, layout.seq_len, layout.sequences, layout.mesh, *rules.items())
+        if key not in self.grown:
+            dtype = jnp.float32 if recipe.activations == FLOAT32 else jnp.bfloat16
+            exchange = make_exchange(rules, layout.mesh)
+            run = Execution(compute=dtype, unroll=0, exchange=exchange and replace(exchange, level=0))
+            blocks = getattr(abstract_model(self.family, self.sizes, run), stack)
+            shape_BTD = (layout.sequences, layout.seq_len, self.network.d_model)
+            self.grown[key] = growth(blocks, run, shape_BTD, rules, layout.mesh, SAVEABLE[recipe.remat])
+        return self.grown[key]
 
     def _bytes(self, stack: str, recipe: Recipe, layout: Layout, rules: Mapping[str, str]) -> tuple[int, int]:
         """Returns the bytes that the backward pass of one layer of a stack needs: (per sequence, once).
@@ -110,16 +127,7 @@ def residual_bytes(
     blocks: nnx.Module, run: Execution, shape_BTD: tuple[int, int, int], rules: Mapping[str, str], mesh: Mesh
 ) -> int:
     """Returns the bytes that the backward pass of one layer of a stack needs besides its weights, on one device."""
-    definition, params, router_bias = split(blocks)
-    axes, _ = logical_axes(blocks)
-    places = placements(axes, params, rules, mesh)
-
-    def read(x: jax.ShapeDtypeStruct, place: Placement, role: str) -> jax.ShapeDtypeStruct:
-        dtype = x.dtype if place.is_sharded else dtype_read(role, run.compute, run.compute)
-        return local_part(one_layer(x), tuple(place.spec), mesh).update(dtype=dtype)
-
-    params = jax.tree.map(read, params, places, roles(blocks))
-    router_bias = jax.tree.map(one_layer, router_bias)
+    definition, params, router_bias = layers_read(blocks, 1, run, rules, mesh)
 
     def residuals(params: dict, router_bias: dict, x_BTD: jax.Array, positions_BT: jax.Array) -> object:
         tokens = Tokens(positions_BT, positions_BT)  # any ids will do
@@ -132,23 +140,11 @@ def residual_bytes(
     x_BTD = jax.ShapeDtypeStruct(shape_BTD, run.compute)
     positions_BT = jax.ShapeDtypeStruct(shape_BTD[:2], jnp.int32)
     trace = jax.make_jaxpr(residuals, axis_env=list(mesh.shape.items()))
-    with _no_collection():
+    with no_collection():
         program = trace(params, router_bias, x_BTD, positions_BT).jaxpr
     given = set(program.invars)
     made: dict[Var, Any] = {var: var.aval for var in program.outvars if isinstance(var, Var) and var not in given}
     return sum(aval.size * aval.dtype.itemsize for aval in made.values())
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Disables the garbage collector, which takes a third of the time of a trace and finds nothing."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def v3_bytes(network: Network, stack: str) -> float:
@@ -177,15 +173,3 @@ def _published(network: Network, stack: str, seq_len: int) -> ActivationBytes:
 def matmul_outputs(network: Network, stack: str) -> int:
     """Returns how many numbers per token the matmuls of one layer of `stack` produce."""
     return sum(network.copies(w) * w.widths[1] for w in network.of(stack) if w.is_matrix)
-
-
-def one_layer(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Returns the shape of one layer of a stacked array."""
-    return jax.ShapeDtypeStruct((1, *array.shape[1:]), array.dtype)
-
-
-def local_part(array: jax.ShapeDtypeStruct, spec: tuple, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """Returns the shape of one device's part of an array laid out as `spec`."""
-    axes = (*spec, *[None] * (len(array.shape) - len(spec)))
-    shape = tuple(n // (mesh.shape[axis] if axis else 1) for n, axis in zip(array.shape, axes, strict=True))
-    return jax.ShapeDtypeStruct(shape, array.dtype)

@@ -7,6 +7,7 @@
 | masters | the float32 weights, unless a step reads just these; divided like the optimizer state |
 | optimizer | both moments, further divided over all replicas (ZeRO-1), the second copy included |
 | activations | `activations.kept` of each layer, times sequences, times micro-batches in flight |
+| buffers | in place of these in a run's pipeline: slots of its pools (`stage_buffers`), the same on all ranks |
 | kept once | kept independently of the batch: under policy none gate and up of the experts side by side |
 | layer at work | recomputed in the backward pass of the widest layer, and its gradients (`ActivationBytes`) |
 | logits | 8 V per token of the chunk in which the loss is computed: float32, and their gradient |
@@ -30,9 +31,11 @@ from deepseek_jax.plan.job import Job, Part
 from deepseek_jax.plan.layout import Stage
 from deepseek_jax.plan.network import HIGH_PRECISION
 from deepseek_jax.plan.recipes import MASTER, V3_POLICY
+from deepseek_jax.plan.schedules import name_of
+from deepseek_jax.plan.stage_buffers import POOLS, slot_bytes, slots
 
 PARTS: tuple[str, ...] = ("weights", "gradients", "pipeline_copy", "masters", "optimizer", "activations")
-PARTS += ("kept_once", "layer_at_work", "logits", "exchange_buffers", "router_biases")
+PARTS += ("buffers", "kept_once", "layer_at_work", "logits", "exchange_buffers", "router_biases")
 LOGITS = 8.0  # bytes: float32 and the same for its gradient
 BIAS = 4.0
 BARELY = 0.05  # of a chip's memory: what is not counted may take as much
@@ -46,9 +49,11 @@ def rank_memory(job: Job, rank: int, kept: Mapping[str, ActivationBytes], loss_c
     network, layout, recipe = job.network, job.layout, job.recipe
     held = job.ranks[rank]
     found = dict.fromkeys(PARTS, 0.0) | _states(job, rank)
+    has_buffers = any(layer.pools for layer in kept.values())
+    found["buffers"] = _buffers(job, kept) if has_buffers else 0.0
     for hold in held:
         stage = job.stages[hold.stage]
-        in_flight = min(hold.in_flight, layout.micro_batches)
+        in_flight = 0 if has_buffers else min(hold.in_flight, layout.micro_batches)
         found["activations"] += in_flight * layout.sequences * stage_activations(job, stage, kept)
         found["kept_once"] += sum(n * kept[name].per_layer for name, n in layers_of(job, stage))
         if stage.has_head:
@@ -60,6 +65,15 @@ def rank_memory(job: Job, rank: int, kept: Mapping[str, ActivationBytes], loss_c
         rows = layout.tokens * sum(copies for copies, _ in hops) * recipe.padding
         found["exchange_buffers"] = rows * network.d_model * recipe.exchanged * (2 if job.schedule.overlaps else 1)
     return {name: n_bytes for name, n_bytes in found.items() if n_bytes}
+
+
+def _buffers(job: Job, kept: Mapping[str, ActivationBytes]) -> float:
+    """Returns the bytes of the pools of a run's pipeline."""
+    n_slots = slots(name_of(job.schedule), job.layout.pipe, job.layout.micro_batches)
+    stream = job.layout.tokens * job.network.d_model * job.recipe.activations
+    grown, stages = {name: layer.pools or {} for name, layer in kept.items()}, [s.repeats for s in job.stages]
+    of_stages = sum(n_slots[pool] * slot_bytes(pool, stages, grown) for pool in POOLS)
+    return (n_slots["x"] + n_slots["dy"]) * stream + of_stages
 
 
 def by_rank(job: Job, kept: Mapping[str, ActivationBytes], loss_chunk: int) -> list[dict[str, float]]:

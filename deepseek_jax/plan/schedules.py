@@ -75,3 +75,8 @@ def schedule(name: str, n_devices: int, micro_batches: int) -> Schedule:
             "Choose another config.pipeline.micro_batches, or --schedule=1f1b."
         )
     return found
+
+
+def name_of(planned: Schedule) -> str:
+    """Returns the name of a schedule of `SCHEDULES`, as given to --schedule."""
+    return next(name for name, known in SCHEDULES.items() if known is planned)

@@ -27,7 +27,7 @@ from deepseek_jax.plan.layout import Layout
 from deepseek_jax.plan.memory import BARELY, capacity, fullest
 from deepseek_jax.plan.network import Network
 from deepseek_jax.plan.recipes import V3_POLICY, Recipe
-from deepseek_jax.plan.schedules import SCHEDULES, schedule
+from deepseek_jax.plan.schedules import name_of, schedule
 
 # Rules added to the config's own, each a way to store weights in shards that are gathered before use.
 STORED: tuple[dict[str, str], ...] = (
@@ -200,4 +200,4 @@ def _alike(job: Job) -> tuple:
 
 def schedule_name(job: Job) -> str:
     """Returns the name of a job's schedule, as given to --schedule."""
-    return next(name for name, found in SCHEDULES.items() if found is job.schedule)
+    return name_of(job.schedule)

@@ -23,14 +23,13 @@ from deepseek_jax.layers.base import Tree
 from deepseek_jax.layers.base import split as split_module
 from deepseek_jax.parallel.mesh import REPLICAS, total
 from deepseek_jax.parallel.pipeline import run_pipeline
-from deepseek_jax.parallel.split_backward import Saveable, everything, matmuls, nothing, split
+from deepseek_jax.parallel.split_backward import SAVEABLE, split
 from deepseek_jax.parallel.stage_layout import StageLayout, make_layout
 from deepseek_jax.parallel.tick_table import TickTable, make_table
 from deepseek_jax.train.gradients import Gradients
 from deepseek_jax.train.loss import Losses, Stage, Totals, totals
 from deepseek_jax.tree import size
 
-SAVEABLE: dict[str, Saveable] = {"none": everything, "dots": matmuls, "block": nothing}
 Kind = tuple[bool, bool, tuple[tuple[str, int], ...]]  # of a stage: `StageLayout.kind`
 
 # loss(trained, state, part, over, stage, x) -> (x for the stage after, loss, losses): see `Objective.stage`; `trained`

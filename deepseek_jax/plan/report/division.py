@@ -84,6 +84,7 @@ def _memory_notes(job: Job) -> dict[str, str]:
         "masters": "float32 weights, divided over the replicas (ZeRO-1)",
         "optimizer": f"{recipe.moments:.0f} B per parameter, likewise",
         "activations": f"policy {recipe.remat}; rank 0 has {flight} micro-batches in flight",
+        "buffers": f"policy {recipe.remat}; slots of the pipeline's pools, on every rank",
         "kept_once": "independent of the batch: gate and up of experts side by side, masks",
         "layer_at_work": "intermediates of the widest layer's backward pass",
         "logits": "float32, of one chunk, and their gradient",
