@@ -1,9 +1,11 @@
 """What differs between JAX 0.10, 0.11 and 0.12 in Pallas Mosaic GPU, and what it can only do by inlining PTX."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils as mgpu
 
 
@@ -15,6 +17,14 @@ def can_interpret() -> bool:
 def can_exchange() -> bool:
     """Whether a CTA can store into the shared memory of another one of its cluster (0.11 and later)."""
     return hasattr(plgpu, "async_store_smem")
+
+
+def by_one_warp(work: Callable[[], None]) -> None:
+    """Runs `work` in one warp of a warpgroup; in all four of them with JAX 0.10, which lowers too little for one."""
+    if can_interpret():
+        plgpu.warp_map(lambda warp: pl.when(warp == 0)(work))
+    else:
+        work()
 
 
 def load(ref: Any, layout: Any) -> jax.Array:

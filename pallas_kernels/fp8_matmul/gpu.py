@@ -284,7 +284,7 @@ def _next(plan: Plan, stage: jax.Array) -> jax.Array:
 def _load(plan: Plan, refs: Refs) -> None:
     """The loading warpgroup, of which one warp works: the others would take issue slots from those that compute."""
     plgpu.set_max_registers(plan.tiles.producer_registers, action="decrease")
-    plgpu.warp_map(lambda warp: pl.when(warp == 0)(functools.partial(_load_tiles, plan, refs)))
+    mosaic_gpu.by_one_warp(functools.partial(_load_tiles, plan, refs))
 
 
 def _load_tiles(plan: Plan, refs: Refs) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from deepseek_jax.precision.quantize import quantize_blocks
 from pallas_kernels import mosaic_gpu, tile_table
+from pallas_kernels.fp8_matmul import gpu
 from pallas_kernels.grouped_matmul import (
     Groups,
     Scaled,
@@ -269,6 +270,18 @@ def test_the_fp8_kernels_are_the_reference(choice):
     operands = *(Scaled(*quantize_rows(one.T)) for one in (x, dy)), groups_of([70, 0, 3, 158], 128)
     expected = grouped_fp8_weight_gradient(*operands, **REFERENCE)
     assert_near(weights.grouped_fp8_weight_gradient(*operands, **options), np.asarray(expected), 1e-6)
+
+
+@pytest.mark.skipif(mosaic_gpu.can_interpret(), reason="later versions of JAX are tested by interpreter and compiler")
+def test_jax_0_10_lowers_the_kernels():
+    """What one warp may do there is little; that such a kernel cannot be lowered would show on a GPU only."""
+    x, w = draw(128, 128, 128, 1, jnp.bfloat16)
+    for call, operands in [
+        (weights.grouped_weight_gradient, (x, x, groups_of([60, 68]))),
+        (gpu.fp8_matmul, (*quantize_rows(x), *quantize_blocks(w[0]))),
+    ]:
+        lowered = jax.jit(call).trace(*operands).lower(lowering_platforms=("cuda",))
+        assert "mosaic_gpu" in lowered.as_text()
 
 
 @pytest.mark.parametrize("rows, columns", [(32, 128), (64, 96)])
