@@ -57,7 +57,7 @@ def forward(
     rows = q_BZJTQ.shape[:-1]
     nothing_BZJT = jnp.zeros_like(q_BZJTQ, wide, shape=rows)
     o_BZJTU = jnp.zeros_like(q_BZJTQ, wide, shape=(*rows, v_BSZU.shape[-1]))
-    o_BZJTU, top_BZJT, sum_BZJT = pairs.visit(add, (o_BZJTU, nothing_BZJT + MASKED, nothing_BZJT))
+    o_BZJTU, top_BZJT, sum_BZJT = pairs.visit(add, (o_BZJTU, nothing_BZJT + MASKED, nothing_BZJT), q_BTHQ)
     sees_BZJT = top_BZJT > MASKED / 2  # what a query that sees nothing has summed means nothing
     o_BZJTU = jnp.where(sees_BZJT[..., None], o_BZJTU / sum_BZJT[..., None], 0).astype(v_BSZU.dtype)
     lse_BZJT = jnp.where(sees_BZJT, top_BZJT + jnp.log(sum_BZJT), -jnp.inf)
@@ -100,7 +100,7 @@ def backward(
 
     # Tokens last in dk and dv: so no product needs the weights, which are the largest array, transposed.
     zeros = (jnp.zeros_like(x, wide) for x in (q_BZJTQ, k_BZSQ.swapaxes(2, 3), v_BZSU.swapaxes(2, 3)))
-    dq_BZJTQ, dk_BZQS, dv_BZUS = pairs.visit(add, tuple(zeros))
+    dq_BZJTQ, dk_BZQS, dv_BZUS = pairs.visit(add, tuple(zeros), q_BTHQ)
     dk_BSZQ, dv_BSZU = (_joined(x.astype(dtype).swapaxes(2, 3)[:, :, None], pairs.s) for x in (dk_BZQS, dv_BZUS))
     return _joined(dq_BZJTQ.astype(dtype), pairs.t), dk_BSZQ, dv_BSZU
 
@@ -114,8 +114,12 @@ class _Pairs:
     segments: Segments | None
     q_offset: int | jax.Array
 
-    def visit(self, add: Add, sums: tuple) -> tuple:
-        """Returns the sums after `add(sums, queries, keys)` for all pairs."""
+    def visit(self, add: Add, sums: tuple, q: jax.Array) -> tuple:
+        """Returns the sums after `add(sums, queries, keys)` for all pairs.
+
+        The list of pairs is tied to `q`: inside a loop over layers, jax would otherwise compute the masks of all pairs,
+        which follow from the list alone, before that loop, and keep them.
+        """
         n_queries, n_keys = _block(self.t), _block(self.s)
         known = isinstance(self.q_offset, int)
         seen = self.q_offset if known else self.s  # of an offset known only later: no pair is left out
@@ -131,7 +135,8 @@ class _Pairs:
 
         if len(pairs) < 2:
             return step(sums, pairs[0])[0] if pairs else sums
-        return lax.scan(step, sums, jnp.array(pairs, jnp.int32))[0]
+        order, _ = lax.optimization_barrier((jnp.array(pairs, jnp.int32), q))
+        return lax.scan(step, sums, order)[0]
 
     def seen(self, i: Span, j: Span) -> jax.Array:
         """Returns which keys of a block its queries see, broadcastable to BZJTS; no key that only fills up a block."""
