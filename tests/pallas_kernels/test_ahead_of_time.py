@@ -52,7 +52,7 @@ def test_every_kernel_uses_the_instructions_that_it_is_built_on(compiled):
         elif name.startswith(("grouped", "attention")):
             assert kernel["bf16_instructions"] >= 4, kernel
         elif "bfloat16" in name:
-            assert kernel["transposing_loads"] >= 16, kernel
+            assert kernel["transposing_loads"] >= 8, kernel
         assert not kernel["serialised"], kernel
 
 
