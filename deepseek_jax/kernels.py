@@ -15,6 +15,7 @@ TABLE = {
         "xla": "deepseek_jax.layers.attention:causal_attention",
         "chunked": "deepseek_jax.layers.attention:chunked",  # any device; memory grows with T, not with its square
         "reference": "deepseek_jax.layers.attention:reference",  # any device; stores all scores
+        "mosaic_gpu": "deepseek_jax.layers.attention:on_hopper",  # Hopper, bf16, widths that are multiples of 64
         "cudnn": "deepseek_jax.layers.cudnn_attention:causal_attention",  # NVIDIA GPUs, bf16, documents not masked
     },
     "latent_decode": {"xla": "deepseek_jax.layers.attention:latent_decode"},

@@ -7,6 +7,7 @@ with scores and softmax in float32. What computes the first kind is chosen by `c
     xla         short sequences in blocks of queries that meet the keys up to their own end, weights P kept for the
                 backward pass; long ones as `chunked`. Which is faster on CPUs decides (`RECOMPUTED_FROM`)
     chunked     blocks of queries and keys; memory grows with T, not with T * S: `pallas_kernels.mla_attention`
+    mosaic_gpu  the same by kernels for Hopper GPUs, for 16 bits and widths that are multiples of 64
     reference   the definition, all scores at once
     cudnn       `layers.cudnn_attention`
 
@@ -83,6 +84,7 @@ def _by_name(
 
 
 chunked = functools.partial(_by_name, "chunked")
+on_hopper = functools.partial(_by_name, "mosaic_gpu")
 reference = functools.partial(_by_name, "reference")
 
 

@@ -81,6 +81,20 @@ def test_what_does_not_fit_is_a_user_error(qkv):
         attention.chunked(q[:, :, :3], k, v, scale=SCALE)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "width", "message"),
+    [
+        (jnp.bfloat16, 64, "needs a Hopper GPU"),
+        (jnp.float32, 64, "expected bfloat16"),
+        (jnp.bfloat16, 8, "multiples of 64"),
+    ],
+)
+def test_the_kernel_for_hopper_says_what_it_needs(dtype, width, message):
+    x = jnp.zeros((1, 4, 2, width), dtype)
+    with pytest.raises(UserError, match=f"kernels.attention='mosaic_gpu': .*{message}.*config.kernels.attention=xla"):
+        Kernels(attention="mosaic_gpu")["attention"](x, x, x, scale=1.0)
+
+
 def test_a_row_that_sees_nothing_is_finite():
     assert np.isfinite(masked_softmax(jnp.ones((2, 3)), jnp.zeros((2, 3), bool))).all()
 
