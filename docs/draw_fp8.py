@@ -1,5 +1,8 @@
 """Draws docs/fp8.svg from docs/fp8.csv: training loss of small_v3 in bfloat16 and in FP8, and their difference.
 
+bf16_noise and bf16_rounded are bfloat16 once more, from initial weights that differ by 2^-16 of their size, and that
+are rounded to bfloat16: how far apart runs are that differ in next to nothing.
+
 python docs/draw_fp8.py
 """
 
@@ -9,7 +12,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 WIDTH, HEIGHT, LEFT, TOP, GAP = 720, 190, 60, 30, 50
 SMOOTHED = 20  # logged steps per mean
-COLOURS = {"bf16": "#444444", "fp8": "#1f77b4", "fp8_128x128": "#d62728"}
+COLOURS = {"bf16": "#444444", "bf16_noise": "#999999", "bf16_rounded": "#2ca02c", "fp8": "#1f77b4"}
 
 Curve = list[tuple[int, float]]
 
@@ -61,7 +64,7 @@ def main() -> None:
     """Writes the picture."""
     smoothed, second = curves(), TOP + HEIGHT + GAP
     parts = panel(smoothed, TOP, 0.5, 4.0, [0.5, 1, 2, 3, 4], "loss, mean of 20 logged steps")
-    parts += panel(differences(smoothed), second, -1, 8, [0, 2, 4, 6, 8], "difference from bfloat16, percent")
+    parts += panel(differences(smoothed), second, -3, 3, [-3, -2, -1, 0, 1, 2, 3], "difference from bfloat16, percent")
     for place, (name, colour) in enumerate(COLOURS.items()):
         parts.append(f'<text x="{WIDTH - 150}" y="{TOP + 20 + 18 * place}" fill="{colour}">{name}</text>')
     style = 'font-family="sans-serif" font-size="12"'

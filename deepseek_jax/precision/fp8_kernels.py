@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
@@ -66,6 +67,50 @@ def _wide(codes: jax.Array, scale: jax.Array) -> jax.Array:
     return codes.astype(jnp.float32) * jnp.repeat(scale, BLOCK, axis=-1)[..., : codes.shape[-1]]
 
 
+PART_BLOCKS = 8  # of 128 tokens, which a part of a weight gradient has at least
+OUTPUTS = 256  # rows and columns of an output tile of two processors, of which a chip has about
+PAIRS = 66
+
+
+def product_in_parts(
+    x: jax.Array,
+    x_scale: jax.Array,
+    w: jax.Array,
+    w_scale: jax.Array,
+    *,
+    w_block: tuple[int, int] = (BLOCK, BLOCK),
+    out_dtype: DTypeLike = jnp.bfloat16,
+    implementation: str,
+) -> jax.Array:
+    """Returns `fp8_matmul`, of which a small weight gradient is the sum of several, each over some of the tokens.
+
+    The output of a narrow layer is a few tiles, and a processor that sums one over all tokens works while the others
+    wait: 0.23 ms for 512 x 512 outputs and 32,768 tokens on an H200. The parts are groups of a grouped matmul.
+    """
+    (m, k), n = x.shape, len(w)
+    n_parts = _parts(m, n, k) if w_block[0] == 1 else 1
+    if n_parts == 1:
+        product = fp8_matmul_kernel.fp8_matmul
+        return product(x, x_scale, w, w_scale, w_block=w_block, out_dtype=out_dtype, implementation=implementation)
+    last_blocks = np.arange(1, n_parts + 1) * (k // BLOCK) // n_parts
+    parts = Groups(jnp.asarray(np.diff(last_blocks, prepend=0) * BLOCK, jnp.int32), align=BLOCK)
+    gradient = functools.partial(grouped_kernels.grouped_fp8_weight_gradient, implementation=implementation)
+    sums_XDF = gradient(_filled(x, x_scale), _filled(w, w_scale), parts, out_dtype=jnp.float32)
+    return jnp.sum(sums_XDF, axis=0)[:m, :n].astype(out_dtype)
+
+
+def _parts(m: int, n: int, k: int) -> int:
+    """Parts of the tokens k whose m x n outputs occupy all processors; 1 if those of a single part do."""
+    tiles = -(-m // OUTPUTS) * -(-n // OUTPUTS)
+    return 1 if k % BLOCK else max(min(PAIRS // tiles, k // BLOCK // PART_BLOCKS), 1)
+
+
+def _filled(codes: jax.Array, scale: jax.Array) -> Scaled:
+    """Codes [rows, K] and scales [blocks, rows] with zeros appended until the rows are a multiple of 128."""
+    extra = -len(codes) % BLOCK
+    return Scaled(jnp.pad(codes, ((0, extra), (0, 0))), jnp.pad(scale, ((0, 0), (0, extra))))
+
+
 OPTIONS = ("scale", "floor", "w_block", "out_dtype")
 
 
@@ -92,7 +137,7 @@ def _by(implementation: str, operation: str, kernel: Callable) -> Callable:
 _hopper, _tpu = (functools.partial(_by, implementation) for implementation in ("mosaic_gpu", "mosaic_tpu"))
 quantize_on_hopper = _hopper("quantize", quantize_kernel.quantize)
 quantize_swiglu_on_hopper = _hopper("quantize_swiglu", quantize_kernel.quantize_swiglu)
-fp8_matmul_on_hopper = _hopper("fp8_matmul", fp8_matmul_kernel.fp8_matmul)
+fp8_matmul_on_hopper = _hopper("fp8_matmul", product_in_parts)
 grouped_fp8_matmul_on_hopper = _hopper("grouped_fp8_matmul", grouped_kernels.grouped_fp8_matmul)
 grouped_fp8_weight_gradient_on_hopper = _hopper(
     "grouped_fp8_weight_gradient", grouped_kernels.grouped_fp8_weight_gradient

@@ -19,7 +19,7 @@ from deepseek_jax.layers.mla import MLA, MLAConfig
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.models import family
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.precision import fp8
+from deepseek_jax.precision import fp8, fp8_kernels
 from deepseek_jax.precision.fp8 import BlockMatmul
 from deepseek_jax.precision.matmul import PLAIN
 from deepseek_jax.precision.policy import policy
@@ -81,6 +81,21 @@ def test_the_product_is_that_of_the_codes(shape):
     assert error(dw, wide(x.q_t, x.scale_t) @ wide(g.q_t, g.scale_t).T) < 1e-6
 
 
+@pytest.mark.parametrize("m, n, k, parts", [(130, 72, 17 * 128, 2), (256, 128, 2000, 1), (4096, 4096, 4096, 1)])
+def test_a_small_weight_gradient_is_summed_in_parts(m, n, k, parts):
+    assert fp8_kernels._parts(m, n, k) == parts
+    if m > 256:
+        return
+    x, g = codes_of(numbers(k, m)), codes_of(numbers(k, n))
+    operands = (x.q_t, x.scale_t, g.q_t, g.scale_t)
+    options = {"w_block": (1, 128), "out_dtype": jnp.float32, "implementation": "reference"}
+    whole, summed = (
+        jax.jit(functools.partial(f, **options))(*operands)
+        for f in (fp8_matmul.fp8_matmul, fp8_kernels.product_in_parts)
+    )
+    assert error(summed, whole) < 1e-6
+
+
 def test_the_grouped_products_are_those_of_the_definition():
     count_X, rows = jnp.array([130, 0, 5]), 512
     holds = np.r_[np.ones(130), np.zeros(126), np.ones(5), np.zeros(251)].astype(np.float32)[:, None]
@@ -122,6 +137,8 @@ def test_the_three_matmuls_of_a_product(equation, size):
     assert [part.dtype for part in found] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
     for one, right in zip(found, exact, strict=True):
         assert 0.01 < error(one, right) < 0.05  # codes of three bits, and not more exact than that
+        one, right = np.float64(one) / size, np.float64(right) / size
+        assert abs(np.vdot(one, right) / np.vdot(right, right) - 1) < 0.01  # errors average out: nothing shrinks
     for half, one in zip(halves, found[1:], strict=True):
         np.testing.assert_array_equal(half, one)
 
