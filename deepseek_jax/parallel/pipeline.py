@@ -7,7 +7,7 @@
 An op of DualPipe's main phase, a forward and a backward pass, is one branch. The two share no data, so the compiler may
 overlap one's exchange of tokens with the other's matmuls. Where nothing overlaps (on a CPU), three switches follow one
 another instead, for F, for B and for W: the programs of a stage then stand in the program once, not in every op that
-has them, and compiling takes a fraction of the time. A stage's own collectives (over `expert`, and with FSDP over
+has them, and compiling takes less time. A stage's own collectives (over `expert`, and with FSDP over
 `data`) may stand in a branch, since all devices along these axes run the same op; `parallel.lint` finds any over the
 pipeline's axis.
 
@@ -116,8 +116,9 @@ def run_pipeline(
 
 
 def switches_of(table: TickTable, overlap: bool) -> list[Switch]:
-    """Returns the switches of a tick, in the order in which they run."""
-    if overlap:
+    """Returns the switches of a tick, in the order in which they run: several where ops have programs in common."""
+    parts = [part for branch in table.branches for part in branch]
+    if overlap or len(set(parts)) == len(parts):
         return [Switch("FBW", table.branches, table.branch)]
 
     def of(kind: str) -> Switch:

@@ -44,7 +44,7 @@ class Pipeline:
     schedule: str = "1f1b"  # one of `parallel.schedule.SCHEDULES`
     end: float = 0.0  # work of the last stage besides its layers (head, multi-token prediction), in layers
     # whether what one op runs is one branch, in which exchanges can hide behind matmuls; None: yes, but on CPUs, which
-    # hide nothing and compile three switches in a fraction of the time (`parallel.pipeline`)
+    # hide nothing and compile three switches in less time (`parallel.pipeline`)
     overlap: bool | None = None
 
     def layout(self, model: Any, n_ranks: int, micro_batches: int) -> StageLayout:

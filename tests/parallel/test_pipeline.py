@@ -90,7 +90,7 @@ def references():
 
 
 CASES = [(name, everything, True) for name in SCHEDULES]
-CASES += [("zb1p", nothing, False), ("dualpipe", nothing, True), ("dualpipe", everything, False)]
+CASES += [("zb1p", nothing, True), ("dualpipe", nothing, False), ("dualpipev", everything, False)]
 IDS = [f"{name}, {kept.__name__} saved, {'one switch' if overlap else 'three'}" for name, kept, overlap in CASES]
 
 
