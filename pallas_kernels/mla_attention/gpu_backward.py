@@ -297,9 +297,14 @@ def _next(plan: Plan, stage: jax.Array) -> jax.Array:
 
 
 def _load(plan: Plan, refs: Refs) -> None:
-    """The loading warpgroup: fills stage after stage, each as soon as it is free."""
+    """The loading warpgroup, of which one warp works: the others would take issue slots from those that compute."""
+    plgpu.set_max_registers(plan.tuning.loader_registers, action="decrease")
+    plgpu.warp_map(lambda warp: pl.when(warp == 0)(functools.partial(_load_jobs, plan, refs)))
+
+
+def _load_jobs(plan: Plan, refs: Refs) -> None:
+    """Fills stage after stage, each as soon as it is free."""
     tuning, stages = plan.tuning, plan.tuning.stages
-    plgpu.set_max_registers(tuning.loader_registers, action="decrease")
     own = (refs.k, refs.v) if plan.of_keys else (refs.q, refs.do)
     streams = (refs.q, refs.do) if plan.of_keys else (refs.k, refs.v)
     rings = (

@@ -279,9 +279,14 @@ def _next(plan: Plan, stage: jax.Array) -> jax.Array:
 
 
 def _load(plan: Plan, refs: Refs) -> None:
-    """The loading warpgroup: fills stage after stage, each as soon as it is free."""
+    """The loading warpgroup, of which one warp works: the others would take issue slots from those that compute."""
+    plgpu.set_max_registers(plan.tuning.loader_registers, action="decrease")
+    plgpu.warp_map(lambda warp: pl.when(warp == 0)(functools.partial(_load_jobs, plan, refs)))
+
+
+def _load_jobs(plan: Plan, refs: Refs) -> None:
+    """Fills stage after stage, each as soon as it is free."""
     tuning = plan.tuning
-    plgpu.set_max_registers(tuning.loader_registers, action="decrease")
     shared = "cta" if tuning.cluster > 1 else None
 
     def load_queries(i: jax.Array, job: Job) -> None:
