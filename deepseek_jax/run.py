@@ -76,7 +76,7 @@ def trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
 
 def pipeline(config: ConfigDict, network: Network) -> Pipeline:
     """Returns how a run divides its layers along the pipeline, if its mesh has one: as `deepseek-jax plan` does."""
-    return Pipeline(config.pipeline.schedule, end_in_layers(network, config.data.seq_len, slow=1.0))
+    return Pipeline(config.pipeline.schedule, end_in_layers(network, config.data.seq_len, slow=1.0, has_head=False))
 
 
 def check_effects(config: ConfigDict, trainer: Trainer) -> None:

@@ -150,6 +150,7 @@ def words(config: ConfigDict, space: Space, suggestion: Suggestion) -> str:
     chosen: dict[str, Any] = {"mesh.pipe": at.pipe, "mesh.expert": at.expert}
     chosen["pipeline.micro_batches"] = at.micro_batches
     chosen |= {"mesh.data": at.data} if config.mesh.data != -1 else {}
+    chosen |= {"pipeline.schedule": schedule_name(job)} if at.pipe > 1 else {}
     is_constant = suggestion.batch_start == at.batch and not config.batch.size_start
     chosen |= {"batch.size": at.batch, "batch.size_start": 0 if is_constant else suggestion.batch_start}
     chosen |= {f"sharding.{name}": axis for name, axis in job.rules.items()}
@@ -158,7 +159,5 @@ def words(config: ConfigDict, space: Space, suggestion: Suggestion) -> str:
     always = ("mesh.expert",) if space.network.n_experts > 1 else ()
     same = {key for key, value in chosen.items() if value == run_config.lookup(config, key)}
     found = [f"--config.{key}={value}" for key, value in chosen.items() if key in always or key not in same]
-    if at.pipe > 1:
-        found.append(f"--schedule={schedule_name(job)}")
     needs = "; ".join(missing(job))
     return " ".join(found) + (f"   (missing: {needs})" if needs else "")

@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 
 from deepseek_jax.kernels import XLA, Kernels
 from deepseek_jax.parallel.alltoall import Exchange
+from deepseek_jax.parallel.vocabulary import WHOLE, Vocabulary
 from deepseek_jax.precision.matmul import PLAIN, Matmul
 from pallas_kernels.mla_attention import SAVED
 
@@ -51,6 +52,7 @@ class Execution:
     unshard: Unshard | None = None
     # of a stack whose layers are split over a pipeline's ranks: (number of layers, function that gathers one of them)
     fetch: Callable[[str], Fetch] | None = None
+    vocabulary: Vocabulary = WHOLE  # which ids' rows of the embedding and columns of the head are here
 
 
 SINGLE_DEVICE = Execution()  # float32 on one device

@@ -85,7 +85,7 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Tokens) -> jax.Array:
         """x_BTD before the first block, in the compute dtype."""
-        return self.embedding(tokens.ids_BT, self.run.compute)
+        return self.embedding(tokens.ids_BT, self.run.compute, self.run.vocabulary)
 
     def run_blocks(
         self,
@@ -121,8 +121,17 @@ class Decoder(nnx.Module):
         x_BTD, _, statistics = self.run_blocks(self.embed(tokens), tokens)
         return self.finish(x_BTD), statistics
 
-    def mtp_depths(self, h_BTD: jax.Array, targets_BT: jax.Array, tokens: Tokens) -> list[Depth]:
-        """Multi-token prediction, one entry per depth; none unless a family has it."""
+    def mtp_depths(
+        self, h_BTD: jax.Array, targets_BT: jax.Array, tokens: Tokens, x_KBTD: Sequence[jax.Array] | None = None
+    ) -> list[Depth]:
+        """Multi-token prediction, one entry per depth; none unless a family has it.
+
+        `x_KBTD` are the embeddings that each depth reads, where they are known: those of `ids_ahead`.
+        """
+        return []
+
+    def ids_ahead(self, targets_BT: jax.Array) -> list[jax.Array]:
+        """The ids that each depth of multi-token prediction reads."""
         return []
 
     def loads(self, statistics: dict[str, Statistics], depths: list[Depth]) -> dict:

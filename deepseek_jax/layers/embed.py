@@ -1,5 +1,7 @@
 """Token embedding and output head: two tables, untied in every DeepSeek model."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,6 +9,7 @@ from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 
 from deepseek_jax.layers.base import param
+from deepseek_jax.parallel.vocabulary import WHOLE, Vocabulary
 
 
 class Embedding(nnx.Module):
@@ -16,28 +19,40 @@ class Embedding(nnx.Module):
         self.table_VD = param(rngs, (vocab_size, d_model), ("vocab", "embed"), normal(std), role="table")
 
     @jax.named_scope("embedding")
-    def __call__(self, ids_BT: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """Returns x_BTD in `dtype`; ids below 0 (nothing there) read row 0."""
-        return _rows(self.table_VD[...], jnp.maximum(ids_BT, 0)).astype(dtype)
+    def __call__(self, ids_BT: jax.Array, dtype: DTypeLike, vocabulary: Vocabulary = WHOLE) -> jax.Array:
+        """Returns x_BTD in `dtype`; ids below 0 (nothing there) read row 0. `vocabulary`: which rows are here."""
+        return rows(self.table_VD[...], ids_BT, vocabulary).astype(dtype)
 
 
-@jax.custom_vjp
-def _rows(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-    """Rows of a table. The gradient of a row that is read many times is summed in float32."""
-    return jnp.take(table_VD, ids_BT, axis=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rows(table_VD: jax.Array, ids_BT: jax.Array, vocabulary: Vocabulary = WHOLE) -> jax.Array:
+    """Returns the rows of a table; ids below 0 read row 0."""
+    if vocabulary.axis is None:
+        return jnp.take(table_VD, jnp.maximum(ids_BT, 0), axis=0)
+    index_BT, is_here_BT = vocabulary.local(jnp.maximum(ids_BT, 0), len(table_VD))
+    return vocabulary.total(jnp.where(is_here_BT[..., None], jnp.take(table_VD, index_BT, axis=0), 0))
 
 
-def _rows_forward(table_VD: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array, tuple]:
-    return _rows(table_VD, ids_BT), (ids_BT, jnp.zeros((len(table_VD), 0), table_VD.dtype))
+def rows_gradient(ids_BT: jax.Array, d_x_BTD: jax.Array, n_here: int, vocabulary: Vocabulary = WHOLE) -> jax.Array:
+    """Returns the gradient of the rows that are here, float32: of a row that is read many times the sum."""
+    index_BT = jnp.maximum(ids_BT, 0)
+    if vocabulary.axis is not None:
+        index_BT, is_here_BT = vocabulary.local(index_BT, n_here)
+        d_x_BTD = jnp.where(is_here_BT[..., None], d_x_BTD, 0)
+    d_table_VD = jnp.zeros((n_here, d_x_BTD.shape[-1]), jnp.promote_types(d_x_BTD.dtype, jnp.float32))
+    return d_table_VD.at[index_BT].add(d_x_BTD.astype(d_table_VD.dtype))
 
 
-def _rows_backward(saved: tuple, g_BTD: jax.Array) -> tuple[jax.Array, None]:
+def _forward(table_VD: jax.Array, ids_BT: jax.Array, vocabulary: Vocabulary) -> tuple[jax.Array, tuple]:
+    return rows(table_VD, ids_BT, vocabulary), (ids_BT, jnp.zeros((len(table_VD), 0), table_VD.dtype))
+
+
+def _backward(vocabulary: Vocabulary, saved: tuple, g_BTD: jax.Array) -> tuple[jax.Array, None]:
     ids_BT, like = saved
-    d_table_VD = jnp.zeros((len(like), g_BTD.shape[-1]), jnp.promote_types(like.dtype, jnp.float32))
-    return d_table_VD.at[ids_BT].add(g_BTD.astype(d_table_VD.dtype)).astype(like.dtype), None
+    return rows_gradient(ids_BT, g_BTD, len(like), vocabulary).astype(like.dtype), None
 
 
-_rows.defvjp(_rows_forward, _rows_backward)
+rows.defvjp(_forward, _backward)
 
 
 class Head(nnx.Module):

@@ -67,6 +67,14 @@ class MTP(nnx.Module):
         return self.final_norm(x_BTD), statistics  # eq. 23, but for the head
 
 
+def ahead(targets_BT: jax.Array, n: int) -> list[jax.Array]:
+    """The targets, and those that lie 1, …, n - 1 places ahead of them; -1 where there is none in the document."""
+    found = [targets_BT]
+    while len(found) < n:
+        found.append(jnp.where(found[-1] < 0, -1, shift_left(found[-1], fill=-1)))
+    return found
+
+
 def shift_left(tokens_BT: jax.Array, fill: int) -> jax.Array:
     """The next token at each position, `fill` at the last one."""
     return jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)), constant_values=fill)

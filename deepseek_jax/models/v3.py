@@ -11,10 +11,10 @@ Paper: DeepSeek-V3 Technical Report, arXiv 2412.19437, section 2; sizes: section
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -23,7 +23,7 @@ from deepseek_jax.layers.block import Block
 from deepseek_jax.layers.decoder import Decoder, Depth, Stack
 from deepseek_jax.layers.experts import Experts, ExpertsConfig
 from deepseek_jax.layers.mla import MLA, MLAConfig
-from deepseek_jax.layers.mtp import MTP, shift_left
+from deepseek_jax.layers.mtp import MTP, ahead
 from deepseek_jax.layers.router import sequence_balance, sigmoid_biased_topk
 from deepseek_jax.layers.swiglu import SwiGLU
 from deepseek_jax.layers.tokens import Tokens
@@ -89,20 +89,26 @@ class Model(Decoder):
         self.mtp = nnx.List(depths)
         self.config = c
 
-    def mtp_depths(self, h_BTD: jax.Array, targets_BT: jax.Array, tokens: Tokens) -> list[Depth]:
+    def mtp_depths(
+        self, h_BTD: jax.Array, targets_BT: jax.Array, tokens: Tokens, x_KBTD: Sequence[jax.Array] | None = None
+    ) -> list[Depth]:
         """Multi-token prediction from the main model's `h_BTD`, one entry per depth.
 
         `targets_BT` is the next token at each position, -1 where there is none. Each depth reads all of them; which
         are to be learnt is decided by the loss.
         """
-        depths = []
-        for module in self.mtp:
+        depths, ids = [], ahead(targets_BT, len(self.mtp) + 1)  # nothing past a document's end
+        for k, module in enumerate(self.mtp):
             depth = remat(module, self.run.remat)
-            tokens = tokens._replace(ids_BT=targets_BT, real_BT=targets_BT >= 0)
-            h_BTD, statistics = depth(h_BTD, self.embedding(targets_BT, self.run.compute), tokens)
-            targets_BT = jnp.where(targets_BT < 0, -1, shift_left(targets_BT, fill=-1))  # nothing past a document's end
-            depths.append(Depth(h_BTD, targets_BT, statistics))
+            tokens = tokens._replace(ids_BT=ids[k], real_BT=ids[k] >= 0)
+            x_BTD = self.embed(tokens) if x_KBTD is None else x_KBTD[k]
+            h_BTD, statistics = depth(h_BTD, x_BTD, tokens)
+            depths.append(Depth(h_BTD, ids[k + 1], statistics))
         return depths
+
+    def ids_ahead(self, targets_BT: jax.Array) -> list[jax.Array]:
+        """The ids that each depth of multi-token prediction reads."""
+        return ahead(targets_BT, len(self.mtp))[: len(self.mtp)]
 
 
 def flops_per_pair(c: Config) -> int:

@@ -1,8 +1,10 @@
 """Runs a pipeline schedule: one program on all ranks, which scans over the ticks of the schedule's table.
 
-    in each tick:  an op, chosen by a switch        forward, backward for the input, backward for the weights
+    in each tick:  what lanes begin with            all ranks together: the embedding (`Ends`)
+                   an op, chosen by a switch        forward, backward for the input, backward for the weights
                    its results go to their slots    outside the switch: a buffer that a branch changes would be copied
                    neighbours exchange y and dx     outside the switch: all ranks meet in the same collectives
+                   what lanes end in                all ranks together: the head and its loss, the embedding's gradient
 
 An op of DualPipe's main phase, a forward and a backward pass, is one branch. The two share no data, so the compiler may
 overlap one's exchange of tokens with the other's matmuls. Where nothing overlaps (on a CPU), three switches follow one
@@ -15,7 +17,7 @@ Paper: V3 section 3.2.1. The schedules: `parallel.schedule`; the split of a stag
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,11 +29,28 @@ from deepseek_jax.parallel.split_backward import Arrays, Split, Tree
 from deepseek_jax.parallel.tick_table import POOLS, SOURCES, Branch, TickTable
 
 
+class Ends(NamedTuple):
+    """What all ranks compute together, each with its part of the weights, before the first stages and after the last.
+
+    A lane begins with x of its first stage; its last stage is given something besides x, and what it puts out decides
+    the loss. Each function is called in the same tick on all ranks, and may use collectives over the pipeline. `first`
+    and `last` are what these stages read of their micro-batches, the `rest` of `run_pipeline`.
+    """
+
+    given: Callable[[Tree, Tree], tuple[Tree, Tree]]  # (first, last) -> (x, given)
+    # (out, last) -> (report, d_out, gradient), (first, last, (dx, d_given)) -> gradient: of some entries of the ends'
+    # weights each
+    loss: Callable[[Tree, Tree], tuple[Tree, Tree, dict]]
+    backward: Callable[[Tree, Tree, tuple[Tree, Tree]], dict]
+
+
 class Made(NamedTuple):
     """What an op makes; zeros where it makes nothing."""
 
     x: Tree  # y of the forward pass, x of the stage after
     dy: Tree  # dx of the backward pass, dy of the stage before
+    out: Tree
+    d_given: Tree
     early: Arrays
     late: Arrays
     stash: Arrays
@@ -47,9 +66,19 @@ class Pools(NamedTuple):
     early: Arrays
     late: Arrays
     stash: Arrays
+    d_out: Tree
 
 
-MAKES = {"F": ("x", "early", "late", "report"), "B": ("dy", "stash"), "W": ("gradient",)}  # of `Made`, by kind of part
+class Sums(NamedTuple):
+    """What is summed over the micro-batches, in float32."""
+
+    gradients: dict  # of each chunk
+    reports: Tree
+    ends: tuple[Tree, Tree]  # (gradient, report)
+
+
+# fields of `Made`, by kind of part
+MAKES = {"F": ("x", "out", "early", "late", "report"), "B": ("dy", "d_given", "stash"), "W": ("gradient",)}
 
 
 class Switch(NamedTuple):
@@ -67,28 +96,33 @@ def run_pipeline(
     fixed: Sequence[Tree],
     rest: Tree,
     x: Tree,
+    ends: Ends,
+    shared: Collection[str] = (),
     overlap: bool = True,
-) -> tuple[Sequence[Tree], Sequence[Tree]]:
+) -> tuple[Sequence[Tree], Sequence[Tree], tuple[Tree, Tree]]:
     """Runs all micro-batches through all stages, forward and backward; inside `per_device` only.
 
     Args:
         table: the schedule.
-        stages: the programs of each kind of stage, all with weights, x, report alike.
+        stages: the programs of each kind of stage, (weights, (x, given), rest) -> ((y, out), report, ...), all with
+            weights, x, given, out and report alike.
         weights: of this rank's stage of each chunk.
         fixed: what the stage of each chunk reads besides, without a gradient.
         rest: what stages read of a micro-batch, with a leading axis of all micro-batches; a stage is given
             (fixed, rest of the micro-batch) as its `rest`.
         x: shapes of what flows from stage to stage.
+        ends: what comes before the first stages and after the last.
+        shared: entries of the weights that all chunks have alike.
         overlap: whether all parts of an op are one branch.
 
     Returns:
-        (gradients of the weights, reports), of each chunk, summed over the micro-batches in float32.
+        (gradients of the weights, reports) of each chunk, and (gradient, report) of the ends, summed over the
+        micro-batches in float32. Gradients of what is shared are those of all chunks, in the first chunk's only.
     """
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rest)
-    shapes = _shapes(stages, weights[0], (fixed[0], one), x)
-    nothing = jax.tree.map(_zeros, shapes)
-    pools = Pools(*(_pool(getattr(shapes, pool), table.slots[pool] + 1) for pool in POOLS))
-    sums = jax.tree.map(lambda a: _zero_sums(a, len(weights)), (shapes.gradient, shapes.report))
+    shapes, of_ends = _shapes(stages, weights[0], (fixed[0], one), x, ends)
+    nothing, n_chunks = jax.tree.map(_zeros, shapes), len(weights)
+    start = _empty_pools(table, shapes), _no_sums(shapes, of_ends, n_chunks, shared)
     switches = switches_of(table, overlap)
     programs = [
         [_branch(branch, switch.kinds, stages, weights, fixed, rest, nothing) for branch in switch.branches]
@@ -96,23 +130,102 @@ def run_pipeline(
     ]
     rank = jax.lax.axis_index(PIPE)
 
-    def tick(carry: tuple, row: dict) -> tuple[tuple, None]:
-        pools, (gradients, reports) = carry
-        mine = jax.tree.map(lambda column: column[rank], row)
+    def tick(carry: tuple[Pools, Sums], row: dict) -> tuple[tuple[Pools, Sums], None]:
+        pools, sums = carry
+        mine = jax.tree.map(lambda column: column[rank], row["ranks"])
+        mine["x"] = _given(ends, pools.x, mine, row, rest)
         parts: dict[str, Any] = {}
         for index, branches in zip(mine["branch"], programs, strict=True):
             parts |= jax.lax.switch(index, branches, pools, mine, parts)
         made = Made(**parts)
-        gradients = _add(gradients, made.gradient, mine["chunk"]["W"])
-        reports = _add(reports, made.report, mine["chunk"]["F"])
         kept = {pool: _put(getattr(pools, pool), getattr(made, pool), slot) for pool, slot in mine["write"].items()}
         for pool, arrivals in mine["arrive"].items():
             kept[pool] = _arrived(getattr(pools, pool), getattr(made, pool), arrivals, table.arrive[pool])
-        return (pools._replace(**kept), (gradients, reports)), None
+        kept["d_out"], of_ends = _after(ends, pools.d_out, made, mine, row, rest)
+        return (pools._replace(**kept), _added(sums, made, of_ends, mine["chunk"], shared)), None
 
-    (_, (gradients, reports)), _ = jax.lax.scan(tick, (pools, sums), _rows(table, switches))
-    of_chunks = [jax.tree.map(lambda a, c=c: a[c], (gradients, reports)) for c in range(len(weights))]
-    return [gradient for gradient, _ in of_chunks], [report for _, report in of_chunks]
+    (_, sums), _ = jax.lax.scan(tick, start, _rows(table, switches))
+    found = [_of_chunk(sums, chunk, shared) for chunk in range(n_chunks)]
+    return [gradient for gradient, _ in found], [report for _, report in found], _nth(sums.ends, 0)
+
+
+def _of_chunk(sums: Sums, chunk: int, shared: Collection[str]) -> tuple[dict, Tree]:
+    gradients = {name: a for name, a in sums.gradients.items() if chunk == 0 or name not in shared}
+    return _nth(gradients, chunk), _nth(sums.reports, chunk)
+
+
+def _empty_pools(table: TickTable, shapes: Made) -> Pools:
+    like = shapes._asdict() | {"d_out": shapes.out}
+    return Pools(*(_pool(like[pool], table.slots[pool] + 1) for pool in POOLS))
+
+
+def _no_sums(shapes: Made, of_ends: tuple[Tree, Tree], n_chunks: int, shared: Collection[str]) -> Sums:
+    gradients = {name: _zero_sums(a, 1 if name in shared else n_chunks) for name, a in shapes.gradient.items()}
+    return Sums(gradients, _zero_sums(shapes.report, n_chunks), _zero_sums(of_ends, 1))
+
+
+def _added(sums: Sums, made: Made, of_ends: tuple[Tree, Tree], chunk: dict, shared: Collection[str]) -> Sums:
+    """Returns the sums with what a tick has made; what all chunks share is summed as that of the first."""
+    chunks = {name: 0 if name in shared else chunk["W"] for name in made.gradient}
+    return Sums(
+        {name: _add(sums.gradients[name], gradient, chunks[name]) for name, gradient in made.gradient.items()},
+        _add(sums.reports, made.report, chunk["F"]),
+        _add(sums.ends, of_ends, 0),
+    )
+
+
+def _nth(tree: Tree, n: int) -> Tree:
+    return jax.tree.map(lambda a: a[n], tree)
+
+
+def _given(ends: Ends, pool: Tree, mine: dict, row: dict, rest: Tree) -> tuple[Tree, Tree]:
+    """Returns (x, given) of this rank's forward pass: x is from the pool, but for the first stage of a lane."""
+    each = [_when(ends.given, *_ends_of(rest, lane["F_first"], lane["F_last"])) for lane in _lanes(row["ends"])]
+    first, given = _at(jax.tree.map(lambda *a: jnp.stack(a), *each), mine["lane"]["F"])
+    x = jax.tree.map(lambda a, b: jnp.where(mine["at_first"]["F"], a, b), first, _at(pool, mine["read"]["x"]))
+    return x, given
+
+
+def _after(ends: Ends, pool: Tree, made: Made, mine: dict, row: dict, rest: Tree) -> tuple[Tree, tuple[Tree, Tree]]:
+    """Returns the pool of d_out, and (gradient, report) of the ends, after a tick's op."""
+    found, lanes = [], _lanes(row["ends"])
+
+    def of_lane(tree: Tree, kind: str, number: int) -> Tree:
+        is_in = mine["lane"][kind] == number
+        return tree if len(lanes) == 1 else jax.tree.map(lambda a: jnp.where(is_in, a, 0), tree)
+
+    for number, lane in enumerate(lanes):
+        is_on, _, last = _ends_of(rest, lane["F_last"], lane["F_last"])
+        out = of_lane(made.out, "F", number)
+        report, d_out, gradient = _when(lambda out, last: ends.loss(_from_all(out), last), is_on, out, last)
+        pool = _put(pool, d_out, mine["settle"][number])
+        is_on, first, last = _ends_of(rest, lane["B_first"], lane["B_last"])
+        dx = jax.tree.map(lambda a: jnp.where(mine["at_first"]["B"], a, 0), made.dy)
+        d_given = of_lane((dx, made.d_given), "B", number)
+        gradient |= _when(lambda a, b, d: ends.backward(a, b, _from_all(d)), is_on, first, last, d_given)
+        found.append((gradient, report))
+    of_ends: tuple[Tree, Tree] = jax.tree.map(lambda *a: sum(a[1:], a[0]), *found)
+    return pool, of_ends
+
+
+def _from_all(tree: Tree) -> Tree:
+    """What the one rank has that has any; zeros on all others."""
+    return jax.lax.psum(tree, PIPE)
+
+
+def _lanes(ends: dict[str, jax.Array]) -> list[dict[str, jax.Array]]:
+    return [{name: a[lane] for name, a in ends.items()} for lane in range(len(ends["F_first"]))]
+
+
+def _ends_of(rest: Tree, first: jax.Array, last: jax.Array) -> tuple[jax.Array, Tree, Tree]:
+    """Returns (whether any of both runs, what the first stage reads, what the last stage reads)."""
+    return jnp.maximum(first, last) >= 0, _at(rest, jnp.maximum(first, 0)), _at(rest, jnp.maximum(last, 0))
+
+
+def _when(function: Callable, is_on: jax.Array, *arguments: Tree) -> Tree:
+    """`function` of the arguments where it is asked for, on all ranks alike; otherwise zeros."""
+    shapes = jax.eval_shape(function, *arguments)
+    return jax.lax.cond(is_on, function, lambda *_: jax.tree.map(_zeros, shapes), *arguments)
 
 
 def switches_of(table: TickTable, overlap: bool) -> list[Switch]:
@@ -130,27 +243,42 @@ def switches_of(table: TickTable, overlap: bool) -> list[Switch]:
 
 
 def branch_runs(table: TickTable, overlap: bool, rank: int) -> list[list[int]]:
-    """Returns how often a rank runs each branch of each switch in the loop over ticks, in the order of the switches."""
-    switches = switches_of(table, overlap)
-    return [np.bincount(it.column[:, rank], minlength=len(it.branches)).tolist() for it in switches]
+    """Returns how often a rank runs each branch of each switch in the loop over ticks, in the order of the switches.
+
+    The first and the last are those of `Ends`, with two branches: not at all, and so.
+    """
+    ends, columns = table.ends, [(it.column[:, rank], len(it.branches)) for it in switches_of(table, overlap)]
+    lanes = range(ends["F_first"].shape[1])
+    enters, leaves = (np.maximum(ends[f"{kind}_first"], ends[f"{kind}_last"]) >= 0 for kind in "FB")
+    first = [(enters[:, lane], 2) for lane in lanes]
+    last = [(is_on[:, lane], 2) for lane in lanes for is_on in (ends["F_last"] >= 0, leaves)]
+    return [np.bincount(column, minlength=n).tolist() for column, n in (*first, *columns, *last)]
 
 
 def _rows(table: TickTable, switches: Sequence[Switch]) -> dict:
-    """Returns the table as arrays to scan over; `own_stash` is whether W runs in the op of its B."""
+    """Returns the table as arrays to scan over, those with an entry per rank apart.
+
+    `own_stash` is whether W runs in the op of its B.
+    """
     kinds = [[kind for kind, _, _ in branch] for branch in table.branches]
     own_stash = np.array(["B" in names and "W" in names for names in kinds])[table.branch]
-    rows = {name: getattr(table, name) for name in ("micro_batch", "chunk", "read", "write", "arrive")}
+    names = ("micro_batch", "chunk", "lane", "read", "write", "arrive", "at_first")
+    rows = {name: getattr(table, name) for name in names}
     rows |= {"branch": [switch.column for switch in switches], "own_stash": own_stash}
-    return jax.tree.map(jnp.asarray, rows)
+    rows |= {"settle": np.moveaxis(table.settle, 2, 1)}
+    return jax.tree.map(jnp.asarray, {"ranks": rows, "ends": table.ends})
 
 
-def _shapes(stages: Sequence[Split], weights: Tree, rest: Tree, x: Tree) -> Made:
-    """Returns the shapes of what an op makes, where lists hold what any kind of stage needs."""
+def _shapes(stages: Sequence[Split], weights: Tree, rest: Tree, x: Tree, ends: Ends) -> tuple[Made, tuple[Tree, Tree]]:
+    """Returns the shapes of what an op makes, where lists hold what any kind of stage needs, and of the ends' sums."""
     of_first = stages[0].shapes
-    report = jax.eval_shape(stages[0].forward, weights, x, rest)[1]
+    _, given = jax.eval_shape(ends.given, rest[1], rest[1])
+    (_, out), report, *_ = jax.eval_shape(stages[0].forward, weights, (x, given), rest)
     gradient = jax.eval_shape(stages[0].weights, weights, rest, of_first["late"], of_first["stash"])
     lists = {name: functools.reduce(_covering, [stage.shapes[name] for stage in stages]) for name in of_first}
-    return Made(x, x, **lists, report=report, gradient=gradient)
+    of_loss, _, of_ends = jax.eval_shape(ends.loss, out, rest[1])
+    of_ends |= jax.eval_shape(ends.backward, rest[1], rest[1], (x, given))
+    return Made(x, x, out, given, **lists, report=report, gradient=gradient), (of_ends, of_loss)
 
 
 def _kind(array: jax.Array) -> tuple:
@@ -184,8 +312,8 @@ def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.zeros(shape.shape, shape.dtype)
 
 
-def _zero_sums(shape: jax.ShapeDtypeStruct, n_chunks: int) -> jax.Array:
-    return jnp.zeros((n_chunks, *shape.shape), jnp.promote_types(shape.dtype, jnp.float32))
+def _zero_sums(tree: Tree, n: int) -> Tree:
+    return jax.tree.map(lambda a: jnp.zeros((n, *a.shape), jnp.promote_types(a.dtype, jnp.float32)), tree)
 
 
 def _pool(shapes: Tree, n_slots: int) -> Tree:
@@ -196,18 +324,18 @@ def _at(tree: Tree, index: jax.Array) -> Tree:
     return jax.tree.map(lambda a: _one(a, index), tree)
 
 
-def _one(pool: jax.Array, index: jax.Array) -> jax.Array:
+def _one(pool: jax.Array, index: jax.Array | int) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(pool, index, keepdims=False, allow_negative_indices=False)
 
 
-def _put(pool: Tree, values: Tree, slot: jax.Array) -> Tree:
+def _put(pool: Tree, values: Tree, slot: jax.Array | int) -> Tree:
     def put(a: jax.Array, v: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(a, v, slot, 0, allow_negative_indices=False)
 
     return jax.tree.map(put, pool, values)
 
 
-def _add(sums: Tree, values: Tree, index: jax.Array) -> Tree:
+def _add(sums: Tree, values: Tree, index: jax.Array | int) -> Tree:
     return _put(sums, jax.tree.map(lambda a, v: _one(a, index) + v.astype(a.dtype), sums, values), index)
 
 
@@ -256,12 +384,13 @@ def _branch(
                 return [_one(getattr(pools, pool)[place], row["read"][pool]) for place in places]
 
             if kind == "F":
-                y, report, early, late = stage.forward(mine, _at(pools.x, row["read"]["x"]), of_batch)
-                made |= {"x": y, "report": report, "early": held("early", early), "late": held("late", late)}
+                (y, out), report, early, late = stage.forward(mine, row["x"], of_batch)
+                kept = {"early": held("early", early), "late": held("late", late)}
+                made |= {"x": y, "out": out, "report": report} | kept
             elif kind == "B":
-                dy = _at(pools.dy, row["read"]["dy"])
-                dx, stash = stage.backward(mine, of_batch, dy, read("early"), read("late"))
-                made |= {"dy": dx, "stash": held("stash", stash)}
+                dy = _at(pools.dy, row["read"]["dy"]), _at(pools.d_out, row["read"]["d_out"])
+                (dx, d_given), stash = stage.backward(mine, of_batch, dy, read("early"), read("late"))
+                made |= {"dy": dx, "d_given": d_given, "stash": held("stash", stash)}
             else:
                 if stash is None:
                     stash = read("stash")

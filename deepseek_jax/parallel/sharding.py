@@ -7,7 +7,7 @@ axes.  "experts" is compute sharding: a device works with the experts it holds. 
 What is kept between steps, the float32 master of a weight and its optimizer state, is cut further (ZeRO-1), over all
 devices that would otherwise hold the same copy; a step begins by gathering the weights in the dtype that it reads.
 Stacked axes are cut first: an optimizer that works on whole matrices finds them whole wherever layers or experts can be
-split.
+split. In a pipeline layers are split over its ranks, and so is the vocabulary (`parallel.vocabulary`).
 """
 
 import functools
@@ -27,6 +27,7 @@ from deepseek_jax.tree import dotted
 
 EXPERTS = "experts"
 LAYERS = "layers"
+VOCAB = "vocab"
 STACKED = (LAYERS, EXPERTS)  # logical axes along which a weight is a stack of matrices
 
 
@@ -84,7 +85,9 @@ def placements(axes: dict, shapes: dict, rules: Mapping[str, str], mesh: AnyMesh
 
 
 def _placement(name: str, logical: tuple, shape: tuple, rules: Mapping[str, str], mesh: AnyMesh) -> Placement:
-    split = [PIPE if axis == LAYERS else rules.get(axis) or None if axis else None for axis in logical]
+    split = [rules.get(axis) or None if axis else None for axis in logical]
+    if mesh.shape[PIPE] > 1 and {LAYERS, VOCAB} & {*logical}:
+        split = _along_pipeline(name, logical, split)
     split = [axis if axis and mesh.shape[axis] > 1 else None for axis in split]
     for dim, axis in enumerate(split):
         if axis and shape[dim] % mesh.shape[axis]:
@@ -102,8 +105,20 @@ def _placement(name: str, logical: tuple, shape: tuple, rules: Mapping[str, str]
     cut: list = list(split)
     if zero_dim is not None:
         cut[zero_dim] = copies
-    stored = [name for name, axis in zip(logical, split, strict=True) if axis and name not in (EXPERTS, LAYERS)]
+    stored = [axis for name, axis in zip(logical, split, strict=True) if axis not in (None, PIPE) and name != EXPERTS]
     return Placement(P(*split), copies, zero_dim, P(*cut), bool(stored))
+
+
+def _along_pipeline(name: str, logical: tuple, split: list) -> list:
+    """The mesh axes of a weight in a pipeline. What has a vocabulary is split by that alone: a part of it is small."""
+    if VOCAB not in logical:
+        return [PIPE if axis == LAYERS else found for axis, found in zip(logical, split, strict=True)]
+    if rule := split[logical.index(VOCAB)]:
+        raise UserError(
+            f"{name}: config.sharding.vocab={rule!r} in a pipeline, which splits the vocabulary over its ranks. Set "
+            'config.sharding.vocab="".'
+        )
+    return [PIPE if axis == VOCAB else None for axis in logical]
 
 
 def _zero_dim(split: list, logical: tuple, shape: tuple, n_copies: int) -> int | None:
@@ -162,6 +177,8 @@ def unsharder(
             if not isinstance(variable, nnx.Variable):
                 continue
             logical, value = variable.get_metadata("axes"), variable[...]
+            if VOCAB in logical and mesh.shape[PIPE] > 1:
+                continue
             if logical[:1] == (LAYERS,):
                 if len(logical) == value.ndim:
                     continue

@@ -58,11 +58,11 @@ class StageLayout:
         first = sorted(self.schedule.lanes[0])
         return np.array([chunk for _, chunk in first]).reshape(self.n_ranks, self.stored)
 
-    def kind(self, place: Place) -> tuple[bool, bool, tuple[tuple[str, int], ...]]:
-        """What a stage runs: (whether it embeds, whether it ends in the head, layers of each stack)."""
+    def kind(self, place: Place) -> tuple[bool, tuple[tuple[str, int], ...]]:
+        """What a stage runs: (whether it is the last, layers of each stack)."""
         number = self.number[place]
         layers = tuple((name, part.stop - part.start) for name, part in self.stages[number].items())
-        return number == 0, number == len(self.stages) - 1, layers
+        return number == len(self.stages) - 1, layers
 
     def slots(self, stack: str) -> int:
         """Layers of a stack in the stage that holds most."""
@@ -149,7 +149,10 @@ class StageLayout:
         return [{name: of(chunk, name) for name in tree} for chunk in range(self.n_chunks)]
 
     def joined(self, chunks: Sequence[Tree]) -> Tree:
-        """Gradients in the layout of the weights: the transpose of `chunks`; inside `per_device` only."""
+        """Gradients in the layout of the weights: the transpose of `chunks`; inside `per_device` only.
+
+        The first chunk has those of all chunks for weights that are in no stack.
+        """
 
         def joined(*parts: jax.Array) -> jax.Array:
             if self.copies == 1:
@@ -158,8 +161,8 @@ class StageLayout:
             return own + jax.lax.ppermute(other, PIPE, self._mirror)
 
         return {
-            name: jax.tree.map(joined if self._is_stack(name) else _summed, *(chunk[name] for chunk in chunks))
-            for name in chunks[0]
+            name: jax.tree.map(joined, *(chunk[name] for chunk in chunks)) if self._is_stack(name) else of_first
+            for name, of_first in chunks[0].items()
         }
 
     def of_all_layers(self, chunks: Sequence[Tree]) -> Tree:
@@ -183,6 +186,10 @@ class StageLayout:
 
         return {name: of(name) for name in chunks[0]}
 
+    def shared(self, tree: Tree) -> set[str]:
+        """The entries of weights that are in no stack: every rank and stage has the same."""
+        return {name for name in tree if not self._is_stack(name)}
+
     def _is_stack(self, name: str) -> bool:
         return any(name in stage for stage in self.stages)
 
@@ -201,10 +208,6 @@ class StageLayout:
 
 def _is_list(x: object) -> bool:
     return isinstance(x, list)
-
-
-def _summed(*parts: jax.Array) -> jax.Array:
-    return sum(parts[1:], parts[0])
 
 
 def make_layout(

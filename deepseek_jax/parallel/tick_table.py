@@ -11,6 +11,7 @@ slot is free again as soon as its last reader has run. One more slot after the l
 | early | by F | B |
 | late | by F | W |
 | stash | by B, where W runs in a later op | W |
+| d_out | after F of a lane's last stage (`parallel.pipeline.Ends`) | B |
 
 Pure Python and numpy; no devices.
 """
@@ -24,7 +25,8 @@ import numpy as np
 from deepseek_jax.parallel.schedule import Part, Place, Schedule
 from deepseek_jax.parallel.simulate import ticks
 
-POOLS = ("x", "dy", "early", "late", "stash")
+POOLS = ("x", "dy", "early", "late", "stash", "d_out")
+ENDS = ("F_first", "F_last", "B_first", "B_last")  # parts of a lane's first and last stage
 SOURCES = {"left": -1, "right": 1, "self": 0}  # where what arrives comes from: the rank at this distance
 Branch = tuple[tuple[str, int, int], ...]  # what an op runs: (kind of part, chunk, kind of stage) of each part
 
@@ -36,12 +38,18 @@ class TickTable:
     branches: tuple[Branch, ...]  # what there is to run; the first one is nothing
     branch: np.ndarray  # index of what a rank runs
     micro_batch: dict[str, np.ndarray]  # by kind of part, index among all micro-batches of all lanes
-    chunk: dict[str, np.ndarray]  # by kind of part
+    # chunk, lane: by kind of part
+    chunk: dict[str, np.ndarray]
+    lane: dict[str, np.ndarray]
     read: dict[str, np.ndarray]  # by pool, the slot that the op reads
     write: dict[str, np.ndarray]  # by pool, the slot that the op fills ("early", "late", "stash")
     # by pool ("x", "dy") and source, the slot for what arrives from there after the tick
     arrive: dict[str, dict[str, np.ndarray]]
     slots: dict[str, int]  # by pool, how many there are; the slot of this number takes what nobody reads
+    # by entry of `ENDS`, index of its micro-batch among those of all lanes, ticks by lanes; -1 where it does not run
+    ends: dict[str, np.ndarray]
+    at_first: dict[str, np.ndarray]  # "F", "B": whether a rank runs this part of a lane's first stage, ticks by ranks
+    settle: np.ndarray  # slot of "d_out" for what follows from a lane's F_last, ticks by lanes by ranks
 
 
 Key = tuple[int, int, int]  # rank, chunk, micro-batch
@@ -62,7 +70,7 @@ def make_table(schedule: Schedule, stage_kind: Callable[[Place], int]) -> TickTa
     for pool, lives in _lives(when, before, after).items():
         slots[pool], counts[pool] = _assign(lives)
     branches: dict[Branch, int] = {(): 0}
-    table = _Writer(len(rows), len(schedule.orders), slots, counts)
+    table = _Writer(len(rows), schedule, slots, counts)
     lane_of = {place: number for number, lane in enumerate(schedule.lanes) for place in lane}
     for tick, row in enumerate(rows):
         for rank, op in enumerate(row):
@@ -70,8 +78,9 @@ def make_table(schedule: Schedule, stage_kind: Callable[[Place], int]) -> TickTa
                 branch = tuple((part.kind, part.chunk, stage_kind((rank, part.chunk))) for part in op)
                 table.branch[tick, rank] = branches.setdefault(branch, len(branches))
                 for part in op:
-                    table.part(tick, rank, part, lane_of[rank, part.chunk] * schedule.micro_batches)
+                    table.part(tick, rank, part, lane_of[rank, part.chunk])
                     table.sent(tick, rank, part, after if part.kind == "F" else before)
+                    table.at_an_end(tick, rank, part)
     return table.finished(tuple(branches))
 
 
@@ -85,6 +94,8 @@ def _lives(when: dict, before: dict, after: dict) -> dict[str, dict[Key, Life]]:
             lives["early"][key], lives["late"][key] = (tick, back), (tick, late)
             if place in before:
                 lives["x"][key] = when["F", *before[place], m], tick
+            if place not in after:
+                lives["d_out"][key] = tick, back
         elif kind == "B":
             if place in after:
                 lives["dy"][key] = when["B", *after[place], m], tick
@@ -111,23 +122,29 @@ def _assign(lives: dict[Key, Life]) -> tuple[dict[Key, int], int]:
 class _Writer:
     """Fills the arrays of a table; what nobody reads goes to the slot after the last."""
 
-    def __init__(self, n_ticks: int, n_ranks: int, slots: dict[str, dict[Key, int]], counts: dict[str, int]):
+    def __init__(self, n_ticks: int, schedule: Schedule, slots: dict[str, dict[Key, int]], counts: dict[str, int]):
+        n_ranks, n_lanes = len(schedule.orders), len(schedule.lanes)
+
         def filled(value: int = 0) -> np.ndarray:
             return np.full((n_ticks, n_ranks), value, np.int32)
 
-        self.slots, self.counts, self.branch = slots, counts, filled()
-        self.micro_batch, self.chunk = ({kind: filled() for kind in "FBW"} for _ in range(2))
+        self.schedule, self.slots, self.counts, self.branch = schedule, slots, counts, filled()
+        self.micro_batch, self.chunk, self.lane = ({kind: filled() for kind in "FBW"} for _ in range(3))
         self.read = {pool: filled(counts[pool]) for pool in POOLS}
         self.write = {pool: filled(counts[pool]) for pool in ("early", "late", "stash")}
+        self.ends = {name: np.full((n_ticks, n_lanes), -1, np.int32) for name in ENDS}
+        self.at_first = {kind: filled().astype(bool) for kind in "FB"}
+        self.settle = np.full((n_ticks, n_lanes, n_ranks), counts["d_out"], np.int32)
         self.arrive = {pool: {source: filled(counts[pool]) for source in SOURCES} for pool in ("x", "dy")}
 
-    def part(self, tick: int, rank: int, part: Part, first: int) -> None:
-        """Notes what a part reads and writes; `first` is the number of its lane's first micro-batch."""
+    def part(self, tick: int, rank: int, part: Part, lane: int) -> None:
+        """Notes what a part in a lane reads and writes."""
         kind, chunk, m = part
-        self.micro_batch[kind][tick, rank], self.chunk[kind][tick, rank] = first + m, chunk
+        self.micro_batch[kind][tick, rank] = lane * self.schedule.micro_batches + m
+        self.chunk[kind][tick, rank], self.lane[kind][tick, rank] = chunk, lane
         reads, writes = {
             "F": (("x",), ("early", "late")),
-            "B": (("dy", "early", "late"), ("stash",)),
+            "B": (("dy", "d_out", "early", "late"), ("stash",)),
             "W": (("late", "stash"), ()),
         }[kind]
         for pools, array in ((reads, self.read), (writes, self.write)):
@@ -143,8 +160,19 @@ class _Writer:
         pool, source = {"F": "x", "B": "dy"}[kind], {there + d: name for name, d in SOURCES.items()}[rank]
         self.arrive[pool][source][tick, there] = self.slots[pool][there, its_chunk, m]
 
+    def at_an_end(self, tick: int, rank: int, part: Part) -> None:
+        """Notes a part of a lane's first or last stage."""
+        kind, chunk, m = part
+        for number, lane in enumerate(self.schedule.lanes):
+            for end, place in (("first", lane[0]), ("last", lane[-1])):
+                if place == (rank, chunk) and kind != "W":
+                    self.ends[f"{kind}_{end}"][tick, number] = number * self.schedule.micro_batches + m
+                    self.at_first[kind][tick, rank] |= end == "first"
+                    if (kind, end) == ("F", "last"):
+                        self.settle[tick, number, rank] = self.slots["d_out"][rank, chunk, m]
+
     def finished(self, branches: tuple[Branch, ...]) -> TickTable:
         """Returns the table."""
-        return TickTable(
-            branches, self.branch, self.micro_batch, self.chunk, self.read, self.write, self.arrive, self.counts
-        )
+        buffers = self.read, self.write, self.arrive, self.counts
+        what = self.branch, self.micro_batch, self.chunk, self.lane
+        return TickTable(branches, *what, *buffers, self.ends, self.at_first, self.settle)

@@ -1,16 +1,19 @@
 """What is planned: a network on chips, divided in some way. Everything else in this package is a function of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
 from math import ceil
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
 from deepseek_jax.chips import Chip
 from deepseek_jax.parallel.alltoall import Hop, make_exchange
+from deepseek_jax.parallel.mesh import ALL, AnyMesh
 from deepseek_jax.parallel.sharding import Placement, bytes_per_device, expert_axis, placements
 from deepseek_jax.parallel.stages import StageShare
 from deepseek_jax.plan.layout import Layout, Stage, make_stages
@@ -27,6 +30,14 @@ class Part:
     place: Placement  # on the mesh of the stage
     numbers: int  # how many of its numbers this device holds
     optimizer_numbers: int  # for how many of them this device holds the float32 weight and the optimizer state
+
+
+class Holding(NamedTuple):
+    """A part of a weight on a device along the pipeline."""
+
+    part: Part
+    is_copy: bool  # whether it belongs to the second copy of the model
+    kept: float  # share of its optimizer state (and float32 weights) that is kept here: that of two copies is kept once
 
 
 @dataclass(frozen=True)
@@ -48,12 +59,42 @@ class Job:
         slow = self.chip.fp8 / self.chip.bf16 if self.recipe.fp8 else 1.0
         arrangement = self.schedule.arrangement
         number, folded = arrangement.n_stages(self.layout.pipe), arrangement.stages_per_device > 1
-        return make_stages(self.network, number, self.layout.seq_len, folded=folded, slow=slow)
+        seq_len, has_head = self.layout.seq_len, not self.shares_vocabulary
+        return make_stages(self.network, number, seq_len, folded=folded, slow=slow, has_head=has_head)
 
     @cached_property
     def parts(self) -> tuple[tuple[Part, ...], ...]:
         """The weights of each stage on one of its devices. Raises UserError if a weight does not divide."""
-        return tuple(self._parts(stage) for stage in self.stages)
+        return tuple(self._placed(stage.weights, self.layout.mesh) for stage in self.stages)
+
+    @property
+    def shares_vocabulary(self) -> bool:
+        """Whether all ranks along the pipeline share embedding and head, as in a run of ours."""
+        return self.recipe.alike and self.layout.pipe > 1
+
+    def holdings(self, rank: int) -> list[Holding]:
+        """Returns what the devices of a pipeline rank hold of each weight; in a run of ours all hold equally much."""
+        if self.shares_vocabulary:
+            return self.of_any_rank
+        copies, holds = self.schedule.arrangement.copies, enumerate(self.ranks[rank])
+        return [Holding(part, copies > 1 and k > 0, 1 / copies) for k, hold in holds for part in self.parts[hold.stage]]
+
+    @cached_property
+    def of_any_rank(self) -> list[Holding]:
+        """What every device along the pipeline holds: of a stack, as many layers as the stage with most of them.
+
+        Embedding and head are divided over the ranks; final norm and multi-token prediction are on all of them.
+        """
+        arrangement, network = self.schedule.arrangement, self.network
+        most = {name: max(dict(stage.repeats).get(name, 0) for stage in self.stages) for name in network.stacks}
+        stacked = tuple(w.repeated(most[w.part]) for w in network.of(*network.stacks) if most[w.part])
+        others = network.of(*{w.part for w in network.weights} - {*network.stacks})
+        layout = self.layout
+        mesh = AbstractMesh((layout.pipe, layout.data, layout.expert), ALL)
+        stages = range(arrangement.stages_per_device)
+        found = [(part, k) for k in stages for part in self._placed(stacked, layout.mesh)]
+        held = [Holding(part, arrangement.copies > 1 and k > 0, 1 / arrangement.copies) for part, k in found]
+        return [*held, *(Holding(part, is_copy=False, kept=1.0) for part in self._placed(others, mesh))]
 
     @cached_property
     def ranks(self) -> tuple[tuple[StageShare, ...], ...]:
@@ -103,13 +144,13 @@ class Job:
         """Returns the micro-batches that pass a stage on this device per step."""
         return hold.share * self.layout.micro_batches
 
-    def _parts(self, stage: Stage) -> tuple[Part, ...]:
-        shapes = {w.name: jax.ShapeDtypeStruct(w.shape, jnp.int8) for w in stage.weights}
-        places = placements({w.name: w.axes for w in stage.weights}, shapes, self.rules, self.layout.mesh)
+    def _placed(self, weights: Sequence[Weight], mesh: AnyMesh) -> tuple[Part, ...]:
+        shapes = {w.name: jax.ShapeDtypeStruct(w.shape, jnp.int8) for w in weights}
+        places = placements({w.name: w.axes for w in weights}, shapes, self.rules, mesh)
 
         def part(weight: Weight) -> Part:
             place, shape = places[weight.name], shapes[weight.name]
             specs = (place.spec, place.state_spec)
-            return Part(weight, place, *(bytes_per_device(shape, spec, self.layout.mesh) for spec in specs))
+            return Part(weight, place, *(bytes_per_device(shape, spec, mesh) for spec in specs))
 
-        return tuple(map(part, stage.weights))
+        return tuple(map(part, weights))

@@ -2,7 +2,8 @@
 
 The mesh is pipe x data x expert, with expert innermost. The sequences of a step are divided over data and expert; each
 share goes through the pipeline in micro-batches. Consecutive layers make a stage; the embedding belongs to the first
-stage; final norm, head and multi-token prediction belong to the last. Layers need not divide evenly (V3: 61 over 16):
+stage; final norm, head and multi-token prediction belong to the last (our own runs divide embedding and head over all
+ranks: `parallel.vocabulary`). Layers need not divide evenly (V3: 61 over 16):
 each goes to the device with the least work, and no layer is split.
 """
 
@@ -106,7 +107,7 @@ class Stage:
 
 
 def make_stages(
-    network: Network, n_stages: int, seq_len: int, *, folded: bool = False, slow: float = 1.0
+    network: Network, n_stages: int, seq_len: int, *, folded: bool = False, slow: float = 1.0, has_head: bool = True
 ) -> tuple[Stage, ...]:
     """Returns the stages of a pipeline. Raises UserError if there are more stages than layers.
 
@@ -116,6 +117,7 @@ def make_stages(
         folded: whether stage s and the s-th from the end are on one device. If not, multi-token prediction in the last
             stage needs an embedding of its own.
         slow: time of an operation of head or attention, relative to one of the blocks' matrices.
+        has_head: whether the head's work is the last stage's, which gets fewer layers for it.
     """
     stacks, parts = network.repeats, sum(network.repeats.values())
     if n_stages > parts:
@@ -127,7 +129,7 @@ def make_stages(
     ends = network.of(*{w.part for w in network.weights} - {*network.stacks, EMBEDDING})
     has_experts = any(map(network.expert_blocks, stacks))
     stages = []
-    counts = divide(parts, n_stages, end_in_layers(network, seq_len, slow), folded)
+    counts = divide(parts, n_stages, end_in_layers(network, seq_len, slow, has_head=has_head), folded)
     for number, mine in enumerate(slices(stacks, counts)):
         first, last = number == 0, number == n_stages - 1
         repeats = tuple((name, part.stop - part.start) for name, part in mine.items())
@@ -142,15 +144,16 @@ def make_stages(
     return tuple(stages)
 
 
-def end_in_layers(network: Network, seq_len: int, slow: float) -> float:
-    """Returns the operations of the head and of multi-token prediction, relative to those of a stack's repeat."""
+def end_in_layers(network: Network, seq_len: int, slow: float, *, has_head: bool) -> float:
+    """Returns the operations of multi-token prediction, and of the head if so, relative to a stack's repeat."""
     pairs = slow * network.flops_per_pair * keys_seen(seq_len, causal=True)
 
     def cost(*parts: str) -> float:
         return sum(2 * network.active(w) * (slow if w.role == "head" else 1) for w in network.of(*parts) if w.is_matrix)
 
     repeat = (cost(*network.stacks) + network.n_layers * pairs) / sum(network.repeats.values())
-    return ((1 + network.mtp_depth) * cost(HEAD) + cost(MTP) + network.mtp_depth * pairs) / repeat
+    head = (1 + network.mtp_depth) * cost(HEAD) if has_head else 0
+    return (head + cost(MTP) + network.mtp_depth * pairs) / repeat
 
 
 def describe_layers(stages: Sequence[Stage]) -> str:

@@ -48,6 +48,7 @@ def rank_memory(job: Job, rank: int, kept: Mapping[str, ActivationBytes], loss_c
     """
     network, layout, recipe = job.network, job.layout, job.recipe
     held = job.ranks[rank]
+    sharing = layout.pipe if job.shares_vocabulary else 1  # ranks that share the vocabulary
     found = dict.fromkeys(PARTS, 0.0) | _states(job, rank)
     has_buffers = any(layer.pools for layer in kept.values())
     found["buffers"] = _buffers(job, kept) if has_buffers else 0.0
@@ -56,8 +57,8 @@ def rank_memory(job: Job, rank: int, kept: Mapping[str, ActivationBytes], loss_c
         in_flight = 0 if has_buffers else min(hold.in_flight, layout.micro_batches)
         found["activations"] += in_flight * layout.sequences * stage_activations(job, stage, kept)
         found["kept_once"] += sum(n * kept[name].per_layer for name, n in layers_of(job, stage))
-        if stage.has_head:
-            found["logits"] = LOGITS * min(loss_chunk, layout.tokens) * network.vocab_size
+        if stage.has_head or sharing > 1:
+            found["logits"] = LOGITS * min(loss_chunk, layout.tokens) * network.vocab_size / sharing
     found["router_biases"] = BIAS * network.router_biases
     found["layer_at_work"] = max(_at_work(job, hold.stage, kept) for hold in held)
     if job.expert_devices > 1:
@@ -101,9 +102,9 @@ def capacity(job: Job) -> float:
 def has_sums(job: Job) -> bool:
     """Returns whether sums over micro-batches exist beside the gradients of the current one.
 
-    They do in `train.gradients.accumulated`; a pipeline adds in place.
+    They do in `train.gradients.accumulated`, and in `parallel.pipeline`; other pipelines add in place.
     """
-    return job.layout.pipe == 1 and job.layout.micro_batches > 1
+    return job.layout.micro_batches > 1 and (job.layout.pipe == 1 or job.recipe.alike)
 
 
 def _gradients(job: Job, part: Part) -> float:
@@ -111,24 +112,21 @@ def _gradients(job: Job, part: Part) -> float:
     recipe = job.recipe
     is_alike = recipe.alike and not part.place.is_sharded
     made = recipe.read(part.weight.role) if is_alike else recipe.gradients
-    each = recipe.gradients if job.layout.pipe > 1 else made + recipe.gradients * has_sums(job)
-    return part.numbers * each
+    return part.numbers * (made + recipe.gradients * has_sums(job))
 
 
 def _states(job: Job, rank: int) -> dict[str, float]:
     """Returns the bytes of weights, gradients and optimizer state."""
-    recipe, copies = job.recipe, job.schedule.arrangement.copies
+    recipe = job.recipe
     found = dict.fromkeys(("weights", "gradients", "pipeline_copy", "masters", "optimizer"), 0.0)
-    for number, hold in enumerate(job.ranks[rank]):
-        is_copy = copies > 1 and number > 0
-        for part in job.parts[hold.stage]:
-            low = part.weight.is_matrix and part.weight.role not in HIGH_PRECISION
-            weights, master = job.held(part)
-            weights += part.numbers * low * recipe.low_precision_copy
-            found["pipeline_copy" if is_copy else "weights"] += weights
-            found["pipeline_copy" if is_copy else "gradients"] += _gradients(job, part)
-            found["masters"] += master / copies
-            found["optimizer"] += part.optimizer_numbers * recipe.moments / copies
+    for part, is_copy, kept in job.holdings(rank):
+        low = part.weight.is_matrix and part.weight.role not in HIGH_PRECISION
+        weights, master = job.held(part)
+        weights += part.numbers * low * recipe.low_precision_copy
+        found["pipeline_copy" if is_copy else "weights"] += weights
+        found["pipeline_copy" if is_copy else "gradients"] += _gradients(job, part)
+        found["masters"] += master * kept
+        found["optimizer"] += part.optimizer_numbers * recipe.moments * kept
     return found
 
 

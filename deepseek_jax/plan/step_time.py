@@ -10,6 +10,7 @@ The roofline has efficiency 1: it is a bound for this plan. The calibrated effic
 one measurement per recipe (`recipes` says which).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from deepseek_jax.layers.attention import RECOMPUTED_FROM
@@ -64,13 +65,25 @@ def stage_compute(job: Job, number: int, efficiency: float) -> Compute:
     stage, tokens = job.stages[number], job.layout.tokens
     pairs = stage.n_attentions * _pairs(job) * tokens / (job.chip.bf16 * TERA * efficiency)
     matmuls, recomputed = 0.0, pairs * recomputes_pairs(job)
-    for part in job.parts[number]:
-        if part.weight.is_matrix:
-            passes = 1 + stage.mtp_depth if part.weight.role == "head" else 1  # each depth makes logits too
-            seconds = _matmul(job, part, efficiency) * passes
-            matmuls += seconds
-            recomputed += seconds * recomputes(job, part.weight)
+    for part, passes in _products(job, number):
+        seconds = _matmul(job, part, efficiency) * passes
+        matmuls += seconds
+        recomputed += seconds * recomputes(job, part.weight)
     return Compute(matmuls, pairs, recomputed)
+
+
+def _products(job: Job, number: int) -> Iterator[tuple[Part, float]]:
+    """Yields the matrices of a stage, and how often a micro-batch is multiplied by each.
+
+    By the head once for each depth of multi-token prediction more; where ranks share it, each has its part of that.
+    """
+    depths = 1 + job.network.mtp_depth
+    for part in job.parts[number]:
+        is_head = part.weight.role == "head"
+        if part.weight.is_matrix and not (is_head and job.shares_vocabulary):
+            yield part, depths if is_head else 1
+    if job.shares_vocabulary and number < job.layout.pipe:  # the first stage of each rank
+        yield from ((part, depths / job.layout.pipe) for part in job.parts[-1] if part.weight.role == "head")
 
 
 def recomputed_flops(job: Job) -> float:

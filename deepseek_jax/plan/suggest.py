@@ -37,7 +37,6 @@ STORED: tuple[dict[str, str], ...] = (
     {"vocab": EXPERT, "heads": EXPERT, "embed": DATA},
 )
 PIPES = (1, 2, 4, 8, 16)
-NO_PIPELINE = "a train that keeps embedding, head and multi-token prediction at the ends of its pipeline alone"
 NO_BF16 = "gradients summed in place, tokens sent once to each node (recipe bf16)"
 NO_V3 = "V3's recomputation (recipe v3)"
 MOST_DEVICES = 2**17
@@ -76,10 +75,9 @@ class Suggestion:
 
 def missing(job: Job) -> list[str]:
     """Returns what `deepseek-jax train` does not support yet but the job needs; empty if it can run the job."""
-    found = [NO_PIPELINE] if job.layout.pipe > 1 else []
     if job.recipe.remat == V3_POLICY:
-        return [*found, NO_V3]
-    return found if job.recipe.alike else [*found, NO_BF16]
+        return [NO_V3]
+    return [] if job.recipe.alike else [NO_BF16]
 
 
 def search(space: Space) -> Iterator[Suggestion]:
@@ -144,6 +142,8 @@ def _divides(job: Job, shared: dict[bool, Job]) -> bool:
     like = shared.setdefault(job.recipe.fp8, job)
     try:
         job.__dict__.update(stages=like.stages, parts=like.parts)
+        if job.shares_vocabulary:
+            job.__dict__.update(of_any_rank=like.of_any_rank)
     except UserError:
         return False
     return True
@@ -160,8 +160,7 @@ def _least(job: Job) -> dict[str, ActivationBytes]:
 def _meshes(space: Space) -> Iterator[tuple[int, int, dict[str, str]]]:
     """Yields (pipe, expert, rules) that divide the devices; equivalent rules are tried once."""
     pipes = [n for n in PIPES if space.devices % n == 0 and n <= sum(space.network.repeats.values())]
-    runs_today = all(recipe.alike for recipe in space.recipes)  # see `NO_PIPELINE`
-    for pipe in [1] if runs_today else pipes:
+    for pipe in pipes:
         replicas, n_experts = space.devices // pipe, space.network.n_experts
         for expert in (n for n in range(1, n_experts + 1) if n_experts % n == 0 and replicas % n == 0):
             sizes, seen = {DATA: replicas // expert, EXPERT: expert, "": 1}, set()

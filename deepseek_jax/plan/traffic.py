@@ -23,6 +23,7 @@ from deepseek_jax.parallel.alltoall import Hop
 from deepseek_jax.parallel.mesh import DATA, size
 from deepseek_jax.parallel.sharding import EXPERTS
 from deepseek_jax.plan.job import Job, Part
+from deepseek_jax.plan.recipes import MASTER
 
 GIGA = 1e9
 
@@ -93,7 +94,19 @@ def rank_traffic(job: Job, rank: int) -> Traffic:
         for part in job.parts[hold.stage]:
             zero += _zero(job, part).times(1 / job.schedule.arrangement.copies)
             fsdp += _fsdp(job, part).times(job.passes(hold))
-    return Traffic(experts, zero, fsdp, pipeline)
+    return Traffic(experts, zero, fsdp, pipeline + _ends(job))
+
+
+def _ends(job: Job) -> Sent:
+    """Returns the bytes of a vocabulary that ranks share: four sums over them, of what enters and leaves a lane.
+
+    These are embeddings and hidden states, and the gradients of both; that of hidden states is float32.
+    """
+    if not job.shares_vocabulary:
+        return Sent()
+    numbers = job.layout.micro_batches * job.layout.tokens * (1 + job.network.mtp_depth) * job.network.d_model
+    there_and_back = 2 * (job.layout.pipe - 1) / job.layout.pipe
+    return _over(job, job.layout.devices, numbers * there_and_back * (3 * job.recipe.activations + MASTER))
 
 
 def _over(job: Job, n_devices: int, sent: float) -> Sent:

@@ -13,6 +13,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.parallel.vocabulary import WHOLE, Vocabulary
+
 IGNORE = -1  # a target that is not there
 
 
@@ -27,28 +29,35 @@ def _chunks(h_MD: jax.Array, targets_M: jax.Array, weights_M: jax.Array, chunk: 
     return h_MD.reshape(n_chunks, chunk, -1), targets_M.reshape(n_chunks, chunk), weights_M.reshape(n_chunks, chunk)
 
 
-def _nll(h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _nll(
+    h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, vocabulary: Vocabulary
+) -> tuple[jax.Array, jax.Array]:
     """(nll_M, softmax probabilities_MV) of one chunk; the nll of an ignored row means nothing."""
     logits_MV = jnp.einsum("MD,DV->MV", h_MD, weight_DV, preferred_element_type=jnp.float32)
-    highest_M = jnp.max(logits_MV, axis=-1)
+    highest_M = vocabulary.largest(jnp.max(logits_MV, axis=-1))
     shifted_MV = jnp.exp(logits_MV - highest_M[:, None])
-    total_M = jnp.sum(shifted_MV, axis=-1)
-    target_M = jnp.take_along_axis(logits_MV, jnp.maximum(targets_M, 0)[:, None], axis=-1)[:, 0]
+    total_M = vocabulary.total(jnp.sum(shifted_MV, axis=-1))
+    target_M = vocabulary.picked(logits_MV, jnp.maximum(targets_M, 0))
     return jnp.log(total_M) + highest_M - target_M, shifted_MV / total_M[:, None]
 
 
 def _chunk_loss(
-    h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, weights_M: jax.Array
+    h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, weights_M: jax.Array, vocabulary: Vocabulary
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(summed loss, softmax probabilities_MV, weight of each row: 0 without a target) of one chunk."""
-    nll_M, probabilities_MV = _nll(h_MD, weight_DV, targets_M)
+    nll_M, probabilities_MV = _nll(h_MD, weight_DV, targets_M, vocabulary)
     weights_M = jnp.where(targets_M != IGNORE, weights_M, 0.0)
     return jnp.sum(jnp.where(weights_M != 0, weights_M * nll_M, 0.0)), probabilities_MV, weights_M
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy(
-    h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, weights_M: jax.Array, chunk: int
+    h_MD: jax.Array,
+    weight_DV: jax.Array,
+    targets_M: jax.Array,
+    weights_M: jax.Array,
+    chunk: int,
+    vocabulary: Vocabulary = WHOLE,
 ) -> jax.Array:
     """Sum over the tokens of w * -log softmax(h W)[target], in nats.
 
@@ -58,28 +67,36 @@ def cross_entropy(
         targets_M: ids to predict; -1 is left out of the sum.
         weights_M: w of each target, float32; a constant, to which no gradient flows.
         chunk: tokens whose logits exist at a time.
+        vocabulary: which columns of the head are here; all devices that share it work on the same tokens.
 
     Returns a float32 scalar.
     """
 
     def body(total: jax.Array, part: tuple) -> tuple[jax.Array, None]:
         h, targets, weights = part
-        return total + _chunk_loss(h, weight_DV.astype(h.dtype), targets, weights)[0], None
+        return total + _chunk_loss(h, weight_DV.astype(h.dtype), targets, weights, vocabulary)[0], None
 
     return jax.lax.scan(body, jnp.float32(0), _chunks(h_MD, targets_M, weights_M, chunk))[0]
 
 
 def _forward(
-    h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, weights_M: jax.Array, chunk: int
+    h_MD: jax.Array,
+    weight_DV: jax.Array,
+    targets_M: jax.Array,
+    weights_M: jax.Array,
+    chunk: int,
+    vocabulary: Vocabulary,
 ) -> tuple[jax.Array, tuple]:
     weight = weight_DV.astype(h_MD.dtype)
+    summed = h_MD.dtype if vocabulary.axis is None else jnp.float32  # d_h is rounded once
 
     def body(carry: tuple, part: tuple) -> tuple[tuple, jax.Array]:
         (total, d_weight_DV), (h, targets, weights) = carry, part
-        loss, probabilities_MV, weights = _chunk_loss(h, weight, targets, weights)
-        is_target_MV = jnp.arange(weight.shape[1]) == targets[:, None]
+        loss, probabilities_MV, weights = _chunk_loss(h, weight, targets, weights, vocabulary)
+        is_target_MV = jnp.arange(weight.shape[1]) == vocabulary.index(targets, weight.shape[1])[:, None]
         d_logits_MV = ((probabilities_MV - is_target_MV) * weights[:, None]).astype(h.dtype)
-        d_h_MD = jnp.einsum("MV,DV->MD", d_logits_MV, weight)
+        d_h_MD = jnp.einsum("MV,DV->MD", d_logits_MV, weight, preferred_element_type=summed)
+        d_h_MD = vocabulary.total(d_h_MD).astype(h.dtype)
         d_weight_DV += jnp.einsum("MD,MV->DV", h, d_logits_MV, preferred_element_type=jnp.float32)
         return (total + loss, d_weight_DV), d_h_MD
 
@@ -89,7 +106,7 @@ def _forward(
     return total, (d_h_MD, d_weight_DV, jnp.zeros((0,), weight_DV.dtype))
 
 
-def _backward(chunk: int, saved: tuple, g: jax.Array) -> tuple:
+def _backward(chunk: int, vocabulary: Vocabulary, saved: tuple, g: jax.Array) -> tuple:
     d_h_MD, d_weight_DV, like = saved
     return (d_h_MD * g).astype(d_h_MD.dtype), (d_weight_DV * g).astype(like.dtype), None, None
 
@@ -107,7 +124,7 @@ def token_nll(h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, chunk
 
     def body(_: None, part: tuple) -> tuple[None, jax.Array]:
         h, targets, _ = part
-        return None, jnp.where(targets != IGNORE, _nll(h, weight, targets)[0], 0.0)
+        return None, jnp.where(targets != IGNORE, _nll(h, weight, targets, WHOLE)[0], 0.0)
 
     return jax.lax.scan(body, None, _chunks(h_MD, targets_M, zeros_M, chunk))[1].reshape(-1)[: targets_M.shape[0]]
 
@@ -119,7 +136,7 @@ def _token_forward(h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, 
 def _token_backward(chunk: int, saved: tuple, g_M: jax.Array) -> tuple:
     """By the chain rule that of `cross_entropy` with the weights g, which are known by now."""
     h_MD, weight_DV, targets_M = saved
-    _, (d_h_MD, d_weight_DV, like) = _forward(h_MD, weight_DV, targets_M, g_M, chunk)
+    _, (d_h_MD, d_weight_DV, like) = _forward(h_MD, weight_DV, targets_M, g_M, chunk, WHOLE)
     return d_h_MD, d_weight_DV.astype(like.dtype), None
 
 

@@ -10,7 +10,7 @@ minimises is an argument: any other `Objective` may take its place.
 Paper: V3 sections 2.1.2 (eqs. 17-20) and 2.2 (eqs. 24-25); V2 section 2.2.3 (three balance losses).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.layers.base import Execution
 from deepseek_jax.layers.block import Statistics
 from deepseek_jax.layers.decoder import Depth, Part
-from deepseek_jax.layers.mtp import shift_left
+from deepseek_jax.layers.mtp import ahead, shift_left
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.parallel.alltoall import Sent, added, nothing_sent
 from deepseek_jax.train.cross_entropy import IGNORE
@@ -78,14 +79,15 @@ def totals(batch: "Batch") -> Totals:
 
 
 class Stage(NamedTuple):
-    """What runs of a model in one stage of a pipeline."""
+    """What runs of a model in one stage of a pipeline: some layers, and after the last ones the final norm and MTP."""
 
-    embeds: bool  # whether it begins with the embedding
-    ends: bool  # whether it ends with the head, multi-token prediction and their losses
+    ends: bool  # whether it ends with what the head reads
     part: Part | None  # its layers; None: all
 
 
-WHOLE = Stage(True, True, None)
+WHOLE = Stage(True, None)
+# nll(h_BTD, targets_BT, weights_BT): the sum of w * -log p(target), as `train.cross_entropy`
+CrossEntropy = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Objective(Protocol):
@@ -110,12 +112,29 @@ class Objective(Protocol):
         over: Totals,
         step: jax.Array,
         stage: Stage,
-        x_BTD: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array, Losses]:
-        """What one stage of a pipeline adds to `__call__`.
+        x_BTD: jax.Array,
+        x_KBTD: Sequence[jax.Array],
+    ) -> tuple[jax.Array, list[jax.Array], jax.Array, Losses]:
+        """What one stage of a pipeline adds to `__call__`, without the head.
 
-        `x_BTD` comes from the stage before. Returns (x_BTD for the stage after, loss, what is reported of it): the sums
-        over the stages are those of `__call__`.
+        `x_BTD` is the embedding or comes from the stage before; `x_KBTD` are the embeddings that the depths of
+        multi-token prediction read. Returns (x_BTD for the stage after, what the head reads where the stage ends with
+        it, loss, what is reported of it): with those of `head`, the sums over the stages are those of `__call__`.
+        """
+
+    def head(
+        self,
+        hidden: Sequence[jax.Array],
+        weight_DV: jax.Array,
+        run: Execution,
+        batch: "Batch",
+        over: Totals,
+        step: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What the head adds to `__call__`: (loss, `Losses.main`, `Losses.mtp`).
+
+        `hidden` is from `stage`; `weight_DV` are the columns of the head that are here (`run.vocabulary`). All ranks
+        of the pipeline call it with the same `hidden`, and the loss that each returns is the whole one.
         """
 
     def nats(self, model: Any, batch: "Batch") -> jax.Array:
@@ -136,8 +155,8 @@ class PreTraining:
 
     def __call__(self, model: Any, batch: "Batch", over: Totals, step: jax.Array) -> tuple[jax.Array, Losses]:
         """See `Objective`."""
-        _, loss, found = self.stage(model, batch, over, step, WHOLE)
-        return loss, found
+        found = losses(model, batch, over, chunk=self.chunk, mask=self.mask_documents)
+        return found.weighted(self._mtp_weight(step), self.auxiliary), found
 
     def stage(
         self,
@@ -146,58 +165,94 @@ class PreTraining:
         over: Totals,
         step: jax.Array,
         stage: Stage,
-        x_BTD: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array, Losses]:
+        x_BTD: jax.Array,
+        x_KBTD: Sequence[jax.Array],
+    ) -> tuple[jax.Array, list[jax.Array], jax.Array, Losses]:
         """See `Objective`."""
-        mtp_weight = jnp.where(step < self.mtp_weight_switch, self.mtp_weight, self.mtp_weight_final)
-        x_BTD, found = stage_losses(model, batch, over, stage, x_BTD, chunk=self.chunk, mask=self.mask_documents)
-        return x_BTD, found.weighted(mtp_weight, self.auxiliary, is_part=stage is not WHOLE), found
+        x_BTD, hidden, found = stage_losses(model, batch, over, stage, x_BTD, x_KBTD, mask=self.mask_documents)
+        return x_BTD, hidden, found.weighted(0.0, self.auxiliary, is_part=True), found
+
+    def head(
+        self,
+        hidden: Sequence[jax.Array],
+        weight_DV: jax.Array,
+        run: Execution,
+        batch: "Batch",
+        over: Totals,
+        step: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """See `Objective`."""
+        main, mtp = predicted(hidden, cross_entropy_of(run, weight_DV, self.chunk), batch, over)
+        return main + self._mtp_weight(step) * mtp, main, mtp
 
     def nats(self, model: Any, batch: "Batch") -> jax.Array:
         """See `Objective`."""
         return losses(model, batch, Totals(1.0, 1.0), chunk=self.chunk, mask=self.mask_documents).main
 
+    def _mtp_weight(self, step: jax.Array) -> jax.Array:
+        return jnp.where(step < self.mtp_weight_switch, self.mtp_weight, self.mtp_weight_final)
+
 
 def losses(model: Any, batch: "Batch", over: Totals, *, chunk: int, mask: bool) -> Losses:
     """The losses of a part of a batch; arguments as for `Objective` and `PreTraining`."""
-    return stage_losses(model, batch, over, WHOLE, None, chunk=chunk, mask=mask)[1]
+    _, hidden, found = stage_losses(model, batch, over, WHOLE, mask=mask)
+    main, mtp = predicted(hidden, cross_entropy_of(model.run, model.head.weight_DV[...], chunk), batch, over)
+    return found._replace(main=main, mtp=mtp)
 
 
 def stage_losses(
-    model: Any, batch: "Batch", over: Totals, stage: Stage, x_BTD: jax.Array | None, *, chunk: int, mask: bool
-) -> tuple[jax.Array, Losses]:
-    """(x_BTD after the last block, the losses of a part of a batch), of a stage; arguments as for `Objective`."""
+    model: Any,
+    batch: "Batch",
+    over: Totals,
+    stage: Stage,
+    x_BTD: jax.Array | None = None,
+    x_KBTD: Sequence[jax.Array] | None = None,
+    *,
+    mask: bool,
+) -> tuple[jax.Array, list[jax.Array], Losses]:
+    """(x_BTD after the last block, what the head reads, the losses of a stage but for the head's).
+
+    Arguments as for `Objective`; embeddings that are not given are looked up.
+    """
     tokens = Tokens(batch.ids_BT, batch.positions_BT, batch.segments_BT if mask else None, batch.segments_BT > 0)
-    x_BTD = model.embed(tokens) if stage.embeds or x_BTD is None else x_BTD
+    x_BTD = model.embed(tokens) if x_BTD is None else x_BTD
     x_BTD, _, statistics = model.run_blocks(x_BTD, tokens, part=stage.part)
     depths: list[Depth] = []
-    main, mtp = jnp.float32(0), jnp.float32(0)
+    hidden: list[jax.Array] = []
     if stage.ends:
-        main, mtp, depths = predicted(model, model.finish(x_BTD), batch, tokens, over, chunk)
+        h_BTD = model.finish(x_BTD)
+        depths = model.mtp_depths(h_BTD, batch.targets_BT, tokens, x_KBTD)
+        hidden = [h_BTD, *(depth.h_BTD for depth in depths)]
     found = [*statistics.values(), *(depth.statistics for depth in depths)]
     auxiliary = {name: loss / over.sequences for name, loss in summed(found).items()}
-    return x_BTD, Losses(main, mtp, auxiliary, model.loads(statistics, depths), exchanged(found))
+    nothing = jnp.float32(0)
+    return x_BTD, hidden, Losses(nothing, nothing, auxiliary, model.loads(statistics, depths), exchanged(found))
 
 
-def predicted(
-    model: Any, h_BTD: jax.Array, batch: "Batch", tokens: Tokens, over: Totals, chunk: int
-) -> tuple[jax.Array, jax.Array, list[Depth]]:
-    """Returns the cross-entropy of the main model, that of multi-token prediction, and its depths."""
-    weight_DV, cross_entropy = model.head.weight_DV[...], model.run.kernels["cross_entropy"]
+def cross_entropy_of(run: Execution, weight_DV: jax.Array, chunk: int) -> CrossEntropy:
+    """Returns the cross-entropy of hidden states with a head, of which `run.vocabulary` says what is here."""
+    cross_entropy = run.kernels["cross_entropy"]
 
     @jax.named_scope("loss")
     def nll(h_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
         h_MD, targets_M, weights_M = h_BTD.reshape(-1, h_BTD.shape[-1]), targets_BT.reshape(-1), weights_BT.reshape(-1)
-        return cross_entropy(h_MD, weight_DV, targets_M, weights_M, chunk) / over.weight
+        return cross_entropy(h_MD, weight_DV, targets_M, weights_M, chunk, run.vocabulary)
 
-    depths = model.mtp_depths(h_BTD, batch.targets_BT, tokens)
-    main, mtp = nll(h_BTD, batch.targets_BT, batch.weights_BT), jnp.float32(0)
+    return nll
+
+
+def predicted(
+    hidden: Sequence[jax.Array], nll: CrossEntropy, batch: "Batch", over: Totals
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the cross-entropy of the main model and that of multi-token prediction, from what the head reads."""
+    h_BTD, *depths = hidden
+    main, mtp = nll(h_BTD, batch.targets_BT, batch.weights_BT) / over.weight, jnp.float32(0)
     weights_BT = batch.weights_BT
-    for depth in depths:
+    for h_BTD, targets_BT in zip(depths, ahead(batch.targets_BT, len(depths) + 1)[1:], strict=True):
         weights_BT = shift_left(weights_BT, fill=0)  # a weight stays with its target
-        nll_of_depth = nll(depth.h_BTD, depth.targets_BT, weights_BT)  # eq. 24
+        nll_of_depth = nll(h_BTD, targets_BT, weights_BT) / over.weight  # eq. 24
         mtp += nll_of_depth / len(depths)  # eq. 25, but for lambda
-    return main, mtp, depths
+    return main, mtp
 
 
 def summed(statistics: list[Statistics]) -> dict[str, jax.Array]:

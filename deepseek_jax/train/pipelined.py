@@ -1,10 +1,11 @@
 """Gradients of a step's loss over the stages of a pipeline; without one, `train.gradients.accumulated` computes them.
 
-The weights are laid out in stages (`parallel.stage_layout`). The kind of a stage (whether it embeds, whether it ends in
-the head, how many layers of each stack it has) decides which programs it runs. The step is one program on all ranks, so
-it holds the programs of every kind; a rank runs those of its own stages at the ticks of the schedule. Gradients come
-back in the layout of the weights, losses and loads as this rank's share of the sums over all devices. Runs on every
-device.
+The weights are laid out in stages (`parallel.stage_layout`). The kind of a stage (whether it ends with the final norm
+and multi-token prediction, how many layers of each stack it has) decides which programs it runs. The step is one
+program on all ranks, so it holds the programs of every kind; a rank runs those of its own stages at the ticks of the
+schedule. Embedding and head belong to no stage: each rank has their part for its share of the vocabulary, and all ranks
+work together on the micro-batches that enter and leave the pipeline in a tick. Gradients come back in the layout of the
+weights, losses and loads as this rank's share of the sums over all devices. Runs on every device.
 
 What a stage saves for its backward pass follows from `remat`: "none" saves everything, "dots" the outputs of matmuls,
 "block" only the stage's input.
@@ -13,16 +14,17 @@ What a stage saves for its backward pass follows from `remat`: "none" saves ever
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from deepseek_jax.data.pipeline import Batch
-from deepseek_jax.layers.base import Tree
+from deepseek_jax.layers.base import Execution, Tree
 from deepseek_jax.layers.base import split as split_module
-from deepseek_jax.parallel.mesh import REPLICAS, total
-from deepseek_jax.parallel.pipeline import run_pipeline
+from deepseek_jax.layers.embed import rows, rows_gradient
+from deepseek_jax.parallel.mesh import PIPE, REPLICAS, total
+from deepseek_jax.parallel.pipeline import Ends, run_pipeline
 from deepseek_jax.parallel.split_backward import SAVEABLE, split
 from deepseek_jax.parallel.stage_layout import StageLayout, make_layout
 from deepseek_jax.parallel.tick_table import TickTable, make_table
@@ -30,11 +32,20 @@ from deepseek_jax.train.gradients import Gradients
 from deepseek_jax.train.loss import Losses, Stage, Totals, totals
 from deepseek_jax.tree import size
 
-Kind = tuple[bool, bool, tuple[tuple[str, int], ...]]  # of a stage: `StageLayout.kind`
+ENDS = ("embedding", "head")  # entries of a model's weights that all ranks have a part of
+Kind = tuple[bool, tuple[tuple[str, int], ...]]  # of a stage: `StageLayout.kind`
 
-# loss(trained, state, part, over, stage, x) -> (x for the stage after, loss, losses): see `Objective.stage`; `trained`
-# and `state` (step, frozen weights, router biases) hold the layers of the stage alone.
-StageLoss = Callable[[Tree, Tree, Batch, Totals, Stage, Any], tuple[jax.Array, jax.Array, Losses]]
+
+class StageLosses(NamedTuple):
+    """The loss of a model in pieces: see `Objective`."""
+
+    # stage(trained, state, part, over, stage, x, embeddings ahead) -> (x for the stage after, hidden, loss, losses);
+    # `trained` and `state` (step, frozen weights, router biases) hold the layers of the stage alone
+    stage: Callable[[Tree, Tree, Batch, Totals, Stage, Any, Any], tuple[jax.Array, list, jax.Array, Losses]]
+    # head(weight_DV, step, part, over, hidden) -> (loss, (main, mtp))
+    head: Callable[[jax.Array, jax.Array, Batch, Totals, list], tuple[jax.Array, tuple[jax.Array, jax.Array]]]
+    ids_read: Callable[[Batch, Batch], jax.Array]  # (first, last) -> ids_KBT, by the first stage and by each MTP depth
+    run: Execution  # of the model: compute dtype, vocabulary
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ class Pipeline:
 ONE_WAY = Pipeline()
 
 
-def pipelined(stage_loss: StageLoss, layout: StageLayout, remat: str, overlap: bool = True) -> Gradients:
+def pipelined(losses: StageLosses, layout: StageLayout, remat: str, overlap: bool = True) -> Gradients:
     """Returns gradients over the stages of `layout`; `overlap` is for `run_pipeline`.
 
     The model of a stage runs its layers without a loop and without recomputation, with exchanges of a fixed size
@@ -73,30 +84,28 @@ def pipelined(stage_loss: StageLoss, layout: StageLayout, remat: str, overlap: b
     def gradients(params: Tree, state: Tree, batch: Batch) -> tuple[Tree, jax.Array, Losses]:
         over = total(totals(batch), REPLICAS)
         micro = jax.tree.map(lambda a: a.reshape(n_micro, -1, *a.shape[1:]), batch)
-        weights = layout.chunks(params)
-        frozen, biases = (layout.chunks(state[name]) for name in ("frozen", "router_bias"))
+        own = {name: sub for name, sub in params.items() if name not in ENDS}
+        both = {name: params.get(name, {}) | state["frozen"].get(name, {}) for name in ENDS}
+        ends = _ends(losses, both, state["step"], over)
+        weights = layout.chunks(own)
+        frozen, biases = layout.chunks(state["frozen"] | both), layout.chunks(state["router_bias"])
         fixed = [{"step": state["step"], "frozen": a, "router_bias": b} for a, b in zip(frozen, biases, strict=True)]
-
-        def stage(kind: Kind, weights: Tree, x: Any, rest: tuple) -> tuple[jax.Array, jax.Array, Losses]:
-            (fixed, part), (embeds, ends, layers) = rest, kind
-            what = Stage(embeds, ends, {name: slice(0, n) for name, n in layers})
-            y, loss, found = stage_loss(weights, fixed, part, over, what, x)
-            return jnp.zeros_like(y) if ends else y, loss, found
-
         one = fixed[0], jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), micro)
-        x = jax.eval_shape(functools.partial(stage, kinds[-1]), weights[0], None, one)[0]
+        x = jax.eval_shape(ends.given, one[1], one[1])
+        stage = functools.partial(_stage, losses, over)
         each = [jax.eval_shape(functools.partial(stage, kind), weights[0], x, one)[2] for kind in kinds]
 
-        def reporting(kind: Kind, *arguments: Any) -> tuple[jax.Array, jax.Array, tuple]:
+        def reporting(kind: Kind, *arguments: Any) -> tuple[tuple, jax.Array, tuple]:
             y, loss, found = stage(kind, *arguments)
             return y, loss, (loss, _filled(found, each))
 
         run = [split(functools.partial(reporting, kind), weights[0], x, one, SAVEABLE[remat]) for kind in kinds]
-        found, reports = run_pipeline(table, run, weights, fixed, micro, x, overlap)
-        loads = layout.of_all_layers([losses.loads for _, losses in reports])
-        sums = [(loss, losses._replace(loads={})) for loss, losses in reports]
-        loss, losses = jax.tree.map(lambda *a: sum(a), *sums)
-        return layout.joined(found), loss, losses._replace(loads=loads)
+        shared = layout.shared(own)
+        found, reports, (of_ends, at_head) = run_pipeline(
+            table, run, weights, fixed, micro, x[0], ends, shared, overlap=overlap
+        )
+        trained = {name: {key: of_ends[name][key] for key in params[name]} for name in ENDS if name in params}
+        return layout.joined(found) | trained, *_summed(layout, reports, at_head)
 
     return gradients
 
@@ -105,6 +114,50 @@ def stage_table(layout: StageLayout) -> tuple[list[Kind], TickTable]:
     """Returns the kinds of stages of a layout, and the table of its schedule, whose branches number them."""
     kinds = sorted({layout.kind(place) for place in layout.number})
     return kinds, make_table(layout.schedule, lambda place: kinds.index(layout.kind(place)))
+
+
+def _stage(losses: StageLosses, over: Totals, kind: Kind, weights: Tree, x: tuple, rest: tuple) -> tuple:
+    """A stage as `parallel.split_backward` takes it: ((x, embeddings ahead) -> (y, hidden), loss, losses)."""
+    (fixed, part), (ends, layers), (x_BTD, x_KBTD) = rest, kind, x
+    what = Stage(ends, {name: slice(0, n) for name, n in layers})
+    y_BTD, hidden, loss, found = losses.stage(weights, fixed, part, over, what, x_BTD, x_KBTD)
+    none = jnp.zeros_like(x_BTD)
+    return ((none, hidden) if ends else (y_BTD, [none, *map(jnp.zeros_like, x_KBTD)])), loss, found
+
+
+def _ends(losses: StageLosses, weights: Tree, step: jax.Array, over: Totals) -> Ends:
+    """Embedding and head, each rank with its share of the vocabulary."""
+    table_VD, weight_DV = weights["embedding"]["table_VD"], weights["head"]["weight_DV"]
+    run = losses.run
+
+    def given(first: Batch, last: Batch) -> tuple[jax.Array, list[jax.Array]]:
+        x_BTD, *x_KBTD = rows(table_VD, losses.ids_read(first, last), run.vocabulary).astype(run.compute)
+        return x_BTD, x_KBTD
+
+    def loss(hidden: list[jax.Array], last: Batch) -> tuple[tuple, list[jax.Array], Tree]:
+        def of(hidden: list[jax.Array], weight_DV: jax.Array) -> tuple:
+            return losses.head(weight_DV, step, last, over, hidden)
+
+        (value, parts), (d_hidden, d_weight_DV) = jax.value_and_grad(of, (0, 1), has_aux=True)(hidden, weight_DV)
+        return (value, parts), d_hidden, {"head": {"weight_DV": d_weight_DV}}
+
+    def backward(first: Batch, last: Batch, d: tuple[jax.Array, list[jax.Array]]) -> Tree:
+        d_x_BTD, d_KBTD = d
+        d_given = jnp.stack([d_x_BTD, *d_KBTD])
+        d_table_VD = rows_gradient(losses.ids_read(first, last), d_given, len(table_VD), run.vocabulary)
+        return {"embedding": {"table_VD": d_table_VD}}
+
+    return Ends(given, loss, backward)
+
+
+def _summed(layout: StageLayout, reports: Sequence[tuple], at_head: tuple) -> tuple[jax.Array, Losses]:
+    """This rank's share of (loss, losses); what all ranks found at the head together is counted on the first one."""
+    loads = layout.of_all_layers([losses.loads for _, losses in reports])
+    sums = [(loss, losses._replace(loads={})) for loss, losses in reports]
+    loss, losses = jax.tree.map(lambda *a: sum(a), *sums)
+    is_first = jax.lax.axis_index(PIPE) == 0
+    more, (main, mtp) = jax.tree.map(lambda a: jnp.where(is_first, a, 0), at_head)
+    return loss + more, losses._replace(main=losses.main + main, mtp=losses.mtp + mtp, loads=loads)
 
 
 def _filled(found: Losses, each: Sequence[Losses]) -> Losses:

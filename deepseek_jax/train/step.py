@@ -42,13 +42,14 @@ from deepseek_jax.parallel.sharding import (
     without_layers,
 )
 from deepseek_jax.parallel.stage_layout import StageLayout
+from deepseek_jax.parallel.vocabulary import Vocabulary
 from deepseek_jax.precision.matmul import Matmul, PlainMatmul
 from deepseek_jax.seeds import random_key
 from deepseek_jax.train.attempts import Attempts
 from deepseek_jax.train.gradients import Gradients, Loss, accumulated
 from deepseek_jax.train.loss import Losses, Objective, Stage, Totals, totals
 from deepseek_jax.train.optimizers import OptimizerFor, Schedule
-from deepseek_jax.train.pipelined import ONE_WAY, Pipeline, StageLoss, pipelined
+from deepseek_jax.train.pipelined import ONE_WAY, Pipeline, StageLosses, pipelined
 from deepseek_jax.train.trainable import Trainable, divide, everything, join
 from deepseek_jax.tree import dotted, size
 
@@ -174,7 +175,7 @@ class Trainer:
         n_ranks = mesh.shape[PIPE]
         self.layout = pipeline.layout(model, n_ranks, config.micro_batches) if n_ranks > 1 else None
         if self.layout:
-            self.run = replace(self.run, fetch=self.layout.fetch)
+            self.run = replace(self.run, fetch=self.layout.fetch, vocabulary=Vocabulary(PIPE))
             model = abstract(lambda rngs: build(self.run, rngs))
         self._build = lambda seed: build(self.run, nnx.Rngs(random_key(seed)))
         self.definition, params, router_bias = split(model)
@@ -219,9 +220,8 @@ class Trainer:
         assert self.layout is not None
         exchange = self.run.exchange and replace(self.run.exchange, level=level)
         run = replace(self.run, fetch=None, unroll=0, remat="none", exchange=exchange)
-        stages, _, _ = split(abstract(lambda rngs: build(run, rngs)))
         overlap = pipeline.overlaps(self.mesh.devices.flat[0].platform)
-        return pipelined(self._stage_gradients(stages), self.layout, remat, overlap)
+        return pipelined(self._in_stages(abstract(lambda rngs: build(run, rngs))), self.layout, remat, overlap)
 
     def _initial(self, seed: int, given: Mapping = MappingProxyType({})) -> State:
         _, params, router_bias = split(self._build(seed))
@@ -290,14 +290,22 @@ class Trainer:
             self.run.unshard(model)
         return model
 
-    def _stage_gradients(self, definition: nnx.GraphDef) -> StageLoss:
-        """What one stage adds to the loss, from its own layers."""
+    def _in_stages(self, abstract_model: Any) -> StageLosses:
+        """The loss in pieces: what one stage adds from its own layers, and what the head adds."""
+        definition, _, _ = split(abstract_model)
 
-        def loss(trained: dict, state: State, part: Batch, over: Totals, stage: Stage, x_BTD: Any) -> tuple:
+        def stage(trained: dict, state: State, part: Batch, over: Totals, what: Stage, *x: Any) -> tuple:
             model = self._bound(definition, join(trained, state["frozen"]), state["router_bias"])
-            return self.objective.stage(model, part, over, state["step"], stage, x_BTD)
+            return self.objective.stage(model, part, over, state["step"], what, *x)
 
-        return loss
+        def head(weight_DV: jax.Array, step: jax.Array, part: Batch, over: Totals, hidden: list) -> tuple:
+            loss, *parts = self.objective.head(hidden, weight_DV, self.run, part, over, step)
+            return loss, tuple(parts)
+
+        def ids_read(first: Batch, last: Batch) -> jax.Array:
+            return jnp.stack([first.ids_BT, *abstract_model.ids_ahead(last.targets_BT)])
+
+        return StageLosses(stage, head, ids_read, self.run)
 
     def _loss(self, trained: dict, state: State, part: Batch, over: Totals) -> tuple[jax.Array, Losses]:
         model = self.bind(join(trained, state["frozen"]), state["router_bias"])
@@ -409,10 +417,12 @@ def map_weights(change: Callable[[dict], dict], state: State) -> State:
 
 
 def _in_order(abstract: State, layout: StageLayout, mesh: Mesh) -> State:
-    """`abstract` with stacks in the order of their layers; what was split along the pipeline is split elsewhere."""
+    """`abstract` with stacks in the order of their layers; if these do not divide, they are split elsewhere."""
     shapes = jax.eval_shape(functools.partial(map_weights, layout.unstaged), abstract)
 
     def one(shape: jax.ShapeDtypeStruct, staged: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if shape.shape == staged.shape:
+            return staged
         sharding = NamedSharding(mesh, without_layers(staged.sharding.spec, shape.shape, mesh))
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 

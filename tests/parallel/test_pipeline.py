@@ -9,7 +9,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.parallel.lint import check_collectives
-from deepseek_jax.parallel.pipeline import run_pipeline
+from deepseek_jax.parallel.pipeline import Ends, run_pipeline
 from deepseek_jax.parallel.schedule import SCHEDULES
 from deepseek_jax.parallel.split_backward import everything, nothing, split
 from deepseek_jax.parallel.tick_table import make_table
@@ -27,19 +27,38 @@ def layer(weights, x):
 
 
 def stage_of(number, n_stages):
-    """The first stage embeds, the last one has the loss; all report their loss."""
+    """The last stage is given something besides x and puts out what the head reads; all have a loss."""
 
-    def stage(weights, x, fixed_and_rest):
-        _, rest = fixed_and_rest
-        if number == 0:
-            x = weights["table"][rest["ids"]]
-        x = layer(weights, x)
-        loss, y = jnp.mean(x**2) * 0.01, x
-        if number == n_stages - 1:
-            loss, y = loss + jnp.mean((x @ weights["head"] - rest["target"]) ** 2), jnp.zeros_like(x)
-        return y, loss, {"loss": loss}
+    def stage(weights, x_and_given, fixed_and_rest):
+        x, given = x_and_given
+        y = layer(weights, x + given if number == n_stages - 1 else x)
+        loss, none = jnp.mean(y**2) * 0.01, jnp.zeros_like(y)
+        return (none, y) if number == n_stages - 1 else (y, none), loss, {"loss": loss}
 
     return stage
+
+
+def head_loss(out, head, rest):
+    return jnp.mean((out @ head - rest["target"]) ** 2)
+
+
+def ends_of(table, head):
+    """Embedding and head on all ranks; only the first has rows, and counts what all find at the head."""
+
+    def on_first(tree):
+        return jax.tree.map(lambda a: jnp.where(lax.axis_index("pipe") == 0, a, 0), tree)
+
+    def loss(out, rest):
+        value, (d_out, d_head) = jax.value_and_grad(head_loss, (0, 1))(out, head, rest)
+        return on_first(value), d_out, on_first({"head": d_head})
+
+    def given(first, last):
+        return lax.psum(on_first((table[first["ids"]], table[last["ids"]])), "pipe")
+
+    def backward(first, last, d):
+        return on_first({"table": jnp.zeros_like(table).at[first["ids"]].add(d[0]).at[last["ids"]].add(d[1])})
+
+    return Ends(given, loss, backward)
 
 
 def make_weights(n_stages):
@@ -48,7 +67,7 @@ def make_weights(n_stages):
     def w(*shape):
         return jnp.asarray(rng.normal(size=(n_stages, *shape)) / np.sqrt(D), jnp.float32)
 
-    return {"in": w(D, D), "expert": w(D, D), "out": w(D, D), "table": w(9, D), "head": w(D, 1)}
+    return {"in": w(D, D), "expert": w(D, D), "out": w(D, D)}, {"table": w(9, D)[0], "head": w(D, 1)[0]}
 
 
 def make_rest():
@@ -67,11 +86,13 @@ def reference(n_stages):
     def loss(weights, rest):
         total = 0.0
         for m in range(MICRO):
-            x = jnp.zeros((T, D))
+            of_batch = jax.tree.map(lambda a, m=m: a[m, 0], rest)
+            x = given = weights[1]["table"][of_batch["ids"]]
             for number in range(n_stages):
-                own = jax.tree.map(lambda a, number=number: a[number], weights)
-                x, part, _ = stage_of(number, n_stages)(own, x, ({}, jax.tree.map(lambda a, m=m: a[m, 0], rest)))
+                own = jax.tree.map(lambda a, number=number: a[number], weights[0])
+                (x, out), part, _ = stage_of(number, n_stages)(own, (x, given), ({}, of_batch))
                 total += part
+            total += head_loss(out, weights[1]["head"], of_batch)
         return total
 
     run = jax.shard_map(
@@ -104,32 +125,39 @@ def test_gradients_are_those_without_a_pipeline(name, saveable, overlap, referen
     kinds = (0, 1, n_stages - 1)  # the first stage, an inner one, the last
     table = make_table(schedule, lambda place: min(number[place], 1) + (number[place] == n_stages - 1))
     mesh = jax.make_mesh((RANKS, E), ("pipe", "expert"), axis_types=(AxisType.Auto,) * 2)
-    weights = make_weights(n_stages)
+    weights, at_ends = make_weights(n_stages)
     of_rank = jnp.asarray([[number[rank, c] for c in chunks] for rank in range(RANKS)])
     placed = jax.tree.map(lambda a: a[of_rank], weights)  # ranks, chunks
 
-    def on_device(placed, rest):
+    def on_device(placed, at_ends, rest):
         mine = [jax.tree.map(lambda a, c=c: a[0, c], placed) for c in chunks]
         rest = jax.tree.map(lambda a: a[:, 0], rest)
         x = jax.ShapeDtypeStruct((T, D), jnp.float32)
         one = jax.tree.map(lambda a: a[0], rest)
-        stages = [split(stage_of(kind, n_stages), mine[0], x, ({}, one), saveable) for kind in kinds]
-        gradients, reports = run_pipeline(table, stages, mine, [{}] * len(mine), rest, x, overlap)
-        loss = lax.psum(sum(report["loss"] for report in reports), "pipe")
-        return jax.tree.map(lambda *a: jnp.stack(a)[None, None], *gradients), loss[None]
+        stages = [split(stage_of(kind, n_stages), mine[0], (x, x), ({}, one), saveable) for kind in kinds]
+        ends = ends_of(**at_ends)
+        gradients, reports, (of_ends, at_head) = run_pipeline(
+            table, stages, mine, [{}] * len(mine), rest, x, ends, overlap=overlap
+        )
+        loss = lax.psum(sum(report["loss"] for report in reports) + at_head, "pipe")
+        stacked = jax.tree.map(lambda *a: jnp.stack(a)[None, None], *gradients)
+        return stacked, lax.psum(of_ends, ("pipe", "expert")), loss[None]
 
     run = jax.jit(
         jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(P("pipe"), P(None, "expert")),
-            out_specs=(P("expert", "pipe"), P("expert")),
+            in_specs=(P("pipe"), P(), P(None, "expert")),
+            out_specs=(P("expert", "pipe"), P(), P("expert")),
             check_vma=False,
         )
     )
-    check_collectives(jax.make_jaxpr(run)(placed, make_rest()))
-    found, loss = jax.device_get(run(placed, make_rest()))
-    known_loss, known = references[n_stages]
+    check_collectives(jax.make_jaxpr(run)(placed, at_ends, make_rest()))
+    found, found_ends, loss = jax.device_get(run(placed, at_ends, make_rest()))
+    known_loss, (known, known_ends) = references[n_stages]
+    for key, gradient in found_ends.items():
+        expected = known_ends[key].sum(axis=0)
+        assert np.abs(gradient - expected).max() <= 2e-6 * np.abs(expected).max() + 1e-7, key
     assert np.allclose(loss, known_loss, rtol=1e-5)
     for key, gradient in found.items():
         summed = np.zeros_like(known[key])

@@ -24,13 +24,16 @@ def run(table: TickTable) -> dict[tuple, list]:
         for rank in range(n_ranks):
             for kind, chunk, _ in table.branches[table.branch[tick, rank]]:
                 m = int(table.micro_batch[kind][tick, rank])
-                reads = {"F": ["x"], "B": ["dy", "early", "late"], "W": ["late", "stash"]}[kind]
+                reads = {"F": ["x"], "B": ["dy", "early", "late", "d_out"], "W": ["late", "stash"]}[kind]
                 found[kind, rank, chunk, m] = [pools[pool][rank][table.read[pool][tick, rank]] for pool in reads]
                 makes = {"F": ["x", "early", "late"], "B": ["dy", "stash"], "W": []}[kind]
                 made[rank] |= {pool: (pool, rank, chunk, m) for pool in makes}
         for pool, slots in table.write.items():
             for rank in range(n_ranks):
                 pools[pool][rank][slots[tick, rank]] = made[rank].get(pool)
+        for lane, m in enumerate(table.ends["F_last"][tick]):
+            for rank in range(n_ranks):
+                pools["d_out"][rank][table.settle[tick, lane, rank]] = ("d_out", int(m))
         for pool, sources in table.arrive.items():
             for source, slots in sources.items():
                 for rank in range(n_ranks):
@@ -51,10 +54,21 @@ def test_every_part_reads_what_was_made_for_it(name):
         if kind == "F" and place in before:
             assert values == [("x", *before[place], m)]
         if kind == "B":
-            assert values[1:] == [("early", *own), ("late", *own)]
-            assert place not in after or values[0] == ("dy", *after[place], m)
+            assert values[1:3] == [("early", *own), ("late", *own)]
+            assert values[0] == ("dy", *after[place], m) if place in after else values[3] == ("d_out", m)
         if kind == "W":
             assert values[0] == ("late", *own)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_each_micro_batch_enters_and_leaves_once_there_and_back(name):
+    schedule, table = SCHEDULES[name](RANKS, MICRO), table_of(name)
+    for column in table.ends.values():
+        for lane in range(len(schedule.lanes)):
+            ran = column[:, lane][column[:, lane] >= 0]
+            assert sorted(ran) == list(range(lane * schedule.micro_batches, (lane + 1) * schedule.micro_batches))
+    for kind, at_first in table.at_first.items():
+        assert at_first.sum(axis=1).tolist() == (table.ends[f"{kind}_first"] >= 0).sum(axis=1).tolist()
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

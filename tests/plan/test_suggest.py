@@ -58,8 +58,9 @@ def test_the_first_is_the_fastest_of_all_that_fit(space_of, devices, memory):
     assert 0 < len(fitting) < len(everything)  # the case decides something
     assert found[0].step_s == min(suggest.step_of(space, job) for job in fitting)
     assert all(a.step_s <= b.step_s for a, b in pairwise(found))
-    meshes = {(job.layout.data, job.layout.expert) for job in fitting}
-    assert sorted((it.job.layout.data, it.job.layout.expert) for it in found) == sorted(meshes)  # each once
+    meshes = {(job.layout.pipe, job.layout.data, job.layout.expert) for job in fitting}
+    at = [it.job.layout for it in found]
+    assert sorted((layout.pipe, layout.data, layout.expert) for layout in at) == sorted(meshes)  # each once
 
 
 def test_what_is_suggested_uses_every_device_once(space_of):
@@ -75,11 +76,10 @@ def test_the_batch_grows_to_what_the_devices_divide(space_of):
         assert it.job.layout.batch == grown and 0 < it.batch_start <= grown and it.batch_start % devices == 0
 
 
-def test_a_pipeline_and_other_recipes_are_named_as_missing(space_of):
+def test_other_recipes_are_named_as_missing(space_of):
     found = list(suggest.search(space_of(devices=4, memory=10, recipes=[("v3", "block")])))
     assert {it.job.layout.pipe for it in found} == {1, 2, 4}
     for it in found:
-        assert (suggest.NO_PIPELINE in suggest.missing(it.job)) == (it.job.layout.pipe > 1)
         assert suggest.NO_V3 in suggest.missing(it.job)
     bf16 = next(suggest.search(space_of(memory=10, recipes=[("bf16", "none")]))).job
     assert suggest.NO_BF16 in suggest.missing(bf16)
@@ -138,9 +138,9 @@ def test_a_suggestion_is_what_plan_train_and_inspect_make_of_its_words(suggested
         of_the_config = [word for word in words if word.startswith("--config")]
         config = _options.parse([*of_the_config, *said], "tiny_v1", {}, workdir=False).config
         run_config.validate(config)
-        run.batch_ramp(config, 8)
         mesh = sizes(**config.mesh, n_devices=8)
-        inspect.inspect(config, {"data": mesh["data"], "expert": mesh["expert"]})
+        run.batch_ramp(config, mesh["data"] * mesh["expert"])
+        inspect.inspect(config, mesh)
 
 
 def test_where_nothing_fits_plan_says_how_many_devices_would_do(capsys):
@@ -162,4 +162,4 @@ def test_a_chip_says_how_many_or_devices_do(capsys):
 def test_the_largest_model_gets_a_mesh_that_runs_today(capsys):
     assert plan.main(["--config=v3_671b", "--chip=v5p-512", "--suggest"]) == 0
     out = capsys.readouterr().out
-    assert "deepseek-jax train runs today" in out and suggest.NO_PIPELINE in out
+    assert "deepseek-jax train runs today" in out and suggest.NO_BF16 in out

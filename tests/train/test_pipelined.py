@@ -146,6 +146,8 @@ def test_weights_of_a_stage_lie_on_its_rank_alone(two_stages):
     state = subject.init(0)
     gate = state["params"]["moe_blocks"]["experts"]["gate_XDF"]
     assert gate.shape[0] == 2 * 2 and gate.addressable_shards[0].data.shape[0] == gate.shape[0] // 2
+    table = state["params"]["embedding"]["table_VD"]  # each rank keeps its ids, each of its devices a part of them
+    assert table.addressable_shards[0].data.size * 4 == table.size
     stored = subject.store(state)
     assert stored["params"]["moe_blocks"]["experts"]["gate_XDF"].shape[0] == 3
     jax.tree.map(

@@ -334,7 +334,21 @@ def test_the_first_weights_depend_on_the_seed_alone():
 def test_all_devices_reach_every_collective_of_the_step(expert_parallel):
     """The exchange sits in a switch of buffer sizes, within a loop over layers that are recomputed."""
     subject = expert_parallel.trainer
-    arguments = subject.abstract, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch(0))
-    program = jax.make_jaxpr(subject.step)(*arguments)
-    assert str(program).count("all_to_all") > 2
-    check_collectives(program)
+    program = subject.step.trace(*arguments_of(subject))
+    assert str(program.jaxpr).count("all_to_all") > 2
+    check_collectives(program.jaxpr)
+
+
+@pytest.mark.slow
+def test_the_compiled_step_is_given_what_a_device_keeps(expert_parallel):
+    """Bytes of the arguments by XLA's count: this device's parts of the state, and of the batch."""
+    subject = expert_parallel.trainer
+    found = subject.step.trace(*arguments_of(subject)).lower().compile().memory_analysis()
+    kept = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(expert_parallel.last))
+    assert found.argument_size_in_bytes == kept + sum(x.nbytes for x in batch(0)) // 8
+    weights = sum(x.size * 4 for x in jax.tree.leaves(expert_parallel.states[0]["params"]))
+    assert kept < 0.5 * weights < found.argument_size_in_bytes + found.temp_size_in_bytes
+
+
+def arguments_of(trainer: Trainer) -> tuple:
+    return trainer.abstract, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch(0))

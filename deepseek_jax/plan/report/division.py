@@ -79,7 +79,7 @@ def _memory_notes(job: Job) -> dict[str, str]:
     flight = "+".join(str(min(share.in_flight, at.micro_batches)) for share in job.ranks[0])
     return {
         "weights": f"as a step reads them: {recipe.weights:.0f} B per parameter of matrices{low}",
-        "gradients": f"{recipe.gradients:.0f} B per parameter" if at.pipe > 1 else each,
+        "gradients": each,
         "pipeline_copy": "weights and gradients of the second direction",
         "masters": "float32 weights, divided over the replicas (ZeRO-1)",
         "optimizer": f"{recipe.moments:.0f} B per parameter, likewise",
