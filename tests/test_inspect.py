@@ -61,7 +61,7 @@ def test_a_trainer_keeps_the_bytes_that_are_shown(precision, mesh):
     """What lies on a device between steps: masters, which a step may read as they are, moments, biases; no copies."""
     pipe, data, expert = mesh
     config = run_config.load("tiny_v3")
-    config.precision, config.run.micro_batches = precision, 4
+    config.precision, config.pipeline.micro_batches = precision, 4
     config.sharding.mlp = "data" if pipe > 1 else ""  # FSDP
     trainer = run.trainer(config, make_mesh(data, expert, jax.devices()[: math.prod(mesh)], pipe))
 

@@ -117,7 +117,8 @@ def run_pipeline(
 
     Returns:
         (gradients of the weights, reports) of each chunk, and (gradient, report) of the ends, summed over the
-        micro-batches in float32. Gradients of what is shared are those of all chunks, in the first chunk's only.
+        micro-batches in float32. Gradients of what is shared are those of all chunks, in the first chunk's only. The
+        report of the ends, which all ranks make alike, is zeros on all but the first rank.
     """
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rest)
     shapes, of_ends = _shapes(stages, weights[0], (fixed[0], one), x, ends)
@@ -146,12 +147,18 @@ def run_pipeline(
 
     (_, sums), _ = jax.lax.scan(tick, start, _rows(table, switches))
     found = [_of_chunk(sums, chunk, shared) for chunk in range(n_chunks)]
-    return [gradient for gradient, _ in found], [report for _, report in found], _nth(sums.ends, 0)
+    return [gradient for gradient, _ in found], [report for _, report in found], _of_ends(sums)
 
 
 def _of_chunk(sums: Sums, chunk: int, shared: Collection[str]) -> tuple[dict, Tree]:
     gradients = {name: a for name, a in sums.gradients.items() if chunk == 0 or name not in shared}
     return _nth(gradients, chunk), _nth(sums.reports, chunk)
+
+
+def _of_ends(sums: Sums) -> tuple[Tree, Tree]:
+    gradient, report = _nth(sums.ends, 0)
+    is_first = jax.lax.axis_index(PIPE) == 0
+    return gradient, jax.tree.map(lambda a: jnp.where(is_first, a, 0), report)
 
 
 def _empty_pools(table: TickTable, shapes: Made) -> Pools:

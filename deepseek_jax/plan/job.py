@@ -85,8 +85,7 @@ class Job:
 
         Embedding and head are divided over the ranks; final norm and multi-token prediction are on all of them.
         """
-        arrangement, network = self.schedule.arrangement, self.network
-        most = {name: max(dict(stage.repeats).get(name, 0) for stage in self.stages) for name in network.stacks}
+        arrangement, network, most = self.schedule.arrangement, self.network, self._most
         stacked = tuple(w.repeated(most[w.part]) for w in network.of(*network.stacks) if most[w.part])
         others = network.of(*{w.part for w in network.weights} - {*network.stacks})
         layout = self.layout
@@ -95,6 +94,22 @@ class Job:
         found = [(part, k) for k in stages for part in self._placed(stacked, layout.mesh)]
         held = [Holding(part, arrangement.copies > 1 and k > 0, 1 / arrangement.copies) for part, k in found]
         return [*held, *(Holding(part, is_copy=False, kept=1.0) for part in self._placed(others, mesh))]
+
+    @cached_property
+    def _most(self) -> dict[str, int]:
+        """Repeats of each stack in the stage that has most of them."""
+        return {name: max(dict(stage.repeats).get(name, 0) for stage in self.stages) for name in self.network.stacks}
+
+    @property
+    def router_biases(self) -> float:
+        """How many router biases a device holds: all, or in a run's pipeline those of its layers."""
+        network, arrangement = self.network, self.schedule.arrangement
+        if not (self.shares_vocabulary and network.router_biases):
+            return network.router_biases
+        stored = arrangement.stages_per_device // arrangement.copies
+        here = sum(stored * n * network.expert_blocks(name) for name, n in self._most.items())
+        layers = sum(n * network.expert_blocks(name) for name, n in network.repeats.items())
+        return network.router_biases * (here + network.mtp_depth) / (layers + network.mtp_depth)
 
     @cached_property
     def ranks(self) -> tuple[tuple[StageShare, ...], ...]:

@@ -59,7 +59,7 @@ def rank_memory(job: Job, rank: int, kept: Mapping[str, ActivationBytes], loss_c
         found["kept_once"] += sum(n * kept[name].per_layer for name, n in layers_of(job, stage))
         if stage.has_head or sharing > 1:
             found["logits"] = LOGITS * min(loss_chunk, layout.tokens) * network.vocab_size / sharing
-    found["router_biases"] = BIAS * network.router_biases
+    found["router_biases"] = BIAS * job.router_biases
     found["layer_at_work"] = max(_at_work(job, hold.stage, kept) for hold in held)
     if job.expert_devices > 1:
         hops = job.hops[-1:] if recipe.node_limited else job.hops  # published runs buffer nothing in between

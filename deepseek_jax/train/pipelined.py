@@ -23,7 +23,7 @@ from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.layers.base import Execution, Tree
 from deepseek_jax.layers.base import split as split_module
 from deepseek_jax.layers.embed import rows, rows_gradient
-from deepseek_jax.parallel.mesh import PIPE, REPLICAS, total
+from deepseek_jax.parallel.mesh import REPLICAS, total
 from deepseek_jax.parallel.pipeline import Ends, run_pipeline
 from deepseek_jax.parallel.split_backward import SAVEABLE, split
 from deepseek_jax.parallel.stage_layout import StageLayout, make_layout
@@ -151,12 +151,11 @@ def _ends(losses: StageLosses, weights: Tree, step: jax.Array, over: Totals) -> 
 
 
 def _summed(layout: StageLayout, reports: Sequence[tuple], at_head: tuple) -> tuple[jax.Array, Losses]:
-    """This rank's share of (loss, losses); what all ranks found at the head together is counted on the first one."""
+    """This rank's share of (loss, losses)."""
     loads = layout.of_all_layers([losses.loads for _, losses in reports])
     sums = [(loss, losses._replace(loads={})) for loss, losses in reports]
     loss, losses = jax.tree.map(lambda *a: sum(a), *sums)
-    is_first = jax.lax.axis_index(PIPE) == 0
-    more, (main, mtp) = jax.tree.map(lambda a: jnp.where(is_first, a, 0), at_head)
+    more, (main, mtp) = at_head
     return loss + more, losses._replace(main=losses.main + main, mtp=losses.mtp + mtp, loads=loads)
 
 

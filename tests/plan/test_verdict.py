@@ -18,9 +18,8 @@ def test_a_plan_opens_with_five_lines(capsys):
 
 
 def test_what_train_cannot_run_is_said(capsys):
-    words = ["--config=tiny_v1", "--config.mesh.pipe=2", "--config.batch.size_start=7"]
-    assert plan.main(words) == 0
-    assert "train cannot run it yet: a train that keeps embedding" in capsys.readouterr().out
+    assert plan.main(["--config=tiny_v1", "--recipe=v3", "--config.batch.size_start=7"]) == 0
+    assert "train cannot run it yet: V3's recomputation" in capsys.readouterr().out
     assert plan.main(["--config=tiny_v1", "--devices=4", "--config.batch.size_start=7"]) == 0
     assert "config.batch.size_start=7 does not divide" in capsys.readouterr().out
 
