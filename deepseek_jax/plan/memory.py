@@ -74,7 +74,8 @@ def _buffers(job: Job, kept: Mapping[str, ActivationBytes]) -> float:
     stream = job.layout.tokens * job.network.d_model * job.recipe.activations
     grown, stages = {name: layer.pools or {} for name, layer in kept.items()}, [s.repeats for s in job.stages]
     of_stages = sum(n_slots[pool] * slot_bytes(pool, stages, grown) for pool in POOLS)
-    return (n_slots["x"] + n_slots["dy"]) * stream + of_stages
+    of_ends = n_slots["d_out"] * (1 + job.network.mtp_depth)  # of what the head reads
+    return (n_slots["x"] + n_slots["dy"] + of_ends) * stream + of_stages
 
 
 def by_rank(job: Job, kept: Mapping[str, ActivationBytes], loss_chunk: int) -> list[dict[str, float]]:
