@@ -90,9 +90,14 @@ def fullest(job: Job, kept: Mapping[str, ActivationBytes], loss_chunk: int) -> f
 
 def between_steps(job: Job, rank: int) -> float:
     """Returns the bytes that a device keeps between steps: its parts of the float32 weights, moments, router biases."""
-    numbers = sum(part.optimizer_numbers for hold in job.ranks[rank] for part in job.parts[hold.stage])
-    each = (MASTER + job.recipe.moments) / job.schedule.arrangement.copies
-    return numbers * each + BIAS * job.network.router_biases
+    numbers = sum(part.optimizer_numbers * kept for part, _, kept in job.holdings(rank))
+    return numbers * (MASTER + job.recipe.moments) + BIAS * job.router_biases
+
+
+def carried(job: Job, parts: Mapping[str, float], rank: int) -> float:
+    """Returns the bytes of `parts` that the loop over micro-batches carries: buffers, and sums of gradients."""
+    summed = sum(holding.part.numbers for holding in job.holdings(rank)) if has_sums(job) else 0.0
+    return parts.get("buffers", 0.0) + summed * job.recipe.gradients
 
 
 def capacity(job: Job) -> float:

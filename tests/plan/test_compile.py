@@ -87,7 +87,14 @@ def test_the_process_reports_the_memory_of_the_real_step(subject, said):
     abstract = _compiled_step.bytes_per_device(subject.trainer.abstract)
     assert found["state_gib"] * 2**30 == pytest.approx(abstract, abs=1)
     temporaries = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    assert found["temporaries_gib"] * 2**30 == pytest.approx(temporaries, rel=0.01)
+    assert (found["carried_gib"] + found["others_gib"]) * 2**30 == pytest.approx(temporaries, rel=0.01)
+
+
+@pytest.mark.slow
+def test_the_plan_agrees_on_what_is_kept_between_steps(said):
+    found = said.json["figures"]["compiled_memory"]
+    for part in ("state", "batch"):
+        assert found["planned"][f"{part}_gib"] == pytest.approx(found["compiled"][f"{part}_gib"], rel=0.01)
 
 
 @pytest.mark.slow

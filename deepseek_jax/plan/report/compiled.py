@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from deepseek_jax import units
 from deepseek_jax.plan import figures
 from deepseek_jax.plan.compiled import IN_HLO, CompiledStep
 from deepseek_jax.plan.figures import COMPILED, DERIVED, Column, Figure, Row, Section
 from deepseek_jax.plan.job import Job
-from deepseek_jax.plan.memory import between_steps
+from deepseek_jax.plan.memory import between_steps, carried
 
 AGREES = 0.15  # part of the compiled bytes by which a plan may differ
 
@@ -20,13 +19,17 @@ def compiled(job: Job, step: CompiledStep, ranks: Sequence[Mapping[str, float]])
 def memory(job: Job, step: CompiledStep, ranks: Sequence[Mapping[str, float]]) -> Section:
     """Returns the memory of a device: planned for the fullest one, compiled, and where they differ."""
     totals = [sum(parts.values()) for parts in ranks]
-    kept, total = between_steps(job, totals.index(max(totals))), max(totals)
+    rank, total = totals.index(max(totals)), max(totals)
+    kept, loop = between_steps(job, rank), carried(job, ranks[rank], rank)
     batch = 5 * 4.0 * job.layout.tokens * job.layout.micro_batches  # ids, targets, segments, positions, weights
-    state = step.arguments - step.batch
+    rest = (
+        "products of bfloat16 are float32 on a CPU, and three switches pass on what they make" if on_cpu(step) else ""
+    )
     pairs = [
-        ("state", "weights and optimizer, between steps", kept, state, "arguments, donated"),
+        ("state", "weights and optimizer, between steps", kept, step.arguments - step.batch, "arguments, donated"),
         ("batch", "batch", batch, step.batch, "arguments"),
-        ("temporaries", "while a step runs", total - kept, step.temporaries + step.outputs, _note(step)),
+        ("carried", "from turn to turn of the loop", loop, step.carried, "buffers, sums of gradients; temporaries"),
+        ("others", "while an op runs", total - kept - loop, step.temporaries + step.outputs - step.carried, rest),
         ("total", "total", total + batch, step.total, ""),
     ]
     columns = [Column("planned", DERIVED, "planned"), Column("compiled", COMPILED, "compiled")]
@@ -34,10 +37,9 @@ def memory(job: Job, step: CompiledStep, ranks: Sequence[Mapping[str, float]]) -
     return Section("compiled_memory", "memory, compiled", tuple(_row(*pair) for pair in pairs), tuple(columns))
 
 
-def _note(step: CompiledStep) -> str:
-    """Returns a remark about the temporaries."""
-    found = f"{units.binary(step.carried)} of them from turn to turn of the loop"
-    return found + ("; products of bfloat16 are float32 on a CPU" if step.target == "cpu" else "")
+def on_cpu(step: CompiledStep) -> bool:
+    """Returns whether a step was compiled for emulated devices."""
+    return step.target == "cpu"
 
 
 def _row(key: str, label: str, planned: float, found: float, note: str) -> Row:
