@@ -36,7 +36,7 @@ def test_a_slot_holds_what_any_stage_needs_by_hand():
 
 
 def test_only_schedules_that_put_off_w_have_slots_for_it():
-    assert slots("1f1b", 4, 8) == {"x": 2, "dy": 2, "early": 5, "late": 5, "stash": 1}
+    assert slots("1f1b", 4, 8) == {"x": 2, "dy": 2, "early": 5, "late": 5, "stash": 1, "d_out": 2}
     assert slots("zb1p", 4, 8)["stash"] > 1 and slots("dualpipe", 4, 8)["stash"] > 1
 
 
