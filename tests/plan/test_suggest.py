@@ -106,7 +106,8 @@ def test_what_layers_keep_is_the_same_by_one_derivative_for_many_meshes(subject,
         exact = kept(it.module, it.sizes, job.network, job.layout, job.recipe, job.rules)
         mine = once(job.recipe, job.layout, job.rules)
         for name, found in exact.items():
-            assert mine[name] == pytest.approx(found, rel=1e-4, abs=1024)
+            assert mine[name].pools is None is found.pools  # those of a pipeline, which this is not
+            assert mine[name][:-1] == pytest.approx(found[:-1], rel=1e-4, abs=1024)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.nn.initializers import normal
+from jax.sharding import NamedSharding
 
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.errors import UserError
@@ -229,9 +230,12 @@ def test_what_is_kept_between_steps_is_cut_over_the_devices(expert_parallel):
 
 
 @pytest.mark.slow
-def test_fsdp_stores_weights_in_shards(fully_sharded):
-    table = fully_sharded.last["params"]["embedding"]["table_VD"]
-    assert table.addressable_shards[0].data.shape == (V, 32 // 4)
+def test_fsdp_reads_and_keeps_weights_in_shards(fully_sharded):
+    """Read in 4 shards, over `data`; of each, a device keeps one of the 2 parts that ZeRO-1 makes along `expert`."""
+    trainer, table = fully_sharded.trainer, fully_sharded.last["params"]["embedding"]["table_VD"]
+    read = NamedSharding(trainer.mesh, trainer.placements["embedding"]["table_VD"].spec)
+    assert read.shard_shape(table.shape) == (V, 32 // 4)
+    assert table.addressable_shards[0].data.shape == (V // 2, 32 // 4)
 
 
 @pytest.mark.slow
