@@ -93,7 +93,8 @@ def _tune(options: SimpleNamespace) -> None:
     }
     file = Path(options.table) if options.table else tile_table.file_of(device.device_kind)
     with tempfile.NamedTemporaryFile() as lock:
-        command = [sys.executable, "-m", _tune_kernels.__name__, lock.name, str(options.seconds)]
+        # -P: the installed package, not a checkout that happens to be the working directory
+        command = [sys.executable, "-P", "-m", _tune_kernels.__name__, lock.name, str(options.seconds)]
         measure = _tune_kernels.in_a_process(command, options.timeout)
         _tune_kernels.tune(shapes, file, device.device_kind, device.core_count, measure, options.jobs)
 

@@ -77,7 +77,7 @@ def config_of(config: ConfigDict, job: Job, schedule: str) -> ConfigDict:
 def _started(question: dict, variables: dict[str, str], complaints: IO) -> subprocess.Popen:
     """Starts the process that compiles, and gives it the question."""
     child = subprocess.Popen(
-        [sys.executable, "-m", CHILD],
+        [sys.executable, "-P", "-m", CHILD],  # -P: the installed package, not a checkout in the working directory
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=complaints,

@@ -191,7 +191,8 @@ def run(name: str, job: dict[str, Any], limit_s: int, entries: dict[str, dict], 
         return
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+", errors="replace") as said:
         file = Path(folder) / "found.json"
-        command = [sys.executable, "-m", "deepseek_jax.launch._scaling_run", json.dumps(job), str(file)]
+        # -P: the installed package, not a checkout that happens to be the working directory
+        command = [sys.executable, "-P", "-m", "deepseek_jax.launch._scaling_run", json.dumps(job), str(file)]
         process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
         try:
             process.wait(limit_s)
