@@ -37,8 +37,8 @@ from pallas_kernels.mla_attention import visits
 from pallas_kernels.mla_attention.gpu_forward import (
     CHUNK,
     LOG2_E,
-    REGISTERS,
     ROWS,
+    Warpgroups,
     add_product,
     begin_sum,
     end_sum,
@@ -50,7 +50,7 @@ UNSEEN = 1e30  # lse of a query that sees no key: its exponentials are 0 then
 
 
 @dataclasses.dataclass(frozen=True)
-class Tuning:
+class Tuning(Warpgroups):
     """How the work of one of the two kernels is divided.
 
     Attributes:
@@ -64,21 +64,6 @@ class Tuning:
     block: int = 64
     stages: int = 3
     loader_registers: int = 24
-
-    def __post_init__(self) -> None:
-        if self.stages < 2:
-            raise ValueError(f"stages={self.stages}: expected at least 2: a block is read while the next is loaded.")
-
-    @property
-    def rows(self) -> int:
-        """Rows of a CTA's tile."""
-        return self.warpgroups * ROWS
-
-    @property
-    def registers(self) -> int:
-        """Of a thread that computes: what is left of those that the CTA starts with."""
-        at_start = REGISTERS // (128 * (self.warpgroups + 1)) // 8 * 8 * (self.warpgroups + 1)
-        return min((at_start - self.loader_registers) // self.warpgroups // 8 * 8, 240)
 
 
 def backward(

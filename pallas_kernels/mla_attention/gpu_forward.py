@@ -43,8 +43,31 @@ LOG2_E = math.log2(math.e)
 NOTHING = -1e30  # the largest score so far of a query that has seen no key; finite: the exponential of -inf is then 0
 
 
+class Warpgroups:
+    """What follows from the numbers of a tuning: warpgroups that compute, and one that loads."""
+
+    warpgroups: int
+    stages: int
+    loader_registers: int
+
+    def __post_init__(self) -> None:
+        if self.stages < 2:
+            raise ValueError(f"stages={self.stages}: expected at least 2: a block is read while the next is loaded.")
+
+    @property
+    def rows(self) -> int:
+        """Rows of a CTA's tile."""
+        return self.warpgroups * ROWS
+
+    @property
+    def registers(self) -> int:
+        """Of a thread that computes: what is left of those that the CTA starts with."""
+        at_start = REGISTERS // (128 * (self.warpgroups + 1)) // 8 * 8 * (self.warpgroups + 1)
+        return min((at_start - self.loader_registers) // self.warpgroups // 8 * 8, 240)
+
+
 @dataclasses.dataclass(frozen=True)
-class Tuning:
+class Tuning(Warpgroups):
     """How the work is divided.
 
     Attributes:
@@ -62,21 +85,6 @@ class Tuning:
     cluster: int = 1
     turns: bool = True
     loader_registers: int = 24
-
-    def __post_init__(self) -> None:
-        if self.stages < 2:
-            raise ValueError(f"stages={self.stages}: expected at least 2: a block is read while the next is loaded.")
-
-    @property
-    def rows(self) -> int:
-        """Queries of a CTA's tile."""
-        return self.warpgroups * ROWS
-
-    @property
-    def registers(self) -> int:
-        """Of a thread that computes: what is left of those that the CTA starts with."""
-        at_start = REGISTERS // (128 * (self.warpgroups + 1)) // 8 * 8 * (self.warpgroups + 1)
-        return min((at_start - self.loader_registers) // self.warpgroups // 8 * 8, 240)
 
 
 def forward(
