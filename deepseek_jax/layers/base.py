@@ -10,6 +10,7 @@ All layers are made from their sizes (`d_model` is D, the width of the residual 
 initial weights), what they are composed of, `run` or its `matmul`, and `rngs`, the source of the initialisers' keys.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from jax.typing import DTypeLike
 from deepseek_jax.kernels import XLA, Kernels
 from deepseek_jax.parallel.alltoall import Exchange
 from deepseek_jax.parallel.vocabulary import WHOLE, Vocabulary
+from deepseek_jax.precision.grouped import OfLayer, layer_of
 from deepseek_jax.precision.matmul import PLAIN, Matmul
 from pallas_kernels.mla_attention import SAVED
 
@@ -42,7 +44,7 @@ class Execution:
     # what is kept for the backward pass: "none" keeps all, "dots" the matmul outputs, "block" block inputs
     remat: str = "none"
     # stacked layers that one turn of the loop over layers runs; more compile longer and copy less; 0: no loop at all,
-    # so that a pipeline can divide the backward pass of each layer
+    # so that a pipeline can divide the backward pass of each layer, and a GPU that decodes copies no weights of a layer
     unroll: int = 1
     matmul: Matmul = PLAIN  # multiplies activations with weights
     kernels: Kernels = XLA  # the implementation of each operation that has several
@@ -159,6 +161,57 @@ def run_stack(
         x, y = body(x, jax.tree.map(lambda a, i=i: a[i], (rows, extras)))
         found.append(y)
     return x, jax.tree.map(lambda *ys: jnp.stack(ys), *found)
+
+
+def run_cached(
+    blocks: nnx.Module, x: jax.Array, run: Execution, call: Callable, cache: Any = None
+) -> tuple[jax.Array, Any]:
+    """Runs stacked blocks that generate: for each layer, `x, kept = call(block, x, cached)`.
+
+    The cache of all layers is carried through the loop and each layer's entry is written where it was, so that XLA
+    copies no cache of more than one layer. Weights of routed experts are not cut out of the stack either: those that a
+    product reads are found in it (`precision.grouped.OfLayer`).
+
+    Args:
+        blocks: made by `stack`.
+        x: what flows from block to block.
+        run: its `unroll` decides whether there is a loop.
+        call: what one block does.
+        cache: what the layers kept before, as this function returns it; None before the first pass.
+
+    Returns (the last `x`, what the layers keep: arrays with a leading axis L; without a loop, a tuple of layers).
+    """
+    definition, weights = nnx.split(blocks)
+    routed = {path for path, weight in variables(blocks) if weight.get_metadata("axes")[1:2] == ("experts",)}
+    n_layers = len(jax.tree.leaves(weights)[0])
+
+    def layer(x: jax.Array, number: int | jax.Array, cached: Any) -> tuple[jax.Array, Any]:
+        def own(path: tuple, weight: nnx.Variable) -> nnx.Variable:
+            value = weight[...]
+            is_found = path in routed and run.matmul.finds_layer
+            return weight.replace(OfLayer(value, number) if is_found else layer_of(value, number))
+
+        return call(nnx.merge(definition, nnx.map_state(own, weights)), x, cached)
+
+    def first(x: jax.Array, number: jax.Array) -> tuple[jax.Array, Any]:
+        return layer(x, number, None)
+
+    def next_one(carry: tuple, number: jax.Array) -> tuple[tuple, None]:
+        x, cache = carry
+        x, kept = layer(x, number, jax.tree.map(lambda c: layer_of(c, number), cache))
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=number, axis=0)
+        return (x, jax.tree.map(put, cache, kept)), None
+
+    if cache is None:
+        x, kept = jax.lax.scan(first, x, jnp.arange(n_layers))
+        return x, kept if run.unroll else tuple(jax.tree.map(lambda a, i=i: a[i], kept) for i in range(n_layers))
+    if run.unroll:
+        return jax.lax.scan(next_one, (x, cache), jnp.arange(n_layers))[0]
+    every = []
+    for number in range(n_layers):
+        x, kept = layer(x, number, cache[number])
+        every.append(kept)
+    return x, tuple(every)
 
 
 REMAT = ("none", "dots", "block")

@@ -20,14 +20,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.layers.base import Execution, run_stack, stack
-from deepseek_jax.layers.block import Attend, Build, Group, Statistics, over_themselves
+from deepseek_jax.layers.base import Execution, run_cached, run_stack, stack
+from deepseek_jax.layers.block import Attend, Build, Group, Statistics
 from deepseek_jax.layers.cache import first_pass, next_chunk, next_tokens
 from deepseek_jax.layers.embed import Embedding, Head
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.tokens import Tokens
 
-Cache = dict[str, Any]  # by stack: what each attention's layout (`layers.cache`) made, with a leading axis L
+Cache = dict[str, Any]  # by stack: what each attention's layout (`layers.cache`) made, as `base.run_cached` keeps it
 Part = Mapping[str, slice]  # a part of the blocks, such as a pipeline stage: stack -> its layers, in order of running
 
 
@@ -88,29 +88,38 @@ class Decoder(nnx.Module):
         return self.embedding(tokens.ids_BT, self.run.compute, self.run.vocabulary)
 
     def run_blocks(
-        self,
-        x_BTD: jax.Array,
-        tokens: Tokens,
-        attend: Attend = over_themselves,
-        cache: Cache | None = None,
-        part: Part | None = None,
-    ) -> tuple[jax.Array, Cache, dict[str, Statistics]]:
-        """Runs the blocks, or a `part` of them, each with what it kept of earlier tokens in `cache`.
+        self, x_BTD: jax.Array, tokens: Tokens, part: Part | None = None
+    ) -> tuple[jax.Array, dict[str, Statistics]]:
+        """Runs the blocks, or a `part` of them; nothing is kept.
 
-        Returns (x_BTD, what was kept, statistics), the last two of each stack, with a leading axis L.
+        Returns (x_BTD, statistics of each stack, with a leading axis L).
         """
 
-        def call(block: nnx.Module, x_BTD: jax.Array, cached: Any) -> tuple:
-            return block(x_BTD, tokens, attend, cached)
+        def call(block: nnx.Module, x_BTD: jax.Array, _: None) -> tuple[jax.Array, Statistics]:
+            x_BTD, (_, statistics) = block(x_BTD, tokens)
+            return x_BTD, statistics
 
-        kept, statistics = {}, {}
+        statistics = {}
         for name in self.stacks if part is None else part:
-            cached, layers = cache and cache[name], None if part is None else part[name]
-            fetch = self.run.fetch and self.run.fetch(name)
-            x_BTD, (kept[name], statistics[name]) = run_stack(
-                getattr(self, name), x_BTD, self.run, call, cached, layers, fetch
-            )
-        return x_BTD, kept, statistics
+            layers, fetch = None if part is None else part[name], self.run.fetch and self.run.fetch(name)
+            blocks = getattr(self, name)
+            x_BTD, statistics[name] = run_stack(blocks, x_BTD, self.run, call, layers=layers, fetch=fetch)
+        return x_BTD, statistics
+
+    def generating(self, tokens: Tokens, attend: Attend, cache: Cache | None = None) -> tuple[jax.Array, Cache]:
+        """Embeds tokens and runs the blocks, each with what its attention kept of earlier tokens.
+
+        Returns (h_BTD after the final norm, what was kept).
+        """
+
+        def call(block: nnx.Module, x_BTD: jax.Array, cached: Any) -> tuple[jax.Array, Any]:
+            x_BTD, (kept, _) = block(x_BTD, tokens, attend, cached)
+            return x_BTD, kept
+
+        x_BTD, kept = self.embed(tokens), {}
+        for name in self.stacks:
+            x_BTD, kept[name] = run_cached(getattr(self, name), x_BTD, self.run, call, cache and cache[name])
+        return self.finish(x_BTD), kept
 
     def finish(self, x_BTD: jax.Array) -> jax.Array:
         """h_BTD: what the last block gave, normed for the head."""
@@ -118,7 +127,7 @@ class Decoder(nnx.Module):
 
     def hidden(self, tokens: Tokens) -> tuple[jax.Array, dict[str, Statistics]]:
         """The model up to its final norm: (h_BTD, statistics of each stack, with a leading axis L)."""
-        x_BTD, _, statistics = self.run_blocks(self.embed(tokens), tokens)
+        x_BTD, statistics = self.run_blocks(self.embed(tokens), tokens)
         return self.finish(x_BTD), statistics
 
     def mtp_depths(
@@ -149,9 +158,7 @@ class Decoder(nnx.Module):
 
         Returns (h_BTD after the final norm: give the head those whose logits are needed, the cache).
         """
-        tokens = Tokens.of(ids_BT, real_BT=real_BT)
-        x_BTD, cache, _ = self.run_blocks(self.embed(tokens), tokens, first_pass(n_positions))
-        return self.finish(x_BTD), cache
+        return self.generating(Tokens.of(ids_BT, real_BT=real_BT), first_pass(n_positions))
 
     def extend(
         self, ids_BT: jax.Array, start: int | jax.Array, cache: Cache, real_BT: jax.Array | None = None
@@ -166,9 +173,7 @@ class Decoder(nnx.Module):
         Returns (h_BTD after the final norm, the cache with these tokens in it).
         """
         positions_BT = jnp.broadcast_to(start + jnp.arange(ids_BT.shape[1], dtype=jnp.int32), ids_BT.shape)
-        tokens = Tokens.of(ids_BT, positions_BT, real_BT=real_BT)
-        x_BTD, cache, _ = self.run_blocks(self.embed(tokens), tokens, next_chunk(start), cache)
-        return self.finish(x_BTD), cache
+        return self.generating(Tokens.of(ids_BT, positions_BT, real_BT=real_BT), next_chunk(start), cache)
 
     def decode(self, ids_BT: jax.Array, positions_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Reads the next token(s) of each sequence over the cache.
@@ -180,6 +185,5 @@ class Decoder(nnx.Module):
 
         Returns (logits_BTV, the cache with the new tokens in it).
         """
-        tokens = Tokens(ids_BT, positions_BT)
-        x_BTD, cache, _ = self.run_blocks(self.embed(tokens), tokens, next_tokens, cache)
-        return self.head(self.finish(x_BTD)), cache
+        h_BTD, cache = self.generating(Tokens(ids_BT, positions_BT), next_tokens, cache)
+        return self.head(h_BTD), cache

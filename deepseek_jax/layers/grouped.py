@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.precision.grouped import Matrices, OfLayer
 from deepseek_jax.precision.matmul import PLAIN, Matmul
 
 LARGEST_KEY = 2**31  # sort keys are int32
@@ -108,9 +109,9 @@ def grouped_swiglu(
     weights_MK: jax.Array,
     n_rows: int | None = None,
     *,
-    gate_XDF: jax.Array,
-    up_XDF: jax.Array,
-    down_XFD: jax.Array,
+    gate_XDF: Matrices,
+    up_XDF: Matrices,
+    down_XFD: Matrices,
     matmul: Matmul = PLAIN,
 ) -> jax.Array:
     """y_m = sum_k weights_mk * SwiGLU_experts_mk(x_m).
@@ -120,13 +121,17 @@ def grouped_swiglu(
         experts_MK: experts of each token, 0..X-1; X means none.
         weights_MK: factor of each expert's output.
         n_rows: most pairs of a token and an expert that is not none; None: all may be.
-        gate_XDF, up_XDF, down_XFD: the experts' weights.
+        gate_XDF, up_XDF, down_XFD: the experts' weights; of a layer in a stack (`OfLayer`), only those chosen are read.
         matmul: multiplies rows with them.
 
     Returns y_MD in the dtype of `x_MD`.
     """
     order = sort_by_expert(experts_MK, gate_XDF.shape[0], matmul.align, n_rows)
-    gate_and_up_XDF = jnp.concatenate([gate_XDF, up_XDF], axis=-1)  # one loop instead of two
-    gate_and_up_AF = matmul.grouped(to_rows(x_MD, order), gate_and_up_XDF, order.count_X)
-    hidden_AF = matmul.swiglu(gate_and_up_AF, None, sort_weights(weights_MK, order))
+    x_AD, weights_A = to_rows(x_MD, order), sort_weights(weights_MK, order)
+    if isinstance(gate_XDF, OfLayer):
+        gate_AF, up_AF = (matmul.grouped(x_AD, w_XDF, order.count_X) for w_XDF in (gate_XDF, up_XDF))
+        hidden_AF = matmul.swiglu(gate_AF, up_AF, weights_A)
+    else:
+        gate_and_up_XDF = jnp.concatenate([gate_XDF, up_XDF], axis=-1)  # one loop instead of two
+        hidden_AF = matmul.swiglu(matmul.grouped(x_AD, gate_and_up_XDF, order.count_X), None, weights_A)
     return to_tokens(matmul.grouped(hidden_AF, down_XFD, order.count_X), order)

@@ -181,6 +181,7 @@ class BlockMatmul:
     gradient_block: str = "1x128"  # that shares a scale in activation gradients; or "128x128", which V3 rejects
 
     align: ClassVar[int] = BLOCK  # a block along tokens has one scale, so it holds rows of one expert
+    finds_layer: ClassVar[bool] = False  # it quantises the weights of a layer
     wire: ClassVar[Wire] = Codes()
 
     def operand(self, x: jax.Array | Coded | Gated) -> Coded | Gated:

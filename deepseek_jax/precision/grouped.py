@@ -7,15 +7,18 @@ times): nothing is dropped, nothing is padded in memory and nothing is recompile
 one expert's weights. A chunk that reaches past its expert's last row computes rows that the next chunk overwrites.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 import pallas_kernels.grouped_matmul as kernels
 from deepseek_jax.errors import UserError
+
+Matrices = Any  # the weights of the experts, w_XDF: an array, or `OfLayer`
 
 
 class Chunks(NamedTuple):
@@ -36,8 +39,40 @@ def _plan(count_X: jax.Array, n_rows: int, chunk: int) -> Chunks:
     return Chunks(expert_I, row_I, last_row_X[expert_I], ends_X[-1])
 
 
+class OfLayer(NamedTuple):
+    """The experts' weights of one layer, w_XDF, left where they are in the stack of all layers.
+
+    A slice of the stack would be copied: all experts of the layer, where a few tokens choose a few of them.
+    """
+
+    stack_LXDF: jax.Array
+    number: int | jax.Array  # of the layer
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(X, D, F)."""
+        return self.stack_LXDF.shape[1:]
+
+    def __getitem__(self, index: Any) -> "OfLayer":  # type: ignore[override]  # modules read weights as weight[...]
+        assert index is ..., index
+        return self
+
+    def astype(self, dtype: DTypeLike) -> "OfLayer | jax.Array":
+        """Itself if it has this dtype, else the layer's weights cast to it."""
+        if self.stack_LXDF.dtype == dtype:
+            return self
+        return layer_of(self.stack_LXDF, self.number).astype(dtype)
+
+
+def layer_of(stack: jax.Array, number: int | jax.Array) -> jax.Array:
+    """Returns one layer of a stack of them, whose number may be known only when the program runs."""
+    if isinstance(number, int):
+        return stack[number]
+    return lax.dynamic_index_in_dim(stack, number, 0, keepdims=False)
+
+
 @jax.custom_vjp
-def grouped_matmul(x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array) -> jax.Array:
+def grouped_matmul(x_AD: jax.Array, w_XDF: Matrices, count_X: jax.Array) -> jax.Array:
     """y_AF: each row times the weights of its expert.
 
     Args:
@@ -53,21 +88,30 @@ def vjp_input(g_AF: jax.Array, w_XDF: jax.Array, count_X: jax.Array) -> jax.Arra
     return _rows_times(g_AF, w_XDF, count_X, contract=1)
 
 
-def _rows_times(x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array, *, contract: int) -> jax.Array:
+def _rows_times(x_AD: jax.Array, w_XDF: Matrices, count_X: jax.Array, *, contract: int) -> jax.Array:
     n_rows, width = x_AD.shape
+    matrices, first = _matrices(w_XDF)
     chunk = chunk_rows(n_rows, count_X.size)
     plan = _plan(count_X, n_rows, chunk)
     padded = jnp.pad(x_AD, ((0, chunk), (0, 0)))
 
     def body(i: jax.Array, out: jax.Array) -> jax.Array:
         rows = lax.dynamic_slice(padded, (plan.row_I[i], 0), (chunk, width))
-        weights = lax.dynamic_index_in_dim(w_XDF, plan.expert_I[i], 0, keepdims=False)
+        weights = lax.dynamic_index_in_dim(matrices, first + plan.expert_I[i], 0, keepdims=False)
         product = lax.dot_general(rows, weights, (((1,), (contract,)), ((), ())))
         return lax.dynamic_update_slice(out, product, (plan.row_I[i], 0))
 
     out = jnp.zeros((n_rows + chunk, w_XDF.shape[2 - contract]), x_AD.dtype)
     out = lax.fori_loop(0, plan.n_chunks, body, out)[:n_rows]
     return jnp.where((jnp.arange(n_rows) < jnp.sum(count_X))[:, None], out, 0)
+
+
+def _matrices(w_XDF: Matrices) -> tuple[jax.Array, int | jax.Array]:
+    """Returns the matrices of all layers, or of the one that there is, and the number of this layer's first expert."""
+    if not isinstance(w_XDF, OfLayer):
+        return w_XDF, 0
+    stack_LXDF, number = w_XDF
+    return stack_LXDF.reshape(-1, *stack_LXDF.shape[2:]), number * stack_LXDF.shape[1]
 
 
 def vjp_weight(x_AD: jax.Array, g_AF: jax.Array, count_X: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.kernels import XLA, Kernels
+from deepseek_jax.precision.grouped import Matrices
 from deepseek_jax.precision.wire import AS_IS, Wire
 
 Operand = Any  # activations as a `Matmul` takes them; they have a dtype and a shape
@@ -31,6 +32,7 @@ class Matmul(Protocol):
     """
 
     align: ClassVar[int]  # rows to a multiple of which each expert's begin in `grouped`
+    finds_layer: ClassVar[bool]  # whether `grouped` takes weights as `precision.grouped.OfLayer`
     wire: ClassVar[Wire]  # how rows travel to the experts of other devices
 
     def operand(self, x: jax.Array) -> Operand:
@@ -45,7 +47,7 @@ class Matmul(Protocol):
         `up` None: `gate` holds both, side by side in its last axis.
         """
 
-    def grouped(self, x_AD: Operand, w_XDF: jax.Array, count_X: jax.Array) -> jax.Array:
+    def grouped(self, x_AD: Operand, w_XDF: Matrices, count_X: jax.Array) -> jax.Array:
         """Returns y_AF: rows sorted by expert, `count_X` of each, times the weights of their expert.
 
         Each expert's rows begin at a multiple of `align`; the rows that fill up those before are zeros.
@@ -68,6 +70,7 @@ class PlainMatmul:
     kernels: Kernels = XLA  # the implementation of `grouped`
 
     align: ClassVar[int] = 1
+    finds_layer: ClassVar[bool] = True
     wire: ClassVar[Wire] = AS_IS
 
     def operand(self, x: jax.Array) -> jax.Array:
@@ -82,7 +85,7 @@ class PlainMatmul:
         """See `Matmul`."""
         return product(self, equation, x, w.astype(x.dtype))
 
-    def grouped(self, x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array) -> jax.Array:
+    def grouped(self, x_AD: jax.Array, w_XDF: Matrices, count_X: jax.Array) -> jax.Array:
         """See `Matmul`."""
         return self.kernels["grouped_matmul"](x_AD, w_XDF.astype(x_AD.dtype), count_X)
 

@@ -216,7 +216,7 @@ def stage_losses(
     """
     tokens = Tokens(batch.ids_BT, batch.positions_BT, batch.segments_BT if mask else None, batch.segments_BT > 0)
     x_BTD = model.embed(tokens) if x_BTD is None else x_BTD
-    x_BTD, _, statistics = model.run_blocks(x_BTD, tokens, part=stage.part)
+    x_BTD, statistics = model.run_blocks(x_BTD, tokens, part=stage.part)
     depths: list[Depth] = []
     hidden: list[jax.Array] = []
     if stage.ends:

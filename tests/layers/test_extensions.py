@@ -184,7 +184,7 @@ def test_a_stack_repeats_a_group_of_different_blocks(filled):
     def both(params):
         model = bind(definition, params, bias)
         tokens = Tokens.of(IDS)
-        x_BTD, _, _ = model.run_blocks(model.embed(tokens), tokens, part={"first": slice(0, 1)})
+        x_BTD, _ = model.run_blocks(model.embed(tokens), tokens, part={"first": slice(0, 1)})
         definition_of, weights = nnx.split(model.pairs)
         for turn in range(2):
             for block in nnx.merge(definition_of, jax.tree.map(lambda w, turn=turn: w[turn], weights)).blocks:
@@ -208,7 +208,7 @@ def test_parts_of_the_layers_are_the_layers(filled):
         model, tokens = bind(definition, params, bias), Tokens.of(IDS)
         x_BTD = model.embed(tokens)
         for part in (slice(0, 1), slice(1, N_LAYERS)):
-            x_BTD, _, _ = model.run_blocks(x_BTD, tokens, part={"blocks": part})
+            x_BTD, _ = model.run_blocks(x_BTD, tokens, part={"blocks": part})
         return model.finish(x_BTD), model.hidden(tokens)[0]
 
     np.testing.assert_allclose(*both(params), atol=1e-6)

@@ -18,7 +18,7 @@ class Network:
     """A generator with its weights, and the full forward pass to compare with."""
 
     def __init__(self, config):
-        self.vocab_size = config.model.vocab_size
+        self.config, self.vocab_size = config, config.model.vocab_size
         definition, params, router_bias = split(abstract_module(config))
         draw = np.random.default_rng(0)
 
