@@ -33,7 +33,8 @@ from deepseek_jax.launch._continuation import write
 
 if TYPE_CHECKING:
     from deepseek_jax.language_model import LanguageModel
-    from deepseek_jax.serve.dialogue import Dialogue, Piece
+    from deepseek_jax.serve.dialogue import Dialogue
+    from deepseek_jax.serve.reply import Piece
 
 FLAGS = {
     "from": (str, "", "directory of published weights, or their id on the hub", path()),

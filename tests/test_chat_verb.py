@@ -249,7 +249,7 @@ def test_at_a_terminal(seat):
     assert "mine, template r1, 1,000 tokens at most. /help for help." in seat.wait_for("> ")
     seat.type("Hello\n")
     answer = seat.wait_for("'Hello'")
-    assert "\x1b[2mHm\n\x1b[22m\n'Hello'" in answer  # the thought dim, and apart
+    assert "\x1b[2mHm\x1b[22m\n\n'Hello'" in answer  # the thought dim, and apart
     seat.wait_for("> ")
     seat.type("one\ntwo\n")  # pasted
     seat.wait_for("'one\\ntwo'")

@@ -2,26 +2,18 @@
 
     dialogue = Dialogue(chat.template("r1"), model.tokenizer, model.stream, model.n_positions)
     for piece in dialogue.say("1+1=?", max_new_tokens=512):
-        print(piece.text, end="")               # piece.is_thought separates thought and answer
+        print(piece.text, end="")               # piece.is_thought: the thought comes first
     dialogue.messages                           # with the answer as a message
 
 The template decides what the model sees of earlier answers: thoughts are dropped if it drops them.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import NamedTuple
 
-from deepseek_jax.data.chat import END_THINK, THINK, Part, Template, to_ids
+from deepseek_jax.data.chat import Template, to_ids
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
-from deepseek_jax.serve.text import TextStream
-
-
-class Piece(NamedTuple):
-    """Part of the text of an answer."""
-
-    text: str
-    is_thought: bool
+from deepseek_jax.serve.reply import Piece, Reply
 
 
 class Dialogue:
@@ -93,21 +85,20 @@ class Dialogue:
 
     def _answer(self, text: str, prompt: list[int], max_new_tokens: int) -> Generator[Piece]:
         ids: list[int] = []
-        splitter = _Splitter(self.tokenizer, self.template.thinks, self._thinking)
+        reply = Reply(self.template, self.tokenizer, self._thinking)
         try:
             for token in self._stream(prompt, max_new_tokens=max_new_tokens, stop_ids=self._stop_ids):
                 if self._is_stopped:
                     break
                 ids.append(token)
                 if token not in self._stop_ids:
-                    yield from splitter.push(token)
-            yield from splitter.finish()
+                    yield from reply.push([token])
+            yield from reply.finish()
             self.ending = self._ending(ids, len(prompt))
         finally:
+            reply.finish()
             if ids:
-                answer = [token for token in ids if token not in self._stop_ids]
-                message = self.template.parse(self.tokenizer.decode(answer, specials=True), self._thinking)
-                self.messages += [{"role": "user", "content": text}, message]
+                self.messages += [{"role": "user", "content": text}, reply.message()]
 
     def _ending(self, ids: list[int], n_prompt: int) -> str:
         if self._is_stopped:
@@ -115,37 +106,3 @@ class Dialogue:
         if ids[-1] in self._stop_ids:
             return "mark"
         return "n_positions" if n_prompt + len(ids) >= self.n_positions else "max_new_tokens"
-
-
-class _Splitter:
-    """Separates thought and answer by the ids of `<think>` and `</think>`, which are not shown."""
-
-    def __init__(self, tokenizer: Tokenizer, thinks: bool, in_thought: bool):
-        marks = [_id(mark, tokenizer) if thinks else None for mark in (THINK, END_THINK)]
-        self._in_thought = dict(zip(marks, (True, False), strict=True))
-        self._is_thought, self._decode = in_thought, tokenizer.decode
-        self._text, self._is_blank = TextStream(self._decode), True
-
-    def push(self, token: int) -> list[Piece]:
-        """Returns the text that is final, without blanks at the start of a thought or an answer."""
-        if token not in self._in_thought:
-            return self._pieces(self._text.push(token))
-        rest = self.finish()
-        self._is_thought = self._in_thought[token]
-        self._text, self._is_blank = TextStream(self._decode), True
-        return rest
-
-    def finish(self) -> list[Piece]:
-        """Returns the remaining text."""
-        return self._pieces(self._text.finish())
-
-    def _pieces(self, text: str) -> list[Piece]:
-        text = text.lstrip() if self._is_blank else text
-        self._is_blank = self._is_blank and not text
-        return [Piece(text, self._is_thought)] if text else []
-
-
-def _id(mark: Part, tokenizer: Tokenizer) -> int | None:
-    """Returns the id of a special token, None if the tokenizer does not have it."""
-    ids = tokenizer.encode(mark.text, specials=True)
-    return int(ids[0]) if len(ids) == 1 else None

@@ -5,7 +5,8 @@ import pytest
 from deepseek_jax.data.chat import TEMPLATES, to_ids
 from deepseek_jax.data.tokenizer import open_tokenizer
 from deepseek_jax.errors import UserError
-from deepseek_jax.serve.dialogue import Dialogue, Piece
+from deepseek_jax.serve.dialogue import Dialogue
+from deepseek_jax.serve.reply import Piece
 
 BYTES = open_tokenizer("bytes")
 END = "<｜end▁of▁sentence｜>"
@@ -48,9 +49,9 @@ def test_an_answer_and_the_next_prompt():
 
 
 THOUGHTS = [  # template, thinking, text of the model, output
-    ("r1", None, "<think>\nHm. 1+1\n</think>\n\nTwo." + END, "[Hm. 1+1\n]Two."),
-    ("r1", True, "Hm. 1+1\n</think>\n\nTwo." + END, "[Hm. 1+1\n]Two."),
-    ("r1-distill", None, "Hm. 1+1\n</think>\n\nTwo." + END, "[Hm. 1+1\n]Two."),
+    ("r1", None, "<think>\nHm. 1+1\n</think>\n\nTwo." + END, "[Hm. 1+1]Two."),
+    ("r1", True, "Hm. 1+1\n</think>\n\nTwo." + END, "[Hm. 1+1]Two."),
+    ("r1-distill", None, "Hm. 1+1\n</think>\n\nTwo." + END, "[Hm. 1+1]Two."),
     ("v31", True, "Hm. 1+1</think>Two." + END, "[Hm. 1+1]Two."),
     ("v31", None, "Two." + END, "Two."),
     ("r1", None, "Two." + END, "Two."),
@@ -75,13 +76,13 @@ def test_thought_and_answer_are_separated_and_not_shown_to_the_model_again(name,
 
 def test_pieces_come_as_soon_as_they_are_certain():
     dialogue = Dialogue(TEMPLATES["v3"], BYTES, Script("é!" + END), 100)
-    assert list(dialogue.say("?", 10)) == [Piece("é", False), Piece("!", False)]
+    assert list(dialogue.say("?", 10)) == [Piece("content", "é"), Piece("content", "!")]
 
 
 def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came():
     dialogue = Dialogue(TEMPLATES["r1"], BYTES, Script("<think>\nHm", "Hi"), 100)
     pieces = dialogue.say("1+1=?", 50)
-    assert next(pieces) == Piece("H", True)
+    assert next(pieces) == Piece("thought", "H")
     pieces.close()
     assert dialogue.messages == [
         {"role": "user", "content": "1+1=?"},
@@ -95,7 +96,7 @@ def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came():
 def test_a_stop_comes_between_two_tokens():
     dialogue = Dialogue(TEMPLATES["v3"], BYTES, Script("Hi!" + END, "Two." + END, "So." + END), 200)
     pieces = dialogue.say("Hello", 50)
-    assert next(pieces) == Piece("H", False)
+    assert next(pieces) == Piece("content", "H")
     dialogue.stop()
     assert list(pieces) == []
     assert (dialogue.ending, dialogue.messages[-1]["content"]) == ("stopped", "H")

@@ -36,10 +36,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from deepseek_jax.data.chat import first_v3, plain, v3, v31
 from deepseek_jax.data.chat.marks import END_THINK, EOS, EOT, THINK, Part
-from deepseek_jax.data.chat.parts import fim_parts, join, spell, to_ids
+from deepseek_jax.data.chat.parts import NO_SPACES, CallFormat, Spaces, fim_parts, join, spell, to_ids
 from deepseek_jax.data.chat.published import published_template, recognise
 from deepseek_jax.errors import UserError
 
@@ -54,25 +55,31 @@ class Template:
     end: Part = EOS  # special token at which generation stops
     thinks: bool = False  # whether answers may start with a thought
     opens_thought: bool = False  # whether the published template opens the thought in the prompt (`thinking`)
+    spaces: Spaces = NO_SPACES  # blanks of the format around thought and content
+    call_format: CallFormat | None = None  # None without tools
 
     def encode(self, messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False) -> str:
         """Returns the prompt as a string. For a model, use `to_ids(parts(…), tokenizer)`."""
         return spell(self.parts(messages, tools, thinking))
 
 
-_R1 = (v3.r1_reply, v3.r1_parse)
+_V2: dict[str, Any] = dict(reply=plain.v2_reply, parse=plain.v2_parse, spaces=plain.V2_SPACES)
+_CODER: dict[str, Any] = dict(reply=plain.coder_reply, parse=plain.coder_parse, spaces=plain.CODER_SPACES, end=EOT)
+_V3: dict[str, Any] = dict(reply=v3.v3_reply, parse=v3.v3_parse, call_format=v3.CALL_FORMAT)
+_R1: dict[str, Any] = dict(_V3, reply=v3.r1_reply, parse=v3.r1_parse, spaces=v3.R1, thinks=True)
+_V31: dict[str, Any] = dict(reply=v31.v31_reply, parse=v31.v31_parse, call_format=v31.CALL_FORMAT, thinks=True)
 
 TEMPLATES = {
-    "v1": Template(partial(plain.parts, plain.V1), plain.v2_reply, plain.v2_parse),
-    "v2": Template(partial(plain.parts, plain.V2), plain.v2_reply, plain.v2_parse),
-    "coder": Template(partial(plain.parts, plain.CODER), plain.coder_reply, plain.coder_parse, end=EOT),
-    "v2.5": Template(partial(first_v3.parts, first_v3.V25), v3.v3_reply, v3.v3_parse),
-    "v3-1226": Template(partial(first_v3.parts, first_v3.V3_1226), v3.v3_reply, v3.v3_parse),
-    "v3": Template(v3.v3_parts, v3.v3_reply, v3.v3_parse),
-    "r1-0120": Template(partial(first_v3.parts, first_v3.R1_0120), *_R1, thinks=True, opens_thought=True),
-    "r1-distill": Template(partial(first_v3.parts, first_v3.R1_DISTILL), *_R1, thinks=True, opens_thought=True),
-    "r1": Template(v3.r1_parts, *_R1, thinks=True),
-    "v31": Template(v31.v31_parts, v31.v31_reply, v31.v31_parse, thinks=True),
+    "v1": Template(partial(plain.parts, plain.V1), **_V2),
+    "v2": Template(partial(plain.parts, plain.V2), **_V2),
+    "coder": Template(partial(plain.parts, plain.CODER), **_CODER),
+    "v2.5": Template(partial(first_v3.parts, first_v3.V25), **_V3),
+    "v3-1226": Template(partial(first_v3.parts, first_v3.V3_1226), **_V3),
+    "v3": Template(v3.v3_parts, **_V3),
+    "r1-0120": Template(partial(first_v3.parts, first_v3.R1_0120), **_R1, opens_thought=True),
+    "r1-distill": Template(partial(first_v3.parts, first_v3.R1_DISTILL), **_R1, opens_thought=True),
+    "r1": Template(v3.r1_parts, **_R1),
+    "v31": Template(v31.v31_parts, **_V31),
 }
 OTHER_NAMES = {"v3-0324": "v3", "r1-0528": "r1", "v3.1": "v31", "v3.1-terminus": "v31"}
 

@@ -1,15 +1,48 @@
 """The parts of a prompt, text and special tokens of a template: as one string, and as ids."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 
 from deepseek_jax.data.chat import marks
 from deepseek_jax.data.chat.marks import Part
+from deepseek_jax.data.messages import Call
 from deepseek_jax.data.tokenizer import MarkEncoder
 from deepseek_jax.errors import UserError
 
 Pieces = list[Part | str]  # a bare string is text
+
+
+class Spaces(NamedTuple):
+    """Blanks and line breaks that belong to the format of an answer, not to its thought or content."""
+
+    before_thought: str = ""  # after the special token that opens it
+    after_thought: str = ""
+    before_content: str = ""  # after a thought
+    before_answer: str = ""  # without a thought
+    after_content: str = ""
+
+
+NO_SPACES = Spaces()
+
+
+class CallFormat(NamedTuple):
+    """How a call is written between its two special tokens.
+
+    `begun(text)` returns the call that the text begins, with its arguments as far as they go; None before its name has
+    ended. After the arguments the whole call has `after_arguments`.
+    """
+
+    begun: Callable[[str], Call | None]
+    after_arguments: str = ""
+
+    def read(self, text: str) -> Call | None:
+        """Returns the call; None if the text is not whole."""
+        call = self.begun(text)
+        if call is None or not call.arguments.endswith(self.after_arguments):
+            return None
+        return call._replace(arguments=call.arguments.removesuffix(self.after_arguments))
 
 
 def join(pieces: Pieces) -> list[Part]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from deepseek_jax.data.chat import marks
 from deepseek_jax.data.chat.marks import Part
-from deepseek_jax.data.chat.parts import Pieces, before, join
+from deepseek_jax.data.chat.parts import Pieces, Spaces, before, join
 from deepseek_jax.data.chat.refusals import refuse
 from deepseek_jax.data.messages import Assistant, User, as_message, read, read_answer
 
@@ -34,12 +34,14 @@ CODER_SYSTEM = (
     "issues, and other non-computer science questions, you will refuse to answer\n"
 )
 # According to their cards, LLM and Math do not use a system prompt; their template writes one nevertheless.
-V1 = Words("v1", ("User: ", "\n\nAssistant:"), ([" "], [marks.EOS]), after_system="\n\n")
+V2_SPACES = Spaces(before_answer=" ")
+CODER_SPACES = Spaces(after_content="\n")
+V1 = Words("v1", ("User: ", "\n\nAssistant:"), ([V2_SPACES.before_answer], [marks.EOS]), after_system="\n\n")
 V2 = V1._replace(name="v2")
 CODER = Words(
     "coder",
     ("### Instruction:\n", "\n### Response:\n"),
-    ([], ["\n", marks.EOT, "\n"]),
+    ([], [CODER_SPACES.after_content, marks.EOT, "\n"]),
     default_system=CODER_SYSTEM,
     join_system="".join,
 )
@@ -64,19 +66,19 @@ def parts(words: Words, messages: Sequence[dict], tools: Sequence[dict] = (), th
 
 def v2_reply(message: dict, thinking: bool = False) -> list[Part]:
     """Returns a blank, the answer, EOS."""
-    return join([" ", read_answer(message).content, marks.EOS])
+    return join([V2_SPACES.before_answer, read_answer(message).content, marks.EOS])
 
 
 def v2_parse(text: str, thinking: bool = False) -> dict:
     """Returns the text before EOS, without the blank at its start."""
-    return as_message(before(marks.EOS, text).removeprefix(" "))
+    return as_message(before(marks.EOS, text).removeprefix(V2_SPACES.before_answer))
 
 
 def coder_reply(message: dict, thinking: bool = False) -> list[Part]:
     """Returns the answer, a line break, EOT."""
-    return join([read_answer(message).content, "\n", marks.EOT])
+    return join([read_answer(message).content, CODER_SPACES.after_content, marks.EOT])
 
 
 def coder_parse(text: str, thinking: bool = False) -> dict:
     """Returns the text before EOT, without the line break at its end."""
-    return as_message(before(marks.EOT, text).removesuffix("\n"))
+    return as_message(before(marks.EOT, text).removesuffix(CODER_SPACES.after_content))

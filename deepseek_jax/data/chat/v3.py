@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from deepseek_jax.data.chat import marks
 from deepseek_jax.data.chat.marks import Part
-from deepseek_jax.data.chat.parts import Pieces, before, join
+from deepseek_jax.data.chat.parts import CallFormat, Pieces, Spaces, before, join
 from deepseek_jax.data.chat.refusals import check_user_spoke, refuse
 from deepseek_jax.data.messages import (
     Assistant,
@@ -26,6 +26,8 @@ from deepseek_jax.data.messages import (
     read,
     read_answer,
 )
+
+R1 = Spaces(before_thought="\n", after_thought="\n", before_content="\n\n")
 
 
 def v3_parts(messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False) -> list[Part]:
@@ -84,11 +86,13 @@ def _calls(calls: Sequence[Call]) -> Pieces:
     return [marks.CALLS, *blocks[1:], marks.END_CALLS] if calls else []
 
 
-def _read_call(body: str) -> Call | None:
-    kind, _, call = body.partition(marks.SEP.text)
+def _begun_call(body: str) -> Call | None:
+    kind, _, call = body.lstrip().partition(marks.SEP.text)
     name, fence, arguments = call.partition("\n```json\n")
-    is_whole = kind == "function" and name.strip() and fence and arguments.endswith("\n```")
-    return Call(name, arguments.removesuffix("\n```")) if is_whole else None
+    return Call(name, arguments) if kind == "function" and name.strip() and fence else None
+
+
+CALL_FORMAT = CallFormat(_begun_call, after_arguments="\n```")
 
 
 def v3_reply(message: dict, thinking: bool = False) -> list[Part]:
@@ -99,11 +103,11 @@ def v3_reply(message: dict, thinking: bool = False) -> list[Part]:
 
 def v3_parse(text: str, thinking: bool = False) -> dict:
     """Returns the text before EOS and the calls at its end as a message."""
-    content, calls = split_calls(before(marks.EOS, text), _read_call)
+    content, calls = split_calls(before(marks.EOS, text), CALL_FORMAT)
     return as_message(content, calls=calls)
 
 
-def split_calls(text: str, read_call: Callable[[str], Call | None]) -> tuple[str, list[Call]]:
+def split_calls(text: str, call_format: CallFormat) -> tuple[str, list[Call]]:
     """Returns the content and the calls at its end.
 
     All or none: unless their block is complete and every call is valid, they stay in the content, special tokens
@@ -112,7 +116,11 @@ def split_calls(text: str, read_call: Callable[[str], Call | None]) -> tuple[str
     content, _, block = text.partition(marks.CALLS.text)
     block, end, rest = block.partition(marks.END_CALLS.text)
     blank, *bodies = (body.strip() for body in block.split(marks.CALL.text))
-    found = [read_call(body.removesuffix(marks.END_CALL.text)) for body in bodies if body.endswith(marks.END_CALL.text)]
+    found = [
+        call_format.read(body.removesuffix(marks.END_CALL.text))
+        for body in bodies
+        if body.endswith(marks.END_CALL.text)
+    ]
     calls = [call for call in found if call]
     whole = end and bodies and not blank and not rest.strip() and len(calls) == len(bodies)
     return (content, calls) if whole else (text, [])
@@ -121,9 +129,9 @@ def split_calls(text: str, read_call: Callable[[str], Call | None]) -> tuple[str
 def r1_reply(message: dict, thinking: bool = False) -> list[Part]:
     r"""Returns `<think>\n` (unless it is in the prompt), thought, `\n</think>\n\n`, answer, calls, EOS."""
     content, thought, calls = read_answer(message)
-    mark: Pieces = [] if thinking else [marks.THINK, "\n"]
-    thoughts: Pieces = [*mark, thought, "\n", marks.END_THINK, "\n\n"] if thought or thinking else []
-    return join([*thoughts, content, *_calls(calls), marks.EOS])
+    mark: Pieces = [] if thinking else [marks.THINK, R1.before_thought]
+    thoughts: Pieces = [*mark, thought, R1.after_thought, marks.END_THINK, R1.before_content]
+    return join([*(thoughts if thought or thinking else []), content, *_calls(calls), marks.EOS])
 
 
 def r1_parse(text: str, thinking: bool = False) -> dict:
@@ -131,11 +139,11 @@ def r1_parse(text: str, thinking: bool = False) -> dict:
     text, thought = before(marks.EOS, text), ""
     blank, mark, rest = text.partition(marks.THINK.text)
     if mark and not blank.strip():
-        text, thinking = rest.removeprefix("\n"), True
+        text, thinking = rest.removeprefix(R1.before_thought), True
     if (
         thinking or marks.END_THINK.text in text
     ):  # in the second case the prompt opened it, although `thinking` is False
         thought, _, text = text.partition(marks.END_THINK.text)
-        text = text.removeprefix("\n\n")
-    content, calls = split_calls(text, _read_call)
-    return as_message(content, thought.removesuffix("\n"), calls)
+        text = text.removeprefix(R1.before_content)
+    content, calls = split_calls(text, CALL_FORMAT)
+    return as_message(content, thought.removesuffix(R1.after_thought), calls)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from deepseek_jax.data.chat import marks
 from deepseek_jax.data.chat.marks import Part
-from deepseek_jax.data.chat.parts import Pieces, before, join
+from deepseek_jax.data.chat.parts import CallFormat, Pieces, before, join
 from deepseek_jax.data.chat.refusals import check_user_spoke, refuse
 from deepseek_jax.data.chat.v3 import split_calls
 from deepseek_jax.data.messages import (
@@ -78,9 +78,12 @@ def _calls(calls: Sequence[Call]) -> Pieces:
     return [marks.CALLS, *blocks, marks.END_CALLS] if calls else []
 
 
-def _read_call(body: str) -> Call | None:
-    name, sep, arguments = body.partition(marks.SEP.text)
+def _begun_call(body: str) -> Call | None:
+    name, sep, arguments = body.lstrip().partition(marks.SEP.text)
     return Call(name, arguments) if name.strip() and sep else None
+
+
+CALL_FORMAT = CallFormat(_begun_call)
 
 
 def v31_reply(message: dict, thinking: bool = False) -> list[Part]:
@@ -95,5 +98,5 @@ def v31_parse(text: str, thinking: bool = False) -> dict:
     text, thought = before(marks.EOS, text), ""
     if thinking:
         thought, _, text = text.partition(marks.END_THINK.text)
-    content, calls = split_calls(text, _read_call)
+    content, calls = split_calls(text, CALL_FORMAT)
     return as_message(content, thought, calls)
