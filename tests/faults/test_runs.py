@@ -33,6 +33,7 @@ def words(workdir: Path, corpus: Path, *overrides: str) -> list[str]:
     """The command line of a run that would take for ever."""
     found = [sys.executable, "-m", "deepseek_jax", "train", f"--config={CONFIG}", f"--workdir={workdir}", "--no-sample"]
     found += [f"--config.data.source={corpus}/*.txt", f"--config.data.cache_dir={corpus.parent}/cache"]
+    found += ["--config.model.n_layers=1", "--config.model.n_dense_layers=0", "--config.model.mtp_depth=0"]
     return [*found, "--config.loop.steps=1000000", "--config.loop.eval_every=0", *overrides]
 
 

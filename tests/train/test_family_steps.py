@@ -20,8 +20,11 @@ ALPHAS: dict[str, dict] = {"tiny_v1": {}, "tiny_moe": {"expert_balance": 0.1}, "
 RATE = Schedule(3e-3, 1, 100, 0, 3e-4, 0, 1e-4)
 
 
-def run(name: str, pipe: int, data: int, expert: int) -> tuple[list, dict, dict]:
-    """Two steps of a tiny twin made smaller: (reports, weights before, weights after), as stored."""
+def run(name: str, pipe: int, data: int, expert: int, weights: dict | None = None) -> tuple[list, dict, dict]:
+    """Two steps of a tiny twin made smaller, from its own first weights or from given ones, on the host.
+
+    Returns (reports, weights before, weights after), as stored.
+    """
     config = importlib.import_module(f"deepseek_jax.configs.{name}").get_config()
     m = config.model
     m.d_model, m.n_layers, m.dense_width = 32, 2, 48
@@ -38,7 +41,7 @@ def run(name: str, pipe: int, data: int, expert: int) -> tuple[list, dict, dict]
         adamw(0.9, 0.95, 1e-8, 0.1, "float32"),
         StepConfig(RATE, 1.0, pipe, 0.0, 1),
     )
-    state = trainer.init(0)
+    state = trainer.init(0, weights)
     before = jax.device_get(trainer.store(state)["params"])
     ids = np.random.default_rng(0).integers(0, 256, (B, T + 1)).astype(np.int32)
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
@@ -62,7 +65,8 @@ def one_device(name: str) -> tuple[list, dict, dict]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "mesh"), MESHES)
 def test_four_devices_are_one(name, mesh):
-    one, four = one_device(name), run(name, *mesh)
+    one = one_device(name)
+    four = run(name, *mesh, weights=one[1])
     for expected, got in zip(one[0], four[0], strict=True):
         for field in ("loss", "main", "gradient_norm"):
             np.testing.assert_allclose(getattr(got, field), getattr(expected, field), rtol=2e-5, err_msg=field)

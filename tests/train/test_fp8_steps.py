@@ -33,9 +33,9 @@ OBJECTIVE = PreTraining(
 
 @pytest.fixture(scope="module")
 def sizes(tiny_sizes):
-    """Two layers, one of them dense."""
+    """One layer, with routed and shared experts."""
     sizes = copy.deepcopy(tiny_sizes)
-    sizes.update(n_layers=2, mtp_depth=0)
+    sizes.update(n_layers=1, n_dense_layers=0, mtp_depth=0)
     return family("v3").Config.from_config(sizes)
 
 
@@ -139,7 +139,7 @@ def twin(sizes, weights):
 
 @pytest.mark.slow
 def test_the_twin_learns_in_fp8_as_in_bfloat16(twin):
-    """Within 0.25 %, as V3's large models; measured 0.03 %. Broken recipes fail: 18 and 8 %."""
+    """Within 0.25 %, as V3's large models; measured 0.05 %. Broken recipes fail: 14 and 1.1 %."""
     right, learnt = twin(PlainMatmul)
     assert learnt > 0.5
     assert abs(twin(BlockMatmul)[0] / right - 1) < 0.0025

@@ -1,11 +1,11 @@
 """Whole runs of the train verb: killed, stopped, moved to another mesh, gone wrong."""
 
+import gc
 import json
 import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +24,9 @@ from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 from deepseek_jax.train.metrics import read_log
 
 CONFIG = str(Path(__file__).with_name("nano_v3.py"))
-STARTED: list[subprocess.Popen] = []
+SMALL = ("--config.model.mtp_depth=0", "--config.loop.eval_every=0")  # compiles in half the time
+KILLS = 6 * int(os.environ.get("DEEPSEEK_JAX_FAULTS", "1"))
+STARTED: list[multiprocessing.Process] = []
 # Forks of a process that has imported everything: many starts of a run without the seconds that imports take.
 FORKS = multiprocessing.get_context("forkserver")
 
@@ -48,13 +50,12 @@ def nothing_left_running():
     while STARTED:
         process = STARTED.pop()
         process.kill()
-        process.wait()
+        process.join()
 
 
 def trained(workdir: Path, corpus: str, *overrides: str) -> int:
     """The train verb in this process."""
-    words = [f"--config={CONFIG}", f"--workdir={workdir}", "--no-sample", f"--config.data.source={corpus}"]
-    return train.main([*words, f"--config.data.cache_dir={workdir.parent}/cache", *overrides])
+    return train.main(verb(workdir, corpus, *overrides)[1:])
 
 
 def verb(workdir: Path, corpus: str, *overrides: str) -> list[str]:
@@ -68,25 +69,19 @@ def one_device() -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"}
 
 
-def start(workdir: Path, corpus: str, *overrides: str) -> subprocess.Popen:
-    """The train verb in a process of its own, on one device."""
-    command = [sys.executable, "-m", "deepseek_jax", *verb(workdir, corpus, *overrides)]
-    with output(workdir).open("w") as file:
-        STARTED.append(subprocess.Popen(command, env=one_device(), stdout=file, stderr=subprocess.STDOUT))
-    return STARTED[-1]
-
-
-def fork(workdir: Path, corpus: str, *overrides: str) -> multiprocessing.Process:
-    """The same without the imports. The first call starts the process that is forked."""
-    FORKS.set_forkserver_preload(["deepseek_jax.run", "deepseek_jax.launch.train", "deepseek_jax.train.loop"])
+def start(workdir: Path, corpus: str, *overrides: str) -> multiprocessing.Process:
+    """The train verb in a process of its own, on one device. The first call starts the process that is forked."""
+    modules = ("deepseek_jax.run", "deepseek_jax.launch.train", "deepseek_jax.train.loop", "tensorboardX")
+    FORKS.set_forkserver_preload([*modules])
     words = verb(workdir, corpus, *overrides)
-    process = FORKS.Process(target=forked, args=(words, output(workdir), one_device()), daemon=True)
-    process.start()
-    return process
+    STARTED.append(FORKS.Process(target=forked, args=(words, output(workdir), one_device()), daemon=True))
+    STARTED[-1].start()
+    return STARTED[-1]
 
 
 def forked(words: list[str], printed: Path, environment: dict[str, str]) -> None:
     """What a fork runs."""
+    gc.set_threshold(50_000, 20, 50)
     with printed.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -117,29 +112,30 @@ def checksums(workdir: Path) -> list[int]:
 
 
 @pytest.mark.slow
-def test_killed_twenty_times_the_log_is_the_same_bit_for_bit(tmp_path, corpus, monkeypatch):
+def test_killed_again_and_again_the_log_is_the_same_bit_for_bit(tmp_path, corpus, monkeypatch):
     """SIGKILL at random moments, start-up and saving included; then the log equals that of an undisturbed run."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2])  # where a fork finds this file
-    steps, whole, killed = 150, tmp_path / "whole", tmp_path / "killed"
-    process = fork(whole, corpus, f"--config.loop.steps={steps}")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    words = (f"--config.loop.steps={8 * KILLS}", "--config.model.mtp_depth=0")
+    process = start(whole, corpus, *words)
     process.join(timeout=300)
     assert process.exitcode == 0, output(whole).read_text()
 
     choose = random.Random(os.environ.get("KILL_SEED", "0"))
-    for _ in range(20):
+    for _ in range(KILLS):
         begun = len(read_log_of(killed))
-        process = fork(killed, corpus, f"--config.loop.steps={steps}")
+        process = start(killed, corpus, *words)
         wait_for_lines(process.is_alive, killed, begun + choose.randint(0, 5))
         time.sleep(choose.uniform(0.0, 0.05))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, output(killed).read_text()  # it was running until then
-    assert 0 < read_log_of(killed)[-1]["step"] < steps
-    process = fork(killed, corpus, f"--config.loop.steps={steps}")
+    assert 0 < read_log_of(killed)[-1]["step"] < 8 * KILLS
+    process = start(killed, corpus, *words)
     process.join(timeout=300)
     assert process.exitcode == 0, output(killed).read_text()
     assert curve(killed) == curve(whole)
-    assert len(losses(whole)) == steps
+    assert len(losses(whole)) == 8 * KILLS
 
 
 def wait_for_lines(runs: Callable[[], bool], workdir: Path, n_lines: int) -> None:
@@ -149,12 +145,14 @@ def wait_for_lines(runs: Callable[[], bool], workdir: Path, n_lines: int) -> Non
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_with_0(tmp_path, corpus):
+def test_sigterm_saves_and_exits_with_0(tmp_path, corpus, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # where a fork finds this file
     workdir = tmp_path / "run"
-    process = start(workdir, corpus, "--config.loop.steps=100000", "--config.checkpoint.every=100000")
-    wait_for_lines(lambda: process.poll() is None, workdir, 4)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 0, output(workdir).read_text()
+    process = start(workdir, corpus, *SMALL, "--config.loop.steps=100000", "--config.checkpoint.every=100000")
+    wait_for_lines(process.is_alive, workdir, 4)
+    process.terminate()
+    process.join(timeout=120)
+    assert process.exitcode == 0, output(workdir).read_text()
     printed = output(workdir).read_text()
     saved = int(printed.split("checkpoint of step ")[1].split(":")[0])
     assert saved == read_log_of(workdir)[-1]["step"]
@@ -164,11 +162,11 @@ def test_sigterm_saves_and_exits_with_0(tmp_path, corpus):
 @pytest.mark.slow
 def test_a_run_moves_to_eight_devices_and_back(tmp_path, corpus):
     """Saved on one device, resumed on data 2 x expert 4, and back: the losses of an unmoved run to 1e-5."""
-    trained(tmp_path / "still", corpus, "--config.loop.steps=9", "--config.mesh.data=1")
+    one, eight = ("--config.mesh.data=1",), ("--config.mesh.data=2", "--config.mesh.expert=4")
+    trained(tmp_path / "still", corpus, *SMALL, "--config.loop.steps=9", *one)
     moving = tmp_path / "moving"
-    trained(moving, corpus, "--config.loop.steps=3", "--config.mesh.data=1")
-    trained(moving, corpus, "--config.loop.steps=6", "--config.mesh.data=2", "--config.mesh.expert=4")
-    trained(moving, corpus, "--config.loop.steps=9", "--config.mesh.data=1")
+    for steps, mesh in ((3, one), (6, eight), (9, one)):
+        trained(moving, corpus, *SMALL, f"--config.loop.steps={steps}", *mesh)
     np.testing.assert_allclose(losses(moving), losses(tmp_path / "still"), rtol=1e-5)
     assert checksums(moving) == checksums(tmp_path / "still")
 
@@ -176,7 +174,7 @@ def test_a_run_moves_to_eight_devices_and_back(tmp_path, corpus):
 @pytest.mark.slow
 def test_resuming_changes_no_dtype_value_or_placement(tmp_path):
     """On data 2 x expert 4, with float32 weights and bfloat16 moments: each leaf comes back where and as it was."""
-    config = _options.parse([f"--config={CONFIG}", "--config.optimizer.moments_dtype=bfloat16"]).config
+    config = _options.parse([f"--config={CONFIG}", *SMALL, "--config.optimizer.moments_dtype=bfloat16"]).config
     trainer = run.trainer(config, make_mesh(2, 4))
     state = trainer.init(0)
     with Checkpointer(tmp_path) as checkpoints:
@@ -192,7 +190,7 @@ def test_resuming_changes_no_dtype_value_or_placement(tmp_path):
 
 @pytest.mark.slow
 def test_steps_that_are_not_finite_stop_the_run(tmp_path, corpus, capsys):
-    wild = ("--config.mesh.data=1", "--config.schedule.peak_rate=1000", "--config.optimizer.weight_decay=1000")
+    wild = (*SMALL, "--config.mesh.data=1", "--config.schedule.peak_rate=1000", "--config.optimizer.weight_decay=1000")
     wild += ("--config.loop.max_skipped=3", "--config.loop.steps=60")  # weights grow a million times per step
     with pytest.raises(UserError, match="3 steps in a row were not finite .* Lower config.schedule.peak_rate"):
         trained(tmp_path / "run", corpus, *wild, "--config.schedule.warmup_steps=1")

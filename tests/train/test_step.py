@@ -355,4 +355,6 @@ def test_the_compiled_step_is_given_what_a_device_keeps(expert_parallel):
 
 
 def arguments_of(trainer: Trainer) -> tuple:
-    return trainer.abstract, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch(0))
+    """As the runs of this file call a step, which is therefore neither traced nor compiled again."""
+    given = global_batch(batch(0), trainer.mesh)
+    return trainer.abstract, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), given)
