@@ -81,6 +81,46 @@ def next_chunk(start: int | jax.Array) -> Attend:
     return attend
 
 
+def next_chunk_in_pages(start: int | jax.Array, table_BN: jax.Array) -> Attend:
+    """`next_chunk` where the memory of all sequences is one pool of pages.
+
+    The pool is what `Full` makes for as many sequences as it has pages, each as long as a page. `table_BN` are the
+    pages of each sequence in the order of its tokens, padded with 0, the page that belongs to nobody.
+    """
+
+    def attend(attention: Any, x_BTD: jax.Array, tokens: Tokens, cached: Cached) -> tuple[jax.Array, Cached, Losses]:
+        cached = _write_pages(cached, attention.entries(x_BTD, tokens), tokens, table_BN)
+        u_BTD, losses = attention.over_itself(x_BTD, tokens, _read_pages(cached, table_BN), start)
+        return u_BTD, cached, losses
+
+    return attend
+
+
+def next_tokens_in_pages(table_BN: jax.Array) -> Attend:
+    """`next_tokens` over pages; see `next_chunk_in_pages`."""
+
+    def attend(attention: Any, x_BTD: jax.Array, tokens: Tokens, cached: Cached) -> tuple[jax.Array, Cached, Losses]:
+        cached = _write_pages(cached, attention.entries(x_BTD, tokens), tokens, table_BN)
+        own = _read_pages(cached, table_BN)
+        return attention.over_cache(x_BTD, tokens, own, attention.cache.seen(own, tokens)), cached, {}
+
+    return attend
+
+
+def _write_pages(pool: Entries, entries: Entries, tokens: Tokens, table_BN: jax.Array) -> Entries:
+    """Returns the pool with the entries of these tokens; those that are not real go to page 0."""
+    size = jax.tree.leaves(pool)[0].shape[1]
+    page_BT = jnp.take_along_axis(table_BN, tokens.positions_BT // size, axis=1, mode="clip")
+    if tokens.real_BT is not None:
+        page_BT = jnp.where(tokens.real_BT, page_BT, 0)
+    return jax.tree.map(lambda old, new: old.at[page_BT, tokens.positions_BT % size].set(new), pool, entries)
+
+
+def _read_pages(pool: Entries, table_BN: jax.Array) -> Entries:
+    """Returns the entries of each sequence as `Full` keeps them, with axes B and S first."""
+    return jax.tree.map(lambda a: a[table_BN].reshape(len(table_BN), -1, *a.shape[2:]), pool)
+
+
 def next_tokens(attention: Any, x_BTD: jax.Array, tokens: Tokens, cached: Cached) -> tuple[jax.Array, Cached, Losses]:
     """Decode: the tokens are written to memory and look at what they see of it."""
     cached = attention.cache.write(cached, attention.entries(x_BTD, tokens), tokens)

@@ -22,7 +22,7 @@ from flax import nnx
 
 from deepseek_jax.layers.base import Execution, run_cached, run_stack, stack
 from deepseek_jax.layers.block import Attend, Build, Group, Statistics
-from deepseek_jax.layers.cache import first_pass, next_chunk, next_tokens
+from deepseek_jax.layers.cache import first_pass, next_chunk, next_chunk_in_pages, next_tokens, next_tokens_in_pages
 from deepseek_jax.layers.embed import Embedding, Head
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.tokens import Tokens
@@ -187,3 +187,25 @@ class Decoder(nnx.Module):
         """
         h_BTD, cache = self.generating(Tokens(ids_BT, positions_BT), next_tokens, cache)
         return self.head(h_BTD), cache
+
+    def pool(self, n_pages: int, page_size: int) -> Cache:
+        """Returns memory for `n_pages` pages of `page_size` tokens, all zeros (`layers.cache.next_chunk_in_pages`)."""
+        ids_BT = jax.ShapeDtypeStruct((n_pages, 1), jnp.int32)
+        _, cache = jax.eval_shape(lambda ids_BT: self.prefill(ids_BT, page_size), ids_BT)
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), cache)
+
+    def extend_in_pages(
+        self, ids_BT: jax.Array, start: int | jax.Array, pool: Cache, table_BN: jax.Array, real_BT: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """`extend` where the cache is a pool of pages, of which `table_BN` names those of each sequence in order."""
+        positions_BT = jnp.broadcast_to(start + jnp.arange(ids_BT.shape[1], dtype=jnp.int32), ids_BT.shape)
+        tokens = Tokens.of(ids_BT, positions_BT, real_BT=real_BT)
+        return self.generating(tokens, next_chunk_in_pages(start, table_BN), pool)
+
+    def decode_in_pages(
+        self, ids_BT: jax.Array, positions_BT: jax.Array, pool: Cache, table_BN: jax.Array, real_BT: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """`decode` likewise; rows that are not real are ignored. Returns (logits_BTV, the pool)."""
+        tokens = Tokens.of(ids_BT, positions_BT, real_BT=real_BT)
+        h_BTD, pool = self.generating(tokens, next_tokens_in_pages(table_BN), pool)
+        return self.head(h_BTD), pool
