@@ -146,8 +146,9 @@ class LanguageModel:
             raise UserError(f"generate({ids!r}): expected ids of one prompt, like [1, 2, 3], or a list of prompts.")
         is_batch = not isinstance(ids, str) and len(ids) > 0 and (isinstance(ids[0], str) or np.ndim(ids[0]) > 0)
         prompts: Any = ids if is_batch else [ids]
-        steps = self._steps(prompts, max_new_tokens, temperature, top_p, seed, stop_ids)
-        rows = [[int(token) for token in row if token != ENDED] for row in np.stack(list(steps), axis=1)]
+        options = self._options(prompts, max_new_tokens, temperature, top_p, seed, stop_ids)
+        new_BT = self._generator.generate(*options.pop("inputs"), **options)
+        rows = [[int(token) for token in row if token != ENDED] for row in new_BT]
         return rows if is_batch else rows[0]
 
     def stream(
@@ -160,8 +161,8 @@ class LanguageModel:
         stop_ids: Sequence[int] | None = None,
     ) -> Iterator[int]:
         """`generate` for one prompt, each id as soon as it is there."""
-        steps = self._steps([ids], max_new_tokens, temperature, top_p, seed, stop_ids)
-        return (int(new_B[0]) for new_B in steps)
+        options = self._options([ids], max_new_tokens, temperature, top_p, seed, stop_ids)
+        return (int(new_B[0]) for new_B in self._generator.stream(*options.pop("inputs"), **options))
 
     def complete(self, text: str | Sequence[str], max_new_tokens: int = 64, **options: Any) -> str | list[str]:
         """Returns the continuation of a text, or a list of those of several; `options` as for `generate`."""
@@ -179,7 +180,7 @@ class LanguageModel:
         begin = [self.tokenizer.bos_id] if self.tokenizer.add_bos else []
         return [*begin, *self.tokenizer.encode(text).tolist()]
 
-    def _steps(
+    def _options(
         self,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
@@ -187,19 +188,20 @@ class LanguageModel:
         top_p: float,
         seed: int,
         stop_ids: Sequence[int] | None,
-    ) -> Iterator[np.ndarray]:
+    ) -> dict[str, Any]:
+        """Returns the arguments of the generator's functions; the first ones, without names, as "inputs"."""
         if any(isinstance(prompt, str) for prompt in prompts):
             raise UserError(
                 "a prompt is text: expected ids. Use model.complete(text), or model.tokenizer.encode(text) first."
             )
-        return self._generator.stream(
-            *(self.params, self.router_bias, prompts, row_keys(seed, len(prompts))),
-            max_new_tokens=max_new_tokens,
-            n_positions=self.n_positions,
-            temperature=temperature,
-            top_p=top_p,
-            stop_ids=self.end_ids if stop_ids is None else stop_ids,
-        )
+        return {
+            "inputs": (self.params, self.router_bias, prompts, row_keys(seed, len(prompts))),
+            "max_new_tokens": max_new_tokens,
+            "n_positions": self.n_positions,
+            "temperature": temperature,
+            "top_p": top_p,
+            "stop_ids": self.end_ids if stop_ids is None else stop_ids,
+        }
 
     def __repr__(self) -> str:
         m = self.config.model

@@ -1,21 +1,25 @@
-"""Generation over the latent cache: the prompts in one pass, then one token per sequence and step.
+"""Generation over the latent cache: the prompts in one pass or in chunks, then one token per sequence and step.
 
     prefill   prompts of a batch, padded at the end to one length, in the expanded form; fills the cache
     decode    one token per sequence in the absorbed form; the cache is donated, so that it is updated in place
 
 Sequences of different lengths share a batch: each has its own positions and attends to the slots up to them, and cached
 padding is overwritten before it can be attended to. Prompts and caches are padded to powers of two, so that few
-programs are compiled.
+programs are compiled; long prompts are read in chunks, so that memory grows with their length and not faster.
+
+Tokens are drawn, and stop ids recognised, on the device. The host dispatches the next program before it looks at the
+tokens of the last one: a step at a time for a stream, `BLOCK` steps at a time where nobody reads them before the end.
 """
 
 import operator
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jax.typing import ArrayLike
 
 from deepseek_jax.errors import UserError
@@ -24,9 +28,27 @@ from deepseek_jax.serve.sampler import sample
 
 ENDED = -1  # in place of tokens after the end of a sequence
 SMALLEST = 32  # least length of prompts and caches
+CHUNK = 2048  # longest part of a prompt that is read in one pass
+BLOCK = 32  # decode steps of one program that looks at no token in between
 
 Weights = tuple[Tree, Tree]  # parameters and router biases
-Drawing = tuple[jax.Array, ArrayLike, ArrayLike]  # keys of the rows, temperature, top_p
+
+
+class Drawing(NamedTuple):
+    """How tokens are drawn; see `sampler.sample`."""
+
+    key_B: jax.Array
+    temperature: ArrayLike | None
+    top_p: ArrayLike | None
+
+
+class State(NamedTuple):
+    """The sequences between two steps, all of it on the device."""
+
+    id_B: jax.Array  # the last token, drawn and not yet in the cache
+    position_B: jax.Array  # its position
+    is_running_B: jax.Array  # False after a stop id
+    cache: Tree
 
 
 def bucket(n_tokens: int, largest: int) -> int:
@@ -37,14 +59,25 @@ def bucket(n_tokens: int, largest: int) -> int:
 class Generator:
     """The compiled programs that generate with one model.
 
-    `definition` is that of a model with `prefill` and `decode` (`layers.base.split`); `matmul_precision` is that of
-    float32 matmuls, as for `jax.default_matmul_precision`, None for the device's default.
+    `definition` is that of a model with `prefill`, `extend` and `decode` (`layers.base.split`); `matmul_precision` is
+    that of float32 matmuls, as for `jax.default_matmul_precision`, None for the device's default. Longer prompts than
+    `chunk` are read in parts of so many tokens; `block` is the number of decode steps in one program.
     """
 
-    def __init__(self, definition: nnx.GraphDef, vocab_size: int, matmul_precision: str | None = None):
+    def __init__(
+        self,
+        definition: nnx.GraphDef,
+        vocab_size: int,
+        matmul_precision: str | None = None,
+        *,
+        chunk: int = CHUNK,
+        block: int = BLOCK,
+    ):
         self.definition, self.vocab_size, self.matmul_precision = definition, vocab_size, matmul_precision
-        self._prefill = jax.jit(self._prefill_and_draw, static_argnames="n_slots")
-        self._decode = jax.jit(self._decode_and_draw, donate_argnames="cache")
+        self.chunk, self.block = chunk, block
+        self._read = jax.jit(self._read_and_draw, static_argnames="n_slots", donate_argnames="state")
+        self._decode = jax.jit(self._decode_and_draw, donate_argnames="state")
+        self._decode_block = jax.jit(self._decode_steps, donate_argnames="state")
 
     def stream(
         self,
@@ -76,14 +109,34 @@ class Generator:
         Raises UserError: a prompt is empty, an id is unknown, there are more tokens than positions, or a number is out
         of range.
         """
-        rows = [_as_ids(prompt) for prompt in prompts]
-        max_new_tokens = _count(max_new_tokens)
-        _check_drawing(temperature, top_p)
-        self._check(rows, max_new_tokens, n_positions)
-        drawing = (key_B, np.float32(temperature), np.float32(top_p))
-        return self._steps((params, router_bias), rows, drawing, max_new_tokens, n_positions, np.asarray(stop_ids))
+        rows, drawing = self._checked(prompts, key_B, max_new_tokens, n_positions, temperature, top_p)
+        options = (drawing, max_new_tokens, n_positions, _padded(stop_ids))
+        return (new_BT[:, 0] for new_BT in self._parts((params, router_bias), rows, *options, block=1))
 
-    def _steps(
+    def generate(
+        self,
+        params: Tree,
+        router_bias: Tree,
+        prompts: Sequence[Sequence[int]],
+        key_B: jax.Array,
+        *,
+        max_new_tokens: int,
+        n_positions: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop_ids: Sequence[int] = (),
+    ) -> np.ndarray:
+        """Continues each prompt to its end, `block` steps per program; arguments as for `stream`.
+
+        Returns new ids_BT, int32: the same as those of `stream`, side by side, with `ENDED` after a sequence's end.
+        """
+        rows, drawing = self._checked(prompts, key_B, max_new_tokens, n_positions, temperature, top_p)
+        options = (drawing, max_new_tokens, n_positions, _padded(stop_ids))
+        parts = list(self._parts((params, router_bias), rows, *options, block=self.block))
+        new_BT = np.concatenate(parts, axis=1)
+        return new_BT[:, : max(1, int((new_BT != ENDED).any(axis=0).sum()))]
+
+    def _parts(
         self,
         weights: Weights,
         prompts: list[np.ndarray],
@@ -91,43 +144,118 @@ class Generator:
         max_new_tokens: int,
         n_positions: int,
         stop_ids: np.ndarray,
+        block: int,
     ) -> Iterator[np.ndarray]:
+        """Yields the new ids_BT, those of one program at a time: after the first token up to `block` steps."""
+        n_slots = bucket(max(map(len, prompts)) + max_new_tokens, n_positions)
+        new_BT, state = self._prefill(weights, prompts, drawing, stop_ids, n_slots)
+        is_running_B = np.ones(len(prompts), bool)
+        n_dispatched = 1
+        while True:
+            ahead_BT, n_steps = None, min(block, max_new_tokens - n_dispatched)
+            if n_steps and block == 1:
+                ahead_BT, state = self._decode(weights, state, drawing, stop_ids)
+            elif n_steps:
+                ahead_BT, state = self._decode_block(weights, state, drawing, stop_ids, np.int32(n_steps))
+            n_dispatched += n_steps
+            shown_BT = np.asarray(new_BT)
+            is_running_B &= ~np.isin(shown_BT, (ENDED, *stop_ids)).any(axis=1)
+            yield shown_BT
+            if ahead_BT is None or not is_running_B.any():
+                return
+            new_BT = ahead_BT
+
+    def _prefill(
+        self, weights: Weights, prompts: list[np.ndarray], drawing: Drawing, stop_ids: np.ndarray, n_slots: int
+    ) -> tuple[jax.Array, State]:
+        """Reads the prompts, in chunks if they are long, and draws the first token of each: (new ids_BT, state)."""
         lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
         longest = int(lengths_B.max())
-        ids_BT = np.zeros((len(prompts), bucket(longest, n_positions)), np.int32)
+        n_read = bucket(longest, n_slots) if longest <= self.chunk else self.chunk
+        ids_BT = np.zeros((len(prompts), -(-longest // n_read) * n_read), np.int32)
         for row, prompt in zip(ids_BT, prompts, strict=True):
             row[: len(prompt)] = prompt
-        n_slots = bucket(longest + max_new_tokens, n_positions)
-        drawn_B, cache = self._prefill(weights, ids_BT, lengths_B, drawing, n_slots=n_slots)
-        running_B = np.ones(len(prompts), bool)
-        for step in range(max_new_tokens):
-            new_B = np.where(running_B, np.asarray(drawn_B), ENDED)
-            running_B &= ~np.isin(new_B, stop_ids)
-            is_last = step + 1 == max_new_tokens or not running_B.any()
-            if not is_last:
-                drawn_B, cache = self._decode(weights, drawn_B, lengths_B + step, cache, drawing)
-            yield new_B
-            if is_last:
-                return
+        state = None
+        for start in range(0, longest, n_read):
+            part_BT = ids_BT[:, start : start + n_read]
+            state = self._read(weights, part_BT, np.int32(start), lengths_B, state, drawing, stop_ids, n_slots=n_slots)
+        assert state is not None
+        return state.id_B[:, None], state
 
-    def _prefill_and_draw(
-        self, weights: Weights, ids_BT: jax.Array, lengths_B: jax.Array, drawing: Drawing, n_slots: int
-    ) -> tuple[jax.Array, Tree]:
+    def _read_and_draw(
+        self,
+        weights: Weights,
+        ids_BT: jax.Array,
+        start: jax.Array,
+        lengths_B: jax.Array,
+        state: State | None,
+        drawing: Drawing,
+        stop_ids: jax.Array,
+        n_slots: int,
+    ) -> State:
+        """Reads a part of the prompts from position `start` on; draws the first token of those that end in it."""
+        real_BT = start + jnp.arange(ids_BT.shape[1]) < lengths_B[:, None]
         with jax.default_matmul_precision(self.matmul_precision):
             model: Any = bind(self.definition, *weights)
-            real_BT = jnp.arange(ids_BT.shape[1]) < lengths_B[:, None]
-            h_BTD, cache = model.prefill(ids_BT, n_slots, real_BT)
-            last_BTD = jnp.take_along_axis(h_BTD, (lengths_B - 1)[:, None, None], axis=1)
-            logits_BV = model.head(last_BTD)[:, 0]
-        return _draw(logits_BV, lengths_B, *drawing), cache
+            if state is None:
+                h_BTD, cache = model.prefill(ids_BT, n_slots, real_BT)
+            else:
+                h_BTD, cache = model.extend(ids_BT, start, state.cache, real_BT)
+            last_B = jnp.clip(lengths_B - 1 - start, 0, ids_BT.shape[1] - 1)
+            logits_BV = model.head(jnp.take_along_axis(h_BTD, last_B[:, None, None], axis=1))[:, 0]
+        id_B = _draw(logits_BV, lengths_B, drawing)
+        if state is not None:
+            id_B = jnp.where(lengths_B > start, id_B, state.id_B)  # a prompt that ended before has its token
+        return State(id_B, lengths_B, ~_is_in(id_B, stop_ids), cache)
 
     def _decode_and_draw(
-        self, weights: Weights, ids_B: jax.Array, positions_B: jax.Array, cache: Tree, drawing: Drawing
-    ) -> tuple[jax.Array, Tree]:
+        self, weights: Weights, state: State, drawing: Drawing, stop_ids: jax.Array
+    ) -> tuple[jax.Array, State]:
+        """One step: (new ids_BT with T = 1, state); sequences that have ended compute something unused."""
+        id_B, position_B, is_running_B, cache = state
         with jax.default_matmul_precision(self.matmul_precision):
             model: Any = bind(self.definition, *weights)
-            logits_BTV, cache = model.decode(ids_B[:, None], positions_B[:, None], cache)
-        return _draw(logits_BTV[:, 0], positions_B + 1, *drawing), cache
+            logits_BTV, cache = model.decode(id_B[:, None], position_B[:, None], cache)
+        position_B = position_B + 1
+        id_B = _draw(logits_BTV[:, 0], position_B, drawing)
+        shown_B = jnp.where(is_running_B, id_B, ENDED)
+        return shown_B[:, None], State(id_B, position_B, is_running_B & ~_is_in(id_B, stop_ids), cache)
+
+    def _decode_steps(
+        self, weights: Weights, state: State, drawing: Drawing, stop_ids: jax.Array, n_steps: jax.Array
+    ) -> tuple[jax.Array, State]:
+        """Up to `n_steps` steps, fewer if all sequences end: (new ids_BT with T = `block`, state)."""
+
+        def is_unfinished(carry: tuple) -> jax.Array:
+            step, _, state = carry
+            return (step < n_steps) & jnp.any(state.is_running_B)
+
+        def advance(carry: tuple) -> tuple:
+            step, new_BT, state = carry
+            shown_BT, state = self._decode_and_draw(weights, state, drawing, stop_ids)
+            return step + 1, lax.dynamic_update_slice(new_BT, shown_BT, (0, step)), state
+
+        new_BT = jnp.full((*state.id_B.shape, self.block), ENDED, jnp.int32)
+        _, new_BT, state = lax.while_loop(is_unfinished, advance, (jnp.int32(0), new_BT, state))
+        return new_BT, state
+
+    def _checked(
+        self,
+        prompts: Sequence[Sequence[int]],
+        key_B: jax.Array,
+        max_new_tokens: int,
+        n_positions: int,
+        temperature: float,
+        top_p: float,
+    ) -> tuple[list[np.ndarray], Drawing]:
+        """Returns the prompts as arrays, and how to draw. Raises UserError as `stream`."""
+        rows = [_as_ids(prompt) for prompt in prompts]
+        _check_count(max_new_tokens)
+        _check_drawing(temperature, top_p)
+        self._check(rows, max_new_tokens, n_positions)
+        if temperature == 0:
+            return rows, Drawing(key_B, None, None)
+        return rows, Drawing(key_B, np.float32(temperature), None if top_p >= 1 else np.float32(top_p))
 
     def _check(self, prompts: list[np.ndarray], max_new_tokens: int, n_positions: int) -> None:
         if not prompts or not all(prompt.ndim == 1 and len(prompt) for prompt in prompts):
@@ -162,14 +290,13 @@ def _as_ids(prompt: Sequence[int]) -> np.ndarray:
     return ids.astype(np.int32)
 
 
-def _count(max_new_tokens: int) -> int:
+def _check_count(max_new_tokens: int) -> None:
     try:
         count = operator.index(max_new_tokens)
     except TypeError:
         count = 0
     if count < 1:
         raise UserError(f"max_new_tokens={max_new_tokens!r}: expected a whole number, 1 or more.")
-    return count
 
 
 def _check_drawing(temperature: float, top_p: float) -> None:
@@ -183,8 +310,16 @@ def _check_drawing(temperature: float, top_p: float) -> None:
         )
 
 
-def _draw(
-    logits_BV: jax.Array, positions_B: jax.Array, key_B: jax.Array, temperature: ArrayLike, top_p: ArrayLike
-) -> jax.Array:
-    """Returns the tokens for `positions_B`: a sequence's key and the position determine the sample."""
-    return sample(logits_BV, jax.vmap(jax.random.fold_in)(key_B, positions_B), temperature, top_p)
+def _draw(logits_BV: jax.Array, position_B: jax.Array, drawing: Drawing) -> jax.Array:
+    """Returns the tokens for `position_B`: a sequence's key and the position determine the sample."""
+    key_B, temperature, top_p = drawing
+    return sample(logits_BV, jax.vmap(jax.random.fold_in)(key_B, position_B), temperature, top_p)
+
+
+def _padded(stop_ids: Sequence[int]) -> np.ndarray:
+    """Returns stop ids as an array of one of few lengths, filled up with a number that no token has."""
+    return np.pad(np.asarray(stop_ids, np.int32), (0, -len(stop_ids) % 8), constant_values=ENDED)
+
+
+def _is_in(id_B: jax.Array, stop_ids: jax.Array) -> jax.Array:
+    return jnp.any(id_B[:, None] == stop_ids, axis=1)

@@ -1,5 +1,6 @@
-"""What the compiled decode step does with the cache and with the experts' weights, read in its text."""
+"""What the compiled decode steps do with the cache, the experts' weights and the logits, read in their text."""
 
+import functools
 import re
 
 import jax
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deepseek_jax.layers.base import Execution, bind, split
+from deepseek_jax.layers.base import Execution, split
 from deepseek_jax.models import family
+from deepseek_jax.serve.generate import Drawing, Generator
+from deepseek_jax.serve.sampler import row_keys
 
 B, SLOTS = 3, 208  # numbers that no other size of the network has
 IN_PLACE = ("scatter", "dynamic-update-slice")
@@ -39,21 +42,23 @@ def is_in_place(computations, operation, rest):
     return kind in IN_PLACE and re.match(r"%([\w.\-]+)", arguments)[1] in operands
 
 
+def definition_of(network, **options):
+    """The network, run with these options."""
+    maker, sizes = family(network.config.family), network.config.model
+    make = maker.Config.from_config(sizes)
+    return split(nnx.eval_shape(lambda: maker.Model(make, Execution(**options), rngs=nnx.Rngs(0))))[0]
+
+
 @pytest.fixture(scope="module", params=[1, 0], ids=["a loop over layers", "no loop"])
 def compiled(request, network):
-    """(program of a decode step with the cache donated, shapes of the cache, its bytes)."""
-    config = network.config
-    maker, run = family(config.family), Execution(unroll=request.param)
-    make = maker.Config.from_config(config.model)
-    definition, _, _ = split(nnx.eval_shape(lambda: maker.Model(make, run, rngs=nnx.Rngs(0))))
-
-    def decode(weights, ids_B, positions_B, cache):
-        return bind(definition, *weights).decode(ids_B[:, None], positions_B[:, None], cache)
-
-    prompt, row = np.zeros((B, 16), np.int32), np.zeros(B, np.int32)
-    cache = jax.eval_shape(lambda weights: bind(definition, *weights).prefill(prompt, SLOTS)[1], network.weights)
-    program = jax.jit(decode, donate_argnames="cache").lower(network.weights, row, row, cache).compile()
-    return program, cache
+    """(program of a block of decode steps, shapes of the cache)."""
+    generator = Generator(definition_of(network, unroll=request.param), network.vocab_size)
+    drawing = Drawing(row_keys(0, B), np.float32(1.0), np.float32(0.9))
+    prompt, row, stop_ids = np.zeros((B, 16), np.int32), np.zeros(B, np.int32), np.zeros(8, np.int32)
+    read = functools.partial(generator._read_and_draw, n_slots=SLOTS)
+    state = jax.eval_shape(read, network.weights, prompt, 0, row, None, drawing, stop_ids)
+    program = generator._decode_block.lower(network.weights, state, drawing, stop_ids, 4).compile()
+    return program, state.cache
 
 
 def test_the_cache_is_updated_in_place(compiled):
@@ -83,3 +88,9 @@ def test_the_experts_of_a_layer_are_neither_copied_nor_joined(compiled, network)
         for name, shape, operation, _ in body:
             dims = sorted(int(n) for n in re.findall(r"\d+", shape.partition("[")[2]) if n != "1")
             assert operation in MOVES_NOTHING or dims not in (sorted(layer), sorted(joined)), (name, shape, operation)
+
+
+def test_the_vocabulary_is_not_sorted(compiled, network):
+    """Not even with a nucleus; what is sorted are the choices of experts."""
+    sorts = [shape for body in instructions(compiled[0].as_text()).values() for _, shape, op, _ in body if op == "sort"]
+    assert not [shape for shape in sorts if str(network.vocab_size) in shape]

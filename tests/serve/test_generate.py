@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.serve.generate import ENDED, bucket
+from deepseek_jax.serve.generate import ENDED, Generator, bucket
 from deepseek_jax.serve.sampler import row_keys
 
 PROMPTS = ([5, 9, 200], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11])
@@ -51,6 +51,45 @@ def test_a_sequence_ends_at_its_stop_id_and_the_batch_when_all_have(network):
         assert (row[n:] == ENDED).all()
     first = alone(network, 0, temperature=1.0)
     assert alone(network, 0, temperature=1.0, stop_ids=(first[2],)) == first[: first.index(first[2]) + 1]
+
+
+def test_blocks_of_steps_and_chunks_of_prompts_say_what_single_steps_and_whole_prompts_say(network):
+    """Whether sequences end at a stop id, with a block or within one, in the first chunk of the prompts or later."""
+    in_parts = Generator(network.generator.definition, network.vocab_size, chunk=5, block=4)
+    drawing = {"temperature": 1.0, "top_p": 0.9}
+    free = together(network, **drawing)
+    for stop_ids in ((), (int(free[0, 4]),), (int(free[1, 2]), int(free[0, 5]), int(free[2, 3]))):
+        options = {"max_new_tokens": 10, "n_positions": 32, "stop_ids": stop_ids} | drawing
+        drawn = in_parts.generate(*network.weights, PROMPTS, row_keys(0, 3), **options)
+        assert drawn.tolist() == together(network, stop_ids=stop_ids, **drawing).tolist()
+
+
+def test_the_last_chunk_may_reach_past_the_cache(network):
+    in_chunks = Generator(network.generator.definition, network.vocab_size, chunk=9)
+    ids = [int(i) for i in np.random.default_rng(0).integers(0, 200, 31)]
+    drawn = in_chunks.generate(*network.weights, [ids], row_keys(0, 1), max_new_tokens=1, n_positions=32)
+    assert drawn.tolist() == [[network.last_logits(ids).argmax()]]
+
+
+def test_a_step_is_dispatched_before_the_last_one_is_looked_at(network, monkeypatch):
+    looked_at, dispatched, step = [], [], network.generator._decode
+
+    class Watched:
+        def __init__(self, new_BT):
+            self.new_BT = new_BT
+
+        def __array__(self, dtype=None, copy=None):
+            looked_at.append(len(dispatched))
+            return np.asarray(self.new_BT)
+
+    def watched(*args):
+        dispatched.append(None)
+        new_BT, state = step(*args)
+        return Watched(new_BT), state
+
+    monkeypatch.setattr(network.generator, "_decode", watched)
+    together(network)
+    assert looked_at == [2, 3, 4, 5, 6, 7, 8, 9, 9]  # of 9 steps; behind the last one nothing is left to dispatch
 
 
 def test_tokens_come_one_by_one_and_may_be_left_unread(network):

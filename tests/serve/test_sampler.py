@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.serve.sampler import row_keys, sample
+from deepseek_jax.serve.sampler import nucleus, row_keys, sample
 
 LOGITS_V = np.log([0.05, 0.4, 0.25, 0.1, 0.2]).astype(np.float32)
 N_DRAWS = 4096
@@ -65,3 +65,24 @@ def test_rows_may_differ_in_temperature_and_nucleus():
     rows = np.arange(N_DRAWS)
     ids = drawn(np.where(rows < 100, 0.0, 1.0), np.where(rows < 200, 0.0, 1.0))
     assert (ids[:200] == 1).all() and (ids[200:] != 1).any()
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0, None])
+def test_the_nucleus_is_the_first_of_the_sorted_tokens(spread):
+    """Also with many equal ones (`None`: multiples of a half, zeros of both signs), of which the first come first."""
+    random = np.random.default_rng(0)
+    logits_BV = np.float32(random.normal(size=(64, 100)) * (spread or 1.0))
+    logits_BV = logits_BV if spread else np.round(2 * logits_BV) / 2
+    top_p_B = np.float32(np.concatenate([[0, 1, 1e-9], random.uniform(size=61)]))
+    order_BV = np.argsort(-logits_BV, axis=-1, kind="stable")
+    p_BV = np.exp(np.take_along_axis(logits_BV, order_BV, axis=-1).astype(np.float64))
+    p_BV /= p_BV.sum(axis=-1, keepdims=True)
+    kept_BV = (np.cumsum(p_BV, axis=-1) - p_BV < top_p_B[:, None]) | (top_p_B[:, None] >= 1)
+    kept_BV[:, 0] = True
+    np.testing.assert_array_equal(np.take_along_axis(np.asarray(nucleus(logits_BV, top_p_B)), order_BV, -1), kept_BV)
+
+
+def test_what_nobody_needs_may_be_left_out():
+    logits_BV, key_B = np.tile(LOGITS_V, (64, 1)), row_keys(0, 64)
+    assert (sample(logits_BV, key_B) == sample(logits_BV, key_B, 0.0, 1.0)).all()
+    assert (sample(logits_BV, key_B, 1.5) == sample(logits_BV, key_B, 1.5, 1.0)).all()
