@@ -3,6 +3,7 @@
 Everything comes from the abstract model, so every family can be planned and no array is created.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ class Sizes(Protocol):
 
     d_model: int
     vocab_size: int
+
+    def __hash__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,7 @@ class Network:
         return self.top_k if weight.is_expert else 1
 
 
+@functools.cache
 def describe(family: ModuleType, sizes: Sizes) -> Network:
     """Returns the network of a family's module and its `Config`."""
     model = abstract_model(family, sizes)
@@ -178,11 +182,13 @@ def describe(family: ModuleType, sizes: Sizes) -> Network:
     )
 
 
+@functools.lru_cache(64)
 def abstract_model(family: ModuleType, sizes: Sizes, run: Execution = BF16) -> Decoder:
-    """Returns the model with shapes in place of arrays."""
+    """Returns the model with shapes in place of arrays: one object for all that ask, which therefore only read it."""
     return abstract(lambda rngs: family.Model(sizes, run, rngs=rngs))
 
 
+@functools.cache
 def cache_bytes_per_token(family: ModuleType, sizes: Sizes) -> int:
     """Returns the bytes per token that prefill keeps in the key-value cache, in bfloat16."""
     definition, params, router_bias = split(abstract_model(family, sizes))

@@ -141,9 +141,9 @@ def test_a_step_whose_buffers_are_too_small_is_run_again(tiny_sizes, filled, mon
     jax.tree.map(np.testing.assert_array_equal, found, known)
 
 
-def test_weights_of_a_stage_lie_on_its_rank_alone(two_stages):
+def test_weights_of_a_stage_lie_on_its_rank_alone(two_stages, weights):
     subject, _ = two_stages
-    state = subject.init(0)
+    state = subject.init(0, *weights)
     gate = state["params"]["moe_blocks"]["experts"]["gate_XDF"]
     assert gate.shape[0] == 2 * 2 and gate.addressable_shards[0].data.shape[0] == gate.shape[0] // 2
     table = state["params"]["embedding"]["table_VD"]  # each rank keeps its ids, each of its devices a part of them
