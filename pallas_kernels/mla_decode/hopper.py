@@ -1,0 +1,72 @@
+"""Decode by the kernel for Hopper: what it takes, rows of heads and tokens, parts of long sequences, their sum."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import mosaic_gpu
+from pallas_kernels.mla_decode import gpu, work
+
+NAME = "mosaic_gpu"
+MOST_TOKENS = 4
+MOST_WIDTH = 512, 64  # of latents and of rotary keys that fit into shared memory
+INSTEAD = "Use implementation='chunked'."
+
+
+def decode(
+    q_c_BTHC: jax.Array,
+    q_rope_BTHP: jax.Array,
+    cache: tuple[jax.Array, ...],
+    table: jax.Array,
+    lengths_B: jax.Array,
+    *,
+    scale: float,
+    n_splits: int | None = None,
+    tuning: gpu.Tuning | None = None,
+    n_processors: int | None = None,
+    interpret: object = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (o_BTHC, lse_BTH); arguments as in `pallas_kernels.mla_decode`, Raises ValueError as `check` does.
+
+    `n_processors` is the default device's if None; `interpret` runs the kernel on a CPU (JAX 0.11 and later).
+    """
+    check(q_c_BTHC, q_rope_BTHP, cache, scale)
+    n_processors = n_processors or mosaic_gpu.check_hopper(NAME)
+    b, t, h, width = q_c_BTHC.shape
+    q_c, q_rope = (_rows(x) for x in (q_c_BTHC, q_rope_BTHP))
+    n_tiles = q_c.shape[1] // gpu.ROWS
+    tuning = tuning or gpu.Tuning(cluster=1 if n_tiles % 2 else 2)
+    n_splits = n_splits or work.n_splits(b * n_tiles, table.shape[1], n_processors)
+    items = work.items(lengths_B, n_splits, longest_first=b * n_splits * n_tiles > n_processors)
+    o, lse = gpu.decode(
+        q_c, q_rope, *cache, table, items,
+        n_heads=h, n_tokens=t, n_splits=n_splits, scale=scale, tuning=tuning, interpret=interpret,
+    )  # fmt: skip
+    if n_splits > 1:
+        o, lse = work.combined(o.reshape(n_splits, b, -1, width), lse.reshape(n_splits, b, -1))
+    o_BTHC = o[:, : t * h].reshape(b, t, h, width).astype(q_c_BTHC.dtype)
+    return o_BTHC, lse[:, : t * h].reshape(b, t, h)
+
+
+def _rows(q_BTHC: jax.Array) -> jax.Array:
+    """[B, T, H, C] -> [B, T * H, C], filled up to whole tiles."""
+    b, t, h, width = q_BTHC.shape
+    return jnp.pad(q_BTHC.reshape(b, t * h, width), ((0, 0), (0, -(t * h) % gpu.ROWS), (0, 0)))
+
+
+def check(q_c_BTHC: jax.Array, q_rope_BTHP: jax.Array, cache: tuple[jax.Array, ...], scale: float) -> None:
+    """Raises ValueError for what the kernel does not take: other dtypes than of 16 bits, odd widths, many tokens."""
+    t, width, rope = q_c_BTHC.shape[1], q_c_BTHC.shape[3], q_rope_BTHP.shape[3]
+    if len(cache) != 2 or q_c_BTHC.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(
+            f"implementation={NAME!r}: queries {q_c_BTHC.dtype}, cache {[str(x.dtype) for x in cache]}; expected "
+            f"bfloat16 or float16 in both. Cast them. {INSTEAD}"
+        )
+    if width % 256 or rope % 64 or width > MOST_WIDTH[0] or rope > MOST_WIDTH[1]:
+        raise ValueError(
+            f"implementation={NAME!r}: latents of {width} numbers, rotary keys of {rope}; expected multiples of 256 "
+            f"and 64, up to {MOST_WIDTH[0]} and {MOST_WIDTH[1]}. {INSTEAD}"
+        )
+    if t > MOST_TOKENS:
+        raise ValueError(f"implementation={NAME!r}: {t} tokens per sequence, expected up to {MOST_TOKENS}. {INSTEAD}")
+    if not scale > 0:
+        raise ValueError(f"implementation={NAME!r}: scale={scale}, expected a positive number. {INSTEAD}")
