@@ -18,7 +18,11 @@ TABLE = {
         "mosaic_gpu": "deepseek_jax.layers.attention:on_hopper",  # Hopper, bf16, widths that are multiples of 64
         "cudnn": "deepseek_jax.layers.cudnn_attention:causal_attention",  # NVIDIA GPUs, bf16, documents not masked
     },
-    "latent_decode": {"xla": "deepseek_jax.layers.attention:latent_decode"},
+    "latent_decode": {
+        "xla": "deepseek_jax.layers.attention:latent_decode",
+        "chunked": "deepseek_jax.layers.attention:latent_decode_chunked",  # any device; some slots at a time
+        "mosaic_gpu": "deepseek_jax.layers.attention:latent_decode_on_hopper",  # Hopper, bf16, latents 256 or 512 wide
+    },
     "grouped_decode": {"xla": "deepseek_jax.layers.attention:grouped_decode"},
     "grouped_matmul": {
         "xla": "deepseek_jax.precision.grouped:grouped_matmul",

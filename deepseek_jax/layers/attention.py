@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.errors import UserError
-from pallas_kernels import mla_attention
+from pallas_kernels import mla_attention, mla_decode
 
 RECOMPUTED_FROM = 1024  # tokens of a sequence above which weights are not kept for the backward pass
 MASKED = -1e30  # a score that softmax turns into 0 without making a NaN of an all-masked row
@@ -120,13 +120,44 @@ def latent_decode(
         seen_BTS: which slots a token looks at.
         scale: factor of the scores.
 
-    Returns o_latent_BTHC in the dtype of the queries.
+    Returns o_latent_BTHC in the dtype of the queries. `config.kernels.latent_decode` names this one (xla, which stores
+    all scores), or one of `pallas_kernels.mla_decode`: `latent_decode_chunked`, any device, some slots at a time, and
+    `latent_decode_on_hopper`, 16 bits.
     """
     wide = {"preferred_element_type": jnp.float32}
     scores_BHTS = jnp.einsum("BTHC,BSC->BHTS", q_latent_BTHC, c_BSC, **wide)
     scores_BHTS += jnp.einsum("BTHP,BSP->BHTS", q_rope_BTHP, k_rope_BSP, **wide)
     weights_BHTS = masked_softmax(scores_BHTS * scale, seen_BTS[:, None]).astype(q_latent_BTHC.dtype)
     return jnp.einsum("BHTS,BSC->BTHC", weights_BHTS, c_BSC)
+
+
+def _latent_decode_by_name(
+    implementation: str,
+    q_latent_BTHC: jax.Array,
+    q_rope_BTHP: jax.Array,
+    c_BSC: jax.Array,
+    k_rope_BSP: jax.Array,
+    seen_BTS: jax.Array,
+    *,
+    scale: float,
+) -> jax.Array:
+    """As `latent_decode`, where each token sees the slots up to its own and has the one after the token before it.
+
+    That is so in `cache.Full`. Raises UserError if the implementation does not run.
+    """
+    lengths_B = jnp.sum(seen_BTS[:, -1], axis=-1, dtype=jnp.int32)
+    try:
+        pages, table = mla_decode.contiguous(c_BSC, k_rope_BSP)
+        arguments = q_latent_BTHC, q_rope_BTHP, pages, table, lengths_B
+        return mla_decode.decode(*arguments, implementation=implementation, scale=scale)[0]
+    except ValueError as error:
+        raise UserError(
+            f"kernels.latent_decode={implementation!r}: {error} In a run, config.kernels.latent_decode=xla."
+        ) from error
+
+
+latent_decode_chunked = functools.partial(_latent_decode_by_name, "chunked")
+latent_decode_on_hopper = functools.partial(_latent_decode_by_name, "mosaic_gpu")
 
 
 def grouped_decode(

@@ -33,15 +33,17 @@ class Fp8Pages(NamedTuple):
 
 
 def contiguous(c_BSC: jax.Array, k_rope_BSP: jax.Array) -> tuple[Pages, jax.Array]:
-    """Returns a cache in which the slots of a sequence lie side by side as (pages, their table); copies nothing.
+    """Returns a cache in which the slots of a sequence lie side by side as (pages, their table).
 
-    Raises ValueError if S is not a multiple of 64.
+    Nothing is copied, unless a sequence has less than a page, which is filled up. Raises ValueError if S is larger than
+    64 and not a multiple of it.
     """
     b, s, _ = c_BSC.shape
-    if s % PAGE:
+    if s > PAGE and s % PAGE:
         raise ValueError(f"a cache of {s} slots per sequence: expected a multiple of {PAGE}, the tokens of a page.")
-    pages = Pages(*(x.reshape(b * s // PAGE, PAGE, -1) for x in (c_BSC, k_rope_BSP)))
-    return pages, jnp.arange(b * s // PAGE, dtype=jnp.int32).reshape(b, -1)
+    whole = (jnp.pad(x, ((0, 0), (0, -s % PAGE), (0, 0))) for x in (c_BSC, k_rope_BSP))
+    pages = Pages(*(x.reshape(-1, PAGE, x.shape[-1]) for x in whole))
+    return pages, jnp.arange(pages.c.shape[0], dtype=jnp.int32).reshape(b, -1)
 
 
 def decode(

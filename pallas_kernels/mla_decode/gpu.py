@@ -202,12 +202,12 @@ class Refs:
 class Item:
     """A CTA's work: rows of a sequence, and the pages that they look at."""
 
+    row: jax.Array  # first one
     batch: jax.Array
-    begin: jax.Array
-    end: jax.Array
-    length: jax.Array
-    target: jax.Array
-    row: jax.Array
+    begin: jax.Array  # page
+    end: jax.Array  # page after the last
+    length: jax.Array  # tokens of the sequence
+    target: jax.Array  # which of the results
 
     @property
     def n_pages(self) -> jax.Array:
@@ -217,8 +217,8 @@ class Item:
 
 def _kernel(plan: Plan, *refs: Any) -> None:
     named = Refs(*refs)
-    numbers = [named.items[lax.axis_index("items"), i] for i in range(5)]
-    item = Item(*numbers, row=(lax.axis_index("tiles") * plan.tuning.cluster + lax.axis_index("cta")) * ROWS)
+    row = (lax.axis_index("tiles") * plan.tuning.cluster + lax.axis_index("cta")) * ROWS
+    item = Item(row, *(named.items[lax.axis_index("items"), i] for i in range(5)))
     roles = [functools.partial(role, plan, named, item) for role in (_sum_values, _score, _load)]
     warpgroup = lax.axis_index("warpgroup")
     lax.cond(warpgroup < VALUES, roles[0], lambda: lax.cond(warpgroup == SCORE, *roles[1:]))
@@ -355,9 +355,7 @@ def _sum_values(plan: Plan, refs: Refs, item: Item) -> None:
     plgpu.set_max_registers(plan.tuning.value_registers, action="increase")
     shape = ROWS, plan.group
     zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-    sums = lax.fori_loop(
-        0, item.n_pages, functools.partial(_add_page, plan, refs), (zeros,) * plan.tuning.groups
-    )
+    sums = lax.fori_loop(0, item.n_pages, functools.partial(_add_page, plan, refs), (zeros,) * plan.tuning.groups)
     sums = _scaled(refs, sums, item.n_pages)
     first = lax.axis_index("warpgroup") * plan.tuning.groups
     for g, part in enumerate(sums):

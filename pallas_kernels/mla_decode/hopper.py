@@ -1,5 +1,7 @@
 """Decode by the kernel for Hopper: what it takes, rows of heads and tokens, parts of long sequences, their sum."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -15,7 +17,7 @@ INSTEAD = "Use implementation='chunked'."
 def decode(
     q_c_BTHC: jax.Array,
     q_rope_BTHP: jax.Array,
-    cache: tuple[jax.Array, ...],
+    cache: Sequence[jax.Array],
     table: jax.Array,
     lengths_B: jax.Array,
     *,
@@ -32,13 +34,14 @@ def decode(
     check(q_c_BTHC, q_rope_BTHP, cache, scale)
     n_processors = n_processors or mosaic_gpu.check_hopper(NAME)
     b, t, h, width = q_c_BTHC.shape
+    c_pool, rope_pool = cache
     q_c, q_rope = (_rows(x) for x in (q_c_BTHC, q_rope_BTHP))
     n_tiles = q_c.shape[1] // gpu.ROWS
     tuning = tuning or gpu.Tuning(cluster=1 if n_tiles % 2 else 2)
     n_splits = n_splits or work.n_splits(b * n_tiles, table.shape[1], n_processors)
     items = work.items(lengths_B, n_splits, longest_first=b * n_splits * n_tiles > n_processors)
     o, lse = gpu.decode(
-        q_c, q_rope, *cache, table, items,
+        q_c, q_rope, c_pool, rope_pool, table, items,
         n_heads=h, n_tokens=t, n_splits=n_splits, scale=scale, tuning=tuning, interpret=interpret,
     )  # fmt: skip
     if n_splits > 1:
@@ -53,7 +56,7 @@ def _rows(q_BTHC: jax.Array) -> jax.Array:
     return jnp.pad(q_BTHC.reshape(b, t * h, width), ((0, 0), (0, -(t * h) % gpu.ROWS), (0, 0)))
 
 
-def check(q_c_BTHC: jax.Array, q_rope_BTHP: jax.Array, cache: tuple[jax.Array, ...], scale: float) -> None:
+def check(q_c_BTHC: jax.Array, q_rope_BTHP: jax.Array, cache: Sequence[jax.Array], scale: float) -> None:
     """Raises ValueError for what the kernel does not take: other dtypes than of 16 bits, odd widths, many tokens."""
     t, width, rope = q_c_BTHC.shape[1], q_c_BTHC.shape[3], q_rope_BTHP.shape[3]
     if len(cache) != 2 or q_c_BTHC.dtype not in (jnp.bfloat16, jnp.float16):

@@ -31,14 +31,13 @@ def decode(
     c_BSC, rope_BSP = (
         jnp.where(held_BS[..., None], pool[table].reshape(b, s, -1).astype(wide), 0) for pool in (c_pool, rope_pool)
     )
-    exact = {"precision": "highest"}
-    scores_BTHS = jnp.einsum("BTHC,BSC->BTHS", q_c_BTHC.astype(wide), c_BSC, **exact)
-    scores_BTHS += jnp.einsum("BTHP,BSP->BTHS", q_rope_BTHP.astype(wide), rope_BSP, **exact)
+    scores_BTHS = jnp.einsum("BTHC,BSC->BTHS", q_c_BTHC.astype(wide), c_BSC, precision="highest")
+    scores_BTHS += jnp.einsum("BTHP,BSP->BTHS", q_rope_BTHP.astype(wide), rope_BSP, precision="highest")
     seen_BTHS = visible(lengths_B, t, jnp.arange(s))[:, :, None]
     scores_BTHS = jnp.where(seen_BTHS, scale * scores_BTHS, -jnp.inf)
     lse_BTH = jax.nn.logsumexp(scores_BTHS, axis=-1)
     weights_BTHS = jnp.exp(scores_BTHS - jnp.where(lse_BTH == -jnp.inf, 0, lse_BTH)[..., None])
-    return jnp.einsum("BTHS,BSC->BTHC", weights_BTHS, c_BSC, **exact).astype(q_c_BTHC.dtype), lse_BTH
+    return jnp.einsum("BTHS,BSC->BTHC", weights_BTHS, c_BSC, precision="highest").astype(q_c_BTHC.dtype), lse_BTH
 
 
 def visible(lengths_B: jax.Array, n_tokens: int, key: jax.Array) -> jax.Array:

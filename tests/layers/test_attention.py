@@ -95,6 +95,32 @@ def test_the_kernel_for_hopper_says_what_it_needs(dtype, width, message):
         Kernels(attention="mosaic_gpu")["attention"](x, x, x, scale=1.0)
 
 
+def test_latent_decode_by_chunks_is_latent_decode():
+    """Over a cache of fewer slots than a page too; two tokens per sequence, of different positions."""
+    rng = np.random.default_rng(0)
+    for n_slots in (10, 192):
+        shapes = (2, 2, 3, 8), (2, 2, 3, 4), (2, n_slots, 8), (2, n_slots, 4)
+        arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+        positions_BT = jnp.asarray([[n_slots - 2, n_slots - 1], [4, 5]])
+        seen_BTS = jnp.arange(n_slots) <= positions_BT[..., None]
+        found, expected = (
+            jax.jit(functools.partial(Kernels(latent_decode=name)["latent_decode"], scale=SCALE))(*arrays, seen_BTS)
+            for name in ("chunked", "xla")
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "n_slots", "message"),
+    [("chunked", 100, "100 slots per sequence"), ("mosaic_gpu", 64, "float32, cache .*expected bfloat16")],
+)
+def test_latent_decode_says_what_it_needs(name, n_slots, message):
+    q, rope, c, k_rope = (jnp.zeros(shape) for shape in ((1, 1, 2, 8), (1, 1, 2, 4), (1, n_slots, 8), (1, n_slots, 4)))
+    with pytest.raises(UserError, match=f"kernels.latent_decode='{name}': .*{message}.*config.kernels.latent_decode=x"):
+        decode = Kernels(latent_decode=name)["latent_decode"]
+        decode(q, rope, c, k_rope, jnp.ones((1, 1, n_slots), bool), scale=1.0)
+
+
 def test_a_row_that_sees_nothing_is_finite():
     assert np.isfinite(masked_softmax(jnp.ones((2, 3)), jnp.zeros((2, 3), bool))).all()
 

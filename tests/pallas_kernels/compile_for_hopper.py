@@ -32,6 +32,7 @@ from pallas_kernels.fp8_matmul import tiles  # noqa: E402
 from pallas_kernels.grouped_matmul import Groups, Scaled, pipeline, rows, weights  # noqa: E402
 from pallas_kernels.grouped_matmul import tiles as grouped_tiles  # noqa: E402
 from pallas_kernels.mla_attention import gpu_backward, gpu_forward  # noqa: E402
+from pallas_kernels.mla_decode import gpu as latent_decode  # noqa: E402
 from pallas_kernels.quantize import gpu as quantise  # noqa: E402
 
 # What the compiler must know of a chip of compute capability 9.0; the figures are an H100's.
@@ -70,6 +71,8 @@ QUANTISED = [(BF16, "fp32"), (BF16, "ue8m0"), (F32, "fp32")]
 SWIGLUS = [(BF16, "fp32", False), (BF16, "ue8m0", True), (F32, "fp32", True)]  # the last: a factor per row
 # Tokens, heads of queries and of keys, their width, that of values; V3's, V1's 67B model, a tiny one.
 ATTENDED = [(4096, 128, 128, 192, 128), (4096, 64, 8, 128, 128), (1000, 2, 1, 64, 64)]
+# Sequences, tokens of each, heads, width of latents, parts, CTAs of a cluster: V3, V2-Lite, speculation, small.
+DECODED = [(128, 1, 128, 512, 1, 2), (64, 1, 16, 512, 2, 1), (4, 2, 128, 512, 16, 2), (2, 4, 16, 256, 1, 1)]
 GROUPED = ((32, 8192, 2048, 7168), (3, 1003, 128, 384))  # groups, rows, D, F
 
 
@@ -171,7 +174,20 @@ def attention() -> dict:
     return calls
 
 
-PARTS = {"dense": dense, "grouped": grouped, "attention": attention}
+def decode() -> dict:
+    """Latent decode over pages."""
+    calls = {}
+    for b, t, h, width, n_splits, cluster in DECODED:
+        options = {"n_heads": h, "n_tokens": t, "n_splits": n_splits, "scale": 0.07}
+        call = functools.partial(latent_decode.decode, **options, tuning=latent_decode.Tuning(cluster=cluster))
+        rows, pages = -(-t * h // 64) * 64, 8 * b
+        operands = [((n, m, w), BF16) for n, m in ((b, rows), (pages, 64)) for w in (width, 64)]
+        tables = ((b, 8), jnp.int32), ((n_splits * b, 5), jnp.int32)
+        calls[f"decode {b}x{t}x{h}x{width} {n_splits}"] = call, (*operands, *tables)
+    return calls
+
+
+PARTS = {"decode": decode, "dense": dense, "grouped": grouped, "attention": attention}
 
 
 def main(parts: list[str]) -> None:

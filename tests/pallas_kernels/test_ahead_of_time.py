@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = 232_448  # bytes that a CTA may have on Hopper
 FEW = 8  # bytes of registers that may be spilled, all of them outside the loops
 ADDRESSES = 96  # bytes of addresses that one kernel spills and reads again only where it compares documents
+LAST_PAGE = 32  # bytes that latent decode spills, for its masked loop: a page or two per sequence
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,7 +33,7 @@ def compiled():
         subprocess.Popen(
             [sys.executable, script, part], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
-        for part in ("dense", "grouped", "attention")
+        for part in ("decode", "dense", "grouped", "attention")
     ]
     lines = []
     for process in started:
@@ -44,12 +45,12 @@ def compiled():
 
 def test_every_kernel_uses_the_instructions_that_it_is_built_on(compiled):
     """Tensor cores, not serialised; for 16-bit values that are transposed on the way, loads that transpose."""
-    assert len(compiled) == 59
+    assert len(compiled) == 63
     for kernel in compiled:
         name = kernel["call"]
         if name.startswith(("fp8_matmul", "grouped fp8")):
             assert kernel["fp8_instructions"] >= 4, kernel
-        elif name.startswith(("grouped", "attention")):
+        elif name.startswith(("decode", "grouped", "attention")):
             assert kernel["bf16_instructions"] >= 4, kernel
         elif "bfloat16" in name:
             assert kernel["transposing_loads"] >= 8, kernel
@@ -60,7 +61,8 @@ def test_kernels_spill_next_to_nothing(compiled):
     """A spill inside the loop shares the pipe that feeds the tensor cores."""
     for kernel in compiled:
         compares = kernel["call"] == "attention of keys 4096x128x128x192x128 documents"
-        assert kernel["spilled"] <= (ADDRESSES if compares else FEW), kernel
+        most = LAST_PAGE if kernel["call"].startswith("decode") else ADDRESSES if compares else FEW
+        assert kernel["spilled"] <= most, kernel
 
 
 def test_shared_memory_is_within_bounds(compiled):

@@ -1,0 +1,69 @@
+"""Latent decode on Hopper: the kernel interpreted on a CPU against the definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import mosaic_gpu
+from pallas_kernels.mla_decode import Pages, decode, gpu, hopper
+
+needs_interpreter = pytest.mark.skipif(not mosaic_gpu.can_interpret(), reason="needs JAX 0.11.2 or later")
+CASES = {  # B, T, H, lengths, parts, CTAs of a cluster
+    "two CTAs share pages": (2, 1, 128, [200, 1], 1, 2),
+    "tokens and heads that do not fill tiles, parts, an empty sequence": (3, 2, 40, [193, 0, 65], 2, 1),
+    "the last tokens of a sequence in different pages": (2, 4, 32, [130, 3], 1, 2),
+}
+
+
+def inputs(b, t, h, lengths, width=256, rope=64) -> tuple:
+    """Queries and a cache with NaN in the null page and behind the ends."""
+    rng = np.random.default_rng(0)
+    most = max(-(-length // 64) for length in lengths) + 1
+    queries = [jnp.asarray(rng.normal(size=(b, t, h, n)), jnp.bfloat16) for n in (width, rope)]
+    pools = [rng.normal(size=(1 + b * most, 64, n)) for n in (width, rope)]
+    table = rng.permutation(np.arange(1, 1 + b * most)).reshape(b, most)
+    held = np.zeros(pools[0].shape[:2], bool)
+    for pages, length in zip(table, lengths, strict=True):
+        held[pages] = np.arange(most * 64).reshape(most, 64) < length
+        pages[-(-length // 64) :] = 0
+    pages = Pages(*(jnp.asarray(np.where(held[..., None], pool, np.nan), jnp.bfloat16) for pool in pools))
+    return *queries, pages, jnp.asarray(table, jnp.int32), jnp.asarray(lengths, jnp.int32)
+
+
+@needs_interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernel_is_the_definition(case):
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    b, t, h, lengths, n_splits, cluster = CASES[case]
+    arrays = inputs(b, t, h, lengths)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arrays)
+    right, lse_right = decode(*wide, implementation="reference", scale=0.1)
+    o, lse = hopper.decode(
+        *arrays, scale=0.1, n_splits=n_splits, n_processors=132, tuning=gpu.Tuning(cluster=cluster),
+        interpret=plgpu.InterpretGPUParams(),
+    )  # fmt: skip
+    assert np.linalg.norm(o.astype(jnp.float32) - right) <= 3e-3 * np.linalg.norm(right)
+    np.testing.assert_allclose(lse, lse_right, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "scale", "message"),
+    [
+        (jnp.float32, (1, 1, 16, 512), 0.1, "queries float32"),
+        (jnp.bfloat16, (1, 1, 16, 384), 0.1, "latents of 384 numbers"),
+        (jnp.bfloat16, (1, 5, 16, 512), 0.1, "5 tokens per sequence"),
+        (jnp.bfloat16, (1, 1, 16, 512), -1.0, "expected a positive number"),
+    ],
+)
+def test_what_the_kernel_does_not_take_is_refused(dtype, shape, scale, message):
+    q, rope = (jax.ShapeDtypeStruct((*shape[:3], width), dtype) for width in (shape[3], 64))
+    with pytest.raises(ValueError, match=message):
+        hopper.check(q, rope, (q, rope), scale)
+
+
+def test_a_machine_without_hopper_is_refused():
+    with pytest.raises(ValueError, match="needs a Hopper GPU"):
+        decode(*inputs(1, 1, 16, [5]), implementation="mosaic_gpu", scale=0.1)
