@@ -11,7 +11,7 @@ warpgroups pass a page on:
     values   two warpgroups, each half of the columns of O: 64 x 256 numbers are 128 registers of a thread
 
 so that the tensor cores multiply S_(j+1) or P_(j-1) V_(j-1) while P_j is computed. Slots are filled in parts, in the
-order in which they become free, for there is no room for a third one: Q 72 KB, two slots 144 KB, P 8 KB. CTAs of a
+order in which they become free, for there is no space for a third one: Q 72 KB, two slots 144 KB, P 8 KB. CTAs of a
 cluster have the same sequence and other heads, and load each page together.
 
 What bounds it, V3's sizes: 1,152 cycles for S_j and 1,024 for P_j V_j, 64 tokens of 64 rows; for 128 rows, the two CTAs
@@ -50,7 +50,7 @@ class Tuning:
     Attributes:
         cluster: CTAs that load pages together; divides the number of row tiles.
         groups: parts of each half of a latent's columns, loaded and released one by one.
-        ahead: pages that are brought into the L2 cache before there is room for them.
+        ahead: pages that are brought into the L2 cache before there is space for them.
         loader_registers: per thread; the warpgroup of the scores keeps its 128, those of the values have the rest.
     """
 
