@@ -30,9 +30,9 @@ def abstract_weights(config: ConfigDict) -> Tree:
     return {"params": params, "router_bias": router_bias}
 
 
-def abstract_module(config: ConfigDict, kernels: Kernels | None = None) -> nnx.Module:
+def abstract_module(config: ConfigDict, kernels: Kernels | None = None, unroll: int = 1) -> nnx.Module:
     """The network of a config with shapes in place of arrays; arguments as for `module`."""
-    return abstract(lambda rngs: module(config, rngs.params(), kernels))
+    return abstract(lambda rngs: module(config, rngs.params(), kernels, unroll))
 
 
 def count_parameters(params: Tree) -> tuple[int, int]:
@@ -42,11 +42,15 @@ def count_parameters(params: Tree) -> tuple[int, int]:
     return sum(sizes.values()), ahead
 
 
-def module(config: ConfigDict, key: jax.Array, kernels: Kernels | None = None) -> nnx.Module:
-    """The network of a config with fresh weights, computed by these kernels; None: by those of the config."""
+def module(config: ConfigDict, key: jax.Array, kernels: Kernels | None = None, unroll: int = 1) -> nnx.Module:
+    """The network of a config with fresh weights, computed by these kernels; None: by those of the config.
+
+    For `unroll` see `layers.base.Execution`.
+    """
     maker = family(config.family)
     precision, kernels = policy(config.precision, config.fp8), kernels or Kernels(**config.kernels)
-    run = Execution(compute=precision.compute, matmul=precision.matmul(kernels), kernels=kernels)
+    matmul = precision.matmul(kernels)
+    run = Execution(compute=precision.compute, matmul=matmul, kernels=kernels, unroll=unroll)
     return maker.Model(maker.Config.from_config(config.model), run, rngs=nnx.Rngs(key))
 
 

@@ -24,7 +24,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
-from deepseek_jax import release, run_config
+from deepseek_jax import on_device, release, run_config
 from deepseek_jax.abstract_model import abstract_module, abstract_weights, check_memory, count_parameters, module
 from deepseek_jax.compat import quick_compile
 from deepseek_jax.convert import hf
@@ -60,7 +60,9 @@ class LanguageModel:
         self._definition, _, _ = split(abstract_module(config, XLA))  # runs anywhere, also where a run did not
         # GPUs and TPUs would otherwise round the operands of a matmul in float32
         matmul_precision = "highest" if config.precision == "fp32" else None
-        self._generator = Generator(self._definition, config.model.vocab_size, matmul_precision)
+        definition = on_device.definition(config, self._definition)
+        self._generator = Generator(definition, config.model.vocab_size, matmul_precision)
+        self._narrowed = on_device.Narrowed(config)
 
         @jax.jit
         def forward(params: Tree, router_bias: Tree, ids_BT: jax.Array) -> jax.Array:
@@ -195,7 +197,7 @@ class LanguageModel:
                 "a prompt is text: expected ids. Use model.complete(text), or model.tokenizer.encode(text) first."
             )
         return {
-            "inputs": (self.params, self.router_bias, prompts, row_keys(seed, len(prompts))),
+            "inputs": (self._narrowed(self.params), self.router_bias, prompts, row_keys(seed, len(prompts))),
             "max_new_tokens": max_new_tokens,
             "n_positions": self.n_positions,
             "temperature": temperature,

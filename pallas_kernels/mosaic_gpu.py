@@ -82,11 +82,15 @@ def store_rows(
     emit(values, ref, row, column, low, high)
 
 
+def is_hopper() -> bool:
+    """Returns whether the default device is a Hopper GPU."""
+    return jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", None) == "9.0"
+
+
 def check_hopper(name: str) -> int:
     """Returns the number of processors of the default device; raises ValueError unless it is a Hopper GPU."""
     device = jax.devices()[0]
-    capability = getattr(device, "compute_capability", None)
-    if jax.default_backend() != "gpu" or capability != "9.0":
+    if not is_hopper():
         raise ValueError(
             f"implementation={name!r} on {device.device_kind}: needs a Hopper GPU (compute capability 9.0). Use "
             "implementation='reference'."

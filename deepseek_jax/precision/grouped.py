@@ -152,7 +152,7 @@ def chunk_rows(n_rows: int, n_experts: int) -> int:
     return min(max(1 << (half.bit_length() - 1), 128), 512, n_rows)
 
 
-def on_hopper(x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array) -> jax.Array:
+def on_hopper(x_AD: jax.Array, w_XDF: Matrices, count_X: jax.Array) -> jax.Array:
     """As `grouped_matmul`, by the kernel for Hopper GPUs, for bfloat16 and widths that are multiples of 128.
 
     Raises UserError on another device, and for another dtype or width.
@@ -160,14 +160,18 @@ def on_hopper(x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array) -> jax.Arra
     return _by_kernel("mosaic_gpu", x_AD, w_XDF, count_X)
 
 
-def on_tpu(x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array) -> jax.Array:
-    """As `on_hopper`, by the kernel for TPUs."""
+def on_tpu(x_AD: jax.Array, w_XDF: Matrices, count_X: jax.Array) -> jax.Array:
+    """As `on_hopper`, by the kernel for TPUs; of a stack of layers it takes a copy of the layer's weights."""
+    if isinstance(w_XDF, OfLayer):
+        w_XDF = layer_of(*w_XDF)
     return _by_kernel("mosaic_tpu", x_AD, w_XDF, count_X)
 
 
-def _by_kernel(implementation: str, x_AD: jax.Array, w_XDF: jax.Array, count_X: jax.Array) -> jax.Array:
+def _by_kernel(implementation: str, x_AD: jax.Array, w_XDF: Matrices, count_X: jax.Array) -> jax.Array:
+    matrices, first = _matrices(w_XDF)
+    groups = kernels.Groups(count_X, first=jnp.int32(first) if isinstance(w_XDF, OfLayer) else None)
     try:
-        return kernels.grouped_matmul(x_AD, w_XDF, kernels.Groups(count_X), implementation=implementation)
+        return kernels.grouped_matmul(x_AD, matrices, groups, implementation=implementation)
     except ValueError as error:
         raise UserError(
             f"kernels.grouped_matmul={implementation!r}: {error} In a run, config.kernels.grouped_matmul=xla."

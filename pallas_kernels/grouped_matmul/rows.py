@@ -81,7 +81,10 @@ def _run(
         k=k,
         transposed=transposed,
     )
-    table = row_tiles(groups, x.shape[0], tiles.span[0]).reshape(-1)
+    table = row_tiles(groups, x.shape[0], tiles.span[0])
+    if groups.first is not None:
+        table = table.at[:, FIELDS.index("group")].add(groups.first)
+    table = table.reshape(-1)
     y = plan.call(run.interpret)(table, x, w, *scales)
     return y[:n_rows] if extra else y
 

@@ -115,11 +115,16 @@ def dense() -> dict:
     return calls
 
 
+FEW = "a few rows per group, with a layer's part of the weights of all layers"
+
+
 def of_arrays(call):
     """`call` of a grouped kernel as a function of its arrays: in FP8 these are codes and scales of both operands."""
 
     def of(*arrays):
         *operands, count = arrays
+        if call is FEW:
+            return rows.grouped_matmul(*operands, Groups(count, first=count[0]))
         if len(operands) == 2:
             return call(*operands, Groups(count))
         return call(Scaled(*operands[:2]), Scaled(*operands[2:]), Groups(count, align=128))
@@ -147,6 +152,9 @@ def grouped() -> dict:
             found[f"fp8 {name}"] = functools.partial(rows.grouped_fp8_matmul, run=pipeline.Run(tiles=choice)), fp8
         for name, (call, operands) in found.items():
             calls[f"grouped {name} {x}x{a}x{d}x{f}"] = of_arrays(call), (*operands, ((x,), jnp.int32))
+    (a, d), (n_layers, x), f = (96, 2048), (3, 64), 1408  # V2-Lite, 16 sequences
+    few = (((a, d), BF16), ((n_layers * x, d, f), BF16), ((x,), jnp.int32))
+    calls[f"grouped bf16 few {x}x{a}x{d}x{f}"] = of_arrays(FEW), few
     return calls
 
 

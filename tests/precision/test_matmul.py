@@ -22,7 +22,7 @@ from deepseek_jax.layers.base import SINGLE_DEVICE
 from deepseek_jax.layers.gqa import GQA, GQAConfig
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.models import family
-from deepseek_jax.precision.grouped import grouped_matmul, vjp_input, vjp_weight
+from deepseek_jax.precision.grouped import OfLayer, grouped_matmul, vjp_input, vjp_weight
 from deepseek_jax.precision.matmul import PLAIN, PlainMatmul
 from pallas_kernels import grouped_matmul as grouped_kernels
 
@@ -65,6 +65,17 @@ def test_the_loop_over_chunks_is_the_definition_that_the_kernel_is_tested_agains
 
     for loop, other in zip(all_three(grouped_matmul, x, w, g), all_three(definition, x, w, g), strict=True):
         np.testing.assert_allclose(loop, other, atol=1e-5)
+
+
+def test_experts_found_in_a_stack_of_layers_are_those_of_the_layer():
+    rng = np.random.default_rng(0)
+    x, w_LXDF = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((9, 3), (2, 3, 3, 4)))
+    counts = jnp.array([4, 0, 3])
+    for number in (1, jnp.int32(1)):
+        of_layer = OfLayer(w_LXDF, number)
+        assert of_layer.shape == (3, 3, 4) and of_layer.astype(jnp.float32) is of_layer
+        np.testing.assert_array_equal(of_layer.astype(jnp.bfloat16), w_LXDF[1].astype(jnp.bfloat16))
+        np.testing.assert_array_equal(grouped_matmul(x, of_layer, counts), grouped_matmul(x, w_LXDF[1], counts))
 
 
 @pytest.mark.parametrize("name, device", [("mosaic_gpu", "a Hopper GPU"), ("mosaic_tpu", "a TPU")])
