@@ -34,6 +34,7 @@ from deepseek_jax.kernels import XLA
 from deepseek_jax.layers.base import Tree, bind, split
 from deepseek_jax.precision.policy import policy
 from deepseek_jax.seeds import random_key
+from deepseek_jax.serve.engine import Engine
 from deepseek_jax.serve.generate import ENDED, Generator
 from deepseek_jax.serve.sampler import row_keys
 from deepseek_jax.weights import export, open_weights
@@ -165,6 +166,11 @@ class LanguageModel:
         """`generate` for one prompt, each id as soon as it is there."""
         options = self._options([ids], max_new_tokens, temperature, top_p, seed, stop_ids)
         return (int(new_B[0]) for new_B in self._generator.stream(*options.pop("inputs"), **options))
+
+    def engine(self, **options: Any) -> Engine:
+        """Returns an engine that runs many requests at once; `options` as for `serve.engine.Engine`."""
+        options = {"matmul_precision": self._generator.matmul_precision} | options
+        return Engine(self._definition, (self.params, self.router_bias), self.n_positions, **options)
 
     def complete(self, text: str | Sequence[str], max_new_tokens: int = 64, **options: Any) -> str | list[str]:
         """Returns the continuation of a text, or a list of those of several; `options` as for `generate`."""

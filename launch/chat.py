@@ -24,12 +24,11 @@ from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from ml_collections import ConfigDict
-
 from deepseek_jax.bounds import SEED, STEPS, number, path, whole
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
 from deepseek_jax.launch._continuation import write
+from deepseek_jax.launch._talking import drawing_of, template_name
 
 if TYPE_CHECKING:
     from deepseek_jax.language_model import LanguageModel
@@ -48,7 +47,6 @@ FLAGS = {
 }
 QUOTES = '"""'
 PASTE_S = 0.02  # lines that come faster than this one after the other were pasted
-DRAWING = {"temperature": 0.6, "top_p": 0.95}  # where neither the user nor the model's files say
 DIM, PLAIN = "\x1b[2m", "\x1b[22m"
 
 
@@ -72,29 +70,6 @@ def main(argv: list[str]) -> int:
         terminal.note(f"{Path(source).name}, template {name}, {model.n_positions:,} tokens at most. /help for help.")
     terminal.run(dialogue)
     return 0
-
-
-def template_name(tokenizer: str, source: Path | str, given: str) -> str:
-    """Returns the name of the template: the one given, or the one beside the tokenizer's file."""
-    from deepseek_jax.data import chat
-    from deepseek_jax.data.tokenizer import BUILT_IN
-
-    if tokenizer == "none":
-        raise UserError(f"{source} came without a tokenizer.json, which a chat needs. Put it beside the weights.")
-    path = Path(tokenizer).expanduser()
-    folder = None if tokenizer in ("deepseek", *BUILT_IN) else path if path.is_dir() else path.parent
-    return chat.template_for(folder, given, model=str(source))
-
-
-def drawing_of(config: ConfigDict) -> dict[str, float]:
-    """Returns the temperature and top_p of a model's generation_config.json, or `DRAWING`'s where it has none."""
-    from deepseek_jax import release
-
-    said = release.generation_config(config)
-    if said.get("do_sample") is False:
-        return DRAWING | {"temperature": 0.0}
-    numbers = {key: said.get(key) for key in DRAWING}
-    return DRAWING | {key: float(n) for key, n in numbers.items() if isinstance(n, int | float)}
 
 
 def open_dialogue(model: "LanguageModel", name: str, options: SimpleNamespace) -> "Dialogue":

@@ -21,7 +21,7 @@ from deepseek_jax import cli, run_config
 from deepseek_jax.data.tokenizer import open_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.language_model import LanguageModel, abstract_module, load, save_pretrained
-from deepseek_jax.launch import chat
+from deepseek_jax.launch import _talking, chat
 from deepseek_jax.layers.base import split
 
 BYTES = open_tokenizer("bytes")
@@ -66,7 +66,7 @@ def test_a_model_draws_as_its_own_files_say(tmp_path, said, drawing):
         (tmp_path / "generation_config.json").write_text(json.dumps(said))
     config = run_config.load("tiny_v3")
     config.release.folder = str(tmp_path)
-    assert chat.drawing_of(config) == drawing
+    assert _talking.drawing_of(config) == drawing
 
 
 def piped(monkeypatch, text, *flags):
@@ -156,7 +156,7 @@ def test_a_model_without_a_template_is_asked_about(scripted, monkeypatch):
     ):
         chat.main(["--from=mine"])
     with pytest.raises(UserError, match="mine came without a tokenizer.json"):
-        chat.template_name("none", "mine", "v3")
+        _talking.template_name("none", "mine", "v3")
     with pytest.raises(UserError, match="'r2': expected one of v1"):
         chat.main(["--from=mine", "--template=r2"])
     for flags in ([], ["--from=a", "--workdir=b"]):
@@ -176,8 +176,8 @@ def test_the_template_beside_the_tokenizer_is_the_models(tmp_path, where):
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "chat_template.jinja").write_text("{{'<｜User｜>'}}{{'<｜Assistant｜></think>'}}{% if thinking %}")
     tokenizer = str(tmp_path if where == "folder" else tmp_path / "tokenizer.json")
-    assert chat.template_name(tokenizer, "mine", "") == "v31"
-    assert chat.template_name(tokenizer, "mine", "r1-0528") == "r1"
+    assert _talking.template_name(tokenizer, "mine", "") == "v31"
+    assert _talking.template_name(tokenizer, "mine", "r1-0528") == "r1"
 
 
 # A process with a scripted model, which says "Hm" in thought and the message back, or counts slowly.
@@ -201,7 +201,7 @@ model = types.SimpleNamespace(config=config, tokenizer=BYTES, stream=stream, n_p
 for name, offers in (("language_model", "load"), ("compat", "start_compilation_cache")):  # without jax: starts at once
     sys.modules["deepseek_jax." + name] = types.SimpleNamespace(**{offers: lambda argument: model})
 
-from deepseek_jax.launch import chat
+from deepseek_jax.launch import _talking, chat
 sys.exit(chat.main(["--from=mine", "--template=r1"]))
 """
 

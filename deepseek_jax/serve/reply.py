@@ -99,13 +99,18 @@ class Reply:
         """Returns what was returned in pieces, as a message."""
         return as_message(self._texts["content"], self._texts["thought"], self._calls)
 
+    @property
+    def is_in_thought(self) -> bool:
+        """Whether the next token belongs to the thought, unless it ends it."""
+        return isinstance(self._segment, _Text) and self._segment.kind == "thought"
+
     def _following(self, mark: Part) -> "_Segment | None":
         """What begins at a special token; None if it means nothing here."""
         segment, spaces, call_format = self._segment, self._template.spaces, self._template.call_format
         if mark == THINK and self._is_blank():
             self._segment = _Text("content", "", "")  # without the blanks
             return self._thought(spaces.before_thought)
-        if mark == END_THINK and isinstance(segment, _Text) and segment.kind == "thought":
+        if mark == END_THINK and self.is_in_thought:
             return self._content(spaces.before_content)
         is_outside = isinstance(segment, _Between) or (isinstance(segment, _Text) and segment.kind == "content")
         if mark == CALLS and is_outside:

@@ -1,0 +1,1 @@
+"""The HTTP interface: DeepSeek's and OpenAI's chat and text completions."""

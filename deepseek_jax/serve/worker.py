@@ -1,0 +1,153 @@
+"""The engine in a thread of its own, and what it says handed to asyncio.
+
+    worker = Worker(engine, most_waiting=256); worker.start()
+    async with worker.open(prompt, sampling) as stream:         # raises Busy
+        async for output in stream: …                           # leaving the block ends the request
+
+Only the thread touches the engine. Requests and cancellations reach it through an inbox, which it empties between two
+steps; what a step gave is handed to the event loops in one call each.
+"""
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from deepseek_jax.serve.engine import Engine, Output, Sampling
+from deepseek_jax.serve.scheduler import Request
+
+
+class Busy(Exception):
+    """There are as many requests as the worker takes."""
+
+
+class Dead(Exception):
+    """The engine has failed, or was stopped."""
+
+
+class Stream:
+    """The outputs of one request, as an asynchronous iterator; `n_cached` tokens of its prompt were not computed."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.loop = loop
+        self.outputs: asyncio.Queue[Output | Exception] = asyncio.Queue()
+        self.request: Request | None = None
+        self.n_cached = 0
+
+    def __aiter__(self) -> "Stream":
+        return self
+
+    async def __anext__(self) -> Output:
+        output = await self.outputs.get()
+        if isinstance(output, Exception):
+            raise output
+        if output.ids == [] and output.ending:
+            raise StopAsyncIteration
+        if output.ending:
+            self.outputs.put_nowait(output._replace(ids=[]))
+        self.n_cached = output.request.n_cached
+        return output
+
+
+class Worker:
+    """Runs an engine; `most` requests at a time are accepted, running and waiting together."""
+
+    def __init__(self, engine: Engine, most: int = 256):
+        self.engine, self.most = engine, most
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._streams: dict[Request, Stream] = {}
+        self._n_open = 0
+        self._error: Exception | None = Dead("the engine has not started")
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are accepted."""
+        return self._error is None
+
+    @property
+    def n_open(self) -> int:
+        """Requests that are running or waiting."""
+        return self._n_open
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._error = None
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread; requests that are open fail with `Dead`."""
+        self._inbox.put(self._raise)
+        self._thread.join()
+
+    @contextlib.asynccontextmanager
+    async def open(self, prompt: Sequence[int], sampling: Sampling) -> AsyncIterator[Stream]:
+        """A request, for as long as the block runs.
+
+        Raises Busy, Dead, and UserError for a request that could never run.
+        """
+        if self._error:
+            raise self._error
+        if self._n_open >= self.most:
+            raise Busy(f"{self._n_open} requests are running or waiting")
+        self._n_open += 1
+        stream = Stream(asyncio.get_running_loop())
+        submitted: asyncio.Future[None] = stream.loop.create_future()
+        self._inbox.put(lambda: self._submit(stream, prompt, sampling, submitted))
+        try:
+            await submitted
+            yield stream
+        finally:
+            self._n_open -= 1
+            self._inbox.put(lambda: self._cancel(stream))
+
+    def _submit(self, stream: Stream, prompt: Sequence[int], sampling: Sampling, submitted: asyncio.Future) -> None:
+        try:
+            stream.request = self.engine.submit(prompt, sampling)
+            self._streams[stream.request] = stream
+            answer = None
+        except Exception as error:  # the request is at fault, not the engine
+            answer = error
+        _call(stream.loop, lambda: _settle(submitted, answer))
+
+    def _cancel(self, stream: Stream) -> None:
+        if stream.request:
+            self._streams.pop(stream.request, None)
+            self.engine.cancel(stream.request)
+
+    def _run(self) -> None:
+        try:
+            while True:
+                while self.engine.is_idle or not self._inbox.empty():
+                    self._inbox.get()()
+                self._hand_out(self.engine.step())
+        except Exception as error:
+            self._error = Dead(f"the engine has failed: {error}") if not isinstance(error, Dead) else error
+            for stream in self._streams.values():
+                _call(stream.loop, lambda stream=stream: stream.outputs.put_nowait(self._error))
+            if not isinstance(error, Dead):
+                raise
+
+    def _raise(self) -> None:
+        raise Dead("the server is stopping")
+
+    def _hand_out(self, outputs: list[Output]) -> None:
+        found = [(self._streams[output.request], output) for output in outputs if output.request in self._streams]
+        for loop in {stream.loop for stream, _ in found}:
+            mine = [(stream, output) for stream, output in found if stream.loop is loop]
+            _call(loop, lambda mine=mine: [stream.outputs.put_nowait(output) for stream, output in mine])
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is waiting any more
+        loop.call_soon_threadsafe(function)
+
+
+def _settle(future: asyncio.Future, error: Exception | None) -> None:
+    if future.done():  # cancelled: its client has gone
+        return
+    if error:
+        future.set_exception(error)
+    else:
+        future.set_result(None)

@@ -1,0 +1,343 @@
+"""The server as clients see it: OpenAI's own client, unmodified, and plain HTTP, over a scripted engine.
+
+The engine's model says given texts, a few tokens per step, so that what arrives is known to the letter.
+"""
+
+import asyncio
+import http.client
+import json
+import threading
+import time
+import types
+
+import openai
+import pytest
+import uvicorn
+
+from deepseek_jax.data.chat import TEMPLATES
+from deepseek_jax.data.tokenizer import open_tokenizer
+from deepseek_jax.errors import UserError
+from deepseek_jax.serve.api.app import Service, create_app
+from deepseek_jax.serve.engine import Output, Sampling
+from deepseek_jax.serve.worker import Dead, Worker
+
+BYTES = open_tokenizer("bytes")
+END = "<｜end▁of▁sentence｜>"
+
+
+class Job:
+    def __init__(self, ids, n_cached, options):
+        self.ids, self.n_cached, self.options = ids, n_cached, options
+
+
+class Script:
+    """An engine whose requests say `answer(prompt)`, `speed` tokens per step."""
+
+    def __init__(self):
+        self.answer, self.speed, self.requests, self.delay_s = lambda prompt: "Hi!" + END, 3, [], 0.0
+        self.prompts, self.samplings = [], []
+
+    def submit(self, prompt, sampling):
+        if len(prompt) > 400:
+            raise UserError("too long")
+        self.prompts.append(BYTES.decode(prompt, specials=True))
+        self.samplings.append(sampling)
+        said = self.answer(self.prompts[-1])
+        ids = BYTES.encode(said, specials=True).tolist()[: sampling.max_new_tokens]
+        self.requests.append(Job(ids, min(64, len(prompt)), sampling))
+        return self.requests[-1]
+
+    def cancel(self, request):
+        if request in self.requests:
+            self.requests.remove(request)
+
+    @property
+    def is_idle(self):
+        return not self.requests
+
+    def step(self):
+        if self.delay_s:
+            time.sleep(self.delay_s)
+        outputs = []
+        for request in list(self.requests):
+            new, request.ids = request.ids[: self.speed], request.ids[self.speed :]
+            ending = "" if request.ids else "stop" if new[-1] in request.options.stop_ids else "length"
+            outputs.append(Output(request, new, ending))
+            if ending:
+                self.cancel(request)
+        if any(output.ids == [0] for output in outputs):
+            raise RuntimeError("the device is gone")
+        return outputs
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def serve(script, name="r1", **options):
+    options = {"name": "mine", "tokenizer": BYTES, "end_ids": (BYTES.eos_id,), "n_positions": 500} | options
+    worker = Worker(script, options.pop("most", 8))
+    service = Service(worker=worker, template=TEMPLATES[name] if name else None, **options)
+    config = uvicorn.Config(create_app(service), port=0, log_level="warning")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.005)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    return types.SimpleNamespace(url=f"http://127.0.0.1:{port}", server=server, thread=thread, worker=worker)
+
+
+@pytest.fixture(scope="module")
+def script():
+    return Script()
+
+
+@pytest.fixture(scope="module")
+def served(script):
+    made = serve(script, keys=("secret", "other"))
+    yield made
+    made.server.should_exit = True
+    made.thread.join(10)
+
+
+@pytest.fixture
+def client(served, script):
+    wait_until(lambda: script.is_idle and served.worker.n_open == 0)
+    script.__init__()
+    with openai.OpenAI(base_url=served.url + "/v1", api_key="secret", max_retries=0) as made:
+        yield made
+
+
+def ask(served, method, path, body=None, key="secret"):
+    """Returns (status, body as JSON)."""
+    connection = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=20)
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}".encode()} if key else {})
+    data = body if isinstance(body, bytes | None) else json.dumps(body)
+    connection.request(method, path, data, headers)
+    answer = connection.getresponse()
+    text = answer.read()
+    connection.close()
+    return answer.status, json.loads(text)
+
+
+def message_of(found):
+    return found["error"]["message"]
+
+
+ASK = [{"role": "user", "content": "1+1=?"}]
+THOUGHT = "<think>\nHm. 1+1\n</think>\n\nTwo." + END
+
+
+def test_a_message(client, script):
+    script.answer = lambda prompt: THOUGHT
+    found = client.chat.completions.create(model="mine", messages=ASK)
+    (choice,) = found.choices
+    assert (choice.message.content, choice.message.reasoning_content) == ("Two.", "Hm. 1+1")
+    assert (choice.finish_reason, choice.message.role, found.object) == ("stop", "assistant", "chat.completion")
+    n_prompt = len(BYTES.encode(script.prompts[0], specials=True))
+    assert script.prompts == ["<｜begin▁of▁sentence｜><｜User｜>1+1=?<｜Assistant｜>"]
+    assert found.usage.prompt_tokens == n_prompt == found.usage.prompt_tokens_details.cached_tokens
+    assert found.usage.completion_tokens == len(BYTES.encode(THOUGHT, specials=True))
+    assert 0 < found.usage.completion_tokens_details.reasoning_tokens < found.usage.completion_tokens
+    assert found.usage.prompt_cache_miss_tokens == 0
+
+
+@pytest.mark.parametrize("speed", [1, 3, 100])
+def test_a_streamed_message_is_the_whole_one(client, script, speed):
+    script.answer, script.speed = lambda prompt: THOUGHT, speed
+    chunks = list(client.chat.completions.create(model="mine", messages=ASK, stream=True))
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert deltas[0].role == "assistant"
+    thoughts = [getattr(delta, "reasoning_content", None) for delta in deltas]
+    assert "".join(filter(None, thoughts)) == "Hm. 1+1"
+    assert "".join(delta.content or "" for delta in deltas) == "Two."
+    assert not any(delta.content and thought for delta, thought in zip(deltas, thoughts, strict=True))
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+    assert len({chunk.id for chunk in chunks}) == 1 and chunks[0].object == "chat.completion.chunk"
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_token_counts_come_last_if_asked_for(client):
+    stream = client.chat.completions.create(
+        model="mine", messages=ASK, stream=True, stream_options={"include_usage": True}
+    )
+    *others, last = list(stream)
+    assert last.choices == [] and last.usage.completion_tokens == 4
+    assert all(chunk.choices for chunk in others)
+
+
+def test_thinking_can_be_asked_for(client, script):
+    script.answer = lambda prompt: "Hm\n</think>\n\nTwo." + END
+    found = client.chat.completions.create(model="mine", messages=ASK, extra_body={"thinking": {"type": "enabled"}})
+    assert script.prompts[0].endswith("<think>\n")
+    assert found.choices[0].message.reasoning_content == "Hm"
+
+
+def test_drawing_and_limits_reach_the_engine(client, script):
+    script.answer = lambda prompt: "Here it is"
+    found = client.chat.completions.create(
+        model="mine", messages=ASK, temperature=0.5, top_p=0.7, seed=5, max_tokens=3, n=2, user="alice"
+    )
+    assert [choice.message.content for choice in found.choices] == ["Her", "Her"]
+    assert {choice.finish_reason for choice in found.choices} == {"length"}
+    assert [(s.temperature, s.top_p, s.seed, s.max_new_tokens, s.salt) for s in script.samplings] == [
+        (0.5, 0.7, 5, 3, b"alice"),
+        (0.5, 0.7, 6, 3, b"alice"),
+    ]
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (8, 6)
+    client.chat.completions.create(model="mine", messages=ASK)
+    assert (script.samplings[-1].temperature, script.samplings[-1].max_new_tokens) == (1.0, 500 - 8)
+
+
+def test_several_choices_stream_side_by_side(client, script):
+    script.answer = lambda prompt: f"Answer {len(script.prompts)}" + END
+    texts = {0: "", 1: "", 2: ""}
+    for chunk in client.chat.completions.create(model="mine", messages=ASK, n=3, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert texts == {0: "Answer 1", 1: "Answer 2", 2: "Answer 3"}
+
+
+def test_a_stop_string_ends_the_request(client, script, served):
+    script.answer, script.speed, script.delay_s = lambda prompt: "one two three " * 20, 2, 0.005
+    found = client.chat.completions.create(model="mine", messages=ASK, stop=["two"])
+    assert (found.choices[0].message.content, found.choices[0].finish_reason) == ("one ", "stop")
+    wait_until(lambda: script.is_idle)
+    chunks = client.chat.completions.create(model="mine", messages=ASK, stop="two", stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "one "
+
+
+def test_a_text_is_continued(client, script):
+    script.answer = lambda prompt: " world" + END
+    found = client.completions.create(model="mine", prompt="Hello")
+    assert (found.choices[0].text, found.choices[0].finish_reason, found.object) == (
+        " world",
+        "stop",
+        "text_completion",
+    )
+    assert script.prompts == ["Hello"]
+    found = client.completions.create(model="mine", prompt=[[72, 105], [72]], max_tokens=2)
+    assert [choice.text for choice in found.choices] == [" w", " w"]
+    assert script.prompts[1:] == ["Hi", "H"] and found.usage.prompt_tokens == 3
+    chunks = list(client.completions.create(model="mine", prompt="Hello", stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == " world"
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_a_gap_is_filled(client, script):
+    client.completions.create(model="mine", prompt="def f(x):\n", suffix="\nf(1)")
+    assert script.prompts[0].endswith("<｜fim▁begin｜>def f(x):\n<｜fim▁hole｜>\nf(1)<｜fim▁end｜>")
+
+
+def test_models(client):
+    assert [model.id for model in client.models.list()] == ["mine"]
+
+
+def test_marks_in_a_message_are_text(client, script):
+    client.chat.completions.create(model="mine", messages=[{"role": "user", "content": "<｜Assistant｜>"}])
+    assert BYTES.encode("<｜Assistant｜>", specials=False).size > 1
+    assert script.prompts[0].count("<｜Assistant｜>") == 2  # one of them in letters, as the length shows
+    assert script.requests == []
+
+
+REFUSED = [
+    ({"messages": []}, 422, "messages: List should have at least 1 item"),
+    ({}, 422, "messages: Field required"),
+    (b"{", 422, "JSON"),
+    ({"messages": ASK, "temperature": 3}, 422, "temperature: Input should be less than or equal to 2"),
+    ({"messages": ASK, "n": 1000}, 422, "n: Input should be less than or equal to 16"),
+    ({"messages": ASK, "max_tokens": 0}, 422, "max_tokens"),
+    ({"messages": ASK, "logprobs": True}, 400, "logprobs=True: not implemented by this server"),
+    ({"messages": ASK, "response_format": {"type": "json_object"}}, 400, "response_format="),
+    ({"messages": ASK, "tool_choice": "required"}, 400, "tool_choice='required'"),
+    ({"messages": ASK, "model": "gpt-4o"}, 400, "model 'gpt-4o': this server has 'mine'"),
+    ({"messages": [{"role": "robot", "content": "Hi"}]}, 400, "messages[0]"),
+    ({"messages": [*ASK, {"role": "assistant", "content": "Hi"}]}, 400, "the last message is the assistant's"),
+    ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "expected fewer than 500"),
+    ({"messages": [{"role": "user", "content": "x" * 450}]}, 400, "too long"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "message"), REFUSED)
+def test_bad_requests_are_refused_in_words(served, client, body, status, message):
+    found_status, found = ask(served, "POST", "/chat/completions", body)
+    assert found_status == status and message in message_of(found)
+    assert set(found["error"]) == {"message", "type", "param", "code"}
+    assert served.worker.is_alive and served.worker.n_open == 0
+
+
+@pytest.mark.parametrize("path", ["/models", "/v1/models", "/beta/models", "/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("key", ["", "wrong", "secret2", "ключ"])
+def test_every_route_asks_for_a_key(served, path, key):
+    status, found = ask(served, "GET" if "models" in path else "POST", path, key=key)
+    assert (status, found["error"]["type"]) == (401, "invalid_request_error")
+
+
+def test_unknown_routes_and_health(served):
+    assert ask(served, "GET", "/v1/nothing")[0] == 404
+    assert ask(served, "GET", "/health", key="") == (200, {"requests": 0})
+
+
+def test_clients_that_leave_end_their_requests(client, served, script):
+    script.answer, script.speed, script.delay_s = lambda prompt: "word " * 90, 1, 0.01
+    stream = client.chat.completions.create(model="mine", messages=ASK, stream=True)
+    next(iter(stream))
+    stream.close()
+    wait_until(lambda: script.is_idle and served.worker.n_open == 0)
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.1).chat.completions.create(model="mine", messages=ASK)
+    wait_until(lambda: script.is_idle and served.worker.n_open == 0)
+
+
+def test_a_full_queue_refuses_and_recovers(client, served, script):
+    script.answer, script.speed, script.delay_s = lambda prompt: "word " * 90, 1, 0.01
+    streams = [client.chat.completions.create(model="mine", messages=ASK, stream=True) for _ in range(8)]
+    with pytest.raises(openai.RateLimitError, match="8 requests are running or waiting"):
+        client.chat.completions.create(model="mine", messages=ASK)
+    for stream in streams:
+        stream.close()
+    wait_until(lambda: served.worker.n_open == 0)
+    assert client.chat.completions.create(model="mine", messages=ASK, max_tokens=4).choices[0].message.content == "word"
+
+
+def test_a_base_model_has_no_chat():
+    made = serve(Script(), name=None)
+    status, found = ask(made, "POST", "/chat/completions", {"messages": ASK})
+    assert status == 400 and "it continues texts" in message_of(found)
+    assert ask(made, "POST", "/completions", {"prompt": "Hello"})[1]["choices"][0]["text"] == "Hi!"
+    made.server.should_exit = True
+    made.thread.join(10)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dead_engine_is_said():
+    script = Script()
+    script.answer = lambda prompt: "\0"
+    made = serve(script)
+    status, found = ask(made, "POST", "/chat/completions", {"messages": ASK, "max_tokens": 1})
+    assert status == 503 and "the device is gone" in message_of(found)
+    assert ask(made, "GET", "/health")[0] == 503
+    assert ask(made, "POST", "/chat/completions", {"messages": ASK})[0] == 503
+    made.server.should_exit = True
+    made.thread.join(10)
+
+
+def test_a_worker_that_stops_ends_what_is_open():
+    script = Script()
+    script.answer, script.delay_s = lambda prompt: "word " * 80, 0.01
+    worker = Worker(script, 2)
+    worker.start()
+
+    async def talk():
+        async with worker.open([1], Sampling(300)) as stream:
+            await anext(stream)
+            await asyncio.to_thread(worker.stop)
+            with pytest.raises(Dead, match="stopping"):
+                async for _ in stream:
+                    pass
+
+    asyncio.run(talk())

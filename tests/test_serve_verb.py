@@ -1,0 +1,81 @@
+"""deepseek-jax serve, whole: published weights on the disk, the command, OpenAI's client, SIGTERM."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import jax
+import numpy as np
+import openai
+import pytest
+
+from deepseek_jax import cli, run_config
+from deepseek_jax.abstract_model import abstract_module
+from deepseek_jax.errors import UserError
+from deepseek_jax.language_model import LanguageModel, load, save_pretrained
+from deepseek_jax.launch import serve
+from deepseek_jax.layers.base import split
+
+ADDRESS = re.compile(r"mine at (http://\S+) ")
+RUN = [sys.executable, "-P", "-m", "deepseek_jax"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny V3 in published form, with a vocabulary of bytes."""
+    from tests.test_chat_verb import write_tokenizer
+
+    config = run_config.load("tiny_v3")
+    sizes = {"n_layers": 2, "d_model": 16, "dense_width": 24, "n_heads": 2, "q_rank": 12, "kv_rank": 8, "mtp_depth": 0}
+    sizes |= {"nope_width": 8, "rope_width": 4, "value_width": 8, "n_experts": 4, "expert_width": 8, "top_k": 2}
+    config.model.update(**sizes, vocab_size=272)
+    config.data.seq_len = 64
+    _, *shapes = split(abstract_module(config))
+    draw = np.random.default_rng(0)
+    weights = jax.tree.map(lambda x: draw.normal(size=x.shape).astype(x.dtype), shapes)
+    made = tmp_path_factory.mktemp("weights") / "tiny"
+    save_pretrained(LanguageModel(config, *weights), made, dtype="fp32")
+    write_tokenizer(made)
+    return made
+
+
+def test_a_served_model_says_what_it_says_here(folder):
+    options = [f"--from={folder}", "--port=0", "--rows=2", "--chunk=16", "--name=mine"]
+    process = subprocess.Popen([*RUN, "serve", *options], stderr=subprocess.PIPE, text=True)
+    try:
+        lines = iter(process.stderr.readline, "")
+        address = next(found[1] for line in lines if (found := ADDRESS.search(line)))
+        client = openai.OpenAI(base_url=address, api_key="any", max_retries=0)
+        model = load(folder)
+        ids = model.generate([256, *model.tokenizer.encode("User: Hello\n\nAssistant:")], 8)
+        expected = model.tokenizer.decode([token for token in ids if token not in model.end_ids])
+        ask = {"model": "mine", "messages": [{"role": "user", "content": "Hello"}], "temperature": 0, "max_tokens": 8}
+        answers = [None] * 4
+
+        def one(number):
+            answers[number] = client.chat.completions.create(**ask).choices[0].message.content
+
+        threads = [threading.Thread(target=one, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert answers == [expected.removeprefix(" ")] * 4
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) in (0, -signal.SIGTERM)
+        client.close()
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def test_errors_are_said_before_the_weights_are_read(capsys):
+    assert cli.main(["serve"]) == 2
+    assert "expected --from=DIR for published weights" in capsys.readouterr().err
+    message = r"cannot listen on 127.0.0.1:\d+ .*--port"
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match=message):
+        serve._listen("127.0.0.1", taken.getsockname()[1])
