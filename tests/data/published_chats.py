@@ -7,6 +7,7 @@ so on as at the top of `deepseek_jax/data/chat`. The texts are full of special c
 breaks, empty strings, other alphabets.
 """
 
+import functools
 import hashlib
 import json
 import random
@@ -59,13 +60,18 @@ def digest(renderings: list[str]) -> str:
 
 def render(template: str, messages: list[dict], **more) -> str:
     """Returns the text of messages in a Jinja template, in the environment that transformers provides."""
+    prompted = messages[-1]["role"] != "assistant"
+    given = {"messages": messages, "bos_token": BOS, "eos_token": EOS, "add_generation_prompt": prompted}
+    return _compiled(template).render(**given, **more)
+
+
+@functools.cache
+def _compiled(template: str):
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    prompted = messages[-1]["role"] != "assistant"
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    given = {"messages": messages, "bos_token": BOS, "eos_token": EOS, "add_generation_prompt": prompted}
-    return environment.from_string(template).render(**given, **more)
+    return environment.from_string(template)
 
 
 def _conversation(dice: random.Random, name: str) -> list[dict]:
