@@ -199,7 +199,7 @@ class Arrived(NamedTuple):
     # experts_AK, weights_AK: their experts here, as indices of this device (`n_local` means none), and factors
     experts_AK: jax.Array
     weights_AK: jax.Array
-    # of each hop: row of each token that was sent, for each destination, in what comes back
+    # of each hop: rows of each token that was sent, in what comes back, in the order of destinations
     rows: tuple[jax.Array, ...] = ()
 
 
@@ -238,7 +238,8 @@ def _sent_on(here: Arrived, hop: Hop, capacity: int, wire: Wire) -> Arrived:
     places_AK = jnp.argsort(local_AK, axis=1)[:, : hop.n_held]
     theirs_AK = hop.send(buffered(weights_MK, 0))
     local_AK, weights_AK = (jnp.take_along_axis(part, places_AK, axis=1) for part in (local_AK, theirs_AK))
-    return Arrived(carried(buffered(x_MD, 0), wire, AS_IS, hop.send), local_AK, weights_AK, (*rows, row_MW))
+    row_MK = jnp.sort(row_MW, axis=1)[:, : experts_MK.shape[1]]  # a token goes to no more places than it has experts
+    return Arrived(carried(buffered(x_MD, 0), wire, AS_IS, hop.send), local_AK, weights_AK, (*rows, row_MK))
 
 
 def combine(y_AD: jax.Array, arrived: Arrived, *, hops: tuple[Hop, ...], wire: Wire = AS_IS) -> jax.Array:
@@ -246,9 +247,9 @@ def combine(y_AD: jax.Array, arrived: Arrived, *, hops: tuple[Hop, ...], wire: W
 
     Results travel as they are, their gradients in the format of `wire`.
     """
-    for hop, row_MW in zip(reversed(hops), reversed(arrived.rows), strict=True):
+    for hop, row_MK in zip(reversed(hops), reversed(arrived.rows), strict=True):
         back_AD = carried(y_AD, AS_IS, wire, hop.send)
-        y_AD = jnp.sum(jnp.take(back_AD, row_MW, axis=0, mode="fill", fill_value=0), axis=1)
+        y_AD = jnp.sum(jnp.take(back_AD, row_MK, axis=0, mode="fill", fill_value=0), axis=1)
     return y_AD
 
 
