@@ -76,7 +76,8 @@ def trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
 
 def pipeline(config: ConfigDict, network: Network) -> Pipeline:
     """Returns how a run divides its layers along the pipeline, if its mesh has one: as `deepseek-jax plan` does."""
-    return Pipeline(config.pipeline.schedule, end_in_layers(network, config.data.seq_len, slow=1.0, has_head=False))
+    end = end_in_layers(network, config.data.seq_len, slow=1.0, has_head=False)
+    return Pipeline(config.pipeline.schedule, end, put_off=config.pipeline.put_off)
 
 
 def check_effects(config: ConfigDict, trainer: Trainer) -> None:

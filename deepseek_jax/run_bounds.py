@@ -42,6 +42,7 @@ BOUNDS: dict[str, Bound] = {
     "mesh.expert": bounds.whole(1, DEVICES),
     "pipeline.micro_batches": bounds.whole(1, LARGEST),
     "pipeline.schedule": bounds.one_of(*SCHEDULES),
+    "pipeline.put_off": bounds.whole(-1, LARGEST),
     "exchange.groups": bounds.whole(1, DEVICES),
     "sharding.experts": MESH_AXIS,
     "sharding.embed": MESH_AXIS,

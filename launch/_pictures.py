@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.parallel.schedule import SCHEDULES
+from deepseek_jax.parallel.schedule import make_schedule
 from deepseek_jax.parallel.simulate import simulate
 from deepseek_jax.paths import check_local
 from deepseek_jax.plan.figures import GIB
@@ -36,7 +36,8 @@ def schedule(job: Job, name: str, efficiency: float, file: str) -> None:
     at = job.layout
     if at.pipe == 1:
         raise UserError(f"--draw={file}: there is no pipeline to draw. Set --config.mesh.pipe=2 or more.")
-    spans = simulate(SCHEDULES[name](at.pipe, at.micro_batches), mean_times(job, efficiency).seconds)
+    made = make_schedule(name, at.pipe, at.micro_batches, job.put_off)
+    spans = simulate(made, mean_times(job, efficiency).seconds)
     figure = _figure("--draw", file, 14.0, 1.5 + 0.28 * at.pipe)
     axes = figure.subplots()
     for op in COLORS:

@@ -48,7 +48,7 @@ def run(config: ConfigDict, options: SimpleNamespace) -> int:
     instead = []
     if options.compile:
         step = _compile.compiled_step(config, job, options)
-        sections += report.compiled(job, step, report.memory_of(job, question))
+        sections += report.compiled(job, step, question)
     if memory > capacity(job):
         instead = _suggest.sections(config, options, subject, job.layout.devices)
     if options.picture:
@@ -124,6 +124,7 @@ def job_of(config: ConfigDict, options: SimpleNamespace, subject: PlannedModel) 
         ),
         rules=config.sharding.to_dict(),
         groups=config.exchange.groups,
+        put_off=config.pipeline.put_off,
     )
 
 

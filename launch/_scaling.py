@@ -245,7 +245,7 @@ def row(name: str, entry: dict, one: dict | None, plan: Plan | None) -> dict[str
     seconds = statistics.median(found["seconds"])
     made: dict[str, Any] = {"layout": name, "split": split._asdict(), **found, "turns": found["seconds"]}
     made |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
-    made |= waits(split, job["config"]["pipeline"]["micro_batches"])
+    made |= waits(split, *(job["config"]["pipeline"][key] for key in ("micro_batches", "put_off")))
     if one and shared(one["job"]) == shared(job):
         alone = one["found"]
         made["of_one"] = statistics.median(alone["seconds"]) / seconds
@@ -262,15 +262,15 @@ def shared(job: dict[str, Any]) -> dict[str, Any]:
     return job | {"split": None, "config": config}
 
 
-def waits(split: Split, micro_batches: int) -> dict[str, float]:
+def waits(split: Split, micro_batches: int, put_off: int) -> dict[str, float]:
     """Returns the shares of a step that a rank waits: by the schedule alone, and waiting for neighbours every tick."""
     if split.pipe == 1:
         return {}
-    from deepseek_jax.parallel.schedule import SCHEDULES
+    from deepseek_jax.parallel.schedule import make_schedule
     from deepseek_jax.parallel.simulate import Times, bubble, coupled_seconds, simulate, ticks
 
     unit = Times(forward=1, backward=2, weights=1, both=3).seconds
-    schedule = SCHEDULES[split.schedule](split.pipe, micro_batches)
+    schedule = make_schedule(split.schedule, split.pipe, micro_batches, put_off)
     spans = simulate(schedule, unit)
     total = max(span.end for span in spans)
     busy = total - bubble(spans)

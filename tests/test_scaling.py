@@ -130,11 +130,11 @@ def test_a_row_compares_with_one_device_and_with_the_plan(config):
 
 def test_shares_of_waiting_follow_from_the_schedule():
     """8 micro-batches over 4 ranks: 1F1B waits 3 of 8 + 3 units; in ticks an F lasts as long as its neighbours' BW."""
-    found = _scaling.waits(Split(4, 1, 1, "1f1b"), 8)
+    found = _scaling.waits(Split(4, 1, 1, "1f1b"), 8, -1)
     assert found["bubble_by_formula"] == pytest.approx(3 / 11) and found["bubble_in_ticks"] > 3 / 11
-    dual = _scaling.waits(Split(4, 1, 1, "dualpipe"), 8)
+    dual = _scaling.waits(Split(4, 1, 1, "dualpipe"), 8, -1)
     assert dual["bubble_by_formula"] == pytest.approx(2 / (8 * 3 + 2))
-    assert _scaling.waits(Split(1, 4, 2), 8) == {}
+    assert _scaling.waits(Split(1, 4, 2), 8, -1) == {}
 
 
 def test_what_a_profile_hides_by_hand():

@@ -122,9 +122,11 @@ def run_pipeline(
     """
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rest)
     shapes, of_ends = _shapes(stages, weights[0], (fixed[0], one), x, ends)
-    nothing, n_chunks = jax.tree.map(_zeros, shapes), len(weights)
+    switches, n_chunks = switches_of(table, overlap), len(weights)
+    if len(switches) == 1 and not table.sizes["stash"]:
+        shapes = shapes._replace(stash=[])  # it never leaves an op
+    nothing = jax.tree.map(_zeros, shapes)
     start = _empty_pools(table, shapes), _no_sums(shapes, of_ends, n_chunks, shared)
-    switches = switches_of(table, overlap)
     programs = [
         [_branch(branch, switch.kinds, stages, weights, fixed, rest, nothing) for branch in switch.branches]
         for switch in switches
@@ -163,7 +165,7 @@ def _of_ends(sums: Sums) -> tuple[Tree, Tree]:
 
 def _empty_pools(table: TickTable, shapes: Made) -> Pools:
     like = shapes._asdict() | {"d_out": shapes.out}
-    return Pools(*(_pool(like[pool], table.slots[pool] + 1) for pool in POOLS))
+    return Pools(*(_pool(like[pool], n) if (n := table.sizes[pool]) else [] for pool in POOLS))
 
 
 def _no_sums(shapes: Made, of_ends: tuple[Tree, Tree], n_chunks: int, shared: Collection[str]) -> Sums:
@@ -381,7 +383,7 @@ def _branch(
 
     def run(pools: Pools, row: dict, before: dict) -> dict:
         made: dict[str, Any] = {name: getattr(nothing, name) for kind in kinds for name in MAKES[kind]}
-        stash = None
+        stash: Arrays | None = None
         for kind, chunk, number in branch:
             stage, mine = stages[number], weights[chunk]
             of_batch = fixed[chunk], _at(rest, row["micro_batch"][kind])
@@ -397,14 +399,15 @@ def _branch(
             elif kind == "B":
                 dy = _at(pools.dy, row["read"]["dy"]), _at(pools.d_out, row["read"]["d_out"])
                 (dx, d_given), stash = stage.backward(mine, of_batch, dy, read("early"), read("late"))
-                made |= {"dy": dx, "d_given": d_given, "stash": held("stash", stash)}
+                made |= {"dy": dx, "d_given": d_given, "stash": held("stash", stash) if nothing.stash else []}
             else:
-                if stash is None:
+                if stash is None and "stash" in row["read"]:
                     stash = read("stash")
                 if "stash" in before:  # made by the switch before this one, if it ran this op's B
-                    fresh = (before["stash"][place] for place in _places(nothing.stash, stage.shapes["stash"]))
-                    stash = [jnp.where(row["own_stash"], a, b) for a, b in zip(fresh, stash, strict=True)]
-                made |= {"gradient": stage.weights(mine, of_batch, read("late"), stash)}
+                    fresh = [before["stash"][place] for place in _places(nothing.stash, stage.shapes["stash"])]
+                    both = zip(fresh, stash or fresh, strict=True)
+                    stash = [jnp.where(row["own_stash"], a, b) for a, b in both]
+                made |= {"gradient": stage.weights(mine, of_batch, read("late"), stash or [])}
         return made
 
     return run

@@ -21,7 +21,7 @@ Sources: V3 report, section 3.2.1 and figure 5; the DualPipe repository; GPipe: 
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 
@@ -210,6 +210,30 @@ def dualpipe_v(n_ranks: int, micro_batches: int) -> Schedule:
     return Schedule(tuple(map(order, range(n_ranks))), (lane,), micro_batches)
 
 
+def bounded(schedule: Schedule, put_off: int) -> Schedule:
+    """The schedule with at most so many W put off on a rank: where it would be more, W runs with its B; -1: any number.
+
+    What a W that is put off reads takes as much memory as a micro-batch in flight. What it loses: ranks wait longer.
+    """
+
+    def order(ops: tuple[Op, ...]) -> tuple[Op, ...]:
+        made: list[Op] = []
+        waiting: set[Part] = set()
+        for op in ops:
+            late = {part._replace(kind="W") for part in op if part.kind == "B"} - {*op}
+            if op[0].kind == "W":
+                made += [op] if op[0] in waiting else []
+                waiting -= {*op}
+            elif len(waiting) + len(late) > put_off:
+                made.append((*op, *late))
+            else:
+                made.append(op)
+                waiting |= late
+        return tuple(made)
+
+    return schedule if put_off < 0 else replace(schedule, orders=tuple(map(order, schedule.orders)))
+
+
 SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {
     "gpipe": gpipe,
     "1f1b": one_f_one_b,
@@ -217,3 +241,8 @@ SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {
     "dualpipe": dualpipe,
     "dualpipev": dualpipe_v,
 }
+
+
+def make_schedule(name: str, n_ranks: int, micro_batches: int, put_off: int = -1) -> Schedule:
+    """A schedule of `SCHEDULES` by name; `put_off` is for `bounded`."""
+    return bounded(SCHEDULES[name](n_ranks, micro_batches), put_off)

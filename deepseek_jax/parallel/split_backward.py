@@ -7,9 +7,11 @@
 The derivative of the whole stage is traced once, and the equations of its jaxpr are divided: F are those that y and the
 report need; B those that dx needs and F has not computed or not saved; W the rest. `early` is what B alone reads of F,
 `late` what W reads of it, `stash` what W reads of B; `rest` is what the stage reads besides weights and x.
+Gradients that take no matmul, like those of a norm's gain, B makes: they are far smaller than what they are made of.
 
-If everything is saved, nothing is computed twice, except what follows from weights, `rest` and constants alone: that is
-computed wherever it is read. What is not saveable is recomputed, by B if B needs it. `jax.checkpoint` inside a stage
+If everything is saved, nothing is computed twice, except what follows from weights, `rest` and constants alone, and
+copies in another form (wider numbers, another shape): these are computed wherever they are read. What is not saveable
+is recomputed, by B if B needs it. `jax.checkpoint` inside a stage
 would hide its equations, and a loop over layers is one equation; so a stage has neither, and runs its layers one after
 the other.
 Paper: zero bubble, arXiv 2401.10241; V3 section 3.2.1.
@@ -28,6 +30,7 @@ Tree = Any
 Arrays = list[jax.Array]
 Saveable = Callable[[core.JaxprEqn], bool]
 INLINED = ("jit", "pjit", "closed_call", "core_call")  # calls whose equations are divided like all others
+FORMS = ("convert_element_type", "reshape", "transpose", "broadcast_in_dim", "squeeze")  # the same numbers once more
 
 
 def everything(equation: core.JaxprEqn) -> bool:
@@ -128,15 +131,29 @@ class _Divided:
         self.free = self._follows_from({*self.constants, *self.w, *self.rest}, jaxpr.eqns)
         forward = self._needed(self.y, set())
         kept = {v for e in forward if saveable(e) for v in e.outvars} | set(self.x)
-        backward = self._needed(self.dx, kept)
+        backward = self._needed([*self.dx, *self._light(self.d_weights, kept)], kept)
         made = {v for e in backward for v in e.outvars} | set(self.dy)
         late = self._needed(self.d_weights, kept | made)
-        read_late = _reads(late, self.d_weights)
-        read_back = _reads(backward, self.dx)
+        read_late = {self._source(v, kept | made) for v in _reads(late, self.d_weights)}
+        read_back = {self._source(v, kept) for v in _reads(backward, self.dx)}
         saved = [v for v in self._order(forward, self.x) if v in kept]
         self.late = [v for v in saved if v in read_late]
         self.early = [v for v in saved if v in read_back and v not in read_late]
         self.stash = [v for v in self._order(backward, self.dy) if v in read_late and v not in self.late]
+
+    def _light(self, targets: list, kept: set) -> list:
+        """Returns the targets that take no matmul once B has run."""
+        made = {v for e in self._needed(self.dx, kept) for v in e.outvars} | set(self.dy)
+        return [v for v in targets if not any(map(matmuls, self._needed([v], kept | made)))]
+
+    def _source(self, variable: Any, given: set) -> Any:
+        """Returns what to keep for a variable: what it is a copy of in another form, where that takes no more bytes."""
+        while variable in self.maker and self.maker[variable].primitive.name in FORMS:
+            sources = {v for v in self.maker[variable].invars if not isinstance(v, core.Literal)} - self.free
+            if len(sources) != 1 or not sources <= given or _n_bytes(*sources) > _n_bytes(variable):
+                break
+            (variable,) = sources
+        return variable
 
     def _follows_from(self, known: set, equations: list) -> set:
         """Returns `known`, and all that equations compute of nothing else."""
@@ -218,6 +235,10 @@ def _reads(equations: list, results: list) -> set:
     """Returns what equations read, and the results themselves."""
     read = itertools.chain(results, *(equation.invars for equation in equations))
     return {v for v in read if not isinstance(v, core.Literal)}
+
+
+def _n_bytes(variable: Any) -> int:
+    return variable.aval.size * variable.aval.dtype.itemsize
 
 
 def _shape(aval: Any) -> jax.ShapeDtypeStruct:

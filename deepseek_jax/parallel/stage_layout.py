@@ -17,7 +17,7 @@ import numpy as np
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.mesh import PIPE
-from deepseek_jax.parallel.schedule import SCHEDULES, Place, Schedule
+from deepseek_jax.parallel.schedule import Place, Schedule, make_schedule
 from deepseek_jax.parallel.stages import divide, slices
 
 Tree = dict
@@ -211,7 +211,7 @@ def _is_list(x: object) -> bool:
 
 
 def make_layout(
-    name: str, n_ranks: int, micro_batches: int, stacks: Mapping[str, int], end: float = 0.0
+    name: str, n_ranks: int, micro_batches: int, stacks: Mapping[str, int], end: float = 0.0, put_off: int = -1
 ) -> StageLayout:
     """Returns the layout of a pipeline.
 
@@ -221,6 +221,7 @@ def make_layout(
         micro_batches: of a step, on each device.
         stacks: name -> number of layers, in the order of running.
         end: work of the last stage besides its layers, in layers.
+        put_off: for `parallel.schedule.bounded`.
 
     Raises:
         UserError: the schedule does not suit the ranks, the micro-batches or the number of layers.
@@ -233,7 +234,8 @@ def make_layout(
             f"layers. Choose a config.mesh.pipe of at most {n_layers * n_ranks // n_stages}."
         )
     layers = divide(n_layers, n_stages, end, name in FOLDED)
-    return StageLayout(SCHEDULES[name](n_ranks, micro_batches), slices(stacks, layers), n_ranks)
+    schedule = make_schedule(name, n_ranks, micro_batches, put_off)
+    return StageLayout(schedule, slices(stacks, layers), n_ranks)
 
 
 def check_schedule(name: str, n_ranks: int, micro_batches: int) -> None:

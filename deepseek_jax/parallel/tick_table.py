@@ -2,7 +2,8 @@
 
 All ranks run one program. In every tick a rank runs one op, then all ranks exchange results with their neighbours:
 what it makes in tick t can be read from tick t + 1 on. Buffers are pools of slots that both chunks of a rank share; a
-slot is free again as soon as its last reader has run. One more slot after the last takes what nobody reads.
+slot is free again as soon as its last reader has run. Ranks write in every tick: what nobody reads goes to a slot that
+is free, and only where there may be none to one more slot after the last. A pool that nothing is read from has none.
 
 | pool | written | read by |
 | --- | --- | --- |
@@ -26,6 +27,7 @@ from deepseek_jax.parallel.schedule import Part, Place, Schedule
 from deepseek_jax.parallel.simulate import ticks
 
 POOLS = ("x", "dy", "early", "late", "stash", "d_out")
+WRITTEN = ("early", "late", "stash")  # by an op, on the rank itself
 ENDS = ("F_first", "F_last", "B_first", "B_last")  # parts of a lane's first and last stage
 SOURCES = {"left": -1, "right": 1, "self": 0}  # where what arrives comes from: the rank at this distance
 Branch = tuple[tuple[str, int, int], ...]  # what an op runs: (kind of part, chunk, kind of stage) of each part
@@ -41,11 +43,12 @@ class TickTable:
     # chunk, lane: by kind of part
     chunk: dict[str, np.ndarray]
     lane: dict[str, np.ndarray]
-    read: dict[str, np.ndarray]  # by pool, the slot that the op reads
-    write: dict[str, np.ndarray]  # by pool, the slot that the op fills ("early", "late", "stash")
+    read: dict[str, np.ndarray]  # by pool that has slots, the slot that the op reads
+    write: dict[str, np.ndarray]  # by pool of `WRITTEN` that has slots, the slot that the op fills
     # by pool ("x", "dy") and source, the slot for what arrives from there after the tick
     arrive: dict[str, dict[str, np.ndarray]]
-    slots: dict[str, int]  # by pool, how many there are; the slot of this number takes what nobody reads
+    slots: dict[str, int]  # by pool, how many are read
+    sizes: dict[str, int]  # by pool, how many there are: as many, or one more for what nobody reads
     # by entry of `ENDS`, index of its micro-batch among those of all lanes, ticks by lanes; -1 where it does not run
     ends: dict[str, np.ndarray]
     at_first: dict[str, np.ndarray]  # "F", "B": whether a rank runs this part of a lane's first stage, ticks by ranks
@@ -66,11 +69,12 @@ def make_table(schedule: Schedule, stage_kind: Callable[[Place], int]) -> TickTa
         for part in op or ()
     }
     before, after = schedule.neighbours()
-    slots, counts = {}, {}
+    slots, counts, spare = {}, {}, {}
     for pool, lives in _lives(when, before, after).items():
         slots[pool], counts[pool] = _assign(lives)
+        spare[pool] = _spare(lives, slots[pool], counts[pool], (len(rows), len(schedule.orders)))
     branches: dict[Branch, int] = {(): 0}
-    table = _Writer(len(rows), schedule, slots, counts)
+    table = _Writer(len(rows), schedule, slots, counts, spare)
     lane_of = {place: number for number, lane in enumerate(schedule.lanes) for place in lane}
     for tick, row in enumerate(rows):
         for rank, op in enumerate(row):
@@ -119,10 +123,25 @@ def _assign(lives: dict[Key, Life]) -> tuple[dict[Key, int], int]:
     return slots, n_slots
 
 
-class _Writer:
-    """Fills the arrays of a table; what nobody reads goes to the slot after the last."""
+def _spare(lives: dict[Key, Life], slots: dict[Key, int], n_slots: int, shape: tuple[int, int]) -> np.ndarray:
+    """Returns the first slot in which nothing waits to be read, ticks by ranks; one after the last if there is none."""
+    is_held = np.zeros((*shape, n_slots + 1), bool)
+    for key, (written, read) in lives.items():
+        is_held[written:read, key[0], slots[key]] = True
+    return is_held.argmin(axis=-1).astype(np.int32)
 
-    def __init__(self, n_ticks: int, schedule: Schedule, slots: dict[str, dict[Key, int]], counts: dict[str, int]):
+
+class _Writer:
+    """Fills the arrays of a table."""
+
+    def __init__(
+        self,
+        n_ticks: int,
+        schedule: Schedule,
+        slots: dict[str, dict[Key, int]],
+        counts: dict[str, int],
+        spare: dict[str, np.ndarray],
+    ):
         n_ranks, n_lanes = len(schedule.orders), len(schedule.lanes)
 
         def filled(value: int = 0) -> np.ndarray:
@@ -130,8 +149,8 @@ class _Writer:
 
         self.schedule, self.slots, self.counts, self.branch = schedule, slots, counts, filled()
         self.micro_batch, self.chunk, self.lane = ({kind: filled() for kind in "FBW"} for _ in range(3))
-        self.read = {pool: filled(counts[pool]) for pool in POOLS}
-        self.write = {pool: filled(counts[pool]) for pool in ("early", "late", "stash")}
+        self.read = {pool: filled() for pool in POOLS}
+        self.write = {pool: spare[pool].copy() for pool in WRITTEN}
         self.ends = {name: np.full((n_ticks, n_lanes), -1, np.int32) for name in ENDS}
         self.at_first = {kind: filled().astype(bool) for kind in "FB"}
         self.settle = np.full((n_ticks, n_lanes, n_ranks), counts["d_out"], np.int32)
@@ -149,7 +168,8 @@ class _Writer:
         }[kind]
         for pools, array in ((reads, self.read), (writes, self.write)):
             for pool in pools:
-                array[pool][tick, rank] = self.slots[pool].get((rank, chunk, m), self.counts[pool])
+                if (rank, chunk, m) in self.slots[pool]:
+                    array[pool][tick, rank] = self.slots[pool][rank, chunk, m]
 
     def sent(self, tick: int, rank: int, part: Part, towards: dict[Place, Place]) -> None:
         """Notes where the result of a part arrives."""
@@ -173,6 +193,21 @@ class _Writer:
 
     def finished(self, branches: tuple[Branch, ...]) -> TickTable:
         """Returns the table."""
-        buffers = self.read, self.write, self.arrive, self.counts
-        what = self.branch, self.micro_batch, self.chunk, self.lane
-        return TickTable(branches, *what, *buffers, self.ends, self.at_first, self.settle)
+        sizes = {pool: n + 1 for pool, n in self.counts.items()}
+        sizes |= {pool: int(array.max()) + 1 if self.counts[pool] else 0 for pool, array in self.write.items()}
+        read, write = ({pool: a for pool, a in arrays.items() if sizes[pool]} for arrays in (self.read, self.write))
+        return TickTable(
+            branches=branches,
+            branch=self.branch,
+            micro_batch=self.micro_batch,
+            chunk=self.chunk,
+            lane=self.lane,
+            read=read,
+            write=write,
+            arrive=self.arrive,
+            slots=self.counts,
+            sizes=sizes,
+            ends=self.ends,
+            at_first=self.at_first,
+            settle=self.settle,
+        )

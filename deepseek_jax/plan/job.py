@@ -52,6 +52,7 @@ class Job:
     recipe: Recipe
     rules: Mapping[str, str]  # logical axis -> mesh axis (`config.sharding`)
     groups: int = 1  # of expert devices, to each of which a token goes once (`config.exchange`)
+    put_off: int = -1  # W that a rank puts off at most (`config.pipeline`)
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:

@@ -70,12 +70,24 @@ def rank_memory(job: Job, rank: int, kept: Mapping[str, ActivationBytes], loss_c
 
 def _buffers(job: Job, kept: Mapping[str, ActivationBytes]) -> float:
     """Returns the bytes of the pools of a run's pipeline."""
-    n_slots = slots(name_of(job.schedule), job.layout.pipe, job.layout.micro_batches)
+    n_slots = slots(name_of(job.schedule), job.layout.pipe, job.layout.micro_batches, job.put_off)
     stream = job.layout.tokens * job.network.d_model * job.recipe.activations
-    grown, stages = {name: layer.pools or {} for name, layer in kept.items()}, [s.repeats for s in job.stages]
-    of_stages = sum(n_slots[pool] * slot_bytes(pool, stages, grown) for pool in POOLS)
+    of_stages = sum(n_slots[pool] * _slot(job, kept, pool) for pool in POOLS)
     of_ends = n_slots["d_out"] * (1 + job.network.mtp_depth)  # of what the head reads
     return (n_slots["x"] + n_slots["dy"] + of_ends) * stream + of_stages
+
+
+def _slot(job: Job, kept: Mapping[str, ActivationBytes], pool: str) -> float:
+    grown = {name: layer.pools or {} for name, layer in kept.items()}
+    return slot_bytes(pool, [layers_of(job, stage) for stage in job.stages], grown)
+
+
+def between_switches(job: Job, kept: Mapping[str, ActivationBytes]) -> float:
+    """Returns the bytes that B hands to W within an op where they are two switches, as on CPUs; 0 without a pipeline.
+
+    In one branch the W of a layer may follow its B at once.
+    """
+    return _slot(job, kept, "stash") if any(layer.pools for layer in kept.values()) else 0.0
 
 
 def by_rank(job: Job, kept: Mapping[str, ActivationBytes], loss_chunk: int) -> list[dict[str, float]]:

@@ -10,14 +10,14 @@ as the stage that needs most of it. What the head keeps is not counted.
 | early, late | what B and W read of F, as config.run.remat says |
 | stash | what W reads of B where W is put off: gradients of outputs, and inputs of matmuls that B has recomputed |
 
-The numbers of slots are those of the schedule's table, and one more that nobody reads. Here one layer and two layers of
+The numbers of slots are those of the schedule's table. Here one layer and two layers of
 each stack are divided, on shapes alone; a stage of n layers has what one has and n - 1 times the difference.
 """
 
 import functools
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from deepseek_jax.layers.base import Execution, bind, run_stack
 from deepseek_jax.layers.tokens import Tokens
-from deepseek_jax.parallel.schedule import SCHEDULES
+from deepseek_jax.parallel.schedule import make_schedule
 from deepseek_jax.parallel.split_backward import Saveable, split
 from deepseek_jax.parallel.tick_table import make_table
 from deepseek_jax.plan.read_layers import layers_read, no_collection
@@ -38,25 +38,24 @@ Growth = Mapping[str, tuple[Arrays, Arrays]]  # by pool: the arrays of one layer
 
 
 @functools.cache
-def slots(schedule: str, n_ranks: int, micro_batches: int) -> dict[str, int]:
-    """Returns the slots of each pool of a schedule, the one that nobody reads included."""
-    table = make_table(SCHEDULES[schedule](n_ranks, micro_batches), lambda place: 0)
-    return {pool: n + 1 for pool, n in table.slots.items()}
+def slots(schedule: str, n_ranks: int, micro_batches: int, put_off: int = -1) -> dict[str, int]:
+    """Returns the slots of each pool of a schedule, those that nobody reads included."""
+    return make_table(make_schedule(schedule, n_ranks, micro_batches, put_off), lambda place: 0).sizes
 
 
-def slot_bytes(pool: str, stages: list[tuple[tuple[str, int], ...]], grown: Mapping[str, Growth]) -> float:
+def slot_bytes(pool: str, stages: Sequence[Sequence[tuple[str, float]]], grown: Mapping[str, Growth]) -> float:
     """Returns the bytes of a slot of a pool; of each stage the repeats of each stack are given."""
     slot = functools.reduce(lambda a, b: a | b, (_of_stage(pool, repeats, grown) for repeats in stages))
     return float(sum(n * math.prod(shape) * dtype.itemsize for (shape, dtype), n in slot.items()))
 
 
-def _of_stage(pool: str, repeats: tuple[tuple[str, int], ...], grown: Mapping[str, Growth]) -> Arrays:
+def _of_stage(pool: str, repeats: Sequence[tuple[str, float]], grown: Mapping[str, Growth]) -> Arrays:
     """Returns the arrays of a pool's slot that a stage with these layers needs."""
     arrays: Arrays = Counter()
     for place, (name, n) in enumerate(repeats):
         one, more = grown[name][pool]
         for kind in one | more:
-            arrays[kind] += n * more[kind] + (one[kind] - more[kind] if place == 0 else 0)
+            arrays[kind] += math.ceil(n * more[kind]) + (one[kind] - more[kind] if place == 0 else 0)
     return arrays
 
 
@@ -70,7 +69,7 @@ def growth(
 ) -> Growth:
     """Returns the arrays that one layer of a stack adds to each pool, and each further layer of it."""
     one, two = (divided(blocks, n, run, shape_BTD, rules, mesh, saveable) for n in (1, 2))
-    more = {pool: {kind: n - one[pool][kind] for kind, n in two[pool].items()} for pool in POOLS}
+    more = {pool: {kind: two[pool][kind] - one[pool][kind] for kind in one[pool] | two[pool]} for pool in POOLS}
     return {pool: (one[pool], Counter(more[pool])) for pool in POOLS}
 
 

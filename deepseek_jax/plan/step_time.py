@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from deepseek_jax.layers.attention import RECOMPUTED_FROM
-from deepseek_jax.parallel.simulate import Times
+from deepseek_jax.parallel.schedule import make_schedule
+from deepseek_jax.parallel.simulate import Times, bubble, simulate
 from deepseek_jax.plan.flops import keys_seen
 from deepseek_jax.plan.job import Job, Part
 from deepseek_jax.plan.network import HIGH_PRECISION, Weight
 from deepseek_jax.plan.recipes import V3_POLICY
+from deepseek_jax.plan.schedules import name_of
 from deepseek_jax.plan.traffic import GIGA, exchange, rank_traffic
 
 TERA = 1e12
@@ -128,9 +130,23 @@ def step(job: Job, efficiency: float = 1.0) -> Step:
     return slowest(job, efficiency)[1]
 
 
+def bubble_seconds(job: Job, efficiency: float) -> float:
+    """Returns how long a device waits: by the schedule's formula, simulated where `put_off` changes the schedule."""
+    times, at = mean_times(job, efficiency), job.layout
+    if job.put_off < 0:
+        return job.schedule.bubble(len(job.stages), times)
+    schedule = make_schedule(name_of(job.schedule), at.pipe, at.micro_batches, job.put_off)
+    return bubble(simulate(schedule, times.seconds))
+
+
+def bubble_rule(job: Job) -> str:
+    """Returns where `bubble_seconds` comes from, for people."""
+    return job.schedule.formula if job.put_off < 0 else f"simulated: at most {job.put_off} W put off"
+
+
 def slowest(job: Job, efficiency: float) -> tuple[int, Step]:
     """Returns the pipeline rank of the slowest device, and its step."""
-    waiting = job.schedule.bubble(len(job.stages), mean_times(job, efficiency))
+    waiting = bubble_seconds(job, efficiency)
     steps = [_rank_step(job, rank, efficiency, waiting) for rank in range(len(job.ranks))]
     return max(enumerate(steps), key=lambda pair: pair[1].total)
 

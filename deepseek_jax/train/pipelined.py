@@ -57,12 +57,13 @@ class Pipeline:
     # whether what one op runs is one branch, in which exchanges can hide behind matmuls; None: yes, but on CPUs, which
     # hide nothing and compile three switches in less time (`parallel.pipeline`)
     overlap: bool | None = None
+    put_off: int = -1  # W that a rank puts off at most (`parallel.schedule.bounded`)
 
     def layout(self, model: Any, n_ranks: int, micro_batches: int) -> StageLayout:
         """Returns where the layers of a model lie."""
         _, params, _ = split_module(model)
         stacks = {name: len(jax.tree.leaves(params[name])[0]) for name in model.stacks}
-        return make_layout(self.schedule, n_ranks, micro_batches, stacks, self.end)
+        return make_layout(self.schedule, n_ranks, micro_batches, stacks, self.end, self.put_off)
 
     def overlaps(self, platform: str) -> bool:
         """Whether what one op runs is one branch on devices of a platform."""

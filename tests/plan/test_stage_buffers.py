@@ -1,5 +1,6 @@
 """Buffers of a run's pipeline: stages grow layer by layer, slots follow the schedule, ranks hold the same."""
 
+import math
 from collections import Counter
 
 import jax.numpy as jnp
@@ -16,6 +17,10 @@ from deepseek_jax.plan.stage_buffers import divided, growth, slot_bytes, slots
 MESH, RULES = AbstractMesh((1, 1, 1), ALL), {"experts": "expert"}
 
 
+def n_bytes(arrays) -> int:
+    return sum(n * math.prod(shape) * dtype.itemsize for (shape, dtype), n in arrays.items())
+
+
 @pytest.mark.parametrize("remat", ["none", "block"])
 def test_a_stage_of_three_layers_has_what_one_has_and_two_more(subject, remat):
     it, run = subject("tiny_v3"), Execution(unroll=0)
@@ -23,7 +28,12 @@ def test_a_stage_of_three_layers_has_what_one_has_and_two_more(subject, remat):
     grown = growth(blocks, run, shape, RULES, MESH, SAVEABLE[remat])
     three = divided(blocks, 3, run, shape, RULES, MESH, SAVEABLE[remat])
     for pool, (one, more) in grown.items():
-        assert three[pool] == Counter({kind: one[kind] + 2 * more[kind] for kind in one | more})
+        counted = {kind: one[kind] + 2 * more[kind] for kind in {*one, *more}}
+        assert n_bytes(three[pool]) == n_bytes(counted)
+        of_tokens = {kind: n for kind, n in counted.items() if len(kind[0]) > 2}
+        assert {
+            kind: three[pool][kind] for kind in of_tokens
+        } == of_tokens  # gradients of gains [layers, width] grow with it
 
 
 def test_a_slot_holds_what_any_stage_needs_by_hand():
@@ -36,8 +46,9 @@ def test_a_slot_holds_what_any_stage_needs_by_hand():
 
 
 def test_only_schedules_that_put_off_w_have_slots_for_it():
-    assert slots("1f1b", 4, 8) == {"x": 2, "dy": 2, "early": 5, "late": 5, "stash": 1, "d_out": 2}
+    assert slots("1f1b", 4, 8) == {"x": 2, "dy": 2, "early": 5, "late": 5, "stash": 0, "d_out": 2}
     assert slots("zb1p", 4, 8)["stash"] > 1 and slots("dualpipe", 4, 8)["stash"] > 1
+    assert slots("dualpipe", 4, 8, put_off=0)["stash"] == 0
 
 
 def test_a_run_keeps_its_buffers_on_every_rank(job_of, kept_of):

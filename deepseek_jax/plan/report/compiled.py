@@ -1,30 +1,30 @@
 """A compiled step beside the plan: memory per device, collectives, and what compiling took."""
 
-from collections.abc import Mapping, Sequence
-
 from deepseek_jax.plan import figures
 from deepseek_jax.plan.compiled import IN_HLO, CompiledStep
 from deepseek_jax.plan.figures import COMPILED, DERIVED, Column, Figure, Row, Section
 from deepseek_jax.plan.job import Job
-from deepseek_jax.plan.memory import between_steps, carried
+from deepseek_jax.plan.memory import between_steps, between_switches, by_rank, carried
+from deepseek_jax.plan.report.inputs import PlanOptions
+from deepseek_jax.units import binary
 
 AGREES = 0.15  # part of the compiled bytes by which a plan may differ
 
 
-def compiled(job: Job, step: CompiledStep, ranks: Sequence[Mapping[str, float]]) -> list[Section]:
+def compiled(job: Job, step: CompiledStep, options: PlanOptions) -> list[Section]:
     """Returns the memory beside that of the plan's fullest device, the collectives, and the time."""
-    return [memory(job, step, ranks), sent(step), compiling(step)]
+    return [memory(job, step, options), sent(step), compiling(step)]
 
 
-def memory(job: Job, step: CompiledStep, ranks: Sequence[Mapping[str, float]]) -> Section:
+def memory(job: Job, step: CompiledStep, options: PlanOptions) -> Section:
     """Returns the memory of a device: planned for the fullest one, compiled, and where they differ."""
+    ranks = by_rank(job, options.kept, options.loss_chunk)
     totals = [sum(parts.values()) for parts in ranks]
-    rank, total = totals.index(max(totals)), max(totals)
+    passed = between_switches(job, options.kept) if on_cpu(step) else 0.0
+    rank, total = totals.index(max(totals)), max(totals) + passed
     kept, loop = between_steps(job, rank), carried(job, ranks[rank], rank)
     batch = 5 * 4.0 * job.layout.tokens * job.layout.micro_batches  # ids, targets, segments, positions, weights
-    rest = (
-        "products of bfloat16 are float32 on a CPU, and three switches pass on what they make" if on_cpu(step) else ""
-    )
+    rest = f"on a CPU {binary(passed)} pass from B to W, and products of bfloat16 are float32" if on_cpu(step) else ""
     pairs = [
         ("state", "weights and optimizer, between steps", kept, step.arguments - step.batch, "arguments, donated"),
         ("batch", "batch", batch, step.batch, "arguments"),

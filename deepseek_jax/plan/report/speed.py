@@ -61,7 +61,7 @@ def _parts(job: Job, steps: Sequence[step_time.Step], table: Table) -> list[Row]
     return [
         table.row("compute_s", "arithmetic", [s.compute for s in steps], seconds, slowest),
         table.row("exchange_s", "all-to-all, exposed", [s.exchange for s in steps], seconds, overlap),
-        table.row("bubble_s", "bubble", [s.bubble for s in steps], seconds, job.schedule.formula),
+        table.row("bubble_s", "bubble", [s.bubble for s in steps], seconds, step_time.bubble_rule(job)),
         table.row("reduce_s", "ZeRO-1 and FSDP", [s.reduce for s in steps], seconds, "not hidden"),
         table.row("optimizer_s", "optimizer", [s.optimizer for s in steps], seconds, "its state through the memory"),
     ]
@@ -148,4 +148,5 @@ def _schedule_row(job: Job, options: PlanOptions, name: str, found: Schedule) ->
     )
     cells = tuple(Figure(f"{name}_{key}", *value) for key, value in zip(SCHEDULE_KEYS, values, strict=True))
     mine = " (this plan)" if found is job.schedule else ""
-    return Row(found.title + mine, cells, f"{found.formula}, PP = {stages}; slowest: {contents(other, rank)}")
+    rule = step_time.bubble_rule(other)
+    return Row(found.title + mine, cells, f"{rule}, PP = {stages}; slowest: {contents(other, rank)}")
