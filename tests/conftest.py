@@ -10,8 +10,9 @@ import pytest
 
 DEVICES = 8
 # Files of long tests begin first, so that no process is left alone with one at the end.
-LONG = ("train/test_run.py", "train/test_pipelined.py", "parallel/test_processes.py", "test_notebooks.py")
-LONG += ("faults/test_runs.py", "train/test_fp8_steps.py", "train/test_step.py")
+LONG = ("test_notebooks.py", "parallel/test_processes.py", "train/test_run.py", "train/test_pipelined.py")
+LONG += ("train/test_step.py", "train/test_fp8_steps.py", "plan/test_compile.py", "train/test_family_steps.py")
+LONG += ("test_fine_tuning.py", "plan/test_suggest.py", "models/test_families.py", "faults/test_runs.py")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Processes that a test starts inherit the flags and may append another number of devices: the last one counts.
