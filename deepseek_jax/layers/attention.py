@@ -111,19 +111,23 @@ def latent_decode(
     seen_BTS: jax.Array,
     *,
     scale: float,
+    table_BN: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of new tokens to a cache of latents, which all heads read: score = q~ . c + q^R . k^R, o = P c.
 
     Args:
         q_latent_BTHC, q_rope_BTHP: queries, moved into the latent space, and their rotary parts.
-        c_BSC, k_rope_BSP: the cache.
-        seen_BTS: which slots a token looks at.
+        c_BSC, k_rope_BSP: the cache; with `table_BN` a pool of pages, [pages, slots of a page, C] and [.., .., P].
+        seen_BTS: which slots a token looks at; with `table_BN`, of its sequence's pages side by side.
         scale: factor of the scores.
+        table_BN: pages of each sequence in the order of its tokens.
 
     Returns o_latent_BTHC in the dtype of the queries. `config.kernels.latent_decode` names this one (xla, which stores
     all scores), or one of `pallas_kernels.mla_decode`: `latent_decode_chunked`, any device, some slots at a time, and
     `latent_decode_on_hopper`, 16 bits.
     """
+    if table_BN is not None:
+        c_BSC, k_rope_BSP = (a[table_BN].reshape(len(table_BN), -1, a.shape[-1]) for a in (c_BSC, k_rope_BSP))
     wide = {"preferred_element_type": jnp.float32}
     scores_BHTS = jnp.einsum("BTHC,BSC->BHTS", q_latent_BTHC, c_BSC, **wide)
     scores_BHTS += jnp.einsum("BTHP,BSP->BHTS", q_rope_BTHP, k_rope_BSP, **wide)
@@ -140,6 +144,7 @@ def _latent_decode_by_name(
     seen_BTS: jax.Array,
     *,
     scale: float,
+    table_BN: jax.Array | None = None,
 ) -> jax.Array:
     """As `latent_decode`, where each token sees the slots up to its own and has the one after the token before it.
 
@@ -147,7 +152,10 @@ def _latent_decode_by_name(
     """
     lengths_B = jnp.sum(seen_BTS[:, -1], axis=-1, dtype=jnp.int32)
     try:
-        pages, table = mla_decode.contiguous(c_BSC, k_rope_BSP)
+        if table_BN is None:
+            pages, table = mla_decode.contiguous(c_BSC, k_rope_BSP)
+        else:
+            pages, table = mla_decode.Pages(c_BSC, k_rope_BSP), table_BN
         arguments = q_latent_BTHC, q_rope_BTHP, pages, table, lengths_B
         return mla_decode.decode(*arguments, implementation=implementation, scale=scale)[0]
     except ValueError as error:

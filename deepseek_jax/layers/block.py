@@ -64,6 +64,14 @@ class Attention(nnx.Module):
         x = self.operand(x_BTD)
         return self.over_itself(x, tokens, self.entries(x, tokens))[0]
 
+    def over_pages(self, x_BTD: jax.Array, tokens: Tokens, pool: Any, table_BN: jax.Array) -> jax.Array:
+        """`over_cache` where `Full` memory lies in pages of one pool; the pages of each sequence are put side by side.
+
+        An attention that can read pages where they lie has its own.
+        """
+        own = jax.tree.map(lambda a: a[table_BN].reshape(len(table_BN), -1, *a.shape[2:]), pool)
+        return self.over_cache(x_BTD, tokens, own, self.cache.seen(own, tokens))
+
     def operand(self, x_BTD: jax.Array) -> Operand:
         """The normed stream x_BTD, as the other methods take it."""
         return self.matmul.operand(x_BTD)

@@ -101,8 +101,7 @@ def next_tokens_in_pages(table_BN: jax.Array) -> Attend:
 
     def attend(attention: Any, x_BTD: jax.Array, tokens: Tokens, cached: Cached) -> tuple[jax.Array, Cached, Losses]:
         cached = _write_pages(cached, attention.entries(x_BTD, tokens), tokens, table_BN)
-        own = _read_pages(cached, table_BN)
-        return attention.over_cache(x_BTD, tokens, own, attention.cache.seen(own, tokens)), cached, {}
+        return attention.over_pages(x_BTD, tokens, cached, table_BN), cached, {}
 
     return attend
 

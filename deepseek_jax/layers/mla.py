@@ -129,13 +129,24 @@ class MLA(Attention):
         o_BTHU = self.kernels["attention"](q_BTHQ, k_BSHQ, v_BSHU, **options)  # eq. 10
         return self.matmul.einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...]), {}  # eq. 11
 
-    def over_cache(self, x_BTD: jax.Array, tokens: Tokens, cache: Latents, seen_BTS: jax.Array) -> jax.Array:
-        """The absorbed form: u_BTD of tokens that attend to the cache's slots in `seen_BTS`, which hold their own."""
+    def over_cache(
+        self, x_BTD: jax.Array, tokens: Tokens, cache: Latents, seen_BTS: jax.Array, table_BN: jax.Array | None = None
+    ) -> jax.Array:
+        """The absorbed form: u_BTD of tokens that attend to the cache's slots in `seen_BTS`, which hold their own.
+
+        With `table_BN` the cache is a pool of pages, and the slots are those of each sequence's pages in their order.
+        """
         q_nope_BTHN, q_rope_BTHP = self.queries(x_BTD, tokens.positions_BT)
         q_latent_BTHC = self.matmul.einsum("BTHN,CHN->BTHC", q_nope_BTHN, self.k_up_CHN[...])
-        o_latent_BTHC = self.kernels["latent_decode"](q_latent_BTHC, q_rope_BTHP, *cache, seen_BTS, scale=self.scale)
+        options = {"scale": self.scale, "table_BN": table_BN}
+        o_latent_BTHC = self.kernels["latent_decode"](q_latent_BTHC, q_rope_BTHP, *cache, seen_BTS, **options)
         o_BTHU = self.matmul.einsum("BTHC,CHU->BTHU", o_latent_BTHC, self.v_up_CHU[...])
         return self.matmul.einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...])
+
+    def over_pages(self, x_BTD: jax.Array, tokens: Tokens, pool: Latents, table_BN: jax.Array) -> jax.Array:
+        """`over_cache` where the cache lies in pages of one pool, as `kernels.latent_decode` can read it."""
+        seen_BTS = jnp.arange(table_BN.shape[1] * pool.c_BSC.shape[1]) <= tokens.positions_BT[..., None]
+        return self.over_cache(x_BTD, tokens, pool, seen_BTS, table_BN)
 
     @property
     def scale(self) -> float:

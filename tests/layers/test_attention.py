@@ -110,6 +110,20 @@ def test_latent_decode_by_chunks_is_latent_decode():
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["xla", "chunked"])
+def test_latent_decode_reads_pages_where_they_lie(name):
+    rng = np.random.default_rng(0)
+    q, rope, *pools = (
+        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 1, 3, 8), (2, 1, 3, 4), (5, 64, 8), (5, 64, 4))
+    )
+    table_BN = jnp.asarray([[4, 1], [3, 0]])
+    seen_BTS = jnp.arange(128) <= jnp.asarray([[[100]], [[63]]])
+    side_by_side = [pool[table_BN].reshape(2, 128, -1) for pool in pools]
+    decode = functools.partial(Kernels(latent_decode=name)["latent_decode"], scale=SCALE)
+    found, expected = decode(q, rope, *pools, seen_BTS, table_BN=table_BN), decode(q, rope, *side_by_side, seen_BTS)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("name", "n_slots", "message"),
     [("chunked", 100, "100 slots per sequence"), ("mosaic_gpu", 64, "float32, cache .*expected bfloat16")],
