@@ -123,6 +123,14 @@ def peak_flops(device_kind: str) -> float | None:
     return None
 
 
+def memory_bandwidth(device_kind: str) -> float | None:
+    """Returns the bytes per second of a chip's memory by the kind that JAX reports, None if it is unknown (a CPU)."""
+    for kind, known in DEVICE_KINDS.items():
+        if kind.lower() in device_kind.lower():
+            return 1e9 * CHIPS[known].hbm if isinstance(known, str) else None
+    return None
+
+
 def _name(text: str) -> str:
     """Returns the name in `CHIPS` of a chip called `text`, "" if there is none."""
     name = ALIASES.get(text.lower(), text.lower())

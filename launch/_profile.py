@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: `deepseek-jax bench train --profile=DIR`.
+"""Where the time of a step goes: `deepseek-jax bench train --profile=DIR`, `bench generate --profile=DIR`.
 
 JAX's profiler writes a trace of a few steps to DIR; each operation in it is one of the compiled program, which names
 the scope of the model that it came from (`jax.named_scope`). Printed are the device's time per scope and per kind of

@@ -1,10 +1,11 @@
-"""Measure training speed, side by side with transformers on torch where that is installed.
+"""Measure the speed of training and generation, side by side with transformers on torch where that is installed.
 
     deepseek-jax bench train                                   # the 8M-parameter micro_v3 on this machine
     deepseek-jax bench train --peer-python=/path/to/python     # an interpreter that has torch and transformers
     deepseek-jax bench train --config=tiny_v3 --no-peer
     deepseek-jax bench train --config=v3_slice                         # V3's widths, for a GPU: see the config
     deepseek-jax bench train --config=v3_slice --no-peer --profile=DIR                       # where the time goes
+    deepseek-jax bench generate --config=v2_lite               # tokens/s at batch 1, 16, 64; --help lists its flags
     deepseek-jax bench kernels                                 # FP8 kernels, on a Hopper GPU; --help lists its flags
     deepseek-jax bench scaling                                 # layouts of this machine's devices beside one of them
 
@@ -16,13 +17,9 @@ is fp32. Operations count causal attention as half. The peer comes with: pip ins
 """
 
 import contextlib
-import json
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -32,6 +29,7 @@ from deepseek_jax.bounds import path, whole
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options, _profile
 from deepseek_jax.launch._bench_step import Ours
+from deepseek_jax.launch._peer import PeerProcess
 from deepseek_jax.units import binary
 
 EXTRA = {
@@ -50,6 +48,10 @@ def main(argv: list[str]) -> int:
         from deepseek_jax.launch import _bench_kernels  # which imports jax
 
         return _bench_kernels.main(argv[1:])
+    if subject == "generate":
+        from deepseek_jax.launch import _bench_generate
+
+        return _bench_generate.main(argv[1:])
     if subject == "scaling":
         from deepseek_jax.launch import _scaling
 
@@ -57,7 +59,8 @@ def main(argv: list[str]) -> int:
     options = _options.parse(argv[1:] if subject else argv, "micro_v3", EXTRA, workdir=False)
     if subject != "train":
         raise UserError(
-            f"bench {subject or ''}: no such bench. Give: deepseek-jax bench train, bench kernels or bench scaling"
+            f"bench {subject or ''}: no such bench. Give: deepseek-jax bench train, bench generate, bench kernels or "
+            "bench scaling"
         )
     config = run_config.validate(options.config)
     if options.profile:  # operations in a CUDA graph are traced without their names
@@ -80,8 +83,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-class Peer:
-    """transformers' DeepseekV3ForCausalLM of the same sizes, in a process of its own."""
+class Peer(PeerProcess):
+    """transformers' DeepseekV3ForCausalLM of the same sizes, training."""
 
     def __init__(self, config: ConfigDict, python: str):
         job = {
@@ -94,52 +97,16 @@ class Peer:
             },
             "batch": (config.batch.size, config.data.seq_len),
             "dtype": "float32" if config.precision == "fp32" else "bfloat16",
-            "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         }
-        command = [python, "-P", str(Path(__file__).with_name("_torch_peer.py")), json.dumps(job)]
-        pipe = subprocess.PIPE
-        self.complaints = tempfile.TemporaryFile("w+", errors="replace")  # a pipe that nobody reads may fill up
-        try:
-            self.process: Any = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.complaints, text=True)
-        except OSError as error:
-            self.complaints.close()
-            raise UserError(f"--peer-python={python}: cannot be run ({error.strerror}). Give a Python.") from error
-        try:
-            ready = self._answer(python)
-        except BaseException:
-            self.__exit__()
-            raise
-        self.title, self.n_params = ready["name"], ready["n_params"]
+        super().__init__("_torch_peer.py", job, python)
+        self.title, self.n_params = self.ready["name"], self.ready["n_params"]
         self.peak_memory_bytes: int | None = None
-
-    def __enter__(self) -> "Peer":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.process.kill()
-        self.process.communicate()  # closes its pipes and waits
-        self.complaints.close()
 
     def run(self, n_steps: int) -> float:
         """Seconds of `n_steps` training steps."""
-        with contextlib.suppress(BrokenPipeError):  # it has ended: its last message is reported below
-            self.process.stdin.write(f"{n_steps}\n")
-            self.process.stdin.flush()
-        answer = self._answer("the peer")
+        answer = self.ask(str(n_steps))
         self.loss, self.peak_memory_bytes = answer["loss"], answer["peak_memory_bytes"]
         return answer["seconds"]
-
-    def _answer(self, who: str) -> dict:
-        line = self.process.stdout.readline()
-        if not line:
-            self.process.wait()
-            self.complaints.seek(0)
-            last = (self.complaints.read().strip().splitlines() or ["no message"])[-1]
-            raise UserError(
-                f'{who}: the peer ended: {last}\nInstall it with pip install "deepseek_jax[parity]", name an '
-                "interpreter that has it with --peer-python, or leave it out with --no-peer."
-            )
-        return json.loads(line)
 
 
 def transformers_sizes(config: ConfigDict) -> dict:

@@ -167,11 +167,14 @@ def on_tpu(x_AD: jax.Array, w_XDF: Matrices, count_X: jax.Array) -> jax.Array:
     return _by_kernel("mosaic_tpu", x_AD, w_XDF, count_X)
 
 
+_lowered_once = jax.jit(kernels.grouped_matmul, static_argnames="implementation")  # for all layers of a program
+
+
 def _by_kernel(implementation: str, x_AD: jax.Array, w_XDF: Matrices, count_X: jax.Array) -> jax.Array:
     matrices, first = _matrices(w_XDF)
     groups = kernels.Groups(count_X, first=jnp.int32(first) if isinstance(w_XDF, OfLayer) else None)
     try:
-        return kernels.grouped_matmul(x_AD, matrices, groups, implementation=implementation)
+        return _lowered_once(x_AD, matrices, groups, implementation=implementation)
     except ValueError as error:
         raise UserError(
             f"kernels.grouped_matmul={implementation!r}: {error} In a run, config.kernels.grouped_matmul=xla."
