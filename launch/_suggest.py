@@ -150,7 +150,7 @@ def words(config: ConfigDict, space: Space, suggestion: Suggestion) -> str:
     chosen: dict[str, Any] = {"mesh.pipe": at.pipe, "mesh.expert": at.expert}
     chosen["pipeline.micro_batches"] = at.micro_batches
     chosen |= {"mesh.data": at.data} if config.mesh.data != -1 else {}
-    chosen |= {"pipeline.schedule": schedule_name(job)} if at.pipe > 1 else {}
+    chosen |= {"pipeline.schedule": schedule_name(job), "pipeline.put_off": job.put_off} if at.pipe > 1 else {}
     is_constant = suggestion.batch_start == at.batch and not config.batch.size_start
     chosen |= {"batch.size": at.batch, "batch.size_start": 0 if is_constant else suggestion.batch_start}
     chosen |= {f"sharding.{name}": axis for name, axis in job.rules.items()}

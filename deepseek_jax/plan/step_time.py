@@ -12,6 +12,7 @@ one measurement per recipe (`recipes` says which).
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from deepseek_jax.layers.attention import RECOMPUTED_FROM
 from deepseek_jax.parallel.schedule import make_schedule
@@ -131,12 +132,19 @@ def step(job: Job, efficiency: float = 1.0) -> Step:
 
 
 def bubble_seconds(job: Job, efficiency: float) -> float:
-    """Returns how long a device waits: by the schedule's formula, simulated where `put_off` changes the schedule."""
+    """Returns how long a device waits: by the schedule's formula, simulated where `put_off` changes the schedule.
+
+    More micro-batches than two per device would change nothing.
+    """
     times, at = mean_times(job, efficiency), job.layout
     if job.put_off < 0:
         return job.schedule.bubble(len(job.stages), times)
-    schedule = make_schedule(name_of(job.schedule), at.pipe, at.micro_batches, job.put_off)
-    return bubble(simulate(schedule, times.seconds))
+    return _simulated(name_of(job.schedule), at.pipe, min(at.micro_batches, 2 * at.pipe), job.put_off, times)
+
+
+@cache
+def _simulated(name: str, n_ranks: int, micro_batches: int, put_off: int, times: Times) -> float:
+    return bubble(simulate(make_schedule(name, n_ranks, micro_batches, put_off), times.seconds))
 
 
 def bubble_rule(job: Job) -> str:

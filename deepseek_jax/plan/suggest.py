@@ -184,7 +184,8 @@ def _job(space: Space, pipe: int, expert: int, rules: dict, recipe: Recipe, micr
     layout = Layout(pipe, replicas // expert, expert, batch, micro_batches, space.seq_len)
     both_ways = pipe > 1 and micro_batches >= 2 * pipe and 2 * pipe <= sum(space.network.repeats.values())
     name = "dualpipev" if both_ways else "1f1b"
-    return Job(space.network, layout, space.chip, schedule(name, pipe, micro_batches), recipe, rules)
+    put_off = 0 if recipe.alike else -1  # what a run's pipeline keeps for W that is put off does not fit
+    return Job(space.network, layout, space.chip, schedule(name, pipe, micro_batches), recipe, rules, put_off=put_off)
 
 
 def _fits(space: Space, job: Job, kept: Mapping[str, ActivationBytes]) -> bool:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from deepseek_jax.parallel.schedule import SCHEDULES, Part, Schedule, bounded
+from deepseek_jax.parallel.schedule import SCHEDULES, Part, Schedule, bounded, make_schedule
 from deepseek_jax.parallel.simulate import Times, bubble, coupled_seconds, in_flight, simulate, ticks, validate
 
 UNITS = Times(forward=1, backward=2, weights=1, both=3)
@@ -91,6 +91,14 @@ def test_what_putting_off_w_gains_v3_by_hand():
     coupled = [coupled_seconds(ticks(schedule), V3.seconds) for schedule in made]
     assert [round(1e-3 * s, 2) for s in free] == [18.50, 18.75, 18.88, 19.17]
     assert [round(1e-3 * s, 2) for s in coupled] == [19.41, 19.67, 19.79, 19.31]
+
+
+@pytest.mark.parametrize("put_off", [0, 2])
+@pytest.mark.parametrize("name", ["1f1b", "dualpipe", "dualpipev"])
+def test_two_micro_batches_per_rank_wait_as_long_as_more(name, put_off):
+    """The planner simulates no more (`plan.step_time.bubble_seconds`)."""
+    waits = [bubble(simulate(make_schedule(name, 8, 8 * n, put_off), V3.seconds)) for n in (2, 5)]
+    assert waits[0] == pytest.approx(waits[1])
 
 
 def test_dualpipe_runs_the_main_phase_in_pairs():
