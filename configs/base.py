@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     mesh.pipe = 1  # devices along the pipeline
     mesh.data = -1  # devices along the data axis; -1 takes all that are left
     mesh.expert = 1  # devices over which the routed experts are split
+    mesh.context = 1  # devices over which each sequence is split
 
     pipeline = config.pipeline = ConfigDict()
     # parts into which a device splits its share of a batch; they go through the pipeline, and without one (mesh.pipe=1)

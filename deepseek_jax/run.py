@@ -23,7 +23,9 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.kernels import Kernels
 from deepseek_jax.layers.base import Tree
+from deepseek_jax.layers.divided_attention import implementation
 from deepseek_jax.models import family
+from deepseek_jax.parallel.context import CONTEXT, check_chunks
 from deepseek_jax.parallel.mesh import batch_shape
 from deepseek_jax.parallel.sharding import is_axes
 from deepseek_jax.plan import flops
@@ -50,6 +52,7 @@ def trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
     """Returns the `Trainer` of a run. Raises UserError for a key that was set and has no effect on its model."""
     module, run, precision = family(config.family), config.run, policy(config.precision, config.fp8)
     sizes = module.Config.from_config(config.model)
+    check_context(config, mesh)
     loss = config.loss.to_dict()
     step = {name: loss.pop(name) for name in ("clip_norm", "balance_rate", "balance_rate_stop")}
     network = describe(module, sizes)
@@ -80,6 +83,14 @@ def pipeline(config: ConfigDict, network: Network) -> Pipeline:
     return Pipeline(config.pipeline.schedule, end, put_off=config.pipeline.put_off)
 
 
+def check_context(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises UserError if the sequences of a run cannot be divided over the context axis of its mesh."""
+    n_devices = mesh.shape[CONTEXT]
+    if n_devices > 1:
+        check_chunks(config.data.seq_len, n_devices)
+        implementation(config.kernels.attention)
+
+
 def check_effects(config: ConfigDict, trainer: Trainer) -> None:
     """Raises UserError for a key that was set, though the model has nothing that it is about.
 
@@ -108,7 +119,7 @@ def check_effects(config: ConfigDict, trainer: Trainer) -> None:
 def batch_ramp(config: ConfigDict, n_replicas: int) -> BatchRamp:
     """Returns how the batch grows. Raises UserError if it does not divide over the devices and micro-batches.
 
-    `n_replicas` are the devices among which a batch is split: all but those along the pipeline (`mesh.REPLICAS`).
+    `n_replicas` are the devices among which its sequences are split (`mesh.SEQUENCES`).
     """
     ramp, multiple = BatchRamp(**config.batch), n_replicas * config.pipeline.micro_batches
     for key, size in (("size", ramp.size), ("size_start", ramp.start)):

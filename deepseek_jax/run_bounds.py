@@ -22,7 +22,7 @@ TOKEN = bounds.whole(0, LARGEST)  # an id
 ANY_STEPS, SOME_STEPS = bounds.whole(0, STEPS), bounds.whole(1, STEPS)
 RATE = bounds.number(0, 1000, above=True)  # of learning
 LOSS = bounds.number(0, 1000)  # weight of a part of the loss
-MESH_AXIS = bounds.one_of("", "data", "expert")
+MESH_AXIS = bounds.one_of("", "data", "context", "expert")
 AUXILIARY = "loss.auxiliary."  # a config adds the weight of any auxiliary loss that its layers report
 WHOLE_RUN = "Start from a config that holds a whole run, like tiny_v3."
 
@@ -40,6 +40,7 @@ BOUNDS: dict[str, Bound] = {
     "mesh.pipe": bounds.whole(1, DEVICES),
     "mesh.data": bounds.besides(bounds.whole(1, DEVICES), -1),
     "mesh.expert": bounds.whole(1, DEVICES),
+    "mesh.context": bounds.whole(1, DEVICES),
     "pipeline.micro_batches": bounds.whole(1, LARGEST),
     "pipeline.schedule": bounds.one_of(*SCHEDULES),
     "pipeline.put_off": bounds.whole(-1, LARGEST),

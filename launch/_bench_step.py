@@ -22,14 +22,14 @@ class Ours:
         import numpy as np
 
         from deepseek_jax import run
-        from deepseek_jax.parallel.mesh import REPLICAS, make_mesh, size
+        from deepseek_jax.parallel.mesh import SEQUENCES, make_mesh, size
         from deepseek_jax.train.attempts import Attempts
 
         self.shape = (config.batch.size, config.data.seq_len)
         self.vocab_size = config.model.vocab_size
         begin = time.perf_counter()
         mesh = make_mesh(**config.mesh)
-        run.batch_ramp(config, size(mesh, REPLICAS))  # checks that the batch divides over the devices
+        run.batch_ramp(config, size(mesh, SEQUENCES))  # checks that the batch divides over the devices
         self.trainer = run.trainer(config, mesh)
         self.state = self.trainer.init(config.seed)
         step = self.trainer.step

@@ -18,7 +18,7 @@ def headline(
 
     from deepseek_jax.layers.attention import computed_by
 
-    mesh = " x ".join(f"{axis} {n}" for axis, n in trainer.mesh.shape.items())
+    mesh = " x ".join(f"{axis} {n}" for axis, n in trainer.mesh.shape.items() if axis != "context" or n > 1)
     begin = f"resuming from step {start}" if start else "from the beginning"
     return "\n".join(
         [

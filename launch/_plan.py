@@ -25,7 +25,7 @@ from deepseek_jax.plan.published import RUNS, Run
 from deepseek_jax.plan.recipes import recipe
 from deepseek_jax.plan.report import PlannedModel, PlanOptions
 from deepseek_jax.plan.schedules import schedule
-from deepseek_jax.plan.verdict import verdict
+from deepseek_jax.plan.verdict import mesh_text, verdict
 from deepseek_jax.train.metrics import EXPERT_LOADS
 from deepseek_jax.train.ramp import BatchRamp
 
@@ -106,6 +106,7 @@ def job_of(config: ConfigDict, options: SimpleNamespace, subject: PlannedModel) 
         batch=config.batch.size,
         micro_batches=config.pipeline.micro_batches,
         seq_len=config.data.seq_len,
+        context=mesh.context,
     )
     options.recipe = options.recipe or run.recipe or "run"
     is_chosen = "pipeline.schedule" in options.overrides
@@ -188,7 +189,7 @@ def is_published(run: Run, job: Job) -> bool:
 def title(config: ConfigDict, options: SimpleNamespace, job: Job) -> str:
     """The line above the tables."""
     at = job.layout
-    mesh = f"pipe {at.pipe} x data {at.data} x expert {at.expert}"
+    mesh = mesh_text(job)
     pipeline = f", {job.schedule.title}" if at.pipe > 1 else ""
     return f"{config.name} on {at.devices:,} {job.chip.name}: {mesh}{pipeline}, recipe {options.recipe}"
 
@@ -196,7 +197,7 @@ def title(config: ConfigDict, options: SimpleNamespace, job: Job) -> str:
 def header(config: ConfigDict, options: SimpleNamespace, job: Job) -> dict:
     """What was planned, for JSON."""
     at = job.layout
-    mesh = {"pipe": at.pipe, "data": at.data, "expert": at.expert}
+    mesh = {"pipe": at.pipe, "data": at.data, "context": at.context, "expert": at.expert}
     chosen = {"schedule": options.schedule, "recipe": options.recipe}
     return {"config": config.name, "family": config.family, "chip": job.chip.name, "mesh": mesh, **chosen}
 

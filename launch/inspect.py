@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
 
     mesh = sizes(**config.mesh, n_devices=options.devices)
     weights, totals = inspect(config, mesh)
-    shown = " x ".join(f"{axis} {n}" for axis, n in mesh.items() if axis != "pipe" or n > 1)
+    shown = " x ".join(f"{axis} {n}" for axis, n in mesh.items() if axis not in ("pipe", "context") or n > 1)
     print(f"{origin}: family {config.family}, mesh {shown} ({math.prod(mesh.values()):,} devices)\n")
     if options.workdir or config.run.init_from:
         print("\n".join([*numbers(config), ""]))
@@ -101,6 +101,7 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
     from deepseek_jax.abstract_model import AHEAD, abstract_module, count_parameters
     from deepseek_jax.layers.base import dtype_read, logical_axes, roles, split
     from deepseek_jax.models import family
+    from deepseek_jax.parallel.mesh import ALL
     from deepseek_jax.parallel.sharding import bytes_per_device, placements
     from deepseek_jax.plan.network import describe
     from deepseek_jax.precision.policy import policy
@@ -110,8 +111,8 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
     module: Any = abstract_module(config)
     _, params, router_bias = split(module)
     axes, bias_axes = logical_axes(module)
-    sizes = {"pipe": 1, **sizes}
-    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    sizes = {axis: sizes.get(axis, 1) for axis in ALL}
+    mesh = AbstractMesh(tuple(sizes.values()), ALL)
     main_count, ahead_count = count_parameters(params)
     parts = [(name, size(part)) for name, part in params.items() if name != AHEAD]
     biases_count = size(router_bias)

@@ -178,12 +178,12 @@ def prepare(config: ConfigDict, workdir: Path) -> tuple:
     from deepseek_jax import run
     from deepseek_jax.data.pipeline import open_splits, settled
     from deepseek_jax.data.tokenizer import open_tokenizer
-    from deepseek_jax.parallel.mesh import REPLICAS, make_mesh, size
+    from deepseek_jax.parallel.mesh import SEQUENCES, make_mesh, size
 
     if config.precision == "fp32":  # GPUs and TPUs would otherwise round the operands of a matmul
         jax.config.update("jax_default_matmul_precision", "highest")
     mesh = make_mesh(**config.mesh)
-    ramp = run.batch_ramp(config, size(mesh, REPLICAS))
+    ramp = run.batch_ramp(config, size(mesh, SEQUENCES))
     _beginning.check_sizes(config)
     config.data.update(settled(config.data))
     data = {**config.data, "tokenizer": open_tokenizer(config.data.tokenizer)}

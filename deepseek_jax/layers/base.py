@@ -22,6 +22,8 @@ from jax.typing import DTypeLike
 
 from deepseek_jax.kernels import XLA, Kernels
 from deepseek_jax.parallel.alltoall import Exchange
+from deepseek_jax.parallel.context import WHOLE as WHOLE_SEQUENCES
+from deepseek_jax.parallel.context import Context
 from deepseek_jax.parallel.vocabulary import WHOLE, Vocabulary
 from deepseek_jax.precision.grouped import OfLayer, layer_of
 from deepseek_jax.precision.matmul import PLAIN, Matmul
@@ -55,6 +57,7 @@ class Execution:
     # of a stack whose layers are split over a pipeline's ranks: (number of layers, function that gathers one of them)
     fetch: Callable[[str], Fetch] | None = None
     vocabulary: Vocabulary = WHOLE  # which ids' rows of the embedding and columns of the head are here
+    context: Context = WHOLE_SEQUENCES  # the devices over which each sequence is divided
 
 
 SINGLE_DEVICE = Execution()  # float32 on one device

@@ -17,9 +17,12 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
+from deepseek_jax.kernels import Kernels
+from deepseek_jax.layers.divided_attention import divided_attention
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.parallel.alltoall import Sent, added
+from deepseek_jax.parallel.context import Context
 from deepseek_jax.precision.matmul import Matmul, Operand
 
 Entries = Any  # what an attention keeps of its tokens: a NamedTuple of arrays, axes B and S first
@@ -46,11 +49,20 @@ class Attention(nnx.Module):
     entries(x_BTD, tokens)                      what the cache keeps of these tokens
     over_itself(x_BTD, tokens, entries)         (u_BTD, auxiliary losses), attending causally to themselves; with
                                                 `q_offset`, to that many tokens before them as well
+    expand(weights, entries)                    keys and values of entries; reads no weights but those it is given
+    scale                                       factor of the scores
+    entry_width, expanded_width                 numbers per token of entries, and of keys and values of all heads
     cache                                       where the entries go: a `layers.cache.Layout`
     over_cache(x_BTD, tokens, cached, seen_BTS) u_BTD, attending to the slots that are seen
     """
 
     matmul: Matmul
+    kernels: Kernels
+    context: Context
+    scale: Any
+    entry_width: Any
+    expanded_width: Any
+    expand: Any
     cache: Any
     entries: Any
     over_itself: Any
@@ -71,6 +83,16 @@ class Attention(nnx.Module):
         """
         own = jax.tree.map(lambda a: a[table_BN].reshape(len(table_BN), -1, *a.shape[2:]), pool)
         return self.over_cache(x_BTD, tokens, own, self.cache.seen(own, tokens))
+
+    def attended(
+        self, q_BTHQ: jax.Array, entries: Entries, weights: tuple, tokens: Tokens, q_offset: int | jax.Array
+    ) -> jax.Array:
+        """o_BTHU: queries that attend causally to the keys and values of `entries`; see `over_itself`, `expand`."""
+        if self.context.n == 1:
+            options = {"scale": self.scale, "segments_BT": tokens.segments_BT, "q_offset": q_offset}
+            return self.kernels["attention"](q_BTHQ, *self.expand(weights, entries), **options)
+        how = {"expand": self.expand, "context": self.context, "name": self.kernels.chosen["attention"]}
+        return divided_attention(q_BTHQ, entries, weights, tokens.segments_BT, **how, scale=self.scale)
 
     def operand(self, x_BTD: jax.Array) -> Operand:
         """The normed stream x_BTD, as the other methods take it."""

@@ -72,7 +72,7 @@ class Experts(nnx.Module):
     Args:
         route: how the router chooses: `route(logits_BTE, bias_E) -> Routing`, without `bias_E` if it has none.
         balance: the balance losses of each sequence, by name, from its routing.
-        run: its `matmul` and `exchange` are used.
+        run: its `matmul`, `exchange` and `context` are used.
         biased: whether the router has a balancing bias.
     """
 
@@ -96,7 +96,7 @@ class Experts(nnx.Module):
         self.up_XDF = param(rngs, wide, axes, init, role="up")
         narrow, axes = (c.n_experts, c.expert_width, d_model), ("experts", "mlp", "embed")
         self.down_XFD = param(rngs, narrow, axes, init, role="down")
-        self.balance, self.exchange, self.matmul = balance, run.exchange, run.matmul
+        self.balance, self.exchange, self.matmul, self.context = balance, run.exchange, run.matmul, run.context
         self.limit = c.top_groups / c.n_groups
 
     def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Statistics]:
@@ -145,7 +145,7 @@ class Experts(nnx.Module):
             y_MD = alltoall.combine(y_AD, arrived, hops=plan.hops, wire=self.matmul.wire)
         y_BTD = y_MD.reshape(x_BTD.shape)
         load_E = expert_load(routing.experts_BTK, routing.scores_BTE.shape[-1])
-        statistics = Statistics(load_E, jax.tree.map(jnp.sum, self.balance(routing)), sent)
+        statistics = Statistics(load_E, jax.tree.map(jnp.sum, self.balance(routing, self.context)), sent)
         return (y_BTD if shared_BTD is None else shared_BTD + y_BTD), statistics  # eq. 12
 
 

@@ -49,7 +49,7 @@ class KeyValues(NamedTuple):
 
 
 class GQA(Attention):
-    """Grouped-query attention; of `run` its `matmul` and `kernels` are used."""
+    """Grouped-query attention; of `run` its `matmul`, `kernels` and `context` are used."""
 
     def __init__(self, c: GQAConfig, d_model: int, run: Execution = SINGLE_DEVICE, *, rngs: nnx.Rngs):
         init, width = normal(c.init_std), c.head_width
@@ -65,7 +65,7 @@ class GQA(Attention):
             self.q_head_norm = RMSNorm(width, c.norm_eps, rngs=rngs)
             self.k_head_norm = RMSNorm(width, c.norm_eps, rngs=rngs)
         self.config, self.cache = c, Full()
-        self.matmul, self.kernels = run.matmul, run.kernels
+        self.matmul, self.kernels, self.context = run.matmul, run.kernels, run.context
 
     def queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """The heads' rotated queries q_BTHQ."""
@@ -95,9 +95,12 @@ class GQA(Attention):
         `entries` may hold more tokens than these, from position 0 on; `q_offset` of them come before these.
         """
         q_BTHQ = self.queries(x_BTD, tokens.positions_BT)
-        options = {"scale": self.scale, "segments_BT": tokens.segments_BT, "q_offset": q_offset}
-        o_BTHU = self.kernels["attention"](q_BTHQ, *entries, **options)
+        o_BTHU = self.attended(q_BTHQ, entries, (), tokens, q_offset)
         return self.matmul.einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...]), {}
+
+    def expand(self, weights: tuple, entries: KeyValues) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of entries, which are these."""
+        return entries.k_BSZQ, entries.v_BSZU
 
     def over_cache(self, x_BTD: jax.Array, tokens: Tokens, cache: KeyValues, seen_BTS: jax.Array) -> jax.Array:
         """u_BTD of tokens that attend to the cache's slots in `seen_BTS`, which already hold their own."""
@@ -109,6 +112,16 @@ class GQA(Attention):
     def scale(self) -> float:
         """Factor of the attention logits."""
         return self.config.head_width**-0.5
+
+    @property
+    def entry_width(self) -> int:
+        """2 Z Q."""
+        return 2 * self.config.n_kv_heads * self.config.head_width
+
+    @property
+    def expanded_width(self) -> int:
+        """2 Z Q: keys and values are kept as they are."""
+        return self.entry_width
 
     def _rotate(self, x: jax.Array, positions_BT: jax.Array) -> jax.Array:
         c = self.config

@@ -65,7 +65,7 @@ class Latents(NamedTuple):
 
 
 class MLA(Attention):
-    """Multi-head latent attention; of `run` its `matmul` and `kernels` are used.
+    """Multi-head latent attention; of `run` its `matmul`, `kernels` and `context` are used.
 
     | ours | report | released name |
     | --- | --- | --- |
@@ -94,7 +94,7 @@ class MLA(Attention):
         self.v_up_CHU = param(rngs, (c.kv_rank, heads, c.value_width), ("kv_latent", "heads", None), init, role=IN)
         self.out_HUD = param(rngs, (heads, c.value_width, d_model), ("heads", None, "embed"), init, role=OUT)
         self.config, self.cache = c, Full()
-        self.matmul, self.kernels = run.matmul, run.kernels
+        self.matmul, self.kernels, self.context = run.matmul, run.kernels, run.context
 
     def entries(self, x_BTD: jax.Array, tokens: Tokens) -> Latents:
         """What the cache keeps of these tokens."""
@@ -120,14 +120,18 @@ class MLA(Attention):
         `entries` may hold more tokens than these, from position 0 on; `q_offset` of them come before these.
         """
         q_BTHQ = jnp.concatenate(self.queries(x_BTD, tokens.positions_BT), axis=-1)  # eq. 9
-        c_BSC, k_rope_BSP = self.operand(entries.c_BSC), entries.k_rope_BSP
-        k_nope_BSHN = self.matmul.einsum("BSC,CHN->BSHN", c_BSC, self.k_up_CHN[...])  # eq. 2
-        v_BSHU = self.matmul.einsum("BSC,CHU->BSHU", c_BSC, self.v_up_CHU[...])  # eq. 5
-        k_rope_BSHP = jnp.broadcast_to(k_rope_BSP[:, :, None], (*k_nope_BSHN.shape[:-1], self.config.rope_width))
-        k_BSHQ = jnp.concatenate([k_nope_BSHN, k_rope_BSHP], axis=-1)  # eq. 4
-        options = {"scale": self.scale, "segments_BT": tokens.segments_BT, "q_offset": q_offset}
-        o_BTHU = self.kernels["attention"](q_BTHQ, k_BSHQ, v_BSHU, **options)  # eq. 10
+        weights = self.k_up_CHN[...], self.v_up_CHU[...]
+        o_BTHU = self.attended(q_BTHQ, entries, weights, tokens, q_offset)  # eq. 10
         return self.matmul.einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...]), {}  # eq. 11
+
+    def expand(self, weights: tuple[jax.Array, jax.Array], entries: Latents) -> tuple[jax.Array, jax.Array]:
+        """Keys and values (k_BSHQ, v_BSHU) of entries, from the weights k_up_CHN and v_up_CHU."""
+        (k_up_CHN, v_up_CHU), (c_BSC, k_rope_BSP) = weights, entries
+        c_BSC = self.operand(c_BSC)
+        k_nope_BSHN = self.matmul.einsum("BSC,CHN->BSHN", c_BSC, k_up_CHN)  # eq. 2
+        v_BSHU = self.matmul.einsum("BSC,CHU->BSHU", c_BSC, v_up_CHU)  # eq. 5
+        k_rope_BSHP = jnp.broadcast_to(k_rope_BSP[:, :, None], (*k_nope_BSHN.shape[:-1], self.config.rope_width))
+        return jnp.concatenate([k_nope_BSHN, k_rope_BSHP], axis=-1), v_BSHU  # eq. 4
 
     def over_cache(
         self, x_BTD: jax.Array, tokens: Tokens, cache: Latents, seen_BTS: jax.Array, table_BN: jax.Array | None = None
@@ -152,6 +156,16 @@ class MLA(Attention):
     def scale(self) -> float:
         """Factor of the attention logits."""
         return softmax_scale(self.config.query_width, self.config.yarn)
+
+    @property
+    def entry_width(self) -> int:
+        """C + P."""
+        return self.config.kv_rank + self.config.rope_width
+
+    @property
+    def expanded_width(self) -> int:
+        """H (Q + U)."""
+        return self.config.n_heads * (self.config.query_width + self.config.value_width)
 
     def _rotate(self, x: jax.Array, positions_BT: jax.Array) -> jax.Array:
         c = self.config

@@ -22,6 +22,7 @@ from deepseek_jax.layers.base import param
 from deepseek_jax.layers.block import Statistics
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.tokens import Tokens
+from deepseek_jax.parallel.context import WHOLE, Context
 from deepseek_jax.precision.matmul import PLAIN, Matmul
 
 
@@ -67,14 +68,15 @@ class MTP(nnx.Module):
         return self.final_norm(x_BTD), statistics  # eq. 23, but for the head
 
 
-def ahead(targets_BT: jax.Array, n: int) -> list[jax.Array]:
+def ahead(targets_BT: jax.Array, n: int, context: Context = WHOLE) -> list[jax.Array]:
     """The targets, and those that lie 1, …, n - 1 places ahead of them; -1 where there is none in the document."""
     found = [targets_BT]
     while len(found) < n:
-        found.append(jnp.where(found[-1] < 0, -1, shift_left(found[-1], fill=-1)))
+        found.append(jnp.where(found[-1] < 0, -1, shift_left(found[-1], fill=-1, context=context)))
     return found
 
 
-def shift_left(tokens_BT: jax.Array, fill: int) -> jax.Array:
-    """The next token at each position, `fill` at the last one."""
-    return jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)), constant_values=fill)
+def shift_left(tokens_BT: jax.Array, fill: int, context: Context = WHOLE) -> jax.Array:
+    """The next token at each position, `fill` at the last one; `context` may hold it on another device."""
+    next_BS = jnp.pad(context.whole(tokens_BT)[:, 1:], ((0, 0), (0, 1)), constant_values=fill)
+    return context.own(next_BS)

@@ -24,6 +24,7 @@ from jax.nn.initializers import normal
 from jax.typing import ArrayLike
 
 from deepseek_jax.layers.base import RouterBias, param
+from deepseek_jax.parallel.context import WHOLE, Context
 
 
 class Routing(NamedTuple):
@@ -112,16 +113,20 @@ def expert_load(experts_BTK: jax.Array, n_experts: int) -> jax.Array:
 
 # Balance losses of each sequence by name, without their factors alpha; near 1 when a sequence is perfectly balanced.
 # They are those of its text: padding (`without_padding`) changes none of them, and a sequence of padding has 0.
-Balance = Callable[[Routing], dict[str, jax.Array]]
+# Where sequences are divided (`Context`), what each device returns sums to that of the sequence: f is counted over all
+# of it, and P is this device's share of the mean.
+Balance = Callable[[Routing, Context], dict[str, jax.Array]]
 
 
-def sequence_balance(routing: Routing) -> dict[str, jax.Array]:
+def sequence_balance(routing: Routing, context: Context = WHOLE) -> dict[str, jax.Array]:
     """V3's only balance loss, of each sequence (eqs. 17-20); also DeepSeekMoE's and V2-Lite's."""
-    f_BE, P_BE = _frequency_and_affinity(routing)
+    f_BE, P_BE = _frequency_and_affinity(routing, context)
     return {"expert_balance": jnp.sum(f_BE * P_BE, axis=-1)}  # eq. 17
 
 
-def grouped_balance(routing: Routing, *, n_groups: int, top_groups: int) -> dict[str, jax.Array]:
+def grouped_balance(
+    routing: Routing, context: Context = WHOLE, *, n_groups: int, top_groups: int
+) -> dict[str, jax.Array]:
     """V2's three balance losses of each sequence.
 
     They ask for experts that are equally busy, for groups that are, and for groups that are sent equally many tokens.
@@ -133,12 +138,12 @@ def grouped_balance(routing: Routing, *, n_groups: int, top_groups: int) -> dict
 
     Paper: V2 section 2.2.3.
     """
-    f_BE, P_BE = _frequency_and_affinity(routing)
+    f_BE, P_BE = _frequency_and_affinity(routing, context)
     f_BGX, P_BGX = (x.reshape(x.shape[0], n_groups, -1) for x in (f_BE, P_BE))
     P_BG = P_BGX.sum(-1)
     groups_BTK = routing.experts_BTK // f_BGX.shape[-1]
-    sent_BG = jnp.sum(jax.nn.one_hot(groups_BTK, n_groups).max(axis=2), axis=1)
-    sent_BG = sent_BG * (n_groups / (top_groups * _n_real(routing)))[:, None]
+    sent_BG = context.total(jnp.sum(jax.nn.one_hot(groups_BTK, n_groups).max(axis=2), axis=1))
+    sent_BG = sent_BG * (n_groups / (top_groups * _n_real(routing, context)))[:, None]
     return {
         "expert_balance": jnp.sum(f_BE * P_BE, axis=-1),
         "device_balance": jnp.sum(f_BGX.mean(-1) * P_BG, axis=-1),
@@ -146,15 +151,16 @@ def grouped_balance(routing: Routing, *, n_groups: int, top_groups: int) -> dict
     }
 
 
-def _frequency_and_affinity(routing: Routing) -> tuple[jax.Array, jax.Array]:
+def _frequency_and_affinity(routing: Routing, context: Context) -> tuple[jax.Array, jax.Array]:
     """f_i = E / (K T) * times expert i was chosen, and P_i = mean over the sequence of s'_i = s_i / sum_j s_j.
 
     The V3 report counts in f_i the k best of s alone; here, as in the released code, the experts that were really
     chosen (by s + b, within the best groups).
     """
     scores_BTE, experts_BTK = routing.scores_BTE, routing.experts_BTK
-    n_experts, n_real_B = scores_BTE.shape[-1], _n_real(routing)
+    n_experts, n_real_B = scores_BTE.shape[-1], _n_real(routing, context)
     counts_BE = jax.vmap(lambda chosen: jnp.bincount(chosen.reshape(-1), length=n_experts))(experts_BTK)
+    counts_BE = context.total(counts_BE)
     f_BE = counts_BE * (n_experts / (n_real_B * experts_BTK.shape[2]))[:, None]  # eq. 18
     affinity_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True)  # eq. 19
     P_BE = jnp.sum(jnp.where(_is_real(routing)[..., None], affinity_BTE, 0), axis=1) / n_real_B[:, None]  # eq. 20
@@ -166,9 +172,9 @@ def _is_real(routing: Routing) -> jax.Array:
     return routing.experts_BTK[..., 0] < routing.scores_BTE.shape[-1]
 
 
-def _n_real(routing: Routing) -> jax.Array:
+def _n_real(routing: Routing, context: Context) -> jax.Array:
     """T of each sequence: its tokens that are not padding, float32 [B]; 1 where there is none, to divide by."""
-    return jnp.maximum(jnp.sum(_is_real(routing), axis=1), 1).astype(jnp.float32)
+    return jnp.maximum(context.total(jnp.sum(_is_real(routing), axis=1)), 1).astype(jnp.float32)
 
 
 def updated_bias(bias: jax.Array, load: jax.Array, rate: float | jax.Array) -> jax.Array:

@@ -97,7 +97,7 @@ class Model(Decoder):
         `targets_BT` is the next token at each position, -1 where there is none. Each depth reads all of them; which
         are to be learnt is decided by the loss.
         """
-        depths, ids = [], ahead(targets_BT, len(self.mtp) + 1)  # nothing past a document's end
+        depths, ids = [], ahead(targets_BT, len(self.mtp) + 1, self.run.context)  # nothing past a document's end
         for k, module in enumerate(self.mtp):
             depth = remat(module, self.run.remat)
             tokens = tokens._replace(ids_BT=ids[k], real_BT=ids[k] >= 0)
@@ -108,7 +108,7 @@ class Model(Decoder):
 
     def ids_ahead(self, targets_BT: jax.Array) -> list[jax.Array]:
         """The ids that each depth of multi-token prediction reads."""
-        return ahead(targets_BT, len(self.mtp))[: len(self.mtp)]
+        return ahead(targets_BT, len(self.mtp), self.run.context)[: len(self.mtp)]
 
 
 def flops_per_pair(c: Config) -> int:

@@ -30,6 +30,7 @@ from jax.sharding import Mesh
 from deepseek_jax.layers.base import Execution, bind, dtype_read, run_stack
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.parallel.alltoall import make_exchange
+from deepseek_jax.parallel.context import Context
 from deepseek_jax.parallel.sharding import EXPERTS, unsharder
 from deepseek_jax.parallel.split_backward import SAVEABLE
 from deepseek_jax.plan.layout import Layout
@@ -77,7 +78,7 @@ class CachedActivations:
         The backward pass recomputes what policy "none" would have kept; the gradients are assumed to be as large.
         """
         if recipe.remat == V3_POLICY:
-            return {name: _published(self.network, name, layout.seq_len) for name in self.network.stacks}
+            return {name: _published(self.network, name, layout.part_len) for name in self.network.stacks}
         found = {}
         for name in self.network.stacks:
             each, once = self._bytes(name, recipe, layout, rules)
@@ -89,13 +90,14 @@ class CachedActivations:
 
     def _pools(self, stack: str, recipe: Recipe, layout: Layout, rules: Mapping[str, str]) -> Growth:
         """Returns the arrays that a layer of a stack adds to the buffers of a run's pipeline."""
-        key = (stack, recipe.remat, recipe.activations, layout.seq_len, layout.sequences, layout.mesh, *rules.items())
+        key = (stack, recipe.remat, recipe.activations, layout.part_len, layout.sequences, layout.mesh, *rules.items())
         if key not in self.grown:
             dtype = jnp.float32 if recipe.activations == FLOAT32 else jnp.bfloat16
             exchange = make_exchange(rules, layout.mesh)
-            run = Execution(compute=dtype, unroll=0, exchange=exchange and replace(exchange, level=0))
+            context = Context(layout.context)
+            run = Execution(compute=dtype, unroll=0, exchange=exchange and replace(exchange, level=0), context=context)
             blocks = getattr(abstract_model(self.family, self.sizes, run), stack)
-            shape_BTD = (layout.sequences, layout.seq_len, self.network.d_model)
+            shape_BTD = (layout.sequences, layout.part_len, self.network.d_model)
             self.grown[key] = growth(blocks, run, shape_BTD, rules, layout.mesh, SAVEABLE[recipe.remat])
         return self.grown[key]
 
@@ -105,19 +107,20 @@ class CachedActivations:
         Of the mesh, only the number of a device's experts changes it, not the number of shards of a gathered weight.
         """
         if recipe.remat == "block":
-            return int(layout.seq_len * self.network.d_model * recipe.activations), 0
+            return int(layout.part_len * self.network.d_model * recipe.activations), 0
         mesh = layout.mesh
         used = {logical for weight in self.network.of(stack) for logical in weight.axes}
         split_over = sorted((name, at) for name, at in rules.items() if name in used and mesh.shape.get(at, 1) > 1)
         n_shares = mesh.shape[rules[EXPERTS]] if rules.get(EXPERTS) and EXPERTS in used else 1
-        key = (stack, recipe.remat, recipe.activations, layout.seq_len, n_shares, *split_over)
+        key = (stack, recipe.remat, recipe.activations, layout.seq_len, layout.context, n_shares, *split_over)
         if key not in self.known:
             dtype = jnp.float32 if recipe.activations == FLOAT32 else jnp.bfloat16
             read = functools.partial(dtype_read, weights=dtype, compute=dtype)
             exchange, unshard = make_exchange(rules, mesh), unsharder(rules, mesh, read)
-            run = Execution(compute=dtype, remat=recipe.remat, exchange=exchange, unshard=unshard)
+            context = Context(layout.context)
+            run = Execution(compute=dtype, remat=recipe.remat, exchange=exchange, unshard=unshard, context=context)
             blocks = getattr(abstract_model(self.family, self.sizes, run), stack)
-            shapes = ((n, layout.seq_len, self.network.d_model) for n in (1, 2))
+            shapes = ((n, layout.part_len, self.network.d_model) for n in (1, 2))
             one, two = (residual_bytes(blocks, run, shape, rules, mesh) for shape in shapes)
             self.known[key] = (two - one, 2 * one - two)
         return self.known[key]

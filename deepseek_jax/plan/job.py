@@ -90,7 +90,7 @@ class Job:
         stacked = tuple(w.repeated(most[w.part]) for w in network.of(*network.stacks) if most[w.part])
         others = network.of(*{w.part for w in network.weights} - {*network.stacks})
         layout = self.layout
-        mesh = AbstractMesh((layout.pipe, layout.data, layout.expert), ALL)
+        mesh = AbstractMesh((layout.pipe, layout.data, layout.context, layout.expert), ALL)
         stages = range(arrangement.stages_per_device)
         found = [(part, k) for k in stages for part in self._placed(stacked, layout.mesh)]
         held = [Holding(part, arrangement.copies > 1 and k > 0, 1 / arrangement.copies) for part, k in found]

@@ -1,10 +1,10 @@
 """How devices, sequences and layers are divided: the mesh, the micro-batches, the pipeline's stages.
 
-The mesh is pipe x data x expert, with expert innermost. The sequences of a step are divided over data and expert; each
-share goes through the pipeline in micro-batches. Consecutive layers make a stage; the embedding belongs to the first
-stage; final norm, head and multi-token prediction belong to the last (our own runs divide embedding and head over all
-ranks: `parallel.vocabulary`). Layers need not divide evenly (V3: 61 over 16):
-each goes to the device with the least work, and no layer is split.
+The mesh is pipe x data x context x expert, with expert innermost. The sequences of a step are divided over data and
+expert, the tokens of each over context; each share goes through the pipeline in micro-batches. Consecutive layers make
+a stage; the embedding belongs to the first stage; final norm, head and multi-token prediction belong to the last (our
+own runs divide embedding and head over all ranks: `parallel.vocabulary`). Layers need not divide evenly (V3: 61 over
+16): each goes to the device with the least work, and no layer is split.
 """
 
 import itertools
@@ -15,6 +15,7 @@ from typing import cast
 from jax.sharding import AbstractMesh, Mesh
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.parallel.context import check_chunks
 from deepseek_jax.parallel.mesh import ALL, sizes
 from deepseek_jax.parallel.stages import divide, slices
 from deepseek_jax.plan.flops import keys_seen
@@ -32,26 +33,32 @@ class Layout:
     batch: int  # sequences per step, over all devices
     micro_batches: int  # parts into which each pipeline divides its sequences
     seq_len: int  # tokens per sequence
+    context: int = 1  # devices over which each sequence is divided
 
     @property
     def devices(self) -> int:
         """The number of devices."""
-        return self.pipe * self.data * self.expert
+        return self.pipe * self.data * self.context * self.expert
 
     @property
     def mesh(self) -> Mesh:
         """The mesh of one stage; its devices need not exist on this machine, since only its sizes are read."""
-        return cast(Mesh, AbstractMesh((1, self.data, self.expert), ALL))
+        return cast(Mesh, AbstractMesh((1, self.data, self.context, self.expert), ALL))
 
     @property
     def sequences(self) -> int:
-        """The sequences per micro-batch and device."""
+        """The sequences per micro-batch and device, of each of which it may have a part."""
         return self.batch // (self.data * self.expert * self.micro_batches)
 
     @property
     def tokens(self) -> int:
         """The tokens per micro-batch and device."""
-        return self.sequences * self.seq_len
+        return self.sequences * self.part_len
+
+    @property
+    def part_len(self) -> int:
+        """The tokens of a sequence that a device has."""
+        return self.seq_len // self.context
 
     @property
     def tokens_per_step(self) -> int:
@@ -60,17 +67,18 @@ class Layout:
 
 
 def make_layout(
-    *, pipe: int, data: int, expert: int, devices: int, batch: int, micro_batches: int, seq_len: int
+    *, pipe: int, data: int, expert: int, devices: int, batch: int, micro_batches: int, seq_len: int, context: int = 1
 ) -> Layout:
     """Returns the layout of a mesh and a batch. Raises UserError if a size is invalid or does not divide.
 
     Args:
-        pipe, data, expert: mesh sizes; data=-1 takes the remaining devices.
+        pipe, data, expert, context: mesh sizes; data=-1 takes the remaining devices.
         devices: number of devices; 0: as many as the mesh says, where data=-1 counts as 1.
         batch, seq_len: sequences per step, tokens per sequence.
         micro_batches: parts of each pipeline's sequences; in a pipeline, 1 means one sequence per micro-batch.
     """
-    data = sizes(pipe, data, expert, devices)["data"]
+    data = sizes(pipe, data, expert, devices, context)["data"]
+    check_chunks(seq_len, context)
     replicas = data * expert
     if batch % replicas:
         raise UserError(
@@ -84,7 +92,7 @@ def make_layout(
             f"config.pipeline.micro_batches={micro_batches}: each of the {replicas} shares has {share} sequences. "
             f"Choose a divisor of {share}."
         )
-    return Layout(pipe, data, expert, batch, micro_batches, seq_len)
+    return Layout(pipe, data, expert, batch, micro_batches, seq_len, context)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@
 | layer at work | recomputed in the backward pass of the widest layer, and its gradients (`ActivationBytes`) |
 | logits | 8 V per token of the chunk in which the loss is computed: float32, and their gradient |
 | exchange buffers | copies of the tokens on their way to experts and back; twice if passes overlap |
+| gathered entries | of divided sequences: what a layer's keys and values are made of; one chunk of these; gradients |
 
 Not counted: memory of the compiler and the communication library, and fragmentation.
 
@@ -26,7 +27,7 @@ Compared with runs: V3's widths, 3 layers, 32 experts, recipe run on one H200, p
 
 from collections.abc import Mapping
 
-from deepseek_jax.plan.activations import ActivationBytes
+from deepseek_jax.plan.activations import FLOAT32, ActivationBytes
 from deepseek_jax.plan.job import Job, Part
 from deepseek_jax.plan.layout import Stage
 from deepseek_jax.plan.network import HIGH_PRECISION
@@ -35,7 +36,7 @@ from deepseek_jax.plan.schedules import name_of
 from deepseek_jax.plan.stage_buffers import POOLS, slot_bytes, slots
 
 PARTS: tuple[str, ...] = ("weights", "gradients", "pipeline_copy", "masters", "optimizer", "activations")
-PARTS += ("buffers", "kept_once", "layer_at_work", "logits", "exchange_buffers", "router_biases")
+PARTS += ("buffers", "kept_once", "layer_at_work", "logits", "exchange_buffers", "gathered_entries", "router_biases")
 LOGITS = 8.0  # bytes: float32 and the same for its gradient
 BIAS = 4.0
 BARELY = 0.05  # of a chip's memory: what is not counted may take as much
@@ -65,7 +66,17 @@ def rank_memory(job: Job, rank: int, kept: Mapping[str, ActivationBytes], loss_c
         hops = job.hops[-1:] if recipe.node_limited else job.hops  # published runs buffer nothing in between
         rows = layout.tokens * sum(copies for copies, _ in hops) * recipe.padding
         found["exchange_buffers"] = rows * network.d_model * recipe.exchanged * (2 if job.schedule.overlaps else 1)
+    if layout.context > 1:
+        found["gathered_entries"] = _gathered_entries(job)
     return {name: n_bytes for name, n_bytes in found.items() if n_bytes}
+
+
+def _gathered_entries(job: Job) -> float:
+    """Returns the bytes that attention makes of divided sequences in its backward pass."""
+    network, layout, recipe = job.network, job.layout, job.recipe
+    whole = layout.seq_len * network.entries * (recipe.activations + FLOAT32)
+    chunk = layout.part_len // 2 * network.expanded * 2 * recipe.activations
+    return layout.sequences * (whole + chunk)
 
 
 def _buffers(job: Job, kept: Mapping[str, ActivationBytes]) -> float:
@@ -173,4 +184,4 @@ def stage_activations(job: Job, stage: Stage, kept: Mapping[str, ActivationBytes
     """Returns the bytes that a stage keeps per sequence: of its layers, and the inputs of head and MTP."""
     layers = sum(n * kept[name].per_sequence for name, n in layers_of(job, stage))
     streams = stage.has_head + 2 * stage.mtp_depth
-    return layers + streams * job.layout.seq_len * job.network.d_model * job.recipe.activations
+    return layers + streams * job.layout.part_len * job.network.d_model * job.recipe.activations

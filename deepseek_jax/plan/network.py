@@ -90,6 +90,11 @@ class Weight:
         cut = len(inner) - 1 if inner[-1][0] == NORM_WIDTH else 1
         return math.prod(n for _, n in inner[:cut]), math.prod(n for _, n in inner[cut:])
 
+    @property
+    def expands(self) -> bool:
+        """Whether keys or values are made with it of the entries of a cache."""
+        return self.is_matrix and self._inner()[0][0] == "kv_latent"
+
     def repeated(self, n: int) -> "Weight":
         """Returns the same weight, stacked `n` times; itself if it is not stacked."""
         return replace(self, shape=(n, *self.shape[1:])) if self.is_stacked else self
@@ -116,6 +121,9 @@ class Network:
     n_groups: int
     top_groups: int
     flops_per_pair: int  # operations of one token's queries with the keys and values of one other token, per layer
+    # entries, expanded: numbers per token and layer of what an attention's cache keeps, and of keys and values
+    entries: int
+    expanded: int
 
     @property
     def stacks(self) -> tuple[str, ...]:
@@ -171,6 +179,8 @@ def describe(family: ModuleType, sizes: Sizes) -> Network:
     experts = getattr(sizes, EXPERTS, None) if any(w.is_expert for w in weights) else None
     groups = {key: getattr(experts, key, 1) for key in ("n_experts", "top_k", "n_groups", "top_groups")}
     stacks = {name: getattr(model, name) for name in model.stacks}
+    first = next(iter(stacks.values()))
+    attention = (first.blocks[0] if isinstance(first, Group) else first).attention
     return Network(
         weights=weights,
         router_biases=size(router_bias),
@@ -179,6 +189,8 @@ def describe(family: ModuleType, sizes: Sizes) -> Network:
         vocab_size=sizes.vocab_size,
         **groups,
         flops_per_pair=family.flops_per_pair(sizes),
+        entries=attention.entry_width,
+        expanded=attention.expanded_width,
     )
 
 

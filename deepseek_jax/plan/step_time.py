@@ -55,12 +55,13 @@ class Step:
     exchange: float  # all-to-all with the experts that arithmetic does not hide
     bubble: float  # waiting for other stages
     reduce: float  # gradients and weights between replicas, and FSDP
+    context: float  # gathering what keys and values of divided sequences are made of
     optimizer: float  # reading and writing the optimizer state
 
     @property
     def total(self) -> float:
         """The whole step."""
-        return self.compute + self.exchange + self.bubble + self.reduce + self.optimizer
+        return self.compute + self.exchange + self.bubble + self.reduce + self.context + self.optimizer
 
 
 def stage_compute(job: Job, number: int, efficiency: float) -> Compute:
@@ -71,7 +72,8 @@ def stage_compute(job: Job, number: int, efficiency: float) -> Compute:
     for part, passes in _products(job, number):
         seconds = _matmul(job, part, efficiency) * passes
         matmuls += seconds
-        recomputed += seconds * recomputes(job, part.weight)
+        is_again = job.layout.context > 1 and part.weight.expands
+        recomputed += seconds * (recomputes(job, part.weight) + is_again)
     return Compute(matmuls, pairs, recomputed)
 
 
@@ -80,11 +82,12 @@ def _products(job: Job, number: int) -> Iterator[tuple[Part, float]]:
 
     By the head once for each depth of multi-token prediction more; where ranks share it, each has its part of that.
     """
-    depths = 1 + job.network.mtp_depth
+    depths, context = 1 + job.network.mtp_depth, job.layout.context
+    expansions = context + 0.5 if context > 1 else 1  # 2 C + 1 chunks where a device has two (`divided_attention`)
     for part in job.parts[number]:
         is_head = part.weight.role == "head"
         if part.weight.is_matrix and not (is_head and job.shares_vocabulary):
-            yield part, depths if is_head else 1
+            yield part, depths if is_head else expansions if part.weight.expands else 1
     if job.shares_vocabulary and number < job.layout.pipe:  # the first stage of each rank
         yield from ((part, depths / job.layout.pipe) for part in job.parts[-1] if part.weight.role == "head")
 
@@ -172,7 +175,7 @@ def _rank_step(job: Job, rank: int, efficiency: float, waiting: float) -> Step:
         optimizer += states * (recipe.gradients + 2 * recipe.optimizer + recipe.weights) / (job.chip.hbm * GIGA)
     traffic = rank_traffic(job, rank)
     reduce = traffic.zero.seconds(job.chip) + traffic.fsdp.seconds(job.chip)
-    return Step(compute, exposed, waiting, reduce, optimizer)
+    return Step(compute, exposed, waiting, reduce, traffic.context.seconds(job.chip), optimizer)
 
 
 def _pairs(job: Job) -> float:

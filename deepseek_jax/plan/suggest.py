@@ -1,6 +1,7 @@
 """Meshes on which a network fits, fastest first: what may be chosen, and a search that traces as little as possible.
 
-    choices      pipe x data x expert = devices, rules that store weights in shards, micro-batches, remat, recipe
+    choices      pipe x data x context x expert = devices, rules that store weights in shards, micro-batches, remat,
+                 recipe
     fits         memory of the fullest device <= (1 - BARELY) of the chip's
     order        seconds per step (`step_time.step` with the recipe's efficiency)
 
@@ -37,6 +38,8 @@ STORED: tuple[dict[str, str], ...] = (
     {"vocab": EXPERT, "heads": EXPERT, "embed": DATA},
 )
 PIPES = (1, 2, 4, 8, 16)
+CONTEXTS = (2, 4, 8, 16, 32, 64)  # besides 1
+LONG = 4096  # tokens of a sequence that a device has at least, if it shares the sequence with others
 NO_BF16 = "gradients summed in place, tokens sent once to each node (recipe bf16)"
 NO_V3 = "V3's recomputation (recipe v3)"
 MOST_DEVICES = 2**17
@@ -90,7 +93,7 @@ def search(space: Space) -> Iterator[Suggestion]:
     while heap:
         seconds, _, job, rest = heapq.heappop(heap)
         at = job.layout
-        mesh = (at.pipe, at.data, at.expert, job.recipe.activations, job.recipe.fp8)
+        mesh = (at.pipe, at.data, at.context, at.expert, job.recipe.activations, job.recipe.fp8)
         if mesh in found:
             continue
         guess = known.get(_alike(job))
@@ -122,16 +125,17 @@ def step_of(space: Space, job: Job) -> float:
 
 def start_of(space: Space, job: Job) -> int:
     """Returns `config.batch.size_start`, rounded up to a multiple of the devices times their micro-batches."""
-    multiple = job.layout.devices // job.layout.pipe * job.layout.micro_batches
+    multiple = job.layout.data * job.layout.expert * job.layout.micro_batches
     return min(ceil(space.batch_start / multiple) * multiple, job.layout.batch)
 
 
 def lines(space: Space) -> Iterator[list[Job]]:
     """Yields lines of jobs that divide and may fit; the jobs of a line differ in their micro-batches, fewest first."""
-    for pipe, expert, rules in _meshes(space):
+    for pipe, context, expert, rules in _meshes(space):
         shared: dict[bool, Job] = {}  # their stages and parts are shared by all jobs on this mesh
         for recipe in space.recipes:
-            jobs = (_job(space, pipe, expert, rules, recipe, n) for n in _micro_batches(space, pipe))
+            numbers = _micro_batches(space, pipe, context)
+            jobs = (_job(space, pipe, context, expert, rules, recipe, n) for n in numbers)
             line = [job for job in jobs if _divides(job, shared) and _fits(space, job, _least(job))]
             if line:
                 yield line
@@ -151,17 +155,19 @@ def _divides(job: Job, shared: dict[bool, Job]) -> bool:
 
 def _least(job: Job) -> dict[str, ActivationBytes]:
     """Returns a lower bound for every policy: a layer's input, and at work the outputs of its matmuls."""
-    width, tokens = job.recipe.activations, job.layout.seq_len
+    width, tokens = job.recipe.activations, job.layout.part_len
     outputs = {name: matmul_outputs(job.network, name) for name in job.network.stacks}
     stream = tokens * width * job.network.d_model
     return {name: ActivationBytes(stream, 0, tokens * width * made) for name, made in outputs.items()}
 
 
-def _meshes(space: Space) -> Iterator[tuple[int, int, dict[str, str]]]:
-    """Yields (pipe, expert, rules) that divide the devices; equivalent rules are tried once."""
+def _meshes(space: Space) -> Iterator[tuple[int, int, int, dict[str, str]]]:
+    """Yields (pipe, context, expert, rules) that divide the devices; equivalent rules are tried once."""
     pipes = [n for n in PIPES if space.devices % n == 0 and n <= sum(space.network.repeats.values())]
-    for pipe in pipes:
-        replicas, n_experts = space.devices // pipe, space.network.n_experts
+    for pipe, context in itertools.product(pipes, _contexts(space)):
+        replicas, n_experts = space.devices // pipe // context, space.network.n_experts
+        if (pipe > 1 and context > 1) or space.devices % (pipe * context):
+            continue
         for expert in (n for n in range(1, n_experts + 1) if n_experts % n == 0 and replicas % n == 0):
             sizes, seen = {DATA: replicas // expert, EXPERT: expert, "": 1}, set()
             for stored in STORED if pipe == 1 else STORED[:1]:
@@ -169,19 +175,24 @@ def _meshes(space: Space) -> Iterator[tuple[int, int, dict[str, str]]]:
                 active = tuple(sorted((name, axis) for name, axis in rules.items() if sizes.get(axis, 1) > 1))
                 if active not in seen:
                     seen.add(active)
-                    yield pipe, expert, rules
+                    yield pipe, context, expert, rules
 
 
-def _micro_batches(space: Space, pipe: int) -> list[int]:
+def _contexts(space: Space) -> list[int]:
+    """Returns the numbers of devices that may share a sequence."""
+    return [1, *(n for n in CONTEXTS if space.seq_len % (2 * n) == 0 and space.seq_len >= n * LONG)]
+
+
+def _micro_batches(space: Space, pipe: int, context: int) -> list[int]:
     """Returns the numbers of micro-batches that divide a device's share; in a pipeline one sequence each."""
-    share = ceil(space.batch / (space.devices // pipe))
+    share = ceil(space.batch / (space.devices // pipe // context))
     return [share] if pipe > 1 else [n for n in range(1, share + 1) if share % n == 0]
 
 
-def _job(space: Space, pipe: int, expert: int, rules: dict, recipe: Recipe, micro_batches: int) -> Job:
-    replicas = space.devices // pipe
+def _job(space: Space, pipe: int, context: int, expert: int, rules: dict, recipe: Recipe, micro_batches: int) -> Job:
+    replicas = space.devices // pipe // context
     batch = ceil(space.batch / replicas) * replicas
-    layout = Layout(pipe, replicas // expert, expert, batch, micro_batches, space.seq_len)
+    layout = Layout(pipe, replicas // expert, expert, batch, micro_batches, space.seq_len, context)
     both_ways = pipe > 1 and micro_batches >= 2 * pipe and 2 * pipe <= sum(space.network.repeats.values())
     name = "dualpipev" if both_ways else "1f1b"
     put_off = 0 if recipe.alike else -1  # what a run's pipeline keeps for W that is put off does not fit
@@ -195,7 +206,7 @@ def _fits(space: Space, job: Job, kept: Mapping[str, ActivationBytes]) -> bool:
 
 def _alike(job: Job) -> tuple:
     """Returns a key of jobs whose layers keep about the same."""
-    return job.recipe.remat, job.recipe.activations, job.expert_devices > 1
+    return job.recipe.remat, job.recipe.activations, job.expert_devices > 1, job.layout.context
 
 
 def schedule_name(job: Job) -> str:

@@ -5,6 +5,7 @@
 | exchange with experts | copies * D * (dispatch + combine) of each hop, per token and layer, there and back |
 | ZeRO-1 | (R-1)/R * (gradients scattered + weights gathered) over the R replicas of each weight |
 | FSDP | the same per layer and micro-batch: gathered before use, gradients scattered |
+| context | (C-1) * entries per token, gathered forward and backward; float32 gradients scattered |
 | pipeline | D per token, forward to the next stage and backward to the previous one |
 
 A hop is between n devices (`parallel.alltoall`): (near-1)/n of its bytes go over the fast link, to those that it
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 
 from deepseek_jax.chips import Chip
 from deepseek_jax.parallel.alltoall import Hop
+from deepseek_jax.parallel.context import CONTEXT
 from deepseek_jax.parallel.mesh import DATA, size
 from deepseek_jax.parallel.sharding import EXPERTS
 from deepseek_jax.plan.job import Job, Part
@@ -59,12 +61,13 @@ class Traffic:
     exchange: Sent  # with the experts' devices, forward and backward
     zero: Sent  # gradients and weights between replicas
     fsdp: Sent  # weights that are stored in shards
+    context: Sent  # of divided sequences: what keys and values are made of, and its gradients
     pipeline: Sent  # activations and their gradients between stages
 
     @property
     def total(self) -> float:
         """The bytes of all kinds together."""
-        return self.exchange.total + self.zero.total + self.fsdp.total + self.pipeline.total
+        return self.exchange.total + self.zero.total + self.fsdp.total + self.context.total + self.pipeline.total
 
 
 def exchange(job: Job) -> Sent:
@@ -94,7 +97,19 @@ def rank_traffic(job: Job, rank: int) -> Traffic:
         for part in job.parts[hold.stage]:
             zero += _zero(job, part).times(1 / job.schedule.arrangement.copies)
             fsdp += _fsdp(job, part).times(job.passes(hold))
-    return Traffic(experts, zero, fsdp, pipeline + _ends(job))
+    return Traffic(experts, zero, fsdp, context(job, rank), pipeline + _ends(job))
+
+
+def context(job: Job, rank: int) -> Sent:
+    """Returns the bytes per step of what attention gathers of divided sequences, and of its float32 gradients.
+
+    It is gathered in both passes, and again where attention is recomputed.
+    """
+    layout, recipe = job.layout, job.recipe
+    layers = sum(job.passes(hold) * job.stages[hold.stage].n_attentions for hold in job.ranks[rank])
+    gathers = 2 + (recipe.remat == "block")
+    row = job.network.entries * (gathers * recipe.activations + MASTER)
+    return _over(job, _span(job, (CONTEXT,)), layers * layout.tokens * (layout.context - 1) * row)
 
 
 def _ends(job: Job) -> Sent:
@@ -115,8 +130,9 @@ def _over(job: Job, n_devices: int, sent: float) -> Sent:
 
 
 def _span(job: Job, axes: Sequence[str]) -> int:
-    """Returns the devices from the first to the last of a group along `axes`; the expert axis is the inner one."""
-    return job.layout.data * job.layout.expert if DATA in axes else job.layout.expert
+    """Returns the devices from the first to the last of a group along `axes`; expert is innermost, then context."""
+    inner = job.layout.expert * (job.layout.context if DATA in axes or CONTEXT in axes else 1)
+    return job.layout.data * inner if DATA in axes else inner
 
 
 def _zero(job: Job, part: Part) -> Sent:

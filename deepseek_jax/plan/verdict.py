@@ -17,6 +17,7 @@ PARTS = {
     "exchange": "all-to-all",
     "bubble": "pipeline bubble",
     "reduce": "ZeRO-1 and FSDP",
+    "context": "gathering over context",
     "optimizer": "optimizer's memory traffic",
 }
 
@@ -83,6 +84,8 @@ def _advice(job: Job, part: str) -> str:
             stays = f"config.mesh.expert <= {job.chip.reach} stays on the fast link"
             return f"{once}{stays}; a schedule that overlaps hides it"
         return "a smaller config.mesh.expert, or a schedule that overlaps, hides it"
+    if part == "context":
+        return "a smaller config.mesh.context gathers less"
     if part == "bubble":
         return "more micro-batches, or fewer stages (config.mesh.pipe)"
     if part == "reduce":
@@ -115,4 +118,5 @@ def suggestions(key: str, title: str, found: Sequence[Suggestion], words: Sequen
 def mesh_text(job: Job) -> str:
     """Returns the mesh as text."""
     at = job.layout
-    return f"pipe {at.pipe} x data {at.data} x expert {at.expert}"
+    context = f" x context {at.context}" if at.context > 1 else ""
+    return f"pipe {at.pipe} x data {at.data}{context} x expert {at.expert}"

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.layers.base import Tree
-from deepseek_jax.parallel.mesh import REPLICAS, total
-from deepseek_jax.train.loss import Losses, Totals, totals
+from deepseek_jax.train.loss import Losses, Totals, step_totals
 
 # loss(params, state, part, over) of the trained weights, the train state and a part of the batch: see `Objective`.
 Loss = Callable[[Tree, Tree, Batch, Totals], tuple[jax.Array, Losses]]
@@ -26,7 +25,7 @@ def accumulated(loss: Loss, micro_batches: int) -> Gradients:
     derivative = jax.value_and_grad(loss, has_aux=True)
 
     def gradients(params: Tree, state: Tree, batch: Batch) -> tuple[Tree, jax.Array, Losses]:
-        over = total(totals(batch), REPLICAS)
+        over = step_totals(batch)
 
         def of(part: Batch) -> tuple:
             (value, losses), gradient = derivative(params, state, part, over)

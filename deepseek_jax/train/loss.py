@@ -24,6 +24,8 @@ from deepseek_jax.layers.decoder import Depth, Part
 from deepseek_jax.layers.mtp import ahead, shift_left
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.parallel.alltoall import Sent, added, nothing_sent
+from deepseek_jax.parallel.context import CONTEXT, Context
+from deepseek_jax.parallel.mesh import REPLICAS, SEQUENCES, total
 from deepseek_jax.train.cross_entropy import IGNORE
 
 if TYPE_CHECKING:
@@ -73,9 +75,19 @@ class Totals(NamedTuple):
 
 
 def totals(batch: "Batch") -> Totals:
-    """The totals of a part of a batch, to be added up."""
+    """The totals of whole sequences of a batch, to be added up."""
     weight = jnp.sum(jnp.where(batch.targets_BT != IGNORE, batch.weights_BT, 0.0))
     return Totals(weight, jnp.sum(jnp.any(batch.segments_BT > 0, axis=1)).astype(jnp.float32))
+
+
+def step_totals(batch: "Batch") -> Totals:
+    """The totals over all devices, from a device's share of a batch; inside `mesh.per_device`.
+
+    A sequence that is divided over devices counts once, and if only one of them holds text of it.
+    """
+    holds_text_B = total(jnp.sum(batch.segments_BT > 0, axis=1), (CONTEXT,)) > 0
+    sequences = total(jnp.sum(holds_text_B).astype(jnp.float32), SEQUENCES)
+    return Totals(total(totals(batch).weight, REPLICAS), sequences)
 
 
 class Stage(NamedTuple):
@@ -182,7 +194,7 @@ class PreTraining:
         step: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """See `Objective`."""
-        main, mtp = predicted(hidden, cross_entropy_of(run, weight_DV, self.chunk), batch, over)
+        main, mtp = predicted(hidden, cross_entropy_of(run, weight_DV, self.chunk), batch, over, run.context)
         return main + self._mtp_weight(step) * mtp, main, mtp
 
     def nats(self, model: Any, batch: "Batch") -> jax.Array:
@@ -196,7 +208,8 @@ class PreTraining:
 def losses(model: Any, batch: "Batch", over: Totals, *, chunk: int, mask: bool) -> Losses:
     """The losses of a part of a batch; arguments as for `Objective` and `PreTraining`."""
     _, hidden, found = stage_losses(model, batch, over, WHOLE, mask=mask)
-    main, mtp = predicted(hidden, cross_entropy_of(model.run, model.head.weight_DV[...], chunk), batch, over)
+    nll = cross_entropy_of(model.run, model.head.weight_DV[...], chunk)
+    main, mtp = predicted(hidden, nll, batch, over, model.run.context)
     return found._replace(main=main, mtp=mtp)
 
 
@@ -242,14 +255,14 @@ def cross_entropy_of(run: Execution, weight_DV: jax.Array, chunk: int) -> CrossE
 
 
 def predicted(
-    hidden: Sequence[jax.Array], nll: CrossEntropy, batch: "Batch", over: Totals
+    hidden: Sequence[jax.Array], nll: CrossEntropy, batch: "Batch", over: Totals, context: Context
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the cross-entropy of the main model and that of multi-token prediction, from what the head reads."""
     h_BTD, *depths = hidden
     main, mtp = nll(h_BTD, batch.targets_BT, batch.weights_BT) / over.weight, jnp.float32(0)
     weights_BT = batch.weights_BT
-    for h_BTD, targets_BT in zip(depths, ahead(batch.targets_BT, len(depths) + 1)[1:], strict=True):
-        weights_BT = shift_left(weights_BT, fill=0)  # a weight stays with its target
+    for h_BTD, targets_BT in zip(depths, ahead(batch.targets_BT, len(depths) + 1, context)[1:], strict=True):
+        weights_BT = shift_left(weights_BT, fill=0, context=context)  # a weight stays with its target
         nll_of_depth = nll(h_BTD, targets_BT, weights_BT) / over.weight  # eq. 24
         mtp += nll_of_depth / len(depths)  # eq. 25, but for lambda
     return main, mtp

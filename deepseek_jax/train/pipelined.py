@@ -23,13 +23,12 @@ from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.layers.base import Execution, Tree
 from deepseek_jax.layers.base import split as split_module
 from deepseek_jax.layers.embed import rows, rows_gradient
-from deepseek_jax.parallel.mesh import REPLICAS, total
 from deepseek_jax.parallel.pipeline import Ends, run_pipeline
 from deepseek_jax.parallel.split_backward import SAVEABLE, split
 from deepseek_jax.parallel.stage_layout import StageLayout, make_layout
 from deepseek_jax.parallel.tick_table import TickTable, make_table
 from deepseek_jax.train.gradients import Gradients
-from deepseek_jax.train.loss import Losses, Stage, Totals, totals
+from deepseek_jax.train.loss import Losses, Stage, Totals, step_totals
 from deepseek_jax.tree import size
 
 ENDS = ("embedding", "head")  # entries of a model's weights that all ranks have a part of
@@ -83,7 +82,7 @@ def pipelined(losses: StageLosses, layout: StageLayout, remat: str, overlap: boo
     n_micro = layout.schedule.micro_batches * layout.copies
 
     def gradients(params: Tree, state: Tree, batch: Batch) -> tuple[Tree, jax.Array, Losses]:
-        over = total(totals(batch), REPLICAS)
+        over = step_totals(batch)
         micro = jax.tree.map(lambda a: a.reshape(n_micro, -1, *a.shape[1:]), batch)
         own = {name: sub for name, sub in params.items() if name not in ENDS}
         both = {name: params.get(name, {}) | state["frozen"].get(name, {}) for name in ENDS}

@@ -32,6 +32,7 @@ from deepseek_jax.layers.base import Execution, bind, dtype_read, logical_axes, 
 from deepseek_jax.layers.router import max_violation, updated_bias
 from deepseek_jax.parallel import zero
 from deepseek_jax.parallel.alltoall import Sent, make_exchange
+from deepseek_jax.parallel.context import CONTEXT, Context
 from deepseek_jax.parallel.mesh import BATCH, PIPE, REPLICAS, REPLICATED, per_device, place, total
 from deepseek_jax.parallel.sharding import (
     Placement,
@@ -170,6 +171,7 @@ class Trainer:
             unroll=unroll,
             exchange=make_exchange(rules, mesh, exchange_groups),
             unshard=unsharder(rules, mesh, read),
+            context=Context(mesh.shape[CONTEXT]),
         )
         model: Any = abstract(lambda rngs: build(self.run, rngs))
         n_ranks = mesh.shape[PIPE]
@@ -345,7 +347,7 @@ class Trainer:
             finite=finite.astype(jnp.float32),
             skipped=new["skipped"],
             skipped_in_row=new["skipped_in_row"],
-            checksum=_checksum(batch.ids_BT),
+            checksum=_checksum(batch.ids_BT, self.run.context),
             loads=found.loads,
             sent=found.sent,
         )
@@ -438,7 +440,7 @@ def moved_biases(router_bias: dict, loads: dict, gamma: jax.Array) -> dict:
     )
 
 
-def _checksum(ids_BT: jax.Array) -> jax.Array:
+def _checksum(ids_BT: jax.Array, context: Context) -> jax.Array:
     """uint32 sum over all devices of id * (2 position + 1), the order of the sequences left out."""
-    odd_T = 2 * jnp.arange(ids_BT.shape[1], dtype=jnp.uint32) + 1
+    odd_T = 2 * context.places(ids_BT.shape[1]).astype(jnp.uint32) + 1
     return total(jnp.sum(ids_BT.astype(jnp.uint32) * odd_T), REPLICAS)

@@ -7,6 +7,6 @@ gpu.py          Hopper: Pallas Mosaic GPU; gpu_forward.py and gpu_backward.py ar
 visits.py       which blocks of the other sequence a tile visits, and which processor computes which tiles
 """
 
-from pallas_kernels.mla_attention.api import SAVED, attention
+from pallas_kernels.mla_attention.api import SAVED, attention, implementation
 
-__all__ = ["SAVED", "attention"]
+__all__ = ["SAVED", "attention", "implementation"]

@@ -12,7 +12,7 @@ that is known when the program runs. The backward pass computes the weights P = 
     dv_j = sum_i P_ij do_i        ds_ij = P_ij (do_i . v_j - delta_i)        delta_i = do_i . o_i - dlse_i
     dq_i = scale sum_j ds_ij k_j        dk_j = scale sum_i ds_ij q_i
 
-P is 0 where lse is -inf. The reference is one plain function, which jax differentiates.
+P is 0 where lse is -inf. `attention` lets jax differentiate the reference.
 """
 
 from dataclasses import dataclass
@@ -75,6 +75,19 @@ def attention(
     return _attention(*arrays, _How(implementation, scale, known))
 
 
+def implementation(name: str) -> Any:
+    """Returns the module of an implementation, whose two functions compute attention to some of the keys.
+
+    For a caller that combines parts: `backward` takes lse and delta of all keys together, and gives the part's
+    gradients. Arguments are as above, and not checked.
+    """
+    if name == "mosaic_gpu":
+        from pallas_kernels.mla_attention import gpu  # Mosaic GPU is not part of every JAX build
+
+        return gpu
+    return {"chunked": chunked, "reference": reference}[name]
+
+
 @dataclass(frozen=True)
 class _How:
     """What is known of a call when it is traced."""
@@ -85,11 +98,7 @@ class _How:
 
     def module(self) -> Any:
         """The implementation."""
-        if self.implementation == "mosaic_gpu":
-            from pallas_kernels.mla_attention import gpu  # Mosaic GPU is not part of every JAX build
-
-            return gpu
-        return {"chunked": chunked}[self.implementation]
+        return implementation(self.implementation)
 
 
 def _computed(

@@ -21,7 +21,7 @@ from deepseek_jax.parallel.mesh import (
 
 def test_sizes():
     mesh = make_mesh(2, 4)
-    assert dict(mesh.shape) == {"pipe": 1, "data": 2, "expert": 4}
+    assert dict(mesh.shape) == {"pipe": 1, "data": 2, "context": 1, "expert": 4}
     assert size(mesh, ALL) == 8 and size(mesh, ()) == 1
     assert make_mesh(-1, 2).shape["data"] == len(jax.devices()) // 2
     assert make_mesh(1, 2).size == 2
@@ -54,7 +54,7 @@ def test_each_device_gets_its_rows_in_order():
 def test_a_total_is_over_all_devices():
     mesh = make_mesh(2, 4)
     run = jax.jit(per_device(lambda x: total(x.sum()), mesh, (BATCH,), REPLICATED))
-    assert float(run(place(np.arange(8.0), mesh, BATCH))) == 28
+    assert float(run(place(np.arange(8.0)[:, None], mesh, BATCH))) == 28
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_total_is_over_all_devices():
     [(1, -1, 1, 0, 1), (1, -1, 64, 0, 1), (1, -1, 64, 256, 4), (1, 2, 4, 0, 2), (1, 2, 4, 8, 2), (16, -1, 64, 2048, 2)],
 )
 def test_sizes_of_a_mesh_elsewhere(pipe, data, expert, n_devices, expected):
-    assert sizes(pipe, data, expert, n_devices) == {"pipe": pipe, "data": expected, "expert": expert}
+    assert sizes(pipe, data, expert, n_devices) == {"pipe": pipe, "data": expected, "context": 1, "expert": expert}
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_policies_keep_less_and_less(job_of, kept_of):
 
 
 def test_the_rule_for_policy_block_is_what_a_derivative_counts(subject, job_of, kept_of):
-    it, run, mesh = subject("tiny_v1"), Execution(remat="block"), AbstractMesh((1, 1, 1), ALL)
+    it, run, mesh = subject("tiny_v1"), Execution(remat="block"), AbstractMesh((1, 1, 1, 1), ALL)
     model = abstract_model(it.module, it.sizes, run)
     one, two = (residual_bytes(model.blocks, run, (n, 256, it.sizes.d_model), {}, mesh) for n in (1, 2))
     assert two - one == kept_of("tiny_v1", job_of("tiny_v1", remat="block"))["blocks"].per_sequence

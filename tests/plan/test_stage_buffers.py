@@ -14,7 +14,7 @@ from deepseek_jax.plan.memory import rank_memory
 from deepseek_jax.plan.network import abstract_model
 from deepseek_jax.plan.stage_buffers import divided, growth, slot_bytes, slots
 
-MESH, RULES = AbstractMesh((1, 1, 1), ALL), {"experts": "expert"}
+MESH, RULES = AbstractMesh((1, 1, 1, 1), ALL), {"experts": "expert"}
 
 
 def n_bytes(arrays) -> int:

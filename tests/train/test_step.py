@@ -76,8 +76,8 @@ def weights(sizes, filled) -> tuple:
     return filled(lambda: family("v3").Model(sizes, rngs=nnx.Rngs(0)), std=0.1)[1:]
 
 
-def trainer(sizes, data: int, expert: int, rules: dict, **options) -> Trainer:
-    mesh = make_mesh(data, expert, jax.devices()[: data * expert])
+def trainer(sizes, data: int, expert: int, rules: dict, *, context: int = 1, **options) -> Trainer:
+    mesh = make_mesh(data, expert, jax.devices()[: data * context * expert], context=context)
     options = {"objective": OBJECTIVE, "optimizer": adamw(**ADAMW), "config": STEP} | options
     return Trainer(lambda run, rngs: family("v3").Model(sizes, run, rngs=rngs), mesh, rules, **options)
 
@@ -108,6 +108,12 @@ def expert_parallel(sizes, weights) -> Run:
 
 
 @pytest.fixture(scope="module")
+def divided_sequences(sizes, weights) -> Run:
+    """Sequences in four chunks over two devices; documents begin and end in any of them, some in the middle of one."""
+    return run(trainer(sizes, 2, 2, EXPERTS, context=2), weights)
+
+
+@pytest.fixture(scope="module")
 def fully_sharded(sizes, weights) -> Run:
     """FSDP over four devices, experts over two, each share of the batch in two parts."""
     two_parts = dataclasses.replace(STEP, micro_batches=2)
@@ -124,9 +130,14 @@ def leaves(tree) -> list[tuple[str, np.ndarray]]:
     return [(jax.tree_util.keystr(path, simple=True, separator="."), x) for path, x in jax.tree.leaves_with_path(tree)]
 
 
-@pytest.mark.parametrize("name", ["expert_parallel", pytest.param("fully_sharded", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["expert_parallel", "divided_sequences", pytest.param("fully_sharded", marks=pytest.mark.slow)]
+)
 def test_every_mesh_trains_the_same_model(one_device, name, request):
-    """Devices, remat, accumulation and ZeRO-1 change nothing: five steps, losses and weights."""
+    """Devices, remat, accumulation, ZeRO-1, divided sequences change nothing: five steps, losses, weights, gradients.
+
+    The first moments after a step are its gradients, but for a factor.
+    """
     other = request.getfixturevalue(name)
     for expected, got in zip(one_device.reports, other.reports, strict=True):
         for field in ("loss", "main", "mtp", "gradient_norm", "max_violation"):
@@ -135,6 +146,10 @@ def test_every_mesh_trains_the_same_model(one_device, name, request):
         jax.tree.map(np.testing.assert_array_equal, got.loads, expected.loads)
     for (path, expected), (_, got) in zip(leaves(one_device.states[-1]), leaves(other.states[-1]), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4, err_msg=path)
+    first = ((path, x) for path, x in leaves(one_device.states[1]["optimizer"]["mu"]))
+    for (path, expected), (_, got) in zip(first, leaves(other.states[1]["optimizer"]["mu"]), strict=True):
+        assert np.linalg.norm(got - expected) <= 3e-5 * np.linalg.norm(expected), path
+    assert [got.checksum for got in other.reports] == [expected.checksum for expected in one_device.reports]
 
 
 @pytest.mark.slow

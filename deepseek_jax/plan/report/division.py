@@ -14,8 +14,9 @@ from deepseek_jax.plan.report.inputs import contents
 from deepseek_jax.plan.traffic import Sent, rank_traffic
 from deepseek_jax.plan.verdict import mesh_text
 
-GROWS_WITH_MICRO_BATCH = ("activations", "layer_at_work", "exchange_buffers")
-TRAFFIC_LABELS = {"exchange": "all-to-all", "zero": "ZeRO-1: scatter, gather", "fsdp": "FSDP", "pipeline": "p2p"}
+GROWS_WITH_MICRO_BATCH = ("activations", "layer_at_work", "exchange_buffers", "gathered_entries")
+TRAFFIC_LABELS = {"exchange": "all-to-all", "zero": "ZeRO-1: scatter, gather", "fsdp": "FSDP"}
+TRAFFIC_LABELS |= {"context": "gathered over context", "pipeline": "p2p"}
 
 
 def layout(job: Job) -> Section:
@@ -89,6 +90,7 @@ def _memory_notes(job: Job) -> dict[str, str]:
         "layer_at_work": "intermediates of the widest layer's backward pass",
         "logits": "float32, of one chunk, and their gradient",
         "exchange_buffers": "tokens on their way to experts and back",
+        "gathered_entries": "of whole sequences, what a layer's keys and values are made of, and gradients",
     }
 
 
@@ -109,6 +111,7 @@ def _traffic_row(job: Job, name: str, sent: Sent) -> Row:
         "exchange": f"{job.recipe.dispatch:.2f} B out, {job.recipe.combine:.2f} B back",
         "zero": f"{job.recipe.gradients:.0f} B out, {job.recipe.weights:.0f} B back",
         "fsdp": "weights stored in shards",
+        "context": f"{job.recipe.activations:.0f} B out, float32 gradients back",
         "pipeline": f"{job.recipe.activations:.0f} B each way",
     }
     seconds = sent.seconds(job.chip)

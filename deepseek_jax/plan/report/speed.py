@@ -58,11 +58,14 @@ def _parts(job: Job, steps: Sequence[step_time.Step], table: Table) -> list[Row]
     seconds = figures.seconds
     overlap = "hidden behind arithmetic where possible" if job.schedule.overlaps else "not hidden by this schedule"
     slowest = "on the slowest device" + ("; float32 at the rate of bfloat16" if job.recipe.activations == 4 else "")
+    of_context = [s.context for s in steps]
+    gathered = [table.row("context_s", "gathering over context", of_context, seconds, "not hidden")]
     return [
         table.row("compute_s", "arithmetic", [s.compute for s in steps], seconds, slowest),
         table.row("exchange_s", "all-to-all, exposed", [s.exchange for s in steps], seconds, overlap),
         table.row("bubble_s", "bubble", [s.bubble for s in steps], seconds, step_time.bubble_rule(job)),
         table.row("reduce_s", "ZeRO-1 and FSDP", [s.reduce for s in steps], seconds, "not hidden"),
+        *(gathered if any(of_context) else []),
         table.row("optimizer_s", "optimizer", [s.optimizer for s in steps], seconds, "its state through the memory"),
     ]
 
