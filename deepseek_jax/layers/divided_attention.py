@@ -79,7 +79,8 @@ def divided_attention(
         return o_BTHU, (*inputs, o_BTHU, lse_BHT)
 
     def backward(saved: tuple, do_BTHU: jax.Array) -> tuple:
-        return *call.backward(*saved, do_BTHU), None
+        inputs: list = [*saved, do_BTHU]
+        return *call.backward(*inputs), None
 
     attend.defvjp(forward, backward)
     try:

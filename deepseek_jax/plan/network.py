@@ -179,8 +179,8 @@ def describe(family: ModuleType, sizes: Sizes) -> Network:
     experts = getattr(sizes, EXPERTS, None) if any(w.is_expert for w in weights) else None
     groups = {key: getattr(experts, key, 1) for key in ("n_experts", "top_k", "n_groups", "top_groups")}
     stacks = {name: getattr(model, name) for name in model.stacks}
-    first = next(iter(stacks.values()))
-    attention = (first.blocks[0] if isinstance(first, Group) else first).attention
+    first: Any = next(iter(stacks.values()))
+    block: Any = first.blocks[0] if isinstance(first, Group) else first
     return Network(
         weights=weights,
         router_biases=size(router_bias),
@@ -189,8 +189,8 @@ def describe(family: ModuleType, sizes: Sizes) -> Network:
         vocab_size=sizes.vocab_size,
         **groups,
         flops_per_pair=family.flops_per_pair(sizes),
-        entries=attention.entry_width,
-        expanded=attention.expanded_width,
+        entries=block.attention.entry_width,
+        expanded=block.attention.expanded_width,
     )
 
 
