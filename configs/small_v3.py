@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.kernels.grouped_matmul = "mosaic_gpu"
     config.kernels.quantize = "mosaic_gpu"
     config.kernels.quantize_swiglu = "mosaic_gpu"
+    config.kernels.quantize_squares = "mosaic_gpu"
     config.kernels.fp8_matmul = "mosaic_gpu"
     config.kernels.grouped_fp8_matmul = "mosaic_gpu"
     config.kernels.grouped_fp8_weight_gradient = "mosaic_gpu"

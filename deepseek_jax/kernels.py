@@ -29,7 +29,7 @@ TABLE = {
         "mosaic_gpu": "deepseek_jax.precision.grouped:on_hopper",  # Hopper, bf16, widths that are multiples of 128
         "mosaic_tpu": "deepseek_jax.precision.grouped:on_tpu",  # the same on TPUs
     },
-    "quantize": {  # of activations in blocks, along both axes; this and the next four: precision fp8, Hopper as above
+    "quantize": {  # of activations in blocks, along both axes; this and the next five: precision fp8, Hopper as above
         "xla": "deepseek_jax.precision.fp8_kernels:quantize",
         "mosaic_gpu": "deepseek_jax.precision.fp8_kernels:quantize_on_hopper",
         "mosaic_tpu": "deepseek_jax.precision.fp8_kernels:quantize_on_tpu",
@@ -38,6 +38,11 @@ TABLE = {
         "xla": "deepseek_jax.precision.fp8_kernels:quantize_swiglu",
         "mosaic_gpu": "deepseek_jax.precision.fp8_kernels:quantize_swiglu_on_hopper",
         "mosaic_tpu": "deepseek_jax.precision.fp8_kernels:quantize_swiglu_on_tpu",
+    },
+    "quantize_squares": {  # of weights, as stored and transposed
+        "xla": "deepseek_jax.precision.fp8_kernels:quantize_squares",
+        "mosaic_gpu": "deepseek_jax.precision.fp8_kernels:quantize_squares_on_hopper",
+        "mosaic_tpu": "deepseek_jax.precision.fp8_kernels:quantize_squares_on_tpu",
     },
     "fp8_matmul": {
         "xla": "deepseek_jax.precision.fp8_kernels:fp8_matmul",

@@ -14,7 +14,8 @@ optimizer.
 
 An activation is quantised along channels and along tokens, both in one pass (`operand`), once for all products that
 read it. The backward pass keeps the codes along tokens, one byte per number, and not x; of the weights it keeps the
-codes.
+codes. Tensor cores take 8-bit operands only with the contraction last, so a weight is quantised once as stored and once
+transposed, in one pass with the same scales.
 
 SwiGLU is computed again in the backward pass, from its two inputs in E4M3; its output is not kept.
 
@@ -54,10 +55,10 @@ from deepseek_jax.precision.matmul import PLAIN, Operand, letters, swiglu
 from deepseek_jax.precision.quantize import dequantize_blocks, quantize_blocks
 from deepseek_jax.precision.wire import SMALLEST_AMAX, Codes, Wire
 from pallas_kernels.grouped_matmul import Groups, Scaled
-from pallas_kernels.quantize import Quantized
+from pallas_kernels.quantize import Quantized, Squares
 
 BLOCK = 128
-SQUARE, ROW = (BLOCK, BLOCK), (1, BLOCK)
+ROW = (1, BLOCK)
 POWERS_OF_TWO = "ue8m0"
 
 
@@ -111,17 +112,6 @@ class Gated:
         return Gated(self.gate.reshape(-1, width), self.up.reshape(-1, width), self.factor)
 
 
-class Weight(NamedTuple):
-    """Codes of a weight [K, N], or of one per expert [X, K, N], in 128 x 128 blocks."""
-
-    q: jax.Array  # E4M3, like the weight
-    scale: jax.Array  # float32 [..., ceil(K / 128), ceil(N / 128)]
-
-    def transposed(self) -> "Weight":
-        """[N, K]: the kernels contract the last axis of both operands."""
-        return Weight(self.q.mT, self.scale.mT)
-
-
 class Kept(NamedTuple):
     """What the backward pass needs of an operand: its codes along tokens [K, M] and their scales."""
 
@@ -165,18 +155,18 @@ def _axes(equation: str) -> Axes | None:
     return None
 
 
-def _in_squares(x: jax.Array, *, scale: str, floor: float) -> Quantized:
-    """As `quantize`, with one scale per 128 x 128 block for both directions."""
-    q, scales = quantize_blocks(x, SQUARE, scale, floor)
-    by_row, by_column = (jnp.repeat(s.astype(jnp.float32), BLOCK, axis=1) for s in (scales.T, scales))
-    return Quantized(q, by_row[:, : x.shape[0]], q.T, by_column[:, : x.shape[1]])
+def _by_row(found: Squares) -> Quantized:
+    """Codes with one scale per 128 x 128 block as `quantize` gives them: the scale of each row in each block."""
+    (m, k), scales = found.q.shape, found.scale
+    by_row, by_column = (jnp.repeat(s, BLOCK, axis=1) for s in (scales.T, scales))
+    return Quantized(found.q, by_row[:, :m], found.q_t, by_column[:, :k])
 
 
 @dataclass(frozen=True)
 class BlockMatmul:
     """A `Matmul` in block-scaled FP8."""
 
-    kernels: Kernels = XLA  # of `quantize` and what follows it there
+    kernels: Kernels = XLA  # of the operations from `quantize` to `grouped_fp8_weight_gradient`
     scale: str = "fp32"  # amax / 448; or "ue8m0", the next power of two (V3.1)
     gradient_block: str = "1x128"  # that shares a scale in activation gradients; or "128x128", which V3 rejects
 
@@ -215,7 +205,8 @@ class BlockMatmul:
             return PLAIN.vjp_input(equation, g, w.astype(g.dtype))
         matrix = w.reshape(prod(w.shape[: axes.contracted]), -1)
         codes = self._gradient(g.reshape(-1, matrix.shape[1]), self.scale)
-        d_x = self._times(codes.q, codes.scale, self._weight(matrix), None, g.dtype)
+        weight = self._weight(matrix)
+        d_x = self._times(codes.q, codes.scale, Scaled(weight.q, weight.scale), None, g.dtype)
         return d_x.reshape(*g.shape[: axes.leading], *w.shape[: axes.contracted])
 
     def vjp_weight(self, equation: str, x: Operand, g: jax.Array) -> jax.Array:
@@ -242,23 +233,23 @@ class BlockMatmul:
             return x.codes
         return self.kernels["quantize_swiglu"](x.gate, x.up, x.factor, scale=scale, floor=SMALLEST_AMAX)
 
-    def _weight(self, w: jax.Array) -> Weight:
-        """The codes of a float32 weight."""
-        q, scale = quantize_blocks(w, SQUARE, self.scale)
-        return Weight(q, scale.astype(jnp.float32))
+    def _weight(self, w: jax.Array) -> Squares:
+        """The codes of a weight [K, N], or of one per expert [X, K, N], and of the transpose."""
+        return self.kernels["quantize_squares"](w, scale=self.scale)
 
     def _gradient(self, g: jax.Array, scale: str) -> Quantized:
         """The codes of an activation gradient [M, N]."""
-        quantize = self.kernels["quantize"] if self.gradient_block == "1x128" else _in_squares
-        return quantize(g, scale=scale, floor=SMALLEST_AMAX)
+        if self.gradient_block == "1x128":
+            return self.kernels["quantize"](g, scale=scale, floor=SMALLEST_AMAX)
+        return _by_row(self.kernels["quantize_squares"](g, scale=scale, floor=SMALLEST_AMAX))
 
     def _times(
-        self, q: jax.Array, scale: jax.Array, w: Weight, count_X: jax.Array | None, dtype: DTypeLike
+        self, q: jax.Array, scale: jax.Array, w: Scaled, count_X: jax.Array | None, dtype: DTypeLike
     ) -> jax.Array:
         """Rows times weights that have the contraction last: those of their expert where there are counts."""
         if count_X is None:
             return self.kernels["fp8_matmul"](q, scale, *w, out_dtype=dtype)
-        operands = Scaled(q, scale), Scaled(*w), Groups(count_X, self.align)
+        operands = Scaled(q, scale), w, Groups(count_X, self.align)
         return self.kernels["grouped_fp8_matmul"](*operands, out_dtype=dtype)
 
     def _over_tokens(
@@ -283,9 +274,9 @@ def _product(
 def _forward(matmul: BlockMatmul, of_w: DTypeLike, x: Coded | Gated, w: jax.Array, count_X: jax.Array | None) -> tuple:
     codes = matmul._codes(x, _scale(matmul, count_X))
     weight = matmul._weight(w)
-    y = matmul._times(codes.q, codes.scale, weight.transposed(), count_X, x.dtype)
+    y = matmul._times(codes.q, codes.scale, Scaled(weight.q_t, weight.scale.mT), count_X, x.dtype)
     kept = Kept(codes.q_t, codes.scale_t) if isinstance(x, Coded) else KeptInputs.of(x)
-    return y, (kept, weight, count_X)
+    return y, (kept, Scaled(weight.q, weight.scale), count_X)
 
 
 def _backward(matmul: BlockMatmul, of_w: DTypeLike, saved: tuple, dy: jax.Array) -> tuple:

@@ -29,6 +29,7 @@ BLOCK = 128
 
 quantize = functools.partial(quantize_kernel.quantize, implementation="reference")
 quantize_swiglu = functools.partial(quantize_kernel.quantize_swiglu, implementation="reference")
+quantize_squares = functools.partial(quantize_kernel.quantize_squares, implementation="reference")
 
 
 def fp8_matmul(
@@ -137,6 +138,7 @@ def _by(implementation: str, operation: str, kernel: Callable) -> Callable:
 _hopper, _tpu = (functools.partial(_by, implementation) for implementation in ("mosaic_gpu", "mosaic_tpu"))
 quantize_on_hopper = _hopper("quantize", quantize_kernel.quantize)
 quantize_swiglu_on_hopper = _hopper("quantize_swiglu", quantize_kernel.quantize_swiglu)
+quantize_squares_on_hopper = _hopper("quantize_squares", quantize_kernel.quantize_squares)
 fp8_matmul_on_hopper = _hopper("fp8_matmul", product_in_parts)
 grouped_fp8_matmul_on_hopper = _hopper("grouped_fp8_matmul", grouped_kernels.grouped_fp8_matmul)
 grouped_fp8_weight_gradient_on_hopper = _hopper(
@@ -144,6 +146,7 @@ grouped_fp8_weight_gradient_on_hopper = _hopper(
 )
 quantize_on_tpu = _tpu("quantize", quantize_kernel.quantize)
 quantize_swiglu_on_tpu = _tpu("quantize_swiglu", quantize_kernel.quantize_swiglu)
+quantize_squares_on_tpu = _tpu("quantize_squares", quantize_kernel.quantize_squares)
 fp8_matmul_on_tpu = _tpu("fp8_matmul", fp8_matmul_kernel.fp8_matmul)
 grouped_fp8_matmul_on_tpu = _tpu("grouped_fp8_matmul", grouped_kernels.grouped_fp8_matmul)
 grouped_fp8_weight_gradient_on_tpu = _tpu("grouped_fp8_weight_gradient", grouped_kernels.grouped_fp8_weight_gradient)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.quantize import reference
-from pallas_kernels.quantize.reference import AMAX_FLOOR, Quantized
+from pallas_kernels.quantize.reference import AMAX_FLOOR, Quantized, Squares
 
 IMPLEMENTATIONS = ("reference", "mosaic_gpu", "mosaic_tpu")
 SCALES = ("fp32", "ue8m0")
@@ -72,6 +72,28 @@ def quantize_swiglu(
     return _kernel("quantize_swiglu", implementation)(gate, up, factor, scale=scale, floor=floor)
 
 
+def quantize_squares(
+    w: jax.Array, *, implementation: str, scale: str = "fp32", floor: float = AMAX_FLOOR
+) -> Squares:
+    """Returns the E4M3 codes of w and of its transpose, with one scale per 128 x 128 block.
+
+    Args:
+        w: bfloat16 or float32 [K, N], or several [X, K, N].
+        implementation: "reference" (any device), "mosaic_gpu" (Hopper) or "mosaic_tpu", which pass over w once. No
+            fallback.
+        scale: "fp32", amax / 448, or "ue8m0", the next power of two.
+        floor: of amax.
+
+    Raises:
+        ValueError: arguments that are invalid, or that the implementation does not support.
+    """
+    _check_matrix("w", w, several=True)
+    _check_scale(scale, floor)
+    if implementation == "reference":
+        return reference.quantize_squares(w, scale=scale, floor=floor)
+    return _kernel("quantize_squares", implementation)(w, scale=scale, floor=floor)
+
+
 def _kernel(function: str, implementation: str) -> Callable:
     """The kernel called `function` for the default device."""
     if implementation == "mosaic_tpu":
@@ -90,9 +112,9 @@ def _kernel(function: str, implementation: str) -> Callable:
     raise ValueError(f"implementation={implementation!r}: unknown. Choose one of {', '.join(IMPLEMENTATIONS)}.")
 
 
-def _check_matrix(name: str, x: jax.Array) -> None:
-    if x.ndim != 2 or x.dtype not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
-        raise ValueError(f"{name} is {x.dtype} {x.shape}: expected a matrix of bfloat16 or float32.")
+def _check_matrix(name: str, x: jax.Array, several: bool = False) -> None:
+    if x.ndim not in ((2, 3) if several else (2,)) or x.dtype not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
+        raise ValueError(f"{name} is {x.dtype} {x.shape}: expected a matrix{' or several' * several} of bfloat16 or float32.")
 
 
 def _check_scale(scale: str, floor: float) -> None:

@@ -14,6 +14,10 @@ takes three:
 
 and q is x / s, correctly rounded (Markstein 1990). The same step corrects r = 1 / s and s = amax / 448 themselves.
 A SwiGLU's exponential is the chip's approximate one (2 ulp): one code in some million differs by a step.
+
+Of a weight a block of 128 x 128 shares a scale, the same in both directions. Each warpgroup leaves the largest
+magnitudes of its half of the tile's rows, or columns, in shared memory and takes the largest of all, once every
+warpgroup has done so.
 """
 
 import dataclasses
@@ -29,11 +33,12 @@ from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
 from pallas_kernels import mosaic_gpu
-from pallas_kernels.quantize.reference import AMAX_FLOOR, BLOCK, LARGEST, Quantized
-from pallas_kernels.quantize.whole_blocks import cropped, filled, inputs_of_swiglu
+from pallas_kernels.quantize.reference import AMAX_FLOOR, BLOCK, LARGEST, Quantized, Squares
+from pallas_kernels.quantize.whole_blocks import cropped, cropped_squares, filled, inputs_of_swiglu
 
 ROWS = 64  # that a warpgroup holds in registers at a time
 CODE = jnp.float8_e4m3fn
+COPIED = 32  # float32 numbers: 128 bytes, what a copy moves at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +114,29 @@ def quantize_swiglu(
     return cropped(plan.call(interpret)(*inputs, *factors), m, f)
 
 
+def quantize_squares(
+    w: jax.Array,
+    *,
+    scale: str = "fp32",
+    floor: float = AMAX_FLOOR,
+    n_processors: int = 132,
+    tuning: Tuning | None = None,
+    interpret: object = None,
+) -> Squares:
+    """Returns the codes of w [..., K, N] and of its transpose; see `pallas_kernels.quantize_squares`. As `quantize`."""
+    whole = filled(w)
+    k, n = whole.shape[-2:]
+    rows = whole.size // n
+    tuning = tuning or Tuning(stages=2 if jnp.dtype(w.dtype).itemsize == 2 else 1, halves=2, ctas=1)
+    plan = Plan(rows, n, w.dtype, (0,), False, scale, floor, n_processors, tuning, square=k)
+    q, scales, q_t = plan.call(interpret)(whole.reshape(rows, n))
+    leading, blocks = w.shape[:-2], (k // BLOCK, n // BLOCK)
+    found = Squares(
+        q.reshape(whole.shape), q_t.reshape(*leading, n, k), scales[:, 0].reshape(*leading, *blocks)
+    )
+    return cropped_squares(found, *w.shape[-2:])
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """All that is known of a call before it runs.
@@ -118,6 +146,7 @@ class Plan:
         dtype: of the inputs.
         first_columns: of the part of each input: one for a matrix, those of gate and up for a SwiGLU.
         scaled: there is a factor per row.
+        square: 0, or the rows of each of the weights that lie one below the other, whose blocks are 128 x 128.
     """
 
     rows: int
@@ -129,6 +158,7 @@ class Plan:
     floor: float
     n_processors: int
     tuning: Tuning
+    square: int = 0
 
     @property
     def tiles(self) -> tuple[int, int]:
@@ -142,16 +172,10 @@ class Plan:
 
     def call(self, interpret: object) -> Callable:
         """The kernel, a function of the inputs and the factors of their rows, if there are any."""
-        number = jnp.float32
         mode: dict[str, Any] = {"interpret": interpret} if interpret else {}
         return plgpu.kernel(
             functools.partial(_kernel, self),
-            out_type=[
-                jax.ShapeDtypeStruct((self.rows, self.columns), CODE),
-                jax.ShapeDtypeStruct((self.columns // BLOCK, self.rows), number),
-                jax.ShapeDtypeStruct((self.columns, self.rows), CODE),
-                jax.ShapeDtypeStruct((self.rows // BLOCK, self.columns), number),
-            ],
+            out_type=self.outputs(),
             scratch_types=self.scratch(),
             grid=(self.n_ctas,),
             grid_names=("ctas",),
@@ -162,6 +186,20 @@ class Plan:
             ),
             **mode,
         )
+
+    def outputs(self) -> list[jax.ShapeDtypeStruct]:
+        """Codes and scales by row, then by column; of weights codes, a scale per tile, codes of the transposes."""
+        codes, n_tiles = jax.ShapeDtypeStruct((self.rows, self.columns), CODE), self.tiles[0] * self.tiles[1]
+        if self.square:
+            transposed = (self.rows // self.square * self.columns, self.square)
+            scales = jax.ShapeDtypeStruct((n_tiles, COPIED), jnp.float32)
+            return [codes, scales, jax.ShapeDtypeStruct(transposed, CODE)]
+        return [
+            codes,
+            jax.ShapeDtypeStruct((self.columns // BLOCK, self.rows), jnp.float32),
+            jax.ShapeDtypeStruct((self.columns, self.rows), CODE),
+            jax.ShapeDtypeStruct((self.rows // BLOCK, self.columns), jnp.float32),
+        ]
 
     def scratch(self) -> list:
         """Shared memory and barriers of a CTA, in the order of `Refs`."""
@@ -175,7 +213,12 @@ class Plan:
             plgpu.Barrier(num_arrivals=n_inputs + self.scaled, num_barriers=self.tuning.stages),
             plgpu.Barrier(num_arrivals=2 * self.tuning.halves, num_barriers=self.tuning.stages),
             plgpu.SMEM((self.tuning.stages, BLOCK), jnp.float32) if self.scaled else None,
+            *(self.exchange() if self.square else (None, None)),
         ]
+
+    def exchange(self) -> tuple:
+        """Where warpgroups leave the largest magnitudes of a tile, for every other one in turns."""
+        return plgpu.SMEM((2, 2, BLOCK), jnp.float32), plgpu.Barrier(num_arrivals=2 * self.tuning.halves)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +231,8 @@ class Refs:
     loaded: Any  # per stage: the tile has arrived
     free: Any  # per stage: all warpgroups have read it
     factors: Any  # of a stage's rows
+    maxima: Any  # of a tile's rows and columns
+    found: Any  # all warpgroups have left theirs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,19 +244,27 @@ class Direction:
     scales: Any
     row: Any
     column: Any
+    tile: Any  # number of the tile among those of the CTA
 
 
 def _kernel(plan: Plan, *arguments: Any) -> None:
     n_inputs = len(plan.first_columns)
     inputs, rest = arguments[:n_inputs], arguments[n_inputs:]
     factors, rest = (rest[0], rest[1:]) if plan.scaled else (None, rest)
-    (q, scales, q_t, scales_t), refs = rest[:4], Refs(*rest[4:])
+    n_outputs = len(plan.outputs())
+    (q, scales, q_t, scales_t), refs = (*rest[:n_outputs], None)[:4], Refs(*rest[n_outputs:])
     cta, warpgroup = lax.axis_index("ctas"), lax.axis_index("warpgroup")
     n_mine = lax.div(plan.tiles[0] * plan.tiles[1] - cta + plan.n_ctas - 1, plan.n_ctas)
 
     def tile(i: int | jax.Array) -> tuple:
         linear = cta + i * plan.n_ctas
         return lax.div(linear, plan.tiles[1]) * BLOCK, lax.rem(linear, plan.tiles[1]) * BLOCK
+
+    def below(row: jax.Array, column: jax.Array) -> tuple:
+        """First row and column of the transposed tile; the transposes of several weights lie below one another."""
+        if not plan.square:
+            return column, row
+        return lax.div(row, plan.square) * plan.columns + column, lax.rem(row, plan.square)
 
     def load(i: int | jax.Array, stage: int | jax.Array) -> None:
         row, column = tile(i)
@@ -232,8 +285,8 @@ def _kernel(plan: Plan, *arguments: Any) -> None:
         plgpu.barrier_wait(refs.loaded.at[stage])
         lax.cond(
             warpgroup < plan.tuning.halves,
-            lambda: _quantize_tile(plan, refs, stage, warpgroup, Direction(0, q, scales, row, column)),
-            lambda: _quantize_tile(plan, refs, stage, warpgroup, Direction(1, q_t, scales_t, column, row)),
+            lambda: _quantize_tile(plan, refs, stage, warpgroup, Direction(0, q, scales, row, column, i)),
+            lambda: _quantize_tile(plan, refs, stage, warpgroup, Direction(1, q_t, scales_t, *below(row, column), i)),
         )
 
         @pl.when((warpgroup == 0) & (i + plan.tuning.stages < n_mine))
@@ -261,13 +314,36 @@ def _quantize_tile(plan: Plan, refs: Refs, stage: jax.Array, warpgroup: jax.Arra
         values = _values(plan, refs, stage, rows, to.slot)
         if first == n_rows - ROWS:
             plgpu.barrier_arrive(refs.free.at[stage])
-        row_scales = _block_scale(_largest_magnitude(values), plan.scale, plan.floor)
+        amax = _largest_magnitude(values)
+        amax = _largest_of_tile(refs, amax, rows, to) if plan.square else amax
+        row_scales = _block_scale(amax, plan.scale, plan.floor)
         refs.numbers.at[to.slot, rows][...] = row_scales
         refs.codes.at[to.slot, rows][...] = _encode(values, row_scales)
     plgpu.commit_smem()
     own_rows, target = pl.ds(own, n_rows), pl.ds(to.row + own, n_rows)
     plgpu.copy_smem_to_gmem(refs.codes.at[to.slot, own_rows], to.q.at[target, pl.ds(to.column, BLOCK)])
-    plgpu.copy_smem_to_gmem(refs.numbers.at[to.slot, own_rows], to.scales.at[lax.div(to.column, BLOCK), target])
+    if not plan.square:
+        plgpu.copy_smem_to_gmem(refs.numbers.at[to.slot, own_rows], to.scales.at[lax.div(to.column, BLOCK), target])
+    elif to.slot == 0:
+        pl.when(warpgroup == 0)(functools.partial(_copy_scale, plan, refs, to))
+
+
+def _copy_scale(plan: Plan, refs: Refs, to: Direction) -> None:
+    """The scale of a tile, as often as a copy needs it."""
+    number = lax.div(to.row, BLOCK) * plan.tiles[1] + lax.div(to.column, BLOCK)
+    plgpu.copy_smem_to_gmem(refs.numbers.at[to.slot, pl.ds(0, COPIED)], to.scales.at[number])
+
+
+def _largest_of_tile(refs: Refs, own: jax.Array, rows: Any, to: Direction) -> jax.Array:
+    """The largest magnitude of a tile, for each of 64 rows, from those of the rows that each warpgroup has."""
+    maxima = refs.maxima.at[lax.rem(to.tile, 2), to.slot]
+    maxima.at[rows][...] = own
+    plgpu.commit_smem()  # one thread speaks for the warpgroup
+    plgpu.barrier_arrive(refs.found)
+    plgpu.barrier_wait(refs.found)
+    # As if they were numbers of the tile's columns: then they are reduced along a row, within four threads.
+    across = mosaic_gpu.load(maxima, plgpu.Layout.WGMMA.reduce(0))
+    return _largest_magnitude(lax.broadcast_in_dim(across, (ROWS, BLOCK), [1]))
 
 
 def _values(plan: Plan, refs: Refs, stage: jax.Array, rows: Any, slot: int) -> jax.Array:

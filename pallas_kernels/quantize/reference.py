@@ -10,6 +10,7 @@ with the contraction last. Scales are float32, with the blocks first: the kernel
 The floor of amax, 1e-4 above, is an argument: gradients of a mean over many tokens may all be smaller than that.
 
 `quantize_swiglu` does the same for x = silu(gate) * up * factor, which is float32 and kept in no other form.
+`quantize_squares` gives a block of 128 x 128 one scale, as weights have: both directions then have the same codes.
 Paper: V3 sections 3.3.2 and 3.3.3 (outputs of SwiGLU are computed again); V3.1 for power-of-two scales.
 """
 
@@ -30,6 +31,14 @@ class Quantized(NamedTuple):
     scale: jax.Array  # float32 [ceil(K / 128), M]
     q_t: jax.Array  # E4M3 [K, M]: x transposed, its blocks along M
     scale_t: jax.Array  # float32 [ceil(M / 128), K]
+
+
+class Squares(NamedTuple):
+    """Codes of weights w [..., K, N] and of their transposes, with one scale per 128 x 128 block."""
+
+    q: jax.Array  # E4M3 [..., K, N]
+    q_t: jax.Array  # E4M3 [..., N, K]: the same codes
+    scale: jax.Array  # float32 [..., ceil(K / 128), ceil(N / 128)]
 
 
 def quantize(x: jax.Array, *, scale: str = "fp32", floor: float = AMAX_FLOOR) -> Quantized:
@@ -54,6 +63,18 @@ def quantize_swiglu(
     return quantize(x, scale=scale, floor=floor)
 
 
+def quantize_squares(w: jax.Array, *, scale: str = "fp32", floor: float = AMAX_FLOOR) -> Squares:
+    """Returns the codes of w [..., K, N] and of its transpose; see `pallas_kernels.quantize_squares`."""
+    *leading, k, n = w.shape
+    counts = -(-k // BLOCK), -(-n // BLOCK)
+    extra = [(0, count * BLOCK - size) for count, size in zip(counts, (k, n), strict=True)]
+    filled = jnp.pad(w.astype(jnp.float32), [(0, 0)] * len(leading) + extra)
+    blocks = filled.reshape(*leading, counts[0], BLOCK, counts[1], BLOCK)
+    scales = block_scale(_largest_magnitude(_largest_magnitude(blocks), axis=-2), scale, floor)
+    q = encode(blocks, scales[..., :, None, :, None]).reshape(filled.shape)[..., :k, :n]
+    return Squares(q, q.mT, scales)
+
+
 def quantize_rows(x: jax.Array, *, scale: str = "fp32", floor: float = AMAX_FLOOR) -> tuple[jax.Array, jax.Array]:
     """Returns q [M, K] and scale [ceil(K / 128), M]: blocks of 128 along the last axis."""
     rows, k = x.shape
@@ -64,13 +85,13 @@ def quantize_rows(x: jax.Array, *, scale: str = "fp32", floor: float = AMAX_FLOO
     return codes, scales.T
 
 
-def _largest_magnitude(blocks: jax.Array) -> jax.Array:
-    """max |x| along the last axis, NaN if one is NaN.
+def _largest_magnitude(blocks: jax.Array, axis: int = -1) -> jax.Array:
+    """max |x| along an axis, NaN if one is NaN.
 
     Compared as integers, magnitudes have the same order and a NaN is the largest; a maximum of floats may lose it.
     """
     bits = jax.lax.bitcast_convert_type(blocks, jnp.int32) & 0x7FFFFFFF
-    return jax.lax.bitcast_convert_type(jnp.max(bits, axis=-1), jnp.float32)
+    return jax.lax.bitcast_convert_type(jnp.max(bits, axis=axis), jnp.float32)
 
 
 def block_scale(amax: jax.Array, scale: str, floor: float = AMAX_FLOOR) -> jax.Array:

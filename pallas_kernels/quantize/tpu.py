@@ -10,6 +10,7 @@ step where x / s lies next to the middle between two. Not yet run on a TPU.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -19,8 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import mosaic_tpu
-from pallas_kernels.quantize.reference import AMAX_FLOOR, BLOCK, LARGEST, Quantized
-from pallas_kernels.quantize.whole_blocks import cropped, filled, inputs_of_swiglu
+from pallas_kernels.quantize.reference import AMAX_FLOOR, BLOCK, LARGEST, Quantized, Squares
+from pallas_kernels.quantize.whole_blocks import cropped, cropped_squares, filled, inputs_of_swiglu
 
 MOST = (512, 512)  # of a tile along rows and columns
 CODE = jnp.float8_e4m3fn
@@ -58,6 +59,41 @@ def quantize_swiglu(
     inputs, first, f = inputs_of_swiglu(gate, up)
     width = -(-f // BLOCK) * BLOCK
     return cropped(_call(inputs, (0, first), width, factor, scale, floor, most, interpret), gate.shape[0], f)
+
+
+def quantize_squares(
+    w: jax.Array,
+    *,
+    scale: str = "fp32",
+    floor: float = AMAX_FLOOR,
+    most: tuple[int, int] = MOST,
+    interpret: Any = False,
+) -> Squares:
+    """Returns the codes of w [..., K, N] and of its transpose; see `pallas_kernels.quantize_squares`. As `quantize`."""
+    whole = filled(w)
+    *leading, k, n = whole.shape
+    tile = mosaic_tpu.step(k, most[0]), mosaic_tpu.step(n, most[1])
+    count, n_tiles, blocks = math.prod(leading), (k // tile[0], n // tile[1]), tile[0] // BLOCK
+    q, q_t, scales = pl.pallas_call(
+        functools.partial(_squares_kernel, scale, floor),
+        out_shape=[
+            jax.ShapeDtypeStruct((count, k, n), CODE),
+            jax.ShapeDtypeStruct((count, n, k), CODE),
+            jax.ShapeDtypeStruct((count, n_tiles[0], blocks, n), jnp.float32),
+        ],
+        grid=(count, *n_tiles),
+        in_specs=[pl.BlockSpec((None, *tile), lambda x, i, j: (x, i, j))],
+        out_specs=[
+            pl.BlockSpec((None, *tile), lambda x, i, j: (x, i, j)),
+            pl.BlockSpec((None, *tile[::-1]), lambda x, i, j: (x, j, i)),
+            pl.BlockSpec((None, None, blocks, tile[1]), lambda x, i, j: (x, i, 0, j)),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
+        interpret=interpret,
+    )(whole.reshape(count, k, n))
+    scales = scales.reshape(*leading, k // BLOCK, n)[..., ::BLOCK]
+    found = Squares(q.reshape(whole.shape), q_t.reshape(*leading, n, k), scales)
+    return cropped_squares(found, *w.shape[-2:])
 
 
 def _call(
@@ -123,6 +159,18 @@ def _kernel(n_inputs: int, scale: str, floor: float, *refs: Any) -> None:
         block_scales, inverse = _scales(_largest_magnitude(part, 0), scale, floor)
         q_t[:, pl.ds(b * BLOCK, BLOCK)] = _encode(part, inverse, transposed=True)
         scales_t[b] = block_scales[0]
+
+
+def _squares_kernel(scale: str, floor: float, w: Any, q: Any, q_t: Any, scales: Any) -> None:
+    for b in range(scales.shape[0]):
+        for c in range(0, w.shape[1], BLOCK):
+            rows, columns = pl.ds(b * BLOCK, BLOCK), pl.ds(c, BLOCK)
+            part = w[rows, columns].astype(jnp.float32)
+            amax = _largest_magnitude(_largest_magnitude(part, 0), 1)
+            block_scale, inverse = _scales(jnp.broadcast_to(amax, (1, BLOCK)), scale, floor)
+            q[rows, columns] = _encode(part, inverse)
+            q_t[columns, rows] = _encode(part, inverse, transposed=True)
+            scales[b, columns] = block_scale[0]
 
 
 def _largest_magnitude(x: jax.Array, axis: int) -> jax.Array:

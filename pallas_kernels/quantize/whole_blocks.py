@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantize.reference import BLOCK, Quantized
+from pallas_kernels.quantize.reference import BLOCK, Quantized, Squares
 
 
 def filled(x: jax.Array) -> jax.Array:
-    """Returns `x` with zeros appended until its sizes are multiples of 128."""
-    extra = tuple(-size % BLOCK for size in x.shape)
-    return jnp.pad(x, [(0, n) for n in extra]) if any(extra) else x
+    """Returns `x` [..., M, K] with zeros appended until M and K are multiples of 128."""
+    extra = tuple(-size % BLOCK for size in x.shape[-2:])
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, n) for n in extra]) if any(extra) else x
 
 
 def inputs_of_swiglu(gate: jax.Array, up: jax.Array | None) -> tuple[tuple[jax.Array, jax.Array], int, int]:
@@ -33,3 +33,10 @@ def cropped(outputs: Sequence[jax.Array], m: int, k: int) -> Quantized:
     if found.q.shape == (m, k):
         return found
     return Quantized(found.q[:m, :k], found.scale[:, :m], found.q_t[:k, :m], found.scale_t[:, :k])
+
+
+def cropped_squares(found: Squares, k: int, n: int) -> Squares:
+    """Returns what belongs to weights [..., k, n] of the codes of filled ones; the scales are the same."""
+    if found.q.shape[-2:] == (k, n):
+        return found
+    return Squares(found.q[..., :k, :n], found.q_t[..., :n, :k], found.scale)

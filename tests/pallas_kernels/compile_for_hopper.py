@@ -108,6 +108,8 @@ def dense() -> dict:
     for dtype, scale in QUANTISED:
         call = functools.partial(quantise.quantize, scale=scale)
         calls[f"quantize {jnp.dtype(dtype).name} {scale}"] = call, (((4096, 7168), dtype),)
+        call = functools.partial(quantise.quantize_squares, scale=scale)
+        calls[f"quantize_squares {jnp.dtype(dtype).name} {scale}"] = call, (((16, 7168, 2048), dtype),)
     for dtype, scale, with_factor in SWIGLUS:
         factors = (((4096,), F32),) if with_factor else ()
         call = functools.partial(swiglu, scale)

@@ -55,6 +55,8 @@ def calls(native: bool) -> dict:
     for dtype, scale in ((BF16, "fp32"), (F32, "ue8m0")):
         form, options = f"{jnp.dtype(dtype).name} {scale}", {"scale": scale}
         found[f"quantize {form}"] = functools.partial(quantiser.quantize, **options), (((4096, 7168), dtype),)
+        weights = (((16, 7168, 2048), dtype),)
+        found[f"quantize_squares {form}"] = functools.partial(quantiser.quantize_squares, **options), weights
         both, factor = ((4096, 2 * 2048), dtype), ((4096,), F32)
         found[f"quantize_swiglu {form}"] = functools.partial(swiglu, **options), (both, factor)
     return found | {

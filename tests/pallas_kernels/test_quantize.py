@@ -7,7 +7,7 @@ import pytest
 
 from deepseek_jax.precision.quantize import quantize_blocks
 from pallas_kernels import mosaic_gpu
-from pallas_kernels.quantize import gpu, quantize, quantize_swiglu
+from pallas_kernels.quantize import gpu, quantize, quantize_squares, quantize_swiglu
 
 
 def bits(codes):
@@ -23,6 +23,17 @@ def test_both_quantisations_are_those_of_the_blocks(scale, shape):
         expected, expected_scales = quantize_blocks(matrix, (1, 128), scale)
         np.testing.assert_array_equal(scales.T, np.asarray(expected_scales, np.float32))
         np.testing.assert_array_equal(bits(codes), bits(expected))
+
+
+@pytest.mark.parametrize("scale", ["fp32", "ue8m0"])
+@pytest.mark.parametrize("shape", [(128, 256), (3, 130, 200)])
+def test_weights_are_quantised_in_squares_as_stored_and_transposed(scale, shape):
+    w = jax.random.normal(jax.random.key(0), shape) * jnp.exp(jax.random.normal(jax.random.key(1), shape) * 3)
+    found = quantize_squares(w, scale=scale, implementation="reference")
+    codes, scales = quantize_blocks(w, (128, 128), scale)
+    np.testing.assert_array_equal(bits(found.q), bits(codes))
+    np.testing.assert_array_equal(bits(found.q_t), bits(codes).swapaxes(-1, -2))
+    np.testing.assert_array_equal(found.scale, np.asarray(scales, np.float32))
 
 
 def test_by_hand():
@@ -121,6 +132,23 @@ def test_the_kernel_is_the_reference(scale, dtype):
         assert steps.max() <= 1 and (steps == 0).mean() > 0.998
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not mosaic_gpu.can_interpret(), reason="needs JAX 0.11 to run Mosaic GPU kernels on a CPU")
+@pytest.mark.parametrize("scale, dtype", [("fp32", jnp.bfloat16), ("ue8m0", jnp.float32)])
+def test_the_kernel_for_weights_is_the_reference(scale, dtype):
+    """Several weights whose sizes must be filled up; a NaN spoils its own block and no other."""
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    w = jax.random.normal(jax.random.key(0), (2, 130, 140)).at[1, 3, 5].set(jnp.nan).astype(dtype)
+    found = gpu.quantize_squares(w, scale=scale, n_processors=1, interpret=plgpu.InterpretGPUParams())
+    expected = quantize_squares(w, scale=scale, implementation="reference")
+    np.testing.assert_allclose(found.scale, expected.scale, rtol=0 if scale == "ue8m0" else 1.2e-7)
+    assert np.isnan(found.scale).sum() == 1
+    np.testing.assert_array_equal(bits(found.q_t), bits(found.q).swapaxes(1, 2))
+    values, right = (np.asarray(a.q.astype(jnp.float32)) for a in (found, expected))
+    assert ((values == right) | np.isnan(right)).mean() > 0.998
+
+
 def test_a_device_that_is_no_hopper_gpu_is_reported():
     with pytest.raises(ValueError, match="'mosaic_gpu' on cpu: needs a Hopper GPU.*implementation='reference'"):
         quantize(jnp.zeros((2, 3)), implementation="mosaic_gpu")
@@ -129,6 +157,8 @@ def test_a_device_that_is_no_hopper_gpu_is_reported():
 def test_arguments_are_checked():
     with pytest.raises(ValueError, match="expected a matrix of bfloat16 or float32"):
         quantize(jnp.zeros((2, 3, 4)), implementation="reference")
+    with pytest.raises(ValueError, match="w is float32 .3,.: expected a matrix or several of bfloat16 or float32"):
+        quantize_squares(jnp.zeros(3), implementation="reference")
     with pytest.raises(ValueError, match="scale='e5m2': unknown. Choose one of fp32, ue8m0"):
         quantize(jnp.zeros((2, 3)), scale="e5m2", implementation="reference")
     with pytest.raises(ValueError, match="floor=0.0: expected a finite number of at least 1e-30"):

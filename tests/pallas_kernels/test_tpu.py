@@ -19,7 +19,7 @@ from pallas_kernels.grouped_matmul import (
     grouped_weight_gradient,
 )
 from pallas_kernels.grouped_matmul import tpu as grouped
-from pallas_kernels.quantize import quantize, quantize_swiglu
+from pallas_kernels.quantize import quantize, quantize_squares, quantize_swiglu
 from pallas_kernels.quantize import tpu as quantiser
 from pallas_kernels.quantize.reference import quantize_rows
 
@@ -161,6 +161,15 @@ def test_a_matrix_is_quantised_in_both_directions(scale, dtype):
     x = normal(0, 200, 500).at[3, 5].set(jnp.nan).at[199, 7].set(jnp.inf).astype(dtype)
     found = quantiser.quantize(x, scale=scale, most=(128, 256), **INTERPRET)
     assert_quantised(found, quantize(x, scale=scale, **REFERENCE), scale)
+
+
+@pytest.mark.parametrize("scale, dtype", [("fp32", jnp.bfloat16), ("ue8m0", jnp.float32)])
+def test_weights_are_quantised_in_squares(scale, dtype):
+    """Two of them, with sizes that must be filled up, several tiles and blocks, and a value that is not finite."""
+    w = normal(0, 2, 200, 500).at[1, 3, 5].set(jnp.inf).astype(dtype)
+    found = quantiser.quantize_squares(w, scale=scale, most=(128, 256), **INTERPRET)
+    both = (found, quantize_squares(w, scale=scale, **REFERENCE))
+    assert_quantised(*((codes.q, codes.scale, codes.q_t, codes.scale) for codes in both), scale)
 
 
 @pytest.mark.parametrize("joint, f", [(True, 256), (True, 140), (False, 256)])

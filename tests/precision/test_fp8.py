@@ -153,7 +153,7 @@ def test_the_weight_gradient_is_made_of_the_codes_along_tokens():
 
 def test_squares_of_gradients_share_one_scale():
     g = numbers(256, 256)
-    codes = jax.jit(functools.partial(fp8._in_squares, scale="fp32", floor=1e-24))(g)
+    codes = jax.jit(BlockMatmul(gradient_block="128x128")._gradient, static_argnums=1)(g, "fp32")
     assert np.unique(np.float32(codes.scale)).size == 4
     np.testing.assert_array_equal(wide(codes.q, codes.scale), wide(codes.q_t, codes.scale_t).T)
     assert error(wide(codes.q, codes.scale), g) < 0.04
@@ -288,6 +288,7 @@ def test_kernels_say_which_device_they_need(operation, name):
     operands = {
         "quantize": (jnp.zeros((128, 128)),),
         "quantize_swiglu": (jnp.zeros((128, 256)),),
+        "quantize_squares": (jnp.zeros((2, 128, 128)),),
         "fp8_matmul": (q, scale, q, jnp.ones((1, 1))),
         "grouped_fp8_matmul": (Scaled(q, scale), Scaled(q[None], jnp.ones((1, 1, 1))), groups),
         "grouped_fp8_weight_gradient": (Scaled(q, scale), Scaled(q, scale), groups),
