@@ -2,14 +2,17 @@
 
 Per shape a table row: TFLOP/s and microseconds of the fp8_matmul kernel, of torch's block-scaled `scaled_mm` (cuBLASLt;
 the same codes and scales) and of torch's bfloat16 matmul, the ratio to the first, and the relative error against
-float64 on rows drawn at random. Inputs are fresh in each run and more than the caches hold; every side walks through
-several sets of them, a few hundredths of a second at a time, in turns, so that heat and clocks touch all alike. Ours is
-dispatched by JAX, which takes some 30 microseconds of the host per kernel; torch's sides are CUDA graphs. Where the
-kernel is shorter than that, its time on the GPU alone (CUPTI) is printed beside it, and the ratio is that time's.
+float64 on rows drawn at random. Before a shape's first measurement each side loads the chip for a while (`--warm`): its
+clock falls at the limit of power, and what is measured before that favours the side with fewer cycles. Inputs are
+fresh in each run and more than the caches hold; every side walks through several sets of them, a few hundredths of a
+second at a time, in turns, so that heat and clocks touch all alike. Ours is dispatched by JAX, which takes some 30
+microseconds of the host per kernel; torch's sides are CUDA graphs. Where the kernel is shorter than that, its time on
+the GPU alone (CUPTI) is printed beside it, and the ratio is that time's.
 """
 
 import importlib.util
 import json
+import math
 import os
 import statistics
 import sys
@@ -31,7 +34,7 @@ from deepseek_jax.precision.quantize import quantize_blocks
 from pallas_kernels import tile_table
 from pallas_kernels.fp8_matmul import fp8_matmul, tiles
 from pallas_kernels.grouped_matmul import tiles as grouped_tiles
-from pallas_kernels.quantize import quantize
+from pallas_kernels.quantize import quantize, quantize_squares
 from pallas_kernels.quantize.reference import quantize_rows
 
 FORWARD = "4096x2112x7168,4096x24576x1536,4096x32768x512,4096x7168x16384,4096x4096x7168,4096x7168x2048"
@@ -42,10 +45,16 @@ EXTRA = {
     "shapes": (str, f"{FORWARD},{SMALL}", "m x n x k of the products, separated by commas"),
     "gradient_shapes": (str, "4096x7168x4096,7168x2048x4096", "of weight gradients: scales per 1 x 128 on both sides"),
     "quantize_shapes": (str, "4096x7168,8192x7168", "m x k of matrices to quantise along both axes"),
+    "weight_shapes": (
+        str,
+        "1x7168x18432,16x7168x2048",
+        "experts x k x n of weights to quantise, as stored and transposed",
+    ),
     "grouped_shapes": (str, GROUPED, "groups x rows x n x k of grouped matmuls"),
     "attention_shapes": (str, ATTENTION, "batch x tokens x heads of queries x of keys x their width x values' width"),
     "rounds": (int, 9, "times that each side is measured", whole(1, 10**6)),
     "seconds": (float, 0.03, "length of one measurement", number(1e-6, 3600)),
+    "warm": (float, 0.1, "seconds of load before the first measurement of a shape, per side", number(0, 3600)),
     "peer": (bool, True, "measure torch as well, if it is installed"),
     "json": (str, "", "file to which each row is appended as JSON", path()),
     "tune": (bool, False, "measure every tiles that the kernels may choose, and write this GPU's table of them"),
@@ -73,7 +82,9 @@ def main(argv: list[str]) -> int:
     for (m, n, k), forward in shapes:
         report(matmul_row(m, n, k, forward, options), options.json)
     for m, k in parsed(options.quantize_shapes, 2):
-        report(quantize_row(m, k, options), options.json)
+        report(quantize_row((m, k), options), options.json)
+    for shape in parsed(options.weight_shapes, 3):
+        report(quantize_row(shape, options), options.json)
     for groups, rows, n, k in parsed(options.grouped_shapes, 4):
         for kind in _bench_grouped.KINDS:
             report(_bench_grouped.grouped_row(groups, rows, n, k, kind, options), options.json)
@@ -217,15 +228,19 @@ def dispatched(function: Callable, sets: list) -> Callable:
     return run
 
 
-def quantize_row(m: int, k: int, options: SimpleNamespace) -> dict:
-    """Measures the quantisation along both axes, beside a copy of as many bytes (2 read and 2 written per value)."""
-    n_sets = max(2, min(16, int(SET_BYTES // (4 * m * k))))
+def quantize_row(shape: tuple[int, ...], options: SimpleNamespace) -> dict:
+    """Measures the quantisation of activations [m, k] along both axes, or of weights [x, k, n] and their transposes.
+
+    Beside it a copy of as many bytes: 2 read and 2 written per value.
+    """
+    name, function = ("quantize", quantize) if len(shape) == 2 else ("quantize_squares", quantize_squares)
+    n_sets = max(2, min(16, int(SET_BYTES // (4 * math.prod(shape)))))
     key = jax.random.key(int.from_bytes(os.urandom(4), "little"))
-    sets = [jax.random.normal(jax.random.fold_in(key, i), (m, k), jnp.bfloat16) for i in range(n_sets)]
-    one = jax.jit(lambda x: quantize(x, implementation="mosaic_gpu"))
+    sets = [jax.random.normal(jax.random.fold_in(key, i), shape, jnp.bfloat16) for i in range(n_sets)]
+    one = jax.jit(lambda x: function(x, implementation="mosaic_gpu"))
     ours = jax.jit(lambda sets: [one(x) for x in sets])
     on_cpu = jax.device_put(sets[0], jax.devices("cpu")[0])  # where divisions are correctly rounded
-    expected = jax.jit(lambda x: quantize(x, implementation="reference"))(on_cpu)
+    expected = jax.jit(lambda x: function(x, implementation="reference"))(on_cpu)
     pairs = zip(ours(sets)[0], expected, strict=True)
     wrong = sum(int(np.sum(np.asarray(a.astype("float32")) != np.asarray(b.astype("float32")))) for a, b in pairs)
     sides = {"ours": dispatched(ours, sets)}
@@ -235,7 +250,13 @@ def quantize_row(m: int, k: int, options: SimpleNamespace) -> dict:
         copies = [torch.from_dlpack(x) for x in sets]
         sides["torch copy"] = replayed(lambda x: x.clone(), [(x,) for x in copies])
     microseconds = measured(sides, n_sets, options) | {"ours alone": alone(ours, sets)}
-    return {"op": "quantize", "shape": [m, k], "work": 4 * m * k, "error": wrong, "microseconds": microseconds}
+    return {
+        "op": name,
+        "shape": list(shape),
+        "work": 4 * math.prod(shape),
+        "error": wrong,
+        "microseconds": microseconds,
+    }
 
 
 def measured(sides: dict[str, Callable], n_sets: int, options: SimpleNamespace) -> dict[str, float]:
@@ -244,7 +265,7 @@ def measured(sides: dict[str, Callable], n_sets: int, options: SimpleNamespace) 
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for run in sides.values():  # the clocks rise
         begin = time.perf_counter()
-        while time.perf_counter() - begin < 3 * options.seconds:
+        while time.perf_counter() - begin < options.warm:
             run(1)
     for name, run in sides.items():
         begin = time.perf_counter()
@@ -269,13 +290,14 @@ def alone(function: Callable, sets: list, repeats: int = 5) -> float:
 
 def report(row: dict, file: str) -> None:
     """Prints a row, and appends it to `file` if there is one."""
-    rate, unit = (1e-3, "GB/s") if row["op"] == "quantize" else (1e-6, "TFLOP/s")
+    is_copy = row["op"].startswith("quantize")
+    rate, unit = (1e-3, "GB/s") if is_copy else (1e-6, "TFLOP/s")
     times = row["microseconds"]
     cells = [f"{name} {row['work'] / us * rate:7.0f} {unit} {us:8.1f} us" for name, us in times.items()]
     peers = [us for name, us in times.items() if not name.startswith("ours")]
     if peers:
         cells.append(f"ratio {peers[0] / times.get('ours alone', times['ours']):.2f}")
-    cells.append(f"codes that differ {row['error']:.0f}" if row["op"] == "quantize" else f"error {row['error']:.2e}")
+    cells.append(f"codes that differ {row['error']:.0f}" if is_copy else f"error {row['error']:.2e}")
     kind = "" if row.get("forward", True) else " (gradient)"
     print(f"{row['op']} {'x'.join(map(str, row['shape']))}{kind}: " + " | ".join(cells), flush=True)
     if file:

@@ -9,11 +9,14 @@ sharing w. SQUARE and GRADIENT have two products of a warpgroup in flight, so th
 cores work on the other: a gain of 17 to 22 % for weight gradients, whose promotion takes two operations instead of one.
 
 Tried and no faster on that chip: turns at the tensor cores by named barriers (1 to 10 % slower); 64 x 192 outputs per
-warpgroup in one wgmma of n192 (between WIDE and TALL) or in two of n96 in flight; two products of n64 in flight in WIDE
-(1 to 17 % slower) and four blocks at once in SQUARE (18 to 37 %); x in registers instead of shared memory (4 to 10 %);
-narrower last tiles that share among all processors what fills no whole round (0 to 5 %: at the limit of power the busy
-processors are the faster, the more are idle); looking at the next block's barrier during a promotion, that of the next
-tile's first block included (up to 25 % slower where K is short); scales of w read a block ahead (0 to 8 % slower).
+warpgroup in two products of n96 in flight; two products of n64 in flight in WIDE (1 to 17 % slower) and four blocks at
+once in SQUARE (18 to 37 %); x in registers instead of shared memory (4 to 10 %); narrower last tiles that share among
+all processors what fills no whole round (0 to 5 %: at the limit of power the busy processors are the faster, the more
+are idle); looking at the next block's barrier during a promotion, that of the next tile's first block included (up to
+25 % slower where K is short); scales of w read a block ahead (0 to 8 % slower), or copied into shared memory with the
+operands (with TALL 5 % faster to 3 % slower, 1 % faster on average); 64 x 192 outputs per warpgroup in one wgmma of
+n192 (8 and 5 % faster than the best of the table with n, k 32768, 512 and 7168, 2048, in the others 3 to 12 % slower,
+in one rotation); 64 x 160 in one of n160 (5 % faster to 20 % slower).
 Clusters gain 1 to 7 %. Under steady load the chip runs at its limit of 700 W and 1.3 to 1.6 GHz, and medians of one
 variant differ by 5 % from run to run, in processes of their own by 10 %: smaller differences decide nothing. In the
 H200's table all tiles of a shape took turns in one process. Registers of the loading warpgroup are chosen so that

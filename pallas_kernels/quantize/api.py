@@ -72,9 +72,7 @@ def quantize_swiglu(
     return _kernel("quantize_swiglu", implementation)(gate, up, factor, scale=scale, floor=floor)
 
 
-def quantize_squares(
-    w: jax.Array, *, implementation: str, scale: str = "fp32", floor: float = AMAX_FLOOR
-) -> Squares:
+def quantize_squares(w: jax.Array, *, implementation: str, scale: str = "fp32", floor: float = AMAX_FLOOR) -> Squares:
     """Returns the E4M3 codes of w and of its transpose, with one scale per 128 x 128 block.
 
     Args:
@@ -114,7 +112,9 @@ def _kernel(function: str, implementation: str) -> Callable:
 
 def _check_matrix(name: str, x: jax.Array, several: bool = False) -> None:
     if x.ndim not in ((2, 3) if several else (2,)) or x.dtype not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
-        raise ValueError(f"{name} is {x.dtype} {x.shape}: expected a matrix{' or several' * several} of bfloat16 or float32.")
+        raise ValueError(
+            f"{name} is {x.dtype} {x.shape}: expected a matrix{' or several' * several} of bfloat16 or float32."
+        )
 
 
 def _check_scale(scale: str, floor: float) -> None:

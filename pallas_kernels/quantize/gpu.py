@@ -131,9 +131,7 @@ def quantize_squares(
     plan = Plan(rows, n, w.dtype, (0,), False, scale, floor, n_processors, tuning, square=k)
     q, scales, q_t = plan.call(interpret)(whole.reshape(rows, n))
     leading, blocks = w.shape[:-2], (k // BLOCK, n // BLOCK)
-    found = Squares(
-        q.reshape(whole.shape), q_t.reshape(*leading, n, k), scales[:, 0].reshape(*leading, *blocks)
-    )
+    found = Squares(q.reshape(whole.shape), q_t.reshape(*leading, n, k), scales[:, 0].reshape(*leading, *blocks))
     return cropped_squares(found, *w.shape[-2:])
 
 
@@ -260,12 +258,6 @@ def _kernel(plan: Plan, *arguments: Any) -> None:
         linear = cta + i * plan.n_ctas
         return lax.div(linear, plan.tiles[1]) * BLOCK, lax.rem(linear, plan.tiles[1]) * BLOCK
 
-    def below(row: jax.Array, column: jax.Array) -> tuple:
-        """First row and column of the transposed tile; the transposes of several weights lie below one another."""
-        if not plan.square:
-            return column, row
-        return lax.div(row, plan.square) * plan.columns + column, lax.rem(row, plan.square)
-
     def load(i: int | jax.Array, stage: int | jax.Array) -> None:
         row, column = tile(i)
         for source, first, stages in zip(inputs, plan.first_columns, refs.stages, strict=True):
@@ -286,7 +278,9 @@ def _kernel(plan: Plan, *arguments: Any) -> None:
         lax.cond(
             warpgroup < plan.tuning.halves,
             lambda: _quantize_tile(plan, refs, stage, warpgroup, Direction(0, q, scales, row, column, i)),
-            lambda: _quantize_tile(plan, refs, stage, warpgroup, Direction(1, q_t, scales_t, *below(row, column), i)),
+            lambda: _quantize_tile(
+                plan, refs, stage, warpgroup, Direction(1, q_t, scales_t, *_transposed(plan, row, column), i)
+            ),
         )
 
         @pl.when((warpgroup == 0) & (i + plan.tuning.stages < n_mine))
@@ -302,6 +296,13 @@ def _kernel(plan: Plan, *arguments: Any) -> None:
             pl.when(stage < n_mine)(functools.partial(plgpu.barrier_wait, refs.free.at[stage]))
 
     plgpu.wait_smem_to_gmem(0)
+
+
+def _transposed(plan: Plan, row: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """First row and column of the transposed tile; the transposes of several weights lie one below the other."""
+    if not plan.square:
+        return column, row
+    return lax.div(row, plan.square) * plan.columns + column, lax.rem(row, plan.square)
 
 
 def _quantize_tile(plan: Plan, refs: Refs, stage: jax.Array, warpgroup: jax.Array, to: Direction) -> None:

@@ -19,7 +19,7 @@ from deepseek_jax.layers.mla import MLA, MLAConfig
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.models import family
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.precision import fp8, fp8_kernels
+from deepseek_jax.precision import fp8_kernels
 from deepseek_jax.precision.fp8 import BlockMatmul
 from deepseek_jax.precision.matmul import PLAIN
 from deepseek_jax.precision.policy import policy
