@@ -5,9 +5,9 @@ in bfloat16 with bfloat16 moments. 2.9B parameters; with --config.model.n_expert
 
     deepseek-jax bench train --config=v3_slice
 
-On a Hopper GPU add --config.kernels.grouped_matmul=mosaic_gpu --config.kernels.attention=cudnn. In FP8 add also
---config.precision=fp8 --config.fp8.weights=bfloat16, and =mosaic_gpu for the other operations of config.kernels that
-precision fp8 uses (`deepseek_jax.kernels.TABLE`). Compiling then takes a minute or two.
+On a Hopper GPU add --config.kernels.grouped_matmul=mosaic_gpu --config.kernels.attention=mosaic_gpu. In FP8 add
+also --config.precision=fp8 --config.fp8.weights=bfloat16, and =mosaic_gpu for the other operations of config.kernels
+that precision fp8 uses (`deepseek_jax.kernels.TABLE`). Compiling then takes a minute or two.
 """
 
 from ml_collections import ConfigDict

@@ -43,6 +43,8 @@ from pallas_kernels.mla_attention.gpu_forward import (
     begin_sum,
     end_sum,
     padded,
+    tokens,
+    whole_tiles,
 )
 from pallas_kernels.mla_attention.reference import Segments
 
@@ -91,13 +93,14 @@ def backward(
         b, t, s, h, z, width, v_BSZU.shape[3], q_BTHQ.dtype, scale, segments is not None, of_keys, tuning or Tuning(),
         n_processors, not interpret,
     )  # fmt: skip
-    matrices = q_BTHQ, do_BTHU.astype(v_BSZU.dtype), k_BSZQ, v_BSZU
+    matrices = (whole_tiles(x) for x in (q_BTHQ, do_BTHU.astype(v_BSZU.dtype), k_BSZQ, v_BSZU))
     starts = jnp.where(lse_BHT == -jnp.inf, UNSEEN, lse_BHT / scale)
     numbers = padded(starts, plan.q_tile, UNSEEN), padded(delta_BHT, plan.q_tile, 0.0)
     jobs = plan.jobs(q_offset if isinstance(q_offset, int) else s - t)
     offset, ranges = jnp.full((1,), q_offset, jnp.int32), plan.ranges(segments, q_offset)
     ids = () if segments is None else (padded(segments[0], plan.q_tile), padded(segments[1], plan.k_tile))
-    return plan.call(interpret)(*matrices, *numbers, jobs, ranges, offset, *ids)
+    sums = plan.call(interpret)(*matrices, *numbers, jobs, ranges, offset, *ids)
+    return [x[:, : s if of_keys else t] for x in sums]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +180,7 @@ class Plan:
         options: dict[str, Any] = {"interpret": interpret} if interpret else {}
         return plgpu.kernel(
             functools.partial(_kernel, self),
-            out_type=[jax.ShapeDtypeStruct((self.b, rows, heads, width), self.dtype) for width in self.widths],
+            out_type=[jax.ShapeDtypeStruct((self.b, tokens(rows), heads, width), self.dtype) for width in self.widths],
             scratch_types=self.scratch(),
             grid=(min(self.n_processors, self.groups * self.n_tiles),),
             grid_names=("ctas",),

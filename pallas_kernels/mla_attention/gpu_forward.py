@@ -13,7 +13,8 @@ and computes P_i = exp2(scale log2(e) S - m) on the CUDA cores as soon as S is t
 computes exponentials while the tensor cores work for the other (section 3.1 there).
 
 Registers of a thread, of 240: O 64 (U = 128), S 64 (128 keys), P_(i-1) 32. Shared memory: Q 48 KB (192 wide), two
-stages of K and V 160 KB; the output leaves by way of Q's.
+stages of K and V 160 KB, 16 KB by way of which the output leaves, 64 columns at a time; so the next tile's Q is loaded
+as soon as the last scores are there.
 
 What bounds it: Q + U multiply-adds per visible pair, 2,048 per cycle and processor. For 128 x 128 pairs and 192/128
 these are 2,560 cycles, beside 1,024 for the exponentials (16 per cycle) and 600 for the other arithmetic.
@@ -40,6 +41,7 @@ ROWS = 64  # queries of a warpgroup
 CHUNK = 64  # columns that TMA can swizzle, of 16 bits
 REGISTERS = 65536  # of a processor
 LOG2_E = math.log2(math.e)
+CLUSTERED_FROM = 4096  # queries per head
 NOTHING = -1e30  # the largest score so far of a query that has seen no key; finite: the exponential of -inf is then 0
 
 
@@ -87,6 +89,11 @@ class Tuning(Warpgroups):
     loader_registers: int = 24
 
 
+def choose(t: int, documents: bool) -> Tuning:
+    """Returns the tuning for `t` queries per head: clusters share what they load, but wait for each other at a mask."""
+    return Tuning(cluster=2 if t >= CLUSTERED_FROM and not documents else 1)
+
+
 def forward(
     q_BTHQ: jax.Array,
     k_BSZQ: jax.Array,
@@ -104,7 +111,7 @@ def forward(
     `interpret` runs the kernel on a CPU (JAX 0.11 and later).
     """
     (b, t, h, width), (s, z) = q_BTHQ.shape, k_BSZQ.shape[1:3]
-    tuning = tuning or Tuning()
+    tuning = tuning or choose(t, segments is not None)
     plan = Plan(
         b, t, s, h, z, width, v_BSZU.shape[3], q_BTHQ.dtype, scale, segments is not None, tuning, n_processors,
         not interpret,
@@ -113,8 +120,23 @@ def forward(
     ids = () if segments is None else (padded(segments[0], tuning.rows), padded(segments[1], tuning.keys))
     offset = jnp.full((1,), q_offset, jnp.int32)
     jobs = plan.jobs(q_offset if isinstance(q_offset, int) else s - t)
-    o_BTHU, lse_BHT = plan.call(interpret)(q_BTHQ, k_BSZQ, v_BSZU, jobs, ranges, offset, *ids)
-    return o_BTHU, lse_BHT[:, :, :t]
+    matrices = (whole_tiles(x) for x in (q_BTHQ, k_BSZQ, v_BSZU))
+    o_BTHU, lse_BHT = plan.call(interpret)(*matrices, jobs, ranges, offset, *ids)
+    return o_BTHU[:, :t], lse_BHT[:, :, :t]
+
+
+def whole_tiles(x: jax.Array) -> jax.Array:
+    """`x` with zeros appended along axis 1, where copies to swizzled shared memory would end within 8 rows.
+
+    Beyond a matrix they fill in zeros, but only whole tiles of 8 rows, or one that is not whole and no other.
+    """
+    extra = tokens(x.shape[1]) - x.shape[1]
+    return jnp.pad(x, [(0, 0), (0, extra), (0, 0), (0, 0)]) if extra else x
+
+
+def tokens(n: int) -> int:
+    """Returns how many tokens a matrix with `n` of them has for the kernels."""
+    return n if n < 8 else -(-n // 8) * 8
 
 
 def padded(ids: jax.Array, tile: int, value: int | float | None = None) -> jax.Array:
@@ -176,7 +198,7 @@ class Plan:
         return plgpu.kernel(
             functools.partial(_kernel, self),
             out_type=[
-                jax.ShapeDtypeStruct((self.b, self.t, self.h, self.v_width), self.dtype),
+                jax.ShapeDtypeStruct((self.b, tokens(self.t), self.h, self.v_width), self.dtype),
                 jax.ShapeDtypeStruct((self.b, self.h, rows), jnp.float32),
             ],
             scratch_types=self.scratch(),
@@ -196,13 +218,12 @@ class Plan:
         """Shared memory and barriers of a CTA, in the order of `Refs`."""
         tuning, n = self.tuning, self.tuning.warpgroups
         layout = (plgpu.TilingTransform((8, CHUNK)), plgpu.SwizzleTransform(128))
-        chunks = max(self.width, self.v_width) // CHUNK
         free = plgpu.ClusterBarrier(collective_axes=("cta",), num_arrivals=n, num_barriers=tuning.stages)
         return [
-            plgpu.SMEM((n, chunks, ROWS, CHUNK), self.dtype, transforms=layout),
+            plgpu.SMEM((n, self.chunks, ROWS, CHUNK), self.dtype, transforms=layout),
             plgpu.SMEM((tuning.stages, tuning.keys, self.width), self.dtype, transforms=layout),
             plgpu.SMEM((tuning.stages, tuning.keys, self.v_width), self.dtype, transforms=layout),
-            plgpu.SMEM((n, ROWS), jnp.float32),
+            plgpu.SMEM((n, ROWS, CHUNK), self.dtype, transforms=layout),
             plgpu.Barrier(num_arrivals=self.chunks, num_barriers=n),
             plgpu.Barrier(num_arrivals=1, num_barriers=n),
             plgpu.Barrier(num_barriers=tuning.stages),
@@ -227,12 +248,12 @@ class Refs:
     k_ids: Any
     o: Any
     lse: Any
-    q_chunks: Any  # per warpgroup; the output leaves by way of them
+    q_chunks: Any  # per warpgroup
     k_stages: Any
     v_stages: Any
-    lse_staging: Any
+    o_staging: Any  # per warpgroup: columns of the output on their way out
     q_loaded: Any  # per warpgroup
-    q_free: Any  # per warpgroup: its output has left
+    q_free: Any  # per warpgroup: its last product of scores is done
     k_loaded: Any  # per stage
     v_loaded: Any
     k_free: Any  # per stage: all warpgroups that read it, of all CTAs of the cluster, are done
@@ -502,6 +523,7 @@ def end_sum(on_chip: bool, accumulator: Any, total: jax.Array, weights: jax.Arra
 def _store(plan: Plan, refs: Refs, job: Job, stage: jax.Array, sums: Sums) -> None:
     """Adds the values of the last block and writes the output and the log of the sum of exponentials."""
     w = lax.axis_index("warpgroup")
+    plgpu.barrier_arrive(refs.q_free.at[w])  # those of the next tile are loaded meanwhile
     plgpu.barrier_wait(refs.v_loaded.at[stage])
 
     def multiply(o: Any) -> jax.Array:
@@ -512,14 +534,11 @@ def _store(plan: Plan, refs: Refs, job: Job, stage: jax.Array, sums: Sums) -> No
     o = pl.run_scoped(multiply, plgpu.ACC((ROWS, plan.v_width), jnp.float32))
     plgpu.barrier_arrive(refs.v_free.at[stage])
     o *= lax.broadcast_in_dim(jnp.where(sums.total > 0, 1 / sums.total, 0.0), o.shape, [0])
-    for c in range(plan.v_width // CHUNK):
-        refs.q_chunks.at[w, c][...] = o[:, c * CHUNK : (c + 1) * CHUNK].astype(plan.dtype)
-    refs.lse_staging.at[w][...] = sums.largest / LOG2_E + jnp.log(sums.total)
-    plgpu.commit_smem()
     rows = pl.ds(job.row + w * ROWS, ROWS)
     for c in range(plan.v_width // CHUNK):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        refs.o_staging.at[w][...] = o[:, c * CHUNK : (c + 1) * CHUNK].astype(plan.dtype)
+        plgpu.commit_smem()
         target = refs.o.at[job.batch, rows, job.head, pl.ds(c * CHUNK, CHUNK)]
-        plgpu.copy_smem_to_gmem(refs.q_chunks.at[w, c], target)
-    plgpu.copy_smem_to_gmem(refs.lse_staging.at[w], refs.lse.at[job.batch, job.head, rows])
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    plgpu.barrier_arrive(refs.q_free.at[w])
+        plgpu.copy_smem_to_gmem(refs.o_staging.at[w], target)
+    refs.lse.at[job.batch, job.head, rows][...] = sums.largest / LOG2_E + jnp.log(sums.total)

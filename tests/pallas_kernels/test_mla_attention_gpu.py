@@ -140,6 +140,33 @@ def test_what_the_kernels_do_not_take_is_refused(dtype, widths, scale, message):
         gpu.check(q, v, scale)
 
 
+@pytest.mark.parametrize(("n", "copied"), [(1, 1), (7, 7), (8, 8), (9, 16), (777, 784), (4096, 4096)])
+def test_matrices_end_where_copies_can_end(n, copied):
+    """Swizzled copies refuse lengths above 8 that are no multiple of 8; the interpreter does not."""
+    assert gpu_forward.tokens(n) == copied
+    assert gpu_forward.whole_tiles(jnp.ones((1, n, 1, 2))).shape == (1, copied, 1, 2)
+
+
+def test_clusters_from_4096_queries_without_documents():
+    assert [gpu_forward.choose(*call).cluster for call in [(4096, False), (4096, True), (4095, False)]] == [2, 1, 1]
+
+
+def test_gradients_in_a_branch_inside_shard_map_are_traced(monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "check_hopper", lambda name: 2)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
+    spec = jax.sharding.PartitionSpec("x")
+
+    def total(q, k, v, branch):
+        attend = functools.partial(attention, implementation="mosaic_gpu", scale=0.1)
+        branches = (lambda q, k, v: attend(q, k, v)[0]), (lambda q, k, v: v)
+        return jax.lax.switch(branch[0], branches, q, k, v).astype(jnp.float32).sum()
+
+    gradients = jax.shard_map(jax.grad(total, (0, 1, 2)), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    q, k, v, _ = inputs(2, 9, 9, 1, 1, 64, 64)
+    found = jax.eval_shape(gradients, q, k, v, jnp.zeros(2, jnp.int32))
+    assert [x.shape for x in found] == [q.shape, k.shape, v.shape]
+
+
 def test_a_machine_without_hopper_is_refused():
     q, k, v, _ = inputs(1, 8, 8, 1, 1, 64, 64)
     with pytest.raises(ValueError, match="needs a Hopper GPU"):
