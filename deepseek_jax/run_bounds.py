@@ -5,6 +5,7 @@ devices, a tokenizer and the vocabulary) is checked where it meets.
 """
 
 import difflib
+import functools
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -143,6 +144,7 @@ def check_model(config: ConfigDict) -> None:
     module.Config.from_config(config.model)
 
 
+@functools.cache
 def default_values() -> dict[str, Any]:
     """Returns dotted key -> value of `configs/base.py`."""
     return leaves(base.get_config())

@@ -13,7 +13,19 @@ from deepseek_jax.bounds import besides, in_line, name, number, optional, path, 
 from deepseek_jax.data.conversations import TRAIN_ON
 from deepseek_jax.data.rows import FORMATS
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _bench_kernels, _options, _scaling, bench, chat, convert, export, generate, plan, train
+from deepseek_jax.launch import (
+    _bench_kernels,
+    _options,
+    _scaling,
+    bench,
+    chat,
+    convert,
+    export,
+    generate,
+    plan,
+    serve,
+    train,
+)
 from deepseek_jax.launch import inspect as inspect_verb
 from deepseek_jax.layers.base import REMAT
 from deepseek_jax.models import FAMILIES
@@ -53,6 +65,7 @@ VERBS = {
     "inspect": (inspect_verb.EXTRA, {}),
     "convert": (convert.FLAGS, {"config": False}),
     "export": (export.FLAGS, {"config": False}),
+    "serve": (serve.FLAGS, {"config": False}),
 }
 
 

@@ -6,7 +6,7 @@ same layers in two stacks, the dense ones first: whatever does not depend on the
 
 import functools
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -70,10 +70,11 @@ class Model(Decoder):
         super().__init__(16, 8, 1e-6, 0.1, run, grouped if is_grouped else apart, rngs=rngs)
 
 
-def family(*, is_grouped: bool) -> SimpleNamespace:
-    return SimpleNamespace(
-        Model=functools.partial(Model, is_grouped=is_grouped), flops_per_pair=lambda sizes: 4 * 2 * 4
-    )
+def family(*, is_grouped: bool) -> ModuleType:
+    found = ModuleType(f"toy, grouped: {is_grouped}")
+    found.Model = functools.partial(Model, is_grouped=is_grouped)
+    found.flops_per_pair = lambda sizes: 4 * 2 * 4
+    return found
 
 
 PAIR = (family(is_grouped=True), family(is_grouped=False))
