@@ -81,7 +81,9 @@ def test_two_dimensions_that_want_one_axis_are_named():
 
 
 def test_an_unknown_axis_is_named():
-    with pytest.raises(UserError, match=r"config\.sharding\.embed='model': no such mesh axis. Choose one of data, exp"):
+    with pytest.raises(
+        UserError, match=r"config\.sharding\.embed='model': no such mesh axis. Choose one of data, context"
+    ):
         places({"embed": "model"})
 
 

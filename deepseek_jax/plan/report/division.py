@@ -23,7 +23,7 @@ def layout(job: Job) -> Section:
     """Returns how devices, sequences and layers are divided."""
     at, plain = job.layout, figures.plain
     sequences = f"{at.batch:,} sequences of {at.seq_len:,}"
-    micro_batch = f"of {at.sequences} x {at.seq_len:,} tokens per device"
+    micro_batch = f"of {at.sequences} x {at.part_len:,} tokens per device"
     rows = [
         ("devices", plain("devices_count", at.devices, mark=GIVEN), mesh_text(job)),
         ("tokens per step", plain("tokens_per_step_count", at.tokens_per_step), sequences),
