@@ -170,7 +170,8 @@ class LanguageModel:
     def engine(self, **options: Any) -> Engine:
         """Returns an engine that runs many requests at once; `options` as for `serve.engine.Engine`."""
         options = {"matmul_precision": self._generator.matmul_precision} | options
-        return Engine(self._definition, (self.params, self.router_bias), self.n_positions, **options)
+        weights = (self._narrowed(self.params), self.router_bias)
+        return Engine(self._generator.definition, weights, self.n_positions, **options)
 
     def complete(self, text: str | Sequence[str], max_new_tokens: int = 64, **options: Any) -> str | list[str]:
         """Returns the continuation of a text, or a list of those of several; `options` as for `generate`."""

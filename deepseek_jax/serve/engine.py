@@ -10,6 +10,7 @@ late and the device does not wait. What a row draws depends on its logits, its k
 neighbours, on the division of its prompt, or on whether it was preempted.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -138,12 +139,13 @@ class Engine:
         widths = _sizes(LEAST_PAGES, -(-self.n_positions // self.pages.page_size))
         lengths = _sizes(LEAST_TOKENS, min(self.scheduler.chunk, self.n_positions))
         needed: list[tuple[bool, dict[str, np.ndarray]]] = []
-        for width in widths:
+        for width, draws in itertools.product(widths, (False, True)):
             for n_rows in _sizes(1, self.scheduler.n_rows):
-                needed.append((False, _rows([], n_rows, width, no_slot) | {"ids_B": np.zeros(n_rows, np.int32)}))
+                rows = _rows([], n_rows, width, no_slot, draws)
+                needed.append((False, rows | {"ids_B": np.zeros(n_rows, np.int32)}))
             for length in lengths:
                 ids = {"ids_BT": np.zeros((1, length), np.int32), "n_B": np.ones(1, np.int32)}
-                needed.append((True, _rows([], 1, width, no_slot) | ids))
+                needed.append((True, _rows([], 1, width, no_slot, draws) | ids))
         with ThreadPoolExecutor() as threads:
             list(threads.map(lambda one: self._compiled(*one), needed))
         return len(self._programs)
@@ -231,8 +233,11 @@ def _drawn(
     logits_BV: jax.Array, positions_B: jax.Array, pool: Tree, last_R: jax.Array, rows: dict[str, jax.Array]
 ) -> tuple[jax.Array, Tree, jax.Array]:
     """Draws the tokens for `positions_B`; returns them, the pool, and the last tokens of all slots."""
-    key_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(rows["key_BK"]), positions_B)
-    drawn_B = sample(logits_BV, key_B, rows["temperature_B"], rows["top_p_B"])
+    if "key_BK" in rows:
+        key_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(rows["key_BK"]), positions_B)
+        drawn_B = sample(logits_BV, key_B, rows["temperature_B"], rows["top_p_B"])
+    else:
+        drawn_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     return drawn_B, pool, last_R.at[rows["slot_B"]].set(drawn_B)
 
 
@@ -241,7 +246,7 @@ def _long(part: Part, page_size: int, no_slot: int) -> dict[str, np.ndarray]:
     request, start, n_tokens, _ = part
     ids_BT = np.zeros((1, bucket(n_tokens, LEAST_TOKENS)), np.int32)
     ids_BT[0, :n_tokens] = request.tokens[start : start + n_tokens]
-    rows = _rows([part], 1, _width([part], page_size), no_slot)
+    rows = _rows([part], 1, _width([part], page_size), no_slot, _draw([part]))
     return rows | {"ids_BT": ids_BT, "n_B": np.array([n_tokens], np.int32)}
 
 
@@ -251,27 +256,39 @@ def _short(parts: list[Part], page_size: int, no_slot: int) -> dict[str, np.ndar
     for row, part in enumerate(parts):
         if part.start < len(part.request.tokens):
             ids_B[row] = part.request.tokens[part.start]
-    return _rows(parts, len(ids_B), _width(parts, page_size), no_slot) | {"ids_B": ids_B}
+    return _rows(parts, len(ids_B), _width(parts, page_size), no_slot, _draw(parts)) | {"ids_B": ids_B}
 
 
-def _rows(parts: list[Part], n_rows: int, width: int, no_slot: int) -> dict[str, np.ndarray]:
-    """What both programs need of their rows, padded to `n_rows` and to `width` pages."""
-    key = jax.eval_shape(lambda: jax.random.key_data(random_key(0)))
+def _rows(parts: list[Part], n_rows: int, width: int, no_slot: int, draws: bool) -> dict[str, np.ndarray]:
+    """What both programs need of their rows, padded to `n_rows` and to `width` pages.
+
+    Where none `draws`, there is nothing to draw with: the program takes the likeliest tokens and makes no noise.
+    """
     rows = {
         "table_BN": np.full((n_rows, width), NULL, np.int32),
         "start_B": np.zeros(n_rows, np.int32),
         "slot_B": np.full(n_rows, no_slot, np.int32),
-        "key_BK": np.zeros((n_rows, *key.shape), key.dtype),
-        "temperature_B": np.zeros(n_rows, np.float32),
-        "top_p_B": np.ones(n_rows, np.float32),
     }
+    if draws:
+        key = jax.eval_shape(lambda: jax.random.key_data(random_key(0)))
+        rows |= {
+            "key_BK": np.zeros((n_rows, *key.shape), key.dtype),
+            "temperature_B": np.zeros(n_rows, np.float32),
+            "top_p_B": np.ones(n_rows, np.float32),
+        }
     for row, (request, start, _, _) in enumerate(parts):
         pages, options = request.table.pages[:width], request.options
         rows["table_BN"][row, : len(pages)] = pages
-        values = (start, options.slot, options.key, options.sampling.temperature, options.sampling.top_p)
-        for name, value in zip(("start_B", "slot_B", "key_BK", "temperature_B", "top_p_B"), values, strict=True):
-            rows[name][row] = value
+        values = {"start_B": start, "slot_B": options.slot, "key_BK": options.key}
+        values |= {"temperature_B": options.sampling.temperature, "top_p_B": options.sampling.top_p}
+        for name in values.keys() & rows.keys():
+            rows[name][row] = values[name]
     return rows
+
+
+def _draw(parts: list[Part]) -> bool:
+    """Whether any of these rows draws at random."""
+    return any(part.request.options.sampling.temperature > 0 for part in parts)
 
 
 def _width(parts: list[Part], page_size: int) -> int:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 PAGE = 64  # tokens
-# Times, in those of a page, as measured on an H200: what a part takes before its first page and after its last, what
+# Times, in those of a page, estimated for an H200: what a part takes before its first page and after its last, what
 # putting parts together takes at least, and what each part of 64 rows adds to it.
 BEGIN_PART, COMBINE, COMBINE_PART = 3.0, 6.0, 0.1
 

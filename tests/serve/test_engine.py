@@ -77,10 +77,12 @@ def test_greedy_text_is_that_of_the_forward_pass(engine, alone, setting):
     assert made.pages.n_free == made.pages.n_pages - 1
 
 
-def test_draws_do_not_depend_on_company(engine):
+def test_draws_do_not_depend_on_company(engine, alone):
     samplings = [Sampling(10, temperature=1.0 + i / 10, top_p=1.0 - i / 20, seed=i) for i in range(len(PROMPTS))]
+    samplings[2] = Sampling(10)  # greedy among those that draw
     texts = run(engine(n_pages=8, n_ahead=2), samplings)[1]
     assert run(engine(chunk=4), samplings, later=[0, 0, 1, 5, 5, 9, 12])[1] == texts
+    assert texts[2] == [*alone[2], "length"]
     assert len({tuple(text) for text in texts}) == len(texts)
 
 
@@ -140,8 +142,9 @@ def test_a_cancelled_request_says_no_more_and_disturbs_nobody(engine, alone):
 def test_after_compile_no_request_compiles(engine):
     made = engine()
     n_programs = made.compile()
-    assert n_programs == 4  # one, two or four rows, and parts of 16 tokens; 32 positions are four pages
+    assert n_programs == 8  # one, two or four rows, and parts of 16 tokens (32 positions are four pages); twice
     run(made, [Sampling(10, temperature=1.0, seed=3)] * len(PROMPTS), [[1 + i for i in p] for p in PROMPTS])
+    run(made, [Sampling(10)] * len(PROMPTS))
     run(made, [Sampling(1)], [[5]])
     run(made, [Sampling(31)], [[5]])
     assert len(made._programs) == n_programs
