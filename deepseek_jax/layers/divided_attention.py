@@ -129,7 +129,7 @@ class _Call:
     ) -> tuple[jax.Array, Tree, Tree]:
         """Returns the gradients of queries, entries and weights."""
         wide = lse_BHT.dtype
-        delta_BTH = jnp.einsum("BTHU,BTHU->BTH", do_BTHU.astype(wide), o_BTHU.astype(wide))
+        delta_BTH = jnp.sum(do_BTHU.astype(wide) * o_BTHU.astype(wide), axis=-1)
         of_queries = q_BTHQ, lse_BHT.swapaxes(1, 2), do_BTHU, delta_BTH
         queries, mine = _chunks((of_queries, (entries, segments)))
         dq, d_mine, d_weights = self._both_backward(queries, mine, weights, wide)

@@ -13,7 +13,7 @@ from deepseek_jax.layers.grouped import grouped_swiglu
 from deepseek_jax.parallel import alltoall
 from deepseek_jax.parallel.alltoall import Exchange, fill_buffers, make_exchange
 from deepseek_jax.parallel.lint import check_collectives
-from deepseek_jax.parallel.mesh import BATCH, EXPERT, make_mesh, per_device, place
+from deepseek_jax.parallel.mesh import BATCH, EXPERT, SEQUENCES, make_mesh, per_device, place
 from deepseek_jax.precision.wire import AS_IS, Codes
 
 M, D, F, E, W = 16, 4, 3, 8, 4  # tokens of a device, widths, experts, devices along `expert`
@@ -76,7 +76,7 @@ def program(exchange: Exchange | None, wire=AS_IS):
         gathered = jax.tree.map(lambda a: a[None], sent)
         return (d_x, d_weights, *jax.lax.psum(d_experts, "data")), (y, gathered)
 
-    out_specs = ((BATCH, BATCH, EXPERTS, EXPERTS, EXPERTS), (BATCH, BATCH))
+    out_specs = ((BATCH, BATCH, EXPERTS, EXPERTS, EXPERTS), (BATCH, P(SEQUENCES)))
     return jax.jit(per_device(on_device, make_mesh(2, W), SPECS, out_specs))
 
 

@@ -70,7 +70,7 @@ def test_the_figures_in_json(v3):
     assert measured["step_s"] == 19.926 and marks["speed"]["measured"]["step_s"] == "published"
     assert marks["speed"]["calibrated"]["step_s"] == "fitted" and marks["speed"]["roofline"]["step_s"] == "derived"
     assert figures["published"]["total_cost_dollars"] == 5_576_000
-    assert v3[1]["mesh"] == {"pipe": 16, "data": 2, "expert": 64}
+    assert v3[1]["mesh"] == {"pipe": 16, "data": 2, "context": 1, "expert": 64}
 
 
 def leaves(tree: dict, path: str = "") -> dict:
@@ -198,7 +198,7 @@ def test_nothing_is_published_of_a_model_that_was_changed(capsys):
     words = ["--config.model.n_layers=60", "--recipe=v3", "--config.batch.size=1", "--chip=h800:memory=99999"]
     found = planned(capsys, *words)
     assert "published" not in found["figures"] and "measured" not in found["figures"]["speed"]
-    assert found["mesh"] == {"pipe": 1, "data": 1, "expert": 1}
+    assert found["mesh"] == {"pipe": 1, "data": 1, "context": 1, "expert": 1}
 
 
 def test_a_chip_that_differs_from_the_published_one_has_no_published_step(capsys):
