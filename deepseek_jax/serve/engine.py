@@ -10,12 +10,13 @@ late and the device does not wait. What a row draws depends on its logits, its k
 neighbours, on the division of its prompt, or on whether it was preempted.
 """
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +26,25 @@ from flax import nnx
 from deepseek_jax.layers.base import Tree, bind
 from deepseek_jax.seeds import random_key
 from deepseek_jax.serve.pages import NULL, PAGE_SIZE, PagePool, root
-from deepseek_jax.serve.sampler import sample
+from deepseek_jax.serve.sampler import permitted, sample
 from deepseek_jax.serve.scheduler import Part, Request, Scheduler
 
 LEAST_TOKENS, LEAST_PAGES = 16, 4  # of a program: smaller ones would save little
+ALL = 0xFFFFFFFF  # a word of `allowed_RW` that allows its 32 tokens
 Weights = tuple[Tree, Tree]  # parameters and router biases
+
+
+class Constraint(Protocol):
+    """Which tokens a request may draw next, as the tokens before them decide; its state is of one request alone.
+
+    The engine waits for a token before it plans the next one, which costs such a request one step of latency.
+    """
+
+    def allowed(self) -> np.ndarray | None:
+        """Returns uint32 words: bit v % 32 of word v // 32 allows token v, at least one does. None allows all."""
+
+    def push(self, token: int) -> None:
+        """Takes the next token."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,7 @@ class Sampling:
     seed: int = 0
     stop_ids: Sequence[int] = ()  # ids that end it; they are part of the output
     salt: bytes = b""  # requests with other salts share no pages
+    constraint: Constraint | None = None  # None draws from the whole vocabulary
 
 
 class Output(NamedTuple):
@@ -59,6 +75,7 @@ class _Row:
     sampling: Sampling
     key: np.ndarray  # raw data of the random key
     slot: int = -1
+    is_constrained: bool = False  # whether its place in `allowed_RW` counts for its next token
 
 
 class Engine:
@@ -96,6 +113,8 @@ class Engine:
         model: Any = bind(definition, *weights)
         self._pool = model.pool(n_pages, page_size)
         self._last_R = jnp.zeros(n_rows + 1, jnp.int32)  # the last place is that of padding
+        n_words = -(-model.head.weight_DV.shape[1] // 32)
+        self._allowed_RW = jnp.full((n_rows + 1, n_words), ALL, jnp.uint32)  # the last place allows every token
         self._slots = list(range(n_rows))
         self._with_slot: list[_Row] = []
         self._flight: deque[list[tuple[Request, jax.Array, int]]] = deque()
@@ -105,7 +124,8 @@ class Engine:
         """Adds a request; raises UserError if it could never run."""
         key = np.asarray(jax.random.key_data(random_key(sampling.seed)))
         n_positions = min(len(prompt) + sampling.max_new_tokens, self.n_positions)
-        request = Request(prompt, n_positions, root(b"", sampling.salt), _Row(sampling, key))
+        row, is_stepwise = _Row(sampling, key), sampling.constraint is not None
+        request = Request(prompt, n_positions, root(b"", sampling.salt), row, is_stepwise)
         self.scheduler.add(request)
         return request
 
@@ -146,6 +166,7 @@ class Engine:
             for length in lengths:
                 ids = {"ids_BT": np.zeros((1, length), np.int32), "n_B": np.ones(1, np.int32)}
                 needed.append((True, _rows([], 1, width, no_slot, draws) | ids))
+        self._allow(no_slot, np.full(self._allowed_RW.shape[1], ALL, np.uint32))
         with ThreadPoolExecutor() as threads:
             list(threads.map(lambda one: self._compiled(*one), needed))
         return len(self._programs)
@@ -154,6 +175,7 @@ class Engine:
         """Starts the programs of a step; returns where each drawn token will be."""
         self._assign_slots([part.request for part in parts])
         no_slot, places = len(self._last_R) - 1, []
+        self._constrain([part.request.options for part in parts if part.n_draws])
         for part in parts:
             if part.n_tokens > 1:
                 drawn_1 = self._run(True, _long(part, self.pages.page_size, no_slot))
@@ -166,15 +188,31 @@ class Engine:
 
     def _run(self, is_long: bool, arguments: dict[str, np.ndarray]) -> jax.Array:
         program = self._compiled(is_long, arguments)
-        drawn_B, self._pool, self._last_R = program(self.weights, self._pool, self._last_R, **arguments)
+        drawn_B, self._pool, self._last_R = program(
+            self.weights, self._pool, self._last_R, self._allowed_RW, **arguments
+        )
         return drawn_B
+
+    def _constrain(self, rows: list[_Row]) -> None:
+        """Puts what each of these rows may draw in its place on the device."""
+        for row in rows:
+            allowed_W = row.sampling.constraint.allowed() if row.sampling.constraint else None
+            row.is_constrained = allowed_W is not None
+            if allowed_W is not None:
+                words_W = np.zeros(self._allowed_RW.shape[1], np.uint32)
+                words_W[: len(allowed_W)] = allowed_W
+                self._allow(row.slot, words_W)
+
+    def _allow(self, slot: int, words_W: np.ndarray) -> None:
+        self._allowed_RW = _with_row(self._allowed_RW, words_W, np.int32(slot))
 
     def _compiled(self, is_long: bool, arguments: dict[str, np.ndarray]) -> jax.stages.Compiled:
         key = (is_long, *((name, array.shape) for name, array in sorted(arguments.items())))
         if key not in self._programs:
             program = self._extend_program if is_long else self._decode_program
             jitted = jax.jit(program, donate_argnames=("pool", "last_R"))
-            self._programs[key] = jitted.lower(self.weights, self._pool, self._last_R, **arguments).compile()
+            state = (self.weights, self._pool, self._last_R, self._allowed_RW)
+            self._programs[key] = jitted.lower(*state, **arguments).compile()
         return self._programs[key]
 
     def _seen(self, places: list[tuple[Request, jax.Array, int]]) -> list[Output]:
@@ -184,6 +222,8 @@ class Engine:
                 continue
             token = int(np.asarray(drawn_B)[row])
             self.scheduler.record(request, [token])
+            if request.options.sampling.constraint:
+                request.options.sampling.constraint.push(token)
             ending = "stop" if token in request.options.sampling.stop_ids else ""
             if not ending and len(request.tokens) == request.n_positions:
                 ending = "length"
@@ -205,7 +245,14 @@ class Engine:
                 self._with_slot.append(row)
 
     def _extend_program(
-        self, weights: Weights, pool: Tree, last_R: jax.Array, ids_BT: jax.Array, n_B: jax.Array, **rows: jax.Array
+        self,
+        weights: Weights,
+        pool: Tree,
+        last_R: jax.Array,
+        allowed_RW: jax.Array,
+        ids_BT: jax.Array,
+        n_B: jax.Array,
+        **rows: jax.Array,
     ) -> tuple[jax.Array, Tree, jax.Array]:
         """One part of a prompt (B = 1) of `n_B` tokens; the token after it is drawn, and matters if it is the last."""
         with jax.default_matmul_precision(self.matmul_precision):
@@ -213,10 +260,16 @@ class Engine:
             real_BT = jnp.arange(ids_BT.shape[1]) < n_B[:, None]
             h_BTD, pool = model.extend_in_pages(ids_BT, rows["start_B"][0], pool, rows["table_BN"], real_BT)
             logits_BV = model.head(jnp.take_along_axis(h_BTD, (n_B - 1)[:, None, None], axis=1))[:, 0]
-        return _drawn(logits_BV, rows["start_B"] + n_B, pool, last_R, rows)
+        return _drawn(logits_BV, rows["start_B"] + n_B, pool, last_R, allowed_RW, rows)
 
     def _decode_program(
-        self, weights: Weights, pool: Tree, last_R: jax.Array, ids_B: jax.Array, **rows: jax.Array
+        self,
+        weights: Weights,
+        pool: Tree,
+        last_R: jax.Array,
+        allowed_RW: jax.Array,
+        ids_B: jax.Array,
+        **rows: jax.Array,
     ) -> tuple[jax.Array, Tree, jax.Array]:
         """One token per row: that of `ids_B`, or where it is negative the one that the row drew last."""
         with jax.default_matmul_precision(self.matmul_precision):
@@ -226,19 +279,30 @@ class Engine:
             logits_BTV, pool = model.decode_in_pages(
                 *(ids_B[:, None], rows["start_B"][:, None], pool, rows["table_BN"], real_B[:, None])
             )
-        return _drawn(logits_BTV[:, 0], rows["start_B"] + 1, pool, last_R, rows)
+        return _drawn(logits_BTV[:, 0], rows["start_B"] + 1, pool, last_R, allowed_RW, rows)
 
 
 def _drawn(
-    logits_BV: jax.Array, positions_B: jax.Array, pool: Tree, last_R: jax.Array, rows: dict[str, jax.Array]
+    logits_BV: jax.Array,
+    positions_B: jax.Array,
+    pool: Tree,
+    last_R: jax.Array,
+    allowed_RW: jax.Array,
+    rows: dict[str, jax.Array],
 ) -> tuple[jax.Array, Tree, jax.Array]:
     """Draws the tokens for `positions_B`; returns them, the pool, and the last tokens of all slots."""
     if "key_BK" in rows:
+        logits_BV = permitted(logits_BV, allowed_RW[rows["mask_B"]])
         key_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(rows["key_BK"]), positions_B)
         drawn_B = sample(logits_BV, key_B, rows["temperature_B"], rows["top_p_B"])
     else:
         drawn_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     return drawn_B, pool, last_R.at[rows["slot_B"]].set(drawn_B)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _with_row(allowed_RW: jax.Array, words_W: jax.Array, slot: jax.Array) -> jax.Array:
+    return allowed_RW.at[slot].set(words_W)
 
 
 def _long(part: Part, page_size: int, no_slot: int) -> dict[str, np.ndarray]:
@@ -275,20 +339,23 @@ def _rows(parts: list[Part], n_rows: int, width: int, no_slot: int, draws: bool)
             "key_BK": np.zeros((n_rows, *key.shape), key.dtype),
             "temperature_B": np.zeros(n_rows, np.float32),
             "top_p_B": np.ones(n_rows, np.float32),
+            "mask_B": np.full(n_rows, no_slot, np.int32),
         }
     for row, (request, start, _, _) in enumerate(parts):
         pages, options = request.table.pages[:width], request.options
         rows["table_BN"][row, : len(pages)] = pages
         values = {"start_B": start, "slot_B": options.slot, "key_BK": options.key}
         values |= {"temperature_B": options.sampling.temperature, "top_p_B": options.sampling.top_p}
+        values["mask_B"] = options.slot if options.is_constrained else no_slot
         for name in values.keys() & rows.keys():
             rows[name][row] = values[name]
     return rows
 
 
 def _draw(parts: list[Part]) -> bool:
-    """Whether any of these rows draws at random."""
-    return any(part.request.options.sampling.temperature > 0 for part in parts)
+    """Whether any of these rows draws at random, or not from the whole vocabulary."""
+    rows = [part.request.options for part in parts]
+    return any(row.sampling.temperature > 0 or row.is_constrained for row in rows)
 
 
 def _width(parts: list[Part], page_size: int) -> int:

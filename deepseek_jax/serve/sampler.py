@@ -49,6 +49,13 @@ def sample(
     return jnp.where(temperature_B > 0, drawn_B, likeliest_B)
 
 
+def permitted(logits_BV: jax.Array, allowed_BW: jax.Array) -> jax.Array:
+    """Returns the logits, -inf where bit v % 32 of word v // 32 of a row's `allowed_BW` (uint32) is not set."""
+    token_V = jnp.arange(logits_BV.shape[1])
+    bit_BV = allowed_BW[:, token_V // 32] >> (token_V % 32).astype(jnp.uint32) & 1
+    return jnp.where(bit_BV == 1, logits_BV, -jnp.inf)
+
+
 def nucleus(logits_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
     """Returns which tokens are in the nucleus, of equal ones the first; the likeliest always is.
 

@@ -38,6 +38,7 @@ class Request:
     n_positions: int
     root: bytes
     options: Any = None
+    is_stepwise: bool = False  # no step of it is planned before the host has seen what the last one drew
     tokens: list[int] = field(init=False)  # the prompt, and those drawn and seen
     table: Table = field(init=False)
     n_computed: int = 0  # tokens whose entries are in the cache, or in a step that was planned
@@ -164,8 +165,8 @@ class Scheduler:
             budget -= part.n_tokens
 
     def _part(self, request: Request, budget: int) -> Part:
-        """The next tokens of a request; none if its last one is already drawn."""
-        if request.n_tokens == request.n_positions:
+        """The next tokens of a request; none if its last one is already drawn, or has to be seen first."""
+        if request.n_tokens == request.n_positions or (request.is_stepwise and request.n_pending):
             return Part(request, request.n_computed, 0, 0)
         missing = request.n_tokens - request.n_computed
         n_tokens = min(missing, self.chunk, budget)
@@ -189,7 +190,7 @@ class Scheduler:
     def _prolonged(self, part: Part, n_steps: int) -> Part:
         """The part with as many draws as its positions and the pool allow, up to `n_steps`."""
         request = part.request
-        n_draws = min(n_steps, request.n_positions - request.n_tokens)
+        n_draws = 1 if request.is_stepwise else min(n_steps, request.n_positions - request.n_tokens)
         if not self.pool.extend(request.table, part.start + n_draws):
             return part
         return part._replace(n_draws=n_draws)

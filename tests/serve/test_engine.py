@@ -1,5 +1,7 @@
 """Every way to run gives the text that a forward pass over the whole sequence gives."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -148,6 +150,39 @@ def test_after_compile_no_request_compiles(engine):
     run(made, [Sampling(1)], [[5]])
     run(made, [Sampling(31)], [[5]])
     assert len(made._programs) == n_programs
+
+
+class Ladder:
+    """Allows the `width` tokens from three times the last one on; everything at first."""
+
+    def __init__(self, width):
+        self.width, self.last = width, None
+
+    def allowed(self):
+        if self.last is None:
+            return None
+        bits = np.zeros(13 * 32, bool)  # more than the vocabulary has
+        bits[[(3 * self.last + i) % 200 for i in range(self.width)]] = True
+        return np.packbits(bits, bitorder="little").view(np.uint32)[: -(-272 // 32)]
+
+    def push(self, token):
+        self.last = token
+
+
+@pytest.mark.parametrize("n_ahead", [0, 1, 3])
+def test_a_constrained_request_draws_what_is_allowed_and_its_neighbours_what_they_would(engine, alone, n_ahead):
+    samplings = [Sampling(10)] * len(PROMPTS)
+    samplings[1] = Sampling(10, constraint=Ladder(1))
+    samplings[4] = Sampling(10, temperature=1.5, seed=3, constraint=Ladder(4))
+    made = engine(n_pages=8, n_ahead=n_ahead)
+    texts = run(made, samplings)[1]
+    for number in (1, 4):
+        ids = texts.pop(number if number == 1 else number - 1)[:-1]
+        assert len(ids) == 10
+        assert all((b - 3 * a) % 200 < (1 if number == 1 else 4) for a, b in itertools.pairwise(ids))
+        assert number == 4 or ids[0] == alone[1][0]
+    others = [ids for number, ids in enumerate(alone) if number not in (1, 4)]
+    assert texts == [[*ids, "length"] for ids in others]
 
 
 def test_what_cannot_run_is_refused(engine):
