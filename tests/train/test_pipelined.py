@@ -18,6 +18,7 @@ from deepseek_jax.train.pipelined import Pipeline
 from deepseek_jax.train.step import Trainer
 from tests.train.test_step import ADAMW, EXPERTS, OBJECTIVE, STEP, B, V, batch, leaves
 
+pytestmark = pytest.mark.slow  # pipelines compile for long; parallel/test_pipeline.py has short cases
 STEPS = 2
 
 
@@ -101,7 +102,6 @@ CASES = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("pipe", "data", "expert", "schedule", "n_micro", "options"), CASES)
 def test_schedules_train_the_same_model(one_device, sizes, weights, pipe, data, expert, schedule, n_micro, options):
     subject = trainer(sizes, pipe, data, expert, schedule, n_micro, **options)
@@ -121,7 +121,6 @@ def test_all_devices_reach_every_collective(two_stages):
     check_collectives(jax.make_jaxpr(subject.step.program)(subject.abstract, shapes))
 
 
-@pytest.mark.slow
 def test_a_step_whose_buffers_are_too_small_is_run_again(tiny_sizes, filled, monkeypatch):
     """With the result, bit for bit, of buffers for any load; the next step begins with those that were enough."""
     monkeypatch.setattr(alltoall, "HEADROOM", (0.25, math.inf))

@@ -131,7 +131,12 @@ def leaves(tree) -> list[tuple[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["expert_parallel", "divided_sequences", pytest.param("fully_sharded", marks=pytest.mark.slow)]
+    "name",
+    [
+        "expert_parallel",
+        pytest.param("divided_sequences", marks=pytest.mark.slow),
+        pytest.param("fully_sharded", marks=pytest.mark.slow),
+    ],
 )
 def test_every_mesh_trains_the_same_model(one_device, name, request):
     """Devices, remat, accumulation, ZeRO-1, divided sequences change nothing: five steps, losses, weights, gradients.
