@@ -50,7 +50,8 @@ def main(argv: list[str]) -> int:
     try:
         import uvicorn
 
-        from deepseek_jax.serve.api.app import Service, create_app
+        from deepseek_jax.serve.api.app import create_app
+        from deepseek_jax.serve.api.service import Service
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed. Run pip install 'deepseek_jax[serve]'.") from None
     from deepseek_jax.compat import start_compilation_cache

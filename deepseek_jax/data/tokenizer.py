@@ -220,6 +220,10 @@ class FileTokenizer:
         shown = [int(i) for i in ids if 0 <= i < self.vocab_size and (specials or int(i) not in self._hidden)]
         return self._engine.decode(shown, skip_special_tokens=False)
 
+    def as_json(self) -> str:
+        """Returns the tokenizer.json, in which every special token is called special."""
+        return json.dumps(self._json, ensure_ascii=False)
+
     def byte_lengths(self) -> np.ndarray:
         """Returns int32 [vocab_size], the bytes per id; see `Tokenizer.byte_lengths`."""
         added = self._engine.get_added_tokens_decoder()

@@ -51,20 +51,29 @@ class Reply:
         template: format of the answer.
         tokenizer: tokenizer of the model.
         thinking: whether the prompt has opened a thought.
+        continues: whether the prompt has begun the thought (with `thinking`) or else the content.
         stop: strings that end the content; they are not part of it, and are not searched for in thoughts and calls.
 
     Attributes:
         has_stopped: whether a stop string was found; ids after it are ignored, and so are those after the end mark.
     """
 
-    def __init__(self, template: Template, tokenizer: Tokenizer, thinking: bool = False, stop: Sequence[str] = ()):
+    def __init__(
+        self,
+        template: Template,
+        tokenizer: Tokenizer,
+        thinking: bool = False,
+        stop: Sequence[str] = (),
+        continues: bool = False,
+    ):
         self.has_stopped, self._has_ended = False, False
         self._template, self._tokenizer, self._stop = template, tokenizer, tuple(text for text in stop if text)
         self._marks = _marks(template, tokenizer)
         self._texts = {"thought": "", "content": ""}
         self._calls: list[Call] = []
         spaces = template.spaces
-        self._segment: _Segment = self._thought("") if thinking else self._content(spaces.before_answer, is_first=True)
+        content = self._content("" if continues else spaces.before_answer, is_first=not continues)
+        self._segment: _Segment = self._thought("") if thinking else content
         self._stream = TextStream(tokenizer.decode)
 
     def push(self, ids: Sequence[int]) -> list[Piece]:

@@ -6,6 +6,7 @@ The engine's model says given texts, a few tokens per step, so that what arrives
 import asyncio
 import http.client
 import json
+import random
 import threading
 import time
 import types
@@ -17,7 +18,8 @@ import uvicorn
 from deepseek_jax.data.chat import TEMPLATES
 from deepseek_jax.data.tokenizer import open_tokenizer
 from deepseek_jax.errors import UserError
-from deepseek_jax.serve.api.app import Service, create_app
+from deepseek_jax.serve.api.app import create_app
+from deepseek_jax.serve.api.service import Service
 from deepseek_jax.serve.engine import Output, Sampling
 from deepseek_jax.serve.worker import Dead, Worker
 
@@ -44,8 +46,21 @@ class Script:
         self.samplings.append(sampling)
         said = self.answer(self.prompts[-1])
         ids = BYTES.encode(said, specials=True).tolist()[: sampling.max_new_tokens]
+        if sampling.constraint:
+            ids = self.constrained(ids, sampling)
         self.requests.append(Job(ids, min(64, len(prompt)), sampling))
         return self.requests[-1]
+
+    def constrained(self, ids, sampling):
+        """What `ids` would be if after them, or after a wrong one, tokens were drawn from the allowed ones."""
+        found, draw = [], random.Random(0)
+        while len(found) < sampling.max_new_tokens and found[-1:] != [BYTES.eos_id]:
+            bits = sampling.constraint.allowed()
+            allowed = range(272) if bits is None else [v for v in range(272) if bits[v // 32] >> (v % 32) & 1]
+            token = ids[len(found)] if len(found) < len(ids) and ids[len(found)] in allowed else draw.choice(allowed)
+            sampling.constraint.push(token)
+            found.append(token)
+        return found
 
     def cancel(self, request):
         if request in self.requests:
@@ -233,6 +248,80 @@ def test_a_gap_is_filled(client, script):
     assert script.prompts[0].endswith("<｜fim▁begin｜>def f(x):\n<｜fim▁hole｜>\nf(1)<｜fim▁end｜>")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_begun_message_is_completed(client, script, stream):
+    script.answer = lambda prompt: "o.\n" + END
+    begun = {"role": "assistant", "content": "```python\nTw", "prefix": True}
+    found = client.chat.completions.create(model="mine", messages=[*ASK, begun], stream=stream)
+    if stream:
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in found)
+    else:
+        text = found.choices[0].message.content
+    assert text == "o.\n"
+    assert script.prompts[0].endswith("<｜Assistant｜>```python\nTw")
+    script.answer = lambda prompt: "m.\n</think>\n\nTwo." + END
+    begun = {"role": "assistant", "content": "", "reasoning_content": "H", "prefix": True}
+    message = client.chat.completions.create(model="mine", messages=[*ASK, begun]).choices[0].message
+    assert script.prompts[1].endswith("<｜Assistant｜><think>\nH")
+    assert (message.reasoning_content, message.content) == ("m.", "Two.")
+    begun["content"] = "Two"
+    client.chat.completions.create(model="mine", messages=[*ASK, begun])
+    assert script.prompts[2].endswith("<｜Assistant｜><think>\nH\n</think>\n\nTwo")
+
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def test_json_of_a_schema(client, script):
+    script.answer = lambda prompt: '{"name": "'
+    ask = {"model": "mine", "messages": ASK, "response_format": SCHEMA(PERSON), "n": 3}
+    for choice in client.chat.completions.create(**ask).choices:
+        assert choice.finish_reason == "stop"
+        assert 0 <= json.loads(choice.message.content)["age"] <= 99
+    script.answer = lambda prompt: 'Sure: {"a": [1, "</think>"]}' + END
+    ask["response_format"] = {"type": "json_object"}
+    assert client.chat.completions.create(**ask).choices[0].message.content.startswith("{")
+
+
+def test_the_form_of_an_answer_begins_after_its_thought(client, script):
+    script.answer = lambda prompt: '<think>\nHm.\n</think>{"name": "Bo", "age": 7}' + END
+    found = client.chat.completions.create(model="mine", messages=ASK, response_format=SCHEMA(PERSON))
+    message = found.choices[0].message
+    assert (message.reasoning_content, json.loads(message.content)) == ("Hm.", {"name": "Bo", "age": 7})
+
+
+def test_a_tool_that_must_be_called_needs_a_format_of_calls(client):
+    tool = {"type": "function", "function": {"name": "a"}}
+    for choice in ("required", {"type": "function", "function": {"name": "a"}}):
+        with pytest.raises(openai.BadRequestError, match="tokenizer has no special token <｜tool▁calls▁begin｜>"):
+            client.chat.completions.create(model="mine", messages=ASK, tools=[tool], tool_choice=choice)
+
+
+def test_ids_over_http(served, client):
+    assert ask(served, "POST", "/tokenize", {"prompt": "<think>é"})[1] == {
+        "tokens": list("<think>é".encode()),
+        "count": 9,
+        "max_model_len": 500,
+    }
+    assert ask(served, "POST", "/v1/tokenize", {"prompt": END})[1]["tokens"] == [BYTES.eos_id]
+    n_tokens = ask(served, "POST", "/tokenize", {"messages": ASK})[1]["count"]
+    assert client.chat.completions.create(model="mine", messages=ASK).usage.prompt_tokens == n_tokens
+    assert ask(served, "POST", "/detokenize", {"tokens": [72, 105, BYTES.eos_id]})[1] == {"prompt": "Hi" + END}
+    assert ask(served, "GET", "/tokenizer_info")[1]["eos_token"] == END
+    assert ask(served, "POST", "/detokenize", {"tokens": [9999]})[0] == 400
+    assert ask(served, "POST", "/tokenize", {})[0] == 400
+
+
+def test_a_long_body_is_refused(served, client):
+    status, found = ask(served, "POST", "/completions", b" " * (32 * 2**20 + 1))
+    assert (status, found["error"]["type"]) == (413, "invalid_request_error")
+
+
 def test_models(client):
     assert [model.id for model in client.models.list()] == ["mine"]
 
@@ -244,6 +333,10 @@ def test_marks_in_a_message_are_text(client, script):
     assert script.requests == []
 
 
+def SCHEMA(schema):
+    return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+
+
 REFUSED = [
     ({"messages": []}, 422, "messages: List should have at least 1 item"),
     ({}, 422, "messages: Field required"),
@@ -252,8 +345,15 @@ REFUSED = [
     ({"messages": ASK, "n": 1000}, 422, "n: Input should be less than or equal to 16"),
     ({"messages": ASK, "max_tokens": 0}, 422, "max_tokens"),
     ({"messages": ASK, "logprobs": True}, 400, "logprobs=True: not implemented by this server"),
-    ({"messages": ASK, "response_format": {"type": "json_object"}}, 400, "response_format="),
-    ({"messages": ASK, "tool_choice": "required"}, 400, "tool_choice='required'"),
+    ({"messages": ASK, "response_format": {"type": "json_schema"}}, 400, "expected the schema"),
+    ({"messages": ASK, "response_format": SCHEMA({"type": "nonsense"})}, 400, "cannot be followed: Invalid type"),
+    ({"messages": ASK, "response_format": SCHEMA({"$ref": "http://localhost/x"})}, 400, "cannot be followed"),
+    ({"messages": ASK, "response_format": SCHEMA({"pattern": "((a"} | {"type": "string"})}, 400, "cannot be followed"),
+    ({"messages": ASK, "response_format": SCHEMA({"title": "x" * 200_000})}, 400, "expected at most 200000"),
+    ({"messages": ASK, "tool_choice": "required"}, 400, "asks for a call of a tool: expected one of []"),
+    ({"messages": ASK, "tool_choice": "some"}, 422, "tool_choice"),
+    ({"messages": [{"role": "assistant", "content": "Hi", "prefix": True}]}, 400, "no message before it"),
+    ({"messages": ASK, "thinking": {"type": "perhaps"}}, 422, "thinking.type"),
     ({"messages": ASK, "model": "gpt-4o"}, 400, "model 'gpt-4o': this server has 'mine'"),
     ({"messages": [{"role": "robot", "content": "Hi"}]}, 400, "messages[0]"),
     ({"messages": [*ASK, {"role": "assistant", "content": "Hi"}]}, 400, "the last message is the assistant's"),

@@ -9,8 +9,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
 
+from deepseek_jax.data.chat import Template
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.serve.engine import Sampling
+from deepseek_jax.serve.grammar import json_schema, tool_calls
 
 MOST_CHOICES = 16
 MOST_STOPS = 16
@@ -32,6 +35,33 @@ class Thinking(BaseModel):
     """Whether the model thinks before it answers."""
 
     type: Literal["enabled", "disabled"]
+
+
+class JsonSchema(BaseModel):
+    """A named schema."""
+
+    name: Text = ""
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """The form of the answer: text, any JSON object, or JSON that follows a schema."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchema | None = None
+
+
+class ToolName(BaseModel):
+    """A tool by its name."""
+
+    name: Text
+
+
+class ToolChoice(BaseModel):
+    """The tool that must be called."""
+
+    type: Literal["function"] = "function"
+    function: ToolName
 
 
 class _Common(BaseModel):
@@ -82,18 +112,38 @@ class ChatBody(_Common):
     messages: list[dict[str, Any]] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Any = None
+    tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
     thinking: Thinking | None = None
-    response_format: dict[str, Any] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    response_format: ResponseFormat | None = None
 
     def check(self) -> None:
         """Raises UserError for what is not implemented."""
-        refused = self.refused() | {"prefix": any(message.get("prefix") for message in self.messages)}
-        refused["tool_choice"] = self.tool_choice not in (None, "auto", "none") and self.tool_choice
-        refused["response_format"] = (self.response_format or {}).get("type", "text") != "text" and self.response_format
-        refuse(refused)
+        refuse(self.refused())
         if self.max_tokens is None:
             self.max_tokens = self.max_completion_tokens
+
+    def thinks(self, template: Template) -> bool:
+        """Whether the prompt opens a thought, as asked for, or else as the template does."""
+        if self.thinking:
+            return self.thinking.type == "enabled"
+        if self.reasoning_effort and template.thinks:  # there is one kind of thought, whatever its effort
+            return self.reasoning_effort != "none"
+        return template.opens_thought
+
+    def form(self, template: Template, tokenizer: Tokenizer) -> str:
+        """Returns the grammar that the answer must follow; "" for none."""
+        choice, wanted = self.tool_choice, self.response_format
+        if isinstance(choice, ToolChoice) or choice == "required":
+            name = choice.function.name if isinstance(choice, ToolChoice) else ""
+            return tool_calls(template, tokenizer, self.tools or [], name)
+        if wanted is None or wanted.type == "text":
+            return ""
+        if wanted.type == "json_object":
+            return json_schema()
+        if wanted.json_schema is None:
+            raise UserError("response_format.type json_schema: expected the schema in response_format.json_schema.")
+        return json_schema(wanted.json_schema.schema_)
 
 
 class TextBody(_Common):

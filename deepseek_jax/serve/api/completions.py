@@ -1,0 +1,247 @@
+"""Chat and text completions: the requests of an answer opened, its pieces joined or streamed."""
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from deepseek_jax.data.chat import TEMPLATES
+from deepseek_jax.errors import UserError
+from deepseek_jax.serve.api import answers
+from deepseek_jax.serve.api.answers import Usage, chat_delta, piece_delta
+from deepseek_jax.serve.api.prompts import Prompt, chat_prompt, text_prompt
+from deepseek_jax.serve.api.requests import ChatBody, TextBody
+from deepseek_jax.serve.api.service import Service
+from deepseek_jax.serve.engine import Sampling
+from deepseek_jax.serve.grammar import Constrained
+from deepseek_jax.serve.reply import Piece, Reply
+from deepseek_jax.serve.worker import Dead
+
+PLAIN = replace(TEMPLATES["v3"], call_format=None)  # a text without thought and calls
+
+
+@dataclass
+class _Choice:
+    """One of the answers to a request, as far as it is."""
+
+    index: int
+    prompt: list[int]
+    sampling: Sampling
+    reply: Reply
+    usage: Usage
+    reason: str = ""
+
+    def push(self, ids: Sequence[int], ending: str) -> list[Piece]:
+        """Adds ids of the model; `reason` is set by the last ones."""
+        shown = [token for token in ids if token not in self.sampling.stop_ids]
+        self.usage.completion += len(ids)
+        self.usage.reasoning += len(ids) if self.reply.is_in_thought else 0
+        pieces = self.reply.push(shown)
+        if ending:
+            pieces += self.reply.finish()
+        if ending or self.reply.has_stopped:
+            is_call = "tool_calls" in self.reply.message() and ending == "stop"
+            self.reason = "length" if ending == "length" else "tool_calls" if is_call else "stop"
+        return answers.joined(pieces)
+
+
+Arrived = tuple[_Choice, list[Piece], str]  # a choice, its new pieces, and why it ended with them, if it did
+
+
+def completion_routes(service: Service) -> APIRouter:
+    """Returns POST /chat/completions and /completions."""
+    router = APIRouter()
+
+    @router.post("/chat/completions")
+    async def chat(body: ChatBody, request: Request) -> Response:
+        body.check()
+        service.check_model(body.model)
+        template, tokenizer = service.template, service.tokenizer
+        if template is None:
+            raise UserError(f"{service.name} has no chat template: it continues texts. Use /completions.")
+        prompt = await asyncio.to_thread(chat_prompt, template, tokenizer, body)
+        samplings = body.samplings(service.n_free(prompt.ids), service.drawing, service.end_ids)
+        form = body.form(template, tokenizer)
+        if form:
+            samplings = await asyncio.to_thread(_constrained, service, prompt, samplings, form)
+        choices = [
+            _Choice(
+                n, prompt.ids, one, Reply(template, tokenizer, prompt.thinking, body.stop, prompt.continues), Usage()
+            )
+            for n, one in enumerate(samplings)
+        ]
+        return await _answer(service, request, body, choices, is_chat=True)
+
+    @router.post("/completions")
+    async def complete(body: TextBody, request: Request) -> Response:
+        body.check()
+        service.check_model(body.model)
+        choices: list[_Choice] = []
+        for given in body.prompts():
+            prompt = await asyncio.to_thread(text_prompt, service.tokenizer, given, body.suffix)
+            for sampling in body.samplings(service.n_free(prompt), service.drawing, service.end_ids):
+                reply = Reply(PLAIN, service.tokenizer, stop=body.stop)
+                choices.append(_Choice(len(choices), prompt, sampling, reply, Usage()))
+        return await _answer(service, request, body, choices, is_chat=False)
+
+    return router
+
+
+def _constrained(service: Service, prompt: Prompt, samplings: list[Sampling], form: str) -> list[Sampling]:
+    """The same choices, each with a grammar of its own to follow."""
+    assert service.template
+    grammars, may_think = service.grammars, prompt.may_think(service.template, service.tokenizer)
+    matcher = grammars.compile(form)
+    return [
+        replace(
+            one,
+            constraint=Constrained(grammars, matcher.deep_copy(), in_thought=prompt.thinking, may_think=may_think),
+        )
+        for one in samplings
+    ]
+
+
+async def _answer(
+    service: Service, request: Request, body: ChatBody | TextBody, choices: list[_Choice], *, is_chat: bool
+) -> Response:
+    """Opens the request's streams, so that it is refused before anything is sent, and answers it."""
+    stack = contextlib.AsyncExitStack()
+    try:
+        streams = [
+            await stack.enter_async_context(service.worker.open(choice.prompt, choice.sampling)) for choice in choices
+        ]
+        number = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
+        kind = ("chat.completion" if is_chat else "text_completion") + (".chunk" if is_chat and body.stream else "")
+        head = answers.head(kind, number, service.name, int(time.time()))
+        pieces = _pieces(stack, list(zip(choices, streams, strict=True)))
+        if body.stream:
+            events = _events(pieces, head, choices, is_chat=is_chat, includes_usage=body.includes_usage)
+            return _Streamed(events, stack)
+        return await _whole(request, pieces, head, choices, is_chat=is_chat)
+    except BaseException:
+        await stack.aclose()
+        raise
+
+
+class _Streamed(StreamingResponse):
+    """Server-sent events; the requests end with the connection, also if nothing was read."""
+
+    def __init__(self, events: AsyncIterator[str], stack: contextlib.AsyncExitStack):
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.stack = stack
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.stack.aclose()
+
+
+async def _pieces(stack: contextlib.AsyncExitStack, opened: list[tuple]) -> AsyncIterator[Arrived]:
+    """Yields pieces of the choices as they come; ends their requests at the end, however that is."""
+    arrived: asyncio.Queue[Arrived | Exception] = asyncio.Queue()
+
+    async def read(choice: _Choice, stream: Any) -> None:
+        try:
+            async for output in stream:
+                pieces = choice.push(output.ids, output.ending)
+                choice.usage.prompt, choice.usage.cached = len(choice.prompt), stream.n_cached
+                arrived.put_nowait((choice, pieces, choice.reason))
+                if choice.reason:
+                    return
+        except Exception as error:  # handed to the reader of the pieces
+            arrived.put_nowait(error)
+
+    readers = [asyncio.create_task(read(choice, stream)) for choice, stream in opened]
+    try:
+        while not all(choice.reason for choice, _ in opened) or not arrived.empty():
+            found = await arrived.get()
+            if isinstance(found, Exception):
+                raise found
+            yield found
+    finally:
+        for reader in readers:
+            reader.cancel()
+        await stack.aclose()
+
+
+async def _whole(
+    request: Request, pieces: AsyncIterator, head: dict[str, Any], choices: list[_Choice], *, is_chat: bool
+) -> Response:
+    async def read() -> None:
+        async for _ in pieces:
+            pass
+
+    reader = asyncio.create_task(read())
+    try:
+        while not (await asyncio.wait([reader], timeout=0.25))[0]:
+            if await request.is_disconnected():
+                return Response(status_code=499)
+        reader.result()
+    finally:
+        reader.cancel()
+        with contextlib.suppress(BaseException):
+            await reader
+        await pieces.aclose()  # type: ignore[attr-defined]
+    found = []
+    for choice in choices:
+        message, calls = choice.reply.message(), _calls(head, choice)
+        found.append(
+            answers.chat_choice(choice.index, message, choice.reason, calls)
+            if is_chat
+            else answers.text_choice(choice.index, message["content"], choice.reason)
+        )
+    return JSONResponse(head | {"choices": found, "usage": _total(choices).as_dict()})
+
+
+async def _events(
+    pieces: AsyncIterator, head: dict[str, Any], choices: list[_Choice], *, is_chat: bool, includes_usage: bool
+) -> AsyncIterator[str]:
+    """The chunks of a streamed answer."""
+    try:
+        for choice in choices if is_chat else ():
+            first = chat_delta(choice.index, {"role": "assistant", "content": ""})
+            yield answers.event(head | {"choices": [first]})
+        async for choice, found, reason in pieces:
+            for piece in found:
+                step = (
+                    chat_delta(choice.index, piece_delta(piece, _calls(head, choice)))
+                    if is_chat
+                    else answers.text_choice(choice.index, piece.text, None)
+                )
+                yield answers.event(head | {"choices": [step]})
+            if reason:
+                last = (
+                    chat_delta(choice.index, {}, reason) if is_chat else answers.text_choice(choice.index, "", reason)
+                )
+                yield answers.event(head | {"choices": [last]})
+        if includes_usage:
+            yield answers.event(head | {"choices": [], "usage": _total(choices).as_dict()})
+        yield answers.event("[DONE]")
+    except Dead as error:
+        yield answers.event(answers.error(str(error), "server_error"))
+    finally:
+        await pieces.aclose()  # type: ignore[attr-defined]
+
+
+def _calls(head: dict[str, Any], choice: _Choice) -> str:
+    """The beginning of the ids of a choice's tool calls."""
+    return f"call_{head['id'][-16:]}_{choice.index}_"
+
+
+def _total(choices: list[_Choice]) -> Usage:
+    """A prompt that several choices share counts once."""
+    prompts = {id(choice.prompt): choice.usage for choice in reversed(choices)}.values()
+    return Usage(
+        sum(usage.prompt for usage in prompts),
+        sum(usage.cached for usage in prompts),
+        sum(choice.usage.completion for choice in choices),
+        sum(choice.usage.reasoning for choice in choices),
+    )

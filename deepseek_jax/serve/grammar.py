@@ -1,0 +1,142 @@
+"""Answers in a given form: any JSON, JSON of a schema, calls of given tools.
+
+    grammars = Grammars(tokenizer, end_ids)
+    Sampling(…, constraint=Constrained(grammars.compile(json_schema(schema)), …))
+
+A grammar is a text in the Lark dialect of llguidance, which turns it, token by token, into the set of tokens that may
+follow. When the grammar is complete, only the ids that end an answer may. What fails on the way also allows only those:
+an answer may end early, but nothing illegal is drawn. A thought is free; the grammar begins after it.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+
+from deepseek_jax.data.chat import END_THINK, THINK, Template, to_ids
+from deepseek_jax.data.chat.marks import Part
+from deepseek_jax.data.messages import functions
+from deepseek_jax.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
+from deepseek_jax.errors import UserError
+
+BLANKS = r"\n? {0,40}"  # between two symbols of JSON; without a bound a model may write blanks for ever
+MOST_CHARACTERS = 200_000  # of a schema
+HOLE = "\0arguments\0"  # stands for a call's arguments while its format is written
+
+
+def json_schema(schema: dict[str, Any] | None = None) -> str:
+    """Returns the grammar of JSON that follows a schema; without one, of any JSON object."""
+    return f"start: {_json({'type': 'object'} if schema is None else schema)}\n"
+
+
+def tool_calls(template: Template, tokenizer: Tokenizer, tools: Sequence[dict], name: str = "") -> str:
+    """Returns the grammar of one call of one of the `tools`, or of the one with that name."""
+    found = [one for one in functions(tools) if name in ("", one["name"])]
+    if not found or not template.call_format:
+        names = [one["name"] for one in functions(tools)]
+        whose = "" if template.call_format else ", and a model whose format has calls"
+        raise UserError(f"tool_choice asks for a call of {name or 'a tool'}: expected one of {names}{whose}.")
+    forms = [_call(template, tokenizer, one["name"], one.get("parameters") or {"type": "object"}) for one in found]
+    return "start: " + " | ".join(f"call_{n}" for n in range(len(forms))) + "\n" + _rules("call", forms)
+
+
+def _rules(name: str, forms: Sequence[str]) -> str:
+    return "".join(f"{name}_{n}: {form}\n" for n, form in enumerate(forms))
+
+
+def _call(template: Template, tokenizer: Tokenizer, name: str, parameters: dict[str, Any]) -> str:
+    """A call as the template writes it, with a schema in the place of its arguments."""
+    call = {"type": "function", "function": {"name": name, "arguments": HOLE}}
+    symbols = []
+    for text, is_mark in template.reply({"role": "assistant", "content": None, "tool_calls": [call]}):
+        if is_mark and text != template.end.text:
+            symbols.append(f"<[{to_ids([Part(text, True)], tokenizer)[0]}]>")
+        elif not is_mark:
+            before, hole, after = text.partition(HOLE)
+            symbols += [json.dumps(before)] if before else []
+            symbols += [_json(parameters)] if hole else []
+            symbols += [json.dumps(after)] if after else []
+    return " ".join(symbols)
+
+
+def _json(schema: Any) -> str:
+    if not isinstance(schema, dict):
+        raise UserError(f"a schema is {schema!r}: expected an object.")
+    text = json.dumps({**schema, "x-guidance": {"whitespace_pattern": BLANKS}})
+    if len(text) > MOST_CHARACTERS:
+        raise UserError(f"a schema of {len(text)} characters: expected at most {MOST_CHARACTERS}.")
+    return f"%json {text}"
+
+
+class Grammars:
+    """Compiles grammars for one vocabulary; `end_ids` may follow a complete answer."""
+
+    def __init__(self, tokenizer: Tokenizer, end_ids: Sequence[int]):
+        self.tokenizer, self.end_ids = tokenizer, list(end_ids)
+        vocabulary: Any = tokenizer.as_json() if isinstance(tokenizer, FileTokenizer) else _Bytes()
+        self._vocabulary = LLTokenizer(vocabulary, n_vocab=tokenizer.vocab_size, eos_token=self.end_ids)
+
+    def compile(self, grammar: str) -> Any:
+        """Returns a matcher at the start of the grammar. Raises UserError for one that is invalid or too large."""
+        matcher = LLMatcher(self._vocabulary, LLMatcher.grammar_from_lark(grammar), log_level=0)
+        if matcher.is_error():
+            reason = matcher.get_error().split("\n   ")[0].rpartition("JSON schema: ")[2]
+            raise UserError(f"the schema cannot be followed: {reason[:300]}")
+        return matcher
+
+
+class _Bytes:
+    """The vocabulary of `ByteTokenizer`, as llguidance reads one."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id, eos_token_id = ByteTokenizer.bos_id, ByteTokenizer.eos_id
+    special_token_ids = range(256, ByteTokenizer.vocab_size)
+
+    def __init__(self) -> None:
+        self.tokens = [bytes([n]) if n < 256 else f"<{n}>".encode() for n in range(ByteTokenizer.vocab_size)]
+
+    def __call__(self, text: str) -> list[int]:
+        return list(text.encode())
+
+
+class Constrained:
+    """What one request may draw (`engine.Constraint`).
+
+    Args:
+        grammars: that compiled the matcher.
+        matcher: at the start of a grammar, of this request alone.
+        in_thought: whether the prompt has opened a thought.
+        may_think: whether the answer may open one.
+    """
+
+    def __init__(self, grammars: Grammars, matcher: Any, *, in_thought: bool = False, may_think: bool = False):
+        self._matcher, self._in_thought, self._may_think = matcher, in_thought, may_think
+        encode = grammars.tokenizer.encode
+        self._think, self._end_think = (int(encode(mark.text, specials=True)[0]) for mark in (THINK, END_THINK))
+        self._ends = _bits(grammars.end_ids, grammars.tokenizer.vocab_size)
+
+    def allowed(self) -> np.ndarray | None:
+        """Returns the next tokens as bits; None in a thought, where all are allowed."""
+        if self._in_thought:
+            return None
+        words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+        if self._matcher.is_error() or not words.any():
+            return self._ends
+        return words | _bits([self._think], 32 * len(words)) if self._may_think else words
+
+    def push(self, token: int) -> None:
+        """Takes the next token; a wrong one ends the grammar."""
+        if self._in_thought or (self._may_think and token == self._think):
+            self._in_thought = token != self._end_think
+        else:
+            self._matcher.consume_token(token)
+        self._may_think = False
+
+
+def _bits(tokens: Sequence[int], n_tokens: int) -> np.ndarray:
+    """Returns uint32 words in which the bits of these tokens are set."""
+    bits = np.zeros(-(-n_tokens // 32) * 32, bool)
+    bits[list(tokens)] = True
+    return np.packbits(bits, bitorder="little").view(np.uint32)

@@ -1,0 +1,110 @@
+"""Whatever is drawn from the allowed tokens has the form that was asked for."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from deepseek_jax.data.chat import TEMPLATES
+from deepseek_jax.data.tokenizer import open_tokenizer
+from deepseek_jax.errors import UserError
+from deepseek_jax.serve.grammar import Constrained, Grammars, json_schema, tool_calls
+from deepseek_jax.serve.reply import Reply
+
+PLACE = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Köln", "<｜User｜>"]}, "days": {"type": "array", "items": {"enum": [1, 20]}}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+PLACE["properties"]["days"]["maxItems"] = 3
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": PLACE}} for name in ("weather", "train_to")]
+
+
+@pytest.fixture(scope="module")
+def grammars():
+    tokenizer = open_tokenizer("deepseek")
+    return Grammars(tokenizer, (tokenizer.eos_id,))
+
+
+def ids_of(words):
+    return np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+
+
+def drawn(constrained, end_id, draw, first=()):
+    """The tokens `first`, then allowed ones until the answer ends."""
+    found = []
+    while found[-1:] != [end_id]:
+        words = constrained.allowed()
+        token = first[len(found)] if len(found) < len(first) else int(draw.choice(ids_of(words)))
+        constrained.push(token)
+        found.append(token)
+        assert len(found) < 400
+    return found
+
+
+@pytest.mark.parametrize("name", ["v3", "r1", "v31"])
+def test_a_forced_call_is_a_call(grammars, name):
+    template, tokenizer = TEMPLATES[name], grammars.tokenizer
+    matcher = grammars.compile(tool_calls(template, tokenizer, TOOLS))
+    names = set()
+    for seed in range(6):
+        constrained = Constrained(grammars, matcher.deep_copy())
+        reply = Reply(template, tokenizer)
+        reply.push(drawn(constrained, tokenizer.eos_id, random.Random(seed)))
+        message = reply.message()
+        (call,) = message["tool_calls"]
+        names.add(call["function"]["name"])
+        arguments = json.loads(call["function"]["arguments"])
+        assert arguments["city"] in ("Köln", "<｜User｜>") and set(arguments["days"]) <= {1, 20}
+        assert message["content"] == ""
+    assert names == {"weather", "train_to"}
+    only = grammars.compile(tool_calls(template, tokenizer, TOOLS, "train_to"))
+    reply = Reply(template, tokenizer)
+    reply.push(drawn(Constrained(grammars, only), tokenizer.eos_id, random.Random(0)))
+    assert reply.message()["tool_calls"][0]["function"]["name"] == "train_to"
+
+
+def test_a_thought_is_free_and_the_form_follows(grammars):
+    tokenizer = grammars.tokenizer
+    thought = tokenizer.encode("Hm. {</think>", specials=True).tolist()
+    think = tokenizer.encode("<think>", specials=True).tolist()
+    matcher = grammars.compile(json_schema(PLACE))
+    opened = Constrained(grammars, matcher.deep_copy(), in_thought=True)
+    assert opened.allowed() is None
+    text = drawn(opened, tokenizer.eos_id, random.Random(1), thought)[len(thought) :]
+    assert set(json.loads(tokenizer.decode(text))) == {"city", "days"}
+    may_think = Constrained(grammars, matcher.deep_copy(), may_think=True)
+    assert think[0] in ids_of(may_think.allowed())
+    text = drawn(may_think, tokenizer.eos_id, random.Random(2), think + thought)[len(think + thought) :]
+    assert set(json.loads(tokenizer.decode(text))) == {"city", "days"}
+    assert think[0] not in ids_of(Constrained(grammars, matcher).allowed())
+
+
+def test_a_wrong_token_ends_the_answer_and_special_tokens_are_no_text(grammars):
+    tokenizer = grammars.tokenizer
+    constrained = Constrained(grammars, grammars.compile(json_schema({"type": "string"})))
+    constrained.push(int(tokenizer.encode('"')[0]))
+    inside = ids_of(constrained.allowed())
+    marks = ("<think>", "</think>", "<｜User｜>", "<｜tool▁calls▁begin｜>", "<｜end▁of▁sentence｜>")
+    assert not {int(tokenizer.encode(mark, specials=True)[0]) for mark in marks} & set(inside.tolist())
+    constrained.push(tokenizer.eos_id)
+    assert ids_of(constrained.allowed()).tolist() == [tokenizer.eos_id]
+
+
+def test_requests_share_no_state(grammars):
+    matcher = grammars.compile(json_schema(PLACE))
+    one, other = (Constrained(grammars, matcher.deep_copy()) for _ in range(2))
+    before = one.allowed().copy()
+    other.push(int(ids_of(other.allowed())[0]))
+    assert not np.array_equal(other.allowed(), before) and np.array_equal(one.allowed(), before)
+
+
+def test_what_no_grammar_expresses_is_refused(grammars):
+    with pytest.raises(UserError, match="expected one of \\['weather', 'train_to'\\]"):
+        tool_calls(TEMPLATES["v3"], grammars.tokenizer, TOOLS, "boat")
+    with pytest.raises(UserError, match="a model whose format has calls"):
+        tool_calls(TEMPLATES["v2"], grammars.tokenizer, TOOLS)
+    with pytest.raises(UserError, match="cannot be followed: Invalid type"):
+        grammars.compile(json_schema({"type": "nonsense"}))
