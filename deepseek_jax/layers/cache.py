@@ -89,8 +89,8 @@ def next_chunk_in_pages(start: int | jax.Array, table_BN: jax.Array) -> Attend:
     """
 
     def attend(attention: Any, x_BTD: jax.Array, tokens: Tokens, cached: Cached) -> tuple[jax.Array, Cached, Losses]:
-        cached = _write_pages(cached, attention.entries(x_BTD, tokens), tokens, table_BN)
-        u_BTD, losses = attention.over_itself(x_BTD, tokens, _read_pages(cached, table_BN), start)
+        cached = write_pages(cached, attention.entries(x_BTD, tokens), tokens, table_BN)
+        u_BTD, losses = attention.over_itself(x_BTD, tokens, read_pages(cached, table_BN), start)
         return u_BTD, cached, losses
 
     return attend
@@ -100,13 +100,13 @@ def next_tokens_in_pages(table_BN: jax.Array) -> Attend:
     """`next_tokens` over pages; see `next_chunk_in_pages`."""
 
     def attend(attention: Any, x_BTD: jax.Array, tokens: Tokens, cached: Cached) -> tuple[jax.Array, Cached, Losses]:
-        cached = _write_pages(cached, attention.entries(x_BTD, tokens), tokens, table_BN)
+        cached = write_pages(cached, attention.entries(x_BTD, tokens), tokens, table_BN)
         return attention.over_pages(x_BTD, tokens, cached, table_BN), cached, {}
 
     return attend
 
 
-def _write_pages(pool: Entries, entries: Entries, tokens: Tokens, table_BN: jax.Array) -> Entries:
+def write_pages(pool: Entries, entries: Entries, tokens: Tokens, table_BN: jax.Array) -> Entries:
     """Returns the pool with the entries of these tokens; those that are not real go to page 0."""
     size = jax.tree.leaves(pool)[0].shape[1]
     page_BT = jnp.take_along_axis(table_BN, tokens.positions_BT // size, axis=1, mode="clip")
@@ -115,7 +115,7 @@ def _write_pages(pool: Entries, entries: Entries, tokens: Tokens, table_BN: jax.
     return jax.tree.map(lambda old, new: old.at[page_BT, tokens.positions_BT % size].set(new), pool, entries)
 
 
-def _read_pages(pool: Entries, table_BN: jax.Array) -> Entries:
+def read_pages(pool: Entries, table_BN: jax.Array) -> Entries:
     """Returns the entries of each sequence as `Full` keeps them, with axes B and S first."""
     return jax.tree.map(lambda a: a[table_BN].reshape(len(table_BN), -1, *a.shape[2:]), pool)
 

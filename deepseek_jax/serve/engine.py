@@ -4,60 +4,45 @@
     engine.step() -> outputs                             plans a step, starts it, and returns what an earlier one drew
 
 A step of the scheduler becomes one program for the rows that compute one token each, and one for each longer part of a
-prompt. Sizes are padded to powers of two, so that few programs are compiled; `compile` does it beforehand. The token
-that a row drew last stays on the device (`last_R`), where the next step reads it, so the host looks at tokens one step
-late and the device does not wait. What a row draws depends on its logits, its key and the position alone: not on its
-neighbours, on the division of its prompt, or on whether it was preempted.
+prompt; small programs draw from what they give (`programs`). Sizes are padded to powers of two, so that few programs
+are compiled; `compile` does it beforehand. The token that a row drew last stays on the device (`last_R`), where the
+next step reads it, so the host looks at tokens one step late and the device does not wait. With `n_steps` K, a step in
+which no prompt is computed and nobody waits draws K tokens per row before the host looks; stop ids are recognised on
+the device. What a row draws depends on its logits, its key and the position alone: not on its neighbours, on the
+division of its prompt, on K, or on whether it was preempted.
 """
 
 import functools
 import itertools
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deepseek_jax.layers.base import Tree, bind
-from deepseek_jax.seeds import random_key
+from deepseek_jax.bounds import whole
+from deepseek_jax.errors import UserError
+from deepseek_jax.layers.base import bind
+from deepseek_jax.serve import sampling as drawing
 from deepseek_jax.serve.pages import NULL, PAGE_SIZE, PagePool, root
-from deepseek_jax.serve.sampler import permitted, sample
+from deepseek_jax.serve.programs import Call, Memory, Programs, Rows, Weights
+from deepseek_jax.serve.sampler import Scores
+from deepseek_jax.serve.sampling import MOST_TOP, Kind, Sampling
 from deepseek_jax.serve.scheduler import Part, Request, Scheduler
 
 LEAST_TOKENS, LEAST_PAGES = 16, 4  # of a program: smaller ones would save little
 ALL = 0xFFFFFFFF  # a word of `allowed_RW` that allows its 32 tokens
-Weights = tuple[Tree, Tree]  # parameters and router biases
 
 
-class Constraint(Protocol):
-    """Which tokens a request may draw next, as the tokens before them decide; its state is of one request alone.
+class Logprob(NamedTuple):
+    """The log-probability of a token under the model's own distribution, and the likeliest tokens with theirs."""
 
-    The engine waits for a token before it plans the next one, which costs such a request one step of latency.
-    """
-
-    def allowed(self) -> np.ndarray | None:
-        """Returns uint32 words: bit v % 32 of word v // 32 allows token v, at least one does. None allows all."""
-
-    def push(self, token: int) -> None:
-        """Takes the next token."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a request draws, and when it ends."""
-
-    max_new_tokens: int
-    temperature: float = 0.0  # 0 takes the likeliest token
-    top_p: float = 1.0  # draws from the fewest likeliest tokens whose probabilities add up to it
-    seed: int = 0
-    stop_ids: Sequence[int] = ()  # ids that end it; they are part of the output
-    salt: bytes = b""  # requests with other salts share no pages
-    constraint: Constraint | None = None  # None draws from the whole vocabulary
+    logprob: float
+    top: list[tuple[int, float]]  # descending
 
 
 class Output(NamedTuple):
@@ -66,6 +51,9 @@ class Output(NamedTuple):
     request: Request
     ids: list[int]
     ending: str
+    logprobs: Sequence[Logprob] = ()  # of `ids`, if the request asked for them
+    # of the prompt, None for its first token; with the first output, if the request asked for them
+    prompt_logprobs: Sequence[Logprob | None] = ()
 
 
 @dataclass(eq=False)
@@ -73,9 +61,28 @@ class _Row:
     """The caller's part of a request: how it draws, and its place in `last_R`, -1 for none."""
 
     sampling: Sampling
-    key: np.ndarray  # raw data of the random key
     slot: int = -1
     is_constrained: bool = False  # whether its place in `allowed_RW` counts for its next token
+    prompt_logprobs: list[Logprob | None] = field(default_factory=list)
+
+
+class _Drawn(NamedTuple):
+    """What a step draws for a request: a row of arrays that may not be computed yet."""
+
+    request: Request
+    row: int
+    n: int
+    id_BT: jax.Array
+    scores_BT: Scores | None
+
+
+class _Recited(NamedTuple):
+    """Log-probabilities of a part of a prompt: of the `n` tokens after position `start`."""
+
+    request: Request
+    start: int
+    n: int
+    scores_BT: Scores
 
 
 class Engine:
@@ -89,6 +96,7 @@ class Engine:
         n_rows: requests that run at the same time.
         chunk: tokens of a prompt that one step computes at most.
         n_ahead: steps that may run on the device before the host has seen the tokens of the first.
+        n_steps: most tokens per row that one step draws: more take less time per token, and make a stream less even.
         matmul_precision: as for `jax.default_matmul_precision`.
     """
 
@@ -103,29 +111,37 @@ class Engine:
         chunk: int = 256,
         page_size: int = PAGE_SIZE,
         n_ahead: int = 1,
+        n_steps: int = 1,
         matmul_precision: str | None = None,
     ):
-        self.definition, self.weights, self.matmul_precision = definition, weights, matmul_precision
-        self.n_positions, self.n_ahead = n_positions, n_ahead
+        whole(1, 2**16).check("n_steps", n_steps)
+        self.weights, self.n_positions = weights, n_positions
+        self.n_ahead, self.n_steps = n_ahead, n_steps
         n_pages = n_pages or 1 + n_rows * -(-n_positions // page_size)
         self.pages = PagePool(n_pages, page_size)
         self.scheduler = Scheduler(self.pages, n_rows, budget=n_rows + chunk, chunk=chunk)
+        self.programs = Programs(definition, matmul_precision)
         model: Any = bind(definition, *weights)
-        self._pool = model.pool(n_pages, page_size)
+        self.vocab_size, d_model = model.embedding.table_VD.shape
+        self._h_BTD = jax.ShapeDtypeStruct((1, 1, d_model), model.run.compute)
+        self._memory = Memory(model.pool(n_pages, page_size), jnp.zeros((n_pages, page_size), jnp.int32))
         self._last_R = jnp.zeros(n_rows + 1, jnp.int32)  # the last place is that of padding
-        n_words = -(-model.head.weight_DV.shape[1] // 32)
+        n_words = -(-self.vocab_size // 32)
         self._allowed_RW = jnp.full((n_rows + 1, n_words), ALL, jnp.uint32)  # the last place allows every token
         self._slots = list(range(n_rows))
         self._with_slot: list[_Row] = []
-        self._flight: deque[list[tuple[Request, jax.Array, int]]] = deque()
-        self._programs: dict[tuple, jax.stages.Compiled] = {}  # by kind and shapes of the arguments
+        self._flight: deque[list[_Drawn | _Recited]] = deque()
 
     def submit(self, prompt: Sequence[int], sampling: Sampling) -> Request:
-        """Adds a request; raises UserError if it could never run."""
-        key = np.asarray(jax.random.key_data(random_key(sampling.seed)))
+        """Adds a request; raises UserError if it could never run, or for a value out of range."""
+        sampling.check(self.vocab_size)
+        if len(prompt) and not 0 <= min(prompt) <= max(prompt) < self.vocab_size:
+            ids = f"ids from {min(prompt)} to {max(prompt)}"
+            raise UserError(f"a prompt with {ids}: expected 0 to {self.vocab_size - 1}.")
         n_positions = min(len(prompt) + sampling.max_new_tokens, self.n_positions)
-        row, is_stepwise = _Row(sampling, key), sampling.constraint is not None
-        request = Request(prompt, n_positions, root(b"", sampling.salt), row, is_stepwise)
+        options = _Row(sampling, prompt_logprobs=[None] * len(prompt) if sampling.prompt_logprobs else [])
+        how = {"is_stepwise": sampling.constraint is not None, "reads_cache": not sampling.prompt_logprobs}
+        request = Request(prompt, n_positions, root(b"", sampling.salt), options, **how)
         self.scheduler.add(request)
         return request
 
@@ -140,7 +156,7 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Starts the next step, and returns what was drawn in the one that is `n_ahead` before it."""
-        parts = self.scheduler.plan()
+        parts = self.scheduler.plan(self.n_steps)
         if parts:
             self._flight.append(self._start(parts))
         outputs: list[Output] = []
@@ -155,43 +171,137 @@ class Engine:
 
     def compile(self) -> int:
         """Compiles all programs that requests can need, in parallel; returns their number."""
-        no_slot = len(self._last_R) - 1
         widths = _sizes(LEAST_PAGES, -(-self.n_positions // self.pages.page_size))
         lengths = _sizes(LEAST_TOKENS, min(self.scheduler.chunk, self.n_positions))
-        needed: list[tuple[bool, dict[str, np.ndarray]]] = []
-        for width, draws in itertools.product(widths, (False, True)):
-            for n_rows in _sizes(1, self.scheduler.n_rows):
-                rows = _rows([], n_rows, width, no_slot, draws)
-                needed.append((False, rows | {"ids_B": np.zeros(n_rows, np.int32)}))
-            for length in lengths:
-                ids = {"ids_BT": np.zeros((1, length), np.int32), "n_B": np.ones(1, np.int32)}
-                needed.append((True, _rows([], 1, width, no_slot, draws) | ids))
-        self._allow(no_slot, np.full(self._allowed_RW.shape[1], ALL, np.uint32))
-        with ThreadPoolExecutor() as threads:
-            list(threads.map(lambda one: self._compiled(*one), needed))
-        return len(self._programs)
+        rows = _sizes(1, self.scheduler.n_rows)
+        kinds: tuple[Kind, ...] = ("greedy", "random", "shaped")
+        needed = [self._extend([], length, width) for length, width in itertools.product(lengths, widths)]
+        needed += [self._decode([], n_rows, width) for n_rows, width in itertools.product(rows, widths)]
+        for n_rows, kind in itertools.product(rows, kinds):
+            needed += [self._draw([], n_rows, kind, width) for width in (widths if kind == "shaped" else widths[:1])]
+            if self.n_steps > 1 and kind != "shaped":
+                needed += [self._steps([], n_rows, width, kind, -1) for width in widths]
+        for n_top in (0, MOST_TOP):
+            needed += [self._score(n_rows, n_top) for n_rows in rows]
+            needed += [self._recite([], length, n_top) for length in lengths]
+        self._allow(len(self._last_R) - 1, np.full(self._allowed_RW.shape[1], ALL, np.uint32))
+        self.programs.compile(needed)
+        return len(self.programs)
 
-    def _start(self, parts: list[Part]) -> list[tuple[Request, jax.Array, int]]:
-        """Starts the programs of a step; returns where each drawn token will be."""
+    def _start(self, parts: list[Part]) -> list[_Drawn | _Recited]:
+        """Starts the programs of a step; returns where what they give will be."""
         self._assign_slots([part.request for part in parts])
-        no_slot, places = len(self._last_R) - 1, []
         self._constrain([part.request.options for part in parts if part.n_draws])
+        found: list[_Drawn | _Recited] = []
         for part in parts:
-            if part.n_tokens > 1:
-                drawn_1 = self._run(True, _long(part, self.pages.page_size, no_slot))
-                places += [(part.request, drawn_1, 0)] if part.n_draws else []
-        singles = [part for part in parts if part.n_tokens == 1]
-        if singles:
-            drawn_B = self._run(False, _short(singles, self.pages.page_size, no_slot))
-            places += [(part.request, drawn_B, row) for row, part in enumerate(singles) if part.n_draws]
-        return places
+            if _is_long(part):
+                found += self._start_long(part)
+        short = [part for part in parts if not _is_long(part)]
+        if any(part.n_draws > 1 for part in short):
+            return self._start_steps(short)
+        if short:
+            n_rows, width = bucket(len(short), 1), self._width(short)
+            logits_BV, self._memory = self.programs.run(self._decode(short, n_rows, width))
+            found += self._start_drawing(short, logits_BV, width)
+        return found
 
-    def _run(self, is_long: bool, arguments: dict[str, np.ndarray]) -> jax.Array:
-        program = self._compiled(is_long, arguments)
-        drawn_B, self._pool, self._last_R = program(
-            self.weights, self._pool, self._last_R, self._allowed_RW, **arguments
-        )
-        return drawn_B
+    def _start_long(self, part: Part) -> list[_Drawn | _Recited]:
+        """One part of a prompt, and its log-probabilities if they are to be reported."""
+        length, width, n_top = bucket(part.n_tokens, LEAST_TOKENS), self._width([part]), _sampling(part).n_top
+        h_BTD, logits_BV, self._memory = self.programs.run(self._extend([part], length, width))
+        found: list[_Drawn | _Recited] = []
+        n_recited = min(part.n_tokens, len(part.request.prompt) - 1 - part.start)
+        if _sampling(part).prompt_logprobs and n_recited > 0:
+            scores_BT = self.programs.run(self._recite([part], length, n_top, h_BTD))
+            found.append(_Recited(part.request, part.start, n_recited, scores_BT))
+        return [*found, *(self._start_drawing([part], logits_BV, width) if part.n_draws else [])]
+
+    def _start_drawing(self, parts: list[Part], logits_BV: jax.Array, width: int) -> list[_Drawn]:
+        """Draws one token per row."""
+        kind = _kind(parts)
+        n_rows, n_top = len(logits_BV), max(_sampling(part).n_top for part in parts)
+        id_BT, self._last_R = self.programs.run(self._draw(parts, n_rows, kind, width, logits_BV))
+        scores_BT = self.programs.run(self._score(n_rows, n_top, logits_BV, id_BT)) if n_top >= 0 else None
+        return [_Drawn(part.request, row, 1, id_BT, scores_BT) for row, part in enumerate(parts) if part.n_draws]
+
+    def _start_steps(self, parts: list[Part]) -> list[_Drawn | _Recited]:
+        """Several steps of rows that all draw."""
+        kind = _kind(parts)
+        n_rows, n_top = bucket(len(parts), 1), max(_sampling(part).n_top for part in parts)
+        call = self._steps(parts, n_rows, self._width(parts), kind, n_top)
+        id_BT, scores_BT, self._memory, self._last_R = self.programs.run(call)
+        return [_Drawn(part.request, row, part.n_draws, id_BT, scores_BT) for row, part in enumerate(parts)]
+
+    def _extend(self, parts: list[Part], length: int, width: int) -> Call:
+        ids_BT, n_B = np.zeros((1, length), np.int32), np.ones(1, np.int32)
+        for row, (request, start, n_tokens, _) in enumerate(parts):
+            ids_BT[row, :n_tokens], n_B[row] = request.tokens[start : start + n_tokens], n_tokens
+        rows = {"ids_BT": ids_BT, "n_B": n_B} | _places(parts, 1, width)
+        return Call("extend", {"weights": self.weights, "memory": self._memory}, rows)
+
+    def _decode(self, parts: list[Part], n_rows: int, width: int) -> Call:
+        ids_B = np.full(n_rows, -1, np.int32)
+        for row, (request, start, _, _) in enumerate(parts):
+            if start < len(request.tokens):
+                ids_B[row] = request.tokens[start]
+        rows = {"ids_B": ids_B} | _places(parts, n_rows, width) | self._slots_of(parts, n_rows)
+        return Call("decode", {"weights": self.weights, "memory": self._memory, "last_R": self._last_R}, rows)
+
+    def _draw(self, parts: list[Part], n_rows: int, kind: Kind, width: int, logits_BV: jax.Array | None = None) -> Call:
+        position_B = _numbers([part.start + part.n_tokens for part in parts], n_rows)
+        rows = {"position_B": position_B} | self._slots_of(parts, n_rows) | self._how(parts, n_rows, kind)
+        state: dict[str, Any] = {"logits_BV": self._logits(n_rows, logits_BV), "last_R": self._last_R}
+        if kind == "shaped":
+            state |= {"ids_PS": self._memory.ids_PS, "allowed_RW": self._allowed_RW}
+            rows |= {"table_BN": _places(parts, n_rows, width)["table_BN"]}
+        return Call("draw", state, rows)
+
+    def _steps(self, parts: list[Part], n_rows: int, width: int, kind: Kind, n_top: int) -> Call:
+        _, state, rows, _ = self._decode(parts, n_rows, width)
+        rows |= {"n_draws_B": _numbers([part.n_draws for part in parts], n_rows)} | self._how(parts, n_rows, kind)
+        rows |= {"stop_BJ": drawing.stops([_sampling(part) for part in parts], n_rows)}
+        state |= {"allowed_RW": self._allowed_RW} if kind == "shaped" else {}
+        return Call("steps", state, rows, {"n_steps": self.n_steps, "n_top": self._n_top(n_top)})
+
+    def _score(
+        self, n_rows: int, n_top: int, logits_BV: jax.Array | None = None, id_BT: jax.Array | None = None
+    ) -> Call:
+        abstract = jax.ShapeDtypeStruct((n_rows, 1), jnp.int32)
+        rows = {"id_BT": abstract if id_BT is None else id_BT}
+        return Call("score", {"logits_BV": self._logits(n_rows, logits_BV)}, rows, {"n_top": self._n_top(n_top)})
+
+    def _recite(self, parts: list[Part], length: int, n_top: int, h_BTD: jax.Array | None = None) -> Call:
+        next_BT = np.zeros((1, length), np.int32)
+        for row, (request, start, _, _) in enumerate(parts):
+            ids = request.prompt[start + 1 : start + 1 + length]
+            next_BT[row, : len(ids)] = ids
+        abstract = jax.ShapeDtypeStruct((1, length, self._h_BTD.shape[-1]), self._h_BTD.dtype)
+        state = {"weights": self.weights, "h_BTD": abstract if h_BTD is None else h_BTD}
+        return Call("recite", state, {"next_BT": next_BT}, {"n_top": self._n_top(n_top)})
+
+    def _logits(self, n_rows: int, logits_BV: jax.Array | None) -> Any:
+        return jax.ShapeDtypeStruct((n_rows, self.vocab_size), jnp.float32) if logits_BV is None else logits_BV
+
+    def _n_top(self, n_top: int) -> int:
+        return min(n_top, self.vocab_size)
+
+    def _width(self, parts: list[Part]) -> int:
+        """Pages that the longest of these rows has, padded."""
+        return bucket(max(-(-part.n_positions // self.pages.page_size) for part in parts), LEAST_PAGES)
+
+    def _slots_of(self, parts: list[Part], n_rows: int) -> Rows:
+        """The places of rows in `last_R`; that of padding is the last one."""
+        return {"slot_B": _numbers([part.request.options.slot for part in parts], n_rows, len(self._last_R) - 1)}
+
+    def _how(self, parts: list[Part], n_rows: int, kind: Kind) -> Rows:
+        """How rows draw; if some are shaped also where their prompts end, and their places in `allowed_RW`."""
+        found = drawing.arguments([_sampling(part) for part in parts], n_rows, kind)
+        if kind != "shaped":
+            return found
+        n_prompts, everything = [len(part.request.prompt) for part in parts], len(self._last_R) - 1
+        options = [part.request.options for part in parts]
+        masks = [row.slot if row.is_constrained else everything for row in options]
+        return found | {"n_prompt_B": _numbers(n_prompts, n_rows), "mask_B": _numbers(masks, n_rows, everything)}
 
     def _constrain(self, rows: list[_Row]) -> None:
         """Puts what each of these rows may draw in its place on the device."""
@@ -206,31 +316,36 @@ class Engine:
     def _allow(self, slot: int, words_W: np.ndarray) -> None:
         self._allowed_RW = _with_row(self._allowed_RW, words_W, np.int32(slot))
 
-    def _compiled(self, is_long: bool, arguments: dict[str, np.ndarray]) -> jax.stages.Compiled:
-        key = (is_long, *((name, array.shape) for name, array in sorted(arguments.items())))
-        if key not in self._programs:
-            program = self._extend_program if is_long else self._decode_program
-            jitted = jax.jit(program, donate_argnames=("pool", "last_R"))
-            state = (self.weights, self._pool, self._last_R, self._allowed_RW)
-            self._programs[key] = jitted.lower(*state, **arguments).compile()
-        return self._programs[key]
-
-    def _seen(self, places: list[tuple[Request, jax.Array, int]]) -> list[Output]:
+    def _seen(self, step: list[_Drawn | _Recited]) -> list[Output]:
+        """What a step gave, once it has run."""
         outputs = []
-        for request, drawn_B, row in places:
-            if request.has_ended:
+        for found in step:
+            if found.request.has_ended:
                 continue
-            token = int(np.asarray(drawn_B)[row])
-            self.scheduler.record(request, [token])
-            if request.options.sampling.constraint:
-                request.options.sampling.constraint.push(token)
-            ending = "stop" if token in request.options.sampling.stop_ids else ""
-            if not ending and len(request.tokens) == request.n_positions:
-                ending = "length"
-            if ending:
-                self.scheduler.end(request)
-            outputs.append(Output(request, [token], ending))
+            if isinstance(found, _Drawn):
+                outputs.append(self._output(found))
+            else:
+                known = found.request.options.prompt_logprobs
+                n_top, places = found.request.options.sampling.logprobs, slice(found.n)
+                known[found.start + 1 : found.start + 1 + found.n] = _logprobs(found.scores_BT, 0, places, n_top)
         return outputs
+
+    def _output(self, found: _Drawn) -> Output:
+        request, sampling = found.request, found.request.options.sampling
+        ids = np.asarray(found.id_BT)[found.row, : found.n].tolist()
+        ids = ids[: next((place for place, token in enumerate(ids, 1) if token in sampling.stop_ids), len(ids))]
+        is_first = len(request.tokens) == len(request.prompt)
+        self.scheduler.record(request, ids)
+        for token in ids if sampling.constraint else ():
+            sampling.constraint.push(token)
+        is_full = len(request.tokens) == request.n_positions
+        ending = "stop" if ids[-1] in sampling.stop_ids else "length" if is_full else ""
+        if ending:
+            self.scheduler.end(request)
+        logprobs: list[Logprob] = []
+        if sampling.logprobs is not None and found.scores_BT is not None:
+            logprobs = _logprobs(found.scores_BT, found.row, slice(len(ids)), sampling.logprobs)
+        return Output(request, ids, ending, logprobs, request.options.prompt_logprobs if is_first else ())
 
     def _assign_slots(self, requests: list[Request]) -> None:
         """Gives each of these a place in `last_R`, of which those that no longer run have none."""
@@ -244,60 +359,30 @@ class Engine:
                 row.slot = self._slots.pop()
                 self._with_slot.append(row)
 
-    def _extend_program(
-        self,
-        weights: Weights,
-        pool: Tree,
-        last_R: jax.Array,
-        allowed_RW: jax.Array,
-        ids_BT: jax.Array,
-        n_B: jax.Array,
-        **rows: jax.Array,
-    ) -> tuple[jax.Array, Tree, jax.Array]:
-        """One part of a prompt (B = 1) of `n_B` tokens; the token after it is drawn, and matters if it is the last."""
-        with jax.default_matmul_precision(self.matmul_precision):
-            model: Any = bind(self.definition, *weights)
-            real_BT = jnp.arange(ids_BT.shape[1]) < n_B[:, None]
-            h_BTD, pool = model.extend_in_pages(ids_BT, rows["start_B"][0], pool, rows["table_BN"], real_BT)
-            logits_BV = model.head(jnp.take_along_axis(h_BTD, (n_B - 1)[:, None, None], axis=1))[:, 0]
-        return _drawn(logits_BV, rows["start_B"] + n_B, pool, last_R, allowed_RW, rows)
 
-    def _decode_program(
-        self,
-        weights: Weights,
-        pool: Tree,
-        last_R: jax.Array,
-        allowed_RW: jax.Array,
-        ids_B: jax.Array,
-        **rows: jax.Array,
-    ) -> tuple[jax.Array, Tree, jax.Array]:
-        """One token per row: that of `ids_B`, or where it is negative the one that the row drew last."""
-        with jax.default_matmul_precision(self.matmul_precision):
-            model: Any = bind(self.definition, *weights)
-            ids_B = jnp.where(ids_B < 0, last_R[rows["slot_B"]], ids_B)
-            real_B = rows["slot_B"] < len(last_R) - 1
-            logits_BTV, pool = model.decode_in_pages(
-                *(ids_B[:, None], rows["start_B"][:, None], pool, rows["table_BN"], real_B[:, None])
-            )
-        return _drawn(logits_BTV[:, 0], rows["start_B"] + 1, pool, last_R, allowed_RW, rows)
+def _sampling(part: Part) -> Sampling:
+    return part.request.options.sampling
 
 
-def _drawn(
-    logits_BV: jax.Array,
-    positions_B: jax.Array,
-    pool: Tree,
-    last_R: jax.Array,
-    allowed_RW: jax.Array,
-    rows: dict[str, jax.Array],
-) -> tuple[jax.Array, Tree, jax.Array]:
-    """Draws the tokens for `positions_B`; returns them, the pool, and the last tokens of all slots."""
-    if "key_BK" in rows:
-        logits_BV = permitted(logits_BV, allowed_RW[rows["mask_B"]])
-        key_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(rows["key_BK"]), positions_B)
-        drawn_B = sample(logits_BV, key_B, rows["temperature_B"], rows["top_p_B"])
-    else:
-        drawn_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    return drawn_B, pool, last_R.at[rows["slot_B"]].set(drawn_B)
+def _is_long(part: Part) -> bool:
+    """Whether a part is computed by itself: a prompt, of which several tokens or their log-probabilities are due."""
+    return part.n_tokens > 1 or (_sampling(part).prompt_logprobs and part.start + 1 < len(part.request.prompt))
+
+
+def _places(parts: list[Part], n_rows: int, width: int) -> Rows:
+    """Where rows begin and their pages, padded to `n_rows` and to `width` pages."""
+    table_BN = np.full((n_rows, width), NULL, np.int32)
+    for row, part in enumerate(parts):
+        pages = part.request.table.pages[:width]
+        table_BN[row, : len(pages)] = pages
+    return {"table_BN": table_BN, "start_B": _numbers([part.start for part in parts], n_rows)}
+
+
+def _kind(parts: list[Part]) -> Kind:
+    """What the drawing of these rows needs."""
+    if any(part.request.options.is_constrained for part in parts):
+        return "shaped"
+    return drawing.kind([_sampling(part) for part in parts])
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -305,62 +390,16 @@ def _with_row(allowed_RW: jax.Array, words_W: jax.Array, slot: jax.Array) -> jax
     return allowed_RW.at[slot].set(words_W)
 
 
-def _long(part: Part, page_size: int, no_slot: int) -> dict[str, np.ndarray]:
-    """The arguments of one part of a prompt."""
-    request, start, n_tokens, _ = part
-    ids_BT = np.zeros((1, bucket(n_tokens, LEAST_TOKENS)), np.int32)
-    ids_BT[0, :n_tokens] = request.tokens[start : start + n_tokens]
-    rows = _rows([part], 1, _width([part], page_size), no_slot, _draw([part]))
-    return rows | {"ids_BT": ids_BT, "n_B": np.array([n_tokens], np.int32)}
+def _numbers(values: Sequence[int], n_rows: int, padding: int = 0) -> np.ndarray:
+    """One number per row."""
+    return np.array([*values, *[padding] * (n_rows - len(values))], np.int32)
 
 
-def _short(parts: list[Part], page_size: int, no_slot: int) -> dict[str, np.ndarray]:
-    """The arguments of parts of one token each."""
-    ids_B = np.full(bucket(len(parts), 1), -1, np.int32)
-    for row, part in enumerate(parts):
-        if part.start < len(part.request.tokens):
-            ids_B[row] = part.request.tokens[part.start]
-    return _rows(parts, len(ids_B), _width(parts, page_size), no_slot, _draw(parts)) | {"ids_B": ids_B}
-
-
-def _rows(parts: list[Part], n_rows: int, width: int, no_slot: int, draws: bool) -> dict[str, np.ndarray]:
-    """What both programs need of their rows, padded to `n_rows` and to `width` pages.
-
-    Where none `draws`, there is nothing to draw with: the program takes the likeliest tokens and makes no noise.
-    """
-    rows = {
-        "table_BN": np.full((n_rows, width), NULL, np.int32),
-        "start_B": np.zeros(n_rows, np.int32),
-        "slot_B": np.full(n_rows, no_slot, np.int32),
-    }
-    if draws:
-        key = jax.eval_shape(lambda: jax.random.key_data(random_key(0)))
-        rows |= {
-            "key_BK": np.zeros((n_rows, *key.shape), key.dtype),
-            "temperature_B": np.zeros(n_rows, np.float32),
-            "top_p_B": np.ones(n_rows, np.float32),
-            "mask_B": np.full(n_rows, no_slot, np.int32),
-        }
-    for row, (request, start, _, _) in enumerate(parts):
-        pages, options = request.table.pages[:width], request.options
-        rows["table_BN"][row, : len(pages)] = pages
-        values = {"start_B": start, "slot_B": options.slot, "key_BK": options.key}
-        values |= {"temperature_B": options.sampling.temperature, "top_p_B": options.sampling.top_p}
-        values["mask_B"] = options.slot if options.is_constrained else no_slot
-        for name in values.keys() & rows.keys():
-            rows[name][row] = values[name]
-    return rows
-
-
-def _draw(parts: list[Part]) -> bool:
-    """Whether any of these rows draws at random, or not from the whole vocabulary."""
-    rows = [part.request.options for part in parts]
-    return any(row.sampling.temperature > 0 or row.is_constrained for row in rows)
-
-
-def _width(parts: list[Part], page_size: int) -> int:
-    """Pages that the longest of these rows has, padded."""
-    return bucket(max(-(-(part.start + part.n_tokens) // page_size) for part in parts), LEAST_PAGES)
+def _logprobs(scores_BT: Scores, row: int, places: slice, n_top: int) -> list[Logprob]:
+    """Of a row's tokens at some places, with the `n_top` likeliest."""
+    logprob_T, top_TK, ids_TK = (np.asarray(array)[row, places].tolist() for array in scores_BT)
+    tops = [list(zip(*both, strict=True))[:n_top] for both in zip(ids_TK, top_TK, strict=True)]
+    return [Logprob(*one) for one in zip(logprob_T, tops, strict=True)]
 
 
 def bucket(n: int, least: int) -> int:

@@ -39,6 +39,7 @@ class Request:
     root: bytes
     options: Any = None
     is_stepwise: bool = False  # no step of it is planned before the host has seen what the last one drew
+    reads_cache: bool = True  # False: its whole prompt is computed
     tokens: list[int] = field(init=False)  # the prompt, and those drawn and seen
     table: Table = field(init=False)
     n_computed: int = 0  # tokens whose entries are in the cache, or in a step that was planned
@@ -66,6 +67,11 @@ class Part(NamedTuple):
     start: int
     n_tokens: int
     n_draws: int
+
+    @property
+    def n_positions(self) -> int:
+        """Tokens of the request that are in the cache after it."""
+        return self.start + self.n_tokens + max(0, self.n_draws - 1)
 
 
 class Scheduler:
@@ -111,9 +117,10 @@ class Scheduler:
             self._admit(parts)
         if n_steps > 1 and not self.waiting and all(part.n_tokens == part.n_draws == 1 for part in parts):
             parts = [self._prolonged(part, n_steps) for part in parts]
-        for request, start, n_tokens, n_draws in parts:
-            request.n_computed = start + n_tokens + max(0, n_draws - 1)
-            request.n_pending += n_draws
+        for part in parts:
+            request = part.request
+            request.n_computed = part.n_positions
+            request.n_pending += part.n_draws
             self.pool.name(request.table, request.tokens[: request.n_computed])
         return parts
 
@@ -152,7 +159,8 @@ class Scheduler:
             request = self.waiting[0]
             if request.n_pending:  # preempted; what it drew last is still on the device
                 return
-            request.table = self.pool.open(request.root, request.tokens)
+            if request.reads_cache:
+                request.table = self.pool.open(request.root, request.tokens)
             request.n_computed = len(request.table.pages) * self.pool.page_size
             part = self._part(request, budget)
             if not self.pool.extend(request.table, part.start + part.n_tokens):

@@ -8,6 +8,7 @@ import pytest
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.serve.engine import Engine, Sampling
+from deepseek_jax.serve.pages import PagePool
 
 DRAW = np.random.default_rng(0)
 PROMPTS = [DRAW.integers(0, 200, n).tolist() for n in (1, 3, 17, 9, 8, 20)]
@@ -32,13 +33,15 @@ def alone(network):
 
 @pytest.fixture(scope="module")
 def engine(network):
-    """Makes engines that share their compiled programs."""
+    """Makes engines that share their compiled programs: all have memory for 17 pages, of which some use fewer."""
     programs = {}
 
     def make(**options):
         options = {"page_size": 8, "n_rows": 4, "chunk": 16, "n_pages": 17} | options
-        made = Engine(network.generator.definition, network.weights, 32, **options)
-        made._programs = programs.setdefault((made.pages.n_pages, len(made._last_R)), {})
+        n_pages = options.pop("n_pages")
+        made = Engine(network.generator.definition, network.weights, 32, n_pages=17, **options)
+        made.programs = programs.setdefault(options["n_rows"], made.programs)
+        made.pages = made.scheduler.pool = PagePool(n_pages, options["page_size"])
         return made
 
     return make
@@ -51,7 +54,7 @@ def run(engine, samplings, prompts=PROMPTS, later=()):
     while queue or not engine.is_idle:
         while queue and queue[0][0] <= n_steps:
             requests.append(engine.submit(queue.pop(0)[1], samplings[len(requests)]))
-        for request, ids, ending in engine.step():
+        for request, ids, ending, *_ in engine.step():
             texts.setdefault(request, []).extend(ids)
             if ending:
                 texts[request].append(ending)
@@ -67,6 +70,8 @@ SETTINGS = {
     "a pool that is too small": {"n_pages": 8},
     "the host looks at once": {"n_ahead": 0},
     "the host looks late": {"n_ahead": 3},
+    "several tokens per step": {"n_steps": 8},
+    "several tokens per step, in a small pool": {"n_steps": 8, "n_pages": 8, "n_ahead": 0},
 }
 
 
@@ -75,7 +80,7 @@ def test_greedy_text_is_that_of_the_forward_pass(engine, alone, setting):
     made = engine(**SETTINGS[setting])
     requests, texts = run(made, [Sampling(10)] * len(PROMPTS))
     assert texts == [[*ids, "length"] for ids in alone]
-    assert (sum(request.n_preempted for request in requests) > 0) == (setting == "a pool that is too small")
+    assert (sum(request.n_preempted for request in requests) > 0) == (made.pages.n_pages == 8)
     assert made.pages.n_free == made.pages.n_pages - 1
 
 
@@ -84,6 +89,7 @@ def test_draws_do_not_depend_on_company(engine, alone):
     samplings[2] = Sampling(10)  # greedy among those that draw
     texts = run(engine(n_pages=8, n_ahead=2), samplings)[1]
     assert run(engine(chunk=4), samplings, later=[0, 0, 1, 5, 5, 9, 12])[1] == texts
+    assert run(engine(n_steps=8), samplings)[1] == texts
     assert texts[2] == [*alone[2], "length"]
     assert len({tuple(text) for text in texts}) == len(texts)
 
@@ -102,6 +108,95 @@ def test_a_stop_id_ends_a_text_and_its_pages_are_free(engine, alone):
     assert texts[3] == [*alone[3][: alone[3].index(stop) + 1], "stop"]
     assert all(request.has_ended for request in requests)
     assert made.pages.n_free == made.pages.n_pages - 1
+
+
+def test_stop_ids_are_recognised_on_the_device(engine, alone):
+    """A row computes nothing after its stop id; the others continue."""
+    stop = alone[3][2]
+    made, shown, output = engine(n_steps=8), [], None
+    output = made._output
+    made._output = lambda found: shown.append(np.asarray(found.id_BT)[found.row]) or output(found)
+    samplings = [Sampling(10), Sampling(10, stop_ids=(stop,))]
+    texts = run(made, samplings, [PROMPTS[1], PROMPTS[3]])[1]
+    assert texts == [[*alone[1], "length"], [*alone[3][:3], "stop"]]
+    assert [ids.tolist() for ids in shown if len(ids) == 8][:2] == [alone[1][1:9], [*alone[3][1:3], *[-1] * 6]]
+
+
+SHAPES = [
+    {"logit_bias": {3: 2.0, 7: -100.0}},
+    {"presence_penalty": 1.5},
+    {"frequency_penalty": 0.7, "repetition_penalty": 1.3},
+    {"repetition_penalty": 1.5, "logit_bias": {20: 1.0}},
+]
+
+
+def expected(network, prompt, n, presence_penalty=0, frequency_penalty=0, repetition_penalty=1, logit_bias=()):
+    """The greedy continuation by full forward passes and the formulas."""
+    ids = list(prompt)
+    for _ in range(n):
+        logits = network.last_logits(ids).astype(np.float64)
+        for token, bias in dict(logit_bias).items():
+            logits[token] += bias
+        for token in set(ids):
+            logits[token] *= 1 / repetition_penalty if logits[token] > 0 else repetition_penalty
+        for token in ids[len(prompt) :]:
+            logits[token] -= frequency_penalty
+        for token in set(ids[len(prompt) :]):
+            logits[token] -= presence_penalty
+        ids.append(int(np.argmax(logits)))
+    return ids[len(prompt) :]
+
+
+def test_biases_and_penalties_are_those_of_the_formulas(engine, network, alone):
+    """Also where a request was preempted, several tokens are drawn per step, and greedy rows are in the batch."""
+    texts = [
+        [*expected(network, prompt, 10, **shape), "length"] for prompt, shape in zip(PROMPTS, SHAPES, strict=False)
+    ]
+    texts += [[*ids, "length"] for ids in alone[4:]]
+    samplings = [*(Sampling(10, **shape) for shape in SHAPES), *[Sampling(10)] * 3]
+    assert run(engine(), samplings)[1] == texts
+    assert run(engine(n_steps=8), samplings[:3], PROMPTS[:3])[1] == texts[:3]
+    requests, found = run(engine(n_pages=8), samplings)
+    assert found == texts and sum(request.n_preempted for request in requests)
+    assert [texts[i][:-1] != alone[i] for i in range(4)] == [True] * 4
+
+
+def logprobs_of(network, ids, place):
+    """The log-probabilities of all tokens at one place of a sequence, by a forward pass."""
+    logits = network.last_logits(ids[:place]).astype(np.float64)
+    return logits - np.log(np.exp(logits).sum())
+
+
+@pytest.mark.parametrize("options", [{}, {"n_steps": 8, "chunk": 4}], ids=["", "several tokens per step, small parts"])
+def test_log_probabilities_are_those_of_the_forward_pass(engine, network, options):
+    """Of the model's own distribution, whatever tokens are drawn from; of a prompt also where the cache has it."""
+    made, outputs = engine(**options), {}
+    shaped = Sampling(6, temperature=0.7, top_k=5, logit_bias={3: 4.0}, logprobs=3, prompt_logprobs=True)
+    samplings = {made.submit(PROMPTS[5], Sampling(3)): 5}
+    while not made.is_idle:
+        made.step()
+    samplings = {made.submit(PROMPTS[5], shaped): 5, made.submit(PROMPTS[0], Sampling(6, logprobs=0)): 0}
+    samplings |= {made.submit(PROMPTS[0], shaped): 0, made.submit(PROMPTS[1], Sampling(6)): 1}
+    while not made.is_idle:
+        for output in made.step():
+            outputs.setdefault(output.request, []).append(output)
+    for request, number in samplings.items():
+        sampling, prompt = request.options.sampling, PROMPTS[number]
+        found = [one for output in outputs[request] for one in output.logprobs]
+        assert len(found) == (6 if sampling.logprobs is not None else 0)
+        places = list(enumerate(found, len(prompt)))
+        if sampling.prompt_logprobs:
+            assert request.n_cached == 0
+            of_prompt = outputs[request][0].prompt_logprobs
+            assert of_prompt[0] is None and len(of_prompt) == len(prompt)
+            places += list(enumerate(of_prompt))[1:]
+        assert not any(output.prompt_logprobs for output in outputs[request][1:])
+        for place, (logprob, top) in places:
+            logprobs_V = logprobs_of(network, request.tokens, place)
+            assert abs(logprob - logprobs_V[request.tokens[place]]) < 1e-5
+            best = np.argsort(-logprobs_V)[: sampling.logprobs]
+            assert [token for token, _ in top] == best.tolist()
+            np.testing.assert_allclose([value for _, value in top], logprobs_V[best], atol=1e-5)
 
 
 def test_a_prompt_that_the_cache_has_is_not_computed_again(engine, alone):
@@ -134,7 +229,7 @@ def test_a_cancelled_request_says_no_more_and_disturbs_nobody(engine, alone):
         if number == 3:
             made.cancel(requests[1])
             made.cancel(requests[3])
-        for request, ids, _ in made.step():
+        for request, ids, *_ in made.step():
             assert number < 3 or request in (requests[0], requests[2])
             texts[request] += ids
     assert made.is_idle and made.pages.n_free == made.pages.n_pages - 1
@@ -143,13 +238,16 @@ def test_a_cancelled_request_says_no_more_and_disturbs_nobody(engine, alone):
 
 def test_after_compile_no_request_compiles(engine):
     made = engine()
-    n_programs = made.compile()
-    assert n_programs == 8  # one, two or four rows, and parts of 16 tokens (32 positions are four pages); twice
+    made.compile()
+    n_programs = sum(name != "steps" for name, *_ in made.programs._compiled)
+    # one, two or four rows, and parts of 16 tokens (32 positions are four pages); three kinds of drawing for as many
+    # rows; log-probabilities of one, two or four rows and of 16 tokens, without and with the likeliest
+    assert n_programs == 4 + 9 + 8
     run(made, [Sampling(10, temperature=1.0, seed=3)] * len(PROMPTS), [[1 + i for i in p] for p in PROMPTS])
     run(made, [Sampling(10)] * len(PROMPTS))
     run(made, [Sampling(1)], [[5]])
     run(made, [Sampling(31)], [[5]])
-    assert len(made._programs) == n_programs
+    assert sum(name != "steps" for name, *_ in made.programs._compiled) == n_programs
 
 
 class Ladder:
@@ -190,3 +288,24 @@ def test_what_cannot_run_is_refused(engine):
         engine().submit([1] * 32, Sampling(4))
     with pytest.raises(UserError, match="the cache holds 16 tokens"):
         engine(n_pages=3).submit([1] * 16, Sampling(4))
+    with pytest.raises(UserError, match="a prompt with ids from -1 to 5: expected 0 to"):
+        engine().submit([5, -1], Sampling(4))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"temperature": float("nan")}, "temperature=nan: expected a number from 0"),
+        ({"top_p": 1.5}, "top_p=1.5: expected a number from 0 to 1"),
+        ({"top_k": -1}, "top_k=-1: expected a whole number"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0: expected a number above 0"),
+        ({"logprobs": 21}, "logprobs=21: expected None or a whole number from 0 to 20"),
+        ({"prompt_logprobs": True}, "prompt_logprobs without logprobs"),
+        ({"logit_bias": {10**6: 1.0}}, "an id of logit_bias=1000000"),
+        ({"logit_bias": {1: float("inf")}}, "logit_bias of 1=inf"),
+        ({"logit_bias": dict.fromkeys(range(301), 1.0)}, "logit_bias of 301 tokens: expected 300 or fewer"),
+    ],
+)
+def test_settings_out_of_range_are_refused(setting, message):
+    with pytest.raises(UserError, match=message):
+        Sampling(4, **setting).check(1000)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.serve.sampler import nucleus, row_keys, sample
+from deepseek_jax.serve.sampler import Penalties, biased, likeliest, nucleus, penalised, row_keys, sample, scores
 
 LOGITS_V = np.log([0.05, 0.4, 0.25, 0.1, 0.2]).astype(np.float32)
 N_DRAWS = 4096
@@ -86,3 +86,46 @@ def test_what_nobody_needs_may_be_left_out():
     logits_BV, key_B = np.tile(LOGITS_V, (64, 1)), row_keys(0, 64)
     assert (sample(logits_BV, key_B) == sample(logits_BV, key_B, 0.0, 1.0)).all()
     assert (sample(logits_BV, key_B, 1.5) == sample(logits_BV, key_B, 1.5, 1.0)).all()
+
+
+def test_the_likeliest_are_the_first_of_the_sorted_tokens():
+    random = np.random.default_rng(0)
+    logits_BV = np.round(2 * np.float32(random.normal(size=(64, 100)))) / 2  # many equal ones
+    logits_BV[:8, 50:] = -np.inf
+    n_B = np.concatenate([[1, 99, 100, 101, 2**24], random.integers(1, 100, 59)]).astype(np.int32)
+    order_BV = np.argsort(-logits_BV, axis=-1, kind="stable")
+    kept_BV = np.take_along_axis(np.asarray(likeliest(logits_BV, n_B)), order_BV, -1)
+    np.testing.assert_array_equal(kept_BV, np.arange(100) < n_B[:, None])
+
+
+@pytest.mark.parametrize(
+    ("filters", "kept"),
+    [
+        ({"top_k": 2}, [1, 2]),
+        ({"min_p": 0.5}, [1, 2, 4]),  # 0.2 is half of 0.4
+        ({"top_k": 3, "top_p": 0.7}, [1, 2]),  # of the three, which make up 0.85, these have 0.76
+        ({"min_p": 0.2, "top_p": 0.9}, [1, 2, 3, 4]),
+    ],
+)
+def test_filters_keep_what_they_say(filters, kept):
+    drawn_B = np.asarray(sample(np.tile(LOGITS_V, (512, 1)), row_keys(0, 512), 1.0, **filters))
+    assert sorted(set(drawn_B.tolist())) == kept
+
+
+def test_penalties_by_hand():
+    logits_BV = np.float32([[2, -2, 4, 0]] * 2)
+    ids_BS = np.int32([[0, 1, 2, 2], [3, 0, 0, 0]])
+    prompt_BS, drawn_BS = np.array([[1, 0, 0, 0], [1, 0, 0, 0]], bool), np.array([[0, 1, 1, 1], [0, 0, 0, 0]], bool)
+    numbers = (np.float32([value, value]) for value in (0.5, 0.25, 2.0))
+    found_BV = np.asarray(penalised(logits_BV, ids_BS, prompt_BS, drawn_BS, Penalties(*numbers)))
+    assert found_BV.tolist() == [[1, -4 - 0.75, 2 - 1, 0], [2, -2, 4, 0]]
+    assert np.asarray(biased(logits_BV, np.int32([[0, 0], [3, 1]]), np.float32([[1, 0], [2, 3]]))).tolist() == [
+        [3, -2, 4, 0],
+        [2, 1, 4, 2],
+    ]
+
+
+def test_scores_are_log_probabilities_and_the_likeliest_come_first():
+    found = scores(np.tile(LOGITS_V, (2, 1)), np.int32([3, 1]), 2)
+    np.testing.assert_allclose(found.logprob_B, np.log([0.1, 0.4]), rtol=1e-6)
+    assert found.top_ids_BK.tolist() == [[1, 2]] * 2 and found.top_BK[1, 0] == found.logprob_B[1]

@@ -1,0 +1,154 @@
+"""How a request draws and when it ends; many of them as the arrays that a program takes.
+
+A program has no parts that none of its rows needs: the likeliest token is taken without noise, and only requests with
+filters, penalties or biases look for the tokens that they have.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import jax
+import numpy as np
+
+from deepseek_jax.bounds import SEED, Bound, number, optional, whole
+from deepseek_jax.errors import UserError
+from deepseek_jax.seeds import random_key
+
+MOST_TOP = 20  # likeliest tokens that can be reported with each token
+MOST_BIASES = 300  # biases of a request
+MOST_IDS = 2**24  # of a vocabulary
+N_STOPS = 8  # stop ids of a row that the device knows; the host knows all
+
+Kind = Literal["greedy", "random", "shaped"]  # what a program of the drawing has: see `kind`
+
+BOUNDS: dict[str, Bound] = {
+    "max_new_tokens": whole(1, 2**31 - 1),
+    "temperature": number(0, 1e6),
+    "top_p": number(0, 1),
+    "top_k": whole(0, MOST_IDS),
+    "min_p": number(0, 1),
+    "presence_penalty": number(-1e6, 1e6),
+    "frequency_penalty": number(-1e6, 1e6),
+    "repetition_penalty": number(0, 1e6, above=True),
+    "seed": SEED,
+    "logprobs": optional(whole(0, MOST_TOP)),
+}
+
+
+class Constraint(Protocol):
+    """Which tokens a request may draw next, as the tokens before them decide; its state is of one request alone.
+
+    The engine waits for a token before it plans the next one, which costs such a request one step of latency.
+    """
+
+    def allowed(self) -> np.ndarray | None:
+        """Returns uint32 words: bit v % 32 of word v // 32 allows token v, at least one does. None allows all."""
+
+    def push(self, token: int) -> None:
+        """Takes the next token."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a request draws, and when it ends; see `sampler` for the formulas."""
+
+    max_new_tokens: int
+    temperature: float = 0.0  # 0 takes the likeliest token
+    top_p: float = 1.0  # draws from the fewest likeliest tokens whose probabilities add up to it
+    top_k: int = 0  # draws from so many likeliest tokens; 0: from all
+    min_p: float = 0.0  # draws from tokens at least so likely, where the likeliest counts as 1
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens that were drawn before
+    frequency_penalty: float = 0.0  # subtracted as often as a token was drawn before
+    repetition_penalty: float = 1.0  # divides positive logits of tokens in prompt or answer, multiplies negative ones
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to logits, by id
+    seed: int = 0
+    stop_ids: Sequence[int] = ()  # ids that end it; they are part of the output
+    salt: bytes = b""  # requests with other salts share no pages
+    constraint: Constraint | None = None  # None draws from the whole vocabulary
+    logprobs: int | None = None  # reports log-probabilities: of each new token, and of so many likeliest ones
+    prompt_logprobs: bool = False  # reports as many for the tokens of the prompt, all of which are computed then
+
+    def check(self, vocab_size: int) -> None:
+        """Raises UserError for a value out of range."""
+        for name, bound in BOUNDS.items():
+            bound.check(name, getattr(self, name))
+        if self.logprobs is not None and self.logprobs > vocab_size:
+            raise UserError(f"logprobs={self.logprobs}: expected {vocab_size} or less, the size of the vocabulary.")
+        if self.prompt_logprobs and self.logprobs is None:
+            raise UserError("prompt_logprobs without logprobs: expected logprobs, 0 or more.")
+        if len(self.logit_bias) > MOST_BIASES:
+            raise UserError(f"logit_bias of {len(self.logit_bias)} tokens: expected {MOST_BIASES} or fewer.")
+        for token, bias in self.logit_bias.items():
+            whole(0, vocab_size - 1).check("an id of logit_bias", token)
+            number(-1e6, 1e6).check(f"logit_bias of {token}", bias)
+
+    @functools.cached_property
+    def key_data(self) -> np.ndarray:
+        """The raw data of the random key."""
+        return np.asarray(jax.random.key_data(random_key(self.seed)))
+
+    @functools.cached_property
+    def kind(self) -> Kind:
+        """What its draws need."""
+        filters = self.top_k, self.min_p, self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1
+        if any(filters) or self.logit_bias:
+            return "shaped"
+        return "random" if self.temperature > 0 else "greedy"
+
+    @property
+    def n_top(self) -> int:
+        """The number of likeliest tokens that its program reports; -1 if it reports no log-probabilities."""
+        return -1 if self.logprobs is None else MOST_TOP if self.logprobs else 0
+
+
+def kind(samplings: Sequence[Sampling]) -> Kind:
+    """Returns what a program needs that draws for all of these rows."""
+    kinds = {sampling.kind for sampling in samplings}
+    return "shaped" if "shaped" in kinds else "random" if "random" in kinds else "greedy"
+
+
+def arguments(samplings: Sequence[Sampling], n_rows: int, kind: Kind) -> dict[str, np.ndarray]:
+    """Returns how each row draws, padded to `n_rows`: nothing for greedy rows, and the last seven if some are shaped.
+
+    key_BK, temperature_B, top_p_B; top_k_B, min_p_B, presence_B, frequency_B, repetition_B, bias_ids_BJ, bias_BJ.
+    """
+    if kind == "greedy":
+        return {}
+    values = [_drawing(sampling) | (_shape(sampling) if kind == "shaped" else {}) for sampling in samplings]
+    padding = _drawing(PADDING) | (_shape(PADDING) if kind == "shaped" else {})
+    values += [padding] * (n_rows - len(values))
+    return {name: np.stack([row[name] for row in values]) for name in padding}
+
+
+def stops(samplings: Sequence[Sampling], n_rows: int) -> np.ndarray:
+    """Returns stop_BJ: the first stop ids of each row, filled up with a number that no token has."""
+    stop_BJ = np.full((n_rows, N_STOPS), -1, np.int32)
+    for row, sampling in enumerate(samplings):
+        ids = list(sampling.stop_ids)[:N_STOPS]
+        stop_BJ[row, : len(ids)] = ids
+    return stop_BJ
+
+
+PADDING = Sampling(1)
+
+
+def _drawing(sampling: Sampling) -> dict[str, np.ndarray]:
+    numbers = {"temperature_B": sampling.temperature, "top_p_B": sampling.top_p}
+    return {"key_BK": sampling.key_data} | {name: np.asarray(value, np.float32) for name, value in numbers.items()}
+
+
+def _shape(sampling: Sampling) -> dict[str, np.ndarray]:
+    numbers = {
+        "min_p_B": sampling.min_p,
+        "presence_B": sampling.presence_penalty,
+        "frequency_B": sampling.frequency_penalty,
+        "repetition_B": sampling.repetition_penalty,
+    }
+    ids, biases = np.zeros(MOST_BIASES, np.int32), np.zeros(MOST_BIASES, np.float32)
+    ids[: len(sampling.logit_bias)] = list(sampling.logit_bias)
+    biases[: len(sampling.logit_bias)] = list(sampling.logit_bias.values())
+    found = {name: np.asarray(value, np.float32) for name, value in numbers.items()}
+    top_k = np.asarray(sampling.top_k or MOST_IDS, np.int32)
+    return found | {"top_k_B": top_k, "bias_ids_BJ": ids, "bias_BJ": biases}
