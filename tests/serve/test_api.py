@@ -38,6 +38,7 @@ class Script:
     def __init__(self):
         self.answer, self.speed, self.requests, self.delay_s = lambda prompt: "Hi!" + END, 3, [], 0.0
         self.prompts, self.samplings = [], []
+        self.scheduler, self.pages = types.SimpleNamespace(running=[]), types.SimpleNamespace(n_pages=9, n_free=8)
 
     def submit(self, prompt, sampling):
         if len(prompt) > 400:
@@ -370,11 +371,53 @@ def test_bad_requests_are_refused_in_words(served, client, body, status, message
     assert served.worker.is_alive and served.worker.n_open == 0
 
 
-@pytest.mark.parametrize("path", ["/models", "/v1/models", "/beta/models", "/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize(
+    "path", ["/models", "/v1/models", "/beta/models", "/v1/chat/completions", "/v1/completions", "/metrics"]
+)
 @pytest.mark.parametrize("key", ["", "wrong", "secret2", "ключ"])
 def test_every_route_asks_for_a_key(served, path, key):
-    status, found = ask(served, "GET" if "models" in path else "POST", path, key=key)
+    status, found = ask(served, "GET" if path.endswith(("models", "metrics")) else "POST", path, key=key)
     assert (status, found["error"]["type"]) == (401, "invalid_request_error")
+
+
+def numbers(served):
+    """The metrics by name, their labels behind it."""
+    connection = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=20)
+    connection.request("GET", "/metrics", headers={"Authorization": "Bearer secret"})
+    lines = connection.getresponse().read().decode().splitlines()
+    connection.close()
+    pairs = [line.removeprefix("deepseek_jax_").rsplit(" ", 1) for line in lines if not line.startswith("#")]
+    return {name: float(value) for name, value in pairs}
+
+
+def test_metrics_count_what_was_served(client, served, script):
+    before = numbers(served)
+    script.answer = lambda prompt: "word " * 4
+    client.chat.completions.create(model="mine", messages=ASK, max_tokens=10)
+    stream = client.chat.completions.create(model="mine", messages=ASK, stream=True)
+    list(stream)
+    after = numbers(served)
+
+    def more(name):
+        return after[name] - before.get(name, 0)
+
+    assert more("completion_tokens_total") == 30 and more("prompt_tokens_total") == 16
+    assert more("cached_prompt_tokens_total") == 16
+    assert more('completions_total{reason="length"}') == 2
+    assert more('http_responses_total{route="/chat/completions",status="200"}') == 2
+    assert more("time_to_first_token_seconds_count") == more("time_per_output_token_seconds_count") == 2
+    assert (after["alive"], after["requests_open"], after["pages"], after["pages_free"]) == (1, 0, 8, 8)
+    script.answer, script.speed, script.delay_s = lambda prompt: "word " * 90, 1, 0.01
+    stream = client.chat.completions.create(model="mine", messages=ASK, stream=True)
+    next(iter(stream))
+    assert numbers(served)["requests_open"] == 1
+    stream.close()
+    wait_until(lambda: numbers(served)["requests_open"] == 0)
+    assert numbers(served)['completions_total{reason="unfinished"}'] >= 1
+    assert ask(served, "GET", "/nothing")[0] == 404 and numbers(served)[NO_ROUTE] >= 1
+
+
+NO_ROUTE = 'http_responses_total{route="none",status="404"}'
 
 
 def test_unknown_routes_and_health(served):

@@ -3,12 +3,14 @@
     POST /chat/completions   a message, whole or streamed, with thought and tool calls
     POST /completions        the continuation of a text or of ids; with `suffix` what is between the two
     POST /tokenize, /detokenize, GET /tokenizer_info
-    GET  /models, /health
+    GET  /models
+    GET  /metrics, /health
 
-All but /health stand below /v1 and /beta as well. Answers and errors have the form that DeepSeek's and OpenAI's clients
-expect: 400 for a request that cannot be served, 401 for a missing or wrong key, 413 for a body that is too long, 422
-for a field out of range, 429 when the queue is full, 503 when the engine is down. A client that leaves ends its
-request. Nothing in a request makes the server fetch, import or render anything.
+All but the last two stand below /v1 and /beta as well; all but /health need a key, if there are keys. Answers and
+errors have the form that DeepSeek's and OpenAI's clients expect: 400 for a request that cannot be served, 401 for a
+missing or wrong key, 413 for a body that is too long, 422 for a field out of range, 429 when the queue is full, 503
+when the engine is down. A client that leaves ends its request. Nothing in a request makes the server fetch, import or
+render anything.
 """
 
 import contextlib
@@ -25,6 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deepseek_jax.errors import UserError
 from deepseek_jax.serve.api import answers
 from deepseek_jax.serve.api.completions import completion_routes
+from deepseek_jax.serve.api.metrics import Metrics
 from deepseek_jax.serve.api.service import Service
 from deepseek_jax.serve.api.tokens import token_routes
 from deepseek_jax.serve.worker import Busy, Dead
@@ -42,11 +45,15 @@ def create_app(service: Service) -> FastAPI:
         service.worker.stop()
 
     app = FastAPI(title="deepseek_jax", lifespan=lifespan, openapi_url=None)
-    app.add_middleware(_Bounded)
+    app.add_middleware(_Bounded, metrics=service.metrics)
     guarded = [Depends(_guard(service.keys))]
     for prefix in ("", "/v1", "/beta"):
         for routes in (_models(service), completion_routes(service), token_routes(service)):
             app.include_router(routes, prefix=prefix, dependencies=guarded)
+
+    @app.get("/metrics", dependencies=guarded)
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/health")
     async def health() -> Response:
@@ -71,10 +78,10 @@ def _models(service: Service) -> APIRouter:
 
 
 class _Bounded:
-    """Refuses a body of more than `MOST_BYTES`, whatever length its headers state."""
+    """Refuses a body of more than `MOST_BYTES`, whatever length its headers state; counts responses."""
 
-    def __init__(self, app: ASGIApp):
-        self.app = app
+    def __init__(self, app: ASGIApp, metrics: Metrics):
+        self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         n_bytes = 0
@@ -87,7 +94,14 @@ class _Bounded:
                 raise AnyHTTPException(413, f"a body of more than {MOST_BYTES} bytes")
             return message
 
-        await self.app(scope, bounded, send)
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = getattr(scope.get("route"), "path", "none")
+                route = route.removeprefix("/v1").removeprefix("/beta")
+                self.metrics.responses.labels(route, message["status"]).inc()
+            await send(message)
+
+        await self.app(scope, bounded, counted)
 
 
 def _guard(keys: tuple[str, ...]) -> Any:

@@ -16,6 +16,7 @@ from deepseek_jax.data.chat import TEMPLATES
 from deepseek_jax.errors import UserError
 from deepseek_jax.serve.api import answers
 from deepseek_jax.serve.api.answers import Usage, chat_delta, piece_delta
+from deepseek_jax.serve.api.metrics import Clock
 from deepseek_jax.serve.api.prompts import Prompt, chat_prompt, text_prompt
 from deepseek_jax.serve.api.requests import ChatBody, TextBody
 from deepseek_jax.serve.api.service import Service
@@ -114,13 +115,16 @@ async def _answer(
     """Opens the request's streams, so that it is refused before anything is sent, and answers it."""
     stack = contextlib.AsyncExitStack()
     try:
+        clocks = [service.metrics.clock() for _ in choices]
         streams = [
             await stack.enter_async_context(service.worker.open(choice.prompt, choice.sampling)) for choice in choices
         ]
         number = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         kind = ("chat.completion" if is_chat else "text_completion") + (".chunk" if is_chat and body.stream else "")
         head = answers.head(kind, number, service.name, int(time.time()))
-        pieces = _pieces(stack, list(zip(choices, streams, strict=True)))
+        pieces = _pieces(
+            stack, [(one, stream, clock) for one, stream, clock in zip(choices, streams, clocks, strict=True)]
+        )
         if body.stream:
             events = _events(pieces, head, choices, is_chat=is_chat, includes_usage=body.includes_usage)
             return _Streamed(events, stack)
@@ -148,9 +152,10 @@ async def _pieces(stack: contextlib.AsyncExitStack, opened: list[tuple]) -> Asyn
     """Yields pieces of the choices as they come; ends their requests at the end, however that is."""
     arrived: asyncio.Queue[Arrived | Exception] = asyncio.Queue()
 
-    async def read(choice: _Choice, stream: Any) -> None:
+    async def read(choice: _Choice, stream: Any, clock: Clock) -> None:
         try:
             async for output in stream:
+                clock.token()
                 pieces = choice.push(output.ids, output.ending)
                 choice.usage.prompt, choice.usage.cached = len(choice.prompt), stream.n_cached
                 arrived.put_nowait((choice, pieces, choice.reason))
@@ -158,10 +163,12 @@ async def _pieces(stack: contextlib.AsyncExitStack, opened: list[tuple]) -> Asyn
                     return
         except Exception as error:  # handed to the reader of the pieces
             arrived.put_nowait(error)
+        finally:
+            clock.end(choice.usage, choice.reason)
 
-    readers = [asyncio.create_task(read(choice, stream)) for choice, stream in opened]
+    readers = [asyncio.create_task(read(*one)) for one in opened]
     try:
-        while not all(choice.reason for choice, _ in opened) or not arrived.empty():
+        while not all(choice.reason for choice, *_ in opened) or not arrived.empty():
             found = await arrived.get()
             if isinstance(found, Exception):
                 raise found

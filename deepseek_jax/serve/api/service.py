@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from deepseek_jax.data.chat import Template
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
+from deepseek_jax.serve.api.metrics import Metrics
 from deepseek_jax.serve.grammar import Grammars
 from deepseek_jax.serve.worker import Worker
 
@@ -26,6 +27,11 @@ class Service:
     n_positions: int
     drawing: dict[str, float] = field(default_factory=lambda: {"temperature": 1.0, "top_p": 1.0})
     keys: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def metrics(self) -> Metrics:
+        """Counts and times of this server."""
+        return Metrics(self.worker)
 
     @functools.cached_property
     def grammars(self) -> Grammars:
