@@ -20,16 +20,30 @@ from deepseek_jax.data.tokenizer import open_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.serve.api.app import create_app
 from deepseek_jax.serve.api.service import Service
-from deepseek_jax.serve.engine import Output, Sampling
+from deepseek_jax.serve.engine import Logprob, Output, Sampling
 from deepseek_jax.serve.worker import Dead, Worker
 
 BYTES = open_tokenizer("bytes")
 END = "<｜end▁of▁sentence｜>"
 
 
+def score(token):
+    """A log-probability that depends on the token; the likeliest tokens are this one and the one before."""
+    return Logprob(-token / 64, [(token, -token / 64), (token - 1, -9.0)])
+
+
 class Job:
-    def __init__(self, ids, n_cached, options):
-        self.ids, self.n_cached, self.options = ids, n_cached, options
+    def __init__(self, ids, n_cached, options, prompt):
+        self.ids, self.n_cached, self.options, self.prompt = ids, n_cached, options, prompt
+
+    def scores(self, new):
+        """What the engine reports beside new ids."""
+        if self.options.logprobs is None:
+            return ()
+        n_top, prompt, self.prompt = self.options.logprobs, self.prompt, []
+        found = [score(token)._replace(top=score(token).top[:n_top]) for token in [*prompt, *new]]
+        recited = [None, *found[1 : len(prompt)]] if prompt and self.options.prompt_logprobs else []
+        return found[len(prompt) :], recited
 
 
 class Script:
@@ -49,7 +63,7 @@ class Script:
         ids = BYTES.encode(said, specials=True).tolist()[: sampling.max_new_tokens]
         if sampling.constraint:
             ids = self.constrained(ids, sampling)
-        self.requests.append(Job(ids, min(64, len(prompt)), sampling))
+        self.requests.append(Job(ids, min(64, len(prompt)), sampling, prompt))
         return self.requests[-1]
 
     def constrained(self, ids, sampling):
@@ -78,7 +92,7 @@ class Script:
         for request in list(self.requests):
             new, request.ids = request.ids[: self.speed], request.ids[self.speed :]
             ending = "" if request.ids else "stop" if new[-1] in request.options.stop_ids else "length"
-            outputs.append(Output(request, new, ending))
+            outputs.append(Output(request, new, ending, *request.scores(new)))
             if ending:
                 self.cancel(request)
         if any(output.ids == [0] for output in outputs):
@@ -334,6 +348,52 @@ def test_marks_in_a_message_are_text(client, script):
     assert script.requests == []
 
 
+def test_settings_of_drawing_reach_the_engine(client, script):
+    options = {"presence_penalty": 0.5, "frequency_penalty": -0.5, "logit_bias": {"65": -100}, "top_p": 0.9, "seed": 3}
+    more = {"top_k": -1, "min_p": 0.1, "repetition_penalty": 1.1}
+    client.chat.completions.create(model="mine", messages=ASK, **options, extra_body=more)
+    found = script.samplings[0]
+    assert all(getattr(found, name) == value for name, value in options.items() if name != "logit_bias")
+    assert (found.logit_bias, found.top_k, found.min_p, found.repetition_penalty) == ({65: -100}, 0, 0.1, 1.1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_of_a_chat(client, script, stream):
+    """Each token has its own, once, in order; those of a thought are apart."""
+    script.answer = lambda prompt: "So.</think>Ä!" + END
+    options = {"messages": ASK, "logprobs": True, "top_logprobs": 2, "stream": stream}
+    thinking = {"thinking": {"type": "enabled"}}
+    answer = client.chat.completions.create(model="mine", **options, extra_body=thinking)
+    choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+    found = [one.logprobs for one in choices if one.logprobs]
+    content = [entry for one in found for entry in one.content or []]
+    thought = [entry for one in found for entry in (one.model_extra or {}).get("reasoning_content", [])]
+    ids = BYTES.encode("So.</think>Ä!" + END, specials=True).tolist()
+    assert [entry["logprob"] for entry in thought] + [entry.logprob for entry in content] == [-id_ / 64 for id_ in ids]
+    assert "".join(entry["token"] for entry in thought) == "So.</think>"
+    assert (content[0].bytes, content[2].token, content[2].bytes) == (None, "!", [33])  # half a character, and one
+    assert [top.logprob for top in content[2].top_logprobs] == [-33 / 64, -9.0]
+
+
+def test_log_probabilities_of_a_prompt(served, client, script):
+    """As evaluations ask for them: prompts of ids, echoed, and one token more, or none."""
+    prompt = BYTES.encode("Ask me").tolist()
+    body = {"prompt": [prompt], "echo": True, "logprobs": 1}
+    for n_new, said in ((1, "H"), (0, "")):
+        found = ask(served, "POST", "/completions", body | {"max_tokens": n_new})[1]["choices"][0]
+        scores = found["logprobs"]
+        assert found["text"] == "Ask me" + said and found["finish_reason"] == "length"
+        assert scores["tokens"] == list("Ask me" + said) and scores["text_offset"] == list(range(6 + n_new))
+        assert scores["token_logprobs"] == [None, *(-ord(letter) / 64 for letter in ("Ask me" + said)[1:])]
+        assert scores["top_logprobs"] == [None, *({letter: -ord(letter) / 64} for letter in ("Ask me" + said)[1:])]
+    with client.completions.create(model="mine", prompt="Ask", echo=True, logprobs=0, stream=True) as chunks:
+        choices = [chunk.choices[0] for chunk in chunks]
+    assert "".join(choice.text for choice in choices) == "AskHi!"
+    assert [offset for one in choices for offset in one.logprobs.text_offset][:6] == [0, 1, 2, 3, 4, 5]
+    status, found = ask(served, "POST", "/completions", {"prompt": "Ask", "max_tokens": 0})
+    assert status == 400 and "expected 1 or more, or echo=true" in message_of(found)
+
+
 def SCHEMA(schema):
     return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
 
@@ -345,7 +405,11 @@ REFUSED = [
     ({"messages": ASK, "temperature": 3}, 422, "temperature: Input should be less than or equal to 2"),
     ({"messages": ASK, "n": 1000}, 422, "n: Input should be less than or equal to 16"),
     ({"messages": ASK, "max_tokens": 0}, 422, "max_tokens"),
-    ({"messages": ASK, "logprobs": True}, 400, "logprobs=True: not implemented by this server"),
+    ({"messages": ASK, "top_logprobs": 2}, 400, "top_logprobs=2 without logprobs"),
+    ({"messages": ASK, "logprobs": True, "top_logprobs": 21}, 422, "top_logprobs"),
+    ({"messages": ASK, "presence_penalty": 2.5}, 422, "presence_penalty"),
+    ({"messages": ASK, "logit_bias": {"x": 1}}, 422, "logit_bias"),
+    ({"messages": ASK, "logit_bias": {"5": 101}}, 422, "logit_bias"),
     ({"messages": ASK, "response_format": {"type": "json_schema"}}, 400, "expected the schema"),
     ({"messages": ASK, "response_format": SCHEMA({"type": "nonsense"})}, 400, "cannot be followed: Invalid type"),
     ({"messages": ASK, "response_format": SCHEMA({"$ref": "http://localhost/x"})}, 400, "cannot be followed"),

@@ -5,7 +5,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -16,11 +16,12 @@ from deepseek_jax.data.chat import TEMPLATES
 from deepseek_jax.errors import UserError
 from deepseek_jax.serve.api import answers
 from deepseek_jax.serve.api.answers import Usage, chat_delta, piece_delta
+from deepseek_jax.serve.api.logprobs import Decode, Scored, chat_logprobs, text_logprobs
 from deepseek_jax.serve.api.metrics import Clock
 from deepseek_jax.serve.api.prompts import Prompt, chat_prompt, text_prompt
 from deepseek_jax.serve.api.requests import ChatBody, TextBody
 from deepseek_jax.serve.api.service import Service
-from deepseek_jax.serve.engine import Sampling
+from deepseek_jax.serve.engine import Logprob, Output, Sampling
 from deepseek_jax.serve.grammar import Constrained
 from deepseek_jax.serve.reply import Piece, Reply
 from deepseek_jax.serve.worker import Dead
@@ -30,27 +31,52 @@ PLAIN = replace(TEMPLATES["v3"], call_format=None)  # a text without thought and
 
 @dataclass
 class _Choice:
-    """One of the answers to a request, as far as it is."""
+    """One of the answers to a request, as far as it is. `echo` is what is shown before it."""
 
     index: int
     prompt: list[int]
     sampling: Sampling
     reply: Reply
     usage: Usage
+    decode: Decode
+    echo: str = ""
+    is_shown: bool = True  # False: nothing but `echo`
     reason: str = ""
+    scored: list[Scored] = field(default_factory=list)  # tokens with their log-probabilities, if they are reported
+    n_sent: int = 0  # of these, in chunks of a stream
+    n_characters: int = 0  # of those
 
-    def push(self, ids: Sequence[int], ending: str) -> list[Piece]:
-        """Adds ids of the model; `reason` is set by the last ones."""
-        shown = [token for token in ids if token not in self.sampling.stop_ids]
-        self.usage.completion += len(ids)
-        self.usage.reasoning += len(ids) if self.reply.is_in_thought else 0
-        pieces = self.reply.push(shown)
-        if ending:
+    def push(self, output: Output) -> list[Piece]:
+        """Adds what the model has given; `reason` is set by its last ids."""
+        pieces = [] if self.usage.completion or not self.echo else [Piece("content", self.echo)]
+        self.scored += map(Scored, self.prompt, output.prompt_logprobs)
+        scores: Sequence[Logprob | None] = output.logprobs or [None] * len(output.ids)
+        for token, score in zip(output.ids, scores, strict=True) if self.is_shown else ():
+            if self.reply.has_stopped:
+                break
+            is_thought = self.reply.is_in_thought
+            self.usage.completion += 1
+            self.usage.reasoning += is_thought
+            self.scored += [Scored(token, score, is_thought)] if score else []
+            pieces += [] if token in self.sampling.stop_ids else self.reply.push([token])
+        if output.ending:
             pieces += self.reply.finish()
-        if ending or self.reply.has_stopped:
-            is_call = "tool_calls" in self.reply.message() and ending == "stop"
-            self.reason = "length" if ending == "length" else "tool_calls" if is_call else "stop"
+        if output.ending or self.reply.has_stopped:
+            is_call = "tool_calls" in self.reply.message() and output.ending == "stop"
+            is_cut = output.ending == "length" and not self.reply.has_stopped
+            self.reason = "length" if is_cut or not self.is_shown else "tool_calls" if is_call else "stop"
         return answers.joined(pieces)
+
+    def logprobs(self, is_chat: bool) -> dict[str, Any] | None:
+        """The log-probabilities of tokens that no chunk had; None if none are reported."""
+        if self.sampling.logprobs is None:
+            return None
+        found, offset = self.scored[self.n_sent :], self.n_characters
+        self.n_sent = len(self.scored)
+        if is_chat:
+            return chat_logprobs(found, self.decode)
+        self.n_characters += sum(len(self.decode(one.token)) for one in found)
+        return text_logprobs(found, self.decode, offset)
 
 
 Arrived = tuple[_Choice, list[Piece], str]  # a choice, its new pieces, and why it ended with them, if it did
@@ -74,7 +100,12 @@ def completion_routes(service: Service) -> APIRouter:
             samplings = await asyncio.to_thread(_constrained, service, prompt, samplings, form)
         choices = [
             _Choice(
-                n, prompt.ids, one, Reply(template, tokenizer, prompt.thinking, body.stop, prompt.continues), Usage()
+                n,
+                prompt.ids,
+                one,
+                Reply(template, tokenizer, prompt.thinking, body.stop, prompt.continues),
+                Usage(),
+                _decoder(service),
             )
             for n, one in enumerate(samplings)
         ]
@@ -89,10 +120,20 @@ def completion_routes(service: Service) -> APIRouter:
             prompt = await asyncio.to_thread(text_prompt, service.tokenizer, given, body.suffix)
             for sampling in body.samplings(service.n_free(prompt), service.drawing, service.end_ids):
                 reply = Reply(PLAIN, service.tokenizer, stop=body.stop)
-                choices.append(_Choice(len(choices), prompt, sampling, reply, Usage()))
+                shown = _echo(service, given) if body.echo else "", body.max_tokens != 0
+                choices.append(_Choice(len(choices), prompt, sampling, reply, Usage(), _decoder(service), *shown))
         return await _answer(service, request, body, choices, is_chat=False)
 
     return router
+
+
+def _decoder(service: Service) -> Decode:
+    return lambda token: service.tokenizer.decode([token], specials=True)
+
+
+def _echo(service: Service, given: str | list[int]) -> str:
+    """A prompt as it was given, as text."""
+    return given if isinstance(given, str) else service.tokenizer.decode(given, specials=True)
 
 
 def _constrained(service: Service, prompt: Prompt, samplings: list[Sampling], form: str) -> list[Sampling]:
@@ -156,7 +197,7 @@ async def _pieces(stack: contextlib.AsyncExitStack, opened: list[tuple]) -> Asyn
         try:
             async for output in stream:
                 clock.token()
-                pieces = choice.push(output.ids, output.ending)
+                pieces = choice.push(output)
                 choice.usage.prompt, choice.usage.cached = len(choice.prompt), stream.n_cached
                 arrived.put_nowait((choice, pieces, choice.reason))
                 if choice.reason:
@@ -201,9 +242,11 @@ async def _whole(
     for choice in choices:
         message, calls = choice.reply.message(), _calls(head, choice)
         found.append(
-            answers.chat_choice(choice.index, message, choice.reason, calls)
+            answers.chat_choice(choice.index, message, choice.reason, calls, choice.logprobs(True))
             if is_chat
-            else answers.text_choice(choice.index, message["content"], choice.reason)
+            else answers.text_choice(
+                choice.index, choice.echo + message["content"], choice.reason, choice.logprobs(False)
+            )
         )
     return JSONResponse(head | {"choices": found, "usage": _total(choices).as_dict()})
 
@@ -218,15 +261,19 @@ async def _events(
             yield answers.event(head | {"choices": [first]})
         async for choice, found, reason in pieces:
             for piece in found:
+                scores = choice.logprobs(is_chat)
                 step = (
-                    chat_delta(choice.index, piece_delta(piece, _calls(head, choice)))
+                    chat_delta(choice.index, piece_delta(piece, _calls(head, choice)), logprobs=scores)
                     if is_chat
-                    else answers.text_choice(choice.index, piece.text, None)
+                    else answers.text_choice(choice.index, piece.text, None, scores)
                 )
                 yield answers.event(head | {"choices": [step]})
             if reason:
+                scores = choice.logprobs(is_chat)
                 last = (
-                    chat_delta(choice.index, {}, reason) if is_chat else answers.text_choice(choice.index, "", reason)
+                    chat_delta(choice.index, {}, reason, scores)
+                    if is_chat
+                    else answers.text_choice(choice.index, "", reason, scores)
                 )
                 yield answers.event(head | {"choices": [last]})
         if includes_usage:

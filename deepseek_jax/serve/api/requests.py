@@ -14,10 +14,14 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.serve.engine import Sampling
 from deepseek_jax.serve.grammar import json_schema, tool_calls
+from deepseek_jax.serve.sampling import MOST_BIASES, MOST_TOP
 
 MOST_CHOICES = 16
 MOST_STOPS = 16
+PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
+DRAWING = ("temperature", "top_p", "top_k", "min_p", "logit_bias", *PENALTIES)
 
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=10_000_000)]
 
 
@@ -78,27 +82,34 @@ class _Common(BaseModel):
     stream_options: StreamOptions | None = None
     user: Text | None = None
     user_id: Text | None = None
-    logprobs: Any = None
-    logit_bias: Any = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    logit_bias: dict[int, Bias] | None = Field(None, max_length=MOST_BIASES)
+    presence_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, gt=0, le=10, allow_inf_nan=False)
+    top_k: int | None = Field(None, ge=-1, le=10**6)
+    min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
 
-    def refused(self) -> dict[str, Any]:
-        """Settings by name that would change the answer and are not implemented."""
-        names = ("logprobs", "logit_bias", "presence_penalty", "frequency_penalty")
-        return {name: getattr(self, name) for name in names}
+    @property
+    def n_top(self) -> int | None:
+        """The number of likeliest tokens that are reported with each one; None for no log-probabilities."""
+        raise NotImplementedError
+
+    @property
+    def shows_prompt(self) -> bool:
+        """Whether the answer begins with the prompt."""
+        return False
 
     def samplings(self, n_free: int, defaults: dict[str, float], stop_ids: tuple[int, ...]) -> list[Sampling]:
         """How each of the `n` choices draws; at most `n_free` new tokens."""
         seed = secrets.randbits(62) if self.seed is None else self.seed
-        drawing = {name: getattr(self, name) for name in ("temperature", "top_p")}
-        drawing = {name: defaults[name] if value is None else value for name, value in drawing.items()}
-        salt = (self.user_id or self.user or "").encode(errors="replace")
-        n_new = min(self.max_tokens or n_free, n_free)
-        return [
-            Sampling(n_new, seed=(seed + number) % 2**63, stop_ids=stop_ids, salt=salt, **drawing)
-            for number in range(self.n)
-        ]
+        given = {name: getattr(self, name) for name in DRAWING if getattr(self, name) is not None}
+        given["top_k"] = max(0, given.get("top_k", 0))  # -1 is all of them, as in other servers
+        scores_prompt = self.n_top is not None and self.shows_prompt
+        options: dict[str, Any] = {"logprobs": self.n_top, "prompt_logprobs": scores_prompt}
+        options = defaults | given | options
+        options |= {"stop_ids": stop_ids, "salt": (self.user_id or self.user or "").encode(errors="replace")}
+        n_new = n_free if self.max_tokens is None else min(max(1, self.max_tokens), n_free)
+        return [Sampling(n_new, seed=(seed + number) % 2**63, **options) for number in range(self.n)]
 
     @property
     def includes_usage(self) -> bool:
@@ -110,6 +121,8 @@ class ChatBody(_Common):
     """The body of POST /chat/completions."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
     max_completion_tokens: int | None = Field(None, ge=1)
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
@@ -118,10 +131,16 @@ class ChatBody(_Common):
     response_format: ResponseFormat | None = None
 
     def check(self) -> None:
-        """Raises UserError for what is not implemented."""
-        refuse(self.refused())
+        """Raises UserError for settings that contradict each other."""
+        if self.top_logprobs and not self.logprobs:
+            raise UserError(f"top_logprobs={self.top_logprobs} without logprobs: expected logprobs=true.")
         if self.max_tokens is None:
             self.max_tokens = self.max_completion_tokens
+
+    @property
+    def n_top(self) -> int | None:
+        """See `_Common`."""
+        return self.top_logprobs or 0 if self.logprobs else None
 
     def thinks(self, template: Template) -> bool:
         """Whether the prompt opens a thought, as asked for, or else as the template does."""
@@ -152,11 +171,27 @@ class TextBody(_Common):
     prompt: Text | list[int] | list[Text] | list[list[int]]
     suffix: Text | None = None
     echo: bool = False
+    max_tokens: int | None = Field(None, ge=0)  # 0 is for `echo`
+    logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
     best_of: int | None = None
 
     def check(self) -> None:
-        """Raises UserError for what is not implemented."""
-        refuse(self.refused() | {"echo": self.echo, "best_of": self.best_of not in (None, 1) and self.best_of})
+        """Raises UserError for what is not implemented, and for settings that contradict each other."""
+        refuse({"best_of": self.best_of not in (None, 1) and self.best_of})
+        if self.max_tokens == 0 and not self.echo:
+            raise UserError("max_tokens=0: expected 1 or more, or echo=true.")
+        if self.echo and self.suffix is not None:
+            raise UserError("echo with suffix: expected one of them.")
+
+    @property
+    def n_top(self) -> int | None:
+        """See `_Common`."""
+        return self.logprobs
+
+    @property
+    def shows_prompt(self) -> bool:
+        """See `_Common`."""
+        return self.echo
 
     def prompts(self) -> list[str | list[int]]:
         """Each prompt: a text, or ids."""
