@@ -22,8 +22,9 @@ from pallas_kernels.quantize.reference import quantize_rows
 KINDS = ("bf16", "bf16 gradient", "fp8", "fp8 gradient")
 
 
-def grouped_row(groups: int, rows: int, n: int, k: int, kind: str, options: SimpleNamespace) -> dict:
-    """Measures `groups` groups of `rows` rows of k values, to n values each."""
+def grouped_row(shape: tuple[int, ...], kind: str, options: SimpleNamespace) -> dict:
+    """Measures `groups` groups of `rows` rows of k values, to n values each; `shape`: these four."""
+    groups, rows, n, k = shape
     n_rows = groups * rows
     n_sets = max(2, min(8, int(_bench_kernels.SET_BYTES // (2 * (n_rows * k + groups * n * k + n_rows * n)))))
     one = jax.jit(functools.partial(function(kind), implementation="mosaic_gpu"))

@@ -7,7 +7,8 @@ clock falls at the limit of power, and what is measured before that favours the 
 fresh in each run and more than the caches hold; every side walks through several sets of them, a few hundredths of a
 second at a time, in turns, so that heat and clocks touch all alike. Ours is dispatched by JAX, which takes some 30
 microseconds of the host per kernel; torch's sides are CUDA graphs. Where the kernel is shorter than that, its time on
-the GPU alone (CUPTI) is printed beside it, and the ratio is that time's.
+the GPU alone (CUPTI) is printed beside it, and the ratio is that time's. Further rows: gradients, quantisation, grouped
+matmuls, attention and latent decode, each beside its peers.
 """
 
 import importlib.util
@@ -18,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +30,7 @@ import numpy as np
 
 from deepseek_jax.bounds import number, path, whole
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _bench_attention, _bench_grouped, _options, _tune_kernels
+from deepseek_jax.launch import _bench_attention, _bench_decode, _bench_grouped, _options, _tune_kernels
 from deepseek_jax.precision.quantize import quantize_blocks
 from pallas_kernels import tile_table
 from pallas_kernels.fp8_matmul import fp8_matmul, tiles
@@ -41,6 +42,7 @@ FORWARD = "4096x2112x7168,4096x24576x1536,4096x32768x512,4096x7168x16384,4096x40
 SMALL = "64x2112x7168,128x7168x2048"
 GROUPED = "4x8192x4096x7168,4x8192x7168x2048,32x256x4096x7168,32x256x7168x2048"
 ATTENTION = "1x4096x128x128x192x128,1x16384x128x128x192x128"
+DECODE = "128x4096x128x512x64,128x8192x128x512x64,4x32768x128x512x64"
 EXTRA = {
     "shapes": (str, f"{FORWARD},{SMALL}", "m x n x k of the products, separated by commas"),
     "gradient_shapes": (str, "4096x7168x4096,7168x2048x4096", "of weight gradients: scales per 1 x 128 on both sides"),
@@ -52,6 +54,7 @@ EXTRA = {
     ),
     "grouped_shapes": (str, GROUPED, "groups x rows x n x k of grouped matmuls"),
     "attention_shapes": (str, ATTENTION, "batch x tokens x heads of queries x of keys x their width x values' width"),
+    "decode_shapes": (str, DECODE, "sequences x tokens x heads x width of latents x of rotary keys"),
     "rounds": (int, 9, "times that each side is measured", whole(1, 10**6)),
     "seconds": (float, 0.03, "length of one measurement", number(1e-6, 3600)),
     "warm": (float, 0.1, "seconds of load before the first measurement of a shape, per side", number(0, 3600)),
@@ -68,8 +71,6 @@ SET_BYTES = 3e9  # of all input and output sets of a shape
 def main(argv: list[str]) -> int:
     """Runs the bench; returns the exit code."""
     options = _options.parse(argv, extra=EXTRA, config=False, workdir=False)
-    shapes = [(shape, True) for shape in parsed(options.shapes, 3)]
-    shapes += [(shape, False) for shape in parsed(options.gradient_shapes, 3)]
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
     if jax.default_backend() != "gpu":
         raise UserError(f"bench kernels on {jax.devices()[0].device_kind}: needs a Hopper GPU (H100, H200).")
@@ -79,19 +80,28 @@ def main(argv: list[str]) -> int:
         _tune(options)
         return 0
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {options.rounds} rounds of {options.seconds} s")
-    for (m, n, k), forward in shapes:
-        report(matmul_row(m, n, k, forward, options), options.json)
-    for m, k in parsed(options.quantize_shapes, 2):
-        report(quantize_row((m, k), options), options.json)
-    for shape in parsed(options.weight_shapes, 3):
-        report(quantize_row(shape, options), options.json)
-    for groups, rows, n, k in parsed(options.grouped_shapes, 4):
-        for kind in _bench_grouped.KINDS:
-            report(_bench_grouped.grouped_row(groups, rows, n, k, kind, options), options.json)
-    for shape in parsed(options.attention_shapes, 6):
-        for kind in _bench_attention.KINDS:
-            report(_bench_attention.attention_row(shape, kind, options), options.json)
+    for row in _rows(options):
+        report(row, options.json)
     return 0
+
+
+def _rows(options: SimpleNamespace) -> Iterator[dict]:
+    """Measures one shape of one operation after another."""
+    for forward, shapes in ((True, options.shapes), (False, options.gradient_shapes)):
+        for m, n, k in parsed(shapes, 3):
+            yield matmul_row(m, n, k, forward, options)
+    for n_sizes, shapes in ((2, options.quantize_shapes), (3, options.weight_shapes)):
+        for shape in parsed(shapes, n_sizes):
+            yield quantize_row(shape, options)
+    measures = (
+        (options.grouped_shapes, 4, _bench_grouped.KINDS, _bench_grouped.grouped_row),
+        (options.attention_shapes, 6, _bench_attention.KINDS, _bench_attention.attention_row),
+        (options.decode_shapes, 5, _bench_decode.KINDS, _bench_decode.decode_row),
+    )
+    for shapes, n_sizes, kinds, measure in measures:
+        for shape in parsed(shapes, n_sizes):
+            for kind in kinds:
+                yield measure(shape, kind, options)
 
 
 def _tune(options: SimpleNamespace) -> None:
@@ -295,6 +305,8 @@ def report(row: dict, file: str) -> None:
     times = row["microseconds"]
     cells = [f"{name} {row['work'] / us * rate:7.0f} {unit} {us:8.1f} us" for name, us in times.items()]
     peers = [us for name, us in times.items() if not name.startswith("ours")]
+    if "bytes" in row:
+        cells.append(f"cache read at {row['bytes'] / times.get('ours alone', times['ours']) * 1e-3:.0f} GB/s")
     if peers:
         cells.append(f"ratio {peers[0] / times.get('ours alone', times['ours']):.2f}")
     cells.append(f"codes that differ {row['error']:.0f}" if is_copy else f"error {row['error']:.2e}")

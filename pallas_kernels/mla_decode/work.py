@@ -2,7 +2,7 @@
 
 A part by itself is attention to its tokens, o_s with lse_s = log sum_j exp(s_j). Together:
 
-    lse = log sum_s exp(lse_s)        o = sum_s exp(lse_s - lse) o_s
+    m = max_s lse_s        l = sum_s exp(lse_s - m)        lse = m + log l        o = sum_s exp(lse_s - m) o_s / l
 """
 
 import math
@@ -52,7 +52,14 @@ def n_splits(n_tiles: int, most_pages: int, n_processors: int) -> int:
 
 
 def combined(o: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Puts parts together along the first axis: o [S, ..., C] and lse [S, ...] become [..., C] and [...]."""
-    together = jax.nn.logsumexp(lse, axis=0)
-    weights = jnp.where(lse == -jnp.inf, 0, jnp.exp(lse - jnp.where(together == -jnp.inf, 0, together)))
-    return jnp.sum(weights[..., None] * o, axis=0), together
+    """Puts parts together along the first axis: o [S, ..., C] and lse [S, ...] become [..., C] and [...].
+
+    Part after part, so that XLA makes one kernel of all that has the width of o.
+    """
+    top = jnp.max(lse, axis=0)
+    top = jnp.where(top == -jnp.inf, 0, top)
+    weights = [jnp.exp(part - top) for part in lse]
+    total = sum(weights)
+    together = sum(weight[..., None] * part for weight, part in zip(weights, o, strict=True))
+    some = jnp.where(total > 0, total, 1)
+    return together / some[..., None], jnp.where(total > 0, top + jnp.log(some), -jnp.inf)
