@@ -389,7 +389,7 @@ def test_log_probabilities_of_a_prompt(served, client, script):
     with client.completions.create(model="mine", prompt="Ask", echo=True, logprobs=0, stream=True) as chunks:
         choices = [chunk.choices[0] for chunk in chunks]
     assert "".join(choice.text for choice in choices) == "AskHi!"
-    assert [offset for one in choices for offset in one.logprobs.text_offset][:6] == [0, 1, 2, 3, 4, 5]
+    assert [offset for one in choices if one.logprobs for offset in one.logprobs.text_offset][:6] == [0, 1, 2, 3, 4, 5]
     status, found = ask(served, "POST", "/completions", {"prompt": "Ask", "max_tokens": 0})
     assert status == 400 and "expected 1 or more, or echo=true" in message_of(found)
 
@@ -410,6 +410,8 @@ REFUSED = [
     ({"messages": ASK, "presence_penalty": 2.5}, 422, "presence_penalty"),
     ({"messages": ASK, "logit_bias": {"x": 1}}, 422, "logit_bias"),
     ({"messages": ASK, "logit_bias": {"5": 101}}, 422, "logit_bias"),
+    ({"messages": None}, 422, "messages: Field required"),
+    ({"messages": ASK, "n": 9}, 400, "a request for 9 answers: expected 8 or fewer"),
     ({"messages": ASK, "response_format": {"type": "json_schema"}}, 400, "expected the schema"),
     ({"messages": ASK, "response_format": SCHEMA({"type": "nonsense"})}, 400, "cannot be followed: Invalid type"),
     ({"messages": ASK, "response_format": SCHEMA({"$ref": "http://localhost/x"})}, 400, "cannot be followed"),

@@ -35,24 +35,17 @@ def head(kind: str, number: str, model: str, created: int) -> dict[str, Any]:
     return {"id": number, "object": kind, "created": created, "model": model, "system_fingerprint": None}
 
 
-Logprobs = dict[str, Any] | None  # see `api.logprobs`
-
-
-def chat_choice(
-    index: int, message: dict[str, Any], reason: str, calls: str, logprobs: Logprobs = None
-) -> dict[str, Any]:
+def chat_choice(index: int, message: dict[str, Any], reason: str, calls: str) -> dict[str, Any]:
     """A whole message; `calls` begins the ids of its tool calls."""
     message = message | {"content": message["content"] or None if "tool_calls" in message else message["content"]}
     if "tool_calls" in message:
         message["tool_calls"] = [call | {"id": f"{calls}{n}"} for n, call in enumerate(message["tool_calls"])]
-    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+    return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
 
 
-def chat_delta(
-    index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Logprobs = None
-) -> dict[str, Any]:
+def chat_delta(index: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
     """One step of a streamed message."""
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
 
 
 def piece_delta(piece: Piece, calls: str) -> dict[str, Any]:
@@ -68,9 +61,9 @@ def piece_delta(piece: Piece, calls: str) -> dict[str, Any]:
     return {"tool_calls": [call | {"function": {"name": piece.name} | function}]}
 
 
-def text_choice(index: int, text: str, reason: str | None, logprobs: Logprobs = None) -> dict[str, Any]:
+def text_choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
     """A text, or a step of one."""
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
 
 
 def joined(pieces: Sequence[Piece]) -> list[Piece]:

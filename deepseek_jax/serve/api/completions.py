@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
+import functools
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -16,12 +17,12 @@ from deepseek_jax.data.chat import TEMPLATES
 from deepseek_jax.errors import UserError
 from deepseek_jax.serve.api import answers
 from deepseek_jax.serve.api.answers import Usage, chat_delta, piece_delta
-from deepseek_jax.serve.api.logprobs import Decode, Scored, chat_logprobs, text_logprobs
+from deepseek_jax.serve.api.choice import Choice
 from deepseek_jax.serve.api.metrics import Clock
 from deepseek_jax.serve.api.prompts import Prompt, chat_prompt, text_prompt
 from deepseek_jax.serve.api.requests import ChatBody, TextBody
 from deepseek_jax.serve.api.service import Service
-from deepseek_jax.serve.engine import Logprob, Output, Sampling
+from deepseek_jax.serve.engine import Sampling
 from deepseek_jax.serve.grammar import Constrained
 from deepseek_jax.serve.reply import Piece, Reply
 from deepseek_jax.serve.worker import Dead
@@ -29,57 +30,8 @@ from deepseek_jax.serve.worker import Dead
 PLAIN = replace(TEMPLATES["v3"], call_format=None)  # a text without thought and calls
 
 
-@dataclass
-class _Choice:
-    """One of the answers to a request, as far as it is. `echo` is what is shown before it."""
-
-    index: int
-    prompt: list[int]
-    sampling: Sampling
-    reply: Reply
-    usage: Usage
-    decode: Decode
-    echo: str = ""
-    is_shown: bool = True  # False: nothing but `echo`
-    reason: str = ""
-    scored: list[Scored] = field(default_factory=list)  # tokens with their log-probabilities, if they are reported
-    n_sent: int = 0  # of these, in chunks of a stream
-    n_characters: int = 0  # of those
-
-    def push(self, output: Output) -> list[Piece]:
-        """Adds what the model has given; `reason` is set by its last ids."""
-        pieces = [] if self.usage.completion or not self.echo else [Piece("content", self.echo)]
-        self.scored += map(Scored, self.prompt, output.prompt_logprobs)
-        scores: Sequence[Logprob | None] = output.logprobs or [None] * len(output.ids)
-        for token, score in zip(output.ids, scores, strict=True) if self.is_shown else ():
-            if self.reply.has_stopped:
-                break
-            is_thought = self.reply.is_in_thought
-            self.usage.completion += 1
-            self.usage.reasoning += is_thought
-            self.scored += [Scored(token, score, is_thought)] if score else []
-            pieces += [] if token in self.sampling.stop_ids else self.reply.push([token])
-        if output.ending:
-            pieces += self.reply.finish()
-        if output.ending or self.reply.has_stopped:
-            is_call = "tool_calls" in self.reply.message() and output.ending == "stop"
-            is_cut = output.ending == "length" and not self.reply.has_stopped
-            self.reason = "length" if is_cut or not self.is_shown else "tool_calls" if is_call else "stop"
-        return answers.joined(pieces)
-
-    def logprobs(self, is_chat: bool) -> dict[str, Any] | None:
-        """The log-probabilities of tokens that no chunk had; None if none are reported."""
-        if self.sampling.logprobs is None:
-            return None
-        found, offset = self.scored[self.n_sent :], self.n_characters
-        self.n_sent = len(self.scored)
-        if is_chat:
-            return chat_logprobs(found, self.decode)
-        self.n_characters += sum(len(self.decode(one.token)) for one in found)
-        return text_logprobs(found, self.decode, offset)
-
-
-Arrived = tuple[_Choice, list[Piece], str]  # a choice, its new pieces, and why it ended with them, if it did
+Tell = Callable[[Choice], dict[str, Any]]  # what a client asked for besides the text
+Arrived = tuple[Choice, list[Piece], str]  # a choice, its new pieces, and why it ended with them, if it did
 
 
 def completion_routes(service: Service) -> APIRouter:
@@ -88,7 +40,6 @@ def completion_routes(service: Service) -> APIRouter:
 
     @router.post("/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:
-        body.check()
         service.check_model(body.model)
         template, tokenizer = service.template, service.tokenizer
         if template is None:
@@ -98,42 +49,32 @@ def completion_routes(service: Service) -> APIRouter:
         form = body.form(template, tokenizer)
         if form:
             samplings = await asyncio.to_thread(_constrained, service, prompt, samplings, form)
-        choices = [
-            _Choice(
-                n,
-                prompt.ids,
-                one,
-                Reply(template, tokenizer, prompt.thinking, body.stop, prompt.continues),
-                Usage(),
-                _decoder(service),
-            )
-            for n, one in enumerate(samplings)
-        ]
+        choices = []
+        for n, sampling in enumerate(samplings):
+            reply = Reply(template, tokenizer, prompt.thinking, body.stop, prompt.continues)
+            choices.append(Choice(n, prompt.ids, sampling, reply, shows_ids=body.return_token_ids))
         return await _answer(service, request, body, choices, is_chat=True)
 
     @router.post("/completions")
     async def complete(body: TextBody, request: Request) -> Response:
-        body.check()
         service.check_model(body.model)
-        choices: list[_Choice] = []
+        choices: list[Choice] = []
         for given in body.prompts():
             prompt = await asyncio.to_thread(text_prompt, service.tokenizer, given, body.suffix)
             for sampling in body.samplings(service.n_free(prompt), service.drawing, service.end_ids):
-                reply = Reply(PLAIN, service.tokenizer, stop=body.stop)
-                shown = _echo(service, given) if body.echo else "", body.max_tokens != 0
-                choices.append(_Choice(len(choices), prompt, sampling, reply, Usage(), _decoder(service), *shown))
+                choice = Choice(len(choices), prompt, sampling, Reply(PLAIN, service.tokenizer, stop=body.stop))
+                choice.is_empty, choice.shows_ids = body.max_tokens == 0, body.return_token_ids
+                if body.echo:
+                    choice.echo = given if isinstance(given, str) else spell(service, prompt)
+                choices.append(choice)
         return await _answer(service, request, body, choices, is_chat=False)
 
     return router
 
 
-def _decoder(service: Service) -> Decode:
-    return lambda token: service.tokenizer.decode([token], specials=True)
-
-
-def _echo(service: Service, given: str | list[int]) -> str:
-    """A prompt as it was given, as text."""
-    return given if isinstance(given, str) else service.tokenizer.decode(given, specials=True)
+def spell(service: Service, ids: Sequence[int]) -> str:
+    """Returns the text of ids, special tokens included."""
+    return service.tokenizer.decode(ids, specials=True)
 
 
 def _constrained(service: Service, prompt: Prompt, samplings: list[Sampling], form: str) -> list[Sampling]:
@@ -151,25 +92,27 @@ def _constrained(service: Service, prompt: Prompt, samplings: list[Sampling], fo
 
 
 async def _answer(
-    service: Service, request: Request, body: ChatBody | TextBody, choices: list[_Choice], *, is_chat: bool
+    service: Service, request: Request, body: ChatBody | TextBody, choices: list[Choice], *, is_chat: bool
 ) -> Response:
     """Opens the request's streams, so that it is refused before anything is sent, and answers it."""
+    if len(choices) > service.worker.most:
+        raise UserError(f"a request for {len(choices)} answers: expected {service.worker.most} or fewer.")
     stack = contextlib.AsyncExitStack()
     try:
         clocks = [service.metrics.clock() for _ in choices]
-        streams = [
-            await stack.enter_async_context(service.worker.open(choice.prompt, choice.sampling)) for choice in choices
-        ]
+        opening = (stack.enter_async_context(service.worker.open(one.prompt, one.sampling)) for one in choices)
+        streams = await asyncio.gather(*opening, return_exceptions=True)
+        for failure in (one for one in streams if isinstance(one, BaseException)):
+            raise failure
         number = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         kind = ("chat.completion" if is_chat else "text_completion") + (".chunk" if is_chat and body.stream else "")
         head = answers.head(kind, number, service.name, int(time.time()))
-        pieces = _pieces(
-            stack, [(one, stream, clock) for one, stream, clock in zip(choices, streams, clocks, strict=True)]
-        )
+        pieces = _pieces(stack, list(zip(choices, streams, clocks, strict=True)))
+        told = functools.partial(Choice.told, is_chat=is_chat, spell=lambda token: spell(service, [token]))
         if body.stream:
-            events = _events(pieces, head, choices, is_chat=is_chat, includes_usage=body.includes_usage)
+            events = _events(pieces, head, choices, told, is_chat=is_chat, includes_usage=body.includes_usage)
             return _Streamed(events, stack)
-        return await _whole(request, pieces, head, choices, is_chat=is_chat)
+        return await _whole(request, pieces, head, choices, told, is_chat=is_chat)
     except BaseException:
         await stack.aclose()
         raise
@@ -193,7 +136,7 @@ async def _pieces(stack: contextlib.AsyncExitStack, opened: list[tuple]) -> Asyn
     """Yields pieces of the choices as they come; ends their requests at the end, however that is."""
     arrived: asyncio.Queue[Arrived | Exception] = asyncio.Queue()
 
-    async def read(choice: _Choice, stream: Any, clock: Clock) -> None:
+    async def read(choice: Choice, stream: Any, clock: Clock) -> None:
         try:
             async for output in stream:
                 clock.token()
@@ -221,7 +164,7 @@ async def _pieces(stack: contextlib.AsyncExitStack, opened: list[tuple]) -> Asyn
 
 
 async def _whole(
-    request: Request, pieces: AsyncIterator, head: dict[str, Any], choices: list[_Choice], *, is_chat: bool
+    request: Request, pieces: AsyncIterator, head: dict[str, Any], choices: list[Choice], told: Tell, *, is_chat: bool
 ) -> Response:
     async def read() -> None:
         async for _ in pieces:
@@ -241,41 +184,45 @@ async def _whole(
     found = []
     for choice in choices:
         message, calls = choice.reply.message(), _calls(head, choice)
-        found.append(
-            answers.chat_choice(choice.index, message, choice.reason, calls, choice.logprobs(True))
+        body = (
+            answers.chat_choice(choice.index, message, choice.reason, calls)
             if is_chat
-            else answers.text_choice(
-                choice.index, choice.echo + message["content"], choice.reason, choice.logprobs(False)
-            )
+            else answers.text_choice(choice.index, choice.echo + message["content"], choice.reason)
         )
+        prompt = {"prompt_token_ids": choice.prompt} if choice.shows_ids else {}
+        found.append(body | told(choice) | prompt)
     return JSONResponse(head | {"choices": found, "usage": _total(choices).as_dict()})
 
 
 async def _events(
-    pieces: AsyncIterator, head: dict[str, Any], choices: list[_Choice], *, is_chat: bool, includes_usage: bool
+    pieces: AsyncIterator,
+    head: dict[str, Any],
+    choices: list[Choice],
+    told: Tell,
+    *,
+    is_chat: bool,
+    includes_usage: bool,
 ) -> AsyncIterator[str]:
     """The chunks of a streamed answer."""
     try:
         for choice in choices if is_chat else ():
             first = chat_delta(choice.index, {"role": "assistant", "content": ""})
             yield answers.event(head | {"choices": [first]})
+        for choice in (one for one in choices if one.echo):
+            yield answers.event(head | {"choices": [answers.text_choice(choice.index, choice.echo, None)]})
         async for choice, found, reason in pieces:
             for piece in found:
-                scores = choice.logprobs(is_chat)
                 step = (
-                    chat_delta(choice.index, piece_delta(piece, _calls(head, choice)), logprobs=scores)
+                    chat_delta(choice.index, piece_delta(piece, _calls(head, choice)))
                     if is_chat
-                    else answers.text_choice(choice.index, piece.text, None, scores)
+                    else answers.text_choice(choice.index, piece.text, None)
                 )
-                yield answers.event(head | {"choices": [step]})
+                yield answers.event(head | {"choices": [step | told(choice)]})
             if reason:
-                scores = choice.logprobs(is_chat)
                 last = (
-                    chat_delta(choice.index, {}, reason, scores)
-                    if is_chat
-                    else answers.text_choice(choice.index, "", reason, scores)
+                    chat_delta(choice.index, {}, reason) if is_chat else answers.text_choice(choice.index, "", reason)
                 )
-                yield answers.event(head | {"choices": [last]})
+                yield answers.event(head | {"choices": [last | told(choice)]})
         if includes_usage:
             yield answers.event(head | {"choices": [], "usage": _total(choices).as_dict()})
         yield answers.event("[DONE]")
@@ -285,12 +232,12 @@ async def _events(
         await pieces.aclose()  # type: ignore[attr-defined]
 
 
-def _calls(head: dict[str, Any], choice: _Choice) -> str:
+def _calls(head: dict[str, Any], choice: Choice) -> str:
     """The beginning of the ids of a choice's tool calls."""
     return f"call_{head['id'][-16:]}_{choice.index}_"
 
 
-def _total(choices: list[_Choice]) -> Usage:
+def _total(choices: list[Choice]) -> Usage:
     """A prompt that several choices share counts once."""
     prompts = {id(choice.prompt): choice.usage for choice in reversed(choices)}.values()
     return Usage(

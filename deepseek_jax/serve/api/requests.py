@@ -1,27 +1,25 @@
 """What clients send, checked: bodies of chat and text completions.
 
-Keys that are not known are ignored, as by DeepSeek's server; keys that would change the answer and are not implemented
-are refused.
+Keys that are not known are ignored, as by DeepSeek's server.
 """
 
 import secrets
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from deepseek_jax.data.chat import Template
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
-from deepseek_jax.serve.engine import Sampling
 from deepseek_jax.serve.grammar import json_schema, tool_calls
-from deepseek_jax.serve.sampling import MOST_BIASES, MOST_TOP
+from deepseek_jax.serve.sampling import MOST_BIASES, MOST_TOP, Sampling
 
 MOST_CHOICES = 16
 MOST_STOPS = 16
-PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
-DRAWING = ("temperature", "top_p", "top_k", "min_p", "logit_bias", *PENALTIES)
 
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=10_000_000)]
 
 
@@ -72,7 +70,6 @@ class _Common(BaseModel):
     """What both kinds of completions take."""
 
     model: Text = ""
-    max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     n: int = Field(1, ge=1, le=MOST_CHOICES)
@@ -82,34 +79,49 @@ class _Common(BaseModel):
     stream_options: StreamOptions | None = None
     user: Text | None = None
     user_id: Text | None = None
+    top_k: int = Field(0, ge=-1, le=2**24)  # -1 as 0: all
+    min_p: float = Field(0, ge=0, le=1, allow_inf_nan=False)
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: float = Field(1, gt=0, le=10, allow_inf_nan=False)
     logit_bias: dict[int, Bias] | None = Field(None, max_length=MOST_BIASES)
-    presence_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
-    repetition_penalty: float | None = Field(None, gt=0, le=10, allow_inf_nan=False)
-    top_k: int | None = Field(None, ge=-1, le=10**6)
-    min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    ignore_eos: bool = False
+    return_token_ids: bool = False
 
-    @property
-    def n_top(self) -> int | None:
-        """The number of likeliest tokens that are reported with each one; None for no log-probabilities."""
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, given: Any) -> Any:
+        """A key that is null is one that is missing."""
+        return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
+
+    def n_new(self, n_free: int) -> int:
+        """The largest number of new tokens, one or more, of `n_free` that the model has place for."""
         raise NotImplementedError
 
-    @property
-    def shows_prompt(self) -> bool:
-        """Whether the answer begins with the prompt."""
-        return False
+    def n_top(self) -> int | None:
+        """Likeliest tokens to be reported with each new one; None reports no log-probabilities."""
+        raise NotImplementedError
 
     def samplings(self, n_free: int, defaults: dict[str, float], stop_ids: tuple[int, ...]) -> list[Sampling]:
         """How each of the `n` choices draws; at most `n_free` new tokens."""
         seed = secrets.randbits(62) if self.seed is None else self.seed
-        given = {name: getattr(self, name) for name in DRAWING if getattr(self, name) is not None}
-        given["top_k"] = max(0, given.get("top_k", 0))  # -1 is all of them, as in other servers
-        scores_prompt = self.n_top is not None and self.shows_prompt
-        options: dict[str, Any] = {"logprobs": self.n_top, "prompt_logprobs": scores_prompt}
-        options = defaults | given | options
-        options |= {"stop_ids": stop_ids, "salt": (self.user_id or self.user or "").encode(errors="replace")}
-        n_new = n_free if self.max_tokens is None else min(max(1, self.max_tokens), n_free)
-        return [Sampling(n_new, seed=(seed + number) % 2**63, **options) for number in range(self.n)]
+        drawing = {name: getattr(self, name) for name in ("temperature", "top_p")}
+        drawing = {name: defaults[name] if value is None else value for name, value in drawing.items()}
+        one = Sampling(
+            self.n_new(n_free),
+            top_k=max(0, self.top_k),
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=self.logit_bias or {},
+            stop_ids=() if self.ignore_eos else stop_ids,
+            salt=(self.user_id or self.user or "").encode(errors="replace"),
+            logprobs=self.n_top(),
+            prompt_logprobs=getattr(self, "echo", False) and self.n_top() is not None,
+            **drawing,
+        )
+        return [replace(one, seed=(seed + number) % 2**63) for number in range(self.n)]
 
     @property
     def includes_usage(self) -> bool:
@@ -121,26 +133,25 @@ class ChatBody(_Common):
     """The body of POST /chat/completions."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
-    max_completion_tokens: int | None = Field(None, ge=1)
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
     thinking: Thinking | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     response_format: ResponseFormat | None = None
 
-    def check(self) -> None:
-        """Raises UserError for settings that contradict each other."""
+    def n_new(self, n_free: int) -> int:
+        """As `_Common` says."""
+        return min(self.max_tokens or self.max_completion_tokens or n_free, n_free)
+
+    def n_top(self) -> int | None:
+        """As `_Common` says."""
         if self.top_logprobs and not self.logprobs:
             raise UserError(f"top_logprobs={self.top_logprobs} without logprobs: expected logprobs=true.")
-        if self.max_tokens is None:
-            self.max_tokens = self.max_completion_tokens
-
-    @property
-    def n_top(self) -> int | None:
-        """See `_Common`."""
-        return self.top_logprobs or 0 if self.logprobs else None
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     def thinks(self, template: Template) -> bool:
         """Whether the prompt opens a thought, as asked for, or else as the template does."""
@@ -170,38 +181,27 @@ class TextBody(_Common):
 
     prompt: Text | list[int] | list[Text] | list[list[int]]
     suffix: Text | None = None
-    echo: bool = False
-    max_tokens: int | None = Field(None, ge=0)  # 0 is for `echo`
+    max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
+    echo: bool = False
     best_of: int | None = None
 
-    def check(self) -> None:
-        """Raises UserError for what is not implemented, and for settings that contradict each other."""
-        refuse({"best_of": self.best_of not in (None, 1) and self.best_of})
+    def n_new(self, n_free: int) -> int:
+        """As `_Common` says; with `echo` there may be none, of which the engine draws one."""
         if self.max_tokens == 0 and not self.echo:
             raise UserError("max_tokens=0: expected 1 or more, or echo=true.")
-        if self.echo and self.suffix is not None:
-            raise UserError("echo with suffix: expected one of them.")
+        return min(n_free if self.max_tokens is None else max(1, self.max_tokens), n_free)
 
-    @property
     def n_top(self) -> int | None:
-        """See `_Common`."""
+        """As `_Common` says."""
         return self.logprobs
-
-    @property
-    def shows_prompt(self) -> bool:
-        """See `_Common`."""
-        return self.echo
 
     def prompts(self) -> list[str | list[int]]:
         """Each prompt: a text, or ids."""
         given: Any = self.prompt
         is_one = isinstance(given, str) or (given and isinstance(given[0], int))
+        if self.echo and self.suffix is not None:
+            raise UserError("echo with suffix: expected one of them.")
+        if self.best_of not in (None, self.n):
+            raise UserError(f"best_of={self.best_of}: expected {self.n}, as many as n. No choice is left out.")
         return [given] if is_one else given
-
-
-def refuse(settings: dict[str, Any]) -> None:
-    """Raises UserError if one of the settings is set."""
-    for name, value in settings.items():
-        if value:
-            raise UserError(f"{name}={value!r}: not implemented by this server. Leave {name} out.")
