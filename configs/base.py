@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     # parts into which a device splits its share of a batch; they go through the pipeline, and without one (mesh.pipe=1)
     # one after the other: gradient accumulation
     pipeline.micro_batches = 1
-    pipeline.schedule = "1f1b"  # gpipe, 1f1b, zb1p, dualpipe or dualpipev (V3 section 3.2.1)
+    pipeline.schedule = "1f1b"  # gpipe, 1f1b, 1f1b_paired, zb1p, dualpipe or dualpipev (V3 section 3.2.1)
     pipeline.put_off = -1  # weight gradients that a device puts off at most, each in memory; -1: as the schedule does
 
     exchange = config.exchange = ConfigDict()  # of tokens with the devices of their experts; where mesh.expert > 1

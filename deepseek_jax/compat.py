@@ -9,7 +9,7 @@ import os
 import pkgutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +195,17 @@ def quick_compile(function: Callable, **options: Any) -> Callable:
     if "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", ""):
         return jax.jit(function, **options)
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 1}, **options)
+
+
+def hides_collectives(devices: Iterable[jax.Device]) -> dict[str, bool]:
+    """Options of `jax.jit` for a program on these devices, with which its collectives run beside other operations.
+
+    On GPUs XLA then orders operations so that collectives begin early and are waited for late; TPUs do so anyway. A
+    choice in `XLA_FLAGS` stays as it is.
+    """
+    option, devices = "xla_gpu_enable_latency_hiding_scheduler", [*devices]
+    is_open = option not in os.environ.get("XLA_FLAGS", "")
+    return {option: True} if is_open and len(devices) > 1 and devices[0].platform == "gpu" else {}
 
 
 def start_compilation_cache(directory: str) -> None:

@@ -11,7 +11,8 @@ agree with those of one device: to 1e-4 in fp32, to 5e-3 in bf16 and fp8.
 
 Each layout runs in a process of its own, one after the other, and is kept in --out when it is done: an interrupted run
 resumes there, and runs with other --devices add their rows. Change a flag that matters, and the layout is measured
-again. --out holds scaling.json, with all that was measured and the rows of the table, and scaling.md, the table for
+again. On a machine with many cores --together=8 compiles so many side by side first. --out holds scaling.json, with all
+that was measured and the rows of the table, on GPUs also where each layout's time goes, and scaling.md, the table for
 BENCHMARKS.md:
 
     waiting   share of a step in which a device waits for other stages, from a profile (GPUs); beside it what the
@@ -24,6 +25,7 @@ BENCHMARKS.md:
 Operations keep their names in a profile only if XLA does not gather them into command buffers, so these are off.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -31,7 +33,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -48,14 +51,26 @@ from deepseek_jax.units import binary
 
 EXTRA = {
     "devices": (int, 0, "how many of this machine's; 0: all", whole(0, 4096)),
-    "schedules": (str, "1f1b,zb1p,dualpipev,dualpipe", "of layouts with a pipeline", text(1, 200)),
+    "schedules": (str, "1f1b,1f1b_paired,zb1p,dualpipev,dualpipe", "of layouts with a pipeline", text(1, 200)),
     "layouts": (str, "", "only these, by name; all by default", text(0, 10_000)),
     "sequences": (int, 4, "of a step, per device", whole(1, 10**6)),
     "micro_sequences": (int, 1, "of a micro-batch, on a device", whole(1, 10**6)),
+    "fsdp_micro_sequences": (
+        int,
+        0,
+        "the same with FSDP, which gathers weights for each; 0: no others",
+        whole(0, 10**6),
+    ),
     "losses": (int, 4, "steps whose losses are compared", whole(1, 10**4)),
     "turns": (int, 3, "times that each layout is measured", whole(1, 10**6)),
     "steps": (int, 2, "training steps of one turn", whole(1, 10**6)),
-    "limit_s": (int, 1800, "seconds after which a layout is given up", whole(1, 10**6)),
+    "together": (int, 1, "layouts that compile at the same time, before any of them is measured", whole(1, 10**4)),
+    "limit_s": (
+        int,
+        1800,
+        "seconds after which a layout is given up, to compile and again to measure",
+        whole(1, 10**6),
+    ),
     "chip": (str, "", "for the planner; the devices' own by default", text(0, 500)),
     "out": (str, "scaling", "directory of the results", path(1)),
 }
@@ -64,6 +79,8 @@ LOW_PRECISION = 5e-3
 LEAST_EFFICIENCY, MOST_EFFICIENCY = 1e-9, 10.0  # of the peak: emulated devices are far below it
 COLUMNS: tuple[str, ...] = ("layout", "tokens/s", "of one", "step", "losses off by")
 COLUMNS += ("waiting", "formula", "in ticks", "hidden", "planned")
+READY = "compiled"  # the line of a process that waits to be measured
+POLL_S = 0.2
 MACHINE = "import jax, json; d = jax.devices(); print(json.dumps([len(d), d[0].device_kind, jax.__version__]))"
 
 
@@ -115,7 +132,14 @@ def main(argv: list[str]) -> int:
     environment = dict(os.environ)
     environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer=".strip()
     environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # JAX takes three quarters of a GPU by itself
+    if options.together > 1:  # and those that wait leave it to the one that runs
+        environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ["JAX_PLATFORMS"] = "cpu"  # this process plans; the devices belong to those that it starts
+    if options.fsdp_micro_sequences and options.sequences % options.fsdp_micro_sequences:
+        raise UserError(
+            f"--sequences={options.sequences} --fsdp-micro-sequences={options.fsdp_micro_sequences}: expected a "
+            "multiple."
+        )
     if options.sequences % options.micro_sequences or options.sequences < 2 * options.micro_sequences:
         raise UserError(
             f"--sequences={options.sequences} --micro-sequences={options.micro_sequences}: expected a multiple, of at "
@@ -131,12 +155,22 @@ def main(argv: list[str]) -> int:
     entries = read(file)
     print(f"{config.name} on {n_devices} of {there} x {kind}, jax {jax_version}; results in {file}", flush=True)
     about = {"device": kind, "jax": jax_version}
+    jobs = {}
     for split in chosen(splits(n_devices, known_schedules(options.schedules)), options.layouts):
         job = about | {key: getattr(options, key) for key in ("losses", "turns", "steps")}
         job |= {"split": split, "xla_flags": environment["XLA_FLAGS"]}
         job["config"] = to_json(config_of(split, config, options, n_devices))
-        run(f"{n_devices}-{split.name}", job, options.limit_s, entries, environment)
+        jobs[f"{n_devices}-{split.name}"] = json.loads(json.dumps(job))
+    for name in [name for name, job in jobs.items() if is_known(entries.get(name), job)]:
+        print(f"{name}: measured before", flush=True)
+        del jobs[name]
+    for name, found in measure(jobs, options.together, options.limit_s, environment) if jobs else ():
+        entries[name] = {"job": jobs[name], "found": found}
+        if table := found.pop("table", []):
+            (folder / f"{name}.txt").write_text("\n".join(table) + "\n")
         write(file, {"entries": entries})
+        result = f"{1e3 * statistics.median(found['seconds']):,.1f} ms per step" if "seconds" in found else found
+        print(f"{name}: {result}", flush=True)
     rows = compared(entries, kind, options.chip)
     write(file, {"rows": rows, "entries": entries})
     lines = [COLUMNS, ("---",) * len(COLUMNS), *map(cells, rows)]
@@ -177,37 +211,84 @@ def config_of(split: Split, config: ConfigDict, options: SimpleNamespace, n_devi
     config.mesh.update(pipe=split.pipe, data=split.data, expert=split.expert)
     batch = options.sequences * n_devices
     config.batch.update(size=batch, size_start=batch, ramp_steps=0)
-    config.pipeline.micro_batches = batch // (split.data * split.expert * options.micro_sequences)
+    of_micro_batch = (split.fsdp and options.fsdp_micro_sequences) or options.micro_sequences
+    config.pipeline.micro_batches = batch // (split.data * split.expert * of_micro_batch)
     config.pipeline.schedule = split.schedule or config.pipeline.schedule
     config.sharding.embed = "data" if split.fsdp else config.sharding.embed
     return config
 
 
-def run(name: str, job: dict[str, Any], limit_s: int, entries: dict[str, dict], environment: dict[str, str]) -> None:
-    """Measures a layout unless the same was measured before, and prints what came of it."""
-    job = json.loads(json.dumps(job))
-    if name in entries and entries[name]["job"] == job and "failed" not in entries[name]["found"]:
-        print(f"{name}: measured before", flush=True)
-        return
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+", errors="replace") as said:
-        file = Path(folder) / "found.json"
+def is_known(entry: dict | None, job: dict[str, Any]) -> bool:
+    """Whether the same job was measured before."""
+    return entry is not None and entry["job"] == job and "failed" not in entry["found"]
+
+
+def measure(
+    jobs: dict[str, dict], together: int, limit_s: int, environment: dict[str, str]
+) -> Iterator[tuple[str, dict]]:
+    """Yields what was found of each job, by its name; `together` processes compile before the first of them runs.
+
+    The first one does so alone: which algorithms are fastest it can only find out undisturbed, and the others read it
+    from the cache of compiled programs.
+    """
+    first, *others = jobs
+    with tempfile.TemporaryDirectory() as folder:
+        for names in ([first], *(others[start : start + together] for start in range(0, len(others), together))):
+            with contextlib.ExitStack() as stack:
+                layouts = [stack.enter_context(Layout(jobs[name], folder, environment)) for name in names]
+                for layout in layouts:
+                    layout.wait(limit_s, until_compiled=True)
+                for name, layout in zip(names, layouts, strict=True):
+                    yield name, layout.found(limit_s)
+
+
+class Layout:
+    """The process of a layout; to be used as a context, at whose end it is ended.
+
+    `job` is what it is given; its files are in `folder`, with those of other layouts.
+    """
+
+    def __init__(self, job: dict[str, Any], folder: str, environment: dict[str, str]):
+        name = Split(*job["split"]).name
+        self._file, self._output = Path(folder) / f"{name}.json", Path(folder) / f"{name}.txt"
         # -P: the installed package, not a checkout that happens to be the working directory
-        command = [sys.executable, "-P", "-m", "deepseek_jax.launch._scaling_run", json.dumps(job), str(file)]
-        process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
-        try:
-            process.wait(limit_s)
-            failure = f"ended with code {process.returncode}"
-        except subprocess.TimeoutExpired:
-            failure = f"took more than {limit_s} s"
-        finally:
-            process.kill()
-            process.wait()
-        said.seek(0)
-        last = (said.read().strip().splitlines() or ["no message"])[-1]
-        found = json.loads(file.read_text()) if file.is_file() else {"failed": f"{failure}: {last}"}
-    entries[name] = {"job": job, "found": found}
-    result = f"{1e3 * statistics.median(found['seconds']):,.1f} ms per step" if "seconds" in found else found
-    print(f"{name}: {result}", flush=True)
+        command = [sys.executable, "-P", "-m", "deepseek_jax.launch._scaling_run", json.dumps(job), folder]
+        with self._output.open("w") as said:
+            self._process = subprocess.Popen(
+                [*command, str(self._file)], env=environment, stdin=subprocess.PIPE, stdout=said, stderr=said
+            )
+        self._failure = ""
+
+    def __enter__(self) -> "Layout":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def wait(self, limit_s: int, until_compiled: bool = False) -> None:
+        """Waits until its step is compiled or until its end, at most so many seconds; then it is ended."""
+        end = time.monotonic() + limit_s
+        while self._process.poll() is None and not (until_compiled and READY in self._said()):
+            if time.monotonic() > end:
+                self._failure = f"took more than {limit_s} s"
+                self._process.kill()
+                self._process.wait()
+            time.sleep(POLL_S)
+
+    def found(self, limit_s: int) -> dict[str, Any]:
+        """Lets it run, and returns what it has found."""
+        if self._process.poll() is None and self._process.stdin:
+            self._process.stdin.write(b"measure\n")
+            self._process.stdin.flush()
+            self.wait(limit_s)
+        if self._file.is_file():
+            return json.loads(self._file.read_text())
+        failure = self._failure or f"ended with code {self._process.returncode}"
+        return {"failed": f"{failure}: {(self._said() or ['no message'])[-1]}"}
+
+    def _said(self) -> list[str]:
+        return self._output.read_text(errors="replace").strip().splitlines()
 
 
 def read(file: Path) -> dict[str, dict]:

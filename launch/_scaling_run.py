@@ -1,6 +1,7 @@
 """One layout of `deepseek-jax bench scaling`, in a process of its own.
 
-It is given a JSON object (config, losses, turns, steps) and the file to which it writes what it has measured.
+It is given a JSON object (config, losses, turns, steps), a directory of compiled programs, and the file to which it
+writes what it has measured. Once its step is compiled it says so and waits for a line on its standard input.
 """
 
 import json
@@ -17,6 +18,7 @@ from deepseek_jax.compat import start_compilation_cache
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _overlap, _profile
 from deepseek_jax.launch._bench_step import Ours
+from deepseek_jax.launch._scaling import READY
 from deepseek_jax.saved_config import from_json
 
 POLL_S = 2
@@ -24,23 +26,23 @@ POLL_S = 2
 
 def main(argv: list[str]) -> int:
     """Measures and writes the file; returns the exit code."""
-    job, file = json.loads(argv[0]), Path(argv[1])
+    job, cache, file = json.loads(argv[0]), argv[1], Path(argv[2])
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    with tempfile.TemporaryDirectory() as cache:
-        start_compilation_cache(cache)  # so that the text of the program costs no second compilation
-        try:
-            found = measured(job)
-        except UserError as error:
-            found = {"refused": str(error)}
+    start_compilation_cache(cache)  # a program whose buffers follow the load is not compiled a second time to run it
+    try:
+        ours = Ours(from_json(job["config"]))
+        print(READY, flush=True)
+        found = measured(ours, job) if sys.stdin.readline() else {"failed": "nobody waits for the result"}
+    except UserError as error:
+        found = {"refused": str(error)}
     file.write_text(json.dumps(found))
     return 0
 
 
-def measured(job: dict) -> dict[str, Any]:
+def measured(ours: Ours, job: dict) -> dict[str, Any]:
     """Returns losses of the first steps, seconds of a step in each turn, and what a profile of one step says."""
     import jax
 
-    ours = Ours(from_json(job["config"]))
     losses, first = [], 0.0
     for _ in range(job["losses"]):
         taken = ours.run(1)
@@ -52,22 +54,24 @@ def measured(job: dict) -> dict[str, Any]:
         "compile_seconds": ours.compile_seconds + first,
         "peak_memory_bytes": ours.peak_memory_bytes,
         "n_params": ours.n_params,
-        "profile": profiled(ours) if jax.default_backend() == "gpu" else {},  # emulated devices share their threads
+        # emulated devices share their threads
+        **(profiled(ours) if jax.default_backend() == "gpu" else {"profile": {}, "table": []}),
     }
 
 
-def profiled(ours: Ours) -> dict[str, float]:
-    """Returns `_overlap.summary` of one step."""
+def profiled(ours: Ours) -> dict[str, Any]:
+    """Returns of one step `_overlap.summary`, and the lines of `_profile.table`."""
     with tempfile.TemporaryDirectory() as folder:
         _profile.trace(folder, lambda: ours.run(1))
         events = _profile.device_events(_profile.newest_trace(Path(folder)))
-    known, main_branches = _profile.operations(ours.program()), both_passes(ours)
+    program, main_branches = ours.program(), both_passes(ours)
+    known = _profile.operations(program)
 
     def is_main(name: str) -> bool:
         branch = re.search(r"branch_(\d+)_fun", known[name].scope) if name in known else None
         return branch is not None and int(branch[1]) in main_branches
 
-    return _overlap.summary(events, is_main)
+    return {"profile": _overlap.summary(events, is_main), "table": _profile.table(events, program, 1)}
 
 
 def both_passes(ours: Ours) -> set[int]:

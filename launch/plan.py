@@ -48,7 +48,7 @@ EXTRA = {
     "chip": (str, "", "like h100, 8xh100, v5p-512, or NAME:KEY=NUMBER,… over a known one (default: h800)"),
     "devices": (int, 0, "how many chips; 0: as --chip says, as published, or as config.mesh says", whole(0, 10**9)),
     "suggest": (bool, False, "name meshes that fit, the fastest first, instead of planning the config's own"),
-    "schedule": (str, "", "1f1b, zb1p, dualpipe or dualpipev; of the pipeline"),
+    "schedule": (str, "", "1f1b, 1f1b_paired, zb1p, dualpipe or dualpipev; of the pipeline"),
     "recipe": (str, "", "run, bf16 or v3; what is kept in which format"),
     "efficiency": (
         float,

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -96,3 +97,11 @@ def test_who_asks_for_more_or_less_gets_it(levels, monkeypatch, level):
     compat.quieten_compilation()
     jax.jit(lambda x: x * 5 + 43)(jnp.float32(1)).block_until_ready()
     assert levels == []
+
+
+def test_collectives_are_hidden_on_several_gpus_unless_the_environment_says_otherwise(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    gpu, cpu = SimpleNamespace(platform="gpu"), SimpleNamespace(platform="cpu")
+    assert [len(compat.hides_collectives(devices)) for devices in ([gpu, gpu], [gpu], [cpu, cpu])] == [1, 0, 0]
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_latency_hiding_scheduler=false")
+    assert compat.hides_collectives([gpu, gpu]) == {}

@@ -66,7 +66,7 @@ class Process:
     returncode = 1
 
     def __init__(self, command, stdout, **_):
-        job, file = json.loads(command[-2]), Path(command[-1])
+        job, file = json.loads(command[-3]), Path(command[-1])
         self.measured.append(Split(*job["split"]).name)
         if self.fails:
             stdout.write("RESOURCE_EXHAUSTED: out of memory\n")
@@ -74,8 +74,11 @@ class Process:
             nothing_more = {"profile": {}, "peak_memory_bytes": None}
             file.write_text(json.dumps({"seconds": [0.5], "losses": [4.0]} | nothing_more))
 
-    def wait(self, timeout=None):
-        return 1
+    def poll(self):
+        return self.returncode
+
+    def wait(self):
+        return self.returncode
 
     def kill(self):
         pass

@@ -122,7 +122,9 @@ class Plan(NamedTuple):
     @property
     def given(self) -> Sizes | None:
         """The sizes that are used in any case; None: as many as are needed."""
-        return None if self.level is None else self.sizes[self.level]
+        if self.level is None:
+            return self.sizes[-1] if len({*self.sizes}) == 1 else None
+        return self.sizes[self.level]
 
     def report(self, x_MD: jax.Array, experts_MK: jax.Array, weights_MK: jax.Array, wire: Wire) -> Sent:
         """What the exchange of these tokens reports; the same on all devices of the axis."""

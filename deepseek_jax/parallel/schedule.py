@@ -81,6 +81,23 @@ def one_f_one_b(n_ranks: int, micro_batches: int) -> Schedule:
     return Schedule(tuple(map(order, range(n_ranks))), _one_way(n_ranks), micro_batches)
 
 
+def paired_one_f_one_b(n_ranks: int, micro_batches: int) -> Schedule:
+    """1F1B whose steady state is one op, the forward pass of a micro-batch and the backward pass of an earlier one.
+
+    Where ranks exchange results after every tick, 1F1B waits: while one runs F, its neighbours run B. Here all run both
+    in the same tick, and one's exchange of tokens can hide behind the other's matmuls; the bubble is that of 1F1B. Each
+    rank keeps twice as many micro-batches as in 1F1B.
+    """
+
+    def order(rank: int) -> tuple[Op, ...]:
+        ahead = min(2 * (n_ranks - rank) - 1, micro_batches)
+        pairs = (_forward(0, ahead + m) + _backward(0, m) for m in range(micro_batches - ahead))
+        ends = [_forward(0, m) for m in range(ahead)], [_backward(0, micro_batches - ahead + m) for m in range(ahead)]
+        return (*ends[0], *pairs, *ends[1])
+
+    return Schedule(tuple(map(order, range(n_ranks))), _one_way(n_ranks), micro_batches)
+
+
 def zero_bubble(n_ranks: int, micro_batches: int) -> Schedule:
     """ZB1P (ZB-H1): as 1F1B and in its memory, with W put where a rank would wait.
 
@@ -237,6 +254,7 @@ def bounded(schedule: Schedule, put_off: int) -> Schedule:
 SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {
     "gpipe": gpipe,
     "1f1b": one_f_one_b,
+    "1f1b_paired": paired_one_f_one_b,
     "zb1p": zero_bubble,
     "dualpipe": dualpipe,
     "dualpipev": dualpipe_v,

@@ -6,6 +6,7 @@ PP is the number of stages.
 | schedule | devices | stages per device | micro-batches in flight |
 | --- | --- | --- | --- |
 | 1f1b | PP | 1 | PP on the first, 1 on the last |
+| 1f1b_paired | PP | 1 | 2 PP on the first, 2 on the last |
 | zb1p | PP | 1 | PP |
 | dualpipe | PP | 2, in opposite directions: two copies of the model | PP + 1 |
 | dualpipev | PP/2 | 2, in a V | PP + 1 |
@@ -14,6 +15,7 @@ Sources: V3 report, section 3.2.1 and table 2; the DualPipe repository's README;
 """
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -49,6 +51,7 @@ def there_and_back(rank: int, n_stages: int, share: float) -> tuple[StageShare, 
 
 ARRANGEMENTS = {
     "1f1b": Arrangement(hold=lambda rank, n: (StageShare(rank, 1.0, n - rank),)),
+    "1f1b_paired": Arrangement(hold=lambda rank, n: (StageShare(rank, 1.0, 2 * (n - rank)),)),
     "zb1p": Arrangement(hold=lambda rank, n: (StageShare(rank, 1.0, n),)),
     "dualpipe": Arrangement(
         hold=lambda rank, n: there_and_back(rank, n, 0.5), stages_per_device=2, copies=2, even=True
@@ -61,8 +64,8 @@ def divide(n_layers: int, n_stages: int, end: float, folded: bool) -> tuple[int,
     """Returns the number of layers per stage. Layers are given out one at a time to the device with the least work.
 
     Among equals the first device wins. The last stage does as much additional work as `end` layers and may have none;
-    every other stage gets at least one. On a device with two stages (`folded`) both get the same number of layers; an
-    odd layer, or one that would join the end, goes to the first of the two.
+    every other stage gets at least one. On a device with two stages (`folded`) both get the same work, so that a
+    forward pass of one and a backward pass of the other take as long on all devices; an odd layer goes to the first.
     """
     device = [min(s, n_stages - 1 - s) if folded else s for s in range(n_stages)]
     least = [1] * (n_stages - 1) + [0 if n_stages > 1 else 1]
@@ -75,7 +78,8 @@ def divide(n_layers: int, n_stages: int, end: float, folded: bool) -> tuple[int,
         layers[idle] += 1
     if not folded:
         return tuple(layers)
-    second = [0 if d == device[-1] and n_stages > 1 else layers[d] // 2 for d in range(len(layers))]
+    second = [n // 2 for n in layers]
+    second[device[-1]] = max(math.ceil((layers[device[-1]] - end - 1) / 2), 0)
     if n_stages % 2:  # the middle stage is alone on its device
         second[-1] = 0
     first = [n - m for n, m in zip(layers, second, strict=True)]

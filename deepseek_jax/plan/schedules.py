@@ -6,7 +6,7 @@ them a device holds is in `parallel.stages`.
 
 | schedule | bubble |
 | --- | --- |
-| 1F1B | (PP - 1) (F + B) |
+| 1F1B, also with F and B as pairs | (PP - 1) (F + B) |
 | ZB1P | (PP - 1) (F + B - 2W) |
 | DualPipe, DualPipeV | (PP/2 - 1) (F&B + B - 3W) |
 
@@ -48,6 +48,7 @@ def _dual(n_stages: int, t: Times) -> float:
 
 SCHEDULES = {
     "1f1b": Schedule("1F1B", "(PP-1)(F+B)", _one_way, ARRANGEMENTS["1f1b"]),
+    "1f1b_paired": Schedule("1F1B, paired", "(PP-1)(F+B)", _one_way, ARRANGEMENTS["1f1b_paired"], overlaps=True),
     "zb1p": Schedule("ZB1P", "(PP-1)(F+B-2W)", _zero_bubble, ARRANGEMENTS["zb1p"]),
     "dualpipe": Schedule("DualPipe", "(PP/2-1)(F&B+B-3W)", _dual, ARRANGEMENTS["dualpipe"], overlaps=True),
     "dualpipev": Schedule("DualPipeV", "(PP/2-1)(F&B+B-3W)", _dual, ARRANGEMENTS["dualpipev"], overlaps=True),

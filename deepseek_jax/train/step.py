@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from deepseek_jax.abstract_model import abstract
-from deepseek_jax.compat import quick_compile
+from deepseek_jax.compat import hides_collectives, quick_compile
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.kernels import XLA, Kernels
 from deepseek_jax.layers.base import Execution, bind, dtype_read, logical_axes, roles, split
@@ -215,7 +215,7 @@ class Trainer:
         """The step with gradients from `gradients`, whose exchange has buffers of this `level`; None: of any size."""
         on_device = functools.partial(self._on_device, gradients, level)
         run = per_device(on_device, self.mesh, (self.specs, BATCH), (self.specs, REPLICATED))
-        return jax.jit(run, donate_argnums=0)
+        return jax.jit(run, donate_argnums=0, compiler_options=hides_collectives(self.mesh.devices.flat))
 
     def _over_stages(self, build: Build, remat: str, pipeline: Pipeline, level: int = 0) -> Gradients:
         """The gradients over the stages of the pipeline, with buffers of this `level` (`Exchange`)."""

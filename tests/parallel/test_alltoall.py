@@ -177,6 +177,13 @@ def test_sizes_of_v3_on_eight_nodes():
     assert balanced.computed == 1.25 * 4096 * 8 and any_load.computed == 64 * 4096 * 4
 
 
+def test_sizes_that_are_all_alike_are_given():
+    """8 of 16 experts over 2 devices: every token goes to both of them, so there is nothing to choose."""
+    plan = Exchange("expert", 2).plan(64, 8, 8)
+    assert plan.given == plan.sizes[-1] and plan.given.buffers == (64,)
+    assert Exchange("expert", W).plan(64, 2, E // W).given is None
+
+
 def test_what_is_reported_as_sent():
     """float32 rows of D numbers there and back, and 3 indices and factors there; nothing for the device itself."""
     arrays = inputs(("balanced", "balanced"), 3, np.float32)

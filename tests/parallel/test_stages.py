@@ -9,6 +9,8 @@ def test_layers_go_where_least_is_done():
     assert divide(8, 4, 0.0, folded=False) == (2, 2, 2, 2)
     assert divide(8, 4, 2.0, folded=False) == (3, 3, 2, 0)
     assert divide(8, 4, 2.0, folded=True) == (3, 3, 2, 0)  # devices with stages 0 and 3, 1 and 2: 3 + 2 and 5
+    assert divide(4, 4, 0.0, folded=True) == (1, 1, 1, 1)
+    assert divide(7, 4, 1.2, folded=True) == (2, 2, 2, 1)  # 2 and 1 + 1.2, 2 and 2
     assert divide(61, 1, 5.0, folded=False) == (61,)
     assert sum(divide(61, 5, 2.0, folded=True)) == 61
 
@@ -47,6 +49,7 @@ def test_micro_batches_in_flight():
         return [sum(hold.in_flight for hold in ARRANGEMENTS[name].hold(rank, 8)) for rank in range(8)]
 
     assert in_flight("1f1b") == [8, 7, 6, 5, 4, 3, 2, 1]
+    assert in_flight("1f1b_paired") == [16, 14, 12, 10, 8, 6, 4, 2]
     assert in_flight("zb1p") == [8] * 8
     assert in_flight("dualpipe") == [8 + 1] * 8
     assert in_flight("dualpipev") == [16 + 1] * 8

@@ -17,6 +17,7 @@ V3 = Times(forward=49, backward=75 + 32, weights=32, both=143.8)
     ("name", "bubble"),
     [
         ("1f1b", lambda n: 3 * (n - 1)),
+        ("1f1b_paired", lambda n: 3 * (n - 1)),
         ("zb1p", lambda n: n - 1),
         ("dualpipe", lambda n: 2 * (n // 2 - 1)),
         ("dualpipev", lambda n: 2 * (n // 2 - 1)),
@@ -40,7 +41,7 @@ def test_one_device_waits_for_nobody():
 @pytest.mark.parametrize(
     ("name", "n_devices", "micro_batches", "words"),
     [
-        ("gpipe", 4, 8, "no such schedule. Choose one of 1f1b, zb1p, dualpipe, dualpipev"),
+        ("gpipe", 4, 8, "no such schedule. Choose one of 1f1b, 1f1b_paired, zb1p, dualpipe, dualpipev"),
         ("dualpipe", 3, 12, "config.mesh.pipe=3: expected an even number of devices"),
         ("dualpipe", 4, 6, "expected an even number >= 8"),
         ("dualpipe", 4, 9, "expected an even number >= 8"),
