@@ -16,12 +16,14 @@ TABLE = {
         "chunked": "deepseek_jax.layers.attention:chunked",  # any device; memory grows with T, not with its square
         "reference": "deepseek_jax.layers.attention:reference",  # any device; stores all scores
         "mosaic_gpu": "deepseek_jax.layers.attention:on_hopper",  # Hopper, bf16, widths that are multiples of 64
+        "mosaic_tpu": "deepseek_jax.layers.attention:on_tpu",  # TPUs, bf16 or fp32, widths as for Hopper
         "cudnn": "deepseek_jax.layers.cudnn_attention:causal_attention",  # NVIDIA GPUs, bf16, documents not masked
     },
     "latent_decode": {
         "xla": "deepseek_jax.layers.attention:latent_decode",
         "chunked": "deepseek_jax.layers.attention:latent_decode_chunked",  # any device; some slots at a time
         "mosaic_gpu": "deepseek_jax.layers.attention:latent_decode_on_hopper",  # Hopper, bf16, latents 256 or 512 wide
+        "mosaic_tpu": "deepseek_jax.layers.attention:latent_decode_on_tpu",  # TPUs, bf16 or fp32, latents up to 512
     },
     "grouped_decode": {"xla": "deepseek_jax.layers.attention:grouped_decode"},
     "grouped_matmul": {

@@ -5,6 +5,7 @@ import jax
 BLOCK = 128
 # Kinds of devices, as jax names them, whose matrix units take E4M3 itself.
 TAKE_E4M3 = ("TPU7x",)
+TWO_CORES = ("TPU v4", "TPU v5")  # kinds whose chips are one device with two cores, between which a grid is divided
 
 
 def check_tpu(name: str) -> bool:
@@ -13,6 +14,11 @@ def check_tpu(name: str) -> bool:
     if jax.default_backend() != "tpu":
         raise ValueError(f"implementation={name!r} on {kind}: needs a TPU. Use implementation='reference'.")
     return kind in TAKE_E4M3
+
+
+def n_cores() -> int:
+    """Returns how many cores the default device has."""
+    return 2 if jax.devices()[0].device_kind in TWO_CORES else 1
 
 
 def step(size: int, most: int) -> int:

@@ -8,6 +8,7 @@ with scores and softmax in float32. What computes the first kind is chosen by `c
                 backward pass; long ones as `chunked`. Which is faster on CPUs decides (`RECOMPUTED_FROM`)
     chunked     blocks of queries and keys; memory grows with T, not with T * S: `pallas_kernels.mla_attention`
     mosaic_gpu  the same by kernels for Hopper GPUs, for 16 bits and widths that are multiples of 64
+    mosaic_tpu  the same for TPUs, for bfloat16 and float32
     reference   the definition, all scores at once
     cudnn       `layers.cudnn_attention`
 
@@ -85,6 +86,7 @@ def _by_name(
 
 chunked = functools.partial(_by_name, "chunked")
 on_hopper = functools.partial(_by_name, "mosaic_gpu")
+on_tpu = functools.partial(_by_name, "mosaic_tpu")
 reference = functools.partial(_by_name, "reference")
 
 
@@ -123,8 +125,8 @@ def latent_decode(
         table_BN: pages of each sequence in the order of its tokens.
 
     Returns o_latent_BTHC in the dtype of the queries. `config.kernels.latent_decode` names this one (xla, which stores
-    all scores), or one of `pallas_kernels.mla_decode`: `latent_decode_chunked`, any device, some slots at a time, and
-    `latent_decode_on_hopper`, 16 bits.
+    all scores), or one of `pallas_kernels.mla_decode`: `latent_decode_chunked`, any device, some slots at a time;
+    `latent_decode_on_hopper`, 16 bits; `latent_decode_on_tpu`.
     """
     if table_BN is not None:
         c_BSC, k_rope_BSP = (a[table_BN].reshape(len(table_BN), -1, a.shape[-1]) for a in (c_BSC, k_rope_BSP))
@@ -166,6 +168,7 @@ def _latent_decode_by_name(
 
 latent_decode_chunked = functools.partial(_latent_decode_by_name, "chunked")
 latent_decode_on_hopper = functools.partial(_latent_decode_by_name, "mosaic_gpu")
+latent_decode_on_tpu = functools.partial(_latent_decode_by_name, "mosaic_tpu")
 
 
 def grouped_decode(

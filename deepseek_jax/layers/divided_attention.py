@@ -25,7 +25,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.context import Context, Visit
 from pallas_kernels import mla_attention
 
-IMPLEMENTATIONS = {"xla": "chunked", "chunked": "chunked", "reference": "reference", "mosaic_gpu": "mosaic_gpu"}
+IMPLEMENTATIONS = {name: name for name in ("chunked", "reference", "mosaic_gpu", "mosaic_tpu")} | {"xla": "chunked"}
 # expand(weights, entries) -> (k_BSZQ, v_BSZU): the keys and values of some tokens
 Expand = Callable[[Any, Any], tuple[jax.Array, jax.Array]]
 Tree = Any

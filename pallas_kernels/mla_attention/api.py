@@ -26,7 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.mla_attention import chunked, reference
 from pallas_kernels.mla_attention.reference import Segments
 
-IMPLEMENTATIONS = ("reference", "chunked", "mosaic_gpu")
+IMPLEMENTATIONS = ("reference", "chunked", "mosaic_gpu", "mosaic_tpu")
 SAVED = ("attention_out", "attention_lse")  # names, for `jax.checkpoint`, of what the forward pass saves besides inputs
 
 
@@ -50,9 +50,9 @@ def attention(
         q_BTHQ: queries; query i stands at position i + q_offset.
         k_BSZQ, v_BSZU: keys and values, key j at position j, in the dtype of q. H is a multiple of Z; the width U of
             values may differ from Q. Keys that no query sees must be finite as well.
-        implementation: "reference" (any device, stores all scores), "chunked" (any device, memory linear in T and S)
-            or "mosaic_gpu" (Hopper, 16 bits, widths that are multiples of 64). There is no fallback from one to
-            another.
+        implementation: "reference" (any device, stores all scores), "chunked" (any device, memory linear in T and S),
+            "mosaic_gpu" (Hopper, 16 bits, widths that are multiples of 64) or "mosaic_tpu" (bfloat16 or float32, widths
+            as there). There is no fallback from one to another.
         scale: factor of the scores.
         segments: documents of the queries [B, T] and of the keys [B, S], integers; a query sees only keys of its own
             document. None: all are of one.
@@ -85,6 +85,10 @@ def implementation(name: str) -> Any:
         from pallas_kernels.mla_attention import gpu  # Mosaic GPU is not part of every JAX build
 
         return gpu
+    if name == "mosaic_tpu":
+        from pallas_kernels.mla_attention import tpu  # nor is Mosaic TPU
+
+        return tpu
     return {"chunked": chunked, "reference": reference}[name]
 
 

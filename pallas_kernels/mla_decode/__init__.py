@@ -6,6 +6,7 @@ Fp8Pages        a cache in FP8, with scales
 reference.py    the definition, in plain jax.numpy
 chunked.py      some pages at a time, in plain jax: any device
 hopper.py       Hopper: Pallas Mosaic GPU; gpu.py is its kernel
+tpu.py          TPUs: Pallas Mosaic TPU
 work.py         which pages are read together, and how parts of a sequence are put together
 fp8_cache.py    entries of the FP8 cache, and back
 """

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels.mla_decode import chunked, fp8_cache, reference, work
 from pallas_kernels.mla_decode.work import PAGE
 
-IMPLEMENTATIONS = ("reference", "chunked", "mosaic_gpu")
+IMPLEMENTATIONS = ("reference", "chunked", "mosaic_gpu", "mosaic_tpu")
 
 
 class Pages(NamedTuple):
@@ -70,8 +70,9 @@ def decode(
         cache: `Pages` in the dtype of the queries, or `Fp8Pages`.
         table: pages of each sequence, integers [B, most]; page i holds its tokens from 64 i on.
         lengths_B: tokens of each sequence, these included, integers.
-        implementation: "reference" (any device, copies the whole cache), "chunked" (any device, some pages at a time)
-            or "mosaic_gpu" (Hopper, `Pages` of 16 bits, T <= 4). There is no fallback from one to another.
+        implementation: "reference" (any device, copies the whole cache), "chunked" (any device, some pages at a time),
+            "mosaic_gpu" (Hopper, `Pages` of 16 bits, T <= 4) or "mosaic_tpu" (`Pages` of bfloat16 or float32, T <= 4).
+            There is no fallback from one to another.
         scale: factor of the scores.
         n_splits: parts in which each sequence is read; None lets the kernel choose, others read it in one.
 
@@ -89,6 +90,14 @@ def decode(
         from pallas_kernels.mla_decode import hopper  # Mosaic GPU is not part of every JAX build
 
         return hopper.decode(q_c_BTHC, q_rope_BTHP, cache, table, lengths_B, scale=scale, n_splits=n_splits)
+    if implementation == "mosaic_tpu":
+        from pallas_kernels import mosaic_tpu
+        from pallas_kernels.mla_decode import tpu  # nor is Mosaic TPU
+
+        tpu.check(q_c_BTHC, q_rope_BTHP, cache, table)
+        mosaic_tpu.check_tpu(implementation)
+        parts = n_splits or mosaic_tpu.n_cores()
+        return tpu.decode(q_c_BTHC, q_rope_BTHP, cache, table, lengths_B, scale=scale, n_splits=parts)
     parts, rope = n_splits or 1, q_rope_BTHP.shape[3]
     o, lse = chunked.decode(
         q_c_BTHC, q_rope_BTHP, lambda pages: cache.fetch(pages, rope), table,

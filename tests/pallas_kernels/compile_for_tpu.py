@@ -28,6 +28,8 @@ from pallas_kernels import mosaic_tpu
 from pallas_kernels.fp8_matmul import tpu as matmul
 from pallas_kernels.grouped_matmul import Groups, Scaled
 from pallas_kernels.grouped_matmul import tpu as grouped
+from pallas_kernels.mla_attention import tpu_backward, tpu_forward
+from pallas_kernels.mla_decode import tpu as mla_decode
 from pallas_kernels.quantize import tpu as quantiser
 
 SLICES = ("v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
@@ -40,6 +42,14 @@ MATMULS = [
     (7168, 2048, 4096, ROWS, F32),
 ]
 GROUPED = [(32, 8192, 7168, 2048), (3, 896, 128, 384)]  # groups, rows, D, F
+# B, T, S, H, Z, widths of keys and values, dtype, whether the position of the first query is known later
+ATTENTION = [
+    (2, 4096, 4096, 128, 128, (192, 128), BF16, False),
+    (1, 600, 131072, 16, 2, (128, 128), BF16, True),
+    (1, 300, 300, 2, 1, (256, 256), F32, False),
+]
+# B, T, H, C, pages of a sequence, parts, dtype
+DECODE = [(128, 1, 128, 512, 128, 2, BF16), (4, 4, 128, 512, 2048, 1, BF16), (3, 2, 16, 256, 3, 1, F32)]
 
 
 def calls(native: bool) -> dict:
@@ -59,6 +69,7 @@ def calls(native: bool) -> dict:
         found[f"quantize_squares {form}"] = functools.partial(quantiser.quantize_squares, **options), weights
         both, factor = ((4096, 2 * 2048), dtype), ((4096,), F32)
         found[f"quantize_swiglu {form}"] = functools.partial(swiglu, **options), (both, factor)
+    found |= attention_calls() | decode_calls()
     return found | {
         f"{name} {sizes}": call for sizes in GROUPED for name, call in grouped_calls(native, *sizes).items()
     }
@@ -78,6 +89,50 @@ def grouped_calls(native: bool, x: int, a: int, d: int, f: int) -> dict:
         "fp8 gradient": (functools.partial(grouped.grouped_fp8_weight_gradient, native=native), by_rows),
     }
     return {name: (of_arrays(call), operands) for name, (call, operands) in found.items()}
+
+
+def attention_calls() -> dict:
+    """Latent attention of V3 with documents, and grouped heads of which the first query's position is known later."""
+    found = {}
+    for b, t, s, h, z, widths, dtype, later in ATTENTION:
+        matrices = tuple((shape, dtype) for shape in ((b, t, h, widths[0]), *((b, s, z, width) for width in widths)))
+        rest = ((), jnp.int32) if later else (((b, t), jnp.int32), ((b, s), jnp.int32))
+        place = (rest,) if later else rest
+        rows, do = ((b, h, t), F32), ((b, t, h, widths[1]), dtype)
+        name = f"{t}x{s} {h}/{z} heads {jnp.dtype(dtype).name}"
+        found[f"attention {name}"] = of_place(tpu_forward.forward, later), (*matrices, *place)
+        backward = of_place(tpu_backward.backward, later)
+        found[f"attention backward {name}"] = backward, (*matrices, *place, rows, do, rows)
+    return found
+
+
+def of_place(call, later: bool):
+    """`call` of an attention kernel as a function of its arrays: with an offset, or with documents."""
+
+    def with_offset(q, k, v, offset, *saved):
+        return call(q, k, v, None, offset, *saved, scale=0.1)
+
+    def with_documents(q, k, v, of_queries, of_keys, *saved):
+        return call(q, k, v, (of_queries, of_keys), 0, *saved, scale=0.1)
+
+    return with_offset if later else with_documents
+
+
+def decode_calls() -> dict:
+    """V3's decode, of one token per sequence in two parts, and of four; and small sizes."""
+    found = {}
+    for b, t, h, c, pages, n_splits, dtype in DECODE:
+        pool = tuple(((b * pages, 64, width), dtype) for width in (c, 64))
+        queries = tuple(((b, t, h, width), dtype) for width in (c, 64))
+        call = functools.partial(paged, n_splits=n_splits)
+        found[f"decode {b}x{t}x{h} {pages} pages {jnp.dtype(dtype).name}"] = (
+            call, (*queries, *pool, ((b, pages), jnp.int32), ((b,), jnp.int32))
+        )  # fmt: skip
+    return found
+
+
+def paged(q, q_rope, c, rope, table, lengths, n_splits: int):
+    return mla_decode.decode(q, q_rope, (c, rope), table, lengths, scale=0.1, n_splits=n_splits)
 
 
 def of_arrays(call):

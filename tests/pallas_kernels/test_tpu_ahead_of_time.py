@@ -23,16 +23,16 @@ pytestmark = [
 def compiled():
     script = Path(__file__).with_name("compile_for_tpu.py")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def test_every_kernel_compiles_for_every_chip_and_is_one_kernel_there(compiled):
-    """The compiler refuses what does not fit into a chip's vector memory."""
-    assert len(compiled) == 3 * 21
+def test_every_kernel_compiles_for_every_chip(compiled):
+    """The compiler refuses what does not fit into a chip's vector or scalar memory."""
+    assert len(compiled) == 3 * 30
     for kernel in compiled:
-        assert kernel["kernels"] == 1, kernel
+        assert kernel["kernels"] == (2 if "backward" in kernel["call"] else 1), kernel
 
 
 def test_only_one_chip_multiplies_e4m3(compiled):
