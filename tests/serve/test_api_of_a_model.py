@@ -116,6 +116,19 @@ def test_the_server_survives_weights_that_are_not_numbers(client, engine, networ
     engine.replace_weights(network.weights)
 
 
+def test_the_loads_of_experts_are_those_of_the_latest_answers(served, client, network):
+    ask(served, "GET", "/experts")
+    before = ask(served, "GET", "/experts")[1]["layers"]
+    assert ask(served, "GET", "/experts")[1]["layers"] == before
+    complete(client, prompt=PROMPT, max_tokens=4)
+    after = ask(served, "GET", "/experts")[1]["layers"]
+    c = network.config.model
+    assert [layer["name"] for layer in after] == ["moe 0", "moe 1"]
+    for old, new in zip(before, after, strict=True):
+        assert sum(new["load"]) - sum(old["load"]) == 9 * c.top_k and len(new["load"]) == c.n_experts
+        assert max(new["load"]) - max(old["load"]) <= 9
+
+
 def test_what_the_engine_refuses_is_said(served):
     wait_until(lambda: served.worker.n_open == 0)
     status, found = ask(served, "POST", "/completions", {"prompt": [1], "logit_bias": {"9999": 1}})

@@ -4,9 +4,12 @@
     POST /completions        the continuation of a text or of ids; with `suffix` what is between the two
     POST /tokenize, /detokenize, GET /tokenizer_info
     GET  /models
+    GET  /                   a page to chat with the model
+    GET  /experts            loads of its experts
     GET  /metrics, /health
 
-All but the last two stand below /v1 and /beta as well; all but /health need a key, if there are keys. Answers and
+The last four stand here only, the others below /v1 and /beta as well; all but /health and the page need a key, if there
+are keys. Answers and
 errors have the form that DeepSeek's and OpenAI's clients expect: 400 for a request that cannot be served, 401 for a
 missing or wrong key, 413 for a body that is too long, 422 for a field out of range, 429 when the queue is full, 503
 when the engine is down. A client that leaves ends its request. Nothing in a request makes the server fetch, import or
@@ -16,11 +19,12 @@ render anything.
 import contextlib
 import hmac
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -33,6 +37,11 @@ from deepseek_jax.serve.api.tokens import token_routes
 from deepseek_jax.serve.worker import Busy, Dead
 
 MOST_BYTES = 32 * 2**20  # of a request's body
+PAGE = Path(__file__).with_name("page.html")
+POLICY = (  # the page is whole: nothing is loaded but what the server itself answers
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 def create_app(service: Service) -> FastAPI:
@@ -50,6 +59,14 @@ def create_app(service: Service) -> FastAPI:
     for prefix in ("", "/v1", "/beta"):
         for routes in (_models(service), completion_routes(service), token_routes(service)):
             app.include_router(routes, prefix=prefix, dependencies=guarded)
+
+    @app.get("/")
+    async def page() -> Response:
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": POLICY})
+
+    @app.get("/experts", dependencies=guarded)
+    def experts() -> dict[str, Any]:
+        return {"layers": [layer._asdict() for layer in service.loads.measure()]}
 
     @app.get("/metrics", dependencies=guarded)
     async def metrics() -> Response:

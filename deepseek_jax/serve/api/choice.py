@@ -64,6 +64,11 @@ class Choice:
             self.reason = "length" if output.ending == "length" else "tool_calls" if is_call else "stop"
         return answers.joined(pieces)
 
+    @property
+    def new_ids(self) -> list[int]:
+        """The ids after the prompt."""
+        return [one.token for one in self.logged[len(self.logged) - self.usage.completion :]]
+
     def told(self, is_chat: bool, spell: Callable[[int], str]) -> dict[str, Any]:
         """Returns log-probabilities and ids of the tokens that the client does not have yet, if it asked for them."""
         new, self.n_told = self.logged[self.n_told :], len(self.logged)

@@ -107,7 +107,7 @@ async def _answer(
         number = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         kind = ("chat.completion" if is_chat else "text_completion") + (".chunk" if is_chat and body.stream else "")
         head = answers.head(kind, number, service.name, int(time.time()))
-        pieces = _pieces(stack, list(zip(choices, streams, clocks, strict=True)))
+        pieces = _pieces(service, stack, list(zip(choices, streams, clocks, strict=True)))
         told = functools.partial(Choice.told, is_chat=is_chat, spell=lambda token: spell(service, [token]))
         if body.stream:
             events = _events(pieces, head, choices, told, is_chat=is_chat, includes_usage=body.includes_usage)
@@ -132,7 +132,7 @@ class _Streamed(StreamingResponse):
             await self.stack.aclose()
 
 
-async def _pieces(stack: contextlib.AsyncExitStack, opened: list[tuple]) -> AsyncIterator[Arrived]:
+async def _pieces(service: Service, stack: contextlib.AsyncExitStack, opened: list[tuple]) -> AsyncIterator[Arrived]:
     """Yields pieces of the choices as they come; ends their requests at the end, however that is."""
     arrived: asyncio.Queue[Arrived | Exception] = asyncio.Queue()
 
@@ -149,6 +149,7 @@ async def _pieces(stack: contextlib.AsyncExitStack, opened: list[tuple]) -> Asyn
             arrived.put_nowait(error)
         finally:
             clock.end(choice.usage, choice.reason)
+            service.loads.note([*choice.prompt, *choice.new_ids])
 
     readers = [asyncio.create_task(read(*one)) for one in opened]
     try:

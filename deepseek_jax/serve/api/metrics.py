@@ -12,6 +12,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from deepseek_jax.serve.api.answers import Usage
+from deepseek_jax.serve.loads import ExpertLoads
 from deepseek_jax.serve.worker import Worker
 
 FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60)
@@ -22,9 +23,9 @@ PREFIX = "deepseek_jax_"
 class Metrics:
     """The numbers of one server."""
 
-    def __init__(self, worker: Worker):
+    def __init__(self, worker: Worker, loads: ExpertLoads):
         self.registry = CollectorRegistry()
-        self.registry.register(_State(worker))
+        self.registry.register(_State(worker, loads))
         self.responses = self._counter("http_responses", "Responses by route and status.", ("route", "status"))
         self.endings = self._counter("completions", "Choices by the reason for which they ended.", ("reason",))
         self.prompt = self._counter("prompt_tokens", "Tokens of prompts.")
@@ -75,8 +76,8 @@ class Clock:
 class _State(Collector):
     """What the engine is doing at the moment of reading."""
 
-    def __init__(self, worker: Worker):
-        self._worker = worker
+    def __init__(self, worker: Worker, loads: ExpertLoads):
+        self._worker, self._loads = worker, loads
 
     def collect(self) -> Iterator[Metric]:
         engine = self._worker.engine
@@ -85,6 +86,11 @@ class _State(Collector):
         yield self._gauge("requests_running", "Requests that run.", len(engine.scheduler.running))
         yield self._gauge("pages", "Pages of the cache.", engine.pages.n_pages - 1)
         yield self._gauge("pages_free", "Pages that no request holds.", engine.pages.n_free)
+        text = "Load of the fullest expert over the mean, when /experts was read last."
+        fullest = GaugeMetricFamily(PREFIX + "fullest_expert", text, labels=["layer"])
+        for layer in self._loads.layers:
+            fullest.add_metric([layer.name], layer.fullest)
+        yield fullest
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
         return GaugeMetricFamily(PREFIX + name, text, value)

@@ -8,6 +8,7 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.serve.api.metrics import Metrics
 from deepseek_jax.serve.grammar import Grammars
+from deepseek_jax.serve.loads import ExpertLoads
 from deepseek_jax.serve.worker import Worker
 
 
@@ -29,9 +30,14 @@ class Service:
     keys: tuple[str, ...] = ()
 
     @functools.cached_property
+    def loads(self) -> ExpertLoads:
+        """How evenly the experts are loaded."""
+        return ExpertLoads(self.worker.engine)
+
+    @functools.cached_property
     def metrics(self) -> Metrics:
         """Counts and times of this server."""
-        return Metrics(self.worker)
+        return Metrics(self.worker, self.loads)
 
     @functools.cached_property
     def grammars(self) -> Grammars:

@@ -1,0 +1,91 @@
+"""How evenly the experts are loaded by what is served.
+
+The ends of the latest sequences are read once more, without a cache, when somebody looks: routing depends on tokens and
+weights alone, so these are the loads that serving them made. The programs that serve count nothing.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.layers.base import bind
+from deepseek_jax.layers.tokens import Tokens
+from deepseek_jax.serve.programs import Weights
+
+LENGTH = 256  # tokens of a sequence's end that are read
+N_SEQUENCES = 8  # latest ones that are kept until somebody looks
+
+
+class Running(Protocol):
+    """What is needed of an engine."""
+
+    weights: Weights
+    programs: Any
+
+
+class Layer(NamedTuple):
+    """A layer's name, and the tokens that chose each of its experts."""
+
+    name: str
+    load: list[int]
+
+    @property
+    def fullest(self) -> float:
+        """The load of the fullest expert, as a multiple of the mean; 0 before any token."""
+        return max(self.load) * len(self.load) / max(1, sum(self.load))
+
+
+class ExpertLoads:
+    """Loads since the start, of the sequences that were looked at."""
+
+    def __init__(self, engine: Running):
+        self._engine, self._lock = engine, threading.Lock()
+        self._latest: deque[list[int]] = deque(maxlen=N_SEQUENCES)
+        self._layers: list[Layer] = []
+        self._program = jax.jit(self._count)
+
+    @property
+    def layers(self) -> list[Layer]:
+        """What was measured last."""
+        return self._layers
+
+    def note(self, ids: Sequence[int]) -> None:
+        """Keeps a sequence that was served."""
+        self._latest.append(list(ids[-LENGTH:]))
+
+    def measure(self) -> list[Layer]:
+        """Adds the sequences that were noted since the last time; returns the loads of each layer."""
+        with self._lock:
+            while self._latest:
+                ids = self._latest.popleft()
+                ids_BT = np.zeros((1, LENGTH), np.int32)
+                ids_BT[0, : len(ids)] = ids
+                found = self._program(self._engine.weights, ids_BT, np.int32(len(ids)))
+                self._add({name: np.asarray(load_LE) for name, load_LE in found.items()})
+            return self._layers
+
+    def _count(self, weights: Weights, ids_BT: jax.Array, n_tokens: jax.Array) -> dict[str, jax.Array]:
+        """load_LE of each stack of blocks that has experts."""
+        programs = self._engine.programs
+        real_BT = jnp.arange(ids_BT.shape[1])[None] < n_tokens
+        with jax.default_matmul_precision(programs.matmul_precision):
+            model: Any = bind(programs.definition, *weights)
+            _, statistics = model.hidden(Tokens.of(ids_BT, real_BT=real_BT))
+        return model.loads(statistics, [])
+
+    def _add(self, found: dict[str, np.ndarray]) -> None:
+        new = [
+            Layer(f"{name.removesuffix('_blocks')} {n}", load_E.astype(int).tolist())
+            for name, load_LE in found.items()
+            for n, load_E in enumerate(load_LE)
+        ]
+        old = self._layers or [layer._replace(load=[0] * len(layer.load)) for layer in new]
+        self._layers = [
+            Layer(layer.name, [a + b for a, b in zip(layer.load, before.load, strict=True)])
+            for layer, before in zip(new, old, strict=True)
+        ]
