@@ -35,6 +35,7 @@ FLAGS = {
     "rows": (int, 16, "requests that run at the same time", whole(1, 4096)),
     "queue": (int, 256, "requests that run or wait; more are refused with status 429", whole(1, 10**6)),
     "pages": (int, 0, "pages of 64 tokens in the cache (default: enough for all rows at full length)", whole(0, 10**8)),
+    "drafts": (int, 0, "1: multi-token prediction drafts a second token for each; the text is the same", whole(0, 1)),
     "chunk": (int, 256, "tokens of a prompt that one step computes", whole(1, 10**6)),
 }
 DRAIN_S = 30  # seconds that answers may still take after SIGTERM
@@ -62,7 +63,9 @@ def main(argv: list[str]) -> int:
     model = load(source)
     name = options.name or Path(source).resolve().name
     started = time.monotonic()
-    engine = model.engine(n_rows=options.rows, n_pages=options.pages or None, chunk=options.chunk)
+    engine = model.engine(
+        n_rows=options.rows, n_pages=options.pages or None, chunk=options.chunk, n_drafts=options.drafts
+    )
     n_programs = engine.compile()
     print(f"compiled {n_programs} programs in {time.monotonic() - started:.1f} s", file=sys.stderr)
     service = Service(

@@ -12,6 +12,7 @@ Paper: V3 section 2.2.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from flax import nnx
 from jax.nn.initializers import normal
 
 from deepseek_jax.layers.base import param
-from deepseek_jax.layers.block import Statistics
+from deepseek_jax.layers.block import Attend, Statistics
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.parallel.context import WHOLE, Context
@@ -62,10 +63,19 @@ class MTP(nnx.Module):
         `embedded_BTD` are the embeddings of `tokens`, which are k places ahead: Emb(t_{i+k}). Returns (h^k_BTD, ready
         for the shared head; what the block reports).
         """
-        joined_BTY = jnp.concatenate([self.embedding_norm(embedded_BTD), self.hidden_norm(h_BTD)], axis=-1)
-        x_BTD = self.matmul.einsum("BTY,YD->BTD", joined_BTY, self.join_YD[...])  # eq. 21
-        x_BTD, (_, statistics) = self.block(x_BTD, tokens)  # eq. 22
+        x_BTD, (_, statistics) = self.block(self._joined(h_BTD, embedded_BTD), tokens)  # eq. 22
         return self.final_norm(x_BTD), statistics  # eq. 23, but for the head
+
+    def generating(
+        self, h_BTD: jax.Array, embedded_BTD: jax.Array, tokens: Tokens, attend: Attend, cached: Any = None
+    ) -> tuple[jax.Array, Any]:
+        """The same with what its attention kept of earlier tokens: (h^k_BTD, what it keeps now)."""
+        x_BTD, (kept, _) = self.block(self._joined(h_BTD, embedded_BTD), tokens, attend, cached)
+        return self.final_norm(x_BTD), kept
+
+    def _joined(self, h_BTD: jax.Array, embedded_BTD: jax.Array) -> jax.Array:
+        joined_BTY = jnp.concatenate([self.embedding_norm(embedded_BTD), self.hidden_norm(h_BTD)], axis=-1)
+        return self.matmul.einsum("BTY,YD->BTD", joined_BTY, self.join_YD[...])  # eq. 21
 
 
 def ahead(targets_BT: jax.Array, n: int, context: Context = WHOLE) -> list[jax.Array]:

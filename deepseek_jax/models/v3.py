@@ -13,13 +13,14 @@ Paper: DeepSeek-V3 Technical Report, arXiv 2412.19437, section 2; sizes: section
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
 from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, remat
-from deepseek_jax.layers.block import Block
+from deepseek_jax.layers.block import Attend, Block
 from deepseek_jax.layers.decoder import Decoder, Depth, Stack
 from deepseek_jax.layers.experts import Experts, ExpertsConfig
 from deepseek_jax.layers.mla import MLA, MLAConfig
@@ -105,6 +106,14 @@ class Model(Decoder):
             h_BTD, statistics = depth(h_BTD, x_BTD, tokens)
             depths.append(Depth(h_BTD, ids[k + 1], statistics))
         return depths
+
+    def ahead(self, h_BTD: jax.Array, tokens: Tokens, attend: Attend, cached: Any = None) -> tuple[jax.Array, Any]:
+        """The first depth of multi-token prediction in generation, with a cache of its own.
+
+        `tokens` are those after the ones of `h_BTD`, at the positions of these. Returns (h^1_BTD, ready for the head:
+        of the tokens after `tokens`; what its attention keeps).
+        """
+        return self.mtp[0].generating(h_BTD, self.embed(tokens), tokens, attend, cached)
 
     def ids_ahead(self, targets_BT: jax.Array) -> list[jax.Array]:
         """The ids that each depth of multi-token prediction reads."""

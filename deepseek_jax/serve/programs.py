@@ -7,6 +7,11 @@
     recite   hidden states of a part of a prompt, and the tokens after them -> log-probabilities
     steps    decode, draw and score, as often as `n_steps`                  -> tokens and log-probabilities
 
+With drafts (`speculation`):
+
+    foresee  hidden states of a part of a prompt, and the tokens after them -> a draft
+    speculate  `steps` that draw up to two tokens each                      -> tokens, log-probabilities, drafts
+
 What requests ask for concerns the small programs alone, so their number is added to that of the large ones: they are
 not multiplied. `memory` is donated and updated in place; so is `last_R`, the token that each running request drew last.
 The tokens themselves lie in pages as the cache does, so what a row has already is known wherever its cache is.
@@ -23,22 +28,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.layers.base import Tree, bind
-from deepseek_jax.layers.cache import read_pages, write_pages
-from deepseek_jax.layers.decoder import Cache
 from deepseek_jax.layers.tokens import Tokens
-from deepseek_jax.serve.sampler import Penalties, Scores, biased, penalised, permitted, sample, scores
+from deepseek_jax.serve import speculation
+from deepseek_jax.serve.memory import Memory
+from deepseek_jax.serve.sampler import Scores, draw, scores
+from deepseek_jax.serve.speculation import ENDED, Row
 
 Weights = tuple[Tree, Tree]  # parameters and router biases
 Rows = dict[str, Any]  # arrays, or their shapes
 DONATED = {"extend": ("memory",), "decode": ("memory",), "draw": ("last_R",), "steps": ("memory", "last_R")}
-ENDED = -1  # in place of tokens after the end of a row
-
-
-class Memory(NamedTuple):
-    """Everything that lies in pages: the cache, and the tokens that it was computed from (pages, then their places)."""
-
-    cache: Cache
-    ids_PS: jax.Array
+DONATED |= {"foresee": ("memory", "draft_R"), "speculate": ("memory", "last_R", "draft_R")}
 
 
 class Call(NamedTuple):
@@ -97,7 +96,7 @@ class Programs:
             logits_BV = model.head(jnp.take_along_axis(h_BTD, (n_B - 1)[:, None, None], axis=1))[:, 0]
         positions_BT = start_B[:, None] + jnp.arange(ids_BT.shape[1], dtype=jnp.int32)
         tokens = Tokens(ids_BT, positions_BT, real_BT=real_BT)
-        return h_BTD, logits_BV, Memory(cache, write_pages(memory.ids_PS, ids_BT, tokens, table_BN))
+        return h_BTD, logits_BV, memory.written(cache, tokens, table_BN)
 
     def decode(
         self,
@@ -117,7 +116,7 @@ class Programs:
         self, logits_BV: jax.Array, last_R: jax.Array, position_B: jax.Array, slot_B: jax.Array, **how: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """The tokens for `position_B`: (id_BT with T = 1, last_R)."""
-        id_B = _drawn(logits_BV, position_B, how)
+        id_B = draw(logits_BV, position_B, how)
         return id_B[:, None], last_R.at[slot_B].set(id_B)
 
     def score(self, logits_BV: jax.Array, id_BT: jax.Array, n_top: int) -> Scores:
@@ -158,7 +157,7 @@ class Programs:
             is_running_B &= number < n_draws_B
             logits_BV, memory = self._next(weights, memory, id_B, start_B + number, is_running_B, table_BN)
             pages = {"ids_PS": memory.ids_PS, "table_BN": table_BN} if "n_prompt_B" in how else {}
-            new_B = _drawn(logits_BV, start_B + number + 1, how | pages)
+            new_B = draw(logits_BV, start_B + number + 1, how | pages)
             found = None if n_top < 0 else scores(logits_BV, new_B, n_top)
             is_over_B = jnp.any(new_B[:, None] == stop_BJ, axis=1)
             shown_B = jnp.where(is_running_B, new_B, ENDED)
@@ -183,42 +182,52 @@ class Programs:
         with jax.default_matmul_precision(self.matmul_precision):
             model: Any = bind(self.definition, *weights)
             logits_BTV, cache = model.decode_in_pages(*tokens[:2], memory.cache, table_BN, tokens.real_BT)
-        return logits_BTV[:, 0], Memory(cache, write_pages(memory.ids_PS, tokens.ids_BT, tokens, table_BN))
+        return logits_BTV[:, 0], memory.written(cache, tokens, table_BN)
 
+    def foresee(
+        self,
+        weights: Weights,
+        memory: Memory,
+        last_R: jax.Array,
+        draft_R: jax.Array,
+        h_BTD: jax.Array,
+        next_BT: jax.Array,
+        n_B: jax.Array,
+        start_B: jax.Array,
+        slot_B: jax.Array,
+        table_BN: jax.Array,
+    ) -> tuple[jax.Array, Memory]:
+        """`speculation.foresee`, where -1 in `next_BT` stands for the token drawn last: (draft_R, memory)."""
+        next_BT = jnp.where(next_BT < 0, last_R[slot_B][:, None], next_BT)
+        with jax.default_matmul_precision(self.matmul_precision):
+            model = bind(self.definition, *weights)
+            draft_B, memory = speculation.foresee(model, memory, h_BTD, next_BT, n_B, start_B, table_BN)
+        return draft_R.at[slot_B].set(draft_B), memory
 
-def _drawn(logits_BV: jax.Array, position_B: jax.Array, how: dict[str, jax.Array]) -> jax.Array:
-    """The tokens for `position_B`; `how` is what `sampling.arguments` says, and for penalties the rows' pages."""
-    if not how:
-        return sample(logits_BV, position_B)
-    if "n_prompt_B" in how:
-        logits_BV = _shaped(logits_BV, position_B, **how)
-    key_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(how["key_BK"]), position_B)
-    numbers = [how.get(name) for name in ("temperature_B", "top_p_B", "top_k_B", "min_p_B")]
-    return sample(logits_BV, key_B, *numbers)
+    def speculate(
+        self,
+        weights: Weights,
+        memory: Memory,
+        last_R: jax.Array,
+        draft_R: jax.Array,
+        start_B: jax.Array,
+        slot_B: jax.Array,
+        table_BN: jax.Array,
+        n_draws_B: jax.Array,
+        stop_BJ: jax.Array,
+        n_steps: int,
+        n_top: int,
+        **how: jax.Array,
+    ) -> tuple[jax.Array, Scores | None, Memory, jax.Array, jax.Array]:
+        """`speculation.step`, `n_steps` times: as `steps`, with T = 2 `n_steps`, and draft_R at the end."""
+        row = Row(last_R[slot_B], draft_R[slot_B], start_B, n_draws_B, slot_B < len(last_R) - 1)
 
+        def step(carry: tuple, _: None) -> tuple[tuple, tuple]:
+            with jax.default_matmul_precision(self.matmul_precision):
+                model, (memory, row) = bind(self.definition, *weights), carry
+                memory, row, id_BT, found = speculation.step(model, memory, row, table_BN, stop_BJ, how, n_top)
+            return (memory, row), (id_BT, found)
 
-def _shaped(
-    logits_BV: jax.Array,
-    position_B: jax.Array,
-    *,
-    ids_PS: jax.Array,
-    table_BN: jax.Array,
-    n_prompt_B: jax.Array,
-    allowed_RW: jax.Array,
-    mask_B: jax.Array,
-    bias_ids_BJ: jax.Array,
-    bias_BJ: jax.Array,
-    presence_B: jax.Array,
-    frequency_B: jax.Array,
-    repetition_B: jax.Array,
-    **_: jax.Array,
-) -> jax.Array:
-    """Logits after biases, penalties for the tokens before `position_B`, which lie in the rows' pages, and masks."""
-    ids_BS = read_pages(ids_PS, table_BN)
-    place_S = jnp.arange(ids_BS.shape[1])
-    prompt_BS = place_S < n_prompt_B[:, None]
-    drawn_BS = ~prompt_BS & (place_S < position_B[:, None])
-    logits_BV = biased(logits_BV, bias_ids_BJ, bias_BJ)
-    penalties = Penalties(presence_B, frequency_B, repetition_B)
-    logits_BV = penalised(logits_BV, ids_BS, prompt_BS, drawn_BS, penalties)
-    return permitted(logits_BV, allowed_RW[mask_B])
+        (memory, row), found = jax.lax.scan(step, (memory, row), None, length=n_steps)
+        id_BT, scores_BT = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(len(slot_B), -1, *a.shape[3:]), found)
+        return id_BT, scores_BT, memory, last_R.at[slot_B].set(row.last_B), draft_R.at[slot_B].set(row.draft_B)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from deepseek_jax.layers.cache import read_pages
 from deepseek_jax.seeds import random_key
 
 
@@ -87,6 +88,48 @@ def permitted(logits_BV: jax.Array, allowed_BW: jax.Array) -> jax.Array:
     token_V = jnp.arange(logits_BV.shape[1])
     bit_BV = allowed_BW[:, token_V // 32] >> (token_V % 32).astype(jnp.uint32) & 1
     return jnp.where(bit_BV == 1, logits_BV, -jnp.inf)
+
+
+def draw(logits_BV: jax.Array, position_B: jax.Array, how: dict[str, jax.Array]) -> jax.Array:
+    """Draws the tokens for `position_B`: a row's key and the position determine the noise.
+
+    `how` is what `sampling.arguments` says; for penalties also the rows' pages (`table_BN` of the tokens `ids_PS`) and
+    the lengths of their prompts, for masks `allowed_RW` and the rows' places in it.
+    """
+    if not how:
+        return sample(logits_BV, position_B)
+    if "n_prompt_B" in how:
+        logits_BV = _shaped(logits_BV, position_B, **how)
+    key_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(how["key_BK"]), position_B)
+    numbers = [how.get(name) for name in ("temperature_B", "top_p_B", "top_k_B", "min_p_B")]
+    return sample(logits_BV, key_B, *numbers)
+
+
+def _shaped(
+    logits_BV: jax.Array,
+    position_B: jax.Array,
+    *,
+    ids_PS: jax.Array,
+    table_BN: jax.Array,
+    n_prompt_B: jax.Array,
+    allowed_RW: jax.Array,
+    mask_B: jax.Array,
+    bias_ids_BJ: jax.Array,
+    bias_BJ: jax.Array,
+    presence_B: jax.Array,
+    frequency_B: jax.Array,
+    repetition_B: jax.Array,
+    **_: jax.Array,
+) -> jax.Array:
+    """Logits after biases, penalties for the tokens before `position_B`, which lie in the rows' pages, and masks."""
+    ids_BS = read_pages(ids_PS, table_BN)
+    place_S = jnp.arange(ids_BS.shape[1])
+    prompt_BS = place_S < n_prompt_B[:, None]
+    drawn_BS = ~prompt_BS & (place_S < position_B[:, None])
+    logits_BV = biased(logits_BV, bias_ids_BJ, bias_BJ)
+    penalties = Penalties(presence_B, frequency_B, repetition_B)
+    logits_BV = penalised(logits_BV, ids_BS, prompt_BS, drawn_BS, penalties)
+    return permitted(logits_BV, allowed_RW[mask_B])
 
 
 def nucleus(logits_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:

@@ -12,7 +12,8 @@ that reaches the last token, draws the next one.
 
 The scheduler runs one step or more ahead of the host: a token may be drawn on the device and not yet seen
 (`n_pending`). Its number of tokens is known, so everything but the stop conditions can be planned without it. A step
-that was planned for a request that has ended in the meantime is dropped (`record`).
+that was planned for a request that has ended in the meantime is dropped (`record`). With speculation the number is not
+known either: such requests are planned step by step (`is_stepwise`), each with the most tokens that it may draw.
 
 Pure Python. One step of 256 requests takes well below a millisecond.
 """
@@ -39,6 +40,7 @@ class Request:
     root: bytes
     options: Any = None
     is_stepwise: bool = False  # no step of it is planned before the host has seen what the last one drew
+    most_draws: int | None = None  # of one step; None: as many as the step has
     reads_cache: bool = True  # False: its whole prompt is computed
     tokens: list[int] = field(init=False)  # the prompt, and those drawn and seen
     table: Table = field(init=False)
@@ -106,17 +108,18 @@ class Scheduler:
             )
         self.waiting.append(request)
 
-    def plan(self, n_steps: int = 1) -> list[Part]:
-        """Returns the parts of the next step, which may draw up to `n_steps` tokens where no prompt is computed.
+    def plan(self, n_steps: int = 1, per_step: int = 1) -> list[Part]:
+        """Returns the parts of the next step, which draw up to `per_step` tokens each after a prompt's end.
 
-        They count as computed from here on; whoever plans must run the step, and give `record` what it drew.
+        Where no prompt is computed and nobody waits, it stands for `n_steps` of them. They count as computed from here
+        on; whoever plans must run the step, and give `record` what it drew.
         """
         parts: list[Part] = []
         has_preempted = self._continue(parts)
         if not has_preempted:
             self._admit(parts)
-        if n_steps > 1 and not self.waiting and all(part.n_tokens == part.n_draws == 1 for part in parts):
-            parts = [self._prolonged(part, n_steps) for part in parts]
+        is_quiet = not self.waiting and all(part.n_tokens == part.n_draws == 1 for part in parts)
+        parts = [self._prolonged(part, per_step * (n_steps if is_quiet else 1)) for part in parts]
         for part in parts:
             request = part.request
             request.n_computed = part.n_positions
@@ -124,11 +127,17 @@ class Scheduler:
             self.pool.name(request.table, request.tokens[: request.n_computed])
         return parts
 
-    def record(self, request: Request, drawn: Sequence[int]) -> None:
-        """Adds the tokens that a step drew for a request, in the order of the steps; ignored once it has ended."""
-        if not request.has_ended:
-            request.n_pending -= len(drawn)
-            request.tokens.extend(drawn)
+    def record(self, request: Request, drawn: Sequence[int], n_planned: int | None = None) -> None:
+        """Adds the tokens that a step drew for a request, in the order of the steps; ignored once it has ended.
+
+        If they are fewer than `n_planned`, which was given for the step, what it computed beyond them does not count.
+        """
+        if request.has_ended:
+            return
+        n_missing = 0 if n_planned is None else n_planned - len(drawn)
+        request.n_pending -= len(drawn) + n_missing
+        request.n_computed = max(0, request.n_computed - n_missing)  # 0: it has given up its pages since
+        request.tokens.extend(drawn)
 
     def end(self, request: Request) -> None:
         """Ends a request, wherever it is; its pages are free for others."""
@@ -195,10 +204,12 @@ class Scheduler:
         self.pool.close(request.table)
         request.table, request.n_computed = Table(request.root), 0
 
-    def _prolonged(self, part: Part, n_steps: int) -> Part:
-        """The part with as many draws as its positions and the pool allow, up to `n_steps`."""
+    def _prolonged(self, part: Part, most: int) -> Part:
+        """The part with as many draws as its positions and the pool allow, up to `most`; unchanged after a prompt."""
         request = part.request
-        n_draws = 1 if request.is_stepwise else min(n_steps, request.n_positions - request.n_tokens)
+        n_draws = min(most, request.most_draws or most, request.n_positions - request.n_tokens)
+        if part.n_tokens != 1 or not part.n_draws or n_draws == 1:
+            return part
         if not self.pool.extend(request.table, part.start + n_draws):
             return part
         return part._replace(n_draws=n_draws)

@@ -47,3 +47,11 @@ def network():
     config = run_config.load("tiny_v3")
     config.model.update(SIZES)
     return Network(config)
+
+
+@pytest.fixture(scope="session")
+def foreseeing():
+    """A network with multi-token prediction, whose drafts are wrong mostly."""
+    config = run_config.load("tiny_v3")
+    config.model.update(SIZES | {"mtp_depth": 1, "n_layers": 2})
+    return Network(config)

@@ -53,6 +53,7 @@ class Script:
         self.answer, self.speed, self.requests, self.delay_s = lambda prompt: "Hi!" + END, 3, [], 0.0
         self.prompts, self.samplings = [], []
         self.scheduler, self.pages = types.SimpleNamespace(running=[]), types.SimpleNamespace(n_pages=9, n_free=8)
+        self.n_drafted, self.n_accepted = 5, 4
 
     def submit(self, prompt, sampling):
         if len(prompt) > 400:

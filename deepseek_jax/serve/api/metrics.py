@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from time import monotonic
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from deepseek_jax.serve.api.answers import Usage
@@ -91,6 +91,8 @@ class _State(Collector):
         for layer in self._loads.layers:
             fullest.add_metric([layer.name], layer.fullest)
         yield fullest
+        yield CounterMetricFamily(PREFIX + "drafts", "Drafts of tokens that were verified.", engine.n_drafted)
+        yield CounterMetricFamily(PREFIX + "drafts_accepted", "Those that were right.", engine.n_accepted)
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
         return GaugeMetricFamily(PREFIX + name, text, value)

@@ -1,0 +1,120 @@
+"""With drafts of multi-token prediction or without them, a request draws the same tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.serve.engine import Engine, Sampling
+from deepseek_jax.serve.pages import PagePool
+
+DRAW = np.random.default_rng(1)
+PROMPTS = [DRAW.integers(0, 200, n).tolist() for n in (1, 19, 6)]
+PROMPTS.append([*PROMPTS[1][:17], 7, 8])  # shares two pages with the one before
+GREEDY = [Sampling(11)] * 4
+MIXED = [
+    Sampling(11, temperature=1.0, seed=1, logprobs=2),
+    Sampling(9, temperature=0.7, top_p=0.9, seed=2),
+    Sampling(11, frequency_penalty=1.0, presence_penalty=1.0),
+    Sampling(10, temperature=1.0, top_k=9, seed=4, repetition_penalty=1.2),
+]
+
+
+@pytest.fixture(scope="module")
+def engine(foreseeing):
+    """Makes engines that share their compiled programs."""
+    programs = {}
+
+    def make(n_drafts, weights=foreseeing.weights, n_pages=9, **options):
+        options = {"page_size": 8, "n_rows": 2, "chunk": 16, "n_pages": 9} | options
+        made = Engine(foreseeing.generator.definition, weights, 32, n_drafts=n_drafts, **options)
+        made.programs = programs.setdefault(n_drafts, made.programs)
+        made.pages = made.scheduler.pool = PagePool(n_pages, 8, look_ahead=n_drafts)
+        return made
+
+    return make
+
+
+def run(engine, samplings, prompts=PROMPTS):
+    """Returns (requests, their new ids, the log-probabilities of these)."""
+    requests = [engine.submit(*both) for both in zip(prompts, samplings, strict=True)]
+    found = {request: ([], []) for request in requests}
+    while not engine.is_idle:
+        for output in engine.step():
+            found[output.request][0].extend(output.ids)
+            found[output.request][1].extend(output.logprobs)
+        engine.pages.check(request.table for request in requests)
+    assert engine.pages.n_free == engine.pages.n_pages - 1
+    return requests, *([found[request][place] for request in requests] for place in (0, 1))
+
+
+@pytest.fixture(scope="module")
+def plain(engine):
+    """What is drawn without drafts: greedily, and in other ways."""
+    return run(engine(0), GREEDY), run(engine(0), MIXED)
+
+
+SETTINGS = {
+    "step by step": {},
+    "several steps per program": {"n_steps": 4},
+    "prompts in small parts, the host late": {"chunk": 4, "n_ahead": 2},
+    "a small pool": {"n_pages": 6},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_text_is_the_same(engine, foreseeing, plain, setting):
+    made = engine(1, **SETTINGS[setting])
+    requests, texts, _ = run(made, GREEDY)
+    assert texts == plain[0][1]
+    assert made.n_drafted > 0 and made.n_accepted < made.n_drafted
+    assert (sum(request.n_preempted for request in requests) > 0) == (setting == "a small pool")
+    assert np.argmax(foreseeing.last_logits(PROMPTS[2])) == texts[2][0]
+
+
+def test_the_text_is_the_same_at_any_temperature_and_with_penalties(engine, plain):
+    _, texts, logprobs = run(engine(1), MIXED)
+    assert texts == plain[1][1]
+    assert [len(found) for found in logprobs] == [11, 0, 0, 0]
+    for mine, other in zip(logprobs[0], plain[1][2][0], strict=True):
+        assert abs(mine.logprob - other.logprob) < 1e-5
+        assert [token for token, _ in mine.top] == [token for token, _ in other.top]
+
+
+def test_a_stop_id_ends_a_text_and_a_cached_prompt_is_not_computed_again(engine, plain):
+    stop = plain[0][1][1][3]
+    made = engine(1)
+    run(made, GREEDY[:1], PROMPTS[1:2])
+    requests, texts, _ = run(made, [Sampling(11, stop_ids=(stop,)), Sampling(11)], [PROMPTS[1], PROMPTS[3]])
+    assert texts == [plain[0][1][1][: plain[0][1][1].index(stop) + 1], plain[0][1][3]]
+    assert [request.n_cached for request in requests] == [16, 16]
+
+
+def forgetful(weights):
+    """Weights of a model that knows the last token alone, so that multi-token prediction can say what it says."""
+    params, bias = jax.tree.map(jnp.copy, weights)
+
+    def silent(path, leaf):
+        return jnp.zeros_like(leaf) if path[-1].key in ("out_HUD", "down_XFD", "down_FD") else leaf
+
+    params = jax.tree_util.tree_map_with_path(silent, params)
+    module, d_model = params["mtp"]["0"], params["final_norm"]["gain"].shape[0]
+    module["embedding_norm"]["gain"] = jnp.ones(d_model)
+    module["join_YD"] = jnp.eye(2 * d_model, d_model)
+    module["final_norm"] = params["final_norm"]
+    return params, bias
+
+
+def test_drafts_of_a_model_that_foresees_itself_are_right(engine, foreseeing):
+    """Greedy ones and those drawn at a temperature: the noise is that of the position, but for a row's first draft."""
+    weights = forgetful(foreseeing.weights)
+    samplings = [*GREEDY[:2], Sampling(11, temperature=1.0, seed=3), Sampling(10, temperature=1.5, seed=4)]
+    made = engine(1, weights)
+    assert run(made, samplings)[1] == run(engine(0, weights), samplings)[1]
+    assert made.n_drafted == 20 and made.n_accepted == 18  # five steps each after the first token
+
+
+def test_drafts_need_multi_token_prediction(network):
+    with pytest.raises(UserError, match="the model has no multi-token prediction"):
+        Engine(network.generator.definition, network.weights, 32, n_drafts=1)
