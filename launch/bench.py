@@ -6,6 +6,7 @@
     deepseek-jax bench train --config=v3_slice                         # V3's widths, for a GPU: see the config
     deepseek-jax bench train --config=v3_slice --no-peer --profile=DIR                       # where the time goes
     deepseek-jax bench generate --config=v2_lite               # tokens/s at batch 1, 16, 64; --help lists its flags
+    deepseek-jax bench serve                                   # a running server; --help lists its flags
     deepseek-jax bench kernels                                 # FP8 kernels, on a Hopper GPU; --help lists its flags
     deepseek-jax bench scaling                                 # layouts of this machine's devices beside one of them
 
@@ -17,6 +18,7 @@ is fp32. Operations count causal attention as half. The peer comes with: pip ins
 """
 
 import contextlib
+import importlib
 import os
 import statistics
 import sys
@@ -39,29 +41,23 @@ EXTRA = {
     "peer_python": (str, sys.executable, "the interpreter that has torch and transformers", path(1)),
     "profile": (str, "", "directory for a trace of our steps, of which a table is printed", path(0)),
 }
+OTHERS = {  # benches with flags of their own, in modules that import jax
+    "generate": "_bench_generate",
+    "serve": "_bench_serve",
+    "kernels": "_bench_kernels",
+    "scaling": "_scaling",
+}
 
 
 def main(argv: list[str]) -> int:
     """Runs the verb; returns the exit code."""
     subject = argv[0] if argv and not argv[0].startswith("--") else None
-    if subject == "kernels":
-        from deepseek_jax.launch import _bench_kernels  # which imports jax
-
-        return _bench_kernels.main(argv[1:])
-    if subject == "generate":
-        from deepseek_jax.launch import _bench_generate
-
-        return _bench_generate.main(argv[1:])
-    if subject == "scaling":
-        from deepseek_jax.launch import _scaling
-
-        return _scaling.main(argv[1:])
+    if subject in OTHERS:
+        return importlib.import_module(f"deepseek_jax.launch.{OTHERS[subject]}").main(argv[1:])
     options = _options.parse(argv[1:] if subject else argv, "micro_v3", EXTRA, workdir=False)
     if subject != "train":
-        raise UserError(
-            f"bench {subject or ''}: no such bench. Give: deepseek-jax bench train, bench generate, bench kernels or "
-            "bench scaling"
-        )
+        names = ", ".join(f"bench {name}" for name in ("train", *OTHERS))
+        raise UserError(f"bench {subject or ''}: no such bench. Expected one of {names}.")
     config = run_config.validate(options.config)
     if options.profile:  # operations in a CUDA graph are traced without their names
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
