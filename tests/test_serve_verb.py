@@ -42,6 +42,7 @@ def folder(tmp_path_factory):
     return made
 
 
+@pytest.mark.slow
 def test_a_served_model_says_what_it_says_here(folder):
     options = [f"--from={folder}", "--port=0", "--rows=2", "--chunk=16", "--name=mine"]
     process = subprocess.Popen([*RUN, "serve", *options], stderr=subprocess.PIPE, text=True)

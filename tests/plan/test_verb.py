@@ -228,6 +228,7 @@ def test_another_price_is_marked(capsys):
     assert found["marks"]["published"]["total_cost_dollars"] == "derived/given"
 
 
+@pytest.mark.slow
 def test_measured_loads_say_what_redundant_experts_gain(capsys, tmp_path):
     rng = np.random.default_rng(0)
     loads = rng.lognormal(size=(3, 16))

@@ -77,6 +77,7 @@ def assert_close(a, b):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-7), a, b)
 
 
+@pytest.mark.slow
 def test_packed_is_padded(run):
     """The same documents side by side, and each in a row of its own: losses, loads and gradients are the same."""
     (loss, packed), gradients = run(PACKED)

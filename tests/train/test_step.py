@@ -104,7 +104,7 @@ def one_device(sizes, weights) -> Run:
 
 @pytest.fixture(scope="module")
 def expert_parallel(sizes, weights) -> Run:
-    return run(trainer(sizes, 2, 4, EXPERTS, remat="block"), weights)
+    return run(trainer(sizes, 2, 2, EXPERTS, remat="block"), weights)
 
 
 @pytest.fixture(scope="module")
@@ -236,14 +236,14 @@ def test_the_router_bias_moves_by_gamma_towards_the_mean_load(one_device):
 
 
 def test_what_is_kept_between_steps_is_cut_over_the_devices(expert_parallel):
-    """ZeRO-1: of a weight that eight devices read whole each keeps an eighth, and so of its moments."""
+    """ZeRO-1: of a weight that four devices read whole each keeps a quarter, and so of its moments."""
     trainer, state = expert_parallel.trainer, expert_parallel.last
     whole = {path: x.size for path, x in leaves(state["params"])}
     cut = {path: x.addressable_shards[0].data.size for path, x in leaves(state["optimizer"]["nu"])}
     assert cut == {path: x.addressable_shards[0].data.size for path, x in leaves(state["params"])}
-    assert cut["embedding.table_VD"] * 8 == V * 32
-    assert cut["moe_blocks.experts.gate_XDF"] * 8 == whole["moe_blocks.experts.gate_XDF"]
-    assert sum(cut.values()) < 0.15 * sum(whole.values())
+    assert cut["embedding.table_VD"] * 4 == V * 32
+    assert cut["moe_blocks.experts.gate_XDF"] * 4 == whole["moe_blocks.experts.gate_XDF"]
+    assert sum(cut.values()) < 0.27 * sum(whole.values())
     for (path, x), (_, expected) in zip(leaves(state), leaves(trainer.abstract), strict=True):
         assert x.sharding.is_equivalent_to(expected.sharding, x.ndim), path
         assert (x.shape, x.dtype) == (expected.shape, expected.dtype), path
@@ -369,9 +369,9 @@ def test_the_compiled_step_is_given_what_a_device_keeps(expert_parallel):
     subject = expert_parallel.trainer
     found = subject.step.trace(*arguments_of(subject)).lower().compile().memory_analysis()
     kept = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(expert_parallel.last))
-    assert found.argument_size_in_bytes == kept + sum(x.nbytes for x in batch(0)) // 8
+    assert found.argument_size_in_bytes == kept + sum(x.nbytes for x in batch(0)) // 4
     weights = sum(x.size * 4 for x in jax.tree.leaves(expert_parallel.states[0]["params"]))
-    assert kept < 0.5 * weights < found.argument_size_in_bytes + found.temp_size_in_bytes
+    assert kept < 0.8 * weights < found.argument_size_in_bytes + found.temp_size_in_bytes
 
 
 def arguments_of(trainer: Trainer) -> tuple:
