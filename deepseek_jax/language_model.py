@@ -21,10 +21,11 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
-from deepseek_jax import on_device, release, run_config
+from deepseek_jax import on_device, on_mesh, release, run_config
 from deepseek_jax.abstract_model import abstract_module, abstract_weights, check_memory, count_parameters, module
 from deepseek_jax.compat import quick_compile
 from deepseek_jax.convert import hf
@@ -167,10 +168,19 @@ class LanguageModel:
         options = self._options([ids], max_new_tokens, temperature, top_p, seed, stop_ids)
         return (int(new_B[0]) for new_B in self._generator.stream(*options.pop("inputs"), **options))
 
-    def engine(self, **options: Any) -> Engine:
-        """Returns an engine that runs many requests at once; `options` as for `serve.engine.Engine`."""
+    def engine(self, mesh: Mesh | None = None, **options: Any) -> Engine:
+        """Returns an engine that runs many requests at once.
+
+        Args:
+            mesh: devices that have requests of their own and share the routed experts: `parallel.mesh.make_mesh` with
+                sizes of `data` and `expert`. The weights are copied there. None: one device.
+            options: as for `serve.engine.Engine`; rows and pages are those of each device.
+        """
         options = {"matmul_precision": self._generator.matmul_precision} | options
         weights = (self._narrowed(self.params), self.router_bias)
+        if mesh is not None:
+            options["replicas"] = on_mesh.replicas(self.config, self._generator.definition, weights, mesh)
+            weights = options["replicas"].place(weights)
         return Engine(self._generator.definition, weights, self.n_positions, **options)
 
     def complete(self, text: str | Sequence[str], max_new_tokens: int = 64, **options: Any) -> str | list[str]:

@@ -35,6 +35,8 @@ FLAGS = {
     "rows": (int, 16, "requests that run at the same time", whole(1, 4096)),
     "queue": (int, 256, "requests that run or wait; more are refused with status 429", whole(1, 10**6)),
     "pages": (int, 0, "pages of 64 tokens in the cache (default: enough for all rows at full length)", whole(0, 10**8)),
+    "data": (int, 1, "devices with requests and pages of their own, that hold the same experts", whole(1, 2**16)),
+    "expert": (int, 1, "devices with requests and pages of their own, over which experts are divided", whole(1, 2**16)),
     "drafts": (int, 0, "1: multi-token prediction drafts a second token for each; the text is the same", whole(0, 1)),
     "chunk": (int, 256, "tokens of a prompt that one step computes", whole(1, 10**6)),
 }
@@ -57,6 +59,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{error.name} is not installed. Run pip install 'deepseek_jax[serve]'.") from None
     from deepseek_jax.compat import start_compilation_cache
     from deepseek_jax.language_model import load
+    from deepseek_jax.parallel.mesh import make_mesh
     from deepseek_jax.serve.worker import Worker
 
     start_compilation_cache("")
@@ -64,7 +67,11 @@ def main(argv: list[str]) -> int:
     name = options.name or Path(source).resolve().name
     started = time.monotonic()
     engine = model.engine(
-        n_rows=options.rows, n_pages=options.pages or None, chunk=options.chunk, n_drafts=options.drafts
+        make_mesh(options.data, options.expert) if options.data * options.expert > 1 else None,
+        n_rows=options.rows,
+        n_pages=options.pages or None,
+        chunk=options.chunk,
+        n_drafts=options.drafts,
     )
     n_programs = engine.compile()
     print(f"compiled {n_programs} programs in {time.monotonic() - started:.1f} s", file=sys.stderr)

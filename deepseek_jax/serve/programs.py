@@ -18,7 +18,7 @@ The tokens themselves lie in pages as the cache does, so what a row has already 
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from flax import nnx
 
 from deepseek_jax.layers.base import Tree, bind
 from deepseek_jax.layers.tokens import Tokens
+from deepseek_jax.parallel.replicas import ROWS, Replicas
 from deepseek_jax.serve import speculation
 from deepseek_jax.serve.memory import Memory
 from deepseek_jax.serve.sampler import Scores, draw, scores
@@ -37,6 +38,16 @@ from deepseek_jax.serve.speculation import ENDED, Row
 Weights = tuple[Tree, Tree]  # parameters and router biases
 Rows = dict[str, Any]  # arrays, or their shapes
 DONATED = {"extend": ("memory",), "decode": ("memory",), "draw": ("last_R",), "steps": ("memory", "last_R")}
+OUTPUTS: dict[str, tuple[type, ...]] = {  # of each program: arrays with rows first, and memory
+    "extend": (jax.Array, jax.Array, Memory),
+    "decode": (jax.Array, Memory),
+    "draw": (jax.Array, jax.Array),
+    "score": (Scores,),
+    "recite": (Scores,),
+    "steps": (jax.Array, Scores, Memory, jax.Array),
+    "foresee": (jax.Array, Memory),
+    "speculate": (jax.Array, Scores, Memory, jax.Array, jax.Array),
+}
 DONATED |= {"foresee": ("memory", "draft_R"), "speculate": ("memory", "last_R", "draft_R")}
 
 
@@ -53,10 +64,15 @@ class Call(NamedTuple):
 
 
 class Programs:
-    """The programs for one model and one size of memory; `matmul_precision` as for `jax.default_matmul_precision`."""
+    """The programs for one model and one size of memory.
 
-    def __init__(self, definition: nnx.GraphDef, matmul_precision: str | None = None):
-        self.definition, self.matmul_precision = definition, matmul_precision
+    `matmul_precision` is as for `jax.default_matmul_precision`; with `replicas` each device runs them with rows and
+    memory of its own.
+    """
+
+    def __init__(self, definition: nnx.GraphDef, matmul_precision: str | None = None, replicas: Replicas | None = None):
+        self.definition, self.matmul_precision, self.replicas = definition, matmul_precision, replicas
+        self._own = replicas.definition if replicas else definition  # as a device runs it
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
 
     def __len__(self) -> int:
@@ -75,8 +91,15 @@ class Programs:
         name, state, rows, static = call
         key = (name, *sorted(static.items()), *((row, rows[row].shape) for row in sorted(rows)))
         if key not in self._compiled:
-            jitted = jax.jit(functools.partial(getattr(self, name), **static), donate_argnames=DONATED.get(name, ()))
-            self._compiled[key] = jitted.lower(**state, **rows).compile()
+            function: Callable = functools.partial(getattr(self, name), **static)
+            given = {**state, **rows}
+            if self.replicas:
+                memory = jax.tree.map(self.replicas.spec, state.get("memory"))
+                outputs = tuple(memory if kind is Memory else ROWS for kind in OUTPUTS[name])
+                function = self.replicas.on_each(function, given, outputs if len(outputs) > 1 else ROWS)
+                given = self.replicas.abstract(given)
+            jitted = jax.jit(function, donate_argnames=DONATED.get(name, ()))
+            self._compiled[key] = jitted.lower(**given).compile()
         return self._compiled[key]
 
     def extend(
@@ -91,7 +114,7 @@ class Programs:
         """The first `n_B` tokens of `ids_BT` from position `start_B` on: (h_BTD, logits_BV after the last, memory)."""
         real_BT = jnp.arange(ids_BT.shape[1]) < n_B[:, None]
         with jax.default_matmul_precision(self.matmul_precision):
-            model: Any = bind(self.definition, *weights)
+            model: Any = bind(self._own, *weights)
             h_BTD, cache = model.extend_in_pages(ids_BT, start_B[0], memory.cache, table_BN, real_BT)
             logits_BV = model.head(jnp.take_along_axis(h_BTD, (n_B - 1)[:, None, None], axis=1))[:, 0]
         positions_BT = start_B[:, None] + jnp.arange(ids_BT.shape[1], dtype=jnp.int32)
@@ -126,7 +149,7 @@ class Programs:
     def recite(self, weights: Weights, h_BTD: jax.Array, next_BT: jax.Array, n_top: int) -> Scores:
         """`score` for the tokens after those of a prompt; arrays with axes B and T first."""
         with jax.default_matmul_precision(self.matmul_precision):
-            logits_BTV = bind(self.definition, *weights).head(h_BTD)  # type: ignore[attr-defined]
+            logits_BTV = bind(self._own, *weights).head(h_BTD)  # type: ignore[attr-defined]
         return jax.vmap(functools.partial(scores, n_top=n_top))(logits_BTV, next_BT)
 
     def steps(
@@ -180,7 +203,7 @@ class Programs:
     ) -> tuple[jax.Array, Memory]:
         tokens = Tokens(id_B[:, None], position_B[:, None], real_BT=real_B[:, None])
         with jax.default_matmul_precision(self.matmul_precision):
-            model: Any = bind(self.definition, *weights)
+            model: Any = bind(self._own, *weights)
             logits_BTV, cache = model.decode_in_pages(*tokens[:2], memory.cache, table_BN, tokens.real_BT)
         return logits_BTV[:, 0], memory.written(cache, tokens, table_BN)
 
@@ -200,7 +223,7 @@ class Programs:
         """`speculation.foresee`, where -1 in `next_BT` stands for the token drawn last: (draft_R, memory)."""
         next_BT = jnp.where(next_BT < 0, last_R[slot_B][:, None], next_BT)
         with jax.default_matmul_precision(self.matmul_precision):
-            model = bind(self.definition, *weights)
+            model = bind(self._own, *weights)
             draft_B, memory = speculation.foresee(model, memory, h_BTD, next_BT, n_B, start_B, table_BN)
         return draft_R.at[slot_B].set(draft_B), memory
 
@@ -224,7 +247,7 @@ class Programs:
 
         def step(carry: tuple, _: None) -> tuple[tuple, tuple]:
             with jax.default_matmul_precision(self.matmul_precision):
-                model, (memory, row) = bind(self.definition, *weights), carry
+                model, (memory, row) = bind(self._own, *weights), carry
                 memory, row, id_BT, found = speculation.step(model, memory, row, table_BN, stop_BJ, how, n_top)
             return (memory, row), (id_BT, found)
 

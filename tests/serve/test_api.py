@@ -52,7 +52,8 @@ class Script:
     def __init__(self):
         self.answer, self.speed, self.requests, self.delay_s = lambda prompt: "Hi!" + END, 3, [], 0.0
         self.prompts, self.samplings = [], []
-        self.scheduler, self.pages = types.SimpleNamespace(running=[]), types.SimpleNamespace(n_pages=9, n_free=8)
+        scheduler, pages = types.SimpleNamespace(running=[]), types.SimpleNamespace(n_pages=9, n_free=8)
+        self.ranks = [types.SimpleNamespace(scheduler=scheduler, pages=pages)]
         self.n_drafted, self.n_accepted = 5, 4
 
     def submit(self, prompt, sampling):

@@ -137,4 +137,5 @@ def test_what_the_engine_refuses_is_said(served):
     assert status == 400 and "max_tokens=0" in found["error"]["message"]
     status, found = ask(served, "POST", "/completions", {"prompt": [1], "best_of": 3})
     assert status == 400 and "best_of=3" in found["error"]["message"]
-    assert served.worker.is_alive and served.worker.engine.pages.n_free == served.worker.engine.pages.n_pages - 1
+    pages = served.worker.engine.ranks[0].pages
+    assert served.worker.is_alive and pages.n_free == pages.n_pages - 1

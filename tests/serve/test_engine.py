@@ -1,13 +1,16 @@
 """Every way to run gives the text that a forward pass over the whole sequence gives."""
 
 import itertools
+import math
 
 import jax
 import numpy as np
 import pytest
 
+from deepseek_jax import on_mesh
 from deepseek_jax.errors import UserError
-from deepseek_jax.serve.engine import Engine, Sampling
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.serve.engine import Engine, Rank, Sampling
 from deepseek_jax.serve.pages import PagePool
 
 DRAW = np.random.default_rng(0)
@@ -41,7 +44,7 @@ def engine(network):
         n_pages = options.pop("n_pages")
         made = Engine(network.generator.definition, network.weights, 32, n_pages=17, **options)
         made.programs = programs.setdefault(options["n_rows"], made.programs)
-        made.pages = made.scheduler.pool = PagePool(n_pages, options["page_size"])
+        made.ranks[0] = Rank(PagePool(n_pages, options["page_size"]), options["n_rows"], options["chunk"])
         return made
 
     return make
@@ -58,10 +61,15 @@ def run(engine, samplings, prompts=PROMPTS, later=()):
             texts.setdefault(request, []).extend(ids)
             if ending:
                 texts[request].append(ending)
-        engine.pages.check(request.table for request in requests)
+        for number, rank in enumerate(engine.ranks):
+            rank.pages.check(request.table for request in requests if request.options.rank == number)
         n_steps += 1
         assert n_steps < 1000
     return requests, [texts[request] for request in requests]
+
+
+def all_free(engine):
+    return all(rank.pages.n_free == rank.pages.n_pages - 1 for rank in engine.ranks)
 
 
 SETTINGS = {
@@ -80,8 +88,8 @@ def test_greedy_text_is_that_of_the_forward_pass(engine, alone, setting):
     made = engine(**SETTINGS[setting])
     requests, texts = run(made, [Sampling(10)] * len(PROMPTS))
     assert texts == [[*ids, "length"] for ids in alone]
-    assert (sum(request.n_preempted for request in requests) > 0) == (made.pages.n_pages == 8)
-    assert made.pages.n_free == made.pages.n_pages - 1
+    assert (sum(request.n_preempted for request in requests) > 0) == (made.ranks[0].pages.n_pages == 8)
+    assert all_free(made)
 
 
 def test_draws_do_not_depend_on_company(engine, alone):
@@ -107,7 +115,7 @@ def test_a_stop_id_ends_a_text_and_its_pages_are_free(engine, alone):
     requests, texts = run(made, [Sampling(10, stop_ids=(stop,))] * len(PROMPTS))
     assert texts[3] == [*alone[3][: alone[3].index(stop) + 1], "stop"]
     assert all(request.has_ended for request in requests)
-    assert made.pages.n_free == made.pages.n_pages - 1
+    assert all_free(made)
 
 
 def test_stop_ids_are_recognised_on_the_device(engine, alone):
@@ -232,7 +240,7 @@ def test_a_cancelled_request_says_no_more_and_disturbs_nobody(engine, alone):
         for request, ids, *_ in made.step():
             assert number < 3 or request in (requests[0], requests[2])
             texts[request] += ids
-    assert made.is_idle and made.pages.n_free == made.pages.n_pages - 1
+    assert made.is_idle and all_free(made)
     assert [texts[requests[0]], texts[requests[2]]] == [alone[0], alone[2]]
 
 
@@ -309,3 +317,25 @@ def test_what_cannot_run_is_refused(engine):
 def test_settings_out_of_range_are_refused(setting, message):
     with pytest.raises(UserError, match=message):
         Sampling(4, **setting).check(1000)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (1, 2)], ids=["four devices", "two devices"])
+def test_devices_that_share_the_experts_give_the_same_text(network, alone, sizes):
+    """Each has requests of its own, at first as many as it has rows or more, and at the end fewer than others."""
+    mesh = make_mesh(*sizes, jax.devices()[: math.prod(sizes)])
+    definition, weights = network.generator.definition, network.weights
+    replicas = on_mesh.replicas(network.config, definition, weights, mesh)
+    options = {"page_size": 8, "n_rows": 2, "chunk": 16, "n_pages": 6, "replicas": replicas}
+    made = Engine(definition, replicas.place(weights), 32, **options)
+    experts = made.weights[0]["moe_blocks"]["experts"]["gate_XDF"]
+    assert experts.addressable_shards[0].data.shape[1] == experts.shape[1] // 2
+    samplings = [Sampling(10)] * len(PROMPTS) + [Sampling(10, logprobs=0)]
+    requests, texts = run(made, samplings, [*PROMPTS, PROMPTS[3]])
+    assert texts == [[*ids, "length"] for ids in [*alone, alone[3]]]
+    assert {request.options.rank for request in requests} == set(range(math.prod(sizes))) and all_free(made)
+
+
+def test_a_mesh_that_divides_more_than_rows_and_experts_is_refused(network):
+    mesh = make_mesh(1, 1, jax.devices()[:2], pipe=2)
+    with pytest.raises(UserError, match="generation divides rows over data and expert"):
+        on_mesh.replicas(network.config, network.generator.definition, network.weights, mesh)

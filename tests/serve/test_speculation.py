@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.serve.engine import Engine, Sampling
+from deepseek_jax.serve.engine import Engine, Rank, Sampling
 from deepseek_jax.serve.pages import PagePool
 
 DRAW = np.random.default_rng(1)
@@ -30,7 +30,7 @@ def engine(foreseeing):
         options = {"page_size": 8, "n_rows": 2, "chunk": 16, "n_pages": 9} | options
         made = Engine(foreseeing.generator.definition, weights, 32, n_drafts=n_drafts, **options)
         made.programs = programs.setdefault(n_drafts, made.programs)
-        made.pages = made.scheduler.pool = PagePool(n_pages, 8, look_ahead=n_drafts)
+        made.ranks[0] = Rank(PagePool(n_pages, 8, look_ahead=n_drafts), options["n_rows"], options["chunk"])
         return made
 
     return make
@@ -44,8 +44,8 @@ def run(engine, samplings, prompts=PROMPTS):
         for output in engine.step():
             found[output.request][0].extend(output.ids)
             found[output.request][1].extend(output.logprobs)
-        engine.pages.check(request.table for request in requests)
-    assert engine.pages.n_free == engine.pages.n_pages - 1
+        engine.ranks[0].pages.check(request.table for request in requests)
+    assert engine.ranks[0].pages.n_free == engine.ranks[0].pages.n_pages - 1
     return requests, *([found[request][place] for request in requests] for place in (0, 1))
 
 

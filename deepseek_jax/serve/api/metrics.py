@@ -80,12 +80,12 @@ class _State(Collector):
         self._worker, self._loads = worker, loads
 
     def collect(self) -> Iterator[Metric]:
-        engine = self._worker.engine
+        engine, ranks = self._worker.engine, self._worker.engine.ranks
         yield self._gauge("alive", "1 while requests are accepted.", int(self._worker.is_alive))
         yield self._gauge("requests_open", "Requests that run or wait.", self._worker.n_open)
-        yield self._gauge("requests_running", "Requests that run.", len(engine.scheduler.running))
-        yield self._gauge("pages", "Pages of the cache.", engine.pages.n_pages - 1)
-        yield self._gauge("pages_free", "Pages that no request holds.", engine.pages.n_free)
+        yield self._gauge("requests_running", "Requests that run.", sum(len(rank.scheduler.running) for rank in ranks))
+        yield self._gauge("pages", "Pages of the cache.", sum(rank.pages.n_pages - 1 for rank in ranks))
+        yield self._gauge("pages_free", "Pages that no request holds.", sum(rank.pages.n_free for rank in ranks))
         text = "Load of the fullest expert over the mean, when /experts was read last."
         fullest = GaugeMetricFamily(PREFIX + "fullest_expert", text, labels=["layer"])
         for layer in self._loads.layers:
