@@ -11,10 +11,8 @@ environment variable DEEPSEEK_JAX_API_KEY.
 """
 
 import asyncio
-import json
 import os
 import statistics
-import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +21,7 @@ import numpy as np
 from deepseek_jax.bounds import number, whole
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
+from deepseek_jax.launch._http import ask
 from deepseek_jax.launch._tables import print_table
 from deepseek_jax.serve.traffic import Arrivals, Outcome, Server, send
 
@@ -111,20 +110,11 @@ def report(urls: Sequence[str], found: Sequence[dict[str, float]]) -> None:
 
 def _server(url: str, model: str) -> Server:
     found = Server(url.rstrip("/"), model, os.environ.get(KEY, ""))
-    return found if model else found._replace(model=_get(found, "/v1/models")["data"][0]["id"])
+    return found if model else found._replace(model=ask(found.url + "/v1/models", found.key)["data"][0]["id"])
 
 
 def _vocabulary(server: Server) -> int:
     try:
-        return int(_get(server, "/tokenizer_info")["vocab_size"])
+        return int(ask(server.url + "/tokenizer_info", server.key)["vocab_size"])
     except (UserError, KeyError):
         raise UserError(f"{server.url} does not state the size of its vocabulary. Give --vocabulary.") from None
-
-
-def _get(server: Server, path: str) -> Any:
-    headers = {"Authorization": f"Bearer {server.key}"} if server.key else {}
-    try:
-        with urllib.request.urlopen(urllib.request.Request(server.url + path, headers=headers), timeout=30) as answer:
-            return json.load(answer)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{server.url}{path}: {error}. Start a server: deepseek-jax serve --from=DIR.") from None

@@ -31,7 +31,7 @@ def served(engine):
 
 
 def pages_are_free(served):
-    pages = served.worker.engine.pages
+    pages = served.worker.engine.ranks[0].pages
     return served.worker.n_open == 0 and pages.n_free == pages.n_pages - 1
 
 

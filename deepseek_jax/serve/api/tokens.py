@@ -53,7 +53,11 @@ def token_routes(service: Service) -> APIRouter:
             for role, token in named.items()
             if token is not None
         }
-        return info | {"tokenizer_class": type(tokenizer).__name__, "vocab_size": tokenizer.vocab_size}
+        return info | {
+            "tokenizer_class": type(tokenizer).__name__,
+            "vocab_size": tokenizer.vocab_size,
+            "add_bos_token": tokenizer.add_bos,
+        }
 
     return router
 
