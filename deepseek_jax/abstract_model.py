@@ -1,6 +1,7 @@
 """Networks with shapes in place of arrays; of a config's, what it holds and whether that fits."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 import jax
@@ -16,6 +17,7 @@ from deepseek_jax.precision.policy import policy
 from deepseek_jax.tree import size
 
 Module = TypeVar("Module", bound=nnx.Module)
+FP8_BLOCK = 128  # numbers of a latent with one scale
 AHEAD = "mtp"  # top-level entry of the multi-token-prediction modules, which published counts leave out
 
 
@@ -52,6 +54,23 @@ def module(config: ConfigDict, key: jax.Array, kernels: Kernels | None = None, u
     matmul = precision.matmul(kernels)
     run = Execution(compute=precision.compute, matmul=matmul, kernels=kernels, unroll=unroll)
     return maker.Model(maker.Config.from_config(config.model), run, rngs=nnx.Rngs(key))
+
+
+def run_as(config: ConfigDict, run: Execution) -> nnx.Module:
+    """The network of a config, run so, with shapes in place of arrays."""
+    maker = family(config.family)
+    return abstract(lambda rngs: maker.Model(maker.Config.from_config(config.model), run, rngs=rngs))
+
+
+def with_fp8_cache(config: ConfigDict, run: Execution) -> Execution:
+    """`run` with a cache in FP8. Raises UserError unless the model has latents of a multiple of 128 numbers."""
+    width = config.model.get("kv_rank", 0)
+    if not width or width % FP8_BLOCK:
+        raise UserError(
+            f"cache='fp8' for latents of {width} numbers (config.model.kv_rank): expected latent attention with a "
+            f"multiple of {FP8_BLOCK}. Leave cache='full'."
+        )
+    return replace(run, cache="fp8")
 
 
 def check_memory(name: str, weights: Tree) -> None:

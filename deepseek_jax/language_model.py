@@ -26,7 +26,16 @@ from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 from deepseek_jax import on_device, on_mesh, release, run_config
-from deepseek_jax.abstract_model import abstract_module, abstract_weights, check_memory, count_parameters, module
+from deepseek_jax.abstract_model import (
+    abstract_module,
+    abstract_weights,
+    check_memory,
+    count_parameters,
+    module,
+    run_as,
+    with_fp8_cache,
+)
+from deepseek_jax.bounds import one_of
 from deepseek_jax.compat import quick_compile
 from deepseek_jax.convert import hf
 from deepseek_jax.data.tokenizer import Tokenizer, open_tokenizer
@@ -168,20 +177,27 @@ class LanguageModel:
         options = self._options([ids], max_new_tokens, temperature, top_p, seed, stop_ids)
         return (int(new_B[0]) for new_B in self._generator.stream(*options.pop("inputs"), **options))
 
-    def engine(self, mesh: Mesh | None = None, **options: Any) -> Engine:
+    def engine(self, mesh: Mesh | None = None, cache: str = "full", **options: Any) -> Engine:
         """Returns an engine that runs many requests at once.
 
         Args:
             mesh: devices that have requests of their own and share the routed experts: `parallel.mesh.make_mesh` with
                 sizes of `data` and `expert`. The weights are copied there. None: one device.
+            cache: "full", in the dtype of the activations, or "fp8", which halves the cache of latent attention.
             options: as for `serve.engine.Engine`; rows and pages are those of each device.
+
+        Raises UserError: an unknown cache, or a model or mesh for which there is none.
         """
+        one_of("full", "fp8").check("cache", cache)
+        definition, weights = self._generator.definition, (self._narrowed(self.params), self.router_bias)
+        if cache == "fp8":
+            alone: Any = bind(definition, *weights)
+            definition = split(run_as(self.config, with_fp8_cache(self.config, alone.run)))[0]
         options = {"matmul_precision": self._generator.matmul_precision} | options
-        weights = (self._narrowed(self.params), self.router_bias)
         if mesh is not None:
-            options["replicas"] = on_mesh.replicas(self.config, self._generator.definition, weights, mesh)
+            options["replicas"] = on_mesh.replicas(self.config, definition, weights, mesh)
             weights = options["replicas"].place(weights)
-        return Engine(self._generator.definition, weights, self.n_positions, **options)
+        return Engine(definition, weights, self.n_positions, **options)
 
     def complete(self, text: str | Sequence[str], max_new_tokens: int = 64, **options: Any) -> str | list[str]:
         """Returns the continuation of a text, or a list of those of several; `options` as for `generate`."""

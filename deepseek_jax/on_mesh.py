@@ -7,9 +7,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from deepseek_jax.abstract_model import abstract
+from deepseek_jax.abstract_model import run_as
 from deepseek_jax.layers.base import Tree, bind, logical_axes, split
-from deepseek_jax.models import family
 from deepseek_jax.parallel.alltoall import make_exchange
 from deepseek_jax.parallel.replicas import RULES, Replicas, check_axes, specs_of_weights
 
@@ -27,7 +26,6 @@ def replicas(config: ConfigDict, definition: nnx.GraphDef, weights: tuple[Tree, 
     """
     check_axes(mesh)
     alone: Any = bind(definition, *weights)
-    run, maker = replace(alone.run, exchange=make_exchange(RULES, mesh)), family(config.family)
-    model = abstract(lambda rngs: maker.Model(maker.Config.from_config(config.model), run, rngs=rngs))
+    model = run_as(config, replace(alone.run, exchange=make_exchange(RULES, mesh)))
     own, *shapes = split(model)
     return Replicas(mesh, own, specs_of_weights(logical_axes(model), tuple(shapes), mesh))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deepseek_jax.bounds import path, whole
+from deepseek_jax.bounds import one_of, path, whole
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch._talking import drawing_of, template_name
 
@@ -25,6 +25,7 @@ FLAGS = {
     "rows": (int, 16, "requests that run at the same time", whole(1, 4096)),
     "queue": (int, 256, "requests that run or wait; more are refused with status 429", whole(1, 10**6)),
     "pages": (int, 0, "pages of 64 tokens in the cache (default: enough for all rows at full length)", whole(0, 10**8)),
+    "cache": (str, "full", "full; or fp8, which halves the cache of latent attention", one_of("full", "fp8")),
     "data": (int, 1, "devices with requests and pages of their own, that hold the same experts", whole(1, 2**16)),
     "expert": (int, 1, "devices with requests and pages of their own, over which experts are divided", whole(1, 2**16)),
     "drafts": (int, 0, "1: multi-token prediction drafts a second token for each; the text is the same", whole(0, 1)),
@@ -59,6 +60,7 @@ def open_service(options: Any, source: Path | str, keys: tuple[str, ...] = ()) -
     started = time.monotonic()
     engine = model.engine(
         make_mesh(options.data, options.expert) if options.data * options.expert > 1 else None,
+        options.cache,
         n_rows=options.rows,
         n_pages=options.pages or None,
         chunk=options.chunk,

@@ -58,6 +58,7 @@ class Execution:
     fetch: Callable[[str], Fetch] | None = None
     vocabulary: Vocabulary = WHOLE  # which ids' rows of the embedding and columns of the head are here
     context: Context = WHOLE_SEQUENCES  # the devices over which each sequence is divided
+    cache: str = "full"  # what generation keeps of latents: "full", in the dtype of the activations, or "fp8"
 
 
 SINGLE_DEVICE = Execution()  # float32 on one device

@@ -82,7 +82,7 @@ class Attention(nnx.Module):
         An attention that can read pages where they lie has its own.
         """
         own = jax.tree.map(lambda a: a[table_BN].reshape(len(table_BN), -1, *a.shape[2:]), pool)
-        return self.over_cache(x_BTD, tokens, own, self.cache.seen(own, tokens))
+        return self.over_cache(x_BTD, tokens, self.cache.unpacked(own), self.cache.seen(own, tokens))
 
     def attended(
         self, q_BTHQ: jax.Array, entries: Entries, weights: tuple, tokens: Tokens, q_offset: int | jax.Array

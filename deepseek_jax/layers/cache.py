@@ -32,6 +32,12 @@ class Layout(Protocol):
     def seen(self, cached: Cached, tokens: Tokens) -> jax.Array:
         """Returns seen_BTS: which slots of the memory each of these tokens, already written, looks at."""
 
+    def packed(self, entries: Entries) -> Cached:
+        """Returns entries as they are stored."""
+
+    def unpacked(self, cached: Cached) -> Entries:
+        """Returns what is stored as entries."""
+
 
 @dataclass(frozen=True)
 class Full:
@@ -42,17 +48,26 @@ class Full:
 
     def empty(self, entries: Entries, n_positions: int) -> Entries:
         """See `Layout`."""
-        return jax.tree.map(lambda x: jnp.zeros((x.shape[0], n_positions, *x.shape[2:]), x.dtype), entries)
+        stored = self.packed(entries)
+        return jax.tree.map(lambda x: jnp.zeros((x.shape[0], n_positions, *x.shape[2:]), x.dtype), stored)
 
     def write(self, cached: Entries, entries: Entries, tokens: Tokens) -> Entries:
         """See `Layout`."""
         rows = jnp.arange(tokens.positions_BT.shape[0])[:, None]
-        return jax.tree.map(lambda old, new: old.at[rows, tokens.positions_BT].set(new), cached, entries)
+        return jax.tree.map(lambda old, new: old.at[rows, tokens.positions_BT].set(new), cached, self.packed(entries))
 
     def seen(self, cached: Entries, tokens: Tokens) -> jax.Array:
         """See `Layout`."""
         n_slots = jax.tree.leaves(cached)[0].shape[1]
         return jnp.arange(n_slots) <= tokens.positions_BT[..., None]
+
+    def packed(self, entries: Entries) -> Cached:
+        """See `Layout`; here the entries themselves."""
+        return entries
+
+    def unpacked(self, cached: Cached) -> Entries:
+        """See `Layout`."""
+        return cached
 
 
 def first_pass(n_positions: int) -> Attend:
@@ -75,7 +90,7 @@ def next_chunk(start: int | jax.Array) -> Attend:
 
     def attend(attention: Any, x_BTD: jax.Array, tokens: Tokens, cached: Cached) -> tuple[jax.Array, Cached, Losses]:
         cached = attention.cache.write(cached, attention.entries(x_BTD, tokens), tokens)
-        u_BTD, losses = attention.over_itself(x_BTD, tokens, cached, start)
+        u_BTD, losses = attention.over_itself(x_BTD, tokens, attention.cache.unpacked(cached), start)
         return u_BTD, cached, losses
 
     return attend
@@ -89,8 +104,9 @@ def next_chunk_in_pages(start: int | jax.Array, table_BN: jax.Array) -> Attend:
     """
 
     def attend(attention: Any, x_BTD: jax.Array, tokens: Tokens, cached: Cached) -> tuple[jax.Array, Cached, Losses]:
-        cached = write_pages(cached, attention.entries(x_BTD, tokens), tokens, table_BN)
-        u_BTD, losses = attention.over_itself(x_BTD, tokens, read_pages(cached, table_BN), start)
+        cached = write_pages(cached, attention.cache.packed(attention.entries(x_BTD, tokens)), tokens, table_BN)
+        entries = attention.cache.unpacked(read_pages(cached, table_BN))
+        u_BTD, losses = attention.over_itself(x_BTD, tokens, entries, start)
         return u_BTD, cached, losses
 
     return attend
@@ -100,7 +116,7 @@ def next_tokens_in_pages(table_BN: jax.Array) -> Attend:
     """`next_tokens` over pages; see `next_chunk_in_pages`."""
 
     def attend(attention: Any, x_BTD: jax.Array, tokens: Tokens, cached: Cached) -> tuple[jax.Array, Cached, Losses]:
-        cached = write_pages(cached, attention.entries(x_BTD, tokens), tokens, table_BN)
+        cached = write_pages(cached, attention.cache.packed(attention.entries(x_BTD, tokens)), tokens, table_BN)
         return attention.over_pages(x_BTD, tokens, cached, table_BN), cached, {}
 
     return attend
@@ -123,4 +139,5 @@ def read_pages(pool: Entries, table_BN: jax.Array) -> Entries:
 def next_tokens(attention: Any, x_BTD: jax.Array, tokens: Tokens, cached: Cached) -> tuple[jax.Array, Cached, Losses]:
     """Decode: the tokens are written to memory and look at what they see of it."""
     cached = attention.cache.write(cached, attention.entries(x_BTD, tokens), tokens)
-    return attention.over_cache(x_BTD, tokens, cached, attention.cache.seen(cached, tokens)), cached, {}
+    seen_BTS = attention.cache.seen(cached, tokens)
+    return attention.over_cache(x_BTD, tokens, attention.cache.unpacked(cached), seen_BTS), cached, {}

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import normal
+from jax.typing import DTypeLike
 
 from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, param
 from deepseek_jax.layers.block import Attention, Losses
@@ -32,6 +33,7 @@ from deepseek_jax.layers.cache import Full
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.rope import Yarn, frequencies, rotary_scale, rotate, softmax_scale
 from deepseek_jax.layers.tokens import Tokens
+from pallas_kernels.mla_decode.fp8_cache import decode, encode
 
 LATENT_EPS = 1e-6  # of the latent norms; in the released code whatever the other norms have
 IN, OUT = "attention_in", "attention_out"  # roles of the weights
@@ -64,8 +66,33 @@ class Latents(NamedTuple):
     k_rope_BSP: jax.Array
 
 
+class Packed(NamedTuple):
+    """A token's entry in FP8: its bytes."""
+
+    entry_BSY: jax.Array
+
+
+@dataclass(frozen=True)
+class Fp8Latents(Full):
+    """`Full` in FP8: latents in E4M3 with a scale per 128 numbers, rotary keys of 16 bits; read in `dtype`.
+
+    V3's entry takes 656 bytes instead of 1,152 (`pallas_kernels.mla_decode`), the format published for V3.2's cache.
+    """
+
+    rope_width: int
+    dtype: DTypeLike
+
+    def packed(self, entries: Latents) -> Packed:
+        """See `layers.cache.Layout`."""
+        return Packed(encode(*entries))
+
+    def unpacked(self, cached: Packed) -> Latents:
+        """See `layers.cache.Layout`."""
+        return Latents(*(part.astype(self.dtype) for part in decode(cached.entry_BSY, self.rope_width)))
+
+
 class MLA(Attention):
-    """Multi-head latent attention; of `run` its `matmul`, `kernels` and `context` are used.
+    """Multi-head latent attention; of `run` its `matmul`, `kernels`, `context`, `cache` and `compute` are used.
 
     | ours | report | released name |
     | --- | --- | --- |
@@ -93,7 +120,7 @@ class MLA(Attention):
         self.k_up_CHN = param(rngs, (c.kv_rank, heads, c.nope_width), ("kv_latent", "heads", None), init, role=IN)
         self.v_up_CHU = param(rngs, (c.kv_rank, heads, c.value_width), ("kv_latent", "heads", None), init, role=IN)
         self.out_HUD = param(rngs, (heads, c.value_width, d_model), ("heads", None, "embed"), init, role=OUT)
-        self.config, self.cache = c, Full()
+        self.config, self.cache = c, Fp8Latents(c.rope_width, run.compute) if run.cache == "fp8" else Full()
         self.matmul, self.kernels, self.context = run.matmul, run.kernels, run.context
 
     def entries(self, x_BTD: jax.Array, tokens: Tokens) -> Latents:
@@ -148,7 +175,12 @@ class MLA(Attention):
         return self.matmul.einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...])
 
     def over_pages(self, x_BTD: jax.Array, tokens: Tokens, pool: Latents, table_BN: jax.Array) -> jax.Array:
-        """`over_cache` where the cache lies in pages of one pool, as `kernels.latent_decode` can read it."""
+        """`over_cache` where the cache lies in pages of one pool, as `kernels.latent_decode` can read it.
+
+        FP8 pages are read first: each sequence's are put side by side in the dtype of the queries.
+        """
+        if isinstance(self.cache, Fp8Latents):
+            return super().over_pages(x_BTD, tokens, pool, table_BN)
         seen_BTS = jnp.arange(table_BN.shape[1] * pool.c_BSC.shape[1]) <= tokens.positions_BT[..., None]
         return self.over_cache(x_BTD, tokens, pool, seen_BTS, table_BN)
 
