@@ -39,8 +39,6 @@ def source_of(options: Any) -> Path | str:
     if not source or (getattr(options, "from") and options.workdir):
         raise UserError("expected --from=DIR for published weights, or --workdir=RUN for a run of yours: one of them.")
     try:
-        import uvicorn  # noqa: F401
-
         from deepseek_jax.serve.api import app  # noqa: F401
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed. Run pip install 'deepseek_jax[serve]'.") from None
@@ -83,12 +81,10 @@ def open_service(options: Any, source: Path | str, keys: tuple[str, ...] = ()) -
 @contextlib.contextmanager
 def in_thread(service: "Service") -> Iterator[str]:
     """The server in a thread, on a port of this machine that is free, for as long as the block runs; its address."""
-    import uvicorn
-
-    from deepseek_jax.serve.api.app import create_app
+    from deepseek_jax.serve.api.app import make_server
 
     with listen("127.0.0.1", 0) as listener:
-        server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning"))
+        server = make_server(service)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:

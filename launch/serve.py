@@ -28,15 +28,12 @@ def main(argv: list[str]) -> int:
     """Runs the verb; returns the exit code."""
     options = _options.parse(argv, extra=FLAGS, config=False)
     source = _serving.source_of(options)
-    import uvicorn
-
-    from deepseek_jax.serve.api.app import create_app
+    from deepseek_jax.serve.api.app import make_server
 
     keys = tuple(key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip())
     service = _serving.open_service(options, source, keys)
     with _serving.listen(options.host, options.port) as listener:
-        config = uvicorn.Config(create_app(service), log_level="warning", timeout_graceful_shutdown=DRAIN_S)
         host, port = listener.getsockname()[:2]
         print(f"{service.name} at http://{host}:{port}/v1 (Ctrl-C stops)", file=sys.stderr, flush=True)
-        uvicorn.Server(config).run(sockets=[listener])
+        make_server(service, timeout_graceful_shutdown=DRAIN_S).run(sockets=[listener])
     return 0

@@ -7,18 +7,18 @@ import asyncio
 import http.client
 import json
 import random
+import socket
 import threading
 import time
 import types
 
 import openai
 import pytest
-import uvicorn
 
 from deepseek_jax.data.chat import TEMPLATES
 from deepseek_jax.data.tokenizer import open_tokenizer
 from deepseek_jax.errors import UserError
-from deepseek_jax.serve.api.app import create_app
+from deepseek_jax.serve.api.app import make_server
 from deepseek_jax.serve.api.service import Service
 from deepseek_jax.serve.engine import Logprob, Output, Sampling
 from deepseek_jax.serve.worker import Dead, Worker
@@ -49,7 +49,8 @@ class Job:
 class Script:
     """An engine whose requests say `answer(prompt)`, `speed` tokens per step."""
 
-    def __init__(self):
+    def __init__(self, tokenizer=BYTES):
+        self.tokenizer = tokenizer
         self.answer, self.speed, self.requests, self.delay_s = lambda prompt: "Hi!" + END, 3, [], 0.0
         self.prompts, self.samplings = [], []
         scheduler, pages = types.SimpleNamespace(running=[]), types.SimpleNamespace(n_pages=9, n_free=8)
@@ -59,10 +60,10 @@ class Script:
     def submit(self, prompt, sampling):
         if len(prompt) > 400:
             raise UserError("too long")
-        self.prompts.append(BYTES.decode(prompt, specials=True))
+        self.prompts.append(self.tokenizer.decode(prompt, specials=True))
         self.samplings.append(sampling)
         said = self.answer(self.prompts[-1])
-        ids = BYTES.encode(said, specials=True).tolist()[: sampling.max_new_tokens]
+        ids = self.tokenizer.encode(said, specials=True).tolist()[: sampling.max_new_tokens]
         if sampling.constraint:
             ids = self.constrained(ids, sampling)
         self.requests.append(Job(ids, min(64, len(prompt)), sampling, prompt))
@@ -113,8 +114,7 @@ def serve(script, name="r1", **options):
     options = {"name": "mine", "tokenizer": BYTES, "end_ids": (BYTES.eos_id,), "n_positions": 500} | options
     worker = Worker(script, options.pop("most", 8))
     service = Service(worker=worker, template=TEMPLATES[name] if name else None, **options)
-    config = uvicorn.Config(create_app(service), port=0, log_level="warning")
-    server = uvicorn.Server(config)
+    server = make_server(service, port=0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -513,6 +513,64 @@ def test_a_full_queue_refuses_and_recovers(client, served, script):
         stream.close()
     wait_until(lambda: served.worker.n_open == 0)
     assert client.chat.completions.create(model="mine", messages=ASK, max_tokens=4).choices[0].message.content == "word"
+
+
+def test_calls_arrive_piece_by_piece_and_name_and_id_once():
+    """Also where a whole call comes in one step, and where its arguments end in a number or a nested object."""
+    tokenizer = open_tokenizer("deepseek")
+    script = Script(tokenizer)
+    made = serve(script, name="v31", tokenizer=tokenizer, end_ids=(tokenizer.eos_id,), n_positions=900)
+    marks = {"{": "<｜tool▁call▁begin｜>", "|": "<｜tool▁sep｜>", "}": "<｜tool▁call▁end｜>"}
+    calls = [
+        ("add", '{"a": 1, "b": {"c": [true, null]}}'),
+        ("say", '{"text": "' + "long and " * 30 + '"}'),
+        ("now", "{}"),
+    ]
+    said = "".join(marks["{"] + name + marks["|"] + arguments + marks["}"] for name, arguments in calls)
+    script.answer = lambda prompt: "So: <｜tool▁calls▁begin｜>" + said + "<｜tool▁calls▁end｜>" + END
+    tools = [{"type": "function", "function": {"name": name, "parameters": {}}} for name, _ in calls]
+    ask = {"model": "mine", "messages": ASK, "tools": tools}
+    with openai.OpenAI(base_url=made.url, api_key="any", max_retries=0) as client:
+        (whole,) = client.chat.completions.create(**ask).choices
+        assert whole.finish_reason == "tool_calls" and whole.message.content == "So: "
+        assert [(call.function.name, call.function.arguments) for call in whole.message.tool_calls] == calls
+        for speed in (1, 7, 500):
+            script.speed, found, n_pieces = speed, {}, 0
+            for chunk in client.chat.completions.create(**ask, stream=True):
+                for call in chunk.choices[0].delta.tool_calls or ():
+                    n_pieces += 1
+                    assert (call.index in found) != bool(call.id) and bool(call.id) == bool(call.function.name)
+                    name, arguments = found.get(call.index, (call.function.name, ""))
+                    found[call.index] = name, arguments + call.function.arguments
+            assert [found[n] for n in range(3)] == calls
+            assert (n_pieces > 40) == (speed == 1)
+    made.server.should_exit = True
+    made.thread.join(10)
+
+
+def test_a_thought_that_fills_the_answer_is_no_content(client, script):
+    script.answer = lambda prompt: "<think>\nHm, and so on" + END
+    found = client.chat.completions.create(model="mine", messages=ASK, max_tokens=8).choices[0]
+    assert (found.message.content, found.message.reasoning_content, found.finish_reason) == ("", "Hm, an", "length")
+
+
+def test_no_request_brings_a_template(client, script):
+    evil = {"chat_template": "{{ 7 * 7 }}", "chat_template_kwargs": {"thinking": True}, "documents": []}
+    client.chat.completions.create(model="mine", messages=ASK, extra_body=evil)
+    assert script.prompts == ["<｜begin▁of▁sentence｜><｜User｜>1+1=?<｜Assistant｜>"]
+
+
+def test_long_heads_are_refused(served, client):
+    place = served.url.removeprefix("http://").split(":")
+    for lines in (["X: " + "y" * 10**6], [f"X-{n}: {'y' * 100}" for n in range(10_000)]):
+        with socket.create_connection((place[0], int(place[1])), timeout=10) as connection:
+            try:
+                connection.sendall("\r\n".join(["GET /health HTTP/1.1", "Host: x", *lines, "", ""]).encode())
+                answer = connection.recv(100)
+            except ConnectionError:
+                answer = b""
+        assert b" 200 " not in answer
+    assert ask(served, "GET", "/health")[0] == 200
 
 
 def test_a_base_model_has_no_chat():

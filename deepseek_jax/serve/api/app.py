@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -37,6 +38,7 @@ from deepseek_jax.serve.api.tokens import token_routes
 from deepseek_jax.serve.worker import Busy, Dead
 
 MOST_BYTES = 32 * 2**20  # of a request's body
+MOST_HEAD_BYTES = 2**16  # of its headers, where they do not arrive at once
 PAGE = Path(__file__).with_name("page.html")
 POLICY = (  # the page is whole: nothing is loaded but what the server itself answers
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
@@ -82,6 +84,15 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(AnyHTTPException, _refused)
     return app
+
+
+def make_server(service: Service, **options: Any) -> uvicorn.Server:
+    """Returns the server of the application; `options` as for `uvicorn.Config`."""
+    app = create_app(service)
+    config = uvicorn.Config(
+        app, log_level="warning", http="h11", h11_max_incomplete_event_size=MOST_HEAD_BYTES, **options
+    )
+    return uvicorn.Server(config)
 
 
 def _models(service: Service) -> APIRouter:
