@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable
 
 from deepseek_jax.launch._profile import Event
 
+# operations by the beginnings of their names, which are those of XLA or, with underscores, of JAX
 EXCHANGES = ("all-to-all", "ragged-all-to-all")
-TRANSFERS = ("collective-permute",)
-REDUCTIONS = ("all-reduce", "all-gather", "reduce-scatter")
+TRANSFERS = ("collective-permute", "ppermute")
+REDUCTIONS = ("all-reduce", "psum", "all-gather", "reduce-scatter")
 Spans = list[tuple[float, float]]  # disjoint, in order
 
 
@@ -38,10 +39,13 @@ def _of_device(events: list[Event], is_main: Callable[[str], bool]) -> dict[str,
     """Returns microseconds."""
 
     def of(*kinds: str, keep: Callable[[str], bool] = lambda name: True) -> Spans:
-        return union((e.begin, e.begin + e.taken) for e in events if e.name.startswith(kinds) and keep(e.name))
+        return union((e.begin, e.begin + e.taken) for e in events if is_one(e, kinds) and keep(e.name))
+
+    def is_one(event: Event, kinds: tuple[str, ...]) -> bool:
+        return event.name.replace("_", "-").startswith(kinds)
 
     collectives = (*EXCHANGES, *TRANSFERS, *REDUCTIONS)
-    compute = union((e.begin, e.begin + e.taken) for e in events if not e.name.startswith(collectives))
+    compute = union((e.begin, e.begin + e.taken) for e in events if not is_one(e, collectives))
     exchange, main = of(*EXCHANGES), of(*EXCHANGES, keep=is_main)
     worked = union([*compute, *exchange, *of(*REDUCTIONS)])
     begin, end = min(e.begin for e in events), max(e.begin + e.taken for e in events)

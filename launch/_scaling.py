@@ -164,7 +164,7 @@ def main(argv: list[str]) -> int:
     for name in [name for name, job in jobs.items() if is_known(entries.get(name), job)]:
         print(f"{name}: measured before", flush=True)
         del jobs[name]
-    for name, found in measure(jobs, options.together, options.limit_s, environment) if jobs else ():
+    for name, found in measure(jobs, options.together, options.limit_s, environment):
         entries[name] = {"job": jobs[name], "found": found}
         if table := found.pop("table", []):
             (folder / f"{name}.txt").write_text("\n".join(table) + "\n")
@@ -228,12 +228,16 @@ def measure(
 ) -> Iterator[tuple[str, dict]]:
     """Yields what was found of each job, by its name; `together` processes compile before the first of them runs.
 
-    The first one does so alone: which algorithms are fastest it can only find out undisturbed, and the others read it
-    from the cache of compiled programs.
+    The layout of one device does so alone: which algorithms are fastest it can only find out undisturbed, and the
+    others read it from the cache of compiled programs.
     """
-    first, *others = jobs
+    alone = [name for name in jobs if name.endswith("-one")]
+    others = [name for name in jobs if name not in alone]
+    groups = [[name] for name in alone] + [
+        others[start : start + together] for start in range(0, len(others), together)
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        for names in ([first], *(others[start : start + together] for start in range(0, len(others), together))):
+        for names in groups:
             with contextlib.ExitStack() as stack:
                 layouts = [stack.enter_context(Layout(jobs[name], folder, environment)) for name in names]
                 for layout in layouts:

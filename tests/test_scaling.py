@@ -145,12 +145,12 @@ def test_what_a_profile_hides_by_hand():
     ms = 1e3
     a = [
         Event(("a", 1), "gemm", 0, 5 * ms),
-        Event(("a", 2), "all-to-all-start.1", 2 * ms, 4 * ms),
+        Event(("a", 2), "all_to_all.1", 2 * ms, 4 * ms),
         Event(("a", 2), "collective-permute.2", 6 * ms, 2 * ms),
         Event(("a", 2), "all-reduce.3", 9 * ms, 1 * ms),
     ]
     b = [Event(("b", 1), "gemm", 0, 10 * ms)]
-    found = _overlap.summary([*a, *b], lambda name: name == "all-to-all-start.1")
+    found = _overlap.summary([*a, *b], lambda name: name == "all_to_all.1")
     assert found["step"] == 10 and found["compute"] == 7.5 and found["reductions"] == 0.5
     assert found["exchange"] == found["main_exchange"] == 2 and found["exchange_hidden"] == 1.5
     assert found["waiting"] == 1.5

@@ -97,7 +97,7 @@ class Experts(nnx.Module):
         narrow, axes = (c.n_experts, c.expert_width, d_model), ("experts", "mlp", "embed")
         self.down_XFD = param(rngs, narrow, axes, init, role="down")
         self.balance, self.exchange, self.matmul, self.context = balance, run.exchange, run.matmul, run.context
-        self.limit = c.top_groups / c.n_groups
+        self.limit = c.top_groups, c.n_groups
 
     def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Statistics]:
         """Returns (y_BTD, loads and balance losses); padding goes to no routed expert and counts nowhere."""

@@ -104,8 +104,11 @@ class Exchange:
         members = self.n_devices // self.groups
         return Hop(self.axis, self.groups, members, members * n_local), Hop(self.axis, members, 1, n_local)
 
-    def plan(self, n_tokens: int, top_k: int, n_local: int, limit: float = 1.0) -> "Plan":
-        """The plan for the tokens of a device; `limit` is the part of all experts among which a token's can lie."""
+    def plan(self, n_tokens: int, top_k: int, n_local: int, limit: tuple[int, int] = (1, 1)) -> "Plan":
+        """The plan for the tokens of a device.
+
+        A token's experts lie in at most `limit[0]` of the `limit[1]` groups into which a router divides all experts.
+        """
         hops = self.hops(n_local)
         sizes = [_sizes(hops, headroom, n_tokens, top_k, limit) for headroom in HEADROOM]
         most = itertools.accumulate((size.computed for size in sizes), max)
@@ -141,11 +144,13 @@ class Plan(NamedTuple):
         return last, sum(before)
 
 
-def _sizes(hops: tuple[Hop, ...], headroom: float, n_tokens: int, top_k: int, limit: float) -> Sizes:
+def _sizes(hops: tuple[Hop, ...], headroom: float, n_tokens: int, top_k: int, limit: tuple[int, int]) -> Sizes:
+    top_groups, n_groups = limit
     buffers, n_rows, reached, sources = [], n_tokens, 1, 1
     for hop in hops:
         reached *= hop.n  # groups, then devices
-        copies = min(top_k, math.ceil(reached * limit))
+        # a group of the router's is on several devices, or several groups are on one
+        copies = min(top_k, reached, top_groups * max(math.ceil(reached / n_groups), 1))
         buffers.append(_padded(headroom, n_tokens * copies * sources / reached, n_rows))
         n_rows, sources = buffers[-1] * hop.n, sources * hop.n
     most = n_rows * min(top_k, hops[-1].n_held)

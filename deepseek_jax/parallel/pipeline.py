@@ -26,7 +26,7 @@ import numpy as np
 
 from deepseek_jax.parallel.mesh import PIPE
 from deepseek_jax.parallel.split_backward import Arrays, Split, Tree
-from deepseek_jax.parallel.tick_table import POOLS, SOURCES, Branch, TickTable
+from deepseek_jax.parallel.tick_table import POOLS, SOURCES, WRITTEN, Branch, TickTable
 
 
 class Ends(NamedTuple):
@@ -128,24 +128,24 @@ def run_pipeline(
     nothing = jax.tree.map(_zeros, shapes)
     start = _empty_pools(table, shapes), _no_sums(shapes, of_ends, n_chunks, shared)
     programs = [
-        [_branch(branch, switch.kinds, stages, weights, fixed, rest, nothing) for branch in switch.branches]
-        for switch in switches
+        [_program(branch, stages, weights, fixed, rest, nothing) for branch in switch.branches] for switch in switches
     ]
+    if overlap:
+        run = _in_place(switches[0].branches, programs[0], stages, nothing, shared)
+    else:
+        run = _beside(switches, programs, nothing, shared)
     rank = jax.lax.axis_index(PIPE)
 
     def tick(carry: tuple[Pools, Sums], row: dict) -> tuple[tuple[Pools, Sums], None]:
         pools, sums = carry
         mine = jax.tree.map(lambda column: column[rank], row["ranks"])
         mine["x"] = _given(ends, pools.x, mine, row, rest)
-        parts: dict[str, Any] = {}
-        for index, branches in zip(mine["branch"], programs, strict=True):
-            parts |= jax.lax.switch(index, branches, pools, mine, parts)
-        made = Made(**parts)
-        kept = {pool: _put(getattr(pools, pool), getattr(made, pool), slot) for pool, slot in mine["write"].items()}
+        made, kept, gradients = run(pools, sums.gradients, mine)
         for pool, arrivals in mine["arrive"].items():
             kept[pool] = _arrived(getattr(pools, pool), getattr(made, pool), arrivals, table.arrive[pool])
         kept["d_out"], of_ends = _after(ends, pools.d_out, made, mine, row, rest)
-        return (pools._replace(**kept), _added(sums, made, of_ends, mine["chunk"], shared)), None
+        reports = _add(sums.reports, made.report, mine["chunk"]["F"])
+        return (pools._replace(**kept), Sums(gradients, reports, _add(sums.ends, of_ends, 0))), None
 
     (_, sums), _ = jax.lax.scan(tick, start, _rows(table, switches))
     found = [_of_chunk(sums, chunk, shared) for chunk in range(n_chunks)]
@@ -171,16 +171,6 @@ def _empty_pools(table: TickTable, shapes: Made) -> Pools:
 def _no_sums(shapes: Made, of_ends: tuple[Tree, Tree], n_chunks: int, shared: Collection[str]) -> Sums:
     gradients = {name: _zero_sums(a, 1 if name in shared else n_chunks) for name, a in shapes.gradient.items()}
     return Sums(gradients, _zero_sums(shapes.report, n_chunks), _zero_sums(of_ends, 1))
-
-
-def _added(sums: Sums, made: Made, of_ends: tuple[Tree, Tree], chunk: dict, shared: Collection[str]) -> Sums:
-    """Returns the sums with what a tick has made; what all chunks share is summed as that of the first."""
-    chunks = {name: 0 if name in shared else chunk["W"] for name in made.gradient}
-    return Sums(
-        {name: _add(sums.gradients[name], gradient, chunks[name]) for name, gradient in made.gradient.items()},
-        _add(sums.reports, made.report, chunk["F"]),
-        _add(sums.ends, of_ends, 0),
-    )
 
 
 def _nth(tree: Tree, n: int) -> Tree:
@@ -361,28 +351,124 @@ def _arrived(pool: Tree, sent: Tree, slots: dict[str, jax.Array], plan: dict[str
     return pool
 
 
-def _branch(
+# (pools, gradients, row) -> (made, pools that have changed, gradients)
+Run = Callable[[Pools, dict, dict], tuple[Made, dict[str, Arrays], dict]]
+
+
+def _in_place(
+    branches: Sequence[Branch],
+    programs: Sequence[Callable],
+    stages: Sequence[Split],
+    nothing: Made,
+    shared: Collection[str],
+) -> Run:
+    """Returns what runs an op whose branch itself puts results into the buffers, only those that it has.
+
+    XLA changes the buffers without a copy, as long as whatever a branch reads of them is read before: the barrier says
+    so. (Its CPU compiler drops barriers, and copies.)
+    """
+    nothing = nothing._replace(early=[], late=[], stash=[], gradient={})
+
+    def of(branch: Branch, program: Callable) -> Callable:
+        has_own_stash = {"B", "W"} <= {kind for kind, _, _ in branch}
+        w_part = next((part for part in branch if part[0] == "W"), None)
+
+        def run(pools: dict[str, Arrays], gradients: dict, others: Pools, row: dict) -> tuple:
+            found = program(others._replace(**pools), row, {})
+            pools, gradients, found = jax.lax.optimization_barrier((pools, gradients, found))
+            lists = {pool: found.pop(pool, []) for pool in WRITTEN}
+            if has_own_stash:
+                lists["stash"] = []
+            kept = {pool: _put_some(arrays, lists[pool], row["write"].get(pool)) for pool, arrays in pools.items()}
+            if w_part:
+                made, zero = found.pop("gradient"), stages[w_part[2]].is_zero
+                gradients = {
+                    name: _add_some(sums, made[name], zero[name], 0 if name in shared else w_part[1])
+                    for name, sums in gradients.items()
+                }
+            return nothing._replace(**found), kept, gradients
+
+        return run
+
+    runs = [of(*pair) for pair in zip(branches, programs, strict=True)]
+
+    def tick(pools: Pools, gradients: dict, row: dict) -> tuple[Made, dict[str, Arrays], dict]:
+        changing = {pool: getattr(pools, pool) for pool in WRITTEN}
+        others = pools._replace(**{pool: [] for pool in WRITTEN})
+        return jax.lax.switch(row["branch"][0], runs, changing, gradients, others, row)
+
+    return tick
+
+
+def _beside(
+    switches: Sequence[Switch], programs: Sequence[Sequence[Callable]], nothing: Made, shared: Collection[str]
+) -> Run:
+    """Returns what runs an op by one switch after the other, and puts what they have made into the buffers."""
+    branches = [
+        [_filled(program, switch.kinds, nothing) for program in each]
+        for switch, each in zip(switches, programs, strict=True)
+    ]
+
+    def tick(pools: Pools, gradients: dict, row: dict) -> tuple[Made, dict[str, Arrays], dict]:
+        parts: dict[str, Any] = {}
+        for index, each in zip(row["branch"], branches, strict=True):
+            parts |= jax.lax.switch(index, each, pools, row, parts)
+        made = Made(**parts)
+        kept = {pool: _put(getattr(pools, pool), getattr(made, pool), slot) for pool, slot in row["write"].items()}
+        chunks = {name: 0 if name in shared else row["chunk"]["W"] for name in made.gradient}
+        return made, kept, {name: _add(gradients[name], made.gradient[name], chunks[name]) for name in chunks}
+
+    return tick
+
+
+def _put_some(pool: Arrays, arrays: Arrays, slot: jax.Array | None) -> Arrays:
+    """The pool with these arrays in a slot; its others, which hold what other kinds of stages keep, as they are."""
+    changed = list(pool)
+    places = _places([jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in pool], arrays)
+    for place, array in zip(places, arrays, strict=True):
+        changed[place] = _put(changed[place], array, slot)
+    return changed
+
+
+def _add_some(sums: Tree, values: Tree, is_zero: Tree, index: int) -> Tree:
+    """As `_add`, of values that are not zero whatever the stage is given."""
+    return jax.tree.map(lambda a, v, zero: a if zero else _add(a, v, index), sums, values, is_zero)
+
+
+def _filled(program: Callable, kinds: str, nothing: Made) -> Callable[[Pools, dict, dict], dict]:
+    """Returns a program that makes everything that parts of `kinds` make, zeros where it has nothing."""
+
+    def run(pools: Pools, row: dict, before: dict) -> dict:
+        made: dict[str, Any] = {name: getattr(nothing, name) for kind in kinds for name in MAKES[kind]}
+        for name, found in program(pools, row, before).items():
+            made[name] = _held(made[name], found) if name in WRITTEN else found
+        return made
+
+    return run
+
+
+def _held(empty: Arrays, arrays: Arrays) -> Arrays:
+    filled = list(empty)
+    for place, array in zip(_places(filled, arrays), arrays, strict=True):
+        filled[place] = array
+    return filled
+
+
+def _program(
     branch: Branch,
-    kinds: str,
     stages: Sequence[Split],
     weights: Sequence[Tree],
     fixed: Sequence[Tree],
     rest: Tree,
     nothing: Made,
 ) -> Callable[[Pools, dict, dict], dict]:
-    """Returns the program of a branch: it reads buffers, and returns what parts of `kinds` make.
+    """Returns the program of a branch: it reads buffers, and returns what its parts make.
 
     Its last argument is what the switches before it in the same tick have made.
     """
 
-    def held(pool: str, arrays: Arrays) -> Arrays:
-        filled = list(getattr(nothing, pool))
-        for place, array in zip(_places(filled, arrays), arrays, strict=True):
-            filled[place] = array
-        return filled
-
     def run(pools: Pools, row: dict, before: dict) -> dict:
-        made: dict[str, Any] = {name: getattr(nothing, name) for kind in kinds for name in MAKES[kind]}
+        made: dict[str, Any] = {}
         stash: Arrays | None = None
         for kind, chunk, number in branch:
             stage, mine = stages[number], weights[chunk]
@@ -394,12 +480,11 @@ def _branch(
 
             if kind == "F":
                 (y, out), report, early, late = stage.forward(mine, row["x"], of_batch)
-                kept = {"early": held("early", early), "late": held("late", late)}
-                made |= {"x": y, "out": out, "report": report} | kept
+                made |= {"x": y, "out": out, "report": report, "early": early, "late": late}
             elif kind == "B":
                 dy = _at(pools.dy, row["read"]["dy"]), _at(pools.d_out, row["read"]["d_out"])
                 (dx, d_given), stash = stage.backward(mine, of_batch, dy, read("early"), read("late"))
-                made |= {"dy": dx, "d_given": d_given, "stash": held("stash", stash) if nothing.stash else []}
+                made |= {"dy": dx, "d_given": d_given} | ({"stash": stash} if nothing.stash else {})
             else:
                 if stash is None and "stash" in row["read"]:
                     stash = read("stash")

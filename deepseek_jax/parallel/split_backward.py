@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 Tree = Any
@@ -64,6 +65,7 @@ class Split:
     backward: Callable[[Tree, Tree, Tree, Arrays, Arrays], tuple[Tree, Arrays]]
     weights: Callable[[Tree, Tree, Arrays, Arrays], Tree]  # (weights, rest, late, stash) -> gradient of the weights
     shapes: dict[str, Arrays]  # by name, of "early", "late" and "stash": `jax.ShapeDtypeStruct`s
+    is_zero: Tree  # of each weight, whether its gradient is zero in any case, since the stage does not read it
 
 
 def split(stage: Callable, weights: Tree, x: Tree, rest: Tree, saveable: Saveable = everything) -> Split:
@@ -175,6 +177,15 @@ class _Divided:
         order = {id(equation): i for i, equation in enumerate(self.maker.values())}
         return sorted(found.values(), key=lambda equation: order[id(equation)])
 
+    def _is_zero(self, variable: Any) -> bool:
+        """Whether a variable is nothing but a zero in some shape."""
+        while not isinstance(variable, core.Literal):
+            equation = self.maker.get(variable)
+            if equation is None or equation.primitive.name not in FORMS:
+                return False
+            variable = equation.invars[0]
+        return not np.any(variable.val)
+
     def _order(self, equations: list, first: list) -> list:
         return list(dict.fromkeys([*first, *itertools.chain.from_iterable(e.outvars for e in equations)]))
 
@@ -223,7 +234,8 @@ class _Divided:
 
         kept = {"early": self.early, "late": self.late, "stash": self.stash}
         shapes: dict[str, list] = {name: [_shape(v.aval) for v in variables] for name, variables in kept.items()}
-        return Split(forward, backward, gradient, shapes)
+        is_zero = jax.tree.unflatten(of_weights, [self._is_zero(v) for v in self.d_weights])
+        return Split(forward, backward, gradient, shapes, is_zero)
 
 
 def _cut(variables: list, sizes: list[int]) -> list[list]:

@@ -170,7 +170,7 @@ def test_the_routings_above_need_every_buffer_size():
 
 def test_sizes_of_v3_on_eight_nodes():
     """4,096 tokens of a device, 8 experts each, on 4 of 8 nodes of 8 devices; 4 experts a device."""
-    plan = Exchange(EXPERT, 64, 8).plan(4096, 8, 4, limit=0.5)
+    plan = Exchange(EXPERT, 64, 8).plan(4096, 8, 4, limit=(4, 8))
     balanced, _, any_load = plan.sizes
     assert balanced.buffers == (1.25 * 4096 * 4 / 8, 1.25 * 4096 * 8 / 8)
     assert any_load.buffers == (4096, 8 * 4096)
@@ -181,6 +181,7 @@ def test_sizes_that_are_all_alike_are_given():
     """8 of 16 experts over 2 devices: every token goes to both of them, so there is nothing to choose."""
     plan = Exchange("expert", 2).plan(64, 8, 8)
     assert plan.given == plan.sizes[-1] and plan.given.buffers == (64,)
+    assert Exchange("expert", 2).plan(64, 8, 8, limit=(4, 8)).given, "two devices with four of the router's groups each"
     assert Exchange("expert", W).plan(64, 2, E // W).given is None
 
 
