@@ -143,9 +143,9 @@ def run_pipeline(
         made, kept, gradients = run(pools, sums.gradients, mine)
         for pool, arrivals in mine["arrive"].items():
             kept[pool] = _arrived(getattr(pools, pool), getattr(made, pool), arrivals, table.arrive[pool])
-        kept["d_out"], of_ends = _after(ends, pools.d_out, made, mine, row, rest)
+        kept["d_out"], of_ends = _after(ends, pools.d_out, sums.ends, made, mine, row, rest)
         reports = _add(sums.reports, made.report, mine["chunk"]["F"])
-        return (pools._replace(**kept), Sums(gradients, reports, _add(sums.ends, of_ends, 0))), None
+        return (pools._replace(**kept), Sums(gradients, reports, of_ends)), None
 
     (_, sums), _ = jax.lax.scan(tick, start, _rows(table, switches))
     found = [_of_chunk(sums, chunk, shared) for chunk in range(n_chunks)]
@@ -185,26 +185,40 @@ def _given(ends: Ends, pool: Tree, mine: dict, row: dict, rest: Tree) -> tuple[T
     return x, given
 
 
-def _after(ends: Ends, pool: Tree, made: Made, mine: dict, row: dict, rest: Tree) -> tuple[Tree, tuple[Tree, Tree]]:
-    """Returns the pool of d_out, and (gradient, report) of the ends, after a tick's op."""
-    found, lanes = [], _lanes(row["ends"])
+def _after(
+    ends: Ends, pool: Tree, sums: tuple[Tree, Tree], made: Made, mine: dict, row: dict, rest: Tree
+) -> tuple[Tree, tuple[Tree, Tree]]:
+    """Returns the pool of d_out, and the sums of (gradient, report) of the ends, after a tick's op."""
+    lanes = _lanes(row["ends"])
 
     def of_lane(tree: Tree, kind: str, number: int) -> Tree:
         is_in = mine["lane"][kind] == number
         return tree if len(lanes) == 1 else jax.tree.map(lambda a: jnp.where(is_in, a, 0), tree)
 
+    def head(sums: tuple[Tree, Tree], out: Tree, last: Tree) -> tuple[tuple[Tree, Tree], Tree]:
+        report, d_out, gradient = ends.loss(_from_all(out), last)
+        return (_added(sums[0], gradient), _add(sums[1], report, 0)), d_out
+
+    def embedding(gradients: Tree, first: Tree, last: Tree, d_given: tuple[Tree, Tree]) -> Tree:
+        return _added(gradients, ends.backward(first, last, _from_all(d_given)))
+
     for number, lane in enumerate(lanes):
         is_on, _, last = _ends_of(rest, lane["F_last"], lane["F_last"])
         out = of_lane(made.out, "F", number)
-        report, d_out, gradient = _when(lambda out, last: ends.loss(_from_all(out), last), is_on, out, last)
+        no_d_out = jax.tree.map(jnp.zeros_like, out)
+        sums, d_out = jax.lax.cond(is_on, head, lambda sums, *_, none=no_d_out: (sums, none), sums, out, last)
         pool = _put(pool, d_out, mine["settle"][number])
         is_on, first, last = _ends_of(rest, lane["B_first"], lane["B_last"])
         dx = jax.tree.map(lambda a: jnp.where(mine["at_first"]["B"], a, 0), made.dy)
         d_given = of_lane((dx, made.d_given), "B", number)
-        gradient |= _when(lambda a, b, d: ends.backward(a, b, _from_all(d)), is_on, first, last, d_given)
-        found.append((gradient, report))
-    of_ends: tuple[Tree, Tree] = jax.tree.map(lambda *a: sum(a[1:], a[0]), *found)
-    return pool, of_ends
+        gradients = jax.lax.cond(is_on, embedding, lambda sums, *_: sums, sums[0], first, last, d_given)
+        sums = gradients, sums[1]
+    return pool, sums
+
+
+def _added(sums: dict, some: dict) -> dict:
+    """The sums with `some` of their entries added, in place."""
+    return sums | {name: _add(sums[name], values, 0) for name, values in some.items()}
 
 
 def _from_all(tree: Tree) -> Tree:
@@ -379,7 +393,7 @@ def _in_place(
             lists = {pool: found.pop(pool, []) for pool in WRITTEN}
             if has_own_stash:
                 lists["stash"] = []
-            kept = {pool: _put_some(arrays, lists[pool], row["write"].get(pool)) for pool, arrays in pools.items()}
+            kept = {pool: _put_some(arrays, lists[pool], row["write"].get(pool, 0)) for pool, arrays in pools.items()}
             if w_part:
                 made, zero = found.pop("gradient"), stages[w_part[2]].is_zero
                 gradients = {
@@ -421,10 +435,11 @@ def _beside(
     return tick
 
 
-def _put_some(pool: Arrays, arrays: Arrays, slot: jax.Array | None) -> Arrays:
+def _put_some(pool: Arrays, arrays: Arrays, slot: jax.Array | int) -> Arrays:
     """The pool with these arrays in a slot; its others, which hold what other kinds of stages keep, as they are."""
     changed = list(pool)
-    places = _places([jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in pool], arrays)
+    shapes: Any = [jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in pool]
+    places = _places(shapes, arrays)
     for place, array in zip(places, arrays, strict=True):
         changed[place] = _put(changed[place], array, slot)
     return changed
