@@ -73,6 +73,13 @@ def with_fp8_cache(config: ConfigDict, run: Execution) -> Execution:
     return replace(run, cache="fp8")
 
 
+def with_routes(config: ConfigDict, run: Execution) -> Execution:
+    """`run` whose blocks report routes. Raises UserError unless the model has routed experts."""
+    if "expert_width" not in config.model:
+        raise UserError(f"routes=True: the model of {config.name} has no routed experts. Leave routes=False.")
+    return replace(run, routes=True)
+
+
 def check_memory(name: str, weights: Tree) -> None:
     """Raises UserError for weights that do not fit; allocating them anyway may get the process killed silently."""
     needed, there = sum(w.size * w.dtype.itemsize for w in jax.tree.leaves(weights)), memory_bytes()

@@ -16,7 +16,7 @@ The weights are plain nested dicts, `model.params` and `model.router_bias`: repl
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -34,6 +34,7 @@ from deepseek_jax.abstract_model import (
     module,
     run_as,
     with_fp8_cache,
+    with_routes,
 )
 from deepseek_jax.bounds import one_of
 from deepseek_jax.compat import quick_compile
@@ -46,8 +47,18 @@ from deepseek_jax.precision.policy import policy
 from deepseek_jax.seeds import random_key
 from deepseek_jax.serve.engine import Engine
 from deepseek_jax.serve.generate import ENDED, Generator
+from deepseek_jax.serve.offline import Completion, complete
 from deepseek_jax.serve.sampler import row_keys
+from deepseek_jax.serve.sampling import Sampling
 from deepseek_jax.weights import export, open_weights
+
+
+class Served(NamedTuple):
+    """The engine of `LanguageModel.serve`, with its options and the leaves of its weights."""
+
+    options: dict[str, Any]
+    weights: list[jax.Array]
+    engine: Engine
 
 
 class LanguageModel:
@@ -74,6 +85,7 @@ class LanguageModel:
         definition = on_device.definition(config, self._definition)
         self._generator = Generator(definition, config.model.vocab_size, matmul_precision)
         self._narrowed = on_device.Narrowed(config)
+        self._served: Served | None = None
 
         @jax.jit
         def forward(params: Tree, router_bias: Tree, ids_BT: jax.Array) -> jax.Array:
@@ -177,27 +189,54 @@ class LanguageModel:
         options = self._options([ids], max_new_tokens, temperature, top_p, seed, stop_ids)
         return (int(new_B[0]) for new_B in self._generator.stream(*options.pop("inputs"), **options))
 
-    def engine(self, mesh: Mesh | None = None, cache: str = "full", **options: Any) -> Engine:
+    def engine(self, mesh: Mesh | None = None, cache: str = "full", routes: bool = False, **options: Any) -> Engine:
         """Returns an engine that runs many requests at once.
 
         Args:
             mesh: devices that have requests of their own and share the routed experts: `parallel.mesh.make_mesh` with
                 sizes of `data` and `expert`. The weights are copied there. None: one device.
             cache: "full", in the dtype of the activations, or "fp8", which halves the cache of latent attention.
+            routes: whether requests report the experts that their tokens chose.
             options: as for `serve.engine.Engine`; rows and pages are those of each device.
 
         Raises UserError: an unknown cache, or a model or mesh for which there is none.
         """
         one_of("full", "fp8").check("cache", cache)
         definition, weights = self._generator.definition, (self._narrowed(self.params), self.router_bias)
-        if cache == "fp8":
+        if cache == "fp8" or routes:
             alone: Any = bind(definition, *weights)
-            definition = split(run_as(self.config, with_fp8_cache(self.config, alone.run)))[0]
+            run = with_fp8_cache(self.config, alone.run) if cache == "fp8" else alone.run
+            run = with_routes(self.config, run) if routes else run
+            definition = split(run_as(self.config, run))[0]
         options = {"matmul_precision": self._generator.matmul_precision} | options
         if mesh is not None:
             options["replicas"] = on_mesh.replicas(self.config, definition, weights, mesh)
             weights = options["replicas"].place(weights)
         return Engine(definition, weights, self.n_positions, **options)
+
+    def serve(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling], **options: Any
+    ) -> list[Completion]:
+        """Continues many prompts, batched continuously: ids in; ids, log-probabilities and routes out.
+
+        Args:
+            prompts: token ids of each prompt.
+            sampling: how they are continued: one for all, or one for each.
+            options: as for `engine`, by default with 8 tokens per step. The engine and its programs are kept for calls
+                with the same options, its cache for calls with the same weights.
+
+        Raises UserError as `serve.offline.complete` does.
+        """
+        options = {"n_steps": 8} | options
+        samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        leaves = jax.tree.leaves((self.params, self.router_bias))
+        if self._served is None or self._served.options != options:
+            self._served = Served(options, leaves, self.engine(**options))
+        elif any(old is not new for old, new in zip(self._served.weights, leaves, strict=True)):
+            weights, replicas = (self._narrowed(self.params), self.router_bias), self._served.engine.programs.replicas
+            self._served.engine.replace_weights(replicas.place(weights) if replicas else weights)
+            self._served = self._served._replace(weights=leaves)
+        return complete(self._served.engine, prompts, samplings)
 
     def complete(self, text: str | Sequence[str], max_new_tokens: int = 64, **options: Any) -> str | list[str]:
         """Returns the continuation of a text, or a list of those of several; `options` as for `generate`."""

@@ -59,6 +59,7 @@ class Execution:
     vocabulary: Vocabulary = WHOLE  # which ids' rows of the embedding and columns of the head are here
     context: Context = WHOLE_SEQUENCES  # the devices over which each sequence is divided
     cache: str = "full"  # what generation keeps of latents: "full", in the dtype of the activations, or "fp8"
+    routes: bool = False  # whether blocks report the experts that each token chose
 
 
 SINGLE_DEVICE = Execution()  # float32 on one device

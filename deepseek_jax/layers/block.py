@@ -41,6 +41,7 @@ class Statistics(NamedTuple):
     load_E: jax.Array | dict | None
     losses: Losses  # auxiliary losses, without their weights
     sent: Sent | None = None  # of the exchange with experts on other devices; None where there is none
+    routes_BTK: jax.Array | None = None  # the experts of each token, int16; None where nobody asks (`Execution.routes`)
 
 
 class Attention(nnx.Module):

@@ -13,7 +13,7 @@ A family's `Model` derives from `Decoder` and says which blocks are stacked.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,12 +22,13 @@ from flax import nnx
 
 from deepseek_jax.layers.base import Execution, run_cached, run_stack, stack
 from deepseek_jax.layers.block import Attend, Build, Group, Statistics
-from deepseek_jax.layers.cache import first_pass, next_chunk, next_chunk_in_pages, next_tokens, next_tokens_in_pages
+from deepseek_jax.layers.cache import first_pass, next_chunk, next_tokens
 from deepseek_jax.layers.embed import Embedding, Head
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.tokens import Tokens
 
 Cache = dict[str, Any]  # by stack: what each attention's layout (`layers.cache`) made, as `base.run_cached` keeps it
+Note = Callable[[Any, Statistics], Any]  # (what was noted of earlier tokens, a block's report) -> what is noted now
 Part = Mapping[str, slice]  # a part of the blocks, such as a pipeline stage: stack -> its layers, in order of running
 
 
@@ -106,15 +107,19 @@ class Decoder(nnx.Module):
             x_BTD, statistics[name] = run_stack(blocks, x_BTD, self.run, call, layers=layers, fetch=fetch)
         return x_BTD, statistics
 
-    def generating(self, tokens: Tokens, attend: Attend, cache: Cache | None = None) -> tuple[jax.Array, Cache]:
+    def generating(
+        self, tokens: Tokens, attend: Attend, cache: Cache | None = None, note: Note | None = None
+    ) -> tuple[jax.Array, Cache]:
         """Embeds tokens and runs the blocks, each with what its attention kept of earlier tokens.
 
-        Returns (h_BTD after the final norm, what was kept).
+        With `note` what is kept of each block is a pair: its attention's, and what `note` makes of its second part and
+        of what the block reports. Returns (h_BTD after the final norm, what was kept).
         """
 
         def call(block: nnx.Module, x_BTD: jax.Array, cached: Any) -> tuple[jax.Array, Any]:
-            x_BTD, (kept, _) = block(x_BTD, tokens, attend, cached)
-            return x_BTD, kept
+            own, noted = cached if note else (cached, None)
+            x_BTD, (kept, statistics) = block(x_BTD, tokens, attend, own)
+            return x_BTD, (kept, note(noted, statistics)) if note else kept
 
         x_BTD, kept = self.embed(tokens), {}
         for name in self.stacks:
@@ -193,19 +198,3 @@ class Decoder(nnx.Module):
         ids_BT = jax.ShapeDtypeStruct((n_pages, 1), jnp.int32)
         _, cache = jax.eval_shape(lambda ids_BT: self.prefill(ids_BT, page_size), ids_BT)
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), cache)
-
-    def extend_in_pages(
-        self, ids_BT: jax.Array, start: int | jax.Array, pool: Cache, table_BN: jax.Array, real_BT: jax.Array
-    ) -> tuple[jax.Array, Cache]:
-        """`extend` where the cache is a pool of pages, of which `table_BN` names those of each sequence in order."""
-        positions_BT = jnp.broadcast_to(start + jnp.arange(ids_BT.shape[1], dtype=jnp.int32), ids_BT.shape)
-        tokens = Tokens.of(ids_BT, positions_BT, real_BT=real_BT)
-        return self.generating(tokens, next_chunk_in_pages(start, table_BN), pool)
-
-    def decode_in_pages(
-        self, ids_BT: jax.Array, positions_BT: jax.Array, pool: Cache, table_BN: jax.Array, real_BT: jax.Array
-    ) -> tuple[jax.Array, Cache]:
-        """`decode` likewise; rows that are not real are ignored. Returns (logits_BTV, the pool)."""
-        tokens = Tokens.of(ids_BT, positions_BT, real_BT=real_BT)
-        h_BTD, pool = self.generating(tokens, next_tokens_in_pages(table_BN), pool)
-        return self.head(h_BTD), pool

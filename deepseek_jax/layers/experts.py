@@ -72,7 +72,7 @@ class Experts(nnx.Module):
     Args:
         route: how the router chooses: `route(logits_BTE, bias_E) -> Routing`, without `bias_E` if it has none.
         balance: the balance losses of each sequence, by name, from its routing.
-        run: its `matmul`, `exchange` and `context` are used.
+        run: its `matmul`, `exchange`, `context` and `routes` are used.
         biased: whether the router has a balancing bias.
     """
 
@@ -97,7 +97,7 @@ class Experts(nnx.Module):
         narrow, axes = (c.n_experts, c.expert_width, d_model), ("experts", "mlp", "embed")
         self.down_XFD = param(rngs, narrow, axes, init, role="down")
         self.balance, self.exchange, self.matmul, self.context = balance, run.exchange, run.matmul, run.context
-        self.limit = c.top_groups, c.n_groups
+        self.limit, self.routes = (c.top_groups, c.n_groups), run.routes
 
     def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Statistics]:
         """Returns (y_BTD, loads and balance losses); padding goes to no routed expert and counts nowhere."""
@@ -145,7 +145,9 @@ class Experts(nnx.Module):
             y_MD = alltoall.combine(y_AD, arrived, hops=plan.hops, wire=self.matmul.wire)
         y_BTD = y_MD.reshape(x_BTD.shape)
         load_E = expert_load(routing.experts_BTK, routing.scores_BTE.shape[-1])
-        statistics = Statistics(load_E, jax.tree.map(jnp.sum, self.balance(routing, self.context)), sent)
+        routes_BTK = routing.experts_BTK.astype(jnp.int16) if self.routes else None
+        losses = jax.tree.map(jnp.sum, self.balance(routing, self.context))
+        statistics = Statistics(load_E, losses, sent, routes_BTK)
         return (y_BTD if shared_BTD is None else shared_BTD + y_BTD), statistics  # eq. 12
 
 

@@ -59,6 +59,9 @@ class Output(NamedTuple):
     logprobs: Sequence[Logprob] = ()  # of `ids`, if the request asked for them
     # of the prompt, None for its first token; with the first output, if the request asked for them
     prompt_logprobs: Sequence[Logprob | None] = ()
+    # with the last output, if the engine notes them: the experts that each token but the last chose, layer by layer,
+    # [tokens, layers with experts, experts per token], int16
+    routes: np.ndarray | None = None
 
 
 @dataclass(eq=False)
@@ -163,7 +166,7 @@ class Engine:
         self.programs = Programs(definition, matmul_precision, replicas)
         model: Any = bind(definition, *weights)
         self.vocab_size, self._d_model = model.embedding.table_VD.shape
-        self._dtype = model.run.compute
+        self._dtype, self._has_routes = model.run.compute, model.run.routes
         _check_drafts(n_drafts, model)
         self._memory = memory_of(model, n_pages, page_size, n_drafts > 0, replicas)
         # of each device; the last places are those of padding
@@ -230,6 +233,8 @@ class Engine:
         rows, nobody = buckets(1, self.n_rows), self._nobody
         needed = [self._extend(nobody, *sizes) for sizes in itertools.product(lengths, widths)]
         needed += self._needed_by_rows(rows, widths)
+        if self._has_routes:
+            needed += [self._routes(nobody, width) for width in widths]
         if self.n_drafts:
             needed += [self._foresee(nobody, *sizes) for sizes in itertools.product(lengths, widths)]
         for n_top in (0, MOST_TOP):
@@ -362,6 +367,9 @@ class Engine:
         state = {"weights": self.weights, "h_BTD": self._hidden(length, h_BTD)}
         return Call("recite", state, rows, {"n_top": self._n_top(n_top)})
 
+    def _routes(self, plans: Plans, width: int) -> Call:
+        return Call("routes", {"weights": self.weights, "memory": self._memory}, batches.tables(plans, 1, width))
+
     def _logits(self, n_rows: int, logits_BV: jax.Array | None) -> Any:
         shape = len(self.ranks) * n_rows, self.vocab_size
         return jax.ShapeDtypeStruct(shape, jnp.float32) if logits_BV is None else logits_BV
@@ -436,12 +444,20 @@ class Engine:
             sampling.constraint.push(token)
         is_full = len(request.tokens) == request.n_positions
         ending = "stop" if ids[-1] in sampling.stop_ids else "length" if is_full else ""
+        routes = self._routes_of(request) if ending and self._has_routes else None
         if ending:
             self._scheduler(request).end(request)
         logprobs: list[Logprob] = []
         if sampling.logprobs is not None and found.scores_BT is not None:
             logprobs = _logprobs(found.scores_BT, found.row, places[: len(ids)], sampling.logprobs)
-        return Output(request, ids, ending, logprobs, request.options.prompt_logprobs if is_first else ())
+        return Output(request, ids, ending, logprobs, request.options.prompt_logprobs if is_first else (), routes)
+
+    def _routes_of(self, request: Request) -> np.ndarray:
+        """Of all tokens of a request but the last, which no block has read; steps in flight do not change them."""
+        part = Part(request, 0, len(request.tokens) - 1, 0)
+        plans = [[part] if rank == request.options.rank else [] for rank in range(len(self.ranks))]
+        routes_BSLK = self.programs.run(self._routes(plans, self._width(plans)))
+        return np.asarray(routes_BSLK)[request.options.rank, : part.n_tokens]
 
     def _count_drafts(self, id_T: np.ndarray, n_planned: int) -> None:
         """Counts the drafts of a row, of which each step verified one unless a single token was left to be drawn."""

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.layers.cache import first_pass, write_pages
+from deepseek_jax.layers.block import Attend, Statistics
+from deepseek_jax.layers.cache import first_pass, read_pages, write_pages
 from deepseek_jax.layers.decoder import Cache
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.parallel.replicas import Replicas
@@ -18,9 +19,30 @@ class Memory(NamedTuple):
     ids_PS: jax.Array  # the tokens
     ahead: Any = None  # the cache of multi-token prediction, if it makes drafts
 
-    def written(self, cache: Cache, tokens: Tokens, table_BN: jax.Array) -> "Memory":
-        """The memory with these tokens, whose entries are in `cache` already."""
-        return self._replace(cache=cache, ids_PS=write_pages(self.ids_PS, tokens.ids_BT, tokens, table_BN))
+
+def read(model: Any, tokens: Tokens, attend: Attend, memory: Memory, table_BN: jax.Array) -> tuple[jax.Array, Memory]:
+    """Runs the model on tokens, whose entries go to pages: (h_BTD after the final norm, memory)."""
+
+    def note(routes: jax.Array | None, statistics: Statistics) -> jax.Array | None:
+        return routes if routes is None else write_pages(routes, statistics.routes_BTK, tokens, table_BN)
+
+    h_BTD, cache = model.generating(tokens, attend, memory.cache, note if model.run.routes else None)
+    ids_PS = write_pages(memory.ids_PS, tokens.ids_BT, tokens, table_BN)
+    return h_BTD, memory._replace(cache=cache, ids_PS=ids_PS)
+
+
+def routes_of(model: Any, memory: Memory, table_BN: jax.Array) -> jax.Array:
+    """routes_BSLK: the experts of all tokens in the rows' pages, layer by layer, where these were noted."""
+    pairs = [memory.cache[name] for name in model.stacks]
+    noted = [pair[1] for pair in pairs] if model.run.unroll else [one for layers in pairs for _, one in layers]
+    return jnp.concatenate([_of_rows(array, table_BN) for array in noted if array is not None], axis=2)
+
+
+def _of_rows(noted: jax.Array, table_BN: jax.Array) -> jax.Array:
+    """Pages of one layer, [P, S, K], or of a stack of them, [L, P, S, K], as axes B, S, L and K."""
+    if noted.ndim == 3:
+        noted = noted[None]
+    return jnp.moveaxis(jax.vmap(lambda a: read_pages(a, table_BN))(noted), 0, 2)
 
 
 def memory_of(model: Any, n_pages: int, page_size: int, has_drafts: bool, replicas: Replicas | None = None) -> Memory:
@@ -29,12 +51,26 @@ def memory_of(model: Any, n_pages: int, page_size: int, has_drafts: bool, replic
     def shapes(n_pages: int) -> Memory:
         ids_PS: Any = jax.ShapeDtypeStruct((n_pages, page_size), jnp.int32)
         cache = jax.eval_shape(lambda: model.pool(n_pages, page_size))
+        if model.run.routes:
+            cache = _with_routes(model, cache, n_pages, page_size)
         return Memory(cache, ids_PS, _ahead(model, n_pages, page_size) if has_drafts else None)
 
     one = shapes(n_pages)
     if replicas:
         return replicas.zeros(one, shapes(n_pages * replicas.n))
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), one)
+
+
+def _with_routes(model: Any, cache: Cache, n_pages: int, page_size: int) -> Cache:
+    """The shapes of a cache with those of the experts that each block's tokens chose: a pair per block."""
+    ids_BT = jax.ShapeDtypeStruct((n_pages, page_size), jnp.int32)
+    _, statistics = jax.eval_shape(lambda ids_BT: model.hidden(Tokens.of(ids_BT)), ids_BT)
+    found: Cache = {}
+    for name, kept in cache.items():
+        routes = statistics[name].routes_BTK  # with the layers first
+        layer = None if routes is None else jax.ShapeDtypeStruct(routes.shape[1:], routes.dtype)
+        found[name] = (kept, routes) if model.run.unroll else tuple((one, layer) for one in kept)
+    return found
 
 
 def _ahead(model: Any, n_pages: int, page_size: int) -> Any:

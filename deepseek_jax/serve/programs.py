@@ -6,6 +6,7 @@
     score    logits and tokens                                              -> log-probabilities
     recite   hidden states of a part of a prompt, and the tokens after them -> log-probabilities
     steps    decode, draw and score, as often as `n_steps`                  -> tokens and log-probabilities
+    routes   pages of rows                                                  -> the experts that their tokens chose
 
 With drafts (`speculation`):
 
@@ -28,10 +29,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.layers.base import Tree, bind
+from deepseek_jax.layers.cache import next_chunk_in_pages, next_tokens_in_pages
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.parallel.replicas import ROWS, Replicas
 from deepseek_jax.serve import speculation
-from deepseek_jax.serve.memory import Memory
+from deepseek_jax.serve.memory import Memory, read, routes_of
 from deepseek_jax.serve.sampler import Scores, draw, scores
 from deepseek_jax.serve.speculation import ENDED, Row
 
@@ -45,6 +47,7 @@ OUTPUTS: dict[str, tuple[type, ...]] = {  # of each program: arrays with rows fi
     "score": (Scores,),
     "recite": (Scores,),
     "steps": (jax.Array, Scores, Memory, jax.Array),
+    "routes": (jax.Array,),
     "foresee": (jax.Array, Memory),
     "speculate": (jax.Array, Scores, Memory, jax.Array, jax.Array),
 }
@@ -112,14 +115,13 @@ class Programs:
         table_BN: jax.Array,
     ) -> tuple[jax.Array, jax.Array, Memory]:
         """The first `n_B` tokens of `ids_BT` from position `start_B` on: (h_BTD, logits_BV after the last, memory)."""
-        real_BT = jnp.arange(ids_BT.shape[1]) < n_B[:, None]
+        place_T = jnp.arange(ids_BT.shape[1], dtype=jnp.int32)
+        tokens = Tokens(ids_BT, start_B[:, None] + place_T, real_BT=place_T < n_B[:, None])
         with jax.default_matmul_precision(self.matmul_precision):
             model: Any = bind(self._own, *weights)
-            h_BTD, cache = model.extend_in_pages(ids_BT, start_B[0], memory.cache, table_BN, real_BT)
+            h_BTD, memory = read(model, tokens, next_chunk_in_pages(start_B[0], table_BN), memory, table_BN)
             logits_BV = model.head(jnp.take_along_axis(h_BTD, (n_B - 1)[:, None, None], axis=1))[:, 0]
-        positions_BT = start_B[:, None] + jnp.arange(ids_BT.shape[1], dtype=jnp.int32)
-        tokens = Tokens(ids_BT, positions_BT, real_BT=real_BT)
-        return h_BTD, logits_BV, memory.written(cache, tokens, table_BN)
+        return h_BTD, logits_BV, memory
 
     def decode(
         self,
@@ -204,8 +206,12 @@ class Programs:
         tokens = Tokens(id_B[:, None], position_B[:, None], real_BT=real_B[:, None])
         with jax.default_matmul_precision(self.matmul_precision):
             model: Any = bind(self._own, *weights)
-            logits_BTV, cache = model.decode_in_pages(*tokens[:2], memory.cache, table_BN, tokens.real_BT)
-        return logits_BTV[:, 0], memory.written(cache, tokens, table_BN)
+            h_BTD, memory = read(model, tokens, next_tokens_in_pages(table_BN), memory, table_BN)
+            return model.head(h_BTD)[:, 0], memory
+
+    def routes(self, weights: Weights, memory: Memory, table_BN: jax.Array) -> jax.Array:
+        """`memory.routes_of` these pages."""
+        return routes_of(bind(self._own, *weights), memory, table_BN)
 
     def foresee(
         self,

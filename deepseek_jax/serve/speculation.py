@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.layers.cache import next_chunk_in_pages, next_tokens_in_pages
 from deepseek_jax.layers.tokens import Tokens
-from deepseek_jax.serve.memory import Memory
+from deepseek_jax.serve.memory import Memory, read
 from deepseek_jax.serve.sampler import Scores, draw, scores
 
 ENDED = -1  # in place of tokens after the end of a row, and of those that a wrong draft did not give
@@ -71,8 +71,8 @@ def step(
     may_draw_two_B = row.is_running_B & (row.left_B > 1)
     real_BT = jnp.stack([row.is_running_B, may_draw_two_B], axis=1)
     tokens = Tokens(jnp.stack([row.last_B, row.draft_B], axis=1), position_BT, real_BT=real_BT)
-    h_BTD, cache = model.generating(tokens, attend, memory.cache)
-    memory, logits_BTV = memory.written(cache, tokens, table_BN), model.head(h_BTD)
+    h_BTD, memory = read(model, tokens, attend, memory, table_BN)
+    logits_BTV = model.head(h_BTD)
 
     how = how | _pages(memory, table_BN, how)
     id_BT = jnp.stack([draw(logits_BTV[:, n], after_B + n, how) for n in range(PER_STEP)], axis=1)

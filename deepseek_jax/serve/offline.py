@@ -1,0 +1,52 @@
+"""Many prompts at once, all of them known: ids in; ids, log-probabilities and routes out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.serve.engine import Engine, Logprob
+from deepseek_jax.serve.sampling import Sampling
+
+
+@dataclass
+class Completion:
+    """What a prompt was continued with."""
+
+    ids: list[int] = field(default_factory=list)  # the new ids, with the stop id at the end if there was one
+    ending: str = ""  # "stop" or "length"
+    logprobs: list[Logprob] = field(default_factory=list)  # of the new ids, if asked for
+    prompt_logprobs: list[Logprob | None] = field(default_factory=list)  # of the prompt's, if asked for
+    routes: np.ndarray | None = None  # see `engine.Output`
+    n_cached: int = 0  # tokens of the prompt that the cache had
+
+
+def complete(engine: Engine, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> list[Completion]:
+    """Runs an engine until it has continued all prompts; one sampling per prompt.
+
+    Raises UserError if the engine has other requests, if a request could never run, or for values out of range: then
+    none of them runs.
+    """
+    if not engine.is_idle:
+        raise UserError("the engine has requests already: expected one that is idle. Call its step() until it is.")
+    if len(prompts) != len(samplings):
+        raise UserError(f"{len(prompts)} prompts with {len(samplings)} samplings: expected one per prompt.")
+    requests: list[Any] = []
+    try:
+        for prompt, sampling in zip(prompts, samplings, strict=True):
+            requests.append(engine.submit(prompt, sampling))
+        found = {request: Completion() for request in requests}
+        while not engine.is_idle:
+            for output in engine.step():
+                one = found[output.request]
+                one.ids += output.ids
+                one.logprobs += output.logprobs
+                one.prompt_logprobs += output.prompt_logprobs
+                one.ending, one.routes, one.n_cached = output.ending, output.routes, output.request.n_cached
+    except BaseException:
+        for request in requests:
+            engine.cancel(request)
+        raise
+    return [found[request] for request in requests]
