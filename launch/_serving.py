@@ -29,6 +29,8 @@ FLAGS = {
     "data": (int, 1, "devices with requests and pages of their own, that hold the same experts", whole(1, 2**16)),
     "expert": (int, 1, "devices with requests and pages of their own, over which experts are divided", whole(1, 2**16)),
     "drafts": (int, 0, "1: multi-token prediction drafts a second token for each; the text is the same", whole(0, 1)),
+    "disk": (str, "", "directory in which pages of the cache survive a restart", path()),
+    "disk_gb": (int, 64, "gigabytes that they may take there", whole(1, 10**6)),
     "chunk": (int, 256, "tokens of a prompt that one step computes", whole(1, 10**6)),
 }
 
@@ -64,6 +66,8 @@ def open_service(options: Any, source: Path | str, keys: tuple[str, ...] = ()) -
         chunk=options.chunk,
         n_drafts=options.drafts,
     )
+    if options.disk:
+        engine.keep_on_disk(Path(options.disk), options.disk_gb * 10**9)
     n_programs = engine.compile()
     print(f"compiled {n_programs} programs in {time.monotonic() - started:.1f} s", file=sys.stderr)
     return Service(

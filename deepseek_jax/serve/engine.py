@@ -19,6 +19,7 @@ import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +33,7 @@ from deepseek_jax.layers.base import bind
 from deepseek_jax.parallel.replicas import Replicas
 from deepseek_jax.serve import batches
 from deepseek_jax.serve.batches import LEAST_PAGES, LEAST_TOKENS, Plans, buckets
+from deepseek_jax.serve.disk import DiskPages
 from deepseek_jax.serve.memory import memory_of
 from deepseek_jax.serve.pages import PAGE_SIZE, PagePool, root
 from deepseek_jax.serve.programs import Call, Programs, Weights
@@ -176,6 +178,7 @@ class Engine:
         self._allowed_RW = self._by_row(np.full((n_ranks * (n_rows + 1), n_words), ALL, np.uint32))
         self._put_words = jax.jit(_with_row, donate_argnums=0, out_shardings=self._allowed_RW.sharding)
         self._flight: deque[list[_Drawn | _Recited]] = deque()
+        self._disk: DiskPages | None = None
 
     def submit(self, prompt: Sequence[int], sampling: Sampling) -> Request:
         """Adds a request; raises UserError if it could never run, or for a value out of range."""
@@ -196,7 +199,21 @@ class Engine:
             reads_cache=not sampling.prompt_logprobs,
         )
         self.ranks[rank].scheduler.add(request)
+        if self._disk and request.reads_cache:
+            self._memory = self._disk.load(self.ranks[rank].pages, self._memory, request.root, request.tokens)
         return request
+
+    def keep_on_disk(self, folder: Path, most_bytes: int) -> DiskPages:
+        """Keeps pages of the cache in a directory, and finds those of earlier engines with these weights there."""
+        if len(self.ranks) > 1:
+            raise UserError("pages are kept on the disk by an engine on one device. Leave out the mesh, or the disk.")
+        model: Any = bind(self.programs.definition, *self.weights)
+
+        def shapes(n_pages: int) -> Any:
+            return jax.eval_shape(lambda: memory_of(model, n_pages, self.page_size, self.n_drafts > 0))
+
+        self._disk = DiskPages(folder, most_bytes, self.weights, shapes)
+        return self._disk
 
     def cancel(self, request: Request) -> None:
         """Ends a request without further output."""
@@ -222,6 +239,8 @@ class Engine:
         self.weights = weights
         for rank in self.ranks:
             rank.pages.forget()
+        if self._disk:
+            self._disk.use(weights)
 
     def compile(self) -> int:
         """Compiles all programs that requests can need, in parallel; returns their number.
@@ -445,6 +464,8 @@ class Engine:
         is_full = len(request.tokens) == request.n_positions
         ending = "stop" if ids[-1] in sampling.stop_ids else "length" if is_full else ""
         routes = self._routes_of(request) if ending and self._has_routes else None
+        if ending and self._disk:
+            self._disk.save(self.ranks[request.options.rank].pages, self._memory, request.table)
         if ending:
             self._scheduler(request).end(request)
         logprobs: list[Logprob] = []

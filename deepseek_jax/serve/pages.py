@@ -21,7 +21,7 @@ arXiv 2309.06180.
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -123,6 +123,19 @@ class PagePool:
                 self._name[page] = _Name(digest, table.last, covered)
             table.last = digest
             table.n_named += 1
+
+    def names_after(self, table: Table, tokens: Sequence[int]) -> Iterator[tuple[bytes, bytes]]:
+        """Yields (digest, tokens that it covers) of the pages of `tokens` after those of a table that is all named."""
+        last = table.last
+        covered = self._covered(tokens if self.look_ahead else tokens[:-1])
+        for one in covered[table.n_named :]:
+            last = _digest(last, one)
+            yield last, one
+
+    def named(self, table: Table) -> list[tuple[int, bytes, bytes]]:
+        """Returns (page, digest, tokens that it covers) of the table's pages that have names."""
+        names = ((page, self._name.get(page)) for page in table.pages[: table.n_named])
+        return [(page, name.digest, name.covered) for page, name in names if name]
 
     def close(self, table: Table) -> None:
         """Empties the table.
