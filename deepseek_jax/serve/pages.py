@@ -108,15 +108,17 @@ class PagePool:
             table.pages.append(page)
         return True
 
-    def name(self, table: Table, tokens: Sequence[int]) -> None:
-        """Names the table's full pages; `tokens` are those in memory, or on their way there before any later step.
+    def name(self, table: Table, tokens: Sequence[int], n_tokens: int | None = None) -> None:
+        """Names the table's full pages.
+
+        The first `n_tokens` (None: all) of `tokens` are in memory, or on their way there before any later step.
 
         A page gets no name if another page has it: tables only grow, so none is replaced by its equal.
         """
-        start = table.n_named * self.page_size
-        if len(tokens) < start + self.page_size + self.look_ahead:
+        start, end = table.n_named * self.page_size, len(tokens) if n_tokens is None else min(n_tokens, len(tokens))
+        if end < start + self.page_size + self.look_ahead:
             return
-        for page, covered in zip(table.pages[table.n_named :], self._covered(tokens[start:]), strict=False):
+        for page, covered in zip(table.pages[table.n_named :], self._covered(tokens[start:end]), strict=False):
             digest = _digest(table.last, covered)
             if digest not in self._page:
                 self._page[digest] = page

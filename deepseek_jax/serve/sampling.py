@@ -7,7 +7,7 @@ filters, penalties or biases look for the tokens that they have.
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -20,6 +20,10 @@ MOST_TOP = 20  # likeliest tokens that can be reported with each token
 MOST_BIASES = 300  # biases of a request
 MOST_IDS = 2**24  # of a vocabulary
 N_STOPS = 8  # stop ids of a row that the device knows; the host knows all
+
+DRAWING = dict.fromkeys(("temperature_B", "top_p_B"), np.float32)
+SHAPING = {**DRAWING, "top_k_B": np.int32}
+SHAPING |= dict.fromkeys(("min_p_B", "presence_B", "frequency_B", "repetition_B"), np.float32)
 
 Kind = Literal["greedy", "random", "shaped"]  # what a program of the drawing has: see `kind`
 
@@ -90,6 +94,25 @@ class Sampling:
         return np.asarray(jax.random.key_data(random_key(self.seed)))
 
     @functools.cached_property
+    def values(self) -> dict[str, Any]:
+        """What a row of `arguments` is made of."""
+        ids, biases = np.zeros(MOST_BIASES, np.int32), np.zeros(MOST_BIASES, np.float32)
+        ids[: len(self.logit_bias)] = list(self.logit_bias)
+        biases[: len(self.logit_bias)] = list(self.logit_bias.values())
+        return {
+            "key_BK": self.key_data,
+            "temperature_B": self.temperature,
+            "top_p_B": self.top_p,
+            "top_k_B": self.top_k or MOST_IDS,
+            "min_p_B": self.min_p,
+            "presence_B": self.presence_penalty,
+            "frequency_B": self.frequency_penalty,
+            "repetition_B": self.repetition_penalty,
+            "bias_ids_BJ": ids,
+            "bias_BJ": biases,
+        }
+
+    @functools.cached_property
     def kind(self) -> Kind:
         """What its draws need."""
         filters = self.top_k, self.min_p, self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1
@@ -116,10 +139,10 @@ def arguments(samplings: Sequence[Sampling], n_rows: int, kind: Kind) -> dict[st
     """
     if kind == "greedy":
         return {}
-    values = [_drawing(sampling) | (_shape(sampling) if kind == "shaped" else {}) for sampling in samplings]
-    padding = _drawing(PADDING) | (_shape(PADDING) if kind == "shaped" else {})
-    values += [padding] * (n_rows - len(values))
-    return {name: np.stack([row[name] for row in values]) for name in padding}
+    rows = [*samplings, *[PADDING] * (n_rows - len(samplings))]
+    numbers, arrays = (DRAWING, ("key_BK",)) if kind == "random" else (SHAPING, ("key_BK", "bias_ids_BJ", "bias_BJ"))
+    found = {name: np.array([row.values[name] for row in rows], dtype) for name, dtype in numbers.items()}
+    return found | {name: np.stack([row.values[name] for row in rows]) for name in arrays}
 
 
 def stops(samplings: Sequence[Sampling], n_rows: int) -> np.ndarray:
@@ -132,23 +155,3 @@ def stops(samplings: Sequence[Sampling], n_rows: int) -> np.ndarray:
 
 
 PADDING = Sampling(1)
-
-
-def _drawing(sampling: Sampling) -> dict[str, np.ndarray]:
-    numbers = {"temperature_B": sampling.temperature, "top_p_B": sampling.top_p}
-    return {"key_BK": sampling.key_data} | {name: np.asarray(value, np.float32) for name, value in numbers.items()}
-
-
-def _shape(sampling: Sampling) -> dict[str, np.ndarray]:
-    numbers = {
-        "min_p_B": sampling.min_p,
-        "presence_B": sampling.presence_penalty,
-        "frequency_B": sampling.frequency_penalty,
-        "repetition_B": sampling.repetition_penalty,
-    }
-    ids, biases = np.zeros(MOST_BIASES, np.int32), np.zeros(MOST_BIASES, np.float32)
-    ids[: len(sampling.logit_bias)] = list(sampling.logit_bias)
-    biases[: len(sampling.logit_bias)] = list(sampling.logit_bias.values())
-    found = {name: np.asarray(value, np.float32) for name, value in numbers.items()}
-    top_k = np.asarray(sampling.top_k or MOST_IDS, np.int32)
-    return found | {"top_k_B": top_k, "bias_ids_BJ": ids, "bias_BJ": biases}

@@ -124,7 +124,7 @@ class Scheduler:
             request = part.request
             request.n_computed = part.n_positions
             request.n_pending += part.n_draws
-            self.pool.name(request.table, request.tokens[: request.n_computed])
+            self.pool.name(request.table, request.tokens, request.n_computed)
         return parts
 
     def record(self, request: Request, drawn: Sequence[int], n_planned: int | None = None) -> None:

@@ -252,6 +252,8 @@ def test_after_compile_no_request_compiles(engine):
     # rows; log-probabilities of one, two or four rows and of 16 tokens, without and with the likeliest
     assert n_programs == 4 + 9 + 8
     run(made, [Sampling(10, temperature=1.0, seed=3)] * len(PROMPTS), [[1 + i for i in p] for p in PROMPTS])
+    run(made, [Sampling(10, top_k=9, logprobs=i % 4, prompt_logprobs=True) for i in range(7)])
+    run(made, [Sampling(5, logit_bias={3: 1.0}), Sampling(9), Sampling(7, constraint=Ladder(2))], PROMPTS[1:4])
     run(made, [Sampling(10)] * len(PROMPTS))
     run(made, [Sampling(1)], [[5]])
     run(made, [Sampling(31)], [[5]])
