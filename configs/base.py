@@ -40,6 +40,7 @@ def get_config() -> ConfigDict:
     pipeline.put_off = -1  # weight gradients that a device puts off at most, each in memory; -1: as the schedule does
 
     exchange = config.exchange = ConfigDict()  # of tokens with the devices of their experts; where mesh.expert > 1
+    exchange.kind = "padded"  # whole buffers; ragged: only their filled rows, not on CPUs, and slow on GPUs
     exchange.groups = 1  # of devices, to each of which a token goes once and is sent on from there (nodes); 1: directly
 
     # Logical axis of a weight -> mesh axis it is split over ("" keeps it whole). embed="data" gives FSDP.

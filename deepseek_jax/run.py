@@ -53,6 +53,7 @@ def trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
     module, run, precision = family(config.family), config.run, policy(config.precision, config.fp8)
     sizes = module.Config.from_config(config.model)
     check_context(config, mesh)
+    check_exchange(config, mesh)
     loss = config.loss.to_dict()
     step = {name: loss.pop(name) for name in ("clip_norm", "balance_rate", "balance_rate_stop")}
     network = describe(module, sizes)
@@ -71,6 +72,7 @@ def trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
         remat=run.remat,
         unroll=run.unroll,
         exchange_groups=config.exchange.groups,
+        exchange_kind=config.exchange.kind,
         flops_per_token=lambda seq_len: flops.training(network, seq_len),
     )
     check_effects(config, made)
@@ -89,6 +91,15 @@ def check_context(config: ConfigDict, mesh: Mesh) -> None:
     if n_devices > 1:
         check_chunks(config.data.seq_len, n_devices)
         implementation(config.kernels.attention)
+
+
+def check_exchange(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises UserError if the devices of a mesh do not have the exchange that a run names."""
+    if config.exchange.kind == "ragged" and mesh.devices.flat[0].platform == "cpu":
+        raise UserError(
+            "config.exchange.kind='ragged' on CPUs: XLA has no ragged_all_to_all for them. Set "
+            "config.exchange.kind=padded, or run on GPUs or TPUs."
+        )
 
 
 def check_effects(config: ConfigDict, trainer: Trainer) -> None:

@@ -15,6 +15,7 @@ from deepseek_jax.bounds import LARGEST, MOST_POSITIONS, SEED, STEPS, Bound
 from deepseek_jax.configs import base
 from deepseek_jax.errors import UserError
 from deepseek_jax.kernels import TABLE
+from deepseek_jax.parallel.alltoall import KINDS
 from deepseek_jax.parallel.schedule import SCHEDULES
 from deepseek_jax.saved_config import RENAMED, leaves
 
@@ -45,6 +46,7 @@ BOUNDS: dict[str, Bound] = {
     "pipeline.micro_batches": bounds.whole(1, LARGEST),
     "pipeline.schedule": bounds.one_of(*SCHEDULES),
     "pipeline.put_off": bounds.whole(-1, LARGEST),
+    "exchange.kind": bounds.one_of(*KINDS),
     "exchange.groups": bounds.whole(1, DEVICES),
     "sharding.experts": MESH_AXIS,
     "sharding.embed": MESH_AXIS,

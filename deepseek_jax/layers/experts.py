@@ -116,7 +116,7 @@ class Experts(nnx.Module):
         plan = self.exchange.plan(n_tokens, top_k, self.gate_XDF.shape[0], self.limit)
         sent, arrived = plan.report(*here, wire), None
         if plan.given:
-            arrived = alltoall.dispatch(*here, hops=plan.hops, sizes=plan.given, wire=wire)
+            arrived = alltoall.dispatch(*here, plan=plan, sizes=plan.given, wire=wire)
         return Routed(x_BTD, routing, plan, sent, arrived)
 
     def compute(self, routed: Routed) -> Computed:
@@ -142,7 +142,7 @@ class Experts(nnx.Module):
         y_AD, shared_BTD, (x_BTD, routing, plan, sent, arrived) = computed
         y_MD = y_AD
         if plan and arrived:
-            y_MD = alltoall.combine(y_AD, arrived, hops=plan.hops, wire=self.matmul.wire)
+            y_MD = alltoall.combine(y_AD, arrived, wire=self.matmul.wire)
         y_BTD = y_MD.reshape(x_BTD.shape)
         load_E = expert_load(routing.experts_BTK, routing.scores_BTE.shape[-1])
         routes_BTK = routing.experts_BTK.astype(jnp.int16) if self.routes else None

@@ -13,18 +13,29 @@ Paper: V3 section 3.3.3, "Low-Precision Communication".
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from deepseek_jax.precision.quantize import E4M3, E8M0, dequantize_blocks, quantize_blocks
 
 BLOCK = (1, 128)
 SMALLEST_AMAX = 1e-24  # of activations and gradients; that of published weights would turn small gradients to zeros
+
+
+class Carry(Protocol):
+    """Moves rows of any dtype; a pytree of what it depends on besides them."""
+
+    def __call__(self, rows_AD: jax.Array) -> jax.Array:
+        """Returns the rows where they arrive."""
+
+    @property
+    def back(self) -> "Carry":
+        """Its transpose: moves rows the other way."""
 
 
 class Wire(Protocol):
@@ -69,24 +80,26 @@ class Codes:
 AS_IS = AsIs()
 
 
-def carried(x_AD: jax.Array, there: Wire, back: Wire, carry: Callable[[jax.Array], jax.Array]) -> jax.Array:
+def carried(x_AD: jax.Array, there: Wire, back: Wire, carry: Carry) -> jax.Array:
     """The rows after `carry`, which moves what `there` makes of them; their gradient comes through `back`.
 
     Args:
         x_AD: rows.
         there: format of the rows.
         back: format of the gradient.
-        carry: moves rows of any dtype and is its own transpose, such as a tiled all-to-all.
+        carry: moves rows of any dtype.
     """
-    return carry(x_AD) if there == back == AS_IS else _carried(there, back, carry, x_AD)
+    return _carried(there, back, carry, x_AD)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _carried(there: Wire, back: Wire, carry: Callable, x_AD: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _carried(there: Wire, back: Wire, carry: Carry, x_AD: jax.Array) -> jax.Array:
     return there.decode(carry(there.encode(x_AD)), x_AD.dtype, x_AD.shape[1])
 
 
-_carried.defvjp(
-    lambda there, back, carry, x_AD: (_carried(there, back, carry, x_AD), None),
-    lambda there, back, carry, _, g_AD: (_carried(back, there, carry, g_AD),),
-)
+def _backward(there: Wire, back: Wire, carry: Carry, g_AD: jax.Array) -> tuple:
+    nothing = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), carry)
+    return nothing, _carried(back, there, carry.back, g_AD)
+
+
+_carried.defvjp(lambda there, back, carry, x_AD: (_carried(there, back, carry, x_AD), carry), _backward)

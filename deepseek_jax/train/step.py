@@ -124,6 +124,7 @@ class Trainer:
             their gradients are summed over the devices in float32.
         kernels, remat, unroll: see `Execution`.
         exchange_groups: groups of devices to each of which a token on its way to experts goes once (`Exchange`).
+        exchange_kind: how tokens travel (`parallel.alltoall.KINDS`).
         flops_per_token: operations to train on one token, as a function of the sequence length.
 
     Attributes:
@@ -157,6 +158,7 @@ class Trainer:
         remat: str = "none",
         unroll: int = 1,
         exchange_groups: int = 1,
+        exchange_kind: str = "padded",
         flops_per_token: Callable[[int], float] = lambda seq_len: 0.0,
     ):
         check_rules(rules)
@@ -169,7 +171,7 @@ class Trainer:
             kernels=kernels,
             remat=remat,
             unroll=unroll,
-            exchange=make_exchange(rules, mesh, exchange_groups),
+            exchange=make_exchange(rules, mesh, exchange_groups, exchange_kind),
             unshard=unsharder(rules, mesh, read),
             context=Context(mesh.shape[CONTEXT]),
         )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.grouped import grouped_swiglu
@@ -15,6 +16,7 @@ from deepseek_jax.parallel.alltoall import Exchange, fill_buffers, make_exchange
 from deepseek_jax.parallel.lint import check_collectives
 from deepseek_jax.parallel.mesh import BATCH, EXPERT, SEQUENCES, make_mesh, per_device, place
 from deepseek_jax.precision.wire import AS_IS, Codes
+from deepseek_jax.run import check_exchange
 
 M, D, F, E, W = 16, 4, 3, 8, 4  # tokens of a device, widths, experts, devices along `expert`
 EXPERTS = P(EXPERT)
@@ -55,8 +57,8 @@ def layer(exchange: Exchange | None, wire, x_MD, weights_MK, gate_XDF, up_XDF, d
     sent = plan.report(*here, wire)
     if plan.given is None:
         return alltoall.on_expert_devices(compute, *here, plan, sent, wire), sent
-    arrived = alltoall.dispatch(*here, hops=plan.hops, sizes=plan.given, wire=wire)
-    return alltoall.combine(compute(*arrived[:3], plan.given.computed), arrived, hops=plan.hops, wire=wire), sent
+    arrived = alltoall.dispatch(*here, plan=plan, sizes=plan.given, wire=wire)
+    return alltoall.combine(compute(*arrived[:3], plan.given.computed), arrived, wire=wire), sent
 
 
 @functools.cache
@@ -103,6 +105,43 @@ def test_expert_parallel_is_dense_with_all_gradients(groups, top_k, pair):
     with jax.enable_x64(True):
         arrays = inputs(tuple(KINDS[i] for i in pair), top_k)
         check_same(run(Exchange(EXPERT, W, groups), arrays), run(None, arrays), 1e-12)
+
+
+def ragged_by_definition(rows, output, begin_W, sent_W, there_W, received_W, *, axis_name, axis_index_groups):
+    """jax.lax.ragged_all_to_all as its documentation defines it, which XLA does not have for CPUs."""
+    del received_W
+    groups = axis_index_groups or [list(range(jax.lax.axis_size(axis_name)))]
+    order = {peer: i for group in groups for i, peer in enumerate(group)}
+    place = jnp.asarray([order[i] for i in range(len(order))])[jax.lax.axis_index(axis_name)]
+    gathered = [jax.lax.all_gather(a, axis_name, axis_index_groups=groups) for a in (rows, begin_W, sent_W, there_W)]
+    for theirs, begin, n_rows, there in zip(*gathered, strict=True):
+        i = jnp.arange(len(output)) - there[place]
+        taken = jnp.take(theirs, begin[place] + i, axis=0, mode="fill", fill_value=0)
+        output = jnp.where(((i >= 0) & (i < n_rows[place]))[:, None], taken, output)
+    return output
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_ragged_exchange_gives_the_same_and_says_what_it_sends(groups, monkeypatch):
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_definition)
+    with jax.enable_x64(True):
+        arrays = inputs(("random", "a little full"), 3)
+        ragged, padded = (run(Exchange(EXPERT, W, groups, kind=kind), arrays) for kind in ("ragged", "padded"))
+        check_same(ragged, padded, 1e-14)
+        sent, most = (found[1][1] for found in (ragged, padded))
+        assert sent.within.sum() + sent.across.sum() < most.within.sum() + most.across.sum()
+
+
+def test_a_ragged_exchange_is_refused_on_cpus():
+    config = ConfigDict({"exchange": {"kind": "ragged"}})
+    with pytest.raises(UserError, match="exchange.kind='ragged' on CPUs.*exchange.kind=padded"):
+        check_exchange(config, make_mesh(2, W))
+
+
+def test_a_ragged_exchange_is_one_operation_of_xla_for_tokens_there_and_back():
+    shapes = jax.eval_shape(lambda: tuple(map(jnp.asarray, inputs(("balanced", "balanced"), 3, np.float32))))
+    lowered = program(Exchange(EXPERT, W, level=0, kind="ragged")).trace(*shapes).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("@ragged_all_to_all") == 4, "tokens, results and their gradients"
 
 
 @pytest.mark.parametrize("groups", [1, 2])
