@@ -238,7 +238,7 @@ class Engine:
         """Changes the weights; what the cache holds of the old ones is not found by later prompts."""
         self.weights = weights
         for rank in self.ranks:
-            rank.pages.forget()
+            rank.pages.forget(request.table for request in rank.scheduler.running)
         if self._disk:
             self._disk.use(weights)
 
@@ -482,12 +482,12 @@ class Engine:
 
     def _count_drafts(self, id_T: np.ndarray, n_planned: int) -> None:
         """Counts the drafts of a row, of which each step verified one unless a single token was left to be drawn."""
-        if len(id_T) == 1:
+        if not self.n_drafts or len(id_T) == 1:
             return
         is_drawn_T = (id_T != ENDED).reshape(-1, PER_STEP)
         n_before_T = np.cumsum(is_drawn_T.sum(axis=1)) - is_drawn_T.sum(axis=1)
-        self.n_drafted += int((is_drawn_T[:, 0] & (n_planned - n_before_T > 1)).sum()) if self.n_drafts else 0
-        self.n_accepted += int(is_drawn_T[:, 1].sum()) if self.n_drafts else 0
+        self.n_drafted += int((is_drawn_T[:, 0] & (n_planned - n_before_T > 1)).sum())
+        self.n_accepted += int(is_drawn_T[:, 1].sum())
 
 
 def _check_drafts(n_drafts: int, model: Any) -> None:

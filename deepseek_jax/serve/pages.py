@@ -20,6 +20,7 @@ arXiv 2309.06180.
 """
 
 import hashlib
+import secrets
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -152,10 +153,15 @@ class PagePool:
                 self._free.move_to_end(page, last=page in self._name)  # one without a name is of no further use
         table.n_named = 0
 
-    def forget(self) -> None:
-        """Removes all names: the weights have changed."""
+    def forget(self, tables: Iterable[Table] = ()) -> None:
+        """Removes all names: the weights have changed.
+
+        What is written to these tables from here on follows pages of the old weights, so it is found by nobody.
+        """
         self._name.clear()
         self._page.clear()
+        for table in tables:
+            table.last = secrets.token_bytes(32)
 
     def check(self, tables: Iterable[Table]) -> None:
         """Raises AssertionError unless exactly these tables hold pages, and the rest is free."""

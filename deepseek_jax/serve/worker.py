@@ -96,6 +96,8 @@ class Worker:
         submitted: asyncio.Future[None] = stream.loop.create_future()
         self._inbox.put(lambda: self._submit(stream, prompt, sampling, submitted))
         try:
+            if self._error:  # since it was put there: nobody may look any more
+                raise self._error
             await submitted
             yield stream
         finally:
@@ -104,6 +106,8 @@ class Worker:
 
     def _submit(self, stream: Stream, prompt: Sequence[int], sampling: Sampling, submitted: asyncio.Future) -> None:
         try:
+            if self._error:
+                raise self._error
             stream.request = self.engine.submit(prompt, sampling)
             self._streams[stream.request] = stream
             answer = None
@@ -123,9 +127,12 @@ class Worker:
                     self._inbox.get()()
                 self._hand_out(self.engine.step())
         except Exception as error:
-            self._error = Dead(f"the engine has failed: {error}") if not isinstance(error, Dead) else error
+            self._error = error if isinstance(error, Dead) else Dead("the engine has failed: see the server's log")
             for stream in self._streams.values():
                 _call(stream.loop, lambda stream=stream: stream.outputs.put_nowait(self._error))
+            while not self._inbox.empty():  # those who wait there get the error too
+                with contextlib.suppress(Dead):
+                    self._inbox.get()()
             if not isinstance(error, Dead):
                 raise
 

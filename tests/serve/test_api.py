@@ -588,11 +588,38 @@ def test_a_dead_engine_is_said():
     script.answer = lambda prompt: "\0"
     made = serve(script)
     status, found = ask(made, "POST", "/chat/completions", {"messages": ASK, "max_tokens": 1})
-    assert status == 503 and "the device is gone" in message_of(found)
+    assert status == 503 and "see the server's log" in message_of(found) and "device" not in message_of(found)
     assert ask(made, "GET", "/health")[0] == 503
     assert ask(made, "POST", "/chat/completions", {"messages": ASK})[0] == 503
     made.server.should_exit = True
     made.thread.join(10)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_request_that_comes_while_the_engine_fails_is_answered():
+    script, gate = Script(), threading.Event()
+    script.answer, step = (lambda prompt: "\0"), script.step
+    script.step = lambda: gate.wait() and step()
+    worker = Worker(script)
+    worker.start()
+
+    async def say():
+        with pytest.raises(Dead):
+            async with worker.open([1], Sampling(1)) as stream:
+                await anext(stream)
+
+    async def two():
+        first = asyncio.create_task(say())
+        while not script.requests:
+            await asyncio.sleep(0.001)
+        second = asyncio.create_task(say())
+        while worker._inbox.empty():
+            await asyncio.sleep(0.001)
+        gate.set()
+        await asyncio.wait_for(asyncio.gather(first, second), 10)
+
+    asyncio.run(two())
+    assert worker.n_open == 0
 
 
 def test_a_worker_that_stops_ends_what_is_open():

@@ -97,7 +97,7 @@ def test_draws_do_not_depend_on_company(engine, alone):
     samplings[2] = Sampling(10)  # greedy among those that draw
     texts = run(engine(n_pages=8, n_ahead=2), samplings)[1]
     assert run(engine(chunk=4), samplings, later=[0, 0, 1, 5, 5, 9, 12])[1] == texts
-    assert run(engine(n_steps=8), samplings)[1] == texts
+    assert run(engine(n_steps=3), samplings)[1] == texts
     assert texts[2] == [*alone[2], "length"]
     assert len({tuple(text) for text in texts}) == len(texts)
 
@@ -224,9 +224,17 @@ def test_new_weights_find_no_old_pages(engine, network, alone):
     made.replace_weights(other)
     requests, changed = run(made, [Sampling(10)], PROMPTS[5:6])
     assert requests[0].n_cached == 0 and changed != [[*alone[5], "length"]]
-    made.replace_weights(network.weights)
-    requests, texts = run(made, [Sampling(10)], PROMPTS[5:6])
-    assert (requests[0].n_cached, texts) == (0, [[*alone[5], "length"]])
+    request = made.submit(PROMPTS[5], Sampling(10))
+    while not request.tokens[20:]:
+        made.step()
+    made.replace_weights(network.weights)  # while a request runs
+    while not made.is_idle:
+        made.step()
+    for n_cached in (0, 16):
+        requests, texts = run(made, [Sampling(10)], PROMPTS[5:6])
+        assert (requests[0].n_cached, texts) == (n_cached, [[*alone[5], "length"]])
+    found = [run(made, [Sampling(1)], [request.tokens])[0][0].n_cached for _ in range(2)]
+    assert found == [16, 24]  # the third page of the request was made of two old ones
 
 
 def test_a_cancelled_request_says_no_more_and_disturbs_nobody(engine, alone):

@@ -72,6 +72,16 @@ def test_new_weights_forget_all():
     assert not pool.open(ROOT, range(6)).pages
 
 
+def test_what_new_weights_add_to_pages_of_old_ones_is_found_by_nobody():
+    pool, table = PagePool(n_pages=10, page_size=2), Table(ROOT)
+    pool.extend(table, 6)
+    pool.name(table, range(4))
+    pool.forget([table])
+    pool.name(table, range(6))  # its third page was computed from two old ones
+    filled(pool, range(4))
+    assert len(pool.open(ROOT, range(8)).pages) == 2
+
+
 def test_a_digest_alone_is_no_hit(monkeypatch):
     monkeypatch.setattr("deepseek_jax.serve.pages._digest", lambda before, covered: b"collision")
     pool = PagePool(n_pages=10, page_size=2)
