@@ -161,8 +161,8 @@ def test_sigterm_saves_and_exits_with_0(tmp_path, corpus, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_moves_to_eight_devices_and_back(tmp_path, corpus):
-    """Saved on one device, resumed on data 2 x expert 4, and back: the losses of an unmoved run to 1e-5."""
-    one, eight = ("--config.mesh.data=1",), ("--config.mesh.data=2", "--config.mesh.expert=4")
+    """Saved on one device, resumed on data 2 x context 2 x expert 2, and back: the losses of an unmoved run to 1e-5."""
+    one, eight = ("--config.mesh.data=1",), [f"--config.mesh.{axis}=2" for axis in ("data", "context", "expert")]
     trained(tmp_path / "still", corpus, *SMALL, "--config.loop.steps=9", *one)
     moving = tmp_path / "moving"
     for steps, mesh in ((3, one), (6, eight), (9, one)):

@@ -108,12 +108,6 @@ def expert_parallel(sizes, weights) -> Run:
 
 
 @pytest.fixture(scope="module")
-def divided_sequences(sizes, weights) -> Run:
-    """Sequences in four chunks over two devices; documents begin and end in any of them, some in the middle of one."""
-    return run(trainer(sizes, 2, 2, EXPERTS, context=2), weights)
-
-
-@pytest.fixture(scope="module")
 def fully_sharded(sizes, weights) -> Run:
     """FSDP over four devices, experts over two, each share of the batch in two parts."""
     two_parts = dataclasses.replace(STEP, micro_batches=2)
@@ -134,14 +128,13 @@ def leaves(tree) -> list[tuple[str, np.ndarray]]:
     "name",
     [
         "expert_parallel",
-        pytest.param("divided_sequences", marks=pytest.mark.slow),
         pytest.param("fully_sharded", marks=pytest.mark.slow),
     ],
 )
 def test_every_mesh_trains_the_same_model(one_device, name, request):
-    """Devices, remat, accumulation, ZeRO-1, divided sequences change nothing: five steps, losses, weights, gradients.
+    """Devices, remat, accumulation and ZeRO-1 change nothing: five steps, losses, weights, gradients.
 
-    The first moments after a step are its gradients, but for a factor.
+    The first moments after a step are its gradients, but for a factor. Divided sequences: `test_context_steps.py`.
     """
     other = request.getfixturevalue(name)
     for expected, got in zip(one_device.reports, other.reports, strict=True):
