@@ -74,6 +74,7 @@ def get_config() -> ConfigDict:
     loop.log_every = 10
     loop.eval_every = 250  # steps between evaluations on held-out text
     loop.eval_batches = 8
+    loop.eval_redundant = 0  # replicas of busy experts in evaluations (V3 section 3.4.1), a multiple of mesh.expert
     loop.max_skipped = 5  # non-finite steps in a row that stop the run
 
     batch = config.batch = ConfigDict()  # `train.ramp.BatchRamp`

@@ -73,6 +73,7 @@ BOUNDS: dict[str, Bound] = {
     "loop.log_every": SOME_STEPS,
     "loop.eval_every": ANY_STEPS,
     "loop.eval_batches": SOME_STEPS,
+    "loop.eval_redundant": bounds.whole(0, 100_000),
     "loop.max_skipped": SOME_STEPS,
     "batch.size": bounds.whole(1, LARGEST),
     "batch.size_start": bounds.whole(0, LARGEST),

@@ -38,6 +38,10 @@ class RouterBias(nnx.Variable):
     """A weight that no gradient moves: the balancing bias of a router (V3 section 2.1.2)."""
 
 
+class ReplicaSlots(RouterBias):
+    """Where the replicas of each expert are: numbers that no gradient moves either (`train.redundant`)."""
+
+
 @dataclass(frozen=True)
 class Execution:
     """How a model runs; none of it changes what the model computes, but for rounding."""
@@ -60,6 +64,7 @@ class Execution:
     context: Context = WHOLE_SEQUENCES  # the devices over which each sequence is divided
     cache: str = "full"  # what generation keeps of latents: "full", in the dtype of the activations, or "fp8"
     routes: bool = False  # whether blocks report the experts that each token chose
+    redundant: int = 0  # replicas of routed experts, beside one of each (`parallel.eplb`); not for training
 
 
 SINGLE_DEVICE = Execution()  # float32 on one device

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import normal
 
-from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, param
+from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, ReplicaSlots, param
 from deepseek_jax.layers.block import Statistics
 from deepseek_jax.layers.grouped import grouped_swiglu
 from deepseek_jax.layers.router import Balance, Route, Router, Routing, expert_load, without_padding
@@ -72,7 +72,8 @@ class Experts(nnx.Module):
     Args:
         route: how the router chooses: `route(logits_BTE, bias_E) -> Routing`, without `bias_E` if it has none.
         balance: the balance losses of each sequence, by name, from its routing.
-        run: its `matmul`, `exchange`, `context` and `routes` are used.
+        run: its `matmul`, `exchange`, `context`, `routes` and `redundant` are used. With redundant experts the weights
+            have a slot for each replica, and `slot_ER` says which slots those of an expert have.
         biased: whether the router has a balancing bias.
     """
 
@@ -91,13 +92,18 @@ class Experts(nnx.Module):
         self.router = Router(d_model, c.n_experts, c.init_std, route, biased=biased, rngs=rngs)
         shared_width = c.n_shared_experts * c.expert_width
         self.shared = SwiGLU(d_model, shared_width, c.init_std, run.matmul, rngs=rngs) if shared_width else None
-        wide, axes = (c.n_experts, d_model, c.expert_width), ("experts", "embed", "mlp")
+        slots = (c.n_experts, 1 + run.redundant)
+        self.slot_ER = ReplicaSlots(jnp.full(slots, -1, jnp.int32), axes=(None, None)) if run.redundant else None
+        n_slots = c.n_experts + run.redundant
+        wide, axes = (n_slots, d_model, c.expert_width), ("experts", "embed", "mlp")
         self.gate_XDF = param(rngs, wide, axes, init, role="gate")
         self.up_XDF = param(rngs, wide, axes, init, role="up")
-        narrow, axes = (c.n_experts, c.expert_width, d_model), ("experts", "mlp", "embed")
+        narrow, axes = (n_slots, c.expert_width, d_model), ("experts", "mlp", "embed")
         self.down_XFD = param(rngs, narrow, axes, init, role="down")
         self.balance, self.exchange, self.matmul, self.context = balance, run.exchange, run.matmul, run.context
         self.limit, self.routes = (c.top_groups, c.n_groups), run.routes
+        if run.redundant:
+            self.limit = 1, 1  # replicas may be with any group of experts
 
     def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Statistics]:
         """Returns (y_BTD, loads and balance losses); padding goes to no routed expert and counts nowhere."""
@@ -111,7 +117,7 @@ class Experts(nnx.Module):
         routing = without_padding(self.router(x_BTD), tokens.real_BT)
         if self.exchange is None:
             return Routed(x_BTD, routing)
-        here, wire = _flat(x_BTD, routing), self.matmul.wire
+        here, wire = self._flat(x_BTD, routing), self.matmul.wire
         n_tokens, top_k = here[1].shape
         plan = self.exchange.plan(n_tokens, top_k, self.gate_XDF.shape[0], self.limit)
         sent, arrived = plan.report(*here, wire), None
@@ -128,7 +134,7 @@ class Experts(nnx.Module):
             down_XFD=self.down_XFD[...],
             matmul=self.matmul,
         )
-        here, plan, wire = _flat(routed.x_BTD, routed.routing), routed.plan, self.matmul.wire
+        here, plan, wire = self._flat(routed.x_BTD, routed.routing), routed.plan, self.matmul.wire
         if plan is None or routed.sent is None:
             y_AD = alltoall.on_this_device(run, *here, wire=wire)
         elif routed.arrived is None or plan.given is None:
@@ -150,9 +156,20 @@ class Experts(nnx.Module):
         statistics = Statistics(load_E, losses, sent, routes_BTK)
         return (y_BTD if shared_BTD is None else shared_BTD + y_BTD), statistics  # eq. 12
 
+    def _flat(self, x_BTD: jax.Array, routing: Routing) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(x_MD, experts_MK, weights_MK): the tokens of all sequences in one row, experts by their slots."""
+        x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        experts_BTK, weights_BTK, _ = routing
+        experts_MK = experts_BTK.reshape(len(x_MD), -1)
+        if self.slot_ER is not None:
+            experts_MK = _slots(experts_MK, self.slot_ER[...])
+        return x_MD, experts_MK, weights_BTK.reshape(len(x_MD), -1)
 
-def _flat(x_BTD: jax.Array, routing: Routing) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(x_MD, experts_MK, weights_MK): the tokens of all sequences in one row."""
-    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-    experts_BTK, weights_BTK, _ = routing
-    return x_MD, experts_BTK.reshape(len(x_MD), -1), weights_BTK.reshape(len(x_MD), -1)
+
+def _slots(experts_MK: jax.Array, slot_ER: jax.Array) -> jax.Array:
+    """The slot of each token's experts: its replicas take turns. One past the last slot where there is no expert."""
+    n_experts, most = slot_ER.shape
+    count_E = jnp.sum(slot_ER >= 0, axis=1)
+    expert_MK = jnp.minimum(experts_MK, n_experts - 1)
+    replica_MK = jnp.arange(len(experts_MK))[:, None] % count_E[expert_MK]
+    return jnp.where(experts_MK < n_experts, slot_ER[expert_MK, replica_MK], n_experts + most - 1)

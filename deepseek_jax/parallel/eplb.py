@@ -62,6 +62,15 @@ def place(load_LE: np.ndarray, n_slots: int, n_devices: int, n_groups: int = 1, 
     return Placement(expert_LS, replica.reshape(n_layers, -1), count_LE)
 
 
+def slots(placement: Placement) -> np.ndarray:
+    """Returns the slots of each expert's replicas, int32 [L, E, R]; -1 where it has fewer than R, the most it could."""
+    (n_layers, n_slots), n_experts = placement.expert_LS.shape, placement.count_LE.shape[1]
+    slot_LER = np.full((n_layers, n_experts, 1 + n_slots - n_experts), -1, np.int32)
+    layers, slot = np.arange(n_layers)[:, None], np.arange(n_slots)
+    slot_LER[layers, placement.expert_LS, placement.replica_LS] = slot
+    return slot_LER
+
+
 def _by_node(load_LE: np.ndarray, n_groups: int, n_nodes: int) -> np.ndarray:
     """Returns the experts in the order of the nodes to which their groups go."""
     groups_LGX = np.broadcast_to(np.arange(load_LE.shape[1]), load_LE.shape).reshape(len(load_LE), n_groups, -1)

@@ -112,7 +112,12 @@ def total(x: Any, axes: tuple[str, ...] = ALL) -> Any:
 
 def place(tree: Any, mesh: Mesh, specs: Any) -> Any:
     """The host or device arrays of `tree` laid out on `mesh` as `specs` (a tree like it) says."""
-    return jax.device_put(tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
+    return jax.device_put(tree, shardings(mesh, specs))
+
+
+def shardings(mesh: Mesh, specs: Any) -> Any:
+    """How arrays that `specs` (a tree of `PartitionSpec`s) describes lie on `mesh`, for `jax.jit`."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def global_batch(local: Any, mesh: Mesh) -> Any:

@@ -13,6 +13,7 @@ FIGURES = {
     "gradient_norm": ("grad_norm", ".3f"),
     "max_violation": ("maxvio", ".3f"),
     "skipped": ("skipped", "d"),
+    "imbalance_redundant": ("imbalance", ".3f"),
 }
 LEGEND = {
     "main": "how badly the next token is predicted, in nats per token",
@@ -21,6 +22,7 @@ LEGEND = {
     "max_violation": "load of the busiest expert above an even share: 0 is even, 1 is twice its share",
     "skipped": "steps left out since their loss or gradient was not finite: 0 is right",
     "imbalance": "load of the experts of the busiest device above an even share",
+    "imbalance_redundant": "the same with redundant experts, as held-out text is judged (loop.eval_redundant)",
     "sent_gib": "what a device sends to the experts of others in the forward pass of a step, empty rows included",
     "crossing_gib": "the part of it that leaves the group of the device",
     "repeated": "attempts at a step given up so far, since the buffers of an exchange with experts were too small",

@@ -5,9 +5,10 @@ the same samples and ends with the same weights, bit for bit. One step is always
 report only when the next one has been handed to the devices.
 """
 
+import functools
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import jax
@@ -23,7 +24,8 @@ from deepseek_jax.train.average import MovingAverage
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 from deepseek_jax.train.metrics import Metrics, bits_per_byte
 from deepseek_jax.train.ramp import BatchRamp, Shares, share
-from deepseek_jax.train.step import Report, State, Trainer
+from deepseek_jax.train.redundant import RedundantEvaluator, imbalance
+from deepseek_jax.train.step import Evaluation, Report, State, Trainer
 from deepseek_jax.train.stop import StopRequest
 
 NOT_LOGGED = ("auxiliary", "loads", "finite", "sent")  # fields of a report that are no figure of their own
@@ -40,6 +42,8 @@ class LoopConfig:
     # eval_every, eval_batches: between evaluations, and batches of each (of the final batch size)
     eval_every: int
     eval_batches: int
+    # replicas of experts in evaluations, beside one of each, placed by the loads of the last step; 0: none
+    eval_redundant: int
     checkpoint_every: int  # between checkpoints; the last step is always saved
     max_skipped: int  # non-finite steps in a row that stop the run
 
@@ -97,6 +101,10 @@ class Loop:
         byte_lengths_V = jnp.zeros((trainer.vocab_size,), jnp.int32)
         byte_lengths_V = byte_lengths_V.at[: training.vocab_size].set(training.tokenizer.byte_lengths())
         self._evaluate = trainer.evaluator(byte_lengths_V)
+        self._loads: dict | None = None  # of the last step
+        self._redundant: RedundantEvaluator | None = None
+        if config.eval_redundant:
+            self._redundant = RedundantEvaluator(trainer, byte_lengths_V, config.eval_redundant)
 
     def run(self, state: State, stop: StopRequest) -> State:
         """Trains from `state` to the last step, or until `stop` is asked for; the state it ends with has been saved.
@@ -120,7 +128,7 @@ class Loop:
                     self.average.add(state["params"], report.finite)
                 if waiting:
                     self.check_finite(*waiting)
-                waiting = (done, report)
+                waiting, self._loads = (done, report), report.loads
                 stopping = poll.should_stop(done)
                 if done == start + 1 or self.is_due(done, self.config.log_every):
                     self.log(done, report, state)
@@ -186,19 +194,29 @@ class Loop:
         with self.metrics.paused():
             if self.average and self.judge_average:
                 state = state | {"params": self.average.params()}
+            evaluate, balance = self._evaluation(state)
             sums, size = np.zeros(3), self.ramp.size
             for first in range(0, min(size * self.config.eval_batches, self.held_out.n_samples), size):
                 start, count = share(first, size, *batch_share(self.trainer.mesh))
                 rows = self.held_out.rows(start, count)
                 is_new_B = np.arange(start, start + count) < self.held_out.n_samples  # past the end it begins anew
                 rows = rows._replace(weights_BT=rows.weights_BT * is_new_B[:, None])
-                sums += [float(part) for part in self._evaluate(state, global_batch(rows, self.trainer.mesh))]
+                sums += [float(part) for part in evaluate(global_batch(rows, self.trainer.mesh))]
             nats, n_bytes, weight = sums.tolist()
             figures = {"main": nats / weight}
             if n_bytes:  # answers that are nothing but their end marks have none
                 figures["bits_per_byte"] = nats / (n_bytes * math.log(2))
-            self.metrics.evaluation(step, figures)
+            self.metrics.evaluation(step, figures | balance)
         return figures.get("bits_per_byte")
+
+    def _evaluation(self, state: State) -> tuple[Callable[[Batch], Evaluation], dict]:
+        """What judges a batch with the weights of `state`, and how even the work of the experts' devices is."""
+        if self._redundant is None or self._loads is None:
+            return functools.partial(self._evaluate, state), {}
+        where = self._redundant.placed(self._loads)
+        before, after = imbalance(jax.device_get(self._loads), where, self._redundant.n_devices)
+        weights = self._redundant.weights(state, where)
+        return functools.partial(self._redundant, weights), {"imbalance": before, "imbalance_redundant": after}
 
     def save(self, step: int, state: State) -> None:
         """Hands the state to the checkpointer, which writes while training continues."""

@@ -133,6 +133,7 @@ class Trainer:
         layout: which layers lie where along a pipeline; None without one.
         stored: `abstract` as a checkpoint holds it, stacks in the order of their layers (`store`, `load`).
         axes, placements: the logical axes of each weight, and where it lives.
+        build, rules: as given.
         vocab_size: rows of the embedding.
         n_params: trained weights, with those of multi-token prediction.
         step: the compiled `step(state, batch) -> (state, Report)`; the state given is donated. In a pipeline that
@@ -181,6 +182,7 @@ class Trainer:
         if self.layout:
             self.run = replace(self.run, fetch=self.layout.fetch, vocabulary=Vocabulary(PIPE))
             model = abstract(lambda rngs: build(self.run, rngs))
+        self.build, self.rules = build, rules
         self._build = lambda seed: build(self.run, nnx.Rngs(random_key(seed)))
         self.definition, params, router_bias = split(model)
         self.vocab_size = model.config.vocab_size
@@ -370,6 +372,14 @@ class Trainer:
 
         return jax.tree.map(one, self.placements, params, self._read)
 
+    def as_read(self, params: dict) -> dict:
+        """The weights of a state in the dtypes in which `_whole` gives them; outside of `per_device`."""
+
+        def one(place: Placement, weight: jax.Array, dtype: DTypeLike) -> jax.Array:
+            return weight if place.is_sharded else weight.astype(dtype)
+
+        return jax.tree.map(one, self.placements, params, self._read)
+
     @jax.named_scope("optimizer")
     def _updated(self, trained: dict, gradients: dict, norm: jax.Array, rate: jax.Array, state: dict) -> tuple:
         """This device's parts of the trained weights and of the optimizer's state after its update."""
@@ -384,14 +394,18 @@ class Trainer:
         """
 
         def on_device(params: dict, router_bias: dict, batch: Batch) -> Evaluation:
-            nats = self.objective.nats(self.bind(self._whole(params), router_bias), batch)
-            lengths = jnp.where(batch.targets_BT >= 0, byte_lengths_V[jnp.maximum(batch.targets_BT, 0)], 0)
-            n_bytes = jnp.sum(lengths * batch.weights_BT)
-            return total(Evaluation(nats, n_bytes, jnp.asarray(totals(batch).weight)), REPLICAS)
+            return self.evaluation(self.bind(self._whole(params), router_bias), batch, byte_lengths_V)
 
         specs = (self.specs["params"], self.specs["router_bias"], BATCH)
         run = jax.jit(per_device(on_device, self.mesh, specs, REPLICATED))
         return lambda state, batch: run(state["params"], state["router_bias"], batch)
+
+    def evaluation(self, model: nnx.Module, batch: Batch, byte_lengths_V: jax.Array) -> Evaluation:
+        """The sums over all devices, from a device's share of a batch; `evaluator` compiles it."""
+        nats = self.objective.nats(model, batch)
+        lengths = jnp.where(batch.targets_BT >= 0, byte_lengths_V[jnp.maximum(batch.targets_BT, 0)], 0)
+        n_bytes = jnp.sum(lengths * batch.weights_BT)
+        return total(Evaluation(nats, n_bytes, jnp.asarray(totals(batch).weight)), REPLICAS)
 
 
 def _check_like(name: str, given: dict, expected: dict) -> None:

@@ -161,14 +161,26 @@ def test_sigterm_saves_and_exits_with_0(tmp_path, corpus, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_moves_to_eight_devices_and_back(tmp_path, corpus):
-    """Saved on one device, resumed on data 2 x context 2 x expert 2, and back: the losses of an unmoved run to 1e-5."""
-    one, eight = ("--config.mesh.data=1",), [f"--config.mesh.{axis}=2" for axis in ("data", "context", "expert")]
+    """Saved on one device, resumed on data 2 x context 2 x expert 2, and back: the losses of an unmoved run to 1e-5.
+
+    Held-out text is judged with redundant experts there.
+    """
+    one = ("--config.mesh.data=1", "--config.loop.eval_every=3", "--config.loop.eval_redundant=0")
+    eight = [*(f"--config.mesh.{axis}=2" for axis in ("data", "context", "expert")), "--config.loop.eval_redundant=2"]
     trained(tmp_path / "still", corpus, *SMALL, "--config.loop.steps=9", *one)
     moving = tmp_path / "moving"
     for steps, mesh in ((3, one), (6, eight), (9, one)):
         trained(moving, corpus, *SMALL, f"--config.loop.steps={steps}", *mesh)
     np.testing.assert_allclose(losses(moving), losses(tmp_path / "still"), rtol=1e-5)
     assert checksums(moving) == checksums(tmp_path / "still")
+    judged, known = (
+        [record for record in read_log_of(workdir) if record["split"] == "held_out"]
+        for workdir in (moving, tmp_path / "still")
+    )
+    np.testing.assert_allclose([record["main"] for record in judged], [record["main"] for record in known], rtol=1e-5)
+    with_replicas = [record for record in judged if "imbalance_redundant" in record]
+    assert [record["step"] for record in with_replicas] == [6]
+    assert all(record["imbalance_redundant"] <= record["imbalance"] for record in with_replicas)
 
 
 @pytest.mark.slow
