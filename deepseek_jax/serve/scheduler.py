@@ -168,6 +168,8 @@ class Scheduler:
             request = self.waiting[0]
             if request.n_pending:  # preempted; what it drew last is still on the device
                 return
+            if request.reads_cache and self._is_on_its_way(request):
+                return
             if request.reads_cache:
                 request.table = self.pool.open(request.root, request.tokens)
             request.n_computed = len(request.table.pages) * self.pool.page_size
@@ -180,6 +182,15 @@ class Scheduler:
             self.running.append(self.waiting.popleft())
             parts.append(part)
             budget -= part.n_tokens
+
+    def _is_on_its_way(self, request: Request) -> bool:
+        """Whether the next page of a prompt that is being computed is one that this request could share."""
+        for other in self.running:
+            end = (other.n_computed // self.pool.page_size + 1) * self.pool.page_size
+            is_computing = end <= len(other.prompt) and end < len(request.tokens) and other.root == request.root
+            if is_computing and request.tokens[:end] == other.tokens[:end]:
+                return True
+        return False
 
     def _part(self, request: Request, budget: int) -> Part:
         """The next tokens of a request; none if its last one is already drawn, or has to be seen first."""

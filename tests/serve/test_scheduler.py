@@ -178,6 +178,22 @@ def test_several_draws_per_step_wait_until_nobody_waits_and_no_prompt_is_compute
     assert first.n_computed == 9 and first.n_tokens == 10
 
 
+def test_equal_prompts_that_come_together_are_computed_once():
+    """The others wait for the pages of the first, and compute what is left of theirs."""
+    scheduler = Scheduler(PagePool(20, page_size=2), n_rows=4, budget=12, chunk=4)
+    shared = [1, 2, 3, 4, 5, 6, 7]
+    requests = [Request([*shared, number], 12, ROOT) for number in (8, 9, 10)]
+    requests.append(Request([9, 9, 9, 9], 6, ROOT))  # comes last, and so waits as well
+    for request in requests:
+        scheduler.add(request)
+    assert scheduler.plan() == [Part(requests[0], 0, 4, 0)]
+    assert scheduler.plan() == [Part(requests[0], 4, 4, 1)]
+    single = Part(requests[0], 8, 1, 1)
+    shares = [Part(request, 6, 2, 1) for request in requests[1:3]]
+    assert scheduler.plan() == [single, *shares, Part(requests[3], 0, 4, 1)]
+    assert [request.n_cached for request in requests] == [0, 6, 6, 0]
+
+
 def test_what_ended_in_the_meantime_is_dropped():
     scheduler = Scheduler(PagePool(9, page_size=2), n_rows=3, budget=20, chunk=20)
     request = Request([1, 2], 9, ROOT)
