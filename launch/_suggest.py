@@ -148,7 +148,7 @@ def words(config: ConfigDict, space: Space, suggestion: Suggestion) -> str:
     job = suggestion.job
     at, dtype = job.layout, "fp8" if job.recipe.fp8 else "bf16" if job.recipe.activations == 2 else "fp32"
     chosen: dict[str, Any] = {"mesh.pipe": at.pipe, "mesh.context": at.context, "mesh.expert": at.expert}
-    chosen["pipeline.micro_batches"] = at.micro_batches
+    chosen |= {"exchange.groups": job.groups, "pipeline.micro_batches": at.micro_batches}
     chosen |= {"mesh.data": at.data} if config.mesh.data != -1 else {}
     chosen |= {"pipeline.schedule": schedule_name(job), "pipeline.put_off": job.put_off} if at.pipe > 1 else {}
     is_constant = suggestion.batch_start == at.batch and not config.batch.size_start

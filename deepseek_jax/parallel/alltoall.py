@@ -211,14 +211,20 @@ class Plan(NamedTuple):
         return last, sum(before)
 
 
-def _sizes(hops: tuple[Hop, ...], headroom: float, n_tokens: int, top_k: int, limit: tuple[int, int]) -> Sizes:
+def copies(reached: int, top_k: int, limit: tuple[int, int]) -> int:
+    """Returns to how many of `reached` devices, or groups of them, a token goes at most; `limit` as in `Exchange.plan`.
+
+    A group of the router's is on several of them, or several of its groups are on one.
+    """
     top_groups, n_groups = limit
+    return min(top_k, reached, top_groups * max(math.ceil(reached / n_groups), 1))
+
+
+def _sizes(hops: tuple[Hop, ...], headroom: float, n_tokens: int, top_k: int, limit: tuple[int, int]) -> Sizes:
     buffers, n_rows, reached, sources = [], n_tokens, 1, 1
     for hop in hops:
         reached *= hop.n  # groups, then devices
-        # a group of the router's is on several devices, or several groups are on one
-        copies = min(top_k, reached, top_groups * max(math.ceil(reached / n_groups), 1))
-        buffers.append(_padded(headroom, n_tokens * copies * sources / reached, n_rows))
+        buffers.append(_padded(headroom, n_tokens * copies(reached, top_k, limit) * sources / reached, n_rows))
         n_rows, sources = buffers[-1] * hop.n, sources * hop.n
     most = n_rows * min(top_k, hops[-1].n_held)
     packed = _padded(headroom, n_tokens * top_k, most)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from deepseek_jax.chips import Chip
-from deepseek_jax.parallel.alltoall import Hop, make_exchange
+from deepseek_jax.parallel.alltoall import Hop, copies, make_exchange
 from deepseek_jax.parallel.mesh import ALL, AnyMesh
 from deepseek_jax.parallel.sharding import Placement, bytes_per_device, expert_axis, placements
 from deepseek_jax.parallel.stages import StageShare
@@ -150,10 +150,10 @@ class Job:
         if self.recipe.node_limited:
             nodes = ceil(exchange.n_devices / min(exchange.n_devices, self.chip.reach))
             exchange = replace(exchange, groups=next(n for n in count(nodes) if exchange.n_devices % n == 0))
-        limit, reached, found = self.network.top_groups / self.network.n_groups, 1, []
+        limit, reached, found = (self.network.top_groups, self.network.n_groups), 1, []
         for hop in exchange.hops(1):
             reached *= hop.n
-            found.append((min(self.network.top_k, ceil(reached * limit)), hop))
+            found.append((copies(reached, self.network.top_k, limit), hop))
         return tuple(found)
 
     def passes(self, hold: StageShare) -> float:

@@ -196,7 +196,17 @@ def _job(space: Space, pipe: int, context: int, expert: int, rules: dict, recipe
     both_ways = pipe > 1 and micro_batches >= 2 * pipe and 2 * pipe <= sum(space.network.repeats.values())
     name = "dualpipev" if both_ways else "1f1b"
     put_off = 0 if recipe.alike else -1  # what a run's pipeline keeps for W that is put off does not fit
-    return Job(space.network, layout, space.chip, schedule(name, pipe, micro_batches), recipe, rules, put_off=put_off)
+    nodes, rest = divmod(expert, space.chip.reach)
+    return Job(
+        space.network,
+        layout,
+        space.chip,
+        schedule(name, pipe, micro_batches),
+        recipe,
+        rules,
+        groups=nodes if recipe.alike and nodes > 1 and not rest else 1,  # a token crosses the network once per node
+        put_off=put_off,
+    )
 
 
 def _fits(space: Space, job: Job, kept: Mapping[str, ActivationBytes]) -> bool:

@@ -110,6 +110,19 @@ def test_what_layers_keep_is_the_same_by_one_derivative_for_many_meshes(subject,
             assert mine[name][:-1] == pytest.approx(found[:-1], rel=1e-4, abs=1024)
 
 
+def test_experts_on_several_nodes_are_suggested_with_a_group_for_each_node(space_of):
+    """8 devices, four on a node: experts on one node need no groups, on two nodes two; recipes say it themselves."""
+    space = space_of(recipes=(("run", "block"), ("bf16", "block")))
+    jobs = [job for line in suggest.lines(space) for job in line]
+    assert {(job.layout.expert, job.groups) for job in jobs if job.recipe.alike} == {(1, 1), (2, 1), (4, 1), (8, 2)}
+    assert {job.groups for job in jobs if not job.recipe.alike} == {1}
+    config = run_config.load("tiny_v3")
+    found = next(job for job in jobs if job.groups == 2)
+    assert (
+        "--config.exchange.groups=2" in _suggest.words(config, space, suggest.Suggestion(found, 64, 1.0, 1.0)).split()
+    )
+
+
 @pytest.fixture(scope="module")
 def suggested():
     """(words, JSON) of a few suggestions for a tiny model."""
