@@ -132,6 +132,12 @@ class Window:
         at_BT1 = tokens.positions_BT[..., None]
         return at_BT1 - (at_BT1 - jnp.arange(self.size)) % self.size >= 0
 
+    def packed(self, entries):
+        return entries
+
+    def unpacked(self, cached):
+        return cached
+
 
 class Windowed(GQA):
     """Each token sees the last three, itself included."""
