@@ -26,6 +26,7 @@ from deepseek_jax.files import write_atomically
 from deepseek_jax.serve.pages import PagePool, Table
 
 MAGIC = b"deepseek_jax page 1\n"
+NAMES = "/".join("[0-9a-f]" * n for n in (32, 64))  # of files below the directory, where others may lie too
 
 
 class DiskPages:
@@ -55,7 +56,7 @@ class DiskPages:
         layout = repr(jax.tree.leaves_with_path(self._page)).encode()
         self.folder = self._top / hashlib.sha256(fingerprint(weights) + layout).hexdigest()[:32]
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(0o700, parents=True, exist_ok=True)  # pages contain what users wrote
         except OSError as error:
             raise UserError(
                 f"pages cannot be kept in {self._top} ({error.strerror}). Choose another directory."
@@ -170,7 +171,7 @@ def _sums(leaf: jax.Array) -> jax.Array:
 
 def _files(folder: Path) -> list[tuple[Path, os.stat_result]]:
     found = []
-    for path in folder.glob("*/*"):
+    for path in folder.glob(NAMES):
         try:
             found.append((path, path.stat()))
         except OSError:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 HALF = "\ufffd"  # decoders return it for bytes that are not a character (yet)
 PENDING_BYTES = 3  # of a character without its last byte; some decoders return one HALF for each
+LONGEST = 32  # ids that are decoded again in a run of bytes that are no characters
 
 
 class TextStream:
@@ -33,6 +34,10 @@ class TextStream:
         if piece and not pending:
             self._context, self._new = self._new, []
             self._shown = len(self._decode(self._context))
+        elif pending and len(self._new) > LONGEST:
+            n_held = len(text) - self._shown
+            self._context, self._new = self._new[PENDING_BYTES:-PENDING_BYTES], self._new[-PENDING_BYTES:]
+            self._shown = len(self._decode(self._context + self._new)) - n_held
         return piece
 
     def finish(self) -> str:

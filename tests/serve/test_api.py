@@ -400,6 +400,10 @@ def SCHEMA(schema):
     return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
 
 
+DEEP: dict = {"name": "f"}
+for _ in range(100):
+    DEEP = {"properties": DEEP, "name": "f"}
+
 REFUSED = [
     ({"messages": []}, 422, "messages: List should have at least 1 item"),
     ({}, 422, "messages: Field required"),
@@ -421,6 +425,9 @@ REFUSED = [
     ({"messages": ASK, "response_format": SCHEMA({"title": "x" * 200_000})}, 400, "expected at most 200000"),
     ({"messages": ASK, "tool_choice": "required"}, 400, "asks for a call of a tool: expected one of []"),
     ({"messages": ASK, "tool_choice": "some"}, 422, "tool_choice"),
+    ({"messages": ASK, "tools": [{"type": "function", "function": DEEP}]}, 422, "nested deeper than 64"),
+    ({"messages": ASK, "tools": [{"description": "x" * 10**6}]}, 422, "longer than 1000000 characters"),
+    ({"messages": ASK, "response_format": SCHEMA(DEEP)}, 422, "nested deeper than 64"),
     ({"messages": [{"role": "assistant", "content": "Hi", "prefix": True}]}, 400, "no message before it"),
     ({"messages": ASK, "thinking": {"type": "perhaps"}}, 422, "thinking.type"),
     ({"messages": ASK, "model": "gpt-4o"}, 400, "model 'gpt-4o': this server has 'mine'"),
@@ -580,6 +587,39 @@ def test_a_base_model_has_no_chat():
     assert ask(made, "POST", "/completions", {"prompt": "Hello"})[1]["choices"][0]["text"] == "Hi!"
     made.server.should_exit = True
     made.thread.join(10)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"prompt": [None] * 100_000}, 422, "prompt"),
+        ({"prompt": ["a"] * 100_000, "n": 16}, 400, "a request for 1600000 answers"),
+        ({"prompt": []}, 400, "the prompt is an empty list"),
+        ({"prompt": "a", "model": "x" * 10**6}, 400, "model 'xxx"),
+    ],
+)
+def test_large_bodies_get_short_answers(served, body, status, message):
+    found_status, found = ask(served, "POST", "/completions", body)
+    assert found_status == status and message in message_of(found) and len(message_of(found)) < 1000
+
+
+def test_an_error_of_the_server_is_counted_and_its_words_are_kept_from_clients(served, monkeypatch):
+    def fail(*_):
+        raise OSError(2, "No such file", "/home/alice/weights")
+
+    name = 'http_responses_total{route="/completions",status="500"}'
+    before = numbers(served).get(name, 0)
+    monkeypatch.setattr("deepseek_jax.serve.api.completions.text_prompt", fail)
+    status, found = ask(served, "POST", "/completions", {"prompt": "a"})
+    assert status == 500 and message_of(found) == "an error of the server: see its log"
+    assert numbers(served)[name] == before + 1
+
+
+def test_a_stop_string_at_the_last_token_is_a_stop(served, script):
+    script.answer = lambda prompt: "one STOP" + END
+    body = {"prompt": "a", "stop": "STOP", "max_tokens": 8}
+    choice = ask(served, "POST", "/completions", body)[1]["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("one ", "stop")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

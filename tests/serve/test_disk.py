@@ -113,11 +113,14 @@ def test_other_weights_and_other_layouts_find_nothing(start, written, network):
 def test_what_was_used_last_is_kept(start, written):
     folder, files, ids = written
     size = files[0].stat().st_size
+    (folder / "mine").mkdir()
+    (folder / "mine" / "weights").write_bytes(b"0" * 4 * size)  # nothing that is not a page is counted or deleted
     engine, disk = start(folder, most_bytes=3 * size)
     assert run(engine) == (ids, 16)  # the first two are used, the third is not
     run(engine, [7] * 10)
     disk.close()
     assert files[0].exists() and files[1].exists() and not files[2].exists()
+    assert (folder / "mine" / "weights").exists() and files[0].parent.stat().st_mode & 0o77 == 0
 
 
 def test_too_few_free_pages_are_no_harm(start, written):

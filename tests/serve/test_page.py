@@ -96,6 +96,20 @@ def test_an_answer_can_be_stopped(page, script, served):
     assert page.is_visible("#send")
 
 
+def test_a_new_chat_knows_nothing_of_an_answer_that_it_stopped(page, script, served):
+    script.answer, script.speed, script.delay_s = lambda prompt: "word " * 300, 1, 0.01
+    page.fill("#message", "Talk")
+    page.click("#send")
+    page.wait_for_selector("article.assistant .text")
+    page.click("#new")
+    page.wait_for_selector("#send")
+    script.__init__()
+    page.fill("#message", "Again")
+    page.click("#send")
+    page.wait_for_selector(".numbers")
+    assert "word" not in script.prompts[-1] and "Talk" not in script.prompts[-1]
+
+
 def test_settings_reach_the_server_and_errors_the_reader(page, script):
     page.click("#open-settings")
     for name, value in {"temperature": "0.5", "top_p": "0.9", "max_tokens": "3", "seed": "7", "system": "Be"}.items():

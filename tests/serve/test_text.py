@@ -43,3 +43,16 @@ def test_a_tokenizer_that_gives_a_mark_for_every_missing_byte():
             return "\ufffd" * len(raw)
 
     assert "".join(pieces("é€😀".encode(), decode)) == "é€😀"
+
+
+@pytest.mark.parametrize("end", [[], [*"é".encode()], [0xE6, 0x97], [*"a日".encode()]])
+def test_of_a_long_run_of_bytes_that_are_no_text_only_the_end_is_decoded_again(end):
+    tokenizer, lengths = ByteTokenizer(), []
+    ids = [0x80] * 300 + end
+
+    def decode(ids):
+        lengths.append(len(ids))
+        return tokenizer.decode(ids)
+
+    assert "".join(pieces(ids, decode)) == tokenizer.decode(ids)
+    assert max(lengths) < 100

@@ -38,6 +38,7 @@ from deepseek_jax.serve.api.tokens import token_routes
 from deepseek_jax.serve.worker import Busy, Dead
 
 MOST_BYTES = 32 * 2**20  # of a request's body
+MOST_FAULTS = 10  # that an answer lists
 MOST_HEAD_BYTES = 2**16  # of its headers, where they do not arrive at once
 PAGE = Path(__file__).with_name("page.html")
 POLICY = (  # the page is whole: nothing is loaded but what the server itself answers
@@ -124,12 +125,18 @@ class _Bounded:
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                route = getattr(scope.get("route"), "path", "none")
-                route = route.removeprefix("/v1").removeprefix("/beta")
-                self.metrics.responses.labels(route, message["status"]).inc()
+                self._count(scope, message["status"])
             await send(message)
 
-        await self.app(scope, bounded, counted)
+        try:
+            await self.app(scope, bounded, counted)
+        except Exception:
+            self._count(scope, 500)  # what answers it stands outside
+            raise
+
+    def _count(self, scope: Scope, status: int) -> None:
+        route = getattr(scope.get("route"), "path", "none").removeprefix("/v1").removeprefix("/beta")
+        self.metrics.responses.labels(route, status).inc()
 
 
 def _guard(keys: tuple[str, ...]) -> Any:
@@ -148,14 +155,16 @@ def _handler(status: int) -> Any:
     async def handle(_: Request, error: Exception) -> Response:
         kind = "invalid_request_error" if status < 429 else "server_error"
         headers = {"Retry-After": "1"} if status in (429, 503) else None
-        return JSONResponse(answers.error(str(error), kind), status_code=status, headers=headers)
+        text = "an error of the server: see its log" if status == 500 else str(error)  # which may say what others wrote
+        return JSONResponse(answers.error(text, kind), status_code=status, headers=headers)
 
     return handle
 
 
 async def _invalid(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    found = [f"{'.'.join(map(str, fault['loc'][1:])) or 'body'}: {fault['msg']}" for fault in error.errors()]
+    faults = error.errors()[:MOST_FAULTS]
+    found = [f"{'.'.join(map(str, fault['loc'][1:])) or 'body'}: {fault['msg']}" for fault in faults]
     return JSONResponse(answers.error("; ".join(found)), status_code=422)
 
 

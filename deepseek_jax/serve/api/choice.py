@@ -61,7 +61,8 @@ class Choice:
             pieces += self.reply.finish()
         if output.ending or self.reply.has_stopped:
             is_call = "tool_calls" in self.reply.message() and output.ending == "stop"
-            self.reason = "length" if output.ending == "length" else "tool_calls" if is_call else "stop"
+            is_cut = output.ending == "length" and not self.reply.has_stopped
+            self.reason = "length" if is_cut else "tool_calls" if is_call else "stop"
         return answers.joined(pieces)
 
     @property

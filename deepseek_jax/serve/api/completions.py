@@ -44,6 +44,7 @@ def completion_routes(service: Service) -> APIRouter:
         template, tokenizer = service.template, service.tokenizer
         if template is None:
             raise UserError(f"{service.name} has no chat template: it continues texts. Use /completions.")
+        service.check_choices(body.n)
         prompt = await asyncio.to_thread(chat_prompt, template, tokenizer, body)
         samplings = body.samplings(service.n_free(prompt.ids), service.drawing, service.end_ids)
         form = body.form(template, tokenizer)
@@ -58,8 +59,9 @@ def completion_routes(service: Service) -> APIRouter:
     @router.post("/completions")
     async def complete(body: TextBody, request: Request) -> Response:
         service.check_model(body.model)
-        choices: list[Choice] = []
-        for given in body.prompts():
+        choices, prompts = list[Choice](), body.prompts()
+        service.check_choices(len(prompts) * body.n)
+        for given in prompts:
             prompt = await asyncio.to_thread(text_prompt, service.tokenizer, given, body.suffix)
             for sampling in body.samplings(service.n_free(prompt), service.drawing, service.end_ids):
                 choice = Choice(len(choices), prompt, sampling, Reply(PLAIN, service.tokenizer, stop=body.stop))
@@ -95,8 +97,6 @@ async def _answer(
     service: Service, request: Request, body: ChatBody | TextBody, choices: list[Choice], *, is_chat: bool
 ) -> Response:
     """Opens the request's streams, so that it is refused before anything is sent, and answers it."""
-    if len(choices) > service.worker.most:
-        raise UserError(f"a request for {len(choices)} answers: expected {service.worker.most} or fewer.")
     stack = contextlib.AsyncExitStack()
     try:
         clocks = [service.metrics.clock() for _ in choices]

@@ -3,11 +3,12 @@
 Keys that are not known are ignored, as by DeepSeek's server.
 """
 
+import json
 import secrets
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
 from deepseek_jax.data.chat import Template
 from deepseek_jax.data.tokenizer import Tokenizer
@@ -17,14 +18,33 @@ from deepseek_jax.serve.sampling import MOST_BIASES, MOST_TOP, Sampling
 
 MOST_CHOICES = 16
 MOST_STOPS = 16
+MOST_DEPTH, MOST_CHARACTERS = 64, 1_000_000  # of tools and schemas
 
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=10_000_000)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
 
 
 def _as_list(stop: object) -> object:
     return [] if stop is None else [stop] if isinstance(stop, str) else stop
+
+
+def _bounded(value: Any) -> Any:
+    """Refuses JSON that is deep or long: templates indent it, so a few nested bytes would make a long prompt."""
+    layer, depth = [value], 0
+    while layer:
+        depth += 1
+        if depth > MOST_DEPTH:
+            raise ValueError(f"nested deeper than {MOST_DEPTH}")
+        layer = [child for one in layer for child in (one.values() if isinstance(one, dict) else one)]
+        layer = [child for child in layer if isinstance(child, dict | list)]
+    if len(json.dumps(value)) > MOST_CHARACTERS:
+        raise ValueError(f"longer than {MOST_CHARACTERS} characters as JSON")
+    return value
+
+
+Tools = Annotated[list[dict[str, Any]], Field(fail_fast=True), AfterValidator(_bounded)]
 
 
 class StreamOptions(BaseModel):
@@ -43,7 +63,7 @@ class JsonSchema(BaseModel):
     """A named schema."""
 
     name: Text = ""
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    schema_: Annotated[dict[str, Any], AfterValidator(_bounded)] | None = Field(None, alias="schema")
 
 
 class ResponseFormat(BaseModel):
@@ -74,7 +94,7 @@ class _Common(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     n: int = Field(1, ge=1, le=MOST_CHOICES)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: Annotated[list[Text], BeforeValidator(_as_list), Field(max_length=MOST_STOPS)] = []
+    stop: Annotated[list[Text], Field(fail_fast=True, max_length=MOST_STOPS), BeforeValidator(_as_list)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: Text | None = None
@@ -132,12 +152,12 @@ class _Common(BaseModel):
 class ChatBody(_Common):
     """The body of POST /chat/completions."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: Annotated[list[dict[str, Any]], Field(fail_fast=True)] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
-    tools: list[dict[str, Any]] | None = None
+    tools: Tools | None = None
     tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
     thinking: Thinking | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
@@ -179,7 +199,7 @@ class ChatBody(_Common):
 class TextBody(_Common):
     """The body of POST /completions."""
 
-    prompt: Text | list[int] | list[Text] | list[list[int]]
+    prompt: Text | Ids | Annotated[list[Text], Field(fail_fast=True)] | Annotated[list[Ids], Field(fail_fast=True)]
     suffix: Text | None = None
     max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
@@ -199,7 +219,9 @@ class TextBody(_Common):
     def prompts(self) -> list[str | list[int]]:
         """Each prompt: a text, or ids."""
         given: Any = self.prompt
-        is_one = isinstance(given, str) or (given and isinstance(given[0], int))
+        if given == []:
+            raise UserError("the prompt is an empty list: expected one token or more.")
+        is_one = isinstance(given, str) or isinstance(given[0], int)
         if self.echo and self.suffix is not None:
             raise UserError("echo with suffix: expected one of them.")
         if self.best_of not in (None, self.n):

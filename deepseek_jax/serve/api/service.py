@@ -3,6 +3,7 @@
 import functools
 from dataclasses import dataclass, field
 
+from deepseek_jax.bounds import shown
 from deepseek_jax.data.chat import Template
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
@@ -47,7 +48,12 @@ class Service:
     def check_model(self, name: str) -> None:
         """Raises UserError for another model's name; "" stands for this one."""
         if name and name != self.name:
-            raise UserError(f"model {name!r}: this server has {self.name!r}.")
+            raise UserError(f"model {shown(name)}: this server has {self.name!r}.")
+
+    def check_choices(self, n_choices: int) -> None:
+        """Raises UserError for a request with more answers than the worker takes."""
+        if n_choices > self.worker.most:
+            raise UserError(f"a request for {n_choices} answers: expected {self.worker.most} or fewer.")
 
     def n_free(self, prompt: list[int]) -> int:
         """Returns how many tokens may follow a prompt. Raises UserError if there is none, or no prompt."""

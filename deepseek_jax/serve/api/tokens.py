@@ -5,30 +5,30 @@ POST /detokenize       {"tokens": ids} -> {"prompt": text}
 GET  /tokenizer_info   the special tokens that the tokenizer names
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.serve.api.prompts import begin, chat_prompt, checked_ids
-from deepseek_jax.serve.api.requests import ChatBody, Text
+from deepseek_jax.serve.api.requests import ChatBody, Ids, Text, Tools
 from deepseek_jax.serve.api.service import Service
 
 
 class Detokenize(BaseModel):
     """The body of POST /detokenize."""
 
-    tokens: list[int]
+    tokens: Ids
 
 
 class Tokenize(BaseModel):
     """The body of POST /tokenize."""
 
     prompt: Text | None = None
-    messages: list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
+    messages: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    tools: Tools | None = None
     add_special_tokens: bool = True
 
 
