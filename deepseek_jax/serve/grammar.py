@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
+from deepseek_jax.bounds import shown
 from deepseek_jax.data.chat import END_THINK, THINK, Template, to_ids
 from deepseek_jax.data.chat.marks import Part
 from deepseek_jax.data.messages import functions
@@ -23,6 +24,7 @@ from deepseek_jax.errors import UserError
 
 BLANKS = r"\n? {0,40}"  # between two symbols of JSON; without a bound a model may write blanks for ever
 MOST_CHARACTERS = 200_000  # of a schema
+MOST_PATTERNS = 16  # regular expressions of a schema: whether all of them can hold may take exponential time
 HOLE = "\0arguments\0"  # stands for a call's arguments while its format is written
 
 
@@ -63,11 +65,25 @@ def _call(template: Template, tokenizer: Tokenizer, name: str, parameters: dict[
 
 def _json(schema: Any) -> str:
     if not isinstance(schema, dict):
-        raise UserError(f"a schema is {schema!r}: expected an object.")
+        raise UserError(f"a schema is {shown(schema)}: expected an object.")
+    n_patterns = _n_patterns(schema)
+    if n_patterns > MOST_PATTERNS:
+        raise UserError(f"a schema with {n_patterns} regular expressions: expected at most {MOST_PATTERNS}.")
     text = json.dumps({**schema, "x-guidance": {"whitespace_pattern": BLANKS}})
     if len(text) > MOST_CHARACTERS:
         raise UserError(f"a schema of {len(text)} characters: expected at most {MOST_CHARACTERS}.")
     return f"%json {text}"
+
+
+def _n_patterns(schema: Any) -> int:
+    """The regular expressions in a schema, of values and of keys."""
+    if isinstance(schema, list):
+        return sum(map(_n_patterns, schema))
+    if not isinstance(schema, dict):
+        return 0
+    named = schema.get("patternProperties")
+    own = isinstance(schema.get("pattern"), str) + (len(named) if isinstance(named, dict) else 0)
+    return own + sum(map(_n_patterns, schema.values()))
 
 
 class Grammars:

@@ -19,6 +19,7 @@ from deepseek_jax.data.chat import TEMPLATES
 from deepseek_jax.data.tokenizer import open_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.serve.api.app import make_server
+from deepseek_jax.serve.api.compiling import MOST_AT_ONCE
 from deepseek_jax.serve.api.service import Service
 from deepseek_jax.serve.engine import Logprob, Output, Sampling
 from deepseek_jax.serve.worker import Dead, Worker
@@ -428,6 +429,7 @@ REFUSED = [
     ({"messages": ASK, "tools": [{"type": "function", "function": DEEP}]}, 422, "nested deeper than 64"),
     ({"messages": ASK, "tools": [{"description": "x" * 10**6}]}, 422, "longer than 1000000 characters"),
     ({"messages": ASK, "response_format": SCHEMA(DEEP)}, 422, "nested deeper than 64"),
+    ({"messages": ASK, "response_format": SCHEMA({"allOf": [{"pattern": "a"}] * 17})}, 400, "17 regular expressions"),
     ({"messages": [{"role": "assistant", "content": "Hi", "prefix": True}]}, 400, "no message before it"),
     ({"messages": ASK, "thinking": {"type": "perhaps"}}, 422, "thinking.type"),
     ({"messages": ASK, "model": "gpt-4o"}, 400, "model 'gpt-4o': this server has 'mine'"),
@@ -453,6 +455,16 @@ def test_bad_requests_are_refused_in_words(served, client, body, status, message
 def test_every_route_asks_for_a_key(served, path, key):
     status, found = ask(served, "GET" if path.endswith(("models", "metrics")) else "POST", path, key=key)
     assert (status, found["error"]["type"]) == (401, "invalid_request_error")
+
+
+def test_without_a_key_a_body_is_not_read(served):
+    assert ask(served, "POST", "/v1/completions", b"{", key="")[0] == 401
+    assert ask(served, "POST", "/v1/completions", b"{")[0] == 422
+    address, length = served.url.removeprefix("http://"), {"Content-Length": "1000000"}
+    connection = http.client.HTTPConnection(address, timeout=20)
+    connection.request("POST", "/v1/completions", b"", length)  # the body does not come
+    assert connection.getresponse().status == 401
+    connection.close()
 
 
 def numbers(served):
@@ -603,6 +615,28 @@ def test_large_bodies_get_short_answers(served, body, status, message):
     assert found_status == status and message in message_of(found) and len(message_of(found)) < 1000
 
 
+def test_a_schema_that_takes_too_long_is_refused_and_holds_up_no_others(monkeypatch):
+    gate, seen = threading.Event(), []
+
+    class Grammars:
+        def compile(self, grammar):
+            seen.append(grammar)
+            gate.wait(20)
+
+    monkeypatch.setattr("deepseek_jax.serve.api.compiling.MOST_S", 0.05)
+    monkeypatch.setattr("deepseek_jax.serve.api.service.Grammars", lambda *_: Grammars())
+    made = serve(Script())
+    body = {"messages": ASK, "response_format": {"type": "json_object"}}
+    for _ in range(MOST_AT_ONCE + 1):
+        status, found = ask(made, "POST", "/chat/completions", body)
+        assert status == 400 and "expected a simpler one" in message_of(found)
+    assert len(seen) == MOST_AT_ONCE
+    assert ask(made, "POST", "/chat/completions", {"messages": ASK})[0] == 200
+    gate.set()
+    made.server.should_exit = True
+    made.thread.join(10)
+
+
 def test_an_error_of_the_server_is_counted_and_its_words_are_kept_from_clients(served, monkeypatch):
     def fail(*_):
         raise OSError(2, "No such file", "/home/alice/weights")
@@ -659,6 +693,7 @@ def test_a_request_that_comes_while_the_engine_fails_is_answered():
         await asyncio.wait_for(asyncio.gather(first, second), 10)
 
     asyncio.run(two())
+    worker.stop()
     assert worker.n_open == 0
 
 

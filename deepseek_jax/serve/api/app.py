@@ -9,11 +9,10 @@
     GET  /metrics, /health
 
 The last four stand here only, the others below /v1 and /beta as well; all but /health and the page need a key, if there
-are keys. Answers and
-errors have the form that DeepSeek's and OpenAI's clients expect: 400 for a request that cannot be served, 401 for a
-missing or wrong key, 413 for a body that is too long, 422 for a field out of range, 429 when the queue is full, 503
-when the engine is down. A client that leaves ends its request. Nothing in a request makes the server fetch, import or
-render anything.
+are keys, which is looked at before the body. Answers and errors have the form that DeepSeek's and OpenAI's clients
+expect: 400 for a request that cannot be served, 401 for a missing or wrong key, 413 for a body that is too long, 422
+for a field out of range, 429 when the queue is full, 503 when the engine is down. A client that leaves ends its
+request. Nothing in a request makes the server fetch, import or render anything.
 """
 
 import contextlib
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException as AnyHTTPException
@@ -38,6 +37,7 @@ from deepseek_jax.serve.api.tokens import token_routes
 from deepseek_jax.serve.worker import Busy, Dead
 
 MOST_BYTES = 32 * 2**20  # of a request's body
+OPEN = ("/", "/health")  # routes that need no key
 MOST_FAULTS = 10  # that an answer lists
 MOST_HEAD_BYTES = 2**16  # of its headers, where they do not arrive at once
 PAGE = Path(__file__).with_name("page.html")
@@ -57,21 +57,20 @@ def create_app(service: Service) -> FastAPI:
         service.worker.stop()
 
     app = FastAPI(title="deepseek_jax", lifespan=lifespan, openapi_url=None)
-    app.add_middleware(_Bounded, metrics=service.metrics)
-    guarded = [Depends(_guard(service.keys))]
+    app.add_middleware(_Bounded, metrics=service.metrics, keys=service.keys)
     for prefix in ("", "/v1", "/beta"):
         for routes in (_models(service), completion_routes(service), token_routes(service)):
-            app.include_router(routes, prefix=prefix, dependencies=guarded)
+            app.include_router(routes, prefix=prefix)
 
     @app.get("/")
     async def page() -> Response:
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": POLICY})
 
-    @app.get("/experts", dependencies=guarded)
+    @app.get("/experts")
     def experts() -> dict[str, Any]:
         return {"layers": [layer._asdict() for layer in service.loads.measure()]}
 
-    @app.get("/metrics", dependencies=guarded)
+    @app.get("/metrics")
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
@@ -107,10 +106,13 @@ def _models(service: Service) -> APIRouter:
 
 
 class _Bounded:
-    """Refuses a body of more than `MOST_BYTES`, whatever length its headers state; counts responses."""
+    """Refuses requests without a key, and bodies of more than `MOST_BYTES`, whatever length their headers state.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics):
-        self.app, self.metrics = app, metrics
+    It stands before whatever reads bodies. It also counts responses.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, keys: tuple[str, ...]):
+        self.app, self.metrics, self.keys = app, metrics, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         n_bytes = 0
@@ -128,6 +130,10 @@ class _Bounded:
                 self._count(scope, message["status"])
             await send(message)
 
+        if scope["type"] == "http" and scope["path"] not in OPEN and not _has_key(scope, self.keys):
+            refusal = answers.error("missing or wrong API key: expected Authorization: Bearer KEY")
+            await JSONResponse(refusal, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, counted)
+            return
         try:
             await self.app(scope, bounded, counted)
         except Exception:
@@ -139,16 +145,11 @@ class _Bounded:
         self.metrics.responses.labels(route, status).inc()
 
 
-def _guard(keys: tuple[str, ...]) -> Any:
-    """A dependency that refuses requests without a key; all keys are compared, in constant time."""
-
-    async def check(authorization: str = Header("")) -> None:
-        given = authorization.removeprefix("Bearer ").encode(errors="replace")
-        found = [hmac.compare_digest(given, key.encode()) for key in keys]
-        if keys and not any(found):
-            raise HTTPException(401, "missing or wrong API key: expected Authorization: Bearer KEY")
-
-    return check
+def _has_key(scope: Scope, keys: tuple[str, ...]) -> bool:
+    """Whether a request has one of the keys, or needs none; all are compared, in constant time."""
+    given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+    found = [hmac.compare_digest(given.removeprefix(b"Bearer "), key.encode()) for key in keys]
+    return not keys or any(found)
 
 
 def _handler(status: int) -> Any:

@@ -49,7 +49,7 @@ def completion_routes(service: Service) -> APIRouter:
         samplings = body.samplings(service.n_free(prompt.ids), service.drawing, service.end_ids)
         form = body.form(template, tokenizer)
         if form:
-            samplings = await asyncio.to_thread(_constrained, service, prompt, samplings, form)
+            samplings = _constrained(service, prompt, samplings, await service.compiling(form))
         choices = []
         for n, sampling in enumerate(samplings):
             reply = Reply(template, tokenizer, prompt.thinking, body.stop, prompt.continues)
@@ -79,11 +79,10 @@ def spell(service: Service, ids: Sequence[int]) -> str:
     return service.tokenizer.decode(ids, specials=True)
 
 
-def _constrained(service: Service, prompt: Prompt, samplings: list[Sampling], form: str) -> list[Sampling]:
+def _constrained(service: Service, prompt: Prompt, samplings: list[Sampling], matcher: Any) -> list[Sampling]:
     """The same choices, each with a grammar of its own to follow."""
     assert service.template
     grammars, may_think = service.grammars, prompt.may_think(service.template, service.tokenizer)
-    matcher = grammars.compile(form)
     return [
         replace(
             one,

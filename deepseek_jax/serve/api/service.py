@@ -7,6 +7,7 @@ from deepseek_jax.bounds import shown
 from deepseek_jax.data.chat import Template
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
+from deepseek_jax.serve.api.compiling import Compiling
 from deepseek_jax.serve.api.metrics import Metrics
 from deepseek_jax.serve.grammar import Grammars
 from deepseek_jax.serve.loads import ExpertLoads
@@ -44,6 +45,11 @@ class Service:
     def grammars(self) -> Grammars:
         """Compiles the forms that answers may be asked to have; the first use reads the vocabulary."""
         return Grammars(self.tokenizer, self.end_ids)
+
+    @functools.cached_property
+    def compiling(self) -> Compiling:
+        """`grammars.compile`, aside."""
+        return Compiling(lambda grammar: self.grammars.compile(grammar))
 
     def check_model(self, name: str) -> None:
         """Raises UserError for another model's name; "" stands for this one."""
