@@ -83,8 +83,10 @@ class LanguageModel:
         # GPUs and TPUs would otherwise round the operands of a matmul in float32
         matmul_precision = "highest" if config.precision == "fp32" else None
         definition = on_device.definition(config, self._definition)
-        self._generator = Generator(definition, config.model.vocab_size, matmul_precision)
-        self._narrowed = on_device.Narrowed(config)
+        self._generator = Generator(
+            definition, config.model.vocab_size, matmul_precision, compiler_options=on_device.compiler_options()
+        )
+        self._prepared = on_device.Prepared(config)
         self._served: Served | None = None
 
         @jax.jit
@@ -202,17 +204,23 @@ class LanguageModel:
         Raises UserError: an unknown cache, or a model or mesh for which there is none.
         """
         one_of("full", "fp8").check("cache", cache)
-        definition, weights = self._generator.definition, (self._narrowed(self.params), self.router_bias)
+        definition, weights = self._generator.definition, (self._as_read(divided=mesh is not None), self.router_bias)
         if cache == "fp8" or routes:
             alone: Any = bind(definition, *weights)
             run = with_fp8_cache(self.config, alone.run) if cache == "fp8" else alone.run
             run = with_routes(self.config, run) if routes else run
             definition = split(run_as(self.config, run))[0]
-        options = {"matmul_precision": self._generator.matmul_precision} | options
+        how = {"matmul_precision": self._generator.matmul_precision, "compiler_options": on_device.compiler_options()}
+        options = how | options
         if mesh is not None:
             options["replicas"] = on_mesh.replicas(self.config, definition, weights, mesh)
             weights = options["replicas"].place(weights)
         return Engine(definition, weights, self.n_positions, **options)
+
+    def _as_read(self, divided: bool) -> Tree:
+        """Returns the trained weights as this device reads them; in stacks where they are `divided` over several."""
+        prepared = on_device.Prepared(self.config, for_gpu=False) if divided else self._prepared
+        return prepared(self.params)
 
     def serve(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling], **options: Any
@@ -233,7 +241,8 @@ class LanguageModel:
         if self._served is None or self._served.options != options:
             self._served = Served(options, leaves, self.engine(**options))
         elif any(old is not new for old, new in zip(self._served.weights, leaves, strict=True)):
-            weights, replicas = (self._narrowed(self.params), self.router_bias), self._served.engine.programs.replicas
+            replicas = self._served.engine.programs.replicas
+            weights = (self._as_read(divided=replicas is not None), self.router_bias)
             self._served.engine.replace_weights(replicas.place(weights) if replicas else weights)
             self._served = self._served._replace(weights=leaves)
         return complete(self._served.engine, prompts, samplings)
@@ -269,7 +278,7 @@ class LanguageModel:
                 "a prompt is text: expected ids. Use model.complete(text), or model.tokenizer.encode(text) first."
             )
         return {
-            "inputs": (self._narrowed(self.params), self.router_bias, prompts, row_keys(seed, len(prompts))),
+            "inputs": (self._prepared(self.params), self.router_bias, prompts, row_keys(seed, len(prompts))),
             "max_new_tokens": max_new_tokens,
             "n_positions": self.n_positions,
             "temperature": temperature,

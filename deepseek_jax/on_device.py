@@ -1,13 +1,18 @@
-"""How a model generates on the device that is here: by which kernels, and from weights of which dtypes.
+"""How a model generates on the device that is here: by which kernels, and from weights of which dtypes and layouts.
 
-| device | layers | routed experts |
-| --- | --- | --- |
-| CPU, TPU | a loop over stacked layers, which compiles fast | XLA's loop over the experts' rows |
-| GPU | no loop: XLA would copy each layer's weights out of the stack in every step | the same |
-| Hopper | no loop | the kernel that reads chosen experts once; bfloat16 and widths that are multiples of 128 |
+| device | layers | weights | routed experts |
+| --- | --- | --- | --- |
+| CPU, TPU | a loop over stacked layers, which compiles fast | stacked | XLA's loop over the experts' rows |
+| GPU | no loop | one array per layer, for XLA would copy each layer's out of the stack in every step | the same |
+| Hopper | no loop | the same, routed experts stacked | the kernel that reads chosen experts once |
+
+The kernel takes bfloat16 and widths that are multiples of 128. On a GPU the axes that a product of weights with
+activations sums over are the innermost in memory: then XLA multiplies a matrix with one token in one kernel that reads
+the matrix once, and otherwise in two that write all products to memory in between.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +22,11 @@ from ml_collections import ConfigDict
 
 from deepseek_jax.abstract_model import abstract_module
 from deepseek_jax.kernels import XLA, Kernels
-from deepseek_jax.layers.base import Tree, dtype_read, roles, split
+from deepseek_jax.layers.base import MULTIPLIED, Tree, Turned, Unstacked, dtype_read, logical_axes, roles, split
 from deepseek_jax.precision.policy import policy
+
+# Axes in memory of a weight of which a decode step sums over the last axis: the absorbed form's queries, per head.
+SUMMED_LAST = {"k_up_CHN": (1, 0, 2)}
 
 
 def definition(config: ConfigDict, in_a_loop: nnx.GraphDef) -> nnx.GraphDef:
@@ -29,40 +37,107 @@ def definition(config: ConfigDict, in_a_loop: nnx.GraphDef) -> nnx.GraphDef:
 
 
 def kernels(config: ConfigDict) -> Kernels:
-    """Returns the kernels by which a GPU generates: those of XLA but for routed experts, where theirs can run."""
+    """Returns the kernels by which a GPU generates, each where it can run; the rest is computed by XLA."""
     from pallas_kernels.mosaic_gpu import is_hopper  # Mosaic GPU is not part of every JAX build
 
-    sizes = config.model
-    widths = (sizes.d_model, sizes.expert_width) if "expert_width" in sizes else ()
-    takes_kernel = widths and not any(width % 128 for width in widths) and config.precision == "bf16"
-    return Kernels(grouped_matmul="mosaic_gpu") if takes_kernel and is_hopper() else XLA
+    return Kernels(**_on_hopper(config.model)) if is_hopper() and config.precision == "bf16" else XLA
 
 
-class Narrowed:
-    """Weights as a step reads them: those stored wider than that are cast once, not in every step.
+def _on_hopper(sizes: ConfigDict) -> dict[str, str]:
+    """Returns the operations that a kernel for Hopper computes in a model of these sizes, in bfloat16."""
+    chosen = {}
+    if "expert_width" in sizes and not any(width % 128 for width in (sizes.d_model, sizes.expert_width)):
+        chosen["grouped_matmul"] = "mosaic_gpu"
+    if "kv_rank" in sizes and sizes.kv_rank in (256, 512) and sizes.rope_width == 64:
+        chosen["latent_decode"] = "by_size"
+        if not sizes.nope_width % 64 and not sizes.value_width % 64:
+            chosen["attention"] = "mosaic_gpu"
+    return chosen
 
-    Others are the same arrays. A leaf that was replaced since the last call is cast again.
+
+def compiler_options() -> dict[str, str | bool]:
+    """Returns the options with which programs that generate are compiled for this device.
+
+    On a GPU kernels that do not depend on one another run side by side; most of a small batch fill a part of the chip.
+    """
+    return {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"} if jax.default_backend() == "gpu" else {}
+
+
+class Read(NamedTuple):
+    """How a step reads a weight."""
+
+    dtype: DTypeLike  # unless it is stored in fewer bytes
+    is_unstacked: bool  # one array per layer
+    order: tuple[int, ...]  # axes of the array in memory, from the outermost to the innermost
+
+
+class Prepared:
+    """Weights as a step reads them: what is stored otherwise is cast, unstacked and turned once, not in every step.
+
+    Others are the same arrays. A leaf that was replaced since the last call is prepared again. `for_gpu`: as a GPU
+    reads them; None: as the default device does.
     """
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: ConfigDict, for_gpu: bool | None = None):
         self._config = config
-        self._cast: dict[tuple, tuple[jax.Array, jax.Array]] = {}  # by path: what was stored, and what is read
+        self._for_gpu = jax.default_backend() == "gpu" if for_gpu is None else for_gpu
+        self._made: dict[tuple, tuple[jax.Array, Any]] = {}  # by path: what is stored, what is read
 
     def __call__(self, params: Tree) -> Tree:
         """Returns the trained weights in the dtypes in which they are read."""
-        if policy(self._config.precision).compute == jnp.float32:
+        if not self._for_gpu and policy(self._config.precision).compute == jnp.float32:
             return params
-        return jax.tree_util.tree_map_with_path(self._narrowed, params, self._dtypes)
+        return jax.tree_util.tree_map_with_path(self._prepared, params, self._reads)
 
     @functools.cached_property
-    def _dtypes(self) -> Tree:
-        chosen = policy(self._config.precision, self._config.fp8)
-        of_role = roles(abstract_module(self._config, XLA))
-        return jax.tree.map(lambda role: dtype_read(role, chosen.weights, chosen.compute), of_role)
+    def _reads(self) -> Tree:
+        return reads(self._config, abstract_module(self._config, XLA), self._for_gpu)
 
-    def _narrowed(self, path: tuple, stored: jax.Array, dtype: DTypeLike) -> jax.Array:
-        if jnp.dtype(dtype).itemsize >= stored.dtype.itemsize:
-            return stored
-        if path not in self._cast or self._cast[path][0] is not stored:
-            self._cast[path] = stored, stored.astype(dtype)
-        return self._cast[path][1]
+    def _prepared(self, path: tuple, stored: jax.Array, read: Read) -> Any:
+        if path not in self._made or self._made[path][0] is not stored:
+            self._made[path] = stored, prepared(stored, read)
+        return self._made[path][1]
+
+
+def reads(config: ConfigDict, module: nnx.Module, for_gpu: bool) -> Tree:
+    """Returns how a step reads each weight of a network, a tree of `Read`."""
+    chosen = policy(config.precision, config.fp8)
+
+    def read(path: tuple, role: str, axes: tuple) -> Read:
+        dtype, is_stacked = dtype_read(role, chosen.weights, chosen.compute), axes[0] == "layers"
+        own_axes = axes[1:] if is_stacked else axes
+        if not for_gpu or own_axes[0] == "experts" or not (is_stacked or role == "head"):
+            return Read(dtype, False, tuple(range(len(axes))))
+        return Read(dtype, is_stacked, _order(len(own_axes), role, path[-1].key))
+
+    return jax.tree_util.tree_map_with_path(read, roles(module), logical_axes(module)[0])
+
+
+def _order(n_axes: int, role: str, name: str) -> tuple[int, ...]:
+    """Returns a weight's axes in the order in which those that a decode step sums over are the innermost."""
+    axes = tuple(range(n_axes))
+    if role not in (*MULTIPLIED, "router", "head") or name in SUMMED_LAST:
+        return SUMMED_LAST.get(name, axes)
+    n_summed = n_axes - 1 if role == "attention_out" else 1
+    return axes[n_summed:] + axes[:n_summed]
+
+
+def prepared(stored: jax.Array, read: Read) -> jax.Array | Turned | Unstacked:
+    """Returns a weight as it is read; the same array if it is stored so."""
+    dtype = read.dtype if jnp.dtype(read.dtype).itemsize < stored.dtype.itemsize else stored.dtype
+    if read.is_unstacked:
+        return Unstacked(tuple(_as_read(layer, read.order) for layer in _layers(stored, dtype, read.order)))
+    return _as_read(_turned(stored, dtype, read.order), read.order)
+
+
+def _as_read(array: jax.Array, order: tuple[int, ...]) -> jax.Array | Turned:
+    return array if order == tuple(range(array.ndim)) else Turned(array, order)
+
+
+def _turned(stored: jax.Array, dtype: DTypeLike, order: tuple[int, ...]) -> jax.Array:
+    return jnp.transpose(stored.astype(dtype), order)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "order"))
+def _layers(stack: jax.Array, dtype: DTypeLike, order: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    return tuple(_turned(layer, dtype, order) for layer in stack)

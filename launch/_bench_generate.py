@@ -103,15 +103,19 @@ class Ours:
         self.config, self.n_prompt, self.device = config, n_prompt, jax.devices()[0]
         module = abstract_module(config, XLA)
         definition, params, router_bias = split(module)
-        self.weights = random_weights(config, module, params, router_bias)
-        self.axes, _ = logical_axes(module)
-        self.generator = Generator(on_device.definition(config, definition), config.model.vocab_size)
+        reads = on_device.reads(config, module, jax.default_backend() == "gpu")
+        self.weights = random_weights(module, params, router_bias, reads)
+        self.bytes_read = read_per_token(params, logical_axes(module)[0], reads)
+        options = on_device.compiler_options()
+        definition = on_device.definition(config, definition)
+        self.generator = Generator(definition, config.model.vocab_size, compiler_options=options)
         self.tokens = np.random.default_rng(0)
         n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.weights))
-        kernel = on_device.kernels(config).chosen["grouped_matmul"] if jax.default_backend() == "gpu" else "xla"
+        chosen = on_device.kernels(config).chosen if jax.default_backend() == "gpu" else {}
+        kernels = [f"{operation} by {name}" for operation, name in chosen.items() if name != "xla"]
         self.title = (
             f"deepseek_jax, jax {jax.__version__}, {self.device.device_kind}, weights of {binary(n_bytes)}, "
-            f"experts by {kernel}"
+            f"{', '.join(kernels) or 'all by xla'}"
         )
 
     def run(self, batch: int, n_new: int) -> float:
@@ -137,7 +141,7 @@ class Ours:
 
     def bytes_per_step(self, batch: int) -> float:
         """Bytes that a decode step of `batch` sequences of the prompts' length has to read."""
-        import jax
+        import jax.numpy as jnp
 
         from deepseek_jax.models import family
         from deepseek_jax.plan.network import cache_bytes_per_token
@@ -146,14 +150,10 @@ class Ours:
         sizes, maker = self.config.model, family(self.config.family)
         chosen = 1 - (1 - sizes.top_k / sizes.n_experts) ** batch if "n_experts" in sizes else 1
 
-        def read(path: tuple, leaf: jax.Array, axes: tuple) -> float:
-            share = chosen if "experts" in axes else 0 if path[0].key in ("embedding", "mtp") else 1
-            return share * leaf.size * leaf.dtype.itemsize
-
-        weights = jax.tree.leaves(jax.tree_util.tree_map_with_path(read, self.weights[0], self.axes))
-        width = jax.numpy.dtype(policy(self.config.precision).compute).itemsize
+        width = jnp.dtype(policy(self.config.precision).compute).itemsize
         cached = cache_bytes_per_token(maker, maker.Config.from_config(sizes)) * width / 2
-        return sum(weights) + batch * self.n_prompt * cached
+        always, routed = self.bytes_read
+        return always + chosen * routed + batch * self.n_prompt * cached
 
 
 class Steps:
@@ -191,23 +191,42 @@ class Steps:
         return lowered.compile().as_text() or ""
 
 
-def random_weights(config: ConfigDict, module: Any, params: dict, router_bias: dict) -> tuple[dict, dict]:
-    """Returns weights in the dtypes in which a step reads them, drawn on the device one by one; gains are 1."""
+def read_per_token(params: dict, axes: dict, reads: dict) -> tuple[int, int]:
+    """Returns the bytes of weights that every decode step reads, and those of routed experts, of which it reads some.
+
+    Of the table it reads a few rows, and nothing of multi-token prediction.
+    """
     import jax
     import jax.numpy as jnp
 
-    from deepseek_jax.layers.base import dtype_read, roles
-    from deepseek_jax.precision.policy import policy
+    sizes = {"always": 0, "routed": 0}
 
-    chosen, keys = policy(config.precision, config.fp8), iter(jax.random.split(jax.random.key(0), 10**4))
+    def add(path: tuple, leaf: jax.ShapeDtypeStruct, names: tuple, read: Any) -> None:
+        if path[0].key not in ("embedding", "mtp"):
+            sizes["routed" if "experts" in names else "always"] += leaf.size * jnp.dtype(read.dtype).itemsize
 
-    def drawn(leaf: jax.ShapeDtypeStruct, role: str) -> jax.Array:
-        dtype = dtype_read(role, chosen.weights, chosen.compute)
+    jax.tree_util.tree_map_with_path(add, params, axes, reads)
+    return sizes["always"], sizes["routed"]
+
+
+def random_weights(module: Any, params: dict, router_bias: dict, reads: dict) -> tuple[dict, dict]:
+    """Returns weights as a step reads them (`on_device.Read`), drawn on the device one by one; gains are 1."""
+    import jax
+    import jax.numpy as jnp
+
+    from deepseek_jax import on_device
+    from deepseek_jax.layers.base import roles
+
+    keys = iter(jax.random.split(jax.random.key(0), 10**4))
+
+    def drawn(leaf: jax.ShapeDtypeStruct, role: str, read: on_device.Read) -> Any:
         if role in ("gain", "bias"):
-            return jnp.full(leaf.shape, role == "gain", dtype)
-        return jax.jit(lambda key: 0.02 * jax.random.normal(key, leaf.shape, dtype))(next(keys))
+            return on_device.prepared(jnp.full(leaf.shape, role == "gain", read.dtype), read)
+        draw = jax.jit(lambda key: 0.02 * jax.random.normal(key, leaf.shape, read.dtype))
+        return on_device.prepared(draw(next(keys)), read)
 
-    return jax.tree.map(drawn, params, roles(module)), jax.tree.map(lambda b: jnp.zeros(b.shape, b.dtype), router_bias)
+    weights = jax.tree.map(drawn, params, roles(module), reads)
+    return weights, jax.tree.map(lambda b: jnp.zeros(b.shape, b.dtype), router_bias)
 
 
 class Peer(PeerProcess):

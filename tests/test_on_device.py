@@ -1,4 +1,4 @@
-"""Weights are cast once to what a step reads; a GPU runs without a loop and takes the kernel where that can run."""
+"""Weights are prepared once as a step reads them; a GPU runs without a loop and takes the kernel where that can run."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from deepseek_jax import on_device, run_config
 from deepseek_jax.abstract_model import abstract_module
 from deepseek_jax.kernels import XLA
-from deepseek_jax.layers.base import split
+from deepseek_jax.layers.base import Turned, Unstacked, logical_axes, split
 from pallas_kernels import mosaic_gpu
 
 
@@ -16,10 +16,10 @@ def test_weights_are_cast_once_and_only_where_they_are_wider_than_what_is_read()
     config = run_config.load("tiny_v3")
     _, shapes, _ = split(abstract_module(config))
     params = jax.tree.map(lambda w: jnp.zeros(w.shape, w.dtype), shapes)
-    assert on_device.Narrowed(config)(params) is params  # float32
+    assert on_device.Prepared(config)(params) is params  # float32
     config.precision = "bf16"
-    narrowed = on_device.Narrowed(config)
-    before, after = narrowed(params), narrowed(params)
+    prepared = on_device.Prepared(config)
+    before, after = prepared(params), prepared(params)
     jax.tree.map(lambda one, other: np.testing.assert_(one is other), before, after)
     moe = before["moe_blocks"]
     assert moe["experts"]["gate_XDF"].dtype == before["embedding"]["table_VD"].dtype == jnp.bfloat16
@@ -30,19 +30,52 @@ def test_weights_are_cast_once_and_only_where_they_are_wider_than_what_is_read()
             one, same = one[key], same[key]
         assert one is same
     replaced = params | {"head": jax.tree.map(lambda w: w + 1, params["head"])}
-    again = narrowed(replaced)
+    again = prepared(replaced)
     assert again["moe_blocks"]["experts"]["gate_XDF"] is moe["experts"]["gate_XDF"]
     for new, old in zip(jax.tree.leaves(again["head"]), jax.tree.leaves(replaced["head"]), strict=True):
         np.testing.assert_array_equal(new, old.astype(new.dtype))
 
 
-@pytest.mark.parametrize("name, kernel", [("v2_lite", "mosaic_gpu"), ("tiny_v3", "xla"), ("r1_distill_qwen_7b", "xla")])
-def test_a_hopper_gpu_generates_without_a_loop_and_by_the_kernel_where_it_can_run(name, kernel, monkeypatch):
-    """tiny_v3 is float32; R1's student has no experts."""
+@pytest.mark.parametrize("name", ["tiny_v1", "tiny_v3", "tiny_moe"])
+def test_a_gpu_reads_one_array_per_layer_with_the_axes_that_are_summed_over_inside(name):
+    """All numbers are the same; routed experts stay in their stack, and what a step does not multiply as it is."""
+    config = run_config.load(name)
+    module = abstract_module(config, XLA)
+    _, shapes, _ = split(module)
+    params = jax.tree.map(lambda w: jax.random.normal(jax.random.key(w.size), w.shape, w.dtype), shapes)
+    prepared = on_device.Prepared(config, for_gpu=True)
+    read = prepared(params)
+    assert jax.tree.leaves(prepared(params))[0] is jax.tree.leaves(read)[0]
+
+    def check(path, stored, axes, found):
+        if axes[0] != "layers" or axes[1] == "experts":
+            np.testing.assert_array_equal(found[...], stored)
+            return
+        assert isinstance(found, Unstacked) and len(found.layers) == len(stored)
+        for layer, expected in zip(found.layers, stored, strict=True):
+            np.testing.assert_array_equal(layer[...], expected)
+        if path[-1].key == "out_HUD":
+            assert found.layers[0].order == (2, 0, 1)
+        if path[-1].key == "gain":
+            assert not any(isinstance(layer, Turned) for layer in found.layers)
+
+    jax.tree_util.tree_map_with_path(check, params, logical_axes(module)[0], read)
+
+
+HOPPER = {"grouped_matmul": "mosaic_gpu", "latent_decode": "by_size", "attention": "mosaic_gpu"}
+
+
+@pytest.mark.parametrize(
+    "name, kernels",
+    [("v2_lite", HOPPER), ("tiny_v3", {}), ("r1_distill_qwen_7b", {})],
+)
+def test_a_hopper_gpu_generates_without_a_loop_and_by_kernels_where_they_can_run(name, kernels, monkeypatch):
+    """tiny_v3 is float32; R1's student has neither experts nor latents."""
     config = run_config.load(name)
     in_a_loop = split(abstract_module(config, XLA))[0]
-    assert on_device.definition(config, in_a_loop) is in_a_loop
+    assert on_device.definition(config, in_a_loop) is in_a_loop and not on_device.compiler_options()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(mosaic_gpu, "is_hopper", lambda: True)
-    assert on_device.kernels(config).chosen["grouped_matmul"] == kernel
+    chosen = on_device.kernels(config).chosen
+    assert {operation: by for operation, by in chosen.items() if by != "xla"} == kernels
     assert on_device.definition(config, in_a_loop) != in_a_loop

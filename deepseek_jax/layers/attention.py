@@ -24,6 +24,7 @@ from deepseek_jax.errors import UserError
 from pallas_kernels import mla_attention, mla_decode
 
 RECOMPUTED_FROM = 1024  # tokens of a sequence above which weights are not kept for the backward pass
+FEW_SLOTS = 2048  # in which a step of V2-Lite at batch 1 takes 0.1 to 0.2 ms less by XLA than by the kernel (one H200)
 MASKED = -1e30  # a score that softmax turns into 0 without making a NaN of an all-masked row
 
 
@@ -168,6 +169,15 @@ def _latent_decode_by_name(
 
 latent_decode_chunked = functools.partial(_latent_decode_by_name, "chunked")
 latent_decode_on_hopper = functools.partial(_latent_decode_by_name, "mosaic_gpu")
+
+
+def latent_decode_by_size(*arrays: jax.Array, scale: float, table_BN: jax.Array | None = None) -> jax.Array:
+    """As `latent_decode`: by XLA where all sequences together have few slots, else by the kernel for Hopper."""
+    n_sequences, _, n_slots = arrays[-1].shape  # seen_BTS
+    decode = latent_decode if n_sequences * n_slots <= FEW_SLOTS else latent_decode_on_hopper
+    return decode(*arrays, scale=scale, table_BN=table_BN)
+
+
 latent_decode_on_tpu = functools.partial(_latent_decode_by_name, "mosaic_tpu")
 
 

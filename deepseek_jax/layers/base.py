@@ -13,7 +13,7 @@ initial weights), what they are composed of, `run` or its `matmul`, and `rngs`, 
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -173,6 +173,29 @@ def run_stack(
     return x, jax.tree.map(lambda *ys: jnp.stack(ys), *found)
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["order"])
+@dataclass(frozen=True)
+class Turned:
+    """A weight that lies in memory with its axes in another order; modules read it with its own: weight[...]."""
+
+    array: jax.Array
+    order: tuple[int, ...]  # which of the weight's axes each axis of the array is
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        assert index is ..., index
+        return jnp.transpose(self.array, sorted(range(len(self.order)), key=self.order.__getitem__))
+
+
+class Unstacked(NamedTuple):
+    """A stacked weight as one array per layer: without a loop, XLA on a GPU copies what it cuts out of a stack."""
+
+    layers: tuple[jax.Array | Turned, ...]
+
+    def __getitem__(self, index: Any) -> "Unstacked":  # type: ignore[override]  # modules read weights as weight[...]
+        assert index is ..., index
+        return self
+
+
 def run_cached(
     blocks: nnx.Module, x: jax.Array, run: Execution, call: Callable, cache: Any = None
 ) -> tuple[jax.Array, Any]:
@@ -180,7 +203,8 @@ def run_cached(
 
     The cache of all layers is carried through the loop and each layer's entry is written where it was, so that XLA
     copies no cache of more than one layer. Weights of routed experts are not cut out of the stack either: those that a
-    product reads are found in it (`precision.grouped.OfLayer`).
+    product reads are found in it (`precision.grouped.OfLayer`). Without a loop weights may be `Unstacked`; what a layer
+    does is traced once all the same.
 
     Args:
         blocks: made by `stack`.
@@ -192,36 +216,45 @@ def run_cached(
     Returns (the last `x`, what the layers keep: arrays with a leading axis L; without a loop, a tuple of layers).
     """
     definition, weights = nnx.split(blocks)
+    values = {path: weight[...] for path, weight in variables(blocks)}
     routed = {path for path, weight in variables(blocks) if weight.get_metadata("axes")[1:2] == ("experts",)}
-    n_layers = len(jax.tree.leaves(weights)[0])
+    apart = {path for path, value in values.items() if isinstance(value, Unstacked)}
+    n_layers = next(len(v.layers if isinstance(v, Unstacked) else v) for v in values.values())
 
-    def layer(x: jax.Array, number: int | jax.Array, cached: Any) -> tuple[jax.Array, Any]:
+    def layer(x: jax.Array, number: jax.Array, given: nnx.State, cached: Any) -> tuple[jax.Array, Any]:
         def own(path: tuple, weight: nnx.Variable) -> nnx.Variable:
-            value = weight[...]
+            if path in apart:
+                return weight
             is_found = path in routed and run.matmul.finds_layer
-            return weight.replace(OfLayer(value, number) if is_found else layer_of(value, number))
+            return weight.replace((OfLayer if is_found else layer_of)(weight[...], number))
 
-        return call(nnx.merge(definition, nnx.map_state(own, weights)), x, cached)
+        return call(nnx.merge(definition, nnx.map_state(own, given)), x, cached)
 
     def first(x: jax.Array, number: jax.Array) -> tuple[jax.Array, Any]:
-        return layer(x, number, None)
+        return layer(x, number, weights, None)
 
     def next_one(carry: tuple, number: jax.Array) -> tuple[tuple, None]:
         x, cache = carry
-        x, kept = layer(x, number, jax.tree.map(lambda c: layer_of(c, number), cache))
+        x, kept = layer(x, number, weights, jax.tree.map(lambda c: layer_of(c, number), cache))
         put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=number, axis=0)
         return (x, jax.tree.map(put, cache, kept)), None
 
-    if cache is None:
-        x, kept = jax.lax.scan(first, x, jnp.arange(n_layers))
-        return x, kept if run.unroll else tuple(jax.tree.map(lambda a, i=i: a[i], kept) for i in range(n_layers))
+    if run.unroll and cache is None:
+        return jax.lax.scan(first, x, jnp.arange(n_layers))
     if run.unroll:
         return jax.lax.scan(next_one, (x, cache), jnp.arange(n_layers))[0]
-    every = []
+    lowered_once, every = jax.jit(layer), []
     for number in range(n_layers):
-        x, kept = layer(x, number, cache[number])
+        given = nnx.map_state(functools.partial(_taken_out, number), weights)
+        x, kept = lowered_once(x, jnp.int32(number), given, cache and cache[number])
         every.append(kept)
     return x, tuple(every)
+
+
+def _taken_out(number: int, path: tuple, weight: nnx.Variable) -> nnx.Variable:
+    """One layer's weight where those of all layers are arrays of their own, else the stack."""
+    value = weight[...]
+    return weight.replace(value.layers[number]) if isinstance(value, Unstacked) else weight
 
 
 REMAT = ("none", "dots", "block")

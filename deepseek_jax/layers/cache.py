@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from deepseek_jax.layers.block import Attend, Entries, Losses
 from deepseek_jax.layers.tokens import Tokens
@@ -54,7 +55,8 @@ class Full:
     def write(self, cached: Entries, entries: Entries, tokens: Tokens) -> Entries:
         """See `Layout`."""
         rows = jnp.arange(tokens.positions_BT.shape[0])[:, None]
-        return jax.tree.map(lambda old, new: old.at[rows, tokens.positions_BT].set(new), cached, self.packed(entries))
+        packed = self.packed(entries)
+        return jax.tree.map(lambda old, new: _put(old, new, rows, tokens.positions_BT), cached, packed)
 
     def seen(self, cached: Entries, tokens: Tokens) -> jax.Array:
         """See `Layout`."""
@@ -128,7 +130,18 @@ def write_pages(pool: Entries, entries: Entries, tokens: Tokens, table_BN: jax.A
     page_BT = jnp.take_along_axis(table_BN, tokens.positions_BT // size, axis=1, mode="clip")
     if tokens.real_BT is not None:
         page_BT = jnp.where(tokens.real_BT, page_BT, 0)
-    return jax.tree.map(lambda old, new: old.at[page_BT, tokens.positions_BT % size].set(new), pool, entries)
+    return jax.tree.map(lambda old, new: _put(old, new, page_BT, tokens.positions_BT % size), pool, entries)
+
+
+def _put(memory: jax.Array, new_BT: jax.Array, row_BT: jax.Array, slot_BT: jax.Array) -> jax.Array:
+    """Returns memory with new entries in its slots; those behind its end, the padding of prompts, are dropped.
+
+    A single token is never padding. Without that check XLA on a GPU writes it in one kernel instead of two.
+    """
+    if slot_BT.size == 1:
+        start: list[jax.Array | int] = [row_BT.reshape(()), slot_BT.reshape(()), *[0] * (memory.ndim - 2)]
+        return lax.dynamic_update_slice(memory, new_BT, start)
+    return memory.at[row_BT, slot_BT].set(new_BT)
 
 
 def read_pages(pool: Entries, table_BN: jax.Array) -> Entries:

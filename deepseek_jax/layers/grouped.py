@@ -126,6 +126,8 @@ def grouped_swiglu(
 
     Returns y_MD in the dtype of `x_MD`.
     """
+    if isinstance(gate_XDF, OfLayer) and len(x_MD) == 1:
+        return _swiglu_of_one(x_MD, experts_MK[0], weights_MK[0], (gate_XDF, up_XDF, down_XFD), matmul)
     order = sort_by_expert(experts_MK, gate_XDF.shape[0], matmul.align, n_rows)
     x_AD, weights_A = to_rows(x_MD, order), sort_weights(weights_MK, order)
     if isinstance(gate_XDF, OfLayer):
@@ -135,3 +137,19 @@ def grouped_swiglu(
         gate_and_up_XDF = jnp.concatenate([gate_XDF, up_XDF], axis=-1)  # one loop instead of two
         hidden_AF = matmul.swiglu(matmul.grouped(x_AD, gate_and_up_XDF, order.count_X), None, weights_A)
     return to_tokens(matmul.grouped(hidden_AF, down_XFD, order.count_X), order)
+
+
+def _swiglu_of_one(
+    x_1D: jax.Array, expert_K: jax.Array, weight_K: jax.Array, weights: tuple[OfLayer, ...], matmul: Matmul
+) -> jax.Array:
+    """`grouped_swiglu` of one token: a row per expert in the order of its choice, so that nothing is sorted or counted.
+
+    Where there is no expert, the row is that of the last one, times 0.
+    """
+    n_experts, k = weights[0].shape[0], expert_K.size
+    gate_KDF, up_KDF, down_KFD = (w._replace(chosen_X=jnp.minimum(expert_K, n_experts - 1)) for w in weights)
+    x_KD, count_K = jnp.broadcast_to(x_1D, (k, x_1D.shape[1])), jnp.ones(k, jnp.int32)
+    gate_KF, up_KF = (matmul.grouped(x_KD, w_KDF, count_K) for w_KDF in (gate_KDF, up_KDF))
+    hidden_KF = matmul.swiglu(gate_KF, up_KF, jnp.where(expert_K < n_experts, weight_K, 0))
+    y_KD = matmul.grouped(hidden_KF, down_KFD, count_K)
+    return functools.reduce(jnp.add, (y_KD[i : i + 1] for i in range(k)))

@@ -47,11 +47,15 @@ class OfLayer(NamedTuple):
 
     stack_LXDF: jax.Array
     number: int | jax.Array  # of the layer
+    chosen_X: jax.Array | None = (
+        None  # the experts whose weights these are, each once or more; None: all in their order
+    )
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(X, D, F)."""
-        return self.stack_LXDF.shape[1:]
+        n_experts, *sizes = self.stack_LXDF.shape[1:]
+        return (n_experts if self.chosen_X is None else self.chosen_X.size, *sizes)
 
     def __getitem__(self, index: Any) -> "OfLayer":  # type: ignore[override]  # modules read weights as weight[...]
         assert index is ..., index
@@ -59,9 +63,19 @@ class OfLayer(NamedTuple):
 
     def astype(self, dtype: DTypeLike) -> "OfLayer | jax.Array":
         """Itself if it has this dtype, else the layer's weights cast to it."""
-        if self.stack_LXDF.dtype == dtype:
-            return self
-        return layer_of(self.stack_LXDF, self.number).astype(dtype)
+        return self if self.stack_LXDF.dtype == dtype else self.copied().astype(dtype)
+
+    def copied(self) -> jax.Array:
+        """Returns w_XDF as an array of its own."""
+        w_XDF = layer_of(self.stack_LXDF, self.number)
+        return w_XDF if self.chosen_X is None else w_XDF[self.chosen_X]
+
+    @property
+    def matrix_X(self) -> jax.Array:
+        """Which of the matrices of all layers, L X of them, is each expert's."""
+        n_experts = self.stack_LXDF.shape[1]
+        chosen_X = jnp.arange(n_experts) if self.chosen_X is None else self.chosen_X
+        return jnp.asarray(self.number * n_experts + chosen_X, jnp.int32)
 
 
 def layer_of(stack: jax.Array, number: int | jax.Array) -> jax.Array:
@@ -90,14 +104,14 @@ def vjp_input(g_AF: jax.Array, w_XDF: jax.Array, count_X: jax.Array) -> jax.Arra
 
 def _rows_times(x_AD: jax.Array, w_XDF: Matrices, count_X: jax.Array, *, contract: int) -> jax.Array:
     n_rows, width = x_AD.shape
-    matrices, first = _matrices(w_XDF)
+    matrices, matrix_X = _matrices(w_XDF)
     chunk = chunk_rows(n_rows, count_X.size)
     plan = _plan(count_X, n_rows, chunk)
     padded = jnp.pad(x_AD, ((0, chunk), (0, 0)))
 
     def body(i: jax.Array, out: jax.Array) -> jax.Array:
         rows = lax.dynamic_slice(padded, (plan.row_I[i], 0), (chunk, width))
-        weights = lax.dynamic_index_in_dim(matrices, first + plan.expert_I[i], 0, keepdims=False)
+        weights = lax.dynamic_index_in_dim(matrices, matrix_X[plan.expert_I[i]], 0, keepdims=False)
         product = lax.dot_general(rows, weights, (((1,), (contract,)), ((), ())))
         return lax.dynamic_update_slice(out, product, (plan.row_I[i], 0))
 
@@ -106,12 +120,11 @@ def _rows_times(x_AD: jax.Array, w_XDF: Matrices, count_X: jax.Array, *, contrac
     return jnp.where((jnp.arange(n_rows) < jnp.sum(count_X))[:, None], out, 0)
 
 
-def _matrices(w_XDF: Matrices) -> tuple[jax.Array, int | jax.Array]:
-    """Returns the matrices of all layers, or of the one that there is, and the number of this layer's first expert."""
+def _matrices(w_XDF: Matrices) -> tuple[jax.Array, jax.Array]:
+    """Returns the matrices of all layers, or of the one that there is, and which of them is each expert's."""
     if not isinstance(w_XDF, OfLayer):
-        return w_XDF, 0
-    stack_LXDF, number = w_XDF
-    return stack_LXDF.reshape(-1, *stack_LXDF.shape[2:]), number * stack_LXDF.shape[1]
+        return w_XDF, jnp.arange(len(w_XDF))
+    return w_XDF.stack_LXDF.reshape(-1, *w_XDF.stack_LXDF.shape[2:]), w_XDF.matrix_X
 
 
 def vjp_weight(x_AD: jax.Array, g_AF: jax.Array, count_X: jax.Array) -> jax.Array:
@@ -163,7 +176,7 @@ def on_hopper(x_AD: jax.Array, w_XDF: Matrices, count_X: jax.Array) -> jax.Array
 def on_tpu(x_AD: jax.Array, w_XDF: Matrices, count_X: jax.Array) -> jax.Array:
     """As `on_hopper`, by the kernel for TPUs; of a stack of layers it takes a copy of the layer's weights."""
     if isinstance(w_XDF, OfLayer):
-        w_XDF = layer_of(*w_XDF)
+        w_XDF = w_XDF.copied()
     return _by_kernel("mosaic_tpu", x_AD, w_XDF, count_X)
 
 
@@ -171,8 +184,8 @@ _lowered_once = jax.jit(kernels.grouped_matmul, static_argnames="implementation"
 
 
 def _by_kernel(implementation: str, x_AD: jax.Array, w_XDF: Matrices, count_X: jax.Array) -> jax.Array:
-    matrices, first = _matrices(w_XDF)
-    groups = kernels.Groups(count_X, first=jnp.int32(first) if isinstance(w_XDF, OfLayer) else None)
+    matrices, matrix_X = _matrices(w_XDF)
+    groups = kernels.Groups(count_X, matrix_X=matrix_X if isinstance(w_XDF, OfLayer) else None)
     try:
         return _lowered_once(x_AD, matrices, groups, implementation=implementation)
     except ValueError as error:

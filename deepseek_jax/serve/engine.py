@@ -140,6 +140,7 @@ class Engine:
         n_drafts: 1 lets multi-token prediction draft a second token for each (`speculation`); the text is the same.
         matmul_precision: as for `jax.default_matmul_precision`.
         replicas: devices, each of which has `n_rows` rows and `n_pages` pages; None: one device. The weights lie there.
+        compiler_options: as for `jax.jit`.
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class Engine:
         n_drafts: int = 0,
         matmul_precision: str | None = None,
         replicas: Replicas | None = None,
+        compiler_options: dict[str, str | bool] | None = None,
     ):
         whole(1, 2**16).check("n_steps", n_steps)
         self.weights, self.n_positions, self.n_rows, self.chunk = weights, n_positions, n_rows, chunk
@@ -165,7 +167,7 @@ class Engine:
         n_pages = n_pages or 1 + n_rows * -(-n_positions // page_size)
         n_ranks = replicas.n if replicas else 1
         self.ranks = [Rank(PagePool(n_pages, page_size, n_drafts), n_rows, chunk) for _ in range(n_ranks)]
-        self.programs = Programs(definition, matmul_precision, replicas)
+        self.programs = Programs(definition, matmul_precision, replicas, compiler_options)
         model: Any = bind(definition, *weights)
         self.vocab_size, self._d_model = model.embedding.table_VD.shape
         self._dtype, self._has_routes = model.run.compute, model.run.routes

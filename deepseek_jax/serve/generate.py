@@ -11,6 +11,7 @@ Tokens are drawn, and stop ids recognised, on the device. The host dispatches th
 tokens of the last one: a step at a time for a stream, `BLOCK` steps at a time where nobody reads them before the end.
 """
 
+import functools
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from deepseek_jax.serve.sampler import sample
 ENDED = -1  # in place of tokens after the end of a sequence
 SMALLEST = 32  # least length of prompts and caches
 CHUNK = 2048  # longest part of a prompt that is read in one pass
+PAGE = 64  # slots of a cache that a kernel reads at a time
 BLOCK = 32  # decode steps of one program that looks at no token in between
 
 Weights = tuple[Tree, Tree]  # parameters and router biases
@@ -52,8 +54,12 @@ class State(NamedTuple):
 
 
 def bucket(n_tokens: int, largest: int) -> int:
-    """Returns `n_tokens` rounded up to a power of two, at least `SMALLEST` and at most `largest`."""
-    return min(max(SMALLEST, 1 << (n_tokens - 1).bit_length()), largest)
+    """Returns `n_tokens` rounded up to a power of two, at least `SMALLEST` and at most `largest`.
+
+    A largest number of more than a page is rounded up to whole pages, in which kernels read a cache.
+    """
+    most = largest if largest <= PAGE else -(-largest // PAGE) * PAGE
+    return min(max(SMALLEST, 1 << (n_tokens - 1).bit_length()), most)
 
 
 class Generator:
@@ -61,7 +67,8 @@ class Generator:
 
     `definition` is that of a model with `prefill`, `extend` and `decode` (`layers.base.split`); `matmul_precision` is
     that of float32 matmuls, as for `jax.default_matmul_precision`, None for the device's default. Longer prompts than
-    `chunk` are read in parts of so many tokens; `block` is the number of decode steps in one program.
+    `chunk` are read in parts of so many tokens; `block` is the number of decode steps in one program;
+    `compiler_options` as for `jax.jit`.
     """
 
     def __init__(
@@ -72,12 +79,13 @@ class Generator:
         *,
         chunk: int = CHUNK,
         block: int = BLOCK,
+        compiler_options: dict[str, str | bool] | None = None,
     ):
         self.definition, self.vocab_size, self.matmul_precision = definition, vocab_size, matmul_precision
         self.chunk, self.block = chunk, block
-        self._read = jax.jit(self._read_and_draw, static_argnames="n_slots", donate_argnames="state")
-        self._decode = jax.jit(self._decode_and_draw, donate_argnames="state")
-        self._decode_block = jax.jit(self._decode_steps, donate_argnames="state")
+        jit = functools.partial(jax.jit, donate_argnames="state", compiler_options=compiler_options)
+        self._read = jit(self._read_and_draw, static_argnames="n_slots")
+        self._decode, self._decode_block = jit(self._decode_and_draw), jit(self._decode_steps)
 
     def stream(
         self,

@@ -70,11 +70,18 @@ class Programs:
     """The programs for one model and one size of memory.
 
     `matmul_precision` is as for `jax.default_matmul_precision`; with `replicas` each device runs them with rows and
-    memory of its own.
+    memory of its own; `compiler_options` as for `jax.jit`.
     """
 
-    def __init__(self, definition: nnx.GraphDef, matmul_precision: str | None = None, replicas: Replicas | None = None):
+    def __init__(
+        self,
+        definition: nnx.GraphDef,
+        matmul_precision: str | None = None,
+        replicas: Replicas | None = None,
+        compiler_options: dict[str, str | bool] | None = None,
+    ):
         self.definition, self.matmul_precision, self.replicas = definition, matmul_precision, replicas
+        self._compiler_options = compiler_options
         self._own = replicas.definition if replicas else definition  # as a device runs it
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
 
@@ -102,7 +109,7 @@ class Programs:
                 function = self.replicas.on_each(function, given, outputs if len(outputs) > 1 else ROWS)
                 given = self.replicas.abstract(given)
             jitted = jax.jit(function, donate_argnames=DONATED.get(name, ()))
-            self._compiled[key] = jitted.lower(**given).compile()
+            self._compiled[key] = jitted.lower(**given).compile(self._compiler_options)
         return self._compiled[key]
 
     def extend(

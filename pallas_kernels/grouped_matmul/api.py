@@ -35,8 +35,8 @@ def grouped_matmul(
     Args:
         x_AD: [A, D].
         w_XDF: [X, D, F] in the dtype of x; [X, F, D] if `transposed`.
-        groups: of the rows of x. With `groups.first` w may hold more matrices than there are groups; this has no
-            gradient, and no implementation for TPUs.
+        groups: of the rows of x. With `groups.matrix_X` w may hold other matrices than those of the groups;
+            this has no gradient, and no implementation for TPUs.
         implementation: "reference" (any device, any dtype), "mosaic_gpu" (Hopper) or "mosaic_tpu"; both of these take
             bfloat16, D and F multiples of 128. There is no fallback from one to another.
         transposed: each group multiplies by the transpose of its weights.
@@ -51,14 +51,14 @@ def grouped_matmul(
             f"x is {x_AD.dtype} {x_AD.shape}, w {w_XDF.dtype} {w_XDF.shape}: expected [A, D] and {form} with the same "
             "D and dtype."
         )
-    if groups.first is None:
+    if groups.matrix_X is None:
         _check_groups(groups, w_XDF.shape[0], 1)
         return _matmul(x_AD, w_XDF, groups, implementation, transposed)
     _check_groups(groups, groups.n, 1)
-    if groups.n > w_XDF.shape[0] or implementation == "mosaic_tpu":
+    if groups.matrix_X.shape != (groups.n,) or implementation == "mosaic_tpu":
         raise ValueError(
-            f"{groups.n} groups from one of {w_XDF.shape[0]} matrices on, by {implementation!r}: expected as many "
-            "matrices or more, and reference or mosaic_gpu. For a TPU give the matrices of the groups alone."
+            f"{groups.n} groups with the numbers {groups.matrix_X.shape} of their matrices, by {implementation!r}: "
+            "expected a number per group, and reference or mosaic_gpu. For a TPU give the matrices of the groups alone."
         )
     return _function("grouped_matmul", implementation)(x_AD, w_XDF, groups, transposed=transposed)
 

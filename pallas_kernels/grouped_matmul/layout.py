@@ -31,13 +31,13 @@ class Groups:
     Attributes:
         count_X: int32 [X]: any numbers, 0 included.
         align: rows to a multiple of which each group begins.
-        first: int32: which of the matrices in w is the first group's, where w holds those of other groups as well
-            (`grouped_matmul` alone); None: w holds one matrix per group.
+        matrix_X: int32 [X]: which of the matrices in w is each group's, where w holds others as well (`grouped_matmul`
+            alone); None: w holds one matrix per group.
     """
 
     count_X: jax.Array
     align: int = dataclasses.field(default=1, metadata={"static": True})
-    first: jax.Array | None = None
+    matrix_X: jax.Array | None = None
 
     @property
     def n(self) -> int:

@@ -27,8 +27,8 @@ def grouped_matmul(x_AD: jax.Array, w_XDF: jax.Array, groups: Groups, *, transpo
         w = w.T if transposed else w
         return jnp.matmul(x_AD, w, precision="highest", preferred_element_type=jnp.float32).astype(x_AD.dtype)
 
-    if groups.first is not None:
-        w_XDF = lax.dynamic_slice_in_dim(w_XDF, groups.first, groups.n)
+    if groups.matrix_X is not None:
+        w_XDF = w_XDF[groups.matrix_X]
     return _by_rows(product, w_XDF, x_AD.shape[0], groups)
 
 

@@ -82,8 +82,9 @@ def _run(
         transposed=transposed,
     )
     table = row_tiles(groups, x.shape[0], tiles.span[0])
-    if groups.first is not None:
-        table = table.at[:, FIELDS.index("group")].add(groups.first)
+    if groups.matrix_X is not None:
+        group_T, *others_T = table.T
+        table = jnp.stack([groups.matrix_X[group_T], *others_T], axis=1)
     table = table.reshape(-1)
     y = plan.call(run.interpret)(table, x, w, *scales)
     return y[:n_rows] if extra else y

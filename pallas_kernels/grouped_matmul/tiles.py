@@ -72,6 +72,9 @@ WIDE = Tiles(rows=64, columns=256, cluster="rows", stages=3, store_columns=256, 
 WIDE_FLOAT32 = dataclasses.replace(WIDE, store_columns=64)
 # For a few rows per group, where the weights are all that takes time: 160 KB of a CTA's weights are under way.
 FEW = Tiles(rows=64, columns=128, stack="columns", stages=5, producer_registers=40)
+# Where even those CTAs are fewer than the processors, as with the experts of one token: half as wide, so twice as many.
+NARROW = Tiles(rows=64, columns=128, warpgroups=1, stages=8, producer_registers=40)
+MOST_PROCESSORS = 132  # of a Hopper chip
 FEW_ROWS = 32  # per group, up to which `FEW` is taken; derived, not measured
 THREE = Tiles(rows=64, columns=128, warpgroups=3, cluster="columns", store_columns=128, producer_registers=32)
 SQUARE = Tiles(rows=64, columns=128, cluster="rows", stages=5, store_columns=128, minor=0, producer_registers=40)
@@ -91,7 +94,7 @@ def choose(dtype: DTypeLike, out_dtype: DTypeLike, groups: int, rows: int, n: in
     wide = jnp.dtype(out_dtype).itemsize > 2
     if jnp.dtype(dtype).itemsize > 1:
         if rows <= FEW_ROWS * groups and not wide:
-            return FEW
+            return NARROW if min(groups, rows) * -(-n // FEW.cta[1]) < MOST_PROCESSORS else FEW
         return WIDE_FLOAT32 if wide else WIDE
     return SQUARE_FLOAT32 if wide else fastest(tile_table.current(), (groups, rows // groups, n, k))
 

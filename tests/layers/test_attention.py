@@ -110,6 +110,17 @@ def test_latent_decode_by_chunks_is_latent_decode():
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_latent_decode_of_few_slots_is_xlas_and_of_more_the_kernels():
+    few, more = (
+        [jnp.ones(shape) for shape in ((1, 1, 2, 8), (1, 1, 2, 4), (1, n, 8), (1, n, 4))] + [jnp.ones((1, 1, n), bool)]
+        for n in (2048, 2112)
+    )
+    by_size, by_xla = (Kernels(latent_decode=name)["latent_decode"] for name in ("by_size", "xla"))
+    np.testing.assert_array_equal(by_size(*few, scale=1.0), by_xla(*few, scale=1.0))
+    with pytest.raises(UserError, match="latent_decode='mosaic_gpu'"):
+        by_size(*more, scale=1.0)
+
+
 @pytest.mark.parametrize("name", ["xla", "chunked"])
 def test_latent_decode_reads_pages_where_they_lie(name):
     rng = np.random.default_rng(0)

@@ -10,7 +10,7 @@ import pytest
 from deepseek_jax.layers import grouped
 from deepseek_jax.layers.grouped import grouped_swiglu, sort_by_expert
 from deepseek_jax.precision import grouped as grouped_matmuls
-from deepseek_jax.precision.grouped import chunk_rows
+from deepseek_jax.precision.grouped import OfLayer, chunk_rows
 
 M, K, X, D, F = 13, 2, 4, 5, 6
 
@@ -129,3 +129,14 @@ def test_so_many_rows_that_a_sort_key_would_overflow_are_sorted_by_pairs():
 )
 def test_rows_of_a_chunk(n_rows, n_experts, expected):
     assert chunk_rows(n_rows, n_experts) == expected
+
+
+@pytest.mark.parametrize("experts", [[[2, 0]], [[3, 3]], [[X, X]]])
+def test_one_token_takes_its_experts_out_of_the_stack_without_sorting(inputs, experts):
+    """Equal to what all experts of the layer give; nowhere if it goes to none."""
+    x_MD, _, weights_MK, *weights = inputs[0], None, inputs[1], *inputs[2:]
+    stacks = [jnp.stack([w + 1, w]) for w in weights]
+    of_layer = dict(zip(("gate_XDF", "up_XDF", "down_XFD"), (OfLayer(w, 1) for w in stacks), strict=True))
+    arguments = x_MD[:1], jnp.array(experts), weights_MK[:1]
+    expected = dense(*arguments, **dict(zip(of_layer, weights, strict=True)))
+    np.testing.assert_allclose(grouped_swiglu(*arguments, **of_layer), expected, rtol=1e-5, atol=1e-5)

@@ -126,7 +126,7 @@ def of_arrays(call):
     def of(*arrays):
         *operands, count = arrays
         if call is FEW:
-            return rows.grouped_matmul(*operands, Groups(count, first=count[0]))
+            return rows.grouped_matmul(*operands, Groups(count, matrix_X=count))
         if len(operands) == 2:
             return call(*operands, Groups(count))
         return call(Scaled(*operands[:2]), Scaled(*operands[2:]), Groups(count, align=128))

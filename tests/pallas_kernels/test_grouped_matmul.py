@@ -88,7 +88,7 @@ def test_the_reference_is_a_loop_over_the_groups(counts, align):
     y = grouped_matmul(x, w.swapaxes(1, 2), groups, transposed=True, **REFERENCE)
     assert_near(y, products(x, w, counts, align), 1e-6)
     of_three_layers = jnp.concatenate([w + 1, w, w - 1])
-    y = grouped_matmul(x, of_three_layers, dataclasses.replace(groups, first=jnp.int32(4)), **REFERENCE)
+    y = grouped_matmul(x, of_three_layers, dataclasses.replace(groups, matrix_X=4 + jnp.arange(4)), **REFERENCE)
     assert_near(y, products(x, w, counts, align), 1e-6)
     dw = grouped_weight_gradient(x, x[:, :5], groups, **REFERENCE)
     assert_near(dw, gradients(x, x[:, :5], counts, align), 1e-6)
@@ -188,8 +188,8 @@ def test_row_tiles_cover_every_row_once(counts, align, tile_rows):
         (lambda x, w, _: grouped_matmul(x, w, groups_of([9] * 3), **REFERENCE), r"int32 \(3,\): expected int32 \(4,\)"),
         (lambda x, w, _: grouped_matmul(x, w, groups_of([6] * 4, 0), **REFERENCE), "align=0: expected a positive mul"),
         (
-            lambda x, w, n: grouped_matmul(x, w[:3], dataclasses.replace(n, first=jnp.int32(0)), **REFERENCE),
-            "4 groups from one of 3 matrices on, by 'reference': expected as many",
+            lambda x, w, n: grouped_matmul(x, w, dataclasses.replace(n, matrix_X=jnp.arange(3)), **REFERENCE),
+            r"4 groups with the numbers \(3,\) of their matrices, by 'reference': expected a number per group",
         ),
         (lambda x, w, n: grouped_matmul(x, w, n, implementation="cuda"), "Choose one of reference, mosaic_gpu"),
         (lambda x, w, n: grouped_matmul(x, w, n, implementation="mosaic_gpu"), "needs a Hopper GPU"),
@@ -251,7 +251,9 @@ def test_the_kernels_are_the_reference(counts, align, choice):
     assert_near(rows.grouped_matmul(x, w, groups, **options), products(x, w, counts, align), 2e-3)
     y = rows.grouped_matmul(x, w.swapaxes(1, 2), groups, transposed=True, **options)
     assert_near(y, products(x, w, counts, align), 2e-3)
-    y = rows.grouped_matmul(x, jnp.concatenate([w + 1, w]), dataclasses.replace(groups, first=jnp.int32(4)), **options)
+    y = rows.grouped_matmul(
+        x, jnp.concatenate([w + 1, w]), dataclasses.replace(groups, matrix_X=4 + jnp.arange(4)), **options
+    )
     assert_near(y, products(x, w, counts, align), 2e-3)
     dy = poisoned(draw(n_rows, 128, 1, 1, jnp.bfloat16)[0], counts, align)
     assert_near(weights.grouped_weight_gradient(x, dy, groups, **options), gradients(x, dy, counts, align), 1e-6)

@@ -1,9 +1,15 @@
 """Generation over the cache equals repeated full forward passes, whatever else is in the batch."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from deepseek_jax import on_device
 from deepseek_jax.errors import UserError
+from deepseek_jax.layers.base import Execution, Unstacked, bind, split
+from deepseek_jax.models import family
 from deepseek_jax.serve.generate import ENDED, Generator, bucket
 from deepseek_jax.serve.sampler import row_keys
 
@@ -62,6 +68,31 @@ def test_blocks_of_steps_and_chunks_of_prompts_say_what_single_steps_and_whole_p
         options = {"max_new_tokens": 10, "n_positions": 32, "stop_ids": stop_ids} | drawing
         drawn = in_parts.generate(*network.weights, PROMPTS, row_keys(0, 3), **options)
         assert drawn.tolist() == together(network, stop_ids=stop_ids, **drawing).tolist()
+
+
+def test_weights_of_layers_apart_say_what_stacked_ones_say(network):
+    """Bit for bit where each layer's are an array of their own; those with axes turned sum in another order."""
+    maker, run = family(network.config.family), Execution(unroll=0)
+    sizes = maker.Config.from_config(network.config.model)
+    definition, *_ = split(nnx.eval_shape(lambda: maker.Model(sizes, run, rngs=nnx.Rngs(0))))
+    params, router_bias = network.weights
+    turned = on_device.Prepared(network.config, for_gpu=True)(params)
+    apart = jax.tree.map(
+        lambda w: Unstacked(tuple(jnp.asarray(layer[...]) for layer in w.layers)) if isinstance(w, Unstacked) else w,
+        turned,
+        is_leaf=lambda w: isinstance(w, Unstacked),
+    )
+
+    @jax.jit
+    def logits(params):
+        model = bind(definition, params, router_bias)
+        h_BTD, cache = model.prefill(jnp.array([[5, 9, 200]]), 8)
+        return h_BTD, model.decode(jnp.array([[7]]), jnp.array([[3]]), cache)
+
+    stacked = jax.tree.leaves(logits(params))
+    for one, same, near in zip(stacked, jax.tree.leaves(logits(apart)), jax.tree.leaves(logits(turned)), strict=True):
+        np.testing.assert_array_equal(one, same)
+        np.testing.assert_allclose(one, near, atol=1e-5)
 
 
 def test_the_last_chunk_may_reach_past_the_cache(network):
@@ -133,5 +164,6 @@ def test_what_cannot_be_is_refused_before_anything_runs(network, prompts, option
 
 
 def test_buckets():
-    assert [bucket(n, 300) for n in (1, 32, 33, 64, 200, 257, 300)] == [32, 32, 64, 64, 256, 300, 300]
+    """The largest one is rounded up to whole pages of 64."""
+    assert [bucket(n, 300) for n in (1, 32, 33, 64, 200, 257, 300)] == [32, 32, 64, 64, 256, 320, 320]
     assert bucket(5, 8) == 8
