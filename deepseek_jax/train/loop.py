@@ -222,8 +222,8 @@ class Loop:
         """Hands the state to the checkpointer, which writes while training continues."""
         with self.metrics.paused():
             stored = self.trainer.store(state)
-            if self.average:
-                stored[EMA] = self.trainer.store({"params": self.average.params()})["params"]
+            if self.average:  # beside the state, which may be `stored` itself and goes into the next step
+                stored = stored | {EMA: self.trainer.store({"params": self.average.params()})["params"]}
             self.checkpoints.save(step, stored, self.meta)
 
 

@@ -1,5 +1,9 @@
 """The moving average of the weights equals its formula, on any mesh, and goes through checkpoints."""
 
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.parallel.mesh import make_mesh, place
 from deepseek_jax.train.average import MovingAverage
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
+from deepseek_jax.train.loop import Loop
 
 SPECS = {"cut": P(("data", "expert")), "whole": P()}
 
@@ -58,3 +63,13 @@ def test_saved_after_two_steps_and_continued_on_another_mesh_it_is_the_same_to_t
         assert "ema" not in checkpoints.restore(step, 2, optional=("ema",))[1]
     found = trained(MovingAverage(0.75, stored["ema"]), second, range(3, 6))
     jax.tree.map(np.testing.assert_array_equal, found, one_device)
+
+
+def test_a_save_leaves_the_state_that_goes_into_the_next_step_as_it_is():
+    state, saved = {"params": {"w": 1.0}}, []
+    trainer = SimpleNamespace(store=lambda state: state)  # as without a pipeline
+    checkpoints = SimpleNamespace(save=lambda step, stored, meta: saved.append(stored))
+    average, metrics = SimpleNamespace(params=lambda: {"w": 2.0}), SimpleNamespace(paused=contextlib.nullcontext)
+    loop: Any = SimpleNamespace(trainer=trainer, checkpoints=checkpoints, average=average, metrics=metrics, meta={})
+    Loop.save(loop, 1, state)
+    assert saved == [{"params": {"w": 1.0}, "ema": {"w": 2.0}}] and state == {"params": {"w": 1.0}}

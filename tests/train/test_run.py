@@ -17,7 +17,7 @@ import pytest
 
 from deepseek_jax import cli, run
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _options, train
+from deepseek_jax.launch import _options, export, train
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.saved_config import to_json
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
@@ -181,6 +181,26 @@ def test_a_run_moves_to_eight_devices_and_back(tmp_path, corpus):
     with_replicas = [record for record in judged if "imbalance_redundant" in record]
     assert [record["step"] for record in with_replicas] == [6]
     assert all(record["imbalance_redundant"] <= record["imbalance"] for record in with_replicas)
+
+
+@pytest.mark.slow
+def test_the_average_of_a_run_is_resumed_judged_and_exported(tmp_path, corpus):
+    """In one go or in two: the same held-out losses, which are the average's, and the same weights exported."""
+    words = (SMALL[0], "--config.loop.eval_every=2", "--config.loop.eval_batches=1", "--config.checkpoint.every=2")
+    parts = {"whole": (4,), "parted": (2, 4), "plain": (4,)}
+    for name, ends in parts.items():
+        own = () if name == "plain" else ("--config.ema.decay=0.5", "--config.ema.evaluate=True")
+        for end in ends:
+            assert trained(tmp_path / name, corpus, *words, *own, f"--config.loop.steps={end}") == 0
+    logs = {name: read_log_of(tmp_path / name) for name in parts}
+    judged = {name: [row for row in log if row["split"] == "held_out"] for name, log in logs.items()}
+    assert [row["step"] for row in judged["whole"]] == [0, 2, 4]
+    assert judged["whole"] == judged["parted"] != judged["plain"]
+    for name, *ema in (("whole", "--ema"), ("parted", "--ema"), ("whole",), ("plain",)):
+        to = tmp_path / f"{name}{len(ema)}"
+        assert export.main([f"--workdir={tmp_path / name}", f"--to={to}", *ema]) == 0
+    weights = {path.parent.name: path.read_bytes() for path in tmp_path.glob("*/model*.safetensors")}
+    assert weights["whole1"] == weights["parted1"] != weights["whole0"] == weights["plain0"]
 
 
 @pytest.mark.slow
