@@ -76,7 +76,7 @@ def open_service(options: Any, source: Path | str, keys: tuple[str, ...] = ()) -
         tokenizer=model.tokenizer,
         template=_template(model, str(source), options.template),
         end_ids=model.end_ids,
-        n_positions=model.n_positions,
+        n_positions=engine.most_positions,
         drawing=drawing_of(model.config),
         keys=keys,
     )

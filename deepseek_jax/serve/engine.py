@@ -222,6 +222,11 @@ class Engine:
         self._scheduler(request).end(request)
 
     @property
+    def most_positions(self) -> int:
+        """Tokens of the longest sequence that the model can have and the cache can hold."""
+        return min(self.n_positions, min(rank.pages.n_pages - 1 for rank in self.ranks) * self.page_size)
+
+    @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do."""
         return not (self._flight or any(rank.n_open for rank in self.ranks))

@@ -48,5 +48,7 @@ def complete(engine: Engine, prompts: Sequence[Sequence[int]], samplings: Sequen
     except BaseException:
         for request in requests:
             engine.cancel(request)
+        while not engine.is_idle:  # steps that were in flight, so that the engine can be used again
+            engine.step()
         raise
     return [found[request] for request in requests]

@@ -304,6 +304,7 @@ def test_a_constrained_request_draws_what_is_allowed_and_its_neighbours_what_the
 def test_what_cannot_run_is_refused(engine):
     with pytest.raises(UserError, match="a prompt of 32 tokens for 32 positions"):
         engine().submit([1] * 32, Sampling(4))
+    assert (engine(n_pages=3).most_positions, engine().most_positions) == (16, 32)
     with pytest.raises(UserError, match="the cache holds 16 tokens"):
         engine(n_pages=3).submit([1] * 16, Sampling(4))
     with pytest.raises(UserError, match="a prompt with ids from -1 to 5: expected 0 to"):

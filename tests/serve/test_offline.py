@@ -95,6 +95,23 @@ def test_a_model_serves_prompts_as_it_generates_them_alone(model):
     model.params["head"]["weight_DV"] = before
 
 
+def test_after_an_interrupt_it_serves_again(model, monkeypatch):
+    prompts, options = [[5, 6, 7], [9]], {"n_rows": 2, "n_pages": 5, "chunk": 16}
+    expected = [one.ids for one in model.serve(prompts, Sampling(4), **options)]
+    engine, waits = model._served.engine, iter([True])
+    seen = engine._seen
+
+    def interrupted(step):
+        if next(waits, False):
+            raise KeyboardInterrupt
+        return seen(step)
+
+    monkeypatch.setattr(engine, "_seen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.serve(prompts, Sampling(4), **options)
+    assert [one.ids for one in model.serve(prompts, Sampling(4), **options)] == expected
+
+
 def test_what_cannot_be_served_is_refused(model):
     options = {"n_rows": 2, "n_pages": 5, "chunk": 16}
     with pytest.raises(UserError, match="ids from 3 to 1000000"):

@@ -68,7 +68,7 @@ class Service:
             raise UserError("the prompt is empty: expected one token or more.")
         if n_free < 1:
             raise UserError(
-                f"a prompt of {len(prompt)} tokens: expected fewer than {self.n_positions}, the longest sequence of "
-                "the model."
+                f"a prompt of {len(prompt)} tokens: expected fewer than {self.n_positions}, the longest sequence that "
+                "the model and the cache have place for."
             )
         return n_free
