@@ -218,13 +218,21 @@ def test_drawing_and_limits_reach_the_engine(client, script):
     )
     assert [choice.message.content for choice in found.choices] == ["Her", "Her"]
     assert {choice.finish_reason for choice in found.choices} == {"length"}
-    assert [(s.temperature, s.top_p, s.seed, s.max_new_tokens, s.salt) for s in script.samplings] == [
+    assert [(s.temperature, s.top_p, s.seed, s.max_new_tokens, s.salt[32:]) for s in script.samplings] == [
         (0.5, 0.7, 5, 3, b"alice"),
         (0.5, 0.7, 6, 3, b"alice"),
     ]
     assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (8, 6)
     client.chat.completions.create(model="mine", messages=ASK)
     assert (script.samplings[-1].temperature, script.samplings[-1].max_new_tokens) == (1.0, 500 - 8)
+
+
+def test_pages_are_shared_neither_between_keys_nor_between_users(served, client, script):
+    for key, user in [("secret", "alice"), ("secret", "alice"), ("secret", "bob"), ("other", "alice")]:
+        assert ask(served, "POST", "/v1/completions", {"prompt": "a", "user": user}, key=key)[0] == 200
+        assert ask(served, "POST", "/chat/completions", {"messages": ASK, "user": user}, key=key)[0] == 200
+    salts = [sampling.salt for sampling in script.samplings]
+    assert salts[0] == salts[1] == salts[2] and len(set(salts)) == 3
 
 
 def test_several_choices_stream_side_by_side(client, script):

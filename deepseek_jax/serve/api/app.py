@@ -16,6 +16,7 @@ request. Nothing in a request makes the server fetch, import or render anything.
 """
 
 import contextlib
+import hashlib
 import hmac
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -130,7 +131,9 @@ class _Bounded:
                 self._count(scope, message["status"])
             await send(message)
 
-        if scope["type"] == "http" and scope["path"] not in OPEN and not _has_key(scope, self.keys):
+        tenant = _tenant(scope, self.keys) if scope["type"] == "http" else b""
+        scope.setdefault("state", {})["tenant"] = tenant
+        if tenant is None and scope["path"] not in OPEN:
             refusal = answers.error("missing or wrong API key: expected Authorization: Bearer KEY")
             await JSONResponse(refusal, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, counted)
             return
@@ -145,11 +148,15 @@ class _Bounded:
         self.metrics.responses.labels(route, status).inc()
 
 
-def _has_key(scope: Scope, keys: tuple[str, ...]) -> bool:
-    """Whether a request has one of the keys, or needs none; all are compared, in constant time."""
+def _tenant(scope: Scope, keys: tuple[str, ...]) -> bytes | None:
+    """What stands for a request's key; b"" where none is needed, None if it is missing or wrong.
+
+    All keys are compared, in constant time.
+    """
     given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-    found = [hmac.compare_digest(given.removeprefix(b"Bearer "), key.encode()) for key in keys]
-    return not keys or any(found)
+    given = given.removeprefix(b"Bearer ")
+    found = [hmac.compare_digest(given, key.encode()) for key in keys]
+    return hashlib.sha256(given).digest() if any(found) else None if keys else b""
 
 
 def _handler(status: int) -> Any:

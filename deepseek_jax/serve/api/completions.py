@@ -46,7 +46,7 @@ def completion_routes(service: Service) -> APIRouter:
             raise UserError(f"{service.name} has no chat template: it continues texts. Use /completions.")
         service.check_choices(body.n)
         prompt = await asyncio.to_thread(chat_prompt, template, tokenizer, body)
-        samplings = body.samplings(service.n_free(prompt.ids), service.drawing, service.end_ids)
+        samplings = body.samplings(service.n_free(prompt.ids), service.drawing, service.end_ids, request.state.tenant)
         form = body.form(template, tokenizer)
         if form:
             samplings = _constrained(service, prompt, samplings, await service.compiling(form))
@@ -63,7 +63,8 @@ def completion_routes(service: Service) -> APIRouter:
         service.check_choices(len(prompts) * body.n)
         for given in prompts:
             prompt = await asyncio.to_thread(text_prompt, service.tokenizer, given, body.suffix)
-            for sampling in body.samplings(service.n_free(prompt), service.drawing, service.end_ids):
+            n_free, tenant = service.n_free(prompt), request.state.tenant
+            for sampling in body.samplings(n_free, service.drawing, service.end_ids, tenant):
                 choice = Choice(len(choices), prompt, sampling, Reply(PLAIN, service.tokenizer, stop=body.stop))
                 choice.is_empty, choice.shows_ids = body.max_tokens == 0, body.return_token_ids
                 if body.echo:

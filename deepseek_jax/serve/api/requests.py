@@ -122,8 +122,10 @@ class _Common(BaseModel):
         """Likeliest tokens to be reported with each new one; None reports no log-probabilities."""
         raise NotImplementedError
 
-    def samplings(self, n_free: int, defaults: dict[str, float], stop_ids: tuple[int, ...]) -> list[Sampling]:
-        """How each of the `n` choices draws; at most `n_free` new tokens."""
+    def samplings(
+        self, n_free: int, defaults: dict[str, float], stop_ids: tuple[int, ...], tenant: bytes
+    ) -> list[Sampling]:
+        """How each of the `n` choices draws; at most `n_free` new tokens. Pages are shared by a user of one tenant."""
         seed = secrets.randbits(62) if self.seed is None else self.seed
         drawing = {name: getattr(self, name) for name in ("temperature", "top_p")}
         drawing = {name: defaults[name] if value is None else value for name, value in drawing.items()}
@@ -136,7 +138,7 @@ class _Common(BaseModel):
             repetition_penalty=self.repetition_penalty,
             logit_bias=self.logit_bias or {},
             stop_ids=() if self.ignore_eos else stop_ids,
-            salt=(self.user_id or self.user or "").encode(errors="replace"),
+            salt=tenant + (self.user_id or self.user or "").encode(errors="replace"),
             logprobs=self.n_top(),
             prompt_logprobs=getattr(self, "echo", False) and self.n_top() is not None,
             **drawing,
