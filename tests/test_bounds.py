@@ -20,6 +20,7 @@ from deepseek_jax.launch import (
     bench,
     chat,
     convert,
+    evaluate,
     export,
     generate,
     plan,
@@ -64,6 +65,7 @@ VERBS = {
     "plan": (plan.EXTRA, {"workdir": False}),
     "inspect": (inspect_verb.EXTRA, {}),
     "convert": (convert.FLAGS, {"config": False}),
+    "evaluate": (evaluate.FLAGS, {"config": False}),
     "export": (export.FLAGS, {"config": False}),
     "serve": (serve.FLAGS, {"config": False}),
 }
