@@ -1,5 +1,7 @@
 """With drafts of multi-token prediction or without them, a request draws the same tokens."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from deepseek_jax.errors import UserError
 from deepseek_jax.serve.engine import Engine, Rank, Sampling
 from deepseek_jax.serve.pages import PagePool
+from tests.serve.test_engine import Ladder
 
 DRAW = np.random.default_rng(1)
 PROMPTS = [DRAW.integers(0, 200, n).tolist() for n in (1, 19, 6)]
@@ -113,6 +116,14 @@ def test_drafts_of_a_model_that_foresees_itself_are_right(engine, foreseeing):
     made = engine(1, weights)
     assert run(made, samplings)[1] == run(engine(0, weights), samplings)[1]
     assert made.n_drafted == 20 and made.n_accepted == 18  # five steps each after the first token
+
+
+def test_a_constrained_request_draws_what_is_allowed_beside_those_with_drafts(engine, plain):
+    samplings = list(GREEDY)
+    samplings[1] = Sampling(11, constraint=Ladder(1))
+    texts = run(engine(1), samplings)[1]
+    assert len(texts[1]) == 11 and all(b == 3 * a % 200 for a, b in itertools.pairwise(texts[1]))
+    assert [texts[n] for n in (0, 2, 3)] == [plain[0][1][n] for n in (0, 2, 3)]
 
 
 def test_drafts_need_multi_token_prediction(network):
