@@ -2,7 +2,8 @@
 
     in each tick:  what lanes begin with            all ranks together: the embedding (`Ends`)
                    an op, chosen by a switch        forward, backward for the input, backward for the weights
-                   its results go to their slots    outside the switch: a buffer that a branch changes would be copied
+                   its results go to their slots    in the branch itself (`_in_place`); on CPUs, which would copy
+                                                    the buffers, after the switch
                    neighbours exchange y and dx     outside the switch: all ranks meet in the same collectives
                    what lanes end in                all ranks together: the head and its loss, the embedding's gradient
 
