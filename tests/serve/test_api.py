@@ -615,6 +615,11 @@ def test_a_base_model_has_no_chat():
         ({"prompt": [None] * 100_000}, 422, "prompt"),
         ({"prompt": ["a"] * 100_000, "n": 16}, 400, "a request for 1600000 answers"),
         ({"prompt": []}, 400, "the prompt is an empty list"),
+        (
+            {"prompt": "a", "logit_bias": dict.fromkeys(map(str, range(100_000)), "x")},
+            422,
+            "100000 biases: expected at",
+        ),
         ({"prompt": "a", "model": "x" * 10**6}, 400, "model 'xxx"),
     ],
 )

@@ -30,6 +30,13 @@ def _as_list(stop: object) -> object:
     return [] if stop is None else [stop] if isinstance(stop, str) else stop
 
 
+def _few(biases: object) -> object:
+    """Refuses many biases before each of them is looked at."""
+    if isinstance(biases, dict) and len(biases) > MOST_BIASES:
+        raise ValueError(f"{len(biases)} biases: expected at most {MOST_BIASES}")
+    return biases
+
+
 def _bounded(value: Any) -> Any:
     """Refuses JSON that is deep or long: templates indent it, so a few nested bytes would make a long prompt."""
     layer, depth = [value], 0
@@ -104,7 +111,7 @@ class _Common(BaseModel):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: float = Field(1, gt=0, le=10, allow_inf_nan=False)
-    logit_bias: dict[int, Bias] | None = Field(None, max_length=MOST_BIASES)
+    logit_bias: Annotated[dict[int, Bias] | None, BeforeValidator(_few)] = None
     ignore_eos: bool = False
     return_token_ids: bool = False
 
