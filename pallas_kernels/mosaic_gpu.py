@@ -27,6 +27,12 @@ def by_one_warp(work: Callable[[], None]) -> None:
         work()
 
 
+def set_registers(n: int, at_start: int) -> None:
+    """Gives each thread of a warpgroup that has `at_start` registers `n` of them."""
+    if n != at_start:
+        plgpu.set_max_registers(n, action="increase" if n > at_start else "decrease")
+
+
 def load(ref: Any, layout: Any) -> jax.Array:
     """Returns what `ref` holds in registers, in `layout`."""
     read: Any = plgpu.load

@@ -5,7 +5,7 @@ Pages           a cache in the dtype of the queries; `contiguous` takes one that
 Fp8Pages        a cache in FP8, with scales
 reference.py    the definition, in plain jax.numpy
 chunked.py      some pages at a time, in plain jax: any device
-hopper.py       Hopper: Pallas Mosaic GPU; gpu.py is its kernel
+hopper.py       Hopper: Pallas Mosaic GPU; gpu.py, gpu_load.py and gpu_plan.py are its kernel
 tpu.py          TPUs: Pallas Mosaic TPU
 work.py         which pages are read together, and how parts of a sequence are put together
 fp8_cache.py    entries of the FP8 cache, and back

@@ -71,7 +71,7 @@ def decode(
         table: pages of each sequence, integers [B, most]; page i holds its tokens from 64 i on.
         lengths_B: tokens of each sequence, these included, integers.
         implementation: "reference" (any device, copies the whole cache), "chunked" (any device, some pages at a time),
-            "mosaic_gpu" (Hopper, `Pages` of 16 bits, T <= 4) or "mosaic_tpu" (`Pages` of bfloat16 or float32, T <= 4).
+            "mosaic_gpu" (Hopper, 16 bits or FP8, T <= 4) or "mosaic_tpu" (`Pages` of bfloat16 or float32, T <= 4).
             There is no fallback from one to another.
         scale: factor of the scores.
         n_splits: parts in which each sequence is read; None lets the kernel choose, others read it in one.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mosaic_gpu
-from pallas_kernels.mla_decode import gpu, work
+from pallas_kernels.mla_decode import gpu, gpu_load, gpu_plan, work
 
 NAME = "mosaic_gpu"
 MOST_TOKENS = 4
@@ -34,14 +34,14 @@ def decode(
     check(q_c_BTHC, q_rope_BTHP, cache, scale)
     n_processors = n_processors or mosaic_gpu.check_hopper(NAME)
     b, t, h, width = q_c_BTHC.shape
-    c_pool, rope_pool = cache
+    in_fp8 = len(cache) == 1
     q_c, q_rope = (_rows(x) for x in (q_c_BTHC, q_rope_BTHP))
     n_tiles = q_c.shape[1] // gpu.ROWS
-    tuning = tuning or gpu.Tuning(cluster=1 if n_tiles % 2 else 2)
+    tuning = tuning or (gpu_plan.IN_FP8 if in_fp8 else gpu.Tuning(cluster=1 if n_tiles % 2 else 2))
     n_splits = n_splits or work.n_splits(b * n_tiles, table.shape[1], n_processors)
     items = work.items(lengths_B, n_splits, longest_first=b * n_splits * n_tiles > n_processors)
     o, lse = gpu.decode(
-        q_c, q_rope, c_pool, rope_pool, table, items,
+        q_c, q_rope, gpu_load.views(*cache) if in_fp8 else tuple(cache), table, items,
         n_heads=h, n_tokens=t, n_splits=n_splits, scale=scale, tuning=tuning, interpret=interpret,
     )  # fmt: skip
     if n_splits > 1:
@@ -57,17 +57,23 @@ def _rows(q_BTHC: jax.Array) -> jax.Array:
 
 
 def check(q_c_BTHC: jax.Array, q_rope_BTHP: jax.Array, cache: Sequence[jax.Array], scale: float) -> None:
-    """Raises ValueError for what the kernel does not take: other dtypes than of 16 bits, odd widths, many tokens."""
+    """Raises ValueError for what the kernel does not take: other dtypes, odd widths, many tokens."""
     t, width, rope = q_c_BTHC.shape[1], q_c_BTHC.shape[3], q_rope_BTHP.shape[3]
-    if len(cache) != 2 or q_c_BTHC.dtype not in (jnp.bfloat16, jnp.float16):
+    dtypes = (jnp.bfloat16,) if len(cache) == 1 else (jnp.bfloat16, jnp.float16)
+    if q_c_BTHC.dtype not in dtypes:
         raise ValueError(
             f"implementation={NAME!r}: queries {q_c_BTHC.dtype}, cache {[str(x.dtype) for x in cache]}; expected "
-            f"bfloat16 or float16 in both. Cast them. {INSTEAD}"
+            f"bfloat16 or float16 in both, or bfloat16 beside an FP8 cache. Cast them. {INSTEAD}"
         )
     if width % 256 or rope % 64 or width > MOST_WIDTH[0] or rope > MOST_WIDTH[1]:
         raise ValueError(
             f"implementation={NAME!r}: latents of {width} numbers, rotary keys of {rope}; expected multiples of 256 "
             f"and 64, up to {MOST_WIDTH[0]} and {MOST_WIDTH[1]}. {INSTEAD}"
+        )
+    if len(cache) == 1 and cache[0].shape[-1] % 16:
+        raise ValueError(
+            f"implementation={NAME!r}: FP8 entries of {cache[0].shape[-1]} bytes; expected a multiple of 16, as with "
+            f"latents of 512 numbers. {INSTEAD}"
         )
     if t > MOST_TOKENS:
         raise ValueError(f"implementation={NAME!r}: {t} tokens per sequence, expected up to {MOST_TOKENS}. {INSTEAD}")

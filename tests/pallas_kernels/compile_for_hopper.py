@@ -33,6 +33,7 @@ from pallas_kernels.grouped_matmul import Groups, Scaled, pipeline, rows, weight
 from pallas_kernels.grouped_matmul import tiles as grouped_tiles  # noqa: E402
 from pallas_kernels.mla_attention import gpu_backward, gpu_forward  # noqa: E402
 from pallas_kernels.mla_decode import gpu as latent_decode  # noqa: E402
+from pallas_kernels.mla_decode import gpu_load, gpu_plan  # noqa: E402
 from pallas_kernels.quantize import gpu as quantise  # noqa: E402
 
 # What the compiler must know of a chip of compute capability 9.0; the figures are an H100's.
@@ -185,15 +186,24 @@ def attention() -> dict:
 
 
 def decode() -> dict:
-    """Latent decode over pages."""
+    """Latent decode over pages in 16 bits, and in FP8."""
     calls = {}
+
+    def of_arrays(call, is_fp8, q_c, q_rope, table, items, *cache):
+        return call(q_c, q_rope, gpu_load.views(*cache) if is_fp8 else cache, table, items)
+
     for b, t, h, width, n_splits, cluster in DECODED:
         options = {"n_heads": h, "n_tokens": t, "n_splits": n_splits, "scale": 0.07}
-        call = functools.partial(latent_decode.decode, **options, tuning=latent_decode.Tuning(cluster=cluster))
         rows, pages = -(-t * h // 64) * 64, 8 * b
-        operands = [((n, m, w), BF16) for n, m in ((b, rows), (pages, 64)) for w in (width, 64)]
-        tables = ((b, 8), jnp.int32), ((n_splits * b, 5), jnp.int32)
-        calls[f"decode {b}x{t}x{h}x{width} {n_splits}"] = call, (*operands, *tables)
+        arrays = *[((b, rows, w), BF16) for w in (width, 64)], ((b, 8), jnp.int32), ((n_splits * b, 5), jnp.int32)
+        caches = {"": [((pages, 64, w), BF16) for w in (width, 64)]}
+        if width == 512:
+            caches[" fp8"] = [((pages, 64, 656), jnp.uint8)]
+        for name, cache in caches.items():
+            tuning = gpu_plan.IN_FP8 if name else gpu_plan.Tuning(cluster=cluster)
+            call = functools.partial(latent_decode.decode, **options, tuning=tuning)
+            call = functools.partial(of_arrays, call, bool(name))
+            calls[f"decode {b}x{t}x{h}x{width} {n_splits}{name}"] = call, (*arrays, *cache)
     return calls
 
 

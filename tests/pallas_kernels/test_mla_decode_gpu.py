@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import mosaic_gpu
-from pallas_kernels.mla_decode import Pages, decode, gpu, hopper
+from pallas_kernels.mla_decode import Fp8Pages, Pages, decode, fp8_cache, gpu, hopper
 
 needs_interpreter = pytest.mark.skipif(not mosaic_gpu.can_interpret(), reason="needs JAX 0.11.2 or later")
 CASES = {  # B, T, H, lengths, parts, CTAs of a cluster
@@ -47,6 +47,22 @@ def test_the_kernel_is_the_definition(case):
     )  # fmt: skip
     assert np.linalg.norm(o.astype(jnp.float32) - right) <= 3e-3 * np.linalg.norm(right)
     np.testing.assert_allclose(lse, lse_right, atol=1e-5)
+
+
+@needs_interpreter
+@pytest.mark.slow
+def test_the_kernel_reads_an_fp8_cache_as_the_numbers_it_holds():
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    q, q_rope, pages, table, lengths = inputs(2, 1, 16, [130, 3], width=512)
+    entries = fp8_cache.encode(*pages)
+    held = Pages(*fp8_cache.decode(entries, 64))
+    entries = jnp.where(jnp.isnan(pages.c[..., :1].astype(jnp.float32)), jnp.uint8(255), entries)
+    options = {"scale": 0.1, "n_processors": 132, "interpret": plgpu.InterpretGPUParams()}
+    found = hopper.decode(q, q_rope, Fp8Pages(entries), table, lengths, **options)
+    expected = hopper.decode(q, q_rope, held, table, lengths, **options)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize(
