@@ -149,7 +149,11 @@ def _score_pages(plan: Plan, refs: Refs, item: Item, held: list, largest: jax.Ar
             multiply = functools.partial(_multiply_scores, plan, refs, held, i + 1, accumulator)
             multiply(0)
             rows = _weigh(plan, refs, item, masked, i, *state, meanwhile=lambda: multiply(1))
+            if not plan.tuning.turns:
+                plgpu.barrier_arrive(refs.weights_ready)
             multiply(2)
+            if plan.tuning.turns:
+                plgpu.barrier_arrive(refs.weights_ready)
             return accumulator[...], *rows
 
         found = pl.run_scoped(both, accumulator)
@@ -169,6 +173,7 @@ def _score_pages(plan: Plan, refs: Refs, item: Item, held: list, largest: jax.Ar
     beyond = item.length - (item.begin + last) * PAGE
     pl.when(beyond < PAGE)(functools.partial(_clear, plan, refs, last, beyond))
     rows = _weigh(plan, refs, item, True, last, *state, meanwhile=lambda: None)
+    plgpu.barrier_arrive(refs.weights_ready)
     plgpu.barrier_wait(refs.weights_free)
     return rows
 
@@ -193,7 +198,6 @@ def _weigh(
     pl.when(i > 0)(lambda: plgpu.barrier_wait(refs.weights_free))
     refs.weights[...] = weights.astype(plan.dtype)
     plgpu.commit_smem()
-    plgpu.barrier_arrive(refs.weights_ready)
     return new, total * shrink + jnp.sum(weights, axis=1)
 
 
@@ -242,32 +246,38 @@ def _clear(plan: Plan, refs: Refs, i: jax.Array, n_tokens: jax.Array) -> None:
 def _sum_values(plan: Plan, refs: Refs, item: Item) -> None:
     """A warpgroup that sums values: its half of the columns."""
     mosaic_gpu.set_registers(plan.tuning.value_registers, AT_START)
-    groups = len(plan.tuning.copies)
+    groups, half = len(plan.tuning.copies), lax.axis_index("warpgroup")
     zeros = plgpu.layout_cast(jnp.zeros((ROWS, plan.group), jnp.float32), plgpu.Layout.WGMMA)
-    sums = lax.fori_loop(0, item.n_pages, functools.partial(_add_page, plan, refs), (zeros,) * groups)
-    sums = _scaled(refs, sums, item.n_pages)
+    add = functools.partial(_add_page, plan, refs, half)
+    sums = lax.fori_loop(0, item.n_pages, add, (zeros,) * groups)
+    sums = _scaled(_factor(refs, item.n_pages), sums)
     for g, part in enumerate(sums):
-        columns = pl.ds((lax.axis_index("warpgroup") * groups + g) * plan.group, plan.group)
+        columns = pl.ds((half * groups + g) * plan.group, plan.group)
         target = refs.o.at[item.target, pl.ds(item.row, ROWS), columns]
         target[...] = part.astype(refs.o.dtype)
 
 
-def _scaled(refs: Refs, sums: tuple, i: jax.Array) -> tuple:
-    """The sums times the i-th factor of their rows, as soon as it is known."""
+def _factor(refs: Refs, i: jax.Array) -> jax.Array:
+    """The i-th factor of the rows of the sums, as soon as it is known."""
     plgpu.barrier_wait(refs.factor_ready.at[lax.rem(i, 2)])
-    factor = mosaic_gpu.load(refs.factors.at[lax.rem(i, 2)], plgpu.Layout.WGMMA.reduce(1))
+    return mosaic_gpu.load(refs.factors.at[lax.rem(i, 2)], plgpu.Layout.WGMMA.reduce(1))
+
+
+def _scaled(factor: jax.Array, sums: tuple) -> tuple:
     return tuple(part * lax.broadcast_in_dim(factor, part.shape, [0]) for part in sums)
 
 
-def _add_page(plan: Plan, refs: Refs, i: jax.Array, sums: tuple) -> tuple:
+def _add_page(plan: Plan, refs: Refs, half: jax.Array, i: jax.Array, sums: tuple) -> tuple:
     """O = O factor + P V, the part first of which the fewest pages fit into shared memory."""
-    sums = _scaled(refs, sums, i)
-    plgpu.barrier_wait(refs.weights_ready)
     rings = refs.rings[:-1]
-    places = [ring.place(i, lax.axis_index("warpgroup")) for ring in rings]
+    places = [ring.place(i, half) for ring in rings]
     order = list(reversed(range(len(rings))))
+    # A branch, though the first sums are zeros: else the compiler multiplies when products could run already.
+    factor = _factor(refs, i)
+    sums = lax.cond(i > 0, lambda: _scaled(factor, sums), lambda: sums)
     for g in order:
         plgpu.barrier_wait(rings[g].loaded.at[places[g]])
+    plgpu.barrier_wait(refs.weights_ready)
 
     def multiply(*accumulators: Any) -> tuple:
         if plan.on_chip:

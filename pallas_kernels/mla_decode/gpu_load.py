@@ -59,9 +59,11 @@ def _load_pages(plan: Plan, refs: Refs, item: Item) -> None:
         following = page_of(i + plan.tuning.ahead + 1)  # read before it is needed: this takes its time
         if plan.in_fp8:
             _prefetch_entries(refs, pages[-1])
-        for r, lane, column in plan.parts:
-            fill = _convert if plan.in_fp8 else _copy
-            fill(plan, refs, refs.rings[r], i, lane, column, pages)
+        if plan.in_fp8:
+            _convert_page(plan, refs, i, pages[0])
+        else:
+            for r, lane, column in plan.parts:
+                _copy(plan, refs, refs.rings[r], i, lane, column, pages)
         return *pages[1:], following
 
     lax.fori_loop(0, item.n_pages, load_page, tuple(page_of(jnp.int32(i)) for i in range(plan.tuning.ahead + 1)))
@@ -92,14 +94,25 @@ def _copy(
         plgpu.async_prefetch(part(pages[-1]), collective_axes=shared)
 
 
-def _convert(plan: Plan, refs: Refs, ring: Ring, i: jax.Array, lane: int, column: int | None, pages: tuple) -> None:
-    """A part of a page of entries, in 16 bits to where the page lies."""
+def _convert_page(plan: Plan, refs: Refs, i: jax.Array, page: jax.Array) -> None:
+    """A page of entries, in 16 bits to where it lies, part after part; each is read while the one before is written."""
+
+    def read(column: int | None) -> list:
+        columns = range(0, plan.rope, CHUNK) if column is None else range(column, column + plan.group, CHUNK)
+        return [(_rope if column is None else _codes)(plan, refs, page, c) for c in columns]
+
+    found = read(plan.parts[0][2])
+    for n, (r, lane, _) in enumerate(plan.parts):
+        following = read(plan.parts[n + 1][2]) if n + 1 < len(plan.parts) else []
+        _write(plan, refs.rings[r], i, lane, found)
+        found = following
+
+
+def _write(plan: Plan, ring: Ring, i: jax.Array, lane: int, chunks: list) -> None:
+    """Chunks of a part, multiplied by their scales, as soon as there is space."""
     place = ring.place(i, lane)
-    columns = range(0, plan.rope, CHUNK) if column is None else range(column, column + plan.group, CHUNK)
-    read = _rope if column is None else _codes
-    found = [read(plan, refs, pages[0], c) for c in columns]
     pl.when(i >= ring.copies)(lambda: plgpu.barrier_wait(ring.free.at[place]))
-    for n, (values, scale) in enumerate(found):
+    for n, (values, scale) in enumerate(chunks):
         if scale is not None:
             wide = values.astype(jnp.float32) * lax.broadcast_in_dim(scale, values.shape, [0])
             values = wide.astype(plan.dtype)

@@ -29,6 +29,7 @@ class Tuning:
         ahead: pages that are brought into the L2 cache before there is space for them.
         thirds: parts of a page that are multiplied before the exponentials of the page before are begun, and before
             they are handed on; the others, after them.
+        turns: whether a page's values wait for the products of the next page's scores.
         score_registers: per thread of the warpgroup of the scores.
         value_registers: per thread of the two that sum values; the one that loads has what is left.
     """
@@ -39,6 +40,7 @@ class Tuning:
     in_registers: int = 1
     ahead: int = 1
     thirds: tuple[int, int] = (1, 3)
+    turns: bool = True
     score_registers: int = 168
     value_registers: int = 160
 
@@ -48,7 +50,7 @@ class Tuning:
         return 4 * AT_START - VALUES * self.value_registers - self.score_registers
 
 
-IN_FP8 = Tuning(cluster=1, copies=(2, 2), in_registers=0, score_registers=128)
+IN_FP8 = Tuning(cluster=1, copies=(2, 2), in_registers=0, thirds=(0, 0), score_registers=112)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = 232_448  # bytes that a CTA may have on Hopper
 FEW = 8  # bytes of registers that may be spilled, all of them outside the loops
 ADDRESSES = 96  # bytes of addresses that one kernel spills and reads again only where it compares documents
-LAST_PAGE = 32  # bytes that latent decode spills, for its masked loop: a page or two per sequence
+ADDRESSES_OF_DECODE = 48  # bytes of addresses that latent decode spills, and reads again once per page
 
 pytestmark = [
     pytest.mark.slow,
@@ -61,7 +61,7 @@ def test_kernels_spill_next_to_nothing(compiled):
     """A spill inside the loop shares the pipe that feeds the tensor cores."""
     for kernel in compiled:
         compares = kernel["call"] == "attention of keys 4096x128x128x192x128 documents"
-        most = LAST_PAGE if kernel["call"].startswith("decode") else ADDRESSES if compares else FEW
+        most = ADDRESSES_OF_DECODE if kernel["call"].startswith("decode") else ADDRESSES if compares else FEW
         assert kernel["spilled"] <= most, kernel
 
 
