@@ -108,9 +108,12 @@ def decode(
 def _kernel(plan: Plan, q_c: Any, q_rope: Any, *refs: Any) -> None:
     cache, others = refs[: plan.n_views], refs[plan.n_views :]
     n = len(dataclasses.fields(Refs)) - 4
-    n_rings = (len(others) - n) // 3
-    rings = (Ring(*others[n + 3 * g :][:3], VALUES if g < n_rings - 1 else 1) for g in range(n_rings))
-    named = Refs(q_c, q_rope, cache, *others[:n], tuple(rings))
+    rings = []
+    for first in range(n, len(others), 3):
+        data, loaded, free = others[first : first + 3]
+        rings.append(Ring(data, loaded, free, VALUES if first + 3 < len(others) else 1))
+    fields: list[Any] = [q_c, q_rope, cache, *others[:n], tuple(rings)]
+    named = Refs(*fields)
     row = (lax.axis_index("tiles") * plan.tuning.cluster + lax.axis_index("cta")) * ROWS
     item = Item(row, *(named.items[lax.axis_index("items"), i] for i in range(5)))
     roles = [functools.partial(role, plan, named, item) for role in (_sum_values, _score, gpu_load.load)]
@@ -148,7 +151,7 @@ def _score_pages(plan: Plan, refs: Refs, item: Item, held: list, largest: jax.Ar
         def both(accumulator: Any) -> tuple:
             multiply = functools.partial(_multiply_scores, plan, refs, held, i + 1, accumulator)
             multiply(0)
-            rows = _weigh(plan, refs, item, masked, i, *state, meanwhile=lambda: multiply(1))
+            rows = _weigh(plan, refs, item, masked, i, state, lambda: multiply(1))
             if not plan.tuning.turns:
                 plgpu.barrier_arrive(refs.weights_ready)
             multiply(2)
@@ -160,7 +163,7 @@ def _score_pages(plan: Plan, refs: Refs, item: Item, held: list, largest: jax.Ar
         release(i + 1)
         return found
 
-    def release(i: int | jax.Array) -> None:
+    def release(i: jax.Array) -> None:
         plgpu.barrier_arrive(refs.rings[-1].free.at[refs.rings[-1].place(i, 0)])
 
     state = pl.run_scoped(first, accumulator), largest, total
@@ -172,20 +175,20 @@ def _score_pages(plan: Plan, refs: Refs, item: Item, held: list, largest: jax.Ar
     state = lax.fori_loop(n_whole, last, functools.partial(step, True), state)
     beyond = item.length - (item.begin + last) * PAGE
     pl.when(beyond < PAGE)(functools.partial(_clear, plan, refs, last, beyond))
-    rows = _weigh(plan, refs, item, True, last, *state, meanwhile=lambda: None)
+    rows = _weigh(plan, refs, item, True, last, state, lambda: None)
     plgpu.barrier_arrive(refs.weights_ready)
     plgpu.barrier_wait(refs.weights_free)
     return rows
 
 
 def _weigh(
-    plan: Plan, refs: Refs, item: Item, masked: bool, i: jax.Array, scores: jax.Array, largest: jax.Array,
-    total: jax.Array, meanwhile: Callable[[], None],
+    plan: Plan, refs: Refs, item: Item, masked: bool, i: jax.Array, state: tuple, meanwhile: Callable[[], None]
 ) -> tuple:  # fmt: skip
-    """Hands on the exponentials of page i; returns (largest, total) of the rows after it.
+    """The exponentials of page i into shared memory; returns (largest, total) of the rows after it.
 
-    `meanwhile` begins products that run beside the exponentials.
+    `state`: its scores, then (largest, total) before it. `meanwhile` begins products that run beside the exponentials.
     """
+    scores, largest, total = state
     if masked:
         scores = _hide(plan, item, i, scores)
     factor = plan.scale * LOG2_E
@@ -204,9 +207,8 @@ def _weigh(
 def _multiply_scores(plan: Plan, refs: Refs, held: list, i: jax.Array, scores: Any, third: int) -> None:
     """S = Q K^T of page i, one of three times some parts; does not wait for the products.
 
-    A warpgroup is held up when it begins a product while a few are under way. So products stand between the steps of
-    the exponentials, and all parts are waited for first: the compiler mixes products with other instructions only
-    where no wait is between them.
+    All of these parts are waited for first: the compiler mixes products with other instructions only where no wait is
+    between them.
     """
     keys, chunks = [], iter(range((plan.width + plan.rope) // CHUNK))
     begin, end = (0, *plan.tuning.thirds, len(plan.parts))[third:][:2]
