@@ -141,8 +141,8 @@ def _score_pages(plan: Plan, refs: Refs, item: Item, held: list, largest: jax.Ar
     accumulator = plgpu.ACC((ROWS, PAGE), jnp.float32)
 
     def first(accumulator: Any) -> jax.Array:
-        for n in range(3):
-            _multiply_scores(plan, refs, held, jnp.int32(0), accumulator, n)
+        for early in (True, False):
+            _multiply_scores(plan, refs, held, jnp.int32(0), accumulator, early)
         return accumulator[...]
 
     def step(masked: bool, i: jax.Array, state: tuple) -> tuple:
@@ -150,13 +150,9 @@ def _score_pages(plan: Plan, refs: Refs, item: Item, held: list, largest: jax.Ar
 
         def both(accumulator: Any) -> tuple:
             multiply = functools.partial(_multiply_scores, plan, refs, held, i + 1, accumulator)
-            multiply(0)
-            rows = _weigh(plan, refs, item, masked, i, state, lambda: multiply(1))
-            if not plan.tuning.turns:
-                plgpu.barrier_arrive(refs.weights_ready)
-            multiply(2)
-            if plan.tuning.turns:
-                plgpu.barrier_arrive(refs.weights_ready)
+            rows = _weigh(plan, refs, item, masked, i, state, lambda: multiply(early=True))
+            multiply(early=False)
+            plgpu.barrier_arrive(refs.weights_ready)  # now: the values would take the tensor cores from these products
             return accumulator[...], *rows
 
         found = pl.run_scoped(both, accumulator)
@@ -204,19 +200,18 @@ def _weigh(
     return new, total * shrink + jnp.sum(weights, axis=1)
 
 
-def _multiply_scores(plan: Plan, refs: Refs, held: list, i: jax.Array, scores: Any, third: int) -> None:
-    """S = Q K^T of page i, one of three times some parts; does not wait for the products.
+def _multiply_scores(plan: Plan, refs: Refs, held: list, i: jax.Array, scores: Any, early: bool) -> None:
+    """S = Q K^T of page i, of its early parts or of the others; does not wait for the products.
 
     All of these parts are waited for first: the compiler mixes products with other instructions only where no wait is
     between them.
     """
     keys, chunks = [], iter(range((plan.width + plan.rope) // CHUNK))
-    begin, end = (0, *plan.tuning.thirds, len(plan.parts))[third:][:2]
     for n, (r, lane, _) in enumerate(plan.parts):
         ring = refs.rings[r]
         place = ring.place(i, lane)
         columns = [(next(chunks), c) for c in range(0, ring.data.shape[2], CHUNK)]
-        if begin <= n < end:
+        if (n < plan.tuning.early) == early:
             plgpu.barrier_wait(ring.loaded.at[place])
             keys += [(chunk, ring.data.at[place, :, pl.ds(c, CHUNK)]) for chunk, c in columns]
     for chunk, part in keys:

@@ -27,9 +27,7 @@ class Tuning:
         rope_copies: the same of rotary keys.
         in_registers: of these parts, how many have their queries in registers.
         ahead: pages that are brought into the L2 cache before there is space for them.
-        thirds: parts of a page that are multiplied before the exponentials of the page before are begun, and before
-            they are handed on; the others, after them.
-        turns: whether a page's values wait for the products of the next page's scores.
+        early: parts of a page that are multiplied beside the exponentials of the page before; the others, after them.
         score_registers: per thread of the warpgroup of the scores.
         value_registers: per thread of the two that sum values; the one that loads has what is left.
     """
@@ -39,8 +37,7 @@ class Tuning:
     rope_copies: int = 2
     in_registers: int = 1
     ahead: int = 1
-    thirds: tuple[int, int] = (1, 3)
-    turns: bool = True
+    early: int = 2
     score_registers: int = 168
     value_registers: int = 160
 
@@ -50,7 +47,7 @@ class Tuning:
         return 4 * AT_START - VALUES * self.value_registers - self.score_registers
 
 
-IN_FP8 = Tuning(cluster=1, copies=(2, 2), in_registers=0, thirds=(0, 0), score_registers=112)
+IN_FP8 = Tuning(cluster=1, copies=(2, 2), in_registers=0, early=0, score_registers=112)
 
 
 @dataclasses.dataclass(frozen=True)
