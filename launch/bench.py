@@ -56,8 +56,8 @@ def main(argv: list[str]) -> int:
         return importlib.import_module(f"deepseek_jax.launch.{OTHERS[subject]}").main(argv[1:])
     options = _options.parse(argv[1:] if subject else argv, "micro_v3", EXTRA, workdir=False)
     if subject != "train":
-        names = ", ".join(f"bench {name}" for name in ("train", *OTHERS))
-        raise UserError(f"bench {subject or ''}: no such bench. Expected one of {names}.")
+        said = f"bench {subject}: no such bench" if subject else "bench: nothing to measure was named"
+        raise UserError(f"{said}. Give: deepseek-jax bench {' | '.join(('train', *OTHERS))}.")
     config = run_config.validate(options.config)
     if options.profile:  # operations in a CUDA graph are traced without their names
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="

@@ -118,7 +118,8 @@ def test_generate_without_a_run_or_a_readable_prompt(refused, tmp_path, monkeypa
         (["bench", "train", "--turns=0"], "--turns=0: expected a whole number from 1 to"),
         (["bench", "train", "--steps=-1"], "--steps=-1: expected a whole number from 1 to"),
         (["bench", "train", "--config.batch.size=3"], "config.batch.size=3"),
-        (["bench"], "Give: deepseek-jax bench train"),
+        (["bench"], "bench: nothing to measure was named. Give: deepseek-jax bench train |"),
+        (["bench", "speed"], "bench speed: no such bench. Give: deepseek-jax bench train |"),
     ],
 )
 def test_other_verbs_refuse(refused, words, message):

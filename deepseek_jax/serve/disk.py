@@ -24,6 +24,7 @@ import numpy as np
 from deepseek_jax.errors import UserError
 from deepseek_jax.files import write_atomically
 from deepseek_jax.serve.pages import PagePool, Table
+from deepseek_jax.tree import dotted
 
 MAGIC = b"deepseek_jax page 1\n"
 NAMES = "/".join("[0-9a-f]" * n for n in (32, 64))  # of files below the directory, where others may lie too
@@ -155,7 +156,7 @@ def fingerprint(weights: Any) -> bytes:
     """
     found = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(weights):
-        found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        found.update(f"{dotted(path)} {leaf.dtype} {leaf.shape}".encode())
         found.update(np.asarray(_sums(leaf)).tobytes())
     return found.digest()
 

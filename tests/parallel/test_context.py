@@ -131,7 +131,7 @@ def test_cudnn_is_refused():
     from deepseek_jax.layers.divided_attention import implementation
 
     with pytest.raises(
-        UserError, match="attention='cudnn' attends to whole sequences only.* Choose one of xla, chunked"
+        UserError, match="attention='cudnn' attends to whole sequences only.* Choose one of chunked, .*mesh.context=1"
     ):
         implementation("cudnn")
 

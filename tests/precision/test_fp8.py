@@ -18,6 +18,7 @@ from deepseek_jax.layers.grouped import grouped_swiglu, sort_by_expert
 from deepseek_jax.layers.mla import MLA, MLAConfig
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.models import family
+from deepseek_jax.parallel.alltoall import Stay
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.precision import fp8_kernels
 from deepseek_jax.precision.fp8 import BlockMatmul
@@ -314,8 +315,8 @@ def test_what_travels_is_half_of_bfloat16_and_arrives_as_what_is_computed_with()
 def test_gradients_of_results_travel_as_codes_and_those_of_tokens_as_they_are():
     x, g = numbers(4, 128, dtype=jnp.bfloat16), numbers(4, 128, seed=1, dtype=jnp.bfloat16)
     rounded = Codes().decode(Codes().encode(g), g.dtype, 128)
-    there, pull = jax.vjp(lambda x: carried(x, Codes(), AS_IS, lambda rows: rows), x)
-    back, pull_back = jax.vjp(lambda x: carried(x, AS_IS, Codes(), lambda rows: rows), x)
+    there, pull = jax.vjp(lambda x: carried(x, Codes(), AS_IS, Stay()), x)
+    back, pull_back = jax.vjp(lambda x: carried(x, AS_IS, Codes(), Stay()), x)
     assert error(there, x) > 0.01 and error(rounded, g) > 0.01
     for found, right in [(pull(g)[0], g), (back, x), (pull_back(g)[0], rounded)]:
         np.testing.assert_array_equal(found, right)
