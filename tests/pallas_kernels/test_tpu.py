@@ -108,6 +108,7 @@ def test_weight_gradients_are_those_of_each_group(counts):
     assert_near(found, grouped_weight_gradient(x, dy, groups, **REFERENCE))
 
 
+@pytest.mark.slow
 def test_the_same_in_fp8():
     counts, options = [70, 0, 3, 50], {"out_dtype": jnp.float32}
     groups = Groups(jnp.array(counts, jnp.int32))

@@ -330,7 +330,9 @@ def test_settings_out_of_range_are_refused(setting, message):
         Sampling(4, **setting).check(1000)
 
 
-@pytest.mark.parametrize("sizes", [(2, 2), (1, 2)], ids=["four devices", "two devices"])
+@pytest.mark.parametrize(
+    "sizes", [pytest.param((2, 2), marks=pytest.mark.slow, id="four devices"), pytest.param((1, 2), id="two devices")]
+)
 def test_devices_that_share_the_experts_give_the_same_text(network, alone, sizes):
     """Each has requests of its own, at first as many as it has rows or more, and at the end fewer than others."""
     mesh = make_mesh(*sizes, jax.devices()[: math.prod(sizes)])

@@ -59,6 +59,7 @@ def test_a_sequence_ends_at_its_stop_id_and_the_batch_when_all_have(network):
     assert alone(network, 0, temperature=1.0, stop_ids=(first[2],)) == first[: first.index(first[2]) + 1]
 
 
+@pytest.mark.slow
 def test_blocks_of_steps_and_chunks_of_prompts_say_what_single_steps_and_whole_prompts_say(network):
     """Whether sequences end at a stop id, with a block or within one, in the first chunk of the prompts or later."""
     in_parts = Generator(network.generator.definition, network.vocab_size, chunk=5, block=4)

@@ -99,6 +99,7 @@ def test_on_a_mesh_with_shards_and_in_parts_a_step_is_the_same(sizes, weights, o
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_divided_sequences_are_whole_ones(sizes, weights):
     """Over two devices, FSDP over the same. With activations in float32: in bfloat16 the parts of attention, which are
     rounded one by one, change the loss by 2e-4."""

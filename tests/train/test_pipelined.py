@@ -98,7 +98,11 @@ def test_two_stages_train_the_same_model(one_device, two_stages):
 CASES = [
     pytest.param(2, 2, 1, "dualpipe", 4, {"overlap": True}, id="dualpipe, as on a GPU"),
     # the work of the end leaves the first stage the dense layer alone, which reports no balance loss
-    pytest.param(2, 2, 1, "dualpipev", 4, {"rules": {"embed": "data"}, "end": 2.0}, id="dualpipev, FSDP"),
+    pytest.param(
+        *(2, 2, 1, "dualpipev", 4, {"rules": {"embed": "data"}, "end": 2.0}),
+        marks=pytest.mark.matrix,
+        id="dualpipev, FSDP",
+    ),
 ]
 
 
