@@ -13,6 +13,7 @@ from pallas_kernels.mla_attention import tpu_backward, tpu_forward, tpu_pairs
 from pallas_kernels.mla_decode import Fp8Pages, Pages, decode
 from pallas_kernels.mla_decode import tpu as decode_tpu
 
+pytestmark = pytest.mark.slow  # a kernel takes a second or more to interpret
 SCALE = 0.1
 CASES = {  # (B, T, S, H, Z), first query, documents, dtype
     "packed documents, two heads per key": ((2, 200, 200, 2, 1), 0, True, jnp.bfloat16),

@@ -23,6 +23,7 @@ from pallas_kernels.quantize import quantize, quantize_squares, quantize_swiglu
 from pallas_kernels.quantize import tpu as quantiser
 from pallas_kernels.quantize.reference import quantize_rows
 
+pytestmark = pytest.mark.slow  # a kernel takes a second or more to interpret
 INTERPRET = {"interpret": pltpu.InterpretParams()}
 
 
@@ -108,7 +109,6 @@ def test_weight_gradients_are_those_of_each_group(counts):
     assert_near(found, grouped_weight_gradient(x, dy, groups, **REFERENCE))
 
 
-@pytest.mark.slow
 def test_the_same_in_fp8():
     counts, options = [70, 0, 3, 50], {"out_dtype": jnp.float32}
     groups = Groups(jnp.array(counts, jnp.int32))

@@ -9,6 +9,7 @@ from deepseek_jax.serve.disk import fingerprint
 from deepseek_jax.serve.engine import Engine
 from deepseek_jax.serve.sampling import Sampling
 
+pytestmark = pytest.mark.slow  # every engine compiles programs of its own
 PROMPT = np.random.default_rng(3).integers(0, 200, 20).tolist()  # two pages and a half
 
 

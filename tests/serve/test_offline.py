@@ -13,6 +13,7 @@ from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.serve.engine import Engine, Sampling
 from deepseek_jax.serve.offline import complete
 
+pytestmark = pytest.mark.slow  # every engine compiles programs of its own
 DRAW = np.random.default_rng(5)
 PROMPTS = [DRAW.integers(0, 200, n).tolist() for n in (2, 19, 7)]
 PROMPTS.append([*PROMPTS[1][:17], 5])
@@ -57,7 +58,6 @@ FAMILIES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_families_give_the_text_of_the_forward_pass(family):
     config = run_config.load(family)
