@@ -117,9 +117,8 @@ def run_pipeline(
         overlap: whether all parts of an op are one branch.
 
     Returns:
-        (gradients of the weights, reports) of each chunk, and (gradient, report) of the ends, summed over the
-        micro-batches in float32. Gradients of what is shared are those of all chunks, in the first chunk's only. The
-        report of the ends, which all ranks make alike, is zeros on all but the first rank.
+        (gradients of the weights, reports) of each chunk, and (gradient, report) of the ends, summed in float32.
+        What is shared has its gradient, of all chunks, in the first chunk's only; the ends' report is the first rank's.
     """
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rest)
     shapes, of_ends = _shapes(stages, weights[0], (fixed[0], one), x, ends)

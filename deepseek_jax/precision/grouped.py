@@ -47,9 +47,8 @@ class OfLayer(NamedTuple):
 
     stack_LXDF: jax.Array
     number: int | jax.Array  # of the layer
-    chosen_X: jax.Array | None = (
-        None  # the experts whose weights these are, each once or more; None: all in their order
-    )
+    # the experts whose weights these are, each once or more; None: all in their order
+    chosen_X: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
