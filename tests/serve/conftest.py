@@ -55,3 +55,40 @@ def foreseeing():
     config = run_config.load("tiny_v3")
     config.model.update(SIZES | {"mtp_depth": 1, "n_layers": 2})
     return Network(config)
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The scripted engine of `served`."""
+    from tests.serve.scripted import Script
+
+    return Script()
+
+
+@pytest.fixture(scope="module")
+def served(script):
+    """A server of a scripted engine, with keys."""
+    from tests.serve.scripted import serve
+
+    made = serve(script, keys=("secret", "other"))
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def their_client(served):
+    """OpenAI's client of that server."""
+    import openai
+
+    with openai.OpenAI(base_url=served.url + "/v1", api_key="secret", max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture
+def client(their_client, served, script):
+    """The client, when nothing runs and the script is as at first."""
+    from tests.serve.scripted import wait_until
+
+    wait_until(lambda: script.is_idle and served.worker.n_open == 0)
+    script.__init__()
+    return their_client

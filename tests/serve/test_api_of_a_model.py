@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from deepseek_jax.serve.engine import Engine
-from tests.serve.test_api import BYTES, SCHEMA, ask, serve, wait_until
+from tests.serve.scripted import BYTES, SCHEMA, ask, serve, wait_until
 
 PROMPT = [72, 101, 108, 200, 7]
 
@@ -22,8 +22,7 @@ def engine(network):
 def served(engine):
     made = serve(engine, n_positions=96, most=64)
     yield made
-    made.server.should_exit = True
-    made.thread.join(10)
+    made.stop()
 
 
 @pytest.fixture(scope="module")

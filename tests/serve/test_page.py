@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve.test_api import END, Script, serve, wait_until
+from tests.serve.scripted import END, Script, serve, wait_until
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 if not BROWSER:
@@ -26,8 +26,7 @@ def script():
 def served(script):
     made = serve(script, name="r1", n_positions=2000)
     yield made
-    made.server.should_exit = True
-    made.thread.join(10)
+    made.stop()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _bench_serve
 from deepseek_jax.serve.engine import Engine
 from deepseek_jax.serve.traffic import Arrivals, Outcome, Refused, Server, events, send
-from tests.serve.test_api import ask, serve, wait_until
+from tests.serve.scripted import ask, serve, wait_until
 
 PROMPTS = [[1 + n % 200, 2, 3, 4 + n % 7] for n in range(1000)]
 
@@ -26,8 +26,7 @@ def engine(network):
 def served(engine):
     made = serve(engine, name=None, n_positions=32, most=16)
     yield made
-    made.server.should_exit = True
-    made.thread.join(10)
+    made.stop()
 
 
 def pages_are_free(served):
