@@ -13,6 +13,7 @@ environment variable DEEPSEEK_JAX_API_KEY.
 import asyncio
 import os
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
 from deepseek_jax.launch._http import ask
 from deepseek_jax.launch._tables import print_table
-from deepseek_jax.serve.traffic import Arrivals, Outcome, Server, send
+from deepseek_jax.serve.traffic import LATE, LIMIT_S, NO_CONNECTION, Arrivals, Outcome, Server, send
 
 FLAGS = {
     "url": (str, "http://127.0.0.1:8000", "the server"),
@@ -37,6 +38,7 @@ FLAGS = {
     "prompt_tokens": (int, 1024, "tokens of each prompt", whole(1, 10**7)),
     "new_tokens": (int, 128, "tokens that each is continued by", whole(1, 10**6)),
     "vocabulary": (int, 0, "ids of prompts are below this (default: as the server's tokenizer says)", whole(0, 2**24)),
+    "limit_s": (float, LIMIT_S, "seconds in which a request must be answered; later ones fail", number(0.001, 1e6)),
     "seed": (int, 0, "of prompts and arrivals", whole(0, 2**31)),
 }
 KEY = "DEEPSEEK_JAX_API_KEY"
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> int:
     """Runs the bench; returns the exit code."""
     options = _options.parse(argv, extra=FLAGS, config=False, workdir=False)
     urls = [url for url in (options.url, options.peer_url) if url]
-    servers = [_server(url, options.model) for url in urls]
+    servers = [_server(url, options.model, options.limit_s) for url in urls]
     vocabulary = options.vocabulary or _vocabulary(servers[0])
     results: list[list[tuple[list[Outcome], float]]] = [[] for _ in servers]
     for turn in range(options.turns + 1):
@@ -69,14 +71,15 @@ def summary(turns: Sequence[tuple[Sequence[Outcome], float]]) -> dict[str, float
     done = [[one for one in outcomes if one.status == 200] for outcomes, _ in turns]
     every = [one for outcomes in done for one in outcomes]
     if not every:
-        raise UserError(f"no request was answered (statuses: {sorted({o.status for t, _ in turns for o in t})}).")
+        raise UserError(f"no request was answered: {_failures([one for outcomes, _ in turns for one in outcomes])}.")
 
     def per_second(count: Any) -> float:
         return statistics.median(sum(map(count, one)) / turns[n][1] for n, one in enumerate(done))
 
     found: dict[str, float] = {
         "answered": len(every),
-        "refused or failed": sum(len(outcomes) for outcomes, _ in turns) - len(every),
+        "refused or failed": sum(one.status not in (200, LATE) for outcomes, _ in turns for one in outcomes),
+        "over the time limit": sum(one.status == LATE for outcomes, _ in turns for one in outcomes),
         "requests/s": per_second(lambda _: 1),
         "new tokens/s": per_second(lambda one: one.n_new),
         "all tokens/s": per_second(lambda one: one.n_prompt + one.n_new),
@@ -97,6 +100,13 @@ def summary(turns: Sequence[tuple[Sequence[Outcome], float]]) -> dict[str, float
     return found
 
 
+def _failures(outcomes: Sequence[Outcome]) -> str:
+    """How many failed for which reason."""
+    words = {NO_CONNECTION: "lost their connection", LATE: "took longer than --limit-s"}
+    counts = Counter(one.status for one in outcomes).most_common()
+    return ", ".join(f"{count} {words.get(status, f'had status {status}')}" for status, count in counts)
+
+
 def report(urls: Sequence[str], found: Sequence[dict[str, float]]) -> None:
     """Prints the figures side by side; the last column is the first server's over the second's."""
     rows = []
@@ -108,8 +118,8 @@ def report(urls: Sequence[str], found: Sequence[dict[str, float]]) -> None:
     print_table(header, rows, right=header[1:])
 
 
-def _server(url: str, model: str) -> Server:
-    found = Server(url.rstrip("/"), model, os.environ.get(KEY, ""))
+def _server(url: str, model: str, limit_s: float) -> Server:
+    found = Server(url.rstrip("/"), model, os.environ.get(KEY, ""), limit_s=limit_s)
     return found if model else found._replace(model=ask(found.url + "/v1/models", found.key)["data"][0]["id"])
 
 

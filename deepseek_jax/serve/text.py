@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 HALF = "\ufffd"  # decoders return it for bytes that are not a character (yet)
 PENDING_BYTES = 3  # of a character without its last byte; some decoders return one HALF for each
-LONGEST = 32  # ids that are decoded again in a run of bytes that are no characters
+LONGEST = 32  # ids that are decoded again in a run of ids that give no characters
 
 
 class TextStream:
@@ -38,6 +38,9 @@ class TextStream:
             n_held = len(text) - self._shown
             self._context, self._new = self._new[PENDING_BYTES:-PENDING_BYTES], self._new[-PENDING_BYTES:]
             self._shown = len(self._decode(self._context + self._new)) - n_held
+        elif len(self._new) > LONGEST:  # special tokens and ids beyond the vocabulary, which have no text
+            self._new = self._new[-PENDING_BYTES:]
+            self._shown = len(self._decode(self._context + self._new))
         return piece
 
     def finish(self) -> str:

@@ -24,14 +24,18 @@ from urllib.parse import urlsplit
 
 from deepseek_jax.errors import UserError
 
+LIMIT_S = 600.0
+NO_CONNECTION, LATE = 0, -1  # in place of a status
+
 
 class Server(NamedTuple):
-    """Where requests go; `path` is that of text completions."""
+    """Where requests go; `path` is that of text completions, `limit_s` the seconds in which each must be answered."""
 
     url: str
     model: str = ""
     key: str = ""
     path: str = "/v1/completions"
+    limit_s: float = LIMIT_S
 
 
 class Arrivals(NamedTuple):
@@ -43,7 +47,11 @@ class Arrivals(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """One request. Times in seconds after it was sent; `status` is that of HTTP, 0 if the connection failed."""
+    """One request.
+
+    Times in seconds after it was sent. `status` is that of HTTP, `NO_CONNECTION` if the connection failed, `LATE` if the
+    answer was not complete in time.
+    """
 
     status: int
     first_s: float = 0.0
@@ -89,18 +97,21 @@ async def send(
 
 
 async def ask(server: Server, body: dict[str, Any]) -> Outcome:
-    """Sends one request and reads its stream to the end."""
+    """Sends one request and reads its stream to the end, or for `server.limit_s`."""
     started, times = monotonic(), []
     usage: dict[str, Any] = {}
     try:
-        async for event in events(server, body):
-            usage = event.get("usage") or usage
-            if any(choice.get("text") or choice.get("delta") for choice in event["choices"]):
-                times.append(monotonic() - started)
+        async with asyncio.timeout(server.limit_s):
+            async for event in events(server, body):
+                usage = event.get("usage") or usage
+                if any(choice.get("text") or choice.get("delta") for choice in event["choices"]):
+                    times.append(monotonic() - started)
     except Refused as refusal:
         return Outcome(refusal.status, end_s=monotonic() - started)
+    except TimeoutError:
+        return Outcome(LATE, end_s=monotonic() - started)
     except (OSError, asyncio.IncompleteReadError):
-        return Outcome(0, end_s=monotonic() - started)
+        return Outcome(NO_CONNECTION, end_s=monotonic() - started)
     gaps = tuple(b - a for a, b in itertools.pairwise(times))
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
     counts = usage.get("prompt_tokens", 0), cached, usage.get("completion_tokens", 0)

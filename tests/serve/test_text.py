@@ -46,9 +46,10 @@ def test_a_tokenizer_that_gives_a_mark_for_every_missing_byte():
 
 
 @pytest.mark.parametrize("end", [[], [*"é".encode()], [0xE6, 0x97], [*"a日".encode()]])
-def test_of_a_long_run_of_bytes_that_are_no_text_only_the_end_is_decoded_again(end):
+@pytest.mark.parametrize("idle", [0x80, 258, 999], ids=["no character", "padding", "beyond the vocabulary"])
+def test_of_a_long_run_of_ids_that_are_no_text_only_the_end_is_decoded_again(idle, end):
     tokenizer, lengths = ByteTokenizer(), []
-    ids = [0x80] * 300 + end
+    ids = [65, *[idle] * 300, *end]
 
     def decode(ids):
         lengths.append(len(ids))

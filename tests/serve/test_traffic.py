@@ -5,13 +5,14 @@ import contextlib
 import gc
 import os
 import resource
+import socket
 
 import pytest
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _bench_serve
 from deepseek_jax.serve.engine import Engine
-from deepseek_jax.serve.traffic import Arrivals, Outcome, Refused, Server, events, send
+from deepseek_jax.serve.traffic import LATE, NO_CONNECTION, Arrivals, Outcome, Refused, Server, events, send
 from tests.serve.scripted import ask, serve, wait_until
 
 PROMPTS = [[1 + n % 200, 2, 3, 4 + n % 7] for n in range(1000)]
@@ -108,7 +109,7 @@ def test_the_bench_prints_its_figures(served, capsys):
     assert lines[0] == "2 users, 4 requests per turn, prompts of 5 tokens, 4 new ones"
     table = {line.split("  ")[0]: line.split() for line in lines[1:]}
     assert table["answered"][1:] == ["4", "4", "1.00"] and len(table["TTFT p99, ms"]) == 6
-    assert _bench_serve.main([*args[:1], *args[2:], "--rate=200", "--warmup=0"]) == 0
+    assert _bench_serve.main([*args[:1], *args[2:], "--rate=200", "--warmup=0", "--limit-s=60"]) == 0
     assert "200.0 requests/s" in capsys.readouterr().out
 
 
@@ -120,8 +121,19 @@ def test_figures_by_hand():
     assert found["prompt tokens from the cache, %"] == 25
     assert found["TPOT mean, ms"] == pytest.approx(100) and found["TTFT mean, ms"] == pytest.approx(150)
     assert found["ITL mean, ms"] == pytest.approx(1100 / 3)
-    with pytest.raises(UserError, match="no request was answered .statuses: .429."):
-        _bench_serve.summary([([Outcome(429)], 1.0)])
+    lost = [Outcome(429), Outcome(LATE), Outcome(429), Outcome(NO_CONNECTION)]
+    found = _bench_serve.summary([([slow, *lost], 2.0)])
+    assert (found["refused or failed"], found["over the time limit"]) == (3, 1)
+    message = "no request was answered: 2 had status 429, 1 took longer than --limit-s, 1 lost their connection"
+    with pytest.raises(UserError, match=message):
+        _bench_serve.summary([(lost, 1.0)])
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        server = Server("http://127.0.0.1:{}".format(silent.getsockname()[1]), limit_s=0.05)
+        outcomes, _ = asyncio.run(send(server, PROMPTS[:2], Arrivals(), 4))
+    assert [one.status for one in outcomes] == [LATE, LATE]
 
 
 def test_what_the_bench_cannot_reach_is_said(served):
