@@ -49,8 +49,8 @@ class Arrivals(NamedTuple):
 class Outcome(NamedTuple):
     """One request.
 
-    Times in seconds after it was sent. `status` is that of HTTP, `NO_CONNECTION` if the connection failed, `LATE` if the
-    answer was not complete in time.
+    Times in seconds after it was sent. `status` is that of HTTP, `NO_CONNECTION` if the connection failed, `LATE` if
+    the answer was not complete in time.
     """
 
     status: int

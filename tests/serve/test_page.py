@@ -81,6 +81,40 @@ def test_an_answer_is_streamed_its_thought_folded_and_its_code_apart(page, scrip
     assert page.locator("article").count() == 0 and page.is_visible("#empty")
 
 
+SPLIT = """
+([text, seed]) => {
+  const whole = document.createElement("div"), parts = document.createElement("div");
+  new Writer(whole).push(text).finish();
+  const writer = new Writer(parts);
+  let first = null;
+  for (let at = 0; at < text.length;) {
+    seed = (seed * 1103515245 + 12345) % 2147483648;
+    const size = 1 + (seed >> 16) % 4;
+    writer.push(text.slice(at, at + size));
+    first ||= parts.firstChild;
+    at += size;
+  }
+  writer.finish();
+  return [whole.innerHTML, parts.innerHTML, first === parts.firstChild];
+}
+"""
+TEXTS = {
+    "a\n```python\nx = `1`\n**y**\n```\n`z` and **b**.\n": '<div class="text">a\n</div>'
+    '<pre class="">x = `1`\n**y**\n</pre>'
+    '<div class="text"><code class="">z</code> and <strong class="">b</strong>.\n</div>',
+    "2 * 3 ** 4, **a\n*b* `c\n``d`` <b>": '<div class="text">2 * 3 ** 4, **a\n*b* `c\n`<code class="">d</code>`'
+    " &lt;b&gt;</div>",
+    "Code: ```x```\n```\nno end": '<div class="text">Code: ``<code class="">x</code>``\n</div>'
+    '<pre class="">no end</pre>',
+}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_an_answer_is_written_once_and_the_same_in_any_parts(page, text):
+    for seed in range(20):
+        assert page.evaluate(SPLIT, [text, seed]) == [TEXTS[text], TEXTS[text], True]
+
+
 def test_an_answer_can_be_stopped(page, script, served):
     script.answer, script.speed, script.delay_s = lambda prompt: "word " * 300, 1, 0.01
     page.fill("#message", "Talk")
@@ -118,6 +152,7 @@ def test_settings_reach_the_server_and_errors_the_reader(page, script):
     page.fill("#message", "Hi")
     page.press("#message", "Enter")
     page.wait_for_selector("article.assistant .numbers")
+    assert page.inner_text(".numbers").startswith("3 tokens, then cut off")
     found = script.samplings[0]
     assert (found.temperature, found.top_p, found.max_new_tokens, found.seed) == (0.5, 0.9, 3, 7)
     assert script.prompts[0].startswith("<｜begin▁of▁sentence｜>Be<｜User｜>")

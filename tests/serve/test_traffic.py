@@ -131,7 +131,7 @@ def test_figures_by_hand():
 
 def test_a_server_that_does_not_answer_is_not_waited_for():
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        server = Server("http://127.0.0.1:{}".format(silent.getsockname()[1]), limit_s=0.05)
+        server = Server(f"http://127.0.0.1:{silent.getsockname()[1]}", limit_s=0.05)
         outcomes, _ = asyncio.run(send(server, PROMPTS[:2], Arrivals(), 4))
     assert [one.status for one in outcomes] == [LATE, LATE]
 
