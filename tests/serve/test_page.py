@@ -102,10 +102,9 @@ TEXTS = {
     "a\n```python\nx = `1`\n**y**\n```\n`z` and **b**.\n": '<div class="text">a\n</div>'
     '<pre class="">x = `1`\n**y**\n</pre>'
     '<div class="text"><code class="">z</code> and <strong class="">b</strong>.\n</div>',
-    "2 * 3 ** 4, **a\n*b* `c\n``d`` <b>": '<div class="text">2 * 3 ** 4, **a\n*b* `c\n`<code class="">d</code>`'
+    "2 * 3 ** 4, **a\n*b* `c\n`d` <b>": '<div class="text">2 * 3 ** 4, **a\n*b* `c\n<code class="">d</code>'
     " &lt;b&gt;</div>",
-    "Code: ```x```\n```\nno end": '<div class="text">Code: ``<code class="">x</code>``\n</div>'
-    '<pre class="">no end</pre>',
+    "Code: `` x\n```\nno end": '<div class="text">Code: `` x\n</div><pre class="">no end</pre>',
 }
 
 
