@@ -14,7 +14,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "ARCHITECTURE.md", "BENCHMARKS.md", "CHANGELOG.md", "CONTRIBUTING.md")
-SECTIONS = ("models", "layers", "parallel", "precision", "data", "train", "serve", "convert", "plan")
+SECTIONS = ("models", "layers", "parallel", "precision", "data", "train", "serve", "rl", "convert", "plan")
 
 
 def notebooks() -> list[str]:

@@ -1,0 +1,1 @@
+"""Reinforcement learning: problems, rewards, rollouts, and GRPO."""

@@ -1,0 +1,182 @@
+"""Problems by number: a pure function of (seed, number), so that the step number is the whole state of the prompts.
+
+    sums, sums:8            digits to add, made here (`rl.sums`)
+    rg:NAME                 a task of reasoning-gym, by its name there
+    FILE.jsonl, a glob      rows {"messages": […]} or {"prompt": "…"}, with "answer" and optionally "kind"
+
+`kind` says how an answer is verified (`rl.rewards.VERIFIERS`); of a row it is "exact" by default. Held-out problems are
+chosen by the hash of their messages, and numbered apart from the seed: every run is judged on the same ones.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from deepseek_jax.data.corpus import open_corpus
+from deepseek_jax.data.messages import read
+from deepseek_jax.data.noise import noise
+from deepseek_jax.data.readers import read_jsonl
+from deepseek_jax.errors import UserError
+from deepseek_jax.rl import sums
+
+TRAINING, HELD_OUT = range(2)  # the last key of the numbers that choose a problem
+MOST_DRAWS = 4096  # of one problem, until it is on the side that was asked for
+
+
+class Problem(NamedTuple):
+    """A question, and what is needed to verify an answer to it."""
+
+    messages: tuple[dict, ...]  # up to the assistant's turn
+    answer: Any  # as the verifier of `kind` expects it
+    kind: str  # key of `rl.rewards.VERIFIERS`
+
+
+class Problems(Protocol):
+    """A source of problems."""
+
+    fingerprint: str  # equal for equal problems
+    n_held_out: int | None  # None: as many as asked for
+
+    def training(self, number: int) -> Problem:
+        """Returns problem `number` of the run, for any number from 0 on."""
+
+    def held_out(self, number: int) -> Problem:
+        """Returns held-out problem `number`; the same in every run."""
+
+
+class Generated:
+    """Problems that a function makes.
+
+    Args:
+        name: of the source, for the fingerprint and messages.
+        make: from an integer of 63 bits to a problem.
+        seed: of the run.
+        holdout_rate: share of all problems that are held out.
+    """
+
+    n_held_out: int | None = None
+
+    def __init__(self, name: str, make: Callable[[int], Problem], seed: int, holdout_rate: float):
+        self.name, self.make, self.seed, self.holdout_rate = name, make, seed, holdout_rate
+        self.fingerprint = f"{name} {holdout_rate}"
+
+    def training(self, number: int) -> Problem:
+        """See `Problems`."""
+        return self._first(self.seed, TRAINING, number)
+
+    def held_out(self, number: int) -> Problem:
+        """See `Problems`."""
+        return self._first(0, HELD_OUT, number)
+
+    def _first(self, seed: int, side: int, number: int) -> Problem:
+        """Returns the first problem of a series of its own that is on `side`."""
+        for draw in range(MOST_DRAWS):
+            chosen = noise(seed, side, number, at=np.array([draw]))[0] >> np.uint64(1)
+            problem = self.make(int(chosen))
+            if is_held_out(problem, self.holdout_rate) == (side == HELD_OUT):
+                return problem
+        raise UserError(
+            f"{self.name}: {MOST_DRAWS} draws gave no problem {'to hold out' if side == HELD_OUT else 'to train on'}. "
+            "It has too few different ones for this share of held-out problems; change rl.holdout_rate."
+        )
+
+
+class Listed:
+    """Problems of a list, each once per epoch, in an order that depends on the seed."""
+
+    def __init__(self, problems: Sequence[Problem], seed: int, holdout_rate: float, source: str):
+        held = [is_held_out(problem, holdout_rate) for problem in problems]
+        by_hash = sorted(range(len(problems)), key=lambda n: message_hash(problems[n]))
+        self._training = [problems[n] for n in by_hash if not held[n]]
+        self._held_out = [problems[n] for n in by_hash if held[n]]
+        self.seed = seed
+        self.n_held_out: int | None = len(self._held_out)
+        if not self._training:
+            raise UserError(f"{source} has no problem to train on ({len(problems)} in all). Lower rl.holdout_rate.")
+        text = json.dumps([*self._training, *self._held_out], sort_keys=True)
+        self.fingerprint = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+    def training(self, number: int) -> Problem:
+        """See `Problems`."""
+        epoch, place = divmod(number, len(self._training))
+        return self._training[self._order(epoch)[place]]
+
+    def held_out(self, number: int) -> Problem:
+        """See `Problems`."""
+        return self._held_out[number]
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - a run has one list
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.argsort(noise(self.seed, TRAINING, epoch, at=np.arange(len(self._training))), kind="stable")
+
+
+def open_problems(source: str, seed: int, holdout_rate: float) -> Problems:
+    """Returns the problems that `source` names (see the top of this file).
+
+    Raises UserError for an unknown name, a file that is damaged, or a package that is not installed.
+    """
+    name, _, option = source.partition(":")
+    if name == "sums":
+        return Generated(source, lambda n: Problem(*sums.problem(n, sums.level(option))), seed, holdout_rate)
+    if name == "rg":
+        return Generated(source, reasoning_gym(option), seed, holdout_rate)
+    files = open_corpus(source, "prompt", "text").files
+    return Listed([problem for path in files for problem in rows(path)], seed, holdout_rate, source)
+
+
+def rows(path: Path) -> list[Problem]:
+    """Returns the problems of a JSONL file."""
+    if path.suffix != ".jsonl":
+        raise UserError(f"{path} is not a .jsonl file. Problems are rows with messages (or prompt), answer and kind.")
+    with open(path, "rb") as file:
+        return [problem_of(row, where) for row, where in read_jsonl(file, None, str(path))]
+
+
+def problem_of(row: Any, where: str) -> Problem:
+    """Returns a row of a file as a problem."""
+    if not isinstance(row, dict) or row.get("answer") is None or ("messages" in row) == ("prompt" in row):
+        raise UserError(f'{where} is not a problem. Expected {{"messages": […] or "prompt": "…", "answer": …}}.')
+    messages = row.get("messages", [{"role": "user", "content": row.get("prompt")}])
+    try:
+        read(messages)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    if messages[-1]["role"] == "assistant":
+        raise UserError(f"{where} ends with an answer of the assistant. Leave it out: it is what the model writes.")
+    return Problem(tuple(messages), row["answer"], str(row.get("kind", "exact")))
+
+
+def reasoning_gym(name: str) -> Callable[[int], Problem]:
+    """Returns the function that makes problems of a task of reasoning-gym."""
+    try:
+        from reasoning_gym.factory import DATASETS, create_dataset
+    except ImportError:
+        raise UserError(
+            f"rg:{name} needs reasoning-gym, which is not installed. Run: pip install 'deepseek_jax[rl]'"
+        ) from None
+    if name not in DATASETS:
+        raise UserError(f"rg:{name}: reasoning-gym has no task of this name. It has {', '.join(sorted(DATASETS))}.")
+    dataset = create_dataset(name, seed=0, size=2**31 - 1)
+
+    def make(number: int) -> Problem:
+        entry = dataset[number % (2**31 - 1)]
+        question = {"role": "user", "content": entry["question"]}
+        return Problem((question,), {"task": name, "entry": entry}, "reasoning_gym")
+
+    return make
+
+
+def message_hash(problem: Problem) -> int:
+    """Returns 64 bits of a hash of the messages of a problem."""
+    text = json.dumps(problem.messages, sort_keys=True).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def is_held_out(problem: Problem, rate: float) -> bool:
+    """Returns whether a problem is among the share `rate` that is held out."""
+    return message_hash(problem) < rate * 2.0**64

@@ -1,0 +1,153 @@
+r"""Whether an answer is right, by kinds of problems: `verify(answer of the problem, content of the response)`.
+
+    exact           the same text, but for blanks around it
+    number          the last number, in the last \boxed{…} if there is one, is equal: 1,234, 0.5, 1/2, 2e3
+    math            math-verify finds the last \boxed{…} equal: formulas, sets, intervals, …
+    reasoning_gym   the task's own function gives full marks
+    code            a program in the last ```python block passes all tests: [{"input": "…", "output": "…"}, …]
+
+Each returns 1.0, 0.0, or None if nothing can be said, for example since the problem's own answer cannot be read. Only
+what follows the thought is looked at. Those in `SLOW` may take long or never return: `processes` runs them.
+"""
+
+import functools
+import logging
+import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.rl.rewards import sandbox
+
+Verifier = Callable[[Any, str], float | None]
+
+NUMBER = re.compile(
+    r"(?<![\w.])[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3})?(?:/[0-9]+)?(?![\w/])"
+)
+LONGEST_NUMBER = 100  # characters; a longer one would take long to compute with
+BLOCK = re.compile(r"^```(?:python|py|python3)[ \t]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
+BOXED = r"\boxed{"
+LONGEST_FORMULA = 1000  # characters that math-verify is given
+COMPUTED = re.compile(r"[+*!^=]|[\w)}]\s*-|\\(?:cdot|times|div|sum|prod|int|binom|neq?|leq?|geq?)\b")
+
+
+def exact(answer: Any, content: str) -> float:
+    """Returns 1 if a response is the answer, blanks around it aside."""
+    return float(content.strip() == str(answer).strip())
+
+
+def number(answer: Any, content: str) -> float | None:
+    """Returns 1 if the last number of a response equals that of the answer; None if the answer is not one number."""
+    expected = numbers(str(answer))
+    if len(expected) != 1 or expected[0] is None:
+        return None
+    boxes = boxed(content)
+    if not boxes and BOXED in content:
+        return 0.0  # of a box that never ends
+    found = numbers(boxes[-1] if boxes else content)
+    if boxes and len(found) != 1:
+        return 0.0
+    return float(bool(found) and found[-1] is not None and found[-1] == expected[0])
+
+
+def numbers(text: str) -> list[Fraction | None]:
+    """Returns the numbers in a text, exactly; None in place of one that is too long or divided by zero."""
+    return [value_of(spelled) for spelled in NUMBER.findall(text.replace("−", "-"))]
+
+
+def value_of(spelled: str) -> Fraction | None:
+    """Returns the value of a number as `NUMBER` matches it."""
+    if len(spelled) > LONGEST_NUMBER:
+        return None
+    above, _, below = spelled.replace(",", "").partition("/")
+    if below and not int(below):
+        return None
+    return Fraction(above) / (int(below) if below else 1)
+
+
+def boxed(text: str) -> list[str]:
+    r"""Returns what stands in each \boxed{…} of a text, braces matched; one that never ends is left out."""
+    found, start = [], text.find(BOXED)
+    while start >= 0:
+        depth, at = 1, start + len(BOXED)
+        while at < len(text) and depth:
+            depth += {"{": 1, "}": -1}.get(text[at], 0)
+            at += 1
+        if not depth:
+            found.append(text[start + len(BOXED) : at - 1])
+        start = text.find(BOXED, at)
+    return found
+
+
+def math(answer: Any, content: str) -> float | None:
+    r"""Returns 1 if math-verify finds the last \boxed{…} equal to the answer; None if it cannot read the answer.
+
+    Where the answer is a number, one that is still to be computed (3 \cdot 7, which may be copied from the question) is
+    not an answer.
+    """
+    try:
+        import math_verify
+    except ImportError:
+        raise UserError(
+            "problems of kind math need math-verify, which is not installed. Run: pip install 'deepseek_jax[rl]'"
+        ) from None
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that there is no time limit: there is ours
+    read = functools.partial(math_verify.parse, parsing_timeout=None)
+    expected = [found for found in read(f"${answer}$") or read(str(answer)) if not isinstance(found, str)]
+    if not expected:  # what it cannot read it returns as text, or not at all
+        return None
+    boxes = boxed(content)
+    if not boxes or len(boxes[-1]) > LONGEST_FORMULA or (NUMBER.fullmatch(str(answer)) and COMPUTED.search(boxes[-1])):
+        return 0.0
+    found = read(f"{BOXED}{boxes[-1]}}}")
+    return float(bool(found) and math_verify.verify(expected, found, timeout_seconds=None))
+
+
+def reasoning_gym(answer: Any, content: str) -> float:
+    """Returns 1 if the task of reasoning-gym gives full marks: what it gives for parts needs no solution."""
+    return float(scorer_of(answer["task"])(content.strip(), answer["entry"]) >= 1.0)
+
+
+@functools.lru_cache
+def scorer_of(task: str) -> Callable[[str, dict], float]:
+    """Returns the function by which a task of reasoning-gym scores an answer."""
+    from reasoning_gym.factory import create_dataset
+
+    return create_dataset(task, seed=0, size=1).score_answer
+
+
+def code(answer: Any, content: str) -> float | None:
+    """Returns 1 if the program of a response passes all tests; None if one could not be run."""
+    blocks = BLOCK.findall(content)
+    if not blocks:
+        return 0.0
+    return passes(blocks[-1], answer)
+
+
+def passes(program: str, tests: Sequence[dict]) -> float | None:
+    """Returns 1 if a program writes the output of every test, blanks at ends of lines aside; at least one test."""
+    if not tests:
+        return None
+    for test in tests:
+        ran = sandbox.run(program, test["input"])
+        if ran.ending == sandbox.NOT_STARTED:
+            return None
+        if ran.ending != sandbox.FINISHED or lines(ran.output) != lines(test["output"]):
+            return 0.0
+    return 1.0
+
+
+def lines(text: str) -> list[str]:
+    """Returns the lines of an output without blanks at their ends and empty lines at its end."""
+    return [line.rstrip() for line in text.rstrip().split("\n")]
+
+
+VERIFIERS: dict[str, Verifier] = {
+    "exact": exact,
+    "number": number,
+    "math": math,
+    "reasoning_gym": reasoning_gym,
+    "code": code,
+}
+SLOW = ("math", "reasoning_gym", "code")

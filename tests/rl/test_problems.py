@@ -1,0 +1,113 @@
+"""Problems by number: the same for the same (seed, number), whatever was asked before; held-out ones stay so."""
+
+import json
+
+import numpy as np
+import pytest
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.rl import sums
+from deepseek_jax.rl.problems import open_problems
+from deepseek_jax.rl.rewards.verifiers import exact
+
+
+@pytest.fixture
+def file(tmp_path):
+    rows = [{"prompt": f"{n} + 1", "answer": str(n + 1), "kind": "number"} for n in range(40)]
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def text(problem):
+    return problem.messages[0]["content"]
+
+
+def test_a_problem_is_a_function_of_seed_and_number(file):
+    for source in ("sums", "sums:4", file):
+        first, again, other = (open_problems(source, seed, 0.2) for seed in (3, 3, 4))
+        numbers = (7, 0, 55, 7, 31)
+        assert [first.training(n) for n in numbers] == [again.training(n) for n in reversed(numbers)][::-1]
+        assert [first.training(n) for n in range(9)] != [other.training(n) for n in range(9)]
+        assert [first.held_out(n) for n in range(5)] == [other.held_out(n) for n in range(5)]
+        assert first.fingerprint == again.fingerprint
+    assert open_problems("sums:4", 0, 0.2).fingerprint != open_problems("sums:6", 0, 0.2).fingerprint
+
+
+def test_no_held_out_problem_is_trained_on(file):
+    for source in ("sums:2", file):  # few different ones: each occurs
+        problems = open_problems(source, 0, 0.2)
+        held_out = {text(problems.held_out(n)) for n in range(problems.n_held_out or 100)}
+        assert held_out and not held_out & {text(problems.training(n)) for n in range(150)}
+
+
+def test_an_epoch_of_a_file_has_each_problem_once(file):
+    problems = open_problems(file, 0, 0.2)
+    count = 40 - problems.n_held_out
+    epochs = [[text(problems.training(n)) for n in range(start, start + count)] for start in (0, count)]
+    assert len(set(epochs[0])) == count and sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]
+
+
+def test_answers_of_the_built_in_text():
+    """All styles occur; without mistakes every answer is right, and a thought has the totals."""
+    assert sums.written("479305", 0, {1: 1.0}, 0.0) == {
+        "role": "assistant", "content": "8", "reasoning_content": "1410338"}  # fmt: skip
+    assert sums.written("479305", 0, {2: 1.0}, 0.0)["reasoning_content"] == "2138"
+    problems = open_problems("sums", 1, 0.1)
+    found = []
+    for n in range(300):
+        problem = problems.training(n)
+        assert exact(problem.answer, sums.written(text(problem), n, mistakes=0.0)["content"]) == 1.0
+        answer = sums.written(text(problem), n)
+        found.append((answer.get("reasoning_content", "0")[0], exact(problem.answer, answer["content"])))
+    styles = [style for style, _ in found]
+    assert 0.5 < styles.count("0") / 300 < 0.7 and {*styles} == {"0", "1", "2"}
+    assert 0.85 < np.mean([right for _, right in found]) < 0.99
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "1 + 1"}, "line 1 is not a problem"),
+        ({"prompt": "a", "messages": [], "answer": "2"}, "line 1 is not a problem"),
+        ({"messages": [{"role": "assistant", "content": "2"}], "answer": "2"}, r"line 1: messages\[0\] has role"),
+        (
+            {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}], "answer": "2"},
+            "Leave",
+        ),
+    ],
+)
+def test_a_row_that_is_no_problem_is_named(tmp_path, row, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(UserError, match=message):
+        open_problems(str(path), 0, 0.1)
+
+
+def test_errors_say_what_to_do(tmp_path, monkeypatch):
+    for source in ("sums:5", "sums:99", "sums:x"):
+        with pytest.raises(UserError, match="expected an even number of digits"):
+            open_problems(source, 0, 0.1).training(0)
+    with pytest.raises(UserError, match="is not a .jsonl file"):
+        (tmp_path / "a.txt").write_text("1 + 1")
+        open_problems(str(tmp_path / "a.txt"), 0, 0.1)
+    with pytest.raises(UserError, match="has no problem to train on"):
+        (tmp_path / "a.jsonl").write_text('{"prompt": "1", "answer": "1"}')
+        open_problems(str(tmp_path / "a.jsonl"), 0, 1.0)
+    monkeypatch.setitem(__import__("sys").modules, "reasoning_gym.factory", None)
+    with pytest.raises(UserError, match="needs reasoning-gym, which is not installed"):
+        open_problems("rg:leg_counting", 0, 0.1)
+
+
+def test_tasks_of_reasoning_gym():
+    pytest.importorskip("reasoning_gym")
+    from deepseek_jax.rl.rewards.verifiers import reasoning_gym
+
+    problems = [open_problems("rg:leg_counting", 2, 0.1) for _ in range(2)]
+    one, two = (found.training(5) for found in problems)
+    assert one == two and one.kind == "reasoning_gym" and one != problems[0].training(6)
+    right = one.answer["entry"]["answer"]
+    assert reasoning_gym(one.answer, right) == 1.0
+    assert reasoning_gym(one.answer, f"{right} or {int(right) + 1}") == 0.0, "a part of full marks is none"
+    with pytest.raises(UserError, match="has no task of this name"):
+        open_problems("rg:nothing", 0, 0.1)

@@ -1,0 +1,138 @@
+"""Programs of a model: they compute, and nothing else; each ends within its limit."""
+
+import os
+import socket
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.rl.problems import Problem
+from deepseek_jax.rl.rewards import Response, Rewards, sandbox
+from deepseek_jax.rl.rewards.sandbox import DIED, FINISHED, NOT_STARTED, TOO_LONG, TOO_MUCH, Limits
+from deepseek_jax.rl.rewards.verifiers import code
+
+sys.path.insert(0, str(Path(__file__).parent))
+import hostile
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
+SECONDS = 1.0
+TESTS = [{"input": "2 3\n", "output": "5\n"}, {"input": "40 2\n", "output": "42"}]
+
+
+def answer(program):
+    return f"This adds them:\n```python\n{program}\n```\nIt works."
+
+
+def test_a_program_that_passes_all_tests_is_right():
+    right = "import math\na, b = map(int, input().split())\nprint(math.fsum([a, b]).__int__())"
+    assert code(TESTS, answer(right)) == 1.0
+    assert code(TESTS, f"{answer('print(0)')}\n{answer(right)}") == 1.0, "the last program counts"
+    assert code([], answer(right)) is None, "a problem without tests cannot be judged"
+
+
+def test_what_only_looks_like_a_program_that_passes_is_not():
+    programs = [
+        "print(5)",
+        "",
+        "print(5)\nprint(42)",
+        "1 / 0",
+        "print(",
+        "import numpy",
+        "input()\nprint(5, end=' 42')",
+    ]
+    programs += ["raise SystemExit(0)", "print(5)\nraise SystemExit(1)", "import sys\nsys.exit()"]
+    assert [code(TESTS, answer(program)) for program in programs] == [0.0] * len(programs)
+    for content in ("", "5", "```\nprint(5)\n```", "```python\nprint(5)", "print(5)"):
+        assert code(TESTS, content) == 0.0
+
+
+def ended(kind, ran):
+    """Whether a program of a kind ended as it should."""
+    endings = {"endless": (TOO_LONG, DIED), "output": (TOO_MUCH,), "memory": (DIED, TOO_LONG)}
+    return ran.ending in endings.get(kind, (DIED,))
+
+
+def check_all(programs, n_threads):
+    """Runs programs side by side; returns those that did not end as they should."""
+
+    def one(pair):
+        kind, program = pair
+        begin = time.monotonic()
+        ran = sandbox.run(program, "", Limits(SECONDS, 256 << 20, 100_000))
+        late = time.monotonic() - begin > SECONDS + 20  # far beyond: this machine may be busy
+        wrote = len(ran.output) > 100_000 + sandbox.CHUNK_BYTES
+        bad = not ended(kind, ran) or "ESCAPED" in ran.output or late or wrote
+        return (program, ran.ending, ran.output[:50]) if bad else None
+
+    with ThreadPoolExecutor(n_threads) as pool:
+        return [found for found in pool.map(one, programs) if found]
+
+
+def confined_processes():
+    """Returns the ids of processes that run in the sandbox."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if (
+                "confined.py" in (entry / "cmdline").read_text()
+                and f"\0{os.getpid()}\0" in (entry / "cmdline").read_text()
+            ):
+                found.append(entry.name)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture
+def world(tmp_path):
+    """What hostile programs may not touch: a file, and somebody who listens; checked in the end."""
+    canary = tmp_path / "canary"
+    canary.write_text("here")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0)
+        yield str(canary), server.getsockname()[1]
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert canary.read_text() == "here" and [*tmp_path.iterdir()] == [canary]
+    assert canary.stat().st_mode & 0o400
+    assert confined_processes() == []
+
+
+def test_harm_is_refused(world):
+    chosen = [pair for pair in hostile.programs(*world, 78) if pair[0] not in ("endless", "memory")]
+    assert check_all(chosen[::4], 2) == []
+
+
+def test_a_program_ends_within_its_limits(world):
+    chosen = [pair for pair in hostile.programs(*world, 78) if pair[0] in ("endless", "memory")]
+    assert check_all(chosen[1::9], 2) == []
+
+
+@pytest.mark.slow
+def test_five_hundred_hostile_programs(world):
+    programs = hostile.programs(*world, 500)
+    assert len(set(programs)) > 250 and {kind for kind, _ in programs} == {
+        *("fork", "files", "network", "others", "memory", "endless", "output")
+    }
+    assert check_all(programs, 4) == []
+
+
+def test_a_program_does_not_see_this_process(monkeypatch):
+    monkeypatch.setenv("SECRET", "x")
+    ran = sandbox.run("import os, sys\nprint(dict(os.environ), sys.path, 'deepseek_jax' in sys.modules)")
+    assert ran.ending == FINISHED and "x'" not in ran.output.replace("lib", "") and ran.output.endswith("False\n")
+
+
+def test_a_sandbox_that_does_not_start_is_nobodys_fault(monkeypatch, tmp_path):
+    broken = tmp_path / "confined.py"
+    broken.write_text("raise SystemExit('no seccomp here')")
+    monkeypatch.setattr(sandbox, "INSIDE", broken)
+    assert sandbox.run("print(1)").ending == NOT_STARTED
+    assert code(TESTS, answer("print(5)")) is None
+    problem, response = Problem((), TESTS, "code"), Response({"content": answer("print(5)")}, 5, 10, True)
+    with Rewards({"accuracy": 1.0}) as rewards, pytest.raises(UserError, match="safe on Linux only"):
+        rewards.score([problem], [response])
