@@ -16,6 +16,7 @@ The weights are plain nested dicts, `model.params` and `model.router_bias`: repl
 import functools
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -45,18 +46,24 @@ from deepseek_jax.kernels import XLA
 from deepseek_jax.layers.base import Tree, bind, split
 from deepseek_jax.precision.policy import policy
 from deepseek_jax.seeds import random_key
+from deepseek_jax.serve.batches import LEAST_PAGES, bucket
 from deepseek_jax.serve.engine import Engine
-from deepseek_jax.serve.generate import ENDED, Generator
-from deepseek_jax.serve.offline import Completion, complete
-from deepseek_jax.serve.sampler import row_keys
+from deepseek_jax.serve.offline import Completion, complete, stream
+from deepseek_jax.serve.pages import PAGE_SIZE
+from deepseek_jax.serve.prompts import check_prompts
 from deepseek_jax.serve.sampling import Sampling
 from deepseek_jax.weights import export, open_weights
 
+MOST_ROWS = 256  # prompts that `generate` continues at the same time
+CHUNK = 2048  # tokens of a prompt that it reads in one pass
+BLOCK = 32  # tokens per prompt that it draws before the host looks
 
-class Served(NamedTuple):
-    """The engine of `LanguageModel.serve`, with its options and the leaves of its weights."""
+
+class Kept(NamedTuple):
+    """An engine that later calls use again, what it was made with, and the leaves of its weights."""
 
     options: dict[str, Any]
+    n_positions: int
     weights: list[jax.Array]
     engine: Engine
 
@@ -80,21 +87,11 @@ class LanguageModel:
         self.config, self.params, self.router_bias, self.source = config, params, router_bias, source
         self.n_positions: int = release.n_positions(config)
         self._definition, _, _ = split(abstract_module(config, XLA))  # runs anywhere, also where a run did not
+        self._generating = on_device.definition(config, self._definition)
         # GPUs and TPUs would otherwise round the operands of a matmul in float32
-        matmul_precision = "highest" if config.precision == "fp32" else None
-        definition = on_device.definition(config, self._definition)
-        self._generator = Generator(
-            definition, config.model.vocab_size, matmul_precision, compiler_options=on_device.compiler_options()
-        )
+        self._matmul_precision = "highest" if config.precision == "fp32" else None
         self._prepared = on_device.Prepared(config)
-        self._served: Served | None = None
-
-        @jax.jit
-        def forward(params: Tree, router_bias: Tree, ids_BT: jax.Array) -> jax.Array:
-            with jax.default_matmul_precision(matmul_precision):
-                return bind(self._definition, params, router_bias)(ids_BT)
-
-        self._forward = forward
+        self._kept: dict[str, Kept] = {}  # by what they are for
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -143,7 +140,8 @@ class LanguageModel:
             raise UserError(f"ids of shape {ids.shape} and dtype {ids.dtype}: expected integers, (B, T) or (T,).")
         if ids.min() < 0 or ids.max() >= self.config.model.vocab_size:
             raise UserError(f"ids from {ids.min()} to {ids.max()}: expected 0 to {self.config.model.vocab_size - 1}.")
-        logits_BTV = self._forward(self.params, self.router_bias, np.atleast_2d(ids).astype(np.int32))
+        weights, ids_BT = (self.params, self.router_bias), np.atleast_2d(ids).astype(np.int32)
+        logits_BTV = _logits(self._definition, self._matmul_precision, *weights, ids_BT)
         return logits_BTV if ids.ndim == 2 else logits_BTV[0]
 
     def generate(
@@ -154,6 +152,7 @@ class LanguageModel:
         top_p: float = 1.0,
         seed: int = 0,
         stop_ids: Sequence[int] | None = None,
+        **options: Any,
     ) -> list[int] | list[list[int]]:
         """Continues one prompt or a batch of prompts of any lengths.
 
@@ -162,8 +161,10 @@ class LanguageModel:
             max_new_tokens: at most so many.
             temperature: 0 takes the likeliest token each time.
             top_p: draws from the fewest likeliest tokens whose probabilities add up to it.
-            seed: same seed, same tokens; 0 to 2^64 - 1.
+            seed: same seed, same tokens, but for rounding; 0 to 2^64 - 1. A batch's prompts draw as alone with the
+                seeds `seed`, `seed` + 1, and so on.
             stop_ids: ids that end a sequence; `end_ids` by default, () for none.
+            options: as for `engine`. The engine and its programs are kept for later calls.
 
         Returns the new ids, with the stop id at the end if there was one: a list, or a list of lists for a batch.
 
@@ -173,9 +174,10 @@ class LanguageModel:
             raise UserError(f"generate({ids!r}): expected ids of one prompt, like [1, 2, 3], or a list of prompts.")
         is_batch = not isinstance(ids, str) and len(ids) > 0 and (isinstance(ids[0], str) or np.ndim(ids[0]) > 0)
         prompts: Any = ids if is_batch else [ids]
-        options = self._options(prompts, max_new_tokens, temperature, top_p, seed, stop_ids)
-        new_BT = self._generator.generate(*options.pop("inputs"), **options)
-        rows = [[int(token) for token in row if token != ENDED] for row in new_BT]
+        prompts, sampling = self._checked(prompts, max_new_tokens, temperature, top_p, seed, stop_ids)
+        samplings = [replace(sampling, seed=(sampling.seed + row) % 2**64) for row in range(len(prompts))]
+        engine = self._large_enough(prompts, sampling.max_new_tokens, options)
+        rows = [found.ids for found in complete(engine, prompts, samplings)]
         return rows if is_batch else rows[0]
 
     def stream(
@@ -186,10 +188,15 @@ class LanguageModel:
         top_p: float = 1.0,
         seed: int = 0,
         stop_ids: Sequence[int] | None = None,
+        **options: Any,
     ) -> Iterator[int]:
         """`generate` for one prompt, each id as soon as it is there."""
-        options = self._options([ids], max_new_tokens, temperature, top_p, seed, stop_ids)
-        return (int(new_B[0]) for new_B in self._generator.stream(*options.pop("inputs"), **options))
+        prompts, sampling = self._checked([ids], max_new_tokens, temperature, top_p, seed, stop_ids)
+
+        def tokens() -> Iterator[int]:
+            yield from stream(self._large_enough(prompts, sampling.max_new_tokens, options), prompts[0], sampling)
+
+        return tokens()
 
     def engine(self, mesh: Mesh | None = None, cache: str = "full", routes: bool = False, **options: Any) -> Engine:
         """Returns an engine that runs many requests at once.
@@ -204,13 +211,13 @@ class LanguageModel:
         Raises UserError: an unknown cache, or a model or mesh for which there is none.
         """
         one_of("full", "fp8").check("cache", cache)
-        definition, weights = self._generator.definition, (self._as_read(divided=mesh is not None), self.router_bias)
+        definition, weights = self._generating, (self._as_read(divided=mesh is not None), self.router_bias)
         if cache == "fp8" or routes:
             alone: Any = bind(definition, *weights)
             run = with_fp8_cache(self.config, alone.run) if cache == "fp8" else alone.run
             run = with_routes(self.config, run) if routes else run
             definition = split(run_as(self.config, run))[0]
-        how = {"matmul_precision": self._generator.matmul_precision, "compiler_options": on_device.compiler_options()}
+        how = {"matmul_precision": self._matmul_precision, "compiler_options": on_device.compiler_options()}
         options = how | options
         if mesh is not None:
             options["replicas"] = on_mesh.replicas(self.config, definition, weights, mesh)
@@ -237,15 +244,7 @@ class LanguageModel:
         """
         options = {"n_steps": 8} | options
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
-        leaves = jax.tree.leaves((self.params, self.router_bias))
-        if self._served is None or self._served.options != options:
-            self._served = Served(options, leaves, self.engine(**options))
-        elif any(old is not new for old, new in zip(self._served.weights, leaves, strict=True)):
-            replicas = self._served.engine.programs.replicas
-            weights = (self._as_read(divided=replicas is not None), self.router_bias)
-            self._served.engine.replace_weights(replicas.place(weights) if replicas else weights)
-            self._served = self._served._replace(weights=leaves)
-        return complete(self._served.engine, prompts, samplings)
+        return complete(self._idle_engine("serve", options), prompts, samplings)
 
     def complete(self, text: str | Sequence[str], max_new_tokens: int = 64, **options: Any) -> str | list[str]:
         """Returns the continuation of a text, or a list of those of several; `options` as for `generate`."""
@@ -263,7 +262,7 @@ class LanguageModel:
         begin = [self.tokenizer.bos_id] if self.tokenizer.add_bos else []
         return [*begin, *self.tokenizer.encode(text).tolist()]
 
-    def _options(
+    def _checked(
         self,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
@@ -271,20 +270,44 @@ class LanguageModel:
         top_p: float,
         seed: int,
         stop_ids: Sequence[int] | None,
-    ) -> dict[str, Any]:
-        """Returns the arguments of the generator's functions; the first ones, without names, as "inputs"."""
+    ) -> tuple[list[list[int]], Sampling]:
+        """Returns prompts, and how the first one is continued; raises UserError as `generate`."""
         if any(isinstance(prompt, str) for prompt in prompts):
             raise UserError(
                 "a prompt is text: expected ids. Use model.complete(text), or model.tokenizer.encode(text) first."
             )
-        return {
-            "inputs": (self._prepared(self.params), self.router_bias, prompts, row_keys(seed, len(prompts))),
-            "max_new_tokens": max_new_tokens,
-            "n_positions": self.n_positions,
-            "temperature": temperature,
-            "top_p": top_p,
-            "stop_ids": self.end_ids if stop_ids is None else stop_ids,
-        }
+        numbers = map(_plain, (max_new_tokens, temperature, top_p, seed))
+        given = dict(zip(("max_new_tokens", "temperature", "top_p", "seed"), numbers, strict=True))
+        sampling = Sampling(**given, stop_ids=self.end_ids if stop_ids is None else stop_ids)
+        vocab_size = self.config.model.vocab_size
+        sampling.check(vocab_size)
+        return check_prompts(prompts, sampling.max_new_tokens, self.n_positions, vocab_size), sampling
+
+    def _large_enough(self, prompts: list[list[int]], max_new_tokens: int, options: dict[str, Any]) -> Engine:
+        """Returns an idle engine with rows and pages for these prompts, or more of them."""
+        n_devices = options["mesh"].size if options.get("mesh") else 1
+        n_rows = bucket(min(-(-len(prompts) // n_devices), MOST_ROWS), 1)
+        pages = [-(-(len(prompt) + max_new_tokens) // PAGE_SIZE) for prompt in prompts]
+        n_pages = 1 + bucket(max(-(-sum(pages) // n_devices), *pages), LEAST_PAGES)
+        kept = self._kept.get("generate")
+        had = kept.options if kept else {}
+        sizes = {"n_rows": max(n_rows, had.get("n_rows", 0)), "n_pages": max(n_pages, had.get("n_pages", 0))}
+        return self._idle_engine("generate", sizes | {"chunk": CHUNK, "n_steps": BLOCK} | options)
+
+    def _idle_engine(self, purpose: str, options: dict[str, Any]) -> Engine:
+        """Returns an engine with these options and the model's present weights: the one of the last call, if it can."""
+        leaves, kept = jax.tree.leaves((self.params, self.router_bias)), self._kept.get(purpose)
+        is_usable = kept and kept.engine.is_idle and (kept.options, kept.n_positions) == (options, self.n_positions)
+        if kept is None or not is_usable:
+            kept = self._kept.pop(purpose, None) and None  # its memory is freed before the other's is taken
+            kept = Kept(options, self.n_positions, leaves, self.engine(**options))
+        elif any(old is not new for old, new in zip(kept.weights, leaves, strict=True)):
+            replicas = kept.engine.programs.replicas
+            weights = (self._as_read(divided=replicas is not None), self.router_bias)
+            kept.engine.replace_weights(replicas.place(weights) if replicas else weights)
+            kept = kept._replace(weights=leaves)
+        self._kept[purpose] = kept
+        return kept.engine
 
     def __repr__(self) -> str:
         m = self.config.model
@@ -355,6 +378,20 @@ def save_pretrained(model: LanguageModel, directory: str | os.PathLike, dtype: s
     """
     weights = {"params": model.params, "router_bias": model.router_bias}
     export(model.config, directory, weights, hf.from_tree(weights), dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(
+    definition: nnx.GraphDef, matmul_precision: str | None, params: Tree, router_bias: Tree, ids_BT: jax.Array
+) -> jax.Array:
+    with jax.default_matmul_precision(matmul_precision):
+        model: Any = bind(definition, params, router_bias)
+        return model(ids_BT)
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's as one of Python's; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _millions(count: int) -> str:

@@ -21,6 +21,8 @@ from deepseek_jax.launch import generate, inspect
 from deepseek_jax.launch._continuation import write
 from deepseek_jax.layers.base import split
 from deepseek_jax.saved_config import to_json
+from deepseek_jax.serve.offline import complete
+from deepseek_jax.serve.sampling import Sampling
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 from deepseek_jax.weights import WEIGHTS, open_weights
 
@@ -104,9 +106,53 @@ def test_a_batch_gives_a_list_for_each_prompt_and_stops_at_stop_ids(model):
     assert model.generate(PROMPT, max_new_tokens=10, stop_ids=ids[3:4]) == ids[: ids.index(ids[3]) + 1]
     ending = LanguageModel(copy.deepcopy(model.config), model.params, model.router_bias)
     ending.config.release.end_ids = (ids[3], 271)
-    ending._generator = model._generator  # compiled already
+
     assert ending.end_ids == tuple(sorted({ids[3], 257, 271}))
     assert ending.generate(PROMPT, max_new_tokens=10) == ids[: ids.index(ids[3]) + 1]
+
+
+def test_a_batch_draws_as_its_prompts_alone_with_the_seeds_after_the_first_and_as_the_engine(model):
+    drawing, prompts = {"temperature": 1.0, "top_p": 0.9}, [PROMPT, [7]]
+    found = model.generate(prompts, 8, seed=np.int64(5), **drawing)
+    assert found == [model.generate(prompt, 8, seed=5 + row, **drawing) for row, prompt in enumerate(prompts)]
+    assert found == [list(model.stream(prompt, 8, seed=5 + row, **drawing)) for row, prompt in enumerate(prompts)]
+    engine, sampling = model._kept["generate"].engine, Sampling(8, seed=5, **drawing, stop_ids=model.end_ids)
+    assert complete(engine, [PROMPT], [sampling])[0].ids == found[0] != model.generate(PROMPT, 8, seed=6, **drawing)
+
+
+def test_streams_may_be_left_unread_and_read_side_by_side(model):
+    """An engine of its own for each that is open, with the same programs; replaced weights count from the next one."""
+    ids, streams = model.generate(PROMPT, 10), [model.stream(PROMPT, 10) for _ in range(2)]
+    engine = model._kept["generate"].engine
+    assert [next(streams[0]), next(streams[1])] == [ids[0]] * 2
+    other = model._kept["generate"].engine
+    assert other is not engine and other.programs is engine.programs
+    before = model.params["head"]["weight_DV"]
+    model.params["head"]["weight_DV"] = before[:, ::-1]
+    assert model.generate(PROMPT, 2)[0] == 271 - ids[0]
+    model.params["head"]["weight_DV"] = before
+    assert list(streams[0]) == ids[1:] and engine.is_idle and not other.is_idle
+    streams[1].close()
+    assert other.is_idle
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5: expected a whole number"),
+        ({"max_new_tokens": "9"}, "max_new_tokens='9': expected a whole number"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"temperature": "warm"}, "temperature='warm'"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"top_p": None}, "top_p=None"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_runs(model, options, message):
+    for function in (model.generate, model.stream):
+        with pytest.raises(UserError, match=message):
+            function(PROMPT, **options)
 
 
 def test_the_limit_of_positions_is_told_and_may_be_raised(model):

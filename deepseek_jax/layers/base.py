@@ -34,6 +34,20 @@ Unshard = Callable[[nnx.Module], None]
 Fetch = tuple[int, Callable[[Any, jax.Array], Any]]  # L; (this rank's weights, number of the layer) -> its weights
 
 
+class Given(functools.partial):
+    """A function with some of its arguments, equal to another of the same: so networks of the same sizes are equal."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Given) and self._parts == other._parts
+
+    def __hash__(self) -> int:
+        return hash(self._parts)
+
+    @property
+    def _parts(self) -> tuple:
+        return self.func, self.args, tuple(sorted(self.keywords.items()))
+
+
 class RouterBias(nnx.Variable):
     """A weight that no gradient moves: the balancing bias of a router (V3 section 2.1.2)."""
 

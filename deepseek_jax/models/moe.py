@@ -9,14 +9,13 @@ Two shared experts, 6 of 64 routed ones; softmax scores, weights not renormalise
 Paper: DeepSeekMoE, arXiv 2401.06066, sections 3 and 5.
 """
 
-import functools
 from dataclasses import dataclass
 
 from flax import nnx
 from ml_collections import ConfigDict
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.layers.base import SINGLE_DEVICE, Execution
+from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, Given
 from deepseek_jax.layers.block import Block
 from deepseek_jax.layers.decoder import Decoder, Stack
 from deepseek_jax.layers.experts import Experts, ExpertsConfig
@@ -61,7 +60,7 @@ class Model(Decoder):
 
     def __init__(self, c: Config, run: Execution = SINGLE_DEVICE, *, rngs: nnx.Rngs):
         e = c.experts
-        route = functools.partial(softmax_topk, top_k=e.top_k, n_groups=1, top_groups=1, scale=e.route_scale)
+        route = Given(softmax_topk, top_k=e.top_k, n_groups=1, top_groups=1, scale=e.route_scale)
 
         def attention(rngs: nnx.Rngs) -> GQA:
             return GQA(c.attention, c.d_model, run, rngs=rngs)

@@ -11,14 +11,13 @@ capacity (section 2.2.4); here, as in the released code, none is dropped.
 Paper: DeepSeek-V2, arXiv 2405.04434, section 2; V2-Lite: appendix B; Coder-V2, arXiv 2406.11931.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
 from flax import nnx
 from ml_collections import ConfigDict
 
-from deepseek_jax.layers.base import SINGLE_DEVICE, Execution
+from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, Given
 from deepseek_jax.layers.block import Block
 from deepseek_jax.layers.decoder import Decoder, Stack
 from deepseek_jax.layers.experts import Experts, ExpertsConfig
@@ -60,8 +59,8 @@ class Model(Decoder):
     def __init__(self, c: Config, run: Execution = SINGLE_DEVICE, *, rngs: nnx.Rngs):
         e = c.experts
         groups: dict[str, Any] = {"n_groups": e.n_groups, "top_groups": e.top_groups}
-        route = functools.partial(softmax_topk, top_k=e.top_k, scale=e.route_scale, **groups)
-        balance = functools.partial(grouped_balance, **groups)
+        route = Given(softmax_topk, top_k=e.top_k, scale=e.route_scale, **groups)
+        balance = Given(grouped_balance, **groups)
 
         def attention(rngs: nnx.Rngs) -> MLA:
             return MLA(c.mla, c.d_model, run, rngs=rngs)

@@ -10,7 +10,6 @@ R1 and V3.1 are the same network with other weights; Moonlight and Kimi K2 with 
 Paper: DeepSeek-V3 Technical Report, arXiv 2412.19437, section 2; sizes: section 4.2.
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, remat
+from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, Given, remat
 from deepseek_jax.layers.block import Attend, Block
 from deepseek_jax.layers.decoder import Decoder, Depth, Stack
 from deepseek_jax.layers.experts import Experts, ExpertsConfig
@@ -63,7 +62,7 @@ class Model(Decoder):
 
     def __init__(self, c: Config, run: Execution = SINGLE_DEVICE, *, rngs: nnx.Rngs):
         e = c.experts
-        route = functools.partial(
+        route = Given(
             sigmoid_biased_topk, top_k=e.top_k, n_groups=e.n_groups, top_groups=e.top_groups, scale=e.route_scale
         )
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.parallel.mesh import DATA, EXPERT, REPLICATED, SEQUENCES, per_device, place, size
+from deepseek_jax.parallel.mesh import DATA, EXPERT, REPLICATED, SEQUENCES, per_device, place, size, total
 from deepseek_jax.parallel.sharding import EXPERTS, placements
 
 RULES = {EXPERTS: EXPERT}
@@ -52,6 +52,10 @@ class Replicas:
             return jnp.zeros(many.shape, many.dtype, device=NamedSharding(self.mesh, _divided(few, many)))
 
         return jax.tree.map(made, one, all_of_them)
+
+    def anywhere(self, flag_B: jax.Array) -> jax.Array:
+        """Whether a flag is set on any of the devices, the same on all; within `on_each` only."""
+        return total(jnp.any(flag_B).astype(jnp.int32), SEQUENCES) > 0
 
     def sharding(self) -> NamedSharding:
         """Of arrays with rows on their first axis."""

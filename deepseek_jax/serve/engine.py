@@ -34,9 +34,9 @@ from deepseek_jax.parallel.replicas import Replicas
 from deepseek_jax.serve import batches
 from deepseek_jax.serve.batches import LEAST_PAGES, LEAST_TOKENS, Plans, buckets
 from deepseek_jax.serve.disk import DiskPages
-from deepseek_jax.serve.memory import memory_of
+from deepseek_jax.serve.memory import Sizes, shapes_of
 from deepseek_jax.serve.pages import PAGE_SIZE, PagePool, root
-from deepseek_jax.serve.programs import Call, Programs, Weights
+from deepseek_jax.serve.programs import Call, Weights, programs_for
 from deepseek_jax.serve.sampler import Scores
 from deepseek_jax.serve.sampling import MOST_TOP, Kind, Sampling
 from deepseek_jax.serve.scheduler import Part, Request, Scheduler
@@ -167,12 +167,13 @@ class Engine:
         n_pages = n_pages or 1 + n_rows * -(-n_positions // page_size)
         n_ranks = replicas.n if replicas else 1
         self.ranks = [Rank(PagePool(n_pages, page_size, n_drafts), n_rows, chunk) for _ in range(n_ranks)]
-        self.programs = Programs(definition, matmul_precision, replicas, compiler_options)
+        sizes = Sizes(n_pages, page_size, n_rows, n_drafts > 0)
+        self.programs = programs_for(definition, weights, sizes, matmul_precision, replicas, compiler_options)
         model: Any = bind(definition, *weights)
         self.vocab_size, self._d_model = model.embedding.table_VD.shape
         self._dtype, self._has_routes = model.run.compute, model.run.routes
         _check_drafts(n_drafts, model)
-        self._memory = memory_of(model, n_pages, page_size, n_drafts > 0, replicas)
+        self._memory = self.programs.empty(model)
         # of each device; the last places are those of padding
         self._last_R = self._by_row(np.zeros(n_ranks * (n_rows + 1), np.int32))
         self._draft_R = self._by_row(np.zeros(n_ranks * (n_rows + 1), np.int32))  # of the token after the last one
@@ -212,7 +213,7 @@ class Engine:
         model: Any = bind(self.programs.definition, *self.weights)
 
         def shapes(n_pages: int) -> Any:
-            return jax.eval_shape(lambda: memory_of(model, n_pages, self.page_size, self.n_drafts > 0))
+            return shapes_of(model, self.programs.sizes._replace(n_pages=n_pages))
 
         self._disk = DiskPages(folder, most_bytes, self.weights, shapes)
         return self._disk
@@ -231,9 +232,13 @@ class Engine:
         """Whether there is nothing to do."""
         return not (self._flight or any(rank.n_open for rank in self.ranks))
 
-    def step(self) -> list[Output]:
-        """Starts the next step, and returns what was drawn in the one that is `n_ahead` before it."""
-        plans = [rank.scheduler.plan(self.n_steps, 1 + self.n_drafts) for rank in self.ranks]
+    def step(self, n_steps: int | None = None) -> list[Output]:
+        """Starts the next step, and returns what was drawn in the one that is `n_ahead` before it.
+
+        It draws up to `n_steps` tokens per row, by default and at most as many as the engine's `n_steps`.
+        """
+        most = self.n_steps if n_steps is None else n_steps
+        plans = [rank.scheduler.plan(most, 1 + self.n_drafts) for rank in self.ranks]
         if any(plans):
             self._flight.append(self._start(plans))
         outputs: list[Output] = []
@@ -299,13 +304,24 @@ class Engine:
             found += self._start_long([[part] if part else [] for part in parts])
         if any(short) and self.n_drafts:
             found += self._start_speculation(short)
-        elif any(part.n_draws > 1 for plan in short for part in plan):
+        elif self._suits_steps(short):
             found += self._start_steps(short)
         elif any(short):
             n_rows, width = batches.rows_of(short), self._width(short)
             logits_BV, self._memory = self.programs.run(self._decode(short, n_rows, width))
             found += self._start_drawing(short, logits_BV, width)
         return found
+
+    def _suits_steps(self, plans: Plans) -> bool:
+        """Whether rows of one token each run by the program of several steps, if only for one of them.
+
+        For one step it is the faster way where `compile` has made it, which it has for most ways of drawing.
+        """
+        n_draws = [part.n_draws for plan in plans for part in plan]
+        if not n_draws or max(n_draws) > 1:
+            return bool(n_draws)
+        is_plain = batches.kind_of(plans) != "shaped" and batches.n_top_of(plans) < 0
+        return self.n_steps > 1 and min(n_draws) == 1 and is_plain
 
     def _start_long(self, plans: Plans) -> list[_Drawn | _Recited]:
         """One part of a prompt per device, and its log-probabilities if they are to be reported."""

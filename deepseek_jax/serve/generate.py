@@ -1,4 +1,7 @@
-"""Generation over the latent cache: the prompts in one pass or in chunks, then one token per sequence and step.
+"""One batch of prompts that begin and end together, over one cache: what `bench generate` measures on a GPU.
+
+The engine (`engine`) does all other generation. This is its floor: the same layers and kernels with no pages, no
+scheduler, and all prompts in one pass.
 
     prefill   prompts of a batch, padded at the end to one length, in the expanded form; fills the cache
     decode    one token per sequence in the absorbed form; the cache is donated, so that it is updated in place
@@ -7,12 +10,11 @@ Sequences of different lengths share a batch: each has its own positions and att
 padding is overwritten before it can be attended to. Prompts and caches are padded to powers of two, so that few
 programs are compiled; long prompts are read in chunks, so that memory grows with their length and not faster.
 
-Tokens are drawn, and stop ids recognised, on the device. The host dispatches the next program before it looks at the
-tokens of the last one: a step at a time for a stream, `BLOCK` steps at a time where nobody reads them before the end.
+Tokens are drawn, and stop ids recognised, on the device, `BLOCK` steps per program. The host dispatches the next
+program before it looks at the tokens of the last one.
 """
 
 import functools
-import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +25,6 @@ from flax import nnx
 from jax import lax
 from jax.typing import ArrayLike
 
-from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import Tree, bind
 from deepseek_jax.serve.sampler import sample
 
@@ -85,13 +86,13 @@ class Generator:
         self.chunk, self.block = chunk, block
         jit = functools.partial(jax.jit, donate_argnames="state", compiler_options=compiler_options)
         self._read = jit(self._read_and_draw, static_argnames="n_slots")
-        self._decode, self._decode_block = jit(self._decode_and_draw), jit(self._decode_steps)
+        self._decode_block = jit(self._decode_steps)
 
-    def stream(
+    def generate(
         self,
         params: Tree,
         router_bias: Tree,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[np.ndarray],
         key_B: jax.Array,
         *,
         max_new_tokens: int,
@@ -99,8 +100,8 @@ class Generator:
         temperature: float = 0.0,
         top_p: float = 1.0,
         stop_ids: Sequence[int] = (),
-    ) -> Iterator[np.ndarray]:
-        """Continues each prompt; the next step already runs while the caller handles the last one's tokens.
+    ) -> np.ndarray:
+        """Continues each prompt to its end, `block` steps per program.
 
         Args:
             params, router_bias: the model's weights.
@@ -111,60 +112,34 @@ class Generator:
             temperature, top_p: see `sampler.sample`.
             stop_ids: ids that end a sequence.
 
-        Returns an iterator over the new ids_B of each step, int32; a sequence ends with its stop id and is `ENDED`
-        after it. The iterator stops when all sequences have ended.
-
-        Raises UserError: a prompt is empty, an id is unknown, there are more tokens than positions, or a number is out
-        of range.
+        Returns new ids_BT, int32: a sequence ends with its stop id and is `ENDED` after it.
         """
-        rows, drawing = self._checked(prompts, key_B, max_new_tokens, n_positions, temperature, top_p)
-        options = (drawing, max_new_tokens, n_positions, _padded(stop_ids))
-        return (new_BT[:, 0] for new_BT in self._parts((params, router_bias), rows, *options, block=1))
-
-    def generate(
-        self,
-        params: Tree,
-        router_bias: Tree,
-        prompts: Sequence[Sequence[int]],
-        key_B: jax.Array,
-        *,
-        max_new_tokens: int,
-        n_positions: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        stop_ids: Sequence[int] = (),
-    ) -> np.ndarray:
-        """Continues each prompt to its end, `block` steps per program; arguments as for `stream`.
-
-        Returns new ids_BT, int32: the same as those of `stream`, side by side, with `ENDED` after a sequence's end.
-        """
-        rows, drawing = self._checked(prompts, key_B, max_new_tokens, n_positions, temperature, top_p)
-        options = (drawing, max_new_tokens, n_positions, _padded(stop_ids))
-        parts = list(self._parts((params, router_bias), rows, *options, block=self.block))
+        drawing = Drawing(key_B, None, None)
+        if temperature > 0:
+            drawing = Drawing(key_B, np.float32(temperature), None if top_p >= 1 else np.float32(top_p))
+        parts = list(self._parts((params, router_bias), prompts, drawing, max_new_tokens, n_positions, stop_ids))
         new_BT = np.concatenate(parts, axis=1)
         return new_BT[:, : max(1, int((new_BT != ENDED).any(axis=0).sum()))]
 
     def _parts(
         self,
         weights: Weights,
-        prompts: list[np.ndarray],
+        prompts: Sequence[np.ndarray],
         drawing: Drawing,
         max_new_tokens: int,
         n_positions: int,
-        stop_ids: np.ndarray,
-        block: int,
+        stop_ids: Sequence[int],
     ) -> Iterator[np.ndarray]:
         """Yields the new ids_BT, those of one program at a time: after the first token up to `block` steps."""
+        ends = _padded(stop_ids)
         n_slots = bucket(max(map(len, prompts)) + max_new_tokens, n_positions)
-        new_BT, state = self._prefill(weights, prompts, drawing, stop_ids, n_slots)
+        new_BT, state = self._prefill(weights, prompts, drawing, ends, n_slots)
         is_running_B = np.ones(len(prompts), bool)
         n_dispatched = 1
         while True:
-            ahead_BT, n_steps = None, min(block, max_new_tokens - n_dispatched)
-            if n_steps and block == 1:
-                ahead_BT, state = self._decode(weights, state, drawing, stop_ids)
-            elif n_steps:
-                ahead_BT, state = self._decode_block(weights, state, drawing, stop_ids, np.int32(n_steps))
+            ahead_BT, n_steps = None, min(self.block, max_new_tokens - n_dispatched)
+            if n_steps:
+                ahead_BT, state = self._decode_block(weights, state, drawing, ends, np.int32(n_steps))
             n_dispatched += n_steps
             shown_BT = np.asarray(new_BT)
             is_running_B &= ~np.isin(shown_BT, (ENDED, *stop_ids)).any(axis=1)
@@ -174,7 +149,7 @@ class Generator:
             new_BT = ahead_BT
 
     def _prefill(
-        self, weights: Weights, prompts: list[np.ndarray], drawing: Drawing, stop_ids: np.ndarray, n_slots: int
+        self, weights: Weights, prompts: Sequence[np.ndarray], drawing: Drawing, stop_ids: np.ndarray, n_slots: int
     ) -> tuple[jax.Array, State]:
         """Reads the prompts, in chunks if they are long, and draws the first token of each: (new ids_BT, state)."""
         lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -246,76 +221,6 @@ class Generator:
         new_BT = jnp.full((*state.id_B.shape, self.block), ENDED, jnp.int32)
         _, new_BT, state = lax.while_loop(is_unfinished, advance, (jnp.int32(0), new_BT, state))
         return new_BT, state
-
-    def _checked(
-        self,
-        prompts: Sequence[Sequence[int]],
-        key_B: jax.Array,
-        max_new_tokens: int,
-        n_positions: int,
-        temperature: float,
-        top_p: float,
-    ) -> tuple[list[np.ndarray], Drawing]:
-        """Returns the prompts as arrays, and how to draw. Raises UserError as `stream`."""
-        rows = [_as_ids(prompt) for prompt in prompts]
-        _check_count(max_new_tokens)
-        _check_drawing(temperature, top_p)
-        self._check(rows, max_new_tokens, n_positions)
-        if temperature == 0:
-            return rows, Drawing(key_B, None, None)
-        return rows, Drawing(key_B, np.float32(temperature), None if top_p >= 1 else np.float32(top_p))
-
-    def _check(self, prompts: list[np.ndarray], max_new_tokens: int, n_positions: int) -> None:
-        if not prompts or not all(prompt.ndim == 1 and len(prompt) for prompt in prompts):
-            raise UserError("a prompt is empty: expected one token or more.")
-        for prompt in prompts:
-            if prompt.min() < 0 or prompt.max() >= self.vocab_size:
-                ids = f"ids from {prompt.min()} to {prompt.max()}"
-                raise UserError(f"a prompt with {ids}: expected 0 to {self.vocab_size - 1}.")
-        longest = max(map(len, prompts))
-        if longest >= n_positions:
-            raise UserError(
-                f"a prompt of {longest} tokens fills the {n_positions} positions that the model was trained on. "
-                f"Give the end of the text alone (the last {n_positions // 2} tokens), or raise n_positions."
-            )
-        if longest + max_new_tokens > n_positions:
-            raise UserError(
-                f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the {n_positions} positions that "
-                f"the model was trained on. Ask for {n_positions - longest} or fewer, or raise n_positions."
-            )
-
-
-def _as_ids(prompt: Sequence[int]) -> np.ndarray:
-    """Returns a prompt as int32. Raises UserError for fractions, which are not truncated."""
-    try:
-        ids = np.asarray(prompt)
-    except ValueError:  # lists of different lengths inside
-        ids = np.zeros((0, 0))
-    if ids.size and not np.issubdtype(ids.dtype, np.integer):
-        raise UserError(f"a prompt is {str(prompt)[:60]}: expected a list of ids, which are whole numbers.")
-    if ids.size and (ids.min() < np.iinfo(np.int32).min or ids.max() > np.iinfo(np.int32).max):
-        raise UserError(f"a prompt with ids from {ids.min()} to {ids.max()}: expected ids of the vocabulary.")
-    return ids.astype(np.int32)
-
-
-def _check_count(max_new_tokens: int) -> None:
-    try:
-        count = operator.index(max_new_tokens)
-    except TypeError:
-        count = 0
-    if count < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens!r}: expected a whole number, 1 or more.")
-
-
-def _check_drawing(temperature: float, top_p: float) -> None:
-    try:
-        is_valid = 0 <= float(temperature) < np.inf and 0 <= float(top_p) <= 1
-    except (TypeError, ValueError):
-        is_valid = False
-    if not is_valid:
-        raise UserError(
-            f"temperature={temperature!r}, top_p={top_p!r}: expected temperature >= 0 and top_p from 0 to 1."
-        )
 
 
 def _draw(logits_BV: jax.Array, position_B: jax.Array, drawing: Drawing) -> jax.Array:

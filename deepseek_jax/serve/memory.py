@@ -12,6 +12,15 @@ from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.parallel.replicas import Replicas
 
 
+class Sizes(NamedTuple):
+    """What an engine's arrays depend on besides its model; pages and rows are those of each device."""
+
+    n_pages: int
+    page_size: int
+    n_rows: int
+    has_drafts: bool
+
+
 class Memory(NamedTuple):
     """Pages, then their places. Entry i of `ahead` is made from token i + 1 too: see `speculation`."""
 
@@ -45,19 +54,20 @@ def _of_rows(noted: jax.Array, table_BN: jax.Array) -> jax.Array:
     return jnp.moveaxis(jax.vmap(lambda a: read_pages(a, table_BN))(noted), 0, 2)
 
 
-def memory_of(model: Any, n_pages: int, page_size: int, has_drafts: bool, replicas: Replicas | None = None) -> Memory:
-    """Returns memory for `n_pages` pages per device, all zeros."""
+def shapes_of(model: Any, sizes: Sizes) -> Memory:
+    """Returns the shapes of memory."""
+    n_pages, page_size = sizes.n_pages, sizes.page_size
+    ids_PS: Any = jax.ShapeDtypeStruct((n_pages, page_size), jnp.int32)
+    cache = jax.eval_shape(lambda: model.pool(n_pages, page_size))
+    if model.run.routes:
+        cache = _with_routes(model, cache, n_pages, page_size)
+    return Memory(cache, ids_PS, _ahead(model, n_pages, page_size) if sizes.has_drafts else None)
 
-    def shapes(n_pages: int) -> Memory:
-        ids_PS: Any = jax.ShapeDtypeStruct((n_pages, page_size), jnp.int32)
-        cache = jax.eval_shape(lambda: model.pool(n_pages, page_size))
-        if model.run.routes:
-            cache = _with_routes(model, cache, n_pages, page_size)
-        return Memory(cache, ids_PS, _ahead(model, n_pages, page_size) if has_drafts else None)
 
-    one = shapes(n_pages)
+def zeros(one: Memory, all_of_them: Memory, replicas: Replicas | None) -> Memory:
+    """Returns memory, all zeros, of the shapes `all_of_them`, those of `one` device being `one`."""
     if replicas:
-        return replicas.zeros(one, shapes(n_pages * replicas.n))
+        return replicas.zeros(one, all_of_them)
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), one)
 
 

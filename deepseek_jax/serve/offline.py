@@ -1,14 +1,15 @@
-"""Many prompts at once, all of them known: ids in; ids, log-probabilities and routes out."""
+"""An engine run to the end of some prompts, all of them known: ids in; ids, log-probabilities and routes out."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.serve.engine import Engine, Logprob
 from deepseek_jax.serve.sampling import Sampling
+from deepseek_jax.serve.scheduler import Request
 
 
 @dataclass
@@ -29,14 +30,9 @@ def complete(engine: Engine, prompts: Sequence[Sequence[int]], samplings: Sequen
     Raises UserError if the engine has other requests, if a request could never run, or for values out of range: then
     none of them runs.
     """
-    if not engine.is_idle:
-        raise UserError("the engine has requests already: expected one that is idle. Call its step() until it is.")
     if len(prompts) != len(samplings):
         raise UserError(f"{len(prompts)} prompts with {len(samplings)} samplings: expected one per prompt.")
-    requests: list[Any] = []
-    try:
-        for prompt, sampling in zip(prompts, samplings, strict=True):
-            requests.append(engine.submit(prompt, sampling))
+    with _submitted(engine, prompts, samplings) as requests:
         found = {request: Completion() for request in requests}
         while not engine.is_idle:
             for output in engine.step():
@@ -45,10 +41,35 @@ def complete(engine: Engine, prompts: Sequence[Sequence[int]], samplings: Sequen
                 one.logprobs += output.logprobs
                 one.prompt_logprobs += output.prompt_logprobs
                 one.ending, one.routes, one.n_cached = output.ending, output.routes, output.request.n_cached
+    return [found[request] for request in requests]
+
+
+def stream(engine: Engine, prompt: Sequence[int], sampling: Sampling, n_steps: int = 1) -> Iterator[int]:
+    """Yields the new ids of one prompt as they are drawn, `n_steps` at a time; when it is closed, the request ends.
+
+    Raises UserError as `complete` does, at the first id.
+    """
+    with _submitted(engine, [prompt], [sampling]):
+        while not engine.is_idle:
+            for output in engine.step(n_steps):
+                yield from output.ids
+
+
+@contextlib.contextmanager
+def _submitted(
+    engine: Engine, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]
+) -> Iterator[list[Request]]:
+    """Requests of an idle engine, which is idle again afterwards."""
+    if not engine.is_idle:
+        raise UserError("the engine has requests already: expected one that is idle. Call its step() until it is.")
+    requests: list[Request] = []
+    try:
+        for prompt, sampling in zip(prompts, samplings, strict=True):
+            requests.append(engine.submit(prompt, sampling))
+        yield requests
     except BaseException:
         for request in requests:
             engine.cancel(request)
-        while not engine.is_idle:  # steps that were in flight, so that the engine can be used again
+        while not engine.is_idle:  # steps that were in flight
             engine.step()
         raise
-    return [found[request] for request in requests]

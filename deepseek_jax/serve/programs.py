@@ -5,7 +5,7 @@
     draw     logits                                                         -> tokens
     score    logits and tokens                                              -> log-probabilities
     recite   hidden states of a part of a prompt, and the tokens after them -> log-probabilities
-    steps    decode, draw and score, as often as `n_steps`                  -> tokens and log-probabilities
+    steps    decode, draw and score, up to `n_steps` times                  -> tokens and log-probabilities
     routes   pages of rows                                                  -> the experts that their tokens chose
 
 With drafts (`speculation`):
@@ -16,6 +16,8 @@ With drafts (`speculation`):
 What requests ask for concerns the small programs alone, so their number is added to that of the large ones: they are
 not multiplied. `memory` is donated and updated in place; so is `last_R`, the token that each running request drew last.
 The tokens themselves lie in pages as the cache does, so what a row has already is known wherever its cache is.
+
+Engines of the same model and sizes share their programs (`programs_for`).
 """
 
 import functools
@@ -23,6 +25,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +36,8 @@ from deepseek_jax.layers.cache import next_chunk_in_pages, next_tokens_in_pages
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.parallel.replicas import ROWS, Replicas
 from deepseek_jax.serve import speculation
-from deepseek_jax.serve.memory import Memory, read, routes_of
-from deepseek_jax.serve.sampler import Scores, draw, scores
+from deepseek_jax.serve.memory import Memory, Sizes, read, routes_of, shapes_of, zeros
+from deepseek_jax.serve.sampler import Scores, draw, no_scores, scores
 from deepseek_jax.serve.speculation import ENDED, Row
 
 Weights = tuple[Tree, Tree]  # parameters and router biases
@@ -76,17 +79,27 @@ class Programs:
     def __init__(
         self,
         definition: nnx.GraphDef,
+        sizes: Sizes,
         matmul_precision: str | None = None,
         replicas: Replicas | None = None,
         compiler_options: dict[str, str | bool] | None = None,
     ):
-        self.definition, self.matmul_precision, self.replicas = definition, matmul_precision, replicas
-        self._compiler_options = compiler_options
+        self.definition, self.sizes, self.matmul_precision = definition, sizes, matmul_precision
+        self.replicas, self._compiler_options = replicas, compiler_options
         self._own = replicas.definition if replicas else definition  # as a device runs it
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
+        self._shapes: tuple[Memory, Memory] | None = None
 
     def __len__(self) -> int:
         return len(self._compiled)
+
+    def empty(self, model: Any) -> Memory:
+        """Memory of these sizes, all zeros."""
+        if self._shapes is None:
+            one = shapes_of(model, self.sizes)
+            n_pages = self.sizes.n_pages * (self.replicas.n if self.replicas else 1)
+            self._shapes = one, shapes_of(model, self.sizes._replace(n_pages=n_pages)) if self.replicas else one
+        return zeros(*self._shapes, self.replicas)
 
     def run(self, call: Call) -> Any:
         """Runs a program."""
@@ -176,30 +189,35 @@ class Programs:
         n_top: int,
         **how: jax.Array,
     ) -> tuple[jax.Array, Scores | None, Memory, jax.Array]:
-        """`decode` and `draw`, up to `n_draws_B` times and to a row's first stop id.
+        """`decode` and `draw`, up to `n_draws_B` times (`n_steps` at most) and to a row's first stop id.
 
         Returns (id_BT with T = `n_steps`, `ENDED` after a row's end; scores with axes B and T first, None for
         `n_top` = -1; memory; last_R).
         """
-        id_B = jnp.where(ids_B < 0, last_R[slot_B], ids_B)
-        is_running_B = slot_B < len(last_R) - 1
 
-        def step(carry: tuple, number: jax.Array) -> tuple[tuple, tuple]:
-            memory, id_B, is_running_B = carry
-            is_running_B &= number < n_draws_B
+        def step(carry: tuple) -> tuple:
+            number, _, memory, id_B, is_running_B, found = carry
             logits_BV, memory = self._next(weights, memory, id_B, start_B + number, is_running_B, table_BN)
             pages = {"ids_PS": memory.ids_PS, "table_BN": table_BN} if "n_prompt_B" in how else {}
             new_B = draw(logits_BV, start_B + number + 1, how | pages)
-            found = None if n_top < 0 else scores(logits_BV, new_B, n_top)
-            is_over_B = jnp.any(new_B[:, None] == stop_BJ, axis=1)
-            shown_B = jnp.where(is_running_B, new_B, ENDED)
-            carry = memory, jnp.where(is_running_B, new_B, id_B), is_running_B & ~is_over_B
-            return carry, (shown_B, found)
+            new = jnp.where(is_running_B, new_B, ENDED), None if n_top < 0 else scores(logits_BV, new_B, n_top)
+            put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=number, axis=1)
+            found, number = jax.tree.map(put, found, new), number + 1
+            id_B = jnp.where(is_running_B, new_B, id_B)
+            is_running_B &= (number < n_draws_B) & ~jnp.any(new_B[:, None] == stop_BJ, axis=1)
+            return number, is_anyone(is_running_B), memory, id_B, is_running_B, found
 
-        numbers = jnp.arange(n_steps, dtype=jnp.int32)
-        (memory, id_B, _), found = jax.lax.scan(step, (memory, id_B, is_running_B), numbers)
-        id_BT, scores_BT = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), found)
+        none_BT = jnp.full((len(ids_B), n_steps), ENDED, jnp.int32)
+        found = none_BT, None if n_top < 0 else no_scores((len(ids_B), n_steps), n_top)
+        is_running_B = (slot_B < len(last_R) - 1) & (n_draws_B > 0)
+        id_B, is_anyone = jnp.where(ids_B < 0, last_R[slot_B], ids_B), self._is_anyone
+        carry = jnp.int32(0), is_anyone(is_running_B), memory, id_B, is_running_B, found
+        _, _, memory, id_B, _, (id_BT, scores_BT) = jax.lax.while_loop(lambda carry: carry[1], step, carry)
         return id_BT, scores_BT, memory, last_R.at[slot_B].set(id_B)
+
+    def _is_anyone(self, flag_B: jax.Array) -> jax.Array:
+        """Whether a row has this flag, of those of all devices, which take their steps together."""
+        return self.replicas.anywhere(flag_B) if self.replicas else jnp.any(flag_B)
 
     def _next(
         self,
@@ -267,3 +285,23 @@ class Programs:
         (memory, row), found = jax.lax.scan(step, (memory, row), None, length=n_steps)
         id_BT, scores_BT = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(len(slot_B), -1, *a.shape[3:]), found)
         return id_BT, scores_BT, memory, last_R.at[slot_B].set(row.last_B), draft_R.at[slot_B].set(row.draft_B)
+
+
+_KNOWN: WeakValueDictionary[tuple, Programs] = WeakValueDictionary()
+
+
+def programs_for(
+    definition: nnx.GraphDef,
+    weights: Weights,
+    sizes: Sizes,
+    matmul_precision: str | None = None,
+    replicas: Replicas | None = None,
+    compiler_options: dict[str, str | bool] | None = None,
+) -> Programs:
+    """Returns the `Programs` for weights like these: the ones that another engine has, if there is one."""
+    leaves, tree = jax.tree.flatten(weights)
+    like = [(leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves]
+    where = (replicas.mesh, replicas.definition) if replicas else ()
+    options = tuple(sorted((compiler_options or {}).items()))
+    key = definition, tree, tuple(like), sizes, matmul_precision, where, options
+    return _KNOWN.setdefault(key, Programs(definition, sizes, matmul_precision, replicas, compiler_options))

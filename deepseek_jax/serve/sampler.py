@@ -167,6 +167,12 @@ def scores(logits_BV: jax.Array, id_B: jax.Array, n_top: int) -> Scores:
     return Scores(logprob_B, *lax.top_k(logprobs_BV, n_top))
 
 
+def no_scores(shape: tuple[int, ...], n_top: int) -> Scores:
+    """`Scores` with these axes in place of B, all zeros."""
+    top = jnp.zeros((*shape, n_top), jnp.float32)
+    return Scores(jnp.zeros(shape, jnp.float32), top, top.astype(jnp.int32))
+
+
 def _fewest(logits_BV: jax.Array, mass_BV: jax.Array, target_B: jax.Array) -> jax.Array:
     """Returns which tokens are the fewest, likeliest first, of equal ones the first, whose masses add up to a target.
 

@@ -8,18 +8,20 @@ import pytest
 from deepseek_jax import run_config
 from deepseek_jax.abstract_model import abstract_module
 from deepseek_jax.layers.base import bind, split
-from deepseek_jax.serve.generate import Generator
+from deepseek_jax.serve.engine import Engine, Rank
+from deepseek_jax.serve.pages import PagePool
 
 SIZES = {"d_model": 16, "n_layers": 3, "dense_width": 24, "n_heads": 2, "q_rank": 12, "kv_rank": 8, "nope_width": 8}
 SIZES |= {"rope_width": 4, "value_width": 8, "n_experts": 8, "expert_width": 8, "top_k": 2, "mtp_depth": 0}
 
 
 class Network:
-    """A generator with its weights, and the full forward pass to compare with."""
+    """A definition with weights, and the full forward pass to compare with."""
 
     def __init__(self, config):
         self.config, self.vocab_size = config, config.model.vocab_size
-        definition, params, router_bias = split(abstract_module(config))
+        self.definition, params, router_bias = split(abstract_module(config))
+        definition = self.definition
         draw = np.random.default_rng(0)
 
         def leaf(path, array):
@@ -28,12 +30,7 @@ class Network:
             return jnp.asarray(noise + 1.0 if is_gain else noise, array.dtype)
 
         self.weights = jax.tree_util.tree_map_with_path(leaf, (params, router_bias))
-        self.generator = Generator(definition, self.vocab_size)
         self.forward = jax.jit(lambda params, bias, ids_BT: bind(definition, params, bias)(ids_BT))
-
-    def stream(self, prompts, key_B, **options):
-        options = {"max_new_tokens": 10, "n_positions": 32} | options
-        return self.generator.stream(*self.weights, prompts, key_B, **options)
 
     def last_logits(self, ids):
         """Logits after `ids`, by a forward pass over the whole sequence (padded at its end)."""
@@ -47,6 +44,21 @@ def network():
     config = run_config.load("tiny_v3")
     config.model.update(SIZES)
     return Network(config)
+
+
+@pytest.fixture(scope="session")
+def engine(network):
+    """Makes engines that share their programs: all have memory for 49 pages of 8 tokens, of which some use fewer."""
+    programs = set()
+
+    def make(n_positions=32, n_pages=17, **options):
+        options = {"n_rows": 4, "chunk": 16} | options
+        made = Engine(network.definition, network.weights, n_positions, page_size=8, n_pages=49, **options)
+        made.ranks[0] = Rank(PagePool(n_pages, 8), options["n_rows"], options["chunk"])
+        programs.add(made.programs)  # or they would go with the last engine
+        return made
+
+    return make
 
 
 @pytest.fixture(scope="session")

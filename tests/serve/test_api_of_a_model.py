@@ -7,20 +7,19 @@ import numpy as np
 import openai
 import pytest
 
-from deepseek_jax.serve.engine import Engine
 from tests.serve.scripted import BYTES, SCHEMA, ask, serve, wait_until
 
 PROMPT = [72, 101, 108, 200, 7]
 
 
 @pytest.fixture(scope="module")
-def engine(network):
-    return Engine(network.generator.definition, network.weights, 96, page_size=8, n_rows=4, chunk=16, n_steps=4)
+def running(engine):
+    return engine(96, n_pages=49, n_steps=8)
 
 
 @pytest.fixture(scope="module")
-def served(engine):
-    made = serve(engine, n_positions=96, most=64)
+def served(running):
+    made = serve(running, n_positions=96, most=64)
     yield made
     made.stop()
 
@@ -56,7 +55,7 @@ def test_log_probabilities_of_prompt_and_answer_are_those_of_the_forward_pass(cl
     assert choice.text.startswith(BYTES.decode(PROMPT))
 
 
-def test_the_prompt_alone_can_be_scored_and_a_cache_changes_nothing(client, engine):
+def test_the_prompt_alone_can_be_scored_and_a_cache_changes_nothing(client):
     text = "A text of several pages: they stay in memory."
     found = [complete(client, prompt=text, max_tokens=0, logprobs=1, echo=True)[0] for _ in range(2)]
     assert found[0] == found[1]
@@ -94,7 +93,7 @@ def test_filters_and_biases_reach_the_engine(client):
     assert penalised.text == "ABAB"
 
 
-def test_json_from_a_model_of_noise(client, engine):
+def test_json_from_a_model_of_noise(client):
     schema = {
         "type": "object",
         "properties": {"a": {"enum": [1, 22]}, "b": {"type": "boolean"}},
@@ -108,11 +107,11 @@ def test_json_from_a_model_of_noise(client, engine):
         assert set(json.loads(choice.message.content)) == {"a", "b"}
 
 
-def test_the_server_survives_weights_that_are_not_numbers(client, engine, network):
-    engine.replace_weights(jax.tree.map(lambda w: w * np.nan, network.weights))
+def test_the_server_survives_weights_that_are_not_numbers(client, running, network):
+    running.replace_weights(jax.tree.map(lambda w: w * np.nan, network.weights))
     found = complete(client, prompt=[1, 2, 3], max_tokens=2, logprobs=2, echo=True)[0]
     assert found.logprobs.token_logprobs[1:] == [-9999.0] * 4
-    engine.replace_weights(network.weights)
+    running.replace_weights(network.weights)
 
 
 def test_the_loads_of_experts_are_those_of_the_latest_answers(served, client, network):

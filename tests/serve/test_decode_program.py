@@ -1,19 +1,16 @@
-"""What the compiled decode steps do with the cache, the experts' weights and the logits, read in their text."""
+"""What the engine's compiled steps do with the cache, the experts' weights and the logits, read in their text."""
 
-import functools
 import re
 
 import jax
-import numpy as np
 import pytest
 from flax import nnx
 
 from deepseek_jax.layers.base import Execution, split
 from deepseek_jax.models import family
-from deepseek_jax.serve.generate import Drawing, Generator
-from deepseek_jax.serve.sampler import row_keys
+from deepseek_jax.serve.engine import Engine
 
-B, SLOTS = 3, 208  # numbers that no other size of the network has
+N_PAGES = 211  # a number that no other size of the network has
 IN_PLACE = ("scatter", "dynamic-update-slice")
 MOVES_NOTHING = ("parameter", "get-tuple-element", "bitcast", "tuple", "while")
 
@@ -51,14 +48,11 @@ def definition_of(network, **options):
 
 @pytest.fixture(scope="module", params=[1, 0], ids=["a loop over layers", "no loop"])
 def compiled(request, network):
-    """(program of a block of decode steps, shapes of the cache)."""
-    generator = Generator(definition_of(network, unroll=request.param), network.vocab_size)
-    drawing = Drawing(row_keys(0, B), np.float32(1.0), np.float32(0.9))
-    prompt, row, stop_ids = np.zeros((B, 16), np.int32), np.zeros(B, np.int32), np.zeros(8, np.int32)
-    read = functools.partial(generator._read_and_draw, n_slots=SLOTS)
-    state = jax.eval_shape(read, network.weights, prompt, 0, row, None, drawing, stop_ids)
-    program = generator._decode_block.lower(network.weights, state, drawing, stop_ids, 4).compile()
-    return program, state.cache
+    """(program of several steps of two rows, the cache)."""
+    options = {"page_size": 8, "n_rows": 2, "n_pages": N_PAGES, "n_steps": 4}
+    engine = Engine(definition_of(network, unroll=request.param), network.weights, 32, **options)
+    call = engine._steps(engine._nobody, 2, 4, "random", -1)
+    return engine.programs._program(call), engine._memory.cache
 
 
 def test_the_cache_is_updated_in_place(compiled):
@@ -66,6 +60,7 @@ def test_the_cache_is_updated_in_place(compiled):
     program, cache = compiled
     leaves = jax.tree.leaves(cache)
     shapes = {f"f32[{','.join(map(str, leaf.shape))}]" for leaf in leaves if leaf.shape[0] != 1}
+    assert all(str(N_PAGES) in shape for shape in shapes)
     computations = instructions(program.as_text())
     fused = set(re.findall(r"calls=%?([\w.\-]+)", program.as_text()))
     updates = 0

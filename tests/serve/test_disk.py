@@ -16,12 +16,12 @@ PROMPT = np.random.default_rng(3).integers(0, 200, 20).tolist()  # two pages and
 @pytest.fixture(scope="module")
 def start(network):
     """Starts engines, which share their compiled programs."""
-    programs = {}
+    programs = set()
 
     def make(folder, weights=network.weights, most_bytes=10**9, **options):
         options = {"page_size": 8, "n_rows": 2, "chunk": 32, "n_pages": 9} | options
-        made = Engine(network.generator.definition, weights, 32, **options)
-        made.programs._compiled = programs.setdefault(made.ranks[0].pages.n_pages, {})
+        made = Engine(network.definition, weights, 32, **options)
+        programs.add(made.programs)
         return made, made.keep_on_disk(folder, most_bytes)
 
     return make

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from deepseek_jax import on_mesh
+from deepseek_jax.abstract_model import abstract_module
 from deepseek_jax.errors import UserError
+from deepseek_jax.layers.base import split
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.serve.engine import Engine, Rank, Sampling
-from deepseek_jax.serve.pages import PagePool
+from deepseek_jax.serve.engine import Engine, Sampling
 
 DRAW = np.random.default_rng(0)
 PROMPTS = [DRAW.integers(0, 200, n).tolist() for n in (1, 3, 17, 9, 8, 20)]
@@ -32,22 +33,6 @@ def alone(network):
         assert margin > 1e-4
         found.append(ids[len(prompt) :])
     return found
-
-
-@pytest.fixture(scope="module")
-def engine(network):
-    """Makes engines that share their compiled programs: all have memory for 17 pages, of which some use fewer."""
-    programs = {}
-
-    def make(**options):
-        options = {"page_size": 8, "n_rows": 4, "chunk": 16, "n_pages": 17} | options
-        n_pages = options.pop("n_pages")
-        made = Engine(network.generator.definition, network.weights, 32, n_pages=17, **options)
-        made.programs = programs.setdefault(options["n_rows"], made.programs)
-        made.ranks[0] = Rank(PagePool(n_pages, options["page_size"]), options["n_rows"], options["chunk"])
-        return made
-
-    return make
 
 
 def run(engine, samplings, prompts=PROMPTS, later=()):
@@ -97,16 +82,9 @@ def test_draws_do_not_depend_on_company(engine, alone):
     samplings[2] = Sampling(10)  # greedy among those that draw
     texts = run(engine(n_pages=8, n_ahead=2), samplings)[1]
     assert run(engine(chunk=4), samplings, later=[0, 0, 1, 5, 5, 9, 12])[1] == texts
-    assert run(engine(n_steps=3), samplings)[1] == texts
+    assert run(engine(n_steps=8), samplings)[1] == texts
     assert texts[2] == [*alone[2], "length"]
     assert len({tuple(text) for text in texts}) == len(texts)
-
-
-def test_the_generator_draws_the_same(engine, network):
-    text = run(engine(), [Sampling(8, temperature=0.8, top_p=0.9, seed=5)], PROMPTS[2:3])[1][0]
-    key_B = jax.random.split(jax.random.key(0), 1).at[0].set(jax.random.key(5))
-    steps = network.stream([PROMPTS[2]], key_B, max_new_tokens=8, temperature=0.8, top_p=0.9)
-    assert [int(ids_B[0]) for ids_B in steps] == text[:-1]
 
 
 def test_a_stop_id_ends_a_text_and_its_pages_are_free(engine, alone):
@@ -252,20 +230,43 @@ def test_a_cancelled_request_says_no_more_and_disturbs_nobody(engine, alone):
     assert [texts[requests[0]], texts[requests[2]]] == [alone[0], alone[2]]
 
 
-def test_after_compile_no_request_compiles(engine):
-    made = engine()
+def test_after_compile_no_request_compiles(engine, monkeypatch):
+    made, needed = engine(), []
+    compile_all = made.programs.compile
+    monkeypatch.setattr(made.programs, "compile", lambda calls: compile_all(calls) or needed.extend(calls))
     made.compile()
-    n_programs = sum(name != "steps" for name, *_ in made.programs._compiled)
     # one, two or four rows, and parts of 16 tokens (32 positions are four pages); three kinds of drawing for as many
     # rows; log-probabilities of one, two or four rows and of 16 tokens, without and with the likeliest
-    assert n_programs == 4 + 9 + 8
+    assert len(needed) == 4 + 9 + 8
+    n_programs = len(made.programs)
     run(made, [Sampling(10, temperature=1.0, seed=3)] * len(PROMPTS), [[1 + i for i in p] for p in PROMPTS])
     run(made, [Sampling(10, top_k=9, logprobs=i % 4, prompt_logprobs=True) for i in range(7)])
     run(made, [Sampling(5, logit_bias={3: 1.0}), Sampling(9), Sampling(7, constraint=Ladder(2))], PROMPTS[1:4])
     run(made, [Sampling(10)] * len(PROMPTS))
     run(made, [Sampling(1)], [[5]])
     run(made, [Sampling(31)], [[5]])
-    assert sum(name != "steps" for name, *_ in made.programs._compiled) == n_programs
+    assert len(made.programs) == n_programs
+
+
+def test_engines_of_the_same_network_and_sizes_share_their_programs(engine, network):
+    """Also those of networks that are equal, but not those of other sizes, precisions or weights in other dtypes."""
+    made, (definition, *_) = engine(), split(abstract_module(network.config))
+    sizes = {"page_size": 8, "n_rows": 4, "n_pages": 49}
+    assert definition is not network.definition
+    assert Engine(definition, network.weights, 32, **sizes, n_steps=8).programs is made.programs
+    for other in ({"n_rows": 2}, {"n_pages": 50}, {"matmul_precision": "highest"}):
+        assert Engine(definition, network.weights, 32, **(sizes | other)).programs is not made.programs
+    halves = jax.tree.map(lambda w: w.astype("bfloat16"), network.weights)
+    assert Engine(definition, halves, 32, **sizes).programs is not made.programs
+
+
+def test_the_host_looks_at_a_step_while_the_next_one_runs(engine, alone):
+    """With a step ahead the first call gives nothing; `step` draws as many tokens as it is asked to."""
+    made = engine(n_steps=8)
+    made.submit(PROMPTS[3], Sampling(10))
+    found = [[token for output in made.step(n) for token in output.ids] for n in (None, 1, 3, None, None)]
+    assert found == [[], *(alone[3][start:end] for start, end in ((0, 1), (1, 2), (2, 5), (5, 10)))]
+    assert made.is_idle
 
 
 class Ladder:
@@ -336,7 +337,7 @@ def test_settings_out_of_range_are_refused(setting, message):
 def test_devices_that_share_the_experts_give_the_same_text(network, alone, sizes):
     """Each has requests of its own, at first as many as it has rows or more, and at the end fewer than others."""
     mesh = make_mesh(*sizes, jax.devices()[: math.prod(sizes)])
-    definition, weights = network.generator.definition, network.weights
+    definition, weights = network.definition, network.weights
     replicas = on_mesh.replicas(network.config, definition, weights, mesh)
     options = {"page_size": 8, "n_rows": 2, "chunk": 16, "n_pages": 6, "replicas": replicas}
     made = Engine(definition, replicas.place(weights), 32, **options)
@@ -351,4 +352,4 @@ def test_devices_that_share_the_experts_give_the_same_text(network, alone, sizes
 def test_a_mesh_that_divides_more_than_rows_and_experts_is_refused(network):
     mesh = make_mesh(1, 1, jax.devices()[:2], pipe=2)
     with pytest.raises(UserError, match="generation divides rows over data and expert"):
-        on_mesh.replicas(network.config, network.generator.definition, network.weights, mesh)
+        on_mesh.replicas(network.config, network.definition, network.weights, mesh)

@@ -15,7 +15,7 @@ PROMPTS = [DRAW.integers(0, 200, n).tolist() for n in (3, 20, 9)]
 
 
 def in_fp8(network):
-    run = with_fp8_cache(network.config, bind(network.generator.definition, *network.weights).run)
+    run = with_fp8_cache(network.config, bind(network.definition, *network.weights).run)
     return split(run_as(network.config, run))[0]
 
 
@@ -29,12 +29,12 @@ def wide():
 
 @pytest.fixture(scope="module")
 def engine(wide):
-    programs, definition = {}, in_fp8(wide)
+    programs, definition = set(), in_fp8(wide)
 
     def make(**options):
         options = {"page_size": 8, "n_rows": 2, "chunk": 16, "n_pages": 9} | options
         made = Engine(definition, wide.weights, 32, **options)
-        made.programs = programs.setdefault(options["n_pages"], made.programs)
+        programs.add(made.programs)
         return made
 
     return make

@@ -22,7 +22,7 @@ PROMPTS.append([*PROMPTS[1][:17], 5])
 @pytest.fixture(scope="module")
 def with_experts(foreseeing):
     """The network as one that notes routes, and the routes of a sequence by a forward pass."""
-    run = with_routes(foreseeing.config, bind(foreseeing.generator.definition, *foreseeing.weights).run)
+    run = with_routes(foreseeing.config, bind(foreseeing.definition, *foreseeing.weights).run)
     definition = split(run_as(foreseeing.config, run))[0]
 
     @jax.jit
@@ -86,19 +86,20 @@ def test_a_model_serves_prompts_as_it_generates_them_alone(model):
     ids = [*prompts[2], *found[2].ids][1:]
     np.testing.assert_allclose([one.logprob for one in scores], logprobs[np.arange(9), ids], atol=1e-5)
 
-    engine, n_programs = model._served.engine, len(model._served.engine.programs)
+    engine = model._kept["serve"].engine
+    n_programs = len(engine.programs)
     before, table = model.params["head"]["weight_DV"], np.array(model.params["head"]["weight_DV"])
     model.params["head"]["weight_DV"] = jax.numpy.asarray(table[:, ::-1])
     changed = model.serve(prompts, sampling, **options)
     assert [one.ids for one in changed] == model.generate(prompts, 6, stop_ids=()) != [one.ids for one in found]
-    assert model._served.engine is engine and len(engine.programs) == n_programs
+    assert model._kept["serve"].engine is engine and len(engine.programs) == n_programs
     model.params["head"]["weight_DV"] = before
 
 
 def test_after_an_interrupt_it_serves_again(model, monkeypatch):
     prompts, options = [[5, 6, 7], [9]], {"n_rows": 2, "n_pages": 5, "chunk": 16}
     expected = [one.ids for one in model.serve(prompts, Sampling(4), **options)]
-    engine, waits = model._served.engine, iter([True])
+    engine, waits = model._kept["serve"].engine, iter([True])
     seen = engine._seen
 
     def interrupted(step):
@@ -116,13 +117,15 @@ def test_what_cannot_be_served_is_refused(model):
     options = {"n_rows": 2, "n_pages": 5, "chunk": 16}
     with pytest.raises(UserError, match="ids from 3 to 1000000"):
         model.serve([[3], [3, 10**6]], Sampling(2), **options)
-    assert model._served.engine.is_idle
+    assert model._kept["serve"].engine.is_idle
     with pytest.raises(UserError, match="2 prompts with 1 samplings"):
         model.serve([[3], [4]], [Sampling(2)], **options)
     with pytest.raises(UserError, match="has no routed experts"):
         model.engine(routes=True)
     with pytest.raises(UserError, match="latents of 0 numbers"):
         model.engine(cache="fp8")
-    model._served.engine.submit([3], Sampling(2))
+    engine = model._kept["serve"].engine
+    engine.submit([3], Sampling(2))
     with pytest.raises(UserError, match="has requests already"):
-        model.serve([[3]], Sampling(2), **options)
+        complete(engine, [[3]], [Sampling(2)])
+    assert len(model.serve([[3]], Sampling(2), **options)[0].ids) == 2  # by another engine

@@ -27,12 +27,12 @@ MIXED = [
 @pytest.fixture(scope="module")
 def engine(foreseeing):
     """Makes engines that share their compiled programs."""
-    programs = {}
+    programs = set()
 
     def make(n_drafts, weights=foreseeing.weights, n_pages=9, **options):
         options = {"page_size": 8, "n_rows": 2, "chunk": 16, "n_pages": 9} | options
-        made = Engine(foreseeing.generator.definition, weights, 32, n_drafts=n_drafts, **options)
-        made.programs = programs.setdefault(n_drafts, made.programs)
+        made = Engine(foreseeing.definition, weights, 32, n_drafts=n_drafts, **options)
+        programs.add(made.programs)
         made.ranks[0] = Rank(PagePool(n_pages, 8, look_ahead=n_drafts), options["n_rows"], options["chunk"])
         return made
 
@@ -128,4 +128,4 @@ def test_a_constrained_request_draws_what_is_allowed_beside_those_with_drafts(en
 
 def test_drafts_need_multi_token_prediction(network):
     with pytest.raises(UserError, match="the model has no multi-token prediction"):
-        Engine(network.generator.definition, network.weights, 32, n_drafts=1)
+        Engine(network.definition, network.weights, 32, n_drafts=1)

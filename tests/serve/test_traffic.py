@@ -11,7 +11,6 @@ import pytest
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _bench_serve
-from deepseek_jax.serve.engine import Engine
 from deepseek_jax.serve.traffic import LATE, NO_CONNECTION, Arrivals, Outcome, Refused, Server, events, send
 from tests.serve.scripted import ask, serve, wait_until
 
@@ -19,13 +18,8 @@ PROMPTS = [[1 + n % 200, 2, 3, 4 + n % 7] for n in range(1000)]
 
 
 @pytest.fixture(scope="module")
-def engine(network):
-    return Engine(network.generator.definition, network.weights, 32, page_size=8, n_rows=4, chunk=16)
-
-
-@pytest.fixture(scope="module")
 def served(engine):
-    made = serve(engine, name=None, n_positions=32, most=16)
+    made = serve(engine(), name=None, n_positions=32, most=16)
     yield made
     made.stop()
 
