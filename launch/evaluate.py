@@ -4,16 +4,14 @@ r"""Run published benchmarks on a model, through lm-eval.
     deepseek-jax evaluate --workdir=runs/tiny_v3 --tasks=mine --tasks-dir=my_tasks
     deepseek-jax evaluate --url=http://127.0.0.1:8000 --tasks=gsm8k --shots=5      # a server that runs already
 
-The tasks are those of lm-eval (`lm-eval ls tasks`) or those of a directory of yours; lm-eval loads their data. It asks
-our server, which this verb starts for itself, for log-probabilities and continuations by ids, so the scores are of what
-is served. Every text begins with the begin mark if the model's tokenizer asks for one. Needs
+The tasks are those of lm-eval (`lm-eval ls tasks`) or those of a directory of yours; lm-eval loads their data. The
+engine that serves answers them, in this process; with --url it is a server. Either way by ids, so the scores are of
+what is served. Every text begins with the begin mark if the model's tokenizer asks for one. Needs
 pip install 'deepseek_jax[evaluate]'.
 """
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from deepseek_jax.bounds import path, whole
 from deepseek_jax.errors import UserError
 from deepseek_jax.files import write_atomically
 from deepseek_jax.launch import _options, _serving
-from deepseek_jax.launch._http import ask
 
 FLAGS = _serving.FLAGS | {
     "tasks": (str, "", "names of tasks, separated by commas"),
@@ -40,6 +37,9 @@ def main(argv: list[str]) -> int:
     tasks = [name.strip() for name in options.tasks.split(",") if name.strip()]
     if not tasks:
         raise UserError("expected --tasks=NAME[,NAME…]; lm-eval ls tasks prints their names.")
+    if options.url and (getattr(options, "from") or options.workdir):
+        raise UserError("--url beside --from or --workdir: expected one of them.")
+    source = "" if options.url else _serving.source_of(options)
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
@@ -50,53 +50,25 @@ def main(argv: list[str]) -> int:
     unknown = [name for name in tasks if name not in manager.all_tasks]
     if unknown:
         raise UserError(f"--tasks: lm-eval has no {', '.join(unknown)}. lm-eval ls tasks prints the names.")
-    with _address(options) as url:
-        found = lm_eval.simple_evaluate(
-            model=client(url, options.rows),
-            tasks=tasks,
-            task_manager=manager,
-            num_fewshot=None if options.shots < 0 else options.shots,
-            limit=options.limit or None,
-            bootstrap_iters=0,
-        )
+    found = lm_eval.simple_evaluate(
+        model=_model(options, source),
+        tasks=tasks,
+        task_manager=manager,
+        num_fewshot=None if options.shots < 0 else options.shots,
+        limit=options.limit or None,
+        bootstrap_iters=0,
+    )
     print(make_table(found))
     if options.out:
         write_atomically(Path(options.out), json.dumps(found["results"], indent=1, default=str).encode())
     return 0
 
 
-def client(url: str, n_concurrent: int) -> Any:
-    """Returns lm-eval's client for a server, which knows the longest sequence and the begin mark of its model."""
-    from lm_eval.models.openai_completions import LocalCompletionsAPI
+def _model(options: Any, source: Path | str) -> Any:
+    """What lm-eval asks: a server, or an engine of this process."""
+    from deepseek_jax.launch import _lm_eval
 
-    key = os.environ.get(KEY, "")
-    asked = ask(f"{url}/tokenize", key, {"prompt": "", "add_special_tokens": True})
-    begin = asked["tokens"]
-
-    class Client(LocalCompletionsAPI):
-        def tok_encode(self, string: Any, left_truncate_len: int | None = None, **options: Any) -> Any:
-            if left_truncate_len:
-                left_truncate_len -= len(begin)
-            ids = super().tok_encode(string, left_truncate_len=left_truncate_len, **options)
-            return [*begin, *ids] if isinstance(string, str) else [[*begin, *one] for one in ids]
-
-    return Client(
-        base_url=f"{url}/v1/completions",
-        model=ask(f"{url}/v1/models", key)["data"][0]["id"],
-        tokenizer_backend="remote",
-        max_length=asked["max_model_len"],
-        num_concurrent=n_concurrent,
-        auth_token=key or None,
-        header={"Authorization": f"Bearer {key}"} if key else {},
-    )
-
-
-@contextlib.contextmanager
-def _address(options: Any) -> Iterator[str]:
-    if not options.url:
-        with _serving.in_thread(_serving.open_service(options, _serving.source_of(options))) as url:
-            yield url
-    elif getattr(options, "from") or options.workdir:
-        raise UserError("--url beside --from or --workdir: expected one of them.")
-    else:
-        yield options.url.rstrip("/")
+    if options.url:
+        return _lm_eval.over_http(options.url.rstrip("/"), os.environ.get(KEY, ""), options.rows)
+    model, engine = _serving.open_engine(options, source)
+    return _lm_eval.InProcess(engine, model.tokenizer, model.end_ids)

@@ -11,12 +11,25 @@ read from the environment variable DEEPSEEK_JAX_API_KEYS, separated by commas. N
 """
 
 import os
+import socket
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from deepseek_jax.bounds import whole
+from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options, _serving
+from deepseek_jax.launch._talking import drawing_of, template_name
+
+if TYPE_CHECKING:
+    from deepseek_jax.data.chat import Template
+    from deepseek_jax.language_model import LanguageModel
+    from deepseek_jax.serve.api.service import Service
 
 FLAGS = _serving.FLAGS | {
+    "template": (str, "", "chat template, where the model's own is not found beside its tokenizer"),
+    "name": (str, "", "name of the model for clients (default: that of its directory)"),
+    "queue": (int, 256, "requests that run or wait; more are refused with status 429", whole(1, 10**6)),
     "host": (str, "127.0.0.1", "address to listen on; 0.0.0.0 for every network"),
     "port": (int, 8000, "port to listen on; 0 takes a free one", whole(0, 65535)),
 }
@@ -28,12 +41,56 @@ def main(argv: list[str]) -> int:
     """Runs the verb; returns the exit code."""
     options = _options.parse(argv, extra=FLAGS, config=False)
     source = _serving.source_of(options)
-    from deepseek_jax.serve.api.app import make_server
-
+    try:
+        from deepseek_jax.serve.api.app import make_server
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed. Run pip install 'deepseek_jax[serve]'.") from None
     keys = tuple(key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip())
-    service = _serving.open_service(options, source, keys)
-    with _serving.listen(options.host, options.port) as listener:
+    service = open_service(options, source, keys)
+    with listen(options.host, options.port) as listener:
         host, port = listener.getsockname()[:2]
         print(f"{service.name} at http://{host}:{port}/v1 (Ctrl-C stops)", file=sys.stderr, flush=True)
         make_server(service, timeout_graceful_shutdown=DRAIN_S).run(sockets=[listener])
     return 0
+
+
+def open_service(options: Any, source: Path | str, keys: tuple[str, ...]) -> "Service":
+    """Loads what the routes need."""
+    from deepseek_jax.serve.api.service import Service
+    from deepseek_jax.serve.worker import Worker
+
+    model, engine = _serving.open_engine(options, source)
+    return Service(
+        worker=Worker(engine, options.queue),
+        name=options.name or Path(source).resolve().name,
+        tokenizer=model.tokenizer,
+        template=_template(model, str(source), options.template),
+        end_ids=model.end_ids,
+        n_positions=engine.most_positions,
+        drawing=drawing_of(model.config),
+        keys=keys,
+    )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Returns a socket that listens. Raises UserError if the address is taken or not of this machine."""
+    try:
+        return socket.create_server((host, port), backlog=2048)
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {host}:{port} ({error.strerror}). Choose --port (0 takes a free one) or --host."
+        ) from None
+
+
+def _template(model: "LanguageModel", source: str, given: str) -> "Template | None":
+    """The model's chat template; None for a base model, which a message says."""
+    from deepseek_jax.data import chat
+
+    try:
+        given = given or model.config.data.chat_template
+        return chat.template(template_name(model.config.data.tokenizer, source, given))
+    except UserError as error:
+        if given:
+            raise
+        print(f"no chat: {error}", file=sys.stderr)
+        return None

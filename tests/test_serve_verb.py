@@ -16,7 +16,7 @@ from deepseek_jax import cli, run_config
 from deepseek_jax.abstract_model import abstract_module
 from deepseek_jax.errors import UserError
 from deepseek_jax.language_model import LanguageModel, load, save_pretrained
-from deepseek_jax.launch import _serving
+from deepseek_jax.launch import serve
 from deepseek_jax.layers.base import split
 
 ADDRESS = re.compile(r"mine at (http://\S+) ")
@@ -79,4 +79,4 @@ def test_errors_are_said_before_the_weights_are_read(capsys):
     assert "expected --from=DIR for published weights" in capsys.readouterr().err
     message = r"cannot listen on 127.0.0.1:\d+ .*--port"
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match=message):
-        _serving.listen("127.0.0.1", taken.getsockname()[1])
+        serve.listen("127.0.0.1", taken.getsockname()[1])

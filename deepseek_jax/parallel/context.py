@@ -28,6 +28,8 @@ def zigzag(n_tokens: int, n_devices: int) -> np.ndarray:
     Raises UserError if the tokens do not divide into two chunks per device.
     """
     check_chunks(n_tokens, n_devices)
+    if n_devices == 1:  # of which any number of tokens is one chunk
+        return np.arange(n_tokens)
     chunks = np.arange(n_tokens).reshape(2 * n_devices, -1)
     return np.stack([chunks[:n_devices], chunks[::-1][:n_devices]], axis=1).reshape(-1)
 

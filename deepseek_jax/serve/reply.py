@@ -16,14 +16,17 @@ and `</think>` without a thought is text.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple, Protocol
 
-from deepseek_jax.data.chat import END_THINK, THINK, Template
+from deepseek_jax.data.chat import END_THINK, TEMPLATES, THINK, Template
 from deepseek_jax.data.chat.marks import CALL, CALLS, END_CALL, END_CALLS, SEP, Part
 from deepseek_jax.data.chat.parts import CallFormat
 from deepseek_jax.data.messages import Call, as_message
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.serve.text import TextStream
+
+PLAIN = replace(TEMPLATES["v3"], call_format=None)  # a text without thought and calls
 
 
 class Piece(NamedTuple):

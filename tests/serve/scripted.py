@@ -45,7 +45,7 @@ class Job:
 
 
 class Script:
-    """An engine whose requests say `answer(prompt)`, `speed` tokens per step."""
+    """An engine whose requests say `answer(prompt)`, a text or ids, `speed` tokens per step."""
 
     def __init__(self, tokenizer=BYTES):
         self.tokenizer = tokenizer
@@ -61,7 +61,8 @@ class Script:
         self.prompts.append(self.tokenizer.decode(prompt, specials=True))
         self.samplings.append(sampling)
         said = self.answer(self.prompts[-1])
-        ids = self.tokenizer.encode(said, specials=True).tolist()[: sampling.max_new_tokens]
+        ids = self.tokenizer.encode(said, specials=True).tolist() if isinstance(said, str) else said
+        ids = ids[: sampling.max_new_tokens]
         if sampling.constraint:
             ids = self.constrained(ids, sampling)
         self.requests.append(Job(ids, min(64, len(prompt)), sampling, prompt))

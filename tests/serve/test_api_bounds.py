@@ -101,6 +101,32 @@ def test_every_route_asks_for_a_key(served, path, key):
     assert (status, found["error"]["type"]) == (401, "invalid_request_error")
 
 
+@pytest.mark.parametrize(("key", "status"), [("secret", 200), ("other", 200), ("wrong", 401), ("", 401)])
+def test_every_key_is_compared_in_constant_time(served, monkeypatch, key, status):
+    compared = []
+
+    def compare(given, expected):
+        compared.append((given, expected))
+        return given == expected
+
+    monkeypatch.setattr("hmac.compare_digest", compare)
+    assert ask(served, "GET", "/models", key=key)[0] == status
+    assert compared == [(key.encode(), b"secret"), (key.encode(), b"other")]
+
+
+def test_no_address_in_a_request_is_opened(served, client):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/x.png"
+        content = [{"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": {"url": url}}]
+        body = {"messages": [{"role": "user", "content": content}]}
+        assert ask(served, "POST", "/chat/completions", body)[0] == 400
+        body = {"messages": ASK, "response_format": SCHEMA({"$ref": url}), "tools": [{"url": url}]}
+        assert ask(served, "POST", "/chat/completions", body)[0] == 400
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
 def test_without_a_key_a_body_is_not_read(served):
     assert ask(served, "POST", "/v1/completions", b"{", key="")[0] == 401
     assert ask(served, "POST", "/v1/completions", b"{")[0] == 422

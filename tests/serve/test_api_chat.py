@@ -102,6 +102,15 @@ def test_a_stop_string_ends_the_request(client, script, served):
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "one "
 
 
+def test_no_chunk_is_empty_but_the_first_and_the_last(client, script):
+    """Also while text is held back that may become a stop string, and where the end of a thought is held back."""
+    script.answer, script.speed = lambda prompt: "<think>\nHm\n</think>\n\nSTO STO STOP and more" + END, 1
+    chunks = list(client.chat.completions.create(model="mine", messages=ASK, stream=True, stop=["STOP"]))
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert all(delta.content or delta.reasoning_content for delta in deltas[1:-1]) and len(deltas) > 10
+    assert "".join(delta.content or "" for delta in deltas) == "STO STO "
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_begun_message_is_completed(client, script, stream):
     script.answer = lambda prompt: "o.\n" + END

@@ -20,6 +20,20 @@ def test_a_text_is_continued(client, script):
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 
+def test_a_prompt_of_ids_that_ends_within_a_character_is_not_said_again(served, client, script):
+    """The answer begins with the character's last byte, which alone is no text, streamed or not."""
+    script.answer = lambda prompt: [0xA5, *"本!".encode(), BYTES.eos_id]
+    body = {"prompt": [*"日".encode(), 0xE6, 0x97], "echo": False}
+    text = ask(served, "POST", "/completions", body)[1]["choices"][0]["text"]
+    assert text == "\ufffd本!"
+    for speed in (1, 2, 4):
+        script.speed = speed
+        with client.completions.create(model="mine", **body, stream=True) as chunks:
+            assert "".join(chunk.choices[0].text for chunk in chunks) == text
+    echoed = ask(served, "POST", "/completions", body | {"echo": True})[1]["choices"][0]["text"]
+    assert echoed == "日\ufffd" + text and script.prompts == ["日\ufffd"] * 5
+
+
 def test_a_gap_is_filled(client, script):
     client.completions.create(model="mine", prompt="def f(x):\n", suffix="\nf(1)")
     assert script.prompts[0].endswith("<｜fim▁begin｜>def f(x):\n<｜fim▁hole｜>\nf(1)<｜fim▁end｜>")

@@ -94,3 +94,24 @@ def test_a_schema_that_takes_too_long_is_refused_and_holds_up_no_others(monkeypa
     assert ask(made, "POST", "/chat/completions", {"messages": ASK})[0] == 200
     gate.set()
     made.stop()
+
+
+PATTERNS = {  # for some of which others take exponential time or memory, with the status that is expected
+    "^(a+)+b$": 200,
+    "^(a|a)*(a|aa)+b$": 200,
+    "^((((a{1,50}){1,50}){1,50}){1,50}){1,50}$": 200,
+    "^[ab]{1,9000000}$": 200,
+    "^(a|b)*a(a|b){400}$": 200,
+    "^(?=a*b)a+b$": 400,
+    "^(a+)\\1$": 400,
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns_that_are_hard_are_followed_or_refused(served, client, script, pattern):
+    script.answer = lambda prompt: '"' + "a" * 30
+    body = {"messages": ASK, "response_format": SCHEMA({"type": "string", "pattern": pattern}), "max_tokens": 40}
+    status, found = ask(served, "POST", "/chat/completions", body)
+    assert status == PATTERNS[pattern]
+    assert status == 400 or found["choices"][0]["message"]["content"].startswith('"' + "a" * 30)
+    assert ask(served, "POST", "/chat/completions", {"messages": ASK})[0] == 200

@@ -63,9 +63,36 @@ def test_the_prompt_alone_can_be_scored_and_a_cache_changes_nothing(client):
     assert found[0].logprobs.tokens == list(text) and found[0].logprobs.text_offset == list(range(len(text)))
     complete(client, prompt=text, max_tokens=2)
     assert complete(client, prompt=text, max_tokens=0, logprobs=1, echo=True) == found[:1]
+    filtered = complete(client, prompt=text, max_tokens=0, logprobs=1, echo=True, extra_body={"top_k": 1})
+    assert filtered == found[:1]  # scores are of the model's own distribution
     scored, drawn = complete(client, prompt=[text, "Another."], max_tokens=1, logprobs=1, echo=True)
     assert scored.logprobs.token_logprobs[:-1] == pytest.approx(found[0].logprobs.token_logprobs[:], nan_ok=True)
     assert len(drawn.logprobs.tokens) == 9
+
+
+def test_many_long_prompts_with_log_probabilities_take_little_memory(client, engine, network, monkeypatch):
+    """On the device lie the scores of what is in flight, and never the logits of a whole prompt."""
+    step, taken = engine.step, []
+
+    def measured():
+        outputs = step()
+        taken.append(sum(array.nbytes for array in jax.live_arrays()))
+        return outputs
+
+    prompts = np.random.default_rng(0).integers(0, 200, (12, 90)).tolist()
+    before = sum(array.nbytes for array in jax.live_arrays())
+    monkeypatch.setattr(engine, "step", measured)
+    choices = complete(client, prompt=prompts, max_tokens=1, logprobs=5, echo=True)
+    assert [len(choice.logprobs.tokens) for choice in choices] == [91] * 12
+    assert len(taken) > 12 and max(taken) - before < 90 * network.vocab_size * 4
+
+
+def test_more_likeliest_tokens_than_there_are_is_said(served, client, network, monkeypatch):
+    monkeypatch.setattr(served.worker.engine, "vocab_size", 3)
+    status, found = ask(served, "POST", "/completions", {"prompt": [1], "max_tokens": 1, "logprobs": 5})
+    assert status == 400 and "logprobs=5: expected 3 or less, the size of the vocabulary" in found["error"]["message"]
+    monkeypatch.undo()
+    assert complete(client, prompt=PROMPT, max_tokens=1)
 
 
 def test_streamed_log_probabilities_are_the_whole_ones(client):

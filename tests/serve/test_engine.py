@@ -230,6 +230,35 @@ def test_a_cancelled_request_says_no_more_and_disturbs_nobody(engine, alone):
     assert [texts[requests[0]], texts[requests[2]]] == [alone[0], alone[2]]
 
 
+def waits(request, made):
+    return request in made.ranks[0].scheduler.waiting
+
+
+CANCELLED = {  # (settings, prompts, what is true of the last request when it is cancelled)
+    "it waits for a row": ({}, [3, 1, 2, 4, 0], waits),
+    "its prompt is half computed": ({"chunk": 4}, [3, 5], lambda one, _: 0 < one.n_computed < 20),
+    "it was preempted": ({"n_pages": 8}, [3, 5, 4, 2], lambda one, made: one.n_preempted and waits(one, made)),
+    "its last token is on the device": ({"n_ahead": 2}, [3, 1], lambda one, _: one.n_tokens == one.n_positions),
+    "its steps run ahead": ({"n_steps": 4, "n_ahead": 2}, [3, 1], lambda one, _: one.n_tokens > 8),
+}
+
+
+@pytest.mark.parametrize("when", CANCELLED)
+def test_a_request_may_be_cancelled_at_any_time(engine, alone, when):
+    """The last one is; it says no more, its pages are free, and the others say what they say alone."""
+    settings, numbers, is_time = CANCELLED[when]
+    made, texts = engine(**settings), {}
+    *others, last = [made.submit(PROMPTS[number], Sampling(10)) for number in numbers]
+    while not made.is_idle:
+        if not last.has_ended and is_time(last, made):
+            made.cancel(last)
+        for request, ids, *_ in made.step():
+            assert request is not last or not last.has_ended
+            texts.setdefault(request, []).extend(ids)
+    assert [texts[request] for request in others] == [alone[number] for number in numbers[:-1]]
+    assert last.has_ended and len(texts.get(last, [])) < 10 and all_free(made)
+
+
 def test_after_compile_no_request_compiles(engine, monkeypatch):
     made, needed = engine(), []
     compile_all = made.programs.compile
@@ -334,8 +363,11 @@ def test_settings_out_of_range_are_refused(setting, message):
 @pytest.mark.parametrize(
     "sizes", [pytest.param((2, 2), marks=pytest.mark.slow, id="four devices"), pytest.param((1, 2), id="two devices")]
 )
-def test_devices_that_share_the_experts_give_the_same_text(network, alone, sizes):
-    """Each has requests of its own, at first as many as it has rows or more, and at the end fewer than others."""
+def test_devices_that_share_the_experts_give_the_same_text(network, engine, alone, sizes):
+    """Each has requests of its own, at first as many as it has rows or more, and at the end fewer than others.
+
+    Greedy, drawn at a temperature, and constrained.
+    """
     mesh = make_mesh(*sizes, jax.devices()[: math.prod(sizes)])
     definition, weights = network.definition, network.weights
     replicas = on_mesh.replicas(network.config, definition, weights, mesh)
@@ -347,6 +379,12 @@ def test_devices_that_share_the_experts_give_the_same_text(network, alone, sizes
     requests, texts = run(made, samplings, [*PROMPTS, PROMPTS[3]])
     assert texts == [[*ids, "length"] for ids in [*alone, alone[3]]]
     assert {request.options.rank for request in requests} == set(range(math.prod(sizes))) and all_free(made)
+
+    def drawn():
+        found = [Sampling(8, temperature=1.0 + i / 10, top_p=0.9, seed=i) for i in range(4)]
+        return [*found, Sampling(8, constraint=Ladder(1)), Sampling(8, temperature=1.5, seed=3, constraint=Ladder(4))]
+
+    assert run(made, drawn(), PROMPTS[:6])[1] == run(engine(), drawn(), PROMPTS[:6])[1] and all_free(made)
 
 
 def test_a_mesh_that_divides_more_than_rows_and_experts_is_refused(network):

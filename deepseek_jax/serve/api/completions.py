@@ -13,7 +13,6 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from deepseek_jax.data.chat import TEMPLATES
 from deepseek_jax.errors import UserError
 from deepseek_jax.serve.api import answers
 from deepseek_jax.serve.api.answers import Usage, chat_delta, piece_delta
@@ -24,11 +23,8 @@ from deepseek_jax.serve.api.requests import ChatBody, TextBody
 from deepseek_jax.serve.api.service import Service
 from deepseek_jax.serve.engine import Sampling
 from deepseek_jax.serve.grammar import Constrained
-from deepseek_jax.serve.reply import Piece, Reply
+from deepseek_jax.serve.reply import PLAIN, Piece, Reply
 from deepseek_jax.serve.worker import Dead
-
-PLAIN = replace(TEMPLATES["v3"], call_format=None)  # a text without thought and calls
-
 
 Tell = Callable[[Choice], dict[str, Any]]  # what a client asked for besides the text
 Arrived = tuple[Choice, list[Piece], str]  # a choice, its new pieces, and why it ended with them, if it did
