@@ -70,9 +70,10 @@ def test_the_prompt_alone_can_be_scored_and_a_cache_changes_nothing(client):
     assert len(drawn.logprobs.tokens) == 9
 
 
-def test_many_long_prompts_with_log_probabilities_take_little_memory(client, engine, network, monkeypatch):
+def test_many_long_prompts_with_log_probabilities_take_little_memory(client, served, network, monkeypatch):
     """On the device lie the scores of what is in flight, and never the logits of a whole prompt."""
-    step, taken = engine.step, []
+    engine, taken = served.worker.engine, []
+    step = engine.step
 
     def measured():
         outputs = step()
