@@ -21,7 +21,7 @@ def test_a_text_is_continued(client, script):
 
 
 def test_a_prompt_of_ids_that_ends_within_a_character_is_not_said_again(served, client, script):
-    """The answer begins with the character's last byte, which alone is no text, streamed or not."""
+    """The answer begins with the character's last byte, which alone is not a character, streamed or whole."""
     script.answer = lambda prompt: [0xA5, *"本!".encode(), BYTES.eos_id]
     body = {"prompt": [*"日".encode(), 0xE6, 0x97], "echo": False}
     text = ask(served, "POST", "/completions", body)[1]["choices"][0]["text"]
