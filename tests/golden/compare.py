@@ -3,6 +3,7 @@
 Loaded by path (tests are no package):  compare = module_at(Path("tests/golden/compare.py")).
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from deepseek_jax.convert.place import place
 from deepseek_jax.layers.base import bind, split
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.models import family
+from deepseek_jax.tree import paths
 
 PROMPT = 8  # as in make_golden.py
 MTP_WEIGHT = 0.3
@@ -41,6 +43,24 @@ def load(directory: Path, published: hf.Published | None = None) -> Model:
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=here), source.abstract)
     return Model(published, source, definition, place(source, target))
+
+
+def read(directory: Path) -> Model:
+    """The same without devices: NumPy arrays of what the file holds."""
+    published = hf.open_published(directory)
+    definition, shapes = abstract(published.family, published.numbers)
+    source = hf.Source(published, shapes)
+    weights = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), source.abstract)
+    flat = paths(weights)
+    for piece in source.pieces():
+        flat[piece.path][piece.index] = piece.array
+    return Model(published, source, definition, weights)
+
+
+def in_float32(model: Model) -> Model:
+    """On a device, as `load` places it: the same programs fit both."""
+    weights = jax.device_put(jax.tree.map(np.float32, model.weights), jax.devices()[0])
+    return dataclasses.replace(model, weights=weights)
 
 
 def abstract(name: str, numbers: dict) -> tuple[nnx.GraphDef, dict]:
@@ -75,7 +95,7 @@ def whole(model: Model, ids_BT: np.ndarray) -> dict[str, np.ndarray]:
 
     run = jax.jit(run)
     (loss, said), gradient = run(model.weights["params"], model.weights["router_bias"], ids_BT)
-    get = hf.from_tree({"params": gradient})
+    get = hf.from_tree({"params": jax.device_get(gradient)})  # on the host, where a slice needs no program
     trained = [tensor for tensor in names.tensors(model.source.abstract) if tensor.places[0][0][0] == "params"]
     gradient = {tensor.name: tensor.to_theirs([get(*place) for place in tensor.places]) for tensor in trained}
     return jax.tree.map(np.asarray, said) | {"loss": float(loss), "gradient": gradient}
