@@ -8,30 +8,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.precision.quantize import quantize_blocks
+from deepseek_jax.precision import quantize
+from pallas_kernels import grouped_matmul as kernels
 from pallas_kernels import mosaic_gpu, tile_table
 from pallas_kernels.fp8_matmul import gpu
-from pallas_kernels.grouped_matmul import (
-    Groups,
-    Scaled,
-    grouped_fp8_matmul,
-    grouped_fp8_weight_gradient,
-    grouped_matmul,
-    grouped_weight_gradient,
-    layout,
-    pipeline,
-    rows,
-    tiles,
-    weights,
+from pallas_kernels.grouped_matmul import Groups, Scaled, layout, pipeline, rows, tiles, weights
+from pallas_kernels.quantize import reference
+
+# One program per call instead of one per operation.
+quantize_rows, quantize_blocks = jax.jit(reference.quantize_rows), jax.jit(quantize.quantize_blocks)
+row_tiles = jax.jit(layout.row_tiles, static_argnums=(1, 2))
+grouped_matmul = jax.jit(kernels.grouped_matmul, static_argnames=("implementation", "transposed"))
+grouped_weight_gradient, grouped_fp8_matmul, grouped_fp8_weight_gradient = (
+    jax.jit(function, static_argnames=("implementation", "out_dtype"))
+    for function in (kernels.grouped_weight_gradient, kernels.grouped_fp8_matmul, kernels.grouped_fp8_weight_gradient)
 )
-from pallas_kernels.quantize.reference import quantize_rows
 
 COUNTS = [[5, 0, 9, 1], [0, 0, 0, 24], [0, 0, 0, 0], [24, 0, 0, 0], [8, 8, 8, 0]]
 REFERENCE = {"implementation": "reference"}
 
 
 def groups_of(counts, align=1):
-    return Groups(jnp.array(counts, jnp.int32), align)
+    return Groups(jnp.asarray(np.array(counts, np.int32)), align)
 
 
 def rows_of(counts, align=1):
@@ -44,8 +42,8 @@ def rows_of(counts, align=1):
 
 
 def draw(n_rows, d, f, n_groups, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(n_rows + d))
-    return jax.random.normal(keys[0], (n_rows, d), dtype), jax.random.normal(keys[1], (n_groups, d, f), dtype)
+    rng = np.random.default_rng(n_rows + d)
+    return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in ((n_rows, d), (n_groups, d, f)))
 
 
 def poisoned(x, counts, align=1):
@@ -53,12 +51,14 @@ def poisoned(x, counts, align=1):
     mine = np.zeros(x.shape[0], bool)
     for first, end in rows_of(counts, align):
         mine[first:end] = True
-    return jnp.where(mine[:, None], x, jnp.nan)
+    x = np.array(x)
+    x[~mine] = np.nan
+    return jnp.asarray(x)
 
 
 def products(x, w, counts, align=1):
     """y in float64, group by group."""
-    x, w = np.asarray(x.astype(jnp.float32), np.float64), np.asarray(w.astype(jnp.float32), np.float64)
+    x, w = (np.asarray(a).astype(np.float64) for a in (x, w))
     y = np.zeros((x.shape[0], w.shape[2]))
     for (first, end), one in zip(rows_of(counts, align), w, strict=True):
         y[first:end] = x[first:end] @ one
@@ -67,12 +67,12 @@ def products(x, w, counts, align=1):
 
 def gradients(x, dy, counts, align=1):
     """dw in float64, group by group."""
-    x, dy = np.asarray(x.astype(jnp.float32), np.float64), np.asarray(dy.astype(jnp.float32), np.float64)
+    x, dy = (np.asarray(a).astype(np.float64) for a in (x, dy))
     return np.stack([x[first:end].T @ dy[first:end] for first, end in rows_of(counts, align)])
 
 
 def assert_near(found, expected, tolerance):
-    found = np.asarray(found.astype(jnp.float32), np.float64)
+    found = np.asarray(found).astype(np.float64)
     assert np.isfinite(found).all()
     assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected)
 
@@ -81,14 +81,14 @@ def assert_near(found, expected, tolerance):
 @pytest.mark.parametrize("counts", COUNTS)
 def test_the_reference_is_a_loop_over_the_groups(counts, align):
     """Rows of no group hold NaN, and give 0."""
-    x, w = draw(40, 6, 7, 4)
-    x, groups = poisoned(x, counts, align), groups_of(counts, align)
+    x, w = map(np.asarray, draw(40, 6, 7, 4))
+    x, groups = np.asarray(poisoned(x, counts, align)), groups_of(counts, align)
     y = grouped_matmul(x, w, groups, **REFERENCE)
     assert_near(y, products(x, w, counts, align), 1e-6)
     y = grouped_matmul(x, w.swapaxes(1, 2), groups, transposed=True, **REFERENCE)
     assert_near(y, products(x, w, counts, align), 1e-6)
-    of_three_layers = jnp.concatenate([w + 1, w, w - 1])
-    y = grouped_matmul(x, of_three_layers, dataclasses.replace(groups, matrix_X=4 + jnp.arange(4)), **REFERENCE)
+    of_three_layers = np.concatenate([w + 1, w, w - 1])
+    y = grouped_matmul(x, of_three_layers, dataclasses.replace(groups, matrix_X=4 + np.arange(4)), **REFERENCE)
     assert_near(y, products(x, w, counts, align), 1e-6)
     dw = grouped_weight_gradient(x, x[:, :5], groups, **REFERENCE)
     assert_near(dw, gradients(x, x[:, :5], counts, align), 1e-6)
@@ -96,9 +96,9 @@ def test_the_reference_is_a_loop_over_the_groups(counts, align):
 
 def fp8_problem(n_rows, d, f, n_groups):
     """Codes and scales of x, of w for the forward pass, and both of x and dy along the rows."""
-    x, w = draw(n_rows, d, f, n_groups)
-    dy = jax.random.normal(jax.random.key(5), (n_rows, f))
-    w = jax.vmap(quantize_blocks)(w.swapaxes(1, 2))
+    x, w = map(np.asarray, draw(n_rows, d, f, n_groups))
+    dy = np.random.default_rng(5).normal(size=(n_rows, f)).astype(np.float32)
+    w = quantize_blocks(w.swapaxes(1, 2))
     return [Scaled(*one) for one in (quantize_rows(x), w, quantize_rows(x.T), quantize_rows(dy.T))]
 
 
@@ -107,14 +107,14 @@ def decoded(codes, scale, block=None):
     columns = np.repeat(np.asarray(scale).T if block is None else np.asarray(scale), 128, axis=1)
     if block is not None:
         columns = np.repeat(columns, 128, axis=0)[: codes.shape[0]]
-    return jnp.asarray(np.asarray(codes.astype(jnp.float32)) * columns[:, : codes.shape[1]])
+    return np.float32(codes) * columns[:, : codes.shape[1]]
 
 
 @pytest.mark.parametrize("counts", [[100, 0, 29], [0, 129, 0], [0, 0, 0]])
 def test_the_fp8_reference_is_a_loop_over_the_groups(counts):
     x, w, x_t, dy_t = fp8_problem(384, 256, 136, 3)
     y = grouped_fp8_matmul(x, w, groups_of(counts), out_dtype=jnp.float32, **REFERENCE)
-    decoded_w = jnp.stack([decoded(*one, block=128) for one in zip(*w, strict=True)]).swapaxes(1, 2)
+    decoded_w = np.stack([decoded(*one, block=128) for one in zip(*jax.device_get(w), strict=True)]).swapaxes(1, 2)
     assert_near(y, products(decoded(*x), decoded_w, counts), 1e-6)
     dw = grouped_fp8_weight_gradient(x_t, dy_t, groups_of(counts, 128), **REFERENCE)
     assert_near(dw, gradients(decoded(*x_t).T, decoded(*dy_t).T, counts, 128), 1e-6)
@@ -136,24 +136,21 @@ def test_the_gradients_are_those_of_the_definition(transposed):
         return jnp.sum(jnp.sin(function(x, w)))
 
     ours = functools.partial(grouped_matmul, groups=groups_of(counts), transposed=transposed, **REFERENCE)
-    found = jax.grad(functools.partial(loss, ours), (0, 1))(x, w)
-    expected = jax.grad(functools.partial(loss, by_rows), (0, 1))(x, w)
+    found, expected = (jax.jit(jax.grad(functools.partial(loss, f), (0, 1)))(x, w) for f in (ours, by_rows))
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_permuted_groups_give_permuted_rows_and_gradients():
     counts, order = [5, 0, 9, 10], [2, 3, 1, 0]
-    x, w = draw(24, 6, 7, 4)
-    pieces = [jnp.arange(first, end) for first, end in rows_of(counts)]
-    moved = jnp.concatenate([pieces[g] for g in order])
+    x, w = map(np.asarray, draw(24, 6, 7, 4))
+    pieces = [np.arange(first, end) for first, end in rows_of(counts)]
+    moved = np.concatenate([pieces[g] for g in order])
     groups, permuted = groups_of(counts), groups_of([counts[g] for g in order])
-    y = grouped_matmul(x, w, groups, **REFERENCE)
-    np.testing.assert_array_equal(grouped_matmul(x[moved], w[jnp.array(order)], permuted, **REFERENCE), y[moved])
-    dw = grouped_weight_gradient(x, x, groups, **REFERENCE)
-    np.testing.assert_allclose(
-        grouped_weight_gradient(x[moved], x[moved], permuted, **REFERENCE), dw[jnp.array(order)], atol=1e-5
-    )
+    y = np.asarray(grouped_matmul(x, w, groups, **REFERENCE))
+    np.testing.assert_array_equal(grouped_matmul(x[moved], w[order], permuted, **REFERENCE), y[moved])
+    dw = np.asarray(grouped_weight_gradient(x, x, groups, **REFERENCE))
+    np.testing.assert_allclose(grouped_weight_gradient(x[moved], x[moved], permuted, **REFERENCE), dw[order], atol=1e-5)
 
 
 @pytest.mark.parametrize("tile_rows", [64, 256])
@@ -161,7 +158,7 @@ def test_permuted_groups_give_permuted_rows_and_gradients():
 @pytest.mark.parametrize("counts", [[0] * 5, [1] * 5, [0, 64, 0, 7, 513], [200, 56, 100, 0, 0], [640, 0, 0, 0, 0]])
 def test_row_tiles_cover_every_row_once(counts, align, tile_rows):
     n_rows = 1280 if align > 1 else 640
-    table = np.asarray(layout.row_tiles(groups_of(counts, align), n_rows, tile_rows))
+    table = np.asarray(row_tiles(groups_of(counts, align), n_rows, tile_rows))
     n_tiles = table[0, -1]
     assert n_tiles <= len(table)
     owner = np.full(n_rows, -1)

@@ -33,9 +33,8 @@ def test_every_visible_block_is_visited_and_no_hidden_pair_goes_unmasked(q_offse
     segments = (ids[:, 33:], ids) if documents else None
     some, every = seen_blocks(sizes, tiles, segments, q_offset)
     for find, matrix in ((visits.visits_of_queries, (some, every)), (visits.visits_of_keys, (some.T, every.T))):
-        for (first, whole_from, whole_to, end), visible, whole in zip(
-            np.asarray(find(sizes, tiles, segments, q_offset))[0], *matrix, strict=True
-        ):
+        found = jax.jit(find, static_argnums=(0, 1, 3))(sizes, tiles, segments, q_offset)
+        for (first, whole_from, whole_to, end), visible, whole in zip(np.asarray(found)[0], *matrix, strict=True):
             block = np.arange(len(visible))
             assert first < end and first <= whole_from <= whole_to <= end
             assert not visible[(block < first) | (block >= end)].any()

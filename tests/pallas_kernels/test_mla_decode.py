@@ -39,6 +39,9 @@ def results(*arrays, implementation="chunked", n_splits=None):
     return decode(*arrays, implementation=implementation, scale=SCALE, n_splits=n_splits)
 
 
+encode, decode_entries = jax.jit(fp8_cache.encode), jax.jit(fp8_cache.decode, static_argnums=1)
+
+
 def attention(q, q_rope, pages, table, lengths) -> tuple:
     """Written out for each token of each sequence, in numpy."""
     o, lse = np.zeros(q.shape), np.full(q.shape[:-1], -np.inf)
@@ -67,44 +70,49 @@ def test_bfloat16_is_as_exact_as_its_roundings():
     """Large logits too, of which one decides."""
     for gain in (1.0, 50.0):
         arrays = inputs(jnp.bfloat16, gain=gain)
-        wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arrays)
+        wide = jax.tree.map(lambda x: np.float32(x) if x.dtype == jnp.bfloat16 else x, arrays)
         (o, lse), (o_right, lse_right) = results(*arrays), results(*wide, implementation="reference")
-        assert np.linalg.norm(o.astype(jnp.float32) - o_right) <= 3e-3 * np.linalg.norm(o_right)
+        assert np.linalg.norm(np.float32(o) - o_right) <= 3e-3 * np.linalg.norm(o_right)
         np.testing.assert_allclose(lse, lse_right, rtol=1e-5, atol=1e-4)
 
 
 def test_neither_neighbours_nor_the_place_of_pages_change_a_bit():
-    q, q_rope, pages, table, lengths = inputs(jnp.bfloat16)
-    o, lse = results(q, q_rope, pages, table, lengths)
+    q, q_rope, pages, table, lengths = jax.device_get(inputs(jnp.bfloat16))
+    o, lse = map(np.asarray, results(q, q_rope, pages, table, lengths))
     order = np.random.default_rng(1).permutation(pages.c.shape[0])
-    moved = Pages(*(jnp.zeros_like(pool).at[order].set(pool) for pool in pages))
-    elsewhere = results(q, q_rope, moved, jnp.asarray(order)[table], lengths)
-    others = q.at[1:].set(7), q_rope, pages, table.at[1:].set(table[0]), lengths.at[1:].set(150)
+    moved = Pages(*(pool[np.argsort(order)] for pool in pages))
+    elsewhere = results(q, q_rope, moved, order[table].astype(table.dtype), lengths)
+    others = (
+        np.concatenate([q[:1], np.full_like(q[1:], 7)]),
+        np.repeat(table[:1], B, axis=0),
+        np.full_like(lengths, 150),
+    )
     for found, expected in zip(elsewhere, (o, lse), strict=True):
         np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(results(*others)[0][0], o[0])
+    np.testing.assert_array_equal(results(others[0], q_rope, pages, *others[1:])[0][0], o[0])
 
 
 def test_one_visible_key_is_copied():
     arrays = inputs(jnp.bfloat16, t=1)
     o, _ = results(*arrays)
-    np.testing.assert_array_equal(o[2, 0], jnp.broadcast_to(arrays[2].c[arrays[3][2, 0], 0], (H, C)))
+    _, _, pages, table, _ = jax.device_get(arrays)
+    np.testing.assert_array_equal(np.asarray(o)[2, 0], np.broadcast_to(pages.c[table[2, 0], 0], (H, C)))
 
 
 def test_a_contiguous_cache_is_pages_in_order():
-    c_BSC, rope_BSP = (jnp.arange(2.0 * 128 * width).reshape(2, 128, width) for width in (C, P))
-    pages, table = contiguous(c_BSC, rope_BSP)
+    c_BSC, rope_BSP = (np.arange(2 * 128 * width, dtype=np.float32).reshape(2, 128, width) for width in (C, P))
+    pages, table = jax.device_get(jax.jit(contiguous)(c_BSC, rope_BSP))
     np.testing.assert_array_equal(pages.c[table].reshape(c_BSC.shape), c_BSC)
     np.testing.assert_array_equal(pages.rope[table].reshape(rope_BSP.shape), rope_BSP)
-    assert contiguous(c_BSC[:, :10], rope_BSP[:, :10])[1].shape == (2, 1)
+    assert jax.eval_shape(contiguous, c_BSC[:, :10], rope_BSP[:, :10])[1].shape == (2, 1)
     with pytest.raises(ValueError, match="100 slots per sequence: expected a multiple of 64"):
         contiguous(c_BSC[:, :100], rope_BSP[:, :100])
 
 
 def test_parts_are_every_page_once_and_even():
-    lengths = jnp.asarray([64 * 10, 1, 0, 64 * 7 + 1])
+    lengths, items = np.array([64 * 10, 1, 0, 64 * 7 + 1], np.int32), jax.jit(work.items, static_argnums=(1, 2))
     for longest_first in (False, True):
-        rows = np.asarray(work.items(lengths, 3, longest_first))
+        rows = np.asarray(items(lengths, 3, longest_first))
         assert sorted(rows[:, 4]) == list(range(12)) and (rows[:, 4] % 4 == rows[:, 0]).all()
         for b, pages in enumerate((10, 1, 0, 8)):
             of_b = rows[rows[:, 0] == b]
@@ -122,14 +130,15 @@ def test_few_sequences_are_divided_and_many_are_not():
 def test_fp8_entries_are_those_published():
     """656 bytes: 512 codes, 4 scales in float32, 64 numbers in bfloat16; a block of zeros stays one."""
     rng = np.random.default_rng(0)
-    c = jnp.asarray(rng.standard_t(3, size=(5, 512)), jnp.bfloat16).at[0, :128].set(0)
-    rope = jnp.asarray(rng.normal(size=(5, 64)), jnp.bfloat16)
-    entries = fp8_cache.encode(c, rope)
+    c = rng.standard_t(3, size=(5, 512)).astype(jnp.bfloat16)
+    c[0, :128] = 0
+    rope = rng.normal(size=(5, 64)).astype(jnp.bfloat16)
+    entries = encode(c, rope)
     assert entries.shape == (5, 656) and entries.dtype == jnp.uint8
     scale = np.asarray(entries)[:, 512:528].view(np.float32)
     tops = np.abs(np.asarray(c, np.float32)).reshape(5, 4, 128).max(axis=2)
     np.testing.assert_allclose(scale, np.where(tops > 0, tops / 448, 1), rtol=1e-6)
-    found, rope_found = fp8_cache.decode(entries, 64)
+    found, rope_found = map(np.asarray, decode_entries(entries, 64))
     np.testing.assert_array_equal(rope_found, rope)
     bound = np.repeat(tops, 128, axis=1) * (2**-4 + 2**-8)  # half a step of E4M3, then of bfloat16
     assert (np.abs(np.asarray(found, np.float32) - np.asarray(c, np.float32)) <= bound).all()
@@ -139,9 +148,9 @@ def test_fp8_entries_are_those_published():
 def test_an_fp8_cache_is_read_as_the_numbers_it_holds():
     """Bytes behind a sequence's end may be anything, NaN as a scale too."""
     arrays = inputs(jnp.bfloat16, widths=(128, P))
-    entries = fp8_cache.encode(*arrays[2])
-    held = Pages(*fp8_cache.decode(entries, P))
-    entries = jnp.where(jnp.isnan(arrays[2].c[..., :1].astype(jnp.float32)), jnp.uint8(255), entries)
+    entries = encode(*arrays[2])
+    held = Pages(*decode_entries(entries, P))
+    entries = np.where(np.isnan(np.float32(arrays[2].c)[..., :1]), np.uint8(255), entries)
     for implementation in ("chunked", "reference"):
         found = results(*arrays[:2], Fp8Pages(entries), *arrays[3:], implementation=implementation)
         expected = results(*arrays[:2], held, *arrays[3:], implementation=implementation)

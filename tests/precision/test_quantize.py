@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 
 from deepseek_jax.convert import safetensors
-from deepseek_jax.precision.quantize import AMAX_FLOOR, E4M3, E8M0, dequantize_blocks, quantize_blocks
+from deepseek_jax.precision import quantize
+from deepseek_jax.precision.quantize import AMAX_FLOOR, E4M3, E8M0
+
+quantize_blocks = jax.jit(quantize.quantize_blocks, static_argnames=("block", "scale"))
+dequantize_blocks = jax.jit(quantize.dequantize_blocks, static_argnames=("dtype", "block"))
 
 SHAPES = [((5, 7), (2, 3)), ((4, 6), (2, 3)), ((2, 3, 5, 4), (4, 4)), ((3, 9), (1, 4)), ((1, 1), (128, 128))]
 
@@ -40,7 +44,7 @@ def bits(x: jax.Array | np.ndarray) -> np.ndarray:
 def test_equals_the_definition_to_the_last_bit(shape, block, scale):
     rng = np.random.default_rng(0)
     w = (rng.normal(size=shape) * 10.0 ** rng.integers(-6, 4, shape)).astype(np.float32)
-    q, scale_inv = jax.jit(quantize_blocks, static_argnums=(1, 2))(w, block, scale)
+    q, scale_inv = quantize_blocks(w, block, scale)
     assert q.dtype == E4M3 and q.shape == w.shape
     assert scale_inv.dtype == (jnp.float32 if scale == "fp32" else E8M0)
     expected = [by_hand(matrix, block, scale) for matrix in w.reshape(-1, *shape[-2:])]
@@ -48,7 +52,7 @@ def test_equals_the_definition_to_the_last_bit(shape, block, scale):
     found = np.float32(scale_inv)
     np.testing.assert_array_equal(found.reshape(-1, *found.shape[-2:]), [s for _, s in expected])
     if shape == (5, 7):
-        for ours, uncompiled in zip((q, scale_inv), quantize_blocks(w, block, scale), strict=True):
+        for ours, uncompiled in zip((q, scale_inv), quantize.quantize_blocks(w, block, scale), strict=True):
             np.testing.assert_array_equal(bits(ours), bits(uncompiled))
 
 
@@ -61,7 +65,7 @@ def test_dequantising_here_and_while_reading_a_file_is_the_same(tmp_path, shape,
     arrays = {"w": np.asarray(q), "w_scale_inv": np.asarray(scale_inv)}
     safetensors.write_directory(tmp_path, [(k, v.shape, v.dtype, lambda v=v: v) for k, v in arrays.items()])
     read = safetensors.open_directory(tmp_path).read_dequantized("w", dtype, block)
-    here = jax.jit(dequantize_blocks, static_argnums=(2, 3))(q, scale_inv, dtype, block)
+    here = dequantize_blocks(q, scale_inv, dtype, block)
     assert read.dtype == here.dtype == dtype
     np.testing.assert_array_equal(bits(read), bits(here))
 
