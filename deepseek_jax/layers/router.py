@@ -179,7 +179,8 @@ def _n_real(routing: Routing, context: Context) -> jax.Array:
 
 def updated_bias(bias: jax.Array, load: jax.Array, rate: float | jax.Array) -> jax.Array:
     """b + gamma * sign(mean load - load), over the last axis (the experts)."""
-    return bias + rate * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
+    # Both sides times the number of experts: a mean is rounded, and then loads that are all alike would move the bias.
+    return bias + rate * jnp.sign(jnp.sum(load, axis=-1, keepdims=True) - load.shape[-1] * load)
 
 
 def max_violation(load: ArrayLike) -> jax.Array:

@@ -12,6 +12,8 @@ from deepseek_jax.layers.grouped import grouped_swiglu, sort_by_expert
 from deepseek_jax.precision import grouped as grouped_matmuls
 from deepseek_jax.precision.grouped import OfLayer, chunk_rows
 
+sort = jax.jit(sort_by_expert, static_argnums=(1, 2, 3))
+sort_pairs = jax.jit(lambda *given: sort_by_expert(*given), static_argnums=1)  # traced once LARGEST_KEY is another
 M, K, X, D, F = 13, 2, 4, 5, 6
 
 
@@ -85,7 +87,7 @@ def test_bfloat16_is_close(inputs):
 
 
 def test_sorting_by_hand():
-    order = sort_by_expert(jnp.array([[2, 0], [1, 3], [0, 2]]), 3)  # 3 means none
+    order = sort(np.array([[2, 0], [1, 3], [0, 2]]), 3)  # 3 means none
     np.testing.assert_array_equal(order.assignment_A, [1, 4, 2, 0, 5, 3])
     np.testing.assert_array_equal(order.row_MK, [[3, 0], [2, 5], [1, 4]])
     np.testing.assert_array_equal(order.count_X, [2, 1, 2])
@@ -94,22 +96,28 @@ def test_sorting_by_hand():
 @pytest.mark.parametrize(("align", "n_rows", "n_sorted"), [(1, 5, 5), (4, 5, 16), (4, None, 16)])
 def test_rows_for_no_more_assignments_than_there_are(align, n_rows, n_sorted):
     """Five assignments of six are to an expert: the sixth has no row, or one after the others, which none computes."""
-    order = sort_by_expert(jnp.array([[2, 0], [1, 3], [0, 2]]), 3, align, n_rows)
+    order = sort(np.array([[2, 0], [1, 3], [0, 2]]), 3, align, n_rows)
     rows_of_middle = 1 if n_sorted == 5 else 2
     assert order.assignment_A.size == n_sorted
-    x_MD = jnp.arange(6.0).reshape(3, 2) + 1
-    rows, back = jax.vjp(lambda x_MD: grouped.to_rows(x_MD, order), x_MD)
-    for found in (grouped.to_tokens(rows, order), back(rows)[0]):
-        np.testing.assert_array_equal(found, x_MD * jnp.array([[2], [rows_of_middle], [2]]))
-    weights, back = jax.vjp(lambda weights_MK: grouped.sort_weights(weights_MK, order), x_MD)
-    np.testing.assert_array_equal(back(weights)[0], [[1, 2], [3, 4 * (rows_of_middle - 1)], [5, 6]])
+    x_MD = np.float32([[1, 2], [3, 4], [5, 6]])
+
+    @jax.jit
+    def there_and_back(x_MD):
+        rows, back = jax.vjp(lambda x_MD: grouped.to_rows(x_MD, order), x_MD)
+        weights, back_to_pairs = jax.vjp(lambda weights_MK: grouped.sort_weights(weights_MK, order), x_MD)
+        return grouped.to_tokens(rows, order), *back(rows), *back_to_pairs(weights)
+
+    *tokens, pairs = there_and_back(x_MD)
+    for found in tokens:
+        np.testing.assert_array_equal(found, x_MD * np.array([[2], [rows_of_middle], [2]]))
+    np.testing.assert_array_equal(pairs, [[1, 2], [3, 4 * (rows_of_middle - 1)], [5, 6]])
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_both_ways_of_sorting_agree(name, monkeypatch):
-    by_key = sort_by_expert(jnp.asarray(ROUTINGS[name]), X)
+    by_key = sort(ROUTINGS[name], X)
     monkeypatch.setattr(grouped, "LARGEST_KEY", 0)
-    by_pairs = sort_by_expert(jnp.asarray(ROUTINGS[name]), X)
+    by_pairs = sort_pairs(ROUTINGS[name], X)
     np.testing.assert_array_equal(by_pairs.assignment_A, np.argsort(ROUTINGS[name].reshape(-1), kind="stable"))
     for one, other in zip(by_key, by_pairs, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -135,8 +143,13 @@ def test_rows_of_a_chunk(n_rows, n_experts, expected):
 def test_one_token_takes_its_experts_out_of_the_stack_without_sorting(inputs, experts):
     """Equal to what all experts of the layer give; nowhere if it goes to none."""
     x_MD, _, weights_MK, *weights = inputs[0], None, inputs[1], *inputs[2:]
-    stacks = [jnp.stack([w + 1, w]) for w in weights]
-    of_layer = dict(zip(("gate_XDF", "up_XDF", "down_XFD"), (OfLayer(w, 1) for w in stacks), strict=True))
-    arguments = x_MD[:1], jnp.array(experts), weights_MK[:1]
-    expected = dense(*arguments, **dict(zip(of_layer, weights, strict=True)))
-    np.testing.assert_allclose(grouped_swiglu(*arguments, **of_layer), expected, rtol=1e-5, atol=1e-5)
+    stacks = [np.stack([w + 1, w]) for w in weights]
+    arguments = x_MD[:1], np.array(experts), weights_MK[:1]
+    expected, found = jax.jit(dense_and_of_layer)(arguments, weights, stacks)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def dense_and_of_layer(arguments, weights, stacks) -> tuple:
+    names = "gate_XDF", "up_XDF", "down_XFD"
+    of_layer = dict(zip(names, (OfLayer(w, 1) for w in stacks), strict=True))
+    return dense(*arguments, **dict(zip(names, weights, strict=True))), grouped_swiglu(*arguments, **of_layer)

@@ -24,13 +24,18 @@ from deepseek_jax.layers.router import (
 )
 
 
-def logit(scores) -> jax.Array:
+def logit(scores) -> np.ndarray:
     scores = np.float64(scores)
-    return jnp.float32(np.log(scores / (1 - scores)))[None, None]
+    return np.float32(np.log(scores / (1 - scores)))[None, None]
+
+
+def by_jit(function, *arguments, **sizes):
+    """What a function of these arrays returns, on the host: one program instead of one per operation."""
+    return jax.device_get(jax.jit(functools.partial(function, **sizes))(*arguments))
 
 
 def choose(scores, bias, **sizes) -> tuple[list, list]:
-    routing = sigmoid_biased_topk(logit(scores), jnp.float32(bias), **sizes)
+    routing = by_jit(sigmoid_biased_topk, logit(scores), np.float32(bias), **sizes)
     return routing.experts_BTK[0, 0].tolist(), routing.weights_BTK[0, 0].tolist()
 
 
@@ -50,7 +55,8 @@ def test_a_group_is_as_good_as_its_two_best():
 def test_one_group_kept_whole_and_groups_of_one():
     choice = jnp.float32([[[0.3, -0.2, 0.9]]])
     assert keep_best_groups(choice, 1, 1, n_best=2) is choice
-    np.testing.assert_array_equal(keep_best_groups(choice, 3, 2, n_best=2)[0, 0], np.float32([0.3, -np.inf, 0.9]))
+    best = by_jit(keep_best_groups, choice, n_groups=3, top_groups=2, n_best=2)
+    np.testing.assert_array_equal(best[0, 0], np.float32([0.3, -np.inf, 0.9]))
 
 
 def test_the_bias_chooses_and_does_not_weigh():
@@ -80,30 +86,30 @@ def test_gradient_reaches_the_centroids_and_never_the_bias(filled):
 
 def test_scores_are_float32_whatever_comes_in(filled):
     route = functools.partial(sigmoid_biased_topk, top_k=1, n_groups=1, top_groups=1, scale=1.0)
-    router = bind(*filled(lambda: Router(4, 3, 0.1, route, rngs=nnx.Rngs(0))))
-    routing = router(jnp.ones((1, 2, 4), jnp.bfloat16))
+    parts = filled(lambda: Router(4, 3, 0.1, route, rngs=nnx.Rngs(0)))
+    routing = jax.eval_shape(lambda x_BTD: bind(*parts)(x_BTD), jax.ShapeDtypeStruct((1, 2, 4), jnp.bfloat16))
     assert routing.scores_BTE.dtype == routing.weights_BTK.dtype == jnp.float32
 
 
 def test_the_bias_moves_by_gamma_or_not_at_all():
     gamma = 0.125
-    load = jnp.float32([[1, 3, 2], [2, 2, 2]])
-    moved = updated_bias(jnp.float32([[0.5, 0.5, 0.5], [1, 2, 3]]), load, gamma)
+    load = np.float32([[1, 3, 2], [2, 2, 2]])
+    moved = by_jit(updated_bias, np.float32([[0.5, 0.5, 0.5], [1, 2, 3]]), load, gamma)
     np.testing.assert_array_equal(moved, [[0.625, 0.375, 0.5], [1, 2, 3]])
 
 
 def test_load_and_violation():
-    load = expert_load(jnp.array([[[0, 2], [0, 1], [0, 2]]]), 4)
+    load = by_jit(expert_load, np.array([[[0, 2], [0, 1], [0, 2]]]), n_experts=4)
     np.testing.assert_array_equal(load, [3, 1, 2, 0])
-    assert float(max_violation(load)) == pytest.approx((3 - 1.5) / 1.5)
-    assert float(max_violation(jnp.ones(5))) == 0
-    assert max_violation(jnp.array([[1.0, 2.0, 3.0], [4.0, 4.0, 4.0], [0.0, 0.0, 0.0]])).tolist() == [0.5, 0.0, 0.0]
+    assert float(by_jit(max_violation, load)) == pytest.approx((3 - 1.5) / 1.5)
+    loads = np.float32([[1, 1, 1], [1, 2, 3], [4, 4, 4], [0, 0, 0]])
+    assert by_jit(max_violation, loads).tolist() == [0, 0.5, 0, 0]
 
 
 def test_balance_loss_is_one_when_balanced():
-    experts = jnp.array([[[0, 1], [2, 3]]])
-    routing = Routing(experts, jnp.ones((1, 2, 2)), jnp.full((1, 2, 4), 0.7))
-    np.testing.assert_allclose(sequence_balance(routing)["expert_balance"], [1.0], rtol=1e-6)
+    experts = np.array([[[0, 1], [2, 3]]])
+    routing = Routing(experts, np.ones((1, 2, 2), np.float32), np.full((1, 2, 4), 0.7, np.float32))
+    np.testing.assert_allclose(by_jit(sequence_balance, routing)["expert_balance"], [1.0], rtol=1e-6)
 
 
 def test_balance_loss_is_equations_17_to_20():
@@ -117,14 +123,15 @@ def test_balance_loss_is_equations_17_to_20():
             f = E / (K * T) * sum(i in experts[b, t] for t in range(T))
             P = sum(scores[b, t, i] / scores[b, t].sum() for t in range(T)) / T
             expected[b] += f * P
-    got = sequence_balance(Routing(jnp.array(experts), jnp.ones((B, T, K)), jnp.float32(scores)))
+    got = by_jit(sequence_balance, Routing(experts, np.ones((B, T, K), np.float32), np.float32(scores)))
     np.testing.assert_allclose(got["expert_balance"], expected, rtol=1e-5)
 
 
 def test_softmax_choice_by_hand():
     """V2: the group of the single best expert wins, though the other two are better together; weights as they are."""
     scores = np.float64([0.4, 0.05, 0.3, 0.25])
-    routing = softmax_topk(jnp.float32(np.log(scores))[None, None], top_k=2, n_groups=2, top_groups=1, scale=16.0)
+    logits = np.float32(np.log(scores))[None, None]
+    routing = by_jit(softmax_topk, logits, top_k=2, n_groups=2, top_groups=1, scale=16.0)
     assert routing.experts_BTK[0, 0].tolist() == [0, 1]
     assert routing.weights_BTK[0, 0].tolist() == pytest.approx([16 * 0.4, 16 * 0.05], rel=1e-5)
     np.testing.assert_allclose(routing.scores_BTE[0, 0], scores, rtol=1e-5)
@@ -144,24 +151,30 @@ def test_grouped_balance_is_equations_23_to_31():
             sent = D / (M * T) * sum(any(i in experts[b, t] for i in group) for t in range(T))
             expected[1, b] += np.mean([f[i] for i in group]) * P[group].sum()
             expected[2, b] += sent * P[group].sum()
-    routing = Routing(jnp.array(experts), jnp.ones((B, T, K)), jnp.float32(scores))
-    got = grouped_balance(routing, n_groups=D, top_groups=M)
-    assert list(got) == ["expert_balance", "device_balance", "communication_balance"]
-    for loss, want in zip(got.values(), expected, strict=True):
-        np.testing.assert_allclose(loss, want, rtol=1e-5)
-    np.testing.assert_allclose(got["expert_balance"], sequence_balance(routing)["expert_balance"], rtol=1e-5)
+    routing = Routing(experts, np.ones((B, T, K), np.float32), np.float32(scores))
+    got = by_jit(grouped_balance, routing, n_groups=D, top_groups=M)
+    names = ["expert_balance", "device_balance", "communication_balance"]
+    assert set(got) == set(names)
+    for name, want in zip(names, expected, strict=True):
+        np.testing.assert_allclose(got[name], want, rtol=1e-5)
+    one = by_jit(sequence_balance, routing)["expert_balance"]
+    np.testing.assert_allclose(got["expert_balance"], one, rtol=1e-5)
 
 
 def test_padding_is_routed_nowhere_and_balances_nothing():
     """Balance losses and loads of a padded sequence are those of its text; a sequence of padding has none."""
     logits = np.random.default_rng(0).normal(size=(2, 12, 8)).astype(np.float32)
     real = np.arange(12) < np.array([[7], [0]])
-    whole = softmax_topk(jnp.asarray(logits), top_k=3, n_groups=4, top_groups=2, scale=1.0)
-    padded = without_padding(whole, jnp.asarray(real))
-    text = jax.tree.map(lambda x: x[:1, :7], whole)
+
+    def balance(routing):
+        return grouped_balance(routing, n_groups=4, top_groups=2), expert_load(routing.experts_BTK, 8)
+
+    whole = by_jit(softmax_topk, logits, top_k=3, n_groups=4, top_groups=2, scale=1.0)
+    padded = by_jit(without_padding, whole, real)
     np.testing.assert_array_equal(padded.experts_BTK[0, 7:], 8)
-    np.testing.assert_array_equal(expert_load(padded.experts_BTK, 8), expert_load(text.experts_BTK, 8))
-    expected = grouped_balance(text, n_groups=4, top_groups=2)
-    for name, got in grouped_balance(padded, n_groups=4, top_groups=2).items():
+    found, load = by_jit(balance, padded)
+    expected, load_of_text = by_jit(balance, jax.tree.map(lambda x: x[:1, :7], whole))
+    np.testing.assert_array_equal(load, load_of_text)
+    for name, got in found.items():
         np.testing.assert_allclose(got, [float(expected[name][0]), 0.0], rtol=1e-6)
     assert without_padding(whole, None) is whole

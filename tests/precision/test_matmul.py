@@ -18,7 +18,7 @@ from deepseek_jax.configs import base
 from deepseek_jax.errors import UserError
 from deepseek_jax.kernels import Kernels
 from deepseek_jax.layers.attention import causal_attention
-from deepseek_jax.layers.base import SINGLE_DEVICE
+from deepseek_jax.layers.base import SINGLE_DEVICE, bind
 from deepseek_jax.layers.gqa import GQA, GQAConfig
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.models import family
@@ -69,13 +69,17 @@ def test_the_loop_over_chunks_is_the_definition_that_the_kernel_is_tested_agains
 
 def test_experts_found_in_a_stack_of_layers_are_those_of_the_layer():
     rng = np.random.default_rng(0)
-    x, w_LXDF = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((9, 3), (2, 3, 3, 4)))
-    counts = jnp.array([4, 0, 3])
-    for number in (1, jnp.int32(1)):
+    x, w_LXDF = (rng.normal(size=shape).astype(np.float32) for shape in ((9, 3), (2, 3, 3, 4)))
+    counts = np.array([4, 0, 3], np.int32)
+
+    def both(x, w_LXDF, number):
         of_layer = OfLayer(w_LXDF, number)
         assert of_layer.shape == (3, 3, 4) and of_layer.astype(jnp.float32) is of_layer
-        np.testing.assert_array_equal(of_layer.astype(jnp.bfloat16), w_LXDF[1].astype(jnp.bfloat16))
-        np.testing.assert_array_equal(grouped_matmul(x, of_layer, counts), grouped_matmul(x, w_LXDF[1], counts))
+        return of_layer.astype(jnp.bfloat16), grouped_matmul(x, of_layer, counts)
+
+    expected = w_LXDF[1].astype(jnp.bfloat16), jax.jit(grouped_matmul)(x, w_LXDF[1], counts)
+    for found in (jax.jit(both, static_argnums=2)(x, w_LXDF, 1), jax.jit(both)(x, w_LXDF, np.int32(1))):
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @pytest.mark.parametrize("name, device", [("mosaic_gpu", "a Hopper GPU"), ("mosaic_tpu", "a TPU")])
@@ -155,11 +159,18 @@ def test_a_new_kernel_is_a_line_of_the_table(filled, monkeypatch):
     module.doubled = doubled
     monkeypatch.setitem(sys.modules, "planted_kernels", module)
     monkeypatch.setitem(kernels.TABLE["attention"], "doubled", "planted_kernels:doubled")
-    attention = GQA(GQAConfig(2, 1, 4), 6, rngs=nnx.Rngs(0))
-    x_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 6)), jnp.float32)
-    plain = attention(x_BTD)
-    attention.kernels = Kernels(attention="doubled")
-    np.testing.assert_allclose(attention(x_BTD), 2 * plain, rtol=1e-5)
+    parts = filled(lambda: GQA(GQAConfig(2, 1, 4), 6, rngs=nnx.Rngs(0)))
+    x_BTD = np.random.default_rng(0).normal(size=(1, 5, 6)).astype(np.float32)
+
+    @jax.jit
+    def both(x_BTD):
+        attention = bind(*parts)
+        plain = attention(x_BTD)
+        attention.kernels = Kernels(attention="doubled")
+        return plain, attention(x_BTD)
+
+    plain, twice = both(x_BTD)
+    np.testing.assert_allclose(twice, 2 * plain, rtol=1e-5)
 
 
 def test_an_unknown_kernel_is_an_error_that_lists_the_known_ones():
