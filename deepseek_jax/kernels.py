@@ -32,6 +32,10 @@ TABLE = {
         "mosaic_gpu": "deepseek_jax.precision.grouped:on_hopper",  # Hopper, bf16, widths that are multiples of 128
         "mosaic_tpu": "deepseek_jax.precision.grouped:on_tpu",  # the same on TPUs
     },
+    "token_experts": {  # of a step of one token, whose weights lie in the stack of all layers
+        "xla": "deepseek_jax.layers.grouped:by_three_products",  # each by `grouped_matmul`
+        "mosaic_gpu": "deepseek_jax.layers.grouped:in_one_pass_on_hopper",  # Hopper, bf16, widths as of grouped_matmul
+    },
     "quantize": {  # of activations in blocks, along both axes; this and the next five: precision fp8, Hopper as above
         "xla": "deepseek_jax.precision.fp8_kernels:quantize",
         "mosaic_gpu": "deepseek_jax.precision.fp8_kernels:quantize_on_hopper",

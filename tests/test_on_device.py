@@ -62,7 +62,12 @@ def test_a_gpu_reads_one_array_per_layer_with_the_axes_that_are_summed_over_insi
     jax.tree_util.tree_map_with_path(check, params, logical_axes(module)[0], read)
 
 
-HOPPER = {"grouped_matmul": "mosaic_gpu", "latent_decode": "by_size", "attention": "mosaic_gpu"}
+HOPPER = {
+    "grouped_matmul": "mosaic_gpu",
+    "token_experts": "mosaic_gpu",
+    "latent_decode": "by_size",
+    "attention": "mosaic_gpu",
+}
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.precision.grouped import Matrices, OfLayer
+from deepseek_jax.errors import UserError
+from deepseek_jax.precision.grouped import Matrices, OfLayer, matrices_of
 from deepseek_jax.precision.matmul import PLAIN, Matmul
+from pallas_kernels import token_experts
 
 LARGEST_KEY = 2**31  # sort keys are int32
+Weights = tuple[OfLayer, OfLayer, OfLayer]  # gate, up and down
 
 
 class Order(NamedTuple):
@@ -140,16 +143,50 @@ def grouped_swiglu(
 
 
 def _swiglu_of_one(
-    x_1D: jax.Array, expert_K: jax.Array, weight_K: jax.Array, weights: tuple[OfLayer, ...], matmul: Matmul
+    x_1D: jax.Array, expert_K: jax.Array, weight_K: jax.Array, weights: Weights, matmul: Matmul
 ) -> jax.Array:
-    """`grouped_swiglu` of one token: a row per expert in the order of its choice, so that nothing is sorted or counted.
+    """`grouped_swiglu` of one token, by the implementation of "token_experts" that the run names.
 
-    Where there is no expert, the row is that of the last one, times 0.
+    Where there is no expert, the output is that of the last one, times 0.
     """
-    n_experts, k = weights[0].shape[0], expert_K.size
-    gate_KDF, up_KDF, down_KFD = (w._replace(chosen_X=jnp.minimum(expert_K, n_experts - 1)) for w in weights)
+    n_experts = weights[0].shape[0]
+    factor_K = jnp.where(expert_K < n_experts, weight_K, 0)
+    chosen = tuple(w._replace(chosen_X=jnp.minimum(expert_K, n_experts - 1)) for w in weights)
+    return matmul.kernels["token_experts"](x_1D, factor_K, chosen, matmul)
+
+
+def by_three_products(x_1D: jax.Array, factor_K: jax.Array, chosen: Weights, matmul: Matmul) -> jax.Array:
+    """Returns y_1D = sum_k factor_k SwiGLU_k(x), a row per expert in the order of its choice: nothing is sorted.
+
+    Args:
+        x_1D: the token.
+        factor_K: of each chosen expert's output.
+        chosen: gate, up and down of the chosen experts.
+        matmul: multiplies rows with them.
+    """
+    gate_KDF, up_KDF, down_KFD = chosen
+    k = factor_K.size
     x_KD, count_K = jnp.broadcast_to(x_1D, (k, x_1D.shape[1])), jnp.ones(k, jnp.int32)
     gate_KF, up_KF = (matmul.grouped(x_KD, w_KDF, count_K) for w_KDF in (gate_KDF, up_KDF))
-    hidden_KF = matmul.swiglu(gate_KF, up_KF, jnp.where(expert_K < n_experts, weight_K, 0))
-    y_KD = matmul.grouped(hidden_KF, down_KFD, count_K)
+    y_KD = matmul.grouped(matmul.swiglu(gate_KF, up_KF, factor_K), down_KFD, count_K)
     return functools.reduce(jnp.add, (y_KD[i : i + 1] for i in range(k)))
+
+
+_lowered_once = jax.jit(token_experts.experts, static_argnames="implementation")  # for all layers of a program
+
+
+def in_one_pass_on_hopper(x_1D: jax.Array, factor_K: jax.Array, chosen: Weights, matmul: Matmul) -> jax.Array:
+    """As `by_three_products`, by a kernel that reads each expert's weights once and keeps float32 in between.
+
+    Raises UserError on another device than a Hopper GPU, and for another dtype than bfloat16 or other widths.
+    """
+    del matmul
+    matrices = (matrices_of(w.astype(x_1D.dtype)) for w in chosen)
+    (gate, matrix_K), (up, _), (down, _) = matrices
+    try:
+        y_D = _lowered_once(x_1D[0], gate, up, down, matrix_K, factor_K, implementation="mosaic_gpu")
+    except ValueError as error:
+        raise UserError(
+            f"kernels.token_experts='mosaic_gpu': {error} In a run, config.kernels.token_experts=xla."
+        ) from error
+    return y_D[None]

@@ -103,7 +103,7 @@ def vjp_input(g_AF: jax.Array, w_XDF: jax.Array, count_X: jax.Array) -> jax.Arra
 
 def _rows_times(x_AD: jax.Array, w_XDF: Matrices, count_X: jax.Array, *, contract: int) -> jax.Array:
     n_rows, width = x_AD.shape
-    matrices, matrix_X = _matrices(w_XDF)
+    matrices, matrix_X = matrices_of(w_XDF)
     chunk = chunk_rows(n_rows, count_X.size)
     plan = _plan(count_X, n_rows, chunk)
     padded = jnp.pad(x_AD, ((0, chunk), (0, 0)))
@@ -119,7 +119,7 @@ def _rows_times(x_AD: jax.Array, w_XDF: Matrices, count_X: jax.Array, *, contrac
     return jnp.where((jnp.arange(n_rows) < jnp.sum(count_X))[:, None], out, 0)
 
 
-def _matrices(w_XDF: Matrices) -> tuple[jax.Array, jax.Array]:
+def matrices_of(w_XDF: Matrices) -> tuple[jax.Array, jax.Array]:
     """Returns the matrices of all layers, or of the one that there is, and which of them is each expert's."""
     if not isinstance(w_XDF, OfLayer):
         return w_XDF, jnp.arange(len(w_XDF))
@@ -183,7 +183,7 @@ _lowered_once = jax.jit(kernels.grouped_matmul, static_argnames="implementation"
 
 
 def _by_kernel(implementation: str, x_AD: jax.Array, w_XDF: Matrices, count_X: jax.Array) -> jax.Array:
-    matrices, matrix_X = _matrices(w_XDF)
+    matrices, matrix_X = matrices_of(w_XDF)
     groups = kernels.Groups(count_X, matrix_X=matrix_X if isinstance(w_XDF, OfLayer) else None)
     try:
         return _lowered_once(x_AD, matrices, groups, implementation=implementation)

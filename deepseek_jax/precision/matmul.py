@@ -35,6 +35,10 @@ class Matmul(Protocol):
     finds_layer: ClassVar[bool]  # whether `grouped` takes weights as `precision.grouped.OfLayer`
     wire: ClassVar[Wire]  # how rows travel to the experts of other devices
 
+    @property
+    def kernels(self) -> Kernels:
+        """The implementations of the operations that it is made of."""
+
     def operand(self, x: jax.Array) -> Operand:
         """Returns activations ready for several products: what a format computes of them is computed once."""
 
@@ -67,7 +71,7 @@ class Matmul(Protocol):
 class PlainMatmul:
     """Products in the dtype of the activations, to which the weights are cast; every backend sums them in float32."""
 
-    kernels: Kernels = XLA  # the implementation of `grouped`
+    kernels: Kernels = XLA  # the implementations of `grouped` and of the experts of one token
 
     align: ClassVar[int] = 1
     finds_layer: ClassVar[bool] = True

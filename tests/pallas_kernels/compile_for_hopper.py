@@ -35,6 +35,7 @@ from pallas_kernels.mla_attention import gpu_backward, gpu_forward  # noqa: E402
 from pallas_kernels.mla_decode import gpu as latent_decode  # noqa: E402
 from pallas_kernels.mla_decode import gpu_load, gpu_plan  # noqa: E402
 from pallas_kernels.quantize import gpu as quantise  # noqa: E402
+from pallas_kernels.token_experts import gpu as token_experts  # noqa: E402
 
 # What the compiler must know of a chip of compute capability 9.0; the figures are an H100's.
 CHIP = """
@@ -207,7 +208,17 @@ def decode() -> dict:
     return calls
 
 
-PARTS = {"decode": decode, "dense": dense, "grouped": grouped, "attention": attention}
+def of_one_token() -> dict:
+    """The experts of one token: V2-Lite's and V3's."""
+    calls = {}
+    for d, f, k in ((2048, 1408, 6), (7168, 2048, 8)):
+        weights = ((64, d, f), BF16), ((64, d, f), BF16), ((64, f, d), BF16)
+        operands = ((d,), BF16), *weights, ((k,), jnp.int32), ((k,), F32)
+        calls[f"token_experts {k}x{d}x{f}"] = token_experts.experts, operands
+    return calls
+
+
+PARTS = {"of one token": of_one_token, "decode": decode, "dense": dense, "grouped": grouped, "attention": attention}
 
 
 def main(parts: list[str]) -> None:

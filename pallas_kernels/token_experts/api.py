@@ -1,0 +1,56 @@
+"""The public function: arguments are checked once, then the named implementation runs."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.token_experts import reference
+
+IMPLEMENTATIONS = ("reference", "mosaic_gpu")
+
+
+def experts(
+    x_D: jax.Array,
+    gate_XDF: jax.Array,
+    up_XDF: jax.Array,
+    down_XFD: jax.Array,
+    chosen_K: jax.Array,
+    weight_K: jax.Array,
+    *,
+    implementation: str,
+) -> jax.Array:
+    """Returns y_D in the dtype of x: the weighted sum of the chosen experts' SwiGLUs of one token.
+
+    y = sum_k g_k down_k^T (silu(gate_k^T x) * (up_k^T x)), k over the chosen experts; sums are float32.
+
+    Args:
+        x_D: the token.
+        gate_XDF, up_XDF, down_XFD: the weights of all experts in the dtype of x, of which the chosen ones are read.
+        chosen_K: numbers of the chosen experts, int32, 0 to X - 1.
+        weight_K: factor g of each one's output, float32.
+        implementation: "reference" (any device, copies the chosen weights) or "mosaic_gpu" (Hopper: bfloat16, D a
+            multiple of 256, F of 64). There is no fallback from one to another.
+
+    Raises:
+        ValueError: arguments that do not fit together, or that the implementation does not support.
+    """
+    d, (x, f) = x_D.shape[-1], gate_XDF.shape[::2]
+    shapes = [array.shape for array in (x_D, gate_XDF, up_XDF, down_XFD, chosen_K, weight_K)]
+    if shapes != [(d,), (x, d, f), (x, d, f), (x, f, d), chosen_K.shape[:1], chosen_K.shape[:1]]:
+        raise ValueError(
+            f"x, gate, up, down, chosen, weight {shapes}: expected [D], [X, D, F] twice, [X, F, D], [K] twice."
+        )
+    if len({array.dtype for array in (x_D, gate_XDF, up_XDF, down_XFD)}) > 1:
+        raise ValueError(
+            f"x {x_D.dtype}, weights {gate_XDF.dtype}, {up_XDF.dtype}, {down_XFD.dtype}: expected one dtype."
+        )
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: unknown. Choose one of {', '.join(IMPLEMENTATIONS)}.")
+    arrays = x_D, gate_XDF, up_XDF, down_XFD, chosen_K.astype(jnp.int32), weight_K.astype(jnp.float32)
+    if implementation == "reference":
+        return reference.experts(*arrays).astype(x_D.dtype)
+    from pallas_kernels import mosaic_gpu  # Mosaic GPU is not part of every JAX build
+    from pallas_kernels.token_experts import gpu
+
+    gpu.check(x_D.dtype, d, f)
+    mosaic_gpu.check_hopper(implementation)
+    return gpu.experts(*arrays)

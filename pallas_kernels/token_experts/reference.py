@@ -1,0 +1,24 @@
+"""The definition in plain jax.numpy; each chosen expert's weights are copied first.
+
+Paper: V3 section 2.1.2, eq. 12.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def experts(
+    x_D: jax.Array,
+    gate_XDF: jax.Array,
+    up_XDF: jax.Array,
+    down_XFD: jax.Array,
+    chosen_K: jax.Array,
+    weight_K: jax.Array,
+) -> jax.Array:
+    """Returns y_D, summed in float32, in the dtype of x."""
+    x_D, gate_KDF, up_KDF, down_KFD = (
+        array.astype(jnp.float32) for array in (x_D, gate_XDF[chosen_K], up_XDF[chosen_K], down_XFD[chosen_K])
+    )
+    gate_KF, up_KF = (jnp.einsum("D,KDF->KF", x_D, w_KDF, precision="highest") for w_KDF in (gate_KDF, up_KDF))
+    hidden_KF = weight_K[:, None] * jax.nn.silu(gate_KF) * up_KF
+    return jnp.einsum("KF,KFD->D", hidden_KF, down_KFD, precision="highest")

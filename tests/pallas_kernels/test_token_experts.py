@@ -1,0 +1,68 @@
+"""The experts of one token: the definition against a loop over experts, the interpreted kernel against both."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import mosaic_gpu
+from pallas_kernels.token_experts import experts
+
+
+def inputs(d: int, f: int, n_experts: int, chosen: list[int], dtype=jnp.float32) -> tuple:
+    """A token, weights with NaN in all experts that it does not visit, its choice."""
+    rng = np.random.default_rng(0)
+    there = np.where(np.isin(np.arange(n_experts), chosen), 1, np.nan)[:, None, None]
+    x_D = rng.normal(size=d)
+    weights = [there * rng.normal(size=(n_experts, *size)) / np.sqrt(size[0]) for size in ((d, f), (d, f), (f, d))]
+    arrays = [jnp.asarray(array, dtype) for array in (x_D, *weights)]
+    return *arrays, jnp.array(chosen, jnp.int32), jnp.asarray(rng.random(len(chosen)), jnp.float32)
+
+
+def test_the_definition_is_the_weighted_sum_of_the_chosen_experts():
+    x_D, gate, up, down, chosen, weight = arrays = inputs(6, 4, 5, [3, 0, 3])
+    y_D = sum(w * (jax.nn.silu(x_D @ gate[i]) * (x_D @ up[i])) @ down[i] for i, w in zip(chosen, weight, strict=True))
+    np.testing.assert_allclose(experts(*arrays, implementation="reference"), y_D, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not mosaic_gpu.can_interpret(), reason="needs JAX 0.11.2 or later")
+def test_the_kernel_is_the_definition():
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    from pallas_kernels.token_experts import gpu
+
+    arrays = inputs(512, 128, 4, [3, 1], jnp.bfloat16)
+    right = experts(
+        *(a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a for a in arrays), implementation="reference"
+    )
+    y_D = gpu.experts(*arrays, interpret=plgpu.InterpretGPUParams())
+    assert np.linalg.norm(y_D.astype(jnp.float32) - right) <= 3e-3 * np.linalg.norm(right)
+
+
+@pytest.mark.parametrize(
+    ("d", "f", "dtype", "name", "message"),
+    [
+        (256, 64, jnp.float32, "mosaic_gpu", "float32, D=256, F=64; expected bfloat16"),
+        (
+            128,
+            64,
+            jnp.bfloat16,
+            "mosaic_gpu",
+            "bfloat16, D=128, F=64; expected bfloat16 and multiples of 256, up to 8192, and 64",
+        ),
+        (256, 64, jnp.bfloat16, "mosaic_gpu", "needs a Hopper GPU"),
+        (4, 4, jnp.float32, "cuda", "implementation='cuda': unknown. Choose one of reference, mosaic_gpu"),
+    ],
+)
+def test_what_it_does_not_take(d, f, dtype, name, message):
+    with pytest.raises(ValueError, match=message):
+        experts(*inputs(d, f, 2, [0], dtype), implementation=name)
+
+
+def test_arguments_that_do_not_fit_together():
+    x_D, gate, up, down, chosen, weight = inputs(6, 4, 2, [1])
+    with pytest.raises(ValueError, match=r"expected \[D\], \[X, D, F\] twice"):
+        experts(x_D, gate, up, gate, chosen, weight, implementation="reference")
+    with pytest.raises(ValueError, match="expected one dtype"):
+        experts(x_D, gate, up, down.astype(jnp.bfloat16), chosen, weight, implementation="reference")
