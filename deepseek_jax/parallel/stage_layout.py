@@ -2,8 +2,10 @@
 
 A stack of L layers is `[L, ...]` in a checkpoint and on one device. In a pipeline it is `[ranks x chunks x slots,
 ...]`, split over the ranks: each stage has as many slots as the stage with most layers of that stack needs; a slot that
-is left over repeats some layer and is never run. A rank holds one stage per chunk (`parallel.schedule`). DualPipe runs
-each stage on two ranks but stores it on one: in every step the weights go to the opposite rank and gradients come back.
+is left over repeats some layer and is never run. A rank holds one stage per chunk (`parallel.schedule`). The chunks of a
+rank share the slots of a stack if at most one of them has layers of it, like the dense layers of V3, which are in the
+first stage. DualPipe runs each stage on two ranks but stores it on one: in every step the weights go to the opposite
+rank and gradients come back.
 """
 
 import functools
@@ -76,12 +78,20 @@ class StageLayout:
             found[rank, chunk, : part.stop - part.start] = range(part.start, part.stop)
         return found
 
+    def is_shared(self, stack: str) -> bool:
+        """Whether the chunks of a rank share the slots of a stack: no rank has layers of it in two of them."""
+        return bool(((self.layers(stack) >= 0).any(axis=2).sum(axis=1) <= 1).all())
+
     def stored_layers(self, stack: str) -> np.ndarray:
-        """Number of the layer in each slot of the stages that a rank stores, [ranks, stored, slots], int32; or -1."""
-        return np.take_along_axis(self.layers(stack), self.stored_chunks[:, :, None], axis=1)
+        """Number of the layer in each slot of the stages that a rank stores, [ranks, stored, slots], int32; or -1.
+
+        Of slots that chunks share there is one set, as if a rank stored one stage.
+        """
+        found = np.take_along_axis(self.layers(stack), self.stored_chunks[:, :, None], axis=1)
+        return found.max(axis=1, keepdims=True) if self.is_shared(stack) else found
 
     def staged(self, tree: Tree) -> Tree:
-        """Weights `[L, ...]` of stacks as `[ranks x chunks x slots, ...]`; all others as they are."""
+        """Weights `[L, ...]` of stacks as `[ranks x stored x slots, ...]`; all others as they are."""
         return self._stacks(tree, lambda name: np.maximum(self.stored_layers(name), 0).ravel())
 
     def unstaged(self, tree: Tree) -> Tree:
@@ -129,29 +139,39 @@ class StageLayout:
         """Whether this rank stores the weights of a chunk, where it stores one of two; inside `per_device` only."""
         return jnp.asarray(self.stored_chunks[:, 0] == chunk)[jax.lax.axis_index(PIPE)]
 
+    def _stores_some(self, stack: str) -> jax.Array:
+        """Whether this rank stores layers of a stack; inside `per_device` only."""
+        return jnp.asarray((self.stored_layers(stack) >= 0).any(axis=(1, 2)))[jax.lax.axis_index(PIPE)]
+
     def chunks(self, tree: Tree) -> list[Tree]:
         """The weights of each stage of this rank, from those that it stores; inside `per_device` only.
 
         Those of DualPipe's second copy come from the opposite rank.
         """
 
-        def divided(a: jax.Array) -> list[jax.Array]:
+        def divided(name: str, a: jax.Array) -> list[jax.Array]:
             if self.copies == 1:
-                return jnp.split(a, self.n_chunks)
+                return [a] * self.n_chunks if self.is_shared(name) else jnp.split(a, self.n_chunks)
             opposite = jax.lax.ppermute(a, PIPE, self._mirror)
+            if self.is_shared(name):
+                return [jnp.where(self._stores_some(name), a, opposite)] * self.n_chunks
             return [jnp.where(self._stores(chunk), a, opposite) for chunk in range(self.n_chunks)]
 
         def of(chunk: int, name: str) -> Any:
             is_divided = self._is_stack(name)
             return jax.tree.map(lambda a: a[chunk], parts[name], is_leaf=_is_list) if is_divided else tree[name]
 
-        parts = {name: jax.tree.map(divided, sub) for name, sub in tree.items() if self._is_stack(name)}
+        parts = {
+            name: jax.tree.map(functools.partial(divided, name), sub)
+            for name, sub in tree.items()
+            if self._is_stack(name)
+        }
         return [{name: of(chunk, name) for name in tree} for chunk in range(self.n_chunks)]
 
     def joined(self, chunks: Sequence[Tree]) -> Tree:
         """Gradients in the layout of the weights: the transpose of `chunks`; inside `per_device` only.
 
-        The first chunk has those of all chunks for weights that are in no stack.
+        The first chunk has those of all chunks for what is `shared`.
         """
 
         def joined(*parts: jax.Array) -> jax.Array:
@@ -160,10 +180,20 @@ class StageLayout:
             own, other = (jnp.where(self._stores(chunk), *parts) for chunk in range(self.n_chunks))
             return own + jax.lax.ppermute(other, PIPE, self._mirror)
 
-        return {
-            name: jax.tree.map(joined, *(chunk[name] for chunk in chunks)) if self._is_stack(name) else of_first
-            for name, of_first in chunks[0].items()
-        }
+        def returned(name: str, a: jax.Array) -> jax.Array:
+            if self.copies == 1:
+                return a
+            is_own = self._stores_some(name)
+            return jnp.where(is_own, a, 0) + jax.lax.ppermute(jnp.where(is_own, 0, a), PIPE, self._mirror)
+
+        def of(name: str, of_first: Any) -> Any:
+            if not self._is_stack(name):
+                return of_first
+            if self.is_shared(name):
+                return jax.tree.map(functools.partial(returned, name), of_first)
+            return jax.tree.map(joined, *(chunk[name] for chunk in chunks))
+
+        return {name: of(name, of_first) for name, of_first in chunks[0].items()}
 
     def of_all_layers(self, chunks: Sequence[Tree]) -> Tree:
         """This rank's share of what belongs to layers, `[L, ...]`, from that of the slots of its stages.
@@ -187,8 +217,8 @@ class StageLayout:
         return {name: of(name) for name in chunks[0]}
 
     def shared(self, tree: Tree) -> set[str]:
-        """The entries of weights that are in no stack: every rank and stage has the same."""
-        return {name for name in tree if not self._is_stack(name)}
+        """The entries of weights that all chunks of a rank have alike: those in no stack, and those in shared slots."""
+        return {name for name in tree if not self._is_stack(name) or self.is_shared(name)}
 
     def _is_stack(self, name: str) -> bool:
         return any(name in stage for stage in self.stages)

@@ -84,17 +84,29 @@ class Job:
     def of_any_rank(self) -> list[Holding]:
         """What every device along the pipeline holds: of a stack, as many layers as the stage with most of them.
 
-        Embedding and head are divided over the ranks; final norm and multi-token prediction are on all of them.
+        It does so for each of its stages, but once of a stack that none has in two. Embedding and head are divided over
+        the ranks; final norm and multi-token prediction are on all of them.
         """
         arrangement, network, most = self.schedule.arrangement, self.network, self._most
         stacked = tuple(w.repeated(most[w.part]) for w in network.of(*network.stacks) if most[w.part])
         others = network.of(*{w.part for w in network.weights} - {*network.stacks})
         layout = self.layout
         mesh = AbstractMesh((layout.pipe, layout.data, layout.context, layout.expert), ALL)
-        stages = range(arrangement.stages_per_device)
-        found = [(part, k) for k in stages for part in self._placed(stacked, layout.mesh)]
+        stages, parts = range(arrangement.stages_per_device), self._placed(stacked, layout.mesh)
+        found = [(part, k) for k in stages for part in parts if part.weight.part not in self._shared]
         held = [Holding(part, arrangement.copies > 1 and k > 0, 1 / arrangement.copies) for part, k in found]
-        return [*held, *(Holding(part, is_copy=False, kept=1.0) for part in self._placed(others, mesh))]
+        once = [*(part for part in parts if part.weight.part in self._shared), *self._placed(others, mesh)]
+        return [*held, *(Holding(part, is_copy=False, kept=1.0) for part in once)]
+
+    @cached_property
+    def _shared(self) -> set[str]:
+        """The stacks of which no rank has layers in two of its stages, so that these share the memory for them."""
+
+        def has(name: str, hold: StageShare) -> bool:
+            return dict(self.stages[hold.stage].repeats).get(name, 0) > 0
+
+        counts = {name: max(sum(has(name, hold) for hold in held) for held in self.ranks) for name in self._most}
+        return {name for name, n in counts.items() if n <= 1}
 
     @cached_property
     def _most(self) -> dict[str, int]:
@@ -108,7 +120,8 @@ class Job:
         if not (self.shares_vocabulary and network.router_biases):
             return network.router_biases
         stored = arrangement.stages_per_device // arrangement.copies
-        here = sum(stored * n * network.expert_blocks(name) for name, n in self._most.items())
+        sets = {name: 1 if name in self._shared else stored for name in self._most}
+        here = sum(sets[name] * n * network.expert_blocks(name) for name, n in self._most.items())
         layers = sum(n * network.expert_blocks(name) for name, n in network.repeats.items())
         return network.router_biases * (here + network.mtp_depth) / (layers + network.mtp_depth)
 
