@@ -22,8 +22,10 @@ from jax.typing import DTypeLike
 
 from deepseek_jax.kernels import XLA, Kernels
 from deepseek_jax.parallel.alltoall import Exchange
+from deepseek_jax.parallel.context import CONTEXT, Context
 from deepseek_jax.parallel.context import WHOLE as WHOLE_SEQUENCES
-from deepseek_jax.parallel.context import Context
+from deepseek_jax.parallel.mesh import AnyMesh
+from deepseek_jax.parallel.sharding import EXPERTS, STACKED, Placement
 from deepseek_jax.parallel.vocabulary import WHOLE, Vocabulary
 from deepseek_jax.precision.grouped import OfLayer, layer_of
 from deepseek_jax.precision.matmul import PLAIN, Matmul
@@ -100,6 +102,7 @@ ROLES = (
 )
 MULTIPLIED = ("attention_in", "attention_out", "gate", "up", "down", "join")  # by a `Matmul`; no other code reads them
 CONVERTED = ("table", "head")  # to the dtype of the activations, where they are read
+CODED_BLOCK = 128  # rows and columns of a weight that share a scale in FP8
 SPARED = ("gain", "bias")  # by weight decay
 
 
@@ -317,6 +320,27 @@ def dtype_read(role: str, weights: DTypeLike, compute: DTypeLike) -> DTypeLike:
     for all others.
     """
     return weights if role in MULTIPLIED else compute if role in CONVERTED else jnp.float32
+
+
+def matrix_axes(axes: tuple[str | None, ...]) -> tuple[int, int]:
+    """(axes of a stack of matrices, axes that are contracted) of a weight that a `Matmul` multiplies.
+
+    Its output is the residual stream if the last axis is "embed"; otherwise all axes of the matrix but the first.
+    """
+    n_stacked = sum(axis in STACKED for axis in axes)
+    return n_stacked, len(axes) - n_stacked - 1 if axes[-1:] == ("embed",) else 1
+
+
+def in_codes(axes: tuple, shape: tuple[int, ...], role: str, place: Placement, mesh: AnyMesh) -> bool:
+    """Whether a precision whose products read codes gathers this weight in codes: if several devices keep parts of it.
+
+    Not gates of experts whose width is not a multiple of 128, which share blocks where gate and up lie side by side,
+    and not with divided sequences, whose attention computes gradients of weights by itself: these are quantised where
+    they are used.
+    """
+    shares_blocks = EXPERTS in axes and role in ("gate", "up") and shape[-1] % CODED_BLOCK
+    is_cut = place.zero_dim is not None and not place.is_sharded
+    return role in MULTIPLIED and is_cut and mesh.shape[CONTEXT] == 1 and not shares_blocks
 
 
 def decayed(module: nnx.Module) -> Tree:

@@ -137,7 +137,8 @@ def grouped_swiglu(
         gate_AF, up_AF = (matmul.grouped(x_AD, w_XDF, order.count_X) for w_XDF in (gate_XDF, up_XDF))
         hidden_AF = matmul.swiglu(gate_AF, up_AF, weights_A)
     else:
-        gate_and_up_XDF = jnp.concatenate([gate_XDF, up_XDF], axis=-1)  # one loop instead of two
+        # one loop instead of two; codes and scales of weights in codes lie side by side like the weights
+        gate_and_up_XDF = jax.tree.map(lambda *w: jnp.concatenate(w, axis=-1), gate_XDF, up_XDF)
         hidden_AF = matmul.swiglu(matmul.grouped(x_AD, gate_and_up_XDF, order.count_X), None, weights_A)
     return to_tokens(matmul.grouped(hidden_AF, down_XFD, order.count_X), order)
 

@@ -2,10 +2,10 @@
 
 A stack of L layers is `[L, ...]` in a checkpoint and on one device. In a pipeline it is `[ranks x chunks x slots,
 ...]`, split over the ranks: each stage has as many slots as the stage with most layers of that stack needs; a slot that
-is left over repeats some layer and is never run. A rank holds one stage per chunk (`parallel.schedule`). The chunks of a
-rank share the slots of a stack if at most one of them has layers of it, like the dense layers of V3, which are in the
-first stage. DualPipe runs each stage on two ranks but stores it on one: in every step the weights go to the opposite
-rank and gradients come back.
+is left over repeats some layer and is never run. A rank holds one stage per chunk (`parallel.schedule`). The chunks of
+a rank share the slots of a stack if at most one of them has layers of it, like the dense layers of V3, which are in
+the first stage. DualPipe runs each stage on two ranks but stores it on one: in every step the weights go to the
+opposite rank and gradients come back.
 """
 
 import functools

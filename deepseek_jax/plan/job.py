@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from deepseek_jax.chips import Chip
+from deepseek_jax.layers.base import in_codes
 from deepseek_jax.parallel.alltoall import Hop, copies, make_exchange
 from deepseek_jax.parallel.mesh import ALL, AnyMesh
 from deepseek_jax.parallel.sharding import Placement, bytes_per_device, expert_axis, placements
@@ -141,9 +142,15 @@ class Job:
 
         What is stored in shards and gathered where it is used is float32 until there.
         """
-        read = MASTER if part.place.is_sharded else self.recipe.read(part.weight.role)
+        read = MASTER if part.place.is_sharded else self.read(part)
         is_master = part.place.zero_dim is None and read == MASTER
         return part.numbers * read, 0.0 if is_master else part.optimizer_numbers * MASTER
+
+    def read(self, part: Part) -> float:
+        """Returns the bytes per number of a weight as a step gathers it."""
+        weight, recipe = part.weight, self.recipe
+        is_coded = recipe.in_codes and in_codes(weight.axes, weight.shape, weight.role, part.place, self.layout.mesh)
+        return recipe.in_codes if is_coded else recipe.read(weight.role)
 
     @property
     def backward_exchanges(self) -> int:

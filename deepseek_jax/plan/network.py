@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.abstract_model import abstract
-from deepseek_jax.layers.base import SPARED, Execution, bind, logical_axes, roles, split
+from deepseek_jax.layers.base import SPARED, Execution, bind, logical_axes, matrix_axes, roles, split
 from deepseek_jax.layers.block import Group
 from deepseek_jax.layers.decoder import Decoder
 from deepseek_jax.parallel.sharding import EXPERTS, LAYERS, is_axes
@@ -86,9 +86,9 @@ class Weight:
 
         The output is the residual stream if the last axis is "embed", otherwise all axes but the first.
         """
-        inner = self._inner()
-        cut = len(inner) - 1 if inner[-1][0] == NORM_WIDTH else 1
-        return math.prod(n for _, n in inner[:cut]), math.prod(n for _, n in inner[cut:])
+        n_stacked, n_contracted = matrix_axes(self.axes)
+        inner = self.shape[n_stacked:]
+        return math.prod(inner[:n_contracted]), math.prod(inner[n_contracted:])
 
     @property
     def expands(self) -> bool:

@@ -8,7 +8,8 @@
 
 All keep float32 weights as well; these and the moments are divided over the replicas (ZeRO-1). `run` is what
 `deepseek-jax train` does: norms and routers read the float32 weights, and so does everything in precision fp32; the
-gradients of one micro-batch have the dtype of the weights. `v3` follows the report: sections 3.2.3 (recomputation),
+gradients of one micro-batch have the dtype of the weights. In precision fp8 weights of which devices keep parts are
+gathered and read in codes. `v3` follows the report: sections 3.2.3 (recomputation),
 3.3.1 (what stays in higher precision) and 3.3.3 (formats of what is kept and sent). We assume that the FP8 weights are
 kept beside the bfloat16 ones; the report does not say.
 
@@ -39,6 +40,7 @@ from deepseek_jax.precision.policy import policy
 
 FP8 = 1 + 4 / 128  # a number in tiles of 128 with a float32 scale
 SENT = 1 + 1 / 128  # the same with a scale of one byte (`precision.wire`)
+CODED = 1 + 4 / 128**2  # a number of a weight, whose blocks of 128 x 128 have a float32 scale (`precision.coded`)
 MASTER = 4.0  # bytes of a float32 weight
 INDEX = 8  # bytes of an expert's index and its weight, sent with a token for each chosen expert
 V3_POLICY = "v3"
@@ -64,6 +66,7 @@ class Recipe:
     fitted_to: str
     gradients: float = 4.0  # bytes per number of the summed gradients
     alike: bool = False  # whether the gradients of one micro-batch have the dtype of the weights
+    in_codes: float = 0.0  # bytes per number of weights that a step gathers in codes; 0: none
     low_precision_copy: float = 0.0  # bytes per number of a second copy of the blocks' matrices
     fp8: bool = False  # whether the blocks' matmuls run in FP8; head, routers and attention never do
     sent_beside: int = 0  # bytes sent with a token for each chosen expert
@@ -119,6 +122,7 @@ def recipe(name: str, *, precision: str, moments_dtype: str, remat: str) -> Reci
                 dispatch=SENT if precision == "fp8" else width,
                 combine=width,
                 fp8=precision == "fp8",
+                in_codes=CODED if precision == "fp8" else 0.0,
                 efficiency=0.22,
                 fitted_to="our own step on one H200",
                 sent_beside=INDEX,

@@ -141,7 +141,7 @@ def _zero(job: Job, part: Part) -> Sent:
     replicas = size(job.layout.mesh, place.copies) * copies
     span = _span(job, place.copies) * (job.layout.pipe if copies > 1 else 1)
     all_reduced = place.zero_dim is None and copies == 1  # no dimension divides: summed everywhere, nothing to gather
-    gradients, read = job.recipe.gradients, job.recipe.read(part.weight.role)
+    gradients, read = job.recipe.gradients, job.read(part)
     rounds = 2 * gradients if all_reduced else gradients + read
     return _over(job, span, part.numbers * (replicas - 1) / replicas * rounds)
 

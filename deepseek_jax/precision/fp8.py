@@ -15,7 +15,8 @@ optimizer.
 An activation is quantised along channels and along tokens, both in one pass (`operand`), once for all products that
 read it. The backward pass keeps the codes along tokens, one byte per number, and not x; of the weights it keeps the
 codes. Tensor cores take 8-bit operands only with the contraction last, so a weight is quantised once as stored and once
-transposed, in one pass with the same scales.
+transposed, in one pass with the same scales. A weight that ZeRO-1 keeps in parts is quantised before it is gathered
+(`precision.coded`).
 
 SwiGLU is computed again in the backward pass, from its two inputs in E4M3; its output is not kept.
 
@@ -51,8 +52,9 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from deepseek_jax.kernels import XLA, Kernels
+from deepseek_jax.precision.coded import CodedWeight
 from deepseek_jax.precision.matmul import PLAIN, Operand, letters, swiglu
-from deepseek_jax.precision.quantize import dequantize_blocks, quantize_blocks
+from deepseek_jax.precision.quantize import E4M3, dequantize_blocks, quantize_blocks
 from deepseek_jax.precision.wire import SMALLEST_AMAX, Codes, Wire
 from pallas_kernels.grouped_matmul import Groups, Scaled
 from pallas_kernels.quantize import Quantized, Squares
@@ -174,6 +176,11 @@ class BlockMatmul:
     finds_layer: ClassVar[bool] = False  # it quantises the weights of a layer
     wire: ClassVar[Wire] = Codes()
 
+    @property
+    def codes(self) -> str:
+        """See `Matmul`."""
+        return self.scale
+
     def operand(self, x: jax.Array | Coded | Gated) -> Coded | Gated:
         """See `Matmul`; x [..., K] is quantised along K and along tokens, unless it has been."""
         return x if isinstance(x, (Coded, Gated)) else self._coded(x, self.scale)
@@ -182,18 +189,18 @@ class BlockMatmul:
         """See `Matmul`."""
         return Gated(gate, up, factor)
 
-    def einsum(self, equation: str, x: Operand, w: jax.Array) -> jax.Array:
+    def einsum(self, equation: str, x: Operand, w: jax.Array | CodedWeight) -> jax.Array:
         """See `Matmul`; products with one matrix per head (absorbed attention, in decoding) are those of `PLAIN`."""
         if not (axes := _axes(equation)):
-            return PLAIN.einsum(equation, x, w)
+            return PLAIN.einsum(equation, x, w)  # type: ignore[arg-type]  # generation has no weights in codes
         k = prod(w.shape[: axes.contracted])
-        y = _product(self, w.dtype, self._rows(x, k), w.reshape(k, -1), None)
+        y = _product(self, w.dtype, self._rows(x, k), *_like_and_codes(w.reshape(k, prod(w.shape) // k)), None)
         return y.reshape(*x.shape[: axes.leading], *w.shape[axes.contracted :])
 
-    def grouped(self, x_AD: Operand, w_XDF: jax.Array, count_X: jax.Array) -> jax.Array:
+    def grouped(self, x_AD: Operand, w_XDF: jax.Array | CodedWeight, count_X: jax.Array) -> jax.Array:
         """See `Matmul`."""
         rows = self._coded(x_AD, POWERS_OF_TWO) if isinstance(x_AD, jax.Array) else x_AD
-        return _product(self, w_XDF.dtype, rows, w_XDF, count_X)
+        return _product(self, w_XDF.dtype, rows, *_like_and_codes(w_XDF), count_X)
 
     def forward(self, equation: str, x: Operand, w: jax.Array) -> jax.Array:
         """See `Matmul`."""
@@ -263,17 +270,40 @@ class BlockMatmul:
         return self.kernels["grouped_fp8_weight_gradient"](*operands, groups, out_dtype=dtype)
 
 
+def _like_and_codes(w: jax.Array | CodedWeight) -> tuple[jax.Array, Squares | None]:
+    """(what the gradient of a weight goes to, its codes and those of its transpose if it has been quantised)."""
+    if not isinstance(w, CodedWeight):
+        return w, None
+    q = lax.bitcast_convert_type(w.bits, E4M3)
+    return w.like, Squares(q, q.mT, w.scale)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(
-    matmul: BlockMatmul, of_w: DTypeLike, x: Coded | Gated, w: jax.Array, count_X: jax.Array | None
+    matmul: BlockMatmul,
+    of_w: DTypeLike,
+    x: Coded | Gated,
+    w: jax.Array,
+    of_codes: Squares | None,
+    count_X: jax.Array | None,
 ) -> jax.Array:
-    """y [M, N] of rows and a weight [K, N] of dtype `of_w`, or of rows by expert and weights [X, K, N]."""
-    return _forward(matmul, of_w, x, w, count_X)[0]
+    """y [M, N] of rows and a weight [K, N] of dtype `of_w`, or of rows by expert and weights [X, K, N].
+
+    With the codes of the weight, w itself is not read.
+    """
+    return _forward(matmul, of_w, x, w, of_codes, count_X)[0]
 
 
-def _forward(matmul: BlockMatmul, of_w: DTypeLike, x: Coded | Gated, w: jax.Array, count_X: jax.Array | None) -> tuple:
+def _forward(
+    matmul: BlockMatmul,
+    of_w: DTypeLike,
+    x: Coded | Gated,
+    w: jax.Array,
+    of_codes: Squares | None,
+    count_X: jax.Array | None,
+) -> tuple:
     codes = matmul._codes(x, _scale(matmul, count_X))
-    weight = matmul._weight(w)
+    weight = matmul._weight(w) if of_codes is None else of_codes
     y = matmul._times(codes.q, codes.scale, Scaled(weight.q_t, weight.scale.mT), count_X, x.dtype)
     kept = Kept(codes.q_t, codes.scale_t) if isinstance(x, Coded) else KeptInputs.of(x)
     return y, (kept, Scaled(weight.q, weight.scale), count_X)
@@ -292,7 +322,7 @@ def _backward(matmul: BlockMatmul, of_w: DTypeLike, saved: tuple, dy: jax.Array)
         d_x = Gated(*pull(d_rows))
         codes = matmul._codes(inputs, scale)
         kept = Kept(codes.q_t, codes.scale_t)
-    return d_x, matmul._over_tokens(kept, g, count_X, of_w), None
+    return d_x, matmul._over_tokens(kept, g, count_X, of_w), None, None
 
 
 _product.defvjp(_forward, _backward)

@@ -39,6 +39,10 @@ class Matmul(Protocol):
     def kernels(self) -> Kernels:
         """The implementations of the operations that it is made of."""
 
+    @property
+    def codes(self) -> str | None:
+        """The scales of its weights' codes, if it can read weights in codes (`precision.coded`)."""
+
     def operand(self, x: jax.Array) -> Operand:
         """Returns activations ready for several products: what a format computes of them is computed once."""
 
@@ -76,6 +80,7 @@ class PlainMatmul:
     align: ClassVar[int] = 1
     finds_layer: ClassVar[bool] = True
     wire: ClassVar[Wire] = AS_IS
+    codes: ClassVar[str | None] = None
 
     def operand(self, x: jax.Array) -> jax.Array:
         """See `Matmul`; here x itself."""

@@ -7,6 +7,7 @@
 | weights as products read them, cast once per step, and the gradients of one micro-batch | `Policy.weights` |
 | norms, rotary angles, router scores, softmax, cross-entropy | float32, cast where they are computed |
 | products with the weights of blocks, under "fp8" | E4M3 in blocks (`precision.fp8`) |
+| these weights, where devices keep parts of them, as a step gathers and keeps them | E4M3 (`precision.coded`) |
 
 The activations carry the compute dtype from the embedding on; there is no autocast.
 Paper: V3 section 3.3.1 (which operators stay in high precision).

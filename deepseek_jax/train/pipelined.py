@@ -27,6 +27,7 @@ from deepseek_jax.parallel.pipeline import Ends, run_pipeline
 from deepseek_jax.parallel.split_backward import SAVEABLE, split
 from deepseek_jax.parallel.stage_layout import StageLayout, make_layout
 from deepseek_jax.parallel.tick_table import TickTable, make_table
+from deepseek_jax.precision.coded import with_zeros, without
 from deepseek_jax.train.gradients import Gradients
 from deepseek_jax.train.loss import Losses, Stage, Totals, step_totals
 from deepseek_jax.tree import size
@@ -39,7 +40,7 @@ class StageLosses(NamedTuple):
     """The loss of a model in pieces: see `Objective`."""
 
     # stage(trained, state, part, over, stage, x, embeddings ahead) -> (x for the stage after, hidden, loss, losses);
-    # `trained` and `state` (step, frozen weights, router biases) hold the layers of the stage alone
+    # `trained` and `state` (step, frozen weights, router biases, codes) hold the layers of the stage alone
     stage: Callable[[Tree, Tree, Batch, Totals, Stage, Any, Any], tuple[jax.Array, list, jax.Array, Losses]]
     # head(weight_DV, step, part, over, hidden) -> (loss, (main, mtp))
     head: Callable[[jax.Array, jax.Array, Batch, Totals, list], tuple[jax.Array, tuple[jax.Array, jax.Array]]]
@@ -87,9 +88,14 @@ def pipelined(losses: StageLosses, layout: StageLayout, remat: str, overlap: boo
         own = {name: sub for name, sub in params.items() if name not in ENDS}
         both = {name: params.get(name, {}) | state["frozen"].get(name, {}) for name in ENDS}
         ends = _ends(losses, both, state["step"], over)
-        weights = layout.chunks(own)
-        frozen, biases = layout.chunks(state["frozen"] | both), layout.chunks(state["router_bias"])
-        fixed = [{"step": state["step"], "frozen": a, "router_bias": b} for a, b in zip(frozen, biases, strict=True)]
+        codes = layout.chunks(state["codes"])
+        weights = _chunks(layout, own, codes)
+        frozen, biases = _chunks(layout, state["frozen"] | both, codes), layout.chunks(state["router_bias"])
+        names = ("frozen", "router_bias", "codes")
+        fixed = [
+            {"step": state["step"], **dict(zip(names, each, strict=True))}
+            for each in zip(frozen, biases, codes, strict=True)
+        ]
         one = fixed[0], jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), micro)
         x = jax.eval_shape(ends.given, one[1], one[1])
         stage = functools.partial(_stage, losses, over)
@@ -108,6 +114,12 @@ def pipelined(losses: StageLosses, layout: StageLayout, remat: str, overlap: boo
         return layout.joined(found) | trained, *_summed(layout, reports, at_head)
 
     return gradients
+
+
+def _chunks(layout: StageLayout, weights: Tree, codes: Sequence[Tree]) -> list[Tree]:
+    """`layout.chunks`; of weights in codes, which nothing reads but the codes of each chunk, nothing moves."""
+    chunks = layout.chunks(without(weights, codes[0]))
+    return [with_zeros(plain, weights, of_chunk) for plain, of_chunk in zip(chunks, codes, strict=True)]
 
 
 def stage_table(layout: StageLayout) -> tuple[list[Kind], TickTable]:

@@ -28,14 +28,13 @@ from deepseek_jax.abstract_model import abstract
 from deepseek_jax.compat import hides_collectives, quick_compile
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.kernels import XLA, Kernels
-from deepseek_jax.layers.base import Execution, bind, dtype_read, logical_axes, roles, split
+from deepseek_jax.layers.base import Execution, bind, dtype_read, logical_axes, split
 from deepseek_jax.layers.router import max_violation, updated_bias
 from deepseek_jax.parallel import zero
 from deepseek_jax.parallel.alltoall import Sent, make_exchange
 from deepseek_jax.parallel.context import CONTEXT, Context
 from deepseek_jax.parallel.mesh import BATCH, PIPE, REPLICAS, REPLICATED, per_device, place, total
 from deepseek_jax.parallel.sharding import (
-    Placement,
     check_rules,
     placements,
     state_specs,
@@ -44,8 +43,10 @@ from deepseek_jax.parallel.sharding import (
 )
 from deepseek_jax.parallel.stage_layout import StageLayout
 from deepseek_jax.parallel.vocabulary import Vocabulary
+from deepseek_jax.precision.coded import apart, together
 from deepseek_jax.precision.matmul import Matmul, PlainMatmul
 from deepseek_jax.seeds import random_key
+from deepseek_jax.train import reading
 from deepseek_jax.train.attempts import Attempts
 from deepseek_jax.train.gradients import Gradients, Loss, accumulated
 from deepseek_jax.train.loss import Losses, Objective, Stage, Totals, totals
@@ -164,7 +165,7 @@ class Trainer:
     ):
         check_rules(rules)
         self.mesh, self.objective, self.config, self.trainable = mesh, objective, config, trainable
-        self.flops_per_token = flops_per_token
+        self.build, self.rules, self.flops_per_token = build, rules, flops_per_token
         read = functools.partial(dtype_read, weights=weights, compute=compute)
         self.run = Execution(
             compute=compute,
@@ -176,24 +177,37 @@ class Trainer:
             unshard=unsharder(rules, mesh, read),
             context=Context(mesh.shape[CONTEXT]),
         )
-        model: Any = abstract(lambda rngs: build(self.run, rngs))
-        n_ranks = mesh.shape[PIPE]
-        self.layout = pipeline.layout(model, n_ranks, config.micro_batches) if n_ranks > 1 else None
+        self._describe(self._model(pipeline), optimizer, read)
+        if not self.layout:
+            self.step: Any = self._compiled(gradients(self._loss, config.micro_batches))
+        elif self.run.exchange:
+            self.step = Attempts(lambda level: self._compiled(self._over_stages(remat, pipeline, level), level))
+        else:
+            self.step = self._compiled(self._over_stages(remat, pipeline))
+
+    def _model(self, pipeline: Pipeline) -> Any:
+        """The model as shapes, once it is known where its layers lie along the pipeline."""
+        model: Any = abstract(lambda rngs: self.build(self.run, rngs))
+        n_ranks = self.mesh.shape[PIPE]
+        self.layout = pipeline.layout(model, n_ranks, self.config.micro_batches) if n_ranks > 1 else None
         if self.layout:
             self.run = replace(self.run, fetch=self.layout.fetch, vocabulary=Vocabulary(PIPE))
-            model = abstract(lambda rngs: build(self.run, rngs))
-        self.build, self.rules = build, rules
-        self._build = lambda seed: build(self.run, nnx.Rngs(random_key(seed)))
+            model = abstract(lambda rngs: self.build(self.run, rngs))
+        return model
+
+    def _describe(self, model: Any, optimizer: OptimizerFor, read: Callable[[str], DTypeLike]) -> None:
+        """Notes what the model consists of and where the state lives; `read` gives the dtype of a role's weights."""
+        mesh = self.mesh
+        self._build = lambda seed: self.build(self.run, nnx.Rngs(random_key(seed)))
         self.definition, params, router_bias = split(model)
-        self.vocab_size = model.config.vocab_size
-        self.n_params = size(params)
+        self.vocab_size, self.n_params = model.config.vocab_size, size(params)
         self.axes, bias_axes = logical_axes(model)
         staged = jax.eval_shape(lambda tree: self._staged(tree), {"params": params, "router_bias": router_bias})
-        self.placements = placements(self.axes, staged["params"], rules, mesh)
-        self._trained_places, _ = divide(self.placements, trainable)
+        self.placements = placements(self.axes, staged["params"], self.rules, mesh)
+        self._trained_places, _ = divide(self.placements, self.trainable)
         if not jax.tree.leaves(self._trained_places):
             raise ValueError("trainable: no weight is trained. Expected True for the path of at least one.")
-        self._read = jax.tree.map(read, roles(model))
+        self._reads = reading.reads(model, staged["params"], self.placements, read, self.run.matmul.codes, mesh)
         self.optimizer = optimizer(model)
         shapes = jax.eval_shape(lambda: self._initial(0))
         self.specs: State = jax.tree.map(lambda _: REPLICATED, shapes) | {
@@ -208,12 +222,6 @@ class Trainer:
         )
         self.stored = _in_order(self.abstract, self.layout, mesh) if self.layout else self.abstract
         self._whole_biases = jax.jit(self._unstaged, out_shardings=NamedSharding(mesh, REPLICATED))
-        if not self.layout:
-            self.step: Any = self._compiled(gradients(self._loss, config.micro_batches))
-        elif self.run.exchange:
-            self.step = Attempts(lambda level: self._compiled(self._over_stages(build, remat, pipeline, level), level))
-        else:
-            self.step = self._compiled(self._over_stages(build, remat, pipeline))
 
     def _compiled(self, gradients: Gradients, level: int | None = None) -> Any:
         """The step with gradients from `gradients`, whose exchange has buffers of this `level`; None: of any size."""
@@ -221,13 +229,13 @@ class Trainer:
         run = per_device(on_device, self.mesh, (self.specs, BATCH), (self.specs, REPLICATED))
         return jax.jit(run, donate_argnums=0, compiler_options=hides_collectives(self.mesh.devices.flat))
 
-    def _over_stages(self, build: Build, remat: str, pipeline: Pipeline, level: int = 0) -> Gradients:
+    def _over_stages(self, remat: str, pipeline: Pipeline, level: int = 0) -> Gradients:
         """The gradients over the stages of the pipeline, with buffers of this `level` (`Exchange`)."""
         assert self.layout is not None
         exchange = self.run.exchange and replace(self.run.exchange, level=level)
         run = replace(self.run, fetch=None, unroll=0, remat="none", exchange=exchange)
         overlap = pipeline.overlaps(self.mesh.devices.flat[0].platform)
-        return pipelined(self._in_stages(abstract(lambda rngs: build(run, rngs))), self.layout, remat, overlap)
+        return pipelined(self._in_stages(abstract(lambda rngs: self.build(run, rngs))), self.layout, remat, overlap)
 
     def _initial(self, seed: int, given: Mapping = MappingProxyType({})) -> State:
         _, params, router_bias = split(self._build(seed))
@@ -301,7 +309,7 @@ class Trainer:
         definition, _, _ = split(abstract_model)
 
         def stage(trained: dict, state: State, part: Batch, over: Totals, what: Stage, *x: Any) -> tuple:
-            model = self._bound(definition, join(trained, state["frozen"]), state["router_bias"])
+            model = self._bound(definition, _weights(trained, state), state["router_bias"])
             return self.objective.stage(model, part, over, state["step"], what, *x)
 
         def head(weight_DV: jax.Array, step: jax.Array, part: Batch, over: Totals, hidden: list) -> tuple:
@@ -314,12 +322,13 @@ class Trainer:
         return StageLosses(stage, head, ids_read, self.run)
 
     def _loss(self, trained: dict, state: State, part: Batch, over: Totals) -> tuple[jax.Array, Losses]:
-        model = self.bind(join(trained, state["frozen"]), state["router_bias"])
+        model = self.bind(_weights(trained, state), state["router_bias"])
         return self.objective(model, part, over, state["step"])
 
     def _on_device(self, gradients_of: Gradients, level: int | None, state: State, batch: Batch) -> tuple:
-        read, frozen = divide(self._whole(state["params"]), self.trainable)
-        gradients, loss, found = gradients_of(read, state | {"frozen": frozen}, batch)
+        whole, codes = apart(reading.whole(state["params"], self._reads))
+        read, frozen = divide(whole, self.trainable)
+        gradients, loss, found = gradients_of(read, state | {"frozen": frozen, "codes": codes}, batch)
         loss, found = total((loss, found))
         gradients = zero.sum_and_scatter(gradients, self._trained_places)
         norm = zero.global_norm(gradients, self._trained_places)
@@ -357,28 +366,9 @@ class Trainer:
         )
         return new, report
 
-    @jax.named_scope("gather_weights")
-    def _whole(self, params: dict) -> dict:
-        """The weights as a step reads them, from this device's parts of the float32 ones.
-
-        Those that are gathered again where they are used are float32 until then, with the values of their dtype.
-        """
-
-        def one(place: Placement, part: jax.Array, dtype: DTypeLike) -> jax.Array:
-            if place.reads_master(dtype):
-                return part
-            whole = zero.gather(part.astype(dtype), place)
-            return whole.astype(part.dtype) if place.is_sharded else whole
-
-        return jax.tree.map(one, self.placements, params, self._read)
-
     def as_read(self, params: dict) -> dict:
-        """The weights of a state in the dtypes in which `_whole` gives them; outside of `per_device`."""
-
-        def one(place: Placement, weight: jax.Array, dtype: DTypeLike) -> jax.Array:
-            return weight if place.is_sharded else weight.astype(dtype)
-
-        return jax.tree.map(one, self.placements, params, self._read)
+        """The weights of a state in the dtypes in which a step reads them; outside of `per_device`."""
+        return reading.as_read(params, self._reads)
 
     @jax.named_scope("optimizer")
     def _updated(self, trained: dict, gradients: dict, norm: jax.Array, rate: jax.Array, state: dict) -> tuple:
@@ -394,7 +384,7 @@ class Trainer:
         """
 
         def on_device(params: dict, router_bias: dict, batch: Batch) -> Evaluation:
-            return self.evaluation(self.bind(self._whole(params), router_bias), batch, byte_lengths_V)
+            return self.evaluation(self.bind(reading.whole(params, self._reads), router_bias), batch, byte_lengths_V)
 
         specs = (self.specs["params"], self.specs["router_bias"], BATCH)
         run = jax.jit(per_device(on_device, self.mesh, specs, REPLICATED))
@@ -406,6 +396,11 @@ class Trainer:
         lengths = jnp.where(batch.targets_BT >= 0, byte_lengths_V[jnp.maximum(batch.targets_BT, 0)], 0)
         n_bytes = jnp.sum(lengths * batch.weights_BT)
         return total(Evaluation(nats, n_bytes, jnp.asarray(totals(batch).weight)), REPLICAS)
+
+
+def _weights(trained: dict, state: State) -> dict:
+    """All weights as a step reads them: trained ones, and what a state holds of the others and of codes."""
+    return together(join(trained, state["frozen"]), state["codes"])
 
 
 def _check_like(name: str, given: dict, expected: dict) -> None:

@@ -53,7 +53,7 @@ def test_fp8_in_a_run_computes_faster_and_sends_less_to_experts(job_of):
     bf16, fp8 = (replace(job, recipe=recipe("run", precision=name, **options)) for name in ("bf16", "fp8"))
     assert 1 < step(bf16).compute / step(fp8).compute < 2  # attention and head do not run in FP8
     assert rank_traffic(bf16, 0).exchange.total > rank_traffic(fp8, 0).exchange.total
-    assert rank_traffic(bf16, 0).zero.total < rank_traffic(fp8, 0).zero.total  # it quantises gathered float32 weights
+    assert rank_traffic(bf16, 0).zero.total > rank_traffic(fp8, 0).zero.total  # it gathers codes
 
 
 def test_the_efficiency_of_recipe_v3_is_fitted_to_one_step(job_of):

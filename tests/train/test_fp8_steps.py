@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.tree_util import tree_leaves_with_path as leaves_with_path
 
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.models import family
@@ -18,6 +19,7 @@ from deepseek_jax.precision.matmul import PlainMatmul
 from deepseek_jax.precision.policy import policy
 from deepseek_jax.train.loss import PreTraining
 from deepseek_jax.train.optimizers import Schedule, adamw
+from deepseek_jax.train.pipelined import Pipeline
 from deepseek_jax.train.step import StepConfig, Trainer
 
 B, T = 16, 16
@@ -54,13 +56,13 @@ def text(step: int, vocabulary: int = 64) -> Batch:
 
 
 def trainer(
-    sizes, matmul=None, mesh=(1, 1), context: int = 1, rules=None, micro_batches: int = 1, **options
+    sizes, matmul=None, mesh=(1, 1), context: int = 1, rules=None, micro_batches: int = 1, pipe: int = 1, **options
 ) -> Trainer:
     """In FP8 unless another matmul is given."""
     chosen = policy("fp8")
     return Trainer(
         lambda run, rngs: family("v3").Model(sizes, run, rngs=rngs),
-        make_mesh(*mesh, jax.devices()[: mesh[0] * mesh[1] * context], context=context),
+        make_mesh(*mesh, jax.devices()[: pipe * mesh[0] * mesh[1] * context], pipe, context),
         {"experts": "expert"} | (rules or {}),
         OBJECTIVE,
         adamw(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, moments_dtype="bfloat16"),
@@ -96,6 +98,35 @@ def test_on_a_mesh_with_shards_and_in_parts_a_step_is_the_same(sizes, weights, o
     _, right, right_norms = steps(one_device, weights, 2)
     np.testing.assert_allclose(losses, right, rtol=1e-5)
     np.testing.assert_allclose(norms, right_norms, rtol=1e-3)
+
+
+class OfValues(BlockMatmul):
+    """Quantises weights where it multiplies with them."""
+
+    codes = None
+
+
+def test_a_step_that_gathers_codes_has_the_bits_of_one_that_gathers_weights(sizes, weights):
+    in_codes, in_values = (trainer(sizes, matmul, (2, 1)) for matmul in (BlockMatmul, OfValues))
+    coded = [jax.tree_util.keystr(path) for path, read in leaves_with_path(in_codes._reads) if read.codes]
+    assert len(coded) >= 8 and not any(read.codes for _, read in leaves_with_path(in_values._reads))
+    (found, *reports), (known, *right) = (steps(one, weights, 2) for one in (in_codes, in_values))
+    np.testing.assert_array_equal(reports, right)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(known))
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+def test_in_a_pipeline_with_two_copies_it_has_them_as_well(tiny_sizes, filled):
+    numbers = tiny_sizes.copy_and_resolve_references()
+    numbers.update(n_layers=3, mtp_depth=0)
+    sizes = family("v3").Config.from_config(numbers)
+    weights = filled(lambda: family("v3").Model(sizes, rngs=nnx.Rngs(0)), std=0.1)[1:]
+    options = {"pipe": 2, "micro_batches": 4, "pipeline": Pipeline("dualpipe")}
+    in_codes, in_values = (trainer(sizes, matmul, (2, 1), **options) for matmul in (BlockMatmul, OfValues))
+    (found, *reports), (known, *right) = (steps(one, weights, 2) for one in (in_codes, in_values))
+    np.testing.assert_array_equal(reports, right)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(known))
 
 
 @pytest.mark.slow
