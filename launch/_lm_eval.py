@@ -68,15 +68,18 @@ class InProcess(TemplateLM):
         return _rolling(self, texts, self.engine.most_positions - 2, disable_tqdm)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Returns the continuation of each text, up to a stop string; a prompt that is too long loses its beginning."""
-        asked, replies = [], []
+        """Returns the continuation of each text, up to a stop string.
+
+        A prompt that leaves too little room loses its beginning, down to half of the model's positions.
+        """
+        asked, replies, most = [], [], self.engine.most_positions
         for request in requests:
             context, given = request.args
             options = normalize_gen_kwargs(given)
             drawing = {name: options[name] for name in ("temperature", "top_p", "top_k", "min_p") if name in options}
-            n_new = min(options["max_gen_toks"], self.engine.most_positions - 1)
-            prompt = self.tok_encode(context)[-(self.engine.most_positions - n_new) :]
-            asked.append((prompt, Sampling(n_new, stop_ids=self.end_ids, **drawing)))
+            prompt = self.tok_encode(context)
+            n_new = min(options["max_gen_toks"], max(most // 2, most - len(prompt)))
+            asked.append((prompt[-(most - n_new) :], Sampling(n_new, stop_ids=self.end_ids, **drawing)))
             replies.append(Reply(PLAIN, self.words, stop=options["until"]))
         for number, output in self._outputs(asked, disable_tqdm):
             replies[number].push([token for token in output.ids if token not in self.end_ids])

@@ -10,6 +10,7 @@ import openai
 import pydantic
 import pytest
 
+from deepseek_jax.errors import UserError
 from deepseek_jax.language_model import save_pretrained
 from deepseek_jax.launch import evaluate
 from tests.serve import twin
@@ -179,6 +180,8 @@ def test_lm_eval_scores_whole_texts_that_are_longer_than_the_model(model, judges
     assert found[0][0] == pytest.approx(scores(model, "", twin.SONG)[0], abs=1e-3)
     assert found[0][1] < found[0][0]
     assert found[1][0] == pytest.approx(found[0][0], abs=1e-3)
+    with pytest.raises(UserError, match="to be scored: expected fewer than 207"):
+        judges[0].loglikelihood(instances(("", long)), disable_tqdm=True)
 
 
 def test_lm_eval_lets_texts_be_continued(judges):
@@ -188,6 +191,20 @@ def test_lm_eval_lets_texts_be_continued(judges):
     for judge in judges:
         found = judge.generate_until(instances(*asked), disable_tqdm=True)
         assert found == [rest.partition("ice")[0], rest, *(f" {answer}" for answer in twin.QUESTIONS.values())]
+
+
+def test_a_prompt_that_is_too_long_loses_its_beginning(judges):
+    engine, asked = judges[0].engine, []
+    submit = engine.submit
+    engine.submit = lambda prompt, sampling: (
+        asked.append((len(prompt), sampling.max_new_tokens)) or submit(prompt, sampling)
+    )
+    long = " ".join([twin.SONG] * 20)
+    judges[0].generate_until(
+        instances((long, {"max_gen_toks": 3}), (long, {"max_gen_toks": 999}), ("The", {})), disable_tqdm=True
+    )
+    engine.submit = submit
+    assert asked == [(205, 3), (104, 104), (2, 206)]
 
 
 COMMON = """

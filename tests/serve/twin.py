@@ -86,15 +86,22 @@ def write_tokenizer(folder):
 
 
 def rows(tokenizer):
-    """One row per text; targets of its prompt have no weight."""
-    found = texts()
-    ids_BT, weights_BT = np.zeros((len(found), LENGTH + 1), np.int32), np.zeros((len(found), LENGTH + 1), np.float32)
-    for n, (prompt, answer) in enumerate(found):
-        begun, rest = to_ids(prompt, tokenizer), to_ids(answer, tokenizer)
-        ids_BT[n, : len(begun) + len(rest)] = [*begun, *rest]
-        weights_BT[n, len(begun) : len(begun) + len(rest)] = 1
-    batch = Batch.of_windows(ids_BT)
-    return batch._replace(weights_BT=weights_BT[:, 1:])
+    """The texts, several per row; targets of prompts have no weight."""
+    learnt = [(to_ids(prompt, tokenizer), to_ids(answer, tokenizer)) for prompt, answer in texts()]
+    packed, at = [], LENGTH
+    for number, (begun, rest) in enumerate(sorted(learnt, key=lambda both: len(both[0]) + len(both[1]))):
+        n_tokens = len(begun) + len(rest)
+        if at + n_tokens > LENGTH:
+            packed.append(Batch(*np.zeros((4, LENGTH), np.int32), np.zeros(LENGTH, np.float32)))
+            packed[-1].targets_BT[:] = -1
+            at = 0
+        row, place = packed[-1], slice(at, at + n_tokens)
+        row.ids_BT[place] = [*begun, *rest]
+        row.targets_BT[at : at + n_tokens - 1] = [*begun, *rest][1:]
+        row.segments_BT[place], row.positions_BT[place] = number + 1, np.arange(n_tokens)
+        row.weights_BT[at + len(begun) - 1 : at + n_tokens - 1] = 1
+        at += n_tokens
+    return Batch(*map(np.stack, zip(*packed, strict=True)))
 
 
 def train(folder):
@@ -104,7 +111,7 @@ def train(folder):
     config.model.update(vocab_size=-(-tokenizer.vocab_size // 16) * 16, d_model=64, n_layers=2, dense_width=96)
     config.model.update(n_heads=4, q_rank=32, kv_rank=32, nope_width=16, rope_width=16, value_width=16, n_experts=4)
     config.model.update(expert_width=48, top_k=2, n_groups=1, top_groups=1, mtp_depth=0)
-    config.data.update(seq_len=LENGTH, tokenizer=str(folder), chat_template="v31")
+    config.data.update(seq_len=LENGTH, tokenizer=str(folder), chat_template="v31", mask_documents=True)
     batch = rows(tokenizer)
     config.batch.size = config.batch.size_start = len(batch.ids_BT)
     config.schedule.update(peak_rate=1e-2, warmup_steps=10, constant_steps=STEPS)
