@@ -70,7 +70,7 @@ class InProcess(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Returns the continuation of each text, up to a stop string.
 
-        A prompt that leaves too little room loses its beginning, down to half of the model's positions.
+        A prompt that leaves too few positions loses its beginning, down to half of the model's positions.
         """
         asked, replies, most = [], [], self.engine.most_positions
         for request in requests:
