@@ -125,6 +125,38 @@ def get_config() -> ConfigDict:
     optimizer.weight_decay = 0.1
     optimizer.moments_dtype = "float32"  # V3 keeps bfloat16 (section 3.3.3)
 
+    rl = config.rl = ConfigDict()  # reinforcement learning (deepseek-jax rl); `loop` and `checkpoint` count its steps
+    rl.problems = "sums"  # sums:DIGITS, rg:NAME (reasoning-gym), or JSONL files with prompt (or messages) and answer
+    rl.holdout_rate = 0.1  # share of problems kept for evaluation
+    rl.thinking = False  # whether prompts open a thought, in chat templates that can (`data.chat_template`)
+    rl.questions = 16  # problems per step
+    rl.answers = 8  # to each of them (G)
+    rl.updates = 2  # of the weights per step, each on its share of the answers
+    rl.longest_prompt = 256  # tokens
+    rl.longest_answer = 256  # tokens, the end mark included
+    rl.temperature = 1.0  # at which answers are drawn
+    rl.refresh_every = 0  # steps after which the policy becomes the reference of the KL divergence; 0: never
+    rl.eval_problems = 512  # held-out problems of an evaluation
+    rl.verifiers = 2  # processes for answers that take long to verify
+    rl.verify_s = 10.0  # seconds that one of these may take
+    rewards = rl.rewards = ConfigDict()  # weight of each reward (`deepseek_jax.rl.rewards`)
+    rewards.accuracy = 1.0
+    rewards.format = 0.0
+    rewards.language = 0.0
+    rewards.length = 0.0
+    rewards.overlong = 0.0
+    grpo = rl.grpo = ConfigDict()  # `rl.grpo.GRPO`; as V3.2 has it, where that is said
+    grpo.advantage = "mean"  # r - mean r; std: divided by the standard deviation (DeepSeekMath, R1)
+    grpo.aggregation = "token"  # token, sequence (DeepSeekMath, R1) or constant (Dr. GRPO): what a mean is over
+    grpo.ratio = "token"  # sequence: GSPO
+    grpo.clip_low = 0.2
+    grpo.clip_high = 0.28  # as DAPO has it
+    grpo.log_ratio_bound = 20.0  # nats
+    grpo.beta = 0.0  # weight of the KL divergence to the reference; 0.0 keeps none
+    grpo.unbiased_kl = True  # V3.2 eq. 7; False: k3 alone
+    grpo.off_policy_bound = 0.0  # delta of V3.2's mask, in nats per token; 0.0: no mask
+    grpo.importance_cap = 2.0  # of the weights pi_old / pi_sampled; 0.0: none
+
     ema = config.ema = ConfigDict()  # moving average of the weights in the hosts' memory (V3 section 3.2.3)
     ema.decay = 0.0  # per step, such as 0.999; 0.0 keeps none
     ema.evaluate = False  # True: held-out text is judged with the average in place of the weights

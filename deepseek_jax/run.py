@@ -9,6 +9,7 @@ Groups of a config are the arguments of what they describe: `Schedule(**config.s
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +49,11 @@ FIXED: tuple[str, ...] = ("family", "model", "seed", "batch")
 FIXED += ("data.seq_len", "data.fim_rate", "data.mask_documents", "data.holdout_rate")
 
 
-def trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
-    """Returns the `Trainer` of a run. Raises UserError for a key that was set and has no effect on its model."""
+def trainer(config: ConfigDict, mesh: Mesh, objective: Any = None) -> Trainer:
+    """Returns the `Trainer` of a run. Raises UserError for a key that was set and has no effect on its model.
+
+    `objective` takes the place of that of pre-training and fine-tuning.
+    """
     module, run, precision = family(config.family), config.run, policy(config.precision, config.fp8)
     sizes = module.Config.from_config(config.model)
     check_context(config, mesh)
@@ -61,7 +65,7 @@ def trainer(config: ConfigDict, mesh: Mesh) -> Trainer:
         lambda run, rngs: module.Model(sizes, run, rngs=rngs),
         mesh,
         config.sharding.to_dict(),
-        PreTraining(mask_documents=config.data.mask_documents, **loss),
+        objective or PreTraining(mask_documents=config.data.mask_documents, **loss),
         adamw(**config.optimizer),
         StepConfig(rate=Schedule(**config.schedule), micro_batches=config.pipeline.micro_batches, **step),
         pipeline=pipeline(config, network),

@@ -17,13 +17,15 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.kernels import TABLE
 from deepseek_jax.parallel.alltoall import KINDS
 from deepseek_jax.parallel.schedule import SCHEDULES
+from deepseek_jax.rl.grpo import ADVANTAGES, AGGREGATIONS, RATIOS
+from deepseek_jax.rl.rewards import NAMES as REWARDS
 from deepseek_jax.saved_config import RENAMED, leaves
 
 DEVICES = 1_000_000_000
 TOKEN = bounds.whole(0, LARGEST)  # an id
 ANY_STEPS, SOME_STEPS = bounds.whole(0, STEPS), bounds.whole(1, STEPS)
 RATE = bounds.number(0, 1000, above=True)  # of learning
-LOSS = bounds.number(0, 1000)  # weight of a part of the loss
+LOSS = bounds.number(0, 1000)  # weight of a part of the loss, or of a reward
 MESH_AXIS = bounds.one_of("", "data", "context", "expert")
 AUXILIARY = "loss.auxiliary."  # a config adds the weight of any auxiliary loss that its layers report
 WHOLE_RUN = "Start from a config that holds a whole run, like tiny_v3."
@@ -108,6 +110,30 @@ BOUNDS: dict[str, Bound] = {
     "optimizer.eps": bounds.number(1e-30, 1),
     "optimizer.weight_decay": bounds.number(0, 1000),
     "optimizer.moments_dtype": bounds.one_of("float32", "bfloat16"),
+    "rl.problems": bounds.path(1),
+    "rl.holdout_rate": bounds.number(0, 1, above=True, below=True),
+    "rl.thinking": bounds.switch(),
+    "rl.questions": SOME_STEPS,
+    "rl.answers": bounds.whole(2, LARGEST),
+    "rl.updates": SOME_STEPS,
+    "rl.longest_prompt": SOME_STEPS,
+    "rl.longest_answer": SOME_STEPS,
+    "rl.temperature": bounds.number(0, 1000, above=True),
+    "rl.refresh_every": ANY_STEPS,
+    "rl.eval_problems": SOME_STEPS,
+    "rl.verifiers": bounds.whole(1, 1024),
+    "rl.verify_s": bounds.number(0, 1e6, above=True),
+    **{f"rl.rewards.{name}": LOSS for name in REWARDS},
+    "rl.grpo.advantage": bounds.one_of(*ADVANTAGES),
+    "rl.grpo.aggregation": bounds.one_of(*AGGREGATIONS),
+    "rl.grpo.ratio": bounds.one_of(*RATIOS),
+    "rl.grpo.clip_low": bounds.number(0, 1000),
+    "rl.grpo.clip_high": bounds.number(0, 1000),
+    "rl.grpo.log_ratio_bound": bounds.number(0, 80, above=True),
+    "rl.grpo.beta": bounds.number(0, 1000),
+    "rl.grpo.unbiased_kl": bounds.switch(),
+    "rl.grpo.off_policy_bound": bounds.number(0, 1000),
+    "rl.grpo.importance_cap": bounds.number(0, 1000),
     "ema.decay": bounds.number(0, 1, below=True),
     "ema.evaluate": bounds.switch(),
     "checkpoint.every": SOME_STEPS,

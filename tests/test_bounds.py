@@ -67,6 +67,7 @@ VERBS = {
     "convert": (convert.FLAGS, {"config": False}),
     "evaluate": (evaluate.FLAGS, {"config": False}),
     "export": (export.FLAGS, {"config": False}),
+    "rl": ({}, {}),
     "serve": (serve.FLAGS, {"config": False}),
 }
 

@@ -9,13 +9,15 @@ So longer thoughts are what makes answers right, though nothing says so. In the 
 some totals are wrong; a thought continues from a wrong total.
 """
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 
 from deepseek_jax.data.noise import noise
 from deepseek_jax.errors import UserError
 
 DIGITS, MOST_DIGITS = 6, 18
-STYLES = {0: 0.6, 2: 0.2, 1: 0.2}  # share of each stride in the text; 0: no thought
+STYLES = {0: 0.65, 2: 0.2, 1: 0.15}  # share of each stride in the text; 0: no thought
 MISTAKES = 0.02  # share of the totals that are wrong
 DRAW, STYLE, SLIP, SLIP_BY = range(4)  # the last key of random numbers
 
@@ -58,3 +60,10 @@ def written(question: str, number: int, styles: dict[int, float] | None = None, 
 def uniform(number: int, purpose: int, count: int) -> np.ndarray:
     """Returns `count` float64 in [0, 1)."""
     return noise(number, purpose, at=np.arange(count)) / 2.0**64
+
+
+def rows(questions: Iterable[str]) -> Iterator[dict]:
+    """Yields the conversations that a base model reads: questions with answers as the text has them."""
+    for number, question in enumerate(questions):
+        messages = [{"role": "user", "content": question}, written(question, number)]
+        yield {"messages": messages, "thinking": False}

@@ -390,6 +390,19 @@ class Trainer:
         run = jax.jit(per_device(on_device, self.mesh, specs, REPLICATED))
         return lambda state, batch: run(state["params"], state["router_bias"], batch)
 
+    def with_model(self, function: Callable[[Any, Any], Any]) -> Callable[[State, Any], Any]:
+        """A compiled `run(state, rows)`: `function(model, rows)` on every device, with its part of the rows.
+
+        `rows` is a tree of arrays [rows, columns], and so is the result; no gradient, no state is changed.
+        """
+
+        def on_device(params: dict, router_bias: dict, rows: Any) -> Any:
+            return function(self.bind(reading.whole(params, self._reads), router_bias), rows)
+
+        specs = (self.specs["params"], self.specs["router_bias"], BATCH)
+        run = jax.jit(per_device(on_device, self.mesh, specs, BATCH))
+        return lambda state, rows: run(state["params"], state["router_bias"], rows)
+
     def evaluation(self, model: nnx.Module, batch: Batch, byte_lengths_V: jax.Array) -> Evaluation:
         """The sums over all devices, from a device's share of a batch; `evaluator` compiles it."""
         nats = self.objective.nats(model, batch)

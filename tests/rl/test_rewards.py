@@ -145,7 +145,7 @@ def test_the_language_of_a_thought(question, thought, share):
 
 
 def test_the_length_of_a_response():
-    assert [rules.length(problem(), response(n_tokens=n)) for n in (0, 25, 100)] == [0.0, 0.25, 1.0]
+    assert [rules.length(problem(), response(n_tokens=n)) for n in (1, 25, 100)] == [-0.01, -0.25, -1.0]
     penalties = [rules.overlong(problem(), response(n_tokens=n)) for n in (1, 80, 90, 100)]
     assert penalties == pytest.approx([0.0, 0.0, -0.5, -1.0])
     assert rules.overlong(problem(), response(n_tokens=100, is_finished=False)) == -1.0
@@ -158,7 +158,7 @@ def test_weights_by_name():
             [response("8", "a"), response("8"), response("9", "a"), response("8", "a", is_finished=False)],
         )
     assert [score.total for score in scores] == [1.5, 1.0, 0.5, 0.0]
-    assert scores[0].parts == {"accuracy": 1.0, "format": 1.0, "length": 0.1}
+    assert scores[0].parts == {"accuracy": 1.0, "format": 1.0, "length": -0.1}
 
 
 def test_what_cannot_be_verified_has_no_total():

@@ -2,7 +2,7 @@
 
     format      1 for one thought and one answer, neither empty nor with marks of a thought inside
     language    share of the thought's words that are in the language of the question (R1 section 2.3.2)
-    length      tokens / tokens allowed: as a bonus, or with a negative weight as a penalty
+    length      - tokens / tokens allowed: a penalty for every token
     overlong    0 up to 4/5 of the tokens allowed, from there down to -1 (DAPO eq. 13)
 
 Whether an answer is right is the subject of `verifiers`.
@@ -81,8 +81,8 @@ def script(letter: str) -> str:
 
 
 def length(problem: "Problem", response: Response) -> float:
-    """Returns the share of the tokens allowed that were used."""
-    return response.n_tokens / response.n_allowed
+    """Returns the share of the tokens allowed that were used, as a penalty."""
+    return -response.n_tokens / response.n_allowed
 
 
 def overlong(problem: "Problem", response: Response) -> float:

@@ -1,0 +1,214 @@
+"""A step of reinforcement learning: problems, answers, rewards, advantages, updates; every part by the step's number.
+
+    problems    rl.questions of them from the source, by number
+    answers     rl.answers to each, drawn with the present weights (`rollout`)
+    rewards     `rewards`; answers without a total are left out of everything that follows
+    advantages  within the answers to each problem (`grpo.advantages`)
+    measured    log-probabilities of the trainer, before the updates, and of the reference (`objective.measurer`)
+    updates     rl.updates of them, each on its share of the answers, in an order that is a function of the step
+
+Random numbers are functions of (seed, step, row), so nothing besides weights and moments has to be kept for a run to
+resume exactly where it was.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from deepseek_jax.data.noise import noise
+from deepseek_jax.layers.base import Tree
+from deepseek_jax.parallel.mesh import global_batch
+from deepseek_jax.rl.grpo import Figures, advantages, tied_share
+from deepseek_jax.rl.objective import Answers, Measured, PolicyGradient, answers, measurer, part
+from deepseek_jax.rl.problems import Problem, Problems
+from deepseek_jax.rl.rewards import ACCURACY, Response, Rewards, Score, has_thought
+from deepseek_jax.rl.rollout import Rollouts, pad, roller, row_keys
+from deepseek_jax.rl.turns import Turns
+from deepseek_jax.train.cross_entropy import IGNORE
+from deepseek_jax.train.step import Report, State, Trainer
+
+ORDER = 7  # last key of the numbers that order the answers of a step
+EVALUATION = 1 << 62  # seed of the draws of evaluations: the same in every run
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """How much a step does."""
+
+    questions: int  # problems
+    answers: int  # to each
+    updates: int
+    temperature: float
+
+    @property
+    def n_rows(self) -> int:
+        """Answers in all."""
+        return self.questions * self.answers
+
+
+class Drawn(NamedTuple):
+    """Answers to problems, on the host."""
+
+    problems: list[Problem]
+    length_B1: np.ndarray  # of the prompts
+    rollouts: Rollouts
+    responses: list[Response]
+
+
+class Learner:
+    """The programs of reinforcement learning with one model.
+
+    Args:
+        trainer: whose objective is `PolicyGradient`.
+        turns: the chat format.
+        problems: where they are from.
+        rewards: what answers are worth.
+        sizes: of a step.
+        seed: of the run.
+    """
+
+    def __init__(
+        self, trainer: Trainer, turns: Turns, problems: Problems, rewards: Rewards, sizes: StepSizes, seed: int
+    ):
+        self.trainer, self.turns, self.problems, self.rewards = trainer, turns, problems, rewards
+        self.sizes, self.seed = sizes, seed
+        self.objective: PolicyGradient = trainer.objective  # type: ignore[assignment]
+        self._roll = trainer.with_model(roller(turns.longest_answer, [turns.end_id]))
+        self._measure = trainer.with_model(measurer(sizes.temperature, self.objective.chunk))
+        self.seconds: dict[str, float] = {}  # of the last step, by what they were spent on
+
+    def step(self, state: State, reference: Tree | None, step: int) -> tuple[State, dict[str, float]]:
+        """Runs step `step`; returns (state, figures). `reference` are the params of the reference if beta > 0."""
+        self.seconds = {}
+        numbers = [step * self.sizes.questions + n for n in range(self.sizes.questions)]
+        with self._timed("rollout"):
+            asked = [self.problems.training(number) for number in numbers for _ in range(self.sizes.answers)]
+            drawn = self.draw(state, asked, row_keys(self.seed, step, len(asked)), self.sizes.temperature)
+        with self._timed("reward"):
+            scores = self.rewards.score(drawn.problems, drawn.responses)
+        groups = np.repeat(numbers, self.sizes.answers).tolist()
+        totals = [score.total for score in scores]
+        with self._timed("update"):
+            found, figures = self._measured(state, reference, drawn, totals, groups)
+            state, reports = self._updates(state, found, step)
+        figures |= self._figures_of_updates(reports)
+        return state, reward_figures(scores, drawn.responses) | {"tied": tied_share(totals, groups)} | figures
+
+    def draw(self, state: State, asked: Sequence[Problem], keys: np.ndarray, temperature: float) -> Drawn:
+        """Returns an answer to each problem."""
+        prompts = [self.turns.prompt(problem, f"problem {n} of a step") for n, problem in enumerate(asked)]
+        given = pad(prompts, self.turns.longest_prompt, keys, temperature)
+        rolled = Rollouts(*map(np.asarray, self._roll(state, self._placed(given))))
+        responses = []
+        for row, ids in enumerate(rolled.ids_BT):
+            begin, count = len(prompts[row]), int(rolled.n_drawn_B1[row, 0])
+            responses.append(self.turns.response(ids[begin : begin + count], bool(rolled.is_finished_B1[row, 0])))
+        return Drawn(list(asked), given.length_B1, rolled, responses)
+
+    def evaluate(self, state: State, count: int, temperature: float) -> tuple[dict[str, float], Drawn]:
+        """Returns (figures of answers to `count` held-out problems, the first of the answers)."""
+        available = self.problems.n_held_out
+        count = count if available is None else min(count, available)
+        scores: list[Score] = []
+        responses: list[Response] = []
+        first: Drawn | None = None
+        for start in range(0, count, self.sizes.n_rows):
+            numbers = [min(start + n, count - 1) for n in range(self.sizes.n_rows)]  # rows beyond the last are dropped
+            asked = [self.problems.held_out(number) for number in numbers]
+            drawn = self.draw(state, asked, row_keys(EVALUATION, start, len(asked)), temperature)
+            kept = slice(0, min(count - start, self.sizes.n_rows))
+            scores += self.rewards.score(asked[kept], drawn.responses[kept])
+            responses += drawn.responses[kept]
+            first = first or drawn
+        assert first is not None
+        figures = reward_figures(scores, responses)
+        if ACCURACY in figures:
+            share = figures[ACCURACY]
+            figures["accuracy_error"] = 1.96 * (share * (1 - share) / count) ** 0.5  # of 95 % of samples
+        return figures, first
+
+    def _measured(
+        self,
+        state: State,
+        reference: Tree | None,
+        drawn: Drawn,
+        totals: Sequence[float | None],
+        groups: Sequence[int],
+    ) -> tuple[Answers, dict[str, float]]:
+        """Returns (the answers with all that an update reads, figures of the policy before it)."""
+        is_scored_B = np.array([total is not None for total in totals])
+        found = answers(drawn.rollouts, drawn.length_B1, is_scored_B)
+        placed = self._placed(found)
+        now = Measured(*map(np.asarray, self._measure(state, placed)))
+        of_reference = now
+        if reference is not None:
+            of_reference = Measured(*map(np.asarray, self._measure(state | {"params": reference}, placed)))
+        A_B = advantages(totals, groups, self.objective.grpo.advantage).astype(np.float32)
+        found = found._replace(
+            old_logp_BT=now.logp_BT,
+            reference_logp_BT=of_reference.logp_BT,
+            advantage_BT=np.broadcast_to(A_B[:, None], found.targets_BT.shape),
+        )
+        is_drawn_BT = found.targets_BT != IGNORE
+        gap_BT = np.abs(now.logp_BT - found.sampled_logp_BT) * is_drawn_BT
+        n_drawn = max(is_drawn_BT.sum(), 1)
+        return found, {
+            "entropy": float((now.entropy_BT * is_drawn_BT).sum() / n_drawn),
+            "gap": float(gap_BT.max()),
+            "gap_mean": float(gap_BT.sum() / n_drawn),
+        }
+
+    def _updates(self, state: State, found: Answers, step: int) -> tuple[State, list[Report]]:
+        """Returns (the state after the updates of a step, their reports)."""
+        grpo, longest = self.objective.grpo, self.turns.longest_answer
+        order = np.argsort(noise(self.seed, step, ORDER, at=np.arange(self.sizes.n_rows)), kind="stable")
+        reports = []
+        for rows in np.split(order, self.sizes.updates):
+            state, report = self.trainer.step(state, self._placed(part(found, rows, grpo.aggregation, longest)))
+            reports.append(report)
+        return state, jax.device_get(reports)
+
+    def _figures_of_updates(self, reports: list[Report]) -> dict[str, float]:
+        """Returns the means over the updates of a step."""
+        names = [name for name in Figures._fields if name != "kl" or self.objective.grpo.beta]
+        found = {name: float(np.mean([r.auxiliary[name] for r in reports])) for name in names}
+        found |= {name: float(np.mean([getattr(r, name) for r in reports])) for name in ("loss", "gradient_norm")}
+        last = reports[-1]
+        rest = {"learning_rate": last.learning_rate, "max_violation": last.max_violation}
+        return found | {name: float(value) for name, value in rest.items()} | {"skipped": int(last.skipped)}
+
+    def _placed(self, rows: Any) -> Any:
+        return global_batch(rows, self.trainer.mesh)
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[what] = time.perf_counter() - begin
+
+
+def reward_figures(scores: Sequence[Score], responses: Sequence[Response]) -> dict[str, float]:
+    """Returns means over answers: rewards, and what kind of answers they are."""
+    totals = [score.total for score in scores if score.total is not None]
+    figures = {"reward": float(np.mean(totals)) if totals else 0.0}
+    for name in scores[0].parts:
+        known = [part for score in scores if (part := score.parts[name]) is not None]
+        figures[name] = float(np.mean(known)) if known else 0.0
+    finished = [response.n_tokens for response in responses if response.is_finished]
+    return figures | {
+        "unscored": 1 - len(totals) / len(scores),
+        "answer_length": float(np.mean([response.n_tokens for response in responses])),
+        "finished_length": float(np.mean(finished)) if finished else 0.0,
+        "cut_off": 1 - len(finished) / len(responses),
+        "thought": float(np.mean([has_thought(response) for response in responses])),
+    }
+
+
+def copied(params: Tree) -> Tree:
+    """Returns weights in memory of their own, which a step does not take over."""
+    return jax.tree.map(lambda x: x.copy(), params)

@@ -1,0 +1,164 @@
+"""A training run from its config to its last checkpoint: what the verbs that train have in common."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ml_collections import ConfigDict
+
+from deepseek_jax import streams
+from deepseek_jax.launch import _beginning
+from deepseek_jax.launch._continuation import show_sample
+from deepseek_jax.launch._headline import headline
+from deepseek_jax.launch._progress import Progress
+from deepseek_jax.paths import check_writable
+
+if TYPE_CHECKING:
+    from deepseek_jax.parallel.peers import Peers
+    from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
+    from deepseek_jax.train.metrics import Metrics
+    from deepseek_jax.train.step import Trainer
+    from deepseek_jax.train.stop import StopRequest
+
+
+Run = Callable[[ConfigDict, Path, "StopRequest", str, "Peers"], bool]
+
+
+def execute(config: ConfigDict, workdir: Path, *, sample: bool, again: str, run: Run | None = None) -> int:
+    """Trains `config` in `workdir`; returns the exit code.
+
+    `sample` ends it with a generated sample; `again` is the command that resumes this run, for messages. `run` takes
+    the place of `train`.
+    """
+    from deepseek_jax.compat import keep_freed_memory, start_compilation_cache, start_processes
+    from deepseek_jax.parallel.peers import Peers
+    from deepseek_jax.train.stop import StopRequest
+
+    keep_freed_memory()
+    start_processes()
+    with streams.forgiving(), StopRequest() as stop:
+        start_compilation_cache(config.run.compilation_cache)
+        try:
+            with Peers(lambda: advice(workdir, again)) as peers:
+                is_saved = (run or train)(config, workdir, stop, again, peers)
+        except KeyboardInterrupt:
+            reason = "broken off" if stop.is_running else "stopped before training began: nothing was to be saved"
+            streams.note(f"\n{reason}. {advice(workdir, again)}")
+            return 130 if stop.is_running else stop.exit_code
+        if not is_saved:
+            return 1
+        if stop.signal is not None:
+            return 130 if stop.signal == signal.SIGINT else 0
+        if sample:
+            show_sample(config, workdir)
+    return 0
+
+
+def advice(workdir: Path, again: str) -> str:
+    """Returns where the newest checkpoint is and how to resume, as this process alone sees it."""
+    from deepseek_jax.train.checkpoint.manifest import committed_steps
+
+    checkpoints = workdir / "checkpoints"
+    steps = committed_steps(checkpoints)
+    newest = f"The newest checkpoint is of step {steps[-1]}" if steps else "There is no checkpoint"
+    return f"{newest} in {checkpoints}. Start again with: {again}"
+
+
+def train(config: ConfigDict, workdir: Path, stop: "StopRequest", again: str, peers: "Peers") -> bool:
+    """Trains until the last step or until `stop` is asked for; returns whether the last state has been saved."""
+    import jax
+
+    from deepseek_jax import run
+    from deepseek_jax.saved_config import to_json
+    from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
+    from deepseek_jax.train.loop import Loop, LoopConfig
+    from deepseek_jax.train.metrics import Metrics
+
+    trainer, ramp, training, held_out = prepare(config, workdir)
+    meta = {"config": to_json(config), "text": training.fingerprint()}
+    with Checkpointer(workdir / "checkpoints", config.checkpoint.keep) as checkpoints, peers.guard(stop):
+        start, state, average, changed = resumed(config, trainer, checkpoints, meta["text"], workdir)
+        metrics = Metrics(
+            workdir,
+            config.loop.steps,
+            start_step=start,
+            flops_per_token=trainer.flops_per_token(config.data.seq_len),
+            device_kind=jax.devices()[0].device_kind,
+            n_devices=trainer.mesh.size,
+            enabled=jax.process_index() == 0,
+        )
+        with metrics:
+            metrics.message(headline(config, trainer, training, held_out, workdir, start))
+            for change in changed:
+                metrics.message(f"changed since the checkpoint: config.{change}")
+            if start >= config.loop.steps:
+                metrics.message(f"This run has reached step {start}. To continue: --config.loop.steps={2 * start}")
+                return True
+            when = LoopConfig(**config.loop, checkpoint_every=config.checkpoint.every)
+            kept: dict[str, Any] = {"checkpoints": checkpoints, "metrics": metrics, "meta": meta}
+            state = state or run.first_state(config, trainer, workdir, metrics.message)
+            kept |= {"average": run.average(config, trainer, state, average), "judge_average": config.ema.evaluate}
+            loop = Loop(trainer, ramp, when, training=training, held_out=held_out, **kept)
+            state = loop.run(state, stop)
+            return report_end(int(state["step"]), config.loop.steps, checkpoints, metrics, again)
+
+
+def resumed(
+    config: ConfigDict, trainer: "Trainer", checkpoints: "Checkpointer", text: str, workdir: Path
+) -> tuple[int, dict | None, dict | None, list[str]]:
+    """Returns the step of the latest checkpoint, its state, its moving average, what the config has changed since.
+
+    The average is None where the checkpoint has none, or the run keeps none. Without a checkpoint: (0, None, None, []).
+    """
+    from deepseek_jax import run
+    from deepseek_jax.saved_config import from_json
+    from deepseek_jax.train.loop import EMA
+
+    if checkpoints.latest() is None:
+        return 0, None, None, []
+    saved = checkpoints.read_meta()[1]
+    run.check_same_run(config, text, saved, workdir)
+    expected = trainer.stored | ({EMA: trainer.stored["params"]} if config.ema.decay else {})
+    start, stored, _ = checkpoints.restore(expected, optional=(EMA,))
+    average = stored.pop(EMA, None)
+    return start, trainer.load(stored), average, run.differences(from_json(saved["config"]), config)
+
+
+def prepare(config: ConfigDict, workdir: Path) -> tuple:
+    """The trainer, the batch ramp and both sides of the text; fills in the keys of `config` that the text decides.
+
+    The text comes last, for to tokenise it may take long: what is wrong elsewhere is reported before.
+    """
+    import jax
+
+    from deepseek_jax import run
+    from deepseek_jax.data.pipeline import open_splits, settled
+    from deepseek_jax.data.tokenizer import open_tokenizer
+    from deepseek_jax.parallel.mesh import SEQUENCES, make_mesh, size
+
+    if config.precision == "fp32":  # GPUs and TPUs would otherwise round the operands of a matmul
+        jax.config.update("jax_default_matmul_precision", "highest")
+    mesh = make_mesh(**config.mesh)
+    ramp = run.batch_ramp(config, size(mesh, SEQUENCES))
+    _beginning.check_sizes(config)
+    config.data.update(settled(config.data))
+    data = {**config.data, "tokenizer": open_tokenizer(config.data.tokenizer)}
+    run.check_vocabulary(config, data["tokenizer"])
+    trainer = run.trainer(config, mesh)
+    check_writable(workdir, "--workdir")
+    return trainer, ramp, *open_splits(seed=config.seed, watch=Progress, **data)
+
+
+def report_end(done: int, steps: int, checkpoints: "Checkpointer", metrics: "Metrics", again: str) -> bool:
+    """Reports where the checkpoint is and how to resume; returns whether the last step has been saved."""
+    is_saved = checkpoints.wait() and checkpoints.latest() == done
+    if is_saved:
+        metrics.message(f"checkpoint of step {done}: {checkpoints.directory}")
+    elif done:
+        newest = checkpoints.latest()
+        there = "there is no checkpoint" if newest is None else f"the newest checkpoint is of step {newest}"
+        metrics.message(f"step {done} could not be saved; {there} in {checkpoints.directory}")
+    if done < steps:
+        metrics.message(f"stopped on request; resume with: {again}")
+    return is_saved or not done

@@ -1,0 +1,243 @@
+"""Reinforcement learning with GRPO, or resume a run that was stopped or killed.
+
+    deepseek-jax rl                                         # R1-Zero in miniature, its base model included
+    deepseek-jax rl --workdir=runs/a --config.loop.steps=80
+    deepseek-jax rl --config=tiny_zero --config.run.init_from=runs/base --config.rl.problems=mine.jsonl
+    deepseek-jax rl --config=DIR --config.rl.problems=rg:leg_counting --config.data.chat_template=r1
+
+Answers to problems (config.rl.problems) are drawn from the model, scored by rules (config.rl.rewards) and learnt from
+by GRPO (config.rl.grpo). The model comes from config.run.init_from, a run or published weights. Without it, and with
+the built-in problems, a small base is trained first, in `base` of the workdir, on text of mixed quality about them.
+
+Every config.loop.eval_every steps held-out problems are answered by draws and by the likeliest tokens; some of these
+answers are written to samples.jsonl. RL brings out what the base can do already: compare with the line of step 0.
+
+The workdir (runs/NAME by default) receives checkpoints/, metrics.jsonl, samples.jsonl and tensorboard/. SIGTERM, SIGHUP
+or Ctrl-C saves and ends; the same command resumes the run as if nothing had happened. Exit codes as for train. It runs
+on the devices of one machine; not along a pipeline or over divided sequences.
+"""
+
+import itertools
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ml_collections import ConfigDict
+
+from deepseek_jax import run_config
+from deepseek_jax.errors import UserError
+from deepseek_jax.launch import _beginning, _options
+from deepseek_jax.launch._training import execute, report_end
+from deepseek_jax.paths import check_writable
+
+if TYPE_CHECKING:
+    from deepseek_jax.parallel.peers import Peers
+    from deepseek_jax.rl.problems import Problems
+    from deepseek_jax.rl.step import Learner
+    from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
+    from deepseek_jax.train.stop import StopRequest
+
+DEFAULT, BASE = "tiny_zero", "tiny_sums"
+BASE_TEXT = 24_000  # conversations that the base reads
+FIXED = ("rl.problems", "rl.holdout_rate", "rl.questions", "rl.answers", "rl.updates")
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb; returns the exit code."""
+    options = _options.parse(argv, DEFAULT)
+    config = options.config
+    workdir = options.workdir or Path("runs") / config.name
+    run_config.validate(config)
+    again = shlex.join(["deepseek-jax", "rl", *(argv if options.workdir else [*argv, f"--workdir={workdir}"])])
+    check_writable(workdir, "--workdir")
+    if not config.run.init_from:
+        code = train_base(config, workdir / "base", again)
+        if code is not None:
+            return code
+        config.run.init_from = os.path.abspath(workdir / "base")
+    _beginning.inherit(config, options.overrides, workdir)
+    if Path(config.data.tokenizer).exists():  # so that the run's model finds it from anywhere
+        config.data.tokenizer = os.path.abspath(config.data.tokenizer)
+    return execute(config, workdir, sample=False, again=again, run=train)
+
+
+def train_base(config: ConfigDict, workdir: Path, again: str) -> int | None:
+    """Trains the base of the built-in problems, unless that is done; returns None then, otherwise the exit code."""
+    from deepseek_jax.train.checkpoint.manifest import committed_steps
+
+    if config.rl.problems.partition(":")[0] != "sums":
+        raise UserError(
+            f"config.rl.problems={config.rl.problems} needs a model that can solve some of them. Name a run or "
+            "published weights: --config.run.init_from=DIR."
+        )
+    base = run_config.load(BASE)
+    for key in ("seed", "precision", "model", "mesh", "sharding", "kernels"):
+        base[key] = config[key]
+    base.data.source = str(write_text(config, workdir / "text.jsonl"))
+    base.data.cache_dir = str(workdir / "tokens")
+    if base.loop.steps in committed_steps(workdir / "checkpoints"):
+        return None
+    print(f"first a base model, which reads {BASE_TEXT:,} answers of mixed quality, in {workdir}", flush=True)
+    code = execute(run_config.validate(base), workdir, sample=False, again=again)
+    return None if not code and base.loop.steps in committed_steps(workdir / "checkpoints") else code
+
+
+def write_text(config: ConfigDict, path: Path) -> Path:
+    """Writes the text of the base, conversations about problems that are not held out; returns where it is."""
+    from deepseek_jax.files import write_atomically
+    from deepseek_jax.rl import sums
+
+    problems = open_problems(config)
+    questions = (problems.training(number).messages[0]["content"] for number in itertools.count())
+    rows = sums.rows(itertools.islice(questions, BASE_TEXT))
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return path
+
+
+def open_problems(config: ConfigDict) -> "Problems":
+    """Returns the problems of a run."""
+    from deepseek_jax.rl import problems
+
+    return problems.open_problems(config.rl.problems, config.seed, config.rl.holdout_rate)
+
+
+def train(config: ConfigDict, workdir: Path, stop: "StopRequest", again: str, peers: "Peers") -> bool:
+    """Trains until the last step or until `stop` is asked for; returns whether the last state has been saved."""
+    import jax
+
+    from deepseek_jax.rl.loop import Loop, LoopConfig
+    from deepseek_jax.rl.rewards import Rewards
+    from deepseek_jax.saved_config import to_json
+    from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
+    from deepseek_jax.train.metrics import Metrics
+
+    rl = config.rl
+    with (
+        Rewards(used(rl.rewards), rl.verifiers, rl.verify_s) as rewards,
+        Checkpointer(workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
+        peers.guard(stop),
+    ):
+        learner = prepare(config, rewards)
+        meta = {"config": to_json(config), "problems": learner.problems.fingerprint}
+        start, state = resumed(config, learner, checkpoints, workdir)
+        kind, n_devices = jax.devices()[0].device_kind, learner.trainer.mesh.size
+        with Metrics(workdir, config.loop.steps, start_step=start, device_kind=kind, n_devices=n_devices) as metrics:
+            metrics.message(headline(config, learner, workdir, start))
+            if start >= config.loop.steps:
+                metrics.message(f"This run has reached step {start}. To continue: --config.loop.steps={2 * start}")
+                return True
+            when = LoopConfig(
+                **{key: config.loop[key] for key in ("steps", "log_every", "eval_every", "max_skipped")},
+                checkpoint_every=config.checkpoint.every,
+                refresh_every=rl.refresh_every,
+                eval_problems=rl.eval_problems,
+            )
+            loop = Loop(learner, when, checkpoints=checkpoints, metrics=metrics, meta=meta, workdir=workdir)
+            if state is None:
+                from deepseek_jax import run
+
+                state = loop.begin(run.first_state(config, learner.trainer, workdir, metrics.message))
+            _, done = loop.run(state, start, stop)
+            return report_end(done, config.loop.steps, checkpoints, metrics, again)
+
+
+def used(rewards: ConfigDict) -> dict[str, float]:
+    """Returns the weights of rewards; accuracy and format are reported even at weight 0."""
+    return {name: weight for name, weight in rewards.items() if weight or name in ("accuracy", "format")}
+
+
+def prepare(config: ConfigDict, rewards: object) -> "Learner":
+    """Returns the programs of a run. Raises UserError for settings that do not suit one another."""
+    import jax
+
+    from deepseek_jax import run
+    from deepseek_jax.data.conversations import template_name
+    from deepseek_jax.data.tokenizer import open_tokenizer
+    from deepseek_jax.parallel.mesh import make_mesh
+    from deepseek_jax.rl.grpo import GRPO
+    from deepseek_jax.rl.objective import PolicyGradient
+    from deepseek_jax.rl.step import Learner, StepSizes
+    from deepseek_jax.rl.turns import Turns
+
+    if config.precision == "fp32":  # GPUs and TPUs would otherwise round the operands of a matmul
+        jax.config.update("jax_default_matmul_precision", "highest")
+    rl = config.rl
+    check_sizes(config, jax.process_count())
+    _beginning.check_sizes(config)
+    tokenizer = open_tokenizer(config.data.tokenizer)
+    run.check_vocabulary(config, tokenizer)
+    name = template_name(config.data.chat_template, config.data.tokenizer)
+    turns = Turns(tokenizer, name, rl.thinking, rl.longest_prompt, rl.longest_answer)
+    objective = PolicyGradient(GRPO(**rl.grpo), rl.temperature, config.loss.chunk)
+    trainer = run.trainer(config, make_mesh(**config.mesh), objective)
+    sizes = StepSizes(rl.questions, rl.answers, rl.updates, rl.temperature)
+    check_rows(config, trainer.mesh.size)
+    return Learner(trainer, turns, open_problems(config), rewards, sizes, config.seed)  # type: ignore[arg-type]
+
+
+def check_sizes(config: ConfigDict, n_processes: int) -> None:
+    """Raises UserError for meshes on which answers cannot be drawn."""
+    for axis in ("pipe", "context"):
+        if config.mesh[axis] > 1:
+            raise UserError(
+                f"config.mesh.{axis}={config.mesh[axis]}: answers are drawn on whole models and sequences. Set "
+                f"config.mesh.{axis}=1, and spread the experts (config.mesh.expert) or the answers (config.mesh.data)."
+            )
+    if n_processes > 1:
+        raise UserError(f"{n_processes} processes: reinforcement learning runs in one. Start it on one machine.")
+
+
+def check_rows(config: ConfigDict, n_devices: int) -> None:
+    """Raises UserError unless the answers of an update divide over the devices and micro-batches."""
+    rl = config.rl
+    multiple = rl.updates * n_devices * config.pipeline.micro_batches
+    if rl.questions * rl.answers % multiple:
+        raise UserError(
+            f"config.rl: {rl.questions} questions x {rl.answers} answers do not divide into {rl.updates} updates on "
+            f"{n_devices} devices with {config.pipeline.micro_batches} micro-batches. Choose a multiple of {multiple}."
+        )
+
+
+def resumed(
+    config: ConfigDict, learner: "Learner", checkpoints: "Checkpointer", workdir: Path
+) -> tuple[int, dict | None]:
+    """Returns the step of the latest checkpoint and its state; (0, None) without one."""
+    from deepseek_jax import run
+    from deepseek_jax.rl.loop import REFERENCE, TAKEN_AT
+    from deepseek_jax.saved_config import from_json
+
+    if checkpoints.latest() is None:
+        return 0, None
+    saved = checkpoints.read_meta()[1]
+    if "problems" not in saved:
+        raise UserError(f"{workdir} holds another kind of run. Give this one a --workdir of its own.")
+    for change in run.differences(from_json(saved["config"]), config):
+        if change.startswith(("family", "model.", "seed", *FIXED)):
+            raise UserError(
+                f"{workdir} holds a run of other settings: config.{change}. "
+                "Give the same value to continue it, or another --workdir to start anew."
+            )
+    if saved["problems"] != learner.problems.fingerprint:
+        raise UserError(f"{workdir} holds a run on other problems. Give the same ones, or another --workdir.")
+    expected = learner.trainer.stored
+    if config.rl.grpo.beta > 0:
+        expected = expected | {REFERENCE: expected["params"], TAKEN_AT: expected["step"]}
+    start, stored, _ = checkpoints.restore(expected)
+    return start, learner.trainer.load(stored)
+
+
+def headline(config: ConfigDict, learner: "Learner", workdir: Path, start: int) -> str:
+    """Returns the lines that a run prints before its first step."""
+    rl, begin = config.rl, f"resuming from step {start}" if start else f"from {config.run.init_from}"
+    rewards = ", ".join(f"{weight:g} x {name}" for name, weight in rl.rewards.items() if weight)
+    return "\n".join(
+        [
+            f"{config.name}: {learner.trainer.n_params:,} parameters, {config.precision}, {begin}, in {workdir}",
+            f"{rl.questions} problems of {rl.problems} x {rl.answers} answers per step, reward: {rewards}",
+            "the first step compiles for a while",
+        ]
+    )

@@ -1,0 +1,275 @@
+"""Rollouts, updates and the loop on the smallest V3: what is drawn is what is learnt from; resuming is exact."""
+
+import copy
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from deepseek_jax import run, run_config
+from deepseek_jax.data.tokenizer import ByteTokenizer
+from deepseek_jax.errors import UserError
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.rl.grpo import GRPO
+from deepseek_jax.rl.loop import REFERENCE, TAKEN_AT, Loop, LoopConfig
+from deepseek_jax.rl.objective import PolicyGradient, answers, part
+from deepseek_jax.rl.problems import Problem, open_problems
+from deepseek_jax.rl.rewards import Rewards, Score
+from deepseek_jax.rl.rollout import row_keys
+from deepseek_jax.rl.step import Learner, StepSizes
+from deepseek_jax.rl.turns import Turns
+from deepseek_jax.serve.generate import ENDED, Generator
+from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
+from deepseek_jax.train.metrics import Metrics
+from deepseek_jax.train.stop import StopRequest
+
+TEMPERATURE, NEW = 0.7, 6
+
+
+def make_config():
+    config = run_config.load("tiny_zero").copy_and_resolve_references().unlock()
+    m = config.model
+    m.d_model, m.dense_width, m.n_heads, m.n_experts, m.expert_width = 16, 16, 2, 4, 8
+    m.q_rank = m.kv_rank = m.nope_width = m.rope_width = m.value_width = 8
+    config.rl.longest_answer = NEW
+    return config
+
+
+def make_learner(rewards, *mesh, micro_batches=1, beta=0.1):
+    config = make_config()
+    config.rl.grpo.beta = beta
+    config.pipeline.micro_batches = micro_batches
+    objective = PolicyGradient(GRPO(**config.rl.grpo), TEMPERATURE, 64)
+    trainer = run.trainer(config, make_mesh(*(mesh or (1, 1)), jax.devices()[: np.prod(mesh, dtype=int)]), objective)
+    turns = Turns(ByteTokenizer(), "r1", False, 9, NEW)
+    problems = open_problems("sums:4", 0, 0.2)
+    return Learner(trainer, turns, problems, rewards, StepSizes(4, 4, 2, TEMPERATURE), seed=3)
+
+
+@pytest.fixture(scope="module")
+def learner():
+    """Rewards are for length as well, which differs between the answers of a model without training."""
+    with Rewards({"accuracy": 1.0, "length": 0.5}) as rewards:
+        yield make_learner(rewards)
+
+
+@pytest.fixture(scope="module")
+def state(learner):
+    return jax.device_get(learner.trainer.init(0))
+
+
+def placed(learner, state):
+    """A state on the devices, which a step may take over."""
+    return learner.trainer.init(0) | jax.tree.map(
+        lambda x, like: jax.device_put(np.asarray(x), like.sharding), state, learner.trainer.abstract
+    )
+
+
+def asked(*questions):
+    return [Problem(({"role": "user", "content": question},), "0", "exact") for question in questions]
+
+
+QUESTIONS = ["1234", "5", "99", "123456"] * 4  # prompts of different lengths
+
+
+@pytest.fixture(scope="module")
+def drawn(learner, state):
+    return learner.draw(placed(learner, state), asked(*QUESTIONS), row_keys(0, 0, 16), TEMPERATURE)
+
+
+def test_what_is_drawn_has_the_log_probabilities_of_the_trainer(learner, state, drawn):
+    """Absorbed attention over a cache against the expanded form, prompts of different lengths, a temperature."""
+    given = answers(drawn.rollouts, drawn.length_B1, np.ones(16, bool))
+    found = learner._measure(placed(learner, state), learner._placed(given))
+    is_drawn_BT = given.targets_BT >= 0
+    assert is_drawn_BT.sum() == drawn.rollouts.n_drawn_B1.sum() > 40
+    gap_BT = np.abs(np.asarray(found.logp_BT) - given.sampled_logp_BT)[is_drawn_BT]
+    assert gap_BT.max() < 1e-5
+    assert (given.sampled_logp_BT[is_drawn_BT] < 0).all() and (np.asarray(found.entropy_BT)[is_drawn_BT] > 0).all()
+
+
+@pytest.mark.slow
+def test_answers_are_those_of_the_generator_and_do_not_depend_on_their_neighbours(learner, state, drawn):
+    trainer = learner.trainer
+    keys = jax.random.wrap_key_data(row_keys(0, 0, 16))
+    prompts = [learner.turns.prompt(problem, "") for problem in drawn.problems]
+    generator = Generator(trainer.definition, 272)
+    new_BT = generator.generate(
+        state["params"], state["router_bias"], prompts[:4], keys[:4],
+        max_new_tokens=NEW, n_positions=64, temperature=TEMPERATURE, stop_ids=[257],
+    )  # fmt: skip
+    for row, expected in enumerate(new_BT):
+        begin, count = len(prompts[row]), drawn.rollouts.n_drawn_B1[row, 0]
+        ids = drawn.rollouts.ids_BT[row, begin : begin + count]
+        assert ids.tolist() == expected[expected != ENDED].tolist()
+    others = learner.draw(placed(learner, state), asked(*QUESTIONS[:1], *["77"] * 15), row_keys(0, 0, 16), TEMPERATURE)
+    assert others.rollouts.ids_BT[0].tolist() == drawn.rollouts.ids_BT[0].tolist()
+    texts = {tuple(row) for row in drawn.rollouts.ids_BT.tolist()}
+    assert len(texts) == 16, "answers to the same problem have keys of their own"
+
+
+def test_an_end_mark_is_a_target_and_what_follows_is_not(drawn):
+    """Rows are made up: one ends at once, one after two tokens, one is cut off, one could not be scored."""
+    rolled = drawn.rollouts._replace(
+        ids_BT=np.array([[1, 2, 257, 0, 0], [1, 8, 9, 257, 0], [1, 2, 5, 6, 7], [1, 2, 5, 257, 0]]),
+        logp_BT=np.arange(20.0).reshape(4, 5),
+        n_drawn_B1=np.array([[1], [3], [3], [2]]),
+        is_finished_B1=np.array([[True], [True], [False], [True]]),
+    )
+    found = answers(rolled, np.array([[2], [1], [2], [2]]), np.array([True, True, True, False]))
+    expected = [[-1, 257, -1, -1], [8, 9, 257, -1], [-1, 5, 6, 7], [-1, -1, -1, -1]]
+    assert found.targets_BT.tolist() == expected
+    assert found.sampled_logp_BT.tolist() == [[0, 2, 0, 0], [6, 7, 8, 0], [0, 12, 13, 14], [0, 0, 0, 0]]
+    assert found.segments_BT.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
+
+
+def test_the_first_update_has_ratio_one_and_the_next_rollout_differs(learner, state):
+    before = copy.deepcopy(state)
+    after, figures = learner.step(placed(learner, state), before["params"], 0)
+    assert figures["gap"] < 1e-5 and 0 < figures["kl"] < 0.1
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), jax.device_get(after["params"]), before["params"])
+    assert any(jax.tree.leaves(moved))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(after["router_bias"]), before["router_bias"])
+    keys = row_keys(0, 0, 16)
+    again = [learner.draw(s, asked(*QUESTIONS), keys, 1.0).rollouts.logp_BT for s in (placed(learner, before), after)]
+    assert np.abs(again[0] - again[1]).max() > 1e-6
+
+
+@pytest.mark.slow
+def test_equal_rewards_move_nothing(state):
+    """Without a divergence: a step leaves every weight as it is."""
+
+    class Same:
+        def score(self, problems, responses):
+            return [Score(0.35, {"accuracy": 0.35})] * len(problems)
+
+    learner = make_learner(Same(), beta=0.0)
+    after, figures = learner.step(placed(learner, state), None, 0)
+    assert figures["tied"] == 1 and figures["gradient_norm"] == 0 and "kl" not in figures
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(after["params"]), state["params"])
+
+
+def loop(learner, workdir, steps):
+    """Runs to step `steps`, from the checkpoint of the workdir if there is one."""
+    when = LoopConfig(
+        steps=steps, log_every=1, eval_every=0, checkpoint_every=1, refresh_every=2, eval_problems=16, max_skipped=3
+    )
+    with Checkpointer(workdir / "checkpoints") as checkpoints, Metrics(workdir, steps, enabled=False) as metrics:
+        made = Loop(learner, when, checkpoints=checkpoints, metrics=metrics, meta={}, workdir=workdir)
+        made.evaluate = lambda state, step: None
+        stored = learner.trainer.stored
+        expected = stored | {REFERENCE: stored["params"], TAKEN_AT: stored["step"]}
+        if checkpoints.latest() is None:
+            start, state = 0, made.begin(learner.trainer.init(0))
+        else:
+            start, state, _ = checkpoints.restore(expected)
+        state, done = made.run(state, start, StopRequest())
+        assert checkpoints.wait() and done == steps
+        return jax.device_get(state)
+
+
+def test_a_run_that_is_cut_resumes_with_the_same_bits(learner, tmp_path):
+    """The reference, which the checkpoint holds, is refreshed after steps 2 and 4."""
+    whole = loop(learner, tmp_path / "whole", 4)
+    for steps in (1, 3, 4):
+        cut = loop(learner, tmp_path / "cut", steps)
+        assert int(cut[TAKEN_AT]) == steps // 2 * 2
+    jax.tree.map(np.testing.assert_array_equal, whole, cut)
+    assert int(whole["step"]) == 8, "updates"
+
+
+def test_held_out_problems_are_judged(learner, state):
+    figures, first = learner.evaluate(placed(learner, state), 20, 0.0)
+    again, _ = learner.evaluate(placed(learner, state), 20, 0.0)
+    assert figures == again and figures["accuracy_error"] >= 0 and len(first.responses) == 16
+    assert figures["cut_off"] > 0.5 and figures["unscored"] == 0
+
+
+def test_a_prompt_is_never_cut(learner):
+    with pytest.raises(UserError, match=r"problem 3 has 11 tokens: expected rl.longest_prompt=9 at most"):
+        learner.turns.prompt(asked("12345678")[0], "problem 3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "micro_batches"), [((1, 1), 2), ((2, 1), 1), ((1, 2), 1)])
+def test_neither_devices_nor_micro_batches_matter(learner, state, mesh, micro_batches):
+    """The same answers, the same gradients (Adam's first moments); experts are divided in the last mesh."""
+    with Rewards(learner.rewards.weights) as rewards:
+        other = make_learner(rewards, *mesh, micro_batches=micro_batches)
+        found = [first_update(one, state) for one in (learner, other)]
+    assert (found[0][0] == found[1][0]).all()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[0][1], found[1][1])
+    assert found[0][2] == pytest.approx(found[1][2], rel=1e-4, abs=1e-6)
+
+
+def first_update(learner, state):
+    """(ids that were drawn, first moments after an update on 8 of the 16 answers, figures)."""
+    drawn = learner.draw(placed(learner, state), asked(*QUESTIONS), row_keys(0, 0, 16), TEMPERATURE)
+    totals, groups = [n % 3 for n in range(16)], [n // 4 for n in range(16)]
+    given, figures = learner._measured(placed(learner, state), state["params"], drawn, totals, groups)
+    rows = np.array([3, 8, 0, 14, 5, 9, 2, 15])
+    after, report = learner.trainer.step(
+        placed(learner, state), learner._placed(part(given, rows, learner.objective.grpo.aggregation, NEW))
+    )
+    figures |= {name: float(value) for name, value in jax.device_get(report.auxiliary).items()}
+    return drawn.rollouts.ids_BT, jax.device_get(after["optimizer"]["mu"]), figures | {"loss": float(report.loss)}
+
+
+@pytest.mark.slow
+def test_the_verb_trains_a_base_and_improves_it(tmp_path, monkeypatch, capsys):
+    """With a base of a few steps: it can do nothing, and the run says so; a second call has nothing left to do."""
+    from deepseek_jax.launch import rl
+
+    config = tmp_path / "nano.py"
+    config.write_text(
+        "from deepseek_jax.configs import tiny_zero\n"
+        "def get_config():\n"
+        "    c = tiny_zero.get_config()\n"
+        "    c.model.d_model = c.model.dense_width = c.model.expert_width = 16\n"
+        "    c.rl.eval_problems, c.loop.steps, c.loop.eval_every = 128, 3, 3\n"
+        "    return c\n"
+    )
+    base = tmp_path / "nano_base.py"
+    base.write_text(
+        "from deepseek_jax.configs import tiny_sums\n"
+        "def get_config():\n"
+        "    c = tiny_sums.get_config()\n"
+        "    c.loop.steps = 3\n"
+        "    return c\n"
+    )
+    monkeypatch.setattr(rl, "BASE", str(base))
+    monkeypatch.setattr(rl, "BASE_TEXT", 500)
+    words = [f"--config={config}", f"--workdir={tmp_path / 'run'}", "--config.mesh.data=1"]
+    assert rl.main(words) == 0
+    printed = capsys.readouterr().out
+    assert "first a base model" in printed and "step 3/3  held-out" in printed
+    assert "no more than by chance" in printed and "checkpoint of step 3" in printed
+    samples = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    assert json.loads(samples[0])["messages"][0]["role"] == "user"
+    assert rl.main(words) == 0
+    assert "This run has reached step 3" in capsys.readouterr().out
+    assert rl.main([*words, "--config.loop.steps=4"]) == 0
+    printed = capsys.readouterr().out
+    assert "resuming from step 3" in printed and "no more than by chance" in printed
+    steps = [json.loads(row)["step"] for row in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert steps == [0] * 8 + [3] * 8 + [4] * 8
+    with pytest.raises(UserError, match=r"holds a run of other settings: config.rl.questions: 16 -> 8"):
+        rl.main([*words, "--config.rl.questions=8"])
+
+
+def test_the_verb_checks_its_settings(tmp_path):
+    from deepseek_jax.launch import rl
+
+    workdir = f"--workdir={tmp_path / 'run'}"
+    with pytest.raises(UserError, match=r"needs a model that can solve some of them. Name a run"):
+        rl.main([workdir, "--config.rl.problems=rg:leg_counting"])
+    config = run_config.load("tiny_zero")
+    config.rl.updates = 3
+    with pytest.raises(UserError, match=r"16 questions x 8 answers do not divide into 3 updates on 2 devices"):
+        rl.check_rows(config, 2)
+    config.mesh.pipe = 2
+    with pytest.raises(UserError, match=r"config.mesh.pipe=2: answers are drawn on whole models"):
+        rl.check_sizes(config, 1)
+    with pytest.raises(UserError, match="2 processes: reinforcement learning runs in one"):
+        rl.check_sizes(run_config.load("tiny_zero"), 2)
