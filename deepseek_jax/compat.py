@@ -215,7 +215,7 @@ def start_compilation_cache(directory: str) -> None:
         return
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "deepseek_jax" / "jax"
     jax.config.update("jax_compilation_cache_dir", directory or str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 

@@ -1,7 +1,10 @@
 """What serve and evaluate share: a model behind an engine."""
 
+import contextlib
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,14 +38,13 @@ def source_of(options: Any) -> Path | str:
 
 
 def open_engine(options: Any, source: Path | str) -> "tuple[LanguageModel, Engine]":
-    """Loads the model and compiles its programs."""
+    """Loads the model, whose programs are yet to be compiled."""
     from deepseek_jax.compat import start_compilation_cache
     from deepseek_jax.language_model import load
     from deepseek_jax.parallel.mesh import make_mesh
 
     start_compilation_cache("")
     model = load(source)
-    started = time.monotonic()
     engine = model.engine(
         make_mesh(options.data, options.expert) if options.data * options.expert > 1 else None,
         options.cache,
@@ -53,6 +55,24 @@ def open_engine(options: Any, source: Path | str) -> "tuple[LanguageModel, Engin
     )
     if options.disk:
         engine.keep_on_disk(Path(options.disk), options.disk_gb * 10**9)
-    n_programs = engine.compile()
-    print(f"compiled {n_programs} programs in {time.monotonic() - started:.1f} s", file=sys.stderr)
     return model, engine
+
+
+@contextlib.contextmanager
+def compiling(engine: "Engine") -> Iterator[None]:
+    """Compiles an engine's programs: those in which any request can run at once, the others in a thread meanwhile."""
+    stopped, started = threading.Event(), time.monotonic()
+    print(f"compiled {engine.compile_largest()} programs in {time.monotonic() - started:.1f} s", file=sys.stderr)
+
+    def rest() -> None:
+        n_programs = engine.compile(stopped)
+        if not stopped.is_set():
+            print(f"compiled all {n_programs} programs in {time.monotonic() - started:.1f} s", file=sys.stderr)
+
+    thread = threading.Thread(target=rest, name="compiling")
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()

@@ -7,6 +7,7 @@
     deepseek-jax bench train --config=v3_slice --no-peer --profile=DIR                       # where the time goes
     deepseek-jax bench generate --config=v2_lite               # tokens/s at batch 1, 16, 64; --help lists its flags
     deepseek-jax bench serve                                   # a running server; --help lists its flags
+    deepseek-jax bench requests                                # many requests on this CPU; --help lists its flags
     deepseek-jax bench kernels                                 # FP8 kernels, on a Hopper GPU; --help lists its flags
     deepseek-jax bench scaling                                 # layouts of this machine's devices beside one of them
 
@@ -44,6 +45,7 @@ EXTRA = {
 OTHERS = {  # benches with flags of their own, in modules that import jax
     "generate": "_bench_generate",
     "serve": "_bench_serve",
+    "requests": "_bench_requests",
     "kernels": "_bench_kernels",
     "scaling": "_scaling",
 }

@@ -71,4 +71,5 @@ def _model(options: Any, source: Path | str) -> Any:
     if options.url:
         return _lm_eval.over_http(options.url.rstrip("/"), os.environ.get(KEY, ""), options.rows)
     model, engine = _serving.open_engine(options, source)
+    engine.compile()
     return _lm_eval.InProcess(engine, model.tokenizer, model.end_ids)

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{error.name} is not installed. Run pip install 'deepseek_jax[serve]'.") from None
     keys = tuple(key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip())
     service = open_service(options, source, keys)
-    with listen(options.host, options.port) as listener:
+    with listen(options.host, options.port) as listener, _serving.compiling(service.worker.engine):
         host, port = listener.getsockname()[:2]
         print(f"{service.name} at http://{host}:{port}/v1 (Ctrl-C stops)", file=sys.stderr, flush=True)
         make_server(service, timeout_graceful_shutdown=DRAIN_S).run(sockets=[listener])

@@ -16,6 +16,7 @@ has a scheduler and pages of its own; all run the same programs at the same time
 """
 
 import itertools
+import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -125,6 +126,14 @@ class _Recited(NamedTuple):
     scores_BT: Scores
 
 
+class _Sizes(NamedTuple):
+    """The sizes that programs are compiled for, each ascending."""
+
+    lengths: list[int]  # tokens of a part of a prompt
+    widths: list[int]  # pages of a row
+    rows: list[int]
+
+
 class Engine:
     """Runs requests to a model.
 
@@ -182,6 +191,7 @@ class Engine:
         self._put_words = jax.jit(_with_row, donate_argnums=0, out_shardings=self._allowed_RW.sharding)
         self._flight: deque[list[_Drawn | _Recited]] = deque()
         self._disk: DiskPages | None = None
+        self._pads_to_largest = False  # whether all programs are those of the largest sizes
 
     def submit(self, prompt: Sequence[int], sampling: Sampling) -> Request:
         """Adds a request; raises UserError if it could never run, or for a value out of range."""
@@ -254,34 +264,57 @@ class Engine:
         if self._disk:
             self._disk.use(weights)
 
-    def compile(self) -> int:
+    def compile(self, stopped: threading.Event | None = None) -> int:
         """Compiles all programs that requests can need, in parallel; returns their number.
 
-        Not those that report log-probabilities of several tokens per step: they are compiled when first asked for.
+        Not those of several tokens per step that report log-probabilities, or draw with filters, penalties or biases:
+        they are compiled when first asked for. With `stopped` this may run in another thread than requests do, after
+        `compile_largest`, and ends early once it is set.
         """
+        if stopped is None:
+            self._allow(self.n_rows, np.full(self._allowed_RW.shape[1], ALL, np.uint32))
+        self.programs.compile(self._needed(self._sizes), stopped)
+        if stopped is None or not stopped.is_set():
+            self._pads_to_largest = False
+        return len(self.programs)
+
+    def compile_largest(self) -> int:
+        """Compiles the largest programs alone, in which requests run until `compile` has made the others.
+
+        Returns their number.
+        """
+        self._allow(self.n_rows, np.full(self._allowed_RW.shape[1], ALL, np.uint32))
+        self.programs.compile(self._needed(_Sizes(*(sizes[-1:] for sizes in self._sizes))))
+        self._pads_to_largest = True
+        return len(self.programs)
+
+    @property
+    def _sizes(self) -> "_Sizes":
         widths = buckets(LEAST_PAGES, -(-self.n_positions // self.page_size))
-        lengths = buckets(LEAST_TOKENS, min(self.chunk, self.n_positions))
-        rows, nobody = buckets(1, self.n_rows), self._nobody
-        needed = [self._extend(nobody, *sizes) for sizes in itertools.product(lengths, widths)]
-        needed += self._needed_by_rows(rows, widths)
+        return _Sizes(buckets(LEAST_TOKENS, min(self.chunk, self.n_positions)), widths, buckets(1, self.n_rows))
+
+    def _needed(self, sizes: "_Sizes") -> list[Call]:
+        """The programs of these sizes."""
+        (lengths, widths, _), nobody = sizes, self._nobody
+        needed = [self._extend(nobody, *both) for both in itertools.product(lengths, widths)]
+        needed += self._needed_by_rows(sizes)
         if self._has_routes:
             needed += [self._routes(nobody, width) for width in widths]
         if self.n_drafts:
-            needed += [self._foresee(nobody, *sizes) for sizes in itertools.product(lengths, widths)]
+            needed += [self._foresee(nobody, *both) for both in itertools.product(lengths, widths)]
         for n_top in (0, MOST_TOP):
-            needed += [self._score(n_rows, n_top) for n_rows in rows]
+            needed += [self._score(n_rows, n_top) for n_rows in {1, *sizes.rows}]
             needed += [self._recite(nobody, length, n_top) for length in lengths]
-        self._allow(self.n_rows, np.full(self._allowed_RW.shape[1], ALL, np.uint32))
-        self.programs.compile(needed)
-        return len(self.programs)
+        return needed
 
-    def _needed_by_rows(self, rows: list[int], widths: list[int]) -> list[Call]:
+    def _needed_by_rows(self, sizes: "_Sizes") -> list[Call]:
         """The programs of rows that compute one token each, and those that draw."""
         needed: list[Call] = []
         kinds: tuple[Kind, ...] = ("greedy", "random", "shaped")
+        _, widths, rows = sizes
         if not self.n_drafts:
-            needed += [self._decode(self._nobody, *sizes) for sizes in itertools.product(rows, widths)]
-        for n_rows, kind in itertools.product([1] if self.n_drafts else rows, kinds):
+            needed += [self._decode(self._nobody, *both) for both in itertools.product(rows, widths)]
+        for n_rows, kind in itertools.product([1] if self.n_drafts else {1, *rows}, kinds):
             several = widths if kind == "shaped" else widths[:1]
             needed += [self._draw(self._nobody, n_rows, kind, width) for width in several]
         for n_rows, width, kind in itertools.product(rows, widths, kinds):
@@ -307,7 +340,7 @@ class Engine:
         elif self._suits_steps(short):
             found += self._start_steps(short)
         elif any(short):
-            n_rows, width = batches.rows_of(short), self._width(short)
+            n_rows, width = self._n_rows(short), self._width(short)
             logits_BV, self._memory = self.programs.run(self._decode(short, n_rows, width))
             found += self._start_drawing(short, logits_BV, width)
         return found
@@ -326,7 +359,7 @@ class Engine:
     def _start_long(self, plans: Plans) -> list[_Drawn | _Recited]:
         """One part of a prompt per device, and its log-probabilities if they are to be reported."""
         parts, width = [part for plan in plans for part in plan], self._width(plans)
-        length = batches.bucket(max(part.n_tokens for part in parts), LEAST_TOKENS)
+        length = self._length(parts)
         h_BTD, logits_BV, self._memory = self.programs.run(self._extend(plans, length, width))
         found: list[_Drawn | _Recited] = []
         if any(_recites(part) for part in parts):
@@ -350,14 +383,14 @@ class Engine:
 
     def _start_steps(self, plans: Plans) -> list[_Drawn]:
         """Several steps of rows that all draw."""
-        n_rows, kind, n_top = batches.rows_of(plans), batches.kind_of(plans), batches.n_top_of(plans)
+        n_rows, kind, n_top = self._n_rows(plans), batches.kind_of(plans), batches.n_top_of(plans)
         call = self._steps(plans, n_rows, self._width(plans), kind, n_top)
         id_BT, scores_BT, self._memory, self._last_R = self.programs.run(call)
         return _all_drawn(plans, n_rows, id_BT, scores_BT)
 
     def _start_speculation(self, plans: Plans) -> list[_Drawn]:
         """One step or `n_steps`, each of which draws up to two tokens per row."""
-        n_rows, kind, n_top = batches.rows_of(plans), batches.kind_of(plans), batches.n_top_of(plans)
+        n_rows, kind, n_top = self._n_rows(plans), batches.kind_of(plans), batches.n_top_of(plans)
         n_steps = self.n_steps if any(part.n_draws > PER_STEP for plan in plans for part in plan) else 1
         call = self._speculate(plans, n_rows, self._width(plans), kind, n_top, n_steps)
         id_BT, scores_BT, self._memory, self._last_R, self._draft_R = self.programs.run(call)
@@ -430,7 +463,14 @@ class Engine:
         return self.n_drafts > 0 and not (part.request.options.has_draft and part.start + 1 == len(part.request.tokens))
 
     def _width(self, plans: Plans) -> int:
-        return batches.width_of(plans, self.page_size)
+        return self._sizes.widths[-1] if self._pads_to_largest else batches.width_of(plans, self.page_size)
+
+    def _n_rows(self, plans: Plans) -> int:
+        return self._sizes.rows[-1] if self._pads_to_largest else batches.rows_of(plans)
+
+    def _length(self, parts: Sequence[Part]) -> int:
+        longest = max(part.n_tokens for part in parts)
+        return self._sizes.lengths[-1] if self._pads_to_largest else batches.bucket(longest, LEAST_TOKENS)
 
     @property
     def _nobody(self) -> Plans:

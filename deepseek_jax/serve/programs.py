@@ -21,6 +21,8 @@ Engines of the same model and sizes share their programs (`programs_for`).
 """
 
 import functools
+import os
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
@@ -105,10 +107,15 @@ class Programs:
         """Runs a program."""
         return self._program(call)(**call.state, **call.rows)
 
-    def compile(self, calls: list[Call]) -> None:
-        """Compiles programs in parallel."""
-        with ThreadPoolExecutor() as threads:
-            list(threads.map(self._program, calls))
+    def compile(self, calls: list[Call], stopped: threading.Event | None = None) -> None:
+        """Compiles programs in parallel; on half of the cores, and until it is set, with `stopped`."""
+
+        def make(call: Call) -> None:
+            if stopped is None or not stopped.is_set():
+                self._program(call)
+
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2) if stopped else None) as threads:
+            list(threads.map(make, calls))
 
     def _program(self, call: Call) -> jax.stages.Compiled:
         name, state, rows, static = call

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import threading
 
 import jax
 import numpy as np
@@ -262,7 +263,9 @@ def test_a_request_may_be_cancelled_at_any_time(engine, alone, when):
 def test_after_compile_no_request_compiles(engine, monkeypatch):
     made, needed = engine(), []
     compile_all = made.programs.compile
-    monkeypatch.setattr(made.programs, "compile", lambda calls: compile_all(calls) or needed.extend(calls))
+    monkeypatch.setattr(
+        made.programs, "compile", lambda calls, *more: compile_all(calls, *more) or needed.extend(calls)
+    )
     made.compile()
     # one, two or four rows, and parts of 16 tokens (32 positions are four pages); three kinds of drawing for as many
     # rows; log-probabilities of one, two or four rows and of 16 tokens, without and with the likeliest
@@ -275,6 +278,29 @@ def test_after_compile_no_request_compiles(engine, monkeypatch):
     run(made, [Sampling(1)], [[5]])
     run(made, [Sampling(31)], [[5]])
     assert len(made.programs) == n_programs
+
+
+def test_until_all_programs_are_there_requests_run_in_the_largest(engine, alone, monkeypatch):
+    """Which are few; the text is the same."""
+    made, needed, ran, stopped = engine(), [], [], threading.Event()
+    compile_all, run_one = made.programs.compile, made.programs.run
+    monkeypatch.setattr(
+        made.programs, "compile", lambda calls, *more: compile_all(calls, *more) or needed.append(len(calls))
+    )
+    monkeypatch.setattr(made.programs, "run", lambda call: ran.append(call) or run_one(call))
+
+    def rows_of_a_step():
+        ran.clear()
+        assert run(made, [Sampling(3)], PROMPTS[3:4])[1] == [[*alone[3][:3], "length"]]
+        return {len(call.rows["slot_B"]) for call in ran if call.name == "decode"}
+
+    made.compile_largest()
+    assert rows_of_a_step() == {4}
+    stopped.set()
+    made.compile(stopped)  # too late
+    assert rows_of_a_step() == {4}
+    made.compile(threading.Event())
+    assert rows_of_a_step() == {1} and needed == [14, 21, 21]
 
 
 def test_engines_of_the_same_network_and_sizes_share_their_programs(engine, network):
