@@ -135,6 +135,7 @@ def get_config() -> ConfigDict:
     rl.longest_prompt = 256  # tokens
     rl.longest_answer = 256  # tokens, the end mark included
     rl.temperature = 1.0  # at which answers are drawn
+    rl.top_p = 1.0  # mass of the nucleus that they are drawn from, and over which they are learnt from (V3.2)
     rl.refresh_every = 0  # steps after which the policy becomes the reference of the KL divergence; 0: never
     rl.eval_problems = 512  # held-out problems of an evaluation
     rl.verifiers = 2  # processes for answers that take long to verify

@@ -119,6 +119,7 @@ BOUNDS: dict[str, Bound] = {
     "rl.longest_prompt": SOME_STEPS,
     "rl.longest_answer": SOME_STEPS,
     "rl.temperature": bounds.number(0, 1000, above=True),
+    "rl.top_p": bounds.number(0, 1, above=True),
     "rl.refresh_every": ANY_STEPS,
     "rl.eval_problems": SOME_STEPS,
     "rl.verifiers": bounds.whole(1, 1024),

@@ -174,7 +174,7 @@ def prepare(config: ConfigDict, rewards: object) -> "Learner":
     turns = Turns(tokenizer, name, rl.thinking, rl.longest_prompt, rl.longest_answer)
     objective = PolicyGradient(GRPO(**rl.grpo), rl.temperature, config.loss.chunk)
     trainer = run.trainer(config, make_mesh(**config.mesh), objective)
-    sizes = StepSizes(rl.questions, rl.answers, rl.updates, rl.temperature)
+    sizes = StepSizes(rl.questions, rl.answers, rl.updates, rl.temperature, rl.top_p)
     check_rows(config, trainer.mesh.size)
     return Learner(trainer, turns, open_problems(config), rewards, sizes, config.seed)  # type: ignore[arg-type]
 

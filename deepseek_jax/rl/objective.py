@@ -9,7 +9,7 @@ import numpy as np
 
 from deepseek_jax.data.pipeline import Array
 from deepseek_jax.layers.tokens import Tokens
-from deepseek_jax.rl.grpo import GRPO, Drawn, objective, token_weights
+from deepseek_jax.rl.grpo import GRPO, Drawn, kept_log_softmax, objective, token_weights
 from deepseek_jax.rl.rollout import Rollouts
 from deepseek_jax.train.cross_entropy import IGNORE, token_nll
 from deepseek_jax.train.loss import WHOLE, Losses, Totals, stage_losses
@@ -31,6 +31,7 @@ class Answers(NamedTuple):
     old_logp_BT: Array
     reference_logp_BT: Array
     advantage_BT: Array
+    kept_BTV: Array  # what each target was drawn from, as `Rollouts` has it
 
 
 def answers(rollouts: Rollouts, length_B1: np.ndarray, is_scored_B: np.ndarray) -> Answers:
@@ -51,6 +52,7 @@ def answers(rollouts: Rollouts, length_B1: np.ndarray, is_scored_B: np.ndarray) 
         old_logp_BT=zeros_BT,
         reference_logp_BT=zeros_BT,
         advantage_BT=zeros_BT,
+        kept_BTV=rollouts.kept_BTV[:, 1:],
     )
 
 
@@ -73,7 +75,7 @@ class PolicyGradient:
     def __call__(self, model: Any, batch: Any, over: Totals, step: jax.Array) -> tuple[jax.Array, Losses]:
         """See `train.loss.Objective`; `Losses.auxiliary` are the figures of `grpo.Figures`."""
         _, hidden, found = stage_losses(model, batch, over, WHOLE, mask=False)
-        logp_BT = drawn_logp(hidden[0], model, batch.targets_BT, self.temperature, self.chunk)
+        logp_BT = drawn_logp(hidden[0], model, batch, self.temperature, self.chunk)
         mask_BT = (batch.targets_BT != IGNORE).astype(jnp.float32)
         logps = (batch.sampled_logp_BT, batch.old_logp_BT, batch.reference_logp_BT)
         drawn = Drawn(mask_BT, *logps, batch.advantage_BT, batch.weights_BT)
@@ -81,8 +83,18 @@ class PolicyGradient:
         return -gain, found._replace(main=-gain, auxiliary=figures._asdict())
 
 
-def drawn_logp(h_BTD: jax.Array, model: Any, targets_BT: jax.Array, temperature: float, chunk: int) -> jax.Array:
-    """Returns log pi of each target at a temperature, float32; 0 without one."""
+def drawn_logp(h_BTD: jax.Array, model: Any, batch: Answers, temperature: float, chunk: int) -> jax.Array:
+    """Returns log pi of each target at a temperature, over what it was drawn from, float32; 0 without a target.
+
+    Where that is the whole vocabulary, the logits of `chunk` tokens exist at a time, otherwise all of them.
+    """
+    targets_BT = batch.targets_BT
+    if batch.kept_BTV.shape[-1]:
+        logits_BTV, is_target_BT = model.head(h_BTD) / temperature, targets_BT != IGNORE
+        kept_BTV = jnp.unpackbits(batch.kept_BTV, axis=-1, count=logits_BTV.shape[-1]) > 0
+        logp_BTV = kept_log_softmax(logits_BTV, kept_BTV | ~is_target_BT[..., None])
+        logp_BT = jnp.take_along_axis(logp_BTV, jnp.maximum(targets_BT, 0)[..., None], axis=-1)[..., 0]
+        return jnp.where(is_target_BT, logp_BT, 0.0)
     h_MD = h_BTD.reshape(-1, h_BTD.shape[-1]) / temperature
     return -token_nll(h_MD, model.head.weight_DV[...], targets_BT.reshape(-1), chunk).reshape(targets_BT.shape)
 
@@ -100,7 +112,7 @@ def measurer(temperature: float, chunk: int) -> Any:
     def measure(model: Any, batch: Answers) -> Measured:
         tokens = Tokens(batch.ids_BT, batch.positions_BT, None, batch.segments_BT > 0)
         h_BTD, _ = model.hidden(tokens)
-        logp_BT = drawn_logp(h_BTD, model, batch.targets_BT, temperature, chunk)
+        logp_BT = drawn_logp(h_BTD, model, batch, temperature, chunk)
         weight_DV = model.head.weight_DV[...].astype(h_BTD.dtype)
 
         def entropy(h_D: jax.Array) -> jax.Array:

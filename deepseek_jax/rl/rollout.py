@@ -5,8 +5,9 @@
 
 A draw depends on the key of its row, the position and the weights alone, as in `serve.generate`, so rows do not depend
 on their neighbours. Each token keeps the log-probability with which it was drawn: at the temperature of the draw, over
-the whole vocabulary. On several devices each has its rows, and the loop turns until all devices have ended: experts are
-spread over devices, which wait for one another in every layer.
+the part of the vocabulary that was drawn from, which is kept as well (V3.2's Keep Sampling Mask). On several devices
+each has its rows, and the loop turns until all devices have ended: experts are spread over devices, which wait for one
+another in every layer.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +19,9 @@ import numpy as np
 
 from deepseek_jax.data.pipeline import Array
 from deepseek_jax.parallel.mesh import total
+from deepseek_jax.rl.grpo import kept_log_softmax
 from deepseek_jax.seeds import random_key
-from deepseek_jax.serve.sampler import sample
+from deepseek_jax.serve.sampler import nucleus, sample
 
 
 class Prompts(NamedTuple):
@@ -38,6 +40,8 @@ class Rollouts(NamedTuple):
     logp_BT: Array  # log-probability of each drawn token, at its own column; 0 elsewhere
     n_drawn_B1: Array  # tokens of the answer, its end mark included; int32
     is_finished_B1: Array  # whether it ended with an end mark, bool
+    # which of the vocabulary each drawn token was drawn from, eight tokens to a byte; of width 0: from all of it
+    kept_BTV: Array
 
 
 def pad(prompts: Sequence[np.ndarray], n_tokens: int, keys: np.ndarray, temperature: float) -> Prompts:
@@ -56,8 +60,8 @@ def row_keys(seed: int, step: int, n_rows: int) -> np.ndarray:
     return np.asarray(jax.random.key_data(keys))
 
 
-def roller(n_new: int, stop_ids: Sequence[int]) -> Callable[[Any, Prompts], Rollouts]:
-    """Returns `rollout(model, prompts)`, which draws up to `n_new` tokens; inside `per_device` only."""
+def roller(n_new: int, stop_ids: Sequence[int], top_p: float) -> Callable[[Any, Prompts], Rollouts]:
+    """Returns `rollout(model, prompts)`, of up to `n_new` tokens from the nucleus; inside `per_device` only."""
     ends = np.asarray(stop_ids, np.int32)
 
     def rollout(model: Any, prompts: Prompts) -> Rollouts:
@@ -71,29 +75,45 @@ def roller(n_new: int, stop_ids: Sequence[int]) -> Callable[[Any, Prompts], Roll
             return (carry[0] < n_new) & (total(jnp.any(carry[1]).astype(jnp.int32)) > 0)
 
         def advance(carry: tuple) -> tuple:
-            n, going_B, logits_BV, cache, ids_BT, logp_BT, n_drawn_B = carry
+            n, going_B, logits_BV, cache, ids_BT, logp_BT, kept_BTV, n_drawn_B = carry
             at_B = length_B + n
-            id_B, logp_B = draw(logits_BV, key_B, at_B, prompts.temperature_B1[:, 0])
+            id_B, logp_B, kept_BV = draw(logits_BV, key_B, at_B, prompts.temperature_B1[:, 0], top_p)
             ids_BT = ids_BT.at[rows, at_B].set(jnp.where(going_B, id_B, ids_BT[rows, at_B]))
             logp_BT = logp_BT.at[rows, at_B].set(jnp.where(going_B, logp_B, 0.0))
+            kept_BTV = kept_BTV.at[rows, at_B].set(jnp.where(going_B[:, None], kept_BV, 0))
             logits_BTV, cache = model.decode(id_B[:, None], at_B[:, None], cache)
             n_drawn_B, going_B = n_drawn_B + going_B, going_B & ~jnp.isin(id_B, ends)
-            return n + 1, going_B, logits_BTV[:, 0], cache, ids_BT, logp_BT, n_drawn_B
+            return n + 1, going_B, logits_BTV[:, 0], cache, ids_BT, logp_BT, kept_BTV, n_drawn_B
 
         ids_BT = jnp.zeros((n_rows, n_prompt + n_new), jnp.int32).at[:, :n_prompt].set(prompts.ids_BT)
         zeros_BT, zeros_B = jnp.zeros(ids_BT.shape, jnp.float32), jnp.zeros(n_rows, jnp.int32)
-        begin = (jnp.int32(0), jnp.ones(n_rows, bool), logits_BV, cache, ids_BT, zeros_BT, zeros_B)
-        _, going_B, _, _, ids_BT, logp_BT, n_drawn_B = jax.lax.while_loop(is_unfinished, advance, begin)
-        return Rollouts(ids_BT, logp_BT, n_drawn_B[:, None], ~going_B[:, None])
+        kept_BTV = jnp.zeros((*ids_BT.shape, n_bytes(logits_BV.shape[1], top_p)), jnp.uint8)
+        begin = (jnp.int32(0), jnp.ones(n_rows, bool), logits_BV, cache, ids_BT, zeros_BT, kept_BTV, zeros_B)
+        _, going_B, _, _, ids_BT, logp_BT, kept_BTV, n_drawn_B = jax.lax.while_loop(is_unfinished, advance, begin)
+        return Rollouts(ids_BT, logp_BT, n_drawn_B[:, None], ~going_B[:, None], kept_BTV)
 
     return rollout
 
 
+def n_bytes(vocab_size: int, top_p: float) -> int:
+    """Returns the width of `Rollouts.kept_BTV`."""
+    return -(-vocab_size // 8) if top_p < 1 else 0
+
+
 def draw(
-    logits_BV: jax.Array, key_B: jax.Array, position_B: jax.Array, temperature_B: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Returns (the tokens for `position_B`, their log-probabilities at the temperature, where it is 0 at 1)."""
-    id_B = sample(logits_BV, jax.vmap(jax.random.fold_in)(key_B, position_B), temperature_B)
+    logits_BV: jax.Array, key_B: jax.Array, position_B: jax.Array, temperature_B: jax.Array, top_p: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns (the tokens for `position_B`, their log-probabilities, what they were drawn from as `kept_BTV` has it).
+
+    Log-probabilities are at the temperature; where it is 0, at 1.
+    """
+    keys_B = jax.vmap(jax.random.fold_in)(key_B, position_B)
     scaled_BV = logits_BV.astype(jnp.float32) / jnp.where(temperature_B > 0, temperature_B, 1.0)[:, None]
-    logp_BV = jax.nn.log_softmax(scaled_BV)
-    return id_B, jnp.take_along_axis(logp_BV, id_B[:, None], axis=1)[:, 0]
+    if top_p < 1:
+        id_B = sample(logits_BV, keys_B, temperature_B, top_p)
+        kept_BV = nucleus(scaled_BV, jnp.full(temperature_B.shape, top_p, jnp.float32))
+        logp_BV, bits_BV = kept_log_softmax(scaled_BV, kept_BV), jnp.packbits(kept_BV, axis=-1)
+    else:
+        id_B, logp_BV = sample(logits_BV, keys_B, temperature_B), jax.nn.log_softmax(scaled_BV)
+        bits_BV = jnp.zeros((len(logits_BV), 0), jnp.uint8)
+    return id_B, jnp.take_along_axis(logp_BV, id_B[:, None], axis=1)[:, 0], bits_BV

@@ -44,6 +44,7 @@ class StepSizes:
     answers: int  # to each
     updates: int
     temperature: float
+    top_p: float  # mass of the nucleus that tokens are drawn from; 1: the whole vocabulary
 
     @property
     def n_rows(self) -> int:
@@ -78,7 +79,7 @@ class Learner:
         self.trainer, self.turns, self.problems, self.rewards = trainer, turns, problems, rewards
         self.sizes, self.seed = sizes, seed
         self.objective: PolicyGradient = trainer.objective  # type: ignore[assignment]
-        self._roll = trainer.with_model(roller(turns.longest_answer, [turns.end_id]))
+        self._roll = trainer.with_model(roller(turns.longest_answer, [turns.end_id], sizes.top_p))
         self._measure = trainer.with_model(measurer(sizes.temperature, self.objective.chunk))
         self.seconds: dict[str, float] = {}  # of the last step, by what they were spent on
 

@@ -36,7 +36,7 @@ def make_config():
     return config
 
 
-def make_learner(rewards, *mesh, micro_batches=1, beta=0.1):
+def make_learner(rewards, *mesh, micro_batches=1, beta=0.1, top_p=1.0):
     config = make_config()
     config.rl.grpo.beta = beta
     config.pipeline.micro_batches = micro_batches
@@ -44,7 +44,7 @@ def make_learner(rewards, *mesh, micro_batches=1, beta=0.1):
     trainer = run.trainer(config, make_mesh(*(mesh or (1, 1)), jax.devices()[: np.prod(mesh, dtype=int)]), objective)
     turns = Turns(ByteTokenizer(), "r1", False, 9, NEW)
     problems = open_problems("sums:4", 0, 0.2)
-    return Learner(trainer, turns, problems, rewards, StepSizes(4, 4, 2, TEMPERATURE), seed=3)
+    return Learner(trainer, turns, problems, rewards, StepSizes(4, 4, 2, TEMPERATURE, top_p), seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,23 @@ def test_what_is_drawn_has_the_log_probabilities_of_the_trainer(learner, state, 
 
 
 @pytest.mark.slow
+def test_what_is_drawn_from_a_nucleus_is_learnt_from_over_the_nucleus(learner, state):
+    """The ratio of the first update is 1 there as well, which it is not over the whole vocabulary."""
+    other = make_learner(learner.rewards, top_p=0.5)
+    drawn = other.draw(placed(other, state), asked(*QUESTIONS), row_keys(0, 0, 16), TEMPERATURE)
+    given = answers(drawn.rollouts, drawn.length_B1, np.ones(16, bool))
+    is_drawn_BT = given.targets_BT >= 0
+    n_kept_BT = np.unpackbits(given.kept_BTV, axis=-1).sum(-1)
+    assert (n_kept_BT[is_drawn_BT] > 1).any() and n_kept_BT[is_drawn_BT].max() < 272
+    found = other._measure(placed(other, state), other._placed(given))
+    np.testing.assert_allclose(np.asarray(found.logp_BT), given.sampled_logp_BT, atol=1e-5)
+    whole = learner._measure(placed(learner, state), learner._placed(given._replace(kept_BTV=given.kept_BTV[..., :0])))
+    assert np.abs(np.asarray(whole.logp_BT) - given.sampled_logp_BT)[is_drawn_BT].max() > 0.1
+    _, figures = other.step(placed(other, state), state["params"], 0)
+    assert figures["gap"] < 1e-5 and figures["skipped"] == 0 and np.isfinite(figures["gradient_norm"])
+
+
+@pytest.mark.slow
 def test_answers_are_those_of_the_generator_and_do_not_depend_on_their_neighbours(learner, state, drawn):
     trainer = learner.trainer
     keys = jax.random.wrap_key_data(row_keys(0, 0, 16))
@@ -116,6 +133,7 @@ def test_an_end_mark_is_a_target_and_what_follows_is_not(drawn):
         logp_BT=np.arange(20.0).reshape(4, 5),
         n_drawn_B1=np.array([[1], [3], [3], [2]]),
         is_finished_B1=np.array([[True], [True], [False], [True]]),
+        kept_BTV=np.zeros((4, 5, 0), np.uint8),
     )
     found = answers(rolled, np.array([[2], [1], [2], [2]]), np.array([True, True, True, False]))
     expected = [[-1, 257, -1, -1], [8, 9, 257, -1], [-1, 5, 6, 7], [-1, -1, -1, -1]]
