@@ -107,7 +107,7 @@ def test_no_chunk_is_empty_but_the_first_and_the_last(client, script):
     script.answer, script.speed = lambda prompt: "<think>\nHm\n</think>\n\nSTO STO STOP and more" + END, 1
     chunks = list(client.chat.completions.create(model="mine", messages=ASK, stream=True, stop=["STOP"]))
     deltas = [chunk.choices[0].delta for chunk in chunks]
-    assert all(delta.content or delta.reasoning_content for delta in deltas[1:-1]) and len(deltas) > 10
+    assert all(delta.content or delta.reasoning_content for delta in deltas[1:-1]) and len(deltas) > 4
     assert "".join(delta.content or "" for delta in deltas) == "STO STO "
 
 
