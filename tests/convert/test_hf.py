@@ -114,9 +114,9 @@ RULES = {
 
 
 @pytest.mark.parametrize("rules", [pytest.param("experts", marks=pytest.mark.slow), "fsdp"])
-def test_placed_on_eight_devices_is_placed_whole(rules):
+def test_placed_on_four_devices_is_placed_whole(rules):
     published, source = source_at(GOLDEN / "v3_mtp")
-    mesh = make_mesh(data=2, expert=4)
+    mesh = make_mesh(2, 2, jax.devices()[:4])
     axes = dict(zip(("params", "router_bias"), logical_axes(module_of("v3", published.numbers)), strict=True))
     where = placements(axes, source.abstract, RULES[rules], mesh)
     shardings = jax.tree.map(
@@ -131,7 +131,7 @@ def test_placed_on_eight_devices_is_placed_whole(rules):
     assert jax.tree.map(lambda x: x.sharding, placed) == shardings
     assert all(jax.tree.leaves(jax.tree.map(same_bits, placed, host_tree(source))))
     gate = placed["params"]["moe_blocks"]["experts"]["gate_XDF"]
-    assert gate.addressable_shards[0].data.shape[1] == gate.shape[1] // 4
+    assert gate.addressable_shards[0].data.shape[1] == gate.shape[1] // 2
     double = jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree), donate_argnums=0, out_shardings=shardings)
     doubled = jax.tree.map(lambda x: 2 * x, host_tree(source))
     assert all(jax.tree.leaves(jax.tree.map(same_bits, double(placed), doubled)))  # its buffers may be donated

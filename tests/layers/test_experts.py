@@ -29,9 +29,11 @@ def test_shared_and_routed_experts_add_up(filled):
     @jax.jit
     def run(params, bias, x_BTD):
         experts = bind(definition, params, bias)
-        return experts(x_BTD, Tokens.of(x_BTD[..., 0])), experts.router(x_BTD)
+        routing = experts.router(x_BTD)
+        return *experts(x_BTD, Tokens.of(x_BTD[..., 0])), routing, sequence_balance(routing)["expert_balance"]
 
-    (y_BTD, found), routing = run(params, bias, x_BTD)
+    y_BTD, found, routing, balance = jax.device_get(run(params, bias, x_BTD))
+    bias = jax.device_get(bias)
     w = jax.tree.map(np.float64, params)
     assert w["shared"]["gate_DF"].shape == (5, 6)
     for b, t in np.ndindex(2, 4):
@@ -48,5 +50,4 @@ def test_shared_and_routed_experts_add_up(filled):
         assert sorted(routing.experts_BTK[b, t].tolist()) == chosen
         np.testing.assert_allclose(y_BTD[b, t], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(found.load_E, np.bincount(np.ravel(routing.experts_BTK), minlength=4))
-    balance = sequence_balance(routing)["expert_balance"]
     assert found.losses == {"expert_balance": pytest.approx(float(balance.sum()), rel=1e-6)}
