@@ -15,7 +15,7 @@ from pallas_kernels import mosaic_gpu
 def test_weights_are_cast_once_and_only_where_they_are_wider_than_what_is_read():
     config = run_config.load("tiny_v3")
     _, shapes, _ = split(abstract_module(config))
-    params = jax.tree.map(lambda w: jnp.zeros(w.shape, w.dtype), shapes)
+    params = jax.tree.map(lambda w: jnp.asarray(np.zeros(w.shape, w.dtype)), shapes)
     assert on_device.Prepared(config)(params) is params  # float32
     config.precision = "bf16"
     prepared = on_device.Prepared(config)
@@ -29,11 +29,11 @@ def test_weights_are_cast_once_and_only_where_they_are_wider_than_what_is_read()
         for key in path:
             one, same = one[key], same[key]
         assert one is same
-    replaced = params | {"head": jax.tree.map(lambda w: w + 1, params["head"])}
+    replaced = params | {"head": jax.tree.map(lambda w: jnp.asarray(np.asarray(w) + 1), params["head"])}
     again = prepared(replaced)
     assert again["moe_blocks"]["experts"]["gate_XDF"] is moe["experts"]["gate_XDF"]
     for new, old in zip(jax.tree.leaves(again["head"]), jax.tree.leaves(replaced["head"]), strict=True):
-        np.testing.assert_array_equal(new, old.astype(new.dtype))
+        np.testing.assert_array_equal(new, np.asarray(old).astype(new.dtype))
 
 
 @pytest.mark.parametrize("name", ["tiny_v1", "tiny_v3", "tiny_moe"])
@@ -42,12 +42,14 @@ def test_a_gpu_reads_one_array_per_layer_with_the_axes_that_are_summed_over_insi
     config = run_config.load(name)
     module = abstract_module(config, XLA)
     _, shapes, _ = split(module)
-    params = jax.tree.map(lambda w: jax.random.normal(jax.random.key(w.size), w.shape, w.dtype), shapes)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda w: jnp.asarray(rng.normal(size=w.shape), w.dtype), shapes)
     prepared = on_device.Prepared(config, for_gpu=True)
     read = prepared(params)
     assert jax.tree.leaves(prepared(params))[0] is jax.tree.leaves(read)[0]
 
     def check(path, stored, axes, found):
+        stored = np.asarray(stored)
         if axes[0] != "layers" or axes[1] == "experts":
             np.testing.assert_array_equal(found[...], stored)
             return

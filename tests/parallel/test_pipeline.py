@@ -65,7 +65,7 @@ def make_weights(n_stages):
     rng = np.random.default_rng(0)
 
     def w(*shape):
-        return jnp.asarray(rng.normal(size=(n_stages, *shape)) / np.sqrt(D), jnp.float32)
+        return np.float32(rng.normal(size=(n_stages, *shape)) / np.sqrt(D))
 
     return {"in": w(D, D), "expert": w(D, D), "out": w(D, D)}, {"table": w(9, D)[0], "head": w(D, 1)[0]}
 
@@ -73,8 +73,8 @@ def make_weights(n_stages):
 def make_rest():
     rng = np.random.default_rng(1)
     return {
-        "ids": jnp.asarray(rng.integers(0, 9, (MICRO, E, T)), jnp.int32),
-        "target": jnp.asarray(rng.normal(size=(MICRO, E, T, 1)), jnp.float32),
+        "ids": rng.integers(0, 9, (MICRO, E, T)).astype(np.int32),
+        "target": rng.normal(size=(MICRO, E, T, 1)).astype(np.float32),
     }
 
 
@@ -84,16 +84,15 @@ def reference(n_stages):
     weights, rest = make_weights(n_stages), make_rest()
 
     def loss(weights, rest):
-        total = 0.0
-        for m in range(MICRO):
-            of_batch = jax.tree.map(lambda a, m=m: a[m, 0], rest)
+        def add(total, of_batch):
             x = given = weights[1]["table"][of_batch["ids"]]
             for number in range(n_stages):
                 own = jax.tree.map(lambda a, number=number: a[number], weights[0])
                 (x, out), part, _ = stage_of(number, n_stages)(own, (x, given), ({}, of_batch))
                 total += part
-            total += head_loss(out, weights[1]["head"], of_batch)
-        return total
+            return total + head_loss(out, weights[1]["head"], of_batch), None
+
+        return lax.scan(add, jnp.float32(0), jax.tree.map(lambda a: a[:, 0], rest))[0]
 
     run = jax.shard_map(
         lambda w, r: tuple(jax.tree.map(lambda a: a[None], t) for t in jax.value_and_grad(loss)(w, r)),
@@ -126,7 +125,7 @@ def test_gradients_are_those_without_a_pipeline(name, saveable, overlap, referen
     table = make_table(schedule, lambda place: min(number[place], 1) + (number[place] == n_stages - 1))
     mesh = jax.make_mesh((RANKS, E), ("pipe", "expert"), axis_types=(AxisType.Auto,) * 2)
     weights, at_ends = make_weights(n_stages)
-    of_rank = jnp.asarray([[number[rank, c] for c in chunks] for rank in range(RANKS)])
+    of_rank = np.array([[number[rank, c] for c in chunks] for rank in range(RANKS)])
     placed = jax.tree.map(lambda a: a[of_rank], weights)  # ranks, chunks
 
     def on_device(placed, at_ends, rest):
