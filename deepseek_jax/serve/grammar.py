@@ -142,6 +142,11 @@ class Constrained:
             return self._ends
         return words | _bits([self._think], 32 * len(words)) if self._may_think else words
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the answer was ended before the grammar was complete, by a wrong token or the compiler's limits."""
+        return self._matcher.is_error()
+
     def push(self, token: int) -> None:
         """Takes the next token; a wrong one ends the grammar."""
         if self._in_thought or (self._may_think and token == self._think):

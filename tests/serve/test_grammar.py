@@ -90,7 +90,10 @@ def test_a_wrong_token_ends_the_answer_and_special_tokens_are_no_text(grammars):
     marks = ("<think>", "</think>", "<｜User｜>", "<｜tool▁calls▁begin｜>", "<｜end▁of▁sentence｜>")
     assert not {int(tokenizer.encode(mark, specials=True)[0]) for mark in marks} & set(inside.tolist())
     constrained.push(tokenizer.eos_id)
-    assert ids_of(constrained.allowed()).tolist() == [tokenizer.eos_id]
+    assert ids_of(constrained.allowed()).tolist() == [tokenizer.eos_id] and constrained.has_failed
+    whole = Constrained(grammars, grammars.compile(json_schema(PLACE)))
+    drawn(whole, tokenizer.eos_id, random.Random(3))
+    assert not whole.has_failed
 
 
 def test_requests_share_no_state(grammars):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from deepseek_jax.serve.api import answers
 from deepseek_jax.serve.api.answers import Usage
 from deepseek_jax.serve.engine import Logprob, Output
+from deepseek_jax.serve.grammar import Constrained
 from deepseek_jax.serve.reply import Piece, Reply
 from deepseek_jax.serve.sampling import Sampling
 
@@ -61,7 +62,9 @@ class Choice:
             pieces += self.reply.finish()
         if output.ending or self.reply.has_stopped:
             is_call = "tool_calls" in self.reply.message() and output.ending == "stop"
-            is_cut = output.ending == "length" and not self.reply.has_stopped
+            form = self.sampling.constraint
+            is_broken_off = output.ending == "length" or (isinstance(form, Constrained) and form.has_failed)
+            is_cut = is_broken_off and not self.reply.has_stopped
             self.reason = "length" if is_cut else "tool_calls" if is_call else "stop"
         return answers.joined(pieces)
 
