@@ -32,19 +32,19 @@ def get_config() -> ConfigDict:
     config.data.mask_documents = True
     config.data.fim_rate = 0.0
 
-    config.loop.steps = 550
-    config.loop.log_every = 50
-    config.loop.eval_every = 275
-    config.checkpoint.every = 550
+    config.loop.steps = 800
+    config.loop.log_every = 100
+    config.loop.eval_every = 400
+    config.checkpoint.every = 400
     config.batch.size = 32
     config.run.unroll = 1
     config.loss.mtp_weight = config.loss.mtp_weight_final = 0.0
     config.loss.mtp_weight_switch = 1_000_000_000
-    config.loss.auxiliary.expert_balance = 1e-4
+    config.loss.balance_rate_stop = 640
 
     schedule = config.schedule
     schedule.peak_rate = 3e-3
-    schedule.warmup_steps, schedule.constant_steps, schedule.cosine_steps, schedule.tail_steps = 50, 450, 50, 0
+    schedule.warmup_steps, schedule.constant_steps, schedule.cosine_steps, schedule.tail_steps = 50, 650, 100, 0
     schedule.tail_rate = schedule.final_rate = 3e-4
     config.optimizer.weight_decay = 0.01
     return config

@@ -9,19 +9,21 @@ chosen by the hash of their messages, and numbered apart from the seed: every ru
 """
 
 import functools
+import glob
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from deepseek_jax.data.corpus import open_corpus
 from deepseek_jax.data.messages import read
 from deepseek_jax.data.noise import noise
 from deepseek_jax.data.readers import read_jsonl
 from deepseek_jax.errors import UserError
+from deepseek_jax.paths import check_local
 from deepseek_jax.rl import sums
 
 TRAINING, HELD_OUT = range(2)  # the last key of the numbers that choose a problem
@@ -87,11 +89,11 @@ class Generated:
 
 
 class Listed:
-    """Problems of a list, each once per epoch, in an order that depends on the seed."""
+    """Problems of a list, each once per epoch, in an order that depends on the seed; at least one is held out."""
 
     def __init__(self, problems: Sequence[Problem], seed: int, holdout_rate: float, source: str):
-        held = [is_held_out(problem, holdout_rate) for problem in problems]
         by_hash = sorted(range(len(problems)), key=lambda n: message_hash(problems[n]))
+        held = [is_held_out(problem, holdout_rate) or n == by_hash[0] for n, problem in enumerate(problems)]
         self._training = [problems[n] for n in by_hash if not held[n]]
         self._held_out = [problems[n] for n in by_hash if held[n]]
         self.seed = seed
@@ -125,13 +127,16 @@ def open_problems(source: str, seed: int, holdout_rate: float) -> Problems:
         return Generated(source, lambda n: Problem(*sums.problem(n, sums.level(option))), seed, holdout_rate)
     if name == "rg":
         return Generated(source, reasoning_gym(option), seed, holdout_rate)
-    files = open_corpus(source, "prompt", "text").files
-    return Listed([problem for path in files for problem in rows(path)], seed, holdout_rate, source)
+    check_local(source, "config.rl.problems")
+    paths = [Path(path) for path in sorted(glob.glob(os.path.expanduser(source), recursive=True))]
+    if not paths:
+        raise UserError(f"rl.problems={source}: no such file. Give JSONL files, sums:DIGITS, or rg:NAME.")
+    return Listed([problem for path in paths for problem in rows(path)], seed, holdout_rate, source)
 
 
 def rows(path: Path) -> list[Problem]:
     """Returns the problems of a JSONL file."""
-    if path.suffix != ".jsonl":
+    if path.suffix != ".jsonl" or not path.is_file():
         raise UserError(f"{path} is not a .jsonl file. Problems are rows with messages (or prompt), answer and kind.")
     with open(path, "rb") as file:
         return [problem_of(row, where) for row, where in read_jsonl(file, None, str(path))]

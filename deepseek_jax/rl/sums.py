@@ -17,7 +17,7 @@ from deepseek_jax.data.noise import noise
 from deepseek_jax.errors import UserError
 
 DIGITS, MOST_DIGITS = 6, 18
-STYLES = {0: 0.65, 2: 0.2, 1: 0.15}  # share of each stride in the text; 0: no thought
+STYLES = {0: 0.66, 2: 0.17, 1: 0.17}  # share of each stride in the text; 0: no thought
 MISTAKES = 0.02  # share of the totals that are wrong
 DRAW, STYLE, SLIP, SLIP_BY = range(4)  # the last key of random numbers
 

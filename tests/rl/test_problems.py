@@ -91,6 +91,8 @@ def test_errors_say_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is not a .jsonl file"):
         (tmp_path / "a.txt").write_text("1 + 1")
         open_problems(str(tmp_path / "a.txt"), 0, 0.1)
+    with pytest.raises(UserError, match=r"rl.problems=nowhere.jsonl: no such file. Give JSONL files, sums:DIGITS"):
+        open_problems("nowhere.jsonl", 0, 0.1)
     with pytest.raises(UserError, match="has no problem to train on"):
         (tmp_path / "a.jsonl").write_text('{"prompt": "1", "answer": "1"}')
         open_problems(str(tmp_path / "a.jsonl"), 0, 1.0)

@@ -61,9 +61,8 @@ def state(learner):
 
 def placed(learner, state):
     """A state on the devices, which a step may take over."""
-    return learner.trainer.init(0) | jax.tree.map(
-        lambda x, like: jax.device_put(np.asarray(x), like.sharding), state, learner.trainer.abstract
-    )
+    abstract = learner.trainer.abstract
+    return jax.tree.map(lambda x, like: jax.device_put(np.array(x), like.sharding), state, abstract)
 
 
 def asked(*questions):
