@@ -198,7 +198,14 @@ class LanguageModel:
 
         return tokens()
 
-    def engine(self, mesh: Mesh | None = None, cache: str = "full", routes: bool = False, **options: Any) -> Engine:
+    def engine(
+        self,
+        mesh: Mesh | None = None,
+        cache: str = "full",
+        routes: bool = False,
+        redundant: on_mesh.Redundant | None = None,
+        **options: Any,
+    ) -> Engine:
         """Returns an engine that runs many requests at once.
 
         Args:
@@ -206,6 +213,7 @@ class LanguageModel:
                 sizes of `data` and `expert`. The weights are copied there. None: one device.
             cache: "full", in the dtype of the activations, or "fp8", which halves the cache of latent attention.
             routes: whether requests report the experts that their tokens chose.
+            redundant: replicas of busy experts on a mesh (`on_mesh.Redundant`); the results are the same.
             options: as for `serve.engine.Engine`; rows and pages are those of each device.
 
         Raises UserError: an unknown cache, or a model or mesh for which there is none.
@@ -219,8 +227,12 @@ class LanguageModel:
             definition = split(run_as(self.config, run))[0]
         how = {"matmul_precision": self._matmul_precision, "compiler_options": on_device.compiler_options()}
         options = how | options
+        if mesh is None and redundant is not None:
+            raise UserError("redundant experts on one device: it has all experts. Give a mesh, or leave them out.")
         if mesh is not None:
-            options["replicas"] = on_mesh.replicas(self.config, definition, weights, mesh)
+            options["replicas"] = on_mesh.replicas(self.config, definition, weights, mesh, redundant)
+            if redundant is not None:
+                definition = on_mesh.with_slots(self.config, definition, weights, redundant)
             weights = options["replicas"].place(weights)
         return Engine(definition, weights, self.n_positions, **options)
 

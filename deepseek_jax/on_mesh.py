@@ -1,19 +1,43 @@
-"""How a model generates on several devices: requests of their own, and experts that are divided over some of them."""
+"""How a model generates on several devices: requests of their own, and experts that are divided over some of them.
+
+Busy experts may have replicas, so that devices have equally much to do (`train.redundant`; V3 section 3.4.2).
+"""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from deepseek_jax.abstract_model import run_as
-from deepseek_jax.layers.base import Tree, bind, logical_axes, split
+from deepseek_jax.errors import UserError
+from deepseek_jax.layers.base import Execution, Tree, bind, logical_axes, split
 from deepseek_jax.parallel.alltoall import make_exchange
+from deepseek_jax.parallel.mesh import EXPERT, shardings
 from deepseek_jax.parallel.replicas import RULES, Replicas, check_axes, specs_of_weights
+from deepseek_jax.parallel.sharding import EXPERTS
+from deepseek_jax.train.redundant import Placed, placed, with_replicas
 
 
-def replicas(config: ConfigDict, definition: nnx.GraphDef, weights: tuple[Tree, Tree], mesh: Mesh) -> Replicas:
+class Redundant(NamedTuple):
+    """Replicas of experts beside one of each."""
+
+    n: int  # in each layer, a multiple of the devices that share the experts
+    # tokens that chose each expert, [L, E] of each stack: `serve.loads.ExpertLoads.counts`, or `Report.loads` of a run
+    loads: Tree
+
+
+def replicas(
+    config: ConfigDict,
+    definition: nnx.GraphDef,
+    weights: tuple[Tree, Tree],
+    mesh: Mesh,
+    redundant: Redundant | None = None,
+) -> Replicas:
     """Returns what each device of a mesh runs and holds.
 
     Args:
@@ -21,11 +45,53 @@ def replicas(config: ConfigDict, definition: nnx.GraphDef, weights: tuple[Tree, 
         definition: the model as one device alone runs it.
         weights: its parameters and router biases.
         mesh: `parallel.mesh.make_mesh` with sizes of `data` and `expert`.
+        redundant: replicas of the experts that have most to do; None: one of each expert.
 
-    Raises UserError: the experts do not divide over `expert`, or the mesh has other axes.
+    Raises UserError: the experts or their replicas do not divide over `expert`, or the mesh has other axes.
     """
     check_axes(mesh)
     alone: Any = bind(definition, *weights)
-    model = run_as(config, replace(alone.run, exchange=make_exchange(RULES, mesh)))
+    run = replace(alone.run, exchange=make_exchange(RULES, mesh))
+    one_of_each, axes = _made(config, run, mesh)
+    if redundant is None:
+        return one_of_each
+    where = _placed(config, axes, redundant, mesh.shape[EXPERT])
+    more, _ = _made(config, replace(run, redundant=redundant.n), mesh)
+    copied = jax.jit(
+        lambda params, router_bias: with_replicas(params, router_bias, axes, where),
+        out_shardings=shardings(mesh, more.weights),
+    )
+    return replace(more, prepared=lambda weights: copied(*one_of_each.place(weights)))
+
+
+def with_slots(
+    config: ConfigDict, definition: nnx.GraphDef, weights: tuple[Tree, Tree], redundant: Redundant
+) -> nnx.GraphDef:
+    """The model as one device alone runs it, with the weights that `Replicas.place` makes of its own."""
+    alone: Any = bind(definition, *weights)
+    return split(run_as(config, replace(alone.run, redundant=redundant.n)))[0]
+
+
+def _made(config: ConfigDict, run: Execution, mesh: Mesh) -> tuple[Replicas, Tree]:
+    """(what each device runs and holds, logical axes of the weights) of a model that is run so."""
+    model = run_as(config, run)
     own, *shapes = split(model)
-    return Replicas(mesh, own, specs_of_weights(logical_axes(model), tuple(shapes), mesh))
+    return Replicas(mesh, own, specs_of_weights(logical_axes(model), tuple(shapes), mesh)), logical_axes(model)[0]
+
+
+def _placed(config: ConfigDict, axes: Tree, redundant: Redundant, n_devices: int) -> Placed:
+    """Where the replicas go; experts whose loads are not known, as those of multi-token prediction, are equally busy.
+
+    Raises UserError: the model has no routed experts, or the replicas do not divide over the devices.
+    """
+    routed = [path for path, names in flatten_dict(axes).items() if EXPERTS in names]
+    if not routed or redundant.n < 1 or redundant.n % n_devices:
+        raise UserError(
+            f"{redundant.n} redundant experts for {config.name} over {n_devices} devices: expected a model with routed "
+            f"experts, and equally many replicas on each device. Give a multiple of {n_devices}, or none."
+        )
+    loads = flatten_dict(redundant.loads)
+    for path in routed:
+        if not any(path[: len(key)] == key for key in loads):
+            loads[path[:-1]] = np.ones((1, config.model.n_experts))
+    return placed(unflatten_dict(loads), redundant.n, n_devices, config.model.get("n_groups", 1))

@@ -29,12 +29,13 @@ class Replicas:
     """The devices of a mesh, and what each of them runs and holds.
 
     `definition` is the model as one device runs it, with an exchange; `weights` are the specs of its parameters and
-    router biases.
+    router biases; `prepared`, if there is anything to do, makes these of the model's own.
     """
 
     mesh: Mesh
     definition: nnx.GraphDef
     weights: Any
+    prepared: Callable[[Any], Any] | None = None
 
     @property
     def n(self) -> int:
@@ -43,7 +44,7 @@ class Replicas:
 
     def place(self, weights: Any) -> Any:
         """Weights on their devices."""
-        return place(weights, self.mesh, self.weights)
+        return place(self.prepared(weights) if self.prepared else weights, self.mesh, self.weights)
 
     def zeros(self, one: Any, all_of_them: Any) -> Any:
         """Zeros with the shapes `all_of_them`, divided along the axis in which these differ from those of `one`."""

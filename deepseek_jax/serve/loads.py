@@ -47,6 +47,7 @@ class ExpertLoads:
         self._engine, self._lock = engine, threading.Lock()
         self._latest: deque[list[int]] = deque(maxlen=N_SEQUENCES)
         self._layers: list[Layer] = []
+        self.counts: dict[str, np.ndarray] = {}  # the same by stack, [L, E], as `on_mesh.Redundant` takes them
         self._program = jax.jit(self._count)
 
     @property
@@ -79,6 +80,7 @@ class ExpertLoads:
         return model.loads(statistics, [])
 
     def _add(self, found: dict[str, np.ndarray]) -> None:
+        self.counts = {name: load_LE + self.counts.get(name, 0) for name, load_LE in found.items()}
         new = [
             Layer(f"{name.removesuffix('_blocks')} {n}", load_E.astype(int).tolist())
             for name, load_LE in found.items()

@@ -14,6 +14,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import split
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.serve.engine import Engine, Sampling
+from deepseek_jax.serve.loads import ExpertLoads
 
 DRAW = np.random.default_rng(0)
 PROMPTS = [DRAW.integers(0, 200, n).tolist() for n in (1, 3, 17, 9, 8, 20)]
@@ -384,6 +385,28 @@ def test_what_cannot_run_is_refused(engine):
 def test_settings_out_of_range_are_refused(setting, message):
     with pytest.raises(UserError, match=message):
         Sampling(4, **setting).check(1000)
+
+
+@pytest.mark.slow
+def test_replicas_of_busy_experts_change_no_text(network, engine, alone):
+    """Where they go follows from the loads that an engine has counted; new weights get replicas as well."""
+    mesh, busy = make_mesh(1, 2, jax.devices()[:2]), ExpertLoads(engine())
+    busy.note(PROMPTS[5])
+    busy.measure()
+    (load_LE,) = busy.counts.values()
+    redundant = on_mesh.Redundant(2, busy.counts)
+    replicas = on_mesh.replicas(network.config, network.definition, network.weights, mesh, redundant)
+    options = {"page_size": 8, "n_rows": 2, "chunk": 16, "n_pages": 6, "replicas": replicas}
+    definition = on_mesh.with_slots(network.config, network.definition, network.weights, redundant)
+    made = Engine(definition, replicas.place(network.weights), 32, **options)
+    experts = made.weights[0]["moe_blocks"]["experts"]["gate_XDF"]
+    assert experts.shape[1] == 8 + 2 and experts.addressable_shards[0].data.shape[1] == 5
+    slots = np.asarray(made.weights[1]["moe_blocks"]["experts"]["slot_ER"])
+    for load_E, slot_ER in zip(load_LE, slots, strict=True):
+        assert (slot_ER[load_E.argmax()] >= 0).sum() > 1, "the busiest expert has a replica"
+    assert run(made, [Sampling(10)] * len(PROMPTS))[1] == [[*ids, "length"] for ids in alone]
+    with pytest.raises(UserError, match="3 redundant experts for tiny_v3 over 2 devices"):
+        on_mesh.replicas(network.config, network.definition, network.weights, mesh, redundant._replace(n=3))
 
 
 @pytest.mark.parametrize(
