@@ -37,7 +37,7 @@ from deepseek_jax.serve.batches import LEAST_PAGES, LEAST_TOKENS, Plans, buckets
 from deepseek_jax.serve.disk import DiskPages
 from deepseek_jax.serve.memory import Sizes, shapes_of
 from deepseek_jax.serve.pages import PAGE_SIZE, PagePool, root
-from deepseek_jax.serve.programs import Call, Weights, programs_for
+from deepseek_jax.serve.programs import Call, Current, Weights, programs_for
 from deepseek_jax.serve.sampler import Scores
 from deepseek_jax.serve.sampling import MOST_TOP, Kind, Sampling
 from deepseek_jax.serve.scheduler import Part, Request, Scheduler
@@ -401,7 +401,7 @@ class Engine:
 
     def _decode(self, plans: Plans, n_rows: int, width: int) -> Call:
         state = {"weights": self.weights, "memory": self._memory, "last_R": self._last_R}
-        return Call("decode", state, batches.singles(plans, n_rows, width, self.n_rows))
+        return Call("decode", state, {"current": Current(**batches.singles(plans, n_rows, width, self.n_rows))})
 
     def _draw(self, plans: Plans, n_rows: int, kind: Kind, width: int, logits_BV: jax.Array | None = None) -> Call:
         rows = batches.positions(plans, n_rows) | batches.slots(plans, n_rows, self.n_rows)
@@ -420,7 +420,6 @@ class Engine:
 
     def _speculate(self, plans: Plans, n_rows: int, width: int, kind: Kind, n_top: int, n_steps: int) -> Call:
         _, state, rows, static = self._steps(plans, n_rows, width, kind, n_top)
-        rows = {name: array for name, array in rows.items() if name != "ids_B"}
         return Call("speculate", state | {"draft_R": self._draft_R}, rows, {**static, "n_steps": n_steps})
 
     def _foresee(self, plans: Plans, length: int, width: int, h_BTD: jax.Array | None = None) -> Call:

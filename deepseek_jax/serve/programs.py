@@ -43,7 +43,7 @@ from deepseek_jax.serve.sampler import Scores, draw, no_scores, scores
 from deepseek_jax.serve.speculation import ENDED, Row
 
 Weights = tuple[Tree, Tree]  # parameters and router biases
-Rows = dict[str, Any]  # arrays, or their shapes
+Rows = dict[str, Any]  # arrays, or their shapes; and `Current`
 DONATED = {"extend": ("memory",), "decode": ("memory",), "draw": ("last_R",), "steps": ("memory", "last_R")}
 OUTPUTS: dict[str, tuple[type, ...]] = {  # of each program: arrays with rows first, and memory
     "extend": (jax.Array, jax.Array, Memory),
@@ -57,6 +57,23 @@ OUTPUTS: dict[str, tuple[type, ...]] = {  # of each program: arrays with rows fi
     "speculate": (jax.Array, Scores, Memory, jax.Array, jax.Array),
 }
 DONATED |= {"foresee": ("memory", "draft_R"), "speculate": ("memory", "last_R", "draft_R")}
+
+
+class Current(NamedTuple):
+    """The tokens that rows compute next, one each."""
+
+    ids_B: Any  # negative: the one that the row drew last
+    start_B: Any  # their positions
+    slot_B: Any  # the rows' places in `last_R`, whose last place is that of padding
+    table_BN: Any  # the rows' pages
+
+    def id_B(self, last_R: jax.Array) -> jax.Array:
+        """The tokens themselves."""
+        return jnp.where(self.ids_B < 0, last_R[self.slot_B], self.ids_B)
+
+    def real_B(self, last_R: jax.Array) -> jax.Array:
+        """Which rows are not padding."""
+        return self.slot_B < len(last_R) - 1
 
 
 class Call(NamedTuple):
@@ -119,7 +136,7 @@ class Programs:
 
     def _program(self, call: Call) -> jax.stages.Compiled:
         name, state, rows, static = call
-        key = (name, *sorted(static.items()), *((row, rows[row].shape) for row in sorted(rows)))
+        key = (name, *sorted(static.items()), *sorted(rows), *(leaf.shape for leaf in jax.tree.leaves(rows)))
         if key not in self._compiled:
             function: Callable = functools.partial(getattr(self, name), **static)
             given = {**state, **rows}
@@ -155,14 +172,11 @@ class Programs:
         weights: Weights,
         memory: Memory,
         last_R: jax.Array,
-        ids_B: jax.Array,
-        start_B: jax.Array,
-        slot_B: jax.Array,
-        table_BN: jax.Array,
+        current: Current,
     ) -> tuple[jax.Array, Memory]:
-        """One token per row, that of `ids_B` or where it is negative the one drawn last: (logits_BV, memory)."""
-        ids_B = jnp.where(ids_B < 0, last_R[slot_B], ids_B)
-        return self._next(weights, memory, ids_B, start_B, slot_B < len(last_R) - 1, table_BN)
+        """One token per row: (logits_BV, memory)."""
+        id_B, real_B = current.id_B(last_R), current.real_B(last_R)
+        return self._next(weights, memory, id_B, current.start_B, real_B, current.table_BN)
 
     def draw(
         self, logits_BV: jax.Array, last_R: jax.Array, position_B: jax.Array, slot_B: jax.Array, **how: jax.Array
@@ -186,10 +200,7 @@ class Programs:
         weights: Weights,
         memory: Memory,
         last_R: jax.Array,
-        ids_B: jax.Array,
-        start_B: jax.Array,
-        slot_B: jax.Array,
-        table_BN: jax.Array,
+        current: Current,
         n_draws_B: jax.Array,
         stop_BJ: jax.Array,
         n_steps: int,
@@ -201,6 +212,7 @@ class Programs:
         Returns (id_BT with T = `n_steps`, `ENDED` after a row's end; scores with axes B and T first, None for
         `n_top` = -1; memory; last_R).
         """
+        _, start_B, slot_B, table_BN = current
 
         def step(carry: tuple) -> tuple:
             number, _, memory, id_B, is_running_B, found = carry
@@ -214,10 +226,10 @@ class Programs:
             is_running_B &= (number < n_draws_B) & ~jnp.any(new_B[:, None] == stop_BJ, axis=1)
             return number, is_anyone(is_running_B), memory, id_B, is_running_B, found
 
-        none_BT = jnp.full((len(ids_B), n_steps), ENDED, jnp.int32)
-        found = none_BT, None if n_top < 0 else no_scores((len(ids_B), n_steps), n_top)
-        is_running_B = (slot_B < len(last_R) - 1) & (n_draws_B > 0)
-        id_B, is_anyone = jnp.where(ids_B < 0, last_R[slot_B], ids_B), self._is_anyone
+        none_BT = jnp.full((len(slot_B), n_steps), ENDED, jnp.int32)
+        found = none_BT, None if n_top < 0 else no_scores((len(slot_B), n_steps), n_top)
+        is_running_B = current.real_B(last_R) & (n_draws_B > 0)
+        id_B, is_anyone = current.id_B(last_R), self._is_anyone
         carry = jnp.int32(0), is_anyone(is_running_B), memory, id_B, is_running_B, found
         _, _, memory, id_B, _, (id_BT, scores_BT) = jax.lax.while_loop(lambda carry: carry[1], step, carry)
         return id_BT, scores_BT, memory, last_R.at[slot_B].set(id_B)
@@ -271,9 +283,7 @@ class Programs:
         memory: Memory,
         last_R: jax.Array,
         draft_R: jax.Array,
-        start_B: jax.Array,
-        slot_B: jax.Array,
-        table_BN: jax.Array,
+        current: Current,
         n_draws_B: jax.Array,
         stop_BJ: jax.Array,
         n_steps: int,
@@ -281,7 +291,8 @@ class Programs:
         **how: jax.Array,
     ) -> tuple[jax.Array, Scores | None, Memory, jax.Array, jax.Array]:
         """`speculation.step`, `n_steps` times: as `steps`, with T = 2 `n_steps`, and draft_R at the end."""
-        row = Row(last_R[slot_B], draft_R[slot_B], start_B, n_draws_B, slot_B < len(last_R) - 1)
+        _, start_B, slot_B, table_BN = current
+        row = Row(last_R[slot_B], draft_R[slot_B], start_B, n_draws_B, current.real_B(last_R))
 
         def step(carry: tuple, _: None) -> tuple[tuple, tuple]:
             with jax.default_matmul_precision(self.matmul_precision):

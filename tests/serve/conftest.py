@@ -48,13 +48,17 @@ def network():
 
 @pytest.fixture(scope="session")
 def engine(network):
-    """Makes engines that share their programs: all have memory for 49 pages of 8 tokens, of which some use fewer."""
+    """Makes engines that share their programs: all have memory for 49 pages of 8 tokens, of which some use fewer.
+
+    Unless `is_padded` is False they run the programs of the most rows only, so that few are compiled.
+    """
     programs = set()
 
-    def make(n_positions=32, n_pages=17, **options):
+    def make(n_positions=32, n_pages=17, is_padded=True, **options):
         options = {"n_rows": 4, "chunk": 16} | options
         made = Engine(network.definition, network.weights, n_positions, page_size=8, n_pages=49, **options)
         made.ranks[0] = Rank(PagePool(n_pages, 8), options["n_rows"], options["chunk"])
+        made._pads_to_largest = is_padded
         programs.add(made.programs)  # or they would go with the last engine
         return made
 

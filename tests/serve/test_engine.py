@@ -15,6 +15,7 @@ from deepseek_jax.layers.base import split
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.serve.engine import Engine, Sampling
 from deepseek_jax.serve.loads import ExpertLoads
+from deepseek_jax.serve.programs import programs_for
 
 DRAW = np.random.default_rng(0)
 PROMPTS = [DRAW.integers(0, 200, n).tolist() for n in (1, 3, 17, 9, 8, 20)]
@@ -60,7 +61,7 @@ def all_free(engine):
 
 
 SETTINGS = {
-    "as it comes": {},
+    "as it comes": {"is_padded": False},
     "prompts in small parts": {"chunk": 4},
     "a pool that is too small": {"n_pages": 8},
     "the host looks at once": {"n_ahead": 0},
@@ -293,7 +294,7 @@ def test_until_all_programs_are_there_requests_run_in_the_largest(engine, alone,
     def rows_of_a_step():
         ran.clear()
         assert run(made, [Sampling(3)], PROMPTS[3:4])[1] == [[*alone[3][:3], "length"]]
-        return {len(call.rows["slot_B"]) for call in ran if call.name == "decode"}
+        return {len(call.rows["current"].slot_B) for call in ran if call.name == "decode"}
 
     made.compile_largest()
     assert rows_of_a_step() == {4}
@@ -306,14 +307,14 @@ def test_until_all_programs_are_there_requests_run_in_the_largest(engine, alone,
 
 def test_engines_of_the_same_network_and_sizes_share_their_programs(engine, network):
     """Also those of networks that are equal, but not those of other sizes, precisions or weights in other dtypes."""
-    made, (definition, *_) = engine(), split(abstract_module(network.config))
-    sizes = {"page_size": 8, "n_rows": 4, "n_pages": 49}
+    shared, (definition, *_) = engine().programs, split(abstract_module(network.config))
+    weights, sizes = network.weights, shared.sizes
     assert definition is not network.definition
-    assert Engine(definition, network.weights, 32, **sizes, n_steps=8).programs is made.programs
-    for other in ({"n_rows": 2}, {"n_pages": 50}, {"matmul_precision": "highest"}):
-        assert Engine(definition, network.weights, 32, **(sizes | other)).programs is not made.programs
-    halves = jax.tree.map(lambda w: w.astype("bfloat16"), network.weights)
-    assert Engine(definition, halves, 32, **sizes).programs is not made.programs
+    assert engine(n_steps=8).programs is programs_for(definition, weights, sizes) is shared
+    halves = jax.tree.map(lambda w: w.astype("bfloat16"), weights)
+    others = [programs_for(definition, weights, sizes._replace(n_rows=2)), programs_for(definition, halves, sizes)]
+    others.append(programs_for(definition, weights, sizes, matmul_precision="highest"))
+    assert len({shared, *others}) == 4
 
 
 def test_the_host_looks_at_a_step_while_the_next_one_runs(engine, alone):
@@ -422,6 +423,7 @@ def test_devices_that_share_the_experts_give_the_same_text(network, engine, alon
     replicas = on_mesh.replicas(network.config, definition, weights, mesh)
     options = {"page_size": 8, "n_rows": 2, "chunk": 16, "n_pages": 6, "replicas": replicas}
     made = Engine(definition, replicas.place(weights), 32, **options)
+    made._pads_to_largest = True  # few programs
     experts = made.weights[0]["moe_blocks"]["experts"]["gate_XDF"]
     assert experts.addressable_shards[0].data.shape[1] == experts.shape[1] // 2
     samplings = [Sampling(10)] * len(PROMPTS) + [Sampling(10, logprobs=0)]

@@ -32,6 +32,7 @@ def engine(foreseeing):
     def make(n_drafts, weights=foreseeing.weights, n_pages=9, **options):
         options = {"page_size": 8, "n_rows": 2, "chunk": 16, "n_pages": 9} | options
         made = Engine(foreseeing.definition, weights, 32, n_drafts=n_drafts, **options)
+        made._pads_to_largest = True  # few programs
         programs.add(made.programs)
         made.ranks[0] = Rank(PagePool(n_pages, 8, look_ahead=n_drafts), options["n_rows"], options["chunk"])
         return made
