@@ -249,12 +249,12 @@ class LanguageModel:
         Args:
             prompts: token ids of each prompt.
             sampling: how they are continued: one for all, or one for each.
-            options: as for `engine`, by default with 8 tokens per step. The engine and its programs are kept for calls
-                with the same options, its cache for calls with the same weights.
+            options: as for `engine`, by default with 8 tokens per step, of 8 prompts at once. The engine and its
+                programs are kept for calls with the same options, its cache for calls with the same weights.
 
         Raises UserError as `serve.offline.complete` does.
         """
-        options = {"n_steps": 8} | options
+        options = {"n_steps": 8, "n_prompts": 8} | options
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         return complete(self._idle_engine("serve", options), prompts, samplings)
 
@@ -304,7 +304,7 @@ class LanguageModel:
         kept = self._kept.get("generate")
         had = kept.options if kept else {}
         sizes = {"n_rows": max(n_rows, had.get("n_rows", 0)), "n_pages": max(n_pages, had.get("n_pages", 0))}
-        return self._idle_engine("generate", sizes | {"chunk": CHUNK, "n_steps": BLOCK} | options)
+        return self._idle_engine("generate", sizes | {"chunk": CHUNK, "n_steps": BLOCK, "n_prompts": 8} | options)
 
     def _idle_engine(self, purpose: str, options: dict[str, Any]) -> Engine:
         """Returns an engine with these options and the model's present weights: the one of the last call, if it can."""

@@ -48,15 +48,28 @@ def width_of(plans: Plans, page_size: int) -> int:
     return bucket(max(-(-part.n_positions // page_size) for plan in plans for part in plan), LEAST_PAGES)
 
 
-def prompts(plans: Plans, length: int, width: int) -> Rows:
-    """One part of a prompt per device: ids_BT, n_B, start_B, table_BN."""
+def together(parts: Sequence[Part], most: int, is_alone: Callable[[Part], bool]) -> list[list[Part]]:
+    """Parts of prompts in groups that one program computes: up to `most`, which begin at the same position."""
+    groups: list[list[Part]] = []
+    for part in parts:
+        last = groups[-1] if groups else []
+        is_like = last and last[0].start == part.start and not (is_alone(part) or is_alone(last[0]))
+        if is_like and len(last) < most:
+            last.append(part)
+        else:
+            groups.append([part])
+    return groups
+
+
+def prompts(plans: Plans, n_rows: int, length: int, width: int) -> Rows:
+    """Parts of prompts, those of a device from one position on: ids_BT, n_B, start_B, table_BN."""
 
     def build(parts: Sequence[Part]) -> Rows:
-        ids_BT = np.zeros((1, length), np.int32)
+        ids_BT = np.zeros((n_rows, length), np.int32)
         for row, (request, start, n_tokens, _) in enumerate(parts):
             ids_BT[row, :n_tokens] = request.tokens[start : start + n_tokens]
-        n_B = numbers([part.n_tokens for part in parts], 1, padding=1)
-        return {"ids_BT": ids_BT, "n_B": n_B} | _places(parts, 1, width)
+        n_B = numbers([part.n_tokens for part in parts], n_rows, padding=1)
+        return {"ids_BT": ids_BT, "n_B": n_B} | _places(parts, n_rows, width)
 
     return by_device(plans, build)
 

@@ -146,6 +146,8 @@ class Engine:
         chunk: tokens of a prompt that one step computes at most.
         n_ahead: steps that may run on the device before the host has seen the tokens of the first.
         n_steps: most tokens per row that one step draws: more take less time per token, and make a stream less even.
+        n_prompts: prompts of which one program computes a part at most, without drafts and on one device: more are
+            faster, and need more programs.
         n_drafts: 1 lets multi-token prediction draft a second token for each (`speculation`); the text is the same.
         matmul_precision: as for `jax.default_matmul_precision`.
         replicas: devices, each of which has `n_rows` rows and `n_pages` pages; None: one device. The weights lie there.
@@ -164,12 +166,16 @@ class Engine:
         page_size: int = PAGE_SIZE,
         n_ahead: int = 1,
         n_steps: int = 1,
+        n_prompts: int = 1,
         n_drafts: int = 0,
         matmul_precision: str | None = None,
         replicas: Replicas | None = None,
         compiler_options: dict[str, str | bool] | None = None,
     ):
         whole(1, 2**16).check("n_steps", n_steps)
+        whole(1, 2**16).check("n_prompts", n_prompts)
+        # drafts and log-probabilities of prompts are made one by one; devices may differ in who needs them
+        self._n_prompts = 1 if n_drafts or replicas else min(n_prompts, n_rows)
         self.weights, self.n_positions, self.n_rows, self.chunk = weights, n_positions, n_rows, chunk
         self.page_size, self.n_ahead, self.n_steps, self.n_drafts = page_size, n_ahead, n_steps, n_drafts
         self.n_drafted = self.n_accepted = 0  # drafts that were verified, and those that were right
@@ -296,14 +302,15 @@ class Engine:
     def _needed(self, sizes: "_Sizes") -> list[Call]:
         """The programs of these sizes."""
         (lengths, widths, _), nobody = sizes, self._nobody
-        needed = [self._extend(nobody, *both) for both in itertools.product(lengths, widths)]
+        prompts = buckets(1, self._n_prompts)
+        needed = [self._extend(nobody, *three) for three in itertools.product(prompts, lengths, widths)]
         needed += self._needed_by_rows(sizes)
         if self._has_routes:
             needed += [self._routes(nobody, width) for width in widths]
         if self.n_drafts:
             needed += [self._foresee(nobody, *both) for both in itertools.product(lengths, widths)]
         for n_top in (0, MOST_TOP):
-            needed += [self._score(n_rows, n_top) for n_rows in {1, *sizes.rows}]
+            needed += [self._score(n_rows, n_top) for n_rows in {*prompts, *sizes.rows}]
             needed += [self._recite(nobody, length, n_top) for length in lengths]
         return needed
 
@@ -314,7 +321,7 @@ class Engine:
         _, widths, rows = sizes
         if not self.n_drafts:
             needed += [self._decode(self._nobody, *both) for both in itertools.product(rows, widths)]
-        for n_rows, kind in itertools.product([1] if self.n_drafts else {1, *rows}, kinds):
+        for n_rows, kind in itertools.product([1] if self.n_drafts else {*buckets(1, self._n_prompts), *rows}, kinds):
             several = widths if kind == "shaped" else widths[:1]
             needed += [self._draw(self._nobody, n_rows, kind, width) for width in several]
         for n_rows, width, kind in itertools.product(rows, widths, kinds):
@@ -333,8 +340,9 @@ class Engine:
         found: list[_Drawn | _Recited] = []
         short = [[part for part in plan if not self._is_long(part)] for plan in plans]
         long = [[part for part in plan if self._is_long(part)] for plan in plans]
-        for parts in itertools.zip_longest(*long):
-            found += self._start_long([[part] if part else [] for part in parts])
+        groups = [batches.together(parts, self._n_prompts, _recites) for parts in long]
+        for parts in itertools.zip_longest(*groups, fillvalue=[]):
+            found += self._start_long(parts)
         if any(short) and self.n_drafts:
             found += self._start_speculation(short)
         elif self._suits_steps(short):
@@ -357,10 +365,11 @@ class Engine:
         return self.n_steps > 1 and min(n_draws) == 1 and is_plain
 
     def _start_long(self, plans: Plans) -> list[_Drawn | _Recited]:
-        """One part of a prompt per device, and its log-probabilities if they are to be reported."""
+        """Parts of prompts, those of a device together, and log-probabilities if they are to be reported."""
         parts, width = [part for plan in plans for part in plan], self._width(plans)
         length = self._length(parts)
-        h_BTD, logits_BV, self._memory = self.programs.run(self._extend(plans, length, width))
+        n_rows = batches.rows_of(plans)
+        h_BTD, logits_BV, self._memory = self.programs.run(self._extend(plans, n_rows, length, width))
         found: list[_Drawn | _Recited] = []
         if any(_recites(part) for part in parts):
             scores_BT = self.programs.run(self._recite(plans, length, batches.n_top_of(plans), h_BTD))
@@ -396,8 +405,9 @@ class Engine:
         id_BT, scores_BT, self._memory, self._last_R, self._draft_R = self.programs.run(call)
         return _all_drawn(plans, n_rows, id_BT, scores_BT)
 
-    def _extend(self, plans: Plans, length: int, width: int) -> Call:
-        return Call("extend", {"weights": self.weights, "memory": self._memory}, batches.prompts(plans, length, width))
+    def _extend(self, plans: Plans, n_rows: int, length: int, width: int) -> Call:
+        rows = batches.prompts(plans, n_rows, length, width)
+        return Call("extend", {"weights": self.weights, "memory": self._memory}, rows)
 
     def _decode(self, plans: Plans, n_rows: int, width: int) -> Call:
         state = {"weights": self.weights, "memory": self._memory, "last_R": self._last_R}
@@ -423,7 +433,7 @@ class Engine:
         return Call("speculate", state | {"draft_R": self._draft_R}, rows, {**static, "n_steps": n_steps})
 
     def _foresee(self, plans: Plans, length: int, width: int, h_BTD: jax.Array | None = None) -> Call:
-        _, state, rows, _ = self._extend(plans, length, width)
+        _, state, rows, _ = self._extend(plans, 1, length, width)
         del rows["ids_BT"]
         rows |= batches.next_of_prompts(plans, length) | batches.slots(plans, 1, self.n_rows)
         state |= {"last_R": self._last_R, "draft_R": self._draft_R, "h_BTD": self._hidden(length, h_BTD)}

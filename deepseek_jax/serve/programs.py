@@ -1,6 +1,6 @@
 """The programs of the engine: what the device computes, compiled for few shapes.
 
-    extend   one part of a prompt (B = 1)                                   -> hidden states, logits after it
+    extend   parts of prompts from one position on                          -> hidden states, logits after them
     decode   one token per row                                              -> logits
     draw     logits                                                         -> tokens
     score    logits and tokens                                              -> log-probabilities

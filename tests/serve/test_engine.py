@@ -63,6 +63,7 @@ def all_free(engine):
 SETTINGS = {
     "as it comes": {"is_padded": False},
     "prompts in small parts": {"chunk": 4},
+    "prompts together": {"n_prompts": 4, "chunk": 12},
     "a pool that is too small": {"n_pages": 8},
     "the host looks at once": {"n_ahead": 0},
     "the host looks late": {"n_ahead": 3},
