@@ -36,6 +36,10 @@ TABLE = {
         "xla": "deepseek_jax.layers.grouped:by_three_products",  # each by `grouped_matmul`
         "mosaic_gpu": "deepseek_jax.layers.grouped:in_one_pass_on_hopper",  # Hopper, bf16, widths as of grouped_matmul
     },
+    "coded_matmul": {  # with weights that stay in FP8
+        "xla": "deepseek_jax.precision.fp8_weight_kernels:by_xla",
+        "mosaic_gpu": "deepseek_jax.precision.fp8_weight_kernels:on_hopper",  # Hopper, bf16, multiples of 64
+    },
     "quantize": {  # of activations in blocks, along both axes; this and the next five: precision fp8, Hopper as above
         "xla": "deepseek_jax.precision.fp8_kernels:quantize",
         "mosaic_gpu": "deepseek_jax.precision.fp8_kernels:quantize_on_hopper",

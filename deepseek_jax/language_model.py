@@ -39,7 +39,7 @@ from deepseek_jax.abstract_model import (
 )
 from deepseek_jax.bounds import one_of
 from deepseek_jax.compat import quick_compile
-from deepseek_jax.convert import hf
+from deepseek_jax.convert import fp8_weights, hf
 from deepseek_jax.data.tokenizer import Tokenizer, open_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.kernels import XLA
@@ -52,7 +52,8 @@ from deepseek_jax.serve.offline import Completion, complete, stream
 from deepseek_jax.serve.pages import PAGE_SIZE
 from deepseek_jax.serve.prompts import check_prompts
 from deepseek_jax.serve.sampling import Sampling
-from deepseek_jax.weights import export, open_weights
+from deepseek_jax.units import binary
+from deepseek_jax.weights import FORMATS, export, open_weights
 
 MOST_ROWS = 256  # prompts that `generate` continues at the same time
 CHUNK = 2048  # tokens of a prompt that it reads in one pass
@@ -321,13 +322,18 @@ class LanguageModel:
         self._kept[purpose] = kept
         return kept.engine
 
+    def _format(self) -> str:
+        """What is computed in, and how many bytes of weights are held in FP8."""
+        sizes = fp8_weights.n_bytes(self.params)
+        return self.config.precision + (f", {binary(sizes['FP8'])} of weights in FP8" if sizes["FP8"] else "")
+
     def __repr__(self) -> str:
         m = self.config.model
         main, ahead = count_parameters(self.params)
         more = f" + {_millions(ahead)} for multi-token prediction" if ahead else ""
         return (
             f"LanguageModel({self.config.name}: family {self.config.family}, {m.n_layers} layers of width {m.d_model}, "
-            f"vocabulary {m.vocab_size:,}, {_millions(main)} parameters{more}, {self.config.precision}; "
+            f"vocabulary {m.vocab_size:,}, {_millions(main)} parameters{more}, {self._format()}; "
             f"{self.source or 'weights given'})"
         )
 
@@ -353,7 +359,7 @@ def build(config: str | ConfigDict, seed: int = 0) -> LanguageModel:
     return LanguageModel(config, params, router_bias, source=f"fresh, seed {seed}")
 
 
-def load(path: str | os.PathLike, precision: str | None = None) -> LanguageModel:
+def load(path: str | os.PathLike, precision: str | None = None, weights: str = "wide") -> LanguageModel:
     """The model of a run, from its newest intact checkpoint, or of published weights, which may be on the hub.
 
     Weights keep the dtypes in which they are stored, but for 8-bit ones, which become bfloat16.
@@ -362,12 +368,17 @@ def load(path: str | os.PathLike, precision: str | None = None) -> LanguageModel
         path: the workdir of a run, its directory of checkpoints, a directory with config.json and safetensors files, or
             the id of such a model on the Hugging Face hub (owner/name), which is downloaded to the hub's cache.
         precision: what to compute in, "fp32" or "bf16"; by default that of the run, or of most published weights.
+        weights: "wide"; "stored", so that 8-bit weights stay in FP8 (`precision.fp8_weight`), in half the memory; or
+            "fp8", so that the others are quantised as well, by V3's rule.
 
     Raises UserError: no such directory, no intact checkpoint in it, a published model of no known family, or weights
     that do not fit the memory.
     """
-    loaded = open_weights(path).load()
+    one_of(*FORMATS).check("weights", weights)
+    loaded = open_weights(path).load(weights)
     config, state = loaded.config, loaded.state
+    if weights == "fp8" and config.precision == "fp8":
+        config.precision = "bf16"  # of a run in FP8: what multiplies weights in FP8 takes activations of more bits
     if precision:
         policy(precision)  # refuses an unknown one
         config.precision = precision

@@ -20,9 +20,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from deepseek_jax.abstract_model import abstract_module
+from deepseek_jax.abstract_model import abstract_module, abstract_weights
+from deepseek_jax.convert import fp8_weights
 from deepseek_jax.kernels import XLA, Kernels
 from deepseek_jax.layers.base import MULTIPLIED, Tree, Turned, Unstacked, dtype_read, logical_axes, roles, split
+from deepseek_jax.precision.fp8_weight import Fp8Weight
+from deepseek_jax.precision.grouped import layer_of
 from deepseek_jax.precision.policy import policy
 
 # Axes in memory of a weight of which a decode step sums over the last axis: the absorbed form's queries, per head.
@@ -40,7 +43,10 @@ def kernels(config: ConfigDict) -> Kernels:
     """Returns the kernels by which a GPU generates, each where it can run; the rest is computed by XLA."""
     from pallas_kernels.mosaic_gpu import is_hopper  # Mosaic GPU is not part of every JAX build
 
-    return Kernels(**_on_hopper(config.model)) if is_hopper() and config.precision == "bf16" else XLA
+    if not is_hopper() or config.precision != "bf16":
+        return XLA
+    of_codes = {"coded_matmul": "mosaic_gpu"} if _fits_codes(config) else {}
+    return Kernels(**_on_hopper(config.model), **of_codes)
 
 
 def _on_hopper(sizes: ConfigDict) -> dict[str, str]:
@@ -55,6 +61,14 @@ def _on_hopper(sizes: ConfigDict) -> dict[str, str]:
         if not sizes.nope_width % 64 and not sizes.value_width % 64:
             chosen["attention"] = "mosaic_gpu"
     return chosen
+
+
+def _fits_codes(config: ConfigDict) -> bool:
+    """Returns whether the kernel takes a model's weights in FP8: rows in multiples of 64, experts' columns of 128."""
+    layouts = [layout for found in fp8_weights.of_model(abstract_weights(config)).values() for layout in found]
+    widths = [config.model.get(name, 0) for name in ("d_model", "expert_width")]
+    rows = [size for layout in layouts for size in (layout.matrix[0], layout.block_rows)]
+    return not any(size % 64 for size in rows) and not any(width % 128 for width in widths)
 
 
 def compiler_options() -> dict[str, str | bool]:
@@ -83,19 +97,20 @@ class Prepared:
     def __init__(self, config: ConfigDict, for_gpu: bool | None = None):
         self._config = config
         self._for_gpu = jax.default_backend() == "gpu" if for_gpu is None else for_gpu
-        self._made: dict[tuple, tuple[jax.Array, Any]] = {}  # by path: what is stored, what is read
+        self._made: dict[tuple, tuple[Any, Any]] = {}  # by path: what is stored, what is read
 
     def __call__(self, params: Tree) -> Tree:
         """Returns the trained weights in the dtypes in which they are read."""
         if not self._for_gpu and policy(self._config.precision).compute == jnp.float32:
             return params
-        return jax.tree_util.tree_map_with_path(self._prepared, params, self._reads)
+        is_weight = lambda x: isinstance(x, Fp8Weight)  # noqa: E731
+        return jax.tree_util.tree_map_with_path(self._prepared, params, self._reads, is_leaf=is_weight)
 
     @functools.cached_property
     def _reads(self) -> Tree:
         return reads(self._config, abstract_module(self._config, XLA), self._for_gpu)
 
-    def _prepared(self, path: tuple, stored: jax.Array, read: Read) -> Any:
+    def _prepared(self, path: tuple, stored: jax.Array | Fp8Weight, read: Read) -> Any:
         if path not in self._made or self._made[path][0] is not stored:
             self._made[path] = stored, prepared(stored, read)
         return self._made[path][1]
@@ -124,8 +139,10 @@ def _order(n_axes: int, role: str, name: str) -> tuple[int, ...]:
     return axes[n_summed:] + axes[:n_summed]
 
 
-def prepared(stored: jax.Array, read: Read) -> jax.Array | Turned | Unstacked:
-    """Returns a weight as it is read; the same array if it is stored so."""
+def prepared(stored: jax.Array | Fp8Weight, read: Read) -> jax.Array | Fp8Weight | Turned | Unstacked:
+    """Returns a weight as it is read; the same array if it is stored so. In FP8 it stays as it lies in memory."""
+    if isinstance(stored, Fp8Weight):
+        return Unstacked(_apart(stored)) if read.is_unstacked else stored
     dtype = read.dtype if jnp.dtype(read.dtype).itemsize < stored.dtype.itemsize else stored.dtype
     if read.is_unstacked:
         return Unstacked(tuple(_as_read(layer, read.order) for layer in _layers(stored, dtype, read.order)))
@@ -138,6 +155,11 @@ def _as_read(array: jax.Array, order: tuple[int, ...]) -> jax.Array | Turned:
 
 def _turned(stored: jax.Array, dtype: DTypeLike, order: tuple[int, ...]) -> jax.Array:
     return jnp.transpose(stored.astype(dtype), order)
+
+
+@jax.jit
+def _apart(stack: Fp8Weight) -> tuple[Fp8Weight, ...]:
+    return tuple(layer_of(stack, number) for number in range(len(stack.codes)))
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "order"))

@@ -18,8 +18,9 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import Execution, Tree, bind, logical_axes, split
 from deepseek_jax.parallel.alltoall import make_exchange
 from deepseek_jax.parallel.mesh import EXPERT, shardings
-from deepseek_jax.parallel.replicas import RULES, Replicas, check_axes, specs_of_weights
+from deepseek_jax.parallel.replicas import RULES, Replicas, check_axes, of_codes, specs_of_weights
 from deepseek_jax.parallel.sharding import EXPERTS
+from deepseek_jax.precision.fp8_weight import Fp8Weight
 from deepseek_jax.train.redundant import Placed, placed, with_replicas
 
 
@@ -54,7 +55,9 @@ def replicas(
     run = replace(alone.run, exchange=make_exchange(RULES, mesh))
     one_of_each, axes = _made(config, run, mesh)
     if redundant is None:
-        return one_of_each
+        return replace(one_of_each, weights=of_codes(one_of_each.weights, weights))
+    if any(isinstance(weight, Fp8Weight) for weight in flatten_dict(weights[0]).values()):
+        raise UserError("redundant experts of weights in FP8: expected one of each expert. Load with weights='wide'.")
     where = _placed(config, axes, redundant, mesh.shape[EXPERT])
     more, _ = _made(config, replace(run, redundant=redundant.n), mesh)
     copied = jax.jit(

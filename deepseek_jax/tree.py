@@ -22,4 +22,4 @@ def dotted(path: tuple) -> str:
 
 def size(tree: Any) -> int:
     """Returns the number of elements of all leaves; anything with a shape will do."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree, is_leaf=lambda leaf: hasattr(leaf, "shape")))

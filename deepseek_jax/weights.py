@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from deepseek_jax import release
 from deepseek_jax.abstract_model import abstract_weights, check_memory
 from deepseek_jax.configs import base
-from deepseek_jax.convert import formats, hf, hub
+from deepseek_jax.convert import formats, fp8_weights, hf, hub
 from deepseek_jax.convert.names import flatten
 from deepseek_jax.convert.place import place
 from deepseek_jax.data.tokenizer import open_tokenizer
@@ -31,6 +31,10 @@ from deepseek_jax.train.checkpoint import manifest
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 
 WEIGHTS = ("params", "router_bias")  # what a checkpoint holds of a model
+# How weights are held. "wide": as they are stored, but 8-bit ones become bfloat16. "stored": 8-bit ones stay in FP8,
+# codes and the scales of their blocks (`precision.fp8_weight`). "fp8": the same, and those that releases store in FP8
+# are quantised by V3's rule where they are stored in more bits.
+FORMATS = ("wide", "stored", "fp8")
 
 
 @dataclass(frozen=True)
@@ -63,15 +67,16 @@ class RunWeights:
         """The tokenizer, as `config.data.tokenizer` names it."""
         return self.config.data.tokenizer
 
-    def load(self) -> Loaded:
-        """The weights on the first device, in the dtypes in which they are stored."""
+    def load(self, weights: str = "wide") -> Loaded:
+        """The weights on the first device, in the dtypes in which they are stored; see `FORMATS` for "fp8"."""
         with Checkpointer(checkpoint_directory(self.path), read_only=True) as checkpoints:
             config = saved_config(checkpoints)
             saved = {name: array for name, array in checkpoints.shapes()[1].items() if name.split("/")[0] in WEIGHTS}
             check_memory(config.name, saved)
             expected = abstract_weights(config)
             step, state, meta = checkpoints.restore(expected, keys=WEIGHTS, dtypes_as_saved=True)
-        return Loaded(config_in(meta, checkpoints.directory), state, f"step {step} of {os.fspath(self.path)}")
+        config = config_in(meta, checkpoints.directory)
+        return Loaded(config, _in_format(state, weights), f"step {step} of {os.fspath(self.path)}")
 
     def read(self, target: Tree) -> Tree:
         """The weights in the shardings and dtypes of `target`, the {"params", "router_bias"} of a training state.
@@ -107,13 +112,14 @@ class PublishedWeights:
         """The tokenizer that comes with the weights, as `config.data.tokenizer` names it; "none" if there is none."""
         return release.kept_tokenizer(hub.local(self.path, weights=False)) or "none"
 
-    def load(self) -> Loaded:
-        """The weights on the first device, in the dtypes in which they are stored; 8-bit ones become bfloat16."""
-        config, source = self._open()
+    def load(self, weights: str = "wide") -> Loaded:
+        """The weights on the first device, in one of `FORMATS`."""
+        config, source = self._open(in_fp8=weights != "wide")
         check_memory(config.name, source.abstract)
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         state = place(source, jax.tree.map(lambda x: x.update(sharding=here), source.abstract))
-        return Loaded(config, state, os.fspath(self.path))
+        state = fp8_weights.joined(state, source.coded)
+        return Loaded(config, _in_format(state, weights), os.fspath(self.path))
 
     def read(self, target: Tree) -> Tree:
         """The weights in the shardings and dtypes of a training state; as `RunWeights.read`."""
@@ -121,11 +127,16 @@ class PublishedWeights:
         check_shapes(self.path, source.abstract, target)
         return place(source, target)
 
-    def _open(self) -> tuple[ConfigDict, hf.Source]:
+    def _open(self, in_fp8: bool = False) -> tuple[ConfigDict, hf.Source]:
         directory = hub.local(self.path)
         published = hf.open_published(directory)
         config = published_config(published, directory.resolve())
-        return config, hf.Source(published, abstract_weights(config))
+        return config, hf.Source(published, abstract_weights(config), in_fp8=in_fp8)
+
+
+def _in_format(state: Tree, weights: str) -> Tree:
+    """The state with the weights that releases store in FP8 quantised, if they shall be."""
+    return fp8_weights.quantized(state) if weights == "fp8" else state
 
 
 def is_published(path: str | os.PathLike) -> bool:

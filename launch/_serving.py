@@ -25,6 +25,12 @@ FLAGS = {
     "drafts": (int, 0, "1: multi-token prediction drafts a second token for each; the text is the same", whole(0, 1)),
     "disk": (str, "", "directory in which pages of the cache survive a restart", path()),
     "disk_gb": (int, 64, "gigabytes that they may take there", whole(1, 10**6)),
+    "weights": (
+        str,
+        "stored",
+        "stored, so that FP8 weights stay in FP8; wide, so that they become bfloat16; or fp8: all matrices of blocks",
+        one_of("stored", "wide", "fp8"),
+    ),
     "chunk": (int, 256, "tokens of a prompt that one step computes", whole(1, 10**6)),
 }
 
@@ -44,7 +50,8 @@ def open_engine(options: Any, source: Path | str) -> "tuple[LanguageModel, Engin
     from deepseek_jax.parallel.mesh import make_mesh
 
     start_compilation_cache("")
-    model = load(source)
+    model = load(source, weights=options.weights)
+    print(model, file=sys.stderr)
     engine = model.engine(
         make_mesh(options.data, options.expert) if options.data * options.expert > 1 else None,
         options.cache,

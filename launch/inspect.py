@@ -65,6 +65,8 @@ def main(argv: list[str]) -> int:
     if options.show_config:
         print("\n".join(run_config.assignments(config)))
         return 0
+    from deepseek_jax.abstract_model import abstract_weights
+    from deepseek_jax.convert.fp8_weights import bytes_to_serve
     from deepseek_jax.parallel.mesh import sizes
 
     mesh = sizes(**config.mesh, n_devices=options.devices)
@@ -77,6 +79,8 @@ def main(argv: list[str]) -> int:
     print()
     print_table(("total", "parameters"), totals, right=("parameters",))
     print(f"\non each device: {on_each_device(weights)}")
+    wide, in_fp8 = (binary(n_bytes) for n_bytes in bytes_to_serve(abstract_weights(config)))
+    print(f"to generate, all of them: {wide} in bfloat16, {in_fp8} as FP8 releases store them")
     return 0
 
 

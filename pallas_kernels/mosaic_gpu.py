@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils as mgpu
+from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
 
 
 def can_interpret() -> bool:
@@ -54,10 +56,12 @@ def store_rows(
     column: int | jax.Array,
     low: int | jax.Array,
     high: int | jax.Array,
+    transposed: bool = False,
 ) -> None:
     """Writes `values` (in layout WGMMA) to ref[row:, column:], as far as low <= row < high and there are columns.
 
-    Straight from the registers of the threads that hold them, two neighbours of a row at a time.
+    Straight from the registers of the threads that hold them, two neighbours of a row at a time. `transposed`: the
+    transpose of `values`, number by number.
     """
     splat = plgpu.Layout.WG_SPLAT(())
 
@@ -69,12 +73,10 @@ def store_rows(
         i32, i64, void = (ir.Type.parse(name) for name in ("i32", "i64", "!llvm.void"))
         size = mgpu.bitwidth(values.mlir_dtype) // 8
         base = llvm.ptrtoint(i64, mgpu.memref_ptr(ref))
-        bits, letter = (i32, "r") if size == 2 else (i64, "l")
-        store = f"@$0 st.global.b{16 * size} [$1], $2;"
-        for (r, c), pair in zip(values.layout.thread_idxs(values.shape), values.registers.flat, strict=True):
-            at_row, at_column = (
-                arith.addi(first, arith.index_cast(i32, index)) for first, index in ((row, r), (column, c))
-            )
+
+        def store(r: Any, c: Any, value: Any, n_bytes: int) -> None:
+            kind, letter = {2: ("i16", "h"), 4: ("i32", "r"), 8: ("i64", "l")}[n_bytes]
+            at_row, at_column = arith.addi(row, r), arith.addi(column, c)
             inside = arith.cmpi(arith.CmpIPredicate.sge, at_row, low)
             for left, right in ((at_row, high), (at_column, mgpu.c(n_columns, i32))):
                 inside = arith.andi(inside, arith.cmpi(arith.CmpIPredicate.slt, left, right))
@@ -82,10 +84,57 @@ def store_rows(
                 arith.muli(arith.extsi(i64, at_row), mgpu.c(n_columns, i64)), arith.extsi(i64, at_column)
             )
             address = arith.addi(base, arith.muli(element, mgpu.c(size, i64)))
-            operands = [inside, address, mgpu.bitcast(pair, bits)]
-            llvm.inline_asm(void, operands, store, f"b,l,{letter}", has_side_effects=True)
+            operands = [inside, address, mgpu.bitcast(value, ir.Type.parse(kind))]
+            text = f"@$0 st.global.b{8 * n_bytes} [$1], $2;"
+            llvm.inline_asm(void, operands, text, f"b,l,{letter}", has_side_effects=True)
+
+        for indices, pair in zip(values.layout.thread_idxs(values.shape), values.registers.flat, strict=True):
+            r, c = (arith.index_cast(i32, index) for index in indices)
+            if not transposed:
+                store(r, c, pair, 2 * size)
+                continue
+            for i in range(2):
+                value = mgpu.vector.extract(pair, dynamic_position=[], static_position=[i])
+                store(arith.addi(c, mgpu.c(i, i32)), r, value, size)
 
     emit(values, ref, row, column, low, high)
+
+
+def e4m3_to_bfloat16(codes: jax.Array) -> jax.Array:
+    """Returns the numbers that E4M3 codes (int8, in layout WGMMA) stand for; a NaN becomes 480.
+
+    E4M3 is s eeee mmm, bfloat16 s eeeeeeee mmmmmmm. The bits of a code, put where they belong, are its number times
+    2^-120, the difference of the biases; numbers below E4M3's normal ones are below bfloat16's there. All is exact.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA,),
+        return_type=plgpu.ShapeDtypeStruct(codes.shape, jnp.bfloat16, layout=plgpu.Layout.WGMMA),
+    )
+    def emit(_: Any, codes: Any) -> Any:
+        arith, llvm, ir = mgpu.arith, mgpu.llvm, mgpu.ir
+        i16, i32 = (ir.IntegerType.get_signless(n) for n in (16, 32))
+        bf16 = ir.VectorType.get((2,), ir.BF16Type.get())
+        registers = codes.registers.copy()
+        for i, pair in enumerate(codes.registers.flat):
+            bits = arith.extui(i32, mgpu.bitcast(pair, i16))
+            number: Any = llvm.inline_asm(i32, [bits], _FROM_E4M3, "=r,r")
+            registers.flat[i] = mgpu.bitcast(number, bf16)
+        return FragmentedArray(_registers=registers, _layout=codes.layout, _is_signed=None)
+
+    return emit(codes)
+
+
+# A code to the upper byte of each half; the sign stays, the others move four places down; times 2^120.
+_FROM_E4M3 = """{
+.reg .b32 t, u, f;
+prmt.b32 t, $1, 0, 0x1404;
+shr.u32 u, t, 4;
+and.b32 u, u, 0x07f007f0;
+lop3.b32 t, t, 0x80008000, u, 0xea;
+mov.b32 f, 0x7b807b80;
+mul.rn.bf16x2 $0, t, f;
+}"""
 
 
 def is_hopper() -> bool:

@@ -64,7 +64,8 @@ def test_a_gpu_reads_one_array_per_layer_with_the_axes_that_are_summed_over_insi
     jax.tree_util.tree_map_with_path(check, params, logical_axes(module)[0], read)
 
 
-HOPPER = {
+CODES = {"coded_matmul": "mosaic_gpu"}
+HOPPER = CODES | {
     "grouped_matmul": "mosaic_gpu",
     "token_experts": "mosaic_gpu",
     "latent_decode": "by_size",
@@ -74,7 +75,7 @@ HOPPER = {
 
 @pytest.mark.parametrize(
     "name, kernels",
-    [("v2_lite", HOPPER), ("tiny_v3", {}), ("r1_distill_qwen_7b", {})],
+    [("v2_lite", HOPPER), ("tiny_v3", {}), ("r1_distill_qwen_7b", CODES)],
 )
 def test_a_hopper_gpu_generates_without_a_loop_and_by_kernels_where_they_can_run(name, kernels, monkeypatch):
     """tiny_v3 is float32; R1's student has neither experts nor latents."""

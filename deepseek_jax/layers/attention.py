@@ -16,12 +16,14 @@ All take the arguments of `causal_attention`.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from deepseek_jax.errors import UserError
 from pallas_kernels import mla_attention, mla_decode
+from pallas_kernels.mla_decode import fp8_cache
 
 RECOMPUTED_FROM = 1024  # tokens of a sequence above which weights are not kept for the backward pass
 FEW_SLOTS = 2048  # in which a step of V2-Lite at batch 1 takes 0.1 to 0.2 ms less by XLA than by the kernel (one H200)
@@ -106,11 +108,13 @@ def _attend(q_BTHQ: jax.Array, k_BSHQ: jax.Array, v_BSHU: jax.Array, seen: jax.A
     return jnp.swapaxes(jnp.einsum("BHTS,BHSU->BHTU", weights_BHTS.astype(v_BSHU.dtype), v_BHSU), 1, 2)
 
 
+LatentCache = tuple[jax.Array, ...]  # c_BSC and k_rope_BSP; or in FP8 entry_BSY, their bytes (`mla_decode.fp8_cache`)
+
+
 def latent_decode(
     q_latent_BTHC: jax.Array,
     q_rope_BTHP: jax.Array,
-    c_BSC: jax.Array,
-    k_rope_BSP: jax.Array,
+    cache: LatentCache,
     seen_BTS: jax.Array,
     *,
     scale: float,
@@ -120,7 +124,8 @@ def latent_decode(
 
     Args:
         q_latent_BTHC, q_rope_BTHP: queries, moved into the latent space, and their rotary parts.
-        c_BSC, k_rope_BSP: the cache; with `table_BN` a pool of pages, [pages, slots of a page, C] and [.., .., P].
+        cache: the latents and rotary keys of all slots, or their entries in FP8; with `table_BN` a pool of pages, whose
+            first axes are pages and the slots of a page.
         seen_BTS: which slots a token looks at; with `table_BN`, of its sequence's pages side by side.
         scale: factor of the scores.
         table_BN: pages of each sequence in the order of its tokens.
@@ -129,8 +134,7 @@ def latent_decode(
     all scores), or one of `pallas_kernels.mla_decode`: `latent_decode_chunked`, any device, some slots at a time;
     `latent_decode_on_hopper`, 16 bits; `latent_decode_on_tpu`.
     """
-    if table_BN is not None:
-        c_BSC, k_rope_BSP = (a[table_BN].reshape(len(table_BN), -1, a.shape[-1]) for a in (c_BSC, k_rope_BSP))
+    c_BSC, k_rope_BSP = _side_by_side(cache, q_rope_BTHP, table_BN)
     wide = {"preferred_element_type": jnp.float32}
     scores_BHTS = jnp.einsum("BTHC,BSC->BHTS", q_latent_BTHC, c_BSC, **wide)
     scores_BHTS += jnp.einsum("BTHP,BSP->BHTS", q_rope_BTHP, k_rope_BSP, **wide)
@@ -142,8 +146,7 @@ def _latent_decode_by_name(
     implementation: str,
     q_latent_BTHC: jax.Array,
     q_rope_BTHP: jax.Array,
-    c_BSC: jax.Array,
-    k_rope_BSP: jax.Array,
+    cache: LatentCache,
     seen_BTS: jax.Array,
     *,
     scale: float,
@@ -155,10 +158,11 @@ def _latent_decode_by_name(
     """
     lengths_B = jnp.sum(seen_BTS[:, -1], axis=-1, dtype=jnp.int32)
     try:
+        pages: mla_decode.Pages | mla_decode.Fp8Pages
         if table_BN is None:
-            pages, table = mla_decode.contiguous(c_BSC, k_rope_BSP)
+            pages, table = mla_decode.contiguous(*cache)
         else:
-            pages, table = mla_decode.Pages(c_BSC, k_rope_BSP), table_BN
+            pages, table = (mla_decode.Pages if len(cache) == 2 else mla_decode.Fp8Pages)(*cache), table_BN
         arguments = q_latent_BTHC, q_rope_BTHP, pages, table, lengths_B
         return mla_decode.decode(*arguments, implementation=implementation, scale=scale)[0]
     except ValueError as error:
@@ -171,14 +175,36 @@ latent_decode_chunked = functools.partial(_latent_decode_by_name, "chunked")
 latent_decode_on_hopper = functools.partial(_latent_decode_by_name, "mosaic_gpu")
 
 
-def latent_decode_by_size(*arrays: jax.Array, scale: float, table_BN: jax.Array | None = None) -> jax.Array:
+def latent_decode_by_size(*arrays: Any, scale: float, table_BN: jax.Array | None = None) -> jax.Array:
     """As `latent_decode`: by XLA where all sequences together have few slots, else by the kernel for Hopper."""
     n_sequences, _, n_slots = arrays[-1].shape  # seen_BTS
     decode = latent_decode if n_sequences * n_slots <= FEW_SLOTS else latent_decode_on_hopper
     return decode(*arrays, scale=scale, table_BN=table_BN)
 
 
-latent_decode_on_tpu = functools.partial(_latent_decode_by_name, "mosaic_tpu")
+def latent_decode_on_tpu(
+    q_latent_BTHC: jax.Array,
+    q_rope_BTHP: jax.Array,
+    cache: LatentCache,
+    seen_BTS: jax.Array,
+    *,
+    scale: float,
+    table_BN: jax.Array | None = None,
+) -> jax.Array:
+    """As `latent_decode`, by the kernel for TPUs, which takes no FP8: such a cache is read first, as XLA reads it."""
+    if len(cache) == 1:
+        cache, table_BN = _side_by_side(cache, q_rope_BTHP, table_BN), None
+    arrays = q_latent_BTHC, q_rope_BTHP, cache, seen_BTS
+    return _latent_decode_by_name("mosaic_tpu", *arrays, scale=scale, table_BN=table_BN)
+
+
+def _side_by_side(cache: LatentCache, q_rope_BTHP: jax.Array, table_BN: jax.Array | None) -> LatentCache:
+    """Returns (c_BSC, k_rope_BSP) of each sequence, in the dtype of the queries if they are in FP8."""
+    if table_BN is not None:
+        cache = tuple(a[table_BN].reshape(len(table_BN), -1, a.shape[-1]) for a in cache)
+    if len(cache) == 2:
+        return cache
+    return tuple(part.astype(q_rope_BTHP.dtype) for part in fp8_cache.decode(cache[0], q_rope_BTHP.shape[-1]))
 
 
 def grouped_decode(

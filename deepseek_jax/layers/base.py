@@ -27,6 +27,7 @@ from deepseek_jax.parallel.context import WHOLE as WHOLE_SEQUENCES
 from deepseek_jax.parallel.mesh import AnyMesh
 from deepseek_jax.parallel.sharding import EXPERTS, STACKED, Placement
 from deepseek_jax.parallel.vocabulary import WHOLE, Vocabulary
+from deepseek_jax.precision.fp8_weight import Fp8Weight
 from deepseek_jax.precision.grouped import OfLayer, layer_of
 from deepseek_jax.precision.matmul import PLAIN, Matmul
 from pallas_kernels.mla_attention import SAVED
@@ -206,7 +207,7 @@ class Turned:
 class Unstacked(NamedTuple):
     """A stacked weight as one array per layer: without a loop, XLA on a GPU copies what it cuts out of a stack."""
 
-    layers: tuple[jax.Array | Turned, ...]
+    layers: tuple[jax.Array | Turned | Fp8Weight, ...]
 
     def __getitem__(self, index: Any) -> "Unstacked":  # type: ignore[override]  # modules read weights as weight[...]
         assert index is ..., index
@@ -236,7 +237,7 @@ def run_cached(
     values = {path: weight[...] for path, weight in variables(blocks)}
     routed = {path for path, weight in variables(blocks) if weight.get_metadata("axes")[1:2] == ("experts",)}
     apart = {path for path, value in values.items() if isinstance(value, Unstacked)}
-    n_layers = next(len(v.layers if isinstance(v, Unstacked) else v) for v in values.values())
+    n_layers = next(len(v.layers) if isinstance(v, Unstacked) else v.shape[0] for v in values.values())
 
     def layer(x: jax.Array, number: jax.Array, given: nnx.State, cached: Any) -> tuple[jax.Array, Any]:
         def own(path: tuple, weight: nnx.Variable) -> nnx.Variable:

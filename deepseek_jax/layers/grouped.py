@@ -4,13 +4,14 @@ Gathers are paired with their inverse, so that the backward pass gathers too and
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.precision.fp8_weight_kernels import is_fp8
 from deepseek_jax.precision.grouped import Matrices, OfLayer, matrices_of
 from deepseek_jax.precision.matmul import PLAIN, Matmul
 from pallas_kernels import token_experts
@@ -133,7 +134,7 @@ def grouped_swiglu(
         return _swiglu_of_one(x_MD, experts_MK[0], weights_MK[0], (gate_XDF, up_XDF, down_XFD), matmul)
     order = sort_by_expert(experts_MK, gate_XDF.shape[0], matmul.align, n_rows)
     x_AD, weights_A = to_rows(x_MD, order), sort_weights(weights_MK, order)
-    if isinstance(gate_XDF, OfLayer):
+    if isinstance(gate_XDF, OfLayer) or is_fp8(gate_XDF):
         gate_AF, up_AF = (matmul.grouped(x_AD, w_XDF, order.count_X) for w_XDF in (gate_XDF, up_XDF))
         hidden_AF = matmul.swiglu(gate_AF, up_AF, weights_A)
     else:
@@ -146,13 +147,15 @@ def grouped_swiglu(
 def _swiglu_of_one(
     x_1D: jax.Array, expert_K: jax.Array, weight_K: jax.Array, weights: Weights, matmul: Matmul
 ) -> jax.Array:
-    """`grouped_swiglu` of one token, by the implementation of "token_experts" that the run names.
+    """`grouped_swiglu` of one token, by the implementation of "token_experts" that the run names, unless it is in FP8.
 
     Where there is no expert, the output is that of the last one, times 0.
     """
     n_experts = weights[0].shape[0]
     factor_K = jnp.where(expert_K < n_experts, weight_K, 0)
-    chosen = tuple(w._replace(chosen_X=jnp.minimum(expert_K, n_experts - 1)) for w in weights)
+    chosen: Any = tuple(w._replace(chosen_X=jnp.minimum(expert_K, n_experts - 1)) for w in weights)
+    if is_fp8(weights[0]):  # by three products of the operation for FP8 weights
+        return by_three_products(x_1D, factor_K, chosen, matmul)
     return matmul.kernels["token_experts"](x_1D, factor_K, chosen, matmul)
 
 

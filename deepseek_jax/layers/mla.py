@@ -161,7 +161,12 @@ class MLA(Attention):
         return jnp.concatenate([k_nope_BSHN, k_rope_BSHP], axis=-1), v_BSHU  # eq. 4
 
     def over_cache(
-        self, x_BTD: jax.Array, tokens: Tokens, cache: Latents, seen_BTS: jax.Array, table_BN: jax.Array | None = None
+        self,
+        x_BTD: jax.Array,
+        tokens: Tokens,
+        cache: Latents | Packed,
+        seen_BTS: jax.Array,
+        table_BN: jax.Array | None = None,
     ) -> jax.Array:
         """The absorbed form: u_BTD of tokens that attend to the cache's slots in `seen_BTS`, which hold their own.
 
@@ -170,18 +175,13 @@ class MLA(Attention):
         q_nope_BTHN, q_rope_BTHP = self.queries(x_BTD, tokens.positions_BT)
         q_latent_BTHC = self.matmul.einsum("BTHN,CHN->BTHC", q_nope_BTHN, self.k_up_CHN[...])
         options = {"scale": self.scale, "table_BN": table_BN}
-        o_latent_BTHC = self.kernels["latent_decode"](q_latent_BTHC, q_rope_BTHP, *cache, seen_BTS, **options)
+        o_latent_BTHC = self.kernels["latent_decode"](q_latent_BTHC, q_rope_BTHP, tuple(cache), seen_BTS, **options)
         o_BTHU = self.matmul.einsum("BTHC,CHU->BTHU", o_latent_BTHC, self.v_up_CHU[...])
         return self.matmul.einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...])
 
-    def over_pages(self, x_BTD: jax.Array, tokens: Tokens, pool: Latents, table_BN: jax.Array) -> jax.Array:
-        """`over_cache` where the cache lies in pages of one pool, as `kernels.latent_decode` can read it.
-
-        FP8 pages are read first: each sequence's are put side by side in the dtype of the queries.
-        """
-        if isinstance(self.cache, Fp8Latents):
-            return super().over_pages(x_BTD, tokens, pool, table_BN)
-        seen_BTS = jnp.arange(table_BN.shape[1] * pool.c_BSC.shape[1]) <= tokens.positions_BT[..., None]
+    def over_pages(self, x_BTD: jax.Array, tokens: Tokens, pool: Latents | Packed, table_BN: jax.Array) -> jax.Array:
+        """`over_cache` where the cache is one pool of pages, which `kernels.latent_decode` reads where they lie."""
+        seen_BTS = jnp.arange(table_BN.shape[1] * pool[0].shape[1]) <= tokens.positions_BT[..., None]
         return self.over_cache(x_BTD, tokens, pool, seen_BTS, table_BN)
 
     @property

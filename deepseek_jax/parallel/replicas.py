@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.mesh import DATA, EXPERT, REPLICATED, SEQUENCES, per_device, place, size, total
 from deepseek_jax.parallel.sharding import EXPERTS, placements
+from deepseek_jax.precision.fp8_weight import Fp8Weight
 
 RULES = {EXPERTS: EXPERT}
 ROWS = P(SEQUENCES)  # axis 0: rows, or pages
@@ -89,6 +90,18 @@ def specs_of_weights(axes: tuple, shapes: tuple, mesh: Mesh) -> tuple:
     rules: tuple[Mapping[str, str], ...] = (RULES, {})
     found = [placements(*one, mesh) for one in zip(axes, shapes, rules, strict=True)]
     return tuple(jax.tree.map(lambda placement: placement.spec, tree) for tree in found)
+
+
+def of_codes(specs: Any, weights: Any) -> Any:
+    """The same specs, where a weight is in FP8 for its codes and scales: layers and experts are their first axes too.
+
+    Along other axes `RULES` divide nothing.
+    """
+
+    def of_parts(spec: P, weight: Any) -> P:
+        return P(*spec[: weight.codes.ndim - 2]) if isinstance(weight, Fp8Weight) else spec
+
+    return jax.tree.map(of_parts, specs, weights)
 
 
 def check_axes(mesh: Mesh) -> None:

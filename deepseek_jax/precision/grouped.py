@@ -7,6 +7,7 @@ times): nothing is dropped, nothing is padded in memory and nothing is recompile
 one expert's weights. A chunk that reaches past its expert's last row computes rows that the next chunk overwrites.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -77,11 +78,11 @@ class OfLayer(NamedTuple):
         return jnp.asarray(self.number * n_experts + chosen_X, jnp.int32)
 
 
-def layer_of(stack: jax.Array, number: int | jax.Array) -> jax.Array:
-    """Returns one layer of a stack of them, whose number may be known only when the program runs."""
+def layer_of(stack: Any, number: int | jax.Array) -> Any:
+    """Returns one layer of a stack of them, arrays or trees of these; its number may be known only on the device."""
     if isinstance(number, int):
-        return stack[number]
-    return lax.dynamic_index_in_dim(stack, number, 0, keepdims=False)
+        return jax.tree.map(lambda a: a[number], stack)
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, number, 0, keepdims=False), stack)
 
 
 @jax.custom_vjp
@@ -102,19 +103,28 @@ def vjp_input(g_AF: jax.Array, w_XDF: jax.Array, count_X: jax.Array) -> jax.Arra
 
 
 def _rows_times(x_AD: jax.Array, w_XDF: Matrices, count_X: jax.Array, *, contract: int) -> jax.Array:
-    n_rows, width = x_AD.shape
     matrices, matrix_X = matrices_of(w_XDF)
-    chunk = chunk_rows(n_rows, count_X.size)
+
+    def times(rows: jax.Array, expert: jax.Array) -> jax.Array:
+        weights = lax.dynamic_index_in_dim(matrices, matrix_X[expert], 0, keepdims=False)
+        return lax.dot_general(rows, weights, (((1,), (contract,)), ((), ())))
+
+    return by_chunks(x_AD, w_XDF.shape[2 - contract], count_X, times)
+
+
+def by_chunks(
+    x_AD: jax.Array, width: int, count_X: jax.Array, times: Callable[[jax.Array, jax.Array], jax.Array]
+) -> jax.Array:
+    """Returns y [A, width] from `times(rows, expert)` of chunks of one expert's rows; 0 in rows past their sum."""
+    n_rows, chunk = x_AD.shape[0], chunk_rows(x_AD.shape[0], count_X.size)
     plan = _plan(count_X, n_rows, chunk)
     padded = jnp.pad(x_AD, ((0, chunk), (0, 0)))
 
     def body(i: jax.Array, out: jax.Array) -> jax.Array:
-        rows = lax.dynamic_slice(padded, (plan.row_I[i], 0), (chunk, width))
-        weights = lax.dynamic_index_in_dim(matrices, matrix_X[plan.expert_I[i]], 0, keepdims=False)
-        product = lax.dot_general(rows, weights, (((1,), (contract,)), ((), ())))
-        return lax.dynamic_update_slice(out, product, (plan.row_I[i], 0))
+        rows = lax.dynamic_slice(padded, (plan.row_I[i], 0), (chunk, x_AD.shape[1]))
+        return lax.dynamic_update_slice(out, times(rows, plan.expert_I[i]), (plan.row_I[i], 0))
 
-    out = jnp.zeros((n_rows + chunk, w_XDF.shape[2 - contract]), x_AD.dtype)
+    out = jnp.zeros((n_rows + chunk, width), x_AD.dtype)
     out = lax.fori_loop(0, plan.n_chunks, body, out)[:n_rows]
     return jnp.where((jnp.arange(n_rows) < jnp.sum(count_X))[:, None], out, 0)
 

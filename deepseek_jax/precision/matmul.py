@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.kernels import XLA, Kernels
+from deepseek_jax.precision import fp8_weight_kernels
+from deepseek_jax.precision.fp8_weight import Fp8Weight
 from deepseek_jax.precision.grouped import Matrices
 from deepseek_jax.precision.wire import AS_IS, Wire
 
@@ -91,11 +93,15 @@ class PlainMatmul:
         return swiglu(gate, up, factor)
 
     def einsum(self, equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-        """See `Matmul`."""
+        """See `Matmul`; w may be in FP8 (`precision.fp8_weight`)."""
+        if isinstance(w, Fp8Weight):
+            return fp8_weight_kernels.einsum(self.kernels["coded_matmul"], equation, x, w)
         return product(self, equation, x, w.astype(x.dtype))
 
     def grouped(self, x_AD: jax.Array, w_XDF: Matrices, count_X: jax.Array) -> jax.Array:
-        """See `Matmul`."""
+        """See `Matmul`; the weights may be in FP8."""
+        if fp8_weight_kernels.is_fp8(w_XDF):
+            return self.kernels["coded_matmul"](x_AD, w_XDF, count_X)
         return self.kernels["grouped_matmul"](x_AD, w_XDF.astype(x_AD.dtype), count_X)
 
     def forward(self, equation: str, x: jax.Array, w: jax.Array) -> jax.Array:

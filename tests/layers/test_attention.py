@@ -16,6 +16,7 @@ from deepseek_jax.layers.base import bind
 from deepseek_jax.layers.gqa import GQA, GQAConfig
 from deepseek_jax.layers.mla import MLA, MLAConfig
 from deepseek_jax.layers.tokens import Tokens
+from pallas_kernels.mla_decode import fp8_cache
 
 SCALE = 0.4
 LENGTH = 150  # two blocks of queries
@@ -101,20 +102,22 @@ def test_latent_decode_by_chunks_is_latent_decode():
     rng = np.random.default_rng(0)
     for n_slots in (10, 192):
         shapes = (2, 2, 3, 8), (2, 2, 3, 4), (2, n_slots, 8), (2, n_slots, 4)
-        arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+        q, rope, *cache = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
         positions_BT = np.array([[n_slots - 2, n_slots - 1], [4, 5]])
         seen_BTS = np.arange(n_slots) <= positions_BT[..., None]
         found, expected = (
-            jax.jit(functools.partial(Kernels(latent_decode=name)["latent_decode"], scale=SCALE))(*arrays, seen_BTS)
+            jax.jit(functools.partial(Kernels(latent_decode=name)["latent_decode"], scale=SCALE))(
+                q, rope, tuple(cache), seen_BTS
+            )
             for name in ("chunked", "xla")
         )
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_latent_decode_of_few_slots_is_xlas_and_of_more_the_kernels():
+    q, rope = (np.ones((1, 1, 2, width), np.float32) for width in (8, 4))
     few, more = (
-        [np.ones(size, np.float32) for size in ((1, 1, 2, 8), (1, 1, 2, 4), (1, n, 8), (1, n, 4))]
-        + [np.ones((1, 1, n), bool)]
+        (q, rope, tuple(np.ones((1, n, width), np.float32) for width in (8, 4)), np.ones((1, 1, n), bool))
         for n in (2048, 2112)
     )
     by_size, by_xla = (
@@ -134,10 +137,25 @@ def test_latent_decode_reads_pages_where_they_lie(name):
     )
     table_BN = np.array([[4, 1], [3, 0]])
     seen_BTS = np.arange(128) <= np.array([[[100]], [[63]]])
-    side_by_side = [pool[table_BN].reshape(2, 128, -1) for pool in pools]
+    side_by_side = tuple(pool[table_BN].reshape(2, 128, -1) for pool in pools)
     decode = jax.jit(functools.partial(Kernels(latent_decode=name)["latent_decode"], scale=SCALE))
-    found, expected = decode(q, rope, *pools, seen_BTS, table_BN=table_BN), decode(q, rope, *side_by_side, seen_BTS)
+    found = decode(q, rope, tuple(pools), seen_BTS, table_BN=table_BN)
+    expected = decode(q, rope, side_by_side, seen_BTS)
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["xla", "chunked"])
+def test_latent_decode_reads_pages_in_fp8_where_they_lie(name):
+    """As if the numbers that the entries stand for lay there, in bfloat16."""
+    rng = np.random.default_rng(0)
+    q, rope, c, k_rope = (
+        jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((2, 1, 3, 128), (2, 1, 3, 4), (5, 64, 128), (5, 64, 4))
+    )
+    entries = fp8_cache.encode(c, k_rope)
+    table_BN, seen_BTS = jnp.asarray([[4, 1], [3, 0]]), jnp.arange(128) <= jnp.asarray([[[100]], [[63]]])
+    decode = functools.partial(Kernels(latent_decode=name)["latent_decode"], scale=SCALE, table_BN=table_BN)
+    found, expected = (decode(q, rope, cache, seen_BTS) for cache in ((entries,), fp8_cache.decode(entries, 4)))
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +166,7 @@ def test_latent_decode_says_what_it_needs(name, n_slots, message):
     q, rope, c, k_rope = (jnp.zeros(shape) for shape in ((1, 1, 2, 8), (1, 1, 2, 4), (1, n_slots, 8), (1, n_slots, 4)))
     with pytest.raises(UserError, match=f"kernels.latent_decode='{name}': .*{message}.*config.kernels.latent_decode=x"):
         decode = Kernels(latent_decode=name)["latent_decode"]
-        decode(q, rope, c, k_rope, jnp.ones((1, 1, n_slots), bool), scale=1.0)
+        decode(q, rope, (c, k_rope), jnp.ones((1, 1, n_slots), bool), scale=1.0)
 
 
 def test_a_row_that_sees_nothing_is_finite():

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from deepseek_jax.convert import hf_config, names, safetensors
+from deepseek_jax.convert import fp8_weights, hf_config, names, safetensors
 from deepseek_jax.convert.hf.published import CONFIG, EMBEDDING, Published, Warn, warn_on_stderr
 from deepseek_jax.convert.safetensors import Tensors
 from deepseek_jax.errors import UserError
+from deepseek_jax.precision.fp8_weight import Layout, divided
+from deepseek_jax.precision.quantize import E4M3
 
 HEAD = "lm_head.weight"
 WEIGHT_DTYPES = ("F32", "F16", "BF16")  # in addition to 8-bit floats with scales
@@ -46,16 +48,19 @@ class Source:
     Args:
         published: result of `open_published`.
         shapes: {"params": tree, "router_bias": tree} of the model with its numbers, as from `layers.base.split`.
+        in_fp8: whether matrices of E4M3 codes stay codes. Then `abstract` has, in place of such a weight, a tree with
+            its "codes" and "scale" (see `convert.fp8_weights`), and pieces are of these.
         warn: called with a message about copies that differ from their original, about multi-token prediction that the
             files contain and the config does not name (it is left out), and about settings that others read
             differently.
 
     Attributes:
         abstract: a tree like `shapes` of `jax.ShapeDtypeStruct`, with the dtypes of the pieces.
+        coded: the weights that stay in FP8, and how they lie in the published matrices.
         n_bytes: bytes of the tensors to read.
     """
 
-    def __init__(self, published: Published, shapes: dict, warn: Warn = warn_on_stderr):
+    def __init__(self, published: Published, shapes: dict, warn: Warn = warn_on_stderr, *, in_fp8: bool = False):
         if published.tensors is None:
             raise ValueError("expected the result of open_published: this directory was opened without its weights")
         self._files, self._warn = published.tensors, warn
@@ -69,8 +74,9 @@ class Source:
                 dtype = self._dtype(stored)
                 dtypes[path] = np.dtype(jnp.promote_types(dtypes.get(path, dtype), dtype))
         self._dtypes = dtypes
+        self.coded = self._stay_codes() if in_fp8 else {}
         self.n_bytes = sum(self._files.info(stored).nbytes for stored in {stored for _, stored in self._tensors})
-        self.abstract = map_leaves(shapes, lambda path, x: jax.ShapeDtypeStruct(x.shape, dtypes[path]))
+        self.abstract = map_leaves(shapes, self._abstract)
         where = f"{self._files.directory}: {CONFIG}"
         for at in left_out:
             warn(f"{where}: num_nextn_predict_layers={published.numbers['mtp_depth']}, so {at}* is left out.")
@@ -82,6 +88,9 @@ class Source:
         n_bytes_read, compared = 0, set()
         for stored, tensors in self._by_stored().items():
             n_bytes_read += self._files.info(stored).nbytes
+            if tensors[0].places[0][0] in self.coded:
+                yield from self._coded_pieces(stored, tensors[0], n_bytes_read, skip)
+                continue
             needed = [place for tensor in tensors for place in tensor.places if not (skip and skip(*place))]
             if not needed:
                 continue
@@ -96,6 +105,45 @@ class Source:
         for copy in self._copies.keys() - compared:
             if copy in self._files and not self._files.is_same(copy, self._original(copy)):
                 self._warn_of(copy)
+
+    def _stay_codes(self) -> dict[names.Path, Layout]:
+        """Returns the weights of which all tensors are matrices of E4M3 codes, with their layouts."""
+        found: dict[names.Path, Layout] = {}
+        wide: set[names.Path] = set()
+        for tensor, stored in self._tensors:
+            paths = [path for path, _ in tensor.places]
+            if self._files.info(stored).dtype == "F8_E4M3" and len(tensor.shape) == 2:
+                found |= zip(paths, fp8_weights.layouts(tensor), strict=True)
+            else:
+                wide |= set(paths)
+        return {path: layout for path, layout in found.items() if path not in wide}
+
+    def _abstract(self, path: names.Path, x: jax.ShapeDtypeStruct) -> Any:
+        if path not in self.coded:
+            return jax.ShapeDtypeStruct(x.shape, self._dtypes[path])
+        layout = self.coded[path]
+        leading = x.shape[: len(x.shape) - len(layout.order)]
+        return {
+            fp8_weights.CODES: jax.ShapeDtypeStruct((*leading, *layout.matrix), E4M3),
+            fp8_weights.SCALE: jax.ShapeDtypeStruct((*leading, *layout.blocks), jnp.float32),
+        }
+
+    def _coded_pieces(
+        self,
+        stored: str,
+        tensor: names.Tensor,
+        n_bytes_read: int,
+        skip: Callable[[names.Path, names.Index], bool] | None,
+    ) -> Iterator[Piece]:
+        """Yields codes and scales of the weights in a tensor that stay in FP8."""
+        needed = [not (skip and skip((*path, fp8_weights.CODES), index)) for path, index in tensor.places]
+        if not any(needed):
+            return
+        parts = divided(*self._files.read_codes(stored), tuple(self.coded[path] for path, _ in tensor.places))
+        for (path, index), part, is_needed in zip(tensor.places, parts, needed, strict=True):
+            if is_needed:
+                yield Piece((*path, fp8_weights.CODES), index, part.codes, n_bytes_read)
+                yield Piece((*path, fp8_weights.SCALE), index, part.scale, n_bytes_read)
 
     def _by_stored(self) -> dict[str, list[names.Tensor]]:
         """Returns the tensors in their order; those read from the same stored one (a tied head) together."""

@@ -16,6 +16,7 @@ import numpy as np
 from deepseek_jax.convert import hf_config, names, safetensors
 from deepseek_jax.convert.hf.published import CONFIG, GENERATION_CONFIG, Warn, warn_on_stderr
 from deepseek_jax.errors import UserError
+from deepseek_jax.precision.fp8_weight import Fp8Weight
 from deepseek_jax.precision.quantize import quantize_blocks
 from deepseek_jax.tree import paths
 
@@ -28,9 +29,17 @@ Get = Callable[[names.Path, names.Index], np.ndarray]
 
 
 def from_tree(tree: dict) -> Get:
-    """Returns the `get` of `write` for {"params", "router_bias"} of arrays; one piece at a time comes to the host."""
+    """Returns the `get` of `write` for {"params", "router_bias"} of arrays; one piece at a time comes to the host.
+
+    Those in FP8 come in float32, from which their format makes the same codes again.
+    """
     arrays = paths(tree)
-    return lambda path, index: np.asarray(arrays[path][index] if index else arrays[path])
+
+    def get(path: names.Path, index: names.Index) -> np.ndarray:
+        piece = jax.tree.map(lambda a: a[index], arrays[path]) if index else arrays[path]
+        return np.asarray(piece.astype(jnp.float32) if isinstance(piece, Fp8Weight) else piece)
+
+    return get
 
 
 def write(
@@ -75,6 +84,8 @@ def write(
         raise UserError(f"dtype {dtype!r}: expected one of {', '.join(FORMATS)}.")
     directory = Path(directory).expanduser()
     dtypes = {path: leaf.dtype for path, leaf in paths(abstract).items()}
+    if dtype == "keep" and any(isinstance(leaf, Fp8Weight) for leaf in paths(abstract).values()):
+        raise UserError("dtype='keep' of weights that are held in FP8: give 'fp8', for the same codes, or 'bf16'.")
     stored = dtypes[TABLE]
     config = hf_config.to_hf(
         *(family, numbers),

@@ -125,6 +125,13 @@ class Tensors:
 
         return dequantize(read_rows, place.info, scales, kind, block, self._where(name))
 
+    def read_codes(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns an E4M3 weight as it is stored, and its scales in float32. Raises UserError as `read_dequantized`."""
+        scales, codes = self._scales(name, np.dtype(np.float32), BLOCK), self.read(name)
+        if codes.size and (codes.view(np.uint8) & 0x7F).max() >= FINITE_CODES["F8_E4M3"]:
+            raise UserError(f"{self._where(name)}: a weight is NaN. The file is damaged.")
+        return codes, scales
+
     def _scales(self, name: str, dtype: np.dtype, block: tuple[int, int]) -> np.ndarray:
         """Returns the scales of an 8-bit weight in float32, checked."""
         scale_name, codes = name + SCALE_SUFFIX, self.info(name)

@@ -1,0 +1,87 @@
+"""Products with weights in FP8 (`precision.fp8_weight`), by name: XLA on any device, or the kernel for Hopper GPUs.
+
+Activations are not quantised. XLA dequantises a matrix where it is used: one expert's at a time, or one layer's of
+another weight. The kernel reads the codes themselves.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.precision import grouped
+from deepseek_jax.precision.fp8_weight import BLOCK, Fp8Weight
+from deepseek_jax.precision.grouped import OfLayer
+from deepseek_jax.precision.quantize import dequantize_blocks
+from pallas_kernels import coded_matmul as kernel
+from pallas_kernels.grouped_matmul import Groups, Scaled
+
+Multiply = Callable[[jax.Array, Any, jax.Array], jax.Array]
+
+
+def is_fp8(w: Any) -> bool:
+    """Returns whether these weights are in FP8, those of a layer in a stack included."""
+    return isinstance(w.stack_LXDF if isinstance(w, OfLayer) else w, Fp8Weight)
+
+
+def by_xla(x_AK: jax.Array, w_XKN: Fp8Weight | OfLayer, count_X: jax.Array) -> jax.Array:
+    """Returns y_AN: rows sorted by expert, `count_X` of each, times the weights of their expert; 0 for other rows."""
+    matrices, matrix_X = _matrices(w_XKN)
+
+    def times(rows: jax.Array, expert: jax.Array) -> jax.Array:
+        codes, scale = (grouped.layer_of(part, matrix_X[expert]) for part in (matrices.codes, matrices.scale))
+        weights = dequantize_blocks(codes, scale, rows.dtype, (matrices.layout.block_rows, BLOCK))
+        return lax.dot_general(rows, weights, (((1,), (1,)), ((), ())))
+
+    return grouped.by_chunks(x_AK, matrices.layout.matrix[0], count_X, times)
+
+
+def on_hopper(x_AK: jax.Array, w_XKN: Fp8Weight | OfLayer, count_X: jax.Array) -> jax.Array:
+    """As `by_xla`, for bfloat16, and matrices of a multiple of 64 rows and whole blocks of columns.
+
+    Raises UserError on another device, and for another dtype or size.
+    """
+    matrices, matrix_X = _matrices(w_XKN)
+    groups = Groups(count_X, matrix_X=matrix_X if isinstance(w_XKN, OfLayer) else None)
+    try:
+        return _lowered_once(
+            x_AK, Scaled(matrices.codes, matrices.scale), groups, block_rows=matrices.layout.block_rows
+        )
+    except ValueError as error:
+        raise UserError(
+            f"kernels.coded_matmul='mosaic_gpu': {error} In a run, config.kernels.coded_matmul=xla."
+        ) from error
+
+
+@functools.partial(jax.jit, static_argnames="block_rows")  # for all layers of a program
+def _lowered_once(x_AK: jax.Array, w: Scaled, groups: Groups, block_rows: int) -> jax.Array:
+    return kernel.coded_matmul(x_AK, w, groups, implementation="mosaic_gpu", block_rows=block_rows)
+
+
+def _matrices(w: Fp8Weight | OfLayer) -> tuple[Fp8Weight, jax.Array]:
+    """Returns the matrices of all layers, or of the one that there is, and which of them is each expert's."""
+    if not isinstance(w, OfLayer):
+        return w, jnp.arange(len(w.codes))
+    stack: Any = w.stack_LXDF
+    return jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:]), stack), w.matrix_X
+
+
+def einsum(multiply: Multiply, equation: str, x: jax.Array, w: Fp8Weight) -> jax.Array:
+    """Returns y of an einsum such as "BTD,DHQ->BTHQ", in the dtype of x; `multiply` as `by_xla` or `on_hopper`.
+
+    The kernel multiplies where x ends with what the columns of w are, and y with what its rows are, and where columns
+    are whole blocks. XLA dequantises the matrices of the others: of the absorbed form of latent attention, a small
+    product per head, and of the one matrix of V2-Lite with 10,944 columns.
+    """
+    of_x, of_w, of_y = equation.replace("->", ",").split(",")
+    letters = [of_w[w.layout.order.index(axis)] for axis in range(len(of_w))]
+    rows, columns = "".join(letters[: len(w.layout.rows)]), "".join(letters[len(w.layout.rows) :])
+    k, is_plain = w.layout.matrix[1], of_x.endswith(columns) and of_y == of_x.removesuffix(columns) + rows
+    if multiply is by_xla or not is_plain or k % BLOCK:
+        return jnp.einsum(equation, x, w.astype(x.dtype))
+    y = multiply(x.reshape(-1, k), jax.tree.map(lambda part: part[None], w), jnp.full((1,), x.size // k, jnp.int32))
+    return y.reshape(*x.shape[: len(of_x) - len(columns)], *w.layout.rows)

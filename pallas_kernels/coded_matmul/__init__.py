@@ -1,0 +1,11 @@
+"""Products of bfloat16 activations with weights kept as FP8 codes and the scales of their blocks.
+
+coded_matmul    the public function: checks its arguments, calls the implementation that is named
+reference.py    the definition, in plain jax.numpy
+gpu.py          Hopper: Pallas Mosaic GPU
+tiles.py        which tiles the kernel uses
+"""
+
+from pallas_kernels.coded_matmul.api import coded_matmul
+
+__all__ = ["coded_matmul"]

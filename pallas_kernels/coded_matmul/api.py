@@ -1,0 +1,51 @@
+"""The public function: arguments are checked once, then the named implementation runs."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.coded_matmul import reference
+from pallas_kernels.coded_matmul.tiles import BLOCK, UNIT_COLUMNS
+from pallas_kernels.grouped_matmul.layout import Groups, Scaled
+
+IMPLEMENTATIONS = ("reference", "mosaic_gpu")
+
+
+def coded_matmul(
+    x_AK: jax.Array, w: Scaled, groups: Groups, *, implementation: str, block_rows: int = BLOCK
+) -> jax.Array:
+    """Returns y [A, N], y[r] = x[r] (codes[g] * scales[g])^T for the rows r of group g, 0 for rows of no group.
+
+    Sums are float32. Weights lie as they are published, outputs first, and stay codes in memory. Not differentiable.
+
+    Args:
+        x_AK: [A, K], rows sorted by group.
+        w: E4M3 codes [M, N, K] without NaN; float32 scales [M, ceil(N / block_rows), ceil(K / 128)].
+        groups: of the rows of x; `groups.matrix_X` says which of the M matrices are theirs. None: group g has the g-th.
+        implementation: "reference" (any device, any dtype of x) or "mosaic_gpu" (Hopper; x in bfloat16, K a multiple of
+            128, N and block_rows of 64). There is no fallback from one to the other.
+        block_rows: outputs that share a scale.
+
+    Raises:
+        ValueError: arguments that do not fit together, or that the implementation does not support.
+    """
+    of_x, of_w = x_AK.shape, w.codes.shape
+    if len(of_x) != 2 or len(of_w) != 3 or of_x[1] != of_w[2] or w.codes.dtype != jnp.float8_e4m3fn:
+        raise ValueError(f"x {of_x} and w {w.codes.dtype} {of_w}: expected [A, K] and float8_e4m3fn [M, N, K].")
+    of_scale = of_w[0], -(-of_w[1] // block_rows), -(-of_w[2] // BLOCK)
+    if w.scale.shape != of_scale or w.scale.dtype != jnp.float32:
+        raise ValueError(f"scales {w.scale.dtype} {w.scale.shape}: expected float32 {of_scale} for codes {of_w}.")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: unknown. Choose one of {', '.join(IMPLEMENTATIONS)}.")
+    if implementation == "reference":
+        return reference.coded_matmul(x_AK, w, groups, block_rows=block_rows)
+    from pallas_kernels import mosaic_gpu  # Mosaic GPU is not part of every JAX build
+
+    processors = mosaic_gpu.check_hopper(implementation)
+    if x_AK.dtype != jnp.bfloat16 or of_w[2] % BLOCK or of_w[1] % UNIT_COLUMNS or block_rows % UNIT_COLUMNS:
+        raise ValueError(
+            f"implementation={implementation!r}: x {x_AK.dtype} {of_x}, w {of_w} in blocks of {block_rows} outputs; "
+            f"expected bfloat16, K a multiple of {BLOCK}, outputs and their blocks multiples of {UNIT_COLUMNS}."
+        )
+    from pallas_kernels.coded_matmul import gpu
+
+    return gpu.coded_matmul(x_AK, w, groups, block_rows=block_rows, n_processors=processors)

@@ -1,0 +1,316 @@
+"""Products with FP8 weights for Hopper, in Pallas Mosaic GPU: codes are read once and become bfloat16 in registers.
+
+    y[r, n] = sum over blocks b of the contraction:  scale[n, b] * sum over k in b of x[r, k] code[n, k]
+
+Few rows meet many weights, so the weights are the operand with 64 rows and the product is transposed: 64 outputs by as
+many rows of x as a job has. A code becomes bfloat16 exactly; its block's scale multiplies the block's sum in float32.
+
+A CTA stays on its processor and walks over jobs: a tile of rows of one group (`grouped_matmul.layout`) by some outputs.
+One warpgroup loads blocks of codes and of x into a ring of stages (TMA); of the others some lie side by side along the
+outputs, and some share the contraction: each takes every n-th block, and their sums are added in shared memory.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
+
+from pallas_kernels import mosaic_gpu
+from pallas_kernels.coded_matmul.tiles import BLOCK, UNIT_COLUMNS, Tiles, choose
+from pallas_kernels.grouped_matmul.layout import FIELDS, UNIT, Groups, Scaled, row_tiles
+
+SWIZZLE = 128  # bytes
+REGISTERS = 65536  # of a processor
+LOADER_REGISTERS = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is known of a call before it runs."""
+
+    m: int  # rows of x
+    n: int
+    k: int
+    block_rows: int  # of a block of codes: outputs with one scale
+    out_dtype: DTypeLike
+    tiles: Tiles
+    n_processors: int
+    on_chip: bool  # interpreted otherwise: no inlined PTX
+
+    @property
+    def columns(self) -> int:
+        """Outputs of a job."""
+        return UNIT_COLUMNS * self.tiles.across
+
+    @property
+    def warpgroups(self) -> int:
+        """That compute."""
+        return self.tiles.across * self.tiles.along
+
+    @property
+    def compute_registers(self) -> int:
+        """Registers of a thread that computes: what is left of the CTA's by the loading warpgroup."""
+        at_start = REGISTERS // (128 * (self.warpgroups + 1)) // 8 * 8 * (self.warpgroups + 1)
+        return min((at_start - LOADER_REGISTERS) // self.warpgroups // 8 * 8, 240)
+
+    def call(self, interpret: object) -> Callable:
+        """The kernel as a function of table, x, codes as int8 and scales; its result is [parts * m, n]."""
+        options: dict[str, Any] = {"interpret": interpret} if interpret else {}
+        return plgpu.kernel(
+            functools.partial(_kernel, self),
+            out_type=jax.ShapeDtypeStruct((self.tiles.parts * self.m, self.n), self.out_dtype),
+            scratch_types=self.scratch(),
+            grid=(self.n_processors,),
+            grid_names=("ctas",),
+            num_threads=self.warpgroups + 1,
+            thread_name="warpgroup",
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+            ),
+            **options,
+        )
+
+    def scratch(self) -> list:
+        """Shared memory and barriers, in the order of `Refs`."""
+        rows, stages = self.tiles.rows, self.tiles.stages
+        swizzled = plgpu.SwizzleTransform(SWIZZLE)
+        others = max(self.tiles.along - 1, 1)  # that share a contraction with the first
+        return [
+            plgpu.SMEM((stages, rows, BLOCK), jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), swizzled)),
+            plgpu.SMEM((stages, self.columns, BLOCK), jnp.int8, transforms=(plgpu.TilingTransform((8, 128)), swizzled)),
+            plgpu.SMEM((others, self.columns if self.tiles.along > 1 else 8, rows), jnp.float32),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=self.tiles.across, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=others, num_barriers=self.tiles.across),
+            plgpu.Barrier(num_arrivals=1, num_barriers=self.tiles.across),
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Refs:
+    """Global memory, a CTA's shared memory, and its barriers."""
+
+    table: Any  # of row tiles, int32
+    x: Any  # [m, k]
+    codes: Any  # [matrices, n, k]
+    scale: Any  # [matrices, blocks of n, blocks of k]
+    y: Any  # [parts * m, n]
+    x_stages: Any
+    code_stages: Any
+    sums: Any  # of the warpgroups that share a contraction with the first
+    loaded: Any  # per stage
+    free: Any  # per stage
+    summed: Any  # per warpgroup of a row: the others' sums are there
+    added: Any  # and have been read
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A tile of the result."""
+
+    matrix: jax.Array
+    row: jax.Array
+    column: jax.Array
+    low: jax.Array  # of the rows that are written the first, the one after the last, and the first that is 0
+    high: jax.Array
+    end: jax.Array
+    first_block: jax.Array
+    n_blocks: jax.Array
+    part: jax.Array
+
+
+def coded_matmul(
+    x_AK: jax.Array,
+    w: Scaled,
+    groups: Groups,
+    *,
+    block_rows: int = BLOCK,
+    tiles: Tiles | None = None,
+    n_processors: int = 132,
+    interpret: object = None,
+) -> jax.Array:
+    """Returns y [A, N]; arguments as in `pallas_kernels.coded_matmul.coded_matmul`.
+
+    A that is not a multiple of 8 is filled up first, which costs a copy.
+
+    Args:
+        x_AK, w, groups, block_rows: see there.
+        tiles: chosen by the sizes unless given.
+        n_processors: of the chip.
+        interpret: parameters with which the kernel runs on a CPU (JAX 0.11 and later).
+    """
+    n_rows, (_, n, k) = x_AK.shape[0], w.codes.shape
+    x = jnp.pad(x_AK, ((0, -n_rows % UNIT), (0, 0)))
+    tiles = tiles or choose(groups.n, n_rows, n, k, n_processors)
+    out_dtype = x.dtype if tiles.parts == 1 else jnp.float32
+    plan = Plan(x.shape[0], n, k, block_rows, out_dtype, tiles, n_processors, not interpret)
+    group_T, *others_T = row_tiles(groups, x.shape[0], tiles.rows).T
+    matrix_T = group_T if groups.matrix_X is None else groups.matrix_X[group_T]
+    table = jnp.stack([matrix_T, *others_T], axis=1).reshape(-1)
+    y = plan.call(interpret)(table, x, lax.bitcast_convert_type(w.codes, jnp.int8), w.scale)
+    if tiles.parts > 1:
+        y = jnp.sum(y.reshape(tiles.parts, -1, n), axis=0).astype(x.dtype)
+    return y[:n_rows]
+
+
+def _kernel(plan: Plan, *refs: Any) -> None:
+    named = Refs(*refs)
+    lax.cond(
+        lax.axis_index("warpgroup") < plan.warpgroups,
+        functools.partial(_compute, plan, named),
+        functools.partial(_load, plan, named),
+    )
+
+
+def _my_jobs(plan: Plan, refs: Refs) -> jax.Array:
+    """How many jobs this CTA has: every n-th one."""
+    per_tile = -(-plan.n // plan.columns) * plan.tiles.parts
+    n_jobs = refs.table[FIELDS.index("n_tiles")] * per_tile
+    return lax.div(n_jobs - lax.axis_index("ctas") + plan.n_processors - 1, plan.n_processors)
+
+
+def _job(plan: Plan, refs: Refs, i: jax.Array) -> Job:
+    linear, n_columns = lax.axis_index("ctas") + i * plan.n_processors, -(-plan.n // plan.columns)
+    tile, rest = lax.div(linear, n_columns * plan.tiles.parts), lax.rem(linear, n_columns * plan.tiles.parts)
+    column, part = lax.div(rest, plan.tiles.parts), lax.rem(rest, plan.tiles.parts)
+    matrix, row, low, high, end = (refs.table[tile * len(FIELDS) + i] for i in range(5))
+    blocks = plan.k // BLOCK
+    first = lax.div(part * blocks, plan.tiles.parts)
+    n_blocks = jnp.where(end > row, lax.div((part + 1) * blocks, plan.tiles.parts) - first, 0)
+    return Job(matrix, row, column * plan.columns, low, high, end, first, n_blocks, part)
+
+
+def _load(plan: Plan, refs: Refs) -> None:
+    """The loading warpgroup, of which one warp works."""
+    plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+    mosaic_gpu.by_one_warp(functools.partial(_load_jobs, plan, refs))
+
+
+def _load_jobs(plan: Plan, refs: Refs) -> None:
+    """Fills stage after stage, each as soon as it is free."""
+
+    def load_job(i: jax.Array, n_loaded: jax.Array) -> jax.Array:
+        job = _job(plan, refs, i)
+        rows = pl.ds(lax.div(job.row, UNIT) * UNIT, plan.tiles.rows)  # a multiple of 8, also for the compiler
+
+        def load_block(step: jax.Array, n_loaded: jax.Array) -> jax.Array:
+            stage, depth = lax.rem(n_loaded, plan.tiles.stages), pl.ds((job.first_block + step) * BLOCK, BLOCK)
+            pl.when(n_loaded >= plan.tiles.stages)(lambda: plgpu.barrier_wait(refs.free.at[stage]))
+            loaded = refs.loaded.at[stage]
+            codes = refs.codes.at[job.matrix, pl.ds(job.column, plan.columns), depth]
+            plgpu.copy_gmem_to_smem(codes, refs.code_stages.at[stage], loaded)
+            plgpu.copy_gmem_to_smem(refs.x.at[rows, depth], refs.x_stages.at[stage], loaded)
+            return n_loaded + 1
+
+        return lax.fori_loop(0, job.n_blocks, load_block, n_loaded)
+
+    n_loaded = lax.fori_loop(0, _my_jobs(plan, refs), load_job, jnp.int32(0))
+
+    def wait(i: jax.Array, _: None) -> None:
+        plgpu.barrier_wait(refs.free.at[lax.rem(i, plan.tiles.stages)])
+
+    lax.fori_loop(jnp.maximum(n_loaded - plan.tiles.stages, 0), n_loaded, wait, None)
+
+
+def _compute(plan: Plan, refs: Refs) -> None:
+    """A computing warpgroup: its blocks of each job; the first of those that share a contraction writes the result."""
+    plgpu.set_max_registers(plan.compute_registers, action="increase")
+    warpgroup = lax.axis_index("warpgroup")
+    beside, turn = lax.rem(warpgroup, plan.tiles.across), lax.div(warpgroup, plan.tiles.across)
+
+    def compute_job(i: jax.Array, n_before: jax.Array) -> jax.Array:
+        job = _job(plan, refs, i)
+        total = _sum(plan, refs, job, n_before, beside, turn)
+        if plan.tiles.along == 1:
+            _store(plan, refs, job, beside, total)
+        else:
+            pl.when(turn > 0)(functools.partial(_hand_over, refs, beside, turn, total))
+            pl.when(turn == 0)(functools.partial(_add_and_store, plan, refs, job, beside, total))
+        return n_before + job.n_blocks
+
+    lax.fori_loop(0, _my_jobs(plan, refs), compute_job, jnp.int32(0))
+
+
+def _sum(plan: Plan, refs: Refs, job: Job, n_before: jax.Array, beside: jax.Array, turn: jax.Array) -> jax.Array:
+    """The sum over this warpgroup's blocks of a job, [64, rows]; `n_before` blocks were loaded for earlier jobs.
+
+    Which blocks are a warpgroup's follows from their number since the beginning: so a stage is always the same one's.
+    """
+    own_column = beside * UNIT_COLUMNS
+    skipped = lax.rem(turn - lax.rem(n_before, plan.tiles.along) + plan.tiles.along, plan.tiles.along)
+    n_own = lax.div(jnp.maximum(job.n_blocks - skipped, 0) + plan.tiles.along - 1, plan.tiles.along)
+    last_row, last_block = (size - 1 for size in refs.scale.shape[1:])
+    scale_row = jnp.minimum(lax.div(job.column + own_column, plan.block_rows), last_row)
+
+    def scale_of(i: jax.Array) -> jax.Array:
+        block = job.first_block + skipped + i * plan.tiles.along
+        return refs.scale[job.matrix, scale_row, jnp.minimum(block, last_block)]
+
+    def add(i: jax.Array, state: tuple) -> tuple:
+        scale, total = state
+        stage = lax.rem(n_before + skipped + i * plan.tiles.along, plan.tiles.stages)
+        plgpu.barrier_wait(refs.loaded.at[stage])
+        following = scale_of(i + 1)  # from global memory, so read early
+        codes = mosaic_gpu.load(refs.code_stages.at[stage, pl.ds(own_column, UNIT_COLUMNS)], plgpu.Layout.WGMMA)
+        weights = _bfloat16(plan, codes)
+        x = refs.x_stages.at[stage]
+
+        def multiply(products: Any) -> jax.Array:
+            plgpu.wgmma(products, weights, mosaic_gpu.transpose(x))
+            return products[...]
+
+        if plan.on_chip:
+            products = pl.run_scoped(multiply, plgpu.ACC((UNIT_COLUMNS, plan.tiles.rows), jnp.float32))
+        else:
+            products = jnp.dot(weights, x[...].T, preferred_element_type=jnp.float32)
+        plgpu.barrier_arrive(refs.free.at[stage])
+        return following, total + products * scale
+
+    zero = plgpu.layout_cast(jnp.zeros((UNIT_COLUMNS, plan.tiles.rows), jnp.float32), plgpu.Layout.WGMMA)
+    return lax.fori_loop(0, n_own, add, (scale_of(jnp.int32(0)), zero))[1]
+
+
+def _bfloat16(plan: Plan, codes: jax.Array) -> jax.Array:
+    """Codes as the bfloat16 numbers that they stand for."""
+    if plan.on_chip:
+        return mosaic_gpu.e4m3_to_bfloat16(codes)
+    return lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.bfloat16)
+
+
+def _hand_over(refs: Refs, beside: jax.Array, turn: jax.Array, total: jax.Array) -> None:
+    """Leaves a sum in shared memory until it has been read."""
+    refs.sums.at[turn - 1, pl.ds(beside * UNIT_COLUMNS, UNIT_COLUMNS)][...] = total
+    plgpu.barrier_arrive(refs.summed.at[beside])
+    plgpu.barrier_wait(refs.added.at[beside])
+
+
+def _add_and_store(plan: Plan, refs: Refs, job: Job, beside: jax.Array, total: jax.Array) -> None:
+    plgpu.barrier_wait(refs.summed.at[beside])
+    for turn in range(plan.tiles.along - 1):
+        sums = refs.sums.at[turn, pl.ds(beside * UNIT_COLUMNS, UNIT_COLUMNS)]
+        total += mosaic_gpu.load(sums, plgpu.Layout.WGMMA)
+    plgpu.barrier_arrive(refs.added.at[beside])
+    _store(plan, refs, job, beside, total)
+
+
+def _store(plan: Plan, refs: Refs, job: Job, beside: jax.Array, total: jax.Array) -> None:
+    """Writes the rows that belong to the job, 0 in those of no group."""
+    row_of = plgpu.broadcasted_iota(jnp.int32, total.shape, 1, layout=plgpu.Layout.WGMMA)
+    values = jnp.where(row_of < job.end - job.row, total, 0.0).astype(plan.out_dtype)
+    column, shift = job.column + beside * UNIT_COLUMNS, job.part * plan.m
+    if plan.on_chip:
+        bounds = job.low + shift, job.high + shift
+        mosaic_gpu.store_rows(values, refs.y, job.row + shift, column, *bounds, transposed=True)
+        return
+    for r in range(plan.tiles.rows):
+
+        @pl.when((job.low <= job.row + r) & (job.row + r < job.high) & (column < plan.n))
+        def _(r: int = r) -> None:
+            refs.y[job.row + shift + r, pl.ds(column, UNIT_COLUMNS)] = values[:, r]

@@ -1,0 +1,20 @@
+"""Products with FP8 weights in plain jax.numpy: the definition.
+
+y[r] = x[r] (codes[g] * scales[g])^T    for the rows r of group g; 0 for rows of no group
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.grouped_matmul import reference
+from pallas_kernels.grouped_matmul.layout import Groups, Scaled
+
+BLOCK = 128
+
+
+def coded_matmul(x_AK: jax.Array, w: Scaled, groups: Groups, *, block_rows: int = BLOCK) -> jax.Array:
+    """Returns y [A, N] in the dtype of x, from float32 weights and sums."""
+    n, k = w.codes.shape[1:]
+    scale = jnp.repeat(jnp.repeat(w.scale, block_rows, axis=1)[:, :n], BLOCK, axis=2)[:, :, :k]
+    weights = w.codes.astype(jnp.float32) * scale
+    return reference.grouped_matmul(x_AK.astype(jnp.float32), weights, groups, transposed=True).astype(x_AK.dtype)

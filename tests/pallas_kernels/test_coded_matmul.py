@@ -1,0 +1,84 @@
+"""Products with weights that stay FP8 codes: the definition, tiles, and the kernel interpreted on a CPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import mosaic_gpu
+from pallas_kernels.coded_matmul import coded_matmul, reference, tiles
+from pallas_kernels.grouped_matmul import Groups, Scaled
+
+DRAW = np.random.default_rng(0)
+
+
+def problem(counts, n, k, n_matrices, more_rows=0, dtype=jnp.float32, block_rows=128):
+    x = jnp.asarray(DRAW.normal(size=(sum(counts) + more_rows, k)), dtype).at[sum(counts) :].set(jnp.nan)
+    codes = jnp.asarray(50 * DRAW.normal(size=(n_matrices, n, k)), jnp.float8_e4m3fn)
+    scale = jnp.asarray(DRAW.uniform(0.5, 1, (n_matrices, -(-n // block_rows), -(-k // 128))), jnp.float32)
+    matrices = jnp.asarray(DRAW.permutation(n_matrices)[: len(counts)], jnp.int32)
+    return x, Scaled(codes, scale), Groups(jnp.asarray(counts, jnp.int32), matrix_X=matrices)
+
+
+def test_the_definition_by_hand():
+    """Two rows, the second of group 1, whose matrix is the first; blocks of two outputs."""
+    w = Scaled(jnp.asarray([[[1], [2], [4]], [[8], [16], [32]]], jnp.float8_e4m3fn), jnp.ones((2, 2, 1)))
+    w = w._replace(scale=w.scale.at[0, 1].set(0.5))
+    groups = Groups(jnp.asarray([1, 1], jnp.int32), matrix_X=jnp.asarray([1, 0], jnp.int32))
+    y = coded_matmul(jnp.asarray([[1.0], [3.0], [7.0]]), w, groups, implementation="reference", block_rows=2)
+    np.testing.assert_array_equal(y, [[8, 16, 32], [3, 6, 6], [0, 0, 0]])
+
+
+@pytest.mark.skipif(not mosaic_gpu.can_interpret(), reason="needs JAX 0.11 to run Mosaic GPU kernels on a CPU")
+@pytest.mark.parametrize(
+    ("counts", "n", "k", "choice"),
+    [
+        ([3, 0, 9, 1], 192, 384, tiles.Tiles(8, 2, 2, 4)),  # tiles reach beyond the matrix, rows to the next group
+        ([5], 64, 512, tiles.Tiles(8, 1, 2, 4, parts=2)),  # a contraction in parts
+    ],
+)
+def test_the_kernel_is_the_definition(counts, n, k, choice):
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    from pallas_kernels.coded_matmul import gpu
+
+    x, w, groups = problem(counts, n, k, len(counts) + 2, more_rows=4, dtype=jnp.bfloat16)
+    y = gpu.coded_matmul(x, w, groups, tiles=choice, n_processors=3, interpret=plgpu.InterpretGPUParams())
+    expected = reference.coded_matmul(x, w, groups)
+    np.testing.assert_allclose(y.astype(jnp.float32), expected.astype(jnp.float32), rtol=2**-7, atol=1e-3)
+
+
+def test_a_few_rows_give_every_processor_a_job():
+    """V2-Lite's experts at batch 1, its output projection, and prompts."""
+    one, out, prompts = (
+        tiles.choose(*sizes, 132) for sizes in ((6, 6, 1408, 2048), (1, 1, 2048, 2048), (64, 6144, 1408, 2048))
+    )
+    assert (one.rows, one.across, one.parts) == (8, 1, 1) and 6 * 1408 // 64 == 132
+    assert (out.rows, out.across, out.parts) == (8, 1, 4) and prompts == tiles.Tiles(128, along=1, stages=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": jnp.zeros((3, 64))}, r"expected \[A, K\] and float8_e4m3fn \[M, N, K\]"),
+        ({"scale": jnp.zeros((4, 1, 2))}, r"scales float32 \(4, 1, 2\): expected float32 \(4, 1, 1\)"),
+        ({"implementation": "cuda"}, "'cuda': unknown. Choose one of reference, mosaic_gpu"),
+        ({"implementation": "mosaic_gpu"}, "on cpu: needs a Hopper GPU"),
+    ],
+)
+def test_what_does_not_fit_is_an_error(change, message):
+    x, w, groups = problem([2, 1], 64, 128, 4)
+    given = {"x": x, "scale": w.scale, "implementation": "reference"} | change
+    with pytest.raises(ValueError, match=message):
+        coded_matmul(given["x"], Scaled(w.codes, given["scale"]), groups, implementation=given["implementation"])
+
+
+def test_every_code_becomes_the_number_that_it_stands_for():
+    """The bits that `mosaic_gpu.e4m3_to_bfloat16` moves, in numpy."""
+    codes = np.arange(256, dtype=np.uint32)
+    bits = (codes << 8 & 0x8000) | (codes << 4 & 0x07F0)
+    found = jax.lax.bitcast_convert_type(jnp.asarray(bits, jnp.uint16), jnp.bfloat16)
+    expected = codes.astype(np.uint8).view(jnp.float8_e4m3fn).astype(np.float64)
+    finite = np.isfinite(expected)
+    np.testing.assert_array_equal(np.asarray(found, np.float64)[finite] * 2.0**120, expected[finite])
+    assert np.asarray(2.0**120, jnp.bfloat16).view(np.uint16) == 0x7B80
