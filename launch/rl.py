@@ -35,6 +35,7 @@ from deepseek_jax.paths import check_writable
 if TYPE_CHECKING:
     from deepseek_jax.parallel.peers import Peers
     from deepseek_jax.rl.problems import Problems
+    from deepseek_jax.rl.rewards import Rewards
     from deepseek_jax.rl.step import Learner
     from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
     from deepseek_jax.train.stop import StopRequest
@@ -58,9 +59,18 @@ def main(argv: list[str]) -> int:
             return code
         config.run.init_from = os.path.abspath(workdir / "base")
     _beginning.inherit(config, options.overrides, workdir)
+    inherit_template(config)
     if Path(config.data.tokenizer).exists():  # so that the run's model finds it from anywhere
         config.data.tokenizer = os.path.abspath(config.data.tokenizer)
     return execute(config, workdir, sample=False, again=again, run=train)
+
+
+def inherit_template(config: ConfigDict) -> None:
+    """Takes the chat template of the run to begin with, unless one is named; published weights bring theirs."""
+    from deepseek_jax.weights import is_published, open_weights
+
+    if not config.data.chat_template and not is_published(config.run.init_from):
+        config.data.chat_template = open_weights(config.run.init_from).config.data.chat_template
 
 
 def train_base(config: ConfigDict, workdir: Path, again: str) -> int | None:
@@ -150,7 +160,7 @@ def used(rewards: ConfigDict) -> dict[str, float]:
     return {name: weight for name, weight in rewards.items() if weight or name in ("accuracy", "format")}
 
 
-def prepare(config: ConfigDict, rewards: object) -> "Learner":
+def prepare(config: ConfigDict, rewards: "Rewards") -> "Learner":
     """Returns the programs of a run. Raises UserError for settings that do not suit one another."""
     import jax
 
@@ -176,7 +186,7 @@ def prepare(config: ConfigDict, rewards: object) -> "Learner":
     trainer = run.trainer(config, make_mesh(**config.mesh), objective)
     sizes = StepSizes(rl.questions, rl.answers, rl.updates, rl.temperature, rl.top_p)
     check_rows(config, trainer.mesh.size)
-    return Learner(trainer, turns, open_problems(config), rewards, sizes, config.seed)  # type: ignore[arg-type]
+    return Learner(trainer, turns, open_problems(config), rewards, sizes, config.seed)
 
 
 def check_sizes(config: ConfigDict, n_processes: int) -> None:
