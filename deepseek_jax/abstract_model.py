@@ -1,7 +1,9 @@
 """Networks with shapes in place of arrays; of a config's, what it holds and whether that fits."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Hashable
 from dataclasses import replace
+from types import ModuleType
 from typing import TypeVar
 
 import jax
@@ -28,8 +30,17 @@ def abstract(build: Callable[[nnx.Rngs], Module]) -> Module:
 
 def abstract_weights(config: ConfigDict) -> Tree:
     """{"params", "router_bias"} of a config's model, shapes in place of arrays."""
-    _, params, router_bias = split(abstract_module(config))
-    return {"params": params, "router_bias": router_bias}
+    maker = family(config.family)
+    params, router_bias = _weights_of(maker, maker.Config.from_config(config.model))
+    return jax.tree.map(
+        lambda shape: shape, {"params": params, "router_bias": router_bias}
+    )  # dicts of the caller's own
+
+
+@functools.lru_cache(8)
+def _weights_of(maker: ModuleType, sizes: Hashable) -> tuple[Tree, Tree]:
+    """(params, router biases) of a family's model, which loading a model asks for several times."""
+    return split(abstract(lambda rngs: maker.Model(sizes, rngs=rngs)))[1:]
 
 
 def abstract_module(config: ConfigDict, kernels: Kernels | None = None, unroll: int = 1) -> nnx.Module:

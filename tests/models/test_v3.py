@@ -1,7 +1,6 @@
 """DeepSeek-V3 as a function: three ways of running it agree, nothing leaks backwards in time, the size is published."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +37,7 @@ def ids() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def forward(model):
-    """Compiled: ids_BT, targets_BT -> (logits_BTV, [logits_BTV of each depth], [targets of each depth])."""
+    """Compiled: ids_BT, targets_BT -> logits_BTV, those of each depth, the targets of each depth; all on the host."""
     definition, params, bias = model
 
     @jax.jit
@@ -48,7 +47,7 @@ def forward(model):
         depths = m.mtp_depths(h_BTD, targets_BT, Tokens.of(ids_BT))
         return m.head(h_BTD), [m.head(d.h_BTD) for d in depths], [d.targets_BT for d in depths]
 
-    return functools.partial(run, params)
+    return lambda *given: jax.device_get(run(params, *given))
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +66,22 @@ def prefilled(model, ids) -> tuple:
         h_BTD, cache = m.prefill(ids_BT, SLOTS)
         return m.head(h_BTD), cache
 
-    return run(params, ids[:, :-1])
+    return jax.device_get(run(params, ids[:, :-1]))
 
 
 @pytest.fixture(scope="module")
 def decode(model):
     definition, params, bias = model
     run = jax.jit(lambda p, ids, at, cache: bind(definition, p, bias).decode(ids, at, cache))
-    return functools.partial(run, params)
+    return lambda *given: jax.device_get(run(params, *given))
+
+
+def with_a_strangers(cache, start: int):
+    """The cache with other numbers from `start` on, which must be overwritten before they are seen."""
+    cache = jax.tree.map(np.array, cache)
+    for part in jax.tree.leaves(cache):
+        part[:, :, start:] = 50.0
+    return cache
 
 
 def test_prefill_is_the_full_forward(prefilled, logits):
@@ -84,8 +91,7 @@ def test_prefill_is_the_full_forward(prefilled, logits):
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_decode_is_the_full_forward(prefilled, decode, logits, ids, at_once):
     start = 6
-    # What lies in the cache from `start` on is a stranger's: it must be overwritten before it is seen.
-    cache = jax.tree.map(lambda x: x.at[:, :, start:].set(50.0), prefilled[1])
+    cache = with_a_strangers(prefilled[1], start)
     for at in range(start, T, at_once):
         positions_BT = np.broadcast_to(np.arange(at, at + at_once, dtype=np.int32), (B, at_once))
         got, cache = decode(ids[:, at : at + at_once], positions_BT, cache)
@@ -104,8 +110,8 @@ def test_a_prompt_read_in_parts_is_the_full_forward(model, prefilled, logits, id
         h_BTD, cache = m.extend(ids_BT, start, cache)
         return m.head(h_BTD), cache
 
-    start, cache = T // 2, jax.tree.map(lambda x: x.at[:, :, T // 2 :].set(50.0), prefilled[1])
-    got, cache = extend(params, ids[:, start:T], start, cache)
+    start = T // 2
+    got, cache = jax.device_get(extend(params, ids[:, start:T], start, with_a_strangers(prefilled[1], start)))
     np.testing.assert_allclose(got, logits[:, start:], atol=1e-5)
     np.testing.assert_allclose(
         cache["moe_blocks"].c_BSC[:, :, :T], prefilled[1]["moe_blocks"].c_BSC[:, :, :T], atol=1e-5
@@ -165,7 +171,7 @@ def test_the_loss_is_the_full_cross_entropy_and_its_mtp_part_is_eq_24(model, for
         loss = found.weighted(0.3, {"expert_balance": 0.1})
         return found.mtp, (loss, found)
 
-    d_params, (loss, found) = jax.jit(jax.grad(parts, has_aux=True))(params)
+    d_params, (loss, found) = jax.device_get(jax.jit(jax.grad(parts, has_aux=True))(params))
     main, ahead, targets = forward(ids[:, :-1], ids[:, 1:])
 
     def nll(logits, targets) -> float:
