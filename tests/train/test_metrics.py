@@ -4,12 +4,11 @@ import io
 import json
 import math
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tensorboardX.record_writer
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.alltoall import Exchange, Sent
@@ -153,7 +152,7 @@ def test_the_loss_that_is_shown_does_not_depend_on_the_weights_of_other_losses(t
 def tags(folder):
     """The tags in the event file of a folder, with the values of the scalars."""
     (file,) = folder.iterdir()
-    events = [Event.FromString(record) for record in records(file.read_bytes())]
+    events = events_of(file)
     return {value.tag: value.simple_value for event in events for value in event.summary.value}
 
 
@@ -237,7 +236,7 @@ def test_a_full_disk_ends_the_log_not_the_run(tmp_path):
 @pytest.mark.parametrize("flush_s", [0.0, math.inf])
 def test_a_full_disk_ends_the_charts_not_the_run(tmp_path, monkeypatch, flush_s):
     """Seen at a flush, or when the buffer overflows: some hundred figures later no call has waited for anything."""
-    monkeypatch.setattr(tensorboardX.record_writer, "open_file", lambda path: open("/dev/full", "wb"))
+    monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda path: open("/dev/full", "wb"))
     monkeypatch.setattr(board, "FLUSH_S", flush_s)
     figures = {f"figure_{number}": 1.0 for number in range(100)}
     with open_metrics(tmp_path, start_step=1) as metrics:
@@ -251,7 +250,7 @@ def test_a_full_disk_ends_the_charts_not_the_run(tmp_path, monkeypatch, flush_s)
 
 @needs_full_disk
 def test_a_full_disk_at_the_very_end_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensorboardX.record_writer, "open_file", lambda path: open("/dev/full", "wb"))
+    monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda path: open("/dev/full", "wb"))
     with open_metrics(tmp_path) as metrics:
         pass
     assert metrics.stream.getvalue() == "the last figures are lost: No space left on device.\n"
@@ -271,10 +270,16 @@ def test_output_that_cannot_be_written_ends_nothing(tmp_path):
 def test_a_resumed_run_hides_the_charts_of_the_abandoned_path(tmp_path):
     run(tmp_path, [11], start_step=10)
     (events,) = (tmp_path / "tensorboard" / "train").iterdir()
-    found = [Event.FromString(record) for record in records(events.read_bytes())]
+    found = events_of(events)
     assert found[0].file_version == "brain.Event:2"
-    assert found[1].step == 11 and found[1].session_log.status == SessionLog.START
+    assert found[1].step == 11 and found[1].session_log.status == found[1].session_log.START
     assert {event.step for event in found[2:]} == {11}
+
+
+def events_of(file: Path) -> list:
+    from tensorboardX.proto.event_pb2 import Event  # where torch is installed this imports it, which takes seconds
+
+    return [Event.FromString(record) for record in records(file.read_bytes())]
 
 
 def records(written: bytes):
