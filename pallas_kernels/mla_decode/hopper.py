@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mosaic_gpu
-from pallas_kernels.mla_decode import gpu, gpu_load, gpu_plan, work
+from pallas_kernels.mla_decode import gpu, gpu_few, gpu_load, gpu_plan, work
 
 NAME = "mosaic_gpu"
 MOST_TOKENS = 4
@@ -35,6 +35,10 @@ def decode(
     n_processors = n_processors or mosaic_gpu.check_hopper(NAME)
     b, t, h, width = q_c_BTHC.shape
     in_fp8 = len(cache) == 1
+    if not in_fp8 and n_splits is None and tuning is None and gpu_few.fits(t * h, table.size, n_processors):
+        q_c, q_rope = (q.reshape(b, t * h, -1) for q in (q_c_BTHC, q_rope_BTHP))
+        o, lse = gpu_few.decode(q_c, q_rope, cache, table, lengths_B, n_heads=h, scale=scale, interpret=interpret)
+        return o.reshape(q_c_BTHC.shape), lse.reshape(b, t, h)
     q_c, q_rope = (_rows(x) for x in (q_c_BTHC, q_rope_BTHP))
     n_tiles = q_c.shape[1] // gpu.ROWS
     tuning = tuning or (gpu_plan.IN_FP8 if in_fp8 else gpu.Tuning(cluster=1 if n_tiles % 2 else 2))

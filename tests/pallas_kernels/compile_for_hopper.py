@@ -33,7 +33,7 @@ from pallas_kernels.grouped_matmul import Groups, Scaled, pipeline, rows, weight
 from pallas_kernels.grouped_matmul import tiles as grouped_tiles  # noqa: E402
 from pallas_kernels.mla_attention import gpu_backward, gpu_forward  # noqa: E402
 from pallas_kernels.mla_decode import gpu as latent_decode  # noqa: E402
-from pallas_kernels.mla_decode import gpu_load, gpu_plan  # noqa: E402
+from pallas_kernels.mla_decode import gpu_few, gpu_load, gpu_plan  # noqa: E402
 from pallas_kernels.quantize import gpu as quantise  # noqa: E402
 from pallas_kernels.token_experts import gpu as token_experts  # noqa: E402
 
@@ -218,7 +218,31 @@ def of_one_token() -> dict:
     return calls
 
 
-PARTS = {"of one token": of_one_token, "decode": decode, "dense": dense, "grouped": grouped, "attention": attention}
+def few_rows() -> dict:
+    """Latent decode of few heads and pages: the kernel of pages, and the one that puts them together."""
+    calls = {}
+    for b, t, h in ((1, 1, 16), (4, 2, 16)):
+        queries, pages = [((b, t * h, w), BF16) for w in (512, 64)], [((32 * b, 64, w), BF16) for w in (512, 64)]
+        call = functools.partial(latent_decode_few, n_heads=h)
+        calls[f"decode few {b}x{t}x{h}"] = call, (*queries, *pages, ((b, 32), jnp.int32), ((b,), jnp.int32))
+        parts = ((b, 32, 512, t * h), F32), ((b, 32, t * h), F32), ((b, 32, t * h), F32)
+        calls[f"together {b}x{t}x{h}"] = functools.partial(gpu_few.combined, dtype=BF16), parts
+    return calls
+
+
+def latent_decode_few(q_c, q_rope, c, rope, table, lengths, n_heads):
+    """The first of the two kernels."""
+    return gpu_few.pages(q_c, q_rope, (c, rope), table, lengths, n_heads=n_heads, scale=0.07)
+
+
+PARTS = {
+    "of one token": of_one_token,
+    "few rows": few_rows,
+    "decode": decode,
+    "dense": dense,
+    "grouped": grouped,
+    "attention": attention,
+}
 
 
 def main(parts: list[str]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import mosaic_gpu
-from pallas_kernels.mla_decode import Fp8Pages, Pages, decode, fp8_cache, gpu, hopper
+from pallas_kernels.mla_decode import Fp8Pages, Pages, decode, fp8_cache, gpu, gpu_few, hopper
 
 needs_interpreter = pytest.mark.skipif(not mosaic_gpu.can_interpret(), reason="needs JAX 0.11.2 or later")
 CASES = {  # B, T, H, lengths, parts, CTAs of a cluster
@@ -45,6 +45,22 @@ def test_the_kernel_is_the_definition(case):
         *arrays, scale=0.1, n_splits=n_splits, n_processors=132, tuning=gpu.Tuning(cluster=cluster),
         interpret=plgpu.InterpretGPUParams(),
     )  # fmt: skip
+    assert np.linalg.norm(o.astype(jnp.float32) - right) <= 3e-3 * np.linalg.norm(right)
+    np.testing.assert_allclose(lse, lse_right, atol=1e-5)
+
+
+@needs_interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize(("b", "t", "h", "lengths"), [(2, 1, 16, [130, 3]), (2, 2, 8, [65, 0])])
+def test_the_kernel_of_few_rows_and_pages_is_the_definition(b, t, h, lengths):
+    """It is the one that is taken; a sequence may be empty."""
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    arrays = inputs(b, t, h, lengths)
+    assert gpu_few.fits(t * h, arrays[3].size, 132) and not gpu_few.fits(128, arrays[3].size, 132)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arrays)
+    right, lse_right = decode(*wide, implementation="reference", scale=0.1)
+    o, lse = hopper.decode(*arrays, scale=0.1, n_processors=132, interpret=plgpu.InterpretGPUParams())
     assert np.linalg.norm(o.astype(jnp.float32) - right) <= 3e-3 * np.linalg.norm(right)
     np.testing.assert_allclose(lse, lse_right, atol=1e-5)
 
