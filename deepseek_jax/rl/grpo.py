@@ -199,7 +199,7 @@ def on_policy(c: GRPO, logp_BT: jax.Array, sampled_BT: jax.Array, A_BT: jax.Arra
     length_B = jnp.maximum(mask_BT.sum(1), 1)
     away_B = jnp.sum((sampled_BT - jax.lax.stop_gradient(logp_BT)) * mask_BT, axis=1) / length_B
     is_worse_B = jnp.sum(A_BT * mask_BT, axis=1) < 0
-    return 1.0 - (is_worse_B & (away_B > c.off_policy_bound)).astype(jnp.float32)  # eq. 9
+    return 1.0 - (is_worse_B & (away_B > c.off_policy_bound)).astype(jnp.float32)  # V3.2 eq. 9
 
 
 def importance(c: GRPO, old_BT: jax.Array, sampled_BT: jax.Array) -> jax.Array:

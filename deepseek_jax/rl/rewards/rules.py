@@ -90,4 +90,4 @@ def overlong(problem: "Problem", response: Response) -> float:
     if not response.is_finished:
         return -1.0
     used = response.n_tokens / response.n_allowed
-    return min(0.0, (1 - BUFFER - used) / BUFFER)  # eq. 13
+    return min(0.0, (1 - BUFFER - used) / BUFFER)  # DAPO eq. 13
