@@ -20,6 +20,11 @@ Loss = Callable[[Tree, Tree, Batch, Totals], tuple[jax.Array, Losses]]
 Gradients = Callable[[Tree, Tree, Batch], tuple[Tree, jax.Array, Losses]]
 
 
+def divided(batch: Batch, count: int) -> Batch:
+    """[B, ...] -> [count, B / count, ...] of every array, those without elements too."""
+    return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
+
+
 def accumulated(loss: Loss, micro_batches: int) -> Gradients:
     """Gradients summed in float32 over `micro_batches` equal parts of a device's share; of one part, as they come."""
     derivative = jax.value_and_grad(loss, has_aux=True)
@@ -33,7 +38,7 @@ def accumulated(loss: Loss, micro_batches: int) -> Gradients:
 
         if micro_batches == 1:
             return of(batch)
-        parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
+        parts = divided(batch, micro_batches)
         shapes = jax.eval_shape(of, jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes)
         return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, of(part)), None), zeros, parts)[0]

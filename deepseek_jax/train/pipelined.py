@@ -28,7 +28,7 @@ from deepseek_jax.parallel.split_backward import SAVEABLE, split
 from deepseek_jax.parallel.stage_layout import StageLayout, make_layout
 from deepseek_jax.parallel.tick_table import TickTable, make_table
 from deepseek_jax.precision.coded import with_zeros, without
-from deepseek_jax.train.gradients import Gradients
+from deepseek_jax.train.gradients import Gradients, divided
 from deepseek_jax.train.loss import Losses, Stage, Totals, step_totals
 from deepseek_jax.tree import size
 
@@ -84,7 +84,7 @@ def pipelined(losses: StageLosses, layout: StageLayout, remat: str, overlap: boo
 
     def gradients(params: Tree, state: Tree, batch: Batch) -> tuple[Tree, jax.Array, Losses]:
         over = step_totals(batch)
-        micro = jax.tree.map(lambda a: a.reshape(n_micro, -1, *a.shape[1:]), batch)
+        micro = divided(batch, n_micro)
         own = {name: sub for name, sub in params.items() if name not in ENDS}
         both = {name: params.get(name, {}) | state["frozen"].get(name, {}) for name in ENDS}
         ends = _ends(losses, both, state["step"], over)

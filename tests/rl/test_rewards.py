@@ -1,5 +1,11 @@
 """Rewards: right answers get them, and nothing that only looks like one does."""
 
+import operator
+import os
+import signal
+import subprocess
+import sys
+import threading
 import time
 
 import pytest
@@ -180,30 +186,55 @@ def test_settings_are_checked():
 
 def test_calls_that_hang_or_fail_have_no_result_and_hold_nothing_up():
     """Of the calls of one map some never end, end their process or raise; the others have their results."""
-    calls = [("ok", 1), ("sleep", 60), ("ok", 2), ("exit", 3), ("raise", 4), ("ok", 5)]
+    calls = [(abs, -1), (time.sleep, 60), (abs, -2), (os._exit, 3), (operator.neg, ""), (abs, -5)]
     with Workers(2, seconds=0.2) as workers:
-        workers.map(trial, [("ok", 0), ("ok", 0)])  # both have started: from now on a call has 0.2 s
-        found = workers.map(trial, calls)
+        workers.map(operator.call, [(abs, 0)] * 2)  # both have started: from now on a call has 0.2 s
+        found = workers.map(operator.call, calls)
         assert [found[n] for n in (0, 2, 5)] == [1, 2, 5]
-        assert isinstance(found[1], Failed) and found[1].reason == "no result after 0.2 s"
-        assert isinstance(found[3], Failed) and "ended" in found[3].reason
-        assert found[4] == Failed("ValueError: 4")
-        with pytest.raises(UserError, match="what the user can fix"):
-            workers.map(trial, [("user", 0)])
+        assert found[1] == Failed("no result after 0.2 s") and found[3] == Failed("the process ended")
+        assert found[4] == Failed("TypeError: bad operand type for unary -: 'str'")
+        with pytest.raises(UserError, match="chat template .nothing.: expected one of"):
+            workers.map(template, [("nothing",)])
 
 
-def trial(what, value):
-    """Runs in a worker: see above."""
-    match what:
-        case "sleep":
-            time.sleep(value)
-        case "exit":
-            __import__("os")._exit(value)
-        case "raise":
-            raise ValueError(value)
-        case "user":
-            raise UserError("what the user can fix")
-    return value
+class Unreadable:
+    """Can be handed over and cannot be read: int("eight")."""
+
+    def __reduce__(self):
+        return int, ("eight",)
+
+
+def test_what_cannot_be_read_in_a_worker_fails_with_its_reason():
+    """Neither a call nor a result ends the process: the next call has a result as soon as ever."""
+    with Workers(1, seconds=0.2) as workers:
+        found = workers.map(operator.call, [(abs, Unreadable()), (threading.Lock,), (abs, -1)])
+    assert found[0] == Failed("ValueError: invalid literal for int() with base 10: 'eight'")
+    assert found[1] == Failed("TypeError: cannot pickle '_thread.lock' object") and found[2] == 1
+
+
+def test_workers_outlast_an_interrupt_and_are_replaced_when_they_are_killed():
+    """Ctrl-C reaches them as well; the step that it interrupts is ended with their results."""
+    with Workers(1, seconds=0.2) as workers:
+        for number, still in ((signal.SIGINT, True), (signal.SIGKILL, False)):
+            assert workers.map(operator.call, [(abs, -1)]) == [1]
+            process = workers._idle[0].process
+            os.kill(process.pid, number)
+            process.join(0.2)
+            assert process.is_alive() == still
+        assert workers.map(operator.call, [(abs, -1)]) == [1]
+        assert workers.map(time.sleep, [(0.5,), (0.5,)], [1, 20]) == [Failed("no result after 0.2 s"), None]
+
+
+def test_no_worker_outlives_the_process_that_started_it():
+    """Not even in the middle of a call, where that process is killed: then its output is at an end."""
+    program = (
+        "import operator, os, signal, time\n"
+        "from deepseek_jax.rl.rewards.processes import Workers\n"
+        "workers = Workers(2, 60.0)\n"
+        "workers.map(operator.call, [(time.sleep, 60), (os.kill, os.getpid(), signal.SIGKILL)])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    assert process.communicate(timeout=30) == (b"", None) and process.returncode == -signal.SIGKILL
 
 
 def test_slow_verifiers_run_in_processes():

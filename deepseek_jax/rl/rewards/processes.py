@@ -1,12 +1,18 @@
 """Work that may hang or use up memory, in processes of its own, each killed at a deadline and replaced.
 
 A library's own time limit is a signal, which works in the main thread only and not inside C code. Here the deadline is
-this process's, and what misses it is killed. A call without a result gives a `Failed`, never a number.
+this process's, and what misses it is killed. A call without a result gives a `Failed`, never a number. Ctrl-C is for
+this process alone: calls that are being made have their results, so that the step can be ended and saved. None of the
+others outlives it, even if it is killed.
 """
 
 import multiprocessing
 import multiprocessing.connection
+import os
+import pickle
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -28,6 +34,7 @@ class Call(NamedTuple):
     """A call that is being made."""
 
     number: int
+    seconds: float  # that it may take
     deadline: float
 
 
@@ -45,7 +52,7 @@ class Worker:
     def begin(self, number: int, function: Callable, arguments: tuple, seconds: float) -> Call:
         """Hands over a call."""
         self.connection.send((function, arguments))
-        call = Call(number, time.monotonic() + seconds + START_S * self.is_new)
+        call = Call(number, seconds, time.monotonic() + seconds + START_S * self.is_new)
         self.is_new = False
         return call
 
@@ -74,21 +81,24 @@ class Workers:
         while self._idle:
             self._idle.pop().kill()
 
-    def map(self, function: Callable, arguments: Sequence[tuple]) -> list[Any]:
+    def map(self, function: Callable, arguments: Sequence[tuple], shares: Sequence[int] | None = None) -> list[Any]:
         """Returns function(*arguments[n]) for every n, or a `Failed`; the function must be one of a module.
 
-        Raises UserError where the function does.
+        Call n may take `seconds` times shares[n], by default 1. Raises UserError where the function does.
         """
+        seconds = [self.seconds * share for share in shares or [1] * len(arguments)]
         results: list[Any] = [Failed("not called")] * len(arguments)
         waiting = list(reversed(range(len(arguments))))
         busy: dict[Worker, Call] = {}
         try:
             while waiting or busy:
                 while waiting and len(busy) < self.count:
-                    worker, number = self._idle.pop() if self._idle else Worker(), waiting.pop()
-                    busy[worker] = worker.begin(number, function, arguments[number], self.seconds)
+                    number = waiting.pop()
+                    worker, call = self._begin(number, function, arguments[number], seconds[number])
+                    busy[worker] = call
                 for worker in ended(busy):
-                    results[busy.pop(worker).number] = self._result(worker)
+                    call = busy.pop(worker)
+                    results[call.number] = self._result(worker, call)
         finally:
             for worker in busy:
                 worker.kill()
@@ -97,14 +107,25 @@ class Workers:
                 raise result
         return results
 
-    def _result(self, worker: Worker) -> Any:
+    def _begin(self, number: int, function: Callable, arguments: tuple, seconds: float) -> tuple[Worker, Call]:
+        """Hands a call to an idle worker, or to a new one; those that were killed from outside are left out."""
+        while self._idle:
+            worker = self._idle.pop()
+            try:
+                return worker, worker.begin(number, function, arguments, seconds)
+            except OSError:
+                worker.kill()
+        worker = Worker()
+        return worker, worker.begin(number, function, arguments, seconds)
+
+    def _result(self, worker: Worker, call: Call) -> Any:
         """Returns the result of a call that is over; keeps the worker, or kills it."""
         try:
             if worker.connection.poll():
                 result = worker.connection.recv()
                 self._idle.append(worker)
                 return result
-            reason = f"no result after {self.seconds:g} s"
+            reason = f"no result after {call.seconds:g} s"
         except (EOFError, OSError):
             reason = "the process ended"
         worker.kill()
@@ -121,19 +142,34 @@ def ended(busy: dict[Worker, Call]) -> list[Worker]:
 
 def serve(connection: Any) -> None:
     """Makes calls until the other end is closed; runs in a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
     limit_memory()
     while True:
         try:
-            function, arguments = connection.recv()
+            call = connection.recv_bytes()
         except EOFError:
             return
-        try:
-            result = function(*arguments)
-        except UserError as error:
-            result = error
-        except BaseException as error:  # whatever it is, it says nothing about the answer
-            result = Failed(f"{type(error).__name__}: {error}")
-        connection.send(result)
+        connection.send_bytes(outcome(call))
+
+
+def outcome(call: bytes) -> bytes:
+    """Makes a call; returns its result, its UserError or a `Failed`. All are pickled, and pickling may fail as well."""
+    try:
+        function, arguments = pickle.loads(call)
+        return pickle.dumps(function(*arguments))
+    except UserError as error:
+        return pickle.dumps(error)
+    except BaseException as error:  # whatever it is, it says nothing about the answer
+        return pickle.dumps(Failed(f"{type(error).__name__}: {error}"))
+
+
+def end_with_parent() -> None:
+    """Ends this process, whatever it is doing, as soon as the one that started it has ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def limit_memory() -> None:
