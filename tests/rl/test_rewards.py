@@ -215,7 +215,7 @@ def test_what_cannot_be_read_in_a_worker_fails_with_its_reason():
 def test_workers_outlast_an_interrupt_and_are_replaced_when_they_are_killed():
     """Ctrl-C reaches them as well; the step that it interrupts is ended with their results."""
     with Workers(1, seconds=0.2) as workers:
-        for number, still in ((signal.SIGINT, True), (signal.SIGKILL, False)):
+        for number, still in ((signal.SIGINT, True), (signal.SIGHUP, True), (signal.SIGKILL, False)):
             assert workers.map(operator.call, [(abs, -1)]) == [1]
             process = workers._idle[0].process
             os.kill(process.pid, number)

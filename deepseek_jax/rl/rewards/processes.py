@@ -142,7 +142,8 @@ def ended(busy: dict[Worker, Call]) -> list[Worker]:
 
 def serve(connection: Any) -> None:
     """Makes calls until the other end is closed; runs in a worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):  # sent to all processes of a terminal
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
     limit_memory()
     while True:
