@@ -52,7 +52,8 @@ def test_the_reference_is_the_product_of_what_the_codes_stand_for(draw, w_block)
     assert relative_error(y, expected) < 1e-6
     y = fp8_matmul(*problem, w_block=w_block, implementation="reference")
     assert y.dtype == jnp.bfloat16
-    assert relative_error(np.float32(y), expected) < 2**-8
+    # of heavy-tailed data few elements make up the norm, whose rounding is up to 2**-8
+    assert relative_error(np.float32(y), expected) < (2e-3 if draw in ("normal", "zero blocks") else 2**-8)
 
 
 def test_a_contraction_that_is_no_multiple_of_a_block_counts_as_filled_up_with_zeros():

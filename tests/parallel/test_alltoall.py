@@ -226,14 +226,24 @@ def test_sizes_that_are_all_alike_are_given():
 
 
 def test_what_is_reported_as_sent():
-    """float64 rows of D numbers there and back, and an index and a factor there; nothing for the device itself."""
+    """float64 rows of D numbers there and back, and three indices and factors there; nothing for the device itself.
+
+    In two hops a token goes once to the other group, whichever of its experts are there.
+    """
     with jax.enable_x64(True):
-        arrays = inputs(("balanced", "balanced"), 1)
-        for groups, (within, across) in ((1, (3 * 5, 0)), (2, (10, 10))):
-            sent = run(Exchange(EXPERT, W, groups, 0), arrays)[1][1]
-            row = 8 * (D + D) + (4 + 8)
+        x_MD, weights_MK, *_, experts_MK = inputs(("balanced", "balanced"), 3)
+        for groups, (within, across) in ((1, (3 * 15, 0)), (2, (30, M))):
+            plan = Exchange(EXPERT, W, groups, 0).plan(M, 3, E // W)
+            report = per_device(functools.partial(sent_of, plan), make_mesh(2, W), (BATCH,) * 3, P(SEQUENCES))
+            sent = jax.jit(report)(x_MD, experts_MK, weights_MK)
+            row = 8 * (D + D) + 3 * (4 + 8)
             np.testing.assert_array_equal(sent.within, within * row)
             np.testing.assert_array_equal(sent.across, across * row)
+
+
+def sent_of(plan: alltoall.Plan, *of_tokens: jax.Array) -> alltoall.Sent:
+    """What a device reports, [1] or [1, sizes]."""
+    return jax.tree.map(lambda a: a[None], plan.report(*of_tokens, AS_IS))
 
 
 def test_groups_that_do_not_divide_the_devices_are_refused():
