@@ -1,13 +1,14 @@
-"""Measure the speed of generation, side by side with transformers on torch where that is installed.
+"""Measure the speed of generation in one padded batch, side by side with transformers on torch if that is installed.
 
     deepseek-jax bench generate --config=v2_lite                         # on a GPU
     deepseek-jax bench generate --config=tiny_v3 --prompt-tokens=64      # on this machine's CPU
     deepseek-jax bench generate --config=v2_lite --no-peer --profile=DIR # where the time of a decode step goes
 
-Both sides continue the same number of random prompts greedily, with random weights of the same sizes in the dtype that
-config.precision computes in. Per batch are printed the time to the first token of all prompts, and the tokens per
-second after it, medians over turns of one and then the other. On a chip whose memory is known stands beside it the
-floor: the bytes that a step cannot but read (all weights but the table, of the routed experts those that a batch
+Our side is the loop of `serve.generate`: the layers and kernels of generation, without the engine's pages and
+scheduler. Both sides continue the same number of random prompts greedily, with random weights of the same sizes in the
+dtype that config.precision computes in. Per batch are printed the time to the first token of all prompts, and the
+tokens per second after it, medians over turns of one and then the other. On a chip whose memory is known stands beside
+it the floor: the bytes that a step cannot but read (all weights but the table, of the routed experts those that a batch
 chooses if routing is uniform, the cache) over the chip's bandwidth, and the share of it that is reached. transformers
 are compared up to V3's generation; the peer comes with: pip install "deepseek_jax[parity]"
 """
@@ -108,7 +109,7 @@ class Ours:
         self.bytes_read = read_per_token(params, logical_axes(module)[0], reads)
         options = on_device.compiler_options()
         definition = on_device.definition(config, definition)
-        self.generator = Generator(definition, config.model.vocab_size, compiler_options=options)
+        self.generator = Generator(definition, compiler_options=options)
         self.tokens = np.random.default_rng(0)
         n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.weights))
         chosen = on_device.kernels(config).chosen if jax.default_backend() == "gpu" else {}
@@ -168,7 +169,7 @@ class Steps:
         prompts = list(ours.tokens.integers(0, ours.config.model.vocab_size, (batch, ours.n_prompt), np.int32))
         n_slots = bucket(ours.n_prompt + 3 * BLOCK, 1 << (ours.n_prompt + 3 * BLOCK).bit_length())
         self.ours, self.n_steps = ours, BLOCK
-        self.rest = Drawing(row_keys(0, batch), None, None), np.zeros(0, np.int32)
+        self.rest = Drawing(row_keys(0, batch), None), np.zeros(0, np.int32)
         _, self.state = ours.generator._prefill(ours.weights, prompts, *self.rest, n_slots)
         self.run(self.n_steps)
 

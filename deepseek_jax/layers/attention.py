@@ -124,8 +124,8 @@ def latent_decode(
 
     Args:
         q_latent_BTHC, q_rope_BTHP: queries, moved into the latent space, and their rotary parts.
-        cache: the latents and rotary keys of all slots, or their entries in FP8; with `table_BN` a pool of pages, whose
-            first axes are pages and the slots of a page.
+        cache: the latents and rotary keys of all slots; with `table_BN` a pool of pages, whose first axes are pages and
+            the slots of a page: of latents and rotary keys, or of their entries in FP8.
         seen_BTS: which slots a token looks at; with `table_BN`, of its sequence's pages side by side.
         scale: factor of the scores.
         table_BN: pages of each sequence in the order of its tokens.

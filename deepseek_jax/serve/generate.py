@@ -1,7 +1,7 @@
 """One batch of prompts that begin and end together, over one cache: what `bench generate` measures on a GPU.
 
-The engine (`engine`) does all other generation. This is its floor: the same layers and kernels with no pages, no
-scheduler, and all prompts in one pass.
+The engine (`engine`) does all other generation. This is the same layers and kernels with no pages, no scheduler, and
+all prompts in one pass.
 
     prefill   prompts of a batch, padded at the end to one length, in the expanded form; fills the cache
     decode    one token per sequence in the absorbed form; the cache is donated, so that it is updated in place
@@ -42,7 +42,6 @@ class Drawing(NamedTuple):
 
     key_B: jax.Array
     temperature: ArrayLike | None
-    top_p: ArrayLike | None
 
 
 class State(NamedTuple):
@@ -66,8 +65,7 @@ def bucket(n_tokens: int, largest: int) -> int:
 class Generator:
     """The compiled programs that generate with one model.
 
-    `definition` is that of a model with `prefill`, `extend` and `decode` (`layers.base.split`); `matmul_precision` is
-    that of float32 matmuls, as for `jax.default_matmul_precision`, None for the device's default. Longer prompts than
+    `definition` is that of a model with `prefill`, `extend` and `decode` (`layers.base.split`). Longer prompts than
     `chunk` are read in parts of so many tokens; `block` is the number of decode steps in one program;
     `compiler_options` as for `jax.jit`.
     """
@@ -75,15 +73,12 @@ class Generator:
     def __init__(
         self,
         definition: nnx.GraphDef,
-        vocab_size: int,
-        matmul_precision: str | None = None,
         *,
         chunk: int = CHUNK,
         block: int = BLOCK,
         compiler_options: dict[str, str | bool] | None = None,
     ):
-        self.definition, self.vocab_size, self.matmul_precision = definition, vocab_size, matmul_precision
-        self.chunk, self.block = chunk, block
+        self.definition, self.chunk, self.block = definition, chunk, block
         jit = functools.partial(jax.jit, donate_argnames="state", compiler_options=compiler_options)
         self._read = jit(self._read_and_draw, static_argnames="n_slots")
         self._decode_block = jit(self._decode_steps)
@@ -98,7 +93,6 @@ class Generator:
         max_new_tokens: int,
         n_positions: int,
         temperature: float = 0.0,
-        top_p: float = 1.0,
         stop_ids: Sequence[int] = (),
     ) -> np.ndarray:
         """Continues each prompt to its end, `block` steps per program.
@@ -109,14 +103,12 @@ class Generator:
             key_B: one random key per prompt (`sampler.row_keys`).
             max_new_tokens: largest number of steps.
             n_positions: largest number of tokens per sequence, prompt included.
-            temperature, top_p: see `sampler.sample`.
+            temperature: see `sampler.sample`.
             stop_ids: ids that end a sequence.
 
         Returns new ids_BT, int32: a sequence ends with its stop id and is `ENDED` after it.
         """
-        drawing = Drawing(key_B, None, None)
-        if temperature > 0:
-            drawing = Drawing(key_B, np.float32(temperature), None if top_p >= 1 else np.float32(top_p))
+        drawing = Drawing(key_B, np.float32(temperature) if temperature > 0 else None)
         parts = list(self._parts((params, router_bias), prompts, drawing, max_new_tokens, n_positions, stop_ids))
         new_BT = np.concatenate(parts, axis=1)
         return new_BT[:, : max(1, int((new_BT != ENDED).any(axis=0).sum()))]
@@ -178,14 +170,13 @@ class Generator:
     ) -> State:
         """Reads a part of the prompts from position `start` on; draws the first token of those that end in it."""
         real_BT = start + jnp.arange(ids_BT.shape[1]) < lengths_B[:, None]
-        with jax.default_matmul_precision(self.matmul_precision):
-            model: Any = bind(self.definition, *weights)
-            if state is None:
-                h_BTD, cache = model.prefill(ids_BT, n_slots, real_BT)
-            else:
-                h_BTD, cache = model.extend(ids_BT, start, state.cache, real_BT)
-            last_B = jnp.clip(lengths_B - 1 - start, 0, ids_BT.shape[1] - 1)
-            logits_BV = model.head(jnp.take_along_axis(h_BTD, last_B[:, None, None], axis=1))[:, 0]
+        model: Any = bind(self.definition, *weights)
+        if state is None:
+            h_BTD, cache = model.prefill(ids_BT, n_slots, real_BT)
+        else:
+            h_BTD, cache = model.extend(ids_BT, start, state.cache, real_BT)
+        last_B = jnp.clip(lengths_B - 1 - start, 0, ids_BT.shape[1] - 1)
+        logits_BV = model.head(jnp.take_along_axis(h_BTD, last_B[:, None, None], axis=1))[:, 0]
         id_B = _draw(logits_BV, lengths_B, drawing)
         if state is not None:
             id_B = jnp.where(lengths_B > start, id_B, state.id_B)  # a prompt that ended before has its token
@@ -196,9 +187,8 @@ class Generator:
     ) -> tuple[jax.Array, State]:
         """One step: (new ids_BT with T = 1, state); sequences that have ended compute something unused."""
         id_B, position_B, is_running_B, cache = state
-        with jax.default_matmul_precision(self.matmul_precision):
-            model: Any = bind(self.definition, *weights)
-            logits_BTV, cache = model.decode(id_B[:, None], position_B[:, None], cache)
+        model: Any = bind(self.definition, *weights)
+        logits_BTV, cache = model.decode(id_B[:, None], position_B[:, None], cache)
         position_B = position_B + 1
         id_B = _draw(logits_BTV[:, 0], position_B, drawing)
         shown_B = jnp.where(is_running_B, id_B, ENDED)
@@ -225,8 +215,7 @@ class Generator:
 
 def _draw(logits_BV: jax.Array, position_B: jax.Array, drawing: Drawing) -> jax.Array:
     """Returns the tokens for `position_B`: a sequence's key and the position determine the sample."""
-    key_B, temperature, top_p = drawing
-    return sample(logits_BV, jax.vmap(jax.random.fold_in)(key_B, position_B), temperature, top_p)
+    return sample(logits_BV, jax.vmap(jax.random.fold_in)(drawing.key_B, position_B), drawing.temperature)
 
 
 def _padded(stop_ids: Sequence[int]) -> np.ndarray:

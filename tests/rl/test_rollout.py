@@ -110,7 +110,7 @@ def test_answers_are_those_of_the_generator_and_do_not_depend_on_their_neighbour
     trainer = learner.trainer
     keys = jax.random.wrap_key_data(row_keys(0, 0, 16))
     prompts = [learner.turns.prompt(problem, "") for problem in drawn.problems]
-    generator = Generator(trainer.definition, 272)
+    generator = Generator(trainer.definition)
     new_BT = generator.generate(
         state["params"], state["router_bias"], prompts[:4], keys[:4],
         max_new_tokens=NEW, n_positions=64, temperature=TEMPERATURE, stop_ids=[257],

@@ -20,7 +20,7 @@ PROMPTS = [[5, 9, 200], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
 @pytest.mark.parametrize("options", [{}, pytest.param({"chunk": 5, "block": 4}, marks=pytest.mark.slow, id="in parts")])
 def test_a_padded_batch_gives_the_text_of_the_engine(network, engine, options):
     """Also where sequences end at a stop id, in a block or between two, and prompts are read in parts."""
-    generator = Generator(network.definition, network.vocab_size, **options)
+    generator = Generator(network.definition, **options)
     prompts, limits = [np.array(prompt) for prompt in PROMPTS], {"max_new_tokens": 10, "n_positions": 32}
     free = [one.ids for one in complete(engine(), PROMPTS, [Sampling(10)] * 3)]
     for stop_ids in ((), (free[0][4],), (free[1][2], free[0][5], free[2][3])):
