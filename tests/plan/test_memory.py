@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh
 
@@ -10,9 +11,13 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options, inspect
 from deepseek_jax.layers.base import Execution
 from deepseek_jax.parallel.mesh import ALL
+from deepseek_jax.parallel.stage_layout import make_layout
 from deepseek_jax.plan.activations import ActivationBytes, residual_bytes, v3_bytes
+from deepseek_jax.plan.layout import end_in_layers
 from deepseek_jax.plan.memory import rank_memory
 from deepseek_jax.plan.network import abstract_model
+from deepseek_jax.plan.recipes import recipe
+from deepseek_jax.plan.report import division
 
 CHUNK = 2048
 NOTHING = {name: ActivationBytes(0, 0) for name in ("blocks", "dense_blocks", "moe_blocks")}
@@ -41,6 +46,31 @@ def test_a_larger_mesh_leaves_less_on_a_device(job_of, kept_of, axis, style):
     assert after["optimizer"] < before["optimizer"]
     assert after["weights"] < before["weights"] or axis == "data"
     assert sum(after.values()) < sum(before.values())
+
+
+@pytest.mark.parametrize("name", ["1f1b", "dualpipe", "dualpipev"])
+def test_a_device_has_the_slots_of_each_stack_that_a_run_lays_out(job_of, name):
+    """Those of the dense layer once, with one stage or two on a device; a copy of a stage is not stored."""
+    network = job_of("tiny_v3").network
+    job = job_of("tiny_v3", pipe=2, plan=name, batch=8)
+    held = [one for one in job.of_any_rank if not one.is_copy]
+    end = end_in_layers(network, job.layout.seq_len, 1.0, has_head=False)
+    layout = make_layout(name, 2, 8, network.repeats, end)
+    for stack, n in network.repeats.items():
+        counted = sum(one.part.numbers for one in held if one.part.weight.part == stack)
+        slots = counted * n / sum(weight.size for weight in network.of(stack))
+        assert 2 * slots == len(layout.staged({stack: jnp.arange(n)})[stack])
+
+
+def test_codes_are_named_where_weights_are_gathered_in_codes(job_of):
+    """In FP8, if several devices keep parts of them (ZeRO-1); one device reads what it keeps."""
+    formats = recipe("run", precision="fp8", moments_dtype="float32", remat="none")
+    for data, n_bytes in ((1, 4), (8, 1)):
+        job = replace(job_of("tiny_v3", data=data), recipe=formats)
+        weights, *_ = division.memory(job, [rank_memory(job, 0, NOTHING, CHUNK)]).rows
+        assert weights.note == f"as a step reads them: {n_bytes} B per parameter of matrices"
+        notes = [row.note for row in division.traffic(job).rows]
+        assert ("4 B out, 1 B back" in notes) == (data > 1)
 
 
 def test_stages_together_hold_the_model_twice_in_dualpipe(job_of):

@@ -79,7 +79,7 @@ def _memory_notes(job: Job) -> dict[str, str]:
     each = f"{made}, and their sums over micro-batches" if has_sums(job) else made
     flight = "+".join(str(min(share.in_flight, at.micro_batches)) for share in job.ranks[0])
     return {
-        "weights": f"as a step reads them: {recipe.in_codes or recipe.weights:.0f} B per parameter of matrices{low}",
+        "weights": f"as a step reads them: {_read(job):.0f} B per parameter of matrices{low}",
         "gradients": each,
         "pipeline_copy": "weights and gradients of the second direction",
         "masters": "float32 weights, divided over the replicas (ZeRO-1)",
@@ -92,6 +92,12 @@ def _memory_notes(job: Job) -> dict[str, str]:
         "exchange_buffers": "tokens on their way to experts and back",
         "gathered_entries": "of whole sequences, what a layer's keys and values are made of, and gradients",
     }
+
+
+def _read(job: Job) -> float:
+    """Returns the bytes per number of the blocks' matrices as a step gathers them: codes if it gathers any in codes."""
+    codes = job.recipe.in_codes
+    return codes if any(job.read(part) == codes for parts in job.parts for part in parts) else job.recipe.weights
 
 
 def traffic(job: Job) -> Section:
@@ -109,7 +115,7 @@ def traffic(job: Job) -> Section:
 def _traffic_row(job: Job, name: str, sent: Sent) -> Row:
     notes = {
         "exchange": f"{job.recipe.dispatch:.2f} B out, {job.recipe.combine:.2f} B back",
-        "zero": f"{job.recipe.gradients:.0f} B out, {job.recipe.in_codes or job.recipe.weights:.0f} B back",
+        "zero": f"{job.recipe.gradients:.0f} B out, {_read(job):.0f} B back",
         "fsdp": "weights stored in shards",
         "context": f"{job.recipe.activations:.0f} B out, float32 gradients back",
         "pipeline": f"{job.recipe.activations:.0f} B each way",
