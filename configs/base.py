@@ -139,7 +139,7 @@ def get_config() -> ConfigDict:
     rl.refresh_every = 0  # steps after which the policy becomes the reference of the KL divergence; 0: never
     rl.eval_problems = 512  # held-out problems of an evaluation
     rl.verifiers = 2  # processes for answers that take long to verify
-    rl.verify_s = 10.0  # seconds that one of these may take
+    rl.verify_s = 10.0  # seconds that one of these may take; a program that is tested, in each test
     rewards = rl.rewards = ConfigDict()  # weight of each reward (`deepseek_jax.rl.rewards`)
     rewards.accuracy = 1.0
     rewards.format = 0.0

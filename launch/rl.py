@@ -6,8 +6,9 @@
     deepseek-jax rl --config=DIR --config.rl.problems=rg:leg_counting --config.data.chat_template=r1
 
 Answers to problems (config.rl.problems) are drawn from the model, scored by rules (config.rl.rewards) and learnt from
-by GRPO (config.rl.grpo). The model comes from config.run.init_from, a run or published weights. Without it, and with
-the built-in problems, a small base is trained first, in `base` of the workdir, on text of mixed quality about them.
+by GRPO (config.rl.grpo) alone: losses that balance experts, and that of multi-token prediction, have no part in
+it. The model comes from config.run.init_from, a run or published weights. Without it, and with the built-in problems, a
+small base is trained first, in `base` of the workdir, on text of mixed quality about them.
 
 Every config.loop.eval_every steps held-out problems are answered by draws and by the likeliest tokens; some of these
 answers are written to samples.jsonl. RL brings out what the base can do already: compare with the line of step 0.
@@ -100,10 +101,18 @@ def write_text(config: ConfigDict, path: Path) -> Path:
     from deepseek_jax.rl import sums
 
     problems = open_problems(config)
+    about, note = f"{problems.fingerprint}, seed {config.seed}\n", path.with_name("problems.txt")
+    if note.exists() and note.read_text(encoding="utf-8") != about:
+        raise UserError(
+            f"{path.parent} holds a base that has read about other problems (share held out, seed): "
+            f"{note.read_text(encoding='utf-8').strip()}. Expected: {about.strip()}. "
+            "Give the same settings, or another --workdir."
+        )
     questions = (problems.training(number).messages[0]["content"] for number in itertools.count())
     rows = sums.rows(itertools.islice(questions, BASE_TEXT))
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(note, about.encode())
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     return path
 
@@ -197,6 +206,10 @@ def check_sizes(config: ConfigDict, n_processes: int) -> None:
                 f"config.mesh.{axis}={config.mesh[axis]}: answers are drawn on whole models and sequences. Set "
                 f"config.mesh.{axis}=1, and spread the experts (config.mesh.expert) or the answers (config.mesh.data)."
             )
+    if config.ema.decay:
+        raise UserError(
+            f"config.ema.decay={config.ema.decay:g}: reinforcement learning keeps no average of weights. Set it to 0."
+        )
     if n_processes > 1:
         raise UserError(f"{n_processes} processes: reinforcement learning runs in one. Start it on one machine.")
 

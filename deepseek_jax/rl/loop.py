@@ -27,6 +27,7 @@ METRICS = "metrics.jsonl"  # as `train.metrics` writes it
 SAMPLES = "samples.jsonl"  # answers to held-out problems, in the workdir
 N_SAMPLES = 8  # of an evaluation
 MOST_CUT_OFF = 0.5  # share of answers that are too long, above which there is a warning
+MOST_UNSCORED = 0.05  # share of answers, likewise
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,13 @@ class Loop:
                 f"step {done}: all answers to each problem have equal rewards, so nothing is learnt from this step. "
                 "If that lasts, take easier or harder problems, or more answers (rl.answers).",
             )
-        if figures["unscored"] > MOST_CUT_OFF:
-            self._warn("unscored", f"step {done}: {figures['unscored']:.0%} of the answers could not be scored.")
+        if figures["unscored"] > MOST_UNSCORED:
+            reason = "".join(reason for reason, _ in self.learner.rewards.failures.most_common(1))
+            self._warn(
+                "unscored",
+                f"step {done}: {figures['unscored']:.0%} of the answers could not be scored and are not learnt from. "
+                f"The commonest reason since the start: {reason}. If it is the time, raise rl.verify_s.",
+            )
 
     def _warn(self, kind: str, text: str) -> None:
         """Prints a warning, the first of its kind."""

@@ -103,7 +103,7 @@ class Measured(NamedTuple):
     """What a policy says of answers, float32."""
 
     logp_BT: Array  # of each target
-    entropy_BT: Array  # of the distribution that it was drawn from, nats
+    entropy_BT: Array  # at the temperature of the draw, over the whole vocabulary, nats
 
 
 def measurer(temperature: float, chunk: int) -> Any:

@@ -11,8 +11,10 @@ chosen by the hash of their messages, and numbered apart from the seed: every ru
 import functools
 import glob
 import hashlib
+import inspect
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +29,9 @@ from deepseek_jax.paths import check_local
 from deepseek_jax.rl import sums
 
 TRAINING, HELD_OUT = range(2)  # the last key of the numbers that choose a problem
+IO = ("input", "output")  # of a test of a program
+# Where a task of reasoning-gym runs text that may be an answer of the model as a program of Python.
+RUNS_ANSWERS = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\((?!entry\b)")
 MOST_DRAWS = 4096  # of one problem, until it is on the side that was asked for
 
 
@@ -153,7 +158,15 @@ def problem_of(row: Any, where: str) -> Problem:
         raise UserError(f"{where}: {error}") from error
     if messages[-1]["role"] == "assistant":
         raise UserError(f"{where} ends with an answer of the assistant. Leave it out: it is what the model writes.")
+    if row.get("kind") == "code" and not are_tests(row["answer"]):
+        raise UserError(f'{where}: the answer of kind code is [{{"input": "…", "output": "…"}}, …], at least one test.')
     return Problem(tuple(messages), row["answer"], str(row.get("kind", "exact")))
+
+
+def are_tests(answer: Any) -> bool:
+    """Returns whether these are tests of a program, as the verifier of kind code reads them."""
+    is_list = isinstance(answer, list) and bool(answer)
+    return is_list and all(isinstance(test, dict) and isinstance(test.get(key), str) for test in answer for key in IO)
 
 
 def reasoning_gym(name: str) -> Callable[[int], Problem]:
@@ -167,6 +180,11 @@ def reasoning_gym(name: str) -> Callable[[int], Problem]:
     if name not in DATASETS:
         raise UserError(f"rg:{name}: reasoning-gym has no task of this name. It has {', '.join(sorted(DATASETS))}.")
     dataset = create_dataset(name, seed=0, size=2**31 - 1)
+    if RUNS_ANSWERS.search(inspect.getsource(dataset.score_answer)):
+        raise UserError(
+            f"rg:{name}: reasoning-gym scores answers to this task by running them as programs of Python, which could "
+            "do anything to your files. Choose another task."
+        )
 
     def make(number: int) -> Problem:
         entry = dataset[number % (2**31 - 1)]

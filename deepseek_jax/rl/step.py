@@ -102,7 +102,7 @@ class Learner:
 
     def draw(self, state: State, asked: Sequence[Problem], keys: np.ndarray, temperature: float) -> Drawn:
         """Returns an answer to each problem."""
-        prompts = [self.turns.prompt(problem, f"problem {n} of a step") for n, problem in enumerate(asked)]
+        prompts = [self.turns.prompt(problem, named(problem)) for problem in asked]
         given = pad(prompts, self.turns.longest_prompt, keys, temperature)
         rolled = Rollouts(*map(np.asarray, self._roll(state, self._placed(given))))
         responses = []
@@ -191,6 +191,11 @@ class Learner:
         begin = time.perf_counter()
         yield
         self.seconds[what] = time.perf_counter() - begin
+
+
+def named(problem: Problem) -> str:
+    """Returns a problem's name in messages: by its text, which can be looked up in a file."""
+    return f"the problem {problem.messages[-1]['content'][:80]!r}"
 
 
 def reward_figures(scores: Sequence[Score], responses: Sequence[Response]) -> dict[str, float]:

@@ -69,6 +69,8 @@ def test_answers_of_the_built_in_text():
     ("row", "message"),
     [
         ({"prompt": "1 + 1"}, "line 1 is not a problem"),
+        ({"prompt": "a", "answer": [{"input": "1"}], "kind": "code"}, "line 1: the answer of kind code is"),
+        ({"prompt": "a", "answer": [], "kind": "code"}, "line 1: the answer of kind code is"),
         ({"prompt": "a", "messages": [], "answer": "2"}, "line 1 is not a problem"),
         ({"messages": [{"role": "assistant", "content": "2"}], "answer": "2"}, r"line 1: messages\[0\] has role"),
         (
@@ -113,3 +115,10 @@ def test_tasks_of_reasoning_gym():
     assert reasoning_gym(one.answer, f"{right} or {int(right) + 1}") == 0.0, "a part of full marks is none"
     with pytest.raises(UserError, match="has no task of this name"):
         open_problems("rg:nothing", 0, 0.1)
+
+
+@pytest.mark.parametrize("task", ["spiral_matrix", "countdown", "polynomial_multiplication", "n_queens"])
+def test_tasks_that_run_an_answer_as_a_program_are_refused(task):
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(UserError, match=f"rg:{task}: reasoning-gym scores answers to this task by running them"):
+        open_problems(f"rg:{task}", 0, 0.1)

@@ -237,6 +237,16 @@ def test_no_worker_outlives_the_process_that_started_it():
     assert process.communicate(timeout=30) == (b"", None) and process.returncode == -signal.SIGKILL
 
 
+def test_why_answers_cannot_be_scored_is_counted():
+    """The time of a call is for one test of a program: for all of them there is as much more as there are tests."""
+    with Rewards({"accuracy": 1.0}, n_processes=1, seconds=0.01) as rewards:
+        rewards._checked.add("code")
+        rewards._workers.map = lambda function, calls, shares: [Failed(f"no result after {n} s") for n in shares]
+        scores = rewards.score([problem([{}, {}], "code"), problem(kind="math")] * 2, [response()] * 4)
+    assert [score.total for score in scores] == [None] * 4
+    assert rewards.failures == {"kind code: no result after 2 s": 2, "kind math: no result after 1 s": 2}
+
+
 def test_slow_verifiers_run_in_processes():
     pytest.importorskip("math_verify")
     with Rewards({"accuracy": 1.0}, n_processes=1) as rewards:

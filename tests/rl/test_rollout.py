@@ -275,16 +275,24 @@ def test_the_verb_trains_a_base_and_improves_it(tmp_path, monkeypatch, capsys):
         rl.main([*words, "--config.rl.questions=8"])
 
 
-def test_the_verb_checks_its_settings(tmp_path):
+def test_the_verb_checks_its_settings(tmp_path, monkeypatch):
     from deepseek_jax.launch import rl
 
     workdir = f"--workdir={tmp_path / 'run'}"
     with pytest.raises(UserError, match=r"needs a model that can solve some of them. Name a run"):
         rl.main([workdir, "--config.rl.problems=rg:leg_counting"])
     config = run_config.load("tiny_zero")
+    monkeypatch.setattr(rl, "BASE_TEXT", 2)
+    assert rl.write_text(config, tmp_path / "text.jsonl") == rl.write_text(config, tmp_path / "text.jsonl")
+    config.seed += 1
+    with pytest.raises(UserError, match=r"holds a base that has read about other problems.*sums:6 0.1, seed 0"):
+        rl.write_text(config, tmp_path / "text.jsonl")
     config.rl.updates = 3
     with pytest.raises(UserError, match=r"16 questions x 8 answers do not divide into 3 updates on 2 devices"):
         rl.check_rows(config, 2)
+    config.ema.decay = 0.9
+    with pytest.raises(UserError, match=r"config.ema.decay=0.9: reinforcement learning keeps no average"):
+        rl.check_sizes(config, 1)
     config.mesh.pipe = 2
     with pytest.raises(UserError, match=r"config.mesh.pipe=2: answers are drawn on whole models"):
         rl.check_sizes(config, 1)

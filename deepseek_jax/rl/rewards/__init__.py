@@ -9,6 +9,7 @@ A reward is a number, or None if nothing can be said: a verifier that hung or co
 Then the total is None too, and the response is left out of what is learnt, rather than called wrong.
 """
 
+import collections
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import NamedTuple
@@ -29,6 +30,7 @@ RULES: dict[str, Rule] = {
     "overlong": rules.overlong,
 }
 NAMES = (ACCURACY, *RULES)
+NOTHING_TO_SAY = "the problem's own answer cannot be read, or a program cannot be started"
 
 
 class Score(NamedTuple):
@@ -44,7 +46,9 @@ class Rewards:
     Args:
         weights: of each reward, by name; those of weight 0 are reported only.
         n_processes: for slow verifiers.
-        seconds: that one of these may take.
+        seconds: that one of these may take; of kind code, for each test of the problem.
+
+    `failures` counts why answers could not be scored.
     """
 
     def __init__(self, weights: Mapping[str, float], n_processes: int = 2, seconds: float = 10.0):
@@ -57,6 +61,7 @@ class Rewards:
         self.weights = dict(weights)
         self._workers = Workers(n_processes, seconds)
         self._checked: set[str] = set()
+        self.failures: collections.Counter[str] = collections.Counter()
 
     def __enter__(self) -> "Rewards":
         return self
@@ -84,8 +89,13 @@ class Rewards:
             elif response.is_finished:
                 found[n] = VERIFIERS[problem.kind](problem.answer, response.content)
         calls = [(problems[n].kind, problems[n].answer, responses[n].content) for n in slow]
-        for n, result in zip(slow, self._workers.map(verify, calls), strict=True):
+        shares = [len(problems[n].answer) if problems[n].kind == "code" else 1 for n in slow]
+        for n, result in zip(slow, self._workers.map(verify, calls, shares), strict=True):
             found[n] = None if isinstance(result, Failed) else result
+            if isinstance(result, Failed):
+                self.failures[f"kind {problems[n].kind}: {result.reason}"] += 1
+            elif result is None:
+                self.failures[f"kind {problems[n].kind}: {NOTHING_TO_SAY}"] += 1
         return found
 
     def _check(self, kinds: set[str]) -> None:
