@@ -8,7 +8,7 @@ import jax
 
 from deepseek_jax.convert import names
 from deepseek_jax.precision.fp8_weight import Fp8Weight, Layout, block_rows, encoded
-from deepseek_jax.tree import paths
+from deepseek_jax.tree import paths, size
 
 CODES, SCALE = "codes", "scale"  # the parts of a weight in FP8, as ends of its path
 
@@ -17,7 +17,7 @@ def layouts(tensor: names.Tensor) -> tuple[Layout, ...]:
     """Returns how each of our weights lies in a published matrix (see `precision.fp8_weight`)."""
     dimensions = [text.strip("()").split() for text in re.findall(r"\(.*?\)|\S+", tensor.theirs)]
     sizes = {
-        axes[0]: size for axes, size in zip(dimensions, tensor.shape, strict=True) if len(axes) == 1
+        axes[0]: length for axes, length in zip(dimensions, tensor.shape, strict=True) if len(axes) == 1
     } | tensor.sizes
     (rows, columns), ours = dimensions, tensor.ours.split()
     order = tuple([*rows, *columns].index(axis) for axis in ours)
@@ -87,10 +87,10 @@ def n_bytes(tree: dict) -> dict[str, int]:
 def bytes_to_serve(shapes: dict) -> tuple[int, int]:
     """Returns the bytes of a model's weights in bfloat16, and those as FP8 releases store them."""
     flat = paths(shapes)
-    wide = {path: 2 * math.prod(leaf.shape) for path, leaf in flat.items()}
+    wide = {path: 2 * size(leaf) for path, leaf in flat.items()}
     in_fp8 = dict(wide)
     for together, found in of_model(shapes).items():
         for path, layout in zip(together, found, strict=True):
-            n_matrices = math.prod(flat[path].shape) // math.prod(layout.shape)
+            n_matrices = size(flat[path]) // math.prod(layout.shape)
             in_fp8[path] = n_matrices * (math.prod(layout.matrix) + 4 * math.prod(layout.blocks))
     return sum(wide.values()), sum(in_fp8.values())
