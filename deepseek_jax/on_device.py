@@ -6,7 +6,7 @@
 | GPU | no loop | one array per layer, for XLA would copy each layer's out of the stack in every step | the same |
 | Hopper | no loop | the same, routed experts stacked | the kernels that read chosen experts once |
 
-The kernels take bfloat16 and widths that are multiples of 128, that of one token a model's of 256. On a GPU the axes
+The kernels take bfloat16 and widths that are multiples of 128, that of one token a model's of 256 up to 8,192. On a GPU the axes
 that a product of weights with activations sums over are the innermost in memory: then XLA multiplies a matrix with one
 token in one kernel that reads the matrix once, and otherwise in two that write all products to memory in between.
 """
@@ -54,7 +54,7 @@ def _on_hopper(sizes: ConfigDict) -> dict[str, str]:
     chosen = {}
     if "expert_width" in sizes and not any(width % 128 for width in (sizes.d_model, sizes.expert_width)):
         chosen["grouped_matmul"] = "mosaic_gpu"
-        if not sizes.d_model % 256:
+        if not sizes.d_model % 256 and sizes.d_model <= 8192:
             chosen["token_experts"] = "mosaic_gpu"
     if "kv_rank" in sizes and sizes.kv_rank in (256, 512) and sizes.rope_width == 64:
         chosen["latent_decode"] = "by_size"

@@ -10,6 +10,7 @@ from deepseek_jax.abstract_model import abstract_module
 from deepseek_jax.kernels import XLA
 from deepseek_jax.layers.base import Turned, Unstacked, logical_axes, split
 from pallas_kernels import mosaic_gpu
+from pallas_kernels.token_experts import gpu as token_experts
 
 
 def test_weights_are_cast_once_and_only_where_they_are_wider_than_what_is_read():
@@ -87,3 +88,12 @@ def test_a_hopper_gpu_generates_without_a_loop_and_by_kernels_where_they_can_run
     chosen = on_device.kernels(config).chosen
     assert {operation: by for operation, by in chosen.items() if by != "xla"} == kernels
     assert on_device.definition(config, in_a_loop) != in_a_loop
+
+
+def test_a_model_that_is_wider_than_the_kernel_of_one_token_takes_is_xlas(monkeypatch):
+    config = run_config.load("v2_lite")
+    monkeypatch.setattr(mosaic_gpu, "is_hopper", lambda: True)
+    found = {}
+    for config.model.d_model in (token_experts.MOST, token_experts.MOST + 256):
+        found[config.model.d_model] = on_device.kernels(config).chosen["token_experts"]
+    assert list(found.values()) == ["mosaic_gpu", "xla"]

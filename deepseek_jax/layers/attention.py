@@ -132,7 +132,7 @@ def latent_decode(
 
     Returns o_latent_BTHC in the dtype of the queries. `config.kernels.latent_decode` names this one (xla, which stores
     all scores), or one of `pallas_kernels.mla_decode`: `latent_decode_chunked`, any device, some slots at a time;
-    `latent_decode_on_hopper`, 16 bits; `latent_decode_on_tpu`.
+    `latent_decode_on_hopper`, 16 bits, or FP8 with latents of 512; `latent_decode_on_tpu`.
     """
     c_BSC, k_rope_BSP = _side_by_side(cache, q_rope_BTHP, table_BN)
     wide = {"preferred_element_type": jnp.float32}
@@ -176,9 +176,14 @@ latent_decode_on_hopper = functools.partial(_latent_decode_by_name, "mosaic_gpu"
 
 
 def latent_decode_by_size(*arrays: Any, scale: float, table_BN: jax.Array | None = None) -> jax.Array:
-    """As `latent_decode`: by XLA where all sequences together have few slots, else by the kernel for Hopper."""
-    n_sequences, _, n_slots = arrays[-1].shape  # seen_BTS
-    decode = latent_decode if n_sequences * n_slots <= FEW_SLOTS else latent_decode_on_hopper
+    """As `latent_decode`: by XLA where all sequences together have few slots, else by the kernel for Hopper.
+
+    Entries in FP8 whose bytes are no multiple of 16, which the kernel does not read, are XLA's at any size.
+    """
+    _, _, cache, seen_BTS = arrays
+    n_sequences, _, n_slots = seen_BTS.shape
+    is_odd = len(cache) == 1 and cache[0].shape[-1] % 16 > 0
+    decode = latent_decode if is_odd or n_sequences * n_slots <= FEW_SLOTS else latent_decode_on_hopper
     return decode(*arrays, scale=scale, table_BN=table_BN)
 
 

@@ -77,7 +77,7 @@ class Matmul(Protocol):
 class PlainMatmul:
     """Products in the dtype of the activations, to which the weights are cast; every backend sums them in float32."""
 
-    kernels: Kernels = XLA  # the implementations of `grouped` and of the experts of one token
+    kernels: Kernels = XLA  # of `grouped`, of products with weights in FP8, and of the experts of one token
 
     align: ClassVar[int] = 1
     finds_layer: ClassVar[bool] = True

@@ -129,6 +129,21 @@ def test_latent_decode_of_few_slots_is_xlas_and_of_more_the_kernels():
         by_size(*more)
 
 
+def test_entries_in_fp8_that_the_kernel_does_not_read_are_xlas_at_any_size():
+    """Latents of 256 numbers: 392 bytes, no multiple of 16; of 512: 656."""
+    by_size = functools.partial(Kernels(latent_decode="by_size")["latent_decode"], scale=1.0)
+    table_BN, seen_BTS = jnp.zeros((1, 33), jnp.int32), jnp.ones((1, 1, 2112), bool)
+    for width in (256, 512):
+        shapes = (1, 1, 2, width), (1, 1, 2, 64), (1, 64, width), (1, 64, 64)
+        q, rope, c, k_rope = (jnp.ones(shape, jnp.bfloat16) for shape in shapes)
+        given = q, rope, (fp8_cache.encode(c, k_rope),), seen_BTS
+        if width == 256:
+            np.testing.assert_array_equal(by_size(*given, table_BN=table_BN), jnp.ones_like(q))
+            continue
+        with pytest.raises(UserError, match="latent_decode='mosaic_gpu'"):
+            by_size(*given, table_BN=table_BN)
+
+
 @pytest.mark.parametrize("name", ["xla", "chunked"])
 def test_latent_decode_reads_pages_where_they_lie(name):
     rng = np.random.default_rng(0)

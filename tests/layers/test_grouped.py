@@ -7,10 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.errors import UserError
+from deepseek_jax.kernels import Kernels
 from deepseek_jax.layers import grouped
 from deepseek_jax.layers.grouped import grouped_swiglu, sort_by_expert
 from deepseek_jax.precision import grouped as grouped_matmuls
 from deepseek_jax.precision.grouped import OfLayer, chunk_rows
+from deepseek_jax.precision.matmul import PlainMatmul
+from pallas_kernels import token_experts
 
 sort = jax.jit(sort_by_expert, static_argnums=(1, 2, 3))
 sort_pairs = jax.jit(lambda *given: sort_by_expert(*given), static_argnums=1)  # traced once LARGEST_KEY is another
@@ -153,3 +157,27 @@ def dense_and_of_layer(arguments, weights, stacks) -> tuple:
     names = "gate_XDF", "up_XDF", "down_XFD"
     of_layer = dict(zip(names, (OfLayer(w, 1) for w in stacks), strict=True))
     return dense(*arguments, **dict(zip(names, weights, strict=True))), grouped_swiglu(*arguments, **of_layer)
+
+
+@pytest.mark.parametrize("experts", [[2, 0], [X, 3]])
+def test_the_kernel_of_one_token_is_given_the_matrices_of_its_layer(inputs, experts, monkeypatch):
+    """By the definition of the kernel; the other layer differs, and number X is no expert and gives nothing."""
+    x_MD, weights_MK, *weights = inputs
+    stacks = [OfLayer(np.stack([w + 1, w]), 1) for w in weights]
+    reference = functools.partial(token_experts.experts, implementation="reference")
+    monkeypatch.setattr(grouped, "_lowered_once", lambda *arrays, implementation: reference(*arrays))
+    given = x_MD[:1], jnp.asarray(experts), jnp.asarray(weights_MK[0])
+    by_name = (grouped._swiglu_of_one(*given, tuple(stacks), by_kernel(name)) for name in ("xla", "mosaic_gpu"))
+    np.testing.assert_allclose(*by_name, rtol=1e-5, atol=1e-5)
+
+
+def test_the_kernel_of_one_token_says_what_it_needs(inputs):
+    x_MD, weights_MK, *weights = inputs
+    stacks = tuple(OfLayer(w[None], 0) for w in weights)
+    with pytest.raises(UserError, match="kernels.token_experts='mosaic_gpu': .*config.kernels.token_experts=xla"):
+        given = x_MD[:1], jnp.asarray([2, 0]), jnp.asarray(weights_MK[0])
+        grouped._swiglu_of_one(*given, stacks, by_kernel("mosaic_gpu"))
+
+
+def by_kernel(name: str) -> PlainMatmul:
+    return PlainMatmul(kernels=Kernels(token_experts=name))

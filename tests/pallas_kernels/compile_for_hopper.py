@@ -27,6 +27,7 @@ import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
+from pallas_kernels.coded_matmul import gpu as coded  # noqa: E402
 from pallas_kernels.fp8_matmul import gpu as matmul  # noqa: E402
 from pallas_kernels.fp8_matmul import tiles  # noqa: E402
 from pallas_kernels.grouped_matmul import Groups, Scaled, pipeline, rows, weights  # noqa: E402
@@ -75,6 +76,8 @@ SWIGLUS = [(BF16, "fp32", False), (BF16, "ue8m0", True), (F32, "fp32", True)]  #
 ATTENDED = [(4096, 128, 128, 192, 128), (4096, 64, 8, 128, 128), (1000, 2, 1, 64, 64)]
 # Sequences, tokens of each, heads, width of latents, parts, CTAs of a cluster: V3, V2-Lite, speculation, small.
 DECODED = [(128, 1, 128, 512, 1, 2), (64, 1, 16, 512, 2, 1), (4, 2, 128, 512, 16, 2), (2, 4, 16, 256, 1, 1)]
+# Groups, rows, N, K, matrices: V2-Lite's experts at batch 1, an output projection in parts, prompts of experts.
+CODED = [(6, 6, 1408, 2048, 64), (1, 1, 2048, 2048, 1), (64, 6144, 1408, 2048, 64)]
 GROUPED = ((32, 8192, 2048, 7168), (3, 1003, 128, 384))  # groups, rows, D, F
 
 
@@ -221,7 +224,7 @@ def of_one_token() -> dict:
 def few_rows() -> dict:
     """Latent decode of few heads and pages: the kernel of pages, and the one that puts them together."""
     calls = {}
-    for b, t, h in ((1, 1, 16), (4, 2, 16)):
+    for b, t, h in ((1, 1, 16), (1, 2, 8)):
         queries, pages = [((b, t * h, w), BF16) for w in (512, 64)], [((32 * b, 64, w), BF16) for w in (512, 64)]
         call = functools.partial(latent_decode_few, n_heads=h)
         calls[f"decode few {b}x{t}x{h}"] = call, (*queries, *pages, ((b, 32), jnp.int32), ((b,), jnp.int32))
@@ -235,7 +238,21 @@ def latent_decode_few(q_c, q_rope, c, rope, table, lengths, n_heads):
     return gpu_few.pages(q_c, q_rope, (c, rope), table, lengths, n_heads=n_heads, scale=0.07)
 
 
+def codes() -> dict:
+    """Products with weights that stay FP8 codes."""
+    calls = {}
+
+    def of_arrays(x, codes, scale, count, matrix):
+        return coded.coded_matmul(x, Scaled(codes, scale), Groups(count, matrix_X=matrix))
+
+    for groups, a, n, k, matrices in CODED:
+        w = ((matrices, n, k), E4M3), ((matrices, n // 128, k // 128), F32)
+        calls[f"codes {groups}x{a}x{n}x{k}"] = of_arrays, (((a, k), BF16), *w, *[((groups,), jnp.int32)] * 2)
+    return calls
+
+
 PARTS = {
+    "codes": codes,
     "of one token": of_one_token,
     "few rows": few_rows,
     "decode": decode,

@@ -33,7 +33,7 @@ def compiled():
         subprocess.Popen(
             [sys.executable, script, part], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
-        for part in ("of one token", "few rows", "decode", "dense", "grouped", "attention")
+        for part in ("codes", "of one token", "few rows", "decode", "dense", "grouped", "attention")
     ]
     lines = []
     for process in started:
@@ -45,12 +45,12 @@ def compiled():
 
 def test_every_kernel_uses_the_instructions_that_it_is_built_on(compiled):
     """Tensor cores, not serialised; for 16-bit values that are transposed on the way, loads that transpose."""
-    assert len(compiled) == 76
+    assert len(compiled) == 79
     for kernel in compiled:
         name = kernel["call"]
         if name.startswith(("fp8_matmul", "grouped fp8")):
             assert kernel["fp8_instructions"] >= 4, kernel
-        elif name.startswith(("decode", "grouped", "attention")):
+        elif name.startswith(("codes", "decode", "grouped", "attention")):
             assert kernel["bf16_instructions"] >= 4, kernel
         elif "bfloat16" in name:
             assert kernel["transposing_loads"] >= 8, kernel

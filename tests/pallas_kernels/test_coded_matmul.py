@@ -1,6 +1,7 @@
 """Products with weights that stay FP8 codes: the definition, tiles, and the kernel interpreted on a CPU."""
 
-import jax
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -74,11 +75,35 @@ def test_what_does_not_fit_is_an_error(change, message):
 
 
 def test_every_code_becomes_the_number_that_it_stands_for():
-    """The bits that `mosaic_gpu.e4m3_to_bfloat16` moves, in numpy."""
-    codes = np.arange(256, dtype=np.uint32)
-    bits = (codes << 8 & 0x8000) | (codes << 4 & 0x07F0)
-    found = jax.lax.bitcast_convert_type(jnp.asarray(bits, jnp.uint16), jnp.bfloat16)
-    expected = codes.astype(np.uint8).view(jnp.float8_e4m3fn).astype(np.float64)
-    finite = np.isfinite(expected)
-    np.testing.assert_array_equal(np.asarray(found, np.float64)[finite] * 2.0**120, expected[finite])
-    assert np.asarray(2.0**120, jnp.bfloat16).view(np.uint16) == 0x7B80
+    """The instructions of `mosaic_gpu.e4m3_to_bfloat16`, in numpy, on pairs of different codes."""
+    codes = np.stack([np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8)[::-1]], axis=1)
+    found = by_instructions(mosaic_gpu._FROM_E4M3, codes[:, 0].astype(np.uint32) | codes[:, 1].astype(np.uint32) << 8)
+    expected = codes.view(jnp.float8_e4m3fn).astype(np.float64)
+    np.testing.assert_array_equal(found, np.where(np.isnan(expected), np.where(codes < 128, 480, -480), expected))
+
+
+def by_instructions(text, pairs):
+    """What these few instructions of PTX make of registers, as two bfloat16 numbers each."""
+    halves = lambda register: np.asarray(register, np.uint32)[..., None].view(jnp.bfloat16).astype(np.float64)  # noqa: E731
+
+    def permuted(a, b, selector):
+        both = a.astype(np.uint64) | np.uint64(b) << np.uint64(32)
+        found = [
+            (both >> np.uint64(8 * (selector >> 4 * i & 7)) & np.uint64(255)) << np.uint64(8 * i) for i in range(4)
+        ]
+        return sum(found).astype(np.uint32)
+
+    instructions = {
+        "prmt.b32": permuted,
+        "shr.u32": lambda a, n: a >> np.uint32(n),
+        "and.b32": lambda a, mask: a & np.uint32(mask),
+        "lop3.b32": lambda a, mask, c, table: {0xEA: a & np.uint32(mask) | c}[table],
+        "mov.b32": np.uint32,
+        "mul.rn.bf16x2": lambda a, b: halves(a) * halves(b),
+    }
+    registers = {"$1": pairs}
+    for name, operands in re.findall(r"^([a-z]\S+) (.*);$", text, re.MULTILINE):
+        if name in instructions:
+            target, *rest = operands.split(", ")
+            registers[target] = instructions[name](*(registers[r] if r in registers else int(r, 0) for r in rest))
+    return registers["$0"]
