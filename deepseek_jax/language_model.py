@@ -15,9 +15,11 @@ The weights are plain nested dicts, `model.params` and `model.router_bias`: repl
 
 import functools
 import os
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -50,6 +52,7 @@ from deepseek_jax.serve.batches import LEAST_PAGES, bucket
 from deepseek_jax.serve.engine import Engine
 from deepseek_jax.serve.offline import Completion, complete, stream
 from deepseek_jax.serve.pages import PAGE_SIZE
+from deepseek_jax.serve.programs import form
 from deepseek_jax.serve.prompts import check_prompts
 from deepseek_jax.serve.sampling import Sampling
 from deepseek_jax.units import binary
@@ -60,17 +63,21 @@ CHUNK = 2048  # tokens of a prompt that it reads in one pass
 BLOCK = 32  # tokens per prompt that it draws before the host looks
 
 
-class Kept(NamedTuple):
+@dataclass(eq=False)
+class Kept:
     """An engine that later calls use again, what it was made with, and the leaves of its weights."""
 
-    options: dict[str, Any]
-    n_positions: int
+    made_with: tuple  # its options, `n_positions`, the form of the weights
     weights: list[jax.Array]
     engine: Engine
+    taken: threading.Lock = field(default_factory=threading.Lock)  # by the call that runs it
 
 
 class LanguageModel:
     """A network with its weights, on one device.
+
+    Several threads may generate with one model, each with an engine and a cache of its own. Weights that were replaced
+    stay in memory until the next call of `generate` and of `serve`, where these have been called before.
 
     Args:
         config: the resolved config of a run.
@@ -177,8 +184,8 @@ class LanguageModel:
         prompts: Any = ids if is_batch else [ids]
         prompts, sampling = self._checked(prompts, max_new_tokens, temperature, top_p, seed, stop_ids)
         samplings = [replace(sampling, seed=(sampling.seed + row) % 2**64) for row in range(len(prompts))]
-        engine = self._large_enough(prompts, sampling.max_new_tokens, options)
-        rows = [found.ids for found in complete(engine, prompts, samplings)]
+        with self._large_enough(prompts, sampling.max_new_tokens, options) as engine:
+            rows = [found.ids for found in complete(engine, prompts, samplings)]
         return rows if is_batch else rows[0]
 
     def stream(
@@ -195,7 +202,8 @@ class LanguageModel:
         prompts, sampling = self._checked([ids], max_new_tokens, temperature, top_p, seed, stop_ids)
 
         def tokens() -> Iterator[int]:
-            yield from stream(self._large_enough(prompts, sampling.max_new_tokens, options), prompts[0], sampling)
+            with self._large_enough(prompts, sampling.max_new_tokens, options) as engine:
+                yield from stream(engine, prompts[0], sampling)
 
         return tokens()
 
@@ -257,7 +265,8 @@ class LanguageModel:
         """
         options = {"n_steps": 8, "n_prompts": 8} | options
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
-        return complete(self._idle_engine("serve", options), prompts, samplings)
+        with self._idle_engine("serve", options) as engine:
+            return complete(engine, prompts, samplings)
 
     def complete(self, text: str | Sequence[str], max_new_tokens: int = 64, **options: Any) -> str | list[str]:
         """Returns the continuation of a text, or a list of those of several; `options` as for `generate`."""
@@ -296,31 +305,47 @@ class LanguageModel:
         sampling.check(vocab_size)
         return check_prompts(prompts, sampling.max_new_tokens, self.n_positions, vocab_size), sampling
 
-    def _large_enough(self, prompts: list[list[int]], max_new_tokens: int, options: dict[str, Any]) -> Engine:
-        """Returns an idle engine with rows and pages for these prompts, or more of them."""
+    def _large_enough(
+        self, prompts: list[list[int]], max_new_tokens: int, options: dict[str, Any]
+    ) -> AbstractContextManager[Engine]:
+        """An idle engine with rows for these prompts, and with pages for as many as run at the same time, or more."""
         n_devices = options["mesh"].size if options.get("mesh") else 1
         n_rows = bucket(min(-(-len(prompts) // n_devices), MOST_ROWS), 1)
         pages = [-(-(len(prompt) + max_new_tokens) // PAGE_SIZE) for prompt in prompts]
-        n_pages = 1 + bucket(max(-(-sum(pages) // n_devices), *pages), LEAST_PAGES)
+        pages = sorted(pages)[-MOST_ROWS * n_devices :]
+        n_pages = 1 + bucket(max(-(-sum(pages) // n_devices), pages[-1]), LEAST_PAGES)
         kept = self._kept.get("generate")
-        had = kept.options if kept else {}
+        had = kept.made_with[0] if kept else {}
         sizes = {"n_rows": max(n_rows, had.get("n_rows", 0)), "n_pages": max(n_pages, had.get("n_pages", 0))}
         return self._idle_engine("generate", sizes | {"chunk": CHUNK, "n_steps": BLOCK, "n_prompts": 8} | options)
 
-    def _idle_engine(self, purpose: str, options: dict[str, Any]) -> Engine:
-        """Returns an engine with these options and the model's present weights: the one of the last call, if it can."""
-        leaves, kept = jax.tree.leaves((self.params, self.router_bias)), self._kept.get(purpose)
-        is_usable = kept and kept.engine.is_idle and (kept.options, kept.n_positions) == (options, self.n_positions)
-        if kept is None or not is_usable:
-            kept = self._kept.pop(purpose, None) and None  # its memory is freed before the other's is taken
-            kept = Kept(options, self.n_positions, leaves, self.engine(**options))
-        elif any(old is not new for old, new in zip(kept.weights, leaves, strict=True)):
-            replicas = kept.engine.programs.replicas
-            weights = (self._as_read(divided=replicas is not None), self.router_bias)
-            kept.engine.replace_weights(replicas.place(weights) if replicas else weights)
-            kept = kept._replace(weights=leaves)
-        self._kept[purpose] = kept
-        return kept.engine
+    @contextmanager
+    def _idle_engine(self, purpose: str, options: dict[str, Any]) -> Iterator[Engine]:
+        """An engine with these options and the model's present weights, which no other call runs meanwhile."""
+        kept = self._taken(purpose, options)
+        try:
+            yield kept.engine
+        finally:
+            kept.taken.release()
+
+    def _taken(self, purpose: str, options: dict[str, Any]) -> Kept:
+        """The engine of the last call, if nobody runs it and it can take the weights, or a new one; `taken` is held."""
+        stored = self.params, self.router_bias
+        leaves, made_with = jax.tree.leaves(stored), (options, self.n_positions, form(stored))
+        kept = self._kept.get(purpose)
+        if kept and kept.engine.is_idle and kept.made_with == made_with and kept.taken.acquire(blocking=False):
+            if any(old is not new for old, new in zip(kept.weights, leaves, strict=True)):
+                replicas = kept.engine.replicas
+                weights = (self._as_read(divided=replicas is not None), self.router_bias)
+                kept.engine.replace_weights(replicas.place(weights) if replicas else weights)
+                kept.weights = leaves
+            return kept
+        del kept  # its memory is freed before the other's is taken
+        self._kept.pop(purpose, None)
+        made = Kept(made_with, leaves, self.engine(**options))
+        made.taken.acquire()
+        self._kept[purpose] = made
+        return made
 
     def _format(self) -> str:
         """What is computed in, and how many bytes of weights are held in FP8."""

@@ -3,8 +3,8 @@
 Busy experts may have replicas, so that devices have equally much to do (`train.redundant`; V3 section 3.4.2).
 """
 
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +24,8 @@ from deepseek_jax.precision.fp8_weight import Fp8Weight
 from deepseek_jax.train.redundant import Placed, placed, with_replicas
 
 
-class Redundant(NamedTuple):
+@dataclass(frozen=True, eq=False)  # equal to itself only: arrays have no one answer to ==
+class Redundant:
     """Replicas of experts beside one of each."""
 
     n: int  # in each layer, a multiple of the devices that share the experts
@@ -83,9 +84,10 @@ def _made(config: ConfigDict, run: Execution, mesh: Mesh) -> tuple[Replicas, Tre
 
 
 def _placed(config: ConfigDict, axes: Tree, redundant: Redundant, n_devices: int) -> Placed:
-    """Where the replicas go; experts whose loads are not known, as those of multi-token prediction, are equally busy.
+    """Where the replicas go; experts of multi-token prediction whose loads are not known are equally busy.
 
-    Raises UserError: the model has no routed experts, or the replicas do not divide over the devices.
+    Raises UserError: the model has no routed experts, other loads are not known, or the replicas do not divide over the
+    devices.
     """
     routed = [path for path, names in flatten_dict(axes).items() if EXPERTS in names]
     if not routed or redundant.n < 1 or redundant.n % n_devices:
@@ -96,5 +98,10 @@ def _placed(config: ConfigDict, axes: Tree, redundant: Redundant, n_devices: int
     loads = flatten_dict(redundant.loads)
     for path in routed:
         if not any(path[: len(key)] == key for key in loads):
+            if path[0] != "mtp":
+                raise UserError(
+                    f"loads of {', '.join(map('.'.join, loads)) or 'nothing'}: expected those of {path[0]}. Give "
+                    "`ExpertLoads.counts` of an engine with this model."
+                )
             loads[path[:-1]] = np.ones((1, config.model.n_experts))
     return placed(unflatten_dict(loads), redundant.n, n_devices, config.model.get("n_groups", 1))

@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 from flax import nnx
 
 import deepseek_jax
-from deepseek_jax import run_config
+from deepseek_jax import on_mesh, run_config
 from deepseek_jax.abstract_model import abstract_module, abstract_weights, count_parameters
 from deepseek_jax.errors import UserError
 from deepseek_jax.language_model import LanguageModel
@@ -134,6 +135,43 @@ def test_streams_may_be_left_unread_and_read_side_by_side(model):
     assert list(streams[0]) == ids[1:] and engine.is_idle and not other.is_idle
     streams[1].close()
     assert other.is_idle
+
+
+def test_a_replaced_weight_may_have_another_dtype(model):
+    before = model.params["head"]["weight_DV"]
+    expected = model.generate(PROMPT, 3)
+    model.params["head"]["weight_DV"] = before.astype(jnp.bfloat16)
+    assert len(model.generate(PROMPT, 3)) == 3
+    model.params["head"]["weight_DV"] = before
+    assert model.generate(PROMPT, 3) == expected
+
+
+def test_pages_are_those_of_the_prompts_that_run_at_the_same_time(model, monkeypatch):
+    """Of the longest, if they differ."""
+    asked = []
+    monkeypatch.setattr(model, "_idle_engine", lambda purpose, options: asked.append(options))
+    monkeypatch.setattr(model, "_kept", {})
+    for n_prompts, length in ((256, 600), (3000, 600), (3000, 60)):
+        model._large_enough([[1] * length] * n_prompts + [[1] * 600] * 256, 40, {})
+    assert [options["n_pages"] for options in asked] == [1 + 256 * 16] * 3
+
+
+def test_an_engine_that_a_call_runs_is_no_other_calls(model):
+    """One that comes meanwhile, as from another thread, has its own."""
+    options = {"n_rows": 2, "n_pages": 5, "chunk": 16}
+    with model._idle_engine("serve", options) as engine, model._idle_engine("serve", options) as other:
+        assert other is not engine
+    with model._idle_engine("serve", options) as again:
+        assert again is other
+
+
+def test_redundant_experts_by_fresh_loads_are_another_engine(model, monkeypatch):
+    first, fresh = (on_mesh.Redundant(2, {"moe_blocks": np.ones((2, 8))}) for _ in range(2))
+    monkeypatch.setattr(model, "engine", lambda redundant: SimpleNamespace(is_idle=True, loads=redundant))
+    monkeypatch.setattr(model, "_kept", {})
+    for redundant in (first, first, fresh):
+        with model._idle_engine("serve", {"redundant": redundant}) as engine:
+            assert engine.loads is redundant
 
 
 @pytest.mark.parametrize(

@@ -49,16 +49,24 @@ def width_of(plans: Plans, page_size: int) -> int:
 
 
 def together(parts: Sequence[Part], most: int, is_alone: Callable[[Part], bool]) -> list[list[Part]]:
-    """Parts of prompts in groups that one program computes: up to `most`, which begin at the same position."""
+    """Parts of prompts in groups that one program computes: up to `most`, of one padded length and position.
+
+    A part that continues a prompt may read pages of a part before it, so it joins none but the last group.
+    """
     groups: list[list[Part]] = []
     for part in parts:
-        last = groups[-1] if groups else []
-        is_like = last and last[0].start == part.start and not (is_alone(part) or is_alone(last[0]))
-        if is_like and len(last) < most:
-            last.append(part)
+        open_ones = groups if part.start == 0 else groups[-1:]
+        like = (one for one in open_ones if len(one) < most and _place(one[0]) == _place(part))
+        group = next((one for one in like if not (is_alone(part) or is_alone(one[0]))), None)
+        if group:
+            group.append(part)
         else:
             groups.append([part])
     return groups
+
+
+def _place(part: Part) -> tuple[int, int]:
+    return part.start, bucket(part.n_tokens, LEAST_TOKENS)
 
 
 def prompts(plans: Plans, n_rows: int, length: int, width: int) -> Rows:

@@ -37,7 +37,7 @@ from deepseek_jax.serve.batches import LEAST_PAGES, LEAST_TOKENS, Plans, buckets
 from deepseek_jax.serve.disk import DiskPages
 from deepseek_jax.serve.memory import Sizes, shapes_of
 from deepseek_jax.serve.pages import PAGE_SIZE, PagePool, root
-from deepseek_jax.serve.programs import Call, Current, Weights, programs_for
+from deepseek_jax.serve.programs import Call, Current, Weights, checked_like, programs_for
 from deepseek_jax.serve.sampler import Scores
 from deepseek_jax.serve.sampling import MOST_TOP, Kind, Sampling
 from deepseek_jax.serve.scheduler import Part, Request, Scheduler
@@ -180,7 +180,7 @@ class Engine:
         self.page_size, self.n_ahead, self.n_steps, self.n_drafts = page_size, n_ahead, n_steps, n_drafts
         self.n_drafted = self.n_accepted = 0  # drafts that were verified, and those that were right
         n_pages = n_pages or 1 + n_rows * -(-n_positions // page_size)
-        n_ranks = replicas.n if replicas else 1
+        self.replicas, n_ranks = replicas, replicas.n if replicas else 1  # programs may be another engine's too
         self.ranks = [Rank(PagePool(n_pages, page_size, n_drafts), n_rows, chunk) for _ in range(n_ranks)]
         sizes = Sizes(n_pages, page_size, n_rows, n_drafts > 0)
         self.programs = programs_for(definition, weights, sizes, matmul_precision, replicas, compiler_options)
@@ -263,8 +263,8 @@ class Engine:
         return outputs
 
     def replace_weights(self, weights: Weights) -> None:
-        """Changes the weights; what the cache holds of the old ones is not found by later prompts."""
-        self.weights = weights
+        """Changes the weights, for others of the same form; later prompts find nothing of the old ones in the cache."""
+        self.weights = checked_like(weights, self.weights)
         for rank in self.ranks:
             rank.pages.forget(request.table for request in rank.scheduler.running)
         if self._disk:
@@ -487,8 +487,7 @@ class Engine:
 
     def _by_row(self, array: np.ndarray) -> jax.Array:
         """An array of a place per row, on the devices."""
-        replicas = self.programs.replicas
-        return jax.device_put(array, replicas.sharding()) if replicas else jnp.asarray(array)
+        return jax.device_put(array, self.replicas.sharding()) if self.replicas else jnp.asarray(array)
 
     def _scheduler(self, request: Request) -> Scheduler:
         return self.ranks[request.options.rank].scheduler

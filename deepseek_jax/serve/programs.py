@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import Tree, bind
 from deepseek_jax.layers.cache import next_chunk_in_pages, next_tokens_in_pages
 from deepseek_jax.layers.tokens import Tokens
@@ -308,6 +309,22 @@ class Programs:
 _KNOWN: WeakValueDictionary[tuple, Programs] = WeakValueDictionary()
 
 
+def form(weights: Weights) -> tuple:
+    """Returns what programs are compiled for: the structure of weights, their shapes, dtypes and places."""
+    leaves, tree = jax.tree.flatten(weights)
+    return tree, tuple((leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves)
+
+
+def checked_like(weights: Weights, others: Weights) -> Weights:
+    """Returns `weights`; raises UserError if the programs for `others` do not take them."""
+    if form(weights) != form(others):
+        raise UserError(
+            "weights of other names, shapes, dtypes or devices than the engine has: expected the same ones with other "
+            "numbers. Make a new engine."
+        )
+    return weights
+
+
 def programs_for(
     definition: nnx.GraphDef,
     weights: Weights,
@@ -317,9 +334,7 @@ def programs_for(
     compiler_options: dict[str, str | bool] | None = None,
 ) -> Programs:
     """Returns the `Programs` for weights like these: the ones that another engine has, if there is one."""
-    leaves, tree = jax.tree.flatten(weights)
-    like = [(leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves]
     where = (replicas.mesh, replicas.definition) if replicas else ()
     options = tuple(sorted((compiler_options or {}).items()))
-    key = definition, tree, tuple(like), sizes, matmul_precision, where, options
+    key = definition, form(weights), sizes, matmul_precision, where, options
     return _KNOWN.setdefault(key, Programs(definition, sizes, matmul_precision, replicas, compiler_options))

@@ -3,6 +3,7 @@
 import itertools
 import math
 import threading
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -13,9 +14,11 @@ from deepseek_jax.abstract_model import abstract_module
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import split
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.serve import batches
 from deepseek_jax.serve.engine import Engine, Sampling
 from deepseek_jax.serve.loads import ExpertLoads
 from deepseek_jax.serve.programs import programs_for
+from deepseek_jax.serve.scheduler import Part
 
 DRAW = np.random.default_rng(0)
 PROMPTS = [DRAW.integers(0, 200, n).tolist() for n in (1, 3, 17, 9, 8, 20)]
@@ -408,7 +411,7 @@ def test_replicas_of_busy_experts_change_no_text(network, engine, alone):
         assert (slot_ER[load_E.argmax()] >= 0).sum() > 1, "the busiest expert has a replica"
     assert run(made, [Sampling(10)] * len(PROMPTS))[1] == [[*ids, "length"] for ids in alone]
     with pytest.raises(UserError, match="3 redundant experts for tiny_v3 over 2 devices"):
-        on_mesh.replicas(network.config, network.definition, network.weights, mesh, redundant._replace(n=3))
+        on_mesh.replicas(network.config, network.definition, network.weights, mesh, replace(redundant, n=3))
 
 
 @pytest.mark.parametrize(
@@ -437,6 +440,47 @@ def test_devices_that_share_the_experts_give_the_same_text(network, engine, alon
         return [*found, Sampling(8, constraint=Ladder(1)), Sampling(8, temperature=1.5, seed=3, constraint=Ladder(4))]
 
     assert run(made, drawn(), PROMPTS[:6])[1] == run(engine(), drawn(), PROMPTS[:6])[1] and all_free(made)
+
+
+def test_replicas_of_experts_whose_loads_are_not_given_are_refused(network):
+    mesh = make_mesh(1, 2, jax.devices()[:2])
+    with pytest.raises(UserError, match="loads of blocks: expected those of moe_blocks"):
+        redundant = on_mesh.Redundant(2, {"blocks": np.ones((1, 8))})
+        on_mesh.replicas(network.config, network.definition, network.weights, mesh, redundant)
+
+
+def test_engines_with_the_same_programs_keep_their_own_replicas(network):
+    """Both place new weights by their own loads; nothing runs."""
+    mesh, made = make_mesh(1, 2, jax.devices()[:2]), []
+    for busiest in (0, 5):
+        load_LE = np.ones((1, 8)) + 9 * (np.arange(8) == busiest)
+        redundant = on_mesh.Redundant(2, {"moe_blocks": np.repeat(load_LE, 2, axis=0)})
+        assert redundant != replace(redundant)
+        replicas = on_mesh.replicas(network.config, network.definition, network.weights, mesh, redundant)
+        definition = on_mesh.with_slots(network.config, network.definition, network.weights, redundant)
+        weights = replicas.place(network.weights)
+        options = {"page_size": 8, "n_rows": 2, "chunk": 16, "n_pages": 6, "replicas": replicas}
+        made.append(Engine(definition, weights, 32, **options))
+        slot_ER = np.asarray(made[-1].replicas.place(network.weights)[1]["moe_blocks"]["experts"]["slot_ER"])[0]
+        assert (slot_ER[busiest] >= 0).sum() > 1
+    assert made[0].programs is made[1].programs and made[0].replicas is not made[1].replicas
+
+
+def test_weights_of_another_dtype_are_not_taken_by_an_engine(engine, network):
+    made = engine()
+    with pytest.raises(UserError, match="weights of other names, shapes, dtypes"):
+        made.replace_weights(jax.tree.map(lambda w: w.astype(np.float16), network.weights))
+
+
+def test_prompts_of_one_padded_length_are_computed_together():
+    """A long one is by itself; a part that continues a prompt does not go before what it may read."""
+    lengths = (10, 1900, 9, 16, 1100, 17)
+    parts = [Part(None, 0, n, 0) for n in lengths] + [Part(None, 64, n, 0) for n in (9, 12, 40, 9)]
+    groups = batches.together(parts, 3, lambda part: False)
+    assert [[(part.start, part.n_tokens) for part in group] for group in groups] == [
+        [(0, 10), (0, 9), (0, 16)], [(0, 1900), (0, 1100)], [(0, 17)], [(64, 9), (64, 12)], [(64, 40)], [(64, 9)],
+    ]  # fmt: skip
+    assert len(batches.together(parts[:3], 1, lambda part: False)) == 3
 
 
 def test_a_mesh_that_divides_more_than_rows_and_experts_is_refused(network):
