@@ -34,7 +34,7 @@ TABLE = {
     },
     "token_experts": {  # of a step of one token, whose weights lie in the stack of all layers
         "xla": "deepseek_jax.layers.grouped:by_three_products",  # each by `grouped_matmul`
-        "mosaic_gpu": "deepseek_jax.layers.grouped:in_one_pass_on_hopper",  # Hopper, bf16; multiples of 256 (model) and 64
+        "mosaic_gpu": "deepseek_jax.layers.grouped:in_one_pass_on_hopper",  # Hopper, bf16, multiples of 256 and 64
     },
     "coded_matmul": {  # with weights that stay in FP8
         "xla": "deepseek_jax.precision.fp8_weight_kernels:by_xla",
