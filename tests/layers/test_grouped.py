@@ -161,7 +161,7 @@ def dense_and_of_layer(arguments, weights, stacks) -> tuple:
 
 @pytest.mark.parametrize("experts", [[2, 0], [X, 3]])
 def test_the_kernel_of_one_token_is_given_the_matrices_of_its_layer(inputs, experts, monkeypatch):
-    """By the definition of the kernel; the other layer differs, and number X is no expert and gives nothing."""
+    """By the definition of the kernel; the other layer differs, and number X, "none", gives nothing."""
     x_MD, weights_MK, *weights = inputs
     stacks = [OfLayer(np.stack([w + 1, w]), 1) for w in weights]
     reference = functools.partial(token_experts.experts, implementation="reference")
