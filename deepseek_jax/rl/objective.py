@@ -95,8 +95,8 @@ def drawn_logp(h_BTD: jax.Array, model: Any, batch: Answers, temperature: float,
         logp_BTV = kept_log_softmax(logits_BTV, kept_BTV | ~is_target_BT[..., None])
         logp_BT = jnp.take_along_axis(logp_BTV, jnp.maximum(targets_BT, 0)[..., None], axis=-1)[..., 0]
         return jnp.where(is_target_BT, logp_BT, 0.0)
-    h_MD = h_BTD.reshape(-1, h_BTD.shape[-1]) / temperature
-    return -token_nll(h_MD, model.head.weight_DV[...], targets_BT.reshape(-1), chunk).reshape(targets_BT.shape)
+    h_MD, targets_M = h_BTD.reshape(-1, h_BTD.shape[-1]), targets_BT.reshape(-1)
+    return -token_nll(h_MD, model.head.weight_DV[...], targets_M, chunk, temperature).reshape(targets_BT.shape)
 
 
 class Measured(NamedTuple):

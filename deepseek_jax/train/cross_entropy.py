@@ -30,10 +30,10 @@ def _chunks(h_MD: jax.Array, targets_M: jax.Array, weights_M: jax.Array, chunk: 
 
 
 def _nll(
-    h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, vocabulary: Vocabulary
+    h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, vocabulary: Vocabulary, temperature: float
 ) -> tuple[jax.Array, jax.Array]:
     """(nll_M, softmax probabilities_MV) of one chunk; the nll of an ignored row means nothing."""
-    logits_MV = jnp.einsum("MD,DV->MV", h_MD, weight_DV, preferred_element_type=jnp.float32)
+    logits_MV = jnp.einsum("MD,DV->MV", h_MD, weight_DV, preferred_element_type=jnp.float32) / temperature
     highest_M = vocabulary.largest(jnp.max(logits_MV, axis=-1))
     shifted_MV = jnp.exp(logits_MV - highest_M[:, None])
     total_M = vocabulary.total(jnp.sum(shifted_MV, axis=-1))
@@ -42,10 +42,15 @@ def _nll(
 
 
 def _chunk_loss(
-    h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, weights_M: jax.Array, vocabulary: Vocabulary
+    h_MD: jax.Array,
+    weight_DV: jax.Array,
+    targets_M: jax.Array,
+    weights_M: jax.Array,
+    vocabulary: Vocabulary,
+    temperature: float = 1.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(summed loss, softmax probabilities_MV, weight of each row: 0 without a target) of one chunk."""
-    nll_M, probabilities_MV = _nll(h_MD, weight_DV, targets_M, vocabulary)
+    nll_M, probabilities_MV = _nll(h_MD, weight_DV, targets_M, vocabulary, temperature)
     weights_M = jnp.where(targets_M != IGNORE, weights_M, 0.0)
     return jnp.sum(jnp.where(weights_M != 0, weights_M * nll_M, 0.0)), probabilities_MV, weights_M
 
@@ -86,13 +91,14 @@ def _forward(
     weights_M: jax.Array,
     chunk: int,
     vocabulary: Vocabulary,
+    temperature: float = 1.0,
 ) -> tuple[jax.Array, tuple]:
     weight = weight_DV.astype(h_MD.dtype)
     summed = h_MD.dtype if vocabulary.axis is None else jnp.float32  # d_h is rounded once
 
     def body(carry: tuple, part: tuple) -> tuple[tuple, jax.Array]:
         (total, d_weight_DV), (h, targets, weights) = carry, part
-        loss, probabilities_MV, weights = _chunk_loss(h, weight, targets, weights, vocabulary)
+        loss, probabilities_MV, weights = _chunk_loss(h, weight, targets, weights, vocabulary, temperature)
         is_target_MV = jnp.arange(weight.shape[1]) == vocabulary.index(targets, weight.shape[1])[:, None]
         d_logits_MV = ((probabilities_MV - is_target_MV) * weights[:, None]).astype(h.dtype)
         d_h_MD = jnp.einsum("MV,DV->MD", d_logits_MV, weight, preferred_element_type=summed)
@@ -114,29 +120,35 @@ def _backward(chunk: int, vocabulary: Vocabulary, saved: tuple, g: jax.Array) ->
 cross_entropy.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def token_nll(h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, chunk: int) -> jax.Array:
-    """nll_M, float32: -log softmax(h W)[target] of every token, in nats; 0 where the target is -1.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def token_nll(
+    h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, chunk: int, temperature: float = 1.0
+) -> jax.Array:
+    """nll_M, float32: -log softmax(h W / temperature)[target] of every token, in nats; 0 where the target is -1.
 
-    For a loss that is not a sum with constant weights (`cross_entropy` makes that faster). Arguments as there.
+    For a loss that is not a sum with constant weights (`cross_entropy` makes that faster). Arguments as there; the
+    temperature divides the logits, in float32, as where tokens are drawn.
     """
     weight, zeros_M = weight_DV.astype(h_MD.dtype), jnp.zeros(targets_M.shape, jnp.float32)
 
     def body(_: None, part: tuple) -> tuple[None, jax.Array]:
         h, targets, _ = part
-        return None, jnp.where(targets != IGNORE, _nll(h, weight, targets, WHOLE)[0], 0.0)
+        return None, jnp.where(targets != IGNORE, _nll(h, weight, targets, WHOLE, temperature)[0], 0.0)
 
     return jax.lax.scan(body, None, _chunks(h_MD, targets_M, zeros_M, chunk))[1].reshape(-1)[: targets_M.shape[0]]
 
 
-def _token_forward(h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, chunk: int) -> tuple[jax.Array, tuple]:
-    return token_nll(h_MD, weight_DV, targets_M, chunk), (h_MD, weight_DV, targets_M)
+def _token_forward(
+    h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, chunk: int, temperature: float
+) -> tuple[jax.Array, tuple]:
+    return token_nll(h_MD, weight_DV, targets_M, chunk, temperature), (h_MD, weight_DV, targets_M)
 
 
-def _token_backward(chunk: int, saved: tuple, g_M: jax.Array) -> tuple:
-    """By the chain rule that of `cross_entropy` with the weights g, which are known by now."""
+def _token_backward(chunk: int, temperature: float, saved: tuple, g_M: jax.Array) -> tuple:
+    """By the chain rule that of `cross_entropy` with the weights g / temperature, which are known by now."""
     h_MD, weight_DV, targets_M = saved
-    _, (d_h_MD, d_weight_DV, like) = _forward(h_MD, weight_DV, targets_M, g_M, chunk, WHOLE)
+    g_M = g_M / temperature
+    _, (d_h_MD, d_weight_DV, like) = _forward(h_MD, weight_DV, targets_M, g_M, chunk, WHOLE, temperature)
     return d_h_MD, d_weight_DV.astype(like.dtype), None
 
 

@@ -13,7 +13,7 @@ import pytest
 from deepseek_jax.data.chat import template
 from deepseek_jax.errors import UserError
 from deepseek_jax.rl.problems import Problem
-from deepseek_jax.rl.rewards import Response, Rewards, rules
+from deepseek_jax.rl.rewards import NOTHING_TO_SAY, Response, Rewards, rules
 from deepseek_jax.rl.rewards.processes import Failed, Workers
 from deepseek_jax.rl.rewards.verifiers import VERIFIERS
 
@@ -171,6 +171,7 @@ def test_what_cannot_be_verified_has_no_total():
     with Rewards({"accuracy": 1.0, "format": 0.5}) as rewards:
         score, other = rewards.score([problem("?", "number"), problem("8", "number")], [response("8", "a")] * 2)
     assert score.total is None and score.parts == {"accuracy": None, "format": 1.0} and other.total == 1.5
+    assert rewards.failures == {f"kind number: {NOTHING_TO_SAY}": 1}
     with Rewards({"accuracy": 0.0, "format": 0.5}) as rewards:
         assert rewards.score([problem("?", "number")], [response("8", "a")])[0].total == 0.5
 

@@ -74,17 +74,19 @@ def test_bfloat16_activations(inputs):
 
 @pytest.mark.parametrize("chunk", [4, 64])
 def test_any_function_of_the_tokens_losses(inputs, chunk):
-    """`token_nll` and its gradients under a function that is not linear in them."""
+    """`token_nll` and its gradients under a function that is not linear in them, at a temperature."""
     h, weight, targets, _ = inputs
+    temperature = 0.7
 
     def through(nll):
         return lambda h, weight: jnp.sum(jnp.where(targets >= 0, jnp.tanh(nll(h, weight)) ** 2, 0.0))
 
     def all_at_once(h, weight):
-        return -jnp.take_along_axis(jax.nn.log_softmax(h @ weight), jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
+        logp_MV = jax.nn.log_softmax(h @ weight / temperature)
+        return -jnp.take_along_axis(logp_MV, jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
 
     def chunked(h, weight):
-        return token_nll(h, weight, targets, chunk)
+        return token_nll(h, weight, targets, chunk, temperature)
 
     nll_M = jax.jit(chunked)(h, weight)
     np.testing.assert_allclose(nll_M, np.where(targets >= 0, all_at_once(h, weight), 0), rtol=1e-5)
@@ -93,6 +95,10 @@ def test_any_function_of_the_tokens_losses(inputs, chunk):
     found = jax.jit(jax.grad(through(chunked), argnums=(0, 1)))(h, weight)
     for got, expected in zip(found, right, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+    rounded = jnp.asarray(h, jnp.bfloat16), jnp.asarray(weight, jnp.bfloat16)
+    expected = all_at_once(*(x.astype(jnp.float32) for x in rounded))
+    given = targets >= 0  # the temperature rounds nothing: it divides logits, which are float32
+    np.testing.assert_allclose(jax.jit(chunked)(*rounded)[given], expected[given], rtol=1e-5)
 
 
 def test_the_weighted_sum_is_that_of_the_tokens_losses(inputs):

@@ -87,16 +87,19 @@ class Rewards:
             if response.is_finished and problem.kind in SLOW:
                 slow.append(n)
             elif response.is_finished:
-                found[n] = VERIFIERS[problem.kind](problem.answer, response.content)
+                found[n] = self._known(problem.kind, verify(problem.kind, problem.answer, response.content))
         calls = [(problems[n].kind, problems[n].answer, responses[n].content) for n in slow]
         shares = [len(problems[n].answer) if problems[n].kind == "code" else 1 for n in slow]
         for n, result in zip(slow, self._workers.map(verify, calls, shares), strict=True):
-            found[n] = None if isinstance(result, Failed) else result
-            if isinstance(result, Failed):
-                self.failures[f"kind {problems[n].kind}: {result.reason}"] += 1
-            elif result is None:
-                self.failures[f"kind {problems[n].kind}: {NOTHING_TO_SAY}"] += 1
+            found[n] = self._known(problems[n].kind, result)
         return found
+
+    def _known(self, kind: str, result: float | Failed | None) -> float | None:
+        """Returns the result of a verifier, None if there is none, and counts why."""
+        if isinstance(result, float):
+            return result
+        self.failures[f"kind {kind}: {result.reason if isinstance(result, Failed) else NOTHING_TO_SAY}"] += 1
+        return None
 
     def _check(self, kinds: set[str]) -> None:
         """Raises UserError for kinds that cannot be verified here; each is checked once."""
