@@ -1,6 +1,7 @@
 """Programs of a model: they compute, and nothing else; each ends within its limit."""
 
 import os
+import platform
 import socket
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 from deepseek_jax.errors import UserError
 from deepseek_jax.rl.problems import Problem
 from deepseek_jax.rl.rewards import Response, Rewards, sandbox
+from deepseek_jax.rl.rewards.confined import ALLOWED
 from deepseek_jax.rl.rewards.sandbox import DIED, FINISHED, NOT_STARTED, TOO_LONG, TOO_MUCH, Limits
 from deepseek_jax.rl.rewards.verifiers import code
 
@@ -48,6 +50,32 @@ def test_what_only_looks_like_a_program_that_passes_is_not():
     assert [code(TESTS, answer(program)) for program in programs] == [0.0] * len(programs)
     for content in ("", "5", "```\nprint(5)\n```", "```python\nprint(5)", "print(5)"):
         assert code(TESTS, content) == 0.0
+
+
+# Calls that reach beyond the process, by their numbers on (x86-64, arm64).
+REACHING = {
+    "clone": (56, 220), "clone3": (435, 435), "execve": (59, 221), "execveat": (322, 281), "openat": (257, 56),
+    "openat2": (437, 437), "socket": (41, 198), "connect": (42, 203), "sendto": (44, 206), "kill": (62, 129),
+    "tgkill": (234, 131), "pidfd_send_signal": (424, 424), "shmget": (29, 194), "memfd_create": (319, 279),
+    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "prctl": (157, 167),
+    "prlimit64": (302, 261), "ioctl": (16, 29), "io_uring_setup": (425, 425), "mount": (165, 40), "unshare": (272, 97),
+    "bpf": (321, 280),
+}  # fmt: skip
+
+
+def test_the_kernel_refuses_every_call_that_is_not_allowed():
+    """None that reaches beyond the process is allowed; of the others each number is tried, those of x32 as well."""
+    for machine, numbers in zip(("x86_64", "aarch64"), zip(*REACHING.values(), strict=True), strict=True):
+        assert not ALLOWED[machine] & set(numbers)
+    allowed = ALLOWED[platform.machine()] | {335, 336}  # uretprobe, uprobe: the kernel's own, they end the program
+    numbers = [n for start in (0, 0x40000000) for n in range(start, start + 600) if n not in allowed]
+    program = (
+        "import ctypes\n"
+        "syscall = ctypes.CDLL(None, use_errno=True).syscall\n"
+        f"made = [n for n in {numbers} if syscall(n, -1, -1, -1, -1, -1, -1) != -1 or ctypes.get_errno() != 1]\n"
+        "print(made)"
+    )
+    assert sandbox.run(program) == (FINISHED, "[]\n")
 
 
 def ended(kind, ran):
