@@ -135,7 +135,7 @@ class PublishedWeights:
 
 
 def _in_format(state: Tree, weights: str) -> Tree:
-    """The state with the weights that releases store in FP8 quantised, if they shall be."""
+    """The state with the weights that releases store in FP8 quantised, where `weights` is "fp8"."""
     return fp8_weights.quantized(state) if weights == "fp8" else state
 
 
