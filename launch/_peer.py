@@ -6,7 +6,7 @@ import os
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from deepseek_jax.errors import UserError
 
@@ -33,7 +33,7 @@ class PeerProcess:
             self.__exit__()
             raise
 
-    def __enter__(self) -> "PeerProcess":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:

@@ -6,7 +6,7 @@ with Progress("convert", total_bytes, done=bytes_of_an_earlier_start) as progres
 
 import sys
 import time
-from typing import Any
+from typing import Any, Self
 
 from deepseek_jax.streams import is_terminal
 from deepseek_jax.units import duration
@@ -29,7 +29,7 @@ class Progress:
         self._bar: Any = None
         self._task: Any = None
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Self:
         if is_terminal(sys.stderr):
             from rich import progress
             from rich.console import Console

@@ -37,7 +37,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from ml_collections import ConfigDict
 
@@ -263,7 +263,7 @@ class Layout:
             )
         self._failure = ""
 
-    def __enter__(self) -> "Layout":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import jax
 
@@ -59,7 +59,7 @@ class Peers:
         self._beat, self._parted = "", False
         self._failed: tuple[float, str] | None = None  # when and why a process left
 
-    def __enter__(self) -> "Peers":
+    def __enter__(self) -> Self:
         if self._store is not None:
             for work in (self._talk, self._judge):
                 threading.Thread(target=work, name=f"peers{work.__name__}", daemon=True).start()

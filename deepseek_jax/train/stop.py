@@ -13,6 +13,7 @@ import os
 import signal
 import time
 from types import FrameType
+from typing import Self
 
 from deepseek_jax import streams
 
@@ -33,7 +34,7 @@ class StopRequest:
         self.is_running = False
         self._ctrl_c, self._last_s = 0, 0.0
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> Self:
         kept = [number for number in SIGNALS if number != getattr(signal, "SIGHUP", None) or not _is_ignored(number)]
         self._before = {number: signal.signal(number, self._note) for number in kept}
         return self

@@ -4,6 +4,7 @@ import os
 import stat
 import weakref
 from pathlib import Path
+from typing import Self
 
 from deepseek_jax.convert.safetensors.format import IO_BYTES
 from deepseek_jax.errors import UserError
@@ -65,7 +66,7 @@ class OpenFile:
             "start again."
         )
 
-    def __enter__(self) -> "OpenFile":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

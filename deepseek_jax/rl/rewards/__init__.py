@@ -12,7 +12,7 @@ Then the total is None too, and the response is left out of what is learnt, rath
 import collections
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.rl.problems import Problem
@@ -63,7 +63,7 @@ class Rewards:
         self._checked: set[str] = set()
         self.failures: collections.Counter[str] = collections.Counter()
 
-    def __enter__(self) -> "Rewards":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

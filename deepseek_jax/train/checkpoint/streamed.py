@@ -33,7 +33,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import ml_dtypes  # noqa: F401 - numpy learns the names of bfloat16 and the float8s
 import numpy as np
@@ -101,7 +101,7 @@ class StreamedStep:
         self.resumed = bool(self._done)
         self._writers = ThreadPoolExecutor(THREADS, "write")
 
-    def __enter__(self) -> "StreamedStep":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:
