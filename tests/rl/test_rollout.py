@@ -236,7 +236,7 @@ def first_update(learner, state):
 @pytest.mark.slow
 def test_the_verb_trains_a_base_and_improves_it(tmp_path, monkeypatch, capsys):
     """With a base of a few steps: it can do nothing, and the run says so; a second call has nothing left to do."""
-    from deepseek_jax.launch import rl
+    from deepseek_jax.launch import _sums_base, rl
 
     config = tmp_path / "nano.py"
     config.write_text(
@@ -255,8 +255,8 @@ def test_the_verb_trains_a_base_and_improves_it(tmp_path, monkeypatch, capsys):
         "    c.loop.steps = 3\n"
         "    return c\n"
     )
-    monkeypatch.setattr(rl, "BASE", str(base))
-    monkeypatch.setattr(rl, "BASE_TEXT", 500)
+    monkeypatch.setattr(_sums_base, "BASE", str(base))
+    monkeypatch.setattr(_sums_base, "BASE_TEXT", 500)
     words = [f"--config={config}", f"--workdir={tmp_path / 'run'}", "--config.mesh.data=1"]
     assert rl.main(words) == 0
     printed = capsys.readouterr().out
@@ -276,25 +276,27 @@ def test_the_verb_trains_a_base_and_improves_it(tmp_path, monkeypatch, capsys):
 
 
 def test_the_verb_checks_its_settings(tmp_path, monkeypatch):
-    from deepseek_jax.launch import rl
+    from deepseek_jax.launch import _reinforcement, _sums_base, rl
 
     workdir = f"--workdir={tmp_path / 'run'}"
     with pytest.raises(UserError, match=r"needs a model that can solve some of them. Name a run"):
         rl.main([workdir, "--config.rl.problems=rg:leg_counting"])
     config = run_config.load("tiny_zero")
-    monkeypatch.setattr(rl, "BASE_TEXT", 2)
-    assert rl.write_text(config, tmp_path / "text.jsonl") == rl.write_text(config, tmp_path / "text.jsonl")
+    monkeypatch.setattr(_sums_base, "BASE_TEXT", 2)
+    assert _sums_base.write_text(config, tmp_path / "text.jsonl") == _sums_base.write_text(
+        config, tmp_path / "text.jsonl"
+    )
     config.seed += 1
     with pytest.raises(UserError, match=r"holds a base that has read about other problems.*sums:6 0.1, seed 0"):
-        rl.write_text(config, tmp_path / "text.jsonl")
+        _sums_base.write_text(config, tmp_path / "text.jsonl")
     config.rl.updates = 3
     with pytest.raises(UserError, match=r"16 questions x 8 answers do not divide into 3 updates on 2 devices"):
-        rl.check_rows(config, 2)
+        _reinforcement.check_rows(config, 2)
     config.ema.decay = 0.9
     with pytest.raises(UserError, match=r"config.ema.decay=0.9: reinforcement learning keeps no average"):
-        rl.check_sizes(config, 1)
+        _reinforcement.check_sizes(config, 1)
     config.mesh.pipe = 2
     with pytest.raises(UserError, match=r"config.mesh.pipe=2: answers are drawn on whole models"):
-        rl.check_sizes(config, 1)
+        _reinforcement.check_sizes(config, 1)
     with pytest.raises(UserError, match="2 processes: reinforcement learning runs in one"):
-        rl.check_sizes(run_config.load("tiny_zero"), 2)
+        _reinforcement.check_sizes(run_config.load("tiny_zero"), 2)

@@ -1,0 +1,177 @@
+"""Reinforcement learning as verbs use it: the programs of a run, and the run from its config to its last checkpoint."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ml_collections import ConfigDict
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.launch import _beginning
+from deepseek_jax.launch._training import report_end
+
+if TYPE_CHECKING:
+    from deepseek_jax.parallel.peers import Peers
+    from deepseek_jax.rl.problems import Problems
+    from deepseek_jax.rl.rewards import Rewards
+    from deepseek_jax.rl.step import Learner
+    from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
+    from deepseek_jax.train.stop import StopRequest
+
+FIXED = ("rl.problems", "rl.holdout_rate", "rl.questions", "rl.answers", "rl.updates")
+
+
+def inherit_template(config: ConfigDict) -> None:
+    """Takes the chat template of the run to begin with, unless one is named; published weights bring theirs."""
+    from deepseek_jax.weights import is_published, open_weights
+
+    if not config.data.chat_template and not is_published(config.run.init_from):
+        config.data.chat_template = open_weights(config.run.init_from).config.data.chat_template
+
+
+def open_problems(config: ConfigDict) -> "Problems":
+    """Returns the problems of a run."""
+    from deepseek_jax.rl import problems
+
+    return problems.open_problems(config.rl.problems, config.seed, config.rl.holdout_rate)
+
+
+def train(config: ConfigDict, workdir: Path, stop: "StopRequest", again: str, peers: "Peers") -> bool:
+    """Trains until the last step or until `stop` is asked for; returns whether the last state has been saved."""
+    import jax
+
+    from deepseek_jax.rl.loop import Loop, LoopConfig
+    from deepseek_jax.rl.rewards import Rewards
+    from deepseek_jax.saved_config import to_json
+    from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
+    from deepseek_jax.train.metrics import Metrics
+
+    rl = config.rl
+    with (
+        Rewards(used(rl.rewards), rl.verifiers, rl.verify_s) as rewards,
+        Checkpointer(workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
+        peers.guard(stop),
+    ):
+        learner = prepare(config, rewards)
+        meta = {"config": to_json(config), "problems": learner.problems.fingerprint}
+        start, state = resumed(config, learner, checkpoints, workdir)
+        kind, n_devices = jax.devices()[0].device_kind, learner.trainer.mesh.size
+        with Metrics(workdir, config.loop.steps, start_step=start, device_kind=kind, n_devices=n_devices) as metrics:
+            metrics.message(headline(config, learner, workdir, start))
+            if start >= config.loop.steps:
+                metrics.message(f"This run has reached step {start}. To continue: --config.loop.steps={2 * start}")
+                return True
+            when = LoopConfig(
+                **{key: config.loop[key] for key in ("steps", "log_every", "eval_every", "max_skipped")},
+                checkpoint_every=config.checkpoint.every,
+                refresh_every=rl.refresh_every,
+                eval_problems=rl.eval_problems,
+            )
+            loop = Loop(learner, when, checkpoints=checkpoints, metrics=metrics, meta=meta, workdir=workdir)
+            if state is None:
+                from deepseek_jax import run
+
+                state = loop.begin(run.first_state(config, learner.trainer, workdir, metrics.message))
+            _, done = loop.run(state, start, stop)
+            return report_end(done, config.loop.steps, checkpoints, metrics, again)
+
+
+def used(rewards: ConfigDict) -> dict[str, float]:
+    """Returns the weights of rewards; accuracy and format are reported even at weight 0."""
+    return {name: weight for name, weight in rewards.items() if weight or name in ("accuracy", "format")}
+
+
+def prepare(config: ConfigDict, rewards: "Rewards") -> "Learner":
+    """Returns the programs of a run. Raises UserError for settings that do not suit one another."""
+    import jax
+
+    from deepseek_jax import run
+    from deepseek_jax.data.conversations import template_name
+    from deepseek_jax.data.tokenizer import open_tokenizer
+    from deepseek_jax.parallel.mesh import make_mesh
+    from deepseek_jax.rl.grpo import GRPO
+    from deepseek_jax.rl.objective import PolicyGradient
+    from deepseek_jax.rl.step import Learner, StepSizes
+    from deepseek_jax.rl.turns import Turns
+
+    if config.precision == "fp32":  # GPUs and TPUs would otherwise round the operands of a matmul
+        jax.config.update("jax_default_matmul_precision", "highest")
+    rl = config.rl
+    check_sizes(config, jax.process_count())
+    _beginning.check_sizes(config)
+    tokenizer = open_tokenizer(config.data.tokenizer)
+    run.check_vocabulary(config, tokenizer)
+    name = template_name(config.data.chat_template, config.data.tokenizer)
+    turns = Turns(tokenizer, name, rl.thinking, rl.longest_prompt, rl.longest_answer)
+    objective = PolicyGradient(GRPO(**rl.grpo), rl.temperature, config.loss.chunk)
+    trainer = run.trainer(config, make_mesh(**config.mesh), objective)
+    sizes = StepSizes(rl.questions, rl.answers, rl.updates, rl.temperature, rl.top_p)
+    check_rows(config, trainer.mesh.size)
+    return Learner(trainer, turns, open_problems(config), rewards, sizes, config.seed)
+
+
+def check_sizes(config: ConfigDict, n_processes: int) -> None:
+    """Raises UserError for meshes on which answers cannot be drawn."""
+    for axis in ("pipe", "context"):
+        if config.mesh[axis] > 1:
+            raise UserError(
+                f"config.mesh.{axis}={config.mesh[axis]}: answers are drawn on whole models and sequences. Set "
+                f"config.mesh.{axis}=1, and spread the experts (config.mesh.expert) or the answers (config.mesh.data)."
+            )
+    if config.ema.decay:
+        raise UserError(
+            f"config.ema.decay={config.ema.decay:g}: reinforcement learning keeps no average of weights. Set it to 0."
+        )
+    if n_processes > 1:
+        raise UserError(f"{n_processes} processes: reinforcement learning runs in one. Start it on one machine.")
+
+
+def check_rows(config: ConfigDict, n_devices: int) -> None:
+    """Raises UserError unless the answers of an update divide over the devices and micro-batches."""
+    rl = config.rl
+    multiple = rl.updates * n_devices * config.pipeline.micro_batches
+    if rl.questions * rl.answers % multiple:
+        raise UserError(
+            f"config.rl: {rl.questions} questions x {rl.answers} answers do not divide into {rl.updates} updates on "
+            f"{n_devices} devices with {config.pipeline.micro_batches} micro-batches. Choose a multiple of {multiple}."
+        )
+
+
+def resumed(
+    config: ConfigDict, learner: "Learner", checkpoints: "Checkpointer", workdir: Path
+) -> tuple[int, dict | None]:
+    """Returns the step of the latest checkpoint and its state; (0, None) without one."""
+    from deepseek_jax import run
+    from deepseek_jax.rl.loop import REFERENCE, TAKEN_AT
+    from deepseek_jax.saved_config import from_json
+
+    if checkpoints.latest() is None:
+        return 0, None
+    saved = checkpoints.read_meta()[1]
+    if "problems" not in saved:
+        raise UserError(f"{workdir} holds another kind of run. Give this one a --workdir of its own.")
+    for change in run.differences(from_json(saved["config"]), config):
+        if change.startswith(("family", "model.", "seed", *FIXED)):
+            raise UserError(
+                f"{workdir} holds a run of other settings: config.{change}. "
+                "Give the same value to continue it, or another --workdir to start anew."
+            )
+    if saved["problems"] != learner.problems.fingerprint:
+        raise UserError(f"{workdir} holds a run on other problems. Give the same ones, or another --workdir.")
+    expected = learner.trainer.stored
+    if config.rl.grpo.beta > 0:
+        expected = expected | {REFERENCE: expected["params"], TAKEN_AT: expected["step"]}
+    start, stored, _ = checkpoints.restore(expected)
+    return start, learner.trainer.load(stored)
+
+
+def headline(config: ConfigDict, learner: "Learner", workdir: Path, start: int) -> str:
+    """Returns the lines that a run prints before its first step."""
+    rl, begin = config.rl, f"resuming from step {start}" if start else f"from {config.run.init_from}"
+    rewards = ", ".join(f"{weight:g} x {name}" for name, weight in rl.rewards.items() if weight)
+    return "\n".join(
+        [
+            f"{config.name}: {learner.trainer.n_params:,} parameters, {config.precision}, {begin}, in {workdir}",
+            f"{rl.questions} problems of {rl.problems} x {rl.answers} answers per step, reward: {rewards}",
+            "the first step compiles for a while",
+        ]
+    )

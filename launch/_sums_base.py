@@ -1,0 +1,58 @@
+"""A base model for the built-in problems, trained on text of mixed quality about them."""
+
+import itertools
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from deepseek_jax import run_config
+from deepseek_jax.errors import UserError
+from deepseek_jax.launch._reinforcement import open_problems
+from deepseek_jax.launch._training import execute
+
+BASE = "tiny_sums"
+BASE_TEXT = 24_000  # conversations that the base reads
+
+
+def train_base(config: ConfigDict, workdir: Path, again: str) -> int | None:
+    """Trains the base of the built-in problems, unless that is done; returns None then, otherwise the exit code."""
+    from deepseek_jax.train.checkpoint.manifest import committed_steps
+
+    if config.rl.problems.partition(":")[0] != "sums":
+        raise UserError(
+            f"config.rl.problems={config.rl.problems} needs a model that can solve some of them. Name a run or "
+            "published weights: --config.run.init_from=DIR."
+        )
+    base = run_config.load(BASE)
+    for key in ("seed", "precision", "model", "mesh", "sharding", "kernels"):
+        base[key] = config[key]
+    base.data.source = str(write_text(config, workdir / "text.jsonl"))
+    base.data.cache_dir = str(workdir / "tokens")
+    if base.loop.steps in committed_steps(workdir / "checkpoints"):
+        return None
+    print(f"first a base model, which reads {BASE_TEXT:,} answers of mixed quality, in {workdir}", flush=True)
+    code = execute(run_config.validate(base), workdir, sample=False, again=again)
+    return None if not code and base.loop.steps in committed_steps(workdir / "checkpoints") else code
+
+
+def write_text(config: ConfigDict, path: Path) -> Path:
+    """Writes the text of the base, conversations about problems that are not held out; returns where it is."""
+    from deepseek_jax.files import write_atomically
+    from deepseek_jax.rl import sums
+
+    problems = open_problems(config)
+    about, note = f"{problems.fingerprint}, seed {config.seed}\n", path.with_name("problems.txt")
+    if note.exists() and note.read_text(encoding="utf-8") != about:
+        raise UserError(
+            f"{path.parent} holds a base that has read about other problems (share held out, seed): "
+            f"{note.read_text(encoding='utf-8').strip()}. Expected: {about.strip()}. "
+            "Give the same settings, or another --workdir."
+        )
+    questions = (problems.training(number).messages[0]["content"] for number in itertools.count())
+    rows = sums.rows(itertools.islice(questions, BASE_TEXT))
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(note, about.encode())
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return path
