@@ -52,10 +52,13 @@ def show_sample(config: ConfigDict, workdir: Path) -> None:
     """Prints how to sample from the model, and one sample; that there is none does not fail the run."""
     import jax
 
+    from deepseek_jax.launch._answers import show_answers
+
     if jax.process_count() > 1:
         return
     if config.data.format == "conversations":
-        print(f"talk with it: deepseek-jax chat --workdir={workdir}", flush=True)
+        print(f"talk with it: deepseek-jax chat --workdir={workdir}\n", flush=True)
+        show_answers(config, workdir)
         return
     print(f"try it: deepseek-jax generate --workdir={workdir} --prompt='def '\n", flush=True)
     prompt = SAMPLE[: config.data.seq_len // 2] or " "

@@ -11,7 +11,7 @@ import deepseek_jax as dsj
 from deepseek_jax import run_config
 from deepseek_jax.data import chat
 from deepseek_jax.data.conversations import Encoder, unflatten
-from deepseek_jax.launch import export, train
+from deepseek_jax.launch import export, sft
 
 TEMPLATE = "{# is_last_user #}<｜User｜><｜Assistant｜>"  # what tells V3's from the others
 NANO = str(Path(__file__).parent / "train" / "nano_v3.py")
@@ -39,7 +39,7 @@ def tuned(tmp_path_factory):
     words += ["--config.loop.steps=40", "--config.loop.eval_every=20", "--config.loop.log_every=10"]
     words += ["--config.schedule.peak_rate=1e-2", "--config.schedule.warmup_steps=5"]
     words += ["--config.mesh.data=1", "--no-sample"]
-    assert train.main(words) == 0
+    assert sft.main(words) == 0
     assert export.main([f"--workdir={folder}/run", f"--to={folder}/out", "--dtype=fp32"]) == 0
     return folder
 

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from deepseek_jax.data import chat
-from deepseek_jax.data.rows import counts
+from deepseek_jax.data.rows import RowError, counts
 from deepseek_jax.data.tokenizer import MarkEncoder, Tokenizer
 from deepseek_jax.errors import UserError
 
@@ -144,17 +144,17 @@ class Encoder:
         self.fingerprint = hashlib.blake2b(kind.encode(), digest_size=16).hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Returns the `flatten`-ed examples of each conversation."""
-        found = [self._answers(text) for text in texts]
+        """Returns the `flatten`-ed examples of each conversation. Raises RowError if a template cannot express one."""
+        found = [self._answers(text, row) for row, text in enumerate(texts)]
         parts = [part for conversation in found for answer in conversation for side in answer for part in side]
         encoded = _Encoded(self._tokenizer, {part.text for part in parts if not part.is_mark})
         return [flatten(join(conversation, encoded)) for conversation in found]
 
-    def _answers(self, text: str) -> list[Answer]:
+    def _answers(self, text: str, row: int) -> list[Answer]:
         try:
             return answers(json.loads(text), self._template, self._train_on)
         except UserError as error:
-            raise UserError(f"{error}\nThe error is in the conversation that starts with {text[:160]}") from error
+            raise RowError(str(error), row) from error
 
 
 class _Encoded:

@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from deepseek_jax.data.compression import ENDINGS, content_type, damage, decompressed
 from deepseek_jax.data.fingerprints import fingerprint
@@ -28,6 +28,14 @@ LARGE_BYTES = 1 << 30  # a corpus that takes seconds to read
 TYPES = f"{' '.join(READERS)} (text and JSON also followed by {' or '.join(ENDINGS)})"
 
 
+class Portion(NamedTuple):
+    """A document in its file."""
+
+    text: str
+    n_file_bytes: int  # read since the previous document
+    where: str  # the file and the row, for messages
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Files that hold documents."""
@@ -40,17 +48,17 @@ class Corpus:
 
     def documents(self) -> Iterator[str]:
         """Yields the documents that are not empty, file by file."""
-        return (text for text, _ in self.portions())
+        return (portion.text for portion in self.portions())
 
-    def portions(self) -> Iterator[tuple[str, int]]:
-        """Yields each non-empty document and the bytes of its file read since the previous one."""
+    def portions(self) -> Iterator[Portion]:
+        """Yields each non-empty document."""
         for path in self.files:
             with _naming(path), open(path, "rb") as file:
                 before = 0
                 for row, where in READERS[content_type(path)](decompressed(file, path), self._columns(), str(path)):
                     if text := self._document(row, where).removeprefix("\ufeff"):  # a byte-order mark is not text
                         here = max(before, file.tell())
-                        yield text, here - before
+                        yield Portion(text, here - before, where)
                         before = here
 
     def _columns(self) -> tuple[str, ...]:

@@ -11,6 +11,20 @@ from typing import Any
 from deepseek_jax.data.messages import read
 from deepseek_jax.errors import UserError
 
+
+class RowError(UserError):
+    """What is wrong with one of several rows.
+
+    Args:
+        message: for the user.
+        row: which of the rows, from 0.
+    """
+
+    def __init__(self, message: str, row: int):
+        super().__init__(message)
+        self.row = row
+
+
 FORMATS = ("text", "conversations")
 CONVERSATION = ("messages", "tools", "thinking")  # fields of a row; the first is required
 
@@ -20,11 +34,8 @@ def format_of(row: Any, text_key: str, where: str) -> str:
 
     Raises UserError if it could have either, or it is a conversation in another spelling.
     """
-    if isinstance(row, dict) and "conversations" in row and not {"messages", text_key} & {*row}:
-        raise UserError(
-            f'{where} has "conversations". Rename it to "messages", with "role" (system, user, assistant, tool) and '
-            '"content" in place of "from" and "value".'
-        )
+    if isinstance(row, dict) and text_key not in row:
+        _check_spelling(row, where)
     if not isinstance(row, dict) or "messages" not in row:
         return "text"
     if text_key in row:
@@ -32,6 +43,15 @@ def format_of(row: Any, text_key: str, where: str) -> str:
             f"{where} has a text in {text_key!r} and messages too. Set data.format to text or conversations."
         )
     return "conversations"
+
+
+def _check_spelling(row: dict, where: str) -> None:
+    """Raises UserError for a conversation in another spelling."""
+    if "conversations" in row and "messages" not in row:
+        raise UserError(
+            f'{where} has "conversations". Rename it to "messages", with "role" (system, user, assistant, tool) and '
+            '"content" in place of "from" and "value".'
+        )
 
 
 def row_text(row: Any, text_key: str, where: str) -> str:
@@ -55,6 +75,8 @@ def conversation_text(row: Any, where: str) -> str:
 
     Raises UserError if there are no messages, their order is invalid, or none is the assistant's.
     """
+    if isinstance(row, dict):
+        _check_spelling(row, where)
     if not isinstance(row, dict) or "messages" not in row:
         has = f"fields {', '.join(row) or 'none'}" if isinstance(row, dict) else type(row).__name__
         raise UserError(f"{where} has no messages ({has}). Fix or remove the row.")

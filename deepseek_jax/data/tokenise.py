@@ -13,6 +13,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from deepseek_jax.data.corpus import Corpus
+from deepseek_jax.data.rows import RowError
 from deepseek_jax.data.tokenizer import Encoder
 from deepseek_jax.data.watch import Counter
 from deepseek_jax.errors import UserError
@@ -25,11 +26,12 @@ PLACES = re.compile(r"(?<=\S\n)(?=\S)|(?<=[^\s])(?= \S)")  # at the start of a l
 
 
 class Part(NamedTuple):
-    """Text of a document, the bytes it takes in its file, and whether it is the end of the document."""
+    """Text of a document, the bytes it takes in its file, whether it is the document's end, and where that is."""
 
     text: str
     n_file_bytes: int
     is_last: bool
+    where: str
 
 
 def tokenise(corpus: Corpus, tokenizer: Encoder, out: BinaryIO, counter: Counter) -> np.ndarray:
@@ -39,7 +41,7 @@ def tokenise(corpus: Corpus, tokenizer: Encoder, out: BinaryIO, counter: Counter
     """
     table, document, left = [], _Document(), corpus.n_bytes()
     for parts in _chunks(_parts(corpus, tokenizer)):
-        for part, ids in zip(parts, tokenizer.encode_batch([part.text for part in parts]), strict=True):
+        for part, ids in zip(parts, _encoded(parts, tokenizer), strict=True):
             out.write(ids.astype(id_type(tokenizer)).tobytes())
             document.add(part.text, len(ids))
             if part.is_last:
@@ -51,6 +53,14 @@ def tokenise(corpus: Corpus, tokenizer: Encoder, out: BinaryIO, counter: Counter
         raise UserError(_no_text(corpus))
     counter.advance(max(left, 0))  # the rest of the last files, which is not text
     return np.array(table, np.uint64)
+
+
+def _encoded(parts: list[Part], tokenizer: Encoder) -> list[np.ndarray]:
+    """Returns the ids of each part. Raises UserError, with the file and the row, for a row that cannot be encoded."""
+    try:
+        return tokenizer.encode_batch([part.text for part in parts])
+    except RowError as error:
+        raise UserError(f"{parts[error.row].where}: {error}") from error
 
 
 def id_type(tokenizer: Encoder) -> np.dtype:
@@ -75,12 +85,12 @@ class _Document:
 
 def _parts(corpus: Corpus, tokenizer: Encoder) -> Iterator[Part]:
     """Yields the documents, long ones in parts."""
-    for text, n_file_bytes in corpus.portions():
+    for text, n_file_bytes, where in corpus.portions():
         inner = cut(text, tokenizer) if corpus.format == "text" else ()  # a conversation is read whole
         cuts = [0, *inner, len(text)]
         for start, stop in itertools.pairwise(cuts):
             n_bytes = n_file_bytes * stop // len(text) - n_file_bytes * start // len(text)
-            yield Part(text[start:stop], n_bytes, stop == len(text))
+            yield Part(text[start:stop], n_bytes, stop == len(text), where)
 
 
 def cut(text: str, tokenizer: Encoder) -> Iterator[int]:

@@ -9,16 +9,22 @@ So longer thoughts are what makes answers right, though nothing says so. In the 
 some totals are wrong; a thought continues from a wrong total.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from deepseek_jax.data.noise import noise
 from deepseek_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from deepseek_jax.rl.problems import Problems
+
 DIGITS, MOST_DIGITS = 6, 18
 STYLES = {0: 0.66, 2: 0.17, 1: 0.17}  # share of each stride in the text; 0: no thought
 MISTAKES = 0.02  # share of the totals that are wrong
+WORKED = {1: 1.0}  # styles of a cold start: every answer has a thought with all totals
 DRAW, STYLE, SLIP, SLIP_BY = range(4)  # the last key of random numbers
 
 
@@ -62,8 +68,16 @@ def uniform(number: int, purpose: int, count: int) -> np.ndarray:
     return noise(number, purpose, at=np.arange(count)) / 2.0**64
 
 
-def rows(questions: Iterable[str]) -> Iterator[dict]:
-    """Yields the conversations that a base model reads: questions with answers as the text has them."""
+def rows(
+    questions: Iterable[str], styles: dict[int, float] | None = None, mistakes: float = MISTAKES
+) -> Iterator[dict]:
+    """Yields conversations of questions with answers as the text has them: what a base model reads."""
     for number, question in enumerate(questions):
-        messages = [{"role": "user", "content": question}, written(question, number)]
+        messages = [{"role": "user", "content": question}, written(question, number, styles, mistakes)]
         yield {"messages": messages, "thinking": False}
+
+
+def worked(problems: "Problems", count: int) -> Iterator[dict]:
+    """Yields conversations in which the first `count` training problems are thought through without a mistake."""
+    questions = (problems.training(number).messages[0]["content"] for number in itertools.count())
+    return rows(itertools.islice(questions, count), WORKED, mistakes=0.0)

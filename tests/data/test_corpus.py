@@ -131,7 +131,7 @@ def test_marks_nulls_and_compression_change_no_text(tmp_path, mark, name, data, 
     path = write(tmp_path / f"{name}{ending}", packed(mark + data, ending))
     assert documents(path) == expected
     corpus = open_corpus(str(path), "text")
-    assert sum(n_bytes for _, n_bytes in corpus.portions()) == (corpus.n_bytes() if expected else 0)
+    assert sum(portion.n_file_bytes for portion in corpus.portions()) == (corpus.n_bytes() if expected else 0)
 
 
 def packed(data, ending):
