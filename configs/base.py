@@ -158,6 +158,17 @@ def get_config() -> ConfigDict:
     grpo.off_policy_bound = 0.0  # delta of V3.2's mask, in nats per token; 0.0: no mask
     grpo.importance_cap = 2.0  # of the weights pi_old / pi_sampled; 0.0: none
 
+    sample = config.sample = ConfigDict()  # answers kept for fine-tuning (deepseek-jax sample; R1 section 2.3.3)
+    sample.problems = 1024  # that are asked
+    sample.answers = 4  # drawn to each
+    sample.most = 1  # kept of each
+    sample.choose = "shortest"  # which of those that may be kept: the shortest, or the first
+    sample.longest = 0  # tokens of a kept answer; 0: any that ends within rl.longest_answer
+    least = sample.least = ConfigDict()  # least value of a reward of a kept answer; 0.0: any
+    least.accuracy = 1.0
+    least.format = 1.0
+    least.language = 0.9
+
     ema = config.ema = ConfigDict()  # moving average of the weights in the hosts' memory (V3 section 3.2.3)
     ema.decay = 0.0  # per step, such as 0.999; 0.0 keeps none
     ema.evaluate = False  # True: held-out text is judged with the average in place of the weights

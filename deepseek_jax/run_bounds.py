@@ -18,6 +18,7 @@ from deepseek_jax.kernels import TABLE
 from deepseek_jax.parallel.alltoall import KINDS
 from deepseek_jax.parallel.schedule import SCHEDULES
 from deepseek_jax.rl.grpo import ADVANTAGES, AGGREGATIONS, RATIOS
+from deepseek_jax.rl.rejection import CHOICES, LEAST
 from deepseek_jax.rl.rewards import NAMES as REWARDS
 from deepseek_jax.saved_config import RENAMED, leaves
 
@@ -135,6 +136,12 @@ BOUNDS: dict[str, Bound] = {
     "rl.grpo.unbiased_kl": bounds.switch(),
     "rl.grpo.off_policy_bound": bounds.number(0, 1000),
     "rl.grpo.importance_cap": bounds.number(0, 1000),
+    "sample.problems": SOME_STEPS,
+    "sample.answers": SOME_STEPS,
+    "sample.most": SOME_STEPS,
+    "sample.choose": bounds.one_of(*CHOICES),
+    "sample.longest": ANY_STEPS,
+    **{f"sample.least.{name}": bounds.number(0, 1) for name in LEAST},
     "ema.decay": bounds.number(0, 1, below=True),
     "ema.evaluate": bounds.switch(),
     "checkpoint.every": SOME_STEPS,

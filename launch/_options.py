@@ -47,6 +47,7 @@ def parse(
     *,
     config: bool = True,
     workdir: bool = True,
+    of_weights: bool = False,
 ) -> SimpleNamespace:
     """Reads a verb's command line.
 
@@ -58,6 +59,7 @@ def parse(
         `REQUIRED` asks for a value.
       config: whether the verb takes `--config` and its overrides.
       workdir: whether it takes `--workdir`.
+      of_weights: whether, without `--config`, the config is that of the weights that `--workdir` or `--from` names.
 
     Returns:
       config (ConfigDict with locked keys, or None), workdir (Path or None), overrides (dotted key -> text as given) and
@@ -76,7 +78,11 @@ def parse(
         if value is REQUIRED:
             raise UserError(f"--{name} is missing. Give --{name}=VALUE: {table[name].help}.")
     name = values.pop("config", None)
-    resolved = _config(name, overrides, is_named="config" in given) if config else None
+    origin = given.get("from") or given.get("workdir")
+    if of_weights and origin and "config" not in given:
+        resolved = _config_of_weights(origin, overrides)
+    else:
+        resolved = _config(name, overrides, is_named="config" in given) if config else None
     others = {key.replace("-", "_"): value for key, value in values.items()}
     return SimpleNamespace(config=resolved, overrides=overrides, **{"workdir": None, **others})
 
@@ -99,8 +105,19 @@ def _config(name: str | None, overrides: Mapping[str, str], *, is_named: bool) -
         raise UserError(f"--config.{next(iter(overrides))} given, but no config. Give --config=NAME as well.")
     if name is None:
         return None
-    config = run_config.override(load(name, flag), overrides)
-    values = leaves(config)
+    return _overridden(load(name, flag), overrides)
+
+
+def _config_of_weights(origin: str | Path, overrides: Mapping[str, str]) -> ConfigDict:
+    """Returns the config of a run, or the defaults with a published model, with the overrides of the command line."""
+    from deepseek_jax.weights import open_weights
+
+    return _overridden(open_weights(origin).config, overrides)
+
+
+def _overridden(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
+    """Sets keys of a config; returns it. Raises UserError for a path that is not of this machine."""
+    values = leaves(run_config.override(config, overrides))
     for key in PATHS:
         check_local(str(values.get(key, "")), f"config.{key}")
     return config

@@ -24,6 +24,7 @@ from deepseek_jax.launch import (
     export,
     generate,
     plan,
+    sample,
     serve,
     train,
 )
@@ -68,6 +69,7 @@ VERBS = {
     "evaluate": (evaluate.FLAGS, {"config": False}),
     "export": (export.FLAGS, {"config": False}),
     "rl": ({}, {}),
+    "sample": (sample.FLAGS, {}),
     "serve": (serve.FLAGS, {"config": False}),
 }
 

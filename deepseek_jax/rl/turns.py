@@ -22,7 +22,8 @@ class Turns:
     """
 
     def __init__(self, tokenizer: Tokenizer, name: str, thinking: bool, longest_prompt: int, longest_answer: int):
-        self.tokenizer, self.template, self.thinking = tokenizer, template(name), thinking
+        self.tokenizer, self.name, self.thinking = tokenizer, name, thinking
+        self.template = template(name)
         self.longest_prompt, self.longest_answer = longest_prompt, longest_answer
         self.end_id = int(to_ids([self.template.end], tokenizer)[0])
 

@@ -1,0 +1,161 @@
+"""Rejection sampling as verbs use it: answers of a model's weights, drawn, scored, kept in a file."""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ml_collections import ConfigDict
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.launch import _provenance
+from deepseek_jax.launch._reinforcement import prepare
+from deepseek_jax.units import duration
+
+if TYPE_CHECKING:
+    from deepseek_jax.rl.rejection import Counts, Kept, Rules
+    from deepseek_jax.rl.step import Learner
+    from deepseek_jax.train.step import State
+    from deepseek_jax.train.stop import StopRequest
+
+LINE_EVERY_S = 10
+DRAWS = 8  # last key of the seed of the draws, apart from those of training
+
+
+def sample(config: ConfigDict, out: Path, stop: "StopRequest") -> bool:
+    """Writes kept answers of `config.run.init_from` to `out` until all problems are asked, or `stop` is asked for.
+
+    Returns whether all are.
+    """
+    from deepseek_jax.rl.rejection import LEAST, Kept
+    from deepseek_jax.rl.rewards import Rewards
+    from deepseek_jax.weights import WEIGHTS, open_weights
+
+    check(config)
+    rules = rules_of(config)
+    weights = dict.fromkeys(LEAST, 0.0) | {"accuracy": 1.0}
+    with Rewards(weights, config.rl.verifiers, config.rl.verify_s) as rewards:
+        learner = prepare(config, rewards)
+        origin = config.run.init_from
+        kept = Kept(out, about(config, learner), _provenance.name_of(origin))
+        print(
+            f"{config.sample.problems:,} problems of {config.rl.problems} x {config.sample.answers}, to {out}",
+            flush=True,
+        )
+        if kept.next >= config.sample.problems:
+            report(kept)
+            return True
+        state = open_weights(origin).read({name: learner.trainer.stored[name] for name in WEIGHTS})
+        stop.begin()
+        progress = Lines(config.sample.problems, kept.next)
+        while kept.next < config.sample.problems and stop.signal is None:
+            add_batch(config, learner, state, rules, kept)
+            progress.show(kept)
+    if is_done := kept.next >= config.sample.problems:
+        report(kept)
+    return is_done
+
+
+def rules_of(config: ConfigDict) -> "Rules":
+    """Returns which answers are kept."""
+    from deepseek_jax.rl.rejection import Rules
+
+    c = config.sample
+    return Rules(c.most, c.choose, c.longest, dict(c.least))
+
+
+def seed_of(seed: int) -> int:
+    """Returns the seed of the draws of a run with `seed`."""
+    import numpy as np
+
+    from deepseek_jax.data.noise import noise
+
+    return int(noise(seed, DRAWS, at=np.zeros(1))[0])
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError unless the answers to a problem divide a batch, and something is asked of them."""
+    rows, n = config.rl.questions * config.rl.answers, config.sample.answers
+    if rows % n:
+        raise UserError(
+            f"config.sample.answers={n}: {rows} answers are drawn at a time (rl.questions x rl.answers), which does "
+            "not divide by it. Choose a divisor."
+        )
+    if not any(config.sample.least.values()):
+        raise UserError("config.sample.least: every bound is 0, so any answer would do. Set least.accuracy to 1.0.")
+
+
+def about(config: ConfigDict, learner: "Learner") -> dict:
+    """Returns all that the answers depend on."""
+    rl, turns = config.rl, learner.turns
+    rules = config.sample.to_dict()
+    del rules["problems"]  # more of them continue the file
+    return {
+        "weights": _provenance.mark_of(config.run.init_from),
+        "problems": learner.problems.fingerprint,
+        "seed": config.seed,
+        "template": turns.name,
+        "rl": {key: rl[key] for key in ("thinking", "temperature", "top_p", "longest_prompt", "longest_answer")},
+        "sample": rules,
+        "rows": rl.questions * rl.answers,
+        "precision": config.precision,
+    }
+
+
+def add_batch(config: ConfigDict, learner: "Learner", state: "State", rules: "Rules", kept: "Kept") -> None:
+    """Draws a batch of answers to the next problems, and appends those that are kept."""
+    import numpy as np
+
+    from deepseek_jax.rl import rejection
+    from deepseek_jax.rl.rollout import row_keys
+
+    n, last = config.sample.answers, config.sample.problems - 1
+    numbers = [kept.next + place for place in range(learner.sizes.n_rows // n)]
+    asked = [learner.problems.training(min(number, last)) for number in numbers]
+    keys = np.concatenate([row_keys(seed_of(config.seed), number, n) for number in numbers])
+    drawn = learner.draw(state, [problem for problem in asked for _ in range(n)], keys, config.rl.temperature)
+    known = sum(number <= last for number in numbers)  # rows beyond the last problem are dropped
+    scores = learner.rewards.score(drawn.problems[: known * n], drawn.responses[: known * n])
+    rows: list[dict] = []
+    counts = rejection.Counts()
+    for place, number in enumerate(numbers[:known]):
+        own = slice(place * n, (place + 1) * n)
+        chosen, found = rejection.keep(drawn.responses[own], scores[own], rules)
+        counts += found
+        rows += [
+            rejection.conversation(asked[place], drawn.responses[own][one], number, learner.turns.thinking)
+            for one in chosen
+        ]
+    kept.add(rows, counts, numbers[known - 1] + 1)
+
+
+class Lines:
+    """A line on standard error now and then."""
+
+    def __init__(self, total: int, done: int):
+        self._total, self._first = total, done
+        self._begin = self._said = time.monotonic()
+
+    def show(self, kept: "Kept") -> None:
+        """Shows the progress, if a line is due."""
+        now = time.monotonic()
+        if now - self._said < LINE_EVERY_S:
+            return
+        self._said = now
+        left = (now - self._begin) / (kept.next - self._first) * (self._total - kept.next)
+        print(
+            f"problem {kept.next:,} of {self._total:,}: {summary(kept.counts)}; {duration(left)} left", file=sys.stderr
+        )
+
+
+def summary(counts: "Counts") -> str:
+    """Returns what became of answers, the most common first."""
+    dropped = ", ".join(f"{name} {count:,}" for name, count in counts.most_common() if name != "kept")
+    return f"{counts['kept']:,} of {counts.total():,} answers kept" + (f" (dropped: {dropped})" if dropped else "")
+
+
+def report(kept: "Kept") -> None:
+    """Says what the file holds. Raises UserError if that is nothing."""
+    if not kept.counts["kept"]:
+        raise UserError(f"{kept.path}: {summary(kept.counts)}. Lower config.sample.least, or ask a better model.")
+    print(f"{kept.path}: {summary(kept.counts)}", flush=True)
