@@ -36,6 +36,10 @@ TABLE = {
         "xla": "deepseek_jax.layers.grouped:by_three_products",  # each by `grouped_matmul`
         "mosaic_gpu": "deepseek_jax.layers.grouped:in_one_pass_on_hopper",  # Hopper, bf16, multiples of 256 and 64
     },
+    "coded_token_experts": {  # the same with weights that stay in FP8
+        "xla": "deepseek_jax.layers.grouped:by_three_products",  # each by `coded_matmul`
+        "mosaic_gpu": "deepseek_jax.layers.grouped:of_codes_on_hopper",  # Hopper, bf16, multiples of 256 and 64
+    },
     "coded_matmul": {  # with weights that stay in FP8
         "xla": "deepseek_jax.precision.fp8_weight_kernels:by_xla",
         "mosaic_gpu": "deepseek_jax.precision.fp8_weight_kernels:on_hopper",  # Hopper, bf16, multiples of 64

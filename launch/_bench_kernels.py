@@ -8,7 +8,7 @@ fresh in each run and more than the caches hold; every side walks through severa
 second at a time, in turns, so that heat and clocks touch all alike. Ours is dispatched by JAX, which takes some 30
 microseconds of the host per kernel; torch's sides are CUDA graphs. Where the kernel is shorter than that, its time on
 the GPU alone (CUPTI) is printed beside it, and the ratio is that time's. Further rows: gradients, quantisation, grouped
-matmuls, attention and latent decode, each beside its peers.
+matmuls, attention, latent decode and the experts of one token, each beside its peers.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ import numpy as np
 
 from deepseek_jax.bounds import number, path, whole
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _bench_attention, _bench_decode, _bench_grouped, _options, _tune_kernels
+from deepseek_jax.launch import _bench_attention, _bench_decode, _bench_experts, _bench_grouped, _options, _tune_kernels
 from deepseek_jax.precision.quantize import quantize_blocks
 from pallas_kernels import tile_table
 from pallas_kernels.fp8_matmul import fp8_matmul, tiles
@@ -42,6 +42,7 @@ FORWARD = "4096x2112x7168,4096x24576x1536,4096x32768x512,4096x7168x16384,4096x40
 SMALL = "64x2112x7168,128x7168x2048"
 GROUPED = "4x8192x4096x7168,4x8192x7168x2048,32x256x4096x7168,32x256x7168x2048"
 ATTENTION = "1x4096x128x128x192x128,1x16384x128x128x192x128"
+EXPERTS = "6x2048x1408,8x7168x2048"
 DECODE = "128x4096x128x512x64,128x8192x128x512x64,4x32768x128x512x64"
 EXTRA = {
     "shapes": (str, f"{FORWARD},{SMALL}", "m x n x k of the products, separated by commas"),
@@ -55,6 +56,7 @@ EXTRA = {
     "grouped_shapes": (str, GROUPED, "groups x rows x n x k of grouped matmuls"),
     "attention_shapes": (str, ATTENTION, "batch x tokens x heads of queries x of keys x their width x values' width"),
     "decode_shapes": (str, DECODE, "sequences x tokens x heads x width of latents x of rotary keys"),
+    "expert_shapes": (str, EXPERTS, "chosen experts x model width x experts' width, of one token"),
     "rounds": (int, 9, "times that each side is measured", whole(1, 10**6)),
     "seconds": (float, 0.03, "length of one measurement", number(1e-6, 3600)),
     "warm": (float, 0.1, "seconds of load before the first measurement of a shape, per side", number(0, 3600)),
@@ -97,6 +99,7 @@ def _rows(options: SimpleNamespace) -> Iterator[dict]:
         (options.grouped_shapes, 4, _bench_grouped.KINDS, _bench_grouped.grouped_row),
         (options.attention_shapes, 6, _bench_attention.KINDS, _bench_attention.attention_row),
         (options.decode_shapes, 5, _bench_decode.KINDS, _bench_decode.decode_row),
+        (options.expert_shapes, 3, _bench_experts.KINDS, _bench_experts.experts_row),
     )
     for shapes, n_sizes, kinds, measure in measures:
         for shape in parsed(shapes, n_sizes):
@@ -306,7 +309,7 @@ def report(row: dict, file: str) -> None:
     cells = [f"{name} {row['work'] / us * rate:7.0f} {unit} {us:8.1f} us" for name, us in times.items()]
     peers = [us for name, us in times.items() if not name.startswith("ours")]
     if "bytes" in row:
-        cells.append(f"cache read at {row['bytes'] / times.get('ours alone', times['ours']) * 1e-3:.0f} GB/s")
+        cells.append(f"read at {row['bytes'] / times.get('ours alone', times['ours']) * 1e-3:.0f} GB/s")
     if peers:
         cells.append(f"ratio {peers[0] / times.get('ours alone', times['ours']):.2f}")
     cells.append(f"codes that differ {row['error']:.0f}" if is_copy else f"error {row['error']:.2e}")

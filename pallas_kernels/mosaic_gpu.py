@@ -1,4 +1,4 @@
-"""What differs between JAX 0.10, 0.11 and 0.12 in Pallas Mosaic GPU, and what it can only do by inlining PTX."""
+"""How kernels start, what differs between JAX 0.10, 0.11 and 0.12, and what Pallas can only do by inlining PTX."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils as mgpu
 from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
@@ -19,6 +20,41 @@ def can_interpret() -> bool:
 def can_exchange() -> bool:
     """Whether a CTA can store into the shared memory of another one of its cluster (0.11 and later)."""
     return hasattr(plgpu, "async_store_smem")
+
+
+def kernel(
+    body: Callable[..., None],
+    *,
+    n_warpgroups: int,
+    interpret: object = None,
+    approx_math: bool = True,
+    reduction_scratch_bytes: int | None = None,
+    **options: Any,
+) -> Callable:
+    """Returns `plgpu.kernel` as the kernels here start it: a program is a warpgroup, its number "warpgroup".
+
+    Args:
+        body: the program.
+        n_warpgroups: of a CTA.
+        interpret: parameters with which it runs on a CPU (JAX 0.11 and later); None: on the chip.
+        approx_math: whether exponentials and quotients may be the chip's fast ones.
+        reduction_scratch_bytes: of shared memory for sums over several warps; None: JAX's own number.
+        options: outputs, shared memory, grid and cluster, as `plgpu.kernel` takes them.
+    """
+    scratch: dict[str, Any] = {}
+    if reduction_scratch_bytes is not None:
+        scratch["reduction_scratch_bytes"] = reduction_scratch_bytes
+    if interpret is not None:
+        options["interpret"] = interpret
+    return plgpu.kernel(
+        body,
+        num_threads=n_warpgroups,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=approx_math, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, **scratch
+        ),
+        **options,
+    )
 
 
 def by_one_warp(work: Callable[[], None]) -> None:
@@ -98,6 +134,25 @@ def store_rows(
                 store(arith.addi(c, mgpu.c(i, i32)), r, value, size)
 
     emit(values, ref, row, column, low, high)
+
+
+def numbers_of(codes: jax.Array, on_chip: bool) -> jax.Array:
+    """Returns the bfloat16 numbers that E4M3 codes (int8, in layout WGMMA) stand for; by XLA where interpreted."""
+    if on_chip:
+        return e4m3_to_bfloat16(codes)
+    return lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.bfloat16)
+
+
+def product(weights: jax.Array, x: Any, on_chip: bool) -> jax.Array:
+    """Returns weights x^T in float32, on the tensor cores; `weights` in registers, x [rows, K] in shared memory."""
+    if not on_chip:
+        return jnp.dot(weights, x[...].T, preferred_element_type=jnp.float32)
+
+    def multiply(products: Any) -> jax.Array:
+        plgpu.wgmma(products, weights, transpose(x))
+        return products[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((weights.shape[0], x.shape[0]), jnp.float32))
 
 
 def e4m3_to_bfloat16(codes: jax.Array) -> jax.Array:

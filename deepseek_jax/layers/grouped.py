@@ -12,9 +12,11 @@ import numpy as np
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.precision.fp8_weight_kernels import is_fp8
+from deepseek_jax.precision.fp8_weight_kernels import matrices_of as fp8_matrices
 from deepseek_jax.precision.grouped import Matrices, OfLayer, matrices_of
 from deepseek_jax.precision.matmul import PLAIN, Matmul
 from pallas_kernels import token_experts
+from pallas_kernels.grouped_matmul import Scaled
 
 LARGEST_KEY = 2**31  # sort keys are int32
 Weights = tuple[OfLayer, OfLayer, OfLayer]  # gate, up and down
@@ -147,16 +149,16 @@ def grouped_swiglu(
 def _swiglu_of_one(
     x_1D: jax.Array, expert_K: jax.Array, weight_K: jax.Array, weights: Weights, matmul: Matmul
 ) -> jax.Array:
-    """`grouped_swiglu` of one token, by the implementation of "token_experts" that the run names, unless it is in FP8.
+    """`grouped_swiglu` of one token, by the implementation of the operation that the run names.
 
-    Where there is no expert, the output is that of the last one, times 0.
+    That is "token_experts", and "coded_token_experts" for weights in FP8. Where there is no expert, the output is that
+    of the last one, times 0.
     """
     n_experts = weights[0].shape[0]
     factor_K = jnp.where(expert_K < n_experts, weight_K, 0)
     chosen: Any = tuple(w._replace(chosen_X=jnp.minimum(expert_K, n_experts - 1)) for w in weights)
-    if is_fp8(weights[0]):  # by three products of the operation for FP8 weights
-        return by_three_products(x_1D, factor_K, chosen, matmul)
-    return matmul.kernels["token_experts"](x_1D, factor_K, chosen, matmul)
+    operation = "coded_token_experts" if is_fp8(weights[0]) else "token_experts"
+    return matmul.kernels[operation](x_1D, factor_K, chosen, matmul)
 
 
 def by_three_products(x_1D: jax.Array, factor_K: jax.Array, chosen: Weights, matmul: Matmul) -> jax.Array:
@@ -176,7 +178,9 @@ def by_three_products(x_1D: jax.Array, factor_K: jax.Array, chosen: Weights, mat
     return functools.reduce(jnp.add, (y_KD[i : i + 1] for i in range(k)))
 
 
-_lowered_once = jax.jit(token_experts.experts, static_argnames="implementation")  # for all layers of a program
+# for all layers of a program
+_lowered_once = jax.jit(token_experts.experts, static_argnames="implementation")
+_of_codes_lowered_once = jax.jit(token_experts.experts_in_codes, static_argnames="implementation")
 
 
 def in_one_pass_on_hopper(x_1D: jax.Array, factor_K: jax.Array, chosen: Weights, matmul: Matmul) -> jax.Array:
@@ -192,5 +196,18 @@ def in_one_pass_on_hopper(x_1D: jax.Array, factor_K: jax.Array, chosen: Weights,
     except ValueError as error:
         raise UserError(
             f"kernels.token_experts='mosaic_gpu': {error} In a run, config.kernels.token_experts=xla."
+        ) from error
+    return y_D[None]
+
+
+def of_codes_on_hopper(x_1D: jax.Array, factor_K: jax.Array, chosen: Weights, matmul: Matmul) -> jax.Array:
+    """As `in_one_pass_on_hopper`, with weights in FP8, which stay so in memory."""
+    del matmul
+    (gate, matrix_K), (up, _), (down, _) = ((Scaled(w.codes, w.scale), at) for w, at in map(fp8_matrices, chosen))
+    try:
+        y_D = _of_codes_lowered_once(x_1D[0], gate, up, down, matrix_K, factor_K, implementation="mosaic_gpu")
+    except ValueError as error:
+        raise UserError(
+            f"kernels.coded_token_experts='mosaic_gpu': {error} In a run, config.kernels.coded_token_experts=xla."
         ) from error
     return y_D[None]

@@ -30,7 +30,7 @@ def is_fp8(w: Any) -> bool:
 
 def by_xla(x_AK: jax.Array, w_XKN: Fp8Weight | OfLayer, count_X: jax.Array) -> jax.Array:
     """Returns y_AN: rows sorted by expert, `count_X` of each, times the weights of their expert; 0 for other rows."""
-    matrices, matrix_X = _matrices(w_XKN)
+    matrices, matrix_X = matrices_of(w_XKN)
 
     def times(rows: jax.Array, expert: jax.Array) -> jax.Array:
         codes, scale = (grouped.layer_of(part, matrix_X[expert]) for part in (matrices.codes, matrices.scale))
@@ -45,7 +45,7 @@ def on_hopper(x_AK: jax.Array, w_XKN: Fp8Weight | OfLayer, count_X: jax.Array) -
 
     Raises UserError on another device, and for another dtype or size.
     """
-    matrices, matrix_X = _matrices(w_XKN)
+    matrices, matrix_X = matrices_of(w_XKN)
     groups = Groups(count_X, matrix_X=matrix_X if isinstance(w_XKN, OfLayer) else None)
     try:
         return _lowered_once(
@@ -62,7 +62,7 @@ def _lowered_once(x_AK: jax.Array, w: Scaled, groups: Groups, block_rows: int) -
     return kernel.coded_matmul(x_AK, w, groups, implementation="mosaic_gpu", block_rows=block_rows)
 
 
-def _matrices(w: Fp8Weight | OfLayer) -> tuple[Fp8Weight, jax.Array]:
+def matrices_of(w: Fp8Weight | OfLayer) -> tuple[Fp8Weight, jax.Array]:
     """Returns the matrices of all layers, or of the one that there is, and which of them is each expert's."""
     if not isinstance(w, OfLayer):
         return w, jnp.arange(len(w.codes))

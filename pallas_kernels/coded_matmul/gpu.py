@@ -62,19 +62,14 @@ class Plan:
 
     def call(self, interpret: object) -> Callable:
         """The kernel as a function of table, x, codes as int8 and scales; its result is [parts * m, n]."""
-        options: dict[str, Any] = {"interpret": interpret} if interpret else {}
-        return plgpu.kernel(
+        return mosaic_gpu.kernel(
             functools.partial(_kernel, self),
             out_type=jax.ShapeDtypeStruct((self.tiles.parts * self.m, self.n), self.out_dtype),
             scratch_types=self.scratch(),
             grid=(self.n_processors,),
             grid_names=("ctas",),
-            num_threads=self.warpgroups + 1,
-            thread_name="warpgroup",
-            compiler_params=plgpu.CompilerParams(
-                approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-            ),
-            **options,
+            n_warpgroups=self.warpgroups + 1,
+            interpret=interpret,
         )
 
     def scratch(self) -> list:
@@ -259,29 +254,12 @@ def _sum(plan: Plan, refs: Refs, job: Job, n_before: jax.Array, beside: jax.Arra
         plgpu.barrier_wait(refs.loaded.at[stage])
         following = scale_of(i + 1)  # from global memory, so read early
         codes = mosaic_gpu.load(refs.code_stages.at[stage, pl.ds(own_column, UNIT_COLUMNS)], plgpu.Layout.WGMMA)
-        weights = _bfloat16(plan, codes)
-        x = refs.x_stages.at[stage]
-
-        def multiply(products: Any) -> jax.Array:
-            plgpu.wgmma(products, weights, mosaic_gpu.transpose(x))
-            return products[...]
-
-        if plan.on_chip:
-            products = pl.run_scoped(multiply, plgpu.ACC((UNIT_COLUMNS, plan.tiles.rows), jnp.float32))
-        else:
-            products = jnp.dot(weights, x[...].T, preferred_element_type=jnp.float32)
+        products = mosaic_gpu.product(mosaic_gpu.numbers_of(codes, plan.on_chip), refs.x_stages.at[stage], plan.on_chip)
         plgpu.barrier_arrive(refs.free.at[stage])
         return following, total + products * scale
 
     zero = plgpu.layout_cast(jnp.zeros((UNIT_COLUMNS, plan.tiles.rows), jnp.float32), plgpu.Layout.WGMMA)
     return lax.fori_loop(0, n_own, add, (scale_of(jnp.int32(0)), zero))[1]
-
-
-def _bfloat16(plan: Plan, codes: jax.Array) -> jax.Array:
-    """Codes as the bfloat16 numbers that they stand for."""
-    if plan.on_chip:
-        return mosaic_gpu.e4m3_to_bfloat16(codes)
-    return lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.bfloat16)
 
 
 def _hand_over(refs: Refs, beside: jax.Array, turn: jax.Array, total: jax.Array) -> None:

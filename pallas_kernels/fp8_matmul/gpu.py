@@ -167,8 +167,7 @@ class Plan:
     def call(self, interpret: object) -> Callable:
         """The kernel, a function of x, x_scale, w, w_scale to y [M, N]; of a reference to y as well if it adds to y."""
         tiles = self.tiles
-        options: dict[str, Any] = {"interpret": interpret} if interpret else {}
-        return plgpu.kernel(
+        return mosaic_gpu.kernel(
             functools.partial(_kernel, self),
             out_type=() if self.adds else jax.ShapeDtypeStruct((self.m, self.n), self.out_dtype),
             scratch_types=self.scratch(),
@@ -176,12 +175,8 @@ class Plan:
             grid_names=("clusters",),
             cluster=(max(*tiles.cluster_shape, self.splits),),
             cluster_names=("cta",),
-            num_threads=tiles.warpgroups + 1,
-            thread_name="warpgroup",
-            compiler_params=plgpu.CompilerParams(
-                approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-            ),
-            **options,
+            n_warpgroups=tiles.warpgroups + 1,
+            interpret=interpret,
         )
 
     def scratch(self) -> list:

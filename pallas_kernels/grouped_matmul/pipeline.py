@@ -180,8 +180,7 @@ class Plan(abc.ABC):
     def call(self, interpret: object) -> Callable:
         """The kernel as a function of table, x, w and, in FP8, x_scale, w_scale."""
         tiles = self.tiles
-        options: dict[str, Any] = {"interpret": interpret} if interpret else {}
-        return plgpu.kernel(
+        return mosaic_gpu.kernel(
             functools.partial(_kernel, self),
             out_type=jax.ShapeDtypeStruct(self.out_shape, self.out_dtype),
             scratch_types=self.scratch(),
@@ -189,12 +188,8 @@ class Plan(abc.ABC):
             grid_names=("clusters",),
             cluster=(max(tiles.cluster_shape),),
             cluster_names=("cta",),
-            num_threads=tiles.warpgroups + 1,
-            thread_name="warpgroup",
-            compiler_params=plgpu.CompilerParams(
-                approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-            ),
-            **options,
+            n_warpgroups=tiles.warpgroups + 1,
+            interpret=interpret,
         )
 
     def scratch(self) -> list:

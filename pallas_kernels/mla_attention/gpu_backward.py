@@ -177,19 +177,14 @@ class Plan:
     def call(self, interpret: object) -> Callable:
         """The kernel, a function of q, do, k, v, lse, delta, jobs, ranges, offset and, with documents, their ids."""
         rows, heads = (self.s, self.z) if self.of_keys else (self.t, self.h)
-        options: dict[str, Any] = {"interpret": interpret} if interpret else {}
-        return plgpu.kernel(
+        return mosaic_gpu.kernel(
             functools.partial(_kernel, self),
             out_type=[jax.ShapeDtypeStruct((self.b, tokens(rows), heads, width), self.dtype) for width in self.widths],
             scratch_types=self.scratch(),
             grid=(min(self.n_processors, self.groups * self.n_tiles),),
             grid_names=("ctas",),
-            num_threads=self.tuning.warpgroups + 1,
-            thread_name="warpgroup",
-            compiler_params=plgpu.CompilerParams(
-                approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-            ),
-            **options,
+            n_warpgroups=self.tuning.warpgroups + 1,
+            interpret=interpret,
         )
 
     def scratch(self) -> list:

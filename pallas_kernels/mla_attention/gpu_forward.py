@@ -194,8 +194,7 @@ class Plan:
         tuning = self.tuning
         n_clusters = min(self.n_processors // tuning.cluster, self.b * self.h * self.n_tiles)
         rows = self.n_tiles * tuning.rows * tuning.cluster
-        options: dict[str, Any] = {"interpret": interpret} if interpret else {}
-        return plgpu.kernel(
+        return mosaic_gpu.kernel(
             functools.partial(_kernel, self),
             out_type=[
                 jax.ShapeDtypeStruct((self.b, tokens(self.t), self.h, self.v_width), self.dtype),
@@ -206,12 +205,8 @@ class Plan:
             grid_names=("clusters",),
             cluster=(tuning.cluster,),
             cluster_names=("cta",),
-            num_threads=tuning.warpgroups + 1,
-            thread_name="warpgroup",
-            compiler_params=plgpu.CompilerParams(
-                approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-            ),
-            **options,
+            n_warpgroups=tuning.warpgroups + 1,
+            interpret=interpret,
         )
 
     def scratch(self) -> list:

@@ -83,8 +83,7 @@ def decode(
         *sizes, q_c.dtype, n_heads, n_tokens, n_splits, scale, tuning, on_chip=not interpret, in_fp8=len(cache) > 2
     )
     n_tiles = rows // ROWS
-    options: dict[str, Any] = {"interpret": interpret} if interpret else {}
-    call = plgpu.kernel(
+    call = mosaic_gpu.kernel(
         functools.partial(_kernel, plan),
         out_type=[
             jax.ShapeDtypeStruct((n_splits * b, rows, width), jnp.float32 if n_splits > 1 else q_c.dtype),
@@ -95,12 +94,9 @@ def decode(
         grid_names=("tiles", "items"),
         cluster=(tuning.cluster,),
         cluster_names=("cta",),
-        num_threads=VALUES + 2,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=512
-        ),
-        **options,
+        n_warpgroups=VALUES + 2,
+        reduction_scratch_bytes=512,
+        interpret=interpret,
     )
     return call(q_c, q_rope, *cache, table, items)
 

@@ -74,9 +74,8 @@ def decode(
         scale: of the scores.
         interpret: runs the kernel on a CPU (JAX 0.11 and later).
     """
-    options: dict[str, Any] = {"interpret": interpret} if interpret else {}
-    parts = pages(q_c, q_rope, cache, table, lengths, n_heads=n_heads, scale=scale, **options)
-    return combined(*parts, dtype=q_c.dtype, **options)
+    parts = pages(q_c, q_rope, cache, table, lengths, n_heads=n_heads, scale=scale, interpret=interpret)
+    return combined(*parts, dtype=q_c.dtype, interpret=interpret)
 
 
 def pages(
@@ -88,13 +87,13 @@ def pages(
     *,
     n_heads: int,
     scale: float,
-    **options: Any,
+    interpret: object = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns of each page o [B, N, C, R], the largest score and the sum of exponentials [B, N, R]; see `combined`."""
     (b, rows, width), rope, n_pages = q_c.shape, q_rope.shape[2], table.shape[1]
     n_chunks = (width + rope) // CHUNK
     layout = plgpu.TilingTransform((8, CHUNK)), plgpu.SwizzleTransform(128)
-    call = plgpu.kernel(
+    call = mosaic_gpu.kernel(
         lambda *refs: _kernel(Refs(*refs), n_heads, scale * LOG2_E),
         out_type=[
             jax.ShapeDtypeStruct((b, n_pages, width, rows), jnp.float32),
@@ -108,12 +107,9 @@ def pages(
         ],
         grid=(n_pages, b),
         grid_names=("page", "sequence"),
-        num_threads=1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=2048
-        ),
-        **options,
+        n_warpgroups=1,
+        reduction_scratch_bytes=2048,
+        interpret=interpret,
     )
     return call(q_c, q_rope, *cache, table, lengths)
 
@@ -206,7 +202,7 @@ def _sum_values(refs: Refs, at: tuple) -> None:
 
 
 def combined(
-    o: jax.Array, top: jax.Array, total: jax.Array, *, dtype: DTypeLike, **options: Any
+    o: jax.Array, top: jax.Array, total: jax.Array, *, dtype: DTypeLike, interpret: object = None
 ) -> tuple[jax.Array, jax.Array]:
     """Puts pages [B, N, C, R] together; returns as `decode`.
 
@@ -214,16 +210,14 @@ def combined(
     """
     b, _, width, rows = o.shape
     layout = plgpu.TilingTransform((8, CHUNK)), plgpu.SwizzleTransform(128)
-    call = plgpu.kernel(
+    call = mosaic_gpu.kernel(
         _combine,
         out_type=[jax.ShapeDtypeStruct((b, rows, width), dtype), jax.ShapeDtypeStruct((b, rows), jnp.float32)],
         scratch_types=[plgpu.SMEM((rows, CHUNK), dtype, transforms=layout)],
         grid=(width // CHUNK, b),
         grid_names=("chunk", "sequence"),
-        num_threads=1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        **options,
+        n_warpgroups=1,
+        interpret=interpret,
     )
     return call(o, top, total)
 

@@ -170,19 +170,15 @@ class Plan:
 
     def call(self, interpret: object) -> Callable:
         """The kernel, a function of the inputs and the factors of their rows, if there are any."""
-        mode: dict[str, Any] = {"interpret": interpret} if interpret else {}
-        return plgpu.kernel(
+        return mosaic_gpu.kernel(
             functools.partial(_kernel, self),
             out_type=self.outputs(),
             scratch_types=self.scratch(),
             grid=(self.n_ctas,),
             grid_names=("ctas",),
-            num_threads=2 * self.tuning.halves,
-            thread_name="warpgroup",
-            compiler_params=plgpu.CompilerParams(
-                approx_math=len(self.first_columns) > 1, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-            ),
-            **mode,
+            n_warpgroups=2 * self.tuning.halves,
+            approx_math=len(self.first_columns) > 1,
+            interpret=interpret,
         )
 
     def outputs(self) -> list[jax.ShapeDtypeStruct]:

@@ -83,8 +83,7 @@ def experts(
     n_experts, d, f = gate_XDF.shape
     folded = d // WIDTH, WIDTH
     n_parts = chosen_K.size * (f // PART)
-    options: dict[str, Any] = {"interpret": interpret} if interpret else {}
-    call = plgpu.kernel(
+    call = mosaic_gpu.kernel(
         lambda *refs: _kernel(Refs(*refs)),
         out_type=jax.ShapeDtypeStruct((n_parts, *folded), jnp.float32),
         scratch_types=[
@@ -100,12 +99,9 @@ def experts(
         ],
         grid=(n_parts,),
         grid_names=("part",),
-        num_threads=2,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=16384
-        ),
-        **options,
+        n_warpgroups=2,
+        reduction_scratch_bytes=16384,
+        interpret=interpret,
     )
     down = down_XFD.reshape(n_experts, f, *folded)
     parts = call(x_D.reshape(-1, BLOCK), gate_XDF, up_XDF, down, chosen_K, weight_K)

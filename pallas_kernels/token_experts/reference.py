@@ -6,6 +6,10 @@ Paper: V3 section 2.1.2, eq. 12.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.grouped_matmul.layout import Scaled
+
+BLOCK = 128  # rows and columns of codes with one scale
+
 
 def experts(
     x_D: jax.Array,
@@ -22,3 +26,18 @@ def experts(
     gate_KF, up_KF = (jnp.einsum("D,KDF->KF", x_D, w_KDF, precision="highest") for w_KDF in (gate_KDF, up_KDF))
     hidden_KF = weight_K[:, None] * jax.nn.silu(gate_KF) * up_KF
     return jnp.einsum("KF,KFD->D", hidden_KF, down_KFD, precision="highest")
+
+
+def experts_in_codes(
+    x_D: jax.Array, gate: Scaled, up: Scaled, down: Scaled, chosen_K: jax.Array, weight_K: jax.Array
+) -> jax.Array:
+    """Returns y_D, summed in float32, in the dtype of x, from float32 weights."""
+    gate_KDF, up_KDF, down_KFD = (jnp.swapaxes(_values(w, chosen_K), 1, 2) for w in (gate, up, down))
+    return experts(x_D, gate_KDF, up_KDF, down_KFD, jnp.arange(chosen_K.size), weight_K)
+
+
+def _values(w: Scaled, chosen_K: jax.Array) -> jax.Array:
+    """The numbers of the chosen matrices, [K, rows, columns], float32."""
+    codes, scale = w.codes[chosen_K], w.scale[chosen_K]
+    scale = jnp.repeat(jnp.repeat(scale, BLOCK, axis=1), BLOCK, axis=2)
+    return codes.astype(jnp.float32) * scale[:, : codes.shape[1], : codes.shape[2]]

@@ -12,6 +12,7 @@ from deepseek_jax.kernels import Kernels
 from deepseek_jax.layers import grouped
 from deepseek_jax.layers.grouped import grouped_swiglu, sort_by_expert
 from deepseek_jax.precision import grouped as grouped_matmuls
+from deepseek_jax.precision.fp8_weight import Layout, encoded
 from deepseek_jax.precision.grouped import OfLayer, chunk_rows
 from deepseek_jax.precision.matmul import PlainMatmul
 from pallas_kernels import token_experts
@@ -171,6 +172,22 @@ def test_the_kernel_of_one_token_is_given_the_matrices_of_its_layer(inputs, expe
     np.testing.assert_allclose(*by_name, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("experts", [[2, 0], [X, 3]])
+def test_the_kernel_of_one_token_is_given_the_codes_of_its_layer(experts, monkeypatch):
+    draw, d, f = np.random.default_rng(0), 130, 48
+    layouts = [Layout((f,), (d,), (1, 0)), Layout((f,), (d,), (1, 0)), Layout((d,), (f,), (1, 0))]
+    stacks = [jnp.asarray(0.1 * draw.normal(size=(2, X, *layout.shape)), jnp.float32) for layout in layouts]
+    weights = tuple(OfLayer(encoded((w,), (how,))[0], 1) for w, how in zip(stacks, layouts, strict=True))
+    reference = functools.partial(token_experts.experts_in_codes, implementation="reference")
+    monkeypatch.setattr(grouped, "_of_codes_lowered_once", lambda *arrays, implementation: reference(*arrays))
+    given = jnp.asarray(draw.normal(size=(1, d)), jnp.float32), jnp.asarray(experts), jnp.asarray([0.3, 0.9])
+    by_name = (grouped._swiglu_of_one(*given, weights, by_kernel(name)) for name in ("xla", "mosaic_gpu"))
+    np.testing.assert_allclose(*by_name, rtol=1e-4, atol=1e-5)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="kernels.coded_token_experts='mosaic_gpu': .*coded_token_experts=xla"):
+        grouped._swiglu_of_one(*given, weights, by_kernel("mosaic_gpu"))
+
+
 def test_the_kernel_of_one_token_says_what_it_needs(inputs):
     x_MD, weights_MK, *weights = inputs
     stacks = tuple(OfLayer(w[None], 0) for w in weights)
@@ -180,4 +197,4 @@ def test_the_kernel_of_one_token_says_what_it_needs(inputs):
 
 
 def by_kernel(name: str) -> PlainMatmul:
-    return PlainMatmul(kernels=Kernels(token_experts=name))
+    return PlainMatmul(kernels=Kernels(token_experts=name, coded_token_experts=name))

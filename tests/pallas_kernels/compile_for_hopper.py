@@ -37,6 +37,7 @@ from pallas_kernels.mla_decode import gpu as latent_decode  # noqa: E402
 from pallas_kernels.mla_decode import gpu_few, gpu_load, gpu_plan  # noqa: E402
 from pallas_kernels.quantize import gpu as quantise  # noqa: E402
 from pallas_kernels.token_experts import gpu as token_experts  # noqa: E402
+from pallas_kernels.token_experts import gpu_codes as token_experts_in_codes  # noqa: E402
 
 # What the compiler must know of a chip of compute capability 9.0; the figures are an H100's.
 CHIP = """
@@ -212,12 +213,18 @@ def decode() -> dict:
 
 
 def of_one_token() -> dict:
-    """The experts of one token: V2-Lite's and V3's."""
+    """The experts of one token: V2-Lite's and V3's, in bfloat16 and in FP8 codes."""
     calls = {}
+
+    def in_codes(x, gate, up, down, *rest):
+        return token_experts_in_codes.experts(x, *(Scaled(*w) for w in (gate, up, down)), *rest)
+
     for d, f, k in ((2048, 1408, 6), (7168, 2048, 8)):
         weights = ((64, d, f), BF16), ((64, d, f), BF16), ((64, f, d), BF16)
         operands = ((d,), BF16), *weights, ((k,), jnp.int32), ((k,), F32)
         calls[f"token_experts {k}x{d}x{f}"] = token_experts.experts, operands
+        scaled = [(((64, n, m), E4M3), ((64, n // 128, m // 128), F32)) for n, m in ((f, d), (f, d), (d, f))]
+        calls[f"codes of experts {k}x{d}x{f}"] = in_codes, (((d,), BF16), *scaled, ((k,), jnp.int32), ((k,), F32))
     return calls
 
 
@@ -268,10 +275,17 @@ def main(parts: list[str]) -> None:
     sharding = NamedSharding(Mesh(np.array(topology.devices), ("x",)), PartitionSpec())
     for part in parts or PARTS:
         for name, (call, operands) in PARTS[part]().items():
-            arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in operands]
+            arguments = [abstract(operand, sharding) for operand in operands]
             jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
             print(json.dumps({"call": name, **found()}), flush=True)
     shutil.rmtree(DUMP)
+
+
+def abstract(operand, sharding):
+    """An operand, given as shape and dtype, or several of them."""
+    if isinstance(operand[1], tuple):
+        return [abstract(part, sharding) for part in operand]
+    return jax.ShapeDtypeStruct(*operand, sharding=sharding)
 
 
 def found() -> dict:
