@@ -49,10 +49,10 @@ FIXED: tuple[str, ...] = ("family", "model", "seed", "batch")
 FIXED += ("data.seq_len", "data.fim_rate", "data.mask_documents", "data.holdout_rate")
 
 
-def trainer(config: ConfigDict, mesh: Mesh, objective: Any = None) -> Trainer:
+def trainer(config: ConfigDict, mesh: Mesh, objective: Any = None, **options: Any) -> Trainer:
     """Returns the `Trainer` of a run. Raises UserError for a key that was set and has no effect on its model.
 
-    `objective` takes the place of that of pre-training and fine-tuning.
+    `objective` takes the place of that of pre-training and fine-tuning; `options` are more arguments of `Trainer`.
     """
     module, run, precision = family(config.family), config.run, policy(config.precision, config.fp8)
     sizes = module.Config.from_config(config.model)
@@ -78,6 +78,7 @@ def trainer(config: ConfigDict, mesh: Mesh, objective: Any = None) -> Trainer:
         exchange_groups=config.exchange.groups,
         exchange_kind=config.exchange.kind,
         flops_per_token=lambda seq_len: flops.training(network, seq_len),
+        **options,
     )
     check_effects(config, made)
     return made

@@ -33,7 +33,7 @@ from deepseek_jax.precision.matmul import PLAIN, Matmul
 from pallas_kernels.mla_attention import SAVED
 
 Tree = dict  # a nested dict with arrays (or one value per array) as leaves
-Unshard = Callable[[nnx.Module], None]
+Unshard = Callable[..., None]  # (module, stacks=False); see `parallel.sharding.unsharder`
 Fetch = tuple[int, Callable[[Any, jax.Array], Any]]  # L; (this rank's weights, number of the layer) -> its weights
 
 

@@ -14,6 +14,7 @@ A family's `Model` derives from `Decoder` and says which blocks are stacked.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,8 @@ from deepseek_jax.layers.tokens import Tokens
 
 Cache = dict[str, Any]  # by stack: what each attention's layout (`layers.cache`) made, as `base.run_cached` keeps it
 Note = Callable[[Any, Statistics], Any]  # (what was noted of earlier tokens, a block's report) -> what is noted now
+Routes = Mapping[str, jax.Array]  # stack -> the experts of its tokens, [B, T, L, K] of any integers
+NO_ROUTES: Routes = MappingProxyType({})
 Part = Mapping[str, slice]  # a part of the blocks, such as a pipeline stage: stack -> its layers, in order of running
 
 
@@ -89,22 +92,25 @@ class Decoder(nnx.Module):
         return self.embedding(tokens.ids_BT, self.run.compute, self.run.vocabulary)
 
     def run_blocks(
-        self, x_BTD: jax.Array, tokens: Tokens, part: Part | None = None
+        self, x_BTD: jax.Array, tokens: Tokens, part: Part | None = None, routes: Routes = NO_ROUTES
     ) -> tuple[jax.Array, dict[str, Statistics]]:
         """Runs the blocks, or a `part` of them; nothing is kept.
 
+        With `routes`, of whole stacks, tokens visit these experts, whatever the routers of the stack would choose.
         Returns (x_BTD, statistics of each stack, with a leading axis L).
         """
 
-        def call(block: nnx.Module, x_BTD: jax.Array, _: None) -> tuple[jax.Array, Statistics]:
-            x_BTD, (_, statistics) = block(x_BTD, tokens)
+        def call(block: nnx.Module, x_BTD: jax.Array, experts_BTK: jax.Array | None) -> tuple[jax.Array, Statistics]:
+            x_BTD, (_, statistics) = block(x_BTD, tokens._replace(experts_BTK=experts_BTK))
             return x_BTD, statistics
 
         statistics = {}
         for name in self.stacks if part is None else part:
             layers, fetch = None if part is None else part[name], self.run.fetch and self.run.fetch(name)
-            blocks = getattr(self, name)
-            x_BTD, statistics[name] = run_stack(blocks, x_BTD, self.run, call, layers=layers, fetch=fetch)
+            blocks, given = getattr(self, name), {}
+            if name in routes:
+                given["extras"] = jnp.moveaxis(routes[name], 2, 0)
+            x_BTD, statistics[name] = run_stack(blocks, x_BTD, self.run, call, layers=layers, fetch=fetch, **given)
         return x_BTD, statistics
 
     def generating(
@@ -112,12 +118,12 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """Embeds tokens and runs the blocks, each with what its attention kept of earlier tokens.
 
-        With `note` what is kept of each block is a pair: its attention's, and what `note` makes of its second part and
-        of what the block reports. Returns (h_BTD after the final norm, what was kept).
+        With `note` what is kept of each block is a pair: its attention's, and what `note` makes of its second part (None
+        without a cache) and of what the block reports. Returns (h_BTD after the final norm, what was kept).
         """
 
         def call(block: nnx.Module, x_BTD: jax.Array, cached: Any) -> tuple[jax.Array, Any]:
-            own, noted = cached if note else (cached, None)
+            own, noted = cached if note and cached is not None else (cached, None)
             x_BTD, (kept, statistics) = block(x_BTD, tokens, attend, own)
             return x_BTD, (kept, note(noted, statistics)) if note else kept
 
@@ -130,9 +136,9 @@ class Decoder(nnx.Module):
         """h_BTD: what the last block gave, normed for the head."""
         return self.final_norm(x_BTD)
 
-    def hidden(self, tokens: Tokens) -> tuple[jax.Array, dict[str, Statistics]]:
-        """The model up to its final norm: (h_BTD, statistics of each stack, with a leading axis L)."""
-        x_BTD, statistics = self.run_blocks(self.embed(tokens), tokens)
+    def hidden(self, tokens: Tokens, routes: Routes = NO_ROUTES) -> tuple[jax.Array, dict[str, Statistics]]:
+        """The model up to its final norm: (h_BTD, statistics of each stack, with a leading axis L); see `run_blocks`."""
+        x_BTD, statistics = self.run_blocks(self.embed(tokens), tokens, routes=routes)
         return self.finish(x_BTD), statistics
 
     def mtp_depths(

@@ -114,7 +114,7 @@ class Experts(nnx.Module):
 
         Otherwise `compute` holds the whole exchange, in buffers of the size that is needed.
         """
-        routing = without_padding(self.router(x_BTD), tokens.real_BT)
+        routing = without_padding(self.router(x_BTD, tokens.experts_BTK), tokens.real_BT)
         if self.exchange is None:
             return Routed(x_BTD, routing)
         here, wire = self._flat(x_BTD, routing), self.matmul.wire

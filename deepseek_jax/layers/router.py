@@ -47,7 +47,10 @@ def without_padding(routing: Routing, real_BT: jax.Array | None) -> Routing:
 
 
 class Router(nnx.Module):
-    """Scores every expert and lets `route` choose: `route(logits_BTE, bias_E)`, without `bias_E` if not `biased`."""
+    """Scores every expert and lets `route` choose: `route(logits_BTE, bias_E)`, without `bias_E` if not `biased`.
+
+    Where the choice has been made already, `route` is given it as `experts_BTK`.
+    """
 
     def __init__(self, d_model: int, n_experts: int, std: float, route: Route, *, biased: bool = True, rngs: nnx.Rngs):
         self.centroids_DE = param(rngs, (d_model, n_experts), ("embed", None), normal(std), role="router")
@@ -55,39 +58,60 @@ class Router(nnx.Module):
         self.route = route
 
     @jax.named_scope("router")
-    def __call__(self, x_BTD: jax.Array) -> Routing:
-        """Routes each token; computed in float32 from `x_BTD` of any dtype."""
+    def __call__(self, x_BTD: jax.Array, experts_BTK: jax.Array | None = None) -> Routing:
+        """Routes each token, to `experts_BTK` if these are given; computed in float32 from `x_BTD` of any dtype."""
         x_BTD = x_BTD.astype(jnp.float32)
         logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD, self.centroids_DE[...], precision=jax.lax.Precision.HIGHEST)
+        chosen = {}
+        if experts_BTK is not None:  # padding may have been given none
+            chosen["experts_BTK"] = jnp.minimum(experts_BTK.astype(jnp.int32), logits_BTE.shape[-1] - 1)
         if self.bias_E is None:
-            return self.route(logits_BTE)
-        return self.route(logits_BTE, jax.lax.stop_gradient(self.bias_E[...]))
+            return self.route(logits_BTE, **chosen)
+        return self.route(logits_BTE, jax.lax.stop_gradient(self.bias_E[...]), **chosen)
 
 
 def sigmoid_biased_topk(
-    logits_BTE: jax.Array, bias_E: jax.Array, *, top_k: int, n_groups: int, top_groups: int, scale: float
+    logits_BTE: jax.Array,
+    bias_E: jax.Array,
+    experts_BTK: jax.Array | None = None,
+    *,
+    top_k: int,
+    n_groups: int,
+    top_groups: int,
+    scale: float,
 ) -> Routing:
     """V3's choice: sigmoid scores, bias for the choice only, groups by their two best, weights renormalised.
 
-    The sizes are those of `layers.experts.ExpertsConfig`; groups are of consecutive experts, 1 for none.
+    The sizes are those of `layers.experts.ExpertsConfig`; groups are of consecutive experts, 1 for none. With
+    `experts_BTK` these are chosen; their weights are those of the present scores, so that the router still learns.
     """
     scores_BTE = jax.nn.sigmoid(logits_BTE)  # eq. 15
-    choice_BTE = keep_best_groups(jax.lax.stop_gradient(scores_BTE) + bias_E, n_groups, top_groups, n_best=2)  # eq. 16
-    _, experts_BTK = jax.lax.top_k(choice_BTE, top_k)
+    if experts_BTK is None:
+        choice_BTE = jax.lax.stop_gradient(scores_BTE) + bias_E  # eq. 16
+        _, experts_BTK = jax.lax.top_k(keep_best_groups(choice_BTE, n_groups, top_groups, n_best=2), top_k)
     chosen_BTK = jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1)  # eq. 14
     weights_BTK = scale * chosen_BTK / (jnp.sum(chosen_BTK, axis=-1, keepdims=True) + 1e-20)  # eq. 13
     return Routing(experts_BTK, weights_BTK, scores_BTE)
 
 
-def softmax_topk(logits_BTE: jax.Array, *, top_k: int, n_groups: int, top_groups: int, scale: float) -> Routing:
+def softmax_topk(
+    logits_BTE: jax.Array,
+    experts_BTK: jax.Array | None = None,
+    *,
+    top_k: int,
+    n_groups: int,
+    top_groups: int,
+    scale: float,
+) -> Routing:
     """V2's choice: softmax scores, groups by their single best, weights as they are (not renormalised).
 
     Arguments as for `sigmoid_biased_topk`; a group is a device in V2, V2-Lite and DeepSeekMoE have none.
     Paper: V2 section 2.2.1, eqs. 20-22, and 2.2.2; DeepSeekMoE eqs. 9-11.
     """
     scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
-    choice_BTE = keep_best_groups(jax.lax.stop_gradient(scores_BTE), n_groups, top_groups, n_best=1)
-    _, experts_BTK = jax.lax.top_k(choice_BTE, top_k)
+    if experts_BTK is None:
+        choice_BTE = keep_best_groups(jax.lax.stop_gradient(scores_BTE), n_groups, top_groups, n_best=1)
+        _, experts_BTK = jax.lax.top_k(choice_BTE, top_k)
     weights_BTK = scale * jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1)
     return Routing(experts_BTK, weights_BTK, scores_BTE)
 

@@ -15,6 +15,8 @@ class Tokens(NamedTuple):
     segments_BT: jax.Array | None = None
     # which of them are text and not padding, bool: padding visits no expert; None: all are text
     real_BT: jax.Array | None = None
+    # the experts that each visits in the block that reads this, where that is decided; None: its router chooses
+    experts_BTK: jax.Array | None = None
 
     @classmethod
     def of(

@@ -162,27 +162,27 @@ def state_specs(state: dict, params: dict, placements: dict) -> dict:
 
 def unsharder(
     rules: Mapping[str, str], mesh: AnyMesh, read: Callable[[str], DTypeLike]
-) -> Callable[[nnx.Module], None] | None:
+) -> Callable[..., None] | None:
     """A function that makes whole, in place, a module's weights that FSDP stores in shards; None if there are none.
 
-    Called on a model it leaves stacked blocks alone; called on one layer of a stack it gathers that layer. What is
-    gathered is in the dtype `read(role)`.
+    Called on a model it leaves stacked blocks alone, unless `stacks` asks for them; called on one layer of a stack it
+    gathers that layer. What is gathered is in the dtype `read(role)`.
     """
     stored = {name: axis for name, axis in rules.items() if name != EXPERTS and axis and mesh.shape[axis] > 1}
     if not stored:
         return None
 
-    def unshard(module: nnx.Module) -> None:
+    def unshard(module: nnx.Module, stacks: bool = False) -> None:
         for _, variable in nnx.iter_graph(module):
             if not isinstance(variable, nnx.Variable):
                 continue
             logical, value = variable.get_metadata("axes"), variable[...]
             if VOCAB in logical and mesh.shape[PIPE] > 1:
                 continue
-            if logical[:1] == (LAYERS,):
-                if len(logical) == value.ndim:
-                    continue
+            if logical[:1] == (LAYERS,) and len(logical) > value.ndim:
                 logical = logical[1:]
+            elif logical[:1] == (LAYERS,) and not stacks:
+                continue
             for dim, name in enumerate(logical):
                 if name in stored:
                     value = _gathered(stored[name], dim, read(variable.get_metadata("role")), value)

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.abstract_model import AHEAD
 from deepseek_jax.data.pipeline import Array
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.rl.grpo import GRPO, Drawn, kept_log_softmax, objective, token_weights
 from deepseek_jax.rl.rollout import Rollouts
 from deepseek_jax.train.cross_entropy import IGNORE, token_nll
 from deepseek_jax.train.loss import WHOLE, Losses, Totals, stage_losses
+from deepseek_jax.train.trainable import Path
 
 
 class Answers(NamedTuple):
@@ -32,6 +34,7 @@ class Answers(NamedTuple):
     reference_logp_BT: Array
     advantage_BT: Array
     kept_BTV: Array  # what each target was drawn from, as `Rollouts` has it
+    routes: dict[str, Array]  # the experts that each token visits, likewise
 
 
 def answers(rollouts: Rollouts, length_B1: np.ndarray, is_scored_B: np.ndarray) -> Answers:
@@ -53,12 +56,13 @@ def answers(rollouts: Rollouts, length_B1: np.ndarray, is_scored_B: np.ndarray) 
         reference_logp_BT=zeros_BT,
         advantage_BT=zeros_BT,
         kept_BTV=rollouts.kept_BTV[:, 1:],
+        routes={name: found_BTLK[:, :-1] for name, found_BTLK in rollouts.routes.items()},
     )
 
 
 def part(found: Answers, rows: np.ndarray, aggregation: str, longest: int) -> Answers:
     """Returns some rows as the batch of an update, with the weights of their targets."""
-    chosen = Answers(*(column[rows] for column in found))
+    chosen = jax.tree.map(lambda column: column[rows], found)
     mask_BT = chosen.targets_BT != IGNORE
     shares_BT = token_weights(mask_BT, "token", longest)
     return chosen._replace(weights_BT=token_weights(mask_BT, aggregation, longest), share_BT=shares_BT)
@@ -74,7 +78,7 @@ class PolicyGradient:
 
     def __call__(self, model: Any, batch: Any, over: Totals, step: jax.Array) -> tuple[jax.Array, Losses]:
         """See `train.loss.Objective`; `Losses.auxiliary` are the figures of `grpo.Figures`."""
-        _, hidden, found = stage_losses(model, batch, over, WHOLE, mask=False)
+        _, hidden, found = stage_losses(model, batch, over, WHOLE, mask=False, routes=batch.routes)
         logp_BT = drawn_logp(hidden[0], model, batch, self.temperature, self.chunk)
         mask_BT = (batch.targets_BT != IGNORE).astype(jnp.float32)
         logps = (batch.sampled_logp_BT, batch.old_logp_BT, batch.reference_logp_BT)
@@ -83,27 +87,47 @@ class PolicyGradient:
         return -gain, found._replace(main=-gain, auxiliary=figures._asdict())
 
 
+def learnt(path: Path) -> bool:
+    """Returns whether a weight is trained: not those of multi-token prediction, which would only decay."""
+    return path[0] != AHEAD
+
+
 def drawn_logp(h_BTD: jax.Array, model: Any, batch: Answers, temperature: float, chunk: int) -> jax.Array:
     """Returns log pi of each target at a temperature, over what it was drawn from, float32; 0 without a target.
 
-    Where that is the whole vocabulary, the logits of `chunk` tokens exist at a time, otherwise all of them.
+    The logits of `chunk` tokens exist at a time.
     """
-    targets_BT = batch.targets_BT
-    if batch.kept_BTV.shape[-1]:
-        logits_BTV, is_target_BT = model.head(h_BTD) / temperature, targets_BT != IGNORE
-        kept_BTV = jnp.unpackbits(batch.kept_BTV, axis=-1, count=logits_BTV.shape[-1]) > 0
-        logp_BTV = kept_log_softmax(logits_BTV, kept_BTV | ~is_target_BT[..., None])
-        logp_BT = jnp.take_along_axis(logp_BTV, jnp.maximum(targets_BT, 0)[..., None], axis=-1)[..., 0]
-        return jnp.where(is_target_BT, logp_BT, 0.0)
+    weight_DV, targets_BT = model.head.weight_DV[...], batch.targets_BT
     h_MD, targets_M = h_BTD.reshape(-1, h_BTD.shape[-1]), targets_BT.reshape(-1)
-    return -token_nll(h_MD, model.head.weight_DV[...], targets_M, chunk, temperature).reshape(targets_BT.shape)
+    if not batch.kept_BTV.shape[-1]:
+        return -token_nll(h_MD, weight_DV, targets_M, chunk, temperature).reshape(targets_BT.shape)
+
+    @jax.checkpoint
+    def logp(of: tuple) -> jax.Array:
+        h_D, target, kept_W = of
+        logp_V = logp_of(h_D, weight_DV, kept_W, target, temperature)
+        return jnp.where(target != IGNORE, logp_V[jnp.maximum(target, 0)], 0.0)
+
+    kept_MW = batch.kept_BTV.reshape(len(targets_M), -1)
+    return jax.lax.map(logp, (h_MD, targets_M, kept_MW), batch_size=chunk).reshape(targets_BT.shape)
+
+
+def logp_of(
+    h_D: jax.Array, weight_DV: jax.Array, kept_W: jax.Array, target: jax.Array, temperature: float
+) -> jax.Array:
+    """Returns logp_V of one place, float32: over what its target was drawn from, if that is known; -inf elsewhere."""
+    logits_V = jnp.dot(h_D, weight_DV.astype(h_D.dtype), preferred_element_type=jnp.float32) / temperature
+    if not len(kept_W):
+        return jax.nn.log_softmax(logits_V)
+    kept_V = jnp.unpackbits(kept_W, count=len(logits_V)) > 0
+    return kept_log_softmax(logits_V, kept_V | (target == IGNORE))
 
 
 class Measured(NamedTuple):
     """What a policy says of answers, float32."""
 
     logp_BT: Array  # of each target
-    entropy_BT: Array  # at the temperature of the draw, over the whole vocabulary, nats
+    entropy_BT: Array  # at the temperature of the draw, over what a target is drawn from, nats
 
 
 def measurer(temperature: float, chunk: int) -> Any:
@@ -111,15 +135,15 @@ def measurer(temperature: float, chunk: int) -> Any:
 
     def measure(model: Any, batch: Answers) -> Measured:
         tokens = Tokens(batch.ids_BT, batch.positions_BT, None, batch.segments_BT > 0)
-        h_BTD, _ = model.hidden(tokens)
-        logp_BT = drawn_logp(h_BTD, model, batch, temperature, chunk)
-        weight_DV = model.head.weight_DV[...].astype(h_BTD.dtype)
+        h_BTD, _ = model.hidden(tokens, batch.routes)
+        logp_BT, weight_DV = drawn_logp(h_BTD, model, batch, temperature, chunk), model.head.weight_DV[...]
 
-        def entropy(h_D: jax.Array) -> jax.Array:
-            logp_V = jax.nn.log_softmax(jnp.dot(h_D, weight_DV, preferred_element_type=jnp.float32) / temperature)
-            return -jnp.sum(jnp.exp(logp_V) * logp_V)
+        def entropy(of: tuple) -> jax.Array:
+            logp_V = logp_of(of[0], weight_DV, of[1], of[2], temperature)
+            return -jnp.sum(jnp.where(logp_V > -jnp.inf, jnp.exp(logp_V) * logp_V, 0.0))
 
-        entropy_M = jax.lax.map(entropy, h_BTD.reshape(-1, h_BTD.shape[-1]), batch_size=chunk)
-        return Measured(logp_BT, entropy_M.reshape(logp_BT.shape))
+        rows = h_BTD, batch.kept_BTV, batch.targets_BT
+        flat = jax.tree.map(lambda x: x.reshape(logp_BT.size, *x.shape[2:]), rows)
+        return Measured(logp_BT, jax.lax.map(entropy, flat, batch_size=chunk).reshape(logp_BT.shape))
 
     return measure

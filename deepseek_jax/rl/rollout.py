@@ -5,9 +5,9 @@
 
 A draw depends on the key of its row, the position and the weights alone, as in `serve.generate`, so rows do not depend
 on their neighbours. Each token keeps the log-probability with which it was drawn: at the temperature of the draw, over
-the part of the vocabulary that was drawn from, which is kept as well (V3.2's Keep Sampling Mask). On several devices
-each has its rows, and the loop turns until all devices have ended: experts are spread over devices, which wait for one
-another in every layer.
+the part of the vocabulary that was drawn from, which is kept as well (V3.2's Keep Sampling Mask); and on request the
+experts that it visited (V3.2's Keep Routing). On several devices each has its rows, and the loop turns until all
+devices have ended: experts are spread over devices, which wait for one another in every layer.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.data.pipeline import Array
+from deepseek_jax.layers.block import Statistics
+from deepseek_jax.layers.cache import first_pass, next_tokens
+from deepseek_jax.layers.decoder import Cache, Note
+from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.parallel.mesh import total
 from deepseek_jax.rl.grpo import kept_log_softmax
 from deepseek_jax.seeds import random_key
@@ -42,6 +46,9 @@ class Rollouts(NamedTuple):
     is_finished_B1: Array  # whether it ended with an end mark, bool
     # which of the vocabulary each drawn token was drawn from, eight tokens to a byte; of width 0: from all of it
     kept_BTV: Array
+    # of each stack of blocks that route, the experts that each token but the last visited, [B, T, L, K] int16; {} where
+    # the model's blocks do not report them (`Execution.routes`)
+    routes: dict[str, Array]
 
 
 def pad(prompts: Sequence[np.ndarray], n_tokens: int, keys: np.ndarray, temperature: float) -> Prompts:
@@ -68,7 +75,9 @@ def roller(n_new: int, stop_ids: Sequence[int], top_p: float) -> Callable[[Any, 
         (n_rows, n_prompt), length_B = prompts.ids_BT.shape, prompts.length_B1[:, 0]
         key_B, rows = jax.random.wrap_key_data(prompts.key_BK), jnp.arange(n_rows)
         real_BT = jnp.arange(n_prompt) < length_B[:, None]
-        h_BTD, cache = model.prefill(prompts.ids_BT, n_prompt + n_new, real_BT)
+        read = Tokens.of(prompts.ids_BT, real_BT=real_BT)
+        note = first_routes(n_new) if model.run.routes else None
+        h_BTD, cache = model.generating(read, first_pass(n_prompt + n_new), note=note)
         logits_BV = model.head(jnp.take_along_axis(h_BTD, (length_B - 1)[:, None, None], axis=1))[:, 0]
 
         def is_unfinished(carry: tuple) -> jax.Array:
@@ -81,18 +90,52 @@ def roller(n_new: int, stop_ids: Sequence[int], top_p: float) -> Callable[[Any, 
             ids_BT = ids_BT.at[rows, at_B].set(jnp.where(going_B, id_B, ids_BT[rows, at_B]))
             logp_BT = logp_BT.at[rows, at_B].set(jnp.where(going_B, logp_B, 0.0))
             kept_BTV = kept_BTV.at[rows, at_B].set(jnp.where(going_B[:, None], kept_BV, 0))
-            logits_BTV, cache = model.decode(id_B[:, None], at_B[:, None], cache)
+            read = Tokens(id_B[:, None], at_B[:, None])
+            note = more_routes(rows, at_B) if model.run.routes else None
+            h_BTD, cache = model.generating(read, next_tokens, cache, note)
             n_drawn_B, going_B = n_drawn_B + going_B, going_B & ~jnp.isin(id_B, ends)
-            return n + 1, going_B, logits_BTV[:, 0], cache, ids_BT, logp_BT, kept_BTV, n_drawn_B
+            return n + 1, going_B, model.head(h_BTD)[:, 0], cache, ids_BT, logp_BT, kept_BTV, n_drawn_B
 
         ids_BT = jnp.zeros((n_rows, n_prompt + n_new), jnp.int32).at[:, :n_prompt].set(prompts.ids_BT)
         zeros_BT, zeros_B = jnp.zeros(ids_BT.shape, jnp.float32), jnp.zeros(n_rows, jnp.int32)
         kept_BTV = jnp.zeros((*ids_BT.shape, n_bytes(logits_BV.shape[1], top_p)), jnp.uint8)
         begin = (jnp.int32(0), jnp.ones(n_rows, bool), logits_BV, cache, ids_BT, zeros_BT, kept_BTV, zeros_B)
-        _, going_B, _, _, ids_BT, logp_BT, kept_BTV, n_drawn_B = jax.lax.while_loop(is_unfinished, advance, begin)
-        return Rollouts(ids_BT, logp_BT, n_drawn_B[:, None], ~going_B[:, None], kept_BTV)
+        _, going_B, _, cache, ids_BT, logp_BT, kept_BTV, n_drawn_B = jax.lax.while_loop(is_unfinished, advance, begin)
+        routes = routes_of(model, cache) if model.run.routes else {}
+        return Rollouts(ids_BT, logp_BT, n_drawn_B[:, None], ~going_B[:, None], kept_BTV, routes)
 
     return rollout
+
+
+def first_routes(n_new: int) -> Note:
+    """Returns the note of the experts of prompts, with memory for those of `n_new` tokens."""
+
+    def note(_: None, statistics: Statistics) -> jax.Array | None:
+        found_BTK = statistics.routes_BTK
+        return None if found_BTK is None else jnp.pad(found_BTK, ((0, 0), (0, n_new), (0, 0)))
+
+    return note
+
+
+def more_routes(rows: jax.Array, at_B: jax.Array) -> Note:
+    """Returns the note of the experts of one more token per row, at its position."""
+
+    def note(noted_BTK: jax.Array | None, statistics: Statistics) -> jax.Array | None:
+        found_BTK = statistics.routes_BTK
+        return None if noted_BTK is None or found_BTK is None else noted_BTK.at[rows, at_B].set(found_BTK[:, 0])
+
+    return note
+
+
+def routes_of(model: Any, cache: Cache) -> dict[str, jax.Array]:
+    """Returns what was noted, as `Rollouts.routes` has it."""
+    noted = {}
+    for name in model.stacks:
+        is_stacked = bool(model.run.unroll)  # otherwise there is a pair for each layer (`run_cached`)
+        of_layers = cache[name][1] if is_stacked else [one for _, one in cache[name] if one is not None]
+        if of_layers is not None and len(of_layers):
+            noted[name] = jnp.stack(of_layers, axis=2) if not is_stacked else jnp.moveaxis(of_layers, 0, 2)
+    return noted
 
 
 def n_bytes(vocab_size: int, top_p: float) -> int:

@@ -13,7 +13,7 @@ resume exactly where it was.
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -45,11 +45,17 @@ class StepSizes:
     updates: int
     temperature: float
     top_p: float  # mass of the nucleus that tokens are drawn from; 1: the whole vocabulary
+    rows_at_once: int  # answers that are drawn, and measured, at a time; 0: all
 
     @property
     def n_rows(self) -> int:
         """Answers in all."""
         return self.questions * self.answers
+
+    def chunks(self) -> list[slice]:
+        """Returns the rows that are drawn at a time."""
+        size = self.rows_at_once or self.n_rows
+        return [slice(start, start + size) for start in range(0, self.n_rows, size)]
 
 
 class Drawn(NamedTuple):
@@ -79,7 +85,7 @@ class Learner:
         self.trainer, self.turns, self.problems, self.rewards = trainer, turns, problems, rewards
         self.sizes, self.seed = sizes, seed
         self.objective: PolicyGradient = trainer.objective  # type: ignore[assignment]
-        self._roll = trainer.with_model(roller(turns.longest_answer, [turns.end_id], sizes.top_p))
+        self._roll = trainer.with_model(roller(turns.longest_answer, [turns.end_id], sizes.top_p), stacks=True)
         self._measure = trainer.with_model(measurer(sizes.temperature, self.objective.chunk))
         self.seconds: dict[str, float] = {}  # of the last step, by what they were spent on
 
@@ -101,10 +107,10 @@ class Learner:
         return state, reward_figures(scores, drawn.responses) | {"tied": tied_share(totals, groups)} | figures
 
     def draw(self, state: State, asked: Sequence[Problem], keys: np.ndarray, temperature: float) -> Drawn:
-        """Returns an answer to each problem."""
+        """Returns an answer to each of `n_rows` problems."""
         prompts = [self.turns.prompt(problem, named(problem)) for problem in asked]
         given = pad(prompts, self.turns.longest_prompt, keys, temperature)
-        rolled = Rollouts(*map(np.asarray, self._roll(state, self._placed(given))))
+        rolled: Rollouts = self._in_chunks(self._roll, state, given)
         responses = []
         for row, ids in enumerate(rolled.ids_BT):
             begin, count = len(prompts[row]), int(rolled.n_drawn_B1[row, 0])
@@ -144,11 +150,10 @@ class Learner:
         """Returns (the answers with all that an update reads, figures of the policy before it)."""
         is_scored_B = np.array([total is not None for total in totals])
         found = answers(drawn.rollouts, drawn.length_B1, is_scored_B)
-        placed = self._placed(found)
-        now = Measured(*map(np.asarray, self._measure(state, placed)))
+        now: Measured = self._in_chunks(self._measure, state, found)
         of_reference = now
         if reference is not None:
-            of_reference = Measured(*map(np.asarray, self._measure(state | {"params": reference}, placed)))
+            of_reference = self._in_chunks(self._measure, state | {"params": reference}, found)
         A_B = advantages(totals, groups, self.objective.grpo.advantage).astype(np.float32)
         found = found._replace(
             old_logp_BT=now.logp_BT,
@@ -183,8 +188,16 @@ class Learner:
         rest = {"learning_rate": last.learning_rate, "max_violation": last.max_violation}
         return found | {name: float(value) for name, value in rest.items()} | {"skipped": int(last.skipped)}
 
+    def _in_chunks(self, run: Callable[[State, Any], Any], state: State, rows: Any) -> Any:
+        """Returns what a program makes of rows, on the host."""
+        parts = [run(state, self._placed(jax.tree.map(lambda x, c=c: x[c], rows))) for c in self.sizes.chunks()]
+        return jax.tree.map(lambda *of_parts: np.concatenate(of_parts), *map(self._fetched, parts))
+
     def _placed(self, rows: Any) -> Any:
         return global_batch(rows, self.trainer.mesh)
+
+    def _fetched(self, rows: Any) -> Any:
+        return jax.tree.map(np.asarray, rows)
 
     @contextlib.contextmanager
     def _timed(self, what: str) -> Iterator[None]:

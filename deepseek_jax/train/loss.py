@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import Execution
 from deepseek_jax.layers.block import Statistics
-from deepseek_jax.layers.decoder import Depth, Part
+from deepseek_jax.layers.decoder import NO_ROUTES, Depth, Part, Routes
 from deepseek_jax.layers.mtp import ahead, shift_left
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.parallel.alltoall import Sent, added, nothing_sent
@@ -222,14 +222,15 @@ def stage_losses(
     x_KBTD: Sequence[jax.Array] | None = None,
     *,
     mask: bool,
+    routes: Routes = NO_ROUTES,
 ) -> tuple[jax.Array, list[jax.Array], Losses]:
     """(x_BTD after the last block, what the head reads, the losses of a stage but for the head's).
 
-    Arguments as for `Objective`; embeddings that are not given are looked up.
+    Arguments as for `Objective`; embeddings that are not given are looked up. `routes` is as in `Decoder.run_blocks`.
     """
     tokens = Tokens(batch.ids_BT, batch.positions_BT, batch.segments_BT if mask else None, batch.segments_BT > 0)
     x_BTD = model.embed(tokens) if x_BTD is None else x_BTD
-    x_BTD, statistics = model.run_blocks(x_BTD, tokens, part=stage.part)
+    x_BTD, statistics = model.run_blocks(x_BTD, tokens, part=stage.part, routes=routes)
     depths: list[Depth] = []
     hidden: list[jax.Array] = []
     if stage.ends:

@@ -126,6 +126,7 @@ class Trainer:
         kernels, remat, unroll: see `Execution`.
         exchange_groups: groups of devices to each of which a token on its way to experts goes once (`Exchange`).
         exchange_kind: how tokens travel (`parallel.alltoall.KINDS`).
+        routes: whether blocks report the experts that each token chose, to functions of `with_model`.
         flops_per_token: operations to train on one token, as a function of the sequence length.
 
     Attributes:
@@ -161,6 +162,7 @@ class Trainer:
         unroll: int = 1,
         exchange_groups: int = 1,
         exchange_kind: str = "padded",
+        routes: bool = False,
         flops_per_token: Callable[[int], float] = lambda seq_len: 0.0,
     ):
         check_rules(rules)
@@ -176,6 +178,7 @@ class Trainer:
             exchange=make_exchange(rules, mesh, exchange_groups, exchange_kind),
             unshard=unsharder(rules, mesh, read),
             context=Context(mesh.shape[CONTEXT]),
+            routes=routes,
         )
         self._describe(self._model(pipeline), optimizer, read)
         if not self.layout:
@@ -294,14 +297,17 @@ class Trainer:
         biases = {"router_bias": state["router_bias"]}
         return jax.device_get(self._whole_biases(biases) if self.layout else biases)["router_bias"]
 
-    def bind(self, params: dict, router_bias: dict) -> nnx.Module:
-        """The model with these weights, as a step reads them; those stored in shards are made whole."""
-        return self._bound(self.definition, params, router_bias)
+    def bind(self, params: dict, router_bias: dict, stacks: bool = False) -> nnx.Module:
+        """The model with these weights, as a step reads them.
 
-    def _bound(self, definition: nnx.GraphDef, params: dict, router_bias: dict) -> nnx.Module:
+        Those stored in shards are made whole, those of blocks only with `stacks`: otherwise each block is when it runs.
+        """
+        return self._bound(self.definition, params, router_bias, stacks)
+
+    def _bound(self, definition: nnx.GraphDef, params: dict, router_bias: dict, stacks: bool = False) -> nnx.Module:
         model = bind(definition, params, router_bias)
         if self.run.unshard:
-            self.run.unshard(model)
+            self.run.unshard(model, stacks)
         return model
 
     def _in_stages(self, abstract_model: Any) -> StageLosses:
@@ -390,14 +396,15 @@ class Trainer:
         run = jax.jit(per_device(on_device, self.mesh, specs, REPLICATED))
         return lambda state, batch: run(state["params"], state["router_bias"], batch)
 
-    def with_model(self, function: Callable[[Any, Any], Any]) -> Callable[[State, Any], Any]:
+    def with_model(self, function: Callable[[Any, Any], Any], *, stacks: bool = False) -> Callable[[State, Any], Any]:
         """A compiled `run(state, rows)`: `function(model, rows)` on every device, with its part of the rows.
 
-        `rows` is a tree of arrays [rows, columns], and so is the result; no gradient, no state is changed.
+        `rows` is a tree of arrays [rows, columns], and so is the result; no gradient, no state is changed. With
+        `stacks` weights stored in shards are made whole once, as generation needs them, which runs each block often.
         """
 
         def on_device(params: dict, router_bias: dict, rows: Any) -> Any:
-            return function(self.bind(reading.whole(params, self._reads), router_bias), rows)
+            return function(self.bind(reading.whole(params, self._reads), router_bias, stacks), rows)
 
         specs = (self.specs["params"], self.specs["router_bias"], BATCH)
         run = jax.jit(per_device(on_device, self.mesh, specs, BATCH))

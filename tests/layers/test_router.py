@@ -178,3 +178,25 @@ def test_padding_is_routed_nowhere_and_balances_nothing():
     for name, got in found.items():
         np.testing.assert_allclose(got, [float(expected[name][0]), 0.0], rtol=1e-6)
     assert without_padding(whole, None) is whole
+
+
+@pytest.mark.parametrize("bias", [None, [0.3, -0.2, 0.0, 0.1]], ids=["softmax", "sigmoid"])
+def test_experts_that_are_given_have_the_weights_of_the_present_scores(bias):
+    """Those that the router would choose change nothing; others get their own scores, from which the router learns."""
+    logits = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    sizes = dict(top_k=2, n_groups=2, top_groups=1, scale=2.0)
+    if bias is None:
+        route, scores = functools.partial(softmax_topk, **sizes), jax.nn.softmax(logits)
+    else:
+        route, scores = functools.partial(sigmoid_biased_topk, bias_E=np.float32(bias), **sizes), jax.nn.sigmoid(logits)
+    own = route(logits)
+    again = route(logits, experts_BTK=own.experts_BTK)
+    jax.tree.map(np.testing.assert_array_equal, own, again)
+    others = np.broadcast_to([[3, 0]], (2, 3, 2))
+    chosen = np.take_along_axis(np.asarray(scores), others, -1)
+    over = 1.0 if bias is None else chosen.sum(-1, keepdims=True)
+    found = route(logits, experts_BTK=others)
+    np.testing.assert_array_equal(found.experts_BTK, others)
+    np.testing.assert_allclose(found.weights_BTK, 2.0 * chosen / over, rtol=1e-6)
+    slope = jax.grad(lambda x: route(x, experts_BTK=others).weights_BTK[..., 0].sum())(jnp.asarray(logits))
+    assert (np.abs(slope[..., [0, 3]]) > 1e-4).all()

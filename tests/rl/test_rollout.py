@@ -36,22 +36,23 @@ def make_config():
     return config
 
 
-def make_learner(rewards, *mesh, micro_batches=1, beta=0.1, top_p=1.0):
+def make_learner(rewards, *mesh, micro_batches=1, beta=0.1, top_p=1.0, rows_at_once=0, embed="", **options):
     config = make_config()
     config.rl.grpo.beta = beta
-    config.pipeline.micro_batches = micro_batches
+    config.pipeline.micro_batches, config.sharding.embed = micro_batches, embed
     objective = PolicyGradient(GRPO(**config.rl.grpo), TEMPERATURE, 64)
-    trainer = run.trainer(config, make_mesh(*(mesh or (1, 1)), jax.devices()[: np.prod(mesh, dtype=int)]), objective)
+    devices = jax.devices()[: np.prod(mesh, dtype=int)]
+    trainer = run.trainer(config, make_mesh(*(mesh or (1, 1)), devices), objective, **options)
     turns = Turns(ByteTokenizer(), "r1", False, 9, NEW)
     problems = open_problems("sums:4", 0, 0.2)
-    return Learner(trainer, turns, problems, rewards, StepSizes(4, 4, 2, TEMPERATURE, top_p), seed=3)
+    return Learner(trainer, turns, problems, rewards, StepSizes(4, 4, 2, TEMPERATURE, top_p, rows_at_once), seed=3)
 
 
 @pytest.fixture(scope="module")
 def learner():
-    """Rewards are for length as well, which differs between the answers of a model without training."""
+    """Rewards are for length as well, which differs between the answers of a model without training; routes are kept."""
     with Rewards({"accuracy": 1.0, "length": 0.5}) as rewards:
-        yield make_learner(rewards)
+        yield make_learner(rewards, routes=True)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,21 @@ def test_what_is_drawn_has_the_log_probabilities_of_the_trainer(learner, state, 
     gap_BT = np.abs(np.asarray(found.logp_BT) - given.sampled_logp_BT)[is_drawn_BT]
     assert gap_BT.max() < 1e-5
     assert (given.sampled_logp_BT[is_drawn_BT] < 0).all() and (np.asarray(found.entropy_BT)[is_drawn_BT] > 0).all()
+
+
+def test_the_experts_of_the_draw_are_visited_again(learner, state, drawn):
+    """V3.2's Keep Routing: those of the prompt, too; routers of the same weights would choose the same ones."""
+    given = answers(drawn.rollouts, drawn.length_B1, np.ones(16, bool))
+    is_drawn_BT, is_read_BT = given.targets_BT >= 0, given.segments_BT > 0
+    routes = given.routes["moe_blocks"]
+    assert routes.shape == (16, 14, 1, 2) and routes[is_read_BT].min() == 0 and routes[is_read_BT].max() == 3
+    assert (routes[is_read_BT][..., 0] != routes[is_read_BT][..., 1]).all()
+    found = [
+        np.asarray(learner._measure(placed(learner, state), learner._placed(given._replace(routes=kept))).logp_BT)
+        for kept in (given.routes, {}, {"moe_blocks": (routes + 1) % 4})
+    ]
+    np.testing.assert_allclose(found[0], found[1], atol=1e-6)
+    assert np.abs(found[0] - found[2])[is_drawn_BT].max() > 1e-4
 
 
 @pytest.mark.slow
@@ -133,11 +149,13 @@ def test_an_end_mark_is_a_target_and_what_follows_is_not(drawn):
         n_drawn_B1=np.array([[1], [3], [3], [2]]),
         is_finished_B1=np.array([[True], [True], [False], [True]]),
         kept_BTV=np.zeros((4, 5, 0), np.uint8),
+        routes={"moe_blocks": np.arange(20).reshape(4, 5, 1, 1)},
     )
     found = answers(rolled, np.array([[2], [1], [2], [2]]), np.array([True, True, True, False]))
     expected = [[-1, 257, -1, -1], [8, 9, 257, -1], [-1, 5, 6, 7], [-1, -1, -1, -1]]
     assert found.targets_BT.tolist() == expected
     assert found.sampled_logp_BT.tolist() == [[0, 2, 0, 0], [6, 7, 8, 0], [0, 12, 13, 14], [0, 0, 0, 0]]
+    assert found.routes["moe_blocks"][2, :, 0, 0].tolist() == [10, 11, 12, 13], "of the tokens that are read"
     assert found.segments_BT.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
 
 
@@ -209,11 +227,19 @@ def test_a_prompt_is_never_cut(learner):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "micro_batches"), [((1, 1), 2), ((2, 1), 1), ((1, 2), 1)])
-def test_neither_devices_nor_micro_batches_matter(learner, state, mesh, micro_batches):
-    """The same answers, the same gradients (Adam's first moments); experts are divided in the last mesh."""
+@pytest.mark.parametrize(
+    ("mesh", "options"),
+    [
+        ((1, 1), {"micro_batches": 2, "rows_at_once": 4}),
+        ((2, 1), {"embed": "data"}),
+        ((1, 2), {"routes": True}),
+    ],
+    ids=["parts", "stored in shards", "experts divided"],
+)
+def test_neither_devices_nor_micro_batches_matter(learner, state, mesh, options):
+    """The same answers, the same gradients (Adam's first moments)."""
     with Rewards(learner.rewards.weights) as rewards:
-        other = make_learner(rewards, *mesh, micro_batches=micro_batches)
+        other = make_learner(rewards, *mesh, **options)
         found = [first_update(one, state) for one in (learner, other)]
     assert (found[0][0] == found[1][0]).all()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[0][1], found[1][1])
