@@ -121,6 +121,8 @@ BOUNDS: dict[str, Bound] = {
     "rl.longest_answer": SOME_STEPS,
     "rl.temperature": bounds.number(0, 1000, above=True),
     "rl.top_p": bounds.number(0, 1, above=True),
+    "rl.keep_routing": bounds.switch(),
+    "rl.rows_at_once": ANY_STEPS,
     "rl.refresh_every": ANY_STEPS,
     "rl.eval_problems": SOME_STEPS,
     "rl.verifiers": bounds.whole(1, 1024),

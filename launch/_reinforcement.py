@@ -55,7 +55,8 @@ def train(config: ConfigDict, workdir: Path, stop: "StopRequest", again: str, pe
         meta = {"config": to_json(config), "problems": learner.problems.fingerprint}
         start, state = resumed(config, learner, checkpoints, workdir)
         kind, n_devices = jax.devices()[0].device_kind, learner.trainer.mesh.size
-        with Metrics(workdir, config.loop.steps, start_step=start, device_kind=kind, n_devices=n_devices) as metrics:
+        of = {"device_kind": kind, "n_devices": n_devices, "enabled": jax.process_index() == 0}
+        with Metrics(workdir, config.loop.steps, start_step=start, **of) as metrics:
             metrics.message(headline(config, learner, workdir, start))
             if start >= config.loop.steps:
                 metrics.message(f"This run has reached step {start}. To continue: --config.loop.steps={2 * start}")
@@ -89,28 +90,30 @@ def prepare(config: ConfigDict, rewards: "Rewards") -> "Learner":
     from deepseek_jax.data.tokenizer import open_tokenizer
     from deepseek_jax.parallel.mesh import make_mesh
     from deepseek_jax.rl.grpo import GRPO
-    from deepseek_jax.rl.objective import PolicyGradient
+    from deepseek_jax.rl.objective import PolicyGradient, learnt
     from deepseek_jax.rl.step import Learner, StepSizes
     from deepseek_jax.rl.turns import Turns
 
     if config.precision == "fp32":  # GPUs and TPUs would otherwise round the operands of a matmul
         jax.config.update("jax_default_matmul_precision", "highest")
     rl = config.rl
-    check_sizes(config, jax.process_count())
+    check_sizes(config)
     _beginning.check_sizes(config)
     tokenizer = open_tokenizer(config.data.tokenizer)
     run.check_vocabulary(config, tokenizer)
     name = template_name(config.data.chat_template, config.data.tokenizer)
     turns = Turns(tokenizer, name, rl.thinking, rl.longest_prompt, rl.longest_answer)
     objective = PolicyGradient(GRPO(**rl.grpo), rl.temperature, config.loss.chunk)
-    trainer = run.trainer(config, make_mesh(**config.mesh), objective)
-    sizes = StepSizes(rl.questions, rl.answers, rl.updates, rl.temperature, rl.top_p)
+    trainer = run.trainer(config, make_mesh(**config.mesh), objective, trainable=learnt, routes=rl.keep_routing)
+    sizes = StepSizes(rl.questions, rl.answers, rl.updates, rl.temperature, rl.top_p, rl.rows_at_once)
     check_rows(config, trainer.mesh.size)
-    return Learner(trainer, turns, open_problems(config), rewards, sizes, config.seed)
+    learner = Learner(trainer, turns, open_problems(config), rewards, sizes, config.seed)
+    learner.check()
+    return learner
 
 
-def check_sizes(config: ConfigDict, n_processes: int) -> None:
-    """Raises UserError for meshes on which answers cannot be drawn."""
+def check_sizes(config: ConfigDict) -> None:
+    """Raises UserError for meshes on which answers cannot be drawn, and for what no run can do."""
     for axis in ("pipe", "context"):
         if config.mesh[axis] > 1:
             raise UserError(
@@ -121,8 +124,15 @@ def check_sizes(config: ConfigDict, n_processes: int) -> None:
         raise UserError(
             f"config.ema.decay={config.ema.decay:g}: reinforcement learning keeps no average of weights. Set it to 0."
         )
-    if n_processes > 1:
-        raise UserError(f"{n_processes} processes: reinforcement learning runs in one. Start it on one machine.")
+    if config.rl.keep_routing and "expert_width" not in config.model:
+        raise UserError(
+            f"config.rl.keep_routing=True: the model of {config.name} has no routed experts. Set it to False."
+        )
+    if config.rl.keep_routing and config.loss.balance_rate:
+        raise UserError(
+            f"config.rl.keep_routing=True with config.loss.balance_rate={config.loss.balance_rate:g}: router biases "
+            "would follow choices that are not the routers' own. Set config.loss.balance_rate=0.0."
+        )
 
 
 def check_rows(config: ConfigDict, n_devices: int) -> None:
@@ -133,6 +143,11 @@ def check_rows(config: ConfigDict, n_devices: int) -> None:
         raise UserError(
             f"config.rl: {rl.questions} questions x {rl.answers} answers do not divide into {rl.updates} updates on "
             f"{n_devices} devices with {config.pipeline.micro_batches} micro-batches. Choose a multiple of {multiple}."
+        )
+    if rl.rows_at_once and (rl.questions * rl.answers % rl.rows_at_once or rl.rows_at_once % n_devices):
+        raise UserError(
+            f"config.rl.rows_at_once={rl.rows_at_once}: expected a number that divides {rl.questions} questions x "
+            f"{rl.answers} answers, and a multiple of {n_devices} devices; or 0, for all of them at once."
         )
 
 

@@ -14,8 +14,8 @@ Every config.loop.eval_every steps held-out problems are answered by draws and b
 answers are written to samples.jsonl. RL brings out what the base can do already: compare with the line of step 0.
 
 The workdir (runs/NAME by default) receives checkpoints/, metrics.jsonl, samples.jsonl and tensorboard/. SIGTERM, SIGHUP
-or Ctrl-C saves and ends; the same command resumes the run as if nothing had happened. Exit codes as for train. It runs
-on the devices of one machine; not along a pipeline or over divided sequences.
+or Ctrl-C saves and ends; the same command resumes the run as if nothing had happened. Exit codes as for train, and
+several machines join as there; not along a pipeline or over divided sequences.
 """
 
 import os

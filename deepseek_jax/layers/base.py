@@ -153,7 +153,7 @@ def run_stack(
     x: jax.Array,
     run: Execution,
     call: Callable,
-    extras: Tree | None = None,
+    extras: Any = None,
     layers: slice | None = None,
     fetch: Fetch | None = None,
 ) -> tuple[Any, Any]:

@@ -107,10 +107,8 @@ class Decoder(nnx.Module):
         statistics = {}
         for name in self.stacks if part is None else part:
             layers, fetch = None if part is None else part[name], self.run.fetch and self.run.fetch(name)
-            blocks, given = getattr(self, name), {}
-            if name in routes:
-                given["extras"] = jnp.moveaxis(routes[name], 2, 0)
-            x_BTD, statistics[name] = run_stack(blocks, x_BTD, self.run, call, layers=layers, fetch=fetch, **given)
+            blocks, given = getattr(self, name), jnp.moveaxis(routes[name], 2, 0) if name in routes else None
+            x_BTD, statistics[name] = run_stack(blocks, x_BTD, self.run, call, given, layers, fetch)
         return x_BTD, statistics
 
     def generating(
@@ -119,7 +117,7 @@ class Decoder(nnx.Module):
         """Embeds tokens and runs the blocks, each with what its attention kept of earlier tokens.
 
         With `note` what is kept of each block is a pair: its attention's, and what `note` makes of its second part (None
-        without a cache) and of what the block reports. Returns (h_BTD after the final norm, what was kept).
+        at first) and of what the block reports. Returns (h_BTD after the final norm, what was kept).
         """
 
         def call(block: nnx.Module, x_BTD: jax.Array, cached: Any) -> tuple[jax.Array, Any]:
@@ -137,7 +135,10 @@ class Decoder(nnx.Module):
         return self.final_norm(x_BTD)
 
     def hidden(self, tokens: Tokens, routes: Routes = NO_ROUTES) -> tuple[jax.Array, dict[str, Statistics]]:
-        """The model up to its final norm: (h_BTD, statistics of each stack, with a leading axis L); see `run_blocks`."""
+        """The model up to its final norm: (h_BTD, statistics of each stack, with a leading axis L).
+
+        `routes` is as in `run_blocks`.
+        """
         x_BTD, statistics = self.run_blocks(self.embed(tokens), tokens, routes=routes)
         return self.finish(x_BTD), statistics
 

@@ -135,6 +135,27 @@ def global_batch(local: Any, mesh: Mesh) -> Any:
     return jax.tree.map(placed, local)
 
 
+def own_share(rows: Any, mesh: Mesh) -> Any:
+    """This process's share of host arrays that all processes have whole, for `global_batch`."""
+    number, n_shares = batch_share(mesh)
+    return jax.tree.map(lambda array: np.split(array, n_shares)[number], rows)
+
+
+def fetched(rows: Any) -> Any:
+    """The whole of arrays that are split over all devices, as host arrays on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(rows)
+    return multihost_utils.process_allgather(rows, tiled=True)
+
+
+def joined(own: np.ndarray) -> np.ndarray:
+    """The rows that each process gives, in the order of the processes, on all of them; float64 keeps its bits."""
+    if jax.process_count() == 1:
+        return own
+    bits = multihost_utils.process_allgather(np.ascontiguousarray(own, np.float64).view(np.uint32), tiled=True)
+    return np.asarray(bits).view(np.float64)
+
+
 def batch_shape(shape: tuple[int, ...], dtype: DTypeLike, mesh: Mesh) -> jax.ShapeDtypeStruct:
     """An array of a batch as shapes, split over all devices as `global_batch` splits it."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, BATCH))

@@ -160,9 +160,7 @@ def state_specs(state: dict, params: dict, placements: dict) -> dict:
     return jax.tree_util.tree_map_with_path(spec, state)
 
 
-def unsharder(
-    rules: Mapping[str, str], mesh: AnyMesh, read: Callable[[str], DTypeLike]
-) -> Callable[..., None] | None:
+def unsharder(rules: Mapping[str, str], mesh: AnyMesh, read: Callable[[str], DTypeLike]) -> Callable[..., None] | None:
     """A function that makes whole, in place, a module's weights that FSDP stores in shards; None if there are none.
 
     Called on a model it leaves stacked blocks alone, unless `stacks` asks for them; called on one layer of a stack it

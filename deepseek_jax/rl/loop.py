@@ -18,6 +18,7 @@ from deepseek_jax.layers.base import Tree
 from deepseek_jax.rl.rewards import ACCURACY
 from deepseek_jax.rl.step import Drawn, Learner, copied
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
+from deepseek_jax.train.loop import StopPoll
 from deepseek_jax.train.metrics import Metrics, read_log
 from deepseek_jax.train.step import State
 from deepseek_jax.train.stop import StopRequest
@@ -82,15 +83,18 @@ class Loop:
         self._look_back(start)
         if start == 0:
             self.evaluate(state, 0)
-        while done < self.config.steps and stop.signal is None:
+        poll = StopPoll(stop, done)
+        is_ending = poll.should_stop(done)
+        while done < self.config.steps and not is_ending:
             state, figures = self._step(state, done)
             done += 1
+            is_ending = poll.should_stop(done)
             self._check(state, figures, done)
             if done == start + 1 or self._is_due(done, self.config.log_every):
                 self.metrics.step(done, figures, tokens=self._tokens(figures, done, start))
             if self._is_due(done, self.config.eval_every):
                 self.evaluate(state, done)
-            if stop.signal is not None or self._is_due(done, self.config.checkpoint_every):
+            if is_ending or self._is_due(done, self.config.checkpoint_every):
                 with self.metrics.paused():
                     self.checkpoints.save(done, self.learner.trainer.store(state), self.meta)
         return state, done

@@ -55,6 +55,9 @@ class Problems(Protocol):
     def held_out(self, number: int) -> Problem:
         """Returns held-out problem `number`; the same in every run."""
 
+    def known(self) -> Sequence[Problem]:
+        """Returns problems to look at before a run: all of a list, the first ones of a series."""
+
 
 class Generated:
     """Problems that a function makes.
@@ -79,6 +82,10 @@ class Generated:
     def held_out(self, number: int) -> Problem:
         """See `Problems`."""
         return self._first(0, HELD_OUT, number)
+
+    def known(self) -> Sequence[Problem]:
+        """See `Problems`."""
+        return [self.training(0), self.held_out(0)]
 
     def _first(self, seed: int, side: int, number: int) -> Problem:
         """Returns the first problem of a series of its own that is on `side`."""
@@ -116,6 +123,10 @@ class Listed:
     def held_out(self, number: int) -> Problem:
         """See `Problems`."""
         return self._held_out[number]
+
+    def known(self) -> Sequence[Problem]:
+        """See `Problems`."""
+        return [*self._training, *self._held_out]
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - a run has one list
     def _order(self, epoch: int) -> np.ndarray:

@@ -129,13 +129,14 @@ def more_routes(rows: jax.Array, at_B: jax.Array) -> Note:
 
 def routes_of(model: Any, cache: Cache) -> dict[str, jax.Array]:
     """Returns what was noted, as `Rollouts.routes` has it."""
-    noted = {}
-    for name in model.stacks:
-        is_stacked = bool(model.run.unroll)  # otherwise there is a pair for each layer (`run_cached`)
-        of_layers = cache[name][1] if is_stacked else [one for _, one in cache[name] if one is not None]
-        if of_layers is not None and len(of_layers):
-            noted[name] = jnp.stack(of_layers, axis=2) if not is_stacked else jnp.moveaxis(of_layers, 0, 2)
-    return noted
+    pairs = cache if model.run.unroll else {name: (None, stacked(cache[name])) for name in model.stacks}
+    return {name: jnp.moveaxis(noted, 0, 2) for name, (_, noted) in pairs.items() if noted is not None}
+
+
+def stacked(layers: tuple) -> jax.Array | None:
+    """Returns what was noted where each layer has a pair of its own, as `run_cached` keeps them without a loop."""
+    found = [noted for _, noted in layers if noted is not None]
+    return jnp.stack(found) if found else None
 
 
 def n_bytes(vocab_size: int, top_p: float) -> int:

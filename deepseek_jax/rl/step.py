@@ -22,7 +22,7 @@ import numpy as np
 
 from deepseek_jax.data.noise import noise
 from deepseek_jax.layers.base import Tree
-from deepseek_jax.parallel.mesh import global_batch
+from deepseek_jax.parallel.mesh import fetched, global_batch, joined, own_share
 from deepseek_jax.rl.grpo import Figures, advantages, tied_share
 from deepseek_jax.rl.objective import Answers, Measured, PolicyGradient, answers, measurer, part
 from deepseek_jax.rl.problems import Problem, Problems
@@ -97,7 +97,7 @@ class Learner:
             asked = [self.problems.training(number) for number in numbers for _ in range(self.sizes.answers)]
             drawn = self.draw(state, asked, row_keys(self.seed, step, len(asked)), self.sizes.temperature)
         with self._timed("reward"):
-            scores = self.rewards.score(drawn.problems, drawn.responses)
+            scores = self.score(drawn, self.sizes.n_rows)
         groups = np.repeat(numbers, self.sizes.answers).tolist()
         totals = [score.total for score in scores]
         with self._timed("update"):
@@ -117,6 +117,27 @@ class Learner:
             responses.append(self.turns.response(ids[begin : begin + count], bool(rolled.is_finished_B1[row, 0])))
         return Drawn(list(asked), given.length_B1, rolled, responses)
 
+    def score(self, drawn: Drawn, count: int) -> list[Score]:
+        """Returns what the first `count` responses are worth; of several processes each looks at a share of all."""
+        if jax.process_count() == 1:
+            return self.rewards.score(drawn.problems[:count], drawn.responses[:count])
+        n_own = len(drawn.responses) // jax.process_count()
+        own = slice(jax.process_index() * n_own, (jax.process_index() + 1) * n_own)
+        scores = self.rewards.score(drawn.problems[own], drawn.responses[own])
+        rows = joined(np.array([(score.total, *score.parts.values()) for score in scores], np.float64))
+        values = [[None if np.isnan(value) else float(value) for value in row] for row in rows]
+        return [Score(total, dict(zip(scores[0].parts, parts, strict=True))) for total, *parts in values[:count]]
+
+    def check(self) -> None:
+        """Raises UserError for problems that have too long prompts, or whose answers cannot be verified here.
+
+        Looked at are all problems of a list, and the first ones of a series without end.
+        """
+        known = self.problems.known()
+        for problem in known:
+            self.turns.prompt(problem, named(problem))
+        self.rewards.check({problem.kind for problem in known})
+
     def evaluate(self, state: State, count: int, temperature: float) -> tuple[dict[str, float], Drawn]:
         """Returns (figures of answers to `count` held-out problems, the first of the answers)."""
         available = self.problems.n_held_out
@@ -128,9 +149,9 @@ class Learner:
             numbers = [min(start + n, count - 1) for n in range(self.sizes.n_rows)]  # rows beyond the last are dropped
             asked = [self.problems.held_out(number) for number in numbers]
             drawn = self.draw(state, asked, row_keys(EVALUATION, start, len(asked)), temperature)
-            kept = slice(0, min(count - start, self.sizes.n_rows))
-            scores += self.rewards.score(asked[kept], drawn.responses[kept])
-            responses += drawn.responses[kept]
+            n_kept = min(count - start, self.sizes.n_rows)
+            scores += self.score(drawn, n_kept)
+            responses += drawn.responses[:n_kept]
             first = first or drawn
         assert first is not None
         figures = reward_figures(scores, responses)
@@ -191,13 +212,10 @@ class Learner:
     def _in_chunks(self, run: Callable[[State, Any], Any], state: State, rows: Any) -> Any:
         """Returns what a program makes of rows, on the host."""
         parts = [run(state, self._placed(jax.tree.map(lambda x, c=c: x[c], rows))) for c in self.sizes.chunks()]
-        return jax.tree.map(lambda *of_parts: np.concatenate(of_parts), *map(self._fetched, parts))
+        return jax.tree.map(lambda *of_parts: np.concatenate(of_parts), *map(fetched, parts))
 
     def _placed(self, rows: Any) -> Any:
-        return global_batch(rows, self.trainer.mesh)
-
-    def _fetched(self, rows: Any) -> Any:
-        return jax.tree.map(np.asarray, rows)
+        return global_batch(own_share(rows, self.trainer.mesh), self.trainer.mesh)
 
     @contextlib.contextmanager
     def _timed(self, what: str) -> Iterator[None]:

@@ -2,6 +2,11 @@
 
 import copy
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,10 +15,10 @@ import pytest
 from deepseek_jax import run, run_config
 from deepseek_jax.data.tokenizer import ByteTokenizer
 from deepseek_jax.errors import UserError
-from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.mesh import fetched, make_mesh
 from deepseek_jax.rl.grpo import GRPO
 from deepseek_jax.rl.loop import REFERENCE, TAKEN_AT, Loop, LoopConfig
-from deepseek_jax.rl.objective import PolicyGradient, answers, part
+from deepseek_jax.rl.objective import PolicyGradient, answers, learnt, part
 from deepseek_jax.rl.problems import Problem, open_problems
 from deepseek_jax.rl.rewards import Rewards, Score
 from deepseek_jax.rl.rollout import row_keys
@@ -25,6 +30,7 @@ from deepseek_jax.train.metrics import Metrics
 from deepseek_jax.train.stop import StopRequest
 
 TEMPERATURE, NEW = 0.7, 6
+WEIGHTS = {"accuracy": 1.0, "length": 0.5}
 
 
 def make_config():
@@ -50,8 +56,8 @@ def make_learner(rewards, *mesh, micro_batches=1, beta=0.1, top_p=1.0, rows_at_o
 
 @pytest.fixture(scope="module")
 def learner():
-    """Rewards are for length as well, which differs between the answers of a model without training; routes are kept."""
-    with Rewards({"accuracy": 1.0, "length": 0.5}) as rewards:
+    """Rewards are for length as well, which differs between answers of a model without training; routes are kept."""
+    with Rewards(WEIGHTS) as rewards:
         yield make_learner(rewards, routes=True)
 
 
@@ -115,6 +121,8 @@ def test_what_is_drawn_from_a_nucleus_is_learnt_from_over_the_nucleus(learner, s
     assert (n_kept_BT[is_drawn_BT] > 1).any() and n_kept_BT[is_drawn_BT].max() < 272
     found = other._measure(placed(other, state), other._placed(given))
     np.testing.assert_allclose(np.asarray(found.logp_BT), given.sampled_logp_BT, atol=1e-5)
+    most_BT = np.log(np.maximum(n_kept_BT, 1))
+    assert (np.asarray(found.entropy_BT) <= most_BT + 1e-5)[is_drawn_BT].all(), "that of the nucleus"
     whole = learner._measure(placed(learner, state), learner._placed(given._replace(kept_BTV=given.kept_BTV[..., :0])))
     assert np.abs(np.asarray(whole.logp_BT) - given.sampled_logp_BT)[is_drawn_BT].max() > 0.1
     _, figures = other.step(placed(other, state), state["params"], 0)
@@ -221,9 +229,28 @@ def test_held_out_problems_are_judged(learner, state):
     assert figures["cut_off"] > 0.5 and figures["unscored"] == 0
 
 
-def test_a_prompt_is_never_cut(learner):
+def test_a_prompt_is_never_cut(learner, tmp_path, monkeypatch):
+    """Those of a list are looked at before the first step, and whether its answers can be verified."""
     with pytest.raises(UserError, match=r"problem 3 has 11 tokens: expected rl.longest_prompt=9 at most"):
         learner.turns.prompt(asked("12345678")[0], "problem 3")
+    rows = [{"prompt": str(n), "answer": "0"} for n in range(8)]
+    for bad, message in (({"prompt": "1" * 9}, "has 12 tokens"), ({"kind": "sum"}, "a problem has kind 'sum'")):
+        path = tmp_path / "problems.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"prompt": "8"} | bad]))
+        monkeypatch.setattr(learner, "problems", open_problems(str(path), 0, 0.2))
+        with pytest.raises(UserError, match=message):
+            learner.check()
+    monkeypatch.undo()
+    learner.check()
+
+
+def test_multi_token_prediction_is_not_trained():
+    """It gets no gradient, and would only decay."""
+    config = make_config()
+    config.model.mtp_depth = 1
+    trainer = run.trainer(config, make_mesh(1, 1, jax.devices()[:1]), trainable=learnt)
+    assert jax.tree.leaves(trainer.abstract["params"]["mtp"])
+    assert not jax.tree.leaves(trainer.abstract["optimizer"]["mu"].get("mtp"))
 
 
 @pytest.mark.slow
@@ -232,18 +259,34 @@ def test_a_prompt_is_never_cut(learner):
     [
         ((1, 1), {"micro_batches": 2, "rows_at_once": 4}),
         ((2, 1), {"embed": "data"}),
-        ((1, 2), {"routes": True}),
     ],
-    ids=["parts", "stored in shards", "experts divided"],
+    ids=["parts", "stored in shards"],
 )
 def test_neither_devices_nor_micro_batches_matter(learner, state, mesh, options):
     """The same answers, the same gradients (Adam's first moments)."""
-    with Rewards(learner.rewards.weights) as rewards:
+    with Rewards(WEIGHTS) as rewards:
         other = make_learner(rewards, *mesh, **options)
         found = [first_update(one, state) for one in (learner, other)]
     assert (found[0][0] == found[1][0]).all()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[0][1], found[1][1])
     assert found[0][2] == pytest.approx(found[1][2], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_that_divide_the_experts_make_the_same_step(learner, state, tmp_path):
+    """Each draws and scores its own answers; the loop of draws turns until both have ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"
+    command = [sys.executable, str(Path(__file__).with_name("shared_out.py")), str(tmp_path / "out.npz")]
+    processes = [subprocess.Popen(command, env=environment | {"JAX_PROCESS_ID": str(n)}) for n in range(2)]
+    expected = jax.tree.leaves(first_update(learner, state))
+    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    with np.load(tmp_path / "out.npz") as found:
+        for one, other in zip(expected, found.values(), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
 def first_update(learner, state):
@@ -256,7 +299,8 @@ def first_update(learner, state):
         placed(learner, state), learner._placed(part(given, rows, learner.objective.grpo.aggregation, NEW))
     )
     figures |= {name: float(value) for name, value in jax.device_get(report.auxiliary).items()}
-    return drawn.rollouts.ids_BT, jax.device_get(after["optimizer"]["mu"]), figures | {"loss": float(report.loss)}
+    figures |= {f"score {n}": score.total for n, score in enumerate(learner.score(drawn, 16))}
+    return drawn.rollouts.ids_BT, fetched(after["optimizer"]["mu"]), figures | {"loss": float(report.loss)}
 
 
 @pytest.mark.slow
@@ -320,9 +364,18 @@ def test_the_verb_checks_its_settings(tmp_path, monkeypatch):
         _reinforcement.check_rows(config, 2)
     config.ema.decay = 0.9
     with pytest.raises(UserError, match=r"config.ema.decay=0.9: reinforcement learning keeps no average"):
-        _reinforcement.check_sizes(config, 1)
+        _reinforcement.check_sizes(config)
     config.mesh.pipe = 2
     with pytest.raises(UserError, match=r"config.mesh.pipe=2: answers are drawn on whole models"):
-        _reinforcement.check_sizes(config, 1)
-    with pytest.raises(UserError, match="2 processes: reinforcement learning runs in one"):
-        _reinforcement.check_sizes(run_config.load("tiny_zero"), 2)
+        _reinforcement.check_sizes(config)
+    config = run_config.load("tiny_zero")
+    config.rl.rows_at_once = 48
+    with pytest.raises(UserError, match=r"rows_at_once=48: expected a number that divides 16 questions x 8 answers"):
+        _reinforcement.check_rows(config, 2)
+    config.rl.keep_routing, config.loss.balance_rate = True, 1e-3
+    with pytest.raises(UserError, match=r"router biases would follow choices that are not the routers' own"):
+        _reinforcement.check_sizes(config)
+    config = run_config.load("tiny_v1")
+    config.rl.keep_routing = True
+    with pytest.raises(UserError, match=r"rl.keep_routing=True: the model of tiny_v1 has no routed experts"):
+        _reinforcement.check_sizes(config)

@@ -80,7 +80,7 @@ class Rewards:
 
     def _accuracies(self, problems: Sequence[Problem], responses: Sequence[Response]) -> list[float | None]:
         """Returns whether each response is right; slow verifiers run side by side."""
-        self._check({problem.kind for problem in problems})
+        self.check({problem.kind for problem in problems})
         found: list[float | None] = [0.0] * len(problems)
         slow: list[int] = []
         for n, (problem, response) in enumerate(zip(problems, responses, strict=True)):
@@ -101,7 +101,7 @@ class Rewards:
         self.failures[f"kind {kind}: {result.reason if isinstance(result, Failed) else NOTHING_TO_SAY}"] += 1
         return None
 
-    def _check(self, kinds: set[str]) -> None:
+    def check(self, kinds: set[str]) -> None:
         """Raises UserError for kinds that cannot be verified here; each is checked once."""
         for kind in sorted(kinds - self._checked):
             if kind not in VERIFIERS:
