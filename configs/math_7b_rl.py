@@ -2,8 +2,7 @@
 
 Paper: arXiv 2402.03300, section 4.2: rate 1e-6, KL weight 0.04, 64 answers of at most 1,024 tokens per question,
 batches of 1,024 answers, one update for each, 144K questions of GSM8K and MATH. The paper scores by a reward model;
-here rules do (problems of kind "math"). A step draws its answers at once on one machine: lower rl.questions where its
-memory does not hold 1,024 of them.
+here rules do (problems of kind "math"). rl.rows_at_once says how many answers are drawn at a time.
 
     deepseek-jax rl --config=math_7b_rl --config.run.init_from=deepseek-ai/deepseek-math-7b-instruct
 """

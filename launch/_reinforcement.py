@@ -85,7 +85,7 @@ def prepare(config: ConfigDict, rewards: "Rewards") -> "Learner":
     """Returns the programs of a run. Raises UserError for settings that do not suit one another."""
     import jax
 
-    from deepseek_jax import run
+    from deepseek_jax import release, run
     from deepseek_jax.data.conversations import template_name
     from deepseek_jax.data.tokenizer import open_tokenizer
     from deepseek_jax.parallel.mesh import make_mesh
@@ -102,7 +102,8 @@ def prepare(config: ConfigDict, rewards: "Rewards") -> "Learner":
     tokenizer = open_tokenizer(config.data.tokenizer)
     run.check_vocabulary(config, tokenizer)
     name = template_name(config.data.chat_template, config.data.tokenizer)
-    turns = Turns(tokenizer, name, rl.thinking, rl.longest_prompt, rl.longest_answer)
+    ends = release.marks(config, tokenizer).end_ids
+    turns = Turns(tokenizer, name, rl.thinking, rl.longest_prompt, rl.longest_answer, ends)
     objective = PolicyGradient(GRPO(**rl.grpo), rl.temperature, config.loss.chunk)
     trainer = run.trainer(config, make_mesh(**config.mesh), objective, trainable=learnt, routes=rl.keep_routing)
     sizes = StepSizes(rl.questions, rl.answers, rl.updates, rl.temperature, rl.top_p, rl.rows_at_once)
@@ -164,7 +165,14 @@ def resumed(
     saved = checkpoints.read_meta()[1]
     if "problems" not in saved:
         raise UserError(f"{workdir} holds another kind of run. Give this one a --workdir of its own.")
-    for change in run.differences(from_json(saved["config"]), config):
+    before = from_json(saved["config"])
+    if (before.rl.grpo.beta > 0) != (config.rl.grpo.beta > 0):
+        raise UserError(
+            f"{workdir} holds a run {'with' if before.rl.grpo.beta else 'without'} a reference (config.rl.grpo.beta: "
+            f"{before.rl.grpo.beta:g} -> {config.rl.grpo.beta:g}). Give the same value to continue it, or start anew: "
+            f"--config.run.init_from={workdir} and another --workdir."
+        )
+    for change in run.differences(before, config):
         if change.startswith(("family", "model.", "seed", *FIXED)):
             raise UserError(
                 f"{workdir} holds a run of other settings: config.{change}. "

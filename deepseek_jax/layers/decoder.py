@@ -116,8 +116,8 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """Embeds tokens and runs the blocks, each with what its attention kept of earlier tokens.
 
-        With `note` what is kept of each block is a pair: its attention's, and what `note` makes of its second part (None
-        at first) and of what the block reports. Returns (h_BTD after the final norm, what was kept).
+        With `note` what is kept of each block is a pair: its attention's, and what `note` makes of its second part
+        (None at first) and of what the block reports. Returns (h_BTD after the final norm, what was kept).
         """
 
         def call(block: nnx.Module, x_BTD: jax.Array, cached: Any) -> tuple[jax.Array, Any]:

@@ -85,7 +85,7 @@ class Learner:
         self.trainer, self.turns, self.problems, self.rewards = trainer, turns, problems, rewards
         self.sizes, self.seed = sizes, seed
         self.objective: PolicyGradient = trainer.objective  # type: ignore[assignment]
-        self._roll = trainer.with_model(roller(turns.longest_answer, [turns.end_id], sizes.top_p), stacks=True)
+        self._roll = trainer.with_model(roller(turns.longest_answer, turns.end_ids, sizes.top_p), stacks=True)
         self._measure = trainer.with_model(measurer(sizes.temperature, self.objective.chunk))
         self.seconds: dict[str, float] = {}  # of the last step, by what they were spent on
 

@@ -33,6 +33,14 @@ CASES = {
         dict(loss_type="grpo", level="sequence", clip=(3e-4, 4e-4)),
     ),
     "importance": (dict(aggregation="token", importance_cap=1.1), dict(loss_type="dapo", cap=1.1)),
+    "R1": (
+        dict(aggregation="sequence", clip_low=10.0, clip_high=10.0, beta=0.001),
+        dict(loss_type="grpo", clip=(10.0, 10.0), beta=0.001),
+    ),
+    "V3.2": (
+        dict(advantage="mean", aggregation="sequence", beta=0.3, unbiased_kl=True, off_policy_bound=0.05, importance_cap=1.1),
+        dict(loss_type="grpo", beta=0.3, unbiased=True, off_policy=0.05, cap=1.1),
+    ),
 }  # fmt: skip
 
 
@@ -93,9 +101,10 @@ def test_objective_and_gradient_are_those_of_trl(name):
     c = GRPO(**COMMON | ours)
     given = logp, sampled, old, reference, mask = tensors()
     rewards, groups = [1.0, 0.0, 0.5, 0.0, 1.0, 1.0], [0, 0, 0, 1, 1, 1]
-    A = advantages(rewards, groups, "std")
+    A = advantages(rewards, groups, c.advantage)
     grouped = torch.tensor(rewards).view(2, 3)
-    expected = (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)
+    over = grouped.std(1, keepdim=True) + 1e-4 if c.advantage == "std" else 1.0
+    expected = (grouped - grouped.mean(1, keepdim=True)) / over
     np.testing.assert_allclose(A, expected.flatten().numpy(), atol=1e-6)
     drawn = Drawn(
         mask, sampled, old, reference, A[:, None] * np.ones((1, T)), token_weights(mask, c.aggregation, LONGEST)

@@ -124,6 +124,9 @@ def test_tied_groups_have_no_gradient(kind):
     assert not slope[tied].any() and slope[[n for n in range(B) if n not in tied]].any()
     logp, drawn, share = batch(c, rewards=[0.1 + 0.2] * B)
     assert not gradient(c, logp, drawn, share).any()
+    held = gradient(config(advantage=kind, beta=0.1), logp, drawn, share)
+    ratio = np.exp(drawn.reference_logp_BT - logp)
+    np.testing.assert_allclose(held, 0.1 * (ratio - 1) * drawn.weights_BT, atol=1e-7)  # the divergence is felt by all
 
 
 @pytest.mark.parametrize("name", ["V3.2", "all", "GSPO", "DeepSeekMath"])

@@ -112,7 +112,24 @@ def test_tasks_of_reasoning_gym():
     assert one == two and one.kind == "reasoning_gym" and one != problems[0].training(6)
     right = one.answer["entry"]["answer"]
     assert reasoning_gym(one.answer, right) == 1.0
-    assert reasoning_gym(one.answer, f"{right} or {int(right) + 1}") == 0.0, "a part of full marks is none"
+    near = [int(right) + by for by in (-10, -2, -1, 1, 2, 10)]
+    wrong = [
+        f"{right} or {near[3]}",
+        "",
+        " ",
+        "legs",
+        "none",
+        "<think>",
+        "eval",
+        "['legs']",
+        "{}",
+        "None",
+        "nan",
+        "inf",
+    ]
+    wrong += [str(n) for n in near] + [f"-{right}", f"{right}0", f"1{right}", f"{right}.5", f"{right}e1", f"{right}/2"]
+    wrong += [f"{right}+1", f"{right}{right}", f"{right}, {near[0]}", f"0x{right}", f"{right} legs and 1", f"~{right}!"]
+    assert len(wrong) >= 30 and [text for text in wrong if reasoning_gym(one.answer, text) != 0.0] == []
     with pytest.raises(UserError, match="has no task of this name"):
         open_problems("rg:nothing", 0, 0.1)
 

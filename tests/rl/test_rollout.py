@@ -20,7 +20,7 @@ from deepseek_jax.rl.grpo import GRPO
 from deepseek_jax.rl.loop import REFERENCE, TAKEN_AT, Loop, LoopConfig
 from deepseek_jax.rl.objective import PolicyGradient, answers, learnt, part
 from deepseek_jax.rl.problems import Problem, open_problems
-from deepseek_jax.rl.rewards import Rewards, Score
+from deepseek_jax.rl.rewards import RULES, Rewards, Score
 from deepseek_jax.rl.rollout import row_keys
 from deepseek_jax.rl.step import Learner, StepSizes
 from deepseek_jax.rl.turns import Turns
@@ -92,6 +92,12 @@ def test_what_is_drawn_has_the_log_probabilities_of_the_trainer(learner, state, 
     assert is_drawn_BT.sum() == drawn.rollouts.n_drawn_B1.sum() > 40
     gap_BT = np.abs(np.asarray(found.logp_BT) - given.sampled_logp_BT)[is_drawn_BT]
     assert gap_BT.max() < 1e-5
+    np.testing.assert_array_equal(given.targets_BT[is_drawn_BT], drawn.rollouts.ids_BT[:, 1:][is_drawn_BT])
+    texts = [learner.turns.tokenizer.decode(row[mask]) for row, mask in zip(given.targets_BT, is_drawn_BT, strict=True)]
+    again = [learner.turns.tokenizer.encode(text).tolist() for text in texts]
+    assert again != [row[mask].tolist() for row, mask in zip(given.targets_BT, is_drawn_BT, strict=True)], (
+        "ids stay ids"
+    )
     assert (given.sampled_logp_BT[is_drawn_BT] < 0).all() and (np.asarray(found.entropy_BT)[is_drawn_BT] > 0).all()
 
 
@@ -150,9 +156,12 @@ def test_answers_are_those_of_the_generator_and_do_not_depend_on_their_neighbour
 
 
 def test_an_end_mark_is_a_target_and_what_follows_is_not(drawn):
-    """Rows are made up: one ends at once, one after two tokens, one is cut off, one could not be scored."""
+    """Rows are made up: one ends at once, one after two tokens, one is cut off, one could not be scored.
+
+    What follows is not told by its value: padding may be end marks.
+    """
     rolled = drawn.rollouts._replace(
-        ids_BT=np.array([[1, 2, 257, 0, 0], [1, 8, 9, 257, 0], [1, 2, 5, 6, 7], [1, 2, 5, 257, 0]]),
+        ids_BT=np.array([[1, 2, 257, 257, 257], [1, 8, 9, 257, 0], [1, 2, 5, 6, 7], [1, 2, 5, 257, 0]]),
         logp_BT=np.arange(20.0).reshape(4, 5),
         n_drawn_B1=np.array([[1], [3], [3], [2]]),
         is_finished_B1=np.array([[True], [True], [False], [True]]),
@@ -222,6 +231,41 @@ def test_a_run_that_is_cut_resumes_with_the_same_bits(learner, tmp_path):
     assert int(whole["step"]) == 8, "updates"
 
 
+class Messages:
+    """Metrics that keep what is said."""
+
+    def __init__(self):
+        self.said = []
+
+    def message(self, text):
+        self.said.append(text)
+
+
+def test_a_run_warns_of_what_keeps_it_from_learning(learner, tmp_path):
+    """Once each; and says at the end whether right answers have become more, whatever lengths have done."""
+    when = LoopConfig(
+        steps=9, log_every=1, eval_every=0, checkpoint_every=0, refresh_every=0, eval_problems=16, max_skipped=3
+    )
+    metrics = Messages()
+    made = Loop(learner, when, checkpoints=None, metrics=metrics, meta={}, workdir=tmp_path)
+    learner.rewards.failures["kind math: no result after 10 s"] += 1
+    figures = {"cut_off": 0.6, "tied": 1.0, "unscored": 0.1}
+    for step in (1, 2):
+        made._check({"skipped_in_row": 2}, figures, step)
+    learner.rewards.failures.clear()
+    assert len(metrics.said) == 3 and all(text.startswith("warning: step 1: ") for text in metrics.said)
+    assert "60% of the answers were cut off after 6 tokens and so are wrong" in metrics.said[0]
+    assert "so nothing is learnt" in metrics.said[1] and "kind math: no result after 10 s" in metrics.said[2]
+    with pytest.raises(UserError, match="3 updates in a row had a loss or gradient that is not finite"):
+        made._check({"skipped_in_row": 3}, figures, 3)
+    metrics.said.clear()
+    for end, is_said in ((0.14, True), (0.2, False)):
+        made._judge(0, {"accuracy": 0.1, "accuracy_error": 0.03, "answer_length": 5.0})
+        made._judge(9, {"accuracy": end, "accuracy_error": 0.03, "answer_length": 15.0})
+        assert bool(metrics.said) == is_said
+        assert not is_said or "was 0.100 and is 0.140: no more than by chance" in metrics.said.pop()
+
+
 def test_held_out_problems_are_judged(learner, state):
     figures, first = learner.evaluate(placed(learner, state), 20, 0.0)
     again, _ = learner.evaluate(placed(learner, state), 20, 0.0)
@@ -242,6 +286,28 @@ def test_a_prompt_is_never_cut(learner, tmp_path, monkeypatch):
             learner.check()
     monkeypatch.undo()
     learner.check()
+
+
+def test_any_mark_at_which_generation_stops_ends_an_answer():
+    """Also one that the template does not know; the answer is without it."""
+    turns = Turns(ByteTokenizer(), "r1", False, 9, NEW, end_ids=(256,))
+    assert turns.end_ids == (256, 257)
+    for end in turns.end_ids:
+        assert turns.response([*b"<think>a</think>8", end], True).content == "8"
+        assert turns.response([*b"8", end], True).n_tokens == 2
+
+
+def test_a_thought_begins_with_its_mark():
+    """Unless the prompt has it, one without is not in the format, though it can be read."""
+    for text, thinking, is_in_format in (
+        ("<think>a</think>8", False, 1.0),
+        ("a</think>8", False, 0.0),
+        ("a</think>8", True, 1.0),
+    ):
+        turns = Turns(ByteTokenizer(), "r1", thinking, 9, 20)
+        drawn = ByteTokenizer().encode(text + turns.template.end.text, specials=True)
+        response = turns.response(drawn, True)
+        assert response.thought == "a" and RULES["format"](asked("1")[0], response) == is_in_format
 
 
 def test_multi_token_prediction_is_not_trained():
@@ -343,6 +409,8 @@ def test_the_verb_trains_a_base_and_improves_it(tmp_path, monkeypatch, capsys):
     assert steps == [0] * 8 + [3] * 8 + [4] * 8
     with pytest.raises(UserError, match=r"holds a run of other settings: config.rl.questions: 16 -> 8"):
         rl.main([*words, "--config.rl.questions=8"])
+    with pytest.raises(UserError, match=r"holds a run without a reference \(config.rl.grpo.beta: 0 -> 0.1\)"):
+        rl.main([*words, "--config.rl.grpo.beta=0.1"])
 
 
 def test_the_verb_checks_its_settings(tmp_path, monkeypatch):

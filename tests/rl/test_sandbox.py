@@ -25,6 +25,9 @@ SECONDS = 1.0
 TESTS = [{"input": "2 3\n", "output": "5\n"}, {"input": "40 2\n", "output": "42"}]
 
 
+SAID = ("a * b", "a + b, a + b", "f' {a + b}'", "f'{a + b}.'", "float(a + b)", "f'0{a + b}'", "a, b", "'5\\n42'")
+
+
 def answer(program):
     return f"This adds them:\n```python\n{program}\n```\nIt works."
 
@@ -47,7 +50,11 @@ def test_what_only_looks_like_a_program_that_passes_is_not():
         "input()\nprint(5, end=' 42')",
     ]
     programs += ["raise SystemExit(0)", "print(5)\nraise SystemExit(1)", "import sys\nsys.exit()"]
-    assert [code(TESTS, answer(program)) for program in programs] == [0.0] * len(programs)
+    programs += ["print(input())", "print(2 + 3)", "print(a + b)", "print 5", "return 5", "def solve():\n    return 5"]
+    programs += ["class Same(str):\n    def __eq__(self, other):\n        return True\nprint(Same())", "print(True)"]
+    programs += ["import sys\nsys.stderr.write('5')", "print('correct')", "import os\nprint(os.environ)", "assert True"]
+    programs += [f"a, b = map(int, input().split())\nprint({said})" for said in SAID]
+    assert len(programs) >= 30 and [code(TESTS, answer(program)) for program in programs] == [0.0] * len(programs)
     for content in ("", "5", "```\nprint(5)\n```", "```python\nprint(5)", "print(5)"):
         assert code(TESTS, content) == 0.0
 

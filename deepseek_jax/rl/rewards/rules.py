@@ -9,6 +9,7 @@ Whether an answer is right is the subject of `verifiers`.
 """
 
 import re
+import unicodedata
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Response(NamedTuple):
     n_tokens: int  # drawn, the end mark included
     n_allowed: int  # tokens after which it would have been cut off
     is_finished: bool  # whether it ended with an end mark
+    is_opened: bool = True  # whether its thought, if it has one, began with the mark of one
 
     @property
     def content(self) -> str:
@@ -43,14 +45,19 @@ class Response(NamedTuple):
 
 def has_thought(response: Response) -> bool:
     """Returns whether a response has a thought that is not empty."""
-    return bool(response.thought.strip())
+    return bool(visible(response.thought))
+
+
+def visible(text: str) -> str:
+    """Returns a text without the characters that leave no mark: blanks, controls, marks of direction, joiners."""
+    return "".join(letter for letter in text if unicodedata.category(letter)[0] not in "ZC")
 
 
 def format(problem: "Problem", response: Response) -> float:
     """Returns 1 for a finished response of one thought and then an answer."""
     parts = response.thought, response.content
-    whole = all(part.strip() and not THOUGHT_MARK.search(part) for part in parts)
-    return float(whole and response.is_finished)
+    whole = all(seen and not THOUGHT_MARK.search(seen) for seen in map(visible, parts))
+    return float(whole and response.is_finished and response.is_opened)
 
 
 def language(problem: "Problem", response: Response) -> float:
