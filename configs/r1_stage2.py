@@ -1,7 +1,7 @@
 """DeepSeek-R1, second stage of reinforcement learning: all kinds of questions, after fine-tuning on 800K answers.
 
-Paper: arXiv 2501.12948, section 2.3 and its supplement: as the first stage, at temperature 0.7, 1,700 updates. The paper
-mixes rules for reasoning with reward models for general questions, the latter in the last 400 updates only; here
+Paper: arXiv 2501.12948, section 2.3 and its supplement: as the first stage, at temperature 0.7, 1,700 updates. The
+paper mixes rules for reasoning with reward models for general questions, the latter in the last 400 updates only; here
 rules alone score.
 
     deepseek-jax rl --config=r1_stage2 --config.run.init_from=RUN --config.rl.problems=FILES

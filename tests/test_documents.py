@@ -24,6 +24,13 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def test_tests_that_documents_name_exist():
+    sources = [file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py")]
+    known = {name for source in sources for name in re.findall(r"^def (test_\w+)", source, flags=re.MULTILINE)}
+    named = {name for file in DOCUMENTS for name in re.findall(r"`(test_\w+)`", (ROOT / file).read_text("utf-8"))}
+    assert named and named <= known, named - known
+
+
 def in_shell(text: str) -> list[list[str]]:
     """Returns the commands of shell text as words: split at &&, | and >, without comments, broken lines joined."""
     commands = []

@@ -38,7 +38,8 @@ CASES = {
         dict(loss_type="grpo", clip=(10.0, 10.0), beta=0.001),
     ),
     "V3.2": (
-        dict(advantage="mean", aggregation="sequence", beta=0.3, unbiased_kl=True, off_policy_bound=0.05, importance_cap=1.1),
+        dict(advantage="mean", aggregation="sequence", importance_cap=1.1, off_policy_bound=0.05)
+        | dict(beta=0.3, unbiased_kl=True),
         dict(loss_type="grpo", beta=0.3, unbiased=True, off_policy=0.05, cap=1.1),
     ),
 }  # fmt: skip
