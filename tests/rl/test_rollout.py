@@ -158,7 +158,7 @@ def test_answers_are_those_of_the_generator_and_do_not_depend_on_their_neighbour
 def test_an_end_mark_is_a_target_and_what_follows_is_not(drawn):
     """Rows are made up: one ends at once, one after two tokens, one is cut off, one could not be scored.
 
-    What follows is not told by its value: padding may be end marks.
+    Not the value says what follows: padding may be end marks.
     """
     rolled = drawn.rollouts._replace(
         ids_BT=np.array([[1, 2, 257, 257, 257], [1, 8, 9, 257, 0], [1, 2, 5, 6, 7], [1, 2, 5, 257, 0]]),
