@@ -4,7 +4,6 @@ Both are asked the same: log-probabilities of texts, and their continuations up 
 the begin mark if the model's tokenizer asks for one.
 """
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,11 +17,10 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch._http import ask
 from deepseek_jax.serve.engine import Engine, Logprob, Output
+from deepseek_jax.serve.offline import outputs
 from deepseek_jax.serve.reply import PLAIN, Reply
 from deepseek_jax.serve.sampling import Sampling
-from deepseek_jax.serve.scheduler import Request
 
-OPEN_PER_ROW = 4  # requests that an engine has at a time
 Scored = tuple[float, bool]  # a text's log-probability, and whether each of its tokens is the likeliest
 
 
@@ -90,21 +88,11 @@ class InProcess(TemplateLM):
         return [reply.message()["content"] for reply in replies]
 
     def _outputs(self, asked: Sequence[tuple[list[int], Sampling]], is_silent: bool) -> Iterator[tuple[int, Output]]:
-        """Yields what the engine says to each, with its number; few are open at a time."""
-        waiting, engine = deque(enumerate(asked)), self.engine
-        numbers: dict[Request, int] = {}
-        n_most = OPEN_PER_ROW * engine.n_rows * len(engine.ranks)
+        """Yields what the engine says to each, with its number."""
         with tqdm(total=len(asked), desc="Asking the model", disable=is_silent) as bar:
-            while waiting or not engine.is_idle:
-                while waiting and len(numbers) < n_most:
-                    number, (prompt, sampling) = waiting.popleft()
-                    numbers[engine.submit(prompt, sampling)] = number
-                for output in engine.step():
-                    yield numbers[output.request], output
-                ended = [request for request in numbers if request.has_ended]
-                bar.update(len(ended))
-                for request in ended:
-                    del numbers[request]
+            for number, output in outputs(self.engine, asked):
+                yield number, output
+                bar.update(output.request.has_ended)
 
 
 def _sum(ids: Sequence[int], scores: Sequence[Logprob | None]) -> Scored:

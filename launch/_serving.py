@@ -43,8 +43,8 @@ def source_of(options: Any) -> Path | str:
     return source
 
 
-def open_engine(options: Any, source: Path | str) -> "tuple[LanguageModel, Engine]":
-    """Loads the model, whose programs are yet to be compiled."""
+def open_engine(options: Any, source: Path | str, **more: Any) -> "tuple[LanguageModel, Engine]":
+    """Loads the model, whose programs are yet to be compiled; `more` are options of the engine."""
     from deepseek_jax.compat import start_compilation_cache
     from deepseek_jax.language_model import load
     from deepseek_jax.parallel.mesh import make_mesh
@@ -59,6 +59,7 @@ def open_engine(options: Any, source: Path | str) -> "tuple[LanguageModel, Engin
         n_pages=options.pages or None,
         chunk=options.chunk,
         n_drafts=options.drafts,
+        **more,
     )
     if options.disk:
         engine.keep_on_disk(Path(options.disk), options.disk_gb * 10**9)

@@ -1,13 +1,21 @@
-r"""Run published benchmarks on a model, through lm-eval.
+r"""Judge a model: by its answers to problems, or by published benchmarks through lm-eval.
 
+    deepseek-jax evaluate --workdir=runs/tiny_zero --problems=sums --samples=8
+    deepseek-jax evaluate --from=DeepSeek-R1-Distill-Qwen-7B --problems=aime.jsonl --samples=64 --answers=aime.answers
     deepseek-jax evaluate --from=DeepSeek-V2-Lite --tasks=arc_easy,hellaswag --limit=200
     deepseek-jax evaluate --workdir=runs/tiny_v3 --tasks=mine --tasks-dir=my_tasks
     deepseek-jax evaluate --url=http://127.0.0.1:8000 --tasks=gsm8k --shots=5      # a server that runs already
 
-The tasks are those of lm-eval (`lm-eval ls tasks`) or those of a directory of yours; lm-eval loads their data. The
-engine that serves answers them, in this process; with --url it is a server. Either way by ids, so the scores are of
-what is served. Every text begins with the begin mark if the model's tokenizer asks for one. Needs
-pip install 'deepseek_jax[evaluate]'.
+Problems are those of `deepseek-jax rl`: JSONL files, also in the form of GSM8K and of MATH, the built-in sums, or tasks
+of reasoning-gym. Each is answered once by the likeliest tokens and --samples times by draws (as R1's report has it, 64
+at temperature 0.6 with top-p 0.95), on the engine that serves. Printed are pass@1 (the mean over the samples), pass@k,
+maj@n (the vote of all samples) and greedy, each with a 95 % interval over problems (Wilson's). Answers kept with
+--answers are not drawn again: the same command resumes, and a larger --samples adds to them. Of a run's own problems
+(config.rl.problems) only those that it was not trained on are asked.
+
+Tasks are those of lm-eval (`lm-eval ls tasks`) or those of a directory of yours; lm-eval loads their data. The engine
+answers them in this process; with --url it is a server. Either way by ids, so the scores are of what is served. Every
+text begins with the begin mark if the model's tokenizer asks for one. Needs pip install 'deepseek_jax[evaluate]'.
 """
 
 import json
@@ -15,7 +23,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from deepseek_jax.bounds import path, whole
+from deepseek_jax.bounds import SEED, number, path, whole
 from deepseek_jax.errors import UserError
 from deepseek_jax.files import write_atomically
 from deepseek_jax.launch import _options, _serving
@@ -27,6 +35,21 @@ FLAGS = _serving.FLAGS | {
     "shots": (int, -1, "worked examples in each prompt (default: as the task says)", whole(-1, 1000)),
     "limit": (int, 0, "questions per task (default: all)", whole(0, 10**9)),
     "out": (str, "", "file for the results, as JSON", path()),
+    "problems": (str, "", "problems to answer, instead of --tasks: sums:DIGITS, rg:NAME or JSONL files"),
+    "samples": (int, 64, "answers drawn to each problem", whole(0, 10**6)),
+    "temperature": (float, 0.6, "at which they are drawn", number(0, 1e6, above=True)),
+    "top_p": (float, 0.95, "draw from the likeliest tokens of this share", number(0, 1)),
+    "max_tokens": (
+        int,
+        0,
+        "tokens per answer at most (default: as a run has it; 32,768 or half of the positions of published weights)",
+        whole(0, 10**9),
+    ),
+    "template": (str, "", "chat template, where the model's own is not found beside its tokenizer"),
+    "thinking": (bool, None, "let the prompt open a thought (default: as the run did)"),
+    "seed": (int, 0, "of the draws", SEED),
+    "verifiers": (int, 2, "processes for answers that take long to verify", whole(1, 4096)),
+    "answers": (str, "", "file that keeps every answer, as JSONL; resumes from it", path()),
 }
 KEY = "DEEPSEEK_JAX_API_KEY"
 
@@ -35,8 +58,12 @@ def main(argv: list[str]) -> int:
     """Runs the verb; returns the exit code."""
     options = _options.parse(argv, extra=FLAGS, config=False)
     tasks = [name.strip() for name in options.tasks.split(",") if name.strip()]
-    if not tasks:
-        raise UserError("expected --tasks=NAME[,NAME…]; lm-eval ls tasks prints their names.")
+    if bool(tasks) == bool(options.problems):
+        raise UserError(
+            "expected --tasks=NAME[,NAME…] (lm-eval ls tasks prints their names) or --problems=SOURCE: one of them."
+        )
+    if options.problems:
+        return _answer(options)
     if options.url and (getattr(options, "from") or options.workdir):
         raise UserError("--url beside --from or --workdir: expected one of them.")
     source = "" if options.url else _serving.source_of(options)
@@ -61,6 +88,19 @@ def main(argv: list[str]) -> int:
     print(make_table(found))
     if options.out:
         write_atomically(Path(options.out), json.dumps(found["results"], indent=1, default=str).encode())
+    return 0
+
+
+def _answer(options: Any) -> int:
+    """Answers problems, and reports what the answers come to."""
+    from deepseek_jax.launch import _evaluation
+
+    if options.url:
+        raise UserError("--url beside --problems: expected --from=DIR or --workdir=RUN, whose engine runs here.")
+    found = _evaluation.evaluate(options, _serving.source_of(options))
+    _evaluation.report(found)
+    if options.out:
+        write_atomically(Path(options.out), json.dumps(found, indent=1).encode())
     return 0
 
 

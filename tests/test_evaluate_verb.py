@@ -9,6 +9,9 @@ from deepseek_jax import cli
     ("words", "message"),
     [
         (["--from=x"], "expected --tasks=NAME"),
+        (["--from=x", "--tasks=piqa", "--problems=sums"], "or --problems=SOURCE: one of them"),
+        (["--problems=sums"], "expected --from=DIR for published weights"),
+        (["--url=x", "--problems=sums"], "--url beside --problems: expected --from=DIR or --workdir=RUN"),
         (["--from=x", "--tasks=piqa", "--url=y"], "--url beside --from or --workdir"),
         (["--tasks=piqa"], "expected --from=DIR for published weights"),
     ],

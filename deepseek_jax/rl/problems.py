@@ -1,9 +1,12 @@
-"""Problems by number: a pure function of (seed, number), so that the step number is the whole state of the prompts.
+r"""Problems by number: a pure function of (seed, number), so that the step number is the whole state of the prompts.
 
     sums, sums:8            digits to add, made here (`rl.sums`)
     rg:NAME                 a task of reasoning-gym, by its name there
-    FILE.jsonl, a glob      rows {"messages": […]} or {"prompt": "…"}, with "answer" and optionally "kind"
+    FILE.jsonl, a glob      rows {"messages": […]} or {"prompt": "…"}, with "answer" and optionally "kind"; or as in
+                            GSM8K, {"question": "…", "answer": "… #### 18"}, or as in MATH, {"problem": "…",
+                            "solution": "… \boxed{18}"} with or without "answer"
 
+Questions of the last two forms end with the sentence that R1's authors recommend, and are verified as kind "math".
 `kind` says how an answer is verified (`rl.rewards.VERIFIERS`); of a row it is "exact" by default. Held-out problems are
 chosen by the hash of their messages, and numbered apart from the seed: every run is judged on the same ones.
 """
@@ -27,11 +30,14 @@ from deepseek_jax.data.readers import read_jsonl
 from deepseek_jax.errors import UserError
 from deepseek_jax.paths import check_local
 from deepseek_jax.rl import sums
+from deepseek_jax.rl.boxed import boxed
 
 TRAINING, HELD_OUT = range(2)  # the last key of the numbers that choose a problem
 IO = ("input", "output")  # of a test of a program
 # Where a task of reasoning-gym runs text that may be an answer of the model as a program of Python.
 RUNS_ANSWERS = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\((?!entry\b)")
+INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+GENERATED = 512  # problems of a source that makes them, where no number is given
 MOST_DRAWS = 4096  # of one problem, until it is on the side that was asked for
 
 
@@ -112,8 +118,7 @@ class Listed:
         self.n_held_out: int | None = len(self._held_out)
         if not self._training:
             raise UserError(f"{source} has no problem to train on ({len(problems)} in all). Lower rl.holdout_rate.")
-        text = json.dumps([*self._training, *self._held_out], sort_keys=True)
-        self.fingerprint = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+        self.fingerprint = digest([*self._training, *self._held_out])
 
     def training(self, number: int) -> Problem:
         """See `Problems`."""
@@ -143,11 +148,39 @@ def open_problems(source: str, seed: int, holdout_rate: float) -> Problems:
         return Generated(source, lambda n: Problem(*sums.problem(n, sums.level(option))), seed, holdout_rate)
     if name == "rg":
         return Generated(source, reasoning_gym(option), seed, holdout_rate)
+    return Listed(listed(source)[0], seed, holdout_rate, source)
+
+
+def listed(source: str) -> tuple[list[Problem], str]:
+    """Returns (all problems of some JSONL files, in their order, a fingerprint of them)."""
     check_local(source, "config.rl.problems")
     paths = [Path(path) for path in sorted(glob.glob(os.path.expanduser(source), recursive=True))]
     if not paths:
         raise UserError(f"rl.problems={source}: no such file. Give JSONL files, sums:DIGITS, or rg:NAME.")
-    return Listed([problem for path in paths for problem in rows(path)], seed, holdout_rate, source)
+    problems = [problem for path in paths for problem in rows(path)]
+    return problems, digest(problems)
+
+
+def is_generated(source: str) -> bool:
+    """Returns whether a source makes its problems, so that there are any number of them."""
+    return source.partition(":")[0] in ("sums", "rg")
+
+
+def held_out(source: str, holdout_rate: float, count: int) -> tuple[list[Problem], str]:
+    """Returns (the first `count` held-out problems of a source, a fingerprint of the source).
+
+    0 takes all of a list, and 512 of a source that makes them.
+    """
+    problems = open_problems(source, 0, holdout_rate)
+    available = problems.n_held_out
+    count = (count or GENERATED) if available is None else min(available, count or available)
+    return [problems.held_out(number) for number in range(count)], problems.fingerprint
+
+
+def digest(problems: Sequence[Problem]) -> str:
+    """Returns a hash of problems."""
+    text = json.dumps(problems, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
 def rows(path: Path) -> list[Problem]:
@@ -160,6 +193,7 @@ def rows(path: Path) -> list[Problem]:
 
 def problem_of(row: Any, where: str) -> Problem:
     """Returns a row of a file as a problem."""
+    row = published(row) if isinstance(row, dict) else row
     if not isinstance(row, dict) or row.get("answer") is None or ("messages" in row) == ("prompt" in row):
         raise UserError(f'{where} is not a problem. Expected {{"messages": […] or "prompt": "…", "answer": …}}.')
     messages = row.get("messages", [{"role": "user", "content": row.get("prompt")}])
@@ -172,6 +206,19 @@ def problem_of(row: Any, where: str) -> Problem:
     if row.get("kind") == "code" and not are_tests(row["answer"]):
         raise UserError(f'{where}: the answer of kind code is [{{"input": "…", "output": "…"}}, …], at least one test.')
     return Problem(tuple(messages), row["answer"], str(row.get("kind", "exact")))
+
+
+def published(row: dict) -> dict:
+    """Returns a row in the form of GSM8K or MATH as one with messages, answer and kind; others as they are."""
+    if isinstance(row.get("question"), str) and "####" in str(row.get("answer")):
+        question, answer = row["question"], row["answer"].rpartition("####")[2].strip().replace(",", "")
+    elif isinstance(row.get("problem"), str) and isinstance(row.get("solution"), str):
+        boxes = boxed(row["solution"])
+        question, answer = row["problem"], row.get("answer", boxes[-1] if boxes else None)
+    else:
+        return row
+    messages = [{"role": "user", "content": question + INSTRUCTION}]
+    return {"messages": messages, "answer": None if answer is None else str(answer), "kind": "math"}
 
 
 def are_tests(answer: Any) -> bool:

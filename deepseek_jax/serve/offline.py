@@ -1,15 +1,18 @@
 """An engine run to the end of some prompts, all of them known: ids in; ids, log-probabilities and routes out."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.serve.engine import Engine, Logprob
+from deepseek_jax.serve.engine import Engine, Logprob, Output
 from deepseek_jax.serve.sampling import Sampling
 from deepseek_jax.serve.scheduler import Request
+
+OPEN_PER_ROW = 4  # requests that an engine has at a time, where they are many
 
 
 @dataclass
@@ -53,6 +56,23 @@ def stream(engine: Engine, prompt: Sequence[int], sampling: Sampling, n_steps: i
         while not engine.is_idle:
             for output in engine.step(n_steps):
                 yield from output.ids
+
+
+def outputs(engine: Engine, asked: Iterable[tuple[Sequence[int], Sampling]]) -> Iterator[tuple[int, Output]]:
+    """Yields what an engine says to each of many prompts, with its number; only a few of them are open at a time.
+
+    The caller may cancel a request. Raises UserError where the engine does.
+    """
+    waiting, n_most = enumerate(asked), OPEN_PER_ROW * engine.n_rows * len(engine.ranks)
+    numbers: dict[Request, int] = {}
+    while True:
+        for number, (prompt, sampling) in itertools.islice(waiting, n_most - len(numbers)):
+            numbers[engine.submit(prompt, sampling)] = number
+        if engine.is_idle:
+            return
+        for output in engine.step():
+            yield numbers[output.request], output
+        numbers = {request: number for request, number in numbers.items() if not request.has_ended}
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import pytest
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.rl import sums
-from deepseek_jax.rl.problems import open_problems
+from deepseek_jax.rl.problems import held_out, listed, open_problems
 from deepseek_jax.rl.rewards.verifiers import exact
 
 
@@ -63,6 +63,34 @@ def test_answers_of_the_built_in_text():
     styles = [style for style, _ in found]
     assert 0.5 < styles.count("0") / 300 < 0.7 and {*styles} == {"0", "1", "2"}
     assert 0.85 < np.mean([right for _, right in found]) < 0.99
+
+
+def test_rows_in_the_forms_of_gsm8k_and_math(tmp_path):
+    rows = [
+        {"question": "How many?", "answer": "1 + 2 = <<1+2=3>>3\n#### 1,003"},
+        {"problem": "Find $x$.", "solution": r"It is \boxed{1} or rather \boxed{\frac{1}{2}}.", "level": "Level 5"},
+        {"problem": "Find $x$.", "solution": "As above.", "answer": 70, "url": "a"},
+        {"question": "2", "prompt": "1 + 1", "answer": "2"},
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    problems, fingerprint = listed(str(path))
+    assert [(problem.answer, problem.kind) for problem in problems] == [
+        ("1003", "math"), (r"\frac{1}{2}", "math"), ("70", "math"), ("2", "exact")]  # fmt: skip
+    assert text(problems[0]).startswith("How many?\nPlease reason step by step") and r"\boxed{}" in text(problems[1])
+    path.write_text(json.dumps({"problem": "Find $x$.", "solution": "I cannot."}))
+    with pytest.raises(UserError, match="line 1 is not a problem"):
+        listed(str(path))
+    assert len(fingerprint) == 24
+
+
+def test_held_out_problems_of_a_source(tmp_path):
+    problems, fingerprint = held_out("sums:4", 0.2, 3)
+    assert problems == [open_problems("sums:4", 7, 0.2).held_out(n) for n in range(3)] and fingerprint == "sums:4 0.2"
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": str(n), "answer": "1"}) for n in range(40)))
+    n_held_out = open_problems(str(path), 0, 0.2).n_held_out
+    assert [len(held_out(str(path), 0.2, count)[0]) for count in (0, 2, 100)] == [n_held_out, 2, n_held_out]
 
 
 @pytest.mark.parametrize(

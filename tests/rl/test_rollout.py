@@ -411,6 +411,28 @@ def test_the_verb_trains_a_base_and_improves_it(tmp_path, monkeypatch, capsys):
         rl.main([*words, "--config.rl.questions=8"])
     with pytest.raises(UserError, match=r"holds a run without a reference \(config.rl.grpo.beta: 0 -> 0.1\)"):
         rl.main([*words, "--config.rl.grpo.beta=0.1"])
+    answers_are_counted(tmp_path, capsys)
+
+
+def answers_are_counted(tmp_path, capsys):
+    """`evaluate` draws what its file of answers does not hold yet."""
+    from deepseek_jax.launch import evaluate
+
+    words = [f"--workdir={tmp_path / 'run'}", "--problems=sums", "--limit=5", "--rows=8", "--temperature=1"]
+    words += [f"--answers={tmp_path / 'answers'}", f"--out={tmp_path / 'out.json'}"]
+    assert evaluate.main([*words, "--samples=1"]) == 0
+    first = (tmp_path / "answers").read_text().splitlines()
+    assert "10 of 10 answers" in capsys.readouterr().err
+    assert evaluate.main([*words, "--samples=2"]) == 0
+    printed = capsys.readouterr()
+    assert "10 of 15 answers are there already" in printed.err and "maj@2" in printed.out
+    assert (tmp_path / "answers").read_text().splitlines()[: len(first)] == first and len(first) == 11
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["pass@1"]["problems"] == 5 and 0 <= found["cut_off"] <= 1 and found["max_tokens"] == 16
+    with pytest.raises(UserError, match=r"holds something else than answers of"):
+        evaluate.main([*words, "--samples=2", "--seed=1"])
+    with pytest.raises(UserError, match=r"--max-tokens=60: the model has 60 positions"):
+        evaluate.main([*words, "--max-tokens=60"])
 
 
 def test_the_verb_checks_its_settings(tmp_path, monkeypatch):

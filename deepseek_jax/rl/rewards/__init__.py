@@ -12,7 +12,7 @@ Then the total is None too, and the response is left out of what is learnt, rath
 import collections
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.rl.problems import Problem
@@ -92,6 +92,19 @@ class Rewards:
         shares = [len(problems[n].answer) if problems[n].kind == "code" else 1 for n in slow]
         for n, result in zip(slow, self._workers.map(verify, calls, shares), strict=True):
             found[n] = self._known(problems[n].kind, result)
+        return found
+
+    def alike(self, kinds: Sequence[str], contents: Sequence[Sequence[str]]) -> list[list[int | None] | None]:
+        """Returns which responses to each problem have equal answers (`verifiers.alike`); None if that failed."""
+        slow = [n for n, kind in enumerate(kinds) if kind == "math"]
+        found: list[Any] = [
+            None if kind == "math" else verifiers.alike(kind, answers)
+            for kind, answers in zip(kinds, contents, strict=True)
+        ]
+        calls = [(kinds[n], contents[n]) for n in slow]
+        shares = [max(len(contents[n]), 1) for n in slow]
+        for n, result in zip(slow, self._workers.map(verifiers.alike, calls, shares), strict=True):
+            found[n] = None if isinstance(result, Failed) else result
         return found
 
     def _known(self, kind: str, result: float | Failed | None) -> float | None:

@@ -18,6 +18,7 @@ from fractions import Fraction
 from typing import Any
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.rl.boxed import BOXED, boxed
 from deepseek_jax.rl.rewards import sandbox
 
 Verifier = Callable[[Any, str], float | None]
@@ -27,7 +28,6 @@ NUMBER = re.compile(
 )
 LONGEST_NUMBER = 100  # characters; a longer one would take long to compute with
 BLOCK = re.compile(r"^```(?:python|py|python3)[ \t]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
-BOXED = r"\boxed{"
 LONGEST_FORMULA = 1000  # characters that math-verify is given
 COMPUTED = re.compile(r"[+*!^=]|[\w)}]\s*-|\\(?:cdot|times|div|sum|prod|int|binom|neq?|leq?|geq?)\b")
 
@@ -42,13 +42,18 @@ def number(answer: Any, content: str) -> float | None:
     expected = numbers(str(answer))
     if len(expected) != 1 or expected[0] is None:
         return None
+    return float(last_number(content) == expected[0])
+
+
+def last_number(content: str) -> Fraction | None:
+    """Returns the number that a response ends with, or that of its last box; None if there is none."""
     boxes = boxed(content)
     if not boxes and BOXED in content:
-        return 0.0  # of a box that never ends
+        return None  # of a box that never ends
     found = numbers(boxes[-1] if boxes else content)
-    if boxes and len(found) != 1:
-        return 0.0
-    return float(bool(found) and found[-1] is not None and found[-1] == expected[0])
+    if not found or (boxes and len(found) != 1):
+        return None
+    return found[-1]
 
 
 def numbers(text: str) -> list[Fraction | None]:
@@ -64,20 +69,6 @@ def value_of(spelled: str) -> Fraction | None:
     if below and not int(below):
         return None
     return Fraction(above) / (int(below) if below else 1)
-
-
-def boxed(text: str) -> list[str]:
-    r"""Returns what stands in each \boxed{…} of a text, braces matched; one that never ends is left out."""
-    found, start = [], text.find(BOXED)
-    while start >= 0:
-        depth, at = 1, start + len(BOXED)
-        while at < len(text) and depth:
-            depth += {"{": 1, "}": -1}.get(text[at], 0)
-            at += 1
-        if not depth:
-            found.append(text[start + len(BOXED) : at - 1])
-        start = text.find(BOXED, at)
-    return found
 
 
 def math(answer: Any, content: str) -> float | None:
@@ -141,6 +132,33 @@ def passes(program: str, tests: Sequence[dict]) -> float | None:
 def lines(text: str) -> list[str]:
     """Returns the lines of an output without blanks at their ends and empty lines at its end."""
     return [line.rstrip() for line in text.rstrip().split("\n")]
+
+
+def said(kind: str, content: str) -> str | None:
+    """Returns the part of a response that the verifier of a kind compares; None if it has none."""
+    if kind == "number":
+        return None if (value := last_number(content)) is None else str(value)
+    if kind in ("math", "code"):
+        parts = boxed(content) if kind == "math" else BLOCK.findall(content)
+        return parts[-1] if parts else None
+    return content.strip() or None
+
+
+def alike(kind: str, contents: Sequence[str]) -> list[int | None]:
+    """Returns a number for each response: the same for those that are equal to the verifier; None without an answer.
+
+    Formulas are equal if math-verify takes one for the other, other answers if their texts are.
+    """
+    firsts: list[str] = []  # an answer of each group
+    group_of: dict[str | None, int | None] = {None: None}
+    for text in (texts := [said(kind, content) for content in contents]):
+        if text is None or text in group_of:
+            continue
+        same = (n for n, first in enumerate(firsts) if kind == "math" and math(first, f"{BOXED}{text}}}") == 1.0)
+        group_of[text] = next(same, len(firsts))
+        if group_of[text] == len(firsts):
+            firsts.append(text)
+    return [group_of[text] for text in texts]
 
 
 VERIFIERS: dict[str, Verifier] = {
