@@ -199,10 +199,10 @@ def majorities(
     groups = rewards.alike(kinds, [[answers[place].content for place in places] for places in wrong])
     found = []
     for n, group in enumerate(groups):
-        of_problem = [right[Place(n, sample)] for sample in range(n_samples)]
-        if group is None or None in of_problem:
+        known = [right[Place(n, sample)] for sample in range(n_samples)]
+        if group is None or None in known:
             continue
-        votes: list[Hashable | None] = [RIGHT] * of_problem.count(1.0)
+        votes: list[Hashable | None] = [RIGHT] * known.count(1.0)
         found.append(majority([*votes, *group], RIGHT))
     return found
 
