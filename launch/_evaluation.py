@@ -22,26 +22,24 @@ LINE_EVERY_S = 10
 
 def evaluate(options: Any, source: Path | str) -> dict[str, Any]:
     """Returns the results as JSON, after drawing those answers that are not kept yet."""
-    from deepseek_jax.data.conversations import template_name
     from deepseek_jax.rl import evaluation
     from deepseek_jax.rl.rewards import ACCURACY, Rewards
 
     model, engine = _serving.open_engine(options, source, n_steps=STEPS, n_prompts=STEPS)
     problems, fingerprint = asked(options, model)
-    template = template_name(options.template or model.config.data.chat_template, model.config.data.tokenizer)
-    turns = turns_of(options, model, template, engine.most_positions)
+    turns = turns_of(options, model, engine.most_positions)
     draws = evaluation.Draws(options.temperature, options.top_p, options.seed)
     about = {"model": model.source, "problems": fingerprint, **draws._asdict()}
-    about |= {"template": template, "thinking": turns.thinking, "max_tokens": turns.longest_answer}
+    about |= {"template": turns.name, "thinking": turns.thinking, "max_tokens": turns.longest_answer}
     wanted = evaluation.places(len(problems), options.samples)
     with (
         evaluation.Record(Path(options.answers).expanduser() if options.answers else None, about) as record,
         Rewards({ACCURACY: 1.0}, options.verifiers) as rewards,
     ):
-        rewards.score(problems[:1], [evaluation.Response({"content": ""}, 0, 1, True)])
+        rewards.score(problems[:1], [evaluation.Response({"content": ""}, 0, 1, True, False)])
         missing = [place for place in wanted if place not in record.answers]
         counter = Counter(len(wanted), len(wanted) - len(missing))
-        for place, response in evaluation.draw(engine, turns, problems, missing, draws, model.end_ids):
+        for place, response in evaluation.draw(engine, turns, problems, missing, draws):
             record.add(place, response)
             counter.count(response.n_tokens)
         found = evaluation.results(problems, record.answers, options.samples, rewards)
@@ -64,8 +62,9 @@ def asked(options: Any, model: "LanguageModel") -> "tuple[list[Problem], str]":
     return found, fingerprint
 
 
-def turns_of(options: Any, model: "LanguageModel", template: str, n_positions: int) -> "Turns":
+def turns_of(options: Any, model: "LanguageModel", n_positions: int) -> "Turns":
     """Returns the chat format of the answers, and how long they may be."""
+    from deepseek_jax.data.conversations import template_name
     from deepseek_jax.rl.turns import Turns
 
     rl = model.config.rl
@@ -75,8 +74,10 @@ def turns_of(options: Any, model: "LanguageModel", template: str, n_positions: i
         raise UserError(
             f"--max-tokens={longest}: the model has {n_positions} positions, for prompt and answer. Give fewer."
         )
+    config = model.config
+    template = template_name(options.template or config.data.chat_template, config.data.tokenizer)
     thinking = rl.thinking if options.thinking is None else options.thinking
-    return Turns(model.tokenizer, template, thinking, n_positions - longest, longest)
+    return Turns(model.tokenizer, template, thinking, n_positions - longest, longest, model.end_ids)
 
 
 class Counter:

@@ -23,6 +23,7 @@ from deepseek_jax.serve.offline import outputs
 from deepseek_jax.serve.sampling import Sampling
 
 GREEDY = -1  # the sample that takes the likeliest token each time
+COLUMNS = ("message", "tokens", "allowed", "finished", "opened")  # of a kept answer, the fields of `Response`
 RIGHT = "right"  # the vote of a right answer
 
 
@@ -59,7 +60,6 @@ def draw(
     problems: Sequence[Problem],
     asked: Sequence[Place],
     draws: Draws,
-    end_ids: Sequence[int] = (),
 ) -> Iterator[tuple[Place, Response]]:
     """Yields answers as they end; the engine is idle before and after.
 
@@ -69,16 +69,14 @@ def draw(
         problems: all of the evaluation.
         asked: the answers to draw.
         draws: how.
-        end_ids: ids that end an answer, beside the end mark of the chat format.
 
     Raises UserError, before the first answer, for a prompt that is too long.
     """
     prompts = {
         n: turns.prompt(problems[n], f"problem {n}").tolist() for n in sorted({place.problem for place in asked})
     }
-    stop_ids = tuple(dict.fromkeys((turns.end_id, *end_ids)))
     found: dict[int, list[int]] = {}
-    requests = ((prompts[place.problem], draws.sampling(place, turns.longest_answer, stop_ids)) for place in asked)
+    requests = ((prompts[place.problem], draws.sampling(place, turns.longest_answer, turns.end_ids)) for place in asked)
     for number, output in outputs(engine, requests):
         found.setdefault(number, []).extend(output.ids)
         if output.ending:
@@ -108,8 +106,7 @@ class Record:
                 "continue it, or another file."
             )
         for row in rows[1:]:
-            kept = row["message"], row["tokens"], row["allowed"], row["finished"]
-            self.answers[Place(row["problem"], row["sample"])] = Response(*kept)
+            self.answers[Place(row["problem"], row["sample"])] = Response(*(row[name] for name in COLUMNS))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows or [{"about": about}]).encode())
         self._file = path.open("a", encoding="utf-8")
@@ -125,8 +122,7 @@ class Record:
         """Keeps an answer."""
         self.answers[place] = response
         if self._file:
-            names = ("message", "tokens", "allowed", "finished")
-            row = {"problem": place.problem, "sample": place.sample, **dict(zip(names, response, strict=True))}
+            row = place._asdict() | dict(zip(COLUMNS, response, strict=True))
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
 
