@@ -214,15 +214,27 @@ class Unstacked(NamedTuple):
         return self
 
 
+class InStack(NamedTuple):
+    """What one layer keeps, left where it is in an array of all layers: cut out of it, it would be copied."""
+
+    stack: jax.Array  # with a leading axis L
+    number: jax.Array  # of the layer
+
+
+def is_in_stack(x: Any) -> bool:
+    """Whether this is an `InStack`, which is a leaf of what layers keep."""
+    return isinstance(x, InStack)
+
+
 def run_cached(
-    blocks: nnx.Module, x: jax.Array, run: Execution, call: Callable, cache: Any = None
+    blocks: nnx.Module, x: jax.Array, run: Execution, call: Callable, cache: Any = None, *, in_stack: bool = False
 ) -> tuple[jax.Array, Any]:
     """Runs stacked blocks that generate: for each layer, `x, kept = call(block, x, cached)`.
 
     The cache of all layers is carried through the loop and each layer's entry is written where it was, so that XLA
-    copies no cache of more than one layer. Weights of routed experts are not cut out of the stack either: those that a
-    product reads are found in it (`precision.grouped.OfLayer`). Without a loop weights may be `Unstacked`; what a layer
-    does is traced once all the same.
+    copies no cache of more than one layer, or none with `in_stack`. Weights of routed experts are not cut out of the
+    stack either: those that a product reads are found in it (`precision.grouped.OfLayer`). Without a loop weights may
+    be `Unstacked`; what a layer does is traced once all the same.
 
     Args:
         blocks: made by `stack`.
@@ -230,6 +242,7 @@ def run_cached(
         run: its `unroll` decides whether there is a loop.
         call: what one block does.
         cache: what the layers kept before, as this function returns it; None before the first pass.
+        in_stack: whether `call` takes and returns arrays of a loop as `InStack`.
 
     Returns (the last `x`, what the layers keep: arrays with a leading axis L; without a loop, a tuple of layers).
     """
@@ -253,6 +266,9 @@ def run_cached(
 
     def next_one(carry: tuple, number: jax.Array) -> tuple[tuple, None]:
         x, cache = carry
+        if in_stack:
+            x, kept = layer(x, number, weights, jax.tree.map(lambda stack: InStack(stack, number), cache))
+            return (x, jax.tree.map(lambda one: one.stack, kept, is_leaf=is_in_stack)), None
         x, kept = layer(x, number, weights, jax.tree.map(lambda c: layer_of(c, number), cache))
         put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=number, axis=0)
         return (x, jax.tree.map(put, cache, kept)), None

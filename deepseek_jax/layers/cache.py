@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deepseek_jax.layers.base import InStack, is_in_stack
 from deepseek_jax.layers.block import Attend, Entries, Losses
 from deepseek_jax.layers.tokens import Tokens
 
@@ -101,13 +102,14 @@ def next_chunk(start: int | jax.Array) -> Attend:
 def next_chunk_in_pages(start: int | jax.Array, table_BN: jax.Array) -> Attend:
     """`next_chunk` where the memory of all sequences is one pool of pages.
 
-    The pool is what `Full` makes for as many sequences as it has pages, each as long as a page. `table_BN` are the
-    pages of each sequence in the order of its tokens, padded with 0, the page that belongs to nobody.
+    The pool is what `Full` makes for as many sequences as it has pages, each as long as a page; its arrays may be
+    `base.InStack`. `table_BN` are the pages of each sequence in the order of its tokens, padded with 0, the page that
+    belongs to nobody.
     """
 
     def attend(attention: Any, x_BTD: jax.Array, tokens: Tokens, cached: Cached) -> tuple[jax.Array, Cached, Losses]:
         cached = write_pages(cached, attention.cache.packed(attention.entries(x_BTD, tokens)), tokens, table_BN)
-        entries = attention.cache.unpacked(read_pages(cached, table_BN))
+        entries = attention.cache.unpacked(read_pages(*_one_pool(cached, table_BN)))
         u_BTD, losses = attention.over_itself(x_BTD, tokens, entries, start)
         return u_BTD, cached, losses
 
@@ -119,18 +121,34 @@ def next_tokens_in_pages(table_BN: jax.Array) -> Attend:
 
     def attend(attention: Any, x_BTD: jax.Array, tokens: Tokens, cached: Cached) -> tuple[jax.Array, Cached, Losses]:
         cached = write_pages(cached, attention.cache.packed(attention.entries(x_BTD, tokens)), tokens, table_BN)
-        return attention.over_pages(x_BTD, tokens, cached, table_BN), cached, {}
+        return attention.over_pages(x_BTD, tokens, *_one_pool(cached, table_BN)), cached, {}
 
     return attend
 
 
 def write_pages(pool: Entries, entries: Entries, tokens: Tokens, table_BN: jax.Array) -> Entries:
     """Returns the pool with the entries of these tokens; those that are not real go to page 0."""
-    size = jax.tree.leaves(pool)[0].shape[1]
+    arrays, table_BN = _one_pool(pool, table_BN)
+    size = jax.tree.leaves(arrays)[0].shape[1]
     page_BT = jnp.take_along_axis(table_BN, tokens.positions_BT // size, axis=1, mode="clip")
     if tokens.real_BT is not None:
         page_BT = jnp.where(tokens.real_BT, page_BT, 0)
-    return jax.tree.map(lambda old, new: _put(old, new, page_BT, tokens.positions_BT % size), pool, entries)
+    arrays = jax.tree.map(lambda old, new: _put(old, new, page_BT, tokens.positions_BT % size), arrays, entries)
+    return jax.tree.map(_as_was, pool, arrays, is_leaf=is_in_stack)
+
+
+def _one_pool(pool: Entries, table_BN: jax.Array) -> tuple[Entries, jax.Array]:
+    """The pages of all layers side by side, and which of them a layer's are; of one layer, the arguments themselves."""
+    first = jax.tree.leaves(pool, is_leaf=is_in_stack)[0]
+    if not is_in_stack(first):
+        return pool, table_BN
+    arrays = jax.tree.map(lambda a: a.stack.reshape(-1, *a.stack.shape[2:]), pool, is_leaf=is_in_stack)
+    return arrays, table_BN + first.number * first.stack.shape[1]
+
+
+def _as_was(old: jax.Array | InStack, pages: jax.Array) -> jax.Array | InStack:
+    """Pages in the form in which they came."""
+    return old._replace(stack=pages.reshape(old.stack.shape)) if isinstance(old, InStack) else pages
 
 
 def _put(memory: jax.Array, new_BT: jax.Array, row_BT: jax.Array, slot_BT: jax.Array) -> jax.Array:

@@ -112,12 +112,18 @@ class Decoder(nnx.Module):
         return x_BTD, statistics
 
     def generating(
-        self, tokens: Tokens, attend: Attend, cache: Cache | None = None, note: Note | None = None
+        self,
+        tokens: Tokens,
+        attend: Attend,
+        cache: Cache | None = None,
+        note: Note | None = None,
+        in_stack: bool = False,
     ) -> tuple[jax.Array, Cache]:
         """Embeds tokens and runs the blocks, each with what its attention kept of earlier tokens.
 
         With `note` what is kept of each block is a pair: its attention's, and what `note` makes of its second part
-        (None at first) and of what the block reports. Returns (h_BTD after the final norm, what was kept).
+        (None at first) and of what the block reports. `in_stack` says that both take arrays as `base.InStack`, as those
+        of pages do. Returns (h_BTD after the final norm, what was kept).
         """
 
         def call(block: nnx.Module, x_BTD: jax.Array, cached: Any) -> tuple[jax.Array, Any]:
@@ -127,7 +133,8 @@ class Decoder(nnx.Module):
 
         x_BTD, kept = self.embed(tokens), {}
         for name in self.stacks:
-            x_BTD, kept[name] = run_cached(getattr(self, name), x_BTD, self.run, call, cache and cache[name])
+            blocks, earlier = getattr(self, name), cache and cache[name]
+            x_BTD, kept[name] = run_cached(blocks, x_BTD, self.run, call, earlier, in_stack=in_stack)
         return self.finish(x_BTD), kept
 
     def finish(self, x_BTD: jax.Array) -> jax.Array:

@@ -169,9 +169,13 @@ grouped_matmul.defvjp(_forward, _backward)
 
 
 def chunk_rows(n_rows: int, n_experts: int) -> int:
-    """Rows of one matmul: a power of two near half of an expert's mean load, between 128 and 512."""
-    half = max(n_rows // n_experts // 2, 1)
-    return min(max(1 << (half.bit_length() - 1), 128), 512, n_rows)
+    """Rows of one matmul: a power of two near half of an expert's mean load, between 128 and 512.
+
+    Where the mean is below 64, twice the mean, and 8 or more: most experts' rows still are one chunk, and a chunk has
+    few rows that are computed for nothing.
+    """
+    power = 1 << ((n_rows // n_experts) | 1).bit_length() - 1
+    return min(max(min(2 * power, 128), min(power // 2, 512), 8), n_rows)
 
 
 def on_hopper(x_AD: jax.Array, w_XDF: Matrices, count_X: jax.Array) -> jax.Array:

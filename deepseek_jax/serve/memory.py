@@ -35,7 +35,8 @@ def read(model: Any, tokens: Tokens, attend: Attend, memory: Memory, table_BN: j
     def note(routes: jax.Array | None, statistics: Statistics) -> jax.Array | None:
         return routes if routes is None else write_pages(routes, statistics.routes_BTK, tokens, table_BN)
 
-    h_BTD, cache = model.generating(tokens, attend, memory.cache, note if model.run.routes else None)
+    noting = note if model.run.routes else None
+    h_BTD, cache = model.generating(tokens, attend, memory.cache, noting, in_stack=True)
     ids_PS = write_pages(memory.ids_PS, tokens.ids_BT, tokens, table_BN)
     return h_BTD, memory._replace(cache=cache, ids_PS=ids_PS)
 

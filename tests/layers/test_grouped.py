@@ -138,7 +138,8 @@ def test_so_many_rows_that_a_sort_key_would_overflow_are_sorted_by_pairs():
 
 
 @pytest.mark.parametrize(
-    ("n_rows", "n_experts", "expected"), [(26, 4, 26), (4096, 16, 128), (8192, 16, 256), (10**6, 8, 512)]
+    ("n_rows", "n_experts", "expected"),
+    [(3, 4, 3), (26, 4, 8), (128, 16, 16), (1024, 16, 128), (4096, 16, 128), (8192, 16, 256), (10**6, 8, 512)],
 )
 def test_rows_of_a_chunk(n_rows, n_experts, expected):
     assert chunk_rows(n_rows, n_experts) == expected
