@@ -171,6 +171,8 @@ def get_config() -> ConfigDict:
     least.format = 1.0
     least.language = 0.9
 
+    config.r1 = ConfigDict()  # of each stage of R1 (deepseek-jax r1), the keys that it changes
+
     ema = config.ema = ConfigDict()  # moving average of the weights in the hosts' memory (V3 section 3.2.3)
     ema.decay = 0.0  # per step, such as 0.999; 0.0 keeps none
     ema.evaluate = False  # True: held-out text is judged with the average in place of the weights

@@ -29,6 +29,7 @@ RATE = bounds.number(0, 1000, above=True)  # of learning
 LOSS = bounds.number(0, 1000)  # weight of a part of the loss, or of a reward
 MESH_AXIS = bounds.one_of("", "data", "context", "expert")
 AUXILIARY = "loss.auxiliary."  # a config adds the weight of any auxiliary loss that its layers report
+STAGES = "r1."  # changes of stages, which are checked as keys of the configs that they make
 WHOLE_RUN = "Start from a config that holds a whole run, like tiny_v3."
 
 BOUNDS: dict[str, Bound] = {
@@ -155,7 +156,7 @@ def check_keys(config: ConfigDict) -> None:
     """Raises UserError unless every key of a run is there with a value within its bounds, and no other key is."""
     if not isinstance(config.get("model"), ConfigDict) or not len(config.model):
         raise UserError(f"config {config.get('name', '')} has no config.model. {WHOLE_RUN}")
-    known = {key: value for key, value in leaves(config).items() if not key.startswith("model.")}
+    known = {key: value for key, value in leaves(config).items() if not key.startswith(("model.", STAGES))}
     limits = BOUNDS | {key: LOSS for key in known if key.startswith(AUXILIARY)}
     for key in known:
         if key not in limits:

@@ -1,5 +1,6 @@
 """Rejection sampling as verbs use it: answers of a model's weights, drawn, scored, kept in a file."""
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
+from deepseek_jax import streams
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _provenance
 from deepseek_jax.launch._reinforcement import prepare
@@ -20,6 +22,24 @@ if TYPE_CHECKING:
 
 LINE_EVERY_S = 10
 DRAWS = 8  # last key of the seed of the draws, apart from those of training
+
+
+def run(config: ConfigDict, out: Path, again: str) -> int:
+    """Samples; returns the exit code. `again` is the command that continues, for messages."""
+    from deepseek_jax.compat import keep_freed_memory, start_compilation_cache
+    from deepseek_jax.train.stop import StopRequest
+
+    keep_freed_memory()
+    with streams.forgiving(), StopRequest() as stop:
+        start_compilation_cache(config.run.compilation_cache)
+        try:
+            is_done = sample(config, out, stop)
+        except KeyboardInterrupt:
+            streams.note(f"\nstopped. Continue with: {again}")
+            return 130 if stop.is_running else stop.exit_code
+        if not is_done:
+            streams.note(f"stopped on request; continue with: {again}")
+        return 130 if stop.signal == signal.SIGINT else 0
 
 
 def sample(config: ConfigDict, out: Path, stop: "StopRequest") -> bool:

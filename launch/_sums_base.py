@@ -19,11 +19,7 @@ def train_base(config: ConfigDict, workdir: Path, again: str) -> int | None:
     """Trains the base of the built-in problems, unless that is done; returns None then, otherwise the exit code."""
     from deepseek_jax.train.checkpoint.manifest import committed_steps
 
-    if config.rl.problems.partition(":")[0] != "sums":
-        raise UserError(
-            f"config.rl.problems={config.rl.problems} needs a model that can solve some of them. Name a run or "
-            "published weights: --config.run.init_from=DIR."
-        )
+    check_problems(config, "config.run.init_from")
     base = run_config.load(BASE)
     for key in ("seed", "precision", "model", "mesh", "sharding", "kernels"):
         base[key] = config[key]
@@ -34,6 +30,15 @@ def train_base(config: ConfigDict, workdir: Path, again: str) -> int | None:
     print(f"first a base model, which reads {BASE_TEXT:,} answers of mixed quality, in {workdir}", flush=True)
     code = execute(run_config.validate(base), workdir, sample=False, again=again)
     return None if not code and base.loop.steps in committed_steps(workdir / "checkpoints") else code
+
+
+def check_problems(config: ConfigDict, key: str) -> None:
+    """Raises UserError unless the problems are built-in ones; `key` names another base."""
+    if config.rl.problems.partition(":")[0] != "sums":
+        raise UserError(
+            f"config.rl.problems={config.rl.problems} needs a model that can solve some of them. Name a run or "
+            f"published weights: --{key}=DIR."
+        )
 
 
 def write_text(config: ConfigDict, path: Path) -> Path:

@@ -17,17 +17,14 @@ have been written at once. Exit codes as for train.
 """
 
 import shlex
-import signal
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
-from deepseek_jax import run_config, streams
+from deepseek_jax import run_config
 from deepseek_jax.bounds import path
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _beginning, _options, _serving
 from deepseek_jax.launch._reinforcement import inherit_template
-from deepseek_jax.launch._sampling import sample
+from deepseek_jax.launch._sampling import run
 from deepseek_jax.paths import check_writable
 
 FLAGS = {
@@ -48,21 +45,3 @@ def main(argv: list[str]) -> int:
     _beginning.inherit(config, options.overrides, out)
     inherit_template(config)
     return run(config, out, shlex.join(["deepseek-jax", "sample", *argv]))
-
-
-def run(config: ConfigDict, out: Path, again: str) -> int:
-    """Samples; returns the exit code. `again` is the command that continues, for messages."""
-    from deepseek_jax.compat import keep_freed_memory, start_compilation_cache
-    from deepseek_jax.train.stop import StopRequest
-
-    keep_freed_memory()
-    with streams.forgiving(), StopRequest() as stop:
-        start_compilation_cache(config.run.compilation_cache)
-        try:
-            is_done = sample(config, out, stop)
-        except KeyboardInterrupt:
-            streams.note(f"\nstopped. Continue with: {again}")
-            return 130 if stop.is_running else stop.exit_code
-        if not is_done:
-            streams.note(f"stopped on request; continue with: {again}")
-        return 130 if stop.signal == signal.SIGINT else 0

@@ -20,24 +20,18 @@ At the end, answers to held-out conversations are shown beside those expected. W
 for train.
 """
 
-import json
 import os
 import shlex
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
 from deepseek_jax import run_config
-from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _beginning, _options
+from deepseek_jax.launch._conversations import settle_source
 from deepseek_jax.launch._reinforcement import inherit_template
 from deepseek_jax.launch._training import execute
-from deepseek_jax.paths import check_writable
 
 DEFAULT = "tiny_sft"
 EXTRA = {"sample": (bool, True, "end with answers to held-out conversations")}
-BUILT_IN = "sums"
-N_BUILT_IN = 6_000  # conversations
 
 
 def main(argv: list[str]) -> int:
@@ -45,11 +39,8 @@ def main(argv: list[str]) -> int:
     options = _options.parse(argv, DEFAULT, EXTRA)
     config = options.config
     workdir = options.workdir or Path("runs") / config.name
-    check_source(config)
     run_config.validate(config)
-    if config.data.source.partition(":")[0] == BUILT_IN:
-        check_writable(workdir, "--workdir")
-        config.data.source = str(write_built_in(config, workdir / "conversations.jsonl"))
+    settle_source(config, workdir)
     _beginning.inherit(config, options.overrides, workdir)
     if config.run.init_from:
         inherit_template(config)
@@ -57,26 +48,3 @@ def main(argv: list[str]) -> int:
         config.data.tokenizer = os.path.abspath(config.data.tokenizer)
     again = argv if options.workdir else [*argv, f"--workdir={workdir}"]
     return execute(config, workdir, sample=options.sample, again=shlex.join(["deepseek-jax", "sft", *again]))
-
-
-def check_source(config: ConfigDict) -> None:
-    """Settles that the source holds conversations. Raises UserError for one of text."""
-    if config.data.source == "stdlib" or config.data.format == "text":
-        raise UserError(
-            f"config.data.source={config.data.source} with data.format={config.data.format} is text, not "
-            'conversations. Give --config.data.source=FILES, JSONL with a row {"messages": [...]} per line, or '
-            "sums:6; deepseek-jax train is for text."
-        )
-    config.data.format = "conversations"
-
-
-def write_built_in(config: ConfigDict, path: Path) -> Path:
-    """Writes the conversations of the built-in problems that `data.source` names; returns where they are."""
-    from deepseek_jax.files import write_atomically
-    from deepseek_jax.rl.problems import open_problems
-    from deepseek_jax.rl.sums import worked
-
-    rows = worked(open_problems(config.data.source, config.seed, config.rl.holdout_rate), N_BUILT_IN)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    return path.absolute()

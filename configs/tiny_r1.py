@@ -1,0 +1,68 @@
+"""R1 in miniature: the whole chain, with a V3 of 0.2M parameters and a student of 0.04M, on two CPU cores.
+
+Paper: arXiv 2501.12948, section 2.3: cold start, reinforcement learning for right and well-formed answers in one
+language, rejection sampling, fine-tuning of the base on what is kept, reinforcement learning at temperature 0.7; and
+section 2.4, distillation. The problems are the built-in sums. It takes some ten minutes; BENCHMARKS.md has the figures
+of three seeds.
+
+    deepseek-jax r1
+"""
+
+from ml_collections import ConfigDict
+
+from deepseek_jax.configs import tiny_sft, tiny_sums, tiny_zero
+
+
+def get_config() -> ConfigDict:
+    """Returns the config that all stages share, and what each changes of it."""
+    config = tiny_zero.get_config()
+    config.name = "tiny_r1"
+    config.rl.rewards.format = 1.0
+    config.rl.rewards.language = 1.0
+    config.sample.answers = 2
+
+    r1 = config.r1
+    r1.base = recipe(tiny_sums.get_config())
+    r1.cold = fine_tuning(steps=20)
+    r1.cold.data.source = "sums:6"
+    r1.first = recipe(config)
+    r1.kept = ConfigDict()
+    r1.sft = fine_tuning(steps=60)
+    r1.second = recipe(config)
+    r1.second.loop.steps = 20
+    r1.second.rl = ConfigDict({"temperature": 0.7})
+
+    r1.student_base = recipe(tiny_sums.get_config())
+    r1.student_base.model = student()
+    r1.student = fine_tuning(steps=100)
+    r1.student_zero = recipe(config)
+    r1.student_zero.loop.steps = 120
+    r1.student_zero.rl = ConfigDict({"rewards": {"language": 0.0}})
+    return config
+
+
+def recipe(config: ConfigDict) -> ConfigDict:
+    """Returns how a config trains, apart from its network and data."""
+    groups = ("run", "loop", "batch", "loss", "schedule", "optimizer", "checkpoint")
+    return ConfigDict({name: config[name].copy_and_resolve_references() for name in groups})
+
+
+def fine_tuning(steps: int) -> ConfigDict:
+    """Returns how a stage is fine-tuned: the rate falls along a cosine to a tenth."""
+    changes = recipe(tiny_sft.get_config())
+    changes.data = ConfigDict({"source": "stdlib"})  # that of the stage before, or set
+    changes.loop.steps, changes.loop.log_every, changes.loop.eval_every = steps, 10, steps
+    changes.checkpoint.every = steps
+    changes.loss.balance_rate_stop = steps
+    schedule = changes.schedule
+    schedule.warmup_steps, schedule.constant_steps, schedule.cosine_steps = 0, 0, steps
+    return changes
+
+
+def student() -> ConfigDict:
+    """Returns the sizes of the student: those of `tiny_sums` at width 24."""
+    m = ConfigDict()
+    m.d_model, m.dense_width, m.expert_width = 24, 72, 24
+    m.q_rank = m.kv_rank = 12
+    m.nope_width = m.value_width = 6
+    return m

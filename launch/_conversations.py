@@ -1,0 +1,41 @@
+"""Conversations to fine-tune on, as verbs name them: files, or the built-in problems with worked answers."""
+
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.paths import check_writable
+
+BUILT_IN = "sums"
+N_BUILT_IN = 6_000  # conversations
+
+
+def settle_source(config: ConfigDict, workdir: Path) -> None:
+    """Settles that the source holds conversations, and writes built-in ones in `workdir`.
+
+    Raises UserError for a source of text, or a workdir that cannot be written.
+    """
+    if config.data.source == "stdlib" or config.data.format == "text":
+        raise UserError(
+            f"config.data.source={config.data.source} with data.format={config.data.format} is text, not "
+            'conversations. Give --config.data.source=FILES, JSONL with a row {"messages": [...]} per line, or '
+            "sums:6; deepseek-jax train is for text."
+        )
+    config.data.format = "conversations"
+    if config.data.source.partition(":")[0] == BUILT_IN:
+        check_writable(workdir, "--workdir")
+        config.data.source = str(write_built_in(config, workdir / "conversations.jsonl"))
+
+
+def write_built_in(config: ConfigDict, path: Path) -> Path:
+    """Writes the conversations of the built-in problems that `data.source` names; returns where they are."""
+    from deepseek_jax.files import write_atomically
+    from deepseek_jax.rl.problems import open_problems
+    from deepseek_jax.rl.sums import worked
+
+    rows = worked(open_problems(config.data.source, config.seed, config.rl.holdout_rate), N_BUILT_IN)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return path.absolute()

@@ -1,0 +1,94 @@
+"""A chain of R1 that is killed in stage after stage ends with the bits of an undisturbed one."""
+
+import json
+import multiprocessing
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from deepseek_jax import cli
+from deepseek_jax.launch._chain import ANSWERS
+from deepseek_jax.launch._stages import R1, RECORD
+from deepseek_jax.train.metrics import read_log
+from deepseek_jax.weights import open_weights
+
+KILLS = 2 * int(os.environ.get("DEEPSEEK_JAX_FAULTS", "1"))
+SEED = int(os.environ.get("DEEPSEEK_JAX_FAULT_SEED", "0"))
+FORKS = multiprocessing.get_context("forkserver")  # as in tests/train/test_run.py
+
+
+def words(workdir: Path) -> list[str]:
+    return ["r1", f"--config={Path(__file__).with_name('nano_r1.py')}", f"--workdir={workdir}", "--config.mesh.data=1"]
+
+
+def forked(workdir: Path) -> None:
+    """What a fork runs."""
+    from deepseek_jax.launch import _conversations, _sums_base
+
+    _sums_base.BASE_TEXT, _conversations.N_BUILT_IN = 500, 300
+    with workdir.with_suffix(".out").open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
+    sys.exit(cli.main(words(workdir)))
+
+
+def start(workdir: Path) -> multiprocessing.Process:
+    FORKS.set_forkserver_preload(["deepseek_jax.run", "deepseek_jax.launch.r1", "deepseek_jax.rl.loop", "tensorboardX"])
+    process = FORKS.Process(target=forked, args=(workdir,), daemon=True)
+    process.start()
+    return process
+
+
+def seconds(workdir: Path) -> dict[str, float]:
+    """How long each stage of a finished chain took."""
+    ends = {stage.name: (workdir / stage.name / RECORD).stat().st_mtime for stage in R1}
+    begins = [min(file.stat().st_mtime for file in (workdir / stage.name).iterdir()) for stage in R1]
+    return {stage.name: end - begin for stage, begin, end in zip(R1, begins, ends.values(), strict=True)}
+
+
+def logs(workdir: Path) -> dict[str, list[dict]]:
+    """Every figure that was logged, without what the clock decides."""
+    return {
+        stage.name: [
+            {key: value for key, value in record.items() if key != "speed" and not key.endswith("_s")}
+            for record in read_log(workdir / stage.name / "metrics.jsonl")
+        ]
+        for stage in R1
+    }
+
+
+def results(workdir: Path) -> list:
+    """How each stage was judged."""
+    return [json.loads((workdir / stage.name / RECORD).read_bytes())["held_out"] for stage in R1]
+
+
+@pytest.mark.slow
+def test_killed_in_stage_after_stage_the_chain_is_the_same_bit_for_bit(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    process = start(whole)
+    process.join(500)
+    assert process.exitcode == 0, whole.with_suffix(".out").read_text()
+    took, choose = seconds(whole), random.Random(SEED)
+    for name in sorted(choose.choices([stage.name for stage in R1], k=KILLS), key=[*took].index):
+        process = start(cut)
+        while process.is_alive() and not (cut / name).exists():
+            time.sleep(0.02)
+        process.join(choose.uniform(0, took[name]))
+        process.kill()
+        process.join()
+    process = start(cut)
+    process.join(500)
+    assert process.exitcode == 0, cut.with_suffix(".out").read_text()
+    assert results(cut) == results(whole) and logs(cut) == logs(whole)
+    assert (cut / "kept" / ANSWERS).read_bytes() == (whole / "kept" / ANSWERS).read_bytes()
+    for stage in R1:
+        if stage.kind != "sample":
+            states = [open_weights(workdir / stage.name).load().state for workdir in (whole, cut)]
+            jax.tree.map(np.testing.assert_array_equal, *states)
