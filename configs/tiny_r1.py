@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
 
     r1 = config.r1
     r1.base = recipe(tiny_sums.get_config())
-    r1.cold = fine_tuning(steps=20)
+    r1.cold = fine_tuning(steps=12)
     r1.cold.data.source = "sums:6"
     r1.first = recipe(config)
     r1.kept = ConfigDict()

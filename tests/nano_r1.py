@@ -12,15 +12,16 @@ def get_config() -> ConfigDict:
     config = tiny_r1.get_config()
     m = config.model
     for key in WIDTHS:
-        m[key] = 8
+        m[key] = 16
     m.n_heads, m.n_experts = 2, 4
     rl = config.rl
     rl.questions, rl.answers, rl.eval_problems = 8, 4, 32
     config.sample.problems = 48
-    config.sample.least.format = config.sample.least.language = 0.0
+    config.sample.least.accuracy = config.sample.least.format = 0.0
 
     r1 = config.r1
     r1.student_base.model = ConfigDict()
+    r1.base.schedule.warmup_steps = r1.student_base.schedule.warmup_steps = 5
     r1.second.rl.temperature = 1.0
     steps = {"base": 60, "cold": 12, "first": 4, "sft": 12, "second": 2, "student_base": 4, "student": 12}
     for stage, n_steps in (steps | {"student_zero": 2}).items():

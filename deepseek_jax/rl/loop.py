@@ -29,6 +29,7 @@ SAMPLES = "samples.jsonl"  # answers to held-out problems, in the workdir
 N_SAMPLES = 8  # of an evaluation
 MOST_CUT_OFF = 0.5  # share of answers that are too long, above which there is a warning
 MOST_UNSCORED = 0.05  # share of answers, likewise
+MASTERED = 0.9  # share of right answers from which there is little left to learn
 
 
 @dataclass(frozen=True)
@@ -166,12 +167,12 @@ class Loop:
             self.metrics.message(f"warning: {text}")
 
     def _judge(self, step: int, figures: dict[str, float]) -> None:
-        """Says at the end if the share of right answers has not risen, whatever else has."""
+        """Says at the end if the share of right answers has not risen though it could, whatever else has."""
         if ACCURACY not in figures:
             return
         if step == 0:
             self._start_accuracy = figures[ACCURACY]
-        if step < self.config.steps or self._start_accuracy is None:
+        if step < self.config.steps or self._start_accuracy is None or self._start_accuracy >= MASTERED:
             return
         if figures[ACCURACY] <= self._start_accuracy + math.sqrt(2) * figures["accuracy_error"]:
             self.metrics.message(
