@@ -68,6 +68,7 @@ VERBS = {
     "convert": (convert.FLAGS, {"config": False}),
     "evaluate": (evaluate.FLAGS, {"config": False}),
     "export": (export.FLAGS, {"config": False}),
+    "r1": ({}, {}),
     "rl": ({}, {}),
     "sample": (sample.FLAGS, {}),
     "serve": (serve.FLAGS, {"config": False}),
