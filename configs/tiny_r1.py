@@ -10,7 +10,7 @@ of three seeds.
 
 from ml_collections import ConfigDict
 
-from deepseek_jax.configs import tiny_sft, tiny_sums, tiny_zero
+from deepseek_jax.configs import nano_zero, tiny_sft, tiny_sums, tiny_zero
 
 
 def get_config() -> ConfigDict:
@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     r1.second.rl = ConfigDict({"temperature": 0.7})
 
     r1.student_base = recipe(tiny_sums.get_config())
-    r1.student_base.model = student()
+    r1.student_base.model = nano_zero.get_config().model
     r1.student = fine_tuning(steps=100)
     r1.student_zero = recipe(config)
     r1.student_zero.loop.steps = 120
@@ -57,12 +57,3 @@ def fine_tuning(steps: int) -> ConfigDict:
     schedule = changes.schedule
     schedule.warmup_steps, schedule.constant_steps, schedule.cosine_steps = 0, 0, steps
     return changes
-
-
-def student() -> ConfigDict:
-    """Returns the sizes of the student: those of `tiny_sums` at width 24."""
-    m = ConfigDict()
-    m.d_model, m.dense_width, m.expert_width = 24, 72, 24
-    m.q_rank = m.kv_rank = 12
-    m.nope_width = m.value_width = 6
-    return m
