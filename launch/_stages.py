@@ -7,7 +7,7 @@
 
 A stage has a folder of its own in the workdir. `stage.json` there is its record: what it was made from (the config, and
 marks of weights and files of earlier stages), and once it is finished the mark of what it made. So a chain that was
-killed anywhere knows what is done; and where something has changed since, it says what, in place of going on with it.
+killed anywhere knows what is done; and where something has changed since, it says what has, and stops.
 """
 
 import json

@@ -8,15 +8,15 @@ import pytest
 from deepseek_jax import run_config
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _answers, sft
+from deepseek_jax.launch import _answers, _conversations, sft
 from deepseek_jax.rl.problems import open_problems
 
 
 def test_built_in_conversations_are_right_and_none_is_held_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(sft, "N_BUILT_IN", 500)
+    monkeypatch.setattr(_conversations, "N_BUILT_IN", 500)
     config = run_config.load("tiny_sft")
     config.data.source = "sums:4"
-    path = sft.write_built_in(config, tmp_path / "a" / "b.jsonl")
+    path = _conversations.write_built_in(config, tmp_path / "a" / "b.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 500
     held_out = open_problems("sums:4", 0, config.rl.holdout_rate)
