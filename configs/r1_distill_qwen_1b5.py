@@ -4,6 +4,7 @@ Paper: DeepSeek-R1, arXiv 2501.12948, section 2.4: supervised on 800K samples of
 version in Nature. Sizes from the released config.json.  1.78B parameters.
 
     deepseek-jax inspect --config=r1_distill_qwen_1b5
+    deepseek-jax sft --config=r1_distill_qwen_1b5 --config.run.init_from=BASE --config.data.tokenizer=STUDENT
 """
 
 from ml_collections import ConfigDict
@@ -44,11 +45,16 @@ def model() -> ConfigDict:
 def recipe(config: ConfigDict, peak_rate: float, last_rate: float) -> ConfigDict:
     """That of all students: 800K samples twice, the rate falling to a tenth along a cosine.
 
-    The samples are conversations: `data.source` names files of them (`data.format`).
+    The chat template has special tokens that the students' own tokenizers have and those of their bases have not:
+    `data.tokenizer` names one of the former (STUDENT above; BASE is Qwen/Qwen2.5-Math-1.5B). Packed
+    conversations need fewer steps: set loop.steps and schedule.cosine_steps.
     """
     config.precision = "bf16"
     config.data.tokenizer = "tokenizer.json"
-    config.data.source = "corpus/*.array_record"
+    config.data.source = "conversations/*.jsonl"  # give yours
+    config.data.format = "conversations"
+    config.data.chat_template = "r1-distill"
+    config.data.mask_documents = True
     config.data.seq_len = 32_768
 
     config.loop.steps = 25_000  # two epochs

@@ -8,45 +8,53 @@ Groups of a config are the arguments of what they describe: `Schedule(**config.s
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from deepseek_jax import release
-from deepseek_jax.abstract_model import AHEAD
+from deepseek_jax.abstract_model import AHEAD, abstract_weights
+from deepseek_jax.convert import peft
 from deepseek_jax.convert.hf import copy_files
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.kernels import Kernels
-from deepseek_jax.layers.base import Tree
+from deepseek_jax.layers import lora
+from deepseek_jax.layers.base import Execution, Tree
 from deepseek_jax.layers.divided_attention import implementation
 from deepseek_jax.models import family
 from deepseek_jax.parallel.context import CONTEXT, check_chunks
-from deepseek_jax.parallel.mesh import batch_shape
+from deepseek_jax.parallel.mesh import PIPE, batch_shape
 from deepseek_jax.parallel.sharding import is_axes
 from deepseek_jax.plan import flops
 from deepseek_jax.plan.layout import end_in_layers
 from deepseek_jax.plan.network import Network, describe
 from deepseek_jax.precision.policy import policy
 from deepseek_jax.run_bounds import default_values
-from deepseek_jax.saved_config import from_json, leaves
+from deepseek_jax.saved_config import completed, from_json, leaves
+from deepseek_jax.train import trainable
 from deepseek_jax.train.average import MovingAverage
 from deepseek_jax.train.loss import PreTraining
 from deepseek_jax.train.optimizers import Schedule, adamw
 from deepseek_jax.train.pipelined import Pipeline
 from deepseek_jax.train.ramp import BatchRamp
 from deepseek_jax.train.step import State, StepConfig, Trainer
-from deepseek_jax.weights import WEIGHTS, open_weights
+from deepseek_jax.train.trainable import everything
+from deepseek_jax.weights import WEIGHTS, lora_of, open_weights
 
 # What may not change within a run: the network, and what decides the order of its samples. The text itself is compared
 # by its fingerprint.
 FIXED: tuple[str, ...] = ("family", "model", "seed", "batch")
 FIXED += ("data.seq_len", "data.fim_rate", "data.mask_documents", "data.holdout_rate")
+FIXED += ("lora.rank", "lora.alpha", "lora.targets")
 
 
 def trainer(config: ConfigDict, mesh: Mesh, objective: Any = None, **options: Any) -> Trainer:
@@ -58,17 +66,26 @@ def trainer(config: ConfigDict, mesh: Mesh, objective: Any = None, **options: An
     sizes = module.Config.from_config(config.model)
     check_context(config, mesh)
     check_exchange(config, mesh)
+    check_adapters(config, mesh)
     loss = config.loss.to_dict()
     step = {name: loss.pop(name) for name in ("clip_norm", "balance_rate", "balance_rate_stop")}
     network = describe(module, sizes)
+    adapters = lora_of(config)
+
+    def build(run: Execution, rngs: nnx.Rngs) -> nnx.Module:
+        if adapters is None:
+            return module.Model(sizes, run, rngs=rngs)
+        return lora.attach(module.Model(sizes, replace(run, adapt=lora.add), rngs=rngs), adapters, rngs=rngs)
+
     made = Trainer(
-        lambda run, rngs: module.Model(sizes, run, rngs=rngs),
+        build,
         mesh,
         config.sharding.to_dict(),
         objective or PreTraining(mask_documents=config.data.mask_documents, **loss),
         adamw(**config.optimizer),
         StepConfig(rate=Schedule(**config.schedule), micro_batches=config.pipeline.micro_batches, **step),
         pipeline=pipeline(config, network),
+        trainable=lora.is_adapter if adapters else everything,
         compute=precision.compute,
         matmul=precision.matmul,
         weights=precision.weights,
@@ -105,6 +122,27 @@ def check_exchange(config: ConfigDict, mesh: Mesh) -> None:
             "config.exchange.kind='ragged' on CPUs: XLA has no ragged_all_to_all for them. Set "
             "config.exchange.kind=padded, or run on GPUs or TPUs."
         )
+
+
+def check_adapters(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises UserError for settings that do not go with `config.lora`."""
+    if not config.lora.rank:
+        if config.lora.init_from:
+            raise UserError("config.lora.init_from is given, and config.lora.rank=0. Give the adapters' rank as well.")
+        return
+    if not config.run.init_from:
+        raise UserError(
+            f"config.lora.rank={config.lora.rank} trains adapters beside weights that rest, and no weights are named. "
+            "Give config.run.init_from=DIR, a run's or published weights."
+        )
+    for key, value, allowed in (
+        ("precision", config.precision, ("fp32", "bf16")),
+        ("loss.balance_rate", config.loss.balance_rate, (0.0,)),
+        ("mesh.pipe", mesh.shape[PIPE], (1,)),
+    ):
+        if value not in allowed:
+            expected = " or ".join(map(str, allowed))
+            raise UserError(f"config.{key}={value} does not go with adapters (config.lora.rank). Set it to {expected}.")
 
 
 def check_effects(config: ConfigDict, trainer: Trainer) -> None:
@@ -164,12 +202,25 @@ def first_state(config: ConfigDict, trainer: Trainer, workdir: Path, report: Cal
         return trainer.init(config.seed)
     if jax.process_index() == 0:
         copy_files(release.files_to_keep(config), workdir)
-    source = open_weights(config.run.init_from)
-    weights = source.read({name: trainer.stored[name] for name in WEIGHTS})
+    source, adapters = open_weights(config.run.init_from), lora_of(config)
+    shapes = {name: trainer.stored[name] for name in WEIGHTS}
+    if adapters:
+        shapes["params"] = trainable.divide(shapes["params"], lora.is_adapter)[1]
+    weights = source.read(shapes)
+    if adapters:
+        weights["params"] = lora.beside(weights["params"], first_adapters(config, trainer, adapters))
     report(f"weights of {config.run.init_from}")
     for change in differences(source.config.model, config.model):
         report(f"other than there: config.model.{change}")
     return trainer.init(config.seed, **weights)
+
+
+def first_adapters(config: ConfigDict, trainer: Trainer, adapters: lora.Lora) -> dict:
+    """Returns path -> array of the adapters of a run before its first step: those of `lora.init_from`, or B = 0."""
+    if config.lora.init_from:
+        return peft.read(config.lora.init_from, abstract_weights(config), adapters)
+    params = jax.jit(lambda: trainer.first_weights(config.seed, lora.is_adapter))()
+    return flatten_dict(params)
 
 
 def average(config: ConfigDict, trainer: Trainer, state: State, stored: Tree | None) -> MovingAverage | None:
@@ -202,7 +253,7 @@ def check_same_run(config: ConfigDict, text: str, saved: dict, workdir: Path) ->
             f"{workdir} holds converted weights, not a run. Give the run a --workdir of its own and "
             f"--config.run.init_from={workdir}."
         )
-    for change in differences(*map(with_plain_batch, (from_json(saved["config"]), config))):
+    for change in differences(*map(with_plain_batch, (completed(from_json(saved["config"])), config))):
         if change.startswith(tuple(f"{path}{end}" for path in FIXED for end in (".", ":"))):
             raise UserError(
                 f"{workdir} holds a run of other settings: config.{change}. "

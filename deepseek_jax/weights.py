@@ -20,12 +20,15 @@ from ml_collections import ConfigDict
 from deepseek_jax import release
 from deepseek_jax.abstract_model import abstract_weights, check_memory
 from deepseek_jax.configs import base
-from deepseek_jax.convert import formats, fp8_weights, hf, hub
+from deepseek_jax.convert import formats, fp8_weights, hf, hub, peft
 from deepseek_jax.convert.names import flatten
 from deepseek_jax.convert.place import place
 from deepseek_jax.data.tokenizer import open_tokenizer
 from deepseek_jax.errors import UserError
+from deepseek_jax.layers import lora
 from deepseek_jax.layers.base import Tree
+from deepseek_jax.layers.lora import Lora
+from deepseek_jax.parallel.mesh import REPLICATED, shardings
 from deepseek_jax.saved_config import completed, from_json
 from deepseek_jax.train.checkpoint import manifest
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
@@ -73,9 +76,10 @@ class RunWeights:
             config = saved_config(checkpoints)
             saved = {name: array for name, array in checkpoints.shapes()[1].items() if name.split("/")[0] in WEIGHTS}
             check_memory(config.name, saved)
-            expected = abstract_weights(config)
+            expected = stored_weights(config)
             step, state, meta = checkpoints.restore(expected, keys=WEIGHTS, dtypes_as_saved=True)
         config = config_in(meta, checkpoints.directory)
+        state = without_adapters(config, state)
         return Loaded(config, _in_format(state, weights), f"step {step} of {os.fspath(self.path)}")
 
     def read(self, target: Tree) -> Tree:
@@ -84,10 +88,12 @@ class RunWeights:
         Raises UserError if they are not those of its model.
         """
         with Checkpointer(checkpoint_directory(self.path), read_only=True) as checkpoints:
-            _, stored, _ = checkpoints.restore(target, keys=WEIGHTS, dtypes_as_saved=True)
-        shardings = jax.tree.map(lambda x: x.sharding, target)
+            expected = with_adapters(self.config, target)
+            _, stored, _ = checkpoints.restore(expected, keys=WEIGHTS, dtypes_as_saved=True)
+        stored = without_adapters(self.config, stored)
+        places = jax.tree.map(lambda x: x.sharding, target)
         cast = jax.jit(
-            lambda tree: jax.tree.map(lambda x, like: x.astype(like.dtype), tree, target), out_shardings=shardings
+            lambda tree: jax.tree.map(lambda x, like: x.astype(like.dtype), tree, target), out_shardings=places
         )
         return cast(stored)
 
@@ -132,6 +138,40 @@ class PublishedWeights:
         published = hf.open_published(directory)
         config = published_config(published, directory.resolve())
         return config, hf.Source(published, abstract_weights(config), in_fp8=in_fp8)
+
+
+def lora_of(config: ConfigDict) -> Lora | None:
+    """The low-rank adapters of a run (`config.lora`); None without any."""
+    return peft.lora(abstract_weights(config), **_settings(config)) if config.lora.rank else None
+
+
+def _settings(config: ConfigDict) -> dict[str, Any]:
+    return {"rank": config.lora.rank, "alpha": config.lora.alpha, "chosen": config.lora.targets}
+
+
+def stored_weights(config: ConfigDict) -> Tree:
+    """{"params", "router_bias"} of a config's checkpoint, shapes in place of arrays: those of its adapters too."""
+    return with_adapters(config, abstract_weights(config))
+
+
+def with_adapters(config: ConfigDict, weights: Tree) -> Tree:
+    """`weights` and the shapes of a config's adapters, whole on every device if those of the weights have shardings."""
+    found = lora_of(config)
+    if found is None:
+        return weights
+    adapters: dict = lora.abstract_adapters(weights["params"], found)
+    mesh = next((x.sharding.mesh for x in jax.tree.leaves(weights) if x.sharding is not None), None)
+    if mesh is not None:
+        adapters = {path: x.update(sharding=shardings(mesh, REPLICATED)) for path, x in adapters.items()}
+    return weights | {"params": lora.beside(weights["params"], adapters)}
+
+
+def without_adapters(config: ConfigDict, weights: Tree) -> Tree:
+    """The weights of a model, with what its adapters have learnt."""
+    found = lora_of(config)
+    if found is None:
+        return weights
+    return weights | {"params": jax.jit(lora.merged, static_argnums=1)(weights["params"], found)}
 
 
 def _in_format(state: Tree, weights: str) -> Tree:

@@ -87,6 +87,7 @@ def inherit(config: ConfigDict, overrides: Mapping[str, str], workdir: Path) -> 
     from deepseek_jax.train.checkpoint.manifest import committed_steps
     from deepseek_jax.weights import open_weights
 
+    inherit_adapters(config, overrides)
     origin = config.run.init_from
     if not origin:
         return
@@ -114,6 +115,25 @@ def inherit(config: ConfigDict, overrides: Mapping[str, str], workdir: Path) -> 
         config.release = ConfigDict({**open_weights(origin).config.release, **given})
         if config.data.tokenizer != own and own != "none":  # its marks are other ones, or are its own to name
             config.release.update({"bos_id": None, "pad_id": None, "eos_ids": (), "end_ids": ()} | given)
+
+
+def inherit_adapters(config: ConfigDict, overrides: Mapping[str, str]) -> None:
+    """Takes rank, alpha and targets of the adapters to begin with (`lora.init_from`), where they are not given.
+
+    Raises UserError if others are given, or the directory holds no adapters.
+    """
+    if not config.lora.init_from:
+        return
+    from deepseek_jax.convert import peft
+
+    config.lora.init_from = directory(config.lora.init_from, "config.lora.init_from")
+    for key, value in peft.settings(config.lora.init_from).items():
+        if f"lora.{key}" in overrides and config.lora[key] != value:
+            raise UserError(
+                f"config.lora.{key}={config.lora[key]}: the adapters in {config.lora.init_from} have {value}. Leave "
+                "the key out."
+            )
+        config.lora[key] = value
 
 
 def checked(named: str, own: str, origin: str) -> str:

@@ -25,10 +25,26 @@ def headline(
             f"{config.name}: {trainer.n_params / 1e6:,.1f}M parameters, {config.precision}, mesh {mesh} "
             f"({jax.devices()[0].device_kind}), {begin} in {workdir}",
             f"attention: {computed_by(config.kernels.attention, config.data.seq_len)}",
+            *about_adapters(config, trainer),
             *about_text(config, training, held_out),
             "the first step compiles for a while",
         ]
     )
+
+
+def about_adapters(config: ConfigDict, trainer: "Trainer") -> list[str]:
+    """The line on low-rank adapters, if there are any: which, and that they alone are trained."""
+    from deepseek_jax.layers.lora import is_adapter
+    from deepseek_jax.train.trainable import divide
+    from deepseek_jax.tree import size
+    from deepseek_jax.weights import lora_of
+
+    found = lora_of(config)
+    if found is None:
+        return []
+    trained, _ = divide(trainer.abstract["params"], is_adapter)
+    names = sorted({target.name for _, targets in found.blocks for target in targets})
+    return [f"adapters alone are trained: {size(trained):,} parameters of rank {found.rank}, at {', '.join(names)}"]
 
 
 def about_text(config: ConfigDict, training: "Split", held_out: "Split | None") -> list[str]:

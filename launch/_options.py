@@ -26,7 +26,8 @@ from deepseek_jax.paths import check_local
 from deepseek_jax.saved_config import RENAMED, leaves
 
 BEGINNING = "run.init_from"
-PATHS = (BEGINNING, "data.source", "data.tokenizer", "data.cache_dir", "release.folder")  # keys of files and folders
+# Keys of files and folders.
+PATHS = (BEGINNING, "lora.init_from", "data.source", "data.tokenizer", "data.cache_dir", "release.folder")
 REQUIRED = object()  # as the default of a verb's flag: must be given
 
 

@@ -112,7 +112,7 @@ def resumed(
     The average is None where the checkpoint has none, or the run keeps none. Without a checkpoint: (0, None, None, []).
     """
     from deepseek_jax import run
-    from deepseek_jax.saved_config import from_json
+    from deepseek_jax.saved_config import completed, from_json
     from deepseek_jax.train.loop import EMA
 
     if checkpoints.latest() is None:
@@ -122,7 +122,7 @@ def resumed(
     expected = trainer.stored | ({EMA: trainer.stored["params"]} if config.ema.decay else {})
     start, stored, _ = checkpoints.restore(expected, optional=(EMA,))
     average = stored.pop(EMA, None)
-    return start, trainer.load(stored), average, run.differences(from_json(saved["config"]), config)
+    return start, trainer.load(stored), average, run.differences(completed(from_json(saved["config"])), config)
 
 
 def prepare(config: ConfigDict, workdir: Path) -> tuple:

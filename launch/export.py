@@ -3,10 +3,12 @@
     deepseek-jax export --workdir=runs/v2_lite --to=out
     deepseek-jax export --workdir=runs/v3 --to=out --dtype=fp8        # blocks of 128 x 128, as V3 is published
     deepseek-jax export --workdir=runs/v3 --to=out --ema              # the moving average (config.ema.decay)
+    deepseek-jax export --workdir=runs/mine --to=out --adapters       # low-rank adapters alone, in PEFT's format
 
 --dtype=bf16 and fp32 are for all weights, keep for those of the checkpoint.  fp8 stores the matrices of all blocks but
 routers in 8 bits with float32 scales (V3), fp8_ue8m0 with float32 scales that are powers of two (V3.1), fp8_e8m0 with
-the same scales in 8 bits; the rest is bf16. The checkpoint is compared with its hashes first; then one tensor at a
+the same scales in 8 bits; the rest is bf16. Adapters (config.lora.rank) are merged into the weights; with --adapters
+they are written alone, in float32. The checkpoint is compared with its hashes first; then one tensor at a
 time goes from disk to disk.
 
 DeepSeekMoE 16B has no class in transformers: others open it with the release's configuration_deepseek.py and
@@ -27,11 +29,16 @@ from deepseek_jax.units import binary, duration
 
 if TYPE_CHECKING:
     import numpy as np
+    from ml_collections import ConfigDict
+
+    from deepseek_jax.convert.hf import Get
+    from deepseek_jax.layers.lora import Lora
 
 DTYPES = ("bf16", "fp32", "fp8", "fp8_ue8m0", "fp8_e8m0", "keep")
 FLAGS = {
     "to": (Path, _options.REQUIRED, "directory to write, empty or not there yet"),
     "ema": (bool, False, "the moving average of the weights in place of the weights"),
+    "adapters": (bool, False, "the run's low-rank adapters alone, as PEFT writes them"),
     "dtype": (str, "bf16", f"of the weights: {', '.join(DTYPES)}", one_of(*DTYPES)),
 }
 
@@ -41,14 +48,15 @@ def main(argv: list[str]) -> int:
     options = _options.parse(argv, extra=FLAGS, config=False)
     if options.workdir is None:
         raise UserError("--workdir is missing. Give the directory of a run, like --workdir=runs/tiny_v3.")
-    export(options.workdir, options.to.expanduser(), options.dtype, is_average=options.ema)
+    target = options.to.expanduser()
+    export(options.workdir, target, options.dtype, is_average=options.ema, adapters_alone=options.adapters)
     return 0
 
 
-def export(workdir: Path, target: Path, dtype: str, *, is_average: bool = False) -> None:
+def export(workdir: Path, target: Path, dtype: str, *, is_average: bool = False, adapters_alone: bool = False) -> None:
     """Writes the newest intact checkpoint of `workdir`, or the moving average that it keeps, to the directory `target`.
 
-    Raises UserError for a checkpoint without an average.
+    Raises UserError for a checkpoint without an average, or without the adapters that alone are to be written.
     """
     check_empty(target)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # another process may be using the accelerator
@@ -57,6 +65,7 @@ def export(workdir: Path, target: Path, dtype: str, *, is_average: bool = False)
 
     from deepseek_jax import weights
     from deepseek_jax.compat import peak_memory_bytes
+    from deepseek_jax.convert import peft
     from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
     from deepseek_jax.train.checkpoint.streamed import StepReader
     from deepseek_jax.train.loop import EMA
@@ -85,8 +94,13 @@ def export(workdir: Path, target: Path, dtype: str, *, is_average: bool = False)
     def get(path: tuple[str, ...], index: tuple[int, ...]) -> "np.ndarray":
         return reader("/".join((stored[path[0]], *path[1:])), index)
 
+    adapters = weights.lora_of(config)
+    if adapters_alone:
+        write_adapters(config, adapters, target, get)
+        return
+    pieces = peft.merging(get, adapters) if adapters else get
     with Progress("export", published_bytes(abstract)) as progress:
-        weights.export(config, target, abstract, get, dtype, report=progress.advance)
+        weights.export(config, target, abstract, pieces, dtype, report=progress.advance)
     n_bytes, took = sum(file.stat().st_size for file in target.iterdir()), duration(progress.seconds)
     peak = binary(peak_memory_bytes() or 0)
     print(f"{target}: step {step} of {workdir} as {dtype}, {n_bytes / 1e9:,.2f} GB in {took}, memory {peak}")
@@ -100,6 +114,21 @@ def check_empty(target: Path) -> None:
     if found:
         more = ", …" if len(found) > 3 else ""
         raise UserError(f"--to={target}: not empty ({', '.join(found[:3])}{more}). Give another directory.")
+
+
+def write_adapters(config: "ConfigDict", adapters: "Lora | None", target: Path, get: "Get") -> None:
+    """Writes adapters alone. Raises UserError for a run without any."""
+    from deepseek_jax.abstract_model import abstract_weights
+    from deepseek_jax.convert import peft
+
+    if adapters is None:
+        raise UserError("--adapters: this run has none (config.lora.rank=0). Leave --adapters out.")
+
+    def layer(path: tuple[str, ...], number: int) -> "np.ndarray":
+        return get(("params", *path), (number,))
+
+    peft.write(target, config.run.init_from, abstract_weights(config), adapters, layer)
+    print(f"{target}: adapters of rank {adapters.rank} for {config.run.init_from}")
 
 
 def newest_intact(directory: Path) -> int:

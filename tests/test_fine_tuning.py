@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -83,3 +84,31 @@ def test_transformers_opens_what_was_fine_tuned(tuned):
             logits = theirs(torch.tensor(example.ids[None].astype(np.int64))).logits[0].numpy()
         assert loss(logits, example) == pytest.approx(loss(ours([example.ids.tolist()])[0], example), abs=1e-4)
         assert loss(logits, example) < 0.5
+
+
+@pytest.mark.slow
+def test_adapters_from_start_to_export(tuned, tmp_path, capsys):
+    """Resumed is not interrupted; the base rests; the run loads, exports and goes to PEFT's files and back."""
+    words = [f"--config={tuned}/published", f"--config.data.source={tuned}/talks.jsonl", "--no-sample"]
+    words += ["--config.data.holdout_rate=0.2", "--config.data.seq_len=64", f"--config.data.cache_dir={tuned}/cache"]
+    words += ["--config.schedule.peak_rate=1e-2", "--config.schedule.warmup_steps=1", "--config.mesh.data=1"]
+    words += ["--config.lora.rank=4", "--config.lora.alpha=8", "--config.checkpoint.every=10"]
+    for workdir, steps in (("whole", 20), ("parts", 10), ("parts", 20)):
+        assert sft.main([*words, f"--workdir={tmp_path}/{workdir}", f"--config.loop.steps={steps}"]) == 0
+    assert "adapters alone are trained" in capsys.readouterr().out
+    whole, parts = (dsj.load(tmp_path / workdir) for workdir in ("whole", "parts"))
+    jax.tree.map(np.testing.assert_array_equal, whole.params, parts.params)
+    base = dsj.load(tuned / "published")
+    np.testing.assert_array_equal(whole.params["head"]["weight_DV"], base.params["head"]["weight_DV"])
+    for name, model in (("base", base), ("adapted", whole)):
+        losses = [loss(model([example.ids.tolist()])[0], example) for example in examples(tuned, model.tokenizer)]
+        assert (np.mean(losses) > 5) == (name == "base") and (np.mean(losses) < 3) == (name == "adapted")
+
+    assert export.main([f"--workdir={tmp_path}/whole", f"--to={tmp_path}/merged", "--dtype=fp32"]) == 0
+    assert export.main([f"--workdir={tmp_path}/whole", f"--to={tmp_path}/adapters", "--adapters"]) == 0
+    ids = [examples(tuned, base.tokenizer)[0].ids.tolist()]
+    ours = np.asarray(whole(ids))
+    np.testing.assert_allclose(dsj.load(tmp_path / "merged")(ids), ours, atol=1e-6 * np.abs(ours).max())
+    begin = [f"--config.lora.init_from={tmp_path}/adapters", f"--workdir={tmp_path}/again", "--config.loop.steps=1"]
+    assert sft.main([*(word for word in words if "lora" not in word), *begin, "--config.schedule.peak_rate=1e-30"]) == 0
+    np.testing.assert_allclose(dsj.load(tmp_path / "again")(ids), ours, atol=1e-5 * np.abs(ours).max())

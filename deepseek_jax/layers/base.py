@@ -75,6 +75,8 @@ class Execution:
     exchange: Exchange | None = None
     # gathers, in place, the weights of a module that are stored in shards (FSDP); None when all are whole
     unshard: Unshard | None = None
+    # adds, in place, what the adapters of a layer have learnt to its weights (`layers.lora`); None without adapters
+    adapt: Unshard | None = None
     # of a stack whose layers are split over a pipeline's ranks: (number of layers, function that gathers one of them)
     fetch: Callable[[str], Fetch] | None = None
     vocabulary: Vocabulary = WHOLE  # which ids' rows of the embedding and columns of the head are here
@@ -100,6 +102,7 @@ ROLES = (
     "head",  # makes logits
     "gain",  # one number per number of an activation
     "bias",
+    "adapter",  # thin matrices of low-rank adapters
 )
 MULTIPLIED = ("attention_in", "attention_out", "gate", "up", "down", "join")  # by a `Matmul`; no other code reads them
 CONVERTED = ("table", "head")  # to the dtype of the activations, where they are read
@@ -162,7 +165,7 @@ def run_stack(
     Args:
         blocks: made by `stack`.
         x: what flows from block to block (any pytree).
-        run: its `remat` and `unshard` apply to each block.
+        run: its `remat`, `unshard` and `adapt` apply to each block.
         call: what one block does; `extra` is the layer's slice of `extras`.
         extras: arrays with a leading axis L (of the layers that run), or None.
         layers: those that run; None: all.
@@ -179,6 +182,8 @@ def run_stack(
         block = nnx.merge(definition, fetch[1](weights, own) if fetch else own)
         if run.unshard:
             run.unshard(block)
+        if run.adapt:
+            run.adapt(block)
         return call(block, x, extra)
 
     rows = jnp.arange(fetch[0]) if fetch else weights
@@ -239,7 +244,7 @@ def run_cached(
     Args:
         blocks: made by `stack`.
         x: what flows from block to block.
-        run: its `unroll` decides whether there is a loop.
+        run: its `unroll` decides whether there is a loop; its `adapt` applies to each block.
         call: what one block does.
         cache: what the layers kept before, as this function returns it; None before the first pass.
         in_stack: whether `call` takes and returns arrays of a loop as `InStack`.
@@ -259,7 +264,10 @@ def run_cached(
             is_found = path in routed and run.matmul.finds_layer
             return weight.replace((OfLayer if is_found else layer_of)(weight[...], number))
 
-        return call(nnx.merge(definition, nnx.map_state(own, given)), x, cached)
+        block = nnx.merge(definition, nnx.map_state(own, given))
+        if run.adapt:
+            run.adapt(block)
+        return call(block, x, cached)
 
     def first(x: jax.Array, number: jax.Array) -> tuple[jax.Array, Any]:
         return layer(x, number, weights, None)

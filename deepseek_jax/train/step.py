@@ -247,6 +247,10 @@ class Trainer:
         counters = dict.fromkeys(("step", "skipped", "skipped_in_row"), jnp.zeros((), jnp.int32))
         return made | {"optimizer": self.optimizer.init(trained)} | counters
 
+    def first_weights(self, seed: int, chosen: Trainable) -> dict:
+        """The trained weights of a new state whose paths are `chosen`; inside `jit` no others are made."""
+        return divide(split(self._build(seed))[1], chosen)[0]
+
     def init(self, seed: int, params: dict | None = None, router_bias: dict | None = None) -> State:
         """The state before the first step; every device makes its own part.
 

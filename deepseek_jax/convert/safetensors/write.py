@@ -35,9 +35,9 @@ class Entry(NamedTuple):
 
 
 def write_directory(
-    directory: str | os.PathLike, entries: Iterable[Entry], max_shard_bytes: int = MAX_SHARD_BYTES
+    directory: str | os.PathLike, entries: Iterable[Entry], max_shard_bytes: int = MAX_SHARD_BYTES, single: str = SINGLE
 ) -> None:
-    """Writes tensors in the given order, one at a time, as model.safetensors or as shards with an index.
+    """Writes tensors in the given order, one at a time, as one file (`single`) or as shards with an index.
 
     A shard takes tensors in order until the next one would exceed `max_shard_bytes` (a single larger one is a shard).
     Each array must have the shape and dtype of its entry. File names end in `.partial` until all are on disk. Raises
@@ -51,7 +51,7 @@ def write_directory(
     total = sum(info.nbytes for info in infos.values())
     shards = list(_into_shards(entries, infos, max_shard_bytes))
     count = len(shards)
-    names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    names = [single] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     try:
         _prepare(directory, total)
         for name, shard in zip(names, shards, strict=True):
@@ -95,7 +95,7 @@ def _prepare(directory: Path, total: int) -> None:
     if old:
         raise UserError(f"{directory}: already holds {few(old)}. Choose another directory, or delete them first.")
     for name in os.listdir(directory):  # left by a killed run
-        if re.fullmatch(r"model[-.\w]*\.partial", name):
+        if re.fullmatch(r"(adapter_)?model[-.\w]*\.partial", name):
             (directory / name).unlink()
     free = shutil.disk_usage(directory).free
     if total > free:

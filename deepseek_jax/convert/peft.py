@@ -1,0 +1,236 @@
+"""Low-rank adapters in PEFT's file format: adapter_config.json, adapter_model.safetensors.
+
+    base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight    A [r, in]
+    base_model.model.model.layers.3.self_attn.q_proj.lora_B.weight    B [out, r]
+
+Adapters may belong to the matrices of attention and, in a model without routed experts, of feed-forwards. transformers
+holds routed experts fused, and PEFT takes the name of a feed-forward's matrix in such a model for all of them; so there
+no feed-forward has adapters. Neither have embedding, head, routers and multi-token prediction.
+
+Source: PEFT 0.21, `peft.LoraConfig`.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepseek_jax.convert import names, safetensors
+from deepseek_jax.convert.hf import Get
+from deepseek_jax.errors import UserError
+from deepseek_jax.files import write_atomically
+from deepseek_jax.layers.base import Tree
+from deepseek_jax.layers.lora import ADAPTERS, Lora, Target
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX, SIDES = "base_model.model.", {"down": "lora_A", "up": "lora_B"}
+ALL = "all-linear"
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight$")
+ATTENTION = re.compile(r"self_attn\.(\w+_proj|kv_a_proj_with_mqa)$")
+ALL_OF_DENSE = re.compile(rf"mlp\.\w+_proj$|{ATTENTION.pattern}")
+SAVED = re.compile(rf"{re.escape(PREFIX)}(model\.layers\.\d+\.(?:.+\.)?(\w+))\.(lora_A|lora_B)\.weight$")
+# What adapter_config.json may say of an adapter of another kind, and what it says of this kind.
+PLAIN: dict[str, tuple] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    **dict.fromkeys(("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias"), (False, None)),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), ({}, None)),
+    **dict.fromkeys(("modules_to_save", "target_parameters", "trainable_token_indices"), (None, [], {})),
+}
+
+
+def lora(shapes: Tree, rank: int, alpha: float, chosen: str) -> Lora:
+    """Returns the adapters of a model.
+
+    Args:
+        shapes: {"params", "router_bias"} of anything with a shape.
+        rank, alpha: of all adapters.
+        chosen: last parts of the names of matrices, with commas between ("q_proj,v_proj"), or "all-linear".
+
+    Raises UserError for a name that none of the matrices has.
+    """
+    found: dict[tuple, list[Target]] = {}
+    known: set[str] = set()
+    words = {word.strip() for word in chosen.split(",")}
+    for block, name, tensor in _matrices(shapes):
+        known.add(name.rpartition(".")[2])
+        if tensor.places[0][1] == (0,) and (chosen == ALL or name.rpartition(".")[2] in words):
+            found.setdefault(block, []).append(_target(name, tensor, len(block)))
+    if unknown := sorted(words - known) if chosen != ALL else []:
+        raise UserError(
+            f"lora.targets={chosen}: this model has no matrix {unknown[0]} that takes adapters. Give {ALL}, or some of "
+            f"{', '.join(sorted(known))}, with commas between. Beside routed experts, only attention takes adapters."
+        )
+    return Lora(rank, alpha, tuple((block, tuple(targets)) for block, targets in found.items()))
+
+
+def _matrices(shapes: Tree) -> Iterator[tuple[tuple[str, ...], str, names.Tensor]]:
+    """Yields (path of its block, name in its layer, tensor) of every matrix that takes adapters."""
+    blocks = {block for block, _ in names.layers(names.flatten(shapes))}
+    tensors = list(names.tensors(shapes))
+    has_experts = any(len(tensor.places[0][1]) > 1 for tensor in tensors)
+    for tensor in tensors:
+        layer = LAYER.match(tensor.name)
+        path, index = tensor.places[0]
+        if layer and (ATTENTION if has_experts else ALL_OF_DENSE).match(layer[2]) and len(index) == 1:
+            yield next(path[1:n] for n in range(2, len(path)) if path[1:n] in blocks), layer[2], tensor
+
+
+def _target(name: str, tensor: names.Tensor, depth: int) -> Target:
+    """Returns the target of a tensor whose block is at a path of this many keys."""
+    return Target(
+        name=name.replace(".", "_"),
+        shape=(tensor.shape[0], tensor.shape[1]),
+        weights=tuple(path[1 + depth :] for path, _ in tensor.places),
+        theirs=tensor.theirs,
+        ours=tensor.ours,
+        sizes=tuple(sorted(tensor.sizes.items())),
+        cut=tensor.cut,
+    )
+
+
+def _adapters(shapes: Tree, found: Lora) -> Iterator[tuple[str, tuple[str, ...], int]]:
+    """Yields (published name of its matrix, path of its two weights, layer in them) of every adapter of every layer."""
+    adapted = {(block, target.name) for block, targets in found.blocks for target in targets}
+    for block, name, tensor in _matrices(shapes):
+        if (block, name.replace(".", "_")) in adapted:
+            place = (*block, ADAPTERS, name.replace(".", "_"))
+            yield tensor.name.removesuffix(".weight"), place, tensor.places[0][1][0]
+
+
+def write(directory: str | os.PathLike, base: str, shapes: Tree, found: Lora, get: Any) -> None:
+    """Writes adapters as PEFT does, in float32.
+
+    Args:
+        directory: to write, without weights yet.
+        base: name of the model that they belong to, or its directory.
+        shapes: {"params", "router_bias"} of that model, anything with a shape.
+        found: the adapters.
+        get: `get(path below params, layer)` returns a layer of an array.
+
+    Raises UserError if the directory holds weights or cannot be written.
+    """
+    entries, adapted = [], list(_adapters(shapes, found))
+    targets = {(block, target.name): target for block, targets in found.blocks for target in targets}
+    for name, place, layer in adapted:
+        n_out, n_in = targets[place[:-2], place[-1]].shape
+        for side, shape in (("down", (found.rank, n_in)), ("up", (n_out, found.rank))):
+
+            def make(place: tuple = (*place, side), layer: int = layer) -> np.ndarray:
+                return np.asarray(get(place, layer), np.float32).T
+
+            entries.append(safetensors.Entry(f"{PREFIX}{name}.{SIDES[side]}.weight", shape, "F32", make))
+    config = {
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": found.alpha,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": found.rank,
+        "target_modules": sorted({name.rpartition(".")[2] for name, _, _ in adapted}),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    n_bytes = sum(4 * math.prod(entry.shape) for entry in entries)
+    safetensors.write_directory(directory, entries, n_bytes, WEIGHTS)
+    write_atomically(Path(directory) / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def settings(directory: str | os.PathLike) -> dict[str, Any]:
+    """Returns the `rank`, `alpha` and `targets` of a directory of adapters.
+
+    Raises UserError if it is none, or the adapters are of another kind.
+    """
+    path = Path(directory).expanduser() / CONFIG
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}). Give a directory that PEFT has written.") from error
+    for key, values in PLAIN.items():
+        if said.get(key, values[0]) not in values:
+            raise UserError(
+                f"{path}: {key}={said[key]!r}, expected {values[0]!r}. Adapters of other kinds are not supported."
+            )
+    rank, alpha = said.get("r"), said.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise UserError(f"{path}: r={rank!r} and lora_alpha={alpha!r}, expected a rank from 1 on and a number.")
+    ends = {_parsed(name, path)[1] for name in _open(directory).names()}
+    return {"rank": rank, "alpha": float(alpha), "targets": ",".join(sorted(ends))}
+
+
+def read(directory: str | os.PathLike, shapes: Tree, found: Lora) -> dict[tuple[str, ...], np.ndarray]:
+    """Returns path below params -> float32 array of all layers, for the adapters of a directory.
+
+    Raises UserError unless they are those of `found`.
+    """
+    tensors = _open(directory)
+    left = set(tensors.names())
+    layers: dict[tuple[str, ...], dict[int, np.ndarray]] = {}
+    for name, place, layer in _adapters(shapes, found):
+        for side, theirs in SIDES.items():
+            key = f"{PREFIX}{name}.{theirs}.weight"
+            if key not in tensors:
+                raise UserError(f"{directory}: {key} is missing. Adapters must be in every layer of a stack.")
+            left.remove(key)
+            layers.setdefault((*place, side), {})[layer] = tensors.read(key).astype(np.float32).T
+    if left:
+        raise UserError(f"{directory}: {min(left)} belongs to no matrix of this model that takes adapters.")
+    arrays = {path: np.stack([by_layer[n] for n in sorted(by_layer)]) for path, by_layer in layers.items()}
+    _check_shapes(directory, arrays, found)
+    return arrays
+
+
+def _check_shapes(directory: str | os.PathLike, arrays: dict, found: Lora) -> None:
+    """Raises UserError for an array of another shape than its adapter's."""
+    for block, targets in found.blocks:
+        for target in targets:
+            n_out, n_in = target.shape
+            for side, shape in (("down", (n_in, found.rank)), ("up", (found.rank, n_out))):
+                given = arrays[*block, ADAPTERS, target.name, side].shape[1:]
+                if given != shape:
+                    raise UserError(
+                        f"{directory}: {SIDES[side]} of {target.name} is {list(given[::-1])}, expected "
+                        f"{list(shape[::-1])} for this model and rank. The adapters are those of another model."
+                    )
+
+
+def merging(get: Get, found: Lora) -> Get:
+    """Returns the `get` of `hf.write` for a model with adapters: pieces with what the adapters have learnt."""
+    at = {
+        ("params", *block, *path): (block, target, part)
+        for block, targets in found.blocks
+        for target in targets
+        for part, path in enumerate(target.weights)
+    }
+
+    def merged(path: names.Path, index: names.Index) -> np.ndarray:
+        piece = get(path, index)
+        if path not in at:
+            return piece
+        block, target, part = at[path]
+        down, up = (get(("params", *block, ADAPTERS, target.name, side), index) for side in SIDES)
+        update = target.parts(np.float32(found.scale) * (up.T @ down.T))[part]
+        return (piece.astype(np.float32) + update).astype(piece.dtype)
+
+    return merged
+
+
+def _open(directory: str | os.PathLike) -> safetensors.Tensors:
+    return safetensors.Tensors(Path(directory).expanduser(), {WEIGHTS: None})
+
+
+def _parsed(name: str, path: Path) -> tuple[str, str]:
+    """Returns the (module, last part of its name) of a tensor of an adapter."""
+    match = SAVED.match(name)
+    if not match:
+        raise UserError(f"{path.parent}: {name} belongs to no adapter. Expected {PREFIX}….lora_A.weight.")
+    return match[1], match[2]

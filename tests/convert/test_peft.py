@@ -1,0 +1,116 @@
+"""Adapters in PEFT's files: names, shapes, and back without a changed bit; other kinds are refused."""
+
+import json
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from deepseek_jax.configs import tiny_v1
+from deepseek_jax.convert import peft, safetensors
+from deepseek_jax.errors import UserError
+from deepseek_jax.layers import lora
+from deepseek_jax.layers.base import split
+from deepseek_jax.models import family
+
+RANK, ALPHA = 3, 6.0
+
+
+def shapes_of(name, sizes):
+    module = family(name)
+    _, params, router_bias = split(
+        nnx.eval_shape(lambda: module.Model(module.Config.from_config(sizes), rngs=nnx.Rngs(0)))
+    )
+    return {"params": params, "router_bias": router_bias}
+
+
+@pytest.fixture(scope="module")
+def v3(tiny_sizes):
+    return shapes_of("v3", tiny_sizes)
+
+
+@pytest.fixture
+def written(v3, tmp_path):
+    """(directory, adapters, path -> array of all layers)."""
+    found, rng = peft.lora(v3, RANK, ALPHA, "all-linear"), np.random.default_rng(0)
+    shapes = lora.abstract_adapters(v3["params"], found)
+    arrays = {path: rng.normal(size=x.shape).astype(np.float32) for path, x in shapes.items()}
+    peft.write(tmp_path / "a", "the/base", v3, found, lambda path, layer: arrays[path][layer])
+    return tmp_path / "a", found, arrays
+
+
+def test_names_and_shapes(written):
+    """B's rows and A's columns are those of the published matrix."""
+    directory, found, arrays = written
+    tensors = safetensors.Tensors(directory, {peft.WEIGHTS: None})
+    start = "base_model.model.model.layers."
+    for name, n_out, n_in in (
+        ("0.self_attn.q_a_proj", 16, 32),
+        ("1.self_attn.kv_a_proj_with_mqa", 16 + 8, 32),
+        ("2.self_attn.kv_b_proj", 2 * (8 + 8), 16),
+        ("2.self_attn.o_proj", 32, 2 * 8),
+    ):
+        assert tensors.info(f"{start}{name}.lora_A.weight") == ("F32", (RANK, n_in))
+        assert tensors.info(f"{start}{name}.lora_B.weight") == ("F32", (n_out, RANK))
+    assert len(tensors.names()) == 2 * 3 * 5
+    down = arrays["moe_blocks", "adapters", "self_attn_o_proj", "down"]
+    np.testing.assert_array_equal(tensors.read(f"{start}2.self_attn.o_proj.lora_A.weight"), down[1].T)
+    said = json.loads((directory / peft.CONFIG).read_text())
+    assert "q_a_proj" in said["target_modules"] and len(said["target_modules"]) == 5
+    assert (said["r"], said["lora_alpha"], said["base_model_name_or_path"]) == (RANK, ALPHA, "the/base")
+    assert found.scale == 2.0
+
+
+def test_back_without_a_changed_bit(v3, written):
+    directory, found, arrays = written
+    said = peft.settings(directory)
+    assert peft.lora(v3, said["rank"], said["alpha"], said["targets"]) == found
+    back = peft.read(directory, v3, found)
+    assert back.keys() == arrays.keys()
+    for path, array in back.items():
+        np.testing.assert_array_equal(array, arrays[path])
+
+
+def test_feed_forwards_take_adapters_in_dense_models():
+    dense = shapes_of("v1", tiny_v1.get_config().model)
+    found = peft.lora(dense, 2, 4.0, "v_proj, down_proj")
+    assert [target.name for _, targets in found.blocks for target in targets] == ["self_attn_v_proj", "mlp_down_proj"]
+
+
+def test_names_that_no_matrix_has(v3):
+    with pytest.raises(
+        UserError, match="no matrix gate_proj that takes adapters. Give all-linear, or some of kv_a_proj"
+    ):
+        peft.lora(v3, RANK, ALPHA, "q_a_proj,gate_proj")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_dora": True}, "use_dora=True, expected False. Adapters of other kinds are not supported"),
+        ({"use_rslora": True}, "use_rslora=True"),
+        ({"bias": "all"}, "bias='all', expected 'none'"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern="),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
+        ({"r": 0}, "r=0 and lora_alpha=6.0, expected a rank from 1 on"),
+    ],
+)
+def test_adapters_of_other_kinds_are_refused(written, change, message):
+    path = written[0] / peft.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        peft.settings(written[0])
+
+
+def test_adapters_of_another_model_are_refused(v3, written, tmp_path):
+    directory, found, arrays = written
+    with pytest.raises(UserError, match=r"lora_A of self_attn_\w+ is \[3, 32\], expected \[4, 32\] for this model"):
+        peft.read(directory, v3, peft.lora(v3, 4, ALPHA, "all-linear"))
+    with pytest.raises(UserError, match="belongs to no matrix of this model"):
+        peft.read(directory, v3, peft.lora(v3, RANK, ALPHA, "o_proj"))
+    fewer = peft.lora(v3, RANK, ALPHA, "o_proj")
+    peft.write(tmp_path / "b", "", v3, fewer, lambda path, layer: arrays[path][layer])
+    with pytest.raises(UserError, match="is missing. Adapters must be in every layer"):
+        peft.read(tmp_path / "b", v3, found)
+    with pytest.raises(UserError, match="adapter_config.json: cannot be read"):
+        peft.settings(tmp_path)
