@@ -13,7 +13,6 @@ import time
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -276,7 +275,7 @@ def test_a_network_of_its_own(tmp_path, monkeypatch, capsys):
     config.data.seq_len = 32
     _, *shapes = split(abstract_module(config))
     draw = np.random.default_rng(0)
-    weights = jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape), x.dtype), shapes)
+    weights = jax.tree.map(lambda x: jax.device_put(np.asarray(draw.normal(size=x.shape), x.dtype)), shapes)
     save_pretrained(LanguageModel(config, *weights), tmp_path / "tiny", dtype="fp32")
     write_tokenizer(tmp_path / "tiny")
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))

@@ -46,7 +46,7 @@ def model(config):
     """Random weights of which no initialiser had to be compiled."""
     _, *shapes = split(abstract_module(config))
     draw = np.random.default_rng(0)
-    weights = jax.tree.map(lambda x: jnp.asarray(0.3 * draw.normal(size=x.shape), x.dtype), shapes)
+    weights = jax.tree.map(lambda x: jax.device_put(np.asarray(0.3 * draw.normal(size=x.shape), x.dtype)), shapes)
     return LanguageModel(config, *weights)
 
 

@@ -16,7 +16,7 @@ from pallas_kernels.token_experts import gpu as token_experts
 def test_weights_are_cast_once_and_only_where_they_are_wider_than_what_is_read():
     config = run_config.load("tiny_v3")
     _, shapes, _ = split(abstract_module(config))
-    params = jax.tree.map(lambda w: jnp.asarray(np.zeros(w.shape, w.dtype)), shapes)
+    params = jax.tree.map(lambda w: jax.device_put(np.zeros(w.shape, w.dtype)), shapes)
     assert on_device.Prepared(config)(params) is params  # float32
     config.precision = "bf16"
     prepared = on_device.Prepared(config)
@@ -44,7 +44,7 @@ def test_a_gpu_reads_one_array_per_layer_with_the_axes_that_are_summed_over_insi
     module = abstract_module(config, XLA)
     _, shapes, _ = split(module)
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda w: jnp.asarray(rng.normal(size=w.shape), w.dtype), shapes)
+    params = jax.tree.map(lambda w: jax.device_put(np.asarray(rng.normal(size=w.shape), w.dtype)), shapes)
     prepared = on_device.Prepared(config, for_gpu=True)
     read = prepared(params)
     assert jax.tree.leaves(prepared(params))[0] is jax.tree.leaves(read)[0]

@@ -76,9 +76,9 @@ def sources() -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "deepseek_jax").rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", sources())
-def test_the_suffixes_of_a_file_agree_with_its_einsums(path):
-    assert violations((ROOT / path).read_text(encoding="utf-8")) == []
+def test_the_suffixes_of_a_file_agree_with_its_einsums():
+    found = {path: violations((ROOT / path).read_text(encoding="utf-8")) for path in sources()}
+    assert {path: places for path, places in found.items() if places} == {} and len(found) > 200
 
 
 def test_the_legend_has_one_capital_a_dimension():

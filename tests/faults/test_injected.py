@@ -108,7 +108,7 @@ def test_a_token_cache(tokens, tmp_path, monkeypatch, seed):
 
 def state_of(step: int) -> dict:
     rng = np.random.default_rng(step)
-    return {"params": {"w": jnp.asarray(rng.normal(size=64), jnp.float32)}, "step": jnp.int32(step)}
+    return {"params": {"w": jax.device_put(np.asarray(rng.normal(size=64), jnp.float32))}, "step": jnp.int32(step)}
 
 
 @pytest.fixture(scope="module")

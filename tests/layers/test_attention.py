@@ -20,6 +20,7 @@ from pallas_kernels.mla_decode import fp8_cache
 
 SCALE = 0.4
 LENGTH = 150  # two blocks of queries
+encode = jax.jit(fp8_cache.encode)
 SEGMENTS = np.array([[1] * 61 + [2] * 89, [1] * LENGTH])
 
 
@@ -92,7 +93,7 @@ def test_what_does_not_fit_is_a_user_error(qkv):
     ],
 )
 def test_the_kernel_for_hopper_says_what_it_needs(dtype, width, message):
-    x = jnp.zeros((1, 4, 2, width), dtype)
+    x = np.zeros((1, 4, 2, width), dtype)
     with pytest.raises(UserError, match=f"kernels.attention='mosaic_gpu': .*{message}.*config.kernels.attention=xla"):
         Kernels(attention="mosaic_gpu")["attention"](x, x, x, scale=1.0)
 
@@ -131,14 +132,14 @@ def test_latent_decode_of_few_slots_is_xlas_and_of_more_the_kernels():
 
 def test_entries_in_fp8_that_the_kernel_does_not_read_are_xlas_at_any_size():
     """Latents of 256 numbers: 392 bytes, no multiple of 16; of 512: 656."""
-    by_size = functools.partial(Kernels(latent_decode="by_size")["latent_decode"], scale=1.0)
-    table_BN, seen_BTS = jnp.zeros((1, 33), jnp.int32), jnp.ones((1, 1, 2112), bool)
+    by_size = jax.jit(functools.partial(Kernels(latent_decode="by_size")["latent_decode"], scale=1.0))
+    table_BN, seen_BTS = np.zeros((1, 33), np.int32), np.ones((1, 1, 2112), bool)
     for width in (256, 512):
         shapes = (1, 1, 2, width), (1, 1, 2, 64), (1, 64, width), (1, 64, 64)
-        q, rope, c, k_rope = (jnp.ones(shape, jnp.bfloat16) for shape in shapes)
-        given = q, rope, (fp8_cache.encode(c, k_rope),), seen_BTS
+        q, rope, c, k_rope = (np.ones(shape, jnp.bfloat16) for shape in shapes)
+        given = q, rope, (encode(c, k_rope),), seen_BTS
         if width == 256:
-            np.testing.assert_array_equal(by_size(*given, table_BN=table_BN), jnp.ones_like(q))
+            np.testing.assert_array_equal(by_size(*given, table_BN=table_BN), q)
             continue
         with pytest.raises(UserError, match="latent_decode='mosaic_gpu'"):
             by_size(*given, table_BN=table_BN)
@@ -164,12 +165,13 @@ def test_latent_decode_reads_pages_in_fp8_where_they_lie(name):
     """As if the numbers that the entries stand for lay there, in bfloat16."""
     rng = np.random.default_rng(0)
     q, rope, c, k_rope = (
-        jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((2, 1, 3, 128), (2, 1, 3, 4), (5, 64, 128), (5, 64, 4))
+        rng.normal(size=s).astype(jnp.bfloat16) for s in ((2, 1, 3, 128), (2, 1, 3, 4), (5, 64, 128), (5, 64, 4))
     )
-    entries = fp8_cache.encode(c, k_rope)
-    table_BN, seen_BTS = jnp.asarray([[4, 1], [3, 0]]), jnp.arange(128) <= jnp.asarray([[[100]], [[63]]])
-    decode = functools.partial(Kernels(latent_decode=name)["latent_decode"], scale=SCALE, table_BN=table_BN)
-    found, expected = (decode(q, rope, cache, seen_BTS) for cache in ((entries,), fp8_cache.decode(entries, 4)))
+    entries = encode(c, k_rope)
+    table_BN, seen_BTS = np.array([[4, 1], [3, 0]]), np.arange(128) <= np.array([[[100]], [[63]]])
+    decode = jax.jit(functools.partial(Kernels(latent_decode=name)["latent_decode"], scale=SCALE))
+    numbers = jax.jit(fp8_cache.decode, static_argnums=1)(entries, 4)
+    found, expected = (decode(q, rope, kept, seen_BTS, table_BN=table_BN) for kept in ((entries,), numbers))
     np.testing.assert_array_equal(found, expected)
 
 
@@ -178,26 +180,27 @@ def test_latent_decode_reads_pages_in_fp8_where_they_lie(name):
     [("chunked", 100, "100 slots per sequence"), ("mosaic_gpu", 64, "float32, cache .*expected bfloat16")],
 )
 def test_latent_decode_says_what_it_needs(name, n_slots, message):
-    q, rope, c, k_rope = (jnp.zeros(shape) for shape in ((1, 1, 2, 8), (1, 1, 2, 4), (1, n_slots, 8), (1, n_slots, 4)))
+    shapes = (1, 1, 2, 8), (1, 1, 2, 4), (1, n_slots, 8), (1, n_slots, 4)
+    q, rope, c, k_rope = (np.zeros(shape, np.float32) for shape in shapes)
     with pytest.raises(UserError, match=f"kernels.latent_decode='{name}': .*{message}.*config.kernels.latent_decode=x"):
         decode = Kernels(latent_decode=name)["latent_decode"]
-        decode(q, rope, (c, k_rope), jnp.ones((1, 1, n_slots), bool), scale=1.0)
+        decode(q, rope, (c, k_rope), np.ones((1, 1, n_slots), bool), scale=1.0)
 
 
 def test_a_row_that_sees_nothing_is_finite():
-    assert np.isfinite(masked_softmax(jnp.ones((2, 3)), jnp.zeros((2, 3), bool))).all()
+    assert np.isfinite(jax.jit(masked_softmax)(np.ones((2, 3)), np.zeros((2, 3), bool))).all()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"segments_BT": jnp.zeros((1, 4), jnp.int32)}, "does not keep documents apart"),
+        ({"segments_BT": np.zeros((1, 4), np.int32)}, "does not keep documents apart"),
         ({"dtype": jnp.float32}, "float32 activations, expected bfloat16"),
         ({}, "on cpu: needs an NVIDIA GPU"),
     ],
 )
 def test_cudnn_says_what_it_needs(options, message):
-    x = jnp.zeros((1, 4, 2, 8), options.pop("dtype", jnp.bfloat16))
+    x = np.zeros((1, 4, 2, 8), options.pop("dtype", jnp.bfloat16))
     with pytest.raises(UserError, match=message):
         Kernels(attention="cudnn")["attention"](x, x, x, scale=1.0, **options)
 

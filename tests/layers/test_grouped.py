@@ -177,11 +177,17 @@ def test_the_kernel_of_one_token_is_given_the_matrices_of_its_layer(inputs, expe
 def test_the_kernel_of_one_token_is_given_the_codes_of_its_layer(experts, monkeypatch):
     draw, d, f = np.random.default_rng(0), 130, 48
     layouts = [Layout((f,), (d,), (1, 0)), Layout((f,), (d,), (1, 0)), Layout((d,), (f,), (1, 0))]
-    stacks = [jnp.asarray(0.1 * draw.normal(size=(2, X, *layout.shape)), jnp.float32) for layout in layouts]
+    stacks = [
+        jax.device_put(np.asarray(0.1 * draw.normal(size=(2, X, *layout.shape)), jnp.float32)) for layout in layouts
+    ]
     weights = tuple(OfLayer(encoded((w,), (how,))[0], 1) for w, how in zip(stacks, layouts, strict=True))
     reference = functools.partial(token_experts.experts_in_codes, implementation="reference")
     monkeypatch.setattr(grouped, "_of_codes_lowered_once", lambda *arrays, implementation: reference(*arrays))
-    given = jnp.asarray(draw.normal(size=(1, d)), jnp.float32), jnp.asarray(experts), jnp.asarray([0.3, 0.9])
+    given = (
+        jax.device_put(np.asarray(draw.normal(size=(1, d)), jnp.float32)),
+        jnp.asarray(experts),
+        jnp.asarray([0.3, 0.9]),
+    )
     by_name = (grouped._swiglu_of_one(*given, weights, by_kernel(name)) for name in ("xla", "mosaic_gpu"))
     np.testing.assert_allclose(*by_name, rtol=1e-4, atol=1e-5)
     monkeypatch.undo()

@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ DRAW = np.random.default_rng(0)
 
 
 def problem(counts, n, k, n_matrices, more_rows=0, dtype=jnp.float32, block_rows=128):
-    x = jnp.asarray(DRAW.normal(size=(sum(counts) + more_rows, k)), dtype).at[sum(counts) :].set(jnp.nan)
-    codes = jnp.asarray(50 * DRAW.normal(size=(n_matrices, n, k)), jnp.float8_e4m3fn)
-    scale = jnp.asarray(DRAW.uniform(0.5, 1, (n_matrices, -(-n // block_rows), -(-k // 128))), jnp.float32)
+    x = jax.device_put(np.asarray(DRAW.normal(size=(sum(counts) + more_rows, k)), dtype)).at[sum(counts) :].set(jnp.nan)
+    codes = jax.device_put(np.asarray(50 * DRAW.normal(size=(n_matrices, n, k)), jnp.float8_e4m3fn))
+    scale = jax.device_put(
+        np.asarray(DRAW.uniform(0.5, 1, (n_matrices, -(-n // block_rows), -(-k // 128))), jnp.float32)
+    )
     matrices = jnp.asarray(DRAW.permutation(n_matrices)[: len(counts)], jnp.int32)
     return x, Scaled(codes, scale), Groups(jnp.asarray(counts, jnp.int32), matrix_X=matrices)
 

@@ -29,7 +29,7 @@ REFERENCE = {"implementation": "reference"}
 
 
 def groups_of(counts, align=1):
-    return Groups(jnp.asarray(np.array(counts, np.int32)), align)
+    return Groups(jax.device_put(np.array(counts, np.int32)), align)
 
 
 def rows_of(counts, align=1):
@@ -43,7 +43,7 @@ def rows_of(counts, align=1):
 
 def draw(n_rows, d, f, n_groups, dtype=jnp.float32):
     rng = np.random.default_rng(n_rows + d)
-    return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in ((n_rows, d), (n_groups, d, f)))
+    return tuple(jax.device_put(np.asarray(rng.normal(size=shape), dtype)) for shape in ((n_rows, d), (n_groups, d, f)))
 
 
 def poisoned(x, counts, align=1):

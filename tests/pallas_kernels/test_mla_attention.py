@@ -32,7 +32,7 @@ def small_blocks(monkeypatch):
 def numbers(b, t, s, h, z, dtype=np.float64, draw=np.random.Generator.normal) -> tuple:
     rng = np.random.default_rng(0)
     shapes = (b, t, h, WIDTHS[0]), (b, s, z, WIDTHS[0]), (b, s, z, WIDTHS[1])
-    return tuple(jnp.asarray(draw(rng, size=shape), dtype) for shape in shapes)
+    return tuple(jax.device_put(np.asarray(draw(rng, size=shape), dtype)) for shape in shapes)
 
 
 def documents(b, t, s, offset) -> tuple:

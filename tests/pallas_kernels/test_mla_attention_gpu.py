@@ -54,7 +54,7 @@ def test_jobs_are_divided_evenly_and_completely():
 def inputs(b, t, s, h, z, width, v_width) -> tuple:
     rng = np.random.default_rng(1)
     shapes = (b, t, h, width), (b, s, z, width), (b, s, z, v_width), (b, t, h, v_width)
-    return tuple(jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes)
+    return tuple(jax.device_put(np.asarray(rng.normal(size=shape), jnp.bfloat16)) for shape in shapes)
 
 
 def expected(q, k, v, do, segments, q_offset, scale) -> tuple:
@@ -120,7 +120,7 @@ def test_gradients_are_those_of_the_definition(case):
 
 def ids_of(sizes) -> tuple:
     b, t, s = sizes[:3]
-    ids = jnp.asarray(np.sort(np.random.default_rng(2).integers(0, 4, (b, s))), jnp.int32)
+    ids = jax.device_put(np.asarray(np.sort(np.random.default_rng(2).integers(0, 4, (b, s))), jnp.int32))
     return ids[:, s - t :], ids
 
 

@@ -30,7 +30,7 @@ def inputs(dtype, t=T, widths=(C, P), gain=1.0) -> tuple:
     for pages, length in zip(table, LENGTHS, strict=True):
         held[pages] = np.arange(MOST * PAGE).reshape(MOST, PAGE) < length
         pages[-(-length // PAGE) :] = 0
-    pools = [jnp.asarray(np.where(held[..., None], pool, np.nan), dtype) for pool in pools]
+    pools = [jax.device_put(np.asarray(np.where(held[..., None], pool, np.nan), dtype)) for pool in pools]
     return jnp.asarray(q, dtype), jnp.asarray(q_rope, dtype), Pages(*pools), jnp.asarray(table), jnp.asarray(LENGTHS)
 
 

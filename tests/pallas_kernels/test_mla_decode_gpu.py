@@ -20,14 +20,16 @@ def inputs(b, t, h, lengths, width=256, rope=64) -> tuple:
     """Queries and a cache with NaN in the null page and behind the ends."""
     rng = np.random.default_rng(0)
     most = max(-(-length // 64) for length in lengths) + 1
-    queries = [jnp.asarray(rng.normal(size=(b, t, h, n)), jnp.bfloat16) for n in (width, rope)]
+    queries = [jax.device_put(np.asarray(rng.normal(size=(b, t, h, n)), jnp.bfloat16)) for n in (width, rope)]
     pools = [rng.normal(size=(1 + b * most, 64, n)) for n in (width, rope)]
     table = rng.permutation(np.arange(1, 1 + b * most)).reshape(b, most)
     held = np.zeros(pools[0].shape[:2], bool)
     for pages, length in zip(table, lengths, strict=True):
         held[pages] = np.arange(most * 64).reshape(most, 64) < length
         pages[-(-length // 64) :] = 0
-    pages = Pages(*(jnp.asarray(np.where(held[..., None], pool, np.nan), jnp.bfloat16) for pool in pools))
+    pages = Pages(
+        *(jax.device_put(np.asarray(np.where(held[..., None], pool, np.nan), jnp.bfloat16)) for pool in pools)
+    )
     return *queries, pages, jnp.asarray(table, jnp.int32), jnp.asarray(lengths, jnp.int32)
 
 

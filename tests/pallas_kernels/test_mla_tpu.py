@@ -36,7 +36,10 @@ def inputs(case) -> tuple:
     """[q, k, v], documents; those of the queries ascend, but for one query that sees nothing."""
     (b, t, s, h, z), offset, documents, dtype = CASES[case]
     rng = np.random.default_rng(0)
-    arrays = [jnp.asarray(rng.normal(size=shape), dtype) for shape in ((b, t, h, 192), (b, s, z, 192), (b, s, z, 128))]
+    arrays = [
+        jax.device_put(np.asarray(rng.normal(size=shape), dtype))
+        for shape in ((b, t, h, 192), (b, s, z, 192), (b, s, z, 128))
+    ]
     if not documents:
         return arrays, None, offset
     ids = np.sort(rng.integers(0, 4, (b, s)), axis=1)
@@ -124,7 +127,7 @@ def paged(dtype, t, h, widths=(128, 64)) -> tuple:
     """Queries and a cache whose pages lie anywhere, with NaN behind the ends; the empty sequence has no page at all."""
     rng = np.random.default_rng(0)
     b, most = len(LENGTHS), 4
-    queries = [jnp.asarray(rng.normal(size=(b, t, h, width)), dtype) for width in widths]
+    queries = [jax.device_put(np.asarray(rng.normal(size=(b, t, h, width)), dtype)) for width in widths]
     table = rng.permutation(b * most).reshape(b, most)
     held = np.zeros((b * most, 64), bool)
     for pages, length in zip(table, LENGTHS, strict=True):

@@ -17,7 +17,7 @@ def inputs(d: int, f: int, n_experts: int, chosen: list[int], dtype=jnp.float32)
     x_D = rng.normal(size=d)
     weights = [there * rng.normal(size=(n_experts, *size)) / np.sqrt(size[0]) for size in ((d, f), (d, f), (f, d))]
     arrays = [jnp.asarray(array, dtype) for array in (x_D, *weights)]
-    return *arrays, jnp.array(chosen, jnp.int32), jnp.asarray(rng.random(len(chosen)), jnp.float32)
+    return *arrays, jnp.array(chosen, jnp.int32), jax.device_put(np.asarray(rng.random(len(chosen)), jnp.float32))
 
 
 def test_the_definition_is_the_weighted_sum_of_the_chosen_experts():
@@ -76,11 +76,19 @@ def coded_inputs(d: int, f: int, n_experts: int, chosen: list[int], dtype=jnp.fl
 
     def weights(n: int, k: int) -> Scaled:
         scale = there * rng.uniform(0.5, 1, (n_experts, -(-n // 128), -(-k // 128))) / 50 / np.sqrt(k)
-        codes = jnp.asarray(50 * rng.normal(size=(n_experts, n, k)), jnp.float8_e4m3fn)
+        codes = jax.device_put(np.asarray(50 * rng.normal(size=(n_experts, n, k)), jnp.float8_e4m3fn))
         return Scaled(codes, jnp.asarray(scale, jnp.float32))
 
-    x_D, matrices = jnp.asarray(rng.normal(size=d), dtype), [weights(*size) for size in ((f, d), (f, d), (d, f))]
-    return x_D, *matrices, jnp.array(chosen, jnp.int32), jnp.asarray(rng.random(len(chosen)), jnp.float32)
+    x_D, matrices = (
+        jax.device_put(np.asarray(rng.normal(size=d), dtype)),
+        [weights(*size) for size in ((f, d), (f, d), (d, f))],
+    )
+    return (
+        x_D,
+        *matrices,
+        jnp.array(chosen, jnp.int32),
+        jax.device_put(np.asarray(rng.random(len(chosen)), jnp.float32)),
+    )
 
 
 def test_codes_stand_for_weights_with_outputs_first():

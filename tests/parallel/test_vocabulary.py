@@ -27,7 +27,7 @@ def loss(table_VD: jax.Array, weight_DV: jax.Array, ids_M: jax.Array, targets_M:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_loss_and_both_gradients_are_those_of_one_device(dtype):
     rng = np.random.default_rng(0)
-    table_VD, weight_DV = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((V, D), (D, V)))
+    table_VD, weight_DV = (jax.device_put(np.asarray(rng.normal(size=shape), dtype)) for shape in ((V, D), (D, V)))
     ids_M, targets_M = rng.integers(-1, V, (2, M), np.int32)  # some read nothing, some have no target
     ids_M[:3] = 5  # a row that is read often
     expected = jax.value_and_grad(loss, (0, 1))(table_VD, weight_DV, ids_M, targets_M, WHOLE)

@@ -41,7 +41,7 @@ EQUATIONS = {
 def numbers(*shape: int, seed: int = 0, std: float = 1.0, dtype=jnp.float32) -> jax.Array:
     """Normal, some of them a hundred times as large."""
     rng = np.random.default_rng([seed, *shape])
-    return jnp.asarray(rng.normal(size=shape) * std * np.where(rng.random(shape) < 0.01, 100, 1), dtype)
+    return jax.device_put(np.asarray(rng.normal(size=shape) * std * np.where(rng.random(shape) < 0.01, 100, 1), dtype))
 
 
 def wide(codes: jax.Array, scale: jax.Array) -> np.ndarray:
@@ -171,7 +171,10 @@ def test_experts_in_fp8_are_close_to_experts_and_each_weight_has_its_rows():
     experts[experts == 2] = 3  # one expert has no rows, and some tokens go to none
     weights = {"gate_XDF": (4, width, hidden), "up_XDF": (4, width, hidden), "down_XFD": (4, hidden, width)}
     weights = {name: numbers(*shape, std=0.1) for name, shape in weights.items()}
-    x, factors = numbers(n_tokens, width, dtype=jnp.bfloat16), jnp.asarray(rng.random((n_tokens, 2)), jnp.float32)
+    x, factors = (
+        numbers(n_tokens, width, dtype=jnp.bfloat16),
+        jax.device_put(np.asarray(rng.random((n_tokens, 2)), jnp.float32)),
+    )
 
     @functools.partial(jax.jit, static_argnums=0)
     def both(matmul, x, factors, weights):

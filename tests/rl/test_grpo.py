@@ -10,7 +10,9 @@ import pytest
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.rl import grpo
-from deepseek_jax.rl.grpo import GRPO, Drawn, advantages, objective, tied_share, token_weights
+from deepseek_jax.rl.grpo import GRPO, Drawn, advantages, tied_share, token_weights
+
+objective = jax.jit(grpo.objective, static_argnums=0)
 
 B, T, LONGEST = 6, 5, 7
 PLAIN = GRPO(
@@ -82,15 +84,18 @@ def oracle(c: GRPO, logp, drawn: Drawn) -> float:
     return value
 
 
+slope_of = jax.jit(jax.grad(lambda logp, c, *given: grpo.objective(c, logp, *given)[0]), static_argnums=1)
+
+
 def gradient(c, logp, drawn, share):
-    return np.asarray(jax.grad(lambda x: objective(c, x, drawn, share)[0])(jnp.asarray(logp, jnp.float32)))
+    return np.asarray(slope_of(np.float32(logp), c, drawn, share))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_objective_is_the_formula(name):
     c = config(**VARIANTS[name])
     logp, drawn, share = batch(c)
-    assert float(objective(c, jnp.asarray(logp), drawn, share)[0]) == pytest.approx(oracle(c, logp, drawn), abs=1e-6)
+    assert float(objective(c, np.float32(logp), drawn, share)[0]) == pytest.approx(oracle(c, logp, drawn), abs=1e-6)
     slope = gradient(c, logp, drawn, share)
     for b, t in itertools.product(range(B), range(T)):
         step = np.zeros((B, T))
@@ -106,7 +111,7 @@ def test_the_first_update_has_ratio_one(name):
     _, drawn, share = batch(c)
     logp = drawn.sampled_logp_BT
     drawn = drawn._replace(old_logp_BT=logp)
-    _, figures = objective(c, jnp.asarray(logp), drawn, share)
+    _, figures = objective(c, np.float32(logp), drawn, share)
     assert float(figures.ratio) == pytest.approx(1, abs=1e-6) and float(figures.importance) == pytest.approx(
         1, abs=1e-6
     )
@@ -133,9 +138,9 @@ def test_tied_groups_have_no_gradient(kind):
 def test_neither_micro_batches_nor_the_order_of_rows_matter(name):
     c = config(**VARIANTS[name])
     logp, drawn, share = batch(c)
-    whole, slope = float(objective(c, jnp.asarray(logp), drawn, share)[0]), gradient(c, logp, drawn, share)
+    whole, slope = float(objective(c, np.float32(logp), drawn, share)[0]), gradient(c, logp, drawn, share)
     parts = [jax.tree.map(lambda x, n=n: x[n : n + 2], (logp, drawn, share)) for n in (0, 2, 4)]
-    assert sum(float(objective(c, jnp.asarray(x), *rest)[0]) for x, *rest in parts) == pytest.approx(whole, abs=1e-6)
+    assert sum(float(objective(c, np.float32(x), *rest)[0]) for x, *rest in parts) == pytest.approx(whole, abs=1e-6)
     np.testing.assert_allclose(np.concatenate([gradient(c, *part) for part in parts]), slope, atol=1e-7)
     order = np.array([3, 0, 5, 1, 4, 2])
     found = advantages([REWARDS[n] for n in order], [GROUPS[n] for n in order], c.advantage)
@@ -160,7 +165,7 @@ def test_large_ratios_stay_finite():
         for key in ("old_logp_BT", "reference_logp_BT", "sampled_logp_BT"):
             logp, drawn, share = batch(c)
             drawn = drawn._replace(**{key: getattr(drawn, key) + shift})
-            value, figures = objective(c, jnp.asarray(logp), drawn, share)
+            value, figures = objective(c, np.float32(logp), drawn, share)
             assert np.isfinite([float(value), *map(float, figures)]).all()
             assert np.isfinite(gradient(c, logp, drawn, share)).all()
 
@@ -216,7 +221,7 @@ def test_off_policy_answers_are_left_out_of_the_gain_alone():
     drawn = drawn._replace(sampled_logp_BT=logp + 1.0)  # all are a nat less likely by now
     slope, worse = gradient(c, logp, drawn, share), drawn.advantage_BT[:, 0] < 0
     assert not slope[worse].any() and slope[~worse & (drawn.advantage_BT[:, 0] > 0)].any()
-    assert float(objective(c, jnp.asarray(logp), drawn, share)[1].off_policy) == pytest.approx(share[worse].sum())
+    assert float(objective(c, np.float32(logp), drawn, share)[1].off_policy) == pytest.approx(share[worse].sum())
     with_kl = gradient(dataclasses.replace(c, beta=0.1), logp, drawn, share)
     assert with_kl[worse].any(), "the divergence still pulls them to the reference"
 

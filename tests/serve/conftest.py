@@ -1,7 +1,6 @@
 """A small V3 with random weights, created without initialisers, which would need compiling."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -27,7 +26,7 @@ class Network:
         def leaf(path, array):
             noise = draw.normal(size=array.shape) * (0.3 if len(array.shape) > 1 else 0.1)
             is_gain = path[-1].key == "gain"
-            return jnp.asarray(noise + 1.0 if is_gain else noise, array.dtype)
+            return jax.device_put(np.asarray(noise + 1.0 if is_gain else noise, array.dtype))
 
         self.weights = jax.tree_util.tree_map_with_path(leaf, (params, router_bias))
         self.forward = jax.jit(lambda params, bias, ids_BT: bind(definition, params, bias)(ids_BT))

@@ -24,13 +24,13 @@ def make_state(seed: int = 0, mesh=None) -> dict:
     rng = np.random.default_rng(seed)
     state = {
         "params": {
-            "blocks": {"up_LDF": jnp.asarray(rng.normal(size=(2, 16, 8)), jnp.bfloat16)},
-            "head_DV": jnp.asarray(rng.normal(size=(16, 8)), jnp.float32),
-            "fp8_DF": jnp.asarray(rng.normal(size=(16, 16)), jnp.float8_e4m3fn),
+            "blocks": {"up_LDF": jax.device_put(np.asarray(rng.normal(size=(2, 16, 8)), jnp.bfloat16))},
+            "head_DV": jax.device_put(np.asarray(rng.normal(size=(16, 8)), jnp.float32)),
+            "fp8_DF": jax.device_put(np.asarray(rng.normal(size=(16, 16)), jnp.float8_e4m3fn)),
         },
         "router_bias": {},
         "optimizer": {"mu": {"head_DV": jnp.full((16, 8), jnp.nan)}},
-        "key": jnp.asarray(rng.integers(2**32, size=(2,)), jnp.uint32),
+        "key": jax.device_put(np.asarray(rng.integers(2**32, size=(2,)), jnp.uint32)),
         "step": jnp.int32(seed),
     }
     return jax.device_put(state, shardings_of(state, mesh)) if mesh is not None else state

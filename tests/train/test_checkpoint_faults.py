@@ -27,8 +27,8 @@ def make_state(step: int, size: int = 64) -> dict:
     rng = np.random.default_rng(step)
     return {
         "params": {
-            "w": jnp.asarray(rng.normal(size=size), jnp.float32),
-            "b": jnp.asarray(rng.normal(size=8), jnp.bfloat16),
+            "w": jax.device_put(np.asarray(rng.normal(size=size), jnp.float32)),
+            "b": jax.device_put(np.asarray(rng.normal(size=8), jnp.bfloat16)),
         },
         "step": jnp.int32(step),
     }
