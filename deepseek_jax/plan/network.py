@@ -45,7 +45,7 @@ class Weight:
     axes: tuple[str | None, ...]  # logical ones, likewise
     role: str  # what it is for (`layers.base.ROLES`)
 
-    @property
+    @functools.cached_property
     def part(self) -> str:
         """The top-level entry it belongs to."""
         return self.name.partition(".")[0]
