@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.errors import UserError
 from pallas_kernels import mla_attention, mla_decode
-from pallas_kernels.mla_decode import fp8_cache
+from pallas_kernels.mla_decode import fp8_cache, work
 
 RECOMPUTED_FROM = 1024  # tokens of a sequence above which weights are not kept for the backward pass
 FEW_SLOTS = 2048  # in which a step of V2-Lite at batch 1 takes 0.1 to 0.2 ms less by XLA than by the kernel (one H200)
@@ -178,12 +178,18 @@ latent_decode_on_hopper = functools.partial(_latent_decode_by_name, "mosaic_gpu"
 def latent_decode_by_size(*arrays: Any, scale: float, table_BN: jax.Array | None = None) -> jax.Array:
     """As `latent_decode`: by XLA where all sequences together have few slots, else by the kernel for Hopper.
 
-    Entries in FP8 whose bytes are no multiple of 16, which the kernel does not read, are XLA's at any size.
+    A few pages in 16 bits, as one sequence of V2-Lite has them, are the kernel's too: XLA would put them side by side
+    first, in every layer. Entries in FP8 whose bytes are no multiple of 16, which the kernel does not read, are XLA's
+    at any size.
     """
-    _, _, cache, seen_BTS = arrays
-    n_sequences, _, n_slots = seen_BTS.shape
+    q_latent_BTHC, _, cache, seen_BTS = arrays
+    n_sequences, n_tokens, n_slots = seen_BTS.shape
     is_odd = len(cache) == 1 and cache[0].shape[-1] % 16 > 0
-    decode = latent_decode if is_odd or n_sequences * n_slots <= FEW_SLOTS else latent_decode_on_hopper
+    is_in_pages = table_BN is not None and len(cache) == 2 and cache[0].shape[1] == work.PAGE
+    is_small = n_sequences * n_slots <= FEW_SLOTS
+    if is_in_pages and work.are_few(n_tokens * q_latent_BTHC.shape[2], n_sequences * (n_slots // work.PAGE)):
+        is_small = False
+    decode = latent_decode if is_odd or is_small else latent_decode_on_hopper
     return decode(*arrays, scale=scale, table_BN=table_BN)
 
 

@@ -4,8 +4,8 @@
 
 A CTA computes all rows, heads times tokens, of one page: keys are the 64 rows that the tensor cores multiply at a
 time, so that nothing is filled up, and no CTA waits for another page. A second kernel puts the pages together, a CTA
-for each 64 columns of the latents. It is taken for what it was measured with on an H200, 16 rows and up to 32 pages;
-the kernel of `gpu.py`, which reads many pages per CTA, for all else.
+for each 64 columns of the latents. It is taken for what it was measured with on an H200, 16 rows and up to 32 pages
+(`work.are_few`); the kernel of `gpu.py`, which reads many pages per CTA, for all else.
 """
 
 import functools
@@ -26,7 +26,6 @@ from pallas_kernels.mla_decode.gpu_plan import CHUNK, PAGE
 LOG2_E = math.log2(math.e)
 NOTHING = -1e30  # the largest score of a row that sees no key; finite: the exponential of -inf is then 0
 IN_REGISTERS = 512  # pages times rows that are read at once when pages are put together
-ROWS, MOST_PAGES = 16, 32
 
 
 class Refs(NamedTuple):
@@ -45,11 +44,6 @@ class Refs(NamedTuple):
     keys: Any
     weights: Any
     loaded: Any
-
-
-def fits(n_rows: int, n_pages: int) -> bool:
-    """Whether a cache of `n_pages` of all sequences together, read by `n_rows` each, is for this kernel."""
-    return n_rows == ROWS and n_pages <= MOST_PAGES
 
 
 def decode(

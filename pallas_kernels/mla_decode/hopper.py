@@ -35,7 +35,7 @@ def decode(
     n_processors = n_processors or mosaic_gpu.check_hopper(NAME)
     b, t, h, width = q_c_BTHC.shape
     in_fp8 = len(cache) == 1
-    if not in_fp8 and n_splits is None and tuning is None and gpu_few.fits(t * h, table.size):
+    if not in_fp8 and n_splits is None and tuning is None and work.are_few(t * h, table.size):
         q_c, q_rope = (q.reshape(b, t * h, -1) for q in (q_c_BTHC, q_rope_BTHP))
         o, lse = gpu_few.decode(q_c, q_rope, cache, table, lengths_B, n_heads=h, scale=scale, interpret=interpret)
         return o.reshape(q_c_BTHC.shape), lse.reshape(b, t, h)

@@ -14,6 +14,12 @@ PAGE = 64  # tokens
 # Times, in those of a page, estimated for an H200: what a part takes before its first page and after its last, what
 # putting parts together takes at least, and what each part of 64 rows adds to it.
 BEGIN_PART, COMBINE, COMBINE_PART = 3.0, 6.0, 0.1
+FEW_ROWS, FEW_PAGES = 16, 32  # of `gpu_few`: what it was measured with on an H200
+
+
+def are_few(n_rows: int, n_pages: int) -> bool:
+    """Returns whether pages of 16-bit numbers, of all sequences together, read by `n_rows` each, are for `gpu_few`."""
+    return n_rows == FEW_ROWS and n_pages <= FEW_PAGES
 
 
 def n_pages(lengths_B: jax.Array) -> jax.Array:

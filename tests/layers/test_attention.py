@@ -130,6 +130,19 @@ def test_latent_decode_of_few_slots_is_xlas_and_of_more_the_kernels():
         by_size(*more)
 
 
+@pytest.mark.parametrize(("page", "n_heads", "is_kernels"), [(64, 16, True), (64, 8, False), (32, 16, False)])
+def test_a_few_pages_that_a_kernel_reads_where_they_lie_are_not_put_side_by_side(page, n_heads, is_kernels):
+    by_size = functools.partial(Kernels(latent_decode="by_size")["latent_decode"], scale=1.0)
+    q, rope = (jnp.ones((1, 1, n_heads, width), jnp.bfloat16) for width in (256, 64))
+    pools = tuple(jnp.ones((3, page, width), jnp.bfloat16) for width in (256, 64))
+    given = q, rope, pools, jnp.ones((1, 1, 2 * page), bool)
+    if not is_kernels:
+        np.testing.assert_array_equal(by_size(*given, table_BN=jnp.asarray([[2, 1]])), jnp.ones_like(q))
+        return
+    with pytest.raises(UserError, match="latent_decode='mosaic_gpu'"):
+        by_size(*given, table_BN=jnp.asarray([[2, 1]]))
+
+
 def test_entries_in_fp8_that_the_kernel_does_not_read_are_xlas_at_any_size():
     """Latents of 256 numbers: 392 bytes, no multiple of 16; of 512: 656."""
     by_size = jax.jit(functools.partial(Kernels(latent_decode="by_size")["latent_decode"], scale=1.0))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import mosaic_gpu
-from pallas_kernels.mla_decode import Fp8Pages, Pages, decode, fp8_cache, gpu, gpu_few, hopper
+from pallas_kernels.mla_decode import Fp8Pages, Pages, decode, fp8_cache, gpu, hopper, work
 
 needs_interpreter = pytest.mark.skipif(not mosaic_gpu.can_interpret(), reason="needs JAX 0.11.2 or later")
 CASES = {  # B, T, H, lengths, parts, CTAs of a cluster
@@ -59,7 +59,7 @@ def test_the_kernel_of_few_rows_and_pages_is_the_definition(b, t, h, lengths):
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
     arrays = inputs(b, t, h, lengths)
-    assert gpu_few.fits(t * h, arrays[3].size)
+    assert work.are_few(t * h, arrays[3].size)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arrays)
     right, lse_right = decode(*wide, implementation="reference", scale=0.1)
     o, lse = hopper.decode(*arrays, scale=0.1, n_processors=132, interpret=plgpu.InterpretGPUParams())
@@ -70,7 +70,7 @@ def test_the_kernel_of_few_rows_and_pages_is_the_definition(b, t, h, lengths):
 def test_the_kernel_of_few_pages_is_for_what_was_measured():
     """16 heads of one token or 8 of two, and 2,048 slots; more of either are the other kernel's."""
     sizes = (16, 32), (16, 1), (16, 33), (8, 32), (32, 32)
-    assert [gpu_few.fits(*size) for size in sizes] == [True, True, False, False, False]
+    assert [work.are_few(*size) for size in sizes] == [True, True, False, False, False]
 
 
 @needs_interpreter
