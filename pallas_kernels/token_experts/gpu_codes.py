@@ -5,9 +5,10 @@
 As in `gpu.py` a CTA takes 64 columns of an expert's hidden layer through all three products, and XLA adds the parts of
 y up. Here the weights lie as they are published, outputs first: 64 rows of gate and of up, 64 columns of down.
 
-One warp loads. One warpgroup multiplies with gate and one with up, on the tensor cores: the codes of a block become
-bfloat16 in registers, the block's sum is scaled in float32. Each then takes half of the rows of down, on the CUDA
-cores, so that the hidden layer stays float32.
+One warp loads. Two warpgroups multiply with gate and two with up, every second block each, on the tensor cores: the
+codes of a block become bfloat16 in registers, the block's sum is scaled in float32. Each then takes a quarter of the
+rows of down, on the CUDA cores, so that the hidden layer stays float32. It takes so many because a code becomes a
+number in three instructions, and a warp waits for some of them.
 """
 
 import functools
@@ -25,9 +26,13 @@ from pallas_kernels.grouped_matmul.layout import Scaled
 
 PART = 64  # columns of an expert's hidden layer that a CTA takes
 BLOCK = 128  # rows and columns of codes with one scale
-ROWS = 256  # of down that are loaded at a time
+WARPGROUPS = 4  # that multiply
+ROWS = WARPGROUPS * PART  # of down that are loaded at a time
 MOST = 8192  # D: parts of y lie in shared memory
-STAGES = 5  # blocks of gate and up in shared memory, and as many of down
+# Blocks of gate and up in shared memory: an even number, so that a stage is always that of the same two warpgroups,
+# which then see each phase of its barriers.
+WIDE_STAGES = 6
+NARROW_STAGES = 5  # of down
 UNIT = 8  # rows of x that the tensor cores take; all but the first are 0
 
 
@@ -56,13 +61,13 @@ class Refs(NamedTuple):
     x_stages: Any
     wide: Any  # blocks of gate and up
     narrow: Any  # of down
-    sums: Any  # of gate and of up
+    sums: Any  # of each warpgroup, of gate or up
     result: Any  # this part of y
     wide_loaded: Any
     wide_free: Any
     narrow_loaded: Any
     narrow_free: Any
-    both: Any  # warpgroups have come here
+    met: Any  # all that multiply have come here
 
 
 class Part(NamedTuple):
@@ -95,7 +100,7 @@ def experts(
         scratch_types=_scratch(folded),
         grid=(n_parts,),
         grid_names=("part",),
-        n_warpgroups=3,
+        n_warpgroups=WARPGROUPS + 1,
         interpret=interpret,
     )
     weights = gate, up, down
@@ -115,16 +120,16 @@ def _scratch(folded: tuple[int, int]) -> list:
         )
 
     return [
-        swizzled((STAGES, UNIT, BLOCK), jnp.bfloat16, 64),
-        swizzled((STAGES, 2, PART, BLOCK), jnp.int8, 128),
-        swizzled((STAGES, ROWS, PART), jnp.int8, 64),
-        plgpu.SMEM((2, PART), jnp.float32),
+        swizzled((WIDE_STAGES, UNIT, BLOCK), jnp.bfloat16, 64),
+        swizzled((WIDE_STAGES, 2, PART, BLOCK), jnp.int8, 128),
+        swizzled((NARROW_STAGES, ROWS, PART), jnp.int8, 64),
+        plgpu.SMEM((WARPGROUPS, PART), jnp.float32),
         plgpu.SMEM(folded, jnp.float32),
-        plgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
-        plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-        plgpu.Barrier(num_arrivals=1, num_barriers=STAGES),
-        plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-        plgpu.Barrier(num_arrivals=2),
+        plgpu.Barrier(num_arrivals=3, num_barriers=WIDE_STAGES),
+        plgpu.Barrier(num_arrivals=2, num_barriers=WIDE_STAGES),
+        plgpu.Barrier(num_arrivals=1, num_barriers=NARROW_STAGES),
+        plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=NARROW_STAGES),
+        plgpu.Barrier(num_arrivals=WARPGROUPS),
     ]
 
 
@@ -135,7 +140,7 @@ def _kernel(on_chip: bool, *arrays: Any) -> None:
     choice, column = lax.div(number, n_columns), lax.rem(number, n_columns) * PART
     part = Part(choice, refs.chosen[choice], pl.multiple_of(column, PART), on_chip)
     lax.cond(
-        lax.axis_index("warpgroup") < 2,
+        lax.axis_index("warpgroup") < WARPGROUPS,
         functools.partial(_multiply, refs, part),
         lambda: mosaic_gpu.by_one_warp(functools.partial(_load, refs, part)),
     )
@@ -147,16 +152,16 @@ def _load(refs: Refs, part: Part) -> None:
     columns = pl.ds(part.column, PART)
 
     def load_wide(i: jax.Array, _: None) -> None:
-        stage, depth = lax.rem(i, STAGES), pl.ds(i * BLOCK, BLOCK)
-        pl.when(i >= STAGES)(lambda: plgpu.barrier_wait(refs.wide_free.at[stage]))
+        stage, depth = lax.rem(i, WIDE_STAGES), pl.ds(i * BLOCK, BLOCK)
+        pl.when(i >= WIDE_STAGES)(lambda: plgpu.barrier_wait(refs.wide_free.at[stage]))
         loaded = refs.wide_loaded.at[stage]
         plgpu.copy_gmem_to_smem(refs.x.at[:, depth], refs.x_stages.at[stage], loaded)
         for n, codes in enumerate((refs.gate, refs.up)):
             plgpu.copy_gmem_to_smem(codes.at[part.expert, columns, depth], refs.wide.at[stage, n], loaded)
 
     def load_narrow(i: jax.Array, _: None) -> None:
-        stage = lax.rem(i, STAGES)
-        pl.when(i >= STAGES)(lambda: plgpu.barrier_wait(refs.narrow_free.at[stage]))
+        stage = lax.rem(i, NARROW_STAGES)
+        pl.when(i >= NARROW_STAGES)(lambda: plgpu.barrier_wait(refs.narrow_free.at[stage]))
         rows = refs.down.at[part.expert, pl.ds(i * ROWS, ROWS), columns]
         plgpu.copy_gmem_to_smem(rows, refs.narrow.at[stage], refs.narrow_loaded.at[stage])
 
@@ -165,11 +170,12 @@ def _load(refs: Refs, part: Part) -> None:
 
 
 def _multiply(refs: Refs, part: Part) -> None:
-    """A warpgroup that multiplies: with gate or with up, then with half of the rows of down."""
+    """A warpgroup that multiplies: with gate or with up, then with a quarter of the rows of down."""
     warpgroup = lax.axis_index("warpgroup")
     refs.sums.at[warpgroup][...] = jnp.sum(_wide(refs, part, warpgroup), axis=1)  # the other columns are 0
     _meet(refs)
-    gate, up = (mosaic_gpu.load(refs.sums.at[n], plgpu.Layout.WGMMA.reduce(0)) for n in range(2))
+    sums = [mosaic_gpu.load(refs.sums.at[n], plgpu.Layout.WGMMA.reduce(0)) for n in range(WARPGROUPS)]
+    gate, up = sums[0] + sums[2], sums[1] + sums[3]
     _down(refs, part, warpgroup, refs.weight[part.choice] * up * gate / (1 + jnp.exp(-gate)))
     plgpu.commit_smem()
     _meet(refs)
@@ -181,52 +187,53 @@ def _multiply(refs: Refs, part: Part) -> None:
 
 
 def _meet(refs: Refs) -> None:
-    """Waits for the other warpgroup."""
-    plgpu.barrier_arrive(refs.both)
-    plgpu.barrier_wait(refs.both)
+    """Waits for the other warpgroups that multiply."""
+    plgpu.barrier_arrive(refs.met)
+    plgpu.barrier_wait(refs.met)
 
 
 def _wide(refs: Refs, part: Part, warpgroup: jax.Array) -> jax.Array:
-    """64 sums over D of gate or up, [64, 8], of which the first column is the token's."""
+    """64 sums over every second block of D, of gate or up, [64, 8]; the first column is the token's."""
     n_blocks, row = refs.x.shape[1] // BLOCK, lax.div(part.column, BLOCK)
+    matrix, turn = lax.rem(warpgroup, 2), lax.div(warpgroup, 2)
 
     def scale_of(i: jax.Array) -> jax.Array:
         block = part.expert, row, jnp.minimum(i, n_blocks - 1)
-        return jnp.where(warpgroup == 0, refs.gate_scale[block], refs.up_scale[block])
+        return jnp.where(matrix == 0, refs.gate_scale[block], refs.up_scale[block])
 
-    def add(i: jax.Array, state: tuple) -> tuple:
+    def add(own: jax.Array, state: tuple) -> tuple:
         scale, total = state
-        stage = lax.rem(i, STAGES)
+        i = 2 * own + turn
+        stage = lax.rem(i, WIDE_STAGES)
         plgpu.barrier_wait(refs.wide_loaded.at[stage])
-        following = scale_of(i + 1)  # from global memory, so read early
-        codes = mosaic_gpu.load(refs.wide.at[stage, warpgroup], plgpu.Layout.WGMMA)
+        following = scale_of(i + 2)  # from global memory, so read early
+        codes = mosaic_gpu.load(refs.wide.at[stage, matrix], plgpu.Layout.WGMMA)
         weights = mosaic_gpu.numbers_of(codes, part.on_chip)
         products = mosaic_gpu.product(weights, refs.x_stages.at[stage], part.on_chip)
-        pl.when(i + STAGES < n_blocks)(lambda: plgpu.barrier_arrive(refs.wide_free.at[stage]))
+        pl.when(i + WIDE_STAGES < n_blocks)(lambda: plgpu.barrier_arrive(refs.wide_free.at[stage]))
         return following, total + products * scale
 
     zero = plgpu.layout_cast(jnp.zeros((PART, UNIT), jnp.float32), plgpu.Layout.WGMMA)
-    return lax.fori_loop(0, n_blocks, add, (scale_of(jnp.int32(0)), zero))[1]
+    return lax.fori_loop(0, n_blocks // 2, add, (scale_of(turn), zero))[1]
 
 
 def _down(refs: Refs, part: Part, warpgroup: jax.Array, hidden: jax.Array) -> None:
-    """Half of the rows of down times the hidden layer, into shared memory."""
-    n_rows, column = refs.result.shape[0], lax.div(part.column, BLOCK)
+    """A quarter of the rows of down times the hidden layer, into shared memory."""
+    n_loads, column, rows = refs.result.shape[0], lax.div(part.column, BLOCK), pl.ds(warpgroup * PART, PART)
 
     def scale_of(i: jax.Array) -> jax.Array:
-        return refs.down_scale[part.expert, jnp.minimum(2 * i + warpgroup, 2 * n_rows - 1), column]
+        row = jnp.minimum(i, n_loads - 1) * (ROWS // BLOCK) + lax.div(warpgroup * PART, BLOCK)
+        return refs.down_scale[part.expert, row, column]
 
     def add(i: jax.Array, scale: jax.Array) -> jax.Array:
-        stage = lax.rem(i, STAGES)
+        stage = lax.rem(i, NARROW_STAGES)
         plgpu.barrier_wait(refs.narrow_loaded.at[stage])
         following = scale_of(i + 1)
-        for tile in range(BLOCK // PART):
-            rows = pl.ds(warpgroup * BLOCK + tile * PART, PART)
-            codes = mosaic_gpu.load(refs.narrow.at[stage, rows], plgpu.Layout.WGMMA)
-            weights = mosaic_gpu.numbers_of(codes, part.on_chip).astype(jnp.float32)
-            products = weights * lax.broadcast_in_dim(hidden, weights.shape, [1])
-            refs.result.at[i, rows][...] = scale * jnp.sum(products, axis=1)
-        pl.when(i + STAGES < n_rows)(lambda: plgpu.barrier_arrive(refs.narrow_free.at[stage]))
+        codes = mosaic_gpu.load(refs.narrow.at[stage, rows], plgpu.Layout.WGMMA)
+        weights = mosaic_gpu.numbers_of(codes, part.on_chip).astype(jnp.float32)
+        products = weights * lax.broadcast_in_dim(hidden, weights.shape, [1])
+        refs.result.at[i, rows][...] = scale * jnp.sum(products, axis=1)
+        pl.when(i + NARROW_STAGES < n_loads)(lambda: plgpu.barrier_arrive(refs.narrow_free.at[stage]))
         return following
 
-    lax.fori_loop(0, n_rows, add, scale_of(jnp.int32(0)))
+    lax.fori_loop(0, n_loads, add, scale_of(jnp.int32(0)))
