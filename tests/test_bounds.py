@@ -26,6 +26,7 @@ from deepseek_jax.launch import (
     plan,
     sample,
     serve,
+    sft,
     train,
 )
 from deepseek_jax.launch import inspect as inspect_verb
@@ -71,6 +72,7 @@ VERBS = {
     "r1": ({}, {}),
     "rl": ({}, {}),
     "sample": (sample.FLAGS, {}),
+    "sft": (sft.EXTRA, {}),
     "serve": (serve.FLAGS, {"config": False}),
 }
 

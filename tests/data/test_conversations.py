@@ -21,7 +21,8 @@ from deepseek_jax.errors import UserError
 
 WORDS = ("", "a", " hello", "\n", "深度", "🐋", "<｜User｜>", "</think>", "User: ", "<|EOT|>", "### Response:\n", "'")
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]
-THINKING, CALLING = ("r1", "v31"), ("v3", "r1", "v31")
+FIRST = ("v2.5", "v3-1226", "r1-0120", "r1-distill")  # the first templates with tools
+THINKING, CALLING = ("r1", "v31", "r1-0120", "r1-distill"), ("v3", "r1", "v31", *FIRST)
 
 
 def text(dice: random.Random) -> str:
@@ -38,7 +39,11 @@ def conversation(name: str, dice: random.Random) -> dict:
         row["messages"].append({"role": "user", "content": text(dice)})
         while name in CALLING and dice.random() < 0.3:
             calls = [call(n, text(dice)) for n in range(dice.randrange(1, 3))]
-            row["messages"].append(answer(dice, thinks and row["messages"][-1]["role"] == "user", tool_calls=calls))
+            message = answer(dice, thinks and row["messages"][-1]["role"] == "user", tool_calls=calls)
+            is_first = not any("tool_calls" in earlier for earlier in row["messages"])
+            if name in FIRST and not (name == "r1-0120" and is_first):
+                message["content"] = ""  # these write either calls or content
+            row["messages"].append(message)
             row["messages"] += [{"role": "tool", "tool_call_id": one["id"], "content": text(dice)} for one in calls]
         row["messages"].append(answer(dice, thinks and row["messages"][-1]["role"] == "user"))
     return row
@@ -66,6 +71,7 @@ class Oracle:
 
     def __init__(self, name: str, row: dict, tokenizer):
         self.name, self.tokenizer, self.said, self.examples = name, tokenizer, [], []
+        self.had_calls = self.had_outputs = False
         messages = row["messages"]
         system = [message["content"] for message in messages if message["role"] == "system"]
         self.begin(system, row.get("tools"))
@@ -83,7 +89,7 @@ class Oracle:
             (self.said if to is None else to).extend(ids)
 
     def begin(self, system: list[str], tools: list | None) -> None:
-        self.put("@BOS")
+        self.put(*([" " * 8] if self.name == "v2.5" and system else []), "@BOS")
         if self.name == "coder":
             self.put(system[0] if system else CODER)
         elif self.name in ("v1", "v2"):
@@ -104,9 +110,15 @@ class Oracle:
         elif self.name == "coder":
             self.put("### Instruction:\n", say, "\n### Response:\n")
         else:
-            self.put("@USER", say, "@ASSISTANT")
+            self.put("@USER", say, *([] if self.name in FIRST else ["@ASSISTANT"]))
 
     def tool(self, message: dict) -> None:
+        if self.name in FIRST:  # one block of outputs for the whole conversation
+            between = "" if self.name == "r1-0120" else "\n"
+            opened = between if self.had_outputs else "@OUTPUTS"
+            self.put(opened, "@OUTPUT", message["content"], "@END_OUTPUT")
+            self.had_outputs = True
+            return
         opens, follows = self.before == "assistant", self.before == "tool"
         if self.name == "v31":
             self.put("@OUTPUT", message["content"], "@END_OUTPUT")
@@ -124,15 +136,20 @@ class Oracle:
             thought, answer = spelled.groups()
         calls = [one["function"] for one in message.get("tool_calls", ())]
         prompt, reply = list(self.said), []
+        if self.name in FIRST:
+            self.put("@ASSISTANT" if follows_user else "@END_OUTPUTS", to=prompt)
         if self.name == "v31" and follows_user:
             self.put("@END_THINK" if thought is None else "@THINK", to=prompt)
             self.put(*([] if thought is None else [thought, "@END_THINK"]), to=reply)
             self.put("@END_THINK")
-        if self.name == "r1" and thought is not None:
+        if self.name in THINKING and self.name != "v31" and thought is not None:
             self.put("@THINK", "\n", to=prompt)
             self.put(thought, "\n", "@END_THINK", "\n\n", to=reply)
         self.put(*self.written(answer, calls), to=reply)
         self.learn(prompt, reply)
+        if self.name in FIRST:
+            self.remember_first(content, calls, follows_user)
+            return
         self.put(*self.written(self.remembered(content, bool(calls), follows_user), calls))
         if self.name == "coder":
             self.put("\n")
@@ -151,6 +168,23 @@ class Oracle:
                 body = f"f\n```json\n{one['arguments']}\n```"
                 pieces += [*(["\n"] if n else []), "@CALL", "function", "@SEP", body, "@END_CALL"]
         return [*pieces, *(["@END_CALLS"] if calls else []), "@EOS"]
+
+    def remember_first(self, content: str, calls: list[dict], follows_user: bool) -> None:
+        """An answer in later prompts of the first templates: one block of calls for the whole conversation."""
+        texts = [["@CALL", "function", "@SEP", f"f\n```json\n{one['arguments']}\n```", "@END_CALL"] for one in calls]
+        if not calls:
+            is_shortened = follows_user and self.name in THINKING
+            kept = content.split("</think>")[-1] if is_shortened else content
+            self.put("@ASSISTANT" if follows_user else "@END_OUTPUTS", kept, "@EOS")
+        elif self.name == "r1-0120":
+            self.put(*(["\n"] if self.had_calls else ["@ASSISTANT", content, "@CALLS"]), *texts[0])
+            self.put(*(piece for text in texts[1:] for piece in ("\n", *text)), "@END_CALLS", "@EOS")
+        else:
+            closed = [["\n", *text, "@END_CALLS", "@EOS"] for text in texts]
+            if not self.had_calls:
+                closed[0] = ["@ASSISTANT", "@CALLS", *texts[0]]
+            self.put(*(piece for block in closed for piece in block))
+        self.had_calls = self.had_calls or bool(calls)
 
     def remembered(self, content: str, has_calls: bool, follows_user: bool) -> str:
         """The part of an answer's content in later prompts."""
@@ -191,7 +225,7 @@ TOOLS_OF_V31 = (
 )
 
 
-@pytest.mark.parametrize("name", ["v1", "v2", "coder", "v3", "r1", "v31"])
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_ids_and_masks_are_those_of_another_account(name, marked_bytes):
     dice = random.Random(name)
     rows = [conversation(name, dice) for _ in range(1000)]
@@ -201,7 +235,7 @@ def test_ids_and_masks_are_those_of_another_account(name, marked_bytes):
         got = [(example.ids.tolist(), example.is_learnt.tolist()) for example in unflatten(array)]
         assert got == Oracle(name, row, marked_bytes).examples, row
         n_examples.add(len(got))
-    assert (max(n_examples) > 1) == (name in THINKING)  # all others repeat the past unchanged
+    assert (max(n_examples) > 1) == (name in (*THINKING, *FIRST))  # all others repeat the past unchanged
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
