@@ -10,6 +10,7 @@ are started, or resumed from their last checkpoint, so the order of kills and st
 results.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -90,25 +91,30 @@ class Place(NamedTuple):
         return self._replace(stage=next(stage for stage in R1 if stage.name == name))
 
 
-def run(config: ConfigDict, workdir: Path, again: str) -> int:
-    """Runs the stages of R1 that are not done; returns the exit code, and prints the table at the end."""
+def run(config: ConfigDict, workdir: Path, again: str, stages: tuple[Stage, ...] = R1) -> int:
+    """Runs the stages that are not done; returns the exit code, and prints the table at the end."""
     from deepseek_jax.compat import keep_freed_memory, start_compilation_cache
     from deepseek_jax.rl.rewards import Rewards
+    from deepseek_jax.train.checkpoint.manifest import WriterLock
 
     keep_freed_memory()
+    _sampling.check_alone("r1")
     start_compilation_cache(config.run.compilation_cache)
-    configs = configs_of(config)
+    configs = configs_of(config, stages)
     records: dict[str, Record] = {}
-    with Rewards({ACCURACY: 1.0}, config.rl.verifiers, config.rl.verify_s) as rewards:
+    workdir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        stack.callback(WriterLock(workdir).release)
+        rewards = stack.enter_context(Rewards({ACCURACY: 1.0}, config.rl.verifiers, config.rl.verify_s))
         judge = Judge(config, rewards)
-        for stage in R1:
+        for stage in stages:
             place = Place(stage, configs, workdir, again)
             sources = {what: records[name].made for what in ("weights", "data") if (name := getattr(stage, what))}
             records[stage.name] = Record(place.folder, stage, place.config, sources)
             code = advance(place, records, judge)
             if code is not None:
                 return code
-    print_results(records)
+    print_results(stages, records)
     return 0
 
 
@@ -207,11 +213,11 @@ def shown(name: str, value: float) -> str:
     return f"{value:.1f}" if name == "answer_length" else f"{value:.3f}"
 
 
-def print_results(records: dict[str, Record]) -> None:
+def print_results(stages: tuple[Stage, ...], records: dict[str, Record]) -> None:
     """Prints how each stage answers held-out problems."""
     header = ("stage", "", "from", *COLUMNS.values())
     rows = []
-    for stage in R1:
+    for stage in stages:
         if figures := records[stage.name].content["held_out"]:
             made_from = " + ".join(name for name in (stage.weights, stage.data) if name)
             rows.append((stage.name, stage.says, made_from, *(shown(name, figures[name]) for name in COLUMNS)))

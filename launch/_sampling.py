@@ -30,6 +30,7 @@ def run(config: ConfigDict, out: Path, again: str) -> int:
     from deepseek_jax.train.stop import StopRequest
 
     keep_freed_memory()
+    check_alone("sample")
     with streams.forgiving(), StopRequest() as stop:
         start_compilation_cache(config.run.compilation_cache)
         try:
@@ -42,6 +43,17 @@ def run(config: ConfigDict, out: Path, again: str) -> int:
         return 130 if stop.signal == signal.SIGINT else 0
 
 
+def check_alone(verb: str) -> None:
+    """Raises UserError if this is one of several processes of a run."""
+    import jax
+
+    from deepseek_jax.compat import start_processes
+
+    start_processes()
+    if jax.process_count() > 1:
+        raise UserError(f"{jax.process_count()} processes: {verb} runs in one. Start it on one machine.")
+
+
 def sample(config: ConfigDict, out: Path, stop: "StopRequest") -> bool:
     """Writes kept answers of `config.run.init_from` to `out` until all problems are asked, or `stop` is asked for.
 
@@ -49,31 +61,34 @@ def sample(config: ConfigDict, out: Path, stop: "StopRequest") -> bool:
     """
     from deepseek_jax.rl.rejection import LEAST, Kept
     from deepseek_jax.rl.rewards import Rewards
-    from deepseek_jax.weights import WEIGHTS, open_weights
 
     check(config)
     rules = rules_of(config)
     weights = dict.fromkeys(LEAST, 0.0) | {"accuracy": 1.0}
     with Rewards(weights, config.rl.verifiers, config.rl.verify_s) as rewards:
         learner = prepare(config, rewards)
-        origin = config.run.init_from
-        kept = Kept(out, about(config, learner), _provenance.name_of(origin))
-        print(
-            f"{config.sample.problems:,} problems of {config.rl.problems} x {config.sample.answers}, to {out}",
-            flush=True,
-        )
-        if kept.next >= config.sample.problems:
-            report(kept)
-            return True
-        state = open_weights(origin).read({name: learner.trainer.stored[name] for name in WEIGHTS})
-        stop.begin()
-        progress = Lines(config.sample.problems, kept.next)
-        while kept.next < config.sample.problems and stop.signal is None:
-            add_batch(config, learner, state, rules, kept)
-            progress.show(kept)
-    if is_done := kept.next >= config.sample.problems:
+        with Kept(out, about(config, learner), _provenance.name_of(config.run.init_from)) as kept:
+            c = config.sample
+            print(f"{c.problems:,} problems of {config.rl.problems} x {c.answers} answers, to {out}", flush=True)
+            if kept.next < c.problems:
+                draw(config, learner, rules, kept, stop)
+            is_done = kept.next >= c.problems
+    if is_done:
         report(kept)
     return is_done
+
+
+def draw(config: ConfigDict, learner: "Learner", rules: "Rules", kept: "Kept", stop: "StopRequest") -> None:
+    """Draws batch after batch, until all problems are asked or `stop` is asked for."""
+    from deepseek_jax.weights import WEIGHTS, open_weights
+
+    weights = open_weights(config.run.init_from)
+    state = weights.read({name: learner.trainer.stored[name] for name in WEIGHTS})
+    stop.begin()
+    progress = Lines(config.sample.problems, kept.next)
+    while kept.next < config.sample.problems and stop.signal is None:
+        add_batch(config, learner, state, rules, kept)
+        progress.show(kept)
 
 
 def rules_of(config: ConfigDict) -> "Rules":

@@ -8,13 +8,15 @@ been written at once, byte for byte.
 """
 
 import collections
-import hashlib
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
+from deepseek_jax.data.file_locks import try_lock
 from deepseek_jax.errors import UserError
 from deepseek_jax.files import write_atomically
 from deepseek_jax.rl.problems import Problem
@@ -78,7 +80,7 @@ def conversation(problem: Problem, response: Response, number: int, thinking: bo
 
 
 class Kept:
-    """A file of kept answers, which continues where it was left.
+    """A file of kept answers, which continues where it was left; a context manager, which holds the file's lock.
 
     Args:
         path: of the file; its progress is in a second one, with `.about` after the name.
@@ -95,14 +97,28 @@ class Kept:
         self.next, self._n_bytes = 0, 0
         self.counts: Counts = Counts()
         self.progress = path.with_name(path.name + ABOUT)
+
+    def __enter__(self) -> Self:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as opened:
+            self._file = opened.enter_context(open(self.path, "ab"))
+            self._begin()
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._opened.close()
+
+    def _begin(self) -> None:
+        """Takes the lock of the file, and takes over what it holds."""
+        if try_lock(self._file.fileno()) is False:
+            raise UserError(f"{self.path} is being written by another process. Wait for it, or give another file.")
         if self.progress.exists():
             self._resume(json.loads(self.progress.read_bytes()))
-        elif path.exists():
+        elif self.path.stat().st_size:
             raise UserError(
-                f"{path} exists, without {self.progress.name} beside it. Give a file that is not there yet."
+                f"{self.path} exists, without {self.progress.name} beside it. Give a file that is not there yet."
             )
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
 
     def _resume(self, saved: dict[str, Any]) -> None:
         """Takes over the progress, and drops what was written after it."""
@@ -116,23 +132,17 @@ class Kept:
                 "continue it, or another file."
             )
         self.next, self.counts, self._n_bytes = saved["next"], Counts(saved["counts"]), saved["bytes"]
-        size = self.path.stat().st_size if self.path.exists() else 0
+        size = self.path.stat().st_size
         if size < self._n_bytes:
             raise UserError(f"{self.path} has {size} bytes, and had {self._n_bytes}. Remove it and {self.progress}.")
-        if self.path.exists():
-            os.truncate(self.path, self._n_bytes)
+        self._file.truncate(self._n_bytes)
 
     def add(self, rows: Sequence[dict], counts: Counts, next_number: int) -> None:
         """Appends the answers to all problems before `next_number` that the file does not have."""
         content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
-        with open(self.path, "ab") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        self._file.write(content)
+        self._file.flush()
+        os.fsync(self._file.fileno())
         self.next, self.counts, self._n_bytes = next_number, self.counts + counts, self._n_bytes + len(content)
         saved = {"source": self.source, "next": self.next, "bytes": self._n_bytes, "counts": dict(self.counts)}
         write_atomically(self.progress, json.dumps(saved | {"about": self.about}, indent=1).encode())
-
-    def digest(self) -> str:
-        """Returns the sha256 of the file."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()

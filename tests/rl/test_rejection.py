@@ -93,8 +93,8 @@ def config():
 def collect(config, path, n_batches, about=None, mark="a"):
     """Writes up to `n_batches` batches of answers to `path`."""
     rules = _sampling.rules_of(config)
-    with Rewards({"accuracy": 1.0, "format": 0.0, "language": 0.0}) as rewards:
-        kept = Kept(path, about or {"seed": 0}, "here")
+    weights = {"accuracy": 1.0, "format": 0.0, "language": 0.0}
+    with Rewards(weights) as rewards, Kept(path, about or {"seed": 0}, "here") as kept:
         while kept.next < config.sample.problems and n_batches:
             _sampling.add_batch(config, Clown(rewards, mark), {}, rules, kept)
             n_batches -= 1
@@ -125,9 +125,13 @@ def test_a_file_of_other_settings_is_refused(config, tmp_path):
     collect(config, path, 1)
     with pytest.raises(UserError, match=r"holds answers of other settings: seed: 0 -> 1. Give the same ones"):
         collect(config, path, 1, about={"seed": 1})
+    with Kept(path, {"seed": 0}, "here"), pytest.raises(UserError, match="is being written by another process"):
+        collect(config, path, 1)
+    content = path.read_bytes()
     path.write_bytes(b"")
     with pytest.raises(UserError, match=r"has 0 bytes, and had \d+. Remove it"):
         collect(config, path, 1)
+    path.write_bytes(content)
     (tmp_path / "kept.jsonl.about").unlink()
     with pytest.raises(UserError, match=r"kept.jsonl exists, without kept.jsonl.about beside it"):
         collect(config, path, 1)
@@ -142,8 +146,8 @@ def test_settings_that_keep_nothing_or_divide_no_batch_are_refused(config, tmp_p
         config.sample.least[name] = 0.0
     with pytest.raises(UserError, match="every bound is 0, so any answer would do"):
         _sampling.check(config)
-    empty = Kept(tmp_path / "none.jsonl", {}, "here")
-    empty.add([], Counts(accuracy=2), 2)
+    with Kept(tmp_path / "none.jsonl", {}, "here") as empty:
+        empty.add([], Counts(accuracy=2), 2)
     with pytest.raises(UserError, match=r"0 of 2 answers kept \(dropped: accuracy 2\). Lower config.sample.least"):
         _sampling.report(empty)
 
