@@ -10,11 +10,12 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax.numpy as jnp
+import numpy as np
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.files import write_atomically
 from deepseek_jax.layers.base import Tree
+from deepseek_jax.parallel.mesh import REPLICATED, place
 from deepseek_jax.rl.rewards import ACCURACY
 from deepseek_jax.rl.step import Drawn, Learner, copied
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
@@ -71,8 +72,13 @@ class Loop:
     def begin(self, state: State) -> State:
         """Returns the state before the first step, with the reference, if one is kept: the weights as they are."""
         if self.has_reference and REFERENCE not in state:
-            return state | {REFERENCE: copied(state["params"]), TAKEN_AT: jnp.int32(0)}
+            return state | self._reference(state, 0)
         return state
+
+    def _reference(self, state: State, step: int) -> State:
+        """Returns what is kept of the weights after `step` as the reference."""
+        taken_at = place(np.int32(step), self.learner.trainer.mesh, REPLICATED)
+        return {REFERENCE: copied(state["params"]), TAKEN_AT: taken_at}
 
     def run(self, state: State, start: int, stop: StopRequest) -> tuple[State, int]:
         """Trains from `state`, that after `start` steps, to the last step or until `stop` is asked for, and saves.
@@ -118,7 +124,7 @@ class Loop:
         trained, figures = self.learner.step(self._trained(state), kept.get(REFERENCE), done)
         every = self.config.refresh_every
         if kept and every and (done + 1) % every == 0:
-            kept = {REFERENCE: copied(trained["params"]), TAKEN_AT: jnp.int32(done + 1)}
+            kept = self._reference(trained, done + 1)
         return trained | kept, figures | {f"{what}_s": seconds for what, seconds in self.learner.seconds.items()}
 
     def _trained(self, state: State) -> State:

@@ -1,6 +1,7 @@
 """An update in one of several processes, which divide the experts: `python shared_out.py OUT`; see `test_rollout`."""
 
 import sys
+from pathlib import Path
 
 from deepseek_jax.compat import start_processes
 
@@ -19,8 +20,9 @@ def main(out: str) -> None:
     with Rewards(own.WEIGHTS) as rewards:
         learner = own.make_learner(rewards, 1, jax.device_count(), routes=True)
         found = own.first_update(learner, fetched(learner.trainer.init(0)))
+        cut = [own.loop(learner, Path(out).with_name("run"), steps) for steps in (1, 2)]
     if jax.process_index() == 0:
-        np.savez(out, *jax.tree.leaves(found))
+        np.savez(out, *jax.tree.leaves(found), cut[-1][own.TAKEN_AT])
 
 
 if __name__ == "__main__":
