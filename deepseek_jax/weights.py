@@ -171,7 +171,7 @@ def without_adapters(config: ConfigDict, weights: Tree) -> Tree:
     found = lora_of(config)
     if found is None:
         return weights
-    return weights | {"params": jax.jit(lora.merged, static_argnums=1)(weights["params"], found)}
+    return weights | {"params": lora.merged(weights["params"], found)}
 
 
 def _in_format(state: Tree, weights: str) -> Tree:

@@ -16,6 +16,8 @@ DIR holds published weights or is the workdir of a run; --config=DIR brings a re
 can be set (`deepseek-jax train --help`). The chat template is the model's own; data.chat_template names another one,
 which a base model needs.
 
+--config.lora.rank=16 trains low-rank adapters alone (LoRA); `deepseek-jax export --adapters` writes them for PEFT.
+
 At the end, answers to held-out conversations are shown beside those expected. Workdir, signals and exit codes are as
 for train.
 """

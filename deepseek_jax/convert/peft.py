@@ -118,13 +118,12 @@ def write(directory: str | os.PathLike, base: str, shapes: Tree, found: Lora, ge
     entries, adapted = [], list(_adapters(shapes, found))
     targets = {(block, target.name): target for block, targets in found.blocks for target in targets}
     for name, place, layer in adapted:
-        n_out, n_in = targets[place[:-2], place[-1]].shape
-        for side, shape in (("down", (found.rank, n_in)), ("up", (n_out, found.rank))):
+        for side, shape in targets[place[:-2], place[-1]].sides(found.rank).items():
 
             def make(place: tuple = (*place, side), layer: int = layer) -> np.ndarray:
                 return np.asarray(get(place, layer), np.float32).T
 
-            entries.append(safetensors.Entry(f"{PREFIX}{name}.{SIDES[side]}.weight", shape, "F32", make))
+            entries.append(safetensors.Entry(f"{PREFIX}{name}.{SIDES[side]}.weight", shape[::-1], "F32", make))
     config = {
         "base_model_name_or_path": base,
         "bias": "none",
@@ -193,8 +192,7 @@ def _check_shapes(directory: str | os.PathLike, arrays: dict, found: Lora) -> No
     """Raises UserError for an array of another shape than its adapter's."""
     for block, targets in found.blocks:
         for target in targets:
-            n_out, n_in = target.shape
-            for side, shape in (("down", (n_in, found.rank)), ("up", (found.rank, n_out))):
+            for side, shape in target.sides(found.rank).items():
                 given = arrays[*block, ADAPTERS, target.name, side].shape[1:]
                 if given != shape:
                     raise UserError(

@@ -13,6 +13,7 @@ time. Recompute blocks (`run.remat`), or the backward pass keeps the W' of all l
 Source: Hu et al. 2021, arXiv 2106.09685; initial values as in PEFT.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,11 @@ class Target:
     ours: str
     sizes: tuple[tuple[str, int], ...]
     cut: tuple[int, int] | None  # (axis, position) at which ours is split in two; None for a single weight
+
+    def sides(self, rank: int) -> dict[str, tuple[int, int]]:
+        """Returns the shapes of A^T, "down", and B^T, "up", for one layer."""
+        n_out, n_in = self.shape
+        return {"down": (n_in, rank), "up": (rank, n_out)}
 
     def parts(self, matrix: Any) -> list:
         """Returns what a published matrix holds of each of our weights."""
@@ -76,14 +82,13 @@ class Adapter(nnx.Module):
     """The two thin matrices of a target, for all layers of a stack: A^T [L, in, r] and B^T [L, r, out]."""
 
     def __init__(self, target: Target, rank: int, n_layers: int, *, rngs: nnx.Rngs):
-        n_out, n_in = target.shape
+        sides, axes, bound = target.sides(rank), ("layers", None, None), target.shape[1] ** -0.5
 
         def uniform(key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.Array:
-            return jax.random.uniform(key, shape, dtype, -(n_in**-0.5), n_in**-0.5)
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-        axes = ("layers", None, None)
-        self.down = param(rngs, (n_layers, n_in, rank), axes, uniform, role="adapter")
-        self.up = param(rngs, (n_layers, rank, n_out), axes, zeros, role="adapter")
+        self.down = param(rngs, (n_layers, *sides["down"]), axes, uniform, role="adapter")
+        self.up = param(rngs, (n_layers, *sides["up"]), axes, zeros, role="adapter")
 
 
 class Adapters(nnx.Module):
@@ -133,10 +138,16 @@ def merged(params: Tree, lora: Lora) -> Tree:
     for block, targets in lora.blocks:
         for target in targets:
             down, up = (flat.pop((*block, ADAPTERS, target.name, side)) for side in ("down", "up"))
-            update = jax.vmap(lambda down, up, target=target: target.update(down, up, lora.scale))(down, up)
-            for path, part in zip(target.weights, update, strict=True):
-                flat[*block, *path] = summed(flat[*block, *path], part)
+            paths = [(*block, *path) for path in target.weights]
+            flat |= zip(paths, _merged(target, lora.scale, [flat[path] for path in paths], down, up), strict=True)
     return unflatten_dict(flat)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _merged(target: Target, scale: float, weights: list[jax.Array], down: jax.Array, up: jax.Array) -> list[jax.Array]:
+    """Returns the weights of a target, of all layers, with what its adapter has learnt."""
+    update = jax.vmap(lambda down, up: target.update(down, up, scale))(down, up)
+    return [summed(weight, part) for weight, part in zip(weights, update, strict=True)]
 
 
 def abstract_adapters(shapes: Tree, lora: Lora) -> dict[Path, jax.ShapeDtypeStruct]:
@@ -145,8 +156,7 @@ def abstract_adapters(shapes: Tree, lora: Lora) -> dict[Path, jax.ShapeDtypeStru
     for block, targets in lora.blocks:
         n_layers = flat[*block, *targets[0].weights[0]].shape[0]
         for target in targets:
-            n_out, n_in = target.shape
-            for side, shape in (("down", (n_in, lora.rank)), ("up", (lora.rank, n_out))):
+            for side, shape in target.sides(lora.rank).items():
                 found[*block, ADAPTERS, target.name, side] = jax.ShapeDtypeStruct((n_layers, *shape), jnp.float32)
     return found
 
