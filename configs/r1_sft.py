@@ -17,12 +17,23 @@ def get_config() -> ConfigDict:
     """Returns the published recipe."""
     config = recipe(v3_671b.get_config())
     config.name = "r1_sft"
+    config.model.yarn = yarn()
     config.data.chat_template = "r1"
     config.data.seq_len = 32_768
     config.batch.size = 128
     config.loop.steps = config.schedule.cosine_steps = 12_500  # two epochs
     config.schedule.peak_rate, config.schedule.tail_rate, config.schedule.final_rate = 5e-5, 5e-6, 5e-6
     return config
+
+
+def yarn() -> ConfigDict:
+    """The context extension of the released V3 and V3-Base, from 4,096 to 128K tokens (V3 section 4.3)."""
+    y = ConfigDict()
+    y.factor = 40.0
+    y.original_length = 4096
+    y.beta_fast, y.beta_slow = 32.0, 1.0
+    y.mscale = y.mscale_all_dim = 1.0
+    return y
 
 
 def recipe(config: ConfigDict) -> ConfigDict:
