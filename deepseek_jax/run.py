@@ -47,7 +47,7 @@ from deepseek_jax.train.optimizers import Schedule, adamw
 from deepseek_jax.train.pipelined import Pipeline
 from deepseek_jax.train.ramp import BatchRamp
 from deepseek_jax.train.step import State, StepConfig, Trainer
-from deepseek_jax.train.trainable import everything
+from deepseek_jax.train.trainable import Trainable, everything
 from deepseek_jax.weights import WEIGHTS, lora_of, open_weights
 
 # What may not change within a run: the network, and what decides the order of its samples. The text itself is compared
@@ -57,10 +57,13 @@ FIXED += ("data.seq_len", "data.fim_rate", "data.mask_documents", "data.holdout_
 FIXED += ("lora.rank", "lora.alpha", "lora.targets")
 
 
-def trainer(config: ConfigDict, mesh: Mesh, objective: Any = None, **options: Any) -> Trainer:
+def trainer(
+    config: ConfigDict, mesh: Mesh, objective: Any = None, learnt: Trainable = everything, **options: Any
+) -> Trainer:
     """Returns the `Trainer` of a run. Raises UserError for a key that was set and has no effect on its model.
 
-    `objective` takes the place of that of pre-training and fine-tuning; `options` are more arguments of `Trainer`.
+    `objective` takes the place of that of pre-training and fine-tuning; `learnt` says which weights are trained, and of
+    a run with adapters which of these; `options` are more arguments of `Trainer`.
     """
     module, run, precision = family(config.family), config.run, policy(config.precision, config.fp8)
     sizes = module.Config.from_config(config.model)
@@ -85,7 +88,7 @@ def trainer(config: ConfigDict, mesh: Mesh, objective: Any = None, **options: An
         adamw(**config.optimizer),
         StepConfig(rate=Schedule(**config.schedule), micro_batches=config.pipeline.micro_batches, **step),
         pipeline=pipeline(config, network),
-        trainable=lora.is_adapter if adapters else everything,
+        trainable=(lambda path: lora.is_adapter(path) and learnt(path)) if adapters else learnt,
         compute=precision.compute,
         matmul=precision.matmul,
         weights=precision.weights,

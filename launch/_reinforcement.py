@@ -105,7 +105,7 @@ def prepare(config: ConfigDict, rewards: "Rewards") -> "Learner":
     ends = release.marks(config, tokenizer).end_ids
     turns = Turns(tokenizer, name, rl.thinking, rl.longest_prompt, rl.longest_answer, ends)
     objective = PolicyGradient(GRPO(**rl.grpo), rl.temperature, config.loss.chunk)
-    trainer = run.trainer(config, make_mesh(**config.mesh), objective, trainable=learnt, routes=rl.keep_routing)
+    trainer = run.trainer(config, make_mesh(**config.mesh), objective, learnt, routes=rl.keep_routing)
     sizes = StepSizes(rl.questions, rl.answers, rl.updates, rl.temperature, rl.top_p, rl.rows_at_once)
     check_rows(config, trainer.mesh.size)
     learner = Learner(trainer, turns, open_problems(config), rewards, sizes, config.seed)

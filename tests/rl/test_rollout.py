@@ -314,7 +314,7 @@ def test_multi_token_prediction_is_not_trained():
     """It gets no gradient, and would only decay."""
     config = make_config()
     config.model.mtp_depth = 1
-    trainer = run.trainer(config, make_mesh(1, 1, jax.devices()[:1]), trainable=learnt)
+    trainer = run.trainer(config, make_mesh(1, 1, jax.devices()[:1]), learnt=learnt)
     assert jax.tree.leaves(trainer.abstract["params"]["mtp"])
     assert not jax.tree.leaves(trainer.abstract["optimizer"]["mu"].get("mtp"))
 
