@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
 from deepseek_jax.convert import names
 from deepseek_jax.convert.hf import Piece, Source, map_leaves
@@ -21,6 +20,7 @@ from deepseek_jax.tree import paths
 BLOCK_BYTES = 2**26  # of a tensor, sent at a time
 
 Region = tuple[slice, ...]  # a device's part of a weight
+Part = tuple[tuple[int, ...], np.dtype]  # the shape and dtype of its buffer
 
 
 def place(source: Source, target: dict, report: Callable[[Piece], None] | None = None) -> dict:
@@ -35,9 +35,7 @@ def place(source: Source, target: dict, report: Callable[[Piece], None] | None =
     """
     targets = paths(target)
     regions = {path: _regions(leaf) for path, leaf in targets.items()}
-    buffers = {
-        path: {at: _empty(region, targets[path].dtype, at) for at, region in regions[path].items()} for path in targets
-    }
+    buffers = _buffers(targets, regions)
     under_way: deque[jax.Array] = deque()
 
     def is_elsewhere(path: names.Path, index: names.Index) -> bool:
@@ -77,8 +75,26 @@ def _regions(leaf: jax.ShapeDtypeStruct) -> dict[jax.Device, Region]:
     }
 
 
-def _empty(region: Region, dtype: DTypeLike, device: jax.Device) -> jax.Array:
-    return jnp.zeros(tuple(s.stop - s.start for s in region), dtype, device=device)
+def _buffers(
+    targets: dict[names.Path, jax.ShapeDtypeStruct], regions: dict[names.Path, dict[jax.Device, Region]]
+) -> dict[names.Path, dict[jax.Device, jax.Array]]:
+    """Returns zeros for every device's part of every weight, those of a device by one program."""
+    parts: dict[jax.Device, dict[names.Path, Part]] = {}
+    for path, leaf in targets.items():
+        for device, region in regions[path].items():
+            shape = tuple(s.stop - s.start for s in region)
+            parts.setdefault(device, {})[path] = (shape, np.dtype(leaf.dtype))
+    found: dict[names.Path, dict[jax.Device, jax.Array]] = {path: {} for path in targets}
+    for device, of_device in parts.items():
+        with jax.default_device(device):
+            for path, zeros in zip(of_device, _zeros(tuple(of_device.values())), strict=True):
+                found[path][device] = zeros
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _zeros(parts: tuple[Part, ...]) -> list[jax.Array]:
+    return [jnp.zeros(*part) for part in parts]
 
 
 def _holds(region: Region, index: names.Index) -> bool:

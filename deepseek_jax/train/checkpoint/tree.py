@@ -81,10 +81,10 @@ def read_arrays(path: Path, expected: dict[str, jax.ShapeDtypeStruct]) -> dict[s
     for name in expected:
         by_devices.setdefault(frozenset(expected[name].sharding.device_set), []).append(name)
     for names in by_devices.values():
-        own = jax.jit(
-            lambda leaves: [jnp.copy(leaf) for leaf in leaves],
-            out_shardings=[expected[name].sharding for name in names],
-            donate_argnums=0,
-        )
+        own = jax.jit(_copies, out_shardings=[expected[name].sharding for name in names], donate_argnums=0)
         arrays.update(zip(names, own([arrays[name] for name in names]), strict=True))
     return arrays
+
+
+def _copies(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.copy(leaf) for leaf in leaves]
