@@ -40,7 +40,7 @@ def test_the_files_stay_small():
 
 
 # slow: their mechanisms occur in v2, v3_mtp and the others as well
-LONG = ("moe", "v2_lite", "v3", "v3_yarn")
+LONG = ("llm", "moe", "v2_lite", "v3", "v3_yarn")
 CASES = [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else [], id=name) for name in NAMES]
 
 

@@ -68,7 +68,7 @@ def engine(network):
 def foreseeing():
     """A network with multi-token prediction, whose drafts are wrong mostly."""
     config = run_config.load("tiny_v3")
-    config.model.update(SIZES | {"mtp_depth": 1, "n_layers": 2})
+    config.model.update(SIZES | {"mtp_depth": 1, "n_layers": 1, "n_dense_layers": 0})
     return Network(config)
 
 

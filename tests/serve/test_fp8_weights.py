@@ -27,13 +27,15 @@ def weights(network):
     """Of the network: in FP8, and in float32 what the codes stand for."""
     params, router_bias = jax.tree.map(lambda a: a, network.weights)  # dicts of their own
     in_fp8 = fp8_weights.quantized({"params": params, "router_bias": router_bias})["params"]
-    wide = jax.tree.map(lambda w: w.astype(jnp.float32) if is_fp8(w) else w, in_fp8, is_leaf=is_fp8)
+    widen = jax.jit(lambda w: w.astype(jnp.float32))
+    wide = jax.tree.map(lambda w: widen(w) if is_fp8(w) else w, in_fp8, is_leaf=is_fp8)
     return {"fp8": (in_fp8, router_bias), "wide": (wide, router_bias)}
 
 
 def run(network, weights, **options):
     options = {"page_size": 8, "n_rows": 2, "chunk": 16, "n_pages": 9} | options
     engine = Engine(network.definition, weights, 32, **options)
+    engine._pads_to_largest = True  # few programs
     requests = [engine.submit(prompt, Sampling(9)) for prompt in PROMPTS]
     found = {request: [] for request in requests}
     while not engine.is_idle:
