@@ -148,9 +148,10 @@ def test_a_program_ends_within_its_limits(world):
 
 
 @pytest.mark.slow
-def test_five_hundred_hostile_programs(world):
-    programs = hostile.programs(*world, 500)
-    assert len(set(programs)) > 250 and {kind for kind, _ in programs} == {
+def test_a_hundred_hostile_programs(world):
+    """DEEPSEEK_JAX_FAULTS=10 runs a thousand."""
+    programs = hostile.programs(*world, 100 * int(os.environ.get("DEEPSEEK_JAX_FAULTS", "1")))
+    assert len(set(programs)) > len(programs) / 2 and {kind for kind, _ in programs} == {
         *("fork", "files", "network", "others", "memory", "endless", "output")
     }
     assert check_all(programs, 4) == []

@@ -106,6 +106,7 @@ class OfValues(BlockMatmul):
     codes = None
 
 
+@pytest.mark.slow  # parallel/test_coded.py has the gathers alone
 def test_a_step_that_gathers_codes_has_the_bits_of_one_that_gathers_weights(sizes, weights):
     in_codes, in_values = (trainer(sizes, matmul, (2, 1)) for matmul in (BlockMatmul, OfValues))
     coded = [jax.tree_util.keystr(path) for path, read in leaves_with_path(in_codes._reads) if read.codes]

@@ -51,7 +51,7 @@ TWICE = batch_of([[0, 1], [2, 3], [0, 1], [2, 3]], 16)
 def model(tiny_sizes, filled):
     """(definition, params, router biases) of a small V3 with two depths of multi-token prediction."""
     sizes = tiny_sizes.copy_and_resolve_references()
-    sizes.mtp_depth = 2
+    sizes.update(n_layers=1, n_dense_layers=0, mtp_depth=2)
     module = family("v3")
     return filled(lambda: module.Model(module.Config.from_config(sizes), rngs=nnx.Rngs(0)), std=0.1)
 
@@ -77,7 +77,6 @@ def assert_close(a, b):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-7), a, b)
 
 
-@pytest.mark.slow
 def test_packed_is_padded(run):
     """The same documents side by side, and each in a row of its own: losses, loads and gradients are the same."""
     (loss, packed), gradients = run(PACKED)

@@ -23,7 +23,9 @@ LOADS = {  # two experts with most of the tokens, others in each layer
 
 @pytest.fixture(scope="module")
 def sizes(tiny_sizes):
-    return family("v3").Config.from_config(tiny_sizes)
+    sizes = tiny_sizes.copy_and_resolve_references()
+    sizes.update(n_layers=2, n_dense_layers=0)
+    return family("v3").Config.from_config(sizes)
 
 
 @pytest.fixture(scope="module")
