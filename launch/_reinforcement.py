@@ -56,7 +56,7 @@ def train(config: ConfigDict, workdir: Path, stop: "StopRequest", again: str, pe
         start, state = resumed(config, learner, checkpoints, workdir)
         kind, n_devices = jax.devices()[0].device_kind, learner.trainer.mesh.size
         of = {"device_kind": kind, "n_devices": n_devices, "enabled": jax.process_index() == 0}
-        with Metrics(workdir, config.loop.steps, start_step=start, **of) as metrics:
+        with Metrics(workdir, config.loop.steps, start_step=start, verb="rl", **of) as metrics:
             metrics.message(headline(config, learner, workdir, start))
             if start >= config.loop.steps:
                 metrics.message(f"This run has reached step {start}. To continue: --config.loop.steps={2 * start}")

@@ -15,6 +15,7 @@ from deepseek_jax.data.rows import FORMATS
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import (
     _bench_kernels,
+    _bench_rl,
     _options,
     _scaling,
     bench,
@@ -71,6 +72,7 @@ VERBS = {
     "export": (export.FLAGS, {"config": False}),
     "r1": ({}, {}),
     "rl": ({}, {}),
+    "bench rl": (_bench_rl.EXTRA, {"workdir": False}),
     "sample": (sample.FLAGS, {}),
     "sft": (sft.EXTRA, {}),
     "serve": (serve.FLAGS, {"config": False}),

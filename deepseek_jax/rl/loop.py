@@ -16,7 +16,8 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.files import write_atomically
 from deepseek_jax.layers.base import Tree
 from deepseek_jax.parallel.mesh import REPLICATED, place
-from deepseek_jax.rl.rewards import ACCURACY
+from deepseek_jax.rl.problems import Problem
+from deepseek_jax.rl.rewards import ACCURACY, Response
 from deepseek_jax.rl.step import Drawn, Learner, copied
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 from deepseek_jax.train.loop import StopPoll
@@ -28,6 +29,7 @@ REFERENCE, TAKEN_AT = "reference", "reference_step"  # entries of a checkpoint
 METRICS = "metrics.jsonl"  # as `train.metrics` writes it
 SAMPLES = "samples.jsonl"  # answers to held-out problems, in the workdir
 N_SAMPLES = 8  # of an evaluation
+SHOWN = 300  # characters of a sample that is printed
 MOST_CUT_OFF = 0.5  # share of answers that are too long, above which there is a warning
 MOST_UNSCORED = 0.05  # share of answers, likewise
 MASTERED = 0.9  # share of right answers from which there is little left to learn
@@ -198,11 +200,22 @@ class Loop:
         write_atomically(self.workdir / SAMPLES, "".join(json.dumps(row) + "\n" for row in samples).encode())
 
     def _write_samples(self, step: int, drawn: Drawn) -> None:
-        """Appends some answers to the file of samples."""
-        rows = []
+        """Appends some answers to the file of samples, shows them in TensorBoard, and prints the first."""
+        rows, shown = [], []
         for problem, response in list(zip(drawn.problems, drawn.responses, strict=True))[:N_SAMPLES]:
             messages = [*problem.messages, response.message]
             rows.append(json.dumps({"step": step, "messages": messages, "answer": problem.answer}, default=str))
+            shown.append(spelled(problem, response))
         if self.metrics.enabled:
             with (self.workdir / SAMPLES).open("a", encoding="utf-8") as file:
                 file.write("".join(row + "\n" for row in rows))
+            self.metrics.samples(step, shown)
+            self.metrics.message("  drawn: " + " ".join(shown[0].split())[:SHOWN])
+
+
+def spelled(problem: Problem, response: Response) -> str:
+    """Returns a question, the thought and the content of a response, and the answer expected, as text."""
+    ending = "" if response.is_finished else " (cut off)"
+    thought = f"<think>{response.thought}</think>" if response.thought else ""
+    answer = problem.answer if isinstance(problem.answer, str | int | float) else "…"
+    return f"{problem.messages[-1]['content']}\n\n→ {thought}{response.content}{ending}\n\n(expected {answer})"

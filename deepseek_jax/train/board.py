@@ -2,7 +2,8 @@
 
     tensorboard/train/       loss/bits_per_byte  loss/mtp  loss/next_token  loss/total
                              optimizer/...  routing/...  speed/...
-    tensorboard/held_out/    loss/bits_per_byte
+                             reward/...  answers/...  policy/...      of reinforcement learning
+    tensorboard/held_out/    loss/bits_per_byte; reward/...  answers/... and answers as text
 
 TensorBoard lays the two folders over each other wherever they share a tag, and sorts groups and charts by name.
 
@@ -21,7 +22,7 @@ import numpy as np
 
 FLUSH_S = 10.0  # between the moments at which events reach the disk
 
-# Figure -> tag; any other figure is an auxiliary loss.
+# Figure -> tag; any other figure is an auxiliary loss, or a reward if there are rewards.
 TAGS = {
     "bits_per_byte": "loss/bits_per_byte",
     "main": "loss/next_token",
@@ -31,6 +32,31 @@ TAGS = {
     "learning_rate": "optimizer/learning_rate",
     "skipped": "optimizer/skipped_steps",
     "max_violation": "routing/max_violation",
+}
+# Of reinforcement learning; its other figures are parts of the reward, under their names.
+RL_TAGS = {
+    "reward": "reward/total",
+    "accuracy_error": "reward/accuracy_error",
+    "greedy_accuracy": "reward/greedy_accuracy",
+    "unscored": "reward/unscored",
+    "tied": "reward/tied_groups",
+    "answer_length": "answers/length",
+    "finished_length": "answers/length_of_finished",
+    "cut_off": "answers/cut_off",
+    "thought": "answers/with_thought",
+    "loss": "policy/loss",
+    "entropy": "policy/entropy",
+    "kl": "policy/kl",
+    "ratio": "policy/ratio",
+    "clipped_low": "policy/clipped_low",
+    "clipped_high": "policy/clipped_high",
+    "off_policy": "policy/off_policy",
+    "importance": "policy/importance",
+    "gap": "policy/gap",
+    "gap_mean": "policy/gap_mean",
+    "rollout_s": "speed/rollout_s",
+    "reward_s": "speed/reward_s",
+    "update_s": "speed/update_s",
 }
 # These are 0 where a model has no such part, or nothing has happened: no chart of a line at 0.
 ABSENT_AT_0 = ("loss/mtp", "optimizer/skipped_steps")
@@ -57,7 +83,8 @@ class Board:
         `layers` is name -> array [rows] (charts) or [rows, experts] (distributions), `rows` what the rows are called,
         and `speed` the figures of the clock.
         """
-        scalars = {TAGS.get(name, f"auxiliary_loss/{name}"): x for name, x in figures.items() if name not in UNCHARTED}
+        tags, group = (TAGS | RL_TAGS, "reward") if "reward" in figures else (TAGS, "auxiliary_loss")
+        scalars = {tags.get(name, f"{group}/{name}"): x for name, x in figures.items() if name not in UNCHARTED}
         scalars = {tag: value for tag, value in scalars.items() if value != 0 or tag not in ABSENT_AT_0}
         scalars |= {f"speed/{name}": value for name, value in (speed or {}).items()}
         histograms: dict[str, np.ndarray] = {}
@@ -65,6 +92,10 @@ class Board:
             into = scalars if values.ndim == 1 else histograms
             into |= {f"routing/{name}/{row}": value for row, value in zip(rows, values, strict=True)}
         self._files[split].add(step, scalars, histograms)
+
+    def add_text(self, step: int, split: str, tag: str, text: str) -> None:
+        """Adds a text, which TensorBoard reads as Markdown. Raises OSError if it cannot be written."""
+        self._files[split].add_text(step, tag, text)
 
     def close(self) -> None:
         """Writes what is left and closes all files, also if one of them raises an OSError."""
@@ -99,6 +130,12 @@ class _EventFile:
         if time.monotonic() >= self._flushed_s + FLUSH_S:
             self._file.flush()
             self._flushed_s = time.monotonic()
+
+    def add_text(self, step: int, tag: str, text: str) -> None:
+        """Adds a text. May raise OSError."""
+        from tensorboardX import summary
+
+        self._write(step, summary=summary.text(tag, text))
 
     def close(self) -> None:
         try:

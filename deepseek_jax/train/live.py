@@ -1,4 +1,4 @@
-"""The live view of a run in a terminal: a bar, the figures, the loss as a line of blocks; drawn by rich."""
+"""The live view of a run in a terminal: a bar, the figures, the loss or reward as a line of blocks; drawn by rich."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ def open_live(metrics: "Metrics") -> Any:
 
 
 def view(metrics: "Metrics", width: int, ascii_only: bool) -> Any:
-    """Returns the present state: bar, figures, sparkline of the loss."""
+    """Returns the present state: bar, figures, sparkline of the loss or the reward."""
     from rich.columns import Columns
     from rich.console import Group
     from rich.panel import Panel
@@ -52,9 +52,10 @@ def view(metrics: "Metrics", width: int, ascii_only: bool) -> Any:
     labelled = (column.split("=") for column in figures + held_out)
     cells = [Text.assemble((f"{label} ", "dim"), value, no_wrap=True) for label, value in labelled]
     parts: list[Any] = [bar, Columns(cells, padding=(0, 3), equal=True)]
-    if len(metrics.losses) > 1 and not ascii_only:
-        parts.append(Text(f"loss {_sparkline(list(metrics.losses))}", no_wrap=True, overflow="crop"))
-    return Panel(Group(*parts), title="deepseek-jax train", title_align="left", width=width)
+    if len(metrics.curve_values) > 1 and not ascii_only:
+        label = FIGURES[metrics.curve][0]
+        parts.append(Text(f"{label} {_sparkline(list(metrics.curve_values))}", no_wrap=True, overflow="crop"))
+    return Panel(Group(*parts), title=f"deepseek-jax {metrics.verb}", title_align="left", width=width)
 
 
 def _sparkline(values: list[float]) -> str:

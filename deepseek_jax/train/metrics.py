@@ -16,6 +16,7 @@ import contextlib
 import json
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -80,6 +81,7 @@ class Metrics:
       stream: where progress goes, standard output by default.
       live: draw a live view; None: if `stream` is a terminal.
       enabled: False writes nothing (processes other than the first).
+      verb: heads the live view.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Metrics:
         stream: TextIO | None = None,
         live: bool | None = None,
         enabled: bool = True,
+        verb: str = "train",
     ):
         self.total_steps, self.tokens_per_step = total_steps, tokens_per_step
         self.flops_per_token, self.peak_flops = flops_per_token, (peak_flops(device_kind) or 0.0) * n_devices
@@ -104,7 +107,8 @@ class Metrics:
         self.figures: dict[str, Any] = {}
         self.speed: dict[str, float] = {}
         self.held_out: dict[str, Any] = {}
-        self.losses: collections.deque[float] = collections.deque(maxlen=48)
+        self.verb, self.curve = verb, ""  # the figure that the live view draws: the loss, or the reward
+        self.curve_values: collections.deque[float] = collections.deque(maxlen=48)
         self._start_step, self._tokens, self._paused_s = start_step, 0, 0.0
         self._window: collections.deque[tuple] = collections.deque(maxlen=20)  # (seconds, step, tokens so far)
         self._log: TextIO | None = None
@@ -152,8 +156,9 @@ class Metrics:
         self._time(step, self.tokens_per_step * (step - self.now) if tokens is None else tokens)
         self.speed |= {name: _number(value) for name, value in exchange.items()}
         self.now, self.figures = step, {name: value for name, value in figures.items() if value != 0 or name != "mtp"}
-        if math.isfinite(figures.get("main", math.nan)):
-            self.losses.append(figures["main"])
+        self.curve = "main" if "main" in figures else "reward"
+        if math.isfinite(value := figures.get(self.curve, math.nan)):
+            self.curve_values.append(value)
 
         lists = {name: value.tolist() for name, value in layers.items() if value.ndim == 1}
         self._write({"step": step, "split": "train", **figures, "layers": lists, "speed": self.speed})
@@ -178,6 +183,17 @@ class Metrics:
         self._chart(step, "held_out", figures)
         if self._live is None:
             self._say("  ".join([self.heading(step), "held-out", *columns(figures, FIGURES)]))
+
+    def samples(self, step: int, texts: Sequence[str]) -> None:
+        """Adds texts to TensorBoard, as they are, beside the figures on held-out problems."""
+        if self._board is None:
+            return
+        try:
+            for number, text in enumerate(texts):
+                self._board.add_text(step, "held_out", f"answers/{number}", textwrap.indent(text, "    "))
+        except OSError as error:
+            self._give_up(self._board, "tensorboard", error)
+            self._board = None
 
     def message(self, text: str) -> None:
         """Prints a line, above the live view where there is one."""

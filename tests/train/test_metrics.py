@@ -195,6 +195,39 @@ def test_every_figure_of_a_step_has_a_place(tmp_path):
     assert scalars == set(board.TAGS) | set(board.UNCHARTED)
 
 
+RL = {"reward": 0.5, "accuracy": 0.25, "format": 1.0, "answer_length": 6.5, "tied": 0.0, "entropy": 0.7, "gap": 1e-6}
+
+
+def test_figures_of_reinforcement_learning_have_the_names_of_the_field(tmp_path):
+    from deepseek_jax.rl.grpo import Figures
+    from deepseek_jax.rl.rewards import Response, Score
+    from deepseek_jax.rl.step import reward_figures
+
+    parts = {"accuracy": 1.0, "format": 0.0}
+    found = reward_figures([Score(1.0, parts)], [Response({"content": "8"}, 3, 9, True)]).keys() | set(Figures._fields)
+    assert found - board.RL_TAGS.keys() == parts.keys()
+    with open_metrics(tmp_path) as metrics:
+        metrics.step(1, RL | {"learning_rate": 1e-3})
+        metrics.evaluation(1, RL)
+        metrics.samples(1, ["2 + 2\n\n→ <think>hm</think>4"])
+    train, held_out = (tags(tmp_path / "tensorboard" / side) for side in ("train", "held_out"))
+    names = {"reward/total", "reward/accuracy", "reward/format", "answers/length", "reward/tied_groups"}
+    names |= {"policy/entropy", "policy/gap"}
+    assert {tag for tag in train if not tag.startswith("speed/")} == names | {"optimizer/learning_rate"}
+    assert {tag for tag in held_out if "text_summary" not in tag} == names and len(held_out) == len(names) + 1
+    (file,) = (tmp_path / "tensorboard" / "held_out").iterdir()
+    texts = [value.tensor.string_val for event in events_of(file) for value in event.summary.value]
+    assert ["    2 + 2\n\n    → <think>hm</think>4".encode()] in [list(text) for text in texts]
+
+
+def test_the_live_view_of_reinforcement_learning_draws_the_reward(tmp_path):
+    stream = io.StringIO()
+    with open_metrics(tmp_path, stream=stream, live=True, verb="rl") as metrics:
+        for step in (1, 2):
+            metrics.step(step, RL | {"reward": step / 4})
+    assert "deepseek-jax rl" in stream.getvalue() and "reward ▁█" in stream.getvalue()
+
+
 def test_routers_are_called_by_their_layer_and_mtp_is_none():
     loads = {"moe_blocks": np.ones((3, 4)), "mtp": {"0": np.ones(4), "1": np.ones(4)}}
     assert router_names(loads, 2) == ["layer_02", "layer_03", "layer_04", "mtp_0", "mtp_1"]
