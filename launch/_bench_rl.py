@@ -1,6 +1,6 @@
 """Measure steps of reinforcement learning, rollout and updates, side by side with TRL on transformers.
 
-    deepseek-jax bench rl                                          # tiny_v3 on this machine's CPU beside TRL
+    deepseek-jax bench rl                                          # tiny_zero on this machine's CPU beside TRL
     deepseek-jax bench rl --peer-python=/path/to/python            # an interpreter that has torch and trl
     deepseek-jax bench rl --config=r1_distill_qwen_1b5 --no-peer --questions=16 --answers=16 --new-tokens=1024
 
@@ -34,17 +34,19 @@ if TYPE_CHECKING:
     from deepseek_jax.rl.rewards import Response, Score
 
 EXTRA = {
-    "questions": (int, 8, "prompts of a step", whole(1, 10**6)),
-    "answers": (int, 8, "answers to each", whole(2, 10**6)),
-    "updates": (int, 2, "updates per step, each on its share of the answers", whole(1, 10**6)),
-    "prompt_tokens": (int, 32, "tokens of a prompt", whole(1, 10**6)),
-    "new_tokens": (int, 64, "tokens of an answer", whole(1, 10**6)),
+    "questions": (int, None, "prompts of a step (default of this and the next four: what config.rl has)"),
+    "answers": (int, None, "answers to each"),
+    "updates": (int, None, "updates per step, each on its share of the answers"),
+    "prompt_tokens": (int, None, "tokens of a prompt"),
+    "new_tokens": (int, None, "tokens of an answer"),
     "turns": (int, 5, "times that each side is measured", whole(1, 10**6)),
     "steps": (int, 1, "steps of one turn", whole(1, 10**6)),
     "peer": (bool, True, "measure TRL as well"),
     "peer_python": (str, sys.executable, "the interpreter that has torch, transformers and trl", path(1)),
     "peer_experts": (str, "grouped_mm", "how transformers computes experts: grouped_mm, batched_mm or eager"),
 }
+SIZES = {"questions": "questions", "answers": "answers", "updates": "updates"}  # flag -> key of config.rl
+SIZES |= {"prompt_tokens": "longest_prompt", "new_tokens": "longest_answer"}
 
 
 class Taken(NamedTuple):
@@ -56,7 +58,7 @@ class Taken(NamedTuple):
 
 def main(argv: list[str]) -> int:
     """Runs the bench; returns the exit code."""
-    options = _options.parse(argv, "tiny_v3", EXTRA, workdir=False)
+    options = _options.parse(argv, "tiny_zero", EXTRA, workdir=False)
     config = settled(run_config.validate(options.config), options)
     with contextlib.ExitStack() as stack:
         sides: dict[str, Ours | Peer] = {"deepseek_jax": Ours(config)}
@@ -77,8 +79,9 @@ def settled(config: ConfigDict, options: Any) -> ConfigDict:
     from deepseek_jax.launch._reinforcement import check_sizes
 
     rl = config.rl
-    rl.questions, rl.answers, rl.updates = options.questions, options.answers, options.updates
-    rl.longest_prompt, rl.longest_answer = options.prompt_tokens, options.new_tokens
+    for flag, key in SIZES.items():
+        if (size := getattr(options, flag)) is not None:
+            rl[key] = whole(1, 10**6).check(f"--{flag.replace('_', '-')}", size)
     rl.temperature = rl.top_p = 1.0
     rl.grpo.beta = config.loss.balance_rate = 0.0
     if "mtp_depth" in config.model:
