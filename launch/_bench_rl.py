@@ -26,7 +26,7 @@ from deepseek_jax import run_config
 from deepseek_jax.bounds import path, whole
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
-from deepseek_jax.launch._peer import PeerProcess
+from deepseek_jax.launch._peer import PeerProcess, transformers_sizes
 from deepseek_jax.units import binary
 
 if TYPE_CHECKING:
@@ -170,8 +170,6 @@ class Peer(PeerProcess):
     """TRL's GRPOTrainer."""
 
     def __init__(self, config: ConfigDict, python: str, experts: str):
-        from deepseek_jax.launch.bench import transformers_sizes
-
         rl, o = config.rl, config.optimizer
         job = {
             "sizes": transformers_sizes(config) | {"use_cache": True},

@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, Self
 
+from ml_collections import ConfigDict
+
 from deepseek_jax.errors import UserError
 
 
@@ -59,3 +61,14 @@ class PeerProcess:
                 "interpreter that has it with --peer-python, or leave it out with --no-peer."
             )
         return json.loads(line)
+
+
+def transformers_sizes(config: ConfigDict) -> dict:
+    """The `DeepseekV3Config` of a config's model."""
+    if config.family != "v3" or config.model.mtp_depth:
+        raise UserError(
+            f"{config.name}: the peer trains a V3 without MTP. Set --config.model.mtp_depth=0 or --no-peer."
+        )
+    from deepseek_jax.convert.hf_config import to_hf
+
+    return to_hf(config.family, config.model.to_dict(), dtype="float32") | {"use_cache": False}

@@ -33,7 +33,7 @@ from deepseek_jax.bounds import path, whole
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options, _profile
 from deepseek_jax.launch._bench_step import Ours
-from deepseek_jax.launch._peer import PeerProcess
+from deepseek_jax.launch._peer import PeerProcess, transformers_sizes
 from deepseek_jax.units import binary
 
 EXTRA = {
@@ -107,17 +107,6 @@ class Peer(PeerProcess):
         answer = self.ask(str(n_steps))
         self.loss, self.peak_memory_bytes = answer["loss"], answer["peak_memory_bytes"]
         return answer["seconds"]
-
-
-def transformers_sizes(config: ConfigDict) -> dict:
-    """The `DeepseekV3Config` of a config's model."""
-    if config.family != "v3" or config.model.mtp_depth:
-        raise UserError(
-            f"{config.name}: the peer trains a V3 without MTP. Set --config.model.mtp_depth=0 or --no-peer."
-        )
-    from deepseek_jax.convert.hf_config import to_hf
-
-    return to_hf(config.family, config.model.to_dict(), dtype="float32") | {"use_cache": False}
 
 
 def report(config: ConfigDict, sides: dict, seconds: dict, n_steps: int) -> None:
