@@ -58,7 +58,10 @@ def show_sample(config: ConfigDict, workdir: Path) -> None:
         return
     if config.data.format == "conversations":
         print(f"talk with it: deepseek-jax chat --workdir={workdir}\n", flush=True)
-        show_answers(config, workdir)
+        try:
+            show_answers(config, workdir)
+        except UserError as error:
+            print(f"no answers: {error}")
         return
     print(f"try it: deepseek-jax generate --workdir={workdir} --prompt='def '\n", flush=True)
     prompt = SAMPLE[: config.data.seq_len // 2] or " "

@@ -100,9 +100,11 @@ def test_adapters_from_start_to_export(tuned, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, whole.params, parts.params)
     base = dsj.load(tuned / "published")
     np.testing.assert_array_equal(whole.params["head"]["weight_DV"], base.params["head"]["weight_DV"])
-    for name, model in (("base", base), ("adapted", whole)):
-        losses = [loss(model([example.ids.tolist()])[0], example) for example in examples(tuned, model.tokenizer)]
-        assert (np.mean(losses) > 5) == (name == "base") and (np.mean(losses) < 3) == (name == "adapted")
+    before, after = (
+        np.mean([loss(model([example.ids.tolist()])[0], example) for example in examples(tuned, model.tokenizer)])
+        for model in (base, whole)
+    )
+    assert after < before - 0.5
 
     assert export.main([f"--workdir={tmp_path}/whole", f"--to={tmp_path}/merged", "--dtype=fp32"]) == 0
     assert export.main([f"--workdir={tmp_path}/whole", f"--to={tmp_path}/adapters", "--adapters"]) == 0
