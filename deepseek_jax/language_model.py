@@ -56,7 +56,7 @@ from deepseek_jax.serve.programs import form
 from deepseek_jax.serve.prompts import check_prompts
 from deepseek_jax.serve.sampling import Sampling
 from deepseek_jax.units import binary
-from deepseek_jax.weights import FORMATS, export, open_weights
+from deepseek_jax.weights import FORMATS, export, open_weights, with_peft
 
 MOST_ROWS = 256  # prompts that `generate` continues at the same time
 CHUNK = 2048  # tokens of a prompt that it reads in one pass
@@ -384,7 +384,12 @@ def build(config: str | ConfigDict, seed: int = 0) -> LanguageModel:
     return LanguageModel(config, params, router_bias, source=f"fresh, seed {seed}")
 
 
-def load(path: str | os.PathLike, precision: str | None = None, weights: str = "wide") -> LanguageModel:
+def load(
+    path: str | os.PathLike,
+    precision: str | None = None,
+    weights: str = "wide",
+    adapters: str | os.PathLike | None = None,
+) -> LanguageModel:
     """The model of a run, from its newest intact checkpoint, or of published weights, which may be on the hub.
 
     Weights keep the dtypes in which they are stored, but for 8-bit ones, which become bfloat16.
@@ -395,13 +400,18 @@ def load(path: str | os.PathLike, precision: str | None = None, weights: str = "
         precision: what to compute in, "fp32" or "bf16"; by default that of the run, or of most published weights.
         weights: "wide"; "stored", so that 8-bit weights stay in FP8 (`precision.fp8_weight`), in half the memory; or
             "fp8", so that the others are quantised as well, by V3's rule.
+        adapters: directory of low-rank adapters that PEFT has written, which are merged into the weights.
 
-    Raises UserError: no such directory, no intact checkpoint in it, a published model of no known family, or weights
-    that do not fit the memory.
+    Raises UserError: no such directory, no intact checkpoint in it, a published model of no known family, weights
+    that do not fit the memory, or adapters of another model.
     """
     one_of(*FORMATS).check("weights", weights)
+    if adapters is not None and weights != "wide":
+        raise UserError(f"weights={weights!r} with adapters: expected 'wide', since codes take no sum.")
     loaded = open_weights(path).load(weights)
     config, state = loaded.config, loaded.state
+    if adapters is not None:
+        state = with_peft(config, state, adapters)
     if weights == "fp8" and config.precision == "fp8":
         config.precision = "bf16"  # of a run in FP8: what multiplies weights in FP8 takes activations of more bits
     if precision:

@@ -174,6 +174,14 @@ def without_adapters(config: ConfigDict, weights: Tree) -> Tree:
     return weights | {"params": lora.merged(weights["params"], found)}
 
 
+def with_peft(config: ConfigDict, weights: Tree, directory: str | os.PathLike) -> Tree:
+    """The weights of a config's model, with what the adapters in a directory of PEFT's have learnt."""
+    shapes, said = abstract_weights(config), peft.settings(directory)
+    found = peft.lora(shapes, said["rank"], said["alpha"], said["targets"])
+    params = lora.beside(weights["params"], peft.read(directory, shapes, found))
+    return weights | {"params": lora.merged(params, found)}
+
+
 def _in_format(state: Tree, weights: str) -> Tree:
     """The state with the weights that releases store in FP8 quantised, where `weights` is "fp8"."""
     return fp8_weights.quantized(state) if weights == "fp8" else state
