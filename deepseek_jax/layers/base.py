@@ -27,6 +27,7 @@ from deepseek_jax.parallel.context import WHOLE as WHOLE_SEQUENCES
 from deepseek_jax.parallel.mesh import AnyMesh
 from deepseek_jax.parallel.sharding import EXPERTS, STACKED, Placement
 from deepseek_jax.parallel.vocabulary import WHOLE, Vocabulary
+from deepseek_jax.precision.coded import CodedWeight
 from deepseek_jax.precision.fp8_weight import Fp8Weight
 from deepseek_jax.precision.grouped import OfLayer, layer_of
 from deepseek_jax.precision.matmul import PLAIN, Matmul
@@ -175,7 +176,7 @@ def run_stack(
     """
     definition, weights = nnx.split(blocks)
     if layers is not None:
-        weights = jax.tree.map(lambda w: w[layers], weights)
+        weights = _layers_of(weights, layers)
 
     def body(x: Any, layer: tuple) -> tuple[Any, Any]:
         own, extra = layer
@@ -190,8 +191,9 @@ def run_stack(
     if run.unroll:
         return jax.lax.scan(remat(body, run.remat), x, (rows, extras), unroll=run.unroll)
     found = []
-    for i in range(len(jax.tree.leaves(rows)[0])):
-        x, y = body(x, jax.tree.map(lambda a, i=i: a[i], (rows, extras)))
+    for i in range(fetch[0] if fetch else _depth(weights)):
+        own = rows[i] if fetch else _layers_of(weights, i)
+        x, y = body(x, (own, jax.tree.map(lambda a, i=i: a[i], extras)))
         found.append(y)
     return x, jax.tree.map(lambda *ys: jnp.stack(ys), *found)
 
@@ -204,6 +206,11 @@ class Turned:
     array: jax.Array
     order: tuple[int, ...]  # which of the weight's axes each axis of the array is
 
+    @property
+    def ndim(self) -> int:
+        """Of the weight."""
+        return len(self.order)
+
     def __getitem__(self, index: Any) -> jax.Array:
         assert index is ..., index
         return jnp.transpose(self.array, sorted(range(len(self.order)), key=self.order.__getitem__))
@@ -212,7 +219,12 @@ class Turned:
 class Unstacked(NamedTuple):
     """A stacked weight as one array per layer: without a loop, XLA on a GPU copies what it cuts out of a stack."""
 
-    layers: tuple[jax.Array | Turned | Fp8Weight, ...]
+    layers: tuple[jax.Array | Turned | Fp8Weight | CodedWeight, ...]
+
+    @property
+    def ndim(self) -> int:
+        """Of the stack."""
+        return 1 + self.layers[0].ndim
 
     def __getitem__(self, index: Any) -> "Unstacked":  # type: ignore[override]  # modules read weights as weight[...]
         assert index is ..., index
@@ -229,6 +241,31 @@ class InStack(NamedTuple):
 def is_in_stack(x: Any) -> bool:
     """Whether this is an `InStack`, which is a leaf of what layers keep."""
     return isinstance(x, InStack)
+
+
+def unstacked(layers: Tree) -> Tree:
+    """The weights of a stack, each `Unstacked`, from those of its layers by their numbers "0", "1", …."""
+    in_order = (layers[str(number)] for number in range(len(layers)))
+    return jax.tree.map(lambda *each: Unstacked(each), *in_order, is_leaf=lambda sub: not isinstance(sub, dict))
+
+
+def _layers_of(weights: nnx.State, index: int | slice) -> nnx.State:
+    """Some layers of stacked weights, or the weights of one."""
+
+    def of(_: tuple, weight: nnx.Variable) -> nnx.Variable:
+        value = weight[...]
+        if not isinstance(value, Unstacked):
+            return weight.replace(jax.tree.map(lambda a: a[index], value))
+        found = value.layers[index]
+        return weight.replace(Unstacked(found) if isinstance(index, slice) else found)
+
+    return nnx.map_state(of, weights)
+
+
+def _depth(weights: nnx.State) -> int:
+    """The number of layers of stacked weights."""
+    value = jax.tree.leaves(weights, is_leaf=lambda v: isinstance(v, nnx.Variable))[0][...]
+    return len(value.layers) if isinstance(value, Unstacked) else len(jax.tree.leaves(value)[0])
 
 
 def run_cached(

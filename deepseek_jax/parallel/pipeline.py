@@ -73,8 +73,8 @@ class Pools(NamedTuple):
 class Sums(NamedTuple):
     """What is summed over the micro-batches, in float32."""
 
-    gradients: dict  # of each chunk
-    reports: Tree
+    gradients: list[dict]  # of each chunk's weights; of those that chunks share, in the first chunk's only
+    reports: Tree  # with a leading axis of chunks
     ends: tuple[Tree, Tree]  # (gradient, report)
 
 
@@ -148,13 +148,7 @@ def run_pipeline(
         return (pools._replace(**kept), Sums(gradients, reports, of_ends)), None
 
     (_, sums), _ = jax.lax.scan(tick, start, _rows(table, switches))
-    found = [_of_chunk(sums, chunk, shared) for chunk in range(n_chunks)]
-    return [gradient for gradient, _ in found], [report for _, report in found], _of_ends(sums)
-
-
-def _of_chunk(sums: Sums, chunk: int, shared: Collection[str]) -> tuple[dict, Tree]:
-    gradients = {name: a for name, a in sums.gradients.items() if chunk == 0 or name not in shared}
-    return _nth(gradients, chunk), _nth(sums.reports, chunk)
+    return sums.gradients, [_nth(sums.reports, chunk) for chunk in range(n_chunks)], _of_ends(sums)
 
 
 def _of_ends(sums: Sums) -> tuple[Tree, Tree]:
@@ -169,7 +163,8 @@ def _empty_pools(table: TickTable, shapes: Made) -> Pools:
 
 
 def _no_sums(shapes: Made, of_ends: tuple[Tree, Tree], n_chunks: int, shared: Collection[str]) -> Sums:
-    gradients = {name: _zero_sums(a, 1 if name in shared else n_chunks) for name, a in shapes.gradient.items()}
+    own = {name: sub for name, sub in shapes.gradient.items() if name not in shared}
+    gradients = [jax.tree.map(_no_sum, own if chunk else shapes.gradient) for chunk in range(n_chunks)]
     return Sums(gradients, _zero_sums(shapes.report, n_chunks), _zero_sums(of_ends, 1))
 
 
@@ -325,8 +320,12 @@ def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.zeros(shape.shape, shape.dtype)
 
 
+def _no_sum(a: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32))
+
+
 def _zero_sums(tree: Tree, n: int) -> Tree:
-    return jax.tree.map(lambda a: jnp.zeros((n, *a.shape), jnp.promote_types(a.dtype, jnp.float32)), tree)
+    return jax.tree.map(lambda a: jnp.stack([_no_sum(a)] * n), tree)
 
 
 def _pool(shapes: Tree, n_slots: int) -> Tree:
@@ -366,7 +365,7 @@ def _arrived(pool: Tree, sent: Tree, slots: dict[str, jax.Array], plan: dict[str
 
 
 # (pools, gradients, row) -> (made, pools that have changed, gradients)
-Run = Callable[[Pools, dict, dict], tuple[Made, dict[str, Arrays], dict]]
+Run = Callable[[Pools, list[dict], dict], tuple[Made, dict[str, Arrays], list[dict]]]
 
 
 def _in_place(
@@ -379,7 +378,8 @@ def _in_place(
     """Returns what runs an op whose branch itself puts results into the buffers, only those that it has.
 
     XLA changes the buffers without a copy, as long as whatever a branch reads of them is read before: the barrier says
-    so. (Its CPU compiler drops barriers, and copies.)
+    so. (Its CPU compiler drops barriers, and copies.) Sums are read by nothing but what adds to them, and need none: so
+    each product of W can be added as soon as it is made, in the pass that also converts it.
     """
     nothing = nothing._replace(early=[], late=[], stash=[], gradient={})
 
@@ -387,26 +387,24 @@ def _in_place(
         has_own_stash = {"B", "W"} <= {kind for kind, _, _ in branch}
         w_part = next((part for part in branch if part[0] == "W"), None)
 
-        def run(pools: dict[str, Arrays], gradients: dict, others: Pools, row: dict) -> tuple:
+        def run(pools: dict[str, Arrays], gradients: list[dict], others: Pools, row: dict) -> tuple:
             found = program(others._replace(**pools), row, {})
-            pools, gradients, found = jax.lax.optimization_barrier((pools, gradients, found))
+            made = found.pop("gradient", {})
+            pools, found = jax.lax.optimization_barrier((pools, found))
+            del found["read"]
             lists = {pool: found.pop(pool, []) for pool in WRITTEN}
             if has_own_stash:
                 lists["stash"] = []
             kept = {pool: _put_some(arrays, lists[pool], row["write"].get(pool, 0)) for pool, arrays in pools.items()}
             if w_part:
-                made, zero = found.pop("gradient"), stages[w_part[2]].is_zero
-                gradients = {
-                    name: _add_some(sums, made[name], zero[name], 0 if name in shared else w_part[1])
-                    for name, sums in gradients.items()
-                }
+                gradients = _with(gradients, made, stages[w_part[2]].is_zero, shared, w_part[1])
             return nothing._replace(**found), kept, gradients
 
         return run
 
     runs = [of(*pair) for pair in zip(branches, programs, strict=True)]
 
-    def tick(pools: Pools, gradients: dict, row: dict) -> tuple[Made, dict[str, Arrays], dict]:
+    def tick(pools: Pools, gradients: list[dict], row: dict) -> tuple[Made, dict[str, Arrays], list[dict]]:
         changing = {pool: getattr(pools, pool) for pool in WRITTEN}
         others = pools._replace(**{pool: [] for pool in WRITTEN})
         return jax.lax.switch(row["branch"][0], runs, changing, gradients, others, row)
@@ -423,14 +421,21 @@ def _beside(
         for switch, each in zip(switches, programs, strict=True)
     ]
 
-    def tick(pools: Pools, gradients: dict, row: dict) -> tuple[Made, dict[str, Arrays], dict]:
+    def tick(pools: Pools, gradients: list[dict], row: dict) -> tuple[Made, dict[str, Arrays], list[dict]]:
         parts: dict[str, Any] = {}
         for index, each in zip(row["branch"], branches, strict=True):
             parts |= jax.lax.switch(index, each, pools, row, parts)
         made = Made(**parts)
         kept = {pool: _put(getattr(pools, pool), getattr(made, pool), slot) for pool, slot in row["write"].items()}
-        chunks = {name: 0 if name in shared else row["chunk"]["W"] for name in made.gradient}
-        return made, kept, {name: _add(gradients[name], made.gradient[name], chunks[name]) for name in chunks}
+        of_all, one_chunk = {name: made.gradient[name] for name in shared}, len(gradients) == 1
+        own = {name: sub for name, sub in made.gradient.items() if name not in shared}
+
+        def added(chunk: int, sums: dict) -> dict:
+            is_it = row["chunk"]["W"] == chunk
+            mine = own if one_chunk else jax.tree.map(lambda a: jnp.where(is_it, a, 0), own)
+            return jax.tree.map(_sum, sums, mine if chunk else mine | of_all)
+
+        return made, kept, [added(*each) for each in enumerate(gradients)]
 
     return tick
 
@@ -445,9 +450,19 @@ def _put_some(pool: Arrays, arrays: Arrays, slot: jax.Array | int) -> Arrays:
     return changed
 
 
-def _add_some(sums: Tree, values: Tree, is_zero: Tree, index: int) -> Tree:
-    """As `_add`, of values that are not zero whatever the stage is given."""
-    return jax.tree.map(lambda a, v, zero: a if zero else _add(a, v, index), sums, values, is_zero)
+def _with(gradients: list[dict], made: dict, is_zero: dict, shared: Collection[str], chunk: int) -> list[dict]:
+    """The sums with what W of a stage has made, but for what is zero whatever the stage is given."""
+
+    def added(number: int, sums: dict) -> dict:
+        names = [name for name in sums if number == (0 if name in shared else chunk)]
+        of_names = [{name: tree[name] for name in names} for tree in (sums, made, is_zero)]
+        return sums | jax.tree.map(lambda a, v, zero: a if zero else _sum(a, v), *of_names)
+
+    return [added(*each) for each in enumerate(gradients)]
+
+
+def _sum(a: jax.Array, v: jax.Array) -> jax.Array:
+    return a + v.astype(a.dtype)
 
 
 def _filled(program: Callable, kinds: str, nothing: Made) -> Callable[[Pools, dict, dict], dict]:
@@ -455,7 +470,9 @@ def _filled(program: Callable, kinds: str, nothing: Made) -> Callable[[Pools, di
 
     def run(pools: Pools, row: dict, before: dict) -> dict:
         made: dict[str, Any] = {name: getattr(nothing, name) for kind in kinds for name in MAKES[kind]}
-        for name, found in program(pools, row, before).items():
+        results = program(pools, row, before)
+        del results["read"]
+        for name, found in results.items():
             made[name] = _held(made[name], found) if name in WRITTEN else found
         return made
 
@@ -479,11 +496,11 @@ def _program(
 ) -> Callable[[Pools, dict, dict], dict]:
     """Returns the program of a branch: it reads buffers, and returns what its parts make.
 
-    Its last argument is what the switches before it in the same tick have made.
+    Its last argument is what the switches before it in the same tick have made. "read" in its result is what W reads.
     """
 
     def run(pools: Pools, row: dict, before: dict) -> dict:
-        made: dict[str, Any] = {}
+        made: dict[str, Any] = {"read": ()}
         stash: Arrays | None = None
         for kind, chunk, number in branch:
             stage, mine = stages[number], weights[chunk]
@@ -507,7 +524,8 @@ def _program(
                     fresh = [before["stash"][place] for place in _places(nothing.stash, stage.shapes["stash"])]
                     both = zip(fresh, stash or fresh, strict=True)
                     stash = [jnp.where(row["own_stash"], a, b) for a, b in both]
-                made |= {"gradient": stage.weights(mine, of_batch, read("late"), stash or [])}
+                given = jax.tree.map(jax.lax.optimization_barrier, (read("late"), stash or []))
+                made |= {"gradient": stage.weights(mine, of_batch, *given), "read": given}
         return made
 
     return run

@@ -168,6 +168,24 @@ class StageLayout:
         }
         return [{name: of(chunk, name) for name in tree} for chunk in range(self.n_chunks)]
 
+    def apart(self, tree: Tree) -> Tree:
+        """Weights of a stage with those of each slot of a stack apart: {stack: {number of the slot: its weights}}."""
+
+        def layers(sub: Tree) -> Tree:
+            n_slots = len(jax.tree.leaves(sub)[0]) if jax.tree.leaves(sub) else 0
+            return {str(slot): jax.tree.map(lambda a, slot=slot: a[slot], sub) for slot in range(n_slots)}
+
+        return {name: layers(sub) if self._is_stack(name) else sub for name, sub in tree.items()}
+
+    def together(self, tree: Tree) -> Tree:
+        """The inverse of `apart`."""
+
+        def stack(slots: Tree) -> Tree:
+            in_order = [slots[str(slot)] for slot in range(len(slots))]
+            return jax.tree.map(lambda *a: jnp.stack(a), *in_order) if slots else {}
+
+        return {name: stack(sub) if self._is_stack(name) else sub for name, sub in tree.items()}
+
     def joined(self, chunks: Sequence[Tree]) -> Tree:
         """Gradients in the layout of the weights: the transpose of `chunks`; inside `per_device` only.
 

@@ -40,7 +40,8 @@ class StageLosses(NamedTuple):
     """The loss of a model in pieces: see `Objective`."""
 
     # stage(trained, state, part, over, stage, x, embeddings ahead) -> (x for the stage after, hidden, loss, losses);
-    # `trained` and `state` (step, frozen weights, router biases, codes) hold the layers of the stage alone
+    # `trained` and `state` (step, frozen weights, router biases, codes) hold the layers of the stage alone, weights and
+    # codes those of each layer apart
     stage: Callable[[Tree, Tree, Batch, Totals, Stage, Any, Any], tuple[jax.Array, list, jax.Array, Losses]]
     # head(weight_DV, step, part, over, hidden) -> (loss, (main, mtp))
     head: Callable[[jax.Array, jax.Array, Batch, Totals, list], tuple[jax.Array, tuple[jax.Array, jax.Array]]]
@@ -89,8 +90,8 @@ def pipelined(losses: StageLosses, layout: StageLayout, remat: str, overlap: boo
         both = {name: params.get(name, {}) | state["frozen"].get(name, {}) for name in ENDS}
         ends = _ends(losses, both, state["step"], over)
         codes = layout.chunks(state["codes"])
-        weights = _chunks(layout, own, codes)
-        frozen, biases = _chunks(layout, state["frozen"] | both, codes), layout.chunks(state["router_bias"])
+        weights, frozen = _chunks(layout, own, codes), _chunks(layout, state["frozen"] | both, codes)
+        codes, biases = [layout.apart(each) for each in codes], layout.chunks(state["router_bias"])
         names = ("frozen", "router_bias", "codes")
         fixed = [
             {"step": state["step"], **dict(zip(names, each, strict=True))}
@@ -111,15 +112,15 @@ def pipelined(losses: StageLosses, layout: StageLayout, remat: str, overlap: boo
             table, run, weights, fixed, micro, x[0], ends, shared, overlap=overlap
         )
         trained = {name: {key: of_ends[name][key] for key in params[name]} for name in ENDS if name in params}
-        return layout.joined(found) | trained, *_summed(layout, reports, at_head)
+        return layout.joined([layout.together(each) for each in found]) | trained, *_summed(layout, reports, at_head)
 
     return gradients
 
 
 def _chunks(layout: StageLayout, weights: Tree, codes: Sequence[Tree]) -> list[Tree]:
-    """`layout.chunks`; of weights in codes, which nothing reads but the codes of each chunk, nothing moves."""
+    """`layout.chunks`, layers apart; of weights in codes, which nothing reads but each chunk's codes, nothing moves."""
     chunks = layout.chunks(without(weights, codes[0]))
-    return [with_zeros(plain, weights, of_chunk) for plain, of_chunk in zip(chunks, codes, strict=True)]
+    return [layout.apart(with_zeros(plain, weights, of_chunk)) for plain, of_chunk in zip(chunks, codes, strict=True)]
 
 
 def stage_table(layout: StageLayout) -> tuple[list[Kind], TickTable]:

@@ -28,7 +28,7 @@ from deepseek_jax.abstract_model import abstract
 from deepseek_jax.compat import hides_collectives, quick_compile
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.kernels import XLA, Kernels
-from deepseek_jax.layers.base import Execution, bind, dtype_read, logical_axes, split
+from deepseek_jax.layers.base import Execution, bind, dtype_read, logical_axes, split, unstacked
 from deepseek_jax.layers.router import max_violation, updated_bias
 from deepseek_jax.parallel import zero
 from deepseek_jax.parallel.alltoall import Sent, make_exchange
@@ -319,7 +319,9 @@ class Trainer:
         definition, _, _ = split(abstract_model)
 
         def stage(trained: dict, state: State, part: Batch, over: Totals, what: Stage, *x: Any) -> tuple:
-            model = self._bound(definition, _weights(trained, state), state["router_bias"])
+            weights = _weights(trained, state)
+            weights |= {name: unstacked(weights[name]) for name in abstract_model.stacks}
+            model = self._bound(definition, weights, state["router_bias"])
             return self.objective.stage(model, part, over, state["step"], what, *x)
 
         def head(weight_DV: jax.Array, step: jax.Array, part: Batch, over: Totals, hidden: list) -> tuple:

@@ -57,3 +57,14 @@ def test_every_stage_finds_its_layers_and_gradients_return_to_them(layout, stack
             numbers = layout.layers(name)[:, chunk].ravel()
             np.testing.assert_array_equal(np.asarray(chunks[chunk][name])[numbers >= 0], numbers[numbers >= 0] + 1)
         np.testing.assert_array_equal(layout.unstaged(gradients)[name], layout.copies * np.arange(1, n + 1))
+
+
+def test_slots_of_a_stack_apart_come_together_in_order(layout):
+    """There are more of them than one digit numbers: keys of a tree are sorted as text wherever jax takes it apart."""
+    stage = {
+        "moe": {"w": jnp.arange(24.0).reshape(12, 2), "codes": (jnp.arange(12), jnp.arange(12))},
+        "gain": jnp.ones(3),
+    }
+    slots = jax.tree.map(lambda a: a, layout.apart(stage))
+    assert slots["moe"]["11"]["w"].tolist() == [22, 23] and slots["gain"].shape == (3,)
+    jax.tree.map(np.testing.assert_array_equal, layout.together(slots), stage)
