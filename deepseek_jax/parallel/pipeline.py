@@ -122,13 +122,15 @@ def run_pipeline(
     """
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rest)
     shapes, of_ends = _shapes(stages, weights[0], (fixed[0], one), x, ends)
+    places = dict.fromkeys((chunk, number) for branch in table.branches for _, chunk, number in branch)
+    prepared = {(chunk, number): stages[number].prepare(weights[chunk]) for chunk, number in places}
     switches, n_chunks = switches_of(table, overlap), len(weights)
     if len(switches) == 1 and not table.sizes["stash"]:
         shapes = shapes._replace(stash=[])  # it never leaves an op
     nothing = jax.tree.map(_zeros, shapes)
     start = _empty_pools(table, shapes), _no_sums(shapes, of_ends, n_chunks, shared)
     programs = [
-        [_program(branch, stages, weights, fixed, rest, nothing) for branch in switch.branches] for switch in switches
+        [_program(branch, stages, prepared, fixed, rest, nothing) for branch in switch.branches] for switch in switches
     ]
     if overlap:
         run = _in_place(switches[0].branches, programs[0], stages, nothing, shared)
@@ -279,7 +281,7 @@ def _rows(table: TickTable, switches: Sequence[Switch]) -> dict:
 
 def _shapes(stages: Sequence[Split], weights: Tree, rest: Tree, x: Tree, ends: Ends) -> tuple[Made, tuple[Tree, Tree]]:
     """Returns the shapes of what an op makes, where lists hold what any kind of stage needs, and of the ends' sums."""
-    of_first = stages[0].shapes
+    of_first, weights = stages[0].shapes, jax.eval_shape(stages[0].prepare, weights)
     _, given = jax.eval_shape(ends.given, rest[1], rest[1])
     (_, out), report, *_ = jax.eval_shape(stages[0].forward, weights, (x, given), rest)
     gradient = jax.eval_shape(stages[0].weights, weights, rest, of_first["late"], of_first["stash"])
@@ -489,7 +491,7 @@ def _held(empty: Arrays, arrays: Arrays) -> Arrays:
 def _program(
     branch: Branch,
     stages: Sequence[Split],
-    weights: Sequence[Tree],
+    weights: dict[tuple[int, int], Tree],
     fixed: Sequence[Tree],
     rest: Tree,
     nothing: Made,
@@ -503,7 +505,7 @@ def _program(
         made: dict[str, Any] = {"read": ()}
         stash: Arrays | None = None
         for kind, chunk, number in branch:
-            stage, mine = stages[number], weights[chunk]
+            stage, mine = stages[number], weights[chunk, number]
             of_batch = fixed[chunk], _at(rest, row["micro_batch"][kind])
 
             def read(pool: str, like: dict[str, Arrays] = stage.shapes) -> Arrays:

@@ -9,11 +9,14 @@ report need; B those that dx needs and F has not computed or not saved; W the re
 `late` what W reads of it, `stash` what W reads of B; `rest` is what the stage reads besides weights and x.
 Gradients that take no matmul, like those of a norm's gain, B makes: they are far smaller than what they are made of.
 
-If everything is saved, nothing is computed twice, except what follows from weights, `rest` and constants alone, and
-copies in another form (wider numbers, another shape): these are computed wherever they are read. What is not saveable
-is recomputed, by B if B needs it. `jax.checkpoint` inside a stage
-would hide its equations, and a loop over layers is one equation; so a stage has neither, and runs its layers one after
-the other.
+If everything may be saved, no matmul, kernel, sort or reduction is computed twice. What is made in one pass over other
+numbers (`POINTWISE`) is made again where it is read, if those take fewer bytes to save or are saved anyway: a compiler
+makes it on the way, while a saved array is written and read once more. What follows from `rest` and constants alone is
+computed wherever it is read, and so are copies in another form (wider numbers, another shape). What follows from the
+weights alone, like several of them side by side or their codes, is made once for all micro-batches (`prepare`), unless
+devices exchange something for it. What is not saveable is recomputed, by B if B needs it. `jax.checkpoint` inside a
+stage would hide its equations, and a loop over layers is one equation; so a stage has neither, and runs its layers one
+after the other.
 Paper: zero bubble, arXiv 2401.10241; V3 section 3.2.1.
 """
 
@@ -27,11 +30,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from deepseek_jax.parallel.traced import exchanges
+
 Tree = Any
 Arrays = list[jax.Array]
 Saveable = Callable[[core.JaxprEqn], bool]
 INLINED = ("jit", "pjit", "closed_call", "core_call")  # calls whose equations are divided like all others
 FORMS = ("convert_element_type", "reshape", "transpose", "broadcast_in_dim", "squeeze")  # the same numbers once more
+POINTWISE = {*FORMS, "expand_dims", "copy", "name", "add", "add_any", "sub", "mul", "div", "neg", "max", "min", "clamp"}
+POINTWISE |= {"exp", "log", "log1p", "logistic", "tanh", "sqrt", "rsqrt", "integer_pow", "pow", "square", "abs", "sign"}
+POINTWISE |= {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "select_n", "stop_gradient"}
 
 
 def everything(equation: core.JaxprEqn) -> bool:
@@ -57,8 +65,12 @@ SAVEABLE: dict[str, Saveable] = {"none": everything, "dots": matmuls, "block": n
 
 @dataclass(frozen=True)
 class Split:
-    """The three programs of a stage; `early`, `late` and `stash` are lists of arrays."""
+    """The three programs of a stage; `early`, `late` and `stash` are lists of arrays.
 
+    The weights that they take are those that `prepare` returns.
+    """
+
+    prepare: Callable[[Tree], Tree]  # weights -> (weights, what follows from them alone)
     # (weights, x, rest) -> (y, report, early, late)
     forward: Callable[[Tree, Tree, Tree], tuple[Tree, Tree, Arrays, Arrays]]
     # (weights, rest, dy, early, late) -> (dx, stash)
@@ -130,9 +142,12 @@ class _Divided:
             _cut(variables, sizes) for variables, sizes in ((jaxpr.outvars, sizes[:3]), (jaxpr.invars, sizes[3:]))
         )
         self.maker = {v: equation for equation in jaxpr.eqns for v in equation.outvars}
+        self.once = self._made_once(jaxpr)
         self.free = self._follows_from({*self.constants, *self.w, *self.rest}, jaxpr.eqns)
         forward = self._needed(self.y, set())
         kept = {v for e in forward if saveable(e) for v in e.outvars} | set(self.x)
+        read = _reads(self._needed([*self.dx, *self.d_weights], kept), [*self.dx, *self.d_weights])
+        kept = self._cheaper([v for v in self._order(forward, self.x) if v in kept & read])
         backward = self._needed([*self.dx, *self._light(self.d_weights, kept)], kept)
         made = {v for e in backward for v in e.outvars} | set(self.dy)
         late = self._needed(self.d_weights, kept | made)
@@ -147,6 +162,48 @@ class _Divided:
         """Returns the targets that take no matmul once B has run."""
         made = {v for e in self._needed(self.dx, kept) for v in e.outvars} | set(self.dy)
         return [v for v in targets if not any(map(matmuls, self._needed([v], kept | made)))]
+
+    def _made_once(self, jaxpr: core.Jaxpr) -> list:
+        """Returns what to make of the weights alone, once: what takes work, and what else reads in that form."""
+        alone = [equation for equation in jaxpr.eqns if not exchanges(equation)]
+        of_weights = self._follows_from({*self.constants, *self.w}, alone) - self._follows_from(
+            {*self.constants}, alone
+        )
+        worked: set = set()
+        for equation in alone:
+            is_form = equation.primitive.name in FORMS and not worked & _reads([equation], [])
+            worked |= set() if is_form else of_weights & set(equation.outvars)
+        others = [equation for equation in jaxpr.eqns if not set(equation.outvars) <= of_weights]
+        read = _reads(others, jaxpr.outvars)
+        found = (self._form_of(v, worked) for v in self._order(jaxpr.eqns, []) if v in worked & read)
+        return list(dict.fromkeys(found))
+
+    def _form_of(self, variable: Any, known: set) -> Any:
+        """Returns which of `known` a variable is a copy of, in another form; itself if there is none."""
+        while (equation := self.maker[variable]).primitive.name in FORMS and known & _reads([equation], []):
+            (variable,) = known & _reads([equation], [])
+        return variable
+
+    def _cheaper(self, kept: list) -> set:
+        """Returns what to keep instead of what is made in one pass over fewer bytes, or over what is kept anyway."""
+        found = set(kept)
+        for variable in sorted(kept, key=_n_bytes, reverse=True):
+            others = found - {variable}
+            made_of = self._made_of(variable, others)
+            if sum(map(_n_bytes, made_of - others)) < _n_bytes(variable):
+                found = others | made_of
+        return found
+
+    def _made_of(self, variable: Any, kept: set) -> set:
+        """Returns what one pass makes a variable of: results that are kept, or that take more than a pass to make."""
+        found, left = set(), [variable]
+        while left:
+            v = left.pop()
+            if v in kept or v not in self.maker or self.maker[v].primitive.name not in POINTWISE:
+                found.add(v)
+            else:
+                left += _reads([self.maker[v]], []) - self.free
+        return found
 
     def _source(self, variable: Any, given: set) -> Any:
         """Returns what to keep for a variable: what it is a copy of in another form, where that takes no more bytes."""
@@ -214,8 +271,11 @@ class _Divided:
                 v: array for variables, tree in pairs for v, array in zip(variables, jax.tree.leaves(tree), strict=True)
             }
 
+        def prepare(weights: Tree) -> Tree:
+            return weights, self._run(self.once, named((self.w, weights)))
+
         def forward(weights: Tree, x: Tree, rest: Tree) -> tuple:
-            given = named((self.w, weights), (self.x, x), (self.rest, rest))
+            given = named(([*self.w, *self.once], weights), (self.x, x), (self.rest, rest))
             found = self._run([*self.y, *self.early, *self.late], given)
             y, early, late = _cut(found, [len(self.y), len(self.early), len(self.late)])
             return *jax.tree.unflatten(of_y, y), early, late
@@ -223,19 +283,21 @@ class _Divided:
         def backward(weights: Tree, rest: Tree, dy: Tree, early: Arrays, late: Arrays) -> tuple:
             saved = (self.early, early), (self.late, late)
             found = self._run(
-                [*self.dx, *self.stash], named((self.w, weights), (self.rest, rest), (self.dy, dy), *saved)
+                [*self.dx, *self.stash],
+                named(([*self.w, *self.once], weights), (self.rest, rest), (self.dy, dy), *saved),
             )
             dx, stash = _cut(found, [len(self.dx), len(self.stash)])
             return jax.tree.unflatten(of_dx, dx), stash
 
         def gradient(weights: Tree, rest: Tree, late: Arrays, stash: Arrays) -> Tree:
-            given = named((self.w, weights), (self.rest, rest), (self.late, late), (self.stash, stash))
+            read = (self.late, late), (self.stash, stash)
+            given = named(([*self.w, *self.once], weights), (self.rest, rest), *read)
             return jax.tree.unflatten(of_weights, self._run(self.d_weights, given))
 
         kept = {"early": self.early, "late": self.late, "stash": self.stash}
         shapes: dict[str, list] = {name: [_shape(v.aval) for v in variables] for name, variables in kept.items()}
         is_zero = jax.tree.unflatten(of_weights, [self._is_zero(v) for v in self.d_weights])
-        return Split(forward, backward, gradient, shapes, is_zero)
+        return Split(prepare, forward, backward, gradient, shapes, is_zero)
 
 
 def _cut(variables: list, sizes: list[int]) -> list[list]:

@@ -80,6 +80,12 @@ def carried(program: core.ClosedJaxpr, n_turns: int) -> int:
     return 0
 
 
+def exchanges(equation: core.JaxprEqn) -> bool:
+    """Whether devices exchange something in an equation, or in a program inside it."""
+    is_collective = equation.primitive.name.startswith(KINDS) and bool(_axes(equation))
+    return is_collective or any(exchanges(each) for inner in _inner(equation) for each in inner.eqns)
+
+
 class _Choices:
     """How often the branches of a switch run: of those in the loop over ticks one after the other."""
 
@@ -110,11 +116,8 @@ def _equations(jaxpr: core.Jaxpr, times: float, choices: _Choices) -> Iterator[t
 
 
 def _check_silent(jaxpr: core.Jaxpr) -> None:
-    for equation in jaxpr.eqns:
-        if equation.primitive.name.startswith(KINDS) and _axes(equation):
-            raise ValueError(f"{equation.primitive.name} in a loop of unknown length: it cannot be counted.")
-        for inner in _inner(equation):
-            _check_silent(inner)
+    if name := next((equation.primitive.name for equation in jaxpr.eqns if exchanges(equation)), ""):
+        raise ValueError(f"{name} in a loop of unknown length: it cannot be counted.")
 
 
 def _inner(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:

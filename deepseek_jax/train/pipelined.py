@@ -7,8 +7,8 @@ schedule. Embedding and head belong to no stage: each rank has their part for it
 work together on the micro-batches that enter and leave the pipeline in a tick. Gradients come back in the layout of the
 weights, losses and loads as this rank's share of the sums over all devices. Runs on every device.
 
-What a stage saves for its backward pass follows from `remat`: "none" saves everything, "dots" the outputs of matmuls,
-"block" only the stage's input.
+What a stage saves for its backward pass follows from `remat`: "none" saves all that takes more than one pass over the
+numbers to make again (`parallel.split_backward`), "dots" the outputs of matmuls, "block" only the stage's input.
 """
 
 import functools

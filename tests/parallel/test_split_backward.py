@@ -49,37 +49,57 @@ def count(program, *arguments) -> int:
 
 @pytest.fixture(scope="module", params=[everything, matmuls, nothing], ids=lambda f: f.__name__)
 def case(request):
-    return request.param, split(stage, WEIGHTS, X, REST, request.param)
+    parts = split(stage, WEIGHTS, X, REST, request.param)
+    return request.param, parts, parts.prepare(WEIGHTS)
 
 
 def test_the_three_programs_are_the_derivative(case):
-    _, parts = case
-    y, report, early, late = jax.jit(parts.forward)(WEIGHTS, X, REST)
-    dx, stash = jax.jit(parts.backward)(WEIGHTS, REST, DY, early, late)
-    d_weights = jax.jit(parts.weights)(WEIGHTS, REST, late, stash)
+    _, parts, weights = case
+    y, report, early, late = jax.jit(parts.forward)(weights, X, REST)
+    dx, stash = jax.jit(parts.backward)(weights, REST, DY, early, late)
+    d_weights = jax.jit(parts.weights)(weights, REST, late, stash)
     expected = reference(WEIGHTS, X, REST, DY)
     for found, known in zip(jax.tree.leaves((y, report, d_weights, dx)), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(found, known, rtol=1e-5, atol=1e-6)
 
 
 def test_no_matmul_runs_twice(case):
-    saveable, parts = case
-    *_, early, late = jax.eval_shape(parts.forward, WEIGHTS, X, REST)
-    _, stash = jax.eval_shape(parts.backward, WEIGHTS, REST, DY, early, late)
+    saveable, parts, weights = case
+    *_, early, late = jax.eval_shape(parts.forward, weights, X, REST)
+    _, stash = jax.eval_shape(parts.backward, weights, REST, DY, early, late)
     recomputed = 2 * N if saveable is nothing else 0
-    assert count(parts.forward, WEIGHTS, X, REST) == 2 * N
-    assert count(parts.backward, WEIGHTS, REST, DY, early, late) == 2 * N + recomputed
-    assert count(parts.weights, WEIGHTS, REST, late, stash) == 2 * N
+    assert count(parts.forward, weights, X, REST) == 2 * N
+    assert count(parts.backward, weights, REST, DY, early, late) == 2 * N + recomputed
+    assert count(parts.weights, weights, REST, late, stash) == 2 * N
 
 
 def test_what_may_not_be_saved_is_not():
     sizes = {}
     for saveable in (everything, matmuls, nothing):
         parts = split(stage, WEIGHTS, X, REST, saveable)
-        sizes[saveable] = sum(
-            array.size for array in jax.tree.leaves(jax.eval_shape(parts.forward, WEIGHTS, X, REST)[2:])
-        )
+        sizes[saveable] = sum(array.size for array in jax.tree.leaves(parts.shapes["early"] + parts.shapes["late"]))
     assert sizes[nothing] == X.size < sizes[matmuls] < sizes[everything]
+
+
+def test_one_pass_is_made_again_where_it_is_read_and_what_follows_from_weights_once():
+    """silu and its derivative follow from gate and up; gate and up side by side from the weights alone."""
+
+    def feed_forward(weights, x, rest):
+        gate_up = x @ jnp.concatenate([weights["gate"], weights["up"]], axis=1)
+        hidden = jax.nn.silu(gate_up[:, : 2 * D]) * gate_up[:, 2 * D :]
+        return hidden @ weights["down"], jnp.float32(0), {}
+
+    weights = {"gate": WEIGHTS["up"][0], "up": WEIGHTS["up"][1], "down": WEIGHTS["down"][0]}
+    parts = split(feed_forward, weights, X, {})
+    assert [a.shape for a in parts.prepare(weights)[1]] == [(D, 4 * D)]
+    programs = {"forward": (X, {}), "backward": ({}, DY, parts.shapes["early"], parts.shapes["late"])}
+    for name, arguments in programs.items():
+        traced = jax.make_jaxpr(getattr(parts, name))(parts.prepare(weights), *arguments)
+        assert not any(
+            equation.primitive.name == "concatenate" and equation.params["dimension"] for equation in traced.eqns
+        )
+    kept = sorted(a.shape for a in parts.shapes["early"] + parts.shapes["late"])
+    assert kept == [(4, D), (4, 2 * D), (4, 2 * D)]  # x, gate, up
 
 
 def test_the_results_of_a_kernel_may_be_saved():
@@ -100,6 +120,7 @@ def test_attention_in_blocks_is_one_loop_forward_and_one_backward(monkeypatch, s
 
     weights, x = np.eye(D, dtype=np.float32), np.ones((1, 8, D), np.float32)
     parts = split(attention, weights, x, {}, saveable)
+    weights = parts.prepare(weights)
     _, _, early, late = jax.eval_shape(parts.forward, weights, x, {})
     traced = jax.make_jaxpr(parts.backward)(weights, {}, x, early, late)
     assert sum(equation.primitive.name == "scan" for equation in traced.jaxpr.eqns) == loops
