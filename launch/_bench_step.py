@@ -2,7 +2,7 @@
 
 import functools
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
@@ -10,6 +10,11 @@ from deepseek_jax.errors import UserError
 
 if TYPE_CHECKING:
     from deepseek_jax.data.pipeline import Batch
+
+
+# what a bias moves by per share of the mean load, in standard deviations of a fresh router's logits; scores, which are
+# sigmoids of them, spread by a quarter of one
+LEVELLING = 0.2
 
 
 class Ours:
@@ -31,6 +36,7 @@ class Ours:
 
         self.shape, self.seed = (config.batch.size, config.data.seq_len), config.seed
         self.vocab_size = config.model.vocab_size
+        self.levelling = LEVELLING * config.model.init_std * config.model.d_model**0.5
         begin = time.perf_counter()
         mesh = make_mesh(**config.mesh)
         run.batch_ramp(config, size(mesh, SEQUENCES))  # checks that the batch divides over the devices
@@ -72,10 +78,35 @@ class Ours:
             self.state, found = self.step(self.state, self.batch())
         jax.block_until_ready(self.state)
         taken = time.perf_counter() - begin
-        self.loss = float(found.loss)
+        self.loss, self.report = float(found.loss), found
         if not bool(found.finite):
             raise UserError("a step was not finite: its time means nothing. Set a lower --config.schedule.peak_rate.")
         return taken
+
+    @property
+    def loads(self) -> list:
+        """Tokens per expert in the last step, [..., E] of each stack of routers."""
+        import jax
+
+        return jax.device_get(jax.tree.leaves(self.report.loads))
+
+    def level(self) -> None:
+        """Moves each router's bias by its experts' distance from the mean load in the last step, times `levelling`.
+
+        Tokens here are random, so the loads of one step are those of the next but for chance. The bias update of a run
+        takes steps of one size: small ones need hundreds of steps, and large ones never come to rest.
+        """
+        import jax
+        import numpy as np
+
+        def moved(load: Any, biases: Any) -> Any:
+            missing = 1 - load / np.maximum(load.mean(-1, keepdims=True), 1)
+            return jax.tree.map(lambda bias: (bias + self.levelling * missing).astype(bias.dtype), biases)
+
+        biases, loads = self.trainer.router_biases(self.state), jax.device_get(self.report.loads)
+        biases = {"router_bias": jax.tree.map(moved, loads, biases)}
+        shardings = jax.tree.map(lambda x: x.sharding, {"router_bias": self.trainer.stored["router_bias"]})
+        self.state |= self.trainer.load(jax.device_put(biases, shardings))
 
     def program(self) -> str:
         """The compiled program of a step, as text."""

@@ -15,6 +15,9 @@ again. On a machine with many cores --together=8 compiles so many side by side f
 that was measured and the rows of the table, on GPUs also where each layout's time goes, and scaling.md, the table for
 BENCHMARKS.md:
 
+    loads     of the steps that were measured, how much more rows the experts of the busiest device had than those of a
+              device on average, mean over the routers. Fresh routers send their tokens anywhere: with --settle=8 the
+              biases of all layouts are moved against the loads for so many steps before anything is measured
     waiting   share of a step in which a device waits for other stages, from a profile (GPUs); beside it what the
               schedule's formula gives if F&B takes as long as F, B and W, and with ranks that wait for neighbours
               after every tick
@@ -62,6 +65,13 @@ EXTRA = {
         whole(0, 10**6),
     ),
     "losses": (int, 4, "steps whose losses are compared", whole(1, 10**4)),
+    "settle": (
+        int,
+        0,
+        "steps before all others, after each of which the routers' biases are moved in proportion to their experts' "
+        "distance from the mean load, as after those whose losses are compared",
+        whole(0, 10**4),
+    ),
     "turns": (int, 3, "times that each layout is measured", whole(1, 10**6)),
     "steps": (int, 2, "training steps of one turn", whole(1, 10**6)),
     "together": (int, 1, "layouts that compile at the same time, before any of them is measured", whole(1, 10**4)),
@@ -78,7 +88,7 @@ TOLERANCE = {"fp32": 1e-4}  # relative difference of the losses, by config.preci
 LOW_PRECISION = 5e-3
 LEAST_EFFICIENCY, MOST_EFFICIENCY = 1e-9, 10.0  # of the peak: emulated devices are far below it
 COLUMNS: tuple[str, ...] = ("layout", "tokens/s", "of one", "step", "losses off by")
-COLUMNS += ("waiting", "formula", "in ticks", "hidden", "planned")
+COLUMNS += ("loads", "waiting", "formula", "in ticks", "hidden", "planned")
 READY = "compiled"  # the line of a process that waits to be measured
 POLL_S = 0.2
 MACHINE = "import jax, json; d = jax.devices(); print(json.dumps([len(d), d[0].device_kind, jax.__version__]))"
@@ -157,7 +167,7 @@ def main(argv: list[str]) -> int:
     about = {"device": kind, "jax": jax_version}
     jobs = {}
     for split in chosen(splits(n_devices, known_schedules(options.schedules)), options.layouts):
-        job = about | {key: getattr(options, key) for key in ("losses", "turns", "steps")}
+        job = about | {key: getattr(options, key) for key in ("settle", "losses", "turns", "steps")}
         job |= {"split": split, "xla_flags": environment["XLA_FLAGS"]}
         job["config"] = to_json(config_of(split, config, options, n_devices))
         jobs[f"{n_devices}-{split.name}"] = json.loads(json.dumps(job))
@@ -170,7 +180,8 @@ def main(argv: list[str]) -> int:
             (folder / f"{name}.txt").write_text("\n".join(table) + "\n")
         write(file, {"entries": entries})
         result = f"{1e3 * statistics.median(found['seconds']):,.1f} ms per step" if "seconds" in found else found
-        print(f"{name}: {result}", flush=True)
+        loads = f", experts of the busiest device {found['imbalance']:.2f} of the mean" if "imbalance" in found else ""
+        print(f"{name}: {result}{loads}", flush=True)
     rows = compared(entries, kind, options.chip)
     write(file, {"rows": rows, "entries": entries})
     lines = [COLUMNS, ("---",) * len(COLUMNS), *map(cells, rows)]
@@ -417,6 +428,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['of_one']:.2f}" if "of_one" in row else "",
         f"{1e3 * row['seconds']:,.1f} ms",
         f"{row['losses_off']:.1e}{'' if row['agrees'] else ' TOO MUCH'}" if "agrees" in row else "",
+        f"{row['imbalance']:.2f}" if "imbalance" in row else "",
         f"{profile['waiting'] / profile['step']:.1%}" if profile else "",
         share("bubble_by_formula"),
         share("bubble_in_ticks"),

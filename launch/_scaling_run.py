@@ -1,12 +1,13 @@
 """One layout of `deepseek-jax bench scaling`, in a process of its own.
 
-It is given a JSON object (config, losses, turns, steps), a directory of compiled programs, and the file to which it
-writes what it has measured. Once its step is compiled it says so and waits for a line on its standard input.
+It is given a JSON object (config, settle, losses, turns, steps), a directory of compiled programs, and the file to
+which it writes what it has measured. Once its step is compiled it says so and waits for a line on its standard input.
 """
 
 import json
 import os
 import re
+import statistics
 import sys
 import tempfile
 import threading
@@ -44,19 +45,34 @@ def measured(ours: Ours, job: dict) -> dict[str, Any]:
     import jax
 
     losses, first = [], 0.0
-    for _ in range(job["losses"]):
+    for _ in range(job["settle"] + job["losses"]):
         taken = ours.run(1)
         first = first or taken  # a program whose buffers follow the load is compiled in the first step
         losses.append(ours.loss)
+        if job["settle"]:
+            ours.level()
+    seconds, imbalances = [], []
+    for _ in range(job["turns"]):
+        seconds.append(ours.run(job["steps"]) / job["steps"])
+        imbalances.append(imbalance(ours.loads, job["config"]["mesh"]["expert"]))
     return {
-        "losses": losses,
-        "seconds": [ours.run(job["steps"]) / job["steps"] for _ in range(job["turns"])],
+        "losses": losses[job["settle"] :],
+        "seconds": seconds,
+        "imbalance": statistics.mean(imbalances),
         "compile_seconds": ours.compile_seconds + first,
         "peak_memory_bytes": ours.peak_memory_bytes,
         "n_params": ours.n_params,
         # emulated devices share their threads
         **(profiled(ours) if jax.default_backend() == "gpu" else {"profile": {}, "table": []}),
     }
+
+
+def imbalance(loads: list, n_devices: int) -> float:
+    """Returns the rows of the busiest device's experts over those of a device on average, mean over the routers."""
+    import numpy as np
+
+    of_devices = [np.asarray(load).reshape(-1, n_devices, load.shape[-1] // n_devices).sum(-1) for load in loads]
+    return float(np.mean([np.max(row) / np.mean(row) for rows in of_devices for row in rows])) if of_devices else 1.0
 
 
 def profiled(ours: Ours) -> dict[str, Any]:

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from deepseek_jax import run_config
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _overlap, _scaling
+from deepseek_jax.launch import _overlap, _scaling, _scaling_run
 from deepseek_jax.launch._profile import Event
 from deepseek_jax.launch._scaling import Split
 from deepseek_jax.saved_config import to_json
@@ -71,7 +72,7 @@ class Process:
         if self.fails:
             stdout.write("RESOURCE_EXHAUSTED: out of memory\n")
         else:
-            nothing_more = {"profile": {}, "peak_memory_bytes": None}
+            nothing_more = {"profile": {}, "peak_memory_bytes": None, "imbalance": 1.25}
             file.write_text(json.dumps({"seconds": [0.5], "losses": [4.0]} | nothing_more))
 
     def poll(self):
@@ -101,7 +102,7 @@ def test_what_was_measured_is_kept_and_the_rest_measured_again(config, tmp_path,
     monkeypatch.setattr(Process, "fails", False)
     assert bench("data2") == 1, "with other steps than the row of one device"
     out = capsys.readouterr().out
-    assert "2-one: measured before" in out
+    assert "2-one: measured before" in out and "experts of the busiest device 1.25 of the mean" in out
     assert "2-data2: ended with code 1: RESOURCE_EXHAUSTED: out of memory" in out
     one, expert, other = json.loads((tmp_path / "scaling.json").read_text())["rows"]
     assert one["of_one"] == expert["of_one"] == 1 and one["agrees"] and "of_one" not in other
@@ -129,6 +130,13 @@ def test_a_row_compares_with_one_device_and_with_the_plan(config):
     cells = dict(zip(_scaling.COLUMNS, _scaling.cells(found), strict=True))
     assert cells["waiting"] == "10.0%" and cells["hidden"] == "75%, main -" and cells["of one"] == "2.00"
     assert "TOO MUCH" in cells["losses off by"]
+
+
+def test_loads_of_devices_are_those_of_their_experts():
+    """Two routers, the second balanced: devices with 3 + 1 and 0 + 0 rows of 4, and with 2 each."""
+    loads = [np.array([[3, 1, 0, 0], [1, 1, 1, 1]])]
+    assert _scaling_run.imbalance(loads, 2) == 1.5 and _scaling_run.imbalance(loads, 1) == 1
+    assert _scaling_run.imbalance([], 2) == 1
 
 
 def test_shares_of_waiting_follow_from_the_schedule():
