@@ -113,7 +113,7 @@ class Ours:
             jax.config.update("jax_default_matmul_precision", "highest")
         rl = config.rl
         objective = PolicyGradient(GRPO(**rl.grpo), rl.temperature, config.loss.chunk)
-        trainer = run.trainer(config, make_mesh(**config.mesh), objective, trainable=learnt, routes=rl.keep_routing)
+        trainer = run.trainer(config, make_mesh(**config.mesh), objective, learnt, routes=rl.keep_routing)
         check_rows(config, trainer.mesh.size)
         sizes = StepSizes(rl.questions, rl.answers, rl.updates, rl.temperature, rl.top_p, rl.rows_at_once)
         task: Any = Task(config)

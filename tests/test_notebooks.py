@@ -44,6 +44,7 @@ SLOW = (
     "06_fp8",
     "07_latent_attention",
     "11_parallelism",
+    "12_r1_zero",
     "13_serving",
 )  # they compile much
 RUNS = [pytest.param(file, marks=[pytest.mark.slow] if file.stem in SLOW else [], id=file.stem) for file in NOTEBOOKS]
