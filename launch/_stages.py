@@ -22,6 +22,7 @@ from deepseek_jax.files import write_atomically
 from deepseek_jax.saved_config import completed, from_json, leaves, to_json
 
 RECORD = "stage.json"
+UNFINISHED = f"{RECORD}.partial"  # what a kill leaves of it
 # Keys that do not change what a stage makes, but where and how fast.
 FREE = ("mesh.", "kernels.", "exchange.", "pipeline.", "data.workers", "data.cache_dir", "run.compilation_cache")
 
@@ -127,7 +128,7 @@ class Record:
             saved = json.loads(self._path.read_bytes())
             check_same(self.workdir, saved, self.content)
             self.content |= {"made": saved["made"], "held_out": saved["held_out"]}
-        elif workdir.exists() and any(workdir.iterdir()):
+        elif workdir.exists() and any(file.name != UNFINISHED for file in workdir.iterdir()):
             raise UserError(f"{workdir} is not empty, and holds no {RECORD}: no stage made it. Give another --workdir.")
         else:
             workdir.mkdir(parents=True, exist_ok=True)

@@ -55,6 +55,8 @@ SOURCES = {"weights": {"step": 3, "manifest": "ab"}, "data": {"sha256": "cd"}}
 
 def test_a_record_says_what_a_stage_was_made_from_and_refuses_anything_else(config, tmp_path):
     config = configs_of(config)["sft"]
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "stage.json.partial").write_text("{")  # killed before the first record was whole
     begun = Record(tmp_path / "sft", STAGE, config, SOURCES)
     assert begun.made is None
     again = Record(tmp_path / "sft", STAGE, config, SOURCES)
