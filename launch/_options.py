@@ -60,7 +60,7 @@ def parse(
         `REQUIRED` asks for a value.
       config: whether the verb takes `--config` and its overrides.
       workdir: whether it takes `--workdir`.
-      of_weights: whether, without `--config`, the config is that of the weights that `--workdir` or `--from` names.
+      of_weights: whether overrides without `--config` are of the weights that the verb opens (`config_of_weights`).
 
     Returns:
       config (ConfigDict with locked keys, or None), workdir (Path or None), overrides (dotted key -> text as given) and
@@ -79,11 +79,8 @@ def parse(
         if value is REQUIRED:
             raise UserError(f"--{name} is missing. Give --{name}=VALUE: {table[name].help}.")
     name = values.pop("config", None)
-    origin = given.get("from") or given.get("workdir")
-    if of_weights and origin and "config" not in given:
-        resolved = _config_of_weights(origin, overrides)
-    else:
-        resolved = _config(name, overrides, is_named="config" in given) if config else None
+    takes_one = config and not (of_weights and "config" not in given)
+    resolved = _config(name, overrides, is_named="config" in given) if takes_one else None
     others = {key.replace("-", "_"): value for key, value in values.items()}
     return SimpleNamespace(config=resolved, overrides=overrides, **{"workdir": None, **others})
 
@@ -109,7 +106,7 @@ def _config(name: str | None, overrides: Mapping[str, str], *, is_named: bool) -
     return _overridden(load(name, flag), overrides)
 
 
-def _config_of_weights(origin: str | Path, overrides: Mapping[str, str]) -> ConfigDict:
+def config_of_weights(origin: str, overrides: Mapping[str, str]) -> ConfigDict:
     """Returns the config of a run, or the defaults with a published model, with the overrides of the command line."""
     from deepseek_jax.weights import open_weights
 

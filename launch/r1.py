@@ -1,8 +1,9 @@
-"""The whole chain of R1: cold start, reinforcement learning twice, rejection sampling, distillation.
+r"""The whole chain of R1: cold start, reinforcement learning twice, rejection sampling, distillation.
 
     deepseek-jax r1                                          # in miniature, all models included
-    deepseek-jax r1 --config=tiny_r1 --workdir=runs/r1 --config.r1.first.loop.steps=40
-    deepseek-jax r1 --config=mine.py --config.r1.base.run.init_from=DIR --config.r1.student_base.run.init_from=SMALL
+    deepseek-jax r1 --workdir=runs/r1 --config.r1.first.loop.steps=80
+    deepseek-jax r1 --config.rl.problems=mine.jsonl --config.r1.cold.data.source=worked.jsonl \
+        --config.r1.base.run.init_from=DIR --config.r1.student_base.run.init_from=SMALL
 
     base           a base model                                            r1.base.run.init_from, or trained here
     cold           fine-tunes it on worked answers                         R1 section 2.3.1; r1.cold.data.source

@@ -36,8 +36,9 @@ FLAGS = {
 def main(argv: list[str]) -> int:
     """Runs the verb; returns the exit code."""
     options = _options.parse(argv, extra=FLAGS, of_weights=True)
-    config, out = options.config, options.out.expanduser()
-    config.run.init_from = _beginning.directory(str(_serving.source_of(options)), "--workdir")
+    origin, out = _beginning.directory(str(_serving.source_of(options)), "--workdir"), options.out.expanduser()
+    config = options.config or _options.config_of_weights(origin, options.overrides)
+    config.run.init_from = origin
     if out.suffix != ".jsonl":
         raise UserError(f"--out={out}: expected a name that ends in .jsonl.")
     check_writable(out.parent, "--out")
