@@ -222,8 +222,8 @@ def first_adapters(config: ConfigDict, trainer: Trainer, adapters: lora.Lora) ->
     """Returns path -> array of the adapters of a run before its first step: those of `lora.init_from`, or B = 0."""
     if config.lora.init_from:
         return peft.read(config.lora.init_from, abstract_weights(config), adapters)
-    params = jax.jit(lambda: trainer.first_weights(config.seed, lora.is_adapter))()
-    return flatten_dict(params)
+    made = jax.jit(lambda: trainer.first_weights(config.seed, lora.is_adapter))()
+    return flatten_dict(jax.device_get(made))  # host arrays, which every process lays out on its own devices
 
 
 def average(config: ConfigDict, trainer: Trainer, state: State, stored: Tree | None) -> MovingAverage | None:

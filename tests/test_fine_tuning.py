@@ -87,30 +87,33 @@ def test_transformers_opens_what_was_fine_tuned(tuned):
 
 
 @pytest.mark.slow
-def test_adapters_from_start_to_export(tuned, tmp_path, capsys):
+def test_adapters_from_start_to_export(tmp_path, capsys):
     """Resumed is not interrupted; the base rests; the run loads, exports and goes to PEFT's files and back."""
-    words = [f"--config={tuned}/published", f"--config.data.source={tuned}/talks.jsonl", "--no-sample"]
-    words += ["--config.data.holdout_rate=0.2", "--config.data.seq_len=64", f"--config.data.cache_dir={tuned}/cache"]
-    words += ["--config.schedule.peak_rate=1e-2", "--config.schedule.warmup_steps=1", "--config.mesh.data=1"]
-    words += ["--config.lora.rank=4", "--config.lora.alpha=8", "--config.checkpoint.every=10"]
-    for workdir, steps in (("whole", 20), ("parts", 10), ("parts", 20)):
-        assert sft.main([*words, f"--workdir={tmp_path}/{workdir}", f"--config.loop.steps={steps}"]) == 0
+    config = run_config.load("tiny_v1")
+    config.data.seq_len = 64
+    config.model.update(d_model=32, n_layers=2, dense_width=48, n_heads=4, n_kv_heads=2, head_width=8)
+    dsj.save_pretrained(dsj.build(config, seed=0), tmp_path / "published", dtype="fp32")
+    row = {"messages": [{"role": "user", "content": "say"}, {"role": "assistant", "content": "yes, yes"}]}
+    rows = [{**row, "messages": [{"role": "system", "content": f"{n}"}, *row["messages"]]} for n in range(60)]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"--config={tmp_path}/published", f"--config.data.source={tmp_path}/talks.jsonl", "--no-sample"]
+    words += ["--config.data.chat_template=v2", "--config.data.holdout_rate=0", "--config.data.seq_len=64"]
+    words += [f"--config.data.cache_dir={tmp_path}/cache", "--config.mesh.data=1", "--config.loop.eval_every=0"]
+    words += ["--config.schedule.peak_rate=1e-2", "--config.schedule.warmup_steps=1"]
+    adapted = ["--config.lora.rank=4", "--config.lora.alpha=8"]
+    for workdir, steps in (("whole", 8), ("parts", 4), ("parts", 8)):
+        assert sft.main([*words, *adapted, f"--workdir={tmp_path}/{workdir}", f"--config.loop.steps={steps}"]) == 0
     assert "adapters alone are trained" in capsys.readouterr().out
-    whole, parts = (dsj.load(tmp_path / workdir) for workdir in ("whole", "parts"))
+    base, whole, parts = (dsj.load(tmp_path / workdir) for workdir in ("published", "whole", "parts"))
     jax.tree.map(np.testing.assert_array_equal, whole.params, parts.params)
-    base = dsj.load(tuned / "published")
+    ids, given, ours = [list(range(8))], *(np.asarray(model([list(range(8))])) for model in (base, whole))
     np.testing.assert_array_equal(whole.params["head"]["weight_DV"], base.params["head"]["weight_DV"])
-    before, after = (
-        np.mean([loss(model([example.ids.tolist()])[0], example) for example in examples(tuned, model.tokenizer)])
-        for model in (base, whole)
-    )
-    assert after < before - 0.5
+    assert np.abs(ours - given).max() > 0.1 * np.abs(given).max()
 
     assert export.main([f"--workdir={tmp_path}/whole", f"--to={tmp_path}/merged", "--dtype=fp32"]) == 0
     assert export.main([f"--workdir={tmp_path}/whole", f"--to={tmp_path}/adapters", "--adapters"]) == 0
-    ids = [examples(tuned, base.tokenizer)[0].ids.tolist()]
-    ours = np.asarray(whole(ids))
-    np.testing.assert_allclose(dsj.load(tmp_path / "merged")(ids), ours, atol=1e-6 * np.abs(ours).max())
+    for other in (dsj.load(tmp_path / "merged"), dsj.load(tmp_path / "published", adapters=tmp_path / "adapters")):
+        np.testing.assert_allclose(other(ids), ours, atol=1e-6 * np.abs(ours).max())
     begin = [f"--config.lora.init_from={tmp_path}/adapters", f"--workdir={tmp_path}/again", "--config.loop.steps=1"]
-    assert sft.main([*(word for word in words if "lora" not in word), *begin, "--config.schedule.peak_rate=1e-30"]) == 0
-    np.testing.assert_allclose(dsj.load(tmp_path / "again")(ids), ours, atol=1e-5 * np.abs(ours).max())
+    assert sft.main([*words, *begin]) == 0  # the rate of the first step is 0
+    np.testing.assert_allclose(dsj.load(tmp_path / "again")(ids), ours, atol=1e-6 * np.abs(ours).max())
