@@ -23,7 +23,7 @@ from deepseek_jax.weights import open_weights
 
 FAULTS = int(os.environ.get("DEEPSEEK_JAX_FAULTS", "1"))
 KILLS = 2 * FAULTS
-STAGES = R1 if FAULTS > 1 else R1[:5]  # of each kind one, and the first that needs two others
+STAGES = R1 if FAULTS > 1 else R1[:4]  # one of each kind
 SEED = int(os.environ.get("DEEPSEEK_JAX_FAULT_SEED", "0"))
 FORKS = multiprocessing.get_context("forkserver")  # as in tests/train/test_run.py
 
