@@ -61,6 +61,8 @@ from deepseek_jax.weights import FORMATS, export, open_weights, with_peft
 MOST_ROWS = 256  # prompts that `generate` continues at the same time
 CHUNK = 2048  # tokens of a prompt that it reads in one pass
 BLOCK = 32  # tokens per prompt that it draws before the host looks
+# of engines whose prompts are all known, and which compile what these need
+OFFLINE: dict[str, Any] = {"n_steps": 8, "n_prompts": 8, "least_pages": 2}
 
 
 @dataclass(eq=False)
@@ -263,7 +265,7 @@ class LanguageModel:
 
         Raises UserError as `serve.offline.complete` does.
         """
-        options = {"n_steps": 8, "n_prompts": 8} | options
+        options = OFFLINE | options
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         with self._idle_engine("serve", options) as engine:
             return complete(engine, prompts, samplings)
@@ -317,7 +319,7 @@ class LanguageModel:
         kept = self._kept.get("generate")
         had = kept.made_with[0] if kept else {}
         sizes = {"n_rows": max(n_rows, had.get("n_rows", 0)), "n_pages": max(n_pages, had.get("n_pages", 0))}
-        return self._idle_engine("generate", sizes | {"chunk": CHUNK, "n_steps": BLOCK, "n_prompts": 8} | options)
+        return self._idle_engine("generate", sizes | OFFLINE | {"chunk": CHUNK, "n_steps": BLOCK} | options)
 
     @contextmanager
     def _idle_engine(self, purpose: str, options: dict[str, Any]) -> Iterator[Engine]:

@@ -59,7 +59,7 @@ def replicas(
         return replace(one_of_each, weights=of_codes(one_of_each.weights, weights))
     if any(isinstance(weight, Fp8Weight) for weight in flatten_dict(weights[0]).values()):
         raise UserError("redundant experts of weights in FP8: expected one of each expert. Load with weights='wide'.")
-    where = _placed(config, axes, redundant, mesh.shape[EXPERT])
+    where = _placed(config, axes, weights[0], redundant, mesh.shape[EXPERT])
     more, _ = _made(config, replace(run, redundant=redundant.n), mesh)
     copied = jax.jit(
         lambda params, router_bias: with_replicas(params, router_bias, axes, where),
@@ -83,11 +83,11 @@ def _made(config: ConfigDict, run: Execution, mesh: Mesh) -> tuple[Replicas, Tre
     return Replicas(mesh, own, specs_of_weights(logical_axes(model), tuple(shapes), mesh)), logical_axes(model)[0]
 
 
-def _placed(config: ConfigDict, axes: Tree, redundant: Redundant, n_devices: int) -> Placed:
+def _placed(config: ConfigDict, axes: Tree, params: Tree, redundant: Redundant, n_devices: int) -> Placed:
     """Where the replicas go; experts of multi-token prediction whose loads are not known are equally busy.
 
-    Raises UserError: the model has no routed experts, other loads are not known, or the replicas do not divide over the
-    devices.
+    Raises UserError: the model has no routed experts, other loads are not known or of other layers, or the replicas do
+    not divide over the devices.
     """
     routed = [path for path, names in flatten_dict(axes).items() if EXPERTS in names]
     if not routed or redundant.n < 1 or redundant.n % n_devices:
@@ -95,9 +95,15 @@ def _placed(config: ConfigDict, axes: Tree, redundant: Redundant, n_devices: int
             f"{redundant.n} redundant experts for {config.name} over {n_devices} devices: expected a model with routed "
             f"experts, and equally many replicas on each device. Give a multiple of {n_devices}, or none."
         )
-    loads = flatten_dict(redundant.loads)
+    loads, weights = flatten_dict(redundant.loads), flatten_dict(params)
     for path in routed:
-        if not any(path[: len(key)] == key for key in loads):
+        found = next((load for key, load in loads.items() if path[: len(key)] == key), None)
+        if path[0] != "mtp" and found is not None and np.shape(found) != weights[path].shape[:2]:
+            raise UserError(
+                f"loads of {path[0]} of shape {np.shape(found)}: expected {weights[path].shape[:2]}, layers and "
+                f"experts of {config.name}. Give the loads of this model."
+            )
+        if found is None:
             if path[0] != "mtp":
                 raise UserError(
                     f"loads of {', '.join(map('.'.join, loads)) or 'nothing'}: expected those of {path[0]}. Give "

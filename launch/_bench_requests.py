@@ -23,7 +23,7 @@ from deepseek_jax import run_config
 from deepseek_jax.bounds import path, whole
 from deepseek_jax.compat import start_compilation_cache
 from deepseek_jax.errors import UserError
-from deepseek_jax.language_model import LanguageModel, build, save_pretrained
+from deepseek_jax.language_model import OFFLINE, LanguageModel, build, save_pretrained
 from deepseek_jax.launch import _options
 from deepseek_jax.launch._peer import PeerProcess
 from deepseek_jax.serve.offline import complete
@@ -86,7 +86,7 @@ def work(model: LanguageModel, n_requests: int, options: Any) -> Work:
 
 def ours(model: LanguageModel, n_rows: int, n_steps: int) -> Run:
     """Returns what runs our engine; the first time compiles the programs that these requests need."""
-    engine = model.engine(n_rows=n_rows, n_steps=n_steps, n_prompts=8)
+    engine = model.engine(**OFFLINE | {"n_rows": n_rows, "n_steps": n_steps})
 
     def run(work: Work) -> tuple[float, list[list[int]]]:
         engine.replace_weights(engine.weights)  # so that no prompt is found in the cache

@@ -16,8 +16,9 @@ from tqdm import tqdm
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch._http import ask
-from deepseek_jax.serve.engine import Engine, Logprob, Output
+from deepseek_jax.serve.engine import Engine
 from deepseek_jax.serve.offline import outputs
+from deepseek_jax.serve.outputs import Logprob, Output
 from deepseek_jax.serve.reply import PLAIN, Reply
 from deepseek_jax.serve.sampling import Sampling
 

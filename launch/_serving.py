@@ -13,6 +13,7 @@ from deepseek_jax.errors import UserError
 
 if TYPE_CHECKING:
     from deepseek_jax.language_model import LanguageModel
+    from deepseek_jax.on_mesh import Redundant
     from deepseek_jax.serve.engine import Engine
 
 FLAGS = {
@@ -22,6 +23,13 @@ FLAGS = {
     "cache": (str, "full", "full; or fp8, which halves the cache of latent attention", one_of("full", "fp8")),
     "data": (int, 1, "devices with requests and pages of their own, that hold the same experts", whole(1, 2**16)),
     "expert": (int, 1, "devices with requests and pages of their own, over which experts are divided", whole(1, 2**16)),
+    "redundant_experts": (
+        int,
+        0,
+        "replicas of busy experts in each layer, a multiple of --expert; needs --loads",
+        whole(0, 2**16),
+    ),
+    "loads": (str, "", "file with how busy experts are: what /experts of a server of this model answered", path()),
     "drafts": (int, 0, "1: multi-token prediction drafts a second token for each; the text is the same", whole(0, 1)),
     "disk": (str, "", "directory in which pages of the cache survive a restart", path()),
     "disk_gb": (int, 64, "gigabytes that they may take there", whole(1, 10**6)),
@@ -43,18 +51,39 @@ def source_of(options: Any) -> Path | str:
     return source
 
 
+def redundant_of(options: Any) -> "Redundant | None":
+    """Returns the replicas that are asked for. Raises UserError for one flag without the other, or an invalid file."""
+    from deepseek_jax.on_mesh import Redundant
+    from deepseek_jax.serve import loads
+
+    n, file = options.redundant_experts, options.loads
+    if bool(n) != bool(file):
+        raise UserError(
+            f"--redundant-experts={n} with --loads={file or 'nothing'}: expected both, or neither. The file says which "
+            "experts are busy: curl http://HOST:PORT/experts > FILE writes it."
+        )
+    if n and n % options.expert:
+        raise UserError(
+            f"--redundant-experts={n} with --expert={options.expert}: expected equally many on each device that shares "
+            f"the experts. Choose a multiple of {options.expert}."
+        )
+    return Redundant(n, loads.read(file)) if n else None
+
+
 def open_engine(options: Any, source: Path | str, **more: Any) -> "tuple[LanguageModel, Engine]":
     """Loads the model, whose programs are yet to be compiled; `more` are options of the engine."""
     from deepseek_jax.compat import start_compilation_cache
     from deepseek_jax.language_model import load
     from deepseek_jax.parallel.mesh import make_mesh
 
+    redundant = redundant_of(options)
     start_compilation_cache("")
     model = load(source, weights=options.weights)
     print(model, file=sys.stderr)
     engine = model.engine(
         make_mesh(options.data, options.expert) if options.data * options.expert > 1 else None,
         options.cache,
+        redundant=redundant,
         n_rows=options.rows,
         n_pages=options.pages or None,
         chunk=options.chunk,
@@ -73,7 +102,12 @@ def compiling(engine: "Engine") -> Iterator[None]:
     print(f"compiled {engine.compile_largest()} programs in {time.monotonic() - started:.1f} s", file=sys.stderr)
 
     def rest() -> None:
-        n_programs = engine.compile(stopped)
+        try:
+            n_programs = engine.compile(stopped)
+        except Exception as error:  # whatever it is, those that are there serve
+            lines = str(error).splitlines() or [type(error).__name__]
+            print(f"some programs do not compile: {lines[0]} Requests run in the largest ones.", file=sys.stderr)
+            return
         if not stopped.is_set():
             print(f"compiled all {n_programs} programs in {time.monotonic() - started:.1f} s", file=sys.stderr)
 

@@ -33,6 +33,7 @@ FLAGS = _serving.FLAGS | {
     "host": (str, "127.0.0.1", "address to listen on; 0.0.0.0 for every network"),
     "port": (int, 8000, "port to listen on; 0 takes a free one", whole(0, 65535)),
 }
+BACKLOG = 2048  # connections that wait to be accepted
 DRAIN_S = 30  # seconds that answers may still take after SIGTERM
 KEYS = "DEEPSEEK_JAX_API_KEYS"
 
@@ -46,11 +47,13 @@ def main(argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed. Run pip install 'deepseek_jax[serve]'.") from None
     keys = tuple(key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip())
-    service = open_service(options, source, keys)
-    with listen(options.host, options.port) as listener, _serving.compiling(service.worker.engine):
-        host, port = listener.getsockname()[:2]
-        print(f"{service.name} at http://{host}:{port}/v1 (Ctrl-C stops)", file=sys.stderr, flush=True)
-        make_server(service, timeout_graceful_shutdown=DRAIN_S).run(sockets=[listener])
+    with bound(options.host, options.port) as listener:  # before minutes are spent on the model
+        service = open_service(options, source, keys)
+        with _serving.compiling(service.worker.engine):
+            listener.listen(BACKLOG)
+            host, port = listener.getsockname()[:2]
+            print(f"{service.name} at http://{host}:{port}/v1 (Ctrl-C stops)", file=sys.stderr, flush=True)
+            make_server(service, timeout_graceful_shutdown=DRAIN_S).run(sockets=[listener])
     return 0
 
 
@@ -72,14 +75,21 @@ def open_service(options: Any, source: Path | str, keys: tuple[str, ...]) -> "Se
     )
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Returns a socket that listens. Raises UserError if the address is taken or not of this machine."""
+def bound(host: str, port: int) -> socket.socket:
+    """Returns a socket with this address, which does not listen yet.
+
+    Raises UserError if the address is taken or not of this machine.
+    """
+    listener = socket.socket()
     try:
-        return socket.create_server((host, port), backlog=2048)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
     except OSError as error:
+        listener.close()
         raise UserError(
             f"cannot listen on {host}:{port} ({error.strerror}). Choose --port (0 takes a free one) or --host."
         ) from None
+    return listener
 
 
 def _template(model: "LanguageModel", source: str, given: str) -> "Template | None":

@@ -1,11 +1,13 @@
 """deepseek-jax serve, whole: published weights on the disk, the command, OpenAI's client, SIGTERM."""
 
+import json
 import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,7 +18,7 @@ from deepseek_jax import cli, run_config
 from deepseek_jax.abstract_model import abstract_module
 from deepseek_jax.errors import UserError
 from deepseek_jax.language_model import LanguageModel, load, save_pretrained
-from deepseek_jax.launch import serve
+from deepseek_jax.launch import _serving, serve
 from deepseek_jax.layers.base import split
 
 ADDRESS = re.compile(r"mine at (http://\S+) ")
@@ -74,9 +76,60 @@ def test_a_served_model_says_what_it_says_here(folder):
         process.stderr.close()
 
 
+def test_the_address_is_taken_before_the_model_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr(serve, "open_service", lambda *_: pytest.fail("the model was loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="cannot listen"):
+        serve.main([f"--from={folder}", f"--port={taken.getsockname()[1]}"])
+
+
+BUSY = {"layers": [{"name": "moe 0", "load": [4, 1, 0, 3]}, {"name": "moe 1", "load": [0, 0, 8, 0]}]}
+REDUNDANT = [
+    (["--redundant-experts=2"], BUSY, "--redundant-experts=2 with --loads=nothing: expected both"),
+    (["--loads={file}"], BUSY, "--redundant-experts=0 with --loads=.*: expected both"),
+    (["--redundant-experts=3", "--expert=2", "--loads={file}"], BUSY, "--expert=2: expected equally many .* of 2"),
+    (["--redundant-experts=2", "--loads={file}.absent"], BUSY, r"expected {\"layers\".*No such file"),
+    (["--redundant-experts=2", "--loads={file}"], [1], "expected .*curl"),
+    (["--redundant-experts=2", "--loads={file}"], {"layers": []}, "expected .*curl"),
+    (["--redundant-experts=2", "--loads={file}"], {"layers": [{"name": "moe 0", "load": [-1]}]}, "expected .*curl"),
+    (
+        ["--redundant-experts=2", "--loads={file}"],
+        {"layers": [*BUSY["layers"], {"name": "moe 2", "load": [1]}]},
+        "curl",
+    ),
+]
+
+
+@pytest.mark.parametrize(("flags", "content", "message"), REDUNDANT)
+def test_redundant_experts_without_loads_are_refused(tmp_path, flags, content, message):
+    file = tmp_path / "loads.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        serve.main(["--from=nowhere", "--port=0", *(flag.format(file=file) for flag in flags)])
+
+
+def test_loads_are_read_by_stack(tmp_path):
+    file = tmp_path / "loads.json"
+    file.write_text(json.dumps(BUSY))
+    options = SimpleNamespace(redundant_experts=2, loads=str(file), expert=2)
+    found = _serving.redundant_of(options)
+    assert found.n == 2 and list(found.loads) == ["moe_blocks"]
+    np.testing.assert_array_equal(found.loads["moe_blocks"], [[4, 1, 0, 3], [0, 0, 8, 0]])
+
+
+def test_programs_that_do_not_compile_are_reported_in_one_line(capsys):
+    def fail(stopped):
+        raise RuntimeError("no memory\nlong trace")
+
+    with _serving.compiling(SimpleNamespace(compile_largest=lambda: 3, compile=fail)):
+        pass
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("compiled 3 programs")
+    assert second == "some programs do not compile: no memory Requests run in the largest ones."
+
+
 def test_errors_are_said_before_the_weights_are_read(capsys):
     assert cli.main(["serve"]) == 2
     assert "expected --from=DIR for published weights" in capsys.readouterr().err
     message = r"cannot listen on 127.0.0.1:\d+ .*--port"
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match=message):
-        serve.listen("127.0.0.1", taken.getsockname()[1])
+        serve.bound("127.0.0.1", taken.getsockname()[1])

@@ -38,14 +38,19 @@ def n_top_of(plans: Plans) -> int:
     return max(sampling_of(part).n_top for plan in plans for part in plan)
 
 
+def recites(part: Part) -> bool:
+    """Whether the log-probabilities of a prompt's tokens after this part are to be reported."""
+    return sampling_of(part).prompt_logprobs and part.start + 1 < len(part.request.prompt)
+
+
 def rows_of(plans: Plans) -> int:
     """Rows per device, padded."""
     return bucket(max(map(len, plans)), 1)
 
 
-def width_of(plans: Plans, page_size: int) -> int:
-    """Pages that the longest of these rows has, padded."""
-    return bucket(max(-(-part.n_positions // page_size) for plan in plans for part in plan), LEAST_PAGES)
+def width_of(plans: Plans, page_size: int, least: int) -> int:
+    """Pages that the longest of these rows has, padded to `least` or more."""
+    return bucket(max(-(-part.n_positions // page_size) for plan in plans for part in plan), least)
 
 
 def together(parts: Sequence[Part], most: int, is_alone: Callable[[Part], bool]) -> list[list[Part]]:

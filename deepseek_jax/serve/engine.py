@@ -19,7 +19,6 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,94 +35,15 @@ from deepseek_jax.serve import batches
 from deepseek_jax.serve.batches import LEAST_PAGES, LEAST_TOKENS, Plans, buckets
 from deepseek_jax.serve.disk import DiskPages
 from deepseek_jax.serve.memory import Sizes, shapes_of
+from deepseek_jax.serve.outputs import Drawn, Logprob, Output, Recited, all_drawn, all_recited, logprobs_at
 from deepseek_jax.serve.pages import PAGE_SIZE, PagePool, root
 from deepseek_jax.serve.programs import Call, Current, Weights, checked_like, programs_for
-from deepseek_jax.serve.sampler import Scores
+from deepseek_jax.serve.ranks import Rank, Row
 from deepseek_jax.serve.sampling import MOST_TOP, Kind, Sampling
 from deepseek_jax.serve.scheduler import Part, Request, Scheduler
 from deepseek_jax.serve.speculation import ENDED, PER_STEP
 
 ALL = 0xFFFFFFFF  # a word of `allowed_RW` that allows its 32 tokens
-
-
-class Logprob(NamedTuple):
-    """The log-probability of a token under the model's own distribution, and the likeliest tokens with theirs."""
-
-    logprob: float
-    top: list[tuple[int, float]]  # descending
-
-
-class Output(NamedTuple):
-    """New tokens of a request. `ending` is "" while it runs, "stop" after a stop id, "length" at its last position."""
-
-    request: Request
-    ids: list[int]
-    ending: str
-    logprobs: Sequence[Logprob] = ()  # of `ids`, if the request asked for them
-    # of the prompt, None for its first token; with the first output, if the request asked for them
-    prompt_logprobs: Sequence[Logprob | None] = ()
-    # with the last output, if the engine notes them: the experts that each token but the last chose, layer by layer,
-    # [tokens, layers with experts, experts per token], int16
-    routes: np.ndarray | None = None
-
-
-@dataclass(eq=False)
-class _Row:
-    """The caller's part of a request: how it draws, its device, and its place in `last_R` there, -1 for none."""
-
-    sampling: Sampling
-    rank: int
-    slot: int = -1
-    has_draft: bool = False  # whether there is a draft of its next token
-    is_constrained: bool = False  # whether its place in `allowed_RW` counts for its next token
-    prompt_logprobs: list[Logprob | None] = field(default_factory=list)
-
-
-class Rank:
-    """The requests of one device: who runs, on which pages, and where it keeps what they drew last."""
-
-    def __init__(self, pages: PagePool, n_rows: int, chunk: int):
-        self.pages = pages
-        self.scheduler = Scheduler(pages, n_rows, budget=n_rows + chunk, chunk=chunk)
-        self._slots = list(range(n_rows))
-        self._with_slot: list[_Row] = []
-
-    @property
-    def n_open(self) -> int:
-        """Requests that run or wait."""
-        return len(self.scheduler.running) + len(self.scheduler.waiting)
-
-    def assign_slots(self, requests: list[Request]) -> None:
-        """Gives each of these a place in `last_R`, of which those that no longer run have none."""
-        running = {request.options for request in self.scheduler.running}
-        for row in [row for row in self._with_slot if row not in running]:
-            self._slots.append(row.slot)
-            row.slot, row.has_draft = -1, False
-            self._with_slot.remove(row)
-        for row in (request.options for request in requests):
-            if row.slot < 0:
-                row.slot = self._slots.pop()
-                self._with_slot.append(row)
-
-
-class _Drawn(NamedTuple):
-    """What a step draws for a request: a row of arrays that may not be computed yet, with `n` tokens at most."""
-
-    request: Request
-    row: int
-    n: int
-    id_BT: jax.Array
-    scores_BT: Scores | None
-
-
-class _Recited(NamedTuple):
-    """Log-probabilities of a part of a prompt: of the `n` tokens after position `start`."""
-
-    request: Request
-    row: int
-    start: int
-    n: int
-    scores_BT: Scores
 
 
 class _Sizes(NamedTuple):
@@ -149,6 +69,8 @@ class Engine:
         n_prompts: prompts of which one program computes a part at most, without drafts and on one device: more are
             faster, and need more programs.
         n_drafts: 1 lets multi-token prediction draft a second token for each (`speculation`); the text is the same.
+        least_pages: pages of a row that programs read at least: fewer are faster for short sequences, and need more
+            programs.
         matmul_precision: as for `jax.default_matmul_precision`.
         replicas: devices, each of which has `n_rows` rows and `n_pages` pages; None: one device. The weights lie there.
         compiler_options: as for `jax.jit`.
@@ -168,16 +90,19 @@ class Engine:
         n_steps: int = 1,
         n_prompts: int = 1,
         n_drafts: int = 0,
+        least_pages: int = LEAST_PAGES,
         matmul_precision: str | None = None,
         replicas: Replicas | None = None,
         compiler_options: dict[str, str | bool] | None = None,
     ):
         whole(1, 2**16).check("n_steps", n_steps)
         whole(1, 2**16).check("n_prompts", n_prompts)
+        whole(1, 2**16).check("least_pages", least_pages)
         # drafts and log-probabilities of prompts are made one by one; devices may differ in who needs them
         self._n_prompts = 1 if n_drafts or replicas else min(n_prompts, n_rows)
         self.weights, self.n_positions, self.n_rows, self.chunk = weights, n_positions, n_rows, chunk
         self.page_size, self.n_ahead, self.n_steps, self.n_drafts = page_size, n_ahead, n_steps, n_drafts
+        self.least_pages = least_pages
         self.n_drafted = self.n_accepted = 0  # drafts that were verified, and those that were right
         n_pages = n_pages or 1 + n_rows * -(-n_positions // page_size)
         self.replicas, n_ranks = replicas, replicas.n if replicas else 1  # programs may be another engine's too
@@ -194,8 +119,10 @@ class Engine:
         self._draft_R = self._by_row(np.zeros(n_ranks * (n_rows + 1), np.int32))  # of the token after the last one
         n_words = -(-self.vocab_size // 32)
         self._allowed_RW = self._by_row(np.full((n_ranks * (n_rows + 1), n_words), ALL, np.uint32))
-        self._put_words = jax.jit(_with_row, donate_argnums=0, out_shardings=self._allowed_RW.sharding)
-        self._flight: deque[list[_Drawn | _Recited]] = deque()
+        # On one device arrays have no given place; for one with a place a second program would be compiled.
+        place = self._allowed_RW.sharding if replicas else None
+        self._put_words = jax.jit(_with_row, donate_argnums=0, out_shardings=place)
+        self._flight: deque[list[Drawn | Recited]] = deque()
         self._disk: DiskPages | None = None
         self._pads_to_largest = False  # whether all programs are those of the largest sizes
 
@@ -207,7 +134,7 @@ class Engine:
             raise UserError(f"a prompt with {ids}: expected 0 to {self.vocab_size - 1}.")
         n_positions = min(len(prompt) + sampling.max_new_tokens, self.n_positions)
         rank = min(range(len(self.ranks)), key=lambda rank: self.ranks[rank].n_open)
-        options = _Row(sampling, rank, prompt_logprobs=[None] * len(prompt) if sampling.prompt_logprobs else [])
+        options = Row(sampling, rank, prompt_logprobs=[None] * len(prompt) if sampling.prompt_logprobs else [])
         request = Request(
             prompt,
             n_positions,
@@ -296,7 +223,7 @@ class Engine:
 
     @property
     def _sizes(self) -> "_Sizes":
-        widths = buckets(LEAST_PAGES, -(-self.n_positions // self.page_size))
+        widths = buckets(self.least_pages, -(-self.n_positions // self.page_size))
         return _Sizes(buckets(LEAST_TOKENS, min(self.chunk, self.n_positions)), widths, buckets(1, self.n_rows))
 
     def _needed(self, sizes: "_Sizes") -> list[Call]:
@@ -332,15 +259,15 @@ class Engine:
                 needed.append(self._steps(self._nobody, n_rows, width, kind, -1))
         return needed
 
-    def _start(self, plans: Plans) -> list[_Drawn | _Recited]:
+    def _start(self, plans: Plans) -> list[Drawn | Recited]:
         """Starts the programs of a step; returns where what they give will be."""
         for rank, plan in zip(self.ranks, plans, strict=True):
             rank.assign_slots([part.request for part in plan])
         self._constrain([part.request.options for plan in plans for part in plan if part.n_draws])
-        found: list[_Drawn | _Recited] = []
+        found: list[Drawn | Recited] = []
         short = [[part for part in plan if not self._is_long(part)] for plan in plans]
         long = [[part for part in plan if self._is_long(part)] for plan in plans]
-        groups = [batches.together(parts, self._n_prompts, _recites) for parts in long]
+        groups = [batches.together(parts, self._n_prompts, batches.recites) for parts in long]
         for parts in itertools.zip_longest(*groups, fillvalue=[]):
             found += self._start_long(parts)
         if any(short) and self.n_drafts:
@@ -364,16 +291,16 @@ class Engine:
         is_plain = batches.kind_of(plans) != "shaped" and batches.n_top_of(plans) < 0
         return self.n_steps > 1 and min(n_draws) == 1 and is_plain
 
-    def _start_long(self, plans: Plans) -> list[_Drawn | _Recited]:
+    def _start_long(self, plans: Plans) -> list[Drawn | Recited]:
         """Parts of prompts, those of a device together, and log-probabilities if they are to be reported."""
         parts, width = [part for plan in plans for part in plan], self._width(plans)
         length = self._length(parts)
         n_rows = batches.rows_of(plans)
         h_BTD, logits_BV, self._memory = self.programs.run(self._extend(plans, n_rows, length, width))
-        found: list[_Drawn | _Recited] = []
-        if any(_recites(part) for part in parts):
+        found: list[Drawn | Recited] = []
+        if any(batches.recites(part) for part in parts):
             scores_BT = self.programs.run(self._recite(plans, length, batches.n_top_of(plans), h_BTD))
-            found += _all_recited(plans, scores_BT)
+            found += all_recited(plans, scores_BT)
         if any(part.n_draws for part in parts):
             found += self._start_drawing(plans, logits_BV, width)
         if self.n_drafts:
@@ -382,28 +309,28 @@ class Engine:
                 part.request.options.has_draft = part.n_draws > 0
         return found
 
-    def _start_drawing(self, plans: Plans, logits_BV: jax.Array, width: int) -> list[_Drawn]:
+    def _start_drawing(self, plans: Plans, logits_BV: jax.Array, width: int) -> list[Drawn]:
         """Draws one token per row."""
         n_rows, n_top = len(logits_BV) // len(plans), batches.n_top_of(plans)
         call = self._draw(plans, n_rows, batches.kind_of(plans), width, logits_BV)
         id_BT, self._last_R = self.programs.run(call)
         scores_BT = self.programs.run(self._score(n_rows, n_top, logits_BV, id_BT)) if n_top >= 0 else None
-        return _all_drawn(plans, n_rows, id_BT, scores_BT)
+        return all_drawn(plans, n_rows, id_BT, scores_BT)
 
-    def _start_steps(self, plans: Plans) -> list[_Drawn]:
+    def _start_steps(self, plans: Plans) -> list[Drawn]:
         """Several steps of rows that all draw."""
         n_rows, kind, n_top = self._n_rows(plans), batches.kind_of(plans), batches.n_top_of(plans)
         call = self._steps(plans, n_rows, self._width(plans), kind, n_top)
         id_BT, scores_BT, self._memory, self._last_R = self.programs.run(call)
-        return _all_drawn(plans, n_rows, id_BT, scores_BT)
+        return all_drawn(plans, n_rows, id_BT, scores_BT)
 
-    def _start_speculation(self, plans: Plans) -> list[_Drawn]:
+    def _start_speculation(self, plans: Plans) -> list[Drawn]:
         """One step or `n_steps`, each of which draws up to two tokens per row."""
         n_rows, kind, n_top = self._n_rows(plans), batches.kind_of(plans), batches.n_top_of(plans)
         n_steps = self.n_steps if any(part.n_draws > PER_STEP for plan in plans for part in plan) else 1
         call = self._speculate(plans, n_rows, self._width(plans), kind, n_top, n_steps)
         id_BT, scores_BT, self._memory, self._last_R, self._draft_R = self.programs.run(call)
-        return _all_drawn(plans, n_rows, id_BT, scores_BT)
+        return all_drawn(plans, n_rows, id_BT, scores_BT)
 
     def _extend(self, plans: Plans, n_rows: int, length: int, width: int) -> Call:
         rows = batches.prompts(plans, n_rows, length, width)
@@ -467,12 +394,14 @@ class Engine:
 
     def _is_long(self, part: Part) -> bool:
         """Whether a part is computed by itself: several tokens, or one that needs more than a token to be drawn."""
-        if part.n_tokens > 1 or _recites(part):
+        if part.n_tokens > 1 or batches.recites(part):
             return True
         return self.n_drafts > 0 and not (part.request.options.has_draft and part.start + 1 == len(part.request.tokens))
 
     def _width(self, plans: Plans) -> int:
-        return self._sizes.widths[-1] if self._pads_to_largest else batches.width_of(plans, self.page_size)
+        if self._pads_to_largest:
+            return self._sizes.widths[-1]
+        return batches.width_of(plans, self.page_size, self.least_pages)
 
     def _n_rows(self, plans: Plans) -> int:
         return self._sizes.rows[-1] if self._pads_to_largest else batches.rows_of(plans)
@@ -492,7 +421,7 @@ class Engine:
     def _scheduler(self, request: Request) -> Scheduler:
         return self.ranks[request.options.rank].scheduler
 
-    def _constrain(self, rows: list[_Row]) -> None:
+    def _constrain(self, rows: list[Row]) -> None:
         """Puts what each of these rows may draw in its place on the device."""
         for row in rows:
             allowed_W = row.sampling.constraint.allowed() if row.sampling.constraint else None
@@ -505,23 +434,22 @@ class Engine:
     def _allow(self, place: int, words_W: np.ndarray) -> None:
         self._allowed_RW = self._put_words(self._allowed_RW, words_W, np.int32(place))
 
-    def _seen(self, step: list[_Drawn | _Recited]) -> list[Output]:
+    def _seen(self, step: list[Drawn | Recited]) -> list[Output]:
         """What a step gave, once it has run."""
         outputs = []
         for found in step:
             if found.request.has_ended:
                 continue
-            if isinstance(found, _Drawn):
+            if isinstance(found, Drawn):
                 outputs.append(self._output(found))
             else:
                 known = found.request.options.prompt_logprobs
                 n_top, places = found.request.options.sampling.logprobs, np.arange(found.n)
-                known[found.start + 1 : found.start + 1 + found.n] = _logprobs(
-                    found.scores_BT, found.row, places, n_top
-                )
+                scores = logprobs_at(found.scores_BT, found.row, places, n_top)
+                known[found.start + 1 : found.start + 1 + found.n] = scores
         return outputs
 
-    def _output(self, found: _Drawn) -> Output:
+    def _output(self, found: Drawn) -> Output:
         request, sampling = found.request, found.request.options.sampling
         id_T = np.asarray(found.id_BT)[found.row]
         places = np.flatnonzero(id_T != ENDED)[: found.n]
@@ -541,7 +469,7 @@ class Engine:
             self._scheduler(request).end(request)
         logprobs: list[Logprob] = []
         if sampling.logprobs is not None and found.scores_BT is not None:
-            logprobs = _logprobs(found.scores_BT, found.row, places[: len(ids)], sampling.logprobs)
+            logprobs = logprobs_at(found.scores_BT, found.row, places[: len(ids)], sampling.logprobs)
         return Output(request, ids, ending, logprobs, request.options.prompt_logprobs if is_first else (), routes)
 
     def _routes_of(self, request: Request) -> np.ndarray:
@@ -570,30 +498,3 @@ def _check_drafts(n_drafts: int, model: Any) -> None:
 
 def _with_row(allowed_RW: jax.Array, words_W: jax.Array, place: jax.Array) -> jax.Array:
     return allowed_RW.at[place].set(words_W)
-
-
-def _recites(part: Part) -> bool:
-    """Whether the log-probabilities of a prompt's tokens after this part are to be reported."""
-    return batches.sampling_of(part).prompt_logprobs and part.start + 1 < len(part.request.prompt)
-
-
-def _all_recited(plans: Plans, scores_BT: Scores) -> list[_Recited]:
-    found = [(row, part) for row, plan in enumerate(plans) for part in plan if _recites(part)]
-    ends = [min(part.n_tokens, len(part.request.prompt) - 1 - part.start) for _, part in found]
-    return [_Recited(part.request, row, part.start, n, scores_BT) for (row, part), n in zip(found, ends, strict=True)]
-
-
-def _all_drawn(plans: Plans, n_rows: int, id_BT: jax.Array, scores_BT: Scores | None) -> list[_Drawn]:
-    return [
-        _Drawn(part.request, rank * n_rows + row, part.n_draws, id_BT, scores_BT)
-        for rank, plan in enumerate(plans)
-        for row, part in enumerate(plan)
-        if part.n_draws
-    ]
-
-
-def _logprobs(scores_BT: Scores, row: int, places: np.ndarray, n_top: int) -> list[Logprob]:
-    """Of a row's tokens at some places, with the `n_top` likeliest."""
-    logprob_T, top_TK, ids_TK = (np.asarray(array)[row, places].tolist() for array in scores_BT)
-    tops = [list(zip(*both, strict=True))[:n_top] for both in zip(ids_TK, top_TK, strict=True)]
-    return [Logprob(*one) for one in zip(logprob_T, tops, strict=True)]

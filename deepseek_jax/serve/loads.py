@@ -4,21 +4,29 @@ The ends of the latest sequences are read once more, without a cache, when someb
 weights alone, so these are the loads that serving them made. The programs that serve count nothing.
 """
 
+import json
 import threading
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import bind
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.serve.programs import Weights
 
 LENGTH = 256  # tokens of a sequence's end that are read
 N_SEQUENCES = 8  # latest ones that are kept until somebody looks
+BLOCKS = "_blocks"  # end of the names of stacks, which those of layers leave out
+_WHAT_IS_READ = (
+    'expected {"layers": [{"name": "moe 0", "load": [tokens of each expert]}, …]}. Run curl http://HOST:PORT/experts > '
+    "FILE on a server of this model that has answered requests."
+)
 
 
 class Running(Protocol):
@@ -38,6 +46,26 @@ class Layer(NamedTuple):
     def fullest(self) -> float:
         """The load of the fullest expert, as a multiple of the mean; 0 before any token."""
         return max(self.load) * len(self.load) / max(1, sum(self.load))
+
+
+def read(path: str | Path) -> dict[str, np.ndarray]:
+    """Returns the loads in a file, which /experts of a server answered: by stack, [L, E], as for `on_mesh.Redundant`.
+
+    Raises UserError if the file is none.
+    """
+    try:
+        layers = [Layer(str(one["name"]), one["load"]) for one in json.loads(Path(path).read_bytes())["layers"]]
+        stacks: dict[str, list[list[int]]] = {}
+        for layer in layers:
+            stacks.setdefault(layer.name.rpartition(" ")[0] + BLOCKS, []).append(layer.load)
+        counts = {name: np.asarray(load_LE, np.float64) for name, load_LE in stacks.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"loads of experts in {path}: {_WHAT_IS_READ} ({error})") from error
+    if not counts or any(
+        one.ndim != 2 or not np.isfinite(one).all() or one.min(initial=0) < 0 for one in counts.values()
+    ):
+        raise UserError(f"loads of experts in {path}: {_WHAT_IS_READ}")
+    return counts
 
 
 class ExpertLoads:
@@ -82,7 +110,7 @@ class ExpertLoads:
     def _add(self, found: dict[str, np.ndarray]) -> None:
         self.counts = {name: load_LE + self.counts.get(name, 0) for name, load_LE in found.items()}
         new = [
-            Layer(f"{name.removesuffix('_blocks')} {n}", load_E.astype(int).tolist())
+            Layer(f"{name.removesuffix(BLOCKS)} {n}", load_E.astype(int).tolist())
             for name, load_LE in found.items()
             for n, load_E in enumerate(load_LE)
         ]

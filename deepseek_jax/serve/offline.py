@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.serve.engine import Engine, Logprob, Output
+from deepseek_jax.serve.engine import Engine
+from deepseek_jax.serve.outputs import Logprob, Output
 from deepseek_jax.serve.sampling import Sampling
 from deepseek_jax.serve.scheduler import Request
 

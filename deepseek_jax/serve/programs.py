@@ -307,6 +307,7 @@ class Programs:
 
 
 _KNOWN: WeakValueDictionary[tuple, Programs] = WeakValueDictionary()
+_LOOKING = threading.Lock()  # at `_KNOWN`
 
 
 def form(weights: Weights) -> tuple:
@@ -337,4 +338,7 @@ def programs_for(
     where = (replicas.mesh, replicas.definition) if replicas else ()
     options = tuple(sorted((compiler_options or {}).items()))
     key = definition, form(weights), sizes, matmul_precision, where, options
-    return _KNOWN.setdefault(key, Programs(definition, sizes, matmul_precision, replicas, compiler_options))
+    with _LOOKING:
+        if (known := _KNOWN.get(key)) is None:
+            known = _KNOWN[key] = Programs(definition, sizes, matmul_precision, replicas, compiler_options)
+    return known

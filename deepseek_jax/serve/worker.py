@@ -14,7 +14,8 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from deepseek_jax.serve.engine import Engine, Output, Sampling
+from deepseek_jax.serve.engine import Engine, Sampling
+from deepseek_jax.serve.outputs import Output
 from deepseek_jax.serve.scheduler import Request
 
 

@@ -13,17 +13,21 @@ import numpy as np
 import pytest
 
 from deepseek_jax import run, run_config
+from deepseek_jax.abstract_model import abstract_module
 from deepseek_jax.data.tokenizer import ByteTokenizer
 from deepseek_jax.errors import UserError
+from deepseek_jax.layers.base import split
 from deepseek_jax.parallel.mesh import fetched, make_mesh
+from deepseek_jax.rl.engine_rollout import rollouts
 from deepseek_jax.rl.grpo import GRPO
 from deepseek_jax.rl.loop import REFERENCE, TAKEN_AT, Loop, LoopConfig
 from deepseek_jax.rl.objective import PolicyGradient, answers, learnt, part
 from deepseek_jax.rl.problems import Problem, open_problems
 from deepseek_jax.rl.rewards import RULES, Rewards, Score
-from deepseek_jax.rl.rollout import row_keys
+from deepseek_jax.rl.rollout import pad, row_keys
 from deepseek_jax.rl.step import Learner, StepSizes
 from deepseek_jax.rl.turns import Turns
+from deepseek_jax.serve.engine import Engine
 from deepseek_jax.serve.generate import ENDED, Generator
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 from deepseek_jax.train.metrics import Metrics
@@ -99,6 +103,29 @@ def test_what_is_drawn_has_the_log_probabilities_of_the_trainer(learner, state, 
         "ids stay ids"
     )
     assert (given.sampled_logp_BT[is_drawn_BT] < 0).all() and (np.asarray(found.entropy_BT)[is_drawn_BT] > 0).all()
+
+
+def test_the_engine_draws_the_same_answers(learner, state):
+    """With the same keys, at temperatures 1 and 0, also with weights that have replaced others."""
+    config = make_config()
+    definition = split(abstract_module(config))[0]
+    weights = jax.tree.map(jax.numpy.asarray, (state["params"], state["router_bias"]))
+    others = jax.tree.map(lambda x: x + 0.01, weights)
+    engine = Engine(definition, others, 32, page_size=8, n_rows=4, chunk=16)
+    engine._pads_to_largest = True
+    prompts = [learner.turns.prompt(problem, "") for problem in asked(*QUESTIONS)]
+    for temperature, drawn_with in ((1.0, others), (1.0, weights), (0.0, weights)):
+        given = pad(prompts, 9, row_keys(5, 1, 16), temperature)
+        found = rollouts(engine, drawn_with, given, NEW, [learner.turns.end_id])
+        as_state = state | dict(zip(("params", "router_bias"), drawn_with, strict=True))
+        expected = learner.draw(placed(learner, as_state), asked(*QUESTIONS), given.key_BK, temperature).rollouts
+        np.testing.assert_array_equal(found.n_drawn_B1, expected.n_drawn_B1)
+        np.testing.assert_array_equal(found.is_finished_B1, expected.is_finished_B1)
+        np.testing.assert_array_equal(found.ids_BT, expected.ids_BT)
+        np.testing.assert_allclose(found.logp_BT, expected.logp_BT, atol=1e-5)
+        assert engine.weights is drawn_with and found.kept_BTV.shape == expected.kept_BTV.shape
+    with pytest.raises(UserError, match="temperature 0.5: expected 1, or 0"):
+        rollouts(engine, weights, pad(prompts, 9, row_keys(5, 1, 16), 0.5), NEW, [])
 
 
 def test_the_experts_of_the_draw_are_visited_again(learner, state, drawn):

@@ -7,8 +7,9 @@ import pytest
 from deepseek_jax import run_config
 from deepseek_jax.abstract_model import abstract_module
 from deepseek_jax.layers.base import bind, split
-from deepseek_jax.serve.engine import Engine, Rank
+from deepseek_jax.serve.engine import Engine
 from deepseek_jax.serve.pages import PagePool
+from deepseek_jax.serve.ranks import Rank
 
 SIZES = {"d_model": 16, "n_layers": 3, "dense_width": 24, "n_heads": 2, "q_rank": 12, "kv_rank": 8, "nope_width": 8}
 SIZES |= {"rope_width": 4, "value_width": 8, "n_experts": 8, "expert_width": 8, "top_k": 2, "mtp_depth": 0}

@@ -15,7 +15,7 @@ from deepseek_jax.data.tokenizer import open_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.serve.api.app import make_server
 from deepseek_jax.serve.api.service import Service
-from deepseek_jax.serve.engine import Logprob, Output
+from deepseek_jax.serve.outputs import Logprob, Output
 from deepseek_jax.serve.worker import Worker
 
 BYTES = open_tokenizer("bytes")

@@ -266,8 +266,22 @@ def test_a_request_may_be_cancelled_at_any_time(engine, alone, when):
     assert last.has_ended and len(texts.get(last, [])) < 10 and all_free(made)
 
 
-def test_after_compile_no_request_compiles(engine, monkeypatch):
-    made, needed = engine(), []
+@pytest.fixture
+def compilations():
+    """Names of programs as JAX compiles them, or finds them in its cache on the disk."""
+    found = []
+
+    def note(event, _, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(about.get("fun_name", event))
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+def test_after_compile_no_request_compiles(engine, monkeypatch, compilations):
+    made, needed = engine(is_padded=False), []
     compile_all = made.programs.compile
     monkeypatch.setattr(
         made.programs, "compile", lambda calls, *more: compile_all(calls, *more) or needed.extend(calls)
@@ -277,13 +291,16 @@ def test_after_compile_no_request_compiles(engine, monkeypatch):
     # rows; log-probabilities of one, two or four rows and of 16 tokens, without and with the likeliest
     assert len(needed) == 4 + 9 + 8
     n_programs = len(made.programs)
+    compilations.clear()
     run(made, [Sampling(10, temperature=1.0, seed=3)] * len(PROMPTS), [[1 + i for i in p] for p in PROMPTS])
     run(made, [Sampling(10, top_k=9, logprobs=i % 4, prompt_logprobs=True) for i in range(7)])
     run(made, [Sampling(5, logit_bias={3: 1.0}), Sampling(9), Sampling(7, constraint=Ladder(2))], PROMPTS[1:4])
     run(made, [Sampling(10)] * len(PROMPTS))
     run(made, [Sampling(1)], [[5]])
     run(made, [Sampling(31)], [[5]])
-    assert len(made.programs) == n_programs
+    assert len(made.programs) == n_programs and not compilations
+    jax.jit(lambda x: x + 1).lower(1.0).compile()
+    assert len(compilations) == 1, "the law above would hold for no events"
 
 
 def test_until_all_programs_are_there_requests_run_in_the_largest(engine, alone, monkeypatch):
@@ -410,6 +427,11 @@ def test_replicas_of_busy_experts_change_no_text(network, engine, alone):
     for load_E, slot_ER in zip(load_LE, slots, strict=True):
         assert (slot_ER[load_E.argmax()] >= 0).sum() > 1, "the busiest expert has a replica"
     assert run(made, [Sampling(10)] * len(PROMPTS))[1] == [[*ids, "length"] for ids in alone]
+    of_others = replace(redundant, loads={name: load_LE[:, :4] for name, load_LE in busy.counts.items()})
+    with pytest.raises(
+        UserError, match=r"loads of moe_blocks of shape \(2, 4\): expected \(2, 8\), layers and experts"
+    ):
+        on_mesh.replicas(network.config, network.definition, network.weights, mesh, of_others)
     with pytest.raises(UserError, match="3 redundant experts for tiny_v3 over 2 devices"):
         on_mesh.replicas(network.config, network.definition, network.weights, mesh, replace(redundant, n=3))
 

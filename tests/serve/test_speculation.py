@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.serve.engine import Engine, Rank, Sampling
+from deepseek_jax.serve.engine import Engine, Sampling
 from deepseek_jax.serve.pages import PagePool
+from deepseek_jax.serve.ranks import Rank
 from tests.serve.test_engine import Ladder
 
 DRAW = np.random.default_rng(1)

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from deepseek_jax.serve.api import answers
 from deepseek_jax.serve.api.answers import Usage
-from deepseek_jax.serve.engine import Logprob, Output
 from deepseek_jax.serve.grammar import Constrained
+from deepseek_jax.serve.outputs import Logprob, Output
 from deepseek_jax.serve.reply import Piece, Reply
 from deepseek_jax.serve.sampling import Sampling
 
