@@ -1,17 +1,22 @@
 """What weights and files are, so that one can say later what something was made from."""
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 from deepseek_jax.errors import UserError
 
+PIECES, PIECE_BYTES = 64, 1 << 14  # of a file of published weights, spread over it
+
 
 def mark_of(origin: str | Path) -> dict:
-    """Returns what identifies weights: of a run its latest step and the sha256 of that step's manifest.
+    """Returns what identifies weights: of a run its latest intact step and the sha256 of that step's manifest.
 
-    The manifest holds the hash of every file of the checkpoint, which are verified when they are read. Published
-    weights are known by the names and sizes of their files and the content of config.json.
+    That is the step that `weights.open_weights` reads. Its files are compared with the manifest, which holds their
+    hashes: this reads the whole checkpoint. Published weights are known by config.json and by the names, sizes and
+    samples of the bytes of their files.
     """
     from deepseek_jax.train.checkpoint import manifest
     from deepseek_jax.weights import checkpoint_directory, is_published
@@ -19,22 +24,45 @@ def mark_of(origin: str | Path) -> dict:
     if is_published(origin):
         return {"files": published_digest(origin)}
     directory = checkpoint_directory(origin)
-    steps = manifest.committed_steps(directory)
-    if not steps:
-        raise UserError(f"{origin} has no checkpoint. Train it first.")
-    content = (manifest.step_dir(directory, steps[-1]) / manifest.MANIFEST).read_bytes()
-    return {"step": steps[-1], "manifest": hashlib.sha256(content).hexdigest()}
+    for step in reversed(manifest.committed_steps(directory)):
+        path = manifest.step_dir(directory, step)
+        with contextlib.suppress(manifest.CheckpointDamaged):
+            manifest.verify(path, step)
+            return {"step": step, "manifest": file_mark(path / manifest.MANIFEST)["sha256"]}
+    raise UserError(f"{origin} has no intact checkpoint. Train it first.")
+
+
+def check_unchanged(origin: str | Path, mark: dict) -> None:
+    """Raises UserError if weights are no longer those of a mark: then others may have been read since it was taken."""
+    now = mark_of(origin)
+    if now != mark:
+        raise UserError(
+            f"{origin} has changed while its weights were read: {mark} was there, now it is {now}. Start again when "
+            "its run has stopped."
+        )
 
 
 def published_digest(origin: str | Path) -> str:
-    """Returns the sha256 of the names and sizes of published weights, and of their config.json."""
+    """Returns the sha256 of config.json and of the names, sizes and samples of the bytes of published weights."""
     from deepseek_jax.convert import hub
 
     directory = Path(hub.local(os.fspath(origin))).expanduser()
     digest = hashlib.sha256((directory / "config.json").read_bytes())
     for file in sorted(directory.glob("*.safetensors")):
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        with open(file, "rb") as weights:
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\n".encode())
+            digest.update(samples(weights, size))
     return digest.hexdigest()
+
+
+def samples(file: BinaryIO, size: int) -> bytes:
+    """Returns pieces of a file, its beginning and its end among them: other weights of the same sizes differ there."""
+    found = []
+    for n in range(PIECES):
+        file.seek(max(size - PIECE_BYTES, 0) * n // (PIECES - 1))
+        found.append(file.read(PIECE_BYTES))
+    return b"".join(found)
 
 
 def name_of(origin: str | Path) -> str:

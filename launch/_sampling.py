@@ -68,27 +68,38 @@ def sample(config: ConfigDict, out: Path, stop: "StopRequest") -> bool:
     with Rewards(weights, config.rl.verifiers, config.rl.verify_s) as rewards:
         learner = prepare(config, rewards)
         with Kept(out, about(config, learner), _provenance.name_of(config.run.init_from)) as kept:
-            c = config.sample
-            print(f"{c.problems:,} problems of {config.rl.problems} x {c.answers} answers, to {out}", flush=True)
-            if kept.next < c.problems:
+            end = end_of(config, learner)
+            print(f"{end:,} problems of {config.rl.problems} x {config.sample.answers} answers, to {out}", flush=True)
+            if kept.next < end:
                 draw(config, learner, rules, kept, stop)
-            is_done = kept.next >= c.problems
+            is_done = kept.next >= end
     if is_done:
         report(kept)
     return is_done
 
 
 def draw(config: ConfigDict, learner: "Learner", rules: "Rules", kept: "Kept", stop: "StopRequest") -> None:
-    """Draws batch after batch, until all problems are asked or `stop` is asked for."""
+    """Draws batch after batch, until all problems are asked or `stop` is asked for.
+
+    Raises UserError if the weights are no longer those that the file is about.
+    """
     from deepseek_jax.weights import WEIGHTS, open_weights
 
     weights = open_weights(config.run.init_from)
     state = weights.read({name: learner.trainer.stored[name] for name in WEIGHTS})
+    _provenance.check_unchanged(config.run.init_from, kept.about["weights"])
     stop.begin()
-    progress = Lines(config.sample.problems, kept.next)
-    while kept.next < config.sample.problems and stop.signal is None:
+    end = end_of(config, learner)
+    progress = Lines(end, kept.next)
+    while kept.next < end and stop.signal is None:
         add_batch(config, learner, state, rules, kept)
         progress.show(kept)
+
+
+def end_of(config: ConfigDict, learner: "Learner") -> int:
+    """Returns how many problems are asked: each of a list is asked once at most."""
+    available = learner.problems.n_training
+    return config.sample.problems if available is None else min(config.sample.problems, available)
 
 
 def rules_of(config: ConfigDict) -> "Rules":
@@ -144,7 +155,7 @@ def add_batch(config: ConfigDict, learner: "Learner", state: "State", rules: "Ru
     from deepseek_jax.rl import rejection
     from deepseek_jax.rl.rollout import row_keys
 
-    n, last = config.sample.answers, config.sample.problems - 1
+    n, last = config.sample.answers, end_of(config, learner) - 1
     numbers = [kept.next + place for place in range(learner.sizes.n_rows // n)]
     asked = [learner.problems.training(min(number, last)) for number in numbers]
     keys = np.concatenate([row_keys(seed_of(config.seed), number, n) for number in numbers])
@@ -161,7 +172,8 @@ def add_batch(config: ConfigDict, learner: "Learner", state: "State", rules: "Ru
             rejection.conversation(asked[place], drawn.responses[own][one], number, learner.turns.thinking)
             for one in chosen
         ]
-    kept.add(rows, counts, numbers[known - 1] + 1)
+    done = numbers[known - 1]
+    kept.add(rows, counts, config.sample.problems if done == last else done + 1)  # a list has none after its last
 
 
 class Lines:

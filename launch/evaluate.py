@@ -10,8 +10,9 @@ Problems are those of `deepseek-jax rl`: JSONL files, also in the form of GSM8K 
 of reasoning-gym. Each is answered once by the likeliest tokens and --samples times by draws (as R1's report has it, 64
 at temperature 0.6 with top-p 0.95), on the engine that serves. Printed are pass@1 (the mean over the samples), pass@k,
 maj@n (the vote of all samples) and greedy, each with a 95 % interval over problems (Wilson's). Answers kept with
---answers are not drawn again: the same command resumes, and a larger --samples adds to them. Of a run's own problems
-(config.rl.problems) only those that it was not trained on are asked.
+--answers are not drawn again: the same command resumes, and a larger --samples adds to them. Of a list, the problems
+that a run was trained on are left out: those of its config.rl.problems, wherever the list lies, and those that the
+JSONL files of its config.data.source answer. How many these are is printed.
 
 Tasks are those of lm-eval (`lm-eval ls tasks`) or those of a directory of yours; lm-eval loads their data. The engine
 answers them in this process; with --url it is a server. Either way by ids, so the scores are of what is served. Every
@@ -33,7 +34,7 @@ FLAGS = _serving.FLAGS | {
     "tasks_dir": (str, "", "directory with tasks of your own", path()),
     "url": (str, "", "a server that runs already, instead of --from or --workdir"),
     "shots": (int, -1, "worked examples in each prompt (default: as the task says)", whole(-1, 1000)),
-    "limit": (int, 0, "questions per task (default: all)", whole(0, 10**9)),
+    "limit": (int, 0, "questions per task, or problems (default: all; of problems without end 512)", whole(0, 10**9)),
     "out": (str, "", "file for the results, as JSON", path()),
     "problems": (str, "", "problems to answer, instead of --tasks: sums:DIGITS, rg:NAME or JSONL files"),
     "samples": (int, 64, "answers drawn to each problem", whole(0, 10**6)),

@@ -4,11 +4,11 @@
     deepseek-jax sample --from=DIR --out=kept.jsonl --config.rl.problems=mine.jsonl --config.sample.answers=16
     deepseek-jax sft --config=tiny_sft --config.run.init_from=runs/base --config.data.source=kept.jsonl
 
-Of the config.sample.answers that are drawn to each of config.sample.problems training problems, those are kept that
-are right (by the problem's kind), well-formed, in one language and not too long: config.sample.least and
-config.sample.longest; at most config.sample.most per problem, the shortest first (config.sample.choose=first: in the
-order of the draws). Answers are drawn at config.rl.temperature and config.rl.top_p, rl.questions x rl.answers at a
-time. Without --config the config is that of the weights.
+Of the config.sample.answers that are drawn to each of config.sample.problems training problems (each of a list once at
+most), those are kept that are right (by the problem's kind), well-formed, in one language and not too long:
+config.sample.least and config.sample.longest; at most config.sample.most per problem, the shortest first
+(config.sample.choose=first: in the order of the draws). Answers are drawn at config.rl.temperature and config.rl.top_p,
+rl.questions x rl.answers at a time. Without --config the config is that of the weights.
 
 OUT receives a row {"problem": number, "messages": [...], "thinking": ...} per kept answer. OUT.about says which
 weights, problems, seed and rules it comes from, how many answers were dropped and why. SIGTERM, SIGHUP or Ctrl-C ends

@@ -1,8 +1,16 @@
 """What deepseek-jax evaluate says where something is missing; its figures are tested beside the server's clients."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 
-from deepseek_jax import cli
+from deepseek_jax import cli, run_config
+from deepseek_jax.errors import UserError
+from deepseek_jax.launch import _evaluation
+from deepseek_jax.rl.problems import Problem, divided, listed, open_problems
+from deepseek_jax.rl.rejection import conversation
+from deepseek_jax.rl.rewards import Response
 
 
 @pytest.mark.parametrize(
@@ -19,6 +27,52 @@ from deepseek_jax import cli
 def test_what_is_missing_is_said(capsys, words, message):
     assert cli.main(["evaluate", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def lists(tmp_path, monkeypatch):
+    """Returns a function that asks the problems of a list, of a run with some settings."""
+    monkeypatch.chdir(tmp_path)
+    rows = [json.dumps({"prompt": f"{n} + 1", "answer": str(n + 1)}) + "\n" for n in range(40)]
+    (tmp_path / "mine.jsonl").write_text("".join(rows))
+    (tmp_path / "part.jsonl").write_text("".join(rows[:20]) + json.dumps({"prompt": "new", "answer": "1"}))
+
+    def ask(source, problems="sums", data="stdlib", fingerprint="", workdir="run"):
+        config = run_config.load("tiny_zero")
+        config.rl.problems, config.data.source = problems, data
+        monkeypatch.setattr(_evaluation, "fingerprint_of", lambda workdir: fingerprint)
+        options = SimpleNamespace(problems=source, workdir=workdir, limit=0)
+        return [
+            problem.messages[0]["content"] for problem in _evaluation.asked(options, SimpleNamespace(config=config))[0]
+        ]
+
+    return ask
+
+
+def test_no_problem_that_a_run_was_trained_on_is_asked_however_the_list_is_spelled(lists, tmp_path, capsys):
+    training, held = divided(listed("mine.jsonl")[0], run_config.load("tiny_zero").rl.holdout_rate)
+    new = {problem.messages[0]["content"] for problem in held}
+    assert 0 < len(new) < 20 and len(lists("mine.jsonl")) == len(lists("mine.jsonl", workdir=None)) == 40
+    capsys.readouterr()
+    for source in ("mine.jsonl", "./mine.jsonl", str(tmp_path / "mine.jsonl"), "min*.jsonl"):
+        assert {*lists(source, problems="mine.jsonl")} == new
+        assert f"; run was trained on {40 - len(new)} of them" in capsys.readouterr().err
+    seen = {problem.messages[0]["content"] for problem in training}
+    assert "new" in lists("part.jsonl", problems="mine.jsonl")
+    assert not seen & {*lists("part.jsonl", problems="mine.jsonl")}
+    fingerprint = open_problems("mine.jsonl", 0, 0.1).fingerprint
+    assert {*lists("mine.jsonl", problems="elsewhere/mine.jsonl", fingerprint=fingerprint)} == new, "it has moved"
+
+
+def test_problems_whose_answers_a_run_was_fine_tuned_on_are_not_asked(lists, tmp_path):
+    problem = Problem(({"role": "user", "content": "3 + 1"},), "4", "exact")
+    row = conversation(problem, Response({"role": "assistant", "content": "4"}, 1, 2, True), 0, thinking=False)
+    (tmp_path / "kept.jsonl").write_text(json.dumps(row) + "\n")
+    found = lists("mine.jsonl", data=str(tmp_path / "kept.jsonl"))
+    assert len(found) == 39 and "3 + 1" not in found
+    (tmp_path / "one.jsonl").write_text('{"prompt": "3 + 1", "answer": "4"}')
+    with pytest.raises(UserError, match="of 1 problems there, none is new to the model"):
+        lists("one.jsonl", data=str(tmp_path / "kept.jsonl"))
 
 
 @pytest.mark.slow

@@ -53,6 +53,7 @@ class Problems(Protocol):
     """A source of problems."""
 
     fingerprint: str  # equal for equal problems
+    n_training: int | None  # different ones; None: any number of them
     n_held_out: int | None  # None: as many as asked for
 
     def training(self, number: int) -> Problem:
@@ -75,6 +76,7 @@ class Generated:
         holdout_rate: share of all problems that are held out.
     """
 
+    n_training: int | None = None
     n_held_out: int | None = None
 
     def __init__(self, name: str, make: Callable[[int], Problem], seed: int, holdout_rate: float):
@@ -110,11 +112,9 @@ class Listed:
     """Problems of a list, each once per epoch, in an order that depends on the seed; at least one is held out."""
 
     def __init__(self, problems: Sequence[Problem], seed: int, holdout_rate: float, source: str):
-        by_hash = sorted(range(len(problems)), key=lambda n: message_hash(problems[n]))
-        held = [is_held_out(problem, holdout_rate) or n == by_hash[0] for n, problem in enumerate(problems)]
-        self._training = [problems[n] for n in by_hash if not held[n]]
-        self._held_out = [problems[n] for n in by_hash if held[n]]
+        self._training, self._held_out = divided(problems, holdout_rate)
         self.seed = seed
+        self.n_training: int | None = len(self._training)
         self.n_held_out: int | None = len(self._held_out)
         if not self._training:
             raise UserError(f"{source} has no problem to train on ({len(problems)} in all). Lower rl.holdout_rate.")
@@ -138,6 +138,20 @@ class Listed:
         return np.argsort(noise(self.seed, TRAINING, epoch, at=np.arange(len(self._training))), kind="stable")
 
 
+def divided(problems: Sequence[Problem], holdout_rate: float) -> tuple[list[Problem], list[Problem]]:
+    """Returns (the problems of a list to train on, those that are held out), each in the order of their hashes.
+
+    The problem with the smallest hash is held out at any rate; equal ones are on the same side.
+    """
+    hashed = sorted(((message_hash(problem), problem) for problem in problems), key=lambda pair: pair[0])
+    training: list[Problem] = []
+    held: list[Problem] = []
+    for number, problem in hashed:
+        side = held if number == hashed[0][0] or is_held_out(problem, holdout_rate) else training
+        side.append(problem)
+    return training, held
+
+
 def open_problems(source: str, seed: int, holdout_rate: float) -> Problems:
     """Returns the problems that `source` names (see the top of this file).
 
@@ -154,11 +168,16 @@ def open_problems(source: str, seed: int, holdout_rate: float) -> Problems:
 def listed(source: str) -> tuple[list[Problem], str]:
     """Returns (all problems of some JSONL files, in their order, a fingerprint of them)."""
     check_local(source, "config.rl.problems")
-    paths = [Path(path) for path in sorted(glob.glob(os.path.expanduser(source), recursive=True))]
+    paths = files_of(source)
     if not paths:
         raise UserError(f"rl.problems={source}: no such file. Give JSONL files, sums:DIGITS, or rg:NAME.")
     problems = [problem for path in paths for problem in rows(path)]
     return problems, digest(problems)
+
+
+def files_of(source: str) -> list[Path]:
+    """Returns the files that a source names; none if it makes its problems."""
+    return [Path(path) for path in sorted(glob.glob(os.path.expanduser(source), recursive=True))]
 
 
 def is_generated(source: str) -> bool:
@@ -254,7 +273,12 @@ def reasoning_gym(name: str) -> Callable[[int], Problem]:
 
 def message_hash(problem: Problem) -> int:
     """Returns 64 bits of a hash of the messages of a problem."""
-    text = json.dumps(problem.messages, sort_keys=True).encode()
+    return hash_of(problem.messages)
+
+
+def hash_of(messages: Sequence[dict]) -> int:
+    """Returns 64 bits of a hash of messages."""
+    text = json.dumps(messages, sort_keys=True).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 

@@ -119,6 +119,8 @@ class Kept:
             raise UserError(
                 f"{self.path} exists, without {self.progress.name} beside it. Give a file that is not there yet."
             )
+        else:  # rows that a kill leaves without progress are then known to be this file's
+            self._save()
 
     def _resume(self, saved: dict[str, Any]) -> None:
         """Takes over the progress, and drops what was written after it."""
@@ -144,5 +146,9 @@ class Kept:
         self._file.flush()
         os.fsync(self._file.fileno())
         self.next, self.counts, self._n_bytes = next_number, self.counts + counts, self._n_bytes + len(content)
+        self._save()
+
+    def _save(self) -> None:
+        """Writes the progress."""
         saved = {"source": self.source, "next": self.next, "bytes": self._n_bytes, "counts": dict(self.counts)}
         write_atomically(self.progress, json.dumps(saved | {"about": self.about}, indent=1).encode())

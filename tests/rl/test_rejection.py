@@ -1,6 +1,7 @@
 """Rejection sampling: which answers are kept, and a file that is the same however often its writing was cut."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -108,6 +109,8 @@ def test_a_file_that_was_cut_anywhere_is_the_one_written_at_once(config, tmp_pat
     assert whole.next == 13 and whole.counts.total() == 26 and len(numbers) == whole.counts["kept"]
     assert numbers == sorted(numbers) and 0 < len(numbers) < 26 and max(numbers) <= 12
     cut = tmp_path / "cut.jsonl"
+    collect(config, cut, 0)
+    cut.write_bytes(content[:99])  # killed in the first batch
     for n in range(4):
         collect(config, cut, 1)
         with open(cut, "ab") as file:  # a batch whose progress was not written any more
@@ -118,6 +121,19 @@ def test_a_file_that_was_cut_anywhere_is_the_one_written_at_once(config, tmp_pat
     config.sample.problems = 13
     more = collect(config, tmp_path / "more.jsonl", 99)
     assert (tmp_path / "more.jsonl").read_bytes() == content and more.counts == whole.counts
+
+
+def test_each_problem_of_a_list_is_asked_once(config, tmp_path, monkeypatch):
+    rows = [json.dumps({"prompt": str(n), "answer": str(n % 10)}) for n in range(11)]
+    (tmp_path / "problems.jsonl").write_text("\n".join(rows))
+    listed = open_problems(str(tmp_path / "problems.jsonl"), 0, 0.1)
+    monkeypatch.setattr(sys.modules[__name__], "open_problems", lambda *_: listed)
+    assert 4 < listed.n_training < 11
+    path = tmp_path / "kept.jsonl"
+    kept = collect(config, path, 99)
+    numbers = [json.loads(row)["problem"] for row in path.read_bytes().splitlines()]
+    assert kept.counts.total() == 2 * listed.n_training and max(numbers) < listed.n_training
+    assert kept.next == 13, "as many as were asked for are in the file: a list has no others"
 
 
 def test_a_file_of_other_settings_is_refused(config, tmp_path):

@@ -197,6 +197,12 @@ def test_settings_are_checked():
         rewards.score([problem(kind="sum")], [response()])
 
 
+def test_a_missing_package_is_said_before_any_answer(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with Rewards({"accuracy": 1.0}) as rewards, pytest.raises(UserError, match="kind math need math-verify, which is"):
+        rewards.check({"exact", "math"})
+
+
 def test_calls_that_hang_or_fail_have_no_result_and_hold_nothing_up():
     """Of the calls of one map some never end, end their process or raise; the others have their results."""
     calls = [(abs, -1), (time.sleep, 60), (abs, -2), (os._exit, 3), (operator.neg, ""), (abs, -5)]
@@ -253,7 +259,7 @@ def test_no_worker_outlives_the_process_that_started_it():
 def test_why_answers_cannot_be_scored_is_counted():
     """The time of a call is for one test of a program: for all of them there is as much more as there are tests."""
     with Rewards({"accuracy": 1.0}, n_processes=1, seconds=0.01) as rewards:
-        rewards._checked.add("code")
+        rewards._checked |= {"code", "math"}
         rewards._workers.map = lambda function, calls, shares: [Failed(f"no result after {n} s") for n in shares]
         scores = rewards.score([problem([{}, {}], "code"), problem(kind="math")] * 2, [response()] * 4)
     assert [score.total for score in scores] == [None] * 4

@@ -10,6 +10,7 @@ Then the total is None too, and the response is left out of what is learnt, rath
 """
 
 import collections
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -19,7 +20,7 @@ from deepseek_jax.rl.problems import Problem
 from deepseek_jax.rl.rewards import rules, sandbox, verifiers
 from deepseek_jax.rl.rewards.processes import Failed, Workers
 from deepseek_jax.rl.rewards.rules import Response, has_thought
-from deepseek_jax.rl.rewards.verifiers import SLOW, VERIFIERS
+from deepseek_jax.rl.rewards.verifiers import NEEDED, SLOW, VERIFIERS
 
 ACCURACY = "accuracy"
 Rule = Callable[[Problem, Response], float | None]
@@ -119,6 +120,11 @@ class Rewards:
         for kind in sorted(kinds - self._checked):
             if kind not in VERIFIERS:
                 raise UserError(f"a problem has kind {kind!r}. Expected one of {', '.join(VERIFIERS)}.")
+            if kind in NEEDED and importlib.util.find_spec(NEEDED[kind]) is None:
+                raise UserError(
+                    f"problems of kind {kind} need {NEEDED[kind].replace('_', '-')}, which is not installed. "
+                    "Run: pip install 'deepseek_jax[rl]'"
+                )
             if kind == "code":
                 sandbox.check()
             self._checked.add(kind)

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from deepseek_jax.errors import UserError
 from deepseek_jax.rl.boxed import BOXED, boxed
 from deepseek_jax.rl.rewards import sandbox
 
@@ -77,12 +76,8 @@ def math(answer: Any, content: str) -> float | None:
     Where the answer is a number, one that is still to be computed (3 \cdot 7, which may be copied from the question) is
     not an answer.
     """
-    try:
-        import math_verify
-    except ImportError:
-        raise UserError(
-            "problems of kind math need math-verify, which is not installed. Run: pip install 'deepseek_jax[rl]'"
-        ) from None
+    import math_verify
+
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that there is no time limit: there is ours
     read = functools.partial(math_verify.parse, parsing_timeout=None)
     expected = [found for found in read(f"${answer}$") or read(str(answer)) if not isinstance(found, str)]
@@ -168,4 +163,5 @@ VERIFIERS: dict[str, Verifier] = {
     "reasoning_gym": reasoning_gym,
     "code": code,
 }
+NEEDED = {"math": "math_verify", "reasoning_gym": "reasoning_gym"}  # packages, by kind
 SLOW = ("math", "reasoning_gym", "code")
