@@ -27,7 +27,6 @@ usage: deepseek-jax VERB [--config=NAME|FILE.py] [--workdir=DIR] [--config.a.b=V
 
 # what people ask for by these names, and what there is instead
 NO_VERBS = {
-    "sample": "To continue a text: deepseek-jax generate --workdir=RUN --prompt=TEXT.",
     "eval": "Training evaluates on held-out text by itself: see eval_every in configs/base.py.",
 }
 

@@ -33,12 +33,13 @@ if TYPE_CHECKING:
     from deepseek_jax.rl.problems import Problem
     from deepseek_jax.rl.rewards import Response, Score
 
+SIZE = whole(1, 10**6)
 EXTRA = {
-    "questions": (int, None, "prompts of a step (default of this and the next four: what config.rl has)"),
-    "answers": (int, None, "answers to each"),
-    "updates": (int, None, "updates per step, each on its share of the answers"),
-    "prompt_tokens": (int, None, "tokens of a prompt"),
-    "new_tokens": (int, None, "tokens of an answer"),
+    "questions": (int, None, "prompts of a step (default of this and the next four: what config.rl has)", SIZE),
+    "answers": (int, None, "answers to each", SIZE),
+    "updates": (int, None, "updates per step, each on its share of the answers", SIZE),
+    "prompt_tokens": (int, None, "tokens of a prompt", SIZE),
+    "new_tokens": (int, None, "tokens of an answer", SIZE),
     "turns": (int, 5, "times that each side is measured", whole(1, 10**6)),
     "steps": (int, 1, "steps of one turn", whole(1, 10**6)),
     "peer": (bool, True, "measure TRL as well"),

@@ -11,7 +11,6 @@ Source: PEFT 0.21, `peft.LoraConfig`.
 """
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.files import write_atomically
 from deepseek_jax.layers.base import Tree
 from deepseek_jax.layers.lora import ADAPTERS, Lora, Target
+from deepseek_jax.tree import size
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, SIDES = "base_model.model.", {"down": "lora_A", "up": "lora_B"}
@@ -139,7 +139,7 @@ def write(directory: str | os.PathLike, base: str, shapes: Tree, found: Lora, ge
         "use_dora": False,
         "use_rslora": False,
     }
-    n_bytes = sum(4 * math.prod(entry.shape) for entry in entries)
+    n_bytes = 4 * size(entries)
     safetensors.write_directory(directory, entries, n_bytes, WEIGHTS)
     write_atomically(Path(directory) / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 

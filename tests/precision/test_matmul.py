@@ -141,13 +141,13 @@ def test_every_product_with_a_weight_of_a_block_goes_through_the_matmul_of_the_r
     assert matmul.asked == attention + swiglu + block + ["BTY,YD->BTD"] + block
 
 
-def test_only_scores_router_and_head_multiply_without_it():
+def test_only_scores_router_head_and_updates_of_weights_multiply_without_it():
     found = {
         path.name
         for path in LAYERS.glob("*.py")
         if re.search(r"jnp\.(einsum|dot|matmul)|dot_general", path.read_text())
     }
-    assert found == {"attention.py", "embed.py", "router.py"}
+    assert found == {"attention.py", "embed.py", "router.py", "lora.py"}
 
 
 def doubled(*arguments, **options):
