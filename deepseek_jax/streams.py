@@ -8,10 +8,12 @@ next file that the program opens would take its number and receive whatever nati
 import contextlib
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could upset a terminal
 # Errors that pass once somebody makes space; after any other one a stream is given up.
 PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EAGAIN, errno.EINTR)
 
@@ -47,6 +49,11 @@ def settle() -> None:
             stream.flush()
         except (OSError, ValueError, AttributeError):
             to_null_device(stream)
+
+
+def printable(text: str) -> str:
+    """Returns a text without control characters, which a model may well make; tabs and ends of lines stay."""
+    return CONTROL.sub("\ufffd", text)
 
 
 def is_terminal(stream: TextIO) -> bool:

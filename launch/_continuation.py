@@ -1,6 +1,5 @@
 """A model's continuation of a text, written while it is made."""
 
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -10,12 +9,12 @@ from typing import TYPE_CHECKING, TextIO
 from ml_collections import ConfigDict
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.streams import printable
 
 if TYPE_CHECKING:
     from deepseek_jax.data.tokenizer import Tokenizer
 
 SAMPLE = "    def __init__(self"  # what the model continues when a run has ended
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could upset a terminal
 
 
 def continue_text(
@@ -90,7 +89,7 @@ def write(text: str, to: TextIO | None = None) -> None:
     """
     to = to or sys.stdout
     encoding = to.encoding or "utf-8"
-    text = CONTROL.sub("\ufffd", text) if to.isatty() else text
+    text = printable(text) if to.isatty() else text
     print(text.encode(encoding, "replace").decode(encoding), end="", flush=True, file=to)
 
 

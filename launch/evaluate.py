@@ -12,7 +12,8 @@ at temperature 0.6 with top-p 0.95), on the engine that serves. Printed are pass
 maj@n (the vote of all samples) and greedy, each with a 95 % interval over problems (Wilson's). Answers kept with
 --answers are not drawn again: the same command resumes, and a larger --samples adds to them. Of a list, the problems
 that a run was trained on are left out: those of its config.rl.problems, wherever the list lies, and those that the
-JSONL files of its config.data.source answer. How many these are is printed.
+JSONL files of its config.data.source answer. How many these are is printed. Problems of kind code and
+reasoning_gym have no maj@n, since their right answers need not be equal.
 
 Tasks are those of lm-eval (`lm-eval ls tasks`) or those of a directory of yours; lm-eval loads their data. The engine
 answers them in this process; with --url it is a server. Either way by ids, so the scores are of what is served. Every

@@ -69,3 +69,7 @@ def test_a_verb_whose_reader_has_gone_ends_quietly():
     command = f"({sys.executable} -m deepseek_jax --help; echo code $? >&2) | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.stderr in ("code 0\n", "code 1\n")
+
+
+def test_what_a_model_prints_moves_no_cursor():
+    assert streams.printable("a\x1b[2J\tb\n\x9bc\r") == "a\ufffd[2J\tb\n\ufffdc\ufffd"

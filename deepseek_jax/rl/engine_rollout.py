@@ -48,9 +48,10 @@ def rollouts(engine: Engine, weights: Weights, prompts: Prompts, n_new: int, sto
     another form than the engine's, or a prompt that is too long for it.
     """
     temperature_B = np.asarray(prompts.temperature_B1)[:, 0]
-    if not np.isin(temperature_B, (0, 1)).all():
+    others = temperature_B[~np.isin(temperature_B, (0, 1))]
+    if others.size:
         raise UserError(
-            f"rollouts by the engine at temperature {temperature_B.max():g}: expected 1, or 0, at which its "
+            f"rollouts by the engine at temperature {others[0]:g}: expected 1, or 0, at which its "
             "log-probabilities are those of the draw. Use rollout.roller for others."
         )
     engine.replace_weights(weights)

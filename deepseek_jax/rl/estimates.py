@@ -4,7 +4,7 @@ Of n answers to a problem, c of which are right:
 
     pass@1    c / n
     pass@k    1 - C(n - c, k) / C(n, k)      that one of k drawn answers is right, unbiased; Chen et al. 2021, eq. 1
-    maj@n     1 if most of the n answers are equal and right (R1 section 3.1: cons@64)
+    maj@n     1 if most of the n answers are equal and right (R1 section 3.1: cons@64); not of programs
 
 All are means over problems. Their intervals are Wilson's, with problems as the independent trials. Values between 0 and
 1 vary less than ones that are 0 or 1 and have the same mean, so such an interval holds for them too, if anything too

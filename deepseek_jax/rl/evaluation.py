@@ -4,16 +4,17 @@ A draw is a function of (weights, problem, sample, seed). So answers that were k
 and more samples add to those that are there.
 """
 
+import contextlib
 import json
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from deepseek_jax.data.file_locks import try_lock
 from deepseek_jax.data.noise import noise
 from deepseek_jax.errors import UserError
-from deepseek_jax.files import write_atomically
 from deepseek_jax.rl.estimates import Estimate, estimate, majority, pass_at_k
 from deepseek_jax.rl.problems import Problem
 from deepseek_jax.rl.rewards import ACCURACY, Response, Rewards, Score, has_thought
@@ -96,20 +97,35 @@ class Record:
 
     def __init__(self, path: Path | None, about: dict[str, Any]):
         self.answers: dict[Place, Response] = {}
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
         if path is None:
             return
-        rows = [row for line in path.read_bytes().splitlines() if (row := _row(line))] if path.exists() else []
-        if path.exists() and path.stat().st_size and (not rows or rows[0].get("about") != about):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as opened:
+            file = opened.enter_context(path.open("a+b"))
+            if try_lock(file.fileno()) is False:
+                raise UserError(f"{path} is being written by another process. Wait for it, or give another file.")
+            self._resume(path, file, about)
+            opened.pop_all()
+        self._file = file
+
+    def _resume(self, path: Path, file: BinaryIO, about: dict[str, Any]) -> None:
+        """Reads the answers of a file without a last line that a kill has torn, or begins the file."""
+        file.seek(0)
+        content, header = file.read(), _line({"about": about})
+        if header.startswith(content):  # empty, or killed in the first line
+            file.truncate(0)
+            return _append(file, header)
+        whole = content[: content.rfind(b"\n") + 1]
+        rows = [row for line in whole.splitlines() if (row := _row(line))]
+        if not rows or rows[0].get("about") != about:
             raise UserError(
                 f"{path} holds something else than answers of {json.dumps(about)}. Give the same settings to "
                 "continue it, or another file."
             )
         for row in rows[1:]:
             self.answers[Place(row["problem"], row["sample"])] = Response(*(row[name] for name in COLUMNS))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows or [{"about": about}]).encode())
-        self._file = path.open("a", encoding="utf-8")
+        file.truncate(len(whole))
 
     def __enter__(self) -> "Record":
         return self
@@ -122,9 +138,18 @@ class Record:
         """Keeps an answer."""
         self.answers[place] = response
         if self._file:
-            row = place._asdict() | dict(zip(COLUMNS, response, strict=True))
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+            _append(self._file, _line(place._asdict() | dict(zip(COLUMNS, response, strict=True))))
+
+
+def _line(row: dict) -> bytes:
+    """Returns a line of a record."""
+    return f"{json.dumps(row)}\n".encode()
+
+
+def _append(file: BinaryIO, line: bytes) -> None:
+    """Adds a line to a record."""
+    file.write(line)
+    file.flush()
 
 
 def _row(line: bytes) -> dict | None:

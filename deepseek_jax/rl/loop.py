@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deepseek_jax import streams
 from deepseek_jax.errors import UserError
 from deepseek_jax.files import write_atomically
 from deepseek_jax.layers.base import Tree
@@ -210,7 +211,7 @@ class Loop:
             with (self.workdir / SAMPLES).open("a", encoding="utf-8") as file:
                 file.write("".join(row + "\n" for row in rows))
             self.metrics.samples(step, shown)
-            self.metrics.message("  drawn: " + " ".join(shown[0].split())[:SHOWN])
+            self.metrics.message("  drawn: " + streams.printable(" ".join(shown[0].split())[:SHOWN]))
 
 
 def spelled(problem: Problem, response: Response) -> str:

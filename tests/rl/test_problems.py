@@ -41,6 +41,14 @@ def test_no_held_out_problem_is_trained_on(file):
         assert held_out and not held_out & {text(problems.training(n)) for n in range(150)}
 
 
+def test_equal_problems_of_a_list_are_on_the_same_side(tmp_path):
+    path = tmp_path / "twice.jsonl"
+    path.write_text("".join(json.dumps({"prompt": str(n), "answer": "1"}) + "\n" for n in range(9)) * 2)
+    problems = open_problems(str(path), 0, 0.0)
+    assert problems.n_held_out == 2 and problems.n_training == 16
+    assert text(problems.held_out(0)) not in {text(problems.training(n)) for n in range(16)}
+
+
 def test_an_epoch_of_a_file_has_each_problem_once(file):
     problems = open_problems(file, 0, 0.2)
     count = 40 - problems.n_held_out

@@ -257,13 +257,15 @@ def test_no_worker_outlives_the_process_that_started_it():
 
 
 def test_why_answers_cannot_be_scored_is_counted():
-    """The time of a call is for one test of a program: for all of them there is as much more as there are tests."""
-    with Rewards({"accuracy": 1.0}, n_processes=1, seconds=0.01) as rewards:
+    """A program has as much time in each test, and as much to be ended: too long is wrong, not unknown."""
+    with Rewards({"accuracy": 1.0}, n_processes=1, seconds=5.0) as rewards:
         rewards._checked |= {"code", "math"}
-        rewards._workers.map = lambda function, calls, shares: [Failed(f"no result after {n} s") for n in shares]
+        rewards._workers.map = lambda function, calls, shares: [
+            Failed(f"{call[-1]} s, {n:g} times") for call, n in zip(calls, shares, strict=True)
+        ]
         scores = rewards.score([problem([{}, {}], "code"), problem(kind="math")] * 2, [response()] * 4)
     assert [score.total for score in scores] == [None] * 4
-    assert rewards.failures == {"kind code: no result after 2 s": 2, "kind math: no result after 1 s": 2}
+    assert rewards.failures == {"kind code: 5.0 s, 4 times": 2, "kind math: 5.0 s, 1 times": 2}
 
 
 def test_slow_verifiers_run_in_processes():

@@ -125,7 +125,8 @@ def test_the_engine_draws_the_same_answers(learner, state):
         np.testing.assert_allclose(found.logp_BT, expected.logp_BT, atol=1e-5)
         assert engine.weights is drawn_with and found.kept_BTV.shape == expected.kept_BTV.shape
     with pytest.raises(UserError, match="temperature 0.5: expected 1, or 0"):
-        rollouts(engine, weights, pad(prompts, 9, row_keys(5, 1, 16), 0.5), NEW, [])
+        given = given._replace(temperature_B1=np.where(np.arange(16)[:, None] == 7, 0.5, 1).astype(np.float32))
+        rollouts(engine, weights, given, NEW, [])
 
 
 def test_the_experts_of_the_draw_are_visited_again(learner, state, drawn):

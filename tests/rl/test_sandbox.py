@@ -15,7 +15,7 @@ from deepseek_jax.rl.problems import Problem
 from deepseek_jax.rl.rewards import Response, Rewards, sandbox
 from deepseek_jax.rl.rewards.confined import ALLOWED
 from deepseek_jax.rl.rewards.sandbox import DIED, FINISHED, NOT_STARTED, TOO_LONG, TOO_MUCH, Limits
-from deepseek_jax.rl.rewards.verifiers import code
+from deepseek_jax.rl.rewards.verifiers import code, programs
 
 sys.path.insert(0, str(Path(__file__).parent))
 import hostile
@@ -37,6 +37,18 @@ def test_a_program_that_passes_all_tests_is_right():
     assert code(TESTS, answer(right)) == 1.0
     assert code(TESTS, f"{answer('print(0)')}\n{answer(right)}") == 1.0, "the last program counts"
     assert code([], answer(right)) is None, "a problem without tests cannot be judged"
+
+
+def test_the_time_of_a_program_is_given():
+    slow = answer("import time\nuntil = time.monotonic() + 0.6\nwhile time.monotonic() < until:\n    pass\nprint(5)")
+    assert code(TESTS[:1], slow, seconds=0.3) == 0.0 and code(TESTS[:1], slow, seconds=30.0) == 1.0
+
+
+def test_programs_are_found_in_linear_time():
+    assert programs("```py\na\n```python\n``` \nb\n```\n```python3\n```\n```python\nc") == ["a\n```python\n", ""]
+    begin = time.process_time()
+    assert programs("```python\n" * 100_000) == []
+    assert time.process_time() - begin < 2
 
 
 def test_what_only_looks_like_a_program_that_passes_is_not():

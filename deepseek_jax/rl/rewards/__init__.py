@@ -20,7 +20,7 @@ from deepseek_jax.rl.problems import Problem
 from deepseek_jax.rl.rewards import rules, sandbox, verifiers
 from deepseek_jax.rl.rewards.processes import Failed, Workers
 from deepseek_jax.rl.rewards.rules import Response, has_thought
-from deepseek_jax.rl.rewards.verifiers import NEEDED, SLOW, VERIFIERS
+from deepseek_jax.rl.rewards.verifiers import COMPARED, NEEDED, SLOW, VERIFIERS
 
 ACCURACY = "accuracy"
 Rule = Callable[[Problem, Response], float | None]
@@ -31,6 +31,7 @@ RULES: dict[str, Rule] = {
     "overlong": rules.overlong,
 }
 NAMES = (ACCURACY, *RULES)
+END_S = 5.0  # to end a program that takes too long, and to start the next
 NOTHING_TO_SAY = "the problem's own answer cannot be read, or a program cannot be started"
 
 
@@ -47,7 +48,7 @@ class Rewards:
     Args:
         weights: of each reward, by name; those of weight 0 are reported only.
         n_processes: for slow verifiers.
-        seconds: that one of these may take; of kind code, for each test of the problem.
+        seconds: that one of these may take; a program of kind code fails a test in which it takes longer.
 
     `failures` counts why answers could not be scored.
     """
@@ -60,6 +61,7 @@ class Rewards:
                 "rl.rewards: every weight is 0, so nothing would be learnt. Set rl.rewards.accuracy to 1.0."
             )
         self.weights = dict(weights)
+        self._seconds = seconds
         self._workers = Workers(n_processes, seconds)
         self._checked: set[str] = set()
         self.failures: collections.Counter[str] = collections.Counter()
@@ -88,18 +90,22 @@ class Rewards:
             if response.is_finished and problem.kind in SLOW:
                 slow.append(n)
             elif response.is_finished:
-                found[n] = self._known(problem.kind, verify(problem.kind, problem.answer, response.content))
-        calls = [(problems[n].kind, problems[n].answer, responses[n].content) for n in slow]
-        shares = [len(problems[n].answer) if problems[n].kind == "code" else 1 for n in slow]
+                found[n] = self._known(problem.kind, VERIFIERS[problem.kind](problem.answer, response.content))
+        calls = [(problems[n].kind, problems[n].answer, responses[n].content, self._seconds) for n in slow]
+        per_test = 1 + END_S / self._seconds
+        shares = [len(problems[n].answer) * per_test if problems[n].kind == "code" else 1 for n in slow]
         for n, result in zip(slow, self._workers.map(verify, calls, shares), strict=True):
             found[n] = self._known(problems[n].kind, result)
         return found
 
     def alike(self, kinds: Sequence[str], contents: Sequence[Sequence[str]]) -> list[list[int | None] | None]:
-        """Returns which responses to each problem have equal answers (`verifiers.alike`); None if that failed."""
+        """Returns which responses to each problem have equal answers (`verifiers.alike`).
+
+        None if that failed, or if right answers of its kind need not be equal.
+        """
         slow = [n for n, kind in enumerate(kinds) if kind == "math"]
         found: list[Any] = [
-            None if kind == "math" else verifiers.alike(kind, answers)
+            verifiers.alike(kind, answers) if kind in COMPARED and kind not in SLOW else None
             for kind, answers in zip(kinds, contents, strict=True)
         ]
         calls = [(kinds[n], contents[n]) for n in slow]
@@ -130,8 +136,13 @@ class Rewards:
             self._checked.add(kind)
 
 
-def verify(kind: str, answer: object, content: str) -> float | None:
-    """Returns whether an answer is right, by kind; runs in a process of its own."""
+def verify(kind: str, answer: object, content: str, seconds: float) -> float | None:
+    """Returns whether an answer is right, by kind; runs in a process of its own.
+
+    A program may take `seconds` in each test: there the time is the program's own, and tells a wrong one.
+    """
+    if kind == "code":
+        return verifiers.code(answer, content, seconds)
     return VERIFIERS[kind](answer, content)
 
 

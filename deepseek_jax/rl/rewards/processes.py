@@ -81,7 +81,7 @@ class Workers:
         while self._idle:
             self._idle.pop().kill()
 
-    def map(self, function: Callable, arguments: Sequence[tuple], shares: Sequence[int] | None = None) -> list[Any]:
+    def map(self, function: Callable, arguments: Sequence[tuple], shares: Sequence[float] | None = None) -> list[Any]:
         """Returns function(*arguments[n]) for every n, or a `Failed`; the function must be one of a module.
 
         Call n may take `seconds` times shares[n], by default 1. Raises UserError where the function does.

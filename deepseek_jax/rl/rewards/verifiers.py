@@ -26,7 +26,8 @@ NUMBER = re.compile(
     r"(?<![\w.])[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3})?(?:/[0-9]+)?(?![\w/])"
 )
 LONGEST_NUMBER = 100  # characters; a longer one would take long to compute with
-BLOCK = re.compile(r"^```(?:python|py|python3)[ \t]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
+OPENING, CLOSING = re.compile(r"```(?:python|py|python3)[ \t]*"), re.compile(r"```[ \t]*")  # lines around a program
+PROGRAM_S = 10.0  # on the clock, for a program in each test
 LONGEST_FORMULA = 1000  # characters that math-verify is given
 COMPUTED = re.compile(r"[+*!^=]|[\w)}]\s*-|\\(?:cdot|times|div|sum|prod|int|binom|neq?|leq?|geq?)\b")
 
@@ -103,20 +104,38 @@ def scorer_of(task: str) -> Callable[[str, dict], float]:
     return create_dataset(task, seed=0, size=1).score_answer
 
 
-def code(answer: Any, content: str) -> float | None:
-    """Returns 1 if the program of a response passes all tests; None if one could not be run."""
-    blocks = BLOCK.findall(content)
-    if not blocks:
+def code(answer: Any, content: str, seconds: float = PROGRAM_S) -> float | None:
+    """Returns 1 if the program of a response passes all tests; None if one could not be run.
+
+    A program that takes more than `seconds` in a test fails it.
+    """
+    found = programs(content)
+    if not found:
         return 0.0
-    return passes(blocks[-1], answer)
+    return passes(found[-1], answer, seconds)
 
 
-def passes(program: str, tests: Sequence[dict]) -> float | None:
+def programs(content: str) -> list[str]:
+    """Returns the programs in a response: lines between ```python and ```; one that is not closed is left out."""
+    found: list[str] = []
+    program: list[str] | None = None
+    for line in content.split("\n"):
+        if program is None:
+            program = [] if OPENING.fullmatch(line) else None
+        elif CLOSING.fullmatch(line):
+            found.append("".join(f"{one}\n" for one in program))
+            program = None
+        else:
+            program.append(line)
+    return found
+
+
+def passes(program: str, tests: Sequence[dict], seconds: float) -> float | None:
     """Returns 1 if a program writes the output of every test, blanks at ends of lines aside; at least one test."""
     if not tests:
         return None
     for test in tests:
-        ran = sandbox.run(program, test["input"])
+        ran = sandbox.run(program, test["input"], sandbox.Limits(seconds))
         if ran.ending == sandbox.NOT_STARTED:
             return None
         if ran.ending != sandbox.FINISHED or lines(ran.output) != lines(test["output"]):
@@ -133,8 +152,8 @@ def said(kind: str, content: str) -> str | None:
     """Returns the part of a response that the verifier of a kind compares; None if it has none."""
     if kind == "number":
         return None if (value := last_number(content)) is None else str(value)
-    if kind in ("math", "code"):
-        parts = boxed(content) if kind == "math" else BLOCK.findall(content)
+    if kind == "math":
+        parts = boxed(content)
         return parts[-1] if parts else None
     return content.strip() or None
 
@@ -142,7 +161,8 @@ def said(kind: str, content: str) -> str | None:
 def alike(kind: str, contents: Sequence[str]) -> list[int | None]:
     """Returns a number for each response: the same for those that are equal to the verifier; None without an answer.
 
-    Formulas are equal if math-verify takes one for the other, other answers if their texts are.
+    The kind is one of `COMPARED`. Formulas are equal if math-verify takes one for the other, other answers if their
+    texts are.
     """
     firsts: list[str] = []  # an answer of each group
     group_of: dict[str | None, int | None] = {None: None}
@@ -164,4 +184,5 @@ VERIFIERS: dict[str, Verifier] = {
     "code": code,
 }
 NEEDED = {"math": "math_verify", "reasoning_gym": "reasoning_gym"}  # packages, by kind
+COMPARED = ("exact", "number", "math")  # kinds whose right answers are all equal
 SLOW = ("math", "reasoning_gym", "code")
