@@ -101,9 +101,8 @@ def get_config() -> ConfigDict:
     run.unroll = 1  # layers that one turn of the loop over layers runs: more compile longer and copy less
     run.compilation_cache = ""  # directory of compiled programs; "" is the user's cache directory
 
-    lora = config.lora = (
-        ConfigDict()
-    )  # low-rank adapters (`layers.lora`), which alone are trained, beside run.init_from
+    # Low-rank adapters (`layers.lora`), which alone are trained, beside run.init_from.
+    lora = config.lora = ConfigDict()
     lora.rank = 0  # r; 0 trains the weights themselves
     lora.alpha = 16.0  # adapters count alpha / rank times
     lora.targets = "all-linear"  # names as PEFT has them, q_proj,v_proj; all-linear: all that take some

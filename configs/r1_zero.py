@@ -2,9 +2,9 @@
 
 Paper: arXiv 2501.12948, section 2.2 and its supplement: rate 3e-6, 32 questions x 16 answers of at most 32,768 tokens
 per update, rollouts of 8,192 answers for 16 updates each, KL weight 0.001, the reference renewed every 400 updates,
-10,400 updates. The clip of R1-Zero is not given; 10 is that of R1's first stage. Ours reads problems with R1's chat
-template, in place of R1-Zero's prompt. These are the paper's numbers; rl.rows_at_once says how many answers are
-drawn at a time.
+10,400 updates, from update 8,200 on with answers of at most 65,536 tokens (rl.longest_answer, to set by hand). The clip
+of R1-Zero is not given; 10 is that of R1's first stage. Ours reads problems with R1's chat template, in place of
+R1-Zero's prompt. These are the paper's numbers; rl.rows_at_once says how many answers are drawn at a time.
 
     deepseek-jax rl --config=r1_zero --config.run.init_from=deepseek-ai/DeepSeek-V3-Base --config.rl.problems=FILES
 """

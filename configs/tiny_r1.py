@@ -2,8 +2,8 @@
 
 Paper: arXiv 2501.12948, section 2.3: cold start, reinforcement learning for right and well-formed answers in one
 language, rejection sampling, fine-tuning of the base on what is kept, reinforcement learning at temperature 0.7; and
-section 2.4, distillation. The problems are the built-in sums. It takes some ten minutes; BENCHMARKS.md has the figures
-of three seeds.
+section 2.4, distillation. The problems are the built-in sums. It takes about seven minutes; BENCHMARKS.md has the
+figures of three seeds.
 
     deepseek-jax r1
 """
@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     r1.sft = fine_tuning(steps=60)
     r1.second = recipe(config)
     r1.second.loop.steps = 20
-    schedule = r1.second.schedule  # where nearly all answers are right, 1e-3 forgets more than is learnt
+    schedule = r1.second.schedule  # nearly all answers are right when it begins
     schedule.peak_rate = schedule.tail_rate = schedule.final_rate = 1e-4
     r1.second.rl = ConfigDict({"temperature": 0.7})
 

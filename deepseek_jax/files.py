@@ -1,12 +1,26 @@
 """Files that survive a crash: written whole or not at all, and on the disk when a function returns."""
 
 import os
+import uuid
 from pathlib import Path
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that after a crash is either whole or absent, and on the disk when this returns."""
-    partial = path.with_name(path.name + ".partial")
+def write_once(path: Path, content: bytes) -> bool:
+    """Writes a file if it is not there, as `write_atomically`; returns whether it holds `content` now.
+
+    Several processes may do so at once, on one machine or over a shared file system.
+    """
+    if not path.exists():
+        write_atomically(path, content, f".{uuid.uuid4().hex}.partial")
+    return path.read_bytes() == content
+
+
+def write_atomically(path: Path, content: bytes, partial_suffix: str = ".partial") -> None:
+    """Writes a file that after a crash is either whole or absent, and on the disk when this returns.
+
+    Meanwhile it is beside `path`, under that name with `partial_suffix`.
+    """
+    partial = path.with_name(path.name + partial_suffix)
     with open(partial, "wb") as file:
         file.write(content)
         file.flush()

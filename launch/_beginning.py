@@ -87,7 +87,7 @@ def inherit(config: ConfigDict, overrides: Mapping[str, str], workdir: Path) -> 
     from deepseek_jax.train.checkpoint.manifest import committed_steps
     from deepseek_jax.weights import open_weights
 
-    inherit_adapters(config, overrides)
+    inherit_adapters(config, overrides, workdir)
     origin = config.run.init_from
     if not origin:
         return
@@ -117,17 +117,26 @@ def inherit(config: ConfigDict, overrides: Mapping[str, str], workdir: Path) -> 
             config.release.update({"bos_id": None, "pad_id": None, "eos_ids": (), "end_ids": ()} | given)
 
 
-def inherit_adapters(config: ConfigDict, overrides: Mapping[str, str]) -> None:
+def inherit_adapters(config: ConfigDict, overrides: Mapping[str, str], workdir: Path) -> None:
     """Takes rank, alpha and targets of the adapters to begin with (`lora.init_from`), where they are not given.
 
-    Raises UserError if others are given, or the directory holds no adapters.
+    Raises UserError if others are given, or the directory holds no adapters. A run that has begun knows its own.
     """
     if not config.lora.init_from:
         return
     from deepseek_jax.convert import peft
+    from deepseek_jax.train.checkpoint.manifest import committed_steps
+    from deepseek_jax.weights import open_weights
 
-    config.lora.init_from = directory(config.lora.init_from, "config.lora.init_from")
-    for key, value in peft.settings(config.lora.init_from).items():
+    try:
+        config.lora.init_from = directory(config.lora.init_from, "config.lora.init_from")
+        found = peft.settings(config.lora.init_from)
+    except UserError:
+        if not committed_steps(workdir / "checkpoints"):
+            raise
+        saved = open_weights(workdir).config.lora
+        found = {key: saved[key] for key in ("rank", "alpha", "targets")}
+    for key, value in found.items():
         if f"lora.{key}" in overrides and config.lora[key] != value:
             raise UserError(
                 f"config.lora.{key}={config.lora[key]}: the adapters in {config.lora.init_from} have {value}. Leave "

@@ -11,6 +11,7 @@ results.
 """
 
 import contextlib
+import glob
 import json
 import os
 from collections.abc import Callable
@@ -20,9 +21,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ml_collections import ConfigDict
 
 from deepseek_jax.launch import _beginning, _conversations, _provenance, _reinforcement, _sampling, _sums_base
-from deepseek_jax.launch._stages import R1, Record, Stage, configs_of
+from deepseek_jax.launch._stages import R1, Record, Stage, configs_of, inherit_model
 from deepseek_jax.launch._tables import print_table
-from deepseek_jax.launch._training import execute
+from deepseek_jax.launch._training import execute, settle_products
+from deepseek_jax.saved_config import to_json
 
 if TYPE_CHECKING:
     from deepseek_jax.rl.rewards import Rewards
@@ -47,19 +49,32 @@ class Judge:
         self._learners: dict[str, Learner] = {}
 
     def figures(self, config: ConfigDict, origin: str) -> dict[str, float]:
-        """Returns figures of the answers of the weights in `origin`, whose network is that of `config`."""
+        """Returns figures of the answers of the weights in `origin`, those of the stage with `config`."""
         from deepseek_jax.weights import WEIGHTS, open_weights
 
-        network = json.dumps([config.family, config.model.to_dict()], sort_keys=True)
-        if network not in self._learners:
-            own = config.copy_and_resolve_references().unlock()
-            own.rl, own.run.init_from = self._config.rl.copy_and_resolve_references(), origin
-            self._learners[network] = _reinforcement.prepare(own, self._rewards)
-        learner, rl = self._learners[network], self._config.rl
-        state = open_weights(origin).read({name: learner.trainer.stored[name] for name in WEIGHTS})
+        weights, rl = open_weights(origin), self._config.rl
+        own = self.asking(config, weights.config)
+        key = json.dumps(to_json(own), sort_keys=True)
+        if key not in self._learners:
+            own.run.init_from = origin
+            self._learners[key] = _reinforcement.prepare(own, self._rewards)
+        learner = self._learners[key]
+        settle_products(own)
+        state = weights.read({name: learner.trainer.stored[name] for name in WEIGHTS})
         figures, _ = learner.evaluate(state, rl.eval_problems, rl.temperature)
         greedy, _ = learner.evaluate(state, rl.eval_problems, 0.0)
         return figures | {"greedy_accuracy": greedy[ACCURACY]}
+
+    def asking(self, config: ConfigDict, there: ConfigDict) -> ConfigDict:
+        """Returns the config to ask a stage with: the chain's, with the network of the stage and how that reads text.
+
+        `there` is the config that its weights bring. Stages with equal configs share their programs; and since nothing
+        else of a stage is in it, the figures do not depend on which of them was judged before.
+        """
+        own = _reinforcement.for_answers(self._config)
+        inherit_model(own, config)
+        own.fp8, own.release = config.fp8, there.release
+        return own
 
 
 class Place(NamedTuple):
@@ -69,6 +84,7 @@ class Place(NamedTuple):
     configs: dict[str, ConfigDict]  # of all stages
     workdir: Path  # of the chain
     again: str  # the command that resumes the chain, for messages
+    stages: tuple[Stage, ...] = R1  # of the chain
 
     @property
     def config(self) -> ConfigDict:
@@ -88,7 +104,7 @@ class Place(NamedTuple):
 
     def of(self, name: str) -> "Place":
         """Returns the place of another stage."""
-        return self._replace(stage=next(stage for stage in R1 if stage.name == name))
+        return self._replace(stage=next(stage for stage in self.stages if stage.name == name))
 
 
 def run(config: ConfigDict, workdir: Path, again: str, stages: tuple[Stage, ...] = R1) -> int:
@@ -108,9 +124,8 @@ def run(config: ConfigDict, workdir: Path, again: str, stages: tuple[Stage, ...]
         rewards = stack.enter_context(Rewards({ACCURACY: 1.0}, config.rl.verifiers, config.rl.verify_s))
         judge = Judge(config, rewards)
         for stage in stages:
-            place = Place(stage, configs, workdir, again)
-            sources = {what: records[name].made for what in ("weights", "data") if (name := getattr(stage, what))}
-            records[stage.name] = Record(place.folder, stage, place.config, sources)
+            place = Place(stage, configs, workdir, again, stages)
+            records[stage.name] = Record(place.folder, stage, place.config, sources_of(place, records))
             code = advance(place, records, judge)
             if code is not None:
                 return code
@@ -133,6 +148,17 @@ def advance(place: Place, records: dict[str, Record], judge: Judge) -> int | Non
         record.write(held_out=judge.figures(place.config, place.origin))
         print(f"{stage.name}: {in_words(record.content['held_out'])}", flush=True)
     return None
+
+
+def sources_of(place: Place, records: dict[str, Record]) -> dict[str, Any]:
+    """Returns the marks of all that a stage is made from and judged by, apart from its config, by what they are."""
+    config, stage = place.config, place.stage
+    found: dict[str, Any] = {what: records[name].made for what in ("weights", "data") if (name := getattr(stage, what))}
+    found["problems"] = _reinforcement.open_problems(config).fingerprint
+    if stage.kind == "sft" and not stage.data and not _conversations.is_built_in(config):
+        files = sorted(glob.glob(os.path.expanduser(config.data.source), recursive=True))
+        found["data"] = {file: _provenance.file_mark(Path(file)) for file in files if os.path.isfile(file)}
+    return found
 
 
 def settled(place: Place) -> ConfigDict:

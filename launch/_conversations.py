@@ -24,18 +24,30 @@ def settle_source(config: ConfigDict, workdir: Path) -> None:
             "sums:6; deepseek-jax train is for text."
         )
     config.data.format = "conversations"
-    if config.data.source.partition(":")[0] == BUILT_IN:
+    if is_built_in(config):
         check_writable(workdir, "--workdir")
         config.data.source = str(write_built_in(config, workdir / "conversations.jsonl"))
 
 
+def is_built_in(config: ConfigDict) -> bool:
+    """Returns whether the source is one of the built-in problems."""
+    return config.data.source.partition(":")[0] == BUILT_IN
+
+
 def write_built_in(config: ConfigDict, path: Path) -> Path:
-    """Writes the conversations of the built-in problems that `data.source` names; returns where they are."""
-    from deepseek_jax.files import write_atomically
+    """Writes the conversations of the built-in problems that `data.source` names; returns where they are.
+
+    Raises UserError if others are there, which a run may be reading.
+    """
+    from deepseek_jax.files import write_once
     from deepseek_jax.rl.problems import open_problems
     from deepseek_jax.rl.sums import worked
 
     rows = worked(open_problems(config.data.source, config.seed, config.rl.holdout_rate), N_BUILT_IN)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    if not write_once(path, "".join(json.dumps(row) + "\n" for row in rows).encode()):
+        raise UserError(
+            f"{path} holds other conversations than config.data.source={config.data.source} gives with this seed and "
+            "config.rl.holdout_rate. Give the same settings, or another --workdir."
+        )
     return path.absolute()

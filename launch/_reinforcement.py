@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _beginning
-from deepseek_jax.launch._training import report_end
+from deepseek_jax.launch._training import report_end, settle_products
 
 if TYPE_CHECKING:
     from deepseek_jax.parallel.peers import Peers
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
     from deepseek_jax.train.stop import StopRequest
 
-FIXED = ("rl.problems", "rl.holdout_rate", "rl.questions", "rl.answers", "rl.updates")
+FIXED: tuple[str, ...] = ("family", "model.", "seed", "lora.rank", "lora.alpha", "lora.targets")
+FIXED += ("rl.problems", "rl.holdout_rate", "rl.questions", "rl.answers", "rl.updates")
 
 
 def inherit_template(config: ConfigDict) -> None:
@@ -83,8 +84,6 @@ def used(rewards: ConfigDict) -> dict[str, float]:
 
 def prepare(config: ConfigDict, rewards: "Rewards") -> "Learner":
     """Returns the programs of a run. Raises UserError for settings that do not suit one another."""
-    import jax
-
     from deepseek_jax import release, run
     from deepseek_jax.data.conversations import template_name
     from deepseek_jax.data.tokenizer import open_tokenizer
@@ -94,8 +93,7 @@ def prepare(config: ConfigDict, rewards: "Rewards") -> "Learner":
     from deepseek_jax.rl.step import Learner, StepSizes
     from deepseek_jax.rl.turns import Turns
 
-    if config.precision == "fp32":  # GPUs and TPUs would otherwise round the operands of a matmul
-        jax.config.update("jax_default_matmul_precision", "highest")
+    settle_products(config)
     rl = config.rl
     check_sizes(config)
     _beginning.check_sizes(config)
@@ -111,6 +109,18 @@ def prepare(config: ConfigDict, rewards: "Rewards") -> "Learner":
     learner = Learner(trainer, turns, open_problems(config), rewards, sizes, config.seed)
     learner.check()
     return learner
+
+
+def for_answers(config: ConfigDict) -> ConfigDict:
+    """Returns the config with which the weights of a run answer: without what matters while they are trained alone.
+
+    Weights are read with what adapters have learnt in them (`RunWeights.read`), so none are beside them.
+    """
+    config = config.copy_and_resolve_references().unlock()
+    config.lora.rank, config.lora.init_from = 0, ""
+    config.loss.balance_rate = config.loss.mtp_weight = config.loss.mtp_weight_final = config.ema.decay = 0.0
+    config.rl.keep_routing = False
+    return config
 
 
 def check_sizes(config: ConfigDict) -> None:
@@ -156,35 +166,43 @@ def resumed(
     config: ConfigDict, learner: "Learner", checkpoints: "Checkpointer", workdir: Path
 ) -> tuple[int, dict | None]:
     """Returns the step of the latest checkpoint and its state; (0, None) without one."""
-    from deepseek_jax import run
     from deepseek_jax.rl.loop import REFERENCE, TAKEN_AT
-    from deepseek_jax.saved_config import from_json
 
     if checkpoints.latest() is None:
         return 0, None
-    saved = checkpoints.read_meta()[1]
+    check_same_run(config, learner.problems.fingerprint, checkpoints.read_meta()[1], workdir)
+    expected = learner.trainer.stored
+    if config.rl.grpo.beta > 0:
+        expected = expected | {REFERENCE: expected["params"], TAKEN_AT: expected["step"]}
+    start, stored, _ = checkpoints.restore(expected)
+    return start, learner.trainer.load(stored)
+
+
+def check_same_run(config: ConfigDict, problems: str, saved: dict, workdir: Path) -> None:
+    """Raises UserError unless `config` and the fingerprint of its problems can continue the run in `workdir`.
+
+    `saved` is what is kept beside the state in its checkpoint.
+    """
+    from deepseek_jax.run import differences
+    from deepseek_jax.saved_config import completed, from_json
+
     if "problems" not in saved:
         raise UserError(f"{workdir} holds another kind of run. Give this one a --workdir of its own.")
-    before = from_json(saved["config"])
+    before = completed(from_json(saved["config"]))
     if (before.rl.grpo.beta > 0) != (config.rl.grpo.beta > 0):
         raise UserError(
             f"{workdir} holds a run {'with' if before.rl.grpo.beta else 'without'} a reference (config.rl.grpo.beta: "
             f"{before.rl.grpo.beta:g} -> {config.rl.grpo.beta:g}). Give the same value to continue it, or start anew: "
             f"--config.run.init_from={workdir} and another --workdir."
         )
-    for change in run.differences(before, config):
-        if change.startswith(("family", "model.", "seed", *FIXED)):
+    for change in differences(before, config):
+        if change.startswith(FIXED):
             raise UserError(
                 f"{workdir} holds a run of other settings: config.{change}. "
                 "Give the same value to continue it, or another --workdir to start anew."
             )
-    if saved["problems"] != learner.problems.fingerprint:
+    if saved["problems"] != problems:
         raise UserError(f"{workdir} holds a run on other problems. Give the same ones, or another --workdir.")
-    expected = learner.trainer.stored
-    if config.rl.grpo.beta > 0:
-        expected = expected | {REFERENCE: expected["params"], TAKEN_AT: expected["step"]}
-    start, stored, _ = checkpoints.restore(expected)
-    return start, learner.trainer.load(stored)
 
 
 def headline(config: ConfigDict, learner: "Learner", workdir: Path, start: int) -> str:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from deepseek_jax import streams
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _provenance
-from deepseek_jax.launch._reinforcement import prepare
+from deepseek_jax.launch._reinforcement import for_answers, prepare
 from deepseek_jax.units import duration
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def sample(config: ConfigDict, out: Path, stop: "StopRequest") -> bool:
     rules = rules_of(config)
     weights = dict.fromkeys(LEAST, 0.0) | {"accuracy": 1.0}
     with Rewards(weights, config.rl.verifiers, config.rl.verify_s) as rewards:
-        learner = prepare(config, rewards)
+        learner = prepare(for_answers(config), rewards)
         with Kept(out, about(config, learner), _provenance.name_of(config.run.init_from)) as kept:
             end = end_of(config, learner)
             print(f"{end:,} problems of {config.rl.problems} x {config.sample.answers} answers, to {out}", flush=True)

@@ -6,7 +6,7 @@
     student_base ── student_zero         reinforcement learning of that one alone, to compare        R1 section 4.1
 
 A stage has a folder of its own in the workdir. `stage.json` there is its record: what it was made from (the config, and
-marks of weights and files of earlier stages), and once it is finished the mark of what it made. So a chain that was
+marks of weights, problems and files), and once it is finished the mark of what it made. So a chain that was
 killed anywhere knows what is done; and where something has changed since, it says what has, and stops.
 """
 
@@ -23,8 +23,17 @@ from deepseek_jax.saved_config import completed, from_json, leaves, to_json
 
 RECORD = "stage.json"
 UNFINISHED = f"{RECORD}.partial"  # what a kill leaves of it
-# Keys that do not change what a stage makes, but where and how fast.
-FREE = ("mesh.", "kernels.", "exchange.", "pipeline.", "data.workers", "data.cache_dir", "run.compilation_cache")
+# Keys that do not change what a stage makes, but where, how fast, and what is kept and shown of it.
+FREE: tuple[str, ...] = (
+    "mesh.",
+    "kernels.",
+    "exchange.",
+    "pipeline.",
+    "data.workers",
+    "data.cache_dir",
+    "run.compilation_cache",
+)
+FREE += ("rl.verifiers", "rl.rows_at_once", "loop.log_every", "checkpoint.keep")
 
 
 class Stage(NamedTuple):
@@ -115,7 +124,7 @@ class Record:
         workdir: of the stage.
         stage: which.
         config: of the stage, with what decides the result.
-        sources: marks of the weights and the data that it is made from, by what they are.
+        sources: marks of the weights, data and problems that it is made from, by what they are.
 
     Raises UserError if the folder holds something made from anything else.
     """

@@ -43,12 +43,13 @@ def check_problems(config: ConfigDict, key: str) -> None:
 
 def write_text(config: ConfigDict, path: Path) -> Path:
     """Writes the text of the base, conversations about problems that are not held out; returns where it is."""
-    from deepseek_jax.files import write_atomically
+    from deepseek_jax.files import write_once
     from deepseek_jax.rl import sums
 
     problems = open_problems(config)
     about, note = f"{problems.fingerprint}, seed {config.seed}\n", path.with_name("problems.txt")
-    if note.exists() and note.read_text(encoding="utf-8") != about:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not write_once(note, about.encode()):
         raise UserError(
             f"{path.parent} holds a base that has read about other problems (share held out, seed): "
             f"{note.read_text(encoding='utf-8').strip()}. Expected: {about.strip()}. "
@@ -57,7 +58,5 @@ def write_text(config: ConfigDict, path: Path) -> Path:
     questions = (problems.training(number).messages[0]["content"] for number in itertools.count())
     rows = sums.rows(itertools.islice(questions, BASE_TEXT))
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(note, about.encode())
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        write_once(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     return path

@@ -1,5 +1,6 @@
 """A training run from its config to its last checkpoint: what the verbs that train have in common."""
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -130,15 +131,12 @@ def prepare(config: ConfigDict, workdir: Path) -> tuple:
 
     The text comes last, for to tokenise it may take long: what is wrong elsewhere is reported before.
     """
-    import jax
-
     from deepseek_jax import run
     from deepseek_jax.data.pipeline import open_splits, settled
     from deepseek_jax.data.tokenizer import open_tokenizer
     from deepseek_jax.parallel.mesh import SEQUENCES, make_mesh, size
 
-    if config.precision == "fp32":  # GPUs and TPUs would otherwise round the operands of a matmul
-        jax.config.update("jax_default_matmul_precision", "highest")
+    settle_products(config)
     mesh = make_mesh(**config.mesh)
     ramp = run.batch_ramp(config, size(mesh, SEQUENCES))
     _beginning.check_sizes(config)
@@ -148,6 +146,17 @@ def prepare(config: ConfigDict, workdir: Path) -> tuple:
     trainer = run.trainer(config, mesh)
     check_writable(workdir, "--workdir")
     return trainer, ramp, *open_splits(seed=config.seed, watch=Progress, **data)
+
+
+def settle_products(config: ConfigDict) -> None:
+    """Settles how products of float32 are rounded from here on, also after a run of another precision.
+
+    In precision fp32 not at all, where GPUs and TPUs would round the operands; in others as jax does.
+    """
+    import jax
+
+    usual = os.environ.get("JAX_DEFAULT_MATMUL_PRECISION")
+    jax.config.update("jax_default_matmul_precision", "highest" if config.precision == "fp32" else usual)
 
 
 def report_end(done: int, steps: int, checkpoints: "Checkpointer", metrics: "Metrics", again: str) -> bool:

@@ -2,7 +2,7 @@ r"""The whole chain of R1: cold start, reinforcement learning twice, rejection s
 
     deepseek-jax r1                                          # in miniature, all models included
     deepseek-jax r1 --workdir=runs/r1 --config.r1.first.loop.steps=80
-    deepseek-jax r1 --config.rl.problems=mine.jsonl --config.r1.cold.data.source=worked.jsonl \
+    deepseek-jax r1 --config=r1_stages --config.rl.problems=mine.jsonl --config.r1.cold.data.source=worked.jsonl \
         --config.r1.base.run.init_from=DIR --config.r1.student_base.run.init_from=SMALL
 
     base           a base model                                            r1.base.run.init_from, or trained here
@@ -17,9 +17,9 @@ r"""The whole chain of R1: cold start, reinforcement learning twice, rejection s
 
 Each stage has a folder in the workdir (runs/NAME by default) and its own group of changes to the config,
 config.r1.STAGE, any key of which can be set. `stage.json` in the folder says what it was made from: config, weights,
-answers, by their hashes. SIGTERM, SIGHUP or Ctrl-C saves and ends, and the same command resumes, also after a kill;
-what is done is checked and skipped. The end is a table: how each stage answers held-out problems. Exit codes as for
-train.
+problems, files, by their hashes (published weights by names and sizes). SIGTERM, SIGHUP or Ctrl-C saves and ends, and
+the same command resumes, also after a kill; what is done is checked and skipped. The end is a table: how each stage
+answers held-out problems. Exit codes as for train.
 """
 
 import shlex

@@ -37,6 +37,11 @@ def main(argv: list[str]) -> int:
     """Runs the verb; returns the exit code."""
     options = _options.parse(argv, extra=FLAGS, of_weights=True)
     origin, out = _beginning.directory(str(_serving.source_of(options)), "--workdir"), options.out.expanduser()
+    if given := [key for key in options.overrides if key.startswith("lora.")]:
+        raise UserError(
+            f"config.{given[0]}: adapters are part of the weights of the run that trained them. Leave the key out, and "
+            "give that run: --workdir=RUN."
+        )
     config = options.config or _options.config_of_weights(origin, options.overrides)
     config.run.init_from = origin
     if out.suffix != ".jsonl":

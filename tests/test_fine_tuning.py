@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,10 +10,13 @@ import numpy as np
 import pytest
 
 import deepseek_jax as dsj
-from deepseek_jax import run_config
+from deepseek_jax import run, run_config
 from deepseek_jax.data import chat
 from deepseek_jax.data.conversations import Encoder, unflatten
-from deepseek_jax.launch import export, sft
+from deepseek_jax.errors import UserError
+from deepseek_jax.launch import _beginning, _reinforcement, export, sft
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.weights import WEIGHTS, open_weights
 
 TEMPLATE = "{# is_last_user #}<｜User｜><｜Assistant｜>"  # what tells V3's from the others
 NANO = str(Path(__file__).parent / "train" / "nano_v3.py")
@@ -117,3 +121,14 @@ def test_adapters_from_start_to_export(tmp_path, capsys):
     begin = [f"--config.lora.init_from={tmp_path}/adapters", f"--workdir={tmp_path}/again", "--config.loop.steps=1"]
     assert sft.main([*words, *begin]) == 0  # the rate of the first step is 0
     np.testing.assert_allclose(dsj.load(tmp_path / "again")(ids), ours, atol=1e-6 * np.abs(ours).max())
+
+    answering = _reinforcement.for_answers(open_weights(tmp_path / "whole").config)  # as sample and r1 read them
+    stored = run.trainer(answering, make_mesh(data=1)).stored
+    read = open_weights(tmp_path / "whole").read({name: stored[name] for name in WEIGHTS})
+    jax.tree.map(np.testing.assert_array_equal, read["params"], whole.params)
+    answering.lora.init_from = f"{tmp_path}/adapters"
+    shutil.rmtree(tmp_path / "adapters")
+    with pytest.raises(UserError, match="no such directory"):
+        _beginning.inherit_adapters(answering, {}, tmp_path / "new")
+    _beginning.inherit_adapters(answering, {}, tmp_path / "again")
+    assert answering.lora.rank == 4 and answering.lora.alpha == 8.0

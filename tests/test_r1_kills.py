@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -82,6 +83,7 @@ def test_killed_in_stage_after_stage_the_chain_is_the_same_bit_for_bit(tmp_path,
     process.join(500)
     assert process.exitcode == 0, whole.with_suffix(".out").read_text()
     took, choose = seconds(whole), random.Random(SEED)
+    ends = []
     for name in sorted(choose.choices([stage.name for stage in STAGES], k=KILLS), key=[*took].index):
         process = start(cut)
         while process.is_alive() and not (cut / name).exists():
@@ -89,6 +91,8 @@ def test_killed_in_stage_after_stage_the_chain_is_the_same_bit_for_bit(tmp_path,
         process.join(choose.uniform(0, took[name]))
         process.kill()
         process.join()
+        ends.append(process.exitcode)
+    assert -signal.SIGKILL in ends, "every kill came after the end of the chain"
     process = start(cut)
     process.join(500)
     assert process.exitcode == 0, cut.with_suffix(".out").read_text()

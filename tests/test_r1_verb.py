@@ -7,9 +7,17 @@ from pathlib import Path
 import pytest
 
 from deepseek_jax import run_config
+from deepseek_jax.data.tokenizer import open_tokenizer
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _chain, _provenance, r1
+from deepseek_jax.launch import _chain, _provenance, _reinforcement, _sampling, r1
 from deepseek_jax.launch._stages import R1, RECORD, Record, Stage, configs_of
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.rl.problems import Problem
+from deepseek_jax.rl.turns import Turns
+from deepseek_jax.run import trainer
+from deepseek_jax.saved_config import to_json
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture
@@ -69,7 +77,7 @@ def test_a_record_says_what_a_stage_was_made_from_and_refuses_anything_else(conf
     with pytest.raises(UserError, match=r"was made from other data than there are now. Remove that folder, and those"):
         Record(tmp_path / "sft", STAGE, config, other)
     with config.unlocked():
-        config.mesh.data = 1  # where it runs does not matter
+        config.mesh.data = config.rl.rows_at_once = config.rl.verifiers = 1  # where and how fast it runs
         Record(tmp_path / "sft", STAGE, config, SOURCES)
         config.loop.steps = 61
     with pytest.raises(UserError, match=r"was made with another config.loop.steps: 60 -> 61. Remove that folder"):
@@ -158,3 +166,85 @@ def test_a_stage_that_was_made_anew_makes_those_after_it_refuse(monkeypatch, tmp
     record.write_text(json.dumps(json.loads(record.read_text()) | {"made": None}))
     assert r1.main(words) == 0, "stopped on request in the first stage that is not done"
     assert json.loads(record.read_text())["made"] is None
+
+
+def test_a_chain_refuses_problems_and_worked_answers_that_have_changed(monkeypatch, tmp_path):
+    pretend(monkeypatch)
+    rows = [json.dumps({"prompt": f"{n}", "answer": f"{n}"}) for n in range(20)]
+    mine, worked = tmp_path / "mine.jsonl", tmp_path / "worked.jsonl"
+    mine.write_text("\n".join(rows))
+    worked.write_text("{}")
+    words = [f"--workdir={tmp_path}/a", f"--config.rl.problems={mine}", f"--config.r1.cold.data.source={worked}"]
+    assert r1.main(words) == 0
+    worked.write_text("[]")
+    with pytest.raises(UserError, match=r"cold was made from other data than there are now"):
+        r1.main(words)
+    mine.write_text("\n".join(rows[1:]))
+    with pytest.raises(UserError, match=r"base was made from other problems than there are now"):
+        r1.main(words)
+
+
+def test_a_stage_is_asked_in_its_own_format_whatever_was_judged_before(config):
+    """Of a stage only its network and how it reads text matter; what belongs to training is off."""
+    with config.unlocked():
+        config.rl.keep_routing, config.r1.sft.ema = True, {"decay": 0.9}
+        config.r1.cold.loss.balance_rate = 0.5
+        config.r1.second.precision, config.r1.first.data = "bf16", {"chat_template": "v3"}
+    configs, judge = configs_of(config), _chain.Judge(config, None)
+    asked = {name: judge.asking(one, one) for name, one in configs.items()}
+    for one in asked.values():
+        _reinforcement.check_sizes(one)
+    assert to_json(asked["base"]) == to_json(asked["cold"]) == to_json(asked["sft"])
+    assert asked["second"].precision == "bf16" and asked["first"].data.chat_template == "v3"
+    assert asked["student"].model == configs["student"].model != asked["base"].model
+
+
+def test_the_published_recipe_suits_weights_of_any_family():
+    """Each stage builds its trainer, and a prompt of some length fits."""
+    config = run_config.load("r1_stages")
+    config.r1.base.run.init_from, config.r1.student_base.run.init_from = map(
+        str, (GOLDEN / "v3_mtp", GOLDEN / "r1_qwen")
+    )
+    configs, mesh = configs_of(config), make_mesh(data=1)
+    assert configs["second"].family == "v3" and configs["student_zero"].family == "v1"
+    judge = _chain.Judge(config, None)
+    for stage in R1:
+        own = configs[stage.name]
+        asked = judge.asking(own, own)
+        for one in (asked, own) if stage.kind == "rl" else (asked,):
+            _reinforcement.check_sizes(one)
+            _reinforcement.check_rows(one, n_devices=8)
+        _sampling.check(own)
+        if stage.kind == "sft" or stage.name == "first":
+            trainer(own, mesh)
+        if not stage.weights:
+            trainer(asked, mesh)
+    rl = config.rl
+    turns = Turns(open_tokenizer("bytes"), config.data.chat_template, rl.thinking, rl.longest_prompt, rl.longest_answer)
+    assert len(turns.prompt(Problem(({"role": "user", "content": "x" * 500},), "1", "exact"), "it")) > 500
+    assert rl.longest_answer <= config.data.seq_len
+
+
+def test_a_base_without_weights_and_built_in_problems_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"Name a run or published weights: --config.r1.base.run.init_from=DIR"):
+        r1.main(["--config=tiny_r1", f"--config.rl.problems={problems_in(tmp_path)}", f"--workdir={tmp_path}/a"])
+
+
+def problems_in(folder):
+    (folder / "mine.jsonl").write_text("\n".join(json.dumps({"prompt": f"{n}", "answer": "1"}) for n in range(9)))
+    return folder / "mine.jsonl"
+
+
+def test_a_chain_of_other_stages_finds_them(config, tmp_path):
+    stages = (Stage("mine", "base", ""), Stage("next", "sft", "", weights="mine"))
+    assert _chain.Place(stages[1], {}, tmp_path, "", stages).of("mine").folder == tmp_path / "mine"
+
+
+def test_reinforcement_learning_resumes_with_the_same_adapters_only(config, tmp_path):
+    saved = {"config": to_json(config), "problems": "a"}
+    _reinforcement.check_same_run(config, "a", saved, tmp_path)
+    del saved["config"]["lora"]  # of a run before there were adapters
+    _reinforcement.check_same_run(config, "a", saved, tmp_path)
+    config.lora.alpha = 32.0
+    with pytest.raises(UserError, match=r"holds a run of other settings: config.lora.alpha: 16.0 -> 32.0"):
+        _reinforcement.check_same_run(config, "a", saved, tmp_path)

@@ -1,6 +1,7 @@
 """Supervised fine-tuning as a verb: the built-in conversations, and what it refuses."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from deepseek_jax import run_config
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.errors import UserError
+from deepseek_jax.files import write_once
 from deepseek_jax.launch import _answers, _conversations, sft
 from deepseek_jax.rl.problems import open_problems
 
@@ -48,3 +50,28 @@ def test_answers_are_compared_after_their_own_prompts():
     segments = np.array([[1, 1, 1, 2, 2, 2, 2, 0, 0, 0]])
     batch = Batch(ids, ids + 1, segments, ids, weights)
     assert list(_answers.in_window(batch)) == [([10, 11], [12, 13]), ([13, 14], [15])]
+
+
+def test_built_in_conversations_that_a_run_reads_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(_conversations, "N_BUILT_IN", 5)
+    config = run_config.load("tiny_sft")
+    path = _conversations.write_built_in(config, tmp_path / "a.jsonl")
+    before = path.read_bytes(), path.stat().st_ino
+    _conversations.write_built_in(config, path)
+    config.seed = 1
+    with pytest.raises(UserError, match=r"a.jsonl holds other conversations than config.data.source=sums:6 gives with"):
+        _conversations.write_built_in(config, path)
+    assert (path.read_bytes(), path.stat().st_ino) == before
+
+
+def test_two_processes_may_write_a_file_at_once(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def meanwhile(partial, path):
+        monkeypatch.setattr(os, "replace", replace)
+        assert write_once(path, b"a")
+        replace(partial, path)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    assert write_once(tmp_path / "a", b"a") and not write_once(tmp_path / "a", b"b")
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]

@@ -34,14 +34,17 @@ LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight$")
 ATTENTION = re.compile(r"self_attn\.(\w+_proj|kv_a_proj_with_mqa)$")
 ALL_OF_DENSE = re.compile(rf"mlp\.\w+_proj$|{ATTENTION.pattern}")
 SAVED = re.compile(rf"{re.escape(PREFIX)}(model\.layers\.\d+\.(?:.+\.)?(\w+))\.(lora_A|lora_B)\.weight$")
-# What adapter_config.json may say of an adapter of another kind, and what it says of this kind.
+# What adapter_config.json says of adapters of this kind. Any other key that is set is of another kind, but for `ANY`.
 PLAIN: dict[str, tuple] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    **dict.fromkeys(("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias"), (False, None)),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern"), ({}, None)),
-    **dict.fromkeys(("modules_to_save", "target_parameters", "trainable_token_indices"), (None, [], {})),
+    # Others, such as pissa and olora, change the weights that the adapters stand beside.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
+UNSET: tuple = (None, False, "", [], {})
+ANY = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+ANY |= {"base_model_name_or_path", "task_type", "inference_mode", "revision", "auto_mapping", "peft_version"}
+ANY |= {"megatron_config", "megatron_core", "runtime_config", "eva_config", "loftq_config", "qalora_group_size"}
 
 
 def lora(shapes: Tree, rank: int, alpha: float, chosen: str) -> Lora:
@@ -154,10 +157,13 @@ def settings(directory: str | os.PathLike) -> dict[str, Any]:
         said = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}). Give a directory that PEFT has written.") from error
-    for key, values in PLAIN.items():
-        if said.get(key, values[0]) not in values:
+    if not isinstance(said, dict):
+        raise UserError(f"{path} holds no settings of adapters. Give a directory that PEFT has written.")
+    for key in sorted(said.keys() - ANY):
+        if said[key] not in PLAIN.get(key, UNSET):
+            expected = repr(PLAIN[key][0]) if key in PLAIN else "it unset"
             raise UserError(
-                f"{path}: {key}={said[key]!r}, expected {values[0]!r}. Adapters of other kinds are not supported."
+                f"{path}: {key}={said[key]!r}, expected {expected}. Adapters of other kinds are not supported."
             )
     rank, alpha = said.get("r"), said.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):

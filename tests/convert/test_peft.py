@@ -87,11 +87,14 @@ def test_names_that_no_matrix_has(v3):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_dora": True}, "use_dora=True, expected False. Adapters of other kinds are not supported"),
+        ({"use_dora": True}, "use_dora=True, expected it unset. Adapters of other kinds are not supported"),
         ({"use_rslora": True}, "use_rslora=True"),
         ({"bias": "all"}, "bias='all', expected 'none'"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern="),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4', expected True"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication="),
+        ({"of_a_later_version": {"a": 1}}, r"of_a_later_version=\{'a': 1\}, expected it unset"),
         ({"r": 0}, "r=0 and lora_alpha=6.0, expected a rank from 1 on"),
     ],
 )
@@ -114,3 +117,16 @@ def test_adapters_of_another_model_are_refused(v3, written, tmp_path):
         peft.read(tmp_path / "b", v3, found)
     with pytest.raises(UserError, match="adapter_config.json: cannot be read"):
         peft.settings(tmp_path)
+
+
+def test_what_peft_writes_beside_is_read_over(written):
+    """All keys of PEFT 0.21 that do not say what the adapters compute."""
+    path = written[0] / peft.CONFIG
+    said = json.loads(path.read_text())
+    others = {"peft_version": "0.21.2", "megatron_core": "megatron.core", "qalora_group_size": 16, "lora_dropout": 0.1}
+    others |= {"init_lora_weights": "gaussian", "layer_replication": None, "use_qalora": False, "rank_pattern": {}}
+    path.write_text(json.dumps(said | others))
+    assert peft.settings(written[0])["rank"] == RANK
+    path.write_text("[]")
+    with pytest.raises(UserError, match="holds no settings of adapters"):
+        peft.settings(written[0])
