@@ -260,8 +260,9 @@ class LanguageModel:
         Args:
             prompts: token ids of each prompt.
             sampling: how they are continued: one for all, or one for each.
-            options: as for `engine`, by default with 8 tokens per step, of 8 prompts at once. The engine and its
-                programs are kept for calls with the same options, its cache for calls with the same weights.
+            options: as for `engine`, by default with 8 tokens per step, of 8 prompts at once, over two pages or more.
+                The engine and its programs are kept for calls with the same options, its cache for calls with the same
+                weights.
 
         Raises UserError as `serve.offline.complete` does.
         """

@@ -58,7 +58,9 @@ def replicas(
     if redundant is None:
         return replace(one_of_each, weights=of_codes(one_of_each.weights, weights))
     if any(isinstance(weight, Fp8Weight) for weight in flatten_dict(weights[0]).values()):
-        raise UserError("redundant experts of weights in FP8: expected one of each expert. Load with weights='wide'.")
+        raise UserError(
+            "redundant experts of weights in FP8: expected one of each expert. Load weights='wide' (--weights=wide)."
+        )
     where = _placed(config, axes, weights[0], redundant, mesh.shape[EXPERT])
     more, _ = _made(config, replace(run, redundant=redundant.n), mesh)
     copied = jax.jit(

@@ -15,8 +15,8 @@ again. On a machine with many cores --together=8 compiles so many side by side f
 that was measured and the rows of the table, on GPUs also where each layout's time goes, and scaling.md, the table for
 BENCHMARKS.md:
 
-    loads     of the steps that were measured, how much more rows the experts of the busiest device had than those of a
-              device on average, mean over the routers. Fresh routers send their tokens anywhere: with --settle=8 the
+    loads     of the steps that were measured, the rows of the busiest device's experts over those of a device on
+              average, mean over the routers. Fresh routers send their tokens anywhere: with --settle=8 the
               biases of all layouts are moved against the loads for so many steps before anything is measured
     waiting   share of a step in which a device waits for other stages, from a profile (GPUs); beside it what the
               schedule's formula gives if F&B takes as long as F, B and W, and with ranks that wait for neighbours
@@ -69,7 +69,7 @@ EXTRA = {
         int,
         0,
         "steps before all others, after each of which the routers' biases are moved in proportion to their experts' "
-        "distance from the mean load, as after those whose losses are compared",
+        "distance from the mean load, also after each step whose loss is compared",
         whole(0, 10**4),
     ),
     "turns": (int, 3, "times that each layout is measured", whole(1, 10**6)),
@@ -155,6 +155,8 @@ def main(argv: list[str]) -> int:
             f"--sequences={options.sequences} --micro-sequences={options.micro_sequences}: expected a multiple, of at "
             "least two micro-batches per device, which DualPipe needs."
         )
+    if options.settle and not has_biases(config):
+        raise UserError(f"--settle={options.settle}: {config.name} has no router biases to move. Leave it out.")
     there, kind, jax_version = machine(environment)
     n_devices = options.devices or there
     if n_devices > there:
@@ -188,6 +190,14 @@ def main(argv: list[str]) -> int:
     (folder / "scaling.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
     show(rows)
     return 0 if all(row.get("agrees", "refused" in row) for row in rows) else 1
+
+
+def has_biases(config: ConfigDict) -> bool:
+    """Whether the config's network has router biases."""
+    from deepseek_jax.abstract_model import abstract_module
+    from deepseek_jax.layers.base import split
+
+    return bool(split(abstract_module(config))[2])
 
 
 def known_schedules(names: str) -> list[str]:

@@ -52,7 +52,7 @@ def source_of(options: Any) -> Path | str:
 
 
 def redundant_of(options: Any) -> "Redundant | None":
-    """Returns the replicas that are asked for. Raises UserError for one flag without the other, or an invalid file."""
+    """Returns the replicas that are asked for. Raises UserError for flags that do not agree or a wrong file."""
     from deepseek_jax.on_mesh import Redundant
     from deepseek_jax.serve import loads
 
@@ -67,6 +67,10 @@ def redundant_of(options: Any) -> "Redundant | None":
             f"--redundant-experts={n} with --expert={options.expert}: expected equally many on each device that shares "
             f"the experts. Choose a multiple of {options.expert}."
         )
+    if n and options.data * options.expert == 1:
+        raise UserError(f"--redundant-experts={n} on one device, which has all experts. Give --expert=2 or more.")
+    if n and options.weights == "fp8":
+        raise UserError(f"--redundant-experts={n} with --weights=fp8: expected others. Give --weights=wide.")
     return Redundant(n, loads.read(file)) if n else None
 
 
@@ -106,7 +110,8 @@ def compiling(engine: "Engine") -> Iterator[None]:
             n_programs = engine.compile(stopped)
         except Exception as error:  # whatever it is, those that are there serve
             lines = str(error).splitlines() or [type(error).__name__]
-            print(f"some programs do not compile: {lines[0]} Requests run in the largest ones.", file=sys.stderr)
+            why = lines[0].rstrip(".")
+            print(f"some programs do not compile: {why}. Requests run in the largest ones.", file=sys.stderr)
             return
         if not stopped.is_set():
             print(f"compiled all {n_programs} programs in {time.monotonic() - started:.1f} s", file=sys.stderr)

@@ -8,7 +8,7 @@
     deepseek-jax bench generate --config=v2_lite               # tokens/s at batch 1, 16, 64; --help lists its flags
     deepseek-jax bench serve                                   # a running server; --help lists its flags
     deepseek-jax bench requests                                # many requests on this CPU; --help lists its flags
-    deepseek-jax bench rl                                           # steps of GRPO beside TRL; --help lists its flags
+    deepseek-jax bench rl                                      # steps of GRPO beside TRL; --help lists its flags
     deepseek-jax bench kernels                                 # FP8 kernels, on a Hopper GPU; --help lists its flags
     deepseek-jax bench scaling                                 # layouts of this machine's devices beside one of them
 

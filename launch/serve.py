@@ -36,6 +36,7 @@ FLAGS = _serving.FLAGS | {
 BACKLOG = 2048  # connections that wait to be accepted
 DRAIN_S = 30  # seconds that answers may still take after SIGTERM
 KEYS = "DEEPSEEK_JAX_API_KEYS"
+SHARED = socket.SOL_SOCKET, socket.SO_REUSEADDR
 
 
 def main(argv: list[str]) -> int:
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
     with bound(options.host, options.port) as listener:  # before minutes are spent on the model
         service = open_service(options, source, keys)
         with _serving.compiling(service.worker.engine):
-            listener.listen(BACKLOG)
+            listen(listener)
             host, port = listener.getsockname()[:2]
             print(f"{service.name} at http://{host}:{port}/v1 (Ctrl-C stops)", file=sys.stderr, flush=True)
             make_server(service, timeout_graceful_shutdown=DRAIN_S).run(sockets=[listener])
@@ -76,20 +77,30 @@ def open_service(options: Any, source: Path | str, keys: tuple[str, ...]) -> "Se
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """Returns a socket with this address, which does not listen yet.
+    """Returns a socket with this address, which does not listen yet, and which no other socket can have meanwhile.
 
     Raises UserError if the address is taken or not of this machine.
     """
     listener = socket.socket()
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
+        try:
+            listener.bind((host, port))
+        except OSError:  # perhaps by connections of an earlier server, which have ended
+            listener.setsockopt(*SHARED, 1)
+            listener.bind((host, port))
+        listener.setsockopt(*SHARED, 0)  # Linux lets two sockets bind one address if both have it and neither listens
     except OSError as error:
         listener.close()
         raise UserError(
             f"cannot listen on {host}:{port} ({error.strerror}). Choose --port (0 takes a free one) or --host."
         ) from None
     return listener
+
+
+def listen(listener: socket.socket) -> None:
+    """Lets clients connect to a socket of `bound`; the next server need not wait until their connections have ended."""
+    listener.setsockopt(*SHARED, 1)
+    listener.listen(BACKLOG)
 
 
 def _template(model: "LanguageModel", source: str, given: str) -> "Template | None":

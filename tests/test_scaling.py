@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from deepseek_jax import run_config
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _overlap, _scaling, _scaling_run
+from deepseek_jax.launch._bench_step import Ours
 from deepseek_jax.launch._profile import Event
 from deepseek_jax.launch._scaling import Split
 from deepseek_jax.saved_config import to_json
@@ -137,6 +139,18 @@ def test_loads_of_devices_are_those_of_their_experts():
     loads = [np.array([[3, 1, 0, 0], [1, 1, 1, 1]])]
     assert _scaling_run.imbalance(loads, 2) == 1.5 and _scaling_run.imbalance(loads, 1) == 1
     assert _scaling_run.imbalance([], 2) == 1
+
+
+def test_biases_are_moved_against_the_loads():
+    """Not those of a network that has none, which is said before anything is compiled."""
+    stored = {"router_bias": {"moe_blocks": {"bias": jnp.zeros((1, 4), jnp.float32)}}}
+    trainer = SimpleNamespace(stored=stored, router_biases=lambda state: state["router_bias"], load=lambda new: new)
+    report = SimpleNamespace(loads={"moe_blocks": jnp.array([[4, 2, 2, 0]])})
+    ours = SimpleNamespace(trainer=trainer, state=dict(stored), report=report, levelling=0.2)
+    Ours.level(ours)
+    np.testing.assert_allclose(ours.state["router_bias"]["moe_blocks"]["bias"], [[-0.2, 0, 0, 0.2]])
+    with pytest.raises(UserError, match="--settle=8: tiny_v2 has no router biases"):
+        _scaling.main(["--config=tiny_v2", "--settle=8"])
 
 
 def test_shares_of_waiting_follow_from_the_schedule():

@@ -86,13 +86,19 @@ BUSY = {"layers": [{"name": "moe 0", "load": [4, 1, 0, 3]}, {"name": "moe 1", "l
 REDUNDANT = [
     (["--redundant-experts=2"], BUSY, "--redundant-experts=2 with --loads=nothing: expected both"),
     (["--loads={file}"], BUSY, "--redundant-experts=0 with --loads=.*: expected both"),
+    (["--redundant-experts=2", "--loads={file}"], BUSY, "on one device, .* Give --expert=2"),
+    (["--redundant-experts=2", "--expert=2", "--weights=fp8", "--loads={file}"], BUSY, "Give --weights=wide"),
     (["--redundant-experts=3", "--expert=2", "--loads={file}"], BUSY, "--expert=2: expected equally many .* of 2"),
-    (["--redundant-experts=2", "--loads={file}.absent"], BUSY, r"expected {\"layers\".*No such file"),
-    (["--redundant-experts=2", "--loads={file}"], [1], "expected .*curl"),
-    (["--redundant-experts=2", "--loads={file}"], {"layers": []}, "expected .*curl"),
-    (["--redundant-experts=2", "--loads={file}"], {"layers": [{"name": "moe 0", "load": [-1]}]}, "expected .*curl"),
+    (["--redundant-experts=2", "--expert=2", "--loads={file}.absent"], BUSY, r"expected {\"layers\".*No such file"),
+    (["--redundant-experts=2", "--expert=2", "--loads={file}"], [1], "expected .*curl"),
+    (["--redundant-experts=2", "--expert=2", "--loads={file}"], {"layers": []}, "expected .*curl"),
     (
-        ["--redundant-experts=2", "--loads={file}"],
+        ["--redundant-experts=2", "--expert=2", "--loads={file}"],
+        {"layers": [{"name": "moe 0", "load": [-1]}]},
+        "expected .*curl",
+    ),
+    (
+        ["--redundant-experts=2", "--expert=2", "--loads={file}"],
         {"layers": [*BUSY["layers"], {"name": "moe 2", "load": [1]}]},
         "curl",
     ),
@@ -110,7 +116,7 @@ def test_redundant_experts_without_loads_are_refused(tmp_path, flags, content, m
 def test_loads_are_read_by_stack(tmp_path):
     file = tmp_path / "loads.json"
     file.write_text(json.dumps(BUSY))
-    options = SimpleNamespace(redundant_experts=2, loads=str(file), expert=2)
+    options = SimpleNamespace(redundant_experts=2, loads=str(file), data=1, expert=2, weights="wide")
     found = _serving.redundant_of(options)
     assert found.n == 2 and list(found.loads) == ["moe_blocks"]
     np.testing.assert_array_equal(found.loads["moe_blocks"], [[4, 1, 0, 3], [0, 0, 8, 0]])
@@ -124,7 +130,7 @@ def test_programs_that_do_not_compile_are_reported_in_one_line(capsys):
         pass
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("compiled 3 programs")
-    assert second == "some programs do not compile: no memory Requests run in the largest ones."
+    assert second == "some programs do not compile: no memory. Requests run in the largest ones."
 
 
 def test_errors_are_said_before_the_weights_are_read(capsys):
@@ -133,3 +139,16 @@ def test_errors_are_said_before_the_weights_are_read(capsys):
     message = r"cannot listen on 127.0.0.1:\d+ .*--port"
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match=message):
         serve.bound("127.0.0.1", taken.getsockname()[1])
+
+
+def test_an_address_belongs_to_one_server_before_it_listens():
+    with serve.bound("127.0.0.1", 0) as first:
+        with pytest.raises(UserError, match="cannot listen"):
+            serve.bound(*first.getsockname())
+        address = first.getsockname()
+        serve.listen(first)
+        with socket.create_connection(address) as client, first.accept()[0]:
+            pass
+        client.close()
+    with serve.bound(*address) as again:  # connections of the first one still wait for their end
+        serve.listen(again)

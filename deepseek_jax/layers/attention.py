@@ -26,7 +26,9 @@ from pallas_kernels import mla_attention, mla_decode
 from pallas_kernels.mla_decode import fp8_cache, work
 
 RECOMPUTED_FROM = 1024  # tokens of a sequence above which weights are not kept for the backward pass
-FEW_SLOTS = 2048  # in which a step of V2-Lite at batch 1 takes 0.1 to 0.2 ms less by XLA than by the kernel (one H200)
+# in which a step of V2-Lite at batch 1 takes 0.1 to 0.2 ms less by XLA than by the kernel for many pages (one H200);
+# several sequences were not measured
+FEW_SLOTS = 2048
 MASKED = -1e30  # a score that softmax turns into 0 without making a NaN of an all-masked row
 
 
@@ -185,7 +187,8 @@ def latent_decode_by_size(*arrays: Any, scale: float, table_BN: jax.Array | None
     q_latent_BTHC, _, cache, seen_BTS = arrays
     n_sequences, n_tokens, n_slots = seen_BTS.shape
     is_odd = len(cache) == 1 and cache[0].shape[-1] % 16 > 0
-    is_in_pages = table_BN is not None and len(cache) == 2 and cache[0].shape[1] == work.PAGE
+    is_in_pages = table_BN is not None and len(cache) == 2 and cache[0].dtype.itemsize == 2
+    is_in_pages &= cache[0].shape[1] == work.PAGE
     is_small = n_sequences * n_slots <= FEW_SLOTS
     if is_in_pages and work.are_few(n_tokens * q_latent_BTHC.shape[2], n_sequences * (n_slots // work.PAGE)):
         is_small = False

@@ -274,9 +274,9 @@ def run_cached(
     """Runs stacked blocks that generate: for each layer, `x, kept = call(block, x, cached)`.
 
     The cache of all layers is carried through the loop and each layer's entry is written where it was, so that XLA
-    copies no cache of more than one layer, or none with `in_stack`. Weights of routed experts are not cut out of the
-    stack either: those that a product reads are found in it (`precision.grouped.OfLayer`). Without a loop weights may
-    be `Unstacked`; what a layer does is traced once all the same.
+    copies no cache of more than one layer, or none with `in_stack` (shown on a CPU). Weights of routed experts are not
+    cut out of the stack either: those that a product reads are found in it (`precision.grouped.OfLayer`). Without a
+    loop weights may be `Unstacked`; what a layer does is traced once all the same.
 
     Args:
         blocks: made by `stack`.

@@ -133,7 +133,9 @@ def write_pages(pool: Entries, entries: Entries, tokens: Tokens, table_BN: jax.A
     page_BT = jnp.take_along_axis(table_BN, tokens.positions_BT // size, axis=1, mode="clip")
     if tokens.real_BT is not None:
         page_BT = jnp.where(tokens.real_BT, page_BT, 0)
-    arrays = jax.tree.map(lambda old, new: _put(old, new, page_BT, tokens.positions_BT % size), arrays, entries)
+    is_one_in_loop = page_BT.size == 1 and arrays is not pool
+    put = _put_one_of_two if is_one_in_loop else _put
+    arrays = jax.tree.map(lambda old, new: put(old, new, page_BT, tokens.positions_BT % size), arrays, entries)
     return jax.tree.map(_as_was, pool, arrays, is_leaf=is_in_stack)
 
 
@@ -160,6 +162,15 @@ def _put(memory: jax.Array, new_BT: jax.Array, row_BT: jax.Array, slot_BT: jax.A
         start: list[jax.Array | int] = [row_BT.reshape(()), slot_BT.reshape(()), *[0] * (memory.ndim - 2)]
         return lax.dynamic_update_slice(memory, new_BT, start)
     return memory.at[row_BT, slot_BT].set(new_BT)
+
+
+def _put_one_of_two(pages: jax.Array, new_BT: jax.Array, page_BT: jax.Array, slot_BT: jax.Array) -> jax.Array:
+    """Returns pages with the entry of a single token, and with one of zeros in page 0.
+
+    XLA on a CPU would write an entry alone also where it is read, and copy all pages in each layer for that.
+    """
+    new_BT, page_BT, slot_BT = (jnp.concatenate([one, jnp.zeros_like(one)]) for one in (new_BT, page_BT, slot_BT))
+    return _put(pages, new_BT, page_BT, slot_BT)
 
 
 def read_pages(pool: Entries, table_BN: jax.Array) -> Entries:

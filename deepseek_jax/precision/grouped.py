@@ -169,10 +169,10 @@ grouped_matmul.defvjp(_forward, _backward)
 
 
 def chunk_rows(n_rows: int, n_experts: int) -> int:
-    """Rows of one matmul: a power of two near half of an expert's mean load, between 128 and 512.
+    """Rows of one matmul: a power of two near half of an expert's mean load, between 64 and 512.
 
-    Where the mean is below 64, twice the mean, and 8 or more: most experts' rows still are one chunk, and a chunk has
-    few rows that are computed for nothing.
+    Where the mean is below 64, the next power of two above the mean, and 8 or more: most experts' rows still are one
+    chunk, and a chunk has few rows that are computed for nothing.
     """
     power = 1 << ((n_rows // n_experts) | 1).bit_length() - 1
     return min(max(min(2 * power, 128), min(power // 2, 512), 8), n_rows)

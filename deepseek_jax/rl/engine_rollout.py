@@ -45,7 +45,7 @@ def rollouts(engine: Engine, weights: Weights, prompts: Prompts, n_new: int, sto
     Returns what `rollout.roller` returns with the same keys, drawn from the whole vocabulary and without routes.
 
     Raises UserError: another temperature, for the engine reports log-probabilities of the model itself; weights of
-    another form than the engine's, or a prompt that is too long for it.
+    another form than the engine's, or a prompt after which `n_new` tokens are more than it can hold.
     """
     temperature_B = np.asarray(prompts.temperature_B1)[:, 0]
     others = temperature_B[~np.isin(temperature_B, (0, 1))]
@@ -54,10 +54,15 @@ def rollouts(engine: Engine, weights: Weights, prompts: Prompts, n_new: int, sto
             f"rollouts by the engine at temperature {others[0]:g}: expected 1, or 0, at which its "
             "log-probabilities are those of the draw. Use rollout.roller for others."
         )
+    lengths = np.asarray(prompts.length_B1)[:, 0].tolist()
+    if max(lengths) + n_new > engine.most_positions:
+        raise UserError(
+            f"prompts of up to {max(lengths)} tokens with answers of up to {n_new}: expected {engine.most_positions} "
+            "together at most, since the engine has no more. Make one with more positions or pages."
+        )
     engine.replace_weights(weights)
     rows, keyed = zip(temperature_B.tolist(), np.asarray(prompts.key_BK), strict=True), functools.partial(Keyed, n_new)
     samplings = [keyed(temperature=number, stop_ids=tuple(stop_ids), logprobs=0, key=key) for number, key in rows]
-    lengths = np.asarray(prompts.length_B1)[:, 0].tolist()
     given = [ids[:length].tolist() for ids, length in zip(np.asarray(prompts.ids_BT), lengths, strict=True)]
     return _arrays(np.asarray(prompts.ids_BT), lengths, complete(engine, given, samplings), n_new)
 

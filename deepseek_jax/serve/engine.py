@@ -32,7 +32,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import bind
 from deepseek_jax.parallel.replicas import Replicas
 from deepseek_jax.serve import batches
-from deepseek_jax.serve.batches import LEAST_PAGES, LEAST_TOKENS, Plans, buckets
+from deepseek_jax.serve.batches import LEAST_PAGES, LEAST_TOKENS, Plans, bucket, buckets
 from deepseek_jax.serve.disk import DiskPages
 from deepseek_jax.serve.memory import Sizes, shapes_of
 from deepseek_jax.serve.outputs import Drawn, Logprob, Output, Recited, all_drawn, all_recited, logprobs_at
@@ -69,8 +69,8 @@ class Engine:
         n_prompts: prompts of which one program computes a part at most, without drafts and on one device: more are
             faster, and need more programs.
         n_drafts: 1 lets multi-token prediction draft a second token for each (`speculation`); the text is the same.
-        least_pages: pages of a row that programs read at least: fewer are faster for short sequences, and need more
-            programs.
+        least_pages: pages of a row that programs read at least, a power of two: fewer are faster for short rows and
+            need more programs.
         matmul_precision: as for `jax.default_matmul_precision`.
         replicas: devices, each of which has `n_rows` rows and `n_pages` pages; None: one device. The weights lie there.
         compiler_options: as for `jax.jit`.
@@ -98,6 +98,8 @@ class Engine:
         whole(1, 2**16).check("n_steps", n_steps)
         whole(1, 2**16).check("n_prompts", n_prompts)
         whole(1, 2**16).check("least_pages", least_pages)
+        if least_pages & (least_pages - 1):
+            raise UserError(f"least_pages={least_pages}: expected a power of two. Choose {bucket(least_pages, 1)}.")
         # drafts and log-probabilities of prompts are made one by one; devices may differ in who needs them
         self._n_prompts = 1 if n_drafts or replicas else min(n_prompts, n_rows)
         self.weights, self.n_positions, self.n_rows, self.chunk = weights, n_positions, n_rows, chunk
@@ -408,7 +410,7 @@ class Engine:
 
     def _length(self, parts: Sequence[Part]) -> int:
         longest = max(part.n_tokens for part in parts)
-        return self._sizes.lengths[-1] if self._pads_to_largest else batches.bucket(longest, LEAST_TOKENS)
+        return self._sizes.lengths[-1] if self._pads_to_largest else bucket(longest, LEAST_TOKENS)
 
     @property
     def _nobody(self) -> Plans:

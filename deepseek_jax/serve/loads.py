@@ -25,7 +25,7 @@ N_SEQUENCES = 8  # latest ones that are kept until somebody looks
 BLOCKS = "_blocks"  # end of the names of stacks, which those of layers leave out
 _WHAT_IS_READ = (
     'expected {"layers": [{"name": "moe 0", "load": [tokens of each expert]}, …]}. Run curl http://HOST:PORT/experts > '
-    "FILE on a server of this model that has answered requests."
+    'FILE on a server of this model that has answered requests, with -H "Authorization: Bearer KEY" if it asks for one.'
 )
 
 
@@ -60,7 +60,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
             stacks.setdefault(layer.name.rpartition(" ")[0] + BLOCKS, []).append(layer.load)
         counts = {name: np.asarray(load_LE, np.float64) for name, load_LE in stacks.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"loads of experts in {path}: {_WHAT_IS_READ} ({error})") from error
+        raise UserError(f"loads of experts in {path}: {_WHAT_IS_READ} ({type(error).__name__}: {error})") from error
     if not counts or any(
         one.ndim != 2 or not np.isfinite(one).all() or one.min(initial=0) < 0 for one in counts.values()
     ):

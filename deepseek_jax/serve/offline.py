@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -62,18 +62,21 @@ def stream(engine: Engine, prompt: Sequence[int], sampling: Sampling, n_steps: i
 def outputs(engine: Engine, asked: Iterable[tuple[Sequence[int], Sampling]]) -> Iterator[tuple[int, Output]]:
     """Yields what an engine says to each of many prompts, with its number; only a few of them are open at a time.
 
-    The caller may cancel a request. Raises UserError where the engine does.
+    The caller may cancel a request; when this is closed, those that are open end. Raises UserError where the engine
+    does, or if it has other requests.
     """
     waiting, n_most = enumerate(asked), OPEN_PER_ROW * engine.n_rows * len(engine.ranks)
     numbers: dict[Request, int] = {}
-    while True:
-        for number, (prompt, sampling) in itertools.islice(waiting, n_most - len(numbers)):
-            numbers[engine.submit(prompt, sampling)] = number
-        if engine.is_idle:
-            return
-        for output in engine.step():
-            yield numbers[output.request], output
-        numbers = {request: number for request, number in numbers.items() if not request.has_ended}
+    with _left_idle(engine, numbers):
+        while True:
+            for number, (prompt, sampling) in itertools.islice(waiting, n_most - len(numbers)):
+                numbers[engine.submit(prompt, sampling)] = number
+            if engine.is_idle:
+                return
+            for output in engine.step():
+                yield numbers[output.request], output
+            for request in [request for request in numbers if request.has_ended]:
+                del numbers[request]
 
 
 @contextlib.contextmanager
@@ -81,13 +84,20 @@ def _submitted(
     engine: Engine, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]
 ) -> Iterator[list[Request]]:
     """Requests of an idle engine, which is idle again afterwards."""
-    if not engine.is_idle:
-        raise UserError("the engine has requests already: expected one that is idle. Call its step() until it is.")
     requests: list[Request] = []
-    try:
+    with _left_idle(engine, requests):
         for prompt, sampling in zip(prompts, samplings, strict=True):
             requests.append(engine.submit(prompt, sampling))
         yield requests
+
+
+@contextlib.contextmanager
+def _left_idle(engine: Engine, requests: Collection[Request]) -> Iterator[None]:
+    """Ends an idle engine's `requests`, which may grow meanwhile, if what is done with them does not reach its end."""
+    if not engine.is_idle:
+        raise UserError("the engine has requests already: expected one that is idle. Call its step() until it is.")
+    try:
+        yield
     except BaseException:
         for request in requests:
             engine.cancel(request)

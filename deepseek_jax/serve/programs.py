@@ -307,7 +307,7 @@ class Programs:
 
 
 _KNOWN: WeakValueDictionary[tuple, Programs] = WeakValueDictionary()
-_LOOKING = threading.Lock()  # at `_KNOWN`
+_LOOKING = threading.Lock()  # held while `_KNOWN` is read and added to
 
 
 def form(weights: Weights) -> tuple:

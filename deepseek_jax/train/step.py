@@ -406,7 +406,8 @@ class Trainer:
         """A compiled `run(state, rows)`: `function(model, rows)` on every device, with its part of the rows.
 
         `rows` is a tree of arrays [rows, columns], and so is the result; no gradient, no state is changed. With
-        `stacks` weights stored in shards are made whole once, as generation needs them, which runs each block often.
+        `stacks` weights stored in shards are made whole once, as generation needs them, which runs each block often:
+        `function` then runs blocks by `run_cached` alone, for other ways would make them whole again.
         """
 
         def on_device(params: dict, router_bias: dict, rows: Any) -> Any:

@@ -124,6 +124,10 @@ def test_the_engine_draws_the_same_answers(learner, state):
         np.testing.assert_array_equal(found.ids_BT, expected.ids_BT)
         np.testing.assert_allclose(found.logp_BT, expected.logp_BT, atol=1e-5)
         assert engine.weights is drawn_with and found.kept_BTV.shape == expected.kept_BTV.shape
+    engine.replace_weights(others)
+    with pytest.raises(UserError, match="answers of up to 30: expected 32 together"):
+        rollouts(engine, weights, given, 30, [])
+    assert engine.weights is others
     with pytest.raises(UserError, match="temperature 0.5: expected 1, or 0"):
         given = given._replace(temperature_B1=np.where(np.arange(16)[:, None] == 7, 0.5, 1).astype(np.float32))
         rollouts(engine, weights, given, NEW, [])

@@ -46,12 +46,13 @@ def definition_of(network, **options):
     return split(nnx.eval_shape(lambda: maker.Model(make, Execution(**options), rngs=nnx.Rngs(0))))[0]
 
 
-@pytest.fixture(scope="module", params=[1, 0], ids=["a loop over layers", "no loop"])
+@pytest.fixture(scope="module", params=[(1, 2), (1, 1), (0, 2)], ids=["a loop over layers", "of one row", "no loop"])
 def compiled(request, network):
-    """(program of several steps of two rows, the cache)."""
-    options = {"page_size": 8, "n_rows": 2, "n_pages": N_PAGES, "n_steps": 4}
-    engine = Engine(definition_of(network, unroll=request.param), network.weights, 32, **options)
-    call = engine._steps(engine._nobody, 2, 4, "random", -1)
+    """(program of several steps of two rows or one, the cache)."""
+    unroll, n_rows = request.param
+    options = {"page_size": 8, "n_rows": n_rows, "n_pages": N_PAGES, "n_steps": 4}
+    engine = Engine(definition_of(network, unroll=unroll), network.weights, 32, **options)
+    call = engine._steps(engine._nobody, n_rows, 4, "random", -1)
     return engine.programs._program(call), engine._memory.cache
 
 

@@ -17,6 +17,7 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.serve import batches
 from deepseek_jax.serve.engine import Engine, Sampling
 from deepseek_jax.serve.loads import ExpertLoads
+from deepseek_jax.serve.offline import outputs
 from deepseek_jax.serve.programs import programs_for
 from deepseek_jax.serve.scheduler import Part
 
@@ -409,7 +410,22 @@ def test_settings_out_of_range_are_refused(setting, message):
         Sampling(4, **setting).check(1000)
 
 
+def test_the_least_pages_of_a_program_are_a_power_of_two(engine):
+    with pytest.raises(UserError, match="least_pages=3: expected a power of two. Choose 4."):
+        engine(least_pages=3)
+
+
 @pytest.mark.slow
+def test_requests_end_with_the_reader_of_their_outputs(engine):
+    made = engine()
+    reader = outputs(made, [([5, 6, 7], Sampling(9))] * 9)
+    number, output = next(reader)
+    assert number in range(9) and len(output.ids) == 1 and not made.is_idle
+    reader.close()
+    assert made.is_idle
+    assert len({number for number, output in outputs(made, [([5, 6, 7], Sampling(2))] * 9)}) == 9
+
+
 def test_replicas_of_busy_experts_change_no_text(network, engine, alone):
     """Where they go follows from the loads that an engine has counted; new weights get replicas as well."""
     mesh, busy = make_mesh(1, 2, jax.devices()[:2]), ExpertLoads(engine())

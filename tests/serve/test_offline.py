@@ -11,12 +11,21 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import bind, split
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.serve.engine import Engine, Sampling
-from deepseek_jax.serve.offline import complete
+from deepseek_jax.serve.offline import complete, outputs
+from tests.serve.conftest import SIZES, Network
 
 pytestmark = pytest.mark.slow  # every engine compiles programs of its own
 DRAW = np.random.default_rng(5)
 PROMPTS = [DRAW.integers(0, 200, n).tolist() for n in (2, 19, 7)]
 PROMPTS.append([*PROMPTS[1][:17], 5])
+
+
+@pytest.fixture(scope="module")
+def foreseeing():
+    """A network with a dense layer, two with experts, and multi-token prediction."""
+    config = run_config.load("tiny_v3")
+    config.model.update(SIZES | {"mtp_depth": 1})
+    return Network(config)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +56,7 @@ def test_routes_are_those_of_the_forward_pass(foreseeing, with_experts, options)
     assert found[3].n_cached == 16
     for prompt, one in zip(PROMPTS, found, strict=True):
         ids = [*prompt, *one.ids]
-        assert one.routes.dtype == np.int16 and one.routes.shape == (len(ids) - 1, 1, 2)
+        assert one.routes.dtype == np.int16 and one.routes.shape == (len(ids) - 1, 2, 2)
         expected = routes(ids)[: len(ids) - 1]
         assert (np.sort(one.routes, axis=-1) == np.sort(expected, axis=-1)).all()
 
@@ -128,4 +137,6 @@ def test_what_cannot_be_served_is_refused(model):
     engine.submit([3], Sampling(2))
     with pytest.raises(UserError, match="has requests already"):
         complete(engine, [[3]], [Sampling(2)])
+    with pytest.raises(UserError, match="has requests already"):
+        next(outputs(engine, [([3], Sampling(2))]))
     assert len(model.serve([[3]], Sampling(2), **options)[0].ids) == 2  # by another engine
