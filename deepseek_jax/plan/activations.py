@@ -75,6 +75,7 @@ class CachedActivations:
         """Returns what a layer of each stack keeps on one device.
 
         The backward pass recomputes what policy "none" would have kept; the gradients are assumed to be as large.
+        A run's pipeline makes what follows from weights alone once, before its ticks, under any policy.
         """
         if recipe.remat == V3_POLICY:
             return {name: _published(self.network, name, layout.part_len) for name in self.network.stacks}
@@ -84,7 +85,8 @@ class CachedActivations:
             all_each, all_once = self._bytes(name, replace(recipe, remat="none"), layout, rules)
             found[name] = ActivationBytes(each, once, 2 * all_each - each, all_once - once)
             if recipe.alike and layout.pipe > 1:
-                found[name] = found[name]._replace(pools=self._pools(name, recipe, layout, rules))
+                pools = self._pools(name, recipe, layout, rules)
+                found[name] = found[name]._replace(per_layer=all_once, work_per_layer=0.0, pools=pools)
         return found
 
     def _pools(self, stack: str, recipe: Recipe, layout: Layout, rules: Mapping[str, str]) -> Growth:

@@ -8,7 +8,7 @@
 | optimizer | both moments, further divided over all replicas (ZeRO-1), the second copy included |
 | activations | `activations.kept` of each layer, times sequences, times micro-batches in flight |
 | buffers | in place of these in a run's pipeline: slots of its pools (`stage_buffers`), the same on all ranks |
-| kept once | kept independently of the batch: under policy none gate and up of the experts side by side |
+| kept once | independent of the batch, by policy none and by a run's pipeline: experts' gate and up side by side |
 | layer at work | recomputed in the backward pass of the widest layer, and its gradients (`ActivationBytes`) |
 | logits | 8 V per token of the chunk in which the loss is computed: float32, and their gradient |
 | exchange buffers | copies of the tokens on their way to experts and back; twice if passes overlap |

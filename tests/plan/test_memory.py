@@ -123,6 +123,13 @@ def test_policy_none_keeps_what_it_makes_of_weights(job_of, kept_of):
     assert 2 * numbers <= layer < 2.01 * numbers
 
 
+def test_a_pipeline_keeps_what_it_makes_of_weights_under_any_policy(job_of, kept_of):
+    layers = [kept_of("tiny_v3", job_of("tiny_v3", remat=one, pipe=2))["moe_blocks"] for one in ("none", "block")]
+    assert layers[0].per_layer == layers[1].per_layer > 0 == layers[1].work_per_layer
+    alone = kept_of("tiny_v3", job_of("tiny_v3", remat="block"))["moe_blocks"]
+    assert alone.per_layer == 0 < alone.work_per_layer
+
+
 def test_what_v3_keeps_of_a_token_by_hand(subject):
     network = subject("v3_671b").network
     attention = 2 * 2 * 7168 + 2 * (1536 + 512 + 64) + 1.5 * 128 * 128 + 4 * 128
