@@ -109,7 +109,7 @@ def tokenizer(vocab_size: int) -> Any:
     )
 
 
-def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+def reward(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
     """Returns 1 for answers that begin with an odd id."""
     return [float(ids[0] % 2) for ids in completion_ids]
 

@@ -127,7 +127,10 @@ def test_in_a_pipeline_with_two_copies_it_has_them_as_well(tiny_sizes, filled):
     in_codes, in_values = (trainer(sizes, matmul, (2, 1), **options) for matmul in (BlockMatmul, OfValues))
     (found, *reports), (known, *right) = (steps(one, weights, 2) for one in (in_codes, in_values))
     np.testing.assert_array_equal(reports, right)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(known))
+    pairs = zip(jax.tree.leaves(jax.device_get(found)), jax.tree.leaves(jax.device_get(known)), strict=True)
+    for one, other in pairs:  # codes of weights are made once a step and values in every pass: bits of moments may differ
+        np.testing.assert_allclose(np.float32(one), np.float32(other), rtol=2**-7)
+        assert np.mean(one != other) < 1e-3
 
 
 @pytest.mark.slow
