@@ -127,7 +127,7 @@ def test_in_a_pipeline_with_two_copies_it_has_them_as_well(tiny_sizes, filled):
     in_codes, in_values = (trainer(sizes, matmul, (2, 1), **options) for matmul in (BlockMatmul, OfValues))
     (found, *reports), (known, *right) = (steps(one, weights, 2) for one in (in_codes, in_values))
     np.testing.assert_array_equal(reports, right)
-    # Codes of weights are made once a step, values in every pass: now and then the last bit of a moment differs.
+    # Codes of weights are made once per step, values in every pass: now and then the last bit of a moment differs.
     one, other = (jax.tree.leaves(jax.tree.map(np.float32, jax.device_get(state))) for state in (found, known))
     for a, b in zip(one, other, strict=True):
         np.testing.assert_allclose(a, b, rtol=2**-7, atol=2**-7 * np.abs(b).max())
