@@ -1,6 +1,6 @@
 """A chain of R1 that is killed in stage after stage ends with the bits of an undisturbed one.
 
-The suite kills the first stages twice; with DEEPSEEK_JAX_FAULTS=10 all stages are killed, twenty times.
+`pytest -m matrix` kills the first stages twice; with DEEPSEEK_JAX_FAULTS=10 all stages are killed, twenty times.
 """
 
 import json
@@ -76,6 +76,7 @@ def results(workdir: Path) -> list:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_killed_in_stage_after_stage_the_chain_is_the_same_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1])  # where a fork finds this file
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -363,6 +363,7 @@ def test_neither_devices_nor_micro_batches_matter(learner, state):
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_two_processes_that_divide_the_experts_make_the_same_step(learner, state, tmp_path):
     """Each draws and scores its own answers; the loop of draws turns until both have ended. Runs of both resume."""
     with socket.socket() as free:
