@@ -26,7 +26,7 @@ from deepseek_jax import run_config
 from deepseek_jax.bounds import path, whole
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
-from deepseek_jax.launch._peer import PeerProcess, transformers_sizes
+from deepseek_jax.launch._peer import PeerProcess, in_turns, transformers_sizes
 from deepseek_jax.units import binary
 
 if TYPE_CHECKING:
@@ -65,13 +65,7 @@ def main(argv: list[str]) -> int:
         sides: dict[str, Ours | Peer] = {"deepseek_jax": Ours(config)}
         if options.peer:
             sides["trl"] = stack.enter_context(Peer(config, options.peer_python, options.peer_experts))
-        taken: dict[str, list[Taken]] = {name: [] for name in sides}
-        for turn in range(options.turns + 1):
-            for name, side in sides.items():
-                found = side.run(options.steps)
-                if turn:  # the first turn warms up
-                    taken[name].append(found)
-        report(config, sides, taken, options.steps)
+        report(config, sides, in_turns(sides, options.turns, options.steps), options.steps)
     return 0
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -72,3 +73,14 @@ def transformers_sizes(config: ConfigDict) -> dict:
     from deepseek_jax.convert.hf_config import to_hf
 
     return to_hf(config.family, config.model.to_dict(), dtype="float32") | {"use_cache": False}
+
+
+def in_turns(sides: Mapping[str, Any], n_turns: int, n_steps: int) -> dict[str, list]:
+    """Returns what each side's `run(n_steps)` gave, in turns; one turn more comes first, to warm up."""
+    found: dict[str, list] = {name: [] for name in sides}
+    for turn in range(n_turns + 1):
+        for name, side in sides.items():
+            taken = side.run(n_steps)
+            if turn:
+                found[name].append(taken)
+    return found

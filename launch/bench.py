@@ -33,7 +33,7 @@ from deepseek_jax.bounds import path, whole
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options, _profile
 from deepseek_jax.launch._bench_step import Ours
-from deepseek_jax.launch._peer import PeerProcess, transformers_sizes
+from deepseek_jax.launch._peer import PeerProcess, in_turns, transformers_sizes
 from deepseek_jax.units import binary
 
 EXTRA = {
@@ -71,12 +71,7 @@ def main(argv: list[str]) -> int:
         sides: dict[str, Any] = {"deepseek_jax": Ours(config)}
         if options.peer:
             sides["transformers"] = stack.enter_context(Peer(config, options.peer_python))
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        for turn in range(options.turns + 1):
-            for name, side in sides.items():
-                taken = side.run(options.steps)
-                if turn:  # the first turn warms up
-                    seconds[name].append(taken)
+        seconds = in_turns(sides, options.turns, options.steps)
         report(config, sides, seconds, options.steps)
         if options.profile:
             _profile.report(options.profile, sides["deepseek_jax"], options.steps)

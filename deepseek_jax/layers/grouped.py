@@ -3,7 +3,9 @@
 Gathers are paired with their inverse, so that the backward pass gathers too and never scatters.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -183,6 +185,15 @@ _lowered_once = jax.jit(token_experts.experts, static_argnames="implementation")
 _of_codes_lowered_once = jax.jit(token_experts.experts_in_codes, static_argnames="implementation")
 
 
+@contextlib.contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Turns a kernel's refusal into the user's error: what to choose for the operation `name` instead."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"kernels.{name}='mosaic_gpu': {error} In a run, config.kernels.{name}=xla.") from error
+
+
 def in_one_pass_on_hopper(x_1D: jax.Array, factor_K: jax.Array, chosen: Weights, matmul: Matmul) -> jax.Array:
     """As `by_three_products`, by a kernel that reads each expert's weights once and keeps float32 in between.
 
@@ -191,23 +202,13 @@ def in_one_pass_on_hopper(x_1D: jax.Array, factor_K: jax.Array, chosen: Weights,
     del matmul
     matrices = (matrices_of(w.astype(x_1D.dtype)) for w in chosen)
     (gate, matrix_K), (up, _), (down, _) = matrices
-    try:
-        y_D = _lowered_once(x_1D[0], gate, up, down, matrix_K, factor_K, implementation="mosaic_gpu")
-    except ValueError as error:
-        raise UserError(
-            f"kernels.token_experts='mosaic_gpu': {error} In a run, config.kernels.token_experts=xla."
-        ) from error
-    return y_D[None]
+    with _refusing("token_experts"):
+        return _lowered_once(x_1D[0], gate, up, down, matrix_K, factor_K, implementation="mosaic_gpu")[None]
 
 
 def of_codes_on_hopper(x_1D: jax.Array, factor_K: jax.Array, chosen: Weights, matmul: Matmul) -> jax.Array:
     """As `in_one_pass_on_hopper`, with weights in FP8, which stay so in memory."""
     del matmul
     (gate, matrix_K), (up, _), (down, _) = ((Scaled(w.codes, w.scale), at) for w, at in map(fp8_matrices, chosen))
-    try:
-        y_D = _of_codes_lowered_once(x_1D[0], gate, up, down, matrix_K, factor_K, implementation="mosaic_gpu")
-    except ValueError as error:
-        raise UserError(
-            f"kernels.coded_token_experts='mosaic_gpu': {error} In a run, config.kernels.coded_token_experts=xla."
-        ) from error
-    return y_D[None]
+    with _refusing("coded_token_experts"):
+        return _of_codes_lowered_once(x_1D[0], gate, up, down, matrix_K, factor_K, implementation="mosaic_gpu")[None]

@@ -129,9 +129,7 @@ def run_pipeline(
         shapes = shapes._replace(stash=[])  # it never leaves an op
     nothing = jax.tree.map(_zeros, shapes)
     start = _empty_pools(table, shapes), _no_sums(shapes, of_ends, n_chunks, shared)
-    programs = [
-        [_program(branch, stages, prepared, fixed, rest, nothing) for branch in switch.branches] for switch in switches
-    ]
+    programs = [[_program(b, stages, prepared, fixed, rest, nothing) for b in one.branches] for one in switches]
     if overlap:
         run = _in_place(switches[0].branches, programs[0], stages, nothing, shared)
     else:
