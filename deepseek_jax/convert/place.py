@@ -2,10 +2,12 @@
 
 Every device's part of a weight is a buffer on that device, filled in place. A tensor is read once, sent to all devices
 that need part of it, and dropped. It is sent some rows at a time in memory order, and transposed and cast on the
-device. So the host holds one tensor and a few blocks, whatever the size of the model.
+device. So the host holds one tensor and a few blocks, whatever the size of the model, and the small weights: these are
+filled in on the host, which takes less time than to compile programs for their shapes, and sent when all is read.
 """
 
 import functools
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -18,9 +20,11 @@ from deepseek_jax.convert.hf import Piece, Source, map_leaves
 from deepseek_jax.tree import paths
 
 BLOCK_BYTES = 2**26  # of a tensor, sent at a time
+HOST_BYTES = 2**22  # of a device's part of a weight, if it is filled in on the host; NumPy transposes those in 20 ms
 
 Region = tuple[slice, ...]  # a device's part of a weight
 Part = tuple[tuple[int, ...], np.dtype]  # the shape and dtype of its buffer
+Buffer = jax.Array | np.ndarray
 
 
 def place(source: Source, target: dict, report: Callable[[Piece], None] | None = None) -> dict:
@@ -43,10 +47,14 @@ def place(source: Source, target: dict, report: Callable[[Piece], None] | None =
 
     def send(piece: Piece, device: jax.Device, region: Region) -> None:
         layer = [i - s.start for i, s in zip(piece.index, region, strict=False)]
-        for rows, axes, start in _blocks(piece.array[region[len(layer) :]]):
-            sent = jax.device_put(rows, device, may_alias=False)
-            at = np.asarray([*layer, *start], np.int32)
-            buffers[piece.path][device] = _filled_in(buffers[piece.path][device], sent, at, axes)
+        part, buffer = piece.array[region[len(layer) :]], buffers[piece.path][device]
+        if isinstance(buffer, np.ndarray):
+            buffer[tuple(layer)] = part
+            return
+        for rows, axes, start in _blocks(part):
+            sent = jax.device_put(rows, device)
+            buffer = _filled_in(buffer, sent, np.asarray([*layer, *start], np.int32), axes)
+            buffers[piece.path][device] = buffer
             under_way.append(sent)
             while sum(block.nbytes for block in under_way) > 2 * BLOCK_BYTES:
                 under_way.popleft().block_until_ready()
@@ -60,7 +68,7 @@ def place(source: Source, target: dict, report: Callable[[Piece], None] | None =
         del piece  # free it before the next is read
 
     def whole(path: names.Path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        parts = list(buffers.pop(path).values())
+        parts = [jax.device_put(buffer, device) for device, buffer in buffers.pop(path).items()]
         return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts, dtype=leaf.dtype)
 
     return map_leaves(target, whole)
@@ -77,14 +85,17 @@ def _regions(leaf: jax.ShapeDtypeStruct) -> dict[jax.Device, Region]:
 
 def _buffers(
     targets: dict[names.Path, jax.ShapeDtypeStruct], regions: dict[names.Path, dict[jax.Device, Region]]
-) -> dict[names.Path, dict[jax.Device, jax.Array]]:
-    """Returns zeros for every device's part of every weight, those of a device by one program."""
+) -> dict[names.Path, dict[jax.Device, Buffer]]:
+    """Returns zeros for every device's part of every weight, on the device those that are not small, by one program."""
     parts: dict[jax.Device, dict[names.Path, Part]] = {}
+    found: dict[names.Path, dict[jax.Device, Buffer]] = {path: {} for path in targets}
     for path, leaf in targets.items():
         for device, region in regions[path].items():
-            shape = tuple(s.stop - s.start for s in region)
-            parts.setdefault(device, {})[path] = (shape, np.dtype(leaf.dtype))
-    found: dict[names.Path, dict[jax.Device, jax.Array]] = {path: {} for path in targets}
+            part = tuple(s.stop - s.start for s in region), np.dtype(leaf.dtype)
+            if math.prod(part[0]) * part[1].itemsize <= HOST_BYTES:
+                found[path][device] = np.zeros(*part)
+            else:
+                parts.setdefault(device, {})[path] = part
     for device, of_device in parts.items():
         with jax.default_device(device):
             for path, zeros in zip(of_device, _zeros(tuple(of_device.values())), strict=True):

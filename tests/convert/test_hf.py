@@ -113,8 +113,10 @@ RULES = {
 }
 
 
+@pytest.mark.parametrize("host_bytes", [0, 2**22], ids=["filled in on devices", "on the host"])
 @pytest.mark.parametrize("rules", [pytest.param("experts", marks=pytest.mark.slow), "fsdp"])
-def test_placed_on_four_devices_is_placed_whole(rules):
+def test_placed_on_four_devices_is_placed_whole(rules, host_bytes, monkeypatch):
+    monkeypatch.setattr("deepseek_jax.convert.place.HOST_BYTES", host_bytes)
     published, source = source_at(GOLDEN / "v3_mtp")
     mesh = make_mesh(2, 2, jax.devices()[:4])
     axes = dict(zip(("params", "router_bias"), logical_axes(module_of("v3", published.numbers)), strict=True))
@@ -195,6 +197,7 @@ def test_the_host_holds_one_tensor_at_a_time(wide, monkeypatch):
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: x.update(sharding=here), source.abstract)
     monkeypatch.setattr("deepseek_jax.convert.place.BLOCK_BYTES", largest // 4)
+    monkeypatch.setattr("deepseek_jax.convert.place.HOST_BYTES", 2**13)  # the gains of norms
     place(source, target)  # imports and compilation
     gc.collect()
     tracemalloc.start()
