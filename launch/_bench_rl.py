@@ -9,7 +9,7 @@ of one length, and learn from them by GRPO: as many answers to each prompt, upda
 An answer is worth 1 if its first id is odd. They take turns, after one that warms up and is not counted. Printed are
 the medians over the turns, in tokens of answers per second of a step and per second of CPU time of all threads, and
 their ratio. A V3 is measured without multi-token prediction, which neither side would use. On our side the shares of
-rollout, reward and update are printed too. The peer comes with: pip install "deepseek_jax[parity]"
+rollout, reward and update are printed too, and on standard error those of each step as it ends. The peer comes with: pip install "deepseek_jax[parity]"
 """
 
 import contextlib
@@ -125,6 +125,7 @@ class Ours:
             self.state, self.figures = self.learner.step(self.state, None, self.done)
             self.seconds.append(self.learner.seconds)
             self.done += 1
+            print(f"step {self.done}: {parts_of(self.learner.seconds)}", file=sys.stderr, flush=True)
         return Taken(time.perf_counter() - begin[0], time.process_time() - begin[1])
 
 
@@ -220,8 +221,12 @@ def report_parts(ours: Any, n_steps: int) -> None:
     from deepseek_jax.train.metrics import memory_gib
 
     medians = {what: statistics.median(one[what] for one in ours.seconds[-n_steps:]) for what in ours.seconds[-1]}
-    total = sum(medians.values())
-    parts = ", ".join(f"{what} {seconds:.3f} s ({seconds / total:.0%})" for what, seconds in medians.items())
     memory = memory_gib()
     peak = "" if memory is None else f"; peak memory {binary(int(memory * 2**30))}"
-    print(f"  deepseek_jax: {parts}; largest gap of log-probabilities {ours.figures['gap']:.1e}{peak}")
+    print(f"  deepseek_jax: {parts_of(medians)}; largest gap of log-probabilities {ours.figures['gap']:.1e}{peak}")
+
+
+def parts_of(seconds: dict[str, float]) -> str:
+    """Returns the parts of a step as text."""
+    total = sum(seconds.values())
+    return ", ".join(f"{what} {one:.3f} s ({one / total:.0%})" for what, one in seconds.items())

@@ -11,6 +11,7 @@ initial weights), what they are composed of, `run` or its `matmul`, and `rngs`, 
 """
 
 import functools
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -247,6 +248,14 @@ def unstacked(layers: Tree) -> Tree:
     """The weights of a stack, each `Unstacked`, from those of its layers by their numbers "0", "1", …."""
     in_order = (layers[str(number)] for number in range(len(layers)))
     return jax.tree.map(lambda *each: Unstacked(each), *in_order, is_leaf=lambda sub: not isinstance(sub, dict))
+
+
+def take_apart(model: nnx.Module) -> None:
+    """Makes stacked weights `Unstacked`, in place; inside `jit`. Those of routed experts are found where they lie."""
+    for _, weight in variables(model):
+        if weight.get_metadata("axes")[:1] == ("layers",) and weight.get_metadata("axes")[1:2] != ("experts",):
+            layers = range(jax.tree.leaves(weight[...])[0].shape[0])
+            weight.set_value(Unstacked(tuple(jax.tree.map(operator.itemgetter(n), weight[...]) for n in layers)))
 
 
 def _layers_of(weights: nnx.State, index: int | slice) -> nnx.State:

@@ -85,7 +85,9 @@ class Learner:
         self.trainer, self.turns, self.problems, self.rewards = trainer, turns, problems, rewards
         self.sizes, self.seed = sizes, seed
         self.objective: PolicyGradient = trainer.objective  # type: ignore[assignment]
-        self._roll = trainer.with_model(roller(turns.longest_answer, turns.end_ids, sizes.top_p), stacks=True)
+        # in a loop over layers XLA on a GPU copies each layer's weights and cache for each token (`on_device`)
+        rolled, in_a_loop = roller(turns.longest_answer, turns.end_ids, sizes.top_p), jax.default_backend() != "gpu"
+        self._roll = trainer.with_model(rolled, stacks=True, loop=in_a_loop)
         self._measure = trainer.with_model(measurer(sizes.temperature, self.objective.chunk))
         self.seconds: dict[str, float] = {}  # of the last step, by what they were spent on
 

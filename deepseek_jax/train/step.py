@@ -28,7 +28,7 @@ from deepseek_jax.abstract_model import abstract
 from deepseek_jax.compat import hides_collectives, quick_compile
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.kernels import XLA, Kernels
-from deepseek_jax.layers.base import Execution, bind, dtype_read, logical_axes, split, unstacked
+from deepseek_jax.layers.base import Execution, bind, dtype_read, logical_axes, split, take_apart, unstacked
 from deepseek_jax.layers.router import max_violation, updated_bias
 from deepseek_jax.parallel import zero
 from deepseek_jax.parallel.alltoall import Sent, make_exchange
@@ -190,13 +190,17 @@ class Trainer:
 
     def _model(self, pipeline: Pipeline) -> Any:
         """The model as shapes, once it is known where its layers lie along the pipeline."""
-        model: Any = abstract(lambda rngs: self.build(self.run, rngs))
+        model = self._abstract(self.run)
         n_ranks = self.mesh.shape[PIPE]
         self.layout = pipeline.layout(model, n_ranks, self.config.micro_batches) if n_ranks > 1 else None
         if self.layout:
             self.run = replace(self.run, fetch=self.layout.fetch, vocabulary=Vocabulary(PIPE))
-            model = abstract(lambda rngs: self.build(self.run, rngs))
+            model = self._abstract(self.run)
         return model
+
+    def _abstract(self, run: Execution) -> Any:
+        """The model as shapes, run like this."""
+        return abstract(lambda rngs: self.build(run, rngs))
 
     def _describe(self, model: Any, optimizer: OptimizerFor, read: Callable[[str], DTypeLike]) -> None:
         """Notes what the model consists of and where the state lives; `read` gives the dtype of a role's weights."""
@@ -238,7 +242,7 @@ class Trainer:
         exchange = self.run.exchange and replace(self.run.exchange, level=level)
         run = replace(self.run, fetch=None, unroll=0, remat="none", exchange=exchange)
         overlap = pipeline.overlaps(self.mesh.devices.flat[0].platform)
-        return pipelined(self._in_stages(abstract(lambda rngs: self.build(run, rngs))), self.layout, remat, overlap)
+        return pipelined(self._in_stages(self._abstract(run)), self.layout, remat, overlap)
 
     def _initial(self, seed: int, given: Mapping = MappingProxyType({})) -> State:
         _, params, router_bias = split(self._build(seed))
@@ -402,16 +406,23 @@ class Trainer:
         run = jax.jit(per_device(on_device, self.mesh, specs, REPLICATED))
         return lambda state, batch: run(state["params"], state["router_bias"], batch)
 
-    def with_model(self, function: Callable[[Any, Any], Any], *, stacks: bool = False) -> Callable[[State, Any], Any]:
+    def with_model(
+        self, function: Callable[[Any, Any], Any], *, stacks: bool = False, loop: bool = True
+    ) -> Callable[[State, Any], Any]:
         """A compiled `run(state, rows)`: `function(model, rows)` on every device, with its part of the rows.
 
         `rows` is a tree of arrays [rows, columns], and so is the result; no gradient, no state is changed. With
         `stacks` weights stored in shards are made whole once, as generation needs them, which runs each block often:
-        `function` then runs blocks by `run_cached` alone, for other ways would make them whole again.
+        `function` then runs blocks by `run_cached` alone, for other ways would make them whole again. Without `loop`,
+        which asks for `stacks`, it runs layers one by one, each with weights and a cache of its own.
         """
+        definition = self.definition if loop else split(self._abstract(replace(self.run, unroll=0)))[0]
 
         def on_device(params: dict, router_bias: dict, rows: Any) -> Any:
-            return function(self.bind(reading.whole(params, self._reads), router_bias, stacks), rows)
+            model = self._bound(definition, reading.whole(params, self._reads), router_bias, stacks)
+            if not loop:
+                take_apart(model)
+            return function(model, rows)
 
         specs = (self.specs["params"], self.specs["router_bias"], BATCH)
         run = jax.jit(per_device(on_device, self.mesh, specs, BATCH))

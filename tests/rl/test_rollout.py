@@ -24,7 +24,7 @@ from deepseek_jax.rl.loop import REFERENCE, TAKEN_AT, Loop, LoopConfig
 from deepseek_jax.rl.objective import PolicyGradient, answers, learnt, part
 from deepseek_jax.rl.problems import Problem, open_problems
 from deepseek_jax.rl.rewards import RULES, Rewards, Score
-from deepseek_jax.rl.rollout import pad, row_keys
+from deepseek_jax.rl.rollout import pad, roller, row_keys
 from deepseek_jax.rl.step import Learner, StepSizes
 from deepseek_jax.rl.turns import Turns
 from deepseek_jax.serve.engine import Engine
@@ -131,6 +131,19 @@ def test_the_engine_draws_the_same_answers(learner, state):
     with pytest.raises(UserError, match="temperature 0.5: expected 1, or 0"):
         given = given._replace(temperature_B1=np.where(np.arange(16)[:, None] == 7, 0.5, 1).astype(np.float32))
         rollouts(engine, weights, given, NEW, [])
+
+
+def test_layers_one_by_one_draw_the_same(learner, state, drawn):
+    """As a GPU runs them, each with weights and a cache of its own."""
+    rolled = roller(NEW, learner.turns.end_ids, 1.0)
+    apart = learner.trainer.with_model(rolled, stacks=True, loop=False)
+    prompts = [learner.turns.prompt(problem, "") for problem in asked(*QUESTIONS)]
+    given = learner._placed(pad(prompts, 9, row_keys(0, 0, 16), TEMPERATURE))
+    found = fetched(apart(placed(learner, state), given))
+    np.testing.assert_array_equal(found.ids_BT, drawn.rollouts.ids_BT)
+    np.testing.assert_allclose(found.logp_BT, drawn.rollouts.logp_BT, atol=1e-5)
+    for name, routes_BTLK in drawn.rollouts.routes.items():
+        np.testing.assert_array_equal(found.routes[name], routes_BTLK)
 
 
 def test_the_experts_of_the_draw_are_visited_again(learner, state, drawn):
