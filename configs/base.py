@@ -135,6 +135,7 @@ def get_config() -> ConfigDict:
     rl = config.rl = ConfigDict()  # reinforcement learning (deepseek-jax rl); `loop` and `checkpoint` count its steps
     rl.problems = "sums"  # sums:DIGITS, rg:NAME (reasoning-gym), or JSONL files with prompt (or messages) and answer
     rl.holdout_rate = 0.1  # share of problems kept for evaluation
+    rl.teacher = ""  # a run's workdir or published weights that judge each token, in place of rewards (distillation)
     rl.thinking = False  # whether prompts open a thought, in chat templates that can (`data.chat_template`)
     rl.questions = 16  # problems per step
     rl.answers = 8  # to each of them (G)

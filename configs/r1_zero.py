@@ -11,13 +11,14 @@ R1-Zero's prompt. These are the paper's numbers; rl.rows_at_once says how many a
 
 from ml_collections import ConfigDict
 
-from deepseek_jax.configs import v3_671b
+from deepseek_jax.configs import r1_sft, v3_671b
 
 
 def get_config() -> ConfigDict:
     """Returns the published recipe; a step of ours, rollouts and their 16 updates, is 16 of the paper's."""
     config = recipe(v3_671b.get_config())
     config.name = "r1_zero"
+    config.model.yarn = r1_sft.yarn()  # as the released V3-Base has it
     config.data.chat_template = "r1"
 
     rl = config.rl

@@ -118,6 +118,7 @@ BOUNDS: dict[str, Bound] = {
     "optimizer.moments_dtype": bounds.one_of("float32", "bfloat16"),
     "rl.problems": bounds.path(1),
     "rl.holdout_rate": bounds.number(0, 1, above=True, below=True),
+    "rl.teacher": bounds.path(),
     "rl.thinking": bounds.switch(),
     "rl.questions": SOME_STEPS,
     "rl.answers": bounds.whole(2, LARGEST),

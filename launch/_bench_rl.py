@@ -9,7 +9,8 @@ of one length, and learn from them by GRPO: as many answers to each prompt, upda
 An answer is worth 1 if its first id is odd. They take turns, after one that warms up and is not counted. Printed are
 the medians over the turns, in tokens of answers per second of a step and per second of CPU time of all threads, and
 their ratio. A V3 is measured without multi-token prediction, which neither side would use. On our side the shares of
-rollout, reward and update are printed too, and on standard error those of each step as it ends. The peer comes with: pip install "deepseek_jax[parity]"
+rollout, reward and update are printed too, and on standard error those of each step as it ends. The peer comes with:
+pip install "deepseek_jax[parity]"
 """
 
 import contextlib

@@ -11,14 +11,16 @@ from deepseek_jax.launch._training import report_end, settle_products
 
 if TYPE_CHECKING:
     from deepseek_jax.parallel.peers import Peers
+    from deepseek_jax.rl.distillation import Teacher
     from deepseek_jax.rl.problems import Problems
     from deepseek_jax.rl.rewards import Rewards
     from deepseek_jax.rl.step import Learner
     from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
+    from deepseek_jax.train.step import Trainer
     from deepseek_jax.train.stop import StopRequest
 
 FIXED: tuple[str, ...] = ("family", "model.", "seed", "lora.rank", "lora.alpha", "lora.targets")
-FIXED += ("rl.problems", "rl.holdout_rate", "rl.questions", "rl.answers", "rl.updates")
+FIXED += ("rl.teacher", "rl.problems", "rl.holdout_rate", "rl.questions", "rl.answers", "rl.updates")
 
 
 def inherit_template(config: ConfigDict) -> None:
@@ -106,9 +108,32 @@ def prepare(config: ConfigDict, rewards: "Rewards") -> "Learner":
     trainer = run.trainer(config, make_mesh(**config.mesh), objective, learnt, routes=rl.keep_routing)
     sizes = StepSizes(rl.questions, rl.answers, rl.updates, rl.temperature, rl.top_p, rl.rows_at_once)
     check_rows(config, trainer.mesh.size)
-    learner = Learner(trainer, turns, open_problems(config), rewards, sizes, config.seed)
+    teacher = open_teacher(config, trainer) if rl.teacher else None
+    learner = Learner(trainer, turns, open_problems(config), rewards, sizes, config.seed, teacher)
     learner.check()
     return learner
+
+
+def open_teacher(config: ConfigDict, student: "Trainer") -> "Teacher":
+    """Returns the teacher of a run, computed as its student is. Raises UserError if it reads text as other ids."""
+    from deepseek_jax import run
+    from deepseek_jax.rl.distillation import Teacher
+    from deepseek_jax.rl.objective import learnt, measurer
+    from deepseek_jax.weights import WEIGHTS, open_weights
+
+    source, own = open_weights(config.rl.teacher), for_answers(config)
+    if source.tokenizer != "none":
+        _beginning.checked(config.data.tokenizer, source.tokenizer, config.rl.teacher)
+    own.name, own.family, own.model = source.config.name, source.config.family, source.config.model
+    own.loss.auxiliary.update(dict.fromkeys(own.loss.auxiliary, 0.0))
+    if own.model.vocab_size < config.model.vocab_size:
+        raise UserError(
+            f"config.rl.teacher={config.rl.teacher}: {own.model.vocab_size:,} ids, expected at least the student's "
+            f"{config.model.vocab_size:,}. Give a teacher with the student's tokenizer."
+        )
+    trainer = run.trainer(own, student.mesh, student.objective, learnt)
+    state = source.read({name: trainer.stored[name] for name in WEIGHTS})
+    return Teacher(state, trainer.with_model(measurer(config.rl.temperature, config.loss.chunk)))
 
 
 def for_answers(config: ConfigDict) -> ConfigDict:
@@ -119,7 +144,7 @@ def for_answers(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references().unlock()
     config.lora.rank, config.lora.init_from = 0, ""
     config.loss.balance_rate = config.loss.mtp_weight = config.loss.mtp_weight_final = config.ema.decay = 0.0
-    config.rl.keep_routing = False
+    config.rl.keep_routing, config.rl.teacher = False, ""
     return config
 
 
@@ -209,10 +234,11 @@ def headline(config: ConfigDict, learner: "Learner", workdir: Path, start: int) 
     """Returns the lines that a run prints before its first step."""
     rl, begin = config.rl, f"resuming from step {start}" if start else f"from {config.run.init_from}"
     rewards = ", ".join(f"{weight:g} x {name}" for name, weight in rl.rewards.items() if weight)
+    judged_by = f"judged by {rl.teacher}" if rl.teacher else f"reward: {rewards}"
     return "\n".join(
         [
             f"{config.name}: {learner.trainer.n_params:,} parameters, {config.precision}, {begin}, in {workdir}",
-            f"{rl.questions} problems of {rl.problems} x {rl.answers} answers per step, reward: {rewards}",
+            f"{rl.questions} problems of {rl.problems} x {rl.answers} answers per step, {judged_by}",
             "the first step compiles for a while",
         ]
     )

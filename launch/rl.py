@@ -3,12 +3,16 @@
     deepseek-jax rl                                         # R1-Zero in miniature, its base model included
     deepseek-jax rl --workdir=runs/a --config.loop.steps=80
     deepseek-jax rl --config=tiny_zero --config.run.init_from=runs/base --config.rl.problems=mine.jsonl
+    deepseek-jax rl --config=tiny_opd --config.rl.teacher=runs/tiny_zero          # on-policy distillation
     deepseek-jax rl --config=DIR --config.rl.problems=rg:leg_counting --config.data.chat_template=r1
 
 Answers to problems (config.rl.problems) are drawn from the model, scored by rules (config.rl.rewards) and learnt from
 by GRPO (config.rl.grpo) alone: losses that balance experts, and that of multi-token prediction, have no part in
 it. The model comes from config.run.init_from, a run or published weights. Without it, and with the built-in problems, a
 small base is trained first, in `base` of the workdir, on text of mixed quality about them.
+
+With config.rl.teacher, a run or published weights with the same tokenizer, answers are learnt from token by token as
+that model judges them (on-policy distillation); rewards are reported only.
 
 Every config.loop.eval_every steps held-out problems are answered by draws and by the likeliest tokens; some of these
 answers are written to samples.jsonl. RL brings out what the base can do already: compare with the line of step 0.
@@ -40,6 +44,8 @@ def main(argv: list[str]) -> int:
     run_config.validate(config)
     again = shlex.join(["deepseek-jax", "rl", *(argv if options.workdir else [*argv, f"--workdir={workdir}"])])
     check_writable(workdir, "--workdir")
+    if config.rl.teacher:
+        config.rl.teacher = _beginning.directory(config.rl.teacher, "config.rl.teacher")
     if not config.run.init_from:
         code = train_base(config, workdir / "base", again)
         if code is not None:

@@ -155,13 +155,13 @@ class Loop:
                 f"step {done}: {figures['cut_off']:.0%} of the answers were cut off after "
                 f"{self.learner.turns.longest_answer} tokens and so are wrong. Raise rl.longest_answer.",
             )
-        if figures["tied"] == 1:
+        if figures.get("tied") == 1:
             self._warn(
                 "tied",
                 f"step {done}: all answers to each problem have equal rewards, so nothing is learnt from this step. "
                 "If that lasts, take easier or harder problems, or more answers (rl.answers).",
             )
-        if figures["unscored"] > MOST_UNSCORED:
+        if figures["unscored"] > MOST_UNSCORED and not self.learner.teacher:
             reason = "".join(reason for reason, _ in self.learner.rewards.failures.most_common(1))
             self._warn(
                 "unscored",

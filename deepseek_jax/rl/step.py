@@ -3,7 +3,7 @@
     problems    rl.questions of them from the source, by number
     answers     rl.answers to each, drawn with the present weights (`rollout`)
     rewards     `rewards`; answers without a total are left out of everything that follows
-    advantages  within the answers to each problem (`grpo.advantages`)
+    advantages  within the answers to each problem (`grpo.advantages`), or by a teacher (`distillation`)
     measured    log-probabilities of the trainer, before the updates, and of the reference (`objective.measurer`)
     updates     rl.updates of them, each on its share of the answers, in an order that is a function of the step
 
@@ -23,6 +23,7 @@ import numpy as np
 from deepseek_jax.data.noise import noise
 from deepseek_jax.layers.base import Tree
 from deepseek_jax.parallel.mesh import fetched, global_batch, joined, own_share
+from deepseek_jax.rl.distillation import Teacher, judged, without_routes
 from deepseek_jax.rl.grpo import Figures, advantages, tied_share
 from deepseek_jax.rl.objective import Answers, Measured, PolicyGradient, answers, measurer, part
 from deepseek_jax.rl.problems import Problem, Problems
@@ -77,13 +78,21 @@ class Learner:
         rewards: what answers are worth.
         sizes: of a step.
         seed: of the run.
+        teacher: whose judgement of each token is learnt from, in place of rewards.
     """
 
     def __init__(
-        self, trainer: Trainer, turns: Turns, problems: Problems, rewards: Rewards, sizes: StepSizes, seed: int
+        self,
+        trainer: Trainer,
+        turns: Turns,
+        problems: Problems,
+        rewards: Rewards,
+        sizes: StepSizes,
+        seed: int,
+        teacher: Teacher | None = None,
     ):
         self.trainer, self.turns, self.problems, self.rewards = trainer, turns, problems, rewards
-        self.sizes, self.seed = sizes, seed
+        self.sizes, self.seed, self.teacher = sizes, seed, teacher
         self.objective: PolicyGradient = trainer.objective  # type: ignore[assignment]
         # in a loop over layers XLA on a GPU copies each layer's weights and cache for each token (`on_device`)
         rolled, in_a_loop = roller(turns.longest_answer, turns.end_ids, sizes.top_p), jax.default_backend() != "gpu"
@@ -106,7 +115,8 @@ class Learner:
             found, figures = self._measured(state, reference, drawn, totals, groups)
             state, reports = self._updates(state, found, step)
         figures |= self._figures_of_updates(reports)
-        return state, reward_figures(scores, drawn.responses) | {"tied": tied_share(totals, groups)} | figures
+        tied = {} if self.teacher else {"tied": tied_share(totals, groups)}
+        return state, reward_figures(scores, drawn.responses) | tied | figures
 
     def draw(self, state: State, asked: Sequence[Problem], keys: np.ndarray, temperature: float) -> Drawn:
         """Returns an answer to each of `n_rows` problems."""
@@ -171,22 +181,23 @@ class Learner:
         groups: Sequence[int],
     ) -> tuple[Answers, dict[str, float]]:
         """Returns (the answers with all that an update reads, figures of the policy before it)."""
-        is_scored_B = np.array([total is not None for total in totals])
+        is_scored_B = np.array([total is not None or self.teacher is not None for total in totals])
         found = answers(drawn.rollouts, drawn.length_B1, is_scored_B)
         now: Measured = self._in_chunks(self._measure, state, found)
         of_reference = now
         if reference is not None:
             of_reference = self._in_chunks(self._measure, state | {"params": reference}, found)
-        A_B = advantages(totals, groups, self.objective.grpo.advantage).astype(np.float32)
-        found = found._replace(
-            old_logp_BT=now.logp_BT,
-            reference_logp_BT=of_reference.logp_BT,
-            advantage_BT=np.broadcast_to(A_B[:, None], found.targets_BT.shape),
-        )
         is_drawn_BT = found.targets_BT != IGNORE
+        if self.teacher:
+            theirs = self._in_chunks(self.teacher.measure, self.teacher.state, without_routes(found))
+            A_BT, figures = judged(theirs.logp_BT, now.logp_BT, is_drawn_BT, self.objective.grpo.log_ratio_bound)
+        else:
+            A_B = advantages(totals, groups, self.objective.grpo.advantage).astype(np.float32)
+            A_BT, figures = np.broadcast_to(A_B[:, None], found.targets_BT.shape), {}
+        found = found._replace(old_logp_BT=now.logp_BT, reference_logp_BT=of_reference.logp_BT, advantage_BT=A_BT)
         gap_BT = np.abs(now.logp_BT - found.sampled_logp_BT) * is_drawn_BT
         n_drawn = max(is_drawn_BT.sum(), 1)
-        return found, {
+        return found, figures | {
             "entropy": float((now.entropy_BT * is_drawn_BT).sum() / n_drawn),
             "gap": float(gap_BT.max()),
             "gap_mean": float(gap_BT.sum() / n_drawn),

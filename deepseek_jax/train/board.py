@@ -47,6 +47,7 @@ RL_TAGS = {
     "loss": "policy/loss",
     "entropy": "policy/entropy",
     "kl": "policy/kl",
+    "teacher_kl": "policy/teacher_kl",
     "ratio": "policy/ratio",
     "clipped_low": "policy/clipped_low",
     "clipped_high": "policy/clipped_high",

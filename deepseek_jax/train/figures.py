@@ -25,6 +25,7 @@ FIGURES = {
     "tied": ("tied", ".2f"),
     "entropy": ("entropy", ".3f"),
     "kl": ("kl", ".4f"),
+    "teacher_kl": ("teacher_kl", ".4f"),
     "clipped_high": ("clipped", ".3f"),
     "gap": ("gap", ".1e"),
 }
@@ -44,6 +45,7 @@ LEGEND = {
     "tied": "share of problems whose answers have equal rewards: nothing is learnt from them",
     "entropy": "of the distributions that tokens are drawn from, nats per token",
     "kl": "divergence from the reference, nats per token",
+    "teacher_kl": "divergence from the teacher (config.rl.teacher) on the answers drawn, nats per token",
     "clipped_high": "share of tokens whose ratio is above the clip",
     "gap": "largest difference between log-probabilities of the draw and of the trainer: rounding only",
     "imbalance": "load of the experts of the busiest device above an even share",

@@ -18,6 +18,7 @@ from deepseek_jax.data.tokenizer import ByteTokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import split
 from deepseek_jax.parallel.mesh import fetched, make_mesh
+from deepseek_jax.rl.distillation import Teacher
 from deepseek_jax.rl.engine_rollout import rollouts
 from deepseek_jax.rl.grpo import GRPO
 from deepseek_jax.rl.loop import REFERENCE, TAKEN_AT, Loop, LoopConfig
@@ -245,6 +246,16 @@ def test_equal_rewards_move_nothing(state):
     after, figures = learner.step(placed(learner, state), None, 0)
     assert figures["tied"] == 1 and figures["gradient_norm"] == 0 and "kl" not in figures
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(after["params"]), state["params"])
+    learner.teacher = Teacher(placed(learner, state), learner._measure)
+    after, figures = learner.step(placed(learner, state), None, 0)
+    assert figures["teacher_kl"] == 0 and figures["gradient_norm"] == 0, "the student is its own teacher"
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(after["params"]), state["params"])
+    other = state | {
+        "params": jax.tree.map(lambda x: x + 0.02 * np.sin(np.arange(x.size)).reshape(x.shape), state["params"])
+    }
+    learner.teacher = Teacher(placed(learner, other), learner._measure)
+    _, figures = learner.step(after, None, 0)
+    assert figures["teacher_kl"] != 0 and figures["gradient_norm"] > 0 and "tied" not in figures
 
 
 def loop(learner, workdir, steps):
@@ -440,6 +451,11 @@ def test_the_verb_trains_a_base_and_improves_it(tmp_path, monkeypatch, capsys):
     assert json.loads(samples[0])["messages"][0]["role"] == "user"
     assert rl.main(words) == 0
     assert "This run has reached step 3" in capsys.readouterr().out
+    words[1:] = [f"--workdir={tmp_path / 'student'}", "--config.mesh.data=1"]
+    words += [f"--config.run.init_from={tmp_path / 'run' / 'base'}", f"--config.rl.teacher={tmp_path / 'run'}"]
+    assert rl.main(words) == 0
+    printed = capsys.readouterr().out
+    assert f"judged by {tmp_path / 'run'}" in printed and "teacher_kl=" in printed
     assert rl.main([*words, "--config.loop.steps=4"]) == 0
     printed = capsys.readouterr().out
     assert "resuming from step 3" in printed and "no more than by chance" in printed
