@@ -54,7 +54,9 @@ def get_config() -> ConfigDict:
     sharding.kv_latent = ""
 
     data = config.data = ConfigDict()
-    data.source = "stdlib"  # CPython's own library, or a file, a folder or a glob
+    # CPython's own library, or a file, a folder or a glob; or text that `deepseek-jax prepare` has made shards of: a
+    # folder, or several with weights, tokens/web@0.7,tokens/code@0.3
+    data.source = "stdlib"
     data.text_key = "text"  # field of a JSONL or parquet row that holds the document
     data.format = "auto"  # text, conversations (rows with "messages"), or what the first row is
     data.chat_template = ""  # of conversations: v1, v2, coder, v3, r1, v31, ...; "" is the one beside the tokenizer

@@ -49,6 +49,8 @@ def about_adapters(config: ConfigDict, trainer: "Trainer") -> list[str]:
 
 def about_text(config: ConfigDict, training: "Split", held_out: "Split | None") -> list[str]:
     """The lines on the text: how much there is, what is held out, and of a user's own text what is done with it."""
+    from deepseek_jax.data.prepared.source import sources
+
     data = config.data
     size = f"{training.n_tokens / 1e6:,.1f}M" if training.n_tokens >= 1e5 else f"{training.n_tokens:,}"
     lines = [f"text: {data.source}, {size} tokens per epoch, {training.summary}"]
@@ -63,7 +65,9 @@ def about_text(config: ConfigDict, training: "Split", held_out: "Split | None") 
     if training.passed_over:
         names = ", ".join(sorted({path.suffix or path.name for path in training.passed_over})[:5])
         lines.append(f"files passed over: {len(training.passed_over):,} of other types ({names})")
-    if data.fim_rate:
+    if sources(data.source):
+        lines.append(f"fill-in-the-middle: {data.fim_rate:.0%} of the documents, as prepared")
+    elif data.fim_rate:
         lines.append(
             f"fill-in-the-middle: {data.fim_rate:.0%} of the documents (--config.data.fim_rate=0 turns it off)"
         )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from deepseek_jax.data.compression import ENDINGS, content_type, damage, decompressed
 from deepseek_jax.data.fingerprints import fingerprint
-from deepseek_jax.data.readers import PLAIN, READERS, STREAMED
+from deepseek_jax.data.readers import PARTS, PLAIN, READERS, STREAMED
 from deepseek_jax.data.rows import CONVERSATION, FORMATS, conversation_text, format_of, row_text
 from deepseek_jax.data.watch import Watch, unwatched
 from deepseek_jax.errors import UserError
@@ -53,13 +53,26 @@ class Corpus:
     def portions(self) -> Iterator[Portion]:
         """Yields each non-empty document."""
         for path in self.files:
-            with _naming(path), open(path, "rb") as file:
-                before = 0
-                for row, where in READERS[content_type(path)](decompressed(file, path), self._columns(), str(path)):
-                    if text := self._document(row, where).removeprefix("\ufeff"):  # a byte-order mark is not text
-                        here = max(before, file.tell())
-                        yield Portion(text, here - before, where)
-                        before = here
+            yield from self.read(path)
+
+    def read(self, path: Path, part: tuple[int, int] | None = None) -> Iterator[Portion]:
+        """Yields each non-empty document of a file; with `part`, those that begin between these two bytes of it.
+
+        `part` is for files of a type in `readers.PARTS`, not compressed.
+        """
+        kind, columns = content_type(path), self._columns()
+        with _naming(path), open(path, "rb") as file:
+            before = part[0] if part else 0
+            rows = (
+                PARTS[kind](file, columns, str(path), *part)
+                if part
+                else READERS[kind](decompressed(file, path), columns, str(path))
+            )
+            for row, where in rows:
+                if text := self._document(row, where).removeprefix("\ufeff"):  # a byte-order mark is not text
+                    here = max(before, file.tell())
+                    yield Portion(text, here - before, where)
+                    before = here
 
     def _columns(self) -> tuple[str, ...]:
         return CONVERSATION if self.format == "conversations" else (self.text_key,)

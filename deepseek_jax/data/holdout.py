@@ -61,10 +61,13 @@ def held_out(hashes: np.ndarray, rate: float) -> np.ndarray:
 
     About the fraction `rate` of the documents is, and at least one unless the rate is 0.
     """
-    if rate == 0:
-        return np.zeros(len(hashes), bool)
-    chosen = hashes < np.uint64(int(rate * 2.0**64))
-    return chosen if chosen.any() else hashes == hashes.min()
+    chosen = has_small_hash(hashes, rate)
+    return chosen if rate == 0 or chosen.any() else hashes == hashes.min()
+
+
+def has_small_hash(hashes: np.ndarray, rate: float) -> np.ndarray:
+    """Returns which documents are among the fraction `rate` with the smallest hashes, by their own hash alone."""
+    return hashes < np.uint64(int(rate * 2.0**64))
 
 
 def _is_near(share: float, rate: float) -> bool:

@@ -16,7 +16,7 @@ The cost is O(documents) per epoch and O(log documents + T) per sample.
 import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from deepseek_jax.data.holdout import Pieces, divide
 from deepseek_jax.data.noise import ORDER, noise
 from deepseek_jax.data.store import TokenStore
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.errors import UserError
 
 IGNORED = -1  # target of a position without a prediction
 
@@ -132,6 +133,12 @@ class Packing:
         begin = [np.array([self.bos_id])] if start == 0 and self.bos_id is not None else []
         return [*begin, *parts, np.array([self.eos_id])]
 
+    def stream(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns all tokens of an epoch, in the dtype of the store, and the end of each document among them."""
+        order, ends, is_fim = lay_out(self, epoch)
+        parts = [np.asarray(part) for place in order for part in self._parts(epoch, place, is_fim[place])]
+        return np.concatenate(parts, dtype=self.store.tokens.dtype, casting="unsafe"), ends
+
     def window(self, epoch: int, n: int) -> Window:
         """Returns sample `n` of an epoch with the token that follows it."""
         order, ends, is_fim = lay_out(self, epoch)
@@ -219,22 +226,48 @@ def sides(
     Only training text becomes FIM and is shuffled in each epoch. With `add_bos` documents start with <bos> if the
     tokenizer's files ask for it.
     """
-
-    def side(pieces: Pieces, training: bool) -> Packing:
-        return Packing(
-            store=store,
-            pieces=pieces,
-            seq_len=seq_len,
-            bos_id=tokenizer.bos_id if add_bos and tokenizer.add_bos else None,
-            eos_id=eos_id,
-            pad_id=eos_id if tokenizer.pad_id is None else tokenizer.pad_id,
-            marks=tokenizer.fim,
-            fim_rate=fim_rate if training else 0.0,
-            seed=seed,
-            shuffle=training,
-            pad_tail=not training,
-            mask_documents=mask_documents,
-        )
-
+    options: dict[str, Any] = {"seq_len": seq_len, "mask_documents": mask_documents, "add_bos": add_bos, "seed": seed}
     training, held_out = divide(store.hashes, store.lengths, store.n_bytes, holdout_rate)
-    return side(training, True), side(held_out, False) if holdout_rate else None
+    return (
+        side(store, training, tokenizer, eos_id, fim_rate=fim_rate, training=True, **options),
+        side(store, held_out, tokenizer, eos_id, fim_rate=0.0, training=False, **options) if holdout_rate else None,
+    )
+
+
+def side(
+    store: TokenStore,
+    pieces: Pieces,
+    tokenizer: Tokenizer,
+    eos_id: int,
+    *,
+    training: bool,
+    seq_len: int,
+    fim_rate: float,
+    mask_documents: bool,
+    add_bos: bool,
+    seed: int,
+) -> Packing:
+    """Returns the packing of one side: training text is shuffled, of held-out text the last window is padded."""
+    return Packing(
+        store=store,
+        pieces=pieces,
+        seq_len=seq_len,
+        bos_id=tokenizer.bos_id if add_bos and tokenizer.add_bos else None,
+        eos_id=eos_id,
+        pad_id=eos_id if tokenizer.pad_id is None else tokenizer.pad_id,
+        marks=tokenizer.fim,
+        fim_rate=fim_rate,
+        seed=seed,
+        shuffle=training,
+        pad_tail=not training,
+        mask_documents=mask_documents,
+    )
+
+
+def check_marks(tokenizer: Tokenizer, fim_rate: float) -> int:
+    """Returns the id of <eos>. Raises UserError if a corpus of texts needs special tokens that the tokenizer misses."""
+    if tokenizer.eos_id is None:
+        raise UserError("data.tokenizer has no end-of-text token. Name it in the tokenizer_config.json beside it.")
+    if fim_rate > 0 and tokenizer.fim is None:
+        raise UserError("data.tokenizer has no fill-in-the-middle tokens. Set data.fim_rate to 0.")
+    return tokenizer.eos_id

@@ -23,6 +23,9 @@ from deepseek_jax.data.corpus import open_corpus
 from deepseek_jax.data.marked_text import MarkReader
 from deepseek_jax.data.noise import WINDOWS, noise
 from deepseek_jax.data.packing import Packing, Sample
+from deepseek_jax.data.prepared.mixture import Mixture, open_sides, settled_by
+from deepseek_jax.data.prepared.reading import PreparedSide
+from deepseek_jax.data.prepared.source import sources
 from deepseek_jax.data.store import open_store
 from deepseek_jax.data.tokenizer import Tokenizer, open_tokenizer
 from deepseek_jax.data.watch import Watch, unwatched
@@ -38,7 +41,8 @@ BOUNDS = {
 
 
 Array = Any  # of numpy on the host, of jax on the devices
-Side = Packing | ConversationPacking  # training or held-out
+One = Packing | ConversationPacking | PreparedSide  # training or held-out
+Side = One | Mixture
 
 
 class Batch(NamedTuple):
@@ -63,7 +67,7 @@ class Batch(NamedTuple):
 class Samples:
     """The endless sequence of samples of a split, as a grain dataset; it is sent to reader processes."""
 
-    def __init__(self, packing: Side):
+    def __init__(self, packing: One):
         self.packing = packing
         self.n_samples = packing.n_samples
         # The windows are shuffled too: a batch mixes documents and is not one section of the stream.
@@ -85,6 +89,23 @@ class Samples:
         return self.rows(*bounds)
 
 
+class MixedSamples:
+    """The endless sequence of samples of a mixture, each corpus in the order that it has alone."""
+
+    def __init__(self, packing: Mixture):
+        self.packing, self.n_samples = packing, packing.n_samples
+        self._corpora = [Samples(side) for side in packing.sides]
+
+    def rows(self, start: int, count: int) -> Batch:
+        """Returns samples `start` to `start + count`."""
+        places = (self.packing.shares.place(i) for i in range(int(start), int(start) + int(count)))
+        return _stack([self._corpora[corpus].dataset[number] for corpus, number in places])
+
+    def batch(self, bounds: tuple[int, int]) -> Batch:
+        """Returns `rows` of a (start, count) pair."""
+        return self.rows(*bounds)
+
+
 def _stack(samples: list[Sample]) -> Batch:
     return Batch(*map(np.stack, zip(*samples, strict=True)))
 
@@ -92,7 +113,9 @@ def _stack(samples: list[Sample]) -> Batch:
 class Split:
     """One side of a corpus, training or held-out, as an endless sequence of samples."""
 
-    def __init__(self, samples: Samples, tokenizer: Tokenizer, workers: int, passed_over: tuple[Path, ...] = ()):
+    def __init__(
+        self, samples: Samples | MixedSamples, tokenizer: Tokenizer, workers: int, passed_over: tuple[Path, ...] = ()
+    ):
         self._samples = samples
         self._workers = workers
         self.tokenizer = tokenizer
@@ -194,6 +217,7 @@ def open_splits(
 
     Args:
         source, ...: keys of `config.data`; `tokenizer` may be an open tokenizer. Defaults are as in `configs/base.py`.
+            Of prepared text, `fim_rate`, `holdout_rate`, `add_bos` and `special_tokens` have been decided before.
         watch: shows the progress of tokenising.
     """
     for name, value in (
@@ -204,6 +228,10 @@ def open_splits(
     ):
         BOUNDS[name].check(f"data.{name}", value)
     opened = open_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    if found := sources(source):
+        of_text(format, source)
+        prepared = open_sides(found, opened, seq_len=seq_len, mask_documents=mask_documents, seed=seed)
+        return _splits(prepared, source, opened, workers)
     corpus = open_corpus(source, text_key, format)
     sides: tuple[Side, Side | None]
     if corpus.format == "conversations":
@@ -212,16 +240,28 @@ def open_splits(
         options: dict[str, Any] = {"seq_len": seq_len, "seed": seed, "watch": watch}
         sides = conversation_packing.sides(store, opened, encoder.fingerprint, holdout_rate, **options)
     else:
-        eos_id = check_marks(opened, fim_rate)
+        eos_id = packing.check_marks(opened, fim_rate)
         store = open_store(corpus, MarkReader(opened) if special_tokens else opened, cache_dir, watch)
         options = {"fim_rate": fim_rate, "mask_documents": mask_documents, "add_bos": add_bos}
         sides = packing.sides(store, opened, eos_id, holdout_rate, seq_len=seq_len, seed=seed, **options)
+    return _splits(sides, source, opened, workers, corpus.passed_over)
+
+
+def _splits(
+    sides: tuple[Side, Side | None],
+    source: str,
+    tokenizer: Tokenizer,
+    workers: int,
+    passed_over: tuple[Path, ...] = (),
+) -> tuple[Split, Split | None]:
+    """Returns both sides as sequences of samples. Raises UserError if one has no sample."""
     for name, side in zip(("train", "holdout"), sides, strict=True):
         if side is not None and side.n_samples == 0:
             raise UserError(f"data.source = {source!r} has {side.n_tokens} {name} tokens and {side.shortage}")
 
     def split(side: Side) -> Split:
-        return Split(Samples(side), opened, workers, corpus.passed_over)
+        samples = MixedSamples(side) if isinstance(side, Mixture) else Samples(side)
+        return Split(samples, tokenizer, workers, passed_over)
 
     training, held_out = sides
     return split(training), None if held_out is None else split(held_out)
@@ -232,6 +272,8 @@ def settled(data: Mapping) -> dict:
 
     Raises UserError if there is no file, or no chat template for conversations.
     """
+    if found := sources(data["source"]):
+        return {"format": of_text(data["format"], data["source"]), **settled_by(found)}
     corpus = open_corpus(data["source"], data["text_key"], data["format"])
     if corpus.format != "conversations":
         return {"format": corpus.format}
@@ -239,10 +281,8 @@ def settled(data: Mapping) -> dict:
     return {"format": corpus.format, "chat_template": template, "mask_documents": True, "fim_rate": 0.0}
 
 
-def check_marks(tokenizer: Tokenizer, fim_rate: float) -> int:
-    """Returns the id of <eos>. Raises UserError if a corpus of texts needs special tokens that the tokenizer misses."""
-    if tokenizer.eos_id is None:
-        raise UserError("data.tokenizer has no end-of-text token. Name it in the tokenizer_config.json beside it.")
-    if fim_rate > 0 and tokenizer.fim is None:
-        raise UserError("data.tokenizer has no fill-in-the-middle tokens. Set data.fim_rate to 0.")
-    return tokenizer.eos_id
+def of_text(format: str, source: str) -> str:
+    """Returns the format of prepared text. Raises UserError if conversations are expected."""
+    if format == "conversations":
+        raise UserError(f"data.source = {source!r} is prepared text, not conversations. Give files of conversations.")
+    return "text"

@@ -3,11 +3,15 @@
 A file of prose or code is one row, its text; the rows of other files are JSON values. Only the given `columns` of a
 table are read, of which the first is required; None reads all. `name` is the file in messages; a place is a row in
 messages.
+
+A reader of `PARTS` takes two byte offsets more and yields the rows that begin between them, so that several processes
+share a file. The rows of a table lie in groups, each of which begins at its share of the file's bytes.
 """
 
 import codecs
 import io
 import json
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -39,6 +43,27 @@ def read_jsonl(file: Iterable[bytes], columns: Columns, name: str) -> Rows:
             yield parse(text, where), where
 
 
+def read_jsonl_part(file: io.BufferedIOBase, columns: Columns, name: str, start: int, stop: int) -> Rows:
+    """Yields each line that is not blank and begins between two bytes of the file."""
+    if start:
+        file.seek(start - 1)
+        file.readline()  # the end of a line that began before
+    at = file.tell()
+    while at < stop and (line := file.readline()):
+        where = f"{name}, the line at byte {at:,}"
+        text = decode(line, where)
+        if text.strip():
+            yield parse(text, where), where
+        at += len(line)
+
+
+def _groups(n_groups: int, n_bytes: int, start: int, stop: int | None) -> range:
+    """Returns which of the groups of rows of a file begin between two of its bytes."""
+    if stop is None:
+        return range(n_groups)
+    return range(-(-start * n_groups // n_bytes), -(-min(stop, n_bytes) * n_groups // n_bytes))
+
+
 def read_json(file: io.BufferedIOBase, columns: Columns, name: str) -> Rows:
     """Yields each element of a JSON array, or a single object; lines of objects are read as well."""
     data = file.read()
@@ -53,7 +78,7 @@ def read_json(file: io.BufferedIOBase, columns: Columns, name: str) -> Rows:
         yield row, f"{name}, element {number}"
 
 
-def read_parquet(file: io.BufferedIOBase, columns: Columns, name: str) -> Rows:
+def read_parquet(file: io.BufferedIOBase, columns: Columns, name: str, start: int = 0, stop: int | None = None) -> Rows:
     """Yields the rows of a table as dicts."""
     try:
         import pyarrow
@@ -66,8 +91,10 @@ def read_parquet(file: io.BufferedIOBase, columns: Columns, name: str) -> Rows:
         columns = there if columns is None else columns
         if columns[0] not in there:
             raise UserError(f"{name} has columns {', '.join(there)} and no {columns[0]!r}. Set data.text_key.")
-        number = 0
-        for batch in table.iter_batches(columns=[column for column in columns if column in there]):
+        groups = _groups(table.num_row_groups, os.fstat(file.fileno()).st_size, start, stop)
+        number = sum(table.metadata.row_group(group).num_rows for group in range(groups.start))
+        names = [column for column in columns if column in there]
+        for batch in table.iter_batches(row_groups=list(groups), columns=names) if groups else ():
             for row in batch.to_pylist():
                 number += 1
                 yield row, f"{name}, row {number}"
@@ -75,7 +102,9 @@ def read_parquet(file: io.BufferedIOBase, columns: Columns, name: str) -> Rows:
         raise UserError(f"{name} is not a valid parquet file ({error}). Fix or remove it.") from error
 
 
-def read_array_record(file: io.BufferedIOBase, columns: Columns, name: str) -> Rows:
+def read_array_record(
+    file: io.BufferedIOBase, columns: Columns, name: str, start: int = 0, stop: int | None = None
+) -> Rows:
     """Yields each record: UTF-8 text, or a JSON object if the first record is one."""
     from grain.sources import ArrayRecordDataSource
 
@@ -87,7 +116,7 @@ def read_array_record(file: io.BufferedIOBase, columns: Columns, name: str) -> R
     if not n_records:
         return
     rows_are_json = is_object(source[0])
-    for row in range(n_records):
+    for row in _groups(n_records, os.fstat(file.fileno()).st_size, start, stop):
         where = f"{name}, record {row}"
         record = decode(source[row], where)
         yield (parse(record, where) if rows_are_json else record), where
@@ -103,6 +132,7 @@ READERS = {
     ".parquet": read_parquet,
     ".array_record": read_array_record,
 }
+PARTS = {".jsonl": read_jsonl_part, ".parquet": read_parquet, ".array_record": read_array_record}
 PLAIN = (".txt", ".py", ".md")
 STREAMED = (*PLAIN, ".jsonl", ".json")
 

@@ -91,7 +91,7 @@ def open_store(corpus: Corpus, tokenizer: Encoder, cache_dir: str, watch: Watch 
         out = io.BytesIO()
         with watch(LABEL, corpus.n_bytes()) as counter:
             table = tokenise(corpus, tokenizer, out, counter)
-        return _assemble(np.frombuffer(out.getbuffer(), id_type(tokenizer)), table, None)
+        return in_memory(np.frombuffer(out.getbuffer(), id_type(tokenizer)), table)
 
 
 def _is_usable(folder: Path, remove: bool = False) -> bool:
@@ -183,6 +183,11 @@ def _open_folder(folder: Path) -> TokenStore:
     name = next(name for name in files if name != DOCUMENTS)
     table = np.load(io.BytesIO(files[DOCUMENTS].read(0, files[DOCUMENTS].size)))
     return _assemble(Numbers(files[name], name.split(".")[1]), table, folder)
+
+
+def in_memory(tokens: np.ndarray, table: np.ndarray) -> TokenStore:
+    """Returns a store of what `tokenise` has made."""
+    return _assemble(tokens, table, None)
 
 
 def _assemble(tokens: np.ndarray | Numbers, table: np.ndarray, folder: Path | None) -> TokenStore:

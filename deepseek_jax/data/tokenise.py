@@ -39,6 +39,14 @@ def tokenise(corpus: Corpus, tokenizer: Encoder, out: BinaryIO, counter: Counter
 
     Returns uint64 [documents, 3]: tokens, bytes of UTF-8, hash of the text. Raises UserError if there is no text.
     """
+    table = tokenise_any(corpus, tokenizer, out, counter)
+    if not len(table):
+        raise UserError(_no_text(corpus))
+    return table
+
+
+def tokenise_any(corpus: Corpus, tokenizer: Encoder, out: BinaryIO, counter: Counter) -> np.ndarray:
+    """Does what `tokenise` does; without any text the table is empty."""
     table, document, left = [], _Document(), corpus.n_bytes()
     for parts in _chunks(_parts(corpus, tokenizer)):
         for part, ids in zip(parts, _encoded(parts, tokenizer), strict=True):
@@ -49,10 +57,8 @@ def tokenise(corpus: Corpus, tokenizer: Encoder, out: BinaryIO, counter: Counter
                 document = _Document()
             left -= part.n_file_bytes
             counter.advance(part.n_file_bytes)
-    if not table:
-        raise UserError(_no_text(corpus))
     counter.advance(max(left, 0))  # the rest of the last files, which is not text
-    return np.array(table, np.uint64)
+    return np.array(table, np.uint64).reshape(-1, 3)
 
 
 def _encoded(parts: list[Part], tokenizer: Encoder) -> list[np.ndarray]:

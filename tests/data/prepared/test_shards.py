@@ -1,0 +1,201 @@
+"""A shard is a function of the plan and its number: whoever makes it, however often it is killed."""
+
+import importlib.util
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from deepseek_jax import cli
+from deepseek_jax.data.prepared import shards as module
+from deepseek_jax.data.prepared.beam import make_shards_on_beam
+from deepseek_jax.data.prepared.plan import SIDES, file_name, make_plan
+from deepseek_jax.data.prepared.records import from_record, read_record
+from deepseek_jax.data.prepared.shards import make_shard, pack
+from deepseek_jax.data.tokenizer import open_tokenizer
+from deepseek_jax.data.watch import unwatched
+from deepseek_jax.errors import UserError
+
+BYTES = open_tokenizer("bytes")
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_the_records_of_a_shard_are_the_windows_of_its_packing(prepare):
+    plan, n_padded = prepare(), 0
+    with unwatched("", 0) as counter:
+        for shard in range(plan.n_shards):
+            marker = plan.marker(shard)
+            for name, side in zip(SIDES, pack(plan, shard, BYTES, counter), strict=True):
+                assert marker[name]["windows"] == (side.n_samples if side.n_documents else 0)
+                for n in range(marker[name]["windows"]):
+                    path, size = plan.folder / file_name(name, shard), marker[name]["bytes"]
+                    found = from_record(read_record(path, n, size), 33, np.dtype(np.uint16))
+                    for got, expected in zip(found, side.window(shard, n), strict=True):
+                        np.testing.assert_array_equal(got, expected)
+                    n_padded += int((found.numbers == 0).any())
+    assert n_padded  # the last held-out windows
+
+
+def test_any_number_of_workers_make_the_same_shards(prepare, contents, tmp_path):
+    alone = contents(prepare("alone").folder)
+    assert len([name for name in alone if name.startswith("train-")]) == 5
+    for share in range(3):  # three hosts, the last of which completes it
+        plan = prepare("hosts", numbers=range(2 - share, 5, 3))
+        assert plan.finish() is None or share == 2
+    assert contents(tmp_path / "hosts") == alone
+    assert contents(prepare("processes", n_workers=2).folder) == alone
+
+
+def test_killed_at_any_write_and_started_again(prepare, contents, tmp_path, monkeypatch):
+    alone = contents(prepare("alone", 1).folder)
+    calls = {"n": 0}
+
+    def fatal(function, at: int):
+        def call(*args, **kwargs):
+            calls["n"] += 1
+            if calls["n"] == at:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    n_kills = 0
+    for at in range(1, 100):
+        calls["n"] = 0
+        with monkeypatch.context() as patch:
+            for name in ("write_records", "write_atomically", "flush_folder"):
+                patch.setattr(module, name, fatal(getattr(module, name), at))
+            patch.setattr(module.os, "fsync", fatal(module.os.fsync, at))
+            patch.setattr(module.os, "replace", fatal(module.os.replace, at))
+            try:
+                prepare(f"killed{at}", 1)
+                break
+            except Killed:
+                n_kills += 1
+        assert contents(prepare(f"killed{at}", 1).folder).items() >= alone.items()
+    assert n_kills > 8
+
+
+def test_a_killed_process_leaves_complete_shards_only(prepare, contents, tmp_path, settings):
+    alone = contents(prepare("alone").folder)
+    script = (
+        "import sys, time\nfrom pathlib import Path\n"
+        "from deepseek_jax.data.prepared.plan import make_plan\n"
+        "from deepseek_jax.data.prepared import shards\n"
+        "from deepseek_jax.data.tokenizer import open_tokenizer\n"
+        "from deepseek_jax.data.watch import unwatched\n"
+        f"opened, settings = open_tokenizer('bytes'), {settings!r}\n"
+        f"plan = make_plan(Path({str(tmp_path / 'killed')!r}), opened, 5, **settings)\n"
+        "plan.begin()\nwrite = shards.write_records\n"
+        "def slow(path, records):\n    found = write(path, records)\n    time.sleep(0.2)\n    return found\n"
+        "shards.write_records = slow\n"
+        "with unwatched('', 0) as counter:\n"
+        "    for number in range(5):\n        shards.make_shard(plan, number, opened, counter)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script])
+    while not list((tmp_path / "killed").glob("shard-*.json")):
+        time.sleep(0.02)
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list((tmp_path / "killed" / "partial").iterdir())
+    assert contents(prepare("killed").folder) == alone
+    assert not list((tmp_path / "killed" / "partial").iterdir())  # cleared
+
+
+def test_a_shard_that_is_damaged_is_made_again(prepare, contents):
+    plan = prepare()
+    before = contents(plan.folder)
+    (plan.folder / "train-00002.array_record").write_bytes(b"")
+    (plan.folder / "shard-00003.json").write_bytes(b"{")
+    assert plan.finish() is None
+    assert contents(prepare().folder) == before
+
+
+def test_other_settings_are_refused(prepare, tmp_path, settings):
+    prepare()
+    for change, named in (
+        ({"seq_len": 64}, "data.seq_len: 32 -> 64"),
+        ({"fim_rate": 0.5}, "data.fim_rate: 0.25 -> 0.5"),
+        ({"seed": 4}, "seed: 3 -> 4"),
+        ({"n_shards": 4}, "shards: 5 -> 4"),
+    ):
+        with pytest.raises(UserError, match=f"holds shards of other settings: .*{named}"):
+            prepare(**change)
+    assert prepare(n_shards=0).n_shards == 5  # as there
+    (tmp_path / "99.txt").write_text("one more")
+    with pytest.raises(UserError, match="files: 40 -> 41; .*names or sizes of files"):
+        prepare()
+
+
+def test_what_cannot_be_prepared(prepare, tmp_path, settings):
+    plan = prepare()
+    with pytest.raises(UserError, match="is prepared already"):
+        make_plan(tmp_path / "x", BYTES, **{**settings, "source": str(plan.folder)})
+    with pytest.raises(UserError, match="training tokens in 5 shards, and a window takes 100001"):
+        prepare("long", seq_len=100_000)
+    with pytest.raises(UserError, match="none of the .* documents is held out"):
+        prepare("few", holdout_rate=1e-9)
+    (tmp_path / "talk.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    with pytest.raises(UserError, match="holds conversations, which are not prepared"):
+        make_plan(tmp_path / "x", BYTES, **{**settings, "source": str(tmp_path / "talk.jsonl")})
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(UserError, match="its 1 files are empty"):
+        make_plan(tmp_path / "x", BYTES, **{**settings, "source": str(tmp_path / "empty.txt")})
+
+
+def test_an_error_in_a_worker_process_names_the_row(prepare, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' * 50 + "{nonsense\n" + '{"text": "a"}\n' * 50)
+    with pytest.raises(UserError, match="the line at byte 700 is not JSON"):
+        prepare(source=str(tmp_path / "rows.jsonl"), n_shards=2, n_workers=2)
+
+
+def test_copies_of_a_document_are_on_one_side(prepare, tmp_path):
+    text = (tmp_path / "00.txt").read_text()
+    for number in range(41, 60):
+        (tmp_path / f"{number}.txt").write_text(text)
+    plan = prepare(n_shards=8)
+    counts = [sum(plan.marker(n)[side]["documents"] for n in range(plan.n_shards)) for side in SIDES]
+    assert sum(counts) == 59
+    rates = [plan.settings["holdout_rate"], 1 - plan.settings["holdout_rate"]]
+    assert min(abs(counts[1] - 40 * rate - extra) for rate in rates[:1] for extra in (0, 19)) < 8
+
+
+def test_the_verb(tmp_path, settings, capsys):
+    words = ["prepare", f"--to={tmp_path / 'tokens'}", f"--config.data.source={settings['source']}", "--shards=4"]
+    words += ["--config.data.seq_len=32", "--workers=1", "--config.data.holdout_rate=0.2"]
+    assert cli.main([*words, "--worker=1/2"]) == 0
+    assert "2 of 4 shards; missing: 0, 2" in capsys.readouterr().out
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    assert "2 shards from" in out and "MB per CPU second" in out and "4 shards, 40 documents" in out
+    assert f"deepseek-jax train --config=tiny_v3 --config.data.source={tmp_path / 'tokens'}" in out
+    assert cli.main([*words, "--worker=2/2"]) == 2
+    assert "expected I/N with I below N" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("apache_beam") is not None, reason="Beam is installed")
+def test_beam_is_named_where_it_is_missing(prepare):
+    with pytest.raises(UserError, match="pip install deepseek_jax apache-beam"):
+        make_shards_on_beam(prepare(), [0], [])
+
+
+def test_making_a_shard_counts_the_bytes_of_its_files(prepare):
+    class Counter:
+        n_bytes = 0
+
+        def advance(self, n_bytes: int) -> None:
+            self.n_bytes += n_bytes
+
+    plan = prepare(numbers=[])
+    for _ in range(2):
+        counter = Counter()
+        for number in range(plan.n_shards):
+            make_shard(plan, number, BYTES, counter)
+        assert counter.n_bytes == plan.cuts[-1]
