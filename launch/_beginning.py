@@ -171,3 +171,12 @@ def check_sizes(config: ConfigDict) -> None:
         hub.local(config.run.init_from)  # a download comes before all that takes long
         source = open_weights(config.run.init_from).config
         check_shapes(config.run.init_from, abstract_weights(source), abstract_weights(config))
+
+
+def leave_own_text(config: ConfigDict, overrides: dict[str, str]) -> None:
+    """Turns fill-in-the-middle off for text that the user names: a recipe's share is for the recipe's own text.
+
+    A share given as well turns it on. `headline` says which it is.
+    """
+    if "data.source" in overrides and overrides["data.source"] != "stdlib" and "data.fim_rate" not in overrides:
+        config.data.fim_rate = 0.0

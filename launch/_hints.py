@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from ml_collections import ConfigDict
 
+from deepseek_jax.bounds import in_line
 from deepseek_jax.saved_config import RENAMED, leaves
 
 # What other trainers, and earlier versions of this one, call a key of ours.
@@ -44,7 +45,7 @@ def unknown_flag(word: str, flags: Iterable[str], defaults: ConfigDict | None) -
       defaults: the keys that any config has, or None where the verb takes no config.
     """
     name, equals, value = word.partition("=")
-    name, given = name.replace("-", "_"), f"{equals}{value}"
+    name, given = name.replace("-", "_"), f"{equals}{in_line(value)}"
     flags, keys = list(flags), [] if defaults is None else list(leaves(defaults))
     if "workdir" in flags and name in DIRECTORY:
         return f"Did you mean --workdir{given}?"

@@ -26,9 +26,8 @@ from ml_collections import ConfigDict
 
 from deepseek_jax import run_config
 from deepseek_jax.bounds import Bound, text, whole
-from deepseek_jax.launch import _options
+from deepseek_jax.launch import _beginning, _options
 from deepseek_jax.launch._progress import Progress
-from deepseek_jax.launch.train import DEFAULT, leave_own_text
 from deepseek_jax.paths import check_writable
 from deepseek_jax.units import duration
 
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from deepseek_jax.data.prepared.plan import Plan
     from deepseek_jax.data.tokenizer import Tokenizer
 
+DEFAULT = "tiny_v3"
 SHARE = re.compile(r"(\d{1,7})/(\d{1,7})")
 
 
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
 
     options = _options.parse(argv, DEFAULT, FLAGS, workdir=False)
     config, folder = options.config, options.to.expanduser()
-    leave_own_text(config, options.overrides)
+    _beginning.leave_own_text(config, options.overrides)
     run_config.validate(config)
     check_writable(folder, "--to")
     tokenizer = open_tokenizer(config.data.tokenizer)

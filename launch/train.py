@@ -24,8 +24,6 @@ import os
 import shlex
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
 from deepseek_jax import run_config
 from deepseek_jax.launch import _beginning, _options
 from deepseek_jax.launch._training import execute
@@ -39,19 +37,10 @@ def main(argv: list[str]) -> int:
     options = _options.parse(argv, DEFAULT, EXTRA)
     config = options.config
     workdir = options.workdir or Path("runs") / config.name
-    leave_own_text(config, options.overrides)
+    _beginning.leave_own_text(config, options.overrides)
     run_config.validate(config)
     _beginning.inherit(config, options.overrides, workdir)
     if Path(config.data.tokenizer).exists():  # so that the run's model finds it from anywhere
         config.data.tokenizer = os.path.abspath(config.data.tokenizer)
     again = argv if options.workdir else [*argv, f"--workdir={workdir}"]
     return execute(config, workdir, sample=options.sample, again=shlex.join(["deepseek-jax", "train", *again]))
-
-
-def leave_own_text(config: ConfigDict, overrides: dict[str, str]) -> None:
-    """Turns fill-in-the-middle off for text that the user names: a recipe's share is for the recipe's own text.
-
-    A share given as well turns it on. `headline` says which it is.
-    """
-    if "data.source" in overrides and overrides["data.source"] != "stdlib" and "data.fim_rate" not in overrides:
-        config.data.fim_rate = 0.0

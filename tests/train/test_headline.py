@@ -3,7 +3,7 @@
 import pytest
 
 from deepseek_jax.data.pipeline import open_splits, settled
-from deepseek_jax.launch import _options, train
+from deepseek_jax.launch import _beginning, _options
 from deepseek_jax.launch._headline import about_text
 
 TEXT = "words of a book, one after another, until the end\n"
@@ -13,7 +13,7 @@ def said(tmp_path, source, *overrides):
     """The lines on the text of `train --config.data.source=...`, and the share of documents that become FIM."""
     words = [f"--config.data.source={source}", f"--config.data.cache_dir={tmp_path / 'cache'}", *overrides]
     options = _options.parse(words, "tiny_v3")
-    train.leave_own_text(options.config, options.overrides)
+    _beginning.leave_own_text(options.config, options.overrides)
     options.config.data.update(settled(options.config.data))
     sides = open_splits(seed=0, **options.config.data)
     return "\n".join(about_text(options.config, *sides)), options.config.data.fim_rate

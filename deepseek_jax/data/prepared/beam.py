@@ -1,6 +1,6 @@
 """Shards made on Apache Beam, for those who have a runner: `workers` without it does the same.
 
-Beam wants versions of other packages that training does not, so it belongs in an environment of its own:
+Beam needs other versions of some packages than training does, so it belongs in an environment of its own:
 
     pip install deepseek_jax apache-beam
 """
