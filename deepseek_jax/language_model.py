@@ -59,10 +59,9 @@ from deepseek_jax.units import binary
 from deepseek_jax.weights import FORMATS, export, open_weights, with_peft
 
 MOST_ROWS = 256  # prompts that `generate` continues at the same time
-CHUNK = 2048  # tokens of a prompt that it reads in one pass
-BLOCK = 32  # tokens per prompt that it draws before the host looks
 # of engines whose prompts are all known, and which compile what these need
 OFFLINE: dict[str, Any] = {"n_steps": 8, "n_prompts": 8, "least_pages": 2}
+GENERATE: dict[str, Any] = {"chunk": 2048, "n_steps": 32, "n_prompts": 32}  # where they begin together too
 
 
 @dataclass(eq=False)
@@ -320,7 +319,7 @@ class LanguageModel:
         kept = self._kept.get("generate")
         had = kept.made_with[0] if kept else {}
         sizes = {"n_rows": max(n_rows, had.get("n_rows", 0)), "n_pages": max(n_pages, had.get("n_pages", 0))}
-        return self._idle_engine("generate", sizes | OFFLINE | {"chunk": CHUNK, "n_steps": BLOCK} | options)
+        return self._idle_engine("generate", sizes | OFFLINE | GENERATE | options)
 
     @contextmanager
     def _idle_engine(self, purpose: str, options: dict[str, Any]) -> Iterator[Engine]:

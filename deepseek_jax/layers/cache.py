@@ -116,6 +116,18 @@ def next_chunk_in_pages(start: int | jax.Array, table_BN: jax.Array) -> Attend:
     return attend
 
 
+def first_chunk_in_pages(table_BN: jax.Array) -> Attend:
+    """`next_chunk_in_pages` from position 0 on: the tokens look at themselves, and no page is read."""
+
+    def attend(attention: Any, x_BTD: jax.Array, tokens: Tokens, cached: Cached) -> tuple[jax.Array, Cached, Losses]:
+        packed = attention.cache.packed(attention.entries(x_BTD, tokens))
+        cached = write_pages(cached, packed, tokens, table_BN)
+        u_BTD, losses = attention.over_itself(x_BTD, tokens, attention.cache.unpacked(packed))
+        return u_BTD, cached, losses
+
+    return attend
+
+
 def next_tokens_in_pages(table_BN: jax.Array) -> Attend:
     """`next_tokens` over pages; see `next_chunk_in_pages`."""
 

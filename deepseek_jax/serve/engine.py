@@ -232,7 +232,8 @@ class Engine:
         """The programs of these sizes."""
         (lengths, widths, _), nobody = sizes, self._nobody
         prompts = buckets(1, self._n_prompts)
-        needed = [self._extend(nobody, *three) for three in itertools.product(prompts, lengths, widths)]
+        needed = [self._begin(nobody, *both) for both in itertools.product(prompts, lengths)]
+        needed += [self._extend(nobody, *three) for three in itertools.product(prompts, lengths, widths)]
         needed += self._needed_by_rows(sizes)
         if self._has_routes:
             needed += [self._routes(nobody, width) for width in widths]
@@ -298,7 +299,9 @@ class Engine:
         parts, width = [part for plan in plans for part in plan], self._width(plans)
         length = self._length(parts)
         n_rows = batches.rows_of(plans)
-        h_BTD, logits_BV, self._memory = self.programs.run(self._extend(plans, n_rows, length, width))
+        is_later = any(part.start for part in parts)
+        call = self._extend(plans, n_rows, length, width) if is_later else self._begin(plans, n_rows, length)
+        h_BTD, logits_BV, self._memory = self.programs.run(call)
         found: list[Drawn | Recited] = []
         if any(batches.recites(part) for part in parts):
             scores_BT = self.programs.run(self._recite(plans, length, batches.n_top_of(plans), h_BTD))
@@ -333,6 +336,11 @@ class Engine:
         call = self._speculate(plans, n_rows, self._width(plans), kind, n_top, n_steps)
         id_BT, scores_BT, self._memory, self._last_R, self._draft_R = self.programs.run(call)
         return all_drawn(plans, n_rows, id_BT, scores_BT)
+
+    def _begin(self, plans: Plans, n_rows: int, length: int) -> Call:
+        _, state, rows, _ = self._extend(plans, n_rows, length, -(-length // self.page_size))
+        del rows["start_B"]
+        return Call("begin", state, rows)
 
     def _extend(self, plans: Plans, n_rows: int, length: int, width: int) -> Call:
         rows = batches.prompts(plans, n_rows, length, width)
@@ -418,7 +426,7 @@ class Engine:
 
     def _by_row(self, array: np.ndarray) -> jax.Array:
         """An array of a place per row, on the devices."""
-        return jax.device_put(array, self.replicas.sharding()) if self.replicas else jnp.asarray(array)
+        return jax.device_put(array, self.replicas.sharding() if self.replicas else None)
 
     def _scheduler(self, request: Request) -> Scheduler:
         return self.ranks[request.options.rank].scheduler

@@ -1,6 +1,7 @@
 """The programs of the engine: what the device computes, compiled for few shapes.
 
-    extend   parts of prompts from one position on                          -> hidden states, logits after them
+    begin    first parts of prompts                                         -> hidden states, logits after them
+    extend   parts of prompts from one position on                          -> the same
     decode   one token per row                                              -> logits
     draw     logits                                                         -> tokens
     score    logits and tokens                                              -> log-probabilities
@@ -35,7 +36,8 @@ from flax import nnx
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import Tree, bind
-from deepseek_jax.layers.cache import next_chunk_in_pages, next_tokens_in_pages
+from deepseek_jax.layers.block import Attend
+from deepseek_jax.layers.cache import first_chunk_in_pages, next_chunk_in_pages, next_tokens_in_pages
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.parallel.replicas import ROWS, Replicas
 from deepseek_jax.serve import speculation
@@ -45,8 +47,17 @@ from deepseek_jax.serve.speculation import ENDED, Row
 
 Weights = tuple[Tree, Tree]  # parameters and router biases
 Rows = dict[str, Any]  # arrays, or their shapes; and `Current`
-DONATED = {"extend": ("memory",), "decode": ("memory",), "draw": ("last_R",), "steps": ("memory", "last_R")}
+DONATED: dict[str, tuple[str, ...]] = {  # of each program: arguments whose memory its results take
+    "begin": ("memory",),
+    "extend": ("memory",),
+    "decode": ("memory",),
+    "draw": ("last_R",),
+    "steps": ("memory", "last_R"),
+    "foresee": ("memory", "draft_R"),
+    "speculate": ("memory", "last_R", "draft_R"),
+}
 OUTPUTS: dict[str, tuple[type, ...]] = {  # of each program: arrays with rows first, and memory
+    "begin": (jax.Array, jax.Array, Memory),
     "extend": (jax.Array, jax.Array, Memory),
     "decode": (jax.Array, Memory),
     "draw": (jax.Array, jax.Array),
@@ -57,7 +68,6 @@ OUTPUTS: dict[str, tuple[type, ...]] = {  # of each program: arrays with rows fi
     "foresee": (jax.Array, Memory),
     "speculate": (jax.Array, Scores, Memory, jax.Array, jax.Array),
 }
-DONATED |= {"foresee": ("memory", "draft_R"), "speculate": ("memory", "last_R", "draft_R")}
 
 
 class Current(NamedTuple):
@@ -150,6 +160,12 @@ class Programs:
             self._compiled[key] = jitted.lower(**given).compile(self._compiler_options)
         return self._compiled[key]
 
+    def begin(
+        self, weights: Weights, memory: Memory, ids_BT: jax.Array, n_B: jax.Array, table_BN: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Memory]:
+        """`extend` from position 0 on, which reads no page."""
+        return self._read(weights, memory, ids_BT, n_B, jnp.zeros_like(n_B), table_BN, first_chunk_in_pages(table_BN))
+
     def extend(
         self,
         weights: Weights,
@@ -160,11 +176,24 @@ class Programs:
         table_BN: jax.Array,
     ) -> tuple[jax.Array, jax.Array, Memory]:
         """The first `n_B` tokens of `ids_BT` from position `start_B` on: (h_BTD, logits_BV after the last, memory)."""
+        attend = next_chunk_in_pages(start_B[0], table_BN)
+        return self._read(weights, memory, ids_BT, n_B, start_B, table_BN, attend)
+
+    def _read(
+        self,
+        weights: Weights,
+        memory: Memory,
+        ids_BT: jax.Array,
+        n_B: jax.Array,
+        start_B: jax.Array,
+        table_BN: jax.Array,
+        attend: Attend,
+    ) -> tuple[jax.Array, jax.Array, Memory]:
         place_T = jnp.arange(ids_BT.shape[1], dtype=jnp.int32)
         tokens = Tokens(ids_BT, start_B[:, None] + place_T, real_BT=place_T < n_B[:, None])
         with jax.default_matmul_precision(self.matmul_precision):
             model: Any = bind(self._own, *weights)
-            h_BTD, memory = read(model, tokens, next_chunk_in_pages(start_B[0], table_BN), memory, table_BN)
+            h_BTD, memory = read(model, tokens, attend, memory, table_BN)
             logits_BV = model.head(jnp.take_along_axis(h_BTD, (n_B - 1)[:, None, None], axis=1))[:, 0]
         return h_BTD, logits_BV, memory
 

@@ -108,3 +108,17 @@ def client(their_client, served, script):
     wait_until(lambda: script.is_idle and served.worker.n_open == 0)
     script.__init__()
     return their_client
+
+
+@pytest.fixture
+def compilations():
+    """Names of programs as JAX compiles them, or finds them in its cache on the disk."""
+    found = []
+
+    def note(event, _, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(about.get("fun_name", event))
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(note)

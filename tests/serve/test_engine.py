@@ -267,20 +267,6 @@ def test_a_request_may_be_cancelled_at_any_time(engine, alone, when):
     assert last.has_ended and len(texts.get(last, [])) < 10 and all_free(made)
 
 
-@pytest.fixture
-def compilations():
-    """Names of programs as JAX compiles them, or finds them in its cache on the disk."""
-    found = []
-
-    def note(event, _, **about):
-        if event == "/jax/core/compile/backend_compile_duration":
-            found.append(about.get("fun_name", event))
-
-    jax.monitoring.register_event_duration_secs_listener(note)
-    yield found
-    jax.monitoring.unregister_event_duration_listener(note)
-
-
 def test_after_compile_no_request_compiles(engine, monkeypatch, compilations):
     made, needed = engine(is_padded=False), []
     compile_all = made.programs.compile
@@ -288,9 +274,9 @@ def test_after_compile_no_request_compiles(engine, monkeypatch, compilations):
         made.programs, "compile", lambda calls, *more: compile_all(calls, *more) or needed.extend(calls)
     )
     made.compile()
-    # one, two or four rows, and parts of 16 tokens (32 positions are four pages); three kinds of drawing for as many
-    # rows; log-probabilities of one, two or four rows and of 16 tokens, without and with the likeliest
-    assert len(needed) == 4 + 9 + 8
+    # one, two or four rows, first and later parts of 16 tokens (32 positions are four pages); three kinds of drawing
+    # for as many rows; log-probabilities of one, two or four rows and of 16 tokens, without and with the likeliest
+    assert len(needed) == 5 + 9 + 8
     n_programs = len(made.programs)
     compilations.clear()
     run(made, [Sampling(10, temperature=1.0, seed=3)] * len(PROMPTS), [[1 + i for i in p] for p in PROMPTS])
@@ -324,7 +310,7 @@ def test_until_all_programs_are_there_requests_run_in_the_largest(engine, alone,
     made.compile(stopped)  # too late
     assert rows_of_a_step() == {4}
     made.compile(threading.Event())
-    assert rows_of_a_step() == {1} and needed == [14, 21, 21]
+    assert rows_of_a_step() == {1} and needed == [15, 22, 22]
 
 
 def test_engines_of_the_same_network_and_sizes_share_their_programs(engine, network):
