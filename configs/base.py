@@ -190,4 +190,22 @@ def get_config() -> ConfigDict:
     checkpoint = config.checkpoint = ConfigDict()
     checkpoint.every = 250  # steps; the last step is always saved
     checkpoint.keep = 3
+
+    # Processes that are gone, stuck or slow (`parallel.peers`, `train.watchdog`); an end of this kind has exit code 75.
+    watch = config.watch = ConfigDict()
+    watch.heartbeat_s = 30.0  # without a sign of life for so long, a process counts as lost
+    watch.alone = False  # True: what follows also holds for a run of one process
+    watch.step_s = 120.0  # a run ends after so long without progress, or 10 steps' time if that is more; 0.0: never
+    watch.long_s = 3600.0  # the same while it compiles, restores, evaluates, saves or opens its text; 0.0: never
+    watch.stop_s = 120.0  # from a signal to the beginning of the save, else the run ends without; 0.0: any time
+    watch.slow = 1.3  # times the median, from which a process is named as slow (`train.hosts`); 0.0: none is
+
+    wandb = config.wandb = ConfigDict()  # `train.wandb_run` (extra: wandb)
+    wandb.project = ""  # of Weights & Biases, which then has the charts as well; "": none
+
+    profile = config.profile = ConfigDict()  # `train.profiles`
+    profile.port = 0  # of process 0's profiling server, process K's is K above; 0: no server
+    profile.first = 1  # the first of the steps that are profiled into the workdir
+    profile.steps = 0  # how many they are
+    profile.process = 0  # which process is profiled; -1: all
     return config

@@ -9,22 +9,27 @@ import os
 import pkgutil
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from deepseek_jax import cluster
 from deepseek_jax.errors import UserError
 
-# Between processes: the project's own watch (parallel/peers.py) comes first and can say what it found; JAX's ends the
-# program silently.
-HEARTBEAT_TIMEOUT_S = 90
+# Between processes: the project's own watch (parallel/peers.py) comes first and can say what it found; JAX's, which
+# waits for so much longer, ends the program silently.
+LATER_S = 60
 SHUTDOWN_TIMEOUT_S = 30
 
 
-def start_processes() -> None:
+def start_processes(heartbeat_s: float = 30) -> None:
     """Joins the other processes of a run; to be called before any array or device is asked for.
+
+    Without a sign of life for `heartbeat_s` and a minute more, JAX ends them; `parallel.peers` does so before.
 
     JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID say it outright; what is left out JAX looks
     up on a cluster that it knows. Without them a process joins the others of its SLURM step, of its Open MPI run, of
@@ -36,23 +41,21 @@ def start_processes() -> None:
     """
     if jax.distributed.is_initialized():
         return
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    address, number, index = (os.environ.get(name, "") for name in names)
-    if not address and (number == "1" or not (number or _cluster_variables())):
-        return
+    names = (cluster.ADDRESS, cluster.NUMBER, cluster.INDEX)
     try:
-        given: dict[str, Any] = {"coordinator_address": address, "num_processes": number and int(number)}
-        given["process_id"] = index and int(index)
+        found = cluster.place(os.environ)
+        if found is None:
+            return
         # JAX's preemption service would take SIGTERM for itself, and nobody asks it: the run has a handler of its own.
         jax.config.update("jax_enable_preemption_service", False)
         with _plain_ctrl_c():
             jax.distributed.initialize(
-                **{name: value for name, value in given.items() if value != ""},
-                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+                **found.given(),
+                heartbeat_timeout_seconds=round(heartbeat_s) + LATER_S,
                 shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
             )
     except (ValueError, RuntimeError, LookupError, OSError) as error:
-        told = [name for name in names if name in os.environ] + _cluster_variables()
+        told = [name for name in names if name in os.environ] + cluster.indications(os.environ)
         shown, reason = ", ".join(f"{name}={os.environ[name]}" for name in told), (str(error).splitlines() or [""])[0]
         raise UserError(
             f"{shown}: the processes of the run could not be joined ({reason.rstrip('.')}). Set "
@@ -100,15 +103,6 @@ def process_store() -> ProcessStore:
     from jax._src import distributed  # has no public name
 
     return ProcessStore(distributed.global_state.client)
-
-
-def _cluster_variables() -> list[str]:
-    """The environment variables that indicate several processes (of a Job in Kubernetes: of any number)."""
-    numbers = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
-    told = [name for name in numbers if os.environ.get(name, "1") not in ("", "0", "1")]
-    told += [name for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES") if "," in os.environ.get(name, "")]
-    job = ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX")
-    return told + [name for name in job if set(job) <= os.environ.keys()]
 
 
 # Of each accelerator: its device files, the variable that hides it when empty or -1, and the start of the names of the
@@ -185,6 +179,42 @@ def quieten_compilation() -> None:
 
     jax.monitoring.register_event_listener(begins)
     jax.monitoring.register_event_duration_secs_listener(ends)
+
+
+class Compilation:
+    """What the main thread has compiled, as JAX reports it; see `compilation`.
+
+    Attributes:
+        began_s: when the compilation under way began (time.monotonic), None between them.
+        seconds: that those before it took together.
+    """
+
+    def __init__(self) -> None:
+        self.began_s: float | None = None
+        self.seconds = 0.0
+
+    def begins(self, event: str, **_: object) -> None:
+        """Hears of an event of JAX."""
+        if event == "/jax/compilation_cache/compile_requests_use_cache" and _is_main_thread():
+            self.began_s = time.monotonic()
+
+    def ends(self, event: str, duration_secs: float, **_: object) -> None:
+        """Hears of an event of JAX that has a duration."""
+        if event == "/jax/core/compile/backend_compile_duration" and _is_main_thread():
+            self.began_s, self.seconds = None, self.seconds + duration_secs
+
+
+@functools.cache
+def compilation() -> Compilation:
+    """Returns what is known of compilations from now on; the same object at each call."""
+    known = Compilation()
+    jax.monitoring.register_event_listener(known.begins)
+    jax.monitoring.register_event_duration_secs_listener(known.ends)
+    return known
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def quick_compile(function: Callable, **options: Any) -> Callable:

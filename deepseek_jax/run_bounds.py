@@ -154,6 +154,17 @@ BOUNDS: dict[str, Bound] = {
     "ema.evaluate": bounds.switch(),
     "checkpoint.every": SOME_STEPS,
     "checkpoint.keep": SOME_STEPS,
+    "watch.heartbeat_s": bounds.number(2, 86_400),
+    "watch.alone": bounds.switch(),
+    "watch.step_s": bounds.number(0, 1e6),
+    "watch.long_s": bounds.number(0, 1e6),
+    "watch.stop_s": bounds.number(0, 1e6),
+    "watch.slow": bounds.besides(bounds.number(1, 1e6, above=True), 0),
+    "wandb.project": bounds.text(),
+    "profile.port": bounds.whole(0, 65_535),
+    "profile.first": SOME_STEPS,
+    "profile.steps": ANY_STEPS,
+    "profile.process": bounds.whole(-1, DEVICES),
 }
 
 

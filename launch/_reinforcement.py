@@ -1,13 +1,13 @@
 """Reinforcement learning as verbs use it: the programs of a run, and the run from its config to its last checkpoint."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _beginning
-from deepseek_jax.launch._training import report_end, settle_products
+from deepseek_jax.launch._training import charts, report_end, settle_products
 
 if TYPE_CHECKING:
     from deepseek_jax.parallel.peers import Peers
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from deepseek_jax.rl.rewards import Rewards
     from deepseek_jax.rl.step import Learner
     from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
+    from deepseek_jax.train.phases import Phases
     from deepseek_jax.train.step import Trainer
     from deepseek_jax.train.stop import StopRequest
 
@@ -38,7 +39,7 @@ def open_problems(config: ConfigDict) -> "Problems":
     return problems.open_problems(config.rl.problems, config.seed, config.rl.holdout_rate)
 
 
-def train(config: ConfigDict, workdir: Path, stop: "StopRequest", again: str, peers: "Peers") -> bool:
+def train(config: ConfigDict, workdir: Path, stop: "StopRequest", again: str, peers: "Peers", phases: "Phases") -> bool:
     """Trains until the last step or until `stop` is asked for; returns whether the last state has been saved."""
     import jax
 
@@ -46,7 +47,9 @@ def train(config: ConfigDict, workdir: Path, stop: "StopRequest", again: str, pe
     from deepseek_jax.rl.rewards import Rewards
     from deepseek_jax.saved_config import to_json
     from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
+    from deepseek_jax.train.ledger import Ledger
     from deepseek_jax.train.metrics import Metrics
+    from deepseek_jax.train.phases import RESTORE, SAVE
 
     rl = config.rl
     with (
@@ -56,9 +59,11 @@ def train(config: ConfigDict, workdir: Path, stop: "StopRequest", again: str, pe
     ):
         learner = prepare(config, rewards)
         meta = {"config": to_json(config), "problems": learner.problems.fingerprint}
-        start, state = resumed(config, learner, checkpoints, workdir)
+        with phases.of(RESTORE):
+            start, state = resumed(config, learner, checkpoints, workdir)
         kind, n_devices = jax.devices()[0].device_kind, learner.trainer.mesh.size
-        of = {"device_kind": kind, "n_devices": n_devices, "enabled": jax.process_index() == 0}
+        of: dict[str, Any] = {"device_kind": kind, "n_devices": n_devices, "enabled": jax.process_index() == 0}
+        of["charts"] = charts(config, workdir)
         with Metrics(workdir, config.loop.steps, start_step=start, verb="rl", **of) as metrics:
             metrics.message(headline(config, learner, workdir, start))
             if start >= config.loop.steps:
@@ -70,13 +75,18 @@ def train(config: ConfigDict, workdir: Path, stop: "StopRequest", again: str, pe
                 refresh_every=rl.refresh_every,
                 eval_problems=rl.eval_problems,
             )
-            loop = Loop(learner, when, checkpoints=checkpoints, metrics=metrics, meta=meta, workdir=workdir)
+            ledger = Ledger(workdir, phases, start, enabled=metrics.enabled)
+            kept: dict[str, Any] = {"checkpoints": checkpoints, "metrics": metrics, "meta": meta, "ledger": ledger}
+            loop = Loop(learner, when, **kept, workdir=workdir, phases=phases)
             if state is None:
                 from deepseek_jax import run
 
                 state = loop.begin(run.first_state(config, learner.trainer, workdir, metrics.message))
             _, done = loop.run(state, start, stop)
-            return report_end(done, config.loop.steps, checkpoints, metrics, again)
+            with phases.of(SAVE):
+                is_saved = report_end(done, config.loop.steps, checkpoints, metrics, again)
+            ledger.close(done, metrics.message)
+            return is_saved
 
 
 def used(rewards: ConfigDict) -> dict[str, float]:

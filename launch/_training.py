@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from deepseek_jax.parallel.peers import Peers
     from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
     from deepseek_jax.train.metrics import Metrics
+    from deepseek_jax.train.phases import Phases
     from deepseek_jax.train.step import Trainer
     from deepseek_jax.train.stop import StopRequest
+    from deepseek_jax.train.wandb_run import WandbRun
 
 
-Run = Callable[[ConfigDict, Path, "StopRequest", str, "Peers"], bool]
+Run = Callable[[ConfigDict, Path, "StopRequest", str, "Peers", "Phases"], bool]
 
 
 def execute(config: ConfigDict, workdir: Path, *, sample: bool, again: str, run: Run | None = None) -> int:
@@ -34,15 +36,22 @@ def execute(config: ConfigDict, workdir: Path, *, sample: bool, again: str, run:
     """
     from deepseek_jax.compat import keep_freed_memory, start_compilation_cache, start_processes
     from deepseek_jax.parallel.peers import Peers
+    from deepseek_jax.train.phases import Phases
     from deepseek_jax.train.stop import StopRequest
+    from deepseek_jax.train.watchdog import Limits, Watchdog
 
     keep_freed_memory()
-    start_processes()
+    watch, phases = config.watch, Phases()
+    limits = Limits(watch.alone, watch.step_s, watch.long_s, watch.stop_s)
+    start_processes(watch.heartbeat_s)
     with streams.forgiving(), StopRequest() as stop:
         start_compilation_cache(config.run.compilation_cache)
         try:
-            with Peers(lambda: advice(workdir, again)) as peers:
-                is_saved = (run or train)(config, workdir, stop, again, peers)
+            with (
+                Peers(lambda: advice(workdir, again), heartbeat_s=watch.heartbeat_s) as peers,
+                Watchdog(limits, phases, stop, peers, workdir),
+            ):
+                is_saved = (run or train)(config, workdir, stop, again, peers, phases)
         except KeyboardInterrupt:
             reason = "broken off" if stop.is_running else "stopped before training began: nothing was to be saved"
             streams.note(f"\n{reason}. {advice(workdir, again)}")
@@ -66,20 +75,25 @@ def advice(workdir: Path, again: str) -> str:
     return f"{newest} in {checkpoints}. Start again with: {again}"
 
 
-def train(config: ConfigDict, workdir: Path, stop: "StopRequest", again: str, peers: "Peers") -> bool:
+def train(config: ConfigDict, workdir: Path, stop: "StopRequest", again: str, peers: "Peers", phases: "Phases") -> bool:
     """Trains until the last step or until `stop` is asked for; returns whether the last state has been saved."""
     import jax
 
     from deepseek_jax import run
     from deepseek_jax.saved_config import to_json
     from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
+    from deepseek_jax.train.hosts import Hosts
+    from deepseek_jax.train.ledger import Ledger
     from deepseek_jax.train.loop import Loop, LoopConfig
     from deepseek_jax.train.metrics import Metrics
+    from deepseek_jax.train.phases import RESTORE, SAVE
+    from deepseek_jax.train.profiles import Profiles
 
     trainer, ramp, training, held_out = prepare(config, workdir)
     meta = {"config": to_json(config), "text": training.fingerprint()}
     with Checkpointer(workdir / "checkpoints", config.checkpoint.keep) as checkpoints, peers.guard(stop):
-        start, state, average, changed = resumed(config, trainer, checkpoints, meta["text"], workdir)
+        with phases.of(RESTORE):
+            start, state, average, changed = resumed(config, trainer, checkpoints, meta["text"], workdir)
         metrics = Metrics(
             workdir,
             config.loop.steps,
@@ -88,6 +102,7 @@ def train(config: ConfigDict, workdir: Path, stop: "StopRequest", again: str, pe
             device_kind=jax.devices()[0].device_kind,
             n_devices=trainer.mesh.size,
             enabled=jax.process_index() == 0,
+            charts=charts(config, workdir),
         )
         with metrics:
             metrics.message(headline(config, trainer, training, held_out, workdir, start))
@@ -100,9 +115,25 @@ def train(config: ConfigDict, workdir: Path, stop: "StopRequest", again: str, pe
             kept: dict[str, Any] = {"checkpoints": checkpoints, "metrics": metrics, "meta": meta}
             state = state or run.first_state(config, trainer, workdir, metrics.message)
             kept |= {"average": run.average(config, trainer, state, average), "judge_average": config.ema.evaluate}
-            loop = Loop(trainer, ramp, when, training=training, held_out=held_out, **kept)
-            state = loop.run(state, stop)
-            return report_end(int(state["step"]), config.loop.steps, checkpoints, metrics, again)
+            kept["ledger"] = ledger = Ledger(workdir, phases, start, enabled=metrics.enabled)
+            kept["hosts"] = Hosts(workdir, phases, config.watch.slow, metrics.message)
+            with Profiles(workdir, **config.profile) as kept["profiles"]:
+                loop = Loop(trainer, ramp, when, training=training, held_out=held_out, phases=phases, **kept)
+                state = loop.run(state, stop)
+            done = int(state["step"])
+            with phases.of(SAVE):
+                is_saved = report_end(done, config.loop.steps, checkpoints, metrics, again)
+            ledger.close(done, metrics.message)
+            return is_saved
+
+
+def charts(config: ConfigDict, workdir: Path) -> "Callable[[], WandbRun] | None":
+    """Returns what makes the run of another service that shows the charts, None if the config names none."""
+    from deepseek_jax.saved_config import to_json
+    from deepseek_jax.train.wandb_run import WandbRun
+
+    project = config.wandb.project
+    return (lambda: WandbRun(workdir, project, to_json(config))) if project else None
 
 
 def resumed(

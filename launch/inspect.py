@@ -81,6 +81,10 @@ def main(argv: list[str]) -> int:
     print(f"\non each device: {on_each_device(weights)}")
     wide, in_fp8 = (binary(n_bytes) for n_bytes in bytes_to_serve(abstract_weights(config)))
     print(f"to generate, all of them: {wide} in bfloat16, {in_fp8} as FP8 releases store them")
+    if options.workdir:
+        from deepseek_jax.train import ledger
+
+        print("".join(f"{found}\n" for found in [ledger.account(ledger.read(options.workdir))] if found), end="")
     return 0
 
 

@@ -14,10 +14,12 @@ The workdir (runs/NAME by default) receives checkpoints/, metrics.jsonl and tens
 saves and ends; the same command resumes the run as if nothing had happened, on any mesh that fits.
 
 A signal to any process of several stops all of them within the step in flight and 5 s, and the time of a save. A
-process that is lost is noticed within 45 s; the others say so and end with exit code 75 (if it is process 0, JAX may
-end them first, within a second and in its own words). A second Ctrl-C ends without saving the present step. Exit
-codes: 0 done, or saved after SIGTERM or SIGHUP; 130 saved after Ctrl-C, or broken off; 1 not saved; 2 something to
-correct; 75 another process was lost; 128 + the signal's number: stopped before training.
+process that is lost is noticed within config.watch.heartbeat_s and 5 s; the others say so and end with exit code 75 (if
+it is process 0, JAX may end them first, within a second and in its own words). So do processes that are alive but make
+no progress (config.watch), with the stacks of their threads in hosts/ of the workdir. A second Ctrl-C ends without
+saving the present step. Exit codes: 0 done, or saved after SIGTERM or SIGHUP; 130 saved after Ctrl-C, or broken off; 1
+not saved; 2 something to correct; 75 another process was lost, or no progress: start all again, as deepseek-jax
+supervise does; 128 + the signal's number: stopped before training.
 """
 
 import os

@@ -29,6 +29,7 @@ from deepseek_jax.launch import (
     sample,
     serve,
     sft,
+    supervise,
     train,
 )
 from deepseek_jax.launch import inspect as inspect_verb
@@ -77,6 +78,7 @@ VERBS = {
     "prepare": (prepare.FLAGS, {"workdir": False}),
     "sample": (sample.FLAGS, {}),
     "sft": (sft.EXTRA, {}),
+    "supervise": (supervise.EXTRA, {"config": False}),
     "serve": (serve.FLAGS, {"config": False}),
 }
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = (
     ("shapes", "errors", "streams", "files", "units"),
     ("kernels",),
-    ("configs", "paths", "bounds", "chips", "storage"),
+    ("configs", "paths", "bounds", "chips", "storage", "cluster"),
     ("compat", "seeds", "saved_config", "tree"),
     ("precision", "data"),
     ("parallel",),

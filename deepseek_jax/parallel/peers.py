@@ -6,7 +6,7 @@ code and says nothing about the run. Hence two threads beside the training:
 
     talker   every BEAT_S: publishes a beat of this process, reads that of the next one (a ring) and the reason, if
              any, for which a process has left; through the store of JAX's coordination service, kept by process 0
-    judge    every second: no news for LOST_S, or a reason to leave -> says so and ends the process with code LOST
+    judge    every second: no news for `heartbeat_s`, or a reason to leave -> says so, ends the process with code LOST
 
 Nothing of a checkpoint is lost in this way: a save under way counts only with its COMMIT marker.
 """
@@ -26,10 +26,12 @@ from deepseek_jax.errors import LocalError, UserError
 
 BEAT_S, JUDGE_S = 2.0, 1.0
 ANNOUNCE_S = 2.0  # at most, for a word to those who may be gone
-LOST_S = 30.0  # without a beat a process counts as lost
+LOST_S = 30.0  # without a beat a process counts as lost, unless a run says otherwise
 GRACE_S = 6.0  # for errors that all processes meet: each reports its own before it hears of the others'
-LOST = 75  # exit code of a process that has lost another one: start all of them again (EX_TEMPFAIL)
+# Exit code of a process that has lost another one, or makes no progress: start all of them again (EX_TEMPFAIL).
+LOST = 75
 FAILED, GOODBYE = "deepseek_jax/failed", "goodbye"
+AT_ONCE = "at once: "  # begins a reason that concerns all processes, which need not wait for an error of their own
 
 
 class Stop(Protocol):
@@ -46,11 +48,19 @@ class Peers:
     """A context around a run; with one process it does nothing.
 
     `advice` returns the sentences about the newest checkpoint and what to do, in any thread; `leave` ends the process
-    at once with an exit code.
+    at once with an exit code. Without a beat for `heartbeat_s` a process counts as lost.
+
+    Attributes:
+        record: called with the reason before the process leaves with code LOST; may fail or hang.
     """
 
-    def __init__(self, advice: Callable[[], str], leave: Callable[[int], None] = os._exit):
+    def __init__(
+        self, advice: Callable[[], str], leave: Callable[[int], None] = os._exit, heartbeat_s: float | None = None
+    ):
         self._advise, self._leave = advice, leave
+        self.record: Callable[[str], None] = lambda reason: None
+        self._lost_s = LOST_S if heartbeat_s is None else heartbeat_s
+        self._beat_s = min(BEAT_S, self._lost_s / 5)
         self.index, self.count = jax.process_index(), jax.process_count()
         self._store: Any = compat.process_store() if self.count > 1 else None
         self._over = threading.Event()
@@ -89,9 +99,13 @@ class Peers:
         if not self._leaving.acquire(blocking=False):
             return time.sleep(GRACE_S + 4 * BEAT_S)
         streams.note(f"deepseek-jax: process {self.index}: {reason}")
-        self._shortly(lambda: self._store.set(FAILED, reason))
-        if self.index == 0:  # it keeps the store in which the others read the reason
-            time.sleep(GRACE_S + 2 * BEAT_S)
+        is_lost = code == LOST  # the others add advice of their own
+        announced = AT_ONCE + reason.partition(". ")[0] if is_lost else reason
+        self._shortly(lambda: self._store.set(FAILED, announced))
+        if is_lost:
+            self._shortly(lambda: self.record(reason))
+        if self.index == 0 and self._store is not None:  # it keeps the store in which the others read the reason
+            time.sleep(JUDGE_S / 2 + self._beat_s if is_lost else GRACE_S + 2 * self._beat_s)
         self._shortly(streams.settle)  # a pipe that nobody reads may hold it for ever
         self._leave(code)
 
@@ -102,7 +116,7 @@ class Peers:
     def _talk(self) -> None:
         following = (self.index + 1) % self.count
         beat = 0
-        while not self._over.wait(BEAT_S if beat else 0):
+        while not self._over.wait(self._beat_s if beat else 0):
             beat += 1
             try:
                 self._publish(str(beat))
@@ -125,14 +139,23 @@ class Peers:
 
     def _judge(self) -> None:
         following = (self.index + 1) % self.count
+        last_s = time.monotonic()
         while not self._over.wait(JUDGE_S):
             now = time.monotonic()
-            if self._failed is not None and now - self._failed[0] > GRACE_S:
-                self.lost(f"another process of this run has left ({self._failed[1]}).")
-            elif now - self._answered_s > LOST_S:
-                self.lost(f"process 0, which all others rely on, has not answered for {LOST_S:.0f} s.")
-            elif now - self._heard_s > LOST_S and not self._parted:
-                self.lost(f"process {following} of this run has not been heard of for {LOST_S:.0f} s.")
+            held_up_s, last_s = now - last_s - JUDGE_S, now
+            if held_up_s > JUDGE_S:  # this process itself did not run, and could not hear of the others
+                self._heard_s, self._answered_s = self._heard_s + held_up_s, self._answered_s + held_up_s
+            if self._failed is not None and now - self._failed[0] > self._grace_s:
+                self.lost(f"another process of this run has left ({self._failed[1].removeprefix(AT_ONCE)}).")
+            elif now - self._answered_s > self._lost_s:
+                self.lost(f"process 0, which all others rely on, has not answered for {self._lost_s:.0f} s.")
+            elif now - self._heard_s > self._lost_s and not self._parted:
+                self.lost(f"process {following} of this run has not been heard of for {self._lost_s:.0f} s.")
+
+    @property
+    def _grace_s(self) -> float:
+        """How long this process waits for an error of its own once it has read why another one has left."""
+        return 0 if self._failed is not None and self._failed[1].startswith(AT_ONCE) else GRACE_S
 
     def _shortly(self, call: Callable[[], None]) -> None:
         """Makes a call that may fail or hang, because whom it asks may be gone."""

@@ -21,8 +21,10 @@ from deepseek_jax.rl.problems import Problem
 from deepseek_jax.rl.rewards import ACCURACY, Response
 from deepseek_jax.rl.step import Drawn, Learner, copied
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
+from deepseek_jax.train.ledger import Ledger
 from deepseek_jax.train.loop import StopPoll
 from deepseek_jax.train.metrics import Metrics, read_log
+from deepseek_jax.train.phases import COMPILE, EVALUATE, SAVE, STEP, Phases
 from deepseek_jax.train.step import State
 from deepseek_jax.train.stop import StopRequest
 
@@ -50,7 +52,10 @@ class LoopConfig:
 
 
 class Loop:
-    """A run from its checkpoint (or the beginning) to its last step; `meta` is kept beside each checkpoint."""
+    """A run from its checkpoint (or the beginning) to its last step; `meta` is kept beside each checkpoint.
+
+    `phases` hears what the run is doing; `ledger` keeps what its time went into.
+    """
 
     def __init__(
         self,
@@ -61,8 +66,11 @@ class Loop:
         metrics: Metrics,
         meta: dict,
         workdir: Path,
+        phases: Phases | None = None,
+        ledger: Ledger | None = None,
     ):
-        self.learner, self.config = learner, config
+        self.learner, self.config, self.phases = learner, config, phases or Phases()
+        self.ledger = ledger
         self.checkpoints, self.metrics, self.meta, self.workdir = checkpoints, metrics, meta, workdir
         self._start_accuracy: float | None = None
         self._warned: set[str] = set()
@@ -89,14 +97,21 @@ class Loop:
         Returns (the state, the steps that it has behind it).
         """
         stop.begin()
-        done = start
         self._look_back(start)
         if start == 0:
             self.evaluate(state, 0)
-        poll = StopPoll(stop, done)
+        poll = StopPoll(stop, start)
+        with self.phases.of(STEP):
+            return self._steps(state, start, poll)
+
+    def _steps(self, state: State, start: int, poll: StopPoll) -> tuple[State, int]:
+        """Trains from `state`, that after `start` steps."""
+        done = start
         is_ending = poll.should_stop(done)
         while done < self.config.steps and not is_ending:
-            state, figures = self._step(state, done)
+            with self.phases.of(COMPILE if done == start else STEP):
+                state, figures = self._step(state, done)
+                self.phases.progress()
             done += 1
             is_ending = poll.should_stop(done)
             self._check(state, figures, done)
@@ -105,13 +120,15 @@ class Loop:
             if self._is_due(done, self.config.eval_every):
                 self.evaluate(state, done)
             if is_ending or self._is_due(done, self.config.checkpoint_every):
-                with self.metrics.paused():
+                with self.metrics.paused(), self.phases.of(SAVE):
                     self.checkpoints.save(done, self.learner.trainer.store(state), self.meta)
+                if self.ledger:
+                    self.ledger.note(done)
         return state, done
 
     def evaluate(self, state: State, step: int) -> None:
         """Answers held-out problems, by draws as in training and by the likeliest tokens."""
-        with self.metrics.paused():
+        with self.metrics.paused(), self.phases.of(EVALUATE):
             trained = self._trained(state)
             figures, first = self.learner.evaluate(trained, self.config.eval_problems, self.learner.sizes.temperature)
             greedy, _ = self.learner.evaluate(trained, self.config.eval_problems, 0.0)

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from deepseek_jax.train.wandb_run import WandbRun
+
 FLUSH_S = 10.0  # between the moments at which events reach the disk
 
 # Figure -> tag; any other figure is an auxiliary loss, or a reward if there are rewards.
@@ -65,9 +67,13 @@ UNCHARTED = ("checksum", "skipped_in_row")
 
 
 class Board:
-    """The event files of a run in `directory`; one resumed at `start_step` hides what lies after it."""
+    """The event files of a run in `directory`; one resumed at `start_step` hides what lies after it.
 
-    def __init__(self, directory: Path, start_step: int):
+    `beside` receives the same figures.
+    """
+
+    def __init__(self, directory: Path, start_step: int, beside: WandbRun | None = None):
+        self._beside = beside
         self._files = {split: _EventFile(directory / split, start_step) for split in ("train", "held_out")}
 
     def add(
@@ -92,6 +98,8 @@ class Board:
         for name, values in (layers or {}).items():
             into = scalars if values.ndim == 1 else histograms
             into |= {f"routing/{name}/{row}": value for row, value in zip(rows, values, strict=True)}
+        if self._beside:
+            self._beside.add(step, split, scalars, histograms)
         self._files[split].add(step, scalars, histograms)
 
     def add_text(self, step: int, split: str, tag: str, text: str) -> None:
@@ -101,6 +109,8 @@ class Board:
     def close(self) -> None:
         """Writes what is left and closes all files, also if one of them raises an OSError."""
         try:
+            if self._beside:
+                self._beside.close()
             self._files["train"].close()
         finally:
             self._files["held_out"].close()

@@ -22,7 +22,11 @@ from deepseek_jax.parallel.mesh import batch_share, global_batch, largest
 from deepseek_jax.train.attempts import Attempts
 from deepseek_jax.train.average import MovingAverage
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
+from deepseek_jax.train.hosts import Hosts
+from deepseek_jax.train.ledger import Ledger
 from deepseek_jax.train.metrics import Metrics, bits_per_byte
+from deepseek_jax.train.phases import COMPILE, EVALUATE, INPUT, SAVE, STEP, WAIT, Phases
+from deepseek_jax.train.profiles import Profiles
 from deepseek_jax.train.ramp import BatchRamp, Shares, share
 from deepseek_jax.train.redundant import RedundantEvaluator, imbalance
 from deepseek_jax.train.step import Evaluation, Report, State, Trainer
@@ -76,7 +80,8 @@ class StopPoll:
 class Loop:
     """A run from its checkpoint (or the beginning) to its last step.
 
-    `meta` is kept beside each checkpoint. `average` is saved as "ema"; `judge_average`: evaluations take it.
+    `meta` is kept beside each checkpoint. `average` is saved as "ema"; `judge_average`: evaluations take it. `phases`
+    hears what the run is doing; `ledger`, `hosts` and `profiles` report on it.
     """
 
     def __init__(
@@ -92,11 +97,17 @@ class Loop:
         meta: dict,
         average: MovingAverage | None = None,
         judge_average: bool = False,
+        phases: Phases | None = None,
+        ledger: Ledger | None = None,
+        hosts: Hosts | None = None,
+        profiles: Profiles | None = None,
     ):
         self.trainer, self.ramp, self.config = trainer, ramp, config
         self.training, self.held_out = training, held_out
         self.checkpoints, self.metrics, self.meta = checkpoints, metrics, meta
         self.average, self.judge_average = average, judge_average
+        self.phases = phases or Phases()
+        self.ledger, self.hosts, self.profiles = ledger, hosts, profiles
         self._logged: int | None = None
         byte_lengths_V = jnp.zeros((trainer.vocab_size,), jnp.int32)
         byte_lengths_V = byte_lengths_V.at[: training.vocab_size].set(training.tokenizer.byte_lengths())
@@ -118,18 +129,27 @@ class Loop:
             return state
         if start == 0:
             self.evaluate(state, 0)
+        with self.phases.of(STEP):
+            return self._steps(state, start, poll)
+
+    def _steps(self, state: State, start: int, poll: StopPoll) -> State:
+        """Trains from `state`, that after `start` steps."""
         waiting: tuple[int, Report] | None = None
         done = start
         batches = self.batches(start)
         try:
             for done, batch in enumerate(batches, start + 1):
-                state, report = self.trainer.step(state, batch)
+                if self.profiles:
+                    self.profiles.before(done)
+                with self.phases.of(COMPILE if done == start + 1 else STEP):
+                    state, report = self.trainer.step(state, batch)
                 if self.average:
                     self.average.add(state["params"], report.finite)
                 if waiting:
                     self.check_finite(*waiting)
                 waiting, self._loads = (done, report), report.loads
-                stopping = poll.should_stop(done)
+                with self.phases.of(WAIT):
+                    stopping = poll.should_stop(done)
                 if done == start + 1 or self.is_due(done, self.config.log_every):
                     self.log(done, report, state)
                 if self.is_due(done, self.config.eval_every):
@@ -151,12 +171,19 @@ class Loop:
     def batches(self, start: int) -> Generator[Batch]:
         """The global batches of the steps from `start` on, read ahead."""
         steps = range(start, self.config.steps)
-        for rows in self.training.batches(Shares(self.ramp, steps, *batch_share(self.trainer.mesh))):
+        read = iter(self.training.batches(Shares(self.ramp, steps, *batch_share(self.trainer.mesh))))
+        while True:
+            with self.phases.of(INPUT):
+                rows = next(read, None)
+            if rows is None:
+                return
             yield global_batch(rows, self.trainer.mesh)
 
     def check_finite(self, step: int, report: Report) -> None:
         """Reports a step that was skipped; raises UserError after too many in a row."""
-        in_row = int(report.skipped_in_row)
+        with self.phases.of(WAIT):
+            in_row = int(report.skipped_in_row)
+        self.phases.progress()
         if not in_row:
             return
         what = f"loss {float(report.loss):.4g}, gradient norm {float(report.gradient_norm):.4g}"
@@ -169,7 +196,8 @@ class Loop:
 
     def log(self, step: int, report: Report, state: State) -> None:
         """Writes a step's figures."""
-        report = jax.device_get(report)
+        with self.phases.of(WAIT):
+            report = jax.device_get(report)
         scalars = {name: getattr(report, name).item() for name in Report._fields if name not in NOT_LOGGED}
         scalars |= {name: loss.item() for name, loss in report.auxiliary.items()}
         scalars["bits_per_byte"] = bits_per_byte(scalars["main"], self.training.bytes_per_token)
@@ -186,12 +214,17 @@ class Loop:
         exchange = exchange_figures(self.trainer, report)
         self.metrics.step(step, scalars, layers, tokens=tokens, rows=names, exchange=exchange)
         self.checkpoints.report()
+        if self.hosts:
+            with self.phases.of(WAIT):
+                self.hosts.compare(step)
+        if self.ledger:
+            self.ledger.note(step, due=False)
 
     def evaluate(self, state: State, step: int) -> float | None:
         """Bits per byte of the main model on held-out text; what is recorded besides is its loss per target."""
         if self.held_out is None:
             return None
-        with self.metrics.paused():
+        with self.metrics.paused(), self.phases.of(EVALUATE):
             if self.average and self.judge_average:
                 state = state | {"params": self.average.params()}
             evaluate, balance = self._evaluation(state)
@@ -220,11 +253,13 @@ class Loop:
 
     def save(self, step: int, state: State) -> None:
         """Hands the state to the checkpointer, which writes while training continues."""
-        with self.metrics.paused():
+        with self.metrics.paused(), self.phases.of(SAVE):
             stored = self.trainer.store(state)
             if self.average:  # beside the state, which may be `stored` itself and goes into the next step
                 stored = stored | {EMA: self.trainer.store({"params": self.average.params()})["params"]}
             self.checkpoints.save(step, stored, self.meta)
+        if self.ledger:
+            self.ledger.note(step)
 
 
 def rows_of(tree: dict) -> np.ndarray:

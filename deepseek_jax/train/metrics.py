@@ -18,7 +18,7 @@ import math
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self, TextIO
@@ -34,6 +34,7 @@ from deepseek_jax.streams import is_terminal
 from deepseek_jax.train.board import Board
 from deepseek_jax.train.figures import FIGURES, LEGEND, SPEED, columns
 from deepseek_jax.train.live import open_live
+from deepseek_jax.train.wandb_run import WandbRun
 from deepseek_jax.units import duration
 
 EXPERT_LOADS = "expert_load.json"  # in a workdir: tokens of each expert in each layer, of the step logged last
@@ -82,6 +83,7 @@ class Metrics:
       live: draw a live view; None: if `stream` is a terminal.
       enabled: False writes nothing (processes other than the first).
       verb: heads the live view.
+      charts: makes the run of another service that receives the figures as well.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Metrics:
         live: bool | None = None,
         enabled: bool = True,
         verb: str = "train",
+        charts: Callable[[], WandbRun] | None = None,
     ):
         self.total_steps, self.tokens_per_step = total_steps, tokens_per_step
         self.flops_per_token, self.peak_flops = flops_per_token, (peak_flops(device_kind) or 0.0) * n_devices
@@ -117,7 +120,7 @@ class Metrics:
         self._live: Any = None
         self._is_explained = False
         if enabled:
-            self._open(Path(workdir))
+            self._open(Path(workdir), charts() if charts else None)
             if is_terminal(self.stream) if live is None else live:
                 self._live = open_live(self)
 
@@ -236,14 +239,14 @@ class Metrics:
         rate = self.speed.get("seconds_per_step")
         return None if rate is None else rate * max(self.total_steps - self.now, 0)
 
-    def _open(self, workdir: Path) -> None:
+    def _open(self, workdir: Path, beside: WandbRun | None) -> None:
         """Opens the log, cut back to `start_step`, and TensorBoard."""
         path = workdir / "metrics.jsonl"
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             kept = [record for record in read_log(path) if 0 < self._start_step >= record["step"]]
             write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
-            self._board = Board(workdir / "tensorboard", self._start_step)
+            self._board = Board(workdir / "tensorboard", self._start_step, beside)
             self._log = path.open("a", encoding="utf-8")
             self._loads = workdir / EXPERT_LOADS
         except OSError as error:

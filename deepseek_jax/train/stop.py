@@ -7,10 +7,15 @@ While the run is prepared there is nothing to save: a signal raises KeyboardInte
     third Ctrl-C     ends at once, as SIGKILL would; older checkpoints are intact
 
 Ctrl-C within half a second of the first counts as the same one: launchers pass on a signal that has arrived already.
+
+Python runs a handler when the main thread is back from native code, which a collective with a lost process never is.
+The number of a signal is therefore also written to a socket, at once, which any thread may ask (`heard`).
 """
 
+import contextlib
 import os
 import signal
+import socket
 import time
 from types import FrameType
 from typing import Self
@@ -33,8 +38,14 @@ class StopRequest:
         self.signal: int | None = None
         self.is_running = False
         self._ctrl_c, self._last_s = 0, 0.0
+        self._heard: tuple[int, float] | None = None
+        self._ends: tuple[socket.socket, ...] = ()  # that is read from, that the numbers are written to
 
     def __enter__(self) -> Self:
+        self._ends = socket.socketpair()
+        for end in self._ends:
+            end.setblocking(False)
+        self._wakeup_before = signal.set_wakeup_fd(self._ends[1].fileno(), warn_on_full_buffer=False)
         kept = [number for number in SIGNALS if number != getattr(signal, "SIGHUP", None) or not _is_ignored(number)]
         self._before = {number: signal.signal(number, self._note) for number in kept}
         return self
@@ -42,6 +53,19 @@ class StopRequest:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        ends, self._ends = self._ends, ()
+        for end in ends:
+            end.close()
+
+    def heard(self) -> tuple[int, float] | None:
+        """Returns the first of these signals that came and when (time.monotonic) this first saw it; in any thread."""
+        ends = self._ends
+        with contextlib.suppress(OSError):  # nothing there, or closed meanwhile
+            arrived = ends[0].recv(64) if ends else b""
+            if self._heard is None and (known := [number for number in arrived if number in SIGNALS]):
+                self._heard = known[0], time.monotonic()
+        return self._heard
 
     def begin(self) -> None:
         """From here on signals wait for a step to end."""

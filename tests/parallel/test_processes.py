@@ -107,15 +107,18 @@ PIPELINE = ("mesh.pipe=2", "mesh.data=2", "pipeline.micro_batches=4")  # each pr
 
 
 def start(
-    workdir: Path, steps: int, n_processes: int, *overrides: str, mesh: tuple[str, ...] = TWO_BY_TWO
+    workdir: Path, steps: int, n_processes: int, *overrides: str, mesh: tuple[str, ...] = TWO_BY_TWO, **variables: str
 ) -> list[subprocess.Popen]:
-    """The train verb on four CPU devices in all, shared out over processes joined through the loopback."""
+    """The train verb on four CPU devices in all, shared out over processes joined through the loopback.
+
+    `variables` are of their environment.
+    """
     words = [f"--config={CONFIG}", f"--workdir={workdir}", "--no-sample", f"--config.loop.steps={steps}"]
     words += [f"--config.data.source={workdir.parent}/*.txt", f"--config.data.cache_dir={workdir.parent}/cache"]
     words += [*(f"--config.{size}" for size in mesh), "--config.model.mtp_depth=0", *overrides]  # compiles less
     flags = os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={4 // n_processes}"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(CLUSTERS[1:])}
-    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_NUM_PROCESSES": str(n_processes)}
+    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_NUM_PROCESSES": str(n_processes)} | variables
     if n_processes > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -216,3 +219,60 @@ def test_a_directory_that_is_taken_stops_all_processes(tmp_path):
     assert codes == [2, 2]
     assert "being written by another run" in printed(tmp_path / "run", 0)
     assert "process 0" in printed(tmp_path / "run", 1)
+
+
+HEARTBEAT_S, STEP_S, STOP_S = 10, 40, 20  # of the runs below
+
+
+def sleeps_on_request(folder: Path) -> dict[str, str]:
+    """Variables with which SIGUSR1 makes the main thread of a Python program sleep, while its other threads run."""
+    (folder / "sitecustomize.py").write_text(
+        "import signal, time\nsignal.signal(signal.SIGUSR1, lambda *_: time.sleep(3600))\n"
+    )
+    return {"PYTHONPATH": str(folder)}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("how", "victim", "also", "within_s"),
+    [
+        (signal.SIGKILL, 1, None, HEARTBEAT_S + 5),
+        (signal.SIGKILL, 0, None, HEARTBEAT_S + 5),
+        (signal.SIGSTOP, 1, None, HEARTBEAT_S + 5),
+        (signal.SIGSTOP, 0, None, HEARTBEAT_S + 5),
+        (signal.SIGUSR1, 1, None, STEP_S + 10),
+        (signal.SIGUSR1, 0, None, STEP_S + 10),
+        (signal.SIGUSR1, 1, signal.SIGTERM, STOP_S + 10),
+    ],
+    ids=["killed", "first-killed", "stopped", "first-stopped", "stuck", "first-stuck", "stuck-then-terminated"],
+)
+def test_all_processes_end_soon_after_one_is_gone_or_stuck(tmp_path, how, victim, also, within_s):
+    """A process that is killed or stopped; one that is alive and does nothing, also when a signal asks all to stop."""
+    write_corpus(tmp_path)
+    workdir = tmp_path / "run"
+    step_s = 1000 if also else STEP_S
+    limits = {"heartbeat_s": HEARTBEAT_S, "step_s": step_s, "stop_s": STOP_S}
+    words = [f"--config.watch.{name}={value}" for name, value in limits.items()]
+    words += ["--config.loop.eval_every=0", "--config.checkpoint.every=100000"]
+    processes = start(workdir, 1_000_000, 2, *words, **sleeps_on_request(tmp_path))
+    try:
+        wait_for_steps(workdir, 5, processes)
+        begin_s = time.monotonic()
+        processes[victim].send_signal(how)
+        for process in processes if also else ():
+            process.send_signal(also)
+        expected = processes if how == signal.SIGUSR1 else [processes[1 - victim]]
+        codes = [process.wait(timeout=within_s + 60) for process in expected]
+        took_s = time.monotonic() - begin_s
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    print(f"{how.name} to process {victim}: codes {codes} after {took_s:.1f} s")
+    ended_by_jax = {-signal.SIGABRT} if victim == 0 else set()
+    assert set(codes) <= {LOST} | ended_by_jax and LOST in codes + [LOST] * bool(ended_by_jax)
+    assert took_s < within_s
+    if how == signal.SIGUSR1:
+        stacks = [(workdir / "hosts" / f"process_{index}.stacks").read_text() for index in (0, 1)]
+        assert "sleep" in stacks[victim] or "sitecustomize" in stacks[victim]
+        assert "_training.py" in stacks[1 - victim]

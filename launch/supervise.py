@@ -1,0 +1,149 @@
+"""Start a command again whenever it dies, as long as its checkpoints advance.
+
+    deepseek-jax supervise -- deepseek-jax train --config=tiny_v3 --workdir=runs/a
+    deepseek-jax supervise --deaths=4 -- deepseek-jax rl --config=tiny_zero --workdir=runs/b
+    srun deepseek-jax supervise -- deepseek-jax train --config=v3_671b --workdir=/shared/run     # on every process
+
+The command resumes from its last checkpoint, as the verbs that train do. Progress is a newer committed step in the
+workdir, that of the command's own --workdir=DIR unless --workdir names another. A start that dies waits before the
+next one: --wait seconds, twice as long after each death without progress, five minutes at most. Where a run has
+several processes, each is supervised: the first to end must not come back before the others have left, so keep --wait
+above 10. After --deaths deaths in a row without progress it gives up.
+
+Signals are passed on, and after one nothing is started again. Exit codes that end it at once, for another start would
+end likewise: 0; 2 (something to correct); 130 (Ctrl-C). Any other (1, 75, killed by a signal) counts as a death; the
+last one's code is that of supervise (128 + the signal's number where a signal killed it).
+"""
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from deepseek_jax import streams
+from deepseek_jax.bounds import number, whole
+from deepseek_jax.errors import UserError
+from deepseek_jax.launch import _options
+
+LONGEST_WAIT_S = 300.0
+FINAL = (0, 2, 130)  # exit codes after which another start would not help
+PASSED_ON = tuple(
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCONT")
+    if hasattr(signal, name)
+)
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+EXTRA = {
+    "deaths": (int, 2, "deaths in a row without a newer checkpoint, after which it gives up", whole(1, 1000)),
+    "wait": (float, 15.0, "seconds before the next start", number(0, LONGEST_WAIT_S)),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb; returns the exit code."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    own, command = argv[:end], argv[end + 1 :]
+    options = _options.parse(own, extra=EXTRA, config=False)
+    if not command:
+        raise UserError("no command to supervise. Write: deepseek-jax supervise -- deepseek-jax train --workdir=DIR")
+    workdir = options.workdir or workdir_of(command)
+    return Supervisor(command, workdir, options.deaths, options.wait).run()
+
+
+def workdir_of(command: list[str]) -> Path:
+    """Returns the workdir that a command line names. Raises UserError if it names none."""
+    for index, word in enumerate(command):
+        name, equals, value = word.partition("=")
+        if name == "--workdir" and (equals or index + 1 < len(command)):
+            return Path(value if equals else command[index + 1]).expanduser()
+    raise UserError(
+        "the command names no --workdir=DIR, whose checkpoints show its progress. Add it to the command, or write "
+        "deepseek-jax supervise --workdir=DIR -- COMMAND."
+    )
+
+
+def newest_step(workdir: Path) -> int:
+    """Returns the newest committed step of a run, -1 without any."""
+    from deepseek_jax.train.checkpoint.manifest import committed_steps
+
+    return max(committed_steps(workdir / "checkpoints"), default=-1)
+
+
+class Supervisor:
+    """Starts `command` until it ends well, must be corrected, gets a signal to stop or dies too often without progress.
+
+    Args:
+        command: the words of the command.
+        workdir: of the run that it trains.
+        deaths: in a row without a newer checkpoint, after which it gives up.
+        wait_s: before the next start; doubles with each such death.
+        sleep: waits; returns early once a signal came.
+    """
+
+    def __init__(
+        self,
+        command: list[str],
+        workdir: Path,
+        deaths: int,
+        wait_s: float,
+        sleep: Callable[[float], None] | None = None,
+    ):
+        self.command, self.workdir, self.deaths, self.wait_s = command, workdir, deaths, wait_s
+        self._sleep = sleep or self._wait
+        self._child: subprocess.Popen | None = None
+        self._signal: int | None = None
+
+    def run(self) -> int:
+        """Returns the exit code."""
+        before = {number: signal.signal(number, self._pass_on) for number in PASSED_ON}
+        try:
+            return self._supervise()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _supervise(self) -> int:
+        in_vain, newest = 0, newest_step(self.workdir)
+        while True:
+            code = self._start()
+            if code in FINAL or self._signal is not None:
+                return code
+            reached = newest_step(self.workdir)
+            in_vain = 0 if reached > newest else in_vain + 1
+            at = f"checkpoint of step {reached}" if reached >= 0 else "no checkpoint"
+            if in_vain >= self.deaths:
+                streams.note(f"supervise: code {code}, {at}: {in_vain} deaths without progress. Not started again.")
+                return code
+            newest = max(newest, reached)
+            wait_s = min(self.wait_s * 2 ** max(in_vain - 1, 0), LONGEST_WAIT_S)
+            streams.note(f"supervise: code {code}, {at}. Starts again in {wait_s:.0f} s.")
+            self._sleep(wait_s)
+            if self._signal is not None:
+                return 128 + self._signal
+
+    def _start(self) -> int:
+        """Runs the command once; returns its exit code as a shell shows it."""
+        if self._signal is not None:
+            return 128 + self._signal
+        try:
+            self._child = subprocess.Popen(self.command)
+        except OSError as error:
+            raise UserError(f"{self.command[0]}: cannot be started ({error.strerror}).") from error
+        if self._signal is not None:  # it came while the process was made
+            self._child.send_signal(self._signal)
+        code = self._child.wait()
+        self._child = None
+        return code if code >= 0 else 128 - code
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        if number in ENDING:
+            self._signal = self._signal or number
+        if self._child is not None and self._child.poll() is None:
+            self._child.send_signal(number)
+
+    def _wait(self, seconds: float) -> None:
+        end_s = time.monotonic() + seconds
+        while self._signal is None and (left_s := end_s - time.monotonic()) > 0:
+            time.sleep(min(left_s, 0.2))
