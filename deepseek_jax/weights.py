@@ -30,6 +30,7 @@ from deepseek_jax.layers.base import Tree
 from deepseek_jax.layers.lora import Lora
 from deepseek_jax.parallel.mesh import REPLICATED, shardings
 from deepseek_jax.saved_config import completed, from_json
+from deepseek_jax.storage import Place
 from deepseek_jax.train.checkpoint import manifest
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 
@@ -264,9 +265,10 @@ def saved_config(checkpoints: Checkpointer) -> ConfigDict:
     return config_in(meta, checkpoints.directory)
 
 
-def config_in(meta: dict, directory: Path) -> ConfigDict:
+def config_in(meta: dict, directory: Place) -> ConfigDict:
     """The config that the meta of a checkpoint in `directory` holds; see `release.moved` for a run that has moved."""
-    return release.moved(completed(from_json(meta["config"])), directory.parent)
+    config = completed(from_json(meta["config"]))
+    return release.moved(config, directory.parent) if isinstance(directory, Path) else config
 
 
 def check_shapes(path: str | os.PathLike, stored: Tree, expected: Tree) -> None:

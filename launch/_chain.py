@@ -111,7 +111,7 @@ def run(config: ConfigDict, workdir: Path, again: str, stages: tuple[Stage, ...]
     """Runs the stages that are not done; returns the exit code, and prints the table at the end."""
     from deepseek_jax.compat import keep_freed_memory, start_compilation_cache
     from deepseek_jax.rl.rewards import Rewards
-    from deepseek_jax.train.checkpoint.manifest import WriterLock
+    from deepseek_jax.train.checkpoint.writer import WriterLock
 
     keep_freed_memory()
     _sampling.check_alone("r1")

@@ -50,6 +50,8 @@ def test_every_verb_says_so(words, capsys):
 @pytest.mark.parametrize("path", SOMEWHERE)
 def test_every_function_says_so(path):
     for ask in (deepseek_jax.load, open_tokenizer, lambda path: open_corpus(path, "text"), Checkpointer):
+        if ask is Checkpointer and path.startswith(("gs:", "s3:")):
+            continue
         with pytest.raises(UserError, match="Give a path here"):
             ask(path)
 

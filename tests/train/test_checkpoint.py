@@ -211,7 +211,8 @@ def test_the_newest_committed_steps_are_kept(checkpoints, told):
         checkpoints.save(step, make_state(step))
     checkpoints.wait()
     assert checkpoints.steps() == [20, 30] and checkpoints.latest() == 30 and told == []
-    assert sorted(os.listdir(checkpoints.directory)) == [".writer", "step_00000020", "step_00000030"]
+    assert sorted(os.listdir(checkpoints.directory)) == [".writer", "shards", "step_00000020", "step_00000030"]
+    assert sorted(os.listdir(checkpoints.directory / "shards")) == ["step_00000020", "step_00000030"]
 
 
 def test_unfinished_steps_are_neither_used_nor_counted_and_go_at_the_next_save(checkpoints, told):
@@ -226,7 +227,7 @@ def test_unfinished_steps_are_neither_used_nor_counted_and_go_at_the_next_save(c
     assert told == ["step 40 was never finished (it has no COMMIT); it is ignored."]
     checkpoints.save(20, make_state(20))
     checkpoints.wait()
-    assert sorted(os.listdir(checkpoints.directory)) == [".writer", "step_00000010", "step_00000020"]
+    assert sorted(os.listdir(checkpoints.directory)) == [".writer", "shards", "step_00000010", "step_00000020"]
 
 
 def test_saving_a_committed_step_again_does_nothing_and_says_so(checkpoints, told):
@@ -283,7 +284,7 @@ def test_nothing_there_and_wrong_places_are_user_errors(tmp_path):
     with pytest.raises(UserError, match="no checkpoint in"):
         Checkpointer(tmp_path, read_only=True).restore({})
     with pytest.raises(UserError, match="mounted file system"):
-        Checkpointer("gs://bucket/run")
+        Checkpointer("hdfs://host/run")
     with pytest.raises(UserError, match="checkpoint.keep is 0"):
         Checkpointer(tmp_path, keep=0)
     (tmp_path / "file").touch()

@@ -12,11 +12,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.train.checkpoint import manifest
+from deepseek_jax.storage import Store
+from deepseek_jax.train.checkpoint import manifest, shards, tree
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 
 RNG = np.random.default_rng(0)
@@ -73,10 +73,11 @@ def delete(path: Path):
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, overwrite, delete])
 def test_damage_to_any_file_is_named_and_the_step_before_is_used(two_steps, tmp_path, damage):
-    names = [file.relative_to(two_steps).as_posix() for file in two_steps.glob("step_00000020/**/*") if file.is_file()]
-    assert {"COMMIT", "MANIFEST.json", "config.json", "meta.json", "_METADATA"} < {
-        name.split("/")[-1] for name in names
-    }
+    names = [
+        file.relative_to(two_steps).as_posix() for file in two_steps.glob("**/step_00000020/**/*") if file.is_file()
+    ]
+    kinds = {"COMMIT", "MANIFEST.json", "config.json", "meta.json", "00000_000000", "BEGUN", "00000.json"}
+    assert kinds == {name.split("/")[-1] for name in names}
     for i, name in enumerate(sorted(names)):
         copy = tmp_path / str(i)
         shutil.copytree(two_steps, copy)
@@ -84,8 +85,11 @@ def test_damage_to_any_file_is_named_and_the_step_before_is_used(two_steps, tmp_
         told = []
         with Checkpointer(copy, warn=told.append) as checkpoints:
             step, state, meta = checkpoints.restore(abstract())
+        assert_is(state, step)
+        if name.endswith(("BEGUN", "00000.json")):  # nothing is read from them once the step is committed
+            assert step == 20 and told == []
+            continue
         assert step == 10 and meta == {"config": {"n": 10}, "note": 10}, name
-        assert_is(state, 10)
         assert len(told) == 1 and "step 20" in told[0] and os.path.basename(name) in told[0], (name, told)
 
 
@@ -105,10 +109,10 @@ def test_the_complaint_says_what_is_wrong(two_steps, tmp_path):
 def test_no_intact_step_left_is_an_error_and_never_a_fresh_start(two_steps, tmp_path):
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     for step in (10, 20):
-        flip_a_bit(tmp_path / f"step_{step:08d}" / "arrays" / "_METADATA")
+        flip_a_bit(next(tmp_path.glob(f"shards/step_{step:08d}/*/00000_000000")))
     checkpoints = Checkpointer(tmp_path, read_only=True)
     assert checkpoints.latest() == 20
-    with pytest.raises(UserError, match="step 20: arrays/_METADATA has changed.*step 10: arrays/_METADATA has changed"):
+    with pytest.raises(UserError, match="step 20: shards/.* has changed.*step 10: shards/.* has changed"):
         checkpoints.restore(abstract())
 
 
@@ -205,7 +209,7 @@ def no_space(*_, **__):
 
 @pytest.mark.parametrize(
     "owner, name",
-    [(ocp.AsyncCheckpointer, "save"), (ocp.AsyncCheckpointer, "wait_until_finished"), (manifest, "write_atomically")],
+    [(Store, "write"), (Store, "write_if_absent"), (shards, "write"), (tree, "on_host"), (manifest, "begin")],
 )
 def test_no_space_at_any_stage_of_a_save(tmp_path, monkeypatch, owner, name):
     told = []
@@ -217,7 +221,8 @@ def test_no_space_at_any_stage_of_a_save(tmp_path, monkeypatch, owner, name):
             checkpoints.save(20, make_state(20))
             assert not checkpoints.wait()
         assert len(told) == 1 and "step 20 was NOT saved: no space left on the disk" in told[0]
-        assert sorted(os.listdir(tmp_path)) == [".writer", "step_00000010"]
+        assert sorted(os.listdir(tmp_path)) == [".writer", "shards", "step_00000010"]
+        assert os.listdir(tmp_path / "shards") == ["step_00000010"]
         checkpoints.save(20, make_state(20))
         assert checkpoints.wait() and checkpoints.steps() == [10, 20] and len(told) == 1
 
@@ -238,7 +243,8 @@ def test_a_delete_that_fails_is_told_once_and_survived(tmp_path, monkeypatch):
         assert checkpoints.restore(abstract())[0] == 30
         checkpoints.save(40, make_state(40))
         checkpoints.wait()
-        assert sorted(os.listdir(tmp_path)) == [".writer", "step_00000040"]
+        assert sorted(os.listdir(tmp_path)) == [".writer", "shards", "step_00000040"]
+        assert os.listdir(tmp_path / "shards") == ["step_00000040"]
 
 
 def test_a_save_that_the_end_of_the_program_cut_off_is_told(tmp_path):
@@ -267,7 +273,7 @@ KILLED = """
 import os, shutil, signal, sys, threading
 from pathlib import Path
 import jax, numpy as np
-import orbax.checkpoint as ocp
+from deepseek_jax.storage import Store
 from deepseek_jax.train.checkpoint import manifest
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 from test_checkpoint_faults import make_state
@@ -284,7 +290,7 @@ def die_at(owner, name, call):
         return inner(*args, **kwargs)
     setattr(owner, name, entered)
 
-owners = {"finalize": ocp.PyTreeCheckpointHandler, "replace": os, "fsync": os, "rmtree": shutil}
+owners = {"write": Store, "write_if_absent": Store, "rmtree": shutil}
 root = Path(sys.argv[1])
 for case in sys.argv[2:]:
     child = os.fork()
@@ -307,9 +313,10 @@ for case in sys.argv[2:]:
 
 @pytest.mark.slow
 def test_sigkill_at_any_moment_leaves_a_good_step(tmp_path):
-    """Killed on entering a stage of the third save (or of the deletion after it), and at odd times."""
-    stages = ["finalize:1", "commit:1", "fsync:3", "replace:1", "replace:3", "replace:4", "rmtree:1"]
-    cases = stages + [f"after:{seconds:.6f}" for seconds in RNG.uniform(0, 0.4, size=3)]
+    """Killed at each write of the third save, at the deletion after it, and at odd times."""
+    stages = [f"write:{number}" for number in range(1, 6)]  # BEGUN, an object, the list of it, meta.json, config.json
+    stages += ["write_if_absent:1", "write_if_absent:2", "rmtree:1", "rmtree:2"]  # MANIFEST.json, COMMIT
+    cases = stages + [f"after:{seconds:.6f}" for seconds in RNG.uniform(0, 0.4, size=2)]
     done = run_python(KILLED, tmp_path, *cases)
     assert done.returncode == 0, done.stderr
     for case in cases:
@@ -322,5 +329,6 @@ def test_sigkill_at_any_moment_leaves_a_good_step(tmp_path):
             assert all("never finished" in message for message in told), (case, told)
             checkpoints.save(step + 1, make_state(step + 1))
             assert checkpoints.wait() and checkpoints.steps()[-2:] == [step, step + 1]
-        left = {name for name in os.listdir(tmp_path / case) if name.startswith("step_")}
-        assert left == {f"step_{step:08d}", f"step_{step + 1:08d}"}, case
+        for folder in (tmp_path / case, tmp_path / case / "shards"):
+            left = {name for name in os.listdir(folder) if name.startswith("step_")}
+            assert left == {f"step_{step:08d}", f"step_{step + 1:08d}"}, case

@@ -22,6 +22,7 @@ from deepseek_jax.train.checkpoint import manifest, streamed
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 from deepseek_jax.train.checkpoint.streamed import StepReader, StreamedStep
 from deepseek_jax.train.checkpoint.tree import flatten
+from tests.train.format_1 import write_format_1
 
 # (shape, dtype, axes that an index names); blocks of 200 bytes cut the embedding unevenly.
 ARRAYS = {
@@ -112,11 +113,12 @@ def test_restored_on_a_mesh_is_what_was_written(written):
         assert arrays[name].sharding == NamedSharding(mesh, spec)
 
 
-def test_a_reader_takes_pieces_from_our_files_and_from_orbax(written, tmp_path):
+def test_a_reader_takes_pieces_from_files_of_every_format(written, tmp_path):
     state = unflatten_dict({name: jnp.asarray(content(name)) for name in ARRAYS}, sep="/")
-    with Checkpointer(tmp_path / "orbax") as checkpoints:
+    write_format_1(tmp_path / "orbax", 0, state, {})
+    with Checkpointer(tmp_path / "shards") as checkpoints:
         checkpoints.save(0, state)
-    for directory in (written, tmp_path / "orbax"):
+    for directory in (written, tmp_path / "orbax", tmp_path / "shards"):
         reader = StepReader(directory, 0)
         assert reader.arrays == {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in DESCRIBED.items()}
         assert_exact({name: reader(name) for name in reader.arrays})

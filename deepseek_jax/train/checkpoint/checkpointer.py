@@ -1,22 +1,25 @@
-"""Checkpoints: Orbax writes the arrays, a manifest verifies them; a corrupted step falls back to the previous one.
+"""Checkpoints: each process writes and hashes its own part of the state; a damaged step falls back to the one before.
 
-    with Checkpointer(workdir / "checkpoints", keep=3) as checkpoints:
+    with Checkpointer(workdir / "checkpoints", keep=3) as checkpoints:           # or storage.place("gs://bucket/a")
         if checkpoints.latest() is not None:
             step, state, meta = checkpoints.restore(abstract_state)   # ShapeDtypeStructs with shardings, on any mesh
         checkpoints.save(step, state, {"config": config})             # returns at once; state may be donated
 
-Orbax alone restores wrong numbers after one flipped bit, silently casts dtypes, reports a full disk late or never,
-and ignores a save to a step that exists. Here every file is hashed and COMMIT comes last (`manifest.py`), so that a
-step either is bit for bit what was saved or is refused by name. The price: a save is done only after a second pass
-over its bytes (in the background), and a restore reads them twice.
+Every byte is hashed from memory as it is written, and COMMIT comes last (`manifest.py`, `shards.py`), so that a step
+either is bit for bit what was saved or is refused by name. A process reads and compares only what its own devices are
+to hold; whoever finds damage says so, and all fall back together.
 
-A failed save never stops the training: the reason goes to `warn`, once, at the next call.
+A failed save never stops the training: the reason goes to `warn`, once, at the next call. If it fails on one process,
+all know (`votes.py`). Steps in format 1, written by older versions or by conversions, are read by Orbax after process 0
+has compared their files.
 """
 
 import atexit
 import contextlib
+import json
 import logging
 import os
+import secrets
 import sys
 import threading
 from collections import deque
@@ -27,18 +30,22 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.parallel.mesh import largest
 from deepseek_jax.paths import check_local
+from deepseek_jax.storage import Place, Remote, StorageError, open_store, place
+from deepseek_jax.train.checkpoint import grid, shards, tree
 from deepseek_jax.train.checkpoint import manifest as files
-from deepseek_jax.train.checkpoint import tree
+from deepseek_jax.train.checkpoint.grid import Piece
 from deepseek_jax.train.checkpoint.manifest import CheckpointDamaged
+from deepseek_jax.train.checkpoint.votes import Ballot, reason
+from deepseek_jax.train.checkpoint.writer import Lease, WriterLock, sole_writer
 
 SAVE_TIMEOUT_S = 3600
 _SKIP, _WRITE, _REFUSE, _FAIL = range(4)  # process 0's verdict on a save, broadcast to all
+_GOOD, _DAMAGED, _UNREACHABLE = range(3)  # what became of reading a step
 
 
 def print_warning(message: str) -> None:
@@ -48,25 +55,31 @@ def print_warning(message: str) -> None:
 
 
 class Checkpointer:
-    """The checkpoints of one directory, the newest `keep` of them; one writer, any number of readers.
+    """The checkpoints of one directory or place in a bucket, the newest `keep`; one writer, any number of readers.
 
-    All processes of a run construct it and call its methods together; process 0 alone hashes, commits and deletes, on a
-    file system that all of them share. `warn` receives each message once, in the thread that calls.
+    All processes of a run construct it and call its methods together; they share the file system or reach the bucket.
+    A save fails unless all of them have written their parts within `deadline_s`. `warn` receives each message once, in
+    the thread that calls.
     """
 
     def __init__(
         self,
-        directory: str | os.PathLike,
+        directory: str | os.PathLike | Remote,
         keep: int = 3,
         *,
         read_only: bool = False,
         warn: Callable[[str], None] = print_warning,
+        deadline_s: float = SAVE_TIMEOUT_S,
     ):
-        check_local(directory)
+        where = place(directory)
+        if isinstance(where, Path):
+            check_local(where)
         if keep < 1:
             raise UserError(f"checkpoint.keep is {keep}: expected 1 or more.")
-        self.directory = Path(os.path.abspath(directory))
+        self.directory: Place = Path(os.path.abspath(where)) if isinstance(where, Path) else where
         self.keep = keep
+        self._store = open_store(self.directory)
+        self._ballot = Ballot(deadline_s)
         self._warn = warn
         self._messages: deque[str] = deque()
         self._told: set[str] = set()
@@ -74,23 +87,25 @@ class Checkpointer:
         self._last_save_good = True
         self._restored: int | None = None  # the step this run resumed from
         self._own: set[int] = set()  # committed steps known to lie on this run's path
-        self._lock: files.WriterLock | None = None
-        self._orbax: Any = None
-        _quieten_orbax()
+        self._lock: WriterLock | Lease | None = None
+        self._plan: tuple[dict, list[Piece]] = {}, []  # layout of the last state, and its pieces
+        self._is_writable = not read_only
         if read_only:
             return
         failure = None
         if jax.process_index() == 0:
             try:
-                self.directory.mkdir(parents=True, exist_ok=True)
-                self._lock = files.WriterLock(self.directory)
+                if isinstance(self.directory, Path):
+                    self.directory.mkdir(parents=True, exist_ok=True)
+                self._lock = sole_writer(self._store)
             except UserError as error:
                 failure = error
             except OSError as error:
-                failure = UserError(f"cannot write checkpoints to {self.directory}: {error.strerror}.")
+                failure = UserError(
+                    f"cannot write checkpoints to {self.directory}: {error.strerror}.".replace("..", ".")
+                )
         if not _agree(failure is None):
             raise failure or UserError(f"process 0 cannot write to {self.directory}: see what it says.")
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), timeout_secs=SAVE_TIMEOUT_S)
         atexit.register(self.report)
 
     def __enter__(self) -> Self:
@@ -109,7 +124,7 @@ class Checkpointer:
         replaced, and deleted once a new one is committed. Raises UserError for a state or a step that cannot be
         saved; what goes wrong on the disk is reported through `warn` instead, and leaves the older steps as they were.
         """
-        if self._orbax is None:
+        if not self._is_writable:
             raise UserError(f"{self.directory} was opened to read only (or is closed): nothing can be saved there.")
         arrays = tree.flatten(state)
         texts = files.of_meta(meta or {})
@@ -117,17 +132,16 @@ class Checkpointer:
         if not 0 <= step < 2**31:
             raise UserError(f"checkpoint step {step}: expected 0 or more (and less than 2**31).")
         self.wait()
-        if self._admit(step) != _WRITE:
+        token = _agree(secrets.randbits(31))
+        if self._admit(step, token) != _WRITE:
             return
-        path = files.step_dir(self.directory, step)
-        failure = None
+        failure, parts = "", []
         try:
-            self._orbax.save(path / files.ARRAYS, args=ocp.args.PyTreeSave(unflatten_dict(arrays, sep="/")))
-        except Exception as error:
-            failure = error
+            parts = tree.on_host(arrays, self._mine(arrays))
+        except Exception as error:  # no memory for the copy; all processes meet in the vote
+            failure = reason(error)
         shapes = {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in arrays.items()}
-        # Also after a failure, so that all processes meet in wait().
-        arguments = (step, path, shapes, texts, failure)
+        arguments = (step, token, parts, shapes, texts, failure)
         self._thread = threading.Thread(target=self._finish, args=arguments, name="checkpoint")
         self._thread.start()
 
@@ -154,9 +168,7 @@ class Checkpointer:
             self.wait()
         finally:
             atexit.unregister(self.report)
-            orbax, self._orbax = self._orbax, None
-            if orbax is not None:
-                orbax.close()
+            self._is_writable = False
             if self._lock is not None:
                 self._lock.release()
                 self._lock = None
@@ -169,7 +181,7 @@ class Checkpointer:
 
     def latest(self) -> int | None:
         """Returns the newest committed step that process 0 sees, unverified, or None; reads names only."""
-        newest = _agree(max(self.steps(), default=-1))
+        newest = self._agreed(lambda: max(self.steps(), default=-1) + 1) - 1
         return None if newest < 0 else newest
 
     def restore(
@@ -191,61 +203,84 @@ class Checkpointer:
         may be donated. Raises UserError that names the leaf, or the damaged files.
         """
         self.wait()
-        step = self._choose(step, only=None)
-        path = files.step_dir(self.directory, step)
-        manifest, meta = files.read_manifest(path, step), files.read_meta(path)
-        entries = {name.split("/")[0] for name in manifest["arrays"]}
-        abstract = {key: sub for key, sub in abstract.items() if key not in optional or key in entries}
-        entries -= {*optional} - {*abstract}
-        entries = entries if keys is None else {*keys}
-        saved = {name: a for name, a in manifest["arrays"].items() if name.split("/")[0] in entries}
-        expected = tree.flatten(abstract, leaf_types=object)
-        if dtypes_as_saved:
-            expected |= {name: x.update(dtype=saved[name]["dtype"]) for name, x in expected.items() if name in saved}
-        tree.compare(f"step {step} of {self.directory}", saved, expected)
-        arrays = tree.read_arrays(path / files.ARRAYS, tree.with_shardings(expected)) if expected else {}
+        refused: dict[int, str] = {}
+        while True:
+            candidate = self._agreed(lambda: self._candidate(step, refused))
+            outcome, failure, damage = None, _GOOD, ""
+            try:
+                outcome = self._read(candidate, abstract, keys, optional, dtypes_as_saved)
+            except CheckpointDamaged as error:
+                failure, damage = _DAMAGED, str(error)
+            except StorageError as error:  # which says nothing of the step: no reason to fall back
+                failure, damage = _UNREACHABLE, str(error)
+            worst = largest(failure)[0]
+            if worst == _UNREACHABLE:
+                raise UserError(damage or f"another process could not read step {candidate} of {self.directory}.")
+            if worst == _GOOD:
+                break
+            refused[candidate] = damage or "another process has found damage in its part"
+        for step_refused, why in refused.items():
+            self._say_once(f"damaged, not used: step {step_refused}: {why}. Using step {candidate} instead.")
+        self.report()
+        assert outcome is not None
         if keys is None:
-            self._restored = step
-            self._own = {own for own in self._own if own < step} | {step}
-        return step, tree.refill(abstract, (arrays[name] for name in expected)), meta
+            self._restored = candidate
+            self._own = {own for own in self._own if own < candidate} | {candidate}
+        return candidate, *outcome
 
     def read_meta(self, step: int | None = None) -> tuple[int, dict]:
         """Returns (step, meta) of the newest step (or of `step`) whose metadata is intact; opens no array file."""
-        step = self._choose(step, only=(files.META, files.CONFIG))
+        step = self._agreed(lambda: self._search(step, only=(files.META, files.CONFIG)))
         return step, files.read_meta(files.step_dir(self.directory, step))
 
     def shapes(self, step: int | None = None) -> tuple[int, dict[str, jax.ShapeDtypeStruct]]:
         """Returns (step, {"params/…": shape and dtype}) from the manifest alone."""
-        step = self._choose(step, only=())
+        step = self._agreed(lambda: self._search(step, only=()))
         arrays = files.read_manifest(files.step_dir(self.directory, step), step)["arrays"]
         return step, {name: jax.ShapeDtypeStruct(a["shape"], jnp.dtype(a["dtype"])) for name, a in arrays.items()}
 
     # ---- how
 
-    def _admit(self, step: int) -> int:
+    def _mine(self, arrays: dict[str, jax.Array]) -> list[Piece]:
+        """The pieces of a state that this process writes; they are planned once for all states of a layout."""
+        layout = {name: (array.shape, array.dtype, array.sharding) for name, array in arrays.items()}
+        if self._plan[0] != layout:
+            sizes = {name: array.dtype.itemsize for name, array in arrays.items()}
+            pieces = grid.assigned(tree.held(arrays), sizes)
+            self._plan = layout, [piece for piece in pieces if piece.process == jax.process_index()]
+        return self._plan[1]
+
+    def _admit(self, step: int, token: int) -> int:
         """Decides whether `step` may be written, and clears the ground for it; the same answer on all processes."""
-        verdict, reason = _WRITE, ""
+        verdict, why = _WRITE, ""
         if jax.process_index() == 0:
-            committed = self.steps()
-            newer = [other for other in committed if other > step and not self._is_abandoned(other)]
-            if newer:
-                verdict, reason = _REFUSE, f"{self.directory} already holds steps {newer}, newer than {step}"
-            elif step in committed and not self._is_abandoned(step) and self._is_intact(step):
-                verdict = _SKIP
-                self._messages.append(f"step {step} is saved already; nothing was written.")
-            else:
-                self._clean(also=step)
-                try:
-                    files.step_dir(self.directory, step).mkdir(parents=True)
-                except OSError as error:
-                    verdict = _FAIL
-                    self._give_up(step, error)
+            try:
+                verdict, why = self._judged(step)
+                if verdict == _WRITE:
+                    self._clean(also=step)
+                    files.begin(self.directory, step, token, f"process {os.getpid()}")
+            except OSError as error:
+                verdict = _FAIL
+                self._give_up(step, reason(error))
         verdict = _agree(verdict)
         if verdict == _REFUSE:
-            raise UserError(f"{reason or 'newer steps exist'}. Restore before you save, or choose another directory.")
+            raise UserError(f"{why or 'newer steps exist'}. Restore before you save, or choose another directory.")
         self._last_save_good = verdict == _SKIP
         self.report()
         return verdict
+
+    def _judged(self, step: int) -> tuple[int, str]:
+        """What is to become of a request to save a step, and why it is refused."""
+        if self._lock is not None and not self._lock.is_held():
+            raise PermissionError(13, f"another run has taken over {self.directory}, or it has long not answered")
+        committed = self.steps()
+        newer = [other for other in committed if other > step and not self._is_abandoned(other)]
+        if newer:
+            return _REFUSE, f"{self.directory} already holds steps {newer}, newer than {step}"
+        if step in committed and not self._is_abandoned(step) and self._is_intact(step):
+            self._messages.append(f"step {step} is saved already; nothing was written.")
+            return _SKIP, ""
+        return _WRITE, ""
 
     def _is_abandoned(self, step: int) -> bool:
         return self._restored is not None and step > self._restored and step not in self._own
@@ -271,18 +306,21 @@ class Checkpointer:
         except OSError as error:
             self._say_once(f"step {step} could not be deleted: {error}.")
 
-    def _finish(self, step: int, path: Path, shapes: dict, texts: dict[str, bytes], failure: Exception | None) -> None:
-        """Runs in the background: waits for Orbax on all hosts, hashes, commits, then deletes old steps."""
+    def _finish(self, step: int, token: int, parts: list, shapes: dict, texts: dict[str, bytes], failure: str) -> None:
+        """Runs in the background: writes this process's part, votes; process 0 commits, then deletes old steps."""
+        folder, content = shards.folder_of(files.step_dir(self.directory, step).name, token), ""
         try:
-            if failure is not None:
-                raise failure
-            self._orbax.wait_until_finished()
-            if jax.process_index() == 0:
-                for name, text in texts.items():
-                    files.write_atomically(path / name, text)
-                files.commit(path, step, shapes)
+            if not failure:
+                listed = shards.part_of(shards.write(self._store, folder, self._ballot.index, parts))
+                self._store.write(shards.part_name(folder, self._ballot.index), listed)
+                content = shards.sha256(listed)
         except BaseException as error:  # nobody would see it in this thread: it is reported at the next call
-            self._give_up(step, error)
+            failure = reason(error)
+        verdict = self._ballot.decide(
+            f"{step}/{token}", failure, content, lambda hashes: self._commit(step, folder, shapes, texts, hashes)
+        )
+        if verdict:
+            self._give_up(step, verdict)
             return
         self._own.add(step)
         self._last_save_good = True
@@ -292,13 +330,27 @@ class Checkpointer:
         except Exception as error:
             self._say_once(f"old steps could not be deleted: {error}.")
 
-    def _give_up(self, step: int, error: BaseException) -> None:
+    def _commit(self, step: int, folder: str, shapes: dict, texts: dict[str, bytes], hashes: list[str]) -> None:
+        """Process 0 makes a checkpoint of what all have written, each list of which has the hash it was voted for."""
+        found: list[shards.Shard] = []
+        for process, expected in enumerate(hashes):
+            listed = self._store.read(shards.part_name(folder, process))
+            if shards.sha256(listed) != expected:
+                raise CheckpointDamaged(f"{shards.part_name(folder, process)} is not what was written")
+            found += shards.parsed(json.loads(listed), shapes)
+        if self._lock is not None and not self._lock.is_held():
+            raise PermissionError(13, f"another run has taken over {self.directory}, or it has long not answered")
+        files.commit_shards(self.directory, step, shapes, texts, found)
+
+    def _give_up(self, step: int, why: str) -> None:
         """Notes why a save failed and gives its space back."""
-        if jax.process_index() == 0:
-            self._delete(step)
-        good = max(self.steps(), default=None)
+        good = None
+        with contextlib.suppress(OSError):
+            if jax.process_index() == 0 and (self._lock is None or self._lock.is_held()):
+                self._delete(step)
+            good = max(self.steps(), default=None)
         left = "there is no older checkpoint" if good is None else f"the newest good one is step {good}"
-        self._messages.append(f"step {step} was NOT saved: {_first_line(error)}. Training continues; {left}.")
+        self._messages.append(f"step {step} was NOT saved: {why}. Training continues; {left}.")
 
     def _prune(self) -> None:
         """Deletes abandoned steps and all but the newest `keep`, now that a new one is committed."""
@@ -309,44 +361,91 @@ class Checkpointer:
         for other in abandoned + path[: -self.keep]:
             self._delete(other)
 
-    def _choose(self, step: int | None, only: tuple[str, ...] | None) -> int:
-        """Returns the step to read, verified by process 0 (`only` these files), the same on all processes."""
-        found, reason = -1, UserError(f"process 0 found no intact checkpoint in {self.directory}.")
+    def _agreed(self, find: Callable[[], int]) -> int:
+        """Returns the step that process 0 finds, on all processes; raises what it raises, in its own words there."""
+        found, why = -1, UserError(f"process 0 found no intact checkpoint in {self.directory}.")
         if jax.process_index() == 0:
             try:
-                found = self._search(step, only)
+                found = find()
             except UserError as error:
-                reason = error
+                why = error
+            except StorageError as error:
+                why = UserError(str(error))
         found = _agree(found)
         if found < 0:
-            raise reason
+            raise why
         return found
 
-    def _search(self, step: int | None, only: tuple[str, ...] | None) -> int:
+    def _committed(self, step: int | None) -> list[int]:
+        """The committed steps, ascending, `step` alone if it is given. Raises UserError if there are none."""
         committed = self.steps()
         if not committed:
             litter = [f" (step {unfinished} is unfinished)" for unfinished in files.step_dirs(self.directory)]
             raise UserError(f"no checkpoint in {self.directory}{''.join(litter[-1:])}: expected one saved by a run.")
         if step is not None and step not in committed:
             raise UserError(f"no checkpoint of step {step} in {self.directory}: it holds steps {committed}.")
-        for unfinished in set(files.step_dirs(self.directory)) - set(committed):
-            if unfinished > committed[-1] and only is None and self._lock is not None:
+        return committed if step is None else [step]
+
+    def _no_intact(self, step: int | None, refused: dict[int, str]) -> UserError:
+        told = "; ".join(f"step {candidate}: {why}" for candidate, why in refused.items())
+        return UserError(
+            f"no intact checkpoint in {self.directory}: {told}. Bring the files back"
+            + (", or choose another step." if step is not None else ", or move the directory away to start over.")
+        )
+
+    def _candidate(self, step: int | None, refused: dict[int, str]) -> int:
+        """The newest step that was not refused, nor will be for what process 0 can see of it."""
+        committed = self._committed(step)
+        for unfinished in set(files.step_dirs(self.directory)) - set(self.steps()):
+            if unfinished > committed[-1] and step is None and self._lock is not None:
                 self._say_once(f"step {unfinished} was never finished (it has no {files.COMMIT}); it is ignored.")
-        refused = []
-        for candidate in [step] if step is not None else reversed(committed):
+        for candidate in reversed(committed):
+            path = files.step_dir(self.directory, candidate)
+            try:
+                if candidate not in refused:
+                    is_first = files.read_manifest(path, candidate)["format"] == 1  # Orbax compares nothing
+                    files.verify(path, candidate, None if is_first else (files.META, files.CONFIG))
+                    return candidate
+            except CheckpointDamaged as damage:
+                refused[candidate] = str(damage)
+        raise self._no_intact(step, refused)
+
+    def _search(self, step: int | None, only: tuple[str, ...]) -> int:
+        """The newest step, or `step`, of which the files `only` are intact."""
+        refused: dict[int, str] = {}
+        for candidate in reversed(self._committed(step)):
             try:
                 files.verify(files.step_dir(self.directory, candidate), candidate, only)
             except CheckpointDamaged as damage:
-                refused.append(f"step {candidate}: {damage}")
+                refused[candidate] = str(damage)
                 continue
-            for text in refused:
-                self._say_once(f"damaged, not used: {text}. Using step {candidate} instead.")
+            for other, why in refused.items():
+                self._say_once(f"damaged, not used: step {other}: {why}. Using step {candidate} instead.")
             self.report()
             return candidate
-        raise UserError(
-            f"no intact checkpoint in {self.directory}: {'; '.join(refused)}. Bring the files back"
-            + (", or choose another step." if step is not None else ", or move the directory away to start over.")
-        )
+        raise self._no_intact(step, refused)
+
+    def _read(self, step: int, abstract: dict, keys: Any, optional: tuple, dtypes_as_saved: bool) -> tuple[dict, dict]:
+        """The state and the metadata of a step; raises CheckpointDamaged."""
+        path = files.step_dir(self.directory, step)
+        manifest = files.verify(path, step, (files.META, files.CONFIG))
+        meta = files.read_meta(path)
+        entries = {name.split("/")[0] for name in manifest["arrays"]}
+        abstract = {key: sub for key, sub in abstract.items() if key not in optional or key in entries}
+        entries -= {*optional} - {*abstract}
+        entries = entries if keys is None else {*keys}
+        saved = {name: a for name, a in manifest["arrays"].items() if name.split("/")[0] in entries}
+        expected = tree.flatten(abstract, leaf_types=object)
+        if dtypes_as_saved:
+            expected |= {name: x.update(dtype=saved[name]["dtype"]) for name, x in expected.items() if name in saved}
+        tree.compare(f"step {step} of {self.directory}", saved, expected)
+        leaves = tree.with_shardings(expected) if expected else {}
+        if manifest["format"] == 1:
+            _quieten_orbax()
+            arrays = tree.read_arrays(path / files.ARRAYS, leaves) if expected else {}
+        else:
+            arrays = tree.read_shards(self._store, manifest, leaves)
+        return tree.refill(abstract, (arrays[name] for name in expected)), meta
 
     def _say_once(self, message: str) -> None:
         if message not in self._told:
@@ -361,30 +460,10 @@ def _agree(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error)
-    if getattr(error, "errno", None) == 28 or "ENOSPC" in text or "No space left" in text:
-        return "no space left on the disk"
-    if "cannot schedule new futures after" in text:  # Python is shutting down
-        return "the program ended without closing its Checkpointer"
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:300]
-
-
 def _quieten_orbax() -> None:
-    """Drops what Orbax alone would print (each failure is reported here, once); everybody else's lines go their way."""
+    """Drops what Orbax alone would print; everybody else's lines go their way."""
     logging.getLogger("absl").addFilter(_not_from_orbax)  # a filter that is there already is not added twice
-    logging.getLogger("asyncio").addFilter(_not_from_orbax)
-    if getattr(sys.unraisablehook, "__name__", "") != "_pass_unraisable":
-        following = sys.unraisablehook
-
-        def _pass_unraisable(report: Any) -> None:
-            # After a failed write TensorStore calls back into the event loop that Orbax has closed by then.
-            if not (report.object is None and str(report.exc_value) == "Event loop is closed"):
-                following(report)
-
-        sys.unraisablehook = _pass_unraisable
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
-    # asyncio's record is a write that failed beside the one reported; it bears the name of Orbax's directory.
-    return f"{os.sep}orbax{os.sep}" not in record.pathname and ".orbax-checkpoint-tmp" not in record.getMessage()
+    return f"{os.sep}orbax{os.sep}" not in record.pathname

@@ -1,46 +1,49 @@
-"""What makes a checkpoint trustworthy: a hash of every file, and a COMMIT marker written last. Plain files, no JAX.
+"""What makes a checkpoint trustworthy: a hash of all bytes, and a COMMIT marker written last. No JAX.
 
-A step is one directory, and its states are distinguishable after a crash at any instant:
+In format 2, which `Checkpointer` writes, on a disk or in a bucket, the bytes of arrays are in objects of their own
+(`shards.py`). In format 1, that of converted weights and of older versions, a step is one directory:
 
-    step_00000100/arrays/…         written by Orbax
+    step_00000100/arrays/…         zarr arrays, as Orbax writes and reads them
     step_00000100/config.json      the resolved config
     step_00000100/meta.json        the rest of the caller's metadata
     step_00000100/MANIFEST.json    arrays: {name: shape, dtype};  files: {path: size, sha256} of all the above
     step_00000100/COMMIT           the sha256 of MANIFEST.json; its existence makes the step count
 
-Every file is flushed to the disk before COMMIT is, and deletion starts with COMMIT.  So a directory without COMMIT is
+In both, everything is on the disk before COMMIT is, and deletion starts with COMMIT.  So a step without COMMIT is
 litter, and one with COMMIT either equals its manifest to the last bit or is damaged and refused by name.
-The chain is COMMIT → MANIFEST.json → files: zarr and OCDBT alone hand out wrong numbers after a single flipped bit.
-The cost is one more pass over the bytes at restoring, and at saving unless they were hashed as they were written, at 1
-to 2 GB/s a core with SHA instructions.
+The chain is COMMIT → MANIFEST.json → bytes: zarr and OCDBT alone hand out wrong numbers after a single flipped bit.
+Hashing takes 1 to 2 GB/s a core with SHA instructions; restoring format 1 takes one more pass over the bytes.
 """
 
-import fcntl
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import ml_dtypes  # noqa: F401 - numpy learns the names of bfloat16 and the float8s
 import numpy as np
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.files import flush_folder, write_atomically
+from deepseek_jax.storage import Place, Remote, StorageError, Store, open_store
+from deepseek_jax.train.checkpoint import shards
+from deepseek_jax.train.checkpoint.shards import SHARDS, Shard, ShardDamaged
 
 ARRAYS, CONFIG, META, MANIFEST, COMMIT = "arrays", "config.json", "meta.json", "MANIFEST.json", "COMMIT"
-FORMAT = 1
+FORMATS = (1, 2)
+BEGUN = "BEGUN"  # of a step in format 2: whoever began it, and in which folder
 HASH_THREADS = 8
 
 
-class CheckpointDamaged(Exception):
-    """A committed step is not what was written; the message names the file and what is wrong with it."""
+CheckpointDamaged = ShardDamaged  # a committed step is not what was written; the message names the file and its fault
 
 
 def as_json(content: object) -> bytes:
@@ -57,32 +60,70 @@ def of_meta(meta: dict) -> dict[str, bytes]:
         raise UserError(f"checkpoint metadata must be what JSON can hold: {error}.") from None
 
 
-def read_meta(path: Path) -> dict:
+def read_meta(path: Place) -> dict:
     """Returns the metadata of a step: the inverse of `of_meta`."""
-    meta = json.loads((path / META).read_bytes())
-    if (path / CONFIG).exists():
-        meta["config"] = json.loads((path / CONFIG).read_bytes())
+    meta = json.loads(_read(path / META))
+    with contextlib.suppress(FileNotFoundError):
+        meta["config"] = json.loads(_read(path / CONFIG))
     return meta
 
 
-def step_dir(root: Path, step: int) -> Path:
-    """Returns the directory of a step: `step_00000100`, sorted by name as by number."""
+def _read(place: Place) -> bytes:
+    return place.read_bytes() if isinstance(place, Path) else open_store(place.parent).read(place.name)
+
+
+def step_dir(root: Place, step: int) -> Any:
+    """Returns the directory of a step, of the type of `root`: `step_00000100`, sorted by name as by number."""
     return root / f"step_{step:08d}"
 
 
-def step_dirs(root: Path) -> dict[int, Path]:
+def _numbers(names: Iterable[str]) -> list[int]:
+    """The steps among names, ascending."""
+    found = {int(name[5:]) for name in names if re.fullmatch(r"step_[0-9]{8,18}", name)} if (names := {*names}) else ()
+    return [step for step in sorted(found) if f"step_{step:08d}" in names]
+
+
+def step_dirs(root: Place) -> dict[int, Any]:
     """Returns every directory that bears a step's name, committed or not, in ascending order."""
-    try:
-        names = os.listdir(root)
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    numbers = sorted(int(name[5:]) for name in names if re.fullmatch(r"step_[0-9]{8,18}", name))
-    return {step: step_dir(root, step) for step in numbers if step_dir(root, step).name in names}
+    if isinstance(root, Remote):
+        names = [name.partition("/")[0] for name in open_store(root).names("step_")]
+    else:
+        try:
+            names = os.listdir(root)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+    return {step: step_dir(root, step) for step in _numbers(names)}
 
 
-def committed_steps(root: Path) -> list[int]:
+def committed_steps(root: Place) -> list[int]:
     """Returns the steps that have a COMMIT marker, ascending; their contents are not looked at."""
+    if isinstance(root, Remote):
+        ends = [name.removesuffix(f"/{COMMIT}") for name in open_store(root).names("step_") if name.endswith(COMMIT)]
+        return _numbers(ends)
     return [step for step, path in step_dirs(root).items() if os.path.lexists(path / COMMIT)]
+
+
+def begin(root: Place, step: int, token: int, who: str) -> None:
+    """Marks a step of format 2 as begun, in an attempt that has a number of its own; raises OSError."""
+    name = step_dir(root, step).name
+    open_store(root).write(f"{name}/{BEGUN}", as_json({"shards": shards.folder_of(name, token), "by": who}))
+
+
+def commit_shards(root: Place, step: int, arrays: dict[str, dict], texts: dict[str, bytes], found: list[Shard]) -> None:
+    """Writes what makes a step of format 2 a checkpoint: its metadata, its manifest and, last of all, COMMIT.
+
+    Raises FileExistsError where another writer has been faster.
+    """
+    store, name = open_store(root), step_dir(root, step).name
+    for file, text in texts.items():
+        store.write(f"{name}/{file}", text)
+    files = {file: {"size": len(text), "sha256": shards.sha256(text)} for file, text in texts.items()}
+    described = {"format": 2, "step": step, "arrays": arrays, "files": files}
+    objects = ",\n".join(json.dumps(shard.as_json(), separators=(",", ":")) for shard in found)
+    manifest = f'{json.dumps(described, indent=1)[:-2]},\n "objects": [\n{objects}\n]\n}}\n'.encode()
+    for file, content in ((MANIFEST, manifest), (COMMIT, _marker(step, manifest))):
+        if not store.write_if_absent(f"{name}/{file}", content):
+            raise FileExistsError(17, f"another run writes to {root}: it has written {name}/{file}")
 
 
 def commit(path: Path, step: int, arrays: dict[str, dict], known: Mapping[str, dict] = MappingProxyType({})) -> None:
@@ -102,14 +143,17 @@ def commit(path: Path, step: int, arrays: dict[str, dict], known: Mapping[str, d
     files = {name: digests[name] for name in sorted(found)}
     for folder in (path, *(folder for folder in path.rglob("*") if folder.is_dir())):
         flush_folder(folder)
-    manifest = json.dumps({"format": FORMAT, "step": step, "arrays": arrays, "files": files}, indent=1).encode()
+    manifest = json.dumps({"format": 1, "step": step, "arrays": arrays, "files": files}, indent=1).encode()
     write_atomically(path / MANIFEST, manifest)
     write_atomically(path / COMMIT, _marker(step, manifest))
     flush_folder(path.parent)
 
 
-def read_manifest(path: Path, step: int) -> dict:
-    """Returns the manifest of a committed step after checking it against COMMIT; raises CheckpointDamaged."""
+def read_manifest(path: Place, step: int) -> dict:
+    """Returns the manifest of a committed step after checking it against COMMIT; raises CheckpointDamaged.
+
+    "objects" are `Shard`s; a manifest of format 1 has none.
+    """
     raw, marker = read_checked(path / MANIFEST), read_checked(path / COMMIT)
     if marker != _marker(step, raw):
         raise CheckpointDamaged(f"{COMMIT} and {MANIFEST} do not match: one of them has changed since it was written")
@@ -125,16 +169,23 @@ def _check(manifest: object, step: int) -> None:
     """Raises CheckpointDamaged unless a manifest has everything that its readers use, of the right types."""
     if not isinstance(manifest, dict):
         raise CheckpointDamaged(f"{MANIFEST} holds a {type(manifest).__name__}, expected an object")
-    for key, expected in (("format", FORMAT), ("step", step)):
-        if type(found := manifest.get(key)) is not int or found != expected:
-            raise CheckpointDamaged(f"{MANIFEST} has {key} {found!r}, expected {expected}")
+    for key, expected in (("format", FORMATS), ("step", (step,))):
+        if type(found := manifest.get(key)) is not int or found not in expected:
+            raise CheckpointDamaged(f"{MANIFEST} has {key} {found!r}, expected {' or '.join(map(str, expected))}")
     for key in ("files", "arrays"):
         if not isinstance(manifest.get(key), dict):
             raise CheckpointDamaged(f"{MANIFEST} has no table of {key}: expected one entry for each")
-    _check_entries(manifest["files"], manifest["arrays"])
+    _check_entries(manifest["files"], manifest["arrays"], is_first=manifest["format"] == 1)
+    if manifest["format"] == 1:
+        manifest["objects"] = []
+        return
+    try:
+        manifest["objects"] = shards.parsed(manifest.get("objects"), manifest["arrays"])
+    except ValueError as error:
+        raise CheckpointDamaged(f"{MANIFEST} lists {error}") from None
 
 
-def _check_entries(files: dict, arrays: dict) -> None:
+def _check_entries(files: dict, arrays: dict, is_first: bool) -> None:
     """Raises CheckpointDamaged unless every file and array is listed with what its readers use."""
     for name, file in files.items():
         if "\0" in name or {"", ".", ".."} & set(name.split("/")):  # leads out of the directory, or stands for nothing
@@ -145,7 +196,7 @@ def _check_entries(files: dict, arrays: dict) -> None:
         shape, dtype = (array.get("shape"), array.get("dtype")) if isinstance(array, dict) else (None, None)
         if not (isinstance(shape, list) and all(map(_is_count, shape)) and _is_dtype(dtype)):
             raise CheckpointDamaged(f"{MANIFEST} lists array {name!r} without a valid shape and dtype")
-    for needed in (META, *((f"{ARRAYS}/",) if arrays else ())):
+    for needed in (META, *((f"{ARRAYS}/",) if arrays and is_first else ())):
         if not any(name == needed or (needed.endswith("/") and name.startswith(needed)) for name in files):
             raise CheckpointDamaged(f"{MANIFEST} lists no file {needed}: its content cannot be verified")
 
@@ -162,53 +213,78 @@ def _is_dtype(value: object) -> bool:
 
 
 def verify(
-    path: Path, step: int, only: tuple[str, ...] | None = None, report: Callable[[int], None] = lambda n_bytes: None
+    path: Place, step: int, only: tuple[str, ...] | None = None, report: Callable[[int], None] = lambda n_bytes: None
 ) -> dict:
-    """Returns the manifest after comparing all files (or those named in `only`) with it.
+    """Returns the manifest after comparing all files and objects (or only the files named in `only`) with it.
 
-    `report` receives the size of each file once it is compared. Raises CheckpointDamaged, also for a file that a
-    reader would use and the manifest does not list.
+    `report` receives the size of each once it is compared. Raises CheckpointDamaged, also for a file that a reader
+    would use and the manifest does not list.
     """
     manifest = read_manifest(path, step)
-    readable = [path / CONFIG, *((path / ARRAYS).rglob("*") if only is None else ())]
-    for name in (file.relative_to(path).as_posix() for file in readable if file.is_file()):
-        if name not in manifest["files"]:
+    store, files = open_store(path.parent), manifest["files"]
+    for name in _readable(path, has_arrays=only is None and manifest["format"] == 1):
+        if name not in files:
             raise CheckpointDamaged(f"{name} is not listed in {MANIFEST}: it cannot be verified")
-    names = [name for name in manifest["files"] if only is None or name in only]
-
-    def complaint(name: str) -> str | None:
-        try:
-            found, written = digest(path / name), manifest["files"][name]
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-        except ValueError:  # a lone surrogate
-            return f"{name!r} is not a file's name"
-        if found["size"] != written["size"]:
-            return f"{name} has {found['size']} bytes, {written['size']} were written"
-        return None if found == written else f"{name} has changed since it was written (sha256 differs)"
-
+    names = [name for name in files if only is None or name in only]
+    parts = [(f"{path.name}/{name}", name, files[name]["size"], files[name]["sha256"]) for name in names]
+    parts += [(one.name, one.name, one.size, one.sha256) for one in manifest["objects"] if only is None]
     complaints = []
     with ThreadPoolExecutor(HASH_THREADS) as pool:
-        for name, text in zip(names, pool.map(complaint, names), strict=True):
+        for part, text in zip(parts, pool.map(lambda part: _complaint(store, *part), parts), strict=True):
             complaints += [text] if text else []
-            report(manifest["files"][name]["size"])
+            report(part[2])
     if complaints:
         more = f" (and {len(complaints) - 1} more files)" if len(complaints) > 1 else ""
         raise CheckpointDamaged(complaints[0] + more)
     return manifest
 
 
-def remove(path: Path, tries: int = 5) -> None:
-    """Deletes a step's directory, COMMIT first, so that a half-deleted step is litter and not damage; raises OSError.
+def _readable(path: Place, has_arrays: bool) -> list[str]:
+    """The files of a step that a reader uses because they are there; in a bucket the manifest alone says what is."""
+    if not isinstance(path, Path):
+        return []
+    files = [path / CONFIG, *((path / ARRAYS).rglob("*") if has_arrays else ())]
+    return [file.relative_to(path).as_posix() for file in files if file.is_file()]
 
-    Writers of a failed save may still be adding files, hence the tries.
-    """
-    if path.is_symlink() or path.is_file():
-        return path.unlink()
-    if not (path / COMMIT).is_dir():
-        (path / COMMIT).unlink(missing_ok=True)
+
+def _complaint(store: Store, name: str, shown: str, size: int, sha256: str) -> str | None:
+    """What is wrong with a file; None if nothing is. Raises StorageError where a bucket does not answer."""
+    try:
+        if isinstance(store.place, Path):
+            found = digest(store.place / name)
+        else:
+            content = store.read(name)
+            found = {"size": len(content), "sha256": shards.sha256(content)}
+    except FileNotFoundError:
+        return f"{shown} is missing"
+    except StorageError:
+        raise
+    except OSError as error:
+        return f"{shown} cannot be read ({error.strerror})"
+    except ValueError:  # a lone surrogate
+        return f"{shown!r} is not a file's name"
+    if found["size"] != size:
+        return f"{shown} has {found['size']} bytes, {size} were written"
+    return None if found["sha256"] == sha256 else f"{shown} has changed since it was written (sha256 differs)"
+
+
+def remove(path: Place) -> None:
+    """Deletes a step, COMMIT first, so that a half-deleted one is litter and not damage; raises OSError."""
+    if isinstance(path, Path):
+        if path.is_symlink() or path.is_file():
+            return path.unlink()
+        if not (path / COMMIT).is_dir():
+            (path / COMMIT).unlink(missing_ok=True)
+        _remove_folder(path.parent / SHARDS / path.name)
+        return _remove_folder(path)
+    store = open_store(path.parent)
+    store.delete(f"{path.name}/{COMMIT}")
+    store.delete_below(f"{SHARDS}/{path.name}/")
+    return store.delete_below(f"{path.name}/")
+
+
+def _remove_folder(path: Path, tries: int = 5) -> None:
+    """Deletes a folder; writers of a failed save may still be adding files, hence the tries."""
     for left in reversed(range(tries)):
         try:
             return shutil.rmtree(path)
@@ -221,14 +297,16 @@ def remove(path: Path, tries: int = 5) -> None:
         time.sleep(0.1)
 
 
-def read_checked(path: Path) -> bytes:
-    """Returns a file's bytes; raises CheckpointDamaged where it cannot be read."""
+def read_checked(place: Place) -> bytes:
+    """Returns a file's bytes; raises CheckpointDamaged where it cannot be read, StorageError for a silent bucket."""
     try:
-        return path.read_bytes()
+        return _read(place)
     except FileNotFoundError:
-        raise CheckpointDamaged(f"{path.name} is missing") from None
+        raise CheckpointDamaged(f"{place.name} is missing") from None
+    except StorageError:
+        raise
     except OSError as error:
-        raise CheckpointDamaged(f"{path.name} cannot be read ({error.strerror})") from None
+        raise CheckpointDamaged(f"{place.name} cannot be read ({error.strerror})") from None
 
 
 def _marker(step: int, manifest: bytes) -> bytes:
@@ -243,32 +321,3 @@ def digest(path: Path, flush: bool = False) -> dict:
             os.fsync(file.fileno())
         found = hashlib.file_digest(file, "sha256").hexdigest()
         return {"size": file.tell(), "sha256": found}
-
-
-class WriterLock:
-    """One writer a directory: an flock on `.writer`, which the kernel drops when the process dies, in any way."""
-
-    def __init__(self, root: Path):
-        self._file = open(root / ".writer", "ab+", buffering=0)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            holder = self._file.read(200).decode(errors="replace").strip() or "unknown"
-            self._file.close()
-            raise UserError(
-                f"{root} is being written by another run ({holder}). Stop that one, or choose another directory."
-            ) from None
-        except OSError:  # a file system without locks: nothing to hold on to
-            pass
-        # A forked child shares the lock and would hold it after our death: it lets go of its copy at birth.
-        os.register_at_fork(after_in_child=self._file.close)
-        try:
-            self._file.truncate(0)
-            self._file.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
-        except OSError:  # a full disk: the name is lost, the lock holds
-            pass
-
-    def release(self) -> None:
-        """Lets the next writer in."""
-        self._file.close()

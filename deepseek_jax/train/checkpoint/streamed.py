@@ -40,7 +40,10 @@ import numpy as np
 
 from deepseek_jax.data.watch import Watch, unwatched
 from deepseek_jax.errors import UserError
+from deepseek_jax.storage import Remote, open_store, place
 from deepseek_jax.train.checkpoint import manifest as files
+from deepseek_jax.train.checkpoint import shards
+from deepseek_jax.train.checkpoint.writer import WriterLock
 
 CHUNK_BYTES = 64 * 2**20  # a larger piece is cut into blocks of rows
 PENDING_BYTES = 256 * 2**20  # of pieces that are waiting to be written, at most
@@ -91,7 +94,7 @@ class StreamedStep:
         self._pending_bytes, self._changed = 0, threading.Condition()
         with self._telling():
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = files.WriterLock(self.directory)
+            self._lock = WriterLock(self.directory)
         try:
             with self._telling():
                 self._open(source, watch)
@@ -310,11 +313,11 @@ class StreamedStep:
 
 
 class StepReader:
-    """Reads pieces of a committed step, whether Orbax or `StreamedStep` has written it.
+    """Reads pieces of a committed step, whether `Checkpointer`, `StreamedStep` or Orbax has written it.
 
     Args:
         directory: of the checkpoints.
-        step: a committed one; its files are taken as they are (`manifest.verify` proves them).
+        step: a committed one; files of format 1 are taken as they are (`manifest.verify` proves them).
         cache_bytes: decoded chunks to keep. Orbax puts all layers of an array that one device held into one chunk,
             which has to be decoded for each layer again unless it is kept.
 
@@ -322,12 +325,16 @@ class StepReader:
         arrays: name -> (shape, dtype).
     """
 
-    def __init__(self, directory: str | os.PathLike, step: int, cache_bytes: int = 512 * 2**20):
+    def __init__(self, directory: str | os.PathLike | Remote, step: int, cache_bytes: int = 512 * 2**20):
         import tensorstore
 
-        path = files.step_dir(Path(os.path.abspath(directory)), step)
-        described = files.read_manifest(path, step)["arrays"]
-        self.arrays = {name: (tuple(a["shape"]), np.dtype(a["dtype"])) for name, a in described.items()}
+        root = place(directory)
+        path = files.step_dir(Path(os.path.abspath(root)) if isinstance(root, Path) else root, step)
+        manifest = files.read_manifest(path, step)
+        self.arrays = {name: (tuple(a["shape"]), np.dtype(a["dtype"])) for name, a in manifest["arrays"].items()}
+        self._shards = shards.Reader(open_store(path.parent), manifest, cache_bytes) if manifest["format"] > 1 else None
+        if self._shards is not None:
+            return
         self._folder = path / files.ARRAYS
         self._is_database = (self._folder / "manifest.ocdbt").exists()
         few = {"limit": THREADS}  # chunks read at a time; by default as many as there are cores
@@ -338,6 +345,8 @@ class StepReader:
 
     def __call__(self, name: str, index: Index = ()) -> np.ndarray:
         """Returns `array[index]`, the only part of it that is kept in memory."""
+        if self._shards is not None:
+            return self._shards(name, tuple(index))
         if name not in self._opened:
             self._opened[name] = self._open(name.replace("/", "."))
         return self._opened[name][tuple(index)].read().result()
