@@ -235,8 +235,8 @@ class LanguageModel:
             run = with_fp8_cache(self.config, alone.run) if cache == "fp8" else alone.run
             run = with_routes(self.config, run) if routes else run
             definition = split(run_as(self.config, run))[0]
-        how = {"matmul_precision": self._matmul_precision, "compiler_options": on_device.compiler_options()}
-        options = how | options
+        compiled = {"compiler_options": on_device.compiler_options(), "ends_early": on_device.ends_early()}
+        options = {"matmul_precision": self._matmul_precision} | compiled | options
         if mesh is None and redundant is not None:
             raise UserError("redundant experts on one device: it has all experts. Give a mesh, or leave them out.")
         if mesh is not None:

@@ -80,6 +80,14 @@ def compiler_options() -> dict[str, str | bool]:
     return {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"} if jax.default_backend() == "gpu" else {}
 
 
+def ends_early() -> bool:
+    """Returns whether a program of several decode steps ends as soon as all sequences have.
+
+    Not on a GPU: there a loop whose number of turns is not known waits for the host in every turn.
+    """
+    return jax.default_backend() != "gpu"
+
+
 class Read(NamedTuple):
     """How a step reads a weight."""
 

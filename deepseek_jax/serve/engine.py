@@ -74,6 +74,7 @@ class Engine:
         matmul_precision: as for `jax.default_matmul_precision`.
         replicas: devices, each of which has `n_rows` rows and `n_pages` pages; None: one device. The weights lie there.
         compiler_options: as for `jax.jit`.
+        ends_early: whether a program of several steps ends with its last row (`programs.Programs.steps`).
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Engine:
         matmul_precision: str | None = None,
         replicas: Replicas | None = None,
         compiler_options: dict[str, str | bool] | None = None,
+        ends_early: bool = True,
     ):
         whole(1, 2**16).check("n_steps", n_steps)
         whole(1, 2**16).check("n_prompts", n_prompts)
@@ -110,7 +112,8 @@ class Engine:
         self.replicas, n_ranks = replicas, replicas.n if replicas else 1  # programs may be another engine's too
         self.ranks = [Rank(PagePool(n_pages, page_size, n_drafts), n_rows, chunk) for _ in range(n_ranks)]
         sizes = Sizes(n_pages, page_size, n_rows, n_drafts > 0)
-        self.programs = programs_for(definition, weights, sizes, matmul_precision, replicas, compiler_options)
+        how = matmul_precision, replicas, compiler_options, ends_early
+        self.programs = programs_for(definition, weights, sizes, *how)
         model: Any = bind(definition, *weights)
         self.vocab_size, self._d_model = model.embedding.table_VD.shape
         self._dtype, self._has_routes = model.run.compute, model.run.routes

@@ -67,7 +67,8 @@ class Generator:
 
     `definition` is that of a model with `prefill`, `extend` and `decode` (`layers.base.split`). Longer prompts than
     `chunk` are read in parts of so many tokens; `block` is the number of decode steps in one program;
-    `compiler_options` as for `jax.jit`.
+    `compiler_options` as for `jax.jit`. With `ends_early` a program of decode steps ends with the last sequence,
+    otherwise it has `block` steps, so that the host of a GPU need not read a condition in each of them.
     """
 
     def __init__(
@@ -77,8 +78,9 @@ class Generator:
         chunk: int = CHUNK,
         block: int = BLOCK,
         compiler_options: dict[str, str | bool] | None = None,
+        ends_early: bool = True,
     ):
-        self.definition, self.chunk, self.block = definition, chunk, block
+        self.definition, self.chunk, self.block, self._ends_early = definition, chunk, block, ends_early
         jit = functools.partial(jax.jit, donate_argnames="state", compiler_options=compiler_options)
         self._read = jit(self._read_and_draw, static_argnames="n_slots")
         self._decode_block = jit(self._decode_steps)
@@ -197,7 +199,10 @@ class Generator:
     def _decode_steps(
         self, weights: Weights, state: State, drawing: Drawing, stop_ids: jax.Array, n_steps: jax.Array
     ) -> tuple[jax.Array, State]:
-        """Up to `n_steps` steps, fewer if all sequences end: (new ids_BT with T = `block`, state)."""
+        """Up to `n_steps` steps, fewer if all sequences end: (new ids_BT with T = `block`, state).
+
+        Steps beyond these, of a program that does not end early, are computed for nothing.
+        """
 
         def is_unfinished(carry: tuple) -> jax.Array:
             step, _, state = carry
@@ -205,11 +210,17 @@ class Generator:
 
         def advance(carry: tuple) -> tuple:
             step, new_BT, state = carry
+            if not self._ends_early:
+                state = state._replace(is_running_B=state.is_running_B & (step < n_steps))
             shown_BT, state = self._decode_and_draw(weights, state, drawing, stop_ids)
             return step + 1, lax.dynamic_update_slice(new_BT, shown_BT, (0, step)), state
 
         new_BT = jnp.full((*state.id_B.shape, self.block), ENDED, jnp.int32)
-        _, new_BT, state = lax.while_loop(is_unfinished, advance, (jnp.int32(0), new_BT, state))
+        carry = jnp.int32(0), new_BT, state
+        if self._ends_early:
+            _, new_BT, state = lax.while_loop(is_unfinished, advance, carry)
+        else:
+            _, new_BT, state = lax.fori_loop(0, self.block, lambda _, carry: advance(carry), carry)
         return new_BT, state
 
 

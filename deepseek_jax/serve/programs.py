@@ -103,7 +103,7 @@ class Programs:
     """The programs for one model and one size of memory.
 
     `matmul_precision` is as for `jax.default_matmul_precision`; with `replicas` each device runs them with rows and
-    memory of its own; `compiler_options` as for `jax.jit`.
+    memory of its own; `compiler_options` as for `jax.jit`; `ends_early`: whether `steps` stops with its last row.
     """
 
     def __init__(
@@ -113,9 +113,10 @@ class Programs:
         matmul_precision: str | None = None,
         replicas: Replicas | None = None,
         compiler_options: dict[str, str | bool] | None = None,
+        ends_early: bool = True,
     ):
         self.definition, self.sizes, self.matmul_precision = definition, sizes, matmul_precision
-        self.replicas, self._compiler_options = replicas, compiler_options
+        self.replicas, self._compiler_options, self._ends_early = replicas, compiler_options, ends_early
         self._own = replicas.definition if replicas else definition  # as a device runs it
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
         self._shapes: tuple[Memory, Memory] | None = None
@@ -239,6 +240,9 @@ class Programs:
     ) -> tuple[jax.Array, Scores | None, Memory, jax.Array]:
         """`decode` and `draw`, up to `n_draws_B` times (`n_steps` at most) and to a row's first stop id.
 
+        Without `ends_early` these are `n_steps` steps, of which those after the last row's end compute padding: the
+        compiler then knows their number, and the host of a GPU need not read a condition in each of them.
+
         Returns (id_BT with T = `n_steps`, `ENDED` after a row's end; scores with axes B and T first, None for
         `n_top` = -1; memory; last_R).
         """
@@ -261,11 +265,17 @@ class Programs:
         is_running_B = current.real_B(last_R) & (n_draws_B > 0)
         id_B, is_anyone = current.id_B(last_R), self._is_anyone
         carry = jnp.int32(0), is_anyone(is_running_B), memory, id_B, is_running_B, found
-        _, _, memory, id_B, _, (id_BT, scores_BT) = jax.lax.while_loop(lambda carry: carry[1], step, carry)
+        if self._ends_early:
+            carry = jax.lax.while_loop(lambda carry: carry[1], step, carry)
+        else:
+            carry = jax.lax.fori_loop(0, n_steps, lambda _, carry: step(carry), carry)
+        _, _, memory, id_B, _, (id_BT, scores_BT) = carry
         return id_BT, scores_BT, memory, last_R.at[slot_B].set(id_B)
 
     def _is_anyone(self, flag_B: jax.Array) -> jax.Array:
         """Whether a row has this flag, of those of all devices, which take their steps together."""
+        if not self._ends_early:  # nobody asks
+            return jnp.bool_(True)
         return self.replicas.anywhere(flag_B) if self.replicas else jnp.any(flag_B)
 
     def _next(
@@ -362,12 +372,14 @@ def programs_for(
     matmul_precision: str | None = None,
     replicas: Replicas | None = None,
     compiler_options: dict[str, str | bool] | None = None,
+    ends_early: bool = True,
 ) -> Programs:
     """Returns the `Programs` for weights like these: the ones that another engine has, if there is one."""
     where = (replicas.mesh, replicas.definition) if replicas else ()
     options = tuple(sorted((compiler_options or {}).items()))
-    key = definition, form(weights), sizes, matmul_precision, where, options
+    key = definition, form(weights), sizes, matmul_precision, where, options, ends_early
     with _LOOKING:
         if (known := _KNOWN.get(key)) is None:
-            known = _KNOWN[key] = Programs(definition, sizes, matmul_precision, replicas, compiler_options)
+            made = Programs(definition, sizes, matmul_precision, replicas, compiler_options, ends_early)
+            known = _KNOWN[key] = made
     return known

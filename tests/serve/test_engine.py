@@ -72,7 +72,7 @@ SETTINGS = {
     "the host looks at once": {"n_ahead": 0},
     "the host looks late": {"n_ahead": 3},
     "several tokens per step": {"n_steps": 8},
-    "several tokens per step, in a small pool": {"n_steps": 8, "n_pages": 8, "n_ahead": 0},
+    "several tokens per step, in a small pool": {"n_steps": 8, "n_pages": 8, "n_ahead": 0, "ends_early": False},
 }
 
 
@@ -90,7 +90,7 @@ def test_draws_do_not_depend_on_company(engine, alone):
     samplings[2] = Sampling(10)  # greedy among those that draw
     texts = run(engine(n_pages=8, n_ahead=2), samplings)[1]
     assert run(engine(chunk=4), samplings, later=[0, 0, 1, 5, 5, 9, 12])[1] == texts
-    assert run(engine(n_steps=8), samplings)[1] == texts
+    assert run(engine(n_steps=8, ends_early=False), samplings)[1] == texts
     assert texts[2] == [*alone[2], "length"]
     assert len({tuple(text) for text in texts}) == len(texts)
 
