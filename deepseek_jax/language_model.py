@@ -61,7 +61,7 @@ from deepseek_jax.weights import FORMATS, export, open_weights, with_peft
 MOST_ROWS = 256  # prompts that `generate` continues at the same time
 # of engines whose prompts are all known, and which compile what these need
 OFFLINE: dict[str, Any] = {"n_steps": 8, "n_prompts": 8, "least_pages": 2}
-GENERATE: dict[str, Any] = {"chunk": 2048, "n_steps": 32, "n_prompts": 32}  # where they begin together too
+GENERATE: dict[str, Any] = {"n_steps": 32, "n_prompts": 32}  # where they begin together too
 
 
 @dataclass(eq=False)
@@ -235,8 +235,11 @@ class LanguageModel:
             run = with_fp8_cache(self.config, alone.run) if cache == "fp8" else alone.run
             run = with_routes(self.config, run) if routes else run
             definition = split(run_as(self.config, run))[0]
-        compiled = {"compiler_options": on_device.compiler_options(), "ends_early": on_device.ends_early()}
-        options = {"matmul_precision": self._matmul_precision} | compiled | options
+        compiled: dict[str, Any] = {
+            "compiler_options": on_device.compiler_options(),
+            "ends_early": on_device.ends_early(),
+        }
+        options = compiled | {"matmul_precision": self._matmul_precision} | options
         if mesh is None and redundant is not None:
             raise UserError("redundant experts on one device: it has all experts. Give a mesh, or leave them out.")
         if mesh is not None:
@@ -319,6 +322,7 @@ class LanguageModel:
         kept = self._kept.get("generate")
         had = kept.made_with[0] if kept else {}
         sizes = {"n_rows": max(n_rows, had.get("n_rows", 0)), "n_pages": max(n_pages, had.get("n_pages", 0))}
+        sizes["chunk"] = on_device.chunk()
         return self._idle_engine("generate", sizes | OFFLINE | GENERATE | options)
 
     @contextmanager

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import pytest
 
 from deepseek_jax import run_config
+from deepseek_jax.abstract_model import abstract_module
 from deepseek_jax.chips import memory_bandwidth
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _bench_generate
+from deepseek_jax.launch import _bench_engine, _bench_generate
+from deepseek_jax.layers.base import logical_axes
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +37,13 @@ def test_lines_give_speeds_and_the_share_of_the_floor():
         def run(self, batch, n_new):
             return 0.5 + 0.002 * (n_new - 1)
 
-    head, line = _bench_generate.rows({"deepseek_jax": Side()}, 16, 11, 1, 0.001)
-    assert head == "  batch 16: at most 16,000 tokens/s, 1.00 ms a step"
-    assert "8,000.0 tokens/s (2.00 ms a step, fastest 2.00), 50% of the floor; first token after 0.500 s" in line
+    sides = {"one": Side(), "other": Side()}
+    sides["other"].acceptance = 0.85
+    head, line, other = _bench_generate.rows(sides, 16, 11, 1, {"one": 0.001, "other": None})
+    assert head == "  batch 16"
+    speed = "8,000.0 tokens/s (2.00 ms a token, fastest 2.00)"
+    assert f"{speed}, 50% of the floor of 1.00 ms; first token after 0.500 s" in line
+    assert other.endswith(f"{speed}; first token after 0.500 s; 85% of the drafts right")
 
 
 def test_a_step_is_run_and_its_program_read(ours):
@@ -45,8 +51,26 @@ def test_a_step_is_run_and_its_program_read(ours):
     assert steps.run(3) > 0 and "while" in steps.program()
 
 
+def test_codes_are_half_the_bytes_and_drafts_are_right_as_often_as_asked_for():
+    """The engine runs both; what layers add is so small that the next id follows from the last one."""
+    config = run_config.load("tests/train/nano_v3.py")
+    config.precision = "bf16"
+    ours = _bench_generate.Ours(config, 20, in_fp8=True, drafts=0.8)
+    wide = _bench_generate.read_per_token(_bench_generate.Ours(config, 20).weights[0], _axes(config))
+    assert 0.5 < ours.bytes_read[1] / wide[1] < 0.6 and ours.bytes_read[0] < wide[0]
+    engine = _bench_engine.Engine(ours, 2, 40, n_drafts=1)
+    assert engine.acceptance is None and engine.run(2, 40) > 0
+    assert engine.floor(2) is None and 0.6 < engine.acceptance < 0.95
+
+
+def _axes(config):
+    return logical_axes(abstract_module(config))[0]
+
+
 def test_bandwidths_and_arguments():
     assert memory_bandwidth("NVIDIA H200") == 4.8e12 and memory_bandwidth("cpu") is None
     assert memory_bandwidth("NVIDIA L40S") is None  # its peak is known, its memory is not
     with pytest.raises(UserError, match="--batches=1,x: expected numbers"):
         _bench_generate.main(["--batches=1,x"])
+    with pytest.raises(UserError, match="--drafts=2.0: expected a number from 0 to 1"):
+        _bench_generate.main(["--drafts=2"])

@@ -258,6 +258,18 @@ def take_apart(model: nnx.Module) -> None:
             weight.set_value(Unstacked(tuple(jax.tree.map(operator.itemgetter(n), weight[...]) for n in layers)))
 
 
+def as_layer(block: nnx.Module, matmul: Matmul) -> nnx.Module:
+    """Returns a block for generation outside a stack: its routed experts as in a stack of one layer, so not copied."""
+
+    def own(_: tuple, weight: nnx.Variable) -> nnx.Variable:
+        if not matmul.finds_layer or weight.get_metadata("axes")[:1] != ("experts",):
+            return weight
+        return weight.replace(OfLayer(jax.tree.map(lambda a: a[None], weight[...]), 0))
+
+    definition, weights = nnx.split(block)
+    return nnx.merge(definition, nnx.map_state(own, weights))
+
+
 def _layers_of(weights: nnx.State, index: int | slice) -> nnx.State:
     """Some layers of stacked weights, or the weights of one."""
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import normal
 
-from deepseek_jax.layers.base import param
+from deepseek_jax.layers.base import as_layer, param
 from deepseek_jax.layers.block import Attend, Statistics
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.tokens import Tokens
@@ -70,7 +70,8 @@ class MTP(nnx.Module):
         self, h_BTD: jax.Array, embedded_BTD: jax.Array, tokens: Tokens, attend: Attend, cached: Any = None
     ) -> tuple[jax.Array, Any]:
         """The same with what its attention kept of earlier tokens: (h^k_BTD, what it keeps now)."""
-        x_BTD, (kept, _) = self.block(self._joined(h_BTD, embedded_BTD), tokens, attend, cached)
+        block: Any = as_layer(self.block, self.matmul)
+        x_BTD, (kept, _) = block(self._joined(h_BTD, embedded_BTD), tokens, attend, cached)
         return self.final_norm(x_BTD), kept
 
     def _joined(self, h_BTD: jax.Array, embedded_BTD: jax.Array) -> jax.Array:

@@ -106,7 +106,7 @@ class Engine:
         self._n_prompts = 1 if n_drafts or replicas else min(n_prompts, n_rows)
         self.weights, self.n_positions, self.n_rows, self.chunk = weights, n_positions, n_rows, chunk
         self.page_size, self.n_ahead, self.n_steps, self.n_drafts = page_size, n_ahead, n_steps, n_drafts
-        self.least_pages = least_pages
+        self.least_pages, self._ends_early = least_pages, ends_early
         self.n_drafted = self.n_accepted = 0  # drafts that were verified, and those that were right
         n_pages = n_pages or 1 + n_rows * -(-n_positions // page_size)
         self.replicas, n_ranks = replicas, replicas.n if replicas else 1  # programs may be another engine's too
@@ -289,13 +289,14 @@ class Engine:
     def _suits_steps(self, plans: Plans) -> bool:
         """Whether rows of one token each run by the program of several steps, if only for one of them.
 
-        For one step it is the faster way where `compile` has made it, which it has for most ways of drawing.
+        For one step it is the faster way where `compile` has made it, which it has for most ways of drawing, and where
+        the program ends with the step.
         """
         n_draws = [part.n_draws for plan in plans for part in plan]
         if not n_draws or max(n_draws) > 1:
             return bool(n_draws)
         is_plain = batches.kind_of(plans) != "shaped" and batches.n_top_of(plans) < 0
-        return self.n_steps > 1 and min(n_draws) == 1 and is_plain
+        return self._ends_early and self.n_steps > 1 and min(n_draws) == 1 and is_plain
 
     def _start_long(self, plans: Plans) -> list[Drawn | Recited]:
         """Parts of prompts, those of a device together, and log-probabilities if they are to be reported."""

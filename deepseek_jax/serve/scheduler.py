@@ -7,6 +7,8 @@ that reaches the last token, draws the next one.
     1. Requests that run come first, in the order of their arrival: one token each, or the next chunk of a prompt.
     2. What is left of the budget admits waiting ones, in the order of their arrival, with the pages that the cache
        already has of their beginning. None is admitted in a step that preempted.
+       A part of a prompt that the budget would cut down to what it reserves for rows of one token waits for the next
+       step, unless it is the first of this one: a part is as long as it can be, and prompts stay side by side.
     3. If the pool has no page for a request, the one that arrived last gives up its pages and waits again at the front.
        It is recomputed later, and draws the same tokens: a draw depends on the request's key and the position alone.
 
@@ -154,6 +156,8 @@ class Scheduler:
         while place < len(self.running) and budget:
             request = self.running[place]
             part = self._part(request, budget)
+            if self._is_scrap(part, parts):
+                part = part._replace(n_tokens=0)
             if part.n_tokens and not self._make_place(request, part):
                 break
             if part.n_tokens:
@@ -174,6 +178,9 @@ class Scheduler:
                 request.table = self.pool.open(request.root, request.tokens)
             request.n_computed = len(request.table.pages) * self.pool.page_size
             part = self._part(request, budget)
+            if self._is_scrap(part, parts):
+                self._give_up(request)
+                return
             if not self.pool.extend(request.table, part.start + part.n_tokens):
                 self._give_up(request)
                 return
@@ -199,6 +206,12 @@ class Scheduler:
         missing = request.n_tokens - request.n_computed
         n_tokens = min(missing, self.chunk, budget)
         return Part(request, request.n_computed, n_tokens, int(n_tokens == missing))
+
+    def _is_scrap(self, part: Part, parts: list[Part]) -> bool:
+        """Whether the budget cuts a part down to less than a step has besides `chunk`, after another prompt's part."""
+        whole = min(part.request.n_tokens - part.start, self.chunk)
+        is_cut = part.n_tokens < whole and part.n_tokens <= self.budget - self.chunk
+        return is_cut and any(other.n_tokens > 1 for other in parts)
 
     def _make_place(self, request: Request, part: Part) -> bool:
         """Gets pages for a part, from those that arrived last if need be; False if the request itself gave up."""

@@ -171,6 +171,12 @@ def test_the_kernel_of_one_token_is_given_the_matrices_of_its_layer(inputs, expe
     given = x_MD[:1], jnp.asarray(experts), jnp.asarray(weights_MK[0])
     by_name = (grouped._swiglu_of_one(*given, tuple(stacks), by_kernel(name)) for name in ("xla", "mosaic_gpu"))
     np.testing.assert_allclose(*by_name, rtol=1e-5, atol=1e-5)
+    names = "gate_XDF", "up_XDF", "down_XFD"
+    of_two = functools.partial(grouped_swiglu, x_MD[:2], jnp.asarray([experts, [1, 2]]), weights_MK[:2])
+    by_name = (
+        of_two(**dict(zip(names, stacks, strict=True)), matmul=by_kernel(name)) for name in ("xla", "mosaic_gpu")
+    )
+    np.testing.assert_allclose(*by_name, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("experts", [[2, 0], [X, 3]])

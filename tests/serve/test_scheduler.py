@@ -144,10 +144,11 @@ def test_running_requests_come_before_waiting_ones_and_prompts_in_chunks():
     first, second, third = (Request([number] * 15, 40, ROOT) for number in (1, 2, 3))
     for request in (first, second, third):
         scheduler.add(request)
-    assert scheduler.plan() == [Part(first, 0, 6, 0), Part(second, 0, 4, 0)]
-    assert scheduler.plan() == [Part(first, 6, 6, 0), Part(second, 4, 4, 0)]
-    assert scheduler.plan() == [Part(first, 12, 3, 1), Part(second, 8, 6, 0), Part(third, 0, 1, 0)]
-    assert scheduler.plan() == [Part(first, 15, 1, 1), Part(second, 14, 1, 1), Part(third, 1, 6, 0)]
+    assert scheduler.plan() == [Part(first, 0, 6, 0)]  # the second would get the 4 tokens that are for rows
+    assert scheduler.plan() == [Part(first, 6, 6, 0)]
+    assert scheduler.plan() == [Part(first, 12, 3, 1), Part(second, 0, 6, 0)]
+    assert scheduler.plan() == [Part(first, 15, 1, 1), Part(second, 6, 6, 0)]
+    assert scheduler.plan() == [Part(first, 16, 1, 1), Part(second, 12, 3, 1), Part(third, 0, 6, 0)]
 
 
 def test_the_last_to_arrive_gives_up_its_pages_and_none_is_admitted_in_that_step():
