@@ -286,14 +286,26 @@ def random_weights(
         std, how = 0.02 * factors.get(role, 1.0), coded.get(tuple(part.key for part in path))
         if how is not None:
             before = leaf.shape[: leaf.ndim - len(how.order)]
-            draw = jax.jit(lambda key: jax.random.normal(key, (*before, *how.matrix), jnp.bfloat16).astype(E4M3))
+            codes = _normal(next(keys), (*before, *how.matrix), "bfloat16", E4M3, 1.0)
             scale = jnp.full((*before, *how.blocks), std, jnp.float32)
-            return on_device.prepared(Fp8Weight(draw(next(keys)), scale, how), read)
-        draw = jax.jit(lambda key: std * jax.random.normal(key, leaf.shape, read.dtype))
-        return on_device.prepared(draw(next(keys)), read)
+            return on_device.prepared(Fp8Weight(codes, scale, how), read)
+        dtype = str(jnp.dtype(read.dtype))
+        return on_device.prepared(_normal(next(keys), leaf.shape, dtype, dtype, std), read)
 
     weights = jax.tree_util.tree_map_with_path(drawn, params, roles(module), reads)
     return weights, jax.tree.map(lambda b: jnp.zeros(b.shape, b.dtype), router_bias)
+
+
+def _normal(key: Any, shape: tuple[int, ...], drawn: Any, stored: Any, std: float) -> Any:
+    """Returns normal numbers, drawn in one dtype and stored in another; a stack layer by layer, to spare memory."""
+    import jax
+
+    def draw(key: Any, shape: tuple[int, ...]) -> Any:
+        return (std * jax.random.normal(key, shape, drawn)).astype(stored)
+
+    if len(shape) < 3:
+        return jax.jit(lambda key: draw(key, shape))(key)
+    return jax.jit(lambda key: jax.lax.map(lambda one: draw(one, shape[1:]), jax.random.split(key, shape[0])))(key)
 
 
 class Peer(PeerProcess):
