@@ -18,13 +18,14 @@ Paper: V3 section 3.2.1. The schedules: `parallel.schedule`; the split of a stag
 """
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.parallel.homes import Homes, Key
 from deepseek_jax.parallel.mesh import PIPE
 from deepseek_jax.parallel.split_backward import Arrays, Split, Tree
 from deepseek_jax.parallel.tick_table import POOLS, SOURCES, WRITTEN, Branch, TickTable
@@ -56,7 +57,7 @@ class Made(NamedTuple):
     late: Arrays
     stash: Arrays
     report: Tree
-    gradient: Tree
+    gradient: Any  # of each array of the weights; of a part alone, by their numbers
 
 
 class Pools(NamedTuple):
@@ -73,7 +74,7 @@ class Pools(NamedTuple):
 class Sums(NamedTuple):
     """What is summed over the micro-batches, in float32."""
 
-    gradients: list[dict]  # of each chunk's weights; of those that chunks share, in the first chunk's only
+    gradients: Arrays  # of each array of the weights
     reports: Tree  # with a leading axis of chunks
     ends: tuple[Tree, Tree]  # (gradient, report)
 
@@ -93,47 +94,44 @@ class Switch(NamedTuple):
 def run_pipeline(
     table: TickTable,
     stages: Sequence[Split],
-    weights: Sequence[Tree],
-    fixed: Sequence[Tree],
+    homes: Homes,
+    weights: Arrays,
+    fixed: Mapping[Key, Tree],
     rest: Tree,
     x: Tree,
     ends: Ends,
-    shared: Collection[str] = (),
     overlap: bool = True,
-) -> tuple[Sequence[Tree], Sequence[Tree], tuple[Tree, Tree]]:
+) -> tuple[Arrays, Sequence[Tree], tuple[Tree, Tree]]:
     """Runs all micro-batches through all stages, forward and backward; inside `per_device` only.
 
     Args:
         table: the schedule.
         stages: the programs of each kind of stage, (weights, (x, given), rest) -> ((y, out), report, ...), all with
             weights, x, given, out and report alike.
-        weights: of this rank's stage of each chunk.
-        fixed: what the stage of each chunk reads besides, without a gradient.
+        homes: where the weights of each stage lie, by its chunk and the number of its kind in `stages`.
+        weights: the arrays in which those of this rank's stages lie.
+        fixed: what each stage reads besides, without a gradient, by its chunk and kind.
         rest: what stages read of a micro-batch, with a leading axis of all micro-batches; a stage is given
             (fixed, rest of the micro-batch) as its `rest`.
         x: shapes of what flows from stage to stage.
         ends: what comes before the first stages and after the last.
-        shared: entries of the weights that all chunks have alike.
         overlap: whether all parts of an op are one branch.
 
     Returns:
-        (gradients of the weights, reports) of each chunk, and (gradient, report) of the ends, summed in float32.
-        What is shared has its gradient, of all chunks, in the first chunk's only; the ends' report is the first rank's.
+        Gradients like `weights`, the reports of each chunk, and (gradient, report) of the ends, summed in float32;
+        the ends' report is the first rank's.
     """
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rest)
-    shapes, of_ends = _shapes(stages, weights[0], (fixed[0], one), x, ends)
-    places = dict.fromkeys((chunk, number) for branch in table.branches for _, chunk, number in branch)
-    prepared = {(chunk, number): stages[number].prepare(weights[chunk]) for chunk, number in places}
-    switches, n_chunks = switches_of(table, overlap), len(weights)
+    of_stage = {key: homes.tree(weights, key) for key in homes.places}
+    shapes, of_ends = _shapes(stages, homes, of_stage, fixed, one, x, ends)
+    prepared = {key: stages[key[1]].prepare(tree) for key, tree in of_stage.items()}
+    switches, n_chunks = switches_of(table, overlap), homes.kinds.shape[1]
     if len(switches) == 1 and not table.sizes["stash"]:
         shapes = shapes._replace(stash=[])  # it never leaves an op
     nothing = jax.tree.map(_zeros, shapes)
-    start = _empty_pools(table, shapes), _no_sums(shapes, of_ends, n_chunks, shared)
-    programs = [[_program(b, stages, prepared, fixed, rest, nothing) for b in one.branches] for one in switches]
-    if overlap:
-        run = _in_place(switches[0].branches, programs[0], stages, nothing, shared)
-    else:
-        run = _beside(switches, programs, nothing, shared)
+    start = _empty_pools(table, shapes), _no_sums(shapes, of_ends, n_chunks)
+    programs = [[_program(b, stages, homes, prepared, fixed, rest, nothing) for b in it.branches] for it in switches]
+    run = _in_place(switches[0].branches, programs[0], nothing) if overlap else _beside(switches, programs, nothing)
     rank = jax.lax.axis_index(PIPE)
 
     def tick(carry: tuple[Pools, Sums], row: dict) -> tuple[tuple[Pools, Sums], None]:
@@ -162,10 +160,8 @@ def _empty_pools(table: TickTable, shapes: Made) -> Pools:
     return Pools(*(_pool(like[pool], n) if (n := table.sizes[pool]) else [] for pool in POOLS))
 
 
-def _no_sums(shapes: Made, of_ends: tuple[Tree, Tree], n_chunks: int, shared: Collection[str]) -> Sums:
-    own = {name: sub for name, sub in shapes.gradient.items() if name not in shared}
-    gradients = [jax.tree.map(_no_sum, own if chunk else shapes.gradient) for chunk in range(n_chunks)]
-    return Sums(gradients, _zero_sums(shapes.report, n_chunks), _zero_sums(of_ends, 1))
+def _no_sums(shapes: Made, of_ends: tuple[Tree, Tree], n_chunks: int) -> Sums:
+    return Sums([_no_sum(a) for a in shapes.gradient], _zero_sums(shapes.report, n_chunks), _zero_sums(of_ends, 1))
 
 
 def _nth(tree: Tree, n: int) -> Tree:
@@ -277,16 +273,24 @@ def _rows(table: TickTable, switches: Sequence[Switch]) -> dict:
     return jax.tree.map(jnp.asarray, {"ranks": rows, "ends": table.ends})
 
 
-def _shapes(stages: Sequence[Split], weights: Tree, rest: Tree, x: Tree, ends: Ends) -> tuple[Made, tuple[Tree, Tree]]:
+def _shapes(
+    stages: Sequence[Split],
+    homes: Homes,
+    weights: Mapping[Key, Tree],
+    fixed: Mapping[Key, Tree],
+    rest: Tree,
+    x: Tree,
+    ends: Ends,
+) -> tuple[Made, tuple[Tree, Tree]]:
     """Returns the shapes of what an op makes, where lists hold what any kind of stage needs, and of the ends' sums."""
-    of_first, weights = stages[0].shapes, jax.eval_shape(stages[0].prepare, weights)
-    _, given = jax.eval_shape(ends.given, rest[1], rest[1])
-    (_, out), report, *_ = jax.eval_shape(stages[0].forward, weights, (x, given), rest)
-    gradient = jax.eval_shape(stages[0].weights, weights, rest, of_first["late"], of_first["stash"])
-    lists = {name: functools.reduce(_covering, [stage.shapes[name] for stage in stages]) for name in of_first}
-    of_loss, _, of_ends = jax.eval_shape(ends.loss, out, rest[1])
-    of_ends |= jax.eval_shape(ends.backward, rest[1], rest[1], (x, given))
-    return Made(x, x, out, given, **lists, report=report, gradient=gradient), (of_ends, of_loss)
+    key = next(iter(homes.places))
+    stage, (_, given) = stages[key[1]], jax.eval_shape(ends.given, rest, rest)
+    read = jax.eval_shape(stage.prepare, weights[key])
+    (_, out), report, *_ = jax.eval_shape(stage.forward, read, (x, given), (fixed[key], rest))
+    lists = {name: functools.reduce(_covering, [stage.shapes[name] for stage in stages]) for name in stage.shapes}
+    of_loss, _, of_ends = jax.eval_shape(ends.loss, out, rest)
+    of_ends |= jax.eval_shape(ends.backward, rest, rest, (x, given))
+    return Made(x, x, out, given, **lists, report=report, gradient=list(homes.forms)), (of_ends, of_loss)
 
 
 def _kind(array: jax.Array) -> tuple:
@@ -365,29 +369,22 @@ def _arrived(pool: Tree, sent: Tree, slots: dict[str, jax.Array], plan: dict[str
 
 
 # (pools, gradients, row) -> (made, pools that have changed, gradients)
-Run = Callable[[Pools, list[dict], dict], tuple[Made, dict[str, Arrays], list[dict]]]
+Run = Callable[[Pools, Arrays, dict], tuple[Made, dict[str, Arrays], Arrays]]
 
 
-def _in_place(
-    branches: Sequence[Branch],
-    programs: Sequence[Callable],
-    stages: Sequence[Split],
-    nothing: Made,
-    shared: Collection[str],
-) -> Run:
+def _in_place(branches: Sequence[Branch], programs: Sequence[Callable], nothing: Made) -> Run:
     """Returns what runs an op whose branch itself puts results into the buffers, only those that it has.
 
     XLA changes the buffers without a copy, as long as whatever a branch reads of them is read before: the barrier says
     so. (Its CPU compiler drops barriers, and copies.) Sums are read by nothing but what adds to them, and need none: so
     each product of W can be added as soon as it is made, in the pass that also converts it.
     """
-    nothing = nothing._replace(early=[], late=[], stash=[], gradient={})
+    nothing = nothing._replace(early=[], late=[], stash=[], gradient=[])
 
     def of(branch: Branch, program: Callable) -> Callable:
         has_own_stash = {"B", "W"} <= {kind for kind, _, _ in branch}
-        w_part = next((part for part in branch if part[0] == "W"), None)
 
-        def run(pools: dict[str, Arrays], gradients: list[dict], others: Pools, row: dict) -> tuple:
+        def run(pools: dict[str, Arrays], gradients: Arrays, others: Pools, row: dict) -> tuple:
             found = program(others._replace(**pools), row, {})
             made = found.pop("gradient", {})
             pools, found = jax.lax.optimization_barrier((pools, found))
@@ -396,15 +393,14 @@ def _in_place(
             if has_own_stash:
                 lists["stash"] = []
             kept = {pool: _put_some(arrays, lists[pool], row["write"].get(pool, 0)) for pool, arrays in pools.items()}
-            if w_part:
-                gradients = _with(gradients, made, stages[w_part[2]].is_zero, shared, w_part[1])
-            return nothing._replace(**found), kept, gradients
+            sums = [_sum(a, made[place]) if place in made else a for place, a in enumerate(gradients)]
+            return nothing._replace(**found), kept, sums
 
         return run
 
     runs = [of(*pair) for pair in zip(branches, programs, strict=True)]
 
-    def tick(pools: Pools, gradients: list[dict], row: dict) -> tuple[Made, dict[str, Arrays], list[dict]]:
+    def tick(pools: Pools, gradients: Arrays, row: dict) -> tuple[Made, dict[str, Arrays], Arrays]:
         changing = {pool: getattr(pools, pool) for pool in WRITTEN}
         others = pools._replace(**{pool: [] for pool in WRITTEN})
         return jax.lax.switch(row["branch"][0], runs, changing, gradients, others, row)
@@ -412,30 +408,20 @@ def _in_place(
     return tick
 
 
-def _beside(
-    switches: Sequence[Switch], programs: Sequence[Sequence[Callable]], nothing: Made, shared: Collection[str]
-) -> Run:
+def _beside(switches: Sequence[Switch], programs: Sequence[Sequence[Callable]], nothing: Made) -> Run:
     """Returns what runs an op by one switch after the other, and puts what they have made into the buffers."""
     branches = [
         [_filled(program, switch.kinds, nothing) for program in each]
         for switch, each in zip(switches, programs, strict=True)
     ]
 
-    def tick(pools: Pools, gradients: list[dict], row: dict) -> tuple[Made, dict[str, Arrays], list[dict]]:
+    def tick(pools: Pools, gradients: Arrays, row: dict) -> tuple[Made, dict[str, Arrays], Arrays]:
         parts: dict[str, Any] = {}
         for index, each in zip(row["branch"], branches, strict=True):
             parts |= jax.lax.switch(index, each, pools, row, parts)
         made = Made(**parts)
         kept = {pool: _put(getattr(pools, pool), getattr(made, pool), slot) for pool, slot in row["write"].items()}
-        of_all, one_chunk = {name: made.gradient[name] for name in shared}, len(gradients) == 1
-        own = {name: sub for name, sub in made.gradient.items() if name not in shared}
-
-        def added(chunk: int, sums: dict) -> dict:
-            is_it = row["chunk"]["W"] == chunk
-            mine = own if one_chunk else jax.tree.map(lambda a: jnp.where(is_it, a, 0), own)
-            return jax.tree.map(_sum, sums, mine if chunk else mine | of_all)
-
-        return made, kept, [added(*each) for each in enumerate(gradients)]
+        return made, kept, list(map(_sum, gradients, made.gradient))
 
     return tick
 
@@ -448,17 +434,6 @@ def _put_some(pool: Arrays, arrays: Arrays, slot: jax.Array | int) -> Arrays:
     for place, array in zip(places, arrays, strict=True):
         changed[place] = _put(changed[place], array, slot)
     return changed
-
-
-def _with(gradients: list[dict], made: dict, is_zero: dict, shared: Collection[str], chunk: int) -> list[dict]:
-    """The sums with what W of a stage has made, but for what is zero whatever the stage is given."""
-
-    def added(number: int, sums: dict) -> dict:
-        names = [name for name in sums if number == (0 if name in shared else chunk)]
-        of_names = [{name: tree[name] for name in names} for tree in (sums, made, is_zero)]
-        return sums | jax.tree.map(lambda a, v, zero: a if zero else _sum(a, v), *of_names)
-
-    return [added(*each) for each in enumerate(gradients)]
 
 
 def _sum(a: jax.Array, v: jax.Array) -> jax.Array:
@@ -474,6 +449,8 @@ def _filled(program: Callable, kinds: str, nothing: Made) -> Callable[[Pools, di
         del results["read"]
         for name, found in results.items():
             made[name] = _held(made[name], found) if name in WRITTEN else found
+        if "W" in kinds and isinstance(made["gradient"], dict):
+            made["gradient"] = [made["gradient"].get(place, a) for place, a in enumerate(nothing.gradient)]
         return made
 
     return run
@@ -489,8 +466,9 @@ def _held(empty: Arrays, arrays: Arrays) -> Arrays:
 def _program(
     branch: Branch,
     stages: Sequence[Split],
-    weights: dict[tuple[int, int], Tree],
-    fixed: Sequence[Tree],
+    homes: Homes,
+    weights: Mapping[Key, Tree],
+    fixed: Mapping[Key, Tree],
     rest: Tree,
     nothing: Made,
 ) -> Callable[[Pools, dict, dict], dict]:
@@ -504,7 +482,7 @@ def _program(
         stash: Arrays | None = None
         for kind, chunk, number in branch:
             stage, mine = stages[number], weights[chunk, number]
-            of_batch = fixed[chunk], _at(rest, row["micro_batch"][kind])
+            of_batch = fixed[chunk, number], _at(rest, row["micro_batch"][kind])
 
             def read(pool: str, like: dict[str, Arrays] = stage.shapes) -> Arrays:
                 places = _places(getattr(nothing, pool), like[pool])
@@ -525,7 +503,8 @@ def _program(
                     both = zip(fresh, stash or fresh, strict=True)
                     stash = [jnp.where(row["own_stash"], a, b) for a, b in both]
                 given = jax.tree.map(jax.lax.optimization_barrier, (read("late"), stash or []))
-                made |= {"gradient": stage.weights(mine, of_batch, *given), "read": given}
+                gradient = stage.weights(mine, of_batch, *given)
+                made |= {"gradient": homes.placed((chunk, number), gradient), "read": given}
         return made
 
     return run

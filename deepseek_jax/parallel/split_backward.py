@@ -77,7 +77,7 @@ class Split:
     backward: Callable[[Tree, Tree, Tree, Arrays, Arrays], tuple[Tree, Arrays]]
     weights: Callable[[Tree, Tree, Arrays, Arrays], Tree]  # (weights, rest, late, stash) -> gradient of the weights
     shapes: dict[str, Arrays]  # by name, of "early", "late" and "stash": `jax.ShapeDtypeStruct`s
-    is_zero: Tree  # of each weight, whether its gradient is zero in any case, since the stage does not read it
+    is_read: list[bool]  # of each leaf of the weights, whether the stage reads it, or makes a gradient of it
 
 
 def split(stage: Callable, weights: Tree, x: Tree, rest: Tree, saveable: Saveable = everything) -> Split:
@@ -234,6 +234,16 @@ class _Divided:
         order = {id(equation): i for i, equation in enumerate(self.maker.values())}
         return sorted(found.values(), key=lambda equation: order[id(equation)])
 
+    def _is_read(self) -> list[bool]:
+        """Returns, of each weight, whether anything follows from it, or its gradient is one that may not be zero."""
+        followed, left = set(), [v for v in (*self.y, *self.dx, *self.d_weights) if not isinstance(v, core.Literal)]
+        while left:
+            variable = left.pop()
+            if variable not in followed:
+                followed.add(variable)
+                left += _reads([self.maker[variable]], []) if variable in self.maker else []
+        return [w in followed or not self._is_zero(d) for w, d in zip(self.w, self.d_weights, strict=True)]
+
     def _is_zero(self, variable: Any) -> bool:
         """Whether a variable is nothing but a zero in some shape."""
         while not isinstance(variable, core.Literal):
@@ -296,8 +306,7 @@ class _Divided:
 
         kept = {"early": self.early, "late": self.late, "stash": self.stash}
         shapes: dict[str, list] = {name: [_shape(v.aval) for v in variables] for name, variables in kept.items()}
-        is_zero = jax.tree.unflatten(of_weights, [self._is_zero(v) for v in self.d_weights])
-        return Split(prepare, forward, backward, gradient, shapes, is_zero)
+        return Split(prepare, forward, backward, gradient, shapes, self._is_read())
 
 
 def _cut(variables: list, sizes: list[int]) -> list[list]:

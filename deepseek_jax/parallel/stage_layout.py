@@ -189,7 +189,7 @@ class StageLayout:
     def joined(self, chunks: Sequence[Tree]) -> Tree:
         """Gradients in the layout of the weights: the transpose of `chunks`; inside `per_device` only.
 
-        The first chunk has those of all chunks for what is `shared`.
+        Those of what chunks share are added up: no rank has a stage with it in two.
         """
 
         def joined(*parts: jax.Array) -> jax.Array:
@@ -199,19 +199,17 @@ class StageLayout:
             return own + jax.lax.ppermute(other, PIPE, self._mirror)
 
         def returned(name: str, a: jax.Array) -> jax.Array:
-            if self.copies == 1:
+            if self.copies == 1 or not self._is_stack(name):
                 return a
             is_own = self._stores_some(name)
             return jnp.where(is_own, a, 0) + jax.lax.ppermute(jnp.where(is_own, 0, a), PIPE, self._mirror)
 
-        def of(name: str, of_first: Any) -> Any:
-            if not self._is_stack(name):
-                return of_first
-            if self.is_shared(name):
-                return jax.tree.map(functools.partial(returned, name), of_first)
-            return jax.tree.map(joined, *(chunk[name] for chunk in chunks))
+        def of(name: str) -> Any:
+            is_apart = self._is_stack(name) and not self.is_shared(name)
+            change = joined if is_apart else lambda *parts: returned(name, sum(parts[1:], parts[0]))
+            return jax.tree.map(change, *(chunk[name] for chunk in chunks))
 
-        return {name: of(name, of_first) for name, of_first in chunks[0].items()}
+        return {name: of(name) for name in chunks[0]}
 
     def of_all_layers(self, chunks: Sequence[Tree]) -> Tree:
         """This rank's share of what belongs to layers, `[L, ...]`, from that of the slots of its stages.
@@ -233,10 +231,6 @@ class StageLayout:
             return jax.tree.map(change, *(chunk[name] for chunk in chunks))
 
         return {name: of(name) for name in chunks[0]}
-
-    def shared(self, tree: Tree) -> set[str]:
-        """The entries of weights that all chunks of a rank have alike: those in no stack, and those in shared slots."""
-        return {name for name in tree if not self._is_stack(name) or self.is_shared(name)}
 
     def _is_stack(self, name: str) -> bool:
         return any(name in stage for stage in self.stages)

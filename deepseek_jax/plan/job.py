@@ -18,9 +18,11 @@ from deepseek_jax.parallel.mesh import ALL, AnyMesh
 from deepseek_jax.parallel.sharding import Placement, bytes_per_device, expert_axis, placements
 from deepseek_jax.parallel.stages import StageShare
 from deepseek_jax.plan.layout import Layout, Stage, make_stages
-from deepseek_jax.plan.network import Network, Weight
+from deepseek_jax.plan.network import EMBEDDING, HEAD, Network, Weight
 from deepseek_jax.plan.recipes import MASTER, Recipe
 from deepseek_jax.plan.schedules import Schedule
+
+ENDS = (EMBEDDING, HEAD)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Job:
 
     @cached_property
     def of_any_rank(self) -> list[Holding]:
-        """What every device along the pipeline holds: of a stack, as many layers as the stage with most of them.
+        """What every device along the pipeline keeps between steps: of a stack, as many layers as the fullest stage.
 
         It does so for each of its stages, but once of a stack that none has in two. Embedding and head are divided over
         the ranks; final norm and multi-token prediction are on all of them.
@@ -98,6 +100,44 @@ class Job:
         held = [Holding(part, arrangement.copies > 1 and k > 0, 1 / arrangement.copies) for part, k in found]
         once = [*(part for part in parts if part.weight.part in self._shared), *self._placed(others, mesh)]
         return [*held, *(Holding(part, is_copy=False, kept=1.0) for part in once)]
+
+    @cached_property
+    def homes(self) -> list[Holding]:
+        """What the step of a run's pipeline reads on every device, as `parallel.homes` lays it out, but for its ends.
+
+        Of each kind of leaf there are as many as the rank needs whose stages have most; what more of them than the
+        stage with most needs, the second copy of the model is for.
+        """
+        of_stages = [self._leaves(stage.weights) for stage in self.stages]
+        leaves = {kind: leaf for kinds in of_stages for kind, (leaf, _) in kinds.items()}
+        found = []
+        for kind, leaf in leaves.items():
+            counts = [kinds.get(kind, (leaf, 0))[1] for kinds in of_stages]
+            needed = max(sum(counts[hold.stage] for hold in held) for held in self.ranks)
+            is_copied = self.schedule.arrangement.copies > 1
+            first = max(counts) if is_copied else needed
+            pairs = ((first, False), (needed - first, True))
+            found += [Holding(replace(leaf, numbers=n * leaf.numbers), copy, 1.0) for n, copy in pairs if n]
+        return found
+
+    def _leaves(self, weights: Sequence[Weight]) -> dict[tuple, tuple[Part, int]]:
+        """Returns, by shape and dtype on a device, (one leaf of weights of a stage, how many there are)."""
+        found: dict[tuple, tuple[Part, int]] = {}
+        stacks = self.network.stacks
+        for part in self._placed([w for w in weights if w.part not in ENDS], self.layout.mesh):
+            is_layer = part.weight.part in stacks
+            axes = slice(1 if is_layer else 0, None)
+            spec = (*part.place.spec, *(None for _ in part.weight.shape[len(part.place.spec) :]))
+            kind = part.weight.shape[axes], spec[axes], self.read(part), self.held(part)[1] > 0
+            n = part.weight.repeats if is_layer else 1
+            leaf, known = found.get(kind, (replace(part, numbers=part.numbers // n), 0))
+            found[kind] = leaf, known + n
+        return found
+
+    @property
+    def ends(self) -> list[Holding]:
+        """Embedding and head in a run's pipeline, each device's share."""
+        return [holding for holding in self.of_any_rank if holding.part.weight.part in ENDS]
 
     @cached_property
     def _shared(self) -> set[str]:

@@ -28,7 +28,7 @@ Compared with runs: V3's widths, 3 layers, 32 experts, recipe run on one H200, p
 from collections.abc import Mapping
 
 from deepseek_jax.plan.activations import FLOAT32, ActivationBytes
-from deepseek_jax.plan.job import Job, Part
+from deepseek_jax.plan.job import Holding, Job, Part
 from deepseek_jax.plan.layout import Stage
 from deepseek_jax.plan.network import HIGH_PRECISION
 from deepseek_jax.plan.recipes import MASTER, V3_POLICY
@@ -119,7 +119,7 @@ def between_steps(job: Job, rank: int) -> float:
 
 def carried(job: Job, parts: Mapping[str, float], rank: int) -> float:
     """Returns the bytes of `parts` that the loop over micro-batches carries: buffers, and sums of gradients."""
-    summed = sum(holding.part.numbers for holding in job.holdings(rank)) if has_sums(job) else 0.0
+    summed = sum(holding.part.numbers for holding in _in_step(job, rank)) if has_sums(job) else 0.0
     return parts.get("buffers", 0.0) + summed * job.recipe.gradients
 
 
@@ -144,18 +144,26 @@ def _gradients(job: Job, part: Part) -> float:
     return part.numbers * (made + recipe.gradients * has_sums(job))
 
 
+def _in_step(job: Job, rank: int) -> list[Holding]:
+    """Returns what a step reads and has gradients of: in a run's pipeline the same on all ranks (`parallel.homes`)."""
+    return [*job.homes, *job.ends] if job.shares_vocabulary else job.holdings(rank)
+
+
 def _states(job: Job, rank: int) -> dict[str, float]:
     """Returns the bytes of weights, gradients and optimizer state."""
     recipe = job.recipe
     found = dict.fromkeys(("weights", "gradients", "pipeline_copy", "masters", "optimizer"), 0.0)
-    for part, is_copy, kept in job.holdings(rank):
-        low = part.weight.is_matrix and part.weight.role not in HIGH_PRECISION
+    for part, _, kept in job.holdings(rank):
         weights, master = job.held(part)
-        weights += part.numbers * low * recipe.low_precision_copy
-        found["pipeline_copy" if is_copy else "weights"] += weights
-        found["pipeline_copy" if is_copy else "gradients"] += _gradients(job, part)
+        found["weights"] += 0.0 if master else weights
         found["masters"] += master * kept
         found["optimizer"] += part.optimizer_numbers * recipe.moments * kept
+    for part, is_copy, _ in _in_step(job, rank):
+        low = part.weight.is_matrix and part.weight.role not in HIGH_PRECISION
+        weights, master = job.held(part)
+        beside = (weights if master else 0.0) + part.numbers * low * recipe.low_precision_copy
+        found["pipeline_copy" if is_copy else "weights"] += beside
+        found["pipeline_copy" if is_copy else "gradients"] += _gradients(job, part)
     return found
 
 

@@ -18,11 +18,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.layers.base import Execution, Tree
 from deepseek_jax.layers.base import split as split_module
 from deepseek_jax.layers.embed import rows, rows_gradient
+from deepseek_jax.parallel.homes import Homes, Key, make_homes
 from deepseek_jax.parallel.pipeline import Ends, run_pipeline
 from deepseek_jax.parallel.split_backward import SAVEABLE, split
 from deepseek_jax.parallel.stage_layout import StageLayout, make_layout
@@ -81,6 +84,9 @@ def pipelined(losses: StageLosses, layout: StageLayout, remat: str, overlap: boo
     (`Execution`); what a stage saves follows from `remat`.
     """
     kinds, table = stage_table(layout)
+    placed = np.array(
+        [[kinds.index(layout.kind((r, c))) for c in range(layout.n_chunks)] for r in range(layout.n_ranks)]
+    )
     n_micro = layout.schedule.micro_batches * layout.copies
 
     def gradients(params: Tree, state: Tree, batch: Batch) -> tuple[Tree, jax.Array, Losses]:
@@ -93,28 +99,53 @@ def pipelined(losses: StageLosses, layout: StageLayout, remat: str, overlap: boo
         weights, frozen = _chunks(layout, own, codes), _chunks(layout, state["frozen"] | both, codes)
         codes, biases = [layout.apart(each) for each in codes], layout.chunks(state["router_bias"])
         names = ("frozen", "router_bias", "codes")
-        fixed = [
-            {"step": state["step"], **dict(zip(names, each, strict=True))}
-            for each in zip(frozen, biases, codes, strict=True)
-        ]
+        each = zip(frozen, biases, codes, strict=True)
+        fixed = [{"step": state["step"], **dict(zip(names, of_chunk, strict=True))} for of_chunk in each]
         one = fixed[0], jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), micro)
         x = jax.eval_shape(ends.given, one[1], one[1])
         stage = functools.partial(_stage, losses, over)
-        each = [jax.eval_shape(functools.partial(stage, kind), weights[0], x, one)[2] for kind in kinds]
+        reports = [jax.eval_shape(functools.partial(stage, kind), weights[0], x, one)[2] for kind in kinds]
 
         def reporting(kind: Kind, *arguments: Any) -> tuple[tuple, jax.Array, tuple]:
             y, loss, found = stage(kind, *arguments)
-            return y, loss, (loss, _filled(found, each))
+            return y, loss, (loss, _filled(found, reports))
 
         run = [split(functools.partial(reporting, kind), weights[0], x, one, SAVEABLE[remat]) for kind in kinds]
-        shared = layout.shared(own)
-        found, reports, (of_ends, at_head) = run_pipeline(
-            table, run, weights, fixed, micro, x[0], ends, shared, overlap=overlap
+        homes, fixed_of = _housed(placed, [stage.is_read for stage in run], weights[0], fixed)
+        sums, reports, (of_ends, at_head) = run_pipeline(
+            table, run, homes, homes.filled(weights), fixed_of, micro, x[0], ends, overlap=overlap
         )
+        found = [homes.of_chunk(sums, chunk) for chunk in range(layout.n_chunks)]
         trained = {name: {key: of_ends[name][key] for key in params[name]} for name in ENDS if name in params}
         return layout.joined([layout.together(each) for each in found]) | trained, *_summed(layout, reports, at_head)
 
     return gradients
+
+
+def _housed(
+    placed: np.ndarray, is_read: Sequence[Sequence[bool]], weights: Tree, fixed: Sequence[Tree]
+) -> tuple[Homes, dict[Key, Tree]]:
+    """Returns where the weights of each stage lie, and what else it reads, its codes from arrays that stages share.
+
+    Args:
+        placed: kind of the stage of each chunk, [ranks, chunks].
+        is_read: by kind, of each leaf of the weights.
+        weights, fixed: of the first chunk; of each chunk.
+    """
+    homes = make_homes(placed, _forms(weights), is_read)
+    codes = [each["codes"] for each in fixed]
+
+    def of_codes(flags: Sequence[bool]) -> list[bool]:
+        known = flatten_dict(jax.tree.unflatten(homes.structure, flags))
+        return jax.tree.leaves(unflatten_dict({path: (known.get(path, True),) * 2 for path in flatten_dict(codes[0])}))
+
+    of_coded = make_homes(placed, _forms(codes[0]), [of_codes(flags) for flags in is_read])
+    arrays = of_coded.filled(codes)
+    return homes, {key: fixed[key[0]] | {"codes": of_coded.tree(arrays, key)} for key in homes.places}
+
+
+def _forms(tree: Tree) -> Tree:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
 
 
 def _chunks(layout: StageLayout, weights: Tree, codes: Sequence[Tree]) -> list[Tree]:

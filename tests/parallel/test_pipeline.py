@@ -8,6 +8,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from deepseek_jax.parallel.homes import make_homes
 from deepseek_jax.parallel.lint import check_collectives
 from deepseek_jax.parallel.pipeline import Ends, run_pipeline
 from deepseek_jax.parallel.schedule import SCHEDULES
@@ -122,9 +123,14 @@ def test_gradients_are_those_without_a_pipeline(name, saveable, overlap, referen
     number = {place: i for lane in lanes for i, place in enumerate(lane)}
     chunks = range(max(chunk for _, chunk in number) + 1)
     kinds = (0, 1, n_stages - 1)  # the first stage, an inner one, the last
-    table = make_table(schedule, lambda place: min(number[place], 1) + (number[place] == n_stages - 1))
+
+    def kind_at(place):
+        return min(number[place], 1) + (number[place] == n_stages - 1)
+
+    table = make_table(schedule, kind_at)
     mesh = jax.make_mesh((RANKS, E), ("pipe", "expert"), axis_types=(AxisType.Auto,) * 2)
     weights, at_ends = make_weights(n_stages)
+    kind_of = np.array([[kind_at((rank, c)) for c in chunks] for rank in range(RANKS)])
     of_rank = np.array([[number[rank, c] for c in chunks] for rank in range(RANKS)])
     placed = jax.tree.map(lambda a: a[of_rank], weights)  # ranks, chunks
 
@@ -135,9 +141,12 @@ def test_gradients_are_those_without_a_pipeline(name, saveable, overlap, referen
         one = jax.tree.map(lambda a: a[0], rest)
         stages = [split(stage_of(kind, n_stages), mine[0], (x, x), ({}, one), saveable) for kind in kinds]
         ends = ends_of(**at_ends)
-        gradients, reports, (of_ends, at_head) = run_pipeline(
-            table, stages, mine, [{}] * len(mine), rest, x, ends, overlap=overlap
+        homes = make_homes(kind_of, jax.eval_shape(lambda: mine[0]), [stage.is_read for stage in stages])
+        fixed = {key: {} for key in homes.places}
+        sums, reports, (of_ends, at_head) = run_pipeline(
+            table, stages, homes, homes.filled(mine), fixed, rest, x, ends, overlap=overlap
         )
+        gradients = [homes.of_chunk(sums, chunk) for chunk in chunks]
         loss = lax.psum(sum(report["loss"] for report in reports) + at_head, "pipe")
         stacked = jax.tree.map(lambda *a: jnp.stack(a)[None, None], *gradients)
         return stacked, lax.psum(of_ends, ("pipe", "expert")), loss[None]

@@ -13,6 +13,7 @@ from deepseek_jax.layers.base import Execution
 from deepseek_jax.parallel.mesh import ALL
 from deepseek_jax.parallel.stage_layout import make_layout
 from deepseek_jax.plan.activations import ActivationBytes, residual_bytes, v3_bytes
+from deepseek_jax.plan.job import ENDS
 from deepseek_jax.plan.layout import end_in_layers
 from deepseek_jax.plan.memory import rank_memory
 from deepseek_jax.plan.network import abstract_model
@@ -32,7 +33,8 @@ def test_states_are_those_that_inspect_shows(job_of, name, sharding, mesh):
     config.sharding.update(sharding)
     weights, _ = inspect.inspect(config, mesh)
     ours = rank_memory(job_of(name, sharding=sharding, **mesh), 0, NOTHING, CHUNK)
-    assert ours["weights"] + ours.get("router_biases", 0) == sum(w.weight_bytes for w in weights)
+    counted, shown = ours["weights"] + ours.get("router_biases", 0), sum(w.weight_bytes for w in weights)
+    assert counted == shown or ("pipe" in mesh and counted < shown)  # there stages share arrays (`parallel.homes`)
     assert ours["optimizer"] == sum(w.optimizer_bytes for w in weights)
     assert ours.get("masters", 0) == sum(w.master_bytes for w in weights)
 
@@ -60,6 +62,18 @@ def test_a_device_has_the_slots_of_each_stack_that_a_run_lays_out(job_of, name):
         counted = sum(one.part.numbers for one in held if one.part.weight.part == stack)
         slots = counted * n / sum(weight.size for weight in network.of(stack))
         assert 2 * slots == len(layout.staged({stack: jnp.arange(n)})[stack])
+
+
+@pytest.mark.parametrize("name", ["1f1b", "dualpipe", "dualpipev"])
+def test_a_step_reads_no_more_than_the_stages_of_the_fullest_rank(job_of, name):
+    """tiny_v3 in two stages: what has the form of something in the other stage takes no memory of its own."""
+    job = job_of("tiny_v3", pipe=2, plan=name, batch=8, expert=2)
+    read = sum(one.part.numbers for one in job.homes)
+    of_ranks = [sum(p.numbers for hold in held for p in job.parts[hold.stage]) for held in job.ranks]
+    ends = sum(p.numbers for parts in job.parts for p in parts if p.weight.part in ENDS) / len(job.stages)
+    assert max(of_ranks) - 2 * ends <= read < sum(one.part.numbers for one in job.of_any_rank)
+    kinds = {(one.part.weight.shape[1:], one.is_copy) for one in job.homes}
+    assert all(not is_copy or (shape, False) in kinds for shape, is_copy in kinds)
 
 
 def test_codes_are_named_where_weights_are_gathered_in_codes(job_of):
