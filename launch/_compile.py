@@ -31,6 +31,7 @@ WORDS = {
     "devices": "making the devices",
     "shapes": "making the model as shapes",
     "trace": "tracing the step",
+    "lint": "looking for collectives that would hang",
     "lower": "writing it as StableHLO",
     "compile": "compiling it with XLA",
     "read": "reading the compiled program",

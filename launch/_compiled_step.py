@@ -20,6 +20,7 @@ from deepseek_jax import run
 from deepseek_jax.compat import peak_memory_bytes, quieten_compilation
 from deepseek_jax.errors import UserError
 from deepseek_jax.models import family
+from deepseek_jax.parallel.lint import check_collectives
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.pipeline import branch_runs
 from deepseek_jax.parallel.targets import target_devices
@@ -73,6 +74,8 @@ def compiled_step(config: ConfigDict, target: str) -> CompiledStep:
         trainer, batch = run.trainer(config, mesh), run.abstract_batch(config, mesh)
     with phase("trace"):
         traced = trainer.step.trace(trainer.abstract, batch)
+    with phase("lint"):
+        check_collectives(traced.jaxpr)  # a step that would hang is not worth compiling
     with phase("lower"):
         lowered = traced.lower()
     with phase("compile"):

@@ -4,6 +4,7 @@ From the operations that a GPU ran, each on one of its streams (`launch._profile
 
     compute    time in which some kernel ran besides collectives
     exchange   time of all_to_all; hidden as far as compute ran meanwhile
+    nccl       time in which some collective ran, a pipeline's transfers included, which wait inside for their partner
     waiting    time in which nothing ran but transfers between stages, which take as long as the slower rank, or nothing
 
 Transfers wait for their partner inside the kernel, so a pipeline's bubble shows as transfers and not as idle time.
@@ -57,6 +58,7 @@ def _of_device(events: list[Event], is_main: Callable[[str], bool]) -> dict[str,
         "main_exchange": length(main),
         "main_exchange_hidden": shared(main, compute),
         "reductions": length(of(*REDUCTIONS)),
+        "nccl": length(of(*collectives)),
         "waiting": end - begin - length(worked),
     }
 

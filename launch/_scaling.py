@@ -23,6 +23,9 @@ BENCHMARKS.md:
               after every tick
     hidden    share of the time of the experts' all-to-all under which matmuls ran, in the whole step and in the ops
               that run a forward and a backward pass at once, from the same profile
+    in NCCL   share of a step in which some collective ran, transfers that wait for the other stage included
+    exchange  what the experts' all-to-all sent per device in a step, over the time that it took: its gradients are as
+              many bytes as it is (not where layers run again in the backward pass, config.run.remat)
     planned   tokens per second by the planner, whose one efficiency is fitted to the row of one device, and its error
 
 Operations keep their names in a profile only if XLA does not gather them into command buffers, so these are off.
@@ -88,7 +91,7 @@ TOLERANCE = {"fp32": 1e-4}  # relative difference of the losses, by config.preci
 LOW_PRECISION = 5e-3
 LEAST_EFFICIENCY, MOST_EFFICIENCY = 1e-9, 10.0  # of the peak: emulated devices are far below it
 COLUMNS: tuple[str, ...] = ("layout", "tokens/s", "of one", "step", "losses off by")
-COLUMNS += ("loads", "waiting", "formula", "in ticks", "hidden", "planned")
+COLUMNS += ("loads", "waiting", "formula", "in ticks", "hidden", "in NCCL", "exchange", "planned")
 READY = "compiled"  # the line of a process that waits to be measured
 POLL_S = 0.2
 MACHINE = "import jax, json; d = jax.devices(); print(json.dumps([len(d), d[0].device_kind, jax.__version__]))"
@@ -443,8 +446,18 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         share("bubble_by_formula"),
         share("bubble_in_ticks"),
         f"{hidden[0]}, main {hidden[1]}" if profile else "",
+        f"{profile['nccl'] / profile['step']:.1%}" if profile else "",
+        exchanged(row),
         plan,
     )
+
+
+def exchanged(row: dict[str, Any]) -> str:
+    """Returns what the exchange of tokens sent, and how fast; "" without a profile or an exchange."""
+    if not (row["profile"].get("exchange") and row.get("sent_bytes")):
+        return ""
+    n_bytes = 2 * row["sent_bytes"]
+    return f"{n_bytes / 1e9:,.1f} GB, {n_bytes / row['profile']['exchange'] / 1e6:,.0f} GB/s"
 
 
 def show(rows: list[dict]) -> None:

@@ -59,6 +59,7 @@ def measured(ours: Ours, job: dict) -> dict[str, Any]:
         "losses": losses[job["settle"] :],
         "seconds": seconds,
         "imbalance": statistics.mean(imbalances),
+        "sent_bytes": float(ours.report.sent.within + ours.report.sent.across) / ours.trainer.mesh.size,
         "compile_seconds": ours.compile_seconds + first,
         "peak_memory_bytes": ours.peak_memory_bytes,
         "n_params": ours.n_params,

@@ -11,6 +11,7 @@
     deepseek-jax bench rl                                      # steps of GRPO beside TRL; --help lists its flags
     deepseek-jax bench kernels                                 # FP8 kernels, on a Hopper GPU; --help lists its flags
     deepseek-jax bench scaling                                 # layouts of this machine's devices beside one of them
+    deepseek-jax bench exchange                                # tokens to experts and back, on this machine's devices
 
 Both sides train the same sizes on fresh random tokens with AdamW, in turns: a few steps of one, then a few of the
 other, after a warm-up. Printed are the medians over the turns and their ratio; what else the machine does in the
@@ -50,6 +51,7 @@ OTHERS = {  # benches with flags of their own, in modules that import jax
     "rl": "_bench_rl",
     "kernels": "_bench_kernels",
     "scaling": "_scaling",
+    "exchange": "_bench_exchange",
 }
 
 

@@ -114,12 +114,12 @@ def test_what_was_measured_is_kept_and_the_rest_measured_again(config, tmp_path,
 def entry(config, split: Split, seconds: list[float], losses: list[float], profile: dict | None = None) -> dict:
     job = {"split": list(split), "config": to_json(_scaling.config_of(split, config, options(), 2))}
     found = {"losses": losses, "seconds": seconds, "compile_seconds": 1.0, "peak_memory_bytes": 2**30}
-    return {"job": job, "found": found | {"profile": profile or {}}}
+    return {"job": job, "found": found | {"profile": profile or {}, "sent_bytes": 2e8}}
 
 
 def test_a_row_compares_with_one_device_and_with_the_plan(config):
     one = entry(config, Split(1, 1, 1), [0.9, 1.0, 1.1], [4.0, 2.0])
-    profile = {"step": 10.0, "waiting": 1.0, "exchange": 4.0, "exchange_hidden": 3.0, "main_exchange": 0.0}
+    profile = {"step": 10.0, "waiting": 1.0, "exchange": 4.0, "exchange_hidden": 3.0, "main_exchange": 0.0, "nccl": 5.0}
     two = entry(config, Split(2, 1, 1, "1f1b"), [0.5], [4.0, 2.0004], profile)
     plan = _scaling.planner(one, "NVIDIA H200", "")
     assert plan is not None
@@ -131,6 +131,7 @@ def test_a_row_compares_with_one_device_and_with_the_plan(config):
     assert found["tokens_per_second"] == 2 * alone["tokens_per_second"] == 2 * 8 * 32
     cells = dict(zip(_scaling.COLUMNS, _scaling.cells(found), strict=True))
     assert cells["waiting"] == "10.0%" and cells["hidden"] == "75%, main -" and cells["of one"] == "2.00"
+    assert cells["in NCCL"] == "50.0%" and cells["exchange"] == "0.4 GB, 100 GB/s"
     assert "TOO MUCH" in cells["losses off by"]
 
 
@@ -174,6 +175,7 @@ def test_what_a_profile_hides_by_hand():
     b = [Event(("b", 1), "gemm", 0, 10 * ms)]
     found = _overlap.summary([*a, *b], lambda name: name == "all_to_all.1")
     assert found["step"] == 10 and found["compute"] == 7.5 and found["reductions"] == 0.5
+    assert found["nccl"] == 3.5
     assert found["exchange"] == found["main_exchange"] == 2 and found["exchange_hidden"] == 1.5
     assert found["waiting"] == 1.5
     assert _overlap.summary(a, lambda name: False)["main_exchange"] == 0

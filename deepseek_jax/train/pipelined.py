@@ -104,11 +104,11 @@ def pipelined(losses: StageLosses, layout: StageLayout, remat: str, overlap: boo
         one = fixed[0], jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), micro)
         x = jax.eval_shape(ends.given, one[1], one[1])
         stage = functools.partial(_stage, losses, over)
-        reports = [jax.eval_shape(functools.partial(stage, kind), weights[0], x, one)[2] for kind in kinds]
+        forms = [jax.eval_shape(functools.partial(stage, kind), weights[0], x, one)[2] for kind in kinds]
 
         def reporting(kind: Kind, *arguments: Any) -> tuple[tuple, jax.Array, tuple]:
             y, loss, found = stage(kind, *arguments)
-            return y, loss, (loss, _filled(found, reports))
+            return y, loss, (loss, _filled(found, forms))
 
         run = [split(functools.partial(reporting, kind), weights[0], x, one, SAVEABLE[remat]) for kind in kinds]
         homes, fixed_of = _housed(placed, [stage.is_read for stage in run], weights[0], fixed)

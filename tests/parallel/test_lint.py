@@ -1,5 +1,7 @@
 """Collectives in branches and loops that devices enter differently: planted ones are found, ours pass."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,7 +9,14 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from deepseek_jax import run, run_config
 from deepseek_jax.parallel.lint import check_collectives
+from deepseek_jax.parallel.mesh import make_mesh
+from pallas_kernels import mosaic_gpu
+
+NANO = str(Path(__file__).parents[1] / "train" / "nano_v3.py")
+FP8_KERNELS = ("quantize", "quantize_swiglu", "quantize_squares", "fp8_matmul", "grouped_fp8_matmul")
+FP8_KERNELS += ("grouped_fp8_weight_gradient",)
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +104,21 @@ FINE = {
 @pytest.mark.parametrize("case", FINE)
 def test_sound_programs_pass(case, mesh):
     check_collectives(traced(FINE[case], mesh))
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+def test_the_step_in_fp8_with_kernels_of_a_gpu_passes(monkeypatch):
+    """DualPipe with exchanges and every kernel of Hopper; kernels are traced like any program, and looked into."""
+    monkeypatch.setattr(mosaic_gpu, "is_hopper", lambda: True)
+    monkeypatch.setattr(mosaic_gpu, "check_hopper", lambda name: 132)
+    widths = {"d_model": 256, "dense_width": 512, "q_rank": 256, "kv_rank": 256, "nope_width": 128, "rope_width": 64}
+    sizes = widths | {"value_width": 128, "expert_width": 256, "n_layers": 3}
+    keys = {f"model.{name}": size for name, size in sizes.items()} | {"precision": "fp8", "data.seq_len": 256}
+    keys |= {"mesh.pipe": 2, "mesh.data": 1, "mesh.expert": 2, "pipeline.micro_batches": 4, "batch.size_start": 8}
+    keys |= {"pipeline.schedule": "dualpipe", "kernels.attention": "mosaic_gpu", "kernels.grouped_matmul": "mosaic_gpu"}
+    keys |= {f"kernels.{name}": "mosaic_gpu" for name in FP8_KERNELS}
+    config = run_config.override(run_config.load(NANO), {key: str(value) for key, value in keys.items()})
+    mesh = make_mesh(**config.mesh, devices=jax.devices()[:4])
+    trainer = run.trainer(config, mesh)
+    check_collectives(trainer.step.trace(trainer.abstract, run.abstract_batch(config, mesh)).jaxpr)
