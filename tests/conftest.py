@@ -13,6 +13,7 @@ DEVICES = 8
 LONG = ("test_notebooks.py", "parallel/test_processes.py", "train/test_run.py", "train/test_pipelined.py")
 LONG += ("train/test_step.py", "train/test_fp8_steps.py", "plan/test_compile.py", "train/test_family_steps.py")
 LONG += ("test_fine_tuning.py", "plan/test_suggest.py", "models/test_families.py", "faults/test_runs.py")
+LONG += ("train/test_context_steps.py",)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Processes that a test starts inherit the flags and may append another number of devices: the last one counts.
@@ -22,6 +23,9 @@ os.environ["XLA_FLAGS"] = " ".join(
         f"--xla_force_host_platform_device_count={DEVICES}",
         "--xla_backend_optimization_level=0",  # tests compile much and compute little
         "--xla_cpu_parallel_codegen_split_count=1",  # the other core has tests of its own
+        # on a busy machine emulated devices wait long for one another: XLA would end the process after 40 s
+        "--xla_cpu_collective_call_terminate_timeout_seconds=400",
+        "--xla_cpu_collective_call_warn_stuck_timeout_seconds=200",
         # the older code generator, which newer versions have dropped, compiles twice as fast
         "--xla_cpu_use_fusion_emitters=false" if version("jax").startswith("0.10.") else "",
     ]

@@ -22,7 +22,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
 kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
-NotebookClient(nbformat.read(sys.argv[1], as_version=4), km=kernel, timeout=300).execute()
+NotebookClient(nbformat.read(sys.argv[1], as_version=4), km=kernel, timeout=590, startup_timeout=300).execute()
 """
 
 

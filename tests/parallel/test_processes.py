@@ -20,8 +20,8 @@ from deepseek_jax.train.checkpoint import manifest
 from deepseek_jax.train.metrics import read_log
 
 CONFIG = str(Path(__file__).parent.parent / "train" / "nano_v3.py")
-SAVED_WITHIN_S = 60  # after a signal
-NOTICED_WITHIN_S = 60  # after a process is gone
+SAVED_WITHIN_S = 200  # after a signal; on a busy machine, as below
+NOTICED_WITHIN_S = 200  # after a process is gone
 CLUSTERS = ("JAX_", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_COMPLETION_INDEX")
 
 
@@ -103,6 +103,7 @@ def write_corpus(folder: Path) -> None:
 
 
 TWO_BY_TWO = ("mesh.data=2", "mesh.expert=2")
+SMALL = ("--config.model.mtp_depth=0", "--config.model.n_dense_layers=0")  # blocks of one kind compile in less time
 PIPELINE = ("mesh.pipe=2", "mesh.data=2", "pipeline.micro_batches=4")  # each process is one rank
 
 
@@ -115,7 +116,7 @@ def start(
     """
     words = [f"--config={CONFIG}", f"--workdir={workdir}", "--no-sample", f"--config.loop.steps={steps}"]
     words += [f"--config.data.source={workdir.parent}/*.txt", f"--config.data.cache_dir={workdir.parent}/cache"]
-    words += [*(f"--config.{size}" for size in mesh), "--config.model.mtp_depth=0", *overrides]  # compiles less
+    words += [*(f"--config.{size}" for size in mesh), *SMALL, *overrides]
     flags = os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={4 // n_processes}"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(CLUSTERS[1:])}
     environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_NUM_PROCESSES": str(n_processes)} | variables
@@ -172,6 +173,7 @@ def committed(workdir: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # it ends by itself: each wait has its limit
 def test_two_processes_train_as_one_does_through_a_signal_and_a_loss(tmp_path):
     """SIGTERM to the second saves on both; resumed as a pipeline, the second is killed and the first ends by itself.
 

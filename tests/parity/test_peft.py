@@ -9,13 +9,16 @@ from deepseek_jax.abstract_model import abstract_weights
 from deepseek_jax.convert import peft as ours
 from deepseek_jax.layers import lora
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
-
 # PEFT asks transformers for what this version has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 IDS = np.arange(24).reshape(2, 12) * 5 % 61
+
+
+@pytest.fixture(scope="module", autouse=True)
+def theirs():
+    """Imports them, which takes seconds, when the first test begins and not wherever tests are collected."""
+    global torch, transformers, peft
+    torch, transformers, peft = (pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
 
 
 def published(name, folder):

@@ -9,9 +9,6 @@ import pytest
 
 from deepseek_jax.rl.grpo import GRPO, Drawn, advantages, objective, token_weights
 
-torch = pytest.importorskip("torch")
-trl = pytest.importorskip("trl")
-
 B, T, LONGEST = 6, 9, 12
 COMMON = dict(
     advantage="std", ratio="token", clip_low=0.2, clip_high=0.28, log_ratio_bound=20.0, beta=0.0, unbiased_kl=False,
@@ -43,6 +40,14 @@ CASES = {
         dict(loss_type="grpo", beta=0.3, unbiased=True, off_policy=0.05, cap=1.1),
     ),
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def theirs():
+    """Imports them, which takes seconds, when the first test begins and not wherever tests are collected."""
+    global torch
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("trl")
 
 
 def tensors():
