@@ -40,6 +40,7 @@ from deepseek_jax.plan.network import Network, describe
 from deepseek_jax.precision.policy import policy
 from deepseek_jax.run_bounds import default_values
 from deepseek_jax.saved_config import completed, from_json, leaves
+from deepseek_jax.storage import Place
 from deepseek_jax.train import trainable
 from deepseek_jax.train.average import MovingAverage
 from deepseek_jax.train.loss import PreTraining
@@ -246,7 +247,7 @@ def check_vocabulary(config: ConfigDict, tokenizer: Tokenizer) -> None:
         )
 
 
-def check_same_run(config: ConfigDict, text: str, saved: dict, workdir: Path) -> None:
+def check_same_run(config: ConfigDict, text: str, saved: dict, workdir: Place) -> None:
     """Raises UserError unless `config` and the fingerprint `text` can continue the run in `workdir`.
 
     `saved` is what is kept beside the state in its checkpoint.

@@ -8,7 +8,6 @@ weights.read(target)                       # into the shardings of a training st
 
 import contextlib
 import functools
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from deepseek_jax.layers.base import Tree
 from deepseek_jax.layers.lora import Lora
 from deepseek_jax.parallel.mesh import REPLICATED, shardings
 from deepseek_jax.saved_config import completed, from_json
-from deepseek_jax.storage import Place
+from deepseek_jax.storage import Place, Remote
 from deepseek_jax.train.checkpoint import manifest
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 
@@ -50,15 +49,15 @@ class Loaded:
     source: str  # where they are from, for people
 
 
-def open_weights(path: str | os.PathLike) -> "RunWeights | PublishedWeights":
+def open_weights(path: str | os.PathLike | Remote) -> "RunWeights | PublishedWeights":
     """The weights of a run or of a published model (`path` as for `language_model.load`); reads nothing yet."""
-    return PublishedWeights(path) if is_published(path) else RunWeights(path)
+    return RunWeights(path) if isinstance(path, Remote) or not is_published(path) else PublishedWeights(path)
 
 
 class RunWeights:
     """The weights of a run's newest intact checkpoint. Raises UserError where there is none, when asked for."""
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike | Remote):
         self.path = path
 
     @functools.cached_property
@@ -81,7 +80,7 @@ class RunWeights:
             step, state, meta = checkpoints.restore(expected, keys=WEIGHTS, dtypes_as_saved=True)
         config = config_in(meta, checkpoints.directory)
         state = without_adapters(config, state)
-        return Loaded(config, _in_format(state, weights), f"step {step} of {os.fspath(self.path)}")
+        return Loaded(config, _in_format(state, weights), f"step {step} of {self.path}")
 
     def read(self, target: Tree) -> Tree:
         """The weights in the shardings and dtypes of `target`, the {"params", "router_bias"} of a training state.
@@ -229,8 +228,10 @@ def export(
     )
 
 
-def checkpoint_directory(path: str | os.PathLike) -> Path:
+def checkpoint_directory(path: str | os.PathLike | Remote) -> Any:
     """Where the checkpoints are, given a run's workdir or that directory itself. Raises UserError if nowhere."""
+    if isinstance(path, Remote):
+        return path if path.name == "checkpoints" else path / "checkpoints"
     path = Path(path).expanduser()
     formats.check_path(path)
     if not path.is_dir():
@@ -245,14 +246,14 @@ def checkpoint_directory(path: str | os.PathLike) -> Path:
     return path
 
 
-def _config_on_disk(directory: Path) -> ConfigDict:
+def _config_on_disk(directory: Place) -> ConfigDict:
     """`saved_config` from the files alone, in a process that may not yet ask jax for its devices."""
     for step in reversed(manifest.committed_steps(directory)):
         path = manifest.step_dir(directory, step)
         with contextlib.suppress(manifest.CheckpointDamaged):
             manifest.verify(path, step, only=(manifest.CONFIG,))
-            if (path / manifest.CONFIG).is_file():
-                return config_in({"config": json.loads((path / manifest.CONFIG).read_bytes())}, directory.absolute())
+            if "config" in (meta := manifest.read_config(path)):
+                return config_in(meta, directory.absolute() if isinstance(directory, Path) else directory)
     with Checkpointer(directory, read_only=True) as checkpoints:  # says what is wrong
         return saved_config(checkpoints)
 

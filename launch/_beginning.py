@@ -11,11 +11,11 @@ chat template are inherited, so that an export has them.
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.storage import Place
 
 SEQ_LEN = 2048  # tokens of a training sequence, if the model is meant for as many
 RATE = 1e-5
@@ -78,7 +78,7 @@ def fine_tuning(origin: str, config: ConfigDict) -> ConfigDict:
     return config
 
 
-def inherit(config: ConfigDict, overrides: Mapping[str, str], workdir: Path) -> None:
+def inherit(config: ConfigDict, overrides: Mapping[str, str], workdir: Place) -> None:
     """Takes the tokenizer of the weights to begin with, and what their release says, into `config`.
 
     Raises UserError if there are no such weights, or if the tokenizer that the command line names reads text as other
@@ -91,7 +91,7 @@ def inherit(config: ConfigDict, overrides: Mapping[str, str], workdir: Path) -> 
     origin = config.run.init_from
     if not origin:
         return
-    if os.path.realpath(os.path.expanduser(origin)) == os.path.realpath(workdir):
+    if os.path.realpath(os.path.expanduser(origin)) == os.path.realpath(str(workdir)):
         raise UserError(f"--workdir={workdir} holds the weights to begin with. Give the run a directory of its own.")
     try:
         directory(origin, "config.run.init_from")
@@ -117,7 +117,7 @@ def inherit(config: ConfigDict, overrides: Mapping[str, str], workdir: Path) -> 
             config.release.update({"bos_id": None, "pad_id": None, "eos_ids": (), "end_ids": ()} | given)
 
 
-def inherit_adapters(config: ConfigDict, overrides: Mapping[str, str], workdir: Path) -> None:
+def inherit_adapters(config: ConfigDict, overrides: Mapping[str, str], workdir: Place) -> None:
     """Takes rank, alpha and targets of the adapters to begin with (`lora.init_from`), where they are not given.
 
     Raises UserError if others are given, or the directory holds no adapters. A run that has begun knows its own.

@@ -1,9 +1,10 @@
 """The lines that a run prints before its first step."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
+
+from deepseek_jax.storage import Place
 
 if TYPE_CHECKING:
     from deepseek_jax.data.pipeline import Split
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def headline(
-    config: ConfigDict, trainer: "Trainer", training: "Split", held_out: "Split | None", workdir: Path, start: int
+    config: ConfigDict, trainer: "Trainer", training: "Split", held_out: "Split | None", workdir: Place, start: int
 ) -> str:
     """The lines printed before the first step."""
     import jax

@@ -24,6 +24,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _beginning, _hints
 from deepseek_jax.paths import check_local
 from deepseek_jax.saved_config import RENAMED, leaves
+from deepseek_jax.storage import place
 
 BEGINNING = "run.init_from"
 # Keys of files and folders.
@@ -48,6 +49,7 @@ def parse(
     *,
     config: bool = True,
     workdir: bool = True,
+    in_bucket: bool = False,
     of_weights: bool = False,
 ) -> SimpleNamespace:
     """Reads a verb's command line.
@@ -60,16 +62,19 @@ def parse(
         `REQUIRED` asks for a value.
       config: whether the verb takes `--config` and its overrides.
       workdir: whether it takes `--workdir`.
+      in_bucket: whether that may be gs:// or s3://.
       of_weights: whether overrides without `--config` are of the weights that the verb opens (`config_of_weights`).
 
     Returns:
-      config (ConfigDict with locked keys, or None), workdir (Path or None), overrides (dotted key -> text as given) and
-      the verb's own flags by name.
+      config (ConfigDict with locked keys, or None), workdir (Path, `storage.Remote` or None), overrides (dotted key ->
+      text as given) and the verb's own flags by name.
 
     Raises:
       UserError: unknown flag or key, unreadable value or config; SystemExit(0) after `--help`.
     """
     table = _table(default_config, extra or {}, config=config, workdir=workdir)
+    if in_bucket:
+        table["workdir"] = dataclasses.replace(table["workdir"], type=place)
     if "--help" in argv or "-h" in argv:
         print(_help(table))
         raise SystemExit(0)
@@ -186,14 +191,16 @@ def _convert(name: str, flag: Flag, text: str) -> Any:
         if text.lower() not in words:
             raise UserError(f"--{name}={in_line(text)}: expected true or false.")
         return words[text.lower()]
-    if flag.type in (Path, _directory):
-        check_local(text, f"--{name}")
+    if flag.type in (Path, _directory, place):
+        if flag.type is not place or isinstance(place(text), Path):
+            check_local(text, f"--{name}")
         path_bound(1).check(f"--{name}", text)
     try:
         value = flag.type(text)
     except (ValueError, TypeError) as error:
         expected = article(getattr(flag.type, "__name__", "value"))
         raise UserError(f"--{name}={in_line(text)}: expected {expected} ({flag.help}).") from error
+    value = value.expanduser() if isinstance(value, Path) else value
     return value if flag.bound is None else flag.bound.check(f"--{name}", value)
 
 

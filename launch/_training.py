@@ -14,6 +14,7 @@ from deepseek_jax.launch._continuation import show_sample
 from deepseek_jax.launch._headline import headline
 from deepseek_jax.launch._progress import Progress
 from deepseek_jax.paths import check_writable
+from deepseek_jax.storage import Place
 
 if TYPE_CHECKING:
     from deepseek_jax.parallel.peers import Peers
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
     from deepseek_jax.train.wandb_run import WandbRun
 
 
-Run = Callable[[ConfigDict, Path, "StopRequest", str, "Peers", "Phases"], bool]
+Run = Callable[[ConfigDict, Any, "StopRequest", str, "Peers", "Phases"], bool]
 
 
-def execute(config: ConfigDict, workdir: Path, *, sample: bool, again: str, run: Run | None = None) -> int:
+def execute(config: ConfigDict, workdir: Place, *, sample: bool, again: str, run: Run | None = None) -> int:
     """Trains `config` in `workdir`; returns the exit code.
 
     `sample` ends it with a generated sample; `again` is the command that resumes this run, for messages. `run` takes
@@ -36,6 +37,8 @@ def execute(config: ConfigDict, workdir: Path, *, sample: bool, again: str, run:
     """
     from deepseek_jax.compat import keep_freed_memory, start_compilation_cache, start_processes
     from deepseek_jax.parallel.peers import Peers
+    from deepseek_jax.train.checkpoint.checkpointer import print_warning
+    from deepseek_jax.train.mirror import mirrored
     from deepseek_jax.train.phases import Phases
     from deepseek_jax.train.stop import StopRequest
     from deepseek_jax.train.watchdog import Limits, Watchdog
@@ -48,8 +51,9 @@ def execute(config: ConfigDict, workdir: Path, *, sample: bool, again: str, run:
         start_compilation_cache(config.run.compilation_cache)
         try:
             with (
+                mirrored(workdir, print_warning) as folder,
                 Peers(lambda: advice(workdir, again), heartbeat_s=watch.heartbeat_s) as peers,
-                Watchdog(limits, phases, stop, peers, workdir),
+                Watchdog(limits, phases, stop, peers, folder),
             ):
                 is_saved = (run or train)(config, workdir, stop, again, peers, phases)
         except KeyboardInterrupt:
@@ -60,12 +64,12 @@ def execute(config: ConfigDict, workdir: Path, *, sample: bool, again: str, run:
             return 1
         if stop.signal is not None:
             return 130 if stop.signal == signal.SIGINT else 0
-        if sample:
+        if sample and isinstance(workdir, Path):
             show_sample(config, workdir)
     return 0
 
 
-def advice(workdir: Path, again: str) -> str:
+def advice(workdir: Place, again: str) -> str:
     """Returns where the newest checkpoint is and how to resume, as this process alone sees it."""
     from deepseek_jax.train.checkpoint.manifest import committed_steps
 
@@ -75,7 +79,9 @@ def advice(workdir: Path, again: str) -> str:
     return f"{newest} in {checkpoints}. Start again with: {again}"
 
 
-def train(config: ConfigDict, workdir: Path, stop: "StopRequest", again: str, peers: "Peers", phases: "Phases") -> bool:
+def train(
+    config: ConfigDict, workdir: Place, stop: "StopRequest", again: str, peers: "Peers", phases: "Phases"
+) -> bool:
     """Trains until the last step or until `stop` is asked for; returns whether the last state has been saved."""
     import jax
 
@@ -86,23 +92,25 @@ def train(config: ConfigDict, workdir: Path, stop: "StopRequest", again: str, pe
     from deepseek_jax.train.ledger import Ledger
     from deepseek_jax.train.loop import Loop, LoopConfig
     from deepseek_jax.train.metrics import Metrics
+    from deepseek_jax.train.mirror import local
     from deepseek_jax.train.phases import RESTORE, SAVE
     from deepseek_jax.train.profiles import Profiles
 
     trainer, ramp, training, held_out = prepare(config, workdir)
+    folder = local(workdir)
     meta = {"config": to_json(config), "text": training.fingerprint()}
     with Checkpointer(workdir / "checkpoints", config.checkpoint.keep) as checkpoints, peers.guard(stop):
         with phases.of(RESTORE):
             start, state, average, changed = resumed(config, trainer, checkpoints, meta["text"], workdir)
         metrics = Metrics(
-            workdir,
+            folder,
             config.loop.steps,
             start_step=start,
             flops_per_token=trainer.flops_per_token(config.data.seq_len),
             device_kind=jax.devices()[0].device_kind,
             n_devices=trainer.mesh.size,
             enabled=jax.process_index() == 0,
-            charts=charts(config, workdir),
+            charts=charts(config, folder),
         )
         with metrics:
             metrics.message(headline(config, trainer, training, held_out, workdir, start))
@@ -113,11 +121,11 @@ def train(config: ConfigDict, workdir: Path, stop: "StopRequest", again: str, pe
                 return True
             when = LoopConfig(**config.loop, checkpoint_every=config.checkpoint.every)
             kept: dict[str, Any] = {"checkpoints": checkpoints, "metrics": metrics, "meta": meta}
-            state = state or run.first_state(config, trainer, workdir, metrics.message)
+            state = state or run.first_state(config, trainer, folder, metrics.message)
             kept |= {"average": run.average(config, trainer, state, average), "judge_average": config.ema.evaluate}
-            kept["ledger"] = ledger = Ledger(workdir, phases, start, enabled=metrics.enabled)
-            kept["hosts"] = Hosts(workdir, phases, config.watch.slow, metrics.message)
-            with Profiles(workdir, **config.profile) as kept["profiles"]:
+            kept["ledger"] = ledger = Ledger(folder, phases, start, enabled=metrics.enabled)
+            kept["hosts"] = Hosts(folder, phases, config.watch.slow, metrics.message)
+            with Profiles(folder, **config.profile) as kept["profiles"]:
                 loop = Loop(trainer, ramp, when, training=training, held_out=held_out, phases=phases, **kept)
                 state = loop.run(state, stop)
             done = int(state["step"])
@@ -137,7 +145,7 @@ def charts(config: ConfigDict, workdir: Path) -> "Callable[[], WandbRun] | None"
 
 
 def resumed(
-    config: ConfigDict, trainer: "Trainer", checkpoints: "Checkpointer", text: str, workdir: Path
+    config: ConfigDict, trainer: "Trainer", checkpoints: "Checkpointer", text: str, workdir: Place
 ) -> tuple[int, dict | None, dict | None, list[str]]:
     """Returns the step of the latest checkpoint, its state, its moving average, what the config has changed since.
 
@@ -157,7 +165,7 @@ def resumed(
     return start, trainer.load(stored), average, run.differences(completed(from_json(saved["config"])), config)
 
 
-def prepare(config: ConfigDict, workdir: Path) -> tuple:
+def prepare(config: ConfigDict, workdir: Place) -> tuple:
     """The trainer, the batch ramp and both sides of the text; fills in the keys of `config` that the text decides.
 
     The text comes last, for to tokenise it may take long: what is wrong elsewhere is reported before.
@@ -175,7 +183,8 @@ def prepare(config: ConfigDict, workdir: Path) -> tuple:
     data = {**config.data, "tokenizer": open_tokenizer(config.data.tokenizer)}
     run.check_vocabulary(config, data["tokenizer"])
     trainer = run.trainer(config, mesh)
-    check_writable(workdir, "--workdir")
+    if isinstance(workdir, Path):
+        check_writable(workdir, "--workdir")
     return trainer, ramp, *open_splits(seed=config.seed, watch=Progress, **data)
 
 

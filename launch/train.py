@@ -10,7 +10,9 @@ and context length come from it; the recipe is a constant rate of 1e-5 after 20 
 of 2,048 tokens at most, 200 steps; any key of it can be set. --config.run.init_from=DIR alone does the same, and
 beside a --config of your own it takes only weights, tokenizer and marks from DIR.
 
-The workdir (runs/NAME by default) receives checkpoints/, metrics.jsonl and tensorboard/.  SIGTERM, SIGHUP or Ctrl-C
+The workdir (runs/NAME by default) receives checkpoints/, metrics.jsonl and tensorboard/. It may be in a bucket,
+--workdir=gs://BUCKET/FOLDER or s3://…, with the machine's own credentials; checkpoints go straight there, the other
+files once a minute. Text, weights to begin with and tokenizers are local paths. SIGTERM, SIGHUP or Ctrl-C
 saves and ends; the same command resumes the run as if nothing had happened, on any mesh that fits.
 
 A signal to any process of several stops all of them within the step in flight and 5 s, and the time of a save. A
@@ -29,6 +31,7 @@ from pathlib import Path
 from deepseek_jax import run_config
 from deepseek_jax.launch import _beginning, _options
 from deepseek_jax.launch._training import execute
+from deepseek_jax.storage import Remote, open_store
 
 DEFAULT = "tiny_v3"
 EXTRA = {"sample": (bool, True, "end with a generated sample")}
@@ -36,11 +39,13 @@ EXTRA = {"sample": (bool, True, "end with a generated sample")}
 
 def main(argv: list[str]) -> int:
     """Runs the verb; returns the exit code."""
-    options = _options.parse(argv, DEFAULT, EXTRA)
+    options = _options.parse(argv, DEFAULT, EXTRA, in_bucket=True)
     config = options.config
     workdir = options.workdir or Path("runs") / config.name
     _beginning.leave_own_text(config, options.overrides)
     run_config.validate(config)
+    if isinstance(workdir, Remote):
+        open_store(workdir).check()
     _beginning.inherit(config, options.overrides, workdir)
     if Path(config.data.tokenizer).exists():  # so that the run's model finds it from anywhere
         config.data.tokenizer = os.path.abspath(config.data.tokenizer)

@@ -42,6 +42,8 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize("words", WORDS, ids=" ".join)
 def test_every_verb_says_so(words, capsys):
     for path in SOMEWHERE:
+        if words == ["train", "--workdir={}"] and path.startswith(("gs:", "s3:")):  # it runs there
+            continue
         assert cli.main([word.format(path) for word in words]) == 2
         told = capsys.readouterr().err
         assert told.count("\n") == 1 and path in told and "nothing is read from or written to" in told

@@ -62,10 +62,14 @@ def of_meta(meta: dict) -> dict[str, bytes]:
 
 def read_meta(path: Place) -> dict:
     """Returns the metadata of a step: the inverse of `of_meta`."""
-    meta = json.loads(_read(path / META))
+    return json.loads(_read(path / META)) | read_config(path)
+
+
+def read_config(path: Place) -> dict:
+    """Returns {"config": …} of a step as far as it has one."""
     with contextlib.suppress(FileNotFoundError):
-        meta["config"] = json.loads(_read(path / CONFIG))
-    return meta
+        return {"config": json.loads(_read(path / CONFIG))}
+    return {}
 
 
 def _read(place: Place) -> bytes:

@@ -1,0 +1,102 @@
+"""A run whose workdir is in a bucket: the same as one on a disk, stopped and resumed on another machine as well."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from deepseek_jax import cli, storage
+from deepseek_jax.train import mirror
+from deepseek_jax.train.checkpoint.manifest import committed_steps
+from deepseek_jax.train.metrics import read_log
+from deepseek_jax.train.mirror import Mirror, mirrored
+from deepseek_jax.weights import open_weights
+from tests import buckets
+
+CONFIG = str(Path(__file__).parent / "nano_v3.py")
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """gs:// on this disk."""
+    of_disk = storage.spec
+
+    def spec(where):
+        folder = tmp_path / "buckets" / str(where).replace("://", "/") if isinstance(where, storage.Remote) else where
+        return of_disk(folder)
+
+    monkeypatch.setattr(storage, "spec", spec)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "buckets"
+
+
+def test_files_of_a_run_go_to_the_bucket_and_come_back(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(mirror, "UPLOAD_S", 0.05)
+    told: list[str] = []
+    place = storage.place("gs://b/runs/a")
+    with mirrored(place, told.append) as folder:
+        (folder / "tensorboard").mkdir()
+        (folder / "tensorboard/events").write_bytes(b"1")
+        (folder / "metrics.jsonl").write_bytes(b"one\n")
+        (folder / "x.partial").write_bytes(b"")
+    store = storage.open_store(place)
+    store.write("checkpoints/step", b"large")
+    assert store.names() == ["checkpoints/step", "metrics.jsonl", "tensorboard/events"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+    with mirrored(place, told.append) as folder:
+        assert (folder / "metrics.jsonl").read_bytes() == b"one\n" and not (folder / "checkpoints").exists()
+        with (folder / "metrics.jsonl").open("ab") as log:
+            log.write(b"two\n")
+    assert store.read("metrics.jsonl") == b"one\ntwo\n" and told == []
+    with mirrored(tmp_path, told.append) as folder:
+        assert folder == tmp_path
+
+
+def test_a_bucket_that_refuses_is_told_once(bucket, tmp_path, monkeypatch):
+    told: list[str] = []
+    (tmp_path / "log").write_bytes(b"1")
+    copying = Mirror(storage.open_store("gs://b/a"), tmp_path, told.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.Store, "write", lambda *_: (_ for _ in ()).throw(storage.StorageError("gs://b/a: no.")))
+        copying.copy()
+        copying.copy()
+    assert told == ["files of the run could not be copied: gs://b/a: no.. Training continues."]
+    copying.close()
+    assert storage.open_store("gs://b/a").read("log") == b"1"
+
+
+def train(workdir: str, steps: int, text: Path) -> int:
+    words = [f"--config={CONFIG}", f"--workdir={workdir}", "--no-sample", f"--config.data.source={text}"]
+    words += [f"--config.loop.steps={steps}", "--config.loop.log_every=1", "--config.checkpoint.every=2"]
+    words += ["--config.model.mtp_depth=0", "--config.loop.eval_every=0", "--config.mesh.data=1"]
+    return cli.main(["train", *words, f"--config.data.cache_dir={text.parent}/tokens"])
+
+
+def figures(path: Path) -> list[dict]:
+    """What is recorded of training steps, without the clock."""
+    records = [record for record in read_log(path) if record["split"] == "train"]
+    return [{key: value for key, value in record.items() if key != "speed"} for record in records]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["disk", *buckets.PROGRAMS])
+def test_a_run_in_a_bucket_resumes_to_the_undisturbed_losses(name, bucket, tmp_path, monkeypatch, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("def main(argv): return 3 * len(argv)\n" * 400)
+    if name != "disk":
+        monkeypatch.undo()
+        for variable, value in buckets.variables(name).items():
+            monkeypatch.setenv(variable, value)
+    where = "gs://b/run" if name == "disk" else buckets.new_place(name, tmp_path)
+    for steps, machine in ((3, "one"), (5, "two")):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / machine))
+        assert train(where, steps, text) == 0
+    assert "resume" in capsys.readouterr().out
+    assert train(str(tmp_path / "undisturbed"), 5, text) == 0
+    assert committed_steps(storage.place(where) / "checkpoints")[-1] == 5
+    assert open_weights(storage.place(where)).config.name == "nano_v3"
+    (tmp_path / "log").write_bytes(storage.open_store(where).read("metrics.jsonl"))
+    in_bucket, on_disk = figures(tmp_path / "log"), figures(tmp_path / "undisturbed" / "metrics.jsonl")
+    assert [record["step"] for record in in_bucket] == [1, 2, 3, 4, 5]
+    assert in_bucket == on_disk
+    assert not [found for found in os.listdir(".") if ":" in found]
