@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
         make_shards_on_beam(plan, numbers, shlex.split(options.beam))
     elif numbers:
         _make_here(plan, numbers, tokenizer, options.workers)
-    return _report(plan, config)
+    return _report(plan, config, argv)
 
 
 def _make_here(plan: "Plan", numbers: list[int], tokenizer: "Tokenizer", n_workers: int) -> None:
@@ -92,7 +92,7 @@ def _make_here(plan: "Plan", numbers: list[int], tokenizer: "Tokenizer", n_worke
     )
 
 
-def _report(plan: "Plan", config: ConfigDict) -> int:
+def _report(plan: "Plan", config: ConfigDict, argv: list[str]) -> int:
     """Writes the manifest if all shards are there, and prints what there is and what to do next."""
     manifest = plan.finish()
     if manifest is None:
@@ -111,6 +111,6 @@ def _report(plan: "Plan", config: ConfigDict) -> int:
         f"{n_windows:,} windows of {seq_len:,} tokens to train on ({left:.1%} of the tokens are left out at the ends "
         f"of shards), {sum(holdout['windows']):,} held out"
     )
-    command = shlex.join(["--config.data.source=" + str(plan.folder), f"--config.data.seq_len={seq_len}"])
-    print(f"train from it: deepseek-jax train --config={config.name} {command}")
+    kept = [word for word in argv if word.startswith("--config") and not word.startswith("--config.data.source")]
+    print(f"train from it: deepseek-jax train {shlex.join([*kept, f'--config.data.source={plan.folder}'])}")
     return 0

@@ -4,7 +4,6 @@ import importlib.util
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -93,17 +92,16 @@ def test_a_killed_process_leaves_complete_shards_only(prepare, contents, tmp_pat
         f"opened, settings = open_tokenizer('bytes'), {settings!r}\n"
         f"plan = make_plan(Path({str(tmp_path / 'killed')!r}), opened, 5, **settings)\n"
         "plan.begin()\nwrite = shards.write_records\n"
-        "def slow(path, records):\n    found = write(path, records)\n    time.sleep(0.2)\n    return found\n"
-        "shards.write_records = slow\n"
+        "def stops(path, records):\n    found = write(path, records)\n"
+        "    if list(plan.folder.glob('shard-*.json')):\n        print('here', flush=True)\n        time.sleep(600)\n"
+        "    return found\n"
+        "shards.write_records = stops\n"
         "with unwatched('', 0) as counter:\n"
         "    for number in range(5):\n        shards.make_shard(plan, number, opened, counter)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", script])
-    while not list((tmp_path / "killed").glob("shard-*.json")):
-        time.sleep(0.02)
-        assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "here\n"  # one shard is complete, another is being made
+        process.send_signal(signal.SIGKILL)
     assert list((tmp_path / "killed" / "partial").iterdir())
     assert contents(prepare("killed").folder) == alone
     assert not list((tmp_path / "killed" / "partial").iterdir())  # cleared
@@ -175,7 +173,8 @@ def test_the_verb(tmp_path, settings, capsys):
     assert cli.main(words) == 0
     out = capsys.readouterr().out
     assert "2 shards from" in out and "MB per CPU second" in out and "4 shards, 40 documents" in out
-    assert f"deepseek-jax train --config=tiny_v3 --config.data.source={tmp_path / 'tokens'}" in out
+    keys = "--config.data.seq_len=32 --config.data.holdout_rate=0.2"
+    assert f"deepseek-jax train {keys} --config.data.source={tmp_path / 'tokens'}" in out
     assert cli.main([*words, "--worker=2/2"]) == 2
     assert "expected I/N with I below N" in capsys.readouterr().err
 
