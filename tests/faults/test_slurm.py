@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(not IS_HERE, reason="needs SLURM, munge and root"),
 ]
 CONFIG = str(Path(__file__).parent.parent / "train" / "nano_v3.py")
-STEPS, EVERY = 60, 10
+STEPS, EVERY = 30, 10
 KILL_WAIT_S = 60  # of this SLURM, between SIGTERM and SIGKILL
 
 
