@@ -19,6 +19,7 @@ from deepseek_jax.storage import Place
 
 SEQ_LEN = 2048  # tokens of a training sequence, if the model is meant for as many
 RATE = 1e-5
+TUNED = "_tuned"  # how names of runs with the recipe of `fine_tuning` end
 FOREVER = 1_000_000_000  # steps at the peak rate, which so is the only rate to set
 PREDICTION = 0.1  # lambda of multi-token prediction, its last value in pre-training (V3 section 4.2)
 BALANCE = {"v3": 1e-4, "v2": 1e-3, "moe": 1e-3}  # alpha of the sequence-wise balance loss, as in pre-training
@@ -61,7 +62,7 @@ def fine_tuning(origin: str, config: ConfigDict) -> ConfigDict:
     from deepseek_jax.weights import open_weights
 
     source = open_weights(origin).config
-    config.name = f"{source.name}_tuned"
+    config.name = f"{source.name}{TUNED}"
     for key in ("family", "precision", "model", "release"):
         config[key] = source[key]
     config.data.seq_len = min(SEQ_LEN, source.data.seq_len)

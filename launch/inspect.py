@@ -5,6 +5,8 @@
     deepseek-jax inspect --workdir=runs/tiny_v3             # a run or published weights: its numbers as well
     deepseek-jax inspect --config=tiny_v2 --show-config     # every key of the resolved config
 
+With --config.lora.rank=N the adapters are rows too, and no other weight has moments of the optimizer.
+
 The mesh may be of any size: its devices need not be here. Without --devices, --config.mesh.data=-1 counts as 1.
 """
 
@@ -106,7 +108,9 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
     import jax
     from jax.sharding import AbstractMesh
 
-    from deepseek_jax.abstract_model import AHEAD, abstract_module, count_parameters
+    from deepseek_jax.abstract_model import AHEAD, abstract, abstract_module, count_parameters
+    from deepseek_jax.abstract_model import module as model_of
+    from deepseek_jax.layers import lora
     from deepseek_jax.layers.base import dtype_read, logical_axes, roles, split
     from deepseek_jax.models import family
     from deepseek_jax.parallel.mesh import ALL
@@ -115,8 +119,12 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
     from deepseek_jax.precision.policy import policy
     from deepseek_jax.run import pipeline
     from deepseek_jax.tree import dotted, size
+    from deepseek_jax.weights import lora_of
 
+    adapters = lora_of(config)
     module: Any = abstract_module(config)
+    if adapters:
+        module = abstract(lambda rngs: lora.attach(model_of(config, rngs.params()), adapters, rngs=rngs))
     _, params, router_bias = split(module)
     axes, bias_axes = logical_axes(module)
     sizes = {axis: sizes.get(axis, 1) for axis in ALL}
@@ -136,11 +144,12 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
         dtype = dtype_read(role, precision.weights, precision.compute)
         read = array if place.is_sharded else array.update(dtype=dtype)
         moment = array.update(dtype=config.optimizer.moments_dtype)
+        is_trained = not adapters or lora.is_adapter(tuple(key.key for key in path))
         return Weight(
             *(dotted(path), array.shape, str(read.dtype), logical, tuple(place.spec)),
             weight_bytes=bytes_per_device(read, place.spec, mesh),
             master_bytes=0 if place.reads_master(dtype) else bytes_per_device(array, place.state_spec, mesh),
-            optimizer_bytes=2 * bytes_per_device(moment, place.state_spec, mesh),
+            optimizer_bytes=2 * is_trained * bytes_per_device(moment, place.state_spec, mesh),
         )
 
     def bias(path: tuple, array: jax.ShapeDtypeStruct, logical: tuple, place: "Placement") -> Weight:
@@ -153,6 +162,10 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
     totals = [(f"  {name}", f"{count:,}") for name, count in parts]
     totals += [("main model", millions(main_count)), ("multi-token prediction", millions(ahead_count))]
     totals += [("router biases", f"{biases_count:,}")]
+    if adapters:
+        found = jax.tree_util.tree_leaves_with_path(params)
+        n_own = sum(leaf.size for path, leaf in found if lora.is_adapter(tuple(key.key for key in path)))
+        totals.append((f"adapters of rank {adapters.rank}, in these; they alone are trained", millions(n_own)))
     return rows, totals
 
 

@@ -9,7 +9,8 @@
 Answers to problems (config.rl.problems) are drawn from the model, scored by rules (config.rl.rewards) and learnt from
 by GRPO (config.rl.grpo) alone: losses that balance experts, and that of multi-token prediction, have no part in
 it. The model comes from config.run.init_from, a run or published weights. Without it, and with the built-in problems, a
-small base is trained first, in `base` of the workdir, on text of mixed quality about them.
+small base is trained first, in `base` of the workdir, on text of mixed quality about them. Weights that are named
+without --config, or by it, bring the recipe of fine-tuning, as for train.
 
 With config.rl.teacher, a run or published weights with the same tokenizer, answers are learnt from token by token as
 that model judges them (on-policy distillation); rewards are reported only.
@@ -42,6 +43,12 @@ def main(argv: list[str]) -> int:
     config = options.config
     workdir = options.workdir or Path("runs") / config.name
     run_config.validate(config)
+    if config.name.endswith(_beginning.TUNED):
+        print(
+            f"recipe: that of fine-tuning, rate {config.schedule.peak_rate:g}, {config.loop.steps} steps. A config has "
+            "one of reinforcement learning (--config=tiny_zero, r1_zero, …), which --config.run.init_from goes with.",
+            flush=True,
+        )
     again = shlex.join(["deepseek-jax", "rl", *(argv if options.workdir else [*argv, f"--workdir={workdir}"])])
     check_writable(workdir, "--workdir")
     if config.rl.teacher:

@@ -28,6 +28,19 @@ def test_the_counts_of_v3_are_the_published_ones(v3):
     assert sum(math.prod(bias.shape) for bias in jax.tree.leaves(router_bias)) == (58 + 1) * 256
 
 
+def test_adapters_are_rows_and_alone_have_moments():
+    config = run_config.load("tiny_v3").copy_and_resolve_references().unlock()
+    config.lora.rank = 4
+    rows, totals = inspect.inspect(config, {"data": 1, "expert": 1})
+    own = [weight for weight in rows if ".adapters." in weight.name]
+    n_own = sum(math.prod(weight.shape) for weight in own)
+    trained = run.trainer(config, make_mesh(data=1, devices=jax.devices()[:1]))
+    assert own and sum(weight.optimizer_bytes for weight in rows) == 2 * 4 * n_own
+    assert all(weight.optimizer_bytes == 8 * math.prod(weight.shape) for weight in own)
+    moments = jax.tree.leaves(trained.abstract["optimizer"]["mu"])
+    assert sum(x.size for x in moments) == n_own and totals[-1][0].startswith("adapters of rank 4")
+
+
 def test_bytes_on_a_device_follow_the_mesh(v3):
     one, totals = inspect.inspect(v3, {"data": 1, "expert": 1})
     weights = {weight.name: weight for weight in one}

@@ -13,6 +13,7 @@ from deepseek_jax.launch import _chain, _provenance, _reinforcement, _sampling, 
 from deepseek_jax.launch._stages import R1, RECORD, Record, Stage, configs_of
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.rl.problems import Problem
+from deepseek_jax.rl.rewards import Rewards
 from deepseek_jax.rl.turns import Turns
 from deepseek_jax.run import trainer
 from deepseek_jax.saved_config import to_json
@@ -223,6 +224,16 @@ def test_the_published_recipe_suits_weights_of_any_family():
     turns = Turns(open_tokenizer("bytes"), config.data.chat_template, rl.thinking, rl.longest_prompt, rl.longest_answer)
     assert len(turns.prompt(Problem(({"role": "user", "content": "x" * 500},), "1", "exact"), "it")) > 500
     assert rl.longest_answer <= config.data.seq_len
+
+
+def test_the_tiny_recipes_are_prepared():
+    """Their programs are described, and their problems suit prompts and rewards; nothing is compiled."""
+    configs = {name: one for name, one in configs_of(run_config.load("tiny_r1")).items() if name == "student_zero"}
+    for name, own in (configs | {"tiny_zero": run_config.load("tiny_zero")}).items():
+        with Rewards(_reinforcement.used(own.rl.rewards), own.rl.verifiers, own.rl.verify_s) as rewards:
+            learner = _reinforcement.prepare(own, rewards)
+        assert learner.sizes.n_rows == 128 and learner.trainer.abstract, name
+        assert len(learner.turns.prompt(learner.problems.training(0), "")) <= own.rl.longest_prompt
 
 
 def test_a_base_without_weights_and_built_in_problems_is_refused(tmp_path):

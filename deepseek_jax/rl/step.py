@@ -105,7 +105,7 @@ class Learner:
         self.seconds = {}
         numbers = [step * self.sizes.questions + n for n in range(self.sizes.questions)]
         with self._timed("rollout"):
-            asked = [self.problems.training(number) for number in numbers for _ in range(self.sizes.answers)]
+            asked = [one for number in numbers for one in [self.problems.training(number)] * self.sizes.answers]
             drawn = self.draw(state, asked, row_keys(self.seed, step, len(asked)), self.sizes.temperature)
         with self._timed("reward"):
             scores = self.score(drawn, self.sizes.n_rows)
@@ -120,7 +120,9 @@ class Learner:
 
     def draw(self, state: State, asked: Sequence[Problem], keys: np.ndarray, temperature: float) -> Drawn:
         """Returns an answer to each of `n_rows` problems."""
-        prompts = [self.turns.prompt(problem, named(problem)) for problem in asked]
+        prompts: list[np.ndarray] = []
+        for before, problem in zip([None, *asked], asked, strict=False):
+            prompts.append(prompts[-1] if problem is before else self.turns.prompt(problem, named(problem)))
         given = pad(prompts, self.turns.longest_prompt, keys, temperature)
         rolled: Rollouts = self._in_chunks(self._roll, state, given)
         responses = []
