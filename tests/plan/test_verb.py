@@ -55,6 +55,7 @@ def line(text: str, label: str) -> str:
         ("total           ", ["2,788,000 h", "derived/published"]),
         ("cost  ", ["5,576,000 $", "derived/published"]),
         ("does it fit?", ["yes, barely", "largest part: activations"]),
+        ("checkpoint", ["3.01 GiB", "8 devices per host at 1 GB/s take 25.9 s"]),  # 8 x 3.01 x 2**30 / 1e9
     ],
 )
 def test_the_published_figures_are_printed(v3, label, figures):

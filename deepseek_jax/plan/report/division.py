@@ -9,12 +9,13 @@ from deepseek_jax.plan import figures
 from deepseek_jax.plan.figures import DERIVED, GIGA, GIVEN, PUBLISHED, Column, Figure, Row, Section
 from deepseek_jax.plan.job import Job
 from deepseek_jax.plan.layout import describe_layers
-from deepseek_jax.plan.memory import BARELY, capacity, has_sums
+from deepseek_jax.plan.memory import BARELY, between_steps, capacity, has_sums
 from deepseek_jax.plan.report.inputs import contents
 from deepseek_jax.plan.traffic import Sent, rank_traffic
 from deepseek_jax.plan.verdict import mesh_text
 
 GROWS_WITH_MICRO_BATCH = ("activations", "layer_at_work", "exchange_buffers", "gathered_entries")
+HOST_DEVICES, HOST_GBPS = 8, 1.0  # of the host whose time for a save is stated: to a bucket, or a disk
 TRAFFIC_LABELS = {"exchange": "all-to-all", "zero": "ZeRO-1: scatter, gather", "fsdp": "FSDP"}
 TRAFFIC_LABELS |= {"context": "gathered over context", "pipeline": "p2p"}
 
@@ -50,7 +51,16 @@ def memory(job: Job, ranks: Sequence[Mapping[str, float]]) -> Section:
         rows.append(("emptiest device", figures.gib("emptiest_total", totals[emptiest]), f"rank {emptiest}"))
     known = PUBLISHED if job.chip in CHIPS.values() else GIVEN
     rows.append((f"memory of {job.chip.name}", figures.gib("chip_memory", capacity(job), known), ""))
-    return figures.column("memory", "memory per device", [*rows, *_whether_it_fits(job, parts, total)])
+    rows += [*_whether_it_fits(job, parts, total), _checkpoint(job)]
+    return figures.column("memory", "memory per device", rows)
+
+
+def _checkpoint(job: Job) -> tuple[str, Figure, str]:
+    """Returns what the fullest device's process writes of a checkpoint, and how long its host takes."""
+    n_bytes = max(between_steps(job, rank) for rank in range(len(job.ranks)))
+    seconds = n_bytes * min(HOST_DEVICES, job.layout.devices) / (HOST_GBPS * GIGA)
+    note = f"its share of a save; {HOST_DEVICES} devices per host at {HOST_GBPS:g} GB/s take {seconds:,.1f} s"
+    return "checkpoint", figures.gib("checkpoint", n_bytes), note
 
 
 def _whether_it_fits(job: Job, parts: Mapping[str, float], total: float) -> list[tuple[str, Figure, str]]:
