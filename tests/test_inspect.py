@@ -29,8 +29,8 @@ def test_the_counts_of_v3_are_the_published_ones(v3):
 
 
 def test_adapters_are_rows_and_alone_have_moments():
-    config = run_config.load("tiny_v3").copy_and_resolve_references().unlock()
-    config.lora.rank = 4
+    config = run_config.load("tiny_v1").copy_and_resolve_references().unlock()
+    config.lora.rank, config.run.init_from, config.loss.balance_rate = 4, "runs/a", 0.0
     rows, totals = inspect.inspect(config, {"data": 1, "expert": 1})
     own = [weight for weight in rows if ".adapters." in weight.name]
     n_own = sum(math.prod(weight.shape) for weight in own)
