@@ -244,6 +244,8 @@ def read_per_token(params: dict, axes: dict) -> tuple[int, int]:
     """
     import jax
 
+    from deepseek_jax.parallel.sharding import is_axes
+
     sizes = {"always": 0, "routed": 0}
 
     def add(path: tuple, names: tuple, weight: Any) -> None:
@@ -251,7 +253,7 @@ def read_per_token(params: dict, axes: dict) -> tuple[int, int]:
             n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
             sizes["routed" if "experts" in names else "always"] += n_bytes
 
-    jax.tree_util.tree_map_with_path(add, axes, params, is_leaf=lambda x: isinstance(x, tuple))
+    jax.tree_util.tree_map_with_path(add, axes, params, is_leaf=is_axes)
     return sizes["always"], sizes["routed"]
 
 
