@@ -12,7 +12,7 @@ from deepseek_jax.data.pipeline import Array
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.rl.grpo import GRPO, Drawn, kept_log_softmax, objective, token_weights
 from deepseek_jax.rl.rollout import Rollouts
-from deepseek_jax.train.cross_entropy import IGNORE, token_nll
+from deepseek_jax.train.cross_entropy import IGNORE, token_figures
 from deepseek_jax.train.loss import WHOLE, Losses, Totals, stage_losses
 from deepseek_jax.train.trainable import Path
 
@@ -31,6 +31,7 @@ class Answers(NamedTuple):
     share_BT: Array  # 1 / targets of the batch, at each
     sampled_logp_BT: Array
     old_logp_BT: Array
+    measured_B1: Array  # whether this is known; otherwise the policy of the update is the one before it, bool
     reference_logp_BT: Array
     advantage_BT: Array
     kept_BTV: Array  # what each target was drawn from, as `Rollouts` has it
@@ -53,6 +54,7 @@ def answers(rollouts: Rollouts, length_B1: np.ndarray, is_scored_B: np.ndarray) 
         share_BT=zeros_BT,
         sampled_logp_BT=np.where(is_drawn_BT, rollouts.logp_BT, 0.0)[:, 1:].astype(np.float32),
         old_logp_BT=zeros_BT,
+        measured_B1=np.ones((len(targets_BT), 1), bool),
         reference_logp_BT=zeros_BT,
         advantage_BT=zeros_BT,
         kept_BTV=rollouts.kept_BTV[:, 1:],
@@ -77,50 +79,31 @@ class PolicyGradient:
     chunk: int  # tokens whose logits exist at a time
 
     def __call__(self, model: Any, batch: Any, over: Totals, step: jax.Array) -> tuple[jax.Array, Losses]:
-        """See `train.loss.Objective`; `Losses.auxiliary` are the figures of `grpo.Figures`."""
+        """See `train.loss.Objective`; `Losses.auxiliary` are the figures of `grpo.Figures` and `figures_before`."""
         _, hidden, found = stage_losses(model, batch, over, WHOLE, mask=False, routes=batch.routes)
-        logp_BT = drawn_logp(hidden[0], model, batch, self.temperature, self.chunk)
+        logp_BT, entropy_BT = judged_tokens(hidden[0], model, batch, self.temperature, self.chunk)
         mask_BT = (batch.targets_BT != IGNORE).astype(jnp.float32)
-        logps = (batch.sampled_logp_BT, batch.old_logp_BT, batch.reference_logp_BT)
+        old_BT = jnp.where(batch.measured_B1, batch.old_logp_BT, jax.lax.stop_gradient(logp_BT))
+        logps = (batch.sampled_logp_BT, old_BT, batch.reference_logp_BT)
         drawn = Drawn(mask_BT, *logps, batch.advantage_BT, batch.weights_BT)
         gain, figures = objective(self.grpo, logp_BT, drawn, batch.share_BT)
-        return -gain, found._replace(main=-gain, auxiliary=figures._asdict())
+        before = figures_before(batch, jax.lax.stop_gradient(logp_BT), entropy_BT)
+        return -gain, found._replace(main=-gain, auxiliary=figures._asdict() | before)
+
+
+def figures_before(batch: Answers, logp_BT: jax.Array, entropy_BT: jax.Array) -> dict[str, jax.Array]:
+    """Returns what is known of a policy that has not been updated: `Learner` says what each is.
+
+    The largest gap is that of these answers; of several parts of a batch the sum is reported, which is no less.
+    """
+    gap_BT = jnp.where(batch.targets_BT != IGNORE, jnp.abs(logp_BT - batch.sampled_logp_BT), 0.0)
+    means = {"entropy": entropy_BT, "gap_mean": gap_BT}
+    return {name: jnp.sum(x_BT * batch.share_BT) for name, x_BT in means.items()} | {"gap": jnp.max(gap_BT)}
 
 
 def learnt(path: Path) -> bool:
     """Returns whether a weight is trained: not those of multi-token prediction, which would only decay."""
     return path[0] != AHEAD
-
-
-def drawn_logp(h_BTD: jax.Array, model: Any, batch: Answers, temperature: float, chunk: int) -> jax.Array:
-    """Returns log pi of each target at a temperature, over what it was drawn from, float32; 0 without a target.
-
-    The logits of `chunk` tokens exist at a time.
-    """
-    weight_DV, targets_BT = model.head.weight_DV[...], batch.targets_BT
-    h_MD, targets_M = h_BTD.reshape(-1, h_BTD.shape[-1]), targets_BT.reshape(-1)
-    if not batch.kept_BTV.shape[-1]:
-        return -token_nll(h_MD, weight_DV, targets_M, chunk, temperature).reshape(targets_BT.shape)
-
-    @jax.checkpoint
-    def logp(of: tuple) -> jax.Array:
-        h_D, target, kept_W = of
-        logp_V = logp_of(h_D, weight_DV, kept_W, target, temperature)
-        return jnp.where(target != IGNORE, logp_V[jnp.maximum(target, 0)], 0.0)
-
-    kept_MW = batch.kept_BTV.reshape(len(targets_M), -1)
-    return jax.lax.map(logp, (h_MD, targets_M, kept_MW), batch_size=chunk).reshape(targets_BT.shape)
-
-
-def logp_of(
-    h_D: jax.Array, weight_DV: jax.Array, kept_W: jax.Array, target: jax.Array, temperature: float
-) -> jax.Array:
-    """Returns logp_V of one place, float32: over what its target was drawn from, if that is known; -inf elsewhere."""
-    logits_V = jnp.dot(h_D, weight_DV.astype(h_D.dtype), preferred_element_type=jnp.float32) / temperature
-    if not len(kept_W):
-        return jax.nn.log_softmax(logits_V)
-    kept_V = jnp.unpackbits(kept_W, count=len(logits_V)) > 0
-    return kept_log_softmax(logits_V, kept_V | (target == IGNORE))
 
 
 class Measured(NamedTuple):
@@ -130,20 +113,44 @@ class Measured(NamedTuple):
     entropy_BT: Array  # at the temperature of the draw, over what a target is drawn from, nats
 
 
+def judged_tokens(h_BTD: jax.Array, model: Any, batch: Answers, temperature: float, chunk: int) -> Measured:
+    """Returns log pi of each target at a temperature, over what it was drawn from, 0 without one; and the entropy.
+
+    The logits of `chunk` tokens exist at a time. No gradient flows through the entropy.
+    """
+    weight_DV, targets_BT = model.head.weight_DV[...], batch.targets_BT
+    h_MD, targets_M = h_BTD.reshape(-1, h_BTD.shape[-1]), targets_BT.reshape(-1)
+    if not batch.kept_BTV.shape[-1]:
+        nll_M, entropy_M = token_figures(h_MD, weight_DV, targets_M, chunk, temperature)
+        return Measured(-nll_M.reshape(targets_BT.shape), entropy_M.reshape(targets_BT.shape))
+
+    @jax.checkpoint
+    def one(of: tuple) -> Measured:
+        h_D, target, kept_W = of
+        logp_V = logp_of(h_D, weight_DV, kept_W, target, temperature)
+        own_V = jax.lax.stop_gradient(logp_V)
+        entropy = -jnp.sum(jnp.where(own_V > -jnp.inf, jnp.exp(own_V) * own_V, 0.0))
+        return Measured(jnp.where(target != IGNORE, logp_V[jnp.maximum(target, 0)], 0.0), entropy)
+
+    found = jax.lax.map(one, (h_MD, targets_M, batch.kept_BTV.reshape(len(targets_M), -1)), batch_size=chunk)
+    return Measured(*(each_M.reshape(targets_BT.shape) for each_M in found))
+
+
+def logp_of(
+    h_D: jax.Array, weight_DV: jax.Array, kept_W: jax.Array, target: jax.Array, temperature: float
+) -> jax.Array:
+    """Returns logp_V of one place, float32: over what its target was drawn from; -inf elsewhere."""
+    logits_V = jnp.dot(h_D, weight_DV.astype(h_D.dtype), preferred_element_type=jnp.float32) / temperature
+    kept_V = jnp.unpackbits(kept_W, count=len(logits_V)) > 0
+    return kept_log_softmax(logits_V, kept_V | (target == IGNORE))
+
+
 def measurer(temperature: float, chunk: int) -> Any:
     """Returns `measure(model, answers) -> Measured`."""
 
     def measure(model: Any, batch: Answers) -> Measured:
         tokens = Tokens(batch.ids_BT, batch.positions_BT, None, batch.segments_BT > 0)
         h_BTD, _ = model.hidden(tokens, batch.routes)
-        logp_BT, weight_DV = drawn_logp(h_BTD, model, batch, temperature, chunk), model.head.weight_DV[...]
-
-        def entropy(of: tuple) -> jax.Array:
-            logp_V = logp_of(of[0], weight_DV, of[1], of[2], temperature)
-            return -jnp.sum(jnp.where(logp_V > -jnp.inf, jnp.exp(logp_V) * logp_V, 0.0))
-
-        rows = h_BTD, batch.kept_BTV, batch.targets_BT
-        flat = jax.tree.map(lambda x: x.reshape(logp_BT.size, *x.shape[2:]), rows)
-        return Measured(logp_BT, jax.lax.map(entropy, flat, batch_size=chunk).reshape(logp_BT.shape))
+        return judged_tokens(h_BTD, model, batch, temperature, chunk)
 
     return measure

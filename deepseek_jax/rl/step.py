@@ -4,7 +4,8 @@
     answers     rl.answers to each, drawn with the present weights (`rollout`)
     rewards     `rewards`; answers without a total are left out of everything that follows
     advantages  within the answers to each problem (`grpo.advantages`), or by a teacher (`distillation`)
-    measured    log-probabilities of the trainer, before the updates, and of the reference (`objective.measurer`)
+    measured    log-probabilities of the trainer, before the updates, and of the reference (`objective.measurer`); those
+                of the trainer not for the first update, which is made with the weights that are to be measured
     updates     rl.updates of them, each on its share of the answers, in an order that is a function of the step
 
 Random numbers are functions of (seed, step, row), so nothing besides weights and moments has to be kept for a run to
@@ -12,6 +13,7 @@ resume exactly where it was.
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -57,6 +59,11 @@ class StepSizes:
         """Returns the rows that are drawn at a time."""
         size = self.rows_at_once or self.n_rows
         return [slice(start, start + size) for start in range(0, self.n_rows, size)]
+
+    @property
+    def measured_at_once(self) -> int:
+        """Answers that are measured at a time: as many, or a part of those of an update."""
+        return math.gcd(self.rows_at_once or self.n_rows, self.n_rows // self.updates)
 
 
 class Drawn(NamedTuple):
@@ -112,9 +119,11 @@ class Learner:
         groups = np.repeat(numbers, self.sizes.answers).tolist()
         totals = [score.total for score in scores]
         with self._timed("update"):
-            found, figures = self._measured(state, reference, drawn, totals, groups)
-            state, reports = self._updates(state, found, step)
-        figures |= self._figures_of_updates(reports)
+            first, *later = shares = self._shares(step)
+            rows = np.concatenate(shares if self.teacher else [first[:0], *later])
+            found, figures = self._measured(state, reference, drawn, totals, groups, rows)
+            state, reports = self._updates(state, found, shares)
+        figures |= self._figures_of_updates(reports) | before_updates(found, figures, reports[0])
         tied = {} if self.teacher else {"tied": tied_share(totals, groups)}
         return state, reward_figures(scores, drawn.responses) | tied | figures
 
@@ -181,22 +190,28 @@ class Learner:
         drawn: Drawn,
         totals: Sequence[float | None],
         groups: Sequence[int],
+        rows: np.ndarray,
     ) -> tuple[Answers, dict[str, float]]:
-        """Returns (the answers with all that an update reads, figures of the policy before it)."""
+        """Returns (the answers with all that an update reads, figures of the policy before it on `rows`).
+
+        On the others the policy before is left to the update; with a teacher they are all measured.
+        """
         is_scored_B = np.array([total is not None or self.teacher is not None for total in totals])
         found = answers(drawn.rollouts, drawn.length_B1, is_scored_B)
-        now: Measured = self._in_chunks(self._measure, state, found)
+        now = self._measurements(self._measure, state, found, rows)
         of_reference = now
         if reference is not None:
-            of_reference = self._in_chunks(self._measure, state | {"params": reference}, found)
+            of_reference = self._measurements(self._measure, state | {"params": reference}, found)
         is_drawn_BT = found.targets_BT != IGNORE
         if self.teacher:
-            theirs = self._in_chunks(self.teacher.measure, self.teacher.state, without_routes(found))
+            theirs = self._measurements(self.teacher.measure, self.teacher.state, without_routes(found))
             A_BT, figures = judged(theirs.logp_BT, now.logp_BT, is_drawn_BT, self.objective.grpo.log_ratio_bound)
         else:
             A_B = advantages(totals, groups, self.objective.grpo.advantage).astype(np.float32)
             A_BT, figures = np.broadcast_to(A_B[:, None], found.targets_BT.shape), {}
         found = found._replace(old_logp_BT=now.logp_BT, reference_logp_BT=of_reference.logp_BT, advantage_BT=A_BT)
+        found.measured_B1[:] = np.isin(np.arange(len(found.targets_BT)), rows)[:, None]
+        is_drawn_BT = is_drawn_BT & found.measured_B1
         gap_BT = np.abs(now.logp_BT - found.sampled_logp_BT) * is_drawn_BT
         n_drawn = max(is_drawn_BT.sum(), 1)
         return found, figures | {
@@ -205,12 +220,28 @@ class Learner:
             "gap_mean": float(gap_BT.sum() / n_drawn),
         }
 
-    def _updates(self, state: State, found: Answers, step: int) -> tuple[State, list[Report]]:
+    def _measurements(
+        self, measure: Callable[[State, Any], Any], state: State, found: Answers, rows: np.ndarray | None = None
+    ) -> Measured:
+        """Returns what a program says of `rows`, or of all; 0 elsewhere."""
+        whole = Measured(*(np.zeros(found.targets_BT.shape, np.float32) for _ in Measured._fields))
+        rows, size = np.arange(self.sizes.n_rows) if rows is None else rows, self.sizes.measured_at_once
+        for start in range(0, len(rows), size):
+            some = rows[start : start + size]
+            for all_BT, part_BT in zip(whole, self._one_chunk(measure, state, found, some), strict=True):
+                all_BT[some] = part_BT
+        return whole
+
+    def _shares(self, step: int) -> list[np.ndarray]:
+        """Returns the rows of each update of a step."""
+        order = np.argsort(noise(self.seed, step, ORDER, at=np.arange(self.sizes.n_rows)), kind="stable")
+        return np.split(order, self.sizes.updates)
+
+    def _updates(self, state: State, found: Answers, shares: Sequence[np.ndarray]) -> tuple[State, list[Report]]:
         """Returns (the state after the updates of a step, their reports)."""
         grpo, longest = self.objective.grpo, self.turns.longest_answer
-        order = np.argsort(noise(self.seed, step, ORDER, at=np.arange(self.sizes.n_rows)), kind="stable")
         reports = []
-        for rows in np.split(order, self.sizes.updates):
+        for rows in shares:
             state, report = self.trainer.step(state, self._placed(part(found, rows, grpo.aggregation, longest)))
             reports.append(report)
         return state, jax.device_get(reports)
@@ -226,8 +257,11 @@ class Learner:
 
     def _in_chunks(self, run: Callable[[State, Any], Any], state: State, rows: Any) -> Any:
         """Returns what a program makes of rows, on the host."""
-        parts = [run(state, self._placed(jax.tree.map(lambda x, c=c: x[c], rows))) for c in self.sizes.chunks()]
-        return jax.tree.map(lambda *of_parts: np.concatenate(of_parts), *map(fetched, parts))
+        parts = [self._one_chunk(run, state, rows, chunk) for chunk in self.sizes.chunks()]
+        return jax.tree.map(lambda *of_parts: np.concatenate(of_parts), *parts)
+
+    def _one_chunk(self, run: Callable[[State, Any], Any], state: State, rows: Any, which: slice | np.ndarray) -> Any:
+        return fetched(run(state, self._placed(jax.tree.map(lambda x: x[which], rows))))
 
     def _placed(self, rows: Any) -> Any:
         return global_batch(own_share(rows, self.trainer.mesh), self.trainer.mesh)
@@ -237,6 +271,22 @@ class Learner:
         begin = time.perf_counter()
         yield
         self.seconds[what] = time.perf_counter() - begin
+
+
+def before_updates(found: Answers, measured: dict[str, float], first: Report) -> dict[str, float]:
+    """Returns figures of the policy before the updates, from those of the measured rows and of the first update.
+
+    entropy         of the distributions that tokens are drawn from
+    gap, gap_mean   between log-probabilities of the draw and of the trainer
+    """
+    is_drawn_BT = found.targets_BT != IGNORE
+    n_drawn, n_measured = max(is_drawn_BT.sum(), 1), (is_drawn_BT & found.measured_B1).sum()
+    share = n_measured / n_drawn
+    blended = {
+        name: share * measured[name] + (1 - share) * float(first.auxiliary[name]) for name in ("entropy", "gap_mean")
+    }
+    is_known = found.measured_B1.all()
+    return blended | {"gap": max(measured["gap"], 0.0 if is_known else float(first.auxiliary["gap"]))}
 
 
 def named(problem: Problem) -> str:

@@ -4,8 +4,8 @@
 
 `cross_entropy` sums w_m * nll_m with weights that are known in advance. While a chunk's logits are there it computes
 its share of the gradients as well, so that nothing is kept and nothing is computed twice: three products with W.
-`token_nll` returns every nll_m, for a loss that is any function of them. Its backward pass makes the logits again, for
-only then is the weight of each token known: four products.
+`token_nll` returns every nll_m, for a loss that is any function of them, and `token_figures` the entropies as well. The
+backward pass makes the logits again, for only then is the weight of each token known: four products.
 """
 
 import functools
@@ -31,14 +31,19 @@ def _chunks(h_MD: jax.Array, targets_M: jax.Array, weights_M: jax.Array, chunk: 
 
 def _nll(
     h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, vocabulary: Vocabulary, temperature: float
-) -> tuple[jax.Array, jax.Array]:
-    """(nll_M, softmax probabilities_MV) of one chunk; the nll of an ignored row means nothing."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(nll_M, softmax probabilities_MV, entropy_M) of one chunk; the nll of an ignored row means nothing."""
     logits_MV = jnp.einsum("MD,DV->MV", h_MD, weight_DV, preferred_element_type=jnp.float32) / temperature
     highest_M = vocabulary.largest(jnp.max(logits_MV, axis=-1))
     shifted_MV = jnp.exp(logits_MV - highest_M[:, None])
     total_M = vocabulary.total(jnp.sum(shifted_MV, axis=-1))
     target_M = vocabulary.picked(logits_MV, jnp.maximum(targets_M, 0))
-    return jnp.log(total_M) + highest_M - target_M, shifted_MV / total_M[:, None]
+    whole_M, probabilities_MV = jnp.log(total_M) + highest_M, shifted_MV / total_M[:, None]
+    return (
+        whole_M - target_M,
+        probabilities_MV,
+        whole_M - vocabulary.total(jnp.sum(probabilities_MV * logits_MV, axis=-1)),
+    )
 
 
 def _chunk_loss(
@@ -50,7 +55,7 @@ def _chunk_loss(
     temperature: float = 1.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(summed loss, softmax probabilities_MV, weight of each row: 0 without a target) of one chunk."""
-    nll_M, probabilities_MV = _nll(h_MD, weight_DV, targets_M, vocabulary, temperature)
+    nll_M, probabilities_MV, _ = _nll(h_MD, weight_DV, targets_M, vocabulary, temperature)
     weights_M = jnp.where(targets_M != IGNORE, weights_M, 0.0)
     return jnp.sum(jnp.where(weights_M != 0, weights_M * nll_M, 0.0)), probabilities_MV, weights_M
 
@@ -120,7 +125,6 @@ def _backward(chunk: int, vocabulary: Vocabulary, saved: tuple, g: jax.Array) ->
 cross_entropy.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def token_nll(
     h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, chunk: int, temperature: float = 1.0
 ) -> jax.Array:
@@ -129,27 +133,38 @@ def token_nll(
     For a loss that is not a sum with constant weights (`cross_entropy` makes that faster). Arguments as there; the
     temperature divides the logits, in float32, as where tokens are drawn.
     """
+    return token_figures(h_MD, weight_DV, targets_M, chunk, temperature)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def token_figures(
+    h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, chunk: int, temperature: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """(nll_M as of `token_nll`, entropy_M of the distributions, in nats, through which no gradient flows)."""
     weight, zeros_M = weight_DV.astype(h_MD.dtype), jnp.zeros(targets_M.shape, jnp.float32)
 
-    def body(_: None, part: tuple) -> tuple[None, jax.Array]:
+    def body(_: None, part: tuple) -> tuple[None, tuple[jax.Array, jax.Array]]:
         h, targets, _ = part
-        return None, jnp.where(targets != IGNORE, _nll(h, weight, targets, WHOLE, temperature)[0], 0.0)
+        nll_M, _, entropy_M = _nll(h, weight, targets, WHOLE, temperature)
+        return None, (jnp.where(targets != IGNORE, nll_M, 0.0), entropy_M)
 
-    return jax.lax.scan(body, None, _chunks(h_MD, targets_M, zeros_M, chunk))[1].reshape(-1)[: targets_M.shape[0]]
+    found = jax.lax.scan(body, None, _chunks(h_MD, targets_M, zeros_M, chunk))[1]
+    nll_M, entropy_M = (each.reshape(-1)[: targets_M.shape[0]] for each in found)
+    return nll_M, entropy_M
 
 
 def _token_forward(
     h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, chunk: int, temperature: float
-) -> tuple[jax.Array, tuple]:
-    return token_nll(h_MD, weight_DV, targets_M, chunk, temperature), (h_MD, weight_DV, targets_M)
+) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+    return token_figures(h_MD, weight_DV, targets_M, chunk, temperature), (h_MD, weight_DV, targets_M)
 
 
-def _token_backward(chunk: int, temperature: float, saved: tuple, g_M: jax.Array) -> tuple:
+def _token_backward(chunk: int, temperature: float, saved: tuple, g: tuple[jax.Array, jax.Array]) -> tuple:
     """By the chain rule that of `cross_entropy` with the weights g / temperature, which are known by now."""
     h_MD, weight_DV, targets_M = saved
-    g_M = g_M / temperature
+    g_M = g[0] / temperature
     _, (d_h_MD, d_weight_DV, like) = _forward(h_MD, weight_DV, targets_M, g_M, chunk, WHOLE, temperature)
     return d_h_MD, d_weight_DV.astype(like.dtype), None
 
 
-token_nll.defvjp(_token_forward, _token_backward)
+token_figures.defvjp(_token_forward, _token_backward)

@@ -223,9 +223,20 @@ def test_an_end_mark_is_a_target_and_what_follows_is_not(drawn):
 
 
 def test_the_first_update_has_ratio_one_and_the_next_rollout_differs(learner, state):
-    before = copy.deepcopy(state)
+    class InTurn:
+        def score(self, problems, responses):
+            return [Score(row % 2, {"accuracy": row % 2}) for row in range(len(problems))]
+
+    before, learner = copy.deepcopy(state), copy.copy(learner)
+    learner.rewards = InTurn()
     after, figures = learner.step(placed(learner, state), before["params"], 0)
-    assert figures["gap"] < 1e-5 and 0 < figures["kl"] < 0.1
+    assert 0 < figures["gap"] < 1e-5 and 0 < figures["kl"] < 0.1
+    other = copy.copy(learner)
+    other._measured = lambda *given: learner._measured(*given[:-1], np.arange(16))
+    same, expected = other.step(placed(learner, state), before["params"], 0)
+    assert figures == pytest.approx(expected, rel=1e-3, abs=1e-6), "also of answers that were not measured before"
+    for found, moments in zip(*(jax.tree.leaves(fetched(s["optimizer"]["mu"])) for s in (after, same)), strict=True):
+        np.testing.assert_allclose(found, moments, atol=1e-6)
     moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), jax.device_get(after["params"]), before["params"])
     assert any(jax.tree.leaves(moved))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(after["router_bias"]), before["router_bias"])
@@ -408,12 +419,12 @@ def first_update(learner, state):
     """(ids that were drawn, first moments after an update on 8 of the 16 answers, figures)."""
     drawn = learner.draw(placed(learner, state), asked(*QUESTIONS), row_keys(0, 0, 16), TEMPERATURE)
     totals, groups = [n % 3 for n in range(16)], [n // 4 for n in range(16)]
-    given, figures = learner._measured(placed(learner, state), state["params"], drawn, totals, groups)
+    given, figures = learner._measured(placed(learner, state), state["params"], drawn, totals, groups, np.arange(16))
     rows = np.array([3, 8, 0, 14, 5, 9, 2, 15])
     after, report = learner.trainer.step(
         placed(learner, state), learner._placed(part(given, rows, learner.objective.grpo.aggregation, NEW))
     )
-    figures |= {name: float(value) for name, value in jax.device_get(report.auxiliary).items()}
+    figures = {name: float(value) for name, value in jax.device_get(report.auxiliary).items()} | figures
     figures |= {f"score {n}": score.total for n, score in enumerate(learner.score(drawn, 16))}
     return drawn.rollouts.ids_BT, fetched(after["optimizer"]["mu"]), figures | {"loss": float(report.loss)}
 
