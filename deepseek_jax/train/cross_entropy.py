@@ -145,7 +145,7 @@ def token_figures(
 
     def body(_: None, part: tuple) -> tuple[None, tuple[jax.Array, jax.Array]]:
         h, targets, _ = part
-        nll_M, _, entropy_M = _nll(h, weight, targets, WHOLE, temperature)
+        nll_M, entropy_M = _nll(h, weight, targets, WHOLE, temperature)[::2]
         return None, (jnp.where(targets != IGNORE, nll_M, 0.0), entropy_M)
 
     found = jax.lax.scan(body, None, _chunks(h_MD, targets_M, zeros_M, chunk))[1]
