@@ -462,9 +462,9 @@ def test_the_verb_trains_a_base_and_improves_it(tmp_path, monkeypatch, capsys):
     assert json.loads(samples[0])["messages"][0]["role"] == "user"
     assert rl.main(words) == 0
     assert "This run has reached step 3" in capsys.readouterr().out
-    words[1:] = [f"--workdir={tmp_path / 'student'}", "--config.mesh.data=1"]
-    words += [f"--config.run.init_from={tmp_path / 'run' / 'base'}", f"--config.rl.teacher={tmp_path / 'run'}"]
-    assert rl.main(words) == 0
+    student = [words[0], f"--workdir={tmp_path / 'student'}", "--config.mesh.data=1"]
+    student += [f"--config.run.init_from={tmp_path / 'run' / 'base'}", f"--config.rl.teacher={tmp_path / 'run'}"]
+    assert rl.main(student) == 0
     printed = capsys.readouterr().out
     assert f"judged by {tmp_path / 'run'}" in printed and "teacher_kl=" in printed
     assert rl.main([*words, "--config.loop.steps=4"]) == 0
