@@ -94,7 +94,7 @@ class PolicyGradient:
 def figures_before(batch: Answers, logp_BT: jax.Array, entropy_BT: jax.Array) -> dict[str, jax.Array]:
     """Returns what is known of a policy that has not been updated: `Learner` says what each is.
 
-    The largest gap is that of these answers; of several parts of a batch the sum is reported, which is no less.
+    The largest gap is that of these answers; of several parts of a batch the sum is reported, at least as much.
     """
     gap_BT = jnp.where(batch.targets_BT != IGNORE, jnp.abs(logp_BT - batch.sampled_logp_BT), 0.0)
     means = {"entropy": entropy_BT, "gap_mean": gap_BT}
