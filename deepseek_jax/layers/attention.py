@@ -190,7 +190,7 @@ def latent_decode_by_size(*arrays: Any, scale: float, table_BN: jax.Array | None
     is_in_pages = table_BN is not None and len(cache) == 2 and cache[0].dtype.itemsize == 2
     is_in_pages &= cache[0].shape[1] == work.PAGE
     is_small = n_sequences * n_slots <= FEW_SLOTS
-    if is_in_pages and work.are_few(n_tokens * q_latent_BTHC.shape[2], n_sequences * (n_slots // work.PAGE)):
+    if is_in_pages and work.are_few(n_tokens, q_latent_BTHC.shape[2], n_sequences * (n_slots // work.PAGE)):
         is_small = False
     decode = latent_decode if is_odd or is_small else latent_decode_on_hopper
     return decode(*arrays, scale=scale, table_BN=table_BN)

@@ -4,8 +4,9 @@
 
 A CTA computes all rows, heads times tokens, of one page: keys are the 64 rows that the tensor cores multiply at a
 time, so that nothing is filled up, and no CTA waits for another page. A second kernel puts the pages together, a CTA
-for each 64 columns of the latents. It is taken for what it was measured with on an H200, 16 rows and up to 32 pages
-(`work.are_few`); the kernel of `gpu.py`, which reads many pages per CTA, for all else.
+for each 64 columns of the latents. It is taken for what it was measured with on an H200, 16 rows and up to 32 pages,
+and for two tokens of 16 rows each (`work.are_few`); the kernel of `gpu.py`, which reads many pages per CTA, for all
+else.
 """
 
 import functools

@@ -1,6 +1,7 @@
 """Decode by the kernel for Hopper: what it takes, rows of heads and tokens, parts of long sequences, their sum."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +36,8 @@ def decode(
     n_processors = n_processors or mosaic_gpu.check_hopper(NAME)
     b, t, h, width = q_c_BTHC.shape
     in_fp8 = len(cache) == 1
-    if not in_fp8 and n_splits is None and tuning is None and work.are_few(t * h, table.size):
-        q_c, q_rope = (q.reshape(b, t * h, -1) for q in (q_c_BTHC, q_rope_BTHP))
-        o, lse = gpu_few.decode(q_c, q_rope, cache, table, lengths_B, n_heads=h, scale=scale, interpret=interpret)
-        return o.reshape(q_c_BTHC.shape), lse.reshape(b, t, h)
+    if not in_fp8 and n_splits is None and tuning is None and work.are_few(t, h, table.size):
+        return _of_few(q_c_BTHC, q_rope_BTHP, cache, table, lengths_B, scale=scale, interpret=interpret)
     q_c, q_rope = (_rows(x) for x in (q_c_BTHC, q_rope_BTHP))
     n_tiles = q_c.shape[1] // gpu.ROWS
     tuning = tuning or (gpu_plan.IN_FP8 if in_fp8 else gpu.Tuning(cluster=1 if n_tiles % 2 else 2))
@@ -52,6 +51,20 @@ def decode(
         o, lse = work.combined(o.reshape(n_splits, b, -1, width), lse.reshape(n_splits, b, -1))
     o_BTHC = o[:, : t * h].reshape(b, t, h, width).astype(q_c_BTHC.dtype)
     return o_BTHC, lse[:, : t * h].reshape(b, t, h)
+
+
+def _of_few(
+    q_c_BTHC: jax.Array, q_rope_BTHP: jax.Array, cache: Sequence[jax.Array], table: jax.Array, lengths_B: jax.Array,
+    **options: Any,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """`decode` by `gpu_few`; tokens whose rows are more than it takes become sequences of the same pages."""
+    b, t, h, _ = q_c_BTHC.shape
+    if t * h > work.FEW_ROWS:
+        lengths_BT = lengths_B[:, None] + jnp.arange(1 - t, 1, dtype=lengths_B.dtype)
+        table, lengths_B = jnp.repeat(table, t, axis=0), lengths_BT.reshape(-1)
+    q_c, q_rope = (q.reshape(len(lengths_B), -1, q.shape[-1]) for q in (q_c_BTHC, q_rope_BTHP))
+    o, lse = gpu_few.decode(q_c, q_rope, cache, table, lengths_B, n_heads=h, **options)
+    return o.reshape(q_c_BTHC.shape), lse.reshape(b, t, h)
 
 
 def _rows(q_BTHC: jax.Array) -> jax.Array:

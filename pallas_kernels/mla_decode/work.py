@@ -17,9 +17,13 @@ BEGIN_PART, COMBINE, COMBINE_PART = 3.0, 6.0, 0.1
 FEW_ROWS, FEW_PAGES = 16, 32  # of `gpu_few`: what it was measured with on an H200
 
 
-def are_few(n_rows: int, n_pages: int) -> bool:
-    """Returns whether pages of 16-bit numbers, of all sequences together, read by `n_rows` each, are for `gpu_few`."""
-    return n_rows == FEW_ROWS and n_pages <= FEW_PAGES
+def are_few(n_tokens: int, n_heads: int, n_pages: int) -> bool:
+    """Returns whether pages of 16-bit numbers, of all sequences together, are for `gpu_few`.
+
+    Two tokens of as many heads as it was measured with are read as two sequences of the same pages, at once by other
+    processors: this was not measured.
+    """
+    return n_pages <= FEW_PAGES and (n_tokens * n_heads == FEW_ROWS or (n_tokens, n_heads) == (2, FEW_ROWS))
 
 
 def n_pages(lengths_B: jax.Array) -> jax.Array:

@@ -231,7 +231,7 @@ def of_one_token() -> dict:
 def few_rows() -> dict:
     """Latent decode of few heads and pages: the kernel of pages, and the one that puts them together."""
     calls = {}
-    for b, t, h in ((1, 1, 16), (1, 2, 8)):
+    for b, t, h in ((1, 1, 16), (1, 2, 8), (2, 1, 16)):
         queries, pages = [((b, t * h, w), BF16) for w in (512, 64)], [((32 * b, 64, w), BF16) for w in (512, 64)]
         call = functools.partial(latent_decode_few, n_heads=h)
         calls[f"decode few {b}x{t}x{h}"] = call, (*queries, *pages, ((b, 32), jnp.int32), ((b,), jnp.int32))

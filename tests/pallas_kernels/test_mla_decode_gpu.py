@@ -53,13 +53,13 @@ def test_the_kernel_is_the_definition(case):
 
 @needs_interpreter
 @pytest.mark.slow
-@pytest.mark.parametrize(("b", "t", "h", "lengths"), [(2, 1, 16, [130, 3]), (2, 2, 8, [65, 0])])
+@pytest.mark.parametrize(("b", "t", "h", "lengths"), [(2, 1, 16, [130, 3]), (2, 2, 8, [65, 0]), (2, 2, 16, [65, 0])])
 def test_the_kernel_of_few_rows_and_pages_is_the_definition(b, t, h, lengths):
     """It is the one that is taken; a sequence may be empty."""
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
     arrays = inputs(b, t, h, lengths)
-    assert work.are_few(t * h, arrays[3].size)
+    assert work.are_few(t, h, arrays[3].size)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arrays)
     right, lse_right = decode(*wide, implementation="reference", scale=0.1)
     o, lse = hopper.decode(*arrays, scale=0.1, n_processors=132, interpret=plgpu.InterpretGPUParams())
@@ -68,9 +68,11 @@ def test_the_kernel_of_few_rows_and_pages_is_the_definition(b, t, h, lengths):
 
 
 def test_the_kernel_of_few_pages_is_for_what_was_measured():
-    """16 heads of one token or 8 of two, and 2,048 slots; more of either are the other kernel's."""
-    sizes = (16, 32), (16, 1), (16, 33), (8, 32), (32, 32)
-    assert [work.are_few(*size) for size in sizes] == [True, True, False, False, False]
+    """16 heads of one token or of two, or 8 of two, and 2,048 slots; more of either are the other kernel's."""
+    few = (1, 16, 32), (1, 16, 1), (2, 8, 32), (2, 16, 32)
+    more = (1, 16, 33), (2, 16, 33), (1, 8, 32), (1, 32, 32), (3, 16, 32)
+    assert all(work.are_few(*size) for size in few)
+    assert not any(work.are_few(*size) for size in more)
 
 
 @needs_interpreter
