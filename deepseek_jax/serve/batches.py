@@ -48,9 +48,10 @@ def rows_of(plans: Plans) -> int:
     return bucket(max(map(len, plans)), 1)
 
 
-def width_of(plans: Plans, page_size: int, least: int) -> int:
-    """Pages that the longest of these rows has, padded to `least` or more."""
-    return bucket(max(-(-part.n_positions // page_size) for plan in plans for part in plan), least)
+def width_of(plans: Plans, page_size: int, least: int, look_ahead: int = 0) -> int:
+    """Pages that the longest of these rows has with `look_ahead` tokens after it, padded to `least` or more."""
+    n_positions = look_ahead + max(part.n_positions for plan in plans for part in plan)
+    return bucket(-(-n_positions // page_size), least)
 
 
 def together(parts: Sequence[Part], most: int, is_alone: Callable[[Part], bool]) -> list[list[Part]]:

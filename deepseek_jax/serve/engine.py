@@ -337,7 +337,9 @@ class Engine:
         """One step or `n_steps`, each of which draws up to two tokens per row."""
         n_rows, kind, n_top = self._n_rows(plans), batches.kind_of(plans), batches.n_top_of(plans)
         n_steps = self.n_steps if any(part.n_draws > PER_STEP for plan in plans for part in plan) else 1
-        call = self._speculate(plans, n_rows, self._width(plans), kind, n_top, n_steps)
+        # A row's last step computes a draft that it cannot keep; latent decode counts its slot (`next_tokens_in_pages`).
+        width = self._width(plans, self.n_drafts)
+        call = self._speculate(plans, n_rows, width, kind, n_top, n_steps)
         id_BT, scores_BT, self._memory, self._last_R, self._draft_R = self.programs.run(call)
         return all_drawn(plans, n_rows, id_BT, scores_BT)
 
@@ -412,10 +414,10 @@ class Engine:
             return True
         return self.n_drafts > 0 and not (part.request.options.has_draft and part.start + 1 == len(part.request.tokens))
 
-    def _width(self, plans: Plans) -> int:
+    def _width(self, plans: Plans, look_ahead: int = 0) -> int:
         if self._pads_to_largest:
             return self._sizes.widths[-1]
-        return batches.width_of(plans, self.page_size, self.least_pages)
+        return batches.width_of(plans, self.page_size, self.least_pages, look_ahead)
 
     def _n_rows(self, plans: Plans) -> int:
         return self._sizes.rows[-1] if self._pads_to_largest else batches.rows_of(plans)

@@ -11,6 +11,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.serve.engine import Engine, Sampling
 from deepseek_jax.serve.pages import PagePool
 from deepseek_jax.serve.ranks import Rank
+from deepseek_jax.serve.scheduler import Part
 from tests.serve.test_engine import Ladder
 
 DRAW = np.random.default_rng(1)
@@ -126,6 +127,23 @@ def test_a_constrained_request_draws_what_is_allowed_beside_those_with_drafts(en
     texts = run(engine(1), samplings)[1]
     assert len(texts[1]) == 11 and all(b == 3 * a % 200 for a, b in itertools.pairwise(texts[1]))
     assert [texts[n] for n in (0, 2, 3)] == [plain[0][1][n] for n in (0, 2, 3)]
+
+
+def test_a_step_has_slots_for_the_draft_of_a_rows_last_token(engine, monkeypatch):
+    """It reads them though it cannot keep the draft: kernels take a row's length from the last token of a step."""
+    made, widths = engine(1, page_size=4, n_pages=17), []
+    made._pads_to_largest = False
+    request = made.submit([1] * 13, Sampling(8))
+
+    def speculate(plans, n_rows, width, *_):
+        widths.append(width)
+        raise InterruptedError
+
+    monkeypatch.setattr(made, "_speculate", speculate)
+    for n_draws in (3, 4):  # the last token that is read is the last but one or the last of four pages
+        with pytest.raises(InterruptedError):
+            made._start_speculation([[Part(request, 12, 1, n_draws)]])
+    assert made.least_pages <= 4 and widths == [4, 8]
 
 
 def test_drafts_need_multi_token_prediction(network):
