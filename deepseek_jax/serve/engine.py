@@ -337,7 +337,7 @@ class Engine:
         """One step or `n_steps`, each of which draws up to two tokens per row."""
         n_rows, kind, n_top = self._n_rows(plans), batches.kind_of(plans), batches.n_top_of(plans)
         n_steps = self.n_steps if any(part.n_draws > PER_STEP for plan in plans for part in plan) else 1
-        # A row's last step computes a draft that it cannot keep; latent decode counts its slot (`next_tokens_in_pages`).
+        # A row's last step computes a draft that it cannot keep, and latent decode by kernels counts its slot.
         width = self._width(plans, self.n_drafts)
         call = self._speculate(plans, n_rows, width, kind, n_top, n_steps)
         id_BT, scores_BT, self._memory, self._last_R, self._draft_R = self.programs.run(call)
