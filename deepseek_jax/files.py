@@ -8,10 +8,18 @@ from pathlib import Path
 def write_once(path: Path, content: bytes) -> bool:
     """Writes a file if it is not there, as `write_atomically`; returns whether it holds `content` now.
 
-    Several processes may do so at once, on one machine or over a shared file system.
+    Several processes may do so at once, on one machine or over a shared file system: what is there stays.
     """
     if not path.exists():
-        write_atomically(path, content, f".{uuid.uuid4().hex}.partial")
+        partial = _write_partial(path, content, f".{uuid.uuid4().hex}.partial")
+        try:
+            os.link(partial, path)
+        except FileExistsError:  # another process was first
+            pass
+        except OSError:  # a file system without links
+            os.replace(partial, path)
+        partial.unlink(missing_ok=True)
+        flush_folder(path.parent)
     return path.read_bytes() == content
 
 
@@ -20,13 +28,18 @@ def write_atomically(path: Path, content: bytes, partial_suffix: str = ".partial
 
     Meanwhile it is beside `path`, under that name with `partial_suffix`.
     """
-    partial = path.with_name(path.name + partial_suffix)
+    os.replace(_write_partial(path, content, partial_suffix), path)
+    flush_folder(path.parent)
+
+
+def _write_partial(path: Path, content: bytes, suffix: str) -> Path:
+    """Writes a file beside `path`, and returns where."""
+    partial = path.with_name(path.name + suffix)
     with open(partial, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
-    flush_folder(path.parent)
+    return partial
 
 
 def flush_folder(path: Path) -> None:

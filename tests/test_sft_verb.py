@@ -65,13 +65,17 @@ def test_built_in_conversations_that_a_run_reads_stay(tmp_path, monkeypatch):
 
 
 def test_two_processes_may_write_a_file_at_once(tmp_path, monkeypatch):
-    replace = os.replace
+    link = os.link
 
     def meanwhile(partial, path):
-        monkeypatch.setattr(os, "replace", replace)
+        monkeypatch.setattr(os, "link", link)
         assert write_once(path, b"a")
-        replace(partial, path)
+        link(partial, path)
 
-    monkeypatch.setattr(os, "replace", meanwhile)
-    assert write_once(tmp_path / "a", b"a") and not write_once(tmp_path / "a", b"b")
-    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+    for other in (b"a", b"b"):
+        path = tmp_path / other.decode()
+        monkeypatch.setattr(os, "link", meanwhile)
+        assert write_once(path, other) == (other == b"a") and path.read_bytes() == b"a"
+    monkeypatch.setattr(os, "link", lambda *paths: os.stat(tmp_path / "missing"))  # no links here
+    assert write_once(tmp_path / "c", b"c") and not write_once(tmp_path / "c", b"d")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b", "c"]

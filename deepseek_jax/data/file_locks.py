@@ -16,6 +16,15 @@ def try_lock(file: int) -> bool | None:
     return True
 
 
+def lock(file: int) -> bool:
+    """Waits for the lock of an open file; returns whether it is held now: not if the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
+
+
 def is_at(path: Path, file: int) -> bool:
     """Returns whether an open file is still the one that the next process would open under `path`."""
     try:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from deepseek_jax.data.file_locks import is_at, try_lock
+from deepseek_jax.data.file_locks import is_at, lock, try_lock
 
 OWNER = ".owner"
 ABANDONED_S = 24 * 3600
@@ -25,9 +25,16 @@ def scratch(place: Path) -> Iterator[Path]:
     `place` is named `KIND-KEY`: abandoned folders of its kind are cleared, whatever their key.
     """
     clear(place)
+    with fresh(place) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def fresh(place: Path) -> Iterator[Path]:
+    """Creates a folder beside `place` and removes it at the end, as `scratch`, without a look at others."""
     folder = Path(tempfile.mkdtemp(prefix=f"{place.name}.", dir=place.parent))
     with open(folder / OWNER, "wb", buffering=0) as owner:
-        try_lock(owner.fileno())
+        lock(owner.fileno())  # another process may hold it for a moment, to see whose it is
         with contextlib.suppress(OSError):  # a full disk
             owner.write(socket.gethostname().encode())
         try:
@@ -43,10 +50,10 @@ def clear(place: Path) -> None:
         with contextlib.suppress(OSError):
             if folder.is_dir() and _is_abandoned(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-    for lock in place.parent.glob(f"{kind}-*.lock"):
-        with contextlib.suppress(OSError), open(lock, "rb") as file:
-            if lock.name != f"{place.name}.lock" and try_lock(file.fileno()) and is_at(lock, file.fileno()):
-                lock.unlink()
+    for path in place.parent.glob(f"{kind}-*.lock"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if path.name != f"{place.name}.lock" and try_lock(file.fileno()) and is_at(path, file.fileno()):
+                path.unlink()
 
 
 def _is_abandoned(folder: Path) -> bool:

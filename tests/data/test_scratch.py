@@ -4,10 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 from deepseek_jax.data import scratch as scratch_module
-from deepseek_jax.data.scratch import scratch
+from deepseek_jax.data.file_locks import try_lock
+from deepseek_jax.data.scratch import fresh, scratch
 
 BUILD = """
 import sys, time
@@ -49,6 +51,20 @@ def test_a_folder_without_an_owner_goes_after_a_day(tmp_path, monkeypatch):
     os.utime(left, (day, day))
     with scratch(place):
         assert not left.exists()
+
+
+def test_a_new_folder_is_locked_though_another_process_looks_at_it(tmp_path, monkeypatch):
+    """Which then holds its lock for a moment."""
+    folder = tmp_path / "tokens-1.abcdefgh"
+    folder.mkdir()
+    with open(folder / ".owner", "wb") as looks, open(folder / ".owner", "rb") as later:
+        assert try_lock(looks.fileno())
+        monkeypatch.setattr(scratch_module.tempfile, "mkdtemp", lambda **of: str(folder))
+        timer = threading.Timer(0.1, looks.close)
+        timer.start()
+        with fresh(tmp_path / "tokens-1"):
+            timer.join()
+            assert try_lock(later.fileno()) is False
 
 
 def test_an_owner_on_another_host_is_given_a_day(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ Beam needs other versions of some packages than training does, so it belongs in 
 from collections.abc import Iterator, Sequence
 
 from deepseek_jax.data.prepared.plan import Plan
-from deepseek_jax.data.prepared.shards import make_shard
+from deepseek_jax.data.prepared.shards import clear_partial, make_shard
 from deepseek_jax.data.tokenizer import open_tokenizer
 from deepseek_jax.data.watch import unwatched
 from deepseek_jax.errors import UserError
@@ -34,6 +34,7 @@ def make_shards_on_beam(plan: Plan, numbers: Sequence[int], options: Sequence[st
 
         def setup(self) -> None:
             self.tokenizer = open_tokenizer(plan.tokenizer)
+            clear_partial(plan)
 
         def process(self, number: int) -> Iterator[int]:
             with unwatched("", 0) as counter:

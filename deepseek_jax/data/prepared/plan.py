@@ -30,6 +30,7 @@ from deepseek_jax.files import write_once
 VERSION = 1  # increase it when the files, or what is in them, change
 SIDES = ("train", "holdout")
 SHARD_BYTES = 64 << 20  # of a corpus, as stored, in a shard, unless the number of shards is given
+HASHES = {"listing": "names or sizes of files", "cuts": "where shards begin"}  # of settings, and what they are of
 KEYS = ("seq_len", "fim_rate", "holdout_rate", "add_bos", "special_tokens", "text_key")  # of config.data, in a plan
 
 
@@ -125,7 +126,7 @@ def make_plan(folder: Path, opened: Tokenizer, n_shards: int = 0, *, seed: int, 
     Args:
         folder: where the shards are or will be.
         opened: the tokenizer that `data["tokenizer"]` names.
-        n_shards: at most; 0 takes the number of a plan that is there, or one per 64 MiB of files.
+        n_shards: at most; 0 takes what was asked for in a plan that is there, or one per 64 MiB of files.
         seed: of the order of documents in a shard, and of fill-in-the-middle.
         data: keys of `config.data`; those that a shard depends on, `source`, `format` and `tokenizer` are used.
 
@@ -145,11 +146,13 @@ def make_plan(folder: Path, opened: Tokenizer, n_shards: int = 0, *, seed: int, 
     line = Line(corpus)
     if not line.n_bytes:
         raise UserError(f"data.source = {data['source']!r} holds no text: its {len(corpus.files)} files are empty.")
-    count = n_shards or _read(folder / PLAN).get("shards") or max(1, round(line.n_bytes / SHARD_BYTES))
+    count = n_shards or _read(folder / PLAN).get("shards_asked") or max(1, round(line.n_bytes / SHARD_BYTES))
     cuts = line.cuts(count)
+    where = hashlib.blake2b(as_json(cuts), digest_size=12).hexdigest()
     settings = {"version": VERSION, "tokenizer": opened.fingerprint, "vocab_size": opened.vocab_size}
     settings |= {"seed": seed, **{key: data[key] for key in KEYS}}
-    settings |= {"shards": len(cuts) - 1, "files": len(corpus.files), "bytes": line.n_bytes, "listing": line.listing()}
+    settings |= {"shards_asked": count, "shards": len(cuts) - 1, "cuts": where}
+    settings |= {"files": len(corpus.files), "bytes": line.n_bytes, "listing": line.listing()}
     return Plan(folder, corpus, data["tokenizer"], settings, tuple(cuts))
 
 
@@ -174,8 +177,7 @@ def _changes(old: Mapping, new: Mapping) -> Iterator[str]:
     for key in (*new, *(key for key in old if key not in new)):
         if old.get(key) != new.get(key):
             name = f"data.{key}" if key in (*KEYS, "tokenizer") else key
-            what = "names or sizes of files" if key == "listing" else f"{name}: {old.get(key)} -> {new.get(key)}"
-            yield what
+            yield HASHES.get(key, f"{name}: {old.get(key)} -> {new.get(key)}")
 
 
 def _read(path: Path) -> dict:

@@ -6,6 +6,7 @@ Ids take the smallest type that holds the vocabulary. The last end is the number
 The files compress to about a third, verify their own blocks, and give any record by its number.
 """
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ import numpy as np
 
 from deepseek_jax.data.blocks import DamagedFile
 from deepseek_jax.data.packing import Packing, Window
+from deepseek_jax.errors import UserError
 
 WRITING = "group_size:1,zstd:1"  # a record can be read without its neighbours
 READING = "readahead_buffer_size:0"  # records are read one at a time, in any order
@@ -58,17 +60,33 @@ def from_record(record: bytes, n_tokens: int, dtype: np.dtype) -> Window:
 
 
 def write_records(path: Path, records: Iterable[bytes]) -> Written:
-    """Writes a file, the same bytes for the same records."""
+    """Writes a file, the same bytes for the same records. Raises UserError if it cannot be written."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     digest, count = hashlib.blake2b(digest_size=12), 0
-    writer = ArrayRecordWriter(str(path), WRITING)
+    with _written(path):
+        writer = ArrayRecordWriter(str(path), WRITING)
     for record in records:
-        writer.write(record)
+        with _written(path):
+            writer.write(record)
         digest.update(len(record).to_bytes(8, "little") + record)
         count += 1
-    writer.close()
+    with _written(path):
+        writer.close()
     return Written(count, path.stat().st_size, digest.hexdigest())
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Turns what the C++ writer raises, errors of any class, into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        what = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path} cannot be written ({what}). Make room on its disk if that is full, then repeat the command: it "
+            "continues."
+        ) from error
 
 
 def read_record(path: Path, number: int, size: int) -> bytes:

@@ -58,7 +58,10 @@ class Line:
         return hashlib.blake2b("".join(lines).encode(errors="surrogateescape"), digest_size=12).hexdigest()
 
     def cuts(self, count: int) -> list[int]:
-        """Returns the ends of at most `count` sections, with 0 at the start; fewer where files cannot be cut."""
+        """Returns the ends of at most `count` sections, with 0 at the start; fewer where files cannot be cut.
+
+        As many sections as were found may be asked for again, and other ones come: a caller keeps `count`.
+        """
         found, file = [0], 0
         for number in range(1, count):
             place = number * self.n_bytes // count

@@ -19,7 +19,7 @@ from deepseek_jax.data.marked_text import MarkReader
 from deepseek_jax.data.packing import Packing, check_marks
 from deepseek_jax.data.prepared.plan import SIDES, Plan, as_json, file_name, marker_name
 from deepseek_jax.data.prepared.records import to_records, write_records
-from deepseek_jax.data.scratch import scratch
+from deepseek_jax.data.scratch import clear, fresh
 from deepseek_jax.data.store import in_memory
 from deepseek_jax.data.tokenise import id_type, tokenise_any
 from deepseek_jax.data.tokenizer import Tokenizer
@@ -32,15 +32,15 @@ PARTIAL = "partial"
 def make_shard(plan: Plan, number: int, tokenizer: Tokenizer, counter: Counter) -> dict:
     """Makes a shard in the plan's folder, if it is not there; returns what its marker says.
 
-    `counter` is given the bytes of the corpus that have been read.
+    `counter` is given the bytes of the corpus that have been read. A process calls `clear_partial` before its first.
     """
     if (found := plan.marker(number)) is not None:
         counter.advance(plan.n_bytes(number))
         return found
-    place = plan.folder / PARTIAL / marker_name(number).removesuffix(".json")
+    place = _place(plan, number)
     place.parent.mkdir(exist_ok=True)
     marker: dict[str, Any] = {"plan": plan.key}
-    with scratch(place) as temporary:
+    with fresh(place) as temporary:
         for name, side in zip(SIDES, pack(plan, number, tokenizer, counter), strict=True):
             marker[name] = _write(side, number, temporary / file_name(name, number))
         packing.lay_out.cache_clear()  # the shard's tokens
@@ -50,6 +50,16 @@ def make_shard(plan: Plan, number: int, tokenizer: Tokenizer, counter: Counter) 
         flush_folder(plan.folder)
         write_atomically(plan.folder / marker_name(number), as_json(marker), f".{os.urandom(4).hex()}.partial")
     return marker
+
+
+def clear_partial(plan: Plan) -> None:
+    """Removes what dead processes have left half made: once per process, since it looks at what all hosts make."""
+    clear(_place(plan, 0))
+
+
+def _place(plan: Plan, number: int) -> Path:
+    """Returns where a shard is made."""
+    return plan.folder / PARTIAL / marker_name(number).removesuffix(".json")
 
 
 def pack(plan: Plan, number: int, tokenizer: Tokenizer, counter: Counter) -> tuple[Packing, Packing]:

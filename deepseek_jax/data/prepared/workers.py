@@ -16,7 +16,7 @@ from typing import Any
 
 from deepseek_jax.data import reader_processes
 from deepseek_jax.data.prepared.plan import Plan
-from deepseek_jax.data.prepared.shards import make_shard
+from deepseek_jax.data.prepared.shards import clear_partial, make_shard
 from deepseek_jax.data.tokenizer import Tokenizer, open_tokenizer
 from deepseek_jax.data.watch import Counter
 from deepseek_jax.errors import UserError
@@ -35,6 +35,7 @@ def make_shards(plan: Plan, numbers: Sequence[int], tokenizer: Tokenizer, n_work
 
     Raises UserError for what is wrong with the corpus, or if a worker process dies.
     """
+    clear_partial(plan)
     if min(n_workers, len(numbers)) <= 1:
         begin = time.process_time()
         for number in numbers:

@@ -1,5 +1,6 @@
 """A shard is a function of the plan and its number: whoever makes it, however often it is killed."""
 
+import gzip
 import importlib.util
 import signal
 import subprocess
@@ -7,12 +8,14 @@ import sys
 
 import numpy as np
 import pytest
+from array_record.python import array_record_module
 
 from deepseek_jax import cli
 from deepseek_jax.data.prepared import shards as module
 from deepseek_jax.data.prepared.beam import make_shards_on_beam
 from deepseek_jax.data.prepared.plan import SIDES, file_name, make_plan
 from deepseek_jax.data.prepared.records import from_record, read_record
+from deepseek_jax.data.prepared.sections import Line
 from deepseek_jax.data.prepared.shards import make_shard, pack
 from deepseek_jax.data.tokenizer import open_tokenizer
 from deepseek_jax.data.watch import unwatched
@@ -114,6 +117,47 @@ def test_a_shard_that_is_damaged_is_made_again(prepare, contents):
     (plan.folder / "shard-00003.json").write_bytes(b"{")
     assert plan.finish() is None
     assert contents(prepare().folder) == before
+
+
+def test_files_that_are_not_divided_give_the_same_shards_when_it_continues(prepare, contents, tmp_path, settings):
+    rng = np.random.default_rng(1)
+    for number, size in enumerate((9, 1, 1, 1, 14, 2, 1, 7, 1, 3)):
+        words = "".join(map(chr, rng.integers(97, 123, 100 * size)))
+        (tmp_path / f"{number}.jsonl.gz").write_bytes(gzip.compress(f'{{"text": "{words}"}}\n'.encode(), mtime=0))
+    change = {"source": str(tmp_path / "*.gz"), "holdout_rate": 0.0, "fim_rate": 0.0}
+    alone = prepare("alone", 7, **change)
+    assert alone.n_shards < 7 and alone.cuts != tuple(Line(alone.corpus).cuts(alone.n_shards))
+    before = contents(alone.folder)
+    for n_shards in (0, 7):
+        (alone.folder / "shard-00001.json").unlink()
+        again = prepare("alone", n_shards, **change)
+        assert again.cuts == alone.cuts and again.key == alone.key and contents(again.folder) == before
+    with pytest.raises(UserError, match=f"shards_asked: 7 -> {alone.n_shards}; .*where shards begin"):
+        prepare("alone", alone.n_shards, **change)
+
+
+def test_a_writer_that_fails_is_named_with_its_file(prepare, tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, *of):
+            pass
+
+        def write(self, record):
+            pass
+
+        def close(self):
+            raise RuntimeError("Failed to write: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(array_record_module, "ArrayRecordWriter", Full)
+        with pytest.raises(UserError, match=r"train-00000.array_record cannot be written \(Failed .*No space left"):
+            prepare()
+    assert prepare().finish()
+
+
+def test_what_dead_processes_left_is_cleared_once(prepare, monkeypatch):
+    calls = []
+    monkeypatch.setattr(module, "clear", calls.append)
+    assert prepare().n_shards == 5 and len(calls) == 1
 
 
 def test_other_settings_are_refused(prepare, tmp_path, settings):
