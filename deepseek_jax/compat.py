@@ -186,29 +186,32 @@ class Compilation:
 
     Attributes:
         began_s: when the compilation under way began (time.monotonic), None between them.
+        ended_s: when the last one ended, 0.0 before there was one.
         seconds: that those before it took together.
     """
 
     def __init__(self) -> None:
         self.began_s: float | None = None
-        self.seconds = 0.0
+        self.ended_s = self.seconds = 0.0
 
-    def begins(self, event: str, **_: object) -> None:
-        """Hears of an event of JAX."""
-        if event == "/jax/compilation_cache/compile_requests_use_cache" and _is_main_thread():
+    def begins(self, event: str, value: float, **_: object) -> None:
+        """Hears of an event of JAX that has a value: of a compilation's beginning, with or without a cache."""
+        if event == "/jax/core/compile/backend_compile_duration" and _is_main_thread():
             self.began_s = time.monotonic()
 
     def ends(self, event: str, duration_secs: float, **_: object) -> None:
         """Hears of an event of JAX that has a duration."""
         if event == "/jax/core/compile/backend_compile_duration" and _is_main_thread():
-            self.began_s, self.seconds = None, self.seconds + duration_secs
+            # In this order, for another thread looks at them meanwhile.
+            self.ended_s, self.seconds = time.monotonic(), self.seconds + duration_secs
+            self.began_s = None
 
 
 @functools.cache
 def compilation() -> Compilation:
     """Returns what is known of compilations from now on; the same object at each call."""
     known = Compilation()
-    jax.monitoring.register_event_listener(known.begins)
+    jax.monitoring.register_scalar_listener(known.begins)
     jax.monitoring.register_event_duration_secs_listener(known.ends)
     return known
 

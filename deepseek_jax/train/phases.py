@@ -7,6 +7,7 @@ One thread writes, any may read. Compilations of the main thread count as such w
 """
 
 import contextlib
+import math
 import statistics
 import time
 from collections import deque
@@ -25,6 +26,7 @@ class Phases:
 
     Attributes:
         steps: that the devices have finished.
+        saves_s: when SAVE was last entered and when it was left, -inf: never.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
@@ -35,6 +37,7 @@ class Phases:
         self._compiled_s = self._compilation.seconds
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._stepped_s, self.steps = 0.0, 0
+        self.saves_s = -math.inf, -math.inf
 
     @property
     def name(self) -> str:
@@ -46,11 +49,16 @@ class Phases:
         """What happens within it is of the phase `name`."""
         self._settle()
         self._names.append(name)
+        entered_s = self._since_s
+        if name == SAVE:
+            self.saves_s = entered_s, self.saves_s[1]
         try:
             yield
         finally:
             self._settle()
             self._names.pop()
+            if name == SAVE:
+                self.saves_s = entered_s, self._since_s
 
     def progress(self) -> None:
         """Notes that the devices have finished another step."""
@@ -70,8 +78,11 @@ class Phases:
         return found
 
     def idle_s(self) -> float:
-        """Returns how long ago a phase began or ended, a step was finished, or a compilation begun."""
-        return self._clock() - max(self._marked_s, self._compilation.began_s or 0.0)
+        """Returns how long ago a phase or a compilation began or ended, or a step was finished."""
+        known, marked_s = self._compilation, self._marked_s
+        if known.seconds != self._compiled_s:  # one has ended within the phase
+            marked_s = max(marked_s, known.ended_s)
+        return self._clock() - max(marked_s, known.began_s or 0.0)
 
     def usual_step_s(self) -> float:
         """Returns the median time of the last steps, 0.0 before there are any."""

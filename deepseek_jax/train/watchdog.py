@@ -5,7 +5,8 @@ processes that are gone). The watchdog is a thread that compares how long the ru
 
     max(step_s, 10 x the median step)   between steps and while it waits for its input
     long_s                              until two steps are done; while it restores, compiles, evaluates, saves
-    stop_s                              after a signal, until the save begins: counted from the signal
+    stop_s                              after a signal, until the save begins: counted from the signal, or from
+                                        the end of a save that it came into; from there on as above
 
 Past a limit it writes the stacks of all threads to the workdir, and the process ends with code LOST (75), so that
 whatever supervises the run starts all processes again. Where native code holds the interpreter itself, no thread of
@@ -88,9 +89,11 @@ class Watchdog:
         heard, name = self.stop.heard(), self.phases.name
         if heard and self.limits.stop_s and name != SAVE:
             number, since_s = heard
-            if time.monotonic() - since_s > self.limits.stop_s:
+            entered_s, left_s = self.phases.saves_s
+            # The save that was under way when the signal came is not yet that of the end, and held it up.
+            if entered_s < since_s and time.monotonic() - max(since_s, left_s) > self.limits.stop_s:
                 which = signal.Signals(number).name
-                return f"{which} came {self.limits.stop_s:.0f} s ago, and the run has not come to its save."
+                return f"{which} came {time.monotonic() - since_s:.0f} s ago, and the run has not come to its save."
         idle_s, limit_s = self.phases.idle_s(), self.limit_s(name)
         if not limit_s or idle_s <= limit_s:
             return ""

@@ -89,6 +89,36 @@ def test_a_compilation_counts_as_one_wherever_it_occurs(clock):
     assert 0 < found[COMPILE] < 1000 and found[COMPILE] + found[EVALUATE] == pytest.approx(1000)
 
 
+def test_a_compilation_that_has_ended_is_no_idleness():
+    import jax
+
+    phases = Phases()
+    with phases.of(STEP):
+        time.sleep(0.05)
+        begin_s = time.monotonic()
+        jax.jit(lambda x: x * 5 + 1).lower(1.0).compile()
+        assert phases.name == STEP and phases.idle_s() < time.monotonic() - begin_s
+
+
+def test_a_compilation_is_seen_without_the_cache():
+    import jax
+
+    phases, found = Phases(), []
+
+    def hear(event: str, value: float, **_: object) -> None:
+        found.append(phases.name)
+
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.monitoring.register_scalar_listener(hear)
+    try:
+        jax.jit(lambda x: x * 7 + 1).lower(1.0).compile()
+    finally:
+        jax.monitoring.unregister_scalar_listener(hear)
+        jax.config.update("jax_enable_compilation_cache", before)
+    assert found[-1] == COMPILE and phases.name == START
+
+
 def stepping(phases: Phases, clock: Clock, *times: float) -> None:
     for seconds in times:
         with phases.of(INPUT):
@@ -149,8 +179,35 @@ def test_a_signal_has_a_deadline_until_the_save_begins(clock, name, is_over):
     phases = Phases(clock)
     watchdog = Watchdog(limits(), phases, Stop(), Peers(), Path("run"))
     with phases.of(name):
-        assert ("SIGTERM came 50 s ago" in watchdog.reason()) == is_over
+        assert ("SIGTERM came 5" in watchdog.reason()) == is_over
     assert Watchdog(limits(stop_s=0), phases, Stop(), Peers(), Path("run")).reason() == ""
+
+
+def test_the_deadline_of_a_signal_ends_with_the_beginning_of_the_save():
+    """A save that was under way when the signal came only puts it off."""
+
+    class Stop:
+        since_s = 0.0
+
+        def heard(self) -> tuple[int, float]:
+            return signal.SIGTERM, self.since_s
+
+    clock, stop = Clock(), Stop()
+    clock.now = time.monotonic() - 90
+    stop.since_s = clock.now + 10
+    phases = Phases(clock)
+    watchdog = Watchdog(limits(), phases, stop, Peers(), Path("run"))
+    with phases.of(SAVE):
+        clock.now += 50
+        assert watchdog.reason() == ""
+    clock.now += 40
+    assert watchdog.reason() == ""  # 40 s after that save
+    with phases.of(SAVE):
+        clock.now += 1
+    stop.since_s -= 60
+    assert watchdog.reason() == ""  # whatever comes after the save may take as long as ever
+    phases.saves_s = stop.since_s - 10, stop.since_s - 5
+    assert "SIGTERM came 14" in watchdog.reason()
 
 
 def test_a_stuck_run_ends_with_the_stacks_of_its_threads(tmp_path, monkeypatch, capfd):
