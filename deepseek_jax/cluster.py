@@ -7,7 +7,7 @@
 
 Under SLURM, JAX gives a process the one GPU with the number of its task on the node: with one task for eight GPUs,
 seven are idle and nobody says so, and where each task sees a GPU of its own, all but the first have none. `place`
-divides the visible GPUs evenly over the tasks of a node.
+divides the visible GPUs evenly over the tasks of a node, unless each task sees its own (--gpus-per-task).
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ class Place(NamedTuple):
 def place(variables: Mapping[str, str]) -> Place | None:
     """Returns the place of a process with these environment variables, None for one that runs alone.
 
-    Raises ValueError: a variable that holds a number does not.
+    Raises ValueError: a variable that holds a number does not, or the GPUs of a node do not divide over its tasks.
     """
     address, number, index = (variables.get(name, "") for name in (ADDRESS, NUMBER, INDEX))
     if not address and (number == "1" or not (number or indications(variables))):
@@ -66,16 +66,26 @@ def indications(variables: Mapping[str, str]) -> list[str]:
 
 
 def _gpus_under_slurm(variables: Mapping[str, str]) -> list[int] | None:
-    """Returns the visible GPUs that belong to this task of its node; None where SLURM does not say what is visible."""
+    """Returns the visible GPUs that belong to this task of its node; None where SLURM does not say what is visible.
+
+    Raises ValueError: the tasks of a node cannot divide its GPUs evenly.
+    """
     local, tasks, nodes = (variables.get(f"SLURM_{name}", "") for name in ("LOCALID", "NTASKS", "STEP_NUM_NODES"))
     visible = variables.get("CUDA_VISIBLE_DEVICES", "")
     n_visible = len(visible.split(",")) if visible else int(variables.get("SLURM_GPUS_ON_NODE") or 0)
     if not (local and tasks and nodes and n_visible):
         return None
-    if n_visible == 1:  # each task sees its own
-        return [0]
+    per_task = variables.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2]  # "4" or "h200:4"
+    is_bound = per_task == str(n_visible) or int(variables.get("SLURM_GPUS_ON_NODE") or 0) > n_visible
+    if n_visible == 1 or is_bound:  # each task sees its own
+        return [*range(n_visible)]
     n_here, rest = divmod(int(tasks), int(nodes))
-    if rest or n_visible % n_here:
+    if rest:
         return None
+    if n_visible % n_here:
+        raise ValueError(
+            f"{n_here} tasks per node cannot divide its {n_visible} GPUs evenly: start as many as divide them, or set "
+            f"{DEVICES} in each"
+        )
     share = n_visible // n_here
     return [*range(int(local) * share, (int(local) + 1) * share)]

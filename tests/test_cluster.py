@@ -40,13 +40,24 @@ def test_a_process_finds_its_place(variables, expected):
         ({"CUDA_VISIBLE_DEVICES": EIGHT, "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}, [0, 1, 2, 3, 4, 5, 6, 7]),
         ({"CUDA_VISIBLE_DEVICES": EIGHT, "SLURM_NTASKS": "16", "SLURM_LOCALID": "6"}, [6]),
         ({"CUDA_VISIBLE_DEVICES": EIGHT}, [4, 5, 6, 7]),  # two tasks on a node
-        ({"CUDA_VISIBLE_DEVICES": "0,1,2"}, None),
+        # --gpus-per-task=4: SLURM has divided the eight already, and numbers those that a task sees from 0
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_ON_NODE": "8"}, [0, 1, 2, 3]),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_PER_TASK": "4"}, [0, 1, 2, 3]),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_PER_TASK": "h200:4"}, [0, 1, 2, 3]),
+        ({"CUDA_VISIBLE_DEVICES": EIGHT, "SLURM_GPUS_PER_TASK": "4", "SLURM_GPUS_ON_NODE": "8"}, [4, 5, 6, 7]),
         ({"CUDA_VISIBLE_DEVICES": EIGHT, "SLURM_NTASKS": "5"}, None),
         ({"CUDA_VISIBLE_DEVICES": "0,1", "JAX_LOCAL_DEVICE_IDS": "0"}, None),
     ],
 )
 def test_tasks_of_a_node_divide_its_gpus(change, devices):
     assert place(SLURM | change).local_device_ids == devices
+
+
+def test_gpus_that_do_not_divide_over_the_tasks_are_an_error():
+    variables = SLURM | {"CUDA_VISIBLE_DEVICES": EIGHT, "SLURM_NTASKS": "6"}
+    with pytest.raises(ValueError, match="3 tasks per node cannot divide its 8 GPUs evenly"):
+        place(variables)
+    assert place(variables | {"JAX_LOCAL_DEVICE_IDS": "0,1"}).local_device_ids is None
 
 
 @pytest.mark.parametrize("n_tasks", [1, 2, 4, 8])
