@@ -110,6 +110,11 @@ def total(x: Any, axes: tuple[str, ...] = ALL) -> Any:
     return jax.lax.psum(x, axes)
 
 
+def maximum(x: jax.Array, axes: tuple[str, ...] = ALL) -> jax.Array:
+    """The largest over the devices along `axes`, element by element; inside `per_device` only."""
+    return jax.lax.pmax(x, axes)
+
+
 def place(tree: Any, mesh: Mesh, specs: Any) -> Any:
     """The host or device arrays of `tree` laid out on `mesh` as `specs` (a tree like it) says."""
     return jax.device_put(tree, shardings(mesh, specs))

@@ -88,17 +88,24 @@ class PolicyGradient:
         drawn = Drawn(mask_BT, *logps, batch.advantage_BT, batch.weights_BT)
         gain, figures = objective(self.grpo, logp_BT, drawn, batch.share_BT)
         before = figures_before(batch, jax.lax.stop_gradient(logp_BT), entropy_BT)
-        return -gain, found._replace(main=-gain, auxiliary=figures._asdict() | before)
+        means = figures._asdict() | before
+        return -gain, found._replace(main=-gain, auxiliary=means, largest={"gap": largest_gap(batch, logp_BT)})
 
 
 def figures_before(batch: Answers, logp_BT: jax.Array, entropy_BT: jax.Array) -> dict[str, jax.Array]:
-    """Returns what is known of a policy that has not been updated: `Learner` says what each is.
+    """Returns means of a policy that has not been updated: `before_updates` says what each is."""
+    means = {"entropy": entropy_BT, "gap_mean": gaps(batch, logp_BT)}
+    return {name: jnp.sum(x_BT * batch.share_BT) for name, x_BT in means.items()}
 
-    The largest gap is that of these answers; of several parts of a batch the sum is reported, at least as much.
-    """
-    gap_BT = jnp.where(batch.targets_BT != IGNORE, jnp.abs(logp_BT - batch.sampled_logp_BT), 0.0)
-    means = {"entropy": entropy_BT, "gap_mean": gap_BT}
-    return {name: jnp.sum(x_BT * batch.share_BT) for name, x_BT in means.items()} | {"gap": jnp.max(gap_BT)}
+
+def gaps(batch: Answers, logp_BT: jax.Array) -> jax.Array:
+    """Returns how far log-probabilities of the targets are from those of the draw."""
+    return jnp.where(batch.targets_BT != IGNORE, jnp.abs(logp_BT - batch.sampled_logp_BT), 0.0)
+
+
+def largest_gap(batch: Answers, logp_BT: jax.Array) -> jax.Array:
+    """Returns the largest of `gaps`."""
+    return jnp.max(gaps(batch, jax.lax.stop_gradient(logp_BT)))
 
 
 def learnt(path: Path) -> bool:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.layers.base import Tree
-from deepseek_jax.train.loss import Losses, Totals, step_totals
+from deepseek_jax.train.loss import Losses, Totals, step_totals, together
 
 # loss(params, state, part, over) of the trained weights, the train state and a part of the batch: see `Objective`.
 Loss = Callable[[Tree, Tree, Batch, Totals], tuple[jax.Array, Losses]]
@@ -41,6 +41,11 @@ def accumulated(loss: Loss, micro_batches: int) -> Gradients:
         parts = divided(batch, micro_batches)
         shapes = jax.eval_shape(of, jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes)
-        return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, of(part)), None), zeros, parts)[0]
+
+        def add(sums: tuple, part: Batch) -> tuple:
+            *more, losses = of(part)
+            return (*jax.tree.map(jnp.add, sums[:2], tuple(more)), together(sums[2], losses)), None
+
+        return jax.lax.scan(add, zeros, parts)[0]
 
     return gradients

@@ -25,7 +25,7 @@ from deepseek_jax.layers.mtp import ahead, shift_left
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.parallel.alltoall import Sent, added, nothing_sent
 from deepseek_jax.parallel.context import CONTEXT, Context
-from deepseek_jax.parallel.mesh import REPLICAS, SEQUENCES, total
+from deepseek_jax.parallel.mesh import REPLICAS, SEQUENCES, maximum, total
 from deepseek_jax.train.cross_entropy import IGNORE
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Losses(NamedTuple):
-    """Sums over this device's share of the batch, ready to be added up over devices and micro-batches."""
+    """Sums over this device's share of the batch, ready to be added up over devices and micro-batches (`together`)."""
 
     # weighted cross-entropy of the main model divided by the sum of the batch's weights, nats per token
     main: jax.Array
@@ -44,6 +44,7 @@ class Losses(NamedTuple):
     # what the exchanges with experts on other devices report (`alltoall.nothing_sent` without any): a pipeline reads
     # from it whether the step has to be run again
     sent: Sent
+    largest: dict[str, jax.Array]  # by name, 0 or more: of devices and micro-batches the largest is reported
 
     def weighted(self, mtp: jax.Array | float, auxiliary: Mapping[str, float], *, is_part: bool = False) -> jax.Array:
         """The loss that is minimised: lambda is `mtp`, and alpha of each auxiliary loss, by name, in `auxiliary`.
@@ -65,6 +66,19 @@ class Losses(NamedTuple):
             )
         by_name = sorted(self.auxiliary.items(), reverse=True)
         return self.main + mtp * self.mtp + sum(auxiliary[name] * loss for name, loss in by_name)
+
+
+def together(one: Losses, other: Losses) -> Losses:
+    """Returns what two parts of a batch have together."""
+    sums = jax.tree.map(jnp.add, one._replace(largest={}), other._replace(largest={}))
+    return sums._replace(largest=jax.tree.map(jnp.maximum, one.largest, other.largest))
+
+
+def over_devices(loss: jax.Array, found: Losses) -> tuple[jax.Array, Losses]:
+    """Returns what all devices have together; inside `mesh.per_device`."""
+    most = jax.tree.map(maximum, found.largest)
+    loss, found = total((loss, found._replace(largest={})))
+    return loss, found._replace(largest=most)
 
 
 class Totals(NamedTuple):
@@ -240,7 +254,7 @@ def stage_losses(
     found = [*statistics.values(), *(depth.statistics for depth in depths)]
     auxiliary = {name: loss / over.sequences for name, loss in summed(found).items()}
     nothing = jnp.float32(0)
-    return x_BTD, hidden, Losses(nothing, nothing, auxiliary, model.loads(statistics, depths), exchanged(found))
+    return x_BTD, hidden, Losses(nothing, nothing, auxiliary, model.loads(statistics, depths), exchanged(found), {})
 
 
 def cross_entropy_of(run: Execution, weight_DV: jax.Array, chunk: int) -> CrossEntropy:

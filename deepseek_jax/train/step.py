@@ -49,7 +49,7 @@ from deepseek_jax.seeds import random_key
 from deepseek_jax.train import reading
 from deepseek_jax.train.attempts import Attempts
 from deepseek_jax.train.gradients import Gradients, Loss, accumulated
-from deepseek_jax.train.loss import Losses, Objective, Stage, Totals, totals
+from deepseek_jax.train.loss import Losses, Objective, Stage, Totals, over_devices, totals
 from deepseek_jax.train.optimizers import OptimizerFor, Schedule
 from deepseek_jax.train.pipelined import ONE_WAY, Pipeline, StageLosses, pipelined
 from deepseek_jax.train.trainable import Trainable, divide, everything, join
@@ -345,7 +345,7 @@ class Trainer:
         whole, codes = apart(reading.whole(state["params"], self._reads))
         read, frozen = divide(whole, self.trainable)
         gradients, loss, found = gradients_of(read, state | {"frozen": frozen, "codes": codes}, batch)
-        loss, found = total((loss, found))
+        loss, found = over_devices(loss, found)
         gradients = zero.sum_and_scatter(gradients, self._trained_places)
         norm = zero.global_norm(gradients, self._trained_places)
         norm, gradients = jax.lax.optimization_barrier((norm, gradients))  # else XLA makes them again for each moment
@@ -369,7 +369,7 @@ class Trainer:
             loss=loss,
             main=found.main,
             mtp=found.mtp,
-            auxiliary=found.auxiliary,
+            auxiliary=found.auxiliary | found.largest,
             gradient_norm=norm,
             learning_rate=rate,
             max_violation=jnp.mean(jnp.concatenate(violations)) if violations else jnp.float32(0),

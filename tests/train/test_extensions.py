@@ -3,6 +3,7 @@
 One run on two devices has an objective, an optimizer and a mask of its own; numpy and one device repeat its first step.
 """
 
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -18,7 +19,7 @@ from deepseek_jax.layers.embed import Embedding, Head
 from deepseek_jax.parallel.alltoall import nothing_sent
 from deepseek_jax.parallel.mesh import global_batch, make_mesh, total
 from deepseek_jax.train.cross_entropy import token_nll
-from deepseek_jax.train.loss import Losses, totals
+from deepseek_jax.train.loss import Losses, together, totals
 from deepseek_jax.train.step import StepConfig, Trainer
 
 B, T, D, V = 4, 8, 6, 16
@@ -45,7 +46,8 @@ class ExpectedHits:
         nll_M = token_nll(model(batch.ids_BT).reshape(-1, D), model.head.weight_DV[...], batch.targets_BT.ravel(), 5)
         weights_M = batch.weights_BT.ravel() / over.weight
         misses, surprise = jnp.sum(weights_M * (1 - jnp.exp(-nll_M))), jnp.sum(weights_M * nll_M)
-        return misses + ALPHA * surprise, Losses(misses, jnp.float32(0), {"surprise": surprise}, {}, nothing_sent())
+        parts, largest = {"surprise": surprise}, {"worst": jnp.max(nll_M)}
+        return misses + ALPHA * surprise, Losses(misses, jnp.float32(0), parts, {}, nothing_sent(), largest)
 
 
 class SignMomentum:
@@ -81,7 +83,8 @@ def last_part_first(loss, n_parts):
             rows = jax.tree.map(lambda x, part=part: jnp.split(x, n_parts)[part], batch)
             (value, losses), gradient = jax.value_and_grad(loss, has_aux=True)(params, state, rows, over)
             found.append((gradient, value, losses))
-        return jax.tree.map(lambda *parts: sum(parts), *found)
+        sums = [jax.tree.map(lambda *parts: sum(parts), *[one[i] for one in found]) for i in (0, 1)]
+        return *sums, functools.reduce(together, [losses for *_, losses in found])
 
     return gradients
 
@@ -110,22 +113,23 @@ def run(trainer) -> tuple:
 
 
 def by_hand(params: dict) -> tuple:
-    """(loss, (misses, surprise)) of the whole batch, with all logits at once."""
+    """(loss, (misses, surprise, the worst surprise)) of the whole batch, with all logits at once."""
     ids_BT, targets_BT, _, _, weights_BT = batch()
     h_BTD = jnp.tanh(params["embedding"]["table_VD"][ids_BT] @ params["mix_DF"])
     log_p = jax.nn.log_softmax(h_BTD @ params["head"]["weight_DV"])
     log_p_BT = jnp.take_along_axis(log_p, targets_BT[..., None], axis=-1)[..., 0]
     misses = jnp.sum(weights_BT * (1 - jnp.exp(log_p_BT))) / weights_BT.sum()
     surprise = -jnp.sum(weights_BT * log_p_BT) / weights_BT.sum()
-    return misses + ALPHA * surprise, (misses, surprise)
+    return misses + ALPHA * surprise, (misses, surprise, -log_p_BT.min())
 
 
 def test_the_objective_is_what_falls(run):
     before, _, reports = run
-    loss, (misses, surprise) = by_hand(before)
+    loss, (misses, surprise, worst) = by_hand(before)
     assert reports[0].loss == pytest.approx(float(loss), rel=1e-5)
     assert reports[0].main == pytest.approx(float(misses), rel=1e-5)
-    assert reports[0].auxiliary == {"surprise": pytest.approx(float(surprise), rel=1e-5)}
+    found = {"surprise": float(surprise), "worst": float(worst)}  # of four parts the largest, not a sum
+    assert reports[0].auxiliary == pytest.approx(found, rel=1e-5)
     assert reports[-1].loss < 0.95 * reports[0].loss and reports[0].loads == {}
 
 
