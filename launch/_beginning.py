@@ -181,3 +181,17 @@ def leave_own_text(config: ConfigDict, overrides: dict[str, str]) -> None:
     """
     if "data.source" in overrides and overrides["data.source"] != "stdlib" and "data.fim_rate" not in overrides:
         config.data.fim_rate = 0.0
+
+
+def check_prepared(config: ConfigDict, overrides: Mapping[str, str]) -> None:
+    """Raises UserError for a key of the command line that was decided otherwise when `data.source` was prepared."""
+    from deepseek_jax.data.prepared.mixture import settled_by
+    from deepseek_jax.data.prepared.source import sources
+
+    found = sources(config.data.source)
+    for key, value in (settled_by(found) if found else {}).items():
+        if f"data.{key}" in overrides and config.data[key] != value:
+            raise UserError(
+                f"config.data.{key}={config.data[key]}: data.source = {config.data.source!r} was prepared with "
+                f"{value}. Leave the key out, or prepare the text again."
+            )

@@ -33,8 +33,10 @@ class Engine:
         n_positions = ours.n_prompt + n_new
         compiled = {"compiler_options": on_device.compiler_options(), "ends_early": on_device.ends_early()}
         sizes = {"n_rows": n_rows, "n_pages": 1 + n_rows * -(-n_positions // PAGE_SIZE), "chunk": on_device.chunk()}
-        self.engine = Engine(ours.definition, ours.weights, n_positions, **OFFLINE | sizes | compiled | options)
-        self.ours, self.title = ours, f"the engine, up to {n_rows} requests of {n_positions} tokens"
+        settings = OFFLINE | sizes | compiled | options
+        self.engine = Engine(ours.definition, ours.weights, n_positions, **settings)
+        at_once = f"{settings['n_steps']} steps and {settings['n_prompts']} prompts at a time"
+        self.ours, self.title = ours, f"the engine, up to {n_rows} requests of {n_positions} tokens, {at_once}"
 
     def run(self, batch: int, n_new: int) -> float:
         """Seconds until `batch` requests are continued by `n_new` tokens."""

@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     if options.peer:  # both sides share a GPU's memory, of which JAX would take three quarters at once
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if options.drafts != -1:
-        number(0, 1).check("--drafts", options.drafts)
+        check_drafts(config, options.drafts)
     with contextlib.ExitStack() as stack:
         ours = Ours(config, options.prompt_tokens, drafts=None if options.drafts == -1 else options.drafts)
         sides = our_sides(ours, options, max(batches))
@@ -78,6 +78,16 @@ def main(argv: list[str]) -> int:
             steps = Steps(ours, batches[0])
             _profile.report(options.profile, steps, steps.n_steps)
     return 0
+
+
+def check_drafts(config: ConfigDict, share: float) -> None:
+    """Raises UserError for a share of right drafts that is none, or a model that drafts nothing."""
+    number(0, 1).check("--drafts", share)
+    if not config.model.get("mtp_depth"):
+        raise UserError(
+            f"--drafts={share:g}: {config.name} has no multi-token prediction (config.model.mtp_depth) to draft with. "
+            "Leave --drafts out, or give a config that has."
+        )
 
 
 def our_sides(ours: "Ours", options: Any, n_rows: int) -> dict[str, Any]:

@@ -134,6 +134,12 @@ def open_teacher(config: ConfigDict, student: "Trainer") -> "Teacher":
     source, own = open_weights(config.rl.teacher), for_answers(config)
     if source.tokenizer != "none":
         _beginning.checked(config.data.tokenizer, source.tokenizer, config.rl.teacher)
+    else:
+        print(
+            f"warning: {config.rl.teacher} brings no tokenizer; that its ids are those of {config.data.tokenizer} has "
+            "not been checked",
+            flush=True,
+        )
     own.name, own.family, own.model = source.config.name, source.config.family, source.config.model
     own.loss.auxiliary.update(dict.fromkeys(own.loss.auxiliary, 0.0))
     if own.model.vocab_size < config.model.vocab_size:

@@ -9,11 +9,12 @@ the same. --workers processes of this machine make shards at once (all cores by 
 the shards i with i mod N = I, into a common folder or into its own, to be copied together. The same command continues
 after a kill. Whoever completes the last shard writes the manifest, and training can begin.
 
-Decided here, of config.data: tokenizer, seq_len, fim_rate, holdout_rate, add_bos, special_tokens. Documents are
-shuffled within a shard, training shuffles windows over all shards. A shard is made from 64 MiB of files, or the corpus
-is divided into --shards; JSONL, parquet and ArrayRecord files are divided, others and compressed ones are not. A worker
-holds the tokens of one shard in memory. --beam=OPTIONS runs the same function on Apache Beam (pip install apache-beam,
-in an environment of its own): --beam='--runner=FlinkRunner --flink_master=...'.
+Decided here, of config.data: tokenizer, seq_len, fim_rate, holdout_rate, add_bos, special_tokens. As in training,
+--config.data.source turns fill-in-the-middle off unless --config.data.fim_rate is given; what is done is printed.
+Documents are shuffled within a shard, training shuffles windows over all shards. A shard is made from 64 MiB of files,
+or the corpus is divided into --shards; JSONL, parquet and ArrayRecord files are divided, others and compressed ones are
+not. A worker holds the tokens of one shard in memory. --beam=OPTIONS runs the same function on Apache Beam (pip install
+apache-beam, in an environment of its own): --beam='--runner=FlinkRunner --flink_master=...'.
 """
 
 import re
@@ -67,6 +68,7 @@ def main(argv: list[str]) -> int:
     tokenizer = open_tokenizer(config.data.tokenizer)
     plan = make_plan(folder, tokenizer, options.shards, seed=config.seed, **config.data)
     plan.begin()
+    print("\n".join(about_text(config)), flush=True)
     first, step = map(int, (options.worker or "0/1").split("/"))
     numbers = [number for number in range(first, plan.n_shards, step) if plan.marker(number) is None]
     if options.beam:
@@ -76,6 +78,15 @@ def main(argv: list[str]) -> int:
     elif numbers:
         _make_here(plan, numbers, tokenizer, options.workers)
     return _report(plan, config, argv)
+
+
+def about_text(config: ConfigDict) -> list[str]:
+    """The lines on what is decided here of the documents, in the words in which a run says it."""
+    rate, held_out = (f"{100 * config.data[key]:g}% of the documents" for key in ("fim_rate", "holdout_rate"))
+    lines = [f"fill-in-the-middle: {rate} (--config.data.fim_rate=0 turns it off)"]
+    if not config.data.fim_rate:
+        lines = ["fill-in-the-middle: off (--config.data.fim_rate=0.1 prepares a tenth of the documents that way)"]
+    return [*lines, f"held out to evaluate on: {held_out} (--config.data.holdout_rate)"]
 
 
 def _make_here(plan: "Plan", numbers: list[int], tokenizer: "Tokenizer", n_workers: int) -> None:

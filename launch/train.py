@@ -44,6 +44,7 @@ def main(argv: list[str]) -> int:
     workdir = options.workdir or Path("runs") / config.name
     _beginning.leave_own_text(config, options.overrides)
     run_config.validate(config)
+    _beginning.check_prepared(config, options.overrides)
     if isinstance(workdir, Remote):
         open_store(workdir).check()
     _beginning.inherit(config, options.overrides, workdir)

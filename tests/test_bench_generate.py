@@ -59,6 +59,7 @@ def test_codes_are_half_the_bytes_and_drafts_are_right_as_often_as_asked_for():
     wide = _bench_generate.read_per_token(_bench_generate.Ours(config, 20).weights[0], _axes(config))
     assert 0.5 < ours.bytes_read[1] / wide[1] < 0.6 and ours.bytes_read[0] < wide[0]
     engine = _bench_engine.Engine(ours, 2, 40, n_drafts=1)
+    assert engine.title == "the engine, up to 2 requests of 60 tokens, 8 steps and 8 prompts at a time"
     assert engine.acceptance is None and engine.run(2, 40) > 0
     assert engine.floor(2) is None and 0.6 < engine.acceptance < 0.95
 
@@ -74,3 +75,5 @@ def test_bandwidths_and_arguments():
         _bench_generate.main(["--batches=1,x"])
     with pytest.raises(UserError, match="--drafts=2.0: expected a number from 0 to 1"):
         _bench_generate.main(["--drafts=2"])
+    with pytest.raises(UserError, match="--drafts=0.85: v2_lite has no multi-token prediction"):
+        _bench_generate.main(["--config=v2_lite", "--drafts=0.85"])

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -500,7 +501,20 @@ def answers_are_counted(tmp_path, capsys):
         evaluate.main([*words, "--max-tokens=60"])
 
 
-def test_the_verb_checks_its_settings(tmp_path, monkeypatch):
+def check_teacher(config, monkeypatch, capsys):
+    from deepseek_jax import weights
+    from deepseek_jax.launch import _reinforcement
+
+    other = config.copy_and_resolve_references()
+    other.model.vocab_size //= 2
+    source = SimpleNamespace(tokenizer="none", config=other)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="Give a teacher with the student's tokenizer"):
+        patch.setattr(weights, "open_weights", lambda name: source)
+        _reinforcement.open_teacher(config, None)
+    assert "brings no tokenizer; that its ids are those of" in capsys.readouterr().out
+
+
+def test_the_verb_checks_its_settings(tmp_path, monkeypatch, capsys):
     from deepseek_jax.launch import _reinforcement, _sums_base, rl
 
     workdir = f"--workdir={tmp_path / 'run'}"
@@ -530,6 +544,7 @@ def test_the_verb_checks_its_settings(tmp_path, monkeypatch):
     config.rl.keep_routing, config.loss.balance_rate = True, 1e-3
     with pytest.raises(UserError, match=r"router biases would follow choices that are not the routers' own"):
         _reinforcement.check_sizes(config)
+    check_teacher(config, monkeypatch, capsys)
     config = run_config.load("tiny_v1")
     config.rl.keep_routing = True
     with pytest.raises(UserError, match=r"rl.keep_routing=True: the model of tiny_v1 has no routed experts"):

@@ -2,6 +2,7 @@
 
 import gzip
 import importlib.util
+import json
 import signal
 import subprocess
 import sys
@@ -219,8 +220,17 @@ def test_the_verb(tmp_path, settings, capsys):
     assert "2 shards from" in out and "MB per CPU second" in out and "4 shards, 40 documents" in out
     keys = "--config.data.seq_len=32 --config.data.holdout_rate=0.2"
     assert f"deepseek-jax train {keys} --config.data.source={tmp_path / 'tokens'}" in out
+    assert "fill-in-the-middle: off" in out and "held out to evaluate on: 20% of the documents" in out
     assert cli.main([*words, "--worker=2/2"]) == 2
     assert "expected I/N with I below N" in capsys.readouterr().err
+    assert cli.main([*words[:1], f"--to={tmp_path / 'fim'}", *words[2:], "--config.data.fim_rate=0.5"]) == 0
+    assert "fill-in-the-middle: 50% of the documents" in capsys.readouterr().out
+    assert json.loads((tmp_path / "fim" / "prepared-plan.json").read_bytes())["fim_rate"] == 0.5
+    given = ["train", f"--config.data.source={tmp_path / 'fim'}", f"--workdir={tmp_path / 'run'}"]
+    for key, value, found in (("fim_rate", "0.1", 0.5), ("holdout_rate", "0.1", 0.2), ("add_bos", "False", True)):
+        assert cli.main([*given, f"--config.data.{key}={value}"]) == 2
+        assert f"config.data.{key}={value}: data.source = " in (err := capsys.readouterr().err)
+        assert f"was prepared with {found}. Leave the key out" in err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("apache_beam") is not None, reason="Beam is installed")
