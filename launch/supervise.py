@@ -5,10 +5,11 @@
     srun deepseek-jax supervise -- deepseek-jax train --config=v3_671b --workdir=/shared/run     # on every process
 
 The command resumes from its last checkpoint, as the verbs that train do. Progress is a newer committed step in the
-workdir, that of the command's own --workdir=DIR unless --workdir names another. A start that dies waits before the
-next one: --wait seconds, twice as long after each death without progress, five minutes at most. Where a run has
-several processes, each is supervised: the first to end must not come back before the others have left, so keep --wait
-above 10. After --deaths deaths in a row without progress it gives up.
+workdir, on a disk or in a bucket: that of the command's own --workdir=DIR unless --workdir names another. A bucket that
+does not answer shows no progress. A start that dies waits before the next one: --wait seconds, twice as long after each
+death without progress, five minutes at most. Where a run has several processes, each is supervised: the first to end
+must not come back before the others have left, so keep --wait above 10. After --deaths deaths in a row without progress
+it gives up.
 
 Signals are passed on, and after one nothing is started again. Exit codes that end it at once, for another start would
 end likewise: 0; 2 (something to correct); 130 (Ctrl-C). Any other (1, 75, killed by a signal) counts as a death; the
@@ -26,6 +27,7 @@ from deepseek_jax import streams
 from deepseek_jax.bounds import number, whole
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
+from deepseek_jax.storage import Place, StorageError, place
 
 LONGEST_WAIT_S = 300.0
 FINAL = (0, 2, 130)  # exit codes after which another start would not help
@@ -45,30 +47,35 @@ def main(argv: list[str]) -> int:
     """Runs the verb; returns the exit code."""
     end = argv.index("--") if "--" in argv else len(argv)
     own, command = argv[:end], argv[end + 1 :]
-    options = _options.parse(own, extra=EXTRA, config=False)
+    options = _options.parse(own, extra=EXTRA, config=False, in_bucket=True)
     if not command:
         raise UserError("no command to supervise. Write: deepseek-jax supervise -- deepseek-jax train --workdir=DIR")
     workdir = options.workdir or workdir_of(command)
     return Supervisor(command, workdir, options.deaths, options.wait).run()
 
 
-def workdir_of(command: list[str]) -> Path:
+def workdir_of(command: list[str]) -> Place:
     """Returns the workdir that a command line names. Raises UserError if it names none."""
     for index, word in enumerate(command):
         name, equals, value = word.partition("=")
         if name == "--workdir" and (equals or index + 1 < len(command)):
-            return Path(value if equals else command[index + 1]).expanduser()
+            found = place(value if equals else command[index + 1])
+            return found.expanduser() if isinstance(found, Path) else found
     raise UserError(
         "the command names no --workdir=DIR, whose checkpoints show its progress. Add it to the command, or write "
         "deepseek-jax supervise --workdir=DIR -- COMMAND."
     )
 
 
-def newest_step(workdir: Path) -> int:
-    """Returns the newest committed step of a run, -1 without any."""
+def newest_step(workdir: Place) -> int | None:
+    """Returns the newest committed step of a run, -1 without any, None where its bucket does not answer."""
     from deepseek_jax.train.checkpoint.manifest import committed_steps
 
-    return max(committed_steps(workdir / "checkpoints"), default=-1)
+    try:
+        return max(committed_steps(workdir / "checkpoints"), default=-1)
+    except StorageError as error:
+        streams.note(f"supervise: {error}")
+        return None
 
 
 class Supervisor:
@@ -85,7 +92,7 @@ class Supervisor:
     def __init__(
         self,
         command: list[str],
-        workdir: Path,
+        workdir: Place,
         deaths: int,
         wait_s: float,
         sleep: Callable[[float], None] | None = None,
@@ -106,17 +113,18 @@ class Supervisor:
 
     def _supervise(self) -> int:
         in_vain, newest = 0, newest_step(self.workdir)
+        newest = -1 if newest is None else newest
         while True:
             code = self._start()
             if code in FINAL or self._signal is not None:
                 return code
             reached = newest_step(self.workdir)
-            in_vain = 0 if reached > newest else in_vain + 1
-            at = f"checkpoint of step {reached}" if reached >= 0 else "no checkpoint"
+            in_vain = 0 if reached is not None and reached > newest else in_vain + 1
+            newest = newest if reached is None else max(newest, reached)
+            at = "no checkpoint" if newest < 0 else f"checkpoint of step {newest}"
             if in_vain >= self.deaths:
                 streams.note(f"supervise: code {code}, {at}: {in_vain} deaths without progress. Not started again.")
                 return code
-            newest = max(newest, reached)
             wait_s = min(self.wait_s * 2 ** max(in_vain - 1, 0), LONGEST_WAIT_S)
             streams.note(f"supervise: code {code}, {at}. Starts again in {wait_s:.0f} s.")
             self._sleep(wait_s)

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_jax import storage
+
 SECRETS = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any"}
 BUCKET = "bucket"
 READY_S = 60.0
@@ -103,6 +105,17 @@ def new_place(name: str, folder: Path) -> str:
     if name == "folder":
         return str(folder / "place")
     return f"{'gs' if name == 'gcs' else 's3'}://{BUCKET}/{os.getpid()}/{next(_numbers)}"
+
+
+def on_disk(folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    """From now on gs://b/x is the folder gs/b/x below `folder`, which is returned."""
+    of_disk = storage.spec
+
+    def spec(where: storage.Place) -> dict:
+        return of_disk(folder / str(where).replace("://", "/") if isinstance(where, storage.Remote) else where)
+
+    patch.setattr(storage, "spec", spec)
+    return folder
 
 
 @contextlib.contextmanager

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_jax import storage
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import supervise
 from deepseek_jax.launch.supervise import Supervisor, newest_step, workdir_of
+from tests import buckets
 
 # Ends with the codes of a list, one per start, and commits as many steps as the number before each code says.
 PROGRAM = """\
@@ -50,6 +52,23 @@ def starts(tmp_path):
 )
 def test_a_command_starts_again_while_it_makes_progress(starts, behaviour, expected):
     assert starts(*behaviour) == expected
+
+
+def test_steps_in_a_bucket_count_and_one_that_is_silent_shows_none(tmp_path, monkeypatch, capfd):
+    folder = buckets.on_disk(tmp_path, monkeypatch) / "gs/b/run"
+    folder.mkdir(parents=True)
+    command = ["bash", "-c", PROGRAM, str(folder), *"1 75 1 75 1 75 0 0".split()]
+    assert supervise.main(["--workdir=gs://b/run", "--wait=0", "--", *command]) == 0
+    assert workdir_of(["train", "--workdir=gs://b/run"]) == storage.Remote("gs://b/run")
+    assert newest_step(storage.place("gs://b/run")) == 31
+
+    def silent(*_):
+        raise storage.StorageError("gs://b/run: the service cannot be reached.")
+
+    monkeypatch.setattr(storage.Store, "names", silent)
+    waits: list[float] = []
+    assert Supervisor(["false"], storage.place("gs://b/run"), 3, 15.0, waits.append).run() == 1
+    assert waits == [15, 30] and "cannot be reached" in capfd.readouterr().err
 
 
 def test_waits_double_up_to_the_longest(starts):

@@ -19,15 +19,8 @@ CONFIG = str(Path(__file__).parent / "nano_v3.py")
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
     """gs:// on this disk."""
-    of_disk = storage.spec
-
-    def spec(where):
-        folder = tmp_path / "buckets" / str(where).replace("://", "/") if isinstance(where, storage.Remote) else where
-        return of_disk(folder)
-
-    monkeypatch.setattr(storage, "spec", spec)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "buckets"
+    return buckets.on_disk(tmp_path / "buckets", monkeypatch)
 
 
 def test_files_of_a_run_go_to_the_bucket_and_come_back(bucket, tmp_path, monkeypatch):
