@@ -152,9 +152,13 @@ class Store:
 
     def names(self, prefix: str = "") -> list[str]:
         """Returns the names of all objects that begin so, sorted; a bucket is asked for a thousand at a time."""
-        with self._asking("list", prefix):
-            found = self._keys.list(self._range(prefix)).result()
-        return sorted(name.decode(errors="surrogateescape") for name in found)
+        return self._listed(self._range(prefix), prefix)
+
+    def names_before(self, end: str) -> list[str]:
+        """Returns the names of all objects that come before `end` by their bytes, sorted; what follows is not asked."""
+        import tensorstore
+
+        return self._listed(tensorstore.KvStore.KeyRange("", end), "")
 
     def delete(self, name: str) -> None:
         """Deletes an object; one that is not there is no error."""
@@ -176,6 +180,11 @@ class Store:
             raise UserError(str(error)) from error
 
     # ---- how
+
+    def _listed(self, names: Any, shown: str) -> list[str]:
+        with self._asking("list", shown):
+            found = self._keys.list(names).result()
+        return sorted(name.decode(errors="surrogateescape") for name in found)
 
     def _is(self, name: str, content: bytes) -> bool:
         with contextlib.suppress(FileNotFoundError):

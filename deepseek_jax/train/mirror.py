@@ -5,23 +5,31 @@
 
 `metrics.jsonl`, the events of TensorBoard and the like grow by a line at a time, which no object can. So they lie in a
 folder of the user's cache; what has changed there is uploaded every `UPLOAD_S` and at the end. A run that resumes on
-another machine first brings them back. A bucket that refuses is reported once and stops no run.
+another machine first brings them back. A file that could not be fetched is not uploaded, for the bucket's has more in
+it. A bucket that refuses is reported once and stops no run.
 """
 
 import contextlib
 import hashlib
 import os
 import re
+import string
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 
-from deepseek_jax.storage import Place, StorageError, Store, open_store
+from deepseek_jax.errors import UserError
+from deepseek_jax.storage import Place, Store, open_store
+from deepseek_jax.train.checkpoint.writer import WriterLock
 
 UPLOAD_S = 60.0
 CHECKPOINTS = "checkpoints/"  # in the bucket itself
+# A bucket of S3 cannot be asked for what comes after a name, and there may be 100,000 shards of checkpoints. So what
+# follows them is asked for by its first letter; no file of a run begins as "checkpoints" does.
+AFTER = string.ascii_lowercase[3:]
+OF_PROCESS = ("hosts/process_{}.", "profiles/process_{}/")
 
 
 def local(workdir: Place) -> Path:
@@ -40,12 +48,29 @@ def mirrored(workdir: Place, warn: Callable[[str], None]) -> Iterator[Path]:
     if isinstance(workdir, Path):
         yield folder
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    mirror = Mirror(open_store(workdir), folder, warn, jax.process_index())
+    lock = _locked(folder, workdir)
     try:
-        yield folder
+        mirror = Mirror(open_store(workdir), folder, warn, jax.process_index())
+        try:
+            yield folder
+        finally:
+            mirror.close()
     finally:
-        mirror.close()
+        lock.release()
+
+
+def _locked(folder: Path, workdir: Place) -> WriterLock:
+    """Makes the folder and keeps a second start on this machine out, before it fetches anything."""
+    beside = folder.with_name(f"{folder.name}.lock_{jax.process_index()}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        beside.mkdir(exist_ok=True)
+        return WriterLock(beside, workdir)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: the small files of a run in a bucket cannot be written there ({error.strerror}). Set "
+            "XDG_CACHE_HOME to a folder that can be written."
+        ) from error
 
 
 class Mirror:
@@ -58,6 +83,7 @@ class Mirror:
         self._process = process
         self._store, self._folder, self._warn = store, folder, warn
         self._copied: dict[str, tuple[int, int]] = {}  # name -> size and time of change when it was copied
+        self._missing: set[str] | None = set()  # names in the bucket that were not fetched; None: it was not listed
         self._has_warned = False
         self._over = threading.Event()
         self._fetch()
@@ -75,6 +101,8 @@ class Mirror:
         try:
             for file in sorted(self._folder.rglob("*")):
                 name, state = file.relative_to(self._folder).as_posix(), _state(file)
+                if self._missing is None or name in self._missing:
+                    continue
                 if state is not None and self._is_own(name) and self._copied.get(name) != state:
                     self._store.write(name, file.read_bytes())
                     self._copied[name] = state
@@ -84,15 +112,33 @@ class Mirror:
                 self._warn(f"files of the run could not be copied: {error}. Training continues.")
 
     def _fetch(self) -> None:
-        """The bucket's files replace those of the folder: another machine may have continued the run meanwhile."""
-        with contextlib.suppress(StorageError):  # whoever writes checkpoints there says so
-            for name in self._store.names():
-                inside = not {"", ".", ".."} & {*name.split("/")}
-                if inside and self._is_own(name) and not name.startswith(CHECKPOINTS):
-                    file = self._folder / name
+        """The bucket's files replace those of the folder: another machine may have continued the run meanwhile.
+
+        A file that begins with what the bucket has stays, for its last lines were not uploaded before the run died.
+        """
+        self._missing = None
+        try:
+            names = {name for name in self._names() if self._is_own(name) and not {"", ".", ".."} & {*name.split("/")}}
+            self._missing = names
+            for name in sorted(names):
+                file, content = self._folder / name, self._store.read(name)
+                if not (file.is_file() and file.read_bytes().startswith(content)):
                     file.parent.mkdir(parents=True, exist_ok=True)
-                    file.write_bytes(self._store.read(name))
+                    file.write_bytes(content)
                     self._copied[name] = _state(file) or (0, 0)
+                names.discard(name)
+        except OSError as error:
+            self._has_warned = True
+            self._warn(
+                f"files of the run could not be fetched: {error}. Training continues; what was not fetched stays as "
+                f"it is in the bucket, and new lines of it in {self._folder}."
+            )
+
+    def _names(self) -> list[str]:
+        """The names in the bucket that this process may fetch; nothing lists the shards of checkpoints."""
+        if self._process:
+            return [name for begin in OF_PROCESS for name in self._store.names(begin.format(self._process))]
+        return self._store.names_before(CHECKPOINTS) + [name for first in AFTER for name in self._store.names(first)]
 
     def _is_own(self, name: str) -> bool:
         found = re.search(r"process_(\d+)", name)

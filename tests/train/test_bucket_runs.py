@@ -1,11 +1,13 @@
 """A run whose workdir is in a bucket: the same as one on a disk, stopped and resumed on another machine as well."""
 
+import itertools
 import os
 from pathlib import Path
 
 import pytest
 
 from deepseek_jax import cli, storage
+from deepseek_jax.errors import UserError
 from deepseek_jax.train import mirror
 from deepseek_jax.train.checkpoint.manifest import committed_steps
 from deepseek_jax.train.metrics import read_log
@@ -56,6 +58,83 @@ def test_a_bucket_that_refuses_is_told_once(bucket, tmp_path, monkeypatch):
     assert told == ["files of the run could not be copied: gs://b/a: no.. Training continues."]
     copying.close()
     assert storage.open_store("gs://b/a").read("log") == b"1"
+
+
+def refusing(number: int):
+    """A way to read of stores whose answers from the `number`th on do not come."""
+    calls, read = itertools.count(1), storage.Store.read
+
+    def call(store, name, *part):
+        if next(calls) >= number:
+            raise storage.StorageError(f"{store}/{name}: no.")
+        return read(store, name, *part)
+
+    return call
+
+
+def test_what_was_not_fetched_is_not_replaced(bucket, tmp_path):
+    store, told = storage.open_store("gs://b/a"), []
+    for name in ("goodput.jsonl", "metrics.jsonl", "tensorboard/events"):
+        store.write(name, b"long\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage.Store, "read", refusing(2))
+        copying = Mirror(store, tmp_path / "half", told.append)
+    for name in ("goodput.jsonl", "metrics.jsonl", "new"):
+        with (tmp_path / "half" / name).open("ab") as file:
+            file.write(b"line\n")
+    copying.close()
+    assert store.read("goodput.jsonl") == b"long\nline\n" and store.read("new") == b"line\n"
+    assert store.read("metrics.jsonl") == store.read("tensorboard/events") == b"long\n"
+    assert len(told) == 1 and "could not be fetched: gs://b/a/metrics.jsonl: no." in told[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage.Store, "names_before", lambda *_: (_ for _ in ()).throw(storage.StorageError("no.")))
+        copying = Mirror(store, tmp_path / "nothing", told.append)
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "nothing/metrics.jsonl").write_bytes(b"line\n")
+    copying.close()
+    assert store.read("metrics.jsonl") == b"long\n" and len(told) == 2
+
+
+def test_lines_that_were_not_uploaded_stay(bucket, tmp_path):
+    store, folder = storage.open_store("gs://b/a"), tmp_path / "run"
+    folder.mkdir()
+    for name, content in (("ahead", b"1"), ("behind", b"1234"), ("other", b"9")):
+        store.write(name, content)
+        (folder / name).write_bytes(b"12")
+    Mirror(store, folder, print).close()
+    assert {name: store.read(name) for name in store.names()} == {"ahead": b"12", "behind": b"1234", "other": b"9"}
+    assert (folder / "behind").read_bytes() == b"1234" and (folder / "other").read_bytes() == b"9"
+
+
+def test_shards_are_not_listed_and_a_process_asks_for_its_own(bucket, tmp_path, monkeypatch):
+    store, asked, names = storage.open_store("gs://b/a"), [], storage.Store.names
+    mine = ["hosts/process_1.stacks", "profiles/process_1/x"]
+    others = ["hosts/process_0.jsonl", "hosts/process_10.stacks", "metrics.jsonl", "1/x"]
+    for name in [*mine, *others, "checkpoints/shards/x"]:
+        store.write(name, b"")
+    monkeypatch.setattr(storage.Store, "names", lambda store, prefix="": asked.append(prefix) or names(store, prefix))
+    Mirror(store, tmp_path / "1", print, process=1).close()
+    assert asked == ["hosts/process_1.", "profiles/process_1/"]
+    assert sorted(p.relative_to(tmp_path / "1").as_posix() for p in (tmp_path / "1").rglob("*") if p.is_file()) == mine
+    Mirror(store, tmp_path / "0", print).close()
+    assert not any("checkpoints/".startswith(prefix) for prefix in asked)
+    assert (tmp_path / "0/metrics.jsonl").exists() and (tmp_path / "0/1/x").exists()
+
+
+def test_a_second_start_on_the_machine_touches_nothing(bucket, tmp_path, monkeypatch):
+    place = storage.place("gs://b/a")
+    with mirrored(place, print) as folder:
+        (folder / "metrics.jsonl").write_bytes(b"one\n")
+        storage.open_store(place).write("metrics.jsonl", b"older")
+        with pytest.raises(UserError, match="gs://b/a is being written by another run .pid"), mirrored(place, print):
+            pass
+        assert (folder / "metrics.jsonl").read_bytes() == b"one\n"
+    with mirrored(place, print):
+        pass
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="cannot be written there .Not a directory.. Set XDG_CACHE_HOME"):
+        mirrored(place, print).__enter__()
 
 
 def train(workdir: str, steps: int, text: Path) -> int:

@@ -31,9 +31,12 @@ def _refusal(where: object, holder: str) -> UserError:
 
 
 class WriterLock:
-    """One writer a directory: an flock on `.writer`, which the kernel drops when the process dies, in any way."""
+    """One writer a directory: an flock on `.writer`, which the kernel drops when the process dies, in any way.
 
-    def __init__(self, root: Path):
+    A refusal names what the directory stands for, `of`, if that is something else.
+    """
+
+    def __init__(self, root: Path, of: object = None):
         self._file = open(root / LEASE, "ab+", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -41,7 +44,7 @@ class WriterLock:
             self._file.seek(0)
             holder = self._file.read(200).decode(errors="replace").strip() or "unknown"
             self._file.close()
-            raise _refusal(root, holder) from None
+            raise _refusal(of or root, holder) from None
         except OSError:  # a file system without locks: nothing to hold on to
             pass
         # A forked child shares the lock and would hold it after our death: it lets go of its copy at birth.
