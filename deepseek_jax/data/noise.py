@@ -8,7 +8,7 @@ splitmix64 (Steele, Lea and Flood 2014): x ← mix(x + golden ratio), where mix 
 
 import numpy as np
 
-ORDER, CHOOSE, CUT, WINDOWS = range(4)  # the last key: purpose of the numbers
+ORDER, CHOOSE, CUT, WINDOWS, SHARE = range(5)  # the last key: purpose of the numbers
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MASK = (1 << 64) - 1

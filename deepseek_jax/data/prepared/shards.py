@@ -16,6 +16,7 @@ import numpy as np
 from deepseek_jax.data import packing
 from deepseek_jax.data.holdout import has_small_hash, whole
 from deepseek_jax.data.marked_text import MarkReader
+from deepseek_jax.data.noise import SHARE, noise
 from deepseek_jax.data.packing import Packing, check_marks
 from deepseek_jax.data.prepared.plan import SIDES, Plan, as_json, file_name, marker_name
 from deepseek_jax.data.prepared.records import to_records, write_records
@@ -79,13 +80,22 @@ def pack(plan: Plan, number: int, tokenizer: Tokenizer, counter: Counter) -> tup
             check_marks(tokenizer, settings["fim_rate"]),
             training=training,
             seq_len=settings["seq_len"],
-            fim_rate=settings["fim_rate"] if training else 0.0,
+            fim_rate=fim_share(plan, number, len(documents)) if training else 0.0,
             mask_documents=False,
             add_bos=settings["add_bos"],
             seed=settings["seed"],
         )
 
     return side(by_hash[~chosen], True), side(by_hash[chosen], False)
+
+
+def fim_share(plan: Plan, number: int, n_documents: int) -> float:
+    """Returns the share of a shard's documents that become FIM: whole documents, of many shards the rate of the plan.
+
+    Rounded at random, for a shard may hold a few documents only.
+    """
+    up = int(noise(plan.settings["seed"], number, SHARE, at=np.zeros(1))[0]) / 2**64
+    return int(plan.settings["fim_rate"] * n_documents + up) / max(n_documents, 1)
 
 
 def _write(side: Packing, number: int, path: Path) -> dict:

@@ -12,12 +12,13 @@ import pytest
 from array_record.python import array_record_module
 
 from deepseek_jax import cli
+from deepseek_jax.data.fim import n_chosen
 from deepseek_jax.data.prepared import shards as module
 from deepseek_jax.data.prepared.beam import make_shards_on_beam
 from deepseek_jax.data.prepared.plan import SIDES, file_name, make_plan
 from deepseek_jax.data.prepared.records import from_record, read_record
 from deepseek_jax.data.prepared.sections import Line
-from deepseek_jax.data.prepared.shards import make_shard, pack
+from deepseek_jax.data.prepared.shards import fim_share, make_shard, pack
 from deepseek_jax.data.tokenizer import open_tokenizer
 from deepseek_jax.data.watch import unwatched
 from deepseek_jax.errors import UserError
@@ -135,6 +136,15 @@ def test_files_that_are_not_divided_give_the_same_shards_when_it_continues(prepa
         assert again.cuts == alone.cuts and again.key == alone.key and contents(again.folder) == before
     with pytest.raises(UserError, match=f"shards_asked: 7 -> {alone.n_shards}; .*where shards begin"):
         prepare("alone", alone.n_shards, **change)
+
+
+def test_small_shards_have_their_share_of_fill_in_the_middle(prepare):
+    plan = prepare("small", 40, numbers=[], holdout_rate=0.0)  # a document or two each, of which a quarter is none
+    with unwatched("", 0) as counter:
+        found = [pack(plan, number, BYTES, counter)[0] for number in range(plan.n_shards)]
+    counts = [n_chosen(side.n_documents, side.fim_rate) for side in found]
+    assert plan.n_shards > 20 and 5 < sum(counts) < 15
+    assert [fim_share(plan, 3, n) * n for n in (0, 4, 400)] == [0, 1, 100]
 
 
 def test_a_writer_that_fails_is_named_with_its_file(prepare, tmp_path, monkeypatch):
