@@ -105,7 +105,7 @@ def run(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the console script: returns the exit code (2 for an error of the user's, 130 for Ctrl-C)."""
+    """Entry point of the console script: returns the exit code (2 or 75 for an error of the user's, 130 for Ctrl-C)."""
     debug = os.environ.get("DEEPSEEK_JAX_DEBUG", "0") not in ("", "0")
     argv = sys.argv[1:] if argv is None else argv
     streams.open_standard()
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             raise
         streams.Forgiving(sys.stderr).write(f"deepseek-jax: error: {error}\n")
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         if debug:
             raise

@@ -18,12 +18,13 @@ from typing import Any
 import jax
 
 from deepseek_jax import cluster
-from deepseek_jax.errors import UserError
+from deepseek_jax.errors import PassingError, UserError
 
 # Between processes: the project's own watch (parallel/peers.py) comes first and can say what it found; JAX's, which
 # waits for so much longer, ends the program silently.
 LATER_S = 60
 SHUTDOWN_TIMEOUT_S = 30
+JOIN_S = 600  # until all processes have joined: their supervisors may wait five minutes before a start
 
 
 def start_processes(heartbeat_s: float = 30) -> None:
@@ -37,7 +38,7 @@ def start_processes(heartbeat_s: float = 30) -> None:
     other TPU pods set JAX_NUM_PROCESSES) or of its indexed Kubernetes Job (this needs the package kubernetes). A
     process started alone stays alone, as does one with JAX_NUM_PROCESSES=1 and no coordinator.
 
-    Raises UserError: the others cannot be found or reached.
+    Raises UserError: the others cannot be found. Raises PassingError: they cannot be reached within `JOIN_S`.
     """
     if jax.distributed.is_initialized():
         return
@@ -51,12 +52,18 @@ def start_processes(heartbeat_s: float = 30) -> None:
         with _plain_ctrl_c():
             jax.distributed.initialize(
                 **found.given(),
+                initialization_timeout=JOIN_S,
                 heartbeat_timeout_seconds=round(heartbeat_s) + LATER_S,
                 shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
             )
     except (ValueError, RuntimeError, LookupError, OSError) as error:
         told = [name for name in names if name in os.environ] + cluster.indications(os.environ)
         shown, reason = ", ".join(f"{name}={os.environ[name]}" for name in told), (str(error).splitlines() or [""])[0]
+        if not isinstance(error, ValueError | LookupError):
+            raise PassingError(
+                f"{shown}: the other processes of the run could not be reached ({reason.rstrip('.')}). Start all of "
+                "them within ten minutes of one another, as deepseek-jax supervise does after a loss."
+            ) from error
         raise UserError(
             f"{shown}: the processes of the run could not be joined ({reason.rstrip('.')}). Set "
             "JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID in each process (SLURM: start "

@@ -4,8 +4,16 @@
 class UserError(Exception):
     """A wrong input: the message says what was given, what was expected and what to do, in one or two lines.
 
-    The command line prints the message without a traceback and exits with code 2.
+    The command line prints the message without a traceback and exits with `exit_code`.
     """
+
+    exit_code = 2
+
+
+class PassingError(UserError):
+    """A UserError that may be over by the next start, such as another process that does not answer (EX_TEMPFAIL)."""
+
+    exit_code = 75
 
 
 class LocalError(UserError):

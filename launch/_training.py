@@ -36,7 +36,7 @@ def execute(config: ConfigDict, workdir: Place, *, sample: bool, again: str, run
     the place of `train`.
     """
     from deepseek_jax.compat import keep_freed_memory, start_compilation_cache, start_processes
-    from deepseek_jax.parallel.peers import Peers
+    from deepseek_jax.parallel.peers import LOST, Peers
     from deepseek_jax.train.checkpoint.checkpointer import print_warning
     from deepseek_jax.train.mirror import mirrored
     from deepseek_jax.train.phases import Phases
@@ -51,8 +51,9 @@ def execute(config: ConfigDict, workdir: Place, *, sample: bool, again: str, run
         start_compilation_cache(config.run.compilation_cache)
         try:
             with (
-                mirrored(workdir, print_warning) as folder,
+                # Before the files of an earlier start are fetched, for that may take longer than a beat may be late.
                 Peers(lambda: advice(workdir, again), heartbeat_s=watch.heartbeat_s) as peers,
+                mirrored(workdir, print_warning) as folder,
                 Watchdog(limits, phases, stop, peers, folder),
             ):
                 is_saved = (run or train)(config, workdir, stop, again, peers, phases)
@@ -64,6 +65,8 @@ def execute(config: ConfigDict, workdir: Place, *, sample: bool, again: str, run
             return 1
         if stop.signal is not None:
             return 130 if stop.signal == signal.SIGINT else 0
+        if stop.ends_early:
+            return LOST  # the signal was another process's: this one is not done, and may be started again
         if sample and isinstance(workdir, Path):
             show_sample(config, workdir)
     return 0

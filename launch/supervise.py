@@ -5,15 +5,19 @@
     srun deepseek-jax supervise -- deepseek-jax train --config=v3_671b --workdir=/shared/run     # on every process
 
 The command resumes from its last checkpoint, as the verbs that train do. Progress is a newer committed step in the
-workdir, on a disk or in a bucket: that of the command's own --workdir=DIR unless --workdir names another. A bucket that
-does not answer shows no progress. A start that dies waits before the next one: --wait seconds, twice as long after each
-death without progress, five minutes at most. Where a run has several processes, each is supervised: the first to end
-must not come back before the others have left, so keep --wait above 10. After --deaths deaths in a row without progress
-it gives up.
+workdir, on a disk or in a bucket: that of the command's own --workdir=DIR unless --workdir names another. One that does
+not answer shows no progress. A start that dies waits before the next one: --wait seconds, twice as long after each
+death without progress, five minutes at most. After --deaths deaths in a row without progress it gives up; three in the
+first minute of a start are not counted among them.
 
-Signals are passed on, and after one nothing is started again. Exit codes that end it at once, for another start would
-end likewise: 0; 2 (something to correct); 130 (Ctrl-C). Any other (1, 75, killed by a signal) counts as a death; the
-last one's code is that of supervise (128 + the signal's number where a signal killed it).
+Where a run has several processes, each is supervised. The first to end must not come back before the others have left,
+for it would die again: keep --wait above config.watch.heartbeat_s and 5 s, after which all have heard of a loss.
+
+Signals are passed on, unless they were ignored from the beginning (nohup). After SIGTERM, SIGINT or SIGHUP nothing is
+started again, and the exit code is 128 + the signal's number, whatever the command has saved: a run that was asked to
+stop is not done. Exit codes that end it at once, for another start would end likewise: 0; 2 (something to correct);
+130 (Ctrl-C). Any other (1, 75, killed by a signal) counts as a death; the last one's code is that of supervise (128 +
+the signal's number where a signal killed it).
 """
 
 import signal
@@ -27,9 +31,10 @@ from deepseek_jax import streams
 from deepseek_jax.bounds import number, whole
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
-from deepseek_jax.storage import Place, StorageError, place
+from deepseek_jax.storage import Place, place
 
 LONGEST_WAIT_S = 300.0
+EARLY_S, EARLY_DEATHS = 60.0, 3  # a start that ended so soon may have met what was left of another; so many in a row
 FINAL = (0, 2, 130)  # exit codes after which another start would not help
 PASSED_ON = tuple(
     getattr(signal, name)
@@ -39,7 +44,12 @@ PASSED_ON = tuple(
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 EXTRA = {
     "deaths": (int, 2, "deaths in a row without a newer checkpoint, after which it gives up", whole(1, 1000)),
-    "wait": (float, 15.0, "seconds before the next start", number(0, LONGEST_WAIT_S)),
+    "wait": (
+        float,
+        45.0,
+        "seconds before the next start; above those after which the other processes of a run hear of a loss",
+        number(0, LONGEST_WAIT_S),
+    ),
 }
 
 
@@ -68,12 +78,12 @@ def workdir_of(command: list[str]) -> Place:
 
 
 def newest_step(workdir: Place) -> int | None:
-    """Returns the newest committed step of a run, -1 without any, None where its bucket does not answer."""
+    """Returns the newest committed step of a run, -1 without any, None where its disk or bucket does not answer."""
     from deepseek_jax.train.checkpoint.manifest import committed_steps
 
     try:
         return max(committed_steps(workdir / "checkpoints"), default=-1)
-    except StorageError as error:
+    except OSError as error:
         streams.note(f"supervise: {error}")
         return None
 
@@ -84,7 +94,7 @@ class Supervisor:
     Args:
         command: the words of the command.
         workdir: of the run that it trains.
-        deaths: in a row without a newer checkpoint, after which it gives up.
+        deaths: in a row without a newer checkpoint, after which it gives up; some early ones are not counted.
         wait_s: before the next start; doubles with each such death.
         sleep: waits; returns early once a signal came.
     """
@@ -104,7 +114,8 @@ class Supervisor:
 
     def run(self) -> int:
         """Returns the exit code."""
-        before = {number: signal.signal(number, self._pass_on) for number in PASSED_ON}
+        heard = [number for number in PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._pass_on) for number in heard}
         try:
             return self._supervise()
         finally:
@@ -112,15 +123,24 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def _supervise(self) -> int:
-        in_vain, newest = 0, newest_step(self.workdir)
-        newest = -1 if newest is None else newest
+        in_vain = early = 0
+        newest = -1 if (found := newest_step(self.workdir)) is None else found
         while True:
+            begin_s = time.monotonic()
             code = self._start()
-            if code in FINAL or self._signal is not None:
+            if self._signal is not None:
+                return 128 + self._signal
+            if code in FINAL:
                 return code
-            reached = newest_step(self.workdir)
-            in_vain = 0 if reached is not None and reached > newest else in_vain + 1
-            newest = newest if reached is None else max(newest, reached)
+            # A start that fell back to an older step than the newest, and committed others, has made progress as well.
+            reached, began_with = newest_step(self.workdir), newest
+            newest = newest if reached is None or reached < 0 else reached
+            if newest != began_with:
+                in_vain = early = 0
+            elif early < EARLY_DEATHS and time.monotonic() - begin_s < EARLY_S:
+                early += 1
+            else:
+                in_vain += 1
             at = "no checkpoint" if newest < 0 else f"checkpoint of step {newest}"
             if in_vain >= self.deaths:
                 streams.note(f"supervise: code {code}, {at}: {in_vain} deaths without progress. Not started again.")

@@ -20,8 +20,9 @@ process that is lost is noticed within config.watch.heartbeat_s and 5 s; the oth
 it is process 0, JAX may end them first, within a second and in its own words). So do processes that are alive but make
 no progress (config.watch), with the stacks of their threads in hosts/ of the workdir. A second Ctrl-C ends without
 saving the present step. Exit codes: 0 done, or saved after SIGTERM or SIGHUP; 130 saved after Ctrl-C, or broken off; 1
-not saved; 2 something to correct; 75 another process was lost, or no progress: start all again, as deepseek-jax
-supervise does; 128 + the signal's number: stopped before training.
+not saved; 2 something to correct; 75 another process was lost or cannot be reached, no progress, or saved after a
+signal to another process: start all again, as deepseek-jax supervise does; 128 + the signal's number: stopped before
+training.
 """
 
 import os

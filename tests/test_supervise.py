@@ -13,6 +13,7 @@ from deepseek_jax import storage
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import supervise
 from deepseek_jax.launch.supervise import Supervisor, newest_step, workdir_of
+from deepseek_jax.train.checkpoint import manifest
 from tests import buckets
 
 # Ends with the codes of a list, one per start, and commits as many steps as the number before each code says.
@@ -26,8 +27,12 @@ done
 
 
 @pytest.fixture
-def starts(tmp_path):
-    """Supervises a program with (steps committed, exit code) of each start; returns code, number of starts, waits."""
+def starts(tmp_path, monkeypatch):
+    """Supervises a program with (steps committed, exit code) of each start; returns code, number of starts, waits.
+
+    No death counts as early.
+    """
+    monkeypatch.setattr(supervise, "EARLY_S", 0.0)
 
     def run(*behaviour: tuple[int, int], deaths: int = 2) -> tuple[int, int, list[float]]:
         words = [str(number) for start in behaviour for number in start]
@@ -55,6 +60,7 @@ def test_a_command_starts_again_while_it_makes_progress(starts, behaviour, expec
 
 
 def test_steps_in_a_bucket_count_and_one_that_is_silent_shows_none(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(supervise, "EARLY_S", 0.0)
     folder = buckets.on_disk(tmp_path, monkeypatch) / "gs/b/run"
     folder.mkdir(parents=True)
     command = ["bash", "-c", PROGRAM, str(folder), *"1 75 1 75 1 75 0 0".split()]
@@ -76,6 +82,47 @@ def test_waits_double_up_to_the_longest(starts):
     assert (code, n_starts, waits) == (75, 8, [15, 30, 60, 120, 240, 300, 300])
 
 
+def test_early_deaths_are_few_that_do_not_count(starts, monkeypatch):
+    """Three in a row since the last progress; the wait does not double for them."""
+    monkeypatch.setattr(supervise, "EARLY_S", 60.0)
+    assert starts(*[(0, 75)] * 3, (1, 75), *[(0, 75)] * 5) == (75, 9, [15] * 8)
+
+
+def test_a_run_that_fell_back_and_committed_has_made_progress(tmp_path, monkeypatch):
+    """It began with step 30, which could not be read, resumed from 10 and got to 20."""
+    monkeypatch.setattr(supervise, "EARLY_S", 0.0)
+    for step in (10, 30):
+        (tmp_path / f"checkpoints/step_{step:08d}").mkdir(parents=True)
+        (tmp_path / f"checkpoints/step_{step:08d}/COMMIT").touch()
+    program = 'cd "$0/checkpoints"; echo x >> starts; [ -e step_00000020 ] && exit 75; '
+    program += "rm -r step_00000030; mkdir step_00000020; touch step_00000020/COMMIT; exit 75"
+    assert Supervisor(["bash", "-c", program, str(tmp_path)], tmp_path, 1, 0.0, lambda seconds: None).run() == 75
+    assert (tmp_path / "checkpoints/starts").read_text() == "x\nx\n"
+
+
+def test_a_disk_that_does_not_answer_ends_nothing(starts, tmp_path, monkeypatch, capfd):
+    answers = iter([[3], OSError(5, "Input/output error"), [4]])
+
+    def committed_steps(folder: Path) -> list[int]:
+        answer = next(answers)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(manifest, "committed_steps", committed_steps)
+    assert starts((0, 75), (0, 75), (0, 0)) == (0, 3, [15, 15])
+    assert "Input/output error" in capfd.readouterr().err
+
+
+def test_what_nohup_ignores_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        code = Supervisor(["bash", "-c", "kill -HUP $PPID; sleep 0.1; exit 2"], tmp_path, 1, 0.0).run()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert code == 2
+
+
 def test_a_signal_reaches_the_command_and_nothing_starts_again(tmp_path):
     program = "trap 'echo saved; exit 0' TERM; touch ready; while :; do sleep 0.05; done"
     words = ["supervise", f"--workdir={tmp_path}", "--", "bash", "-c", program]
@@ -86,7 +133,8 @@ def test_a_signal_reaches_the_command_and_nothing_starts_again(tmp_path):
             assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        assert process.communicate(timeout=30)[0] == "saved\n" and process.returncode == 0
+        assert process.communicate(timeout=30)[0] == "saved\n"
+        assert process.returncode == 128 + signal.SIGTERM  # the run is not done
     finally:
         process.kill()
 

@@ -100,7 +100,7 @@ class Loop:
         self._look_back(start)
         if start == 0:
             self.evaluate(state, 0)
-        poll = StopPoll(stop, start)
+        poll = StopPoll(stop, start, self.config.steps)
         with self.phases.of(STEP):
             return self._steps(state, start, poll)
 

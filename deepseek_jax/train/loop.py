@@ -55,11 +55,12 @@ class LoopConfig:
 class StopPoll:
     """Polls all processes for a request to stop; an answer makes them wait for the step in flight.
 
-    They poll after a number of steps that takes about `POLL_EVERY_S` on the slowest of them, the same on all.
+    They poll after a number of steps that takes about `POLL_EVERY_S` on the slowest of them, the same on all, from
+    `start` on; the last step is `steps`.
     """
 
-    def __init__(self, stop: StopRequest, start: int):
-        self._stop, self._next = stop, start
+    def __init__(self, stop: StopRequest, start: int, steps: int):
+        self._stop, self._next, self._steps = stop, start, steps
         self._last, self._last_s, self._step_s = start, time.monotonic(), math.inf
 
     def should_stop(self, step: int) -> bool:
@@ -74,6 +75,7 @@ class StopPoll:
         if steps:  # from answer to answer, for an answer waits until the step has ended
             self._step_s = (now - self._last_s) / steps
         self._last, self._last_s = step, now
+        self._stop.ends_early = bool(is_asked) and step < self._steps
         return bool(is_asked)
 
 
@@ -124,7 +126,7 @@ class Loop:
         """
         start = int(state["step"])
         stop.begin()
-        poll = StopPoll(stop, start)
+        poll = StopPoll(stop, start, self.config.steps)
         if poll.should_stop(start):
             return state
         if start == 0:

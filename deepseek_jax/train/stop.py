@@ -32,11 +32,12 @@ class StopRequest:
     Attributes:
         signal: the first signal that came, or None.
         is_running: whether there is something to save.
+        ends_early: whether a request, of this process or another, ends the run before its last step.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self.is_running = False
+        self.is_running = self.ends_early = False
         self._ctrl_c, self._last_s = 0, 0.0
         self._heard: tuple[int, float] | None = None
         self._ends: tuple[socket.socket, ...] = ()  # that is read from, that the numbers are written to

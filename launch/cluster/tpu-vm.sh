@@ -38,8 +38,8 @@ start)
     words=$(printf '%q ' "$@")
     # JAX asks the metadata server for everything but whether there are others: that is what the number says.
     # A unit of systemd outlives the ssh session, and its stop is a SIGTERM with the time that a save takes.
-    everywhere "sudo systemd-run --unit=deepseek-jax --uid=\$(id -u) --working-directory=\$HOME \
-        --property=TimeoutStopSec=180 --setenv=JAX_NUM_PROCESSES=$workers --setenv=HOME=\$HOME \
+    everywhere "sudo systemd-run --unit=deepseek-jax --collect --uid=\$(id -u) --working-directory=\$HOME \
+        --property=TimeoutStopSec=180 --property=SuccessExitStatus=143 --setenv=JAX_NUM_PROCESSES=$workers --setenv=HOME=\$HOME \
         ~/venv/bin/deepseek-jax supervise -- ~/venv/bin/deepseek-jax $words"
     ;;
 stop)

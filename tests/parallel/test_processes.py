@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from deepseek_jax import compat
-from deepseek_jax.errors import UserError
+from deepseek_jax.errors import PassingError, UserError
+from deepseek_jax.launch.supervise import LONGEST_WAIT_S
 from deepseek_jax.parallel.peers import GRACE_S, LOST, LOST_S
 from deepseek_jax.train.checkpoint import manifest
 from deepseek_jax.train.metrics import read_log
@@ -32,8 +33,11 @@ def joined(monkeypatch) -> list[dict]:
         monkeypatch.delenv(name)
     calls: list[dict] = []
 
-    def record(heartbeat_timeout_seconds: int, shutdown_timeout_seconds: int, **given: object) -> None:
+    def record(
+        initialization_timeout: int, heartbeat_timeout_seconds: int, shutdown_timeout_seconds: int, **given: object
+    ) -> None:
         assert LOST_S + 2 * GRACE_S < heartbeat_timeout_seconds <= 90  # the project's own watch comes first
+        assert initialization_timeout > LONGEST_WAIT_S + LOST_S + 2 * GRACE_S  # a supervisor may wait so long
         calls.append(given)
 
     monkeypatch.setattr(jax.distributed, "initialize", record)
@@ -91,8 +95,22 @@ def test_too_little_given_is_the_users_error(joined, monkeypatch, number):
 
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
     monkeypatch.setenv("JAX_NUM_PROCESSES", number)
-    with pytest.raises(UserError, match=f"JAX_NUM_PROCESSES={number}: .*Set JAX_COORDINATOR_ADDRESS=host:port"):
+    with pytest.raises(UserError, match=f"JAX_NUM_PROCESSES={number}: .*Set JAX_COORDINATOR_ADDRESS=host:port") as info:
         compat.start_processes()
+    assert info.value.exit_code == 2
+
+
+@pytest.mark.parametrize("error", [RuntimeError("DEADLINE_EXCEEDED: no answer"), OSError("name not known")])
+def test_others_that_do_not_answer_may_answer_the_next_start(joined, monkeypatch, error):
+    def refuse(**given):
+        raise error
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    for name, value in (("COORDINATOR_ADDRESS", "host:1234"), ("NUM_PROCESSES", "2"), ("PROCESS_ID", "1")):
+        monkeypatch.setenv(f"JAX_{name}", value)
+    with pytest.raises(PassingError, match=r"JAX_PROCESS_ID=1: .*could not be reached \((DEADLINE|name)") as info:
+        compat.start_processes()
+    assert info.value.exit_code == LOST
 
 
 def write_corpus(folder: Path) -> None:
@@ -177,7 +195,8 @@ def committed(workdir: Path) -> int:
 def test_two_processes_train_as_one_does_through_a_signal_and_a_loss(tmp_path):
     """SIGTERM to the second saves on both; resumed as a pipeline, the second is killed and the first ends by itself.
 
-    The losses of all of it, on 2 x 2 devices, are those of one process with 4 devices to 1e-5.
+    The first, which no signal has reached, ends with a code that starts it again. The losses of all of it, on 2 x 2
+    devices, are those of one process with 4 devices to 1e-5.
     """
     write_corpus(tmp_path)
     two, one = tmp_path / "two", tmp_path / "one"
@@ -186,7 +205,7 @@ def test_two_processes_train_as_one_does_through_a_signal_and_a_loss(tmp_path):
     try:
         wait_for_steps(two, 5, processes)
         processes[1].send_signal(signal.SIGTERM)
-        assert [process.wait(timeout=SAVED_WITHIN_S) for process in processes] == [0, 0]
+        assert [process.wait(timeout=SAVED_WITHIN_S) for process in processes] == [LOST, 0]
         stopped_at = len(figures(two, "loss"))
         assert committed(two) == stopped_at
 
