@@ -104,6 +104,10 @@ class ProcessStore:
                 return ""
             raise
 
+    def under(self, folder: str) -> list[str]:
+        """Returns all texts whose keys begin with `folder`, which ends in a slash."""
+        return [value for _, value in self._client.key_value_dir_get(folder)]
+
 
 def process_store() -> ProcessStore:
     """Returns the store of a run of several processes, joined before."""

@@ -6,6 +6,7 @@ with Progress("convert", total_bytes, done=bytes_of_an_earlier_start) as progres
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Self
 
 from deepseek_jax.streams import is_terminal
@@ -18,11 +19,14 @@ BRIEF_S = 1  # what takes less needs no line
 class Progress:
     """Bytes done of a total; the rate and the time left count this start only.
 
+    `heard` is called whenever some are done.
+
     Attributes:
         seconds: between begin and end.
     """
 
-    def __init__(self, label: str, total: int, done: int = 0):
+    def __init__(self, label: str, total: int, done: int = 0, heard: Callable[[], None] = lambda: None):
+        self._heard = heard
         self.label, self.total, self.done = label, total, done
         self._start, self._start_done, self._told = time.monotonic(), done, time.monotonic()
         self.seconds = 0.0
@@ -48,6 +52,7 @@ class Progress:
 
     def advance(self, n_bytes: int) -> None:
         """Counts what has been done since the last call; never past the total, which may leave out small files."""
+        self._heard()
         before, self.done = self.done, min(self.done + n_bytes, self.total)
         if self._bar:
             self._bar.update(self._task, completed=self.done)

@@ -1,5 +1,6 @@
 """A training run from its config to its last checkpoint: what the verbs that train have in common."""
 
+import functools
 import os
 import signal
 from collections.abc import Callable
@@ -99,7 +100,7 @@ def train(
     from deepseek_jax.train.phases import RESTORE, SAVE
     from deepseek_jax.train.profiles import Profiles
 
-    trainer, ramp, training, held_out = prepare(config, workdir)
+    trainer, ramp, training, held_out = prepare(config, workdir, phases)
     folder = local(workdir)
     meta = {"config": to_json(config), "text": training.fingerprint()}
     with Checkpointer(workdir / "checkpoints", config.checkpoint.keep) as checkpoints, peers.guard(stop):
@@ -168,10 +169,11 @@ def resumed(
     return start, trainer.load(stored), average, run.differences(completed(from_json(saved["config"])), config)
 
 
-def prepare(config: ConfigDict, workdir: Place) -> tuple:
+def prepare(config: ConfigDict, workdir: Place, phases: "Phases") -> tuple:
     """The trainer, the batch ramp and both sides of the text; fills in the keys of `config` that the text decides.
 
-    The text comes last, for to tokenise it may take long: what is wrong elsewhere is reported before.
+    The text comes last, for to tokenise it may take long: what is wrong elsewhere is reported before. `phases`
+    hears of its progress.
     """
     from deepseek_jax import run
     from deepseek_jax.data.pipeline import open_splits, settled
@@ -188,7 +190,8 @@ def prepare(config: ConfigDict, workdir: Place) -> tuple:
     trainer = run.trainer(config, mesh)
     if isinstance(workdir, Path):
         check_writable(workdir, "--workdir")
-    return trainer, ramp, *open_splits(seed=config.seed, watch=Progress, **data)
+    watch = functools.partial(Progress, heard=phases.excuse)
+    return trainer, ramp, *open_splits(seed=config.seed, watch=watch, **data)
 
 
 def settle_products(config: ConfigDict) -> None:

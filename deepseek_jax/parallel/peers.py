@@ -4,8 +4,9 @@ A step's state is spread over all processes, so without one of them the others c
 collective that waits for a process which is gone may wait for ever, and JAX's own remedy ends the program from native
 code and says nothing about the run. Hence two threads beside the training:
 
-    talker   every BEAT_S: publishes a beat of this process, reads that of the next one (a ring) and the reason, if
-             any, for which a process has left; through the store of JAX's coordination service, kept by process 0
+    talker   every BEAT_S: publishes a beat of this process and what it is doing, reads the beat of the next one (a
+             ring) and the reason, if any, for which a process has left; through the store of JAX's coordination
+             service, kept by process 0
     judge    every second: no news for `heartbeat_s`, or a reason to leave -> says so, ends the process with code LOST
 
 Nothing of a checkpoint is lost in this way: a save under way counts only with its COMMIT marker.
@@ -30,7 +31,7 @@ LOST_S = 30.0  # without a beat a process counts as lost, unless a run says othe
 GRACE_S = 6.0  # for errors that all processes meet: each reports its own before it hears of the others'
 # Exit code of a process that has lost another one, or makes no progress: start all of them again (EX_TEMPFAIL).
 LOST = 75
-FAILED, GOODBYE = "deepseek_jax/failed", "goodbye"
+BEATS, FAILED, GOODBYE = "deepseek_jax/beat/", "deepseek_jax/failed", "goodbye"
 AT_ONCE = "at once: "  # begins a reason that concerns all processes, which need not wait for an error of their own
 
 
@@ -52,6 +53,7 @@ class Peers:
 
     Attributes:
         record: called with the reason before the process leaves with code LOST; may fail or hang.
+        doing: returns a word that the beats of this process carry, for `others`.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Peers:
     ):
         self._advise, self._leave = advice, leave
         self.record: Callable[[str], None] = lambda reason: None
+        self.doing: Callable[[], str] = lambda: ""
         self._lost_s = LOST_S if heartbeat_s is None else heartbeat_s
         self._beat_s = min(BEAT_S, self._lost_s / 5)
         self.index, self.count = jax.process_index(), jax.process_count()
@@ -90,6 +93,13 @@ class Peers:
         self._shortly(lambda: found.append(self._advise()))
         return "".join(found)
 
+    def others(self) -> set[str]:
+        """Returns what the processes are doing, by their last beats; nothing where process 0 does not answer."""
+        found: list[str] = []
+        if self._store is not None:
+            self._shortly(lambda: found.extend(self._store.under(BEATS)))
+        return {beat.partition(" ")[2] for beat in found} - {""}
+
     def guard(self, stop: Stop) -> "Guard":
         """A context around what all processes do together; see `Guard`."""
         return Guard(self, stop)
@@ -119,7 +129,7 @@ class Peers:
         while not self._over.wait(self._beat_s if beat else 0):
             beat += 1
             try:
-                self._publish(str(beat))
+                self._publish(f"{beat} {self.doing()}")
                 seen, failed = self._store.get(_key(following)), self._store.get(FAILED)
             except Exception:  # the coordinator does not answer: the judge counts the seconds
                 continue
@@ -215,4 +225,4 @@ def first_line(error: BaseException) -> str:
 
 
 def _key(index: int) -> str:
-    return f"deepseek_jax/beat/{index}"
+    return f"{BEATS}{index}"

@@ -25,7 +25,7 @@ from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 from deepseek_jax.train.hosts import Hosts
 from deepseek_jax.train.ledger import Ledger
 from deepseek_jax.train.metrics import Metrics, bits_per_byte
-from deepseek_jax.train.phases import COMPILE, EVALUATE, INPUT, SAVE, STEP, WAIT, Phases
+from deepseek_jax.train.phases import COMPILE, EVALUATE, INPUT, PROFILE, SAVE, STEP, WAIT, Phases
 from deepseek_jax.train.profiles import Profiles
 from deepseek_jax.train.ramp import BatchRamp, Shares, share
 from deepseek_jax.train.redundant import RedundantEvaluator, imbalance
@@ -142,7 +142,8 @@ class Loop:
         try:
             for done, batch in enumerate(batches, start + 1):
                 if self.profiles:
-                    self.profiles.before(done)
+                    with self.phases.of(PROFILE):
+                        self.profiles.before(done)
                 with self.phases.of(COMPILE if done == start + 1 else STEP):
                     state, report = self.trainer.step(state, batch)
                 if self.average:

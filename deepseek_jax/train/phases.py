@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 
 from deepseek_jax import compat
 
-NAMES = ("start", "restore", "compile", "step", "input", "wait", "evaluate", "save")
-START, RESTORE, COMPILE, STEP, INPUT, WAIT, EVALUATE, SAVE = NAMES
+NAMES = ("start", "restore", "compile", "step", "input", "wait", "evaluate", "save", "profile")
+START, RESTORE, COMPILE, STEP, INPUT, WAIT, EVALUATE, SAVE, PROFILE = NAMES
 STEPPING = (STEP, INPUT, WAIT)  # what steps are made of: the host's own work, its input, its devices
 RECENT = 31  # steps whose median is the usual time of one
 
@@ -90,7 +90,7 @@ class Phases:
         return statistics.median(recent) if recent else 0.0
 
     def excuse(self) -> None:
-        """Counts the time until now as no idleness: the process itself was stopped."""
+        """Counts the time until now as no idleness: the process itself was stopped, or a long phase goes on."""
         self._marked_s = self._clock()
 
     def _settle(self) -> None:

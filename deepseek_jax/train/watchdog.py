@@ -4,7 +4,8 @@ A process whose neighbour is stuck waits in a collective for ever, while it send
 processes that are gone). The watchdog is a thread that compares how long the run has been idle (`phases`) with
 
     max(step_s, 10 x the median step)   between steps and while it waits for its input
-    long_s                              until two steps are done; while it restores, compiles, evaluates, saves
+    long_s                              until two steps are done; while it restores, compiles, evaluates, saves; and
+                                        between steps while another process does so, for then this one waits
     stop_s                              after a signal, until the save begins: counted from the signal, or from
                                         the end of a save that it came into; from there on as above
 
@@ -12,11 +13,14 @@ Past a limit it writes the stacks of all threads to the workdir, and the process
 whatever supervises the run starts all processes again. Where native code holds the interpreter itself, no thread of
 Python runs: then `faulthandler`, which needs none, writes the stacks and ends the process with code 1.
 
-A process that was stopped and continues (Ctrl-Z, a suspended machine) is not blamed for that time.
+A process that was stopped and continues (Ctrl-Z, a suspended machine) is not blamed for that time, up to the five
+minutes of `faulthandler`, which cannot tell a stopped process from a stuck interpreter. Text that is tokenised shows
+its own progress, and may take as long as it likes.
 """
 
 import contextlib
 import faulthandler
+import math
 import os
 import signal
 import socket
@@ -34,6 +38,7 @@ from deepseek_jax.units import duration
 TICK_S = 1.0
 PAUSE_S = 5.0  # between two ticks: then the process itself was stopped
 MANY_STEPS = 10  # in whose time one must be done
+LOOK_S = 10.0  # between two looks at what the other processes are doing
 INTERPRETER_S = 300.0  # without a tick: the interpreter itself is stuck
 HOSTS = "hosts"  # folder of a workdir: what each process says of itself
 
@@ -71,10 +76,12 @@ class Watchdog:
         self.path = workdir / HOSTS / f"process_{peers.index}.stacks"
         self.is_on = peers.count > 1 or limits.alone
         self._over = threading.Event()
+        self._look_s, self._is_held_up = -math.inf, False
 
     def __enter__(self) -> Self:
         if self.is_on:
             self.peers.record = self.write_stacks
+            self.peers.doing = lambda: self.phases.name
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -97,6 +104,8 @@ class Watchdog:
         idle_s, limit_s = self.phases.idle_s(), self.limit_s(name)
         if not limit_s or idle_s <= limit_s:
             return ""
+        if name in STEPPING and not 0 < self.limits.long_s < idle_s and self.is_held_up():
+            return ""
         usual_s = self.phases.usual_step_s()
         usually = f" (a step usually takes {usual_s:.2f} s)" if name in STEPPING and usual_s else ""
         return f"no progress for {duration(idle_s)} in the phase {name!r} on {socket.gethostname()}{usually}."
@@ -106,6 +115,12 @@ class Watchdog:
         if name in STEPPING and self.phases.steps > 1:
             return max(self.limits.step_s, MANY_STEPS * self.phases.usual_step_s()) if self.limits.step_s else 0.0
         return self.limits.long_s
+
+    def is_held_up(self) -> bool:
+        """Whether another process is in a phase that may take long, when this was last looked at."""
+        if time.monotonic() - self._look_s > LOOK_S:
+            self._look_s, self._is_held_up = time.monotonic(), bool(self.peers.others() - {*STEPPING})
+        return self._is_held_up
 
     def write_stacks(self, reason: str) -> None:
         """Appends the stacks of all threads to the workdir's file of this process, or else to standard error."""

@@ -26,6 +26,10 @@ class Store:
         self.answer()
         return self.texts.get(key, "")
 
+    def under(self, folder: str) -> list[str]:
+        self.answer()
+        return [text for key, text in self.texts.items() if key.startswith(folder)]
+
 
 class Stop:
     is_running = True
@@ -79,6 +83,16 @@ def test_a_process_that_stops_beating_is_lost(store, capfd):
     said = capfd.readouterr().err
     assert "process 0 of this run has not been heard of" in said and "checkpoint is of step 7" in said
     assert "process 0" in store.texts[FAILED]  # the others hear of it
+
+
+def test_the_beats_say_what_a_process_is_doing(store):
+    store.texts |= {"deepseek_jax/beat/0": "7 compile", "deepseek_jax/beat/2": GOODBYE}
+    with Peers(lambda: "") as peers:
+        peers.doing = lambda: "wait"
+        deadline = time.monotonic() + 10
+        while "wait" not in peers.others() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert peers.others() == {"compile", "wait"}
 
 
 def test_a_process_that_has_said_goodbye_is_not_lost(store):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_jax.launch._progress import Progress
 from deepseek_jax.parallel.peers import LOST
 from deepseek_jax.train import watchdog as watchdog_module
 from deepseek_jax.train.phases import COMPILE, EVALUATE, INPUT, SAVE, START, STEP, Phases
@@ -34,6 +35,10 @@ class Peers:
         self.left: list[tuple[int, str]] = []
         self.record = lambda reason: None
         self.over = threading.Event()
+        self.words: set[str] = set()
+
+    def others(self) -> set[str]:
+        return self.words
 
     def advice(self) -> str:
         return "The newest checkpoint is of step 7."
@@ -248,6 +253,29 @@ def test_one_process_alone_is_not_watched_unless_it_says_so(tmp_path, monkeypatc
         assert threading.active_count() == before
     with Watchdog(limits(alone=True), Phases(), Silence(), Peers(), tmp_path):
         assert threading.active_count() == before + 1
+
+
+def test_who_waits_for_another_ones_long_phase_may_wait_as_long(clock, monkeypatch):
+    monkeypatch.setattr(watchdog_module, "LOOK_S", -1.0)
+    phases, peers = Phases(clock), Peers()
+    watchdog = Watchdog(limits(), phases, Silence(), peers, Path("run"))
+    with phases.of(STEP):
+        stepping(phases, clock, 2, 2, 2)
+        clock.now += 900
+        for words, is_over in (({"compile", "step"}, False), ({"profile"}, False), ({"wait", "step", "input"}, True)):
+            peers.words = words
+            assert bool(watchdog.reason()) == is_over
+        peers.words = {"compile"}
+        clock.now += 101  # beyond long_s
+        assert watchdog.reason()
+
+
+def test_text_that_is_being_tokenised_is_no_idleness(clock):
+    phases = Phases(clock)
+    progress = Progress("tokens", 100, heard=phases.excuse)
+    clock.now += 5000
+    progress.advance(1)
+    assert phases.idle_s() == 0
 
 
 def test_a_signal_is_heard_while_the_main_thread_cannot_run_its_handler():
