@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
 
 
 def check_drafts(config: ConfigDict, share: float) -> None:
-    """Raises UserError for a share of right drafts that is none, or a model that drafts nothing."""
+    """Raises UserError for an invalid share of right drafts, or a model that drafts nothing."""
     number(0, 1).check("--drafts", share)
     if not config.model.get("mtp_depth"):
         raise UserError(

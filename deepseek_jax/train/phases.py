@@ -90,7 +90,7 @@ class Phases:
         return statistics.median(recent) if recent else 0.0
 
     def excuse(self) -> None:
-        """Counts the time until now as no idleness: the process itself was stopped, or a long phase goes on."""
+        """Counts the time until now as no idleness: the process itself was stopped, or a long phase continues."""
         self._marked_s = self._clock()
 
     def _settle(self) -> None:

@@ -84,7 +84,7 @@ def _written(path: Path) -> Iterator[None]:
     except Exception as error:
         what = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{path} cannot be written ({what}). Make room on its disk if that is full, then repeat the command: it "
+            f"{path} cannot be written ({what}). Free space on its disk if that is full, then repeat the command: it "
             "continues."
         ) from error
 
