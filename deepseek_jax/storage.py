@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deepseek_jax.errors import UserError
+from deepseek_jax.errors import PassingError, UserError
 
 SCHEMES = ("gs", "s3")
 URL = re.compile(r"(gs|s3):/+([^/]+)/*(.*)", re.DOTALL)  # pathlib makes gs:/b of gs://b
@@ -47,6 +47,20 @@ class StorageError(OSError):
 
     def __str__(self) -> str:
         return str(self.strerror)
+
+
+def refusal(error: StorageError) -> UserError:
+    """Returns what ends a program in one line: PassingError where it was the service, else what is to be corrected."""
+    return (PassingError if error.errno == errno.EIO else UserError)(str(error))
+
+
+@contextlib.contextmanager
+def answered() -> Iterator[None]:
+    """A context that raises the `refusal` of a StorageError instead of it."""
+    try:
+        yield
+    except StorageError as error:
+        raise refusal(error) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,11 +187,9 @@ class Store:
             _remove_empty(self.place / prefix)
 
     def check(self) -> None:
-        """Raises UserError in one line unless the place can be listed: no such bucket, no credentials, no service."""
-        try:
+        """Raises UserError in one line unless the place can be listed: no such bucket, no right; PassingError."""
+        with answered():
             self.names(".check/")
-        except StorageError as error:
-            raise UserError(str(error)) from error
 
     # ---- how
 

@@ -32,7 +32,7 @@ from pathlib import Path
 from deepseek_jax import run_config
 from deepseek_jax.launch import _beginning, _options
 from deepseek_jax.launch._training import execute
-from deepseek_jax.storage import Remote, open_store
+from deepseek_jax.storage import Remote, answered, open_store
 
 DEFAULT = "tiny_v3"
 EXTRA = {"sample": (bool, True, "end with a generated sample")}
@@ -48,7 +48,8 @@ def main(argv: list[str]) -> int:
     _beginning.check_prepared(config, options.overrides)
     if isinstance(workdir, Remote):
         open_store(workdir).check()
-    _beginning.inherit(config, options.overrides, workdir)
+    with answered():
+        _beginning.inherit(config, options.overrides, workdir)
     if Path(config.data.tokenizer).exists():  # so that the run's model finds it from anywhere
         config.data.tokenizer = os.path.abspath(config.data.tokenizer)
     again = argv if options.workdir else [*argv, f"--workdir={workdir}"]

@@ -197,7 +197,7 @@ class Guard:
         if error is None or self.peers.count == 1 or all_meet:
             return
         if isinstance(error, UserError):
-            self.peers.leave(2, f"error: {error}")
+            self.peers.leave(error.exit_code, f"error: {error}")
         elif isinstance(error, KeyboardInterrupt):
             code = 130 if self.stop.is_running else self.stop.exit_code
             self.peers.leave(code, f"stopped by a signal without saving. {self.peers.advice()}")

@@ -192,11 +192,11 @@ def test_a_second_writer_is_refused_and_a_dead_one_replaced(where, monkeypatch):
 # -------------------------------------------------------------------------------------------------- several processes
 
 PROCESS = """
-import json, os, sys
+import json, os, sys, time
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from deepseek_jax.compat import start_processes
-from deepseek_jax.storage import Store
+from deepseek_jax.storage import Store, open_store
 from deepseek_jax.train.checkpoint import grid, shards
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 
@@ -210,6 +210,8 @@ def counted_write(store, name, content):
     count["written"] += len(content) if name.startswith("shards/") else 0
     if "step_00000030" in name and index == 2:
         raise OSError(28, "No space left on device")
+    if "step_00000030" in name and index == 3:
+        time.sleep(1)  # writes after process 0 has given up and deleted
     write(store, name, content)
 
 def counted_read(store, name, *part):
@@ -251,7 +253,12 @@ with Checkpointer(where, warn=said.append, deadline_s=60) as checkpoints:
         for name, array in arrays.items():
             for shard in array.addressable_shards:
                 assert np.asarray(shard.data).tobytes() == values[name][shard.index].tobytes(), name
-print(json.dumps({"saved": saved, "restored": restored, "good": good, "failed": failed, "step": step, "said": said}))
+    left = sorted(open_store(where).names("shards/step_00000030/"))
+    checkpoints.save(40, state, {"config": {}})
+    assert checkpoints.wait()
+    gone = not [name for name in open_store(where).names() if "step_00000030" in name]
+told = {"saved": saved, "restored": restored, "good": good, "failed": failed, "step": step, "said": said}
+print(json.dumps(told | {"left": left, "gone": gone}))
 """
 
 
@@ -284,7 +291,8 @@ def test_four_processes_write_and_read_their_shares_and_hear_of_a_failure(tmp_pa
         assert answer["saved"]["hashed"] <= own + shared // 4 + 4 * lists
         assert answer["restored"]["read"] <= own + shared + lists
         assert answer["good"] and answer["failed"] and answer["step"] == 20
-        assert len(answer["said"]) == 1
+        assert answer["gone"] and len(answer["said"]) == 1
         assert "step 30 was NOT saved: process 2: no space left on the disk. Training continues" in answer["said"][0]
     assert sum(answer["saved"]["written"] for answer in told) <= 4 * own + shared + 4 * lists
-    assert manifest.committed_steps(tmp_path / "run") == [10, 20]
+    assert any("/00003" in name for name in told[0]["left"])  # written after the save had failed
+    assert manifest.committed_steps(tmp_path / "run") == [10, 20, 40]

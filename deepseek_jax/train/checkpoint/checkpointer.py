@@ -16,6 +16,7 @@ has compared their files.
 
 import atexit
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,10 +34,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from deepseek_jax.errors import UserError
+from deepseek_jax.errors import PassingError, UserError
 from deepseek_jax.parallel.mesh import largest
 from deepseek_jax.paths import check_local
-from deepseek_jax.storage import Place, Remote, StorageError, open_store, place
+from deepseek_jax.storage import Place, Remote, StorageError, answered, open_store, place, refusal
 from deepseek_jax.train.checkpoint import grid, shards, tree
 from deepseek_jax.train.checkpoint import manifest as files
 from deepseek_jax.train.checkpoint.grid import Piece
@@ -45,7 +47,9 @@ from deepseek_jax.train.checkpoint.writer import Lease, WriterLock, sole_writer
 
 SAVE_TIMEOUT_S = 3600
 _SKIP, _WRITE, _REFUSE, _FAIL = range(4)  # process 0's verdict on a save, broadcast to all
-_GOOD, _DAMAGED, _UNREACHABLE = range(3)  # what became of reading a step
+_GOOD, _DAMAGED, _UNREACHABLE, _FORBIDDEN = range(4)  # what became of reading a step
+_COMMITTERS = 32  # lists of what processes have written that are read at a time
+_openings = itertools.count()  # of Checkpointers that write; the same on all processes
 
 
 def print_warning(message: str) -> None:
@@ -83,6 +87,7 @@ class Checkpointer:
         self._warn = warn
         self._messages: deque[str] = deque()
         self._told: set[str] = set()
+        self._given_up: set[int] = set()  # steps of failed saves, of which something may be left
         self._thread: threading.Thread | None = None
         self._last_save_good = True
         self._restored: int | None = None  # the step this run resumed from
@@ -101,11 +106,13 @@ class Checkpointer:
             except UserError as error:
                 failure = error
             except OSError as error:
-                failure = UserError(
-                    f"cannot write checkpoints to {self.directory}: {error.strerror}.".replace("..", ".")
-                )
-        if not _agree(failure is None):
-            raise failure or UserError(f"process 0 cannot write to {self.directory}: see what it says.")
+                kind = type(refusal(error)) if isinstance(error, StorageError) else UserError
+                failure = kind(f"cannot write checkpoints to {self.directory}: {error.strerror}.".replace("..", "."))
+        # No collective may begin before all are here: process 0 watches the lease of a dead run for a while.
+        if waited := self._ballot.decide(f"open/{next(_openings)}", "", "", lambda contents: None):
+            raise PassingError(f"the processes did not all come to open {self.directory}: {waited}.")
+        if code := _agree(failure.exit_code if failure else 0):
+            raise failure or _of_code(code, f"process 0 cannot write to {self.directory}: see what it says.")
         atexit.register(self.report)
 
     def __enter__(self) -> Self:
@@ -212,10 +219,12 @@ class Checkpointer:
             except CheckpointDamaged as error:
                 failure, damage = _DAMAGED, str(error)
             except StorageError as error:  # which says nothing of the step: no reason to fall back
-                failure, damage = _UNREACHABLE, str(error)
+                failure = _UNREACHABLE if isinstance(refusal(error), PassingError) else _FORBIDDEN
+                damage = str(error)
             worst = largest(failure)[0]
-            if worst == _UNREACHABLE:
-                raise UserError(damage or f"another process could not read step {candidate} of {self.directory}.")
+            if worst >= _UNREACHABLE:
+                why = damage or f"another process could not read step {candidate} of {self.directory}."
+                raise (PassingError if worst == _UNREACHABLE else UserError)(why)
             if worst == _GOOD:
                 break
             refused[candidate] = damage or "another process has found damage in its part"
@@ -231,12 +240,14 @@ class Checkpointer:
     def read_meta(self, step: int | None = None) -> tuple[int, dict]:
         """Returns (step, meta) of the newest step (or of `step`) whose metadata is intact; opens no array file."""
         step = self._agreed(lambda: self._search(step, only=(files.META, files.CONFIG)))
-        return step, files.read_meta(files.step_dir(self.directory, step))
+        with answered():
+            return step, files.read_meta(files.step_dir(self.directory, step))
 
     def shapes(self, step: int | None = None) -> tuple[int, dict[str, jax.ShapeDtypeStruct]]:
         """Returns (step, {"params/…": shape and dtype}) from the manifest alone."""
         step = self._agreed(lambda: self._search(step, only=()))
-        arrays = files.read_manifest(files.step_dir(self.directory, step), step)["arrays"]
+        with answered():
+            arrays = files.read_manifest(files.step_dir(self.directory, step), step)["arrays"]
         return step, {name: jax.ShapeDtypeStruct(a["shape"], jnp.dtype(a["dtype"])) for name, a in arrays.items()}
 
     # ---- how
@@ -252,16 +263,17 @@ class Checkpointer:
 
     def _admit(self, step: int, token: int) -> int:
         """Decides whether `step` may be written, and clears the ground for it; the same answer on all processes."""
-        verdict, why = _WRITE, ""
+        verdict, why, has_begun = _WRITE, "", False
         if jax.process_index() == 0:
             try:
                 verdict, why = self._judged(step)
                 if verdict == _WRITE:
+                    has_begun = True
                     self._clean(also=step)
                     files.begin(self.directory, step, token, f"process {os.getpid()}")
             except OSError as error:
                 verdict = _FAIL
-                self._give_up(step, reason(error))
+                self._give_up(step, reason(error), has_begun)
         verdict = _agree(verdict)
         if verdict == _REFUSE:
             raise UserError(f"{why or 'newer steps exist'}. Restore before you save, or choose another directory.")
@@ -300,9 +312,9 @@ class Checkpointer:
             if step not in committed:
                 self._delete(step)
 
-    def _delete(self, step: int) -> None:
+    def _delete(self, step: int, keep_begun: bool = False) -> None:
         try:
-            files.remove(files.step_dir(self.directory, step))
+            files.remove(files.step_dir(self.directory, step), keep_begun)
         except OSError as error:
             self._say_once(f"step {step} could not be deleted: {error}.")
 
@@ -332,22 +344,27 @@ class Checkpointer:
 
     def _commit(self, step: int, folder: str, shapes: dict, texts: dict[str, bytes], hashes: list[str]) -> None:
         """Process 0 makes a checkpoint of what all have written, each list of which has the hash it was voted for."""
-        found: list[shards.Shard] = []
-        for process, expected in enumerate(hashes):
-            listed = self._store.read(shards.part_name(folder, process))
-            if shards.sha256(listed) != expected:
-                raise CheckpointDamaged(f"{shards.part_name(folder, process)} is not what was written")
-            found += shards.parsed(json.loads(listed), shapes)
+
+        def of(process: int) -> list[shards.Shard]:
+            name = shards.part_name(folder, process)
+            listed = self._store.read(name)
+            if shards.sha256(listed) != hashes[process]:
+                raise CheckpointDamaged(f"{name} is not what was written")
+            return shards.parsed(json.loads(listed), shapes)
+
+        with ThreadPoolExecutor(_COMMITTERS, "commit") as pool:
+            found = [shard for several in pool.map(of, range(len(hashes))) for shard in several]
         if self._lock is not None and not self._lock.is_held():
             raise PermissionError(13, f"another run has taken over {self.directory}, or it has long not answered")
         files.commit_shards(self.directory, step, shapes, texts, found)
 
-    def _give_up(self, step: int, why: str) -> None:
-        """Notes why a save failed and gives its space back."""
+    def _give_up(self, step: int, why: str, has_begun: bool = True) -> None:
+        """Notes why a save failed and gives its space back; what other processes still write, the next save deletes."""
         good = None
+        self._given_up.add(step)
         with contextlib.suppress(OSError):
-            if jax.process_index() == 0 and (self._lock is None or self._lock.is_held()):
-                self._delete(step)
+            if has_begun and jax.process_index() == 0 and (self._lock is None or self._lock.is_held()):
+                self._delete(step, keep_begun=self._ballot.count > 1)
             good = max(self.steps(), default=None)
         left = "there is no older checkpoint" if good is None else f"the newest good one is step {good}"
         self._messages.append(f"step {step} was NOT saved: {why}. Training continues; {left}.")
@@ -363,17 +380,17 @@ class Checkpointer:
 
     def _agreed(self, find: Callable[[], int]) -> int:
         """Returns the step that process 0 finds, on all processes; raises what it raises, in its own words there."""
-        found, why = -1, UserError(f"process 0 found no intact checkpoint in {self.directory}.")
+        found: int = -1
+        why: UserError | None = None
         if jax.process_index() == 0:
             try:
-                found = find()
+                with answered():
+                    found = find()
             except UserError as error:
-                why = error
-            except StorageError as error:
-                why = UserError(str(error))
+                found, why = -error.exit_code, error
         found = _agree(found)
         if found < 0:
-            raise why
+            raise why or _of_code(-found, f"process 0 found no intact checkpoint in {self.directory}.")
         return found
 
     def _committed(self, step: int | None) -> list[int]:
@@ -397,7 +414,8 @@ class Checkpointer:
         """The newest step that was not refused, nor will be for what process 0 can see of it."""
         committed = self._committed(step)
         for unfinished in set(files.step_dirs(self.directory)) - set(self.steps()):
-            if unfinished > committed[-1] and step is None and self._lock is not None:
+            is_news = unfinished > committed[-1] and unfinished not in self._given_up
+            if is_news and step is None and self._lock is not None:
                 self._say_once(f"step {unfinished} was never finished (it has no {files.COMMIT}); it is ignored.")
         for candidate in reversed(committed):
             path = files.step_dir(self.directory, candidate)
@@ -458,6 +476,11 @@ def _agree(value: int) -> int:
     if jax.process_count() == 1:
         return int(value)
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def _of_code(code: int, why: str) -> UserError:
+    """The error of this process where process 0 has met one with this exit code."""
+    return (PassingError if code == PassingError.exit_code else UserError)(why)
 
 
 def _quieten_orbax() -> None:

@@ -272,19 +272,22 @@ def _complaint(store: Store, name: str, shown: str, size: int, sha256: str) -> s
     return None if found["sha256"] == sha256 else f"{shown} has changed since it was written (sha256 differs)"
 
 
-def remove(path: Place) -> None:
-    """Deletes a step, COMMIT first, so that a half-deleted one is litter and not damage; raises OSError."""
+def remove(path: Place, keep_begun: bool = False) -> None:
+    """Deletes a step, COMMIT first, so that a half-deleted one is litter and not damage; raises OSError.
+
+    With `keep_begun` BEGUN stays, by which a later call finds what other processes were still writing.
+    """
     if isinstance(path, Path):
         if path.is_symlink() or path.is_file():
             return path.unlink()
         if not (path / COMMIT).is_dir():
             (path / COMMIT).unlink(missing_ok=True)
         _remove_folder(path.parent / SHARDS / path.name)
-        return _remove_folder(path)
+        return None if keep_begun else _remove_folder(path)
     store = open_store(path.parent)
     store.delete(f"{path.name}/{COMMIT}")
     store.delete_below(f"{SHARDS}/{path.name}/")
-    return store.delete_below(f"{path.name}/")
+    return None if keep_begun else store.delete_below(f"{path.name}/")
 
 
 def _remove_folder(path: Path, tries: int = 5) -> None:

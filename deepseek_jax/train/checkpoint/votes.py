@@ -7,6 +7,7 @@ reach would hold up all the others. Words travel through the store of JAX's coor
 at once, and everybody knows: nobody waits at a barrier for a process whose upload was refused.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from deepseek_jax import compat
 
 VERDICT = "deepseek_jax/checkpoint/verdict"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.01, 1.0
-GRACE_S = 60.0  # that the others wait longer than process 0, which has a manifest to write
+# That the others wait longer than process 0, which has the lists of all to read and a manifest to write.
+GRACE_S, GRACE_OF_ONE_S = 60.0, 0.25
 
 
 class Ballot:
@@ -43,13 +45,18 @@ class Ballot:
         try:
             self._store.set(_key(self.index), vote)
             if self.index:
-                return self._awaited(VERDICT, topic, self.deadline_s + GRACE_S)["failure"]
+                grace_s = GRACE_S + GRACE_OF_ONE_S * self.count
+                return self._awaited(VERDICT, topic, self.deadline_s + grace_s)["failure"]
             verdict = self._counted(topic, conclude)
-            self._store.set(VERDICT, json.dumps({"topic": topic, "failure": verdict}))
         except TimeoutError as error:
-            return str(error)
+            verdict = str(error)
         except jax.errors.JaxRuntimeError as error:
-            return f"the other processes cannot be asked ({str(error).splitlines()[0][:200]})"
+            verdict = f"the other processes cannot be asked ({str(error).splitlines()[0][:200]})"
+        except Exception as error:
+            verdict = reason(error)
+        if not self.index:  # the others wait for it, whatever it is; what is concluded stays so if they cannot hear it
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                self._store.set(VERDICT, json.dumps({"topic": topic, "failure": verdict}))
         return verdict
 
     def _counted(self, topic: str, conclude: Callable[[list[str]], None]) -> str:

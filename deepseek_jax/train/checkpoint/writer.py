@@ -98,6 +98,8 @@ class Lease:
         else:
             self._seen_s = time.monotonic()
             taken = self._store.exchange(LEASE, self._content(), found)
+            if taken is None and self._is_own():
+                taken = self._store.generation(LEASE)
             if taken is not None:
                 return taken
         raise _refusal(self._store, self._store.read(LEASE).decode(errors="replace").partition("\n")[0])
@@ -106,13 +108,17 @@ class Lease:
         self._count += 1
         return f"{_holder()}\n{self._name} {self._count}\n".encode()
 
+    def _is_own(self) -> bool:
+        """Whether the lease bears this holder's name, whichever of its writes that was."""
+        return f"\n{self._name} ".encode() in self._store.read(LEASE)
+
     def _renew(self) -> None:
         while not self._over.wait(RENEW_S):
             assert self._generation is not None
             try:
-                began_s, content = time.monotonic(), self._content()
-                renewed = self._store.exchange(LEASE, content, self._generation)
-                if renewed is None and self._store.read(LEASE) == content:  # the first answer was lost
+                began_s = time.monotonic()
+                renewed = self._store.exchange(LEASE, self._content(), self._generation)
+                if renewed is None and self._is_own():  # an answer was lost, to this renewal or to an earlier one
                     renewed = self._store.generation(LEASE)
                 self._generation, self._seen_s = renewed, began_s
             except FileNotFoundError:
