@@ -15,7 +15,7 @@ from deepseek_jax.launch._continuation import show_sample
 from deepseek_jax.launch._headline import headline
 from deepseek_jax.launch._progress import Progress
 from deepseek_jax.paths import check_writable
-from deepseek_jax.storage import Place
+from deepseek_jax.storage import Place, StorageError
 
 if TYPE_CHECKING:
     from deepseek_jax.parallel.peers import Peers
@@ -39,7 +39,7 @@ def execute(config: ConfigDict, workdir: Place, *, sample: bool, again: str, run
     from deepseek_jax.compat import keep_freed_memory, start_compilation_cache, start_processes
     from deepseek_jax.parallel.peers import LOST, Peers
     from deepseek_jax.train.checkpoint.checkpointer import print_warning
-    from deepseek_jax.train.mirror import mirrored
+    from deepseek_jax.train.mirror import mirrored, upload
     from deepseek_jax.train.phases import Phases
     from deepseek_jax.train.stop import StopRequest
     from deepseek_jax.train.watchdog import Limits, Watchdog
@@ -55,7 +55,7 @@ def execute(config: ConfigDict, workdir: Place, *, sample: bool, again: str, run
                 # Before the files of an earlier start are fetched, for that may take longer than a beat may be late.
                 Peers(lambda: advice(workdir, again), heartbeat_s=watch.heartbeat_s) as peers,
                 mirrored(workdir, print_warning) as folder,
-                Watchdog(limits, phases, stop, peers, folder),
+                Watchdog(limits, phases, stop, peers, folder, lambda: upload(workdir)),
             ):
                 is_saved = (run or train)(config, workdir, stop, again, peers, phases)
         except KeyboardInterrupt:
@@ -70,6 +70,8 @@ def execute(config: ConfigDict, workdir: Place, *, sample: bool, again: str, run
             return LOST  # the signal was another process's: this one is not done, and may be started again
         if sample and isinstance(workdir, Path):
             show_sample(config, workdir)
+        elif sample and not peers.index:
+            streams.note(f"no sample: {workdir} is in a bucket. For one: deepseek-jax sample --help")
     return 0
 
 
@@ -77,10 +79,14 @@ def advice(workdir: Place, again: str) -> str:
     """Returns where the newest checkpoint is and how to resume, as this process alone sees it."""
     from deepseek_jax.train.checkpoint.manifest import committed_steps
 
+    then = f"Start again with: {again}"
     checkpoints = workdir / "checkpoints"
-    steps = committed_steps(checkpoints)
+    try:
+        steps = committed_steps(checkpoints)
+    except StorageError:
+        return f"The bucket does not answer, so the newest checkpoint in {checkpoints} is not known. {then}"
     newest = f"The newest checkpoint is of step {steps[-1]}" if steps else "There is no checkpoint"
-    return f"{newest} in {checkpoints}. Start again with: {again}"
+    return f"{newest} in {checkpoints}. {then}"
 
 
 def train(
@@ -96,14 +102,18 @@ def train(
     from deepseek_jax.train.ledger import Ledger
     from deepseek_jax.train.loop import Loop, LoopConfig
     from deepseek_jax.train.metrics import Metrics
-    from deepseek_jax.train.mirror import local
+    from deepseek_jax.train.mirror import local, upload
     from deepseek_jax.train.phases import RESTORE, SAVE
     from deepseek_jax.train.profiles import Profiles
 
     trainer, ramp, training, held_out = prepare(config, workdir, phases)
     folder = local(workdir)
     meta = {"config": to_json(config), "text": training.fingerprint()}
-    with Checkpointer(workdir / "checkpoints", config.checkpoint.keep) as checkpoints, peers.guard(stop):
+    keep = config.checkpoint.keep
+    with (
+        Checkpointer(workdir / "checkpoints", keep, committed=lambda: upload(workdir)) as checkpoints,
+        peers.guard(stop),
+    ):
         with phases.of(RESTORE):
             start, state, average, changed = resumed(config, trainer, checkpoints, meta["text"], workdir)
         metrics = Metrics(

@@ -4,9 +4,9 @@
         Metrics(folder, ...)
 
 `metrics.jsonl`, the events of TensorBoard and the like grow by a line at a time, which no object can. So they lie in a
-folder of the user's cache; what has changed there is uploaded every `UPLOAD_S` and at the end. A run that resumes on
-another machine first brings them back. A file that could not be fetched is not uploaded, for the bucket's has more in
-it. A bucket that refuses is reported once and stops no run.
+folder of the user's cache; what has changed there is uploaded every `UPLOAD_S`, at each checkpoint, before a watchdog
+ends the process, and at the end. A run that resumes on another machine first brings them back. A file that could not be
+fetched is not uploaded, for the bucket's has more in it. A bucket that refuses is reported once and stops no run.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ import jax
 from deepseek_jax.errors import UserError
 from deepseek_jax.storage import Place, Store, open_store
 from deepseek_jax.train.checkpoint.writer import WriterLock
+from deepseek_jax.train.watchdog import HOSTS
 
 UPLOAD_S = 60.0
 CHECKPOINTS = "checkpoints/"  # in the bucket itself
@@ -30,6 +31,9 @@ CHECKPOINTS = "checkpoints/"  # in the bucket itself
 # follows them is asked for by its first letter; no file of a run begins as "checkpoints" does.
 AFTER = string.ascii_lowercase[3:]
 OF_PROCESS = ("hosts/process_{}.", "profiles/process_{}/")
+
+
+_live: dict[Place, "Mirror"] = {}  # that copy at present, by workdir
 
 
 def local(workdir: Place) -> Path:
@@ -50,13 +54,20 @@ def mirrored(workdir: Place, warn: Callable[[str], None]) -> Iterator[Path]:
         return
     lock = _locked(folder, workdir)
     try:
-        mirror = Mirror(open_store(workdir), folder, warn, jax.process_index())
+        mirror = _live[workdir] = Mirror(open_store(workdir), folder, warn, jax.process_index())
         try:
             yield folder
         finally:
+            del _live[workdir]
             mirror.close()
     finally:
         lock.release()
+
+
+def upload(workdir: Place) -> None:
+    """Copies what has changed in `local(workdir)` now, where that is mirrored."""
+    if mirror := _live.get(workdir):
+        mirror.copy()
 
 
 def _locked(folder: Path, workdir: Place) -> WriterLock:
@@ -85,7 +96,7 @@ class Mirror:
         self._copied: dict[str, tuple[int, int]] = {}  # name -> size and time of change when it was copied
         self._missing: set[str] | None = set()  # names in the bucket that were not fetched; None: it was not listed
         self._has_warned = False
-        self._over = threading.Event()
+        self._over, self._copying = threading.Event(), threading.Lock()
         self._fetch()
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
         self._thread.start()
@@ -97,9 +108,13 @@ class Mirror:
         self.copy()
 
     def copy(self) -> None:
-        """Copies what has changed since the last call."""
+        """Copies what has changed since the last call, first what processes say of themselves: they may be ending."""
+        with self._copying:
+            self._copy()
+
+    def _copy(self) -> None:
         try:
-            for file in sorted(self._folder.rglob("*")):
+            for file in sorted(self._folder.rglob("*"), key=lambda file: (HOSTS not in file.parts, file)):
                 name, state = file.relative_to(self._folder).as_posix(), _state(file)
                 if self._missing is None or name in self._missing:
                     continue

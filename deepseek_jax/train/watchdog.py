@@ -26,6 +26,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -69,10 +70,19 @@ class Watchdog:
         stop: the signals that came.
         peers: by which the process leaves.
         workdir: receives hosts/process_K.stacks.
+        upload: takes what is there to where it is kept; it may fail or hang.
     """
 
-    def __init__(self, limits: Limits, phases: Phases, stop: Stop, peers: Peers, workdir: Path):
-        self.limits, self.phases, self.stop, self.peers = limits, phases, stop, peers
+    def __init__(
+        self,
+        limits: Limits,
+        phases: Phases,
+        stop: Stop,
+        peers: Peers,
+        workdir: Path,
+        upload: Callable[[], None] = lambda: None,
+    ):
+        self.limits, self.phases, self.stop, self.peers, self.upload = limits, phases, stop, peers, upload
         self.path = workdir / HOSTS / f"process_{peers.index}.stacks"
         self.is_on = peers.count > 1 or limits.alone
         self._over = threading.Event()
@@ -134,6 +144,7 @@ class Watchdog:
             faulthandler.dump_traceback(2, all_threads=True)
         else:
             streams.note(f"deepseek-jax: process {self.peers.index}: the stacks of its threads are in {self.path}")
+            self.upload()
 
     def _watch(self) -> None:
         last_s = time.monotonic()

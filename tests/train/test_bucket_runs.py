@@ -2,16 +2,24 @@
 
 import itertools
 import os
+from functools import partial
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from deepseek_jax import cli, storage
 from deepseek_jax.errors import UserError
+from deepseek_jax.launch import _training
+from deepseek_jax.parallel.peers import Peers
 from deepseek_jax.train import mirror
+from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 from deepseek_jax.train.checkpoint.manifest import committed_steps
 from deepseek_jax.train.metrics import read_log
 from deepseek_jax.train.mirror import Mirror, mirrored
+from deepseek_jax.train.phases import Phases
+from deepseek_jax.train.watchdog import Limits, Watchdog
 from deepseek_jax.weights import open_weights
 from tests import buckets
 
@@ -119,6 +127,27 @@ def test_shards_are_not_listed_and_a_process_asks_for_its_own(bucket, tmp_path, 
     Mirror(store, tmp_path / "0", print).close()
     assert not any("checkpoints/".startswith(prefix) for prefix in asked)
     assert (tmp_path / "0/metrics.jsonl").exists() and (tmp_path / "0/1/x").exists()
+
+
+def test_files_are_uploaded_at_each_checkpoint_and_stacks_before_the_process_leaves(bucket, tmp_path, monkeypatch):
+    place = storage.place("gs://b/a")
+    store, phases = storage.open_store(place), Phases()
+    with mirrored(place, print) as folder, Peers(lambda: "") as peers:
+        upload = partial(mirror.upload, place)
+        with Checkpointer(place / "checkpoints", committed=upload) as checkpoints:
+            (folder / "metrics.jsonl").write_bytes(b"1")
+            checkpoints.save(1, {"x": jax.device_put(np.float32(1))})
+            assert checkpoints.wait() and store.read("metrics.jsonl") == b"1"
+        with Watchdog(Limits(True, 0, 0, 0), phases, None, peers, folder, upload):
+            peers.record("stuck")
+            assert b"stuck" in store.read("hosts/process_0.stacks")
+    mirror.upload(place)  # of a run that is over: nothing
+
+
+def test_a_silent_bucket_is_said_in_the_advice(bucket, monkeypatch):
+    monkeypatch.setattr(storage.Store, "names", lambda *_: (_ for _ in ()).throw(storage.StorageError("no.")))
+    said = "The bucket does not answer, so the newest checkpoint in gs://b/a/checkpoints is not known."
+    assert _training.advice(storage.place("gs://b/a"), "go") == f"{said} Start again with: go"
 
 
 def test_a_second_start_on_the_machine_touches_nothing(bucket, tmp_path, monkeypatch):

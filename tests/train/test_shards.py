@@ -85,6 +85,18 @@ def test_any_division_is_read_as_any_other(tmp_path, monkeypatch):
         shards.read(store, written[1:], arrays, {"a": [((0, 7), (0, 5), (0, 3))]}, lambda *_: None)
 
 
+def test_a_reader_keeps_the_objects_used_last_whatever_their_size(tmp_path, monkeypatch):
+    store, asked, read = open_store(tmp_path), [], Store.read
+    for name, size in (("a", 40), ("b", 40), ("c", 30), ("huge", 101)):
+        store.write(name, bytes(size))
+    monkeypatch.setattr(Store, "read", lambda store, name: asked.append(name) or read(store, name))
+    reader = shards.Reader(store, {"arrays": {}, "objects": []}, 100)
+    for name in ("a", "b", "a", "c", "a", "c", "b", "a"):  # c takes the place of b, then b that of a
+        assert len(reader.read(name)) == {"a": 40, "b": 40, "c": 30}[name]
+    assert asked == ["a", "b", "c", "b", "a"]
+    assert len(reader.read("huge")) == 101 and reader._left == 100 and not reader._kept
+
+
 # --------------------------------------------------------------------------------------------------- kills and damage
 
 

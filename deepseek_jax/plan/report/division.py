@@ -58,8 +58,10 @@ def memory(job: Job, ranks: Sequence[Mapping[str, float]]) -> Section:
 def _checkpoint(job: Job) -> tuple[str, Figure, str]:
     """Returns what the fullest device's process writes of a checkpoint, and how long its host takes."""
     n_bytes = max(between_steps(job, rank) for rank in range(len(job.ranks)))
-    seconds = n_bytes * min(HOST_DEVICES, job.layout.devices) / (HOST_GBPS * GIGA)
-    note = f"its share of a save; {HOST_DEVICES} devices per host at {HOST_GBPS:g} GB/s take {seconds:,.1f} s"
+    n_devices = min(HOST_DEVICES, job.layout.devices)
+    seconds = n_bytes * n_devices / (HOST_GBPS * GIGA)
+    devices, take = (f"{n_devices} devices per host", "take") if n_devices > 1 else ("one device", "takes")
+    note = f"its share of a save; {devices} at {HOST_GBPS:g} GB/s {take} {seconds:,.1f} s"
     return "checkpoint", figures.gib("checkpoint", n_bytes), note
 
 

@@ -63,7 +63,7 @@ class Checkpointer:
 
     All processes of a run construct it and call its methods together; they share the file system or reach the bucket.
     A save fails unless all of them have written their parts within `deadline_s`. `warn` receives each message once, in
-    the thread that calls.
+    the thread that calls; `committed` is called after each commit, in a thread of its own.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Checkpointer:
         read_only: bool = False,
         warn: Callable[[str], None] = print_warning,
         deadline_s: float = SAVE_TIMEOUT_S,
+        committed: Callable[[], None] = lambda: None,
     ):
         where = place(directory)
         if isinstance(where, Path):
@@ -84,7 +85,7 @@ class Checkpointer:
         self.keep = keep
         self._store = open_store(self.directory)
         self._ballot = Ballot(deadline_s)
-        self._warn = warn
+        self._warn, self._on_commit = warn, committed
         self._messages: deque[str] = deque()
         self._told: set[str] = set()
         self._given_up: set[int] = set()  # steps of failed saves, of which something may be left
@@ -341,6 +342,8 @@ class Checkpointer:
                 self._prune()
         except Exception as error:
             self._say_once(f"old steps could not be deleted: {error}.")
+        with contextlib.suppress(Exception):  # who keeps other files says for himself what went wrong
+            self._on_commit()
 
     def _commit(self, step: int, folder: str, shapes: dict, texts: dict[str, bytes], hashes: list[str]) -> None:
         """Process 0 makes a checkpoint of what all have written, each list of which has the hash it was voted for."""

@@ -16,6 +16,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
@@ -229,11 +230,12 @@ def _bytes_of(value: np.ndarray) -> bytes:
 
 
 class Reader:
-    """Reads blocks of the arrays of a step one after the other; keeps small objects, `cache_bytes` of them."""
+    """Reads blocks of the arrays of a step one after the other; keeps the objects used last, `cache_bytes` of them."""
 
     def __init__(self, store: Store, manifest: dict, cache_bytes: int):
         self._store, self._arrays, self._left = store, manifest["arrays"], cache_bytes
-        self._kept: dict[str, bytes] = {}
+        self._kept: collections.OrderedDict[str, bytes] = collections.OrderedDict()  # the one used last comes last
+        self._lock = threading.Lock()
         self._with: dict[str, list[Shard]] = {}
         for shard in manifest["objects"]:
             for name in {name for name, _ in shard.pieces}:
@@ -257,11 +259,16 @@ class Reader:
 
     def read(self, name: str) -> bytes:
         """Returns an object, compared with nothing yet."""
-        if name in self._kept:
-            return self._kept[name]
+        with self._lock:
+            if name in self._kept:
+                self._kept.move_to_end(name)
+                return self._kept[name]
         content = self._store.read(name)
-        if len(content) <= min(grid.PACK_BYTES + grid.ALONE_BYTES, self._left):
-            self._kept[name], self._left = content, self._left - len(content)
+        with self._lock:
+            self._left += len(self._kept.pop(name, b"")) - len(content)
+            self._kept[name] = content
+            while self._left < 0:
+                self._left += len(self._kept.popitem(last=False)[1])
         return content
 
 
