@@ -33,6 +33,11 @@ def v3():
     return texts[0], json.loads(texts[1])
 
 
+def test_a_checkpoint_of_fewer_devices_than_a_host_has(capsys):
+    assert plan.main(["--config=tiny_v3", "--chip=h800", "--devices=1"]) == 0
+    assert "its share of a save; one device at 1 GB/s takes" in capsys.readouterr().out
+
+
 def line(text: str, label: str) -> str:
     return next(row for row in text.splitlines() if row.startswith(label))
 

@@ -1,4 +1,4 @@
-"""Faults of buckets and of processes: who is told what, which exit code, what stays; buckets are folders here."""
+"""Faults of buckets and of processes: who hears what, which exit code, what stays; buckets are folders here."""
 
 import errno
 import json

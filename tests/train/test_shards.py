@@ -269,8 +269,8 @@ with Checkpointer(where, warn=said.append, deadline_s=60) as checkpoints:
     checkpoints.save(40, state, {"config": {}})
     assert checkpoints.wait()
     gone = not [name for name in open_store(where).names() if "step_00000030" in name]
-told = {"saved": saved, "restored": restored, "good": good, "failed": failed, "step": step, "said": said}
-print(json.dumps(told | {"left": left, "gone": gone}))
+outcome = {"saved": saved, "restored": restored, "good": good, "failed": failed, "step": step, "said": said}
+print(json.dumps(outcome | {"left": left, "gone": gone}))
 """
 
 
