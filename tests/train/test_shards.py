@@ -260,7 +260,7 @@ with Checkpointer(where, warn=said.append, deadline_s=60) as checkpoints:
     step, found, _ = checkpoints.restore(shapes(specs))
     restored = dict(count)
     other = {"w": P(None, "a"), "common": P("b"), "step": P()}
-    moved = checkpoints.restore(shapes(other), step=10)[1]
+    moved = checkpoints.restore(shapes(other), step=20)[1]
     for arrays in (found, moved):
         for name, array in arrays.items():
             for shard in array.addressable_shards:
