@@ -391,7 +391,8 @@ def test_a_trained_run_is_exported_from_its_newest_intact_checkpoint(tmp_path, c
         for step in (1, 2):
             checkpoints.save(step, state, {"config": to_json(model.config)})
             checkpoints.wait()
-    damaged = next(file for file in (tmp_path / "run/checkpoints/step_00000002").rglob("d/*") if file.is_file())
+    folder = tmp_path / "run/checkpoints/shards/step_00000002"
+    damaged = max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
     damaged.write_bytes(bytes(damaged.stat().st_size))
     export.main([f"--workdir={tmp_path / 'run'}", f"--to={tmp_path / 'out'}", "--dtype=keep"])
     out, err = capsys.readouterr()
