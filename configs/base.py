@@ -198,7 +198,7 @@ def get_config() -> ConfigDict:
     watch.step_s = 120.0  # a run ends after so long without progress, or 10 steps' time if that is more; 0.0: never
     watch.long_s = 3600.0  # the same while it compiles, restores, evaluates, saves or opens its text; 0.0: never
     watch.stop_s = 120.0  # from a signal to the beginning of the save, else the run ends without; 0.0: any time
-    watch.slow = 1.3  # times the median, from which a process is named as slow (`train.hosts`); 0.0: none is
+    watch.slow = 1.3  # times the median, from which a process is named as slow (`train.hosts`; not by rl); 0.0: none
 
     wandb = config.wandb = ConfigDict()  # `train.wandb_run` (extra: wandb)
     wandb.project = ""  # of Weights & Biases, which then has the charts as well; "": none

@@ -50,6 +50,7 @@ def train(config: ConfigDict, workdir: Path, stop: "StopRequest", again: str, pe
     from deepseek_jax.train.ledger import Ledger
     from deepseek_jax.train.metrics import Metrics
     from deepseek_jax.train.phases import RESTORE, SAVE
+    from deepseek_jax.train.profiles import Profiles
 
     rl = config.rl
     with (
@@ -77,12 +78,13 @@ def train(config: ConfigDict, workdir: Path, stop: "StopRequest", again: str, pe
             )
             ledger = Ledger(workdir, phases, start, enabled=metrics.enabled)
             kept: dict[str, Any] = {"checkpoints": checkpoints, "metrics": metrics, "meta": meta, "ledger": ledger}
-            loop = Loop(learner, when, **kept, workdir=workdir, phases=phases)
-            if state is None:
-                from deepseek_jax import run
+            with Profiles(workdir, **config.profile) as profiles:
+                loop = Loop(learner, when, **kept, workdir=workdir, phases=phases, profiles=profiles)
+                if state is None:
+                    from deepseek_jax import run
 
-                state = loop.begin(run.first_state(config, learner.trainer, workdir, metrics.message))
-            _, done = loop.run(state, start, stop)
+                    state = loop.begin(run.first_state(config, learner.trainer, workdir, metrics.message))
+                _, done = loop.run(state, start, stop)
             with phases.of(SAVE):
                 is_saved = report_end(done, config.loop.steps, checkpoints, metrics, again)
             ledger.close(done, metrics.message)

@@ -24,7 +24,8 @@ from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 from deepseek_jax.train.ledger import Ledger
 from deepseek_jax.train.loop import StopPoll
 from deepseek_jax.train.metrics import Metrics, read_log
-from deepseek_jax.train.phases import COMPILE, EVALUATE, SAVE, STEP, Phases
+from deepseek_jax.train.phases import COMPILE, EVALUATE, PROFILE, SAVE, STEP, Phases
+from deepseek_jax.train.profiles import Profiles
 from deepseek_jax.train.step import State
 from deepseek_jax.train.stop import StopRequest
 
@@ -54,7 +55,7 @@ class LoopConfig:
 class Loop:
     """A run from its checkpoint (or the beginning) to its last step; `meta` is kept beside each checkpoint.
 
-    `phases` hears what the run is doing; `ledger` keeps what its time went into.
+    `phases` hears what the run is doing; `ledger` keeps what its time went into, `profiles` are of its steps.
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class Loop:
         workdir: Path,
         phases: Phases | None = None,
         ledger: Ledger | None = None,
+        profiles: Profiles | None = None,
     ):
         self.learner, self.config, self.phases = learner, config, phases or Phases()
-        self.ledger = ledger
+        self.ledger, self.profiles = ledger, profiles
         self.checkpoints, self.metrics, self.meta, self.workdir = checkpoints, metrics, meta, workdir
         self._start_accuracy: float | None = None
         self._warned: set[str] = set()
@@ -109,6 +111,9 @@ class Loop:
         done = start
         is_ending = poll.should_stop(done)
         while done < self.config.steps and not is_ending:
+            if self.profiles:
+                with self.phases.of(PROFILE):
+                    self.profiles.before(done + 1)
             with self.phases.of(COMPILE if done == start else STEP):
                 state, figures = self._step(state, done)
                 self.phases.progress()

@@ -11,6 +11,7 @@ The events are written by the caller's own thread.  tensorboardX's `SummaryWrite
 disk kills; then its queue fills and the next figure waits for ever. The price is an fsync every ten seconds.
 """
 
+import contextlib
 import math
 import socket
 import time
@@ -107,13 +108,12 @@ class Board:
         self._files[split].add_text(step, tag, text)
 
     def close(self) -> None:
-        """Writes what is left and closes all files, also if one of them raises an OSError."""
-        try:
+        """Writes what is left and closes all files, also if one of them raises an OSError; then what is beside."""
+        with contextlib.ExitStack() as stack:
             if self._beside:
-                self._beside.close()
-            self._files["train"].close()
-        finally:
-            self._files["held_out"].close()
+                stack.callback(self._beside.close)
+            for file in self._files.values():
+                stack.callback(file.close)
 
 
 class _EventFile:

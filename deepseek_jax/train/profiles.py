@@ -8,7 +8,10 @@ from pathlib import Path
 
 import jax
 
+from deepseek_jax.errors import UserError
+
 PROFILES = "profiles"  # folder of a workdir
+LAST_PORT = 65_535
 
 
 class Profiles:
@@ -19,10 +22,17 @@ class Profiles:
         port: of process 0's server, process K's is at port + K; 0: no server.
         first, steps: the range, the first step being 1; steps=0: none.
         process: that is profiled, -1: all.
+
+    Raises UserError: the port of the last process would be above 65,535.
     """
 
     def __init__(self, workdir: Path, *, port: int, first: int, steps: int, process: int):
-        index = jax.process_index()
+        index, last = jax.process_index(), port + jax.process_count() - 1
+        if port and last > LAST_PORT:
+            raise UserError(
+                f"config.profile.port={port}: the last process's server would be at {last}, and the last port is "
+                f"{LAST_PORT}. Set it to {LAST_PORT - jax.process_count() + 1} at most."
+            )
         self.folder = workdir / PROFILES / f"process_{index}"
         is_meant = steps > 0 and process in (-1, index)
         self._range = range(first, first + steps) if is_meant else range(0)

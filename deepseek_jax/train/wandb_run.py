@@ -1,11 +1,13 @@
 """The charts of a run in Weights & Biases as well (extra: wandb), under the tags of `board`; process 0 alone sends.
 
-Its id comes from the workdir, so that a run that resumes continues its charts. Everything else is up to wandb's own
-variables: WANDB_MODE=offline, WANDB_ENTITY, WANDB_NAME. An error of wandb ends the charts there and never the run.
+Its id is drawn once and kept in the workdir, so that a run that resumes continues its charts. Everything else is up to
+wandb's own variables: WANDB_MODE=offline, WANDB_ENTITY, WANDB_NAME. An error of wandb ends the charts there and never
+the run.
 """
 
-import hashlib
 import math
+import secrets
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,10 @@ import numpy as np
 
 from deepseek_jax import streams
 from deepseek_jax.errors import UserError
+from deepseek_jax.files import write_once
+
+FILE = "wandb_id.txt"  # in a workdir
+FINISH_S = 60.0  # at most, for what is left to send at the end
 
 
 class WandbRun:
@@ -33,10 +39,10 @@ class WandbRun:
         self._histogram: Callable[..., Any] = wandb.Histogram
         self._run: Any = None
         self._is_over = False
-        name = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]
-        self._try(lambda: self._begin(wandb, workdir, project, keys, name))
+        self._try(lambda: self._begin(wandb, workdir, project, keys))
 
-    def _begin(self, wandb: Any, workdir: Path, project: str, keys: dict, name: str) -> None:
+    def _begin(self, wandb: Any, workdir: Path, project: str, keys: dict) -> None:
+        name = identity(workdir)
         self._run = wandb.init(project=project, dir=str(workdir), id=name, resume="allow", config=keys)
         self._run.define_metric("*", step_metric="step")  # a resumed run may log earlier steps again
 
@@ -51,8 +57,12 @@ class WandbRun:
         self._try(lambda: self._run.log(named | {"step": step}))
 
     def close(self) -> None:
-        """Sends what is left."""
-        self._try(lambda: self._run.finish())
+        """Sends what is left, for a minute at most."""
+        thread = threading.Thread(target=self._try, args=(lambda: self._run.finish(),), daemon=True)
+        thread.start()
+        thread.join(FINISH_S)
+        if thread.is_alive():
+            streams.note(f"wandb: it has not sent all within {FINISH_S:.0f} s; the last charts may be missing there.")
 
     def _try(self, call: Callable[[], None]) -> None:
         """Makes a call unless an earlier one has failed."""
@@ -64,3 +74,12 @@ class WandbRun:
             self._is_over = True
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             streams.note(f"wandb: {reason}. Its charts end here; training continues.")
+
+
+def identity(workdir: Path) -> str:
+    """Returns the id of a workdir's run, drawn when it is first asked for. Raises OSError if it cannot be kept."""
+    path = workdir / FILE
+    if not path.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_once(path, secrets.token_hex(8).encode())
+    return path.read_text(encoding="utf-8").strip()

@@ -270,13 +270,14 @@ def test_equal_rewards_move_nothing(state):
     assert figures["teacher_kl"] != 0 and figures["gradient_norm"] > 0 and "tied" not in figures
 
 
-def loop(learner, workdir, steps):
+def loop(learner, workdir, steps, profiles=None):
     """Runs to step `steps`, from the checkpoint of the workdir if there is one."""
     when = LoopConfig(
         steps=steps, log_every=1, eval_every=0, checkpoint_every=1, refresh_every=2, eval_problems=16, max_skipped=3
     )
     with Checkpointer(workdir / "checkpoints") as checkpoints, Metrics(workdir, steps, enabled=False) as metrics:
-        made = Loop(learner, when, checkpoints=checkpoints, metrics=metrics, meta={}, workdir=workdir)
+        kept = {"checkpoints": checkpoints, "metrics": metrics, "meta": {}, "profiles": profiles}
+        made = Loop(learner, when, **kept, workdir=workdir)
         made.evaluate = lambda state, step: None
         stored = learner.trainer.stored
         expected = stored | {REFERENCE: stored["params"], TAKEN_AT: stored["step"]}
@@ -291,7 +292,9 @@ def loop(learner, workdir, steps):
 
 def test_a_run_that_is_cut_resumes_with_the_same_bits(learner, tmp_path):
     """The reference, which the checkpoint holds, is refreshed after steps 2 and 4."""
-    whole = loop(learner, tmp_path / "whole", 4)
+    profiled: list[int] = []
+    whole = loop(learner, tmp_path / "whole", 4, SimpleNamespace(before=profiled.append))
+    assert profiled == [1, 2, 3, 4]
     for steps in (1, 3, 4):
         cut = loop(learner, tmp_path / "cut", steps)
         assert int(cut[TAKEN_AT]) == steps // 2 * 2

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from deepseek_jax.errors import UserError
 from deepseek_jax.train import hosts as hosts_module
 from deepseek_jax.train.hosts import Hosts, Row, stragglers
 from deepseek_jax.train.ledger import DOWN, LOST, PRODUCTIVE, Ledger, account, read
@@ -162,3 +163,12 @@ def test_a_profile_ends_with_the_run(tmp_path, monkeypatch):
     with Profiles(tmp_path, port=0, first=1, steps=100, process=0) as profiles:
         profiles.before(1)
     assert found == [str(tmp_path / "profiles" / "process_0"), "stop"]
+
+
+def test_the_port_of_the_last_process_must_be_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(jax.profiler, "start_server", lambda port: None)
+    monkeypatch.setattr(jax.profiler, "stop_server", lambda: None)
+    Profiles(tmp_path, port=65_532, first=1, steps=0, process=0)
+    with pytest.raises(UserError, match="config.profile.port=65533: .* Set it to 65532 at most"):
+        Profiles(tmp_path, port=65_533, first=1, steps=0, process=0)

@@ -1,11 +1,14 @@
 """Charts in Weights & Biases: the tags of TensorBoard with the split before them; its errors stop no run."""
 
+import shutil
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.train import board, wandb_run
 from deepseek_jax.train.metrics import Metrics
 from deepseek_jax.train.wandb_run import WandbRun
 
@@ -64,6 +67,28 @@ def test_a_run_that_resumes_has_the_same_id_and_another_one_another(tmp_path, se
         WandbRun(tmp_path / name, "project", {})
         ids.append(service.begun["id"])
     assert ids[0] == ids[1] != ids[2] and service.begun["resume"] == "allow"
+
+
+def test_a_copy_of_a_path_is_another_run(tmp_path, service):
+    """Its id is not the path's: a workdir that was removed and made anew does not continue the old charts."""
+    ids = []
+    for _ in range(2):
+        WandbRun(tmp_path / "a", "project", {})
+        ids.append(service.begun["id"])
+        shutil.rmtree(tmp_path / "a")
+    assert ids[0] != ids[1]
+
+
+def test_a_service_that_never_finishes_holds_up_nothing(tmp_path, service, monkeypatch, capfd):
+    """Its own files are closed before."""
+    monkeypatch.setattr(wandb_run, "FINISH_S", 0.1)
+    over, closed = threading.Event(), []
+    monkeypatch.setattr(service, "finish", over.wait)
+    close = board._EventFile.close
+    monkeypatch.setattr(board._EventFile, "close", lambda file: (close(file), closed.append(over.is_set())))
+    run(tmp_path, service)
+    over.set()
+    assert len(closed) == 2 and "has not sent all within" in capfd.readouterr().err
 
 
 def test_an_error_of_the_service_is_said_once_and_stops_nothing(tmp_path, monkeypatch, capfd):
