@@ -214,7 +214,7 @@ def test_every_config_of_the_package_loads_and_survives_json(name):
         (["--batch-size", "8"], "--batch-size: no such flag. Did you mean --config.batch.size?"),
         (["--lr=1e-3"], "--lr: no such flag. Did you mean --config.schedule.peak_rate=1e-3?"),
         (["--every=3"], "--every: no such flag. Did you mean --config.checkpoint.every=3?"),
-        (["--step=3"], "--step: no such flag. Did you mean --config.loop.steps=3?"),
+        (["--step=3"], "--step: no such flag. Did you mean --config.loop.steps=3 or --config.profile.steps=3?"),
         (["--out-dir=x"], "--out-dir: no such flag. Did you mean --workdir=x?"),
         (["--zzz=1"], "--zzz: no such flag. Flags: --config, --workdir, --count, --loud, --config.a.b=VALUE."),
         (["--count=many"], "--count=many: expected an int (how many)."),

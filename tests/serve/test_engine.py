@@ -245,7 +245,7 @@ def waits(request, made):
 CANCELLED = {  # (settings, prompts, what is true of the last request when it is cancelled)
     "it waits for a row": ({}, [3, 1, 2, 4, 0], waits),
     "its prompt is half computed": ({"chunk": 4}, [3, 5], lambda one, _: 0 < one.n_computed < 20),
-    "it was preempted": ({"n_pages": 8}, [3, 5, 4, 2], lambda one, made: one.n_preempted and waits(one, made)),
+    "it was preempted": ({"n_pages": 7}, [2, 5, 2, 5], lambda one, made: one.n_preempted and waits(one, made)),
     "its last token is on the device": ({"n_ahead": 2}, [3, 1], lambda one, _: one.n_tokens == one.n_positions),
     "its steps run ahead": ({"n_steps": 4, "n_ahead": 2}, [3, 1], lambda one, _: one.n_tokens > 8),
 }

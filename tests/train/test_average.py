@@ -14,6 +14,7 @@ from deepseek_jax.parallel.mesh import make_mesh, place
 from deepseek_jax.train.average import MovingAverage
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 from deepseek_jax.train.loop import Loop
+from deepseek_jax.train.phases import Phases
 
 SPECS = {"cut": P(("data", "expert")), "whole": P()}
 
@@ -70,6 +71,7 @@ def test_a_save_leaves_the_state_that_goes_into_the_next_step_as_it_is():
     trainer = SimpleNamespace(store=lambda state: state)  # as without a pipeline
     checkpoints = SimpleNamespace(save=lambda step, stored, meta: saved.append(stored))
     average, metrics = SimpleNamespace(params=lambda: {"w": 2.0}), SimpleNamespace(paused=contextlib.nullcontext)
-    loop: Any = SimpleNamespace(trainer=trainer, checkpoints=checkpoints, average=average, metrics=metrics, meta={})
+    parts = {"trainer": trainer, "checkpoints": checkpoints, "average": average, "metrics": metrics}
+    loop: Any = SimpleNamespace(**parts, meta={}, phases=Phases())
     Loop.save(loop, 1, state)
     assert saved == [{"params": {"w": 1.0}, "ema": {"w": 2.0}}] and state == {"params": {"w": 1.0}}
