@@ -72,6 +72,6 @@ def test_a_save_leaves_the_state_that_goes_into_the_next_step_as_it_is():
     checkpoints = SimpleNamespace(save=lambda step, stored, meta: saved.append(stored))
     average, metrics = SimpleNamespace(params=lambda: {"w": 2.0}), SimpleNamespace(paused=contextlib.nullcontext)
     parts = {"trainer": trainer, "checkpoints": checkpoints, "average": average, "metrics": metrics}
-    loop: Any = SimpleNamespace(**parts, meta={}, phases=Phases())
+    loop: Any = SimpleNamespace(**parts, meta={}, phases=Phases(), ledger=None)
     Loop.save(loop, 1, state)
     assert saved == [{"params": {"w": 1.0}, "ema": {"w": 2.0}}] and state == {"params": {"w": 1.0}}
