@@ -129,9 +129,8 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
     axes, bias_axes = logical_axes(module)
     sizes = {axis: sizes.get(axis, 1) for axis in ALL}
     mesh = AbstractMesh(tuple(sizes.values()), ALL)
-    main_count, ahead_count = count_parameters(params)
+    (main_count, ahead_count), n_biases = count_parameters(params), size(router_bias)
     parts = [(name, size(part)) for name, part in params.items() if name != AHEAD]
-    biases_count = size(router_bias)
     if sizes["pipe"] > 1:
         network = describe(family(config.family), module.config)
         layout = pipeline(config, network).layout(module, sizes["pipe"], config.pipeline.micro_batches)
@@ -161,12 +160,21 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
     rows = [row for tree in (trees, biases) for row in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Weight))]
     totals = [(f"  {name}", f"{count:,}") for name, count in parts]
     totals += [("main model", millions(main_count)), ("multi-token prediction", millions(ahead_count))]
-    totals += [("router biases", f"{biases_count:,}")]
-    if adapters:
-        found = jax.tree_util.tree_leaves_with_path(params)
-        n_own = sum(leaf.size for path, leaf in found if lora.is_adapter(tuple(key.key for key in path)))
-        totals.append((f"adapters of rank {adapters.rank}, in these; they alone are trained", millions(n_own)))
-    return rows, totals
+    totals += [("router biases", f"{n_biases:,}")]
+    return rows, totals + adapter_totals(params, adapters)
+
+
+def adapter_totals(params: dict, adapters: Any) -> list[tuple[str, str]]:
+    """Returns the row of the parameters that belong to adapters; none where there are no adapters."""
+    import jax
+
+    from deepseek_jax.layers import lora
+
+    if not adapters:
+        return []
+    found = jax.tree_util.tree_leaves_with_path(params)
+    n_own = sum(leaf.size for path, leaf in found if lora.is_adapter(tuple(key.key for key in path)))
+    return [(f"adapters of rank {adapters.rank}, in these; they alone are trained", millions(n_own))]
 
 
 def millions(count: int) -> str:

@@ -28,9 +28,9 @@ class Shares:
         shares = np.array(weights) / sum(weights) * PERIOD
         self.counts = np.maximum(np.floor(shares), 1).astype(np.int64)
         while (left := PERIOD - int(self.counts.sum())) != 0:
-            lacks = (shares - self.counts) * np.sign(left)
+            short_of = (shares - self.counts) * np.sign(left)
             may = (self.counts > 1) | (left > 0)  # each keeps a sample at least
-            self.counts[np.argmax(np.where(may, lacks, -np.inf))] += np.sign(left)
+            self.counts[np.argmax(np.where(may, short_of, -np.inf))] += np.sign(left)
         places = np.concatenate([(np.arange(count) + 0.5) / count for count in self.counts])
         order = np.argsort(places, kind="stable")
         self._corpus = np.repeat(np.arange(len(weights), dtype=np.int16), self.counts)[order]

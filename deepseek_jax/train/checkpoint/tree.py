@@ -132,15 +132,15 @@ def read_shards(store: Store, manifest: dict, leaves: dict[str, jax.ShapeDtypeSt
     """Reads the named arrays of a step in format 2, as far as this process's devices hold them; raises ShardDamaged."""
     found: dict[str, jax.Array] = {}
     values: dict[str, dict[Region, np.ndarray]] = {name: {} for name in leaves}
-    wanted = {name: {*regions_here(leaf).values()} for name, leaf in leaves.items()}
+    regions = {name: {*regions_here(leaf).values()} for name, leaf in leaves.items()}
 
     def done(name: str, region: Region, value: np.ndarray) -> None:
         values[name][region] = value
-        if len(values[name]) == len(wanted[name]):
+        if len(values[name]) == len(regions[name]):
             found[name] = placed(leaves[name], values.pop(name))
 
-    shards.read(store, manifest["objects"], manifest["arrays"], wanted, done)
-    return found | {name: placed(leaves[name], {}) for name in leaves if not wanted[name]}
+    shards.read(store, manifest["objects"], manifest["arrays"], regions, done)
+    return found | {name: placed(leaves[name], {}) for name in leaves if not regions[name]}
 
 
 def read_arrays(path: Path, expected: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
