@@ -147,6 +147,7 @@ def get_config() -> ConfigDict:
     rl.temperature = 1.0  # at which answers are drawn
     rl.top_p = 1.0  # mass of the nucleus that they are drawn from, and over which they are learnt from (V3.2)
     rl.keep_routing = False  # True: answers are learnt from over the experts that they were drawn with (V3.2)
+    rl.rollout = "batch"  # one program until all answers have ended; engine: a row that has ends for the next prompt
     rl.rows_at_once = 0  # answers that are drawn, and measured, at a time, as memory allows; 0: all of a step
     rl.refresh_every = 0  # steps after which the policy becomes the reference of the KL divergence; 0: never
     rl.eval_problems = 512  # held-out problems of an evaluation

@@ -128,6 +128,7 @@ BOUNDS: dict[str, Bound] = {
     "rl.temperature": bounds.number(0, 1000, above=True),
     "rl.top_p": bounds.number(0, 1, above=True),
     "rl.keep_routing": bounds.switch(),
+    "rl.rollout": bounds.one_of("batch", "engine"),
     "rl.rows_at_once": ANY_STEPS,
     "rl.refresh_every": ANY_STEPS,
     "rl.eval_problems": SOME_STEPS,

@@ -99,7 +99,7 @@ class Ours:
         import jax
 
         from deepseek_jax import run
-        from deepseek_jax.launch._reinforcement import check_rows
+        from deepseek_jax.launch._reinforcement import check_rows, engine_roller
         from deepseek_jax.parallel.mesh import make_mesh
         from deepseek_jax.rl.grpo import GRPO
         from deepseek_jax.rl.objective import PolicyGradient, learnt
@@ -113,7 +113,8 @@ class Ours:
         check_rows(config, trainer.mesh.size)
         sizes = StepSizes(rl.questions, rl.answers, rl.updates, rl.temperature, rl.top_p, rl.rows_at_once)
         task: Any = Task(config)
-        self.learner = Learner(trainer, task, task, task, sizes, config.seed)
+        roll = engine_roller(config, trainer, task)
+        self.learner = Learner(trainer, task, task, task, sizes, config.seed, roll=roll)
         self.state, self.done = trainer.init(config.seed), 0
         self.seconds: list[dict[str, float]] = []  # of each step, by what they were spent on
         self.n_params = trainer.n_params

@@ -12,9 +12,11 @@ from deepseek_jax.launch._training import charts, report_end, settle_products
 if TYPE_CHECKING:
     from deepseek_jax.parallel.peers import Peers
     from deepseek_jax.rl.distillation import Teacher
+    from deepseek_jax.rl.engine_rollout import EngineRoller
     from deepseek_jax.rl.problems import Problems
     from deepseek_jax.rl.rewards import Rewards
     from deepseek_jax.rl.step import Learner
+    from deepseek_jax.rl.turns import Turns
     from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
     from deepseek_jax.train.phases import Phases
     from deepseek_jax.train.step import Trainer
@@ -121,9 +123,56 @@ def prepare(config: ConfigDict, rewards: "Rewards") -> "Learner":
     sizes = StepSizes(rl.questions, rl.answers, rl.updates, rl.temperature, rl.top_p, rl.rows_at_once)
     check_rows(config, trainer.mesh.size)
     teacher = open_teacher(config, trainer) if rl.teacher else None
-    learner = Learner(trainer, turns, open_problems(config), rewards, sizes, config.seed, teacher)
+    problems, roll = open_problems(config), engine_roller(config, trainer, turns)
+    learner = Learner(trainer, turns, problems, rewards, sizes, config.seed, teacher, roll)
     learner.check()
     return learner
+
+
+def engine_roller(config: ConfigDict, trainer: "Trainer", turns: "Turns") -> "EngineRoller | None":
+    """Returns what draws the answers of a step where config.rl.rollout is engine; None where one program does.
+
+    Raises UserError for draws whose log-probabilities the engine does not report, and for several devices.
+    """
+    if config.rl.rollout != "engine":
+        return None
+    from deepseek_jax import on_device
+    from deepseek_jax.abstract_model import abstract_module
+    from deepseek_jax.kernels import XLA
+    from deepseek_jax.language_model import OFFLINE
+    from deepseek_jax.layers.base import split
+    from deepseek_jax.rl.engine_rollout import EngineRoller
+    from deepseek_jax.serve.engine import Engine
+
+    check_engine(config, trainer.mesh.size)
+    rl = config.rl
+    n_positions, n_rows = rl.longest_prompt + rl.longest_answer, rl.rows_at_once or rl.questions * rl.answers
+    options: dict[str, Any] = {"chunk": on_device.chunk(), "compiler_options": on_device.compiler_options()}
+    options |= {"ends_early": on_device.ends_early(), "n_rows": n_rows} | OFFLINE
+    options["matmul_precision"] = "highest" if config.precision == "fp32" else None
+    definition = on_device.definition(config, split(abstract_module(config, XLA))[0])
+    return EngineRoller(
+        lambda weights: Engine(definition, weights, n_positions, **options),
+        on_device.Prepared(config),
+        turns.longest_answer,
+        turns.end_ids,
+    )
+
+
+def check_engine(config: ConfigDict, n_devices: int) -> None:
+    """Raises UserError for settings with which the engine does not draw."""
+    for key, expected in (("rl.temperature", 1.0), ("rl.top_p", 1.0), ("rl.keep_routing", False), ("lora.rank", 0)):
+        group, name = key.split(".")
+        if (found := config[group][name]) != expected:
+            raise UserError(
+                f"config.{key}={found} with config.rl.rollout=engine: expected {expected}, for the engine reports the "
+                "log-probabilities of the weights themselves, and no routes. Set that, or config.rl.rollout=batch."
+            )
+    if n_devices > 1:
+        raise UserError(
+            f"config.rl.rollout=engine on {n_devices} devices: expected one. Set config.mesh.data=1, or "
+            "config.rl.rollout=batch."
+        )
 
 
 def open_teacher(config: ConfigDict, student: "Trainer") -> "Teacher":

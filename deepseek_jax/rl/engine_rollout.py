@@ -3,15 +3,20 @@
 A row that has ended gives its place to the next prompt, so that nobody waits for the longest answer, and a cache has
 pages for the answers that run and no others. `rollout.roller` runs one program until all have ended. What they draw is
 the same: a row's key and the position determine the noise.
+
+`EngineRoller` draws for a `Learner`. An update takes over the memory of the weights that it changes, so the engine is
+given the present ones before each rollout; what its cache has of earlier ones is forgotten then.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.layers.base import Tree
 from deepseek_jax.rl.rollout import Prompts, Rollouts
 from deepseek_jax.serve.engine import Engine
 from deepseek_jax.serve.offline import Completion, complete
@@ -30,6 +35,30 @@ class Keyed(Sampling):
         """The raw data of the random key."""
         assert self.key is not None
         return self.key
+
+
+class EngineRoller:
+    """Draws the answers of a step by an engine on one device: `roll(state, prompts)`, as `Learner` calls it.
+
+    Args:
+        make: the engine from weights as it reads them; called at the first rollout.
+        prepared: from the params of a train state to those that the engine reads; the same arrays where these are.
+        n_new, stop_ids: as for `rollouts`.
+    """
+
+    def __init__(
+        self, make: Callable[[Weights], Engine], prepared: Callable[[Tree], Tree], n_new: int, stop_ids: Sequence[int]
+    ):
+        self._make, self._prepared, self._n_new, self._stop_ids = make, prepared, n_new, stop_ids
+        self._engine: Engine | None = None
+
+    def __call__(self, state: Tree, prompts: Prompts) -> Rollouts:
+        """Returns answers with the weights of a train state; as `rollouts`."""
+        params, router_bias = jax.tree.map(lambda x: x.addressable_data(0), (state["params"], state["router_bias"]))
+        weights = self._prepared(params), router_bias
+        if self._engine is None:
+            self._engine = self._make(weights)
+        return rollouts(self._engine, weights, prompts, self._n_new, self._stop_ids)
 
 
 def rollouts(engine: Engine, weights: Weights, prompts: Prompts, n_new: int, stop_ids: Sequence[int]) -> Rollouts:

@@ -1,7 +1,7 @@
 """A step of reinforcement learning: problems, answers, rewards, advantages, updates; every part by the step's number.
 
     problems    rl.questions of them from the source, by number
-    answers     rl.answers to each, drawn with the present weights (`rollout`)
+    answers     rl.answers to each, drawn with the present weights (`rollout`, or `engine_rollout`)
     rewards     `rewards`; answers without a total are left out of everything that follows
     advantages  within the answers to each problem (`grpo.advantages`), or by a teacher (`distillation`)
     measured    log-probabilities of the trainer, before the updates, and of the reference (`objective.measurer`); those
@@ -13,6 +13,7 @@ resume exactly where it was.
 """
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ from deepseek_jax.rl.grpo import Figures, advantages, tied_share
 from deepseek_jax.rl.objective import Answers, Measured, PolicyGradient, answers, measurer, part
 from deepseek_jax.rl.problems import Problem, Problems
 from deepseek_jax.rl.rewards import ACCURACY, Response, Rewards, Score, has_thought
-from deepseek_jax.rl.rollout import Rollouts, pad, roller, row_keys
+from deepseek_jax.rl.rollout import Prompts, Rollouts, pad, roller, row_keys
 from deepseek_jax.rl.turns import Turns
 from deepseek_jax.train.cross_entropy import IGNORE
 from deepseek_jax.train.step import Report, State, Trainer
@@ -86,6 +87,7 @@ class Learner:
         sizes: of a step.
         seed: of the run.
         teacher: whose judgement of each token is learnt from, in place of rewards.
+        roll: draws the answers of a step, `roll(state, prompts) -> Rollouts`; None: `rollout.roller`, as one program.
     """
 
     def __init__(
@@ -97,13 +99,15 @@ class Learner:
         sizes: StepSizes,
         seed: int,
         teacher: Teacher | None = None,
+        roll: Callable[[State, Prompts], Rollouts] | None = None,
     ):
         self.trainer, self.turns, self.problems, self.rewards = trainer, turns, problems, rewards
         self.sizes, self.seed, self.teacher = sizes, seed, teacher
         self.objective: PolicyGradient = trainer.objective  # type: ignore[assignment]
         # in a loop over layers XLA on a GPU copies each layer's weights and cache for each token (`on_device`)
         rolled, in_a_loop = roller(turns.longest_answer, turns.end_ids, sizes.top_p), jax.default_backend() != "gpu"
-        self._roll = trainer.with_model(rolled, stacks=True, loop=in_a_loop)
+        program = trainer.with_model(rolled, stacks=True, loop=in_a_loop)
+        self._roll = roll or functools.partial(self._in_chunks, program)
         self._measure = trainer.with_model(measurer(sizes.temperature, self.objective.chunk))
         self.seconds: dict[str, float] = {}  # of the last step, by what they were spent on
 
@@ -133,7 +137,7 @@ class Learner:
         for before, problem in zip([None, *asked], asked, strict=False):
             prompts.append(prompts[-1] if problem is before else self.turns.prompt(problem, named(problem)))
         given = pad(prompts, self.turns.longest_prompt, keys, temperature)
-        rolled: Rollouts = self._in_chunks(self._roll, state, given)
+        rolled: Rollouts = self._roll(state, given)
         responses = []
         for row, ids in enumerate(rolled.ids_BT):
             begin, count = len(prompts[row]), int(rolled.n_drawn_B1[row, 0])

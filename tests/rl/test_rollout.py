@@ -1,6 +1,7 @@
 """Rollouts, updates and the loop on the smallest V3: what is drawn is what is learnt from; resuming is exact."""
 
 import copy
+import dataclasses
 import json
 import os
 import socket
@@ -20,7 +21,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import split
 from deepseek_jax.parallel.mesh import fetched, make_mesh
 from deepseek_jax.rl.distillation import Teacher
-from deepseek_jax.rl.engine_rollout import rollouts
+from deepseek_jax.rl.engine_rollout import EngineRoller, rollouts
 from deepseek_jax.rl.grpo import GRPO
 from deepseek_jax.rl.loop import REFERENCE, TAKEN_AT, Loop, LoopConfig
 from deepseek_jax.rl.objective import PolicyGradient, answers, learnt, part
@@ -107,14 +108,24 @@ def test_what_is_drawn_has_the_log_probabilities_of_the_trainer(learner, state, 
     assert (given.sampled_logp_BT[is_drawn_BT] < 0).all() and (np.asarray(found.entropy_BT)[is_drawn_BT] > 0).all()
 
 
-def test_the_engine_draws_the_same_answers(learner, state):
+@pytest.fixture(scope="module")
+def make_engine():
+    """Engines of the smallest V3, which share their programs."""
+    definition, made = split(abstract_module(make_config()))[0], []
+
+    def make(weights):
+        made.append(Engine(definition, weights, 32, page_size=8, n_rows=4, chunk=16))
+        made[-1]._pads_to_largest = True
+        return made[-1]
+
+    return make
+
+
+def test_the_engine_draws_the_same_answers(learner, state, make_engine):
     """With the same keys, at temperatures 1 and 0, also with weights that have replaced others."""
-    config = make_config()
-    definition = split(abstract_module(config))[0]
     weights = jax.tree.map(jax.numpy.asarray, (state["params"], state["router_bias"]))
     others = jax.tree.map(lambda x: x + 0.01, weights)
-    engine = Engine(definition, others, 32, page_size=8, n_rows=4, chunk=16)
-    engine._pads_to_largest = True
+    engine = make_engine(others)
     prompts = [learner.turns.prompt(problem, "") for problem in asked(*QUESTIONS)]
     for temperature, drawn_with in ((1.0, others), (1.0, weights), (0.0, weights)):
         given = pad(prompts, 9, row_keys(5, 1, 16), temperature)
@@ -300,6 +311,30 @@ def test_a_run_that_is_cut_resumes_with_the_same_bits(learner, tmp_path):
         assert int(cut[TAKEN_AT]) == steps // 2 * 2
     jax.tree.map(np.testing.assert_array_equal, whole, cut)
     assert int(whole["step"]) == 8, "updates"
+
+
+def test_a_run_whose_answers_the_engine_draws_is_the_same(learner, tmp_path, make_engine):
+    """Update by update it takes new weights, whose memory the update before took over; resumed, it has the same bits.
+
+    The routes that the updates of this learner read are those of the batch rollout, which must have the same ids.
+    """
+
+    def by_engine():
+        one, engine = copy.copy(learner), EngineRoller(make_engine, lambda params: params, NEW, learner.turns.end_ids)
+
+        def roll(state, prompts):
+            expected, found = learner._roll(state, prompts), engine(state, prompts)
+            np.testing.assert_array_equal(found.ids_BT, expected.ids_BT)
+            np.testing.assert_allclose(found.logp_BT, expected.logp_BT, atol=1e-5)
+            return found._replace(routes=expected.routes)
+
+        one.sizes, one._roll = dataclasses.replace(learner.sizes, temperature=1.0), roll
+        return one
+
+    whole = loop(by_engine(), tmp_path / "whole", 3)
+    for steps in (1, 3):
+        cut = loop(by_engine(), tmp_path / "cut", steps)
+    jax.tree.map(np.testing.assert_array_equal, whole, cut)
 
 
 class Messages:
@@ -544,6 +579,12 @@ def test_the_verb_checks_its_settings(tmp_path, monkeypatch, capsys):
     config.rl.rows_at_once = 48
     with pytest.raises(UserError, match=r"rows_at_once=48: expected a number that divides 16 questions x 8 answers"):
         _reinforcement.check_rows(config, 2)
+    config.rl.rollout = "engine"
+    with pytest.raises(UserError, match=r"rl.rollout=engine on 2 devices: expected one. Set config.mesh.data=1"):
+        _reinforcement.check_engine(config, 2)
+    config.rl.temperature = 0.5
+    with pytest.raises(UserError, match=r"rl.temperature=0.5 with config.rl.rollout=engine: expected 1.0"):
+        _reinforcement.check_engine(config, 1)
     config.rl.keep_routing, config.loss.balance_rate = True, 1e-3
     with pytest.raises(UserError, match=r"router biases would follow choices that are not the routers' own"):
         _reinforcement.check_sizes(config)
