@@ -2,7 +2,8 @@
 
 From the operations that a GPU ran, each on one of its streams (`launch._profile`):
 
-    compute    time in which some kernel ran besides collectives
+    compute    time in which some kernel ran besides collectives; `compute_most` is that of the busiest device, for
+               which the others wait
     exchange   time of all_to_all; hidden as far as compute ran meanwhile
     nccl       time in which some collective ran, a pipeline's transfers included, which wait inside for their partner
     waiting    time in which nothing ran but transfers between stages, which take as long as the slower rank, or nothing
@@ -23,7 +24,7 @@ Spans = list[tuple[float, float]]  # disjoint, in order
 
 
 def summary(events: Iterable[Event], is_main: Callable[[str], bool]) -> dict[str, float]:
-    """Returns milliseconds, means over the devices.
+    """Returns milliseconds, means over the devices but for `compute_most`.
 
     Args:
         events: of compiled programs, on all devices; those of a device share the first entry of their `line`.
@@ -33,7 +34,8 @@ def summary(events: Iterable[Event], is_main: Callable[[str], bool]) -> dict[str
     for event in events:
         by_device[event.line[0]].append(event)
     found = [_of_device(mine, is_main) for mine in by_device.values()]
-    return {key: sum(parts[key] for parts in found) / len(found) / 1e3 for key in (found[0] if found else ())}
+    means = {key: sum(parts[key] for parts in found) / len(found) / 1e3 for key in (found[0] if found else ())}
+    return means | ({"compute_most": max(parts["compute"] for parts in found) / 1e3} if found else {})
 
 
 def _of_device(events: list[Event], is_main: Callable[[str], bool]) -> dict[str, float]:

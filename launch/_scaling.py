@@ -18,7 +18,8 @@ BENCHMARKS.md:
     loads     of the steps that were measured, the rows of the busiest device's experts over those of a device on
               average, mean over the routers. Fresh routers send their tokens anywhere: with --settle=8 the
               biases of all layouts are moved against the loads for so many steps before anything is measured
-    waiting   share of a step in which a device waits for other stages, from a profile (GPUs); beside it what the
+    computes  share of a step in which a device computes, on average and the busiest, from a profile (GPUs)
+    waiting   share of a step in which a device waits for other stages, from the same profile; beside it what the
               schedule's formula gives if F&B takes as long as F, B and W, and with ranks that wait for neighbours
               after every tick
     hidden    share of the time of the experts' all-to-all under which matmuls ran, in the whole step and in the ops
@@ -91,7 +92,7 @@ TOLERANCE = {"fp32": 1e-4}  # relative difference of the losses, by config.preci
 LOW_PRECISION = 5e-3
 LEAST_EFFICIENCY, MOST_EFFICIENCY = 1e-9, 10.0  # of the peak: emulated devices are far below it
 COLUMNS: tuple[str, ...] = ("layout", "tokens/s", "of one", "step", "losses off by")
-COLUMNS += ("loads", "waiting", "formula", "in ticks", "hidden", "in NCCL", "exchange", "planned")
+COLUMNS += ("loads", "computes", "waiting", "formula", "in ticks", "hidden", "in NCCL", "exchange", "planned")
 READY = "compiled"  # the line of a process that waits to be measured
 POLL_S = 0.2
 MACHINE = "import jax, json; d = jax.devices(); print(json.dumps([len(d), d[0].device_kind, jax.__version__]))"
@@ -442,6 +443,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{1e3 * row['seconds']:,.1f} ms",
         f"{row['losses_off']:.1e}{'' if row['agrees'] else ' TOO MUCH'}" if "agrees" in row else "",
         f"{row['imbalance']:.2f}" if "imbalance" in row else "",
+        computing(profile),
         f"{profile['waiting'] / profile['step']:.1%}" if profile else "",
         share("bubble_by_formula"),
         share("bubble_in_ticks"),
@@ -450,6 +452,13 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         exchanged(row),
         plan,
     )
+
+
+def computing(profile: dict[str, float]) -> str:
+    """Returns which share of a step a device computes, on average and the busiest; "" without a profile."""
+    if "compute_most" not in profile:
+        return ""
+    return f"{profile['compute'] / profile['step']:.1%}, {profile['compute_most'] / profile['step']:.1%}"
 
 
 def exchanged(row: dict[str, Any]) -> str:

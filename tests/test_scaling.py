@@ -120,6 +120,7 @@ def entry(config, split: Split, seconds: list[float], losses: list[float], profi
 def test_a_row_compares_with_one_device_and_with_the_plan(config):
     one = entry(config, Split(1, 1, 1), [0.9, 1.0, 1.1], [4.0, 2.0])
     profile = {"step": 10.0, "waiting": 1.0, "exchange": 4.0, "exchange_hidden": 3.0, "main_exchange": 0.0, "nccl": 5.0}
+    profile |= {"compute": 7.0, "compute_most": 8.0}
     two = entry(config, Split(2, 1, 1, "1f1b"), [0.5], [4.0, 2.0004], profile)
     plan = _scaling.planner(one, "NVIDIA H200", "")
     assert plan is not None
@@ -130,7 +131,12 @@ def test_a_row_compares_with_one_device_and_with_the_plan(config):
     assert found["of_one"] == 2 and found["losses_off"] == pytest.approx(2e-4) and not found["agrees"]
     assert found["tokens_per_second"] == 2 * alone["tokens_per_second"] == 2 * 8 * 32
     cells = dict(zip(_scaling.COLUMNS, _scaling.cells(found), strict=True))
-    assert cells["waiting"] == "10.0%" and cells["hidden"] == "75%, main -" and cells["of one"] == "2.00"
+    assert (
+        cells["computes"] == "70.0%, 80.0%"
+        and cells["waiting"] == "10.0%"
+        and cells["hidden"] == "75%, main -"
+        and cells["of one"] == "2.00"
+    )
     assert cells["in NCCL"] == "50.0%" and cells["exchange"] == "0.4 GB, 100 GB/s"
     assert "TOO MUCH" in cells["losses off by"]
 
@@ -175,7 +181,7 @@ def test_what_a_profile_hides_by_hand():
     b = [Event(("b", 1), "gemm", 0, 10 * ms)]
     found = _overlap.summary([*a, *b], lambda name: name == "all_to_all.1")
     assert found["step"] == 10 and found["compute"] == 7.5 and found["reductions"] == 0.5
-    assert found["nccl"] == 3.5
+    assert found["nccl"] == 3.5 and found["compute_most"] == 10
     assert found["exchange"] == found["main_exchange"] == 2 and found["exchange_hidden"] == 1.5
     assert found["waiting"] == 1.5
     assert _overlap.summary(a, lambda name: False)["main_exchange"] == 0
