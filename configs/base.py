@@ -135,7 +135,7 @@ def get_config() -> ConfigDict:
     optimizer.moments_dtype = "float32"  # V3 keeps bfloat16 (section 3.3.3)
 
     rl = config.rl = ConfigDict()  # reinforcement learning (deepseek-jax rl); `loop` and `checkpoint` count its steps
-    rl.problems = "sums"  # sums:DIGITS, rg:NAME (reasoning-gym), or JSONL files with prompt (or messages) and answer
+    rl.problems = "sums"  # sums:DIGITS, needle:LENGTH, rg:NAME (reasoning-gym), or JSONL files with prompt and answer
     rl.holdout_rate = 0.1  # share of problems kept for evaluation
     rl.teacher = ""  # a run's workdir or published weights that judge each token, in place of rewards (distillation)
     rl.thinking = False  # whether prompts open a thought, in chat templates that can (`data.chat_template`)

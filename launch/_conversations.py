@@ -8,7 +8,6 @@ from ml_collections import ConfigDict
 from deepseek_jax.errors import UserError
 from deepseek_jax.paths import check_writable
 
-BUILT_IN = "sums"
 N_BUILT_IN = 6_000  # conversations
 
 
@@ -21,7 +20,7 @@ def settle_source(config: ConfigDict, workdir: Path) -> None:
         raise UserError(
             f"config.data.source={config.data.source} with data.format={config.data.format} is text, not "
             'conversations. Give --config.data.source=FILES, JSONL with a row {"messages": [...]} per line, or '
-            "sums:6; deepseek-jax train is for text."
+            "sums:6 or needle:200; deepseek-jax train is for text."
         )
     config.data.format = "conversations"
     if is_built_in(config):
@@ -31,7 +30,13 @@ def settle_source(config: ConfigDict, workdir: Path) -> None:
 
 def is_built_in(config: ConfigDict) -> bool:
     """Returns whether the source is one of the built-in problems."""
-    return config.data.source.partition(":")[0] == BUILT_IN
+    from deepseek_jax.rl.problems import BUILT_IN
+
+    return _name(config) in BUILT_IN
+
+
+def _name(config: ConfigDict) -> str:
+    return config.data.source.partition(":")[0]
 
 
 def write_built_in(config: ConfigDict, path: Path) -> Path:
@@ -40,10 +45,11 @@ def write_built_in(config: ConfigDict, path: Path) -> Path:
     Raises UserError if others are there, which a run may be reading.
     """
     from deepseek_jax.files import write_once
-    from deepseek_jax.rl.problems import open_problems
-    from deepseek_jax.rl.sums import worked
+    from deepseek_jax.rl.problems import BUILT_IN, open_problems
 
-    rows = worked(open_problems(config.data.source, config.seed, config.rl.holdout_rate), N_BUILT_IN)
+    rows = BUILT_IN[_name(config)].worked(
+        open_problems(config.data.source, config.seed, config.rl.holdout_rate), N_BUILT_IN
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     if not write_once(path, "".join(json.dumps(row) + "\n" for row in rows).encode()):
         raise UserError(

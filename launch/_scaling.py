@@ -455,7 +455,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def computing(profile: dict[str, float]) -> str:
-    """Returns which share of a step a device computes, on average and the busiest; "" without a profile."""
+    """Returns for what share of a step devices compute, on average and the busiest; "" without a profile."""
     if "compute_most" not in profile:
         return ""
     return f"{profile['compute'] / profile['step']:.1%}, {profile['compute_most'] / profile['step']:.1%}"

@@ -4,10 +4,12 @@ r"""Judge a model: by its answers to problems, or by published benchmarks throug
     deepseek-jax evaluate --from=DeepSeek-R1-Distill-Qwen-7B --problems=aime.jsonl --samples=64 --answers=aime.answers
     deepseek-jax evaluate --from=DeepSeek-V2-Lite --tasks=arc_easy,hellaswag --limit=200
     deepseek-jax evaluate --workdir=runs/tiny_v3 --tasks=mine --tasks-dir=my_tasks
+    deepseek-jax evaluate --workdir=runs/v3_128k --problems=needle:100000@50 --samples=1
     deepseek-jax evaluate --url=http://127.0.0.1:8000 --tasks=gsm8k --shots=5      # a server that runs already
 
-Problems are those of `deepseek-jax rl`: JSONL files, also in the form of GSM8K and of MATH, the built-in sums, or tasks
-of reasoning-gym. Each is answered once by the likeliest tokens and --samples times by draws (as R1's report has it, 64
+Problems are those of `deepseek-jax rl`: JSONL files, also in the form of GSM8K and of MATH, the built-in sums, tasks
+of reasoning-gym, or a number to find in a long text: needle:1000 has 1,000 characters, and with @50 the number in their
+middle. Each is answered once by the likeliest tokens and --samples times by draws (as R1's report has it, 64
 at temperature 0.6 with top-p 0.95), on the engine that serves. Printed are pass@1 (the mean over the samples), pass@k,
 maj@n (the vote of all samples) and greedy, each with a 95 % interval over problems (Wilson's). Answers kept with
 --answers are not drawn again: the same command resumes, and a larger --samples adds to them. Of a list, the problems
@@ -37,7 +39,7 @@ FLAGS = _serving.FLAGS | {
     "shots": (int, -1, "worked examples in each prompt (default: as the task says)", whole(-1, 1000)),
     "limit": (int, 0, "questions per task, or problems (default: all; of problems without end 512)", whole(0, 10**9)),
     "out": (str, "", "file for the results, as JSON", path()),
-    "problems": (str, "", "problems to answer, instead of --tasks: sums:DIGITS, rg:NAME or JSONL files"),
+    "problems": (str, "", "problems to answer, instead of --tasks: sums:DIGITS, needle:LENGTH, rg:NAME or JSONL files"),
     "samples": (int, 64, "answers drawn to each problem", whole(0, 10**6)),
     "temperature": (float, 0.6, "at which they are drawn", number(0, 1e6, above=True)),
     "top_p": (float, 0.95, "draw from the likeliest tokens of this share", number(0, 1)),

@@ -10,7 +10,7 @@ exactly the prompt that it has at inference. data.source names JSONL, JSON or pa
 rows {"messages": [...]}, optionally with "tools" and "thinking"; every invalid row is named by file and line. An answer
 may have reasoning_content, tool_calls and "weight": 0, which makes it context. Or data.source=sums:6 are built-in
 problems with the right answers, thought through: a cold start for `deepseek-jax rl` (none of them is among those that
-it holds out).
+it holds out); needle:200 asks for a number in a text of 200 characters (deepseek-jax evaluate --problems=needle:200).
 
 DIR holds published weights or is the workdir of a run; --config=DIR brings a recipe for fine-tuning, any key of which
 can be set (`deepseek-jax train --help`). The chat template is the model's own; data.chat_template names another one,

@@ -1,6 +1,7 @@
 r"""Problems by number: a pure function of (seed, number), so that the step number is the whole state of the prompts.
 
     sums, sums:8            digits to add, made here (`rl.sums`)
+    needle:1000             a number to find in a text of so many characters, made here (`rl.needle`)
     rg:NAME                 a task of reasoning-gym, by its name there
     FILE.jsonl, a glob      rows {"messages": […]} or {"prompt": "…"}, with "answer" and optionally "kind"; or as in
                             GSM8K, {"question": "…", "answer": "… #### 18"}, or as in MATH, {"problem": "…",
@@ -20,6 +21,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -29,7 +31,7 @@ from deepseek_jax.data.noise import noise
 from deepseek_jax.data.readers import read_jsonl
 from deepseek_jax.errors import UserError
 from deepseek_jax.paths import check_local
-from deepseek_jax.rl import sums
+from deepseek_jax.rl import needle, sums
 from deepseek_jax.rl.boxed import boxed
 
 TRAINING, HELD_OUT = range(2)  # the last key of the numbers that choose a problem
@@ -37,6 +39,7 @@ IO = ("input", "output")  # of a test of a program
 # Where a task of reasoning-gym runs text that may be an answer of the model as a program of Python.
 RUNS_ANSWERS = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\((?!entry\b)")
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+BUILT_IN: dict[str, ModuleType] = {"sums": sums, "needle": needle}  # each with level, problem and worked
 GENERATED = 512  # problems of a source that makes them, where no number is given
 MOST_DRAWS = 4096  # of one problem, until it is on the side that was asked for
 
@@ -158,8 +161,10 @@ def open_problems(source: str, seed: int, holdout_rate: float) -> Problems:
     Raises UserError for an unknown name, a file that is damaged, or a package that is not installed.
     """
     name, _, option = source.partition(":")
-    if name == "sums":
-        return Generated(source, lambda n: Problem(*sums.problem(n, sums.level(option))), seed, holdout_rate)
+    if name in BUILT_IN:
+        task = BUILT_IN[name]
+        level = task.level(option)
+        return Generated(source, lambda n: Problem(*task.problem(n, level)), seed, holdout_rate)
     if name == "rg":
         return Generated(source, reasoning_gym(option), seed, holdout_rate)
     return Listed(listed(source)[0], seed, holdout_rate, source)
@@ -170,7 +175,7 @@ def listed(source: str) -> tuple[list[Problem], str]:
     check_local(source, "config.rl.problems")
     paths = files_of(source)
     if not paths:
-        raise UserError(f"rl.problems={source}: no such file. Give JSONL files, sums:DIGITS, or rg:NAME.")
+        raise UserError(f"rl.problems={source}: no such file. Give JSONL files, sums:DIGITS, needle:LENGTH or rg:NAME.")
     problems = [problem for path in paths for problem in rows(path)]
     return problems, digest(problems)
 
@@ -182,7 +187,7 @@ def files_of(source: str) -> list[Path]:
 
 def is_generated(source: str) -> bool:
     """Returns whether a source makes its problems, so that there are any number of them."""
-    return source.partition(":")[0] in ("sums", "rg")
+    return source.partition(":")[0] in (*BUILT_IN, "rg")
 
 
 def held_out(source: str, holdout_rate: float, count: int) -> tuple[list[Problem], str]:

@@ -24,7 +24,7 @@ def text(problem):
 
 
 def test_a_problem_is_a_function_of_seed_and_number(file):
-    for source in ("sums", "sums:4", file):
+    for source in ("sums", "sums:4", "needle:100", file):
         first, again, other = (open_problems(source, seed, 0.2) for seed in (3, 3, 4))
         numbers = (7, 0, 55, 7, 31)
         assert [first.training(n) for n in numbers] == [again.training(n) for n in reversed(numbers)][::-1]
@@ -175,3 +175,22 @@ def test_tasks_that_run_an_answer_as_a_program_are_refused(task):
     pytest.importorskip("reasoning_gym")
     with pytest.raises(UserError, match=f"rg:{task}: reasoning-gym scores answers to this task by running them"):
         open_problems(f"rg:{task}", 0, 0.1)
+
+
+def test_a_needle_lies_where_it_is_asked_for():
+    """Once in every text, whose length is the one named; without a depth it lies anywhere."""
+    for depth in (0, 25, 100):
+        for number in range(5):
+            haystack, _, question = text(
+                problem := open_problems(f"needle:400@{depth}", 0, 0.2).training(number)
+            ).rpartition("\n")
+            name = question.removeprefix("What is the code of ").removesuffix("?")
+            needle = f"The code of {name} is {problem.answer}."
+            assert haystack.count(needle) == haystack.count("The code") == 1 and 390 <= len(haystack) <= 400
+            before = len(haystack.partition(needle)[0])
+            assert abs(before / (len(haystack) - len(needle)) - depth / 100) < 0.04
+    anywhere = [text(open_problems("needle:400", 0, 0.2).training(n)).index("The") for n in range(40)]
+    assert min(anywhere) < 60 and max(anywhere) > 300
+    for wrong in ("needle:9", "needle:100@101", "needle:a", "needle:1e3"):
+        with pytest.raises(UserError, match="expected a length of 64"):
+            open_problems(wrong, 0, 0.2)
