@@ -27,6 +27,8 @@ TABLE = {
         "mosaic_gpu": "deepseek_jax.layers.attention:latent_decode_on_hopper",  # Hopper, bf16, latents 256 or 512 wide
         "mosaic_tpu": "deepseek_jax.layers.attention:latent_decode_on_tpu",  # TPUs, bf16 or fp32, latents up to 512
     },
+    "indexed_attention": {"xla": "deepseek_jax.layers.indexed_attention:indexed_attention"},
+    "indexed_decode": {"xla": "deepseek_jax.layers.indexed_attention:indexed_decode"},
     "grouped_decode": {"xla": "deepseek_jax.layers.attention:grouped_decode"},
     "grouped_matmul": {
         "xla": "deepseek_jax.precision.grouped:grouped_matmul",

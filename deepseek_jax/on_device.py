@@ -148,7 +148,7 @@ def reads(config: ConfigDict, module: nnx.Module, for_gpu: bool) -> Tree:
 def _order(n_axes: int, role: str, name: str) -> tuple[int, ...]:
     """Returns a weight's axes in the order in which those that a decode step sums over are the innermost."""
     axes = tuple(range(n_axes))
-    if role not in (*MULTIPLIED, "router", "head") or name in SUMMED_LAST:
+    if role not in (*MULTIPLIED, "router", "index", "head") or name in SUMMED_LAST:
         return SUMMED_LAST.get(name, axes)
     n_summed = n_axes - 1 if role == "attention_out" else 1
     return axes[n_summed:] + axes[:n_summed]

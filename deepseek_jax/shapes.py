@@ -22,7 +22,7 @@ LEGEND = {
     "E": "routed experts",
     "X": "experts that live on this device",
     "G": "groups of experts (nodes in V3's node-limited routing)",
-    "K": "experts chosen for a token",
+    "K": "what is chosen for a token: experts, or positions that it attends to",
     "A": "assignments, one row per (token, chosen expert), A = M*K",
     "J": "members of a group: rows of a grouped matmul's block, query heads of a key-value head (H = Z*J)",
     "I": "blocks of a grouped matmul",

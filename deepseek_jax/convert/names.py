@@ -94,6 +94,12 @@ BLOCK = (
     _rule("self_attn.kv_a_proj_with_mqa.weight", "C|P D", "attention.kv_down_DC", "attention.k_rope_DP"),
     _rule("self_attn.kv_a_layernorm.weight", "C", "attention.kv_norm.gain"),
     _rule("self_attn.kv_b_proj.weight", "(H N|U) C", "attention.k_up_CHN", "attention.v_up_CHU"),
+    # and its indexer (V3.2)
+    _rule("self_attn.indexer.wq_b.weight", "(H Q) R", "attention.indexer.q_up_RHQ"),
+    _rule("self_attn.indexer.wk.weight", "Q D", "attention.indexer.key.down_DQ"),
+    _rule("self_attn.indexer.k_norm.weight", "Q", "attention.indexer.key.norm.gain"),
+    _rule("self_attn.indexer.k_norm.bias", "Q", "attention.indexer.key.norm.bias"),
+    _rule("self_attn.indexer.weights_proj.weight", "H D", "attention.indexer.weight_DH"),
     # both
     _rule("self_attn.o_proj.weight", "D (H U)", "attention.out_HUD"),
     # a dense feed-forward
@@ -126,8 +132,11 @@ COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.
 
 # Found in old files. These are not weights: they follow from the config.
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
-# What FP8 releases store in FP8: the matrices of blocks except routers (not embedding, head, norms and eh_proj).
-QUANTIZED = re.compile(r"\.(self_attn|mlp)\.(.*\.)?\w+_proj(_with_mqa)?\.weight$")
+# What FP8 releases store in FP8: the matrices of blocks except routers and the weights of an indexer's heads (not
+# embedding, head, norms and eh_proj).
+QUANTIZED = re.compile(
+    r"\.(self_attn|mlp)\.(?!indexer\.)(.*\.)?\w+_proj(_with_mqa)?\.weight$|\.indexer\.(wq_b|wk)\.weight$"
+)
 ROUTER = ".gate.weight"  # end of a router's name
 FLOAT32 = re.compile(r"\.e_score_correction_bias$")  # in float32 in every release
 

@@ -99,6 +99,7 @@ ROLES = (
     "up",
     "down",
     "router",  # scores experts
+    "index",  # weighs the heads of an indexer
     "join",  # joins the inputs of multi-token prediction
     "table",  # rows read by token id
     "head",  # makes logits

@@ -133,11 +133,15 @@ class MLA(Attention):
         """The heads' queries: (q_nope_BTHN, rotated q_rope_BTHP)."""
         c = self.config
         if c.q_rank:
-            q_latent_BTR = self.q_norm(self.matmul.einsum("BTD,DR->BTR", x_BTD, self.q_down_DR[...]))  # eq. 6
+            q_latent_BTR = self.query_latent(x_BTD)
             q_BTHQ = self.matmul.einsum("BTR,RHQ->BTHQ", q_latent_BTR, self.q_up_RHQ[...])  # eq. 7
         else:
             q_BTHQ = self.matmul.einsum("BTD,DHQ->BTHQ", x_BTD, self.q_DHQ[...])
         return q_BTHQ[..., : c.nope_width], self._rotate(q_BTHQ[..., c.nope_width :], positions_BT)  # eq. 8
+
+    def query_latent(self, x_BTD: jax.Array) -> jax.Array:
+        """The normed latent c^Q of the queries, q_latent_BTR, where there is one."""
+        return self.q_norm(self.matmul.einsum("BTD,DR->BTR", x_BTD, self.q_down_DR[...]))  # eq. 6
 
     def over_itself(
         self, x_BTD: jax.Array, tokens: Tokens, entries: Latents, q_offset: int | jax.Array = 0
@@ -154,7 +158,7 @@ class MLA(Attention):
     def expand(self, weights: tuple[jax.Array, jax.Array], entries: Latents) -> tuple[jax.Array, jax.Array]:
         """Keys and values (k_BSHQ, v_BSHU) of entries, from the weights k_up_CHN and v_up_CHU."""
         (k_up_CHN, v_up_CHU), (c_BSC, k_rope_BSP) = weights, entries
-        c_BSC = self.operand(c_BSC)
+        c_BSC = self.matmul.operand(c_BSC)
         k_nope_BSHN = self.matmul.einsum("BSC,CHN->BSHN", c_BSC, k_up_CHN)  # eq. 2
         v_BSHU = self.matmul.einsum("BSC,CHU->BSHU", c_BSC, v_up_CHU)  # eq. 5
         k_rope_BSHP = jnp.broadcast_to(k_rope_BSP[:, :, None], (*k_nope_BSHN.shape[:-1], self.config.rope_width))

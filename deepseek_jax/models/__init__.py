@@ -15,6 +15,7 @@ FAMILIES = {
     "moe": "deepseek_jax.models.moe",
     "v2": "deepseek_jax.models.v2",
     "v3": "deepseek_jax.models.v3",
+    "v32": "deepseek_jax.models.v32",
 }
 
 

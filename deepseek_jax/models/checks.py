@@ -24,6 +24,7 @@ BOUNDS: dict[str, Bound] = {  # of keys that are no plain size
     "route_scale": POSITIVE,
     "attention_bias": switch(),
     "qk_norm": switch(),
+    "index_dense": switch(),
 }
 GROUPS: dict[str, dict[str, Bound]] = {  # the keys of a group, those that it always has first
     "yarn": {

@@ -19,7 +19,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, Given, remat
-from deepseek_jax.layers.block import Attend, Block
+from deepseek_jax.layers.block import Attend, Block, Build
 from deepseek_jax.layers.decoder import Decoder, Depth, Stack
 from deepseek_jax.layers.experts import Experts, ExpertsConfig
 from deepseek_jax.layers.mla import MLA, MLAConfig
@@ -58,16 +58,16 @@ KEYS = checks.keys(Config)
 
 
 class Model(Decoder):
-    """The network."""
+    """The network; `attend_by` makes an attention in place of MLA."""
 
-    def __init__(self, c: Config, run: Execution = SINGLE_DEVICE, *, rngs: nnx.Rngs):
+    def __init__(self, c: Config, run: Execution = SINGLE_DEVICE, attend_by: Build | None = None, *, rngs: nnx.Rngs):
         e = c.experts
         route = Given(
             sigmoid_biased_topk, top_k=e.top_k, n_groups=e.n_groups, top_groups=e.top_groups, scale=e.route_scale
         )
 
-        def attention(rngs: nnx.Rngs) -> MLA:
-            return MLA(c.mla, c.d_model, run, rngs=rngs)
+        def attention(rngs: nnx.Rngs) -> nnx.Module:
+            return attend_by(rngs) if attend_by else MLA(c.mla, c.d_model, run, rngs=rngs)
 
         def experts(rngs: nnx.Rngs) -> Experts:
             return Experts(e, c.d_model, route, sequence_balance, run, biased=True, rngs=rngs)

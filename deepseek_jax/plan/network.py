@@ -22,7 +22,7 @@ from deepseek_jax.tree import dotted, size
 
 EMBEDDING, HEAD, MTP = "embedding", "head", "mtp"  # top-level entries of a model, besides blocks and a norm
 NORM_WIDTH = "embed"
-HIGH_PRECISION = ("head", "router")  # matrices that FP8 recipes keep in high precision (V3 section 3.3.1)
+HIGH_PRECISION = ("head", "router", "index")  # matrices that FP8 recipes keep in high precision (V3 section 3.3.1)
 LATENTS = ("q_latent", "kv_latent")
 BF16 = Execution(compute=jnp.bfloat16)
 

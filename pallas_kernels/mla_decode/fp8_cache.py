@@ -4,6 +4,7 @@
     scale = max |c| / 448 over a block,    code = round(c / scale)
 
 as in the cache that DeepSeek published with FlashMLA for V3.2. A pool is uint8 [pages, 64, bytes of an entry].
+An indexer's key lies in a cache of its own: 128 codes and one scale, a power of two, 132 bytes for V3.2.
 """
 
 import jax
@@ -42,6 +43,30 @@ def decode(entries: jax.Array, rope: int) -> tuple[jax.Array, jax.Array]:
     scale = _numbers(entries[..., width : width + 4 * n_blocks], jnp.float32)
     c = codes.reshape(*scale.shape, BLOCK) * scale[..., None]
     return c.reshape(codes.shape).astype(jnp.bfloat16), _numbers(entries[..., width + 4 * n_blocks :], jnp.bfloat16)
+
+
+def encode_key(k: jax.Array) -> jax.Array:
+    """Returns uint8 [..., Q + 4 Q / 128] of an indexer's keys [..., Q]: codes, then scales.
+
+    Raises ValueError if Q is not a multiple of 128.
+    """
+    if k.shape[-1] % BLOCK:
+        raise ValueError(f"keys of {k.shape[-1]} numbers: an FP8 cache needs a multiple of {BLOCK}.")
+    blocks = k.astype(jnp.float32).reshape(*k.shape[:-1], -1, BLOCK)
+    top = jnp.max(jnp.abs(blocks), axis=-1)
+    mantissa, exponent = jnp.frexp(jnp.where(top > 0, top / LARGEST, 0.5))
+    scale = jnp.ldexp(jnp.float32(1), exponent - (mantissa == 0.5))  # the power of two that is not less
+    codes = (blocks / scale[..., None]).astype(jnp.float8_e4m3fn).reshape(k.shape)
+    return jnp.concatenate([_bytes(codes), _bytes(scale)], axis=-1)
+
+
+def decode_key(entries: jax.Array) -> jax.Array:
+    """Returns keys [..., Q], float32, of what `encode_key` made of them."""
+    n_blocks = entries.shape[-1] // (BLOCK + 4)
+    width = n_blocks * BLOCK
+    codes = lax.bitcast_convert_type(entries[..., :width], jnp.float8_e4m3fn).astype(jnp.float32)
+    scale = _numbers(entries[..., width:], jnp.float32)
+    return (codes.reshape(*scale.shape, BLOCK) * scale[..., None]).reshape(codes.shape)
 
 
 def _bytes(x: jax.Array) -> jax.Array:

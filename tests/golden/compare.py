@@ -23,6 +23,7 @@ from deepseek_jax.tree import paths
 
 PROMPT = 8  # as in make_golden.py
 MTP_WEIGHT = 0.3
+INDEXER = ".indexer."  # in the names of its weights
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ def whole(model: Model, ids_BT: np.ndarray) -> dict[str, np.ndarray]:
     get = hf.from_tree({"params": jax.device_get(gradient)})  # on the host, where a slice needs no program
     trained = [tensor for tensor in names.tensors(model.source.abstract) if tensor.places[0][0][0] == "params"]
     gradient = {tensor.name: tensor.to_theirs([get(*place) for place in tensor.places]) for tensor in trained}
+    choosing = [name for name in gradient if INDEXER in name]  # which no gradient of this loss reaches
+    assert not any(np.any(gradient.pop(name)) for name in choosing)
     return jax.tree.map(np.asarray, said) | {"loss": float(loss), "gradient": gradient}
 
 

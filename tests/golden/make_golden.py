@@ -94,8 +94,11 @@ V2 = BASE | HUB | MOE | MLA | dict(model_type="deepseek_v2", architectures=["Dee
 V3 = BASE | HUB | MOE | MLA | dict(model_type="deepseek_v3", architectures=["DeepseekV3ForCausalLM"])
 V3 |= dict(n_shared_experts=1, n_group=4, topk_group=2, topk_method="noaux_tc", scoring_func="sigmoid")
 V3 |= dict(norm_topk_prob=True, routed_scaling_factor=2.5, num_nextn_predict_layers=0, ep_size=1)
+V32 = dict(model_type="deepseek_v32", architectures=["DeepseekV32ForCausalLM"])
+V32 |= dict(index_n_heads=16, index_head_dim=12, index_topk=12)
 LLAMA = BASE | HUB | dict(model_type="llama", architectures=["LlamaForCausalLM"])
 QWEN = BASE | dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"])
+NEAR = dict(original_max_position_embeddings=64, beta_fast=4, beta_slow=1)  # a context in which all of YaRN is felt
 FP8 = dict(activation_scheme="dynamic", fmt="e4m3", quant_method="fp8", weight_block_size=[128, 128])
 
 CONFIGS = {
@@ -129,6 +132,8 @@ CONFIGS = {
     "v3_yarn": V3
     | dict(intermediate_size=132, quantization_config=FP8)
     | dict(rope_scaling=YARN | dict(type="yarn", mscale=1.0, mscale_all_dim=1.0)),
+    # V3.2: sparse attention, which begins while the greedy text is written.
+    "v32": V3 | V32 | dict(rope_scaling=NEAR | dict(type="yarn", factor=4.0, mscale=1.0, mscale_all_dim=1.0)),
     "v3_mtp": V3 | dict(num_nextn_predict_layers=1),
     # R1-0528-Qwen3: norms of queries and keys, heads of a width of their own, YaRN whose attn_factor is not read.
     "r1_qwen3": BASE
@@ -137,7 +142,6 @@ CONFIGS = {
     | dict(rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, attn_factor=0.878)),
 }
 NEW_SPELLING = ("r1_llama", "v2")
-NEAR = dict(original_max_position_embeddings=64, beta_fast=4, beta_slow=1)  # a context in which all of YaRN is felt
 ONE = V3 | dict(first_k_dense_replace=0, num_hidden_layers=1)
 # Compared live only (tests/parity): what else transformers loads of these types.
 SHAPES = {

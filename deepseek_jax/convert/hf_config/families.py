@@ -103,6 +103,24 @@ def write_v3(numbers: Json) -> Numbers:
     return _write_latent(numbers) | _write_scale(numbers) | {"num_nextn_predict_layers": numbers["mtp_depth"]}
 
 
+def read_v32(hf: Json, numbers: Numbers, rope: Numbers) -> Numbers:
+    """Reads what V3 has, and checks that all layers have an indexer and the leading ones a dense feed-forward."""
+    found, n_layers = read_v3(hf, numbers, rope), numbers["n_layers"]
+    if not found["q_rank"]:
+        raise invalid(hf, "q_lora_rank", "a width: the indexer reads the latent of the queries")
+    if numbers["index_width"] < numbers["rope_width"]:
+        raise invalid(hf, "index_head_dim", f"qk_rope_head_dim={numbers['rope_width']} or more")
+    n_dense = min(numbers["n_dense_layers"], n_layers)
+    expected = {
+        "layer_types": ["indexed_attention"] * n_layers,
+        "mlp_layer_types": ["dense"] * n_dense + ["sparse"] * (n_layers - n_dense),
+    }
+    for key, layers in expected.items():
+        if hf.get(key) not in (None, layers):
+            raise invalid(hf, key, f"{layers[0]!r} to {layers[-1]!r}, as the other keys say, or no such key")
+    return found
+
+
 def _read_latent(hf: Json, rope: Numbers) -> Numbers:
     """Reads latent attention and its context extension."""
     n_heads = hf["num_attention_heads"]

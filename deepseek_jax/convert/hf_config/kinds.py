@@ -8,12 +8,13 @@
 | deepseek | moe | DeepSeekMoE 16B |
 | deepseek_v2 | v2 | V2, V2.5, V2-Lite, Coder-V2 |
 | deepseek_v3 | v3 | V3, R1, V3.1; Moonlight |
+| deepseek_v32 | v32 | V3.2-Exp, V3.2 |
 | kimi_k2 | v3 | Kimi K2; written as deepseek_v3, which is the same network |
 """
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from deepseek_jax.convert.hf_config import families
@@ -60,6 +61,7 @@ EXPERTS = {
     "moe_intermediate_size": "expert_width",
     "num_experts_per_tok": "top_k",
 }
+INDEXER = {"index_n_heads": "index_heads", "index_head_dim": "index_width", "index_topk": "index_top_k"}
 GROUPS = {"n_group": "n_groups", "topk_group": "top_groups"}
 COUNTS = ("first_k_dense_replace", "n_shared_experts")
 SILU = {"hidden_act": "silu"}
@@ -123,4 +125,12 @@ KINDS = {
         rope_types=("yarn",),
     ),
 }
+KINDS["deepseek_v32"] = replace(
+    KINDS["deepseek_v3"],
+    family="v32",
+    architecture="DeepseekV32ForCausalLM",
+    sizes=KINDS["deepseek_v3"].sizes | INDEXER,
+    read_extra=families.read_v32,
+    implied={"index_dense": False},
+)
 KINDS["kimi_k2"] = KINDS["deepseek_v3"]
