@@ -121,7 +121,7 @@ class Indexer(nnx.Module):
 def scores(index: Index) -> jax.Array:
     """I_BTS of eq. 1, float32; those of all heads exist in between."""
     pairs_BHTS = jnp.einsum("BTHQ,BSQ->BHTS", index.q_BTHQ, index.k_BSQ, preferred_element_type=jnp.float32)
-    return jnp.einsum("BHTS,BTH->BTS", jax.nn.relu(pairs_BHTS), index.weight_BTH)  # eq. 1
+    return jnp.einsum("BHTS,BTH->BTS", jax.nn.relu(pairs_BHTS), index.weight_BTH)  # V3.2 eq. 1
 
 
 def among_top(scores_BTS: jax.Array, seen_BTS: jax.Array, top_k: int) -> jax.Array:
@@ -133,7 +133,7 @@ def among_top(scores_BTS: jax.Array, seen_BTS: jax.Array, top_k: int) -> jax.Arr
     above_BTS, equal_BTS = ranked_BTS > least_BTK, ranked_BTS == least_BTK
     room_BT = top_k - jnp.sum(above_BTS, axis=-1, dtype=jnp.int32)
     first_BTS = jnp.cumsum(equal_BTS, axis=-1, dtype=jnp.int32) <= room_BT[..., None]
-    return seen_BTS & (above_BTS | equal_BTS & first_BTS)  # eq. 2
+    return seen_BTS & (above_BTS | equal_BTS & first_BTS)  # V3.2 eq. 2
 
 
 def top_slots(scores_BTS: jax.Array, seen_BTS: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:

@@ -37,7 +37,7 @@ def test_every_kind_is_there():
 
 
 def test_the_files_stay_small():
-    assert sum(file.stat().st_size for file in GOLDEN.rglob("*") if file.suffix != ".py") < 1.6e6
+    assert sum(file.stat().st_size for file in GOLDEN.rglob("*") if file.suffix != ".py") < 1.8e6
 
 
 # slow: their mechanisms occur in v2, v3_mtp and the others as well
