@@ -12,7 +12,7 @@ Of equal scores the lowest positions are chosen; the report and the released cod
 into what the indexer reads, and none of the language model's loss into it: choosing has no derivative.
 
 In this file H and Q are the heads and the width of the indexer. The scores of all its heads, [B, H, T, S], exist for a
-block of queries at a time (`layers.indexed_attention`). `Indexer` is told how keys are made and how positions enter,
+block of queries at a time (`layers.indexed_attention`). `Indexer` is given how keys are made and how positions enter,
 so that it can choose among entries of several tokens as well.
 Paper: DeepSeek-V3.2, arXiv 2512.02556, section 2.1; sizes and the norm of the keys: the released code.
 """

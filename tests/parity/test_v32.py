@@ -1,4 +1,4 @@
-"""V3.2 live against transformers, over texts several times as long as top_k: logits, gradients, chosen positions, exports.
+"""V3.2 live against transformers, over texts longer than top_k: logits, gradients, chosen positions, exports.
 
 transformers has no multi-token prediction for V3.2: the layer's parts are those of V3, and are compared in
 test_transformers.py; here an export with one is loaded beside it.
