@@ -23,7 +23,19 @@ LENGTH, LEAST, MOST = 200, 64, 4_000_000
 OPTION = re.compile(r"(\d{1,7})?(?:@(\d{1,3}))?", re.ASCII)
 N_DIGITS = 4
 NAMES = ("lemon", "apple", "cherry", "olive", "peach", "melon", "grape", "plum", "fig", "date", "quince", "almond")
-WORDS = ("river", "stone", "garden", "cloud", "winter", "silver", "window", "paper", "island", "candle", "forest")
+WORDS: tuple[str, ...] = (
+    "river",
+    "stone",
+    "garden",
+    "cloud",
+    "winter",
+    "silver",
+    "window",
+    "paper",
+    "island",
+    "candle",
+    "forest",
+)
 WORDS += (
     "bridge",
     "letter",
