@@ -104,6 +104,10 @@ class ProcessStore:
                 return ""
             raise
 
+    def meet(self, name: str, seconds: float) -> None:
+        """Returns when all processes are here; a name serves once. Raises JaxRuntimeError after `seconds`."""
+        self._client.wait_at_barrier(name, round(seconds * 1000))
+
     def under(self, folder: str) -> list[str]:
         """Returns all texts whose keys begin with `folder`, which ends in a slash."""
         return [value for _, value in self._client.key_value_dir_get(folder)]

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.context import CONTEXT, zigzag
+from deepseek_jax.parallel.meeting import meet
 
 PIPE, DATA, EXPERT = "pipe", "data", "expert"
 ALL = (PIPE, DATA, CONTEXT, EXPERT)  # all devices: what is summed once for the whole run
@@ -150,6 +151,7 @@ def fetched(rows: Any) -> Any:
     """The whole of arrays that are split over all devices, as host arrays on every process."""
     if jax.process_count() == 1:
         return jax.device_get(rows)
+    meet("whole")
     return multihost_utils.process_allgather(rows, tiled=True)
 
 
@@ -157,6 +159,7 @@ def joined(own: np.ndarray) -> np.ndarray:
     """The rows that each process gives, in the order of the processes, on all of them; float64 keeps its bits."""
     if jax.process_count() == 1:
         return own
+    meet("joined")
     bits = multihost_utils.process_allgather(np.ascontiguousarray(own, np.float64).view(np.uint32), tiled=True)
     return np.asarray(bits).view(np.float64)
 
@@ -186,5 +189,6 @@ def largest(*values: float) -> tuple[float, ...]:
     """The largest that any process gives, value by value; the same on all of them."""
     if jax.process_count() == 1:
         return values
+    meet("largest")
     found = multihost_utils.process_allgather(np.asarray(values, np.float32))
     return tuple(np.max(found.reshape(-1, len(values)), axis=0).tolist())

@@ -23,6 +23,7 @@ from deepseek_jax.layers.base import Tree, bind, logical_axes, split
 from deepseek_jax.layers.router import max_violation
 from deepseek_jax.parallel import eplb
 from deepseek_jax.parallel.eplb import Placement
+from deepseek_jax.parallel.meeting import begun_together
 from deepseek_jax.parallel.mesh import BATCH, REPLICATED, per_device, shardings
 from deepseek_jax.parallel.sharding import EXPERTS, expert_axis, placements
 from deepseek_jax.train.step import Evaluation, State, Trainer
@@ -120,7 +121,7 @@ class RedundantEvaluator:
                 run.unshard(bound)
             return trainer.evaluation(bound, batch, byte_lengths_V)
 
-        self._run = jax.jit(per_device(on_device, mesh, (specs, BATCH), REPLICATED))
+        self._run = begun_together(jax.jit(per_device(on_device, mesh, (specs, BATCH), REPLICATED)))
 
     def placed(self, loads: Tree) -> Placed:
         """Returns where replicas go for these loads of the experts, `Report.loads`."""

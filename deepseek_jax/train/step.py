@@ -33,6 +33,7 @@ from deepseek_jax.layers.router import max_violation, updated_bias
 from deepseek_jax.parallel import zero
 from deepseek_jax.parallel.alltoall import Sent, make_exchange
 from deepseek_jax.parallel.context import CONTEXT, Context
+from deepseek_jax.parallel.meeting import begun_together
 from deepseek_jax.parallel.mesh import BATCH, PIPE, REPLICAS, REPLICATED, per_device, place, total
 from deepseek_jax.parallel.sharding import (
     check_rules,
@@ -234,7 +235,8 @@ class Trainer:
         """The step with gradients from `gradients`, whose exchange has buffers of this `level`; None: of any size."""
         on_device = functools.partial(self._on_device, gradients, level)
         run = per_device(on_device, self.mesh, (self.specs, BATCH), (self.specs, REPLICATED))
-        return jax.jit(run, donate_argnums=0, compiler_options=hides_collectives(self.mesh.devices.flat))
+        hides = hides_collectives(self.mesh.devices.flat)
+        return begun_together(jax.jit(run, donate_argnums=0, compiler_options=hides))
 
     def _over_stages(self, remat: str, pipeline: Pipeline, level: int = 0) -> Gradients:
         """The gradients over the stages of the pipeline, with buffers of this `level` (`Exchange`)."""
@@ -287,7 +289,7 @@ class Trainer:
         if not self.layout:
             return stored
         shardings = jax.tree.map(lambda x: x.sharding, {name: self.abstract[name] for name in stored})
-        return jax.jit(self._staged, out_shardings=shardings)(stored)
+        return begun_together(jax.jit(self._staged, out_shardings=shardings))(stored)
 
     def store(self, state: State) -> State:
         """A state as a checkpoint holds it: the inverse of `load`; the order of layers does not depend on the mesh."""
@@ -403,7 +405,7 @@ class Trainer:
             return self.evaluation(self.bind(reading.whole(params, self._reads), router_bias), batch, byte_lengths_V)
 
         specs = (self.specs["params"], self.specs["router_bias"], BATCH)
-        run = jax.jit(per_device(on_device, self.mesh, specs, REPLICATED))
+        run = begun_together(jax.jit(per_device(on_device, self.mesh, specs, REPLICATED)))
         return lambda state, batch: run(state["params"], state["router_bias"], batch)
 
     def with_model(
@@ -425,7 +427,7 @@ class Trainer:
             return function(model, rows)
 
         specs = (self.specs["params"], self.specs["router_bias"], BATCH)
-        run = jax.jit(per_device(on_device, self.mesh, specs, BATCH))
+        run = begun_together(jax.jit(per_device(on_device, self.mesh, specs, BATCH)))
         return lambda state, rows: run(state["params"], state["router_bias"], rows)
 
     def evaluation(self, model: nnx.Module, batch: Batch, byte_lengths_V: jax.Array) -> Evaluation:

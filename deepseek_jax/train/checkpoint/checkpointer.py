@@ -35,6 +35,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from deepseek_jax.errors import PassingError, UserError
+from deepseek_jax.parallel.meeting import meet
 from deepseek_jax.parallel.mesh import largest
 from deepseek_jax.paths import check_local
 from deepseek_jax.storage import Place, Remote, StorageError, answered, open_store, place, refusal
@@ -478,6 +479,7 @@ def _agree(value: int) -> int:
     """Returns process 0's value on every process; also a barrier."""
     if jax.process_count() == 1:
         return int(value)
+    meet("agree")
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
