@@ -18,6 +18,7 @@ from pathlib import Path
 import deepseek_jax
 from deepseek_jax import streams
 from deepseek_jax.errors import UserError
+from deepseek_jax.storage import answered
 
 USAGE = """\
 usage: deepseek-jax VERB [--config=NAME|FILE.py] [--workdir=DIR] [--config.a.b=VALUE ...]
@@ -101,7 +102,8 @@ def run(argv: list[str]) -> int:
         raise UserError(f"{verb}: no such verb. {hint}")
     if "--help" in arguments or "-h" in arguments:
         print(docstring(found[verb]), end="\n\n")
-    return importlib.import_module(f"deepseek_jax.launch.{verb}").main(arguments) or 0
+    with answered():
+        return importlib.import_module(f"deepseek_jax.launch.{verb}").main(arguments) or 0
 
 
 def main(argv: list[str] | None = None) -> int:

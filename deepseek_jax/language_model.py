@@ -55,6 +55,7 @@ from deepseek_jax.serve.pages import PAGE_SIZE
 from deepseek_jax.serve.programs import form
 from deepseek_jax.serve.prompts import check_prompts
 from deepseek_jax.serve.sampling import Sampling
+from deepseek_jax.storage import Remote
 from deepseek_jax.units import binary
 from deepseek_jax.weights import FORMATS, export, open_weights, with_peft
 
@@ -391,7 +392,7 @@ def build(config: str | ConfigDict, seed: int = 0) -> LanguageModel:
 
 
 def load(
-    path: str | os.PathLike,
+    path: str | os.PathLike | Remote,
     precision: str | None = None,
     weights: str = "wide",
     adapters: str | os.PathLike | None = None,
@@ -402,7 +403,8 @@ def load(
 
     Args:
         path: the workdir of a run, its directory of checkpoints, a directory with config.json and safetensors files, or
-            the id of such a model on the Hugging Face hub (owner/name), which is downloaded to the hub's cache.
+            the id of such a model on the Hugging Face hub (owner/name), which is downloaded to the hub's cache; gs://
+            and s3:// for those in a bucket.
         precision: what to compute in, "fp32" or "bf16"; by default that of the run, or of most published weights.
         weights: "wide"; "stored", so that 8-bit weights stay in FP8 (`precision.fp8_weight`), in half the memory; or
             "fp8", so that the others are quantised as well, by V3's rule.

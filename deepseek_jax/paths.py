@@ -9,6 +9,7 @@ from deepseek_jax.errors import UserError
 # A scheme has two letters or more: C:/ is a disk.  pathlib makes gs:/b of gs://b.
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
 HUB = re.compile(r"(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
+IN_BUCKETS = "workdirs of train and sft, prepared text, and published weights"
 MOUNTS = {"gs": "gcsfuse", "s3": "mountpoint-s3", "hdfs": "hadoop-hdfs-fuse", "abfs": "blobfuse2", "az": "blobfuse2"}
 
 
@@ -24,10 +25,10 @@ def check_local(path: str | os.PathLike, given: str = "") -> None:
     if scheme in ("hf", "http", "https") and (model := HUB.match(rest if scheme != "hf" else f"hf.co/{rest}")):
         raise UserError(f"{shown}: models of the hub go by their ids where weights are read. Give {model[1]} there.")
     mount = f", such as {MOUNTS[scheme]}" if scheme in MOUNTS else ""
-    raise UserError(
-        f"{shown}: nothing is read from or written to {scheme}:// as yet. Give a path here: of a mounted file system"
-        f"{mount}, or of a copy."
-    )
+    where = f"nothing is read from or written to {scheme}:// as yet"
+    if scheme in ("gs", "s3"):
+        where = f"this one cannot be in {scheme}://, where {IN_BUCKETS} can"
+    raise UserError(f"{shown}: {where}. Give a path here: of a mounted file system{mount}, or of a copy.")
 
 
 def check_writable(folder: Path, given: str) -> None:

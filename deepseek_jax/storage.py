@@ -21,6 +21,7 @@ import errno
 import functools
 import os
 import re
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,10 @@ URL = re.compile(r"(gs|s3):/+([^/]+)/*(.*)", re.DOTALL)  # pathlib makes gs:/b o
 RETRIES = {"max_retries": 8, "initial_delay": "500ms", "max_delay": "16s"}
 ABSENT = b"\x02"  # TensorStore's generation of what does not exist; an empty one means any
 DRIVERS = {"gs": "gcs", "s3": "s3"}
+PART_BYTES, PARTS = (
+    2**24,
+    4,
+)  # of an object that is read into memory that is there: bytes of a request, requests at a time
 LOGIN = {
     "gs": "Run gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS",
     "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
@@ -142,7 +147,36 @@ class Store:
             raise FileNotFoundError(errno.ENOENT, "no such object", f"{self}/{name}")
         return found.value
 
-    def write(self, name: str, content: bytes) -> None:
+    def read_into(self, name: str, view: memoryview, start: int, generation: bytes) -> bool:
+        """Fills a buffer with an object's bytes from `start` on, some requests at a time.
+
+        Returns whether the object is still that of `generation` and has so many bytes.
+        """
+        under_way: deque[tuple[int, int, Any]] = deque()
+        for first in range(0, len(view), PART_BYTES):
+            stop = min(first + PART_BYTES, len(view))
+            with self._asking("read", name):
+                asked = self._keys.read(name, byte_range=slice(start + first, start + stop))
+            under_way.append((first, stop, asked))
+            if len(under_way) == PARTS and not self._fill(name, view, generation, *under_way.popleft()):
+                return False
+        return all(self._fill(name, view, generation, *part) for part in under_way)
+
+    def _fill(self, name: str, view: memoryview, generation: bytes, first: int, stop: int, asked: Any) -> bool:
+        """Fills `view[first:stop]` with an answer; returns whether it is that of `generation`."""
+        try:
+            with self._asking("read", name):
+                found = asked.result()
+        except StorageError as error:
+            if "OUT_OF_RANGE" in str(error.__cause__):
+                return False
+            raise
+        if found.state != "value" or found.stamp.generation != generation or len(found.value) != stop - first:
+            return False
+        view[first:stop] = found.value
+        return True
+
+    def write(self, name: str, content: bytes | bytearray) -> None:
         """Writes an object, over another one if need be: whole or not at all."""
         with self._asking("write", name):
             self._keys.write(name, content).result()

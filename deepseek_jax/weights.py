@@ -19,17 +19,18 @@ from ml_collections import ConfigDict
 from deepseek_jax import release
 from deepseek_jax.abstract_model import abstract_weights, check_memory
 from deepseek_jax.configs import base
-from deepseek_jax.convert import formats, fp8_weights, hf, hub, peft
+from deepseek_jax.convert import fetched, formats, fp8_weights, hf, hub, peft
 from deepseek_jax.convert.names import flatten
-from deepseek_jax.convert.place import place
+from deepseek_jax.convert.place import place as place_weights
 from deepseek_jax.data.tokenizer import open_tokenizer
+from deepseek_jax.data.tokenizer_files import is_path
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers import lora
 from deepseek_jax.layers.base import Tree
 from deepseek_jax.layers.lora import Lora
 from deepseek_jax.parallel.mesh import REPLICATED, shardings
 from deepseek_jax.saved_config import completed, from_json
-from deepseek_jax.storage import Place, Remote
+from deepseek_jax.storage import Place, Remote, place
 from deepseek_jax.train.checkpoint import manifest
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 
@@ -51,7 +52,9 @@ class Loaded:
 
 def open_weights(path: str | os.PathLike | Remote) -> "RunWeights | PublishedWeights":
     """The weights of a run or of a published model (`path` as for `language_model.load`); reads nothing yet."""
-    return RunWeights(path) if isinstance(path, Remote) or not is_published(path) else PublishedWeights(path)
+    where = place(path)
+    origin = where if isinstance(where, Remote) else path  # an id of the hub, or a path as it was given
+    return PublishedWeights(origin) if is_published(origin) else RunWeights(origin)
 
 
 class RunWeights:
@@ -99,9 +102,9 @@ class RunWeights:
 
 
 class PublishedWeights:
-    """The weights of a Hugging Face directory, or of a model on the hub; only headers are read until one is needed."""
+    """The weights of a Hugging Face directory, here, in a bucket or on the hub; only headers are read at first."""
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike | Remote):
         self.path = path
 
     @functools.cached_property
@@ -110,8 +113,7 @@ class PublishedWeights:
         if hub.is_id(self.path):
             directory = hub.local(self.path, weights=False)
             return published_config(hf.announced(directory), directory)
-        directory = Path(self.path).expanduser()
-        return published_config(hf.open_published(directory), directory.resolve())
+        return published_config(hf.open_published(self.path), hub.local(self.path).resolve())
 
     @property
     def tokenizer(self) -> str:
@@ -123,19 +125,19 @@ class PublishedWeights:
         config, source = self._open(in_fp8=weights != "wide")
         check_memory(config.name, source.abstract)
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        state = place(source, jax.tree.map(lambda x: x.update(sharding=here), source.abstract))
+        state = place_weights(source, jax.tree.map(lambda x: x.update(sharding=here), source.abstract))
         state = fp8_weights.joined(state, source.coded)
-        return Loaded(config, _in_format(state, weights), os.fspath(self.path))
+        return Loaded(config, _in_format(state, weights), str(self.path))
 
     def read(self, target: Tree) -> Tree:
         """The weights in the shardings and dtypes of a training state; as `RunWeights.read`."""
         _, source = self._open()
         check_shapes(self.path, source.abstract, target)
-        return place(source, target)
+        return place_weights(source, target)
 
     def _open(self, in_fp8: bool = False) -> tuple[ConfigDict, hf.Source]:
         directory = hub.local(self.path)
-        published = hf.open_published(directory)
+        published = hf.open_published(self.path if isinstance(self.path, Remote) else directory)
         config = published_config(published, directory.resolve())
         return config, hf.Source(published, abstract_weights(config), in_fp8=in_fp8)
 
@@ -187,9 +189,12 @@ def _in_format(state: Tree, weights: str) -> Tree:
     return fp8_weights.quantized(state) if weights == "fp8" else state
 
 
-def is_published(path: str | os.PathLike) -> bool:
-    """Whether this is a directory of published weights rather than of a run."""
-    path = Path(path).expanduser()
+def is_published(path: str | os.PathLike | Remote) -> bool:
+    """Whether this is a directory of published weights, or a place in a bucket, rather than of a run."""
+    path = place(path)
+    if isinstance(path, Remote):
+        return fetched.is_published(path)
+    path = path.expanduser()
     return hub.is_id(path) or ((path / hf.CONFIG).is_file() and not (path / "checkpoints").is_dir())
 
 
@@ -212,7 +217,7 @@ def _name(directory: Path) -> str:
 
 
 def export(
-    config: ConfigDict, directory: str | os.PathLike, abstract: Tree, get: hf.Get, dtype: str, **options: Any
+    config: ConfigDict, directory: str | os.PathLike | Remote, abstract: Tree, get: hf.Get, dtype: str, **options: Any
 ) -> None:
     """`hf.write` for the model of a config: `abstract`, `get` and `options` as there, the rest from its release."""
     marks = release.marks(config, open_tokenizer(config.data.tokenizer))
@@ -230,9 +235,10 @@ def export(
 
 def checkpoint_directory(path: str | os.PathLike | Remote) -> Any:
     """Where the checkpoints are, given a run's workdir or that directory itself. Raises UserError if nowhere."""
+    path = place(path)
     if isinstance(path, Remote):
         return path if path.name == "checkpoints" else path / "checkpoints"
-    path = Path(path).expanduser()
+    path = path.expanduser()
     formats.check_path(path)
     if not path.is_dir():
         raise UserError(
@@ -269,10 +275,13 @@ def saved_config(checkpoints: Checkpointer) -> ConfigDict:
 def config_in(meta: dict, directory: Place) -> ConfigDict:
     """The config that the meta of a checkpoint in `directory` holds; see `release.moved` for a run that has moved."""
     config = completed(from_json(meta["config"]))
-    return release.moved(config, directory.parent) if isinstance(directory, Path) else config
+    if isinstance(directory, Path):
+        return release.moved(config, directory.parent)
+    has_files = config.release.folder or is_path(config.data.tokenizer)
+    return release.moved(config, fetched.beside(directory.parent)) if has_files else config
 
 
-def check_shapes(path: str | os.PathLike, stored: Tree, expected: Tree) -> None:
+def check_shapes(path: str | os.PathLike | Remote, stored: Tree, expected: Tree) -> None:
     """Raises UserError unless two trees have the same shapes under the same names."""
     there, here = flatten(stored), flatten(expected)
     differing = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))

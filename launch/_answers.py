@@ -1,13 +1,13 @@
 """What a model answers to held-out conversations, beside the answers expected."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from deepseek_jax.launch._continuation import write
+from deepseek_jax.storage import Place
 
 if TYPE_CHECKING:
     from deepseek_jax.data.pipeline import Batch, Split
@@ -24,7 +24,7 @@ class Asked(NamedTuple):
     answer: list[int]
 
 
-def show_answers(config: ConfigDict, workdir: Path) -> None:
+def show_answers(config: ConfigDict, workdir: Place) -> None:
     """Prints the likeliest answers of the model of `workdir` to held-out conversations, if there are any."""
     from deepseek_jax.data.pipeline import open_splits
     from deepseek_jax.language_model import load

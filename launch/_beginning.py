@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.storage import Place
+from deepseek_jax.storage import Place, Remote, open_store, place
 
 SEQ_LEN = 2048  # tokens of a training sequence, if the model is meant for as many
 RATE = 1e-5
@@ -30,15 +30,24 @@ The quick brown fox, 1234567890 times: "naïve" café, don't – 東京の城, �
 """
 
 
+def check_bucket(workdir: Place) -> None:
+    """Raises UserError, or PassingError, where a workdir in a bucket cannot be listed."""
+    if isinstance(workdir, Remote):
+        open_store(workdir).check()
+
+
 def is_origin(name: str) -> bool:
-    """Whether this names a directory here or, being no path, a model of the hub."""
+    """Whether this names a directory here, a place in a bucket or, being no path, a model of the hub."""
     from deepseek_jax.convert import hub
 
-    return os.path.isdir(os.path.expanduser(name)) or (hub.is_id(name) and not name.endswith(".py"))
+    is_there = isinstance(place(name), Remote) or os.path.isdir(os.path.expanduser(name))
+    return is_there or (hub.is_id(name) and not name.endswith(".py"))
 
 
 def directory(name: str, flag: str) -> str:
-    """Returns the absolute path of a directory that the user has named, or an id of the hub; UserError for others."""
+    """Returns the absolute path of a directory, a place in a bucket or an id of the hub; UserError for others."""
+    if isinstance(where := place(name), Remote):
+        return str(where)
     if not os.path.isdir(os.path.expanduser(name)) and is_origin(name):
         return name
     path = os.path.abspath(os.path.expanduser(name))
@@ -166,10 +175,11 @@ def check_sizes(config: ConfigDict) -> None:
     """Raises UserError unless the weights to begin with are those of the config's model; reads headers only."""
     from deepseek_jax.abstract_model import abstract_weights
     from deepseek_jax.convert import hub
-    from deepseek_jax.weights import check_shapes, open_weights
+    from deepseek_jax.weights import check_shapes, is_published, open_weights
 
     if config.run.init_from:
-        hub.local(config.run.init_from)  # a download comes before all that takes long
+        if is_published(config.run.init_from):
+            hub.local(config.run.init_from)  # a download comes before all that takes long
         source = open_weights(config.run.init_from).config
         check_shapes(config.run.init_from, abstract_weights(source), abstract_weights(config))
 

@@ -3,12 +3,12 @@
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from ml_collections import ConfigDict
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.storage import Place
 from deepseek_jax.streams import printable
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ SAMPLE = "    def __init__(self"  # what the model continues when a run has ende
 
 
 def continue_text(
-    workdir: Path, prompt: str, max_tokens: int, *, temperature: float, top_p: float = 0.95, seed: int = 0
+    workdir: Place, prompt: str, max_tokens: int, *, temperature: float, top_p: float = 0.95, seed: int = 0
 ) -> None:
     """Prints a prompt and what the model of `workdir` makes of it; how fast it was goes to standard error.
 
@@ -47,7 +47,7 @@ def continue_text(
         print(f"stopped after {model.n_positions} tokens, as long as those it was trained on", file=sys.stderr)
 
 
-def show_sample(config: ConfigDict, workdir: Path) -> None:
+def show_sample(config: ConfigDict, workdir: Place) -> None:
     """Prints how to sample from the model, and one sample; that there is none does not fail the run."""
     import jax
 

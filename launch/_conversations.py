@@ -7,11 +7,12 @@ from ml_collections import ConfigDict
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.paths import check_writable
+from deepseek_jax.storage import Place
 
 N_BUILT_IN = 6_000  # conversations
 
 
-def settle_source(config: ConfigDict, workdir: Path) -> None:
+def settle_source(config: ConfigDict, workdir: Place) -> None:
     """Settles that the source holds conversations, and writes built-in ones in `workdir`.
 
     Raises UserError for a source of text, or a workdir that cannot be written.
@@ -24,8 +25,11 @@ def settle_source(config: ConfigDict, workdir: Path) -> None:
         )
     config.data.format = "conversations"
     if is_built_in(config):
-        check_writable(workdir, "--workdir")
-        config.data.source = str(write_built_in(config, workdir / "conversations.jsonl"))
+        from deepseek_jax.train.mirror import local
+
+        folder = local(workdir)
+        check_writable(folder, "--workdir")
+        config.data.source = str(write_built_in(config, folder / "conversations.jsonl"))
 
 
 def is_built_in(config: ConfigDict) -> bool:

@@ -21,6 +21,7 @@ from deepseek_jax.convert.safetensors.read import Tensors
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch._progress import Progress
 from deepseek_jax.saved_config import to_json
+from deepseek_jax.storage import Place, Remote, answered, open_store
 from deepseek_jax.train.checkpoint import manifest, tree
 from deepseek_jax.train.checkpoint.manifest import step_dir
 from deepseek_jax.train.checkpoint.streamed import PENDING_BYTES, StreamedStep
@@ -32,14 +33,15 @@ PROGRAM_BYTES = 2**29  # of memory: the interpreter and its libraries
 SPARE_BYTES = 2**26  # of disk
 
 
-def convert(source: Path, workdir: Path, dtype: str, to: str | None) -> None:
+def convert(source: Place, workdir: Path, dtype: str, to: str | None) -> None:
     """Writes the weights of `source` as step 0 of `workdir`, continuing what an earlier start has left."""
-    source = hub.local(source)
+    directory = hub.local(source)
+    source = source if isinstance(source, Remote) else directory
     published = open_published(source)
-    if source.resolve() == workdir.resolve():
+    if directory.resolve() == workdir.resolve():
         raise UserError(f"--workdir={workdir} is the published directory itself. Give another one.")
     origin, checkpoints = describe(source, dtype), workdir / "checkpoints"
-    config = published_config(published, source.resolve())
+    config = published_config(published, directory.resolve())
     if is_there(checkpoints, origin):
         return check_others(release.files(config), workdir)
     pieces = Source(published, abstract_weights(config))
@@ -108,14 +110,24 @@ def write(pieces: Source, step: StreamedStep, arrays: dict[str, tuple]) -> float
     return progress.seconds
 
 
-def describe(source: Path, dtype: str) -> str:
+def describe(source: Place, dtype: str) -> str:
     """A line that is the same for the same conversion: where from, as what, and a hash of names, sizes and times."""
     parts: list[Any] = [dtype, deepseek_jax.__version__]
+    if isinstance(source, Remote):
+        store, kinds = open_store(source), (".json", ".safetensors")
+        with answered():
+            names = [name for name in store.names() if name.endswith(kinds) and "/" not in name]
+            parts += [[name, store.generation(name).hex()] for name in names]
+        return f"{source} as {dtype} ({_digest(parts)})"
     for file in sorted(source.iterdir()):
         if file.suffix in (".json", ".safetensors") and file.is_file():
             status = file.stat()
             parts.append([file.name, status.st_size, status.st_mtime_ns])
-    return f"{source.resolve()} as {dtype} ({hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]})"
+    return f"{source.resolve()} as {dtype} ({_digest(parts)})"
+
+
+def _digest(parts: list) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def is_there(checkpoints: Path, origin: str) -> bool:

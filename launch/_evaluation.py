@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _provenance, _serving
 from deepseek_jax.launch._tables import print_table
+from deepseek_jax.storage import Place
 from deepseek_jax.units import duration
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ STEPS = 8  # tokens per row that one program of the engine draws, and prompts th
 LINE_EVERY_S = 10
 
 
-def evaluate(options: Any, source: Path | str) -> dict[str, Any]:
+def evaluate(options: Any, source: Place | str) -> dict[str, Any]:
     """Returns the results as JSON, after drawing those answers that are not kept yet."""
     from deepseek_jax.rl import evaluation
     from deepseek_jax.rl.rewards import ACCURACY, Rewards

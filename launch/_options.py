@@ -24,11 +24,12 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _beginning, _hints
 from deepseek_jax.paths import check_local
 from deepseek_jax.saved_config import RENAMED, leaves
-from deepseek_jax.storage import place
+from deepseek_jax.storage import Remote, place
 
 BEGINNING = "run.init_from"
 # Keys of files and folders.
 PATHS = (BEGINNING, "lora.init_from", "data.source", "data.tokenizer", "data.cache_dir", "release.folder")
+IN_BUCKETS = (BEGINNING, "data.source", "release.folder")  # those that may be in a bucket
 REQUIRED = object()  # as the default of a verb's flag: must be given
 
 
@@ -119,17 +120,20 @@ def config_of_weights(origin: str, overrides: Mapping[str, str]) -> ConfigDict:
 
 
 def _overridden(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
-    """Sets keys of a config; returns it. Raises UserError for a path that is not of this machine."""
+    """Sets keys of a config; returns it. Raises UserError for a path that is not of this machine, nor in a bucket."""
     values = leaves(run_config.override(config, overrides))
     for key in PATHS:
-        check_local(str(values.get(key, "")), f"config.{key}")
+        text = str(values.get(key, ""))
+        if key not in IN_BUCKETS or not isinstance(place(text), Remote):
+            check_local(text, f"config.{key}")
     return config
 
 
 def load(name: str, flag: str = "--config") -> ConfigDict:
     """Returns the config of a name, a `.py` file (`run_config.load`), or a folder of weights to fine-tune."""
     if flag.endswith(BEGINNING) or (name not in run_config.names() and _beginning.is_origin(name)):
-        check_local(name, flag)
+        if not isinstance(place(name), Remote):
+            check_local(name, flag)
         return _beginning.fine_tuning(_beginning.directory(name, flag), base.get_config()).lock()
     return run_config.load(name, flag)
 

@@ -3,15 +3,15 @@
 import contextlib
 import hashlib
 import os
-from pathlib import Path
 from typing import BinaryIO
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.storage import Place, Remote, open_store, place
 
 PIECES, PIECE_BYTES = 64, 1 << 14  # of a file of published weights, spread over it
 
 
-def mark_of(origin: str | Path) -> dict:
+def mark_of(origin: str | Place) -> dict:
     """Returns what identifies weights: of a run its latest intact step and the sha256 of that step's manifest.
 
     That is the step that `weights.open_weights` reads. Its files are compared with the manifest, which holds their
@@ -32,7 +32,7 @@ def mark_of(origin: str | Path) -> dict:
     raise UserError(f"{origin} has no intact checkpoint. Train it first.")
 
 
-def check_unchanged(origin: str | Path, mark: dict) -> None:
+def check_unchanged(origin: str | Place, mark: dict) -> None:
     """Raises UserError if weights are no longer those of a mark: then others may have been read since it was taken."""
     now = mark_of(origin)
     if now != mark:
@@ -42,12 +42,17 @@ def check_unchanged(origin: str | Path, mark: dict) -> None:
         )
 
 
-def published_digest(origin: str | Path) -> str:
+def published_digest(origin: str | Place) -> str:
     """Returns the sha256 of config.json and of the names, sizes and samples of the bytes of published weights."""
     from deepseek_jax.convert import hub
 
-    directory = Path(hub.local(os.fspath(origin))).expanduser()
+    directory, where = hub.local(origin), place(origin)
     digest = hashlib.sha256((directory / "config.json").read_bytes())
+    if isinstance(where, Remote):
+        store = open_store(where)
+        for name in filter(lambda name: name.endswith(".safetensors"), store.names()):
+            digest.update(f"{name} {store.generation(name).hex()}\n".encode())
+        return digest.hexdigest()
     for file in sorted(directory.glob("*.safetensors")):
         with open(file, "rb") as weights:
             size = file.stat().st_size
@@ -65,11 +70,15 @@ def samples(file: BinaryIO, size: int) -> bytes:
     return b"".join(found)
 
 
-def name_of(origin: str | Path) -> str:
+def name_of(origin: str | Place) -> str:
     """Returns where weights are, for people: an absolute path, or the id of the hub."""
-    return os.path.abspath(origin) if os.path.isdir(origin) else os.fspath(origin)
+    where = place(origin)
+    if isinstance(where, Remote):
+        return str(where)
+    return os.path.abspath(where) if where.is_dir() else str(origin)
 
 
-def file_mark(path: Path) -> dict:
+def file_mark(path: Place) -> dict:
     """Returns what identifies a file."""
-    return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    content = open_store(path.parent).read(path.name) if isinstance(path, Remote) else path.read_bytes()
+    return {"sha256": hashlib.sha256(content).hexdigest()}

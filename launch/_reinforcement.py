@@ -1,6 +1,5 @@
 """Reinforcement learning as verbs use it: the programs of a run, and the run from its config to its last checkpoint."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
@@ -8,6 +7,7 @@ from ml_collections import ConfigDict
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _beginning
 from deepseek_jax.launch._training import charts, report_end, settle_products
+from deepseek_jax.storage import Place
 
 if TYPE_CHECKING:
     from deepseek_jax.parallel.peers import Peers
@@ -41,7 +41,9 @@ def open_problems(config: ConfigDict) -> "Problems":
     return problems.open_problems(config.rl.problems, config.seed, config.rl.holdout_rate)
 
 
-def train(config: ConfigDict, workdir: Path, stop: "StopRequest", again: str, peers: "Peers", phases: "Phases") -> bool:
+def train(
+    config: ConfigDict, workdir: Place, stop: "StopRequest", again: str, peers: "Peers", phases: "Phases"
+) -> bool:
     """Trains until the last step or until `stop` is asked for; returns whether the last state has been saved."""
     import jax
 
@@ -51,13 +53,14 @@ def train(config: ConfigDict, workdir: Path, stop: "StopRequest", again: str, pe
     from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
     from deepseek_jax.train.ledger import Ledger
     from deepseek_jax.train.metrics import Metrics
+    from deepseek_jax.train.mirror import local, upload
     from deepseek_jax.train.phases import RESTORE, SAVE
     from deepseek_jax.train.profiles import Profiles
 
-    rl = config.rl
+    rl, keep, folder = config.rl, config.checkpoint.keep, local(workdir)
     with (
         Rewards(used(rl.rewards), rl.verifiers, rl.verify_s) as rewards,
-        Checkpointer(workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
+        Checkpointer(workdir / "checkpoints", keep, committed=lambda: upload(workdir)) as checkpoints,
         peers.guard(stop),
     ):
         learner = prepare(config, rewards)
@@ -66,8 +69,8 @@ def train(config: ConfigDict, workdir: Path, stop: "StopRequest", again: str, pe
             start, state = resumed(config, learner, checkpoints, workdir)
         kind, n_devices = jax.devices()[0].device_kind, learner.trainer.mesh.size
         of: dict[str, Any] = {"device_kind": kind, "n_devices": n_devices, "enabled": jax.process_index() == 0}
-        of["charts"] = charts(config, workdir)
-        with Metrics(workdir, config.loop.steps, start_step=start, verb="rl", **of) as metrics:
+        of["charts"] = charts(config, folder)
+        with Metrics(folder, config.loop.steps, start_step=start, verb="rl", **of) as metrics:
             metrics.message(headline(config, learner, workdir, start))
             if start >= config.loop.steps:
                 metrics.message(f"This run has reached step {start}. To continue: --config.loop.steps={2 * start}")
@@ -78,14 +81,14 @@ def train(config: ConfigDict, workdir: Path, stop: "StopRequest", again: str, pe
                 refresh_every=rl.refresh_every,
                 eval_problems=rl.eval_problems,
             )
-            ledger = Ledger(workdir, phases, start, enabled=metrics.enabled)
+            ledger = Ledger(folder, phases, start, enabled=metrics.enabled)
             kept: dict[str, Any] = {"checkpoints": checkpoints, "metrics": metrics, "meta": meta, "ledger": ledger}
-            with Profiles(workdir, **config.profile) as profiles:
-                loop = Loop(learner, when, **kept, workdir=workdir, phases=phases, profiles=profiles)
+            with Profiles(folder, **config.profile) as profiles:
+                loop = Loop(learner, when, **kept, workdir=folder, phases=phases, profiles=profiles)
                 if state is None:
                     from deepseek_jax import run
 
-                    state = loop.begin(run.first_state(config, learner.trainer, workdir, metrics.message))
+                    state = loop.begin(run.first_state(config, learner.trainer, folder, metrics.message))
                 _, done = loop.run(state, start, stop)
             with phases.of(SAVE):
                 is_saved = report_end(done, config.loop.steps, checkpoints, metrics, again)
@@ -255,7 +258,7 @@ def check_rows(config: ConfigDict, n_devices: int) -> None:
 
 
 def resumed(
-    config: ConfigDict, learner: "Learner", checkpoints: "Checkpointer", workdir: Path
+    config: ConfigDict, learner: "Learner", checkpoints: "Checkpointer", workdir: Place
 ) -> tuple[int, dict | None]:
     """Returns the step of the latest checkpoint and its state; (0, None) without one."""
     from deepseek_jax.rl.loop import REFERENCE, TAKEN_AT
@@ -270,7 +273,7 @@ def resumed(
     return start, learner.trainer.load(stored)
 
 
-def check_same_run(config: ConfigDict, problems: str, saved: dict, workdir: Path) -> None:
+def check_same_run(config: ConfigDict, problems: str, saved: dict, workdir: Place) -> None:
     """Raises UserError unless `config` and the fingerprint of its problems can continue the run in `workdir`.
 
     `saved` is what is kept beside the state in its checkpoint.
@@ -297,7 +300,7 @@ def check_same_run(config: ConfigDict, problems: str, saved: dict, workdir: Path
         raise UserError(f"{workdir} holds a run on other problems. Give the same ones, or another --workdir.")
 
 
-def headline(config: ConfigDict, learner: "Learner", workdir: Path, start: int) -> str:
+def headline(config: ConfigDict, learner: "Learner", workdir: Place, start: int) -> str:
     """Returns the lines that a run prints before its first step."""
     rl, begin = config.rl, f"resuming from step {start}" if start else f"from {config.run.init_from}"
     rewards = ", ".join(f"{weight:g} x {name}" for name, weight in rl.rewards.items() if weight)

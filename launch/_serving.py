@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from deepseek_jax.bounds import one_of, path, whole
 from deepseek_jax.errors import UserError
+from deepseek_jax.storage import Place
 
 if TYPE_CHECKING:
     from deepseek_jax.language_model import LanguageModel
@@ -43,7 +44,7 @@ FLAGS = {
 }
 
 
-def source_of(options: Any) -> Path | str:
+def source_of(options: Any) -> Place | str:
     """Returns where the weights are. Raises UserError unless one place is given."""
     source = getattr(options, "from") or options.workdir
     if not source or (getattr(options, "from") and options.workdir):
@@ -74,7 +75,7 @@ def redundant_of(options: Any) -> "Redundant | None":
     return Redundant(n, loads.read(file)) if n else None
 
 
-def open_engine(options: Any, source: Path | str, **more: Any) -> "tuple[LanguageModel, Engine]":
+def open_engine(options: Any, source: Place | str, **more: Any) -> "tuple[LanguageModel, Engine]":
     """Loads the model, whose programs are yet to be compiled; `more` are options of the engine."""
     from deepseek_jax.compat import start_compilation_cache
     from deepseek_jax.language_model import load

@@ -10,21 +10,23 @@ from deepseek_jax import run_config
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch._reinforcement import open_problems
 from deepseek_jax.launch._training import execute
+from deepseek_jax.storage import Place
 
 BASE = "tiny_sums"
 BASE_TEXT = 24_000  # conversations that the base reads
 
 
-def train_base(config: ConfigDict, workdir: Path, again: str) -> int | None:
+def train_base(config: ConfigDict, workdir: Place, again: str) -> int | None:
     """Trains the base of the built-in problems, unless that is done; returns None then, otherwise the exit code."""
     from deepseek_jax.train.checkpoint.manifest import committed_steps
+    from deepseek_jax.train.mirror import local
 
     check_problems(config, "config.run.init_from")
     base = run_config.load(BASE)
     for key in ("seed", "precision", "model", "mesh", "sharding", "kernels"):
         base[key] = config[key]
-    base.data.source = str(write_text(config, workdir / "text.jsonl"))
-    base.data.cache_dir = str(workdir / "tokens")
+    base.data.source = str(write_text(config, local(workdir) / "text.jsonl"))
+    base.data.cache_dir = str(workdir / "tokens") if isinstance(workdir, Path) else ""
     if base.loop.steps in committed_steps(workdir / "checkpoints"):
         return None
     print(f"first a base model, which reads {BASE_TEXT:,} answers of mixed quality, in {workdir}", flush=True)

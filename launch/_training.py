@@ -68,10 +68,8 @@ def execute(config: ConfigDict, workdir: Place, *, sample: bool, again: str, run
             return 130 if stop.signal == signal.SIGINT else 0
         if stop.ends_early:
             return LOST  # the signal was another process's: this one is not done, and may be started again
-        if sample and isinstance(workdir, Path):
+        if sample:
             show_sample(config, workdir)
-        elif sample and not peers.index:
-            streams.note(f"no sample: {workdir} is in a bucket. For one: deepseek-jax sample --help")
     return 0
 
 

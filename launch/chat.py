@@ -52,7 +52,7 @@ DIM, PLAIN = "\x1b[2m", "\x1b[22m"
 
 def main(argv: list[str]) -> int:
     """Runs the verb; returns the exit code."""
-    options = _options.parse(argv, extra=FLAGS, config=False)
+    options = _options.parse(argv, extra=FLAGS, config=False, in_bucket=True)
     source = getattr(options, "from") or options.workdir
     if not source or (getattr(options, "from") and options.workdir):
         raise UserError("expected --from=DIR for published weights, or --workdir=RUN for a run of yours: one of them.")

@@ -3,6 +3,7 @@
     deepseek-jax convert --from=DeepSeek-V2-Lite --workdir=runs/v2_lite      # a directory, or a hub id
     deepseek-jax generate --workdir=runs/v2_lite --prompt="def main("
     deepseek-jax convert --from=DeepSeek-V3 --workdir=runs/v3          # FP8 weights become bfloat16: 1.3 TB of disk
+    deepseek-jax convert --from=gs://bucket/DeepSeek-V3 --workdir=runs/v3          # or s3://: read tensor by tensor
 
 One tensor at a time goes from disk to disk, in the host's memory alone: no accelerator, and for any model no more
 than its largest tensor and 1 GiB besides (it is printed). After a stop or a kill, the same command resumes.
@@ -14,15 +15,15 @@ to the workdir, and exports contain them.
 
 import os
 import sys
-from pathlib import Path
 
 from deepseek_jax.bounds import one_of
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
+from deepseek_jax.storage import place
 
 DTYPES = {"keep": None, "bf16": "bfloat16", "fp32": "float32"}
 FLAGS = {
-    "from": (Path, _options.REQUIRED, "directory of published weights, or its id on the hub"),
+    "from": (place, _options.REQUIRED, "directory of published weights, here or gs://, s3://, or its id on the hub"),
     "dtype": (str, "keep", "of the weights; router biases are kept always", one_of(*DTYPES)),
 }
 
@@ -30,7 +31,7 @@ FLAGS = {
 def main(argv: list[str]) -> int:
     """Runs the verb; returns the exit code."""
     options = _options.parse(argv, extra=FLAGS, config=False)
-    source, workdir = getattr(options, "from").expanduser(), options.workdir
+    source, workdir = getattr(options, "from"), options.workdir
     if workdir is None:
         raise UserError("--workdir is missing. Give the directory for the checkpoint, like --workdir=runs/v2_lite.")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes only; another process may be using the accelerator

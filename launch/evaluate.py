@@ -31,6 +31,7 @@ from deepseek_jax.bounds import SEED, number, path, whole
 from deepseek_jax.errors import UserError
 from deepseek_jax.files import write_atomically
 from deepseek_jax.launch import _options, _serving
+from deepseek_jax.storage import Place
 
 FLAGS = _serving.FLAGS | {
     "tasks": (str, "", "names of tasks, separated by commas"),
@@ -60,7 +61,7 @@ KEY = "DEEPSEEK_JAX_API_KEY"
 
 def main(argv: list[str]) -> int:
     """Runs the verb; returns the exit code."""
-    options = _options.parse(argv, extra=FLAGS, config=False)
+    options = _options.parse(argv, extra=FLAGS, config=False, in_bucket=True)
     tasks = [name.strip() for name in options.tasks.split(",") if name.strip()]
     if bool(tasks) == bool(options.problems):
         raise UserError(
@@ -108,7 +109,7 @@ def _answer(options: Any) -> int:
     return 0
 
 
-def _model(options: Any, source: Path | str) -> Any:
+def _model(options: Any, source: Place | str) -> Any:
     """What lm-eval asks: a server, or an engine of this process."""
     from deepseek_jax.launch import _lm_eval
 

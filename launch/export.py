@@ -2,6 +2,7 @@
 
     deepseek-jax export --workdir=runs/v2_lite --to=out
     deepseek-jax export --workdir=runs/v3 --to=out --dtype=fp8        # blocks of 128 x 128, as V3 is published
+    deepseek-jax export --workdir=runs/v3 --to=s3://bucket/v3         # or gs://: in small shards, sent one by one
     deepseek-jax export --workdir=runs/v3 --to=out --ema              # the moving average (config.ema.decay)
     deepseek-jax export --workdir=runs/mine --to=out --adapters       # low-rank adapters alone, in PEFT's format
 
@@ -25,6 +26,7 @@ from deepseek_jax.bounds import one_of
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
 from deepseek_jax.launch._progress import Progress
+from deepseek_jax.storage import Place, Remote, answered, open_store, place
 from deepseek_jax.units import binary, duration
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("bf16", "fp32", "fp8", "fp8_ue8m0", "fp8_e8m0", "keep")
 FLAGS = {
-    "to": (Path, _options.REQUIRED, "directory to write, empty or not there yet"),
+    "to": (place, _options.REQUIRED, "directory to write, empty or not there yet; gs:// and s3:// as well"),
     "ema": (bool, False, "the moving average of the weights in place of the weights"),
     "adapters": (bool, False, "the run's low-rank adapters alone, as PEFT writes them"),
     "dtype": (str, "bf16", f"of the weights: {', '.join(DTYPES)}", one_of(*DTYPES)),
@@ -45,15 +47,16 @@ FLAGS = {
 
 def main(argv: list[str]) -> int:
     """Runs the verb; returns the exit code."""
-    options = _options.parse(argv, extra=FLAGS, config=False)
+    options = _options.parse(argv, extra=FLAGS, config=False, in_bucket=True)
     if options.workdir is None:
         raise UserError("--workdir is missing. Give the directory of a run, like --workdir=runs/tiny_v3.")
-    target = options.to.expanduser()
-    export(options.workdir, target, options.dtype, is_average=options.ema, adapters_alone=options.adapters)
+    export(options.workdir, options.to, options.dtype, is_average=options.ema, adapters_alone=options.adapters)
     return 0
 
 
-def export(workdir: Path, target: Path, dtype: str, *, is_average: bool = False, adapters_alone: bool = False) -> None:
+def export(
+    workdir: Place, target: Place, dtype: str, *, is_average: bool = False, adapters_alone: bool = False
+) -> None:
     """Writes the newest intact checkpoint of `workdir`, or the moving average that it keeps, to the directory `target`.
 
     Raises UserError for a checkpoint without an average, or without the adapters that alone are to be written.
@@ -76,7 +79,7 @@ def export(workdir: Path, target: Path, dtype: str, *, is_average: bool = False,
         meta = checkpoints.read_meta(step)[1]
     if "config" not in meta:
         raise UserError(f"step {step} of {directory} holds no config: deepseek-jax did not save it.")
-    config, reader = weights.config_in(meta, directory.absolute()), StepReader(directory, step)
+    config, reader = weights.config_in(meta, open_store(directory).place), StepReader(directory, step)
     stored = {"params": EMA if is_average else "params", "router_bias": "router_bias"}  # entry -> where it stands
     if is_average and not any(name.startswith(f"{EMA}/") for name in reader.arrays):
         raise UserError(
@@ -101,28 +104,41 @@ def export(workdir: Path, target: Path, dtype: str, *, is_average: bool = False,
     pieces = peft.merging(get, adapters) if adapters else get
     with Progress("export", published_bytes(abstract)) as progress:
         weights.export(config, target, abstract, pieces, dtype, report=progress.advance)
-    n_bytes, took = sum(file.stat().st_size for file in target.iterdir()), duration(progress.seconds)
-    peak = binary(peak_memory_bytes() or 0)
-    print(f"{target}: step {step} of {workdir} as {dtype}, {n_bytes / 1e9:,.2f} GB in {took}, memory {peak}")
+    size = f"{sum(file.stat().st_size for file in target.iterdir()) / 1e9:,.2f} GB " if isinstance(target, Path) else ""
+    peak, took = binary(peak_memory_bytes() or 0), duration(progress.seconds)
+    print(f"{target}: step {step} of {workdir} as {dtype}, {size}in {took}, memory {peak}")
 
 
-def check_empty(target: Path) -> None:
+def check_empty(target: Place) -> None:
     """Raises UserError where something stands already, but for what a killed export has left."""
+    from deepseek_jax.convert.fetched import UNFINISHED
+
+    if isinstance(target, Remote):
+        with answered():
+            found = open_store(target).names()
+        return check_none([] if UNFINISHED in found else found, target)
     if target.exists() and not target.is_dir():
         raise UserError(f"--to={target}: a file. Give a directory that is empty or not there yet.")
     found = sorted(name for name in os.listdir(target) if not name.endswith(".partial")) if target.exists() else []
+    check_none(found, target)
+
+
+def check_none(found: list[str], target: Place) -> None:
+    """Raises UserError if there are names of files."""
     if found:
         more = ", …" if len(found) > 3 else ""
         raise UserError(f"--to={target}: not empty ({', '.join(found[:3])}{more}). Give another directory.")
 
 
-def write_adapters(config: "ConfigDict", adapters: "Lora | None", target: Path, get: "Get") -> None:
+def write_adapters(config: "ConfigDict", adapters: "Lora | None", target: Place, get: "Get") -> None:
     """Writes adapters alone. Raises UserError for a run without any."""
     from deepseek_jax.abstract_model import abstract_weights
     from deepseek_jax.convert import peft
 
     if adapters is None:
         raise UserError("--adapters: this run has none (config.lora.rank=0). Leave --adapters out.")
+    if isinstance(target, Remote):
+        raise UserError(f"--to={target}: adapters are written to a folder. Give one, and copy its two files.")
 
     def layer(path: tuple[str, ...], number: int) -> "np.ndarray":
         return get(("params", *path), (number,))
@@ -131,7 +147,7 @@ def write_adapters(config: "ConfigDict", adapters: "Lora | None", target: Path, 
     print(f"{target}: adapters of rank {adapters.rank} for {config.run.init_from}")
 
 
-def newest_intact(directory: Path) -> int:
+def newest_intact(directory: Place) -> int:
     """The newest checkpoint that equals its hashes; falls back from a damaged one to the one before, with a warning."""
     from deepseek_jax.train.checkpoint import manifest
 

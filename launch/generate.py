@@ -28,9 +28,13 @@ DEFAULT_WORKDIR = Path("runs") / "tiny_v3"
 
 def main(argv: list[str]) -> int:
     """Runs the verb; returns the exit code."""
-    options = _options.parse(argv, extra=FLAGS, config=False)
+    options = _options.parse(argv, extra=FLAGS, config=False, in_bucket=True)
     workdir = options.workdir or DEFAULT_WORKDIR
-    if not workdir.is_dir() and not (options.workdir and hub.is_id(workdir) and not workdir.parent.is_dir()):
+    if (
+        isinstance(workdir, Path)
+        and not workdir.is_dir()
+        and not (options.workdir and hub.is_id(workdir) and not workdir.parent.is_dir())
+    ):
         raise UserError(f"{workdir}: no such directory. Train first (deepseek-jax train --workdir={workdir}).")
     prompt = read_prompt(options.prompt)
     draw = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}

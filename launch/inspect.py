@@ -53,7 +53,7 @@ class Weight(NamedTuple):
 def main(argv: list[str]) -> int:
     """Runs the verb; returns the exit code."""
     of_a_run = any(word.startswith("--workdir") for word in argv)
-    options = _options.parse(argv, None if of_a_run else DEFAULT, EXTRA)
+    options = _options.parse(argv, None if of_a_run else DEFAULT, EXTRA, in_bucket=True)
     if options.workdir and options.config:
         raise UserError("--workdir and --config given: a run has a config of its own. Give one of them.")
     if options.workdir:
@@ -84,9 +84,10 @@ def main(argv: list[str]) -> int:
     wide, in_fp8 = (binary(n_bytes) for n_bytes in bytes_to_serve(abstract_weights(config)))
     print(f"to generate, all of them: {wide} in bfloat16, {in_fp8} as FP8 releases store them")
     if options.workdir:
-        from deepseek_jax.train import ledger
+        from deepseek_jax.train import ledger, mirror
 
-        print("".join(f"{found}\n" for found in [ledger.account(ledger.read(options.workdir))] if found), end="")
+        file = mirror.fetched(options.workdir, ledger.FILE)
+        print("".join(f"{found}\n" for found in [ledger.account(ledger.read(file.parent))] if found), end="")
     return 0
 
 

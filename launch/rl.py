@@ -39,7 +39,7 @@ DEFAULT = "tiny_zero"
 
 def main(argv: list[str]) -> int:
     """Runs the verb; returns the exit code."""
-    options = _options.parse(argv, DEFAULT)
+    options = _options.parse(argv, DEFAULT, in_bucket=True)
     config = options.config
     workdir = options.workdir or Path("runs") / config.name
     run_config.validate(config)
@@ -50,14 +50,17 @@ def main(argv: list[str]) -> int:
             flush=True,
         )
     again = shlex.join(["deepseek-jax", "rl", *(argv if options.workdir else [*argv, f"--workdir={workdir}"])])
-    check_writable(workdir, "--workdir")
+    _beginning.check_bucket(workdir)
+    if isinstance(workdir, Path):
+        check_writable(workdir, "--workdir")
     if config.rl.teacher:
         config.rl.teacher = _beginning.directory(config.rl.teacher, "config.rl.teacher")
     if not config.run.init_from:
         code = train_base(config, workdir / "base", again)
         if code is not None:
             return code
-        config.run.init_from = os.path.abspath(workdir / "base")
+        base = workdir / "base"
+        config.run.init_from = os.path.abspath(base) if isinstance(base, Path) else str(base)
     _beginning.inherit(config, options.overrides, workdir)
     inherit_template(config)
     if Path(config.data.tokenizer).exists():  # so that the run's model finds it from anywhere

@@ -13,13 +13,13 @@ read from the environment variable DEEPSEEK_JAX_API_KEYS, separated by commas. N
 import os
 import socket
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepseek_jax.bounds import whole
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options, _serving
 from deepseek_jax.launch._talking import drawing_of, template_name
+from deepseek_jax.storage import Place, Remote, place
 
 if TYPE_CHECKING:
     from deepseek_jax.data.chat import Template
@@ -41,7 +41,7 @@ SHARED = socket.SOL_SOCKET, socket.SO_REUSEADDR
 
 def main(argv: list[str]) -> int:
     """Runs the verb; returns the exit code."""
-    options = _options.parse(argv, extra=FLAGS, config=False)
+    options = _options.parse(argv, extra=FLAGS, config=False, in_bucket=True)
     source = _serving.source_of(options)
     try:
         from deepseek_jax.serve.api.app import make_server
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def open_service(options: Any, source: Path | str, keys: tuple[str, ...]) -> "Service":
+def open_service(options: Any, source: Place | str, keys: tuple[str, ...]) -> "Service":
     """Loads what the routes need."""
     from deepseek_jax.serve.api.service import Service
     from deepseek_jax.serve.worker import Worker
@@ -66,7 +66,7 @@ def open_service(options: Any, source: Path | str, keys: tuple[str, ...]) -> "Se
     model, engine = _serving.open_engine(options, source)
     return Service(
         worker=Worker(engine, options.queue),
-        name=options.name or Path(source).resolve().name,
+        name=options.name or _name(source),
         tokenizer=model.tokenizer,
         template=_template(model, str(source), options.template),
         end_ids=model.end_ids,
@@ -101,6 +101,12 @@ def listen(listener: socket.socket) -> None:
     """Lets clients connect to a socket of `bound`; the next server need not wait until their connections have ended."""
     listener.setsockopt(*SHARED, 1)
     listener.listen(BACKLOG)
+
+
+def _name(source: Place | str) -> str:
+    """Returns the name of the directory of a model."""
+    where = place(source)
+    return (where if isinstance(where, Remote) else where.resolve()).name
 
 
 def _template(model: "LanguageModel", source: str, given: str) -> "Template | None":

@@ -38,10 +38,11 @@ EXTRA = {"sample": (bool, True, "end with answers to held-out conversations")}
 
 def main(argv: list[str]) -> int:
     """Runs the verb; returns the exit code."""
-    options = _options.parse(argv, DEFAULT, EXTRA)
+    options = _options.parse(argv, DEFAULT, EXTRA, in_bucket=True)
     config = options.config
     workdir = options.workdir or Path("runs") / config.name
     run_config.validate(config)
+    _beginning.check_bucket(workdir)
     settle_source(config, workdir)
     _beginning.inherit(config, options.overrides, workdir)
     if config.run.init_from:

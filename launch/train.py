@@ -32,7 +32,6 @@ from pathlib import Path
 from deepseek_jax import run_config
 from deepseek_jax.launch import _beginning, _options
 from deepseek_jax.launch._training import execute
-from deepseek_jax.storage import Remote, answered, open_store
 
 DEFAULT = "tiny_v3"
 EXTRA = {"sample": (bool, True, "end with a generated sample")}
@@ -46,10 +45,8 @@ def main(argv: list[str]) -> int:
     _beginning.leave_own_text(config, options.overrides)
     run_config.validate(config)
     _beginning.check_prepared(config, options.overrides)
-    if isinstance(workdir, Remote):
-        open_store(workdir).check()
-    with answered():
-        _beginning.inherit(config, options.overrides, workdir)
+    _beginning.check_bucket(workdir)
+    _beginning.inherit(config, options.overrides, workdir)
     if Path(config.data.tokenizer).exists():  # so that the run's model finds it from anywhere
         config.data.tokenizer = os.path.abspath(config.data.tokenizer)
     again = argv if options.workdir else [*argv, f"--workdir={workdir}"]

@@ -2,6 +2,7 @@
 
     local("deepseek-ai/DeepSeek-V2-Lite")     the directory in the hub's cache, downloaded if needed
     local("DeepSeek-V2-Lite")                 the path itself: an id is owner/name, and not an existing path
+    local("gs://bucket/DeepSeek-V2-Lite")     the small files beside weights in a bucket (`convert.fetched`)
 
 A revision may follow after @. Small files come first, so that a model of an unknown family is rejected before its
 weights are downloaded; of the weights, only safetensors files are. Downloads show progress; after a broken connection a
@@ -18,8 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deepseek_jax.convert import formats, safetensors
+from deepseek_jax.convert import fetched, formats, safetensors
 from deepseek_jax.errors import UserError
+from deepseek_jax.storage import Remote, place
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,100})?")
 SMALL = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "LICENSE*", "tokenization_*.py")
@@ -32,18 +34,21 @@ UNKNOWN = ("RepositoryNotFoundError", "RevisionNotFoundError", "HFValidationErro
 OFFLINE = ("OfflineModeIsEnabled",)
 
 
-def is_id(name: str | os.PathLike) -> bool:
+def is_id(name: str | os.PathLike | Remote) -> bool:
     """Returns whether this names a model of the hub: owner/name, and not a path that exists here."""
-    return bool(ID.fullmatch(os.fspath(name))) and not os.path.lexists(name)
+    return not isinstance(name, Remote) and bool(ID.fullmatch(os.fspath(name))) and not os.path.lexists(name)
 
 
-def local(name: str | os.PathLike, weights: bool = True) -> Path:
+def local(name: str | os.PathLike | Remote, weights: bool = True) -> Path:
     """Returns the directory of a model: a path itself, or the snapshot of an id in the cache.
 
-    `weights`: whether they are needed too, or only the files that describe them. Raises UserError if there is no such
-    model, no access to it, no connection, or no space for it.
+    Of weights in a bucket the directory has all other files. `weights`: whether they are needed too, or only the files
+    that describe them. Raises UserError if there is no such model, no access to it, no connection, or no space for it.
     """
-    return _snapshot(os.fspath(name), weights) if is_id(name) else Path(name).expanduser()
+    where = place(name)
+    if isinstance(where, Remote):
+        return fetched.fetch(where)
+    return _snapshot(os.fspath(where), weights) if is_id(where) else where.expanduser()
 
 
 @functools.cache

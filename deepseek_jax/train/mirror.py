@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.storage import Place, Store, open_store
+from deepseek_jax.storage import Place, Remote, Store, open_store
 from deepseek_jax.train.checkpoint.writer import WriterLock
 from deepseek_jax.train.watchdog import HOSTS
 
@@ -43,6 +43,18 @@ def local(workdir: Place) -> Path:
     digest = hashlib.sha256(f"{workdir}".encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return cache / "deepseek_jax" / "workdirs" / f"{workdir.name}-{digest}"
+
+
+def fetched(workdir: Place, name: str) -> Path:
+    """Returns where a file of a run is on this machine, brought there first from a workdir in a bucket that has it."""
+    file = local(workdir) / name
+    if isinstance(workdir, Remote):
+        with contextlib.suppress(FileNotFoundError):
+            content = open_store(workdir).read(name)
+            if not (file.is_file() and file.read_bytes().startswith(content)):  # this machine's last lines stay
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content)
+    return file
 
 
 @contextlib.contextmanager

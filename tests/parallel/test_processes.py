@@ -242,7 +242,8 @@ def test_a_directory_that_is_taken_stops_all_processes(tmp_path):
     assert "process 0" in printed(tmp_path / "run", 1)
 
 
-HEARTBEAT_S, STEP_S, STOP_S = 10, 40, 20  # of the runs below
+# Of the runs below; DEEPSEEK_JAX_HEARTBEAT=30 is what a run has unless it says otherwise.
+HEARTBEAT_S, STEP_S, STOP_S = int(os.environ.get("DEEPSEEK_JAX_HEARTBEAT", "10")), 40, 20
 
 
 def sleeps_on_request(folder: Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax import cli, storage
+from deepseek_jax.convert.hf import open_published
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _training
 from deepseek_jax.parallel.peers import Peers
@@ -201,3 +202,33 @@ def test_a_run_in_a_bucket_resumes_to_the_undisturbed_losses(name, bucket, tmp_p
     assert [record["step"] for record in in_bucket] == [1, 2, 3, 4, 5]
     assert in_bucket == on_disk
     assert not [found for found in os.listdir(".") if ":" in found]
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(1800)
+def test_verbs_take_a_run_in_a_bucket_as_one_on_a_disk(bucket, tmp_path, capsys):
+    """The same text, the same export, an account of its time, and a beginning for another run."""
+    text = tmp_path / "text.txt"
+    text.write_text("def main(argv): return 3 * len(argv)\n" * 400)
+    runs = "gs://b/run", str(tmp_path / "run")
+    assert [train(run, 2, text) for run in runs] == [0, 0]
+    capsys.readouterr()
+
+    def said(*words: str) -> str:
+        assert cli.main([*words]) == 0
+        return capsys.readouterr().out
+
+    first, second = (said("generate", f"--workdir={run}", "--prompt=def", "--max-tokens=4") for run in runs)
+    assert first == second and first.startswith("def")
+    targets = storage.place("gs://b/exported"), tmp_path / "exported"
+    for run, target in zip(runs, targets, strict=True):
+        said("export", f"--workdir={run}", f"--to={target}")
+    sent, written = (open_published(target).tensors for target in targets)
+    assert sent.names() == written.names()
+    assert all(sent.read(name).tobytes() == written.read(name).tobytes() for name in sent.names())
+    assert "time of this run" in said("inspect", f"--workdir={runs[0]}")
+    assert open_weights("gs://b/exported").config.model == open_weights(targets[1]).config.model
+    words = ("train", "--workdir=gs://b/next", "--config.run.init_from=gs://b/run", "--config.loop.steps=1")
+    words += (f"--config.data.source={text}", "--no-sample", f"--config.data.cache_dir={tmp_path}/tokens")
+    words += ("--config.data.seq_len=32", "--config.batch.size=8", "--config.batch.size_start=8")
+    assert "weights of gs://b/run" in said(*words, "--config.mesh.data=1", "--config.loop.eval_every=0")

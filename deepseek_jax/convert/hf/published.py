@@ -7,9 +7,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from deepseek_jax.convert import formats, hf_config, safetensors
+from deepseek_jax.convert import fetched, formats, hf_config, safetensors
 from deepseek_jax.convert.safetensors import Tensors
 from deepseek_jax.errors import UserError
+from deepseek_jax.storage import Remote, place
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 EMBEDDING = "model.embed_tokens.weight"
@@ -42,14 +43,16 @@ class Published:
         return "float32" in (self.config.get("torch_dtype"), self.config.get("dtype"))
 
 
-def open_published(directory: str | PathLike, warn: Warn = warn_on_stderr) -> Published:
-    """Returns a directory of published weights after reading config.json and the headers.
+def open_published(directory: str | PathLike | Remote, warn: Warn = warn_on_stderr) -> Published:
+    """Returns a directory of published weights, or a place in a bucket, after reading config.json and the headers.
 
     Multi-token prediction that the config names and the files do not contain (transformers saves such files) is left
     out, with a warning. Raises UserError if it is not such a directory, the model is of no known family, or files are
     damaged.
     """
-    directory = Path(directory).expanduser()
+    where = place(directory)
+    weights = where if isinstance(where, Remote) else None
+    directory = fetched.fetch(where) if isinstance(where, Remote) else where.expanduser()
     formats.check_path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory. Give a directory with {CONFIG} and safetensors files.")
@@ -57,10 +60,10 @@ def open_published(directory: str | PathLike, warn: Warn = warn_on_stderr) -> Pu
         raise UserError(f"{directory}: no {CONFIG}. Give a directory with {CONFIG} and safetensors files.")
     config = safetensors.read_json(directory / CONFIG)
     family, numbers = hf_config.from_hf(config)
-    tensors = safetensors.open_directory(directory)
+    tensors = safetensors.open_directory(directory, weights)
     first_ahead = f"model.layers.{numbers['n_layers']}."
     if numbers.get("mtp_depth") and not any(name.startswith(first_ahead) for name in tensors.names()):
-        warn(f"{directory}: {CONFIG} names multi-token prediction, but the files do not contain it: it is left out.")
+        warn(f"{where}: {CONFIG} names multi-token prediction, but the files do not contain it: it is left out.")
         numbers["mtp_depth"] = 0
     return Published(family, numbers, hf_config.facts(config), tensors, config, _generation_eos_ids(directory))
 

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.convert import hf_config, names, safetensors
+from deepseek_jax.convert import fetched, hf_config, names, safetensors
 from deepseek_jax.convert.hf.published import CONFIG, GENERATION_CONFIG, Warn, warn_on_stderr
 from deepseek_jax.errors import UserError
 from deepseek_jax.precision.fp8_weight import Fp8Weight
 from deepseek_jax.precision.quantize import quantize_blocks
+from deepseek_jax.storage import ABSENT, Remote, Store, answered, open_store, place
 from deepseek_jax.tree import paths
 
 TABLE = ("params", "embedding", "table_VD")
@@ -43,7 +44,7 @@ def from_tree(tree: dict) -> Get:
 
 
 def write(
-    directory: str | PathLike,
+    directory: str | PathLike | Remote,
     family: str,
     numbers: dict[str, Any],
     abstract: dict,
@@ -60,9 +61,10 @@ def write(
     report: Callable[[int], None] | None = None,
     warn: Warn = warn_on_stderr,
 ) -> None:
-    """Writes a model as a Hugging Face directory. Memory: a few times its largest tensor.
+    """Writes a model as a Hugging Face directory, here or in a bucket. Memory: a few times its largest tensor.
 
-    Raises UserError if the dtype or family is unknown, or the directory holds weights or cannot be written.
+    Raises UserError if the dtype or family is unknown, or the directory holds weights or cannot be written. In a
+    bucket an object stands beside the others until all are there (`fetched.UNFINISHED`).
 
     Args:
         directory: created if needed; must not hold weights yet.
@@ -82,7 +84,8 @@ def write(
     """
     if dtype not in FORMATS:
         raise UserError(f"dtype {dtype!r}: expected one of {', '.join(FORMATS)}.")
-    directory = Path(directory).expanduser()
+    where = place(directory)
+    where = where if isinstance(where, Remote) else where.expanduser()
     dtypes = {path: leaf.dtype for path, leaf in paths(abstract).items()}
     if dtype == "keep" and any(isinstance(leaf, Fp8Weight) for leaf in paths(abstract).values()):
         raise UserError("dtype='keep' of weights that are held in FP8: give 'fp8', for the same codes, or 'bf16'.")
@@ -97,11 +100,30 @@ def write(
         pad_id=pad_id,
     )
     marks = {"_from_model_config": True, "bos_token_id": bos_id, "eos_token_id": hf_config.one_or_list(eos_ids)}
-    config |= _auto_map(family, config["model_type"], files, lambda message: warn(f"{directory}: {message}"))
-    safetensors.write_directory(directory, list(_entries(abstract, dtypes, get, dtype, report)), max_shard_bytes)
-    copy_files(files, directory)
-    for name, content in ((CONFIG, config), (GENERATION_CONFIG, marks if generation is None else generation)):
-        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    config |= _auto_map(family, config["model_type"], files, lambda message: warn(f"{where}: {message}"))
+    described = {CONFIG: config, GENERATION_CONFIG: marks if generation is None else generation}
+    files = {**files, **{name: (json.dumps(text, indent=2) + "\n").encode() for name, text in described.items()}}
+    entries = list(_entries(abstract, dtypes, get, dtype, report))
+    if isinstance(where, Remote):
+        with answered():
+            _send(open_store(where), entries, max_shard_bytes, files)
+    else:
+        safetensors.write_directory(where, entries, max_shard_bytes)
+        copy_files(files, where)
+
+
+def _send(store: Store, entries: list, max_shard_bytes: int, files: Mapping[str, Path | bytes]) -> None:
+    """Writes all of it to a bucket; what an export that was killed has left there is deleted."""
+    if store.generation(fetched.UNFINISHED) != ABSENT:
+        for name in store.names():
+            if name != fetched.UNFINISHED:
+                store.delete(name)
+    store.write(fetched.UNFINISHED, b"an export is under way, or was not finished\n")
+    assert isinstance(store.place, Remote)
+    safetensors.write_directory(store.place, entries, max_shard_bytes)
+    for name, content in files.items():
+        store.write(name, content if isinstance(content, bytes) else content.read_bytes())
+    store.delete(fetched.UNFINISHED)
 
 
 def _auto_map(family: str, model_type: str, files: Mapping[str, Path | bytes], warn: Warn) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from deepseek_jax.convert.safetensors.files import OpenFile
+from deepseek_jax.convert.safetensors.files import OpenFile, OpenObject
 from deepseek_jax.convert.safetensors.format import DTYPES, INDEX, Info, few, shown
 from deepseek_jax.errors import UserError
+from deepseek_jax.storage import Place as Where
 
 MAX_JSON_BYTES = 24_000_000  # of text: enough for an index of 250,000 tensors
 MAX_JSON_VALUES = 250_000  # lists, objects and their items: this bounds the memory of the parsed text
@@ -66,7 +67,7 @@ def _check_shard_name(path: Path, name: str, shard: object, seen: int) -> None:
         raise UserError(f"{path}: names more than {MAX_SHARDS} files. The file may be damaged.")
 
 
-def check_names(directory: Path, shard: str, expected: set[str], found: Iterable[str]) -> None:
+def check_names(directory: Where, shard: str, expected: set[str], found: Iterable[str]) -> None:
     """Raises UserError unless a shard holds exactly the tensors that the index names for it."""
     if missing := sorted(expected - set(found)):
         raise UserError(f"{directory / shard}: does not hold {few(missing)}, which {INDEX} places there.")
@@ -74,7 +75,7 @@ def check_names(directory: Path, shard: str, expected: set[str], found: Iterable
         raise UserError(f"{directory / shard}: holds {few(unexpected)}, which {INDEX} does not place there.")
 
 
-def read_header(file: OpenFile, shard: str) -> dict[str, Place]:
+def read_header(file: OpenFile | OpenObject, shard: str) -> dict[str, Place]:
     """Returns where the tensors of a file are, in the order of the data. Raises UserError."""
     path, length = file.path, _header_length(file)
     raw = file.read(8, length)
@@ -90,23 +91,28 @@ def read_header(file: OpenFile, shard: str) -> dict[str, Place]:
             what = "overlaps the tensor before it" if begin < end else f"leaves {begin - end} bytes before it unused"
             raise UserError(f"{path}: {shown(name)} {what}. {NOT_SAFETENSORS}")
         end, places[name] = stop, Place(shard, 8 + length + begin, info)
-    if end != file.size - 8 - length:
-        what = "truncated" if end > file.size - 8 - length else "longer than its header says"
-        raise UserError(f"{path}: {what}: {file.size} bytes, expected {8 + length + end}. Download it again.")
+    if differs := file.compared(8 + length + end):
+        what = "truncated" if differs < 0 else "longer than its header says"
+        raise UserError(f"{path}: {what}: {_size(file)}, expected {8 + length + end}. Download it again.")
     return places
 
 
-def _header_length(file: OpenFile) -> int:
-    if file.size < 8:
-        raise UserError(f"{file.path}: {file.size} bytes, too few for a header. {NOT_SAFETENSORS}")
+def _size(file: OpenFile | OpenObject) -> str:
+    """Returns how large a file is, for a message; that of an object is not known."""
+    return f"{file.size} bytes" if isinstance(file, OpenFile) else "other bytes"
+
+
+def _header_length(file: OpenFile | OpenObject) -> int:
+    if file.compared(8) < 0:
+        raise UserError(f"{file.path}: {_size(file)}, too few for a header. {NOT_SAFETENSORS}")
     length = int.from_bytes(file.read(0, 8), "little")
-    if length > file.size - 8:
-        raise UserError(f"{file.path}: a header of {length} bytes in a file of {file.size}. {NOT_SAFETENSORS}")
+    if file.compared(8 + length) < 0:
+        raise UserError(f"{file.path}: a header of {length} bytes in a file of {_size(file)}. {NOT_SAFETENSORS}")
     _check_json_size(file.path, length)
     return length
 
 
-def _tensor(path: Path, name: str, entry: object) -> tuple[int, int, Info]:
+def _tensor(path: Where, name: str, entry: object) -> tuple[int, int, Info]:
     """Returns begin, end, dtype and shape of one tensor in a header, checked on its own."""
     if not name.isprintable() or not 0 < len(name) <= 1000:
         raise _invalid(path, name, "invalid name")
@@ -128,7 +134,7 @@ def _tensor(path: Path, name: str, entry: object) -> tuple[int, int, Info]:
     return *offsets, Info(dtype, tuple(shape))
 
 
-def _invalid(path: Path, name: str, what: str) -> UserError:
+def _invalid(path: Where, name: str, what: str) -> UserError:
     return UserError(f"{path}: {shown(name)}: {what}. The file is damaged, or newer than this version can read.")
 
 
@@ -139,7 +145,7 @@ def _are_sizes(values: object, most: int) -> bool:
     return all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
-def _check_metadata(path: Path, metadata: object) -> None:
+def _check_metadata(path: Where, metadata: object) -> None:
     texts = [*metadata, *metadata.values()] if isinstance(metadata, dict) else [None]
     if not all(isinstance(text, str) and _is_unicode(text) for text in texts):
         raise UserError(f"{path}: __metadata__: expected a map from text to text. The file is damaged.")
@@ -149,12 +155,12 @@ def _is_unicode(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _check_json_size(path: Path, size: int) -> None:
+def _check_json_size(path: Where, size: int) -> None:
     if size > MAX_JSON_BYTES:
         raise UserError(f"{path}: {size} bytes of JSON; at most {MAX_JSON_BYTES} are read. The file may be damaged.")
 
 
-def _parse_object(path: Path, raw: bytearray) -> dict:
+def _parse_object(path: Where, raw: bytearray) -> dict:
     """Returns a JSON object. Text that would take long or much memory is rejected before it is parsed."""
     ascii_only = raw.isascii()
     if not ascii_only:

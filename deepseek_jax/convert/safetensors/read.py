@@ -18,55 +18,62 @@ from deepseek_jax.convert.safetensors.dequantize import (
     check_scales,
     dequantize,
 )
-from deepseek_jax.convert.safetensors.files import OpenFile, State
+from deepseek_jax.convert.safetensors.files import OpenFile, OpenObject, State, open_file
 from deepseek_jax.convert.safetensors.format import DTYPES, INDEX, SCALE_SUFFIX, SINGLE, Info, few, shown
 from deepseek_jax.convert.safetensors.header import Place, by_shard, check_names, read_header
 from deepseek_jax.errors import UserError
+from deepseek_jax.storage import Place as Where
+from deepseek_jax.storage import Remote, answered, open_store
 
 COMPARED_BYTES = 1 << 24  # read of each tensor at a time in a comparison
 OPEN_FILES = 32
 
 
-def open_directory(directory: str | os.PathLike) -> "Tensors":
-    """Returns the tensors of a directory after checking all headers; reads no data. Raises UserError."""
+def open_directory(directory: str | os.PathLike, weights: Remote | None = None) -> "Tensors":
+    """Returns the tensors of a directory after checking all headers; reads no data. Raises UserError.
+
+    `weights` is where the files of weights are, if that is a place in a bucket; the index is in `directory` even so.
+    """
     directory = Path(directory)
     if not directory.is_dir():
         what = "is not a directory" if os.path.lexists(directory) else "does not exist"
         raise UserError(f"{directory}: {what}. Give the directory that holds {SINGLE} or {INDEX}.")
     try:
-        found = sorted(os.listdir(directory))
+        with answered():
+            found = sorted(os.listdir(directory) if weights is None else open_store(weights).names())
     except OSError as error:
         raise UserError(f"{directory}: cannot be read ({error.strerror}).") from None
     if SINGLE in found and INDEX in found:
-        raise UserError(f"{directory}: has both {SINGLE} and {INDEX}, which may differ. Delete one of the two.")
+        where = weights or directory
+        raise UserError(f"{where}: has both {SINGLE} and {INDEX}, which may differ. Delete one of the two.")
     if SINGLE in found:
-        return Tensors(directory, {SINGLE: None})
+        return Tensors(weights or directory, {SINGLE: None})
     if INDEX in found:
-        return Tensors(directory, by_shard(directory / INDEX))
+        return Tensors(weights or directory, by_shard(directory / INDEX))
     shards = [name for name in found if name.endswith((".safetensors", ".partial"))]
     hint = f" It holds {few(shards)}: an unfinished download or export?" if shards else ""
     if pickled := [name for name in found if re.fullmatch(r"pytorch_model.*\.bin", name)]:
         hint = f" It holds {few(pickled)}: let transformers load it and save_pretrained it, which writes safetensors."
-    raise UserError(f"{directory}: no {SINGLE} and no {INDEX}.{hint}")
+    raise UserError(f"{weights or directory}: no {SINGLE} and no {INDEX}.{hint}")
 
 
 class Tensors:
     """The tensors of a directory. Several threads may read at the same time."""
 
-    def __init__(self, directory: Path, shards: Mapping[str, set[str] | None]):
+    def __init__(self, directory: Where, shards: Mapping[str, set[str] | None]):
         self.directory = directory
         self._places: dict[str, Place] = {}
         self._states: dict[str, State] = {}  # of the files whose headers were read
-        self._files: dict[str, OpenFile] = {}
+        self._files: dict[str, OpenFile | OpenObject] = {}
         self._lock = threading.Lock()
-        missing = [shard for shard in shards if not os.path.lexists(directory / shard)]
+        missing = [] if isinstance(directory, Remote) else [s for s in shards if not os.path.lexists(directory / s)]
         if missing:
             raise UserError(
                 f"{directory / missing[0]}: missing ({len(missing)} of {len(shards)} files named in {INDEX} are). "
                 "Download or export again."
             )
         for shard, names in shards.items():
-            with OpenFile(directory / shard) as file:
+            with open_file(directory / shard) as file:
                 places, self._states[shard] = read_header(file, shard), file.state
             if names is not None:
                 check_names(directory, shard, names, places.keys())
@@ -162,10 +169,10 @@ class Tensors:
     def _where(self, name: str) -> str:
         return f"{self.directory / self._place(name).shard}: {shown(name)}"
 
-    def _file(self, shard: str) -> OpenFile:
+    def _file(self, shard: str) -> OpenFile | OpenObject:
         with self._lock:
             if shard not in self._files:
                 while len(self._files) >= OPEN_FILES:
                     del self._files[next(iter(self._files))]  # closed when its last reader drops it
-                self._files[shard] = OpenFile(self.directory / shard, self._states[shard])
+                self._files[shard] = open_file(self.directory / shard, self._states[shard])
             return self._files[shard]

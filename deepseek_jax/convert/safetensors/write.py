@@ -2,6 +2,9 @@
 
 `write_directory` knows all sizes beforehand, so it writes headers first and each tensor as it is made. Files get their
 final names only once all of them are on disk, and the index comes last: a directory that looks complete is complete.
+
+An object of a bucket is written as a whole. There a shard is filled in memory and then sent, so that memory holds it
+twice, beside the tensor that is made: shards are small, a single tensor if that is larger.
 """
 
 import contextlib
@@ -20,8 +23,10 @@ from deepseek_jax.convert.safetensors.format import DTYPE_NAMES, DTYPES, INDEX, 
 from deepseek_jax.errors import UserError
 from deepseek_jax.files import flush_folder, write_atomically
 from deepseek_jax.paths import check_local
+from deepseek_jax.storage import Remote, Store, answered, open_store, place
 
 MAX_SHARD_BYTES = 5_000_000_000
+SENT_SHARD_BYTES = 1 << 28  # of a shard in a bucket
 COPIED_BYTES = 1 << 26  # of a transposed array at a time
 
 
@@ -35,40 +40,63 @@ class Entry(NamedTuple):
 
 
 def write_directory(
-    directory: str | os.PathLike, entries: Iterable[Entry], max_shard_bytes: int = MAX_SHARD_BYTES, single: str = SINGLE
+    directory: str | os.PathLike | Remote,
+    entries: Iterable[Entry],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    single: str = SINGLE,
 ) -> None:
     """Writes tensors in the given order, one at a time, as one file (`single`) or as shards with an index.
 
-    A shard takes tensors in order until the next one would exceed `max_shard_bytes` (a single larger one is a shard).
-    Each array must have the shape and dtype of its entry. File names end in `.partial` until all are on disk. Raises
-    UserError if the directory already holds weights, cannot be written, or the disk is full.
+    A shard takes tensors in order until the next one would exceed `max_shard_bytes`, in a bucket `SENT_SHARD_BYTES` if
+    that is less (a single larger one is a shard). Each array must have the shape and dtype of its entry. On a disk,
+    file names end in `.partial` until all are there. Raises UserError if the directory already holds weights, cannot be
+    written, or the disk is full.
     """
-    check_local(directory)
-    directory, entries = Path(directory), [Entry(*entry) for entry in entries]
+    where, entries = place(directory), [Entry(*entry) for entry in entries]
     infos = {name: Info(_dtype_name(dtype), tuple(map(int, shape))) for name, shape, dtype, _ in entries}
     if len(infos) != len(entries) or "__metadata__" in infos:
         raise ValueError("tensor names must be unique and not __metadata__")
     total = sum(info.nbytes for info in infos.values())
-    shards = list(_into_shards(entries, infos, max_shard_bytes))
+    limit = min(max_shard_bytes, SENT_SHARD_BYTES) if isinstance(where, Remote) else max_shard_bytes
+    shards = list(_into_shards(entries, infos, limit))
     count = len(shards)
     names = [single] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    weight_map = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+    index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode()
+    into = _send if isinstance(where, Remote) else _write
+    into(where, dict(zip(names, shards, strict=True)), infos, index if count > 1 else None)  # type: ignore[arg-type]
+
+
+def _write(directory: Path, shards: dict[str, list[Entry]], infos: dict[str, Info], index: bytes | None) -> None:
+    """Writes shards, given by the names of their files, and their index."""
+    check_local(directory)
     try:
-        _prepare(directory, total)
-        for name, shard in zip(names, shards, strict=True):
+        _prepare(directory, sum(info.nbytes for info in infos.values()))
+        for name, shard in shards.items():
             _write_file(directory / f"{name}.partial", shard, infos)
-        for name in names:
+        for name in shards:
             os.replace(directory / f"{name}.partial", directory / name)
         flush_folder(directory)
-        if count > 1:
-            weight_map = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            write_atomically(directory / INDEX, json.dumps(index, indent=2).encode())
+        if index is not None:
+            write_atomically(directory / INDEX, index)
     except OSError as error:
         raise UserError(f"{error.filename or directory}: cannot be written ({error.strerror}).") from None
     finally:
-        for name in names:
+        for name in shards:
             with contextlib.suppress(OSError):
                 (directory / f"{name}.partial").unlink()
+
+
+def _send(where: Remote, shards: dict[str, list[Entry]], infos: dict[str, Info], index: bytes | None) -> None:
+    """Writes shards and their index to a place in a bucket, one object at a time."""
+    store = open_store(where)
+    with answered():
+        if old := [name for name in store.names() if name == INDEX or name.endswith(".safetensors")]:
+            raise UserError(f"{where}: already holds {few(old)}. Choose another place, or delete them first.")
+        for name, shard in shards.items():
+            _send_file(store, name, shard, infos)
+        if index is not None:
+            store.write(INDEX, index)
 
 
 def _dtype_name(dtype: DTypeLike) -> str:
@@ -104,7 +132,32 @@ def _prepare(directory: Path, total: int) -> None:
 
 
 def _write_file(path: Path, entries: list[Entry], infos: dict[str, Info]) -> None:
-    """Writes one file. Its widest dtypes come first whatever the order of writing, so that all tensors are aligned."""
+    """Writes one file."""
+    with open(path, "wb", buffering=0) as file:
+        for view, offset in _pieces(entries, infos):
+            _write_at(file.fileno(), view, offset)
+            del view
+        os.fsync(file.fileno())
+
+
+def _send_file(store: Store, name: str, entries: list[Entry], infos: dict[str, Info]) -> None:
+    """Writes one object."""
+    pieces = _pieces(entries, infos)
+    view, offset = next(pieces)
+    content = bytearray(len(view) + sum(infos[entry.name].nbytes for entry in entries))
+    content[: len(view)] = view
+    filled = memoryview(content)  # a slice of the array itself would make a copy first
+    for view, offset in pieces:
+        filled[offset : offset + len(view)] = view
+        del view
+    store.write(name, content)
+
+
+def _pieces(entries: list[Entry], infos: dict[str, Info]) -> Iterator[tuple[memoryview, int]]:
+    """Yields the parts of one file and where they belong, first the header; each tensor is made when its turn comes.
+
+    The widest dtypes lie first whatever the order of writing, so that all tensors are aligned.
+    """
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     offsets, end = {}, 0
     for entry in sorted(entries, key=lambda entry: -DTYPES[infos[entry.name].dtype].itemsize):
@@ -113,18 +166,16 @@ def _write_file(path: Path, entries: list[Entry], infos: dict[str, Info]) -> Non
         header[entry.name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [begin, end]}
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    with open(path, "wb", buffering=0) as file:
-        _write_at(file.fileno(), memoryview(len(raw).to_bytes(8, "little") + raw), 0)
-        for entry in entries:
-            info, array = infos[entry.name], np.asarray(entry.make())
-            if array.shape != info.shape or array.dtype != DTYPES[info.dtype]:
-                raise ValueError(f"{entry.name}: got {array.dtype}{array.shape}, expected {info.dtype}{info.shape}")
-            offset = 8 + len(raw) + offsets[entry.name]
-            for block in _blocks_in_order(array):
-                _write_at(file.fileno(), block.reshape(-1).view(np.uint8).data, offset)
-                offset += block.nbytes
-            del array, block
-        os.fsync(file.fileno())
+    yield memoryview(len(raw).to_bytes(8, "little") + raw), 0
+    for entry in entries:
+        info, array = infos[entry.name], np.asarray(entry.make())
+        if array.shape != info.shape or array.dtype != DTYPES[info.dtype]:
+            raise ValueError(f"{entry.name}: got {array.dtype}{array.shape}, expected {info.dtype}{info.shape}")
+        offset = 8 + len(raw) + offsets[entry.name]
+        for block in _blocks_in_order(array):
+            yield block.reshape(-1).view(np.uint8).data, offset
+            offset += block.nbytes
+        del array, block
 
 
 def _blocks_in_order(array: np.ndarray) -> Iterator[np.ndarray]:
