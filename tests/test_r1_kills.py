@@ -21,12 +21,12 @@ from deepseek_jax.launch._chain import ANSWERS
 from deepseek_jax.launch._stages import R1, RECORD
 from deepseek_jax.train.metrics import read_log
 from deepseek_jax.weights import open_weights
+from tests.forks import fork, one_device
 
 FAULTS = int(os.environ.get("DEEPSEEK_JAX_FAULTS", "1"))
 KILLS = 2 * FAULTS
 STAGES = R1 if FAULTS > 1 else R1[:4]  # one of each kind
 SEED = int(os.environ.get("DEEPSEEK_JAX_FAULT_SEED", "0"))
-FORKS = multiprocessing.get_context("forkserver")  # as in tests/train/test_run.py
 
 
 def forked(workdir: Path) -> None:
@@ -34,10 +34,6 @@ def forked(workdir: Path) -> None:
     from deepseek_jax.launch import _chain, _conversations, _sums_base
 
     _sums_base.BASE_TEXT, _conversations.N_BUILT_IN = 500, 300
-    with workdir.with_suffix(".out").open("a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
     config = run_config.load(str(Path(__file__).with_name("nano_r1.py"))).unlock()
     for name in {*config.r1} - {stage.name for stage in STAGES}:
         del config.r1[name]
@@ -46,10 +42,7 @@ def forked(workdir: Path) -> None:
 
 
 def start(workdir: Path) -> multiprocessing.Process:
-    FORKS.set_forkserver_preload(["deepseek_jax.run", "deepseek_jax.launch.r1", "deepseek_jax.rl.loop", "tensorboardX"])
-    process = FORKS.Process(target=forked, args=(workdir,), daemon=True)
-    process.start()
-    return process
+    return fork(workdir.with_suffix(".out"), one_device(), forked, workdir)
 
 
 def seconds(workdir: Path) -> dict[str, float]:

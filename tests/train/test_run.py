@@ -1,6 +1,5 @@
 """Whole runs of the train verb: killed, stopped, moved to another mesh, gone wrong."""
 
-import gc
 import json
 import multiprocessing
 import os
@@ -22,14 +21,12 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.saved_config import to_json
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
 from deepseek_jax.train.metrics import read_log
+from tests.forks import end_all, fork, one_device
 
 CONFIG = str(Path(__file__).with_name("nano_v3.py"))
 EXPERTS = ("--config.model.mtp_depth=0", "--config.model.n_dense_layers=0")  # one kind of block compiles faster
-SMALL = ("--config.model.mtp_depth=0", "--config.loop.eval_every=0")  # compiles in half the time
+SMALL = (*EXPERTS, "--config.loop.eval_every=0")
 KILLS = 6 * int(os.environ.get("DEEPSEEK_JAX_FAULTS", "1"))
-STARTED: list[multiprocessing.Process] = []
-# Forks of a process that has imported everything: many starts of a run without the seconds that imports take.
-FORKS = multiprocessing.get_context("forkserver")
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +45,7 @@ def corpus(tmp_path_factory) -> str:
 def nothing_left_running():
     """However a test ends, the processes that it started do as well."""
     yield
-    while STARTED:
-        process = STARTED.pop()
-        process.kill()
-        process.join()
+    end_all()
 
 
 def trained(workdir: Path, corpus: str, *overrides: str) -> int:
@@ -65,28 +59,13 @@ def verb(workdir: Path, corpus: str, *overrides: str) -> list[str]:
     return [*words, f"--config.data.cache_dir={workdir.parent}/cache", *overrides]
 
 
-def one_device() -> dict[str, str]:
-    """The environment of a process that has one device."""
-    return {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"}
-
-
 def start(workdir: Path, corpus: str, *overrides: str) -> multiprocessing.Process:
-    """The train verb in a process of its own, on one device. The first call starts the process that is forked."""
-    modules = ("deepseek_jax.run", "deepseek_jax.launch.train", "deepseek_jax.train.loop", "tensorboardX")
-    FORKS.set_forkserver_preload([*modules])
-    words = verb(workdir, corpus, *overrides)
-    STARTED.append(FORKS.Process(target=forked, args=(words, output(workdir), one_device()), daemon=True))
-    STARTED[-1].start()
-    return STARTED[-1]
+    """The train verb in a process of its own, on one device."""
+    return fork(output(workdir), one_device(), run_verb, verb(workdir, corpus, *overrides))
 
 
-def forked(words: list[str], printed: Path, environment: dict[str, str]) -> None:
+def run_verb(words: list[str]) -> None:
     """What a fork runs."""
-    gc.set_threshold(50_000, 20, 50)
-    with printed.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.environ.update(environment)
     sys.exit(cli.main(words))
 
 
@@ -149,7 +128,7 @@ def wait_for_lines(runs: Callable[[], bool], workdir: Path, n_lines: int) -> Non
 def test_sigterm_saves_and_exits_with_0(tmp_path, corpus, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[2])  # where a fork finds this file
     workdir = tmp_path / "run"
-    process = start(workdir, corpus, *SMALL, *EXPERTS, "--config.loop.steps=100000", "--config.checkpoint.every=100000")
+    process = start(workdir, corpus, *SMALL, "--config.loop.steps=100000", "--config.checkpoint.every=100000")
     wait_for_lines(process.is_alive, workdir, 4)
     process.terminate()
     process.join(timeout=120)
@@ -187,7 +166,13 @@ def test_a_run_moves_to_eight_devices_and_back(tmp_path, corpus):
 @pytest.mark.slow
 def test_the_average_of_a_run_is_resumed_judged_and_exported(tmp_path, corpus):
     """In one go or in two: the same held-out losses, which are the average's, and the same weights exported."""
-    words = (SMALL[0], "--config.loop.eval_every=2", "--config.loop.eval_batches=1", "--config.checkpoint.every=2")
+    words = (
+        *EXPERTS,
+        "--config.mesh.data=1",
+        "--config.loop.eval_every=2",
+        "--config.loop.eval_batches=1",
+        "--config.checkpoint.every=2",
+    )
     parts = {"whole": (4,), "parted": (2, 4), "plain": (4,)}
     for name, ends in parts.items():
         own = () if name == "plain" else ("--config.ema.decay=0.5", "--config.ema.evaluate=True")
