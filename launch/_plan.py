@@ -1,6 +1,7 @@
 """`deepseek-jax plan`, once its command line has been read: the job and its report."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,10 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 from ml_collections import ConfigDict
 
+from deepseek_jax.abstract_model import abstract_weights
 from deepseek_jax.chips import CHIPS, chip, chips_of
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _compile, _options, _pictures, _suggest
 from deepseek_jax.launch._tables import print_table
+from deepseek_jax.layers import lora
 from deepseek_jax.models import family
 from deepseek_jax.plan import figures, report
 from deepseek_jax.plan.activations import kept
@@ -20,7 +23,7 @@ from deepseek_jax.plan.figures import DERIVED, FITTED, GIVEN, PUBLISHED, Section
 from deepseek_jax.plan.job import Job
 from deepseek_jax.plan.layout import make_layout
 from deepseek_jax.plan.memory import capacity, fullest
-from deepseek_jax.plan.network import cache_bytes_per_token, describe
+from deepseek_jax.plan.network import LAYERS, Weight, cache_bytes_per_token, describe
 from deepseek_jax.plan.published import RUNS, Run
 from deepseek_jax.plan.recipes import recipe
 from deepseek_jax.plan.report import PlannedModel, PlanOptions
@@ -28,6 +31,7 @@ from deepseek_jax.plan.schedules import schedule
 from deepseek_jax.plan.verdict import mesh_text, verdict
 from deepseek_jax.train.metrics import EXPERT_LOADS
 from deepseek_jax.train.ramp import BatchRamp
+from deepseek_jax.weights import lora_of
 
 
 def run(config: ConfigDict, options: SimpleNamespace) -> int:
@@ -112,6 +116,7 @@ def job_of(config: ConfigDict, options: SimpleNamespace, subject: PlannedModel) 
     is_chosen = "pipeline.schedule" in options.overrides
     published = run.schedule if pipe > 1 and not is_chosen else ""
     options.schedule = options.schedule or published or config.pipeline.schedule
+    adapters, adapted = adapters_of(config, layout.pipe)
     return Job(
         network=subject.network,
         layout=layout,
@@ -126,7 +131,29 @@ def job_of(config: ConfigDict, options: SimpleNamespace, subject: PlannedModel) 
         rules=config.sharding.to_dict(),
         groups=config.exchange.groups,
         put_off=config.pipeline.put_off,
+        adapters=adapters,
+        adapted=adapted,
     )
+
+
+def adapters_of(config: ConfigDict, n_ranks: int) -> tuple[tuple[Weight, ...], int]:
+    """Returns (the low-rank adapters of a config, how many numbers the matrices beside them have).
+
+    Raises UserError for adapters along a pipeline.
+    """
+    found = lora_of(config)
+    if found is None:
+        return (), 0
+    if n_ranks > 1:
+        raise UserError(
+            f"config.lora.rank={config.lora.rank} with config.mesh.pipe={n_ranks}: adapters are not trained along a "
+            "pipeline. Set config.mesh.pipe=1."
+        )
+    shapes = lora.abstract_adapters(abstract_weights(config)["params"], found)
+    layers = {path[: path.index(lora.ADAPTERS)]: shape.shape[0] for path, shape in shapes.items()}
+    n_adapted = sum(layers[block] * math.prod(target.shape) for block, targets in found.blocks for target in targets)
+    axes = (LAYERS, None, None)
+    return tuple(Weight(".".join(path), x.shape, axes, "adapter") for path, x in shapes.items()), n_adapted
 
 
 def question_of(config: ConfigDict, options: SimpleNamespace, subject: PlannedModel, job: Job) -> PlanOptions:

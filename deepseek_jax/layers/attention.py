@@ -138,10 +138,11 @@ def latent_decode(
     """
     c_BSC, k_rope_BSP = _side_by_side(cache, q_rope_BTHP, table_BN)
     wide = {"preferred_element_type": jnp.float32}
-    scores_BHTS = jnp.einsum("BTHC,BSC->BHTS", q_latent_BTHC, c_BSC, **wide)
-    scores_BHTS += jnp.einsum("BTHP,BSP->BHTS", q_rope_BTHP, k_rope_BSP, **wide)
-    weights_BHTS = masked_softmax(scores_BHTS * scale, seen_BTS[:, None]).astype(q_latent_BTHC.dtype)
-    return jnp.einsum("BHTS,BSC->BTHC", weights_BHTS, c_BSC)
+    # in this order of axes nothing is transposed, and XLA on a CPU takes its fast products
+    scores_BTHS = jnp.einsum("BTHC,BSC->BTHS", q_latent_BTHC, c_BSC, **wide)
+    scores_BTHS += jnp.einsum("BTHP,BSP->BTHS", q_rope_BTHP, k_rope_BSP, **wide)
+    weights_BTHS = masked_softmax(scores_BTHS * scale, seen_BTS[:, :, None]).astype(q_latent_BTHC.dtype)
+    return jnp.einsum("BTHS,BSC->BTHC", weights_BTHS, c_BSC)
 
 
 def _latent_decode_by_name(

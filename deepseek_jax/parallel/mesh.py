@@ -132,11 +132,14 @@ def global_batch(local: Any, mesh: Mesh) -> Any:
     Rows are whole sequences; where these are split as well, their tokens are put in the order of the devices.
     """
     sharding, (_, n_shares) = NamedSharding(mesh, BATCH), batch_share(mesh)
+    if mesh.shape[CONTEXT] > 1:
+        local = jax.tree.map(lambda rows: rows[:, zigzag(rows.shape[1], mesh.shape[CONTEXT])], local)
+    if jax.process_count() == 1:
+        return jax.device_put(local, sharding)  # all arrays at once, which takes less of the host's time
 
     def placed(rows: np.ndarray) -> jax.Array:
-        divided = rows if mesh.shape[CONTEXT] == 1 else rows[:, zigzag(rows.shape[1], mesh.shape[CONTEXT])]
         shape = (rows.shape[0] * n_shares, *rows.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, divided, shape)
+        return jax.make_array_from_process_local_data(sharding, rows, shape)
 
     return jax.tree.map(placed, local)
 

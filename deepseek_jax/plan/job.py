@@ -56,6 +56,8 @@ class Job:
     rules: Mapping[str, str]  # logical axis -> mesh axis (`config.sharding`)
     groups: int = 1  # of expert devices, to each of which a token goes once (`config.exchange`)
     put_off: int = -1  # W that a rank puts off at most (`config.pipeline`)
+    adapters: tuple[Weight, ...] = ()  # low-rank ones (`config.lora`), which alone are trained; (): all weights are
+    adapted: int = 0  # numbers of the matrices that have one
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
@@ -70,6 +72,16 @@ class Job:
     def parts(self) -> tuple[tuple[Part, ...], ...]:
         """The weights of each stage on one of its devices. Raises UserError if a weight does not divide."""
         return tuple(self._placed(stage.weights, self.layout.mesh) for stage in self.stages)
+
+    @cached_property
+    def adapter_parts(self) -> tuple[Part, ...]:
+        """The adapters on one of the devices."""
+        return self._placed(self.adapters, self.layout.mesh)
+
+    @property
+    def n_adapter_numbers(self) -> int:
+        """How many numbers are trained, where these are those of adapters."""
+        return sum(weight.size for weight in self.adapters)
 
     @property
     def shares_vocabulary(self) -> bool:

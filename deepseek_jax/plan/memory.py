@@ -9,6 +9,8 @@
 | activations | `activations.kept` of each layer, times sequences, times micro-batches in flight |
 | buffers | in place of these in a run's pipeline: slots of its pools (`stage_buffers`), the same on all ranks |
 | kept once | independent of the batch, by policy none and by a run's pipeline: experts' gate and up side by side |
+| adapters | where these are trained, gradients and moments are theirs alone: their weights, and the matrices with them |
+|  | added, as a step reads these, of all layers unless blocks are recomputed |
 | layer at work | recomputed in the backward pass of the widest layer, and its gradients (`ActivationBytes`) |
 | logits | 8 V per token of the chunk in which the loss is computed: float32, and their gradient |
 | exchange buffers | copies of the tokens on their way to experts and back; twice if passes overlap |
@@ -36,7 +38,16 @@ from deepseek_jax.plan.schedules import name_of
 from deepseek_jax.plan.stage_buffers import POOLS, slot_bytes, slots
 
 PARTS: tuple[str, ...] = ("weights", "gradients", "pipeline_copy", "masters", "optimizer", "activations")
-PARTS += ("buffers", "kept_once", "layer_at_work", "logits", "exchange_buffers", "gathered_entries", "router_biases")
+PARTS += (
+    "adapters",
+    "buffers",
+    "kept_once",
+    "layer_at_work",
+    "logits",
+    "exchange_buffers",
+    "gathered_entries",
+    "router_biases",
+)
 LOGITS = 8.0  # bytes: float32 and the same for its gradient
 BIAS = 4.0
 BARELY = 0.05  # of a chip's memory: what is not counted may take as much
@@ -114,12 +125,15 @@ def fullest(job: Job, kept: Mapping[str, ActivationBytes], loss_chunk: int) -> f
 def between_steps(job: Job, rank: int) -> float:
     """Returns the bytes that a device keeps between steps: its parts of the float32 weights, moments, router biases."""
     numbers = sum(part.optimizer_numbers * kept for part, _, kept in job.holdings(rank))
-    return numbers * (MASTER + job.recipe.moments) + BIAS * job.router_biases
+    of_adapters = sum(part.optimizer_numbers for part in job.adapter_parts)
+    trained = of_adapters if job.adapters else numbers
+    return (numbers + of_adapters) * MASTER + trained * job.recipe.moments + BIAS * job.router_biases
 
 
 def carried(job: Job, parts: Mapping[str, float], rank: int) -> float:
     """Returns the bytes of `parts` that the loop over micro-batches carries: buffers, and sums of gradients."""
-    summed = sum(holding.part.numbers for holding in _in_step(job, rank)) if has_sums(job) else 0.0
+    trained = job.adapter_parts or [holding.part for holding in _in_step(job, rank)]
+    summed = sum(part.numbers for part in trained) if has_sums(job) else 0.0
     return parts.get("buffers", 0.0) + summed * job.recipe.gradients
 
 
@@ -152,18 +166,24 @@ def _in_step(job: Job, rank: int) -> list[Holding]:
 def _states(job: Job, rank: int) -> dict[str, float]:
     """Returns the bytes of weights, gradients and optimizer state."""
     recipe = job.recipe
-    found = dict.fromkeys(("weights", "gradients", "pipeline_copy", "masters", "optimizer"), 0.0)
+    found = dict.fromkeys(("weights", "gradients", "pipeline_copy", "masters", "optimizer", "adapters"), 0.0)
     for part, _, kept in job.holdings(rank):
         weights, master = job.held(part)
         found["weights"] += 0.0 if master else weights
         found["masters"] += master * kept
-        found["optimizer"] += part.optimizer_numbers * recipe.moments * kept
+        found["optimizer"] += 0.0 if job.adapters else part.optimizer_numbers * recipe.moments * kept
     for part, is_copy, _ in _in_step(job, rank):
         low = part.weight.is_matrix and part.weight.role not in HIGH_PRECISION
         weights, master = job.held(part)
         beside = (weights if master else 0.0) + part.numbers * low * recipe.low_precision_copy
         found["pipeline_copy" if is_copy else "weights"] += beside
-        found["pipeline_copy" if is_copy else "gradients"] += _gradients(job, part)
+        found["pipeline_copy" if is_copy else "gradients"] += 0.0 if job.adapters else _gradients(job, part)
+    for part in job.adapter_parts:
+        found["adapters"] += sum(job.held(part))
+        found["gradients"] += _gradients(job, part)
+        found["optimizer"] += part.optimizer_numbers * recipe.moments
+    if job.adapters and recipe.remat != "block":
+        found["adapters"] += job.adapted * recipe.weights
     return found
 
 

@@ -171,7 +171,8 @@ def _rank_step(job: Job, rank: int, efficiency: float, waiting: float) -> Step:
         sent = _exchange_seconds(job, hold.stage) * (1 + job.backward_exchanges)
         compute += job.passes(hold) * seconds
         exposed += job.passes(hold) * (max(sent - seconds, 0.0) if job.schedule.overlaps else sent)
-        states = sum(part.optimizer_numbers for part in job.parts[hold.stage]) / job.schedule.arrangement.copies
+        trained = job.adapter_parts or job.parts[hold.stage]
+        states = sum(part.optimizer_numbers for part in trained) / job.schedule.arrangement.copies
         optimizer += states * (recipe.gradients + 2 * recipe.optimizer + recipe.weights) / (job.chip.hbm * GIGA)
     traffic = rank_traffic(job, rank)
     reduce = traffic.zero.seconds(job.chip) + traffic.fsdp.seconds(job.chip)

@@ -95,8 +95,10 @@ def rank_traffic(job: Job, rank: int) -> Traffic:
         stream = tokens * job.network.d_model * job.recipe.activations
         pipeline += _over(job, job.layout.devices, neighbours * stream)
         for part in job.parts[hold.stage]:
-            zero += _zero(job, part).times(1 / job.schedule.arrangement.copies)
+            zero += _zero(job, part, is_trained=not job.adapters).times(1 / job.schedule.arrangement.copies)
             fsdp += _fsdp(job, part).times(job.passes(hold))
+    for part in job.adapter_parts:
+        zero += _zero(job, part, is_trained=True)
     return Traffic(experts, zero, fsdp, context(job, rank), pipeline + _ends(job))
 
 
@@ -135,13 +137,13 @@ def _span(job: Job, axes: Sequence[str]) -> int:
     return job.layout.data * inner if DATA in axes else inner
 
 
-def _zero(job: Job, part: Part) -> Sent:
-    """Returns the bytes of scattered gradients and gathered weights; copies of the model are replicas too."""
+def _zero(job: Job, part: Part, *, is_trained: bool) -> Sent:
+    """Returns the bytes of scattered gradients, if there are any, and gathered weights; copies are replicas too."""
     place, copies = part.place, job.schedule.arrangement.copies
     replicas = size(job.layout.mesh, place.copies) * copies
     span = _span(job, place.copies) * (job.layout.pipe if copies > 1 else 1)
     all_reduced = place.zero_dim is None and copies == 1  # no dimension divides: summed everywhere, nothing to gather
-    gradients, read = job.recipe.gradients, job.read(part)
+    gradients, read = job.recipe.gradients * is_trained, job.read(part)
     rounds = 2 * gradients if all_reduced else gradients + read
     return _over(job, span, part.numbers * (replicas - 1) / replicas * rounds)
 
@@ -152,6 +154,7 @@ def _fsdp(job: Job, part: Part) -> Sent:
     for logical, axis in zip(part.weight.axes, part.place.spec, strict=False):
         if axis and logical != EXPERTS:
             others = part.numbers * (job.layout.mesh.shape[axis] - 1)
-            rounds = gathers * job.recipe.read(part.weight.role) + job.recipe.gradients
+            gradients = 0.0 if job.adapters else job.recipe.gradients
+            rounds = gathers * job.recipe.read(part.weight.role) + gradients
             sent += _over(job, _span(job, (axis,)), others * rounds)
     return sent

@@ -1,7 +1,8 @@
 """Rollouts: answers to a batch of prompts as one program, drawn with the weights that are being trained.
 
     prefill   all prompts, padded at the end to one length
-    decode    one token per answer and turn of a loop, until all have ended or are as long as allowed
+    decode    one token per answer and turn of a loop, until all have ended or are as long as allowed; the last one of
+              an answer is not read
 
 A draw depends on the key of its row, the position and the weights alone, as in `serve.generate`, so rows do not depend
 on their neighbours. Each token keeps the log-probability with which it was drawn: at the temperature of the draw, over
@@ -10,6 +11,7 @@ experts that it visited (V3.2's Keep Routing). On several devices each has its r
 devices have ended: experts are spread over devices, which wait for one another in every layer.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -51,6 +53,17 @@ class Rollouts(NamedTuple):
     routes: dict[str, Array]
 
 
+class Answering(NamedTuple):
+    """Answers while they are drawn; ids, log-probabilities and so on as in `Rollouts`."""
+
+    going_B: jax.Array  # which have not ended
+    last_B: jax.Array  # the tokens drawn last
+    ids_BT: jax.Array
+    logp_BT: jax.Array
+    kept_BTV: jax.Array
+    n_drawn_B: jax.Array
+
+
 def pad(prompts: Sequence[np.ndarray], n_tokens: int, keys: np.ndarray, temperature: float) -> Prompts:
     """Returns prompts of any lengths up to `n_tokens` as arrays; `keys` are those of `row_keys`."""
     ids_BT = np.zeros((len(prompts), n_tokens), np.int32)
@@ -62,9 +75,13 @@ def pad(prompts: Sequence[np.ndarray], n_tokens: int, keys: np.ndarray, temperat
 
 def row_keys(seed: int, step: int, n_rows: int) -> np.ndarray:
     """Returns key_BK: the data of one key per row, a function of (seed, step, row) alone."""
-    key = jax.random.fold_in(random_key(seed), step)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n_rows))
-    return np.asarray(jax.random.key_data(keys))
+    return np.asarray(_row_keys(random_key(seed), np.uint32(step), n_rows))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _row_keys(key: jax.Array, step: jax.Array, n_rows: int) -> jax.Array:
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), jnp.arange(n_rows))
+    return jax.random.key_data(keys)
 
 
 def roller(n_new: int, stop_ids: Sequence[int], top_p: float) -> Callable[[Any, Prompts], Rollouts]:
@@ -80,29 +97,39 @@ def roller(n_new: int, stop_ids: Sequence[int], top_p: float) -> Callable[[Any, 
         h_BTD, cache = model.generating(read, first_pass(n_prompt + n_new), note=note)
         logits_BV = model.head(jnp.take_along_axis(h_BTD, (length_B - 1)[:, None, None], axis=1))[:, 0]
 
+        def drawn(n: jax.Array, logits_BV: jax.Array, so_far: Answering) -> Answering:
+            """Draws the token number n of each answer."""
+            going_B, at_B = so_far.going_B, length_B + n
+            id_B, logp_B, kept_BV = draw(logits_BV, key_B, at_B, prompts.temperature_B1[:, 0], top_p)
+            return Answering(
+                going_B=going_B & ~jnp.isin(id_B, ends),
+                last_B=id_B,
+                ids_BT=so_far.ids_BT.at[rows, at_B].set(jnp.where(going_B, id_B, so_far.ids_BT[rows, at_B])),
+                logp_BT=so_far.logp_BT.at[rows, at_B].set(jnp.where(going_B, logp_B, 0.0)),
+                kept_BTV=so_far.kept_BTV.at[rows, at_B].set(jnp.where(going_B[:, None], kept_BV, 0)),
+                n_drawn_B=so_far.n_drawn_B + going_B,
+            )
+
         def is_unfinished(carry: tuple) -> jax.Array:
-            return (carry[0] < n_new) & (total(jnp.any(carry[1]).astype(jnp.int32)) > 0)
+            return (carry[0] < n_new) & (total(jnp.any(carry[1].going_B).astype(jnp.int32)) > 0)
 
         def advance(carry: tuple) -> tuple:
-            n, going_B, logits_BV, cache, ids_BT, logp_BT, kept_BTV, n_drawn_B = carry
-            at_B = length_B + n
-            id_B, logp_B, kept_BV = draw(logits_BV, key_B, at_B, prompts.temperature_B1[:, 0], top_p)
-            ids_BT = ids_BT.at[rows, at_B].set(jnp.where(going_B, id_B, ids_BT[rows, at_B]))
-            logp_BT = logp_BT.at[rows, at_B].set(jnp.where(going_B, logp_B, 0.0))
-            kept_BTV = kept_BTV.at[rows, at_B].set(jnp.where(going_B[:, None], kept_BV, 0))
-            read = Tokens(id_B[:, None], at_B[:, None])
+            n, so_far, cache = carry
+            at_B = length_B + n - 1
+            read = Tokens(so_far.last_B[:, None], at_B[:, None])
             note = more_routes(rows, at_B) if model.run.routes else None
             h_BTD, cache = model.generating(read, next_tokens, cache, note)
-            n_drawn_B, going_B = n_drawn_B + going_B, going_B & ~jnp.isin(id_B, ends)
-            return n + 1, going_B, model.head(h_BTD)[:, 0], cache, ids_BT, logp_BT, kept_BTV, n_drawn_B
+            return n + 1, drawn(n, model.head(h_BTD)[:, 0], so_far), cache
 
         ids_BT = jnp.zeros((n_rows, n_prompt + n_new), jnp.int32).at[:, :n_prompt].set(prompts.ids_BT)
         zeros_BT, zeros_B = jnp.zeros(ids_BT.shape, jnp.float32), jnp.zeros(n_rows, jnp.int32)
         kept_BTV = jnp.zeros((*ids_BT.shape, n_bytes(logits_BV.shape[1], top_p)), jnp.uint8)
-        begin = (jnp.int32(0), jnp.ones(n_rows, bool), logits_BV, cache, ids_BT, zeros_BT, kept_BTV, zeros_B)
-        _, going_B, _, cache, ids_BT, logp_BT, kept_BTV, n_drawn_B = jax.lax.while_loop(is_unfinished, advance, begin)
+        nothing = Answering(jnp.ones(n_rows, bool), zeros_B, ids_BT, zeros_BT, kept_BTV, zeros_B)
+        first = drawn(jnp.int32(0), logits_BV, nothing)
+        _, found, cache = jax.lax.while_loop(is_unfinished, advance, (jnp.int32(1), first, cache))
         routes = routes_of(model, cache) if model.run.routes else {}
-        return Rollouts(ids_BT, logp_BT, n_drawn_B[:, None], ~going_B[:, None], kept_BTV, routes)
+        is_finished_B1 = ~found.going_B[:, None]
+        return Rollouts(found.ids_BT, found.logp_BT, found.n_drawn_B[:, None], is_finished_B1, found.kept_BTV, routes)
 
     return rollout
 

@@ -5,7 +5,8 @@
 `cross_entropy` sums w_m * nll_m with weights that are known in advance. While a chunk's logits are there it computes
 its share of the gradients as well, so that nothing is kept and nothing is computed twice: three products with W.
 `token_nll` returns every nll_m, for a loss that is any function of them, and `token_figures` the entropies as well. The
-backward pass makes the logits again, for only then is the weight of each token known: four products.
+weight of each token is known in the backward pass only: it makes the logits again, four products, unless all tokens are
+one chunk, whose probabilities are kept.
 """
 
 import functools
@@ -89,6 +90,23 @@ def cross_entropy(
     return jax.lax.scan(body, jnp.float32(0), _chunks(h_MD, targets_M, weights_M, chunk))[0]
 
 
+def _gradients(
+    h_MD: jax.Array,
+    weight_DV: jax.Array,
+    targets_M: jax.Array,
+    weights_M: jax.Array,
+    probabilities_MV: jax.Array,
+    vocabulary: Vocabulary,
+) -> tuple[jax.Array, jax.Array]:
+    """(d_h_MD, d_weight_DV in float32) of a chunk, from its probabilities; rows without a target have weight 0."""
+    summed = h_MD.dtype if vocabulary.axis is None else jnp.float32  # d_h is rounded once
+    is_target_MV = jnp.arange(weight_DV.shape[1]) == vocabulary.index(targets_M, weight_DV.shape[1])[:, None]
+    d_logits_MV = ((probabilities_MV - is_target_MV) * weights_M[:, None]).astype(h_MD.dtype)
+    d_h_MD = jnp.einsum("MV,DV->MD", d_logits_MV, weight_DV, preferred_element_type=summed)
+    d_weight_DV = jnp.einsum("MD,MV->DV", h_MD, d_logits_MV, preferred_element_type=jnp.float32)
+    return vocabulary.total(d_h_MD).astype(h_MD.dtype), d_weight_DV
+
+
 def _forward(
     h_MD: jax.Array,
     weight_DV: jax.Array,
@@ -99,17 +117,12 @@ def _forward(
     temperature: float = 1.0,
 ) -> tuple[jax.Array, tuple]:
     weight = weight_DV.astype(h_MD.dtype)
-    summed = h_MD.dtype if vocabulary.axis is None else jnp.float32  # d_h is rounded once
 
     def body(carry: tuple, part: tuple) -> tuple[tuple, jax.Array]:
         (total, d_weight_DV), (h, targets, weights) = carry, part
         loss, probabilities_MV, weights = _chunk_loss(h, weight, targets, weights, vocabulary, temperature)
-        is_target_MV = jnp.arange(weight.shape[1]) == vocabulary.index(targets, weight.shape[1])[:, None]
-        d_logits_MV = ((probabilities_MV - is_target_MV) * weights[:, None]).astype(h.dtype)
-        d_h_MD = jnp.einsum("MV,DV->MD", d_logits_MV, weight, preferred_element_type=summed)
-        d_h_MD = vocabulary.total(d_h_MD).astype(h.dtype)
-        d_weight_DV += jnp.einsum("MD,MV->DV", h, d_logits_MV, preferred_element_type=jnp.float32)
-        return (total + loss, d_weight_DV), d_h_MD
+        d_h_MD, more_DV = _gradients(h, weight, targets, weights, probabilities_MV, vocabulary)
+        return (total + loss, d_weight_DV + more_DV), d_h_MD
 
     start = (jnp.float32(0), jnp.zeros(weight_DV.shape, jnp.float32))
     (total, d_weight_DV), d_h = jax.lax.scan(body, start, _chunks(h_MD, targets_M, weights_M, chunk))
@@ -156,15 +169,23 @@ def token_figures(
 def _token_forward(
     h_MD: jax.Array, weight_DV: jax.Array, targets_M: jax.Array, chunk: int, temperature: float
 ) -> tuple[tuple[jax.Array, jax.Array], tuple]:
-    return token_figures(h_MD, weight_DV, targets_M, chunk, temperature), (h_MD, weight_DV, targets_M)
+    saved = (h_MD, weight_DV, targets_M)
+    if len(targets_M) > chunk:
+        return token_figures(h_MD, weight_DV, targets_M, chunk, temperature), (*saved, None)
+    nll_M, probabilities_MV, entropy_M = _nll(h_MD, weight_DV.astype(h_MD.dtype), targets_M, WHOLE, temperature)
+    return (jnp.where(targets_M != IGNORE, nll_M, 0.0), entropy_M), (*saved, probabilities_MV)
 
 
 def _token_backward(chunk: int, temperature: float, saved: tuple, g: tuple[jax.Array, jax.Array]) -> tuple:
     """By the chain rule that of `cross_entropy` with the weights g / temperature, which are known by now."""
-    h_MD, weight_DV, targets_M = saved
+    h_MD, weight_DV, targets_M, probabilities_MV = saved
     g_M = g[0] / temperature
-    _, (d_h_MD, d_weight_DV, like) = _forward(h_MD, weight_DV, targets_M, g_M, chunk, WHOLE, temperature)
-    return d_h_MD, d_weight_DV.astype(like.dtype), None
+    if probabilities_MV is None:
+        _, (d_h_MD, d_weight_DV, _) = _forward(h_MD, weight_DV, targets_M, g_M, chunk, WHOLE, temperature)
+    else:
+        weight, weights_M = weight_DV.astype(h_MD.dtype), jnp.where(targets_M != IGNORE, g_M, 0.0)
+        d_h_MD, d_weight_DV = _gradients(h_MD, weight, targets_M, weights_M, probabilities_MV, WHOLE)
+    return d_h_MD, d_weight_DV.astype(weight_DV.dtype), None
 
 
 token_figures.defvjp(_token_forward, _token_backward)

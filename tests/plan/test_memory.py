@@ -1,5 +1,6 @@
 """Memory: the same bytes as inspect shows, laws of growth, and what layers keep, some of it by hand."""
 
+import math
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from jax.sharding import AbstractMesh
 
 from deepseek_jax import run_config
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _options, inspect
+from deepseek_jax.launch import _options, _plan, inspect
 from deepseek_jax.layers.base import Execution
 from deepseek_jax.parallel.mesh import ALL
 from deepseek_jax.parallel.stage_layout import make_layout
@@ -37,6 +38,31 @@ def test_states_are_those_that_inspect_shows(job_of, name, sharding, mesh):
     assert counted == shown or ("pipe" in mesh and counted < shown)  # there stages share arrays (`parallel.homes`)
     assert ours["optimizer"] == sum(w.optimizer_bytes for w in weights)
     assert ours.get("masters", 0) == sum(w.master_bytes for w in weights)
+
+
+@pytest.mark.parametrize("mesh", MESHES[:2], ids=str)
+def test_adapters_alone_have_gradients_and_moments(job_of, mesh):
+    """As inspect shows them; and what they make of the matrices beside them is kept unless blocks are recomputed."""
+    config = run_config.load("tiny_v3")
+    config.lora.rank = 4
+    adapters, adapted = _plan.adapters_of(config, 1)
+    rows, totals = inspect.inspect(config, mesh)
+    assert (
+        f"{sum(weight.size for weight in adapters):,} ("
+        in dict(totals)["adapters of rank 4, in these; they alone are trained"]
+    )
+    assert sum(weight.size for weight in adapters) < adapted < sum(math.prod(row.shape) for row in rows)
+    plain = job_of("tiny_v3", remat="block", **mesh)
+    job = replace(plain, adapters=adapters, adapted=adapted)
+    whole, ours = (rank_memory(one, 0, NOTHING, CHUNK) for one in (plain, job))
+    assert ours["optimizer"] == sum(row.optimizer_bytes for row in rows) < whole["optimizer"] / 10
+    assert ours["gradients"] == 4 * sum(weight.size for weight in adapters)
+    held = ours["weights"] + ours["adapters"] + ours.get("masters", 0) + ours.get("router_biases", 0)
+    assert held == sum(row.weight_bytes + row.master_bytes for row in rows)
+    kept = rank_memory(replace(job, recipe=job_of("tiny_v3").recipe), 0, NOTHING, CHUNK)
+    assert kept["adapters"] - ours["adapters"] == 4 * adapted
+    with pytest.raises(UserError, match=r"lora.rank=4 with config.mesh.pipe=2: adapters are not trained along"):
+        _plan.adapters_of(config, 2)
 
 
 @pytest.mark.parametrize("axis", ["data", "expert", "pipe"])

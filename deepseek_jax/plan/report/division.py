@@ -96,6 +96,7 @@ def _memory_notes(job: Job) -> dict[str, str]:
         "pipeline_copy": "weights and gradients of the second direction",
         "masters": "float32 weights, divided over the replicas (ZeRO-1)",
         "optimizer": f"{recipe.moments:.0f} B per parameter, likewise",
+        "adapters": f"{job.n_adapter_numbers:,} numbers, which alone are trained; {_made_of(job)}",
         "activations": f"policy {recipe.remat}; rank 0 has {flight} micro-batches in flight",
         "buffers": f"policy {recipe.remat}; slots of the pipeline's pools, on every rank",
         "kept_once": "independent of the batch: gate and up of experts side by side, masks",
@@ -104,6 +105,13 @@ def _memory_notes(job: Job) -> dict[str, str]:
         "exchange_buffers": "tokens on their way to experts and back",
         "gathered_entries": "of whole sequences, what a layer's keys and values are made of, and gradients",
     }
+
+
+def _made_of(job: Job) -> str:
+    """Returns what the matrices with adapters take, as text."""
+    if job.recipe.remat == "block":
+        return "what they make of matrices exists for a layer at a time"
+    return f"and the {job.adapted:,} of matrices with their products added (config.run.remat=block keeps none)"
 
 
 def _read(job: Job) -> float:
