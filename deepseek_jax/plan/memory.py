@@ -9,7 +9,7 @@
 | activations | `activations.kept` of each layer, times sequences, times micro-batches in flight |
 | buffers | in place of these in a run's pipeline: slots of its pools (`stage_buffers`), the same on all ranks |
 | kept once | independent of the batch, by policy none and by a run's pipeline: experts' gate and up side by side |
-| adapters | where these are trained, gradients and moments are theirs alone: their weights, and the matrices with them |
+| adapters | where these are trained, gradients and moments are theirs alone; their weights, and matrices with them |
 |  | added, as a step reads these, of all layers unless blocks are recomputed |
 | layer at work | recomputed in the backward pass of the widest layer, and its gradients (`ActivationBytes`) |
 | logits | 8 V per token of the chunk in which the loss is computed: float32, and their gradient |
