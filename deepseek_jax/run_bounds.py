@@ -155,6 +155,7 @@ BOUNDS: dict[str, Bound] = {
     "ema.evaluate": bounds.switch(),
     "checkpoint.every": SOME_STEPS,
     "checkpoint.keep": SOME_STEPS,
+    "checkpoint.local": bounds.path(),
     "watch.heartbeat_s": bounds.number(2, 86_400),
     "watch.alone": bounds.switch(),
     "watch.step_s": bounds.number(0, 1e6),

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _beginning
-from deepseek_jax.launch._training import charts, report_end, settle_products
+from deepseek_jax.launch._training import charts, open_checkpoints, report_end, settle_products
 from deepseek_jax.storage import Place
 
 if TYPE_CHECKING:
@@ -50,17 +50,16 @@ def train(
     from deepseek_jax.rl.loop import Loop, LoopConfig
     from deepseek_jax.rl.rewards import Rewards
     from deepseek_jax.saved_config import to_json
-    from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
     from deepseek_jax.train.ledger import Ledger
     from deepseek_jax.train.metrics import Metrics
-    from deepseek_jax.train.mirror import local, upload
+    from deepseek_jax.train.mirror import local
     from deepseek_jax.train.phases import RESTORE, SAVE
     from deepseek_jax.train.profiles import Profiles
 
-    rl, keep, folder = config.rl, config.checkpoint.keep, local(workdir)
+    rl, folder = config.rl, local(workdir)
     with (
         Rewards(used(rl.rewards), rl.verifiers, rl.verify_s) as rewards,
-        Checkpointer(workdir / "checkpoints", keep, committed=lambda: upload(workdir)) as checkpoints,
+        open_checkpoints(config, workdir) as checkpoints,
         peers.guard(stop),
     ):
         learner = prepare(config, rewards)

@@ -95,21 +95,19 @@ def train(
 
     from deepseek_jax import run
     from deepseek_jax.saved_config import to_json
-    from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
     from deepseek_jax.train.hosts import Hosts
     from deepseek_jax.train.ledger import Ledger
     from deepseek_jax.train.loop import Loop, LoopConfig
     from deepseek_jax.train.metrics import Metrics
-    from deepseek_jax.train.mirror import local, upload
+    from deepseek_jax.train.mirror import local
     from deepseek_jax.train.phases import RESTORE, SAVE
     from deepseek_jax.train.profiles import Profiles
 
     trainer, ramp, training, held_out = prepare(config, workdir, phases)
     folder = local(workdir)
     meta = {"config": to_json(config), "text": training.fingerprint()}
-    keep = config.checkpoint.keep
     with (
-        Checkpointer(workdir / "checkpoints", keep, committed=lambda: upload(workdir)) as checkpoints,
+        open_checkpoints(config, workdir) as checkpoints,
         peers.guard(stop),
     ):
         with phases.of(RESTORE):
@@ -145,6 +143,16 @@ def train(
                 is_saved = report_end(done, config.loop.steps, checkpoints, metrics, again)
             ledger.close(done, metrics.message)
             return is_saved
+
+
+def open_checkpoints(config: ConfigDict, workdir: Place) -> "Checkpointer":
+    """Returns the checkpoints of a run; all processes call it together."""
+    from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
+    from deepseek_jax.train.mirror import upload
+
+    chosen = config.checkpoint
+    here = Path(chosen.local).expanduser() if chosen.local else None
+    return Checkpointer(workdir / "checkpoints", chosen.keep, committed=lambda: upload(workdir), local=here)
 
 
 def charts(config: ConfigDict, workdir: Path) -> "Callable[[], WandbRun] | None":

@@ -43,6 +43,7 @@ from deepseek_jax.train.checkpoint import grid, shards, tree
 from deepseek_jax.train.checkpoint import manifest as files
 from deepseek_jax.train.checkpoint.grid import Piece
 from deepseek_jax.train.checkpoint.manifest import CheckpointDamaged
+from deepseek_jax.train.checkpoint.tier import Tier
 from deepseek_jax.train.checkpoint.votes import Ballot, reason
 from deepseek_jax.train.checkpoint.writer import Lease, WriterLock, sole_writer
 
@@ -64,7 +65,8 @@ class Checkpointer:
 
     All processes of a run construct it and call its methods together; they share the file system or reach the bucket.
     A save fails unless all of them have written their parts within `deadline_s`. `warn` receives each message once, in
-    the thread that calls; `committed` is called after each commit, in a thread of its own.
+    the thread that calls; `committed` is called after each commit, in a thread of its own. `local`: a folder of the
+    host's own disk for copies of what it writes, which a restore reads in place of the store (`Tier`).
     """
 
     def __init__(
@@ -76,7 +78,9 @@ class Checkpointer:
         warn: Callable[[str], None] = print_warning,
         deadline_s: float = SAVE_TIMEOUT_S,
         committed: Callable[[], None] = lambda: None,
+        local: Path | None = None,
     ):
+        self._messages: deque[str] = deque()
         where = place(directory)
         if isinstance(where, Path):
             check_local(where)
@@ -85,9 +89,9 @@ class Checkpointer:
         self.directory: Place = Path(os.path.abspath(where)) if isinstance(where, Path) else where
         self.keep = keep
         self._store = open_store(self.directory)
+        self._objects = Tier(self._store, local, self._messages.append) if local else self._store
         self._ballot = Ballot(deadline_s)
         self._warn, self._on_commit = warn, committed
-        self._messages: deque[str] = deque()
         self._told: set[str] = set()
         self._given_up: set[int] = set()  # steps of failed saves, of which something may be left
         self._thread: threading.Thread | None = None
@@ -325,7 +329,7 @@ class Checkpointer:
         folder, content = shards.folder_of(files.step_dir(self.directory, step).name, token), ""
         try:
             if not failure:
-                listed = shards.part_of(shards.write(self._store, folder, self._ballot.index, parts))
+                listed = shards.part_of(shards.write(self._objects, folder, self._ballot.index, parts))
                 self._store.write(shards.part_name(folder, self._ballot.index), listed)
                 content = shards.sha256(listed)
         except BaseException as error:  # nobody would see it in this thread: it is reported at the next call
@@ -339,6 +343,8 @@ class Checkpointer:
         self._own.add(step)
         self._last_save_good = True
         try:
+            if isinstance(self._objects, Tier):
+                self._objects.prune()
             if jax.process_index() == 0:
                 self._prune()
         except Exception as error:
@@ -466,7 +472,7 @@ class Checkpointer:
             _quieten_orbax()
             arrays = tree.read_arrays(path / files.ARRAYS, leaves) if expected else {}
         else:
-            arrays = tree.read_shards(self._store, manifest, leaves)
+            arrays = tree.read_shards(self._objects, manifest, leaves)
         return tree.refill(abstract, (arrays[name] for name in expected)), meta
 
     def _say_once(self, message: str) -> None:

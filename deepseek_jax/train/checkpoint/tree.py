@@ -15,7 +15,6 @@ from flax.traverse_util import unflatten_dict
 from jax.typing import DTypeLike
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.storage import Store
 from deepseek_jax.train.checkpoint import grid, shards
 from deepseek_jax.train.checkpoint.grid import Piece, Region
 from deepseek_jax.tree import paths
@@ -128,7 +127,7 @@ def placed(leaf: jax.ShapeDtypeStruct, values: Mapping[Region, np.ndarray]) -> j
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, arrays, dtype=leaf.dtype)
 
 
-def read_shards(store: Store, manifest: dict, leaves: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def read_shards(store: shards.Source, manifest: dict, leaves: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Reads the named arrays of a step in format 2, as far as this process's devices hold them; raises ShardDamaged."""
     found: dict[str, jax.Array] = {}
     values: dict[str, dict[Region, np.ndarray]] = {name: {} for name in leaves}
