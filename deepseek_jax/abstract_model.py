@@ -74,14 +74,21 @@ def run_as(config: ConfigDict, run: Execution) -> nnx.Module:
 
 
 def with_fp8_cache(config: ConfigDict, run: Execution) -> Execution:
-    """`run` with a cache in FP8. Raises UserError unless the model has latents of a multiple of 128 numbers."""
-    width = config.model.get("kv_rank", 0)
-    if not width or width % FP8_BLOCK:
+    """`run` with a cache in FP8. Raises UserError unless all that it keeps is a multiple of 128 numbers wide."""
+    if not has_fp8_cache(config):
+        width, key = config.model.get("kv_rank", 0), config.model.get("index_width", 0)
+        keys = f" and keys of {key} (config.model.index_width)" if key else ""
         raise UserError(
-            f"cache='fp8' for latents of {width} numbers (config.model.kv_rank): expected latent attention with a "
-            f"multiple of {FP8_BLOCK}. Leave cache='full'."
+            f"cache='fp8' for latents of {width} numbers (config.model.kv_rank){keys}: expected latent attention with "
+            f"a multiple of {FP8_BLOCK}. Leave cache='full'."
         )
     return replace(run, cache="fp8")
+
+
+def has_fp8_cache(config: ConfigDict) -> bool:
+    """Whether the latents of a model, and the keys of its indexer if it has one, are a multiple of 128 numbers."""
+    width = config.model.get("kv_rank", 0)
+    return bool(width) and width % FP8_BLOCK == 0 == config.model.get("index_width", 0) % FP8_BLOCK
 
 
 def with_routes(config: ConfigDict, run: Execution) -> Execution:

@@ -55,7 +55,7 @@ from deepseek_jax.weights import WEIGHTS, lora_of, open_weights
 # by its fingerprint.
 FIXED: tuple[str, ...] = ("family", "model", "seed", "batch")
 FIXED += ("data.seq_len", "data.fim_rate", "data.mask_documents", "data.holdout_rate")
-FIXED += ("lora.rank", "lora.alpha", "lora.targets")
+FIXED += ("lora.rank", "lora.alpha", "lora.targets", "loss.trained")
 
 
 def trainer(
@@ -74,7 +74,11 @@ def trainer(
     loss = config.loss.to_dict()
     step = {name: loss.pop(name) for name in ("clip_norm", "balance_rate", "balance_rate_stop")}
     network = describe(module, sizes)
-    adapters = lora_of(config)
+    adapters, chosen = lora_of(config), trainable.named(loss.pop("trained"))
+    check_named(config)
+
+    def is_trained(path: trainable.Path) -> bool:
+        return chosen(path) and learnt(path) and (adapters is None or lora.is_adapter(path))
 
     def build(run: Execution, rngs: nnx.Rngs) -> nnx.Module:
         if adapters is None:
@@ -89,7 +93,7 @@ def trainer(
         adamw(**config.optimizer),
         StepConfig(rate=Schedule(**config.schedule), micro_batches=config.pipeline.micro_batches, **step),
         pipeline=pipeline(config, network),
-        trainable=(lambda path: lora.is_adapter(path) and learnt(path)) if adapters else learnt,
+        trainable=is_trained,
         compute=precision.compute,
         matmul=precision.matmul,
         weights=precision.weights,
@@ -147,6 +151,18 @@ def check_adapters(config: ConfigDict, mesh: Mesh) -> None:
         if value not in allowed:
             expected = " or ".join(map(str, allowed))
             raise UserError(f"config.{key}={value} does not go with adapters (config.lora.rank). Set it to {expected}.")
+
+
+def check_named(config: ConfigDict) -> None:
+    """Raises UserError for a name of weights (`loss.trained`, `run.anew`) that the model has none of."""
+    for key, name in (("loss.trained", config.loss.trained), ("run.anew", config.run.anew)):
+        if name and not any(name in path for path in flatten_dict(abstract_weights(config)["params"])):
+            raise UserError(f"config.{key}={name!r}: no weight of {config.name} has this in its path. Leave it empty.")
+    if config.run.anew and not config.run.init_from:
+        raise UserError(
+            f"config.run.anew={config.run.anew!r} begins beside other weights, and none are named. Give "
+            "config.run.init_from=DIR, a run's or published weights."
+        )
 
 
 def check_effects(config: ConfigDict, trainer: Trainer) -> None:
@@ -210,7 +226,13 @@ def first_state(config: ConfigDict, trainer: Trainer, workdir: Path, report: Cal
     shapes = {name: trainer.stored[name] for name in WEIGHTS}
     if adapters:
         shapes["params"] = trainable.divide(shapes["params"], lora.is_adapter)[1]
+    if config.run.anew:
+        shapes["params"] = trainable.divide(shapes["params"], trainable.named(config.run.anew))[1]
     weights = source.read(shapes)
+    if config.run.anew:
+        made = jax.jit(lambda: trainer.first_weights(config.seed, trainable.named(config.run.anew)))()
+        weights["params"] = trainable.join(jax.device_get(made), weights["params"])
+        report(f"begins at random: {config.run.anew}")
     if adapters:
         weights["params"] = lora.beside(weights["params"], first_adapters(config, trainer, adapters))
     report(f"weights of {config.run.init_from}")

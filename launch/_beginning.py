@@ -22,7 +22,12 @@ RATE = 1e-5
 TUNED = "_tuned"  # how names of runs with the recipe of `fine_tuning` end
 FOREVER = 1_000_000_000  # steps at the peak rate, which so is the only rate to set
 PREDICTION = 0.1  # lambda of multi-token prediction, its last value in pre-training (V3 section 4.2)
-BALANCE = {"v3": 1e-4, "v2": 1e-3, "moe": 1e-3}  # alpha of the sequence-wise balance loss, as in pre-training
+BALANCE = {
+    "v3": 1e-4,
+    "v32": 1e-4,
+    "v2": 1e-3,
+    "moe": 1e-3,
+}  # alpha of the balance loss, as in pre-training
 # What two tokenizers must read as the same ids to be taken for the same.
 SAMPLE = """\
 def main(argv: list[str]) -> int:\n\treturn 3 * len(argv)  # TODO\r\n
@@ -82,6 +87,9 @@ def fine_tuning(origin: str, config: ConfigDict) -> ConfigDict:
     config.run.remat = "block"
     config.loss.mtp_weight = config.loss.mtp_weight_final = PREDICTION if source.model.get("mtp_depth") else 0.0
     config.loss.balance_rate, config.loss.auxiliary.expert_balance = 0.0, BALANCE.get(source.family, 0.0)
+    if "index_top_k" in source.model:  # its indexer continues to learn
+        with config.unlocked():
+            config.loss.auxiliary.update(index_kl=1.0, index_recall=0.0)
     schedule = config.schedule
     schedule.warmup_steps, schedule.constant_steps = 20, FOREVER
     schedule.peak_rate = schedule.tail_rate = schedule.final_rate = RATE
@@ -175,13 +183,16 @@ def check_sizes(config: ConfigDict) -> None:
     """Raises UserError unless the weights to begin with are those of the config's model; reads headers only."""
     from deepseek_jax.abstract_model import abstract_weights
     from deepseek_jax.convert import hub
+    from deepseek_jax.train.trainable import divide, named
     from deepseek_jax.weights import check_shapes, is_published, open_weights
 
     if config.run.init_from:
         if is_published(config.run.init_from):
             hub.local(config.run.init_from)  # a download comes before all that takes long
-        source = open_weights(config.run.init_from).config
-        check_shapes(config.run.init_from, abstract_weights(source), abstract_weights(config))
+        source, needed = open_weights(config.run.init_from).config, abstract_weights(config)
+        if config.run.anew:
+            needed["params"] = divide(needed["params"], named(config.run.anew))[1]
+        check_shapes(config.run.init_from, abstract_weights(source), needed)
 
 
 def leave_own_text(config: ConfigDict, overrides: dict[str, str]) -> None:

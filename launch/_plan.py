@@ -3,13 +3,14 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from deepseek_jax.abstract_model import abstract_weights
+from deepseek_jax.abstract_model import abstract_weights, has_fp8_cache
 from deepseek_jax.chips import CHIPS, chip, chips_of
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _compile, _options, _pictures, _suggest
@@ -23,7 +24,7 @@ from deepseek_jax.plan.figures import DERIVED, FITTED, GIVEN, PUBLISHED, Section
 from deepseek_jax.plan.job import Job
 from deepseek_jax.plan.layout import make_layout
 from deepseek_jax.plan.memory import capacity, fullest
-from deepseek_jax.plan.network import LAYERS, Weight, cache_bytes_per_token, describe
+from deepseek_jax.plan.network import BF16, LAYERS, Weight, cache_bytes_per_token, describe
 from deepseek_jax.plan.published import RUNS, Run
 from deepseek_jax.plan.recipes import recipe
 from deepseek_jax.plan.report import PlannedModel, PlanOptions
@@ -92,7 +93,8 @@ def subject_of(config: ConfigDict, *, is_whole: bool = True) -> PlannedModel:
     sizes = module.Config.from_config(config.model)
     network = describe(module, sizes)
     run = RUNS.get(config.name) if is_whole else None
-    return PlannedModel(config.name, network, count(network), cache_bytes_per_token(module, sizes), run)
+    coded = cache_bytes_per_token(module, sizes, replace(BF16, cache="fp8")) if has_fp8_cache(config) else None
+    return PlannedModel(config.name, network, count(network), cache_bytes_per_token(module, sizes), coded, run)
 
 
 def job_of(config: ConfigDict, options: SimpleNamespace, subject: PlannedModel) -> Job:

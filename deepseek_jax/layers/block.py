@@ -53,10 +53,17 @@ class Attention(nnx.Module):
     expand(weights, entries)                    keys and values of entries; reads no weights but those it is given
     scale                                       factor of the scores
     entry_width, expanded_width                 numbers per token of entries, and of keys and values of all heads
+    most_keys                                   tokens that one attends to at most; None: all before it
+    flops_per_index                             operations per pair of tokens by which they are chosen
+    flops_per_slot                              of a new token and one that it attends to in a cache, in the scores and
+                                                the sums; None: as many as without a cache
     cache                                       where the entries go: a `layers.cache.Layout`
     over_cache(x_BTD, tokens, cached, seen_BTS) u_BTD, attending to the slots that are seen
     """
 
+    most_keys: int | None = None
+    flops_per_index: int = 0
+    flops_per_slot: Any = None
     matmul: Matmul
     kernels: Kernels
     context: Context

@@ -199,6 +199,11 @@ class MLA(Attention):
         return self.config.kv_rank + self.config.rope_width
 
     @property
+    def flops_per_slot(self) -> int:  # type: ignore[override]
+        """2 H (2 C + P), absorbed."""
+        return 2 * self.config.n_heads * (2 * self.config.kv_rank + self.config.rope_width)
+
+    @property
     def expanded_width(self) -> int:
         """H (Q + U)."""
         return self.config.n_heads * (self.config.query_width + self.config.value_width)

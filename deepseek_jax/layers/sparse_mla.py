@@ -170,6 +170,16 @@ class SparseMLA(MLA):
         """C + P, and the width of the indexer's key."""
         return super().entry_width + self.indexer.config.index_width
 
+    @property
+    def most_keys(self) -> int | None:  # type: ignore[override]
+        """top_k, but in the warm-up."""
+        return None if self.is_dense else self.top_k
+
+    @property
+    def flops_per_index(self) -> int:  # type: ignore[override]
+        """2 J Q, of the indexer's heads and their width."""
+        return 2 * self.indexer.config.index_heads * self.indexer.config.index_width
+
     def _index(self, x: Stream, tokens: Tokens, k_BSQ: jax.Array) -> Index:
         return self.indexer(self.query_latent(x.operand), x.x_BTD, tokens.positions_BT, k_BSQ)
 

@@ -54,8 +54,8 @@ class Model(v3.Model):
 
     def __init__(self, c: Config, run: Execution = SINGLE_DEVICE, *, rngs: nnx.Rngs):
         def attention(rngs: nnx.Rngs) -> SparseMLA:
-            options = {"is_dense": c.index_dense, "share": 1 / (c.n_layers + c.mtp_depth)}
-            return SparseMLA(c.mla, c.indexer, c.d_model, run, **options, rngs=rngs)
+            share = 1 / (c.n_layers + c.mtp_depth)
+            return SparseMLA(c.mla, c.indexer, c.d_model, run, is_dense=c.index_dense, share=share, rngs=rngs)
 
         super().__init__(c, run, attention, rngs=rngs)
 

@@ -2,6 +2,9 @@
 
     forward  = 2 * active parameters in matrices  +  flops_per_pair * layers * keys seen
     training = 3 * forward                           (the backward pass costs twice the forward pass)
+    a new token = the same with flops_per_slot * the tokens in the cache
+
+With an indexer a token sees most_keys keys at most, and flops_per_index * all keys are added, by which it chooses.
 
 Keys seen: T if attention is counted in full (non-causal), T / 2 if only earlier tokens count (causal, the mean over
 the sequence). Of the routed experts top_k are active per token. The embedding is a look-up and costs nothing. These
@@ -16,6 +19,7 @@ from dataclasses import dataclass
 
 from deepseek_jax.plan.network import HEAD, MTP, Network
 
+INDEXER = ".indexer."  # in the names of its weights
 TRAINING = 3  # forward and backward, in forward passes
 PUBLISHED_MFU = {"router": False, "mtp": False}  # parts that the published operations leave out
 
@@ -42,13 +46,33 @@ def keys_seen(seq_len: int, *, causal: bool) -> float:
     return seq_len / 2 if causal else seq_len
 
 
+def pair_flops(network: Network, seq_len: int, *, causal: bool) -> float:
+    """Returns the operations per token and layer of attention, and of an indexer, over a sequence of `seq_len`."""
+    keys = chosen = keys_seen(seq_len, causal=causal)
+    if network.most_keys is not None and network.most_keys < seq_len:
+        unseen = (seq_len - network.most_keys) ** 2 / (2 * seq_len) if causal else seq_len - network.most_keys
+        chosen -= unseen
+    return network.flops_per_pair * chosen + network.flops_per_index * keys
+
+
+def next_token(network: Network, n_before: int, *, dense: bool = False) -> float:
+    """Returns the operations of one new token with `n_before` tokens in the cache.
+
+    With `dense` it attends to all of them, and there is no indexer.
+    """
+    most = n_before if dense or network.most_keys is None else min(n_before, network.most_keys)
+    weights = [w for w in network.of(*network.stacks, HEAD) if w.is_matrix and not (dense and INDEXER in w.name)]
+    pairs = network.flops_per_slot * most + (0 if dense else network.flops_per_index * n_before)
+    return sum(2 * network.active(w) for w in weights) + network.n_layers * pairs
+
+
 def forward(network: Network, seq_len: int, *, causal: bool) -> Forward:
     """Returns the operations per token of the forward pass over a sequence of `seq_len`."""
 
     def matrices(*parts: str, router: bool) -> int:
         return sum(2 * network.active(w) for w in network.of(*parts) if w.is_matrix and (w.role == "router") == router)
 
-    pairs = network.flops_per_pair * keys_seen(seq_len, causal=causal)
+    pairs = pair_flops(network, seq_len, causal=causal)
     head = matrices(HEAD, router=False)
     return Forward(
         blocks=matrices(*network.stacks, router=False),

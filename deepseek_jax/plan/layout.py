@@ -18,7 +18,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.context import check_chunks
 from deepseek_jax.parallel.mesh import ALL, sizes
 from deepseek_jax.parallel.stages import divide, slices
-from deepseek_jax.plan.flops import keys_seen
+from deepseek_jax.plan.flops import pair_flops
 from deepseek_jax.plan.network import EMBEDDING, HEAD, MTP, Network, Weight
 
 
@@ -154,7 +154,7 @@ def make_stages(
 
 def end_in_layers(network: Network, seq_len: int, slow: float, *, has_head: bool) -> float:
     """Returns the operations of multi-token prediction, and of the head if so, relative to a stack's repeat."""
-    pairs = slow * network.flops_per_pair * keys_seen(seq_len, causal=True)
+    pairs = slow * pair_flops(network, seq_len, causal=True)
 
     def cost(*parts: str) -> float:
         return sum(2 * network.active(w) * (slow if w.role == "head" else 1) for w in network.of(*parts) if w.is_matrix)

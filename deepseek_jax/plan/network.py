@@ -121,6 +121,9 @@ class Network:
     n_groups: int
     top_groups: int
     flops_per_pair: int  # operations of one token's queries with the keys and values of one other token, per layer
+    flops_per_slot: int  # the same of a new token and one in the cache
+    most_keys: int | None  # tokens that one attends to at most, chosen by an indexer; None: all before it
+    flops_per_index: int  # operations of an indexer on two tokens, per layer; 0 without
     # entries, expanded: numbers per token and layer of what an attention's cache keeps, and of keys and values
     entries: int
     expanded: int
@@ -181,6 +184,7 @@ def describe(family: ModuleType, sizes: Sizes) -> Network:
     stacks = {name: getattr(model, name) for name in model.stacks}
     first: Any = next(iter(stacks.values()))
     block: Any = first.blocks[0] if isinstance(first, Group) else first
+    attention, per_pair = block.attention, family.flops_per_pair(sizes)
     return Network(
         weights=weights,
         router_biases=size(router_bias),
@@ -188,9 +192,12 @@ def describe(family: ModuleType, sizes: Sizes) -> Network:
         d_model=sizes.d_model,
         vocab_size=sizes.vocab_size,
         **groups,
-        flops_per_pair=family.flops_per_pair(sizes),
-        entries=block.attention.entry_width,
-        expanded=block.attention.expanded_width,
+        flops_per_pair=per_pair,
+        flops_per_slot=attention.flops_per_slot or per_pair,
+        most_keys=attention.most_keys,
+        flops_per_index=attention.flops_per_index,
+        entries=attention.entry_width,
+        expanded=attention.expanded_width,
     )
 
 
@@ -201,9 +208,9 @@ def abstract_model(family: ModuleType, sizes: Sizes, run: Execution = BF16) -> D
 
 
 @functools.cache
-def cache_bytes_per_token(family: ModuleType, sizes: Sizes) -> int:
-    """Returns the bytes per token that prefill keeps in the key-value cache, in bfloat16."""
-    definition, params, router_bias = split(abstract_model(family, sizes))
+def cache_bytes_per_token(family: ModuleType, sizes: Sizes, run: Execution = BF16) -> int:
+    """Returns the bytes per token that prefill keeps in the key-value cache, in bfloat16 or as `run` says."""
+    definition, params, router_bias = split(abstract_model(family, sizes, run))
     ids_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
     def prefill(params: dict, router_bias: dict, ids_BT: jax.Array) -> object:

@@ -17,7 +17,7 @@ from functools import cache
 from deepseek_jax.layers.attention import RECOMPUTED_FROM
 from deepseek_jax.parallel.schedule import make_schedule
 from deepseek_jax.parallel.simulate import Times, bubble, simulate
-from deepseek_jax.plan.flops import keys_seen
+from deepseek_jax.plan.flops import pair_flops
 from deepseek_jax.plan.job import Job, Part
 from deepseek_jax.plan.network import HIGH_PRECISION, Weight
 from deepseek_jax.plan.recipes import V3_POLICY
@@ -181,7 +181,7 @@ def _rank_step(job: Job, rank: int, efficiency: float, waiting: float) -> Step:
 
 def _pairs(job: Job) -> float:
     """Returns the forward operations of attention per token and layer."""
-    return job.network.flops_per_pair * keys_seen(job.layout.seq_len, causal=True)
+    return pair_flops(job.network, job.layout.seq_len, causal=True)
 
 
 def _exchange_seconds(job: Job, number: int) -> float:

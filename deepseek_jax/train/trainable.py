@@ -18,6 +18,11 @@ def everything(path: Path) -> bool:
     return True
 
 
+def named(name: str) -> Trainable:
+    """Those that have `name` in their path are trained; every one if it is ""."""
+    return (lambda path: name in path) if name else everything
+
+
 def divide(tree: Tree, trainable: Trainable) -> tuple[Tree, Tree]:
     """(trained, frozen): the weights, or one value for each, by whether `trainable` holds for their path."""
     trained: dict[Path, object] = {}

@@ -5,6 +5,7 @@ import functools
 import pytest
 
 from deepseek_jax import run_config
+from deepseek_jax.launch._plan import subject_of
 from deepseek_jax.models import family
 from deepseek_jax.plan.counts import count
 from deepseek_jax.plan.network import cache_bytes_per_token, describe
@@ -62,10 +63,26 @@ def test_multi_token_prediction_of_v3_is_counted_apart():
 
 @pytest.mark.parametrize(
     ("name", "n_bytes"),
-    [("v3_671b", 70_272), ("v2_236b", 69_120), ("v2_lite", 31_104), ("llm_7b", 491_520), ("llm_67b", 389_120)],
+    [
+        ("v3_671b", 70_272),
+        ("v32_671b", 61 * 2 * (576 + 128)),
+        ("v2_236b", 69_120),
+        ("v2_lite", 31_104),
+        ("llm_7b", 491_520),
+        ("llm_67b", 389_120),
+    ],
 )
 def test_bytes_of_the_cache_per_token(name, n_bytes):
     assert cache_bytes(name) == n_bytes
+
+
+@pytest.mark.parametrize(("name", "n_bytes"), [("v3_671b", 61 * 656), ("v32_671b", 48_068)])
+def test_bytes_of_the_cache_in_fp8(name, n_bytes):
+    assert subject_of(run_config.load(name)).fp8_cache_bytes == n_bytes
+
+
+def test_a_model_without_latents_has_no_cache_in_fp8():
+    assert subject_of(run_config.load("tiny_v1")).fp8_cache_bytes is None
 
 
 def changed(name: str, **model):
@@ -91,7 +108,7 @@ def test_a_network_without_experts_is_dense():
     assert changed("tiny_v3", n_dense_layers=4, mtp_depth=0).n_experts == 1
 
 
-@pytest.mark.parametrize("name", ["tiny_v1", "tiny_moe", "tiny_v2", "tiny_v2_lite", "tiny_v3"])
+@pytest.mark.parametrize("name", ["tiny_v1", "tiny_moe", "tiny_v2", "tiny_v2_lite", "tiny_v3", "tiny_v32"])
 def test_counts_of_any_network(name):
     found = count(network(name))
     assert 0 < found.active <= found.total

@@ -6,7 +6,7 @@ import pytest
 from deepseek_jax import run, run_config
 from deepseek_jax.models import family
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.plan.flops import forward, keys_seen, training
+from deepseek_jax.plan.flops import forward, keys_seen, next_token, pair_flops, training
 from deepseek_jax.plan.network import describe
 
 
@@ -80,3 +80,25 @@ def test_attention_in_full_sees_twice_the_keys():
     full, causal = (forward(tiny, 256, causal=c) for c in (False, True))
     assert full.attention == 2 * causal.attention
     assert full.blocks == causal.blocks
+
+
+def test_v32s_new_token_costs_at_a_million_tokens_what_is_published():
+    """2 per weight, 2 H (2 C + P) per position attended to, 2 J Q of the indexer per position: 1.16 against 17.9e12."""
+    v32 = network("v32_671b")
+    sparse, dense = (next_token(v32, 2**20, dense=dense) for dense in (False, True))
+    assert (f"{sparse / 1e12:.2f}", f"{dense / 1e12:.1f}") == ("1.16", "17.9")
+    assert dense == next_token(network("v3_671b"), 2**20)
+    per_layer = (sparse - next_token(v32, 0)) / 61
+    assert per_layer == 2 * 128 * (2 * 512 + 64) * 2048 + 2 * 64 * 128 * 2**20
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_an_indexer_bounds_the_keys_that_are_seen(causal):
+    """By hand, of 6 tokens that attend to 2: causally half a key and one and a half, then 2 each."""
+    tiny = network("tiny_v32", index_top_k=2)
+    keys = (0.5 + 1.5 + 4 * 2) / 6 if causal else 2
+    expected = tiny.flops_per_pair * keys + 2 * 4 * 32 * (3 if causal else 6)
+    assert pair_flops(tiny, 6, causal=causal) == pytest.approx(expected)
+    assert pair_flops(network("tiny_v32"), 64, causal=causal) == pair_flops(
+        network("tiny_v3"), 64, causal=causal
+    ) + 256 * (32 if causal else 64)

@@ -6,7 +6,7 @@ from deepseek_jax.plan.report.balance import balance
 from deepseek_jax.plan.report.compiled import compiled as compiled
 from deepseek_jax.plan.report.division import layout, memory, traffic
 from deepseek_jax.plan.report.inputs import PlannedModel, PlanOptions, memory_of
-from deepseek_jax.plan.report.model import operations, parameters
+from deepseek_jax.plan.report.model import generation, operations, parameters
 from deepseek_jax.plan.report.published import compared, published
 from deepseek_jax.plan.report.speed import schedules, speed
 
@@ -16,6 +16,7 @@ def report(model: PlannedModel, job: Job, options: PlanOptions) -> list[Section]
     sections = [
         parameters(model),
         operations(model.network, job),
+        *([generation(model.network)] if model.network.most_keys is not None else []),
         layout(job),
         memory(job, memory_of(job, options)),
         traffic(job),

@@ -21,6 +21,7 @@ class PlannedModel:
     network: Network
     counts: Counts
     cache_bytes: int  # of the key-value cache, per token
+    fp8_cache_bytes: int | None  # of the cache in FP8, per token; None if the model has none
     run: Run | None  # the published run of this model, or None
 
 

@@ -30,7 +30,24 @@ def parameters(model: PlannedModel) -> Section:
         rows.append(("router biases", figures.plain("router_biases_count", c.router_biases), ""))
     cache = Figure("kv_cache_bytes_per_token", model.cache_bytes, f"{model.cache_bytes:,} B", DERIVED)
     rows.append(("key-value cache per token", cache, "bfloat16, from the shapes that prefill keeps"))
+    if model.fp8_cache_bytes:
+        coded = Figure("fp8_cache_bytes_per_token", model.fp8_cache_bytes, f"{model.fp8_cache_bytes:,} B", DERIVED)
+        rows.append(("  in FP8", coded, "cache=fp8"))
     return figures.column("parameters", "parameters", rows)
+
+
+CONTEXTS = {"4K": 2**12, "32K": 2**15, "128K": 2**17, "1M": 2**20}  # tokens in the cache
+
+
+def generation(network: Network) -> Section:
+    """Returns the operations of a new token over the length of its context, beside those of dense attention."""
+    columns = (Column("sparse", DERIVED, "sparse"), Column("dense", DERIVED, "dense"))
+    rows = []
+    for name, n_before in CONTEXTS.items():
+        costs = [flops.next_token(network, n_before, dense=dense) for dense in (False, True)]
+        note = f"{costs[1] / costs[0]:,.1f} times as many without the indexer"
+        rows.append(_pair(f"after_{name}", f"{name} tokens before it", costs, note))
+    return Section("generation", "operations of a new token", tuple(rows), columns)
 
 
 def operations(network: Network, job: Job) -> Section:
@@ -50,6 +67,8 @@ def _forward(network: Network, seq_len: int) -> list[Row]:
     """Returns the parts of the forward pass that are not empty."""
     full, causal = (flops.forward(network, seq_len, causal=causal) for causal in (False, True))
     pairs = f"{network.flops_per_pair:,} per pair and layer; {seq_len:,} keys, causally half"
+    if network.most_keys is not None:
+        pairs += f", {network.most_keys:,} at most; {network.flops_per_index:,} for all, to choose these"
     rows = [
         _pair("forward_blocks", "forward: matrices of the blocks", (full.blocks, causal.blocks), "2 per parameter"),
         _pair("forward_head", "forward: head", (full.head, causal.head)),
