@@ -32,7 +32,7 @@ def run(name: str, pipe: int, data: int, expert: int, weights: dict | None = Non
     if "n_experts" in m:
         m.n_experts, m.expert_width, m.top_k = 8, 16, 2
     if "index_top_k" in m:
-        m.index_top_k, m.mtp_depth = 5, 0
+        m.index_top_k, m.mtp_depth, m.init_std = 5, 0, 0.2  # an indexer that has much to learn
     module = family(config.family)
     sizes = module.Config.from_config(m)
     mesh = make_mesh(data, expert, jax.devices()[: pipe * data * expert], pipe)
@@ -74,7 +74,9 @@ def test_four_devices_are_one(name, mesh):
     for expected, got in zip(one[0], four[0], strict=True):
         for field in ("loss", "main", "gradient_norm"):
             np.testing.assert_allclose(getattr(got, field), getattr(expected, field), rtol=2e-5, err_msg=field)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), got.auxiliary, expected.auxiliary)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7), got.auxiliary, expected.auxiliary
+        )
         jax.tree.map(np.testing.assert_array_equal, got.loads, expected.loads)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), four[2], one[2])
     assert all(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, one[1:]), strict=True))
