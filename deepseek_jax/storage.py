@@ -53,6 +53,9 @@ class StorageError(OSError):
     def __str__(self) -> str:
         return str(self.strerror)
 
+    def __reduce__(self) -> tuple:  # as it comes from another process
+        return type(self), (self.strerror, self.errno)
+
 
 def refusal(error: StorageError) -> UserError:
     """Returns what ends a program in one line: PassingError where it was the service, else what is to be corrected."""

@@ -2,7 +2,7 @@
 
     deepseek-jax prepare --config=v3_671b --to=tokens --config.data.source='corpus/*.jsonl.gz'
     deepseek-jax prepare --config=v3_671b --to=/shared/tokens --worker=3/64     # on the fourth of 64 hosts
-    deepseek-jax train --config=v3_671b --config.data.source=tokens
+    deepseek-jax train --config=v3_671b --config.data.source=tokens                 # or gs://bucket/tokens
 
 Shard i is a function of the corpus, the config and i: whoever makes it, and however often it is killed, its bytes are
 the same. --workers processes of this machine make shards at once (all cores by default); a host with --worker=I/N makes
@@ -30,6 +30,7 @@ from deepseek_jax.bounds import Bound, text, whole
 from deepseek_jax.launch import _beginning, _options
 from deepseek_jax.launch._progress import Progress
 from deepseek_jax.paths import check_writable
+from deepseek_jax.storage import place
 from deepseek_jax.units import duration
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def _is_share(value: str) -> bool:
 
 
 FLAGS = {
-    "to": (Path, _options.REQUIRED, "folder for the shards"),
+    "to": (place, _options.REQUIRED, "folder for the shards, here or gs://, s3://"),
     "shards": (int, 0, "number of shards, at most; 0: one per 64 MiB of files", whole(0, 10_000_000)),
     "workers": (int, 0, "processes on this machine; 0: one per core", whole(0, 1024)),
     "worker": (str, "", "I/N: only every N-th shard, from I on", Bound("I/N with I below N, like 0/4", _is_share)),
@@ -61,16 +62,19 @@ def main(argv: list[str]) -> int:
     from deepseek_jax.data.tokenizer import open_tokenizer
 
     options = _options.parse(argv, DEFAULT, FLAGS, workdir=False)
-    config, folder = options.config, options.to.expanduser()
+    config, folder = options.config, options.to
     _beginning.leave_own_text(config, options.overrides)
     run_config.validate(config)
-    check_writable(folder, "--to")
+    _beginning.check_bucket(folder)
+    if isinstance(folder, Path):
+        check_writable(folder, "--to")
     tokenizer = open_tokenizer(config.data.tokenizer)
     plan = make_plan(folder, tokenizer, options.shards, seed=config.seed, **config.data)
     plan.begin()
     print("\n".join(about_text(config)), flush=True)
     first, step = map(int, (options.worker or "0/1").split("/"))
-    numbers = [number for number in range(first, plan.n_shards, step) if plan.marker(number) is None]
+    markers = plan.markers()
+    numbers = [number for number in range(first, plan.n_shards, step) if markers[number] is None]
     if options.beam:
         from deepseek_jax.data.prepared.beam import make_shards_on_beam
 
@@ -107,7 +111,7 @@ def _report(plan: "Plan", config: ConfigDict, argv: list[str]) -> int:
     """Writes the manifest if all shards are there, and prints what there is and what to do next."""
     manifest = plan.finish()
     if manifest is None:
-        missing = [number for number in range(plan.n_shards) if plan.marker(number) is None]
+        missing = [number for number, marker in enumerate(plan.markers()) if marker is None]
         print(
             f"{plan.folder}: {plan.n_shards - len(missing):,} of {plan.n_shards:,} shards; missing: "
             f"{', '.join(map(str, missing[:5]))}{', ...' if len(missing) > 5 else ''}. The worker that completes the "

@@ -21,11 +21,12 @@ from typing import Any
 
 from deepseek_jax.data.corpus import Corpus, open_corpus
 from deepseek_jax.data.packing import check_marks
+from deepseek_jax.data.prepared import folder
 from deepseek_jax.data.prepared.sections import Line, Section
 from deepseek_jax.data.prepared.source import MANIFEST, PLAN, sources
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
-from deepseek_jax.files import write_once
+from deepseek_jax.storage import Place, StorageError
 
 VERSION = 1  # increase it when the files, or what is in them, change
 SIDES = ("train", "holdout")
@@ -42,7 +43,7 @@ class Plan:
     sections, with 0 at the start.
     """
 
-    folder: Path
+    folder: Place
     corpus: Corpus
     tokenizer: str
     settings: Mapping[str, Any]
@@ -72,9 +73,10 @@ class Plan:
 
     def begin(self) -> None:
         """Writes the settings into the folder. Raises UserError if it holds shards of others."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not write_once(self.folder / PLAN, as_json(self.settings)):
-            changes = "; ".join(_changes(_read(self.folder / PLAN), self.settings))
+        if isinstance(self.folder, Path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        if not folder.write_once(self.folder, PLAN, as_json(self.settings)):
+            changes = "; ".join(_changes(_read(self.folder, PLAN), self.settings))
             raise UserError(
                 f"{self.folder} holds shards of other settings: {changes}. Give the same settings and corpus to "
                 "continue, or another --to."
@@ -82,25 +84,35 @@ class Plan:
 
     def marker(self, number: int) -> dict | None:
         """Returns what is known about a shard, None if it is not complete."""
-        found = _read(self.folder / marker_name(number))
+        return self._checked(number, _read(self.folder, marker_name(number)))
+
+    def _checked(self, number: int, found: dict) -> dict | None:
+        """Returns what a marker says, None if that is not this shard; in a bucket a marker comes after its files."""
         if found.get("plan") != self.key:
             return None
+        if not isinstance(self.folder, Path):
+            return found
         for side in SIDES:
             path, rows = self.folder / file_name(side, number), found[side]
             if rows["windows"] and (not path.is_file() or path.stat().st_size != rows["bytes"]):
                 return None
         return found
 
+    def markers(self) -> list[dict | None]:
+        """Returns what is known about each shard, None for one that is not complete."""
+        names = [marker_name(number) for number in range(self.n_shards)]
+        found = folder.read_all(self.folder, names)
+        return [self._checked(number, _parsed(found.get(name, b""))) for number, name in enumerate(names)]
+
     def finish(self) -> dict | None:
         """Writes the manifest and returns it; None if shards are missing. Raises UserError for too little text."""
-        markers = [self.marker(number) for number in range(self.n_shards)]
-        done = [marker for marker in markers if marker is not None]
+        done = [marker for marker in self.markers() if marker is not None]
         if len(done) < self.n_shards:
             return None
         sides = {side: _together([marker[side] for marker in done]) for side in SIDES}
         self._check_amount(sides)
         manifest = {"settings": dict(self.settings), "sides": sides}
-        if not write_once(self.folder / MANIFEST, as_json(manifest)):
+        if not folder.write_once(self.folder, MANIFEST, as_json(manifest)):
             raise UserError(f"{self.folder / MANIFEST} is that of other shards. Remove it, then start again.")
         return manifest
 
@@ -120,11 +132,11 @@ class Plan:
             )
 
 
-def make_plan(folder: Path, opened: Tokenizer, n_shards: int = 0, *, seed: int, **data: Any) -> Plan:
+def make_plan(place: Place, opened: Tokenizer, n_shards: int = 0, *, seed: int, **data: Any) -> Plan:
     """Returns the plan of a corpus; writes nothing.
 
     Args:
-        folder: where the shards are or will be.
+        place: the folder where the shards are or will be.
         opened: the tokenizer that `data["tokenizer"]` names.
         n_shards: at most; 0 takes what was asked for in a plan that is there, or one per 64 MiB of files.
         seed: of the order of documents in a shard, and of fill-in-the-middle.
@@ -146,14 +158,14 @@ def make_plan(folder: Path, opened: Tokenizer, n_shards: int = 0, *, seed: int, 
     line = Line(corpus)
     if not line.n_bytes:
         raise UserError(f"data.source = {data['source']!r} holds no text: its {len(corpus.files)} files are empty.")
-    count = n_shards or _read(folder / PLAN).get("shards_asked") or max(1, round(line.n_bytes / SHARD_BYTES))
+    count = n_shards or _read(place, PLAN).get("shards_asked") or max(1, round(line.n_bytes / SHARD_BYTES))
     cuts = line.cuts(count)
     where = hashlib.blake2b(as_json(cuts), digest_size=12).hexdigest()
     settings = {"version": VERSION, "tokenizer": opened.fingerprint, "vocab_size": opened.vocab_size}
     settings |= {"seed": seed, **{key: data[key] for key in KEYS}}
     settings |= {"shards_asked": count, "shards": len(cuts) - 1, "cuts": where}
     settings |= {"files": len(corpus.files), "bytes": line.n_bytes, "listing": line.listing()}
-    return Plan(folder, corpus, data["tokenizer"], settings, tuple(cuts))
+    return Plan(place, corpus, data["tokenizer"], settings, tuple(cuts))
 
 
 def file_name(side: str, number: int) -> str:
@@ -180,11 +192,21 @@ def _changes(old: Mapping, new: Mapping) -> Iterator[str]:
             yield HASHES.get(key, f"{name}: {old.get(key)} -> {new.get(key)}")
 
 
-def _read(path: Path) -> dict:
+def _read(where: Place, name: str) -> dict:
     """Returns the object in a JSON file, {} if there is none."""
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return _parsed(folder.read(where, name))
+    except StorageError:
+        raise
+    except OSError:
+        return {}
+
+
+def _parsed(text: bytes) -> dict:
+    """Returns a JSON object, {} for anything else."""
+    try:
+        found = json.loads(text)
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -2,24 +2,25 @@
 
 import hashlib
 import json
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
 from deepseek_jax.data.blocks import DamagedFile
 from deepseek_jax.data.packing import Sample, sample
+from deepseek_jax.data.prepared.folder import read, read_all
 from deepseek_jax.data.prepared.plan import SIDES, VERSION, file_name, marker_name
 from deepseek_jax.data.prepared.records import from_record, read_record
 from deepseek_jax.data.prepared.source import MANIFEST, PLAN
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
+from deepseek_jax.storage import Place, StorageError, refusal
 
 
-def read_manifest(folder: Path) -> dict:
+def read_manifest(folder: Place) -> dict:
     """Returns the manifest of a folder. Raises UserError if it is missing, damaged, or of another version."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = json.loads(read(folder, MANIFEST))
         settings = manifest["settings"]
         version, n_shards = settings["version"], settings["shards"]
         whole = all(len(manifest["sides"][side][key]) == n_shards for side in SIDES for key in ("windows", "bytes"))
@@ -29,6 +30,8 @@ def read_manifest(folder: Path) -> dict:
             f"{folder} is not completely prepared: {n_done:,} of {n_all:,} shards are there, and the manifest "
             f"{MANIFEST} is written after the last. Continue with the same deepseek-jax prepare command."
         ) from error
+    except StorageError as error:
+        raise refusal(error) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / MANIFEST} is damaged. Remove it, and repeat the prepare command.") from error
     if version != VERSION or not whole:
@@ -36,13 +39,13 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def _progress(folder: Path) -> tuple[int, int]:
+def _progress(folder: Place) -> tuple[int, int]:
     """Returns how many shards are there, and how many there will be."""
-    n_all = json.loads((folder / PLAN).read_bytes())["shards"]
-    return sum((folder / marker_name(number)).is_file() for number in range(n_all)), n_all
+    n_all = json.loads(read(folder, PLAN))["shards"]
+    return len(read_all(folder, map(marker_name, range(n_all)))), n_all
 
 
-def check_agrees(folder: Path, settings: dict, tokenizer: Tokenizer, seq_len: int) -> None:
+def check_agrees(folder: Place, settings: dict, tokenizer: Tokenizer, seq_len: int) -> None:
     """Raises UserError unless text was prepared for this tokenizer and length of a sample."""
     if settings["tokenizer"] != tokenizer.fingerprint:
         raise UserError(
@@ -65,7 +68,7 @@ class PreparedSide:
 
     has_whole_documents: ClassVar[bool] = True
 
-    def __init__(self, folder: Path, manifest: dict, name: str, *, mask_documents: bool, seed: int):
+    def __init__(self, folder: Place, manifest: dict, name: str, *, mask_documents: bool, seed: int):
         settings, counts = manifest["settings"], manifest["sides"][name]
         self._folder, self._name, self._mask = folder, name, mask_documents
         self._ends = np.cumsum(np.array(counts["windows"], np.int64))

@@ -17,7 +17,9 @@ import numpy as np
 
 from deepseek_jax.data.blocks import DamagedFile
 from deepseek_jax.data.packing import Packing, Window
+from deepseek_jax.data.prepared.folder import fetched
 from deepseek_jax.errors import UserError
+from deepseek_jax.storage import Place
 
 WRITING = "group_size:1,zstd:1"  # a record can be read without its neighbours
 READING = "readahead_buffer_size:0"  # records are read one at a time, in any order
@@ -89,7 +91,7 @@ def _written(path: Path) -> Iterator[None]:
         ) from error
 
 
-def read_record(path: Path, number: int, size: int) -> bytes:
+def read_record(path: Place, number: int, size: int) -> bytes:
     """Returns a record of a file that has `size` bytes. Raises DamagedFile if it is not as it was written."""
     try:
         return _opened(path, size).read([number])[0]
@@ -101,13 +103,14 @@ def read_record(path: Path, number: int, size: int) -> bytes:
 
 
 @functools.lru_cache(MOST_OPEN)
-def _opened(path: Path, size: int) -> Any:
+def _opened(path: Place, size: int) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader
 
     try:
-        found = path.stat().st_size
+        file = fetched(path, size)
+        found = file.stat().st_size
     except OSError as error:
         raise DamagedFile(f"{path} cannot be read ({error.strerror}).") from error
     if found != size:
         raise DamagedFile(f"{path} has {found:,} bytes, expected {size:,}.")
-    return ArrayRecordReader(str(path), READING)
+    return ArrayRecordReader(str(file), READING)

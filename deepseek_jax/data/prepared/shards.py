@@ -18,6 +18,7 @@ from deepseek_jax.data.holdout import has_small_hash, whole
 from deepseek_jax.data.marked_text import MarkReader
 from deepseek_jax.data.noise import SHARE, noise
 from deepseek_jax.data.packing import Packing, check_marks
+from deepseek_jax.data.prepared import folder
 from deepseek_jax.data.prepared.plan import SIDES, Plan, as_json, file_name, marker_name
 from deepseek_jax.data.prepared.records import to_records, write_records
 from deepseek_jax.data.scratch import clear, fresh
@@ -25,7 +26,6 @@ from deepseek_jax.data.store import in_memory
 from deepseek_jax.data.tokenise import id_type, tokenise_any
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.watch import Counter
-from deepseek_jax.files import flush_folder, write_atomically
 
 PARTIAL = "partial"
 
@@ -39,7 +39,7 @@ def make_shard(plan: Plan, number: int, tokenizer: Tokenizer, counter: Counter) 
         counter.advance(plan.n_bytes(number))
         return found
     place = _place(plan, number)
-    place.parent.mkdir(exist_ok=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
     marker: dict[str, Any] = {"plan": plan.key}
     with fresh(place) as temporary:
         for name, side in zip(SIDES, pack(plan, number, tokenizer, counter), strict=True):
@@ -47,9 +47,8 @@ def make_shard(plan: Plan, number: int, tokenizer: Tokenizer, counter: Counter) 
         packing.lay_out.cache_clear()  # the shard's tokens
         for name in SIDES:
             if marker[name]["windows"]:
-                os.replace(temporary / file_name(name, number), plan.folder / file_name(name, number))
-        flush_folder(plan.folder)
-        write_atomically(plan.folder / marker_name(number), as_json(marker), f".{os.urandom(4).hex()}.partial")
+                folder.put(plan.folder, file_name(name, number), temporary / file_name(name, number))
+        folder.write(plan.folder, marker_name(number), as_json(marker))
     return marker
 
 
@@ -60,7 +59,7 @@ def clear_partial(plan: Plan) -> None:
 
 def _place(plan: Plan, number: int) -> Path:
     """Returns where a shard is made."""
-    return plan.folder / PARTIAL / marker_name(number).removesuffix(".json")
+    return folder.here(plan.folder) / PARTIAL / marker_name(number).removesuffix(".json")
 
 
 def pack(plan: Plan, number: int, tokenizer: Tokenizer, counter: Counter) -> tuple[Packing, Packing]:

@@ -5,16 +5,18 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from deepseek_jax.data.prepared.folder import exists
 from deepseek_jax.errors import UserError
+from deepseek_jax.storage import Place, place
 
 PLAN, MANIFEST = "prepared-plan.json", "prepared-manifest.json"  # either makes a folder one of prepared text
 WEIGHTED = re.compile(r"(.+?)(?:@(\d*\.?\d+))?")
 
 
 class Source(NamedTuple):
-    """A folder of prepared text that a run reads, and its weight in the mixture."""
+    """A folder of prepared text that a run reads, perhaps in a bucket, and its weight in the mixture."""
 
-    folder: Path
+    folder: Place
     weight: float
 
 
@@ -28,7 +30,7 @@ def sources(source: str) -> list[Source]:
     if source == "stdlib" or os.path.exists(whole):
         return [Source(Path(whole), 1.0)] if source != "stdlib" and is_prepared(whole) else []
     parts = [WEIGHTED.fullmatch(part) for part in source.split(",")]
-    found = [Source(Path(os.path.expanduser(part[1])), float(part[2] or 1)) for part in parts if part]
+    found = [Source(place(os.path.expanduser(part[1])), float(part[2] or 1)) for part in parts if part]
     others = [str(one.folder) for one in found if not is_prepared(one.folder)]
     if len(found) < len(parts) or len(others) == len(found):
         return []
@@ -42,6 +44,6 @@ def sources(source: str) -> list[Source]:
     return found
 
 
-def is_prepared(folder: str | Path) -> bool:
-    """Returns whether a folder holds prepared text, complete or not."""
-    return any(os.path.isfile(os.path.join(folder, name)) for name in (PLAN, MANIFEST))
+def is_prepared(folder: str | Place) -> bool:
+    """Returns whether a folder holds prepared text, complete or not. Raises StorageError in a bucket."""
+    return any(exists(place(folder), name) for name in (PLAN, MANIFEST))

@@ -8,16 +8,18 @@ from deepseek_jax.data.prepared.plan import Plan, make_plan
 from deepseek_jax.data.prepared.workers import make_shards
 from deepseek_jax.data.tokenizer import open_tokenizer
 from deepseek_jax.data.watch import unwatched
+from deepseek_jax.storage import Remote
 
 
 @pytest.fixture
 def prepare(tmp_path, settings):
-    """Returns the plan of `tmp_path/name` after its shards are made, or some of them."""
+    """Returns the plan of `tmp_path/name`, or of a place in a bucket, after its shards are made, or some of them."""
     settings.update(source=str(tmp_path / "??.txt"), holdout_rate=0.2)
 
-    def made(name: str = "tokens", n_shards: int = 5, numbers=None, n_workers: int = 1, **change) -> Plan:
+    def made(name: str | Remote = "tokens", n_shards: int = 5, numbers=None, n_workers: int = 1, **change) -> Plan:
         tokenizer = open_tokenizer("bytes")
-        plan = make_plan(tmp_path / name, tokenizer, n_shards, **{**settings, **change})
+        folder = name if isinstance(name, Remote) else tmp_path / name
+        plan = make_plan(folder, tokenizer, n_shards, **{**settings, **change})
         plan.begin()
         with unwatched("", 0) as counter:
             make_shards(plan, range(plan.n_shards) if numbers is None else numbers, tokenizer, n_workers, counter)

@@ -193,7 +193,7 @@ def test_sources_by_name(prepare, tmp_path):
     one, two = prepare("one").folder, prepare("two").folder
     assert sources(str(one)) == [(one, 1.0)]
     assert sources(f"{one},{two}@.5") == [(one, 1.0), (two, 0.5)]
-    for other in ("stdlib", str(tmp_path), str(tmp_path / "*.txt"), "a,b@2", "", ",", "gs://x/y", "x" * 5000):
+    for other in ("stdlib", str(tmp_path), str(tmp_path / "*.txt"), "a,b@2", "", ",", "x" * 5000):
         assert sources(other) == []
     with pytest.raises(UserError, match="mixes prepared text with"):
         sources(f"{one},{tmp_path}")

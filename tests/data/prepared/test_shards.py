@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from deepseek_jax import cli
+from deepseek_jax import cli, files
 from deepseek_jax.data.fim import n_chosen
 from deepseek_jax.data.prepared import shards as module
 from deepseek_jax.data.prepared.beam import make_shards_on_beam
@@ -73,8 +73,8 @@ def test_killed_at_any_write_and_started_again(prepare, contents, tmp_path, monk
     for at in range(1, 100):
         calls["n"] = 0
         with monkeypatch.context() as patch:
-            for name in ("write_records", "write_atomically", "flush_folder"):
-                patch.setattr(module, name, fatal(getattr(module, name), at))
+            for where, name in ((module, "write_records"), (files, "write_atomically"), (files, "flush_folder")):
+                patch.setattr(where, name, fatal(getattr(where, name), at))
             patch.setattr(module.os, "fsync", fatal(module.os.fsync, at))
             patch.setattr(module.os, "replace", fatal(module.os.replace, at))
             try:
