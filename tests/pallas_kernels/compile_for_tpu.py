@@ -1,6 +1,6 @@
 """Compiles the TPU kernels for chips that this machine does not have, and prints what the compiler says of each.
 
-    python tests/pallas_kernels/compile_for_tpu.py
+    python tests/pallas_kernels/compile_for_tpu.py [SLICE ...]
 
 Needs the wheel of .ci/ahead_of_time_tpu.txt. One line of JSON per kernel and chip: its name and the number of kernels
 in the program. To be run in a process of its own: the variables count only before JAX starts.
@@ -9,6 +9,7 @@ in the program. To be run in a process of its own: the variables count only befo
 import functools
 import json
 import os
+import sys
 
 # The compiler looks for a TPU machine's metadata and locks its library unless these say otherwise.
 os.environ |= {
@@ -157,9 +158,9 @@ def add(native: bool, x, x_scale, w, w_scale, total):
     return matmul.fp8_matmul(x, x_scale, w, w_scale, w_block=ROWS, out_dtype=F32, add_to=total, native=native)
 
 
-def main() -> None:
-    """Compiles every call for every chip."""
-    for name in SLICES:
+def main(slices: list[str]) -> None:
+    """Compiles every call for the chips of these slices, or for every chip."""
+    for name in slices or SLICES:
         device = topologies.get_topology_desc(name, platform="tpu").devices[0]
         sharding = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
         native = device.device_kind in mosaic_tpu.TAKE_E4M3
@@ -176,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
