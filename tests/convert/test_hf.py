@@ -410,6 +410,28 @@ def test_eight_bit_export_is_quantise_dequantise(tmp_path, dtype, scale, stored)
     assert published.tensors.info("model.layers.2.eh_proj.weight").dtype == "BF16"
 
 
+def test_v32_in_eight_bits_keeps_its_indexers_weights_of_heads_wide(tmp_path):
+    """With multi-token prediction, whose layer has an indexer too; read and written again, the numbers are the same."""
+    numbers = hf.open_published(GOLDEN / "v32").numbers | {"mtp_depth": 1}
+    _, params, router_bias = split(module_of("v32", numbers))
+    shapes, draw = {"params": params, "router_bias": router_bias}, np.random.default_rng(0)
+    tree = jax.tree.map(lambda x: np.asarray(draw.normal(size=x.shape), jnp.bfloat16), shapes)
+    hf.write(tmp_path / "one", "v32", numbers, shapes, hf.from_tree(tree), "fp8_e8m0")
+    published, source = source_at(tmp_path / "one")
+    for layer in range(3):
+        indexer = f"model.layers.{layer}.self_attn.indexer."
+        dtypes = {name: published.tensors.info(f"{indexer}{name}").dtype for name in ("wq_b.weight", "wk.weight")}
+        assert set(dtypes.values()) == {"F8_E4M3"}
+        assert published.tensors.info(f"{indexer}wk.weight_scale_inv").dtype == "F8_E8M0"
+        assert published.tensors.info(f"{indexer}weights_proj.weight").dtype == "BF16"
+        assert published.tensors.info(f"{indexer}k_norm.bias").shape == (numbers["index_width"],)
+    assert published.numbers == numbers and published.config["num_nextn_predict_layers"] == 1
+    hf.write(tmp_path / "two", "v32", numbers, shapes, hf.from_tree(host_tree(source)), "fp8_e8m0")
+    again = source_at(tmp_path / "two")[0].tensors
+    stored = [name for name in published.tensors.names() if not name.endswith("_scale_inv")]
+    assert all(same_bits(again.read_dequantized(name), published.tensors.read_dequantized(name)) for name in stored)
+
+
 def test_partial_blocks_of_eight_bits(tmp_path):
     published, _, _ = written(tmp_path / "out", "v3_yarn", "fp8")
     assert published.tensors.info("model.layers.0.mlp.up_proj.weight_scale_inv").shape == (2, 1)

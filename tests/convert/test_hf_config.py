@@ -20,9 +20,11 @@ from deepseek_jax.configs import (
     tiny_v2,
     tiny_v2_lite,
     tiny_v3,
+    tiny_v32,
     v2_236b,
     v2_lite,
     v3_671b,
+    v32_671b,
 )
 from deepseek_jax.convert.hf_config import facts, from_hf, remarks, to_hf
 from deepseek_jax.errors import UserError
@@ -158,6 +160,13 @@ PUBLISHED = {
         v3_671b,
     ),
 }
+PUBLISHED["V3.2"] = (
+    PUBLISHED["V3"][0]
+    | {"model_type": "deepseek_v32", "architectures": ["DeepseekV32ForCausalLM"]}
+    | {"index_head_dim": 128, "index_n_heads": 64, "index_topk": 2048}
+    | {"quantization_config": FP8 | {"scale_fmt": "ue8m0"}},
+    v32_671b,
+)
 # Our runs and finished releases differ in these.
 NOT_COMPARED = ("init_std", "yarn")
 
@@ -180,7 +189,7 @@ def test_what_we_write_of_a_published_config_says_the_same(name):
     hf, _ = PUBLISHED[name]
     kind, numbers = from_hf(hf)
     said = facts(hf)
-    quantized = "fp32" if "quantization_config" in hf else None
+    quantized = hf["quantization_config"].get("scale_fmt", "fp32") if "quantization_config" in hf else None
     written = to_hf(
         kind, numbers, quantized=quantized, n_positions=said.n_positions, bos_id=said.bos_id, eos_ids=said.eos_ids
     )
@@ -196,7 +205,7 @@ def test_what_we_write_of_a_published_config_says_the_same(name):
     assert hf.keys() - written.keys() - made == set()
 
 
-@pytest.mark.parametrize("ours", [tiny_moe, tiny_v1, tiny_v2, tiny_v2_lite, tiny_v3])
+@pytest.mark.parametrize("ours", [tiny_moe, tiny_v1, tiny_v2, tiny_v2_lite, tiny_v3, tiny_v32])
 def test_our_own_configs_come_back(ours):
     config = ours.get_config()
     written = json.loads(json.dumps(to_hf(config.family, config.model.to_dict())))
@@ -347,6 +356,29 @@ def test_yarn_without_mscale_leaves_the_softmax_alone():
     hf = PUBLISHED["V2"][0] | {"rope_scaling": YARN}
     yarn = from_hf(hf)[1]["yarn"]
     assert (yarn["mscale"], yarn["mscale_all_dim"]) == (1.0, 0.0)
+
+
+def test_v32_has_an_indexer_in_every_layer():
+    hf = PUBLISHED["V3.2"][0]
+    as_transformers_writes = {
+        "layer_types": ["indexed_attention"] * 61,
+        "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 58,
+    }
+    assert from_hf(hf | as_transformers_writes) == from_hf(hf)
+    for changed, key in (
+        ({"layer_types": ["full_attention"] * 61}, "layer_types"),
+        ({"mlp_layer_types": ["sparse"] * 61}, "mlp_layer_types"),
+        ({"q_lora_rank": None}, "q_lora_rank"),
+        ({"index_head_dim": 32}, "index_head_dim"),
+    ):
+        with pytest.raises(UserError, match=key):
+            from_hf(hf | changed)
+
+
+def test_a_warm_up_is_written_as_what_it_will_be():
+    numbers = v32_671b.get_config().model.to_dict() | {"index_dense": True}
+    with pytest.raises(UserError, match="index_dense"):
+        to_hf("v32", numbers)
 
 
 def test_scales_of_powers_of_two_are_announced():

@@ -51,8 +51,10 @@ def _model_type(family: str, numbers: Mapping[str, Any]) -> str:
     for name, kind in kinds.items():
         if all(bool(numbers.get(key)) == value for key, value in kind.implied.items()):
             return name
-    given = " and ".join(key for key in next(iter(kinds.values())).implied if numbers.get(key))
-    raise UserError(f"{given} are both set: no published config.json has both. Set one of them.")
+    given = [key for key in next(iter(kinds.values())).implied if numbers.get(key)]
+    if len(given) == 1:
+        raise UserError(f"{given[0]} is set: no published config.json has that. Set it to False.")
+    raise UserError(f"{' and '.join(given)} are both set: no published config.json has both. Set one of them.")
 
 
 def code(family: str) -> tuple[str, ...]:
