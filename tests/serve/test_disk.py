@@ -9,19 +9,21 @@ from deepseek_jax.serve.disk import fingerprint
 from deepseek_jax.serve.engine import Engine
 from deepseek_jax.serve.sampling import Sampling
 
-pytestmark = pytest.mark.slow  # every engine compiles programs of its own
+pytestmark = pytest.mark.slow  # every engine traces programs
 PROMPT = np.random.default_rng(3).integers(0, 200, 20).tolist()  # two pages and a half
 
 
 @pytest.fixture(scope="module")
-def start(network):
-    """Starts engines, which share their compiled programs."""
-    programs = set()
+def start(network, engine):
+    """Starts engines; those with pages of eight tokens share the programs of `engine`."""
 
-    def make(folder, weights=network.weights, most_bytes=10**9, **options):
-        options = {"page_size": 8, "n_rows": 2, "chunk": 32, "n_pages": 9} | options
-        made = Engine(network.definition, weights, 32, **options)
-        programs.add(made.programs)
+    def make(folder, weights=None, most_bytes=10**9, n_pages=9, page_size=8):
+        if page_size == 8:
+            made = engine(n_pages=n_pages)
+        else:
+            made = Engine(network.definition, network.weights, 32, page_size=page_size, n_rows=4, n_pages=n_pages)
+        if weights is not None:
+            made.replace_weights(weights)
         return made, made.keep_on_disk(folder, most_bytes)
 
     return make
