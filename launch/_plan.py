@@ -14,6 +14,7 @@ from deepseek_jax.abstract_model import abstract_weights, has_fp8_cache
 from deepseek_jax.chips import CHIPS, chip, chips_of
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _compile, _options, _pictures, _suggest
+from deepseek_jax.launch._reinforcement import check_sizes
 from deepseek_jax.launch._tables import print_table
 from deepseek_jax.layers import lora
 from deepseek_jax.models import family
@@ -28,6 +29,7 @@ from deepseek_jax.plan.network import BF16, LAYERS, Weight, cache_bytes_per_toke
 from deepseek_jax.plan.published import RUNS, Run
 from deepseek_jax.plan.recipes import recipe
 from deepseek_jax.plan.report import PlannedModel, PlanOptions
+from deepseek_jax.plan.rollout import Drawing
 from deepseek_jax.plan.schedules import schedule
 from deepseek_jax.plan.verdict import mesh_text, verdict
 from deepseek_jax.train.metrics import EXPERT_LOADS
@@ -38,6 +40,7 @@ from deepseek_jax.weights import lora_of
 def run(config: ConfigDict, options: SimpleNamespace) -> int:
     """Plans, or suggests, and prints; returns the exit code."""
     name_chips(options)
+    answers = settle_rl(config) if options.rl else None
     subject = subject_of(config, is_whole=not any(key.startswith("model.") for key in options.overrides))
     if options.compile and options.recipe not in ("", "run"):
         raise UserError(f"--compile with --recipe={options.recipe}: train runs recipe run. Leave --recipe out.")
@@ -48,6 +51,7 @@ def run(config: ConfigDict, options: SimpleNamespace) -> int:
     if options.compile:
         _compile.check(options, job.layout.devices)
     question = question_of(config, options, subject, job)
+    question = replace(question, drawing=answers and drawing(answers, subject, job))
     memory, known = fullest(job, question.kept, question.loss_chunk), (question.efficiency, question.efficiency_mark)
     sections = [verdict(job, memory, *known, _suggest.hindrances(config, job)), *report.report(subject, job, question)]
     instead = []
@@ -136,6 +140,27 @@ def job_of(config: ConfigDict, options: SimpleNamespace, subject: PlannedModel) 
         adapters=adapters,
         adapted=adapted,
     )
+
+
+def settle_rl(config: ConfigDict) -> Drawing:
+    """Makes an update of reinforcement learning the step that is planned; returns how its answers are drawn.
+
+    Raises UserError for a mesh on which none are.
+    """
+    check_sizes(config)
+    rl = config.rl
+    n_rows, n_tokens = rl.questions * rl.answers, rl.longest_prompt + rl.longest_answer
+    with config.unlocked():
+        config.data.seq_len, config.batch.size = n_tokens - 1, n_rows // rl.updates
+        config.batch.size_start = config.batch.ramp_steps = 0
+    return Drawing(rl.rows_at_once or n_rows, n_tokens, rl.grpo.beta > 0, cache_bytes=0.0)
+
+
+def drawing(answers: Drawing, subject: PlannedModel, job: Job) -> Drawing:
+    """Returns how answers are drawn, with the cache of the network. Raises UserError along a pipeline."""
+    if job.layout.pipe > 1:
+        raise UserError(f"--rl along a pipeline of {job.layout.pipe}: expected none. Set --config.mesh.pipe=1.")
+    return replace(answers, cache_bytes=subject.cache_bytes)
 
 
 def adapters_of(config: ConfigDict, n_ranks: int) -> tuple[tuple[Weight, ...], int]:

@@ -8,6 +8,7 @@
     deepseek-jax plan --config=v2_lite --chip=64xh100 --suggest                 # v5p-512, v6e-256: chips and how many
     deepseek-jax plan --chip=mine:bf16=989,fp8=1979,memory=80,hbm=3350,fast=450,reach=8,network=50 --step-time-s=19.926
     deepseek-jax plan --config=tiny_v3 --config.mesh.expert=4 --loads=runs/tiny_v3      # what redundant experts gain
+    deepseek-jax plan --config=r1_zero --chip=h800 --devices=512 --config.mesh.expert=64 --rl    # updates and rollouts
     deepseek-jax plan --json > plan.json
     deepseek-jax plan --picture=memory.png                     # bars: the memory of a device, part by part
     deepseek-jax plan --draw=schedule.svg                      # what each device along the pipeline runs, over time
@@ -64,6 +65,7 @@ EXTRA = {
         "of the whole run; 0: as published, or as config.loop.steps says",
         besides(number(1, 1e18), 0),
     ),
+    "rl": (bool, False, "plan a step of deepseek-jax rl: its updates, and the memory of its rollouts (config.rl)"),
     "price": (float, 2.0, "dollars for an hour of one chip", besides(number(1e-6, 1e6), 0)),
     "against": (str, "", "another config to compare with"),
     "loads": (

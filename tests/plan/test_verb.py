@@ -38,6 +38,28 @@ def test_a_checkpoint_of_fewer_devices_than_a_host_has(capsys):
     assert "its share of a save; one device at 1 GB/s takes" in capsys.readouterr().out
 
 
+def test_a_step_of_reinforcement_learning(capsys):
+    """The update's sequences are prompts with answers; what the drawing holds is counted by hand."""
+    words = ["--config=tiny_zero", "--chip=h100", "--devices=1", "--rl"]
+    found = planned(capsys, *words, "--config.rl.grpo.beta=0.1", "--config.rl.rows_at_once=32")
+    n_numbers, cache = 218_048, 4 * (32 + 16) * 2  # the latent and the rotary key of two layers, float32
+    expected = {
+        "train_state": 12 * n_numbers + 4 * 8,
+        "reference": 4 * n_numbers,
+        "cache": 32 * 25 * cache,
+        "logits": 32 * 272 * 8,
+    }
+    drawing = {name: value * 2**30 for name, value in found["figures"]["drawing"].items()}
+    assert drawing == pytest.approx(
+        {f"drawing_{name}_gib": n for name, n in expected.items()} | {"drawing_total_gib": sum(expected.values())}
+    )
+    assert found["figures"]["layout"]["tokens_per_step_count"] == 64 * 24
+    with pytest.raises(UserError, match=r"config.mesh.pipe=2: answers are drawn on whole models"):
+        plan.main([*words, "--config.mesh.pipe=2"])
+    with pytest.raises(UserError, match="--rl along a pipeline of 16"):
+        plan.main(["--rl"])
+
+
 def line(text: str, label: str) -> str:
     return next(row for row in text.splitlines() if row.startswith(label))
 

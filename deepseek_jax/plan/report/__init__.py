@@ -4,7 +4,7 @@ from deepseek_jax.plan.figures import Section
 from deepseek_jax.plan.job import Job
 from deepseek_jax.plan.report.balance import balance
 from deepseek_jax.plan.report.compiled import compiled as compiled
-from deepseek_jax.plan.report.division import layout, memory, traffic
+from deepseek_jax.plan.report.division import drawn, layout, memory, traffic
 from deepseek_jax.plan.report.inputs import PlannedModel, PlanOptions, memory_of
 from deepseek_jax.plan.report.model import generation, operations, parameters
 from deepseek_jax.plan.report.published import compared, published
@@ -19,6 +19,7 @@ def report(model: PlannedModel, job: Job, options: PlanOptions) -> list[Section]
         *([generation(model.network)] if model.network.most_keys is not None else []),
         layout(job),
         memory(job, memory_of(job, options)),
+        *([drawn(job, options.drawing)] if options.drawing else []),
         traffic(job),
         *([schedules(job, options)] if job.layout.pipe > 1 else []),
         speed(model, job, options),

@@ -5,12 +5,13 @@ from dataclasses import replace
 
 from deepseek_jax import units
 from deepseek_jax.chips import CHIPS
-from deepseek_jax.plan import figures
+from deepseek_jax.plan import figures, rollout
 from deepseek_jax.plan.figures import DERIVED, GIGA, GIVEN, PUBLISHED, Column, Figure, Row, Section
 from deepseek_jax.plan.job import Job
 from deepseek_jax.plan.layout import describe_layers
 from deepseek_jax.plan.memory import BARELY, between_steps, capacity, has_sums
 from deepseek_jax.plan.report.inputs import contents
+from deepseek_jax.plan.rollout import Drawing
 from deepseek_jax.plan.traffic import Sent, rank_traffic
 from deepseek_jax.plan.verdict import mesh_text
 
@@ -53,6 +54,23 @@ def memory(job: Job, ranks: Sequence[Mapping[str, float]]) -> Section:
     rows.append((f"memory of {job.chip.name}", figures.gib("chip_memory", capacity(job), known), ""))
     rows += [*_whether_it_fits(job, parts, total), _checkpoint(job)]
     return figures.column("memory", "memory per device", rows)
+
+
+def drawn(job: Job, drawing: Drawing) -> Section:
+    """Returns what a device holds while answers are drawn; the memory above is that of an update."""
+    parts = rollout.memory(job, drawing)
+    notes = {
+        "train_state": "float32 weights and moments rest meanwhile",
+        "reference": "beside the update, too",
+        "weights": "as a step reads them, gathered from shards once per rollout",
+        "cache": f"{drawing.rows:,} answers at a time over all devices, {drawing.tokens:,} tokens with their prompts",
+        "logits": "of one token per answer",
+    }
+    rows = [(name.replace("_", " "), figures.gib(f"drawing_{name}", n), notes[name]) for name, n in parts.items()]
+    total = sum(parts.values())
+    fits = "fits" if total <= capacity(job) else f"of {job.chip.name}'s {job.chip.memory} GiB: draw fewer at a time"
+    rows.append(("total", figures.gib("drawing_total", total), f"{fits} (config.rl.rows_at_once)"))
+    return figures.column("drawing", "memory per device while answers are drawn", rows)
 
 
 def _checkpoint(job: Job) -> tuple[str, Figure, str]:

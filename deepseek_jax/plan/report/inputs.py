@@ -11,6 +11,7 @@ from deepseek_jax.plan.job import Job
 from deepseek_jax.plan.memory import by_rank
 from deepseek_jax.plan.network import EMBEDDING, HEAD, MTP, Network
 from deepseek_jax.plan.published import Run
+from deepseek_jax.plan.rollout import Drawing
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class PlanOptions:
     dollars: float  # price per GPU hour
     against: PlannedModel | None  # a model to compare with, or None
     load_LE: np.ndarray | None = None  # measured tokens of each expert in each layer, or None
+    drawing: Drawing | None = None  # how a step of reinforcement learning draws answers; None: no such step
 
 
 def memory_of(job: Job, options: PlanOptions) -> list[dict[str, float]]:
