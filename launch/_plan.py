@@ -1,7 +1,6 @@
 """`deepseek-jax plan`, once its command line has been read: the job and its report."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -178,7 +177,8 @@ def adapters_of(config: ConfigDict, n_ranks: int) -> tuple[tuple[Weight, ...], i
         )
     shapes = lora.abstract_adapters(abstract_weights(config)["params"], found)
     layers = {path[: path.index(lora.ADAPTERS)]: shape.shape[0] for path, shape in shapes.items()}
-    n_adapted = sum(layers[block] * math.prod(target.shape) for block, targets in found.blocks for target in targets)
+    matrices = ((layers[block], *target.shape) for block, targets in found.blocks for target in targets)
+    n_adapted = sum(n_layers * n_out * n_in for n_layers, n_out, n_in in matrices)
     axes = (LAYERS, None, None)
     return tuple(Weight(".".join(path), x.shape, axes, "adapter") for path, x in shapes.items()), n_adapted
 
