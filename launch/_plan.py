@@ -40,7 +40,8 @@ def run(config: ConfigDict, options: SimpleNamespace) -> int:
     """Plans, or suggests, and prints; returns the exit code."""
     name_chips(options)
     answers = settle_rl(config) if options.rl else None
-    subject = subject_of(config, is_whole=not any(key.startswith("model.") for key in options.overrides))
+    is_changed = options.rl or any(key.startswith("model.") for key in options.overrides)
+    subject = subject_of(config, is_whole=not is_changed)
     if options.compile and options.recipe not in ("", "run"):
         raise UserError(f"--compile with --recipe={options.recipe}: train runs recipe run. Leave --recipe out.")
     options.recipe = "run" if options.compile else options.recipe
@@ -50,7 +51,7 @@ def run(config: ConfigDict, options: SimpleNamespace) -> int:
     if options.compile:
         _compile.check(options, job.layout.devices)
     question = question_of(config, options, subject, job)
-    question = replace(question, drawing=answers and drawing(answers, subject, job))
+    question = replace(question, drawing=answers and replace(answers, cache_bytes=subject.cache_bytes))
     memory, known = fullest(job, question.kept, question.loss_chunk), (question.efficiency, question.efficiency_mark)
     sections = [verdict(job, memory, *known, _suggest.hindrances(config, job)), *report.report(subject, job, question)]
     instead = []
@@ -153,13 +154,6 @@ def settle_rl(config: ConfigDict) -> Drawing:
         config.data.seq_len, config.batch.size = n_tokens - 1, n_rows // rl.updates
         config.batch.size_start = config.batch.ramp_steps = 0
     return Drawing(rl.rows_at_once or n_rows, n_tokens, rl.grpo.beta > 0, cache_bytes=0.0)
-
-
-def drawing(answers: Drawing, subject: PlannedModel, job: Job) -> Drawing:
-    """Returns how answers are drawn, with the cache of the network. Raises UserError along a pipeline."""
-    if job.layout.pipe > 1:
-        raise UserError(f"--rl along a pipeline of {job.layout.pipe}: expected none. Set --config.mesh.pipe=1.")
-    return replace(answers, cache_bytes=subject.cache_bytes)
 
 
 def adapters_of(config: ConfigDict, n_ranks: int) -> tuple[tuple[Weight, ...], int]:

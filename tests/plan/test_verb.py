@@ -56,8 +56,6 @@ def test_a_step_of_reinforcement_learning(capsys):
     assert found["figures"]["layout"]["tokens_per_step_count"] == 64 * 24
     with pytest.raises(UserError, match=r"config.mesh.pipe=2: answers are drawn on whole models"):
         plan.main([*words, "--config.mesh.pipe=2"])
-    with pytest.raises(UserError, match="--rl along a pipeline of 16"):
-        plan.main(["--rl"])
 
 
 def line(text: str, label: str) -> str:
