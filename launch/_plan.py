@@ -39,7 +39,7 @@ from deepseek_jax.weights import lora_of
 def run(config: ConfigDict, options: SimpleNamespace) -> int:
     """Plans, or suggests, and prints; returns the exit code."""
     name_chips(options)
-    answers = settle_rl(config) if options.rl else None
+    answers = settle_rl(config, options) if options.rl else None
     is_changed = options.rl or any(key.startswith("model.") for key in options.overrides)
     subject = subject_of(config, is_whole=not is_changed)
     if options.compile and options.recipe not in ("", "run"):
@@ -142,11 +142,13 @@ def job_of(config: ConfigDict, options: SimpleNamespace, subject: PlannedModel) 
     )
 
 
-def settle_rl(config: ConfigDict) -> Drawing:
+def settle_rl(config: ConfigDict, options: SimpleNamespace) -> Drawing:
     """Makes an update of reinforcement learning the step that is planned; returns how its answers are drawn.
 
-    Raises UserError for a mesh on which none are.
+    Raises UserError for a mesh on which none are, and with --compile.
     """
+    if options.compile:
+        raise UserError("--compile with --rl: it compiles a step of pre-training. Give one of them.")
     check_sizes(config)
     rl = config.rl
     n_rows, n_tokens = rl.questions * rl.answers, rl.longest_prompt + rl.longest_answer

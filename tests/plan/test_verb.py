@@ -54,6 +54,8 @@ def test_a_step_of_reinforcement_learning(capsys):
         {f"drawing_{name}_gib": n for name, n in expected.items()} | {"drawing_total_gib": sum(expected.values())}
     )
     assert found["figures"]["layout"]["tokens_per_step_count"] == 64 * 24
+    with pytest.raises(UserError, match="--compile with --rl: it compiles a step of pre-training"):
+        plan.main([*words, "--compile"])
     with pytest.raises(UserError, match=r"config.mesh.pipe=2: answers are drawn on whole models"):
         plan.main([*words, "--config.mesh.pipe=2"])
 
