@@ -96,7 +96,7 @@ def run_pipeline(
     stages: Sequence[Split],
     homes: Homes,
     weights: Arrays,
-    fixed: Mapping[Key, Tree],
+    fixed: Callable[[Key], Tree],
     rest: Tree,
     x: Tree,
     ends: Ends,
@@ -110,7 +110,7 @@ def run_pipeline(
             weights, x, given, out and report alike.
         homes: where the weights of each stage lie, by its chunk and the number of its kind in `stages`.
         weights: the arrays in which those of this rank's stages lie.
-        fixed: what each stage reads besides, without a gradient, by its chunk and kind.
+        fixed: what each stage reads besides, without a gradient, by its chunk and kind; called where it is read.
         rest: what stages read of a micro-batch, with a leading axis of all micro-batches; a stage is given
             (fixed, rest of the micro-batch) as its `rest`.
         x: shapes of what flows from stage to stage.
@@ -122,15 +122,15 @@ def run_pipeline(
         the ends' report is the first rank's.
     """
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rest)
-    of_stage = {key: homes.tree(weights, key) for key in homes.places}
-    shapes, of_ends = _shapes(stages, homes, of_stage, fixed, one, x, ends)
-    prepared = {key: stages[key[1]].prepare(tree) for key, tree in of_stage.items()}
+    once = {key: stages[key[1]].prepare(homes.tree(weights, key))[1] for key in homes.places}
+    read = functools.partial(_read, homes, weights, once, fixed)
+    shapes, of_ends = _shapes(stages, homes, read, one, x, ends)
     switches, n_chunks = switches_of(table, overlap), homes.kinds.shape[1]
     if len(switches) == 1 and not table.sizes["stash"]:
         shapes = shapes._replace(stash=[])  # it never leaves an op
     nothing = jax.tree.map(_zeros, shapes)
     start = _empty_pools(table, shapes), _no_sums(shapes, of_ends, n_chunks)
-    programs = [[_program(b, stages, homes, prepared, fixed, rest, nothing) for b in it.branches] for it in switches]
+    programs = [[_program(b, stages, homes, read, rest, nothing) for b in it.branches] for it in switches]
     run = _in_place(switches[0].branches, programs[0], nothing) if overlap else _beside(switches, programs, nothing)
     rank = jax.lax.axis_index(PIPE)
 
@@ -147,6 +147,14 @@ def run_pipeline(
 
     (_, sums), _ = jax.lax.scan(tick, start, _rows(table, switches))
     return sums.gradients, [_nth(sums.reports, chunk) for chunk in range(n_chunks)], _of_ends(sums)
+
+
+def _read(homes: Homes, weights: Arrays, once: Mapping[Key, Tree], fixed: Callable[[Key], Tree], key: Key) -> tuple:
+    """Returns (weights of a stage and what follows from them, fixed), for the programs of `Split`.
+
+    Called in each branch: what lies in pieces is whole only there.
+    """
+    return (homes.tree(weights, key), once[key]), fixed(key)
 
 
 def _of_ends(sums: Sums) -> tuple[Tree, Tree]:
@@ -276,8 +284,7 @@ def _rows(table: TickTable, switches: Sequence[Switch]) -> dict:
 def _shapes(
     stages: Sequence[Split],
     homes: Homes,
-    weights: Mapping[Key, Tree],
-    fixed: Mapping[Key, Tree],
+    read: Callable[[Key], tuple],
     rest: Tree,
     x: Tree,
     ends: Ends,
@@ -285,8 +292,8 @@ def _shapes(
     """Returns the shapes of what an op makes, where lists hold what any kind of stage needs, and of the ends' sums."""
     key = next(iter(homes.places))
     stage, (_, given) = stages[key[1]], jax.eval_shape(ends.given, rest, rest)
-    read = jax.eval_shape(stage.prepare, weights[key])
-    (_, out), report, *_ = jax.eval_shape(stage.forward, read, (x, given), (fixed[key], rest))
+    mine, fixed = jax.eval_shape(functools.partial(read, key))
+    (_, out), report, *_ = jax.eval_shape(stage.forward, mine, (x, given), (fixed, rest))
     lists = {name: functools.reduce(_covering, [stage.shapes[name] for stage in stages]) for name in stage.shapes}
     of_loss, _, of_ends = jax.eval_shape(ends.loss, out, rest)
     of_ends |= jax.eval_shape(ends.backward, rest, rest, (x, given))
@@ -467,8 +474,7 @@ def _program(
     branch: Branch,
     stages: Sequence[Split],
     homes: Homes,
-    weights: Mapping[Key, Tree],
-    fixed: Mapping[Key, Tree],
+    read: Callable[[Key], tuple],
     rest: Tree,
     nothing: Made,
 ) -> Callable[[Pools, dict, dict], dict]:
@@ -481,10 +487,10 @@ def _program(
         made: dict[str, Any] = {"read": ()}
         stash: Arrays | None = None
         for kind, chunk, number in branch:
-            stage, mine = stages[number], weights[chunk, number]
-            of_batch = fixed[chunk, number], _at(rest, row["micro_batch"][kind])
+            stage, (mine, fixed) = stages[number], read((chunk, number))
+            of_batch = fixed, _at(rest, row["micro_batch"][kind])
 
-            def read(pool: str, like: dict[str, Arrays] = stage.shapes) -> Arrays:
+            def saved(pool: str, like: dict[str, Arrays] = stage.shapes) -> Arrays:
                 places = _places(getattr(nothing, pool), like[pool])
                 return [_one(getattr(pools, pool)[place], row["read"][pool]) for place in places]
 
@@ -493,16 +499,16 @@ def _program(
                 made |= {"x": y, "out": out, "report": report, "early": early, "late": late}
             elif kind == "B":
                 dy = _at(pools.dy, row["read"]["dy"]), _at(pools.d_out, row["read"]["d_out"])
-                (dx, d_given), stash = stage.backward(mine, of_batch, dy, read("early"), read("late"))
+                (dx, d_given), stash = stage.backward(mine, of_batch, dy, saved("early"), saved("late"))
                 made |= {"dy": dx, "d_given": d_given} | ({"stash": stash} if nothing.stash else {})
             else:
                 if stash is None and "stash" in row["read"]:
-                    stash = read("stash")
+                    stash = saved("stash")
                 if "stash" in before:  # made by the switch before this one, if it ran this op's B
                     fresh = [before["stash"][place] for place in _places(nothing.stash, stage.shapes["stash"])]
                     both = zip(fresh, stash or fresh, strict=True)
                     stash = [jnp.where(row["own_stash"], a, b) for a, b in both]
-                given = jax.tree.map(jax.lax.optimization_barrier, (read("late"), stash or []))
+                given = jax.tree.map(jax.lax.optimization_barrier, (saved("late"), stash or []))
                 gradient = stage.weights(mine, of_batch, *given)
                 made |= {"gradient": homes.placed((chunk, number), gradient), "read": given}
         return made

@@ -1,5 +1,6 @@
 """What is planned: a network on chips, divided in some way. Everything else in this package is a function of it."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -9,11 +10,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh
 
 from deepseek_jax.chips import Chip
 from deepseek_jax.layers.base import in_codes
 from deepseek_jax.parallel.alltoall import Hop, copies, make_exchange
+from deepseek_jax.parallel.homes import Homes, make_homes
 from deepseek_jax.parallel.mesh import ALL, AnyMesh
 from deepseek_jax.parallel.sharding import Placement, bytes_per_device, expert_axis, placements
 from deepseek_jax.parallel.stages import StageShare
@@ -23,6 +26,8 @@ from deepseek_jax.plan.recipes import MASTER, Recipe
 from deepseek_jax.plan.schedules import Schedule
 
 ENDS = (EMBEDDING, HEAD)
+BY_BYTES = {1: jnp.int8, 2: jnp.bfloat16, 4: jnp.float32}  # dtypes; FP8 in codes counts as one byte
+Form = tuple[tuple[int, ...], np.dtype]  # shape and dtype of a leaf on a device
 
 
 @dataclass(frozen=True)
@@ -117,33 +122,60 @@ class Job:
     def homes(self) -> list[Holding]:
         """What the step of a run's pipeline reads on every device, as `parallel.homes` lays it out, but for its ends.
 
-        Of each kind of leaf there are as many as the rank needs whose stages have most; what more of them than the
-        stage with most needs, the second copy of the model is for.
+        What more arrays of a form there are than the stage with most needs, the second copy of the model is for.
         """
-        of_stages = [self._leaves(stage.weights) for stage in self.stages]
-        leaves = {kind: leaf for kinds in of_stages for kind, (leaf, _) in kinds.items()}
-        found = []
-        for kind, leaf in leaves.items():
-            counts = [kinds.get(kind, (leaf, 0))[1] for kinds in of_stages]
-            needed = max(sum(counts[hold.stage] for hold in held) for held in self.ranks)
-            is_copied = self.schedule.arrangement.copies > 1
-            first = max(counts) if is_copied else needed
-            pairs = ((first, False), (needed - first, True))
-            found += [Holding(replace(leaf, numbers=n * leaf.numbers), copy, 1.0) for n, copy in pairs if n]
+        leaves, most, laid = self.laid
+        is_copied, found = self.schedule.arrangement.copies > 1, []
+        for form, n in Counter((array.shape, array.dtype) for array in laid.forms).items():
+            first, leaf = min(n, most[form]) if is_copied else n, leaves[form]
+            pairs = ((first, False), (n - first, True))
+            found += [Holding(replace(leaf, numbers=k * leaf.numbers), copy, 1.0) for k, copy in pairs if k]
         return found
 
-    def _leaves(self, weights: Sequence[Weight]) -> dict[tuple, tuple[Part, int]]:
+    @cached_property
+    def laid(self) -> tuple[dict[Form, Part], dict[Form, int], Homes]:
+        """What a run's pipeline makes of the weights of its stages: (a leaf of each form, most in a stage, arrays)."""
+        of_kinds = [self._leaves(self.stages[kind].weights) for kind in self._kinds]
+        leaves = {form: leaf for found in of_kinds for form, (leaf, _) in found.items()}
+        most = {form: max(found[form][1] for found in of_kinds if form in found) for form in leaves}
+        every = [(form, k) for form, n in most.items() for k in range(n)]
+        is_read = [[form in found and k < found[form][1] for form, k in every] for found in of_kinds]
+        kinds = np.array([[self._kind(hold.stage) for hold in held] for held in self.ranks])
+        return leaves, most, make_homes(kinds, [jax.ShapeDtypeStruct(*form) for form, _ in every], is_read)
+
+    @cached_property
+    def _kinds(self) -> list[int]:
+        """The number of the first stage of each kind; a run has a program for each."""
+        first: dict[tuple, int] = {}
+        for number, stage in enumerate(self.stages):
+            first.setdefault((stage.repeats, stage.has_head), number)
+        return list(first.values())
+
+    def _kind(self, number: int) -> int:
+        mine = self.stages[number]
+        kinds = [(self.stages[kind].repeats, self.stages[kind].has_head) for kind in self._kinds]
+        return kinds.index((mine.repeats, mine.has_head))
+
+    def put_together(self, number: int) -> float:
+        """Returns the bytes of the largest leaf that a stage of a run's pipeline reads in pieces, and makes whole."""
+        if not self.shares_vocabulary:
+            return 0.0
+        *_, laid = self.laid
+        places = (of for (_, kind), of in laid.places.items() if kind == self._kind(number))
+        leaves = [(laid.leaves[n], laid.forms[lie[0]]) for of in places for n, lie in of.items()]
+        return max((float(a.size * a.dtype.itemsize) for a, array in leaves if a.shape != array.shape), default=0.0)
+
+    def _leaves(self, weights: Sequence[Weight]) -> dict[Form, tuple[Part, int]]:
         """Returns, by shape and dtype on a device, (one leaf of weights of a stage, how many there are)."""
-        found: dict[tuple, tuple[Part, int]] = {}
-        stacks = self.network.stacks
+        found: dict[Form, tuple[Part, int]] = {}
         for part in self._placed([w for w in weights if w.part not in ENDS], self.layout.mesh):
-            is_layer = part.weight.part in stacks
-            axes = slice(1 if is_layer else 0, None)
-            spec = (*part.place.spec, *(None for _ in part.weight.shape[len(part.place.spec) :]))
-            kind = part.weight.shape[axes], spec[axes], self.read(part), self.held(part)[1] > 0
+            axes, sizes = dict(enumerate(part.place.spec)), self.layout.mesh.shape
+            own = [n // sizes[axes[dim]] if axes.get(dim) else n for dim, n in enumerate(part.weight.shape)]
+            is_layer = part.weight.part in self.network.stacks
+            form = tuple(own[1 if is_layer else 0 :]), jnp.dtype(BY_BYTES[int(self.read(part))])
             n = part.weight.repeats if is_layer else 1
-            leaf, known = found.get(kind, (replace(part, numbers=part.numbers // n), 0))
-            found[kind] = leaf, known + n
+            leaf, known = found.get(form, (replace(part, numbers=part.numbers // n), 0))
+            found[form] = leaf, known + n
         return found
 
     @property

@@ -199,7 +199,8 @@ def _at_work(job: Job, number: int, kept: Mapping[str, ActivationBytes]) -> floa
         made = job.layout.sequences * kept[name].work_per_sequence + kept[name].work_per_layer
         return made + beside * layer
 
-    return max((bytes_of(name) for name, _ in layers_of(job, job.stages[number])), default=0.0)
+    widest = max((bytes_of(name) for name, _ in layers_of(job, job.stages[number])), default=0.0)
+    return widest + job.put_together(number)
 
 
 def layers_of(job: Job, stage: Stage) -> list[tuple[str, float]]:

@@ -147,7 +147,7 @@ def _divides(job: Job, shared: dict[bool, Job]) -> bool:
     try:
         job.__dict__.update(stages=like.stages, parts=like.parts)
         if job.shares_vocabulary:
-            job.__dict__.update(of_any_rank=like.of_any_rank, homes=like.homes)
+            job.__dict__.update(of_any_rank=like.of_any_rank, laid=like.laid, homes=like.homes)
     except UserError:
         return False
     return True

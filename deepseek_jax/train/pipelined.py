@@ -124,8 +124,8 @@ def pipelined(losses: StageLosses, layout: StageLayout, remat: str, overlap: boo
 
 def _housed(
     placed: np.ndarray, is_read: Sequence[Sequence[bool]], weights: Tree, fixed: Sequence[Tree]
-) -> tuple[Homes, dict[Key, Tree]]:
-    """Returns where the weights of each stage lie, and what else it reads, its codes from arrays that stages share.
+) -> tuple[Homes, Callable[[Key], Tree]]:
+    """Returns where the weights of each stage lie, and a function of what else it reads, codes from shared arrays.
 
     Args:
         placed: kind of the stage of each chunk, [ranks, chunks].
@@ -141,7 +141,7 @@ def _housed(
 
     of_coded = make_homes(placed, _forms(codes[0]), [of_codes(flags) for flags in is_read])
     arrays = of_coded.filled(codes)
-    return homes, {key: fixed[key[0]] | {"codes": of_coded.tree(arrays, key)} for key in homes.places}
+    return homes, lambda key: fixed[key[0]] | {"codes": of_coded.tree(arrays, key)}
 
 
 def _forms(tree: Tree) -> Tree:

@@ -142,9 +142,8 @@ def test_gradients_are_those_without_a_pipeline(name, saveable, overlap, referen
         stages = [split(stage_of(kind, n_stages), mine[0], (x, x), ({}, one), saveable) for kind in kinds]
         ends = ends_of(**at_ends)
         homes = make_homes(kind_of, jax.eval_shape(lambda: mine[0]), [stage.is_read for stage in stages])
-        fixed = {key: {} for key in homes.places}
         sums, reports, (of_ends, at_head) = run_pipeline(
-            table, stages, homes, homes.filled(mine), fixed, rest, x, ends, overlap=overlap
+            table, stages, homes, homes.filled(mine), lambda _: {}, rest, x, ends, overlap=overlap
         )
         gradients = [homes.of_chunk(sums, chunk) for chunk in chunks]
         loss = lax.psum(sum(report["loss"] for report in reports) + at_head, "pipe")
