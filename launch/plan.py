@@ -31,9 +31,9 @@ the process takes more than --memory. The recipe is run; the batch is the one af
 
 Recipes: run is what deepseek-jax train does (float32 weights; config.precision, config.run.remat); bf16 keeps
 bfloat16 weights over float32 ones that are split over the replicas; v3 is the report's FP8 training and recomputation.
-In a pipeline config.pipeline.micro_batches=1 stands for one sequence per micro-batch. A run holds embedding, head and
-multi-token prediction on every device along its pipeline; a plan counts them at its ends. With config.lora.rank=16
-adapters alone have gradients and moments.
+In a pipeline config.pipeline.micro_batches=1 stands for one sequence per micro-batch. A run divides embedding and head
+over its ranks. Its devices all keep as much as the rank with the most weights needs, and the plan counts this for each.
+With config.lora.rank=16 adapters alone have gradients and moments.
 """
 
 from typing import TYPE_CHECKING

@@ -11,10 +11,12 @@
 | kept once | independent of the batch, by policy none and by a run's pipeline: experts' gate and up side by side |
 | adapters | where these are trained, gradients and moments are theirs alone; their weights, and matrices with them |
 |  | added, as a step reads these, of all layers unless blocks are recomputed |
-| layer at work | recomputed in the backward pass of the widest layer, and its gradients (`ActivationBytes`) |
+| layer at work | recomputed in the backward pass of the widest layer, and its gradients; what lay in pieces, whole |
 | logits | 8 V per token of the chunk in which the loss is computed: float32, and their gradient |
 | exchange buffers | copies of the tokens on their way to experts and back; twice if passes overlap |
 | gathered entries | of divided sequences: what a layer's keys and values are made of; one chunk of these; gradients |
+
+In a run's pipeline weights and gradients are arrays that its stages share, as many on all ranks (`parallel.homes`).
 
 Not counted: memory of the compiler and the communication library, and fragmentation.
 

@@ -102,6 +102,16 @@ def test_a_step_reads_no_more_than_the_stages_of_the_fullest_rank(job_of, name):
     assert all(not is_copy or (shape, False) in kinds for shape, is_copy in kinds)
 
 
+def test_dense_layers_of_v3_lie_where_other_ranks_have_experts(job_of):
+    """DualPipe over 16 ranks: of nine matrices one has an array of its own; the others are made whole one by one."""
+    job = job_of("v3_671b", pipe=16, plan="dualpipe", batch=64 * 32, expert=64)
+    arrays = {one.part.weight.name: one.part.numbers for one in job.homes if one.part.weight.part == "dense_blocks"}
+    size = 7168 * 18432
+    assert [n for n in arrays.values() if n % size == 0] == [size]
+    assert {job.put_together(stage) for stage in (1, 8, 14)} == {0.0}
+    assert job.put_together(0) == size * job.recipe.read("gate")
+
+
 def test_codes_are_named_where_weights_are_gathered_in_codes(job_of):
     """In FP8, if several devices keep parts of them (ZeRO-1); one device reads what it keeps."""
     formats = recipe("run", precision="fp8", moments_dtype="float32", remat="none")

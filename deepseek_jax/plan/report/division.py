@@ -105,11 +105,12 @@ def _memory_notes(job: Job) -> dict[str, str]:
     """Returns a remark for each part of the memory."""
     recipe, at = job.recipe, job.layout
     low = f" and {recipe.low_precision_copy:.0f} B in FP8" if recipe.low_precision_copy else ""
+    alike = "; as much on every rank as the fullest needs" if job.shares_vocabulary else ""
     made = f"{recipe.weights if recipe.alike else recipe.gradients:.0f} B per parameter"
     each = f"{made}, and their sums over micro-batches" if has_sums(job) else made
     flight = "+".join(str(min(share.in_flight, at.micro_batches)) for share in job.ranks[0])
     return {
-        "weights": f"as a step reads them: {_read(job):.0f} B per parameter of matrices{low}",
+        "weights": f"as a step reads them: {_read(job):.0f} B per parameter of matrices{low}{alike}",
         "gradients": each,
         "pipeline_copy": "weights and gradients of the second direction",
         "masters": "float32 weights, divided over the replicas (ZeRO-1)",
