@@ -112,6 +112,17 @@ def test_schedules_train_the_same_model(one_device, sizes, weights, pipe, data, 
     check_same(run(subject, weights, evaluated=False), one_device)
 
 
+@pytest.mark.parametrize("overlap", [True, pytest.param(False, marks=pytest.mark.matrix)], ids=["one switch", "three"])
+def test_a_dense_layer_in_pieces_trains_the_same(tiny_sizes, filled, overlap):
+    """It is wider than the experts of a layer, in whose array it lies (`parallel.homes`)."""
+    numbers = tiny_sizes.copy_and_resolve_references()
+    numbers.update(n_layers=3, dense_width=160)
+    wide = family("v3").Config.from_config(numbers)
+    weights = jax.tree.map(np.asarray, filled(lambda: family("v3").Model(wide, rngs=nnx.Rngs(0)), std=0.1)[1:])
+    found = run(trainer(wide, 2, 1, 1, "1f1b", 4, overlap=overlap), weights, evaluated=False)
+    check_same(found, run(trainer(wide, 1, 1, 1), weights, evaluated=False))
+
+
 def test_gradients_of_every_weight(one_device, two_stages):
     """After one step the first moment holds the clipped gradient: equal to one device's in the 5th digit."""
     first = two_stages[1][0][1]["optimizer"]["mu"]
