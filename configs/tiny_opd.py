@@ -19,7 +19,8 @@ def get_config() -> ConfigDict:
     config.name = "tiny_opd"
     config.rl.teacher = "runs/tiny_zero"
 
-    config.loop.steps = config.schedule.cosine_steps = 120
+    config.loop.steps = 120
+    config.schedule.cosine_steps = config.loop.steps * config.rl.updates  # rates are of updates
     config.schedule.constant_steps = 0
     config.schedule.peak_rate = 2e-3
     config.schedule.tail_rate = config.schedule.final_rate = 2e-4
