@@ -199,7 +199,7 @@ class MLA(Attention):
         return self.config.kv_rank + self.config.rope_width
 
     @property
-    def flops_per_slot(self) -> int:  # type: ignore[override]
+    def flops_per_slot(self) -> int:
         """2 H (2 C + P), absorbed."""
         return 2 * self.config.n_heads * (2 * self.config.kv_rank + self.config.rope_width)
 

@@ -17,11 +17,12 @@ from deepseek_jax.train.loss import Totals, losses
 
 B, T, SLOTS, TOP_K = 2, 14, 16, 5
 INDEXER = {"index_heads": 3, "index_width": 8, "index_top_k": TOP_K, "index_dense": False}
+TWO_LAYERS = {"n_layers": 2, "n_dense_layers": 0, "mtp_depth": 0}
 
 
 def sizes_of(tiny_sizes, **changed):
     m = tiny_sizes.copy_and_resolve_references()
-    m.update(INDEXER | {"n_layers": 2} | changed)
+    m.update(INDEXER | TWO_LAYERS | changed)
     return family("v32").Config.from_config(m)
 
 
@@ -112,7 +113,7 @@ def test_where_all_are_chosen_it_is_v3_bit_for_bit(tiny_sizes, filled, model, lo
     _, params, bias = model
     given = ids[:, :-1]
     m = tiny_sizes.copy_and_resolve_references()
-    m.n_layers = 2
+    m.update(TWO_LAYERS)
     plain = split(nnx.eval_shape(lambda: family("v3").Model(family("v3").Config.from_config(m), rngs=nnx.Rngs(0))))
     flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     own = jax.tree_util.tree_map_with_path(lambda path, _: flat[jax.tree_util.keystr(path)], plain[1])
@@ -125,10 +126,10 @@ def test_where_all_are_chosen_it_is_v3_bit_for_bit(tiny_sizes, filled, model, lo
 
 
 @pytest.mark.parametrize("is_dense", [False, True], ids=["sparse", "warm-up"])
-def test_the_two_losses_reach_weights_of_their_own(tiny_sizes, filled, model, ids, is_dense):
+def test_the_two_losses_reach_weights_of_their_own(tiny_sizes, filled, ids, is_dense):
     """The language model's loss is there whatever the indexer does, and reaches all but it; the KL reaches it alone."""
-    _, params, bias = model
-    definition = made(sizes_of(tiny_sizes, index_dense=is_dense), filled)[0]
+    sizes = sizes_of(tiny_sizes, index_dense=is_dense, n_layers=1, mtp_depth=1)
+    definition, params, bias = made(sizes, filled)
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     ones = np.ones_like(positions)
     batch = Batch(ids[:, :-1], ids[:, 1:], ones, positions, ones.astype(np.float32))
