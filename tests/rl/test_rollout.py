@@ -44,6 +44,7 @@ def make_config():
     config = run_config.load("tiny_zero").copy_and_resolve_references().unlock()
     m = config.model
     m.d_model, m.dense_width, m.n_heads, m.n_experts, m.expert_width = 16, 16, 2, 4, 8
+    m.n_layers, m.n_dense_layers = 2, 0
     m.q_rank = m.kv_rank = m.nope_width = m.rope_width = m.value_width = 8
     config.rl.longest_answer = NEW
     return config
@@ -165,7 +166,7 @@ def test_the_experts_of_the_draw_are_visited_again(learner, state, drawn):
     is_drawn_BT, is_read_BT = given.targets_BT >= 0, given.segments_BT > 0
     is_read_BT = is_read_BT & np.pad(is_read_BT[:, 1:], ((0, 0), (0, 1)))  # no block has read an answer's last token
     routes = given.routes["moe_blocks"]
-    assert routes.shape == (16, 14, 1, 2) and routes[is_read_BT].min() == 0 and routes[is_read_BT].max() == 3
+    assert routes.shape == (16, 14, 2, 2) and routes[is_read_BT].min() == 0 and routes[is_read_BT].max() == 3
     assert (routes[is_read_BT][..., 0] != routes[is_read_BT][..., 1]).all()
     found = [
         np.asarray(learner._measure(placed(learner, state), learner._placed(given._replace(routes=kept))).logp_BT)
@@ -479,7 +480,8 @@ def test_the_verb_trains_a_base_and_improves_it(tmp_path, monkeypatch, capsys):
         "from deepseek_jax.configs import tiny_zero\n"
         "def get_config():\n"
         "    c = tiny_zero.get_config()\n"
-        "    c.model.d_model = c.model.dense_width = c.model.expert_width = 16\n"
+        "    c.model.d_model = c.model.expert_width = 16\n"
+        "    c.model.n_layers, c.model.n_dense_layers = 1, 0\n"
         "    c.rl.eval_problems, c.loop.steps, c.loop.eval_every = 128, 3, 3\n"
         "    return c\n"
     )
