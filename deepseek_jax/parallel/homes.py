@@ -65,7 +65,8 @@ class Homes:
 
     def placed(self, key: Key, tree: Tree) -> dict[int, jax.Array]:
         """What belongs to the weights of a stage by the number of their array; zeros where a last piece ends sooner."""
-        leaves, found = jax.tree.leaves(tree), {}
+        leaves = jax.tree.leaves(tree)
+        found: dict[int, jax.Array] = {}
         for n, lie in self.places[key].items():
             found.update(zip(lie, self._apart(leaves[n], lie), strict=True))
         return found
@@ -168,8 +169,7 @@ def _in_pieces(
             for place, of in enumerate(forms)
             if of.dtype == form.dtype and of.size <= form.size and not any(place in taken[rank] for rank in ranks)
         }
-        lies = (_lie(form.size, spare) for _ in range(n))
-        found[key] = [lie for lie in lies if lie]
+        found[key] = [lie for _ in range(n) if (lie := _lie(form.size, spare))]
         for rank in ranks:
             taken[rank].update(itertools.chain.from_iterable(found[key]))
     n_arrays = max(sum(needs[key] - len(found[key]) for key in rank) for rank in used)
