@@ -77,7 +77,11 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+SLOW = ("tiny_v2_lite",)  # V2 with whole queries
+RUNS = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES]
+
+
+@pytest.fixture(scope="module", params=RUNS)
 def model(request, filled) -> tuple:
     config = CASES[request.param]()
     module = family(config.family)

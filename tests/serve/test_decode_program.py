@@ -46,7 +46,14 @@ def definition_of(network, **options):
     return split(nnx.eval_shape(lambda: maker.Model(make, Execution(**options), rngs=nnx.Rngs(0))))[0]
 
 
-@pytest.fixture(scope="module", params=[(1, 2), (1, 1), (0, 2)], ids=["a loop over layers", "of one row", "no loop"])
+RUNS = [
+    pytest.param((1, 2), id="a loop over layers"),
+    pytest.param((1, 1), id="of one row", marks=pytest.mark.slow),
+    pytest.param((0, 2), id="no loop", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module", params=RUNS)
 def compiled(request, network):
     """(program of several steps of two rows or one, the cache)."""
     unroll, n_rows = request.param
