@@ -67,7 +67,10 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="module")
 def sizes(tiny_sizes):
-    return family("v3").Config.from_config(tiny_sizes)
+    """Two layers with experts; `test_pipelined.py` has dense ones as well."""
+    numbers = tiny_sizes.copy_and_resolve_references()
+    numbers.update(n_layers=2, n_dense_layers=0)
+    return family("v3").Config.from_config(numbers)
 
 
 @pytest.fixture(scope="module")
