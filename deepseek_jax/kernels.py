@@ -28,7 +28,15 @@ TABLE = {
         "mosaic_tpu": "deepseek_jax.layers.attention:latent_decode_on_tpu",  # TPUs, bf16 or fp32, latents up to 512
     },
     "indexed_attention": {"xla": "deepseek_jax.layers.indexed_attention:indexed_attention"},
-    "indexed_decode": {"xla": "deepseek_jax.layers.indexed_attention:indexed_decode"},
+    "indexed_choice": {  # of slots of a cache
+        "xla": "deepseek_jax.layers.indexer:choice",
+        "triton": "deepseek_jax.layers.indexed_kernels:choice_by_triton",  # NVIDIA GPUs; scores by XLA
+        "mosaic_gpu": "deepseek_jax.layers.indexed_kernels:choice_on_hopper",  # Hopper, FP8 caches; others are rounded
+    },
+    "indexed_decode": {
+        "xla": "deepseek_jax.layers.indexed_attention:indexed_decode",
+        "mosaic_gpu": "deepseek_jax.layers.indexed_kernels:decode_on_hopper",  # Hopper, bf16, latents 256 or 512 wide
+    },
     "grouped_decode": {"xla": "deepseek_jax.layers.attention:grouped_decode"},
     "grouped_matmul": {
         "xla": "deepseek_jax.precision.grouped:grouped_matmul",

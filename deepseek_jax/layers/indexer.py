@@ -142,6 +142,14 @@ def top_slots(scores_BTS: jax.Array, seen_BTS: jax.Array, top_k: int) -> tuple[j
     return slot_BTK, best_BTK > -jnp.inf
 
 
+def choice(index: Index, seen_BTS: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
+    """S_t of these queries and keys: (slot_BTK int32; is_chosen_BTK, whose first are True).
+
+    An operation of `kernels.TABLE`, whose functions give the slots in orders of their own.
+    """
+    return top_slots(scores(index), seen_BTS, top_k)
+
+
 def _ranked(scores_BTS: jax.Array, seen_BTS: jax.Array) -> jax.Array:
     """Scores as they are compared: one zero, and nothing below what is not seen."""
     scores_BTS = lax.stop_gradient(scores_BTS)

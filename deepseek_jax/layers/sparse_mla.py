@@ -24,7 +24,7 @@ from deepseek_jax.layers.base import SINGLE_DEVICE, Execution
 from deepseek_jax.layers.block import Losses
 from deepseek_jax.layers.cache import Full
 from deepseek_jax.layers.indexed_attention import Places, learning
-from deepseek_jax.layers.indexer import Index, Indexer, IndexerConfig, IndexKeys, scores, top_slots
+from deepseek_jax.layers.indexer import Index, Indexer, IndexerConfig, IndexKeys
 from deepseek_jax.layers.mla import MLA, Fp8Latents, Latents, MLAConfig
 from deepseek_jax.layers.rope import frequencies, rotary_scale, rotate_halves
 from deepseek_jax.layers.tokens import Tokens
@@ -155,7 +155,8 @@ class SparseMLA(MLA):
             keys = keys[table_BN].reshape(len(table_BN), -1, keys.shape[-1])
         if keys.dtype == jnp.uint8:
             keys = fp8_cache.decode_key(keys).astype(x.x_BTD.dtype)
-        slot_BTK, is_chosen_BTK = top_slots(scores(self._index(x, tokens, keys)), seen_BTS, self.top_k)
+        index = self._index(x, tokens, keys)
+        slot_BTK, is_chosen_BTK = self.kernels["indexed_choice"](index, seen_BTS, self.top_k)
         row_BTK = _rows(slot_BTK, latents[0].shape[1], table_BN)
         flat = tuple(array.reshape(-1, array.shape[-1]) for array in latents)
         q_nope_BTHN, q_rope_BTHP = self.queries(x, tokens.positions_BT)

@@ -62,6 +62,7 @@ def decode(
     n_splits: int,
     scale: float,
     tuning: Tuning,
+    load: Callable[[Plan, Refs, Item], None] = gpu_load.load,
     interpret: object = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (o [n_splits * B, R, C], lse [n_splits * B, R]), each split by itself.
@@ -75,6 +76,7 @@ def decode(
         n_splits: parts of each sequence; o is float32 if there are several, else in the dtype of q.
         scale: of the scores.
         tuning: see `Tuning`.
+        load: the program of the warpgroup that loads, which knows what `cache` and `table` are.
         interpret: runs the kernel on a CPU (JAX 0.11 and later).
     """
     b, rows, width = q_c.shape
@@ -84,7 +86,7 @@ def decode(
     )
     n_tiles = rows // ROWS
     call = mosaic_gpu.kernel(
-        functools.partial(_kernel, plan),
+        functools.partial(_kernel, plan, load),
         out_type=[
             jax.ShapeDtypeStruct((n_splits * b, rows, width), jnp.float32 if n_splits > 1 else q_c.dtype),
             jax.ShapeDtypeStruct((n_splits * b, rows), jnp.float32),
@@ -101,7 +103,7 @@ def decode(
     return call(q_c, q_rope, *cache, table, items)
 
 
-def _kernel(plan: Plan, q_c: Any, q_rope: Any, *refs: Any) -> None:
+def _kernel(plan: Plan, load: Callable[[Plan, Refs, Item], None], q_c: Any, q_rope: Any, *refs: Any) -> None:
     cache, others = refs[: plan.n_views], refs[plan.n_views :]
     n = len(dataclasses.fields(Refs)) - 4
     rings = []
@@ -112,7 +114,7 @@ def _kernel(plan: Plan, q_c: Any, q_rope: Any, *refs: Any) -> None:
     named = Refs(*fields)
     row = (lax.axis_index("tiles") * plan.tuning.cluster + lax.axis_index("cta")) * ROWS
     item = Item(row, *(named.items[lax.axis_index("items"), i] for i in range(5)))
-    roles = [functools.partial(role, plan, named, item) for role in (_sum_values, _score, gpu_load.load)]
+    roles = [functools.partial(role, plan, named, item) for role in (_sum_values, _score, load)]
     warpgroup = lax.axis_index("warpgroup")
     lax.cond(warpgroup < VALUES, roles[0], lambda: lax.cond(warpgroup == SCORE, *roles[1:]))
 

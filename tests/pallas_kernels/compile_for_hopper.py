@@ -32,10 +32,13 @@ from pallas_kernels.fp8_matmul import gpu as matmul  # noqa: E402
 from pallas_kernels.fp8_matmul import tiles  # noqa: E402
 from pallas_kernels.grouped_matmul import Groups, Scaled, pipeline, rows, weights  # noqa: E402
 from pallas_kernels.grouped_matmul import tiles as grouped_tiles  # noqa: E402
+from pallas_kernels.indexer import gpu as indexer  # noqa: E402
 from pallas_kernels.mla_attention import gpu_backward, gpu_forward  # noqa: E402
 from pallas_kernels.mla_decode import gpu as latent_decode  # noqa: E402
 from pallas_kernels.mla_decode import gpu_few, gpu_load, gpu_plan  # noqa: E402
 from pallas_kernels.quantize import gpu as quantise  # noqa: E402
+from pallas_kernels.sparse_mla import gpu as chosen_rows  # noqa: E402
+from pallas_kernels.sparse_mla import hopper as sparse_mla  # noqa: E402
 from pallas_kernels.token_experts import gpu as token_experts  # noqa: E402
 from pallas_kernels.token_experts import gpu_codes as token_experts_in_codes  # noqa: E402
 
@@ -79,6 +82,10 @@ ATTENDED = [(4096, 128, 128, 192, 128), (4096, 64, 8, 128, 128), (1000, 2, 1, 64
 DECODED = [(128, 1, 128, 512, 1, 2), (64, 1, 16, 512, 2, 1), (4, 2, 128, 512, 16, 2), (2, 4, 16, 256, 1, 1)]
 # Groups, rows, N, K, matrices: V2-Lite's experts at batch 1, an output projection in parts, prompts of experts.
 CODED = [(6, 6, 1408, 2048, 64), (1, 1, 2048, 2048, 1), (64, 6144, 1408, 2048, 64)]
+# Sequences, queries of each, heads, keys: V3.2's prefill, its decoding, a few heads.
+INDEXED = [(1, 4096, 64, 32768), (16, 1, 64, 8192), (2, 100, 8, 1000)]
+# Sequences, queries of each, heads, width of latents, rows of each, parts: V3.2's prefill, its decoding, small.
+CHOSEN = [(1, 4096, 128, 512, 2048, 1), (1, 1, 128, 512, 2048, 16), (2, 3, 16, 256, 64, 1)]
 GROUPED = ((32, 8192, 2048, 7168), (3, 1003, 128, 384))  # groups, rows, D, F
 
 
@@ -258,11 +265,34 @@ def codes() -> dict:
     return calls
 
 
+def sparse() -> dict:
+    """What DeepSeek sparse attention is made of: the indexer's logits, and attention to chosen rows."""
+    calls = {}
+
+    def score(q, k, scale, weight, *ids):
+        return indexer.logits(q, k, scale, weight, 0, ids or None)
+
+    def attend(n_splits, *arrays):
+        return sparse_mla.attend(*arrays, scale=0.07, n_splits=n_splits, n_processors=132, tuning=chosen_rows.TUNING)
+
+    for b, t, h, s in INDEXED:
+        arrays = ((b, t, h, 128), E4M3), ((b, s, 128), E4M3), ((b, s), F32), ((b, t, h), F32)
+        ids = ((b, t), jnp.int32), ((b, s), jnp.int32)
+        for documents, more in (("", ()), (" documents", ids)):
+            calls[f"indexer {b}x{t}x{h}x{s}{documents}"] = score, (*arrays, *more)
+    for b, t, h, width, n, n_splits in CHOSEN:
+        queries, cache = [((b, t, h, w), BF16) for w in (width, 64)], [((b * 8192, w), BF16) for w in (width, 64)]
+        arrays = *queries, *cache, ((b, t, n), jnp.int32), ((b, t), jnp.int32)
+        calls[f"sparse_mla {b}x{t}x{h}x{width} {n_splits}"] = functools.partial(attend, n_splits), arrays
+    return calls
+
+
 PARTS = {
     "codes": codes,
     "of one token": of_one_token,
     "few rows": few_rows,
     "decode": decode,
+    "sparse": sparse,
     "dense": dense,
     "grouped": grouped,
     "attention": attention,

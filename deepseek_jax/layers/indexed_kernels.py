@@ -1,0 +1,88 @@
+"""Kernels of sparse attention over a cache: which slots are chosen, and attention to them.
+
+    choice_by_triton      the k best by `pallas_kernels.topk`, of scores by XLA: NVIDIA GPUs
+    choice_on_hopper      scores by `pallas_kernels.indexer` as well, of E4M3 codes
+    decode_on_hopper      attention by `pallas_kernels.sparse_mla`
+
+Each takes the arguments of the function in plain JAX beside which `kernels.TABLE` names it, and raises UserError where
+its kernel does not run. Queries and keys of a cache in FP8 are numbers of E4M3 with a scale that is a power of two, so
+that their codes are exact; those of another cache are rounded by `choice_on_hopper`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.layers.indexer import Index, scores
+from pallas_kernels import indexer, sparse_mla
+from pallas_kernels.mla_decode import fp8_cache
+from pallas_kernels.topk import top_k as best
+
+
+def choose(
+    scoring: str | None, sorting: str, index: Index, seen_BTS: jax.Array, top_k: int
+) -> tuple[jax.Array, jax.Array]:
+    """As `indexer.choice`, with slots in ascending order.
+
+    Args:
+        scoring: implementation of `pallas_kernels.indexer`, by which the scores of all heads do not exist in between;
+            None: scores by XLA.
+        sorting: implementation of `pallas_kernels.topk`.
+        index, seen_BTS, top_k: as there.
+    """
+    n_slots = seen_BTS.shape[-1]
+    try:
+        if scoring is None:
+            scores_BTS = scores(index)
+        else:
+            codes = indexer.encode(index.q_BTHQ), indexer.encode(index.k_BSQ)
+            weight_BTH = index.weight_BTH.astype(jnp.float32)
+            scores_BTS = indexer.logits(*codes, weight_BTH, implementation=scoring, q_offset=n_slots)
+        seen_scores_BTS = jnp.where(seen_BTS, scores_BTS, -jnp.inf)
+        slot_BTK = best(seen_scores_BTS, min(top_k, n_slots), implementation=sorting)
+    except ValueError as error:
+        raise _does_not_run("indexed_choice", scoring or sorting, error) from error
+    return jnp.maximum(slot_BTK, 0), slot_BTK >= 0
+
+
+choice_by_triton = functools.partial(choose, None, "triton")
+choice_on_hopper = functools.partial(choose, "mosaic_gpu", "triton")
+
+
+def decode(
+    implementation: str,
+    q_latent_BTHC: jax.Array,
+    q_rope_BTHP: jax.Array,
+    cache: tuple[jax.Array, ...],
+    row_BTK: jax.Array,
+    is_chosen_BTK: jax.Array,
+    *,
+    scale: float,
+) -> jax.Array:
+    """As `indexed_attention.indexed_decode`, where the rows that count come first, as every choice has them.
+
+    Chosen entries in FP8 are gathered and decoded by XLA before the kernel reads them.
+    """
+    if len(cache) == 1:
+        entries_RY = cache[0][row_BTK].reshape(-1, cache[0].shape[-1])
+        cache = fp8_cache.decode(entries_RY, q_rope_BTHP.shape[-1])
+        row_BTK = jnp.arange(len(entries_RY), dtype=jnp.int32).reshape(row_BTK.shape)
+    c_RC, k_rope_RP = (part.astype(q_rope_BTHP.dtype) for part in cache)
+    queries = q_latent_BTHC.astype(q_rope_BTHP.dtype), q_rope_BTHP
+    count_BT = jnp.sum(is_chosen_BTK, axis=-1, dtype=jnp.int32)
+    try:
+        o_BTHC, _ = sparse_mla.attend(
+            *queries, (c_RC, k_rope_RP), row_BTK, count_BT, implementation=implementation, scale=scale
+        )
+    except ValueError as error:
+        raise _does_not_run("indexed_decode", implementation, error) from error
+    return o_BTHC.astype(q_latent_BTHC.dtype)
+
+
+decode_on_hopper = functools.partial(decode, "mosaic_gpu")
+
+
+def _does_not_run(operation: str, name: str, error: ValueError) -> UserError:
+    return UserError(f"kernels.{operation}={name!r}: {error} In a run, config.kernels.{operation}=xla.")

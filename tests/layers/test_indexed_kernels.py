@@ -1,0 +1,62 @@
+"""Sparse attention over a cache by `pallas_kernels`: with their definitions, it is the plain form."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.kernels import Kernels
+from deepseek_jax.layers.indexed_kernels import choose, decode
+from deepseek_jax.layers.indexer import Index
+from pallas_kernels.indexer import encode
+from pallas_kernels.mla_decode import fp8_cache
+
+B, T, S, H, K = 2, 2, 40, 8, 6
+DRAW = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.asarray(DRAW.normal(size=shape), jnp.float32)
+
+
+def rounded(x):
+    codes = encode(x)
+    return codes.codes.astype(jnp.float32) * codes.scale[..., None]
+
+
+@pytest.mark.parametrize(("scoring", "sorting"), [(None, "threshold"), ("reference", "reference")])
+def test_the_chosen_slots_are_those_of_the_plain_form(scoring, sorting):
+    """Of queries and keys in E4M3; the second sequence has fewer slots than are chosen."""
+    index = Index(rounded(normal(B, T, H, 128)), normal(B, T, H), rounded(normal(B, S, 128)))
+    seen_BTS = np.arange(S) < np.array([[[S], [S - 1]], [[3], [4]]])
+    choices = Kernels()["indexed_choice"], functools.partial(choose, scoring, sorting)
+    right, found = jax.device_get([jax.jit(choice, static_argnums=2)(index, seen_BTS, K) for choice in choices])
+    np.testing.assert_array_equal(found[1], right[1])
+    np.testing.assert_array_equal(np.where(found[1], found[0], S), np.sort(np.where(right[1], right[0], S)))
+
+
+@pytest.mark.parametrize("is_fp8", [False, True])
+def test_attention_to_chosen_rows_is_that_of_the_plain_form(is_fp8):
+    cache = normal(B * S, 128), normal(B * S, 8)
+    if is_fp8:
+        cache = (fp8_cache.encode(*cache),)
+    given = normal(B, T, 3, 128), normal(B, T, 3, 8), cache, DRAW.integers(0, B * S, (B, T, K))
+    is_chosen_BTK = np.arange(K) < np.array([[6, 4], [1, 3]])[..., None]
+    functions = Kernels()["indexed_decode"], functools.partial(decode, "reference")
+    right, found = (jax.jit(functools.partial(f, scale=0.1))(*given, is_chosen_BTK) for f in functions)
+    np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["triton", "mosaic_gpu"])
+def test_kernels_that_do_not_run_here_say_so(name):
+    index = Index(normal(1, 1, H, 128), normal(1, 1, H), normal(1, S, 128))
+    with pytest.raises(UserError, match=f"indexed_choice='{name}'.*config.kernels.indexed_choice=xla"):
+        Kernels(indexed_choice=name)["indexed_choice"](index, np.ones((1, 1, S), bool), K)
+    if name == "mosaic_gpu":
+        given = normal(1, 1, 2, 512), normal(1, 1, 2, 64), (normal(S, 512), normal(S, 64))
+        with pytest.raises(UserError, match="indexed_decode='mosaic_gpu'.*config.kernels.indexed_decode=xla"):
+            attend = Kernels(indexed_decode=name)["indexed_decode"]
+            attend(*given, np.zeros((1, 1, K), int), np.ones((1, 1, K), bool), scale=1.0)
