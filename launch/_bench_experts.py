@@ -67,7 +67,19 @@ def on_all(implementation: str, in_codes: bool) -> Callable:
 
 
 def _call(in_codes: bool) -> Callable:
-    return experts_in_codes if in_codes else experts
+    return experts_in_codes if in_codes else _experts_of_one
+
+
+def _experts_of_one(
+    x_D: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    chosen_K: jax.Array,
+    weight_K: jax.Array,
+    **how: str,
+) -> jax.Array:
+    return experts(x_D[None], gate, up, down, chosen_K[None], weight_K[None], **how)[0]
 
 
 def relative_error(one: tuple, found: jax.Array, in_codes: bool) -> float:

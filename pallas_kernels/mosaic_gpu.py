@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils as mgpu
-from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
+from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_LAYOUT, FragmentedArray
 
 
 def can_interpret() -> bool:
@@ -143,6 +144,38 @@ def numbers_of(codes: jax.Array, on_chip: bool) -> jax.Array:
     return lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.bfloat16)
 
 
+def numbers_evens_first(ref: Any, on_chip: bool) -> jax.Array:
+    """Returns the bfloat16 numbers that E4M3 codes (int8 [64, K] in shared memory) stand for, in layout WGMMA.
+
+    Of each 16 in a row those in even places come first (`evens_first`): so a thread loads four neighbours in one word,
+    and makes two numbers at a time of every second one.
+    """
+    if not on_chip:
+        return evens_first(numbers_of(load(ref, plgpu.Layout.WGMMA), on_chip))
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA_8BIT,),
+        return_type=plgpu.ShapeDtypeStruct(ref.shape, jnp.bfloat16, layout=plgpu.Layout.WGMMA),
+    )
+    def emit(_: Any, codes: Any) -> Any:
+        i32, bf16 = mgpu.ir.IntegerType.get_signless(32), mgpu.ir.VectorType.get((2,), mgpu.ir.BF16Type.get())
+        tile, n, *rest = codes.registers.shape  # n: of 16 columns; a register of the result has 2 numbers of 8
+        registers = np.empty((tile, 2 * n, *rest), object)
+        for at, four in np.ndenumerate(codes.registers):
+            word = mgpu.bitcast(four, i32)
+            for half, text in enumerate(_FROM_E4M3_WORD):
+                number: Any = mgpu.llvm.inline_asm(i32, [word], text, "=r,r")
+                registers[at[0], 2 * at[1] + half, *at[2:]] = mgpu.bitcast(number, bf16)
+        return FragmentedArray(_registers=registers, _layout=WGMMA_LAYOUT, _is_signed=None)
+
+    return emit(load(ref, plgpu.Layout.WGMMA_8BIT))
+
+
+def evens_first(x_AK: jax.Array) -> jax.Array:
+    """Returns x [A, K] with, of each 16 numbers of a row, those in even places before those in odd ones."""
+    return jnp.swapaxes(x_AK.reshape(x_AK.shape[0], -1, 8, 2), 2, 3).reshape(x_AK.shape)
+
+
 def product(weights: jax.Array, x: Any, on_chip: bool) -> jax.Array:
     """Returns weights x^T in float32, on the tensor cores; `weights` in registers, x [rows, K] in shared memory."""
     if not on_chip:
@@ -190,6 +223,27 @@ lop3.b32 t, t, 0x80008000, u, 0xea;
 mov.b32 f, 0x7b807b80;
 mul.rn.bf16x2 $0, t, f;
 }"""
+
+# The same of a word of four codes: of the first and the third, and of the second and the fourth.
+_FROM_E4M3_WORD = (
+    """{
+.reg .b32 t, u, f;
+shl.b32 t, $1, 8;
+shl.b32 u, $1, 4;
+and.b32 u, u, 0x07f007f0;
+lop3.b32 t, t, 0x80008000, u, 0xea;
+mov.b32 f, 0x7b807b80;
+mul.rn.bf16x2 $0, t, f;
+}""",
+    """{
+.reg .b32 t, u, f;
+shr.u32 u, $1, 4;
+and.b32 u, u, 0x07f007f0;
+lop3.b32 t, $1, 0x80008000, u, 0xea;
+mov.b32 f, 0x7b807b80;
+mul.rn.bf16x2 $0, t, f;
+}""",
+)
 
 
 def is_hopper() -> bool:

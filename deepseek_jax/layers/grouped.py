@@ -134,9 +134,8 @@ def grouped_swiglu(
 
     Returns y_MD in the dtype of `x_MD`.
     """
-    if isinstance(gate_XDF, OfLayer) and len(x_MD) <= _most_alone(gate_XDF, matmul):
-        alone = functools.partial(_swiglu_of_one, weights=(gate_XDF, up_XDF, down_XFD), matmul=matmul)
-        return jnp.concatenate([alone(x_MD[m : m + 1], experts_MK[m], weights_MK[m]) for m in range(len(x_MD))])
+    if isinstance(gate_XDF, OfLayer) and x_MD.shape[0] <= _most_alone(gate_XDF, matmul):
+        return _swiglu_of_few(x_MD, experts_MK, weights_MK, (gate_XDF, up_XDF, down_XFD), matmul)
     order = sort_by_expert(experts_MK, gate_XDF.shape[0], matmul.align, n_rows)
     x_AD, weights_A = to_rows(x_MD, order), sort_weights(weights_MK, order)
     if isinstance(gate_XDF, OfLayer) or is_fp8(gate_XDF):
@@ -162,34 +161,35 @@ def _most_alone(gate_XDF: OfLayer, matmul: Matmul) -> int:
     return 1 if matmul.kernels.chosen[_operation(gate_XDF)] == "xla" else 2
 
 
-def _swiglu_of_one(
-    x_1D: jax.Array, expert_K: jax.Array, weight_K: jax.Array, weights: Weights, matmul: Matmul
+def _swiglu_of_few(
+    x_MD: jax.Array, expert_MK: jax.Array, weight_MK: jax.Array, weights: Weights, matmul: Matmul
 ) -> jax.Array:
-    """`grouped_swiglu` of one token, by the implementation of `_operation` that the run names.
+    """`grouped_swiglu` of one or two tokens, by the implementation of `_operation` that the run names.
 
     Where there is no expert, the output is that of the last one, times 0.
     """
     n_experts = weights[0].shape[0]
-    factor_K = jnp.where(expert_K < n_experts, weight_K, 0)
-    chosen: Any = tuple(w._replace(chosen_X=jnp.minimum(expert_K, n_experts - 1)) for w in weights)
-    return matmul.kernels[_operation(weights[0])](x_1D, factor_K, chosen, matmul)
+    factor_MK = jnp.where(expert_MK < n_experts, weight_MK, 0)
+    chosen_A = jnp.minimum(expert_MK, n_experts - 1).reshape(-1)
+    chosen: Any = tuple(w._replace(chosen_X=chosen_A) for w in weights)
+    return matmul.kernels[_operation(weights[0])](x_MD, factor_MK, chosen, matmul)
 
 
-def by_three_products(x_1D: jax.Array, factor_K: jax.Array, chosen: Weights, matmul: Matmul) -> jax.Array:
-    """Returns y_1D = sum_k factor_k SwiGLU_k(x), a row per expert in the order of its choice: nothing is sorted.
+def by_three_products(x_MD: jax.Array, factor_MK: jax.Array, chosen: Weights, matmul: Matmul) -> jax.Array:
+    """Returns y_MD, of each token sum_k factor_k SwiGLU_k(x), a row per expert and token: nothing is sorted.
 
     Args:
-        x_1D: the token.
-        factor_K: of each chosen expert's output.
-        chosen: gate, up and down of the chosen experts.
+        x_MD: the tokens.
+        factor_MK: of each chosen expert's output.
+        chosen: gate, up and down of the chosen experts, token by token.
         matmul: multiplies rows with them.
     """
-    gate_KDF, up_KDF, down_KFD = chosen
-    k = factor_K.size
-    x_KD, count_K = jnp.broadcast_to(x_1D, (k, x_1D.shape[1])), jnp.ones(k, jnp.int32)
-    gate_KF, up_KF = (matmul.grouped(x_KD, w_KDF, count_K) for w_KDF in (gate_KDF, up_KDF))
-    y_KD = matmul.grouped(matmul.swiglu(gate_KF, up_KF, factor_K), down_KFD, count_K)
-    return functools.reduce(jnp.add, (y_KD[i : i + 1] for i in range(k)))
+    gate_ADF, up_ADF, down_AFD = chosen
+    m, k = factor_MK.shape
+    x_AD, count_A = jnp.repeat(x_MD, k, axis=0), jnp.ones(m * k, jnp.int32)
+    gate_AF, up_AF = (matmul.grouped(x_AD, w_ADF, count_A) for w_ADF in (gate_ADF, up_ADF))
+    y_AD = matmul.grouped(matmul.swiglu(gate_AF, up_AF, factor_MK.reshape(-1)), down_AFD, count_A)
+    return functools.reduce(jnp.add, (y_AD[i::k] for i in range(k)))
 
 
 # for all layers of a program
@@ -206,21 +206,24 @@ def _refusing(name: str) -> Iterator[None]:
         raise UserError(f"kernels.{name}='mosaic_gpu': {error} In a run, config.kernels.{name}=xla.") from error
 
 
-def in_one_pass_on_hopper(x_1D: jax.Array, factor_K: jax.Array, chosen: Weights, matmul: Matmul) -> jax.Array:
+def in_one_pass_on_hopper(x_MD: jax.Array, factor_MK: jax.Array, chosen: Weights, matmul: Matmul) -> jax.Array:
     """As `by_three_products`, by a kernel that reads each expert's weights once and keeps float32 in between.
 
     Raises UserError on another device than a Hopper GPU, and for another dtype than bfloat16 or other widths.
     """
     del matmul
-    matrices = (matrices_of(w.astype(x_1D.dtype)) for w in chosen)
-    (gate, matrix_K), (up, _), (down, _) = matrices
+    matrices = (matrices_of(w.astype(x_MD.dtype)) for w in chosen)
+    (gate, matrix_A), (up, _), (down, _) = matrices
+    matrix_MK = matrix_A.reshape(factor_MK.shape)
     with _refusing("token_experts"):
-        return _lowered_once(x_1D[0], gate, up, down, matrix_K, factor_K, implementation="mosaic_gpu")[None]
+        return _lowered_once(x_MD, gate, up, down, matrix_MK, factor_MK, implementation="mosaic_gpu")
 
 
-def of_codes_on_hopper(x_1D: jax.Array, factor_K: jax.Array, chosen: Weights, matmul: Matmul) -> jax.Array:
+def of_codes_on_hopper(x_MD: jax.Array, factor_MK: jax.Array, chosen: Weights, matmul: Matmul) -> jax.Array:
     """As `in_one_pass_on_hopper`, with weights in FP8, which stay so in memory."""
     del matmul
-    (gate, matrix_K), (up, _), (down, _) = ((Scaled(w.codes, w.scale), at) for w, at in map(fp8_matrices, chosen))
+    (gate, matrix_A), (up, _), (down, _) = ((Scaled(w.codes, w.scale), at) for w, at in map(fp8_matrices, chosen))
+    of_one = functools.partial(_of_codes_lowered_once, implementation="mosaic_gpu")
+    of_each = zip(x_MD, matrix_A.reshape(factor_MK.shape), factor_MK, strict=True)
     with _refusing("coded_token_experts"):
-        return _of_codes_lowered_once(x_1D[0], gate, up, down, matrix_K, factor_K, implementation="mosaic_gpu")[None]
+        return jnp.stack([of_one(x_D, gate, up, down, matrix_K, factor_K) for x_D, matrix_K, factor_K in of_each])

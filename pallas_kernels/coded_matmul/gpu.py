@@ -142,7 +142,7 @@ def coded_matmul(
         interpret: parameters with which the kernel runs on a CPU (JAX 0.11 and later).
     """
     n_rows, (_, n, k) = x_AK.shape[0], w.codes.shape
-    x = jnp.pad(x_AK, ((0, -n_rows % UNIT), (0, 0)))
+    x = jnp.pad(mosaic_gpu.evens_first(x_AK), ((0, -n_rows % UNIT), (0, 0)))
     tiles = tiles or choose(groups.n, n_rows, n, k, n_processors)
     out_dtype = x.dtype if tiles.parts == 1 else jnp.float32
     plan = Plan(x.shape[0], n, k, block_rows, out_dtype, tiles, n_processors, not interpret)
@@ -171,11 +171,20 @@ def _my_jobs(plan: Plan, refs: Refs) -> jax.Array:
     return lax.div(n_jobs - lax.axis_index("ctas") + plan.n_processors - 1, plan.n_processors)
 
 
-def _job(plan: Plan, refs: Refs, i: jax.Array) -> Job:
+def _tile(plan: Plan, refs: Refs, i: jax.Array) -> tuple[jax.Array, ...]:
+    """What the table says of the tile of this CTA's i-th job; the last one's where there is no such job."""
+    per_tile = -(-plan.n // plan.columns) * plan.tiles.parts
+    tile = lax.div(lax.axis_index("ctas") + i * plan.n_processors, per_tile)
+    tile = jnp.minimum(tile, refs.table.shape[0] // len(FIELDS) - 1)
+    return tuple(refs.table[tile * len(FIELDS) + n] for n in range(5))
+
+
+def _job(plan: Plan, i: jax.Array, tile: tuple[jax.Array, ...]) -> Job:
+    """This CTA's i-th job, of which the table says `tile`."""
     linear, n_columns = lax.axis_index("ctas") + i * plan.n_processors, -(-plan.n // plan.columns)
-    tile, rest = lax.div(linear, n_columns * plan.tiles.parts), lax.rem(linear, n_columns * plan.tiles.parts)
+    rest = lax.rem(linear, n_columns * plan.tiles.parts)
     column, part = lax.div(rest, plan.tiles.parts), lax.rem(rest, plan.tiles.parts)
-    matrix, row, low, high, end = (refs.table[tile * len(FIELDS) + i] for i in range(5))
+    matrix, row, low, high, end = tile
     blocks = plan.k // BLOCK
     first = lax.div(part * blocks, plan.tiles.parts)
     n_blocks = jnp.where(end > row, lax.div((part + 1) * blocks, plan.tiles.parts) - first, 0)
@@ -191,8 +200,9 @@ def _load(plan: Plan, refs: Refs) -> None:
 def _load_jobs(plan: Plan, refs: Refs) -> None:
     """Fills stage after stage, each as soon as it is free."""
 
-    def load_job(i: jax.Array, n_loaded: jax.Array) -> jax.Array:
-        job = _job(plan, refs, i)
+    def load_job(i: jax.Array, state: tuple) -> tuple:
+        n_loaded, tile = state
+        job, following = _job(plan, i, tile), _tile(plan, refs, i + 1)  # from global memory, so read early
         rows = pl.ds(lax.div(job.row, UNIT) * UNIT, plan.tiles.rows)  # a multiple of 8, also for the compiler
 
         def load_block(step: jax.Array, n_loaded: jax.Array) -> jax.Array:
@@ -204,9 +214,10 @@ def _load_jobs(plan: Plan, refs: Refs) -> None:
             plgpu.copy_gmem_to_smem(refs.x.at[rows, depth], refs.x_stages.at[stage], loaded)
             return n_loaded + 1
 
-        return lax.fori_loop(0, job.n_blocks, load_block, n_loaded)
+        return lax.fori_loop(0, job.n_blocks, load_block, n_loaded), following
 
-    n_loaded = lax.fori_loop(0, _my_jobs(plan, refs), load_job, jnp.int32(0))
+    state = jnp.int32(0), _tile(plan, refs, jnp.int32(0))
+    n_loaded, _ = lax.fori_loop(0, _my_jobs(plan, refs), load_job, state)
 
     def wait(i: jax.Array, _: None) -> None:
         plgpu.barrier_wait(refs.free.at[lax.rem(i, plan.tiles.stages)])
@@ -220,53 +231,72 @@ def _compute(plan: Plan, refs: Refs) -> None:
     warpgroup = lax.axis_index("warpgroup")
     beside, turn = lax.rem(warpgroup, plan.tiles.across), lax.div(warpgroup, plan.tiles.across)
 
-    def compute_job(i: jax.Array, n_before: jax.Array) -> jax.Array:
-        job = _job(plan, refs, i)
-        total = _sum(plan, refs, job, n_before, beside, turn)
+    def compute_job(i: jax.Array, state: tuple) -> tuple:
+        n_before, tile, next_tile, scale = state
+        job = _job(plan, i, tile)
+        n_after = n_before + job.n_blocks
+        # What the next job needs first lies in global memory: the table is read two jobs ahead, the scale one.
+        following = _tile(plan, refs, i + 2)
+        next_scale = _scale(plan, refs, _job(plan, i + 1, next_tile), _first(plan, n_after, turn), beside)
+        total = _sum(plan, refs, job, n_before, beside, turn, scale)
         if plan.tiles.along == 1:
             _store(plan, refs, job, beside, total)
         else:
-            pl.when(turn > 0)(functools.partial(_hand_over, refs, beside, turn, total))
+            pl.when(turn > 0)(functools.partial(_hand_over, refs, beside, turn, i, total))
             pl.when(turn == 0)(functools.partial(_add_and_store, plan, refs, job, beside, total))
-        return n_before + job.n_blocks
+        return n_after, next_tile, following, next_scale
 
-    lax.fori_loop(0, _my_jobs(plan, refs), compute_job, jnp.int32(0))
+    zero = jnp.int32(0)
+    first, second = (_tile(plan, refs, zero + n) for n in range(2))
+    scale = _scale(plan, refs, _job(plan, zero, first), _first(plan, zero, turn), beside)
+    n_jobs = _my_jobs(plan, refs)
+    lax.fori_loop(0, n_jobs, compute_job, (zero, first, second, scale))
+    if plan.tiles.along > 1:
+        pl.when((turn > 0) & (n_jobs > 0))(lambda: plgpu.barrier_wait(refs.added.at[beside]))
 
 
-def _sum(plan: Plan, refs: Refs, job: Job, n_before: jax.Array, beside: jax.Array, turn: jax.Array) -> jax.Array:
-    """The sum over this warpgroup's blocks of a job, [64, rows]; `n_before` blocks were loaded for earlier jobs.
+def _first(plan: Plan, n_before: jax.Array, turn: jax.Array) -> jax.Array:
+    """Which block of a job is a warpgroup's first one, where `n_before` blocks were loaded for earlier jobs.
 
-    Which blocks are a warpgroup's follows from their number since the beginning: so a stage is always the same one's.
+    A warpgroup's are those of every n-th block since the beginning: so a stage is always the same one's.
     """
-    own_column = beside * UNIT_COLUMNS
-    skipped = lax.rem(turn - lax.rem(n_before, plan.tiles.along) + plan.tiles.along, plan.tiles.along)
-    n_own = lax.div(jnp.maximum(job.n_blocks - skipped, 0) + plan.tiles.along - 1, plan.tiles.along)
-    last_row, last_block = (size - 1 for size in refs.scale.shape[1:])
-    scale_row = jnp.minimum(lax.div(job.column + own_column, plan.block_rows), last_row)
+    return lax.rem(turn - lax.rem(n_before, plan.tiles.along) + plan.tiles.along, plan.tiles.along)
 
-    def scale_of(i: jax.Array) -> jax.Array:
-        block = job.first_block + skipped + i * plan.tiles.along
-        return refs.scale[job.matrix, scale_row, jnp.minimum(block, last_block)]
+
+def _scale(plan: Plan, refs: Refs, job: Job, block: jax.Array, beside: jax.Array) -> jax.Array:
+    """The scale of a block of a job's contraction; the last one's where there is no such block."""
+    _, last_row, last_block = (size - 1 for size in refs.scale.shape)
+    row = jnp.minimum(lax.div(job.column + beside * UNIT_COLUMNS, plan.block_rows), last_row)
+    return refs.scale[job.matrix, row, jnp.minimum(job.first_block + block, last_block)]
+
+
+def _sum(
+    plan: Plan, refs: Refs, job: Job, n_before: jax.Array, beside: jax.Array, turn: jax.Array, scale: jax.Array
+) -> jax.Array:
+    """The sum over this warpgroup's blocks of a job, [64, rows]; `scale` is that of its first block."""
+    own_column, skipped = beside * UNIT_COLUMNS, _first(plan, n_before, turn)
+    n_own = lax.div(jnp.maximum(job.n_blocks - skipped, 0) + plan.tiles.along - 1, plan.tiles.along)
 
     def add(i: jax.Array, state: tuple) -> tuple:
         scale, total = state
         stage = lax.rem(n_before + skipped + i * plan.tiles.along, plan.tiles.stages)
         plgpu.barrier_wait(refs.loaded.at[stage])
-        following = scale_of(i + 1)  # from global memory, so read early
-        codes = mosaic_gpu.load(refs.code_stages.at[stage, pl.ds(own_column, UNIT_COLUMNS)], plgpu.Layout.WGMMA)
-        products = mosaic_gpu.product(mosaic_gpu.numbers_of(codes, plan.on_chip), refs.x_stages.at[stage], plan.on_chip)
+        following = _scale(plan, refs, job, skipped + (i + 1) * plan.tiles.along, beside)  # read early as well
+        codes = refs.code_stages.at[stage, pl.ds(own_column, UNIT_COLUMNS)]
+        weights = mosaic_gpu.numbers_evens_first(codes, plan.on_chip)
+        products = mosaic_gpu.product(weights, refs.x_stages.at[stage], plan.on_chip)
         plgpu.barrier_arrive(refs.free.at[stage])
         return following, total + products * scale
 
     zero = plgpu.layout_cast(jnp.zeros((UNIT_COLUMNS, plan.tiles.rows), jnp.float32), plgpu.Layout.WGMMA)
-    return lax.fori_loop(0, n_own, add, (scale_of(jnp.int32(0)), zero))[1]
+    return lax.fori_loop(0, n_own, add, (scale, zero))[1]
 
 
-def _hand_over(refs: Refs, beside: jax.Array, turn: jax.Array, total: jax.Array) -> None:
-    """Leaves a sum in shared memory until it has been read."""
+def _hand_over(refs: Refs, beside: jax.Array, turn: jax.Array, i: jax.Array, total: jax.Array) -> None:
+    """Leaves a sum in shared memory, once that of the job before has been read."""
+    pl.when(i > 0)(lambda: plgpu.barrier_wait(refs.added.at[beside]))
     refs.sums.at[turn - 1, pl.ds(beside * UNIT_COLUMNS, UNIT_COLUMNS)][...] = total
     plgpu.barrier_arrive(refs.summed.at[beside])
-    plgpu.barrier_wait(refs.added.at[beside])
 
 
 def _add_and_store(plan: Plan, refs: Refs, job: Job, beside: jax.Array, total: jax.Array) -> None:

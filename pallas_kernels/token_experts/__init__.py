@@ -1,4 +1,4 @@
-"""The chosen experts of one token in one pass over their weights.
+"""The chosen experts of one token, or of a few, in one pass over their weights.
 
 experts             y = sum_k g_k down_k^T (silu(gate_k^T x) * (up_k^T x))
 experts_in_codes    the same with weights that stay FP8 codes, outputs first

@@ -1,11 +1,11 @@
-"""The chosen experts of one token for Hopper in Pallas Mosaic GPU.
+"""The chosen experts of one token, or of a few, for Hopper in Pallas Mosaic GPU.
 
     h = g silu(gate^T x) * (up^T x)        y = down^T h
 
 64 columns of an expert's hidden layer need 64 columns of gate and up and 64 rows of down, and nothing of the other
 columns but their part of y. So a CTA takes one such part through all three products: it waits for no other CTA, and
 the memory reads on from the first product into the last. V2-Lite's 6 experts of 1,408 columns are 132 parts, one for
-each processor of the chip. XLA adds the parts of y up.
+each processor of the chip; those of a second token follow. XLA adds the parts of y up.
 
 One warp loads (TMA), up to 16 KB at a time, into one ring for gate and up and one for down. One warpgroup multiplies
 on the CUDA cores, in float32: 2 operations for each 2 bytes that are read are a fifth of what they can do in that
@@ -68,28 +68,28 @@ class Refs(NamedTuple):
 
 
 def experts(
-    x_D: jax.Array,
+    x_MD: jax.Array,
     gate_XDF: jax.Array,
     up_XDF: jax.Array,
     down_XFD: jax.Array,
-    chosen_K: jax.Array,
-    weight_K: jax.Array,
+    chosen_MK: jax.Array,
+    weight_MK: jax.Array,
     interpret: object = None,
 ) -> jax.Array:
-    """Returns y_D; arguments as in `pallas_kernels.token_experts.experts`.
+    """Returns y_MD; arguments as in `pallas_kernels.token_experts.experts`.
 
     `interpret` runs the kernel on a CPU (JAX 0.11 and later).
     """
-    n_experts, d, f = gate_XDF.shape
+    (n_experts, d, f), n_tokens = gate_XDF.shape, len(x_MD)
     folded = d // WIDTH, WIDTH
-    n_parts = chosen_K.size * (f // PART)
+    n_parts = chosen_MK.size * (f // PART)
     call = mosaic_gpu.kernel(
         lambda *refs: _kernel(Refs(*refs)),
         out_type=jax.ShapeDtypeStruct((n_parts, *folded), jnp.float32),
         scratch_types=[
-            plgpu.SMEM((d // BLOCK, BLOCK), x_D.dtype),
-            plgpu.SMEM((STAGES, 2, BLOCK, PART), x_D.dtype),
-            plgpu.SMEM((STAGES, _n_rows(d, x_D.dtype), *folded), x_D.dtype),
+            plgpu.SMEM((d // BLOCK, BLOCK), x_MD.dtype),
+            plgpu.SMEM((STAGES, 2, BLOCK, PART), x_MD.dtype),
+            plgpu.SMEM((STAGES, _n_rows(d, x_MD.dtype), *folded), x_MD.dtype),
             plgpu.SMEM((PART,), jnp.float32),
             plgpu.Barrier(num_arrivals=1),
             plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
@@ -104,8 +104,9 @@ def experts(
         interpret=interpret,
     )
     down = down_XFD.reshape(n_experts, f, *folded)
-    parts = call(x_D.reshape(-1, BLOCK), gate_XDF, up_XDF, down, chosen_K, weight_K)
-    return jnp.sum(parts.reshape(n_parts, d), axis=0).astype(x_D.dtype)
+    x = x_MD.reshape(n_tokens, -1, BLOCK)
+    parts = call(x, gate_XDF, up_XDF, down, chosen_MK.reshape(-1), weight_MK.reshape(-1))
+    return jnp.sum(parts.reshape(n_tokens, -1, d), axis=1).astype(x_MD.dtype)
 
 
 def _n_rows(d: int, dtype: DTypeLike) -> int:
@@ -123,12 +124,17 @@ def _kernel(refs: Refs) -> None:
 
 def _load(refs: Refs, choice: jax.Array, column: jax.Array) -> None:
     """The loading warpgroup, of which one warp works."""
-    mosaic_gpu.by_one_warp(functools.partial(_load_part, refs, refs.chosen[choice], pl.multiple_of(column, PART)))
+    where = _token(refs, choice), refs.chosen[choice], pl.multiple_of(column, PART)
+    mosaic_gpu.by_one_warp(functools.partial(_load_part, refs, *where))
 
 
-def _load_part(refs: Refs, expert: jax.Array, column: jax.Array) -> None:
+def _token(refs: Refs, choice: jax.Array) -> jax.Array:
+    return lax.div(choice, refs.chosen.shape[0] // refs.x.shape[0])
+
+
+def _load_part(refs: Refs, token: jax.Array, expert: jax.Array, column: jax.Array) -> None:
     """The token, the columns of gate and up, then the rows of down."""
-    plgpu.copy_gmem_to_smem(refs.x, refs.x_blocks, refs.x_loaded)
+    plgpu.copy_gmem_to_smem(refs.x.at[token], refs.x_blocks, refs.x_loaded)
 
     def load_wide(i: jax.Array, _: None) -> None:
         stage = lax.rem(i, STAGES)

@@ -12,6 +12,20 @@ BLOCK = 128  # rows and columns of codes with one scale
 
 
 def experts(
+    x_MD: jax.Array,
+    gate_XDF: jax.Array,
+    up_XDF: jax.Array,
+    down_XFD: jax.Array,
+    chosen_MK: jax.Array,
+    weight_MK: jax.Array,
+) -> jax.Array:
+    """Returns y_MD, summed in float32."""
+    of_each = zip(x_MD, chosen_MK, weight_MK, strict=True)
+    weights = gate_XDF, up_XDF, down_XFD
+    return jnp.stack([_of_one(x_D, *weights, chosen_K, weight_K) for x_D, chosen_K, weight_K in of_each])
+
+
+def _of_one(
     x_D: jax.Array,
     gate_XDF: jax.Array,
     up_XDF: jax.Array,
@@ -19,7 +33,6 @@ def experts(
     chosen_K: jax.Array,
     weight_K: jax.Array,
 ) -> jax.Array:
-    """Returns y_D, summed in float32, in the dtype of x."""
     x_D, gate_KDF, up_KDF, down_KFD = (
         array.astype(jnp.float32) for array in (x_D, gate_XDF[chosen_K], up_XDF[chosen_K], down_XFD[chosen_K])
     )
@@ -33,7 +46,7 @@ def experts_in_codes(
 ) -> jax.Array:
     """Returns y_D, summed in float32, in the dtype of x, from float32 weights."""
     gate_KDF, up_KDF, down_KFD = (jnp.swapaxes(_values(w, chosen_K), 1, 2) for w in (gate, up, down))
-    return experts(x_D, gate_KDF, up_KDF, down_KFD, jnp.arange(chosen_K.size), weight_K)
+    return _of_one(x_D, gate_KDF, up_KDF, down_KFD, jnp.arange(chosen_K.size), weight_K)
 
 
 def _values(w: Scaled, chosen_K: jax.Array) -> jax.Array:

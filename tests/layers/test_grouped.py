@@ -168,8 +168,8 @@ def test_the_kernel_of_one_token_is_given_the_matrices_of_its_layer(inputs, expe
     stacks = [OfLayer(np.stack([w + 1, w]), 1) for w in weights]
     reference = functools.partial(token_experts.experts, implementation="reference")
     monkeypatch.setattr(grouped, "_lowered_once", lambda *arrays, implementation: reference(*arrays))
-    given = x_MD[:1], jnp.asarray(experts), jnp.asarray(weights_MK[0])
-    by_name = (grouped._swiglu_of_one(*given, tuple(stacks), by_kernel(name)) for name in ("xla", "mosaic_gpu"))
+    given = x_MD[:1], jnp.asarray([experts]), jnp.asarray(weights_MK[:1])
+    by_name = (grouped._swiglu_of_few(*given, tuple(stacks), by_kernel(name)) for name in ("xla", "mosaic_gpu"))
     np.testing.assert_allclose(*by_name, rtol=1e-5, atol=1e-5)
     names = "gate_XDF", "up_XDF", "down_XFD"
     of_two = functools.partial(grouped_swiglu, x_MD[:2], jnp.asarray([experts, [1, 2]]), weights_MK[:2])
@@ -191,22 +191,22 @@ def test_the_kernel_of_one_token_is_given_the_codes_of_its_layer(experts, monkey
     monkeypatch.setattr(grouped, "_of_codes_lowered_once", lambda *arrays, implementation: reference(*arrays))
     given = (
         jax.device_put(np.asarray(draw.normal(size=(1, d)), jnp.float32)),
-        jnp.asarray(experts),
-        jnp.asarray([0.3, 0.9]),
+        jnp.asarray([experts]),
+        jnp.asarray([[0.3, 0.9]]),
     )
-    by_name = (grouped._swiglu_of_one(*given, weights, by_kernel(name)) for name in ("xla", "mosaic_gpu"))
+    by_name = (grouped._swiglu_of_few(*given, weights, by_kernel(name)) for name in ("xla", "mosaic_gpu"))
     np.testing.assert_allclose(*by_name, rtol=1e-4, atol=1e-5)
     monkeypatch.undo()
     with pytest.raises(UserError, match="kernels.coded_token_experts='mosaic_gpu': .*coded_token_experts=xla"):
-        grouped._swiglu_of_one(*given, weights, by_kernel("mosaic_gpu"))
+        grouped._swiglu_of_few(*given, weights, by_kernel("mosaic_gpu"))
 
 
 def test_the_kernel_of_one_token_says_what_it_needs(inputs):
     x_MD, weights_MK, *weights = inputs
     stacks = tuple(OfLayer(w[None], 0) for w in weights)
     with pytest.raises(UserError, match="kernels.token_experts='mosaic_gpu': .*config.kernels.token_experts=xla"):
-        given = x_MD[:1], jnp.asarray([2, 0]), jnp.asarray(weights_MK[0])
-        grouped._swiglu_of_one(*given, stacks, by_kernel("mosaic_gpu"))
+        given = x_MD[:1], jnp.asarray([[2, 0]]), jnp.asarray(weights_MK[:1])
+        grouped._swiglu_of_few(*given, stacks, by_kernel("mosaic_gpu"))
 
 
 def by_kernel(name: str) -> PlainMatmul:

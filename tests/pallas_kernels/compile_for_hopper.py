@@ -220,7 +220,7 @@ def decode() -> dict:
 
 
 def of_one_token() -> dict:
-    """The experts of one token: V2-Lite's and V3's, in bfloat16 and in FP8 codes."""
+    """The experts of one or two tokens: V2-Lite's and V3's, in bfloat16, and of one in FP8 codes."""
     calls = {}
 
     def in_codes(x, gate, up, down, *rest):
@@ -228,8 +228,9 @@ def of_one_token() -> dict:
 
     for d, f, k in ((2048, 1408, 6), (7168, 2048, 8)):
         weights = ((64, d, f), BF16), ((64, d, f), BF16), ((64, f, d), BF16)
-        operands = ((d,), BF16), *weights, ((k,), jnp.int32), ((k,), F32)
-        calls[f"token_experts {k}x{d}x{f}"] = token_experts.experts, operands
+        for m in (1, 2):
+            operands = ((m, d), BF16), *weights, ((m, k), jnp.int32), ((m, k), F32)
+            calls[f"token_experts {m}x{k}x{d}x{f}"] = token_experts.experts, operands
         scaled = [(((64, n, m), E4M3), ((64, n // 128, m // 128), F32)) for n, m in ((f, d), (f, d), (d, f))]
         calls[f"codes of experts {k}x{d}x{f}"] = in_codes, (((d,), BF16), *scaled, ((k,), jnp.int32), ((k,), F32))
     return calls

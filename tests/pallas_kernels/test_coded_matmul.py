@@ -85,6 +85,19 @@ def test_every_code_becomes_the_number_that_it_stands_for():
     np.testing.assert_array_equal(found, np.where(np.isnan(expected), np.where(codes < 128, 480, -480), expected))
 
 
+def test_a_word_of_four_codes_becomes_every_second_number():
+    codes = np.arange(256, dtype=np.uint8)
+    codes[codes & 127 == 127] = 0  # NaN
+    word = np.stack([np.roll(codes, 61 * i) for i in range(4)], axis=1)
+    found = np.stack([by_instructions(text, word.view(np.uint32)[:, 0]) for text in mosaic_gpu._FROM_E4M3_WORD], axis=1)
+    numbers = word.view(jnp.float8_e4m3fn).astype(np.float64)
+    np.testing.assert_array_equal(found, np.stack([numbers[:, ::2], numbers[:, 1::2]], axis=1))
+    np.testing.assert_array_equal(
+        mosaic_gpu.evens_first(np.arange(32)[None]),
+        [[*range(0, 16, 2), *range(1, 16, 2), *range(16, 32, 2), *range(17, 32, 2)]],
+    )
+
+
 def by_instructions(text, pairs):
     """What these few instructions of PTX make of registers, as two bfloat16 numbers each."""
     halves = lambda register: np.asarray(register, np.uint32)[..., None].view(jnp.bfloat16).astype(np.float64)  # noqa: E731
@@ -99,6 +112,7 @@ def by_instructions(text, pairs):
     instructions = {
         "prmt.b32": permuted,
         "shr.u32": lambda a, n: a >> np.uint32(n),
+        "shl.b32": lambda a, n: a << np.uint32(n),
         "and.b32": lambda a, mask: a & np.uint32(mask),
         "lop3.b32": lambda a, mask, c, table: {0xEA: a & np.uint32(mask) | c}[table],
         "mov.b32": np.uint32,

@@ -10,20 +10,24 @@ from pallas_kernels.grouped_matmul import Scaled
 from pallas_kernels.token_experts import experts, experts_in_codes
 
 
-def inputs(d: int, f: int, n_experts: int, chosen: list[int], dtype=jnp.float32) -> tuple:
-    """A token, weights with NaN in all experts that it does not visit, its choice."""
+def inputs(d: int, f: int, n_experts: int, chosen: list[list[int]], dtype=jnp.float32) -> tuple:
+    """Tokens, weights with NaN in all experts that they do not visit, their choices."""
     rng = np.random.default_rng(0)
     there = np.where(np.isin(np.arange(n_experts), chosen), 1, np.nan)[:, None, None]
-    x_D = rng.normal(size=d)
+    x_MD = rng.normal(size=(len(chosen), d))
     weights = [there * rng.normal(size=(n_experts, *size)) / np.sqrt(size[0]) for size in ((d, f), (d, f), (f, d))]
-    arrays = [jnp.asarray(array, dtype) for array in (x_D, *weights)]
-    return *arrays, jnp.array(chosen, jnp.int32), jax.device_put(np.asarray(rng.random(len(chosen)), jnp.float32))
+    arrays = [jnp.asarray(array, dtype) for array in (x_MD, *weights)]
+    return *arrays, jnp.array(chosen, jnp.int32), jax.device_put(np.asarray(rng.random(np.shape(chosen)), jnp.float32))
 
 
 def test_the_definition_is_the_weighted_sum_of_the_chosen_experts():
-    x_D, gate, up, down, chosen, weight = arrays = inputs(6, 4, 5, [3, 0, 3])
-    y_D = sum(w * (jax.nn.silu(x_D @ gate[i]) * (x_D @ up[i])) @ down[i] for i, w in zip(chosen, weight, strict=True))
-    np.testing.assert_allclose(experts(*arrays, implementation="reference"), y_D, rtol=1e-5, atol=1e-6)
+    *arrays, chosen, weight = inputs(6, 4, 5, [[3, 0, 3], [4, 3, 1]])
+    y_MD = experts(*arrays, chosen, weight, implementation="reference")
+    x_MD, gate, up, down = arrays
+    for m, x in enumerate(x_MD):
+        of_each = zip(chosen[m], weight[m], strict=True)
+        y_D = sum(w * (jax.nn.silu(x @ gate[i]) * (x @ up[i])) @ down[i] for i, w in of_each)
+        np.testing.assert_allclose(y_MD[m], y_D, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -33,12 +37,12 @@ def test_the_kernel_is_the_definition():
 
     from pallas_kernels.token_experts import gpu
 
-    arrays = inputs(512, 128, 4, [3, 1], jnp.bfloat16)
+    arrays = inputs(512, 128, 4, [[3, 1], [2, 3]], jnp.bfloat16)
     right = experts(
         *(a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a for a in arrays), implementation="reference"
     )
-    y_D = gpu.experts(*arrays, interpret=plgpu.InterpretGPUParams())
-    assert np.linalg.norm(y_D.astype(jnp.float32) - right) <= 3e-3 * np.linalg.norm(right)
+    y_MD = gpu.experts(*arrays, interpret=plgpu.InterpretGPUParams())
+    assert np.linalg.norm(y_MD.astype(jnp.float32) - right) <= 3e-3 * np.linalg.norm(right)
 
 
 @pytest.mark.parametrize(
@@ -58,15 +62,15 @@ def test_the_kernel_is_the_definition():
 )
 def test_what_it_does_not_take(d, f, dtype, name, message):
     with pytest.raises(ValueError, match=message):
-        experts(*inputs(d, f, 2, [0], dtype), implementation=name)
+        experts(*inputs(d, f, 2, [[0]], dtype), implementation=name)
 
 
 def test_arguments_that_do_not_fit_together():
-    x_D, gate, up, down, chosen, weight = inputs(6, 4, 2, [1])
-    with pytest.raises(ValueError, match=r"expected \[D\], \[X, D, F\] twice"):
-        experts(x_D, gate, up, gate, chosen, weight, implementation="reference")
+    x_MD, gate, up, down, chosen, weight = inputs(6, 4, 2, [[1]])
+    with pytest.raises(ValueError, match=r"expected \[M, D\], \[X, D, F\] twice"):
+        experts(x_MD, gate, up, gate, chosen, weight, implementation="reference")
     with pytest.raises(ValueError, match="expected one dtype"):
-        experts(x_D, gate, up, down.astype(jnp.bfloat16), chosen, weight, implementation="reference")
+        experts(x_MD, gate, up, down.astype(jnp.bfloat16), chosen, weight, implementation="reference")
 
 
 def coded_inputs(d: int, f: int, n_experts: int, chosen: list[int], dtype=jnp.float32) -> tuple:
@@ -96,7 +100,7 @@ def test_codes_stand_for_weights_with_outputs_first():
     x_D, *codes, chosen, weight = arrays = coded_inputs(130, 257, 3, [2, 0])
     blocks = [np.kron(w.scale, np.ones((128, 128)))[:, : w.codes.shape[1], : w.codes.shape[2]] for w in codes]
     wide = [(w.codes.astype(jnp.float32) * block).swapaxes(1, 2) for w, block in zip(codes, blocks, strict=True)]
-    right = experts(x_D, *wide, chosen, weight, implementation="reference")
+    (right,) = experts(x_D[None], *wide, chosen[None], weight[None], implementation="reference")
     np.testing.assert_allclose(experts_in_codes(*arrays, implementation="reference"), right, rtol=1e-5, atol=1e-6)
 
 
