@@ -1,12 +1,12 @@
 """How kernels start, what differs between JAX 0.10, 0.11 and 0.12, and what Pallas can only do by inlining PTX."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils as mgpu
@@ -159,10 +159,9 @@ def numbers_evens_first(ref: Any, on_chip: bool) -> jax.Array:
     )
     def emit(_: Any, codes: Any) -> Any:
         i32, bf16 = mgpu.ir.IntegerType.get_signless(32), mgpu.ir.VectorType.get((2,), mgpu.ir.BF16Type.get())
-        tile, n, *rest = codes.registers.shape  # n: of 16 columns; a register of the result has 2 numbers of 8
-        registers = np.empty((tile, 2 * n, *rest), object)
-        for at, four in np.ndenumerate(codes.registers):
-            word = mgpu.bitcast(four, i32)
+        registers = codes.registers.repeat(2, axis=1)  # one has 4 codes of 16 columns, or 2 numbers of 8
+        for at in itertools.product(*map(range, codes.registers.shape)):
+            word = mgpu.bitcast(codes.registers[at], i32)
             for half, text in enumerate(_FROM_E4M3_WORD):
                 number: Any = mgpu.llvm.inline_asm(i32, [word], text, "=r,r")
                 registers[at[0], 2 * at[1] + half, *at[2:]] = mgpu.bitcast(number, bf16)
