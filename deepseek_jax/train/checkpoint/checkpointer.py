@@ -344,7 +344,7 @@ class Checkpointer:
         self._last_save_good = True
         try:
             if isinstance(self._objects, Tier):
-                self._objects.prune()
+                self._objects.prune(step)
             if jax.process_index() == 0:
                 self._prune()
         except Exception as error:

@@ -126,22 +126,32 @@ def parsed(listed: object, arrays: Described) -> list[Shard]:
 
 def fetch(store: Source, shard: Shard) -> bytes:
     """Returns an object after comparing it with its hash; raises ShardDamaged, StorageError if nothing answers."""
+    content = _asked(store.read, store, shard)
+    is_whole = _is_whole(content, shard)
+    if not is_whole and isinstance(store, Tier):
+        content = _asked(store.again, store, shard)
+        is_whole = _is_whole(content, shard)
+    if len(content) != shard.size:
+        raise ShardDamaged(f"{shard.name} has {len(content)} bytes, {shard.size} were written")
+    if not is_whole:
+        raise ShardDamaged(f"{shard.name} has changed since it was written (sha256 differs)")
+    return content
+
+
+def _asked(read: Callable[[str], bytes], store: Source, shard: Shard) -> bytes:
+    """Returns what is there of an object; raises as `fetch` does."""
     try:
-        content = store.read(shard.name)
+        return read(shard.name)
     except FileNotFoundError:
         raise ShardDamaged(f"{shard.name} is missing") from None
     except StorageError as error:
         if store.is_remote:
             raise
         raise ShardDamaged(f"{shard.name} cannot be read ({error})") from None
-    is_whole = len(content) == shard.size and sha256(content) == shard.sha256
-    if not is_whole and isinstance(store, Tier) and store.forget(shard.name):
-        return fetch(store, shard)
-    if len(content) != shard.size:
-        raise ShardDamaged(f"{shard.name} has {len(content)} bytes, {shard.size} were written")
-    if not is_whole:
-        raise ShardDamaged(f"{shard.name} has changed since it was written (sha256 differs)")
-    return content
+
+
+def _is_whole(content: bytes, shard: Shard) -> bool:
+    return len(content) == shard.size and sha256(content) == shard.sha256
 
 
 def read(

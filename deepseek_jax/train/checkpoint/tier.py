@@ -76,17 +76,19 @@ class Tier:
             self.n_read += len(content)
         return content
 
-    def forget(self, name: str) -> bool:
-        """Deletes what is here of an object, which is damaged; returns whether there was anything."""
-        try:
-            (self.folder / name).unlink()
-        except OSError:
-            return False
-        return True
+    def again(self, name: str) -> bytes:
+        """Returns an object from the store, after deleting what is here of it, which is damaged.
 
-    def prune(self) -> None:
-        """Deletes all but the last steps."""
+        Another process of the host may have deleted it, or the disk may refuse.
+        """
+        with contextlib.suppress(OSError):
+            (self.folder / name).unlink()
+        return self._store.read(name)
+
+    def prune(self, committed: int) -> None:
+        """Deletes all but the last steps up to the one just committed; later ones are of a path that was left."""
         with contextlib.suppress(OSError):
             found = {int(number[1]): path for path in self.folder.glob("*/*") if (number := STEP.fullmatch(path.name))}
-            for step in sorted(found)[:-KEPT]:
+            stays = sorted(step for step in found if step <= committed)[-KEPT:]
+            for step in found.keys() - set(stays):
                 shutil.rmtree(found[step], ignore_errors=True)
