@@ -120,7 +120,8 @@ def prepare(config: ConfigDict, rewards: "Rewards") -> "Learner":
     name = template_name(config.data.chat_template, config.data.tokenizer)
     ends = release.marks(config, tokenizer).end_ids
     turns = Turns(tokenizer, name, rl.thinking, rl.longest_prompt, rl.longest_answer, ends)
-    objective = PolicyGradient(GRPO(**rl.grpo), rl.temperature, config.loss.chunk)
+    auxiliary = config.loss.auxiliary.to_dict()
+    objective = PolicyGradient(GRPO(**rl.grpo), rl.temperature, config.loss.chunk, auxiliary)
     trainer = run.trainer(config, make_mesh(**config.mesh), objective, learnt, routes=rl.keep_routing)
     sizes = StepSizes(rl.questions, rl.answers, rl.updates, rl.temperature, rl.top_p, rl.rows_at_once)
     check_rows(config, trainer.mesh.size)
@@ -225,6 +226,11 @@ def check_sizes(config: ConfigDict) -> None:
                 f"config.mesh.{axis}={config.mesh[axis]}: answers are drawn on whole models and sequences. Set "
                 f"config.mesh.{axis}=1, and spread the experts (config.mesh.expert) or the answers (config.mesh.data)."
             )
+    if config.loss.trained:
+        raise UserError(
+            f"config.loss.trained={config.loss.trained!r}: reinforcement learning trains all weights, or adapters "
+            "(config.lora.rank). Leave it empty."
+        )
     if config.ema.decay:
         raise UserError(
             f"config.ema.decay={config.ema.decay:g}: reinforcement learning keeps no average of weights. Set it to 0."

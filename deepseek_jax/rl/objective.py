@@ -1,6 +1,7 @@
 """GRPO as the objective of a `Trainer`: the log-probabilities of drawn tokens, at the temperature of the draw."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -77,9 +78,14 @@ class PolicyGradient:
     grpo: GRPO
     temperature: float  # at which the answers were drawn
     chunk: int  # tokens whose logits exist at a time
+    # `config.loss.auxiliary`, of which the losses of indexers are minimised too: an indexer learns by nothing else
+    auxiliary: Mapping[str, float] = field(default_factory=dict)
 
     def __call__(self, model: Any, batch: Any, over: Totals, step: jax.Array) -> tuple[jax.Array, Losses]:
-        """See `train.loss.Objective`; `Losses.auxiliary` are the figures of `grpo.Figures` and `figures_before`."""
+        """See `train.loss.Objective`.
+
+        `Losses.auxiliary` are the figures of `grpo.Figures` and `figures_before`, and the losses of indexers.
+        """
         _, hidden, found = stage_losses(model, batch, over, WHOLE, mask=False, routes=batch.routes)
         logp_BT, entropy_BT = judged_tokens(hidden[0], model, batch, self.temperature, self.chunk)
         mask_BT = (batch.targets_BT != IGNORE).astype(jnp.float32)
@@ -88,8 +94,15 @@ class PolicyGradient:
         drawn = Drawn(mask_BT, *logps, batch.advantage_BT, batch.weights_BT)
         gain, figures = objective(self.grpo, logp_BT, drawn, batch.share_BT)
         before = figures_before(batch, jax.lax.stop_gradient(logp_BT), entropy_BT)
-        means = figures._asdict() | before
-        return -gain, found._replace(main=-gain, auxiliary=means, largest={"gap": largest_gap(batch, logp_BT)})
+        indexers = found._replace(main=-gain, auxiliary=of_indexers(found.auxiliary))
+        loss = indexers.weighted(0.0, of_indexers(self.auxiliary))
+        means = figures._asdict() | before | indexers.auxiliary
+        return loss, indexers._replace(auxiliary=means, largest={"gap": largest_gap(batch, logp_BT)})
+
+
+def of_indexers(auxiliary: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those of a model's auxiliary losses, or of their weights, that its indexers report (`SparseMLA`)."""
+    return {name: value for name, value in auxiliary.items() if name.startswith("index_")}
 
 
 def figures_before(batch: Answers, logp_BT: jax.Array, entropy_BT: jax.Array) -> dict[str, jax.Array]:

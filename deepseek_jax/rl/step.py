@@ -28,7 +28,7 @@ from deepseek_jax.layers.base import Tree
 from deepseek_jax.parallel.mesh import fetched, global_batch, joined, own_share
 from deepseek_jax.rl.distillation import Teacher, judged, without_routes
 from deepseek_jax.rl.grpo import Figures, advantages, tied_share
-from deepseek_jax.rl.objective import Answers, Measured, PolicyGradient, answers, measurer, part
+from deepseek_jax.rl.objective import Answers, Measured, PolicyGradient, answers, measurer, of_indexers, part
 from deepseek_jax.rl.problems import Problem, Problems
 from deepseek_jax.rl.rewards import ACCURACY, Response, Rewards, Score, has_thought
 from deepseek_jax.rl.rollout import Prompts, Rollouts, pad, roller, row_keys
@@ -253,6 +253,7 @@ class Learner:
     def _figures_of_updates(self, reports: list[Report]) -> dict[str, float]:
         """Returns the means over the updates of a step."""
         names = [name for name in Figures._fields if name != "kl" or self.objective.grpo.beta]
+        names += of_indexers(self.objective.auxiliary)
         found = {name: float(np.mean([r.auxiliary[name] for r in reports])) for name in names}
         found |= {name: float(np.mean([getattr(r, name) for r in reports])) for name in ("loss", "gradient_norm")}
         last = reports[-1]

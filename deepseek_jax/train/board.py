@@ -56,6 +56,8 @@ RL_TAGS = {
     "clipped_high": "policy/clipped_high",
     "off_policy": "policy/off_policy",
     "importance": "policy/importance",
+    "index_kl": "policy/index_kl",
+    "index_recall": "policy/index_recall",
     "gap": "policy/gap",
     "gap_mean": "policy/gap_mean",
     "rollout_s": "speed/rollout_s",

@@ -13,6 +13,8 @@ from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import bind, split
 from deepseek_jax.models import family
+from deepseek_jax.rl.grpo import GRPO
+from deepseek_jax.rl.objective import Answers, PolicyGradient
 from deepseek_jax.train.loss import Totals, losses
 
 B, T, SLOTS, TOP_K = 2, 14, 16, 5
@@ -150,6 +152,26 @@ def test_the_two_losses_reach_weights_of_their_own(tiny_sizes, filled, ids, is_d
     assert float(found.main) > 3 and float(found.mtp) > 3
     assert found.auxiliary.keys() == {"expert_balance", "index_kl", "index_recall"}
     assert 0.3 < float(found.auxiliary["index_recall"]) < 0.99 and float(found.auxiliary["index_kl"]) > 0.01
+
+
+def test_in_reinforcement_learning_the_indexer_learns_by_its_own_loss(tiny_sizes, filled, ids):
+    """Without advantages nothing else has a gradient."""
+    sizes = sizes_of(tiny_sizes, n_layers=1, n_dense_layers=1)
+    definition, params, bias = made(sizes, filled)
+    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    ones, none = np.ones((B, T), np.int32), np.zeros((B, T), np.float32)
+    known = dict(weights_BT=none, share_BT=none, sampled_logp_BT=none, old_logp_BT=none, reference_logp_BT=none)
+    known |= dict(measured_B1=np.zeros((B, 1), bool), advantage_BT=none, kept_BTV=np.zeros((B, T, 0), np.uint8))
+    given = Answers(ids[:, :-1], ids[:, 1:], ones, positions, routes={}, **known)
+    grpo = GRPO(**run_config.load("tiny_zero").rl.grpo)
+    weights = {"expert_balance": 0.1, "index_kl": 2.0, "index_recall": 0.0}  # the first is pre-training's alone
+    objective = PolicyGradient(grpo, 1.0, 8, weights)
+    run = jax.jit(jax.grad(lambda p: objective(bind(definition, p, bias), given, Totals(B, B), 0), has_aux=True))
+    gradients, found = jax.device_get(run(params))
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        name = jax.tree_util.keystr(path)
+        assert np.any(gradient) == ("indexer" in name), name
+    assert float(found.auxiliary["index_kl"]) > 0.01 and "expert_balance" not in found.auxiliary
 
 
 def test_the_released_indexer_has_13_959_424_parameters_per_layer():

@@ -572,7 +572,10 @@ def test_the_verb_checks_its_settings(tmp_path, monkeypatch, capsys):
     config.rl.updates = 3
     with pytest.raises(UserError, match=r"16 questions x 8 answers do not divide into 3 updates on 2 devices"):
         _reinforcement.check_rows(config, 2)
-    config.ema.decay = 0.9
+    config.loss.trained = "indexer"
+    with pytest.raises(UserError, match=r"config.loss.trained='indexer': reinforcement learning trains all weights"):
+        _reinforcement.check_sizes(config)
+    config.loss.trained, config.ema.decay = "", 0.9
     with pytest.raises(UserError, match=r"config.ema.decay=0.9: reinforcement learning keeps no average"):
         _reinforcement.check_sizes(config)
     config.mesh.pipe = 2
