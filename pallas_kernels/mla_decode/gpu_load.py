@@ -68,7 +68,12 @@ def _load_pages(plan: Plan, refs: Refs, item: Item) -> None:
 
     lax.fori_loop(0, item.n_pages, load_page, tuple(page_of(jnp.int32(i)) for i in range(plan.tuning.ahead + 1)))
 
-    # The other CTA of the cluster may still read or signal: leave only when every part has come back.
+    wait_for_all(refs, item)  # the other CTA of the cluster may still read or signal
+
+
+def wait_for_all(refs: Refs, item: Item) -> None:
+    """Waits until every part has come back."""
+
     def wait(ring: Ring, i: jax.Array, _: None) -> None:
         for lane in range(ring.lanes):
             plgpu.barrier_wait(ring.free.at[ring.place(i, lane)])

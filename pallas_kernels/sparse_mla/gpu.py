@@ -61,6 +61,8 @@ def load(plan: Plan, refs: Refs, item: Item) -> None:
     if early:
         pl.when(item.n_pages > 0)(first)
     lax.fori_loop(0, item.n_pages, turn, rows)
+    if not plan.on_chip:  # the interpreter complains of barriers that were signalled and not waited for
+        gpu_load.wait_for_all(refs, item)
 
 
 def _gather(plan: Plan, refs: Refs, parts: list, i: jax.Array, rows: jax.Array) -> None:

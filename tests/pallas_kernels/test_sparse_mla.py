@@ -1,11 +1,12 @@
-"""Latent attention to chosen rows: the definition against float64, and what is refused."""
+"""Latent attention to chosen rows: the definition against float64, the kernel for Hopper interpreted against it."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.sparse_mla import attend
+from pallas_kernels import mosaic_gpu
+from pallas_kernels.sparse_mla import attend, hopper
 
 
 def inputs(b, t, h, width, rope, n_rows, counts, dtype) -> tuple:
@@ -47,3 +48,22 @@ def test_what_does_not_fit_is_said():
     ):
         with pytest.raises(ValueError, match=message):
             attend(*given, implementation=name, scale=1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not mosaic_gpu.can_interpret(), reason="needs JAX 0.11.2 or later")
+@pytest.mark.parametrize("n_splits", [1, 2])
+def test_the_kernel_is_the_definition(n_splits):
+    """Heads that do not fill tiles, rows that do not fill pages, a query without any."""
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    given = inputs(1, 3, 40, 256, 64, 300, (260, 0, 65), jnp.bfloat16)
+    q, q_rope, cache, row, count = given
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), (q, q_rope, cache))
+    right, lse_right = attend(*wide, row, count, implementation="reference", scale=0.1)
+    o, lse = hopper.attend(
+        q, q_rope, *cache, row, count, scale=0.1, n_splits=n_splits, n_processors=132,
+        interpret=plgpu.InterpretGPUParams(),
+    )  # fmt: skip
+    assert np.linalg.norm(o.astype(jnp.float32) - right) <= 3e-3 * np.linalg.norm(right)
+    np.testing.assert_allclose(lse, lse_right, atol=1e-5)
