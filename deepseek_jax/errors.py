@@ -18,3 +18,7 @@ class PassingError(UserError):
 
 class LocalError(UserError):
     """A UserError that one process of several may meet alone: it ends that process, and the others hear of it."""
+
+
+class LocalPassingError(LocalError, PassingError):
+    """A PassingError that one process of several may meet alone, such as a store that does not answer it."""

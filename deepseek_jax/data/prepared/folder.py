@@ -5,6 +5,7 @@ needs a window of it, and keeps it in the user's cache (XDG_CACHE_HOME): trainin
 the disk of each host must have space for all that it reads.
 """
 
+import contextlib
 import hashlib
 import os
 import uuid
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from deepseek_jax import files
+from deepseek_jax.errors import LocalError
 from deepseek_jax.storage import ABSENT, Place, Remote, open_store
 
 READERS = 16  # small objects that are read at a time
@@ -76,18 +78,26 @@ def here(folder: Place) -> Path:
     return cache / "deepseek_jax" / "prepared" / hashlib.sha256(folder.url.encode()).hexdigest()[:16]
 
 
-def fetched(file: Place, size: int) -> Path:
+def fetched(file: Place, size: int, text: str, *, anew: bool = False) -> Path:
     """Returns where a shard's file is on this machine, brought there first if it is in a bucket.
 
-    Raises FileNotFoundError, StorageError.
+    `text` is a hash of the prepared text: another one may come to lie in the same place. With `anew` a file that is
+    kept is fetched once more. Raises FileNotFoundError, StorageError; LocalError if it cannot be kept.
     """
     if isinstance(file, Path):
         return file
-    kept = here(file.parent) / file.name
-    if not (kept.is_file() and kept.stat().st_size == size):
+    kept = here(file.parent) / text / file.name
+    if anew or not (kept.is_file() and kept.stat().st_size == size):
         content = open_store(file.parent).read(file.name)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_name(f"{kept.name}.{uuid.uuid4().hex}.partial")
-        partial.write_bytes(content)
-        os.replace(partial, kept)
+        suffix = f".{uuid.uuid4().hex}.partial"
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            files.write_atomically(kept, content, suffix)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                kept.with_name(kept.name + suffix).unlink(missing_ok=True)
+            raise LocalError(
+                f"{kept.parent}: a shard of {file.parent} cannot be kept there ({error.strerror}). Free space on its "
+                "disk, or set XDG_CACHE_HOME to a folder that can be written, then start again."
+            ) from error
     return kept

@@ -95,12 +95,15 @@ class PreparedSide:
         return self._content
 
     def sample(self, epoch: int, n: int) -> Sample:
-        """Returns window `n` as a row of a batch. Raises DamagedFile if it is not as it was written."""
+        """Returns window `n` as a row of a batch.
+
+        Raises DamagedFile if it is not as it was written, another LocalError if a bucket refuses or the cache is full.
+        """
         shard = int(np.searchsorted(self._ends, n, side="right"))
         number = int(n - (self._ends[shard - 1] if shard else 0))
         try:
             path = self._folder / file_name(self._name, shard)
-            record = read_record(path, number, int(self._sizes[shard]))
+            record = read_record(path, number, int(self._sizes[shard]), self._content)
             return sample(from_record(record, self.seq_len + 1, self._dtype), self._mask)
         except (DamagedFile, ValueError) as error:
             raise DamagedFile(

@@ -18,8 +18,8 @@ import numpy as np
 from deepseek_jax.data.blocks import DamagedFile
 from deepseek_jax.data.packing import Packing, Window
 from deepseek_jax.data.prepared.folder import fetched
-from deepseek_jax.errors import UserError
-from deepseek_jax.storage import Place
+from deepseek_jax.errors import LocalError, LocalPassingError, PassingError, UserError
+from deepseek_jax.storage import Place, StorageError, refusal
 
 WRITING = "group_size:1,zstd:1"  # a record can be read without its neighbours
 READING = "readahead_buffer_size:0"  # records are read one at a time, in any order
@@ -91,11 +91,26 @@ def _written(path: Path) -> Iterator[None]:
         ) from error
 
 
-def read_record(path: Place, number: int, size: int) -> bytes:
-    """Returns a record of a file that has `size` bytes. Raises DamagedFile if it is not as it was written."""
+def read_record(path: Place, number: int, size: int, text: str) -> bytes:
+    """Returns a record of a file that has `size` bytes, of the prepared text that has the hash `text`.
+
+    A copy in the cache from which it cannot be read is fetched once more. Raises DamagedFile if the file is not as it
+    was written, another LocalError if it cannot be fetched or kept.
+    """
     try:
-        return _opened(path, size).read([number])[0]
+        return _record(path, number, size, text)
     except DamagedFile:
+        if isinstance(path, Path):
+            raise
+    _fetched(path, size, text, anew=True)
+    _opened.cache_clear()
+    return _record(path, number, size, text)
+
+
+def _record(path: Place, number: int, size: int, text: str) -> bytes:
+    try:
+        return _opened(path, size, text).read([number])[0]
+    except LocalError:
         raise
     except Exception as error:  # the C++ reader raises errors of any class
         what = " ".join(str(error).split())[:200]
@@ -103,14 +118,22 @@ def read_record(path: Place, number: int, size: int) -> bytes:
 
 
 @functools.lru_cache(MOST_OPEN)
-def _opened(path: Place, size: int) -> Any:
+def _opened(path: Place, size: int, text: str) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader
 
+    return ArrayRecordReader(str(_fetched(path, size, text)), READING)
+
+
+def _fetched(path: Place, size: int, text: str, *, anew: bool = False) -> Path:
+    """Returns where a file is on this machine; raises as `read_record`."""
     try:
-        file = fetched(path, size)
+        file = fetched(path, size, text, anew=anew)
         found = file.stat().st_size
+    except StorageError as error:
+        kind = LocalPassingError if isinstance(refusal(error), PassingError) else LocalError
+        raise kind(str(error)) from error
     except OSError as error:
         raise DamagedFile(f"{path} cannot be read ({error.strerror}).") from error
     if found != size:
         raise DamagedFile(f"{path} has {found:,} bytes, expected {size:,}.")
-    return ArrayRecordReader(str(file), READING)
+    return file

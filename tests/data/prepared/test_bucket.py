@@ -1,15 +1,16 @@
 """Prepared text in a bucket: the same shards, made and continued by several hosts, and the same batches from them."""
 
+import errno
 import pickle
 
 import numpy as np
 import pytest
 
-from deepseek_jax import cli, storage
+from deepseek_jax import cli, files, storage
 from deepseek_jax.data.pipeline import open_splits
 from deepseek_jax.data.prepared import folder, records
 from deepseek_jax.data.prepared.source import Source, sources
-from deepseek_jax.errors import UserError
+from deepseek_jax.errors import LocalError, UserError
 from deepseek_jax.storage import Store
 from tests import buckets
 
@@ -58,12 +59,46 @@ def test_batches_are_those_of_the_same_text_on_a_disk(prepare, settings, tmp_pat
         assert remote.fingerprint() == here.fingerprint()
         for a, b in zip(remote.rows(0, 8), here.rows(0, 8), strict=True):
             np.testing.assert_array_equal(a, b)
-    kept = [path for path in folder.here(WHERE).iterdir() if path.suffix == ".array_record"]
+    kept = list(folder.here(WHERE).rglob("*.array_record"))
     assert kept  # shards are fetched once
-    for path in kept:
-        path.write_bytes(b"cut")
-    records._opened.cache_clear()
-    np.testing.assert_array_equal(splits[0][0].rows(0, 8).ids_BT, splits[1][0].rows(0, 8).ids_BT)
+    for change in (lambda content: b"cut", lambda content: bytes(len(content))):
+        for path in kept:
+            path.write_bytes(change(path.read_bytes()))
+        records._opened.cache_clear()
+        np.testing.assert_array_equal(splits[0][0].rows(0, 8).ids_BT, splits[1][0].rows(0, 8).ids_BT)
+
+
+def test_another_text_in_the_same_place_is_fetched(tmp_path):
+    where, store = WHERE / "train-00000.array_record", storage.open_store(WHERE)
+    found = []
+    for text in (b"one", b"two"):
+        store.write(where.name, text)
+        found.append(folder.fetched(where, 3, text.hex()).read_bytes())
+    assert found == [b"one", b"two"]
+
+
+def test_a_bucket_that_does_not_answer_and_a_full_disk_say_nothing_of_the_shard(prepare, settings, monkeypatch):
+    """A start after a while may do better (75), unless there is something to correct (2); the marker stays."""
+    prepare(WHERE)
+    split = open_splits(**{**settings, "source": str(WHERE)})[0]
+
+    def raising(error: OSError):
+        def refused(*words, **more):
+            raise error
+
+        return refused
+
+    refusals = [
+        (Store, "read", storage.StorageError("gs://b: the service cannot be reached."), 75),
+        (Store, "read", storage.StorageError("gs://b: no right to do so.", errno.EACCES), 2),
+        (files, "write_atomically", OSError(errno.ENOSPC, "No space left on device"), 2),
+    ]
+    for owner, name, error, code in refusals:
+        with monkeypatch.context() as patch, pytest.raises(LocalError) as told:
+            patch.setattr(owner, name, raising(error))
+            split.rows(0, 1)
+        assert told.value.exit_code == code and "Remove" not in str(told.value)
+    assert str(folder.here(WHERE)) in str(told.value) and "XDG_CACHE_HOME" in str(told.value)
 
 
 def test_the_verb_and_what_is_missing(prepare, settings, tmp_path, capsys):

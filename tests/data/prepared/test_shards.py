@@ -39,7 +39,7 @@ def test_the_records_of_a_shard_are_the_windows_of_its_packing(prepare):
                 assert marker[name]["windows"] == (side.n_samples if side.n_documents else 0)
                 for n in range(marker[name]["windows"]):
                     path, size = plan.folder / file_name(name, shard), marker[name]["bytes"]
-                    found = from_record(read_record(path, n, size), 33, np.dtype(np.uint16))
+                    found = from_record(read_record(path, n, size, ""), 33, np.dtype(np.uint16))
                     for got, expected in zip(found, side.window(shard, n), strict=True):
                         np.testing.assert_array_equal(got, expected)
                     n_padded += int((found.numbers == 0).any())
