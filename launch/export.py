@@ -111,12 +111,14 @@ def export(
 
 def check_empty(target: Place) -> None:
     """Raises UserError where something stands already, but for what a killed export has left."""
-    from deepseek_jax.convert.fetched import UNFINISHED
+    from deepseek_jax.convert.fetched import UNFINISHED, is_exported
 
     if isinstance(target, Remote):
         with answered():
             found = open_store(target).names()
-        return check_none([] if UNFINISHED in found else found, target)
+        if UNFINISHED in found:
+            found = [name for name in found if name != UNFINISHED and not is_exported(name)]
+        return check_none(found, target)
     if target.exists() and not target.is_dir():
         raise UserError(f"--to={target}: a file. Give a directory that is empty or not there yet.")
     found = sorted(name for name in os.listdir(target) if not name.endswith(".partial")) if target.exists() else []
@@ -126,8 +128,8 @@ def check_empty(target: Place) -> None:
 def check_none(found: list[str], target: Place) -> None:
     """Raises UserError if there are names of files."""
     if found:
-        more = ", …" if len(found) > 3 else ""
-        raise UserError(f"--to={target}: not empty ({', '.join(found[:3])}{more}). Give another directory.")
+        more, what = ", …" if len(found) > 3 else "", "place" if isinstance(target, Remote) else "directory"
+        raise UserError(f"--to={target}: not empty ({', '.join(found[:3])}{more}). Give another {what}.")
 
 
 def write_adapters(config: "ConfigDict", adapters: "Lora | None", target: Place, get: "Get") -> None:

@@ -58,6 +58,11 @@ def fetch(where: Remote) -> Path:
         return _kept(where, {name: store.read(name) for name in names if _is_small(name)})
 
 
+def is_exported(name: str) -> bool:
+    """Returns whether an export writes objects of such a name: weights, their index, small files; none in a folder."""
+    return "/" not in name and (name.endswith(".safetensors") or _is_small(name))
+
+
 def _is_small(name: str) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in SMALL)
 

@@ -93,6 +93,48 @@ def test_an_export_that_was_killed_is_noticed_and_done_again(bucket, monkeypatch
         export.check_empty(bucket)
 
 
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> storage.Remote:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    buckets.on_disk(tmp_path / "buckets", monkeypatch)
+    return storage.place("gs://b/place")
+
+
+def test_an_export_deletes_nothing_but_what_an_export_has_left(place):
+    store = storage.open_store(place)
+    for name in (fetched.UNFINISHED, "model-00001-of-00002.safetensors", "config.json", "tokenizer.model"):
+        store.write(name, b"left")
+    export.check_empty(place)
+    others = ["notes.txt", "runs/a/config.json", "runs/a/model.safetensors"]
+    for name in others:
+        store.write(name, b"mine")
+    with pytest.raises(UserError, match="not empty .notes.txt, runs/a/config.json"):
+        export.check_empty(place)
+    hf.write.__globals__["_send"](store, [safetensors.Entry("a", (1,), "F32", lambda: np.ones(1, np.float32))], MB, {})
+    assert store.names() == ["model.safetensors", *others]
+    with pytest.raises(UserError, match="already holds"):
+        hf.write.__globals__["_send"](store, [], MB, {})
+    assert store.names() == ["model.safetensors", *others]  # it does not count as unfinished
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+def test_two_exports_to_one_place_do_not_mix_unnoticed(place, is_over):
+    """The second begins, and may end, while the first one writes."""
+    store = storage.open_store(place)
+
+    def second() -> np.ndarray:
+        store.write(fetched.UNFINISHED, b"another")
+        if is_over:
+            store.delete(fetched.UNFINISHED)
+        return np.ones(1, np.float32)
+
+    with pytest.raises(UserError, match="another export to this place has begun meanwhile"):
+        hf.write.__globals__["_send"](store, [safetensors.Entry("a", (1,), "F32", second)], MB, {"config.json": b"{}"})
+    fetched.fetch.cache_clear()
+    with pytest.raises(UserError, match="was not finished"):
+        fetched.fetch(place)
+
+
 def test_what_is_cut_or_replaced_is_noticed(bucket, tmp_path):
     safetensors.write_directory(bucket, [safetensors.Entry("a", (9,), "F32", lambda: np.arange(9, dtype=np.float32))])
     store, name = storage.open_store(bucket), "model.safetensors"

@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -113,16 +114,28 @@ def write(
 
 
 def _send(store: Store, entries: list, max_shard_bytes: int, files: Mapping[str, Path | bytes]) -> None:
-    """Writes all of it to a bucket; what an export that was killed has left there is deleted."""
-    if store.generation(fetched.UNFINISHED) != ABSENT:
-        for name in store.names():
-            if name != fetched.UNFINISHED:
-                store.delete(name)
-    store.write(fetched.UNFINISHED, b"an export is under way, or was not finished\n")
+    """Writes all of it to a bucket; what an export that was killed has left there is deleted.
+
+    Raises UserError if weights are there, or another export to this place has begun meanwhile; then the place counts as
+    unfinished.
+    """
+    was_killed = store.generation(fetched.UNFINISHED) != ABSENT
+    if not was_killed:
+        safetensors.check_free(store)
+    own = f"an export is under way, or was not finished: {uuid.uuid4().hex}\n".encode()
+    store.write(fetched.UNFINISHED, own)
+    for name in store.names() if was_killed else ():
+        if fetched.is_exported(name):
+            store.delete(name)
     assert isinstance(store.place, Remote)
     safetensors.write_directory(store.place, entries, max_shard_bytes)
     for name, content in files.items():
         store.write(name, content if isinstance(content, bytes) else content.read_bytes())
+    store.write_if_absent(fetched.UNFINISHED, b"two exports were under way\n")
+    if store.read(fetched.UNFINISHED) != own:
+        raise UserError(
+            f"{store}: another export to this place has begun meanwhile. Export again once none is running."
+        )
     store.delete(fetched.UNFINISHED)
 
 

@@ -10,4 +10,4 @@ from deepseek_jax.convert.safetensors.dequantize import BLOCK, FINITE_CODES, blo
 from deepseek_jax.convert.safetensors.format import DTYPE_NAMES, DTYPES, INDEX, SCALE_SUFFIX, SINGLE, Info
 from deepseek_jax.convert.safetensors.header import read_json
 from deepseek_jax.convert.safetensors.read import Tensors, open_directory
-from deepseek_jax.convert.safetensors.write import MAX_SHARD_BYTES, Entry, write_directory
+from deepseek_jax.convert.safetensors.write import MAX_SHARD_BYTES, Entry, check_free, write_directory

@@ -91,12 +91,18 @@ def _send(where: Remote, shards: dict[str, list[Entry]], infos: dict[str, Info],
     """Writes shards and their index to a place in a bucket, one object at a time."""
     store = open_store(where)
     with answered():
-        if old := [name for name in store.names() if name == INDEX or name.endswith(".safetensors")]:
-            raise UserError(f"{where}: already holds {few(old)}. Choose another place, or delete them first.")
+        check_free(store)
         for name, shard in shards.items():
             _send_file(store, name, shard, infos)
         if index is not None:
             store.write(INDEX, index)
+
+
+def check_free(store: Store) -> None:
+    """Raises UserError if a place in a bucket already holds weights; what lies below it in folders is none of them."""
+    found = [name for name in store.names() if "/" not in name]
+    if old := [name for name in found if name == INDEX or name.endswith(".safetensors")]:
+        raise UserError(f"{store}: already holds {few(old)}. Choose another place, or delete them first.")
 
 
 def _dtype_name(dtype: DTypeLike) -> str:
