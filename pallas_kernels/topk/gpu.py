@@ -30,9 +30,17 @@ MANY = 132  # rows, from which on one of up to 32,768 numbers is faster in two p
 
 
 def top_k(scores_RS: jax.Array, k: int, *, most: int | None = None, interpret: bool = False) -> jax.Array:
-    """Returns positions [R, k] int32, ascending; see `pallas_kernels.topk`. `most` numbers are a part of a row."""
+    """Returns positions [R, k] int32, ascending; see `pallas_kernels.topk`. `most` numbers are a part of a row.
+
+    Raises ValueError for longer rows than registers hold, of which the best k of two parts are too many as well.
+    """
     r, s = scores_RS.shape
     most = max(most or (MOST // 2 if r >= MANY and s <= MOST else MOST), _power(k))
+    most = most if s <= most else max(most, _power(2 * k))  # the best of two parts make one
+    if min(most, s) > MOST:
+        raise ValueError(
+            f"the best {k:,} of {s:,} numbers: a program holds {MOST:,}. Of longer rows, k is at most {MOST // 2:,}."
+        )
     if s <= most:
         return _call(scores_RS, None, k, interpret)[0]
     n_parts = -(-s // most)
@@ -49,10 +57,10 @@ def top_k_of(scores_RS: jax.Array, at_RS: jax.Array, k: int, *, most: int, inter
     s = scores_RS.shape[1]
     if s <= most:
         return _call(scores_RS, at_RS, k, interpret)[0]
-    half = s // (2 * k) * k
+    size = most // k * k  # whole parts, at least two
     parts = []
-    for i in (slice(0, half), slice(half, s)):
-        found, best = _call(scores_RS[:, i], at_RS[:, i], k, interpret)
+    for i in range(0, s, size):
+        found, best = _call(scores_RS[:, i : i + size], at_RS[:, i : i + size], k, interpret)
         parts.append((best, found))
     best, found = (jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
     return top_k_of(best, found, k, most=most, interpret=interpret)

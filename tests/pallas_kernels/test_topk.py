@@ -27,9 +27,9 @@ def test_the_lowest_of_equal_numbers_in_the_order_of_positions(implementation):
     np.testing.assert_array_equal(found.reshape(6, k), np.where(expected == 1000, -1, expected))
 
 
-@pytest.mark.parametrize(("k", "most"), [(5, 512), (64, 128), (300, 512)])
+@pytest.mark.parametrize(("k", "most"), [(5, 512), (64, 128), (90, 128), (300, 512)])
 def test_the_kernel_is_the_definition(k, most):
-    """Interpreted; at once, by parts and parts of these, and more than there are."""
+    """Interpreted; at once, by parts and parts of these, by parts of more than 2 k numbers, and more than there are."""
     x = jnp.asarray(rows())
     np.testing.assert_array_equal(gpu.top_k(x, k, most=most, interpret=True), reference.top_k(x, k))
 
@@ -42,3 +42,5 @@ def test_what_does_not_fit_is_said():
     ):
         with pytest.raises(ValueError, match=message):
             top_k(x, k, implementation=name)
+    with pytest.raises(ValueError, match="the best 20,000 of 40,000 numbers: a program holds 32,768"):
+        gpu.top_k(jnp.zeros((1, 40_000)), 20_000, interpret=True)
