@@ -80,15 +80,18 @@ def with_fp8_cache(config: ConfigDict, run: Execution) -> Execution:
         keys = f" and keys of {key} (config.model.index_width)" if key else ""
         raise UserError(
             f"cache='fp8' for latents of {width} numbers (config.model.kv_rank){keys}: expected latent attention with "
-            f"a multiple of {FP8_BLOCK}. Leave cache='full'."
+            f"a multiple of {FP8_BLOCK}, and for keys a power of two. Leave cache='full'."
         )
     return replace(run, cache="fp8")
 
 
 def has_fp8_cache(config: ConfigDict) -> bool:
-    """Whether the latents of a model, and the keys of its indexer if it has one, are a multiple of 128 numbers."""
-    width = config.model.get("kv_rank", 0)
-    return bool(width) and width % FP8_BLOCK == 0 == config.model.get("index_width", 0) % FP8_BLOCK
+    """Whether a model's latents are a multiple of 128 numbers, and so the keys of its indexer, if it has one.
+
+    The keys are turned by a Hadamard matrix (`layers.indexer`): their width is a power of two besides.
+    """
+    width, key = config.model.get("kv_rank", 0), config.model.get("index_width", 0)
+    return bool(width) and width % FP8_BLOCK == 0 == key % FP8_BLOCK and key & (key - 1) == 0
 
 
 def with_routes(config: ConfigDict, run: Execution) -> Execution:

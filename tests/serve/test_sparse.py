@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax import run_config
-from deepseek_jax.abstract_model import run_as, with_fp8_cache
+from deepseek_jax.abstract_model import has_fp8_cache, run_as, with_fp8_cache
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import bind, split
 from deepseek_jax.serve.engine import Engine, Sampling
@@ -108,5 +108,8 @@ def test_a_cache_in_fp8_has_the_published_bytes_and_nearly_the_same_log_probabil
 
 
 def test_keys_of_other_widths_are_refused_in_fp8(sparse):
+    assert has_fp8_cache(run_config.load("v32_671b"))
+    three_blocks = run_config.override(run_config.load("v32_671b"), {"model.index_width": "384"})
+    assert not has_fp8_cache(three_blocks)  # there is no Hadamard matrix of this width
     with pytest.raises(UserError, match="and keys of 8"):
         with_fp8_cache(sparse.config, bind(sparse.definition, *sparse.weights).run)
