@@ -121,7 +121,8 @@ class Indexer(nnx.Module):
 def scores(index: Index) -> jax.Array:
     """I_BTS of eq. 1, float32; those of all heads exist in between."""
     pairs_BHTS = jnp.einsum("BTHQ,BSQ->BHTS", index.q_BTHQ, index.k_BSQ, preferred_element_type=jnp.float32)
-    return jnp.einsum("BHTS,BTH->BTS", jax.nn.relu(pairs_BHTS), index.weight_BTH)  # V3.2 eq. 1
+    exact = lax.Precision.HIGHEST  # of float32: by default GPUs and TPUs would round both
+    return jnp.einsum("BHTS,BTH->BTS", jax.nn.relu(pairs_BHTS), index.weight_BTH, precision=exact)  # V3.2 eq. 1
 
 
 def among_top(scores_BTS: jax.Array, seen_BTS: jax.Array, top_k: int) -> jax.Array:
