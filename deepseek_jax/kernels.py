@@ -28,10 +28,10 @@ TABLE = {
         "mosaic_tpu": "deepseek_jax.layers.attention:latent_decode_on_tpu",  # TPUs, bf16 or fp32, latents up to 512
     },
     "indexed_attention": {"xla": "deepseek_jax.layers.indexed_attention:indexed_attention"},
-    "indexed_choice": {  # of slots of a cache
+    "indexed_choice": {  # of slots of a cache; the engine leaves this and the next to XLA
         "xla": "deepseek_jax.layers.indexer:choice",
         "triton": "deepseek_jax.layers.indexed_kernels:choice_by_triton",  # NVIDIA GPUs; scores by XLA
-        "mosaic_gpu": "deepseek_jax.layers.indexed_kernels:choice_on_hopper",  # Hopper, FP8 caches; others are rounded
+        "mosaic_gpu": "deepseek_jax.layers.indexed_kernels:choice_on_hopper",  # Hopper, FP8 caches alone
     },
     "indexed_decode": {
         "xla": "deepseek_jax.layers.indexed_attention:indexed_decode",

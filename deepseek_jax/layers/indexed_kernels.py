@@ -6,7 +6,11 @@
 
 Each takes the arguments of the function in plain JAX beside which `kernels.TABLE` names it, and raises UserError where
 its kernel does not run. Queries and keys of a cache in FP8 are numbers of E4M3 with a scale that is a power of two, so
-that their codes are exact; those of another cache are rounded by `choice_on_hopper`.
+that their codes are exact. Those of another cache are not turned by a Hadamard matrix: rounded, they would choose other
+positions, and `choice_on_hopper` refuses them (`check_choice`).
+
+They act in programs that attend over a cache with the kernels of a run: answers of reinforcement learning that one
+program draws (`rl.rollout=batch`), whose cache is not in FP8. The engine computes sparse attention by XLA.
 """
 
 import functools
@@ -15,8 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.layers.base import Execution
 from deepseek_jax.layers.indexer import Index, scores
 from pallas_kernels import indexer, sparse_mla
+from pallas_kernels.indexer.api import WIDTH
 from pallas_kernels.mla_decode import fp8_cache
 from pallas_kernels.topk import top_k as best
 
@@ -47,6 +53,16 @@ def choose(
     return jnp.maximum(slot_BTK, 0), slot_BTK >= 0
 
 
+def check_choice(run: Execution, width: int) -> None:
+    """Raises UserError for a run whose keys, of `width` numbers, `choice_on_hopper` would not take as they are."""
+    if run.kernels.chosen["indexed_choice"] == "mosaic_gpu" and (run.cache != "fp8" or width != WIDTH):
+        raise UserError(
+            f"config.kernels.indexed_choice='mosaic_gpu' with keys of {width} numbers (config.model.index_width) in a "
+            f"cache of the kind {run.cache!r}: expected {WIDTH}, in a cache in FP8, which only engines have. "
+            "Set config.kernels.indexed_choice to triton or xla."
+        )
+
+
 choice_by_triton = functools.partial(choose, None, "triton")
 choice_on_hopper = functools.partial(choose, "mosaic_gpu", "triton")
 
@@ -61,7 +77,9 @@ def decode(
     *,
     scale: float,
 ) -> jax.Array:
-    """As `indexed_attention.indexed_decode`, where the rows that count come first, as every choice has them.
+    """As `indexed_attention.indexed_decode`, where the rows that count come first, as `choose` and `choice` give them.
+
+    The kernel reads the first rows of each token, as many as are chosen: `is_chosen_BTK` is only counted.
 
     Chosen entries in FP8 are gathered and decoded by XLA before the kernel reads them.
     """

@@ -24,6 +24,7 @@ from deepseek_jax.layers.base import SINGLE_DEVICE, Execution
 from deepseek_jax.layers.block import Losses
 from deepseek_jax.layers.cache import Full
 from deepseek_jax.layers.indexed_attention import Places, learning
+from deepseek_jax.layers.indexed_kernels import check_choice
 from deepseek_jax.layers.indexer import Index, Indexer, IndexerConfig, IndexKeys
 from deepseek_jax.layers.mla import MLA, Fp8Latents, Latents, MLAConfig
 from deepseek_jax.layers.rope import frequencies, rotary_scale, rotate_halves
@@ -81,6 +82,8 @@ class SparseMLA(MLA):
             by what it would choose.
         share: of this layer in `index_recall`: one over the number of layers.
         run: as for `MLA`.
+
+    Raises UserError for an implementation of `kernels.indexed_choice` that would not take these keys as they are.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class SparseMLA(MLA):
         rngs: nnx.Rngs,
     ):
         super().__init__(c, d_model, run, rngs=rngs)
+        check_choice(run, index.index_width)
 
         def key(rngs: nnx.Rngs) -> IndexKeys:
             return IndexKeys(index, d_model, run, rngs=rngs)
@@ -147,7 +151,10 @@ class SparseMLA(MLA):
         seen_BTS: jax.Array,
         table_BN: jax.Array | None = None,
     ) -> jax.Array:
-        """See `MLA.over_cache`; of the latents only those of S_t are read."""
+        """See `MLA.over_cache`. Of more than top_k slots the indexer's keys are read, and of the latents those of S_t.
+
+        Keys that lie in pages are gathered first.
+        """
         *latents, keys = cache
         if self.is_dense or seen_BTS.shape[-1] <= self.top_k:
             return super().over_cache(x, tokens, tuple(latents), seen_BTS, table_BN)  # type: ignore[arg-type]

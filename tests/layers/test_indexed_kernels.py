@@ -9,7 +9,8 @@ import pytest
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.kernels import Kernels
-from deepseek_jax.layers.indexed_kernels import choose, decode
+from deepseek_jax.layers.base import Execution
+from deepseek_jax.layers.indexed_kernels import check_choice, choose, decode
 from deepseek_jax.layers.indexer import Index
 from pallas_kernels.indexer import encode
 from pallas_kernels.mla_decode import fp8_cache
@@ -48,6 +49,16 @@ def test_attention_to_chosen_rows_is_that_of_the_plain_form(is_fp8):
     functions = Kernels()["indexed_decode"], functools.partial(decode, "reference")
     right, found = (jax.jit(functools.partial(f, scale=0.1))(*given, is_chosen_BTK) for f in functions)
     np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-5)
+
+
+def test_codes_are_those_of_a_cache_in_fp8():
+    """Keys that were not turned before they are rounded, or are of another width, are refused where a layer is made."""
+    on_codes = Kernels(indexed_choice="mosaic_gpu")
+    for run, width in ((Execution(kernels=on_codes), 128), (Execution(kernels=on_codes, cache="fp8"), 256)):
+        with pytest.raises(UserError, match=f"indexed_choice='mosaic_gpu' with keys of {width} .* to triton or xla"):
+            check_choice(run, width)
+    check_choice(Execution(kernels=on_codes, cache="fp8"), 128)
+    check_choice(Execution(kernels=Kernels(indexed_choice="triton")), 32)
 
 
 @pytest.mark.parametrize("name", ["triton", "mosaic_gpu"])
