@@ -19,6 +19,7 @@ import jax
 
 from deepseek_jax import cluster
 from deepseek_jax.errors import PassingError, UserError
+from deepseek_jax.paths import user_cache
 
 # Between processes: the project's own watch (parallel/peers.py) comes first and can say what it found; JAX's, which
 # waits for so much longer, ends the program silently.
@@ -261,8 +262,7 @@ def start_compilation_cache(directory: str) -> None:
     quieten_compilation()
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "deepseek_jax" / "jax"
-    jax.config.update("jax_compilation_cache_dir", directory or str(cache))
+    jax.config.update("jax_compilation_cache_dir", directory or str(user_cache() / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 

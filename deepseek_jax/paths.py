@@ -1,5 +1,6 @@
-"""Checks of paths that the user gives: those of other machines, before `gs:` becomes a folder; folders to write."""
+"""Checks of paths that the user gives: those of other machines, before `gs:` becomes a folder; the user's cache."""
 
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -37,3 +38,13 @@ def check_writable(folder: Path, given: str) -> None:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         reason = "you may not write there" if nearest.is_dir() else "it is not a directory"
         raise UserError(f"{given}={folder} cannot be used: {nearest}: {reason}. Choose another {given}.")
+
+
+def user_cache() -> Path:
+    """Returns this package's folder in the user's cache (XDG_CACHE_HOME)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "deepseek_jax"
+
+
+def cache_of(kind: str, place: object) -> Path:
+    """Returns the folder for what is kept of a place in a bucket, of one kind ("published")."""
+    return user_cache() / kind / hashlib.sha256(f"{place}".encode()).hexdigest()[:16]

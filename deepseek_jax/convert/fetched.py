@@ -8,18 +8,20 @@ time, when they are needed. The folder is in the user's cache (XDG_CACHE_HOME); 
 
 import fnmatch
 import functools
-import hashlib
 import os
 import shutil
+import uuid
 from pathlib import Path
 
 from deepseek_jax.convert import formats
 from deepseek_jax.errors import UserError
 from deepseek_jax.files import write_atomically
+from deepseek_jax.paths import cache_of
 from deepseek_jax.storage import ABSENT, Remote, answered, open_store
 
 SMALL = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "LICENSE*", "*.py")
 BESIDE = ("generation_config", "merges", "special_tokens", "tokeni", "vocab")  # after "checkpoints"
+PARTIAL = ".partial"  # a file of the cache that a process is writing
 UNFINISHED = "export.partial"  # an object that stands beside weights while they are written
 
 
@@ -68,19 +70,22 @@ def _is_small(name: str) -> bool:
 
 
 def _kept(where: Remote, contents: dict[str, bytes]) -> Path:
-    """Returns the folder of a place in the user's cache, after making it hold these files and no others."""
-    folder = _folder(where)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.iterdir():
-        if file.name not in contents:
-            shutil.rmtree(file) if file.is_dir() else file.unlink()
-    for name, content in contents.items():
-        if not ((folder / name).is_file() and (folder / name).read_bytes() == content):
-            write_atomically(folder / name, content, f".{os.getpid()}.partial")
+    """Returns the folder of a place in the user's cache, after making it hold these files and no others.
+
+    It has the name of the place, which becomes that of the model. Several processes of a host may do so at once.
+    """
+    folder = cache_of("published", where) / where.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in folder.iterdir():
+            if file.name not in contents and not file.name.endswith(PARTIAL):
+                shutil.rmtree(file, ignore_errors=True) if file.is_dir() else file.unlink(missing_ok=True)
+        for name, content in contents.items():
+            if not ((folder / name).is_file() and (folder / name).read_bytes() == content):
+                write_atomically(folder / name, content, f".{uuid.uuid4().hex}{PARTIAL}")
+    except OSError as error:
+        raise UserError(
+            f"{folder}: the small files of {where} cannot be kept there ({error.strerror}). Set XDG_CACHE_HOME to a "
+            "folder that can be written."
+        ) from error
     return folder
-
-
-def _folder(where: Remote) -> Path:
-    """Returns the folder of a place; it has the name of the place, which becomes that of the model."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return cache / "deepseek_jax" / "published" / hashlib.sha256(where.url.encode()).hexdigest()[:16] / where.name

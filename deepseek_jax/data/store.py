@@ -31,7 +31,7 @@ from deepseek_jax.data.scratch import scratch
 from deepseek_jax.data.tokenise import id_type, tokenise
 from deepseek_jax.data.tokenizer import Encoder
 from deepseek_jax.data.watch import Counter, Watch, unwatched
-from deepseek_jax.paths import check_local
+from deepseek_jax.paths import check_local, user_cache
 
 VERSION = 3  # increase it when the layout, or what a reader yields, changes
 LABEL = "tokenise"
@@ -111,7 +111,7 @@ def cache_folder(cache_dir: str) -> Path:
     if cache_dir:
         check_local(cache_dir, "data.cache_dir")
         return Path(os.path.expanduser(cache_dir))
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "deepseek_jax")
+    return user_cache()
 
 
 def _build_folder(corpus: Corpus, tokenizer: Encoder, folder: Path, counter: Counter) -> None:

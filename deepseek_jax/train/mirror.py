@@ -10,8 +10,6 @@ fetched is not uploaded, for the bucket's has more in it. A bucket that refuses 
 """
 
 import contextlib
-import hashlib
-import os
 import re
 import string
 import threading
@@ -21,6 +19,7 @@ from pathlib import Path
 import jax
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.paths import cache_of
 from deepseek_jax.storage import Place, Remote, Store, open_store
 from deepseek_jax.train.checkpoint.writer import WriterLock
 from deepseek_jax.train.watchdog import HOSTS
@@ -40,9 +39,7 @@ def local(workdir: Place) -> Path:
     """Returns the folder for the small files of a run: its workdir, or one in the user's cache that stands for it."""
     if isinstance(workdir, Path):
         return workdir
-    digest = hashlib.sha256(f"{workdir}".encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return cache / "deepseek_jax" / "workdirs" / f"{workdir.name}-{digest}"
+    return cache_of("workdirs", workdir) / workdir.name
 
 
 def fetched(workdir: Place, name: str) -> Path:

@@ -100,6 +100,27 @@ def place(tmp_path, monkeypatch) -> storage.Remote:
     return storage.place("gs://b/place")
 
 
+def test_processes_of_a_host_share_the_folder_of_small_files(place, tmp_path, monkeypatch):
+    """What another one is writing stays, what it has deleted is no error; a cache that cannot be written is named."""
+    store = storage.open_store(place)
+    store.write("config.json", b"{}")
+    fetched.fetch.cache_clear()
+    folder = fetched.fetch(place)
+    (folder / "config.json.1.partial").write_bytes(b"")
+    (folder / "old.json").write_bytes(b"")
+    unlink = Path.unlink
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda file, **words: (unlink(file), unlink(file, **words)))
+        fetched.fetch.cache_clear()
+        assert fetched.fetch(place) == folder
+    assert {file.name for file in folder.iterdir()} == {"config.json", "config.json.1.partial"}
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    fetched.fetch.cache_clear()
+    with pytest.raises(UserError, match="small files of gs://b/place cannot be kept there .*Set XDG_CACHE_HOME"):
+        fetched.fetch(place)
+
+
 def test_an_export_deletes_nothing_but_what_an_export_has_left(place):
     store = storage.open_store(place)
     for name in (fetched.UNFINISHED, "model-00001-of-00002.safetensors", "config.json", "tokenizer.model"):

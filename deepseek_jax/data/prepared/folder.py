@@ -6,7 +6,6 @@ the disk of each host must have space for all that it reads.
 """
 
 import contextlib
-import hashlib
 import os
 import uuid
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from deepseek_jax import files
 from deepseek_jax.errors import LocalError
+from deepseek_jax.paths import cache_of
 from deepseek_jax.storage import ABSENT, Place, Remote, open_store
 
 READERS = 16  # small objects that are read at a time
@@ -72,10 +72,7 @@ def write(folder: Place, name: str, content: bytes) -> None:
 
 def here(folder: Place) -> Path:
     """Returns where files of a folder are made, and kept if it is in a bucket: that itself, or one in the cache."""
-    if isinstance(folder, Path):
-        return folder
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return cache / "deepseek_jax" / "prepared" / hashlib.sha256(folder.url.encode()).hexdigest()[:16]
+    return folder if isinstance(folder, Path) else cache_of("prepared", folder)
 
 
 def fetched(file: Place, size: int, text: str, *, anew: bool = False) -> Path:
