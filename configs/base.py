@@ -194,7 +194,7 @@ def get_config() -> ConfigDict:
     checkpoint.every = 250  # steps; the last step is always saved
     checkpoint.keep = 3
     # folder of each host's own disk for copies of what the host has written of the last two checkpoints, from which a
-    # run that starts again reads; of a workdir in a bucket. "": none
+    # run that starts again reads; for a workdir in a bucket, and with space for three: one is being written. "": none
     checkpoint.local = ""
 
     # Processes that are gone, stuck or slow (`parallel.peers`, `train.watchdog`); an end of this kind has exit code 75.

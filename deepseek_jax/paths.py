@@ -10,7 +10,7 @@ from deepseek_jax.errors import UserError
 # A scheme has two letters or more: C:/ is a disk.  pathlib makes gs:/b of gs://b.
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
 HUB = re.compile(r"(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
-IN_BUCKETS = "workdirs of train and sft, prepared text, and published weights"
+IN_BUCKETS = "workdirs of train, sft and rl, prepared text, and published weights"
 MOUNTS = {"gs": "gcsfuse", "s3": "mountpoint-s3", "hdfs": "hadoop-hdfs-fuse", "abfs": "blobfuse2", "az": "blobfuse2"}
 
 

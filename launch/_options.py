@@ -28,8 +28,11 @@ from deepseek_jax.storage import Remote, place
 
 BEGINNING = "run.init_from"
 # Keys of files and folders.
-PATHS = (BEGINNING, "lora.init_from", "data.source", "data.tokenizer", "data.cache_dir", "release.folder")
-IN_BUCKETS = (BEGINNING, "data.source", "release.folder")  # those that may be in a bucket
+PATHS = (
+    *(BEGINNING, "lora.init_from", "data.source", "data.tokenizer", "data.cache_dir", "release.folder"),
+    "checkpoint.local",
+)
+IN_BUCKETS = (BEGINNING, "data.source")  # those that may be in a bucket
 REQUIRED = object()  # as the default of a verb's flag: must be given
 
 

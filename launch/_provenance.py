@@ -15,8 +15,7 @@ def mark_of(origin: str | Place) -> dict:
     """Returns what identifies weights: of a run its latest intact step and the sha256 of that step's manifest.
 
     That is the step that `weights.open_weights` reads. Its files are compared with the manifest, which holds their
-    hashes: this reads the whole checkpoint. Published weights are known by config.json and by the names, sizes and
-    samples of the bytes of their files.
+    hashes: this reads the whole checkpoint. Published weights are known by `published_digest`.
     """
     from deepseek_jax.train.checkpoint import manifest
     from deepseek_jax.weights import checkpoint_directory, is_published
@@ -43,14 +42,20 @@ def check_unchanged(origin: str | Place, mark: dict) -> None:
 
 
 def published_digest(origin: str | Place) -> str:
-    """Returns the sha256 of config.json and of the names, sizes and samples of the bytes of published weights."""
+    """Returns the sha256 of config.json and of the names, sizes and samples of the bytes of published weights.
+
+    In a bucket of the names and generations of their objects, which change whenever one is written: a copy of the same
+    weights has another digest.
+    """
     from deepseek_jax.convert import hub
 
     directory, where = hub.local(origin), place(origin)
     digest = hashlib.sha256((directory / "config.json").read_bytes())
     if isinstance(where, Remote):
         store = open_store(where)
-        for name in filter(lambda name: name.endswith(".safetensors"), store.names()):
+        for name in store.names():
+            if "/" in name or not name.endswith(".safetensors"):
+                continue
             digest.update(f"{name} {store.generation(name).hex()}\n".encode())
         return digest.hexdigest()
     for file in sorted(directory.glob("*.safetensors")):

@@ -87,7 +87,8 @@ def main(argv: list[str]) -> int:
         from deepseek_jax.train import ledger, mirror
 
         file = mirror.fetched(options.workdir, ledger.FILE)
-        print("".join(f"{found}\n" for found in [ledger.account(ledger.read(file.parent))] if found), end="")
+        if file and (found := ledger.account(ledger.read(file.parent))):
+            print(found)
     return 0
 
 

@@ -32,6 +32,8 @@ WORDS = [
     ["train", "--config.data.source={}/*.txt"],
     ["train", "--config.data.cache_dir={}"],
     ["train", "--config.data.tokenizer={}/tokenizer.json"],
+    ["train", "--config.release.folder={}"],
+    ["train", "--config.checkpoint.local={}"],
     ["train", "--config.run.init_from={}"],
     ["train", "--config={}"],
     ["train", "--config=tiny_v1", "--config.run.init_from={}"],

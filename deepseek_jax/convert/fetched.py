@@ -26,9 +26,12 @@ UNFINISHED = "export.partial"  # an object that stands beside weights while they
 
 
 def is_published(where: Remote) -> bool:
-    """Returns whether a place holds published weights rather than a run. Raises UserError, or PassingError."""
+    """Returns whether a place holds published weights rather than a run. Raises UserError, or PassingError.
+
+    Those that an export has not finished count: `fetch` says so.
+    """
     with answered():
-        return open_store(where).generation(formats.CONFIG) != ABSENT
+        return any(open_store(where).generation(name) != ABSENT for name in (formats.CONFIG, UNFINISHED))
 
 
 @functools.cache

@@ -42,15 +42,20 @@ def local(workdir: Place) -> Path:
     return cache_of("workdirs", workdir) / workdir.name
 
 
-def fetched(workdir: Place, name: str) -> Path:
-    """Returns where a file of a run is on this machine, brought there first from a workdir in a bucket that has it."""
+def fetched(workdir: Place, name: str) -> Path | None:
+    """Returns where a file of a run is on this machine, brought there first from a workdir in a bucket.
+
+    None where the bucket has none: what lies in the cache then is of a run that was deleted.
+    """
     file = local(workdir) / name
     if isinstance(workdir, Remote):
-        with contextlib.suppress(FileNotFoundError):
+        try:
             content = open_store(workdir).read(name)
-            if not (file.is_file() and file.read_bytes().startswith(content)):  # this machine's last lines stay
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(content)
+        except FileNotFoundError:
+            return None
+        if not (file.is_file() and file.read_bytes().startswith(content)):  # this machine's last lines stay
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
     return file
 
 
@@ -159,12 +164,14 @@ class Mirror:
             )
 
     def _names(self) -> list[str]:
-        """The names in the bucket that this process may fetch; nothing lists the shards of checkpoints."""
+        """The names in the bucket that this process may fetch; nothing lists the shards of its checkpoints."""
         if self._process:
             return [name for begin in OF_PROCESS for name in self._store.names(begin.format(self._process))]
         return self._store.names_before(CHECKPOINTS) + [name for first in AFTER for name in self._store.names(first)]
 
     def _is_own(self, name: str) -> bool:
+        if "checkpoints" in name.split("/"):  # of another run inside this one's workdir, such as its base
+            return False
         found = re.search(r"process_(\d+)", name)
         return int(found[1] if found else 0) == self._process
 

@@ -86,6 +86,7 @@ def test_an_export_that_was_killed_is_noticed_and_done_again(bucket, monkeypatch
     fetched.fetch.cache_clear()
     with pytest.raises(UserError, match="an export to this place is under way, or was not finished"):
         hf.open_published(bucket)
+    assert fetched.is_published(bucket)  # a verb that reads weights says the same, and nothing of checkpoints
     export.check_empty(bucket)
     hf.write.__globals__["_send"](store, [entry], MB, {"config.json": b"{}"})
     assert store.names() == ["config.json", "model.safetensors"]

@@ -119,7 +119,7 @@ def test_shards_are_not_listed_and_a_process_asks_for_its_own(bucket, tmp_path, 
     store, asked, names = storage.open_store("gs://b/a"), [], storage.Store.names
     mine = ["hosts/process_1.stacks", "profiles/process_1/x"]
     others = ["hosts/process_0.jsonl", "hosts/process_10.stacks", "metrics.jsonl", "1/x"]
-    for name in [*mine, *others, "checkpoints/shards/x"]:
+    for name in [*mine, *others, "checkpoints/shards/x", "base/checkpoints/shards/x", "base/checkpoints/step_1/COMMIT"]:
         store.write(name, b"")
     monkeypatch.setattr(storage.Store, "names", lambda store, prefix="": asked.append(prefix) or names(store, prefix))
     Mirror(store, tmp_path / "1", print, process=1).close()
@@ -128,6 +128,16 @@ def test_shards_are_not_listed_and_a_process_asks_for_its_own(bucket, tmp_path, 
     Mirror(store, tmp_path / "0", print).close()
     assert not any("checkpoints/".startswith(prefix) for prefix in asked)
     assert (tmp_path / "0/metrics.jsonl").exists() and (tmp_path / "0/1/x").exists()
+    assert not list((tmp_path / "0").rglob("checkpoints"))  # nor those of a base inside the workdir
+
+
+def test_a_file_that_the_bucket_has_not_is_not_that_of_a_deleted_run(bucket):
+    place = storage.place("gs://b/a")
+    storage.open_store(place).write("goodput.jsonl", b"one")
+    found = mirror.fetched(place, "goodput.jsonl")
+    assert found is not None and found.read_bytes() == b"one"
+    storage.open_store(place).delete("goodput.jsonl")
+    assert mirror.fetched(place, "goodput.jsonl") is None and found.exists()
 
 
 def test_files_are_uploaded_at_each_checkpoint_and_stacks_before_the_process_leaves(bucket, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from deepseek_jax.data.prepared.folder import exists
 from deepseek_jax.errors import UserError
-from deepseek_jax.storage import Place, place
+from deepseek_jax.storage import Place, Remote, place
 
 PLAN, MANIFEST = "prepared-plan.json", "prepared-manifest.json"  # either makes a folder one of prepared text
 WEIGHTED = re.compile(r"(.+?)(?:@(\d*\.?\d+))?")
@@ -45,5 +45,10 @@ def sources(source: str) -> list[Source]:
 
 
 def is_prepared(folder: str | Place) -> bool:
-    """Returns whether a folder holds prepared text, complete or not. Raises StorageError in a bucket."""
+    """Returns whether a folder holds prepared text, complete or not. Raises StorageError in a bucket.
+
+    A bucket is not asked for `*.txt`, which names raw text.
+    """
+    if isinstance(place(folder), Remote) and "*" in str(folder):
+        return False
     return any(exists(place(folder), name) for name in (PLAN, MANIFEST))

@@ -6,7 +6,8 @@ A run that starts again mostly reads what the same host has just written. So eac
 folder here, under its name in the store, which is new with each attempt to save. A restore takes the step that the
 store's COMMIT names, and of that step each object that is here and has the hash of the manifest; all others, and those
 that are damaged here, come from the store. What is restored does not depend on what is here: hosts may have been
-exchanged, or have kept other steps. A disk that is full or gone is reported once and stops no run.
+exchanged, or have kept other steps. A disk that is full or gone is reported once and stops no run; it needs space for
+three steps, two that are kept and one that is being written.
 """
 
 import contextlib
