@@ -104,7 +104,10 @@ def write_v3(numbers: Json) -> Numbers:
 
 
 def read_v32(hf: Json, numbers: Numbers, rope: Numbers) -> Numbers:
-    """Reads what V3 has, and checks that all layers have an indexer and the leading ones a dense feed-forward."""
+    """Reads what V3 has, and checks that all layers have an indexer and the leading ones a dense feed-forward.
+
+    Its attention is sparse; a warm-up, whose is not yet, is written in the same way.
+    """
     found, n_layers = read_v3(hf, numbers, rope), numbers["n_layers"]
     if not found["q_rank"]:
         raise invalid(hf, "q_lora_rank", "a width: the indexer reads the latent of the queries")
@@ -118,7 +121,7 @@ def read_v32(hf: Json, numbers: Numbers, rope: Numbers) -> Numbers:
     for key, layers in expected.items():
         if hf.get(key) not in (None, layers):
             raise invalid(hf, key, f"{layers[0]!r} to {layers[-1]!r}, as the other keys say, or no such key")
-    return found
+    return found | {"index_dense": False}
 
 
 def _read_latent(hf: Json, rope: Numbers) -> Numbers:

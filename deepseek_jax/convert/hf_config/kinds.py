@@ -131,6 +131,5 @@ KINDS["deepseek_v32"] = replace(
     architecture="DeepseekV32ForCausalLM",
     sizes=KINDS["deepseek_v3"].sizes | INDEXER,
     read_extra=families.read_v32,
-    implied={"index_dense": False},
 )
 KINDS["kimi_k2"] = KINDS["deepseek_v3"]

@@ -52,8 +52,6 @@ def _model_type(family: str, numbers: Mapping[str, Any]) -> str:
         if all(bool(numbers.get(key)) == value for key, value in kind.implied.items()):
             return name
     given = [key for key in next(iter(kinds.values())).implied if numbers.get(key)]
-    if len(given) == 1:
-        raise UserError(f"{given[0]} is set: no published config.json has that. Set it to False.")
     raise UserError(f"{' and '.join(given)} are both set: no published config.json has both. Set one of them.")
 
 
