@@ -71,7 +71,7 @@ def trainer(
     check_context(config, mesh)
     check_exchange(config, mesh)
     check_adapters(config, mesh)
-    loss = config.loss.to_dict()
+    loss = config.loss.to_dict() | {"auxiliary": auxiliary(config)}
     step = {name: loss.pop(name) for name in ("clip_norm", "balance_rate", "balance_rate_stop")}
     network = describe(module, sizes)
     adapters, chosen = lora_of(config), trainable.named(loss.pop("trained"))
@@ -109,6 +109,20 @@ def trainer(
     return made
 
 
+def auxiliary(config: ConfigDict) -> dict[str, float]:
+    """Returns the weights of a run's auxiliary losses. Beside adapters indexers are frozen, so that theirs are 0."""
+    weights = config.loss.auxiliary.to_dict()
+    if config.lora.rank:
+        weights |= {name: 0.0 for name in weights if name.startswith("index_")}
+    return weights
+
+
+def is_sparse(config: ConfigDict) -> bool:
+    """Returns whether the tokens of a run's training sequences attend to a part of the positions before them."""
+    m = config.model
+    return "index_top_k" in m and not m.index_dense and config.data.seq_len > m.index_top_k
+
+
 def pipeline(config: ConfigDict, network: Network) -> Pipeline:
     """Returns how a run divides its layers along the pipeline, if its mesh has one: as `deepseek-jax plan` does."""
     end = end_in_layers(network, config.data.seq_len, slow=1.0, has_head=False)
@@ -120,7 +134,8 @@ def check_context(config: ConfigDict, mesh: Mesh) -> None:
     n_devices = mesh.shape[CONTEXT]
     if n_devices > 1:
         check_chunks(config.data.seq_len, n_devices)
-        implementation(config.kernels.attention)
+        if not is_sparse(config):
+            implementation(config.kernels.attention)
 
 
 def check_exchange(config: ConfigDict, mesh: Mesh) -> None:
@@ -154,10 +169,26 @@ def check_adapters(config: ConfigDict, mesh: Mesh) -> None:
 
 
 def check_named(config: ConfigDict) -> None:
-    """Raises UserError for a name of weights (`loss.trained`, `run.anew`) that the model has none of."""
-    for key, name in (("loss.trained", config.loss.trained), ("run.anew", config.run.anew)):
-        if name and not any(name in path for path in flatten_dict(abstract_weights(config)["params"])):
+    """Raises UserError for a name of weights (`loss.trained`, `run.anew`) that the model has none of.
+
+    So for `loss.trained` where router biases would move, or where none of the adapters has the name.
+    """
+    if not config.loss.trained and not config.run.anew:
+        return
+    trained, adapters, shapes = config.loss.trained, lora_of(config), abstract_weights(config)["params"]
+    for key, name in (("loss.trained", trained), ("run.anew", config.run.anew)):
+        if name and not any(name in path for path in flatten_dict(shapes)):
             raise UserError(f"config.{key}={name!r}: no weight of {config.name} has this in its path. Leave it empty.")
+    if trained and config.loss.balance_rate:
+        raise UserError(
+            f"config.loss.balance_rate={config.loss.balance_rate:g} moves router biases, and with config.loss.trained="
+            f"{trained!r} all else is frozen. Set config.loss.balance_rate=0.0."
+        )
+    if trained and adapters and not any(trained in path for path in lora.abstract_adapters(shapes, adapters)):
+        raise UserError(
+            f"config.loss.trained={trained!r} with config.lora.rank={config.lora.rank}: adapters alone are trained, "
+            "and none has this in its path. Leave one of the two out."
+        )
     if config.run.anew and not config.run.init_from:
         raise UserError(
             f"config.run.anew={config.run.anew!r} begins beside other weights, and none are named. Give "
@@ -169,7 +200,7 @@ def check_effects(config: ConfigDict, trainer: Trainer) -> None:
     """Raises UserError for a key that was set, though the model has nothing that it is about.
 
     The weights of auxiliary losses are not looked at here, but where the losses are summed (`train.loss`). Kernels are
-    chosen for the operations that occur, whichever these are.
+    chosen for the operations that occur, whichever these are; but that of attention is the one of a headline.
     """
     axes = {axis for leaf in jax.tree.leaves(trainer.axes, is_leaf=is_axes) for axis in leaf}
     absent = {f"sharding.{axis}": f"weight with the axis {axis}" for axis in config.sharding if axis not in axes}
@@ -177,6 +208,8 @@ def check_effects(config: ConfigDict, trainer: Trainer) -> None:
         absent |= {f"loss.{key}": "multi-token prediction" for key in ("mtp_weight", "mtp_weight_final")}
     if not jax.tree.leaves(trainer.abstract["router_bias"]):
         absent["loss.balance_rate"] = "router biases"
+    if is_sparse(config) and isinstance(trainer.objective, PreTraining):
+        absent["kernels.attention"] = "attention to all positions: tokens choose theirs (kernels.indexed_attention)"
     if not config.ema.decay:
         absent["ema.evaluate"] = "average of its weights (config.ema.decay)"
     if config.precision != "fp8":

@@ -87,7 +87,9 @@ def fine_tuning(origin: str, config: ConfigDict) -> ConfigDict:
     config.run.remat = "block"
     config.loss.mtp_weight = config.loss.mtp_weight_final = PREDICTION if source.model.get("mtp_depth") else 0.0
     config.loss.balance_rate, config.loss.auxiliary.expert_balance = 0.0, BALANCE.get(source.family, 0.0)
-    if "index_top_k" in source.model:  # its indexer continues to learn
+    if "index_top_k" in source.model:  # its indexer continues to learn, but beside adapters (`run.auxiliary`)
+        config.model = source.model.copy_and_resolve_references()
+        config.model.index_dense = False  # the warm-up is over
         with config.unlocked():
             config.loss.auxiliary.update(index_kl=1.0, index_recall=0.0)
     schedule = config.schedule
@@ -184,15 +186,22 @@ def check_sizes(config: ConfigDict) -> None:
     from deepseek_jax.abstract_model import abstract_weights
     from deepseek_jax.convert import hub
     from deepseek_jax.train.trainable import divide, named
+    from deepseek_jax.tree import paths
     from deepseek_jax.weights import check_shapes, is_published, open_weights
 
     if config.run.init_from:
         if is_published(config.run.init_from):
             hub.local(config.run.init_from)  # a download comes before all that takes long
         source, needed = open_weights(config.run.init_from).config, abstract_weights(config)
+        there = abstract_weights(source)
         if config.run.anew:
             needed["params"] = divide(needed["params"], named(config.run.anew))[1]
-        check_shapes(config.run.init_from, abstract_weights(source), needed)
+            if any(config.run.anew in path for path in paths(there["params"])):
+                raise UserError(
+                    f"config.run.anew={config.run.anew!r}: {config.run.init_from} has such weights, which would be "
+                    "left out. Leave the key empty, to begin with them."
+                )
+        check_shapes(config.run.init_from, there, needed)
 
 
 def leave_own_text(config: ConfigDict, overrides: dict[str, str]) -> None:

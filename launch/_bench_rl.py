@@ -108,7 +108,7 @@ class Ours:
         if config.precision == "fp32":  # GPUs and TPUs would otherwise round the operands of a matmul
             jax.config.update("jax_default_matmul_precision", "highest")
         rl = config.rl
-        objective = PolicyGradient(GRPO(**rl.grpo), rl.temperature, config.loss.chunk, config.loss.auxiliary.to_dict())
+        objective = PolicyGradient(GRPO(**rl.grpo), rl.temperature, config.loss.chunk, run.auxiliary(config))
         trainer = run.trainer(config, make_mesh(**config.mesh), objective, learnt, routes=rl.keep_routing)
         check_rows(config, trainer.mesh.size)
         sizes = StepSizes(rl.questions, rl.answers, rl.updates, rl.temperature, rl.top_p, rl.rows_at_once)

@@ -17,20 +17,28 @@ def headline(
     """The lines printed before the first step."""
     import jax
 
-    from deepseek_jax.layers.attention import computed_by
-
     mesh = " x ".join(f"{axis} {n}" for axis, n in trainer.mesh.shape.items() if axis != "context" or n > 1)
     begin = f"resuming from step {start}" if start else "from the beginning"
     return "\n".join(
         [
             f"{config.name}: {trainer.n_params / 1e6:,.1f}M parameters, {config.precision}, mesh {mesh} "
             f"({jax.devices()[0].device_kind}), {begin} in {workdir}",
-            f"attention: {computed_by(config.kernels.attention, config.data.seq_len)}",
+            f"attention: {attention(config)}",
             *about_adapters(config, trainer),
             *about_text(config, training, held_out),
             "the first step compiles for a while",
         ]
     )
+
+
+def attention(config: ConfigDict) -> str:
+    """What computes the attention of training."""
+    from deepseek_jax.layers.attention import computed_by
+    from deepseek_jax.run import is_sparse
+
+    if is_sparse(config):
+        return f"{config.kernels.indexed_attention}, to {config.model.index_top_k:,} positions of an indexer's choice"
+    return computed_by(config.kernels.attention, config.data.seq_len)
 
 
 def about_adapters(config: ConfigDict, trainer: "Trainer") -> list[str]:

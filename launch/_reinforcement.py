@@ -120,8 +120,7 @@ def prepare(config: ConfigDict, rewards: "Rewards") -> "Learner":
     name = template_name(config.data.chat_template, config.data.tokenizer)
     ends = release.marks(config, tokenizer).end_ids
     turns = Turns(tokenizer, name, rl.thinking, rl.longest_prompt, rl.longest_answer, ends)
-    auxiliary = config.loss.auxiliary.to_dict()
-    objective = PolicyGradient(GRPO(**rl.grpo), rl.temperature, config.loss.chunk, auxiliary)
+    objective = PolicyGradient(GRPO(**rl.grpo), rl.temperature, config.loss.chunk, run.auxiliary(config))
     trainer = run.trainer(config, make_mesh(**config.mesh), objective, learnt, routes=rl.keep_routing)
     sizes = StepSizes(rl.questions, rl.answers, rl.updates, rl.temperature, rl.top_p, rl.rows_at_once)
     check_rows(config, trainer.mesh.size)

@@ -9,7 +9,7 @@ import pytest
 from deepseek_jax import run, run_config
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import _beginning
+from deepseek_jax.launch import _beginning, _headline
 from deepseek_jax.parallel.mesh import global_batch, make_mesh
 from deepseek_jax.tree import paths
 
@@ -121,20 +121,48 @@ def test_every_config_with_an_indexer_weighs_its_losses(name):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [("trained", "indexers", "no weight of tiny_v32 has this in its path"), ("anew", "indexer", "none are named")],
+    ("given", "message"),
+    [
+        ({"loss.trained": "indexers"}, "no weight of tiny_v32 has this in its path"),
+        ({"loss.trained": "indexer"}, "balance_rate=0.01 moves router biases"),
+        (
+            {"loss.trained": "indexer", "loss.balance_rate": "0.0", "lora.rank": "2", "run.init_from": "weights"},
+            "adapters alone are trained, and none has this in its path",
+        ),
+        ({"run.anew": "indexer"}, "none are named"),
+        ({"kernels.attention": "chunked"}, r"no attention to all positions: .* Set it to 'xla'"),
+    ],
 )
-def test_names_of_weights_are_checked(key, value, message):
-    config = config_of("tiny_v32")
-    (config.loss if key == "trained" else config.run)[key] = value
+def test_names_of_weights_and_keys_without_effect_are_checked(given, message):
+    config = run_config.override(config_of("tiny_v32"), given)
     with pytest.raises(UserError, match=message):
         run.trainer(config, make_mesh(data=1, devices=jax.devices()[:1]))
 
 
+def test_a_run_says_what_attends():
+    config = config_of("tiny_v32")
+    assert _headline.attention(config) == "xla, to 6 positions of an indexer's choice"
+    config.kernels.attention, config.model.index_dense = "chunked", True
+    assert _headline.attention(config) == "chunked"
+
+
+def test_weights_that_are_there_do_not_begin_anew(monkeypatch):
+    config = config_of("tiny_v32_warmup")
+    config.run.init_from, source = "weights", SimpleNamespace(config=config_of("tiny_v32"))
+    monkeypatch.setattr("deepseek_jax.weights.open_weights", lambda _: source)
+    monkeypatch.setattr("deepseek_jax.weights.is_published", lambda _: False)
+    with pytest.raises(UserError, match="config.run.anew='indexer': weights has such weights"):
+        _beginning.check_sizes(config)
+
+
 def test_tuning_a_model_with_an_indexer_weighs_its_losses(monkeypatch):
-    source = SimpleNamespace(config=config_of("tiny_v32"))
+    source = SimpleNamespace(config=config_of("tiny_v32_warmup"))
     monkeypatch.setattr("deepseek_jax.weights.open_weights", lambda _: source)
     from deepseek_jax.configs import base
 
     config = _beginning.fine_tuning("weights", base.get_config())
     assert (config.loss.auxiliary.index_kl, config.family) == (1.0, "v32")
+    assert (config.model.index_dense, source.config.model.index_dense) == (False, True)
+    assert run.auxiliary(config)["index_kl"] == 1.0
+    config.lora.rank = 2
+    assert run.auxiliary(config)["index_kl"] == 0.0  # beside adapters its indexer is frozen
