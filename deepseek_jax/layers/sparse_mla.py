@@ -9,7 +9,7 @@ no more than top_k positions are there, this is `layers.mla` to the last bit.
 
 Two losses are reported. `index_kl` is what the indexer learns by: KL(p_t || softmax(I_t)), mean over the tokens of a
 sequence. `index_recall`, not to be minimised, is the share of the dense attention's weights that S_t holds, mean over
-the tokens that have a choice and over the layers.
+the tokens that have a choice and over the layers; it is not reported where sequences have no more than top_k tokens.
 Paper: DeepSeek-V3.2, arXiv 2512.02556, section 2.1; the cache in FP8: DeepSeek's FlashMLA and DeepGEMM.
 """
 
@@ -215,6 +215,8 @@ class SparseMLA(MLA):
         everything = mean(jnp.ones_like(found.recall_BT), real_BT)  # is recalled where there is no choice
         recall_B = jnp.where(any_B, mean(found.recall_BT, has_choice_BT), everything)
         kl_B = mean(found.divergence_BT, real_BT)
+        if k_BSHQ.shape[1] <= self.top_k:
+            return {"index_kl": jnp.sum(kl_B)}
         return {"index_kl": jnp.sum(kl_B), "index_recall": jnp.sum(jax.lax.stop_gradient(recall_B)) * self.share}
 
 

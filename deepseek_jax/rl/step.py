@@ -253,7 +253,7 @@ class Learner:
     def _figures_of_updates(self, reports: list[Report]) -> dict[str, float]:
         """Returns the means over the updates of a step."""
         names = [name for name in Figures._fields if name != "kl" or self.objective.grpo.beta]
-        names += of_indexers(self.objective.auxiliary)
+        names += of_indexers(reports[0].auxiliary)
         found = {name: float(np.mean([r.auxiliary[name] for r in reports])) for name in names}
         found |= {name: float(np.mean([getattr(r, name) for r in reports])) for name in ("loss", "gradient_norm")}
         last = reports[-1]

@@ -154,6 +154,18 @@ def test_the_two_losses_reach_weights_of_their_own(tiny_sizes, filled, ids, is_d
     assert 0.3 < float(found.auxiliary["index_recall"]) < 0.99 and float(found.auxiliary["index_kl"]) > 0.01
 
 
+def test_recall_is_reported_where_there_is_a_choice(tiny_sizes, filled, ids):
+    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    batch = Batch(ids[:, :-1], ids[:, 1:], positions + 1, positions, np.ones((B, T), np.float32))
+    for top_k in (T - 1, T):
+        definition, params, bias = made(sizes_of(tiny_sizes, index_top_k=top_k, n_layers=1), filled)
+
+        def run(params, definition=definition, bias=bias):
+            return losses(bind(definition, params, bias), batch, Totals(B * T, B), chunk=8, mask=False).auxiliary
+
+        assert ("index_recall" in jax.eval_shape(run, params)) == (top_k < T)
+
+
 def test_in_reinforcement_learning_the_indexer_learns_by_its_own_loss(tiny_sizes, filled, ids):
     """Without advantages nothing else has a gradient."""
     sizes = sizes_of(tiny_sizes, n_layers=1, n_dense_layers=1)
