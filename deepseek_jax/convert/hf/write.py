@@ -131,11 +131,10 @@ def _send(store: Store, entries: list, max_shard_bytes: int, files: Mapping[str,
     safetensors.write_directory(store.place, entries, max_shard_bytes)
     for name, content in files.items():
         store.write(name, content if isinstance(content, bytes) else content.read_bytes())
-    store.write_if_absent(fetched.UNFINISHED, b"two exports were under way\n")
+    if store.generation(fetched.UNFINISHED) == ABSENT:
+        store.write(fetched.UNFINISHED, b"two exports were under way\n")
     if store.read(fetched.UNFINISHED) != own:
-        raise UserError(
-            f"{store}: another export to this place has begun meanwhile. Export again once none is running."
-        )
+        raise UserError(f"{store}: another export to this place has begun meanwhile. Wait for it, then export again.")
     store.delete(fetched.UNFINISHED)
 
 
