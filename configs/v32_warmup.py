@@ -17,12 +17,13 @@ def get_config() -> ConfigDict:
     config = v32_671b.get_config()
     config.name = "v32_warmup"
     config.data.seq_len = 131_072
-    config.batch.size, config.batch.ramp_steps = 16, 0
+    config.batch.size, config.batch.size_start, config.batch.ramp_steps = 16, 0, 0
+    config.loop.eval_every = config.checkpoint.every = 100  # of few steps
     return recipe(config, steps=1000, rate=1e-3)
 
 
 def recipe(config: ConfigDict, steps: int, rate: float) -> ConfigDict:
-    """The indexer begins at random and learns alone, at a constant rate."""
+    """The indexer is initialised at random and learns alone, at a constant rate."""
     config.model.index_dense = True
     config.run.anew = "indexer"
     config.loss.trained = "indexer"

@@ -7,6 +7,10 @@ Whole sequences take the expanded form with a mask (`layers.indexed_attention`);
 gathered and meet the absorbed queries, so that a token costs top_k latents, and of all others the indexer's key. Where
 no more than top_k positions are there, this is `layers.mla` to the last bit.
 
+Where sequences are divided over devices (`config.mesh.context`), each device has its own queries, but gathers the
+entries of all tokens of a sequence and expands the keys and values of all of them: that memory grows with T, not with
+T / n. `kernels.attention` computes the warm-up, and sequences of up to top_k tokens, alone.
+
 Two losses are reported. `index_kl` is what the indexer learns by: KL(p_t || softmax(I_t)), mean over the tokens of a
 sequence. `index_recall`, not to be minimised, is the share of the dense attention's weights that S_t holds, mean over
 the tokens that have a choice and over the layers; it is not reported where sequences have no more than top_k tokens.
