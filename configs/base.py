@@ -91,7 +91,9 @@ def get_config() -> ConfigDict:
     loss.mtp_weight_switch = 1_000_000_000  # step from which the final weight holds
     loss.balance_rate = 1e-3  # gamma: step of the router-bias update (V3 section 2.1.2)
     loss.balance_rate_stop = 1_000_000_000  # step from which gamma is 0
-    loss.trained = ""  # a name in the paths of the weights that are trained, such as indexer; the others rest; "": all
+    loss.trained = (
+        ""  # a name in the paths of the weights that are trained, such as indexer; others are frozen; "": all
+    )
     loss.clip_norm = 1.0  # largest global norm of the gradients
     auxiliary = loss.auxiliary = ConfigDict()  # weight of each auxiliary loss that layers report, by its name
     auxiliary.expert_balance = 1e-4  # alpha of the sequence-wise balance loss (V2's alpha_1)
@@ -100,7 +102,7 @@ def get_config() -> ConfigDict:
 
     run = config.run = ConfigDict()  # changes speed and memory, not what is computed; and what a run begins with
     run.init_from = ""  # initial weights: a run's workdir or published weights, whose tokenizer is taken too
-    run.anew = ""  # a name in the paths of the weights that run.init_from does not have, and which begin at random
+    run.anew = ""  # a name in the paths of the weights that run.init_from does not have: initialised at random
     run.remat = "none"  # none, block (keep block inputs only), or dots (keep matmul outputs)
     run.unroll = 1  # layers that one turn of the loop over layers runs: more compile longer and copy less
     run.compilation_cache = ""  # directory of compiled programs; "" is the user's cache directory

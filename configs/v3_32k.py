@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config.loop.steps = 1000
     config.loop.eval_every = config.checkpoint.every = 100
     loss = config.loss
-    loss.mtp_weight = loss.mtp_weight_final  # as at the end of pre-training, like the router biases, which rest
+    loss.mtp_weight = loss.mtp_weight_final  # as at the end of pre-training, like the router biases, which are frozen
     loss.balance_rate = 0.0
     schedule = config.schedule
     schedule.peak_rate = schedule.tail_rate = schedule.final_rate = 7.3e-6

@@ -155,7 +155,7 @@ def check_adapters(config: ConfigDict, mesh: Mesh) -> None:
         return
     if not config.run.init_from:
         raise UserError(
-            f"config.lora.rank={config.lora.rank} trains adapters beside weights that rest, and no weights are named. "
+            f"config.lora.rank={config.lora.rank} trains adapters beside frozen weights, and none are named. "
             "Give config.run.init_from=DIR, a run's or published weights."
         )
     for key, value, allowed in (
@@ -191,7 +191,7 @@ def check_named(config: ConfigDict) -> None:
         )
     if config.run.anew and not config.run.init_from:
         raise UserError(
-            f"config.run.anew={config.run.anew!r} begins beside other weights, and none are named. Give "
+            f"config.run.anew={config.run.anew!r} is initialised beside other weights, and none are named. Give "
             "config.run.init_from=DIR, a run's or published weights."
         )
 
@@ -265,7 +265,7 @@ def first_state(config: ConfigDict, trainer: Trainer, workdir: Path, report: Cal
     if config.run.anew:
         made = jax.jit(lambda: trainer.first_weights(config.seed, trainable.named(config.run.anew)))()
         weights["params"] = trainable.join(jax.device_get(made), weights["params"])
-        report(f"begins at random: {config.run.anew}")
+        report(f"initialised at random: {config.run.anew}")
     if adapters:
         weights["params"] = lora.beside(weights["params"], first_adapters(config, trainer, adapters))
     report(f"weights of {config.run.init_from}")

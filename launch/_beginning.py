@@ -68,8 +68,8 @@ def fine_tuning(origin: str, config: ConfigDict) -> ConfigDict:
     of 2,048 tokens, or of the model's own length if that is less. The recipe is one for fine-tuning: AdamW at a
     constant 1e-5 after 20 steps of warm-up (the rate of DeepSeek LLM's supervised fine-tuning, section 4.1; V3 ends at
     1e-6), batches of 8 sequences, 200 steps. The rate stays constant so that any number of steps is a whole run.
-    Router biases rest, as at the end of V3's pre-training; the balance loss and the loss of multi-token prediction
-    keep their last weights.
+    Router biases are frozen, as at the end of V3's pre-training; the balance loss and the loss of multi-token
+    prediction keep their last weights.
 
     The directory becomes `run.init_from`; `config` holds the defaults of `configs/base.py`, which are filled in.
     """

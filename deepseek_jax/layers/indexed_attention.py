@@ -5,7 +5,7 @@
 `indexed_attention` and `indexed_decode` are operations of `kernels.TABLE`, here in plain JAX. The first takes blocks of
 queries: their scores with all keys exist at a time, masked by S_t, so that memory grows with T and S, not with T S
 heads; the backward pass computes each block again. The second gathers the entries of S_t, and reads nothing else of a
-cache but the indexer's keys. `learning` says how well an indexer foresees the attention.
+cache but the indexer's keys. `learning` says how well an indexer predicts the attention.
 Paper: DeepSeek-V3.2, arXiv 2512.02556, section 2.1.
 """
 
@@ -40,7 +40,7 @@ class Places(NamedTuple):
 
 
 class Learning(NamedTuple):
-    """How well an indexer foresees the attention, of each query; float32 [B, T]."""
+    """How well an indexer predicts the attention, of each query; float32 [B, T]."""
 
     divergence_BT: jax.Array  # KL(p || softmax(I)), nats
     recall_BT: jax.Array  # share of the dense attention's weights, mean over the heads, that the chosen positions have

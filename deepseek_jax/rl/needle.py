@@ -35,8 +35,6 @@ WORDS: tuple[str, ...] = (
     "island",
     "candle",
     "forest",
-)
-WORDS += (
     "bridge",
     "letter",
     "market",

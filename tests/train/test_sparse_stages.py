@@ -85,7 +85,7 @@ def stages(filled):
 
 def test_in_the_first_stage_the_indexer_alone_is_new_and_moves(stages):
     first, _ = stages
-    assert "begins at random: indexer" in first.said
+    assert "initialised at random: indexer" in first.said
     indexers = {path for path in paths(first.before) if "indexer" in path}
     assert first.moved() == indexers and len(indexers) == 5
     assert paths(first.moments).keys() == indexers
