@@ -13,7 +13,7 @@ from deepseek_jax.abstract_model import abstract_weights, has_fp8_cache
 from deepseek_jax.chips import CHIPS, chip, chips_of
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _compile, _options, _pictures, _suggest
-from deepseek_jax.launch._reinforcement import check_sizes
+from deepseek_jax.launch._reinforcement import check_engine, check_rows, check_sizes
 from deepseek_jax.launch._tables import print_table
 from deepseek_jax.layers import lora
 from deepseek_jax.models import family
@@ -145,12 +145,16 @@ def job_of(config: ConfigDict, options: SimpleNamespace, subject: PlannedModel) 
 def settle_rl(config: ConfigDict, options: SimpleNamespace) -> Drawing:
     """Makes an update of reinforcement learning the step that is planned; returns how its answers are drawn.
 
-    Raises UserError for a mesh on which none are, and with --compile.
+    Raises UserError for what `rl` refuses: a mesh on which none are drawn, rows that do not divide over the devices,
+    settings with which the engine does not draw; and with --compile.
     """
     if options.compile:
         raise UserError("--compile with --rl: it compiles a step of pre-training. Give one of them.")
     check_sizes(config)
-    rl = config.rl
+    rl, n_devices = config.rl, options.devices or max(config.mesh.data, 1) * config.mesh.expert
+    check_rows(config, n_devices)
+    if rl.rollout == "engine":
+        check_engine(config, n_devices)
     n_rows, n_tokens = rl.questions * rl.answers, rl.longest_prompt + rl.longest_answer
     with config.unlocked():
         config.data.seq_len, config.batch.size = n_tokens - 1, n_rows // rl.updates

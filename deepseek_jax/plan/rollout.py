@@ -10,6 +10,10 @@
 
 Drawing and updating take turns: the larger of this and the update's memory is what has to fit, and the update has the
 reference beside it. Activations of the prompts are not counted.
+
+With `rl.rollout=engine` the rows of a time share a pool of pages, which holds no more than the cache above. The engine
+keeps it, and the weights that it has prepared, through the update: add both to the update's memory, for which they are
+not counted.
 """
 
 from dataclasses import dataclass

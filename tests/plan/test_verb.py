@@ -58,6 +58,10 @@ def test_a_step_of_reinforcement_learning(capsys):
         plan.main([*words, "--compile"])
     with pytest.raises(UserError, match=r"config.mesh.pipe=2: answers are drawn on whole models"):
         plan.main([*words, "--config.mesh.pipe=2"])
+    with pytest.raises(UserError, match=r"config.rl.rows_at_once=7: expected a number that divides"):
+        plan.main([*words, "--config.rl.rows_at_once=7"])
+    with pytest.raises(UserError, match=r"config.rl.rollout=engine on 2 devices: expected one"):
+        plan.main([*words, "--devices=2", "--config.rl.rollout=engine", "--config.rl.temperature=1.0"])
 
 
 def line(text: str, label: str) -> str:
