@@ -10,7 +10,7 @@ from typing import Any
 from deepseek_jax.convert import fetched, formats, hf_config, safetensors
 from deepseek_jax.convert.safetensors import Tensors
 from deepseek_jax.errors import UserError
-from deepseek_jax.storage import Remote, place
+from deepseek_jax.storage import Place, Remote, place
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 EMBEDDING = "model.embed_tokens.weight"
@@ -51,8 +51,17 @@ def open_published(directory: str | PathLike | Remote, warn: Warn = warn_on_stde
     damaged.
     """
     where = place(directory)
-    weights = where if isinstance(where, Remote) else None
-    directory = fetched.fetch(where) if isinstance(where, Remote) else where.expanduser()
+    if not isinstance(where, Remote):
+        return _opened(where.expanduser(), where, warn)
+    folder = fetched.fetch(where)
+    try:
+        return _opened(folder, where, warn)
+    except UserError as error:  # the small files are read in the cache, and are to be corrected in the bucket
+        raise type(error)(str(error).replace(str(folder), str(where))) from error
+
+
+def _opened(directory: Path, where: Place, warn: Warn) -> Published:
+    """Returns what the small files in a directory and the weights in a place are."""
     formats.check_path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory. Give a directory with {CONFIG} and safetensors files.")
@@ -60,7 +69,7 @@ def open_published(directory: str | PathLike | Remote, warn: Warn = warn_on_stde
         raise UserError(f"{directory}: no {CONFIG}. Give a directory with {CONFIG} and safetensors files.")
     config = safetensors.read_json(directory / CONFIG)
     family, numbers = hf_config.from_hf(config)
-    tensors = safetensors.open_directory(directory, weights)
+    tensors = safetensors.open_directory(directory, where if isinstance(where, Remote) else None)
     first_ahead = f"model.layers.{numbers['n_layers']}."
     if numbers.get("mtp_depth") and not any(name.startswith(first_ahead) for name in tensors.names()):
         warn(f"{where}: {CONFIG} names multi-token prediction, but the files do not contain it: it is left out.")
