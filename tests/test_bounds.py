@@ -239,7 +239,7 @@ def test_every_verb_is_in_the_table():
         ),
         ("config.model.qk_norm = True", "config.model.qk_norm: family v3 has no such key."),
         ("del config.loop.steps", "config.loop.steps: missing. Start from a config that holds a whole run"),
-        ("del config['loss']", "config.loss.chunk and 9 more: missing."),
+        ("del config['loss']", "config.loss.chunk and 10 more: missing."),
         ("config.loss.auxiliary.of_my_own = -1.0", "config.loss.auxiliary.of_my_own=-1.0: expected a number from 0"),
         ("config.model = type(config)()", "has no config.model. Start from"),
         ("config.itself = config", "the file raised RecursionError"),

@@ -102,7 +102,7 @@ def place(tmp_path, monkeypatch) -> storage.Remote:
 
 
 def test_processes_of_a_host_share_the_folder_of_small_files(place, tmp_path, monkeypatch):
-    """What another one is writing stays, what it has deleted is no error; a cache that cannot be written is named."""
+    """What another one is writing stays, what it deletes raises nothing; a cache that cannot be written is named."""
     store = storage.open_store(place)
     store.write("config.json", b"{")
     with pytest.raises(UserError, match="^gs://b/place/config.json: "):  # not the copy that is read
