@@ -62,7 +62,7 @@ def answered(definition, params, router_bias):
     bound = bind(definition, params, router_bias)
     ids_BT = jnp.arange(2 * T).reshape(2, T) % 60
     _, cache = bound.prefill(ids_BT[:, :-1], T)
-    last, _ = bound.decode(ids_BT[:, -1:], jnp.full((2,), T - 1), cache)
+    last, _ = bound.decode(ids_BT[:, -1:], jnp.full((2, 1), T - 1), cache)
     return bound(ids_BT), last
 
 

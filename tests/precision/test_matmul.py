@@ -147,7 +147,7 @@ def test_only_scores_router_head_and_updates_of_weights_multiply_without_it():
         for path in LAYERS.glob("*.py")
         if re.search(r"jnp\.(einsum|dot|matmul)|dot_general", path.read_text())
     }
-    assert found == {"attention.py", "embed.py", "router.py", "lora.py"}
+    assert found == {"attention.py", "embed.py", "indexed_attention.py", "indexer.py", "router.py", "lora.py"}
 
 
 def doubled(*arguments, **options):
