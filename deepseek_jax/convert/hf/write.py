@@ -19,7 +19,7 @@ from deepseek_jax.convert.hf.published import CONFIG, GENERATION_CONFIG, Warn, w
 from deepseek_jax.errors import UserError
 from deepseek_jax.precision.fp8_weight import Fp8Weight
 from deepseek_jax.precision.quantize import quantize_blocks
-from deepseek_jax.storage import ABSENT, Remote, Store, answered, open_store, place
+from deepseek_jax.storage import ABSENT, Place, Remote, Store, answered, open_store, place
 from deepseek_jax.tree import paths
 
 TABLE = ("params", "embedding", "table_VD")
@@ -83,13 +83,10 @@ def write(
         report: called with the number of bytes of each published tensor, for a progress bar.
         warn: called with a message about anything that keeps others from opening the directory.
     """
-    if dtype not in FORMATS:
-        raise UserError(f"dtype {dtype!r}: expected one of {', '.join(FORMATS)}.")
+    _check_dtype(dtype, abstract)
     where = place(directory)
     where = where if isinstance(where, Remote) else where.expanduser()
     dtypes = {path: leaf.dtype for path, leaf in paths(abstract).items()}
-    if dtype == "keep" and any(isinstance(leaf, Fp8Weight) for leaf in paths(abstract).values()):
-        raise UserError("dtype='keep' of weights that are held in FP8: give 'fp8', for the same codes, or 'bf16'.")
     stored = dtypes[TABLE]
     config = hf_config.to_hf(
         *(family, numbers),
@@ -104,7 +101,18 @@ def write(
     config |= _auto_map(family, config["model_type"], files, lambda message: warn(f"{where}: {message}"))
     described = {CONFIG: config, GENERATION_CONFIG: marks if generation is None else generation}
     files = {**files, **{name: (json.dumps(text, indent=2) + "\n").encode() for name, text in described.items()}}
-    entries = list(_entries(abstract, dtypes, get, dtype, report))
+    _store(where, list(_entries(abstract, dtypes, get, dtype, report)), max_shard_bytes, files)
+
+
+def _check_dtype(dtype: str, abstract: dict) -> None:
+    """Raises UserError for a dtype that is unknown, or not to be had of these weights."""
+    if dtype not in FORMATS:
+        raise UserError(f"dtype {dtype!r}: expected one of {', '.join(FORMATS)}.")
+    if dtype == "keep" and any(isinstance(leaf, Fp8Weight) for leaf in paths(abstract).values()):
+        raise UserError("dtype='keep' of weights that are held in FP8: give 'fp8', for the same codes, or 'bf16'.")
+
+
+def _store(where: Place, entries: list, max_shard_bytes: int, files: Mapping[str, Path | bytes]) -> None:
     if isinstance(where, Remote):
         with answered():
             _send(open_store(where), entries, max_shard_bytes, files)
