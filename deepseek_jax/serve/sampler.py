@@ -65,7 +65,7 @@ def sample(
 
     Returns id_B, int32.
     """
-    likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    likeliest_B = largest(logits_BV)
     if temperature is None:
         return likeliest_B
     temperature_B = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), likeliest_B.shape)
@@ -79,8 +79,17 @@ def sample(
         top_p_B = jnp.broadcast_to(jnp.asarray(top_p, jnp.float32), likeliest_B.shape)
         x_BV = jnp.where(nucleus(x_BV, top_p_B), x_BV, -jnp.inf)
     noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(key_B)
-    drawn_B = jnp.argmax(x_BV + noise_BV, axis=-1).astype(jnp.int32)
+    drawn_B = largest(x_BV + noise_BV)
     return jnp.where(temperature_B > 0, drawn_B, likeliest_B)
+
+
+def largest(x_BV: jax.Array) -> jax.Array:
+    """Returns which entry of each row is the largest, of equal ones the first; int32, 0 for a row with a NaN.
+
+    That is `jnp.argmax` in two passes: XLA on a CPU reduces pairs of value and index one at a time.
+    """
+    is_less_BV, index_V = x_BV < jnp.max(x_BV, axis=-1, keepdims=True), jnp.arange(x_BV.shape[-1], dtype=jnp.int32)
+    return jnp.min(jnp.where(is_less_BV, x_BV.shape[-1], index_V), axis=-1)
 
 
 def permitted(logits_BV: jax.Array, allowed_BW: jax.Array) -> jax.Array:

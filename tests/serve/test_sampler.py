@@ -34,6 +34,15 @@ def test_temperature_0_and_a_small_nucleus_take_the_argmax(temperature, top_p):
     assert counts(temperature, top_p)[1] == N_DRAWS
 
 
+def test_largest_is_argmax_and_a_token_even_of_rows_without_numbers():
+    x_BV = np.random.default_rng(0).integers(-3, 4, (200, 17)).astype(np.float32)  # many ties
+    x_BV[:3] = -np.inf
+    x_BV[3:6, 4:] = np.inf
+    np.testing.assert_array_equal(jax.jit(sampler.largest)(x_BV), x_BV.argmax(axis=-1))
+    x_BV[:, 5] = np.nan
+    assert not np.any(jax.jit(sampler.largest)(x_BV))
+
+
 def test_ties_go_to_the_first_as_with_argmax():
     for temperature, top_p in ((0.0, 1.0), (1.0, 0.0)):
         assert (drawn(temperature, top_p, logits_V=np.float32([1, 3, 3, 0, 2])) == 1).all()
