@@ -84,10 +84,12 @@ def sample(
 
 
 def largest(x_BV: jax.Array) -> jax.Array:
-    """Returns which entry of each row is the largest, of equal ones the first; int32, 0 for a row with a NaN.
+    """Returns which entry of each row is the largest, of equal ones the first; int32. Of a row with NaN any entry.
 
-    That is `jnp.argmax` in two passes: XLA on a CPU reduces pairs of value and index one at a time.
+    This is `jnp.argmax`, on a CPU in two passes: XLA reduces pairs of value and index one at a time there.
     """
+    if jax.default_backend() != "cpu":
+        return jnp.argmax(x_BV, axis=-1).astype(jnp.int32)
     is_less_BV, index_V = x_BV < jnp.max(x_BV, axis=-1, keepdims=True), jnp.arange(x_BV.shape[-1], dtype=jnp.int32)
     return jnp.min(jnp.where(is_less_BV, x_BV.shape[-1], index_V), axis=-1)
 
