@@ -98,6 +98,14 @@ def fine_tuning(origin: str, config: ConfigDict) -> ConfigDict:
     return config
 
 
+def of_run(workdir: Place) -> str:
+    """Returns `run.init_from` of the run that a workdir holds, "" if there is none or it has no checkpoint yet."""
+    from deepseek_jax.train.checkpoint.manifest import committed_steps
+    from deepseek_jax.weights import open_weights
+
+    return open_weights(workdir).config.run.init_from if committed_steps(workdir / "checkpoints") else ""
+
+
 def inherit(config: ConfigDict, overrides: Mapping[str, str], workdir: Place) -> None:
     """Takes the tokenizer of the weights to begin with, and what their release says, into `config`.
 

@@ -55,6 +55,7 @@ def main(argv: list[str]) -> int:
         check_writable(workdir, "--workdir")
     if config.rl.teacher:
         config.rl.teacher = _beginning.directory(config.rl.teacher, "config.rl.teacher")
+    config.run.init_from = config.run.init_from or _beginning.of_run(workdir)
     if not config.run.init_from:
         code = train_base(config, workdir / "base", again)
         if code is not None:

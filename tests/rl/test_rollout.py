@@ -511,6 +511,8 @@ def test_the_verb_trains_a_base_and_improves_it(tmp_path, monkeypatch, capsys):
     assert rl.main(student) == 0
     printed = capsys.readouterr().out
     assert f"judged by {tmp_path / 'run'}" in printed and "teacher_kl=" in printed
+    assert rl.main([word for word in student if "init_from" not in word]) == 0  # a run that has begun needs no base
+    assert "This run has reached step 3" in capsys.readouterr().out and not (tmp_path / "student" / "base").exists()
     assert rl.main([*words, "--config.loop.steps=4"]) == 0
     printed = capsys.readouterr().out
     assert "resuming from step 3" in printed and "no more than by chance" in printed
