@@ -72,6 +72,11 @@ class Worker:
         """Requests that are running or waiting."""
         return self._n_open
 
+    def check_place(self) -> None:
+        """Raises Busy if no other request is accepted."""
+        if self._n_open >= self.most:
+            raise Busy(f"{self._n_open} requests are running or waiting")
+
     def start(self) -> None:
         """Starts the thread."""
         self._error = None
@@ -90,8 +95,7 @@ class Worker:
         """
         if self._error:
             raise self._error
-        if self._n_open >= self.most:
-            raise Busy(f"{self._n_open} requests are running or waiting")
+        self.check_place()
         self._n_open += 1
         stream = Stream(asyncio.get_running_loop())
         submitted: asyncio.Future[None] = stream.loop.create_future()
@@ -127,7 +131,7 @@ class Worker:
                 while self.engine.is_idle or not self._inbox.empty():
                     self._inbox.get()()
                 self._hand_out(self.engine.step())
-        except Exception as error:
+        except BaseException as error:  # some libraries' failures are no Exception
             self._error = error if isinstance(error, Dead) else Dead("the engine has failed: see the server's log")
             for stream in self._streams.values():
                 _call(stream.loop, lambda stream=stream: stream.outputs.put_nowait(self._error))

@@ -50,7 +50,7 @@ class Script:
     def __init__(self, tokenizer=BYTES):
         self.tokenizer = tokenizer
         self.answer, self.speed, self.requests, self.delay_s = lambda prompt: "Hi!" + END, 3, [], 0.0
-        self.prompts, self.samplings = [], []
+        self.prompts, self.samplings, self.failure = [], [], RuntimeError
         scheduler, pages = types.SimpleNamespace(running=[]), types.SimpleNamespace(n_pages=9, n_free=8)
         self.ranks = [types.SimpleNamespace(scheduler=scheduler, pages=pages)]
         self.n_drafted, self.n_accepted = 5, 4
@@ -98,7 +98,7 @@ class Script:
             if ending:
                 self.cancel(request)
         if any(output.ids == [0] for output in outputs):
-            raise RuntimeError("the device is gone")
+            raise self.failure("the device is gone")
         return outputs
 
 

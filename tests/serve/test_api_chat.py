@@ -167,3 +167,14 @@ def test_log_probabilities_of_a_chat(client, script, stream):
     assert "".join(entry["token"] for entry in thought) == "So.</think>"
     assert (content[0].bytes, content[2].token, content[2].bytes) == (None, "!", [33])  # half a character, and one
     assert [top.logprob for top in content[2].top_logprobs] == [-33 / 64, -9.0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_ids_are_those_of_the_engine_and_end_once(client, script, stream):
+    script.answer = lambda prompt: "Hi!" + END
+    answer = client.chat.completions.create(
+        model="mine", messages=ASK, stream=stream, extra_body={"return_token_ids": True}
+    )
+    choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+    ids = [token for choice in choices for token in getattr(choice, "token_ids", None) or ()]
+    assert ids == BYTES.encode("Hi!" + END, specials=True).tolist()

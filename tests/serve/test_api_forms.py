@@ -1,5 +1,6 @@
 """Answers in a given form over HTTP: JSON, JSON of a schema, calls of tools."""
 
+import asyncio
 import json
 import threading
 
@@ -7,7 +8,8 @@ import openai
 import pytest
 
 from deepseek_jax.data.tokenizer import open_tokenizer
-from deepseek_jax.serve.api.compiling import MOST_AT_ONCE
+from deepseek_jax.errors import UserError
+from deepseek_jax.serve.api.compiling import MOST_AT_ONCE, Compiling
 from tests.serve.scripted import ASK, END, SCHEMA, Script, ask, message_of, serve
 
 PERSON = {
@@ -94,6 +96,22 @@ def test_a_schema_that_takes_too_long_is_refused_and_holds_up_no_others(monkeypa
     assert ask(made, "POST", "/chat/completions", {"messages": ASK})[0] == 200
     gate.set()
     made.stop()
+
+
+def test_a_compiler_that_fails_in_any_way_refuses_the_schema():
+    class Panic(BaseException):
+        pass
+
+    def panic(grammar):
+        raise Panic
+
+    async def several():
+        compiling = Compiling(panic)
+        for _ in range(MOST_AT_ONCE + 1):
+            with pytest.raises(UserError, match="cannot be followed: Panic"):
+                await compiling("")
+
+    asyncio.run(several())
 
 
 PATTERNS = {  # for some of which others take exponential time or memory, with the status that is expected

@@ -91,6 +91,9 @@ def test_draws_do_not_depend_on_company(engine, alone):
     texts = run(engine(n_pages=8, n_ahead=2), samplings)[1]
     assert run(engine(chunk=4), samplings, later=[0, 0, 1, 5, 5, 9, 12])[1] == texts
     assert run(engine(n_steps=8, ends_early=False), samplings)[1] == texts
+    others = [*samplings[:3], *(replace(one, seed=one.seed + 50) for one in samplings[3:])]
+    changed = run(engine(), others)[1]
+    assert changed[:3] == texts[:3] and all(a != b for a, b in zip(changed[3:], texts[3:], strict=True))
     assert texts[2] == [*alone[2], "length"]
     assert len({tuple(text) for text in texts}) == len(texts)
 

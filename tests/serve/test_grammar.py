@@ -111,3 +111,7 @@ def test_what_no_grammar_expresses_is_refused(grammars):
         tool_calls(TEMPLATES["v2"], grammars.tokenizer, TOOLS)
     with pytest.raises(UserError, match="cannot be followed: Invalid type"):
         grammars.compile(json_schema({"type": "nonsense"}))
+    for wrong in ({"type": "nonsense"}, {"type": "string", "pattern": "((a"}):
+        tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": wrong}}}}
+        with pytest.raises(UserError, match="the schema cannot be followed"):
+            grammars.compile(tool_calls(TEMPLATES["v3"], grammars.tokenizer, [tool]))

@@ -216,6 +216,9 @@ def test_no_part_of_a_stop_string_is_shown(stop):
 def test_stop_strings_are_for_content():
     ids = TOKENS.encode("a stop b</think>\n\nc stop d", specials=True)
     assert run("r1", ids, thinking=True, stop=["stop"]) == (message("a stop b", "c "), True)
+    ids = TOKENS.encode("a </s b</think>\n\nc </s> d", specials=True)  # it begins as the end of a thought does
+    for cuts in ((), range(1, len(ids))):
+        assert run("r1", ids, cuts, thinking=True, stop=["</s>"]) == (message("a </s b", "c "), True)
     calls = ids_of(TEMPLATES["v31"].reply(message("", "x", ("f", '"stop"'))))
     assert run("v31", calls, stop=["stop"]) == (message("", "x", ("f", '"stop"')), False)
 

@@ -27,16 +27,24 @@ def test_a_full_queue_refuses_and_recovers(client, served, script):
     streams = [client.chat.completions.create(model="mine", messages=ASK, stream=True) for _ in range(8)]
     with pytest.raises(openai.RateLimitError, match="8 requests are running or waiting"):
         client.chat.completions.create(model="mine", messages=ASK)
+    for path in ("/chat/completions", "/v1/completions"):  # what is sent is not even read
+        assert ask(served, "POST", path, b"{")[0] == 429
+    assert ask(served, "GET", "/models")[0] == 200
     for stream in streams:
         stream.close()
     wait_until(lambda: served.worker.n_open == 0)
     assert client.chat.completions.create(model="mine", messages=ASK, max_tokens=4).choices[0].message.content == "word"
 
 
+class Panic(BaseException):
+    """What libraries in Rust raise where they fail."""
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, Panic])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_dead_engine_is_said():
+def test_a_dead_engine_is_said(failure):
     script = Script()
-    script.answer = lambda prompt: "\0"
+    script.answer, script.failure = (lambda prompt: "\0"), failure
     made = serve(script)
     status, found = ask(made, "POST", "/chat/completions", {"messages": ASK, "max_tokens": 1})
     assert status == 503 and "see the server's log" in message_of(found) and "device" not in message_of(found)

@@ -18,6 +18,7 @@ request. Nothing in a request makes the server fetch, import or render anything.
 import contextlib
 import hashlib
 import hmac
+import itertools
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deepseek_jax.errors import UserError
 from deepseek_jax.serve.api import answers
 from deepseek_jax.serve.api.completions import completion_routes
-from deepseek_jax.serve.api.metrics import Metrics
 from deepseek_jax.serve.api.service import Service
 from deepseek_jax.serve.api.tokens import token_routes
 from deepseek_jax.serve.worker import Busy, Dead
 
 MOST_BYTES = 32 * 2**20  # of a request's body
 OPEN = ("/", "/health")  # routes that need no key
+PREFIXES = ("", "/v1", "/beta")
+COMPLETIONS = frozenset(itertools.chain(*((f"{one}/chat/completions", f"{one}/completions") for one in PREFIXES)))
 MOST_FAULTS = 10  # that an answer lists
 MOST_HEAD_BYTES = 2**16  # of its headers, where they do not arrive at once
 PAGE = Path(__file__).with_name("page.html")
@@ -58,8 +60,8 @@ def create_app(service: Service) -> FastAPI:
         service.worker.stop()
 
     app = FastAPI(title="deepseek_jax", lifespan=lifespan, openapi_url=None)
-    app.add_middleware(_Bounded, metrics=service.metrics, keys=service.keys)
-    for prefix in ("", "/v1", "/beta"):
+    app.add_middleware(_Bounded, service=service)
+    for prefix in PREFIXES:
         for routes in (_models(service), completion_routes(service), token_routes(service)):
             app.include_router(routes, prefix=prefix)
 
@@ -107,13 +109,14 @@ def _models(service: Service) -> APIRouter:
 
 
 class _Bounded:
-    """Refuses requests without a key, and bodies of more than `MOST_BYTES`, whatever length their headers state.
+    """Refuses requests without a key, completions while the queue is full, and bodies of more than `MOST_BYTES`.
 
-    It stands before whatever reads bodies. It also counts responses.
+    It stands before whatever reads bodies, so that a refusal costs little and those who are served keep their times;
+    what length headers state does not matter. It also counts responses.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, keys: tuple[str, ...]):
-        self.app, self.metrics, self.keys = app, metrics, keys
+    def __init__(self, app: ASGIApp, service: Service):
+        self.app, self.service, self.metrics = app, service, service.metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         n_bytes = 0
@@ -131,11 +134,8 @@ class _Bounded:
                 self._count(scope, message["status"])
             await send(message)
 
-        tenant = _tenant(scope, self.keys) if scope["type"] == "http" else b""
-        scope.setdefault("state", {})["tenant"] = tenant
-        if tenant is None and scope["path"] not in OPEN:
-            refusal = answers.error("missing or wrong API key: expected Authorization: Bearer KEY")
-            await JSONResponse(refusal, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, counted)
+        if scope["type"] == "http" and (refusal := self._refusal(scope)):
+            await refusal(scope, receive, counted)
             return
         try:
             await self.app(scope, bounded, counted)
@@ -143,8 +143,23 @@ class _Bounded:
             self._count(scope, 500)  # what answers it stands outside
             raise
 
+    def _refusal(self, scope: Scope) -> Response | None:
+        """The answer to a request of which only the head is looked at."""
+        tenant = _tenant(scope, self.service.keys)
+        scope.setdefault("state", {})["tenant"] = tenant
+        if tenant is None and scope["path"] not in OPEN:
+            refusal = answers.error("missing or wrong API key: expected Authorization: Bearer KEY")
+            return JSONResponse(refusal, 401, {"WWW-Authenticate": "Bearer"})
+        if scope["path"] in COMPLETIONS:
+            try:
+                self.service.worker.check_place()
+            except Busy as busy:
+                return _failed(429, busy)
+        return None
+
     def _count(self, scope: Scope, status: int) -> None:
-        route = getattr(scope.get("route"), "path", "none").removeprefix("/v1").removeprefix("/beta")
+        path = scope["path"] if scope["path"] in COMPLETIONS else getattr(scope.get("route"), "path", "none")
+        route = path.removeprefix("/v1").removeprefix("/beta")
         self.metrics.responses.labels(route, status).inc()
 
 
@@ -161,12 +176,16 @@ def _tenant(scope: Scope, keys: tuple[str, ...]) -> bytes | None:
 
 def _handler(status: int) -> Any:
     async def handle(_: Request, error: Exception) -> Response:
-        kind = "invalid_request_error" if status < 429 else "server_error"
-        headers = {"Retry-After": "1"} if status in (429, 503) else None
-        text = "an error of the server: see its log" if status == 500 else str(error)  # which may say what others wrote
-        return JSONResponse(answers.error(text, kind), status_code=status, headers=headers)
+        return _failed(status, error)
 
     return handle
+
+
+def _failed(status: int, error: Exception) -> Response:
+    kind = "invalid_request_error" if status < 429 else "server_error"
+    headers = {"Retry-After": "1"} if status in (429, 503) else None
+    text = "an error of the server: see its log" if status == 500 else str(error)  # which may say what others wrote
+    return JSONResponse(answers.error(text, kind), status_code=status, headers=headers)
 
 
 async def _invalid(_: Request, error: Exception) -> Response:

@@ -37,6 +37,8 @@ class Compiling:
             value = self._compile(grammar)
         except Exception as failure:
             error = failure
+        except BaseException as failure:  # a panic of the compiler
+            error = UserError(f"the schema cannot be followed: {type(failure).__name__}")
         loop.call_soon_threadsafe(self._settle, found, value, error)
 
     def _settle(self, found: asyncio.Future, value: Any, error: Exception | None) -> None:
