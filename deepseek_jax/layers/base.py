@@ -95,6 +95,8 @@ SINGLE_DEVICE = Execution()  # float32 on one device
 ROLES = (
     "attention_in",  # matrices of attention to queries, keys, values and latents
     "attention_out",  # and back to the stream
+    "grouped_out",  # of the heads of a group to that group's part of a latent, on the way back
+    "compressor",  # makes one entry of several tokens
     "gate",  # matrices of feed-forwards
     "up",
     "down",
@@ -108,7 +110,7 @@ ROLES = (
     "adapter",  # thin matrices of low-rank adapters
 )
 MULTIPLIED = ("attention_in", "attention_out", "gate", "up", "down", "join")  # by a `Matmul`; no other code reads them
-CONVERTED = ("table", "head")  # to the dtype of the activations, where they are read
+CONVERTED = ("table", "head", "grouped_out", "compressor")  # to the dtype of the activations, where they are read
 CODED_BLOCK = 128  # rows and columns of a weight that share a scale in FP8
 SPARED = ("gain", "bias")  # by weight decay
 
@@ -400,8 +402,8 @@ def roles(module: nnx.Module) -> Tree:
 def dtype_read(role: str, weights: DTypeLike, compute: DTypeLike) -> DTypeLike:
     """The dtype in which a step reads a weight.
 
-    That is `weights` for what a `Matmul` multiplies, `compute` (the activations' dtype) for table and head, and float32
-    for all others.
+    That is `weights` for what a `Matmul` multiplies, `compute` (the activations' dtype) for what is `CONVERTED`, and
+    float32 for all others.
     """
     return weights if role in MULTIPLIED else compute if role in CONVERTED else jnp.float32
 

@@ -59,6 +59,9 @@ class Attention(nnx.Module):
                                                 the sums; None: as many as without a cache
     cache                                       where the entries go: a `layers.cache.Layout`
     over_cache(x_BTD, tokens, cached, seen_BTS) u_BTD, attending to the slots that are seen
+    extend(x_BTD, tokens, cached, start)        (u_BTD, what is kept now, auxiliary losses), of tokens after those that
+                                                are cached: a chunk of prompts from `start` on, or if that is None the
+                                                next token(s) of each sequence
     """
 
     most_keys: int | None = None
@@ -91,6 +94,17 @@ class Attention(nnx.Module):
         """
         own = jax.tree.map(lambda a: a[table_BN].reshape(len(table_BN), -1, *a.shape[2:]), pool)
         return self.over_cache(x_BTD, tokens, self.cache.unpacked(own), self.cache.seen(own, tokens))
+
+    def extend(
+        self, x_BTD: jax.Array, tokens: Tokens, cached: Any, start: int | jax.Array | None = None
+    ) -> tuple[jax.Array, Any, Losses]:
+        """The tokens are written to memory, which must be `Full`, and look at what is there."""
+        cached = self.cache.write(cached, self.entries(x_BTD, tokens), tokens)
+        if start is None:
+            seen_BTS = self.cache.seen(cached, tokens)
+            return self.over_cache(x_BTD, tokens, self.cache.unpacked(cached), seen_BTS), cached, {}
+        u_BTD, losses = self.over_itself(x_BTD, tokens, self.cache.unpacked(cached), start)
+        return u_BTD, cached, losses
 
     def attended(
         self, q_BTHQ: jax.Array, entries: Entries, weights: tuple, tokens: Tokens, q_offset: int | jax.Array

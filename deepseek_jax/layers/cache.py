@@ -88,13 +88,11 @@ def first_pass(n_positions: int) -> Attend:
 def next_chunk(start: int | jax.Array) -> Attend:
     """Prefill in parts: tokens of the positions from `start` on look at those before them, and at themselves.
 
-    They are written to memory first, which must be `Full`. The attention takes its expanded form, as in `first_pass`.
+    An attention over `Full` memory takes its expanded form, as in `first_pass`.
     """
 
     def attend(attention: Any, x_BTD: jax.Array, tokens: Tokens, cached: Cached) -> tuple[jax.Array, Cached, Losses]:
-        cached = attention.cache.write(cached, attention.entries(x_BTD, tokens), tokens)
-        u_BTD, losses = attention.over_itself(x_BTD, tokens, attention.cache.unpacked(cached), start)
-        return u_BTD, cached, losses
+        return attention.extend(x_BTD, tokens, cached, start)
 
     return attend
 
@@ -192,6 +190,4 @@ def read_pages(pool: Entries, table_BN: jax.Array) -> Entries:
 
 def next_tokens(attention: Any, x_BTD: jax.Array, tokens: Tokens, cached: Cached) -> tuple[jax.Array, Cached, Losses]:
     """Decode: the tokens are written to memory and look at what they see of it."""
-    cached = attention.cache.write(cached, attention.entries(x_BTD, tokens), tokens)
-    seen_BTS = attention.cache.seen(cached, tokens)
-    return attention.over_cache(x_BTD, tokens, attention.cache.unpacked(cached), seen_BTS), cached, {}
+    return attention.extend(x_BTD, tokens, cached)

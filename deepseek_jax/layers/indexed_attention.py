@@ -18,6 +18,8 @@ from jax import lax
 
 from deepseek_jax.layers.attention import masked_softmax
 from deepseek_jax.layers.indexer import Index, among_top, divergence, scores
+from deepseek_jax.layers.tokens import Tokens
+from deepseek_jax.parallel.context import Context
 from pallas_kernels.mla_decode import fp8_cache
 
 AT_ONCE = 2**26  # scores of all heads that exist at a time, 256 MiB in float32
@@ -103,19 +105,51 @@ def learning(
     keys_BSQ = index.k_BSQ
 
     def of(q_BTHQ: jax.Array, index: Index, places: Places) -> Learning:
-        seen_BTS = places.seen(k_BSHQ.shape[1])
-        scores_BTS = scores(index._replace(k_BSQ=keys_BSQ))
-        chosen_BTS = among_top(scores_BTS, seen_BTS, top_k)
-        pairs_BHTS = _attention_scores(q_BTHQ, k_BSHQ, scale)
-        dense_BTS = jnp.mean(masked_softmax(pairs_BHTS, seen_BTS[:, None]), axis=1)
-        recall_BT = jnp.sum(jnp.where(chosen_BTS, dense_BTS, 0.0), axis=-1)
-        has_choice_BT = jnp.sum(seen_BTS, axis=-1) > top_k
-        if is_dense:
-            return Learning(divergence(dense_BTS, scores_BTS, seen_BTS), recall_BT, has_choice_BT)
-        p_BTS = jnp.mean(masked_softmax(pairs_BHTS, chosen_BTS[:, None]), axis=1)
-        return Learning(divergence(p_BTS, scores_BTS, chosen_BTS), recall_BT, has_choice_BT)
+        scores_BTS, pairs_BHTS = scores(index._replace(k_BSQ=keys_BSQ)), _attention_scores(q_BTHQ, k_BSHQ, scale)
+        return learnt(pairs_BHTS, scores_BTS, places.seen(k_BSHQ.shape[1]), top_k=top_k, is_dense=is_dense)
 
     return _by_blocks(of, places, q_BTHQ, index, k_BSHQ.shape, at_once)
+
+
+def learnt(
+    pairs_BHTS: jax.Array, scores_BTS: jax.Array, seen_BTS: jax.Array, *, top_k: int, is_dense: bool
+) -> Learning:
+    """What an indexer with these scores learns of the attention's scores; see `learning`."""
+    chosen_BTS = among_top(scores_BTS, seen_BTS, top_k)
+    dense_BTS = jnp.mean(masked_softmax(pairs_BHTS, seen_BTS[:, None]), axis=1)
+    recall_BT = jnp.sum(jnp.where(chosen_BTS, dense_BTS, 0.0), axis=-1)
+    has_choice_BT = jnp.sum(seen_BTS, axis=-1) > top_k
+    if is_dense:
+        return Learning(divergence(dense_BTS, scores_BTS, seen_BTS), recall_BT, has_choice_BT)
+    p_BTS = jnp.mean(masked_softmax(pairs_BHTS, chosen_BTS[:, None]), axis=1)
+    return Learning(divergence(p_BTS, scores_BTS, chosen_BTS), recall_BT, has_choice_BT)
+
+
+def losses_of(
+    found: Learning, tokens: Tokens, context: Context, *, share: float, has_choice: bool
+) -> dict[str, jax.Array]:
+    """`index_kl` and `index_recall` of a layer, each summed over the sequences of a batch.
+
+    Args:
+        found: of each token.
+        tokens: of which those that are text count.
+        context: the devices over which sequences are divided.
+        share: of the layer in the recall.
+        has_choice: whether sequences are long enough for a choice; else no recall is reported.
+    """
+    real_BT = jnp.ones_like(found.has_choice_BT) if tokens.real_BT is None else tokens.real_BT
+
+    def mean(x_BT: jax.Array, of_BT: jax.Array) -> jax.Array:
+        """This device's share of the mean over a sequence's tokens `of_BT`, [B]; 0 without any."""
+        n_B = context.total(jnp.sum(of_BT, axis=1).astype(jnp.float32))
+        return jnp.sum(jnp.where(of_BT, x_BT, 0.0), axis=1) / jnp.maximum(n_B, 1.0)
+
+    has_choice_BT = found.has_choice_BT & real_BT
+    any_B = context.total(jnp.sum(has_choice_BT, axis=1)) > 0
+    everything = mean(jnp.ones_like(found.recall_BT), real_BT)  # is recalled where there is no choice
+    recall_B = jnp.where(any_B, mean(found.recall_BT, has_choice_BT), everything)
+    losses = {"index_kl": jnp.sum(mean(found.divergence_BT, real_BT))}
+    return losses | ({"index_recall": jnp.sum(lax.stop_gradient(recall_B)) * share} if has_choice else {})
 
 
 def _attention_scores(q_BTHQ: jax.Array, k_BSHQ: jax.Array, scale: float) -> jax.Array:
@@ -126,14 +160,12 @@ def _attention_scores(q_BTHQ: jax.Array, k_BSHQ: jax.Array, scale: float) -> jax
 def _by_blocks(
     of: Callable[..., Any], places: Places, q_BTHQ: jax.Array, index: Index, keys: tuple[int, ...], at_once: int
 ) -> Any:
-    """`of(q_BTHQ, index, places)` of blocks of queries, one after the other; each is computed again backwards.
+    """`of(q_BTHQ, index, places)` of blocks of queries.
 
     The index that `of` is given has no keys, which are the same for all blocks. All at once if they are few enough.
     """
     n_batch, n_tokens = q_BTHQ.shape[:2]
     per_query = n_batch * keys[1] * max(q_BTHQ.shape[2], index.q_BTHQ.shape[2])
-    size = min(max(at_once // per_query, 1), n_tokens)
-    n_blocks = -(-n_tokens // size)
     queries = q_BTHQ, index.q_BTHQ, index.weight_BTH, places.place_BT, places.segments_BT
 
     def block(queries: tuple) -> Any:
@@ -141,6 +173,16 @@ def _by_blocks(
         own = Index(index_q_BTHQ, weight_BTH, None)  # type: ignore[arg-type]  # `of` puts the keys in
         return of(q_BTHQ, own, Places(place_BT, segments_BT, places.segments_BS))
 
+    return by_blocks(block, queries, min(max(at_once // per_query, 1), n_tokens))
+
+
+def by_blocks(block: Callable[[Any], Any], queries: Any, size: int) -> Any:
+    """`block` of `size` queries, one block after the other; each is computed again backwards.
+
+    `queries` and what `block` gives are trees of arrays [B, T, ...]. The last block is filled up with zeros.
+    """
+    n_batch, n_tokens = jax.tree.leaves(queries)[0].shape[:2]
+    n_blocks = -(-n_tokens // size)
     if n_blocks == 1:
         return block(queries)
 

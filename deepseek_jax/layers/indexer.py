@@ -55,6 +55,13 @@ class Index(NamedTuple):
     k_BSQ: jax.Array
 
 
+class Stream(NamedTuple):
+    """The normed stream as it is, which the weights of the indexer's heads read, and ready for products."""
+
+    x_BTD: jax.Array
+    operand: Operand
+
+
 class IndexKeys(nnx.Module):
     """One key per token: LayerNorm(W^KI h)."""
 
@@ -83,6 +90,7 @@ class Indexer(nnx.Module):
         rotate: puts positions into queries and keys.
         run: its `matmul` is used; with a `cache` in FP8 queries and keys are turned by a Hadamard matrix and rounded
             to E4M3 with one scale each, a power of two, as in the released code.
+        rounds: what is done to queries in place of that.
     """
 
     def __init__(
@@ -93,18 +101,20 @@ class Indexer(nnx.Module):
         rotate: Rotate,
         run: Execution = SINGLE_DEVICE,
         *,
+        rounds: Callable[[jax.Array], jax.Array] | None = None,
         rngs: nnx.Rngs,
     ):
         init, shape = normal(c.init_std), (c.q_rank, c.index_heads, c.index_width)
         self.q_up_RHQ = param(rngs, shape, ("q_latent", "heads", None), init, role="attention_in")
         self.weight_DH = param(rngs, (d_model, c.index_heads), ("embed", None), init, role="index")
         self.key: Any = key(rngs)
-        self.config, self.rotate, self.matmul, self.rounds = c, rotate, run.matmul, run.cache == "fp8"
+        self.config, self.rotate, self.matmul, self.is_fp8 = c, rotate, run.matmul, run.cache == "fp8"
+        self.rounds = rounds or (in_e4m3 if self.is_fp8 else None)
 
     def keys(self, x_BTD: Operand, positions_BT: jax.Array) -> jax.Array:
         """k_BTQ, which the cache keeps."""
         k_BTQ = self.rotate(self.key(jax.tree.map(lax.stop_gradient, x_BTD)), positions_BT)
-        return hadamard(k_BTQ) if self.rounds else k_BTQ
+        return hadamard(k_BTQ) if self.is_fp8 else k_BTQ
 
     @jax.named_scope("indexer")
     def __call__(self, q_latent_BTR: jax.Array, x_BTD: jax.Array, positions_BT: jax.Array, k_BSQ: jax.Array) -> Index:
@@ -113,7 +123,7 @@ class Indexer(nnx.Module):
         q_BTHQ = self.matmul.einsum("BTR,RHQ->BTHQ", lax.stop_gradient(q_latent_BTR), self.q_up_RHQ[...])
         q_BTHQ = self.rotate(q_BTHQ, positions_BT)
         if self.rounds:
-            q_BTHQ = dequantize_blocks(*quantize_blocks(hadamard(q_BTHQ), (1, 128), "ue8m0"), q_BTHQ.dtype, (1, 128))
+            q_BTHQ = self.rounds(q_BTHQ)
         weight_BTH = jnp.einsum("BTD,DH->BTH", x_BTD, self.weight_DH[...], precision=lax.Precision.HIGHEST)
         return Index(q_BTHQ, weight_BTH * (c.index_heads * c.index_width) ** -0.5, k_BSQ)
 
@@ -163,6 +173,11 @@ def divergence(p_BTS: jax.Array, scores_BTS: jax.Array, attended_BTS: jax.Array)
     log_q_BTS = jax.nn.log_softmax(masked_BTS, axis=-1)
     log_p_BTS = jnp.log(jnp.where(p_BTS > 0, p_BTS, 1.0))
     return jnp.sum(jnp.where(p_BTS > 0, p_BTS * (log_p_BTS - log_q_BTS), 0.0), axis=-1)
+
+
+def in_e4m3(q: jax.Array) -> jax.Array:
+    """Queries turned by a Hadamard matrix, and rounded to E4M3 with one scale each, a power of two."""
+    return dequantize_blocks(*quantize_blocks(hadamard(q), (1, 128), "ue8m0"), q.dtype, (1, 128))
 
 
 def hadamard(x: jax.Array) -> jax.Array:

@@ -27,13 +27,12 @@ from flax import nnx
 from deepseek_jax.layers.base import SINGLE_DEVICE, Execution
 from deepseek_jax.layers.block import Losses
 from deepseek_jax.layers.cache import Full
-from deepseek_jax.layers.indexed_attention import Places, learning
+from deepseek_jax.layers.indexed_attention import Places, learning, losses_of
 from deepseek_jax.layers.indexed_kernels import check_choice
-from deepseek_jax.layers.indexer import Index, Indexer, IndexerConfig, IndexKeys
+from deepseek_jax.layers.indexer import Index, Indexer, IndexerConfig, IndexKeys, Stream
 from deepseek_jax.layers.mla import MLA, Fp8Latents, Latents, MLAConfig
 from deepseek_jax.layers.rope import frequencies, rotary_scale, rotate_halves
 from deepseek_jax.layers.tokens import Tokens
-from deepseek_jax.precision.matmul import Operand
 from pallas_kernels.mla_decode import fp8_cache
 
 
@@ -68,13 +67,6 @@ class IndexedFp8(Full):
         latents = fp8_cache.decode(cached.entry_BSY, self.latents.rope_width)
         keys = fp8_cache.decode_key(cached.k_index_BSY)
         return IndexedLatents(*(part.astype(self.latents.dtype) for part in (*latents, keys)))
-
-
-class Stream(NamedTuple):
-    """The normed stream as it is, which the weights of the indexer's heads read, and ready for products."""
-
-    x_BTD: jax.Array
-    operand: Operand
 
 
 class SparseMLA(MLA):
@@ -207,21 +199,8 @@ class SparseMLA(MLA):
         """What the indexer learns by, and its recall; each summed over the sequences."""
         options: dict[str, Any] = {"top_k": self.top_k, "is_dense": self.is_dense, "scale": self.scale}
         found = learning(q_BTHQ, k_BSHQ, index, places, **options)
-        real_BT = jnp.ones_like(found.has_choice_BT) if tokens.real_BT is None else tokens.real_BT
-
-        def mean(x_BT: jax.Array, of_BT: jax.Array) -> jax.Array:
-            """This device's share of the mean over a sequence's tokens `of_BT`, [B]; 0 without any."""
-            n_B = self.context.total(jnp.sum(of_BT, axis=1).astype(jnp.float32))
-            return jnp.sum(jnp.where(of_BT, x_BT, 0.0), axis=1) / jnp.maximum(n_B, 1.0)
-
-        has_choice_BT = found.has_choice_BT & real_BT
-        any_B = self.context.total(jnp.sum(has_choice_BT, axis=1)) > 0
-        everything = mean(jnp.ones_like(found.recall_BT), real_BT)  # is recalled where there is no choice
-        recall_B = jnp.where(any_B, mean(found.recall_BT, has_choice_BT), everything)
-        kl_B = mean(found.divergence_BT, real_BT)
-        if k_BSHQ.shape[1] <= self.top_k:
-            return {"index_kl": jnp.sum(kl_B)}
-        return {"index_kl": jnp.sum(kl_B), "index_recall": jnp.sum(jax.lax.stop_gradient(recall_B)) * self.share}
+        has_choice = k_BSHQ.shape[1] > self.top_k
+        return losses_of(found, tokens, self.context, share=self.share, has_choice=has_choice)
 
 
 @dataclass(frozen=True)

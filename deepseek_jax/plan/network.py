@@ -22,7 +22,8 @@ from deepseek_jax.tree import dotted, size
 
 EMBEDDING, HEAD, MTP = "embedding", "head", "mtp"  # top-level entries of a model, besides blocks and a norm
 NORM_WIDTH = "embed"
-HIGH_PRECISION = ("head", "router", "index")  # matrices that FP8 recipes keep in high precision (V3 section 3.3.1)
+# matrices that FP8 recipes keep in high precision (V3 section 3.3.1; V4's released code)
+HIGH_PRECISION = ("head", "router", "index", "grouped_out", "compressor")
 LATENTS = ("q_latent", "kv_latent")
 BF16 = Execution(compute=jnp.bfloat16)
 

@@ -1,0 +1,121 @@
+"""What V4's attention keeps of earlier tokens: a window of keys, the last tokens of open blocks, and entries.
+
+    window    keys of the last w tokens; position p lies in row p mod w
+    raw       of each compressor a_p and z_p of the last tokens that open blocks need, span of them, in row p mod span
+    entries   of each compressor one entry per block; block i lies in row i, and is read once it is complete
+
+Each sequence is at a position of its own. New tokens follow one another, any number of them; those that are padding,
+at the end, are not kept. A block's entry is computed again with every chunk that reaches it, and nobody sees it before
+its last token is there. All sizes are known when the program is compiled, and none depends on positions. Keys and
+entries lie as `layers.entry_codes` stores them, raw numbers in float32.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.layers.compressor import Blocks, Compressor, Raw
+from deepseek_jax.layers.entry_codes import Codes
+from deepseek_jax.layers.tokens import Tokens
+
+
+class Entries(NamedTuple):
+    """What is computed of each token: its key, and what each compressor makes of it."""
+
+    kv_BSQ: jax.Array
+    raw: tuple[Raw, ...]
+
+
+class Kept(NamedTuple):
+    """Memory of a layer; axis B first."""
+
+    window_BSQ: jax.Array
+    raw: tuple[Raw, ...]
+    entries_BIQ: tuple[jax.Array, ...]
+
+
+@dataclass(frozen=True)
+class CompressedLayout:
+    """A `layers.cache.Layout` of an attention with these compressors, whose weights it reads."""
+
+    window: int  # w
+    keys: Codes  # how keys are stored
+    compressors: tuple[Compressor, ...]
+    codes: tuple[Codes, ...]  # how the entries of each are
+
+    def empty(self, entries: Entries, n_positions: int) -> Kept:
+        """See `layers.cache.Layout`."""
+        n_batch, _, width = entries.kv_BSQ.shape
+        raw = tuple(
+            jax.tree.map(lambda x, c=c: jnp.zeros((n_batch, c.span, x.shape[-1]), x.dtype), one)
+            for c, one in zip(self.compressors, entries.raw, strict=True)
+        )
+        made = tuple(
+            codes.pack(jnp.zeros((n_batch, max(n_positions // c.ratio, 1), c.width)))
+            for c, codes in zip(self.compressors, self.codes, strict=True)
+        )
+        return Kept(self.keys.pack(jnp.zeros((n_batch, self.window, width))), raw, made)
+
+    def write(self, cached: Kept, entries: Entries, tokens: Tokens) -> Kept:
+        """See `layers.cache.Layout`."""
+        end_B = tokens.positions_BT[:, 0] + n_real(tokens)
+        stored_BTQ = self.keys.pack(entries.kv_BSQ)
+        closed = zip(self.compressors, self.codes, cached.raw, entries.raw, cached.entries_BIQ, strict=True)
+        return Kept(
+            _put(cached.window_BSQ, stored_BTQ, tokens.positions_BT, end_B),
+            tuple(
+                jax.tree.map(lambda old, new: _put(old, new, tokens.positions_BT, end_B), *pair)
+                for pair in zip(cached.raw, entries.raw, strict=True)
+            ),
+            tuple(_close(*given, tokens.positions_BT) for given in closed),
+        )
+
+    def before(self, cached: Kept, first_B: jax.Array) -> jax.Array:
+        """Keys kv_BSQ of the w tokens before these positions, in order."""
+        row_BS = (first_B[:, None] - self.window + jnp.arange(self.window)) % self.window
+        return self.keys.unpack(jnp.take_along_axis(cached.window_BSQ, row_BS[..., None], axis=1))
+
+    def seen(self, cached: Kept, tokens: Tokens) -> jax.Array:
+        """seen_BTS: rows of the window that single tokens, already written, look at."""
+        return jnp.arange(self.window) <= tokens.positions_BT[..., None]
+
+    def packed(self, entries: Entries) -> Entries:
+        """See `layers.cache.Layout`; here the entries themselves."""
+        return entries
+
+    def unpacked(self, cached: Kept) -> Kept:
+        """See `layers.cache.Layout`."""
+        return cached
+
+
+def n_real(tokens: Tokens) -> int | jax.Array:
+    """How many tokens of each sequence are text."""
+    if tokens.real_BT is None:
+        return tokens.positions_BT.shape[1]
+    return jnp.sum(tokens.real_BT, axis=1, dtype=jnp.int32)
+
+
+def _put(memory: jax.Array, new: jax.Array, positions_BT: jax.Array, end_B: jax.Array) -> jax.Array:
+    """Returns a ring with the last of the new tokens before `end_B` in it."""
+    n_rows = memory.shape[1]
+    is_kept_BT = (positions_BT < end_B[:, None]) & (positions_BT >= end_B[:, None] - n_rows)
+    row_BT = jnp.where(is_kept_BT, positions_BT % n_rows, n_rows)  # those in no row are dropped
+    return memory.at[jnp.arange(len(memory))[:, None], row_BT].set(new, mode="drop")
+
+
+def _close(
+    compressor: Compressor, codes: Codes, old: Raw, new: Raw, made_BIQ: jax.Array, positions_BT: jax.Array
+) -> jax.Array:
+    """Returns entries with those of all blocks in it that the new tokens reach."""
+    m, span, n_tokens = compressor.ratio, compressor.span, positions_BT.shape[1]
+    first_B = positions_BT[:, :1]
+    number_BI = first_B // m + jnp.arange((n_tokens + m - 2) // m + 1)
+    position_BIJ = m * (number_BI[..., None] + 1) - span + jnp.arange(span)
+    is_new_BIJ = position_BIJ >= first_B[..., None]
+    row_BIJ = jnp.where(is_new_BIJ, position_BIJ - first_B[..., None] + span, position_BIJ % span)
+    blocks = Blocks(jnp.minimum(row_BIJ, span + n_tokens - 1), position_BIJ >= 0, m * number_BI)
+    both = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), old, new)
+    e_BIQ = codes.pack(compressor.entries(both, blocks))
+    return made_BIQ.at[jnp.arange(len(made_BIQ))[:, None], number_BI].set(e_BIQ, mode="drop")
