@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     r1.cold.data.source = "sums:6"
     r1.first = recipe(config)
     r1.kept = ConfigDict()
-    r1.sft = fine_tuning(steps=60)
+    r1.sft = fine_tuning(steps=120)
     r1.second = recipe(config)
     r1.second.loop.steps = 20
     schedule = r1.second.schedule  # nearly all answers are right when it begins
