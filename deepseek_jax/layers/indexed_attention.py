@@ -5,7 +5,8 @@
 `indexed_attention` and `indexed_decode` are operations of `kernels.TABLE`, here in plain JAX. The first takes blocks of
 queries: their scores with all keys exist at a time, masked by S_t, so that memory grows with T and S, not with T S
 heads; the backward pass computes each block again. The second gathers the entries of S_t, and reads nothing else of a
-cache but the indexer's keys. `learning` says how well an indexer predicts the attention.
+cache but the indexer's keys. `gathered_attention` is the second for blocks of queries of a whole sequence, whose keys
+and values need not exist. `learning` says how well an indexer predicts the attention.
 Paper: DeepSeek-V3.2, arXiv 2512.02556, section 2.1.
 """
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.layers.attention import masked_softmax
-from deepseek_jax.layers.indexer import Index, among_top, divergence, scores
+from deepseek_jax.layers.indexer import Index, among_top, choice, divergence, scores
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.parallel.context import Context
 from pallas_kernels.mla_decode import fp8_cache
@@ -82,13 +83,48 @@ def indexed_attention(
         return jnp.einsum("BHTS,BSHU->BTHU", weights_BHTS.astype(v_BSHU.dtype), v_BSHU)
 
     keys_BSQ = index.k_BSQ
-    return _by_blocks(of, places, q_BTHQ, index, k_BSHQ.shape, at_once)
+    return _by_blocks(of, places, q_BTHQ, index, _scores_per_query(q_BTHQ, index), at_once)
+
+
+@jax.named_scope("attention")
+def gathered_attention(
+    q_BTHQ: jax.Array,
+    c_BSC: jax.Array,
+    k_rope_BSP: jax.Array,
+    index: Index,
+    places: Places,
+    *,
+    top_k: int,
+    scale: float,
+    at_once: int = AT_ONCE,
+) -> jax.Array:
+    """`indexed_attention` in the absorbed form, which gathers the entries of S_t: top_k of them per query.
+
+    Args:
+        q_BTHQ: queries that were moved into the latent space, with their rotary parts; Q = C + P.
+        c_BSC, k_rope_BSP: latents and rotary keys of the whole sequence, more than `top_k`.
+        index, places, top_k, scale, at_once: as there, numbers of gathered entries included in the last.
+
+    Returns o_latent_BTHC. Gradients reach queries, latents and rotary keys, none the index.
+    """
+    n_batch, n_keys, width = c_BSC.shape
+    flat = tuple(x.reshape(-1, x.shape[-1]) for x in (c_BSC, k_rope_BSP))
+    keys_BSQ = index.k_BSQ
+
+    def of(q_BTHQ: jax.Array, index: Index, places: Places) -> jax.Array:
+        slot_BTK, is_chosen_BTK = choice(index._replace(k_BSQ=keys_BSQ), places.seen(n_keys), top_k)
+        row_BTK = slot_BTK + n_keys * jnp.arange(n_batch)[:, None, None]
+        return indexed_decode(q_BTHQ[..., :width], q_BTHQ[..., width:], flat, row_BTK, is_chosen_BTK, scale=scale)
+
+    gathered = n_batch * top_k * (q_BTHQ.shape[2] + q_BTHQ.shape[3])
+    per_query = max(n_batch * n_keys * index.q_BTHQ.shape[2], gathered)
+    return _by_blocks(of, places, q_BTHQ, index, per_query, at_once)
 
 
 @jax.named_scope("indexer")
 def learning(
     q_BTHQ: jax.Array,
-    k_BSHQ: jax.Array,
+    k_BSZQ: jax.Array,
     index: Index,
     places: Places,
     *,
@@ -99,16 +135,17 @@ def learning(
 ) -> Learning:
     """What an indexer learns by; arguments as for `indexed_attention`, and only the index gets gradients.
 
-    Queries attend to all positions that they see if `is_dense` (eq. 3), else to those that are chosen (eq. 4).
+    Keys are those of each head, or one for all heads (Z = 1), as the absorbed form has it. Queries attend to all
+    positions that they see if `is_dense` (eq. 3), else to those that are chosen (eq. 4).
     """
-    q_BTHQ, k_BSHQ = lax.stop_gradient((q_BTHQ, k_BSHQ))
+    q_BTHQ, k_BSZQ = lax.stop_gradient((q_BTHQ, k_BSZQ))
     keys_BSQ = index.k_BSQ
 
     def of(q_BTHQ: jax.Array, index: Index, places: Places) -> Learning:
-        scores_BTS, pairs_BHTS = scores(index._replace(k_BSQ=keys_BSQ)), _attention_scores(q_BTHQ, k_BSHQ, scale)
-        return learnt(pairs_BHTS, scores_BTS, places.seen(k_BSHQ.shape[1]), top_k=top_k, is_dense=is_dense)
+        scores_BTS, pairs_BHTS = scores(index._replace(k_BSQ=keys_BSQ)), _attention_scores(q_BTHQ, k_BSZQ, scale)
+        return learnt(pairs_BHTS, scores_BTS, places.seen(k_BSZQ.shape[1]), top_k=top_k, is_dense=is_dense)
 
-    return _by_blocks(of, places, q_BTHQ, index, k_BSHQ.shape, at_once)
+    return _by_blocks(of, places, q_BTHQ, index, _scores_per_query(q_BTHQ, index), at_once)
 
 
 def learnt(
@@ -152,20 +189,27 @@ def losses_of(
     return losses | ({"index_recall": jnp.sum(lax.stop_gradient(recall_B)) * share} if has_choice else {})
 
 
-def _attention_scores(q_BTHQ: jax.Array, k_BSHQ: jax.Array, scale: float) -> jax.Array:
+def _attention_scores(q_BTHQ: jax.Array, k_BSZQ: jax.Array, scale: float) -> jax.Array:
     wide = {"preferred_element_type": jnp.float32}
-    return jnp.einsum("BTHQ,BSHQ->BHTS", q_BTHQ, k_BSHQ, **wide) * scale
+    if k_BSZQ.shape[2] == 1:
+        return jnp.einsum("BTHQ,BSQ->BHTS", q_BTHQ, k_BSZQ[:, :, 0], **wide) * scale
+    return jnp.einsum("BTHQ,BSHQ->BHTS", q_BTHQ, k_BSZQ, **wide) * scale
+
+
+def _scores_per_query(q_BTHQ: jax.Array, index: Index) -> int:
+    """Scores of a query with all keys, by the heads of the attention or of the index, whichever has more."""
+    return len(q_BTHQ) * index.k_BSQ.shape[1] * max(q_BTHQ.shape[2], index.q_BTHQ.shape[2])
 
 
 def _by_blocks(
-    of: Callable[..., Any], places: Places, q_BTHQ: jax.Array, index: Index, keys: tuple[int, ...], at_once: int
+    of: Callable[..., Any], places: Places, q_BTHQ: jax.Array, index: Index, per_query: int, at_once: int
 ) -> Any:
     """`of(q_BTHQ, index, places)` of blocks of queries.
 
-    The index that `of` is given has no keys, which are the same for all blocks. All at once if they are few enough.
+    The index that `of` is given has no keys, which are the same for all blocks. `per_query`: numbers that exist for a
+    query. All at once if they are few enough.
     """
     n_batch, n_tokens = q_BTHQ.shape[:2]
-    per_query = n_batch * keys[1] * max(q_BTHQ.shape[2], index.q_BTHQ.shape[2])
     queries = q_BTHQ, index.q_BTHQ, index.weight_BTH, places.place_BT, places.segments_BT
 
     def block(queries: tuple) -> Any:

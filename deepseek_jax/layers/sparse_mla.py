@@ -7,9 +7,10 @@ Whole sequences take the expanded form with a mask (`layers.indexed_attention`);
 gathered and meet the absorbed queries, so that a token costs top_k latents, and of all others the indexer's key. Where
 no more than top_k positions are there, this is `layers.mla` to the last bit.
 
-Where sequences are divided over devices (`config.mesh.context`), each device has its own queries, but gathers the
-entries of all tokens of a sequence and expands the keys and values of all of them: that memory grows with T, not with
-T / n. `kernels.attention` computes the warm-up, and sequences of up to top_k tokens, alone.
+Where sequences are divided over devices (`config.mesh.context`), each device has its own queries and gathers what a
+cache would hold of all tokens of a sequence, once per layer: that memory grows with T, not with T / n. Keys and values
+of heads are not made of it: queries meet the latents of S_t in the absorbed form. `kernels.attention` computes the
+warm-up, and sequences of up to top_k tokens, alone.
 
 Two losses are reported. `index_kl` is what the indexer learns by: KL(p_t || softmax(I_t)), mean over the tokens of a
 sequence. `index_recall`, not to be minimised, is the share of the dense attention's weights that S_t holds, mean over
@@ -27,7 +28,7 @@ from flax import nnx
 from deepseek_jax.layers.base import SINGLE_DEVICE, Execution
 from deepseek_jax.layers.block import Losses
 from deepseek_jax.layers.cache import Full
-from deepseek_jax.layers.indexed_attention import Places, learning, losses_of
+from deepseek_jax.layers.indexed_attention import Places, gathered_attention, learning, losses_of
 from deepseek_jax.layers.indexed_kernels import check_choice
 from deepseek_jax.layers.indexer import Index, Indexer, IndexerConfig, IndexKeys, Stream
 from deepseek_jax.layers.mla import MLA, Fp8Latents, Latents, MLAConfig
@@ -67,6 +68,13 @@ class IndexedFp8(Full):
         latents = fp8_cache.decode(cached.entry_BSY, self.latents.rope_width)
         keys = fp8_cache.decode_key(cached.k_index_BSY)
         return IndexedLatents(*(part.astype(self.latents.dtype) for part in (*latents, keys)))
+
+
+class Seen(NamedTuple):
+    """Of queries: what chooses among the keys, and which of them they may look at."""
+
+    index: Index
+    places: Places
 
 
 class SparseMLA(MLA):
@@ -123,20 +131,24 @@ class SparseMLA(MLA):
         """See `MLA.over_itself`; losses are reported where the entries are those of the tokens alone."""
         n_tokens, latents = x.x_BTD.shape[1], Latents(*entries[:2])
         all_entries = jax.tree.map(self.context.whole, entries)
-        n_slots = all_entries.c_BSC.shape[1]
-        q_BTHQ = jnp.concatenate(self.queries(x, tokens.positions_BT), axis=-1)
-        weights = self.k_up_CHN[...], self.v_up_CHU[...]
-        index = self._index(x, tokens, all_entries.k_index_BSQ)
-        places = self._places(tokens, q_offset)
-        k_BSHQ, v_BSHU = self.expand(weights, Latents(*all_entries[:2]))
-        if self.is_dense or n_slots <= self.top_k:
-            o_BTHU = self.attended(q_BTHQ, latents, weights, tokens, q_offset)
+        q_parts, weights = self.queries(x, tokens.positions_BT), (self.k_up_CHN[...], self.v_up_CHU[...])
+        seen = Seen(self._index(x, tokens, all_entries.k_index_BSQ), self._places(tokens, q_offset))
+        if self.context.n > 1:
+            q_BTHQ = jnp.concatenate([self._absorbed(q_parts[0]), q_parts[1]], axis=-1)
+            k_BSZQ = jnp.concatenate(all_entries[:2], axis=-1)[:, :, None]
         else:
-            options: dict[str, Any] = {"top_k": self.top_k, "scale": self.scale}
-            o_BTHU = self.kernels["indexed_attention"](q_BTHQ, k_BSHQ, v_BSHU, index, places, **options)
+            q_BTHQ = jnp.concatenate(q_parts, axis=-1)
+            k_BSZQ, v_BSHU = self.expand(weights, Latents(*all_entries[:2]))
+        options: dict[str, Any] = {"top_k": self.top_k, "scale": self.scale}
+        if self.is_dense or all_entries.c_BSC.shape[1] <= self.top_k:
+            o_BTHU = self.attended(jnp.concatenate(q_parts, axis=-1), latents, weights, tokens, q_offset)
+        elif self.context.n > 1:
+            o_BTHU = self._moved_back(gathered_attention(q_BTHQ, *all_entries[:2], *seen, **options))
+        else:
+            o_BTHU = self.kernels["indexed_attention"](q_BTHQ, k_BSZQ, v_BSHU, *seen, **options)
         losses = {}
         if entries.c_BSC.shape[1] == n_tokens:
-            losses = self._losses(q_BTHQ, k_BSHQ, index, places, tokens)
+            losses = self._losses(q_BTHQ, k_BSZQ, *seen, tokens)
         return self.matmul.einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...]), losses
 
     def over_cache(  # type: ignore[override]
@@ -163,10 +175,10 @@ class SparseMLA(MLA):
         row_BTK = _rows(slot_BTK, latents[0].shape[1], table_BN)
         flat = tuple(array.reshape(-1, array.shape[-1]) for array in latents)
         q_nope_BTHN, q_rope_BTHP = self.queries(x, tokens.positions_BT)
-        q_latent_BTHC = self.matmul.einsum("BTHN,CHN->BTHC", q_nope_BTHN, self.k_up_CHN[...])
+        q_latent_BTHC = self._absorbed(q_nope_BTHN)
         attend = self.kernels["indexed_decode"]
         o_latent_BTHC = attend(q_latent_BTHC, q_rope_BTHP, flat, row_BTK, is_chosen_BTK, scale=self.scale)
-        o_BTHU = self.matmul.einsum("BTHC,CHU->BTHU", o_latent_BTHC, self.v_up_CHU[...])
+        o_BTHU = self._moved_back(o_latent_BTHC)
         return self.matmul.einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...])
 
     @property
@@ -184,6 +196,14 @@ class SparseMLA(MLA):
         """2 J Q, of the indexer's heads and their width."""
         return 2 * self.indexer.config.index_heads * self.indexer.config.index_width
 
+    def _absorbed(self, q_nope_BTHN: jax.Array) -> jax.Array:
+        """Queries moved into the latent space, q_latent_BTHC."""
+        return self.matmul.einsum("BTHN,CHN->BTHC", q_nope_BTHN, self.k_up_CHN[...])
+
+    def _moved_back(self, o_latent_BTHC: jax.Array) -> jax.Array:
+        """Sums of latents as sums of values, o_BTHU."""
+        return self.matmul.einsum("BTHC,CHU->BTHU", o_latent_BTHC, self.v_up_CHU[...])
+
     def _index(self, x: Stream, tokens: Tokens, k_BSQ: jax.Array) -> Index:
         return self.indexer(self.query_latent(x.operand), x.x_BTD, tokens.positions_BT, k_BSQ)
 
@@ -195,11 +215,11 @@ class SparseMLA(MLA):
             return Places(place_BT)
         return Places(place_BT, tokens.segments_BT, self.context.whole(tokens.segments_BT))
 
-    def _losses(self, q_BTHQ: jax.Array, k_BSHQ: jax.Array, index: Index, places: Places, tokens: Tokens) -> Losses:
+    def _losses(self, q_BTHQ: jax.Array, k_BSZQ: jax.Array, index: Index, places: Places, tokens: Tokens) -> Losses:
         """What the indexer learns by, and its recall; each summed over the sequences."""
         options: dict[str, Any] = {"top_k": self.top_k, "is_dense": self.is_dense, "scale": self.scale}
-        found = learning(q_BTHQ, k_BSHQ, index, places, **options)
-        has_choice = k_BSHQ.shape[1] > self.top_k
+        found = learning(q_BTHQ, k_BSZQ, index, places, **options)
+        has_choice = k_BSZQ.shape[1] > self.top_k
         return losses_of(found, tokens, self.context, share=self.share, has_choice=has_choice)
 
 

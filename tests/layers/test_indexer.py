@@ -7,7 +7,13 @@ import pytest
 from flax import nnx
 
 from deepseek_jax.layers.base import bind
-from deepseek_jax.layers.indexed_attention import Places, indexed_attention, indexed_decode, learning
+from deepseek_jax.layers.indexed_attention import (
+    Places,
+    gathered_attention,
+    indexed_attention,
+    indexed_decode,
+    learning,
+)
 from deepseek_jax.layers.indexer import (
     Index,
     Indexer,
@@ -117,6 +123,29 @@ def test_blocks_of_queries_are_the_whole_and_no_gradient_enters_the_index():
     weights = np.exp(0.3 * np.einsum("bthq,bshq->bhts", q, k)) * chosen[:, None]
     expected = np.einsum("bhts,bshu->bthu", weights / weights.sum(-1, keepdims=True), v)
     np.testing.assert_allclose(whole, expected, atol=1e-5)
+
+
+def test_gathering_what_is_chosen_is_masking_the_rest():
+    """Where keys are latents and rotary keys, one for all heads, and values the latents; backwards as well."""
+    q, _, _, index, places = given()
+    c, k_rope = normal(B, T, 5), normal(B, T, 3)
+    options = {"top_k": K, "scale": 0.3, "at_once": 3 * B * K * (2 + 8)}
+
+    def masked(q, c, k_rope):
+        k = jnp.broadcast_to(jnp.concatenate([c, k_rope], -1)[:, :, None], (B, T, 2, 8))
+        return indexed_attention(q, k, jnp.broadcast_to(c[:, :, None], (B, T, 2, 5)), index, places, **options)
+
+    def gathered(q, c, k_rope):
+        return gathered_attention(q, c, k_rope, index, places, **options)
+
+    def run(attend):
+        def loss(*arrays):
+            o = attend(*arrays)
+            return jnp.sum(o * jnp.cos(jnp.arange(o.size)).reshape(o.shape)), o
+
+        return jax.device_get(jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, c, k_rope))
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), run(gathered), run(masked))
 
 
 @pytest.mark.parametrize("is_dense", [True, False])

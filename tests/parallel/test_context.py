@@ -13,8 +13,10 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.kernels import Kernels
 from deepseek_jax.layers.base import Execution, bind
 from deepseek_jax.layers.gqa import GQA, GQAConfig
+from deepseek_jax.layers.indexer import IndexerConfig
 from deepseek_jax.layers.mla import MLA, MLAConfig
 from deepseek_jax.layers.mtp import shift_left
+from deepseek_jax.layers.sparse_mla import SparseMLA
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.context import Context, zigzag
@@ -25,6 +27,7 @@ LATENT = MLAConfig(
     n_heads=2, q_rank=8, kv_rank=8, nope_width=8, rope_width=4, value_width=6, rope_base=1e4, yarn=None, init_std=0.3
 )
 GROUPED = GQAConfig(n_heads=4, n_kv_heads=2, head_width=6, init_std=0.3)
+INDEX = IndexerConfig(index_heads=3, index_width=8, index_top_k=5, q_rank=8, init_std=0.3)
 
 
 def test_a_device_holds_an_early_and_a_late_chunk():
@@ -98,13 +101,30 @@ def text() -> tuple:
 
 
 def loss(definition, params, x_BTD, g_BTD, positions_BT, segments_BT):
+    """Of the output and of all losses that the layer reports, these beside it."""
     attention = bind(definition, params, {})
-    tokens = Tokens(positions_BT, positions_BT, segments_BT)
-    return jnp.sum(g_BTD * attention.over_itself(x_BTD, tokens, attention.entries(x_BTD, tokens))[0])
+    tokens, x = Tokens(positions_BT, positions_BT, segments_BT), attention.operand(x_BTD)
+    out_BTD, losses = attention.over_itself(x, tokens, attention.entries(x, tokens))
+    return jnp.sum(g_BTD * out_BTD) + sum(losses.values()), losses
+
+
+def sparse(sizes, d_model, run, *, rngs):
+    return SparseMLA(sizes, INDEX, d_model, run, rngs=rngs)
+
+
+def warm_up(sizes, d_model, run, *, rngs):
+    return SparseMLA(sizes, INDEX, d_model, run, is_dense=True, rngs=rngs)
 
 
 @pytest.mark.parametrize(
-    ("layer", "sizes", "name"), [(MLA, LATENT, "xla"), (MLA, LATENT, "reference"), (GQA, GROUPED, "chunked")]
+    ("layer", "sizes", "name"),
+    [
+        (MLA, LATENT, "xla"),
+        (MLA, LATENT, "reference"),
+        (GQA, GROUPED, "chunked"),
+        (sparse, LATENT, "xla"),
+        pytest.param(warm_up, LATENT, "xla", marks=pytest.mark.matrix),
+    ],
 )
 def test_attention_of_divided_sequences_is_that_of_whole_ones(layer, sizes, name, filled):
     mesh, order, given = make_mesh(1, 2, context=N), zigzag(T, N), text()
@@ -113,16 +133,22 @@ def test_attention_of_divided_sequences_is_that_of_whole_ones(layer, sizes, name
         return filled(lambda: layer(sizes, D, Execution(**options), rngs=nnx.Rngs(0)), std=0.3)[:2]
 
     definition, params = network()
-    value, (d_params, dx) = jax.jit(jax.value_and_grad(functools.partial(loss, definition), (0, 1)))(params, *given)
+    whole = jax.jit(jax.value_and_grad(functools.partial(loss, definition), (0, 1), has_aux=True))
+    (value, losses), (d_params, dx) = whole(params, *given)
     divided, _ = network(context=Context(N), kernels=Kernels(attention=name))
 
     def on_device(params, *here):
-        found, (d_params, dx) = jax.value_and_grad(functools.partial(loss, divided), (0, 1))(params, *here)
+        subject = jax.value_and_grad(functools.partial(loss, divided), (0, 1), has_aux=True)
+        found, (d_params, dx) = subject(params, *here)
         return total((found, d_params)), dx
 
     specs = (P(), *[BATCH] * 4), ((P(), P()), BATCH)
-    (got, d_got), dx_got = jax.jit(per_device(on_device, mesh, *specs))(params, *(a[:, order] for a in given))
+    ((got, losses_got), d_got), dx_got = jax.jit(per_device(on_device, mesh, *specs))(
+        params, *(a[:, order] for a in given)
+    )
     assert float(got) == pytest.approx(float(value), rel=1e-5)
+    assert (losses != {}) == (layer in (sparse, warm_up))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), losses_got, losses)
     np.testing.assert_allclose(dx_got, np.asarray(dx)[:, order], atol=2e-6 * np.abs(dx).max())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6 * np.abs(b).max()), d_got, d_params)
 

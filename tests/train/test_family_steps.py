@@ -21,7 +21,9 @@ ALPHAS: dict[str, dict] = {"tiny_v1": {}, "tiny_moe": {"expert_balance": 0.1}, "
 RATE = Schedule(3e-3, 1, 100, 0, 3e-4, 0, 1e-4)
 
 
-def run(name: str, pipe: int, data: int, expert: int, weights: dict | None = None) -> tuple[list, dict, dict]:
+def run(
+    name: str, pipe: int, data: int, expert: int, context: int = 1, weights: dict | None = None
+) -> tuple[list, dict, dict]:
     """Two steps of a tiny twin made smaller, from its own first weights or from given ones, on the host.
 
     Returns (reports, weights before, weights after), as stored.
@@ -35,7 +37,7 @@ def run(name: str, pipe: int, data: int, expert: int, weights: dict | None = Non
         m.index_top_k, m.mtp_depth, m.init_std = 5, 0, 0.2  # an indexer that has much to learn
     module = family(config.family)
     sizes = module.Config.from_config(m)
-    mesh = make_mesh(data, expert, jax.devices()[: pipe * data * expert], pipe)
+    mesh = make_mesh(data, expert, jax.devices()[: pipe * data * context * expert], pipe, context=context)
     trainer = Trainer(
         lambda run, rngs: module.Model(sizes, run, rngs=rngs),
         mesh,
@@ -62,6 +64,7 @@ MESHES = [
     ("tiny_v2", (2, 1, 2)),
     ("tiny_v2", (1, 2, 2)),  # balance over devices and communication, summed over two parts of a batch
     ("tiny_v32", (2, 1, 2)),
+    pytest.param("tiny_v32", (1, 1, 2, 2), marks=pytest.mark.matrix),  # each sequence divided over two devices
     pytest.param("tiny_moe", (1, 2, 2), marks=pytest.mark.matrix),
     pytest.param("tiny_moe", (2, 1, 2), marks=pytest.mark.matrix),
 ]
