@@ -209,7 +209,6 @@ def _by_blocks(
     The index that `of` is given has no keys, which are the same for all blocks. `per_query`: numbers that exist for a
     query. All at once if they are few enough.
     """
-    n_batch, n_tokens = q_BTHQ.shape[:2]
     queries = q_BTHQ, index.q_BTHQ, index.weight_BTH, places.place_BT, places.segments_BT
 
     def block(queries: tuple) -> Any:
@@ -217,7 +216,7 @@ def _by_blocks(
         own = Index(index_q_BTHQ, weight_BTH, None)  # type: ignore[arg-type]  # `of` puts the keys in
         return of(q_BTHQ, own, Places(place_BT, segments_BT, places.segments_BS))
 
-    return by_blocks(block, queries, min(max(at_once // per_query, 1), n_tokens))
+    return by_blocks(block, queries, min(max(at_once // per_query, 1), q_BTHQ.shape[1]))
 
 
 def by_blocks(block: Callable[[Any], Any], queries: Any, size: int) -> Any:
