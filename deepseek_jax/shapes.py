@@ -24,10 +24,13 @@ LEGEND = {
     "G": "groups of experts (nodes in V3's node-limited routing), or of heads",
     "K": "what is chosen for a token: experts, or positions that it attends to",
     "A": "assignments, one row per (token, chosen expert), A = M*K",
-    "J": "members of a group: rows of a grouped matmul's block, query heads (H = Z*J), tokens of a compressed entry",
+    "J": "members of a group: rows of a grouped matmul's block, query heads (H = Z*J), tokens of a compressed entry; "
+    "streams after they were mixed",
     "I": "blocks of a grouped matmul, or of tokens that have one entry",
     "L": "layers stacked on one leading axis",
     "Z": "key-value heads of grouped-query attention",
     "W": "devices along a mesh axis",
-    "Y": "two model widths side by side, Y = 2D; the outputs of the heads of a group",
+    "Y": "widths side by side: two of the model, Y = 2D; the outputs of the heads of a group; what hyper-connections "
+    "compute of a token, Y = (2+O)*O",
+    "O": "streams of a residual connection (hyper-connections)",
 }

@@ -57,6 +57,10 @@ class RouterBias(nnx.Variable):
     """A weight that no gradient moves: the balancing bias of a router (V3 section 2.1.2)."""
 
 
+class ExpertTable(RouterBias):
+    """The experts of each token id: numbers that nothing moves (`layers.router.HashRouter`)."""
+
+
 class ReplicaSlots(RouterBias):
     """Where the replicas of each expert are: numbers that no gradient moves either (`train.redundant`)."""
 
@@ -102,6 +106,7 @@ ROLES = (
     "down",
     "router",  # scores experts
     "index",  # weighs the heads of an indexer
+    "mixing",  # weighs the streams of hyper-connections
     "join",  # joins the inputs of multi-token prediction
     "table",  # rows read by token id
     "head",  # makes logits

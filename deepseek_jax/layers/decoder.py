@@ -13,7 +13,7 @@ A family's `Model` derives from `Decoder` and says which blocks are stacked.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -41,6 +41,27 @@ class Stack(NamedTuple):
     name: str  # of the attribute that holds them, and so of their weights
     builds: tuple[Build, ...]  # make the blocks of one turn of the loop: one block, or several that alternate
     repeats: int  # turns
+
+
+def stacks_of(kinds: Sequence[Hashable], build: Callable[[Any], Build], name: str = "blocks") -> tuple[Stack, ...]:
+    """Layers of these kinds, in their order, as stacks that repeat groups of layers: a compiled program has each once.
+
+    Of the layers that are left, a stack takes those that a repeated group covers most of; the shortest such group. A
+    layer that begins no repetition is a stack of its own. `build` makes the blocks of a kind; stacks are called `name`
+    and the number of their first layer.
+    """
+    found, first = [], 0
+    while first < len(kinds):
+        n, repeats = 1, 1
+        for length in range(1, (len(kinds) - first) // 2 + 1):
+            times, group = 1, kinds[first : first + length]
+            while kinds[first + times * length : first + (times + 1) * length] == group:
+                times += 1
+            if times > 1 and times * length > n * repeats:
+                n, repeats = length, times
+        found.append(Stack(f"{name}_{first}", tuple(map(build, kinds[first : first + n])), repeats))
+        first += n * repeats
+    return tuple(found)
 
 
 class Depth(NamedTuple):
@@ -91,6 +112,10 @@ class Decoder(nnx.Module):
         """x_BTD before the first block, in the compute dtype."""
         return self.embedding(tokens.ids_BT, self.run.compute, self.run.vocabulary)
 
+    def begin(self, x_BTD: jax.Array) -> jax.Array:
+        """The stream that the first block reads, from the embeddings: these, unless a family has more than one."""
+        return x_BTD
+
     def run_blocks(
         self, x_BTD: jax.Array, tokens: Tokens, part: Part | None = None, routes: Routes = NO_ROUTES
     ) -> tuple[jax.Array, dict[str, Statistics]]:
@@ -131,7 +156,7 @@ class Decoder(nnx.Module):
             x_BTD, (kept, statistics) = block(x_BTD, tokens, attend, own)
             return x_BTD, (kept, note(noted, statistics)) if note else kept
 
-        x_BTD, kept = self.embed(tokens), {}
+        x_BTD, kept = self.begin(self.embed(tokens)), {}
         for name in self.stacks:
             blocks, earlier = getattr(self, name), cache and cache[name]
             x_BTD, kept[name] = run_cached(blocks, x_BTD, self.run, call, earlier, in_stack=in_stack)
@@ -141,18 +166,25 @@ class Decoder(nnx.Module):
         """h_BTD: what the last block gave, normed for the head."""
         return self.final_norm(x_BTD)
 
+    def ahead_of(self, x_BTD: jax.Array, h_BTD: jax.Array) -> jax.Array:
+        """What multi-token prediction begins with, of what the last block gave and of that after `finish`: the latter.
+
+        A family whose prediction reads the streams themselves returns `x_BTD`.
+        """
+        return h_BTD
+
     def hidden(self, tokens: Tokens, routes: Routes = NO_ROUTES) -> tuple[jax.Array, dict[str, Statistics]]:
         """The model up to its final norm: (h_BTD, statistics of each stack, with a leading axis L).
 
         `routes` is as in `run_blocks`.
         """
-        x_BTD, statistics = self.run_blocks(self.embed(tokens), tokens, routes=routes)
+        x_BTD, statistics = self.run_blocks(self.begin(self.embed(tokens)), tokens, routes=routes)
         return self.finish(x_BTD), statistics
 
     def mtp_depths(
         self, h_BTD: jax.Array, targets_BT: jax.Array, tokens: Tokens, x_KBTD: Sequence[jax.Array] | None = None
     ) -> list[Depth]:
-        """Multi-token prediction, one entry per depth; none unless a family has it.
+        """Multi-token prediction from `ahead_of`, one entry per depth; none unless a family has it.
 
         `x_KBTD` are the embeddings that each depth reads, where they are known: those of `ids_ahead`.
         """

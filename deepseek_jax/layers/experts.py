@@ -9,7 +9,7 @@ Paper: V3 section 2.1.2; DeepSeekMoE, arXiv 2401.06066.
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from flax import nnx
 from jax.nn.initializers import normal
 
 from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, ReplicaSlots, param
-from deepseek_jax.layers.block import Statistics
+from deepseek_jax.layers.block import Build, Statistics
 from deepseek_jax.layers.grouped import grouped_swiglu
 from deepseek_jax.layers.router import Balance, Route, Router, Routing, expert_load, without_padding
 from deepseek_jax.layers.swiglu import SwiGLU
@@ -75,6 +75,8 @@ class Experts(nnx.Module):
         run: its `matmul`, `exchange`, `context`, `routes` and `redundant` are used. With redundant experts the weights
             have a slot for each replica, and `slot_ER` says which slots those of an expert have.
         biased: whether the router has a balancing bias.
+        router: makes a router that is called like `Router`, in its place.
+        limit: bounds what a SwiGLU multiplies (`precision.matmul.clamped`); 0: nothing does.
     """
 
     def __init__(
@@ -86,12 +88,18 @@ class Experts(nnx.Module):
         run: Execution = SINGLE_DEVICE,
         *,
         biased: bool = True,
+        router: Build | None = None,
+        limit: float = 0.0,
         rngs: nnx.Rngs,
     ):
-        init = normal(c.init_std)
-        self.router = Router(d_model, c.n_experts, c.init_std, route, biased=biased, rngs=rngs)
+        init, usual = (
+            normal(c.init_std),
+            functools.partial(Router, d_model, c.n_experts, c.init_std, route, biased=biased),
+        )
+        self.router: Any = router(rngs) if router else usual(rngs=rngs)
         shared_width = c.n_shared_experts * c.expert_width
-        self.shared = SwiGLU(d_model, shared_width, c.init_std, run.matmul, rngs=rngs) if shared_width else None
+        shared = functools.partial(SwiGLU, d_model, shared_width, c.init_std, run.matmul, limit=limit)
+        self.shared = shared(rngs=rngs) if shared_width else None
         slots = (c.n_experts, 1 + run.redundant)
         self.slot_ER = ReplicaSlots(jnp.full(slots, -1, jnp.int32), axes=(None, None)) if run.redundant else None
         n_slots = c.n_experts + run.redundant
@@ -101,7 +109,7 @@ class Experts(nnx.Module):
         narrow, axes = (n_slots, c.expert_width, d_model), ("experts", "mlp", "embed")
         self.down_XFD = param(rngs, narrow, axes, init, role="down")
         self.balance, self.exchange, self.matmul, self.context = balance, run.exchange, run.matmul, run.context
-        self.limit, self.routes = (c.top_groups, c.n_groups), run.routes
+        self.limit, self.routes, self.swiglu_limit = (c.top_groups, c.n_groups), run.routes, limit
         if run.redundant:
             self.limit = 1, 1  # replicas may be with any group of experts
 
@@ -114,7 +122,7 @@ class Experts(nnx.Module):
 
         Otherwise `compute` holds the whole exchange, in buffers of the size that is needed.
         """
-        routing = without_padding(self.router(x_BTD, tokens.experts_BTK), tokens.real_BT)
+        routing = without_padding(self.router(x_BTD, tokens.experts_BTK, tokens.ids_BT), tokens.real_BT)
         if self.exchange is None:
             return Routed(x_BTD, routing)
         here, wire = self._flat(x_BTD, routing), self.matmul.wire
@@ -133,6 +141,7 @@ class Experts(nnx.Module):
             up_XDF=self.up_XDF[...],
             down_XFD=self.down_XFD[...],
             matmul=self.matmul,
+            limit=self.swiglu_limit,
         )
         here, plan, wire = self._flat(routed.x_BTD, routed.routing), routed.plan, self.matmul.wire
         if plan is None or routed.sent is None:

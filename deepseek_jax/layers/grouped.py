@@ -16,7 +16,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.precision.fp8_weight_kernels import is_fp8
 from deepseek_jax.precision.fp8_weight_kernels import matrices_of as fp8_matrices
 from deepseek_jax.precision.grouped import Matrices, OfLayer, matrices_of
-from deepseek_jax.precision.matmul import PLAIN, Matmul
+from deepseek_jax.precision.matmul import PLAIN, Matmul, clamped
 from pallas_kernels import token_experts
 from pallas_kernels.grouped_matmul import Scaled
 
@@ -121,6 +121,7 @@ def grouped_swiglu(
     up_XDF: Matrices,
     down_XFD: Matrices,
     matmul: Matmul = PLAIN,
+    limit: float = 0.0,
 ) -> jax.Array:
     """y_m = sum_k weights_mk * SwiGLU_experts_mk(x_m).
 
@@ -131,20 +132,22 @@ def grouped_swiglu(
         n_rows: most pairs of a token and an expert that is not none; None: all may be.
         gate_XDF, up_XDF, down_XFD: the experts' weights; of a layer in a stack (`OfLayer`), only those chosen are read.
         matmul: multiplies rows with them.
+        limit: bounds what is multiplied (`precision.matmul.clamped`); 0: nothing does.
 
     Returns y_MD in the dtype of `x_MD`.
     """
     if isinstance(gate_XDF, OfLayer) and x_MD.shape[0] <= _most_alone(gate_XDF, matmul):
-        return _swiglu_of_few(x_MD, experts_MK, weights_MK, (gate_XDF, up_XDF, down_XFD), matmul)
+        return _swiglu_of_few(x_MD, experts_MK, weights_MK, (gate_XDF, up_XDF, down_XFD), matmul, limit)
     order = sort_by_expert(experts_MK, gate_XDF.shape[0], matmul.align, n_rows)
     x_AD, weights_A = to_rows(x_MD, order), sort_weights(weights_MK, order)
     if isinstance(gate_XDF, OfLayer) or is_fp8(gate_XDF):
         gate_AF, up_AF = (matmul.grouped(x_AD, w_XDF, order.count_X) for w_XDF in (gate_XDF, up_XDF))
-        hidden_AF = matmul.swiglu(gate_AF, up_AF, weights_A)
+        hidden_AF = matmul.swiglu(*clamped(gate_AF, up_AF, limit), weights_A)
     else:
         # one loop instead of two; codes and scales of weights in codes lie side by side like the weights
         gate_and_up_XDF = jax.tree.map(lambda *w: jnp.concatenate(w, axis=-1), gate_XDF, up_XDF)
-        hidden_AF = matmul.swiglu(matmul.grouped(x_AD, gate_and_up_XDF, order.count_X), None, weights_A)
+        both_AF = matmul.grouped(x_AD, gate_and_up_XDF, order.count_X)
+        hidden_AF = matmul.swiglu(*clamped(both_AF, None, limit), weights_A)
     return to_tokens(matmul.grouped(hidden_AF, down_XFD, order.count_X), order)
 
 
@@ -162,7 +165,7 @@ def _most_alone(gate_XDF: OfLayer, matmul: Matmul) -> int:
 
 
 def _swiglu_of_few(
-    x_MD: jax.Array, expert_MK: jax.Array, weight_MK: jax.Array, weights: Weights, matmul: Matmul
+    x_MD: jax.Array, expert_MK: jax.Array, weight_MK: jax.Array, weights: Weights, matmul: Matmul, limit: float
 ) -> jax.Array:
     """`grouped_swiglu` of one or two tokens, by the implementation of `_operation` that the run names.
 
@@ -172,10 +175,12 @@ def _swiglu_of_few(
     factor_MK = jnp.where(expert_MK < n_experts, weight_MK, 0)
     chosen_A = jnp.minimum(expert_MK, n_experts - 1).reshape(-1)
     chosen: Any = tuple(w._replace(chosen_X=chosen_A) for w in weights)
-    return matmul.kernels[_operation(weights[0])](x_MD, factor_MK, chosen, matmul)
+    return matmul.kernels[_operation(weights[0])](x_MD, factor_MK, chosen, matmul, limit)
 
 
-def by_three_products(x_MD: jax.Array, factor_MK: jax.Array, chosen: Weights, matmul: Matmul) -> jax.Array:
+def by_three_products(
+    x_MD: jax.Array, factor_MK: jax.Array, chosen: Weights, matmul: Matmul, limit: float = 0.0
+) -> jax.Array:
     """Returns y_MD, of each token sum_k factor_k SwiGLU_k(x), a row per expert and token: nothing is sorted.
 
     Args:
@@ -183,12 +188,14 @@ def by_three_products(x_MD: jax.Array, factor_MK: jax.Array, chosen: Weights, ma
         factor_MK: of each chosen expert's output.
         chosen: gate, up and down of the chosen experts, token by token.
         matmul: multiplies rows with them.
+        limit: as for `grouped_swiglu`.
     """
     gate_ADF, up_ADF, down_AFD = chosen
     m, k = factor_MK.shape
     x_AD, count_A = jnp.repeat(x_MD, k, axis=0), jnp.ones(m * k, jnp.int32)
     gate_AF, up_AF = (matmul.grouped(x_AD, w_ADF, count_A) for w_ADF in (gate_ADF, up_ADF))
-    y_AD = matmul.grouped(matmul.swiglu(gate_AF, up_AF, factor_MK.reshape(-1)), down_AFD, count_A)
+    hidden_AF = matmul.swiglu(*clamped(gate_AF, up_AF, limit), factor_MK.reshape(-1))
+    y_AD = matmul.grouped(hidden_AF, down_AFD, count_A)
     return functools.reduce(jnp.add, (y_AD[i::k] for i in range(k)))
 
 
@@ -206,12 +213,24 @@ def _refusing(name: str) -> Iterator[None]:
         raise UserError(f"kernels.{name}='mosaic_gpu': {error} In a run, config.kernels.{name}=xla.") from error
 
 
-def in_one_pass_on_hopper(x_MD: jax.Array, factor_MK: jax.Array, chosen: Weights, matmul: Matmul) -> jax.Array:
+def _refuse_limit(name: str, limit: float) -> None:
+    """Raises UserError for a model whose SwiGLU is bounded, which the kernels do not know."""
+    if limit:
+        raise UserError(
+            f"kernels.{name}='mosaic_gpu': expected a SwiGLU without bounds, got limit={limit}. In a run, "
+            f"config.kernels.{name}=xla."
+        )
+
+
+def in_one_pass_on_hopper(
+    x_MD: jax.Array, factor_MK: jax.Array, chosen: Weights, matmul: Matmul, limit: float = 0.0
+) -> jax.Array:
     """As `by_three_products`, by a kernel that reads each expert's weights once and keeps float32 in between.
 
-    Raises UserError on another device than a Hopper GPU, and for another dtype than bfloat16 or other widths.
+    Raises UserError on another device than a Hopper GPU, for another dtype than bfloat16, other widths, or a `limit`.
     """
     del matmul
+    _refuse_limit("token_experts", limit)
     matrices = (matrices_of(w.astype(x_MD.dtype)) for w in chosen)
     (gate, matrix_A), (up, _), (down, _) = matrices
     matrix_MK = matrix_A.reshape(factor_MK.shape)
@@ -219,9 +238,12 @@ def in_one_pass_on_hopper(x_MD: jax.Array, factor_MK: jax.Array, chosen: Weights
         return _lowered_once(x_MD, gate, up, down, matrix_MK, factor_MK, implementation="mosaic_gpu")
 
 
-def of_codes_on_hopper(x_MD: jax.Array, factor_MK: jax.Array, chosen: Weights, matmul: Matmul) -> jax.Array:
+def of_codes_on_hopper(
+    x_MD: jax.Array, factor_MK: jax.Array, chosen: Weights, matmul: Matmul, limit: float = 0.0
+) -> jax.Array:
     """As `in_one_pass_on_hopper`, with weights in FP8, which stay so in memory."""
     del matmul
+    _refuse_limit("coded_token_experts", limit)
     (gate, matrix_A), (up, _), (down, _) = ((Scaled(w.codes, w.scale), at) for w, at in map(fp8_matrices, chosen))
     of_one = functools.partial(_of_codes_lowered_once, implementation="mosaic_gpu")
     of_each = zip(x_MD, matrix_A.reshape(factor_MK.shape), factor_MK, strict=True)

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.nn.initializers import normal
 
 from deepseek_jax.layers.base import as_layer, param
-from deepseek_jax.layers.block import Attend, Statistics
+from deepseek_jax.layers.block import Attend, Build, Statistics
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.parallel.context import WHOLE, Context
@@ -77,6 +77,57 @@ class MTP(nnx.Module):
     def _joined(self, h_BTD: jax.Array, embedded_BTD: jax.Array) -> jax.Array:
         joined_BTY = jnp.concatenate([self.embedding_norm(embedded_BTD), self.hidden_norm(h_BTD)], axis=-1)
         return self.matmul.einsum("BTY,YD->BTD", joined_BTY, self.join_YD[...])  # eq. 21
+
+
+class StreamMTP(nnx.Module):
+    """One depth of multi-token prediction over the streams of hyper-connections (V4).
+
+        X'_j = W_e norm(Emb(t_i+1)) + W_h norm(X_j);   X'' = TRM(X');   h = norm(one stream of X'')
+
+    X are the main model's streams after its last block, before they become one.
+
+    | ours | released name |
+    | --- | --- |
+    | embedding_norm, hidden_norm | enorm, hnorm |
+    | embedding_YD, hidden_YD | e_proj, h_proj |
+    | block | the other names of the layer |
+    | streams_head, final_norm | hc_head_fn, hc_head_base, hc_head_scale; norm |
+
+    `block` makes TRM from rngs, `streams_head` what makes one stream of several. Source: V4's released code, MTPBlock.
+    """
+
+    def __init__(
+        self,
+        block: Build,
+        streams_head: Build,
+        d_model: int,
+        eps: float,
+        std: float,
+        matmul: Matmul = PLAIN,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.embedding_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)
+        self.hidden_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)
+        self.embedding_YD = param(rngs, (d_model, d_model), (None, "embed"), normal(std), role="join")
+        self.hidden_YD = param(rngs, (d_model, d_model), (None, "embed"), normal(std), role="join")
+        self.block = block(rngs)
+        self.streams_head: Any = streams_head(rngs)
+        self.final_norm = RMSNorm(d_model, eps, axis="embed", rngs=rngs)
+        self.matmul = matmul
+
+    def __call__(
+        self, x_BTOD: jax.Array, embedded_BTD: jax.Array, tokens: Tokens
+    ) -> tuple[tuple[jax.Array, jax.Array], Statistics]:
+        """Runs one depth; as `MTP`, from and to streams.
+
+        Returns ((x_BTOD, for the next depth; h_BTD, ready for the shared head), what the block reports).
+        """
+        embedded_BTY, hidden_BTOY = self.embedding_norm(embedded_BTD), self.hidden_norm(x_BTOD)
+        embedded_BTD = self.matmul.einsum("BTY,YD->BTD", embedded_BTY, self.embedding_YD[...])
+        x_BTOD = self.matmul.einsum("BTOY,YD->BTOD", hidden_BTOY, self.hidden_YD[...]) + embedded_BTD[:, :, None]
+        x_BTOD, (_, statistics) = self.block(x_BTOD, tokens)
+        return (x_BTOD, self.final_norm(self.streams_head(x_BTOD))), statistics
 
 
 def ahead(targets_BT: jax.Array, n: int, context: Context = WHOLE) -> list[jax.Array]:

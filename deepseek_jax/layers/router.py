@@ -10,8 +10,11 @@ After each step b_i rises by gamma if expert i had less than the mean load and f
 A small sequence-wise loss remains as a guard: alpha * sum_i f_i P_i (eqs. 17-20).
 
 V2 and DeepSeekMoE before it: softmax scores, no bias, balance by losses alone (`softmax_topk`, `grouped_balance`).
+V4 after it: scores sqrt(softplus(u_t . e_i)), no groups (`softplus_topk`); in its first layers a fixed table says which
+experts a token id goes to, and the scores only weigh them (`HashRouter`).
 
-All of it in float32.  Paper: V3 section 2.1.2; arXiv 2408.15664; V2 section 2.2; DeepSeekMoE, arXiv 2401.06066.
+All of it in float32.  Paper: V3 section 2.1.2; arXiv 2408.15664; V2 section 2.2; DeepSeekMoE, arXiv 2401.06066; V4,
+arXiv 2606.19348, section 2.1.
 """
 
 from collections.abc import Callable
@@ -23,7 +26,7 @@ from flax import nnx
 from jax.nn.initializers import normal
 from jax.typing import ArrayLike
 
-from deepseek_jax.layers.base import RouterBias, param
+from deepseek_jax.layers.base import ExpertTable, RouterBias, param
 from deepseek_jax.parallel.context import WHOLE, Context
 
 
@@ -36,6 +39,7 @@ class Routing(NamedTuple):
 
 
 Route = Callable[..., Routing]
+LEAST_LOGIT = -80.0  # of a softplus: below it float32 has no square root whose derivative is finite
 
 
 def without_padding(routing: Routing, real_BT: jax.Array | None) -> Routing:
@@ -58,16 +62,47 @@ class Router(nnx.Module):
         self.route = route
 
     @jax.named_scope("router")
-    def __call__(self, x_BTD: jax.Array, experts_BTK: jax.Array | None = None) -> Routing:
+    def __call__(
+        self, x_BTD: jax.Array, experts_BTK: jax.Array | None = None, ids_BT: jax.Array | None = None
+    ) -> Routing:
         """Routes each token, to `experts_BTK` if these are given; computed in float32 from `x_BTD` of any dtype."""
-        x_BTD = x_BTD.astype(jnp.float32)
-        logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD, self.centroids_DE[...], precision=jax.lax.Precision.HIGHEST)
-        chosen = {}
+        logits_BTE, chosen = _logits(x_BTD, self.centroids_DE[...]), {}
         if experts_BTK is not None:  # padding may have been given none
             chosen["experts_BTK"] = jnp.minimum(experts_BTK.astype(jnp.int32), logits_BTE.shape[-1] - 1)
         if self.bias_E is None:
             return self.route(logits_BTE, **chosen)
         return self.route(logits_BTE, jax.lax.stop_gradient(self.bias_E[...]), **chosen)
+
+
+class HashRouter(nnx.Module):
+    """Sends each token to the experts that a table has for its id; `route(logits_BTE, experts_BTK=...)` weighs them.
+
+    `experts_VK` is the released tid2eid. How that was made is not published; a fresh one has K different experts of
+    each id, drawn evenly. No step changes it.
+    """
+
+    def __init__(
+        self, vocab_size: int, d_model: int, n_experts: int, top_k: int, std: float, route: Route, *, rngs: nnx.Rngs
+    ):
+        self.centroids_DE = param(rngs, (d_model, n_experts), ("embed", None), normal(std), role="router")
+        drawn_VE = jax.random.uniform(rngs.params(), (vocab_size, n_experts))
+        self.experts_VK = ExpertTable(jax.lax.top_k(drawn_VE, top_k)[1].astype(jnp.int32), axes=(None, None))
+        self.route = route
+
+    @jax.named_scope("router")
+    def __call__(self, x_BTD: jax.Array, experts_BTK: jax.Array | None, ids_BT: jax.Array) -> Routing:
+        """Routes each token by its id, or to `experts_BTK` if these are given; ids below 0 are those of row 0."""
+        logits_BTE = _logits(x_BTD, self.centroids_DE[...])
+        if experts_BTK is None:
+            experts_BTK = self.experts_VK[...][jnp.maximum(ids_BT, 0)]
+        experts_BTK = jnp.minimum(experts_BTK.astype(jnp.int32), logits_BTE.shape[-1] - 1)
+        return self.route(logits_BTE, experts_BTK=experts_BTK)
+
+
+def _logits(x_BTD: jax.Array, centroids_DE: jax.Array) -> jax.Array:
+    """u_t . e_i in float32."""
+    x_BTD = x_BTD.astype(jnp.float32)
+    return jnp.einsum("BTD,DE->BTE", x_BTD, centroids_DE, precision=jax.lax.Precision.HIGHEST)
 
 
 def sigmoid_biased_topk(
@@ -89,6 +124,30 @@ def sigmoid_biased_topk(
     if experts_BTK is None:
         choice_BTE = jax.lax.stop_gradient(scores_BTE) + bias_E  # eq. 16
         _, experts_BTK = jax.lax.top_k(keep_best_groups(choice_BTE, n_groups, top_groups, n_best=2), top_k)
+    return _renormalised(scores_BTE, experts_BTK, scale)
+
+
+def softplus_topk(
+    logits_BTE: jax.Array,
+    bias_E: jax.Array | None = None,
+    experts_BTK: jax.Array | None = None,
+    *,
+    top_k: int,
+    scale: float,
+) -> Routing:
+    """V4's choice: scores sqrt(softplus(logit)), bias for the choice only, no groups, weights renormalised.
+
+    Arguments as for `sigmoid_biased_topk`; a router with a table (`HashRouter`) gives no bias.
+    Paper: V4 section 2.1.
+    """
+    scores_BTE = jnp.sqrt(jax.nn.softplus(jnp.maximum(logits_BTE, LEAST_LOGIT)))
+    if experts_BTK is None:
+        _, experts_BTK = jax.lax.top_k(jax.lax.stop_gradient(scores_BTE) + bias_E, top_k)
+    return _renormalised(scores_BTE, experts_BTK, scale)
+
+
+def _renormalised(scores_BTE: jax.Array, experts_BTK: jax.Array, scale: float) -> Routing:
+    """The routing whose weights sum to `scale`."""
     chosen_BTK = jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1)  # eq. 14
     weights_BTK = scale * chosen_BTK / (jnp.sum(chosen_BTK, axis=-1, keepdims=True) + 1e-20)  # eq. 13
     return Routing(experts_BTK, weights_BTK, scores_BTE)
@@ -133,6 +192,11 @@ def keep_best_groups(choice_BTE: jax.Array, n_groups: int, top_groups: int, n_be
 def expert_load(experts_BTK: jax.Array, n_experts: int) -> jax.Array:
     """Tokens that chose each expert: load_E, float32 (exact up to 2^24); padding (`without_padding`) chose none."""
     return jnp.bincount(experts_BTK.reshape(-1), length=n_experts).astype(jnp.float32)
+
+
+def no_balance(routing: Routing, context: Context = WHOLE) -> dict[str, jax.Array]:
+    """No loss, where the router does not choose (`HashRouter`)."""
+    return {}
 
 
 # Balance losses of each sequence by name, without their factors alpha; near 1 when a sequence is perfectly balanced.

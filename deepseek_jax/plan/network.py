@@ -23,7 +23,7 @@ from deepseek_jax.tree import dotted, size
 EMBEDDING, HEAD, MTP = "embedding", "head", "mtp"  # top-level entries of a model, besides blocks and a norm
 NORM_WIDTH = "embed"
 # matrices that FP8 recipes keep in high precision (V3 section 3.3.1; V4's released code)
-HIGH_PRECISION = ("head", "router", "index", "grouped_out", "compressor")
+HIGH_PRECISION = ("head", "router", "index", "mixing", "grouped_out", "compressor")
 LATENTS = ("q_latent", "kv_latent")
 BF16 = Execution(compute=jnp.bfloat16)
 
@@ -188,7 +188,7 @@ def describe(family: ModuleType, sizes: Sizes) -> Network:
     attention, per_pair = block.attention, family.flops_per_pair(sizes)
     return Network(
         weights=weights,
-        router_biases=size(router_bias),
+        router_biases=size([x for x in jax.tree.leaves(router_bias) if jnp.issubdtype(x.dtype, jnp.floating)]),
         groups={name: len(stack.blocks) if isinstance(stack, Group) else 1 for name, stack in stacks.items()},
         d_model=sizes.d_model,
         vocab_size=sizes.vocab_size,

@@ -131,6 +131,19 @@ def swiglu(gate: jax.Array, up: jax.Array | None, factor: jax.Array | None = Non
     return hidden if factor is None else hidden * factor[:, None].astype(hidden.dtype)
 
 
+def clamped(gate: jax.Array, up: jax.Array | None, limit: float) -> tuple[jax.Array, jax.Array | None]:
+    """Returns what `Matmul.swiglu` takes, bounded: the gate to `limit` at most, up to +-limit; as it is if that is 0.
+
+    A very negative gate closes by itself, so it has no lower bound. `up` None: both lie side by side.
+    """
+    if not limit:
+        return gate, up
+    if up is not None:
+        return jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    half = jnp.arange(gate.shape[-1]) < gate.shape[-1] // 2
+    return jnp.clip(gate, jnp.where(half, -jnp.inf, -limit).astype(gate.dtype), limit), None
+
+
 def letters(equation: str) -> list[str]:
     """Returns the axes of x, w and y of an einsum "x,w->y"."""
     return re.split(",|->", equation)

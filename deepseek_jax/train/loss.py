@@ -243,13 +243,13 @@ def stage_losses(
     Arguments as for `Objective`; embeddings that are not given are looked up. `routes` is as in `Decoder.run_blocks`.
     """
     tokens = Tokens(batch.ids_BT, batch.positions_BT, batch.segments_BT if mask else None, batch.segments_BT > 0)
-    x_BTD = model.embed(tokens) if x_BTD is None else x_BTD
+    x_BTD = model.begin(model.embed(tokens)) if x_BTD is None else x_BTD
     x_BTD, statistics = model.run_blocks(x_BTD, tokens, part=stage.part, routes=routes)
     depths: list[Depth] = []
     hidden: list[jax.Array] = []
     if stage.ends:
         h_BTD = model.finish(x_BTD)
-        depths = model.mtp_depths(h_BTD, batch.targets_BT, tokens, x_KBTD)
+        depths = model.mtp_depths(model.ahead_of(x_BTD, h_BTD), batch.targets_BT, tokens, x_KBTD)
         hidden = [h_BTD, *(depth.h_BTD for depth in depths)]
     found = [*statistics.values(), *(depth.statistics for depth in depths)]
     auxiliary = {name: loss / over.sequences for name, loss in summed(found).items()}

@@ -483,12 +483,17 @@ def _in_order(abstract: State, layout: StageLayout, mesh: Mesh) -> State:
 
 
 def moved_biases(router_bias: dict, loads: dict, gamma: jax.Array) -> dict:
-    """The router biases after a step's `loads`, a prefix of their tree; a family without biases has none to move."""
+    """The router biases after a step's `loads`, a prefix of their tree; a family without biases has none to move.
+
+    Integers among them are tables of experts by token id, which stay.
+    """
     if not router_bias:
         return router_bias
-    return jax.tree.map(
-        lambda load, biases: jax.tree.map(lambda bias: updated_bias(bias, load, gamma), biases), loads, router_bias
-    )
+
+    def moved(load: jax.Array, bias: jax.Array) -> jax.Array:
+        return updated_bias(bias, load, gamma) if jnp.issubdtype(bias.dtype, jnp.floating) else bias
+
+    return jax.tree.map(lambda load, biases: jax.tree.map(functools.partial(moved, load), biases), loads, router_bias)
 
 
 def _checksum(ids_BT: jax.Array, context: Context) -> jax.Array:
