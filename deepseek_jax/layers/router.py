@@ -94,7 +94,7 @@ class HashRouter(nnx.Module):
         """Routes each token by its id, or to `experts_BTK` if these are given; ids below 0 are those of row 0."""
         logits_BTE = _logits(x_BTD, self.centroids_DE[...])
         if experts_BTK is None:
-            experts_BTK = self.experts_VK[...][jnp.maximum(ids_BT, 0)]
+            experts_BTK = jnp.take(self.experts_VK[...], jnp.maximum(ids_BT, 0), axis=0)
         experts_BTK = jnp.minimum(experts_BTK.astype(jnp.int32), logits_BTE.shape[-1] - 1)
         return self.route(logits_BTE, experts_BTK=experts_BTK)
 
