@@ -165,7 +165,7 @@ def _most_alone(gate_XDF: OfLayer, matmul: Matmul) -> int:
 
 
 def _swiglu_of_few(
-    x_MD: jax.Array, expert_MK: jax.Array, weight_MK: jax.Array, weights: Weights, matmul: Matmul, limit: float
+    x_MD: jax.Array, expert_MK: jax.Array, weight_MK: jax.Array, weights: Weights, matmul: Matmul, limit: float = 0.0
 ) -> jax.Array:
     """`grouped_swiglu` of one or two tokens, by the implementation of `_operation` that the run names.
 

@@ -139,9 +139,8 @@ def ours(module, get):
     """The weights of transformers' layer, or what `get` takes of each, in our tree."""
     array = lambda w: numpy(get(w)).copy()  # noqa: E731
     both, down = array(module.experts.gate_up_proj), array(module.experts.down_proj)
-    shared = {
-        name: array(getattr(module.shared_experts, f"{name[:-3]}_proj").weight).T for name in ("gate_DF", "up_DF")
-    }
+    names = {"gate_DF": "gate_proj", "up_DF": "up_proj", "down_FD": "down_proj"}
+    shared = {mine: array(getattr(module.shared_experts, their).weight).T for mine, their in names.items()}
     turned = {"gate_XDF": both[:, :F], "up_XDF": both[:, F:], "down_XFD": down}
     turned = {name: np.swapaxes(w, 1, 2).copy() for name, w in turned.items()}
     return turned | {"router": {"centroids_DE": array(module.gate.weight).T}, "shared": shared}
