@@ -137,6 +137,9 @@ def get_config() -> ConfigDict:
     optimizer.eps = 1e-8
     optimizer.weight_decay = 0.1
     optimizer.moments_dtype = "float32"  # V3 keeps bfloat16 (section 3.3.3)
+    optimizer.method = "adamw"  # of all weights; muon: matrices by Muon, embedding, head, gains and biases by AdamW (V4)
+    optimizer.momentum = 0.95  # Muon's
+    optimizer.rms = 0.18  # root mean square of Muon's updates, relative to the learning rate
 
     rl = config.rl = ConfigDict()  # reinforcement learning (deepseek-jax rl); `loop` and `checkpoint` count its steps
     rl.problems = "sums"  # sums:DIGITS, needle:LENGTH, rg:NAME (reasoning-gym), or JSONL files with prompt and answer

@@ -44,7 +44,7 @@ from deepseek_jax.storage import Place
 from deepseek_jax.train import trainable
 from deepseek_jax.train.average import MovingAverage
 from deepseek_jax.train.loss import PreTraining
-from deepseek_jax.train.optimizers import Schedule, adamw
+from deepseek_jax.train.optimizers import OF_MUON, Schedule, by_name
 from deepseek_jax.train.pipelined import Pipeline
 from deepseek_jax.train.ramp import BatchRamp
 from deepseek_jax.train.step import State, StepConfig, Trainer
@@ -55,7 +55,7 @@ from deepseek_jax.weights import WEIGHTS, lora_of, open_weights
 # by its fingerprint.
 FIXED: tuple[str, ...] = ("family", "model", "seed", "batch")
 FIXED += ("data.seq_len", "data.fim_rate", "data.mask_documents", "data.holdout_rate")
-FIXED += ("lora.rank", "lora.alpha", "lora.targets", "loss.trained")
+FIXED += ("lora.rank", "lora.alpha", "lora.targets", "loss.trained", "optimizer.method")
 
 
 def trainer(
@@ -90,7 +90,7 @@ def trainer(
         mesh,
         config.sharding.to_dict(),
         objective or PreTraining(mask_documents=config.data.mask_documents, **loss),
-        adamw(**config.optimizer),
+        by_name(**config.optimizer),
         StepConfig(rate=Schedule(**config.schedule), micro_batches=config.pipeline.micro_batches, **step),
         pipeline=pipeline(config, network),
         trainable=is_trained,
@@ -214,6 +214,8 @@ def check_effects(config: ConfigDict, trainer: Trainer) -> None:
         absent["ema.evaluate"] = "average of its weights (config.ema.decay)"
     if config.precision != "fp8":
         absent |= {f"fp8.{key}": "products in FP8 (config.precision=fp8)" for key in config.fp8}
+    if config.optimizer.method != "muon":
+        absent |= {f"optimizer.{key}": "matrices that Muon updates (config.optimizer.method=muon)" for key in OF_MUON}
     values, defaults = leaves(config), default_values()
     for key, what in absent.items():
         if values[key] and values[key] != defaults[key]:

@@ -132,6 +132,7 @@ def job_of(config: ConfigDict, options: SimpleNamespace, subject: PlannedModel) 
             options.recipe,
             precision=config.precision,
             moments_dtype=config.optimizer.moments_dtype,
+            method=config.optimizer.method,
             remat=config.run.remat,
         ),
         rules=config.sharding.to_dict(),

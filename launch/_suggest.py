@@ -123,7 +123,8 @@ def later_recipes(config: ConfigDict, chip: Chip) -> list:
 
 def recipe_of(config: ConfigDict, name: str, precision: str, remat: str) -> Recipe:
     """A recipe with the config's moments."""
-    return recipe(name, precision=precision, moments_dtype=config.optimizer.moments_dtype, remat=remat)
+    o = config.optimizer
+    return recipe(name, precision=precision, moments_dtype=o.moments_dtype, remat=remat, method=o.method)
 
 
 def kept_of(config: ConfigDict, subject: PlannedModel) -> CachedActivations:

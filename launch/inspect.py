@@ -113,7 +113,7 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
     from deepseek_jax.abstract_model import AHEAD, abstract, abstract_module, count_parameters
     from deepseek_jax.abstract_model import module as model_of
     from deepseek_jax.layers import lora
-    from deepseek_jax.layers.base import dtype_read, logical_axes, roles, split
+    from deepseek_jax.layers.base import BY_ADAMW, dtype_read, logical_axes, roles, split
     from deepseek_jax.models import family
     from deepseek_jax.parallel.mesh import ALL
     from deepseek_jax.parallel.sharding import bytes_per_device, placements
@@ -145,12 +145,13 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
         dtype = dtype_read(role, precision.weights, precision.compute)
         read = array if place.is_sharded else array.update(dtype=dtype)
         moment = array.update(dtype=config.optimizer.moments_dtype)
+        n_moments = 1 if config.optimizer.method == "muon" and role not in BY_ADAMW else 2
         is_trained = not adapters or lora.is_adapter(tuple(key.key for key in path))
         return Weight(
             *(dotted(path), array.shape, str(read.dtype), logical, tuple(place.spec)),
             weight_bytes=bytes_per_device(read, place.spec, mesh),
             master_bytes=0 if place.reads_master(dtype) else bytes_per_device(array, place.state_spec, mesh),
-            optimizer_bytes=2 * is_trained * bytes_per_device(moment, place.state_spec, mesh),
+            optimizer_bytes=n_moments * is_trained * bytes_per_device(moment, place.state_spec, mesh),
         )
 
     def bias(path: tuple, array: jax.ShapeDtypeStruct, logical: tuple, place: "Placement") -> Weight:

@@ -76,6 +76,7 @@ def test_a_trainer_keeps_the_bytes_that_are_shown(precision, mesh):
     config = run_config.load("tiny_v3")
     config.precision, config.pipeline.micro_batches = precision, 4
     config.sharding.mlp = "data" if pipe > 1 else ""  # FSDP
+    config.optimizer.method = "adamw" if pipe > 1 else "muon"
     trainer = run.trainer(config, make_mesh(data, expert, jax.devices()[: math.prod(mesh)], pipe))
 
     def kept(name: str) -> int:

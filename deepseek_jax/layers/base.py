@@ -118,6 +118,7 @@ MULTIPLIED = ("attention_in", "attention_out", "gate", "up", "down", "join")  # 
 CONVERTED = ("table", "head", "grouped_out", "compressor")  # to the dtype of the activations, where they are read
 CODED_BLOCK = 128  # rows and columns of a weight that share a scale in FP8
 SPARED = ("gain", "bias")  # by weight decay
+BY_ADAMW = (*SPARED, "table", "head", "adapter")  # also where Muon updates all others (`train.optimizers.muon`)
 
 
 def param(

@@ -5,7 +5,7 @@
 | weights, gradients | as a step reads them, per the recipe, divided as in a run (`parallel.sharding.placements`) |
 | pipeline copy | the same for the second stage, if a schedule keeps two copies of the model |
 | masters | the float32 weights, unless a step reads just these; divided like the optimizer state |
-| optimizer | both moments, further divided over all replicas (ZeRO-1), the second copy included |
+| optimizer | both moments, of a matrix with Muon one, further divided over all replicas (ZeRO-1), second copy included |
 | activations | `activations.kept` of each layer, times sequences, times micro-batches in flight |
 | buffers | in place of these in a run's pipeline: slots of its pools (`stage_buffers`), the same on all ranks |
 | kept once | independent of the batch, by policy none and by a run's pipeline: experts' gate and up side by side |
@@ -126,10 +126,10 @@ def fullest(job: Job, kept: Mapping[str, ActivationBytes], loss_chunk: int) -> f
 
 def between_steps(job: Job, rank: int) -> float:
     """Returns the bytes that a device keeps between steps: its parts of the float32 weights, moments, router biases."""
-    numbers = sum(part.optimizer_numbers * kept for part, _, kept in job.holdings(rank))
-    of_adapters = sum(part.optimizer_numbers for part in job.adapter_parts)
-    trained = of_adapters if job.adapters else numbers
-    return (numbers + of_adapters) * MASTER + trained * job.recipe.moments + BIAS * job.router_biases
+    held = [(part, part.optimizer_numbers * kept) for part, _, kept in job.holdings(rank)]
+    adapters = [(part, part.optimizer_numbers) for part in job.adapter_parts]
+    moments = sum(n * job.recipe.moments_of(part.weight.role) for part, n in adapters or held)
+    return sum(n for _, n in held + adapters) * MASTER + moments + BIAS * job.router_biases
 
 
 def carried(job: Job, parts: Mapping[str, float], rank: int) -> float:
@@ -167,13 +167,13 @@ def _in_step(job: Job, rank: int) -> list[Holding]:
 
 def _states(job: Job, rank: int) -> dict[str, float]:
     """Returns the bytes of weights, gradients and optimizer state."""
-    recipe = job.recipe
+    recipe, moments_of = job.recipe, job.recipe.moments_of
     found = dict.fromkeys(("weights", "gradients", "pipeline_copy", "masters", "optimizer", "adapters"), 0.0)
     for part, _, kept in job.holdings(rank):
         weights, master = job.held(part)
         found["weights"] += 0.0 if master else weights
         found["masters"] += master * kept
-        found["optimizer"] += 0.0 if job.adapters else part.optimizer_numbers * recipe.moments * kept
+        found["optimizer"] += 0.0 if job.adapters else part.optimizer_numbers * moments_of(part.weight.role) * kept
     for part, is_copy, _ in _in_step(job, rank):
         low = part.weight.is_matrix and part.weight.role not in HIGH_PRECISION
         weights, master = job.held(part)
@@ -183,7 +183,7 @@ def _states(job: Job, rank: int) -> dict[str, float]:
     for part in job.adapter_parts:
         found["adapters"] += sum(job.held(part))
         found["gradients"] += _gradients(job, part)
-        found["optimizer"] += part.optimizer_numbers * recipe.moments
+        found["optimizer"] += part.optimizer_numbers * moments_of(part.weight.role)
     if job.adapters and recipe.remat != "block":
         found["adapters"] += job.adapted * recipe.weights
     return found

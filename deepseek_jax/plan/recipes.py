@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 import jax.numpy as jnp
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.layers.base import CONVERTED, MULTIPLIED
+from deepseek_jax.layers.base import BY_ADAMW, CONVERTED, MULTIPLIED
 from deepseek_jax.parallel.alltoall import HEADROOM
 from deepseek_jax.precision.policy import policy
 
@@ -69,16 +69,24 @@ class Recipe:
     in_codes: float = 0.0  # bytes per number of weights that a step gathers in codes; 0: none
     low_precision_copy: float = 0.0  # bytes per number of a second copy of the blocks' matrices
     fp8: bool = False  # whether the blocks' matmuls run in FP8; head, routers and attention never do
+    muon: bool = False  # whether Muon updates the matrices, which then have one moment, not two
     sent_beside: int = 0  # bytes sent with a token for each chosen expert
     padding: float = 1.0  # size of the exchange buffers relative to a balanced load
     # whether a token crosses the network once per node, and spreads over the fast link there
     node_limited: bool = False
     backward_exchanges: int = 1  # exchanges of a layer's backward pass, relative to its forward pass
 
-    @property
-    def optimizer(self) -> float:
-        """The bytes per number of everything that an update reads and writes besides the gradient."""
-        return MASTER + self.moments
+    def optimizer(self, role: str) -> float:
+        """Returns the bytes per number of everything that an update reads and writes besides the gradient."""
+        return MASTER + self.moments_of(role)
+
+    def moments_of(self, role: str) -> float:
+        """Returns the bytes per number of a weight's moments."""
+        return self.moments / 2 if self.by_muon(role) else self.moments
+
+    def by_muon(self, role: str) -> bool:
+        """Returns whether Muon updates a weight."""
+        return self.muon and role not in BY_ADAMW
 
     def read(self, role: str) -> float:
         """Returns the bytes per number of a weight as a step reads it."""
@@ -93,8 +101,11 @@ class Recipe:
 NAMES = ("run", "bf16", "v3")
 
 
-def recipe(name: str, *, precision: str, moments_dtype: str, remat: str) -> Recipe:
-    """Returns the recipe called `name` for the config's settings. Raises UserError for unknown names."""
+def recipe(name: str, *, precision: str, moments_dtype: str, remat: str, method: str = "adamw") -> Recipe:
+    """Returns the recipe called `name` for the config's settings (`method`: `config.optimizer`'s).
+
+    Raises UserError for unknown names.
+    """
     moments, width = 2.0 * jnp.dtype(moments_dtype).itemsize, float(jnp.dtype(policy(precision).compute).itemsize)
     bf16 = Recipe(
         weights=2.0,
@@ -107,6 +118,7 @@ def recipe(name: str, *, precision: str, moments_dtype: str, remat: str) -> Reci
         combine=2.0,
         efficiency=0.375,
         fitted_to="V2's published GPU hours",
+        muon=method == "muon",
         node_limited=True,
     )
     match name:
@@ -123,6 +135,7 @@ def recipe(name: str, *, precision: str, moments_dtype: str, remat: str) -> Reci
                 combine=width,
                 fp8=precision == "fp8",
                 in_codes=CODED if precision == "fp8" else 0.0,
+                muon=method == "muon",
                 efficiency=0.22,
                 fitted_to="our own step on one H200",
                 sent_beside=INDEX,

@@ -25,6 +25,7 @@ from deepseek_jax.plan.schedules import name_of
 from deepseek_jax.plan.traffic import GIGA, exchange, rank_traffic
 
 TERA = 1e12
+NEWTON_SCHULZ = 10  # steps with which Muon brings a matrix to its polar factor
 PAIRS_BACKWARD = 2  # time of the gradients of scores and values, in forward passes
 
 
@@ -56,7 +57,7 @@ class Step:
     bubble: float  # waiting for other stages
     reduce: float  # gradients and weights between replicas, and FSDP
     context: float  # gathering what keys and values of divided sequences are made of
-    optimizer: float  # reading and writing the optimizer state
+    optimizer: float  # reading and writing the optimizer state; Muon's products
 
     @property
     def total(self) -> float:
@@ -172,11 +173,26 @@ def _rank_step(job: Job, rank: int, efficiency: float, waiting: float) -> Step:
         compute += job.passes(hold) * seconds
         exposed += job.passes(hold) * (max(sent - seconds, 0.0) if job.schedule.overlaps else sent)
         trained = job.adapter_parts or job.parts[hold.stage]
-        states = sum(part.optimizer_numbers for part in trained) / job.schedule.arrangement.copies
-        optimizer += states * (recipe.gradients + 2 * recipe.optimizer + recipe.weights) / (job.chip.hbm * GIGA)
+        optimizer += sum(_update_seconds(job, part, efficiency) for part in trained) / job.schedule.arrangement.copies
     traffic = rank_traffic(job, rank)
     reduce = traffic.zero.seconds(job.chip) + traffic.fsdp.seconds(job.chip)
     return Step(compute, exposed, waiting, reduce, traffic.context.seconds(job.chip), optimizer)
+
+
+def _update_seconds(job: Job, part: Part, efficiency: float) -> float:
+    """Returns the seconds of updating a weight: its state through the memory, and Muon's products.
+
+    Ten steps of X <- a X + b (X X^T) X + c (X X^T)^2 X on the shorter side, each by one of the devices that keep parts;
+    in TF32, at half the rate of bfloat16.
+    """
+    recipe, weight = job.recipe, part.weight
+    through = recipe.gradients + 2 * recipe.optimizer(weight.role) + recipe.weights
+    seconds = part.optimizer_numbers * through / (job.chip.hbm * GIGA)
+    if not recipe.by_muon(weight.role):
+        return seconds
+    short, long = sorted(weight.widths)
+    per_number = NEWTON_SCHULZ * (4 * short + 2 * short**2 / long)
+    return seconds + part.optimizer_numbers * per_number / (efficiency * job.chip.bf16 / 2 * TERA)
 
 
 def _pairs(job: Job) -> float:

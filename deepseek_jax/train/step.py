@@ -216,7 +216,7 @@ class Trainer:
         if not jax.tree.leaves(self._trained_places):
             raise ValueError("trainable: no weight is trained. Expected True for the path of at least one.")
         self._reads = reading.reads(model, staged["params"], self.placements, read, self.run.matmul.codes, mesh)
-        self.optimizer = optimizer(model)
+        self.optimizer = optimizer(model, self._trained_places)
         shapes = jax.eval_shape(lambda: self._initial(0))
         self.specs: State = jax.tree.map(lambda _: REPLICATED, shapes) | {
             "params": jax.tree.map(lambda place: place.state_spec, self.placements),

@@ -33,12 +33,13 @@ def job_of():
     from deepseek_jax.plan.recipes import recipe
     from deepseek_jax.plan.schedules import SCHEDULES
 
-    def job(name, *, style="run", plan="1f1b", remat=None, sharding=None, batch=0, chip="h800", **mesh):
+    def job(name, *, style="run", plan="1f1b", remat=None, sharding=None, batch=0, chip="h800", method="adamw", **mesh):
         it = described(name)
         batch = batch or it.config.batch.size
         sizes = {"pipe": 1, "data": 1, "expert": 1, "micro_batches": 1} | mesh
         layout = make_layout(**sizes, devices=0, batch=batch, seq_len=it.config.data.seq_len)
         formats = {"precision": it.config.precision, "moments_dtype": it.config.optimizer.moments_dtype}
+        formats["method"] = method
         found = recipe(style, **formats, remat=remat or it.config.run.remat)
         rules = it.config.sharding.to_dict() | (sharding or {})
         return Job(it.network, layout, CHIPS[chip], SCHEDULES[plan], found, rules)

@@ -28,12 +28,16 @@ MESHES += [{"pipe": 2, "data": 1, "expert": 2}]
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize(("name", "sharding"), [("tiny_v3", {}), ("v3_671b", {}), ("tiny_v1", {"embed": "data"})])
-def test_states_are_those_that_inspect_shows(job_of, name, sharding, mesh):
+@pytest.mark.parametrize(
+    ("name", "sharding", "method"),
+    [("tiny_v3", {}, "muon"), ("v3_671b", {}, "adamw"), ("tiny_v1", {"embed": "data"}, "adamw")],
+)
+def test_states_are_those_that_inspect_shows(job_of, name, sharding, method, mesh):
     config = run_config.load(name)
     config.sharding.update(sharding)
+    config.optimizer.method = method
     weights, _ = inspect.inspect(config, mesh)
-    ours = rank_memory(job_of(name, sharding=sharding, **mesh), 0, NOTHING, CHUNK)
+    ours = rank_memory(job_of(name, sharding=sharding, method=method, **mesh), 0, NOTHING, CHUNK)
     counted, shown = ours["weights"] + ours.get("router_biases", 0), sum(w.weight_bytes for w in weights)
     assert counted == shown or ("pipe" in mesh and counted < shown)  # there stages share arrays (`parallel.homes`)
     assert ours["optimizer"] == sum(w.optimizer_bytes for w in weights)

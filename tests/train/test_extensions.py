@@ -92,7 +92,7 @@ def last_part_first(loss, n_parts):
 def make_trainer(**options) -> Trainer:
     step = StepConfig(lambda step: RATE, clip_norm=1e9, micro_batches=2, balance_rate=0.0, balance_rate_stop=0)
     mesh = make_mesh(2, 1, jax.devices()[:2])
-    parts = ExpectedHits(), lambda model: SignMomentum(), step
+    parts = ExpectedHits(), lambda model, places: SignMomentum(), step
     return Trainer(lambda run, rngs: Toy(rngs=rngs), mesh, {}, *parts, trainable=is_trained, **options)
 
 

@@ -106,6 +106,7 @@ def _memory_notes(job: Job) -> dict[str, str]:
     recipe, at = job.recipe, job.layout
     low = f" and {recipe.low_precision_copy:.0f} B in FP8" if recipe.low_precision_copy else ""
     alike = "; as much on every rank as the fullest needs" if job.shares_vocabulary else ""
+    halved = f", {recipe.moments / 2:.0f} B of matrices" if recipe.muon else ""
     made = f"{recipe.weights if recipe.alike else recipe.gradients:.0f} B per parameter"
     each = f"{made}, and their sums over micro-batches" if has_sums(job) else made
     flight = "+".join(str(min(share.in_flight, at.micro_batches)) for share in job.ranks[0])
@@ -114,7 +115,7 @@ def _memory_notes(job: Job) -> dict[str, str]:
         "gradients": each,
         "pipeline_copy": "weights and gradients of the second direction",
         "masters": "float32 weights, divided over the replicas (ZeRO-1)",
-        "optimizer": f"{recipe.moments:.0f} B per parameter, likewise",
+        "optimizer": f"{recipe.moments:.0f} B per parameter{halved}, likewise",
         "adapters": f"{job.n_adapter_numbers:,} numbers, which alone are trained; {_made_of(job)}",
         "activations": f"policy {recipe.remat}; rank 0 has {flight} micro-batches in flight",
         "buffers": f"policy {recipe.remat}; slots of the pipeline's pools, on every rank",

@@ -49,9 +49,9 @@ class AdamW:
 
 def adamw(
     beta1: float, beta2: float, eps: float, weight_decay: float, moments_dtype: DTypeLike
-) -> Callable[[nnx.Module], AdamW]:
+) -> Callable[[nnx.Module, Tree], AdamW]:
     """AdamW for the weights of a model, which were declared with or without decay; arguments as `AdamW`'s."""
-    return lambda model: AdamW(decayed(model), beta1, beta2, eps, weight_decay, moments_dtype)
+    return lambda model, places: AdamW(decayed(model), beta1, beta2, eps, weight_decay, moments_dtype)
 
 
 def _cast(tree: Tree, dtype: DTypeLike) -> Tree:
