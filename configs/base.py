@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config.name = ""
     config.family = ""
     config.seed = 0
-    config.precision = "fp32"  # fp32; bf16: compute in bf16 over fp32 master weights; fp8: V3's recipe over bf16
+    config.precision = "fp32"  # bf16: bf16 over fp32 masters; fp8: V3's recipe; fp4: that, experts rounded to FP4 (V4)
     config.model = ConfigDict()
 
     # What the published model that a run begins with says of itself; exports say it again. Filled in by train.
@@ -137,7 +137,7 @@ def get_config() -> ConfigDict:
     optimizer.eps = 1e-8
     optimizer.weight_decay = 0.1
     optimizer.moments_dtype = "float32"  # V3 keeps bfloat16 (section 3.3.3)
-    optimizer.method = "adamw"  # of all weights; muon: matrices by Muon, embedding, head, gains and biases by AdamW (V4)
+    optimizer.method = "adamw"  # muon: matrices by Muon, and by AdamW embedding, head, gains, biases, adapters (V4)
     optimizer.momentum = 0.95  # Muon's
     optimizer.rms = 0.18  # root mean square of Muon's updates, relative to the learning rate
 

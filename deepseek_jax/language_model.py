@@ -437,7 +437,7 @@ def save_pretrained(model: LanguageModel, directory: str | os.PathLike, dtype: s
     Args:
         model: of any family but those that nobody publishes.
         directory: made if need be; must hold no weights yet.
-        dtype: "bf16"; "fp8", "fp8_ue8m0" or "fp8_e8m0", E4M3 in blocks of 128 x 128 (`hf.write`); "fp32"; or
+        dtype: "bf16"; "fp8", "fp8_ue8m0" or "fp8_e8m0", E4M3 in blocks of 128 x 128, or "fp4" (`hf.write`); "fp32"; or
             "keep" for the dtypes that the weights have.
 
     Raises UserError: an unknown dtype, or a directory that holds weights already or cannot be written.

@@ -37,7 +37,7 @@ from deepseek_jax.parallel.sharding import is_axes
 from deepseek_jax.plan import flops
 from deepseek_jax.plan.layout import end_in_layers
 from deepseek_jax.plan.network import Network, describe
-from deepseek_jax.precision.policy import policy
+from deepseek_jax.precision.policy import IN_CODES, policy
 from deepseek_jax.run_bounds import default_values
 from deepseek_jax.saved_config import completed, from_json, leaves
 from deepseek_jax.storage import Place
@@ -212,7 +212,7 @@ def check_effects(config: ConfigDict, trainer: Trainer) -> None:
         absent["kernels.attention"] = "attention to all positions: tokens choose theirs (kernels.indexed_attention)"
     if not config.ema.decay:
         absent["ema.evaluate"] = "average of its weights (config.ema.decay)"
-    if config.precision != "fp8":
+    if config.precision not in IN_CODES:
         absent |= {f"fp8.{key}": "products in FP8 (config.precision=fp8)" for key in config.fp8}
     if config.optimizer.method != "muon":
         absent |= {f"optimizer.{key}": "matrices that Muon updates (config.optimizer.method=muon)" for key in OF_MUON}

@@ -36,7 +36,7 @@ BOUNDS: dict[str, Bound] = {
     "name": bounds.name(),
     "family": bounds.one_of("v1", "moe", "v2", "v3", "v32"),
     "seed": SEED,
-    "precision": bounds.one_of("fp32", "bf16", "fp8"),
+    "precision": bounds.one_of("fp32", "bf16", "fp8", "fp4"),
     "release.folder": bounds.path(),
     "release.n_positions": bounds.whole(0, MOST_POSITIONS),
     "release.bos_id": bounds.optional(TOKEN),

@@ -8,9 +8,9 @@
 
 --dtype=bf16 and fp32 are for all weights, keep for those of the checkpoint.  fp8 stores the matrices of all blocks but
 routers in 8 bits with float32 scales (V3), fp8_ue8m0 with float32 scales that are powers of two (V3.1), fp8_e8m0 with
-the same scales in 8 bits; the rest is bf16. Adapters (config.lora.rank) are merged into the weights; with --adapters
-they are written alone, in float32. The checkpoint is compared with its hashes first; then one tensor at a
-time goes from disk to disk.
+the same scales in 8 bits, fp4 (V4) like that, with routed experts in 4 bits; the rest is bf16. Adapters
+(config.lora.rank) are merged into the weights; with --adapters they are written alone, in float32. The checkpoint is
+compared with its hashes first; then one tensor at a time goes from disk to disk.
 
 DeepSeekMoE 16B has no class in transformers: others open it with the release's configuration_deepseek.py and
 modeling_deepseek.py only, which are copied from the directory that the weights came from where they stand there.
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from deepseek_jax.convert.hf import Get
     from deepseek_jax.layers.lora import Lora
 
-DTYPES = ("bf16", "fp32", "fp8", "fp8_ue8m0", "fp8_e8m0", "keep")
+DTYPES = ("bf16", "fp32", "fp8", "fp8_ue8m0", "fp8_e8m0", "fp4", "keep")
 FLAGS = {
     "to": (place, _options.REQUIRED, "directory to write, empty or not there yet; gs:// and s3:// as well"),
     "ema": (bool, False, "the moving average of the weights in place of the weights"),

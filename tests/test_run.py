@@ -16,7 +16,7 @@ from deepseek_jax.saved_config import to_json
         ("tiny_v1", "loss.balance_rate", 0.01, "router biases"),
         ("tiny_v1", "sharding.q_latent", "data", "weight with the axis q_latent"),
         ("tiny_v1", "fp8.scale", "ue8m0", r"products in FP8 \(config\.precision=fp8\)"),
-        ("tiny_v1", "optimizer.rms", 0.5, "matrices that Muon updates"),
+        ("tiny_v1", "optimizer.rms", 0.5, r"matrices that Muon updates \(config\.optimizer\.method=muon\)"),
         ("tiny_v2", "loss.balance_rate", 0.5, "router biases"),
     ],
 )

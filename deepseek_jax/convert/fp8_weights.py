@@ -1,12 +1,16 @@
-"""Weights that stay in FP8: which a model has, what lies where in the published matrices, and those quantised here."""
+"""Weights that stay in FP8 or FP4: which a model has, what lies where in published matrices; those quantised here."""
 
 import math
 import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from deepseek_jax.convert import names
+from deepseek_jax.errors import UserError
+from deepseek_jax.precision.fp4_weight import Fp4Weight, fits_fp8, in_fp8
 from deepseek_jax.precision.fp8_weight import Fp8Weight, Layout, block_rows, encoded
 from deepseek_jax.tree import paths, size
 
@@ -45,10 +49,13 @@ def of_model(shapes: dict) -> dict[tuple[names.Path, ...], tuple[Layout, ...]]:
 def quantized(weights: dict) -> dict:
     """Returns {"params", "router_bias"} with the weights of `of_model` in FP8 by V3's rule; those in FP8 stay.
 
-    The tree that is given loses what has been quantised, so that at most one weight exists twice.
+    Those in FP4 become FP8 of the same numbers. The tree that is given loses what has been quantised, so that at most
+    one weight exists twice. Raises UserError if the scales of one in FP4 differ too much for FP8.
     """
     for together, found in of_model(weights).items():
         wide = [_at(weights, path) for path in together]
+        if isinstance(wide[0], Fp4Weight):
+            _put(weights, together[0], _from_fp4(wide[0], ".".join(together[0])))
         if any(isinstance(w, Fp8Weight) for w in wide):
             continue
         for path, coded in zip(together, _encoded(tuple(wide), found), strict=True):
@@ -56,6 +63,16 @@ def quantized(weights: dict) -> dict:
     return weights
 
 
+def _from_fp4(weight: Fp4Weight, name: str) -> Fp8Weight:
+    if not bool(jnp.all(_fits(weight))):
+        raise UserError(
+            f"weights='fp8': {name} is in FP4, and scales within 128 x 128 of it differ by more than 2^6, which FP8 "
+            "cannot hold exactly. Give weights='stored' to keep FP4, or 'wide'."
+        )
+    return _in_fp8(weight)
+
+
+_fits, _in_fp8 = jax.jit(fits_fp8), jax.jit(in_fp8)
 _encoded = jax.jit(encoded, static_argnums=1)
 
 
@@ -63,7 +80,8 @@ def joined(tree: dict, found: dict[names.Path, Layout]) -> dict:
     """Returns a tree that has "codes" and "scale" under the path of a weight with the weight in place of the two."""
     for path, layout in found.items():
         parts = _at(tree, path)
-        _put(tree, path, Fp8Weight(parts[CODES], parts[SCALE], layout))
+        kind = Fp4Weight if parts[CODES].dtype == np.uint8 else Fp8Weight
+        _put(tree, path, kind(parts[CODES], parts[SCALE], layout))
     return tree
 
 

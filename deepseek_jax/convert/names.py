@@ -13,7 +13,8 @@ An axis that only our weight has numbers published tensors: X counts the experts
 layers of a stack are numbered too, on a leading axis that names do not show; where a stack repeats a group of different
 blocks, its axis counts the repeats, and each layer is a block of the group. `deepseek_jax.shapes` explains the letters.
 
-No family is named here: a rule applies to every model that has its weights.
+No family is named here: a rule applies to every model that has its weights. There are two spellings of names, and a
+model of several streams has the second, V4's own; transformers saves that with other beginnings (`saved_by_others`).
 Source of the published names: the config and index files of the releases, and DeepSeek-V3's inference/convert.py.
 """
 
@@ -74,8 +75,7 @@ AFTER = (
     _rule("lm_head.weight", "V D", "head.weight_DV"),
 )
 
-# Names after `model.layers.N.`; the stacks of a model follow each other in the order of STACKS.
-STACKS = ("blocks", "dense_blocks", "moe_blocks")
+# Names after `model.layers.N.`
 BLOCK = (
     _rule("input_layernorm.weight", "D", "attention_norm.gain"),
     # grouped-query attention (LLM, Coder, Math, MoE-16B, the students of R1)
@@ -130,15 +130,121 @@ MTP = (
 # Copies of the main model's tensors in a layer of multi-token prediction.
 COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
 
+# V4's own names. Those of a residual connection over several streams:
+MIXING = (("fn", "Y (O D)", "mix_ODY"), ("base", "Y", "bias_Y"), ("scale", "J", "scale"))
+STREAMS_HEAD = (
+    _rule("hc_head_fn", "J (O D)", "streams_head.mix_ODJ"),
+    _rule("hc_head_base", "O", "streams_head.bias_O"),
+    _rule("hc_head_scale", "J", "streams_head.scale"),
+)
+OWN_BEFORE = (_rule("embed.weight", "V D", "embedding.table_VD"),)
+OWN_AFTER = (
+    *STREAMS_HEAD,
+    _rule("norm.weight", "D", "final_norm.gain"),
+    _rule("head.weight", "V D", "head.weight_DV"),
+)
+# Names after `layers.N.`
+OWN_BLOCK = (
+    _rule("attn_norm.weight", "D", "attention_norm.gain"),
+    _rule("attn.wq_a.weight", "R D", "attention.q_down_DR"),
+    _rule("attn.q_norm.weight", "R", "attention.q_norm.gain"),
+    _rule("attn.wq_b.weight", "(H Q) R", "attention.q_up_RHQ"),
+    _rule("attn.wkv.weight", "Q D", "attention.kv_DQ"),
+    _rule("attn.kv_norm.weight", "Q", "attention.kv_norm.gain"),
+    _rule("attn.attn_sink", "H", "attention.sink_H"),
+    _rule("attn.wo_a.weight", "(G R) Y", "attention.out_down_YGR"),
+    _rule("attn.wo_b.weight", "D (G R)", "attention.out_up_GRD"),
+    *(
+        _rule(f"{theirs}.{name}", axes, f"{ours}.{weight}")
+        for theirs, ours in (
+            ("attn.compressor", "attention.compressor"),
+            ("attn.indexer.compressor", "attention.indexer.key"),
+        )
+        for name, axes, weight in (
+            ("wkv.weight", "Q D", "kv_DQ"),
+            ("wgate.weight", "Q D", "gate_DQ"),
+            ("ape", "I Q", "bias_IQ"),
+            ("norm.weight", "Q", "norm.gain"),
+        )
+    ),
+    _rule("attn.indexer.wq_b.weight", "(H Q) R", "attention.indexer.q_up_RHQ"),
+    _rule("attn.indexer.weights_proj.weight", "H D", "attention.indexer.weight_DH"),
+    *(_rule(f"hc_attn_{name}", axes, f"attention_residual.{weight}") for name, axes, weight in MIXING),
+    _rule("ffn_norm.weight", "D", "experts_norm.gain"),
+    _rule("ffn.gate.weight", "E D", "experts.router.centroids_DE"),
+    _rule("ffn.gate.bias", "E", "experts.router.bias_E"),
+    _rule("ffn.gate.tid2eid", "V K", "experts.router.experts_VK"),
+    _rule("ffn.shared_experts.w1.weight", "F D", "experts.shared.gate_DF"),
+    _rule("ffn.shared_experts.w3.weight", "F D", "experts.shared.up_DF"),
+    _rule("ffn.shared_experts.w2.weight", "D F", "experts.shared.down_FD"),
+    _rule("ffn.experts.{X}.w1.weight", "F D", "experts.gate_XDF"),
+    _rule("ffn.experts.{X}.w3.weight", "F D", "experts.up_XDF"),
+    _rule("ffn.experts.{X}.w2.weight", "D F", "experts.down_XFD"),
+    *(_rule(f"hc_ffn_{name}", axes, f"experts_residual.{weight}") for name, axes, weight in MIXING),
+)
+# Names after `mtp.K.`
+OWN_MTP = (
+    _rule("enorm.weight", "D", "embedding_norm.gain"),
+    _rule("hnorm.weight", "D", "hidden_norm.gain"),
+    _rule("e_proj.weight", "D Y", "embedding_YD"),
+    _rule("h_proj.weight", "D Y", "hidden_YD"),
+    *(rule._replace(ours=tuple(f"block.{name}" for name in rule.ours)) for rule in OWN_BLOCK),
+    *STREAMS_HEAD,
+    _rule("norm.weight", "D", "final_norm.gain"),
+)
+
+
+class Spelling(NamedTuple):
+    """The rules of one spelling, and what the names of a layer and of a depth of multi-token prediction begin with."""
+
+    before: tuple[Rule, ...]
+    layer: str  # {n}: its number
+    block: tuple[Rule, ...]
+    depth: str  # {n}: number of layers and depths before it; {k}: of depths
+    mtp: tuple[Rule, ...]
+    after: tuple[Rule, ...]
+    copies: dict[str, str]  # in a depth: name -> name of the original
+
+
 # Found in old files. These are not weights: they follow from the config.
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
-# What FP8 releases store in FP8: the matrices of blocks except routers and the weights of an indexer's heads (not
-# embedding, head, norms and eh_proj).
+# What FP8 releases store in FP8: the matrices of blocks except routers, compressors and the weights of an indexer's
+# heads (not embedding, head, norms and eh_proj, but V4's e_proj and h_proj).
 QUANTIZED = re.compile(
     r"\.(self_attn|mlp)\.(?!indexer\.)(.*\.)?\w+_proj(_with_mqa)?\.weight$|\.indexer\.(wq_b|wk)\.weight$"
+    r"|\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b)\.weight$|\.ffn\.(shared_experts|experts\.\d+)\.w[123]\.weight$"
+    r"|^mtp\.\d+\.[eh]_proj\.weight$"
 )
+IN_FP4 = re.compile(r"\.ffn\.experts\.\d+\.w[123]\.weight$")  # in FP4 in V4, but for its base models
 ROUTER = ".gate.weight"  # end of a router's name
-FLOAT32 = re.compile(r"\.e_score_correction_bias$")  # in float32 in every release
+# In float32 in every release.
+FLOAT32 = re.compile(r"\.(e_score_correction_bias|gate\.bias|attn_sink|ape)$|(^|\.)hc_\w+_(fn|base|scale)$")
+INTEGERS = re.compile(r"\.tid2eid$")  # numbers of experts, int64 in the files and int32 here
+OWN = re.compile(r"(layers|mtp)\.\d+\.")  # beginning of a block's names in V4's spelling
+
+PUBLISHED = Spelling(BEFORE, "model.layers.{n}.", BLOCK, "model.layers.{n}.", MTP, AFTER, COPIES)
+V4 = Spelling(OWN_BEFORE, "layers.{n}.", OWN_BLOCK, "mtp.{k}.", OWN_MTP, OWN_AFTER, {})
+
+
+def spelling(shapes: dict) -> Spelling:
+    """Returns the spelling of a model's names."""
+    return V4 if "streams_head" in shapes["params"] else PUBLISHED
+
+
+def saved_by_others(name: str) -> str:
+    """Returns what transformers calls a tensor of V4 in the files that it saves; other names are as published."""
+    if name == "embed.weight":
+        return "model.embed_tokens.weight"
+    if name.startswith("hc_head_"):
+        return f"model.hc_head.{name.replace('hc_head_', 'hc_')}"
+    if name == "norm.weight" or name.startswith("layers."):
+        return f"model.{name.replace('.attn.kv_norm.', '.attn.norm.')}"
+    return name
+
+
+def scale_name(name: str) -> str:
+    """Returns the name of the scales of a tensor in FP8 or FP4."""
+    return f"{name.removesuffix('weight')}scale" if OWN.match(name) else f"{name}_scale_inv"
 
 
 class Tensor(NamedTuple):
@@ -171,13 +277,16 @@ def tensors(shapes: dict) -> Iterator[Tensor]:
     `shapes`: {"params": tree, "router_bias": tree} of anything with a shape, as from `layers.base.split`.
     """
     flat = flatten(shapes)
-    depths: list[tuple[Path, Index]] = [(("mtp", module), ()) for module in mtp_depths(shapes)]
-    for rule in BEFORE:
+    found, main = spelling(shapes), list(layers(flat))
+    for rule in found.before:
         yield from _apply(rule, flat, "", ())
-    for number, (block, index) in enumerate([*layers(flat), *depths]):
-        for rule in BLOCK if index else MTP:
-            yield from _apply(rule, flat, f"model.layers.{number}.", block, index)
-    for rule in AFTER:
+    for number, (block, index) in enumerate(main):
+        for rule in found.block:
+            yield from _apply(rule, flat, found.layer.format(n=number), block, index)
+    for k, module in enumerate(mtp_depths(shapes)):
+        for rule in found.mtp:
+            yield from _apply(rule, flat, found.depth.format(n=len(main) + k, k=k), ("mtp", module))
+    for rule in found.after:
         yield from _apply(rule, flat, "", ())
 
 
@@ -186,11 +295,17 @@ def layers(flat: dict[Path, tuple[int, ...]]) -> Iterator[tuple[Path, Index]]:
 
     The blocks of a group (`layers.block.Group`) run one after the other, once per repeat of their stack.
     """
-    for stack in STACKS:
-        repeats = next((shape[0] for path, shape in flat.items() if path[1] == stack), 0)
+    for stack in sorted({path[1] for path in flat if re.fullmatch(r"\w*blocks(_\d+)?", path[1])}, key=_place):
+        repeats = next(shape[0] for path, shape in flat.items() if path[1] == stack)
         group = {path[1:4] for path in flat if path[1:3] == (stack, "blocks")}
         blocks = sorted(group, key=lambda path: int(path[2])) or [(stack,)]
         yield from ((block, (index,)) for index in range(repeats) for block in blocks)
+
+
+def _place(stack: str) -> tuple[str, int]:
+    """Returns by what the stacks of a model are in order: the name, or the number of the first layer."""
+    name, _, number = stack.rpartition("_")
+    return (name, int(number)) if number.isdigit() else (stack, 0)
 
 
 def _apply(rule: Rule, flat: dict[Path, tuple], prefix: str, ours: Path, index: Index = ()) -> Iterator[Tensor]:
@@ -229,9 +344,9 @@ def mtp_depths(shapes: dict) -> list[str]:
 
 def copies(shapes: dict) -> dict[str, str]:
     """Returns published names of copies -> names of their originals."""
-    n_layers = len(list(layers(flatten(shapes))))
-    prefixes = [f"model.layers.{n_layers + k}." for k in range(len(mtp_depths(shapes)))]
-    return {prefix + copy: original for prefix in prefixes for copy, original in COPIES.items()}
+    n_layers, found = len(list(layers(flatten(shapes)))), spelling(shapes)
+    prefixes = [found.depth.format(n=n_layers + k, k=k) for k in range(len(mtp_depths(shapes)))]
+    return {prefix + copy: original for prefix in prefixes for copy, original in found.copies.items()}
 
 
 def empty_tensors(shapes: dict) -> dict[str, tuple[int, ...]]:
@@ -239,7 +354,7 @@ def empty_tensors(shapes: dict) -> dict[str, tuple[int, ...]]:
 
     transformers creates, stores and expects them.
     """
-    if any("shared" in path for path in flatten(shapes)):
+    if spelling(shapes) is V4 or any("shared" in path for path in flatten(shapes)):
         return {}
     ends = {"gate_proj": (0, 1), "up_proj": (0, 1), "down_proj": (1, 0)}
     routers = [tensor for tensor in tensors(shapes) if tensor.name.endswith(ROUTER)]

@@ -5,7 +5,7 @@
 | weights, gradients | as a step reads them, per the recipe, divided as in a run (`parallel.sharding.placements`) |
 | pipeline copy | the same for the second stage, if a schedule keeps two copies of the model |
 | masters | the float32 weights, unless a step reads just these; divided like the optimizer state |
-| optimizer | both moments, of a matrix with Muon one, further divided over all replicas (ZeRO-1), second copy included |
+| optimizer | both moments, of a matrix with Muon one, divided further over all replicas (ZeRO-1), in both copies |
 | activations | `activations.kept` of each layer, times sequences, times micro-batches in flight |
 | buffers | in place of these in a run's pipeline: slots of its pools (`stage_buffers`), the same on all ranks |
 | kept once | independent of the batch, by policy none and by a run's pipeline: experts' gate and up side by side |

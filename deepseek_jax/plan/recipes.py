@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import BY_ADAMW, CONVERTED, MULTIPLIED
 from deepseek_jax.parallel.alltoall import HEADROOM
-from deepseek_jax.precision.policy import policy
+from deepseek_jax.precision.policy import IN_CODES, policy
 
 FP8 = 1 + 4 / 128  # a number in tiles of 128 with a float32 scale
 SENT = 1 + 1 / 128  # the same with a scale of one byte (`precision.wire`)
@@ -131,9 +131,9 @@ def recipe(name: str, *, precision: str, moments_dtype: str, remat: str, method:
                 alike=True,
                 activations=width,
                 remat=remat,
-                dispatch=SENT if precision == "fp8" else width,
+                dispatch=SENT if precision in IN_CODES else width,
                 combine=width,
-                fp8=precision == "fp8",
+                fp8=precision in IN_CODES,
                 in_codes=CODED if precision == "fp8" else 0.0,
                 muon=method == "muon",
                 efficiency=0.22,

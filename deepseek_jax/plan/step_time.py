@@ -165,7 +165,6 @@ def slowest(job: Job, efficiency: float) -> tuple[int, Step]:
 
 def _rank_step(job: Job, rank: int, efficiency: float, waiting: float) -> Step:
     compute = exposed = optimizer = 0.0
-    recipe = job.recipe
     for hold in job.ranks[rank]:
         arithmetic = stage_compute(job, hold.stage, efficiency)
         seconds = arithmetic.forward + arithmetic.backward

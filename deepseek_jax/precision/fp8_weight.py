@@ -9,7 +9,7 @@ read such a weight like any other, weight[...], with its axes in their own order
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +75,8 @@ class Fp8Weight:
     scale: Any
     layout: Layout
 
+    bits: ClassVar[int] = 8  # of a code
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight that modules see."""
@@ -101,8 +103,11 @@ class Fp8Weight:
 
     def astype(self, dtype: DTypeLike) -> jax.Array:
         """Returns the weight as an array: codes times scales in float32, rounded once."""
-        block = self.layout.block_rows, BLOCK
-        return self.layout.as_weight(dequantize_blocks(self.codes, self.scale, dtype, block))
+        return self.layout.as_weight(self.numbers(self.codes, self.scale, dtype))
+
+    def numbers(self, codes: jax.Array, scale: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """Returns matrices [..., rows, columns] of some of the codes and their scales."""
+        return dequantize_blocks(codes, scale, dtype, (self.layout.block_rows, BLOCK))
 
 
 def encoded(weights: tuple[jax.Array, ...], layouts: tuple[Layout, ...]) -> tuple[Fp8Weight, ...]:

@@ -16,7 +16,6 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.precision import grouped
 from deepseek_jax.precision.fp8_weight import BLOCK, Fp8Weight
 from deepseek_jax.precision.grouped import OfLayer
-from deepseek_jax.precision.quantize import dequantize_blocks
 from pallas_kernels import coded_matmul as kernel
 from pallas_kernels.grouped_matmul import Groups, Scaled
 
@@ -34,7 +33,7 @@ def by_xla(x_AK: jax.Array, w_XKN: Fp8Weight | OfLayer, count_X: jax.Array) -> j
 
     def times(rows: jax.Array, expert: jax.Array) -> jax.Array:
         codes, scale = (grouped.layer_of(part, matrix_X[expert]) for part in (matrices.codes, matrices.scale))
-        weights = dequantize_blocks(codes, scale, rows.dtype, (matrices.layout.block_rows, BLOCK))
+        weights = matrices.numbers(codes, scale, rows.dtype)
         return lax.dot_general(rows, weights, (((1,), (1,)), ((), ())))
 
     return grouped.by_chunks(x_AK, matrices.layout.matrix[0], count_X, times)
@@ -46,6 +45,11 @@ def on_hopper(x_AK: jax.Array, w_XKN: Fp8Weight | OfLayer, count_X: jax.Array) -
     Raises UserError on another device, and for another dtype or size.
     """
     matrices, matrix_X = matrices_of(w_XKN)
+    if matrices.bits != 8:
+        raise UserError(
+            "kernels.coded_matmul='mosaic_gpu': these weights are in FP4, and the kernel reads FP8. Load them with "
+            "weights='fp8', which keeps every number, or set kernels.coded_matmul=xla."
+        )
     groups = Groups(count_X, matrix_X=matrix_X if isinstance(w_XKN, OfLayer) else None)
     try:
         return _lowered_once(

@@ -7,6 +7,7 @@
 | weights as products read them, cast once per step, and the gradients of one micro-batch | `Policy.weights` |
 | norms, rotary angles, router scores, softmax, cross-entropy | float32, cast where they are computed |
 | products with the weights of blocks, under "fp8" | E4M3 in blocks (`precision.fp8`) |
+| weights of routed experts, under "fp4" | rounded to E2M1 in blocks of 32, then E4M3 (`precision.fp4`) |
 | these weights, where devices keep parts of them, as a step gathers and keeps them | E4M3 (`precision.coded`) |
 
 The activations carry the compute dtype from the embedding on; there is no autocast.
@@ -24,7 +25,8 @@ from jax.typing import DTypeLike
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.kernels import Kernels
-from deepseek_jax.precision.fp8 import BlockMatmul
+from deepseek_jax.precision.fp4 import Fp4Experts
+from deepseek_jax.precision.fp8 import POWERS_OF_TWO, BlockMatmul
 from deepseek_jax.precision.matmul import Matmul, PlainMatmul
 
 
@@ -42,18 +44,21 @@ POLICIES = {
     "fp32": Policy(jnp.float32),
     "bf16": Policy(jnp.bfloat16, weights=jnp.bfloat16),
     "fp8": Policy(jnp.bfloat16, BlockMatmul),
+    "fp4": Policy(jnp.bfloat16, Fp4Experts),
 }
+IN_CODES = ("fp8", "fp4")  # those whose products are in FP8
 
 
 def policy(name: str, fp8: Mapping[str, Any] = MappingProxyType({})) -> Policy:
     """Returns the policy called `name`; raises UserError for an unknown one.
 
-    "fp8" takes the options of `config.fp8`: `Policy.weights`, and the others of `BlockMatmul`.
+    "fp8" and "fp4" take the options of `config.fp8`: `Policy.weights`, and the others of `BlockMatmul`; the scales of
+    "fp4" are powers of two whatever these say.
     """
     if name not in POLICIES:
         raise UserError(f"config.precision={name!r}: no such precision. Choose one of {', '.join(POLICIES)}.")
-    if name != "fp8" or not fp8:
+    if name not in IN_CODES or not fp8:
         return POLICIES[name]
-    options = dict(fp8)
+    options = dict(fp8) | ({"scale": POWERS_OF_TWO} if name == "fp4" else {})
     weights = jnp.dtype(options.pop("weights"))
-    return replace(POLICIES[name], matmul=functools.partial(BlockMatmul, **options), weights=weights)
+    return replace(POLICIES[name], matmul=functools.partial(POLICIES[name].matmul, **options), weights=weights)

@@ -1,5 +1,6 @@
 """Muon: polar factors against an SVD, two steps against numpy, one device against eight, saved and resumed."""
 
+import itertools
 from types import SimpleNamespace
 
 import jax
@@ -122,7 +123,7 @@ def test_steps_are_the_published_ones(one_device):
         return value
 
     gradient, m = jax.jit(jax.grad(loss)), dict.fromkeys(SHAPES, 0.0)
-    for before, after in zip(one_device, one_device[1:], strict=False):
+    for before, after in itertools.pairwise(one_device):
         g = jax.device_get(gradient(before["params"]))
         for name, (n, rows, columns) in SHAPES.items():
             m[name] = 0.95 * m[name] + np.float64(g[name])

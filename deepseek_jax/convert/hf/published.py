@@ -13,7 +13,8 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.storage import Place, Remote, place
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDINGS = ("model.embed_tokens.weight", "embed.weight")  # the names that an embedding may have
+EMBEDDING = EMBEDDINGS[0]
 
 Warn = Callable[[str], None]
 
@@ -39,7 +40,8 @@ class Published:
     def is_wide(self) -> bool:
         """Whether the weights are in float32: that of the embedding if files were opened, else as in config.json."""
         if self.tensors is not None:
-            return self.tensors.info(EMBEDDING).dtype == "F32"
+            found = [name for name in EMBEDDINGS if name in self.tensors]
+            return self.tensors.info(found[0] if found else EMBEDDING).dtype == "F32"
         return "float32" in (self.config.get("torch_dtype"), self.config.get("dtype"))
 
 
@@ -70,11 +72,16 @@ def _opened(directory: Path, where: Place, warn: Warn) -> Published:
     config = safetensors.read_json(directory / CONFIG)
     family, numbers = hf_config.from_hf(config)
     tensors = safetensors.open_directory(directory, where if isinstance(where, Remote) else None)
-    first_ahead = f"model.layers.{numbers['n_layers']}."
+    first_ahead = _first_ahead(numbers)
     if numbers.get("mtp_depth") and not any(name.startswith(first_ahead) for name in tensors.names()):
         warn(f"{where}: {CONFIG} names multi-token prediction, but the files do not contain it: it is left out.")
         numbers["mtp_depth"] = 0
     return Published(family, numbers, hf_config.facts(config), tensors, config, _generation_eos_ids(directory))
+
+
+def _first_ahead(numbers: dict[str, Any]) -> tuple[str, str]:
+    """Returns what the names of the first depth of multi-token prediction begin with, in either spelling."""
+    return f"model.layers.{numbers['n_layers']}.", "mtp.0."
 
 
 def announced(directory: Path) -> Published:
@@ -83,7 +90,7 @@ def announced(directory: Path) -> Published:
     family, numbers = hf_config.from_hf(config)
     index = directory / safetensors.INDEX
     named = safetensors.read_json(index).get("weight_map") if index.is_file() else None
-    first_ahead = f"model.layers.{numbers['n_layers']}."
+    first_ahead = _first_ahead(numbers)
     if numbers.get("mtp_depth") and isinstance(named, dict) and not any(name.startswith(first_ahead) for name in named):
         numbers["mtp_depth"] = 0
     return Published(family, numbers, hf_config.facts(config), None, config, _generation_eos_ids(directory))

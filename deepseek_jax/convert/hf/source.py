@@ -18,7 +18,8 @@ from deepseek_jax.precision.fp8_weight import Layout, divided
 from deepseek_jax.precision.quantize import E4M3
 
 HEAD = "lm_head.weight"
-WEIGHT_DTYPES = ("F32", "F16", "BF16")  # in addition to 8-bit floats with scales
+WEIGHT_DTYPES = ("F32", "F16", "BF16")  # in addition to floats of 8 and 4 bits with scales
+INTEGER_DTYPES = ("I64", "I32")
 SHOWN, LONGEST = 3, 150  # names in a message, and characters per name
 
 
@@ -27,7 +28,12 @@ def _left_out(tensors: Tensors, numbers: dict[str, Any]) -> tuple[str, ...]:
     if "mtp_depth" not in numbers:
         return ()
     layers = map("model.layers.{}.".format, itertools.count(numbers["n_layers"] + numbers["mtp_depth"]))
-    return tuple(itertools.takewhile(lambda at: f"{at}eh_proj.weight" in tensors, layers))
+    depths = map("mtp.{}.".format, itertools.count(numbers["mtp_depth"]))
+    return tuple(
+        at
+        for each, last in ((layers, "eh_proj"), (depths, "e_proj"))
+        for at in itertools.takewhile(lambda at, last=last: f"{at}{last}.weight" in tensors, each)
+    )
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,8 @@ class Source:
     Args:
         published: result of `open_published`.
         shapes: {"params": tree, "router_bias": tree} of the model with its numbers, as from `layers.base.split`.
-        in_fp8: whether matrices of E4M3 codes stay codes. Then `abstract` has, in place of such a weight, a tree with
-            its "codes" and "scale" (see `convert.fp8_weights`), and pieces are of these.
+        in_fp8: whether matrices of E4M3 codes, and those in FP4, stay codes. Then `abstract` has, in place of such a
+            weight, a tree with its "codes" and "scale" (see `convert.fp8_weights`), and pieces are of these.
         warn: called with a message about copies that differ from their original, about multi-token prediction that the
             files contain and the config does not name (it is left out), and about settings that others read
             differently.
@@ -107,22 +113,29 @@ class Source:
                 self._warn_of(copy)
 
     def _stay_codes(self) -> dict[names.Path, Layout]:
-        """Returns the weights of which all tensors are matrices of E4M3 codes, with their layouts."""
+        """Returns the weights of which all tensors are matrices of E4M3 codes, or all of FP4, with their layouts."""
         found: dict[names.Path, Layout] = {}
-        wide: set[names.Path] = set()
+        kinds: dict[names.Path, set[str]] = {}
         for tensor, stored in self._tensors:
-            paths = [path for path, _ in tensor.places]
-            if self._files.info(stored).dtype == "F8_E4M3" and len(tensor.shape) == 2:
-                found |= zip(paths, fp8_weights.layouts(tensor), strict=True)
-            else:
-                wide |= set(paths)
-        return {path: layout for path, layout in found.items() if path not in wide}
+            kind = "F4" if self._files.is_fp4(stored) else self._files.info(stored).dtype
+            for path, _ in tensor.places:
+                kinds.setdefault(path, set()).add(kind)
+            if kind in ("F8_E4M3", "F4") and len(tensor.shape) == 2:
+                found |= zip((path for path, _ in tensor.places), fp8_weights.layouts(tensor), strict=True)
+        self._in_fp4 = {path for path in found if kinds[path] == {"F4"}}
+        return {path: layout for path, layout in found.items() if kinds[path] in ({"F4"}, {"F8_E4M3"})}
 
     def _abstract(self, path: names.Path, x: jax.ShapeDtypeStruct) -> Any:
         if path not in self.coded:
             return jax.ShapeDtypeStruct(x.shape, self._dtypes[path])
         layout = self.coded[path]
         leading = x.shape[: len(x.shape) - len(layout.order)]
+        if path in self._in_fp4:
+            rows, columns = layout.matrix
+            return {
+                fp8_weights.CODES: jax.ShapeDtypeStruct((*leading, rows, columns // 2), np.uint8),
+                fp8_weights.SCALE: jax.ShapeDtypeStruct((*leading, rows, columns // 32), np.uint8),
+            }
         return {
             fp8_weights.CODES: jax.ShapeDtypeStruct((*leading, *layout.matrix), E4M3),
             fp8_weights.SCALE: jax.ShapeDtypeStruct((*leading, *layout.blocks), jnp.float32),
@@ -139,7 +152,10 @@ class Source:
         needed = [not (skip and skip((*path, fp8_weights.CODES), index)) for path, index in tensor.places]
         if not any(needed):
             return
-        parts = divided(*self._files.read_codes(stored), tuple(self.coded[path] for path, _ in tensor.places))
+        codes, scales = self._files.read_codes(stored)
+        if tensor.places[0][0] in self._in_fp4:
+            scales = scales.view(np.uint8)
+        parts = divided(codes, scales, tuple(self.coded[path] for path, _ in tensor.places))
         for (path, index), part, is_needed in zip(tensor.places, parts, needed, strict=True):
             if is_needed:
                 yield Piece((*path, fp8_weights.CODES), index, part.codes, n_bytes_read)
@@ -161,6 +177,8 @@ class Source:
         expected = {copy for copy in self._copies if copy in self._files}
         for tensor in names.tensors(shapes):
             stored = EMBEDDING if is_tied and tensor.name == HEAD else tensor.name
+            if stored not in self._files and names.saved_by_others(stored) in self._files:
+                stored = names.saved_by_others(stored)
             if stored not in self._files:
                 missing.append(stored)
                 if len(missing) > SHOWN:
@@ -170,11 +188,14 @@ class Source:
             expected.add(stored)
             info = self._files.info(stored)
             if self._files.is_quantized(stored):
-                expected.add(stored + safetensors.SCALE_SUFFIX)
+                expected.add(self._files.scale_name(stored))
+            elif names.INTEGERS.search(stored):
+                if info.dtype not in INTEGER_DTYPES:
+                    wrong.append(f"{stored} is {info.dtype}, expected {', '.join(INTEGER_DTYPES)}")
             elif info.dtype not in WEIGHT_DTYPES:
                 wrong.append(f"{stored} is {info.dtype}, expected {', '.join(WEIGHT_DTYPES)} or 8-bit floats")
-            if info.shape != tensor.shape:
-                wrong.append(f"{stored} has shape {list(info.shape)}, expected {list(tensor.shape)}")
+            if (shape := self._files.shape(stored)) != tensor.shape:
+                wrong.append(f"{stored} has shape {list(shape)}, expected {list(tensor.shape)}")
         others = (
             name
             for name in self._files.names()
@@ -189,6 +210,8 @@ class Source:
     def _dtype(self, stored: str) -> np.dtype:
         if self._files.is_quantized(stored):
             return np.dtype(ml_dtypes.bfloat16)
+        if names.INTEGERS.search(stored):
+            return np.dtype(np.int32)
         return safetensors.DTYPES[self._files.info(stored).dtype]
 
     def _compare_copies(self, stored: str, array: np.ndarray) -> set[str]:

@@ -17,6 +17,8 @@ import numpy as np
 from deepseek_jax.convert import fetched, hf_config, names, safetensors
 from deepseek_jax.convert.hf.published import CONFIG, GENERATION_CONFIG, Warn, warn_on_stderr
 from deepseek_jax.errors import UserError
+from deepseek_jax.precision import fp4
+from deepseek_jax.precision.fp4_weight import Fp4Weight
 from deepseek_jax.precision.fp8_weight import Fp8Weight
 from deepseek_jax.precision.quantize import quantize_blocks
 from deepseek_jax.storage import ABSENT, Place, Remote, Store, answered, open_store, place
@@ -24,22 +26,24 @@ from deepseek_jax.tree import paths
 
 TABLE = ("params", "embedding", "table_VD")
 TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-SCALES = {"fp8": ("fp32", "F32"), "fp8_ue8m0": ("ue8m0", "F32"), "fp8_e8m0": ("ue8m0", "F8_E8M0")}  # kind, stored as
+# Kind of scales, and what they are stored as.
+SCALES = {"fp8": ("fp32", "F32"), "fp8_ue8m0": ("ue8m0", "F32"), "fp8_e8m0": ("ue8m0", "F8_E8M0")}
+SCALES["fp4"] = SCALES["fp8_e8m0"]  # of what is not in FP4
 FORMATS = {"bf16": "BF16", "fp32": "F32", **dict.fromkeys(SCALES, "BF16"), "keep": None}  # of what is not FP8
 
-Get = Callable[[names.Path, names.Index], np.ndarray]
+Get = Callable[[names.Path, names.Index], np.ndarray | Fp8Weight]
 
 
 def from_tree(tree: dict) -> Get:
     """Returns the `get` of `write` for {"params", "router_bias"} of arrays; one piece at a time comes to the host.
 
-    Those in FP8 come in float32, from which their format makes the same codes again.
+    Those in FP8 or FP4 come as they are, of NumPy's arrays.
     """
     arrays = paths(tree)
 
     def get(path: names.Path, index: names.Index) -> np.ndarray:
         piece = jax.tree.map(lambda a: a[index], arrays[path]) if index else arrays[path]
-        return np.asarray(piece.astype(jnp.float32) if isinstance(piece, Fp8Weight) else piece)
+        return jax.tree.map(np.asarray, piece)
 
     return get
 
@@ -75,7 +79,8 @@ def write(
         dtype: "bf16", "fp32", an 8-bit format (for the matrices of all blocks except routers, as published; the rest
             is bfloat16), or "keep" (unchanged). Router biases are always float32. 8-bit weights come in blocks of
             128 x 128: "fp8" with arbitrary scales (V3), "fp8_ue8m0" with powers of two stored in float32 (V3.1),
-            "fp8_e8m0" with powers of two stored in 8 bits.
+            "fp8_e8m0" with powers of two stored in 8 bits; "fp4" is that with routed experts in FP4 (V4). Weights of V4
+            that are held in codes keep them under "keep".
         n_positions, bos_id, eos_ids, pad_id: see `hf_config.to_hf`.
         generation: content of generation_config.json; by default these tokens.
         files: further files, such as tokenizer.json: name -> its path or its content.
@@ -84,6 +89,7 @@ def write(
         warn: called with a message about anything that keeps others from opening the directory.
     """
     _check_dtype(dtype, abstract)
+    in_fp4 = dtype == "fp4" or any(isinstance(leaf, Fp4Weight) for leaf in _held(dtype, abstract))
     where = place(directory)
     where = where if isinstance(where, Remote) else where.expanduser()
     dtypes = {path: leaf.dtype for path, leaf in paths(abstract).items()}
@@ -91,7 +97,8 @@ def write(
     config = hf_config.to_hf(
         *(family, numbers),
         dtype=TORCH_DTYPES[FORMATS[dtype] or safetensors.DTYPE_NAMES[np.dtype(stored)]],
-        quantized=SCALES[dtype][0] if dtype in SCALES else None,
+        quantized=SCALES[dtype][0] if dtype in SCALES else "ue8m0" if _held(dtype, abstract) else None,
+        in_fp4=in_fp4,
         n_positions=n_positions,
         bos_id=bos_id,
         eos_ids=eos_ids,
@@ -108,8 +115,15 @@ def _check_dtype(dtype: str, abstract: dict) -> None:
     """Raises UserError for a dtype that is unknown, or not to be had of these weights."""
     if dtype not in FORMATS:
         raise UserError(f"dtype {dtype!r}: expected one of {', '.join(FORMATS)}.")
-    if dtype == "keep" and any(isinstance(leaf, Fp8Weight) for leaf in paths(abstract).values()):
+    if _held(dtype, abstract) and names.spelling(abstract) is not names.V4:
         raise UserError("dtype='keep' of weights that are held in FP8: give 'fp8', for the same codes, or 'bf16'.")
+    if dtype == "fp4" and not any(names.IN_FP4.search(tensor.name) for tensor in names.tensors(abstract)):
+        raise UserError("dtype='fp4' is for V4, whose routed experts are published in FP4. Give 'fp8' or 'bf16'.")
+
+
+def _held(dtype: str, abstract: dict) -> list[Fp8Weight]:
+    """Returns the weights whose codes and scales are written as they are."""
+    return [leaf for leaf in paths(abstract).values() if isinstance(leaf, Fp8Weight)] if dtype == "keep" else []
 
 
 def _store(where: Place, entries: list, max_shard_bytes: int, files: Mapping[str, Path | bytes]) -> None:
@@ -177,20 +191,29 @@ def _entries(abstract: dict, dtypes: dict, get: Get, dtype: str, report: Callabl
         copied.setdefault(original, []).append(copy)
 
     def published(tensor: names.Tensor) -> np.ndarray:
-        array = tensor.to_theirs([get(path, index) for path, index in tensor.places])
+        parts = [get(path, index) for path, index in tensor.places]
+        wide = [np.asarray(_widened(part)) if isinstance(part, Fp8Weight) else part for part in parts]
+        array = tensor.to_theirs(wide)
         if report:
             report(array.nbytes)
         return array
 
+    leaves = paths(abstract)
     for tensor in names.tensors(abstract):
         kind = FORMATS[dtype]
-        if names.FLOAT32.search(tensor.name):
+        if dtype == "keep" and isinstance(leaves[tensor.places[0][0]], Fp8Weight):
+            yield from _as_held(tensor, leaves[tensor.places[0][0]], get, report)
+            continue
+        if names.INTEGERS.search(tensor.name):
+            kind = "I64"
+        elif names.FLOAT32.search(tensor.name) and not (dtype == "keep" and names.OWN.match(tensor.name)):
             kind = "F32"
         elif kind is None:
             kinds = [dtypes[path] for path, _ in tensor.places]
             kind = safetensors.DTYPE_NAMES[np.dtype(functools.reduce(jnp.promote_types, kinds))]
         if dtype in SCALES and names.QUANTIZED.search(tensor.name):
-            yield from _quantized(tensor, published, *SCALES[dtype])
+            in_fp4 = dtype == "fp4" and bool(names.IN_FP4.search(tensor.name))
+            yield from _in_fp4(tensor, published) if in_fp4 else _quantized(tensor, published, *SCALES[dtype])
             continue
         for name in (tensor.name, *copied.get(tensor.name, ())):
             make = functools.partial(_cast, published, tensor, safetensors.DTYPES[kind])
@@ -205,6 +228,8 @@ def _cast(published: Callable, tensor: names.Tensor, dtype: np.dtype) -> np.ndar
 
 
 _quantize = jax.jit(quantize_blocks, static_argnames="scale")
+_quantize_fp4 = jax.jit(fp4.quantize)
+_widened = jax.jit(lambda weight: weight.astype(jnp.float32))
 
 
 def _quantized(tensor: names.Tensor, published: Callable, scale: str, kind: str) -> Iterator[safetensors.Entry]:
@@ -220,4 +245,43 @@ def _quantized(tensor: names.Tensor, published: Callable, scale: str, kind: str)
 
     blocks = safetensors.blocks_of(tensor.shape, safetensors.BLOCK)
     yield safetensors.Entry(tensor.name, tensor.shape, "F8_E4M3", codes)
-    yield safetensors.Entry(tensor.name + safetensors.SCALE_SUFFIX, blocks, kind, scales)
+    yield safetensors.Entry(names.scale_name(tensor.name), blocks, kind, scales)
+
+
+def _in_fp4(tensor: names.Tensor, published: Callable) -> Iterator[safetensors.Entry]:
+    """Yields the packed codes of a matrix in FP4 and its scales, which are computed together."""
+    made = {}
+
+    def codes() -> np.ndarray:
+        packed, made["scales"] = map(np.asarray, _quantize_fp4(published(tensor)))
+        return packed.view(np.int8)
+
+    rows, columns = tensor.shape
+    if columns % fp4.BLOCK:
+        raise UserError(f"dtype='fp4': {tensor.name} has {columns} columns, and FP4 one scale per {fp4.BLOCK} of them.")
+    yield safetensors.Entry(tensor.name, (rows, columns // 2), "I8", codes)
+    scales = lambda: made.pop("scales")  # noqa: E731
+    yield safetensors.Entry(names.scale_name(tensor.name), (rows, columns // fp4.BLOCK), "F8_E8M0", scales)
+
+
+def _as_held(tensor: names.Tensor, leaf: Fp8Weight, get: Get, report: Callable | None) -> Iterator[safetensors.Entry]:
+    """Yields the codes and scales with which a matrix of V4 is held, like others of `leaf`."""
+    held: dict[str, Any] = {}
+    is_fp4 = isinstance(leaf, Fp4Weight)
+
+    def codes() -> np.ndarray:
+        ((path, index),) = tensor.places
+        held["weight"] = weight = get(path, index)
+        if report:
+            report(weight.nbytes)  # type: ignore[union-attr]
+        return weight.codes.view(np.int8) if is_fp4 else weight.codes  # type: ignore[union-attr]
+
+    def scales() -> np.ndarray:
+        scale, kind = held.pop("weight").scale, safetensors.DTYPES["F8_E8M0"]
+        return scale.view(kind) if is_fp4 else scale.astype(kind)
+
+    for name, part, kind, make in (
+        (tensor.name, leaf.codes, "I8" if is_fp4 else "F8_E4M3", codes),
+        (names.scale_name(tensor.name), leaf.scale, "F8_E8M0", scales),
+    ):
+        yield safetensors.Entry(name, part.shape[-2:], kind, make)

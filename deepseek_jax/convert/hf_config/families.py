@@ -7,7 +7,8 @@ numbers of `config.model`. A writer gets all numbers of `config.model` and retur
 from collections.abc import Mapping
 from typing import Any
 
-from deepseek_jax.convert.hf_config.fields import boolean, integer, invalid, number
+from deepseek_jax.bounds import MOST_POSITIONS
+from deepseek_jax.convert.hf_config.fields import boolean, integer, invalid, is_integer, number
 from deepseek_jax.convert.hf_config.rope import OBJECTS
 
 MOST_EXPERTS = 200_000  # in all layers together
@@ -122,6 +123,74 @@ def read_v32(hf: Json, numbers: Numbers, rope: Numbers) -> Numbers:
         if hf.get(key) not in (None, layers):
             raise invalid(hf, key, f"{layers[0]!r} to {layers[-1]!r}, as the other keys say, or no such key")
     return found | {"index_dense": False}
+
+
+WINDOW, SPARSE, HEAVY = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
+SPARSE_RATIO, HEAVY_RATIO = 4, 128  # tokens of an entry, where config.json does not say
+
+
+def read_v4(hf: Json, numbers: Numbers, rope: Numbers) -> Numbers:
+    """Reads V4's schedules of attention and routing, in either spelling, streams, experts, multi-token prediction."""
+    if numbers["rope_width"] % 2:
+        raise invalid(hf, "qk_rope_head_dim", "an even width, for rotary pairs")
+    if numbers["n_heads"] % numbers["out_groups"]:
+        raise invalid(hf, "o_groups", f"a divisor of num_attention_heads={numbers['n_heads']}")
+    if hf.get("expert_dtype") not in (None, "fp4", "fp8"):
+        raise invalid(hf, "expert_dtype", "'fp4', 'fp8' or null")
+    depth = integer(hf, "num_nextn_predict_layers", default=0, least=0, most=MOST_MTP_DEPTHS)
+    yarn = {key: value for key, value in rope.items() if key in ("factor", "original_length")}
+    usual = {"beta_fast": 32.0, "beta_slow": 1.0}
+    yarn |= {key: rope[key] for key, value in usual.items() if rope.get(key, value) != value}
+    return _read_schedule(hf, numbers["n_layers"], depth) | {
+        "compress_rope_base": number(hf, "compress_rope_theta", default=160_000.0),
+        "yarn": yarn,
+        "hyper_eps": number(hf, "hc_eps", default=1e-6),
+        "swiglu_limit": number(hf, "swiglu_limit", default=10.0, least=0.0),
+        "mtp_depth": depth,
+        **_read_experts(hf, numbers, default_scale=1.5),
+    }
+
+
+def _read_schedule(hf: Json, n_layers: int, depth: int) -> Numbers:
+    """Reads the attention of each layer and of each depth, and how many layers have a table of experts."""
+    given = hf.get("compress_rates") or {}
+    if not isinstance(given, dict) or not all(is_integer(rate, 1, MOST_POSITIONS) for rate in given.values()):
+        raise invalid(hf, "compress_rates", f"numbers of tokens for {SPARSE} and {HEAVY}")
+    rates = {SPARSE: SPARSE_RATIO, HEAVY: HEAVY_RATIO} | given
+    kinds, ratios, n = hf.get("layer_types"), hf.get("compress_ratios"), n_layers + depth
+    is_list = isinstance(ratios, list) and all(is_integer(ratio, 0, MOST_POSITIONS) for ratio in ratios)
+    if (kinds is None or ratios is not None) and not (is_list and len(ratios) >= n):
+        expected = f"whole numbers of tokens, 0 for a window alone, one for each of {n_layers} + {depth} layers"
+        raise invalid(hf, "compress_ratios", expected)
+    if kinds is not None:
+        named = {WINDOW: 0} | rates
+        if not isinstance(kinds, list) or len(kinds) != n_layers or any(kind not in named for kind in kinds):
+            raise invalid(hf, "layer_types", f"one of {', '.join(named)} for each of {n_layers} layers")
+        by_kind = [named[kind] for kind in kinds] + [0] * depth
+        if (ratios or by_kind)[:n] != by_kind:
+            raise invalid(hf, "compress_ratios", "what layer_types and compress_rates say, or only one of the two")
+        ratios = ratios or by_kind
+    routed = hf.get("mlp_layer_types")
+    n_hash = hf.get("num_hash_layers", routed.count("hash_moe") if isinstance(routed, list) else 3)
+    if not is_integer(n_hash, 0, n_layers):
+        raise invalid(hf, "num_hash_layers", f"a number of layers, at most {n_layers}")
+    if routed not in (None, ["hash_moe"] * n_hash + ["moe"] * (n_layers - n_hash)):
+        raise invalid(hf, "mlp_layer_types", "'hash_moe' for the leading layers and 'moe' for the others")
+    return {"compress_ratios": tuple(ratios), "index_ratio": rates[SPARSE], "n_hash_layers": n_hash}
+
+
+def write_v4(numbers: Json) -> Numbers:
+    """Writes V4's schedules in the hub's spelling, and in that of transformers too where it needs that for them."""
+    ratios, sparse = list(numbers["compress_ratios"]), numbers["index_ratio"]
+    found = {"compress_ratios": ratios, "num_hash_layers": numbers["n_hash_layers"]}
+    found |= {"compress_rope_theta": numbers["compress_rope_base"], "hc_eps": numbers["hyper_eps"]}
+    found |= {"swiglu_limit": numbers["swiglu_limit"], "num_nextn_predict_layers": numbers["mtp_depth"]}
+    heavy = sorted({ratio for ratio in ratios if ratio not in (0, sparse)})
+    if (sparse, heavy) != (SPARSE_RATIO, [HEAVY_RATIO]) and len(heavy) <= 1:
+        rates = {SPARSE: sparse, HEAVY: heavy[0] if heavy else HEAVY_RATIO}
+        kinds = {0: WINDOW} | {ratio: kind for kind, ratio in rates.items()}
+        found |= {"layer_types": [kinds[ratio] for ratio in ratios[: numbers["n_layers"]]], "compress_rates": rates}
+    return found | _write_scale(numbers)
 
 
 def _read_latent(hf: Json, rope: Numbers) -> Numbers:

@@ -9,6 +9,7 @@
 | deepseek_v2 | v2 | V2, V2.5, V2-Lite, Coder-V2 |
 | deepseek_v3 | v3 | V3, R1, V3.1; Moonlight |
 | deepseek_v32 | v32 | V3.2-Exp, V3.2 |
+| deepseek_v4 | v4 | V4-Flash, V4-Pro |
 | kimi_k2 | v3 | Kimi K2; written as deepseek_v3, which is the same network |
 """
 
@@ -131,5 +132,30 @@ KINDS["deepseek_v32"] = replace(
     architecture="DeepseekV32ForCausalLM",
     sizes=KINDS["deepseek_v3"].sizes | INDEXER,
     read_extra=families.read_v32,
+)
+KINDS["deepseek_v4"] = Kind(
+    family="v4",
+    architecture="DeepseekV4ForCausalLM",
+    sizes={
+        "vocab_size": "vocab_size",
+        "hidden_size": "d_model",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "head_dim": "head_width",
+        "qk_rope_head_dim": "rope_width",
+        "q_lora_rank": "q_rank",
+        "o_groups": "out_groups",
+        "o_lora_rank": "out_rank",
+        "sliding_window": "window",
+        "hc_mult": "n_streams",
+        "hc_sinkhorn_iters": "sinkhorn_steps",
+        **INDEXER,
+        **{theirs: ours for theirs, ours in EXPERTS.items() if ours != "n_dense_layers"},
+    },
+    read_extra=families.read_v4,
+    write_extra=families.write_v4,
+    fixed=NO_BIAS | {"scoring_func": "sqrtsoftplus", "norm_topk_prob": True, "num_key_value_heads": 1},
+    refused={"topk_method": "noaux_tc", "mlp_bias": False},
+    rope_types=("yarn",),
 )
 KINDS["kimi_k2"] = KINDS["deepseek_v3"]

@@ -34,6 +34,8 @@ def read_rope(hf: Mapping[str, Any], known: tuple[str, ...]) -> tuple[float, dic
     supports besides "default".
     """
     given = {key: hf[key] for key in OBJECTS if hf.get(key) is not None}
+    if isinstance(both := given.get(OBJECTS[0]), dict) and both.keys() == {"main", "compress"}:
+        return _read_two(hf, both, known)
     if wrong := [key for key, value in given.items() if not isinstance(value, dict)]:
         raise invalid(hf, wrong[0], "an object or null")
     objects = [(rope, f"{key}.") for key, rope in given.items()] or [({}, "")]
@@ -41,6 +43,24 @@ def read_rope(hf: Mapping[str, Any], known: tuple[str, ...]) -> tuple[float, dic
     if found[0] != found[-1]:
         raise invalid(hf, "rope_scaling", "the same as in rope_parameters, or only one of the two")
     return found[0]
+
+
+def _read_two(hf: Mapping[str, Any], both: dict, known: tuple[str, ...]) -> tuple[float, dict]:
+    """Reads the base of V4's layers without a compressor, and the context extension of those with one."""
+    found = []
+    for name, rope in both.items():
+        where = f"rope_parameters.{name}."
+        if not isinstance(rope, dict):
+            raise invalid(both, name, "an object", "rope_parameters.")
+        rope = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
+        found.append((name, _read_object(hf, rope, where, known)))
+    main, compress = dict(found)["main"], dict(found)["compress"]
+    if main[1]:
+        expected = "'default': only layers with a compressor are extended"
+        raise invalid(both["main"], "rope_type", expected, "rope_parameters.main.")
+    if hf.get("compress_rope_theta") not in (None, compress[0]):
+        raise invalid(hf, "compress_rope_theta", "the same as in rope_parameters.compress")
+    return main[0], compress[1]
 
 
 def _read_object(hf: Mapping[str, Any], rope: dict, where: str, known: tuple[str, ...]) -> tuple[float, dict]:

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SCALE_SUFFIX = "_scale_inv"
+SCALE_SUFFIX = "_scale_inv"  # of the scales of NAME; those of NAME.weight may be NAME.scale as well (V4)
 IO_BYTES = 1 << 30  # one system call moves at most 2 GiB
 
 DTYPES = {

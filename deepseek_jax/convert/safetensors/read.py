@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike
 
+from deepseek_jax.convert.safetensors import fp4
 from deepseek_jax.convert.safetensors.dequantize import (
     BLOCK,
     FINITE_CODES,
@@ -113,11 +114,25 @@ class Tensors:
         return self._agrees(name, lambda start, n: data[start : start + n])
 
     def is_quantized(self, name: str) -> bool:
-        """Returns whether a tensor holds 8-bit floats, which `read_dequantized` multiplies with their scales."""
-        return self.info(name).dtype in FINITE_CODES
+        """Returns whether a tensor holds floats of 8 or 4 bits, which `read_dequantized` multiplies by their scales."""
+        return self.info(name).dtype in FINITE_CODES or self.is_fp4(name)
+
+    def is_fp4(self, name: str) -> bool:
+        """Returns whether a tensor holds packed 4-bit floats: bytes that have scales."""
+        return self.info(name).dtype == fp4.PACKED and self.scale_name(name) in self
+
+    def scale_name(self, name: str) -> str:
+        """Returns the name of a tensor's scales, in the spelling that the files have."""
+        own = f"{name.removesuffix('weight')}scale"
+        return own if name.endswith(".weight") and own in self else name + SCALE_SUFFIX
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor; two packed numbers count as two."""
+        shape = self.info(name).shape
+        return fp4.shape_of(shape) if shape and self.is_fp4(name) else shape
 
     def read_dequantized(self, name: str, dtype: DTypeLike | None = None, block: tuple[int, int] = BLOCK) -> np.ndarray:
-        """Returns an 8-bit weight times its `NAME_scale_inv` in `dtype` (bfloat16), any other tensor as stored.
+        """Returns a weight in FP8 or FP4 times its scales in `dtype` (bfloat16), any other tensor as stored.
 
         Raises UserError for scales that are missing, of a wrong shape, not finite, negative or too large for `dtype`,
         and for codes that are NaN or infinite.
@@ -125,6 +140,8 @@ class Tensors:
         if not self.is_quantized(name):
             return self.read(name)
         place, kind = self._place(name), np.dtype(dtype or ml_dtypes.bfloat16)
+        if self.is_fp4(name):
+            return fp4.dequantize(*self.read_codes(name), kind)
         scales, file, columns = self._scales(name, kind, block), self._file(place.shard), place.info.shape[-1]
 
         def read_rows(row: int, codes: np.ndarray) -> None:
@@ -133,7 +150,16 @@ class Tensors:
         return dequantize(read_rows, place.info, scales, kind, block, self._where(name))
 
     def read_codes(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns an E4M3 weight as it is stored, and its scales in float32. Raises UserError as `read_dequantized`."""
+        """Returns an E4M3 weight as it is stored, and its scales in float32. Raises UserError as `read_dequantized`.
+
+        Of a weight in FP4 the packed codes, uint8 [..., rows, columns / 2], and the scales in E8M0.
+        """
+        if self.is_fp4(name):
+            scale_name = self.scale_name(name)
+            fp4.check_scale_info(self.info(name), self.info(scale_name), self._where(scale_name))
+            codes, scales = self.read(name).view(np.uint8), self.read(scale_name)
+            fp4.check_scales(scales, self._where(scale_name))
+            return codes, scales
         scales, codes = self._scales(name, np.dtype(np.float32), BLOCK), self.read(name)
         if codes.size and (codes.view(np.uint8) & 0x7F).max() >= FINITE_CODES["F8_E4M3"]:
             raise UserError(f"{self._where(name)}: a weight is NaN. The file is damaged.")
@@ -141,7 +167,7 @@ class Tensors:
 
     def _scales(self, name: str, dtype: np.dtype, block: tuple[int, int]) -> np.ndarray:
         """Returns the scales of an 8-bit weight in float32, checked."""
-        scale_name, codes = name + SCALE_SUFFIX, self.info(name)
+        scale_name, codes = self.scale_name(name), self.info(name)
         if scale_name not in self:
             raise UserError(f"{self._where(name)}: 8-bit weights, but their scales {shown(scale_name)} are missing.")
         check_scale_info(codes, self.info(scale_name), block, name, self._where(scale_name))

@@ -5,8 +5,8 @@
     params, state = optimizer.update(gradients, state, params, rate)
 
 The training step cuts gradients, weights and state over the devices (ZeRO-1) and calls `update` with the parts of one
-device. Stacked axes are cut first (`parallel.sharding`), so that matrices stay whole where they can; a method that works
-on whole matrices has the others put together by `parallel.zero.by_matrix`.
+device. Stacked axes are cut first (`parallel.sharding`), so that matrices stay whole where they can; a method that
+works on whole matrices has the others put together by `parallel.zero.by_matrix`.
 """
 
 from collections.abc import Callable
