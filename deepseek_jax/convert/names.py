@@ -163,7 +163,7 @@ OWN_BLOCK = (
         for name, axes, weight in (
             ("wkv.weight", "Q D", "kv_DQ"),
             ("wgate.weight", "Q D", "gate_DQ"),
-            ("ape", "I Q", "bias_IQ"),
+            ("ape", "J Q", "bias_JQ"),
             ("norm.weight", "Q", "norm.gain"),
         )
     ),

@@ -26,7 +26,7 @@ NUMBERS |= {"norm_eps": 1e-6, "init_std": 0.006}
 
 def compressor(ratio: int, width: int) -> dict:
     wide = 2 * width if ratio == 4 else width
-    return {"kv_DQ": (D, wide), "gate_DQ": (D, wide), "bias_IQ": (ratio, wide), "norm": {"gain": (width,)}}
+    return {"kv_DQ": (D, wide), "gate_DQ": (D, wide), "bias_JQ": (ratio, wide), "norm": {"gain": (width,)}}
 
 
 def residual() -> dict:
