@@ -137,3 +137,17 @@ def test_faster_chips_are_faster(job_of, chip):
     times = [step(job).compute for job in jobs]
     rates = [job.chip.bf16 for job in jobs]
     assert (times[0] < times[1]) == (rates[0] > rates[1])
+
+
+def test_muon_multiplies_in_ten_steps_and_keeps_one_moment(job_of):
+    """A matrix of n x n takes 10 x 6 n^3 operations, at half the rate of bfloat16; each device has its share."""
+    plain, muon = (job_of("tiny_v3", method=method, data=2) for method in ("adamw", "muon"))
+    spared = products = 0.0
+    for part in muon.parts[0]:
+        if part.weight.role not in ("table", "head", "gain", "bias"):
+            short, long = sorted(part.weight.widths)
+            n_matrices = part.weight.size / (short * long) * part.optimizer_numbers / part.weight.size
+            products += 10 * n_matrices * (4 * short**2 * long + 2 * short**3) / (muon.chip.bf16 / 2 * 1e12)
+            spared += part.optimizer_numbers * 2 * 4 / (muon.chip.hbm * 1e9)  # the second moment, read and written
+    before, after = (slowest(job, 1.0)[1].optimizer for job in (plain, muon))
+    assert after - before == pytest.approx(products - spared, rel=1e-6)
