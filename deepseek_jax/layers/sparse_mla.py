@@ -70,13 +70,6 @@ class IndexedFp8(Full):
         return IndexedLatents(*(part.astype(self.latents.dtype) for part in (*latents, keys)))
 
 
-class Seen(NamedTuple):
-    """Of queries: what chooses among the keys, and which of them they may look at."""
-
-    index: Index
-    places: Places
-
-
 class SparseMLA(MLA):
     """Latent attention with an indexer.
 
@@ -132,7 +125,7 @@ class SparseMLA(MLA):
         n_tokens, latents = x.x_BTD.shape[1], Latents(*entries[:2])
         all_entries = jax.tree.map(self.context.whole, entries)
         q_parts, weights = self.queries(x, tokens.positions_BT), (self.k_up_CHN[...], self.v_up_CHU[...])
-        seen = Seen(self._index(x, tokens, all_entries.k_index_BSQ), self._places(tokens, q_offset))
+        index, places = self._index(x, tokens, all_entries.k_index_BSQ), self._places(tokens, q_offset)
         if self.context.n > 1:
             q_BTHQ = jnp.concatenate([self._absorbed(q_parts[0]), q_parts[1]], axis=-1)
             k_BSZQ = jnp.concatenate(all_entries[:2], axis=-1)[:, :, None]
@@ -143,12 +136,13 @@ class SparseMLA(MLA):
         if self.is_dense or all_entries.c_BSC.shape[1] <= self.top_k:
             o_BTHU = self.attended(jnp.concatenate(q_parts, axis=-1), latents, weights, tokens, q_offset)
         elif self.context.n > 1:
-            o_BTHU = self._moved_back(gathered_attention(q_BTHQ, *all_entries[:2], *seen, **options))
+            entries_of_all = all_entries.c_BSC, all_entries.k_rope_BSP
+            o_BTHU = self._moved_back(gathered_attention(q_BTHQ, *entries_of_all, index, places, **options))
         else:
-            o_BTHU = self.kernels["indexed_attention"](q_BTHQ, k_BSZQ, v_BSHU, *seen, **options)
+            o_BTHU = self.kernels["indexed_attention"](q_BTHQ, k_BSZQ, v_BSHU, index, places, **options)
         losses = {}
         if entries.c_BSC.shape[1] == n_tokens:
-            losses = self._losses(q_BTHQ, k_BSZQ, *seen, tokens)
+            losses = self._losses(q_BTHQ, k_BSZQ, index, places, tokens)
         return self.matmul.einsum("BTHU,HUD->BTD", o_BTHU, self.out_HUD[...]), losses
 
     def over_cache(  # type: ignore[override]
