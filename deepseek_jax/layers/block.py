@@ -60,7 +60,7 @@ class Attention(nnx.Module):
     cache                                       where the entries go: a `layers.cache.Layout`
     over_cache(x_BTD, tokens, cached, seen_BTS) u_BTD, attending to the slots that are seen
     extend(x_BTD, tokens, cached, start)        (u_BTD, what is kept now, auxiliary losses), of tokens after those that
-                                                are cached: a chunk of prompts from `start` on, or if that is None the
+                                                are cached: a chunk of prompts from `start` on, or if there is none the
                                                 next token(s) of each sequence
     """
 

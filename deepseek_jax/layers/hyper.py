@@ -38,10 +38,10 @@ class HyperConfig:
 
 
 class Mixing(NamedTuple):
-    """How the streams go on after a branch; float32, with the tokens' axes last."""
+    """What becomes of the streams after a branch; float32, with the axes of tokens last."""
 
     post_OBT: jax.Array  # what each stream gets of the branch
-    comb_OJBT: jax.Array  # what of the first stream goes on in the second
+    comb_OJBT: jax.Array  # how much of the first stream the second one takes
 
 
 class HyperConnection(nnx.Module):
@@ -63,7 +63,7 @@ class HyperConnection(nnx.Module):
 
     @jax.named_scope("streams")
     def read(self, x_BTOD: jax.Array) -> tuple[jax.Array, Mixing]:
-        """Returns (the branch's input u_BTD, in the dtype of the streams; how the streams go on)."""
+        """Returns (the branch's input u_BTD, in the dtype of the streams; what becomes of these)."""
         n, eps = self.c.n_streams, self.c.hyper_eps
         m_YBT = _mixed(x_BTOD, self.mix_ODY[...], self.c.norm_eps)
         scale_Y = jnp.repeat(self.scale[...], jnp.array([n, n, n * n]), total_repeat_length=(2 + n) * n)

@@ -129,8 +129,8 @@ def test_experts(is_hashed):
         return jax.grad(loss, (0, 1), has_aux=True)(params, x)
 
     (d_params, d_x), (mine, load_E) = jax.device_get(run(of(lambda w: w), numpy(x)))
-    wanted = of(lambda w: w.grad)
-    pairs = zip(jax.tree.leaves(d_params), map(torch.from_numpy, jax.tree.leaves(wanted)), strict=True)
+    expected = of(lambda w: w.grad)
+    pairs = zip(jax.tree.leaves(d_params), map(torch.from_numpy, jax.tree.leaves(expected)), strict=True)
     compare(mine, y, [*pairs, (d_x, x.grad)])
     assert load_E.sum() == B * T * K
 
