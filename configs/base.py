@@ -59,7 +59,7 @@ def get_config() -> ConfigDict:
     data.source = "stdlib"
     data.text_key = "text"  # field of a JSONL or parquet row that holds the document
     data.format = "auto"  # text, conversations (rows with "messages"), or what the first row is
-    data.chat_template = ""  # of conversations: v1, v2, coder, v3, r1, v31, ...; "" is the one beside the tokenizer
+    data.chat_template = ""  # of conversations: v2, v3, r1, v31, v32, v4, ...; "" is the one beside the tokenizer
     data.train_on = "answers"  # of conversations: all answers of the assistant, or the last
     data.special_tokens = False  # True: marks spelled out in a text become their ids; False: they are text
     data.add_bos = True  # documents begin with <bos> where the tokenizer_config.json says add_bos_token

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from deepseek_jax.convert import hf, hf_config, safetensors
 from deepseek_jax.data.chat import jinja, published_template, recognise
+from deepseek_jax.data.chat.published import BY_MODEL_TYPE
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.tokenizer_files import CONFIG, PATTERNS, TOKENIZER, files_of, is_path
 from deepseek_jax.errors import UserError
@@ -43,6 +44,12 @@ def of_published(published: hf.Published, folder: Path) -> dict[str, Any]:
         "eos_ids": facts.eos_ids,
         "end_ids": tuple(sorted({*facts.eos_ids, *published.generation_eos_ids})),
     }
+
+
+def chat_template(published: hf.Published, folder: Path) -> str:
+    """`config.data.chat_template` of a published directory: "" stands for the one beside its tokenizer."""
+    name = BY_MODEL_TYPE.get(published.config["model_type"], "")
+    return "" if not name or published_template(folder) else name
 
 
 def n_positions(config: ConfigDict) -> int:
@@ -100,11 +107,14 @@ def files(config: ConfigDict) -> dict[str, Path | bytes]:
 
 
 def _template_file(config: ConfigDict, found: dict[str, Path | bytes]) -> dict[str, Path | bytes]:
-    """Returns chat_template.jinja for a model tuned with a named template that its other files do not hold."""
+    """Returns chat_template.jinja for a model tuned with a named template that its other files do not hold.
+
+    V3.2 and V4 have none; their models are recognised by their config.json.
+    """
     name = config.data.chat_template if config.data.format == "conversations" else ""
     beside = [found[file] for file in (jinja.NAME, CONFIG) if file in found]
     held = {recognise(published_template(path.parent)) for path in beside if isinstance(path, Path)}
-    if not name or jinja.TEXTS[name] in {jinja.TEXTS.get(other) for other in held}:
+    if name not in jinja.TEXTS or jinja.TEXTS[name] in {jinja.TEXTS.get(other) for other in held}:
         return {}
     return {jinja.NAME: jinja.TEXTS[name].encode()}
 

@@ -206,6 +206,7 @@ def published_config(published: hf.Published, directory: Path) -> ConfigDict:
     config.precision = "fp32" if published.is_wide else "bf16"
     config.data.seq_len = published.facts.n_positions
     config.data.tokenizer = release.kept_tokenizer(directory) or "none"
+    config.data.chat_template = release.chat_template(published, directory)
     config.release = ConfigDict(release.of_published(published, directory))
     return config.lock()
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -209,3 +210,14 @@ def test_a_model_tuned_with_a_named_template_brings_its_file(tmp_path):
     (tmp_path / jinja.NAME).unlink()
     config.data.format = "text"
     assert jinja.NAME not in release.files(config)
+    config.data.update(format="conversations", chat_template="v32")  # has none: config.json tells
+    assert jinja.NAME not in release.files(config)
+
+
+def test_the_chat_template_of_models_that_come_without_one(tmp_path):
+    """Named in the config, so that runs which begin with such weights know it."""
+    published = SimpleNamespace(config={"model_type": "deepseek_v32"})
+    assert release.chat_template(published, tmp_path) == "v32"
+    assert release.chat_template(SimpleNamespace(config={"model_type": "deepseek_v3"}), tmp_path) == ""
+    (tmp_path / jinja.NAME).write_text(jinja.TEXTS["v31"])
+    assert release.chat_template(published, tmp_path) == ""

@@ -8,7 +8,8 @@ A conversation becomes one or more examples, each a sequence of tokens of which 
 before. If a template rewrites earlier messages (R1's leave out earlier thoughts), the prompt of a later answer does not
 continue the example so far, and a new example starts. So every answer is learnt in the context it has at inference.
 
-The prompt of an answer with a thought has `thinking` set, unless the row says otherwise. If the template has thoughts,
+The prompt of an answer with a thought has `thinking` set, unless the row says otherwise; V3.2 and V4 think in a whole
+round of calls or not at all. If the template has thoughts,
 `<think>…</think>` at the start of the content counts as a thought.
 """
 
@@ -54,23 +55,43 @@ def answers(conversation: dict, template: chat.Template, train_on: str) -> list[
     """
     messages, tools = conversation["messages"], conversation.get("tools", ())
     places = [n for n, message in enumerate(messages) if counts(message, f"messages[{n}]")]
+    apart = [_thought_apart(message) if template.thinks else (message, False) for message in messages]
+    earlier = [message for message, _ in apart] if template.keeps_thoughts else messages
     found = []
     for n in places if train_on == "answers" else places[-1:]:
-        message, is_spelled = _thought_apart(messages[n]) if template.thinks else (messages[n], False)
-        thought = message.get("reasoning_content") or message.get("reasoning") or ""
-        thinking = conversation.get("thinking", is_spelled or bool(thought)) and messages[n - 1]["role"] == "user"
-        prompt, reply = template.parts(messages[:n], tools, thinking), template.reply(message, thinking)
+        thinking = _is_thinking(conversation, apart, n, template)
+        prompt = template.prompt(earlier[:n], tools, thinking, conversation.get("reasoning_effort", ""))
+        message, thought = apart[n][0], _thought(apart[n][0])
+        reply = template.reply(message, thinking and not chat.is_task(prompt))
         if thought not in chat.spell(reply):
             raise UserError(f"messages[{n}] has a thought, which the chat template does not write there. Remove it.")
         found.append(Answer(prompt, reply))
     return found
 
 
+def _is_thinking(conversation: dict, apart: list[tuple[dict, bool]], n: int, template: chat.Template) -> bool:
+    """Returns whether answer `n` is given by a model that thinks; `apart` are all messages by `_thought_apart`.
+
+    Where thoughts are kept across tools, one of them counts for all answers up to the next message of the user.
+    """
+    asks = [place for place, (message, _) in enumerate(apart) if message["role"] in ("user", "developer")]
+    first = max((place for place in asks if place < n), default=-1)
+    end = min((place for place in asks if place > n), default=len(apart))
+    if not template.keeps_thoughts:
+        first, end = n - 1, n + 1
+    thinks = any(is_spelled or _thought(message) for message, is_spelled in apart[first + 1 : end])
+    return conversation.get("thinking", thinks) and (template.keeps_thoughts or apart[n - 1][0]["role"] == "user")
+
+
+def _thought(message: dict) -> str:
+    return message.get("reasoning_content") or message.get("reasoning") or ""
+
+
 def _thought_apart(message: dict) -> tuple[dict, bool]:
     """Returns an answer with the thought in its content moved to its own key, and whether there was one."""
     blank, opening, rest = (message.get("content") or "").partition(chat.THINK.text)
     thought, end, content = rest.partition(chat.END_THINK.text)
-    if blank.strip() or not opening or not end or message.get("reasoning_content") or message.get("reasoning"):
+    if message["role"] != "assistant" or blank.strip() or not opening or not end or _thought(message):
         return message, False
     thought = thought.removeprefix("\n").removesuffix("\n")
     return {**message, "content": content.removeprefix("\n\n"), "reasoning_content": thought}, True
@@ -119,7 +140,7 @@ def template_name(name: str, tokenizer: str | Tokenizer) -> str:
         return chat.template_for(None, name)
     path = Path(tokenizer).expanduser() if isinstance(tokenizer, str) else Path()
     folder = path if path.is_dir() else path.parent
-    found = isinstance(tokenizer, str) and path.exists() and chat.recognise(chat.published_template(folder))
+    found = isinstance(tokenizer, str) and path.exists() and chat.published_name(folder)
     if found:
         return found
     raise UserError(

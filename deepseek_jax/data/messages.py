@@ -7,10 +7,14 @@ optionally `reasoning_content` (or `reasoning`), `tool_calls`, `tool_call_id`. T
 
 and may end after any turn; the tool messages that answer all calls of one message are one turn. A message out of order
 is rejected with its number, so the templates in `chat` need no further checks.
+
+V3.2 and V4 have more roles and orders (`V32_ORDER`, `V4_ORDER`). The role developer stands where user does; its message
+may have `tools` and a `response_format` of its own. In V4 a latest_reminder may precede a message of the user, who may
+speak several times, also right after tools; `task` asks for one of the short answers of V4's quick tokens.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from deepseek_jax.errors import UserError
@@ -18,6 +22,21 @@ from deepseek_jax.errors import UserError
 
 class User(NamedTuple):
     """A turn of the user."""
+
+    content: str
+    task: str = ""  # of V4's quick tokens, "" for none
+
+
+class Developer(NamedTuple):
+    """A turn of a developer, who gives tools and the form of the answer with it."""
+
+    content: str
+    tools: tuple[dict, ...] = ()
+    response_format: Any = None
+
+
+class Reminder(NamedTuple):
+    """What V4 is reminded of before the user speaks, such as the date."""
 
     content: str
 
@@ -43,15 +62,18 @@ class Outputs(NamedTuple):
     contents: tuple[str, ...]
 
 
+Turn = User | Developer | Reminder | Assistant | Outputs
+
+
 class Conversation(NamedTuple):
     """A system prompt, "" if there is none, and turns in a valid order."""
 
     system: str
-    turns: list[User | Assistant | Outputs]
+    turns: list[Turn]
 
 
-ROLES = ("system", "user", "assistant", "tool")
-FOLLOWS = {
+Order = Mapping[str, tuple[str, ...]]  # the roles that may follow a message
+FOLLOWS: Order = {
     "the start": ("system", "user"),
     "system": ("system", "user"),
     "user": ("assistant",),
@@ -62,38 +84,81 @@ FOLLOWS = {
 }
 
 
-def read(messages: Sequence[dict], join_system: Callable[[list[str]], str] = "\n\n".join) -> Conversation:
+def _with(role: str, order: Order) -> Order:
+    """Returns an order in which a role may stand wherever the user may."""
+    return {before: (*roles, role) if "user" in roles else roles for before, roles in order.items()}
+
+
+V32_ORDER: Order = {**_with("developer", FOLLOWS), "developer": ("assistant",)}
+V4_ORDER: Order = {
+    **_with("latest_reminder", V32_ORDER),
+    "latest_reminder": ("user", "developer"),
+    "user": ("assistant", "user"),
+    "user with a task": ("assistant",),
+    "tool": ("assistant", "user"),
+}
+ANY_ORDER = V4_ORDER  # all that a template may write
+TASKS = ("action", "query", "authority", "domain", "title", "read_url")
+
+
+def read(
+    messages: Sequence[dict], join_system: Callable[[list[str]], str] = "\n\n".join, follows: Order = FOLLOWS
+) -> Conversation:
     """Returns messages as a conversation.
 
-    `join_system` joins all system prompts; the default puts a blank line between them.
+    `join_system` joins all system prompts; the default puts a blank line between them. `follows` are the roles and
+    their order. Raises UserError for a message that does not follow it.
     """
     system: list[str] = []
-    turns: list[User | Assistant | Outputs] = []
+    turns: list[Turn] = []
     before = "the start"
     ids: list = []  # of the latest calls
     outputs: list[str | None] = []  # of the latest calls, None if one is still missing
     for n, message in enumerate(messages):
         where = f"messages[{n}]"
-        role = _role(message, before, where)
+        role = _role(message, before, follows, where)
         before = role
         if role == "system":
             system.append(_text(message, "content", where))
         elif role == "user":
-            turns.append(User(_text(message, "content", where)))
+            said = User(_text(message, "content", where), _task(message, follows, where))
+            turns.append(said)
+            before = "user with a task" if said.task else role
         elif role == "assistant":
             turns.append(read_answer(message, where))
             ids = _call_ids(message, where)
             outputs = [None] * len(ids)
             before = "assistant with tool_calls" if ids else role
-        else:
+        elif role == "tool":
             outputs[_slot(message.get("tool_call_id"), ids, outputs, where)] = _text(message, "content", where)
             if None in outputs:
                 before = "tool with other calls unanswered"
             else:
                 turns.append(Outputs(tuple(text for text in outputs if text is not None)))
-    if not turns or before == "tool with other calls unanswered":
-        raise UserError(f"the messages end after {before}. Add a message of {' or '.join(FOLLOWS[before])}.")
+        else:
+            turns.append(_special_turn(role, message, where))
+    if not turns or before in ("tool with other calls unanswered", "latest_reminder"):
+        raise UserError(f"the messages end after {before}. Add a message of {' or '.join(follows[before])}.")
     return Conversation(join_system(system), turns)
+
+
+def _task(message: dict, follows: Order, where: str) -> str:
+    """Returns the task of a user's message, "" for none; where there are no tasks the key is ignored."""
+    task = message.get("task") if "user with a task" in follows else None
+    if task is not None and task not in TASKS:
+        raise UserError(f"{where} has task {task!r}. Expected one of {', '.join(TASKS)}.")
+    return task or ""
+
+
+def _special_turn(role: str, message: dict, where: str) -> Turn:
+    """Returns a turn of V3.2's and V4's further roles."""
+    content = _text(message, "content", where)
+    if role == "latest_reminder":
+        return Reminder(content)
+    tools = message.get("tools") or ()
+    if not isinstance(tools, list | tuple):
+        raise UserError(f"{where} has {type(tools).__name__} as tools. Expected a list.")
+    return Developer(content, tuple(tools), message.get("response_format"))
 
 
 def read_answer(message: dict, where: str = "the message") -> Assistant:
@@ -109,13 +174,14 @@ def read_answer(message: dict, where: str = "the message") -> Assistant:
     )
 
 
-def _role(message: dict, before: str, where: str) -> str:
+def _role(message: dict, before: str, follows: Order, where: str) -> str:
     """Returns the role of a message after checking that it may follow `before`."""
     role = message.get("role") if isinstance(message, dict) else message
-    if role not in ROLES:
-        raise UserError(f"{where} has role {role!r}. Expected a dict whose role is one of {', '.join(ROLES)}.")
-    if role not in FOLLOWS[before]:
-        raise UserError(f"{where} has role {role!r} after {before}. Expected {' or '.join(FOLLOWS[before])}.")
+    roles = [*dict.fromkeys(one for after in follows.values() for one in after)]
+    if role not in roles:
+        raise UserError(f"{where} has role {role!r}. Expected a dict whose role is one of {', '.join(roles)}.")
+    if role not in follows[before]:
+        raise UserError(f"{where} has role {role!r} after {before}. Expected {' or '.join(follows[before])}.")
     return role
 
 

@@ -1,14 +1,14 @@
 """A row of a file as a document: its text, or its conversation in a canonical form.
 
 A row of a corpus of conversations is `{"messages": [...]}` as in DeepSeek's and OpenAI's APIs, optionally with
-`"tools"`, a list, and `"thinking"`, true or false. A list may be given as JSON text, as tables store it. An answer with
-`"weight": 0` is context only: the model does not learn it.
+`"tools"`, a list, `"thinking"`, true or false, and `"reasoning_effort"`, which V4's template reads ("max"). A list may
+be given as JSON text, as tables store it. An answer with `"weight": 0` is context only: the model does not learn it.
 """
 
 import json
 from typing import Any
 
-from deepseek_jax.data.messages import read
+from deepseek_jax.data.messages import ANY_ORDER, read
 from deepseek_jax.errors import UserError
 
 
@@ -26,7 +26,7 @@ class RowError(UserError):
 
 
 FORMATS = ("text", "conversations")
-CONVERSATION = ("messages", "tools", "thinking")  # fields of a row; the first is required
+CONVERSATION = ("messages", "tools", "thinking", "reasoning_effort")  # fields of a row; the first is required
 
 
 def format_of(row: Any, text_key: str, where: str) -> str:
@@ -82,14 +82,17 @@ def conversation_text(row: Any, where: str) -> str:
         raise UserError(f"{where} has no messages ({has}). Fix or remove the row.")
     messages = [_without_nulls(message) for message in _list(row, "messages", where)]
     try:
-        read(messages)
+        read(messages, follows=ANY_ORDER)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     if not any(counts(message, f"{where}: messages[{n}]") for n, message in enumerate(messages)):
         raise UserError(f"{where} has no answer of the assistant to learn. Remove the row.")
     if not isinstance(row.get("thinking"), bool | None):
         raise UserError(f"{where} has {row['thinking']!r} as thinking. Give true or false, or remove the key.")
-    conversation = {"messages": messages, "tools": _list(row, "tools", where), "thinking": row.get("thinking")}
+    if not isinstance(row.get("reasoning_effort"), str | None):
+        raise UserError(f"{where} has {row['reasoning_effort']!r} as reasoning_effort. Give text, or remove the key.")
+    conversation = {"messages": messages, "tools": _list(row, "tools", where)}
+    conversation |= {key: row.get(key) for key in ("thinking", "reasoning_effort")}
     given = {key: value for key, value in conversation.items() if value not in (None, [])}
     return json.dumps(given, ensure_ascii=False).encode("utf-8", "replace").decode()
 

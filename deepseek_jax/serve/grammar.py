@@ -17,7 +17,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from deepseek_jax.bounds import shown
 from deepseek_jax.data.chat import END_THINK, THINK, Template, to_ids
-from deepseek_jax.data.chat.marks import Part
+from deepseek_jax.data.chat.marks import DSML, Part
 from deepseek_jax.data.messages import functions
 from deepseek_jax.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 from deepseek_jax.errors import UserError
@@ -26,6 +26,9 @@ BLANKS = r"\n? {0,40}"  # between two symbols of JSON; without a bound a model m
 MOST_CHARACTERS = 200_000  # of a schema
 MOST_PATTERNS = 16  # regular expressions of a schema: whether all of them can hold may take exponential time
 HOLE = "\0arguments\0"  # stands for a call's arguments while its format is written
+# of a schema of parameters in DSML, and of one without a bound on its values
+OBJECT, DEFINITIONS = ("type", "properties", "required", "additionalProperties"), ("$defs", "definitions")
+REMARKS = ("title", "description", "default", "examples", "$schema", "$id", "$comment")
 
 
 def json_schema(schema: dict[str, Any] | None = None) -> str:
@@ -36,11 +39,12 @@ def json_schema(schema: dict[str, Any] | None = None) -> str:
 def tool_calls(template: Template, tokenizer: Tokenizer, tools: Sequence[dict], name: str = "") -> str:
     """Returns the grammar of one call of one of the `tools`, or of the one with that name."""
     found = [one for one in functions(tools) if name in ("", one["name"])]
-    if not found or not template.call_format:
+    if not found or not template.has_calls:
         names = [one["name"] for one in functions(tools)]
-        whose = "" if template.call_format else ", and a model whose format has calls"
+        whose = "" if template.has_calls else ", and a model whose format has calls"
         raise UserError(f"tool_choice asks for a call of {name or 'a tool'}: expected one of {names}{whose}.")
-    forms = [_call(template, tokenizer, one["name"], one.get("parameters") or {"type": "object"}) for one in found]
+    form = _dsml_call if template.call_block else _call
+    forms = [form(template, tokenizer, one["name"], one.get("parameters") or {"type": "object"}) for one in found]
     return "start: " + " | ".join(f"call_{n}" for n in range(len(forms))) + "\n" + _rules("call", forms)
 
 
@@ -61,6 +65,58 @@ def _call(template: Template, tokenizer: Tokenizer, name: str, parameters: dict[
             symbols += [_json(parameters)] if hole else []
             symbols += [json.dumps(after)] if after else []
     return " ".join(symbols)
+
+
+def _dsml_call(template: Template, tokenizer: Tokenizer, name: str, parameters: Any) -> str:
+    """A call whose arguments are not JSON but parameters, those of the schema in its order."""
+    properties, required, shared = _properties(name, parameters)
+    symbols = [_written(f'\n\n<｜DSML｜{template.call_block}>\n<｜DSML｜invoke name="{name}">\n')]
+    for key, schema in properties.items():
+        head, tail = _written(f'<｜DSML｜parameter name="{key}" string="'), _written("｜DSML｜parameter>\n")
+        symbols.append(f"({head} ({' | '.join(_values(schema, shared))}) {tail}){'' if key in required else '?'}")
+    symbols.append(_written(f"</｜DSML｜invoke>\n</｜DSML｜{template.call_block}>"))
+    return " ".join(symbols).replace(DSML.text, f"<[{to_ids([DSML], tokenizer)[0]}]>")
+
+
+def _properties(name: str, parameters: Any) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
+    """The schemas of parameters, the names of those that must be there, and the definitions that schemas refer to."""
+    text = _json(parameters)  # checks its bounds too
+    unknown = [key for key in parameters if key not in OBJECT + DEFINITIONS + REMARKS]
+    if unknown or parameters.get("type", "object") != "object":
+        raise UserError(
+            f"the parameters of {shown(name)} have {', '.join(unknown) or 'a type that is not object'}: expected "
+            "properties and required alone, since this model writes parameters one by one."
+        )
+    required, properties = parameters.get("required") or [], parameters.get("properties") or {}
+    if not isinstance(properties, dict) or not isinstance(required, list) or set(map(type, required)) - {str}:
+        raise UserError(f"the parameters of {shown(name)}: expected properties as an object and required as names.")
+    shared = {key: parameters[key] for key in DEFINITIONS if key in parameters}
+    if len(json.dumps(shared)) * text.count("{") > 10 * MOST_CHARACTERS:  # they are written with each value
+        raise UserError(f"the parameters of {shown(name)} have definitions that are too long: expected shorter ones.")
+    return {key: {} for key in required} | properties, required, shared
+
+
+def _written(text: str) -> str:
+    """Literal symbols, between which `｜DSML｜` is left to be replaced."""
+    pieces = [json.dumps(piece) if piece else "" for piece in text.split(DSML.text)]
+    return f" {DSML.text} ".join(pieces)
+
+
+def _values(schema: Any, shared: dict[str, Any]) -> list[str]:
+    """The ways to write a value and the `</` after it: a string as it is, all others, and bounded strings, as JSON.
+
+    `shared` are the definitions that a schema may refer to.
+    """
+    json_way = f'"false\\">" {_json(schema | shared if isinstance(schema, dict) else schema)} "</"'
+    bounds = {key: value for key, value in schema.items() if key not in REMARKS}
+    allowed = bounds.get("enum", [bounds["const"]] if "const" in bounds else [])
+    if not bounds.keys() - {"enum", "const", "type"} and isinstance(allowed, list) and set(map(type, allowed)) == {str}:
+        return [json.dumps(f'true">{one}</') for one in allowed]
+    if bounds.keys() == {"anyOf"} and isinstance(bounds["anyOf"], list):
+        return list(dict.fromkeys(way for one in bounds["anyOf"] for way in _values(one, shared)))
+    types = bounds.get("type") if bounds.keys() == {"type"} else ""
+    text_way = r'"true\">" /(?s:.*)<\//'
+    return [text_way] if types == "string" else [text_way, json_way] if "string" in (types or "") else [json_way]
 
 
 def _json(schema: Any) -> str:

@@ -7,12 +7,12 @@ r"""A model's ids, as they arrive, to the pieces of its message: thought, conten
 
 A piece is final when it is returned, and pieces come as early as they are certain. What could still turn out to belong
 to the format is held back: half a character, the line breaks around a thought, the beginning of a stop string, the end
-of a call's arguments. However the ids are divided into pushes, the pieces join to the same message, so a streamed
-answer and a whole one are made by the same code.
+of a call's arguments, the `<` of a tag. However the ids are divided into pushes, the pieces join to the same message:
+a streamed answer and a whole one are made by the same code.
 
 Special tokens are recognised by their ids: text that spells one is text. Well-formed answers give what the template's
 `parse` gives. Of malformed ones a stream cannot take back what it has shown, so here a call counts from its name on,
-and `</think>` without a thought is text.
+and `</think>` without a thought is text; what is not a block of calls, or no longer one, is content.
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,14 @@ from dataclasses import replace
 from typing import Literal, NamedTuple, Protocol
 
 from deepseek_jax.data.chat import END_THINK, TEMPLATES, THINK, Template
-from deepseek_jax.data.chat.marks import CALL, CALLS, END_CALL, END_CALLS, SEP, Part
-from deepseek_jax.data.chat.parts import CallFormat
+from deepseek_jax.data.chat.dsml import OPENINGS, BlockReader, Step
+from deepseek_jax.data.chat.marks import CALL, CALLS, DSML, END_CALL, END_CALLS, SEP, Part
+from deepseek_jax.data.chat.parts import CallFormat, overlap
 from deepseek_jax.data.messages import Call, as_message
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.serve.text import TextStream
 
+LETTER = "\udfff"  # stands for the special token of a tag, since it occurs in no text
 PLAIN = replace(TEMPLATES["v3"], call_format=None)  # a text without thought and calls
 
 
@@ -93,11 +95,14 @@ class Reply:
                 pieces += self.finish()
             elif mark == SEP and isinstance(self._segment, _Call):
                 pieces += self._add(self._segment.push(self._flush() + SEP.text))
+            elif mark == DSML:
+                pieces += self._read(self._flush())
+                pieces += self._read_tag()
             elif following:
                 pieces += self._close()
                 self._segment = following
             else:
-                pieces += self._add(self._segment.push(self._stream.push(token)))
+                pieces += self._read(self._stream.push(token))
         return pieces
 
     def finish(self) -> list[Piece]:
@@ -141,11 +146,46 @@ class Reply:
 
     def _content(self, head: str, is_first: bool = False) -> "_Text":
         holds_blanks = is_first and self._template.thinks
-        return _Text("content", head, self._template.spaces.after_content, self._stop, holds_blanks)
+        held = OPENINGS if self._template.call_block else ()
+        return _Text("content", head, self._template.spaces.after_content, self._stop, holds_blanks, held)
+
+    def _read(self, text: str) -> list[Piece]:
+        return self._add(self._segment.push(text)) + self._given_back()
+
+    def _read_tag(self) -> list[Piece]:
+        """The special token of a tag: it begins a block of calls after content, and is text elsewhere."""
+        segment = self._segment
+        if isinstance(segment, _Block):
+            return self._read(LETTER)
+        is_content = isinstance(segment, _Text) and segment.kind == "content" and not self.has_stopped
+        released, opening = segment.cut(OPENINGS) if is_content and isinstance(segment, _Text) else ([], "")
+        if not opening:
+            return self._read(DSML.text)
+        pieces = self._add(released)
+        self._segment = _Block(self._template.call_block, opening, len(self._calls))
+        return pieces
+
+    def _given_back(self) -> list[Piece]:
+        """The content in what is not, or no longer, a block of calls; it may hold the next one."""
+        rest = self._segment.rest if isinstance(self._segment, _Block) else None
+        if rest is None:
+            return []
+        self._segment = self._content("")
+        first, *others = rest.split(LETTER)
+        pieces = self._read(first)
+        for text in others:
+            if not self.has_stopped:
+                pieces += self._read_tag() + self._read(text)
+        return pieces
 
     def _close(self) -> list[Piece]:
-        pieces = self._add(self._segment.push(self._flush()))
-        return pieces if self.has_stopped else pieces + self._add(self._segment.close())
+        pieces = self._read(self._flush())
+        is_closed = False
+        while not is_closed and not self.has_stopped:
+            segment = self._segment
+            pieces += self._add(segment.close()) + self._given_back()
+            is_closed = segment is self._segment
+        return pieces
 
     def _flush(self) -> str:
         """The rest of the text before a special token."""
@@ -178,7 +218,8 @@ class _Segment(Protocol):
 class _Text:
     """A thought or content, without `head` at its start, `tail` at its end, and what follows one of the `stops`.
 
-    With `holds_blanks`, blanks at its start wait for a letter: a thought may still follow.
+    With `holds_blanks`, blanks at its start wait for a letter: a thought may still follow. One of the `openings` at its
+    end waits too: a block of calls may follow (`cut`).
     """
 
     def __init__(
@@ -188,9 +229,11 @@ class _Text:
         tail: str,
         stops: tuple[str, ...] = (),
         holds_blanks: bool = False,
+        openings: tuple[str, ...] = (),
     ):
         self.kind, self.has_stopped, self.is_blank = kind, False, holds_blanks
         self._head, self._tail, self._stops, self._held = head, tail, stops, ""
+        self._waits_for = (tail, *stops, *openings)
 
     def push(self, text: str) -> list[Piece]:
         self._held += text
@@ -203,16 +246,16 @@ class _Text:
             end, minus_length = min(found)  # the one that is complete first
             self.has_stopped = True
             return self._release(end + minus_length)
-        return self._release(len(self._held) - max(map(self._overlap, (self._tail, *self._stops))))
+        return self._release(len(self._held) - max(overlap(self._held, text) for text in self._waits_for))
 
     def close(self) -> list[Piece]:
         self._held = self._held.removeprefix(self._head).removesuffix(self._tail)
         return self._release(len(self._held))
 
-    def _overlap(self, text: str) -> int:
-        """The length of the longest end of what is held that is a beginning of `text`."""
-        longest = min(len(text), len(self._held))
-        return next((n for n in range(longest, 0, -1) if self._held.endswith(text[:n])), 0)
+    def cut(self, openings: tuple[str, ...]) -> tuple[list[Piece], str]:
+        """Returns all that was held before the first of the `openings` that ends the text, and this; "" for none."""
+        opening = next((one for one in openings if self._held.endswith(one)), "")
+        return (self._release(len(self._held) - len(opening)), opening) if opening else ([], "")
 
     def _release(self, n: int) -> list[Piece]:
         text, self._held = self._held[:n], self._held[n:]
@@ -259,10 +302,37 @@ class _Call:
         return [Piece("call", text, self._number) for _, text, *_ in pieces]
 
 
+class _Block:
+    """A block of calls in DSML. What is not one is given back in `rest`, the special tokens of later tags as `LETTER`.
+
+    `opening` is the text before its first special token; `number` is that of its first call.
+    """
+
+    def __init__(self, block: str, opening: str, number: int):
+        self.rest: str | None = None
+        self._reader, self._opening, self._number = BlockReader(block, LETTER), opening, number
+
+    def push(self, text: str) -> list[Piece]:
+        return self._pieces(self._reader.push(text))
+
+    def close(self) -> list[Piece]:
+        return self._pieces(self._reader.finish())
+
+    def _pieces(self, steps: list[Step]) -> list[Piece]:
+        pieces = []
+        for name, text in steps:
+            self._number += bool(name)
+            pieces += [Piece("call", text, self._number - 1, name)] if name or text else []
+        if self._reader.rest is not None:
+            self.rest = ("" if self._reader.n_calls else self._opening + DSML.text) + self._reader.rest
+        return pieces
+
+
 def _marks(template: Template, tokenizer: Tokenizer) -> dict[int, Part]:
     """The ids of the special tokens that the template's answers may contain, as far as the tokenizer has them."""
     marks = [template.end]
     marks += [THINK, END_THINK] if template.thinks else []
     marks += [CALLS, END_CALLS, CALL, END_CALL, SEP] if template.call_format else []
+    marks += [DSML] if template.call_block else []
     ids = {mark: tokenizer.encode(mark.text, specials=True) for mark in marks}
     return {int(id_[0]): mark for mark, id_ in ids.items() if len(id_) == 1}

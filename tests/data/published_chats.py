@@ -2,13 +2,14 @@
 
     python tests/data/published_chats.py NAME DIR      the digest of the template in DIR, a model's folder
 
-renders them with Jinja as transformers does. NAME is one of ours; "r1" is DeepSeek-R1-0528, "v3" DeepSeek-V3-0324, and
-so on as at the top of `deepseek_jax/data/chat`. The texts are full of special cases: special tokens, fences, line
-breaks, empty strings, other alphabets.
+renders them with Jinja as transformers does, or with the encoder that V3.2 and V4 have in place of a template. NAME is
+one of ours; "r1" is DeepSeek-R1-0528, "v3" DeepSeek-V3-0324, and so on as at the top of `deepseek_jax/data/chat`. The
+texts are full of special cases: special tokens, fences, line breaks, empty strings, other alphabets.
 """
 
 import functools
 import hashlib
+import importlib
 import json
 import random
 import sys
@@ -32,6 +33,7 @@ WORDS += ("User: ", "\n\n", "### Response:\n", "{}", "`", "'", '"')
 WITHOUT_TOOLS = ("v1", "v2", "coder")
 CALLS_ALONE = ("v2.5", "v3-1226", "r1-distill")  # templates that write calls or content
 ALWAYS_TEXT = ("r1",)  # a template that fails without content
+ENCODERS = {"v32": "encoding_dsv32", "v4": "encoding_dsv4"}
 
 # blake2b, made by the command above from the models' own files
 DIGESTS = {
@@ -45,6 +47,8 @@ DIGESTS = {
     "r1-distill": "b3f828f3b79dfa11a6898d888b76b798",
     "r1": "7651e3d9b50649a4fa8bd554307901dd",
     "v31": "05238fee7a806776c99830363e88052a",
+    "v32": "240f75fad9183123973daa5b5b2bc631",
+    "v4": "827f24219f2887da282f83be68dca950",
 }
 
 
@@ -63,6 +67,18 @@ def render(template: str, messages: list[dict], **more) -> str:
     prompted = messages[-1]["role"] != "assistant"
     given = {"messages": messages, "bos_token": BOS, "eos_token": EOS, "add_generation_prompt": prompted}
     return _compiled(template).render(**given, **more)
+
+
+def encoder(name: str, folder: str):
+    """Returns the function that writes messages by the encoder in a model's folder; V4 thinks before it answers."""
+    sys.path.insert(0, f"{folder}/encoding")
+    module = importlib.import_module(ENCODERS[name])
+
+    def write(messages: list[dict]) -> str:
+        is_thinking = name == "v4" and messages[-1]["role"] == "user"
+        return module.encode_messages(messages, "thinking" if is_thinking else "chat")
+
+    return write
 
 
 @functools.cache
@@ -108,5 +124,7 @@ if __name__ == "__main__":
 
     from deepseek_jax.data.chat import published_template
 
-    published = published_template(Path(sys.argv[2]))
-    print(digest([render(published, messages) for messages in conversations(sys.argv[1])]))
+    name, folder = sys.argv[1:]
+    published = published_template(Path(folder))
+    write = encoder(name, folder) if name in ENCODERS else functools.partial(render, published)
+    print(digest([write(messages) for messages in conversations(name)]))

@@ -22,7 +22,7 @@ from deepseek_jax.errors import UserError
 WORDS = ("", "a", " hello", "\n", "深度", "🐋", "<｜User｜>", "</think>", "User: ", "<|EOT|>", "### Response:\n", "'")
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]
 FIRST = ("v2.5", "v3-1226", "r1-0120", "r1-distill")  # the first templates with tools
-THINKING, CALLING = ("r1", "v31", "r1-0120", "r1-distill"), ("v3", "r1", "v31", *FIRST)
+THINKING, CALLING = ("r1", "v31", "r1-0120", "r1-distill", "v32", "v4"), ("v3", "r1", "v31", "v32", "v4", *FIRST)
 
 
 def text(dice: random.Random) -> str:
@@ -225,7 +225,7 @@ TOOLS_OF_V31 = (
 )
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if not TEMPLATES[name].call_block])
 def test_ids_and_masks_are_those_of_another_account(name, marked_bytes):
     dice = random.Random(name)
     rows = [conversation(name, dice) for _ in range(1000)]

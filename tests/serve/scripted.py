@@ -47,6 +47,8 @@ class Job:
 class Script:
     """An engine whose requests say `answer(prompt)`, a text or ids, `speed` tokens per step."""
 
+    longest = 400  # ids of a prompt
+
     def __init__(self, tokenizer=BYTES):
         self.tokenizer = tokenizer
         self.answer, self.speed, self.requests, self.delay_s = lambda prompt: "Hi!" + END, 3, [], 0.0
@@ -56,7 +58,7 @@ class Script:
         self.n_drafted, self.n_accepted = 5, 4
 
     def submit(self, prompt, sampling):
-        if len(prompt) > 400:
+        if len(prompt) > self.longest:
             raise UserError("too long")
         self.prompts.append(self.tokenizer.decode(prompt, specials=True))
         self.samplings.append(sampling)

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from deepseek_jax.data.chat import TEMPLATES
+from deepseek_jax.data.chat import TEMPLATES, spell
 from deepseek_jax.data.tokenizer import open_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.serve.grammar import Constrained, Grammars, json_schema, tool_calls
@@ -44,7 +44,7 @@ def drawn(constrained, end_id, draw, first=()):
     return found
 
 
-@pytest.mark.parametrize("name", ["v3", "r1", "v31"])
+@pytest.mark.parametrize("name", ["v3", "r1", "v31", "v32", "v4"])
 def test_a_forced_call_is_a_call(grammars, name):
     template, tokenizer = TEMPLATES[name], grammars.tokenizer
     matcher = grammars.compile(tool_calls(template, tokenizer, TOOLS))
@@ -64,6 +64,59 @@ def test_a_forced_call_is_a_call(grammars, name):
     reply = Reply(template, tokenizer)
     reply.push(drawn(Constrained(grammars, only), tokenizer.eos_id, random.Random(0)))
     assert reply.message()["tool_calls"][0]["function"]["name"] == "train_to"
+
+
+def parameters(**properties):
+    found = {"type": "object", "properties": properties, "required": list(properties)[:2]}
+    return [
+        {"type": "function", "function": {"name": "f", "parameters": found | {"$defs": {"n": {"enum": [7, None]}}}}}
+    ]
+
+
+def test_parameters_follow_their_schemas(grammars):
+    """Strings as they are, bounded ones and all else as JSON; what is not required may be missing."""
+    template, tokenizer = TEMPLATES["v4"], grammars.tokenizer
+    short = {"type": "string", "maxLength": 2, "minLength": 2}
+    form = parameters(text={"type": "string", "title": "t"}, n={"$ref": "#/$defs/n"}, kind={"const": "a"}, short=short)
+    matcher = grammars.compile(tool_calls(template, tokenizer, form))
+    begun = spell(template.reply(CALL_OF_F)).partition("</｜DSML｜parameter>")[0]
+    first = tokenizer.encode(begun + "</｜DSML｜parameter>", specials=True).tolist()
+    found = set()
+    for seed in range(8):
+        reply = Reply(template, tokenizer)
+        reply.push(drawn(Constrained(grammars, matcher.deep_copy()), tokenizer.eos_id, random.Random(seed), first))
+        (call,) = reply.message()["tool_calls"]
+        arguments = json.loads(call["function"]["arguments"])
+        assert arguments.pop("text") == 'a </b>\n"c"' and arguments.pop("n") in (7, None)
+        assert len(arguments.get("short", "ab")) == 2 and arguments.get("kind", "a") == "a"
+        found.add(tuple(sorted(arguments)))
+    assert len(found) > 1
+    maybe = parameters(x={"anyOf": [{"type": "string"}, {"type": "null"}]}, y={"type": ["string", "null"]})
+    text = tool_calls(template, tokenizer, maybe)
+    assert text.count("/(?s:.*)<") == 2 and text.count("%json") == 2
+
+
+CALL_OF_F = {"type": "function", "function": {"name": "f", "arguments": json.dumps({"text": 'a </b>\n"c"'})}}
+CALL_OF_F = {"role": "assistant", "content": None, "tool_calls": [CALL_OF_F]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"anyOf": [{"type": "object"}]}, "have anyOf: expected properties and required alone"),
+        ({"type": "string"}, "a type that is not object"),
+        ({"properties": []} | {"required": [[]]}, "expected properties as an object and required as names"),
+        ({"properties": {"x": True}}, "a schema is True: expected an object"),
+        (
+            {"$defs": {"a": "b" * 100_000}, "properties": {f"k{n}": {} for n in range(150)}},
+            "definitions that are too long",
+        ),
+    ],
+)
+def test_parameters_that_are_not_written_one_by_one_are_refused(grammars, schema, message):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    with pytest.raises(UserError, match=message):
+        tool_calls(TEMPLATES["v4"], grammars.tokenizer, tools)
 
 
 def test_a_thought_is_free_and_the_form_follows(grammars):

@@ -11,7 +11,7 @@ from deepseek_jax.data.tokenizer import ByteTokenizer
 from deepseek_jax.serve.reply import Piece, Reply
 
 MARKS = [mark.text for mark in (marks.THINK, marks.END_THINK, marks.EOS, marks.EOT)]
-MARKS += [mark.text for mark in (marks.CALLS, marks.END_CALLS, marks.CALL, marks.END_CALL, marks.SEP)]
+MARKS += [mark.text for mark in (marks.CALLS, marks.END_CALLS, marks.CALL, marks.END_CALL, marks.SEP, marks.DSML)]
 
 
 class Tokens(ByteTokenizer):
@@ -107,6 +107,9 @@ WORDS = [
     "a",
     "1",
     '{"x": [1]}',
+    "\n\n<",
+    "</",
+    "<｜DSML｜tool_calls>",
 ]
 ARGUMENTS = [
     "{}",
@@ -123,8 +126,9 @@ def some_message(name, draw):
     text = lambda: "".join(draw.choice(WORDS) for _ in range(draw.randrange(8)))  # noqa: E731
     thought = "x" + text() + "y" if template.thinks and draw.random() < 0.6 else ""
     calls = []
-    if template.call_format and draw.random() < 0.6:
-        calls = [(draw.choice(("weather", "f-2")), draw.choice(ARGUMENTS)) for _ in range(draw.randrange(1, 4))]
+    if template.has_calls and draw.random() < 0.6:
+        forms = [one for one in ARGUMENTS if one.startswith("{") or template.call_format]  # the others are reworded
+        calls = [(draw.choice(("weather", "f-2")), draw.choice(forms)) for _ in range(draw.randrange(1, 4))]
     content = text()
     content = content if thought or not template.thinks else "z" + content
     return message(thought, content.rstrip("\n") if name == "coder" else content, *calls)
@@ -135,7 +139,7 @@ def test_any_tokens_give_the_message_that_was_written(name):
     draw = random.Random(name)
     for _ in range(60):
         expected = some_message(name, draw)
-        thinking = (name == "v31" and "reasoning_content" in expected) or TEMPLATES[name].opens_thought
+        thinking = (name in ("v31", "v32") and "reasoning_content" in expected) or TEMPLATES[name].opens_thought
         if thinking and "reasoning_content" not in expected:
             expected["reasoning_content"] = "Hm"
         parts = TEMPLATES[name].reply(expected, thinking)
@@ -165,7 +169,7 @@ def test_any_tokens_of_nonsense_give_the_same_message(name):
         for _ in range(3):
             assert run(name, TOKENS.merged(ids, draw), (3, 9), **options) == whole
         assert run(name, ids, range(1, len(ids)), **options) == whole
-    assert n_stopped > 5
+    assert n_stopped > 3
 
 
 def test_a_thought_that_does_not_end_is_all_thought():

@@ -10,6 +10,8 @@ r"""Chat templates: messages to the text that each generation was trained on, an
     r1-distill  the students of R1                           the same
     r1          R1-0528                                      as v3's, with a thought before the answer
     v31         V3.1, V3.1-Terminus                          the same; each answer opens a thought or closes it
+    v32         V3.2                                         the same, and it thinks between calls, which are DSML
+    v4          V4 Flash, V4 Pro                             the same; outputs are the user's, effort, quick tokens
 
 `TEMPLATES[name]` holds three functions and the special token that ends an answer:
 
@@ -21,7 +23,8 @@ r"""Chat templates: messages to the text that each generation was trained on, an
     parse(text, thinking=False)                the assistant's text, with special tokens spelled out, as a message;
                                                never raises
 
-With `thinking` the prompt itself opens the thought with `<think>`.
+With `thinking` the prompt itself opens the thought with `<think>`. V4's `parts` also take an `effort`; `prompt` passes
+it to templates that have one.
 
 A prompt is a list of parts, each either text or a special token of the template. `to_ids` recognises special tokens in
 the latter only: a user who types `<｜Assistant｜>` has typed thirteen letters. (v1, v2 and coder separate turns by
@@ -29,7 +32,8 @@ words that a user can type.) `encode` joins the parts to a string for people to 
 
 `template_for(folder)` finds the template of a published model from the model's own files.
 
-Sources: the chat_template of each model's tokenizer_config.json, which is followed exactly, and its model card.
+Sources: the chat_template of each model's tokenizer_config.json, which is followed exactly, and its model card; for
+V3.2 and V4, which have no template, the encoders in their folders.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,10 +42,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deepseek_jax.data.chat import first_v3, plain, v3, v31
+from deepseek_jax.data.chat import first_v3, plain, v3, v4, v31, v32
 from deepseek_jax.data.chat.marks import END_THINK, EOS, EOT, THINK, Part
 from deepseek_jax.data.chat.parts import NO_SPACES, CallFormat, Spaces, fim_parts, join, spell, to_ids
-from deepseek_jax.data.chat.published import published_template, recognise
+from deepseek_jax.data.chat.published import published_name, published_template, recognise
 from deepseek_jax.errors import UserError
 
 
@@ -55,8 +59,22 @@ class Template:
     end: Part = EOS  # special token at which generation stops
     thinks: bool = False  # whether answers may start with a thought
     opens_thought: bool = False  # whether the published template opens the thought in the prompt (`thinking`)
+    keeps_thoughts: bool = False  # whether prompts repeat thoughts of earlier answers, and may open one after tools
+    efforts: tuple[str, ...] = ()  # of thinking, that prompts can ask for
     spaces: Spaces = NO_SPACES  # blanks of the format around thought and content
-    call_format: CallFormat | None = None  # None without tools
+    call_format: CallFormat | None = None  # of calls between special tokens
+    call_block: str = ""  # name of the block of calls in DSML
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether answers may call tools."""
+        return bool(self.call_format or self.call_block)
+
+    def prompt(
+        self, messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False, effort: str = ""
+    ) -> list[Part]:
+        """Returns the prompt; an effort that the template does not write has no effect, as in DeepSeek's API."""
+        return self.parts(messages, tools, thinking, **({"effort": effort} if effort in self.efforts else {}))
 
     def encode(self, messages: Sequence[dict], tools: Sequence[dict] = (), thinking: bool = False) -> str:
         """Returns the prompt as a string. For a model, use `to_ids(parts(…), tokenizer)`."""
@@ -68,6 +86,7 @@ _CODER: dict[str, Any] = dict(reply=plain.coder_reply, parse=plain.coder_parse, 
 _V3: dict[str, Any] = dict(reply=v3.v3_reply, parse=v3.v3_parse, call_format=v3.CALL_FORMAT)
 _R1: dict[str, Any] = dict(_V3, reply=v3.r1_reply, parse=v3.r1_parse, spaces=v3.R1, thinks=True)
 _V31: dict[str, Any] = dict(reply=v31.v31_reply, parse=v31.v31_parse, call_format=v31.CALL_FORMAT, thinks=True)
+_V32: dict[str, Any] = dict(thinks=True, keeps_thoughts=True)
 
 TEMPLATES = {
     "v1": Template(partial(plain.parts, plain.V1), **_V2),
@@ -80,8 +99,13 @@ TEMPLATES = {
     "r1-distill": Template(partial(first_v3.parts, first_v3.R1_DISTILL), **_R1, opens_thought=True),
     "r1": Template(v3.r1_parts, **_R1),
     "v31": Template(v31.v31_parts, **_V31),
+    "v32": Template(v32.v32_parts, v32.v32_reply, v32.v32_parse, call_block=v32.BLOCK, **_V32),
+    "v4": Template(
+        *(v4.v4_parts, v4.v4_reply, v4.v4_parse),
+        **(_V32 | dict(call_block=v4.BLOCK, opens_thought=True, efforts=tuple(v4.EFFORTS))),
+    ),
 }
-OTHER_NAMES = {"v3-0324": "v3", "r1-0528": "r1", "v3.1": "v31", "v3.1-terminus": "v31"}
+OTHER_NAMES = {"v3-0324": "v3", "r1-0528": "r1", "v3.1": "v31", "v3.1-terminus": "v31", "v3.2": "v32"}
 
 
 def template(name: str) -> Template:
@@ -89,6 +113,11 @@ def template(name: str) -> Template:
     if OTHER_NAMES.get(name, name) not in TEMPLATES:
         raise UserError(f"chat template {name!r}: expected one of {', '.join(TEMPLATES)}.")
     return TEMPLATES[OTHER_NAMES.get(name, name)]
+
+
+def is_task(prompt: Sequence[Part]) -> bool:
+    """Returns whether a prompt ends in one of V4's quick tokens: its answer is short and has no thought."""
+    return bool(prompt) and prompt[-1] in v4.QUICK.values()
 
 
 def template_for(folder: Path | str | None, name: str = "", model: str = "") -> str:
@@ -102,8 +131,9 @@ def template_for(folder: Path | str | None, name: str = "", model: str = "") -> 
         template(name)
         return OTHER_NAMES.get(name, name)
     text = published_template(Path(folder)) if folder else ""
-    found, model, names = recognise(text), model or str(folder), ", ".join(TEMPLATES)
-    if not text:
+    found = published_name(Path(folder)) if folder else ""
+    model, names = model or str(folder), ", ".join(TEMPLATES)
+    if not text and not found:
         raise UserError(
             f"{model} has no chat template (in chat_template.jinja or tokenizer_config.json): it is a base model and "
             f"continues text: deepseek-jax generate --workdir={model}. If it was trained to chat, name its template "

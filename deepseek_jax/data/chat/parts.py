@@ -1,5 +1,6 @@
 """The parts of a prompt, text and special tokens of a template: as one string, and as ids."""
 
+import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -81,6 +82,18 @@ def to_ids(parts: Iterable[Part], tokenizer: MarkEncoder) -> np.ndarray:
 def fim_parts(prefix: str, suffix: str) -> list[Part]:
     """Returns a base model's prompt to fill in the middle, ended by EOS; for Coder, Coder-V2-Lite, V2.5 and V3."""
     return join([marks.BOS, marks.FIM_BEGIN, prefix, marks.FIM_HOLE, suffix, marks.FIM_END])
+
+
+def marked(text: str, *found: Part) -> Pieces:
+    """Returns a template's own text with the given special tokens, which are spelled out in it, as such."""
+    by_text = {mark.text: mark for mark in found}
+    return [by_text.get(piece, piece) for piece in re.split(f"({'|'.join(map(re.escape, by_text))})", text)]
+
+
+def overlap(text: str, start: str) -> int:
+    """Returns the length of the longest end of `text` that is a beginning of `start`."""
+    longest = min(len(start), len(text))
+    return next((n for n in range(longest, 0, -1) if text.endswith(start[:n])), 0)
 
 
 def before(mark: Part, text: str) -> str:

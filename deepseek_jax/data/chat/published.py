@@ -1,7 +1,7 @@
 """Which of our templates a published Jinja template is, recognised by distinctive text.
 
 No template is executed: the template of each generation contains text that no other has. A template without any of it
-is not recognised.
+is not recognised. V3.2 and V4 come without one, and are recognised by the model_type in their config.json.
 """
 
 import json
@@ -23,6 +23,20 @@ TRAITS = (
     ("v3-1226", (*_SPEAKERS, "is_first_sp"), ("think>", "DSML")),
     ("v2.5", (*_SPEAKERS, "is_first"), ("think>", "DSML")),
 )
+
+BY_MODEL_TYPE = {"deepseek_v32": "v32", "deepseek_v4": "v4"}  # of models whose files have no template
+
+
+def published_name(folder: Path) -> str:
+    """Returns the name of our template for the model in a folder; "" if it has none, or an unknown one."""
+    text, config = published_template(folder), folder / "config.json"
+    if text or not config.is_file():
+        return recognise(text)
+    try:
+        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{config} cannot be read ({error}). Download it again.") from error
+    return BY_MODEL_TYPE.get(model_type, "") if isinstance(model_type, str) else ""
 
 
 def recognise(text: str) -> str:

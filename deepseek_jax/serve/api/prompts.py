@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from deepseek_jax.data.chat import END_THINK, Template, fim_parts, join, to_ids
+from deepseek_jax.data.chat import END_THINK, Template, fim_parts, is_task, join, to_ids
 from deepseek_jax.data.chat.marks import Part
 from deepseek_jax.data.chat.parts import Pieces
 from deepseek_jax.data.messages import read_answer
@@ -15,7 +15,8 @@ from deepseek_jax.serve.api.requests import ChatBody
 class Prompt(NamedTuple):
     """The ids before an answer.
 
-    `thinking`: they end in a thought. `continues`: they end in the answer itself, which continues them.
+    `thinking`: they end in a thought. `continues`: they end in the answer itself, which continues them, or in a quick
+    token, after which there is no thought.
     """
 
     ids: list[int]
@@ -34,7 +35,9 @@ def chat_prompt(template: Template, tokenizer: Tokenizer, body: ChatBody) -> Pro
     tools = [] if body.tool_choice == "none" else body.tools or []
     if last.get("role") != "assistant":
         thinking = body.thinks(template)
-        return Prompt(to_ids(template.parts(body.messages, tools, thinking), tokenizer).tolist(), thinking)
+        prompt = template.prompt(body.messages, tools, thinking, body.effort)
+        ids = to_ids(prompt, tokenizer).tolist()
+        return Prompt(ids, continues=True) if is_task(prompt) else Prompt(ids, thinking)
     if last.get("prefix") is not True:
         raise UserError(
             "the last message is the assistant's: expected one of the user or of a tool, or prefix: true, which "
@@ -42,11 +45,13 @@ def chat_prompt(template: Template, tokenizer: Tokenizer, body: ChatBody) -> Pro
         )
     if not earlier:
         raise UserError("a message to complete has no message before it. Add one of the user.")
-    parts, thinking = _begun(template, earlier, tools, last)
+    parts, thinking = _begun(template, earlier, tools, last, body.effort)
     return Prompt(to_ids(parts, tokenizer).tolist(), thinking, continues=True)
 
 
-def _begun(template: Template, earlier: list[dict], tools: list[dict], last: dict) -> tuple[list[Part], bool]:
+def _begun(
+    template: Template, earlier: list[dict], tools: list[dict], last: dict, effort: str
+) -> tuple[list[Part], bool]:
     """The prompt up to the end of a begun answer, and whether that is in its thought."""
     content, thought, calls = read_answer({"content": ""} | last)
     if calls:
@@ -55,7 +60,7 @@ def _begun(template: Template, earlier: list[dict], tools: list[dict], last: dic
     begun: Pieces = [spaces.before_answer, content]
     if thinks:
         begun = [thought, spaces.after_thought, END_THINK, spaces.before_content, content] if content else [thought]
-    pieces: Pieces = [*template.parts(earlier, tools, thinks), *begun]
+    pieces: Pieces = [*template.prompt(earlier, tools, thinks, effort), *begun]
     return join(pieces), thinks and not content
 
 

@@ -186,9 +186,14 @@ class ChatBody(_Common):
         """Whether the prompt opens a thought, as asked for, or else as the template does."""
         if self.thinking:
             return self.thinking.type == "enabled"
-        if self.reasoning_effort and template.thinks:  # there is one kind of thought, whatever its effort
+        if self.reasoning_effort and template.thinks:
             return self.reasoning_effort != "none"
         return template.opens_thought
+
+    @property
+    def effort(self) -> str:
+        """How much the model is to think, as DeepSeek's server reads it: the most, or as ever."""
+        return "max" if self.reasoning_effort in ("xhigh", "max") else ""
 
     def form(self, template: Template, tokenizer: Tokenizer) -> str:
         """Returns the grammar that the answer must follow; "" for none."""
