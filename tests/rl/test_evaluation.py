@@ -1,4 +1,4 @@
-"""What a model's answers come to: from answers that are given, without a model; the verb is tested in test_rollout."""
+"""What a model's answers come to: from answers that are given, without a model; the verb is tested in test_rl_verb."""
 
 import json
 
