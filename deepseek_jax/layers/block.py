@@ -60,13 +60,20 @@ class Attention(nnx.Module):
     cache                                       where the entries go: a `layers.cache.Layout`
     over_cache(x_BTD, tokens, cached, seen_BTS) u_BTD, attending to the slots that are seen
     extend(x_BTD, tokens, cached, start)        (u_BTD, what is kept now, auxiliary losses), of tokens after those that
-                                                are cached: a chunk of prompts from `start` on, or if there is none the
-                                                next token(s) of each sequence
+                                                are cached: a chunk of prompts from `start` on, or without a `start`
+                                                the next token(s) of each sequence
+    has_rows                                    whether a part of its memory is kept per running sequence and not in
+                                                pages; then extend_in_pages(x_BTD, tokens, pool, table_BN, slot_B) is
+                                                its `extend` over a pool of pages, and of rows for running sequences
+    page_multiple                               tokens of which a page holds a multiple
     """
 
     most_keys: int | None = None
     flops_per_index: int = 0
     flops_per_slot: Any = None
+    has_rows: bool = False
+    page_multiple: Any = 1
+    extend_in_pages: Any
     matmul: Matmul
     kernels: Kernels
     context: Context

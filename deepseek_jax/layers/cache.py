@@ -97,15 +97,18 @@ def next_chunk(start: int | jax.Array) -> Attend:
     return attend
 
 
-def next_chunk_in_pages(start: int | jax.Array, table_BN: jax.Array) -> Attend:
+def next_chunk_in_pages(start: int | jax.Array, table_BN: jax.Array, slot_B: jax.Array | None = None) -> Attend:
     """`next_chunk` where the memory of all sequences is one pool of pages.
 
     The pool is what `Full` makes for as many sequences as it has pages, each as long as a page; its arrays may be
     `base.InStack`. `table_BN` are the pages of each sequence in the order of its tokens, padded with 0, the page that
-    belongs to nobody.
+    belongs to nobody. An attention that `has_rows` keeps a part of its memory not in pages but in rows, of which each
+    running sequence has one: `slot_B`.
     """
 
     def attend(attention: Any, x_BTD: jax.Array, tokens: Tokens, cached: Cached) -> tuple[jax.Array, Cached, Losses]:
+        if attention.has_rows:
+            return attention.extend_in_pages(x_BTD, tokens, cached, table_BN, slot_B)
         cached = write_pages(cached, attention.cache.packed(attention.entries(x_BTD, tokens)), tokens, table_BN)
         entries = attention.cache.unpacked(read_pages(*_one_pool(cached, table_BN)))
         u_BTD, losses = attention.over_itself(x_BTD, tokens, entries, start)
@@ -114,10 +117,12 @@ def next_chunk_in_pages(start: int | jax.Array, table_BN: jax.Array) -> Attend:
     return attend
 
 
-def first_chunk_in_pages(table_BN: jax.Array) -> Attend:
+def first_chunk_in_pages(table_BN: jax.Array, slot_B: jax.Array | None = None) -> Attend:
     """`next_chunk_in_pages` from position 0 on: the tokens look at themselves, and no page is read."""
 
     def attend(attention: Any, x_BTD: jax.Array, tokens: Tokens, cached: Cached) -> tuple[jax.Array, Cached, Losses]:
+        if attention.has_rows:
+            return attention.extend_in_pages(x_BTD, tokens, cached, table_BN, slot_B)
         packed = attention.cache.packed(attention.entries(x_BTD, tokens))
         cached = write_pages(cached, packed, tokens, table_BN)
         u_BTD, losses = attention.over_itself(x_BTD, tokens, attention.cache.unpacked(packed))
@@ -126,10 +131,12 @@ def first_chunk_in_pages(table_BN: jax.Array) -> Attend:
     return attend
 
 
-def next_tokens_in_pages(table_BN: jax.Array) -> Attend:
+def next_tokens_in_pages(table_BN: jax.Array, slot_B: jax.Array | None = None) -> Attend:
     """`next_tokens` over pages; see `next_chunk_in_pages`."""
 
     def attend(attention: Any, x_BTD: jax.Array, tokens: Tokens, cached: Cached) -> tuple[jax.Array, Cached, Losses]:
+        if attention.has_rows:
+            return attention.extend_in_pages(x_BTD, tokens, cached, table_BN, slot_B)
         cached = write_pages(cached, attention.cache.packed(attention.entries(x_BTD, tokens)), tokens, table_BN)
         return attention.over_pages(x_BTD, tokens, *_one_pool(cached, table_BN)), cached, {}
 
@@ -146,7 +153,7 @@ def write_pages(pool: Entries, entries: Entries, tokens: Tokens, table_BN: jax.A
     is_one_in_loop = page_BT.size == 1 and arrays is not pool
     put = _put_one_of_two if is_one_in_loop else _put
     arrays = jax.tree.map(lambda old, new: put(old, new, page_BT, tokens.positions_BT % size), arrays, entries)
-    return jax.tree.map(_as_was, pool, arrays, is_leaf=is_in_stack)
+    return jax.tree.map(as_was, pool, arrays, is_leaf=is_in_stack)
 
 
 def _one_pool(pool: Entries, table_BN: jax.Array) -> tuple[Entries, jax.Array]:
@@ -154,11 +161,17 @@ def _one_pool(pool: Entries, table_BN: jax.Array) -> tuple[Entries, jax.Array]:
     first = jax.tree.leaves(pool, is_leaf=is_in_stack)[0]
     if not is_in_stack(first):
         return pool, table_BN
-    arrays = jax.tree.map(lambda a: a.stack.reshape(-1, *a.stack.shape[2:]), pool, is_leaf=is_in_stack)
-    return arrays, table_BN + first.number * first.stack.shape[1]
+    return jax.tree.map(lambda a: all_layers(a, table_BN)[0], pool, is_leaf=is_in_stack), all_layers(first, table_BN)[1]
 
 
-def _as_was(old: jax.Array | InStack, pages: jax.Array) -> jax.Array | InStack:
+def all_layers(array: jax.Array | InStack, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The pages or rows of all layers side by side, and which of them a layer's `rows` are."""
+    if not isinstance(array, InStack):
+        return array, rows
+    return array.stack.reshape(-1, *array.stack.shape[2:]), rows + array.number * array.stack.shape[1]
+
+
+def as_was(old: jax.Array | InStack, pages: jax.Array) -> jax.Array | InStack:
     """Pages in the form in which they came."""
     return old._replace(stack=pages.reshape(old.stack.shape)) if isinstance(old, InStack) else pages
 

@@ -77,7 +77,7 @@ class Turn:
 
 
 class CompressedAttention(Attention):
-    """V4's attention; of `run` its `matmul`, `context`, `cache` and `compute` are used.
+    """V4's attention; of `run` its `matmul`, `context`, `cache`, `compute` and `kernels.indexed_choice` are used.
 
     A cache in "fp8" is the published one: 584 bytes per key and entry, 68 per key of the indexer. Whole sequences then
     read the same rounded numbers.
@@ -96,8 +96,11 @@ class CompressedAttention(Attention):
         is_dense: whether all entries are read while the indexer learns (the warm-up).
         share: of this layer in `index_recall`: one over the number of layers with an indexer.
 
-    Raises UserError for a cache in FP8 if the indexer's keys are not as wide as a power of two.
+    Raises UserError for a cache in FP8 if the indexer's keys are not as wide as a power of two, and for an
+    implementation of `kernels.indexed_choice` that does not read such keys.
     """
+
+    has_rows = True
 
     def __init__(
         self,
@@ -115,6 +118,11 @@ class CompressedAttention(Attention):
             raise UserError(
                 f"an indexer's keys of {index.index_width} numbers in a cache in FP8: no Hadamard matrix turns them. "
                 "Choose the cache 'full', or a width that is a power of two."
+            )
+        if index and run.kernels.chosen["indexed_choice"] == "mosaic_gpu":
+            raise UserError(
+                "config.kernels.indexed_choice='mosaic_gpu' with compressed entries: its kernel reads other keys. "
+                "Set it to triton or xla."
             )
         init, heads, width = normal(c.init_std), c.n_heads, c.head_width
         self.q_down_DR = param(rngs, (d_model, c.q_rank), ("embed", "q_latent"), init, role=IN)
@@ -195,7 +203,7 @@ class CompressedAttention(Attention):
                 return jax.tree.map(lambda x: x[:, start : start + size], a)
 
             near = self._near(entries.kv_BSQ, segments_BS, place_BT[0, start], size)
-            mine = None if index is None else Index(*own((index.q_BTHQ, index.weight_BTH)), index.k_BSQ)
+            mine = index and Index(own(index.q_BTHQ), own(index.weight_BTH), index.k_BSQ)
             outputs.append(self._attend(own(q_BTHQ), near, far, mine, own(place_BT), own(tokens.segments_BT)))
         o_BTHQ = outputs[0] if n_parts == 1 else jnp.concatenate(outputs, axis=1)
         losses: Losses = {}
@@ -223,7 +231,8 @@ class CompressedAttention(Attention):
             index = self._index(q_latent_BTR, x, tokens, self.codes[1].unpack(kept.entries_BIQ[1]))
         if positions_BT.shape[1] == 1:
             near = Part(layout.keys.unpack(kept.window_BSQ), layout.seen(kept, tokens))
-            sizes = {"top_k": self.top_k, "scale": self.scale}
+            sizes: dict[str, Any] = {"top_k": self.top_k, "scale": self.scale}
+            sizes["choose"] = self.kernels["indexed_choice"]
             chosen = None if self.is_dense else index
             o_BTHQ = over_memory(q_BTHQ, near, far, chosen, positions_BT, self.sink_H[...], **sizes)
         else:
@@ -231,6 +240,19 @@ class CompressedAttention(Attention):
             near_keys = Near(jnp.concatenate([before_BSQ, entries.kv_BSQ], axis=1))
             o_BTHQ = self._attend(q_BTHQ, near_keys, far, index, positions_BT, None)
         return self._out(o_BTHQ, positions_BT), kept, {}
+
+    def extend_in_pages(
+        self, x: Stream, tokens: Tokens, pool: Kept, table_BN: jax.Array, slot_B: jax.Array
+    ) -> tuple[jax.Array, Kept, Losses]:
+        """See `Attention`; the entries of each sequence are put side by side."""
+        layout = self.cache
+        u_BTD, kept, losses = self.extend(x, tokens, layout.read_rows(pool, table_BN, slot_B))
+        return u_BTD, layout.write_rows(pool, kept, tokens, table_BN, slot_B), losses
+
+    @property
+    def page_multiple(self) -> int:  # type: ignore[override]
+        """m: a block lies in one page."""
+        return max(self.ratio, 1)
 
     @property
     def scale(self) -> float:
@@ -287,10 +309,18 @@ class CompressedAttention(Attention):
     def _index(self, q_latent_BTR: jax.Array, x: Stream, tokens: Tokens, keys_BIQ: jax.Array) -> Index:
         return self.indexer(q_latent_BTR, x.x_BTD, tokens.positions_BT, keys_BIQ)
 
-    def _attend(self, q_BTHQ: jax.Array, near: Near, far: Far | None, index: Index | None, *places: Any) -> jax.Array:
+    def _attend(
+        self,
+        q_BTHQ: jax.Array,
+        near: Near,
+        far: Far | None,
+        index: Index | None,
+        place_BT: jax.Array,
+        segments_BT: jax.Array | None,
+    ) -> jax.Array:
         sizes: dict[str, Any] = {"window": self.config.window, "top_k": self.top_k, "scale": self.scale}
         index = None if self.is_dense else index
-        return over_sequences(q_BTHQ, near, far, index, *places, self.sink_H[...], **sizes)
+        return over_sequences(q_BTHQ, near, far, index, place_BT, segments_BT, self.sink_H[...], **sizes)
 
     @jax.named_scope("projections")
     def _out(self, o_BTHQ: jax.Array, positions_BT: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ each block again. Where entries are many times `top_k`, the chosen ones are gath
 Paper: DeepSeek-V4, arXiv 2606.19348, section 2.3; released code, class Attention.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,9 +20,10 @@ from jax import lax
 from deepseek_jax.layers.attention import MASKED
 from deepseek_jax.layers.entry_codes import Codes
 from deepseek_jax.layers.indexed_attention import AT_ONCE, Learning, by_blocks, learnt
-from deepseek_jax.layers.indexer import Index, among_top, scores, top_slots
+from deepseek_jax.layers.indexer import Index, among_top, choice, scores
 
 ROWS = 128  # queries of a block, unless the window is longer or scores are too many
+Choose = Callable[[Index, jax.Array, int], tuple[jax.Array, jax.Array]]
 GATHERED_FROM = 8  # times top_k, the number of entries from which chosen ones are gathered for each query
 
 
@@ -77,13 +78,15 @@ def attend(q_BTHQ: jax.Array, parts: Sequence[Part], sink_H: jax.Array, scale: f
     return (o_BTHQ / total_BTH[..., None]).astype(q_BTHQ.dtype)
 
 
-def part_of(far: Far, index: Index | None, seen_BTI: jax.Array, top_k: int, *, gathers: bool) -> Part:
+def part_of(
+    far: Far, index: Index | None, seen_BTI: jax.Array, top_k: int, *, gathers: bool, choose: Choose = choice
+) -> Part:
     """What queries read of the entries that they see: all, or those that an index chooses."""
     if index is None or far.e_BIQ.shape[1] <= top_k:
         return Part(far.unpacked().e_BIQ, seen_BTI)
     if not gathers:
         return Part(far.unpacked().e_BIQ, among_top(scores(index), seen_BTI, top_k))
-    slot_BTK, is_chosen_BTK = top_slots(scores(index), seen_BTI, top_k)
+    slot_BTK, is_chosen_BTK = choose(index, seen_BTI, top_k)
     chosen_BTKQ = jax.vmap(lambda e_IQ, slot_TK: e_IQ[slot_TK])(far.e_BIQ, slot_BTK)
     return Part(far.codes.unpack(chosen_BTKQ) if far.codes else chosen_BTKQ, is_chosen_BTK)
 
@@ -159,11 +162,15 @@ def over_memory(
     *,
     top_k: int,
     scale: float,
+    choose: Choose = choice,
 ) -> jax.Array:
-    """Attention of one new token per sequence to a window that is in memory; the rest as for `over_sequences`."""
+    """Attention of one new token per sequence to a window that is in memory; the rest as for `over_sequences`.
+
+    `choose` is an implementation of `kernels.indexed_choice`.
+    """
     parts = [near]
     if far is not None:
-        parts.append(part_of(far, index, far.seen(place_BT, None), top_k, gathers=True))
+        parts.append(part_of(far, index, far.seen(place_BT, None), top_k, gathers=True, choose=choose))
     return attend(q_BTHQ, parts, sink_H, scale)
 
 

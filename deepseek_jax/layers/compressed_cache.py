@@ -8,14 +8,19 @@ Each sequence is at a position of its own. New tokens follow one another, any nu
 at the end, are not kept. A block's entry is computed again with every chunk that reaches it, and nobody sees it before
 its last token is there. All sizes are known when the program is compiled, and none depends on positions. Keys and
 entries lie as `layers.entry_codes` stores them, raw numbers in float32.
+
+In the engine entries lie in pages, window and raw in one row per running sequence. What a row holds is no longer there
+when another sequence begins with the same tokens, so these share no pages.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.layers.base import InStack, is_in_stack
+from deepseek_jax.layers.cache import all_layers, as_was
 from deepseek_jax.layers.compressor import Blocks, Compressor, Raw
 from deepseek_jax.layers.entry_codes import Codes
 from deepseek_jax.layers.tokens import Tokens
@@ -34,6 +39,15 @@ class Kept(NamedTuple):
     window_BSQ: jax.Array
     raw: tuple[Raw, ...]
     entries_BIQ: tuple[jax.Array, ...]
+
+    def with_rows(self, n_rows: int) -> "Kept":
+        """The shapes of these pages, one sequence each, with so many rows for window and raw; axis L may come first."""
+        axis = self.window_BSQ.ndim - 3
+
+        def rows(a: Any) -> Any:
+            return jax.ShapeDtypeStruct((*a.shape[:axis], n_rows, *a.shape[axis + 1 :]), a.dtype)
+
+        return self._replace(window_BSQ=rows(self.window_BSQ), raw=jax.tree.map(rows, self.raw))
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,44 @@ class CompressedLayout:
         """seen_BTS: rows of the window that single tokens, already written, look at."""
         return jnp.arange(self.window) <= tokens.positions_BT[..., None]
 
+    def read_rows(self, pool: Kept, table_BN: jax.Array, slot_B: jax.Array) -> Kept:
+        """The memory of sequences whose entries lie in pages, and whose window and raw in rows."""
+
+        def rows(array: jax.Array | InStack) -> jax.Array:
+            of_all, own_B = all_layers(array, slot_B)
+            return of_all[own_B]
+
+        def entries(array: jax.Array | InStack) -> jax.Array:
+            of_all, own_BN = all_layers(array, table_BN)
+            return of_all[own_BN].reshape(len(table_BN), -1, of_all.shape[-1])
+
+        state = jax.tree.map(rows, (pool.window_BSQ, pool.raw), is_leaf=is_in_stack)
+        return Kept(*state, tuple(entries(array) for array in pool.entries_BIQ))
+
+    def write_rows(self, pool: Kept, kept: Kept, tokens: Tokens, table_BN: jax.Array, slot_B: jax.Array) -> Kept:
+        """Returns the pool with what `write` made of what `read_rows` gave; entries of padding go to page 0."""
+        end_B = tokens.positions_BT[:, 0] + n_real(tokens)
+
+        def rows(array: jax.Array | InStack, new: jax.Array) -> jax.Array | InStack:
+            of_all, own_B = all_layers(array, slot_B)
+            return as_was(array, of_all.at[own_B].set(new))
+
+        def entries(m: int, array: jax.Array | InStack, new_BIQ: jax.Array) -> jax.Array | InStack:
+            of_all, _ = all_layers(array, table_BN)
+            number_BI = _reached(m, tokens.positions_BT)
+            made_BIQ = jnp.take_along_axis(new_BIQ, number_BI[..., None], axis=1, mode="clip")
+            page_BI = jnp.take_along_axis(table_BN, number_BI // of_all.shape[1], axis=1, mode="clip")
+            is_text_BI = (m * number_BI < end_B[:, None]) & (end_B > tokens.positions_BT[:, 0])[:, None]
+            _, own_BI = all_layers(array, jnp.where(is_text_BI, page_BI, 0))
+            return as_was(array, of_all.at[own_BI, number_BI % of_all.shape[1]].set(made_BIQ))
+
+        given = zip(self.compressors, pool.entries_BIQ, kept.entries_BIQ, strict=True)
+        return Kept(
+            rows(pool.window_BSQ, kept.window_BSQ),
+            jax.tree.map(rows, pool.raw, kept.raw, is_leaf=is_in_stack),
+            tuple(entries(compressor.ratio, *arrays) for compressor, *arrays in given),
+        )
+
     def packed(self, entries: Entries) -> Entries:
         """See `layers.cache.Layout`; here the entries themselves."""
         return entries
@@ -110,8 +162,7 @@ def _close(
 ) -> jax.Array:
     """Returns entries with those of all blocks in it that the new tokens reach."""
     m, span, n_tokens = compressor.ratio, compressor.span, positions_BT.shape[1]
-    first_B = positions_BT[:, :1]
-    number_BI = first_B // m + jnp.arange((n_tokens + m - 2) // m + 1)
+    first_B, number_BI = positions_BT[:, :1], _reached(m, positions_BT)
     position_BIJ = m * (number_BI[..., None] + 1) - span + jnp.arange(span)
     is_new_BIJ = position_BIJ >= first_B[..., None]
     row_BIJ = jnp.where(is_new_BIJ, position_BIJ - first_B[..., None] + span, position_BIJ % span)
@@ -119,3 +170,8 @@ def _close(
     both = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), old, new)
     e_BIQ = codes.pack(compressor.entries(both, blocks))
     return made_BIQ.at[jnp.arange(len(made_BIQ))[:, None], number_BI].set(e_BIQ, mode="drop")
+
+
+def _reached(m: int, positions_BT: jax.Array) -> jax.Array:
+    """Numbers of the blocks that tokens reach, number_BI, as many as it can be at any position."""
+    return positions_BT[:, :1] // m + jnp.arange((positions_BT.shape[1] + m - 2) // m + 1)

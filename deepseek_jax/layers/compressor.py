@@ -5,9 +5,9 @@
 
 With overlapping blocks W^KV and W^Z are twice as wide: the first half of a and z counts in the entry of the block
 after, the second half in that of the token's own, whose softmax has 2 m tokens (m before the first token of all). The
-entry has the position of the first token of its own block; a token sees it from the last one on, so that no entry tells
-a token what comes later. Blocks are counted from the first token of each document; the last, incomplete one has no
-entry.
+entry has the position of the first token of its own block; only tokens from its last one on see it, so that nothing of
+a token reaches an earlier one. Blocks are counted from the first token of each document; the last, incomplete one has
+no entry.
 
 `Raw` is what is known of each token. `closed` finds the blocks of whole sequences, documents packed side by side
 included; `layers.compressed_cache` those that new tokens close.

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.layers.base import Execution, run_cached, run_stack, stack
-from deepseek_jax.layers.block import Attend, Build, Group, Statistics
+from deepseek_jax.layers.block import Attend, Attention, Build, Group, Statistics
 from deepseek_jax.layers.cache import first_pass, next_chunk, next_tokens
 from deepseek_jax.layers.embed import Embedding, Head
 from deepseek_jax.layers.norm import RMSNorm
@@ -239,8 +239,21 @@ class Decoder(nnx.Module):
         h_BTD, cache = self.generating(Tokens(ids_BT, positions_BT), next_tokens, cache)
         return self.head(h_BTD), cache
 
-    def pool(self, n_pages: int, page_size: int) -> Cache:
-        """Returns memory for `n_pages` pages of `page_size` tokens, all zeros (`layers.cache.next_chunk_in_pages`)."""
+    def pool(self, n_pages: int, page_size: int, n_rows: int = 1) -> Cache:
+        """Returns memory for `n_pages` pages of `page_size` tokens, all zeros (`layers.cache.next_chunk_in_pages`).
+
+        What attentions keep per running sequence has `n_rows` rows.
+        """
         ids_BT = jax.ShapeDtypeStruct((n_pages, 1), jnp.int32)
         _, cache = jax.eval_shape(lambda ids_BT: self.prefill(ids_BT, page_size), ids_BT)
+
+        def in_rows(kept: Any) -> Any:
+            return kept.with_rows(n_rows) if hasattr(kept, "with_rows") else kept
+
+        cache = jax.tree.map(in_rows, cache, is_leaf=lambda kept: hasattr(kept, "with_rows"))
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), cache)
+
+    @property
+    def attentions(self) -> list[Any]:
+        """The attention of each block, one per stack of alike blocks."""
+        return [module for _, module in nnx.iter_graph(self) if isinstance(module, Attention)]

@@ -34,9 +34,9 @@ from deepseek_jax.parallel.replicas import Replicas
 from deepseek_jax.serve import batches
 from deepseek_jax.serve.batches import LEAST_PAGES, LEAST_TOKENS, Plans, bucket, buckets
 from deepseek_jax.serve.disk import DiskPages
-from deepseek_jax.serve.memory import Sizes, shapes_of
+from deepseek_jax.serve.memory import Sizes, page_size_for, shapes_of
 from deepseek_jax.serve.outputs import Drawn, Logprob, Output, Recited, all_drawn, all_recited, logprobs_at
-from deepseek_jax.serve.pages import PAGE_SIZE, PagePool, root
+from deepseek_jax.serve.pages import PagePool, root
 from deepseek_jax.serve.programs import Call, Current, Weights, checked_like, programs_for
 from deepseek_jax.serve.ranks import Rank, Row
 from deepseek_jax.serve.sampling import MOST_TOP, Kind, Sampling
@@ -86,7 +86,7 @@ class Engine:
         n_pages: int | None = None,
         n_rows: int = 16,
         chunk: int = 256,
-        page_size: int = PAGE_SIZE,
+        page_size: int | None = None,
         n_ahead: int = 1,
         n_steps: int = 1,
         n_prompts: int = 1,
@@ -105,19 +105,22 @@ class Engine:
         # drafts and log-probabilities of prompts are made one by one; devices may differ in who needs them
         self._n_prompts = 1 if n_drafts or replicas else min(n_prompts, n_rows)
         self.weights, self.n_positions, self.n_rows, self.chunk = weights, n_positions, n_rows, chunk
-        self.page_size, self.n_ahead, self.n_steps, self.n_drafts = page_size, n_ahead, n_steps, n_drafts
+        self.n_ahead, self.n_steps, self.n_drafts = n_ahead, n_steps, n_drafts
         self.least_pages, self._ends_early = least_pages, ends_early
         self.n_drafted = self.n_accepted = 0  # drafts that were verified, and those that were right
-        n_pages = n_pages or 1 + n_rows * -(-n_positions // page_size)
+        model: Any = bind(definition, *weights)
+        page_size = page_size_for(model, page_size)
+        # what attentions keep of running requests alone: no other request finds it, nor the disk
+        self._has_rows = any(attention.has_rows for attention in model.attentions)
+        self.page_size, n_pages = page_size, n_pages or 1 + n_rows * -(-n_positions // page_size)
         self.replicas, n_ranks = replicas, replicas.n if replicas else 1  # programs may be another engine's too
         self.ranks = [Rank(PagePool(n_pages, page_size, n_drafts), n_rows, chunk) for _ in range(n_ranks)]
         sizes = Sizes(n_pages, page_size, n_rows, n_drafts > 0)
         how = matmul_precision, replicas, compiler_options, ends_early
         self.programs = programs_for(definition, weights, sizes, *how)
-        model: Any = bind(definition, *weights)
         self.vocab_size, self._d_model = model.embedding.table_VD.shape
         self._dtype, self._has_routes = model.run.compute, model.run.routes
-        _check_drafts(n_drafts, model)
+        _check_drafts(n_drafts, model, self._has_rows)
         self._memory = self.programs.empty(model)
         # of each device; the last places are those of padding
         self._last_R = self._by_row(np.zeros(n_ranks * (n_rows + 1), np.int32))
@@ -147,7 +150,7 @@ class Engine:
             options,
             is_stepwise=sampling.constraint is not None or self.n_drafts > 0,
             most_draws=1 if sampling.constraint else None,
-            reads_cache=not sampling.prompt_logprobs,
+            reads_cache=not (sampling.prompt_logprobs or self._has_rows),
         )
         self.ranks[rank].scheduler.add(request)
         if self._disk and request.reads_cache:
@@ -158,6 +161,10 @@ class Engine:
         """Keeps pages of the cache in a directory, and finds those of earlier engines with these weights there."""
         if len(self.ranks) > 1:
             raise UserError("pages are kept on the disk by an engine on one device. Leave out the mesh, or the disk.")
+        if self._has_rows:
+            raise UserError(
+                "pages on the disk: this model's attention keeps a window that is in no page. Leave it out."
+            )
         model: Any = bind(self.programs.definition, *self.weights)
 
         def shapes(n_pages: int) -> Any:
@@ -350,6 +357,7 @@ class Engine:
 
     def _extend(self, plans: Plans, n_rows: int, length: int, width: int) -> Call:
         rows = batches.prompts(plans, n_rows, length, width)
+        rows |= batches.slots(plans, n_rows, self.n_rows) if self._has_rows else {}
         return Call("extend", {"weights": self.weights, "memory": self._memory}, rows)
 
     def _decode(self, plans: Plans, n_rows: int, width: int) -> Call:
@@ -505,11 +513,13 @@ class Engine:
         self.n_accepted += int(is_drawn_T[:, 1].sum())
 
 
-def _check_drafts(n_drafts: int, model: Any) -> None:
+def _check_drafts(n_drafts: int, model: Any, has_rows: bool) -> None:
     """Raises UserError if the model cannot make so many drafts."""
     whole(0, 1).check("n_drafts", n_drafts)
     if n_drafts and not getattr(model, "mtp", None):
         raise UserError("n_drafts=1: the model has no multi-token prediction, which makes drafts. Set n_drafts to 0.")
+    if n_drafts and has_rows:
+        raise UserError("n_drafts=1: a wrong draft would stay in the window of this model. Set n_drafts to 0.")
 
 
 def _with_row(allowed_RW: jax.Array, words_W: jax.Array, place: jax.Array) -> jax.Array:

@@ -1,15 +1,21 @@
-"""What the engine keeps of tokens on the device, all of it in pages: caches, and the tokens themselves."""
+"""What the engine keeps of tokens on the device, in pages: caches, and the tokens themselves.
 
+Attentions that keep a window (`layers.block.Attention.has_rows`) have a row for each running request besides.
+"""
+
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.errors import UserError
 from deepseek_jax.layers.block import Attend, Statistics
 from deepseek_jax.layers.cache import first_pass, read_pages, write_pages
 from deepseek_jax.layers.decoder import Cache
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.parallel.replicas import Replicas
+from deepseek_jax.serve.pages import PAGE_SIZE
 
 
 class Sizes(NamedTuple):
@@ -59,10 +65,26 @@ def shapes_of(model: Any, sizes: Sizes) -> Memory:
     """Returns the shapes of memory."""
     n_pages, page_size = sizes.n_pages, sizes.page_size
     ids_PS: Any = jax.ShapeDtypeStruct((n_pages, page_size), jnp.int32)
-    cache = jax.eval_shape(lambda: model.pool(n_pages, page_size))
+    cache = jax.eval_shape(lambda: model.pool(n_pages, page_size, sizes.n_rows + 1))
     if model.run.routes:
         cache = _with_routes(model, cache, n_pages, page_size)
     return Memory(cache, ids_PS, _ahead(model, n_pages, page_size) if sizes.has_drafts else None)
+
+
+def page_size_for(model: Any, page_size: int | None) -> int:
+    """Returns the tokens per page: those given, or the fewest from `PAGE_SIZE` on that suit the model.
+
+    Raises UserError for a number that does not.
+    """
+    multiple = math.lcm(*(attention.page_multiple for attention in model.attentions))
+    if page_size is None:
+        return math.lcm(PAGE_SIZE, multiple)
+    if page_size % multiple:
+        raise UserError(
+            f"page_size={page_size}: the model has entries of up to {multiple} tokens, which pages must not divide. "
+            f"Choose a multiple of {multiple}."
+        )
+    return page_size
 
 
 def zeros(one: Memory, all_of_them: Memory, replicas: Replicas | None) -> Memory:

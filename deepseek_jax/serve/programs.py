@@ -128,8 +128,9 @@ class Programs:
         """Memory of these sizes, all zeros."""
         if self._shapes is None:
             one = shapes_of(model, self.sizes)
-            n_pages = self.sizes.n_pages * (self.replicas.n if self.replicas else 1)
-            self._shapes = one, shapes_of(model, self.sizes._replace(n_pages=n_pages)) if self.replicas else one
+            n = self.replicas.n if self.replicas else 1
+            of_all = self.sizes._replace(n_pages=self.sizes.n_pages * n, n_rows=(self.sizes.n_rows + 1) * n - 1)
+            self._shapes = one, shapes_of(model, of_all) if self.replicas else one
         return zeros(*self._shapes, self.replicas)
 
     def run(self, call: Call) -> Any:
@@ -162,10 +163,17 @@ class Programs:
         return self._compiled[key]
 
     def begin(
-        self, weights: Weights, memory: Memory, ids_BT: jax.Array, n_B: jax.Array, table_BN: jax.Array
+        self,
+        weights: Weights,
+        memory: Memory,
+        ids_BT: jax.Array,
+        n_B: jax.Array,
+        table_BN: jax.Array,
+        slot_B: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, Memory]:
         """`extend` from position 0 on, which reads no page."""
-        return self._read(weights, memory, ids_BT, n_B, jnp.zeros_like(n_B), table_BN, first_chunk_in_pages(table_BN))
+        attend = first_chunk_in_pages(table_BN, slot_B)
+        return self._read(weights, memory, ids_BT, n_B, jnp.zeros_like(n_B), table_BN, attend)
 
     def extend(
         self,
@@ -175,9 +183,10 @@ class Programs:
         n_B: jax.Array,
         start_B: jax.Array,
         table_BN: jax.Array,
+        slot_B: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, Memory]:
         """The first `n_B` tokens of `ids_BT` from position `start_B` on: (h_BTD, logits_BV after the last, memory)."""
-        attend = next_chunk_in_pages(start_B[0], table_BN)
+        attend = next_chunk_in_pages(start_B[0], table_BN, slot_B)
         return self._read(weights, memory, ids_BT, n_B, start_B, table_BN, attend)
 
     def _read(
@@ -207,7 +216,7 @@ class Programs:
     ) -> tuple[jax.Array, Memory]:
         """One token per row: (logits_BV, memory)."""
         id_B, real_B = current.id_B(last_R), current.real_B(last_R)
-        return self._next(weights, memory, id_B, current.start_B, real_B, current.table_BN)
+        return self._next(weights, memory, id_B, current.start_B, real_B, current)
 
     def draw(
         self, logits_BV: jax.Array, last_R: jax.Array, position_B: jax.Array, slot_B: jax.Array, **how: jax.Array
@@ -250,7 +259,7 @@ class Programs:
 
         def step(carry: tuple) -> tuple:
             number, _, memory, id_B, is_running_B, found = carry
-            logits_BV, memory = self._next(weights, memory, id_B, start_B + number, is_running_B, table_BN)
+            logits_BV, memory = self._next(weights, memory, id_B, start_B + number, is_running_B, current)
             pages = {"ids_PS": memory.ids_PS, "table_BN": table_BN} if "n_prompt_B" in how else {}
             new_B = draw(logits_BV, start_B + number + 1, how | pages)
             new = jnp.where(is_running_B, new_B, ENDED), None if n_top < 0 else scores(logits_BV, new_B, n_top)
@@ -285,12 +294,13 @@ class Programs:
         id_B: jax.Array,
         position_B: jax.Array,
         real_B: jax.Array,
-        table_BN: jax.Array,
+        current: Current,
     ) -> tuple[jax.Array, Memory]:
-        tokens = Tokens(id_B[:, None], position_B[:, None], real_BT=real_B[:, None])
+        """The next token of rows, whose pages and slots are those of `current`."""
+        table_BN, tokens = current.table_BN, Tokens(id_B[:, None], position_B[:, None], real_BT=real_B[:, None])
         with jax.default_matmul_precision(self.matmul_precision):
             model: Any = bind(self._own, *weights)
-            h_BTD, memory = read(model, tokens, next_tokens_in_pages(table_BN), memory, table_BN)
+            h_BTD, memory = read(model, tokens, next_tokens_in_pages(table_BN, current.slot_B), memory, table_BN)
             return model.head(h_BTD)[:, 0], memory
 
     def routes(self, weights: Weights, memory: Memory, table_BN: jax.Array) -> jax.Array:

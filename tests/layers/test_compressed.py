@@ -123,7 +123,7 @@ def test_no_token_moves_an_earlier_output_and_each_moves_its_own(kind):
     apart_BT = np.abs(other - u_BTD).max(-1)
     assert apart_BT[np.tri(T, k=-1, dtype=bool)].max() <= 1e-6  # row b, tokens before b
     assert np.diagonal(apart_BT).min() > 1e-3
-    if kind != "sliding":  # the first token is told by an entry, long after the window
+    if kind != "sliding":  # an entry holds the first token, long after the window
         assert (apart_BT[0, SIZES.window + 2 :] > 1e-6).any()
 
 

@@ -50,6 +50,7 @@ def config(kind):
         index_head_dim=INDEX.index_width,
         index_topk=INDEX.index_top_k,
         layer_types=[f"{kind}_attention"],
+        max_position_embeddings=1024,
         compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 16},
         rope_parameters={"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 64},
         attn_implementation="eager",
