@@ -19,7 +19,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
-from deepseek_jax import on_device, on_mesh, release, run_config
+from deepseek_jax import on_device, release, run_config
 from deepseek_jax.abstract_model import (
     abstract_module,
     abstract_weights,
@@ -58,6 +58,9 @@ from deepseek_jax.serve.sampling import Sampling
 from deepseek_jax.storage import Remote
 from deepseek_jax.units import binary
 from deepseek_jax.weights import FORMATS, export, open_weights, with_peft
+
+if TYPE_CHECKING:
+    from deepseek_jax.on_mesh import Redundant
 
 MOST_ROWS = 256  # prompts that `generate` continues at the same time
 # of engines whose prompts are all known, and which compile what these need
@@ -214,7 +217,7 @@ class LanguageModel:
         mesh: Mesh | None = None,
         cache: str = "full",
         routes: bool = False,
-        redundant: on_mesh.Redundant | None = None,
+        redundant: "Redundant | None" = None,
         **options: Any,
     ) -> Engine:
         """Returns an engine that runs many requests at once.
@@ -244,6 +247,8 @@ class LanguageModel:
         if mesh is None and redundant is not None:
             raise UserError("redundant experts on one device: it has all experts. Give a mesh, or leave them out.")
         if mesh is not None:
+            from deepseek_jax import on_mesh  # which brings much that one device does without
+
             options["replicas"] = on_mesh.replicas(self.config, definition, weights, mesh, redundant)
             if redundant is not None:
                 definition = on_mesh.with_slots(self.config, definition, weights, redundant)
