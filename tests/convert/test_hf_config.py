@@ -404,7 +404,7 @@ ROPE = LLM | {"rope_scaling": {"type": "linear", "factor": 4.0}}
     [
         ({}, "model_type"),
         ({"model_type": "kimi_k25"}, "kimi_k25"),
-        ({"model_type": "deepseek_v9"}, "deepseek_v4"),
+        ({"model_type": "deepseek_v9"}, "deepseek_v9"),
         ({"model_type": ["llama"]}, "model_type"),
         (LLM | {"hidden_act": "gelu"}, "hidden_act"),
         (LLM | {"attention_bias": True}, "attention_bias"),
