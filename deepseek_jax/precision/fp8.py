@@ -177,7 +177,7 @@ class BlockMatmul:
     wire: ClassVar[Wire] = Codes()
 
     @property
-    def codes(self) -> str:
+    def codes(self) -> str | None:
         """See `Matmul`."""
         return self.scale
 

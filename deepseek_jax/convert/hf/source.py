@@ -27,12 +27,12 @@ def _left_out(tensors: Tensors, numbers: dict[str, Any]) -> tuple[str, ...]:
     """Returns prefixes of the layers of multi-token prediction that the files have and config.json does not name."""
     if "mtp_depth" not in numbers:
         return ()
-    layers = map("model.layers.{}.".format, itertools.count(numbers["n_layers"] + numbers["mtp_depth"]))
+    n = numbers["n_layers"] + numbers["mtp_depth"]
+    layers = map("model.layers.{}.".format, itertools.count(n))
     depths = map("mtp.{}.".format, itertools.count(numbers["mtp_depth"]))
-    return tuple(
-        at
-        for each, last in ((layers, "eh_proj"), (depths, "e_proj"))
-        for at in itertools.takewhile(lambda at, last=last: f"{at}{last}.weight" in tensors, each)
+    return (
+        *itertools.takewhile(lambda at: f"{at}eh_proj.weight" in tensors, layers),
+        *itertools.takewhile(lambda at: f"{at}e_proj.weight" in tensors, depths),
     )
 
 

@@ -31,7 +31,7 @@ SCALES = {"fp8": ("fp32", "F32"), "fp8_ue8m0": ("ue8m0", "F32"), "fp8_e8m0": ("u
 SCALES["fp4"] = SCALES["fp8_e8m0"]  # of what is not in FP4
 FORMATS = {"bf16": "BF16", "fp32": "F32", **dict.fromkeys(SCALES, "BF16"), "keep": None}  # of what is not FP8
 
-Get = Callable[[names.Path, names.Index], np.ndarray | Fp8Weight]
+Get = Callable[[names.Path, names.Index], Any]  # an array of NumPy, or a weight in codes of such arrays
 
 
 def from_tree(tree: dict) -> Get:
@@ -273,8 +273,8 @@ def _as_held(tensor: names.Tensor, leaf: Fp8Weight, get: Get, report: Callable |
         ((path, index),) = tensor.places
         held["weight"] = weight = get(path, index)
         if report:
-            report(weight.nbytes)  # type: ignore[union-attr]
-        return weight.codes.view(np.int8) if is_fp4 else weight.codes  # type: ignore[union-attr]
+            report(weight.nbytes)
+        return weight.codes.view(np.int8) if is_fp4 else weight.codes
 
     def scales() -> np.ndarray:
         scale, kind = held.pop("weight").scale, safetensors.DTYPES["F8_E8M0"]

@@ -157,7 +157,8 @@ def _read_schedule(hf: Json, n_layers: int, depth: int) -> Numbers:
     if not isinstance(given, dict) or not all(is_integer(rate, 1, MOST_POSITIONS) for rate in given.values()):
         raise invalid(hf, "compress_rates", f"numbers of tokens for {SPARSE} and {HEAVY}")
     rates = {SPARSE: SPARSE_RATIO, HEAVY: HEAVY_RATIO} | given
-    kinds, ratios, n = hf.get("layer_types"), hf.get("compress_ratios"), n_layers + depth
+    kinds, n = hf.get("layer_types"), n_layers + depth
+    ratios: Any = hf.get("compress_ratios")
     is_list = isinstance(ratios, list) and all(is_integer(ratio, 0, MOST_POSITIONS) for ratio in ratios)
     if (kinds is None or ratios is not None) and not (is_list and len(ratios) >= n):
         expected = f"whole numbers of tokens, 0 for a window alone, one for each of {n_layers} + {depth} layers"
