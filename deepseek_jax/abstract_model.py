@@ -88,8 +88,11 @@ def with_fp8_cache(config: ConfigDict, run: Execution) -> Execution:
 def has_fp8_cache(config: ConfigDict) -> bool:
     """Whether a model's latents are a multiple of 128 numbers, and so the keys of its indexer, if it has one.
 
-    The keys are turned by a Hadamard matrix (`layers.indexer`): their width is a power of two besides.
+    The keys are turned by a Hadamard matrix (`layers.indexer`): their width is a power of two besides. Compressed
+    entries may have any width.
     """
+    if "compress_ratios" in config.model:
+        return config.model.index_width & (config.model.index_width - 1) == 0
     width, key = config.model.get("kv_rank", 0), config.model.get("index_width", 0)
     return bool(width) and width % FP8_BLOCK == 0 == key % FP8_BLOCK and key & (key - 1) == 0
 

@@ -40,7 +40,7 @@ from deepseek_jax.parallel.mesh import REPLICAS
 from deepseek_jax.precision.policy import POLICIES
 
 NANO = str(Path(__file__).parent / "train" / "nano_v3.py")
-MODELS = {"tiny_v1": "v1", "tiny_moe": "moe", "tiny_v2": "v2", "tiny_v3": "v3", "tiny_v32": "v32"}
+MODELS = {"tiny_v1": "v1", "tiny_moe": "moe", "tiny_v2": "v2", "tiny_v3": "v3", "tiny_v32": "v32", "tiny_v4": "v4"}
 NEVER = [
     math.nan,
     math.inf,

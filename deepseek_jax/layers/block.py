@@ -53,7 +53,8 @@ class Attention(nnx.Module):
     expand(weights, entries)                    keys and values of entries; reads no weights but those it is given
     scale                                       factor of the scores
     entry_width, expanded_width                 numbers per token of entries, and of keys and values of all heads
-    most_keys                                   tokens that one attends to at most; None: all before it
+    most_keys                                   keys that one attends to at most; None: all before it
+    tokens_per_key, window                      tokens that a key stands for, and tokens that one attends to besides
     flops_per_index                             operations per pair of tokens by which they are chosen
     flops_per_slot                              of a new token and one that it attends to in a cache, in the scores and
                                                 the sums; None: as many as without a cache
@@ -69,6 +70,8 @@ class Attention(nnx.Module):
     """
 
     most_keys: int | None = None
+    tokens_per_key: int = 1
+    window: int = 0
     flops_per_index: int = 0
     flops_per_slot: Any = None
     has_rows: bool = False

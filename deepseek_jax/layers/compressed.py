@@ -271,17 +271,23 @@ class CompressedAttention(Attention):
 
     @property
     def most_keys(self) -> int | None:  # type: ignore[override]
-        """The window and, with an indexer, top_k; None where all entries are read."""
-        if self.ratio and (self.is_dense or not self.has_index):
-            return None
-        return self.config.window + self.top_k
+        """Of entries: top_k with an indexer, 0 without a compressor; None where all are read."""
+        return None if self.ratio and (self.is_dense or not self.has_index) else self.top_k
+
+    @property
+    def tokens_per_key(self) -> int:  # type: ignore[override]
+        """m; 1 without a compressor."""
+        return max(self.ratio, 1)
+
+    @property
+    def window(self) -> int:  # type: ignore[override]
+        """w."""
+        return self.config.window
 
     @property
     def flops_per_index(self) -> int:  # type: ignore[override]
-        """2 J Q / m, of the indexer's heads and their width."""
-        if not self.has_index:
-            return 0
-        return 2 * self.indexer.config.index_heads * self.indexer.config.index_width // self.ratio
+        """2 J Q per entry, of the indexer's heads and their width."""
+        return 2 * self.indexer.config.index_heads * self.indexer.config.index_width if self.has_index else 0
 
     def _closed(
         self, entries: Entries, positions_BS: jax.Array, segments_BS: jax.Array | None

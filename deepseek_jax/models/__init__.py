@@ -16,6 +16,7 @@ FAMILIES = {
     "v2": "deepseek_jax.models.v2",
     "v3": "deepseek_jax.models.v3",
     "v32": "deepseek_jax.models.v32",
+    "v4": "deepseek_jax.models.v4",
 }
 
 

@@ -6,7 +6,18 @@ from typing import Any, get_args, get_type_hints
 
 from ml_collections import ConfigDict
 
-from deepseek_jax.bounds import LARGEST, MOST_LAYERS, MOST_POSITIONS, Bound, number, optional, shown, switch, whole
+from deepseek_jax.bounds import (
+    LARGEST,
+    MOST_LAYERS,
+    MOST_POSITIONS,
+    Bound,
+    number,
+    optional,
+    several,
+    shown,
+    switch,
+    whole,
+)
 from deepseek_jax.errors import UserError
 
 POSITIVE = number(0, 1e15, above=True)
@@ -25,6 +36,11 @@ BOUNDS: dict[str, Bound] = {  # of keys that are no plain size
     "attention_bias": switch(),
     "qk_norm": switch(),
     "index_dense": switch(),
+    "compress_ratios": several(whole(0, MOST_POSITIONS)),
+    "n_hash_layers": COUNT,
+    "compress_rope_base": POSITIVE,
+    "hyper_eps": number(0, 1),
+    "swiglu_limit": number(0, 1e15),
 }
 GROUPS: dict[str, dict[str, Bound]] = {  # the keys of a group, those that it always has first
     "yarn": {

@@ -98,8 +98,8 @@ class CachedActivations:
             context = Context(layout.context)
             run = Execution(compute=dtype, unroll=0, exchange=exchange and replace(exchange, level=0), context=context)
             blocks = getattr(abstract_model(self.family, self.sizes, run), stack)
-            shape_BTD = (layout.sequences, layout.part_len, self.network.d_model)
-            self.grown[key] = growth(blocks, run, shape_BTD, rules, layout.mesh, SAVEABLE[recipe.remat])
+            shape = (layout.sequences, layout.part_len, *self.network.stream_shape)
+            self.grown[key] = growth(blocks, run, shape, rules, layout.mesh, SAVEABLE[recipe.remat])
         return self.grown[key]
 
     def _bytes(self, stack: str, recipe: Recipe, layout: Layout, rules: Mapping[str, str]) -> tuple[int, int]:
@@ -108,7 +108,7 @@ class CachedActivations:
         Of the mesh, only the number of a device's experts changes it, not the number of shards of a gathered weight.
         """
         if recipe.remat == "block":
-            return int(layout.part_len * self.network.d_model * recipe.activations), 0
+            return int(layout.part_len * self.network.stream_width * recipe.activations), 0
         mesh = layout.mesh
         used = {logical for weight in self.network.of(stack) for logical in weight.axes}
         split_over = sorted((name, at) for name, at in rules.items() if name in used and mesh.shape.get(at, 1) > 1)
@@ -121,7 +121,7 @@ class CachedActivations:
             context = Context(layout.context)
             run = Execution(compute=dtype, remat=recipe.remat, exchange=exchange, unshard=unshard, context=context)
             blocks = getattr(abstract_model(self.family, self.sizes, run), stack)
-            shapes = ((n, layout.part_len, self.network.d_model) for n in (1, 2))
+            shapes = ((n, layout.part_len, *self.network.stream_shape) for n in (1, 2))
             one, two = (residual_bytes(blocks, run, shape, rules, mesh) for shape in shapes)
             self.known[key] = (two - one, 2 * one - two)
         return self.known[key]
@@ -134,7 +134,7 @@ def _found_before(family: ModuleType, sizes: Sizes) -> tuple[dict[tuple, tuple[i
 
 
 def residual_bytes(
-    blocks: nnx.Module, run: Execution, shape_BTD: tuple[int, int, int], rules: Mapping[str, str], mesh: Mesh
+    blocks: nnx.Module, run: Execution, shape_BTD: tuple[int, ...], rules: Mapping[str, str], mesh: Mesh
 ) -> int:
     """Returns the bytes that the backward pass of one layer of a stack needs besides its weights, on one device."""
     definition, params, router_bias = layers_read(blocks, 1, run, rules, mesh)

@@ -5,6 +5,7 @@
     a new token = the same with flops_per_slot * the tokens in the cache
 
 With an indexer a token sees most_keys keys at most, and flops_per_index * all keys are added, by which it chooses.
+Where a key stands for several tokens (V4), there are fewer, and the window's tokens besides.
 
 Keys seen: T if attention is counted in full (non-causal), T / 2 if only earlier tokens count (causal, the mean over
 the sequence). Of the routed experts top_k are active per token. The embedding is a look-up and costs nothing. These
@@ -17,7 +18,7 @@ log counts both.
 
 from dataclasses import dataclass
 
-from deepseek_jax.plan.network import HEAD, MTP, Network
+from deepseek_jax.plan.network import HEAD, MTP, Network, Reading
 
 INDEXER = ".indexer."  # in the names of its weights
 TRAINING = 3  # forward and backward, in forward passes
@@ -41,29 +42,53 @@ class Forward:
         return main + mtp * (self.mtp + router * self.mtp_router)
 
 
-def keys_seen(seq_len: int, *, causal: bool) -> float:
+def keys_seen(seq_len: float, *, causal: bool) -> float:
     """Returns the number of keys that a token attends to, averaged over a sequence of `seq_len`."""
     return seq_len / 2 if causal else seq_len
 
 
 def pair_flops(network: Network, seq_len: int, *, causal: bool) -> float:
-    """Returns the operations per token and layer of attention, and of an indexer, over a sequence of `seq_len`."""
-    keys = chosen = keys_seen(seq_len, causal=causal)
-    if network.most_keys is not None and network.most_keys < seq_len:
-        unseen = (seq_len - network.most_keys) ** 2 / (2 * seq_len) if causal else seq_len - network.most_keys
-        chosen -= unseen
-    return network.flops_per_pair * chosen + network.flops_per_index * keys
+    """Returns the operations per token and layer of attention, and of an indexer, over a sequence of `seq_len`.
+
+    It is the mean over layers of different kinds.
+    """
+    return attention_flops(network, seq_len, causal=causal) / network.n_layers
+
+
+def attention_flops(network: Network, seq_len: int, *, causal: bool) -> float:
+    """Returns the operations per token of attention, and of indexers, in all layers of the main model."""
+    return sum(n * reading_flops(reading, seq_len, causal=causal) for reading, n in network.layers.items())
+
+
+def reading_flops(reading: Reading, seq_len: int, *, causal: bool) -> float:
+    """Returns the operations per token of one layer's attention and indexer over a sequence of `seq_len`."""
+
+    def seen(n_keys: float, most: int | None) -> float:
+        keys = keys_seen(n_keys, causal=causal)
+        if most is None or most >= n_keys:
+            return keys
+        return keys - ((n_keys - most) ** 2 / (2 * n_keys) if causal else n_keys - most)
+
+    n_keys = seq_len / reading.tokens_per_key
+    attended = seen(n_keys, reading.most_keys) + seen(seq_len, reading.window)
+    return reading.flops_per_pair * attended + reading.flops_per_index * seen(n_keys, None)
 
 
 def next_token(network: Network, n_before: int, *, dense: bool = False) -> float:
     """Returns the operations of one new token with `n_before` tokens in the cache.
 
-    With `dense` it attends to all of them, and there is no indexer.
+    With `dense` it attends to all of them, a key each, and there is no indexer.
     """
-    most = n_before if dense or network.most_keys is None else min(n_before, network.most_keys)
     weights = [w for w in network.of(*network.stacks, HEAD) if w.is_matrix and not (dense and INDEXER in w.name)]
-    pairs = network.flops_per_slot * most + (0 if dense else network.flops_per_index * n_before)
-    return sum(2 * network.active(w) for w in weights) + network.n_layers * pairs
+
+    def pairs(reading: Reading) -> float:
+        if dense:
+            return reading.flops_per_slot * n_before
+        n_keys = n_before / reading.tokens_per_key
+        most = n_keys if reading.most_keys is None else min(n_keys, reading.most_keys)
+        return reading.flops_per_slot * (most + min(n_before, reading.window)) + reading.flops_per_index * n_keys
+
+    return sum(2 * network.active(w) for w in weights) + sum(n * pairs(one) for one, n in network.layers.items())
 
 
 def forward(network: Network, seq_len: int, *, causal: bool) -> Forward:
@@ -72,14 +97,14 @@ def forward(network: Network, seq_len: int, *, causal: bool) -> Forward:
     def matrices(*parts: str, router: bool) -> int:
         return sum(2 * network.active(w) for w in network.of(*parts) if w.is_matrix and (w.role == "router") == router)
 
-    pairs = pair_flops(network, seq_len, causal=causal)
+    ahead = reading_flops(network.mtp_reading, seq_len, causal=causal)
     head = matrices(HEAD, router=False)
     return Forward(
         blocks=matrices(*network.stacks, router=False),
         head=head,
-        attention=pairs * network.n_layers,
+        attention=attention_flops(network, seq_len, causal=causal),
         router=matrices(*network.stacks, router=True),
-        mtp=matrices(MTP, router=False) + network.mtp_depth * (pairs + head),
+        mtp=matrices(MTP, router=False) + network.mtp_depth * (ahead + head),
         mtp_router=matrices(MTP, router=True),
     )
 

@@ -95,7 +95,7 @@ def _gathered_entries(job: Job) -> float:
 def _buffers(job: Job, kept: Mapping[str, ActivationBytes]) -> float:
     """Returns the bytes of the pools of a run's pipeline."""
     n_slots = slots(name_of(job.schedule), job.layout.pipe, job.layout.micro_batches, job.put_off)
-    stream = job.layout.tokens * job.network.d_model * job.recipe.activations
+    stream = job.layout.tokens * job.network.stream_width * job.recipe.activations
     of_stages = sum(n_slots[pool] * _slot(job, kept, pool) for pool in POOLS)
     of_ends = n_slots["d_out"] * (1 + job.network.mtp_depth)  # of what the head reads
     return (n_slots["x"] + n_slots["dy"] + of_ends) * stream + of_stages

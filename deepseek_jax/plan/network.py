@@ -26,6 +26,7 @@ NORM_WIDTH = "embed"
 HIGH_PRECISION = ("head", "router", "index", "mixing", "grouped_out", "compressor")
 LATENTS = ("q_latent", "kv_latent")
 BF16 = Execution(compute=jnp.bfloat16)
+LONG = 2**20  # tokens of a sequence whose cache is measured
 
 
 class Sizes(Protocol):
@@ -106,6 +107,18 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What the attention of one layer reads per token."""
+
+    flops_per_pair: int  # operations of one token's queries with the keys and values of one other token
+    flops_per_slot: int  # the same of a new token and one in the cache
+    most_keys: int | None  # keys that one attends to at most, chosen by an indexer; None: all before it
+    flops_per_index: int  # operations of an indexer on a token and a key; 0 without
+    tokens_per_key: int = 1  # tokens that a key stands for
+    window: int = 0  # tokens that one attends to besides, the last ones
+
+
+@dataclass(frozen=True)
 class Network:
     """What the planner knows about a model."""
 
@@ -116,16 +129,16 @@ class Network:
     # d_model, vocab_size: widths
     d_model: int
     vocab_size: int
+    n_streams: int  # vectors of a token that go from block to block; 1 but with hyper-connections
     # n_experts, top_k, n_groups, top_groups: numbers of the routed experts; 1 each if there are none
     n_experts: int
     top_k: int
     n_groups: int
     top_groups: int
-    flops_per_pair: int  # operations of one token's queries with the keys and values of one other token, per layer
-    flops_per_slot: int  # the same of a new token and one in the cache
-    most_keys: int | None  # tokens that one attends to at most, chosen by an indexer; None: all before it
-    flops_per_index: int  # operations of an indexer on two tokens, per layer; 0 without
-    # entries, expanded: numbers per token and layer of what an attention's cache keeps, and of keys and values
+    readings: Mapping[str, tuple[Reading, ...]]  # by stack, of the blocks of one of its repeats
+    mtp_reading: Reading  # of a depth of multi-token prediction
+    # entries, expanded: numbers per token and layer of what an attention's cache keeps, and of keys and values: the
+    # most of any layer
     entries: int
     expanded: int
 
@@ -143,6 +156,30 @@ class Network:
     def n_layers(self) -> int:
         """The number of blocks of the main model."""
         return sum(n * self.groups[name] for name, n in self.repeats.items())
+
+    @property
+    def layers(self) -> dict[Reading, int]:
+        """How many layers of the main model read in each way."""
+        found: dict[Reading, int] = {}
+        for name, n in self.repeats.items():
+            for reading in self.readings[name]:
+                found[reading] = found.get(reading, 0) + n
+        return found
+
+    @property
+    def stream_width(self) -> int:
+        """Numbers of a token that go from block to block."""
+        return self.n_streams * self.d_model
+
+    @property
+    def stream_shape(self) -> tuple[int, ...]:
+        """Their shape."""
+        return (self.d_model,) if self.n_streams == 1 else (self.n_streams, self.d_model)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether there are layers in which a token does not attend to all before it."""
+        return any(reading.most_keys is not None for reading in self.layers)
 
     def expert_blocks(self, stack: str) -> int:
         """Returns how many blocks in one repeat of a stack are mixtures of experts."""
@@ -183,22 +220,31 @@ def describe(family: ModuleType, sizes: Sizes) -> Network:
     experts = getattr(sizes, EXPERTS, None) if any(w.is_expert for w in weights) else None
     groups = {key: getattr(experts, key, 1) for key in ("n_experts", "top_k", "n_groups", "top_groups")}
     stacks = {name: getattr(model, name) for name in model.stacks}
-    first: Any = next(iter(stacks.values()))
-    block: Any = first.blocks[0] if isinstance(first, Group) else first
-    attention, per_pair = block.attention, family.flops_per_pair(sizes)
+    blocks = {name: tuple(stack.blocks) if isinstance(stack, Group) else (stack,) for name, stack in stacks.items()}
+    every = [block.attention for group in blocks.values() for block in group]
+    ahead = next((module.block.attention for module in getattr(model, MTP, ())), every[0])
+
+    embedded_BTD = jax.ShapeDtypeStruct((1, 1, sizes.d_model), BF16.compute)
+
+    def reading(attention: Any) -> Reading:
+        per_pair = family.flops_per_pair(sizes)
+        choice = attention.most_keys, attention.flops_per_index
+        return Reading(
+            per_pair, attention.flops_per_slot or per_pair, *choice, attention.tokens_per_key, attention.window
+        )
+
     return Network(
         weights=weights,
         router_biases=size([x for x in jax.tree.leaves(router_bias) if jnp.issubdtype(x.dtype, jnp.floating)]),
-        groups={name: len(stack.blocks) if isinstance(stack, Group) else 1 for name, stack in stacks.items()},
+        groups={name: len(group) for name, group in blocks.items()},
         d_model=sizes.d_model,
         vocab_size=sizes.vocab_size,
+        n_streams=size(jax.eval_shape(model.begin, embedded_BTD)) // sizes.d_model,
         **groups,
-        flops_per_pair=per_pair,
-        flops_per_slot=attention.flops_per_slot or per_pair,
-        most_keys=attention.most_keys,
-        flops_per_index=attention.flops_per_index,
-        entries=attention.entry_width,
-        expanded=attention.expanded_width,
+        readings={name: tuple(reading(block.attention) for block in group) for name, group in blocks.items()},
+        mtp_reading=reading(ahead),
+        entries=max(attention.entry_width for attention in every),
+        expanded=max(attention.expanded_width for attention in every),
     )
 
 
@@ -210,13 +256,16 @@ def abstract_model(family: ModuleType, sizes: Sizes, run: Execution = BF16) -> D
 
 @functools.cache
 def cache_bytes_per_token(family: ModuleType, sizes: Sizes, run: Execution = BF16) -> int:
-    """Returns the bytes per token that prefill keeps in the key-value cache, in bfloat16 or as `run` says."""
+    """Returns the bytes per token that prefill keeps in the key-value cache, in bfloat16 or as `run` says.
+
+    That is for `LONG` tokens, rounded up; only where a key stands for several tokens does it depend on their number.
+    """
     definition, params, router_bias = split(abstract_model(family, sizes, run))
     ids_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
     def prefill(params: dict, router_bias: dict, ids_BT: jax.Array) -> object:
         model: Any = bind(definition, params, router_bias)
-        return model.prefill(ids_BT, n_positions=1)[1]
+        return model.prefill(ids_BT, n_positions=LONG)[1]
 
     cache = jax.eval_shape(prefill, params, router_bias, ids_BT)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    return -(-sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // LONG)

@@ -62,7 +62,7 @@ def _of_stage(pool: str, repeats: Sequence[tuple[str, float]], grown: Mapping[st
 def growth(
     blocks: nnx.Module,
     run: Execution,
-    shape_BTD: tuple[int, int, int],
+    shape_BTD: tuple[int, ...],
     rules: Mapping[str, str],
     mesh: Mesh,
     saveable: Saveable,
@@ -77,7 +77,7 @@ def divided(
     blocks: nnx.Module,
     n: int,
     run: Execution,
-    shape_BTD: tuple[int, int, int],
+    shape_BTD: tuple[int, ...],
     rules: Mapping[str, str],
     mesh: Mesh,
     saveable: Saveable,

@@ -157,7 +157,7 @@ def _least(job: Job) -> dict[str, ActivationBytes]:
     """Returns a lower bound for every policy: a layer's input, and at work the outputs of its matmuls."""
     width, tokens = job.recipe.activations, job.layout.part_len
     outputs = {name: matmul_outputs(job.network, name) for name in job.network.stacks}
-    stream = tokens * width * job.network.d_model
+    stream = tokens * width * job.network.stream_width
     return {name: ActivationBytes(stream, 0, tokens * width * made) for name, made in outputs.items()}
 
 

@@ -92,7 +92,7 @@ def rank_traffic(job: Job, rank: int) -> Traffic:
         exchanges = stage.n_expert_layers * (1 + job.backward_exchanges)
         experts += forward.times(tokens * exchanges)
         neighbours = (hold.stage > 0) + (hold.stage + 1 < len(job.stages))
-        stream = tokens * job.network.d_model * job.recipe.activations
+        stream = tokens * job.network.stream_width * job.recipe.activations
         pipeline += _over(job, job.layout.devices, neighbours * stream)
         for part in job.parts[hold.stage]:
             zero += _zero(job, part, is_trained=not job.adapters).times(1 / job.schedule.arrangement.copies)

@@ -49,6 +49,7 @@ class StageLosses(NamedTuple):
     # head(weight_DV, step, part, over, hidden) -> (loss, (main, mtp))
     head: Callable[[jax.Array, jax.Array, Batch, Totals, list], tuple[jax.Array, tuple[jax.Array, jax.Array]]]
     ids_read: Callable[[Batch, Batch], jax.Array]  # (first, last) -> ids_KBT, by the first stage and by each MTP depth
+    begin: Callable[[jax.Array], jax.Array]  # embeddings -> x for the first stage; linear (`layers.decoder.Decoder`)
     run: Execution  # of the model: compute dtype, vocabulary
 
 
@@ -165,8 +166,9 @@ def _stage(losses: StageLosses, over: Totals, kind: Kind, weights: Tree, x: tupl
     (fixed, part), (ends, layers), (x_BTD, x_KBTD) = rest, kind, x
     what = Stage(ends, {name: slice(0, n) for name, n in layers})
     y_BTD, hidden, loss, found = losses.stage(weights, fixed, part, over, what, x_BTD, x_KBTD)
-    none = jnp.zeros_like(x_BTD)
-    return ((none, hidden) if ends else (y_BTD, [none, *map(jnp.zeros_like, x_KBTD)])), loss, found
+    no_hidden = jnp.zeros((*x_BTD.shape[:2], x_BTD.shape[-1]), x_BTD.dtype)
+    out = (jnp.zeros_like(x_BTD), hidden) if ends else (y_BTD, [no_hidden, *map(jnp.zeros_like, x_KBTD)])
+    return out, loss, found
 
 
 def _ends(losses: StageLosses, weights: Tree, step: jax.Array, over: Totals) -> Ends:
@@ -176,7 +178,7 @@ def _ends(losses: StageLosses, weights: Tree, step: jax.Array, over: Totals) -> 
 
     def given(first: Batch, last: Batch) -> tuple[jax.Array, list[jax.Array]]:
         x_BTD, *x_KBTD = rows(table_VD, losses.ids_read(first, last), run.vocabulary).astype(run.compute)
-        return x_BTD, x_KBTD
+        return losses.begin(x_BTD), x_KBTD
 
     def loss(hidden: list[jax.Array], last: Batch) -> tuple[tuple, list[jax.Array], Tree]:
         def of(hidden: list[jax.Array], weight_DV: jax.Array) -> tuple:
@@ -186,7 +188,9 @@ def _ends(losses: StageLosses, weights: Tree, step: jax.Array, over: Totals) -> 
         return (value, parts), d_hidden, {"head": {"weight_DV": d_weight_DV}}
 
     def backward(first: Batch, last: Batch, d: tuple[jax.Array, list[jax.Array]]) -> Tree:
-        d_x_BTD, d_KBTD = d
+        d_x, d_KBTD = d
+        embedded_BTD = jax.ShapeDtypeStruct((*d_x.shape[:2], table_VD.shape[1]), d_x.dtype)
+        (d_x_BTD,) = jax.linear_transpose(losses.begin, embedded_BTD)(d_x)
         d_given = jnp.stack([d_x_BTD, *d_KBTD])
         d_table_VD = rows_gradient(losses.ids_read(first, last), d_given, len(table_VD), run.vocabulary)
         return {"embedding": {"table_VD": d_table_VD}}

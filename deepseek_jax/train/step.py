@@ -337,7 +337,7 @@ class Trainer:
         def ids_read(first: Batch, last: Batch) -> jax.Array:
             return jnp.stack([first.ids_BT, *abstract_model.ids_ahead(last.targets_BT)])
 
-        return StageLosses(stage, head, ids_read, self.run)
+        return StageLosses(stage, head, ids_read, abstract_model.begin, self.run)
 
     def _loss(self, trained: dict, state: State, part: Batch, over: Totals) -> tuple[jax.Array, Losses]:
         model = self.bind(_weights(trained, state), state["router_bias"])

@@ -36,6 +36,8 @@ PUBLISHED = {
     "v2_236b": (235.741, 21.376, 20.852),
     "v3_671b": (671.026, 37.552, 36.626),
     "r1_0528_qwen3_8b": (8.191, 8.191, 7.568),
+    "v4_flash_284b": (284.332, 13.800, 13.270),
+    "v4_pro_1t6": (1572.997, 49.779, 48.852),
 }
 # Sizes that differ from a config of ours, and the counts published for those models.
 MOONLIGHT = {"vocab_size": 163_840, "d_model": 2048, "n_layers": 27, "n_dense_layers": 1, "dense_width": 11_264}
@@ -59,6 +61,18 @@ def test_multi_token_prediction_of_v3_is_counted_apart():
     assert round(with_shared_tables / 1e9, 3) == 2.541
     assert found.router_biases == (58 + 1) * 256
     assert count(network("llm_7b")).mtp_total == 0
+
+
+@pytest.mark.parametrize(("name", "total"), [("v4_flash_284b", 6.610), ("v4_pro_1t6", 1598.837 - 1572.997)])
+def test_multi_token_prediction_of_v4_has_matrices_of_its_own(name, total):
+    assert count(network(name)).mtp_total / 1e9 == pytest.approx(total, abs=6e-4)
+
+
+@pytest.mark.parametrize(("name", "share"), [("v4_flash_284b", "7.3%"), ("v4_pro_1t6", "10.5%")])
+def test_v4s_cache_of_a_million_tokens_beside_v32s(name, share):
+    """Entries of 584 bytes, an indexer's keys in FP4, the window and what open blocks need."""
+    ours, theirs = (subject_of(run_config.load(each)).fp8_cache_bytes for each in (name, "v32_671b"))
+    assert f"{ours / theirs:.1%}" == share
 
 
 @pytest.mark.parametrize(
@@ -108,7 +122,7 @@ def test_a_network_without_experts_is_dense():
     assert changed("tiny_v3", n_dense_layers=4, mtp_depth=0).n_experts == 1
 
 
-@pytest.mark.parametrize("name", ["tiny_v1", "tiny_moe", "tiny_v2", "tiny_v2_lite", "tiny_v3", "tiny_v32"])
+@pytest.mark.parametrize("name", ["tiny_v1", "tiny_moe", "tiny_v2", "tiny_v2_lite", "tiny_v3", "tiny_v32", "tiny_v4"])
 def test_counts_of_any_network(name):
     found = count(network(name))
     assert 0 < found.active <= found.total

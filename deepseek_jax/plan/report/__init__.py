@@ -16,7 +16,7 @@ def report(model: PlannedModel, job: Job, options: PlanOptions) -> list[Section]
     sections = [
         parameters(model),
         operations(model.network, job),
-        *([generation(model.network)] if model.network.most_keys is not None else []),
+        *([generation(model.network)] if model.network.is_sparse else []),
         layout(job),
         memory(job, memory_of(job, options)),
         *([drawn(job, options.drawing)] if options.drawing else []),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from deepseek_jax.plan import figures, flops, step_time
 from deepseek_jax.plan.figures import DERIVED, GIGA, Column, Figure, Row, Section
 from deepseek_jax.plan.job import Job
-from deepseek_jax.plan.network import Network
+from deepseek_jax.plan.network import LONG, Network, Reading
 from deepseek_jax.plan.report.inputs import PlannedModel
 
 
@@ -29,7 +29,8 @@ def parameters(model: PlannedModel) -> Section:
     if c.router_biases:
         rows.append(("router biases", figures.plain("router_biases_count", c.router_biases), ""))
     cache = Figure("kv_cache_bytes_per_token", model.cache_bytes, f"{model.cache_bytes:,} B", DERIVED)
-    rows.append(("key-value cache per token", cache, "bfloat16, from the shapes that prefill keeps"))
+    kept = "" if all(reading.tokens_per_key == 1 for reading in model.network.layers) else f", for {LONG:,} tokens"
+    rows.append(("key-value cache per token", cache, f"bfloat16, from the shapes that prefill keeps{kept}"))
     if model.fp8_cache_bytes:
         coded = Figure("fp8_cache_bytes_per_token", model.fp8_cache_bytes, f"{model.fp8_cache_bytes:,} B", DERIVED)
         rows.append(("  in FP8", coded, "cache=fp8"))
@@ -45,7 +46,7 @@ def generation(network: Network) -> Section:
     rows = []
     for name, n_before in CONTEXTS.items():
         costs = [flops.next_token(network, n_before, dense=dense) for dense in (False, True)]
-        note = f"{costs[1] / costs[0]:,.1f} times as many without the indexer"
+        note = f"{costs[1] / costs[0]:,.1f} times as many with dense attention"
         rows.append(_pair(f"after_{name}", f"{name} tokens before it", costs, note))
     return Section("generation", "operations of a new token", tuple(rows), columns)
 
@@ -66,9 +67,7 @@ def _pair(key: str, label: str, values: Sequence[float], note: str = "") -> Row:
 def _forward(network: Network, seq_len: int) -> list[Row]:
     """Returns the parts of the forward pass that are not empty."""
     full, causal = (flops.forward(network, seq_len, causal=causal) for causal in (False, True))
-    pairs = f"{network.flops_per_pair:,} per pair and layer; {seq_len:,} keys, causally half"
-    if network.most_keys is not None:
-        pairs += f", {network.most_keys:,} at most; {network.flops_per_index:,} for all, to choose these"
+    pairs = "; ".join(_read(reading, n, network.n_layers, seq_len) for reading, n in network.layers.items())
     rows = [
         _pair("forward_blocks", "forward: matrices of the blocks", (full.blocks, causal.blocks), "2 per parameter"),
         _pair("forward_head", "forward: head", (full.head, causal.head)),
@@ -77,6 +76,16 @@ def _forward(network: Network, seq_len: int) -> list[Row]:
         _pair("forward_mtp", "forward: multi-token prediction", (full.mtp, causal.mtp)),
     ]
     return [row for row in rows if any(figure.value for figure in row.figures)]
+
+
+def _read(reading: Reading, n: int, n_layers: int, seq_len: int) -> str:
+    """Says what `n` of the layers read."""
+    words = f"{reading.flops_per_pair:,} per pair and layer; " if n == n_layers else f"{n} layers: "
+    keys = "" if reading.most_keys == 0 else f"{seq_len // reading.tokens_per_key:,} keys, causally half"
+    if reading.most_keys:
+        keys += f", {reading.most_keys:,} at most; {reading.flops_per_index:,} for all, to choose these"
+    window = f"a window of {reading.window:,}" if reading.window else ""
+    return words + ", ".join(part for part in (window, keys) if part)
 
 
 def _training(network: Network, job: Job) -> list[Row]:
