@@ -21,7 +21,7 @@ NUMBERS |= {"out_rank": 16, "window": 8, "rope_base": 10_000.0, "compress_rope_b
 NUMBERS |= {"yarn": {"factor": 16.0, "original_length": 64}, "index_heads": 2, "index_width": INDEX, "index_top_k": 4}
 NUMBERS |= {"n_streams": STREAMS, "sinkhorn_steps": 20, "hyper_eps": 1e-6, "n_experts": X, "n_shared_experts": 1}
 NUMBERS |= {"expert_width": F, "top_k": K, "route_scale": 1.5, "swiglu_limit": 10.0, "mtp_depth": 1}
-NUMBERS |= {"norm_eps": 1e-6, "init_std": 0.006}
+NUMBERS |= {"norm_eps": 1e-6, "init_std": 0.006, "index_dense": False}
 
 
 def compressor(ratio: int, width: int) -> dict:

@@ -147,6 +147,7 @@ def read_v4(hf: Json, numbers: Numbers, rope: Numbers) -> Numbers:
         "hyper_eps": number(hf, "hc_eps", default=1e-6),
         "swiglu_limit": number(hf, "swiglu_limit", default=10.0, least=0.0),
         "mtp_depth": depth,
+        "index_dense": False,
         **_read_experts(hf, numbers, default_scale=1.5),
     }
 
