@@ -104,8 +104,8 @@ def test_prefill_and_decode_are_the_full_forward(model, run, ids):
 
     read, decoded = generate(params, ids)
     assert np.std(expected) > 0.1
-    np.testing.assert_allclose(read, expected[:, :start], atol=1e-5)
-    np.testing.assert_allclose(decoded, expected[:, start:], atol=1e-5)
+    np.testing.assert_allclose(read, expected[:, :start], atol=3e-5)
+    np.testing.assert_allclose(decoded, expected[:, start:], atol=3e-5)
 
 
 def test_no_logit_depends_on_a_later_token_nor_prediction_on_one_after_the_next(run, ids):
