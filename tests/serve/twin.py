@@ -8,6 +8,7 @@ import numpy as np
 from deepseek_jax import run, run_config
 from deepseek_jax.data.chat import TEMPLATES, fim_parts, marks, to_ids
 from deepseek_jax.data.chat.marks import Part
+from deepseek_jax.data.chat.v4 import QUICK
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.data.tokenizer import open_tokenizer
 from deepseek_jax.language_model import LanguageModel
@@ -76,7 +77,8 @@ def write_tokenizer(folder):
     engine.train_from_iterator(
         [part.text for text in texts() for part in (*text.prompt, *text.answer) if not part.is_mark], trainer
     )
-    spellings = dict.fromkeys(part.text for part in vars(marks).values() if isinstance(part, Part))
+    later = (marks.DSML, marks.REMINDER, *QUICK.values())  # special tokens that V3.1 does not have
+    spellings = [part.text for part in vars(marks).values() if isinstance(part, Part) and part not in later]
     hidden = (marks.BOS.text, marks.EOS.text)
     engine.add_tokens([AddedToken(text, special=text in hidden, normalized=False) for text in spellings])
     engine.save(str(folder / "tokenizer.json"))
