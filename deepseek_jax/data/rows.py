@@ -91,7 +91,7 @@ def conversation_text(row: Any, where: str) -> str:
         raise UserError(f"{where} has {row['thinking']!r} as thinking. Give true or false, or remove the key.")
     if not isinstance(row.get("reasoning_effort"), str | None):
         raise UserError(f"{where} has {row['reasoning_effort']!r} as reasoning_effort. Give text, or remove the key.")
-    conversation = {"messages": messages, "tools": _list(row, "tools", where)}
+    conversation: dict[str, Any] = {"messages": messages, "tools": _list(row, "tools", where)}
     conversation |= {key: row.get(key) for key in ("thinking", "reasoning_effort")}
     given = {key: value for key, value in conversation.items() if value not in (None, [])}
     return json.dumps(given, ensure_ascii=False).encode("utf-8", "replace").decode()

@@ -119,11 +119,14 @@ def _merged(turns: Sequence[Turn]) -> list[Turn]:
     """Returns turns in which results and what the user says after them are one turn of the user."""
     found: list[Turn] = []
     for turn in turns:
+        said: Turn = turn
         if isinstance(turn, Outputs):
-            turn = User("\n\n".join(f"<tool_result>{content}</tool_result>" for content in turn.contents))
-        if isinstance(turn, User) and found and isinstance(found[-1], User):
-            turn = turn._replace(content=f"{found.pop().content}\n\n{turn.content}")
-        found.append(turn)
+            said = User("\n\n".join(f"<tool_result>{content}</tool_result>" for content in turn.contents))
+        before = found[-1] if found else None
+        if isinstance(said, User) and isinstance(before, User):
+            found[-1] = said._replace(content=f"{before.content}\n\n{said.content}")
+        else:
+            found.append(said)
     return found
 
 
