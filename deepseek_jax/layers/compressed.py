@@ -161,7 +161,7 @@ class CompressedAttention(Attention):
         return (self.compressor, self.indexer.key) if self.has_index else (self.compressor,)
 
     @property
-    def cache(self) -> CompressedLayout:  # type: ignore[override]
+    def cache(self) -> CompressedLayout:
         """See `Attention`."""
         compressors = self.compressors
         return CompressedLayout(self.config.window, self.codes[0], compressors, self.codes[: len(compressors)])
@@ -170,7 +170,7 @@ class CompressedAttention(Attention):
         """See `Attention`."""
         return Stream(x_BTD, self.matmul.operand(x_BTD))
 
-    def entries(self, x: Stream, tokens: Tokens) -> Entries:  # type: ignore[override]
+    def entries(self, x: Stream, tokens: Tokens) -> Entries:
         """What is computed of these tokens, before anything of it is compressed."""
         kv_BTQ = self.kv_norm(self.matmul.einsum("BTD,DQ->BTQ", x.operand, self.kv_DQ[...]))
         kv_BTQ = _rounded(self.turn(kv_BTQ, tokens.positions_BT), self.codes[0])
@@ -186,7 +186,7 @@ class CompressedAttention(Attention):
         wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.config.norm_eps)
         return self.turn(wide.astype(q_BTHQ.dtype), positions_BT), q_latent_BTR
 
-    def over_itself(self, x: Stream, tokens: Tokens, entries: Entries) -> tuple[jax.Array, Losses]:  # type: ignore[override]
+    def over_itself(self, x: Stream, tokens: Tokens, entries: Entries) -> tuple[jax.Array, Losses]:
         """(u_BTD of tokens that attend causally to themselves, auxiliary losses: those of an indexer)."""
         n_tokens, n_parts = x.x_BTD.shape[1], 1 if self.context.n == 1 else 2
         place_BT = jnp.broadcast_to(self.context.places(n_tokens), tokens.positions_BT.shape)
@@ -250,7 +250,7 @@ class CompressedAttention(Attention):
         return u_BTD, layout.write_rows(pool, kept, tokens, table_BN, slot_B), losses
 
     @property
-    def page_multiple(self) -> int:  # type: ignore[override]
+    def page_multiple(self) -> int:
         """m: a block lies in one page."""
         return max(self.ratio, 1)
 

@@ -69,7 +69,7 @@ def attend(q_BTHQ: jax.Array, parts: Sequence[Part], sink_H: jax.Array, scale: f
         pairs.append(jnp.where(seen_BTS[:, :, None], jnp.einsum(equation, q_BTHQ, kv, **wide) * scale, MASKED))
     largest = [jnp.max(pairs_BTHS, axis=-1) for pairs_BTHS in pairs]
     top_BTH = lax.stop_gradient(jnp.stack([jnp.broadcast_to(sink_H, largest[0].shape), *largest]).max(axis=0))
-    total_BTH, o_BTHQ = jnp.exp(sink_H - top_BTH), 0.0
+    total_BTH, o_BTHQ = jnp.exp(sink_H - top_BTH), jnp.zeros(q_BTHQ.shape, jnp.float32)
     for (kv, _), pairs_BTHS in zip(parts, pairs, strict=True):
         weights_BTHS = jnp.exp(pairs_BTHS - top_BTH[..., None])
         equation = "BTHS,BSQ->BTHQ" if kv.ndim == 3 else "BTHS,BTSQ->BTHQ"

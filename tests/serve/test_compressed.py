@@ -85,7 +85,10 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    "setting",
+    [name if "n_steps" in SETTINGS[name] else pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS],
+)
 def test_the_text_is_that_of_whole_forward_passes(network, engine, setting):
     made = engine(**SETTINGS[setting])
     requests = [made.submit(prompt, Sampling(N_NEW)) for prompt in PROMPTS]
