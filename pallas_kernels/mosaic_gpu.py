@@ -94,11 +94,13 @@ def store_rows(
     low: int | jax.Array,
     high: int | jax.Array,
     transposed: bool = False,
+    with_evens_first: bool = False,
 ) -> None:
     """Writes `values` (in layout WGMMA) to ref[row:, column:], as far as low <= row < high and there are columns.
 
     Straight from the registers of the threads that hold them, two neighbours of a row at a time. `transposed`: the
-    transpose of `values`, number by number.
+    transpose of `values`, number by number. `with_evens_first`: rows of it in the order of `evens_first`, from a column
+    that is a multiple of 16.
     """
     splat = plgpu.Layout.WG_SPLAT(())
 
@@ -125,6 +127,12 @@ def store_rows(
             text = f"@$0 st.global.b{8 * n_bytes} [$1], $2;"
             llvm.inline_asm(void, operands, text, f"b,l,{letter}", has_side_effects=True)
 
+        def place(c: Any) -> Any:
+            """Of 16 columns: the even ones first."""
+            half = arith.shrui(arith.andi(c, mgpu.c(14, i32)), mgpu.c(1, i32))
+            odd = arith.shli(arith.andi(c, mgpu.c(1, i32)), mgpu.c(3, i32))
+            return arith.ori(arith.andi(c, mgpu.c(~15, i32)), arith.ori(half, odd))
+
         for indices, pair in zip(values.layout.thread_idxs(values.shape), values.registers.flat, strict=True):
             r, c = (arith.index_cast(i32, index) for index in indices)
             if not transposed:
@@ -132,7 +140,7 @@ def store_rows(
                 continue
             for i in range(2):
                 value = mgpu.vector.extract(pair, dynamic_position=[], static_position=[i])
-                store(arith.addi(c, mgpu.c(i, i32)), r, value, size)
+                store(arith.addi(c, mgpu.c(i, i32)), place(r) if with_evens_first else r, value, size)
 
     emit(values, ref, row, column, low, high)
 

@@ -18,7 +18,8 @@ from deepseek_jax.precision.fp8_weight_kernels import matrices_of as fp8_matrice
 from deepseek_jax.precision.grouped import Matrices, OfLayer, matrices_of
 from deepseek_jax.precision.matmul import PLAIN, Matmul, clamped
 from pallas_kernels import token_experts
-from pallas_kernels.grouped_matmul import Scaled
+from pallas_kernels.coded_matmul import coded_experts
+from pallas_kernels.grouped_matmul import Groups, Scaled
 
 LARGEST_KEY = 2**31  # sort keys are int32
 Weights = tuple[OfLayer, OfLayer, OfLayer]  # gate, up and down
@@ -140,7 +141,10 @@ def grouped_swiglu(
         return _swiglu_of_few(x_MD, experts_MK, weights_MK, (gate_XDF, up_XDF, down_XFD), matmul, limit)
     order = sort_by_expert(experts_MK, gate_XDF.shape[0], matmul.align, n_rows)
     x_AD, weights_A = to_rows(x_MD, order), sort_weights(weights_MK, order)
-    if isinstance(gate_XDF, OfLayer) or is_fp8(gate_XDF):
+    if is_fp8(gate_XDF):
+        experts = matmul.kernels["coded_experts"]
+        return to_tokens(experts(x_AD, weights_A, order.count_X, (gate_XDF, up_XDF, down_XFD), matmul), order)
+    if isinstance(gate_XDF, OfLayer):
         gate_AF, up_AF = (matmul.grouped(x_AD, w_XDF, order.count_X) for w_XDF in (gate_XDF, up_XDF))
         hidden_AF = matmul.swiglu(*clamped(gate_AF, up_AF, limit), weights_A)
     else:
@@ -149,6 +153,41 @@ def grouped_swiglu(
         both_AF = matmul.grouped(x_AD, gate_and_up_XDF, order.count_X)
         hidden_AF = matmul.swiglu(*clamped(both_AF, None, limit), weights_A)
     return to_tokens(matmul.grouped(hidden_AF, down_XFD, order.count_X), order)
+
+
+def by_three_grouped_products(
+    x_AD: jax.Array, factor_A: jax.Array, count_X: jax.Array, weights: tuple[Matrices, ...], matmul: Matmul
+) -> jax.Array:
+    """Returns y_AD, of each row f SwiGLU(x) of its expert; 0 for rows of none.
+
+    Args:
+        x_AD: rows sorted by expert.
+        factor_A: f.
+        count_X: rows of each expert.
+        weights: gate, up and down, in FP8.
+        matmul: multiplies rows with them.
+    """
+    gate_XDF, up_XDF, down_XFD = weights
+    gate_AF, up_AF = (matmul.grouped(x_AD, w_XDF, count_X) for w_XDF in (gate_XDF, up_XDF))
+    return matmul.grouped(matmul.swiglu(gate_AF, up_AF, factor_A), down_XFD, count_X)
+
+
+def by_two_passes_on_hopper(
+    x_AD: jax.Array, factor_A: jax.Array, count_X: jax.Array, weights: tuple[Matrices, ...], matmul: Matmul
+) -> jax.Array:
+    """As `by_three_grouped_products`, with gate and up in one pass.
+
+    Raises UserError on another device than a Hopper GPU, and for another dtype than bfloat16 or other widths.
+    """
+    del matmul
+    (gate, matrix_X), (up, _), (down, _) = map(fp8_matrices, weights)
+    groups = Groups(count_X, matrix_X=matrix_X if isinstance(weights[0], OfLayer) else None)
+    scaled = tuple(Scaled(w.codes, w.scale) for w in (gate, up, down))
+    block_rows = gate.layout.block_rows, down.layout.block_rows
+    with _refusing("coded_experts"):
+        return _in_codes_lowered_once(
+            x_AD, scaled, factor_A, groups, block_rows=block_rows, implementation="mosaic_gpu"
+        )
 
 
 def _operation(gate_XDF: OfLayer) -> str:
@@ -201,6 +240,7 @@ def by_three_products(
 
 # for all layers of a program
 _lowered_once = jax.jit(token_experts.experts, static_argnames="implementation")
+_in_codes_lowered_once = jax.jit(coded_experts, static_argnames=("block_rows", "implementation"))
 _of_codes_lowered_once = jax.jit(token_experts.experts_in_codes, static_argnames="implementation")
 
 

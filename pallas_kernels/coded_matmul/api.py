@@ -1,4 +1,4 @@
-"""The public function: arguments are checked once, then the named implementation runs."""
+"""The public functions: arguments are checked once, then the named implementation runs."""
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +28,7 @@ def coded_matmul(
     Raises:
         ValueError: arguments that do not fit together, or that the implementation does not support.
     """
-    of_x, of_w = x_AK.shape, w.codes.shape
-    if len(of_x) != 2 or len(of_w) != 3 or of_x[1] != of_w[2] or w.codes.dtype != jnp.float8_e4m3fn:
-        raise ValueError(f"x {of_x} and w {w.codes.dtype} {of_w}: expected [A, K] and float8_e4m3fn [M, N, K].")
-    of_scale = of_w[0], -(-of_w[1] // block_rows), -(-of_w[2] // BLOCK)
-    if w.scale.shape != of_scale or w.scale.dtype != jnp.float32:
-        raise ValueError(f"scales {w.scale.dtype} {w.scale.shape}: expected float32 {of_scale} for codes {of_w}.")
+    _check(x_AK.shape, w, block_rows)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: unknown. Choose one of {', '.join(IMPLEMENTATIONS)}.")
     if implementation == "reference":
@@ -41,11 +36,70 @@ def coded_matmul(
     from pallas_kernels import mosaic_gpu  # Mosaic GPU is not part of every JAX build
 
     processors = mosaic_gpu.check_hopper(implementation)
-    if x_AK.dtype != jnp.bfloat16 or of_w[2] % BLOCK or of_w[1] % UNIT_COLUMNS or block_rows % UNIT_COLUMNS:
-        raise ValueError(
-            f"implementation={implementation!r}: x {x_AK.dtype} {of_x}, w {of_w} in blocks of {block_rows} outputs; "
-            f"expected bfloat16, K a multiple of {BLOCK}, outputs and their blocks multiples of {UNIT_COLUMNS}."
-        )
+    _check_kernel(x_AK, w, block_rows)
     from pallas_kernels.coded_matmul import gpu
 
     return gpu.coded_matmul(x_AK, w, groups, block_rows=block_rows, n_processors=processors)
+
+
+def coded_experts(
+    x_AK: jax.Array,
+    weights: tuple[Scaled, Scaled, Scaled],
+    factor_A: jax.Array,
+    groups: Groups,
+    *,
+    implementation: str,
+    block_rows: tuple[int, int] = (BLOCK, BLOCK),
+) -> jax.Array:
+    """Returns y [A, K], y[r] = (f_r silu(x[r] gate_g^T) * (x[r] up_g^T)) down_g^T for the rows r of group g, else 0.
+
+    The kernel multiplies with gate and up in one pass, and rounds the hidden layer once, to bfloat16.
+
+    Args:
+        x_AK: [A, K], rows sorted by group.
+        weights: gate and up, codes [M, F, K], and down, [M, K, F]; scales as for `coded_matmul`.
+        factor_A: f, of each row's hidden layer; any finite number in rows of no group.
+        groups, implementation: as for `coded_matmul`; F is a multiple of 128 as well.
+        block_rows: outputs that share a scale, of gate and up, and of down.
+
+    Raises:
+        ValueError: arguments that do not fit together, or that the implementation does not support.
+    """
+    (n_rows, k), f = x_AK.shape, weights[0].codes.shape[1]
+    for w, width, rows in zip(weights, (k, k, f), (block_rows[0], *block_rows), strict=True):
+        _check((n_rows, width), w, rows)
+    shapes = [w.codes.shape for w in weights]
+    if shapes[:2] != [shapes[0]] * 2 or shapes[2] != (shapes[0][0], k, f) or factor_A.shape != (n_rows,):
+        raise ValueError(
+            f"gate, up, down {shapes}, factor {factor_A.shape}: expected [M, F, K] twice, [M, K, F], [{n_rows}]."
+        )
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: unknown. Choose one of {', '.join(IMPLEMENTATIONS)}.")
+    if implementation == "reference":
+        return reference.experts(x_AK, weights, factor_A, groups, block_rows=block_rows)
+    from pallas_kernels import mosaic_gpu
+
+    processors = mosaic_gpu.check_hopper(implementation)
+    for w, rows in zip(weights, (block_rows[0], *block_rows), strict=True):
+        _check_kernel(x_AK, w, rows)
+    from pallas_kernels.coded_matmul import gpu
+
+    return gpu.experts(x_AK, weights, factor_A, groups, block_rows=block_rows, n_processors=processors)
+
+
+def _check(of_x: tuple[int, ...], w: Scaled, block_rows: int) -> None:
+    of_w = w.codes.shape
+    if len(of_x) != 2 or len(of_w) != 3 or of_x[1] != of_w[2] or w.codes.dtype != jnp.float8_e4m3fn:
+        raise ValueError(f"x {of_x} and w {w.codes.dtype} {of_w}: expected [A, K] and float8_e4m3fn [M, N, K].")
+    of_scale = of_w[0], -(-of_w[1] // block_rows), -(-of_w[2] // BLOCK)
+    if w.scale.shape != of_scale or w.scale.dtype != jnp.float32:
+        raise ValueError(f"scales {w.scale.dtype} {w.scale.shape}: expected float32 {of_scale} for codes {of_w}.")
+
+
+def _check_kernel(x: jax.Array, w: Scaled, block_rows: int) -> None:
+    of_w = w.codes.shape
+    if x.dtype != jnp.bfloat16 or of_w[2] % BLOCK or of_w[1] % UNIT_COLUMNS or block_rows % UNIT_COLUMNS:
+        raise ValueError(
+            f"implementation='mosaic_gpu': x {x.dtype} {x.shape}, w {of_w} in blocks of {block_rows} outputs; "
+            f"expected bfloat16, K a multiple of {BLOCK}, outputs and their blocks multiples of {UNIT_COLUMNS}."
+        )

@@ -18,3 +18,17 @@ def coded_matmul(x_AK: jax.Array, w: Scaled, groups: Groups, *, block_rows: int 
     scale = jnp.repeat(jnp.repeat(w.scale, block_rows, axis=1)[:, :n], BLOCK, axis=2)[:, :, :k]
     weights = w.codes.astype(jnp.float32) * scale
     return reference.grouped_matmul(x_AK.astype(jnp.float32), weights, groups, transposed=True).astype(x_AK.dtype)
+
+
+def experts(
+    x_AK: jax.Array,
+    weights: tuple[Scaled, Scaled, Scaled],
+    factor_A: jax.Array,
+    groups: Groups,
+    *,
+    block_rows: tuple[int, int],
+) -> jax.Array:
+    """Returns y [A, K]; the hidden layer is rounded to the dtype of x."""
+    gate, up = (coded_matmul(x_AK, w, groups, block_rows=block_rows[0]).astype(jnp.float32) for w in weights[:2])
+    hidden_AF = (jax.nn.silu(gate) * up * factor_A[:, None]).astype(x_AK.dtype)
+    return coded_matmul(hidden_AF, weights[2], groups, block_rows=block_rows[1])

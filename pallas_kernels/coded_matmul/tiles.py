@@ -42,6 +42,12 @@ def choose(groups: int, rows: int, n: int, k: int, n_processors: int) -> Tiles:
     )
 
 
+def choose_gated(groups: int, rows: int, n: int, k: int, n_processors: int) -> Tiles | None:
+    """Returns the tiles for two matrices [n, k] at once; None where a tile's rows are too many for the sums of both."""
+    tile_rows = choose(groups, rows, n, k, n_processors).rows
+    return Tiles(tile_rows, across=1, along=4 if tile_rows <= 16 else 2) if tile_rows <= 32 else None
+
+
 def _busy(jobs: int, n_processors: int) -> float:
     """The part of the processors' time in which they have a job."""
     return jobs / (-(-jobs // n_processors) * n_processors)

@@ -18,7 +18,8 @@ def top_k(scores: jax.Array, k: int, *, implementation: str) -> jax.Array:
         scores: float32 [..., S].
         k: how many.
         implementation: "reference" (any device, sorts), "threshold" (any device, counts 32 times) or "triton" (NVIDIA
-            GPUs; of more than 32,768 numbers the best 16,384 at most). There is no fallback from one to another.
+            GPUs; of more than 32,768 numbers in over 32 rows the best 16,384 at most). There is no fallback from one
+            to another.
 
     Raises:
         ValueError: arguments that do not fit together, or that the implementation does not support.

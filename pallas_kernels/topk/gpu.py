@@ -6,7 +6,8 @@ threshold is the k-th largest number. Then it reads the row again, block after b
 numbers above the threshold and of the first of those that equal it.
 
 Rows that are longer than registers hold are cut into parts, the best k of each of them are found by programs of their
-own, and the best k of these k per part by a second call: their positions ascend, so that the lowest still wins.
+own, and the best k of these k per part by a second call: their positions ascend, so that the lowest still wins. A few
+long rows, as in decode steps, are those of `gpu_split`.
 
 What bounds it: a count takes two operations per number, 32,768 x 32 x 2 of the 128 per cycle of a processor, 16,400
 cycles or 10 us per row; 4 bytes per number from memory are 0.5 us of the whole chip.
@@ -21,11 +22,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.topk import gpu_split
 from pallas_kernels.topk.reference import NONE
 from pallas_kernels.topk.threshold import LOWEST, ordered
 
 MOST = 32768  # numbers of a row that a program has in registers
 BLOCK = 4096  # numbers that are put in order at a time
+FEW = 32  # rows, up to which the parts of a row are counted by programs side by side (`gpu_split`)
 MANY = 132  # rows, from which on one of up to 32,768 numbers is faster in two parts
 
 
@@ -35,6 +38,8 @@ def top_k(scores_RS: jax.Array, k: int, *, most: int | None = None, interpret: b
     Raises ValueError for longer rows than registers hold, of which the best k of two parts are too many as well.
     """
     r, s = scores_RS.shape
+    if most is None and r <= FEW and s > 2 * gpu_split.PART:
+        return gpu_split.top_k(scores_RS, k, interpret=interpret)
     most = max(most or (MOST // 2 if r >= MANY and s <= MOST else MOST), _power(k))
     most = most if s <= most else max(most, _power(2 * k))  # the best of two parts make one
     if min(most, s) > MOST:

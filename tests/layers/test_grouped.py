@@ -16,6 +16,7 @@ from deepseek_jax.precision.fp8_weight import Layout, encoded
 from deepseek_jax.precision.grouped import OfLayer, chunk_rows
 from deepseek_jax.precision.matmul import PlainMatmul
 from pallas_kernels import token_experts
+from pallas_kernels.coded_matmul import coded_experts
 
 sort = jax.jit(sort_by_expert, static_argnums=(1, 2, 3))
 sort_pairs = jax.jit(lambda *given: sort_by_expert(*given), static_argnums=1)  # traced once LARGEST_KEY is another
@@ -199,6 +200,27 @@ def test_the_kernel_of_one_token_is_given_the_codes_of_its_layer(experts, monkey
     monkeypatch.undo()
     with pytest.raises(UserError, match="kernels.coded_token_experts='mosaic_gpu': .*coded_token_experts=xla"):
         grouped._swiglu_of_few(*given, weights, by_kernel("mosaic_gpu"))
+
+
+def test_the_kernels_of_few_rows_are_given_the_codes_of_their_layer(monkeypatch):
+    """By the definition of the kernel that reads gate and up in one pass; rows of no expert come last."""
+    draw, d, f = np.random.default_rng(0), 130, 48
+    shapes = ((f, d), (f, d), (d, f))
+    arrays = [jax.device_put(np.asarray(0.1 * draw.normal(size=(2, X, m, n)), jnp.float32)) for n, m in shapes]
+    weights = tuple(
+        OfLayer(encoded((w,), (Layout((n,), (m,), (1, 0)),))[0], 1) for w, (n, m) in zip(arrays, shapes, strict=True)
+    )
+    rows = jax.device_put(np.asarray(draw.normal(size=(5, d)), np.float32))
+    given = rows, jnp.arange(5) + 0.5, jnp.asarray([1, 0, 3, 0][:X], jnp.int32), weights, by_kernel("xla")
+    reference = functools.partial(coded_experts, implementation="reference")
+    monkeypatch.setattr(
+        grouped, "_in_codes_lowered_once", lambda *a, implementation, block_rows: reference(*a, block_rows=block_rows)
+    )
+    by_name = (grouped.by_three_grouped_products(*given), grouped.by_two_passes_on_hopper(*given))
+    np.testing.assert_allclose(*by_name, rtol=1e-4, atol=1e-4)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="kernels.coded_experts='mosaic_gpu': .*coded_experts=xla"):
+        grouped.by_two_passes_on_hopper(*given)
 
 
 def test_the_kernel_of_one_token_says_what_it_needs(inputs):

@@ -28,9 +28,10 @@ from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from pallas_kernels.coded_matmul import gpu as coded  # noqa: E402
+from pallas_kernels.coded_matmul import tiles as coded_tiles  # noqa: E402
 from pallas_kernels.fp8_matmul import gpu as matmul  # noqa: E402
 from pallas_kernels.fp8_matmul import tiles  # noqa: E402
-from pallas_kernels.grouped_matmul import Groups, Scaled, pipeline, rows, weights  # noqa: E402
+from pallas_kernels.grouped_matmul import Groups, Scaled, order, pipeline, rows, weights  # noqa: E402
 from pallas_kernels.grouped_matmul import tiles as grouped_tiles  # noqa: E402
 from pallas_kernels.indexer import gpu as indexer  # noqa: E402
 from pallas_kernels.mla_attention import gpu_backward, gpu_forward  # noqa: E402
@@ -41,6 +42,8 @@ from pallas_kernels.sparse_mla import gpu as chosen_rows  # noqa: E402
 from pallas_kernels.sparse_mla import hopper as sparse_mla  # noqa: E402
 from pallas_kernels.token_experts import gpu as token_experts  # noqa: E402
 from pallas_kernels.token_experts import gpu_codes as token_experts_in_codes  # noqa: E402
+
+order.MOST_IN_TABLE = 0  # XLA makes the tables, for Pallas Triton compiles for devices that are there
 
 # What the compiler must know of a chip of compute capability 9.0; the figures are an H100's.
 CHIP = """
@@ -82,6 +85,8 @@ ATTENDED = [(4096, 128, 128, 192, 128), (4096, 64, 8, 128, 128), (1000, 2, 1, 64
 DECODED = [(128, 1, 128, 512, 1, 2), (64, 1, 16, 512, 2, 1), (4, 2, 128, 512, 16, 2), (2, 4, 16, 256, 1, 1)]
 # Groups, rows, N, K, matrices: V2-Lite's experts at batch 1, an output projection in parts, prompts of experts.
 CODED = [(6, 6, 1408, 2048, 64), (1, 1, 2048, 2048, 1), (64, 6144, 1408, 2048, 64)]
+# The same with gate and up at once: V2-Lite's experts at batch 16 and 256.
+GATED = [(64, 96, 1408, 2048, 64), (64, 1536, 1408, 2048, 64)]
 # Sequences, queries of each, heads, keys: V3.2's prefill, its decoding, a few heads.
 INDEXED = [(1, 4096, 64, 32768), (16, 1, 64, 8192), (2, 100, 8, 1000)]
 # Sequences, queries of each, heads, width of latents, rows of each, parts: V3.2's prefill, its decoding, small.
@@ -263,6 +268,16 @@ def codes() -> dict:
     for groups, a, n, k, matrices in CODED:
         w = ((matrices, n, k), E4M3), ((matrices, n // 128, k // 128), F32)
         calls[f"codes {groups}x{a}x{n}x{k}"] = of_arrays, (((a, k), BF16), *w, *[((groups,), jnp.int32)] * 2)
+
+    def gated(x, factor, count, matrix, gate, gate_scale, up, up_scale):
+        weights = Scaled(gate, gate_scale), Scaled(up, up_scale)
+        choice = coded_tiles.choose_gated(count.size, len(x), *gate.shape[1:], 132)
+        return coded.multiplied(x, weights, factor, Groups(count, matrix_X=matrix), 128, choice, 132, None)
+
+    for groups, a, n, k, matrices in GATED:
+        w = ((matrices, n, k), E4M3), ((matrices, n // 128, k // 128), F32)
+        operands = ((a, k), BF16), ((a,), F32), *[((groups,), jnp.int32)] * 2, *w, *w
+        calls[f"codes gated {groups}x{a}x{n}x{k}"] = gated, operands
     return calls
 
 

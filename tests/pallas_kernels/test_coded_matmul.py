@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import mosaic_gpu
-from pallas_kernels.coded_matmul import coded_matmul, reference, tiles
+from pallas_kernels.coded_matmul import coded_experts, coded_matmul, reference, tiles
 from pallas_kernels.grouped_matmul import Groups, Scaled
 
 DRAW = np.random.default_rng(0)
@@ -50,6 +50,40 @@ def test_the_kernel_is_the_definition(counts, n, k, choice):
     y = gpu.coded_matmul(x, w, groups, tiles=choice, n_processors=3, interpret=plgpu.InterpretGPUParams())
     expected = reference.coded_matmul(x, w, groups)
     np.testing.assert_allclose(y.astype(jnp.float32), expected.astype(jnp.float32), rtol=2**-7, atol=1e-3)
+
+
+def swiglu(counts, f, k, n_matrices, dtype=jnp.float32):
+    """Arguments of `coded_experts`."""
+    x, gate, groups = problem(counts, f, k, n_matrices, more_rows=3, dtype=dtype)
+    (_, up, _), (_, down, _) = (problem(counts, *sizes, n_matrices) for sizes in ((f, k), (k, f)))
+    # sums near 1, where silu is no straight line
+    weights = (gate._replace(scale=gate.scale / 1000), up._replace(scale=up.scale / 1000), down)
+    return x, weights, jax.device_put(DRAW.uniform(0.5, 2, len(x)).astype(np.float32)), groups
+
+
+def test_experts_are_three_products():
+    x, weights, factor, groups = swiglu([2, 0, 3], 128, 256, 4)
+    gate, up = (coded_matmul(x, w, groups, implementation="reference") for w in weights[:2])
+    hidden = gate / (1 + np.exp(-gate)) * up * factor[:, None]
+    expected = coded_matmul(hidden, weights[2], groups, implementation="reference")
+    y = coded_experts(x, weights, factor, groups, implementation="reference")
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
+    with pytest.raises(ValueError, match=r"factor \(3,\): expected"):
+        coded_experts(x, weights, factor[:3], groups, implementation="reference")
+
+
+@pytest.mark.skipif(not mosaic_gpu.can_interpret(), reason="needs JAX 0.11 to run Mosaic GPU kernels on a CPU")
+@pytest.mark.parametrize("along", [1, 2])
+def test_gate_and_up_in_one_pass_are_the_definition(along):
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    from pallas_kernels.coded_matmul import gpu
+
+    given = swiglu([3, 0, 9, 1], 128, 256, 6, dtype=jnp.bfloat16)
+    choice = tiles.Tiles(8, across=3 - along, along=along, stages=2), tiles.Tiles(8, 1, 1, 2)
+    y = gpu.experts(*given, tiles=choice, n_processors=3, interpret=plgpu.InterpretGPUParams())
+    expected = np.asarray(reference.experts(*given, block_rows=(128, 128)), np.float32)
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=0.01 * np.abs(expected).max())
 
 
 def test_a_few_rows_give_every_processor_a_job():

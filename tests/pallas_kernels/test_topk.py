@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.topk import gpu, reference, top_k
+from pallas_kernels.topk import gpu, gpu_split, reference, top_k
 
 
 def rows(s=300):
@@ -34,6 +34,13 @@ def test_the_kernel_is_the_definition(k, most):
     np.testing.assert_array_equal(gpu.top_k(x, k, most=most, interpret=True), reference.top_k(x, k))
 
 
+@pytest.mark.parametrize(("k", "part"), [(5, 128), (90, 128), (300, 64)])
+def test_rows_in_parts_side_by_side_are_the_definition(k, part):
+    """Interpreted; the last part is not full, numbers are those of other parts as well."""
+    x = jnp.asarray(rows()).at[0, :200].set(-1e-30)
+    np.testing.assert_array_equal(gpu_split.top_k(x, k, part=part, interpret=True), reference.top_k(x, k))
+
+
 def test_what_does_not_fit_is_said():
     for x, k, name, message in (
         (jnp.zeros((2, 3)), 1, "other", "unknown"),
@@ -43,4 +50,4 @@ def test_what_does_not_fit_is_said():
         with pytest.raises(ValueError, match=message):
             top_k(x, k, implementation=name)
     with pytest.raises(ValueError, match="the best 20,000 of 40,000 numbers: a program holds 32,768"):
-        gpu.top_k(jnp.zeros((1, 40_000)), 20_000, interpret=True)
+        gpu.top_k(jnp.zeros((33, 40_000)), 20_000, interpret=True)
