@@ -39,6 +39,7 @@ def by_group(group_A: jax.Array, n_groups: int, interpret: bool = False) -> tupl
     call = pl.pallas_call(
         functools.partial(_sort, a, n_groups, width, lanes),
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes],
+        grid=(1,),
         name="sort_by_group",
         **_options(min(max(width // 32, 4), 16), interpret),
     )
@@ -87,6 +88,7 @@ def tiles_of(groups: Groups, n_rows: int, tile_rows: int, interpret: bool = Fals
     call = pl.pallas_call(
         functools.partial(_tiles, groups.n, groups.align, n_rows, tile_rows, most),
         out_shape=jax.ShapeDtypeStruct(((most + 1) * len(FIELDS),), jnp.int32),
+        grid=(1,),
         name="row_tiles",
         **_options(4, interpret),
     )
