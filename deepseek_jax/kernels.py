@@ -43,10 +43,6 @@ TABLE = {
         "mosaic_gpu": "deepseek_jax.precision.grouped:on_hopper",  # Hopper, bf16, widths that are multiples of 128
         "mosaic_tpu": "deepseek_jax.precision.grouped:on_tpu",  # the same on TPUs
     },
-    "expert_order": {  # of the assignments of tokens to experts
-        "xla": "deepseek_jax.layers.grouped:sort_by_expert",
-        "by_size": "deepseek_jax.layers.grouped:sort_few_in_one_kernel",  # NVIDIA GPUs: few by Triton, many as above
-    },
     "token_experts": {  # of a step of one token, whose weights lie in the stack of all layers
         "xla": "deepseek_jax.layers.grouped:by_three_products",  # each by `grouped_matmul`
         "mosaic_gpu": "deepseek_jax.layers.grouped:in_one_pass_on_hopper",  # Hopper, bf16, multiples of 256 and 64

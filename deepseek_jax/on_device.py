@@ -59,7 +59,7 @@ def _on_hopper(sizes: ConfigDict) -> dict[str, str]:
     """Returns the operations that a kernel for Hopper computes in a model of these sizes, in bfloat16."""
     chosen = {}
     if "expert_width" in sizes and not any(width % 128 for width in (sizes.d_model, sizes.expert_width)):
-        chosen |= {"grouped_matmul": "mosaic_gpu", "expert_order": "by_size"}
+        chosen["grouped_matmul"] = "mosaic_gpu"
         if not sizes.d_model % 256 and sizes.d_model <= 8192:
             chosen["token_experts"] = "mosaic_gpu"
     if "kv_rank" in sizes and sizes.kv_rank in (256, 512) and sizes.rope_width == 64:

@@ -68,7 +68,6 @@ def test_a_gpu_reads_one_array_per_layer_with_the_axes_that_are_summed_over_insi
 CODES = {"coded_matmul": "mosaic_gpu"}
 HOPPER = CODES | {
     "coded_experts": "mosaic_gpu",
-    "expert_order": "by_size",
     "grouped_matmul": "mosaic_gpu",
     "token_experts": "mosaic_gpu",
     "latent_decode": "by_size",

@@ -143,7 +143,8 @@ def grouped_swiglu(
     x_AD, weights_A = to_rows(x_MD, order), sort_weights(weights_MK, order)
     if is_fp8(gate_XDF):
         experts = matmul.kernels["coded_experts"]
-        return to_tokens(experts(x_AD, weights_A, order.count_X, (gate_XDF, up_XDF, down_XFD), matmul), order)
+        chosen = gate_XDF, up_XDF, down_XFD
+        return to_tokens(experts(x_AD, weights_A, order.count_X, chosen, matmul, limit), order)
     if isinstance(gate_XDF, OfLayer):
         gate_AF, up_AF = (matmul.grouped(x_AD, w_XDF, order.count_X) for w_XDF in (gate_XDF, up_XDF))
         hidden_AF = matmul.swiglu(*clamped(gate_AF, up_AF, limit), weights_A)
@@ -156,7 +157,12 @@ def grouped_swiglu(
 
 
 def by_three_grouped_products(
-    x_AD: jax.Array, factor_A: jax.Array, count_X: jax.Array, weights: tuple[Matrices, ...], matmul: Matmul
+    x_AD: jax.Array,
+    factor_A: jax.Array,
+    count_X: jax.Array,
+    weights: tuple[Matrices, ...],
+    matmul: Matmul,
+    limit: float = 0.0,
 ) -> jax.Array:
     """Returns y_AD, of each row f SwiGLU(x) of its expert; 0 for rows of none.
 
@@ -166,20 +172,27 @@ def by_three_grouped_products(
         count_X: rows of each expert.
         weights: gate, up and down, in FP8.
         matmul: multiplies rows with them.
+        limit: as for `grouped_swiglu`.
     """
     gate_XDF, up_XDF, down_XFD = weights
     gate_AF, up_AF = (matmul.grouped(x_AD, w_XDF, count_X) for w_XDF in (gate_XDF, up_XDF))
-    return matmul.grouped(matmul.swiglu(gate_AF, up_AF, factor_A), down_XFD, count_X)
+    return matmul.grouped(matmul.swiglu(*clamped(gate_AF, up_AF, limit), factor_A), down_XFD, count_X)
 
 
 def by_two_passes_on_hopper(
-    x_AD: jax.Array, factor_A: jax.Array, count_X: jax.Array, weights: tuple[Matrices, ...], matmul: Matmul
+    x_AD: jax.Array,
+    factor_A: jax.Array,
+    count_X: jax.Array,
+    weights: tuple[Matrices, ...],
+    matmul: Matmul,
+    limit: float = 0.0,
 ) -> jax.Array:
     """As `by_three_grouped_products`, with gate and up in one pass.
 
-    Raises UserError on another device than a Hopper GPU, and for another dtype than bfloat16 or other widths.
+    Raises UserError on another device than a Hopper GPU, for another dtype than bfloat16, other widths, or a `limit`.
     """
     del matmul
+    _refuse_limit("coded_experts", limit)
     (gate, matrix_X), (up, _), (down, _) = map(fp8_matrices, weights)
     groups = Groups(count_X, matrix_X=matrix_X if isinstance(weights[0], OfLayer) else None)
     scaled = tuple(Scaled(w.codes, w.scale) for w in (gate, up, down))

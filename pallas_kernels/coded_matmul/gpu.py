@@ -27,8 +27,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.coded_matmul.tiles import BLOCK, UNIT_COLUMNS, Tiles, choose, choose_gated
-from pallas_kernels.grouped_matmul import order
-from pallas_kernels.grouped_matmul.layout import FIELDS, UNIT, Groups, Scaled
+from pallas_kernels.grouped_matmul.layout import FIELDS, UNIT, Groups, Scaled, table
 
 SWIZZLE = 128  # bytes
 REGISTERS = 65536  # of a processor
@@ -212,10 +211,9 @@ def multiplied(
     m, (_, n, k) = len(x), weights[0].codes.shape
     out_dtype = x.dtype if tiles.parts == 1 else jnp.float32
     plan = Plan(m, n, k, block_rows, out_dtype, tiles, len(weights), n_processors, not interpret)
-    table = order.table(groups, m, tiles.rows, interpret)
     codes = (lax.bitcast_convert_type(w.codes, jnp.int8) for w in weights)
     more = () if factor is None else (jnp.pad(factor, (0, tiles.rows)),)
-    y = plan.call(interpret)(table, x, *codes, *(w.scale for w in weights), *more)
+    y = plan.call(interpret)(table(groups, m, tiles.rows), x, *codes, *(w.scale for w in weights), *more)
     return jnp.sum(y.reshape(tiles.parts, m, n), axis=0).astype(x.dtype) if tiles.parts > 1 else y
 
 

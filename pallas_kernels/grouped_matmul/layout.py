@@ -86,3 +86,10 @@ def row_tiles(groups: Groups, n_rows: int, tile_rows: int) -> jax.Array:
     n_tiles_T = jnp.broadcast_to(last_Y[-1], tile_T.shape)
     fields = (jnp.minimum(group_T, n_groups - 1), row_T, low_Y[group_T], high_Y[group_T], end_Y[group_T], n_tiles_T)
     return jnp.stack(fields, axis=1).astype(jnp.int32)
+
+
+def table(groups: Groups, n_rows: int, tile_rows: int) -> jax.Array:
+    """Returns `row_tiles` as kernels read it, int32 [T * 6], with a tile's matrix in place of its group."""
+    group_T, *others_T = row_tiles(groups, n_rows, tile_rows).T
+    matrix_T = group_T if groups.matrix_X is None else groups.matrix_X[group_T]
+    return jnp.stack([matrix_T, *others_T], axis=1).reshape(-1)

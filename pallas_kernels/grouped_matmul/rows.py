@@ -2,7 +2,7 @@
 
     y[r] = x[r] w[g]   for the rows r of group g, 0 for rows of no group
 
-Each job is a tile of rows of one group (`order.table`) by a tile of columns; see `pipeline.py` for how it is
+Each job is a tile of rows of one group (`layout.table`) by a tile of columns; see `pipeline.py` for how it is
 computed. A tile's rows that belong to other groups are computed with the wrong weights and not written. Chunks of 64
 rows that belong to the group entirely, nearly all in a large group, leave through shared memory and TMA. The others,
 at the borders of groups, are written by the threads that hold them, row by row.
@@ -20,8 +20,8 @@ from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
 from pallas_kernels import mosaic_gpu
-from pallas_kernels.grouped_matmul import order, pipeline
-from pallas_kernels.grouped_matmul.layout import FIELDS, UNIT, Groups, Scaled
+from pallas_kernels.grouped_matmul import pipeline
+from pallas_kernels.grouped_matmul.layout import FIELDS, UNIT, Groups, Scaled, table
 from pallas_kernels.grouped_matmul.pipeline import CHUNK_ROWS, RUN, Job, Plan, Refs, Run
 from pallas_kernels.grouped_matmul.tiles import choose
 
@@ -81,8 +81,7 @@ def _run(
         k=k,
         transposed=transposed,
     )
-    table = order.table(groups, x.shape[0], tiles.span[0], run.interpret)
-    y = plan.call(run.interpret)(table, x, w, *scales)
+    y = plan.call(run.interpret)(table(groups, x.shape[0], tiles.span[0]), x, w, *scales)
     return y[:n_rows] if extra else y
 
 

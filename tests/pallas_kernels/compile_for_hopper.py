@@ -31,7 +31,7 @@ from pallas_kernels.coded_matmul import gpu as coded  # noqa: E402
 from pallas_kernels.coded_matmul import tiles as coded_tiles  # noqa: E402
 from pallas_kernels.fp8_matmul import gpu as matmul  # noqa: E402
 from pallas_kernels.fp8_matmul import tiles  # noqa: E402
-from pallas_kernels.grouped_matmul import Groups, Scaled, order, pipeline, rows, weights  # noqa: E402
+from pallas_kernels.grouped_matmul import Groups, Scaled, pipeline, rows, weights  # noqa: E402
 from pallas_kernels.grouped_matmul import tiles as grouped_tiles  # noqa: E402
 from pallas_kernels.indexer import gpu as indexer  # noqa: E402
 from pallas_kernels.mla_attention import gpu_backward, gpu_forward  # noqa: E402
@@ -42,8 +42,6 @@ from pallas_kernels.sparse_mla import gpu as chosen_rows  # noqa: E402
 from pallas_kernels.sparse_mla import hopper as sparse_mla  # noqa: E402
 from pallas_kernels.token_experts import gpu as token_experts  # noqa: E402
 from pallas_kernels.token_experts import gpu_codes as token_experts_in_codes  # noqa: E402
-
-order.MOST_IN_TABLE = 0  # XLA makes the tables, for Pallas Triton compiles for devices that are there
 
 # What the compiler must know of a chip of compute capability 9.0; the figures are an H100's.
 CHIP = """

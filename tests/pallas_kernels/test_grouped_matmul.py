@@ -12,7 +12,7 @@ from deepseek_jax.precision import quantize
 from pallas_kernels import grouped_matmul as kernels
 from pallas_kernels import mosaic_gpu, tile_table
 from pallas_kernels.fp8_matmul import gpu
-from pallas_kernels.grouped_matmul import Groups, Scaled, layout, order, pipeline, rows, tiles, weights
+from pallas_kernels.grouped_matmul import Groups, Scaled, layout, pipeline, rows, tiles, weights
 from pallas_kernels.quantize import reference
 
 # One program per call instead of one per operation.
@@ -175,31 +175,6 @@ def test_row_tiles_cover_every_row_once(counts, align, tile_rows):
         expected[first:end] = True
         assert (owner[first:end] == group).all()
     np.testing.assert_array_equal(valid, expected)
-
-
-@pytest.mark.parametrize("align", [1, 16])
-@pytest.mark.parametrize("moved", [False, True])
-def test_the_table_of_row_tiles_by_a_lane_per_group(align, moved):
-    """Interpreted, against what XLA computes, with a group's matrix in its place."""
-    groups = groups_of([9, 0, 1, 40, 0], align)
-    matrices = jnp.asarray([7, 3, 2, 9, 4], jnp.int32)
-    groups = dataclasses.replace(groups, matrix_X=matrices if moved else None)
-    expected = np.array(row_tiles(groups_of([9, 0, 1, 40, 0], align), 80, 16))
-    expected = expected[: expected[0, -1]]
-    if moved:
-        expected[:, 0] = matrices[expected[:, 0]]
-    found = np.asarray(order.tiles_of(groups, 80, 16, interpret=True)).reshape(-1, 6)
-    np.testing.assert_array_equal(found[: len(expected)], expected)
-    assert not found[len(expected) : -1].any()
-
-
-@pytest.mark.parametrize("n_rows", [96, 40])
-def test_rows_by_group_in_one_kernel(n_rows):
-    group = np.random.default_rng(0).integers(0, 8, n_rows).astype(np.int32)  # 7: of none
-    found = order.by_group(jnp.asarray(group), 7, interpret=True)
-    places = np.argsort(group, kind="stable")
-    for one, expected in zip(found, (places, np.argsort(places), np.bincount(group, minlength=8)[:7]), strict=True):
-        np.testing.assert_array_equal(one, expected)
 
 
 @pytest.mark.parametrize(
