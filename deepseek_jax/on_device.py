@@ -50,7 +50,7 @@ def kernels(config: ConfigDict) -> Kernels:
     chosen = _on_hopper(config.model)
     if _fits_codes(config):
         chosen |= {"coded_matmul": "mosaic_gpu"}
-        if "grouped_matmul" in chosen:
+        if "grouped_matmul" in chosen and not config.model.get("swiglu_limit"):  # which the kernel does not know
             chosen["coded_experts"] = "mosaic_gpu"
     return Kernels(**chosen)
 
@@ -60,7 +60,7 @@ def _on_hopper(sizes: ConfigDict) -> dict[str, str]:
     chosen = {}
     if "expert_width" in sizes and not any(width % 128 for width in (sizes.d_model, sizes.expert_width)):
         chosen["grouped_matmul"] = "mosaic_gpu"
-        if not sizes.d_model % 256 and sizes.d_model <= 8192:
+        if not sizes.d_model % 256 and sizes.d_model <= 8192 and not sizes.get("swiglu_limit"):
             chosen["token_experts"] = "mosaic_gpu"
     if "kv_rank" in sizes and sizes.kv_rank in (256, 512) and sizes.rope_width == 64:
         chosen["latent_decode"] = "by_size"
