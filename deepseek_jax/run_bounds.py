@@ -34,7 +34,7 @@ WHOLE_RUN = "Start from a config that holds a whole run, like tiny_v3."
 
 BOUNDS: dict[str, Bound] = {
     "name": bounds.name(),
-    "family": bounds.one_of("v1", "moe", "v2", "v3", "v32"),
+    "family": bounds.one_of("v1", "moe", "v2", "v3", "v32", "v4"),
     "seed": SEED,
     "precision": bounds.one_of("fp32", "bf16", "fp8", "fp4"),
     "release.folder": bounds.path(),

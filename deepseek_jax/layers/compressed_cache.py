@@ -106,18 +106,18 @@ class CompressedLayout:
             of_all, own_BN = all_layers(array, table_BN)
             return of_all[own_BN].reshape(len(table_BN), -1, of_all.shape[-1])
 
-        state = jax.tree.map(rows, (pool.window_BSQ, pool.raw), is_leaf=is_in_stack)
-        return Kept(*state, tuple(entries(array) for array in pool.entries_BIQ))
+        window_BSQ, raw = jax.tree.map(rows, (pool.window_BSQ, pool.raw), is_leaf=is_in_stack)
+        return Kept(window_BSQ, raw, tuple(entries(array) for array in pool.entries_BIQ))
 
     def write_rows(self, pool: Kept, kept: Kept, tokens: Tokens, table_BN: jax.Array, slot_B: jax.Array) -> Kept:
         """Returns the pool with what `write` made of what `read_rows` gave; entries of padding go to page 0."""
         end_B = tokens.positions_BT[:, 0] + n_real(tokens)
 
-        def rows(array: jax.Array | InStack, new: jax.Array) -> jax.Array | InStack:
+        def rows(array: jax.Array | InStack, new: jax.Array) -> Any:
             of_all, own_B = all_layers(array, slot_B)
             return as_was(array, of_all.at[own_B].set(new))
 
-        def entries(m: int, array: jax.Array | InStack, new_BIQ: jax.Array) -> jax.Array | InStack:
+        def entries(m: int, array: jax.Array | InStack, new_BIQ: jax.Array) -> Any:
             of_all, _ = all_layers(array, table_BN)
             number_BI = _reached(m, tokens.positions_BT)
             made_BIQ = jnp.take_along_axis(new_BIQ, number_BI[..., None], axis=1, mode="clip")

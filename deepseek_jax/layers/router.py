@@ -142,6 +142,7 @@ def softplus_topk(
     """
     scores_BTE = jnp.sqrt(jax.nn.softplus(jnp.maximum(logits_BTE, LEAST_LOGIT)))
     if experts_BTK is None:
+        assert bias_E is not None
         _, experts_BTK = jax.lax.top_k(jax.lax.stop_gradient(scores_BTE) + bias_E, top_k)
     return _renormalised(scores_BTE, experts_BTK, scale)
 

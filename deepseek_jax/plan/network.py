@@ -220,7 +220,9 @@ def describe(family: ModuleType, sizes: Sizes) -> Network:
     experts = getattr(sizes, EXPERTS, None) if any(w.is_expert for w in weights) else None
     groups = {key: getattr(experts, key, 1) for key in ("n_experts", "top_k", "n_groups", "top_groups")}
     stacks = {name: getattr(model, name) for name in model.stacks}
-    blocks = {name: tuple(stack.blocks) if isinstance(stack, Group) else (stack,) for name, stack in stacks.items()}
+    blocks: dict[str, tuple[Any, ...]] = {
+        name: tuple(stack.blocks) if isinstance(stack, Group) else (stack,) for name, stack in stacks.items()
+    }
     every = [block.attention for group in blocks.values() for block in group]
     ahead = next((module.block.attention for module in getattr(model, MTP, ())), every[0])
 

@@ -78,7 +78,7 @@ def _threshold(k: int, shift: int, bits: Any, counts: Any, n: int) -> jax.Array:
 def _count(k: int, shift: int, is_first: bool, n: int, scores: Any, *refs: Any) -> None:
     """How many numbers of a part reach each of the next thresholds; two counts share an integer."""
     bits_out, counts_out = refs[-2:]
-    bits = jnp.int32(0) if is_first else _threshold(k, shift + BITS, *refs[:2], n)
+    bits = jnp.int32(0) if is_first else _threshold(k, shift + BITS, refs[0], refs[1], n)
     part, keys = pl.program_id(1), ordered(scores[...])
 
     def reached(trial: int) -> jax.Array:
