@@ -150,8 +150,8 @@ def coded_matmul(
         interpret: parameters with which the kernel runs on a CPU (JAX 0.11 and later).
     """
     x = _whole(mosaic_gpu.evens_first(x_AK))
-    k, n = w.codes.shape[1:]
-    tiles = tiles or choose(groups.n, len(x_AK), k, n, n_processors)
+    n, k = w.codes.shape[1:]
+    tiles = tiles or choose(groups.n, len(x_AK), n, k, n_processors)
     return multiplied(x, (w,), None, groups, block_rows, tiles, n_processors, interpret)[: len(x_AK)]
 
 
