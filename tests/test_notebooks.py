@@ -47,6 +47,7 @@ SLOW = (
     "03_mtp",
     "06_fp8",
     "07_latent_attention",
+    "08_sparse_attention",
     "11_parallelism",
     "12_r1_zero",
     "13_serving",
