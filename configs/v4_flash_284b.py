@@ -12,7 +12,7 @@ from deepseek_jax.configs import base, v32_671b
 
 
 def get_config() -> ConfigDict:
-    """The published sizes and recipe."""
+    """The published sizes and recipe, without the first trillion tokens, in which attention is dense."""
     config = base.get_config()
     config.name = "v4_flash_284b"
     config.family = "v4"
@@ -60,6 +60,10 @@ def get_config() -> ConfigDict:
     data.fim_rate = 0.1
     data.mask_documents = True
 
+    optimizer = config.optimizer
+    optimizer.method = "muon"
+    optimizer.eps = 1e-20
+
     config.run.remat = "block"
     config.batch.size = 18_432  # sequences of 75.5M tokens
     config.loop.steps = 424_000  # 32T tokens
@@ -68,6 +72,8 @@ def get_config() -> ConfigDict:
     schedule = config.schedule
     schedule.peak_rate = 2.7e-4
     schedule.warmup_steps = 2000
+    schedule.constant_steps, schedule.cosine_steps = 372_000, 50_000  # their lengths are not published
+    config.loss.mtp_weight_switch = 374_000  # where the rate begins to fall
     schedule.tail_rate = 2.7e-5
     schedule.final_rate = 2.7e-5
     return config

@@ -12,7 +12,7 @@ from deepseek_jax.configs import v4_flash_284b
 
 
 def get_config() -> ConfigDict:
-    """The published sizes and recipe."""
+    """The published sizes and recipe, without the first trillion tokens, in which attention is dense."""
     config = v4_flash_284b.get_config()
     config.name = "v4_pro_1t6"
 
@@ -30,6 +30,8 @@ def get_config() -> ConfigDict:
 
     config.batch.size = 23_040  # sequences of 94.4M tokens
     config.loop.steps = 350_000  # 33T tokens
+    config.schedule.constant_steps = 298_000
+    config.loss.mtp_weight_switch = 300_000
     config.schedule.peak_rate = 2.0e-4
     config.schedule.tail_rate = 2.0e-5
     config.schedule.final_rate = 2.0e-5

@@ -6,7 +6,7 @@
 | GPU | no loop | one array per layer, for XLA would copy each layer's out of the stack in every step | the same |
 | Hopper | no loop | the same, routed experts stacked | the kernels that read chosen experts once |
 
-Sparse attention (V3.2) is XLA's everywhere: its kernels have been measured alone, and not yet as parts of a layer.
+Sparse attention (V3.2, V4) is XLA's everywhere: its kernels are measured for one sequence at a time only.
 The kernels take bfloat16 and widths that are multiples of 128, that of one token a model's of 256 up to 8,192. On a
 GPU the axes that a product of weights with activations sums over are the innermost in memory: then XLA multiplies a
 matrix with one token in one kernel that reads the matrix once, and otherwise in two that write all products to memory

@@ -99,11 +99,13 @@ def fine_tuning(origin: str, config: ConfigDict) -> ConfigDict:
 
 
 def of_run(workdir: Place) -> str:
-    """Returns `run.init_from` of the run that a workdir holds, "" if there is none or it has no checkpoint yet."""
+    """Returns `run.init_from` of the run that a workdir holds; "" before its first checkpoint, or if it has a base."""
     from deepseek_jax.train.checkpoint.manifest import committed_steps
     from deepseek_jax.weights import open_weights
 
-    return open_weights(workdir).config.run.init_from if committed_steps(workdir / "checkpoints") else ""
+    if committed_steps(workdir / "base" / "checkpoints") or not committed_steps(workdir / "checkpoints"):
+        return ""
+    return open_weights(workdir).config.run.init_from
 
 
 def inherit(config: ConfigDict, overrides: Mapping[str, str], workdir: Place) -> None:

@@ -22,12 +22,13 @@ def evaluate(options: Any, source: Place | str) -> dict[str, Any]:
     from deepseek_jax.language_model import load
     from deepseek_jax.layers.base import bind, split
     from deepseek_jax.train import by_position
+    from deepseek_jax.weights import is_published
 
     start_compilation_cache("")
     model = load(source)
     print(model, file=sys.stderr)
     config, length = model.config, options.length or model.config.data.seq_len
-    text = held_out(config, options.text, length)
+    text = held_out(config, options.text, length, is_published(source))
     lengths_V = np.zeros(config.model.vocab_size, np.int64)
     lengths_V[: text.vocab_size] = text.tokenizer.byte_lengths()
     sums, count = by_position.ByPosition(length, lengths_V), min(text.n_samples, options.limit or SEQUENCES)
@@ -49,8 +50,10 @@ def evaluate(options: Any, source: Place | str) -> dict[str, Any]:
     return about | {"ranges": [each._asdict() for each in sums.ranges()]}
 
 
-def held_out(config: ConfigDict, source: str, length: int) -> Any:
+def held_out(config: ConfigDict, source: str, length: int, is_weights: bool) -> Any:
     """Returns the text to judge, in sequences of `length` tokens: all of `source`, or what a run has held out.
+
+    `is_weights`: the model is published weights, not a run.
 
     `config.data` becomes what was read.
     """
@@ -59,7 +62,7 @@ def held_out(config: ConfigDict, source: str, length: int) -> Any:
     data = config.data
     if source:
         data.source, data.format, data.holdout_rate, data.fim_rate, data.workers = source, "auto", 0.0, 0.0, 0
-    elif config.release.folder and data.source == "stdlib":
+    elif is_weights and data.source == "stdlib":
         raise UserError("--by-position: published weights have no text of their own. Give --text=FILES.")
     data.seq_len = length
     data.update(settled(data))

@@ -53,7 +53,8 @@ def coded_experts(
 ) -> jax.Array:
     """Returns y [A, K], y[r] = (f_r silu(x[r] gate_g^T) * (x[r] up_g^T)) down_g^T for the rows r of group g, else 0.
 
-    The kernel multiplies with gate and up in one pass, and rounds the hidden layer once, to bfloat16.
+    The kernel multiplies with gate and up in one pass, and rounds the hidden layer once, to bfloat16. Where a tile
+    would have over 32 rows it is three products, each rounded.
 
     Args:
         x_AK: [A, K], rows sorted by group.

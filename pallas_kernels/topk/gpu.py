@@ -28,7 +28,7 @@ from pallas_kernels.topk.threshold import LOWEST, ordered
 
 MOST = 32768  # numbers of a row that a program has in registers
 BLOCK = 4096  # numbers that are put in order at a time
-FEW = 32  # rows, up to which the parts of a row are counted by programs side by side (`gpu_split`),
+FEW = 32  # rows, up to which the parts of a row are counted by programs side by side (`gpu_split`; measured: 1 to 16),
 LONG = 16384  # of so many numbers: on an H200 8,192 took 37 us in parts and 32 in one program, 32,768 took 41 and 66
 MANY = 132  # rows, from which on one of up to 32,768 numbers is faster in two parts
 

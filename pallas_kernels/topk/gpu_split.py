@@ -2,8 +2,8 @@
 
 One program per row would leave a GPU idle, and takes longer the longer the row. Here a row is cut into parts of 2,048
 numbers with a program each. The threshold, the k-th largest number as an integer, is found four bits at a time: every
-program counts the numbers of its part that reach each of the 15 next thresholds, and the next kernel adds the parts'
-counts up and goes on. After eight rounds the threshold is known, one more counts what is above it and what equals it,
+program counts the numbers of its part that reach each of the 15 next thresholds, and the next kernel adds up the
+parts' counts. After eight rounds the threshold is known, one more counts what is above it and what equals it,
 and the last writes: each program knows from the counts of those before it where its positions begin.
 
 What bounds it: ten kernels that follow one another, about 2.5 us each, whatever the length.

@@ -50,6 +50,10 @@ def test_the_verb_trains_a_base_and_improves_it(tmp_path, monkeypatch, capsys):
     assert f"judged by {tmp_path / 'run'}" in printed and "teacher_kl=" in printed
     assert rl.main([word for word in student if "init_from" not in word]) == 0  # a run that has begun needs no base
     assert "This run has reached step 3" in capsys.readouterr().out and not (tmp_path / "student" / "base").exists()
+    (tmp_path / "run").rename(tmp_path / "moved")  # with its own base
+    assert rl.main([words[0], f"--workdir={tmp_path / 'moved'}", words[2]]) == 0
+    assert "This run has reached step 3" in capsys.readouterr().out
+    (tmp_path / "moved").rename(tmp_path / "run")
     assert rl.main([*words, "--config.loop.steps=4"]) == 0
     printed = capsys.readouterr().out
     assert "resuming from step 3" in printed and "no more than by chance" in printed
