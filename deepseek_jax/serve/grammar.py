@@ -24,6 +24,7 @@ from deepseek_jax.errors import UserError
 
 BLANKS = r"\n? {0,40}"  # between two symbols of JSON; without a bound a model may write blanks for ever
 MOST_CHARACTERS = 200_000  # of a schema
+MOST_IN_ALL = 10 * MOST_CHARACTERS  # of a grammar of calls
 MOST_PATTERNS = 16  # regular expressions of a schema: whether all of them can hold may take exponential time
 HOLE = "\0arguments\0"  # stands for a call's arguments while its format is written
 # of a schema of parameters in DSML, and of one without a bound on its values
@@ -44,7 +45,15 @@ def tool_calls(template: Template, tokenizer: Tokenizer, tools: Sequence[dict], 
         whose = "" if template.has_calls else ", and a model whose format has calls"
         raise UserError(f"tool_choice asks for a call of {name or 'a tool'}: expected one of {names}{whose}.")
     form = _dsml_call if template.call_block else _call
-    forms = [form(template, tokenizer, one["name"], one.get("parameters") or {"type": "object"}) for one in found]
+    forms, n_characters = list[str](), 0
+    for one in found:
+        forms.append(form(template, tokenizer, one["name"], one.get("parameters") or {"type": "object"}))
+        n_characters += len(forms[-1])
+        if n_characters > MOST_IN_ALL:
+            raise UserError(
+                f"the grammar of {len(forms)} of {len(found)} tools has {n_characters} characters: expected at most "
+                f"{MOST_IN_ALL} for all of them. Give fewer tools, or shorter schemas."
+            )
     return "start: " + " | ".join(f"call_{n}" for n in range(len(forms))) + "\n" + _rules("call", forms)
 
 
@@ -68,7 +77,7 @@ def _call(template: Template, tokenizer: Tokenizer, name: str, parameters: dict[
 
 
 def _dsml_call(template: Template, tokenizer: Tokenizer, name: str, parameters: Any) -> str:
-    """A call whose arguments are not JSON but parameters, those of the schema in its order."""
+    """A call whose arguments are not JSON but parameters: the schema's in its order, then others that it requires."""
     properties, required, shared = _properties(name, parameters)
     symbols = [_written(f'\n\n<｜DSML｜{template.call_block}>\n<｜DSML｜invoke name="{name}">\n')]
     for key, schema in properties.items():
@@ -91,9 +100,9 @@ def _properties(name: str, parameters: Any) -> tuple[dict[str, Any], list[str], 
     if not isinstance(properties, dict) or not isinstance(required, list) or set(map(type, required)) - {str}:
         raise UserError(f"the parameters of {shown(name)}: expected properties as an object and required as names.")
     shared = {key: parameters[key] for key in DEFINITIONS if key in parameters}
-    if len(json.dumps(shared)) * text.count("{") > 10 * MOST_CHARACTERS:  # they are written with each value
+    if len(json.dumps(shared)) * text.count("{") > MOST_IN_ALL:  # they are written with each value
         raise UserError(f"the parameters of {shown(name)} have definitions that are too long: expected shorter ones.")
-    return {key: {} for key in required} | properties, required, shared
+    return properties | {key: {} for key in required if key not in properties}, required, shared
 
 
 def _written(text: str) -> str:
@@ -114,9 +123,10 @@ def _values(schema: Any, shared: dict[str, Any]) -> list[str]:
         return [json.dumps(f'true">{one}</') for one in allowed]
     if bounds.keys() == {"anyOf"} and isinstance(bounds["anyOf"], list):
         return list(dict.fromkeys(way for one in bounds["anyOf"] for way in _values(one, shared)))
-    types = bounds.get("type") if bounds.keys() == {"type"} else ""
+    types = bounds["type"] if bounds.keys() == {"type"} else ""
+    types = types if isinstance(types, list) else [types]  # any other kind of type is JSON's to refuse
     text_way = r'"true\">" /(?s:.*)<\//'
-    return [text_way] if types == "string" else [text_way, json_way] if "string" in (types or "") else [json_way]
+    return [text_way] if types == ["string"] else [text_way, json_way] if "string" in types else [json_way]
 
 
 def _json(schema: Any) -> str:

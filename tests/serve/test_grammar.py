@@ -96,6 +96,29 @@ def test_parameters_follow_their_schemas(grammars):
     assert text.count("/(?s:.*)<") == 2 and text.count("%json") == 2
 
 
+def test_parameters_are_in_the_order_of_their_schema(grammars):
+    form = {"properties": {"b": {}, "a": {}}, "required": ["c", "a"]}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": form}}]
+    text = tool_calls(TEMPLATES["v4"], grammars.tokenizer, tools)
+    assert text.index('name=\\"b\\"') < text.index('name=\\"a\\"') < text.index('name=\\"c\\"')
+
+
+@pytest.mark.parametrize("wrong", [5, True, None, {}, "substring", ["string", 5]])
+def test_a_type_that_is_none_is_refused_in_words(grammars, wrong):
+    for tools in (parameters(x={"type": wrong}), parameters(x={"anyOf": [{"type": wrong}]})):
+        for name in ("v31", "v4"):
+            with pytest.raises(UserError, match="the schema cannot be followed"):
+                grammars.compile(tool_calls(TEMPLATES[name], grammars.tokenizer, tools))
+
+
+def test_tools_whose_grammar_is_long_together_are_refused_early(grammars):
+    """The definitions of each are written with each of its values."""
+    form = {"$defs": {"a": {"const": "b" * 10_000}}, "properties": {f"k{n}": {} for n in range(40)}}
+    tools = [{"type": "function", "function": {"name": f"f{n}", "parameters": form}} for n in range(50)]
+    with pytest.raises(UserError, match="the grammar of [4-6] of 50 tools .*expected at most 2000000 for all of them"):
+        tool_calls(TEMPLATES["v4"], grammars.tokenizer, tools)
+
+
 CALL_OF_F = {"type": "function", "function": {"name": "f", "arguments": json.dumps({"text": 'a </b>\n"c"'})}}
 CALL_OF_F = {"role": "assistant", "content": None, "tool_calls": [CALL_OF_F]}
 

@@ -43,7 +43,7 @@ def completion_routes(service: Service) -> APIRouter:
         service.check_choices(body.n)
         prompt = await asyncio.to_thread(chat_prompt, template, tokenizer, body)
         samplings = body.samplings(service.n_free(prompt.ids), service.drawing, service.end_ids, request.state.tenant)
-        form = body.form(template, tokenizer)
+        form = await asyncio.to_thread(body.form, template, tokenizer)
         if form:
             samplings = _constrained(service, prompt, samplings, await service.compiling(form))
         choices = []
