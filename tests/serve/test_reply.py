@@ -158,7 +158,7 @@ def test_any_tokens_give_the_message_that_was_written(name):
 def test_any_tokens_of_nonsense_give_the_same_message(name):
     draw = random.Random(name)
     n_stopped = 0
-    for _ in range(200):
+    for _ in range(250):
         letters = [*range(256, 256 + len(MARKS)), *b"ab\n` f\xf0\x9f\x90\x8b" * 4]
         ids = [draw.choice(letters) for _ in range(40)]
         ids += TOKENS.encode("function<｜tool▁sep｜>f\n```json\n{}\n", specials=True)
@@ -169,7 +169,7 @@ def test_any_tokens_of_nonsense_give_the_same_message(name):
         for _ in range(3):
             assert run(name, TOKENS.merged(ids, draw), (3, 9), **options) == whole
         assert run(name, ids, range(1, len(ids)), **options) == whole
-    assert n_stopped > 3
+    assert n_stopped > 5
 
 
 def test_a_thought_that_does_not_end_is_all_thought():
