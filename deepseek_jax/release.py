@@ -7,14 +7,16 @@ replaces the release's, and its marks.
 """
 
 import fnmatch
+import json
 import os
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from deepseek_jax.convert import hf, hf_config, safetensors
-from deepseek_jax.data.chat import jinja, published_template, recognise
+from deepseek_jax.data.chat import jinja, published_name, published_template, recognise
 from deepseek_jax.data.chat.published import BY_MODEL_TYPE
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.tokenizer_files import CONFIG, PATTERNS, TOKENIZER, files_of, is_path
@@ -48,8 +50,8 @@ def of_published(published: hf.Published, folder: Path) -> dict[str, Any]:
 
 def chat_template(published: hf.Published, folder: Path) -> str:
     """`config.data.chat_template` of a published directory: "" stands for the one beside its tokenizer."""
-    name = BY_MODEL_TYPE.get(published.config["model_type"], "")
-    return "" if not name or published_template(folder) else name
+    name = published_name(folder) if published.config["model_type"] in BY_MODEL_TYPE else ""
+    return name if name in BY_MODEL_TYPE.values() else ""
 
 
 def n_positions(config: ConfigDict) -> int:
@@ -103,20 +105,48 @@ def files(config: ConfigDict) -> dict[str, Path | bytes]:
         found: dict[str, Path | bytes] = dict(kept_files(folder, (*PATTERNS, *kept)))
     else:
         found = {**(kept_files(folder, kept) if folder else {}), **files_of(config.data.tokenizer)}
-    return found | _template_file(config, found)
+    return _with_template(config, found)
 
 
-def _template_file(config: ConfigDict, found: dict[str, Path | bytes]) -> dict[str, Path | bytes]:
-    """Returns chat_template.jinja for a model tuned with a named template that its other files do not hold.
+def _tuned_with(config: ConfigDict) -> str:
+    return config.data.chat_template if config.data.format == "conversations" else ""
 
-    V3.2 and V4 have none; their models are recognised by their config.json.
+
+def _with_template(config: ConfigDict, found: dict[str, Path | bytes]) -> dict[str, Path | bytes]:
+    """Returns the files with the chat_template.jinja of a model tuned with a named template that they do not hold.
+
+    V3.2's and V4's have no such file; a template of another model is left out, and a line says so.
     """
-    name = config.data.chat_template if config.data.format == "conversations" else ""
+    name = _tuned_with(config)
+    if name in BY_MODEL_TYPE.values():
+        left = _without_template(found)
+        if left != found:
+            print(f"chat template: the files' own is left out, since the model is tuned with {name}", file=sys.stderr)
+        return left
     beside = [found[file] for file in (jinja.NAME, CONFIG) if file in found]
     held = {recognise(published_template(path.parent)) for path in beside if isinstance(path, Path)}
     if name not in jinja.TEXTS or jinja.TEXTS[name] in {jinja.TEXTS.get(other) for other in held}:
-        return {}
-    return {jinja.NAME: jinja.TEXTS[name].encode()}
+        return found
+    return found | {jinja.NAME: jinja.TEXTS[name].encode()}
+
+
+def _without_template(found: dict[str, Path | bytes]) -> dict[str, Path | bytes]:
+    left = {name: content for name, content in found.items() if name not in (jinja.NAME, "chat_template.json")}
+    path = found.get(CONFIG)
+    settings = safetensors.read_json(path) if isinstance(path, Path) else {}
+    if settings.pop("chat_template", None) is not None:
+        left[CONFIG] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
+    return left
+
+
+def remark(config: ConfigDict) -> str:
+    """Returns a line about an export whose files do not tell which chat template it is tuned with; "" if they do."""
+    name = _tuned_with(config)
+    if name not in BY_MODEL_TYPE.values():
+        return ""
+    kind = hf_config.model_type(config.family, config.model)
+    told = f"model_type {kind} stands for {BY_MODEL_TYPE.get(kind) or 'no template'}"
+    return "" if BY_MODEL_TYPE.get(kind) == name else f"chat template: {told}: give --template={name} to chat and serve"
 
 
 def files_to_keep(config: ConfigDict) -> dict[str, Path | bytes]:

@@ -9,6 +9,7 @@ weights.read(target)                       # into the shardings of a training st
 import contextlib
 import functools
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,8 @@ def export(
         files=release.files(config),
         **options,
     )
+    if line := release.remark(config):
+        print(line, file=sys.stderr)
 
 
 def checkpoint_directory(path: str | os.PathLike | Remote) -> Any:

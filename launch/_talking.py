@@ -1,5 +1,6 @@
 """What chat and serve ask of a model's files: its chat template, and how it draws."""
 
+import sys
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -19,6 +20,19 @@ def template_name(tokenizer: str, source: Path | str, given: str) -> str:
     path = Path(tokenizer).expanduser()
     folder = None if tokenizer in ("deepseek", *BUILT_IN) else path if path.is_dir() else path.parent
     return chat.template_for(folder, given, model=str(source))
+
+
+def template_of(config: ConfigDict, source: Path | str, given: str) -> str:
+    """Returns the name of the template: the one given, the run's own, or that of the model's files.
+
+    A line says so where the kind of model alone names it: its base, if it has the same tokenizer, cannot chat.
+    """
+    from deepseek_jax.data.chat.published import BY_MODEL_TYPE
+
+    name = template_name(config.data.tokenizer, source, given or config.data.chat_template)
+    if not given and config.data.format != "conversations" and name in BY_MODEL_TYPE.values():
+        print(f"chat template: {name}, by model_type; --template changes it", file=sys.stderr)
+    return name
 
 
 def drawing_of(config: ConfigDict) -> dict[str, float]:

@@ -28,7 +28,7 @@ from deepseek_jax.bounds import SEED, STEPS, number, path, whole
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options
 from deepseek_jax.launch._continuation import write
-from deepseek_jax.launch._talking import drawing_of, template_name
+from deepseek_jax.launch._talking import drawing_of, template_of
 
 if TYPE_CHECKING:
     from deepseek_jax.language_model import LanguageModel
@@ -62,8 +62,7 @@ def main(argv: list[str]) -> int:
 
     start_compilation_cache("")
     model = load(source)
-    given = options.template or model.config.data.chat_template  # a run on conversations knows its own
-    name = template_name(model.config.data.tokenizer, source, given)
+    name = template_of(model.config, source, options.template)
     dialogue = open_dialogue(model, name, options)
     terminal = Terminal(options.max_tokens)
     if terminal.is_interactive:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from deepseek_jax.bounds import whole
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _options, _serving
-from deepseek_jax.launch._talking import drawing_of, template_name
+from deepseek_jax.launch._talking import drawing_of, template_of
 from deepseek_jax.storage import Place, Remote, place
 
 if TYPE_CHECKING:
@@ -114,10 +114,9 @@ def _template(model: "LanguageModel", source: str, given: str) -> "Template | No
     from deepseek_jax.data import chat
 
     try:
-        given = given or model.config.data.chat_template
-        return chat.template(template_name(model.config.data.tokenizer, source, given))
+        return chat.template(template_of(model.config, source, given))
     except UserError as error:
-        if given:
+        if given or model.config.data.chat_template:
             raise
         print(f"no chat: {error}", file=sys.stderr)
         return None

@@ -179,6 +179,16 @@ def test_the_template_beside_the_tokenizer_is_the_models(tmp_path, where):
     assert _talking.template_name(tokenizer, "mine", "r1-0528") == "r1"
 
 
+def test_a_template_that_only_the_kind_of_model_names_is_told(capsys):
+    config = run_config.load("tiny_v3")
+    config.data.update(tokenizer="bytes", chat_template="v32")
+    assert _talking.template_of(config, "mine", "") == "v32"
+    assert capsys.readouterr().err == "chat template: v32, by model_type; --template changes it\n"
+    assert _talking.template_of(config, "mine", "r1") == "r1"
+    config.data.format = "conversations"
+    assert _talking.template_of(config, "mine", "") == "v32" and capsys.readouterr().err == ""
+
+
 # A process with a scripted model, which says "Hm" in thought and the message back, or counts slowly.
 ECHO = """
 import sys, time, types

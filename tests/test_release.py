@@ -10,6 +10,7 @@ import pytest
 import deepseek_jax
 from deepseek_jax import release, run_config
 from deepseek_jax.data.chat import jinja, recognise
+from deepseek_jax.data.chat.published import NEEDED
 from deepseek_jax.data.tokenizer import open_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import convert, export
@@ -210,13 +211,38 @@ def test_a_model_tuned_with_a_named_template_brings_its_file(tmp_path):
     (tmp_path / jinja.NAME).unlink()
     config.data.format = "text"
     assert jinja.NAME not in release.files(config)
-    config.data.update(format="conversations", chat_template="v32")  # has none: config.json tells
-    assert jinja.NAME not in release.files(config)
+
+
+@pytest.mark.parametrize("name", ["v32", "v4"])
+def test_a_model_tuned_with_a_template_without_a_file_brings_no_other(tmp_path, capsys, name):
+    """The model_type tells, where it is that template's; else a line does."""
+    config = run_config.load("tiny_v3")
+    config.data.update(format="conversations", chat_template=name, tokenizer=str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(WORDS))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "b"}))
+    assert release.files(config)["tokenizer_config.json"] == tmp_path / "tokenizer_config.json"
+    assert capsys.readouterr().err == ""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "b", "chat_template": jinja.TEXTS["v31"]}))
+    (tmp_path / jinja.NAME).write_text(jinja.TEXTS["v31"])
+    found = release.files(config)
+    assert json.loads(found["tokenizer_config.json"]) == {"eos_token": "b"} and jinja.NAME not in found
+    assert (
+        capsys.readouterr().err == f"chat template: the files' own is left out, since the model is tuned with {name}\n"
+    )
+    told = "model_type deepseek_v3 stands for no template"
+    assert release.remark(config) == f"chat template: {told}: give --template={name} to chat and serve"
+    config.family = "v4"
+    assert (release.remark(config) == "") == (name == "v4")
+    config.data.format = "text"
+    assert release.remark(config) == "" and release.files(config)[jinja.NAME] == tmp_path / jinja.NAME
 
 
 def test_the_chat_template_of_models_that_come_without_one(tmp_path):
     """Named in the config, so that runs which begin with such weights know it."""
     published = SimpleNamespace(config={"model_type": "deepseek_v32"})
+    (tmp_path / "config.json").write_text(json.dumps(published.config))
+    assert release.chat_template(published, tmp_path) == ""  # a base: its tokenizer has no special tokens of the format
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"content": mark} for mark in NEEDED]}))
     assert release.chat_template(published, tmp_path) == "v32"
     assert release.chat_template(SimpleNamespace(config={"model_type": "deepseek_v3"}), tmp_path) == ""
     (tmp_path / jinja.NAME).write_text(jinja.TEXTS["v31"])

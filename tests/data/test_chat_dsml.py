@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from deepseek_jax.data.chat import TEMPLATES, is_task, jinja, spell, template_for
+from deepseek_jax.data.chat import TEMPLATES, is_task, jinja, published, spell, template_for
 from deepseek_jax.data.chat.dsml import BlockReader, split_calls
 from deepseek_jax.errors import UserError
 
@@ -145,6 +145,11 @@ def test_arguments_that_are_no_object_are_one_parameter(arguments):
 
 
 def test_models_that_come_without_a_template_are_recognised_by_their_kind(tmp_path):
+    def write_tokenizer(*tokens):
+        added = [{"content": token} for token in tokens]
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+
+    write_tokenizer(*published.NEEDED)
     for model_type, name in (("deepseek_v32", "v32"), ("deepseek_v4", "v4")):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
         assert template_for(tmp_path) == name
@@ -157,6 +162,17 @@ def test_models_that_come_without_a_template_are_recognised_by_their_kind(tmp_pa
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v32"}))
     (tmp_path / "chat_template.jinja").write_text(jinja.TEXTS["v31"])
     assert template_for(tmp_path) == "v31"  # V3.2-Exp
+    (tmp_path / "chat_template.jinja").unlink()
+    write_tokenizer(*published.NEEDED - {"｜DSML｜"})  # the base of V3.2-Exp
+    with pytest.raises(UserError, match="it is a base model"):
+        template_for(tmp_path)
+    for text in ("[]", '{"added_tokens": [1]}', "{"):
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(UserError, match=r"tokenizer.json cannot be read"):
+            template_for(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="it is a base model"):
+        template_for(tmp_path)
 
 
 # What a model writes.

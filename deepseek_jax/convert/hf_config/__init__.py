@@ -7,4 +7,4 @@ or in transformers, are rejected if their value is not known here; keys that nei
 from deepseek_jax.convert.hf_config.kinds import KINDS
 from deepseek_jax.convert.hf_config.read import ConfigFacts, eos_ids, facts, from_hf, one_or_list
 from deepseek_jax.convert.hf_config.rope import remarks
-from deepseek_jax.convert.hf_config.write import code, to_hf
+from deepseek_jax.convert.hf_config.write import code, model_type, to_hf

@@ -31,9 +31,9 @@ def to_hf(
         n_positions: longest sequence that the model is meant for.
         bos_id, eos_ids, pad_id: tokens of begin, end and padding; the last is written only if there is one.
     """
-    model_type = _model_type(family, numbers)
-    kind = KINDS[model_type]
-    hf: dict[str, Any] = {"architectures": [kind.architecture], "model_type": model_type}
+    name = model_type(family, numbers)
+    kind = KINDS[name]
+    hf: dict[str, Any] = {"architectures": [kind.architecture], "model_type": name}
     hf |= {theirs: numbers[ours] for theirs, ours in kind.sizes.items()} | kind.fixed
     hf |= {"rms_norm_eps": numbers["norm_eps"], "initializer_range": numbers["init_std"]}
     hf |= {"rope_theta": numbers["rope_base"], "rope_scaling": write_rope(numbers)} | kind.write_extra(numbers)
@@ -46,7 +46,7 @@ def to_hf(
     return hf | {"tie_word_embeddings": False, "torch_dtype": dtype, "use_cache": True}
 
 
-def _model_type(family: str, numbers: Mapping[str, Any]) -> str:
+def model_type(family: str, numbers: Mapping[str, Any]) -> str:
     """Returns the first model_type of the family that implies these numbers. Raises UserError."""
     kinds = {name: kind for name, kind in KINDS.items() if kind.family == family}
     if not kinds:

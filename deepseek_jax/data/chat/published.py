@@ -1,12 +1,14 @@
 """Which of our templates a published Jinja template is, recognised by distinctive text.
 
 No template is executed: the template of each generation contains text that no other has. A template without any of it
-is not recognised. V3.2 and V4 come without one, and are recognised by the model_type in their config.json.
+is not recognised. V3.2 and V4 come without one: the model_type in their config.json tells, if their tokenizer has the
+special tokens of the format.
 """
 
 import json
 from pathlib import Path
 
+from deepseek_jax.data.chat.marks import ASSISTANT, DSML, END_THINK, THINK, USER
 from deepseek_jax.errors import UserError
 
 _SPEAKERS = ("<｜User｜>", "<｜Assistant｜>")
@@ -25,6 +27,7 @@ TRAITS = (
 )
 
 BY_MODEL_TYPE = {"deepseek_v32": "v32", "deepseek_v4": "v4"}  # of models whose files have no template
+NEEDED = {mark.text for mark in (USER, ASSISTANT, THINK, END_THINK, DSML)}  # by those templates
 
 
 def published_name(folder: Path) -> str:
@@ -36,7 +39,18 @@ def published_name(folder: Path) -> str:
         model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{config} cannot be read ({error}). Download it again.") from error
-    return BY_MODEL_TYPE.get(model_type, "") if isinstance(model_type, str) else ""
+    name = BY_MODEL_TYPE.get(model_type, "") if isinstance(model_type, str) else ""
+    return name if name and _special_tokens(folder) >= NEEDED else ""
+
+
+def _special_tokens(folder: Path) -> set[str]:
+    """Returns the tokens that a tokenizer.json adds to its vocabulary; none if there is no such file."""
+    file = folder / "tokenizer.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")).get("added_tokens") if file.is_file() else None
+        return {one["content"] for one in found or ()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read ({error}). Download it again.") from error
 
 
 def recognise(text: str) -> str:
