@@ -140,7 +140,7 @@ def _without_template(found: dict[str, Path | bytes]) -> dict[str, Path | bytes]
 
 
 def remark(config: ConfigDict) -> str:
-    """Returns a line about an export whose files do not tell which chat template it is tuned with; "" if they do."""
+    """Returns a line about an export whose files do not name the chat template that it is tuned with; "" if they do."""
     name = _tuned_with(config)
     if name not in BY_MODEL_TYPE.values():
         return ""
