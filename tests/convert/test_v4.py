@@ -172,6 +172,16 @@ def test_what_a_release_stores_comes_back_bit_for_bit(released, tmp_path):
     assert configs[0] == configs[1] and configs[0]["expert_dtype"] == "fp4"
 
 
+def test_scales_that_are_no_powers_of_two_are_not_kept(released, tmp_path):
+    """V4's files have no others: what V3's rule has quantised goes back to its own format."""
+    wide = host_tree(hf.Source(hf.open_published(released), shapes()))
+    hf.write(tmp_path / "fp8", "v4", NUMBERS, wide, hf.from_tree(wide), "fp8")
+    weights = held(tmp_path / "fp8")
+    with pytest.raises(UserError, match=r"w1.weight is held in FP8 with scales that are no .*Give 'fp8' or 'bf16'"):
+        hf.write(tmp_path / "kept", "v4", NUMBERS, weights, hf.from_tree(weights), "keep")
+    assert not list((tmp_path / "kept").iterdir())
+
+
 def test_numbers_are_codes_times_scales(released):
     weights, files = held(released), safetensors.open_directory(released)
     name = "layers.1.ffn.experts.2.w3.weight"
@@ -262,6 +272,24 @@ def test_a_config_that_makes_no_model_is_refused(key, value, expected):
     assert hf_config.from_hf(found) == ("v4", NUMBERS)
     with pytest.raises(UserError, match=rf"{key}.*expected .*{expected}"):
         hf_config.from_hf(found | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("ratios", "sparse", "layers"),
+    [
+        ((0, 4, 8, 16, 0), 4, None),
+        ((0, 8, 16, 32, 0), 8, None),
+        ((0, 4, 8, 4, 8), 4, ["sliding", "compressed_sparse", "heavily_compressed", "compressed_sparse"]),
+        ((0, 4, 8, 4, 16), 4, ["sliding", "compressed_sparse", "heavily_compressed", "compressed_sparse"]),
+        ((0, 128, 0, 0, 0), 128, ["sliding", "compressed_sparse", "sliding", "sliding"]),
+    ],
+)
+def test_schedules_are_read_as_they_were_written(ratios, sparse, layers):
+    """In the words of transformers too, where it has some; the depth of multi-token prediction is not in these."""
+    numbers = NUMBERS | {"compress_ratios": ratios, "index_ratio": sparse}
+    found = json.loads(json.dumps(hf_config.to_hf("v4", numbers)))
+    assert hf_config.from_hf(found) == ("v4", numbers)
+    assert found.get("layer_types") == (layers and [f"{kind}_attention" for kind in layers])
 
 
 def test_fp4_is_for_v4():

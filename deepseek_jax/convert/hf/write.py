@@ -80,7 +80,7 @@ def write(
             is bfloat16), or "keep" (unchanged). Router biases are always float32. 8-bit weights come in blocks of
             128 x 128: "fp8" with arbitrary scales (V3), "fp8_ue8m0" with powers of two stored in float32 (V3.1),
             "fp8_e8m0" with powers of two stored in 8 bits; "fp4" is that with routed experts in FP4 (V4). Weights of V4
-            that are held in codes keep them under "keep".
+            that are held in codes with powers of two as scales keep them under "keep".
         n_positions, bos_id, eos_ids, pad_id: see `hf_config.to_hf`.
         generation: content of generation_config.json; by default these tokens.
         files: further files, such as tokenizer.json: name -> its path or its content.
@@ -89,16 +89,12 @@ def write(
         warn: called with a message about anything that keeps others from opening the directory.
     """
     _check_dtype(dtype, abstract)
-    in_fp4 = dtype == "fp4" or any(isinstance(leaf, Fp4Weight) for leaf in _held(dtype, abstract))
     where = place(directory)
     where = where if isinstance(where, Remote) else where.expanduser()
     dtypes = {path: leaf.dtype for path, leaf in paths(abstract).items()}
-    stored = dtypes[TABLE]
     config = hf_config.to_hf(
         *(family, numbers),
-        dtype=TORCH_DTYPES[FORMATS[dtype] or safetensors.DTYPE_NAMES[np.dtype(stored)]],
-        quantized=SCALES[dtype][0] if dtype in SCALES else "ue8m0" if _held(dtype, abstract) else None,
-        in_fp4=in_fp4,
+        **_formats(dtype, abstract),
         n_positions=n_positions,
         bos_id=bos_id,
         eos_ids=eos_ids,
@@ -119,6 +115,16 @@ def _check_dtype(dtype: str, abstract: dict) -> None:
         raise UserError("dtype='keep' of weights that are held in FP8: give 'fp8', for the same codes, or 'bf16'.")
     if dtype == "fp4" and not any(names.IN_FP4.search(tensor.name) for tensor in names.tensors(abstract)):
         raise UserError("dtype='fp4' is for V4, whose routed experts are published in FP4. Give 'fp8' or 'bf16'.")
+
+
+def _formats(dtype: str, abstract: dict) -> dict[str, Any]:
+    """Returns what config.json says of the formats of the weights: arguments of `hf_config.to_hf`."""
+    held = _held(dtype, abstract)
+    return {
+        "dtype": TORCH_DTYPES[FORMATS[dtype] or safetensors.DTYPE_NAMES[np.dtype(paths(abstract)[TABLE].dtype)]],
+        "quantized": SCALES[dtype][0] if dtype in SCALES else "ue8m0" if held else None,
+        "in_fp4": dtype == "fp4" or any(isinstance(leaf, Fp4Weight) for leaf in held),
+    }
 
 
 def _held(dtype: str, abstract: dict) -> list[Fp8Weight]:
@@ -265,20 +271,28 @@ def _in_fp4(tensor: names.Tensor, published: Callable) -> Iterator[safetensors.E
 
 
 def _as_held(tensor: names.Tensor, leaf: Fp8Weight, get: Get, report: Callable | None) -> Iterator[safetensors.Entry]:
-    """Yields the codes and scales with which a matrix of V4 is held, like others of `leaf`."""
-    held: dict[str, Any] = {}
-    is_fp4 = isinstance(leaf, Fp4Weight)
+    """Yields the codes and scales with which a matrix of V4 is held, like others of `leaf`.
+
+    Raises UserError, when the codes are asked for, if E8M0 does not hold the scales exactly.
+    """
+    made: dict[str, np.ndarray] = {}
+    is_fp4, e8m0 = isinstance(leaf, Fp4Weight), safetensors.DTYPES["F8_E8M0"]
 
     def codes() -> np.ndarray:
         ((path, index),) = tensor.places
-        held["weight"] = weight = get(path, index)
+        weight = get(path, index)
+        made["scales"] = scales = weight.scale.view(e8m0) if is_fp4 else weight.scale.astype(e8m0)
+        if not is_fp4 and not np.array_equal(scales.astype(np.float32), weight.scale):
+            raise UserError(
+                f"dtype='keep': {tensor.name} is held in FP8 with scales that are no powers of two, and V4's files "
+                "hold only these (E8M0). Give 'fp8' or 'bf16'."
+            )
         if report:
             report(weight.nbytes)
         return weight.codes.view(np.int8) if is_fp4 else weight.codes
 
     def scales() -> np.ndarray:
-        scale, kind = held.pop("weight").scale, safetensors.DTYPES["F8_E8M0"]
-        return scale.view(kind) if is_fp4 else scale.astype(kind)
+        return made.pop("scales")
 
     for name, part, kind, make in (
         (tensor.name, leaf.codes, "I8" if is_fp4 else "F8_E4M3", codes),

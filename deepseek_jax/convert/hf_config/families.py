@@ -168,10 +168,10 @@ def _read_schedule(hf: Json, n_layers: int, depth: int) -> Numbers:
         named = {WINDOW: 0} | rates
         if not isinstance(kinds, list) or len(kinds) != n_layers or any(kind not in named for kind in kinds):
             raise invalid(hf, "layer_types", f"one of {', '.join(named)} for each of {n_layers} layers")
-        by_kind = [named[kind] for kind in kinds] + [0] * depth
-        if (ratios or by_kind)[:n] != by_kind:
+        by_kind = [named[kind] for kind in kinds]  # of the layers alone
+        if (ratios or by_kind)[:n_layers] != by_kind:
             raise invalid(hf, "compress_ratios", "what layer_types and compress_rates say, or only one of the two")
-        ratios = ratios or by_kind
+        ratios = ratios or by_kind + [0] * depth
     routed = hf.get("mlp_layer_types")
     n_hash = hf.get("num_hash_layers", routed.count("hash_moe") if isinstance(routed, list) else 3)
     if not is_integer(n_hash, 0, n_layers):
@@ -187,11 +187,14 @@ def write_v4(numbers: Json) -> Numbers:
     found = {"compress_ratios": ratios, "num_hash_layers": numbers["n_hash_layers"]}
     found |= {"compress_rope_theta": numbers["compress_rope_base"], "hc_eps": numbers["hyper_eps"]}
     found |= {"swiglu_limit": numbers["swiglu_limit"], "num_nextn_predict_layers": numbers["mtp_depth"]}
-    heavy = sorted({ratio for ratio in ratios if ratio not in (0, sparse)})
-    if (sparse, heavy) != (SPARSE_RATIO, [HEAVY_RATIO]) and len(heavy) <= 1:
+    of_layers = ratios[: numbers["n_layers"]]
+    heavy = sorted({ratio for ratio in of_layers if ratio not in (0, sparse)})
+    if len(heavy) > 1:  # which transformers has no words for
+        found |= {"compress_rates": {SPARSE: sparse}} if sparse != SPARSE_RATIO else {}
+    elif (sparse, heavy) != (SPARSE_RATIO, [HEAVY_RATIO]):
         rates = {SPARSE: sparse, HEAVY: heavy[0] if heavy else HEAVY_RATIO}
-        kinds = {0: WINDOW} | {ratio: kind for kind, ratio in rates.items()}
-        found |= {"layer_types": [kinds[ratio] for ratio in ratios[: numbers["n_layers"]]], "compress_rates": rates}
+        kinds = {rates[HEAVY]: HEAVY} | {sparse: SPARSE, 0: WINDOW}
+        found |= {"layer_types": [kinds[ratio] for ratio in of_layers], "compress_rates": rates}
     return found | _write_scale(numbers)
 
 
