@@ -22,12 +22,8 @@ RATE = 1e-5
 TUNED = "_tuned"  # how names of runs with the recipe of `fine_tuning` end
 FOREVER = 1_000_000_000  # steps at the peak rate, which so is the only rate to set
 PREDICTION = 0.1  # lambda of multi-token prediction, its last value in pre-training (V3 section 4.2)
-BALANCE = {
-    "v3": 1e-4,
-    "v32": 1e-4,
-    "v2": 1e-3,
-    "moe": 1e-3,
-}  # alpha of the balance loss, as in pre-training
+# alpha of the balance loss, as in pre-training, of every family with routed experts
+BALANCE = {"v4": 1e-4, "v3": 1e-4, "v32": 1e-4, "v2": 1e-3, "moe": 1e-3}
 # What two tokenizers must read as the same ids to be taken for the same.
 SAMPLE = """\
 def main(argv: list[str]) -> int:\n\treturn 3 * len(argv)  # TODO\r\n
@@ -86,7 +82,8 @@ def fine_tuning(origin: str, config: ConfigDict) -> ConfigDict:
     config.loop.steps, config.loop.eval_every, config.checkpoint.every = 200, 50, 100
     config.run.remat = "block"
     config.loss.mtp_weight = config.loss.mtp_weight_final = PREDICTION if source.model.get("mtp_depth") else 0.0
-    config.loss.balance_rate, config.loss.auxiliary.expert_balance = 0.0, BALANCE.get(source.family, 0.0)
+    config.loss.balance_rate = 0.0
+    config.loss.auxiliary.expert_balance = BALANCE[source.family] if "expert_width" in source.model else 0.0
     if "index_top_k" in source.model:  # its indexer continues to learn, but beside adapters (`run.auxiliary`)
         config.model = source.model.copy_and_resolve_references()
         config.model.index_dense = False  # the warm-up is over

@@ -12,6 +12,7 @@ from deepseek_jax import run, run_config
 from deepseek_jax.convert import hub
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _beginning, _options, convert, export, inspect, train
+from deepseek_jax.models import FAMILIES, family
 from deepseek_jax.saved_config import to_json
 from deepseek_jax.train.checkpoint.manifest import commit
 from deepseek_jax.train.loop import LoopConfig
@@ -60,6 +61,10 @@ def test_a_directory_is_a_config(name, word):
     assert run_config.validate(config) is config
     LoopConfig(**config.loop, checkpoint_every=config.checkpoint.every), run.batch_ramp(config, 8)
     assert config.name == f"{name}_tuned"  # and so its workdir is not the directory of the weights
+
+
+def test_every_family_with_routed_experts_balances_them_in_fine_tuning():
+    assert set(_beginning.BALANCE) == {name for name in FAMILIES if "expert_width" in family(name).KEYS}
 
 
 def test_the_tokenizer_beside_the_weights_is_taken_from_anywhere(published, tmp_path, monkeypatch, capsys):
