@@ -55,7 +55,7 @@ def lora(shapes: Tree, rank: int, alpha: float, chosen: str) -> Lora:
         rank, alpha: of all adapters.
         chosen: last parts of the names of matrices, with commas between ("q_proj,v_proj"), or "all-linear".
 
-    Raises UserError for a name that none of the matrices has.
+    Raises UserError for a name that none of the matrices has, and for a model whose matrices take none.
     """
     found: dict[tuple, list[Target]] = {}
     known: set[str] = set()
@@ -64,6 +64,11 @@ def lora(shapes: Tree, rank: int, alpha: float, chosen: str) -> Lora:
         known.add(name.rpartition(".")[2])
         if tensor.places[0][1] == (0,) and (chosen == ALL or name.rpartition(".")[2] in words):
             found.setdefault(block, []).append(_target(name, tensor, len(block)))
+    if not known:
+        raise UserError(
+            f"lora.rank={rank}: no matrix of this model takes adapters, which are for those published under names such "
+            "as model.layers.0.self_attn.o_proj (V1 to V3.2). Train all weights: lora.rank=0."
+        )
     if unknown := sorted(words - known) if chosen != ALL else []:
         raise UserError(
             f"lora.targets={chosen}: this model has no matrix {unknown[0]} that takes adapters. Give {ALL}, or some of "

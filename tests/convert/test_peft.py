@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -82,6 +83,14 @@ def test_names_that_no_matrix_has(v3):
         UserError, match="no matrix gate_proj that takes adapters. Give all-linear, or some of kv_a_proj"
     ):
         peft.lora(v3, RANK, ALPHA, "q_a_proj,gate_proj")
+
+
+def test_a_model_none_of_whose_matrices_takes_adapters():
+    """V4's have other names."""
+    attention = {"q_down_DR": jax.ShapeDtypeStruct((1, 8, 4), np.float32)}
+    shapes = {"params": {"streams_head": {}, "blocks_0": {"attention": attention}}, "router_bias": {}}
+    with pytest.raises(UserError, match=r"lora.rank=2: no matrix of this model takes adapters"):
+        peft.lora(shapes, 2, 4.0, "all-linear")
 
 
 @pytest.mark.parametrize(
