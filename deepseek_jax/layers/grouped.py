@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.precision.fp8_weight_kernels import is_fp8
+from deepseek_jax.precision.fp8_weight_kernels import is_fp8, refuse_fp4
 from deepseek_jax.precision.fp8_weight_kernels import matrices_of as fp8_matrices
 from deepseek_jax.precision.grouped import Matrices, OfLayer, matrices_of
 from deepseek_jax.precision.matmul import PLAIN, Matmul, clamped
@@ -189,11 +189,13 @@ def by_two_passes_on_hopper(
 ) -> jax.Array:
     """As `by_three_grouped_products`, with gate and up in one pass.
 
-    Raises UserError on another device than a Hopper GPU, for another dtype than bfloat16, other widths, or a `limit`.
+    Raises UserError on another device than a Hopper GPU, for another dtype than bfloat16, other widths, a `limit`, or
+    weights in FP4.
     """
     del matmul
     _refuse_limit("coded_experts", limit)
     (gate, matrix_X), (up, _), (down, _) = map(fp8_matrices, weights)
+    refuse_fp4("coded_experts", gate, up, down)
     groups = Groups(count_X, matrix_X=matrix_X if isinstance(weights[0], OfLayer) else None)
     scaled = tuple(Scaled(w.codes, w.scale) for w in (gate, up, down))
     block_rows = gate.layout.block_rows, down.layout.block_rows
@@ -294,10 +296,12 @@ def in_one_pass_on_hopper(
 def of_codes_on_hopper(
     x_MD: jax.Array, factor_MK: jax.Array, chosen: Weights, matmul: Matmul, limit: float = 0.0
 ) -> jax.Array:
-    """As `in_one_pass_on_hopper`, with weights in FP8, which stay so in memory."""
+    """As `in_one_pass_on_hopper`, with weights in FP8, which stay so in memory; UserError for FP4 as well."""
     del matmul
     _refuse_limit("coded_token_experts", limit)
-    (gate, matrix_A), (up, _), (down, _) = ((Scaled(w.codes, w.scale), at) for w, at in map(fp8_matrices, chosen))
+    matrices = [fp8_matrices(w) for w in chosen]
+    refuse_fp4("coded_token_experts", *(w for w, _ in matrices))
+    (gate, matrix_A), (up, _), (down, _) = ((Scaled(w.codes, w.scale), at) for w, at in matrices)
     of_one = functools.partial(_of_codes_lowered_once, implementation="mosaic_gpu")
     of_each = zip(x_MD, matrix_A.reshape(factor_MK.shape), factor_MK, strict=True)
     with _refusing("coded_token_experts"):

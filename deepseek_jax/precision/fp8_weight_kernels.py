@@ -45,11 +45,7 @@ def on_hopper(x_AK: jax.Array, w_XKN: Fp8Weight | OfLayer, count_X: jax.Array) -
     Raises UserError on another device, and for another dtype or size.
     """
     matrices, matrix_X = matrices_of(w_XKN)
-    if matrices.bits != 8:
-        raise UserError(
-            "kernels.coded_matmul='mosaic_gpu': these weights are in FP4, and the kernel reads FP8. Load them with "
-            "weights='fp8', which keeps every number, or set kernels.coded_matmul=xla."
-        )
+    refuse_fp4("coded_matmul", matrices)
     groups = Groups(count_X, matrix_X=matrix_X if isinstance(w_XKN, OfLayer) else None)
     try:
         return _lowered_once(
@@ -59,6 +55,15 @@ def on_hopper(x_AK: jax.Array, w_XKN: Fp8Weight | OfLayer, count_X: jax.Array) -
         raise UserError(
             f"kernels.coded_matmul='mosaic_gpu': {error} In a run, config.kernels.coded_matmul=xla."
         ) from error
+
+
+def refuse_fp4(name: str, *weights: Fp8Weight) -> None:
+    """Raises UserError if some of these are in FP4, which the kernel for the operation `name` does not read."""
+    if any(w.bits != 8 for w in weights):
+        raise UserError(
+            f"kernels.{name}='mosaic_gpu': these weights are in FP4, and the kernel reads FP8. Load them with "
+            "weights='fp8', which keeps every number, or weights='wide'."
+        )
 
 
 @functools.partial(jax.jit, static_argnames="block_rows")  # for all layers of a program

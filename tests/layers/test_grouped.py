@@ -11,7 +11,9 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.kernels import Kernels
 from deepseek_jax.layers import grouped
 from deepseek_jax.layers.grouped import grouped_swiglu, sort_by_expert
+from deepseek_jax.precision import fp8_weight_kernels
 from deepseek_jax.precision import grouped as grouped_matmuls
+from deepseek_jax.precision.fp4_weight import Fp4Weight
 from deepseek_jax.precision.fp8_weight import Layout, encoded
 from deepseek_jax.precision.grouped import OfLayer, chunk_rows
 from deepseek_jax.precision.matmul import PlainMatmul
@@ -221,6 +223,23 @@ def test_the_kernels_of_few_rows_are_given_the_codes_of_their_layer(monkeypatch)
     monkeypatch.undo()
     with pytest.raises(UserError, match="kernels.coded_experts='mosaic_gpu': .*coded_experts=xla"):
         grouped.by_two_passes_on_hopper(*given)
+
+
+def test_the_kernels_that_read_fp8_refuse_fp4():
+    """Whatever the device, and before they look at the rows."""
+    layout = Layout((32,), (32,), (1, 0))
+    in_fp4 = Fp4Weight(np.zeros((X, 32, 16), np.uint8), np.zeros((X, 32, 1), np.uint8), layout)
+    row, weights, matmul = np.zeros((1, 32), np.float32), (in_fp4,) * 3, by_kernel("mosaic_gpu")
+    calls = {
+        "coded_matmul": lambda: fp8_weight_kernels.on_hopper(row, in_fp4, np.ones(X, np.int32)),
+        "coded_experts": lambda: grouped.by_two_passes_on_hopper(row, row[:, 0], np.ones(X, np.int32), weights, matmul),
+        "coded_token_experts": lambda: grouped.of_codes_on_hopper(row, row[:, :1], weights, matmul),
+    }
+    for name, call in calls.items():
+        with pytest.raises(
+            UserError, match=rf"kernels.{name}='mosaic_gpu': .* in FP4, .*'fp8'.*weights='wide'"
+        ):
+            call()
 
 
 def test_the_kernel_of_one_token_says_what_it_needs(inputs):
