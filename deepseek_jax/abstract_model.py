@@ -19,7 +19,6 @@ from deepseek_jax.precision.policy import policy
 from deepseek_jax.tree import size
 
 Module = TypeVar("Module", bound=nnx.Module)
-FP8_BLOCK = 128  # numbers of a latent with one scale
 AHEAD = "mtp"  # top-level entry of the multi-token-prediction modules, which published counts leave out
 
 
@@ -68,33 +67,9 @@ def module(config: ConfigDict, key: jax.Array, kernels: Kernels | None = None, u
 
 
 def run_as(config: ConfigDict, run: Execution) -> nnx.Module:
-    """The network of a config, run so, with shapes in place of arrays."""
+    """The network of a config, run so, with shapes in place of arrays. Raises UserError if its layers cannot."""
     maker = family(config.family)
     return abstract(lambda rngs: maker.Model(maker.Config.from_config(config.model), run, rngs=rngs))
-
-
-def with_fp8_cache(config: ConfigDict, run: Execution) -> Execution:
-    """`run` with a cache in FP8. Raises UserError unless all that it keeps is a multiple of 128 numbers wide."""
-    if not has_fp8_cache(config):
-        width, key = config.model.get("kv_rank", 0), config.model.get("index_width", 0)
-        keys = f" and keys of {key} (config.model.index_width)" if key else ""
-        raise UserError(
-            f"cache='fp8' for latents of {width} numbers (config.model.kv_rank){keys}: expected latent attention with "
-            f"a multiple of {FP8_BLOCK}, and for keys a power of two. Leave cache='full'."
-        )
-    return replace(run, cache="fp8")
-
-
-def has_fp8_cache(config: ConfigDict) -> bool:
-    """Whether a model's latents are a multiple of 128 numbers, and so the keys of its indexer, if it has one.
-
-    The keys are turned by a Hadamard matrix (`layers.indexer`): their width is a power of two besides. Compressed
-    entries may have any width.
-    """
-    if "compress_ratios" in config.model:
-        return config.model.index_width & (config.model.index_width - 1) == 0
-    width, key = config.model.get("kv_rank", 0), config.model.get("index_width", 0)
-    return bool(width) and width % FP8_BLOCK == 0 == key % FP8_BLOCK and key & (key - 1) == 0
 
 
 def with_routes(config: ConfigDict, run: Execution) -> Execution:

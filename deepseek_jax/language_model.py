@@ -36,7 +36,6 @@ from deepseek_jax.abstract_model import (
     count_parameters,
     module,
     run_as,
-    with_fp8_cache,
     with_routes,
 )
 from deepseek_jax.bounds import one_of
@@ -236,7 +235,7 @@ class LanguageModel:
         definition, weights = self._generating, (self._as_read(divided=mesh is not None), self.router_bias)
         if cache == "fp8" or routes:
             alone: Any = bind(definition, *weights)
-            run = with_fp8_cache(self.config, alone.run) if cache == "fp8" else alone.run
+            run = replace(alone.run, cache=cache)
             run = with_routes(self.config, run) if routes else run
             definition = split(run_as(self.config, run))[0]
         compiled: dict[str, Any] = {

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 from ml_collections import ConfigDict
 
-from deepseek_jax.abstract_model import abstract_weights, has_fp8_cache
+from deepseek_jax.abstract_model import abstract_weights
 from deepseek_jax.chips import CHIPS, chip, chips_of
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import _compile, _options, _pictures, _suggest
@@ -97,7 +97,10 @@ def subject_of(config: ConfigDict, *, is_whole: bool = True) -> PlannedModel:
     sizes = module.Config.from_config(config.model)
     network = describe(module, sizes)
     run = RUNS.get(config.name) if is_whole else None
-    coded = cache_bytes_per_token(module, sizes, replace(BF16, cache="fp8")) if has_fp8_cache(config) else None
+    try:
+        coded = cache_bytes_per_token(module, sizes, replace(BF16, cache="fp8"))
+    except UserError:  # its attention has no such cache
+        coded = None
     return PlannedModel(config.name, network, count(network), cache_bytes_per_token(module, sizes), coded, run)
 
 

@@ -116,8 +116,8 @@ class CompressedAttention(Attention):
     ):
         if run.cache == "fp8" and index and index.index_width & (index.index_width - 1):
             raise UserError(
-                f"an indexer's keys of {index.index_width} numbers in a cache in FP8: no Hadamard matrix turns them. "
-                "Choose the cache 'full', or a width that is a power of two."
+                f"cache='fp8' for an indexer's keys of {index.index_width} numbers (config.model.index_width): "
+                "expected a power of two, for the Hadamard matrix that turns them. Leave cache='full'."
             )
         if index and run.kernels.chosen["indexed_choice"] == "mosaic_gpu":
             raise UserError(

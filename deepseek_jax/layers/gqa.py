@@ -16,6 +16,7 @@ import jax
 from flax import nnx
 from jax.nn.initializers import normal, zeros
 
+from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, param
 from deepseek_jax.layers.block import Attention, Losses
 from deepseek_jax.layers.cache import Full
@@ -49,9 +50,14 @@ class KeyValues(NamedTuple):
 
 
 class GQA(Attention):
-    """Grouped-query attention; of `run` its `matmul`, `kernels` and `context` are used."""
+    """Grouped-query attention; of `run` its `matmul`, `kernels` and `context` are used.
+
+    Raises UserError for a cache in FP8.
+    """
 
     def __init__(self, c: GQAConfig, d_model: int, run: Execution = SINGLE_DEVICE, *, rngs: nnx.Rngs):
+        if run.cache == "fp8":
+            raise UserError("cache='fp8' for keys and values of heads: expected latent attention. Leave cache='full'.")
         init, width = normal(c.init_std), c.head_width
         self.q_DHQ = param(rngs, (d_model, c.n_heads, width), ("embed", "heads", None), init, role="attention_in")
         self.k_DZQ = param(rngs, (d_model, c.n_kv_heads, width), ("embed", "heads", None), init, role="attention_in")

@@ -27,13 +27,14 @@ from flax import nnx
 from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 
+from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, param
 from deepseek_jax.layers.block import Attention, Losses
 from deepseek_jax.layers.cache import Full
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.rope import Yarn, frequencies, rotary_scale, rotate, softmax_scale
 from deepseek_jax.layers.tokens import Tokens
-from pallas_kernels.mla_decode.fp8_cache import decode, encode
+from pallas_kernels.mla_decode.fp8_cache import BLOCK, decode, encode
 
 LATENT_EPS = 1e-6  # of the latent norms; in the released code whatever the other norms have
 IN, OUT = "attention_in", "attention_out"  # roles of the weights
@@ -104,9 +105,16 @@ class MLA(Attention):
     | q_up_RHQ | W^UQ and W^QR | q_b_proj |
     | q_DHQ | in place of the three, without a query latent | q_proj |
     | out_HUD | W^O | o_proj |
+
+    Raises UserError for a cache in FP8 of latents that are no multiple of 128 wide.
     """
 
     def __init__(self, c: MLAConfig, d_model: int, run: Execution = SINGLE_DEVICE, *, rngs: nnx.Rngs):
+        if run.cache == "fp8" and c.kv_rank % BLOCK:
+            raise UserError(
+                f"cache='fp8' for latents of {c.kv_rank} numbers (config.model.kv_rank): expected a multiple of "
+                f"{BLOCK}. Leave cache='full'."
+            )
         init, heads = normal(c.init_std), c.n_heads
         if c.q_rank:
             self.q_down_DR = param(rngs, (d_model, c.q_rank), ("embed", "q_latent"), init, role=IN)

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import SINGLE_DEVICE, Execution
 from deepseek_jax.layers.block import Losses
 from deepseek_jax.layers.cache import Full
@@ -95,6 +96,12 @@ class SparseMLA(MLA):
         rngs: nnx.Rngs,
     ):
         super().__init__(c, d_model, run, rngs=rngs)
+        width = index.index_width
+        if run.cache == "fp8" and (width % fp8_cache.BLOCK or width & (width - 1)):
+            raise UserError(
+                f"cache='fp8' for an indexer's keys of {width} numbers (config.model.index_width): expected a multiple "
+                f"of {fp8_cache.BLOCK}, and a power of two for the Hadamard matrix that turns them. Leave cache='full'."
+            )
         check_choice(run, index.index_width)
 
         def key(rngs: nnx.Rngs) -> IndexKeys:

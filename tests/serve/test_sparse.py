@@ -1,12 +1,14 @@
 """The engine with sparse attention, whose indexer's keys lie in the pages: its text is that of the forward pass."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from deepseek_jax import run_config
-from deepseek_jax.abstract_model import has_fp8_cache, run_as, with_fp8_cache
+from deepseek_jax.abstract_model import run_as
 from deepseek_jax.errors import UserError
-from deepseek_jax.layers.base import bind, split
+from deepseek_jax.layers.base import Execution, bind, split
 from deepseek_jax.serve.engine import Engine, Sampling
 from deepseek_jax.serve.pages import PagePool
 from deepseek_jax.serve.ranks import Rank
@@ -89,7 +91,7 @@ def test_greedy_text_is_that_of_the_forward_pass(engine, texts, setting):
 @pytest.mark.slow
 def test_a_cache_in_fp8_has_the_published_bytes_and_nearly_the_same_log_probabilities():
     wide = network_of(kv_rank=128, index_width=128, mtp_depth=0)
-    run_in_fp8 = with_fp8_cache(wide.config, bind(wide.definition, *wide.weights).run)
+    run_in_fp8 = replace(bind(wide.definition, *wide.weights).run, cache="fp8")
     definition = split(run_as(wide.config, run_in_fp8))[0]
     made = Engine(definition, wide.weights, 32, page_size=8, n_rows=2, chunk=16, n_pages=9)
     stack = made._memory.cache["moe_blocks"]
@@ -107,9 +109,16 @@ def test_a_cache_in_fp8_has_the_published_bytes_and_nearly_the_same_log_probabil
     assert 1e-5 < np.median(errors) < 0.1
 
 
-def test_keys_of_other_widths_are_refused_in_fp8(sparse):
-    assert has_fp8_cache(run_config.load("v32_671b"))
-    three_blocks = run_config.override(run_config.load("v32_671b"), {"model.index_width": "384"})
-    assert not has_fp8_cache(three_blocks)  # there is no Hadamard matrix of this width
-    with pytest.raises(UserError, match="and keys of 8"):
-        with_fp8_cache(sparse.config, bind(sparse.definition, *sparse.weights).run)
+@pytest.mark.parametrize(
+    ("name", "sizes", "expected"),
+    [
+        ("tiny_v32", {"kv_rank": 128, "index_width": 384}, "keys of 384 .* a multiple of 128, and a power of two"),
+        ("tiny_v4", {"index_width": 24}, "keys of 24 .* a power of two"),
+    ],
+)
+def test_keys_of_other_widths_are_refused_in_fp8(name, sizes, expected):
+    """There is no Hadamard matrix of these."""
+    config = run_config.load(name)
+    config.model.update(sizes)
+    with pytest.raises(UserError, match=expected):
+        run_as(config, Execution(cache="fp8"))
