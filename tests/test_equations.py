@@ -56,7 +56,7 @@ def test_the_names_of_a_legend_are_those_of_the_table_of_published_names(file):
     rules = [(rule.theirs, " ".join(rule.ours)) for rule in (*names.BLOCK, *names.MTP)]
     assert len(rows) >= 4
     for row in rows:
-        ours, _, theirs = (cell.strip() for cell in row.split("|"))
+        ours, *_, theirs = (cell.strip() for cell in row.split("|"))
         for name in re.findall(r"[\w.]+", ours):
             published = re.findall(r"\w+", theirs)
             belonging = [rule for rule, own in rules if name in own.replace(" ", ".")]

@@ -80,8 +80,8 @@ def test_a_record_says_what_a_stage_was_made_from_and_refuses_anything_else(conf
     with config.unlocked():
         config.mesh.data = config.rl.rows_at_once = config.rl.verifiers = 1  # where and how fast it runs
         Record(tmp_path / "sft", STAGE, config, SOURCES)
-        config.loop.steps = 61
-    with pytest.raises(UserError, match=r"was made with another config.loop.steps: 60 -> 61. Remove that folder"):
+        config.loop.steps = 121
+    with pytest.raises(UserError, match=r"was made with another config.loop.steps: 120 -> 121. Remove that folder"):
         Record(tmp_path / "sft", STAGE, config, SOURCES)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()

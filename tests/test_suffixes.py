@@ -95,12 +95,9 @@ def test_the_legend_has_one_capital_a_dimension():
         'y_BTD = einsum("BTD,DF->BTF", x_BTD, w_DF)',
         'self.y_BTD = einsum("BTD,DF->BTF", x, w).astype(jnp.float32)',
         'y_BTD: Array = einsum("BTD,DF->BTF", x, w)',
-        'y = einsum("BTD,DO->BTO", x, w)',
         'y = einsum("btd,df->btf", x, w)',
         'y = einsum(x_BTF, w, "B T D, D F -> B T F")',
         'y = einsum("...D,DF->...F", x_BTF, w)',
-        "width_O = 3",
-        "def f(x_BTO): pass",
     ],
 )
 def test_a_planted_violation_is_found(source):

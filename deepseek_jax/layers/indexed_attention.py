@@ -193,7 +193,8 @@ def _attention_scores(q_BTHQ: jax.Array, k_BSZQ: jax.Array, scale: float) -> jax
     wide = {"preferred_element_type": jnp.float32}
     if k_BSZQ.shape[2] == 1:
         return jnp.einsum("BTHQ,BSQ->BHTS", q_BTHQ, k_BSZQ[:, :, 0], **wide) * scale
-    return jnp.einsum("BTHQ,BSHQ->BHTS", q_BTHQ, k_BSZQ, **wide) * scale
+    k_BSHQ = k_BSZQ  # a key-value head for each
+    return jnp.einsum("BTHQ,BSHQ->BHTS", q_BTHQ, k_BSHQ, **wide) * scale
 
 
 def _scores_per_query(q_BTHQ: jax.Array, index: Index) -> int:

@@ -85,7 +85,7 @@ def _count(k: int, shift: int, is_first: bool, n: int, scores: Any, *refs: Any) 
         return (keys >= ((bits | lax.shift_left(jnp.int32(trial), jnp.int32(shift))) ^ LOWEST)).astype(jnp.int32)
 
     bits_out[0] = bits
-    counts_out[0, part] = jnp.int32(0)  # 0 is no trial
+    counts_out[0, part] = jnp.int32(0)  # the first trial is 1
     for trial in range(1, TRIALS, 2):
         both = reached(trial)
         if trial + 1 < TRIALS:

@@ -56,7 +56,7 @@ def swiglu(counts, f, k, n_matrices, dtype=jnp.float32):
     """Arguments of `coded_experts`."""
     x, gate, groups = problem(counts, f, k, n_matrices, more_rows=3, dtype=dtype)
     (_, up, _), (_, down, _) = (problem(counts, *sizes, n_matrices) for sizes in ((f, k), (k, f)))
-    # sums near 1, where silu is no straight line
+    # sums near 1, where silu bends
     weights = (gate._replace(scale=gate.scale / 1000), up._replace(scale=up.scale / 1000), down)
     return x, weights, jax.device_put(DRAW.uniform(0.5, 2, len(x)).astype(np.float32)), groups
 

@@ -63,8 +63,8 @@ def test_a_program_compiles_then_meets_then_runs(store):
 
 
 def test_who_is_late_is_waited_for_once(store):
-    threading.Timer(0.05, store.other.set).start()
     begin_s = time.monotonic()
+    threading.Timer(0.05, store.other.set).start()
     for _ in range(3):
         meeting.meet("a")
     assert store.events == ["waits at deepseek_jax/meeting/a", "met"]

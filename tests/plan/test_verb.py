@@ -183,7 +183,7 @@ def test_other_schedules_stand_beside_the_chosen_one(capsys):
         (["--efficiency=1.5"], "--efficiency=1.5: expected a number from 1e-06 to 1, or 0"),
         (["--step-time-s=1e-300"], "--step-time-s=1e-300: expected a number from"),
         (["--against=v3"], "--against=v3: no such config"),
-        (["--config.precision=fp4"], "config.precision='fp4': expected one of fp32, bf16, fp8"),
+        (["--config.precision=fp2"], "config.precision='fp2': expected one of fp32, bf16, fp8"),
         (["--step-time-s=nan"], "--step-time-s=nan: expected a number from"),
         (["--picture=nowhere/at/all.png"], "--picture=nowhere/at/all.png: cannot be written"),
         (["--picture=/"], "--picture=/: expected a file that ends in"),
