@@ -27,6 +27,7 @@ from deepseek_jax.layers.cache import first_pass, next_chunk, next_tokens
 from deepseek_jax.layers.embed import Embedding, Head
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.tokens import Tokens
+from deepseek_jax.tree import Path
 
 Cache = dict[str, Any]  # by stack: what each attention's layout (`layers.cache`) made, as `base.run_cached` keeps it
 Note = Callable[[Any, Statistics], Any]  # (what was noted of earlier tokens, a block's report) -> what is noted now
@@ -252,6 +253,19 @@ class Decoder(nnx.Module):
 
         cache = jax.tree.map(in_rows, cache, is_leaf=lambda kept: hasattr(kept, "with_rows"))
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), cache)
+
+    @property
+    def groups(self) -> dict[str, list[Path]]:
+        """By stack, in the order of running: where the blocks of one of its repeats are in trees like that of `loads`.
+
+        One repeat follows the other; each block there is a layer, whose arrays have the repeats first.
+        """
+        return {
+            name: [(name, "blocks", str(number)) for number in range(len(one.blocks))]
+            if isinstance(one := getattr(self, name), Group)
+            else [(name,)]
+            for name in self.stacks
+        }
 
     @property
     def attentions(self) -> list[Any]:

@@ -8,8 +8,9 @@ report only when the next one has been handed to the devices.
 import functools
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,13 @@ from deepseek_jax.train.ramp import BatchRamp, Shares, share
 from deepseek_jax.train.redundant import RedundantEvaluator, imbalance
 from deepseek_jax.train.step import Evaluation, Report, State, Trainer
 from deepseek_jax.train.stop import StopRequest
+from deepseek_jax.tree import Path, paths
 
 NOT_LOGGED = ("auxiliary", "loads", "finite", "sent")  # fields of a report that are no figure of their own
 EMA = "ema"  # entry of a checkpoint: the moving average of its params
+Places = dict[
+    str, tuple[Path, tuple[int, ...]]
+]  # name -> where a router's row is: path in a tree like `loads`, and index
 POLL_EVERY_S = 5.0  # between the moments at which processes ask one another whether to stop
 
 
@@ -205,17 +210,15 @@ class Loop:
         scalars |= {name: loss.item() for name, loss in report.auxiliary.items()}
         scalars["bits_per_byte"] = bits_per_byte(scalars["main"], self.training.bytes_per_token)
         routers = {"expert_load": report.loads, "router_bias": self.trainer.router_biases(state)}
-        layers = {name: rows_of(tree) for name, tree in routers.items() if tree}
-        dense = jax.tree.leaves(self.trainer.stored["params"].get("dense_blocks", {}))
-        n_dense = len(dense[0]) if dense else 0
-        names = router_names(report.loads, n_dense)
-        if not report.loads:
+        places = router_places(report.loads, self.trainer.layers) if report.loads else {}
+        layers = {name: rows_of(report.loads, tree, places) for name, tree in routers.items() if places and tree}
+        if not places:
             del scalars["max_violation"]
         last = step - 1 if self._logged is None else self._logged
         tokens = (self.ramp.first(step) - self.ramp.first(last)) * self.training.seq_len
         self._logged = step
         exchange = exchange_figures(self.trainer, report)
-        self.metrics.step(step, scalars, layers, tokens=tokens, rows=names, exchange=exchange)
+        self.metrics.step(step, scalars, layers, tokens=tokens, rows=list(places), exchange=exchange)
         self.checkpoints.report()
         if self.hosts:
             with self.phases.of(WAIT):
@@ -265,9 +268,18 @@ class Loop:
             self.ledger.note(step)
 
 
-def rows_of(tree: dict) -> np.ndarray:
-    """The arrays of all routers as one [layers, experts]."""
-    return np.concatenate([np.atleast_2d(leaf) for leaf in jax.tree.leaves(tree)])
+def rows_of(loads: dict, tree: dict, places: Places) -> np.ndarray:
+    """The floating arrays of all routers, one each, as one [layers, experts]: of `loads`, or of what it is a prefix of.
+
+    A router that has none, as its experts are named by a table of integers, has a row of zeros.
+    """
+
+    def row(load: np.ndarray, below: Any) -> np.ndarray:
+        found = [leaf for leaf in jax.tree.leaves(below) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        return found[0] if found else np.zeros_like(load)
+
+    rows = paths(jax.tree.map(row, loads, tree))
+    return np.stack([rows[path][index] for path, index in places.values()])
 
 
 def exchange_figures(trainer: Trainer, report: Report) -> dict[str, float]:
@@ -275,7 +287,7 @@ def exchange_figures(trainer: Trainer, report: Report) -> dict[str, float]:
     exchange = trainer.run.exchange
     if exchange is None:
         return {}
-    loads = rows_of(report.loads)
+    loads = np.concatenate([np.atleast_2d(load) for load in jax.tree.leaves(report.loads)])
     imbalance = max_violation(loads.reshape(len(loads), exchange.n_devices, -1).sum(axis=-1))
     within, across = (float(part) / trainer.mesh.size / 2**30 for part in report.sent[:2])
     found = {"imbalance": float(np.mean(imbalance)), "sent_gib": within + across}
@@ -283,13 +295,11 @@ def exchange_figures(trainer: Trainer, report: Report) -> dict[str, float]:
     return found | ({"repeated": trainer.step.repeated} if isinstance(trainer.step, Attempts) else {})
 
 
-def router_names(loads: dict, n_dense: int) -> list[str]:
-    """What the rows of all routers are called: layers by their number in the model, then depths of MTP."""
-    names, layer = [], n_dense
-    for path, leaf in jax.tree_util.tree_leaves_with_path(loads):
-        if path[0].key == "mtp":
-            names.append(f"mtp_{path[1].key}")
-        else:
-            names += [f"layer_{number:02d}" for number in range(layer, layer + len(leaf))]
-            layer += len(leaf)
-    return names
+def router_places(loads: dict, layers: Sequence[tuple[Path, int]]) -> Places:
+    """What the rows of all routers are called, in this order: layers by their number in the model, then depths of MTP.
+
+    `layers` are those of the main model in the order of running, with routers or without (`Trainer.layers`).
+    """
+    found = paths(loads)
+    places: Places = {f"layer_{n:02d}": (path, (row,)) for n, (path, row) in enumerate(layers) if path in found}
+    return places | {f"mtp_{path[1]}": (path, ()) for path in found if path[0] == "mtp"}

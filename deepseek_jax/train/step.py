@@ -54,7 +54,7 @@ from deepseek_jax.train.loss import Losses, Objective, Stage, Totals, over_devic
 from deepseek_jax.train.optimizers import OptimizerFor, Schedule
 from deepseek_jax.train.pipelined import ONE_WAY, Pipeline, StageLosses, pipelined
 from deepseek_jax.train.trainable import Trainable, divide, everything, join
-from deepseek_jax.tree import dotted, size
+from deepseek_jax.tree import Path, dotted, size
 
 Build = Callable[[Execution, nnx.Rngs], nnx.Module]
 State = dict  # {"params", "router_bias", "optimizer", "step", "skipped", "skipped_in_row"}
@@ -301,6 +301,16 @@ class Trainer:
     def _unstaged(self, state: State) -> State:
         """The inverse of `_staged`."""
         return map_weights(self.layout.unstaged, state) if self.layout else state
+
+    @functools.cached_property
+    def layers(self) -> list[tuple[Path, int]]:
+        """The layers of the main model in the order of running: the path of a block's weights, and which of its repeats.
+
+        The model is a `layers.decoder.Decoder`.
+        """
+        model: Any = bind(self.definition, self.abstract["params"], self.abstract["router_bias"])
+        repeats = {name: len(jax.tree.leaves(self.stored["params"][name])[0]) for name in model.stacks}
+        return [(path, n) for name, group in model.groups.items() for n in range(repeats[name]) for path in group]
 
     def router_biases(self, state: State) -> dict:
         """The router biases in the order of their layers, on the host; all processes of a run call it together."""

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,7 +16,7 @@ from deepseek_jax.parallel.alltoall import Exchange, Sent
 from deepseek_jax.train import board
 from deepseek_jax.train import metrics as metrics_module
 from deepseek_jax.train.attempts import Attempts
-from deepseek_jax.train.loop import exchange_figures, router_names
+from deepseek_jax.train.loop import exchange_figures, router_places, rows_of
 from deepseek_jax.train.metrics import EXPERT_LOADS, Metrics, bits_per_byte, read_log
 
 
@@ -230,8 +231,27 @@ def test_the_live_view_of_reinforcement_learning_draws_the_reward(tmp_path):
 
 def test_routers_are_called_by_their_layer_and_mtp_is_none():
     loads = {"moe_blocks": np.ones((3, 4)), "mtp": {"0": np.ones(4), "1": np.ones(4)}}
-    assert router_names(loads, 2) == ["layer_02", "layer_03", "layer_04", "mtp_0", "mtp_1"]
-    assert router_names({}, 2) == []
+    layers = [*((("dense_blocks",), n) for n in range(2)), *((("moe_blocks",), n) for n in range(3))]
+    assert list(router_places(loads, layers)) == ["layer_02", "layer_03", "layer_04", "mtp_0", "mtp_1"]
+    assert router_places({}, layers) == {}
+
+
+def test_rows_of_routers_follow_the_layers_of_a_group_and_of_stacks_in_their_order():
+    """Layers 0 to 3 are the pairs of a group, 4 is hashed; `jax` sorts stack 10 before 2, and integers are no biases."""
+    group = ("blocks_2", "blocks")
+    layers = [((*group, name), n) for n in range(2) for name in ("0", "1")] + [(("blocks_10",), 0)]
+    loads = {
+        "blocks_2": {"blocks": {"0": np.array([[0.0, 9], [2, 7]]), "1": np.array([[1.0, 8], [3, 6]])}},
+        "blocks_10": np.array([[4.0, 5]]),
+        "mtp": {"0": np.array([5.0, 4])},
+    }
+    biases = jax.tree.map(lambda load: {"experts": {"router": {"bias_E": -load}}}, loads)
+    biases["blocks_10"] = {"experts": {"router": {"experts_VK": np.ones((1, 7, 2), np.int32)}}}
+    places = router_places(loads, layers)
+    assert list(places) == [*(f"layer_{n:02d}" for n in range(5)), "mtp_0"]
+    load_LE, bias_LE = rows_of(loads, loads, places), rows_of(loads, biases, places)
+    np.testing.assert_array_equal(load_LE[:, 0], [0, 1, 2, 3, 4, 5])
+    np.testing.assert_array_equal(bias_LE, -load_LE * np.array([1, 1, 1, 1, 0, 1])[:, None])
 
 
 def test_the_other_processes_write_nothing(tmp_path):
