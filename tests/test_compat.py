@@ -76,7 +76,7 @@ def levels(monkeypatch, tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     yield found
     jax.config.update("jax_compilation_cache_dir", before)
-    jax.monitoring.clear_event_listeners()  # those of others as well, which are registered again when they are asked for
+    jax.monitoring.clear_event_listeners()  # those of others as well
     compat.quieten_compilation.cache_clear()
     compat.compilation.cache_clear()
 

@@ -304,7 +304,7 @@ class Trainer:
 
     @functools.cached_property
     def layers(self) -> list[tuple[Path, int]]:
-        """The layers of the main model in the order of running: the path of a block's weights, and which of its repeats.
+        """The layers of the main model in the order of running: a block's path, and which of its repeats.
 
         The model is a `layers.decoder.Decoder`.
         """

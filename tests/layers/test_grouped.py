@@ -236,9 +236,7 @@ def test_the_kernels_that_read_fp8_refuse_fp4():
         "coded_token_experts": lambda: grouped.of_codes_on_hopper(row, row[:, :1], weights, matmul),
     }
     for name, call in calls.items():
-        with pytest.raises(
-            UserError, match=rf"kernels.{name}='mosaic_gpu': .* in FP4, .*'fp8'.*weights='wide'"
-        ):
+        with pytest.raises(UserError, match=rf"kernels.{name}='mosaic_gpu': .* in FP4, .*'fp8'.*weights='wide'"):
             call()
 
 

@@ -147,7 +147,12 @@ def test_only_scores_router_head_and_updates_of_weights_multiply_without_it():
         for path in LAYERS.glob("*.py")
         if re.search(r"jnp\.(einsum|dot|matmul)|dot_general", path.read_text())
     }
-    v4 = {"hyper.py", "compressed.py", "compressor.py", "compressed_attention.py"}  # mixing, and what is not in FP8 there
+    v4 = {
+        "hyper.py",
+        "compressed.py",
+        "compressor.py",
+        "compressed_attention.py",
+    }  # mixing, and what is not in FP8 there
     assert found == {"attention.py", "embed.py", "indexed_attention.py", "indexer.py", "router.py", "lora.py"} | v4
 
 

@@ -237,7 +237,7 @@ def test_routers_are_called_by_their_layer_and_mtp_is_none():
 
 
 def test_rows_of_routers_follow_the_layers_of_a_group_and_of_stacks_in_their_order():
-    """Layers 0 to 3 are the pairs of a group, 4 is hashed; `jax` sorts stack 10 before 2, and integers are no biases."""
+    """Layers 0 to 3 are the pairs of a group, 4 is hashed; `jax` sorts stack 10 before 2; integers are not biases."""
     group = ("blocks_2", "blocks")
     layers = [((*group, name), n) for n in range(2) for name in ("0", "1")] + [(("blocks_10",), 0)]
     loads = {
