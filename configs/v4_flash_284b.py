@@ -1,7 +1,7 @@
 """DeepSeek-V4-Flash, 284B parameters, of which 13B are active per token: the smaller V4, for a million tokens.
 
-Paper: arXiv 2606.19348, section 4.2.1, and the released config.json. 32T tokens; 4K tokens long, then 16K, 64K and 1M.
-Here are the sizes, at a length of 4,096.
+Paper: arXiv 2606.19348, section 4.2.1, and the released config.json. 32T tokens; 4K tokens long, then 16K, 64K and 1M,
+in the stages `v4_dense`, `v4_16k`, `v4_warmup`, `v4_64k` and `v4_1m`. Here are the sizes, at a length of 4,096.
 
     deepseek-jax plan --config=v4_flash_284b
 """

@@ -48,6 +48,7 @@ SLOW = (
     "06_fp8",
     "07_latent_attention",
     "08_sparse_attention",
+    "09_v4",
     "11_parallelism",
     "12_r1_zero",
     "13_serving",

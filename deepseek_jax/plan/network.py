@@ -257,17 +257,22 @@ def abstract_model(family: ModuleType, sizes: Sizes, run: Execution = BF16) -> D
 
 
 @functools.cache
-def cache_bytes_per_token(family: ModuleType, sizes: Sizes, run: Execution = BF16) -> int:
-    """Returns the bytes per token that prefill keeps in the key-value cache, in bfloat16 or as `run` says.
-
-    That is for `LONG` tokens, rounded up; only where a key stands for several tokens does it depend on their number.
-    """
+def cache_bytes(family: ModuleType, sizes: Sizes, n_tokens: int, run: Execution = BF16) -> int:
+    """Returns the bytes that prefill keeps of one sequence of `n_tokens`, in bfloat16 or as `run` says."""
     definition, params, router_bias = split(abstract_model(family, sizes, run))
     ids_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
     def prefill(params: dict, router_bias: dict, ids_BT: jax.Array) -> object:
         model: Any = bind(definition, params, router_bias)
-        return model.prefill(ids_BT, n_positions=LONG)[1]
+        return model.prefill(ids_BT, n_positions=n_tokens)[1]
 
     cache = jax.eval_shape(prefill, params, router_bias, ids_BT)
-    return -(-sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // LONG)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+
+
+def cache_bytes_per_token(family: ModuleType, sizes: Sizes, run: Execution = BF16) -> int:
+    """Returns the bytes per token that prefill keeps in the key-value cache, in bfloat16 or as `run` says.
+
+    That is for `LONG` tokens, rounded up; only where a key stands for several tokens does it depend on their number.
+    """
+    return -(-cache_bytes(family, sizes, LONG, run) // LONG)
