@@ -5,16 +5,19 @@ same layers in two stacks, the dense ones first: whatever does not depend on the
 """
 
 import functools
+import json
 from dataclasses import dataclass
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from deepseek_jax.chips import CHIPS
 from deepseek_jax.convert import names
 from deepseek_jax.errors import UserError
-from deepseek_jax.layers.base import split
+from deepseek_jax.layers.base import SINGLE_DEVICE, logical_axes, split
 from deepseek_jax.layers.block import Block
 from deepseek_jax.layers.decoder import Decoder, Stack
 from deepseek_jax.layers.experts import Experts, ExpertsConfig
@@ -32,6 +35,7 @@ from deepseek_jax.plan.recipes import recipe
 from deepseek_jax.plan.schedules import SCHEDULES
 from deepseek_jax.plan.step_time import recomputed_flops, step
 from deepseek_jax.plan.traffic import rank_traffic
+from deepseek_jax.serve import loads
 from deepseek_jax.tree import paths
 
 REPEATS, RULES = 3, {"experts": "expert"}
@@ -84,6 +88,26 @@ PAIR = (family(is_grouped=True), family(is_grouped=False))
 def networks():
     """The group's, and its twin's."""
     return tuple(describe(it, Sizes()) for it in PAIR)
+
+
+def test_the_loads_of_served_experts_are_told_by_layer_and_read_by_block(tmp_path):
+    """Layer 2 r + 1 of the stack is the block with experts of its repeat r."""
+    model, draw = abstract_model(PAIR[0], Sizes(), SINGLE_DEVICE), np.random.default_rng(0)
+    definition, *weights = split(model)
+    weights = jax.tree.map(lambda shape: jnp.asarray(draw.normal(size=shape.shape), shape.dtype), weights)
+    programs = SimpleNamespace(definition=definition, matmul_precision="default")
+    busy = loads.ExpertLoads(SimpleNamespace(weights=tuple(weights), programs=programs))
+    for _ in range(2):
+        busy.note([1, 2, 3, 4, 5])
+        told = busy.measure()
+    assert [layer.name for layer in told] == [f"blocks {2 * repeat + 1}" for repeat in range(REPEATS)]
+    assert [sum(layer.load) for layer in told] == [2 * 5 * EXPERTS.top_k] * REPEATS
+    (tmp_path / "loads.json").write_text(json.dumps({"layers": [layer._asdict() for layer in told]}))
+    for tree in (loads.read(tmp_path / "loads.json"), busy.counts):
+        ((path, load_LE),) = paths(tree).items()
+        assert path == ("blocks", "blocks", "1") and load_LE.tolist() == [layer.load for layer in told]
+        experts = {path[:-1] for path, axes in paths(logical_axes(model)[0]).items() if "experts" in axes}
+        assert {one[: len(path)] for one in experts} == {path}, "as `on_mesh.Redundant` looks them up"
 
 
 def job(network, *, style="run", remat="none", **mesh):
