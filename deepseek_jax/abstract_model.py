@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -73,10 +73,21 @@ def run_as(config: ConfigDict, run: Execution) -> nnx.Module:
 
 
 def with_routes(config: ConfigDict, run: Execution) -> Execution:
-    """`run` whose blocks report routes. Raises UserError unless the model has routed experts."""
-    if "expert_width" not in config.model:
-        raise UserError(f"routes=True: the model of {config.name} has no routed experts. Leave routes=False.")
+    """`run` whose blocks report routes. Raises UserError if they cannot (`why_no_routes`)."""
+    if why := why_no_routes(config):
+        raise UserError(f"routes=True: {why}. Leave routes=False.")
     return replace(run, routes=True)
+
+
+def why_no_routes(config: ConfigDict) -> str:
+    """Why the blocks of a config's model cannot all report routes; "" if they can."""
+    if "expert_width" not in config.model:
+        return f"the model of {config.name} has no routed experts"
+    model: Any = abstract_module(config)
+    groups = [name for name, blocks in model.groups.items() if len(blocks) > 1]
+    if groups:
+        return f"different blocks of {config.name} run as one ({', '.join(groups)}), which reports no routes"
+    return ""
 
 
 def check_memory(name: str, weights: Tree) -> None:

@@ -219,6 +219,8 @@ def for_answers(config: ConfigDict) -> ConfigDict:
 
 def check_sizes(config: ConfigDict) -> None:
     """Raises UserError for meshes on which answers cannot be drawn, and for what no run can do."""
+    from deepseek_jax.abstract_model import why_no_routes
+
     for axis in ("pipe", "context"):
         if config.mesh[axis] > 1:
             raise UserError(
@@ -234,10 +236,8 @@ def check_sizes(config: ConfigDict) -> None:
         raise UserError(
             f"config.ema.decay={config.ema.decay:g}: reinforcement learning keeps no average of weights. Set it to 0."
         )
-    if config.rl.keep_routing and "expert_width" not in config.model:
-        raise UserError(
-            f"config.rl.keep_routing=True: the model of {config.name} has no routed experts. Set it to False."
-        )
+    if config.rl.keep_routing and (why := why_no_routes(config)):
+        raise UserError(f"config.rl.keep_routing=True: {why}. Set it to False.")
     if config.rl.keep_routing and config.loss.balance_rate:
         raise UserError(
             f"config.rl.keep_routing=True with config.loss.balance_rate={config.loss.balance_rate:g}: router biases "

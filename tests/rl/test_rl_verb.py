@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from deepseek_jax import run_config
+from deepseek_jax.abstract_model import with_routes
 from deepseek_jax.errors import UserError
+from deepseek_jax.layers.base import SINGLE_DEVICE
 
 
 @pytest.mark.slow
@@ -144,3 +146,12 @@ def test_the_verb_checks_its_settings(tmp_path, monkeypatch, capsys):
     config.rl.keep_routing = True
     with pytest.raises(UserError, match=r"rl.keep_routing=True: the model of tiny_v1 has no routed experts"):
         _reinforcement.check_sizes(config)
+    config = run_config.load("tiny_v4")
+    config.rl = run_config.load("tiny_zero").rl
+    config.rl.keep_routing = True
+    with pytest.raises(
+        UserError, match=r"keep_routing=True: different blocks of tiny_v4 run as one \(blocks_1\), which"
+    ):
+        _reinforcement.check_sizes(config)
+    with pytest.raises(UserError, match=r"routes=True: different blocks of tiny_v4 run as one .*Leave routes=False"):
+        with_routes(config, SINGLE_DEVICE)
