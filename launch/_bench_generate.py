@@ -19,11 +19,12 @@ peer comes with: pip install "deepseek_jax[parity]"
 """
 
 import contextlib
+import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -305,7 +306,32 @@ def random_weights(
         return on_device.prepared(_normal(next(keys), leaf.shape, dtype, dtype, std), read)
 
     weights = jax.tree_util.tree_map_with_path(drawn, params, roles(module), reads)
-    return weights, jax.tree.map(lambda b: jnp.zeros(b.shape, b.dtype), router_bias)
+    return weights, random_biases(params, router_bias, keys)
+
+
+def random_biases(params: dict, router_bias: dict, keys: Iterator) -> dict:
+    """Returns router biases of zero; tables of experts by token id are drawn as `layers.router.HashRouter` does."""
+    import jax
+    import jax.numpy as jnp
+
+    from deepseek_jax.layers.router import random_table
+    from deepseek_jax.tree import paths
+
+    def drawn(path: tuple, leaf: jax.ShapeDtypeStruct) -> Any:
+        names = [part.key for part in path]
+        if names[-1] != "experts_VK":
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        *stacked, vocab_size, top_k = leaf.shape
+        n_experts = paths(params)[*names[:-1], "centroids_DE"].shape[-1]
+
+        def tables(key: Any) -> Any:  # one after the other, to spare memory
+            each = jax.random.split(key, math.prod(stacked))
+            drawn = jax.lax.map(lambda key: random_table(key, vocab_size, n_experts, top_k), each)
+            return drawn.reshape(leaf.shape)
+
+        return jax.jit(tables)(next(keys))
+
+    return jax.tree_util.tree_map_with_path(drawn, router_bias)
 
 
 def _normal(key: Any, shape: tuple[int, ...], drawn: Any, stored: Any, std: float) -> Any:

@@ -99,9 +99,12 @@ class Ours:
         import jax
         import numpy as np
 
+        def by(change: Any, bias: Any) -> Any:  # integers are tables of experts by token id, which stay
+            return (bias + change).astype(bias.dtype) if np.issubdtype(bias.dtype, np.floating) else bias
+
         def moved(load: Any, biases: Any) -> Any:
             missing = 1 - load / np.maximum(load.mean(-1, keepdims=True), 1)
-            return jax.tree.map(lambda bias: (bias + self.levelling * missing).astype(bias.dtype), biases)
+            return jax.tree.map(functools.partial(by, self.levelling * missing), biases)
 
         biases, loads = self.trainer.router_biases(self.state), jax.device_get(self.report.loads)
         biases = {"router_bias": jax.tree.map(moved, loads, biases)}

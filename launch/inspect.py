@@ -108,6 +108,7 @@ def numbers(config: ConfigDict) -> list[str]:
 def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], list[tuple[str, str]]]:
     """The weights of a config's model on a mesh of these sizes, and the rows of the totals, from shapes alone."""
     import jax
+    import jax.numpy as jnp
     from jax.sharding import AbstractMesh
 
     from deepseek_jax.abstract_model import AHEAD, abstract, abstract_module, count_parameters
@@ -131,7 +132,8 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
     axes, bias_axes = logical_axes(module)
     sizes = {axis: sizes.get(axis, 1) for axis in ALL}
     mesh = AbstractMesh(tuple(sizes.values()), ALL)
-    (main_count, ahead_count), n_biases = count_parameters(params), size(router_bias)
+    main_count, ahead_count = count_parameters(params)
+    n_biases = size([x for x in jax.tree.leaves(router_bias) if jnp.issubdtype(x.dtype, jnp.floating)])
     parts = [(name, size(part)) for name, part in params.items() if name != AHEAD]
     if sizes["pipe"] > 1:
         network = describe(family(config.family), module.config)

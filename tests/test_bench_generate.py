@@ -68,6 +68,17 @@ def _axes(config):
     return logical_axes(abstract_module(config))[0]
 
 
+def test_tables_of_experts_are_drawn_as_those_of_a_fresh_router_and_biases_are_zero():
+    shape = jax.ShapeDtypeStruct
+    params = {"blocks_0": {"router": {"centroids_DE": shape((2, 4, 6), jnp.float32)}}}
+    biases = {"blocks_0": {"router": {"experts_VK": shape((2, 50, 3), jnp.int32)}}, "b": shape((6,), jnp.float32)}
+    found = _bench_generate.random_biases(params, biases, iter([jax.random.key(0)]))
+    assert not found["b"].any()
+    table_LVK = found["blocks_0"]["router"]["experts_VK"]
+    assert table_LVK.shape == (2, 50, 3) and (jnp.diff(jnp.sort(table_LVK)) > 0).all()
+    assert jnp.unique(table_LVK).tolist() == list(range(6)) and (table_LVK[0] != table_LVK[1]).any()
+
+
 def test_bandwidths_and_arguments():
     assert memory_bandwidth("NVIDIA H200") == 4.8e12 and memory_bandwidth("cpu") is None
     assert memory_bandwidth("NVIDIA L40S") is None  # its peak is known, its memory is not

@@ -28,6 +28,12 @@ def test_the_counts_of_v3_are_the_published_ones(v3):
     assert sum(math.prod(bias.shape) for bias in jax.tree.leaves(router_bias)) == (58 + 1) * 256
 
 
+def test_tables_of_experts_by_token_id_are_rows_and_no_biases():
+    rows, totals = inspect.inspect(run_config.load("tiny_v4"), {})
+    assert [row.dtype for row in rows if row.name == "blocks_0.experts.router.experts_VK"] == ["int32"]
+    assert dict(totals)["router biases"] == str(5 * 16)  # four layers and a depth of multi-token prediction
+
+
 def test_adapters_are_rows_and_alone_have_moments():
     config = run_config.load("tiny_v1").copy_and_resolve_references().unlock()
     config.lora.rank, config.run.init_from, config.loss.balance_rate = 4, "runs/a", 0.0

@@ -150,12 +150,15 @@ def test_loads_of_devices_are_those_of_their_experts():
 
 def test_biases_are_moved_against_the_loads():
     """Not those of a network that has none, which is said before anything is compiled."""
-    stored = {"router_bias": {"moe_blocks": {"bias": jnp.zeros((1, 4), jnp.float32)}}}
+    biases = {"bias_E": jnp.zeros((1, 4), jnp.float32), "experts_VK": jnp.ones((1, 9, 2), jnp.int32)}
+    stored = {"router_bias": {"moe_blocks": biases}}
     trainer = SimpleNamespace(stored=stored, router_biases=lambda state: state["router_bias"], load=lambda new: new)
     report = SimpleNamespace(loads={"moe_blocks": jnp.array([[4, 2, 2, 0]])})
     ours = SimpleNamespace(trainer=trainer, state=dict(stored), report=report, levelling=0.2)
     Ours.level(ours)
-    np.testing.assert_allclose(ours.state["router_bias"]["moe_blocks"]["bias"], [[-0.2, 0, 0, 0.2]])
+    found = ours.state["router_bias"]["moe_blocks"]
+    np.testing.assert_allclose(found["bias_E"], [[-0.2, 0, 0, 0.2]])
+    np.testing.assert_array_equal(found["experts_VK"], biases["experts_VK"])  # a table of experts by token id
     with pytest.raises(UserError, match="--settle=8: tiny_v2 has no router biases"):
         _scaling.main(["--config=tiny_v2", "--settle=8"])
 

@@ -85,8 +85,7 @@ class HashRouter(nnx.Module):
         self, vocab_size: int, d_model: int, n_experts: int, top_k: int, std: float, route: Route, *, rngs: nnx.Rngs
     ):
         self.centroids_DE = param(rngs, (d_model, n_experts), ("embed", None), normal(std), role="router")
-        drawn_VE = jax.random.uniform(rngs.params(), (vocab_size, n_experts))
-        self.experts_VK = ExpertTable(jax.lax.top_k(drawn_VE, top_k)[1].astype(jnp.int32), axes=(None, None))
+        self.experts_VK = ExpertTable(random_table(rngs.params(), vocab_size, n_experts, top_k), axes=(None, None))
         self.route = route
 
     @jax.named_scope("router")
@@ -97,6 +96,11 @@ class HashRouter(nnx.Module):
             experts_BTK = jnp.take(self.experts_VK[...], jnp.maximum(ids_BT, 0), axis=0)
         experts_BTK = jnp.minimum(experts_BTK.astype(jnp.int32), logits_BTE.shape[-1] - 1)
         return self.route(logits_BTE, experts_BTK=experts_BTK)
+
+
+def random_table(key: jax.Array, vocab_size: int, n_experts: int, top_k: int) -> jax.Array:
+    """experts_VK: K different experts of each token id, drawn evenly, int32."""
+    return jax.lax.top_k(jax.random.uniform(key, (vocab_size, n_experts)), top_k)[1].astype(jnp.int32)
 
 
 def _logits(x_BTD: jax.Array, centroids_DE: jax.Array) -> jax.Array:

@@ -143,6 +143,7 @@ def test_the_server_survives_weights_that_are_not_numbers(client, running, netwo
 
 
 def test_the_loads_of_experts_are_those_of_the_latest_answers(served, client, network):
+    complete(client, prompt=PROMPT, max_tokens=1)  # before any request there are none
     ask(served, "GET", "/experts")
     before = ask(served, "GET", "/experts")[1]["layers"]
     assert ask(served, "GET", "/experts")[1]["layers"] == before
