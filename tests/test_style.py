@@ -82,7 +82,6 @@ def cells(notebook: str) -> list[tuple[str, str]]:
     return [(kinds[cell["cell_type"]], "".join(cell["source"])) for cell in json.loads(notebook)["cells"]]
 
 
-@pytest.mark.slow
 def test_no_word_of_the_style_sheet_is_used():
     names, found = files(), []
     for name in names:
