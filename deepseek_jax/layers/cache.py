@@ -150,9 +150,8 @@ def write_pages(pool: Entries, entries: Entries, tokens: Tokens, table_BN: jax.A
     page_BT = jnp.take_along_axis(table_BN, tokens.positions_BT // size, axis=1, mode="clip")
     if tokens.real_BT is not None:
         page_BT = jnp.where(tokens.real_BT, page_BT, 0)
-    is_one_in_loop = page_BT.size == 1 and arrays is not pool
-    put = _put_one_of_two if is_one_in_loop else _put
-    arrays = jax.tree.map(lambda old, new: put(old, new, page_BT, tokens.positions_BT % size), arrays, entries)
+    slot_BT, in_loop = tokens.positions_BT % size, arrays is not pool
+    arrays = jax.tree.map(lambda old, new: put_in_pages(old, new, page_BT, slot_BT, in_loop), arrays, entries)
     return jax.tree.map(as_was, pool, arrays, is_leaf=is_in_stack)
 
 
@@ -174,6 +173,14 @@ def all_layers(array: jax.Array | InStack, rows: jax.Array) -> tuple[jax.Array, 
 def as_was(old: jax.Array | InStack, pages: jax.Array) -> jax.Array | InStack:
     """Pages in the form in which they came."""
     return old._replace(stack=pages.reshape(old.stack.shape)) if isinstance(old, InStack) else pages
+
+
+def put_in_pages(
+    pages: jax.Array, new_BT: jax.Array, page_BT: jax.Array, slot_BT: jax.Array, in_loop: bool
+) -> jax.Array:
+    """Returns pages with new entries in their slots; `in_loop`: they are those of all layers."""
+    put = _put_one_of_two if page_BT.size == 1 and in_loop else _put
+    return put(pages, new_BT, page_BT, slot_BT)
 
 
 def _put(memory: jax.Array, new_BT: jax.Array, row_BT: jax.Array, slot_BT: jax.Array) -> jax.Array:

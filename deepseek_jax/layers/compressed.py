@@ -30,10 +30,11 @@ from jax.nn.initializers import normal, zeros
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, param
 from deepseek_jax.layers.block import Attention, Losses
+from deepseek_jax.layers.cache import all_layers
 from deepseek_jax.layers.compressed_attention import Far, Near, Part, learning, over_memory, over_sequences
 from deepseek_jax.layers.compressed_cache import CompressedLayout, Entries, Kept
 from deepseek_jax.layers.compressor import Compressor
-from deepseek_jax.layers.entry_codes import Codes, Exact, Fp4, Fp8, TrainedFp4
+from deepseek_jax.layers.entry_codes import Codes, Exact, Fp4, Fp8
 from deepseek_jax.layers.indexed_attention import losses_of
 from deepseek_jax.layers.indexer import Index, Indexer, IndexerConfig, Stream
 from deepseek_jax.layers.norm import RMSNorm
@@ -80,7 +81,7 @@ class CompressedAttention(Attention):
     """V4's attention; of `run` its `matmul`, `context`, `cache`, `compute` and `kernels.indexed_choice` are used.
 
     A cache in "fp8" is the published one: 584 bytes per key and entry, 68 per key of the indexer. Whole sequences then
-    read the same rounded numbers. With `matmul.index_in_fp4` they do so of the indexer alone.
+    read the same rounded numbers.
 
     | ours | paper | released name |
     | --- | --- | --- |
@@ -96,8 +97,8 @@ class CompressedAttention(Attention):
         is_dense: whether all entries are read while the indexer learns (the warm-up).
         share: of this layer in `index_recall`: one over the number of layers with an indexer.
 
-    Raises UserError for keys of an indexer in FP4 that are not as wide as a power of two, and for an implementation of
-    `kernels.indexed_choice` that does not read such keys.
+    Raises UserError for a cache in FP8 if the indexer's keys are not as wide as a power of two, and for an
+    implementation of `kernels.indexed_choice` that does not read such keys.
     """
 
     has_rows = True
@@ -114,11 +115,10 @@ class CompressedAttention(Attention):
         share: float = 1.0,
         rngs: nnx.Rngs,
     ):
-        in_fp4 = "cache='fp8'" if run.cache == "fp8" else "config.precision=fp4" if run.matmul.index_in_fp4 else ""
-        if in_fp4 and index and index.index_width & (index.index_width - 1):
+        if run.cache == "fp8" and index and index.index_width & (index.index_width - 1):
             raise UserError(
-                f"{in_fp4} for an indexer's keys of {index.index_width} numbers (config.model.index_width): expected a "
-                "power of two, for the Hadamard matrix that turns them. Leave it out."
+                f"cache='fp8' for an indexer's keys of {index.index_width} numbers (config.model.index_width): "
+                "expected a power of two, for the Hadamard matrix that turns them. Leave cache='full'."
             )
         if index and run.kernels.chosen["indexed_choice"] == "mosaic_gpu":
             raise UserError(
@@ -148,7 +148,7 @@ class CompressedAttention(Attention):
             def key(rngs: nnx.Rngs) -> Compressor:
                 return make(index.index_width, overlaps=True, rngs=rngs)
 
-            rounds = keys if isinstance(keys := _index_codes(index, run), Fp4 | TrainedFp4) else None
+            rounds = None if run.cache == "full" else Fp4(index.index_width, run.compute)
             self.indexer = Indexer(index, d_model, key, self.turn, run, rounds=rounds, rngs=rngs)
         self.config, self.ratio, self.top_k = c, ratio, index.index_top_k if index else 0
         self.is_dense, self.share, self.codes = is_dense, share, _codes_of(c, index, run)
@@ -219,17 +219,31 @@ class CompressedAttention(Attention):
         self, x: Stream, tokens: Tokens, cached: Kept, start: int | jax.Array | None = None
     ) -> tuple[jax.Array, Kept, Losses]:
         """See `Attention.extend`; each sequence is at its own position, and `start` is not read."""
-        layout, entries, positions_BT = self.cache, self.entries(x, tokens), tokens.positions_BT
-        kept = layout.write(cached, entries, tokens)
+        entries = self.entries(x, tokens)
+        kept = self.cache.write(cached, entries, tokens)
+        return self._over_kept(x, tokens, entries, cached, kept), kept, {}
+
+    def extend_in_pages(
+        self, x: Stream, tokens: Tokens, pool: Kept, table_BN: jax.Array, slot_B: jax.Array
+    ) -> tuple[jax.Array, Kept, Losses]:
+        """See `Attention`; a single token reads of the pages what it attends to, and all keys of the indexer."""
+        layout, entries = self.cache, self.entries(x, tokens)
+        before = layout.rows(pool, slot_B)
+        pool, after = layout.write_pages(pool, before, entries, tokens, table_BN, slot_B)
+        kept = after._replace(entries_BIQ=pool.entries_BIQ)
+        return self._over_kept(x, tokens, entries, before, kept, table_BN), pool, {}
+
+    def _over_kept(
+        self, x: Stream, tokens: Tokens, entries: Entries, before: Kept, kept: Kept, table_BN: jax.Array | None = None
+    ) -> jax.Array:
+        """u_BTD of new tokens, over what was kept before them and is kept now; with a table entries lie in pages."""
+        layout, positions_BT = self.cache, tokens.positions_BT
         q_BTHQ, q_latent_BTR = self.queries(x, positions_BT)
-        far = index = None
-        if self.ratio:
-            n_blocks = kept.entries_BIQ[0].shape[1]
-            last_I = self.ratio * jnp.arange(1, n_blocks + 1) - 1
-            place_BI = jnp.broadcast_to(last_I, (len(positions_BT), n_blocks))
-            far = Far(kept.entries_BIQ[0], place_BI, codes=self.codes[0])
-        if self.has_index:
-            index = self._index(q_latent_BTR, x, tokens, self.codes[1].unpack(kept.entries_BIQ[1]))
+        fars = [
+            self._far(*each, len(positions_BT), table_BN) for each in zip(kept.entries_BIQ, self.codes, strict=False)
+        ]
+        far = fars[0] if fars else None
+        index = self._index(q_latent_BTR, x, tokens, fars[1].unpacked().e_BIQ) if self.has_index else None
         if positions_BT.shape[1] == 1:
             near = Part(layout.keys.unpack(kept.window_BSQ), layout.seen(kept, tokens))
             sizes: dict[str, Any] = {"top_k": self.top_k, "scale": self.scale}
@@ -237,18 +251,19 @@ class CompressedAttention(Attention):
             chosen = None if self.is_dense else index
             o_BTHQ = over_memory(q_BTHQ, near, far, chosen, positions_BT, self.sink_H[...], **sizes)
         else:
-            before_BSQ = layout.before(cached, positions_BT[:, 0])
+            before_BSQ = layout.before(before, positions_BT[:, 0])
             near_keys = Near(jnp.concatenate([before_BSQ, entries.kv_BSQ], axis=1))
             o_BTHQ = self._attend(q_BTHQ, near_keys, far, index, positions_BT, None)
-        return self._out(o_BTHQ, positions_BT), kept, {}
+        return self._out(o_BTHQ, positions_BT)
 
-    def extend_in_pages(
-        self, x: Stream, tokens: Tokens, pool: Kept, table_BN: jax.Array, slot_B: jax.Array
-    ) -> tuple[jax.Array, Kept, Losses]:
-        """See `Attention`; the entries of each sequence are put side by side."""
-        layout = self.cache
-        u_BTD, kept, losses = self.extend(x, tokens, layout.read_rows(pool, table_BN, slot_B))
-        return u_BTD, layout.write_rows(pool, kept, tokens, table_BN, slot_B), losses
+    def _far(self, stored: Any, codes: Codes, n_batch: int, table_BN: jax.Array | None) -> Far:
+        """Entries that are kept, block after block from the first one on."""
+        if table_BN is not None:
+            stored, table_BN = all_layers(stored, table_BN)
+        n_blocks = stored.shape[1] * (1 if table_BN is None else table_BN.shape[1])
+        last_I = self.ratio * jnp.arange(1, n_blocks + 1) - 1
+        place_BI = jnp.broadcast_to(last_I, (n_batch, n_blocks))
+        return Far(stored, place_BI, codes=codes, table_BN=table_BN)
 
     @property
     def page_multiple(self) -> int:
@@ -345,11 +360,7 @@ def _rounded(x: jax.Array, codes: Codes) -> jax.Array:
 
 def _codes_of(c: CompressedConfig, index: IndexerConfig | None, run: Execution) -> tuple[Codes, ...]:
     """How keys and entries are stored, and an indexer's keys."""
-    entries = Exact(run.compute) if run.cache == "full" else Fp8(c.head_width, c.rope_width, run.compute)
-    return (entries, _index_codes(index, run)) if index else (entries,)
-
-
-def _index_codes(index: IndexerConfig, run: Execution) -> Codes:
-    if run.cache != "full":
-        return Fp4(index.index_width, run.compute)
-    return TrainedFp4(run.compute) if run.matmul.index_in_fp4 else Exact(run.compute)
+    if run.cache == "full":
+        return Exact(run.compute), Exact(run.compute)
+    keys = (Fp4(index.index_width, run.compute),) if index else ()
+    return Fp8(c.head_width, c.rope_width, run.compute), *keys

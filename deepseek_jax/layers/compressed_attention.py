@@ -37,10 +37,16 @@ class Near(NamedTuple):
 class Far(NamedTuple):
     """Compressed entries."""
 
-    e_BIQ: jax.Array  # as they are, or as `codes` store them
+    e_BIQ: jax.Array  # as they are, or as `codes` store them; with a table the entries of pages, [P, entries, Q]
     place_BI: jax.Array  # of the last token of each, int32
     segments_BI: jax.Array | None = None
     codes: Codes | None = None
+    table_BN: jax.Array | None = None  # the pages of each sequence, in order
+
+    @property
+    def n(self) -> int:
+        """I, entries of a sequence."""
+        return self.place_BI.shape[1]
 
     def seen(self, place_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
         """seen_BTI: entries whose tokens are not behind a query."""
@@ -50,8 +56,21 @@ class Far(NamedTuple):
         return seen_BTI & (self.segments_BI[:, None] == segments_BT[..., None])
 
     def unpacked(self) -> "Far":
-        """The same as they are."""
-        return self._replace(e_BIQ=self.codes.unpack(self.e_BIQ), codes=None) if self.codes else self
+        """The same as they are, side by side."""
+        e_BIQ = self.e_BIQ
+        if self.table_BN is not None:
+            e_BIQ = e_BIQ[self.table_BN].reshape(*self.place_BI.shape, -1)
+        return self._replace(e_BIQ=self.codes.unpack(e_BIQ) if self.codes else e_BIQ, codes=None, table_BN=None)
+
+    def at(self, slot_BTK: jax.Array) -> jax.Array:
+        """e_BTKQ: some entries of each query, as they are."""
+        if self.table_BN is None:
+            e_BTKQ = jax.vmap(lambda e_IQ, slot_TK: e_IQ[slot_TK])(self.e_BIQ, slot_BTK)
+        else:
+            per_page = self.e_BIQ.shape[1]
+            page_BTK = jnp.take_along_axis(self.table_BN[:, None], slot_BTK // per_page, axis=2)
+            e_BTKQ = self.e_BIQ[page_BTK, slot_BTK % per_page]
+        return self.codes.unpack(e_BTKQ) if self.codes else e_BTKQ
 
 
 class Part(NamedTuple):
@@ -82,13 +101,12 @@ def part_of(
     far: Far, index: Index | None, seen_BTI: jax.Array, top_k: int, *, gathers: bool, choose: Choose = choice
 ) -> Part:
     """What queries read of the entries that they see: all, or those that an index chooses."""
-    if index is None or far.e_BIQ.shape[1] <= top_k:
+    if index is None or far.n <= top_k:
         return Part(far.unpacked().e_BIQ, seen_BTI)
     if not gathers:
         return Part(far.unpacked().e_BIQ, among_top(scores(index), seen_BTI, top_k))
     slot_BTK, is_chosen_BTK = choose(index, seen_BTI, top_k)
-    chosen_BTKQ = jax.vmap(lambda e_IQ, slot_TK: e_IQ[slot_TK])(far.e_BIQ, slot_BTK)
-    return Part(far.codes.unpack(chosen_BTKQ) if far.codes else chosen_BTKQ, is_chosen_BTK)
+    return Part(far.at(slot_BTK), is_chosen_BTK)
 
 
 @jax.named_scope("attention")
@@ -123,7 +141,7 @@ def over_sequences(
 
     Returns o_BTHQ in the dtype of the queries. Gradients reach all but the index.
     """
-    (n_batch, n_tokens, n_heads, width), n_far = q_BTHQ.shape, 0 if far is None else far.e_BIQ.shape[1]
+    (n_batch, n_tokens, n_heads, width), n_far = q_BTHQ.shape, 0 if far is None else far.n
     gathers = index is not None and n_far > GATHERED_FROM * top_k
     read = top_k * width if gathers else n_heads * n_far
     per_query = n_batch * max(n_heads * 2 * window + read, index.q_BTHQ.shape[2] * n_far if index else 0)

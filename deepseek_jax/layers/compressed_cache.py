@@ -9,8 +9,9 @@ at the end, are not kept. A block's entry is computed again with every chunk tha
 its last token is there. All sizes are known when the program is compiled, and none depends on positions. Keys and
 entries lie as `layers.entry_codes` stores them, raw numbers in float32.
 
-In the engine entries lie in pages, window and raw in one row per running sequence. What a row holds is no longer there
-when another sequence begins with the same tokens, so these share no pages.
+In the engine entries lie in pages, window and raw in one row per running sequence. Entries are written to the pages
+first and then read from where they lie, those that an indexer chooses alone. What a row holds is no longer there when
+another sequence begins with the same tokens, so these share no pages.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.layers.base import InStack, is_in_stack
-from deepseek_jax.layers.cache import all_layers, as_was
+from deepseek_jax.layers.cache import all_layers, as_was, put_in_pages
 from deepseek_jax.layers.compressor import Blocks, Compressor, Raw
 from deepseek_jax.layers.entry_codes import Codes
 from deepseek_jax.layers.tokens import Tokens
@@ -74,17 +75,25 @@ class CompressedLayout:
 
     def write(self, cached: Kept, entries: Entries, tokens: Tokens) -> Kept:
         """See `layers.cache.Layout`."""
+        rows_B1, kept = jnp.arange(len(tokens.positions_BT))[:, None], self.with_last(cached, entries, tokens)
+        closed = zip(cached.entries_BIQ, self._closed(cached, entries, tokens), strict=True)
+        made = (old.at[rows_B1, number_BI].set(new, mode="drop") for old, (number_BI, new) in closed)
+        return kept._replace(entries_BIQ=tuple(made))
+
+    def with_last(self, cached: Kept, entries: Entries, tokens: Tokens) -> Kept:
+        """The memory with the last of these tokens in window and raw; entries as they were."""
         end_B = tokens.positions_BT[:, 0] + n_real(tokens)
-        stored_BTQ = self.keys.pack(entries.kv_BSQ)
-        closed = zip(self.compressors, self.codes, cached.raw, entries.raw, cached.entries_BIQ, strict=True)
-        return Kept(
-            _put(cached.window_BSQ, stored_BTQ, tokens.positions_BT, end_B),
-            tuple(
-                jax.tree.map(lambda old, new: _put(old, new, tokens.positions_BT, end_B), *pair)
-                for pair in zip(cached.raw, entries.raw, strict=True)
-            ),
-            tuple(_close(*given, tokens.positions_BT) for given in closed),
-        )
+
+        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            return _put(old, new, tokens.positions_BT, end_B)
+
+        window_BSQ = put(cached.window_BSQ, self.keys.pack(entries.kv_BSQ))
+        return cached._replace(window_BSQ=window_BSQ, raw=jax.tree.map(put, cached.raw, entries.raw))
+
+    def _closed(self, cached: Kept, entries: Entries, tokens: Tokens) -> list[tuple[jax.Array, jax.Array]]:
+        """Of each compressor (the blocks that these tokens reach number_BI, their entries as they are stored)."""
+        given = zip(self.compressors, self.codes, cached.raw, entries.raw, strict=True)
+        return [_close(*each, tokens.positions_BT) for each in given]
 
     def before(self, cached: Kept, first_B: jax.Array) -> jax.Array:
         """Keys kv_BSQ of the w tokens before these positions, in order."""
@@ -95,43 +104,40 @@ class CompressedLayout:
         """seen_BTS: rows of the window that single tokens, already written, look at."""
         return jnp.arange(self.window) <= tokens.positions_BT[..., None]
 
-    def read_rows(self, pool: Kept, table_BN: jax.Array, slot_B: jax.Array) -> Kept:
-        """The memory of sequences whose entries lie in pages, and whose window and raw in rows."""
+    def rows(self, pool: Kept, slot_B: jax.Array) -> Kept:
+        """Window and raw of sequences whose entries lie in pages."""
 
-        def rows(array: jax.Array | InStack) -> jax.Array:
+        def own(array: jax.Array | InStack) -> jax.Array:
             of_all, own_B = all_layers(array, slot_B)
             return of_all[own_B]
 
-        def entries(array: jax.Array | InStack) -> jax.Array:
-            of_all, own_BN = all_layers(array, table_BN)
-            return of_all[own_BN].reshape(len(table_BN), -1, of_all.shape[-1])
+        window_BSQ, raw = jax.tree.map(own, (pool.window_BSQ, pool.raw), is_leaf=is_in_stack)
+        return Kept(window_BSQ, raw, ())
 
-        window_BSQ, raw = jax.tree.map(rows, (pool.window_BSQ, pool.raw), is_leaf=is_in_stack)
-        return Kept(window_BSQ, raw, tuple(entries(array) for array in pool.entries_BIQ))
-
-    def write_rows(self, pool: Kept, kept: Kept, tokens: Tokens, table_BN: jax.Array, slot_B: jax.Array) -> Kept:
-        """Returns the pool with what `write` made of what `read_rows` gave; entries of padding go to page 0."""
-        end_B = tokens.positions_BT[:, 0] + n_real(tokens)
+    def write_pages(
+        self, pool: Kept, before: Kept, entries: Entries, tokens: Tokens, table_BN: jax.Array, slot_B: jax.Array
+    ) -> tuple[Kept, Kept]:
+        """Writes tokens after those of the rows `before`: (the pool, the rows now); entries of padding go to page 0."""
+        end_B, after = tokens.positions_BT[:, 0] + n_real(tokens), self.with_last(before, entries, tokens)
 
         def rows(array: jax.Array | InStack, new: jax.Array) -> Any:
             of_all, own_B = all_layers(array, slot_B)
             return as_was(array, of_all.at[own_B].set(new))
 
-        def entries(m: int, array: jax.Array | InStack, new_BIQ: jax.Array) -> Any:
+        def put(m: int, array: jax.Array | InStack, number_BI: jax.Array, stored_BIQ: jax.Array) -> Any:
             of_all, _ = all_layers(array, table_BN)
-            number_BI = _reached(m, tokens.positions_BT)
-            made_BIQ = jnp.take_along_axis(new_BIQ, number_BI[..., None], axis=1, mode="clip")
             page_BI = jnp.take_along_axis(table_BN, number_BI // of_all.shape[1], axis=1, mode="clip")
             is_text_BI = (m * number_BI < end_B[:, None]) & (end_B > tokens.positions_BT[:, 0])[:, None]
             _, own_BI = all_layers(array, jnp.where(is_text_BI, page_BI, 0))
-            return as_was(array, of_all.at[own_BI, number_BI % of_all.shape[1]].set(made_BIQ))
+            return as_was(
+                array, put_in_pages(of_all, stored_BIQ, own_BI, number_BI % of_all.shape[1], of_all is not array)
+            )
 
-        given = zip(self.compressors, pool.entries_BIQ, kept.entries_BIQ, strict=True)
-        return Kept(
-            rows(pool.window_BSQ, kept.window_BSQ),
-            jax.tree.map(rows, pool.raw, kept.raw, is_leaf=is_in_stack),
-            tuple(entries(compressor.ratio, *arrays) for compressor, *arrays in given),
-        )
+        closed = zip(self.compressors, pool.entries_BIQ, self._closed(before, entries, tokens), strict=True)
+        window = rows(pool.window_BSQ, after.window_BSQ)
+        raw = jax.tree.map(rows, pool.raw, after.raw, is_leaf=is_in_stack)
+        made = tuple(put(compressor.ratio, array, *new) for compressor, array, new in closed)
+        return Kept(window, raw, made), after
 
     def packed(self, entries: Entries) -> Entries:
         """See `layers.cache.Layout`; here the entries themselves."""
@@ -158,9 +164,9 @@ def _put(memory: jax.Array, new: jax.Array, positions_BT: jax.Array, end_B: jax.
 
 
 def _close(
-    compressor: Compressor, codes: Codes, old: Raw, new: Raw, made_BIQ: jax.Array, positions_BT: jax.Array
-) -> jax.Array:
-    """Returns entries with those of all blocks in it that the new tokens reach."""
+    compressor: Compressor, codes: Codes, old: Raw, new: Raw, positions_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(number_BI of all blocks that the new tokens reach, their entries as `codes` store them)."""
     m, span, n_tokens = compressor.ratio, compressor.span, positions_BT.shape[1]
     first_B, number_BI = positions_BT[:, :1], _reached(m, positions_BT)
     position_BIJ = m * (number_BI[..., None] + 1) - span + jnp.arange(span)
@@ -168,8 +174,7 @@ def _close(
     row_BIJ = jnp.where(is_new_BIJ, position_BIJ - first_B[..., None] + span, position_BIJ % span)
     blocks = Blocks(jnp.minimum(row_BIJ, span + n_tokens - 1), position_BIJ >= 0, m * number_BI)
     both = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), old, new)
-    e_BIQ = codes.pack(compressor.entries(both, blocks))
-    return made_BIQ.at[jnp.arange(len(made_BIQ))[:, None], number_BI].set(e_BIQ, mode="drop")
+    return number_BI, codes.pack(compressor.entries(both, blocks))
 
 
 def _reached(m: int, positions_BT: jax.Array) -> jax.Array:

@@ -85,10 +85,9 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [name if "n_steps" in SETTINGS[name] else pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS],
-)
+@pytest.mark.slow
+@pytest.mark.matrix  # `test_v4.py` has such layers in a whole model
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_the_text_is_that_of_whole_forward_passes(network, engine, setting):
     made = engine(**SETTINGS[setting])
     requests = [made.submit(prompt, Sampling(N_NEW)) for prompt in PROMPTS]

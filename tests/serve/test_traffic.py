@@ -90,8 +90,7 @@ def n_descriptors():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="memory is read from /proc")
-@pytest.mark.slow
-@pytest.mark.parametrize("n_requests", [100, pytest.param(1000, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("n_requests", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_long_run_takes_no_more_memory(served, n_requests):
     run(served, PROMPTS[:100], concurrency=12, n_new=2)
     before, n_files = used(), n_descriptors()
