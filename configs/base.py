@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config.name = ""
     config.family = ""
     config.seed = 0
-    config.precision = "fp32"  # bf16: bf16 over fp32 masters; fp8: V3's recipe; fp4: that, experts rounded to FP4 (V4)
+    config.precision = "fp32"  # bf16: bf16 over fp32 masters; fp8: V3's recipe; fp4: that, and V4's rounding to FP4
     config.model = ConfigDict()
 
     # What the published model that a run begins with says of itself; exports say it again. Filled in by train.

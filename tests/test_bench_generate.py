@@ -51,6 +51,7 @@ def test_a_step_is_run_and_its_program_read(ours):
     assert steps.run(3) > 0 and "while" in steps.program()
 
 
+@pytest.mark.slow
 def test_codes_are_half_the_bytes_and_drafts_are_right_as_often_as_asked_for():
     """The engine runs both; what layers add is so small that the next id follows from the last one."""
     config = run_config.load("tests/train/nano_v3.py")

@@ -45,6 +45,7 @@ SLOW = (
     "01_mla",
     "02_moe_routing",
     "03_mtp",
+    "04_published_models",
     "06_fp8",
     "07_latent_attention",
     "08_sparse_attention",

@@ -130,6 +130,7 @@ def records(workdir):
     return {stage.name: json.loads((workdir / stage.name / RECORD).read_bytes()) for stage in R1}
 
 
+@pytest.mark.slow
 def test_a_chain_that_is_killed_at_any_moment_of_its_bookkeeping_ends_as_an_undisturbed_one(
     monkeypatch, tmp_path, capsys
 ):

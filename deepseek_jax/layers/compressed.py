@@ -34,7 +34,7 @@ from deepseek_jax.layers.cache import all_layers
 from deepseek_jax.layers.compressed_attention import Far, Near, Part, learning, over_memory, over_sequences
 from deepseek_jax.layers.compressed_cache import CompressedLayout, Entries, Kept
 from deepseek_jax.layers.compressor import Compressor
-from deepseek_jax.layers.entry_codes import Codes, Exact, Fp4, Fp8
+from deepseek_jax.layers.entry_codes import Codes, Exact, Fp4, Fp8, TrainedFp4
 from deepseek_jax.layers.indexed_attention import losses_of
 from deepseek_jax.layers.indexer import Index, Indexer, IndexerConfig, Stream
 from deepseek_jax.layers.norm import RMSNorm
@@ -81,7 +81,7 @@ class CompressedAttention(Attention):
     """V4's attention; of `run` its `matmul`, `context`, `cache`, `compute` and `kernels.indexed_choice` are used.
 
     A cache in "fp8" is the published one: 584 bytes per key and entry, 68 per key of the indexer. Whole sequences then
-    read the same rounded numbers.
+    read the same rounded numbers. With `matmul.index_in_fp4` they do so of the indexer alone.
 
     | ours | paper | released name |
     | --- | --- | --- |
@@ -97,8 +97,8 @@ class CompressedAttention(Attention):
         is_dense: whether all entries are read while the indexer learns (the warm-up).
         share: of this layer in `index_recall`: one over the number of layers with an indexer.
 
-    Raises UserError for a cache in FP8 if the indexer's keys are not as wide as a power of two, and for an
-    implementation of `kernels.indexed_choice` that does not read such keys.
+    Raises UserError for keys of an indexer in FP4 that are not as wide as a power of two, and for an implementation of
+    `kernels.indexed_choice` that does not read such keys.
     """
 
     has_rows = True
@@ -115,10 +115,11 @@ class CompressedAttention(Attention):
         share: float = 1.0,
         rngs: nnx.Rngs,
     ):
-        if run.cache == "fp8" and index and index.index_width & (index.index_width - 1):
+        in_fp4 = "cache='fp8'" if run.cache == "fp8" else "config.precision=fp4" if run.matmul.index_in_fp4 else ""
+        if in_fp4 and index and index.index_width & (index.index_width - 1):
             raise UserError(
-                f"cache='fp8' for an indexer's keys of {index.index_width} numbers (config.model.index_width): "
-                "expected a power of two, for the Hadamard matrix that turns them. Leave cache='full'."
+                f"{in_fp4} for an indexer's keys of {index.index_width} numbers (config.model.index_width): expected a "
+                "power of two, for the Hadamard matrix that turns them. Leave it out."
             )
         if index and run.kernels.chosen["indexed_choice"] == "mosaic_gpu":
             raise UserError(
@@ -148,7 +149,7 @@ class CompressedAttention(Attention):
             def key(rngs: nnx.Rngs) -> Compressor:
                 return make(index.index_width, overlaps=True, rngs=rngs)
 
-            rounds = None if run.cache == "full" else Fp4(index.index_width, run.compute)
+            rounds = keys if isinstance(keys := _index_codes(index, run), Fp4 | TrainedFp4) else None
             self.indexer = Indexer(index, d_model, key, self.turn, run, rounds=rounds, rngs=rngs)
         self.config, self.ratio, self.top_k = c, ratio, index.index_top_k if index else 0
         self.is_dense, self.share, self.codes = is_dense, share, _codes_of(c, index, run)
@@ -360,7 +361,11 @@ def _rounded(x: jax.Array, codes: Codes) -> jax.Array:
 
 def _codes_of(c: CompressedConfig, index: IndexerConfig | None, run: Execution) -> tuple[Codes, ...]:
     """How keys and entries are stored, and an indexer's keys."""
-    if run.cache == "full":
-        return Exact(run.compute), Exact(run.compute)
-    keys = (Fp4(index.index_width, run.compute),) if index else ()
-    return Fp8(c.head_width, c.rope_width, run.compute), *keys
+    entries = Exact(run.compute) if run.cache == "full" else Fp8(c.head_width, c.rope_width, run.compute)
+    return (entries, _index_codes(index, run)) if index else (entries,)
+
+
+def _index_codes(index: IndexerConfig, run: Execution) -> Codes:
+    if run.cache != "full":
+        return Fp4(index.index_width, run.compute)
+    return TrainedFp4(run.compute) if run.matmul.index_in_fp4 else Exact(run.compute)

@@ -5,7 +5,8 @@
     68 bytes       `Fp4`: 128 codes of E2M1, two to a byte, the first in the low half | 4 scales, one for 32 codes
 
 A scale is a power of two, the smallest with which nothing is larger than the largest code, and takes one byte (E8M0).
-An indexer's key is turned by a Hadamard matrix first, as its queries are.
+An indexer's key is turned by a Hadamard matrix first, as its queries are. `TrainedFp4` is what training reads of both:
+the numbers of `Fp4`, and the gradient as if nothing were rounded.
 Sizes: DeepSeek's FlashMLA (which puts the scales of a page behind all its codes) and the released code of V4.
 """
 
@@ -18,6 +19,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from deepseek_jax.layers.indexer import hadamard
+from deepseek_jax.precision.fp4 import rounded
 
 FP8_BLOCK, FP4_BLOCK = 64, 32  # codes with one scale
 LARGEST_E4M3, LARGEST_E2M1 = 448.0, 6.0
@@ -107,6 +109,25 @@ class Fp4:
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns queries of such keys, turned and rounded as these are."""
         return self.unpack(self.pack(x)).astype(x.dtype)
+
+
+@dataclass(frozen=True)
+class TrainedFp4:
+    """The numbers that `Fp4` gives back, in `dtype`; a gradient passes the rounding unchanged (V4 section 5.2.1)."""
+
+    dtype: DTypeLike
+
+    def pack(self, x: jax.Array) -> jax.Array:
+        """See `Codes`; turned and rounded."""
+        return rounded(hadamard(x.astype(jnp.float32))).astype(self.dtype)
+
+    def unpack(self, stored: jax.Array) -> jax.Array:
+        """See `Codes`."""
+        return stored
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns queries of such keys."""
+        return self.pack(x).astype(x.dtype)
 
 
 def to_e2m1(x: jax.Array) -> jax.Array:

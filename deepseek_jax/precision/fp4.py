@@ -11,13 +11,12 @@ scales of a tile differ by 2^6 at most: 6 * 2^6 = 384 is below 448, and 0.5 stay
 nothing exact to return, and `fits_fp8` says so.
 
 Training (`rounded`): forward with the numbers that FP4 will hold, made from the float32 masters in each step; the
-gradient passes as if nothing were rounded, to the masters. `config.precision=fp4` rounds routed experts alone. Paper:
-V4 section 5.2.1, which rounds an indexer's queries and keys in training as well; here only an engine whose cache is in
-FP8 does (`layers.entry_codes`).
+gradient passes as if nothing were rounded, to the masters. `config.precision=fp4` rounds routed experts, and queries
+and keys of V4's indexer as a cache in FP8 stores these keys (`layers.entry_codes`). Paper: V4 section 5.2.1.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +95,8 @@ class Fp4Experts(BlockMatmul):
     """
 
     scale: str = POWERS_OF_TWO
+
+    index_in_fp4: ClassVar[bool] = True
 
     @property
     def codes(self) -> None:

@@ -175,6 +175,7 @@ class BlockMatmul:
     align: ClassVar[int] = BLOCK  # a block along tokens has one scale, so it holds rows of one expert
     finds_layer: ClassVar[bool] = False  # it quantises the weights of a layer
     wire: ClassVar[Wire] = Codes()
+    index_in_fp4: ClassVar[bool] = False
 
     @property
     def codes(self) -> str | None:

@@ -36,6 +36,7 @@ class Matmul(Protocol):
     align: ClassVar[int]  # rows to a multiple of which each expert's begin in `grouped`
     finds_layer: ClassVar[bool]  # whether `grouped` takes weights as `precision.grouped.OfLayer`
     wire: ClassVar[Wire]  # how rows travel to the experts of other devices
+    index_in_fp4: ClassVar[bool]  # whether an indexer's queries and keys of V4 are rounded to FP4 (training for it)
 
     @property
     def kernels(self) -> Kernels:
@@ -82,6 +83,7 @@ class PlainMatmul:
     align: ClassVar[int] = 1
     finds_layer: ClassVar[bool] = True
     wire: ClassVar[Wire] = AS_IS
+    index_in_fp4: ClassVar[bool] = False
     codes: ClassVar[str | None] = None
 
     def operand(self, x: jax.Array) -> jax.Array:

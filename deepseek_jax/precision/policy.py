@@ -8,6 +8,7 @@
 | norms, rotary angles, router scores, softmax, cross-entropy | float32, cast where they are computed |
 | products with the weights of blocks, under "fp8" | E4M3 in blocks (`precision.fp8`) |
 | weights of routed experts, under "fp4" | rounded to E2M1 in blocks of 32, then E4M3 (`precision.fp4`) |
+| queries and keys of V4's indexer, under "fp4" | turned, rounded to E2M1 in blocks of 32 (`layers.entry_codes`) |
 | these weights, where devices keep parts of them, as a step gathers and keeps them | E4M3 (`precision.coded`) |
 
 The activations carry the compute dtype from the embedding on; there is no autocast.

@@ -40,8 +40,8 @@ def test_the_files_stay_small():
     assert sum(file.stat().st_size for file in GOLDEN.rglob("*") if file.suffix != ".py") < 1.8e6
 
 
-# slow: their mechanisms occur in v2, v3_mtp and the others as well
-LONG = ("llm", "moe", "v2_lite", "v3", "v3_yarn")
+# slow: most of their mechanisms occur in v2 as well
+LONG = ("llm", "moe", "v2_lite", "v3", "v3_mtp", "v3_yarn", "v32")
 CASES = [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else [], id=name) for name in NAMES]
 
 

@@ -25,6 +25,7 @@ def kill_a_reader():
     os.kill(victim.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_killed_reader_changes_no_batch(settings):
     split = open_split("train", **{**settings, "workers": 2})
     ranges = [(2 * i, 2) for i in range(40)]

@@ -15,10 +15,11 @@ from deepseek_jax.layers import compressed_attention
 from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, bind, split
 from deepseek_jax.layers.cache import first_pass, next_chunk, next_tokens
 from deepseek_jax.layers.compressed import CompressedAttention, CompressedConfig
-from deepseek_jax.layers.entry_codes import Fp4, Fp8, from_e2m1, to_e2m1
+from deepseek_jax.layers.entry_codes import Fp4, Fp8, TrainedFp4, from_e2m1, to_e2m1
 from deepseek_jax.layers.indexer import IndexerConfig, hadamard
 from deepseek_jax.layers.rope import Yarn
 from deepseek_jax.layers.tokens import Tokens
+from deepseek_jax.precision.matmul import PlainMatmul
 
 D, T, CHUNK, STEPS = 8, 80, 13, 10
 SIZES = CompressedConfig(4, 8, 4, 6, 2, 4, window=6, yarn=Yarn(4.0, 16), init_std=0.5)
@@ -183,3 +184,53 @@ def test_the_published_bytes():
     assert apart.max() < 0.2
     codes = np.arange(16, dtype=np.uint8)
     np.testing.assert_array_equal(to_e2m1(from_e2m1(codes)) % 8, codes % 8)
+
+
+class ThroughFp4(PlainMatmul):
+    """Plain products, so that an indexer's rounding is all that differs."""
+
+    index_in_fp4 = True
+
+
+def test_training_reads_what_an_indexers_cache_will_hold_and_gradients_pass_straight_through():
+    """Forward is the dequantised value to the last bit; backward is that of the Hadamard matrix, its own inverse."""
+    x = np.random.default_rng(0).normal(size=(5, 128)).astype(np.float32) * np.float32([[1e-3], [1], [300], [0], [7]])
+    g = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+
+    @jax.jit
+    def run(x, g):
+        stored, pull = jax.vjp(TrainedFp4(jnp.float32).pack, x)
+        published = Fp4(128, jnp.float32)
+        return stored, published.unpack(published.pack(x)), pull(g)[0], hadamard(g)
+
+    stored, published, gradient, turned = jax.device_get(run(x, g))
+    np.testing.assert_array_equal(stored, published)
+    np.testing.assert_allclose(gradient, turned, atol=1e-6)
+
+
+def test_an_indexer_is_trained_through_fp4():
+    """Its losses are those of rounded queries and keys; its weights get gradients, the attention's none of them."""
+    _, params, x_BTD = made("sparse")
+    run = Execution(matmul=ThroughFp4())
+
+    def layer():
+        return CompressedAttention(SIZES, D, run, ratio=4, index=INDEX, is_dense=True, rngs=nnx.Rngs(0))
+
+    definition, _, _ = split(nnx.eval_shape(layer))
+
+    def divergence(params):
+        module, tokens = bind(definition, params, {}), Tokens.of(x_BTD[..., 0])
+        assert isinstance(module.codes[1], TrainedFp4) and module.indexer.rounds == module.codes[1]
+        x = module.operand(x_BTD)
+        entries = module.entries(x, tokens)
+        _, keys_BIQ = module._closed(entries, tokens.positions_BT, None)
+        q_BTHQ = module._index(module.queries(x, tokens.positions_BT)[1], x, tokens, keys_BIQ).q_BTHQ
+        return module.over_itself(x, tokens, entries)[1]["index_kl"], (keys_BIQ, q_BTHQ)
+
+    (_, vectors), gradients = jax.device_get(jax.jit(jax.value_and_grad(divergence, has_aux=True))(params))
+    for vector in vectors:  # each is a code times its block's scale: 4 numbers, so one block
+        size = np.abs(vector)
+        ratio = size / np.exp2(np.ceil(np.log2(size.max(-1, keepdims=True) / 6)))
+        assert np.isin(ratio, [0, 0.5, 1, 1.5, 2, 3, 4, 6]).all()
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        assert np.any(gradient != 0) == ("indexer" in jax.tree_util.keystr(path)), path

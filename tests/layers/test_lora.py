@@ -66,6 +66,7 @@ def answered(definition, params, router_bias):
     return bound(ids_BT), last
 
 
+@pytest.mark.slow
 def test_adapters_that_have_learnt_nothing_change_no_bit(model):
     _, plain, adapted, params, router_bias = model
     ours = answered(adapted, zeroed(params), router_bias)
@@ -138,6 +139,7 @@ def one_device():
     return trained(1, {}, STEP)
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_trained_and_have_moments(one_device):
     trainer, before, state = one_device
     for path, array in flatten_dict(state["params"]).items():
@@ -149,6 +151,7 @@ def test_adapters_alone_are_trained_and_have_moments(one_device):
     jax.tree.map(np.testing.assert_array_equal, first, divide(before, lora.is_adapter)[0])
 
 
+@pytest.mark.slow
 def test_every_mesh_trains_the_same_adapters(one_device):
     """FSDP over four devices, in two micro-batches."""
     _, before, ours = one_device

@@ -158,6 +158,7 @@ def test_depth_k_predicts_k_tokens_further(forward, ids):
     assert (np.asarray(second)[0, 2:5] == -1).all() and (np.asarray(second)[:, -2:] == -1).all()
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_full_cross_entropy_and_its_mtp_part_is_eq_24(model, forward, ids):
     """CE_k = -1/T sum over the targets there are of log p; the mean over the depths; gradients reach what is shared."""
     definition, params, bias = model

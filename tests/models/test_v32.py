@@ -127,6 +127,7 @@ def test_where_all_are_chosen_it_is_v3_bit_for_bit(tiny_sizes, filled, model, lo
     assert np.abs(logits[:, TOP_K:] - dense[:, TOP_K:]).max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_dense", [False, True], ids=["sparse", "warm-up"])
 def test_the_two_losses_reach_weights_of_their_own(tiny_sizes, filled, ids, is_dense):
     """The language model's loss is there whatever the indexer does, and reaches all but it; the KL reaches it alone."""

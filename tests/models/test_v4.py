@@ -95,6 +95,7 @@ def test_no_logit_depends_on_a_later_token_nor_prediction_on_one_after_the_next(
             assert np.abs(was[:, at] - now[:, at]).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_every_weight_learns_and_tables_stay(model, ids):
     definition, params, biases = model
     ones = np.ones((B, T), np.int32)

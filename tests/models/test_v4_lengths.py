@@ -123,6 +123,7 @@ def test_prompts_in_parts_are_read_as_whole(twin):
     np.testing.assert_allclose(found_BTV[:2], twin.known_NTV, atol=5e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [3, 4, 15, 16, 31, 32, 63, 64, 255, 256])
 def test_no_token_at_a_border_moves_an_earlier_logit(twin, place):
     text_1T, was_TV = twin.texts_NT[:1].copy(), twin.known_NTV[0]

@@ -415,6 +415,7 @@ def test_requests_end_with_the_reader_of_their_outputs(engine):
     assert len({number for number, output in outputs(made, [([5, 6, 7], Sampling(2))] * 9)}) == 9
 
 
+@pytest.mark.slow
 def test_replicas_of_busy_experts_change_no_text(network, engine, alone):
     """Where they go follows from the loads that an engine has counted; new weights get replicas as well."""
     mesh, busy = make_mesh(1, 2, jax.devices()[:2]), ExpertLoads(engine())

@@ -51,6 +51,7 @@ def test_logits_are_those_of_the_dequantised_weights(network, weights):
     assert np.abs(expected - np.asarray(network.forward(*network.weights, ids_BT))).max() > 1e-3  # others than before
 
 
+@pytest.mark.slow
 def test_the_text_is_theirs_however_it_is_computed(network, weights):
     texts, engine = run(network, weights["fp8"])
     expected, _ = run(network, weights["wide"])

@@ -32,6 +32,7 @@ def test_a_padded_batch_gives_the_text_of_the_engine(network, engine, options):
         assert [row[row >= 0].tolist() for row in drawn_BT] == [one.ids for one in expected]
 
 
+@pytest.mark.slow
 def test_weights_of_layers_apart_say_what_stacked_ones_say(network):
     """Bit for bit where each layer's are an array of their own; those with axes turned sum in another order."""
     maker, run = family(network.config.family), Execution(unroll=0)

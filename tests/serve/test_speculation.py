@@ -79,6 +79,7 @@ def test_the_text_is_the_same(engine, foreseeing, plain, setting):
     assert np.argmax(foreseeing.last_logits(PROMPTS[2])) == texts[2][0]
 
 
+@pytest.mark.slow
 def test_the_text_is_the_same_at_any_temperature_and_with_penalties(engine, plain):
     _, texts, logprobs = run(engine(1), MIXED)
     assert texts == plain[1][1]

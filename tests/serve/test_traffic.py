@@ -90,7 +90,8 @@ def n_descriptors():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="memory is read from /proc")
-@pytest.mark.parametrize("n_requests", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n_requests", [100, pytest.param(1000, marks=pytest.mark.matrix)])
 def test_a_long_run_takes_no_more_memory(served, n_requests):
     run(served, PROMPTS[:100], concurrency=12, n_new=2)
     before, n_files = used(), n_descriptors()
