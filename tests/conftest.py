@@ -79,6 +79,21 @@ def filled():
     return fill
 
 
+@pytest.fixture(scope="module")
+def any_load():
+    """Exchanges have buffers for any load alone, where they would choose among three sizes: a third of the programs.
+
+    The choice is the subject of `parallel/test_alltoall.py`, `train/test_step.py` and `train/test_pipelined.py`.
+    """
+    import math
+
+    from deepseek_jax.parallel import alltoall
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alltoall, "HEADROOM", (math.inf,) * len(alltoall.HEADROOM))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_sizes():
     """The `model` part of a config: V3 with every mechanism at widths of one digit or two."""

@@ -14,6 +14,7 @@ from deepseek_jax.train.loss import PreTraining
 from deepseek_jax.train.optimizers import Schedule, adamw
 from deepseek_jax.train.step import StepConfig, Trainer
 
+pytestmark = pytest.mark.usefixtures("any_load")
 B, T = 4, 16
 V2 = {"expert_balance": 0.1, "device_balance": 0.2, "communication_balance": 0.3}
 V32 = {"expert_balance": 0.1, "index_kl": 1.0, "index_recall": 0.0}
