@@ -9,8 +9,9 @@ no more than top_k positions are there, this is `layers.mla` to the last bit.
 
 Where sequences are divided over devices (`config.mesh.context`), each device has its own queries and gathers what a
 cache would hold of all tokens of a sequence, once per layer: that memory grows with T, not with T / n. Keys and values
-of heads are not made of it: queries meet the latents of S_t in the absorbed form. `kernels.attention` computes the
-warm-up, and sequences of up to top_k tokens, alone.
+of heads are not made of it: queries meet the latents of S_t in the absorbed form, whose products with W^UK and W^UV are
+one per head and stay in bfloat16 when others run in FP8. `kernels.attention` computes the warm-up, and sequences of up
+to top_k tokens, alone.
 
 Two losses are reported. `index_kl` is what the indexer learns by: KL(p_t || softmax(I_t)), mean over the tokens of a
 sequence. `index_recall`, not to be minimised, is the share of the dense attention's weights that S_t holds, mean over
@@ -191,6 +192,11 @@ class SparseMLA(MLA):
     def most_keys(self) -> int | None:  # type: ignore[override]
         """top_k, but in the warm-up."""
         return None if self.is_dense else self.top_k
+
+    @property
+    def gathers_chosen(self) -> bool:  # type: ignore[override]
+        """But in the warm-up."""
+        return not self.is_dense
 
     @property
     def flops_per_index(self) -> int:  # type: ignore[override]

@@ -221,6 +221,12 @@ class Job:
         axis = expert_axis(self.rules, self.layout.mesh) if self.network.n_experts > 1 else None
         return self.layout.mesh.shape[axis] if axis else 1
 
+    @property
+    def is_absorbed(self) -> bool:
+        """Whether the queries of divided sequences meet chosen latents, gathered, and no keys and values are made."""
+        at = self.layout
+        return at.context > 1 and all(reading.gathers(at.seq_len) for reading in self.network.layers)
+
     def held(self, part: Part) -> tuple[float, float]:
         """Returns the bytes of a weight as a step reads it, and of the float32 weight; the latter 0 if it is the same.
 

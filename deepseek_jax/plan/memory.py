@@ -15,6 +15,7 @@
 | logits | 8 V per token of the chunk in which the loss is computed: float32, and their gradient |
 | exchange buffers | copies of the tokens on their way to experts and back; twice if passes overlap |
 | gathered entries | of divided sequences: what a layer's keys and values are made of; one chunk of these; gradients |
+|  | where queries gather what is chosen of them (V3.2), among activations and the layer at work |
 
 In a run's pipeline weights and gradients are arrays that its stages share, as many on all ranks (`parallel.homes`).
 
@@ -85,8 +86,11 @@ def rank_memory(job: Job, rank: int, kept: Mapping[str, ActivationBytes], loss_c
 
 
 def _gathered_entries(job: Job) -> float:
-    """Returns the bytes that attention makes of divided sequences in its backward pass."""
+    """Returns the bytes that attention makes of divided sequences in its backward pass, if no trace counts them."""
     network, layout, recipe = job.network, job.layout, job.recipe
+    if job.is_absorbed:
+        is_traced = recipe.remat != V3_POLICY
+        return 0.0 if is_traced else layout.tokens * layout.context * network.entries * 2 * recipe.activations
     whole = layout.seq_len * network.entries * (recipe.activations + FLOAT32)
     chunk = layout.part_len // 2 * network.expanded * 2 * recipe.activations
     return layout.sequences * (whole + chunk)

@@ -93,6 +93,13 @@ class Weight:
         return math.prod(inner[:n_contracted]), math.prod(inner[n_contracted:])
 
     @property
+    def absorbed_widths(self) -> tuple[int, int]:
+        """The same of one that `expands`, per head: it moves queries into the latent space, or sums of latents out."""
+        n_stacked, _ = matrix_axes(self.axes)
+        latent, heads, width = self.shape[n_stacked:]
+        return heads * width, heads * latent
+
+    @property
     def expands(self) -> bool:
         """Whether keys or values are made with it of the entries of a cache."""
         return self.is_matrix and self._inner()[0][0] == "kv_latent"
@@ -116,6 +123,11 @@ class Reading:
     flops_per_index: int  # operations of an indexer on a token and a key; 0 without
     tokens_per_key: int = 1  # tokens that a key stands for
     window: int = 0  # tokens that one attends to besides, the last ones
+    gathers_chosen: bool = False  # whether queries of divided sequences gather the entries of the chosen keys
+
+    def gathers(self, seq_len: int) -> bool:
+        """Returns whether they do so in sequences of `seq_len`: where there is a choice."""
+        return self.gathers_chosen and self.most_keys is not None and seq_len > self.most_keys
 
 
 @dataclass(frozen=True)
@@ -231,9 +243,8 @@ def describe(family: ModuleType, sizes: Sizes) -> Network:
     def reading(attention: Any) -> Reading:
         per_pair = family.flops_per_pair(sizes)
         choice = attention.most_keys, attention.flops_per_index
-        return Reading(
-            per_pair, attention.flops_per_slot or per_pair, *choice, attention.tokens_per_key, attention.window
-        )
+        keys = attention.tokens_per_key, attention.window, attention.gathers_chosen
+        return Reading(per_pair, attention.flops_per_slot or per_pair, *choice, *keys)
 
     return Network(
         weights=weights,

@@ -11,7 +11,7 @@ one measurement per recipe (`recipes` says which).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from deepseek_jax.layers.attention import RECOMPUTED_FROM
@@ -19,7 +19,7 @@ from deepseek_jax.parallel.schedule import make_schedule
 from deepseek_jax.parallel.simulate import Times, bubble, simulate
 from deepseek_jax.plan.flops import pair_flops
 from deepseek_jax.plan.job import Job, Part
-from deepseek_jax.plan.network import HIGH_PRECISION, Weight
+from deepseek_jax.plan.network import HIGH_PRECISION, Reading, Weight
 from deepseek_jax.plan.recipes import V3_POLICY
 from deepseek_jax.plan.schedules import name_of
 from deepseek_jax.plan.traffic import GIGA, exchange, rank_traffic
@@ -73,7 +73,7 @@ def stage_compute(job: Job, number: int, efficiency: float) -> Compute:
     for part, passes in _products(job, number):
         seconds = _matmul(job, part, efficiency) * passes
         matmuls += seconds
-        is_again = job.layout.context > 1 and part.weight.expands
+        is_again = part.weight.expands and job.layout.context > 1 and not job.is_absorbed
         recomputed += seconds * (recomputes(job, part.weight) + is_again)
     return Compute(matmuls, pairs, recomputed)
 
@@ -82,9 +82,11 @@ def _products(job: Job, number: int) -> Iterator[tuple[Part, float]]:
     """Yields the matrices of a stage, and how often a micro-batch is multiplied by each.
 
     By the head once for each depth of multi-token prediction more; where ranks share it, each has its part of that.
+    Keys and values of divided sequences are made for each chunk that is looked at; in the absorbed form never.
     """
     depths, context = 1 + job.network.mtp_depth, job.layout.context
-    expansions = context + 0.5 if context > 1 else 1  # 2 C + 1 chunks where a device has two (`divided_attention`)
+    is_in_chunks = context > 1 and not job.is_absorbed
+    expansions = context + 0.5 if is_in_chunks else 1  # 2 C + 1 chunks where a device has two (`divided_attention`)
     for part in job.parts[number]:
         is_head = part.weight.role == "head"
         if part.weight.is_matrix and not (is_head and job.shares_vocabulary):
@@ -195,8 +197,16 @@ def _update_seconds(job: Job, part: Part, efficiency: float) -> float:
 
 
 def _pairs(job: Job) -> float:
-    """Returns the forward operations of attention per token and layer."""
-    return pair_flops(job.network, job.layout.seq_len, causal=True)
+    """Returns the forward operations of attention per token and layer: in the absorbed form those of a cache."""
+    network = job.network
+    if job.is_absorbed:
+        readings = {name: tuple(map(_over_latents, group)) for name, group in network.readings.items()}
+        network = replace(network, readings=readings)
+    return pair_flops(network, job.layout.seq_len, causal=True)
+
+
+def _over_latents(reading: Reading) -> Reading:
+    return replace(reading, flops_per_pair=reading.flops_per_slot)
 
 
 def _exchange_seconds(job: Job, number: int) -> float:
@@ -206,10 +216,15 @@ def _exchange_seconds(job: Job, number: int) -> float:
 
 
 def _matmul(job: Job, part: Part, efficiency: float) -> float:
-    """Returns the seconds of a weight's forward matmuls, over all its layers in the stage, per micro-batch."""
+    """Returns the seconds of a weight's forward matmuls, over all its layers in the stage, per micro-batch.
+
+    Products with one matrix per head, as absorbed attention has them, stay in bfloat16.
+    """
     weight, tokens = part.weight, job.layout.tokens
-    low = job.recipe.fp8 and weight.role not in HIGH_PRECISION
+    is_per_head = weight.expands and job.is_absorbed
+    low = job.recipe.fp8 and weight.role not in HIGH_PRECISION and not is_per_head
+    widths = weight.absorbed_widths if is_per_head else weight.widths
     rate = (job.chip.fp8 if low else job.chip.bf16) * TERA * efficiency
     rows = tokens * job.network.copies(weight) * weight.repeats
-    moved = (part.numbers + rows * sum(weight.widths)) * (1.0 if low else job.recipe.activations)
+    moved = (part.numbers + rows * sum(widths)) * (1.0 if low else job.recipe.activations)
     return max(2 * job.network.active(weight) * tokens / rate, moved / (job.chip.hbm * GIGA))

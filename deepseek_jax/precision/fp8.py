@@ -23,6 +23,7 @@ SwiGLU is computed again in the backward pass, from its two inputs in E4M3; its 
 | what | here | V3 |
 | --- | --- | --- |
 | embedding, head, router, norms, attention scores | bfloat16 or float32, no `Matmul` | the same |
+| W^UK, W^UV in V3.2's absorbed attention (`config.mesh.context` > 1) | bfloat16 | E4M3: in the expanded form |
 | input of the projection after attention | E4M3, both directions quantised from bfloat16 | E5M6, transposed later |
 | smallest amax | 1e-24 (weights: 1e-4) | not said; 1e-4 in released kernels |
 | rows sent to experts, and gradients of their results | E4M3, power-of-two scales (`precision.wire`) | the same |
@@ -191,9 +192,9 @@ class BlockMatmul:
         return Gated(gate, up, factor)
 
     def einsum(self, equation: str, x: Operand, w: jax.Array | CodedWeight) -> jax.Array:
-        """See `Matmul`; products with one matrix per head (absorbed attention, in decoding) are those of `PLAIN`."""
+        """See `Matmul`; products with one matrix per head (absorbed attention) are those of `PLAIN`."""
         if not (axes := _axes(equation)):
-            return PLAIN.einsum(equation, x, w)  # type: ignore[arg-type]  # generation has no weights in codes
+            return PLAIN.einsum(equation, x, w)  # type: ignore[arg-type]  # never in codes: `layers.base.in_codes`
         k = prod(w.shape[: axes.contracted])
         y = _product(self, w.dtype, self._rows(x, k), *_like_and_codes(w.reshape(k, prod(w.shape) // k)), None)
         return y.reshape(*x.shape[: axes.leading], *w.shape[axes.contracted :])
