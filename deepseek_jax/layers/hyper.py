@@ -13,6 +13,7 @@ number of layers. After the last block they become one by weights made like `pre
 Paper: mHC, arXiv 2512.24880; DeepSeek-V4, arXiv 2606.19348, section 2.2; the released code has the eps.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -75,9 +76,9 @@ class HyperConnection(nnx.Module):
     @jax.named_scope("streams")
     def write(self, x_BTOD: jax.Array, u_BTD: jax.Array, carry: Mixing) -> jax.Array:
         """Returns the streams after the branch has given `u_BTD`, in their dtype; summed in float32."""
-        u_BTD = u_BTD.astype(jnp.float32)
+        u_BTD, parts = u_BTD.astype(jnp.float32), _parts(x_BTOD)
         streams = [
-            post_BT[..., None] * u_BTD + _wide_sum(comb_OBT, x_BTOD)
+            post_BT[..., None] * u_BTD + _wide_sum(comb_OBT, parts)
             for post_BT, comb_OBT in zip(carry.post_OBT, jnp.swapaxes(carry.comb_OJBT, 0, 1), strict=True)
         ]
         return jnp.stack(streams, axis=2).astype(x_BTOD.dtype)
@@ -132,12 +133,17 @@ def _mixed(x_BTOD: jax.Array, mix_ODY: jax.Array, eps: float) -> jax.Array:
     return m_YBT * factor_BT
 
 
-def _wide_sum(weight_OBT: jax.Array, x_BTOD: jax.Array) -> jax.Array:
+def _parts(x_BTOD: jax.Array) -> list[jax.Array]:
+    """Each stream, float32; by `split`, whose gradient is one concatenation, not a sum of padded arrays."""
+    return [x[:, :, 0].astype(jnp.float32) for x in jax.lax.split(x_BTOD, (1,) * x_BTOD.shape[2], axis=2)]
+
+
+def _wide_sum(weight_OBT: jax.Array, parts: Sequence[jax.Array]) -> jax.Array:
     """sum_j w_j X_j, float32; term by term, for as a product of matrices 4 wide it would be slow."""
-    parts = [w_BT[..., None] * x_BTOD[:, :, j].astype(jnp.float32) for j, w_BT in enumerate(weight_OBT)]
-    return sum(parts[1:], parts[0])
+    terms = [w_BT[..., None] * x_BTD for w_BT, x_BTD in zip(weight_OBT, parts, strict=True)]
+    return sum(terms[1:], terms[0])
 
 
 def _sum(weight_OBT: jax.Array, x_BTOD: jax.Array) -> jax.Array:
     """sum_j w_j X_j, in the dtype of the streams."""
-    return _wide_sum(weight_OBT, x_BTOD).astype(x_BTOD.dtype)
+    return _wide_sum(weight_OBT, _parts(x_BTOD)).astype(x_BTOD.dtype)
