@@ -2,6 +2,7 @@
 
 A layer with a window alone, whose experts a table names, then two each of CSA and HCA; four streams; multi-token
 prediction over them.
+Held-out bits per byte fall from 7.9 to 2.02 in the steps in which those of `tiny_v3` fall to 2.56 (docs/v4.svg).
 
     deepseek-jax train --config=tiny_v4
 """

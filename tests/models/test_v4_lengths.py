@@ -1,7 +1,7 @@
 """V4's twin at every length from 1 to 300: decoding = prompts = whole sequences, ragged batches, chunks, causality.
 
 One text of 300 tokens has every length in it: what is decoded at position p is decoding after p tokens, so a row that
-begins with one token and goes on to the end compares 299 of them. Which prompt a row begins with matters through what
+begins with one token and continues to the end compares 299 of them. Which prompt a row begins with matters through what
 it leaves in the cache: of the window's ring (32 tokens) and the compressors' open blocks (4 and 16 tokens, 8 where they
 overlap) only the length modulo 32 and whether that ring is full, of the entries how many there are and whether the
 indexer chooses among them (from 65 tokens on). So the rows begin at these borders and beside them; with `-m matrix` at
