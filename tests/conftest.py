@@ -10,10 +10,10 @@ import pytest
 
 DEVICES = 8
 # Files of long tests begin first, so that no process is left alone with one at the end.
-LONG = ("test_notebooks.py", "parallel/test_processes.py", "train/test_run.py", "train/test_pipelined.py")
-LONG += ("train/test_step.py", "train/test_fp8_steps.py", "plan/test_compile.py", "train/test_family_steps.py")
-LONG += ("test_fine_tuning.py", "plan/test_suggest.py", "models/test_families.py", "faults/test_runs.py")
-LONG += ("train/test_context_steps.py",)
+LONG = ("test_notebooks.py", "train/test_run.py", "train/test_pipelined.py", "train/test_step.py")
+LONG += ("train/test_family_steps.py", "plan/test_suggest.py", "parallel/test_processes.py", "plan/test_compile.py")
+LONG += ("test_fine_tuning.py", "models/test_families.py", "train/test_fp8_steps.py", "convert/test_golden.py")
+LONG += ("train/test_context_steps.py", "models/test_v4.py", "rl/test_rl_verb.py", "faults/test_runs.py")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Processes that a test starts inherit the flags and may append another number of devices: the last one counts.

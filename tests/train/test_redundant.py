@@ -33,6 +33,7 @@ def weights(sizes, filled) -> tuple:
     return filled(lambda: family("v3").Model(sizes, rngs=nnx.Rngs(0)), std=0.1)[1:]
 
 
+@pytest.mark.slow
 def test_held_out_text_has_the_same_loss(sizes, weights):
     """Twelve replicas on four devices, weights in shards; the one-device network has one of each."""
     lengths, text = jnp.arange(V) % 3, batch(3)

@@ -128,11 +128,7 @@ def leaves(tree) -> list[tuple[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "expert_parallel",
-        pytest.param("fully_sharded", marks=pytest.mark.slow),
-    ],
+    "name", [pytest.param(name, marks=pytest.mark.slow) for name in ("expert_parallel", "fully_sharded")]
 )
 def test_every_mesh_trains_the_same_model(one_device, name, request):
     """Devices, remat, accumulation and ZeRO-1 change nothing: five steps, losses, weights, gradients.
@@ -231,6 +227,7 @@ def test_the_router_bias_moves_by_gamma_towards_the_mean_load(one_device):
         assert report.max_violation == pytest.approx(np.mean(load.max(axis=1) / load.mean(axis=1) - 1), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_kept_between_steps_is_cut_over_the_devices(expert_parallel):
     """ZeRO-1: of a weight that four devices read whole each keeps a quarter, and so of its moments."""
     trainer, state = expert_parallel.trainer, expert_parallel.last
@@ -301,6 +298,7 @@ def test_what_decays(one_device):
     assert decayed["moe_blocks.experts.router.centroids_DE"] and decayed["embedding.table_VD"]
 
 
+@pytest.mark.slow
 def test_the_evaluator_sums_nats_and_bytes(one_device, expert_parallel, weights):
     """Of the main model alone; bytes of the targets that there are, each with its weight."""
     lengths = np.arange(V) % 3
@@ -351,6 +349,7 @@ def test_the_first_weights_depend_on_the_seed_alone():
     assert not any(np.any(x) for name, part in state.items() if name != "params" for x in jax.tree.leaves(part))
 
 
+@pytest.mark.slow
 def test_all_devices_reach_every_collective_of_the_step(expert_parallel):
     """The exchange sits in a switch of buffer sizes, within a loop over layers that are recomputed."""
     subject = expert_parallel.trainer
