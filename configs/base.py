@@ -78,6 +78,7 @@ def get_config() -> ConfigDict:
     loop.eval_batches = 8
     loop.eval_redundant = 0  # replicas of busy experts in evaluations (V3 section 3.4.1), a multiple of mesh.expert
     loop.max_skipped = 5  # non-finite steps in a row that stop the run
+    loop.routing_delay = 0  # steps by which a batch's experts are chosen ahead (V4's anticipatory routing); 0: none
 
     batch = config.batch = ConfigDict()  # `train.ramp.BatchRamp`
     batch.size = 8  # sequences per step over all devices, after the ramp

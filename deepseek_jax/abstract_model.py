@@ -86,7 +86,9 @@ def why_no_routes(config: ConfigDict) -> str:
     model: Any = abstract_module(config)
     groups = [name for name, blocks in model.groups.items() if len(blocks) > 1]
     if groups:
-        return f"different blocks of {config.name} run as one ({', '.join(groups)}), which reports no routes"
+        return (
+            f"different blocks of {config.name} run as one ({', '.join(groups)}), which keeps no routes in generation"
+        )
     return ""
 
 

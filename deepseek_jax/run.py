@@ -42,6 +42,7 @@ from deepseek_jax.run_bounds import default_values
 from deepseek_jax.saved_config import completed, from_json, leaves
 from deepseek_jax.storage import Place
 from deepseek_jax.train import trainable
+from deepseek_jax.train.anticipated import Anticipating
 from deepseek_jax.train.average import MovingAverage
 from deepseek_jax.train.loss import PreTraining
 from deepseek_jax.train.optimizers import OF_MUON, Schedule, by_name
@@ -85,11 +86,15 @@ def trainer(
             return module.Model(sizes, run, rngs=rngs)
         return lora.attach(module.Model(sizes, replace(run, adapt=lora.add), rngs=rngs), adapters, rngs=rngs)
 
+    kind: type[PreTraining] = PreTraining
+    if config.loop.routing_delay:
+        check_routing(config, mesh, objective)
+        kind, options = Anticipating, options | {"routes": True}
     made = Trainer(
         build,
         mesh,
         config.sharding.to_dict(),
-        objective or PreTraining(mask_documents=config.data.mask_documents, **loss),
+        objective or kind(mask_documents=config.data.mask_documents, **loss),
         by_name(**config.optimizer),
         StepConfig(rate=Schedule(**config.schedule), micro_batches=config.pipeline.micro_batches, **step),
         pipeline=pipeline(config, network),
@@ -166,6 +171,25 @@ def check_adapters(config: ConfigDict, mesh: Mesh) -> None:
         if value not in allowed:
             expected = " or ".join(map(str, allowed))
             raise UserError(f"config.{key}={value} does not go with adapters (config.lora.rank). Set it to {expected}.")
+
+
+def check_routing(config: ConfigDict, mesh: Mesh, objective: Any) -> None:
+    """Raises UserError where experts cannot be chosen ahead (`loop.routing_delay`)."""
+    delay = config.loop.routing_delay
+    if objective is not None:
+        raise UserError(
+            f"config.loop.routing_delay={delay}: reinforcement learning, and other objectives, choose experts in the "
+            "step. Set it to 0 (there is config.rl.keep_routing)."
+        )
+    if "expert_width" not in config.model:
+        raise UserError(
+            f"config.loop.routing_delay={delay}: the model of {config.name} has no routed experts. Set it to 0."
+        )
+    if mesh.shape[PIPE] > 1:
+        raise UserError(
+            f"config.loop.routing_delay={delay} with config.mesh.pipe={mesh.shape[PIPE]}: stages of a pipeline choose "
+            "experts as they run. Set routing_delay to 0, or pipe to 1."
+        )
 
 
 def check_named(config: ConfigDict) -> None:

@@ -79,6 +79,7 @@ BOUNDS: dict[str, Bound] = {
     "loop.eval_batches": SOME_STEPS,
     "loop.eval_redundant": bounds.whole(0, 100_000),
     "loop.max_skipped": SOME_STEPS,
+    "loop.routing_delay": bounds.whole(0, 1000),
     "batch.size": bounds.whole(1, LARGEST),
     "batch.size_start": bounds.whole(0, LARGEST),
     "batch.ramp_steps": ANY_STEPS,

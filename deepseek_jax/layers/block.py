@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.kernels import Kernels
@@ -244,14 +245,18 @@ class Group(nnx.Module):
         loads: dict = {}
         losses: Losses = {}
         sent: list[Sent] = []
+        routes, given = [], tokens.experts_BTK  # those of each block, on an axis before B
         for number, block in enumerate(self.blocks):
-            x_BTD, (mine, found) = block(x_BTD, tokens, attend, cached and cached[number])
+            own = tokens if given is None else tokens._replace(experts_BTK=given[number])
+            x_BTD, (mine, found) = block(x_BTD, own, attend, cached and cached[number])
             kept.append(mine)
             losses = _sums(losses, found.losses)
             if found.load_E is not None:
                 loads[str(number)] = found.load_E
             sent += [found.sent] if found.sent else []
-        statistics = Statistics({"blocks": loads} if loads else None, losses, added(sent) if sent else None)
+            routes += [] if found.routes_BTK is None else [found.routes_BTK]
+        reported = jnp.stack(routes) if len(routes) == len(self.blocks) else None
+        statistics = Statistics({"blocks": loads} if loads else None, losses, added(sent) if sent else None, reported)
         return x_BTD, (tuple(kept), statistics)
 
 

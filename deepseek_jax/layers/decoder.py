@@ -134,6 +134,8 @@ class Decoder(nnx.Module):
         for name in self.stacks if part is None else part:
             layers, fetch = None if part is None else part[name], self.run.fetch and self.run.fetch(name)
             blocks, given = getattr(self, name), jnp.moveaxis(routes[name], 2, 0) if name in routes else None
+            if given is not None and isinstance(blocks, Group):
+                given = given.reshape(-1, len(blocks.blocks), *given.shape[1:])
             x_BTD, statistics[name] = run_stack(blocks, x_BTD, self.run, call, given, layers, fetch)
         return x_BTD, statistics
 

@@ -20,6 +20,7 @@ from deepseek_jax.data.pipeline import Batch, Split
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.router import max_violation
 from deepseek_jax.parallel.mesh import batch_share, global_batch, largest
+from deepseek_jax.train.anticipated import ahead, chosen
 from deepseek_jax.train.attempts import Attempts
 from deepseek_jax.train.average import MovingAverage
 from deepseek_jax.train.checkpoint.checkpointer import Checkpointer
@@ -55,6 +56,7 @@ class LoopConfig:
     eval_redundant: int
     checkpoint_every: int  # between checkpoints; the last step is always saved
     max_skipped: int  # non-finite steps in a row that stop the run
+    routing_delay: int  # steps by which experts are chosen before they are visited (`train.anticipated`); 0: none
 
 
 class StopPoll:
@@ -119,6 +121,9 @@ class Loop:
         byte_lengths_V = jnp.zeros((trainer.vocab_size,), jnp.int32)
         byte_lengths_V = byte_lengths_V.at[: training.vocab_size].set(training.tokenizer.byte_lengths())
         self._evaluate = trainer.evaluator(byte_lengths_V)
+        if config.routing_delay:
+            mask = trainer.objective.mask_documents  # type: ignore[attr-defined]  # `Anticipating`
+            self._chosen = trainer.with_model(functools.partial(chosen, mask=mask))
         self._loads: dict | None = None  # of the last step
         self._redundant: RedundantEvaluator | None = None
         if config.eval_redundant:
@@ -143,7 +148,9 @@ class Loop:
         """Trains from `state`, that after `start` steps."""
         waiting: tuple[int, Report] | None = None
         done = start
-        batches = self.batches(start)
+        batches: Generator = self.batches(start)
+        if self.config.routing_delay:
+            batches = ahead(batches, self.config.routing_delay, lambda batch: self._chosen(state, batch))
         try:
             for done, batch in enumerate(batches, start + 1):
                 if self.profiles:

@@ -219,12 +219,17 @@ class PreTraining:
         return jnp.where(step < self.mtp_weight_switch, self.mtp_weight, self.mtp_weight_final)
 
 
-def losses(model: Any, batch: "Batch", over: Totals, *, chunk: int, mask: bool) -> Losses:
-    """The losses of a part of a batch; arguments as for `Objective` and `PreTraining`."""
-    _, hidden, found = stage_losses(model, batch, over, WHOLE, mask=mask)
+def losses(model: Any, batch: "Batch", over: Totals, *, chunk: int, mask: bool, routes: Routes = NO_ROUTES) -> Losses:
+    """The losses of a part of a batch; arguments as for `Objective`, `PreTraining` and `stage_losses`."""
+    _, hidden, found = stage_losses(model, batch, over, WHOLE, mask=mask, routes=routes)
     nll = cross_entropy_of(model.run, model.head.weight_DV[...], chunk)
     main, mtp = predicted(hidden, nll, batch, over, model.run.context)
     return found._replace(main=main, mtp=mtp)
+
+
+def tokens_of(batch: "Batch", *, mask: bool) -> Tokens:
+    """What the layers are told of a batch; with `mask` attention stays inside a document."""
+    return Tokens(batch.ids_BT, batch.positions_BT, batch.segments_BT if mask else None, batch.segments_BT > 0)
 
 
 def stage_losses(
@@ -242,7 +247,7 @@ def stage_losses(
 
     Arguments as for `Objective`; embeddings that are not given are looked up. `routes` is as in `Decoder.run_blocks`.
     """
-    tokens = Tokens(batch.ids_BT, batch.positions_BT, batch.segments_BT if mask else None, batch.segments_BT > 0)
+    tokens = tokens_of(batch, mask=mask)
     x_BTD = model.begin(model.embed(tokens)) if x_BTD is None else x_BTD
     x_BTD, statistics = model.run_blocks(x_BTD, tokens, part=stage.part, routes=routes)
     depths: list[Depth] = []
