@@ -228,7 +228,7 @@ def losses(model: Any, batch: "Batch", over: Totals, *, chunk: int, mask: bool, 
 
 
 def tokens_of(batch: "Batch", *, mask: bool) -> Tokens:
-    """What the layers are told of a batch; with `mask` attention stays inside a document."""
+    """A batch as the layers take it; with `mask` attention stays inside a document."""
     return Tokens(batch.ids_BT, batch.positions_BT, batch.segments_BT if mask else None, batch.segments_BT > 0)
 
 
