@@ -16,18 +16,27 @@ from deepseek_jax.parallel.mesh import global_batch, make_mesh
 from deepseek_jax.train.optimizers import adamw
 from deepseek_jax.train.pipelined import Pipeline
 from deepseek_jax.train.step import Trainer
-from tests.train.test_step import ADAMW, EXPERTS, OBJECTIVE, STEP, B, V, batch, leaves
+from tests.train.test_step import ADAMW, EXPERTS, OBJECTIVE, STEP, B, V, arguments_of, batch, leaves
 
-pytestmark = pytest.mark.slow  # pipelines compile for long; parallel/test_pipeline.py has short cases
+pytestmark = [  # pipelines compile for long; parallel/test_pipeline.py has short cases
+    pytest.mark.slow,
+    pytest.mark.usefixtures("any_load"),
+]
 STEPS = 2
 
 
 @pytest.fixture(scope="module")
 def sizes(tiny_sizes):
-    """One dense layer and three with experts: stages hold different numbers of each."""
-    numbers = tiny_sizes.copy_and_resolve_references()
-    numbers.update(n_layers=4)
-    return family("v3").Config.from_config(numbers)
+    """A dense layer and two with experts: stages hold different numbers of each."""
+    return family("v3").Config.from_config(tiny_sizes)
+
+
+def smaller(tiny_sizes, filled, **numbers) -> tuple:
+    """(sizes, weights) with a layer for each of two stages, nothing else unless it is said."""
+    sizes = tiny_sizes.copy_and_resolve_references()
+    sizes.update({"n_layers": 2, "mtp_depth": 0} | numbers)
+    small = family("v3").Config.from_config(sizes)
+    return small, jax.tree.map(np.asarray, filled(lambda: family("v3").Model(small, rngs=nnx.Rngs(0)), std=0.1)[1:])
 
 
 @pytest.fixture(scope="module")
@@ -95,30 +104,24 @@ def test_two_stages_train_the_same_model(one_device, two_stages):
     check_same(found, one_device)
 
 
-CASES = [
-    pytest.param(2, 2, 1, "dualpipe", 4, {"overlap": True}, id="dualpipe, as on a GPU"),
-    # the work of the end leaves the first stage the dense layer alone, which reports no balance loss
-    pytest.param(
-        *(2, 2, 1, "dualpipev", 4, {"rules": {"embed": "data"}, "end": 2.0}),
-        marks=pytest.mark.matrix,
-        id="dualpipev, FSDP",
-    ),
-]
+def test_dualpipe_as_on_a_gpu_trains_the_same_model(tiny_sizes, filled):
+    """The first stage is a dense layer, the second one with experts."""
+    small, weights = smaller(tiny_sizes, filled)
+    found = run(trainer(small, 2, 2, 1, "dualpipe", 4, overlap=True), weights, evaluated=False)
+    check_same(found, run(trainer(small, 1, 1, 1), weights, evaluated=False))
 
 
-@pytest.mark.parametrize(("pipe", "data", "expert", "schedule", "n_micro", "options"), CASES)
-def test_schedules_train_the_same_model(one_device, sizes, weights, pipe, data, expert, schedule, n_micro, options):
-    subject = trainer(sizes, pipe, data, expert, schedule, n_micro, **options)
+@pytest.mark.matrix
+def test_dualpipev_in_shards_trains_the_same_model(one_device, sizes, weights):
+    """The work of the end leaves the first stage the dense layer alone, which reports no balance loss."""
+    subject = trainer(sizes, 2, 2, 1, "dualpipev", 4, rules={"embed": "data"}, end=2.0)
     check_same(run(subject, weights, evaluated=False), one_device)
 
 
 @pytest.mark.parametrize("overlap", [True, pytest.param(False, marks=pytest.mark.matrix)], ids=["one switch", "three"])
 def test_a_dense_layer_in_pieces_trains_the_same(tiny_sizes, filled, overlap):
     """It is wider than the experts of a layer, in whose array it lies (`parallel.homes`)."""
-    numbers = tiny_sizes.copy_and_resolve_references()
-    numbers.update(n_layers=3, dense_width=160)
-    wide = family("v3").Config.from_config(numbers)
-    weights = jax.tree.map(np.asarray, filled(lambda: family("v3").Model(wide, rngs=nnx.Rngs(0)), std=0.1)[1:])
+    wide, weights = smaller(tiny_sizes, filled, dense_width=160)
     found = run(trainer(wide, 2, 1, 1, "1f1b", 4, overlap=overlap), weights, evaluated=False)
     check_same(found, run(trainer(wide, 1, 1, 1), weights, evaluated=False))
 
@@ -132,17 +135,13 @@ def test_gradients_of_every_weight(one_device, two_stages):
 
 def test_all_devices_reach_every_collective(two_stages):
     subject, _ = two_stages
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch(0))
-    check_collectives(jax.make_jaxpr(subject.step.program)(subject.abstract, shapes))
+    check_collectives(subject.step.trace(*arguments_of(subject)).jaxpr)
 
 
 def test_a_step_whose_buffers_are_too_small_is_run_again(tiny_sizes, filled, monkeypatch):
     """With the result, bit for bit, of buffers for any load; the next step begins with those that were enough."""
     monkeypatch.setattr(alltoall, "HEADROOM", (0.25, math.inf))
-    numbers = tiny_sizes.copy_and_resolve_references()
-    numbers.update(n_layers=2, n_dense_layers=0, mtp_depth=0)
-    small = family("v3").Config.from_config(numbers)
-    weights = jax.tree.map(np.asarray, filled(lambda: family("v3").Model(small, rngs=nnx.Rngs(0)), std=0.1)[1:])
+    small, weights = smaller(tiny_sizes, filled, n_dense_layers=0)
     subject = trainer(small, 2, 1, 2)
     tried, refused = subject.step.program(subject.init(0, *weights), global_batch(batch(0), subject.mesh))
     for name, given in subject.init(0, *weights).items():
@@ -159,11 +158,13 @@ def test_weights_of_a_stage_lie_on_its_rank_alone(two_stages, weights):
     subject, _ = two_stages
     state = subject.init(0, *weights)
     gate = state["params"]["moe_blocks"]["experts"]["gate_XDF"]
-    assert gate.shape[0] == 2 * 2 and gate.addressable_shards[0].data.shape[0] == gate.shape[0] // 2
+    assert gate.shape[0] == 2 and gate.addressable_shards[0].data.shape[0] == gate.shape[0] // 2
     table = state["params"]["embedding"]["table_VD"]  # each rank keeps its ids, each of its devices a part of them
     assert table.addressable_shards[0].data.size * 4 == table.size
     stored = subject.store(state)
-    assert stored["params"]["moe_blocks"]["experts"]["gate_XDF"].shape[0] == 3
+    for name, n_held, n_layers in (("dense_blocks", 2, 1), ("moe_blocks", 2, 2)):
+        for held, kept in zip(*(jax.tree.leaves(tree["params"][name]) for tree in (state, stored)), strict=True):
+            assert (held.shape[0], kept.shape[0]) == (n_held, n_layers)
     jax.tree.map(
         np.testing.assert_array_equal, jax.device_get(subject.load(stored)["params"]), jax.device_get(state["params"])
     )
