@@ -22,6 +22,7 @@ from deepseek_jax.train.optimizers import Schedule, adamw
 from deepseek_jax.train.pipelined import Pipeline
 from deepseek_jax.train.step import StepConfig, Trainer
 
+pytestmark = pytest.mark.usefixtures("any_load")
 B, T = 16, 16
 OBJECTIVE = PreTraining(
     chunk=256,
