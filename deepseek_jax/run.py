@@ -265,7 +265,15 @@ def batch_ramp(config: ConfigDict, n_replicas: int) -> BatchRamp:
 
 
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> Batch:
-    """Returns the samples of a step after the ramp as shapes, laid out on a mesh."""
+    """Returns the samples of a step after the ramp as shapes, laid out on a mesh.
+
+    Raises UserError where experts are chosen ahead of the step, by a program besides it.
+    """
+    if config.loop.routing_delay:
+        raise UserError(
+            f"config.loop.routing_delay={config.loop.routing_delay}: a step alone has no batches that wait with their "
+            "experts. Set it to 0; in a run a forward pass per step comes on top."
+        )
     shape = config.batch.size, config.data.seq_len
     ids = batch_shape(shape, jnp.int32, mesh)
     return Batch(ids, ids, ids, ids, batch_shape(shape, jnp.float32, mesh))

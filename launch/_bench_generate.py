@@ -326,8 +326,8 @@ def random_biases(params: dict, router_bias: dict, keys: Iterator) -> dict:
 
         def tables(key: Any) -> Any:  # one after the other, to spare memory
             each = jax.random.split(key, math.prod(stacked))
-            drawn = jax.lax.map(lambda key: random_table(key, vocab_size, n_experts, top_k), each)
-            return drawn.reshape(leaf.shape)
+            found = jax.lax.map(lambda one: random_table(one, vocab_size, n_experts, top_k), each)
+            return found.reshape(leaf.shape)
 
         return jax.jit(tables)(next(keys))
 

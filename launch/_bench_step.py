@@ -40,8 +40,9 @@ class Ours:
         begin = time.perf_counter()
         mesh = make_mesh(**config.mesh)
         run.batch_ramp(config, size(mesh, SEQUENCES))  # checks that the batch divides over the devices
+        batch = run.abstract_batch(config, mesh)
         self.trainer = run.trainer(config, mesh)
-        self.compiled = self.trainer.step.lower(self.trainer.abstract, run.abstract_batch(config, mesh)).compile()
+        self.compiled = self.trainer.step.lower(self.trainer.abstract, batch).compile()
         # which program runs is found out in the first turn, which warms up
         self.step = self.trainer.step if isinstance(self.trainer.step, Attempts) else self.compiled
         self.tokens = np.random.default_rng(1)

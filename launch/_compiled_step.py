@@ -71,7 +71,8 @@ def compiled_step(config: ConfigDict, target: str) -> CompiledStep:
     with phase("devices"):
         mesh = make_mesh(**config.mesh, devices=target_devices(target, math.prod(config.mesh.values())))
     with phase("shapes"):
-        trainer, batch = run.trainer(config, mesh), run.abstract_batch(config, mesh)
+        batch = run.abstract_batch(config, mesh)
+        trainer = run.trainer(config, mesh)
     with phase("trace"):
         traced = trainer.step.trace(trainer.abstract, batch)
     with phase("lint"):

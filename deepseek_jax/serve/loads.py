@@ -53,24 +53,25 @@ class Layer(NamedTuple):
         return max(self.load) * len(self.load) / max(1, sum(self.load))
 
 
-def read(path: str | Path) -> dict[str, np.ndarray]:
+def read(path: str | Path) -> dict[str, Any]:
     """Returns the loads in a file, which /experts of a server answered: a tree of [L, E], as for `on_mesh.Redundant`.
 
     Raises UserError if the file is none.
     """
     try:
         stacks: dict[str, list[list[int]]] = {}
-        for one in json.loads(Path(path).read_bytes())["layers"]:  # older servers tell no stack
+        for one in json.loads(Path(path).read_bytes())["layers"]:  # older servers name no stack
             stack = str(one["stack"] if "stack" in one else one["name"].rpartition(" ")[0] + BLOCKS)
             stacks.setdefault(stack, []).append(one["load"])
         counts = {tuple(name.split(".")): np.asarray(load_LE, np.float64) for name, load_LE in stacks.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        tree = unflatten_dict(counts)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"loads of experts in {path}: {_WHAT_IS_READ} ({type(error).__name__}: {error})") from error
     if not counts or any(
         one.ndim != 2 or not np.isfinite(one).all() or one.min(initial=0) < 0 for one in counts.values()
     ):
         raise UserError(f"loads of experts in {path}: {_WHAT_IS_READ}")
-    return unflatten_dict(counts)
+    return tree
 
 
 class ExpertLoads:

@@ -1,8 +1,9 @@
 """Anticipatory routing: a step visits the experts that the weights of some steps before have chosen.
 
     experts of step t      by theta_(t-d), when its batch is read; d batches wait with the experts of their tokens
-    all else of step t     by theta_t: the scores that weigh these experts, losses, loads, gradients
+    all else of step t     by theta_t: the scores that weigh these experts, losses, gradients
 
+Loads are those of the experts that are visited, so that router biases, which follow them, are d steps late as well.
 So a weight that has gone astray does not at once change which experts learn from it. V4 switches this on after a spike
 of the loss, from a checkpoint on, and off again later; the report puts its cost at a fifth of the time. Here it is a
 forward pass per step. Multi-token prediction routes as it runs. No checkpoint holds the batches that wait: when a run
@@ -58,7 +59,7 @@ def ahead(batches: Generator[Batch], delay: int, routes_of: Callable[[Batch], Ro
     waiting: deque[Routed] = deque()
     try:
         for batch in batches:
-            waiting.append(Routed(*batch, routes_of(batch)))
+            waiting.append(Routed(**batch._asdict(), routes=routes_of(batch)))
             if len(waiting) > delay:
                 yield waiting.popleft()
         while waiting:

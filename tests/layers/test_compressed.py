@@ -11,9 +11,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from deepseek_jax.errors import UserError
 from deepseek_jax.layers import compressed_attention
 from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, bind, split
-from deepseek_jax.layers.cache import first_pass, next_chunk, next_tokens
+from deepseek_jax.layers.cache import (
+    first_pass,
+    next_chunk,
+    next_chunk_in_pages,
+    next_tokens,
+    next_tokens_in_pages,
+)
 from deepseek_jax.layers.compressed import CompressedAttention, CompressedConfig
 from deepseek_jax.layers.entry_codes import Fp4, Fp8, TrainedFp4, from_e2m1, to_e2m1
 from deepseek_jax.layers.indexer import IndexerConfig, hadamard
@@ -234,3 +241,48 @@ def test_an_indexer_is_trained_through_fp4():
         assert np.isin(ratio, [0, 0.5, 1, 1.5, 2, 3, 4, 6]).all()
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         assert np.any(gradient != 0) == ("indexer" in jax.tree_util.keystr(path)), path
+
+
+def test_an_indexer_of_another_width_is_refused():
+    odd, run = IndexerConfig(3, 12, 3, SIZES.q_rank), Execution(matmul=ThroughFp4())
+    with pytest.raises(UserError, match="config.precision=fp4 for an indexer's keys of 12"):
+        nnx.eval_shape(lambda: CompressedAttention(SIZES, D, run, ratio=4, index=odd, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("kind", ["published", "heavy"])
+def test_pages_hold_what_one_memory_holds(kind):
+    """A chunk, then single tokens of two sequences; their pages lie in any order, their rows among those of others."""
+    module, params, x_1TD = made(kind)
+    page, n_pages = 8, T // 8
+    x_BTD = np.concatenate([x_1TD, x_1TD[:, ::-1]])
+    table_BN = np.int32(1 + np.random.default_rng(0).permutation(2 * n_pages).reshape(2, n_pages))
+    slot_B = np.int32([2, 0])
+
+    @jax.jit
+    def run(params, x_BTD):
+        a = module(params)
+
+        def part(at, size):
+            at_BT = jnp.broadcast_to(at + jnp.arange(size, dtype=jnp.int32), (2, size))
+            return a.operand(jax.lax.dynamic_slice_in_dim(x_BTD, at, size, 1)), Tokens.of(at_BT, at_BT)
+
+        entries = a.entries(*part(0, 1))
+        flat = a.cache.empty(entries, T)
+        one = jax.tree.map(lambda y: jnp.zeros((2 * n_pages + 1, *y.shape[1:]), y.dtype), entries)
+        pool = jax.eval_shape(lambda: a.cache.empty(one, page)).with_rows(4)
+        pool = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), pool)
+        x, tokens = part(0, CHUNK)
+        u_BTD, flat, _ = next_chunk(0)(a, x, tokens, flat)
+        v_BTD, pool, _ = next_chunk_in_pages(0, table_BN, slot_B)(a, x, tokens, pool)
+
+        def step(kept, at):
+            x, tokens = part(at, 1)
+            u_BTD, flat, _ = next_tokens(a, x, tokens, kept[0])
+            v_BTD, pool, _ = next_tokens_in_pages(table_BN, slot_B)(a, x, tokens, kept[1])
+            return (flat, pool), (u_BTD, v_BTD)
+
+        return (u_BTD, v_BTD), jax.lax.scan(step, (flat, pool), jnp.arange(CHUNK, T))[1]
+
+    for own, paged in jax.device_get(run(params, x_BTD)):
+        assert np.any(own)
+        assert_same(kind, paged, own)

@@ -84,11 +84,12 @@ def test_gradients_pass_as_if_nothing_were_rounded():
     np.testing.assert_array_equal(pull(np.float32(w * 3))[0], w * 3)
 
 
-def test_experts_alone_are_rounded():
+def test_of_products_those_of_experts_alone_are_rounded():
     """Products of experts are those with rounded weights; other products, and gradients, those of FP8."""
     made = policy("fp4").matmul(policy("fp4").matmul().kernels)
     assert isinstance(made, Fp4Experts) and made.scale == "ue8m0" and made.codes is None
     plain = policy("fp8", {"weights": "float32", "scale": "ue8m0"}).matmul(made.kernels)
+    assert made.index_in_fp4 and not plain.index_in_fp4
     rng = np.random.default_rng(0)
     x = rng.normal(size=(256, 64)).astype(ml_dtypes.bfloat16)
     w, count = matrices((2, 64, 32)), np.int32([100, 120])

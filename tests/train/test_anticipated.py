@@ -100,6 +100,26 @@ def test_experts_of_the_present_weights_change_nothing(trained):
     jax.tree.map(np.testing.assert_array_equal, present.loads, expected.loads)
 
 
+@pytest.mark.slow
+@pytest.mark.matrix
+@pytest.mark.parametrize("axis", ["expert", "context"])
+def test_a_mesh_chooses_and_visits_the_same_experts(trained, axis):
+    trainer, choose, first, other, rows = trained
+    expected = trainer.step(jax.tree.map(lambda x: x.copy(), first), Routed(*rows, choose(other, rows)))[1]
+    mesh = make_mesh(data=1, devices=jax.devices()[:2], **{axis: 2})
+    divided = run.trainer(config_of(**SMALL), mesh)
+    select = divided.with_model(functools.partial(chosen, mask=divided.objective.mask_documents))
+    (state, earlier), own = (divided.init(seed) for seed in (0, 1)), global_batch(batch(0), mesh)
+    found = divided.step(state, Routed(*own, select(earlier, own)))[1]
+    assert float(found.main) == pytest.approx(float(expected.main), rel=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, found.loads, expected.loads)
+
+
+def test_a_step_alone_is_refused():
+    with pytest.raises(UserError, match="routing_delay=1: a step alone has no batches that wait"):
+        run.abstract_batch(config_of(), one_device())
+
+
 def test_what_has_no_experts_to_choose_is_refused():
     with pytest.raises(UserError, match="routing_delay=1: the model of tiny_v1 has no routed experts"):
         config = config_of("tiny_v1")

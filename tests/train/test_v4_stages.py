@@ -104,6 +104,9 @@ def test_each_stage_moves_what_it_is_to_move(chain):
     assert chain[WARMUP].moved() == indexers(chain[WARMUP])
     assert chain[DENSE].moved() >= everything - indexers(chain[DENSE])
     assert chain[SPARSE].moved() == everything
+    last, first = paths(chain[DENSE].after["params"]), paths(chain[WARMUP].before)
+    new = {path for path in first if np.any(first[path] != last[path])}
+    assert new <= indexers(chain[WARMUP]) and any(path[-1] == "q_up_RHQ" for path in new)  # made anew
 
 
 @pytest.mark.slow
