@@ -143,6 +143,15 @@ def next_tokens_in_pages(table_BN: jax.Array, slot_B: jax.Array | None = None) -
     return attend
 
 
+def in_rows(pool: Any, n_rows: int) -> Any:
+    """Returns the shapes of pages, with `n_rows` rows for what attentions keep per running sequence."""
+
+    def rows(kept: Any) -> Any:
+        return kept.with_rows(n_rows) if hasattr(kept, "with_rows") else kept
+
+    return jax.tree.map(rows, pool, is_leaf=lambda kept: hasattr(kept, "with_rows"))
+
+
 def write_pages(pool: Entries, entries: Entries, tokens: Tokens, table_BN: jax.Array) -> Entries:
     """Returns the pool with the entries of these tokens; those that are not real go to page 0."""
     arrays, table_BN = _one_pool(pool, table_BN)

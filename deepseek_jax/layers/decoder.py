@@ -23,7 +23,7 @@ from flax import nnx
 
 from deepseek_jax.layers.base import Execution, run_cached, run_stack, stack
 from deepseek_jax.layers.block import Attend, Attention, Build, Group, Statistics
-from deepseek_jax.layers.cache import first_pass, next_chunk, next_tokens
+from deepseek_jax.layers.cache import first_pass, in_rows, next_chunk, next_tokens
 from deepseek_jax.layers.embed import Embedding, Head
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.tokens import Tokens
@@ -146,12 +146,13 @@ class Decoder(nnx.Module):
         cache: Cache | None = None,
         note: Note | None = None,
         in_stack: bool = False,
+        for_drafts: bool = False,
     ) -> tuple[jax.Array, Cache]:
         """Embeds tokens and runs the blocks, each with what its attention kept of earlier tokens.
 
         With `note` what is kept of each block is a pair: its attention's, and what `note` makes of its second part
         (None at first) and of what the block reports. `in_stack` says that both take arrays as `base.InStack`, as those
-        of pages do. Returns (h_BTD after the final norm, what was kept).
+        of pages do. Returns (h_BTD after the final norm, or what `ahead_of` makes of it `for_drafts`; what was kept).
         """
 
         def call(block: nnx.Module, x_BTD: jax.Array, cached: Any) -> tuple[jax.Array, Any]:
@@ -163,7 +164,8 @@ class Decoder(nnx.Module):
         for name in self.stacks:
             blocks, earlier = getattr(self, name), cache and cache[name]
             x_BTD, kept[name] = run_cached(blocks, x_BTD, self.run, call, earlier, in_stack=in_stack)
-        return self.finish(x_BTD), kept
+        h_BTD = self.finish(x_BTD)
+        return self.ahead_of(x_BTD, h_BTD) if for_drafts else h_BTD, kept
 
     def finish(self, x_BTD: jax.Array) -> jax.Array:
         """h_BTD: what the last block gave, normed for the head."""
@@ -175,6 +177,15 @@ class Decoder(nnx.Module):
         A family whose prediction reads the streams themselves returns `x_BTD`.
         """
         return h_BTD
+
+    def of_ahead(self, x_BTD: jax.Array) -> jax.Array:
+        """h_BTD, which the head reads, of what `ahead_of` gave."""
+        return x_BTD
+
+    @property
+    def ahead_shape(self) -> tuple[int, ...]:
+        """Of what `ahead_of` gives of a token."""
+        return (self.embedding.table_VD.shape[1],)
 
     def hidden(self, tokens: Tokens, routes: Routes = NO_ROUTES) -> tuple[jax.Array, dict[str, Statistics]]:
         """The model up to its final norm: (h_BTD, statistics of each stack, with a leading axis L).
@@ -249,12 +260,7 @@ class Decoder(nnx.Module):
         """
         ids_BT = jax.ShapeDtypeStruct((n_pages, 1), jnp.int32)
         _, cache = jax.eval_shape(lambda ids_BT: self.prefill(ids_BT, page_size), ids_BT)
-
-        def in_rows(kept: Any) -> Any:
-            return kept.with_rows(n_rows) if hasattr(kept, "with_rows") else kept
-
-        cache = jax.tree.map(in_rows, cache, is_leaf=lambda kept: hasattr(kept, "with_rows"))
-        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), cache)
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), in_rows(cache, n_rows))
 
     @property
     def groups(self) -> dict[str, list[Path]]:

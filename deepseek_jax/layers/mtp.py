@@ -123,11 +123,21 @@ class StreamMTP(nnx.Module):
 
         Returns ((x_BTOD, for the next depth; h_BTD, ready for the shared head), what the block reports).
         """
+        x_BTOD, (_, statistics) = self.block(self._joined(x_BTOD, embedded_BTD), tokens)
+        return (x_BTOD, self.final_norm(self.streams_head(x_BTOD))), statistics
+
+    def generating(
+        self, x_BTOD: jax.Array, embedded_BTD: jax.Array, tokens: Tokens, attend: Attend, cached: Any = None
+    ) -> tuple[jax.Array, Any]:
+        """The same with what its attention kept of earlier tokens: (h_BTD, what it keeps now)."""
+        block: Any = as_layer(self.block, self.matmul)
+        x_BTOD, (kept, _) = block(self._joined(x_BTOD, embedded_BTD), tokens, attend, cached)
+        return self.final_norm(self.streams_head(x_BTOD)), kept
+
+    def _joined(self, x_BTOD: jax.Array, embedded_BTD: jax.Array) -> jax.Array:
         embedded_BTY, hidden_BTOY = self.embedding_norm(embedded_BTD), self.hidden_norm(x_BTOD)
         embedded_BTD = self.matmul.einsum("BTY,YD->BTD", embedded_BTY, self.embedding_YD[...])
-        x_BTOD = self.matmul.einsum("BTOY,YD->BTOD", hidden_BTOY, self.hidden_YD[...]) + embedded_BTD[:, :, None]
-        x_BTOD, (_, statistics) = self.block(x_BTOD, tokens)
-        return (x_BTOD, self.final_norm(self.streams_head(x_BTOD))), statistics
+        return self.matmul.einsum("BTOY,YD->BTOD", hidden_BTOY, self.hidden_YD[...]) + embedded_BTD[:, :, None]
 
 
 def ahead(targets_BT: jax.Array, n: int, context: Context = WHOLE) -> list[jax.Array]:

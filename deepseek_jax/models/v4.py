@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, Given, remat
-from deepseek_jax.layers.block import Block, Build
+from deepseek_jax.layers.block import Attend, Block, Build
 from deepseek_jax.layers.compressed import CompressedAttention, CompressedConfig
 from deepseek_jax.layers.decoder import Decoder, Depth, stacks_of
 from deepseek_jax.layers.experts import Experts, ExpertsConfig
@@ -126,6 +126,15 @@ class Model(Decoder):
         """Multi-token prediction reads the streams."""
         return x_BTOD
 
+    def of_ahead(self, x_BTOD: jax.Array) -> jax.Array:
+        """h_BTD of these."""
+        return self.finish(x_BTOD)
+
+    @property
+    def ahead_shape(self) -> tuple[int, ...]:
+        """Of the streams of a token."""
+        return self.config.hyper.n_streams, self.config.d_model
+
     def mtp_depths(
         self, x_BTOD: jax.Array, targets_BT: jax.Array, tokens: Tokens, x_KBTD: Sequence[jax.Array] | None = None
     ) -> list[Depth]:
@@ -138,6 +147,10 @@ class Model(Decoder):
             (x_BTOD, h_BTD), statistics = depth(x_BTOD, x_BTD, tokens)
             depths.append(Depth(h_BTD, ids[k + 1], statistics))
         return depths
+
+    def ahead(self, x_BTOD: jax.Array, tokens: Tokens, attend: Attend, cached: Any = None) -> tuple[jax.Array, Any]:
+        """The first depth of multi-token prediction in generation, from the streams; see `models.v3`."""
+        return self.mtp[0].generating(x_BTOD, self.embed(tokens), tokens, attend, cached)
 
     def ids_ahead(self, targets_BT: jax.Array) -> list[jax.Array]:
         """The ids that each depth of multi-token prediction reads."""

@@ -118,9 +118,10 @@ class Engine:
         sizes = Sizes(n_pages, page_size, n_rows, n_drafts > 0)
         how = matmul_precision, replicas, compiler_options, ends_early
         self.programs = programs_for(definition, weights, sizes, *how)
-        self.vocab_size, self._d_model = model.embedding.table_VD.shape
+        self.vocab_size, d_model = model.embedding.table_VD.shape
+        self._hidden_shape = model.ahead_shape if n_drafts else (d_model,)  # of a token
         self._dtype, self._has_routes = model.run.compute, model.run.routes
-        _check_drafts(n_drafts, model, self._has_rows)
+        _check_drafts(n_drafts, model)
         self._memory = self.programs.empty(model)
         # of each device; the last places are those of padding
         self._last_R = self._by_row(np.zeros(n_ranks * (n_rows + 1), np.int32))
@@ -410,7 +411,7 @@ class Engine:
         return jax.ShapeDtypeStruct(shape, jnp.float32) if logits_BV is None else logits_BV
 
     def _hidden(self, length: int, h_BTD: jax.Array | None) -> Any:
-        shape = len(self.ranks), length, self._d_model
+        shape = len(self.ranks), length, *self._hidden_shape
         return jax.ShapeDtypeStruct(shape, self._dtype) if h_BTD is None else h_BTD
 
     def _n_top(self, n_top: int) -> int:
@@ -513,13 +514,11 @@ class Engine:
         self.n_accepted += int(is_drawn_T[:, 1].sum())
 
 
-def _check_drafts(n_drafts: int, model: Any, has_rows: bool) -> None:
+def _check_drafts(n_drafts: int, model: Any) -> None:
     """Raises UserError if the model cannot make so many drafts."""
     whole(0, 1).check("n_drafts", n_drafts)
     if n_drafts and not getattr(model, "mtp", None):
         raise UserError("n_drafts=1: the model has no multi-token prediction, which makes drafts. Set n_drafts to 0.")
-    if n_drafts and has_rows:
-        raise UserError("n_drafts=1: a wrong draft would stay in the window of this model. Set n_drafts to 0.")
 
 
 def _with_row(allowed_RW: jax.Array, words_W: jax.Array, place: jax.Array) -> jax.Array:

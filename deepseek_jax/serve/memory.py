@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.block import Attend, Statistics
-from deepseek_jax.layers.cache import first_pass, read_pages, write_pages
+from deepseek_jax.layers.cache import first_pass, in_rows, read_pages, write_pages
 from deepseek_jax.layers.decoder import Cache
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.parallel.replicas import Replicas
@@ -36,13 +36,17 @@ class Memory(NamedTuple):
 
 
 def read(model: Any, tokens: Tokens, attend: Attend, memory: Memory, table_BN: jax.Array) -> tuple[jax.Array, Memory]:
-    """Runs the model on tokens, whose entries go to pages: (h_BTD after the final norm, memory)."""
+    """Runs the model on tokens, whose entries go to pages: (h_BTD after the final norm, memory).
+
+    With drafts the first is what these are made from, as `Decoder.ahead_of` gives it.
+    """
 
     def note(routes: jax.Array | None, statistics: Statistics) -> jax.Array | None:
         return routes if routes is None else write_pages(routes, statistics.routes_BTK, tokens, table_BN)
 
     noting = note if model.run.routes else None
-    h_BTD, cache = model.generating(tokens, attend, memory.cache, noting, in_stack=True)
+    for_drafts = memory.ahead is not None
+    h_BTD, cache = model.generating(tokens, attend, memory.cache, noting, in_stack=True, for_drafts=for_drafts)
     ids_PS = write_pages(memory.ids_PS, tokens.ids_BT, tokens, table_BN)
     return h_BTD, memory._replace(cache=cache, ids_PS=ids_PS)
 
@@ -68,7 +72,7 @@ def shapes_of(model: Any, sizes: Sizes) -> Memory:
     cache = jax.eval_shape(lambda: model.pool(n_pages, page_size, sizes.n_rows + 1))
     if model.run.routes:
         cache = _with_routes(model, cache, n_pages, page_size)
-    return Memory(cache, ids_PS, _ahead(model, n_pages, page_size) if sizes.has_drafts else None)
+    return Memory(cache, ids_PS, _ahead(model, sizes) if sizes.has_drafts else None)
 
 
 def page_size_for(model: Any, page_size: int | None) -> int:
@@ -106,12 +110,12 @@ def _with_routes(model: Any, cache: Cache, n_pages: int, page_size: int) -> Cach
     return found
 
 
-def _ahead(model: Any, n_pages: int, page_size: int) -> Any:
+def _ahead(model: Any, sizes: Sizes) -> Any:
     """The shapes of what multi-token prediction keeps of tokens."""
-    h_BTD = jax.ShapeDtypeStruct((n_pages, 1, model.embedding.table_VD.shape[1]), model.run.compute)
-    ids_BT = jax.ShapeDtypeStruct((n_pages, 1), jnp.int32)
+    h_BTD = jax.ShapeDtypeStruct((sizes.n_pages, 1, *model.ahead_shape), model.run.compute)
+    ids_BT = jax.ShapeDtypeStruct((sizes.n_pages, 1), jnp.int32)
 
     def first(h_BTD: jax.Array, ids_BT: jax.Array) -> Any:
-        return model.ahead(h_BTD, Tokens.of(ids_BT), first_pass(page_size))[1]
+        return model.ahead(h_BTD, Tokens.of(ids_BT), first_pass(sizes.page_size))[1]
 
-    return jax.eval_shape(first, h_BTD, ids_BT)
+    return in_rows(jax.eval_shape(first, h_BTD, ids_BT), sizes.n_rows + 1)

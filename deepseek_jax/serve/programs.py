@@ -204,8 +204,13 @@ class Programs:
         with jax.default_matmul_precision(self.matmul_precision):
             model: Any = bind(self._own, *weights)
             h_BTD, memory = read(model, tokens, attend, memory, table_BN)
-            logits_BV = model.head(jnp.take_along_axis(h_BTD, (n_B - 1)[:, None, None], axis=1))[:, 0]
+            last_B1D = h_BTD[jnp.arange(len(n_B)), n_B - 1][:, None]
+            logits_BV = model.head(self._finished(model, last_B1D))[:, 0]
         return h_BTD, logits_BV, memory
+
+    def _finished(self, model: Any, h_BTD: jax.Array) -> jax.Array:
+        """What the head reads, of what `memory.read` gave."""
+        return model.of_ahead(h_BTD) if self.sizes.has_drafts else h_BTD
 
     def decode(
         self,
@@ -232,7 +237,8 @@ class Programs:
     def recite(self, weights: Weights, h_BTD: jax.Array, next_BT: jax.Array, n_top: int) -> Scores:
         """`score` for the tokens after those of a prompt; arrays with axes B and T first."""
         with jax.default_matmul_precision(self.matmul_precision):
-            logits_BTV = bind(self._own, *weights).head(h_BTD)  # type: ignore[attr-defined]
+            model: Any = bind(self._own, *weights)
+            logits_BTV = model.head(self._finished(model, h_BTD))
         return jax.vmap(functools.partial(scores, n_top=n_top))(logits_BTV, next_BT)
 
     def steps(
@@ -324,7 +330,7 @@ class Programs:
         next_BT = jnp.where(next_BT < 0, last_R[slot_B][:, None], next_BT)
         with jax.default_matmul_precision(self.matmul_precision):
             model = bind(self._own, *weights)
-            draft_B, memory = speculation.foresee(model, memory, h_BTD, next_BT, n_B, start_B, table_BN)
+            draft_B, memory = speculation.foresee(model, memory, h_BTD, next_BT, n_B, start_B, table_BN, slot_B)
         return draft_R.at[slot_B].set(draft_B), memory
 
     def speculate(
@@ -347,7 +353,7 @@ class Programs:
         def step(carry: tuple, _: None) -> tuple[tuple, tuple]:
             with jax.default_matmul_precision(self.matmul_precision):
                 model, (memory, row) = bind(self._own, *weights), carry
-                memory, row, id_BT, found = speculation.step(model, memory, row, table_BN, stop_BJ, how, n_top)
+                memory, row, id_BT, found = speculation.step(model, memory, row, table_BN, slot_B, stop_BJ, how, n_top)
             return (memory, row), (id_BT, found)
 
         (memory, row), found = jax.lax.scan(step, (memory, row), None, length=n_steps)

@@ -8,7 +8,8 @@
 A token is drawn as it would be without drafts, from its own logits with the noise of its own position: so the text is
 the same, at any temperature. A draft is drawn with the noise of its position too (but for the first one after a prompt,
 the likeliest token), so that it is right more often than a draw that knows nothing of the other. What the caches hold
-of a wrong draft is overwritten by the next step.
+of a wrong draft is overwritten by the next step, before anything sees it. That is so in rings as well (V4): what a
+draft overwrites there is what the token in its place no longer sees, and more than one draft would take more.
 Paper: V3 section 2.2, "MTP in Inference"; Leviathan et al., arXiv 2211.17192, accept with a probability instead.
 """
 
@@ -44,14 +45,15 @@ def foresee(
     n_B: jax.Array,
     start_B: jax.Array,
     table_BN: jax.Array,
+    slot_B: jax.Array,
 ) -> tuple[jax.Array, Memory]:
-    """Multi-token prediction for a part of a prompt (B = 1) whose hidden states are `h_BTD`; see `Programs.extend`.
+    """Multi-token prediction for a part of a prompt (B = 1), from what `memory.read` gave; see `Programs.extend`.
 
     `next_BT` are the tokens after its tokens. Returns (a draft of the token after the last of these, memory).
     """
     position_BT = start_B[:, None] + jnp.arange(h_BTD.shape[1], dtype=jnp.int32)
     tokens = Tokens(next_BT, position_BT, real_BT=jnp.arange(h_BTD.shape[1]) < n_B[:, None])
-    h_BTD, ahead = model.ahead(h_BTD, tokens, next_chunk_in_pages(start_B[0], table_BN), memory.ahead)
+    h_BTD, ahead = model.ahead(h_BTD, tokens, next_chunk_in_pages(start_B[0], table_BN, slot_B), memory.ahead)
     memory = memory._replace(ahead=ahead)
     return _draft(model, h_BTD, n_B - 1, start_B + n_B + 1, memory, table_BN, {}), memory
 
@@ -61,18 +63,19 @@ def step(
     memory: Memory,
     row: Row,
     table_BN: jax.Array,
+    slot_B: jax.Array,
     stop_BJ: jax.Array,
     how: dict[str, jax.Array],
     n_top: int,
 ) -> tuple[Memory, Row, jax.Array, Scores | None]:
     """One step of all rows: (memory, rows, id_BT with T = 2, `ENDED` where there is none, scores; axes B, T first)."""
-    attend, after_B = next_tokens_in_pages(table_BN), row.position_B + 1
+    attend, after_B = next_tokens_in_pages(table_BN, slot_B), row.position_B + 1
     position_BT = jnp.stack([row.position_B, after_B], axis=1)
     may_draw_two_B = row.is_running_B & (row.left_B > 1)
     real_BT = jnp.stack([row.is_running_B, may_draw_two_B], axis=1)
     tokens = Tokens(jnp.stack([row.last_B, row.draft_B], axis=1), position_BT, real_BT=real_BT)
     h_BTD, memory = read(model, tokens, attend, memory, table_BN)
-    logits_BTV = model.head(h_BTD)
+    logits_BTV = model.head(model.of_ahead(h_BTD))
 
     how = how | _pages(memory, table_BN, how)
     id_BT = jnp.stack([draw(logits_BTV[:, n], after_B + n, how) for n in range(PER_STEP)], axis=1)
