@@ -5,7 +5,7 @@ deepseek-jax bench train --config=micro_v4
 
 from ml_collections import ConfigDict
 
-from deepseek_jax.configs import micro_v3, tiny_v4
+from deepseek_jax.configs import tiny_v4
 
 
 def get_config() -> ConfigDict:
@@ -25,7 +25,6 @@ def get_config() -> ConfigDict:
     m.expert_width = 128
     m.mtp_depth = 0
 
-    config.data.seq_len = micro_v3.get_config().data.seq_len
     config.batch.size = 4
     config.optimizer.method = "adamw"  # as the others have it
     return config

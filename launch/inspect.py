@@ -108,7 +108,6 @@ def numbers(config: ConfigDict) -> list[str]:
 def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], list[tuple[str, str]]]:
     """The weights of a config's model on a mesh of these sizes, and the rows of the totals, from shapes alone."""
     import jax
-    import jax.numpy as jnp
     from jax.sharding import AbstractMesh
 
     from deepseek_jax.abstract_model import AHEAD, abstract, abstract_module, count_parameters
@@ -133,7 +132,7 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
     sizes = {axis: sizes.get(axis, 1) for axis in ALL}
     mesh = AbstractMesh(tuple(sizes.values()), ALL)
     main_count, ahead_count = count_parameters(params)
-    n_biases = size([x for x in jax.tree.leaves(router_bias) if jnp.issubdtype(x.dtype, jnp.floating)])
+    n_biases = count_biases(router_bias)
     parts = [(name, size(part)) for name, part in params.items() if name != AHEAD]
     if sizes["pipe"] > 1:
         network = describe(family(config.family), module.config)
@@ -165,8 +164,17 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
     rows = [row for tree in (trees, biases) for row in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Weight))]
     totals = [(f"  {name}", f"{count:,}") for name, count in parts]
     totals += [("main model", millions(main_count)), ("multi-token prediction", millions(ahead_count))]
-    totals += [("router biases", f"{n_biases:,}")]
-    return rows, totals + adapter_totals(params, adapters)
+    return rows, [*totals, ("router biases", f"{n_biases:,}"), *adapter_totals(params, adapters)]
+
+
+def count_biases(router_bias: dict) -> int:
+    """Returns how many numbers bias routers; tables of experts by token id are none."""
+    import jax
+    import jax.numpy as jnp
+
+    from deepseek_jax.tree import size
+
+    return size([x for x in jax.tree.leaves(router_bias) if jnp.issubdtype(x.dtype, jnp.floating)])
 
 
 def adapter_totals(params: dict, adapters: Any) -> list[tuple[str, str]]:
