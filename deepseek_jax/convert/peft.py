@@ -5,7 +5,9 @@
 
 Adapters may belong to the matrices of attention and, in a model without routed experts, of feed-forwards. transformers
 holds routed experts fused, and PEFT takes the name of a feed-forward's matrix in such a model for all of them; so there
-no feed-forward has adapters. Neither have embedding, head, routers and multi-token prediction.
+no feed-forward has adapters. Neither have embedding, head, routers and multi-token prediction. V4's matrices have the
+names of transformers here, with a pattern for PEFT, for its compressors and indexers have matrices of the same names.
+Its grouped output projection (wo_a) takes none: PEFT multiplies with that as with a matrix that has no groups.
 
 Source: PEFT 0.21, `peft.LoraConfig`.
 """
@@ -33,6 +35,9 @@ ALL = "all-linear"
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight$")
 ATTENTION = re.compile(r"self_attn\.(\w+_proj|kv_a_proj_with_mqa)$")
 ALL_OF_DENSE = re.compile(rf"mlp\.\w+_proj$|{ATTENTION.pattern}")
+# V4's own names of matrices, and those of transformers
+OWN_LAYER = re.compile(r"layers\.(\d+)\.attn\.(wq_a|wq_b|wkv|wo_b)\.weight$")
+OWN = {"wq_a": "q_a_proj", "wq_b": "q_b_proj", "wkv": "kv_proj", "wo_b": "o_b_proj"}
 SAVED = re.compile(rf"{re.escape(PREFIX)}(model\.layers\.\d+\.(?:.+\.)?(\w+))\.(lora_A|lora_B)\.weight$")
 # What adapter_config.json says of adapters of this kind. Any other key that is set is of another kind, but for `ANY`.
 PLAIN: dict[str, tuple] = {
@@ -67,7 +72,7 @@ def lora(shapes: Tree, rank: int, alpha: float, chosen: str) -> Lora:
     if not known:
         raise UserError(
             f"lora.rank={rank}: no matrix of this model takes adapters, which are for those published under names such "
-            "as model.layers.0.self_attn.o_proj (V1 to V3.2). Train all weights: lora.rank=0."
+            "as model.layers.0.self_attn.o_proj. Train all weights: lora.rank=0."
         )
     if unknown := sorted(words - known) if chosen != ALL else []:
         raise UserError(
@@ -82,11 +87,17 @@ def _matrices(shapes: Tree) -> Iterator[tuple[tuple[str, ...], str, names.Tensor
     blocks = {block for block, _ in names.layers(names.flatten(shapes))}
     tensors = list(names.tensors(shapes))
     has_experts = any(len(tensor.places[0][1]) > 1 for tensor in tensors)
-    for tensor in tensors:
+    for tensor in (tensor._replace(name=_known_as(tensor.name)) for tensor in tensors):
         layer = LAYER.match(tensor.name)
         path, index = tensor.places[0]
         if layer and (ATTENTION if has_experts else ALL_OF_DENSE).match(layer[2]) and len(index) == 1:
             yield next(path[1:n] for n in range(2, len(path)) if path[1:n] in blocks), layer[2], tensor
+
+
+def _known_as(name: str) -> str:
+    """Returns what transformers calls a matrix of V4's attention; other names are as published."""
+    own = OWN_LAYER.match(name)
+    return f"model.layers.{own[1]}.self_attn.{OWN[own[2]]}.weight" if own else name
 
 
 def _target(name: str, tensor: names.Tensor, depth: int) -> Target:
@@ -142,7 +153,7 @@ def write(directory: str | os.PathLike, base: str, shapes: Tree, found: Lora, ge
         "lora_dropout": 0.0,
         "peft_type": "LORA",
         "r": found.rank,
-        "target_modules": sorted({name.rpartition(".")[2] for name, _, _ in adapted}),
+        "target_modules": _pattern(shapes, sorted({name.rpartition(".")[2] for name, _, _ in adapted})),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,
@@ -150,6 +161,11 @@ def write(directory: str | os.PathLike, base: str, shapes: Tree, found: Lora, ge
     n_bytes = 4 * size(entries)
     safetensors.write_directory(directory, entries, n_bytes, WEIGHTS)
     write_atomically(Path(directory) / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _pattern(shapes: Tree, ends: list[str]) -> list[str] | str:
+    """Returns how PEFT finds matrices by the ends of their names; V4 has others with the same ends, so by a pattern."""
+    return ends if names.spelling(shapes) is not names.V4 else rf".*\.self_attn\.({'|'.join(ends)})"
 
 
 def settings(directory: str | os.PathLike) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """Adapters in PEFT's files: names, shapes, and back without a changed bit; other kinds are refused."""
 
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from deepseek_jax.configs import tiny_v1
+from deepseek_jax.configs import tiny_v1, tiny_v4
 from deepseek_jax.convert import peft, safetensors
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers import lora
@@ -85,9 +86,31 @@ def test_names_that_no_matrix_has(v3):
         peft.lora(v3, RANK, ALPHA, "q_a_proj,gate_proj")
 
 
+def test_v4_has_the_names_of_transformers_and_a_pattern_that_passes_by_compressors_and_indexers(tmp_path):
+    """One adapter for each layer of a group that repeats; compressors have a kv_proj, indexers a q_b_proj."""
+    sizes = tiny_v4.get_config().model
+    shapes = shapes_of("v4", sizes)
+    found = peft.lora(shapes, 2, 4.0, "all-linear")
+    made = lora.abstract_adapters(shapes["params"], found)
+    assert len(dict(found.blocks)["blocks_1", "blocks", "1"]) == 4
+    peft.write(tmp_path / "a", "the/base", shapes, found, lambda path, layer: np.zeros(made[path].shape[1:]))
+    names = safetensors.Tensors(tmp_path / "a", {peft.WEIGHTS: None}).names()
+    assert len(names) == 2 * 4 * sizes.n_layers
+    assert "base_model.model.model.layers.4.self_attn.o_b_proj.lora_B.weight" in names
+    pattern = json.loads((tmp_path / "a" / peft.CONFIG).read_text())["target_modules"]
+    for name, is_ours in (
+        ("kv_proj", 1),
+        ("compressor.kv_proj", 0),
+        ("compressor.indexer.q_b_proj", 0),
+        ("o_a_proj", 0),
+    ):
+        assert bool(re.fullmatch(pattern, f"model.layers.1.self_attn.{name}")) == is_ours
+    assert peft.lora(shapes, 2, 4.0, peft.settings(tmp_path / "a")["targets"]) == found
+
+
 def test_a_model_none_of_whose_matrices_takes_adapters():
-    """V4's have other names."""
-    attention = {"q_down_DR": jax.ShapeDtypeStruct((1, 8, 4), np.float32)}
+    """Of V4's attention, gains and sinks are no matrices."""
+    attention = {"sink_H": jax.ShapeDtypeStruct((1, 8), np.float32)}
     shapes = {"params": {"streams_head": {}, "blocks_0": {"attention": attention}}, "router_bias": {}}
     with pytest.raises(UserError, match=r"lora.rank=2: no matrix of this model takes adapters"):
         peft.lora(shapes, 2, 4.0, "all-linear")

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from deepseek_jax.configs import tiny_v4
 from deepseek_jax.convert import peft
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.layers import lora
@@ -81,6 +82,22 @@ def test_merged_is_adapted(model):
     base = answered(plain, without(params), router_bias)
     assert np.abs(ours[0] - base[0]).max() > 0.1 * np.abs(base[0]).max()
     np.testing.assert_allclose(ours[0][:, -1], ours[1].reshape(2, -1), atol=1e-4 * np.abs(base[0]).max())
+
+
+@pytest.mark.slow
+def test_merged_is_adapted_where_a_stack_repeats_a_group_of_layers(filled):
+    """V4: two layers, one repeat after the other, each with adapters of its own."""
+    sizes = tiny_v4.get_config().model
+    sizes.update(vocab_size=64, d_model=16, n_layers=4, compress_ratios=(0, 4) * 2, n_hash_layers=0, mtp_depth=0)
+    sizes.update(n_heads=2, head_width=8, rope_width=4, q_rank=8, out_rank=4, window=4, n_experts=4, expert_width=8)
+    sizes.update(index_heads=2, index_width=4, index_top_k=2, top_k=2, sinkhorn_steps=2, n_streams=2)
+    build, adapters = maker("v4", sizes)
+    plain = split(nnx.eval_shape(build))[0]
+    adapted, params, biases = filled(lambda: lora.attach(build(ADAPTED), adapters, rngs=nnx.Rngs(0)), std=0.3)
+    said = jax.jit(lambda definition, params: bind(definition, params, biases)(jnp.arange(12)[None]), static_argnums=0)
+    ours, merged = said(adapted, params), said(plain, lora.merged(params, adapters))
+    np.testing.assert_allclose(ours, merged, atol=1e-5 * np.abs(merged).max())
+    assert np.abs(ours - said(plain, without(params))).max() > 0.1 * np.abs(merged).max()
 
 
 def test_a_matrix_by_hand(model):

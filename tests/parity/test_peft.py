@@ -28,6 +28,8 @@ def published(name, folder):
     model.update(d_model=32, n_layers=2, vocab_size=320)
     if "mtp_depth" in model:
         model.mtp_depth = 0
+    if model.get("expert_width", 0) % 4:
+        model.expert_width = 40  # torch takes rows of whole 16 bytes
     dsj.save_pretrained(dsj.build(config, seed=0), folder, dtype="fp32")
     return dsj.load(folder), transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
@@ -45,7 +47,7 @@ def assert_close(a, b):
     np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("name", ["tiny_v1", "tiny_v2", "tiny_v3"])
+@pytest.mark.parametrize("name", ["tiny_v1", "tiny_v2", "tiny_v3", "tiny_v4"])
 def test_both_open_what_the_other_wrote(name, tmp_path):
     mine, base = published(name, tmp_path / "base")
     shapes = abstract_weights(mine.config)
