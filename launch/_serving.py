@@ -75,6 +75,12 @@ def redundant_of(options: Any) -> "Redundant | None":
     return Redundant(n, loads.read(file)) if n else None
 
 
+NEVER_FOUND = (
+    "prompts are never found in the cache: this model's attention keeps a window of the last tokens of each running "
+    "request, in no page, so a prompt that begins as another one is computed whole."
+)
+
+
 def open_engine(options: Any, source: Place | str, **more: Any) -> "tuple[LanguageModel, Engine]":
     """Loads the model, whose programs are yet to be compiled; `more` are options of the engine."""
     from deepseek_jax.compat import start_compilation_cache
@@ -97,6 +103,8 @@ def open_engine(options: Any, source: Place | str, **more: Any) -> "tuple[Langua
     )
     if options.disk:
         engine.keep_on_disk(Path(options.disk), options.disk_gb * 10**9)
+    if not engine.finds_prompts:
+        print(NEVER_FOUND, file=sys.stderr)
     return model, engine
 
 

@@ -151,7 +151,7 @@ class Engine:
             options,
             is_stepwise=sampling.constraint is not None or self.n_drafts > 0,
             most_draws=1 if sampling.constraint else None,
-            reads_cache=not (sampling.prompt_logprobs or self._has_rows),
+            reads_cache=self.finds_prompts and not sampling.prompt_logprobs,
         )
         self.ranks[rank].scheduler.add(request)
         if self._disk and request.reads_cache:
@@ -177,6 +177,11 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """Ends a request without further output."""
         self._scheduler(request).end(request)
+
+    @property
+    def finds_prompts(self) -> bool:
+        """Whether a prompt that begins as an earlier one is found in the cache: not where windows are in no page."""
+        return not self._has_rows
 
     @property
     def most_positions(self) -> int:

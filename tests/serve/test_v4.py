@@ -130,6 +130,7 @@ def test_drafts_change_no_text(twin, n_steps):
 
 
 def test_a_page_holds_whole_blocks(twin):
+    assert not twin.engine().finds_prompts
     with pytest.raises(UserError, match="Choose a multiple of 8"):
         twin.engine(page_size=12)
 
