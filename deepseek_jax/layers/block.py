@@ -57,6 +57,8 @@ class Attention(nnx.Module):
     most_keys                                   keys that one attends to at most; None: all before it
     gathers_chosen                              whether queries of divided sequences gather the entries of these, and
                                                 meet them as they would in a cache
+    gathered                                    numbers per token that divided sequences gather: (in the dtype of the
+                                                activations, in float32); None: the entries
     tokens_per_key, window                      tokens that a key stands for, and tokens that one attends to besides
     flops_per_index                             operations per pair of tokens by which they are chosen
     flops_per_slot                              of a new token and one that it attends to in a cache, in the scores and
@@ -74,6 +76,7 @@ class Attention(nnx.Module):
 
     most_keys: int | None = None
     gathers_chosen: bool = False
+    gathered: Any = None
     tokens_per_key: int = 1
     window: int = 0
     flops_per_index: int = 0

@@ -287,6 +287,12 @@ class CompressedAttention(Attention):
         return self.config.head_width
 
     @property
+    def gathered(self) -> tuple[int, int]:  # type: ignore[override]
+        """Each token's key, and what its compressors make of it."""
+        raw = (c.bias_JQ.shape[-1] for c in self.compressors)
+        return self.config.head_width, sum(2 * width for width in raw)
+
+    @property
     def most_keys(self) -> int | None:  # type: ignore[override]
         """Of entries: top_k with an indexer, 0 without a compressor; None where all are read."""
         return None if self.ratio and (self.is_dense or not self.has_index) else self.top_k

@@ -223,9 +223,15 @@ class Job:
 
     @property
     def is_absorbed(self) -> bool:
-        """Whether the queries of divided sequences meet chosen latents, gathered, and no keys and values are made."""
+        """Whether the queries of divided sequences meet what is gathered as it is, and no keys and values are made."""
         at = self.layout
         return at.context > 1 and all(reading.gathers(at.seq_len) for reading in self.network.layers)
+
+    @property
+    def gathered_bytes(self) -> float:
+        """Of a token and layer, where sequences are divided: of what is gathered as it is."""
+        narrow, wide = self.network.gathered
+        return narrow * self.recipe.activations + wide * MASTER
 
     def held(self, part: Part) -> tuple[float, float]:
         """Returns the bytes of a weight as a step reads it, and of the float32 weight; the latter 0 if it is the same.

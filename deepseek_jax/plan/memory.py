@@ -15,7 +15,7 @@
 | logits | 8 V per token of the chunk in which the loss is computed: float32, and their gradient |
 | exchange buffers | copies of the tokens on their way to experts and back; twice if passes overlap |
 | gathered entries | of divided sequences: what a layer's keys and values are made of; one chunk of these; gradients |
-|  | where queries gather what is chosen of them (V3.2), among activations and the layer at work |
+|  | where queries meet these as they are (V3.2, V4), among activations and the layer at work |
 
 In a run's pipeline weights and gradients are arrays that its stages share, as many on all ranks (`parallel.homes`).
 
@@ -90,7 +90,7 @@ def _gathered_entries(job: Job) -> float:
     network, layout, recipe = job.network, job.layout, job.recipe
     if job.is_absorbed:
         is_traced = recipe.remat != V3_POLICY
-        return 0.0 if is_traced else layout.tokens * layout.context * network.entries * 2 * recipe.activations
+        return 0.0 if is_traced else layout.tokens * layout.context * 2 * job.gathered_bytes
     whole = layout.seq_len * network.entries * (recipe.activations + FLOAT32)
     chunk = layout.part_len // 2 * network.expanded * 2 * recipe.activations
     return layout.sequences * (whole + chunk)

@@ -124,10 +124,14 @@ class Reading:
     tokens_per_key: int = 1  # tokens that a key stands for
     window: int = 0  # tokens that one attends to besides, the last ones
     gathers_chosen: bool = False  # whether queries of divided sequences gather the entries of the chosen keys
+    # numbers per token that divided sequences gather, in the dtype of the activations and in float32, where all layers
+    # attend to what is gathered as it is; None: the entries
+    gathered: tuple[int, int] | None = None
 
     def gathers(self, seq_len: int) -> bool:
-        """Returns whether they do so in sequences of `seq_len`: where there is a choice."""
-        return self.gathers_chosen and self.most_keys is not None and seq_len > self.most_keys
+        """Returns whether they do so in sequences of `seq_len`: where there is a choice, or never anything else."""
+        has_choice = self.gathers_chosen and self.most_keys is not None and seq_len > self.most_keys
+        return has_choice or self.gathered is not None
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,13 @@ class Network:
             for reading in self.readings[name]:
                 found[reading] = found.get(reading, 0) + n
         return found
+
+    @property
+    def gathered(self) -> tuple[float, float]:
+        """Numbers per token that divided sequences gather, the mean over layers: as wide as activations, in float32."""
+        every = [(one.gathered or (self.entries, 0), n) for one, n in self.layers.items()]
+        narrow, wide = (sum(numbers[i] * n for numbers, n in every) / self.n_layers for i in (0, 1))
+        return narrow, wide
 
     @property
     def stream_width(self) -> int:
@@ -243,7 +254,7 @@ def describe(family: ModuleType, sizes: Sizes) -> Network:
     def reading(attention: Any) -> Reading:
         per_pair = family.flops_per_pair(sizes)
         choice = attention.most_keys, attention.flops_per_index
-        keys = attention.tokens_per_key, attention.window, attention.gathers_chosen
+        keys = attention.tokens_per_key, attention.window, attention.gathers_chosen, attention.gathered
         return Reading(per_pair, attention.flops_per_slot or per_pair, *choice, *keys)
 
     return Network(

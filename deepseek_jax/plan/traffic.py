@@ -6,7 +6,7 @@
 | ZeRO-1 | (R-1)/R * (gradients scattered + weights gathered) over the R replicas of each weight |
 | FSDP | the same per layer and micro-batch: gathered before use, gradients scattered |
 | context | (C-1) * entries per token, gathered forward and backward; float32 gradients scattered |
-|  | where chosen entries are gathered (V3.2): forward, and again if recomputed; gradients like activations |
+|  | where queries meet them as they are (V3.2, V4): forward, and again if recomputed; gradients as wide |
 | pipeline | D per token, forward to the next stage and backward to the previous one |
 
 A hop is between n devices (`parallel.alltoall`): (near-1)/n of its bytes go over the fast link, to those that it
@@ -106,16 +106,15 @@ def rank_traffic(job: Job, rank: int) -> Traffic:
 def context(job: Job, rank: int) -> Sent:
     """Returns the bytes per step of what attention gathers of divided sequences, and of its float32 gradients.
 
-    It is gathered in both passes, and again where attention is recomputed. Where queries gather what is chosen of it,
-    it is kept for the backward pass unless a policy says otherwise, and gradients have the activations' dtype.
+    It is gathered in both passes, and again where attention is recomputed. Where queries meet it as it is, it is kept
+    for the backward pass unless a policy says otherwise, and gradients have its dtype.
     """
     layout, recipe = job.layout, job.recipe
     layers = sum(job.passes(hold) * job.stages[hold.stage].n_attentions for hold in job.ranks[rank])
     gathers = 2 + (recipe.remat == "block")
-    number = gathers * recipe.activations + MASTER
+    row = job.network.entries * (gathers * recipe.activations + MASTER)
     if job.is_absorbed:
-        number = (2 + (recipe.remat in ("block", "dots"))) * recipe.activations
-    row = job.network.entries * number
+        row = (2 + (recipe.remat in ("block", "dots"))) * job.gathered_bytes
     return _over(job, _span(job, (CONTEXT,)), layers * layout.tokens * (layout.context - 1) * row)
 
 

@@ -1,4 +1,4 @@
-"""V3.2 over divided sequences, by hand: queries meet chosen latents that were gathered; V3 makes keys and values."""
+"""V3.2 and V4 over divided sequences, by hand: queries meet what was gathered as it is; V3 makes keys and values."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -81,6 +81,19 @@ def test_gathered_entries_are_counted_once(divided, job_of):
     by_rule = job_of("v32_671b", context=N, batch=1, style="v3")
     whole = 4096 * (C + P + INDEX) * 2 * by_rule.recipe.activations
     assert rank_memory(by_rule, 0, NOTHING, 2048)["gathered_entries"] == whole
+
+
+def test_v4_gathers_keys_and_what_compressors_read_and_expands_nothing(divided):
+    """Key 512; two numbers in float32 per channel: 1,024 and 256 of CSA, whose blocks overlap, 512 of HCA."""
+    job, layers = divided("v4_flash_284b"), {0: 2, 4: 21, 128: 20}
+    wide = {0: 0, 4: 2 * (2 * 512 + 2 * INDEX), 128: 2 * 512}
+    per_layer = sum(n * (512 * 2 + 4 * wide[ratio]) for ratio, n in layers.items()) / 43
+    assert job.gathered_bytes == pytest.approx(per_layer)
+    assert rank_traffic(job, 0).context.total == pytest.approx(44 * 4096 / N * (N - 1) * 2 * per_layer)
+    assert "gathered_entries" not in rank_memory(job, 0, dict.fromkeys(job.network.groups, ActivationBytes(0, 0)), 2048)
+    whole = replace(job, layout=replace(job.layout, context=1, seq_len=4096))
+    shares = [stage_compute(job, 0, 1.0).pairs, stage_compute(whole, 0, 1.0).pairs / N]
+    assert shares[0] == pytest.approx(shares[1])
 
 
 @pytest.mark.slow
