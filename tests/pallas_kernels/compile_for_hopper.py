@@ -1,9 +1,9 @@
 """Compiles the GPU kernels for a Hopper chip on a machine that has none, and prints what ptxas says of each.
 
-    python tests/pallas_kernels/compile_for_hopper.py [part]
+    python tests/pallas_kernels/compile_for_hopper.py [part …]
 
 Needs the wheels of .ci/ahead_of_time.txt, and no driver. One line of JSON per kernel: its name, bytes spilled, shared
-memory, tensor-core instructions. The parts are the names in PARTS, all of them unless one is given. To be run in a
+memory, tensor-core instructions. The parts are the names in PARTS, all of them unless some are given. To be run in a
 process of its own: the variables count only before JAX starts.
 """
 
@@ -11,37 +11,36 @@ import functools
 import json
 import os
 import re
-import shutil
 import sys
 import tempfile
-from pathlib import Path
+from collections.abc import Callable
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # there is no driver
-DUMP = Path(tempfile.mkdtemp())
-os.environ["MOSAIC_GPU_DUMP_TO"] = str(DUMP)
+# To standard output, and no more than is read: the module before each of its passes takes a quarter of the time.
+os.environ |= dict.fromkeys([f"MOSAIC_GPU_DUMP_{what}" for what in ("PTXAS", "RESOURCES", "SASS_CTRL")], "1")
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels.coded_matmul import gpu as coded  # noqa: E402
-from pallas_kernels.coded_matmul import tiles as coded_tiles  # noqa: E402
-from pallas_kernels.fp8_matmul import gpu as matmul  # noqa: E402
-from pallas_kernels.fp8_matmul import tiles  # noqa: E402
-from pallas_kernels.grouped_matmul import Groups, Scaled, pipeline, rows, weights  # noqa: E402
-from pallas_kernels.grouped_matmul import tiles as grouped_tiles  # noqa: E402
-from pallas_kernels.indexer import gpu as indexer  # noqa: E402
-from pallas_kernels.mla_attention import gpu_backward, gpu_forward  # noqa: E402
-from pallas_kernels.mla_decode import gpu as latent_decode  # noqa: E402
-from pallas_kernels.mla_decode import gpu_few, gpu_load, gpu_plan  # noqa: E402
-from pallas_kernels.quantize import gpu as quantise  # noqa: E402
-from pallas_kernels.sparse_mla import gpu as chosen_rows  # noqa: E402
-from pallas_kernels.sparse_mla import hopper as sparse_mla  # noqa: E402
-from pallas_kernels.token_experts import gpu as token_experts  # noqa: E402
-from pallas_kernels.token_experts import gpu_codes as token_experts_in_codes  # noqa: E402
+from pallas_kernels.coded_matmul import gpu as coded
+from pallas_kernels.coded_matmul import tiles as coded_tiles
+from pallas_kernels.fp8_matmul import gpu as matmul
+from pallas_kernels.fp8_matmul import tiles
+from pallas_kernels.grouped_matmul import Groups, Scaled, pipeline, rows, weights
+from pallas_kernels.grouped_matmul import tiles as grouped_tiles
+from pallas_kernels.indexer import gpu as indexer
+from pallas_kernels.mla_attention import gpu_backward, gpu_forward
+from pallas_kernels.mla_decode import gpu as latent_decode
+from pallas_kernels.mla_decode import gpu_few, gpu_load, gpu_plan
+from pallas_kernels.quantize import gpu as quantise
+from pallas_kernels.sparse_mla import gpu as chosen_rows
+from pallas_kernels.sparse_mla import hopper as sparse_mla
+from pallas_kernels.token_experts import gpu as token_experts
+from pallas_kernels.token_experts import gpu_codes as token_experts_in_codes
 
 # What the compiler must know of a chip of compute capability 9.0; the figures are an H100's.
 CHIP = """
@@ -320,9 +319,23 @@ def main(parts: list[str]) -> None:
     for part in parts or PARTS:
         for name, (call, operands) in PARTS[part]().items():
             arguments = [abstract(operand, sharding) for operand in operands]
+            print(json.dumps({"call": name, **found(printed(call, arguments))}), flush=True)
+
+
+def printed(call: Callable, arguments: list) -> str:
+    """What is printed, in whatever language, while the call is compiled."""
+    sys.stdout.flush()
+    known = os.dup(1)
+    with tempfile.TemporaryFile("w+") as file:
+        os.dup2(file.fileno(), 1)
+        try:
             jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
-            print(json.dumps({"call": name, **found()}), flush=True)
-    shutil.rmtree(DUMP)
+            sys.stdout.flush()
+        finally:
+            os.dup2(known, 1)
+            os.close(known)
+        file.seek(0)
+        return file.read()
 
 
 def abstract(operand, sharding):
@@ -332,23 +345,18 @@ def abstract(operand, sharding):
     return jax.ShapeDtypeStruct(*operand, sharding=sharding)
 
 
-def found() -> dict:
-    """What the compiler left behind for the kernel compiled last; empties the folder (its logs are large)."""
-    (report,) = DUMP.glob("*.ptxas")
-    resources, code = (report.with_suffix(suffix) for suffix in (".resources.txt", ".sass_ctrl"))
-    text, instructions = report.read_text(), code.read_text()
-    shared = re.search(r"smem_scratch_bytes=(\d+)", resources.read_text()) if resources.exists() else None
-    facts = {
-        "spilled": int(re.search(r"(\d+) bytes spill stores", text).group(1)),
+def found(text: str) -> dict:
+    """What the compiler said of a kernel: resources, the log of ptxas, instructions."""
+    (spilled,) = re.findall(r"(\d+) bytes spill stores", text)
+    shared = re.search(r"smem_scratch_bytes=(\d+)", text)
+    return {
+        "spilled": int(spilled),
         "shared": int(shared.group(1)) if shared else None,
-        "fp8_instructions": instructions.count("QGMMA."),
-        "bf16_instructions": instructions.count("HGMMA."),
-        "transposing_loads": len(re.findall(r"LDSM\.16\.MT88", instructions)),
+        "fp8_instructions": text.count("QGMMA."),
+        "bf16_instructions": text.count("HGMMA."),
+        "transposing_loads": len(re.findall(r"LDSM\.16\.MT88", text)),
         "serialised": "wgmma" in text and "serialized" in text,
     }
-    for file in DUMP.iterdir():
-        file.unlink()
-    return facts
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = 232_448  # bytes that a CTA may have on Hopper
 FEW = 8  # bytes of registers that may be spilled, all of them outside the loops
 ADDRESSES = 96  # bytes of addresses that one kernel spills and reads again only where it compares documents
+PARTS = ("attention", "decode", "grouped", "few rows", "dense", "sparse", "codes", "of one token")
 ADDRESSES_OF_DECODE = 48  # bytes of addresses that latent decode spills, and reads again once per page
 
 pytestmark = [
@@ -27,14 +28,19 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def compiled():
-    """What the compiler said of each kernel; the parts of the script run side by side."""
+    """What the compiler said of each kernel; as many processes as there are cores divide the parts of the script."""
     script = Path(__file__).with_name("compile_for_hopper.py")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    n = min(os.cpu_count() or 1, len(PARTS))
     started = [
         subprocess.Popen(
-            [sys.executable, script, part], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            [sys.executable, script, *PARTS[first::n]],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
-        for part in ("codes", "of one token", "few rows", "decode", "sparse", "dense", "grouped", "attention")
+        for first in range(n)
     ]
     lines = []
     for process in started:
