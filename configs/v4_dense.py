@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
 
 
 def recipe(config: ConfigDict, steps: int, warmup_steps: int = 0) -> ConfigDict:
-    """Dense attention at a constant rate; what indexers would learn by is computed and reported, with weight 0."""
+    """Dense attention at a constant rate; indexers rest, for nothing reads them and their loss has weight 0."""
     config.model.index_dense = True
     config.loss.auxiliary.index_kl = 0.0
     config.model.yarn = ConfigDict()

@@ -82,6 +82,7 @@ def trainer(
         return chosen(path) and learnt(path) and (adapters is None or lora.is_adapter(path))
 
     def build(run: Execution, rngs: nnx.Rngs) -> nnx.Module:
+        run = replace(run, index_rests=loss["auxiliary"].get("index_kl") == 0.0)
         if adapters is None:
             return module.Model(sizes, run, rngs=rngs)
         return lora.attach(module.Model(sizes, replace(run, adapt=lora.add), rngs=rngs), adapters, rngs=rngs)

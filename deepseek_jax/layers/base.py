@@ -89,6 +89,8 @@ class Execution:
     context: Context = WHOLE_SEQUENCES  # the devices over which each sequence is divided
     cache: str = "full"  # what generation keeps of latents: "full", in the dtype of the activations, or "fp8"
     routes: bool = False  # whether blocks report the experts that each token chose
+    # whether indexers are left out where attention is dense and nobody learns from them (V4's first stages)
+    index_rests: bool = False
     redundant: int = 0  # replicas of routed experts, beside one of each (`parallel.eplb`); not for training
 
 

@@ -78,7 +78,9 @@ class Turn:
 
 
 class CompressedAttention(Attention):
-    """V4's attention; of `run` its `matmul`, `context`, `cache`, `compute` and `kernels.indexed_choice` are used.
+    """V4's attention.
+
+    Of `run` its `matmul`, `context`, `cache`, `compute`, `index_rests` and `kernels.indexed_choice` are used.
 
     A cache in "fp8" is the published one: 584 bytes per key and entry, 68 per key of the indexer. Whole sequences then
     read the same rounded numbers. With `matmul.index_in_fp4` they do so of the indexer alone.
@@ -153,7 +155,7 @@ class CompressedAttention(Attention):
             self.indexer = Indexer(index, d_model, key, self.turn, run, rounds=rounds, rngs=rngs)
         self.config, self.ratio, self.top_k = c, ratio, index.index_top_k if index else 0
         self.is_dense, self.share, self.codes = is_dense, share, _codes_of(c, index, run)
-        self.matmul, self.kernels, self.context = run.matmul, run.kernels, run.context
+        self.matmul, self.kernels, self.context, self.rests = run.matmul, run.kernels, run.context, run.index_rests
 
     @property
     def compressors(self) -> tuple[Compressor, ...]:
@@ -196,7 +198,8 @@ class CompressedAttention(Attention):
         positions_BS, segments_BS = jax.tree.map(self.context.whole, (tokens.positions_BT, tokens.segments_BT))
         q_BTHQ, q_latent_BTR = self.queries(x, tokens.positions_BT)
         far, keys_BIQ = self._closed(entries, positions_BS, segments_BS)
-        index = None if keys_BIQ is None else self._index(q_latent_BTR, x, tokens, keys_BIQ)
+        rests = keys_BIQ is None or (self.is_dense and self.rests)
+        index = None if rests else self._index(q_latent_BTR, x, tokens, keys_BIQ)
         size = n_tokens // n_parts
         outputs = []
         for start in range(0, n_tokens, size):  # tokens of a device that follow one another

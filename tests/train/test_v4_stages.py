@@ -126,6 +126,7 @@ def test_no_switch_loses_the_loss_of_the_language_model(chain):
 @pytest.mark.slow
 def test_the_indexer_learns_from_its_warm_up_on(chain):
     assert chain[DENSE].config.loss.auxiliary.index_kl == 0.0
+    assert not any("index_kl" in report.auxiliary for report in chain[DENSE].reports)  # nothing computes it there
     first, second = (float(report.auxiliary["index_kl"]) for report in chain[WARMUP].reports)
     assert second < first
     assert chain[SPARSE].config.loss.auxiliary.index_kl == 1.0 and not chain[SPARSE].config.model.index_dense
