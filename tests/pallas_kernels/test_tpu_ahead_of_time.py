@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(1800),
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(
         not importlib.util.find_spec("libtpu"), reason="needs the wheel of .ci/ahead_of_time_tpu.txt, no TPU"
     ),
@@ -32,7 +32,7 @@ def compiled_for(*slices: str) -> list[dict]:
     ]
     lines = []
     for process in started:
-        output, complaints = process.communicate(timeout=1500)
+        output, complaints = process.communicate(timeout=3500)
         assert process.returncode == 0, complaints[-3000:]
         lines += [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     return lines

@@ -443,7 +443,11 @@ def test_replicas_of_busy_experts_change_no_text(network, engine, alone):
 
 
 @pytest.mark.parametrize(
-    "sizes", [pytest.param((2, 2), marks=pytest.mark.slow, id="four devices"), pytest.param((1, 2), id="two devices")]
+    "sizes",
+    [
+        pytest.param((2, 2), marks=pytest.mark.slow, id="four devices"),
+        pytest.param((1, 2), marks=pytest.mark.matrix, id="two devices"),
+    ],
 )
 def test_devices_that_share_the_experts_give_the_same_text(network, engine, alone, sizes):
     """Each has requests of its own, at first as many as it has rows or more, and at the end fewer than others.

@@ -62,7 +62,7 @@ def run(
 
 MESHES = [
     ("tiny_v1", (1, 2, 2)),
-    ("tiny_v2", (2, 1, 2)),
+    pytest.param("tiny_v2", (2, 1, 2), marks=pytest.mark.matrix),  # pipelines: V3.2's here, V3's in test_pipelined.py
     ("tiny_v2", (1, 2, 2)),  # balance over devices and communication, summed over two parts of a batch
     ("tiny_v32", (2, 1, 2)),
     pytest.param("tiny_v32", (1, 1, 2, 2), marks=pytest.mark.matrix),  # each sequence divided over two devices

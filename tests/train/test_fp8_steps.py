@@ -95,7 +95,9 @@ def one_device(sizes, weights) -> Trainer:
 def test_on_a_mesh_with_shards_and_in_parts_a_step_is_the_same(sizes, weights, one_device):
     """Data and experts over 2 x 2 devices, FSDP, two micro-batches, blocks recomputed; tokens travel as codes."""
     options = {"mesh": (2, 2), "rules": {"embed": "data"}, "micro_batches": 2, "remat": "block"}
-    _, losses, norms = steps(trainer(sizes, POWERS, **options), weights, 2)
+    divided = trainer(sizes, POWERS, **options)
+    assert any(read.codes for _, read in leaves_with_path(divided._reads))
+    _, losses, norms = steps(divided, weights, 2)
     _, right, right_norms = steps(one_device, weights, 2)
     np.testing.assert_allclose(losses, right, rtol=1e-5)
     np.testing.assert_allclose(norms, right_norms, rtol=1e-3)
@@ -107,7 +109,8 @@ class OfValues(BlockMatmul):
     codes = None
 
 
-@pytest.mark.slow  # parallel/test_coded.py has the gathers alone
+@pytest.mark.slow
+@pytest.mark.matrix  # parallel/test_coded.py has the gathers alone; the step above gathers codes and is one device's
 def test_a_step_that_gathers_codes_has_the_bits_of_one_that_gathers_weights(sizes, weights):
     in_codes, in_values = (trainer(sizes, matmul, (2, 1)) for matmul in (BlockMatmul, OfValues))
     coded = [jax.tree_util.keystr(path) for path, read in leaves_with_path(in_codes._reads) if read.codes]

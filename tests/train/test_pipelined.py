@@ -104,13 +104,6 @@ def test_two_stages_train_the_same_model(one_device, two_stages):
     check_same(found, one_device)
 
 
-def test_dualpipe_as_on_a_gpu_trains_the_same_model(tiny_sizes, filled):
-    """The first stage is a dense layer, the second one with experts."""
-    small, weights = smaller(tiny_sizes, filled)
-    found = run(trainer(small, 2, 2, 1, "dualpipe", 4, overlap=True), weights, evaluated=False)
-    check_same(found, run(trainer(small, 1, 1, 1), weights, evaluated=False))
-
-
 @pytest.mark.matrix
 def test_dualpipev_in_shards_trains_the_same_model(one_device, sizes, weights):
     """The work of the end leaves the first stage the dense layer alone, which reports no balance loss."""
@@ -118,11 +111,18 @@ def test_dualpipev_in_shards_trains_the_same_model(one_device, sizes, weights):
     check_same(run(subject, weights, evaluated=False), one_device)
 
 
-@pytest.mark.parametrize("overlap", [True, pytest.param(False, marks=pytest.mark.matrix)], ids=["one switch", "three"])
-def test_a_dense_layer_in_pieces_trains_the_same(tiny_sizes, filled, overlap):
-    """It is wider than the experts of a layer, in whose array it lies (`parallel.homes`)."""
+@pytest.mark.parametrize(
+    ("schedule", "copies", "overlap"),
+    [
+        pytest.param("dualpipe", 2, True, id="dualpipe, as on a GPU: one switch"),
+        pytest.param("1f1b", 1, True, id="1f1b, one switch", marks=pytest.mark.matrix),
+        pytest.param("1f1b", 1, False, id="1f1b, three", marks=pytest.mark.matrix),
+    ],
+)
+def test_a_dense_layer_in_pieces_trains_the_same(tiny_sizes, filled, schedule, copies, overlap):
+    """It is the first stage, wider than the experts of the second, in whose array it lies (`parallel.homes`)."""
     wide, weights = smaller(tiny_sizes, filled, dense_width=160)
-    found = run(trainer(wide, 2, 1, 1, "1f1b", 4, overlap=overlap), weights, evaluated=False)
+    found = run(trainer(wide, 2, copies, 1, schedule, 4, overlap=overlap), weights, evaluated=False)
     check_same(found, run(trainer(wide, 1, 1, 1), weights, evaluated=False))
 
 
