@@ -53,11 +53,11 @@ from deepseek_jax.train.gradients import Gradients, Loss, accumulated
 from deepseek_jax.train.loss import Losses, Objective, Stage, Totals, over_devices, totals
 from deepseek_jax.train.optimizers import OptimizerFor, Schedule
 from deepseek_jax.train.pipelined import ONE_WAY, Pipeline, StageLosses, pipelined
+from deepseek_jax.train.state import State, check_like, map_weights
 from deepseek_jax.train.trainable import Trainable, divide, everything, join
-from deepseek_jax.tree import Path, dotted, size
+from deepseek_jax.tree import Path, size
 
 Build = Callable[[Execution, nnx.Rngs], nnx.Module]
-State = dict  # {"params", "router_bias", "optimizer", "step", "skipped", "skipped_in_row"}
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ class Trainer:
         pairs = (("params", params), ("router_bias", router_bias))
         given: State = {name: tree for name, tree in pairs if tree is not None}
         for name, tree in given.items():
-            _check_like(name, tree, self.stored[name])
+            check_like(name, tree, self.stored[name])
         given = place(self.load(given), self.mesh, {name: self.specs[name] for name in given})
         shardings = jax.tree.map(lambda x: x.sharding, {k: x for k, x in self.abstract.items() if k not in given})
 
@@ -451,32 +451,6 @@ class Trainer:
 def _weights(trained: dict, state: State) -> dict:
     """All weights as a step reads them: trained ones, and what a state holds of the others and of codes."""
     return together(join(trained, state["frozen"]), state["codes"])
-
-
-def _check_like(name: str, given: dict, expected: dict) -> None:
-    """Raises ValueError for the first array that is not of the shape and dtype expected at its path."""
-    found, known = (
-        {dotted(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in at}
-        for at in map(jax.tree_util.tree_leaves_with_path, (given, expected))
-    )
-    for path in sorted({*found, *known}):
-        if found.get(path) != known.get(path):
-            raise ValueError(
-                f"{name}.{path} is {found.get(path, 'missing')}: expected {known.get(path, 'no such weight')}."
-            )
-
-
-def map_weights(change: Callable[[dict], dict], state: State) -> State:
-    """A state with `change` made to every tree in the form of its weights."""
-
-    def changed(name: str, tree: Any) -> Any:
-        if name in ("params", "router_bias"):
-            return change(tree)
-        if name == "optimizer":
-            return {key: change(sub) if isinstance(sub, dict) else sub for key, sub in tree.items()}
-        return tree
-
-    return {name: changed(name, tree) for name, tree in state.items()}
 
 
 def _in_order(abstract: State, layout: StageLayout, mesh: Mesh) -> State:
