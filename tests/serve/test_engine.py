@@ -427,6 +427,7 @@ def test_replicas_of_busy_experts_change_no_text(network, engine, alone):
     options = {"page_size": 8, "n_rows": 2, "chunk": 16, "n_pages": 6, "replicas": replicas}
     definition = on_mesh.with_slots(network.config, network.definition, network.weights, redundant)
     made = Engine(definition, replicas.place(network.weights), 32, **options)
+    made._pads_to_largest = True  # few programs
     experts = made.weights[0]["moe_blocks"]["experts"]["gate_XDF"]
     assert experts.shape[1] == 8 + 2 and experts.addressable_shards[0].data.shape[1] == 5
     slots = np.asarray(made.weights[1]["moe_blocks"]["experts"]["slot_ER"])
