@@ -27,7 +27,14 @@ TABLE = {
         "mosaic_gpu": "deepseek_jax.layers.attention:latent_decode_on_hopper",  # Hopper, bf16, latents 256 or 512 wide
         "mosaic_tpu": "deepseek_jax.layers.attention:latent_decode_on_tpu",  # TPUs, bf16 or fp32, latents up to 512
     },
-    "indexed_attention": {"xla": "deepseek_jax.layers.indexed_attention:indexed_attention"},
+    "indexed_attention": {
+        "xla": "deepseek_jax.layers.indexed_attention:indexed_attention",
+        "mosaic_gpu": "deepseek_jax.layers.indexed_kernels:attention_on_hopper",  # Hopper, bf16, multiples of 64
+    },
+    "indexed_learning": {  # what the indexer learns by
+        "xla": "deepseek_jax.layers.indexed_attention:learning",
+        "mosaic_gpu": "deepseek_jax.layers.indexed_kernels:learning_on_hopper",  # likewise, widths up to 192
+    },
     "indexed_choice": {  # of slots of a cache; the engine leaves this and the next to XLA
         "xla": "deepseek_jax.layers.indexer:choice",
         "triton": "deepseek_jax.layers.indexed_kernels:choice_by_triton",  # NVIDIA GPUs; scores by XLA

@@ -183,6 +183,37 @@ def evens_first(x_AK: jax.Array) -> jax.Array:
     return jnp.swapaxes(x_AK.reshape(x_AK.shape[0], -1, 8, 2), 2, 3).reshape(x_AK.shape)
 
 
+def where_bits(words: list, x: jax.Array, otherwise: float, on_chip: bool) -> jax.Array:
+    """Returns x [64, N], in layout WGMMA, where bits are set: bit i of words[w] [64] is about column 32 w + i."""
+    if not on_chip:
+        columns = jnp.arange(x.shape[1], dtype=jnp.int32) % 32
+        is_set = jnp.repeat(jnp.stack(words, axis=1), 32, axis=1) >> columns[None] & 1
+        return jnp.where(is_set > 0, x, otherwise)
+    rows = plgpu.Layout.WGMMA.reduce(1)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA, *[rows] * len(words)),
+        return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=plgpu.Layout.WGMMA),
+    )
+    def emit(_: Any, x: Any, *words: Any) -> Any:
+        arith, ir, vector = mgpu.arith, mgpu.ir, mgpu.vector
+        i32, pair_of_bits = (ir.Type.parse(name) for name in ("i32", "vector<2xi1>"))
+        lane = arith.muli(arith.remui(mgpu.thread_idx(), mgpu.c(4, i32)), mgpu.c(2, i32))  # its first column of 8
+        own = [[arith.shrui(mgpu.bitcast(half, i32), lane) for half in word.registers.flat] for word in words]
+        pair_type = x.registers.flat[0].type
+        other = vector.broadcast(pair_type, mgpu.c(otherwise, ir.F32Type.get()))
+        registers = x.registers.copy()
+        for n, pair in enumerate(x.registers.flat):
+            group, half = divmod(n, 2)  # 8 columns; rows 8 apart
+            word, first = own[group // 4][half], group % 4 * 8
+            bits = [arith.andi(word, mgpu.c(1 << (first + i), i32)) for i in range(2)]
+            is_set = [arith.cmpi(arith.CmpIPredicate.ne, bit, mgpu.c(0, i32)) for bit in bits]
+            registers.flat[n] = arith.select(vector.from_elements(pair_of_bits, is_set), pair, other)
+        return FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+
+    return emit(x, *words)
+
+
 def product(weights: jax.Array, x: Any, on_chip: bool) -> jax.Array:
     """Returns weights x^T in float32, on the tensor cores; `weights` in registers, x [rows, K] in shared memory."""
     if not on_chip:

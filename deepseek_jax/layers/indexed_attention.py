@@ -21,6 +21,7 @@ from deepseek_jax.layers.attention import masked_softmax
 from deepseek_jax.layers.indexer import Index, among_top, choice, divergence, scores
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.parallel.context import Context
+from pallas_kernels.mla_attention import bits
 from pallas_kernels.mla_decode import fp8_cache
 
 AT_ONCE = 2**26  # scores of all heads that exist at a time, 256 MiB in float32
@@ -84,6 +85,27 @@ def indexed_attention(
 
     keys_BSQ = index.k_BSQ
     return _by_blocks(of, places, q_BTHQ, index, _scores_per_query(q_BTHQ, index), at_once)
+
+
+@jax.named_scope("indexer")
+def chosen_words(index: Index, places: Places, n_keys: int, *, top_k: int, at_once: int = AT_ONCE) -> jax.Array:
+    """S_t as bits, words_BWT of `pallas_kernels.mla_attention.bits`; without gradients.
+
+    Args:
+        index, places, top_k: as for `indexed_attention`.
+        n_keys: S.
+        at_once: scores of the index that exist at a time.
+    """
+    index = lax.stop_gradient(index)
+    keys_BSQ = index.k_BSQ
+
+    def of(_: jax.Array, index: Index, places: Places) -> jax.Array:
+        seen_BTS = places.seen(n_keys)
+        chosen_BTS = among_top(scores(index._replace(k_BSQ=keys_BSQ)), seen_BTS, top_k)
+        return jnp.swapaxes(bits.packed(chosen_BTS), 1, 2)
+
+    per_query = len(keys_BSQ) * n_keys * index.q_BTHQ.shape[2]
+    return jnp.swapaxes(_by_blocks(of, places, index.q_BTHQ, index, per_query, at_once), 1, 2)
 
 
 @jax.named_scope("attention")

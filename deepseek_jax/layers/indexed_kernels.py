@@ -1,5 +1,7 @@
-"""Kernels of sparse attention over a cache: which slots are chosen, and attention to them.
+"""Kernels of sparse attention: of whole sequences in training; over a cache, which slots are chosen, and attention.
 
+    attention_on_hopper   of whole sequences, to what is chosen, and its gradients: `sparse_mla.attend_expanded`
+    learning_on_hopper    what the indexer learns by: `sparse_mla.mean_weights`
     choice_by_triton      the k best by `pallas_kernels.topk`, of scores by XLA: NVIDIA GPUs
     choice_on_hopper      scores by `pallas_kernels.indexer` as well, of E4M3 codes
     decode_on_hopper      attention by `pallas_kernels.sparse_mla`
@@ -9,20 +11,24 @@ its kernel does not run. Queries and keys of a cache in FP8 are numbers of E4M3 
 that their codes are exact. Those of another cache are not turned by a Hadamard matrix: rounded, they would choose other
 positions, and `choice_on_hopper` refuses them (`check_choice`).
 
-They act in programs that attend over a cache with the kernels of a run: answers of reinforcement learning that one
-program draws (`rl.rollout=batch`), whose cache is not in FP8. The engine computes sparse attention by XLA.
+The last three act in programs that attend over a cache with the kernels of a run: answers of reinforcement learning
+that one program draws (`rl.rollout=batch`), whose cache is not in FP8. The engine computes sparse attention by XLA.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import Execution
-from deepseek_jax.layers.indexer import Index, scores
+from deepseek_jax.layers.indexed_attention import AT_ONCE, Learning, Places, by_blocks, chosen_words
+from deepseek_jax.layers.indexer import Index, divergence, scores
 from pallas_kernels import indexer, sparse_mla
 from pallas_kernels.indexer.api import WIDTH
+from pallas_kernels.mla_attention import bits
 from pallas_kernels.mla_decode import fp8_cache
 from pallas_kernels.topk import top_k as best
 
@@ -100,6 +106,82 @@ def decode(
 
 
 decode_on_hopper = functools.partial(decode, "mosaic_gpu")
+
+
+@jax.named_scope("attention")
+def attention(
+    implementation: str,
+    q_BTHQ: jax.Array,
+    k_BSHQ: jax.Array,
+    v_BSHU: jax.Array,
+    index: Index,
+    places: Places,
+    *,
+    top_k: int,
+    scale: float,
+) -> jax.Array:
+    """As `indexed_attention.indexed_attention`: scores of the index by XLA in blocks, what they choose as bits."""
+    words_BWT = chosen_words(index, places, k_BSHQ.shape[1], top_k=top_k)
+    try:
+        o_BTHU, _ = sparse_mla.attend_expanded(
+            q_BTHQ, k_BSHQ, v_BSHU, words_BWT, implementation=implementation, scale=scale
+        )
+    except ValueError as error:
+        raise _does_not_run("indexed_attention", implementation, error) from error
+    return o_BTHU
+
+
+attention_on_hopper = functools.partial(attention, "mosaic_gpu")
+
+
+@jax.named_scope("indexer")
+def learning(
+    implementation: str,
+    q_BTHQ: jax.Array,
+    k_BSHQ: jax.Array,
+    index: Index,
+    places: Places,
+    *,
+    top_k: int,
+    is_dense: bool,
+    scale: float,
+    at_once: int = AT_ONCE,
+) -> Learning:
+    """As `indexed_attention.learning`, of keys of each head; weights of the attention, mean over heads, are [B, T, S].
+
+    Two passes over all scores give the logarithms of their sums, over what is seen and over what is chosen: a head's
+    recall is the quotient of the sums. A third one gives the weights. Blocks of the index's scores follow.
+    """
+    q_BTHQ, k_BSHQ = lax.stop_gradient((q_BTHQ, k_BSHQ))
+    n_keys, keys_BSQ = k_BSHQ.shape[1], index.k_BSQ
+    seen_BWT = bits.packed(places.seen(n_keys))
+    chosen_BWT = chosen_words(index, places, n_keys, top_k=top_k, at_once=at_once)
+    attended_BWT = seen_BWT if is_dense else chosen_BWT
+    options: dict[str, Any] = {"implementation": implementation, "scale": scale}
+    try:
+        some_BSHV = k_BSHQ[..., :64]  # its sums are not used
+        lse_BHT, chosen_lse_BHT = (
+            sparse_mla.attend_expanded(q_BTHQ, k_BSHQ, some_BSHV, words, **options)[1]
+            for words in (seen_BWT, chosen_BWT)
+        )
+        attended_lse_BHT = lse_BHT if is_dense else chosen_lse_BHT
+        p_BTS = sparse_mla.mean_weights(q_BTHQ, k_BSHQ, attended_lse_BHT, attended_BWT, **options)
+    except ValueError as error:
+        raise _does_not_run("indexed_learning", implementation, error) from error
+
+    def block(queries: tuple) -> jax.Array:
+        index_q_BTHQ, weight_BTH, p_BTS, attended_BTW = queries
+        attended_BTS = bits.unpacked(jnp.swapaxes(attended_BTW, 1, 2), n_keys)
+        return divergence(p_BTS, scores(Index(index_q_BTHQ, weight_BTH, keys_BSQ)), attended_BTS)
+
+    queries = index.q_BTHQ, index.weight_BTH, p_BTS, jnp.swapaxes(attended_BWT, 1, 2)
+    size = max(at_once // (len(keys_BSQ) * n_keys * index.q_BTHQ.shape[2]), 1)
+    divergence_BT = by_blocks(block, queries, min(size, q_BTHQ.shape[1]))
+    recall_BT = jnp.mean(jnp.exp(chosen_lse_BHT - lse_BHT), axis=1)  # each query sees itself: both sums are positive
+    return Learning(divergence_BT, recall_BT, jnp.sum(lax.population_count(seen_BWT), axis=1) > top_k)
+
+
+learning_on_hopper = functools.partial(learning, "mosaic_gpu")
 
 
 def _does_not_run(operation: str, name: str, error: ValueError) -> UserError:

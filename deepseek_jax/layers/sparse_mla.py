@@ -30,7 +30,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.layers.base import SINGLE_DEVICE, Execution
 from deepseek_jax.layers.block import Losses
 from deepseek_jax.layers.cache import Full
-from deepseek_jax.layers.indexed_attention import Places, gathered_attention, learning, losses_of
+from deepseek_jax.layers.indexed_attention import Places, gathered_attention, losses_of
 from deepseek_jax.layers.indexed_kernels import check_choice
 from deepseek_jax.layers.indexer import Index, Indexer, IndexerConfig, IndexKeys, Stream
 from deepseek_jax.layers.mla import MLA, Fp8Latents, Latents, MLAConfig
@@ -225,7 +225,7 @@ class SparseMLA(MLA):
     def _losses(self, q_BTHQ: jax.Array, k_BSZQ: jax.Array, index: Index, places: Places, tokens: Tokens) -> Losses:
         """What the indexer learns by, and its recall; each summed over the sequences."""
         options: dict[str, Any] = {"top_k": self.top_k, "is_dense": self.is_dense, "scale": self.scale}
-        found = learning(q_BTHQ, k_BSZQ, index, places, **options)
+        found = self.kernels["indexed_learning"](q_BTHQ, k_BSZQ, index, places, **options)
         has_choice = k_BSZQ.shape[1] > self.top_k
         return losses_of(found, tokens, self.context, share=self.share, has_choice=has_choice)
 

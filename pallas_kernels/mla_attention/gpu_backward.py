@@ -33,7 +33,7 @@ from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
 from pallas_kernels import mosaic_gpu
-from pallas_kernels.mla_attention import visits
+from pallas_kernels.mla_attention import bits, visits
 from pallas_kernels.mla_attention.gpu_forward import (
     CHUNK,
     LOG2_E,
@@ -80,25 +80,33 @@ def backward(
     *,
     scale: float,
     of_keys: bool,
+    chosen: jax.Array | None = None,
     tuning: Tuning | None = None,
     n_processors: int = 132,
     interpret: object = None,
 ) -> list[jax.Array]:
     """Returns [dk, dv] if `of_keys`, else [dq]; arguments as in `pallas_kernels.mla_attention.api`.
 
+    `chosen`: bits that say which pairs are visible (`mla_attention.bits`): words of queries for each key [B, W, S] if
+    `of_keys`, else words of keys for each query [B, W, T].
     `interpret` runs the kernel on a CPU (JAX 0.11 and later).
     """
     (b, t, h, width), (s, z) = q_BTHQ.shape, k_BSZQ.shape[1:3]
     plan = Plan(
         b, t, s, h, z, width, v_BSZU.shape[3], q_BTHQ.dtype, scale, segments is not None, of_keys, tuning or Tuning(),
-        n_processors, not interpret,
+        n_processors, not interpret, chosen is not None,
     )  # fmt: skip
     matrices = (whole_tiles(x) for x in (q_BTHQ, do_BTHU.astype(v_BSZU.dtype), k_BSZQ, v_BSZU))
     starts = jnp.where(lse_BHT == -jnp.inf, UNSEEN, lse_BHT / scale)
     numbers = padded(starts, plan.q_tile, UNSEEN), padded(delta_BHT, plan.q_tile, 0.0)
     jobs = plan.jobs(q_offset if isinstance(q_offset, int) else s - t)
-    offset, ranges = jnp.full((1,), q_offset, jnp.int32), plan.ranges(segments, q_offset)
-    ids = () if segments is None else (padded(segments[0], plan.q_tile), padded(segments[1], plan.k_tile))
+    offset = jnp.full((1,), q_offset, jnp.int32)
+    ids: tuple = () if segments is None else (padded(segments[0], plan.q_tile), padded(segments[1], plan.k_tile))
+    some = None
+    if chosen is not None:
+        words = bits.in_tiles(chosen, plan.tuning.block, plan.tuning.rows)
+        some, ids = bits.some(words, plan.tuning.block, plan.tuning.rows), (words,)
+    ranges = plan.ranges(segments, q_offset, some)
     sums = plan.call(interpret)(*matrices, *numbers, jobs, ranges, offset, *ids)
     return [x[:, : s if of_keys else t] for x in sums]
 
@@ -113,6 +121,7 @@ class Plan:
         width, v_width: of queries and keys, of values.
         documents: there are several.
         of_keys: keys and values are owned and queries stream past; else the other way round.
+        chosen: bits say which pairs are visible.
     """
 
     b: int
@@ -129,6 +138,7 @@ class Plan:
     tuning: Tuning
     n_processors: int
     on_chip: bool  # interpreted otherwise: operands of a product are not in registers
+    chosen: bool = False
 
     @property
     def q_tile(self) -> int:
@@ -160,8 +170,10 @@ class Plan:
         """Of the sums."""
         return (self.width, self.v_width) if self.of_keys else (self.width,)
 
-    def ranges(self, segments: Segments | None, q_offset: int | jax.Array) -> jax.Array:
-        """The blocks that stream past each tile."""
+    def ranges(self, segments: Segments | None, q_offset: int | jax.Array, some: jax.Array | None) -> jax.Array:
+        """The blocks that stream past each tile, those of `some` pairs if given."""
+        if some is not None:
+            return visits.visits_of(some)
         find = visits.visits_of_keys if self.of_keys else visits.visits_of_queries
         return find((self.t, self.s), (self.q_tile, self.k_tile), segments, q_offset)
 
@@ -194,6 +206,8 @@ class Plan:
         matrix = functools.partial(plgpu.SMEM, dtype=self.dtype, transforms=layout)
         numbers = plgpu.SMEM((tuning.stages, tuning.block), jnp.float32) if self.of_keys else None
         loaded = plgpu.Barrier(num_arrivals=1 + self.of_keys, num_barriers=tuning.stages)
+        wide_loaded = plgpu.Barrier(num_arrivals=1 + self.of_keys + self.chosen, num_barriers=tuning.stages)
+        words = plgpu.SMEM((tuning.stages, tuning.block // bits.WORD, tuning.rows), jnp.int32)
         free = plgpu.Barrier(num_arrivals=n, num_barriers=tuning.stages)
         return [
             matrix((n, ROWS, self.width)),
@@ -202,9 +216,10 @@ class Plan:
             matrix((tuning.stages, tuning.block, self.v_width)),
             numbers,
             numbers,
+            words if self.chosen else None,
             plgpu.Barrier(num_arrivals=2, num_barriers=n),
             plgpu.Barrier(num_arrivals=1, num_barriers=n),
-            loaded,
+            wide_loaded,
             loaded,
             free,
             free,
@@ -229,6 +244,7 @@ class Refs:
     offset: Any
     q_ids: Any
     k_ids: Any
+    chosen: Any
     sums: tuple  # what is computed
     own_wide: Any  # per warpgroup
     own_values: Any
@@ -236,6 +252,7 @@ class Refs:
     values: Any
     lse_stages: Any  # of queries that stream
     delta_stages: Any
+    chosen_stages: Any
     own_loaded: Any  # per warpgroup
     own_free: Any
     wide_loaded: Any  # per stage
@@ -255,10 +272,11 @@ class Job:
 
 
 def _kernel(plan: Plan, *refs: Any) -> None:
-    n_inputs, n_sums = 11 if plan.documents else 9, len(plan.widths)
-    ids = refs[9:n_inputs] or (None, None)
+    n_inputs, n_sums = 9 + 2 * plan.documents + plan.chosen, len(plan.widths)
+    ids = refs[9:11] if plan.documents else (None, None)
+    chosen = refs[n_inputs - 1] if plan.chosen else None
     sums, scratch = refs[n_inputs : n_inputs + n_sums], refs[n_inputs + n_sums :]
-    named = Refs(*(*refs[:9], *ids, sums, *scratch))
+    named = Refs(*(*refs[:9], *ids, chosen, sums, *scratch))
     lax.cond(
         lax.axis_index("warpgroup") < plan.tuning.warpgroups,
         functools.partial(_compute, plan, named),
@@ -271,7 +289,7 @@ def _job(plan: Plan, refs: Refs, i: jax.Array) -> Job:
     number, heads = refs.jobs[lax.axis_index("ctas"), 1 + i], plan.groups // plan.b
     group, tile = lax.div(number, plan.n_tiles), lax.rem(number, plan.n_tiles)
     batch, head = lax.div(group, heads), lax.rem(group, heads)
-    own = batch if plan.documents else 0
+    own = batch if plan.documents or plan.chosen else 0
     return Job(batch, head, tile * plan.tuning.rows, tuple(refs.ranges[own, tile, i] for i in range(4)))
 
 
@@ -316,6 +334,10 @@ def _load_jobs(plan: Plan, refs: Refs) -> None:
                 if plan.of_keys:
                     part = numbers.at[job.batch, head, rows]
                     plgpu.copy_gmem_to_smem(part, number_stages.at[stage], loaded.at[stage])
+                if plan.chosen and loaded is refs.wide_loaded:
+                    n = tuning.block // bits.WORD
+                    part = refs.chosen.at[job.batch, pl.ds(block * n, n), pl.ds(job.row, tuning.rows)]
+                    plgpu.copy_gmem_to_smem(part, refs.chosen_stages.at[stage], loaded.at[stage])
             return _next(plan, stage), n_loaded + 1
 
         def load_pass(j: jax.Array, state: tuple) -> tuple:
@@ -362,6 +384,8 @@ def _compute_tile(plan: Plan, refs: Refs, i: jax.Array, stage: jax.Array) -> jax
         before, stage, n_done, sums, slopes = state
 
         def hide(start: jax.Array) -> jax.Array:
+            if plan.chosen:
+                return own.keep_chosen(stage, start)
             whole = (block >= whole_from) & (block < whole_to)
             return lax.cond(whole, lambda start: start, functools.partial(own.hide, block), start)
 
@@ -395,6 +419,13 @@ class _Own:
         rows = self.job.batch, self.job.head, pl.ds(self.row, ROWS)
         layout = plgpu.Layout.WGMMA.reduce(1)
         return mosaic_gpu.load(self.refs.lse.at[rows], layout), mosaic_gpu.load(self.refs.delta.at[rows], layout)
+
+    def keep_chosen(self, stage: jax.Array, start: jax.Array) -> jax.Array:
+        """-UNSEEN where the bits of a stage are not set."""
+        rows, layout = pl.ds(lax.axis_index("warpgroup") * ROWS, ROWS), plgpu.Layout.WGMMA.reduce(1)
+        n = self.plan.tuning.block // bits.WORD
+        words = [mosaic_gpu.load(self.refs.chosen_stages.at[stage, i, rows], layout) for i in range(n)]
+        return mosaic_gpu.where_bits(words, start, -UNSEEN, self.plan.on_chip)
 
     def hide(self, block: jax.Array, start: jax.Array) -> jax.Array:
         """-UNSEEN for keys that a query does not see: where their scores start."""

@@ -34,7 +34,7 @@ from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
 from pallas_kernels import mosaic_gpu
-from pallas_kernels.mla_attention import visits
+from pallas_kernels.mla_attention import bits, visits
 from pallas_kernels.mla_attention.reference import Segments
 
 ROWS = 64  # queries of a warpgroup
@@ -102,22 +102,28 @@ def forward(
     q_offset: int | jax.Array,
     *,
     scale: float,
+    chosen_BWT: jax.Array | None = None,
     tuning: Tuning | None = None,
     n_processors: int = 132,
     interpret: object = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (o_BTHU, lse_BHT); arguments as in `pallas_kernels.mla_attention`.
 
+    `chosen_BWT`: bits that say which pairs are visible, in place of segments and positions (`mla_attention.bits`).
     `interpret` runs the kernel on a CPU (JAX 0.11 and later).
     """
     (b, t, h, width), (s, z) = q_BTHQ.shape, k_BSZQ.shape[1:3]
     tuning = tuning or choose(t, segments is not None)
     plan = Plan(
         b, t, s, h, z, width, v_BSZU.shape[3], q_BTHQ.dtype, scale, segments is not None, tuning, n_processors,
-        not interpret,
+        not interpret, chosen_BWT is not None,
     )  # fmt: skip
-    ranges = plan.ranges(segments, q_offset)
-    ids = () if segments is None else (padded(segments[0], tuning.rows), padded(segments[1], tuning.keys))
+    ids: tuple = () if segments is None else (padded(segments[0], tuning.rows), padded(segments[1], tuning.keys))
+    some = None
+    if chosen_BWT is not None:
+        words = bits.in_tiles(chosen_BWT, tuning.keys, tuning.rows * tuning.cluster)
+        some, ids = bits.some(words, tuning.keys, tuning.rows), (words,)
+    ranges = plan.ranges(segments, q_offset, some)
     offset = jnp.full((1,), q_offset, jnp.int32)
     jobs = plan.jobs(q_offset if isinstance(q_offset, int) else s - t)
     matrices = (whole_tiles(x) for x in (q_BTHQ, k_BSZQ, v_BSZU))
@@ -162,6 +168,7 @@ class Plan:
     tuning: Tuning
     n_processors: int
     on_chip: bool  # interpreted otherwise: operands of a product are not in registers
+    chosen: bool  # bits say which pairs are visible
 
     @property
     def n_tiles(self) -> int:
@@ -173,10 +180,13 @@ class Plan:
         """Of the columns of a query."""
         return self.width // CHUNK
 
-    def ranges(self, segments: Segments | None, q_offset: int | jax.Array) -> jax.Array:
-        """The blocks that each tile visits; CTAs of a cluster visit the same."""
+    def ranges(self, segments: Segments | None, q_offset: int | jax.Array, some: jax.Array | None) -> jax.Array:
+        """The blocks that each tile visits, those of `some` pairs if given; CTAs of a cluster visit the same."""
         tuning = self.tuning
-        found = visits.visits_of_queries((self.t, self.s), (tuning.rows, tuning.keys), segments, q_offset)
+        if some is None:
+            found = visits.visits_of_queries((self.t, self.s), (tuning.rows, tuning.keys), segments, q_offset)
+        else:
+            found = visits.visits_of(some)
         pairs = jnp.pad(found, ((0, 0), (0, -found.shape[1] % tuning.cluster), (0, 0)), mode="edge")
         pairs = pairs.reshape(found.shape[0], -1, tuning.cluster, 4)
         first, end = pairs[..., 0].min(axis=2, keepdims=True), pairs[..., 3].max(axis=2, keepdims=True)
@@ -241,6 +251,7 @@ class Refs:
     offset: Any
     q_ids: Any
     k_ids: Any
+    chosen: Any
     o: Any
     lse: Any
     q_chunks: Any  # per warpgroup
@@ -277,9 +288,10 @@ class Job:
 
 
 def _kernel(plan: Plan, *refs: Any) -> None:
-    n_inputs = 8 if plan.documents else 6
-    ids = refs[6:n_inputs] or (None, None)
-    named = Refs(*refs[:6], *ids, *refs[n_inputs:])
+    n_inputs = 6 + 2 * plan.documents + plan.chosen
+    ids = refs[6:8] if plan.documents else (None, None)
+    chosen = refs[n_inputs - 1] if plan.chosen else None
+    named = Refs(*(*refs[:6], *ids, chosen, *refs[n_inputs:]))
     lax.cond(
         lax.axis_index("warpgroup") < plan.tuning.warpgroups,
         functools.partial(_compute, plan, named),
@@ -294,7 +306,7 @@ def _job(plan: Plan, refs: Refs, i: jax.Array) -> Job:
     batch, head = lax.div(group, plan.h), lax.rem(group, plan.h)
     if plan.tuning.cluster > 1:
         tile = tile * plan.tuning.cluster + lax.axis_index("cta")
-    own = batch if plan.documents else 0
+    own = batch if plan.documents or plan.chosen else 0
     return Job(batch, head, tile * plan.tuning.rows, tuple(refs.ranges[own, tile, i] for i in range(4)))
 
 
@@ -385,11 +397,11 @@ def _compute_tile(plan: Plan, refs: Refs, i: jax.Array, stage: jax.Array) -> jax
     job, w = _job(plan, refs, i), lax.axis_index("warpgroup")
     mask = _Mask(plan, refs, job, job.row + w * ROWS)
     plgpu.barrier_wait(refs.q_loaded.at[w])
-    sums = _first_block(plan, refs, stage, functools.partial(mask.apply, job.first))
+    sums = _first_block(plan, refs, stage, mask.of(job.first))
 
     def step(masked: bool, block: jax.Array, state: tuple) -> tuple:
         stage, sums = state[0], Sums(*state[1])
-        hide = functools.partial(mask.apply, block) if masked else lambda scores: scores
+        hide = mask.of(block) if masked else lambda scores: scores
         return _next(plan, stage), _block(plan, refs, stage, hide, sums).tree()
 
     first, whole_from, whole_to, end = job.ranges
@@ -414,8 +426,20 @@ class _Mask:
     job: Job
     row: jax.Array
 
-    def apply(self, block: jax.Array, scores: jax.Array) -> jax.Array:
-        """-inf where hidden."""
+    def of(self, block: jax.Array) -> Callable:
+        """A function of a block's scores: -inf where hidden. Bits are read now: they take their time."""
+        n = self.plan.tuning.keys // bits.WORD
+        if not self.plan.chosen:
+            return functools.partial(self._apply, block)
+        words = [
+            mosaic_gpu.load(
+                self.refs.chosen.at[self.job.batch, block * n + i, pl.ds(self.row, ROWS)], plgpu.Layout.WGMMA.reduce(1)
+            )
+            for i in range(n)
+        ]
+        return lambda scores: mosaic_gpu.where_bits(words, scores, -math.inf, self.plan.on_chip)
+
+    def _apply(self, block: jax.Array, scores: jax.Array) -> jax.Array:
         plan, keys = self.plan, self.plan.tuning.keys
         iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, (ROWS, keys), layout=plgpu.Layout.WGMMA)
         last = jnp.minimum(iota(dimension=0) + (self.row + self.refs.offset[0]), plan.s - 1)

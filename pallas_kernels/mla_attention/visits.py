@@ -40,6 +40,11 @@ def visits_of_keys(
     return _runs(some.swapaxes(1, 2), whole.swapaxes(1, 2))
 
 
+def visits_of(some: jax.Array) -> jax.Array:
+    """Returns the blocks from the first to the last in which `some` [B, tiles, blocks] pair is visible, all masked."""
+    return _runs(some, jnp.zeros_like(some))
+
+
 def _visible(sizes: tuple, tiles: tuple, segments: Segments | None, q_offset: int | jax.Array) -> tuple:
     """Whether some pair, and whether every pair of a tile of queries and one of keys is visible: [B or 1, .., ..]."""
     (t, s), (rows, keys) = sizes, tiles

@@ -297,7 +297,22 @@ def sparse() -> dict:
         queries, cache = [((b, t, h, w), BF16) for w in (width, 64)], [((b * 8192, w), BF16) for w in (width, 64)]
         arrays = *queries, *cache, ((b, t, n), jnp.int32), ((b, t), jnp.int32)
         calls[f"sparse_mla {b}x{t}x{h}x{width} {n_splits}"] = functools.partial(attend, n_splits), arrays
+    t, h, _, width, v_width = ATTENDED[0]
+    numbers, words = ((1, h, t), F32), ((1, t // 32, t), jnp.int32)
+    inputs = *[((1, t, h, w), BF16) for w in (width, width, v_width)], words
+    later = numbers, ((1, t, h, v_width), BF16), numbers
+    calls["chosen by bits"] = chosen_by_bits, inputs
+    for of_keys in (False, True):
+        call = functools.partial(chosen_by_bits, of_keys=of_keys)
+        calls[f"chosen by bits, of {'keys' if of_keys else 'queries'}"] = call, (*inputs, *later)
     return calls
+
+
+def chosen_by_bits(q, k, v, words, *later, of_keys=False):
+    """Attention whose pairs are chosen by bits, or a half of its backward pass."""
+    if later:
+        return gpu_backward.backward(q, k, v, None, 0, *later, scale=0.07, of_keys=of_keys, chosen=words)
+    return gpu_forward.forward(q, k, v, None, 0, scale=0.07, chosen_BWT=words)
 
 
 PARTS = {
