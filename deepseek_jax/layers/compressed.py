@@ -198,8 +198,9 @@ class CompressedAttention(Attention):
         positions_BS, segments_BS = jax.tree.map(self.context.whole, (tokens.positions_BT, tokens.segments_BT))
         q_BTHQ, q_latent_BTR = self.queries(x, tokens.positions_BT)
         far, keys_BIQ = self._closed(entries, positions_BS, segments_BS)
-        rests = keys_BIQ is None or (self.is_dense and self.rests)
-        index = None if rests else self._index(q_latent_BTR, x, tokens, keys_BIQ)
+        index = None
+        if keys_BIQ is not None and not (self.is_dense and self.rests):
+            index = self._index(q_latent_BTR, x, tokens, keys_BIQ)
         size = n_tokens // n_parts
         outputs = []
         for start in range(0, n_tokens, size):  # tokens of a device that follow one another
@@ -290,7 +291,7 @@ class CompressedAttention(Attention):
         return self.config.head_width
 
     @property
-    def gathered(self) -> tuple[int, int]:  # type: ignore[override]
+    def gathered(self) -> tuple[int, int]:
         """Each token's key, and what its compressors make of it."""
         raw = (c.bias_JQ.shape[-1] for c in self.compressors)
         return self.config.head_width, sum(2 * width for width in raw)
