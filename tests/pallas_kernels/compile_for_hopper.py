@@ -38,6 +38,7 @@ from pallas_kernels.mla_decode import gpu as latent_decode
 from pallas_kernels.mla_decode import gpu_few, gpu_load, gpu_plan
 from pallas_kernels.quantize import gpu as quantise
 from pallas_kernels.sparse_mla import gpu as chosen_rows
+from pallas_kernels.sparse_mla import gpu_mean
 from pallas_kernels.sparse_mla import hopper as sparse_mla
 from pallas_kernels.token_experts import gpu as token_experts
 from pallas_kernels.token_experts import gpu_codes as token_experts_in_codes
@@ -305,6 +306,8 @@ def sparse() -> dict:
     for of_keys in (False, True):
         call = functools.partial(chosen_by_bits, of_keys=of_keys)
         calls[f"chosen by bits, of {'keys' if of_keys else 'queries'}"] = call, (*inputs, *later)
+    call = functools.partial(gpu_mean.mean_weights, scale=0.07)
+    calls["mean weights"] = call, (*inputs[:2], numbers, words)
     return calls
 
 
