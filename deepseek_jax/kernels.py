@@ -44,6 +44,10 @@ TABLE = {
         "xla": "deepseek_jax.layers.indexed_attention:indexed_decode",
         "mosaic_gpu": "deepseek_jax.layers.indexed_kernels:decode_on_hopper",  # Hopper, bf16, latents 256 or 512 wide
     },
+    "sinkhorn": {  # of the streams of hyper-connections
+        "xla": "deepseek_jax.layers.hyper:sinkhorn",
+        "triton": "deepseek_jax.layers.hyper:sinkhorn_by_triton",  # NVIDIA GPUs
+    },
     "grouped_decode": {"xla": "deepseek_jax.layers.attention:grouped_decode"},
     "grouped_matmul": {
         "xla": "deepseek_jax.precision.grouped:grouped_matmul",

@@ -6,7 +6,8 @@
 | GPU | no loop | one array per layer, for XLA would copy each layer's out of the stack in every step | the same |
 | Hopper | no loop | the same, routed experts stacked | the kernels that read chosen experts once |
 
-Sparse attention (V3.2, V4) is XLA's everywhere: its kernels are measured for one sequence at a time only.
+Sparse attention (V3.2, V4) is XLA's everywhere: its kernels are measured for one sequence at a time only. On Hopper the
+mixing matrices of V4's streams are one kernel each.
 The kernels take bfloat16 and widths that are multiples of 128, that of one token a model's of 256 up to 8,192. On a
 GPU the axes that a product of weights with activations sums over are the innermost in memory: then XLA multiplies a
 matrix with one token in one kernel that reads the matrix once, and otherwise in two that write all products to memory
@@ -62,6 +63,8 @@ def _on_hopper(sizes: ConfigDict) -> dict[str, str]:
         chosen["grouped_matmul"] = "mosaic_gpu"
         if not sizes.d_model % 256 and sizes.d_model <= 8192 and not sizes.get("swiglu_limit"):
             chosen["token_experts"] = "mosaic_gpu"
+    if "sinkhorn_steps" in sizes:
+        chosen["sinkhorn"] = "triton"
     if "kv_rank" in sizes and sizes.kv_rank in (256, 512) and sizes.rope_width == 64:
         chosen["latent_decode"] = "by_size"
         if not sizes.nope_width % 64 and not sizes.value_width % 64:

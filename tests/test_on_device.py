@@ -91,6 +91,10 @@ def test_a_hopper_gpu_generates_without_a_loop_and_by_kernels_where_they_can_run
     assert on_device.definition(config, in_a_loop) != in_a_loop
 
 
+def test_streams_are_mixed_by_a_kernel():
+    assert on_device._on_hopper(run_config.load("tiny_v4").model) == {"sinkhorn": "triton"}
+
+
 def test_a_model_that_is_wider_than_the_kernel_of_one_token_takes_is_xlas(monkeypatch):
     config = run_config.load("v2_lite")
     monkeypatch.setattr(mosaic_gpu, "is_hopper", lambda: True)

@@ -22,7 +22,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import constant, normal, zeros
 
-from deepseek_jax.layers.base import param
+from deepseek_jax.errors import UserError
+from deepseek_jax.layers.base import SINGLE_DEVICE, Execution, param
+from pallas_kernels.sinkhorn import doubly_stochastic
 
 FIRST_SCALE = 0.01  # of s: small, so that at first all tokens are mixed alike; the reports give no number
 
@@ -48,6 +50,8 @@ class Mixing(NamedTuple):
 class HyperConnection(nnx.Module):
     """The residual connection of a branch (`layers.block.Add` has the interface); a stream has axes x_BTOD.
 
+    Of `run` its `kernels.sinkhorn` is used.
+
     | ours | report | released name |
     | --- | --- | --- |
     | mix_ODY | W, columns pre, post, comb row by row | hc_attn_fn, hc_ffn_fn |
@@ -55,12 +59,12 @@ class HyperConnection(nnx.Module):
     | scale | s | hc_attn_scale, hc_ffn_scale |
     """
 
-    def __init__(self, c: HyperConfig, d_model: int, *, rngs: nnx.Rngs):
+    def __init__(self, c: HyperConfig, d_model: int, run: Execution = SINGLE_DEVICE, *, rngs: nnx.Rngs):
         n = c.n_streams
         self.mix_ODY = param(rngs, (n, d_model, (2 + n) * n), (None, "embed", None), normal(c.init_std), role="mixing")
         self.bias_Y = param(rngs, ((2 + n) * n,), (None,), zeros, role="bias")
         self.scale = param(rngs, (3,), (None,), constant(FIRST_SCALE), role="gain")
-        self.c = c
+        self.c, self.kernels = c, run.kernels
 
     @jax.named_scope("streams")
     def read(self, x_BTOD: jax.Array) -> tuple[jax.Array, Mixing]:
@@ -70,7 +74,8 @@ class HyperConnection(nnx.Module):
         scale_Y = jnp.repeat(self.scale[...], jnp.array([n, n, n * n]), total_repeat_length=(2 + n) * n)
         m_YBT = m_YBT * scale_Y[:, None, None] + self.bias_Y[...][:, None, None]
         pre_OBT, post_OBT = jax.nn.sigmoid(m_YBT[:n]) + eps, 2 * jax.nn.sigmoid(m_YBT[n : 2 * n])
-        comb_OJBT = sinkhorn(m_YBT[2 * n :].reshape(n, n, *m_YBT.shape[1:]), self.c.sinkhorn_steps, eps)
+        logits_OJBT = m_YBT[2 * n :].reshape(n, n, *m_YBT.shape[1:])
+        comb_OJBT = self.kernels["sinkhorn"](logits_OJBT, self.c.sinkhorn_steps, eps)
         return _sum(pre_OBT, x_BTOD), Mixing(post_OBT, comb_OJBT)
 
     @jax.named_scope("streams")
@@ -115,14 +120,15 @@ def sinkhorn(logits_OJBT: jax.Array, n_steps: int, eps: float) -> jax.Array:
 
     The first of `n_steps` times the rows are normalised by a softmax; the columns come last, and so are exact to eps.
     """
-    comb_OJBT = jax.nn.softmax(logits_OJBT, axis=1) + eps
-    comb_OJBT = comb_OJBT / (jnp.sum(comb_OJBT, axis=0) + eps)
+    return doubly_stochastic(logits_OJBT, n_steps, eps, implementation="reference")
 
-    def step(comb_OJBT: jax.Array, _: None) -> tuple[jax.Array, None]:
-        comb_OJBT = comb_OJBT / (jnp.sum(comb_OJBT, axis=1, keepdims=True) + eps)
-        return comb_OJBT / (jnp.sum(comb_OJBT, axis=0) + eps), None
 
-    return jax.lax.scan(step, comb_OJBT, None, length=n_steps - 1)[0]
+def sinkhorn_by_triton(logits_OJBT: jax.Array, n_steps: int, eps: float) -> jax.Array:
+    """As `sinkhorn`, in one kernel. Raises UserError on another device than an NVIDIA GPU."""
+    try:
+        return doubly_stochastic(logits_OJBT, n_steps, eps, implementation="triton")
+    except ValueError as error:
+        raise UserError(f"kernels.sinkhorn='triton': {error} In a run, config.kernels.sinkhorn=xla.") from error
 
 
 def _mixed(x_BTOD: jax.Array, mix_ODY: jax.Array, eps: float) -> jax.Array:

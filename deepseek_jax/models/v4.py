@@ -177,7 +177,7 @@ def _block(c: Config, run: Execution, kind: Kind) -> Build:
         return Experts(e, c.d_model, route, sequence_balance, run, limit=c.swiglu_limit, rngs=rngs)
 
     def residual(rngs: nnx.Rngs) -> HyperConnection:
-        return HyperConnection(c.hyper, c.d_model, rngs=rngs)
+        return HyperConnection(c.hyper, c.d_model, run, rngs=rngs)
 
     def block(rngs: nnx.Rngs) -> Block:
         return Block(attention, experts, "experts", c.d_model, c.norm_eps, residual=residual, rngs=rngs)
