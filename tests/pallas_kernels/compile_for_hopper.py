@@ -365,10 +365,12 @@ def abstract(operand, sharding):
 
 def found(text: str) -> dict:
     """What the compiler said of a kernel: resources, the log of ptxas, instructions."""
-    (spilled,) = re.findall(r"(\d+) bytes spill stores", text)
+    properties = text.split("Function properties for ")
+    assert len(properties) == 2, f"{len(properties) - 1} kernels"
+    spilled = re.search(r"(\d+) bytes spill stores", properties[1])
     shared = re.search(r"smem_scratch_bytes=(\d+)", text)
     return {
-        "spilled": int(spilled),
+        "spilled": int(spilled.group(1)),
         "shared": int(shared.group(1)) if shared else None,
         "fp8_instructions": text.count("QGMMA."),
         "bf16_instructions": text.count("HGMMA."),

@@ -150,6 +150,7 @@ def test_every_mesh_trains_the_same_model(one_device, name, request):
 
 
 @pytest.mark.slow
+@pytest.mark.matrix  # two parts, on devices: the run `fully_sharded`
 def test_four_micro_batches_are_one_batch(one_device, sizes, weights):
     """On one device: the parts' gradients, losses and loads add up, though they hold different numbers of targets."""
     four = run(trainer(sizes, 1, 1, EXPERTS, config=dataclasses.replace(STEP, micro_batches=4)), weights, steps=2)
