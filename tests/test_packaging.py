@@ -77,10 +77,13 @@ def test_types_are_offered_to_those_who_check_theirs():
 
 def test_modules_that_are_not_type_checked_exist():
     tables = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]["overrides"]
-    paths = [ROOT / module.replace(".", "/") for table in tables for module in table["module"]]
-    assert [
-        path for path in paths if not path.with_suffix(".py").exists() and not (path / "__init__.py").exists()
-    ] == []
+    unchecked = [table["module"] for table in tables if table.get("ignore_errors")]
+    paths = [ROOT / module.replace(".", "/") for modules in unchecked for module in modules]
+    assert (
+        len(unchecked) == 1
+        and [path for path in paths if not path.with_suffix(".py").exists() and not (path / "__init__.py").exists()]
+        == []
+    )
 
 
 @pytest.mark.parametrize(
