@@ -181,7 +181,7 @@ latent_decode_on_hopper = functools.partial(_latent_decode_by_name, "mosaic_gpu"
 def latent_decode_by_size(*arrays: Any, scale: float, table_BN: jax.Array | None = None) -> jax.Array:
     """As `latent_decode`: by XLA where all sequences together have few slots, else by the kernel for Hopper.
 
-    A few pages in 16 bits, as one sequence of V2-Lite has them, are the kernel's too: XLA would put them side by side
+    Pages in 16 bits that few heads read, as in V2-Lite, are the kernel's at any size: XLA would put them side by side
     first, in every layer. Entries in FP8 whose bytes are no multiple of 16, which the kernel does not read, are XLA's
     at any size.
     """
@@ -191,7 +191,7 @@ def latent_decode_by_size(*arrays: Any, scale: float, table_BN: jax.Array | None
     is_in_pages = table_BN is not None and len(cache) == 2 and cache[0].dtype.itemsize == 2
     is_in_pages &= cache[0].shape[1] == work.PAGE
     is_small = n_sequences * n_slots <= FEW_SLOTS
-    if is_in_pages and work.are_few(n_tokens, q_latent_BTHC.shape[2], n_sequences * (n_slots // work.PAGE)):
+    if is_in_pages and work.are_few(n_tokens, q_latent_BTHC.shape[2]):
         is_small = False
     decode = latent_decode if is_odd or is_small else latent_decode_on_hopper
     return decode(*arrays, scale=scale, table_BN=table_BN)

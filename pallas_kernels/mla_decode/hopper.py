@@ -36,8 +36,9 @@ def decode(
     n_processors = n_processors or mosaic_gpu.check_hopper(NAME)
     b, t, h, width = q_c_BTHC.shape
     in_fp8 = len(cache) == 1
-    if not in_fp8 and n_splits is None and tuning is None and work.are_few(t, h, table.size):
-        return _of_few(q_c_BTHC, q_rope_BTHP, cache, table, lengths_B, scale=scale, interpret=interpret)
+    if not in_fp8 and n_splits is None and tuning is None and work.are_few(t, h):
+        options = {"scale": scale, "n_processors": n_processors, "interpret": interpret}
+        return _of_few(q_c_BTHC, q_rope_BTHP, cache, table, lengths_B, **options)
     q_c, q_rope = (_rows(x) for x in (q_c_BTHC, q_rope_BTHP))
     n_tiles = q_c.shape[1] // gpu.ROWS
     tuning = tuning or (gpu_plan.IN_FP8 if in_fp8 else gpu.Tuning(cluster=1 if n_tiles % 2 else 2))
@@ -55,7 +56,7 @@ def decode(
 
 def _of_few(
     q_c_BTHC: jax.Array, q_rope_BTHP: jax.Array, cache: Sequence[jax.Array], table: jax.Array, lengths_B: jax.Array,
-    **options: Any,
+    *, n_processors: int, **options: Any,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """`decode` by `gpu_few`; tokens whose rows are more than it takes become sequences of the same pages."""
     b, t, h, _ = q_c_BTHC.shape
@@ -63,7 +64,9 @@ def _of_few(
         lengths_BT = lengths_B[:, None] + jnp.arange(1 - t, 1, dtype=lengths_B.dtype)
         table, lengths_B = jnp.repeat(table, t, axis=0), lengths_BT.reshape(-1)
     q_c, q_rope = (q.reshape(len(lengths_B), -1, q.shape[-1]) for q in (q_c_BTHC, q_rope_BTHP))
-    o, lse = gpu_few.decode(q_c, q_rope, cache, table, lengths_B, n_heads=h, **options)
+    n_parts, n_stages = work.parts_of_few(len(lengths_B), table.shape[1], n_processors)
+    divided = {"n_heads": h, "n_parts": n_parts, "n_stages": n_stages}
+    o, lse = gpu_few.decode(q_c, q_rope, cache, table, lengths_B, **divided, **options)
     return o.reshape(q_c_BTHC.shape), lse.reshape(b, t, h)
 
 

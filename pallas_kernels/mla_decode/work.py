@@ -14,16 +14,27 @@ PAGE = 64  # tokens
 # Times, in those of a page, estimated for an H200: what a part takes before its first page and after its last, what
 # putting parts together takes at least, and what each part of 64 rows adds to it.
 BEGIN_PART, COMBINE, COMBINE_PART = 3.0, 6.0, 0.1
-FEW_ROWS, FEW_PAGES = 16, 32  # of `gpu_few`: what it was measured with on an H200
+FEW_ROWS = 16  # of `gpu_few`
+LONG = 8  # pages of a part from which on it is worth its while to have the next page loaded beside
 
 
-def are_few(n_tokens: int, n_heads: int, n_pages: int) -> bool:
-    """Returns whether pages of 16-bit numbers, of all sequences together, are for `gpu_few`.
+def are_few(n_tokens: int, n_heads: int) -> bool:
+    """Returns whether pages of 16-bit numbers are for `gpu_few`: of 16 rows, heads times tokens.
 
-    Two tokens of as many heads as it was measured with are read as two sequences of the same pages, at once by other
-    processors: this was not measured.
+    Two tokens of 16 heads are read as two sequences of the same pages, at once by other processors.
     """
-    return n_pages <= FEW_PAGES and (n_tokens * n_heads == FEW_ROWS or (n_tokens, n_heads) == (2, FEW_ROWS))
+    return n_tokens * n_heads == FEW_ROWS or (n_tokens, n_heads) == (2, FEW_ROWS)
+
+
+def parts_of_few(n_sequences: int, most_pages: int, n_processors: int) -> tuple[int, int]:
+    """Returns in how many parts `gpu_few` reads each sequence, and how many pages a CTA holds; measured on an H200.
+
+    A part for each processor, of two pages at least where sequences have the most; then each costs more to put
+    together than it saves. Long parts have a second page on its way while one is computed, others leave their
+    processor space for a second CTA.
+    """
+    n_parts = max(1, min(n_processors // n_sequences, -(-most_pages // 2)))
+    return n_parts, 2 if most_pages >= LONG * n_parts else 1
 
 
 def n_pages(lengths_B: jax.Array) -> jax.Array:

@@ -131,7 +131,7 @@ def test_latent_decode_of_few_slots_is_xlas_and_of_more_the_kernels():
 
 
 @pytest.mark.parametrize(("page", "n_heads", "is_kernels"), [(64, 16, True), (64, 8, False), (32, 16, False)])
-def test_a_few_pages_that_a_kernel_reads_where_they_lie_are_not_put_side_by_side(page, n_heads, is_kernels):
+def test_pages_that_a_kernel_reads_where_they_lie_are_not_put_side_by_side(page, n_heads, is_kernels):
     by_size = functools.partial(Kernels(latent_decode="by_size")["latent_decode"], scale=1.0)
     q, rope = (jnp.ones((1, 1, n_heads, width), jnp.bfloat16) for width in (256, 64))
     pools = tuple(jnp.ones((3, page, width), jnp.bfloat16) for width in (256, 64))

@@ -35,7 +35,7 @@ from pallas_kernels.grouped_matmul import tiles as grouped_tiles
 from pallas_kernels.indexer import gpu as indexer
 from pallas_kernels.mla_attention import gpu_backward, gpu_forward
 from pallas_kernels.mla_decode import gpu as latent_decode
-from pallas_kernels.mla_decode import gpu_few, gpu_load, gpu_plan
+from pallas_kernels.mla_decode import gpu_few, gpu_load, gpu_plan, work
 from pallas_kernels.quantize import gpu as quantise
 from pallas_kernels.sparse_mla import gpu as chosen_rows
 from pallas_kernels.sparse_mla import gpu_mean
@@ -240,20 +240,21 @@ def of_one_token() -> dict:
 
 
 def few_rows() -> dict:
-    """Latent decode of few heads and pages: the kernel of pages, and the one that puts them together."""
+    """Latent decode of few heads: the kernel of parts of sequences, and the one that puts them together."""
     calls = {}
-    for b, t, h in ((1, 1, 16), (1, 2, 8), (2, 1, 16)):
+    for b, t, h in ((1, 1, 16), (1, 2, 8), (64, 1, 16)):
         queries, pages = [((b, t * h, w), BF16) for w in (512, 64)], [((32 * b, 64, w), BF16) for w in (512, 64)]
-        call = functools.partial(latent_decode_few, n_heads=h)
+        n_parts, n_stages = work.parts_of_few(b, 32, 132)
+        call = functools.partial(latent_decode_few, n_heads=h, n_parts=n_parts, n_stages=n_stages)
         calls[f"decode few {b}x{t}x{h}"] = call, (*queries, *pages, ((b, 32), jnp.int32), ((b,), jnp.int32))
-        parts = ((b, 32, 512, t * h), F32), ((b, 32, t * h), F32), ((b, 32, t * h), F32)
+        parts = ((b, n_parts, 512, t * h), F32), *[((b, n_parts, t * h), F32)] * 2
         calls[f"together {b}x{t}x{h}"] = functools.partial(gpu_few.combined, dtype=BF16), parts
     return calls
 
 
-def latent_decode_few(q_c, q_rope, c, rope, table, lengths, n_heads):
+def latent_decode_few(q_c, q_rope, c, rope, table, lengths, **sizes):
     """The first of the two kernels."""
-    return gpu_few.pages(q_c, q_rope, (c, rope), table, lengths, n_heads=n_heads, scale=0.07)
+    return gpu_few.parts(q_c, q_rope, (c, rope), table, lengths, scale=0.07, **sizes)
 
 
 def codes() -> dict:

@@ -51,28 +51,42 @@ def test_the_kernel_is_the_definition(case):
     np.testing.assert_allclose(lse, lse_right, atol=1e-5)
 
 
+FEW = {  # B, T, H, lengths, processors, parts and pages that a CTA holds
+    "a part of two pages, one with a single token": (2, 1, 16, [330, 3], 6, (3, 1)),
+    "two tokens of a sequence; an empty sequence": (2, 2, 8, [130, 0], 132, (2, 1)),
+    "each token its own sequence": (2, 2, 16, [65, 0], 132, (2, 1)),
+    "one part, whose next page is on its way": (1, 1, 16, [460], 1, (1, 2)),
+}
+
+
 @needs_interpreter
 @pytest.mark.slow
-@pytest.mark.parametrize(("b", "t", "h", "lengths"), [(2, 1, 16, [130, 3]), (2, 2, 8, [65, 0]), (2, 2, 16, [65, 0])])
-def test_the_kernel_of_few_rows_and_pages_is_the_definition(b, t, h, lengths):
+@pytest.mark.parametrize("case", FEW)
+def test_the_kernel_of_few_rows_is_the_definition(case):
     """It is the one that is taken; a sequence may be empty."""
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
+    b, t, h, lengths, n_processors, divided = FEW[case]
     arrays = inputs(b, t, h, lengths)
-    assert work.are_few(t, h, arrays[3].size)
+    n_sequences = b * t if t * h > 16 else b
+    assert work.are_few(t, h) and work.parts_of_few(n_sequences, arrays[3].shape[1], n_processors) == divided
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arrays)
     right, lse_right = decode(*wide, implementation="reference", scale=0.1)
-    o, lse = hopper.decode(*arrays, scale=0.1, n_processors=132, interpret=plgpu.InterpretGPUParams())
+    o, lse = hopper.decode(*arrays, scale=0.1, n_processors=n_processors, interpret=plgpu.InterpretGPUParams())
     assert np.linalg.norm(o.astype(jnp.float32) - right) <= 3e-3 * np.linalg.norm(right)
     np.testing.assert_allclose(lse, lse_right, atol=1e-5)
 
 
-def test_the_kernel_of_few_pages_is_for_what_was_measured():
-    """16 heads of one token or of two, or 8 of two, and 2,048 slots; more of either are the other kernel's."""
-    few = (1, 16, 32), (1, 16, 1), (2, 8, 32), (2, 16, 32)
-    more = (1, 16, 33), (2, 16, 33), (1, 8, 32), (1, 32, 32), (3, 16, 32)
-    assert all(work.are_few(*size) for size in few)
-    assert not any(work.are_few(*size) for size in more)
+def test_sixteen_rows_are_few():
+    """16 heads of one token or of two, or 8 of two; others are the other kernel's."""
+    assert all(work.are_few(*size) for size in ((1, 16), (2, 8), (2, 16)))
+    assert not any(work.are_few(*size) for size in ((1, 8), (1, 32), (3, 16), (1, 128)))
+
+
+def test_few_rows_are_read_in_as_many_parts_as_there_are_processors():
+    """(sequences, pages of the longest): (parts, pages that a CTA holds)."""
+    sizes = {(1, 32): (16, 1), (16, 32): (8, 1), (64, 32): (2, 2), (256, 20): (1, 2), (16, 128): (8, 2), (1, 512): (132, 1)}
+    assert {size: work.parts_of_few(*size, 132) for size in sizes} == sizes
 
 
 @needs_interpreter
