@@ -23,7 +23,7 @@ TABLE = {
         "xla": "deepseek_jax.layers.attention:latent_decode",
         "chunked": "deepseek_jax.layers.attention:latent_decode_chunked",  # any device; some slots at a time
         "by_size": "deepseek_jax.layers.attention:latent_decode_by_size",  # Hopper as below: few slots by XLA,
-        # a few pages by the kernel
+        # but pages of 16 heads by the kernel
         "mosaic_gpu": "deepseek_jax.layers.attention:latent_decode_on_hopper",  # Hopper, bf16, latents 256 or 512 wide
         "mosaic_tpu": "deepseek_jax.layers.attention:latent_decode_on_tpu",  # TPUs, bf16 or fp32, latents up to 512
     },
