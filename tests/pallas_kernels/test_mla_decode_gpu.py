@@ -85,7 +85,8 @@ def test_sixteen_rows_are_few():
 
 def test_few_rows_are_read_in_as_many_parts_as_there_are_processors():
     """(sequences, pages of the longest): (parts, pages that a CTA holds)."""
-    sizes = {(1, 32): (16, 1), (16, 32): (8, 1), (64, 32): (2, 2), (256, 20): (1, 2), (16, 128): (8, 2), (1, 512): (132, 1)}
+    sizes = {(1, 32): (16, 1), (16, 32): (8, 1), (64, 32): (2, 2), (256, 20): (1, 2), (16, 128): (8, 2)}
+    sizes |= {(1, 512): (132, 1), (200, 4): (1, 1)}
     assert {size: work.parts_of_few(*size, 132) for size in sizes} == sizes
 
 
