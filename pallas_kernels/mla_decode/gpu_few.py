@@ -178,9 +178,7 @@ def _visit(refs: Refs, n_heads: int, factor: float, on_chip: bool, part: Part) -
         refs.o.at[(*part.at, pl.ds(n * CHUNK, CHUNK))][...] = values
 
 
-def _add_page(
-    refs: Refs, n_heads: int, factor: float, on_chip: bool, part: Part, i: jax.Array, state: tuple
-) -> tuple:
+def _add_page(refs: Refs, n_heads: int, factor: float, on_chip: bool, part: Part, i: jax.Array, state: tuple) -> tuple:
     """(largest score, sum of exponentials, sums of values) of the rows after the i-th page of a part."""
     largest, total, sums = state
     stage, n_here, n_rows = lax.rem(i, refs.keys.shape[0]), part.length - (part.begin + i) * PAGE, refs.weights.shape[0]
