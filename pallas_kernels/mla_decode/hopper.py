@@ -37,8 +37,8 @@ def decode(
     b, t, h, width = q_c_BTHC.shape
     in_fp8 = len(cache) == 1
     if not in_fp8 and n_splits is None and tuning is None and work.are_few(t, h):
-        options = {"scale": scale, "n_processors": n_processors, "interpret": interpret}
-        return _of_few(q_c_BTHC, q_rope_BTHP, cache, table, lengths_B, **options)
+        options: dict[str, Any] = {"scale": scale, "interpret": interpret}
+        return _of_few(q_c_BTHC, q_rope_BTHP, cache, table, lengths_B, n_processors=n_processors, **options)
     q_c, q_rope = (_rows(x) for x in (q_c_BTHC, q_rope_BTHP))
     n_tiles = q_c.shape[1] // gpu.ROWS
     tuning = tuning or (gpu_plan.IN_FP8 if in_fp8 else gpu.Tuning(cluster=1 if n_tiles % 2 else 2))
