@@ -41,8 +41,11 @@ def visits_of_keys(
 
 
 def visits_of(some: jax.Array) -> jax.Array:
-    """Returns the blocks from the first to the last in which `some` [B, tiles, blocks] pair is visible, all masked."""
-    return _runs(some, jnp.zeros_like(some))
+    """Returns the blocks from the first to the last in which `some` [B, tiles, blocks] pair is visible, all masked.
+
+    The run without a mask is empty and lies at 0, before any first block: a CTA of a cluster may begin before its own.
+    """
+    return _runs(some, jnp.zeros_like(some)).at[..., 1:3].set(0)
 
 
 def _visible(sizes: tuple, tiles: tuple, segments: Segments | None, q_offset: int | jax.Array) -> tuple:

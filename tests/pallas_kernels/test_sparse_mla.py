@@ -106,6 +106,19 @@ def test_the_expanded_definition_is_attention_to_the_chosen_keys():
         attend_expanded(*given, words, implementation="mosaic_gpu", scale=0.3)
 
 
+def test_of_chosen_pairs_no_block_goes_without_a_mask():
+    """Also where the other CTA of a cluster begins earlier: of two tiles the second has no pair in blocks 0 to 2."""
+    from pallas_kernels.mla_attention import gpu_forward
+
+    some = jnp.asarray([[[1, 1, 1, 0], [0, 0, 0, 1]]], bool)
+    sizes = {"b": 1, "t": 256, "s": 512, "h": 1, "z": 1, "width": 64, "v_width": 64, "dtype": jnp.bfloat16}
+    more = {"documents": False, "tuning": gpu_forward.Tuning(cluster=2), "n_processors": 2, "chosen": True}
+    plan = gpu_forward.Plan(**sizes, **more, scale=1.0, on_chip=True)
+    first, whole_from, whole_to, end = np.moveaxis(np.asarray(plan.ranges(None, 256, some)), -1, 0)
+    assert (whole_from <= first).all() and (whole_to <= first).all()
+    assert (first == 0).all() and (end == 4).all()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not mosaic_gpu.can_interpret(), reason="needs JAX 0.11.2 or later")
 def test_the_expanded_kernels_are_the_definition():
