@@ -135,7 +135,7 @@ def parts(
 def _kernel(refs: Refs, n_heads: int, n_parts: int, factor: float, on_chip: bool) -> None:
     sequence, number = lax.axis_index("sequence"), lax.axis_index("part")
     length = refs.lengths[sequence]
-    n_pages = lax.div(length + PAGE - 1, PAGE)
+    n_pages = jnp.minimum(lax.div(length + PAGE - 1, PAGE), refs.table.shape[1])
     begin, end = (lax.div(n_pages * n, n_parts) for n in (number, number + 1))
     part = Part((sequence, number), begin, end, length)
     pl.when(begin < end)(functools.partial(_visit, refs, n_heads, factor, on_chip, part))

@@ -41,10 +41,11 @@ def mean_weights(
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: unknown. Choose one of {', '.join(IMPLEMENTATIONS)}.")
     (b, t, h, width), s = q_BTHQ.shape, k_BSHQ.shape[1]
-    if k_BSHQ.shape != (b, s, h, width) or lse_BHT.shape != (b, h, t) or words_BWT.shape != (b, -(-s // bits.WORD), t):
+    words = (b, -(-s // bits.WORD), t), jnp.int32
+    if k_BSHQ.shape != (b, s, h, width) or lse_BHT.shape != (b, h, t) or (words_BWT.shape, words_BWT.dtype) != words:
         raise ValueError(
-            f"q {q_BTHQ.shape}, k {k_BSHQ.shape}, lse {lse_BHT.shape}, words {words_BWT.shape}: expected [B, T, H, Q], "
-            "[B, S, H, Q], [B, H, T] and [B, ceil(S / 32), T]."
+            f"q {q_BTHQ.shape}, k {k_BSHQ.shape}, lse {lse_BHT.shape}, words {words_BWT.dtype} {words_BWT.shape}: "
+            "expected [B, T, H, Q], [B, S, H, Q], [B, H, T] and int32 [B, ceil(S / 32), T]."
         )
     if implementation == "reference":
         wide = jnp.promote_types(jnp.float32, q_BTHQ.dtype)
