@@ -74,7 +74,7 @@ def trainer(
     check_adapters(config, mesh)
     loss = config.loss.to_dict() | {"auxiliary": auxiliary(config)}
     step = {name: loss.pop(name) for name in ("clip_norm", "balance_rate", "balance_rate_stop")}
-    network = describe(module, sizes)
+    network = network_of(config)
     adapters, chosen = lora_of(config), trainable.named(loss.pop("trained"))
     check_named(config)
 
@@ -82,7 +82,7 @@ def trainer(
         return chosen(path) and learnt(path) and (adapters is None or lora.is_adapter(path))
 
     def build(run: Execution, rngs: nnx.Rngs) -> nnx.Module:
-        run = replace(run, index_rests=loss["auxiliary"].get("index_kl") == 0.0)
+        run = replace(run, index_rests=index_rests(config))
         if adapters is None:
             return module.Model(sizes, run, rngs=rngs)
         return lora.attach(module.Model(sizes, replace(run, adapt=lora.add), rngs=rngs), adapters, rngs=rngs)
@@ -121,6 +121,17 @@ def auxiliary(config: ConfigDict) -> dict[str, float]:
     if config.lora.rank:
         weights |= {name: 0.0 for name in weights if name.startswith("index_")}
     return weights
+
+
+def index_rests(config: ConfigDict) -> bool:
+    """Returns whether nobody learns from a run's indexers, so that they rest where attention is dense."""
+    return auxiliary(config).get("index_kl") == 0.0
+
+
+def network_of(config: ConfigDict) -> Network:
+    """Returns the network of a run as the planner sees it."""
+    module = family(config.family)
+    return describe(module, module.Config.from_config(config.model), index_rests(config))
 
 
 def is_sparse(config: ConfigDict) -> bool:

@@ -19,14 +19,12 @@ from ml_collections import ConfigDict
 from deepseek_jax import run
 from deepseek_jax.compat import peak_memory_bytes, quieten_compilation
 from deepseek_jax.errors import UserError
-from deepseek_jax.models import family
 from deepseek_jax.parallel.lint import check_collectives
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.pipeline import branch_runs
 from deepseek_jax.parallel.targets import target_devices
 from deepseek_jax.parallel.traced import NO_SWITCHES, Switches, carried, collectives
 from deepseek_jax.plan.compiled import CompiledStep, read_hlo
-from deepseek_jax.plan.network import describe
 from deepseek_jax.saved_config import from_json
 from deepseek_jax.train.pipelined import stage_table
 from deepseek_jax.train.step import Trainer
@@ -106,8 +104,7 @@ def switches(config: ConfigDict, trainer: Trainer) -> list[Switches]:
     """Returns how often the branches of a step's switches run, on each rank of the pipeline."""
     if trainer.layout is None:
         return [NO_SWITCHES]
-    module = family(config.family)
-    pipeline = run.pipeline(config, describe(module, module.Config.from_config(config.model)))
+    pipeline = run.pipeline(config, run.network_of(config))
     overlap, (_, table) = pipeline.overlaps(trainer.mesh.devices.flat[0].platform), stage_table(trainer.layout)
     each = (branch_runs(table, overlap, rank) for rank in range(trainer.layout.n_ranks))
     return [Switches(len(table.branch), runs) for runs in each]

@@ -24,13 +24,14 @@ from deepseek_jax.plan.figures import DERIVED, FITTED, GIVEN, PUBLISHED, Section
 from deepseek_jax.plan.job import Job
 from deepseek_jax.plan.layout import make_layout
 from deepseek_jax.plan.memory import capacity, fullest
-from deepseek_jax.plan.network import BF16, LAYERS, Weight, cache_bytes_per_token, describe
+from deepseek_jax.plan.network import BF16, LAYERS, Weight, cache_bytes_per_token
 from deepseek_jax.plan.published import RUNS, Run
 from deepseek_jax.plan.recipes import recipe
 from deepseek_jax.plan.report import PlannedModel, PlanOptions
 from deepseek_jax.plan.rollout import Drawing
 from deepseek_jax.plan.schedules import schedule
 from deepseek_jax.plan.verdict import mesh_text, verdict
+from deepseek_jax.run import network_of
 from deepseek_jax.train.metrics import EXPERT_LOADS
 from deepseek_jax.train.ramp import BatchRamp
 from deepseek_jax.weights import lora_of
@@ -95,7 +96,7 @@ def subject_of(config: ConfigDict, *, is_whole: bool = True) -> PlannedModel:
     """The network of a config and what is known of it; nothing was published of one whose model was changed."""
     module = family(config.family)
     sizes = module.Config.from_config(config.model)
-    network = describe(module, sizes)
+    network = network_of(config)
     run = RUNS.get(config.name) if is_whole else None
     try:
         coded = cache_bytes_per_token(module, sizes, replace(BF16, cache="fp8"))

@@ -114,12 +114,10 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
     from deepseek_jax.abstract_model import module as model_of
     from deepseek_jax.layers import lora
     from deepseek_jax.layers.base import BY_ADAMW, dtype_read, logical_axes, roles, split
-    from deepseek_jax.models import family
     from deepseek_jax.parallel.mesh import ALL
     from deepseek_jax.parallel.sharding import bytes_per_device, placements
-    from deepseek_jax.plan.network import describe
     from deepseek_jax.precision.policy import policy
-    from deepseek_jax.run import pipeline
+    from deepseek_jax.run import network_of, pipeline
     from deepseek_jax.tree import dotted, size
     from deepseek_jax.weights import lora_of
 
@@ -135,8 +133,7 @@ def inspect(config: ConfigDict, sizes: dict[str, int]) -> tuple[list[Weight], li
     n_biases = count_biases(router_bias)
     parts = [(name, size(part)) for name, part in params.items() if name != AHEAD]
     if sizes["pipe"] > 1:
-        network = describe(family(config.family), module.config)
-        layout = pipeline(config, network).layout(module, sizes["pipe"], config.pipeline.micro_batches)
+        layout = pipeline(config, network_of(config)).layout(module, sizes["pipe"], config.pipeline.micro_batches)
         params, router_bias = (jax.eval_shape(layout.staged, tree) for tree in (params, router_bias))
     places = placements(axes, params, config.sharding.to_dict(), mesh)
     bias_places = placements(bias_axes, router_bias, {}, mesh)

@@ -61,6 +61,7 @@ class Attention(nnx.Module):
                                                 activations, in float32); None: the entries
     tokens_per_key, window                      tokens that a key stands for, and tokens that one attends to besides
     flops_per_index                             operations per pair of tokens by which they are chosen
+    rests                                       whether its indexer does not run (`Execution.index_rests`)
     flops_per_slot                              of a new token and one that it attends to in a cache, in the scores and
                                                 the sums; None: as many as without a cache
     cache                                       where the entries go: a `layers.cache.Layout`
@@ -80,6 +81,7 @@ class Attention(nnx.Module):
     tokens_per_key: int = 1
     window: int = 0
     flops_per_index: int = 0
+    rests: bool = False
     flops_per_slot: Any = None
     has_rows: bool = False
     page_multiple: Any = 1

@@ -155,7 +155,8 @@ class CompressedAttention(Attention):
             self.indexer = Indexer(index, d_model, key, self.turn, run, rounds=rounds, rngs=rngs)
         self.config, self.ratio, self.top_k = c, ratio, index.index_top_k if index else 0
         self.is_dense, self.share, self.codes = is_dense, share, _codes_of(c, index, run)
-        self.matmul, self.kernels, self.context, self.rests = run.matmul, run.kernels, run.context, run.index_rests
+        self.matmul, self.kernels, self.context = run.matmul, run.kernels, run.context
+        self.rests = self.has_index and is_dense and run.index_rests
 
     @property
     def compressors(self) -> tuple[Compressor, ...]:
@@ -194,13 +195,12 @@ class CompressedAttention(Attention):
         """(u_BTD of tokens that attend causally to themselves, auxiliary losses: those of an indexer)."""
         n_tokens, n_parts = x.x_BTD.shape[1], 1 if self.context.n == 1 else 2
         place_BT = jnp.broadcast_to(self.context.places(n_tokens), tokens.positions_BT.shape)
-        entries = jax.tree.map(self.context.whole, entries)
+        read = entries._replace(raw=entries.raw[:1]) if self.rests else entries
+        entries = jax.tree.map(self.context.whole, read)
         positions_BS, segments_BS = jax.tree.map(self.context.whole, (tokens.positions_BT, tokens.segments_BT))
         q_BTHQ, q_latent_BTR = self.queries(x, tokens.positions_BT)
         far, keys_BIQ = self._closed(entries, positions_BS, segments_BS)
-        index = None
-        if keys_BIQ is not None and not (self.is_dense and self.rests):
-            index = self._index(q_latent_BTR, x, tokens, keys_BIQ)
+        index = None if keys_BIQ is None else self._index(q_latent_BTR, x, tokens, keys_BIQ)
         size = n_tokens // n_parts
         outputs = []
         for start in range(0, n_tokens, size):  # tokens of a device that follow one another
@@ -293,7 +293,7 @@ class CompressedAttention(Attention):
     @property
     def gathered(self) -> tuple[int, int]:
         """Each token's key, and what its compressors make of it."""
-        raw = (c.bias_JQ.shape[-1] for c in self.compressors)
+        raw = (c.bias_JQ.shape[-1] for c in self.compressors[: 1 if self.rests else None])
         return self.config.head_width, sum(2 * width for width in raw)
 
     @property
@@ -313,19 +313,20 @@ class CompressedAttention(Attention):
 
     @property
     def flops_per_index(self) -> int:  # type: ignore[override]
-        """2 J Q per entry, of the indexer's heads and their width."""
-        return 2 * self.indexer.config.index_heads * self.indexer.config.index_width if self.has_index else 0
+        """2 J Q per entry, of the indexer's heads and their width; 0 while it rests."""
+        runs = self.has_index and not self.rests
+        return 2 * self.indexer.config.index_heads * self.indexer.config.index_width if runs else 0
 
     def _closed(
         self, entries: Entries, positions_BS: jax.Array, segments_BS: jax.Array | None
     ) -> tuple[Far | None, jax.Array | None]:
-        """The entries of whole sequences, and the indexer's keys, if there are any."""
+        """The entries of whole sequences, and the indexer's keys, if `entries` has any."""
         if not self.ratio or positions_BS.shape[1] < self.ratio:
             return None, None
         blocks, place_BI, segments_BI = self.compressor.closed(positions_BS, segments_BS)
         parts = zip(self.compressors, entries.raw, self.codes, strict=False)
         made = [_rounded(compressor.entries(raw, blocks), codes) for compressor, raw, codes in parts]
-        return Far(made[0], place_BI, segments_BI), made[1] if self.has_index else None
+        return Far(made[0], place_BI, segments_BI), made[1] if len(made) > 1 else None
 
     def _near(self, kv_BSQ: jax.Array, segments_BS: jax.Array | None, first: jax.Array, size: int) -> Near:
         """Keys of the window before place `first` of whole sequences, and of `size` tokens from there on."""

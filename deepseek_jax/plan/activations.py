@@ -69,7 +69,8 @@ class CachedActivations:
 
     def __init__(self, family: ModuleType, sizes: Sizes, network: Network):
         self.family, self.sizes, self.network = family, sizes, network
-        self.known, self.grown = _found_before(family, sizes)
+        self.known, self.grown = _found_before(family, sizes, network.index_rests)
+        self.run = Execution(index_rests=network.index_rests)
 
     def __call__(self, recipe: Recipe, layout: Layout, rules: Mapping[str, str]) -> dict[str, ActivationBytes]:
         """Returns what a layer of each stack keeps on one device.
@@ -96,7 +97,8 @@ class CachedActivations:
             dtype = jnp.float32 if recipe.activations == FLOAT32 else jnp.bfloat16
             exchange = make_exchange(rules, layout.mesh)
             context = Context(layout.context)
-            run = Execution(compute=dtype, unroll=0, exchange=exchange and replace(exchange, level=0), context=context)
+            exchange = exchange and replace(exchange, level=0)
+            run = replace(self.run, compute=dtype, unroll=0, exchange=exchange, context=context)
             blocks = getattr(abstract_model(self.family, self.sizes, run), stack)
             shape = (layout.sequences, layout.part_len, *self.network.stream_shape)
             self.grown[key] = growth(blocks, run, shape, rules, layout.mesh, SAVEABLE[recipe.remat])
@@ -119,7 +121,8 @@ class CachedActivations:
             read = functools.partial(dtype_read, weights=dtype, compute=dtype)
             exchange, unshard = make_exchange(rules, mesh), unsharder(rules, mesh, read)
             context = Context(layout.context)
-            run = Execution(compute=dtype, remat=recipe.remat, exchange=exchange, unshard=unshard, context=context)
+            how: dict[str, Any] = {"exchange": exchange, "unshard": unshard, "context": context}
+            run = replace(self.run, compute=dtype, remat=recipe.remat, **how)
             blocks = getattr(abstract_model(self.family, self.sizes, run), stack)
             shapes = ((n, layout.part_len, *self.network.stream_shape) for n in (1, 2))
             one, two = (residual_bytes(blocks, run, shape, rules, mesh) for shape in shapes)
@@ -128,7 +131,9 @@ class CachedActivations:
 
 
 @functools.lru_cache(64)
-def _found_before(family: ModuleType, sizes: Sizes) -> tuple[dict[tuple, tuple[int, int]], dict[tuple, Growth]]:
+def _found_before(
+    family: ModuleType, sizes: Sizes, index_rests: bool
+) -> tuple[dict[tuple, tuple[int, int]], dict[tuple, Growth]]:
     """Returns what is known of a network's layers (`known`, `grown`), one pair of dicts however often it is planned."""
     return {}, {}
 

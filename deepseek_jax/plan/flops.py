@@ -4,7 +4,8 @@
     training = 3 * forward                           (the backward pass costs twice the forward pass)
     a new token = the same with flops_per_slot * the tokens in the cache
 
-With an indexer a token sees most_keys keys at most, and flops_per_index * all keys are added, by which it chooses.
+With an indexer a token sees most_keys keys at most, and flops_per_index * all keys are added, by which it chooses. An
+indexer that rests (`Execution.index_rests`) costs nothing.
 Where a key stands for several tokens (V4), there are fewer, and the window's tokens besides.
 
 Keys seen: T if attention is counted in full (non-causal), T / 2 if only earlier tokens count (causal, the mean over
@@ -18,9 +19,8 @@ log counts both.
 
 from dataclasses import dataclass
 
-from deepseek_jax.plan.network import HEAD, MTP, Network, Reading
+from deepseek_jax.plan.network import HEAD, INDEXER, MTP, Network, Reading
 
-INDEXER = ".indexer."  # in the names of its weights
 TRAINING = 3  # forward and backward, in forward passes
 PUBLISHED_MFU = {"router": False, "mtp": False}  # parts that the published operations leave out
 

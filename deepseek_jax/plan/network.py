@@ -26,6 +26,7 @@ NORM_WIDTH = "embed"
 HIGH_PRECISION = ("head", "router", "index", "mixing", "grouped_out", "compressor")
 LATENTS = ("q_latent", "kv_latent")
 BF16 = Execution(compute=jnp.bfloat16)
+INDEXER = ".indexer."  # in the names of its weights
 LONG = 2**20  # tokens of a sequence whose cache is measured
 
 
@@ -46,6 +47,7 @@ class Weight:
     shape: tuple[int, ...]  # including the leading axis of a stack
     axes: tuple[str | None, ...]  # logical ones, likewise
     role: str  # what it is for (`layers.base.ROLES`)
+    is_idle: bool = False  # whether no step reads it: an indexer's that rests
 
     @functools.cached_property
     def part(self) -> str:
@@ -74,8 +76,8 @@ class Weight:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether activations are multiplied by it: not a gain, a bias or the embedding (a table)."""
-        return self.role not in (*SPARED, "table")
+        """Whether activations are multiplied by it: not a gain, a bias, the embedding (a table) or an idle one."""
+        return self.role not in (*SPARED, "table") and not self.is_idle
 
     @property
     def reads_latent(self) -> bool:
@@ -157,6 +159,7 @@ class Network:
     # most of any layer
     entries: int
     expanded: int
+    index_rests: bool = False  # as in an `Execution`
 
     @property
     def stacks(self) -> tuple[str, ...]:
@@ -227,26 +230,25 @@ class Network:
 
 
 @functools.cache
-def describe(family: ModuleType, sizes: Sizes) -> Network:
-    """Returns the network of a family's module and its `Config`."""
-    model = abstract_model(family, sizes)
+def describe(family: ModuleType, sizes: Sizes, index_rests: bool = False) -> Network:
+    """Returns the network of a family's module and its `Config`; `index_rests` as in an `Execution`."""
+    model = abstract_model(family, sizes, replace(BF16, index_rests=index_rests))
     _, params, router_bias = split(model)
     axes, _ = logical_axes(model)
-    weights = jax.tree_util.tree_map_with_path(
-        lambda path, logical, x, role: Weight(dotted(path), x.shape, logical, role),
-        axes,
-        params,
-        roles(model),
-        is_leaf=is_axes,
-    )
-    weights = tuple(jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, Weight)))
-    experts = getattr(sizes, EXPERTS, None) if any(w.is_expert for w in weights) else None
-    groups = {key: getattr(experts, key, 1) for key in ("n_experts", "top_k", "n_groups", "top_groups")}
     stacks = {name: getattr(model, name) for name in model.stacks}
     blocks: dict[str, tuple[Any, ...]] = {
         name: tuple(stack.blocks) if isinstance(stack, Group) else (stack,) for name, stack in stacks.items()
     }
     every = [block.attention for group in blocks.values() for block in group]
+    rests = any(attention.rests for attention in every)
+
+    def weight(path: tuple, logical: tuple, x: jax.ShapeDtypeStruct, role: str) -> Weight:
+        return Weight(name := dotted(path), x.shape, logical, role, is_idle=rests and INDEXER in name)
+
+    weights = jax.tree_util.tree_map_with_path(weight, axes, params, roles(model), is_leaf=is_axes)
+    weights = tuple(jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, Weight)))
+    experts = getattr(sizes, EXPERTS, None) if any(w.is_expert for w in weights) else None
+    groups = {key: getattr(experts, key, 1) for key in ("n_experts", "top_k", "n_groups", "top_groups")}
     ahead = next((module.block.attention for module in getattr(model, MTP, ())), every[0])
 
     embedded_BTD = jax.ShapeDtypeStruct((1, 1, sizes.d_model), BF16.compute)
@@ -269,6 +271,7 @@ def describe(family: ModuleType, sizes: Sizes) -> Network:
         mtp_reading=reading(ahead),
         entries=max(attention.entry_width for attention in every),
         expanded=max(attention.expanded_width for attention in every),
+        index_rests=index_rests,
     )
 
 

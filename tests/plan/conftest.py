@@ -11,12 +11,12 @@ def described(name: str) -> SimpleNamespace:
     """A config with its family's module, its sizes and its network."""
     from deepseek_jax import run_config
     from deepseek_jax.models import family
-    from deepseek_jax.plan.network import describe
+    from deepseek_jax.run import network_of
 
     config = run_config.load(name)
     module = family(config.family)
     sizes = module.Config.from_config(config.model)
-    return SimpleNamespace(config=config, module=module, sizes=sizes, network=describe(module, sizes))
+    return SimpleNamespace(config=config, module=module, sizes=sizes, network=network_of(config))
 
 
 @pytest.fixture(scope="session")

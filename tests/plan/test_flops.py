@@ -1,13 +1,19 @@
 """Operations per token: the published figures, the formula written out once more, and one case by hand."""
 
+from dataclasses import replace
+
 import jax
 import pytest
+from jax.interpreters import partial_eval
 
 from deepseek_jax import run, run_config
+from deepseek_jax.layers.base import SINGLE_DEVICE, bind, split
+from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.models import family
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan.flops import forward, keys_seen, next_token, pair_flops, reading_flops, training
-from deepseek_jax.plan.network import Reading, describe
+from deepseek_jax.plan.network import INDEXER, Reading, abstract_model, describe
+from deepseek_jax.tree import dotted
 
 
 def network(name: str, **model):
@@ -119,3 +125,36 @@ def test_an_indexer_bounds_the_keys_that_are_seen(causal):
     assert pair_flops(network("tiny_v32"), 64, causal=causal) == pair_flops(
         network("tiny_v3"), 64, causal=causal
     ) + 256 * (32 if causal else 64)
+
+
+@pytest.mark.parametrize("rests", [True, False])
+def test_an_indexer_that_no_step_reads_costs_nothing(subject, rests):
+    """The weights that the traced layers do not read, losses included, are those that count for nothing."""
+    it = subject("tiny_v4_dense")
+    assert it.network.index_rests
+    network = it.network if rests else describe(it.module, it.sizes)
+    definition, params, biases = split(abstract_model(it.module, it.sizes, replace(SINGLE_DEVICE, index_rests=rests)))
+
+    def layers(params, biases, ids_BT):
+        model, tokens = bind(definition, params, biases), Tokens.of(ids_BT)
+        return model.run_blocks(model.begin(model.embed(tokens)), tokens)
+
+    traced = jax.make_jaxpr(layers)(params, biases, jax.ShapeDtypeStruct((1, 32), "int32")).jaxpr
+    _, is_read = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
+    names = [dotted(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    unread = {name for name, read in zip(names, is_read, strict=False) if not read and ".blocks." in name}
+    assert unread == {w.name for w in network.weights if w.is_idle}
+    assert bool(unread) == rests and all(INDEXER in name for name in unread)
+    if rests:  # as the training log counts
+        logged = run.trainer(it.config, make_mesh(devices=jax.devices()[:1])).flops_per_token(256)
+        assert logged == training(network, 256) < training(describe(it.module, it.sizes), 256)
+
+
+@pytest.mark.parametrize(("name", "rests"), [("v4_dense", True), ("v4_warmup", False)])
+def test_stages_of_v4_count_an_indexer_from_its_warm_up_on(name, rests):
+    """By hand: 2 per number of its matrices, 2 J Q per entry of 4 tokens, causally half of these; three times."""
+    config = run_config.load(name)
+    found, seq_len, n_layers = run.network_of(config), config.data.seq_len, 21
+    index = sum(2 * w.size for w in network(name).weights if INDEXER in w.name and w.is_matrix)
+    index += n_layers * 2 * 64 * 128 * seq_len / 8
+    assert training(network(name), seq_len) - training(found, seq_len) == 3 * index * rests
