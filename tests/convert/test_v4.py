@@ -77,8 +77,11 @@ def shapes() -> dict:
     return jax.tree.map(made, tree, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def entries() -> dict[str, np.ndarray]:
-    """A release of random bytes: any codes, and scales that no quantiser would choose."""
+def entries(*, in_fp4: bool = True) -> dict[str, np.ndarray]:
+    """A release of random bytes: any codes, and scales that no quantiser would choose.
+
+    Base models have no FP4, and their scales are powers of two as well but in float32.
+    """
     rng, found = np.random.default_rng(0), {}
 
     def scales(*shape: int) -> np.ndarray:
@@ -86,13 +89,14 @@ def entries() -> dict[str, np.ndarray]:
 
     for tensor in names.tensors(shapes()):
         name, (*_, rows, columns) = tensor.name, (1, *tensor.shape)
-        if names.IN_FP4.search(name):
+        if in_fp4 and names.IN_FP4.search(name):
             found[name] = rng.integers(-128, 128, (rows, columns // 2), np.int8)
             found[names.scale_name(name)] = scales(rows, columns // 32)
         elif names.QUANTIZED.search(name):
             codes = rng.integers(0, 0x7F, tensor.shape, np.uint8) | rng.choice(np.uint8([0, 128]), tensor.shape)
             found[name] = codes.view(ml_dtypes.float8_e4m3fn)
-            found[names.scale_name(name)] = scales(-(-rows // 128), -(-columns // 128))
+            of_blocks = scales(-(-rows // 128), -(-columns // 128))
+            found[names.scale_name(name)] = of_blocks if in_fp4 else of_blocks.astype(np.float32)
         elif names.INTEGERS.search(name):
             found[name] = rng.integers(0, X, tensor.shape)
         else:
@@ -101,9 +105,9 @@ def entries() -> dict[str, np.ndarray]:
     return found
 
 
-def publish(directory, tensors: dict, **config) -> None:
+def publish(directory, tensors: dict, *, in_fp4: bool = True, **config) -> None:
     directory.mkdir()
-    found = hf_config.to_hf("v4", NUMBERS, quantized="ue8m0", in_fp4=True) | config
+    found = hf_config.to_hf("v4", NUMBERS, quantized="ue8m0", experts="fp4" if in_fp4 else "fp8") | config
     (directory / "config.json").write_text(json.dumps(found))
     made = [safetensors.Entry(name, a.shape, a.dtype, lambda a=a: a) for name, a in tensors.items()]
     safetensors.write_directory(directory, made)
@@ -158,10 +162,14 @@ def test_the_names_of_a_layer_are_the_released_ones():
     assert sum(sizes) == sum(math.prod(leaf.shape) for leaf in paths(shapes()).values())
 
 
-def test_what_a_release_stores_comes_back_bit_for_bit(released, tmp_path):
+@pytest.mark.parametrize("in_fp4", [True, False], ids=["experts in FP4", "Base"])
+def test_what_a_release_stores_comes_back_bit_for_bit(released, tmp_path, in_fp4):
+    if not in_fp4:
+        released = tmp_path / "base"
+        publish(released, entries(in_fp4=False), in_fp4=False)
     weights = held(released)
     kinds = {type(leaf) for leaf in paths(weights).values()}
-    assert kinds == {np.ndarray, Fp8Weight, Fp4Weight}
+    assert kinds == ({np.ndarray, Fp8Weight, Fp4Weight} if in_fp4 else {np.ndarray, Fp8Weight})
     hf.write(tmp_path / "again", "v4", NUMBERS, weights, hf.from_tree(weights), "keep")
     first, again = (safetensors.open_directory(at) for at in (released, tmp_path / "again"))
     assert set(first.names()) == set(again.names())
@@ -169,7 +177,7 @@ def test_what_a_release_stores_comes_back_bit_for_bit(released, tmp_path):
         assert first.info(name) == again.info(name)
         assert first.read(name).tobytes() == again.read(name).tobytes(), name
     configs = [json.loads((at / "config.json").read_text()) for at in (released, tmp_path / "again")]
-    assert configs[0] == configs[1] and configs[0]["expert_dtype"] == "fp4"
+    assert configs[0] == configs[1] and configs[0]["expert_dtype"] == ("fp4" if in_fp4 else "fp8")
 
 
 def test_scales_that_are_no_powers_of_two_are_not_kept(released, tmp_path):

@@ -167,9 +167,10 @@ def test_logits_and_gradients(name):
     assert max(worst.values()) <= 1e-4, {name: value for name, value in worst.items() if value > 1e-4}
 
 
-def test_a_prompt_and_forty_decoded_tokens():
-    definition, shapes = ours("flash")
-    them = theirs("flash")
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_prompt_and_forty_decoded_tokens(name):
+    definition, shapes = ours(name)
+    them = theirs(name)
     weights = tree_of(them.weights, shapes)
     ids_BT = np.int32(them.ids.numpy())
 
@@ -189,5 +190,5 @@ def test_a_prompt_and_forty_decoded_tokens():
     read, decoded = jax.device_get(prompt(weights, ids_BT))
     assert decoded.shape[1] == 40
     apart = [np.abs(read - them.logits[:, :PROMPT]).max(), np.abs(decoded - them.logits[:, PROMPT:]).max()]
-    print(f"prompt {apart[0]:.1e}, decoded {apart[1]:.1e}")
+    print(f"{name}: prompt {apart[0]:.1e}, decoded {apart[1]:.1e}")
     assert max(apart) <= 5e-5

@@ -1,6 +1,7 @@
 """Counts from shapes: the published ones to the printed digit, and what holds for any network."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +10,7 @@ from deepseek_jax.launch._plan import subject_of
 from deepseek_jax.models import family
 from deepseek_jax.plan.counts import count
 from deepseek_jax.plan.network import cache_bytes_per_token, describe
+from deepseek_jax.plan.report.published import compared
 
 
 @functools.cache
@@ -71,8 +73,11 @@ def test_multi_token_prediction_of_v4_has_matrices_of_its_own(name, total):
 @pytest.mark.parametrize(("name", "share"), [("v4_flash_284b", "7.3%"), ("v4_pro_1t6", "10.5%")])
 def test_v4s_cache_of_a_million_tokens_beside_v32s(name, share):
     """Entries of 584 bytes, an indexer's keys in FP4, the window and what open blocks need."""
-    ours, theirs = (subject_of(run_config.load(each)).fp8_cache_bytes for each in (name, "v32_671b"))
-    assert f"{ours / theirs:.1%}" == share
+    ours, theirs = (subject_of(run_config.load(each)) for each in (name, "v32_671b"))
+    assert f"{ours.fp8_cache_bytes / theirs.fp8_cache_bytes:.1%}" == share
+    job = SimpleNamespace(layout=SimpleNamespace(seq_len=4096))
+    (row,) = (row for row in compared(ours, job, theirs).rows if row.label == "  in FP8")
+    assert row.note.endswith(f" B against 48,068 B: {share} of it")
 
 
 @pytest.mark.parametrize(

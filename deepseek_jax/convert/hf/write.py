@@ -4,7 +4,7 @@ import functools
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
@@ -80,7 +80,8 @@ def write(
             is bfloat16), or "keep" (unchanged). Router biases are always float32. 8-bit weights come in blocks of
             128 x 128: "fp8" with arbitrary scales (V3), "fp8_ue8m0" with powers of two stored in float32 (V3.1),
             "fp8_e8m0" with powers of two stored in 8 bits; "fp4" is that with routed experts in FP4 (V4). Weights of V4
-            that are held in codes with powers of two as scales keep them under "keep".
+            that are held in codes with powers of two as scales keep them under "keep": stored in 8 bits, or in float32
+            if none is in FP4, as the releases have them.
         n_positions, bos_id, eos_ids, pad_id: see `hf_config.to_hf`.
         generation: content of generation_config.json; by default these tokens.
         files: further files, such as tokenizer.json: name -> its path or its content.
@@ -120,11 +121,17 @@ def _check_dtype(dtype: str, abstract: dict) -> None:
 def _formats(dtype: str, abstract: dict) -> dict[str, Any]:
     """Returns what config.json says of the formats of the weights: arguments of `hf_config.to_hf`."""
     held = _held(dtype, abstract)
+    is_quantized = names.spelling(abstract) is names.V4 and (dtype in SCALES or bool(held))
+    in_fp4 = dtype == "fp4" or _has_fp4(held)
     return {
         "dtype": TORCH_DTYPES[FORMATS[dtype] or safetensors.DTYPE_NAMES[np.dtype(paths(abstract)[TABLE].dtype)]],
         "quantized": SCALES[dtype][0] if dtype in SCALES else "ue8m0" if held else None,
-        "in_fp4": dtype == "fp4" or any(isinstance(leaf, Fp4Weight) for leaf in held),
+        "experts": "fp4" if in_fp4 else "fp8" if is_quantized else None,
     }
+
+
+def _has_fp4(weights: Iterable[Any]) -> bool:
+    return any(isinstance(leaf, Fp4Weight) for leaf in weights)
 
 
 def _held(dtype: str, abstract: dict) -> list[Fp8Weight]:
@@ -208,7 +215,8 @@ def _entries(abstract: dict, dtypes: dict, get: Get, dtype: str, report: Callabl
     for tensor in names.tensors(abstract):
         kind = FORMATS[dtype]
         if dtype == "keep" and isinstance(leaves[tensor.places[0][0]], Fp8Weight):
-            yield from _as_held(tensor, leaves[tensor.places[0][0]], get, report)
+            kind = "F8_E8M0" if _has_fp4(leaves.values()) else "F32"
+            yield from _as_held(tensor, leaves[tensor.places[0][0]], kind, get, report)
             continue
         if names.INTEGERS.search(tensor.name):
             kind = "I64"
@@ -270,10 +278,12 @@ def _in_fp4(tensor: names.Tensor, published: Callable) -> Iterator[safetensors.E
     yield safetensors.Entry(names.scale_name(tensor.name), (rows, columns // fp4.BLOCK), "F8_E8M0", scales)
 
 
-def _as_held(tensor: names.Tensor, leaf: Fp8Weight, get: Get, report: Callable | None) -> Iterator[safetensors.Entry]:
-    """Yields the codes and scales with which a matrix of V4 is held, like others of `leaf`.
+def _as_held(
+    tensor: names.Tensor, leaf: Fp8Weight, scale_kind: str, get: Get, report: Callable | None
+) -> Iterator[safetensors.Entry]:
+    """Yields the codes and scales with which a matrix of V4 is held, like others of `leaf`; scales of this type.
 
-    Raises UserError, when the codes are asked for, if E8M0 does not hold the scales exactly.
+    Raises UserError, when the codes are asked for, if E8M0 would not hold the scales exactly.
     """
     made: dict[str, np.ndarray] = {}
     is_fp4, e8m0 = isinstance(leaf, Fp4Weight), safetensors.DTYPES["F8_E8M0"]
@@ -285,17 +295,17 @@ def _as_held(tensor: names.Tensor, leaf: Fp8Weight, get: Get, report: Callable |
         if not is_fp4 and not np.array_equal(scales.astype(np.float32), weight.scale):
             raise UserError(
                 f"dtype='keep': {tensor.name} is held in FP8 with scales that are no powers of two, and V4's files "
-                "hold only these (E8M0). Give 'fp8' or 'bf16'."
+                "hold only these. Give 'fp8' or 'bf16'."
             )
         if report:
             report(weight.nbytes)
         return weight.codes.view(np.int8) if is_fp4 else weight.codes
 
     def scales() -> np.ndarray:
-        return made.pop("scales")
+        return made.pop("scales").astype(safetensors.DTYPES[scale_kind], copy=False)
 
     for name, part, kind, make in (
         (tensor.name, leaf.codes, "I8" if is_fp4 else "F8_E4M3", codes),
-        (names.scale_name(tensor.name), leaf.scale, "F8_E8M0", scales),
+        (names.scale_name(tensor.name), leaf.scale, scale_kind, scales),
     ):
         yield safetensors.Entry(name, part.shape[-2:], kind, make)

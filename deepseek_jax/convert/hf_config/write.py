@@ -15,7 +15,7 @@ def to_hf(
     *,
     dtype: str = "bfloat16",
     quantized: str | None = None,
-    in_fp4: bool = False,
+    experts: str | None = None,
     n_positions: int = 4096,
     bos_id: int | None = None,
     eos_ids: Sequence[int] = (),
@@ -27,7 +27,7 @@ def to_hf(
         family, numbers: `config.family` and `config.model`.
         dtype: dtype of the weights, as torch names it.
         quantized: "fp32" or "ue8m0" for weights in FP8 with scales of that kind; None for other weights.
-        in_fp4: whether routed experts are in FP4.
+        experts: "fp4" or "fp8", the format of routed experts where releases name it (V4's); None where they do not.
         n_positions: longest sequence that the model is meant for.
         bos_id, eos_ids, pad_id: tokens of begin, end and padding; the last is written only if there is one.
     """
@@ -39,8 +39,8 @@ def to_hf(
     hf |= {"rope_theta": numbers["rope_base"], "rope_scaling": write_rope(numbers)} | kind.write_extra(numbers)
     if quantized:
         hf["quantization_config"] = FP8 | ({"scale_fmt": "ue8m0"} if quantized == "ue8m0" else {})
-    if in_fp4:
-        hf["expert_dtype"] = "fp4"
+    if experts:
+        hf["expert_dtype"] = experts
     hf |= {"max_position_embeddings": n_positions, "bos_token_id": bos_id}
     hf |= {"eos_token_id": one_or_list(eos_ids)} | ({} if pad_id is None else {"pad_token_id": pad_id})
     return hf | {"tie_word_embeddings": False, "torch_dtype": dtype, "use_cache": True}

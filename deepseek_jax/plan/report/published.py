@@ -79,6 +79,7 @@ def compared(model: PlannedModel, job: Job, other: PlannedModel) -> Section:
         _change("parameters", "parameters", [m.counts.total for m in pair], "{:,.0f} against {:,.0f}"),
         _change("active_parameters", "active per token", active, "{:,.0f} against {:,.0f}, without the embedding"),
         _change("kv_cache", "key-value cache per token", cache, "{:,} B against {:,} B, both in bfloat16"),
+        *_coded(pair),
         _change("training_operations", "training operations per token", work, "{:.3e} against {:.3e}, causal"),
     ]
     runs = [m.run for m in pair if m.run]
@@ -91,6 +92,15 @@ def compared(model: PlannedModel, job: Job, other: PlannedModel) -> Section:
         note = "{:.1f} % against {:.1f} %: hours per operation, which is why hours fell by less than operations"
         rows.append(_change("implied_mfu", "MFU implied by those hours", used, note, COMPUTED))
     return figures.column("compared", f"against {other.name}", rows)
+
+
+def _coded(pair: Sequence[PlannedModel]) -> list[Cells]:
+    """Returns the change of caches in FP8, if both models have one."""
+    sizes = [m.fp8_cache_bytes for m in pair if m.fp8_cache_bytes]
+    if len(sizes) < len(pair):
+        return []
+    note = f"{{:,}} B against {{:,}} B: {sizes[0] / sizes[1]:.1%} of it"
+    return [_change("fp8_cache", "  in FP8", sizes, note)]
 
 
 def _change(key: str, label: str, pair: Sequence[float], note: str, mark: str = DERIVED) -> Cells:
