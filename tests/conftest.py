@@ -1,8 +1,11 @@
 """Before jax is imported: the CPU as eight devices, and a cache of compiled programs that makes reruns fast."""
 
+import contextlib
+import ctypes
 import gc
 import os
 import signal
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,6 +43,16 @@ _cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_home / "deepseek_jax" / "test_programs"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # programs without the lines of Python they come from
+
+# Compilers ask for memory again and again. glibc keeps up to 256 MB, instead of giving back at once what is free; what
+# a test starts does as it does for users, whose memory is measured.
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # of mallopt
+if sys.platform == "linux":
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        for _parameter, _mb in ((TRIM_THRESHOLD, 256), (TOP_PAD, 16), (MMAP_THRESHOLD, 32)):
+            ctypes.CDLL("libc.so.6").mallopt(_parameter, _mb << 20)
 
 # Tracing makes many small objects that live on: Python's usual 700 between two collections cost a seventh of the suite.
 gc.set_threshold(50_000, 20, 50)
