@@ -133,6 +133,18 @@ def test_programs_that_do_not_compile_are_reported_in_one_line(capsys):
     assert second == "some programs do not compile: no memory. Requests run in the largest ones."
 
 
+@pytest.mark.parametrize("finds", [True, False])
+def test_a_model_whose_prompts_are_never_found_says_so(monkeypatch, capsys, finds):
+    """V4: what a window holds of others is in no page."""
+    made = SimpleNamespace(engine=lambda *_, **__: SimpleNamespace(finds_prompts=finds))
+    monkeypatch.setattr("deepseek_jax.language_model.load", lambda *_, **__: made)
+    monkeypatch.setattr("deepseek_jax.compat.start_compilation_cache", lambda _: None)
+    options = {"redundant_experts": 0, "loads": "", "weights": "wide", "data": 1, "expert": 1, "cache": "full"}
+    options |= {"rows": 1, "pages": 0, "chunk": 16, "drafts": 0, "disk": ""}
+    _serving.open_engine(SimpleNamespace(**options), "anywhere")
+    assert ("prompts are never found in the cache" in capsys.readouterr().err) == (not finds)
+
+
 def test_errors_are_said_before_the_weights_are_read(capsys):
     assert cli.main(["serve"]) == 2
     assert "expected --from=DIR for published weights" in capsys.readouterr().err

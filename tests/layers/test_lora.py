@@ -84,20 +84,27 @@ def test_merged_is_adapted(model):
     np.testing.assert_allclose(ours[0][:, -1], ours[1].reshape(2, -1), atol=1e-4 * np.abs(base[0]).max())
 
 
-@pytest.mark.slow
-def test_merged_is_adapted_where_a_stack_repeats_a_group_of_layers(filled):
-    """V4: two layers, one repeat after the other, each with adapters of its own."""
+def small_v4():
+    """Two layers, one repeat after the other."""
     sizes = tiny_v4.get_config().model
     sizes.update(vocab_size=64, d_model=16, n_layers=4, compress_ratios=(0, 4) * 2, n_hash_layers=0, mtp_depth=0)
     sizes.update(n_heads=2, head_width=8, rope_width=4, q_rank=8, out_rank=4, window=4, n_experts=4, expert_width=8)
     sizes.update(index_heads=2, index_width=4, index_top_k=2, top_k=2, sinkhorn_steps=2, n_streams=2)
-    build, adapters = maker("v4", sizes)
+    return sizes
+
+
+@pytest.mark.slow
+def test_merged_is_adapted_where_a_stack_repeats_a_group_of_layers(filled):
+    """V4, whose layers each have adapters of their own; those that have learnt nothing change no bit."""
+    build, adapters = maker("v4", small_v4())
     plain = split(nnx.eval_shape(build))[0]
     adapted, params, biases = filled(lambda: lora.attach(build(ADAPTED), adapters, rngs=nnx.Rngs(0)), std=0.3)
     said = jax.jit(lambda definition, params: bind(definition, params, biases)(jnp.arange(12)[None]), static_argnums=0)
     ours, merged = said(adapted, params), said(plain, lora.merged(params, adapters))
     np.testing.assert_allclose(ours, merged, atol=1e-5 * np.abs(merged).max())
-    assert np.abs(ours - said(plain, without(params))).max() > 0.1 * np.abs(merged).max()
+    base = said(plain, without(params))
+    assert np.abs(ours - base).max() > 0.1 * np.abs(merged).max()
+    np.testing.assert_array_equal(said(adapted, zeroed(params)), base)
 
 
 def test_a_matrix_by_hand(model):
@@ -128,17 +135,22 @@ ADAM = dict(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, moments_dtype="fl
 OBJECTIVE = dict(chunk=64, mask_documents=True, mtp_weight=0.0, mtp_weight_final=0.0, mtp_weight_switch=0)
 
 
-def trained(n_data, rules, step):
-    """(the trainer, its weights before and after two steps, its last state) of a dense model on a mesh."""
+def small_v1():
     from deepseek_jax.configs import tiny_v1
 
     sizes = tiny_v1.get_config().model
     sizes.update(vocab_size=64, d_model=32, n_layers=2, dense_width=48, n_heads=4, n_kv_heads=2, head_width=8)
-    build, adapters = maker("v1", sizes)
-    mesh = make_mesh(n_data, 1, jax.devices()[:n_data])
+    return sizes
+
+
+def trained(n_data, rules, step, model=("v1", small_v1), n_expert=1):
+    """(the trainer, its weights before and after two steps, its last state) of a model on a mesh."""
+    build, adapters = maker(model[0], model[1]())
+    mesh = make_mesh(n_data, n_expert, jax.devices()[: n_data * n_expert])
+    silent = {"expert_balance": 0.0, "index_kl": 0.0, "index_recall": 0.0} if model[0] == "v4" else {}
     trainer = Trainer(
         lambda run, rngs: lora.attach(build(replace(run, adapt=lora.add), rngs), adapters, rngs=rngs),
-        *(mesh, rules, PreTraining(**OBJECTIVE, auxiliary={}), adamw(**ADAM), step),
+        *(mesh, rules, PreTraining(**OBJECTIVE, auxiliary=silent), adamw(**ADAM), step),
         trainable=lora.is_adapter,
     )
     state = trainer.init(0)
@@ -156,14 +168,18 @@ def one_device():
     return trained(1, {}, STEP)
 
 
-@pytest.mark.slow
-def test_adapters_alone_are_trained_and_have_moments(one_device):
-    trainer, before, state = one_device
+def check_trained_alone(before, state):
     for path, array in flatten_dict(state["params"]).items():
         moved = not np.array_equal(array, flatten_dict(before)[path])
         assert moved == lora.is_adapter(path), path
     moments = flatten_dict(state["optimizer"]["mu"])
     assert {*moments} == {path for path in flatten_dict(before) if lora.is_adapter(path)}
+
+
+@pytest.mark.slow
+def test_adapters_alone_are_trained_and_have_moments(one_device):
+    trainer, before, state = one_device
+    check_trained_alone(before, state)
     first = trainer.first_weights(0, lora.is_adapter)
     jax.tree.map(np.testing.assert_array_equal, first, divide(before, lora.is_adapter)[0])
 
@@ -173,5 +189,17 @@ def test_every_mesh_trains_the_same_adapters(one_device):
     """FSDP over four devices, in two micro-batches."""
     _, before, ours = one_device
     _, same, theirs = trained(4, {"embed": "data"}, replace(STEP, micro_batches=2))
+    jax.tree.map(np.testing.assert_array_equal, before, same)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours["params"], theirs["params"])
+
+
+@pytest.mark.slow
+@pytest.mark.matrix  # compiles two whole steps
+@pytest.mark.usefixtures("any_load")
+def test_adapters_of_v4_are_trained_alone_and_alike_where_experts_are_divided():
+    (_, before, ours), (_, same, theirs) = (
+        trained(1, rules, STEP, ("v4", small_v4), n) for rules, n in (({}, 1), ({"experts": "expert"}, 2))
+    )
+    check_trained_alone(before, ours)
     jax.tree.map(np.testing.assert_array_equal, before, same)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours["params"], theirs["params"])
