@@ -77,8 +77,10 @@ TILED = (4096, 2112, 7168), (7168, 2048, 4096)  # with each of the tiles, by ope
 GRADIENT = (4096, 7168, 4096)
 QUANTISED = [(BF16, "fp32"), (BF16, "ue8m0"), (F32, "fp32")]
 SWIGLUS = [(BF16, "fp32", False), (BF16, "ue8m0", True), (F32, "fp32", True)]  # the last: a factor per row
-# Tokens, heads of queries and of keys, their width, that of values; V3's, V1's 67B model, a tiny one.
-ATTENDED = [(4096, 128, 128, 192, 128), (4096, 64, 8, 128, 128), (1000, 2, 1, 64, 64)]
+# Tokens, heads of queries and of keys, their width, that of values, with documents or not: V3's, V1's 67B model, a tiny
+# one.  With documents a kernel has all that it has without.
+V3_ATTENDED = (4096, 128, 128, 192, 128)
+ATTENDED = [(*V3_ATTENDED, False), (*V3_ATTENDED, True), (4096, 64, 8, 128, 128, False), (1000, 2, 1, 64, 64, True)]
 # Sequences, tokens of each, heads, width of latents, parts, CTAs of a cluster: V3, V2-Lite, speculation, small.
 DECODED = [(128, 1, 128, 512, 1, 2), (64, 1, 16, 512, 2, 1), (4, 2, 128, 512, 16, 2), (2, 4, 16, 256, 1, 1)]
 # Groups, rows, N, K, matrices: V2-Lite's experts at batch 1, an output projection in parts, prompts of experts.
@@ -166,7 +168,8 @@ def grouped() -> dict:
             "fp8 to float32": (functools.partial(rows.grouped_fp8_matmul, out_dtype=F32), fp8),
             "fp8 gradient": (weights.grouped_fp8_weight_gradient, by_rows),
         }
-        for name, choice in grouped_tiles.VARIANTS[grouped_tiles.FP8].items():
+        variants = grouped_tiles.VARIANTS[grouped_tiles.FP8] if a == GROUPED[0][1] else {}
+        for name, choice in variants.items():
             found[f"fp8 {name}"] = functools.partial(rows.grouped_fp8_matmul, run=pipeline.Run(tiles=choice)), fp8
         for name, (call, operands) in found.items():
             calls[f"grouped {name} {x}x{a}x{d}x{f}"] = of_arrays(call), (*operands, ((x,), jnp.int32))
@@ -185,18 +188,16 @@ def attend(call, q, k, v, *rest):
 def attention() -> dict:
     """Attention, forward and backward, without and with documents."""
     calls = {}
-    for t, h, z, width, v_width in ATTENDED:
-        ids = (((1, t), jnp.int32),) * 2
+    for t, h, z, width, v_width, documents in ATTENDED:
+        more = (((1, t), jnp.int32),) * 2 if documents else ()
         inputs = (((1, t, h, width), BF16), ((1, t, z, width), BF16), ((1, t, z, v_width), BF16))
         numbers = ((1, h, t), F32)
         later = (numbers, ((1, t, h, v_width), BF16), numbers)
-        size = f"{t}x{h}x{z}x{width}x{v_width}"
-        for documents, more in (("", ()), (" documents", ids)):
-            name = f"{size}{documents}"
-            calls[f"attention {name}"] = functools.partial(attend, gpu_forward.forward), (*inputs, *more)
-            for of_keys in (False, True):
-                call = functools.partial(attend, functools.partial(gpu_backward.backward, of_keys=of_keys))
-                calls[f"attention of {'keys' if of_keys else 'queries'} {name}"] = call, (*inputs, *later, *more)
+        name = f"{t}x{h}x{z}x{width}x{v_width}{' documents' if documents else ''}"
+        calls[f"attention {name}"] = functools.partial(attend, gpu_forward.forward), (*inputs, *more)
+        for of_keys in (False, True):
+            call = functools.partial(attend, functools.partial(gpu_backward.backward, of_keys=of_keys))
+            calls[f"attention of {'keys' if of_keys else 'queries'} {name}"] = call, (*inputs, *later, *more)
     return calls
 
 
@@ -212,7 +213,7 @@ def decode() -> dict:
         rows, pages = -(-t * h // 64) * 64, 8 * b
         arrays = *[((b, rows, w), BF16) for w in (width, 64)], ((b, 8), jnp.int32), ((n_splits * b, 5), jnp.int32)
         caches = {"": [((pages, 64, w), BF16) for w in (width, 64)]}
-        if width == 512:
+        if width == 512 and cluster == 2:  # FP8 has a tuning of its own
             caches[" fp8"] = [((pages, 64, 656), jnp.uint8)]
         for name, cache in caches.items():
             tuning = gpu_plan.IN_FP8 if name else gpu_plan.Tuning(cluster=cluster)
@@ -293,13 +294,14 @@ def sparse() -> dict:
     for b, t, h, s in INDEXED:
         arrays = ((b, t, h, 128), E4M3), ((b, s, 128), E4M3), ((b, s), F32), ((b, t, h), F32)
         ids = ((b, t), jnp.int32), ((b, s), jnp.int32)
-        for documents, more in (("", ()), (" documents", ids)):
-            calls[f"indexer {b}x{t}x{h}x{s}{documents}"] = score, (*arrays, *more)
+        calls[f"indexer {b}x{t}x{h}x{s}"] = score, arrays
+        if t > 1:
+            calls[f"indexer {b}x{t}x{h}x{s} documents"] = score, (*arrays, *ids)
     for b, t, h, width, n, n_splits in CHOSEN:
         queries, cache = [((b, t, h, w), BF16) for w in (width, 64)], [((b * 8192, w), BF16) for w in (width, 64)]
         arrays = *queries, *cache, ((b, t, n), jnp.int32), ((b, t), jnp.int32)
         calls[f"sparse_mla {b}x{t}x{h}x{width} {n_splits}"] = functools.partial(attend, n_splits), arrays
-    t, h, _, width, v_width = ATTENDED[0]
+    t, h, _, width, v_width = V3_ATTENDED
     numbers, words = ((1, h, t), F32), ((1, t // 32, t), jnp.int32)
     inputs = *[((1, t, h, w), BF16) for w in (width, width, v_width)], words
     later = numbers, ((1, t, h, v_width), BF16), numbers

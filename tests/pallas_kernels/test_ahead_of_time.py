@@ -53,7 +53,7 @@ def compiled():
 
 def test_every_kernel_uses_the_instructions_that_it_is_built_on(compiled):
     """Tensor cores, not serialised; for 16-bit values that are transposed on the way, loads that transpose."""
-    assert len(compiled) == 100
+    assert len(compiled) == 89
     for kernel in compiled:
         name = kernel["call"]
         if name.startswith(("fp8_matmul", "grouped fp8", "indexer 1x4096")):
