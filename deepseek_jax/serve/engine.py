@@ -5,11 +5,11 @@
 
 A step of the scheduler becomes one program for the rows that compute one token each, and one for each longer part of a
 prompt; small programs draw from what they give (`programs`). Sizes are padded to powers of two, so that few programs
-are compiled; `compile` does it beforehand. The token that a row drew last stays on the device (`last_R`), where the
-next step reads it, so the host looks at tokens one step late and the device does not wait. With `n_steps` K, a step in
-which no prompt is computed and nobody waits draws K tokens per row before the host looks; stop ids are recognised on
-the device. What a row draws depends on its logits, its key and the position alone: not on its neighbours, on the
-division of its prompt, on K, or on whether it was preempted.
+are compiled; `compile` does it beforehand. What devices hold of requests is in `calls`; there too stays the token that
+a row drew last, where the next step reads it, so the host looks at tokens one step late and the device does not wait.
+With `n_steps` K, a step in which no prompt is computed and nobody waits draws K tokens per row before the host looks;
+stop ids are recognised on the device. What a row draws depends on its logits, its key and the position alone: not on
+its neighbours, on the division of its prompt, on K, or on whether it was preempted.
 
 On several devices (`replicas`) each request belongs to one of them, the one with the fewest when it comes. Each device
 has a scheduler and pages of its own; all run the same programs at the same time, since their tokens share the experts.
@@ -20,10 +20,9 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -33,25 +32,16 @@ from deepseek_jax.layers.base import bind
 from deepseek_jax.parallel.replicas import Replicas
 from deepseek_jax.serve import batches
 from deepseek_jax.serve.batches import LEAST_PAGES, LEAST_TOKENS, Plans, bucket, buckets
+from deepseek_jax.serve.calls import Calls, CallSizes
 from deepseek_jax.serve.disk import DiskPages
 from deepseek_jax.serve.memory import Sizes, page_size_for, shapes_of
 from deepseek_jax.serve.outputs import Drawn, Logprob, Output, Recited, all_drawn, all_recited, logprobs_at
 from deepseek_jax.serve.pages import PagePool, root
-from deepseek_jax.serve.programs import Call, Current, Weights, checked_like, programs_for
+from deepseek_jax.serve.programs import Weights, checked_like, programs_for
 from deepseek_jax.serve.ranks import Rank, Row
-from deepseek_jax.serve.sampling import MOST_TOP, Kind, Sampling
+from deepseek_jax.serve.sampling import Sampling
 from deepseek_jax.serve.scheduler import Part, Request, Scheduler
 from deepseek_jax.serve.speculation import ENDED, PER_STEP
-
-ALL = 0xFFFFFFFF  # a word of `allowed_RW` that allows its 32 tokens
-
-
-class _Sizes(NamedTuple):
-    """The sizes that programs are compiled for, each ascending."""
-
-    lengths: list[int]  # tokens of a part of a prompt
-    widths: list[int]  # pages of a row
-    rows: list[int]
 
 
 class Engine:
@@ -104,7 +94,7 @@ class Engine:
             raise UserError(f"least_pages={least_pages}: expected a power of two. Choose {bucket(least_pages, 1)}.")
         # drafts and log-probabilities of prompts are made one by one; devices may differ in who needs them
         self._n_prompts = 1 if n_drafts or replicas else min(n_prompts, n_rows)
-        self.weights, self.n_positions, self.n_rows, self.chunk = weights, n_positions, n_rows, chunk
+        self.n_positions, self.n_rows, self.chunk = n_positions, n_rows, chunk
         self.n_ahead, self.n_steps, self.n_drafts = n_ahead, n_steps, n_drafts
         self.least_pages, self._ends_early = least_pages, ends_early
         self.n_drafted = self.n_accepted = 0  # drafts that were verified, and those that were right
@@ -118,19 +108,16 @@ class Engine:
         sizes = Sizes(n_pages, page_size, n_rows, n_drafts > 0)
         how = matmul_precision, replicas, compiler_options, ends_early
         self.programs = programs_for(definition, weights, sizes, *how)
-        self.vocab_size, d_model = model.embedding.table_VD.shape
-        self._hidden_shape = model.ahead_shape if n_drafts else (d_model,)  # of a token
-        self._dtype, self._has_routes = model.run.compute, model.run.routes
+        self.vocab_size, self._has_routes = model.embedding.table_VD.shape[0], model.run.routes
         _check_drafts(n_drafts, model)
-        self._memory = self.programs.empty(model)
-        # of each device; the last places are those of padding
-        self._last_R = self._by_row(np.zeros(n_ranks * (n_rows + 1), np.int32))
-        self._draft_R = self._by_row(np.zeros(n_ranks * (n_rows + 1), np.int32))  # of the token after the last one
-        n_words = -(-self.vocab_size // 32)
-        self._allowed_RW = self._by_row(np.full((n_ranks * (n_rows + 1), n_words), ALL, np.uint32))
-        # On one device arrays have no given place; for one with a place a second program would be compiled.
-        place = self._allowed_RW.sharding if replicas else None
-        self._put_words = jax.jit(_with_row, donate_argnums=0, out_shardings=place)
+        self.calls = Calls(
+            *(model, weights, self.programs.empty(model)),
+            page_size=page_size,
+            n_rows=n_rows,
+            n_drafts=n_drafts,
+            n_steps=n_steps,
+            replicas=replicas,
+        )
         self._flight: deque[list[Drawn | Recited]] = deque()
         self._disk: DiskPages | None = None
         self._pads_to_largest = False  # whether all programs are those of the largest sizes
@@ -155,7 +142,7 @@ class Engine:
         )
         self.ranks[rank].scheduler.add(request)
         if self._disk and request.reads_cache:
-            self._memory = self._disk.load(self.ranks[rank].pages, self._memory, request.root, request.tokens)
+            self.calls.memory = self._disk.load(self.ranks[rank].pages, self.calls.memory, request.root, request.tokens)
         return request
 
     def keep_on_disk(self, folder: Path, most_bytes: int) -> DiskPages:
@@ -177,6 +164,11 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """Ends a request without further output."""
         self._scheduler(request).end(request)
+
+    @property
+    def weights(self) -> Weights:
+        """The model's parameters and router biases."""
+        return self.calls.weights
 
     @property
     def finds_prompts(self) -> bool:
@@ -209,7 +201,7 @@ class Engine:
 
     def replace_weights(self, weights: Weights) -> None:
         """Changes the weights, for others of the same form; later prompts find nothing of the old ones in the cache."""
-        self.weights = checked_like(weights, self.weights)
+        self.calls.weights = checked_like(weights, self.weights)
         for rank in self.ranks:
             rank.pages.forget(request.table for request in rank.scheduler.running)
         if self._disk:
@@ -223,8 +215,8 @@ class Engine:
         `compile_largest`, and ends early once it is set.
         """
         if stopped is None:
-            self._allow(self.n_rows, np.full(self._allowed_RW.shape[1], ALL, np.uint32))
-        self.programs.compile(self._needed(self._sizes), stopped)
+            self.calls.allow(self.n_rows, None)
+        self.programs.compile(self.calls.needed(self._sizes), stopped)
         if stopped is None or not stopped.is_set():
             self._pads_to_largest = False
         return len(self.programs)
@@ -234,49 +226,16 @@ class Engine:
 
         Returns their number.
         """
-        self._allow(self.n_rows, np.full(self._allowed_RW.shape[1], ALL, np.uint32))
-        self.programs.compile(self._needed(_Sizes(*(sizes[-1:] for sizes in self._sizes))))
+        self.calls.allow(self.n_rows, None)
+        self.programs.compile(self.calls.needed(self._sizes.largest))
         self._pads_to_largest = True
         return len(self.programs)
 
     @property
-    def _sizes(self) -> "_Sizes":
+    def _sizes(self) -> CallSizes:
         widths = buckets(self.least_pages, -(-self.n_positions // self.page_size))
-        return _Sizes(buckets(LEAST_TOKENS, min(self.chunk, self.n_positions)), widths, buckets(1, self.n_rows))
-
-    def _needed(self, sizes: "_Sizes") -> list[Call]:
-        """The programs of these sizes."""
-        (lengths, widths, _), nobody = sizes, self._nobody
-        prompts = buckets(1, self._n_prompts)
-        needed = [self._begin(nobody, *both) for both in itertools.product(prompts, lengths)]
-        needed += [self._extend(nobody, *three) for three in itertools.product(prompts, lengths, widths)]
-        needed += self._needed_by_rows(sizes)
-        if self._has_routes:
-            needed += [self._routes(nobody, width) for width in widths]
-        if self.n_drafts:
-            needed += [self._foresee(nobody, *both) for both in itertools.product(lengths, widths)]
-        for n_top in (0, MOST_TOP):
-            needed += [self._score(n_rows, n_top) for n_rows in {*prompts, *sizes.rows}]
-            needed += [self._recite(nobody, length, n_top) for length in lengths]
-        return needed
-
-    def _needed_by_rows(self, sizes: "_Sizes") -> list[Call]:
-        """The programs of rows that compute one token each, and those that draw."""
-        needed: list[Call] = []
-        kinds: tuple[Kind, ...] = ("greedy", "random", "shaped")
-        _, widths, rows = sizes
-        if not self.n_drafts:
-            needed += [self._decode(self._nobody, *both) for both in itertools.product(rows, widths)]
-        for n_rows, kind in itertools.product([1] if self.n_drafts else {*buckets(1, self._n_prompts), *rows}, kinds):
-            several = widths if kind == "shaped" else widths[:1]
-            needed += [self._draw(self._nobody, n_rows, kind, width) for width in several]
-        for n_rows, width, kind in itertools.product(rows, widths, kinds):
-            if self.n_drafts:
-                steps = sorted({1, self.n_steps})
-                needed += [self._speculate(self._nobody, n_rows, width, kind, -1, n) for n in steps]
-            elif self.n_steps > 1 and kind != "shaped":
-                needed.append(self._steps(self._nobody, n_rows, width, kind, -1))
-        return needed
+        lengths = buckets(LEAST_TOKENS, min(self.chunk, self.n_positions))
+        return CallSizes(lengths, widths, buckets(1, self.n_rows), buckets(1, self._n_prompts))
 
     def _start(self, plans: Plans) -> list[Drawn | Recited]:
         """Starts the programs of a step; returns where what they give will be."""
@@ -295,7 +254,7 @@ class Engine:
             found += self._start_steps(short)
         elif any(short):
             n_rows, width = self._n_rows(short), self._width(short)
-            logits_BV, self._memory = self.programs.run(self._decode(short, n_rows, width))
+            logits_BV, self.calls.memory = self.programs.run(self.calls.decode(short, n_rows, width))
             found += self._start_drawing(short, logits_BV, width)
         return found
 
@@ -317,16 +276,16 @@ class Engine:
         length = self._length(parts)
         n_rows = batches.rows_of(plans)
         is_later = any(part.start for part in parts)
-        call = self._extend(plans, n_rows, length, width) if is_later else self._begin(plans, n_rows, length)
-        h_BTD, logits_BV, self._memory = self.programs.run(call)
+        call = self.calls.extend(plans, n_rows, length, width) if is_later else self.calls.begin(plans, n_rows, length)
+        h_BTD, logits_BV, self.calls.memory = self.programs.run(call)
         found: list[Drawn | Recited] = []
         if any(batches.recites(part) for part in parts):
-            scores_BT = self.programs.run(self._recite(plans, length, batches.n_top_of(plans), h_BTD))
+            scores_BT = self.programs.run(self.calls.recite(plans, length, batches.n_top_of(plans), h_BTD))
             found += all_recited(plans, scores_BT)
         if any(part.n_draws for part in parts):
             found += self._start_drawing(plans, logits_BV, width)
         if self.n_drafts:
-            self._draft_R, self._memory = self.programs.run(self._foresee(plans, length, width, h_BTD))
+            self.calls.draft_R, self.calls.memory = self.programs.run(self.calls.foresee(plans, length, width, h_BTD))
             for part in parts:
                 part.request.options.has_draft = part.n_draws > 0
         return found
@@ -334,16 +293,16 @@ class Engine:
     def _start_drawing(self, plans: Plans, logits_BV: jax.Array, width: int) -> list[Drawn]:
         """Draws one token per row."""
         n_rows, n_top = len(logits_BV) // len(plans), batches.n_top_of(plans)
-        call = self._draw(plans, n_rows, batches.kind_of(plans), width, logits_BV)
-        id_BT, self._last_R = self.programs.run(call)
-        scores_BT = self.programs.run(self._score(n_rows, n_top, logits_BV, id_BT)) if n_top >= 0 else None
+        call = self.calls.draw(plans, n_rows, batches.kind_of(plans), width, logits_BV)
+        id_BT, self.calls.last_R = self.programs.run(call)
+        scores_BT = self.programs.run(self.calls.score(n_rows, n_top, logits_BV, id_BT)) if n_top >= 0 else None
         return all_drawn(plans, n_rows, id_BT, scores_BT)
 
     def _start_steps(self, plans: Plans) -> list[Drawn]:
         """Several steps of rows that all draw."""
         n_rows, kind, n_top = self._n_rows(plans), batches.kind_of(plans), batches.n_top_of(plans)
-        call = self._steps(plans, n_rows, self._width(plans), kind, n_top)
-        id_BT, scores_BT, self._memory, self._last_R = self.programs.run(call)
+        call = self.calls.steps(plans, n_rows, self._width(plans), kind, n_top)
+        id_BT, scores_BT, self.calls.memory, self.calls.last_R = self.programs.run(call)
         return all_drawn(plans, n_rows, id_BT, scores_BT)
 
     def _start_speculation(self, plans: Plans) -> list[Drawn]:
@@ -352,75 +311,9 @@ class Engine:
         n_steps = self.n_steps if any(part.n_draws > PER_STEP for plan in plans for part in plan) else 1
         # A row's last step computes a draft that it cannot keep, and latent decode by kernels counts its slot.
         width = self._width(plans, self.n_drafts)
-        call = self._speculate(plans, n_rows, width, kind, n_top, n_steps)
-        id_BT, scores_BT, self._memory, self._last_R, self._draft_R = self.programs.run(call)
+        call = self.calls.speculate(plans, n_rows, width, kind, n_top, n_steps)
+        id_BT, scores_BT, self.calls.memory, self.calls.last_R, self.calls.draft_R = self.programs.run(call)
         return all_drawn(plans, n_rows, id_BT, scores_BT)
-
-    def _begin(self, plans: Plans, n_rows: int, length: int) -> Call:
-        _, state, rows, _ = self._extend(plans, n_rows, length, -(-length // self.page_size))
-        del rows["start_B"]
-        return Call("begin", state, rows)
-
-    def _extend(self, plans: Plans, n_rows: int, length: int, width: int) -> Call:
-        rows = batches.prompts(plans, n_rows, length, width)
-        rows |= batches.slots(plans, n_rows, self.n_rows) if self._has_rows else {}
-        return Call("extend", {"weights": self.weights, "memory": self._memory}, rows)
-
-    def _decode(self, plans: Plans, n_rows: int, width: int) -> Call:
-        state = {"weights": self.weights, "memory": self._memory, "last_R": self._last_R}
-        return Call("decode", state, {"current": Current(**batches.singles(plans, n_rows, width, self.n_rows))})
-
-    def _draw(self, plans: Plans, n_rows: int, kind: Kind, width: int, logits_BV: jax.Array | None = None) -> Call:
-        rows = batches.positions(plans, n_rows) | batches.slots(plans, n_rows, self.n_rows)
-        rows |= batches.how(plans, n_rows, kind, self.n_rows)
-        state: dict[str, Any] = {"logits_BV": self._logits(n_rows, logits_BV), "last_R": self._last_R}
-        if kind == "shaped":
-            state |= {"ids_PS": self._memory.ids_PS, "allowed_RW": self._allowed_RW}
-            rows |= batches.tables(plans, n_rows, width)
-        return Call("draw", state, rows)
-
-    def _steps(self, plans: Plans, n_rows: int, width: int, kind: Kind, n_top: int) -> Call:
-        _, state, rows, _ = self._decode(plans, n_rows, width)
-        rows |= batches.limits(plans, n_rows) | batches.how(plans, n_rows, kind, self.n_rows)
-        state |= {"allowed_RW": self._allowed_RW} if kind == "shaped" else {}
-        return Call("steps", state, rows, {"n_steps": self.n_steps, "n_top": self._n_top(n_top)})
-
-    def _speculate(self, plans: Plans, n_rows: int, width: int, kind: Kind, n_top: int, n_steps: int) -> Call:
-        _, state, rows, static = self._steps(plans, n_rows, width, kind, n_top)
-        return Call("speculate", state | {"draft_R": self._draft_R}, rows, {**static, "n_steps": n_steps})
-
-    def _foresee(self, plans: Plans, length: int, width: int, h_BTD: jax.Array | None = None) -> Call:
-        _, state, rows, _ = self._extend(plans, 1, length, width)
-        del rows["ids_BT"]
-        rows |= batches.next_of_prompts(plans, length) | batches.slots(plans, 1, self.n_rows)
-        state |= {"last_R": self._last_R, "draft_R": self._draft_R, "h_BTD": self._hidden(length, h_BTD)}
-        return Call("foresee", state, rows)
-
-    def _score(
-        self, n_rows: int, n_top: int, logits_BV: jax.Array | None = None, id_BT: jax.Array | None = None
-    ) -> Call:
-        abstract = jax.ShapeDtypeStruct((len(self.ranks) * n_rows, 1), jnp.int32)
-        rows = {"id_BT": abstract if id_BT is None else id_BT}
-        return Call("score", {"logits_BV": self._logits(n_rows, logits_BV)}, rows, {"n_top": self._n_top(n_top)})
-
-    def _recite(self, plans: Plans, length: int, n_top: int, h_BTD: jax.Array | None = None) -> Call:
-        rows = batches.next_of_prompts(plans, length)
-        state = {"weights": self.weights, "h_BTD": self._hidden(length, h_BTD)}
-        return Call("recite", state, rows, {"n_top": self._n_top(n_top)})
-
-    def _routes(self, plans: Plans, width: int) -> Call:
-        return Call("routes", {"weights": self.weights, "memory": self._memory}, batches.tables(plans, 1, width))
-
-    def _logits(self, n_rows: int, logits_BV: jax.Array | None) -> Any:
-        shape = len(self.ranks) * n_rows, self.vocab_size
-        return jax.ShapeDtypeStruct(shape, jnp.float32) if logits_BV is None else logits_BV
-
-    def _hidden(self, length: int, h_BTD: jax.Array | None) -> Any:
-        shape = len(self.ranks), length, *self._hidden_shape
-        return jax.ShapeDtypeStruct(shape, self._dtype) if h_BTD is None else h_BTD
-
-    def _n_top(self, n_top: int) -> int:
-        return min(n_top, self.vocab_size)
 
     def _is_long(self, part: Part) -> bool:
         """Whether a part is computed by itself: several tokens, or one that needs more than a token to be drawn."""
@@ -440,14 +333,6 @@ class Engine:
         longest = max(part.n_tokens for part in parts)
         return self._sizes.lengths[-1] if self._pads_to_largest else bucket(longest, LEAST_TOKENS)
 
-    @property
-    def _nobody(self) -> Plans:
-        return [[] for _ in self.ranks]
-
-    def _by_row(self, array: np.ndarray) -> jax.Array:
-        """An array of a place per row, on the devices."""
-        return jax.device_put(array, self.replicas.sharding() if self.replicas else None)
-
     def _scheduler(self, request: Request) -> Scheduler:
         return self.ranks[request.options.rank].scheduler
 
@@ -457,12 +342,7 @@ class Engine:
             allowed_W = row.sampling.constraint.allowed() if row.sampling.constraint else None
             row.is_constrained = allowed_W is not None
             if allowed_W is not None:
-                words_W = np.zeros(self._allowed_RW.shape[1], np.uint32)
-                words_W[: len(allowed_W)] = allowed_W
-                self._allow(row.rank * (self.n_rows + 1) + row.slot, words_W)
-
-    def _allow(self, place: int, words_W: np.ndarray) -> None:
-        self._allowed_RW = self._put_words(self._allowed_RW, words_W, np.int32(place))
+                self.calls.allow(row.rank * (self.n_rows + 1) + row.slot, allowed_W)
 
     def _seen(self, step: list[Drawn | Recited]) -> list[Output]:
         """What a step gave, once it has run."""
@@ -494,7 +374,7 @@ class Engine:
         ending = "stop" if ids[-1] in sampling.stop_ids else "length" if is_full else ""
         routes = self._routes_of(request) if ending and self._has_routes else None
         if ending and self._disk:
-            self._disk.save(self.ranks[request.options.rank].pages, self._memory, request.table)
+            self._disk.save(self.ranks[request.options.rank].pages, self.calls.memory, request.table)
         if ending:
             self._scheduler(request).end(request)
         logprobs: list[Logprob] = []
@@ -506,7 +386,7 @@ class Engine:
         """Of all tokens of a request but the last, which no block has read; steps in flight do not change them."""
         part = Part(request, 0, len(request.tokens) - 1, 0)
         plans = [[part] if rank == request.options.rank else [] for rank in range(len(self.ranks))]
-        routes_BSLK = self.programs.run(self._routes(plans, self._width(plans)))
+        routes_BSLK = self.programs.run(self.calls.routes(plans, self._width(plans)))
         return np.asarray(routes_BSLK)[request.options.rank, : part.n_tokens]
 
     def _count_drafts(self, id_T: np.ndarray, n_planned: int) -> None:
@@ -524,7 +404,3 @@ def _check_drafts(n_drafts: int, model: Any) -> None:
     whole(0, 1).check("n_drafts", n_drafts)
     if n_drafts and not getattr(model, "mtp", None):
         raise UserError("n_drafts=1: the model has no multi-token prediction, which makes drafts. Set n_drafts to 0.")
-
-
-def _with_row(allowed_RW: jax.Array, words_W: jax.Array, place: jax.Array) -> jax.Array:
-    return allowed_RW.at[place].set(words_W)

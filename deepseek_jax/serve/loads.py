@@ -36,8 +36,11 @@ _WHAT_IS_READ = (
 class Running(Protocol):
     """What is needed of an engine."""
 
-    weights: Weights
     programs: Any
+
+    @property
+    def weights(self) -> Weights:
+        """Parameters and router biases."""
 
 
 class Layer(NamedTuple):

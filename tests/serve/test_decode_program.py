@@ -59,8 +59,8 @@ def compiled(request, network):
     unroll, n_rows = request.param
     options = {"page_size": 8, "n_rows": n_rows, "n_pages": N_PAGES, "n_steps": 4}
     engine = Engine(definition_of(network, unroll=unroll), network.weights, 32, **options)
-    call = engine._steps(engine._nobody, n_rows, 4, "random", -1)
-    return engine.programs._program(call), engine._memory.cache
+    call = engine.calls.steps(engine.calls.nobody, n_rows, 4, "random", -1)
+    return engine.programs._program(call), engine.calls.memory.cache
 
 
 def test_the_cache_is_updated_in_place(compiled):

@@ -53,7 +53,7 @@ def run(engine):
 
 
 def test_an_entry_has_the_bytes_of_the_published_format(engine):
-    stack = engine()._memory.cache["moe_blocks"]
+    stack = engine().calls.memory.cache["moe_blocks"]
     assert stack.entry_BSY.dtype == np.uint8 and stack.entry_BSY.shape[1:] == (9, 8, 128 + 4 + 2 * SIZES["rope_width"])
 
 

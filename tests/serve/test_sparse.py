@@ -95,7 +95,7 @@ def test_a_cache_in_fp8_has_the_published_bytes_and_nearly_the_same_log_probabil
     definition = split(run_as(wide.config, run_in_fp8))[0]
     made = Engine(definition, wide.weights, 32, page_size=8, n_rows=2, chunk=16, n_pages=9)
     made._pads_to_largest = True  # few programs
-    stack = made._memory.cache["moe_blocks"]
+    stack = made.calls.memory.cache["moe_blocks"]
     assert stack.k_index_BSY.shape[1:] == (9, 8, 132) and stack.k_index_BSY.dtype == np.uint8
     request = made.submit(PROMPTS[1], Sampling(N_NEW, logprobs=0))
     found = []

@@ -140,7 +140,7 @@ def test_a_step_has_slots_for_the_draft_of_a_rows_last_token(engine, monkeypatch
         widths.append(width)
         raise InterruptedError
 
-    monkeypatch.setattr(made, "_speculate", speculate)
+    monkeypatch.setattr(made.calls, "speculate", speculate)
     for n_draws in (3, 4):  # the last token that is read is the last but one or the last of four pages
         with pytest.raises(InterruptedError):
             made._start_speculation([[Part(request, 12, 1, n_draws)]])
