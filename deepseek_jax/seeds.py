@@ -1,10 +1,13 @@
 """A seed as a key of jax: all 64 bits of it count, whatever integers jax is set to."""
 
 import jax
+import numpy as np
 
 from deepseek_jax.bounds import SEED
 
 WORD_BITS = 32
+ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # Threefry-2x32
+PARITY = 0x1BD11BDA
 
 
 def random_key(seed: int) -> jax.Array:
@@ -14,9 +17,39 @@ def random_key(seed: int) -> jax.Array:
 
     Raises UserError for anything but an integer from 0 to 2^64 - 1.
     """
-    high, low = divmod(SEED.check("seed", int(seed) if _is_integer(seed) else seed), 1 << WORD_BITS)
+    high, low = _words(seed)
     key = jax.random.key(jax.numpy.uint32(low))
     return jax.random.fold_in(key, jax.numpy.uint32(high)) if high else key
+
+
+def key_data(seed: int) -> np.ndarray:
+    """Returns `jax.random.key_data(random_key(seed))`, uint32 [2], without a device.
+
+    On a device it would wait for the programs that are running there.
+
+    Raises UserError as `random_key` does.
+    """
+    if jax.config.jax_default_prng_impl != "threefry2x32":
+        return np.asarray(jax.random.key_data(random_key(seed)))
+    high, low = _words(seed)
+    return np.array(_threefry((0, low), (0, high)) if high else (0, low), np.uint32)
+
+
+def _words(seed: int) -> tuple[int, int]:
+    return divmod(SEED.check("seed", int(seed) if _is_integer(seed) else seed), 1 << WORD_BITS)
+
+
+def _threefry(key: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
+    """Threefry-2x32 of 20 rounds (Salmon et al., Parallel random numbers: as easy as 1, 2, 3; section 3.3)."""
+    most = (1 << WORD_BITS) - 1
+    keys = (*key, key[0] ^ key[1] ^ PARITY)
+    x, y = (block[0] + keys[0]) & most, (block[1] + keys[1]) & most
+    for turn in range(5):
+        for shift in ROTATIONS[turn % 2]:
+            x = (x + y) & most
+            y = x ^ ((y << shift | y >> WORD_BITS - shift) & most)
+        x, y = (x + keys[(turn + 1) % 3]) & most, (y + keys[(turn + 2) % 3] + turn + 1) & most
+    return x, y
 
 
 def _is_integer(seed: object) -> bool:

@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-import jax
 import numpy as np
 
+from deepseek_jax import seeds
 from deepseek_jax.bounds import SEED, Bound, number, optional, whole
 from deepseek_jax.errors import UserError
-from deepseek_jax.seeds import random_key
 
 MOST_TOP = 20  # likeliest tokens that can be reported with each token
 MOST_BIASES = 300  # biases of a request
@@ -91,7 +90,7 @@ class Sampling:
     @functools.cached_property
     def key_data(self) -> np.ndarray:
         """The raw data of the random key."""
-        return np.asarray(jax.random.key_data(random_key(self.seed)))
+        return seeds.key_data(self.seed)
 
     @functools.cached_property
     def values(self) -> dict[str, Any]:
