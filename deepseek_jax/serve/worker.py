@@ -1,10 +1,11 @@
 """The engine in a thread of its own, and what it says handed to asyncio.
 
-    worker = Worker(engine, most_waiting=256); worker.start()
-    async with worker.open(prompt, sampling) as stream:         # raises Busy
-        async for output in stream: …                           # leaving the block ends the request
+    worker = Worker(engine, most=256); worker.start()
+    inbox = Inbox()
+    async with worker.open(prompt, sampling, inbox) as stream:  # raises Busy
+        for stream, output in await inbox.read(): …             # leaving the block ends the request
 
-Only the thread touches the engine. Requests and cancellations reach it through an inbox, which it empties between two
+Only the thread touches the engine. Requests and cancellations reach it through a queue, which it empties between two
 steps; what a step gave is handed to the event loops in one call each.
 """
 
@@ -27,28 +28,53 @@ class Dead(Exception):
     """The engine has failed, or was stopped."""
 
 
+class Inbox:
+    """Where the outputs of one or more streams arrive, in their order. Used in one event loop."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Stream, Output]] = []
+        self._error: Dead | None = None
+        self._has_some = asyncio.Event()
+
+    def put(self, stream: "Stream", output: Output | Dead) -> None:
+        """Adds an output, or why there will be no more of them."""
+        if isinstance(output, Dead):
+            self._error = output
+        else:
+            self._waiting.append((stream, output))
+        self._has_some.set()
+
+    async def read(self) -> "list[tuple[Stream, Output]]":
+        """Waits for an output, and returns all that have come by then. Raises Dead if there will be none."""
+        await self._has_some.wait()
+        found, self._waiting = self._waiting, []
+        if self._error and not found:
+            raise self._error
+        if not self._error:
+            self._has_some.clear()
+        return found
+
+
 class Stream:
-    """The outputs of one request, as an asynchronous iterator; `n_cached` tokens of its prompt were not computed."""
+    """A request that is open; its outputs arrive in `inbox`, of which the last has an `ending`."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self.loop = loop
-        self.outputs: asyncio.Queue[Output | Exception] = asyncio.Queue()
+    def __init__(self, loop: asyncio.AbstractEventLoop, inbox: Inbox):
+        self.loop, self.inbox = loop, inbox
         self.request: Request | None = None
-        self.n_cached = 0
 
-    def __aiter__(self) -> "Stream":
-        return self
 
-    async def __anext__(self) -> Output:
-        output = await self.outputs.get()
-        if isinstance(output, Exception):
-            raise output
-        if output.ids == [] and output.ending:
-            raise StopAsyncIteration
-        if output.ending:
-            self.outputs.put_nowait(output._replace(ids=[]))
-        self.n_cached = output.request.n_cached
-        return output
+class Place:
+    """Room for one request among those that a worker takes, until `leave`."""
+
+    def __init__(self, worker: "Worker"):
+        self._worker: Worker | None = worker
+        worker._n_open += 1
+
+    def leave(self) -> None:
+        """Gives the room to others; once is enough."""
+        if self._worker:
+            self._worker._n_open -= 1
+        self._worker = None
 
 
 class Worker:
@@ -56,7 +82,7 @@ class Worker:
 
     def __init__(self, engine: Engine, most: int = 256):
         self.engine, self.most = engine, most
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[Request, Stream] = {}
         self._n_open = 0
         self._error: Exception | None = Dead("the engine has not started")
@@ -69,13 +95,18 @@ class Worker:
 
     @property
     def n_open(self) -> int:
-        """Requests that are running or waiting."""
+        """Requests that are running, waiting or being read."""
         return self._n_open
 
     def check_place(self) -> None:
-        """Raises Busy if no other request is accepted."""
+        """Raises Busy if no other request is taken."""
         if self._n_open >= self.most:
             raise Busy(f"{self._n_open} requests are running or waiting")
+
+    def take(self) -> Place:
+        """Returns a place for a request that `open` will be called for. Raises Busy."""
+        self.check_place()
+        return Place(self)
 
     def start(self) -> None:
         """Starts the thread."""
@@ -84,30 +115,31 @@ class Worker:
 
     def stop(self) -> None:
         """Ends the thread; requests that are open fail with `Dead`."""
-        self._inbox.put(self._raise)
+        self._calls.put(self._raise)
         self._thread.join()
 
     @contextlib.asynccontextmanager
-    async def open(self, prompt: Sequence[int], sampling: Sampling) -> AsyncIterator[Stream]:
-        """A request, for as long as the block runs.
+    async def open(
+        self, prompt: Sequence[int], sampling: Sampling, inbox: Inbox, place: Place | None = None
+    ) -> AsyncIterator[Stream]:
+        """A request, for as long as the block runs; its `place` is taken here if it was not before.
 
         Raises Busy, Dead, and UserError for a request that could never run.
         """
         if self._error:
             raise self._error
-        self.check_place()
-        self._n_open += 1
-        stream = Stream(asyncio.get_running_loop())
+        place = place or self.take()
+        stream = Stream(asyncio.get_running_loop(), inbox)
         submitted: asyncio.Future[None] = stream.loop.create_future()
-        self._inbox.put(lambda: self._submit(stream, prompt, sampling, submitted))
+        self._calls.put(lambda: self._submit(stream, prompt, sampling, submitted))
         try:
             if self._error:  # since it was put there: nobody may look any more
                 raise self._error
             await submitted
             yield stream
         finally:
-            self._n_open -= 1
-            self._inbox.put(lambda: self._cancel(stream))
+            place.leave()
+            self._calls.put(lambda: self._cancel(stream))
 
     def _submit(self, stream: Stream, prompt: Sequence[int], sampling: Sampling, submitted: asyncio.Future) -> None:
         try:
@@ -128,16 +160,16 @@ class Worker:
     def _run(self) -> None:
         try:
             while True:
-                while self.engine.is_idle or not self._inbox.empty():
-                    self._inbox.get()()
+                while self.engine.is_idle or not self._calls.empty():
+                    self._calls.get()()
                 self._hand_out(self.engine.step())
         except BaseException as error:  # some libraries' failures are no Exception
             self._error = error if isinstance(error, Dead) else Dead("the engine has failed: see the server's log")
             for stream in self._streams.values():
-                _call(stream.loop, lambda stream=stream: stream.outputs.put_nowait(self._error))
-            while not self._inbox.empty():  # those who wait there get the error too
+                _call(stream.loop, lambda stream=stream: stream.inbox.put(stream, self._error))
+            while not self._calls.empty():  # those who wait there get the error too
                 with contextlib.suppress(Dead):
-                    self._inbox.get()()
+                    self._calls.get()()
             if not isinstance(error, Dead):
                 raise
 
@@ -148,7 +180,7 @@ class Worker:
         found = [(self._streams[output.request], output) for output in outputs if output.request in self._streams]
         for loop in {stream.loop for stream, _ in found}:
             mine = [(stream, output) for stream, output in found if stream.loop is loop]
-            _call(loop, lambda mine=mine: [stream.outputs.put_nowait(output) for stream, output in mine])
+            _call(loop, lambda mine=mine: [stream.inbox.put(stream, output) for stream, output in mine])
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable) -> None:

@@ -95,7 +95,7 @@ def test_long_heads_are_refused(served, client):
 @pytest.mark.parametrize("key", ["", "wrong", "secret2", "ключ"])
 def test_every_route_asks_for_a_key(served, key):
     """All that the application has, so that none is forgotten."""
-    paths = served.server.config.app.openapi()["paths"]
+    paths = served.server.config.app.app.openapi()["paths"]
     routes = {(method.upper(), path) for path, methods in paths.items() for method in methods} - OPEN
     assert {("POST", "/v1/chat/completions"), ("GET", "/metrics"), ("GET", "/beta/tokenizer_info")} < routes
     for method, path in routes:

@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from deepseek_jax.serve.engine import Sampling
-from deepseek_jax.serve.worker import Dead, Worker
+from deepseek_jax.serve.worker import Dead, Inbox, Worker
 from tests.serve.scripted import ASK, Script, ask, message_of, serve, wait_until
 
 
@@ -63,15 +63,15 @@ def test_a_request_that_comes_while_the_engine_fails_is_answered():
 
     async def say():
         with pytest.raises(Dead):
-            async with worker.open([1], Sampling(1)) as stream:
-                await anext(stream)
+            async with worker.open([1], Sampling(1), inbox := Inbox()):
+                await inbox.read()
 
     async def two():
         first = asyncio.create_task(say())
         while not script.requests:
             await asyncio.sleep(0.001)
         second = asyncio.create_task(say())
-        while worker._inbox.empty():
+        while worker._calls.empty():
             await asyncio.sleep(0.001)
         gate.set()
         await asyncio.wait_for(asyncio.gather(first, second), 10)
@@ -88,11 +88,11 @@ def test_a_worker_that_stops_ends_what_is_open():
     worker.start()
 
     async def talk():
-        async with worker.open([1], Sampling(300)) as stream:
-            await anext(stream)
+        async with worker.open([1], Sampling(300), inbox := Inbox()):
+            await inbox.read()
             await asyncio.to_thread(worker.stop)
             with pytest.raises(Dead, match="stopping"):
-                async for _ in stream:
-                    pass
+                while True:
+                    await inbox.read()
 
     asyncio.run(talk())

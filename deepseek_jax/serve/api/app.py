@@ -16,9 +16,6 @@ request. Nothing in a request makes the server fetch, import or render anything.
 """
 
 import contextlib
-import hashlib
-import hmac
-import itertools
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -28,21 +25,16 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException as AnyHTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.serve.api import answers
 from deepseek_jax.serve.api.completions import completion_routes
+from deepseek_jax.serve.api.door import PREFIXES, Connection, Door, failed
 from deepseek_jax.serve.api.service import Service
 from deepseek_jax.serve.api.tokens import token_routes
 from deepseek_jax.serve.worker import Busy, Dead
 
-MOST_BYTES = 32 * 2**20  # of a request's body
-OPEN = ("/", "/health")  # routes that need no key
-PREFIXES = ("", "/v1", "/beta")
-COMPLETIONS = frozenset(itertools.chain(*((f"{one}/chat/completions", f"{one}/completions") for one in PREFIXES)))
 MOST_FAULTS = 10  # that an answer lists
-MOST_HEAD_BYTES = 2**16  # of its headers, where they do not arrive at once
 PAGE = Path(__file__).with_name("page.html")
 POLICY = (  # the page is whole: nothing is loaded but what the server itself answers
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
@@ -50,8 +42,8 @@ POLICY = (  # the page is whole: nothing is loaded but what the server itself an
 )
 
 
-def create_app(service: Service) -> FastAPI:
-    """Returns the application; its worker runs while the application does."""
+def create_app(service: Service) -> Door:
+    """Returns the application behind its door; the worker runs while the application does."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -60,7 +52,6 @@ def create_app(service: Service) -> FastAPI:
         service.worker.stop()
 
     app = FastAPI(title="deepseek_jax", lifespan=lifespan, openapi_url=None)
-    app.add_middleware(_Bounded, service=service)
     for prefix in PREFIXES:
         for routes in (_models(service), completion_routes(service), token_routes(service)):
             app.include_router(routes, prefix=prefix)
@@ -86,14 +77,13 @@ def create_app(service: Service) -> FastAPI:
         app.add_exception_handler(kind, _handler(status))
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(AnyHTTPException, _refused)
-    return app
+    return Door(app, service)
 
 
 def make_server(service: Service, **options: Any) -> uvicorn.Server:
     """Returns the server of the application; `options` as for `uvicorn.Config`."""
-    app = create_app(service)
     config = uvicorn.Config(
-        app, log_level="warning", http="h11", h11_max_incomplete_event_size=MOST_HEAD_BYTES, **options
+        create_app(service), http=Connection, log_level="warning", access_log=False, proxy_headers=False, **options
     )
     return uvicorn.Server(config)
 
@@ -108,84 +98,11 @@ def _models(service: Service) -> APIRouter:
     return router
 
 
-class _Bounded:
-    """Refuses requests without a key, completions while the queue is full, and bodies of more than `MOST_BYTES`.
-
-    It stands before whatever reads bodies, so that a refusal costs little and those who are served keep their times;
-    what length headers state does not matter. It also counts responses.
-    """
-
-    def __init__(self, app: ASGIApp, service: Service):
-        self.app, self.service, self.metrics = app, service, service.metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        n_bytes = 0
-
-        async def bounded() -> Message:
-            nonlocal n_bytes
-            message = await receive()
-            n_bytes += len(message.get("body", b""))
-            if n_bytes > MOST_BYTES:
-                raise AnyHTTPException(413, f"a body of more than {MOST_BYTES} bytes")
-            return message
-
-        async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                self._count(scope, message["status"])
-            await send(message)
-
-        if scope["type"] == "http" and (refusal := self._refusal(scope)):
-            await refusal(scope, receive, counted)
-            return
-        try:
-            await self.app(scope, bounded, counted)
-        except Exception:
-            self._count(scope, 500)  # what answers it stands outside
-            raise
-
-    def _refusal(self, scope: Scope) -> Response | None:
-        """The answer to a request of which only the head is looked at."""
-        tenant = _tenant(scope, self.service.keys)
-        scope.setdefault("state", {})["tenant"] = tenant
-        if tenant is None and scope["path"] not in OPEN:
-            refusal = answers.error("missing or wrong API key: expected Authorization: Bearer KEY")
-            return JSONResponse(refusal, 401, {"WWW-Authenticate": "Bearer"})
-        if scope["path"] in COMPLETIONS:
-            try:
-                self.service.worker.check_place()
-            except Busy as busy:
-                return _failed(429, busy)
-        return None
-
-    def _count(self, scope: Scope, status: int) -> None:
-        path = scope["path"] if scope["path"] in COMPLETIONS else getattr(scope.get("route"), "path", "none")
-        route = path.removeprefix("/v1").removeprefix("/beta")
-        self.metrics.responses.labels(route, status).inc()
-
-
-def _tenant(scope: Scope, keys: tuple[str, ...]) -> bytes | None:
-    """What stands for a request's key; b"" where none is needed, None if it is missing or wrong.
-
-    All keys are compared, in constant time.
-    """
-    given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-    given = given.removeprefix(b"Bearer ")
-    found = [hmac.compare_digest(given, key.encode()) for key in keys]
-    return hashlib.sha256(given).digest() if any(found) else None if keys else b""
-
-
 def _handler(status: int) -> Any:
     async def handle(_: Request, error: Exception) -> Response:
-        return _failed(status, error)
+        return failed(status, str(error))
 
     return handle
-
-
-def _failed(status: int, error: Exception) -> Response:
-    kind = "invalid_request_error" if status < 429 else "server_error"
-    headers = {"Retry-After": "1"} if status in (429, 503) else None
-    text = "an error of the server: see its log" if status == 500 else str(error)  # which may say what others wrote
-    return JSONResponse(answers.error(text, kind), status_code=status, headers=headers)
 
 
 async def _invalid(_: Request, error: Exception) -> Response:

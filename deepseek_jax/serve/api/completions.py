@@ -5,9 +5,9 @@ import contextlib
 import functools
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.serve.api import answers
-from deepseek_jax.serve.api.answers import Usage, chat_delta, piece_delta
+from deepseek_jax.serve.api.answers import Usage, chat_delta, piece_delta, text_choice
 from deepseek_jax.serve.api.choice import Choice
 from deepseek_jax.serve.api.metrics import Clock
 from deepseek_jax.serve.api.prompts import Prompt, chat_prompt, text_prompt
@@ -24,8 +24,10 @@ from deepseek_jax.serve.api.service import Service
 from deepseek_jax.serve.engine import Sampling
 from deepseek_jax.serve.grammar import Constrained
 from deepseek_jax.serve.reply import PLAIN, Piece, Reply
-from deepseek_jax.serve.worker import Dead
+from deepseek_jax.serve.worker import Dead, Inbox, Stream
 
+SHORT_BYTES = 2048  # of a request that is read in less time than a thread takes to begin and to hand over
+T = TypeVar("T")
 Tell = Callable[[Choice], dict[str, Any]]  # what a client asked for besides the text
 Arrived = tuple[Choice, list[Piece], str]  # a choice, its new pieces, and why it ended with them, if it did
 
@@ -41,9 +43,9 @@ def completion_routes(service: Service) -> APIRouter:
         if template is None:
             raise UserError(f"{service.name} has no chat template: it continues texts. Use /completions.")
         service.check_choices(body.n)
-        prompt = await asyncio.to_thread(chat_prompt, template, tokenizer, body)
+        prompt = await _aside(request, chat_prompt, template, tokenizer, body)
         samplings = body.samplings(service.n_free(prompt.ids), service.drawing, service.end_ids, request.state.tenant)
-        form = await asyncio.to_thread(body.form, template, tokenizer)
+        form = await _aside(request, body.form, template, tokenizer)
         if form:
             samplings = _constrained(service, prompt, samplings, await service.compiling(form))
         choices = []
@@ -58,7 +60,7 @@ def completion_routes(service: Service) -> APIRouter:
         choices, prompts = list[Choice](), body.prompts()
         service.check_choices(len(prompts) * body.n)
         for given in prompts:
-            prompt = await asyncio.to_thread(text_prompt, service.tokenizer, given, body.suffix)
+            prompt = await _aside(request, text_prompt, service.tokenizer, given, body.suffix)
             n_free, tenant = service.n_free(prompt), request.state.tenant
             for sampling in body.samplings(n_free, service.drawing, service.end_ids, tenant):
                 choice = Choice(len(choices), prompt, sampling, Reply(PLAIN, service.tokenizer, stop=body.stop))
@@ -69,6 +71,13 @@ def completion_routes(service: Service) -> APIRouter:
         return await _answer(service, request, body, choices, is_chat=False)
 
     return router
+
+
+async def _aside(request: Request, function: Callable[..., T], *arguments: Any) -> T:
+    """Calls a function that reads all of a request: in a thread if that could keep others waiting."""
+    if len(await request.body()) <= SHORT_BYTES:
+        return function(*arguments)
+    return await asyncio.to_thread(function, *arguments)
 
 
 def spell(service: Service, ids: Sequence[int]) -> str:
@@ -93,17 +102,22 @@ async def _answer(
     service: Service, request: Request, body: ChatBody | TextBody, choices: list[Choice], *, is_chat: bool
 ) -> Response:
     """Opens the request's streams, so that it is refused before anything is sent, and answers it."""
-    stack = contextlib.AsyncExitStack()
+    stack, inbox = contextlib.AsyncExitStack(), Inbox()
     try:
         clocks = [service.metrics.clock() for _ in choices]
-        opening = (stack.enter_async_context(service.worker.open(one.prompt, one.sampling)) for one in choices)
+        places = [request.state.place, *[None] * (len(choices) - 1)]
+        opening = [
+            stack.enter_async_context(service.worker.open(one.prompt, one.sampling, inbox, place))
+            for one, place in zip(choices, places, strict=True)
+        ]
         streams = await asyncio.gather(*opening, return_exceptions=True)
         for failure in (one for one in streams if isinstance(one, BaseException)):
             raise failure
         number = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         kind = ("chat.completion" if is_chat else "text_completion") + (".chunk" if is_chat and body.stream else "")
         head = answers.head(kind, number, service.name, int(time.time()))
-        pieces = _pieces(service, stack, list(zip(choices, streams, clocks, strict=True)))
+        opened = dict(zip(streams, zip(choices, clocks, strict=True), strict=True))
+        pieces = _pieces(service, stack, inbox, opened)
         told = functools.partial(Choice.told, is_chat=is_chat, spell=lambda token: spell(service, [token]))
         if body.stream:
             events = _events(pieces, head, choices, told, is_chat=is_chat, includes_usage=body.includes_usage)
@@ -128,35 +142,36 @@ class _Streamed(StreamingResponse):
             await self.stack.aclose()
 
 
-async def _pieces(service: Service, stack: contextlib.AsyncExitStack, opened: list[tuple]) -> AsyncIterator[Arrived]:
-    """Yields pieces of the choices as they come; ends their requests at the end, however that is."""
-    arrived: asyncio.Queue[Arrived | Exception] = asyncio.Queue()
+async def _pieces(
+    service: Service, stack: contextlib.AsyncExitStack, inbox: Inbox, opened: dict[Stream, tuple[Choice, Clock]]
+) -> AsyncIterator[Arrived | None]:
+    """Yields pieces of the choices as they come, and None where nothing more has come.
 
-    async def read(choice: Choice, stream: Any, clock: Clock) -> None:
-        try:
-            async for output in stream:
+    Ends their requests at the end, however that is.
+    """
+
+    def end(choice: Choice, clock: Clock) -> None:
+        clock.end(choice.usage, choice.reason)
+        service.loads.note([*choice.prompt, *choice.new_ids])
+
+    try:
+        while opened:
+            for stream, output in await inbox.read():
+                if stream not in opened:  # a stop string has ended it
+                    continue
+                choice, clock = opened[stream]
                 clock.token()
                 pieces = choice.push(output)
-                choice.usage.prompt, choice.usage.cached = len(choice.prompt), stream.n_cached
-                arrived.put_nowait((choice, pieces, choice.reason))
+                choice.usage.prompt, choice.usage.cached = len(choice.prompt), output.request.n_cached
                 if choice.reason:
-                    return
-        except Exception as error:  # handed to the reader of the pieces
-            arrived.put_nowait(error)
-        finally:
-            clock.end(choice.usage, choice.reason)
-            service.loads.note([*choice.prompt, *choice.new_ids])
-
-    readers = [asyncio.create_task(read(*one)) for one in opened]
-    try:
-        while not all(choice.reason for choice, *_ in opened) or not arrived.empty():
-            found = await arrived.get()
-            if isinstance(found, Exception):
-                raise found
-            yield found
+                    end(*opened.pop(stream))
+                yield choice, pieces, choice.reason
+            if not opened:
+                await stack.aclose()  # others may come before the last of it is sent
+            yield None
     finally:
-        for reader in readers:
-            reader.cancel()
+        for choice, clock in opened.values():
+            end(choice, clock)
         await stack.aclose()
 
 
@@ -184,7 +199,7 @@ async def _whole(
         body = (
             answers.chat_choice(choice.index, message, choice.reason, calls)
             if is_chat
-            else answers.text_choice(choice.index, choice.echo + message["content"], choice.reason)
+            else text_choice(choice.index, choice.echo + message["content"], choice.reason)
         )
         prompt = {"prompt_token_ids": choice.prompt} if choice.shows_ids else {}
         found.append(body | told(choice) | prompt)
@@ -192,7 +207,7 @@ async def _whole(
 
 
 async def _events(
-    pieces: AsyncIterator,
+    pieces: AsyncIterator[Arrived | None],
     head: dict[str, Any],
     choices: list[Choice],
     told: Tell,
@@ -200,29 +215,35 @@ async def _events(
     is_chat: bool,
     includes_usage: bool,
 ) -> AsyncIterator[str]:
-    """The chunks of a streamed answer."""
+    """The chunks of a streamed answer, in one text those that come together: each sending costs as much as a chunk."""
+
+    def event(choice: Choice, step: dict[str, Any]) -> str:
+        return answers.event(head | {"choices": [step | told(choice)]})
+
+    def events(choice: Choice, found: list[Piece], reason: str) -> Iterator[str]:
+        for piece in found:
+            delta = piece_delta(piece, _calls(head, choice)) if is_chat else {}
+            text = piece.text
+            yield event(choice, chat_delta(choice.index, delta) if is_chat else text_choice(choice.index, text, None))
+        if reason:
+            last = chat_delta(choice.index, {}, reason) if is_chat else text_choice(choice.index, "", reason)
+            yield event(choice, last)
+
     try:
         for choice in choices if is_chat else ():
             first = chat_delta(choice.index, {"role": "assistant", "content": ""})
             yield answers.event(head | {"choices": [first]})
         for choice in (one for one in choices if one.echo):
-            yield answers.event(head | {"choices": [answers.text_choice(choice.index, choice.echo, None)]})
-        async for choice, found, reason in pieces:
-            for piece in found:
-                step = (
-                    chat_delta(choice.index, piece_delta(piece, _calls(head, choice)))
-                    if is_chat
-                    else answers.text_choice(choice.index, piece.text, None)
-                )
-                yield answers.event(head | {"choices": [step | told(choice)]})
-            if reason:
-                last = (
-                    chat_delta(choice.index, {}, reason) if is_chat else answers.text_choice(choice.index, "", reason)
-                )
-                yield answers.event(head | {"choices": [last | told(choice)]})
-        if includes_usage:
-            yield answers.event(head | {"choices": [], "usage": _total(choices).as_dict()})
-        yield answers.event("[DONE]")
+            yield answers.event(head | {"choices": [text_choice(choice.index, choice.echo, None)]})
+        waiting: list[str] = []
+        async for arrived in pieces:
+            if arrived:
+                waiting += events(*arrived)
+            elif waiting:
+                yield "".join(waiting)
+                waiting.clear()
+        usage = answers.event(head | {"choices": [], "usage": _total(choices).as_dict()}) if includes_usage else ""
+        yield usage + answers.event("[DONE]")
     except Dead as error:
         yield answers.event(answers.error(str(error), "server_error"))
     finally:
