@@ -29,7 +29,7 @@ def key_data(seed: int) -> np.ndarray:
 
     Raises UserError as `random_key` does.
     """
-    if jax.config.jax_default_prng_impl != "threefry2x32":
+    if jax.config.jax_default_prng_impl != "threefry2x32":  # type: ignore[attr-defined]
         return np.asarray(jax.random.key_data(random_key(seed)))
     high, low = _words(seed)
     return np.array(_threefry((0, low), (0, high)) if high else (0, low), np.uint32)

@@ -64,14 +64,14 @@ class Stream:
 
 
 class Place:
-    """Room for one request among those that a worker takes, until `leave`."""
+    """One of the places for requests that a worker has, taken until `leave`."""
 
     def __init__(self, worker: "Worker"):
         self._worker: Worker | None = worker
         worker._n_open += 1
 
     def leave(self) -> None:
-        """Gives the room to others; once is enough."""
+        """Gives it back, for others; once is enough."""
         if self._worker:
             self._worker._n_open -= 1
         self._worker = None

@@ -102,7 +102,7 @@ def served(tmp_path_factory):
 def invented(served):
     """Makes requests of the description."""
     with warnings.catch_warnings(action="ignore"):
-        made = schemathesis.openapi.from_dict(description(served.server.config.app))
+        made = schemathesis.openapi.from_dict(description(served.server.config.app.app))
     made.config.update(base_url=served.url)
     return made
 

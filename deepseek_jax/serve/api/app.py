@@ -81,9 +81,19 @@ def create_app(service: Service) -> Door:
 
 
 def make_server(service: Service, **options: Any) -> uvicorn.Server:
-    """Returns the server of the application; `options` as for `uvicorn.Config`."""
+    """Returns the server of the application; `options` as for `uvicorn.Config`.
+
+    It runs in asyncio's own loop, which accepts all connections that wait in one turn. uvloop accepts one per turn:
+    under load, requests would wait for seconds before they are read, and those with a place among them.
+    """
     config = uvicorn.Config(
-        create_app(service), http=Connection, log_level="warning", access_log=False, proxy_headers=False, **options
+        create_app(service),
+        http=Connection,
+        loop="asyncio",
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        **options,
     )
     return uvicorn.Server(config)
 

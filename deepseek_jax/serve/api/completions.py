@@ -116,7 +116,8 @@ async def _answer(
         number = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         kind = ("chat.completion" if is_chat else "text_completion") + (".chunk" if is_chat and body.stream else "")
         head = answers.head(kind, number, service.name, int(time.time()))
-        opened = dict(zip(streams, zip(choices, clocks, strict=True), strict=True))
+        both = zip(choices, clocks, strict=True)
+        opened = {stream: one for stream, one in zip(streams, both, strict=True) if isinstance(stream, Stream)}
         pieces = _pieces(service, stack, inbox, opened)
         told = functools.partial(Choice.told, is_chat=is_chat, spell=lambda token: spell(service, [token]))
         if body.stream:
