@@ -26,6 +26,11 @@ def cache_bytes(name: str) -> int:
     return cache_bytes_per_token(module, module.Config.from_config(config.model))
 
 
+@functools.cache
+def subject(name: str):
+    return subject_of(run_config.load(name))
+
+
 # Billions: total, active per token, active per token without the embedding.
 PUBLISHED = {
     "llm_7b": (6.910, 6.910, 6.491),
@@ -73,7 +78,7 @@ def test_multi_token_prediction_of_v4_has_matrices_of_its_own(name, total):
 @pytest.mark.parametrize(("name", "share"), [("v4_flash_284b", "7.3%"), ("v4_pro_1t6", "10.5%")])
 def test_v4s_cache_of_a_million_tokens_beside_v32s(name, share):
     """Entries of 584 bytes, an indexer's keys in FP4, the window and what open blocks need."""
-    ours, theirs = (subject_of(run_config.load(each)) for each in (name, "v32_671b"))
+    ours, theirs = subject(name), subject("v32_671b")
     assert f"{ours.fp8_cache_bytes / theirs.fp8_cache_bytes:.1%}" == share
     job = SimpleNamespace(layout=SimpleNamespace(seq_len=4096))
     (row,) = (row for row in compared(ours, job, theirs).rows if row.label == "  in FP8")
@@ -97,7 +102,7 @@ def test_bytes_of_the_cache_per_token(name, n_bytes):
 
 @pytest.mark.parametrize(("name", "n_bytes"), [("v3_671b", 61 * 656), ("v32_671b", 48_068)])
 def test_bytes_of_the_cache_in_fp8(name, n_bytes):
-    assert subject_of(run_config.load(name)).fp8_cache_bytes == n_bytes
+    assert subject(name).fp8_cache_bytes == n_bytes
 
 
 def test_a_model_without_latents_has_no_cache_in_fp8():
