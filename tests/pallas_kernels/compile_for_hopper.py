@@ -78,7 +78,7 @@ GRADIENT = (4096, 7168, 4096)
 QUANTISED = [(BF16, "fp32"), (BF16, "ue8m0"), (F32, "fp32")]
 SWIGLUS = [(BF16, "fp32", False), (BF16, "ue8m0", True), (F32, "fp32", True)]  # the last: a factor per row
 # Tokens, heads of queries and of keys, their width, that of values, with documents or not: V3's, V1's 67B model, a tiny
-# one.  With documents a kernel has all that it has without.
+# one. With documents a kernel has all that it has without.
 V3_ATTENDED = (4096, 128, 128, 192, 128)
 ATTENDED = [(*V3_ATTENDED, False), (*V3_ATTENDED, True), (4096, 64, 8, 128, 128, False), (1000, 2, 1, 64, 64, True)]
 # Sequences, tokens of each, heads, width of latents, parts, CTAs of a cluster: V3, V2-Lite, speculation, small.
