@@ -19,6 +19,7 @@ def ours():
     return _bench_generate.Ours(config, n_prompt=32)
 
 
+@pytest.mark.slow
 def test_the_bytes_of_a_step_are_its_weights_the_chosen_experts_and_the_cache(ours):
     m, params = ours.config.model, ours.weights[0]
     experts = params["moe_blocks"]["experts"]
@@ -46,6 +47,7 @@ def test_lines_give_speeds_and_the_share_of_the_floor():
     assert other.endswith(f"{speed}; first token after 0.500 s; 85% of the drafts right")
 
 
+@pytest.mark.slow
 def test_a_step_is_run_and_its_program_read(ours):
     steps = _bench_generate.Steps(ours, 2)
     assert steps.run(3) > 0 and "while" in steps.program()

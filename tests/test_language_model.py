@@ -112,6 +112,7 @@ def test_a_batch_gives_a_list_for_each_prompt_and_stops_at_stop_ids(model):
     assert ending.generate(PROMPT, max_new_tokens=10) == ids[: ids.index(ids[3]) + 1]
 
 
+@pytest.mark.slow
 def test_a_batch_draws_as_its_prompts_alone_with_the_seeds_after_the_first_and_as_the_engine(model):
     drawing, prompts = {"temperature": 1.0, "top_p": 0.9}, [PROMPT, [7]]
     found = model.generate(prompts, 8, seed=np.int64(5), **drawing)
@@ -352,6 +353,7 @@ def test_a_run_that_has_been_moved_has_its_tokenizer(model, tmp_path):
         assert deepseek_jax.load(path).tokenizer.encode("a").tolist() == [0]
 
 
+@pytest.mark.slow
 def test_weights_that_come_without_a_tokenizer_take_ids_only(published, tmp_path):
     loaded = deepseek_jax.load(GOLDEN / "v3_mtp")
     assert loaded.end_ids == (1,) and len(loaded.generate(PROMPT, 4, stop_ids=())) == 4
@@ -394,6 +396,7 @@ def test_the_verbs_work_on_published_weights(tmp_path, capsys):
     assert "family v1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_verbs_work_on_a_run(model, tmp_path, capsys):
     save(tmp_path / "checkpoints", model, 5)
     words = [f"--workdir={tmp_path}", "--prompt=\x01\x02\x03"]

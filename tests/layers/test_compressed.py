@@ -249,6 +249,7 @@ def test_an_indexer_of_another_width_is_refused():
         nnx.eval_shape(lambda: CompressedAttention(SIZES, D, run, ratio=4, index=odd, rngs=nnx.Rngs(0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["published", "heavy"])
 def test_pages_hold_what_one_memory_holds(kind):
     """A chunk, then single tokens of two sequences; their pages lie in any order, their rows among those of others."""

@@ -75,6 +75,7 @@ def test_multi_token_prediction_of_v4_has_matrices_of_its_own(name, total):
     assert count(network(name)).mtp_total / 1e9 == pytest.approx(total, abs=6e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "share"), [("v4_flash_284b", "7.3%"), ("v4_pro_1t6", "10.5%")])
 def test_v4s_cache_of_a_million_tokens_beside_v32s(name, share):
     """Entries of 584 bytes, an indexer's keys in FP4, the window and what open blocks need."""

@@ -51,6 +51,7 @@ def test_only_schedules_that_put_off_w_have_slots_for_it():
     assert slots("dualpipe", 4, 8, put_off=0)["stash"] == 0
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_buffers_on_every_rank(job_of, kept_of):
     job = job_of("tiny_v3", pipe=4, batch=8, micro_batches=8, remat="block")
     kept = kept_of("tiny_v3", job)

@@ -122,6 +122,7 @@ def make_engine():
     return make
 
 
+@pytest.mark.slow
 def test_the_engine_draws_the_same_answers(learner, state, make_engine):
     """With the same keys, at temperatures 1 and 0, also with weights that have replaced others."""
     weights = jax.tree.map(jax.numpy.asarray, (state["params"], state["router_bias"]))
@@ -317,6 +318,7 @@ def test_a_run_that_is_cut_resumes_with_the_same_bits(learner, tmp_path):
     assert int(whole["step"]) == 8, "updates"
 
 
+@pytest.mark.slow
 def test_a_run_whose_answers_the_engine_draws_is_the_same(learner, tmp_path, make_engine):
     """Update by update it takes new weights, whose memory the update before took over; resumed, it has the same bits.
 

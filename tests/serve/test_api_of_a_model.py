@@ -9,6 +9,8 @@ import pytest
 
 from tests.serve.scripted import BYTES, SCHEMA, ask, serve, wait_until
 
+pytestmark = pytest.mark.slow  # compiles an engine
+
 PROMPT = [72, 101, 108, 200, 7]
 
 

@@ -99,6 +99,7 @@ def test_the_text_is_that_of_whole_forward_passes(network, engine, setting):
     assert not any(request.n_cached for request in requests)  # no window of the other request is left
 
 
+@pytest.mark.slow
 def test_what_the_layout_does_not_allow_is_refused(network, engine, tmp_path):
     definition, weights, _ = network
     with pytest.raises(UserError, match="multiple of 8"):

@@ -10,6 +10,8 @@ from deepseek_jax.layers.base import Execution, split
 from deepseek_jax.models import family
 from deepseek_jax.serve.engine import Engine
 
+pytestmark = pytest.mark.slow  # compiles steps of an engine, which it reads
+
 N_PAGES = 211  # a number that no other size of the network has
 IN_PLACE = ("scatter", "dynamic-update-slice")
 MOVES_NOTHING = ("parameter", "get-tuple-element", "bitcast", "tuple", "while")

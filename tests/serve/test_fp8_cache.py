@@ -12,6 +12,8 @@ from deepseek_jax.layers.base import bind, split
 from deepseek_jax.serve.engine import Engine, Sampling
 from tests.serve.conftest import SIZES, Network
 
+pytestmark = pytest.mark.slow  # compiles an engine
+
 DRAW = np.random.default_rng(3)
 PROMPTS = [DRAW.integers(0, 200, n).tolist() for n in (3, 20, 9)]
 

@@ -20,7 +20,8 @@ PROMPTS = [[5, 9, 200], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
 PARTS = {"chunk": 5, "block": 4, "ends_early": False}
 
 
-@pytest.mark.parametrize("options", [{}, pytest.param(PARTS, marks=pytest.mark.slow, id="in parts")])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, pytest.param(PARTS, id="in parts")])
 def test_a_padded_batch_gives_the_text_of_the_engine(network, engine, options):
     """Also where sequences end at a stop id, in a block or between two, and prompts are read in parts."""
     generator = Generator(network.definition, **options)

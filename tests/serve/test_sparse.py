@@ -14,6 +14,8 @@ from deepseek_jax.serve.pages import PagePool
 from deepseek_jax.serve.ranks import Rank
 from tests.serve.conftest import SIZES, Network
 
+pytestmark = pytest.mark.slow  # compiles an engine
+
 DRAW = np.random.default_rng(1)
 PROMPTS = [DRAW.integers(0, 200, n).tolist() for n in (1, 19, 4)]
 PROMPTS.append([*PROMPTS[1][:17], 7, 8])  # shares two pages with the one before

@@ -14,6 +14,8 @@ from deepseek_jax.serve.ranks import Rank
 from deepseek_jax.serve.scheduler import Part
 from tests.serve.test_engine import Ladder
 
+pytestmark = pytest.mark.slow  # compiles engines with drafts and without
+
 DRAW = np.random.default_rng(1)
 PROMPTS = [DRAW.integers(0, 200, n).tolist() for n in (1, 19, 6)]
 PROMPTS.append([*PROMPTS[1][:17], 7, 8])  # shares two pages with the one before

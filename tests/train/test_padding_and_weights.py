@@ -16,6 +16,8 @@ from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.models import family
 from deepseek_jax.train.loss import losses, totals
 
+pytestmark = pytest.mark.slow  # compiles losses and gradients of a model for long
+
 V = 64
 LENGTHS = (7, 9, 5, 11)  # tokens of each document
 

@@ -49,6 +49,7 @@ def test_held_out_text_has_the_same_loss(sizes, weights):
     assert after < 0.25 * before
 
 
+@pytest.mark.slow
 def test_generation_is_the_same(sizes, weights):
     """The logits of a prompt and of a token after it, on one device: replicas take turns and are equal."""
     found = []

@@ -83,6 +83,7 @@ def stages(filled):
     return first, second
 
 
+@pytest.mark.slow
 def test_in_the_first_stage_the_indexer_alone_is_new_and_moves(stages):
     first, _ = stages
     assert "initialised at random: indexer" in first.said
@@ -93,11 +94,13 @@ def test_in_the_first_stage_the_indexer_alone_is_new_and_moves(stages):
     assert divergences[-1] < divergences[0]
 
 
+@pytest.mark.slow
 def test_in_the_second_stage_all_weights_move(stages):
     _, second = stages
     assert second.moved() == paths(second.before).keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
 def test_the_language_models_loss_is_part_of_every_stages(stages, number):
     stage = stages[number]
