@@ -8,12 +8,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import deepseek_jax
 from deepseek_jax.convert import fp8_weights, hf, hf_config, names, safetensors
 from deepseek_jax.errors import UserError
 from deepseek_jax.precision.fp4_weight import Fp4Weight
 from deepseek_jax.precision.fp8_weight import Fp8Weight
 from deepseek_jax.tree import paths
 
+SLOW = pytest.mark.slow
 V, D, H, Q, R, G, X, F, K, STREAMS, INDEX = 48, 64, 2, 32, 16, 2, 4, 32, 2, 4, 16
 NUMBERS = {"vocab_size": V, "d_model": D, "n_layers": 4, "compress_ratios": (0, 4, 8, 4, 0), "index_ratio": 4}
 NUMBERS |= {"n_hash_layers": 1, "n_heads": H, "head_width": Q, "rope_width": 8, "q_rank": R, "out_groups": G}
@@ -178,6 +180,23 @@ def test_what_a_release_stores_comes_back_bit_for_bit(released, tmp_path, in_fp4
         assert first.read(name).tobytes() == again.read(name).tobytes(), name
     configs = [json.loads((at / "config.json").read_text()) for at in (released, tmp_path / "again")]
     assert configs[0] == configs[1] and configs[0]["expert_dtype"] == ("fp4" if in_fp4 else "fp8")
+
+
+@pytest.mark.parametrize(
+    "in_fp4", [pytest.param(True, id="experts in FP4"), pytest.param(False, id="Base", marks=SLOW)]
+)
+def test_a_release_that_is_loaded_and_saved_is_the_same_bit_for_bit(released, tmp_path, in_fp4):
+    """By the whole way: onto the device as stored, in the stacks of the model, and back."""
+    if not in_fp4:
+        released = tmp_path / "base"
+        publish(released, entries(in_fp4=False), in_fp4=False)
+    deepseek_jax.save_pretrained(deepseek_jax.load(released, weights="stored"), tmp_path / "again", "keep")
+    first, again = (safetensors.open_directory(at) for at in (released, tmp_path / "again"))
+    assert set(first.names()) == set(again.names())
+    for name in first.names():
+        assert first.info(name) == again.info(name) and first.read(name).tobytes() == again.read(name).tobytes(), name
+    configs = [json.loads((at / "config.json").read_text()) for at in (released, tmp_path / "again")]
+    assert configs[0] == configs[1]
 
 
 def test_scales_that_are_no_powers_of_two_are_not_kept(released, tmp_path):
