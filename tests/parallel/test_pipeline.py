@@ -112,10 +112,16 @@ def references():
 
 CASES = [(name, everything, True) for name in SCHEDULES]
 CASES += [("zb1p", nothing, True), ("dualpipe", nothing, False), ("dualpipev", everything, False)]
-IDS = [f"{name}, {kept.__name__} saved, {'one switch' if overlap else 'three'}" for name, kept, overlap in CASES]
 
 
-@pytest.mark.parametrize(("name", "saveable", "overlap"), CASES, ids=IDS)
+def case(name: str, kept, overlap: bool):
+    """Fast are the simplest schedule and the one that has most."""
+    said = f"{name}, {kept.__name__} saved, {'one switch' if overlap else 'three'}"
+    is_slow = (name, overlap) not in (("1f1b", True), ("dualpipe", True))
+    return pytest.param(name, kept, overlap, id=said, marks=[pytest.mark.slow] if is_slow else [])
+
+
+@pytest.mark.parametrize(("name", "saveable", "overlap"), [case(*each) for each in CASES])
 def test_gradients_are_those_without_a_pipeline(name, saveable, overlap, references):
     schedule = SCHEDULES[name](RANKS, MICRO)
     lanes = schedule.lanes

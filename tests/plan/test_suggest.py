@@ -174,7 +174,11 @@ def test_a_chip_says_how_many_or_devices_do(capsys):
 
 
 @pytest.mark.slow
-def test_the_largest_model_gets_a_mesh_that_runs_today(capsys):
-    assert plan.main(["--config=v3_671b", "--chip=v5p-512", "--suggest"]) == 0
+@pytest.mark.parametrize(
+    ("name", "chip"), [("tiny_v1", "v5p-8"), pytest.param("v3_671b", "v5p-512", marks=pytest.mark.matrix)]
+)
+def test_small_and_largest_models_get_a_mesh_that_runs_today(name, chip, capsys):
+    """The largest is traced for a minute, in the parts of many meshes."""
+    assert plan.main([f"--config={name}", f"--chip={chip}", "--suggest"]) == 0
     out = capsys.readouterr().out
     assert "deepseek-jax train runs today" in out and suggest.NO_BF16 in out

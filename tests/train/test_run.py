@@ -26,7 +26,7 @@ from tests.forks import end_all, fork, one_device
 CONFIG = str(Path(__file__).with_name("nano_v3.py"))
 EXPERTS = ("--config.model.mtp_depth=0", "--config.model.n_dense_layers=0")  # one kind of block compiles faster
 SMALL = (*EXPERTS, "--config.loop.eval_every=0")
-KILLS = 4 * int(os.environ.get("DEEPSEEK_JAX_FAULTS", "1"))
+KILLS = 2 * int(os.environ.get("DEEPSEEK_JAX_FAULTS", "1"))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_killed_again_and_again_the_log_is_the_same_bit_for_bit(tmp_path, corpus
     """SIGKILL at random moments, start-up and saving included; then the log equals that of an undisturbed run."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2])  # where a fork finds this file
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    words = (f"--config.loop.steps={8 * KILLS}", *EXPERTS)
+    words = (f"--config.loop.steps={12 * KILLS}", *EXPERTS)
     process = start(whole, corpus, *words)
     process.join(timeout=300)
     assert process.exitcode == 0, output(whole).read_text()
@@ -110,12 +110,12 @@ def test_killed_again_and_again_the_log_is_the_same_bit_for_bit(tmp_path, corpus
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, output(killed).read_text()  # it was running until then
-    assert 0 < read_log_of(killed)[-1]["step"] < 8 * KILLS
+    assert 0 < read_log_of(killed)[-1]["step"] < 12 * KILLS
     process = start(killed, corpus, *words)
     process.join(timeout=300)
     assert process.exitcode == 0, output(killed).read_text()
     assert curve(killed) == curve(whole)
-    assert len(losses(whole)) == 8 * KILLS
+    assert len(losses(whole)) == 12 * KILLS
 
 
 def wait_for_lines(runs: Callable[[], bool], workdir: Path, n_lines: int) -> None:
