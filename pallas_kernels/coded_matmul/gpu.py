@@ -45,7 +45,7 @@ class Plan:
     out_dtype: DTypeLike
     tiles: Tiles
     n_matrices: int  # that a row is multiplied with: 2 are gate and up
-    n_processors: int
+    n_ctas: int
     on_chip: bool  # interpreted otherwise: no inlined PTX
 
     @property
@@ -73,7 +73,7 @@ class Plan:
             functools.partial(_kernel, self),
             out_type=jax.ShapeDtypeStruct((self.tiles.parts * self.m, self.n), self.out_dtype),
             scratch_types=self.scratch(),
-            grid=(self.n_processors,),
+            grid=(self.n_ctas,),
             grid_names=("ctas",),
             n_warpgroups=self.warpgroups + 1,
             interpret=interpret,
@@ -211,7 +211,10 @@ def multiplied(
     """Returns x times one matrix, [m, n], or the hidden layer of gate and up with the evens first; so is x."""
     m, (_, n, k) = len(x), weights[0].codes.shape
     out_dtype = x.dtype if tiles.parts == 1 else jnp.float32
-    plan = Plan(m, n, k, block_rows, out_dtype, tiles, len(weights), n_processors, not interpret)
+    # A CTA has a processor to itself, also one that has no job: where there are few, others are left to other kernels.
+    most_jobs = (-(-m // tiles.rows) + groups.n - 1) * -(-n // (UNIT_COLUMNS * tiles.across)) * tiles.parts
+    n_ctas = min(n_processors, most_jobs)
+    plan = Plan(m, n, k, block_rows, out_dtype, tiles, len(weights), n_ctas, not interpret)
     codes = (lax.bitcast_convert_type(w.codes, jnp.int8) for w in weights)
     more = () if factor is None else (jnp.pad(factor, (0, tiles.rows)),)
     y = plan.call(interpret)(table(groups, m, tiles.rows), x, *codes, *(w.scale for w in weights), *more)
@@ -234,20 +237,20 @@ def _my_jobs(plan: Plan, refs: Refs) -> jax.Array:
     """How many jobs this CTA has: every n-th one."""
     per_tile = -(-plan.n // plan.columns) * plan.tiles.parts
     n_jobs = refs.table[FIELDS.index("n_tiles")] * per_tile
-    return lax.div(n_jobs - lax.axis_index("ctas") + plan.n_processors - 1, plan.n_processors)
+    return lax.div(n_jobs - lax.axis_index("ctas") + plan.n_ctas - 1, plan.n_ctas)
 
 
 def _tile(plan: Plan, refs: Refs, i: jax.Array) -> tuple[jax.Array, ...]:
     """What the table says of the tile of this CTA's i-th job; the last one's where there is no such job."""
     per_tile = -(-plan.n // plan.columns) * plan.tiles.parts
-    tile = lax.div(lax.axis_index("ctas") + i * plan.n_processors, per_tile)
+    tile = lax.div(lax.axis_index("ctas") + i * plan.n_ctas, per_tile)
     tile = jnp.minimum(tile, refs.table.shape[0] // len(FIELDS) - 1)
     return tuple(refs.table[tile * len(FIELDS) + n] for n in range(5))
 
 
 def _job(plan: Plan, i: jax.Array, tile: tuple[jax.Array, ...]) -> Job:
     """This CTA's i-th job, of which the table says `tile`."""
-    linear, n_columns = lax.axis_index("ctas") + i * plan.n_processors, -(-plan.n // plan.columns)
+    linear, n_columns = lax.axis_index("ctas") + i * plan.n_ctas, -(-plan.n // plan.columns)
     rest = lax.rem(linear, n_columns * plan.tiles.parts)
     column, part = lax.div(rest, plan.tiles.parts), lax.rem(rest, plan.tiles.parts)
     matrix, row, low, high, end = tile

@@ -25,7 +25,7 @@ def choose(groups: int, rows: int, n: int, k: int, n_processors: int) -> Tiles:
     """Returns the tiles for x [rows, k] in `groups` groups and w [n, k].
 
     Jobs have 128 outputs, or 64 where then fewer processors are idle at the end; where even these jobs are fewer than
-    the processors, a job has a part of the contraction.
+    half of the processors, a job has a part of the contraction. The other half is left to what runs beside the product.
     """
     mean = -(-rows // groups)
     tile_rows = 8 if rows <= groups else next((size for size in (16, 32, 64) if mean <= size), 128)
@@ -36,10 +36,10 @@ def choose(groups: int, rows: int, n: int, k: int, n_processors: int) -> Tiles:
     fills = wide >= n_processors and _busy(wide, n_processors) > 0.95 * _busy(narrow, n_processors)
     if tile_rows > 64 or fills:
         return Tiles(tile_rows, along=2 if tile_rows <= 32 else 1, stages=8 if tile_rows <= 16 else 4)
-    parts = max(min(n_processors // narrow, k // BLOCK // 4), 1)
-    return Tiles(
-        tile_rows, across=1, along=4, stages=12 if tile_rows <= 16 else 8 if tile_rows <= 32 else 4, parts=parts
-    )
+    blocks = k // BLOCK
+    parts = max(min(n_processors // 2 // narrow, blocks // 4), 1)
+    stages = min(12 if tile_rows <= 16 else 8 if tile_rows <= 32 else 4, -(-blocks // parts // 4) * 4)
+    return Tiles(tile_rows, across=1, along=4, stages=stages, parts=parts)
 
 
 def choose_gated(groups: int, rows: int, n: int, k: int, n_processors: int) -> Tiles | None:

@@ -87,12 +87,24 @@ def test_gate_and_up_in_one_pass_are_the_definition(along):
 
 
 def test_a_few_rows_give_every_processor_a_job():
-    """V2-Lite's experts at batch 1, its output projection, and prompts."""
+    """V2-Lite's experts at batch 1, its output projection, which leaves half of them to others, and prompts."""
     one, out, prompts = (
         tiles.choose(*sizes, 132) for sizes in ((6, 6, 1408, 2048), (1, 1, 2048, 2048), (64, 6144, 1408, 2048))
     )
     assert (one.rows, one.across, one.parts) == (8, 1, 1) and 6 * 1408 // 64 == 132
-    assert (out.rows, out.across, out.parts) == (8, 1, 4) and prompts == tiles.Tiles(128, along=1, stages=4)
+    assert (out.rows, out.across, out.stages, out.parts) == (8, 1, 8, 2) and 2 * 2048 // 64 <= 132 // 2
+    assert prompts == tiles.Tiles(128, along=1, stages=4)
+
+
+def test_a_kernel_occupies_no_more_processors_than_it_has_jobs(monkeypatch):
+    from pallas_kernels.coded_matmul import gpu
+
+    seen = []
+    monkeypatch.setattr(gpu.Plan, "call", lambda plan, interpret: seen.append(plan.n_ctas) or (lambda *_: None))
+    for counts, n, rows in (((1,), 512, 16), ((3, 5), 512, 8), ((64,), 64 * 200, 64)):
+        x, w, groups = problem(counts, n, 128, len(counts))
+        gpu.multiplied(x, (w,), None, groups, 128, tiles.Tiles(rows, 1, 4, 4), 132, None)
+    assert seen == [8, 2 * 8, 132]
 
 
 @pytest.mark.parametrize(
