@@ -73,8 +73,8 @@ def main() -> None:
     recall = [line for line in lines("v32.csv", "stage", "train", "index_recall") if line[0] != "dense"]
     second = [line for line in lines("v32.csv", "stage", "held_out", "bits_per_byte", 0) if line[0] != "warm-up"]
     recalled = "index_recall: the indexer alone, then all weights"
-    panels = [(recalled, after(recall, ("sparse",), 200), 0.3, 1.0, 0.1)]
-    write("v32.svg", [*panels, ("held-out bits per byte of the second stage", second, 2.3, 2.7, 0.1)])
+    panels = [(recalled, after(recall, ("sparse",), 300), 0.3, 1.0, 0.1)]
+    write("v32.svg", [*panels, ("held-out bits per byte of the second stage", second, 1.6, 1.9, 0.1)])
     learning = lines("v4.csv", "run", "held_out", "bits_per_byte", 100)
     write("v4.svg", [("held-out bits per byte", learning, 1.8, 3.8, 0.4)])
 
