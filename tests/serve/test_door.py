@@ -7,7 +7,7 @@ import types
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
-from deepseek_jax.serve.api.door import MOST_BYTES, Door
+from deepseek_jax.serve.api.door import MOST_BYTES, Door, _Joining
 from deepseek_jax.serve.outputs import Output
 from deepseek_jax.serve.worker import Dead, Inbox, Worker
 
@@ -145,5 +145,37 @@ def test_an_inbox_gives_all_that_came_and_then_says_that_no_more_will():
         for _ in range(2):
             with pytest.raises(Dead, match="gone"):
                 await inbox.read()
+
+    asyncio.run(run())
+
+
+class Wire:
+    def __init__(self):
+        self.sent, self.has_closed = [], False
+
+    def write(self, data):
+        self.sent.append(data)
+
+    def close(self):
+        self.has_closed = True
+
+    def is_closing(self):
+        return self.has_closed
+
+
+def test_what_is_written_in_one_turn_is_sent_together_and_before_the_end():
+    async def run():
+        wire = Wire()
+        joining = _Joining(wire, asyncio.get_running_loop())
+        joining.write(b"head,")
+        joining.write(b"body,")
+        assert not wire.sent
+        await asyncio.sleep(0)
+        assert wire.sent == [b"head,body,"] and not joining.is_closing()
+        joining.write(b"end")
+        joining.close()
+        joining.write(b"too late")
+        await asyncio.sleep(0)
+        assert wire.sent[1:] == [b"end"] and wire.has_closed
 
     asyncio.run(run())

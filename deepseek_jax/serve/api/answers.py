@@ -30,6 +30,9 @@ class Usage:
         }
 
 
+dumps = json.JSONEncoder(ensure_ascii=False).encode
+
+
 def head(kind: str, number: str, model: str, created: int) -> dict[str, Any]:
     """What every body and every chunk of an answer begins with; `kind` is chat.completion or its chunk, and so on."""
     return {"id": number, "object": kind, "created": created, "model": model, "system_fingerprint": None}
@@ -80,7 +83,7 @@ def joined(pieces: Sequence[Piece]) -> list[Piece]:
 
 def event(body: dict[str, Any] | str) -> str:
     """A server-sent event."""
-    return f"data: {body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)}\n\n"
+    return f"data: {body if isinstance(body, str) else dumps(body)}\n\n"
 
 
 def error(message: str, kind: str = "invalid_request_error") -> dict[str, Any]:

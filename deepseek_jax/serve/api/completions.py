@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from deepseek_jax.errors import UserError
@@ -119,7 +119,7 @@ async def _answer(
         both = zip(choices, clocks, strict=True)
         opened = {stream: one for stream, one in zip(streams, both, strict=True) if isinstance(stream, Stream)}
         pieces = _pieces(service, stack, inbox, opened)
-        told = functools.partial(Choice.told, is_chat=is_chat, spell=lambda token: spell(service, [token]))
+        told = functools.partial(Choice.told, is_chat=is_chat, spell=service.spelling)
         if body.stream:
             events = _events(pieces, head, choices, told, is_chat=is_chat, includes_usage=body.includes_usage)
             return _Streamed(events, stack)
@@ -129,17 +129,41 @@ async def _answer(
         raise
 
 
-class _Streamed(StreamingResponse):
+class _Streamed(Response):
     """Server-sent events; the requests end with the connection, also if nothing was read."""
 
+    media_type = "text/event-stream"
+
     def __init__(self, events: AsyncIterator[str], stack: contextlib.AsyncExitStack):
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self.stack = stack
+        super().__init__(headers={"Cache-Control": "no-cache"})
+        del self.headers["content-length"]
+        self.events, self.stack = events, stack
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the events, until their end or the connection's."""
+        sending, has_left = asyncio.current_task(), False
+        assert sending
+
+        async def watch() -> None:
+            nonlocal has_left
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            has_left = True
+            sending.cancel()
+
+        watching = asyncio.create_task(watch())
         try:
-            await super().__call__(scope, receive, send)
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for text in self.events:
+                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        except asyncio.CancelledError:
+            if not has_left:
+                raise
+            sending.uncancel()
         finally:
+            watching.cancel()
+            await self.events.aclose()  # type: ignore[attr-defined]
             await self.stack.aclose()
 
 
@@ -217,9 +241,10 @@ async def _events(
     includes_usage: bool,
 ) -> AsyncIterator[str]:
     """The chunks of a streamed answer, in one text those that come together: each sending costs as much as a chunk."""
+    begun = answers.dumps(head)[:-1]  # of all chunks
 
     def event(choice: Choice, step: dict[str, Any]) -> str:
-        return answers.event(head | {"choices": [step | told(choice)]})
+        return f'data: {begun}, "choices": [{answers.dumps(step | told(choice))}]}}\n\n'
 
     def events(choice: Choice, found: list[Piece], reason: str) -> Iterator[str]:
         for piece in found:

@@ -5,10 +5,12 @@ that the event loop does: so a refusal must cost little. It is made here, of a r
 answer is written once.
 """
 
+import asyncio
 import functools
 import hashlib
 import hmac
 import itertools
+from typing import Any, cast
 
 from fastapi.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,7 +23,7 @@ from deepseek_jax.serve.worker import Busy, Place
 MOST_BYTES = 32 * 2**20  # of a request's body
 MOST_HEAD_BYTES = 2**16  # of its headers, where they do not arrive at once
 OPEN = ("/", "/health")  # routes that need no key
-PREFIXES = ("", "/v1", "/beta")
+PREFIXES = ("/v1", "", "/beta")  # routes are searched in this order
 COMPLETIONS = frozenset(itertools.chain(*((f"{one}/chat/completions", f"{one}/completions") for one in PREFIXES)))
 
 
@@ -88,6 +90,10 @@ class Connection(HttpToolsProtocol):
 
     n_bytes = 0  # that came since any part of a message was whole
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begins a connection."""
+        super().connection_made(cast(asyncio.Transport, _Joining(transport, self.loop)))
+
     def data_received(self, data: bytes) -> None:
         """Takes what has come."""
         self.n_bytes += len(data)
@@ -109,6 +115,33 @@ class Connection(HttpToolsProtocol):
         """Ends a request."""
         self.n_bytes = 0
         super().on_message_complete()
+
+
+class _Joining:
+    """A transport that sends together what is written in one turn of the loop: heads, bodies, ends of streams."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop):
+        self._transport, self._loop = transport, loop
+        self._waiting: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Sends data before the loop's next turn."""
+        if not self._waiting:
+            self._loop.call_soon(self._send)
+        self._waiting.append(data)
+
+    def close(self) -> None:
+        """Sends what was written, and closes."""
+        self._send()
+        self._transport.close()
+
+    def _send(self) -> None:
+        if self._waiting and not self._transport.is_closing():
+            self._transport.write(b"".join(self._waiting))
+        self._waiting.clear()
 
 
 class _Refusal(Exception):

@@ -1,6 +1,7 @@
 """What the routes serve: one model behind one engine."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from deepseek_jax.bounds import shown
@@ -12,6 +13,8 @@ from deepseek_jax.serve.api.metrics import Metrics
 from deepseek_jax.serve.grammar import Grammars
 from deepseek_jax.serve.loads import ExpertLoads
 from deepseek_jax.serve.worker import Worker
+
+MOST_SPELT = 2**16  # tokens whose texts are kept
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class Service:
     def metrics(self) -> Metrics:
         """Counts and times of this server."""
         return Metrics(self.worker, self.loads)
+
+    @functools.cached_property
+    def spelling(self) -> Callable[[int], str]:
+        """Returns the text of a token; most are asked for often."""
+        return functools.lru_cache(MOST_SPELT)(lambda token: self.tokenizer.decode([token], specials=True))
 
     @functools.cached_property
     def grammars(self) -> Grammars:
