@@ -4,7 +4,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,10 +109,14 @@ def open_engine(options: Any, source: Place | str, **more: Any) -> "tuple[Langua
 
 
 @contextlib.contextmanager
-def compiling(engine: "Engine") -> Iterator[None]:
-    """Compiles an engine's programs: those in which any request can run at once, the others in a thread meanwhile."""
+def compiling(engine: "Engine", settled: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Compiles an engine's programs: those in which any request can run at once, the others in a thread meanwhile.
+
+    `settled` is called after each of the two.
+    """
     stopped, started = threading.Event(), time.monotonic()
     print(f"compiled {engine.compile_largest()} programs in {time.monotonic() - started:.1f} s", file=sys.stderr)
+    settled()
 
     def rest() -> None:
         try:
@@ -122,6 +126,7 @@ def compiling(engine: "Engine") -> Iterator[None]:
             why = lines[0].rstrip(".")
             print(f"some programs do not compile: {why}. Requests run in the largest ones.", file=sys.stderr)
             return
+        settled()
         if not stopped.is_set():
             print(f"compiled all {n_programs} programs in {time.monotonic() - started:.1f} s", file=sys.stderr)
 

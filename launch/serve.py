@@ -10,6 +10,7 @@ template, which is found beside its tokenizer; --template names it where there i
 read from the environment variable DEEPSEEK_JAX_API_KEYS, separated by commas. Needs pip install deepseek_jax[serve].
 """
 
+import gc
 import os
 import socket
 import sys
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
     keys = tuple(key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip())
     with bound(options.host, options.port) as listener:  # before minutes are spent on the model
         service = open_service(options, source, keys)
-        with _serving.compiling(service.worker.engine):
+        with _serving.compiling(service.worker.engine, keep):
             listen(listener)
             host, port = listener.getsockname()[:2]
             print(f"{service.name} at http://{host}:{port}/v1 (Ctrl-C stops)", file=sys.stderr, flush=True)
@@ -74,6 +75,15 @@ def open_service(options: Any, source: Place | str, keys: tuple[str, ...]) -> "S
         drawing=drawing_of(model.config),
         keys=keys,
     )
+
+
+def keep() -> None:
+    """Spares the garbage collector what is there by now, which stays: modules, the model, programs.
+
+    To search all of it stops every thread for half a second, several times a minute under load.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def bound(host: str, port: int) -> socket.socket:

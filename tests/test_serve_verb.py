@@ -133,6 +133,16 @@ def test_programs_that_do_not_compile_are_reported_in_one_line(capsys):
     assert second == "some programs do not compile: no memory. Requests run in the largest ones."
 
 
+def test_what_stays_is_kept_from_the_garbage_collector_when_programs_are_compiled(monkeypatch):
+    said = []
+    monkeypatch.setattr("gc.collect", lambda: said.append("collect"))
+    monkeypatch.setattr("gc.freeze", lambda: said.append("freeze"))
+    engine = SimpleNamespace(compile_largest=lambda: said.append("largest"), compile=lambda _: said.append("rest"))
+    with _serving.compiling(engine, serve.keep):
+        pass
+    assert said == ["largest", "collect", "freeze", "rest", "collect", "freeze"]
+
+
 @pytest.mark.parametrize("finds", [True, False])
 def test_a_model_whose_prompts_are_never_found_says_so(monkeypatch, capsys, finds):
     """V4: what a window holds of others is in no page."""
