@@ -182,6 +182,7 @@ def test_the_kernel_of_one_token_is_given_the_matrices_of_its_layer(inputs, expe
     np.testing.assert_allclose(*by_name, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experts", [[2, 0], [X, 3]])
 def test_the_kernel_of_one_token_is_given_the_codes_of_its_layer(experts, monkeypatch):
     draw, d, f = np.random.default_rng(0), 130, 48
@@ -204,6 +205,7 @@ def test_the_kernel_of_one_token_is_given_the_codes_of_its_layer(experts, monkey
         grouped._swiglu_of_few(*given, weights, by_kernel("mosaic_gpu"))
 
 
+@pytest.mark.slow
 def test_the_kernels_of_few_rows_are_given_the_codes_of_their_layer(monkeypatch):
     """By the definition of the kernel that reads gate and up in one pass; rows of no expert come last."""
     draw, d, f = np.random.default_rng(0), 130, 48

@@ -74,6 +74,7 @@ def test_adapters_that_have_learnt_nothing_change_no_bit(model):
     jax.tree.map(np.testing.assert_array_equal, ours, answered(plain, without(params), router_bias))
 
 
+@pytest.mark.slow
 def test_merged_is_adapted(model):
     adapters, plain, adapted, params, router_bias = model
     ours = answered(adapted, params, router_bias)

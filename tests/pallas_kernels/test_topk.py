@@ -34,7 +34,10 @@ def test_the_kernel_is_the_definition(k, most):
     np.testing.assert_array_equal(gpu.top_k(x, k, most=most, interpret=True), reference.top_k(x, k))
 
 
-@pytest.mark.parametrize(("k", "part"), [(5, 128), (90, 128), (300, 64)])
+@pytest.mark.parametrize(
+    ("k", "part"),
+    [pytest.param(5, 128, marks=pytest.mark.slow), (90, 128), pytest.param(300, 64, marks=pytest.mark.slow)],
+)
 def test_rows_in_parts_side_by_side_are_the_definition(k, part):
     """Interpreted; the last part is not full, numbers are those of other parts as well."""
     x = jnp.asarray(rows()).at[0, :200].set(-1e-30)

@@ -95,8 +95,8 @@ def run(exchange: Exchange | None, arrays: tuple, wire=AS_IS) -> tuple:
 
 
 CASES = [
-    pytest.param(groups, top_k, pair, marks=[pytest.mark.slow] if top_k == 1 else [], id=f"{groups}-{top_k}-{pair}")
-    for groups, top_k in ((1, 1), (1, 3), (2, 3))  # the first is slow: a program of its own for a case of the second
+    pytest.param(groups, top_k, pair, marks=[pytest.mark.slow] if groups == 1 else [], id=f"{groups}-{top_k}-{pair}")
+    for groups, top_k in ((1, 1), (1, 3), (2, 3))  # slow but for the last: programs of their own
     for pair in [(0, 2), (2, 1), (3, 4), (1, 1)]
 ]
 
@@ -123,7 +123,7 @@ def ragged_by_definition(rows, output, begin_W, sent_W, there_W, received_W, *, 
     return output
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_ragged_exchange_gives_the_same_and_says_what_it_sends(groups, monkeypatch):
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_definition)
     with jax.enable_x64(True):
@@ -147,7 +147,7 @@ def test_a_ragged_exchange_is_one_operation_of_xla_for_tokens_there_and_back():
     assert lowered.as_text().count("@ragged_all_to_all") == 4, "tokens, results and their gradients"
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_given_size_that_is_enough_changes_nothing(groups):
     """As in a pipeline: bit for bit what buffers for any load give; and what is too small says so."""
     with jax.enable_x64(True):
