@@ -68,7 +68,11 @@ def test_a_gpu_reads_each_layers_codes_apart(network, weights):
     params, router_bias = weights["fp8"]
     read = jax.tree.map(on_device.prepared, params, on_device.reads(network.config, module, True), is_leaf=is_fp8)
     assert isinstance(read["moe_blocks"]["experts"]["gate_XDF"], Fp8Weight)
-    assert all(is_fp8(layer) for layer in read["moe_blocks"]["attention"]["out_HUD"].layers)
+    attention, stored = read["moe_blocks"]["attention"], params["moe_blocks"]["attention"]
+    assert all(is_fp8(layer) for layer in attention["out_HUD"].layers)
+    for name in on_device.ABSORBED:  # which XLA would dequantise in every step
+        for layer, numbers in zip(attention[name].layers, stored[name].astype(jnp.float32), strict=True):
+            np.testing.assert_array_equal(layer[...], numbers)
     definition = split(abstract_module(network.config, XLA, unroll=0))[0]
     ids_BT = jnp.asarray([PROMPTS[1]])
 
