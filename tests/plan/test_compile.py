@@ -21,8 +21,7 @@ from deepseek_jax.plan.report.compiled import AGREES
 NANO = str(Path(__file__).parents[1] / "train" / "nano_v3.py")
 PIPE, EXPERT, MICRO = 2, 2, 2
 KEYS = {"mesh.pipe": PIPE, "mesh.data": 1, "mesh.expert": EXPERT, "pipeline.micro_batches": MICRO, "model.n_layers": 3}
-KEYS |= {"precision": "bf16", "run.remat": "block", "run.unroll": 3, "data.seq_len": 128}
-# So wide that arrays are all that counts.
+KEYS |= {"precision": "bf16", "run.remat": "block", "data.seq_len": 128}  # so wide that arrays are all that counts:
 KEYS |= {"model.d_model": 128, "model.expert_width": 64, "model.dense_width": 256}
 WORDS = [f"--config={NANO}", "--chip=h100", *(f"--config.{key}={value}" for key, value in KEYS.items())]
 LITTLE = ("--config.model.mtp_depth=0", "--config.model.n_dense_layers=0")  # to be traced

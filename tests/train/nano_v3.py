@@ -24,7 +24,6 @@ def get_config() -> ConfigDict:
 
     config.loop.steps = 60
     config.batch.size = config.batch.size_start = 8
-    config.run.unroll = 1  # compiles in less time
     config.loop.log_every = 1
     config.loop.eval_every = 7
     config.loop.eval_batches = 2
