@@ -33,7 +33,7 @@ from deepseek_jax.precision.policy import policy
 
 # Axes in memory of a weight of which a decode step sums over the last axis: the absorbed form's queries, per head.
 SUMMED_LAST = {"k_up_CHN": (1, 0, 2)}
-ABSORBED = ("k_up_CHN", "v_up_CHU")  # a small product per head, which no kernel multiplies from FP8 codes
+ABSORBED = ("k_up_CHN", "v_up_CHU")  # in decode steps a small product per head, for which no kernel reads FP8
 
 
 def definition(config: ConfigDict, in_a_loop: nnx.GraphDef) -> nnx.GraphDef:

@@ -1,5 +1,7 @@
 """A seed as a key of jax: all 64 bits of it count, whatever integers jax is set to."""
 
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -29,7 +31,8 @@ def key_data(seed: int) -> np.ndarray:
 
     Raises UserError as `random_key` does.
     """
-    if jax.config.jax_default_prng_impl != "threefry2x32":  # type: ignore[attr-defined]
+    settings: Any = jax.config
+    if settings.jax_default_prng_impl != "threefry2x32" or settings.jax_random_seed_offset:
         return np.asarray(jax.random.key_data(random_key(seed)))
     high, low = _words(seed)
     return np.array(_threefry((0, low), (0, high)) if high else (0, low), np.uint32)

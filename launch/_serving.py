@@ -125,6 +125,7 @@ def compiling(engine: "Engine", settled: Callable[[], None] = lambda: None) -> I
             lines = str(error).splitlines() or [type(error).__name__]
             why = lines[0].rstrip(".")
             print(f"some programs do not compile: {why}. Requests run in the largest ones.", file=sys.stderr)
+            settled()
             return
         settled()
         if not stopped.is_set():

@@ -34,6 +34,14 @@ def test_the_data_of_a_key_needs_no_device(seed, kind):
     np.testing.assert_array_equal(found, expected, strict=True)
 
 
+def test_the_data_of_a_key_follows_jaxs_settings():
+    jax.config.update("jax_random_seed_offset", 3)
+    try:
+        np.testing.assert_array_equal(key_data(5), jax.random.key_data(random_key(5)), strict=True)
+    finally:
+        jax.config.update("jax_random_seed_offset", 0)
+
+
 @pytest.mark.parametrize("seed", [-1, 2**64, 10**5000, 1.5, float("nan"), "7", None, True, [1]], ids=shown)
 def test_what_is_no_seed_is_refused_in_a_line(seed):
     with pytest.raises(UserError, match=r"^seed=.*: expected a whole number from 0 to 2\^64 - 1\.$"):

@@ -256,7 +256,8 @@ def _job(plan: Plan, i: jax.Array, tile: tuple[jax.Array, ...]) -> Job:
     matrix, row, low, high, end = tile
     blocks = plan.k // BLOCK
     first = lax.div(part * blocks, plan.tiles.parts)
-    n_blocks = jnp.where(end > row, lax.div((part + 1) * blocks, plan.tiles.parts) - first, 0)
+    has_rows = end > jnp.maximum(row, low)  # the rows after all groups may begin in the same 8 as the last group ends
+    n_blocks = jnp.where(has_rows, lax.div((part + 1) * blocks, plan.tiles.parts) - first, 0)
     return Job(matrix, row, column * plan.columns, low, high, end, first, n_blocks, part)
 
 

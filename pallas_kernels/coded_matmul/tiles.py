@@ -24,8 +24,8 @@ class Tiles:
 def choose(groups: int, rows: int, n: int, k: int, n_processors: int) -> Tiles:
     """Returns the tiles for x [rows, k] in `groups` groups and w [n, k].
 
-    Jobs have 128 outputs, or 64 where then fewer processors are idle at the end; where even these jobs are fewer than
-    half of the processors, a job has a part of the contraction. The other half is left to what runs beside the product.
+    Jobs have 128 outputs, or 64 where then fewer processors are idle at the end. Where twice as many of these fit on
+    half of the processors, a job has a part of the contraction; the other half is left to what runs beside the product.
     """
     mean = -(-rows // groups)
     tile_rows = 8 if rows <= groups else next((size for size in (16, 32, 64) if mean <= size), 128)

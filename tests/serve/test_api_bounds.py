@@ -1,7 +1,9 @@
 """What the server refuses: requests that are wrong, too large, without a key; and what it counts."""
 
 import http.client
+import json
 import socket
+import time
 
 import pytest
 
@@ -190,6 +192,23 @@ def test_metrics_count_what_was_served(client, served, script):
     wait_until(lambda: numbers(served)["requests_open"] == 0)
     assert numbers(served)['completions_total{reason="unfinished"}'] >= 1
     assert ask(served, "GET", "/nothing")[0] == 404 and numbers(served)[NO_ROUTE] >= 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("after", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"], ids=["alone", "one waits behind"])
+def test_who_leaves_ends_all_requests_of_the_connection(served, script, stream, after):
+    script.answer, script.speed, script.delay_s = lambda prompt: "word " * 90, 1, 0.02
+    body = json.dumps({"messages": ASK, "stream": stream, "max_tokens": 400}).encode()
+    head = f"POST /chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nContent-Length: {len(body)}"
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(f"{head}\r\nContent-Type: application/json\r\n\r\n".encode() + body)
+        wait_until(lambda: served.worker.n_open == 1 and script.requests)
+        connection.sendall(after)
+        time.sleep(0.05)  # for the server to read it
+    (job,) = script.requests
+    wait_until(lambda: served.worker.n_open == 0 and not script.requests)
+    assert len(job.ids) > 100, "it ended long before its answer would have"
 
 
 NO_ROUTE = 'http_responses_total{route="none",status="404"}'

@@ -89,6 +89,7 @@ def make_server(service: Service, **options: Any) -> uvicorn.Server:
     config = uvicorn.Config(
         create_app(service),
         http=Connection,
+        ws="none",
         loop="asyncio",
         log_level="warning",
         access_log=False,

@@ -43,7 +43,7 @@ def completion_routes(service: Service) -> APIRouter:
         if template is None:
             raise UserError(f"{service.name} has no chat template: it continues texts. Use /completions.")
         service.check_choices(body.n)
-        prompt = await _aside(request, chat_prompt, template, tokenizer, body)
+        prompt = await _aside(request, chat_prompt, template, tokenizer, body, grows=bool(body.tools))
         samplings = body.samplings(service.n_free(prompt.ids), service.drawing, service.end_ids, request.state.tenant)
         form = await _aside(request, body.form, template, tokenizer)
         if form:
@@ -73,9 +73,12 @@ def completion_routes(service: Service) -> APIRouter:
     return router
 
 
-async def _aside(request: Request, function: Callable[..., T], *arguments: Any) -> T:
-    """Calls a function that reads all of a request: in a thread if that could keep others waiting."""
-    if len(await request.body()) <= SHORT_BYTES:
+async def _aside(request: Request, function: Callable[..., T], *arguments: Any, grows: bool = False) -> T:
+    """Calls a function that reads all of a request: in a thread if that could keep others waiting.
+
+    `grows`: it may read far more than was sent, as of tools, which templates indent.
+    """
+    if len(await request.body()) <= SHORT_BYTES and not grows:
         return function(*arguments)
     return await asyncio.to_thread(function, *arguments)
 

@@ -6,6 +6,7 @@ answer is written once.
 """
 
 import asyncio
+import collections
 import functools
 import hashlib
 import hmac
@@ -58,7 +59,7 @@ class Door:
             self._check_key(scope)
             if is_completion:
                 self._worker.check_place()
-            if scope["method"] == "POST":
+            if scope["method"] == "POST" and scope["path"] not in OPEN:
                 receive = _again(await _body(receive), receive)
             if is_completion:
                 scope["state"]["place"] = place = self._worker.take()
@@ -86,13 +87,24 @@ class Door:
 
 
 class Connection(HttpToolsProtocol):
-    """A connection of uvicorn's, which is closed when no more than headers, or what is none, has come for long."""
+    """A connection of uvicorn's, closed when more than `MOST_HEAD_BYTES` have come and no part of a message is whole.
+
+    When a client leaves, all its requests learn of it. Uvicorn tells the last one alone, which may wait for another.
+    """
 
     n_bytes = 0  # that came since any part of a message was whole
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begins a connection."""
+        self.begun = collections.deque[Any]()  # requests whose answers have not ended, in order
         super().connection_made(cast(asyncio.Transport, _Joining(transport, self.loop)))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Ends a connection."""
+        super().connection_lost(exc)
+        for one in self.begun:
+            one.disconnected = not one.response_complete
+            one.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         """Takes what has come."""
@@ -105,6 +117,10 @@ class Connection(HttpToolsProtocol):
         """Begins to answer a request."""
         self.n_bytes = 0
         super().on_headers_complete()
+        while self.begun and self.begun[0].response_complete:
+            self.begun.popleft()
+        if self.cycle:
+            self.begun.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         """Takes a part of a body."""

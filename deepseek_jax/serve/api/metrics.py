@@ -82,7 +82,7 @@ class _State(Collector):
     def collect(self) -> Iterator[Metric]:
         engine, ranks = self._worker.engine, self._worker.engine.ranks
         yield self._gauge("alive", "1 while requests are accepted.", int(self._worker.is_alive))
-        yield self._gauge("requests_open", "Requests that run or wait.", self._worker.n_open)
+        yield self._gauge("requests_open", "Requests that run, wait or are being read.", self._worker.n_open)
         yield self._gauge("requests_running", "Requests that run.", sum(len(rank.scheduler.running) for rank in ranks))
         yield self._gauge("pages", "Pages of the cache.", sum(rank.pages.n_pages - 1 for rank in ranks))
         yield self._gauge("pages_free", "Pages that no request holds.", sum(rank.pages.n_free for rank in ranks))
