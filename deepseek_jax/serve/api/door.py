@@ -89,7 +89,7 @@ class Door:
 class Connection(HttpToolsProtocol):
     """A connection of uvicorn's, closed when more than `MOST_HEAD_BYTES` have come and no part of a message is whole.
 
-    When a client leaves, all its requests learn of it. Uvicorn tells the last one alone, which may wait for another.
+    When a client leaves, all its requests learn of it: uvicorn marks the last one alone, which may wait for another.
     """
 
     n_bytes = 0  # that came since any part of a message was whole
