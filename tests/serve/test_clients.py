@@ -232,6 +232,7 @@ metric_list: [{metric: exact_match}]
 @pytest.mark.parametrize("place", ["in this process", "over HTTP"])
 def test_the_verb_evaluate_counts_right_answers(model, served, tmp_path, monkeypatch, capsys, place):
     """The key of one question of four is wrong."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra evaluate)")
     datasets = pytest.importorskip("datasets", reason="lm-eval is not installed (extra evaluate)")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     choices = list(twin.QUESTIONS.values())
