@@ -26,7 +26,7 @@ from flax import nnx
 from jax.nn.initializers import normal
 from jax.typing import ArrayLike
 
-from deepseek_jax.layers.base import ExpertTable, RouterBias, param
+from deepseek_jax.layers.base import ExpertTable, RouterBias, next_key, param
 from deepseek_jax.parallel.context import WHOLE, Context
 
 
@@ -85,7 +85,7 @@ class HashRouter(nnx.Module):
         self, vocab_size: int, d_model: int, n_experts: int, top_k: int, std: float, route: Route, *, rngs: nnx.Rngs
     ):
         self.centroids_DE = param(rngs, (d_model, n_experts), ("embed", None), normal(std), role="router")
-        self.experts_VK = ExpertTable(random_table(rngs.params(), vocab_size, n_experts, top_k), axes=(None, None))
+        self.experts_VK = ExpertTable(random_table(next_key(rngs), vocab_size, n_experts, top_k), axes=(None, None))
         self.route = route
 
     @jax.named_scope("router")

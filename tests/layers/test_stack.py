@@ -8,11 +8,13 @@ from flax import nnx
 from jax.nn.initializers import normal
 
 from deepseek_jax.layers.base import (
+    N_AHEAD,
     REMAT,
     Execution,
     RouterBias,
     bind,
     logical_axes,
+    next_key,
     param,
     remat,
     run_stack,
@@ -97,6 +99,15 @@ def test_stacked_blocks_differ_from_one_another():
     blocks = jax.jit(lambda: split(stack(lambda r: Block(rngs=r), 3, nnx.Rngs(0)))[1])()
     first, second, _ = blocks["weight_DD"]
     assert not np.allclose(first, second)
+
+
+def test_keys_made_together_are_those_that_flax_makes_one_by_one():
+    """Also after the stream has been asked directly, as `stack` asks it, and after more than are made at once."""
+    ours, theirs = nnx.Rngs(5), nnx.Rngs(5)
+    for n in (2, N_AHEAD + 1):
+        found = [jax.random.key_data(next_key(ours)) for _ in range(n)]
+        np.testing.assert_array_equal(found, [jax.random.key_data(theirs.params()) for _ in range(n)])
+        assert jax.random.key_data(ours.params()).tolist() == jax.random.key_data(theirs.params()).tolist()
 
 
 def test_as_many_axes_as_dimensions():
