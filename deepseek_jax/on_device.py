@@ -11,7 +11,9 @@ mixing matrices of V4's streams are one kernel each.
 The kernels take bfloat16 and widths that are multiples of 128, that of one token a model's of 256 up to 8,192. On a
 GPU the axes that a product of weights with activations sums over are the innermost in memory: then XLA multiplies a
 matrix with one token in one kernel that reads the matrix once, and otherwise in two that write all products to memory
-in between.
+in between. And hidden layers of dense feed-forwards are filled up with zeros to a multiple of 256, if few are needed:
+XLA divides sums over them into 16 parts of 16 numbers or more, and fills up a weight that it cannot divide so in every
+step; the kernels that read FP8 take multiples of 128. V2-Lite's one of 10,944 becomes 11,008.
 """
 
 import functools
@@ -34,6 +36,8 @@ from deepseek_jax.precision.policy import policy
 # Axes in memory of a weight of which a decode step sums over the last axis: the absorbed form's queries, per head.
 SUMMED_LAST = {"k_up_CHN": (1, 0, 2)}
 ABSORBED = ("k_up_CHN", "v_up_CHU")  # in decode steps a small product per head, for which no kernel reads FP8
+DIVIDED = 256  # numbers of a hidden layer: it gets zeros up to a multiple of them
+MOST_ZEROS = 0.02  # of its width
 
 
 def definition(config: ConfigDict, in_a_loop: nnx.GraphDef) -> nnx.GraphDef:
@@ -109,6 +113,7 @@ class Read(NamedTuple):
     is_unstacked: bool  # one array per layer
     order: tuple[int, ...]  # axes of the array in memory, from the outermost to the innermost
     as_numbers: bool = False  # also if it is stored in FP8
+    zeros: tuple[int, ...] = ()  # after the numbers of each axis of the weight, of a layer's if it is unstacked
 
 
 class Prepared:
@@ -144,15 +149,23 @@ def reads(config: ConfigDict, module: nnx.Module, for_gpu: bool) -> Tree:
     """Returns how a step reads each weight of a network, a tree of `Read`."""
     chosen = policy(config.precision, config.fp8)
 
-    def read(path: tuple, role: str, axes: tuple) -> Read:
+    def read(path: tuple, role: str, axes: tuple, leaf: Any) -> Read:
         dtype, is_stacked = dtype_read(role, chosen.weights, chosen.compute), axes[0] == "layers"
         own_axes = axes[1:] if is_stacked else axes
         is_read_alone = is_stacked or role == "head" or path[0].key == "mtp"
         if not for_gpu or own_axes[0] == "experts" or not is_read_alone:
             return Read(dtype, False, tuple(range(len(axes))))
-        return Read(dtype, is_stacked, _order(len(own_axes), role, path[-1].key), path[-1].key in ABSORBED)
+        zeros = _zeros(role, own_axes, leaf.shape[-len(own_axes) :])
+        return Read(dtype, is_stacked, _order(len(own_axes), role, path[-1].key), path[-1].key in ABSORBED, zeros)
 
-    return jax.tree_util.tree_map_with_path(read, roles(module), logical_axes(module)[0])
+    return jax.tree_util.tree_map_with_path(read, roles(module), logical_axes(module)[0], split(module)[1])
+
+
+def _zeros(role: str, axes: tuple, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns how many zeros follow the numbers of each axis: those that fill up a hidden layer; () for none."""
+    is_hidden = [role in ("gate", "up", "down") and axis == "mlp" for axis in axes]
+    zeros = tuple(-size % DIVIDED if hidden else 0 for size, hidden in zip(shape, is_hidden, strict=True))
+    return zeros if 0 < max(n / size for n, size in zip(zeros, shape, strict=True)) <= MOST_ZEROS else ()
 
 
 def _order(n_axes: int, role: str, name: str) -> tuple[int, ...]:
@@ -171,20 +184,23 @@ def prepared(stored: jax.Array | Fp8Weight, read: Read) -> jax.Array | Fp8Weight
     are 0.4 and 0.2 % of the weights.
     """
     if isinstance(stored, Fp8Weight) and not read.as_numbers:
-        return Unstacked(_apart(stored)) if read.is_unstacked else stored
+        coded = _filled(stored, read.zeros) if read.zeros else stored
+        return Unstacked(_apart(coded)) if read.is_unstacked else coded
     array: jax.Array = _numbers(stored, read.dtype) if isinstance(stored, Fp8Weight) else stored
     dtype = read.dtype if jnp.dtype(read.dtype).itemsize < array.dtype.itemsize else array.dtype
     if read.is_unstacked:
-        return Unstacked(tuple(_as_read(layer, read.order) for layer in _layers(array, dtype, read.order)))
-    return _as_read(_turned(array, dtype, read.order), read.order)
+        layers = _layers(array, dtype, read.order, read.zeros)
+        return Unstacked(tuple(_as_read(layer, read.order) for layer in layers))
+    return _as_read(_turned(array, dtype, read.order, read.zeros), read.order)
 
 
 def _as_read(array: jax.Array, order: tuple[int, ...]) -> jax.Array | Turned:
     return array if order == tuple(range(array.ndim)) else Turned(array, order)
 
 
-def _turned(stored: jax.Array, dtype: DTypeLike, order: tuple[int, ...]) -> jax.Array:
-    return jnp.transpose(stored.astype(dtype), order)
+def _turned(stored: jax.Array, dtype: DTypeLike, order: tuple[int, ...], zeros: tuple[int, ...]) -> jax.Array:
+    array = stored.astype(dtype)
+    return jnp.transpose(jnp.pad(array, [(0, n) for n in zeros]) if zeros else array, order)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -192,11 +208,18 @@ def _numbers(stored: Fp8Weight, dtype: DTypeLike) -> jax.Array:
     return stored.astype(dtype)
 
 
+@functools.partial(jax.jit, static_argnames="zeros")
+def _filled(stored: Fp8Weight, zeros: tuple[int, ...]) -> Fp8Weight:
+    return stored.filled(zeros)
+
+
 @jax.jit
 def _apart(stack: Fp8Weight) -> tuple[Fp8Weight, ...]:
     return tuple(layer_of(stack, number) for number in range(len(stack.codes)))
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "order"))
-def _layers(stack: jax.Array, dtype: DTypeLike, order: tuple[int, ...]) -> tuple[jax.Array, ...]:
-    return tuple(_turned(layer, dtype, order) for layer in stack)
+@functools.partial(jax.jit, static_argnames=("dtype", "order", "zeros"))
+def _layers(
+    stack: jax.Array, dtype: DTypeLike, order: tuple[int, ...], zeros: tuple[int, ...]
+) -> tuple[jax.Array, ...]:
+    return tuple(_turned(layer, dtype, order, zeros) for layer in stack)

@@ -9,6 +9,8 @@ from deepseek_jax import on_device, run_config
 from deepseek_jax.abstract_model import abstract_module
 from deepseek_jax.kernels import XLA
 from deepseek_jax.layers.base import Turned, Unstacked, logical_axes, split
+from deepseek_jax.precision.fp8_weight import Layout, encoded
+from deepseek_jax.precision.matmul import PLAIN
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.token_experts import gpu as token_experts
 
@@ -63,6 +65,32 @@ def test_a_gpu_reads_one_array_per_layer_with_the_axes_that_are_summed_over_insi
             assert not any(isinstance(layer, Turned) for layer in found.layers)
 
     jax.tree_util.tree_map_with_path(check, params, logical_axes(module)[0], read)
+
+
+def test_a_hidden_layer_that_xla_cannot_divide_is_filled_up_with_zeros():
+    """Once, where a few are enough: the feed-forward is the same, also from FP8 codes."""
+    config = run_config.load("tiny_v3")
+    config.model.dense_width = 2 * on_device.DIVIDED - 4  # of 64 / 508 more, none of all other widths
+    module = abstract_module(config, XLA)
+    _, shapes, _ = split(module)
+    reads = on_device.reads(config, module, True)
+    leaves = jax.tree.leaves(reads, is_leaf=lambda read: isinstance(read, on_device.Read))
+    assert sum(bool(read.zeros) for read in leaves) == 3
+    names, rng = ("gate_DF", "up_DF", "down_FD"), np.random.default_rng(0)
+    stored = {n: jnp.asarray(rng.normal(size=shapes["dense_blocks"]["mlp"][n].shape), jnp.float32) for n in names}
+    layouts = {n: Layout(w.shape[2:], w.shape[1:2], (1, 0)) for n, w in stored.items()}
+    for weights in (stored, {n: encoded((w,), (layouts[n],))[0] for n, w in stored.items()}):
+        read = {n: on_device.prepared(w, reads["dense_blocks"]["mlp"][n]).layers[0] for n, w in weights.items()}
+        layer = {n: on_device.layer_of(w, 0) for n, w in weights.items()}
+        assert {w[...].shape for w in read.values()} == {(config.model.d_model, 512), (512, config.model.d_model)}
+        x = jnp.asarray(rng.normal(size=(1, 3, config.model.d_model)), jnp.float32)
+        found, right = (_feed_forward(x, *(PLAIN, *(w[n][...] for n in names))) for w in (read, layer))
+        np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-4)
+
+
+def _feed_forward(x, matmul, gate, up, down):
+    hidden = matmul.swiglu(matmul.einsum("BTD,DF->BTF", x, gate), matmul.einsum("BTD,DF->BTF", x, up))
+    return matmul.einsum("BTF,FD->BTD", hidden, down)
 
 
 CODES = {"coded_matmul": "mosaic_gpu"}

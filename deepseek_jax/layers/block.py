@@ -21,7 +21,7 @@ from flax import nnx
 from deepseek_jax.kernels import Kernels
 from deepseek_jax.layers.divided_attention import divided_attention
 from deepseek_jax.layers.norm import RMSNorm
-from deepseek_jax.layers.tokens import Tokens
+from deepseek_jax.layers.tokens import Tokens, at
 from deepseek_jax.parallel.alltoall import Sent, added
 from deepseek_jax.parallel.context import Context
 from deepseek_jax.precision.matmul import Matmul, Operand
@@ -196,13 +196,21 @@ class Block(nnx.Module):
         self.name = name
 
     def __call__(
-        self, x_BTD: jax.Array, tokens: Tokens, attend: Attend = over_themselves, cached: Any = None
+        self,
+        x_BTD: jax.Array,
+        tokens: Tokens,
+        attend: Attend = over_themselves,
+        cached: Any = None,
+        place_B: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[Any, Statistics]]:
         """Runs the four phases in order, with what the attention kept of earlier tokens in `cached`.
 
+        With `place_B`, the phases after the attention run for the token at that place of each sequence alone (T = 1).
         Returns (x_BTD, (what `attend` kept, what attention and feed-forward report)).
         """
         x_BTD, kept, losses = self.attend(x_BTD, tokens, attend, cached)
+        if place_B is not None:
+            x_BTD, tokens = at((x_BTD, tokens), place_B)
         x_BTD, found = self.combine(x_BTD, self.compute(self.dispatch(x_BTD, tokens)))
         return x_BTD, (kept, found._replace(losses=_sums(losses, found.losses)))
 

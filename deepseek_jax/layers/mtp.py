@@ -67,11 +67,20 @@ class MTP(nnx.Module):
         return self.final_norm(x_BTD), statistics  # eq. 23, but for the head
 
     def generating(
-        self, h_BTD: jax.Array, embedded_BTD: jax.Array, tokens: Tokens, attend: Attend, cached: Any = None
+        self,
+        h_BTD: jax.Array,
+        embedded_BTD: jax.Array,
+        tokens: Tokens,
+        attend: Attend,
+        cached: Any = None,
+        place_B: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """The same with what its attention kept of earlier tokens: (h^k_BTD, what it keeps now)."""
+        """The same with what its attention kept of earlier tokens: (h^k_BTD, what it keeps now).
+
+        With `place_B`, h^k of the token at that place of each sequence alone (T = 1); the attention keeps all.
+        """
         block: Any = as_layer(self.block, self.matmul)
-        x_BTD, (kept, _) = block(self._joined(h_BTD, embedded_BTD), tokens, attend, cached)
+        x_BTD, (kept, _) = block(self._joined(h_BTD, embedded_BTD), tokens, attend, cached, place_B)
         return self.final_norm(x_BTD), kept
 
     def _joined(self, h_BTD: jax.Array, embedded_BTD: jax.Array) -> jax.Array:
@@ -127,11 +136,17 @@ class StreamMTP(nnx.Module):
         return (x_BTOD, self.final_norm(self.streams_head(x_BTOD))), statistics
 
     def generating(
-        self, x_BTOD: jax.Array, embedded_BTD: jax.Array, tokens: Tokens, attend: Attend, cached: Any = None
+        self,
+        x_BTOD: jax.Array,
+        embedded_BTD: jax.Array,
+        tokens: Tokens,
+        attend: Attend,
+        cached: Any = None,
+        place_B: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """The same with what its attention kept of earlier tokens: (h_BTD, what it keeps now)."""
+        """The same with what its attention kept of earlier tokens: (h_BTD, what it keeps now); `place_B` as there."""
         block: Any = as_layer(self.block, self.matmul)
-        x_BTOD, (kept, _) = block(self._joined(x_BTOD, embedded_BTD), tokens, attend, cached)
+        x_BTOD, (kept, _) = block(self._joined(x_BTOD, embedded_BTD), tokens, attend, cached, place_B)
         return self.final_norm(self.streams_head(x_BTOD)), kept
 
     def _joined(self, x_BTOD: jax.Array, embedded_BTD: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """What is known of the tokens that run through a model, besides the vectors: one argument instead of four."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,3 +30,12 @@ class Tokens(NamedTuple):
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1], dtype=jnp.int32), ids_BT.shape)
         return cls(ids_BT, positions_BT, segments_BT, real_BT)
+
+
+def at(tree: Any, place_B: jax.Array) -> Any:
+    """Returns one token of each sequence, the one at `place_B`: arrays with axes B and T first, with T = 1."""
+
+    def one(array: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(array, place_B.reshape(-1, *[1] * (array.ndim - 1)), axis=1)
+
+    return jax.tree.map(one, tree)

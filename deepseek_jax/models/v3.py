@@ -106,13 +106,21 @@ class Model(Decoder):
             depths.append(Depth(h_BTD, ids[k + 1], statistics))
         return depths
 
-    def ahead(self, h_BTD: jax.Array, tokens: Tokens, attend: Attend, cached: Any = None) -> tuple[jax.Array, Any]:
+    def ahead(
+        self,
+        h_BTD: jax.Array,
+        tokens: Tokens,
+        attend: Attend,
+        cached: Any = None,
+        place_B: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
         """The first depth of multi-token prediction in generation, with a cache of its own.
 
         `tokens` are those after the ones of `h_BTD`, at the positions of these. Returns (h^1_BTD, ready for the head:
-        of the tokens after `tokens`; what its attention keeps).
+        of the tokens after `tokens`, or with `place_B` of the one at that place of each sequence alone; what its
+        attention keeps).
         """
-        return self.mtp[0].generating(h_BTD, self.embed(tokens), tokens, attend, cached)
+        return self.mtp[0].generating(h_BTD, self.embed(tokens), tokens, attend, cached, place_B)
 
     def ids_ahead(self, targets_BT: jax.Array) -> list[jax.Array]:
         """The ids that each depth of multi-token prediction reads."""

@@ -148,9 +148,16 @@ class Model(Decoder):
             depths.append(Depth(h_BTD, ids[k + 1], statistics))
         return depths
 
-    def ahead(self, x_BTOD: jax.Array, tokens: Tokens, attend: Attend, cached: Any = None) -> tuple[jax.Array, Any]:
+    def ahead(
+        self,
+        x_BTOD: jax.Array,
+        tokens: Tokens,
+        attend: Attend,
+        cached: Any = None,
+        place_B: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
         """The first depth of multi-token prediction in generation, from the streams; see `models.v3`."""
-        return self.mtp[0].generating(x_BTOD, self.embed(tokens), tokens, attend, cached)
+        return self.mtp[0].generating(x_BTOD, self.embed(tokens), tokens, attend, cached, place_B)
 
     def ids_ahead(self, targets_BT: jax.Array) -> list[jax.Array]:
         """The ids that each depth of multi-token prediction reads."""

@@ -6,6 +6,7 @@ A product dequantises what it needs (`precision.fp8_weight_kernels`); all weight
 read such a weight like any other, weight[...], with its axes in their own order.
 """
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
 
 from deepseek_jax.precision.quantize import dequantize_blocks, quantize_blocks
@@ -100,6 +102,21 @@ class Fp8Weight:
     def __getitem__(self, index: Any) -> "Fp8Weight":
         assert index is ..., index
         return self
+
+    def filled(self, zeros: tuple[int, ...]) -> "Fp8Weight":
+        """Returns it with so many zeros after the numbers of each of its axes; rows and columns are one axis each."""
+        layout, n_zeros = self.layout, dict(zip(self.layout.order, zeros, strict=True))
+        assert len(layout.order) == 2, layout
+        rows, columns = (size + n_zeros[axis] for axis, size in enumerate(layout.matrix))
+        wide = dataclasses.replace(layout, rows=(rows,), columns=(columns,))
+        of_codes, of_scale = (
+            [(0, new - old) for new, old in zip(*sizes, strict=True)]
+            for sizes in ((wide.matrix, layout.matrix), (wide.blocks, layout.blocks))
+        )
+        before = [(0, 0)] * (self.codes.ndim - 2)
+        bits = jnp.pad(lax.bitcast_convert_type(self.codes, jnp.uint8), before + of_codes)
+        scale = jnp.pad(self.scale, before + of_scale, constant_values=1)
+        return Fp8Weight(lax.bitcast_convert_type(bits, self.codes.dtype), scale, wide)
 
     def astype(self, dtype: DTypeLike) -> jax.Array:
         """Returns the weight as an array: codes times scales in float32, rounded once."""

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.parallel.replicas import Replicas
-from deepseek_jax.serve import batches
+from deepseek_jax.precision.fp8_weight import Fp8Weight
+from deepseek_jax.serve import batches, speculation
 from deepseek_jax.serve.batches import Plans
 from deepseek_jax.serve.memory import Memory
 from deepseek_jax.serve.programs import Call, Current, Weights
@@ -52,6 +53,7 @@ class Calls:
         weights, memory: the same.
         last_R: the token that each row drew last, int32; the last place of a device is that of padding.
         draft_R: the draft of the token after it.
+        coded_head: the head in FP8 by which drafts are made, if it is; not where several devices run the programs.
         allowed_RW: the tokens that each row may draw next, as bits of uint32.
     """
 
@@ -67,7 +69,7 @@ class Calls:
         n_steps: int,
         replicas: Replicas | None,
     ):
-        self.weights, self.memory = weights, memory
+        self.memory = memory
         self._page_size, self._n_rows, self._n_drafts, self._n_steps = page_size, n_rows, n_drafts, n_steps
         self._replicas, self._n_ranks = replicas, replicas.n if replicas else 1
         # what attentions keep of running requests alone
@@ -75,12 +77,21 @@ class Calls:
         self._vocab_size, d_model = model.embedding.table_VD.shape
         self._hidden_shape = model.ahead_shape if n_drafts else (d_model,)  # of a token
         self._dtype, self._has_routes = model.run.compute, model.run.routes
+        self._codes_head = n_drafts > 0 and not replicas and speculation.reads_codes(model)
+        self.use(weights)
         n_places = self._n_ranks * (n_rows + 1)
         self.last_R, self.draft_R = (self._by_row(np.zeros(n_places, np.int32)) for _ in range(2))
         self.allowed_RW = self._by_row(np.full((n_places, -(-self._vocab_size // 32)), ALL, np.uint32))
         # On one device arrays have no given place; for one with a place a second program would be compiled.
         place = self.allowed_RW.sharding if replicas else None
         self._put_words = jax.jit(_with_row, donate_argnums=0, out_shardings=place)
+
+    def use(self, weights: Weights) -> None:
+        """Takes these weights for all later calls."""
+        self.weights = weights
+        self.coded_head: Fp8Weight | None = None
+        if self._codes_head:
+            self.coded_head = speculation.head_in_codes(weights[0]["head"]["weight_DV"])
 
     @property
     def nobody(self) -> Plans:
@@ -164,15 +175,19 @@ class Calls:
     def speculate(self, plans: Plans, n_rows: int, width: int, kind: Kind, n_top: int, n_steps: int) -> Call:
         """`n_steps` of these, each of which draws up to two tokens per row."""
         _, state, rows, static = self.steps(plans, n_rows, width, kind, n_top)
-        return Call("speculate", state | {"draft_R": self.draft_R}, rows, {**static, "n_steps": n_steps})
+        return Call("speculate", state | self._drafting, rows, {**static, "n_steps": n_steps})
 
     def foresee(self, plans: Plans, length: int, width: int, h_BTD: jax.Array | None = None) -> Call:
         """The first draft after parts of prompts."""
         _, state, rows, _ = self.extend(plans, 1, length, width)
         del rows["ids_BT"]
         rows |= batches.next_of_prompts(plans, length) | batches.slots(plans, 1, self._n_rows)
-        state |= {"last_R": self.last_R, "draft_R": self.draft_R, "h_BTD": self._hidden(length, h_BTD)}
-        return Call("foresee", state, rows)
+        state |= {"last_R": self.last_R, "h_BTD": self._hidden(length, h_BTD)}
+        return Call("foresee", state | self._drafting, rows)
+
+    @property
+    def _drafting(self) -> dict[str, Any]:
+        return {"draft_R": self.draft_R} | ({"coded_head": self.coded_head} if self.coded_head else {})
 
     def score(
         self, n_rows: int, n_top: int, logits_BV: jax.Array | None = None, id_BT: jax.Array | None = None

@@ -201,7 +201,7 @@ class Engine:
 
     def replace_weights(self, weights: Weights) -> None:
         """Changes the weights, for others of the same form; later prompts find nothing of the old ones in the cache."""
-        self.calls.weights = checked_like(weights, self.weights)
+        self.calls.use(checked_like(weights, self.weights))
         for rank in self.ranks:
             rank.pages.forget(request.table for request in rank.scheduler.running)
         if self._disk:

@@ -40,6 +40,7 @@ from deepseek_jax.layers.block import Attend
 from deepseek_jax.layers.cache import first_chunk_in_pages, next_chunk_in_pages, next_tokens_in_pages
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.parallel.replicas import ROWS, Replicas
+from deepseek_jax.precision.fp8_weight import Fp8Weight
 from deepseek_jax.serve import speculation
 from deepseek_jax.serve.memory import Memory, Sizes, read, routes_of, shapes_of, zeros
 from deepseek_jax.serve.sampler import Scores, draw, no_scores, scores
@@ -325,12 +326,14 @@ class Programs:
         start_B: jax.Array,
         slot_B: jax.Array,
         table_BN: jax.Array,
+        coded_head: Fp8Weight | None = None,
     ) -> tuple[jax.Array, Memory]:
         """`speculation.foresee`, where -1 in `next_BT` stands for the token drawn last: (draft_R, memory)."""
         next_BT = jnp.where(next_BT < 0, last_R[slot_B][:, None], next_BT)
         with jax.default_matmul_precision(self.matmul_precision):
             model = bind(self._own, *weights)
-            draft_B, memory = speculation.foresee(model, memory, h_BTD, next_BT, n_B, start_B, table_BN, slot_B)
+            rows = n_B, start_B, table_BN, slot_B
+            draft_B, memory = speculation.foresee(model, memory, h_BTD, next_BT, *rows, coded_head)
         return draft_R.at[slot_B].set(draft_B), memory
 
     def speculate(
@@ -344,6 +347,7 @@ class Programs:
         stop_BJ: jax.Array,
         n_steps: int,
         n_top: int,
+        coded_head: Fp8Weight | None = None,
         **how: jax.Array,
     ) -> tuple[jax.Array, Scores | None, Memory, jax.Array, jax.Array]:
         """`speculation.step`, `n_steps` times: as `steps`, with T = 2 `n_steps`, and draft_R at the end."""
@@ -353,7 +357,8 @@ class Programs:
         def step(carry: tuple, _: None) -> tuple[tuple, tuple]:
             with jax.default_matmul_precision(self.matmul_precision):
                 model, (memory, row) = bind(self._own, *weights), carry
-                memory, row, id_BT, found = speculation.step(model, memory, row, table_BN, slot_B, stop_BJ, how, n_top)
+                rows = row, table_BN, slot_B, stop_BJ
+                memory, row, id_BT, found = speculation.step(model, memory, *rows, how, n_top, coded_head)
             return (memory, row), (id_BT, found)
 
         (memory, row), found = jax.lax.scan(step, (memory, row), None, length=n_steps)

@@ -1,7 +1,10 @@
 """The public functions: arguments are checked once, then the named implementation runs."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.coded_matmul import reference
 from pallas_kernels.coded_matmul.tiles import BLOCK, UNIT_COLUMNS
@@ -11,7 +14,13 @@ IMPLEMENTATIONS = ("reference", "mosaic_gpu")
 
 
 def coded_matmul(
-    x_AK: jax.Array, w: Scaled, groups: Groups, *, implementation: str, block_rows: int = BLOCK
+    x_AK: jax.Array,
+    w: Scaled,
+    groups: Groups,
+    *,
+    implementation: str,
+    block_rows: int = BLOCK,
+    out_dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Returns y [A, N], y[r] = x[r] (codes[g] * scales[g])^T for the rows r of group g, 0 for rows of no group.
 
@@ -24,22 +33,24 @@ def coded_matmul(
         implementation: "reference" (any device, any dtype of x) or "mosaic_gpu" (Hopper; x in bfloat16, K a multiple of
             128, N and block_rows of 64). There is no fallback from one to the other.
         block_rows: outputs that share a scale.
+        out_dtype: of y; None: that of x.
 
     Raises:
         ValueError: arguments that do not fit together, or that the implementation does not support.
     """
     _check(x_AK.shape, w, block_rows)
+    how: dict[str, Any] = {"block_rows": block_rows, "out_dtype": x_AK.dtype if out_dtype is None else out_dtype}
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: unknown. Choose one of {', '.join(IMPLEMENTATIONS)}.")
     if implementation == "reference":
-        return reference.coded_matmul(x_AK, w, groups, block_rows=block_rows)
+        return reference.coded_matmul(x_AK, w, groups, **how)
     from pallas_kernels import mosaic_gpu  # Mosaic GPU is not part of every JAX build
 
     processors = mosaic_gpu.check_hopper(implementation)
     _check_kernel(x_AK, w, block_rows)
     from pallas_kernels.coded_matmul import gpu
 
-    return gpu.coded_matmul(x_AK, w, groups, block_rows=block_rows, n_processors=processors)
+    return gpu.coded_matmul(x_AK, w, groups, **how, n_processors=processors)
 
 
 def coded_experts(

@@ -135,6 +135,7 @@ def coded_matmul(
     groups: Groups,
     *,
     block_rows: int = BLOCK,
+    out_dtype: DTypeLike = jnp.bfloat16,
     tiles: Tiles | None = None,
     n_processors: int = 132,
     interpret: object = None,
@@ -144,7 +145,7 @@ def coded_matmul(
     A that is not a multiple of 8 is filled up first, which costs a copy.
 
     Args:
-        x_AK, w, groups, block_rows: see there.
+        x_AK, w, groups, block_rows, out_dtype: see there.
         tiles: chosen by the sizes unless given.
         n_processors: of the chip.
         interpret: parameters with which the kernel runs on a CPU (JAX 0.11 and later).
@@ -152,7 +153,8 @@ def coded_matmul(
     x = _whole(mosaic_gpu.evens_first(x_AK))
     n, k = w.codes.shape[1:]
     tiles = tiles or choose(groups.n, len(x_AK), n, k, n_processors)
-    return multiplied(x, (w,), None, groups, block_rows, tiles, n_processors, interpret)[: len(x_AK)]
+    y = multiplied(x, (w,), None, groups, block_rows, tiles, n_processors, interpret, out_dtype)
+    return y[: len(x_AK)]
 
 
 def experts(
@@ -207,18 +209,19 @@ def multiplied(
     tiles: Tiles,
     n_processors: int,
     interpret: object,
+    out_dtype: DTypeLike = jnp.bfloat16,
 ) -> jax.Array:
     """Returns x times one matrix, [m, n], or the hidden layer of gate and up with the evens first; so is x."""
     m, (_, n, k) = len(x), weights[0].codes.shape
-    out_dtype = x.dtype if tiles.parts == 1 else jnp.float32
+    of_parts = out_dtype if tiles.parts == 1 else jnp.float32
     # A CTA has a processor to itself, also one that has no job: where there are few, others are left to other kernels.
     most_jobs = (-(-m // tiles.rows) + groups.n - 1) * -(-n // (UNIT_COLUMNS * tiles.across)) * tiles.parts
     n_ctas = min(n_processors, most_jobs)
-    plan = Plan(m, n, k, block_rows, out_dtype, tiles, len(weights), n_ctas, not interpret)
+    plan = Plan(m, n, k, block_rows, of_parts, tiles, len(weights), n_ctas, not interpret)
     codes = (lax.bitcast_convert_type(w.codes, jnp.int8) for w in weights)
     more = () if factor is None else (jnp.pad(factor, (0, tiles.rows)),)
     y = plan.call(interpret)(table(groups, m, tiles.rows), x, *codes, *(w.scale for w in weights), *more)
-    return jnp.sum(y.reshape(tiles.parts, m, n), axis=0).astype(x.dtype) if tiles.parts > 1 else y
+    return jnp.sum(y.reshape(tiles.parts, m, n), axis=0).astype(out_dtype) if tiles.parts > 1 else y
 
 
 def _kernel(plan: Plan, table: Any, x: Any, *refs: Any) -> None:

@@ -5,6 +5,7 @@ y[r] = x[r] (codes[g] * scales[g])^T    for the rows r of group g; 0 for rows of
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.grouped_matmul import reference
 from pallas_kernels.grouped_matmul.layout import Groups, Scaled
@@ -12,12 +13,15 @@ from pallas_kernels.grouped_matmul.layout import Groups, Scaled
 BLOCK = 128
 
 
-def coded_matmul(x_AK: jax.Array, w: Scaled, groups: Groups, *, block_rows: int = BLOCK) -> jax.Array:
-    """Returns y [A, N] in the dtype of x, from float32 weights and sums."""
+def coded_matmul(
+    x_AK: jax.Array, w: Scaled, groups: Groups, *, block_rows: int = BLOCK, out_dtype: DTypeLike | None = None
+) -> jax.Array:
+    """Returns y [A, N] in `out_dtype`, or in the dtype of x, from float32 weights and sums."""
     n, k = w.codes.shape[1:]
     scale = jnp.repeat(jnp.repeat(w.scale, block_rows, axis=1)[:, :n], BLOCK, axis=2)[:, :, :k]
     weights = w.codes.astype(jnp.float32) * scale
-    return reference.grouped_matmul(x_AK.astype(jnp.float32), weights, groups, transposed=True).astype(x_AK.dtype)
+    y_AN = reference.grouped_matmul(x_AK.astype(jnp.float32), weights, groups, transposed=True)
+    return y_AN.astype(x_AK.dtype if out_dtype is None else out_dtype)
 
 
 def experts(

@@ -47,8 +47,11 @@ def test_the_kernel_is_the_definition(counts, n, k, choice):
     from pallas_kernels.coded_matmul import gpu
 
     x, w, groups = problem(counts, n, k, len(counts) + 2, more_rows=4, dtype=jnp.bfloat16)
-    y = gpu.coded_matmul(x, w, groups, tiles=choice, n_processors=3, interpret=plgpu.InterpretGPUParams())
-    expected = reference.coded_matmul(x, w, groups)
+    dtype = jnp.float32 if len(counts) == 1 else jnp.bfloat16
+    options = {"tiles": choice, "n_processors": 3, "interpret": plgpu.InterpretGPUParams()}
+    y = gpu.coded_matmul(x, w, groups, out_dtype=dtype, **options)
+    expected = reference.coded_matmul(x, w, groups, out_dtype=dtype)
+    assert y.dtype == expected.dtype == dtype
     np.testing.assert_allclose(y.astype(jnp.float32), expected.astype(jnp.float32), rtol=2**-7, atol=1e-3)
 
 

@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.layers.base import bind
+from deepseek_jax.layers.cache import first_pass
+from deepseek_jax.layers.tokens import Tokens, at
+from deepseek_jax.serve import speculation
 from deepseek_jax.serve.engine import Engine, Sampling
 from deepseek_jax.serve.pages import PagePool
+from deepseek_jax.serve.programs import Programs
 from deepseek_jax.serve.ranks import Rank
 from deepseek_jax.serve.scheduler import Part
 from tests.serve.test_engine import Ladder
@@ -152,3 +157,32 @@ def test_a_step_has_slots_for_the_draft_of_a_rows_last_token(engine, monkeypatch
 def test_drafts_need_multi_token_prediction(network):
     with pytest.raises(UserError, match="the model has no multi-token prediction"):
         Engine(network.definition, network.weights, 32, n_drafts=1)
+
+
+def test_a_head_in_fp8_makes_drafts_and_changes_no_text(engine, plain, monkeypatch):
+    """As on Hopper, but for the kernel: each new set of weights has its own."""
+    monkeypatch.setattr(speculation, "reads_codes", lambda model: True)
+    made = engine(1, page_size=8, n_ahead=0)  # programs of its own
+    made.programs = Programs(made.programs.definition, made.programs.sizes)
+    coded = made.calls.coded_head
+    assert coded.codes.shape == made.weights[0]["head"]["weight_DV"].shape[::-1]
+    _, texts, _ = run(made, GREEDY[:2], PROMPTS[:2])
+    assert texts == plain[0][1][:2] and made.n_drafted > 0
+    made.replace_weights(jax.tree.map(lambda w: 2 * w, made.weights))
+    np.testing.assert_array_equal(made.calls.coded_head.scale, 2 * coded.scale)
+
+
+def test_after_its_attention_multi_token_prediction_is_of_one_token(foreseeing):
+    """With its hidden state, and the same cache, as if it were of all tokens."""
+    tokens = Tokens.of(jnp.asarray([PROMPTS[2], PROMPTS[3][:6]]))
+    place_B = jnp.asarray([1, 4])
+
+    @jax.jit
+    def both(params, router_bias):
+        model = bind(foreseeing.definition, params, router_bias)
+        h_BTD, _ = model.hidden(tokens)
+        return [model.ahead(h_BTD, tokens, first_pass(8), None, place) for place in (None, place_B)]
+
+    (h_BTD, cached), (h_B1D, same) = both(*foreseeing.weights)
+    np.testing.assert_allclose(h_B1D, at(h_BTD, place_B), rtol=1e-5, atol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, cached, same)
