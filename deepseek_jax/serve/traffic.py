@@ -50,7 +50,7 @@ class Outcome(NamedTuple):
     """One request.
 
     Times in seconds after it was sent. `status` is that of HTTP, `NO_CONNECTION` if the connection failed, `LATE` if
-    the answer was not complete in time.
+    the answer was not complete in time. `retry_s` are the seconds after which a refusal asks to come again.
     """
 
     status: int
@@ -60,6 +60,7 @@ class Outcome(NamedTuple):
     n_prompt: int = 0
     n_cached: int = 0
     n_new: int = 0
+    retry_s: float = 0.0
 
     @property
     def per_token_s(self) -> float:
@@ -107,7 +108,7 @@ async def ask(server: Server, body: dict[str, Any]) -> Outcome:
                 if any(choice.get("text") or choice.get("delta") for choice in event["choices"]):
                     times.append(monotonic() - started)
     except Refused as refusal:
-        return Outcome(refusal.status, end_s=monotonic() - started)
+        return Outcome(refusal.status, end_s=monotonic() - started, retry_s=refusal.retry_s)
     except TimeoutError:
         return Outcome(LATE, end_s=monotonic() - started)
     except (OSError, asyncio.IncompleteReadError):
@@ -119,20 +120,23 @@ async def ask(server: Server, body: dict[str, Any]) -> Outcome:
 
 
 class Refused(Exception):
-    """An answer whose status is not 200."""
+    """An answer whose status is not 200; `retry_s` as in `Outcome`."""
 
-    def __init__(self, status: int, text: str):
+    def __init__(self, status: int, text: str, retry_s: float = 0.0):
         super().__init__(f"status {status}: {text}")
-        self.status = status
+        self.status, self.retry_s = status, retry_s
 
 
 async def events(server: Server, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
     """Yields the events of a streamed answer. Raises Refused, or OSError if the connection fails."""
     reader, writer = await _posted(server, json.dumps(body).encode())
     try:
-        status, is_chunked = await _head(reader)
+        status, headers = await _head(reader)
         if status != 200:
-            raise Refused(status, (await reader.read(2000)).decode(errors="replace"))
+            text = (await reader.read(2000)).decode(errors="replace")
+            retry_s = headers.get("retry-after", "")  # which may be a date
+            raise Refused(status, text, float(retry_s) if retry_s.isdecimal() else 0.0)
+        is_chunked = headers.get("transfer-encoding") == "chunked"
         async for line in _lines(reader, is_chunked):
             if line == b"data: [DONE]":
                 return
@@ -160,10 +164,11 @@ async def _posted(server: Server, data: bytes) -> tuple[asyncio.StreamReader, as
     return reader, writer
 
 
-async def _head(reader: asyncio.StreamReader) -> tuple[int, bool]:
-    """Reads the head of an answer: (status, whether the body is in chunks)."""
-    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-    return int(head.split(" ", 2)[1]), "transfer-encoding: chunked" in head
+async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
+    """Reads the head of an answer: (status, headers)."""
+    first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower().rstrip().split("\r\n")
+    pairs = (line.partition(":") for line in lines)
+    return int(first.split(" ", 2)[1]), {name: value.strip() for name, _, value in pairs}
 
 
 async def _lines(reader: asyncio.StreamReader, is_chunked: bool) -> AsyncIterator[bytes]:

@@ -8,6 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter
 
 from deepseek_jax.serve.api.door import MOST_BYTES, Door, _Joining
+from deepseek_jax.serve.api.refusals import MOST_HELD, MOST_HELD_S, MOST_RETRY_S, WINDOW_S, Refusals
 from deepseek_jax.serve.outputs import Output
 from deepseek_jax.serve.worker import Dead, Inbox, Worker
 
@@ -21,6 +22,7 @@ class Entrance:
         responses = Counter("responses", "", ("route", "status"), registry=self.registry)
         metrics = types.SimpleNamespace(responses=responses)
         self.door = Door(self.app, types.SimpleNamespace(keys=keys, worker=self.worker, metrics=metrics))
+        self.door.refusals = Refusals(draw=lambda: 0.0)  # none is held
         self.gate.set()
 
     async def app(self, scope, receive, send):
@@ -177,5 +179,85 @@ def test_what_is_written_in_one_turn_is_sent_together_and_before_the_end():
         joining.write(b"too late")
         await asyncio.sleep(0)
         assert wire.sent[1:] == [b"end"] and wire.has_closed
+
+    asyncio.run(run())
+
+
+class Hours:
+    """A clock that stands still, and turns of the loop that end when nothing is left to do at once."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    async def hold(self, refusals, n):
+        """Begins that many refusals; returns their tasks."""
+        tasks = [asyncio.create_task(refusals.hold()) for _ in range(n)]
+        for _ in range(3):
+            await asyncio.sleep(0)
+        return tasks
+
+
+def test_the_more_are_refused_the_longer_they_are_asked_to_wait():
+    """5 refused per request taken; then seconds without any, in which counts fall to 1/e."""
+
+    async def run():
+        clock = Hours()
+        draws = []
+        refusals = Refusals(clock, lambda: draws.pop() if draws else 0.5)
+        refusals._wait = lambda seconds: asyncio.sleep(0, held.append(seconds))
+        held = []
+        assert await refusals.hold() == 1 and held == [0.5]  # 1 refused, none taken: held up to 1 s
+        for _ in range(9):
+            refusals.note_taken()
+        for _ in range(48):
+            await refusals.hold()
+        draws[:] = [0.0, 1.0, 0.5, 0.0, 1.0, 0.25]  # drawn from the end: how long it is held, then Retry-After
+        assert [await refusals.hold() for _ in range(3)] == [8, 5, 3]  # 1.5, 1 and a half of 5, rounded
+        assert held[-3:] == [0.25 * MOST_HELD_S, 0.0, MOST_HELD_S]
+        clock.now += 5 * WINDOW_S
+        assert await refusals.hold() == 1 and refusals.ratio < 1.4
+        for _ in range(1000):
+            await refusals.hold()
+        assert await refusals.hold() == MOST_RETRY_S and max(held) <= MOST_HELD_S
+
+    asyncio.run(run())
+
+
+def test_no_more_are_held_than_the_bound_and_none_once_the_server_ends():
+    async def run():
+        clock = Hours()
+        refusals = Refusals(clock, lambda: 1.0)
+        first = await clock.hold(refusals, MOST_HELD + 5)
+        assert refusals.n_held == MOST_HELD and sum(one.done() for one in first) == 5
+        first[0].cancel()  # its client's connection was ended
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert refusals.n_held == MOST_HELD - 1
+        (another,) = await clock.hold(refusals, 1)
+        refusals.end()
+        assert await another == MOST_RETRY_S and refusals.n_held == 0
+        assert not (await asyncio.wait(first, timeout=0.0))[1]
+        (late,) = await clock.hold(refusals, 1)
+        assert late.done()
+
+    asyncio.run(run())
+
+
+def test_a_refusal_is_written_after_it_was_held():
+    async def run():
+        entrance = Entrance(most=1)
+        entrance.door.refusals = Refusals(draw=lambda: 1.0)
+        place = entrance.worker.take()
+        asking = asyncio.create_task(entrance.ask())
+        while not entrance.door.refusals.n_held:
+            await asyncio.sleep(0)
+        assert entrance.count(429) is None and not entrance.open_at_answer
+        place.leave()  # it stays refused: a place that is free now is for who comes now
+        entrance.door.refusals.end()
+        assert (await asking)[0] == 429 and entrance.count(429) == 1 and not entrance.seen
+        assert (await entrance.ask())[0] == 200
 
     asyncio.run(run())

@@ -11,11 +11,12 @@
 The last four stand here only, the others below /v1 and /beta as well; all but /health and the page need a key, if there
 are keys, which is looked at before the body. Answers and errors have the form that DeepSeek's and OpenAI's clients
 expect: 400 for a request that cannot be served, 401 for a missing or wrong key, 413 for a body that is too long, 422
-for a field out of range, 429 when the queue is full, 503 when the engine is down. A client that leaves ends its
-request. Nothing in a request makes the server fetch, import or render anything.
+for a field out of range, 429 when the queue is full (`refusals`), 503 when the engine is down. A client that leaves
+ends its request. Nothing in a request makes the server fetch, import or render anything.
 """
 
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,15 @@ def create_app(service: Service) -> Door:
     return Door(app, service)
 
 
+class _Server(uvicorn.Server):
+    """Answers who is held at the door before it waits for requests that run."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends."""
+        self.config.app.refusals.end()  # type: ignore[union-attr]
+        await super().shutdown(sockets)
+
+
 def make_server(service: Service, **options: Any) -> uvicorn.Server:
     """Returns the server of the application; `options` as for `uvicorn.Config`.
 
@@ -96,7 +106,7 @@ def make_server(service: Service, **options: Any) -> uvicorn.Server:
         proxy_headers=False,
         **options,
     )
-    return uvicorn.Server(config)
+    return _Server(config)
 
 
 def _models(service: Service) -> APIRouter:

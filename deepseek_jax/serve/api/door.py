@@ -1,8 +1,8 @@
 """What stands before the routes: keys, the queue, bounds of what is read.
 
 Under ten times the load that a server can take, nine of ten requests are refused, and those who are served wait for all
-that the event loop does: so a refusal must cost little. It is made here, of a request's head if it can be, and its
-answer is written once.
+that the event loop does: so a refusal must cost little, and come seldom (`refusals`). It is made here, of a request's
+head if it can be, and its answer is written once.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from deepseek_jax.serve.api import answers
+from deepseek_jax.serve.api.refusals import Refusals
 from deepseek_jax.serve.api.service import Service
 from deepseek_jax.serve.worker import Busy, Place
 
@@ -38,7 +39,7 @@ class Door:
 
     def __init__(self, app: ASGIApp, service: Service):
         self.app, self._keys, self._worker = app, service.keys, service.worker
-        self._responses = service.metrics.responses
+        self._responses, self.refusals = service.metrics.responses, Refusals()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request, as ASGI asks."""
@@ -63,11 +64,13 @@ class Door:
                 receive = _again(await _body(receive), receive)
             if is_completion:
                 scope["state"]["place"] = place = self._worker.take()
+                self.refusals.note_taken()
             await self.app(scope, receive, counted)
         except _Refusal as refusal:
             await refusal.response(scope, receive, counted)
         except Busy as busy:
-            await _busy(str(busy))(scope, receive, counted)
+            seconds = await self.refusals.hold()
+            await _busy(str(busy), seconds)(scope, receive, counted)
         except _Gone:
             pass
         finally:
@@ -171,17 +174,17 @@ class _Gone(Exception):
     """The client has left."""
 
 
-def failed(status: int, text: str) -> Response:
+def failed(status: int, text: str, retry_s: int = 1) -> Response:
     """The answer that says an error, of which only the server's log has the words if it is the server's own."""
     kind = "invalid_request_error" if status < 429 else "server_error"
-    headers = {"Retry-After": "1"} if status in (429, 503) else None
+    headers = {"Retry-After": str(retry_s)} if status in (429, 503) else None
     text = "an error of the server: see its log" if status == 500 else text  # which may say what others wrote
     return JSONResponse(answers.error(text, kind), status_code=status, headers=headers)
 
 
-@functools.lru_cache(8)
-def _busy(text: str) -> Response:
-    return failed(429, text)
+@functools.lru_cache(64)
+def _busy(text: str, retry_s: int) -> Response:
+    return failed(429, text, retry_s)
 
 
 NO_KEY = failed(401, "missing or wrong API key: expected Authorization: Bearer KEY")
