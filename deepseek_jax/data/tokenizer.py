@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -111,13 +111,19 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
         """Returns the text; see `Tokenizer.decode`."""
-        marks = (mark if specials or mark not in BYTE_HIDDEN else "" for mark in BYTE_SPECIALS)
-        table = [bytes([i]) for i in range(256)] + [mark.encode() for mark in marks]
+        table = _byte_table(specials)
         return b"".join(table[i] for i in ids if 0 <= i < len(table)).decode(errors="replace")
 
     def byte_lengths(self) -> np.ndarray:
         """Returns int32 [vocab_size], the bytes per id; see `Tokenizer.byte_lengths`."""
         return (np.arange(self.vocab_size) < 256).astype(np.int32)
+
+
+@cache
+def _byte_table(specials: bool) -> list[bytes]:
+    """What each id decodes to."""
+    marks = (mark if specials or mark not in BYTE_HIDDEN else "" for mark in BYTE_SPECIALS)
+    return [bytes([i]) for i in range(256)] + [mark.encode() for mark in marks]
 
 
 class NoTokenizer:

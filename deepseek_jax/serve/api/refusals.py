@@ -6,12 +6,12 @@ and no two the same time:
 
     ratio         R / (A + 1): requests refused per request taken, counts of the last `WINDOW_S`
     held          a random time up to `ratio` s and `MOST_HELD_S`, in which the refusal is not written
-    Retry-After   about `ratio` s, at random between half and one and a half of it, from 1 to `MOST_RETRY_S`
+    Retry-After   2 `ratio` s on average, at random between half and one and a half of it, from 1 to `MOST_RETRY_S`
 
-Of N clients that obey, N / (1.5 ratio) come per second: their refusals grow with the root of N, not with N. One that
-obeys nothing is slowed by what it is held. Where few are refused, they hear of it at once and may go elsewhere. No more
-than `MOST_HELD` are held; others hear at once, so that neither memory nor descriptors run out. nginx delays what is too
-much (`limit_req` with `burst`) and HAProxy what is to be rejected (`tarpit`) for the same reason.
+Of N clients that obey, N / (2.5 ratio) ask again per second: refusals grow with the root of N, not with N. One that
+obeys nothing is slowed by how long it is held. Where few are refused, they soon hear of it and may go elsewhere. No
+more than `MOST_HELD` are held; others hear at once, so that neither memory nor descriptors run out. nginx delays what
+is too much (`limit_req` with `burst`) and HAProxy what is to be rejected (`tarpit`) for the same reason.
 """
 
 import asyncio
@@ -21,8 +21,8 @@ import time
 from collections.abc import Callable
 
 WINDOW_S = 10.0  # in which a count falls to 1/e
-MOST_HELD = 256  # refusals not written yet
-MOST_HELD_S = 2.0
+MOST_HELD = 512  # refusals not written yet
+MOST_HELD_S = 4.0
 MOST_RETRY_S = 30  # openai-python follows up to 60
 
 
@@ -54,12 +54,12 @@ class Refusals:
     async def hold(self) -> int:
         """Counts a refusal and waits until it is to be written; returns the seconds after which to ask again."""
         self._pass_time()
-        self._n_refused += 1
         ratio = self.ratio
+        self._n_refused += 1
         seconds = self._draw() * min(ratio, MOST_HELD_S)
         if not self._is_over and self.n_held < MOST_HELD:
             await self._wait(seconds)
-        return min(max(1, round(ratio * (0.5 + self._draw()))), MOST_RETRY_S)
+        return min(max(1, round(ratio * (1 + 2 * self._draw()))), MOST_RETRY_S)
 
     def end(self) -> None:
         """Ends all waits; later ones end at once."""
