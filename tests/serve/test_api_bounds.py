@@ -3,11 +3,12 @@
 import http.client
 import json
 import socket
+import threading
 import time
 
 import pytest
 
-from tests.serve.scripted import ASK, SCHEMA, ask, message_of, wait_until
+from tests.serve.scripted import ASK, SCHEMA, Script, ask, message_of, serve, wait_until
 
 DEEP: dict = {"name": "f"}
 
@@ -233,3 +234,18 @@ def test_models(client):
 def test_unknown_routes_and_health(served):
     assert ask(served, "GET", "/v1/nothing")[0] == 404
     assert ask(served, "GET", "/health", key="") == (200, {"requests": 0})
+
+
+def test_a_refusal_that_is_held_does_not_hold_up_the_end_of_the_server():
+    served = serve(Script(), most=0)
+    refusals = served.server.config.app.refusals
+    refusals._n_refused, refusals._draw = 1000.0, lambda: 1.0
+    answers = []
+    asking = threading.Thread(target=lambda: answers.append(ask(served, "POST", "/completions", {"prompt": "a"})))
+    asking.start()
+    wait_until(lambda: refusals.n_held == 1)
+    ended = []
+    refusals.end = lambda end=refusals.end: (ended.append(refusals.n_held), end())
+    served.stop()
+    asking.join(10)
+    assert [status for status, _ in answers] == [429] and ended == [1] and not served.thread.is_alive()
