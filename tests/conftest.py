@@ -92,6 +92,25 @@ def filled():
     return fill
 
 
+@pytest.fixture(scope="session")
+def begun():
+    """A function that makes a trainer's first state with random weights, for which no initialiser is compiled."""
+    import jax
+    import numpy as np
+
+    def begin(trainer, seed: int = 0, std: float = 0.1) -> dict:
+        rng = np.random.default_rng(seed)
+
+        def numbers(path: tuple, x: jax.ShapeDtypeStruct) -> np.ndarray:
+            mean = 1.0 if path[-1].key == "gain" else 0.0
+            return np.asarray(mean + std * rng.normal(size=x.shape), x.dtype)
+
+        weights = (trainer.stored[name] for name in ("params", "router_bias"))
+        return trainer.init(0, *(jax.tree_util.tree_map_with_path(numbers, tree) for tree in weights))
+
+    return begin
+
+
 @pytest.fixture(scope="module")
 def any_load():
     """Exchanges have buffers for any load alone, where they would choose among three sizes: a third of the programs.

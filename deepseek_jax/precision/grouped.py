@@ -7,6 +7,7 @@ times): nothing is dropped, nothing is padded in memory and nothing is recompile
 one expert's weights. A chunk that reaches past its expert's last row computes rows that the next chunk overwrites.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ class Chunks(NamedTuple):
     n_chunks: jax.Array
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))  # traced once for the products of a layer
 def _plan(count_X: jax.Array, n_rows: int, chunk: int) -> Chunks:
     chunks_X = -(-count_X // chunk)
     ends_X, last_row_X = jnp.cumsum(chunks_X), jnp.cumsum(count_X)

@@ -21,7 +21,7 @@ from deepseek_jax.tree import paths
 B, T, V, E, K = 2, 24, 64, 6, 2
 CHANGED = {"vocab_size": V, "d_model": 32, "n_layers": 3, "compress_ratios": (0, 4, 8, 0), "head_width": 16}
 CHANGED |= {"rope_width": 8, "q_rank": 16, "out_rank": 8, "window": 6, "index_width": 8, "index_top_k": 3}
-CHANGED |= {"n_experts": E, "expert_width": 16, "top_k": K}
+CHANGED |= {"n_experts": E, "expert_width": 16, "top_k": K, "n_streams": 2, "sinkhorn_steps": 2}
 
 
 def sizes(**changed):

@@ -70,8 +70,8 @@ def learner():
 
 
 @pytest.fixture(scope="module")
-def state(learner):
-    return jax.device_get(learner.trainer.init(0))
+def state(learner, begun):
+    return jax.device_get(begun(learner.trainer))
 
 
 def placed(learner, state):
@@ -261,7 +261,7 @@ def test_the_first_update_has_ratio_one_and_the_next_rollout_differs(learner, st
 
 
 @pytest.mark.slow
-def test_equal_rewards_move_nothing():
+def test_equal_rewards_move_nothing(begun):
     """Without a divergence: a step leaves every weight as it is. The first block is dense, as in every V3."""
 
     class Same:
@@ -269,7 +269,7 @@ def test_equal_rewards_move_nothing():
             return [Score(0.35, {"accuracy": 0.35})] * len(problems)
 
     learner = make_learner(Same(), beta=0.0, n_dense=1)
-    state = jax.device_get(learner.trainer.init(0))
+    state = jax.device_get(begun(learner.trainer))
     assert len(state["params"]["dense_blocks"]) > 0
     after, figures = learner.step(placed(learner, state), None, 0)
     assert figures["gap"] < 1e-5 and figures["tied"] == 1 and figures["gradient_norm"] == 0 and "kl" not in figures

@@ -41,8 +41,9 @@ class Network:
 
 @pytest.fixture(scope="session")
 def network():
+    """Without a dense layer, of which serving knows nothing; `test_families.py` has networks with one."""
     config = run_config.load("tiny_v3")
-    config.model.update(SIZES)
+    config.model.update(SIZES | {"n_layers": 2, "n_dense_layers": 0})
     return Network(config)
 
 
