@@ -1,12 +1,14 @@
 """Compiles the GPU kernels for a Hopper chip on a machine that has none, and prints what ptxas says of each.
 
-    python tests/pallas_kernels/compile_for_hopper.py [part …]
+    python tests/pallas_kernels/compile_for_hopper.py [once | again] [part …]
 
 Needs the wheels of .ci/ahead_of_time.txt, and no driver. One line of JSON per kernel: its name, bytes spilled, shared
-memory, tensor-core instructions. The parts are the names in PARTS, all of them unless some are given. To be run in a
-process of its own: the variables count only before JAX starts.
+memory, tensor-core instructions. The parts are the names in PARTS, all of them unless some are given; with `once` the
+calls of `OTHER_SIZES` are left out, with `again` all others. To be run in a process of its own: the variables count
+only before JAX starts.
 """
 
+import fnmatch
 import functools
 import json
 import os
@@ -91,6 +93,12 @@ GATED = [(64, 96, 1408, 2048, 64), (64, 1536, 1408, 2048, 64)]
 INDEXED = [(1, 4096, 64, 32768), (16, 1, 64, 8192), (2, 100, 8, 1000)]
 # Sequences, queries of each, heads, width of latents, rows of each, parts: V3.2's prefill, its decoding, small.
 CHOSEN = [(1, 4096, 128, 512, 2048, 1), (1, 1, 128, 512, 2048, 16), (2, 3, 16, 256, 64, 1)]
+# Calls of kernels that another call compiles with the same branches, for other sizes.
+OTHER_SIZES = ("fp8_matmul 4096x32768x512 *", "fp8_matmul 256x*", "fp8_matmul 128x*", "fp8_matmul 100x*")
+OTHER_SIZES += ("quantize_squares float32 *", "quantize_swiglu bfloat16 fp32", "grouped * 3x1003x128x384")
+OTHER_SIZES += ("decode 4x2x128x512 16*", "decode few 1x2x8", "together 1x2x8", "together 64x1x16", "codes 1x1x*")
+OTHER_SIZES += ("indexer 2x100x8x1000", "token_experts 1x8x*", "token_experts 2x6x*", "codes of experts 6x*")
+OTHER_SIZES += ("attention 4096x128x128x192x128", "attention of * 4096x128x128x192x128")
 GROUPED = ((32, 8192, 2048, 7168), (3, 1003, 128, 384))  # groups, rows, D, F
 
 
@@ -333,12 +341,20 @@ PARTS = {
 }
 
 
-def main(parts: list[str]) -> None:
+def chosen(call: str, words: list[str]) -> bool:
+    """Whether a call is compiled: all are, unless `words` have "once" or "again"."""
+    when = "again" if any(fnmatch.fnmatchcase(call, pattern) for pattern in OTHER_SIZES) else "once"
+    return when in words or not {"once", "again"} & {*words}
+
+
+def main(words: list[str]) -> None:
     """Compiles every call of the parts."""
     topology = topologies.get_topology_desc("h100", "cuda", target_config=CHIP, topology="1x1x1")
     sharding = NamedSharding(Mesh(np.array(topology.devices), ("x",)), PartitionSpec())
-    for part in parts or PARTS:
+    for part in [word for word in words if word in PARTS] or PARTS:
         for name, (call, operands) in PARTS[part]().items():
+            if not chosen(name, words):
+                continue
             arguments = [abstract(operand, sharding) for operand in operands]
             print(json.dumps({"call": name, **found(printed(call, arguments))}), flush=True)
 

@@ -1,9 +1,10 @@
 """Compiles the TPU kernels for chips that this machine does not have, and prints what the compiler says of each.
 
-    python tests/pallas_kernels/compile_for_tpu.py [SLICE ...]
+    python tests/pallas_kernels/compile_for_tpu.py [products] [SLICE ...]
 
 Needs the wheel of .ci/ahead_of_time_tpu.txt. One line of JSON per kernel and chip: its name and the number of kernels
-in the program. To be run in a process of its own: the variables count only before JAX starts.
+in the program. With `products` only those that a chip with products of E4M3 computes in another way. To be run in a
+process of its own: the variables count only before JAX starts.
 """
 
 import functools
@@ -158,13 +159,15 @@ def add(native: bool, x, x_scale, w, w_scale, total):
     return matmul.fp8_matmul(x, x_scale, w, w_scale, w_block=ROWS, out_dtype=F32, add_to=total, native=native)
 
 
-def main(slices: list[str]) -> None:
+def main(words: list[str]) -> None:
     """Compiles every call for the chips of these slices, or for every chip."""
-    for name in slices or SLICES:
+    for name in [word for word in words if word in SLICES] or SLICES:
         device = topologies.get_topology_desc(name, platform="tpu").devices[0]
         sharding = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
         native = device.device_kind in mosaic_tpu.TAKE_E4M3
         for call, (function, operands) in calls(native).items():
+            if "products" in words and not call.startswith("fp8"):
+                continue
             arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in operands]
             text = jax.jit(function).lower(*arguments).compile().as_text()
             facts = {

@@ -61,18 +61,22 @@ def test_batches_wait_with_the_experts_of_their_time():
 
 
 @pytest.fixture(scope="module")
-def trained():
+def trained(begun):
     """(trainer, what chooses, two states, the first batch): a V4 whose two kinds of layers repeat twice."""
     trainer = run.trainer(config_of(**SMALL), one_device())
-    choose = trainer.with_model(functools.partial(chosen, mask=trainer.objective.mask_documents))
-    first, other = (trainer.init(seed) for seed in (0, 1))
+    select = trainer.with_model(functools.partial(chosen, mask=trainer.objective.mask_documents))
+
+    def choose(state, rows):
+        return jax.device_get(select(state, rows))  # on the host: the step is compiled for arrays from there
+
+    first, other = (begun(trainer, seed, std=0.2) for seed in (0, 1))
     return trainer, choose, first, other, global_batch(batch(0), trainer.mesh)
 
 
 @pytest.mark.slow
 def test_a_step_visits_the_experts_it_is_given_and_learns_from_them(trained):
     trainer, choose, first, other, rows = trained
-    own, given = (jax.device_get(choose(state, rows)) for state in (first, other))
+    own, given = (choose(state, rows) for state in (first, other))
     assert {name: routes.shape for name, routes in own.items()} == {"blocks_0": (B, T, 4, K)}
     assert np.any(own["blocks_0"] != given["blocks_0"])
     reports = {}
@@ -103,13 +107,13 @@ def test_experts_of_the_present_weights_change_nothing(trained):
 @pytest.mark.slow
 @pytest.mark.matrix
 @pytest.mark.parametrize("axis", ["expert", "context"])
-def test_a_mesh_chooses_and_visits_the_same_experts(trained, axis):
+def test_a_mesh_chooses_and_visits_the_same_experts(trained, begun, axis):
     trainer, choose, first, other, rows = trained
     expected = trainer.step(jax.tree.map(lambda x: x.copy(), first), Routed(*rows, choose(other, rows)))[1]
     mesh = make_mesh(data=1, devices=jax.devices()[:2], **{axis: 2})
     divided = run.trainer(config_of(**SMALL), mesh)
     select = divided.with_model(functools.partial(chosen, mask=divided.objective.mask_documents))
-    (state, earlier), own = (divided.init(seed) for seed in (0, 1)), global_batch(batch(0), mesh)
+    (state, earlier), own = (begun(divided, seed, std=0.2) for seed in (0, 1)), global_batch(batch(0), mesh)
     found = divided.step(state, Routed(*own, select(earlier, own)))[1]
     assert float(found.main) == pytest.approx(float(expected.main), rel=1e-5)
     jax.tree.map(np.testing.assert_array_equal, found.loads, expected.loads)
