@@ -140,16 +140,23 @@ def test_sigterm_saves_and_exits_with_0(tmp_path, corpus, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_moves_to_eight_devices_and_back(tmp_path, corpus):
-    """Saved on one device, resumed on data 2 x context 2 x expert 2, and back: the losses of an unmoved run to 1e-5.
+@pytest.mark.parametrize(
+    "axes",
+    [
+        pytest.param(("data", "expert"), id="four"),
+        pytest.param(("data", "context", "expert"), id="eight", marks=pytest.mark.matrix),
+    ],
+)
+def test_a_run_moves_to_several_devices_and_back(tmp_path, corpus, axes):
+    """Saved on one device, resumed on two per axis, and back: the losses of an unmoved run to 1e-5.
 
-    Held-out text is judged with redundant experts there.
+    Held-out text is judged with redundant experts there. States move along the axis context in `test_context_steps.py`.
     """
     one = ("--config.mesh.data=1", "--config.loop.eval_every=3", "--config.loop.eval_redundant=0")
-    eight = [*(f"--config.mesh.{axis}=2" for axis in ("data", "context", "expert")), "--config.loop.eval_redundant=2"]
+    several = [*(f"--config.mesh.{axis}=2" for axis in axes), "--config.loop.eval_redundant=2"]
     trained(tmp_path / "still", corpus, *SMALL, "--config.loop.steps=9", *one)
     moving = tmp_path / "moving"
-    for steps, mesh in ((3, one), (6, eight), (9, one)):
+    for steps, mesh in ((3, one), (6, several), (9, one)):
         trained(moving, corpus, *SMALL, f"--config.loop.steps={steps}", *mesh)
     np.testing.assert_allclose(losses(moving), losses(tmp_path / "still"), rtol=1e-5)
     assert checksums(moving) == checksums(tmp_path / "still")
