@@ -35,17 +35,11 @@ LIVE = (  # those of make_golden.SHAPES
     *("dense_mtp", "v2_bare", "v2_all_dense", "moe_bare"),
 )
 NAMES = (*sorted(path.parent.name for path in GOLDEN.glob("*/config.json")), *LIVE)
-LONG = (
-    "qwen_yarn",
-    "yarn_mscales",
-    "moonlight",
-    "no_shared",
-    "dense_mtp",
-    "v2_bare",
-    "v2_all_dense",
-    "moe_bare",
-)  # the others show as much
-CASES = [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in NAMES]
+AGAIN = (  # the others, and above all v2, v3_mtp and kimi, have their mechanisms
+    *("qwen_yarn", "yarn_mscales", "moonlight", "no_shared", "dense_mtp", "v2_bare", "v2_all_dense", "moe_bare"),
+    *("llm", "v3", "v3_yarn"),
+)
+CASES = [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.matrix] if name in AGAIN else []) for name in NAMES]
 WITHOUT_A_CLASS = ("moe", "moe_bare")
 
 

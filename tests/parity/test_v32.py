@@ -58,9 +58,10 @@ class Theirs:
         self.model = compare.in_float32(compare.read(directory))
 
 
-@pytest.fixture(
-    scope="module", params=["yarn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "no groups"))]
-)
+AGAIN = [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.matrix]) for name in ("plain", "no groups")]
+
+
+@pytest.fixture(scope="module", params=["yarn", *AGAIN])
 def theirs(request, tmp_path_factory):
     return Theirs(CASES[request.param], tmp_path_factory.mktemp("v32"), 7 + len(request.param))
 
