@@ -27,7 +27,7 @@ def tuned(tmp_path_factory):
     """The folder of all: `published` as downloaded, the run, and `out` as exported."""
     folder = tmp_path_factory.mktemp("tuned")
     config = run_config.load(NANO)
-    config.data.seq_len, config.model.mtp_depth = 64, 0  # compiles less
+    config.data.seq_len, config.model.mtp_depth, config.model.n_dense_layers = 64, 0, 0  # compiles less
     dsj.save_pretrained(dsj.build(config, seed=0), folder / "published", dtype="fp32")
     (folder / "published" / "chat_template.jinja").write_text(TEMPLATE)
     dice = random.Random(0)
