@@ -192,8 +192,15 @@ def committed(workdir: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # it ends by itself: each wait has its limit
-def test_two_processes_train_as_one_does_through_a_signal_and_a_loss(tmp_path):
-    """SIGTERM to the second saves on both; resumed as a pipeline, the second is killed and the first ends by itself.
+@pytest.mark.parametrize(
+    "then",
+    [
+        pytest.param(TWO_BY_TWO, id="on the same mesh"),  # whose programs are in the cache
+        pytest.param(PIPELINE, id="as a pipeline", marks=pytest.mark.matrix),
+    ],
+)
+def test_two_processes_train_as_one_does_through_a_signal_and_a_loss(tmp_path, then):
+    """SIGTERM to the second saves on both; resumed, the second is killed and the first ends by itself.
 
     The first, which no signal has reached, ends with a code that starts it again. The losses of all of it, on 2 x 2
     devices, are those of one process with 4 devices to 1e-5.
@@ -209,7 +216,7 @@ def test_two_processes_train_as_one_does_through_a_signal_and_a_loss(tmp_path):
         stopped_at = len(figures(two, "loss"))
         assert committed(two) == stopped_at
 
-        processes = start(two, 1_000_000, 2, *endless, mesh=PIPELINE)
+        processes = start(two, 1_000_000, 2, *endless, mesh=then)
         wait_for_steps(two, stopped_at + 3, processes)
         processes[1].kill()
         processes[0].send_signal(signal.SIGTERM)
