@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.precision.fp8_weight import BLOCK
 from deepseek_jax.precision.fp8_weight_kernels import is_fp8, refuse_fp4
 from deepseek_jax.precision.fp8_weight_kernels import matrices_of as fp8_matrices
 from deepseek_jax.precision.grouped import Matrices, OfLayer, matrices_of
@@ -22,6 +23,7 @@ from pallas_kernels.coded_matmul import coded_experts
 from pallas_kernels.grouped_matmul import Groups, Scaled
 
 LARGEST_KEY = 2**31  # sort keys are int32
+MOST_COUNTED = 512  # assignments, up to which the lesser ones are counted: on a GPU half as long as a sort
 Weights = tuple[OfLayer, OfLayer, OfLayer]  # gate, up and down
 
 
@@ -39,18 +41,25 @@ def sort_by_expert(experts_MK: jax.Array, n_experts: int, align: int = 1, n_rows
     Each expert's rows begin at a multiple of `align`. At most `n_rows` assignments are to an expert; None: all may be.
     """
     expert_A = experts_MK.reshape(-1)
-    rows = jnp.arange(expert_A.size, dtype=jnp.int32)
-    if (n_experts + 1) * expert_A.size < LARGEST_KEY:  # one integer a row sorts quicker than argsort's pairs
-        assignment_A = jnp.sort(expert_A * expert_A.size + rows) % expert_A.size
-    else:
-        assignment_A = jnp.argsort(expert_A, stable=True)
-    row_A = jnp.zeros_like(rows).at[assignment_A].set(rows, unique_indices=True)
-    count_X = jnp.sum(expert_A[:, None] == jnp.arange(n_experts), axis=0, dtype=jnp.int32)
+    assignment_A, row_A = _sorted(expert_A, n_experts)
+    count_X = jnp.sum(jnp.arange(n_experts)[:, None] == expert_A, axis=1, dtype=jnp.int32)
     if align > 1:
         assignment_A, row_A = _aligned(row_A, expert_A, count_X, align, n_rows)
     elif n_rows is not None:
         assignment_A = assignment_A[:n_rows]
     return Order(assignment_A, row_A.reshape(experts_MK.shape), count_X)
+
+
+def _sorted(expert_A: jax.Array, n_experts: int) -> tuple[jax.Array, jax.Array]:
+    """(assignment in each row, row of each assignment)."""
+    rows = jnp.arange(expert_A.size, dtype=jnp.int32)
+    key_A = expert_A * expert_A.size + rows  # one integer a row sorts quicker than argsort's pairs
+    if expert_A.size <= MOST_COUNTED:
+        row_A = jnp.sum(key_A < key_A[:, None], axis=1, dtype=jnp.int32)
+        return jnp.zeros_like(rows).at[row_A].set(rows, unique_indices=True), row_A
+    is_small = (n_experts + 1) * expert_A.size < LARGEST_KEY
+    assignment_A = jnp.sort(key_A) % expert_A.size if is_small else jnp.argsort(expert_A, stable=True)
+    return assignment_A, jnp.zeros_like(rows).at[assignment_A].set(rows, unique_indices=True)
 
 
 def _aligned(
@@ -154,6 +163,20 @@ def grouped_swiglu(
         both_AF = matmul.grouped(x_AD, gate_and_up_XDF, order.count_X)
         hidden_AF = matmul.swiglu(*clamped(both_AF, None, limit), weights_A)
     return to_tokens(matmul.grouped(hidden_AF, down_XFD, order.count_X), order)
+
+
+def is_one_expert(gate_DF: Any, matmul: Matmul) -> bool:
+    """Whether the kernel for experts computes a dense feed-forward: in FP8, its hidden layer of whole blocks."""
+    if not is_fp8(gate_DF) or matmul.kernels.chosen["coded_experts"] == "xla":
+        return False
+    return gate_DF.bits == 8 and gate_DF.layout.matrix[0] % BLOCK == 0
+
+
+def swiglu_in_codes(x_MD: jax.Array, weights: tuple[Any, ...], matmul: Matmul, limit: float = 0.0) -> jax.Array:
+    """y_MD of a dense feed-forward whose weights, gate, up and down, are in FP8: of one expert that has all rows."""
+    of_one = jax.tree.map(lambda part: part[None], weights)
+    count_X, factor_M = jnp.full((1,), len(x_MD), jnp.int32), jnp.ones(len(x_MD), jnp.float32)
+    return matmul.kernels["coded_experts"](x_MD, factor_M, count_X, of_one, matmul, limit)
 
 
 def by_three_grouped_products(

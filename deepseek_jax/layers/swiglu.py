@@ -9,6 +9,7 @@ from jax.nn.initializers import normal
 
 from deepseek_jax.layers.base import param
 from deepseek_jax.layers.block import Statistics
+from deepseek_jax.layers.grouped import is_one_expert, swiglu_in_codes
 from deepseek_jax.layers.tokens import Tokens
 from deepseek_jax.precision.matmul import PLAIN, Matmul, clamped
 
@@ -30,6 +31,9 @@ class SwiGLU(nnx.Module):
     @jax.named_scope("feed_forward")
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Returns y_BTD."""
+        if is_one_expert(self.gate_DF[...], self.matmul):
+            x_MD, weights = x_BTD.reshape(-1, x_BTD.shape[-1]), (self.gate_DF[...], self.up_DF[...], self.down_FD[...])
+            return swiglu_in_codes(x_MD, weights, self.matmul, self.limit).reshape(x_BTD.shape)
         einsum, x = self.matmul.einsum, self.matmul.operand(x_BTD)
         gate_BTF = einsum("BTD,DF->BTF", x, self.gate_DF[...])
         up_BTF = einsum("BTD,DF->BTF", x, self.up_DF[...])

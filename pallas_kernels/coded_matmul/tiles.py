@@ -26,9 +26,12 @@ def choose(groups: int, rows: int, n: int, k: int, n_processors: int) -> Tiles:
 
     Jobs have 128 outputs, or 64 where then fewer processors are idle at the end. Where twice as many of these fit on
     half of the processors, a job has a part of the contraction; the other half is left to what runs beside the product.
+    Over 32 rows are divided if each job finds a processor: stages are then smaller, and more blocks on their way.
     """
     mean = -(-rows // groups)
     tile_rows = 8 if rows <= groups else next((size for size in (16, 32, 64) if mean <= size), 128)
+    if tile_rows > 32 and max(min(groups, rows), -(-rows // 32)) * -(-n // UNIT_COLUMNS) <= n_processors:
+        tile_rows = 32
     row_tiles = max(min(groups, rows), -(-rows // tile_rows))
     if tile_rows > 32 and row_tiles * -(-n // (2 * UNIT_COLUMNS)) >= n_processors:
         return Tiles(tile_rows, along=1, stages=4)

@@ -6,22 +6,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.kernels import Kernels
-from deepseek_jax.layers import grouped
-from deepseek_jax.layers.grouped import grouped_swiglu, sort_by_expert
+from deepseek_jax.layers import grouped, swiglu
+from deepseek_jax.layers.base import bind, split
+from deepseek_jax.layers.grouped import grouped_swiglu, is_one_expert, sort_by_expert
+from deepseek_jax.layers.swiglu import SwiGLU
 from deepseek_jax.precision import fp8_weight_kernels
 from deepseek_jax.precision import grouped as grouped_matmuls
 from deepseek_jax.precision.fp4_weight import Fp4Weight
 from deepseek_jax.precision.fp8_weight import Layout, encoded
 from deepseek_jax.precision.grouped import OfLayer, chunk_rows
-from deepseek_jax.precision.matmul import PlainMatmul
+from deepseek_jax.precision.matmul import PLAIN, PlainMatmul
 from pallas_kernels import token_experts
 from pallas_kernels.coded_matmul import coded_experts
 
 sort = jax.jit(sort_by_expert, static_argnums=(1, 2, 3))
-sort_pairs = jax.jit(lambda *given: sort_by_expert(*given), static_argnums=1)  # traced once LARGEST_KEY is another
+# traced once MOST_COUNTED, and then LARGEST_KEY, is another
+sort_keys, sort_pairs = (jax.jit(lambda *given, _=n: sort_by_expert(*given), static_argnums=1) for n in range(2))
 M, K, X, D, F = 13, 2, 4, 5, 6
 
 
@@ -122,13 +126,17 @@ def test_rows_for_no_more_assignments_than_there_are(align, n_rows, n_sorted):
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
-def test_both_ways_of_sorting_agree(name, monkeypatch):
-    by_key = sort(ROUTINGS[name], X)
+def test_all_ways_of_sorting_agree(name, monkeypatch):
+    """By counting, as few are, by keys, and by pairs."""
+    by_count = sort(ROUTINGS[name], X)
+    np.testing.assert_array_equal(by_count.assignment_A, np.argsort(ROUTINGS[name].reshape(-1), kind="stable"))
+    monkeypatch.setattr(grouped, "MOST_COUNTED", 0)
+    by_key = sort_keys(ROUTINGS[name], X)
     monkeypatch.setattr(grouped, "LARGEST_KEY", 0)
     by_pairs = sort_pairs(ROUTINGS[name], X)
-    np.testing.assert_array_equal(by_pairs.assignment_A, np.argsort(ROUTINGS[name].reshape(-1), kind="stable"))
-    for one, other in zip(by_key, by_pairs, strict=True):
-        np.testing.assert_array_equal(one, other)
+    for one, *others in zip(by_count, by_key, by_pairs, strict=True):
+        for other in others:
+            np.testing.assert_array_equal(one, other)
 
 
 def test_so_many_rows_that_a_sort_key_would_overflow_are_sorted_by_pairs():
@@ -168,21 +176,18 @@ def dense_and_of_layer(arguments, weights, stacks) -> tuple:
 def test_the_kernel_of_one_token_is_given_the_matrices_of_its_layer(inputs, experts, monkeypatch):
     """By the definition of the kernel; the other layer differs, and number X, "none", gives nothing."""
     x_MD, weights_MK, *weights = inputs
+    stacks = [OfLayer(np.stack([w + 1, w]), 1) for w in weights]
     reference = functools.partial(token_experts.experts, implementation="reference")
     monkeypatch.setattr(grouped, "_lowered_once", lambda *arrays, implementation: reference(*arrays))
-
-    @jax.jit
-    def of_one_and_of_two(x_MD, chosen_MK, weights_MK, arrays):
-        stacks, found = tuple(OfLayer(w, 1) for w in arrays), []
-        by_role = dict(zip(("gate_XDF", "up_XDF", "down_XFD"), stacks, strict=True))
-        for name in ("xla", "mosaic_gpu"):
-            one = grouped._swiglu_of_few(x_MD[:1], chosen_MK[:1], weights_MK[:1], stacks, by_kernel(name))
-            found.append((one, grouped_swiglu(x_MD[:2], chosen_MK, weights_MK[:2], **by_role, matmul=by_kernel(name))))
-        return found
-
-    chosen_MK, arrays = np.int32([experts, [1, 2]]), [np.stack([w + 1, w]) for w in weights]
-    expected, found = of_one_and_of_two(x_MD, chosen_MK, weights_MK, arrays)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected)
+    given = x_MD[:1], jnp.asarray([experts]), jnp.asarray(weights_MK[:1])
+    by_name = (grouped._swiglu_of_few(*given, tuple(stacks), by_kernel(name)) for name in ("xla", "mosaic_gpu"))
+    np.testing.assert_allclose(*by_name, rtol=1e-5, atol=1e-5)
+    names = "gate_XDF", "up_XDF", "down_XFD"
+    of_two = functools.partial(grouped_swiglu, x_MD[:2], jnp.asarray([experts, [1, 2]]), weights_MK[:2])
+    by_name = (
+        of_two(**dict(zip(names, stacks, strict=True)), matmul=by_kernel(name)) for name in ("xla", "mosaic_gpu")
+    )
+    np.testing.assert_allclose(*by_name, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -228,6 +233,25 @@ def test_the_kernels_of_few_rows_are_given_the_codes_of_their_layer(monkeypatch)
     monkeypatch.undo()
     with pytest.raises(UserError, match="kernels.coded_experts='mosaic_gpu': .*coded_experts=xla"):
         grouped.by_two_passes_on_hopper(*given)
+
+
+def test_a_dense_feed_forward_in_fp8_is_that_of_one_expert_with_all_rows(monkeypatch):
+    """Where a kernel computes experts in FP8 and the hidden layer is of whole blocks; by XLA instead of the kernel."""
+    draw, layouts = np.random.default_rng(0), [Layout((128,), (32,), (1, 0))] * 2 + [Layout((32,), (128,), (1, 0))]
+    arrays = [np.asarray(0.1 * draw.normal(size=layout.shape), np.float32) for layout in layouts]
+    weights = [encoded((w,), (layout,))[0] for w, layout in zip(arrays, layouts, strict=True)]
+    definition, *_ = split(nnx.eval_shape(lambda: SwiGLU(32, 128, 0.1, PLAIN, rngs=nnx.Rngs(0))))
+    params = {"gate_DF": weights[0], "up_DF": weights[1], "down_FD": weights[2]}
+    x_BTD = np.asarray(draw.normal(size=(2, 3, 32)), np.float32)
+    dense = jax.jit(lambda x_BTD, params: bind(definition, params, {})(x_BTD))(x_BTD, params)
+    kernels = Kernels(coded_experts="mosaic_gpu")
+    assert is_one_expert(weights[0], PlainMatmul(kernels)) and not is_one_expert(weights[0], PLAIN)
+    assert not is_one_expert(weights[2], PlainMatmul(kernels)) and not is_one_expert(arrays[0], PlainMatmul(kernels))
+    seen = []
+    monkeypatch.setattr(swiglu, "is_one_expert", lambda *given: seen.append(given) or True)
+    of_one = jax.jit(lambda x_BTD, params: bind(definition, params, {})(x_BTD))(x_BTD, params)
+    assert len(seen) == 1
+    np.testing.assert_allclose(of_one, dense, rtol=1e-4, atol=1e-5)
 
 
 def test_the_kernels_that_read_fp8_refuse_fp4():

@@ -91,6 +91,17 @@ def test_scores_are_float32_whatever_comes_in(filled):
     assert routing.scores_BTE.dtype == routing.weights_BTK.dtype == jnp.float32
 
 
+def test_scores_of_a_decode_step_are_those_of_the_same_tokens_among_more(filled):
+    """They are sums there, and parts of a product of matrices here."""
+    route = functools.partial(softmax_topk, top_k=2, n_groups=1, top_groups=1, scale=1.0)
+    parts = filled(lambda: Router(24, 8, 0.5, route, biased=False, rngs=nnx.Rngs(0)))
+    x_BTD = np.random.default_rng(2).normal(size=(3, 5, 24)).astype(np.float32)
+    score = jax.jit(lambda x_BTD: bind(*parts)(x_BTD).scores_BTE)
+    text = str(jax.make_jaxpr(score)(x_BTD[:, :1]))
+    assert "dot_general" not in text and "dot_general" in str(jax.make_jaxpr(score)(x_BTD))
+    np.testing.assert_allclose(score(x_BTD[:, :1]), score(x_BTD)[:, :1], rtol=1e-6)
+
+
 def test_the_bias_moves_by_gamma_or_not_at_all():
     gamma = 0.125
     load = np.float32([[1, 3, 2], [2, 2, 2]])

@@ -85,8 +85,8 @@ V3_ATTENDED = (4096, 128, 128, 192, 128)
 ATTENDED = [(*V3_ATTENDED, False), (*V3_ATTENDED, True), (4096, 64, 8, 128, 128, False), (1000, 2, 1, 64, 64, True)]
 # Sequences, tokens of each, heads, width of latents, parts, CTAs of a cluster: V3, V2-Lite, speculation, small.
 DECODED = [(128, 1, 128, 512, 1, 2), (64, 1, 16, 512, 2, 1), (4, 2, 128, 512, 16, 2), (2, 4, 16, 256, 1, 1)]
-# Groups, rows, N, K, matrices: V2-Lite's experts at batch 1, an output projection in parts, prompts of experts.
-CODED = [(6, 6, 1408, 2048, 64), (1, 1, 2048, 2048, 1), (64, 6144, 1408, 2048, 64)]
+# Groups, rows, N, K, matrices: V2-Lite's experts at batch 1, an output projection in parts, queries, prompts.
+CODED = [(6, 6, 1408, 2048, 64), (1, 1, 2048, 2048, 1), (1, 64, 3072, 2048, 1), (64, 6144, 1408, 2048, 64)]
 # The same with gate and up at once: V2-Lite's experts at batch 16 and 256.
 GATED = [(64, 96, 1408, 2048, 64), (64, 1536, 1408, 2048, 64)]
 # Sequences, queries of each, heads, keys: V3.2's prefill, its decoding, a few heads.

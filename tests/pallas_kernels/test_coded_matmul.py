@@ -90,13 +90,13 @@ def test_gate_and_up_in_one_pass_are_the_definition(along):
 
 
 def test_a_few_rows_give_every_processor_a_job():
-    """V2-Lite's experts at batch 1, its output projection, which leaves half of them to others, and prompts."""
-    one, out, prompts = (
-        tiles.choose(*sizes, 132) for sizes in ((6, 6, 1408, 2048), (1, 1, 2048, 2048), (64, 6144, 1408, 2048))
-    )
+    """V2-Lite's experts at batch 1, its output projection, which leaves half of them to others, prompts, queries."""
+    sizes = (6, 6, 1408, 2048), (1, 1, 2048, 2048), (64, 6144, 1408, 2048), (1, 64, 3072, 2048)
+    one, out, prompts, queries = (tiles.choose(*each, 132) for each in sizes)
     assert (one.rows, one.across, one.parts) == (8, 1, 1) and 6 * 1408 // 64 == 132
     assert (out.rows, out.across, out.stages, out.parts) == (8, 1, 8, 2) and 2 * 2048 // 64 <= 132 // 2
     assert prompts == tiles.Tiles(128, along=1, stages=4)
+    assert (queries.rows, queries.across, queries.stages) == (32, 1, 8) and 2 * 3072 // 64 <= 132
 
 
 def test_a_kernel_occupies_no_more_processors_than_it_has_jobs(monkeypatch):
