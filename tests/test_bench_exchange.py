@@ -17,6 +17,7 @@ def options(**changed) -> SimpleNamespace:
     return SimpleNamespace(**{name: flag[1] for name, flag in _bench_exchange.EXTRA.items()} | TINY | changed)
 
 
+@pytest.mark.slow
 def test_every_exchange_brings_tokens_back_and_is_printed(tmp_path, capsys):
     words = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
     assert bench.main(["exchange", *words, "--repeats=2", "--rounds=1", f"--json={tmp_path / 'rows'}"]) == 0

@@ -80,6 +80,7 @@ def test_problems_whose_answers_a_run_was_fine_tuned_on_are_not_asked(lists, tmp
         lists("one.jsonl", data=str(tmp_path / "kept.jsonl"))
 
 
+@pytest.mark.slow
 def test_the_loss_of_all_positions_is_that_of_the_text(tmp_path, monkeypatch, capsys):
     """Of text that fills three sequences and a part of a fourth, beside the model's own logits."""
     import deepseek_jax

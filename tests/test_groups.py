@@ -144,6 +144,7 @@ def test_a_repeat_of_the_group_keeps_what_both_blocks_keep(networks):
     )
 
 
+@pytest.mark.slow
 def test_a_device_holds_what_it_does_with_the_same_layers(networks):
     parts = []
     for network, it in zip(networks, PAIR, strict=True):

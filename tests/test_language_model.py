@@ -138,6 +138,7 @@ def test_streams_may_be_left_unread_and_read_side_by_side(model):
     assert other.is_idle
 
 
+@pytest.mark.slow
 def test_a_replaced_weight_may_have_another_dtype(model):
     before = model.params["head"]["weight_DV"]
     expected = model.generate(PROMPT, 3)

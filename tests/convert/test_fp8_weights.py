@@ -42,6 +42,7 @@ def in_fp8(model):
     return {path: leaf for path, leaf in paths(model.params).items() if isinstance(leaf, Fp8Weight)}
 
 
+@pytest.mark.slow
 def test_the_loader_keeps_every_code_and_scale(stored, directories):
     files = safetensors.open_directory(directories / "fp8")
     found, widen = in_fp8(stored), jax.jit(lambda weight: weight.astype(jnp.float32))

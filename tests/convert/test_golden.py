@@ -40,8 +40,8 @@ def test_the_files_stay_small():
     assert sum(file.stat().st_size for file in GOLDEN.rglob("*") if file.suffix != ".py") < 1.8e6
 
 
-# slow: most of their mechanisms occur in v2 as well; matrix: all of them in v3_mtp, coder and v32
-MARKS = {name: [pytest.mark.slow] for name in ("moe", "v2_lite", "v3_mtp", "v32")}
+# slow: they compile experts; matrix: all of their mechanisms are in v3_mtp, coder and v32
+MARKS = {name: [pytest.mark.slow] for name in ("moe", "v2", "v2_lite", "v3_mtp", "v32")}
 MARKS |= {name: [pytest.mark.slow, pytest.mark.matrix] for name in ("llm", "v3", "v3_yarn")}
 CASES = [pytest.param(name, marks=MARKS.get(name, []), id=name) for name in NAMES]
 

@@ -148,6 +148,7 @@ def test_packed_documents_are_as_alone(kind):
     assert_same(kind, found, u_BTD[0][positions_BT])
 
 
+@pytest.mark.slow
 def test_blocks_of_queries_and_gathered_entries_change_nothing(monkeypatch):
     """Outputs and gradients of an indexer's layer: masked at once, and gathered in blocks, the last of them short."""
     module, params, x_BTD = made("sparse")

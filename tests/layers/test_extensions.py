@@ -180,6 +180,7 @@ def alternating(block):
     return (Stack("first", (block(5),), 1), Stack("pairs", (block(3), block(7, Windowed)), 2))
 
 
+@pytest.mark.slow
 def test_a_stack_repeats_a_group_of_different_blocks(filled):
     """The same as its blocks one by one; a cache of each kind; prefill and decode agree with the whole."""
     definition, params, bias = decoder(filled, stacks=alternating)

@@ -36,7 +36,11 @@ def test_the_kernel_is_the_definition(k, most):
 
 @pytest.mark.parametrize(
     ("k", "part"),
-    [pytest.param(5, 128, marks=pytest.mark.slow), (90, 128), pytest.param(300, 64, marks=pytest.mark.slow)],
+    [
+        pytest.param(5, 128, marks=[pytest.mark.slow, pytest.mark.matrix]),
+        (90, 128),
+        pytest.param(300, 64, marks=pytest.mark.slow),
+    ],
 )
 def test_rows_in_parts_side_by_side_are_the_definition(k, part):
     """Interpreted; the last part is not full, numbers are those of other parts as well."""

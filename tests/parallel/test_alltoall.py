@@ -94,9 +94,10 @@ def run(exchange: Exchange | None, arrays: tuple, wire=AS_IS) -> tuple:
     return jax.device_get(program(exchange, wire)(*arrays))
 
 
+MARKS = {(1, 1): [pytest.mark.slow, pytest.mark.matrix], (1, 3): [pytest.mark.slow]}  # programs of their own
 CASES = [
-    pytest.param(groups, top_k, pair, marks=[pytest.mark.slow] if groups == 1 else [], id=f"{groups}-{top_k}-{pair}")
-    for groups, top_k in ((1, 1), (1, 3), (2, 3))  # slow but for the last: programs of their own
+    pytest.param(groups, top_k, pair, marks=MARKS.get((groups, top_k), []), id=f"{groups}-{top_k}-{pair}")
+    for groups, top_k in ((1, 1), (1, 3), (2, 3))
     for pair in [(0, 2), (2, 1), (3, 4), (1, 1)]
 ]
 
@@ -193,6 +194,7 @@ def crossing_bytes(equation) -> float:
     return operand.size * operand.dtype.itemsize * far / len(peers)
 
 
+@pytest.mark.slow
 def test_fp8_on_the_wire_is_rounded_once():
     """Quantising again in the second hop what the first has quantised changes nothing: as on one device."""
     arrays = inputs(("random", "a little full"), 3, np.float32)

@@ -148,6 +148,7 @@ def test_the_engine_draws_the_same_answers(learner, state, make_engine):
         rollouts(engine, weights, given, NEW, [])
 
 
+@pytest.mark.slow
 def test_layers_one_by_one_draw_the_same(learner, state, drawn):
     """As a GPU runs them, each with weights and a cache of its own."""
     rolled = roller(NEW, learner.turns.end_ids, 1.0)

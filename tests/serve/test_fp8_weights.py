@@ -44,6 +44,7 @@ def run(network, weights, **options):
     return [found[request] for request in requests], engine
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_the_dequantised_weights(network, weights):
     ids_BT = jnp.asarray([PROMPTS[1]])
     found, expected = (np.asarray(network.forward(*weights[kind], ids_BT)) for kind in ("fp8", "wide"))
@@ -62,6 +63,7 @@ def test_the_text_is_theirs_however_it_is_computed(network, weights):
     assert held == sum(fp8_weights.n_bytes(weights["fp8"][0]).values())
 
 
+@pytest.mark.slow
 def test_a_gpu_reads_each_layers_codes_apart(network, weights):
     """Routed experts stay in their stack; without a loop over layers the logits are the same."""
     module = abstract_module(network.config, XLA)
