@@ -31,7 +31,7 @@ pytestmark = [
 
 
 @pytest.fixture(
-    scope="module", params=[("once", 63), pytest.param(("again", 26), marks=pytest.mark.matrix)], ids=lambda p: p[0]
+    scope="module", params=[("once", 64), pytest.param(("again", 26), marks=pytest.mark.matrix)], ids=lambda p: p[0]
 )
 def compiled(request):
     """What the compiler said of each kernel; as many processes as there are cores divide the parts of the script."""
