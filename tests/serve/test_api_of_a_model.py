@@ -119,8 +119,11 @@ def test_filters_and_biases_reach_the_engine(client):
     assert found == free
     (biased,) = complete(client, prompt=PROMPT, max_tokens=4, logit_bias={"65": 100})
     assert biased.text == "AAAA"
-    (penalised,) = complete(client, prompt=PROMPT, max_tokens=4, logit_bias={"65": 50, "66": 49}, frequency_penalty=2)
-    assert penalised.text == "ABAB"
+    # biases further apart than the model's own logits, and as far as a token that came three times is penalised
+    both = {"prompt": PROMPT, "max_tokens": 8, "logit_bias": {"65": 54, "66": 50}}
+    assert complete(client, **both)[0].text == "A" * 8
+    penalised = complete(client, **both, frequency_penalty=2)[0].text
+    assert penalised[0] == "A" and set(penalised) == {"A", "B"}
 
 
 def test_json_from_a_model_of_noise(client):
