@@ -201,7 +201,7 @@ class Hours:
 
 
 def test_the_more_are_refused_the_longer_they_are_asked_to_wait():
-    """5 refused per request taken; then seconds without any, in which counts fall to 1/e."""
+    """1 refused per request taken; then seconds without any, in which counts fall to 1/e."""
 
     async def run():
         clock = Hours()
@@ -210,12 +210,12 @@ def test_the_more_are_refused_the_longer_they_are_asked_to_wait():
         refusals._wait = lambda seconds: asyncio.sleep(0, held.append(seconds))
         held = []
         assert await refusals.hold() == 1 and held == [0.0]  # the first one hears of it at once
-        for _ in range(9):
+        for _ in range(49):
             refusals.note_taken()
         for _ in range(49):
             await refusals.hold()
         draws[:] = [0.0, 1.0, 0.5, 0.0, 1.0, 0.25]  # drawn from the end: how long it is held, then Retry-After
-        assert [await refusals.hold() for _ in range(3)] == [15, 10, 5]  # 3, 2 and 1 times 5, rounded
+        assert [await refusals.hold() for _ in range(3)] == [24, 16, 8]  # rounded
         assert held[-3:] == [0.25 * MOST_HELD_S, 0.0, MOST_HELD_S]
         clock.now += 10 * WINDOW_S
         assert await refusals.hold() == 1 and held[-1] < 0.01

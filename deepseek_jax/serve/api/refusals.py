@@ -5,10 +5,10 @@ wait for what so many cost. So the more are refused, the later they hear of it a
 and no two the same time:
 
     ratio         R / (A + 1): requests refused per request taken, counts of the last `WINDOW_S`
-    held          a random time up to `ratio` s and `MOST_HELD_S`, in which the refusal is not written
-    Retry-After   2 `ratio` s on average, at random between half and one and a half of it, from 1 to `MOST_RETRY_S`
+    held          a random time up to 4 `ratio` s and `MOST_HELD_S`, in which the refusal is not written
+    Retry-After   16 `ratio` s on average, at random between half and one and a half of it, from 1 to `MOST_RETRY_S`
 
-Of N clients that obey, N / (2.5 ratio) ask again per second: refusals grow with the root of N, not with N. One that
+Of N clients that obey, N / (18 ratio) ask again per second: refusals grow with the root of N, not with N. One that
 obeys nothing is slowed by how long it is held. Where few are refused, they soon hear of it and may go elsewhere. No
 more than `MOST_HELD` are held; others hear at once, so that neither memory nor descriptors run out. nginx delays what
 is too much (`limit_req` with `burst`) and HAProxy what is to be rejected (`tarpit`) for the same reason.
@@ -56,10 +56,10 @@ class Refusals:
         self._pass_time()
         ratio = self.ratio
         self._n_refused += 1
-        seconds = self._draw() * min(ratio, MOST_HELD_S)
+        seconds = self._draw() * min(4 * ratio, MOST_HELD_S)
         if not self._is_over and self.n_held < MOST_HELD:
             await self._wait(seconds)
-        return min(max(1, round(ratio * (1 + 2 * self._draw()))), MOST_RETRY_S)
+        return min(max(1, round(ratio * (8 + 16 * self._draw()))), MOST_RETRY_S)
 
     def end(self) -> None:
         """Ends all waits; later ones end at once."""
