@@ -114,7 +114,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("host_bytes", [0, 2**22], ids=["filled in on devices", "on the host"])
-@pytest.mark.parametrize("rules", [pytest.param("experts", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.parametrize("rules", [pytest.param("experts", marks=[pytest.mark.slow, pytest.mark.matrix]), "fsdp"])
 def test_placed_on_four_devices_is_placed_whole(rules, host_bytes, monkeypatch):
     monkeypatch.setattr("deepseek_jax.convert.place.HOST_BYTES", host_bytes)
     published, source = source_at(GOLDEN / "v3_mtp")

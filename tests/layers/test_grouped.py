@@ -176,18 +176,21 @@ def dense_and_of_layer(arguments, weights, stacks) -> tuple:
 def test_the_kernel_of_one_token_is_given_the_matrices_of_its_layer(inputs, experts, monkeypatch):
     """By the definition of the kernel; the other layer differs, and number X, "none", gives nothing."""
     x_MD, weights_MK, *weights = inputs
-    stacks = [OfLayer(np.stack([w + 1, w]), 1) for w in weights]
     reference = functools.partial(token_experts.experts, implementation="reference")
     monkeypatch.setattr(grouped, "_lowered_once", lambda *arrays, implementation: reference(*arrays))
-    given = x_MD[:1], jnp.asarray([experts]), jnp.asarray(weights_MK[:1])
-    by_name = (grouped._swiglu_of_few(*given, tuple(stacks), by_kernel(name)) for name in ("xla", "mosaic_gpu"))
-    np.testing.assert_allclose(*by_name, rtol=1e-5, atol=1e-5)
-    names = "gate_XDF", "up_XDF", "down_XFD"
-    of_two = functools.partial(grouped_swiglu, x_MD[:2], jnp.asarray([experts, [1, 2]]), weights_MK[:2])
-    by_name = (
-        of_two(**dict(zip(names, stacks, strict=True)), matmul=by_kernel(name)) for name in ("xla", "mosaic_gpu")
-    )
-    np.testing.assert_allclose(*by_name, rtol=1e-5, atol=1e-5)
+
+    @jax.jit
+    def of_one_and_of_two(x_MD, chosen_MK, weights_MK, arrays):
+        stacks, found = tuple(OfLayer(w, 1) for w in arrays), []
+        by_role = dict(zip(("gate_XDF", "up_XDF", "down_XFD"), stacks, strict=True))
+        for name in ("xla", "mosaic_gpu"):
+            one = grouped._swiglu_of_few(x_MD[:1], chosen_MK[:1], weights_MK[:1], stacks, by_kernel(name))
+            found.append((one, grouped_swiglu(x_MD[:2], chosen_MK, weights_MK[:2], **by_role, matmul=by_kernel(name))))
+        return found
+
+    chosen_MK, arrays = np.int32([experts, [1, 2]]), [np.stack([w + 1, w]) for w in weights]
+    expected, found = of_one_and_of_two(x_MD, chosen_MK, weights_MK, arrays)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected)
 
 
 @pytest.mark.slow
