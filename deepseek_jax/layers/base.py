@@ -157,7 +157,7 @@ _ahead: weakref.WeakKeyDictionary[nnx.RngStream, _Ahead] = weakref.WeakKeyDictio
 
 
 def next_key(rngs: nnx.Rngs) -> jax.Array:
-    """Returns what `rngs.params()` returns, key by key the same.
+    """Returns what `rngs.params()` returns, key by key the same (with JAX's default generator, and rbg).
 
     Each of Flax's keys is a loop of its own in the program: those of a model's weights took a third of the time in
     which its initialiser is compiled. Here one loop makes many.

@@ -23,7 +23,7 @@ from pallas_kernels.coded_matmul import coded_experts
 from pallas_kernels.grouped_matmul import Groups, Scaled
 
 LARGEST_KEY = 2**31  # sort keys are int32
-MOST_COUNTED = 512  # assignments, up to which the lesser ones are counted: on a GPU half as long as a sort
+MOST_COUNTED = 128  # assignments, up to which the lesser ones are counted: on a GPU half as long as a sort
 Weights = tuple[OfLayer, OfLayer, OfLayer]  # gate, up and down
 
 
@@ -165,15 +165,18 @@ def grouped_swiglu(
     return to_tokens(matmul.grouped(hidden_AF, down_XFD, order.count_X), order)
 
 
-def is_one_expert(gate_DF: Any, matmul: Matmul) -> bool:
-    """Whether the kernel for experts computes a dense feed-forward: in FP8, its hidden layer of whole blocks."""
-    if not is_fp8(gate_DF) or matmul.kernels.chosen["coded_experts"] == "xla":
+def is_one_expert(weights: tuple[Any, ...], matmul: Matmul) -> bool:
+    """Whether the kernel for experts computes a dense feed-forward: in FP8, its hidden layer of whole blocks.
+
+    `weights` are its gate, up and down.
+    """
+    if matmul.kernels.chosen["coded_experts"] == "xla" or not all(is_fp8(w) and w.bits == 8 for w in weights):
         return False
-    return gate_DF.bits == 8 and gate_DF.layout.matrix[0] % BLOCK == 0
+    return weights[0].layout.matrix[0] % BLOCK == 0
 
 
 def swiglu_in_codes(x_MD: jax.Array, weights: tuple[Any, ...], matmul: Matmul, limit: float = 0.0) -> jax.Array:
-    """y_MD of a dense feed-forward whose weights, gate, up and down, are in FP8: of one expert that has all rows."""
+    """y_MD of a dense feed-forward that `is_one_expert`: of one that has all rows."""
     of_one = jax.tree.map(lambda part: part[None], weights)
     count_X, factor_M = jnp.full((1,), len(x_MD), jnp.int32), jnp.ones(len(x_MD), jnp.float32)
     return matmul.kernels["coded_experts"](x_MD, factor_M, count_X, of_one, matmul, limit)

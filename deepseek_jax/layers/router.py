@@ -39,7 +39,7 @@ class Routing(NamedTuple):
 
 
 Route = Callable[..., Routing]
-MOST_SUMMED = 2**23  # numbers that are multiplied for the logits of a decode step, up to which sums are the faster
+MOST_SUMMED = 2**23  # numbers that are multiplied for the logits of a decode step, up to which a GPU sums them faster
 LEAST_LOGIT = -80.0  # of a softplus: below it float32 has no square root whose derivative is finite
 
 
@@ -107,11 +107,12 @@ def random_table(key: jax.Array, vocab_size: int, n_experts: int, top_k: int) ->
 def _logits(x_BTD: jax.Array, centroids_DE: jax.Array) -> jax.Array:
     """u_t . e_i in float32.
 
-    Of few tokens as sums, not as a product of matrices: that XLA would divide over all of a GPU, where it waits for
-    what runs beside it, while sums are one small kernel.
+    On a GPU of few tokens as sums, not as a product of matrices: that XLA would divide over all of the chip, where it
+    waits for what runs beside it, while sums are one small kernel. (A CPU takes several times as long for sums.)
     """
     x_BTD = x_BTD.astype(jnp.float32)
-    if x_BTD.shape[1] <= 2 and x_BTD.size * centroids_DE.shape[1] <= MOST_SUMMED:
+    is_small = x_BTD.shape[1] <= 2 and x_BTD.size * centroids_DE.shape[1] <= MOST_SUMMED
+    if is_small and jax.default_backend() == "gpu":
         return jnp.sum(x_BTD[:, :, None] * centroids_DE.T, axis=-1)
     return jnp.einsum("BTD,DE->BTE", x_BTD, centroids_DE, precision=jax.lax.Precision.HIGHEST)
 

@@ -31,14 +31,15 @@ class SwiGLU(nnx.Module):
     @jax.named_scope("feed_forward")
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Returns y_BTD."""
-        if is_one_expert(self.gate_DF[...], self.matmul):
-            x_MD, weights = x_BTD.reshape(-1, x_BTD.shape[-1]), (self.gate_DF[...], self.up_DF[...], self.down_FD[...])
+        weights = gate_DF, up_DF, down_FD = self.gate_DF[...], self.up_DF[...], self.down_FD[...]
+        if is_one_expert(weights, self.matmul):
+            x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
             return swiglu_in_codes(x_MD, weights, self.matmul, self.limit).reshape(x_BTD.shape)
         einsum, x = self.matmul.einsum, self.matmul.operand(x_BTD)
-        gate_BTF = einsum("BTD,DF->BTF", x, self.gate_DF[...])
-        up_BTF = einsum("BTD,DF->BTF", x, self.up_DF[...])
+        gate_BTF = einsum("BTD,DF->BTF", x, gate_DF)
+        up_BTF = einsum("BTD,DF->BTF", x, up_DF)
         hidden_BTF = self.matmul.swiglu(*clamped(gate_BTF, up_BTF, self.limit))
-        return einsum("BTF,FD->BTD", hidden_BTF, self.down_FD[...])
+        return einsum("BTF,FD->BTD", hidden_BTF, down_FD)
 
     # As a block's feed-forward (`layers.block.Block`): nothing is routed, and nothing reported.
 

@@ -94,7 +94,7 @@ def einsum(
 
     The kernel multiplies where x ends with what the columns of w are, and y with what its rows are, and where columns
     are whole blocks. XLA dequantises the matrices of the others: of the absorbed form of latent attention, a small
-    product per head.
+    product per head, and hidden layers that are not filled up (`on_device`: on several devices).
     """
     of_x, of_w, of_y = equation.replace("->", ",").split(",")
     letters = [of_w[w.layout.order.index(axis)] for axis in range(len(of_w))]

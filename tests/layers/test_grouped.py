@@ -248,8 +248,9 @@ def test_a_dense_feed_forward_in_fp8_is_that_of_one_expert_with_all_rows(monkeyp
     x_BTD = np.asarray(draw.normal(size=(2, 3, 32)), np.float32)
     dense = jax.jit(lambda x_BTD, params: bind(definition, params, {})(x_BTD))(x_BTD, params)
     kernels = Kernels(coded_experts="mosaic_gpu")
-    assert is_one_expert(weights[0], PlainMatmul(kernels)) and not is_one_expert(weights[0], PLAIN)
-    assert not is_one_expert(weights[2], PlainMatmul(kernels)) and not is_one_expert(arrays[0], PlainMatmul(kernels))
+    assert is_one_expert(weights, PlainMatmul(kernels)) and not is_one_expert(weights, PLAIN)
+    for others in ([weights[2]] * 3, [*weights[:2], arrays[2]]):  # 32 wide, and one that is not in FP8
+        assert not is_one_expert(others, PlainMatmul(kernels))
     seen = []
     monkeypatch.setattr(swiglu, "is_one_expert", lambda *given: seen.append(given) or True)
     of_one = jax.jit(lambda x_BTD, params: bind(definition, params, {})(x_BTD))(x_BTD, params)

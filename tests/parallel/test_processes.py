@@ -261,6 +261,7 @@ def sleeps_on_request(folder: Path) -> dict[str, str]:
     return {"PYTHONPATH": str(folder)}
 
 
+@pytest.mark.slow
 @pytest.mark.matrix
 @pytest.mark.parametrize(
     ("how", "victim", "also", "within_s"),

@@ -35,8 +35,8 @@ LIVE = (  # those of make_golden.SHAPES
     *("dense_mtp", "v2_bare", "v2_all_dense", "moe_bare"),
 )
 NAMES = (*sorted(path.parent.name for path in GOLDEN.glob("*/config.json")), *LIVE)
-AGAIN = (  # the others, and above all v2, v3_mtp and kimi, have their mechanisms
-    *("qwen_yarn", "yarn_mscales", "moonlight", "no_shared", "dense_mtp", "v2_bare", "v2_all_dense", "moe_bare"),
+AGAIN = (  # the others, and above all v2, v3_mtp, kimi and no_shared, have their mechanisms
+    *("qwen_yarn", "yarn_mscales", "moonlight", "dense_mtp", "v2_bare", "v2_all_dense", "moe_bare"),
     *("llm", "v3", "v3_yarn"),
 )
 CASES = [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.matrix] if name in AGAIN else []) for name in NAMES]

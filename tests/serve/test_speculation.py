@@ -1,6 +1,8 @@
 """With drafts of multi-token prediction or without them, a request draws the same tokens."""
 
+import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.kernels import Kernels
 from deepseek_jax.layers.base import bind
 from deepseek_jax.layers.cache import first_pass
 from deepseek_jax.layers.tokens import Tokens, at
@@ -168,8 +171,28 @@ def test_a_head_in_fp8_makes_drafts_and_changes_no_text(engine, plain, monkeypat
     assert coded.codes.shape == made.weights[0]["head"]["weight_DV"].shape[::-1]
     _, texts, _ = run(made, GREEDY[:2], PROMPTS[:2])
     assert texts == plain[0][1][:2] and made.n_drafted > 0
+    drafts = np.asarray(made.calls.draft_R)
+    # another head makes other drafts: that of a vocabulary in another order
+    made.calls.coded_head = dataclasses.replace(coded, codes=jnp.roll(coded.codes, 7, axis=0))
+    assert run(made, GREEDY[:2], PROMPTS[:2])[1] == texts
+    assert np.any(np.asarray(made.calls.draft_R) != drafts)
     made.replace_weights(jax.tree.map(lambda w: 2 * w, made.weights))
     np.testing.assert_array_equal(made.calls.coded_head.scale, 2 * coded.scale)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "vocab_size", "d", "reads"),
+    [
+        ("mosaic_gpu", 192, 256, True),
+        ("xla", 192, 256, False),
+        ("mosaic_gpu", 200, 256, False),
+        ("mosaic_gpu", 192, 64, False),
+    ],
+)
+def test_a_head_in_fp8_is_for_a_kernel_and_what_it_takes(kernel, vocab_size, d, reads):
+    embedding = SimpleNamespace(table_VD=np.zeros((vocab_size, d)))
+    model = SimpleNamespace(embedding=embedding, run=SimpleNamespace(kernels=Kernels(coded_matmul=kernel)))
+    assert speculation.reads_codes(model) == reads
 
 
 def test_after_its_attention_multi_token_prediction_is_of_one_token(foreseeing):

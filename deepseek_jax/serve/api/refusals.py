@@ -79,8 +79,10 @@ class Refusals:
             timer.cancel()
 
     def _pass_time(self) -> None:
+        """Lets the counts fall; to 0 after a window in which nothing was counted, where their ratio would stay."""
         now = self._clock()
-        kept = math.exp((self._counted_s - now) / WINDOW_S)
+        is_over = now - self._counted_s > WINDOW_S
+        kept = 0.0 if is_over else math.exp((self._counted_s - now) / WINDOW_S)
         self._counted_s, self._n_refused, self._n_taken = now, self._n_refused * kept, self._n_taken * kept
 
 
