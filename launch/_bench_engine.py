@@ -1,18 +1,20 @@
 """The engine as a side of `bench generate`: the same weights, requests in continuous batching instead of one batch.
 
-With drafts, weights are such that the model continues n by n + 1 and multi-token prediction is wrong after a given
-share of tokens, so that drafts are right as often as is asked for: the embeddings are random, the head is the table
-shifted by one, what layers add is drawn a thousand times smaller, and multi-token prediction keeps the embedding of the
-last token alone. Embeddings of the tokens that it is wrong after lie in dimensions to which its norm gives no weight.
-A step reads and computes what it would with any other weights.
+With drafts, weights are such that the model continues n by n + 1 and multi-token prediction is wrong after some
+tokens, which a text meets so often that the share of right drafts is the one that is asked for: the embeddings are
+random, the head is the table shifted by one, what layers add is drawn a thousand times smaller, and multi-token
+prediction keeps the embedding of the last token alone. Embeddings of the tokens that it is wrong after lie in
+dimensions to which its norm gives no weight. A step reads and computes what it would with any other weights.
 """
 
 import time
 from typing import Any
 
+import numpy as np
+
 from deepseek_jax.bounds import number
 
-PERIOD = 20  # of ids; drafts are wrong after the first few of them
+STEPS = 100  # of a text, of which the asked for share has a right draft; after these it is alike again
 SMALL = 1e-3  # factor of what layers add to the residual stream
 ADDS = ("attention_out", "down")  # roles of the weights that make it
 ACCEPTANCE = number(0, 1)
@@ -67,7 +69,7 @@ def with_drafts(weights: tuple[dict, dict], acceptance: float) -> tuple[dict, di
     params, router_bias = weights
     table_VD, head = params["embedding"]["table_VD"], params["head"]["weight_DV"]
     vocab_size, d = table_VD.shape
-    is_wrong_V = jnp.arange(vocab_size) % PERIOD < round(PERIOD * (1 - acceptance))
+    is_wrong_V = wrong_after(acceptance, vocab_size)
     is_kept_D = jnp.arange(d) < 3 * d // 4
     table_VD = jnp.where(is_wrong_V[:, None] == is_kept_D, 0, table_VD).astype(table_VD.dtype)
     module = params["mtp"]["0"]
@@ -80,6 +82,17 @@ def with_drafts(weights: tuple[dict, dict], acceptance: float) -> tuple[dict, di
         "head": {"weight_DV": _like(head, jnp.roll(table_VD, 1, axis=0).T)},
         "mtp": params["mtp"] | {"0": module | changed},
     }, router_bias
+
+
+def wrong_after(acceptance: float, vocab_size: int) -> np.ndarray:
+    """Returns whether drafts are wrong after each id, so that this share of a text's steps has a right draft.
+
+    A step moves on by one id if its draft is wrong, else by two, and begins at all ids that drafts are wrong after.
+    """
+    n_wrong_S = np.arange(STEPS + 1) * round(STEPS * (1 - acceptance)) // STEPS  # steps before, spread evenly
+    is_wrong_S = np.diff(n_wrong_S) > 0
+    id_S = np.cumsum([0, *np.where(is_wrong_S, 1, 2)])
+    return np.resize(np.isin(np.arange(id_S[-1]), id_S[:-1][is_wrong_S]), vocab_size)
 
 
 def _like(weight: Any, new: Any) -> Any:
