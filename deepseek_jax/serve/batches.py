@@ -15,7 +15,7 @@ from deepseek_jax.serve.sampling import Kind, Sampling
 from deepseek_jax.serve.scheduler import Part
 
 LEAST_TOKENS, LEAST_PAGES = 16, 4  # of a program: smaller ones would save little
-DRAWN = -1  # in place of the token that a row drew last
+DRAWN = -1  # in place of the token that a row drew last, and of its position where the host does not know it
 
 Plans = Sequence[Sequence[Part]]  # by device
 
@@ -80,7 +80,7 @@ def prompts(plans: Plans, n_rows: int, length: int, width: int) -> Rows:
 
     def build(parts: Sequence[Part]) -> Rows:
         ids_BT = np.zeros((n_rows, length), np.int32)
-        for row, (request, start, n_tokens, _) in enumerate(parts):
+        for row, (request, start, n_tokens, *_) in enumerate(parts):
             ids_BT[row, :n_tokens] = request.tokens[start : start + n_tokens]
         n_B = numbers([part.n_tokens for part in parts], n_rows, padding=1)
         return {"ids_BT": ids_BT, "n_B": n_B} | _places(parts, n_rows, width)
@@ -93,7 +93,7 @@ def next_of_prompts(plans: Plans, length: int) -> Rows:
 
     def build(parts: Sequence[Part]) -> Rows:
         next_BT = np.zeros((1, length), np.int32)
-        for row, (request, start, n_tokens, _) in enumerate(parts):
+        for row, (request, start, n_tokens, *_) in enumerate(parts):
             ids = request.tokens[start + 1 : start + 1 + n_tokens]
             next_BT[row, :n_tokens] = [*ids, *[DRAWN] * (n_tokens - len(ids))]
         return {"next_BT": next_BT}
@@ -102,11 +102,13 @@ def next_of_prompts(plans: Plans, length: int) -> Rows:
 
 
 def singles(plans: Plans, n_rows: int, width: int, padding_slot: int) -> Rows:
-    """Rows that compute one token each: ids_B (`DRAWN` where only the device has it), start_B, slot_B, table_BN."""
+    """Rows that compute one token each: ids_B and start_B (`DRAWN` where only the device has it), slot_B, table_BN."""
 
     def build(parts: Sequence[Part]) -> Rows:
         ids = [_known(part) for part in parts]
-        return {"ids_B": numbers(ids, n_rows, DRAWN)} | _places(parts, n_rows, width)
+        starts = [DRAWN if part.n_unsure else part.start for part in parts]
+        found = {"ids_B": numbers(ids, n_rows, DRAWN)} | _places(parts, n_rows, width)
+        return found | {"start_B": numbers(starts, n_rows)}
 
     return by_device(plans, build) | slots(plans, n_rows, padding_slot)
 
@@ -142,6 +144,11 @@ def limits(plans: Plans, n_rows: int) -> Rows:
         return {"n_draws_B": numbers([part.n_draws for part in parts], n_rows), "stop_BJ": stop_BJ}
 
     return by_device(plans, build)
+
+
+def ends(plans: Plans, n_rows: int) -> Rows:
+    """end_B: the most tokens that rows can have."""
+    return by_device(plans, lambda parts: {"end_B": numbers([part.request.n_positions for part in parts], n_rows)})
 
 
 def how(plans: Plans, n_rows: int, kind: Kind, padding_slot: int) -> Rows:

@@ -53,6 +53,7 @@ class Calls:
         weights, memory: the same.
         last_R: the token that each row drew last, int32; the last place of a device is that of padding.
         draft_R: the draft of the token after it.
+        position_R: its position, where a step that draws one or two tokens drew it; the host does not know it yet.
         coded_head: the head in FP8 by which drafts are made, if it is; not where several devices run the programs.
         allowed_RW: the tokens that each row may draw next, as bits of uint32.
     """
@@ -80,7 +81,8 @@ class Calls:
         self._codes_head = n_drafts > 0 and not replicas and speculation.reads_codes(model)
         self.use(weights)
         n_places = self._n_ranks * (n_rows + 1)
-        self.last_R, self.draft_R = (self._by_row(np.zeros(n_places, np.int32)) for _ in range(2))
+        by_row = (self._by_row(np.zeros(n_places, np.int32)) for _ in range(3))
+        self.last_R, self.draft_R, self.position_R = by_row
         self.allowed_RW = self._by_row(np.full((n_places, -(-self._vocab_size // 32)), ALL, np.uint32))
         # On one device arrays have no given place; for one with a place a second program would be compiled.
         place = self.allowed_RW.sharding if replicas else None
@@ -175,6 +177,7 @@ class Calls:
     def speculate(self, plans: Plans, n_rows: int, width: int, kind: Kind, n_top: int, n_steps: int) -> Call:
         """`n_steps` of these, each of which draws up to two tokens per row."""
         _, state, rows, static = self.steps(plans, n_rows, width, kind, n_top)
+        state, rows = state | {"position_R": self.position_R}, rows | batches.ends(plans, n_rows)
         return Call("speculate", state | self._drafting, rows, {**static, "n_steps": n_steps})
 
     def foresee(self, plans: Plans, length: int, width: int, h_BTD: jax.Array | None = None) -> Call:

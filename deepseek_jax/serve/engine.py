@@ -136,7 +136,7 @@ class Engine:
             n_positions,
             root(b"", sampling.salt),
             options,
-            is_stepwise=sampling.constraint is not None or self.n_drafts > 0,
+            is_stepwise=sampling.constraint is not None,
             most_draws=1 if sampling.constraint else None,
             reads_cache=self.finds_prompts and not sampling.prompt_logprobs,
         )
@@ -188,10 +188,12 @@ class Engine:
     def step(self, n_steps: int | None = None) -> list[Output]:
         """Starts the next step, and returns what was drawn in the one that is `n_ahead` before it.
 
-        It draws up to `n_steps` tokens per row, by default and at most as many as the engine's `n_steps`.
+        It takes up to `n_steps` steps per row, by default and at most as many as the engine's `n_steps`.
         """
         most = self.n_steps if n_steps is None else n_steps
-        plans = [rank.scheduler.plan(most, 1 + self.n_drafts) for rank in self.ranks]
+        if self.n_drafts and not self._ends_early and self._all_end_within(PER_STEP * most):
+            most = 1  # a program of several steps would run on after that
+        plans = [rank.scheduler.plan(most) for rank in self.ranks]
         if any(plans):
             self._flight.append(self._start(plans))
         outputs: list[Output] = []
@@ -258,6 +260,10 @@ class Engine:
             found += self._start_drawing(short, logits_BV, width)
         return found
 
+    def _all_end_within(self, n_draws: int) -> bool:
+        """Whether no running request has so many tokens left to be drawn."""
+        return all(request.n_left < n_draws for rank in self.ranks for request in rank.scheduler.running)
+
     def _suits_steps(self, plans: Plans) -> bool:
         """Whether rows of one token each run by the program of several steps, if only for one of them.
 
@@ -287,7 +293,7 @@ class Engine:
         if self.n_drafts:
             self.calls.draft_R, self.calls.memory = self.programs.run(self.calls.foresee(plans, length, width, h_BTD))
             for part in parts:
-                part.request.options.has_draft = part.n_draws > 0
+                part.request.has_draft = part.n_draws > 0
         return found
 
     def _start_drawing(self, plans: Plans, logits_BV: jax.Array, width: int) -> list[Drawn]:
@@ -312,14 +318,15 @@ class Engine:
         # A row's last step computes a draft that it cannot keep, and latent decode by kernels counts its slot.
         width = self._width(plans, self.n_drafts)
         call = self.calls.speculate(plans, n_rows, width, kind, n_top, n_steps)
-        id_BT, scores_BT, self.calls.memory, self.calls.last_R, self.calls.draft_R = self.programs.run(call)
+        id_BT, scores_BT, self.calls.memory, *by_row = self.programs.run(call)
+        self.calls.last_R, self.calls.draft_R, self.calls.position_R = by_row
         return all_drawn(plans, n_rows, id_BT, scores_BT)
 
     def _is_long(self, part: Part) -> bool:
         """Whether a part is computed by itself: several tokens, or one that needs more than a token to be drawn."""
         if part.n_tokens > 1 or batches.recites(part):
             return True
-        return self.n_drafts > 0 and not (part.request.options.has_draft and part.start + 1 == len(part.request.tokens))
+        return self.n_drafts > 0 and not part.request.has_draft
 
     def _width(self, plans: Plans, look_ahead: int = 0) -> int:
         if self._pads_to_largest:
@@ -365,7 +372,7 @@ class Engine:
         places = np.flatnonzero(id_T != ENDED)[: found.n]
         ids = id_T[places].tolist()
         ids = ids[: next((place for place, token in enumerate(ids, 1) if token in sampling.stop_ids), len(ids))]
-        self._count_drafts(id_T, found.n)
+        self._count_drafts(id_T, min(found.n, request.n_positions - len(request.tokens)))
         is_first = len(request.tokens) == len(request.prompt)
         self._scheduler(request).record(request, ids, found.n)
         for token in ids if sampling.constraint else ():
@@ -389,13 +396,13 @@ class Engine:
         routes_BSLK = self.programs.run(self.calls.routes(plans, self._width(plans)))
         return np.asarray(routes_BSLK)[request.options.rank, : part.n_tokens]
 
-    def _count_drafts(self, id_T: np.ndarray, n_planned: int) -> None:
+    def _count_drafts(self, id_T: np.ndarray, n_left: int) -> None:
         """Counts the drafts of a row, of which each step verified one unless a single token was left to be drawn."""
         if not self.n_drafts or len(id_T) == 1:
             return
         is_drawn_T = (id_T != ENDED).reshape(-1, PER_STEP)
         n_before_T = np.cumsum(is_drawn_T.sum(axis=1)) - is_drawn_T.sum(axis=1)
-        self.n_drafted += int((is_drawn_T[:, 0] & (n_planned - n_before_T > 1)).sum())
+        self.n_drafted += int((is_drawn_T[:, 0] & (n_left - n_before_T > 1)).sum())
         self.n_accepted += int(is_drawn_T[:, 1].sum())
 
 

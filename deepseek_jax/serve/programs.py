@@ -11,8 +11,8 @@
 
 With drafts (`speculation`):
 
-    foresee  hidden states of a part of a prompt, and the tokens after them -> a draft
-    speculate  `steps` that draw up to two tokens each                      -> tokens, log-probabilities, drafts
+    foresee    hidden states of a part of a prompt, and the tokens after them   -> a draft
+    speculate  `steps` that draw up to two tokens each   -> tokens, log-probabilities, drafts, positions
 
 What requests ask for concerns the small programs alone, so their number is added to that of the large ones: they are
 not multiplied. `memory` is donated and updated in place; so is `last_R`, the token that each running request drew last.
@@ -44,7 +44,7 @@ from deepseek_jax.precision.fp8_weight import Fp8Weight
 from deepseek_jax.serve import speculation
 from deepseek_jax.serve.memory import Memory, Sizes, read, routes_of, shapes_of, zeros
 from deepseek_jax.serve.sampler import Scores, draw, no_scores, scores
-from deepseek_jax.serve.speculation import ENDED, Row
+from deepseek_jax.serve.speculation import ENDED, PER_STEP, Row
 
 Weights = tuple[Tree, Tree]  # parameters and router biases
 Rows = dict[str, Any]  # arrays, or their shapes; and `Current`
@@ -55,7 +55,7 @@ DONATED: dict[str, tuple[str, ...]] = {  # of each program: arguments whose memo
     "draw": ("last_R",),
     "steps": ("memory", "last_R"),
     "foresee": ("memory", "draft_R"),
-    "speculate": ("memory", "last_R", "draft_R"),
+    "speculate": ("memory", "last_R", "draft_R", "position_R"),
 }
 OUTPUTS: dict[str, tuple[type, ...]] = {  # of each program: arrays with rows first, and memory
     "begin": (jax.Array, jax.Array, Memory),
@@ -67,7 +67,7 @@ OUTPUTS: dict[str, tuple[type, ...]] = {  # of each program: arrays with rows fi
     "steps": (jax.Array, Scores, Memory, jax.Array),
     "routes": (jax.Array,),
     "foresee": (jax.Array, Memory),
-    "speculate": (jax.Array, Scores, Memory, jax.Array, jax.Array),
+    "speculate": (jax.Array, Scores, Memory, jax.Array, jax.Array, jax.Array),
 }
 
 
@@ -75,7 +75,7 @@ class Current(NamedTuple):
     """The tokens that rows compute next, one each."""
 
     ids_B: Any  # negative: the one that the row drew last
-    start_B: Any  # their positions
+    start_B: Any  # their positions; negative, with drafts alone: where the row stands
     slot_B: Any  # the rows' places in `last_R`, whose last place is that of padding
     table_BN: Any  # the rows' pages
 
@@ -281,12 +281,17 @@ class Programs:
         is_running_B = current.real_B(last_R) & (n_draws_B > 0)
         id_B, is_anyone = current.id_B(last_R), self._is_anyone
         carry = jnp.int32(0), is_anyone(is_running_B), memory, id_B, is_running_B, found
-        if self._ends_early:
-            carry = jax.lax.while_loop(lambda carry: carry[1], step, carry)
-        else:
-            carry = jax.lax.fori_loop(0, n_steps, lambda _, carry: step(carry), carry)
-        _, _, memory, id_B, _, (id_BT, scores_BT) = carry
+        _, _, memory, id_B, _, (id_BT, scores_BT) = self._repeated(step, carry, n_steps)
         return id_BT, scores_BT, memory, last_R.at[slot_B].set(id_B)
+
+    def _repeated(self, step: Callable[[tuple], tuple], carry: tuple, n_steps: int) -> tuple:
+        """Repeats a step until it has run `n_steps` times, as counted in place 0, or says in place 1 that all rows end.
+
+        Without `ends_early` it runs so many times.
+        """
+        if self._ends_early:
+            return jax.lax.while_loop(lambda carry: carry[1] & (carry[0] < n_steps), step, carry)
+        return jax.lax.fori_loop(0, n_steps, lambda _, carry: step(carry), carry)
 
     def _is_anyone(self, flag_B: jax.Array) -> jax.Array:
         """Whether a row has this flag, of those of all devices, which take their steps together."""
@@ -342,28 +347,40 @@ class Programs:
         memory: Memory,
         last_R: jax.Array,
         draft_R: jax.Array,
+        position_R: jax.Array,
         current: Current,
         n_draws_B: jax.Array,
         stop_BJ: jax.Array,
+        end_B: jax.Array,
         n_steps: int,
         n_top: int,
         coded_head: Fp8Weight | None = None,
         **how: jax.Array,
-    ) -> tuple[jax.Array, Scores | None, Memory, jax.Array, jax.Array]:
-        """`speculation.step`, `n_steps` times: as `steps`, with T = 2 `n_steps`, and draft_R at the end."""
+    ) -> tuple[jax.Array, Scores | None, Memory, jax.Array, jax.Array, jax.Array]:
+        """`speculation.step`, up to `n_steps` times: as `steps`, with T = 2 `n_steps`; then draft_R and position_R.
+
+        Rows end where they have `end_B` tokens, also if only the device knows where they begin.
+        """
         _, start_B, slot_B, table_BN = current
-        row = Row(last_R[slot_B], draft_R[slot_B], start_B, n_draws_B, current.real_B(last_R))
+        start_B = jnp.where(start_B < 0, position_R[slot_B], start_B)
+        left_B = jnp.minimum(n_draws_B, end_B - 1 - start_B)
+        row = Row(last_R[slot_B], draft_R[slot_B], start_B, left_B, current.real_B(last_R) & (left_B > 0))
 
-        def step(carry: tuple, _: None) -> tuple[tuple, tuple]:
+        def step(carry: tuple) -> tuple:
+            number, _, memory, row, found = carry
             with jax.default_matmul_precision(self.matmul_precision):
-                model, (memory, row) = bind(self._own, *weights), carry
-                rows = row, table_BN, slot_B, stop_BJ
-                memory, row, id_BT, found = speculation.step(model, memory, *rows, how, n_top, coded_head)
-            return (memory, row), (id_BT, found)
+                model, rows = bind(self._own, *weights), (row, table_BN, slot_B, stop_BJ)
+                memory, row, *new = speculation.step(model, memory, *rows, how, n_top, coded_head)
+            put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=PER_STEP * number, axis=1)
+            found = jax.tree.map(put, found, tuple(new))
+            return number + 1, self._is_anyone(row.is_running_B), memory, row, found
 
-        (memory, row), found = jax.lax.scan(step, (memory, row), None, length=n_steps)
-        id_BT, scores_BT = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(len(slot_B), -1, *a.shape[3:]), found)
-        return id_BT, scores_BT, memory, last_R.at[slot_B].set(row.last_B), draft_R.at[slot_B].set(row.draft_B)
+        shape = len(slot_B), PER_STEP * n_steps
+        found = jnp.full(shape, ENDED, jnp.int32), None if n_top < 0 else no_scores(shape, n_top)
+        carry = jnp.int32(0), self._is_anyone(row.is_running_B), memory, row, found
+        _, _, memory, row, (id_BT, scores_BT) = self._repeated(step, carry, n_steps)
+        places = (last_R, row.last_B), (draft_R, row.draft_B), (position_R, row.position_B)
+        return id_BT, scores_BT, memory, *(array_R.at[slot_B].set(new_B) for array_R, new_B in places)
 
 
 _KNOWN: WeakValueDictionary[tuple, Programs] = WeakValueDictionary()

@@ -15,7 +15,6 @@ class Row:
     sampling: Sampling
     rank: int
     slot: int = -1
-    has_draft: bool = False  # whether there is a draft of its next token
     is_constrained: bool = False  # whether its place in `allowed_RW` counts for its next token
     prompt_logprobs: list[Logprob | None] = field(default_factory=list)
 
@@ -25,7 +24,8 @@ class Rank:
 
     def __init__(self, pages: PagePool, n_rows: int, chunk: int):
         self.pages = pages
-        self.scheduler = Scheduler(pages, n_rows, budget=n_rows + chunk, chunk=chunk)
+        per_step = 1 + pages.look_ahead
+        self.scheduler = Scheduler(pages, n_rows, budget=n_rows + chunk, chunk=chunk, per_step=per_step)
         self._slots = list(range(n_rows))
         self._with_slot: list[Row] = []
 
@@ -39,7 +39,7 @@ class Rank:
         running = {request.options for request in self.scheduler.running}
         for row in [row for row in self._with_slot if row not in running]:
             self._slots.append(row.slot)
-            row.slot, row.has_draft = -1, False
+            row.slot = -1
             self._with_slot.remove(row)
         for row in (request.options for request in requests):
             if row.slot < 0:

@@ -14,8 +14,10 @@ that reaches the last token, draws the next one.
 
 The scheduler runs one step or more ahead of the host: a token may be drawn on the device and not yet seen
 (`n_pending`). Its number of tokens is known, so everything but the stop conditions can be planned without it. A step
-that was planned for a request that has ended in the meantime is dropped (`record`). With speculation the number is not
-known either: such requests are planned step by step (`is_stepwise`), each with the most tokens that it may draw.
+that was planned for a request that has ended in the meantime is dropped (`record`). With speculation a step draws one
+to `per_step` tokens, and only the device knows how many. Then plans count the most that there may be, which pages have
+to hold, and a request is planned for until the fewest that there may be (`n_unsure` less) are all that it has positions
+for; the device begins where it stands.
 
 Pure Python. One step of 256 requests takes well below a millisecond.
 """
@@ -44,10 +46,12 @@ class Request:
     is_stepwise: bool = False  # no step of it is planned before the host has seen what the last one drew
     most_draws: int | None = None  # of one step; None: as many as the step has
     reads_cache: bool = True  # False: its whole prompt is computed
+    has_draft: bool = False  # whether the device has a draft of its next token, without which a step draws one alone
     tokens: list[int] = field(init=False)  # the prompt, and those drawn and seen
     table: Table = field(init=False)
     n_computed: int = 0  # tokens whose entries are in the cache, or in a step that was planned
-    n_pending: int = 0  # tokens drawn in planned steps and not yet seen
+    n_pending: int = 0  # tokens drawn in planned steps and not yet seen, at most
+    n_unsure: int = 0  # of these, the ones that wrong drafts would leave out
     n_cached: int = 0  # tokens of the prompt that the cache already had
     n_preempted: int = 0  # times that it gave up its pages
     has_ended: bool = False
@@ -57,37 +61,52 @@ class Request:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that exist, seen or not."""
+        """Tokens that exist, seen or not; with `n_unsure` the most that may exist, were there positions for all."""
         return len(self.tokens) + self.n_pending
+
+    @property
+    def n_left(self) -> int:
+        """Tokens that are still to be drawn after the planned steps, at most."""
+        return self.n_positions - (self.n_tokens - self.n_unsure)
 
 
 class Part(NamedTuple):
     """What a step does for one request: computes tokens `start` to `start + n_tokens - 1`, and draws `n_draws`.
 
-    With several draws the step computes each drawn token but the last as well.
+    With several draws the step computes each drawn token but the last as well. With `n_unsure` the request may stand up
+    to so many tokens before `start`.
     """
 
     request: Request
     start: int
     n_tokens: int
     n_draws: int
+    n_unsure: int = 0
+
+    @property
+    def n_computed(self) -> int:
+        """Tokens of the request that are computed after it, counted as `Request.n_tokens` are."""
+        return self.start + self.n_tokens + max(0, self.n_draws - 1)
 
     @property
     def n_positions(self) -> int:
-        """Tokens of the request that are in the cache after it."""
-        return self.start + self.n_tokens + max(0, self.n_draws - 1)
+        """Tokens of the request that are in the cache after it, at most."""
+        return min(self.n_computed, self.request.n_positions)
 
 
 class Scheduler:
-    """Plans steps of at most `n_rows` requests, `budget` tokens together and `chunk` per request."""
+    """Plans steps of at most `n_rows` requests, `budget` tokens together and `chunk` per request.
 
-    def __init__(self, pool: PagePool, n_rows: int, budget: int, chunk: int):
+    A step draws up to `per_step` tokens for a request whose prompt has ended, and at least one.
+    """
+
+    def __init__(self, pool: PagePool, n_rows: int, budget: int, chunk: int, per_step: int = 1):
         if not 0 < n_rows <= budget or chunk < 1:
             raise UserError(
                 f"{n_rows} requests at a time, {budget} tokens per step, {chunk} of one prompt: expected at least one "
                 "of each, and a token per step for every request."
             )
-        self.pool, self.n_rows, self.budget, self.chunk = pool, n_rows, budget, chunk
+        self.pool, self.n_rows, self.budget, self.chunk, self.per_step = pool, n_rows, budget, chunk, per_step
         self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
 
@@ -110,8 +129,8 @@ class Scheduler:
             )
         self.waiting.append(request)
 
-    def plan(self, n_steps: int = 1, per_step: int = 1) -> list[Part]:
-        """Returns the parts of the next step, which draw up to `per_step` tokens each after a prompt's end.
+    def plan(self, n_steps: int = 1) -> list[Part]:
+        """Returns the parts of the next step.
 
         Where no prompt is computed and nobody waits, it stands for `n_steps` of them. They count as computed from here
         on; whoever plans must run the step, and give `record` what it drew.
@@ -121,24 +140,27 @@ class Scheduler:
         if not has_preempted:
             self._admit(parts)
         is_quiet = not self.waiting and all(part.n_tokens == part.n_draws == 1 for part in parts)
-        parts = [self._prolonged(part, per_step * (n_steps if is_quiet else 1)) for part in parts]
+        parts = [self._prolonged(part, self.per_step * (n_steps if is_quiet else 1)) for part in parts]
         for part in parts:
             request = part.request
-            request.n_computed = part.n_positions
+            request.n_computed = part.n_computed
             request.n_pending += part.n_draws
+            request.n_unsure += self._n_unsure(part.n_draws)
             self.pool.name(request.table, request.tokens, request.n_computed)
         return parts
 
     def record(self, request: Request, drawn: Sequence[int], n_planned: int | None = None) -> None:
         """Adds the tokens that a step drew for a request, in the order of the steps; ignored once it has ended.
 
-        If they are fewer than `n_planned`, which was given for the step, what it computed beyond them does not count.
+        `n_planned` are the draws of the step's part; None: as many as these. What is missing was not computed.
         """
         if request.has_ended:
             return
-        n_missing = 0 if n_planned is None else n_planned - len(drawn)
-        request.n_pending -= len(drawn) + n_missing
-        request.n_computed = max(0, request.n_computed - n_missing)  # 0: it has given up its pages since
+        n_planned = len(drawn) if n_planned is None else n_planned
+        request.n_pending -= n_planned
+        request.n_unsure -= self._n_unsure(n_planned)
+        # 0: it has given up its pages since
+        request.n_computed = max(0, request.n_computed - (n_planned - len(drawn)))
         request.tokens.extend(drawn)
 
     def end(self, request: Request) -> None:
@@ -201,11 +223,11 @@ class Scheduler:
 
     def _part(self, request: Request, budget: int) -> Part:
         """The next tokens of a request; none if its last one is already drawn, or has to be seen first."""
-        if request.n_tokens == request.n_positions or (request.is_stepwise and request.n_pending):
+        if request.n_left <= 0 or (request.is_stepwise and request.n_pending):
             return Part(request, request.n_computed, 0, 0)
         missing = request.n_tokens - request.n_computed
         n_tokens = min(missing, self.chunk, budget)
-        return Part(request, request.n_computed, n_tokens, int(n_tokens == missing))
+        return Part(request, request.n_computed, n_tokens, int(n_tokens == missing), request.n_unsure)
 
     def _is_scrap(self, part: Part, parts: list[Part]) -> bool:
         """Whether the budget cuts a part down to less than a step has besides `chunk`, after another prompt's part."""
@@ -215,7 +237,7 @@ class Scheduler:
 
     def _make_place(self, request: Request, part: Part) -> bool:
         """Gets pages for a part, from those that arrived last if need be; False if the request itself gave up."""
-        while not self.pool.extend(request.table, part.start + part.n_tokens):
+        while not self.pool.extend(request.table, min(part.start + part.n_tokens, request.n_positions)):
             last = self.running.pop()
             self._give_up(last)
             last.n_preempted += 1
@@ -226,14 +248,17 @@ class Scheduler:
 
     def _give_up(self, request: Request) -> None:
         self.pool.close(request.table)
-        request.table, request.n_computed = Table(request.root), 0
+        request.table, request.n_computed, request.has_draft = Table(request.root), 0, False
 
     def _prolonged(self, part: Part, most: int) -> Part:
         """The part with as many draws as its positions and the pool allow, up to `most`; unchanged after a prompt."""
         request = part.request
-        n_draws = min(most, request.most_draws or most, request.n_positions - request.n_tokens)
-        if part.n_tokens != 1 or not part.n_draws or n_draws == 1:
+        n_draws = min(most, request.most_draws or most, request.n_left)
+        if part.n_tokens != 1 or not part.n_draws or n_draws == 1 or (self.per_step > 1 and not request.has_draft):
             return part
-        if not self.pool.extend(request.table, part.start + n_draws):
-            return part
-        return part._replace(n_draws=n_draws)
+        longer = part._replace(n_draws=n_draws)
+        return longer if self.pool.extend(request.table, longer.n_positions) else part
+
+    def _n_unsure(self, n_draws: int) -> int:
+        """Of so many draws of a part, those that there are only if all drafts are right."""
+        return n_draws - -(-n_draws // self.per_step)

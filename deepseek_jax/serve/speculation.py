@@ -9,9 +9,10 @@ A token is drawn as it would be without drafts, from its own logits with the noi
 the same, at any temperature. A draft is drawn with the noise of its position too (but for the first one after a prompt,
 the likeliest token), so that it is right more often than a draw that knows nothing of the other. On a Hopper GPU drafts
 are made with the head in FP8 (`head_in_codes`): of a step that reads the head twice, half as many bytes the second
-time. What the caches hold of a wrong draft is overwritten by the next step, before anything sees it. That is so in
-rings as well (V4): what a draft overwrites there is what the token in its place no longer sees, and more than one draft
-would take more.
+time. Where a row stands after a step only the device knows; the next one begins there, whether the host has looked or
+not. What the caches hold of a wrong draft is overwritten by the next step, before anything sees it. That is so in rings
+as well (V4): what a draft overwrites there is what the token in its place no longer sees, and more than one draft would
+take more.
 Paper: V3 section 2.2, "MTP in Inference"; Leviathan et al., arXiv 2211.17192, accept with a probability instead.
 """
 

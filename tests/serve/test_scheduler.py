@@ -29,20 +29,27 @@ def continued(prompt, n_positions):
 
 
 class Device:
-    """Memory in pages, and for each request the last tokens that it drew, which the host may not have seen."""
+    """Memory in pages, and for each request the last tokens that it drew, which the host may not have seen.
 
-    def __init__(self, page_size):
-        self.page_size, self.memory, self.drawn = page_size, {}, {}
+    With two tokens `per_step`, half of the drafts are right.
+    """
+
+    def __init__(self, page_size, per_step):
+        self.page_size, self.per_step, self.memory, self.drawn = page_size, per_step, {}, {}
 
     def step(self, parts):
         """Returns what each part draws; all parts write, then all of them read."""
         results = []
-        for request, start, n_tokens, n_draws in parts:
-            tokens = [*request.tokens, *self.drawn.get(request, [])][: request.n_tokens - n_draws]
-            assert len(tokens) == request.n_tokens - n_draws
+        for request, start, n_tokens, n_draws, n_unsure in parts:
+            tokens = [*request.tokens, *self.drawn.get(request, [])]
+            if n_unsure:
+                assert start - n_unsure <= len(tokens) - 1 <= start and n_tokens == 1
+                start = len(tokens) - 1
+            else:
+                assert len(tokens) == request.n_tokens - n_draws
             known = tokens[start : start + n_tokens]
             new = []
-            for place in range(max(1, n_draws)):
+            for place in range(self._n_drawn(request, tokens, n_draws) if n_draws else 1):
                 for position, token in enumerate(known, start):
                     self.memory[request.table.pages[position // self.page_size], position % self.page_size] = token
                 start += len(known)
@@ -53,6 +60,12 @@ class Device:
             self.drawn.setdefault(request, []).extend(new)
         return list(zip([part.request for part in parts], results, strict=True))
 
+    def _n_drawn(self, request, tokens, n_draws):
+        """How many tokens a part draws before its row's end, with its own steps alone."""
+        n_steps, left = -(-n_draws // self.per_step), min(n_draws, request.n_positions - len(tokens))
+        right = random.Random(repr(tokens)).choices(range(self.per_step), k=n_steps)
+        return min(n_steps + sum(right), left)
+
     def seen(self, request, drawn):
         del self.drawn[request][: len(drawn)]
 
@@ -62,7 +75,7 @@ class Device:
 
 def serve(scheduler, arrivals, n_ahead=0, n_steps=1, cancelled=()):
     """Runs all requests, which arrive at (step, request); returns the number of steps and of tokens computed."""
-    device, flight, arrivals = Device(scheduler.pool.page_size), deque(), deque(arrivals)
+    device, flight, arrivals = Device(scheduler.pool.page_size, scheduler.per_step), deque(), deque(arrivals)
     n_run = n_computed = 0
     requests = [request for _, request in arrivals]
     while arrivals or scheduler.running or scheduler.waiting or flight:
@@ -74,13 +87,15 @@ def serve(scheduler, arrivals, n_ahead=0, n_steps=1, cancelled=()):
         check(scheduler, parts, n_steps)
         scheduler.pool.check(request.table for request in requests)
         n_computed += sum(part.n_tokens for part in parts)
-        flight.append(device.step(parts))
+        flight.append((parts, device.step(parts)))
+        for part in parts:
+            part.request.has_draft = part.n_draws > 0
         n_run += 1
         while len(flight) > n_ahead or (flight and not parts):
-            for request, drawn in flight.popleft():
+            for part, (request, drawn) in zip(*flight.popleft(), strict=True):
                 device.seen(request, drawn)
                 stops = [place for place, token in enumerate(drawn) if token == STOP]
-                scheduler.record(request, drawn)
+                scheduler.record(request, drawn, part.n_draws)
                 if stops and not request.has_ended:
                     del request.tokens[len(request.tokens) - len(drawn) + stops[0] + 1 :]
                 if stops or len(request.tokens) == request.n_positions:
@@ -94,11 +109,14 @@ def check(scheduler, parts, n_steps):
     assert sum(part.n_tokens for part in parts) <= scheduler.budget
     assert len({part.request for part in parts}) == len(parts) <= scheduler.n_rows
     assert len(scheduler.running) <= scheduler.n_rows
-    for request, start, n_tokens, n_draws in parts:
-        assert 0 < n_tokens <= scheduler.chunk
-        assert n_draws <= n_steps
-        assert start + n_tokens + max(0, n_draws - 1) <= len(request.table.pages) * scheduler.pool.page_size
-        assert request.n_tokens <= request.n_positions
+    for part in parts:
+        request = part.request
+        assert 0 < part.n_tokens <= scheduler.chunk
+        assert part.n_draws <= n_steps * scheduler.per_step
+        assert part.n_positions <= len(request.table.pages) * scheduler.pool.page_size
+        assert request.n_tokens - part.n_draws - part.n_unsure < request.n_positions
+        assert request.n_tokens - request.n_unsure <= request.n_positions
+        assert request.n_unsure == 0 or scheduler.per_step > 1
 
 
 def some_requests(draw, n, shared=()):
@@ -111,12 +129,14 @@ def some_requests(draw, n, shared=()):
 @pytest.mark.parametrize("n_ahead", [0, 1, 2])
 @pytest.mark.parametrize("n_steps", [1, 8])
 @pytest.mark.parametrize("n_pages", [14, 200])
-def test_every_request_gets_its_own_text(n_ahead, n_steps, n_pages):
+@pytest.mark.parametrize("per_step", [1, 2])
+def test_every_request_gets_its_own_text(n_ahead, n_steps, n_pages, per_step):
     n_preempted = n_cached = 0
     for seed in range(12):
         draw = random.Random(seed)
         pool = PagePool(n_pages, page_size=4 + seed % 2)
-        scheduler = Scheduler(pool, n_rows=1 + seed % 6, budget=8 + 3 * seed, chunk=1 + 2 * seed)
+        n_rows = 1 + seed % 6
+        scheduler = Scheduler(pool, n_rows, budget=8 + 3 * seed, chunk=1 + 2 * seed, per_step=per_step)
         shared = [draw.randrange(6) for _ in range(12)]
         requests = [request for request in some_requests(draw, 25, shared) if request.n_positions <= (n_pages - 1) * 4]
         arrivals = sorted((draw.randrange(40), number) for number in range(len(requests)))
@@ -159,10 +179,12 @@ def test_the_last_to_arrive_gives_up_its_pages_and_none_is_admitted_in_that_step
     assert [part.request for part in scheduler.plan()] == [first, second]  # all six pages
     for request in (first, second):
         scheduler.record(request, [4])
+        request.has_draft = True
     scheduler.pool.forget()
     scheduler.chunk = 2  # the second's beginning would fit at once
     assert scheduler.plan() == [Part(first, 4, 1, 1)]
     assert list(scheduler.waiting) == [second] and second.n_preempted == 1
+    assert first.has_draft and not second.has_draft
     scheduler.record(first, [4])
     assert second in [part.request for part in scheduler.plan()]
 
@@ -177,6 +199,26 @@ def test_several_draws_per_step_wait_until_nobody_waits_and_no_prompt_is_compute
     scheduler.end(second)
     assert scheduler.plan(4) == [Part(first, 5, 1, 4)]
     assert first.n_computed == 9 and first.n_tokens == 10
+
+
+def test_steps_of_one_or_two_tokens_are_planned_while_any_may_be_left():
+    """From where the request stands at most; pages hold no more than it can have."""
+    scheduler = Scheduler(PagePool(50, page_size=1), n_rows=1, budget=8, chunk=4, per_step=2)
+    request = Request([1, 2], 12, ROOT)
+    scheduler.add(request)
+    assert scheduler.plan(2) == [Part(request, 0, 2, 1)]
+    assert scheduler.plan(2) == [Part(request, 2, 1, 1)]  # without a draft
+    request.has_draft = True
+    assert scheduler.plan(2) == [Part(request, 3, 1, 4)]
+    assert scheduler.plan(2) == [Part(request, 7, 1, 4, n_unsure=2)]
+    assert scheduler.plan(2) == [Part(request, 11, 1, 4, n_unsure=4)] and len(request.table.pages) == 12
+    assert request.n_left == 2
+    scheduler.record(request, [5])
+    scheduler.record(request, [5])
+    scheduler.record(request, [5, 5, 5], 4)
+    assert request.n_left == 1 and request.tokens == [1, 2, 5, 5, 5, 5, 5]
+    assert scheduler.plan(2) == [Part(request, 14, 1, 1, n_unsure=4)] and len(request.table.pages) == 12
+    assert scheduler.plan(2) == []
 
 
 def test_equal_prompts_that_come_together_are_computed_once():

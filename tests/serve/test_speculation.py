@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax import on_mesh
 from deepseek_jax.errors import UserError
 from deepseek_jax.kernels import Kernels
 from deepseek_jax.layers.base import bind
 from deepseek_jax.layers.cache import first_pass
 from deepseek_jax.layers.tokens import Tokens, at
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.serve import speculation
 from deepseek_jax.serve.engine import Engine, Sampling
 from deepseek_jax.serve.pages import PagePool
@@ -76,6 +78,7 @@ SETTINGS = {
     "several steps per program": {"n_steps": 4},
     "prompts in small parts, the host late": {"chunk": 4, "n_ahead": 2},
     "a small pool": {"n_pages": 6},
+    "a small pool, several steps, the host late": {"n_pages": 6, "n_steps": 4, "n_ahead": 2},
 }
 
 
@@ -85,8 +88,33 @@ def test_the_text_is_the_same(engine, foreseeing, plain, setting):
     requests, texts, _ = run(made, GREEDY)
     assert texts == plain[0][1]
     assert made.n_drafted > 0 and made.n_accepted < made.n_drafted
-    assert (sum(request.n_preempted for request in requests) > 0) == (setting == "a small pool")
+    assert (sum(request.n_preempted for request in requests) > 0) == ("a small pool" in setting)
     assert np.argmax(foreseeing.last_logits(PROMPTS[2])) == texts[2][0]
+
+
+def test_the_host_looks_at_a_step_while_the_next_one_runs(engine, plain):
+    """Though only the device knows where that one begins."""
+    made = engine(1, n_steps=4)
+    request = made.submit(PROMPTS[1], GREEDY[1])
+    while not request.has_ended:
+        made.step()
+        assert request.has_ended or made._flight
+    assert request.tokens == PROMPTS[1] + plain[0][1][1]
+
+
+def test_where_programs_do_not_end_early_the_last_tokens_are_drawn_step_by_step(engine, plain, monkeypatch):
+    """As on a GPU: several steps at a time while a row has more to draw than they could."""
+    made, n_steps_of_programs = engine(1, n_steps=4, ends_early=False), []
+    speculate = made.calls.speculate
+
+    def noted(plans, n_rows, width, kind, n_top, n_steps):
+        n_steps_of_programs.append(n_steps)
+        return speculate(plans, n_rows, width, kind, n_top, n_steps)
+
+    monkeypatch.setattr(made.calls, "speculate", noted)
+    assert run(made, GREEDY[:1], PROMPTS[:1])[1] == plain[0][1][:1]
+    assert n_steps_of_programs[0] == 4 and n_steps_of_programs[1:] == [1] * (len(n_steps_of_programs) - 1)
+    assert run(made, [GREEDY[1], Sampling(8)], PROMPTS[1:3])[1] == [plain[0][1][1], plain[0][1][2][:8]]
 
 
 @pytest.mark.slow
@@ -138,6 +166,20 @@ def test_a_constrained_request_draws_what_is_allowed_beside_those_with_drafts(en
     texts = run(engine(1), samplings)[1]
     assert len(texts[1]) == 11 and all(b == 3 * a % 200 for a, b in itertools.pairwise(texts[1]))
     assert [texts[n] for n in (0, 2, 3)] == [plain[0][1][n] for n in (0, 2, 3)]
+
+
+def test_devices_that_share_the_experts_give_the_same_text(foreseeing, plain):
+    """Each keeps the places of its own rows."""
+    mesh = make_mesh(1, 2, jax.devices()[:2])
+    replicas = on_mesh.replicas(foreseeing.config, foreseeing.definition, foreseeing.weights, mesh)
+    options = {"page_size": 8, "n_rows": 2, "chunk": 16, "n_pages": 9, "n_steps": 4, "n_drafts": 1}
+    made = Engine(foreseeing.definition, replicas.place(foreseeing.weights), 32, replicas=replicas, **options)
+    made._pads_to_largest = True  # few programs
+    requests = [made.submit(*both) for both in zip(PROMPTS, GREEDY, strict=True)]
+    while not made.is_idle:
+        made.step()
+    assert [request.tokens[len(request.prompt) :] for request in requests] == plain[0][1]
+    assert {request.options.rank for request in requests} == {0, 1} and made.n_drafted > 0
 
 
 def test_a_step_has_slots_for_the_draft_of_a_rows_last_token(engine, monkeypatch):
