@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from deepseek_jax.compat import memory_bytes
 from deepseek_jax.errors import UserError
 from deepseek_jax.kernels import Kernels
-from deepseek_jax.layers.base import Execution, Tree, split
+from deepseek_jax.layers.base import Execution, Tree, shapes_alone, split
 from deepseek_jax.models import family
 from deepseek_jax.precision.policy import policy
 from deepseek_jax.tree import size
@@ -24,7 +24,8 @@ AHEAD = "mtp"  # top-level entry of the multi-token-prediction modules, which pu
 
 def abstract(build: Callable[[nnx.Rngs], Module]) -> Module:
     """The module that `build` makes, with shapes in place of arrays."""
-    return nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    with shapes_alone():
+        return nnx.eval_shape(lambda: build(nnx.Rngs(0)))
 
 
 def abstract_weights(config: ConfigDict) -> Tree:

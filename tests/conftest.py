@@ -77,10 +77,11 @@ def filled():
     import numpy as np
     from flax import nnx
 
-    from deepseek_jax.layers.base import split
+    from deepseek_jax.layers.base import shapes_alone, split
 
     def fill(build, std: float = 0.2, seed: int = 0):
-        definition, *trees = split(nnx.eval_shape(build))
+        with shapes_alone():
+            definition, *trees = split(nnx.eval_shape(build))
         rng = np.random.default_rng(seed)
 
         def numbers(path: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:

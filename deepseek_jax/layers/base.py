@@ -14,6 +14,8 @@ import functools
 import operator
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -124,6 +126,19 @@ SPARED = ("gain", "bias")  # by weight decay
 BY_ADAMW = (*SPARED, "table", "head", "adapter")  # also where Muon updates all others (`train.optimizers.muon`)
 
 
+_shapes_alone: ContextVar[bool] = ContextVar("shapes_alone", default=False)
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Within it, no initialiser is traced: a weight is zeros, of which `nnx.eval_shape` keeps the shape and dtype."""
+    token = _shapes_alone.set(True)
+    try:
+        yield
+    finally:
+        _shapes_alone.reset(token)
+
+
 def param(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Callable, *, role: str
 ) -> nnx.Param:
@@ -140,7 +155,8 @@ def param(
         raise ValueError(f"a weight of shape {shape} needs {len(shape)} logical axes, got {axes}")
     if role not in ROLES:
         raise ValueError(f"role={role!r}: unknown. Choose one of {', '.join(ROLES)}.")
-    return nnx.Param(init(next_key(rngs), shape, jnp.float32), axes=axes, role=role)
+    value = jnp.zeros(shape, jnp.float32) if _shapes_alone.get() else init(next_key(rngs), shape, jnp.float32)
+    return nnx.Param(value, axes=axes, role=role)
 
 
 class _Ahead(NamedTuple):

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from deepseek_jax import run, run_config, saved_config
-from deepseek_jax.abstract_model import abstract_module, count_parameters
+from deepseek_jax.abstract_model import abstract_module, count_parameters, module
 from deepseek_jax.convert import names
 from deepseek_jax.data.pipeline import Batch
 from deepseek_jax.errors import UserError
@@ -75,6 +75,12 @@ CASES = {
     "qwen_coder": qwen_coder,
     "llama": llama,
 }
+
+
+@pytest.mark.parametrize("name", ["tiny_v1", "tiny_v32", "tiny_v4"])
+def test_without_initialisers_a_model_has_the_same_shapes(name):
+    whole = split(nnx.eval_shape(lambda: module(config_of(name), jax.random.key(0))))
+    assert split(abstract_of(name)) == whole
 
 
 SLOW = ("tiny_v2_lite",)  # V2 with whole queries
