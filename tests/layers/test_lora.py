@@ -79,7 +79,7 @@ def test_merged_is_adapted(model):
     adapters, plain, adapted, params, router_bias = model
     ours = answered(adapted, params, router_bias)
     merged = answered(plain, lora.merged(params, adapters), router_bias)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(b).max()), ours, merged)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6 * np.abs(b).max()), ours, merged)
     base = answered(plain, without(params), router_bias)
     assert np.abs(ours[0] - base[0]).max() > 0.1 * np.abs(base[0]).max()
     np.testing.assert_allclose(ours[0][:, -1], ours[1].reshape(2, -1), atol=1e-4 * np.abs(base[0]).max())
