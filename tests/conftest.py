@@ -2,13 +2,10 @@
 
 import contextlib
 import ctypes
-import functools
 import gc
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -61,37 +58,8 @@ if sys.platform == "linux":
 gc.set_threshold(50_000, 20, 50)
 
 
-PER_CONTEXT = 100  # programs of a context: it keeps their constants
-
-
-def share_contexts() -> None:
-    """Lowers many programs in one context of MLIR: to make one takes a fifth of the time of a program of one operation.
-
-    JAX makes one per program, and loads all dialects in it. One for each thread, for each lowers for itself.
-    """
-    from jax._src.interpreters import mlir
-
-    make, kept = mlir.make_ir_context, threading.local()
-
-    def shared(start: Callable) -> Callable:
-        @functools.wraps(start)
-        def begin(self, *, context=None, **options) -> None:
-            if context is None:
-                kept.left = getattr(kept, "left", 0) - 1
-                if kept.left < 0:
-                    kept.context, kept.left = make(), PER_CONTEXT - 1
-                context = kept.context
-            start(self, context=context, **options)
-
-        return begin
-
-    mlir.ModuleContext.__init__ = shared(mlir.ModuleContext.__init__)
-
-
 def pytest_collection_finish() -> None:
     """What the modules hold is never garbage."""
-    if "jax" in sys.modules and version("jax").startswith("0.10."):  # whose internals these are
-        share_contexts()
     gc.collect()
     gc.freeze()
 
