@@ -14,7 +14,7 @@ import numpy as np
 
 from deepseek_jax.bounds import number
 
-STEPS = 100  # of a text, of which the asked for share has a right draft; after these it is alike again
+STEPS = 100  # of a text, of which the asked for share has a right draft; then the pattern repeats
 SMALL = 1e-3  # factor of what layers add to the residual stream
 ADDS = ("attention_out", "down")  # roles of the weights that make it
 ACCEPTANCE = number(0, 1)

@@ -53,7 +53,7 @@ class Calls:
         weights, memory: the same.
         last_R: the token that each row drew last, int32; the last place of a device is that of padding.
         draft_R: the draft of the token after it.
-        position_R: its position, where a step that draws one or two tokens drew it; the host does not know it yet.
+        position_R: the position of the token in `last_R`, as `speculate` left it.
         coded_head: the head in FP8 by which drafts are made, if it is; not where several devices run the programs.
         allowed_RW: the tokens that each row may draw next, as bits of uint32.
     """

@@ -55,7 +55,8 @@ class Engine:
         n_rows: requests that run at the same time.
         chunk: tokens of a prompt that one step computes at most.
         n_ahead: steps that may run on the device before the host has seen the tokens of the first.
-        n_steps: most tokens per row that one step draws: more take less time per token, and make a stream less even.
+        n_steps: most tokens per row that one step draws, with drafts twice as many: more take less time per token, and
+            make a stream less even.
         n_prompts: prompts of which one program computes a part at most, without drafts and on one device: more are
             faster, and need more programs.
         n_drafts: 1 lets multi-token prediction draft a second token for each (`speculation`); the text is the same.
@@ -64,7 +65,7 @@ class Engine:
         matmul_precision: as for `jax.default_matmul_precision`.
         replicas: devices, each of which has `n_rows` rows and `n_pages` pages; None: one device. The weights lie there.
         compiler_options: as for `jax.jit`.
-        ends_early: whether a program of several steps ends with its last row (`programs.Programs.steps`).
+        ends_early: whether a program of several steps ends with its last row (`programs.Programs`).
     """
 
     def __init__(
@@ -188,11 +189,12 @@ class Engine:
     def step(self, n_steps: int | None = None) -> list[Output]:
         """Starts the next step, and returns what was drawn in the one that is `n_ahead` before it.
 
-        It takes up to `n_steps` steps per row, by default and at most as many as the engine's `n_steps`.
+        It draws up to `n_steps` tokens per row, by default and at most as many as the engine's `n_steps`; with drafts
+        up to twice as many.
         """
-        most = self.n_steps if n_steps is None else n_steps
+        most = min(self.n_steps, n_steps or self.n_steps)
         if self.n_drafts and not self._ends_early and self._all_end_within(PER_STEP * most):
-            most = 1  # a program of several steps would run on after that
+            most = 1  # a program of several steps would mostly run on after that
         plans = [rank.scheduler.plan(most) for rank in self.ranks]
         if any(plans):
             self._flight.append(self._start(plans))

@@ -11,11 +11,12 @@
 
 With drafts (`speculation`):
 
-    foresee    hidden states of a part of a prompt, and the tokens after them   -> a draft
-    speculate  `steps` that draw up to two tokens each   -> tokens, log-probabilities, drafts, positions
+    foresee    hidden states of a part of a prompt, and the tokens after them -> a draft
+    speculate  `steps` that draw up to two tokens each                        -> the same, drafts, positions
 
 What requests ask for concerns the small programs alone, so their number is added to that of the large ones: they are
-not multiplied. `memory` is donated and updated in place; so is `last_R`, the token that each running request drew last.
+not multiplied. `memory` is donated and updated in place; so is `last_R`, the token that each running request drew last,
+and with drafts `draft_R` and `position_R`.
 The tokens themselves lie in pages as the cache does, so what a row has already is known wherever its cache is.
 
 Engines of the same model and sizes share their programs (`programs_for`).
@@ -104,7 +105,8 @@ class Programs:
     """The programs for one model and one size of memory.
 
     `matmul_precision` is as for `jax.default_matmul_precision`; with `replicas` each device runs them with rows and
-    memory of its own; `compiler_options` as for `jax.jit`; `ends_early`: whether `steps` stops with its last row.
+    memory of its own; `compiler_options` as for `jax.jit`; `ends_early`: whether `steps` and `speculate` stop with
+    their last row.
     """
 
     def __init__(
@@ -285,7 +287,7 @@ class Programs:
         return id_BT, scores_BT, memory, last_R.at[slot_B].set(id_B)
 
     def _repeated(self, step: Callable[[tuple], tuple], carry: tuple, n_steps: int) -> tuple:
-        """Repeats a step until it has run `n_steps` times, as counted in place 0, or says in place 1 that all rows end.
+        """Repeats a step until it has run `n_steps` times, as counted in place 0, or place 1 says that no row runs.
 
         Without `ends_early` it runs so many times.
         """
@@ -359,7 +361,8 @@ class Programs:
     ) -> tuple[jax.Array, Scores | None, Memory, jax.Array, jax.Array, jax.Array]:
         """`speculation.step`, up to `n_steps` times: as `steps`, with T = 2 `n_steps`; then draft_R and position_R.
 
-        Rows end where they have `end_B` tokens, also if only the device knows where they begin.
+        Rows end where they have `end_B` tokens, also if only the device knows where they begin. One that a stop id has
+        ended draws nothing more in programs that were planned before the host has seen it.
         """
         _, start_B, slot_B, table_BN = current
         start_B = jnp.where(start_B < 0, position_R[slot_B], start_B)
@@ -379,6 +382,8 @@ class Programs:
         found = jnp.full(shape, ENDED, jnp.int32), None if n_top < 0 else no_scores(shape, n_top)
         carry = jnp.int32(0), self._is_anyone(row.is_running_B), memory, row, found
         _, _, memory, row, (id_BT, scores_BT) = self._repeated(step, carry, n_steps)
+        has_stopped_B = ~row.is_running_B & (row.left_B > 0)
+        row = row._replace(position_B=jnp.where(has_stopped_B, end_B, row.position_B))
         places = (last_R, row.last_B), (draft_R, row.draft_B), (position_R, row.position_B)
         return id_BT, scores_BT, memory, *(array_R.at[slot_B].set(new_B) for array_R, new_B in places)
 

@@ -24,7 +24,7 @@ class Rank:
 
     def __init__(self, pages: PagePool, n_rows: int, chunk: int):
         self.pages = pages
-        per_step = 1 + pages.look_ahead
+        per_step = 1 + pages.look_ahead  # names of pages cover as many tokens more as there are drafts
         self.scheduler = Scheduler(pages, n_rows, budget=n_rows + chunk, chunk=chunk, per_step=per_step)
         self._slots = list(range(n_rows))
         self._with_slot: list[Row] = []

@@ -15,9 +15,9 @@ that reaches the last token, draws the next one.
 The scheduler runs one step or more ahead of the host: a token may be drawn on the device and not yet seen
 (`n_pending`). Its number of tokens is known, so everything but the stop conditions can be planned without it. A step
 that was planned for a request that has ended in the meantime is dropped (`record`). With speculation a step draws one
-to `per_step` tokens, and only the device knows how many. Then plans count the most that there may be, which pages have
-to hold, and a request is planned for until the fewest that there may be (`n_unsure` less) are all that it has positions
-for; the device begins where it stands.
+to `per_step` tokens, and only the device knows how many. Then plans count the most that there may be, for which there
+must be pages, and the device begins where the request stands. Steps are planned as long as it may have positions left
+if every draft in flight is wrong (`n_unsure` tokens fewer).
 
 Pure Python. One step of 256 requests takes well below a millisecond.
 """
@@ -90,14 +90,14 @@ class Part(NamedTuple):
 
     @property
     def n_positions(self) -> int:
-        """Tokens of the request that are in the cache after it, at most."""
-        return min(self.n_computed, self.request.n_positions)
+        """Tokens of the request that are in the cache after it, at most: never its last one."""
+        return min(self.n_computed, self.request.n_positions - 1)
 
 
 class Scheduler:
     """Plans steps of at most `n_rows` requests, `budget` tokens together and `chunk` per request.
 
-    A step draws up to `per_step` tokens for a request whose prompt has ended, and at least one.
+    A step draws up to `per_step` tokens for a request that has a draft.
     """
 
     def __init__(self, pool: PagePool, n_rows: int, budget: int, chunk: int, per_step: int = 1):
@@ -237,7 +237,7 @@ class Scheduler:
 
     def _make_place(self, request: Request, part: Part) -> bool:
         """Gets pages for a part, from those that arrived last if need be; False if the request itself gave up."""
-        while not self.pool.extend(request.table, min(part.start + part.n_tokens, request.n_positions)):
+        while not self.pool.extend(request.table, min(part.start + part.n_tokens, request.n_positions - 1)):
             last = self.running.pop()
             self._give_up(last)
             last.n_preempted += 1

@@ -211,13 +211,13 @@ def test_steps_of_one_or_two_tokens_are_planned_while_any_may_be_left():
     request.has_draft = True
     assert scheduler.plan(2) == [Part(request, 3, 1, 4)]
     assert scheduler.plan(2) == [Part(request, 7, 1, 4, n_unsure=2)]
-    assert scheduler.plan(2) == [Part(request, 11, 1, 4, n_unsure=4)] and len(request.table.pages) == 12
+    assert scheduler.plan(2) == [Part(request, 11, 1, 4, n_unsure=4)] and len(request.table.pages) == 11
     assert request.n_left == 2
     scheduler.record(request, [5])
     scheduler.record(request, [5])
     scheduler.record(request, [5, 5, 5], 4)
     assert request.n_left == 1 and request.tokens == [1, 2, 5, 5, 5, 5, 5]
-    assert scheduler.plan(2) == [Part(request, 14, 1, 1, n_unsure=4)] and len(request.table.pages) == 12
+    assert scheduler.plan(2) == [Part(request, 14, 1, 1, n_unsure=4)] and len(request.table.pages) == 11
     assert scheduler.plan(2) == []
 
 

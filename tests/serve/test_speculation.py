@@ -102,19 +102,81 @@ def test_the_host_looks_at_a_step_while_the_next_one_runs(engine, plain):
     assert request.tokens == PROMPTS[1] + plain[0][1][1]
 
 
-def test_where_programs_do_not_end_early_the_last_tokens_are_drawn_step_by_step(engine, plain, monkeypatch):
-    """As on a GPU: several steps at a time while a row has more to draw than they could."""
-    made, n_steps_of_programs = engine(1, n_steps=4, ends_early=False), []
-    speculate = made.calls.speculate
+@pytest.fixture
+def noted(monkeypatch):
+    """A function that notes (pages, steps) of the programs with drafts that an engine runs from here on."""
 
-    def noted(plans, n_rows, width, kind, n_top, n_steps):
-        n_steps_of_programs.append(n_steps)
-        return speculate(plans, n_rows, width, kind, n_top, n_steps)
+    def note(made):
+        speculate, found = made.calls.speculate, []
 
-    monkeypatch.setattr(made.calls, "speculate", noted)
-    assert run(made, GREEDY[:1], PROMPTS[:1])[1] == plain[0][1][:1]
-    assert n_steps_of_programs[0] == 4 and n_steps_of_programs[1:] == [1] * (len(n_steps_of_programs) - 1)
+        def noting(plans, n_rows, width, kind, n_top, n_steps):
+            found.append((width, n_steps))
+            return speculate(plans, n_rows, width, kind, n_top, n_steps)
+
+        monkeypatch.setattr(made.calls, "speculate", noting)
+        return found
+
+    return note
+
+
+def test_where_programs_do_not_end_early_the_last_tokens_are_drawn_step_by_step(engine, plain, noted):
+    """As on a GPU: several steps at a time while a row has as many tokens left as they could draw."""
+    made = engine(1, n_steps=4, ends_early=False)
+    found = noted(made)
+    for n_new, first in ((11, 4), (9, 4), (8, 1)):
+        assert run(made, [Sampling(n_new)], PROMPTS[:1])[1] == [plain[0][1][0][:n_new]]
+        n_steps = [steps for _, steps in found]
+        assert n_steps == [first] + [1] * (len(found) - 1)
+        found.clear()
     assert run(made, [GREEDY[1], Sampling(8)], PROMPTS[1:3])[1] == [plain[0][1][1], plain[0][1][2][:8]]
+
+
+def test_no_program_is_wider_than_a_request_at_its_last_position(engine, foreseeing, noted):
+    """Also where the host knows only the most that there may be: none is needed but those that `compile` makes."""
+    made = engine(1, n_steps=4)
+    made._pads_to_largest = False
+    found = noted(made)
+    requests, _, _ = run(made, [Sampling(100)], PROMPTS[1:2])
+    assert len(requests[0].tokens) == 32 and {width for width, _ in found} == {4} == set(made._sizes.widths)
+
+
+def test_a_step_draws_no_more_than_the_engines_own(engine, plain):
+    made, (_, texts, _) = engine(0, n_steps=2), plain[0]
+    made.submit(PROMPTS[1], GREEDY[1])
+    found = []
+    while not made.is_idle:
+        found += [output.ids for output in made.step(8)]
+    assert list(itertools.chain(*found)) == texts[1] and max(map(len, found)) == 2
+
+
+def test_a_step_is_repeated_until_no_row_runs_or_without_an_early_end_so_many_times(engine):
+    def step(carry):
+        return carry[0] + 1, carry[0] < 2
+
+    for ends_early, expected in ((True, 3), (False, 8)):
+        programs = engine(1, ends_early=ends_early).programs
+        number, _ = programs._repeated(step, (jnp.int32(0), jnp.bool_(True)), 8)
+        assert number == expected
+        assert programs._repeated(lambda carry: (carry[0] + 1, True), (jnp.int32(0), jnp.bool_(True)), 8)[0] == 8
+
+
+def test_a_row_that_has_stopped_draws_nothing_more(engine, plain):
+    """Whether the host has seen the stop id or not."""
+    stop, made = plain[0][1][1][2], engine(1, n_steps=4, n_ahead=2)
+    drawn, run_program = [], made.programs.run
+
+    def noting(call):
+        found = run_program(call)
+        if call.name == "speculate":
+            drawn.append(np.asarray(found[0])[0].tolist())
+        return found
+
+    made.programs, programs = SimpleNamespace(run=noting), made.programs
+    _, texts, _ = run(made, [Sampling(11, stop_ids=(stop,))], PROMPTS[1:2])
+    made.programs = programs
+    assert texts == [plain[0][1][1][:3]]
+    assert [token for token in drawn[0] if token >= 0] == texts[0][1:]
+    assert len(drawn) > 1 and all(token == speculation.ENDED for ids in drawn[1:] for token in ids)
 
 
 @pytest.mark.slow
