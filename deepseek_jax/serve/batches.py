@@ -106,9 +106,7 @@ def singles(plans: Plans, n_rows: int, width: int, padding_slot: int) -> Rows:
 
     def build(parts: Sequence[Part]) -> Rows:
         ids = [_known(part) for part in parts]
-        starts = [DRAWN if part.n_unsure else part.start for part in parts]
-        found = {"ids_B": numbers(ids, n_rows, DRAWN)} | _places(parts, n_rows, width)
-        return found | {"start_B": numbers(starts, n_rows)}
+        return {"ids_B": numbers(ids, n_rows, DRAWN)} | _places(parts, n_rows, width)
 
     return by_device(plans, build) | slots(plans, n_rows, padding_slot)
 
@@ -197,4 +195,5 @@ def _places(parts: Sequence[Part], n_rows: int, width: int) -> Rows:
     for row, part in enumerate(parts):
         pages = part.request.table.pages[:width]
         table_BN[row, : len(pages)] = pages
-    return {"table_BN": table_BN, "start_B": numbers([part.start for part in parts], n_rows)}
+    starts = [DRAWN if part.n_unsure else part.start for part in parts]
+    return {"table_BN": table_BN, "start_B": numbers(starts, n_rows)}
